@@ -1,0 +1,17 @@
+"""The base class of every configuration in the project, and the one error a user can cause with it.
+
+Configuration classes live beside the code they configure, in files that never import torch, so that the
+command line can check a config in milliseconds. They are frozen: a resolved config is a value.
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ConfigError(ValueError):
+    """Something the user wrote is wrong: the message holds the dotted name, the value and the way out."""
+
+
+class Config(BaseModel):
+    """Typed, frozen, and strict about unknown keys (see `configs.loader.load`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())

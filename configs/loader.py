@@ -1,0 +1,176 @@
+"""YAML + dotted overrides -> one typed config.
+
+A config file holds only what differs from the defaults of its class. Two rules go beyond plain YAML:
+
+* Where a section is expected, a string names another file, or a section of one: `model: nano/model#lm`.
+  Names without a suffix are looked up among the packaged files (`configs/nano/model.yaml`); anything that
+  ends in .yaml or .yml is a path, relative to the file that names it.
+* Overrides are `dotted.key=value`, the value read as YAML, applied after the references are resolved:
+  `optim.lr=3e-4 model.num_layers=6`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from configs.base import Config, ConfigError
+
+PACKAGED = Path(__file__).resolve().parent
+
+C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads `1e-4` as a number (YAML 1.1 wants `1.0e-4` and hands back a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def packaged_names() -> list[str]:
+    """Names of all packaged config files, e.g. `nano/lm`."""
+    return sorted(str(p.relative_to(PACKAGED).with_suffix("")) for p in PACKAGED.rglob("*.yaml"))
+
+
+def find(name: str, relative_to: Path | None = None) -> Path:
+    """The file behind a config name: a path that ends in .yaml/.yml, or a packaged name such as `nano/lm`."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if relative_to is not None and not path.is_absolute():
+            path = relative_to / path
+        if not path.is_file():
+            raise ConfigError(f"config file {path} does not exist")
+        return path
+    path = PACKAGED / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no packaged config is called {name!r}{_nearest(name, packaged_names())}; "
+                          f"a file of your own must end in .yaml. Known: {', '.join(packaged_names())}")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in one YAML file."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}; a config file is a mapping of keys")
+    return data
+
+
+def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
+    """Read `source` (packaged name, path or mapping), apply `overrides`, check it as a `cls`.
+
+    Raises ConfigError with the dotted key, the value and the nearest known name.
+    """
+    if isinstance(source, Mapping):
+        data, folder, origin = dict(source), None, "config"
+    else:
+        path = find(str(source))
+        data, folder, origin = read(path), path.parent, str(source)
+    data = _resolve_references(cls, data, folder)
+    for override in overrides:
+        _apply(cls, data, override)
+    return validate(cls, data, origin)
+
+
+def validate(cls: type[C], data: Mapping[str, Any], origin: str = "config") -> C:
+    """`data` as a `cls`; every problem of the file in one ConfigError."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(cls, origin, e) for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML text that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _resolve_references(cls: type[BaseModel], data: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    resolved = dict(data)
+    for name, field in cls.model_fields.items():
+        section = _section_class(field.annotation)
+        if section is None or name not in resolved:
+            continue
+        value, inner = resolved[name], folder
+        if isinstance(value, str):
+            file, _, part = value.partition("#")
+            path = find(file, folder)
+            value, inner = read(path), path.parent
+            for key in filter(None, part.split(".")):
+                if not isinstance(value, dict) or key not in value:
+                    raise ConfigError(f"{name}: {resolved[name]!r} names the section {part!r}, which {path} does not have")
+                value = value[key]
+        if isinstance(value, dict):
+            resolved[name] = _resolve_references(section, value, inner)
+    return resolved
+
+
+def _apply(cls: type[BaseModel], data: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"override {override!r} is not of the form dotted.key=value")
+    *parents, last = key.split(".")
+    node, owner = data, cls
+    for depth, part in enumerate(parents):
+        owner = _known(owner, part, ".".join(parents[: depth + 1]))
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    _known(owner, last, key)
+    node[last] = yaml.load(text, Loader=_Loader)
+
+
+def _known(owner: type[BaseModel] | None, part: str, dotted: str) -> type[BaseModel] | None:
+    """The section class behind `part`; None below free-form mappings."""
+    if owner is None:
+        return None
+    if part not in owner.model_fields:
+        raise ConfigError(f"unknown config key {dotted!r}{_nearest(part, list(owner.model_fields))}")
+    return _section_class(owner.model_fields[part].annotation)
+
+
+def _section_class(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        found = [c for c in map(_section_class, typing.get_args(annotation)) if c is not None]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    dotted = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        owner: type[BaseModel] | None = cls
+        for part in location[:-1]:
+            owner = _section_class(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
+        return f"{origin}: unknown config key {dotted!r}{_nearest(location[-1], list(owner.model_fields) if owner else [])}"
+    if error["type"] == "missing":
+        return f"{origin}: {dotted} is required and not set"
+    message = error["msg"].removeprefix("Value error, ")
+    where = f"{dotted} = {error['input']!r}: " if dotted and not isinstance(error["input"], dict) else f"{dotted}: " if dotted else ""
+    return f"{origin}: {where}{message}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else (f"; known here: {', '.join(sorted(known))}" if known and len(known) < 25 else "")

@@ -1,0 +1,118 @@
+"""THE shard contract: what a data set looks like on disk.
+
+    <data>/manifest.json            one document per shard set, O(shards) long; what trainers open first
+    <data>/raw/000000.tar           raw samples: <key>.mp4 + <key>.json (`RawSample`)
+    <data>/raw/000000.json          sidecar of that tar (`Sidecar`): index by offset, checksum, rejects
+    <data>/<column>/000000.tar      one folder per column; same shard names, same keys, same order as raw;
+                                    members <key>.<stem>.safetensors, where stem is `column_stem(column)`
+    <data>/<column>/000000.json     sidecar
+
+A shard is committed when its sidecar exists; the sidecar is written after the tar, both by rename. All
+documents are JSON, all arrays safetensors; nothing is pickled. Plain `webdataset` reads every tar.
+
+Columns and their tensors (one tensor per sample, named by the stem):
+
+    features        float16 [T, C, h, w]     vision features of the semantic frames
+    tokens          uint16  [I + (T-1)*P]    semantic tokens, flat
+    latents         bfloat16 [T, C, H, W]    scaled latents
+    text-<encoder>  bfloat16 [L, D]          text states; real rows only, or all rows of a padded encoder
+
+Keys hold no dots, since WebDataset cuts a name at the first dot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from configs.base import Config
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+RAW = "raw"
+
+
+class Reject(Config):
+    """A clip that was set aside: what, where from, why."""
+
+    key: str  # clip key, or the source path where no key exists yet
+    stage: str  # "shards", or the name of a column
+    reason: str  # short, countable: "empty_caption", "too_short", "corrupt_frame", ...
+    detail: str = ""
+
+
+class RawSample(Config):
+    """The JSON part of a raw sample. The clip beside it has exactly these frames."""
+
+    key: str
+    caption: str
+    source: str  # path or id of the video it was cut from
+    source_sha256: str
+    start_s: float  # where the span starts in the source
+    fps: PositiveFloat
+    num_frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    motion_score: float  # mean optical flow in frame heights per second (data_pipeline/motion.py)
+    video_sha256: str  # of the clip's bytes in this tar
+
+
+class ShardEntry(Config):
+    """One committed tar as the manifest lists it."""
+
+    name: str  # "000000"; the tar is <folder>/<name>.tar
+    samples: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class Sidecar(Config):
+    """What commits one tar: its entry, where each part lies, what was set aside, and what made it."""
+
+    format: Literal[1] = FORMAT_VERSION
+    entry: ShardEntry
+    index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order
+    rejects: list[Reject] = Field(default_factory=list)
+    fingerprint: str  # of the encoder + its inputs (`fingerprint`); raw: of the shards config
+    raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
+
+
+class Column(Config):
+    """One column of the manifest."""
+
+    dtype: str
+    shape: list[int]  # of one sample; 0 where samples differ (text rows)
+    encoder: str  # human name, e.g. "efficientnet-lite0" or "tokenizer@3f2a..."
+    fingerprint: str
+    config: dict[str, Any]  # the resolved column config, encoder fingerprint parts included
+    shards: list[ShardEntry]
+
+
+class Manifest(Config):
+    """The one document that trainers read."""
+
+    format: Literal[1] = FORMAT_VERSION
+    fingerprint: str  # of the raw shards: config + every raw sha256
+    config: dict[str, Any]  # resolved config of `landiff shards`
+    shards: list[ShardEntry]
+    columns: dict[str, Column] = Field(default_factory=dict)
+    rejects: list[Reject] = Field(default_factory=list)
+    reject_counts: dict[str, int] = Field(default_factory=dict)  # "stage/reason" -> clips
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+
+def column_stem(column: str) -> str:
+    """Part name and tensor name of a column: "text-minilm" -> "text"; a stem has no dash."""
+    return column.split("-", 1)[0]
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits over any JSON-able values; equal values give equal fingerprints."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

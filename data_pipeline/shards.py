@@ -1,0 +1,129 @@
+"""Tar shards: written whole or not at all, read by offset.
+
+The tar bytes are a pure function of the samples (no clock, no user, no process in them), so equal input
+gives equal shards.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import ValidationError
+
+from configs.files import fsync_dir, sha256_file, temporary_name, write_text
+from data_pipeline.schema import MANIFEST, Manifest, Reject, ShardEntry, Sidecar
+
+
+class ShardError(ValueError):
+    """A shard, sidecar or manifest is missing or does not say what it must."""
+
+
+class ShardWriter:
+    """Write one tar and its sidecar; leaving the `with` block commits both, an exception leaves nothing.
+
+        with ShardWriter(folder, "000000", fingerprint=...) as writer:
+            writer.add(key, {"mp4": clip, "json": text})
+    """
+
+    def __init__(self, folder: Path, name: str, *, fingerprint: str, raw_sha256: str = "") -> None:
+        self.path = folder / f"{name}.tar"
+        self.name = name
+        self.fingerprint = fingerprint
+        self.raw_sha256 = raw_sha256
+        self.rejects: list[Reject] = []
+        self._index: list[tuple[str, dict[str, tuple[int, int]]]] = []
+        self._temporary = temporary_name(self.path)
+
+    def __enter__(self) -> ShardWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._temporary, "wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def add(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Append one sample. `key` holds no dot or slash; part names are file extensions without the first dot."""
+        if not key or "." in key or "/" in key:
+            raise ShardError(f"sample key {key!r} must be non-empty and hold no dot or slash: WebDataset cuts names there")
+        places = {}
+        for part, data in parts.items():
+            info = tarfile.TarInfo(f"{key}.{part}")
+            info.size = len(data)
+            info.mode = 0o644
+            self._tar.addfile(info, io.BytesIO(data))
+            end = self._tar.offset
+            padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            places[part] = (end - padded, len(data))
+        self._index.append((key, places))
+
+    def reject(self, key: str, stage: str, reason: str, detail: str = "") -> None:
+        """Set a clip aside; it is counted in the sidecar and the manifest."""
+        self.rejects.append(Reject(key=key, stage=stage, reason=reason, detail=detail))
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._tar.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except BaseException:
+            kind = OSError
+            raise
+        finally:
+            self._file.close()
+            if kind is not None:
+                self._temporary.unlink(missing_ok=True)
+        if kind is None:
+            self.sidecar = Sidecar(
+                entry=ShardEntry(
+                    name=self.name, samples=len(self._index), bytes=self._temporary.stat().st_size,
+                    sha256=sha256_file(self._temporary),
+                ),
+                index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
+            )
+            os.replace(self._temporary, self.path)
+            fsync_dir(self.path.parent)
+            write_text(sidecar_path(self.path), self.sidecar.model_dump_json(indent=None))
+
+
+def sidecar_path(tar: Path) -> Path:
+    return tar.with_suffix(".json")
+
+
+def read_sidecar(tar: Path) -> Sidecar | None:
+    """The sidecar that commits `tar`, or None while it isn't committed. Raises ShardError when it is damaged."""
+    path = sidecar_path(tar)
+    try:
+        return Sidecar.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
+
+
+def read_manifest(data: Path) -> Manifest:
+    """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
+    path = data if data.suffix == ".json" else data / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path} is not a manifest of format 1: {error}") from None
+
+
+def write_manifest(data: Path, manifest: Manifest) -> None:
+    write_text(data / MANIFEST, manifest.model_dump_json(indent=1))
+
+
+def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
+    """"stage/reason" -> number of clips."""
+    counts: dict[str, int] = {}
+    for reject in rejects:
+        name = f"{reject.stage}/{reject.reason}"
+        counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items()))

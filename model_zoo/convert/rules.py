@@ -1,0 +1,112 @@
+"""Tables of two-way rules that turn one checkpoint's keys and tensors into another's.
+
+A rule maps a group of our keys to a group of their keys. `{name}` in a pattern stands for one path part
+(`[^.]+`), `{name*}` for any rest; the same names must appear on both sides. Tensors change by a pair of
+functions that are each other's inverse; where they are left out the group is a pure rename.
+
+    Rule("blocks.{i}.wo.weight", "transformer.blocks.{i}.wo.weight")
+    Rule(("q", "k", "v"), ("qkv",), to_theirs=lambda q, k, v: (torch.cat([q, k, v]),), to_ours=lambda x: x.chunk(3))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from configs.base import ConfigError
+
+
+class ConversionError(ConfigError):
+    """Keys or shapes that do not fit; the message lists all of them, grouped by pattern."""
+
+
+Change = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    ours: str | tuple[str, ...]
+    theirs: str | tuple[str, ...]
+    to_theirs: Change | None = None  # (our tensors in order) -> their tensors in order
+    to_ours: Change | None = None
+
+    def sides(self, direction: str) -> tuple[tuple[str, ...], tuple[str, ...], Change | None]:
+        """Source patterns, target patterns and the change, for direction "to_ours" or "to_theirs"."""
+        ours = (self.ours,) if isinstance(self.ours, str) else self.ours
+        theirs = (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+        if direction == "to_ours":
+            return theirs, ours, self.to_ours
+        assert direction == "to_theirs", direction
+        return ours, theirs, self.to_theirs
+
+
+def convert(state: Mapping[str, Tensor], rules: Sequence[Rule], direction: str) -> dict[str, Tensor]:
+    """Apply `rules` to a flat state dict. Raises ConversionError for keys no rule takes and for incomplete groups.
+
+    Tensors are looked up one group at a time, so a lazy mapping stays lazy until a group is needed.
+    """
+    left = dict.fromkeys(state)
+    result: dict[str, Tensor] = {}
+    missing: list[str] = []
+    for rule in rules:
+        sources, targets, change = rule.sides(direction)
+        first = _compile(sources[0])
+        for key in [k for k in left if first.fullmatch(k)]:
+            names = first.fullmatch(key).groupdict()
+            group = [_fill(p, names) for p in sources]
+            absent = [k for k in group if k not in left]
+            if absent:
+                missing.extend(absent)
+                continue
+            tensors = [state[k] for k in group]
+            changed = tensors if change is None else list(change(*tensors))
+            assert len(changed) == len(targets), (rule, len(changed))
+            result.update(zip((_fill(p, names) for p in targets), changed, strict=True))
+            for k in group:
+                del left[k]
+    if left or missing:
+        raise ConversionError(report({"unexpected": list(left), "missing": missing}))
+    return result
+
+
+def check_against(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], what: str) -> None:
+    """Raise one ConversionError with all missing, extra and misshapen keys of `state`."""
+    problems = {
+        "missing": [k for k in expected if k not in state],
+        "unexpected": [k for k in state if k not in expected],
+        "wrong shape": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k])}"
+            for k in expected
+            if k in state and tuple(state[k].shape) != tuple(expected[k])
+        ],
+    }
+    if any(problems.values()):
+        raise ConversionError(f"{what} does not fit the model:\n{report(problems)}")
+
+
+def report(problems: Mapping[str, Sequence[str]]) -> str:
+    """Problems grouped by pattern (numbers folded to *), with counts."""
+    lines = []
+    for kind, keys in problems.items():
+        groups: dict[str, int] = {}
+        for key in keys:
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
+            groups[pattern] = groups.get(pattern, 0) + 1
+        lines += [f"  {kind}: {pattern}" + (f"  (x{n})" if n > 1 else "") for pattern, n in sorted(groups.items())]
+    return "\n".join(lines)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{\w+\*?\})", pattern)
+    text = "".join(
+        (f"(?P<{p[1:-2]}>.+)" if p.endswith("*}") else f"(?P<{p[1:-1]}>[^.]+)") if p.startswith("{") else re.escape(p)
+        for p in parts
+    )
+    return re.compile(text)
+
+
+def _fill(pattern: str, names: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\*?\}", lambda m: names[m.group(1)], pattern)

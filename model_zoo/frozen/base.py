@@ -1,0 +1,68 @@
+"""The three interfaces of frozen encoders. Everything that reads pixels or text goes through one of them.
+
+Letters: B batch, T frames, t latent or semantic frames, C channels, H W pixels, h w cells, L text rows, D width.
+
+Each encoder has a `name`, a `fingerprint` (16 hex digits over weights and preprocessing, equal on every
+machine) and lives on the device it was built for. Building is `model_zoo.frozen.build`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class VisionFeatures(Protocol):
+    """uint8 frames -> semantic features."""
+
+    name: str
+    fingerprint: str
+    channels: int
+    cell: int  # pixels per feature cell, e.g. 16
+
+    def __call__(self, frames_BTHWC: Tensor) -> Tensor:
+        """uint8 [B, T, H, W, 3] -> float32 [B, T, C, H / cell, W / cell]."""
+        ...
+
+
+@runtime_checkable
+class LatentCodec(Protocol):
+    """uint8 video <-> latents, scaled to about unit variance."""
+
+    name: str
+    fingerprint: str
+    channels: int
+    space: int  # pixels per latent cell along one side: 8
+    time: int  # frames per latent frame after the first: 4
+
+    def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
+        """uint8 [B, 1 + time*k, H, W, 3] -> float32 [B, 1 + k, C, H / space, W / space], scaled.
+
+        A variational codec returns the posterior mean, or with `noise` (standard normal, latent shape) the
+        sample mean + std * noise; a deterministic one ignores `noise`.
+        """
+        ...
+
+    def decode(self, latents_BtChw: Tensor) -> Tensor:
+        """Scaled latents -> uint8 [B, T, H, W, 3]."""
+        ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Strings -> last hidden states."""
+
+    name: str
+    fingerprint: str
+    dim: int
+    max_length: int
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """-> float32 states [B, L, D] and int64 lengths [B]; rows at and past a length are pads.
+
+        A `padded` encoder (T5-v1.1 of the diffusion model) always returns L = lengths = max_length: its
+        pads are attended. Any other returns the real tokens of the longest text.
+        """
+        ...

@@ -1,0 +1,168 @@
+"""The zoo on disk: `<zoo>/<name>/<fingerprint>/` holds model.safetensors, config.json and provenance.json.
+
+An entry is committed by rename and never changes. A reference is `name` (the newest entry of that name),
+`name@fingerprint` (a prefix is enough) or the path of an entry folder. It is all that jobs share besides
+shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs import Config, ConfigError, validate
+from configs.files import commit_dir, fsync_dir, temporary_name, write_text
+from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
+
+WEIGHTS = "model.safetensors"
+
+# kind -> config class. "transformer" is the main diffusion transformer alone; "diffusion" holds the main
+# transformer, the control branch and the semantic condition.
+KINDS: dict[str, type[Config]] = {
+    "tokenizer": TokenizerConfig,
+    "lm": LMConfig,
+    "transformer": TransformerConfig,
+    "diffusion": DiffusionConfig,
+}
+
+
+class ZooError(ConfigError):
+    """A zoo reference that leads nowhere, or an entry of the wrong kind."""
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    path: Path
+    name: str
+    kind: str
+    fingerprint: str
+    config: Config
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.fingerprint}"
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return json.loads((self.path / "provenance.json").read_text())
+
+    def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """All tensors, under the names of our own modules."""
+        return load_file(self.path / WEIGHTS, device=str(device))
+
+
+def build(kind: str, config: Config) -> nn.Module:
+    """An uninitialised-or-default module of that kind (import here: the models import torch layers)."""
+    if kind == "tokenizer":
+        from model_zoo.tokenizer import SemanticTokenizer
+
+        return SemanticTokenizer(config)
+    if kind == "lm":
+        from model_zoo.lm import LanguageModel
+
+        return LanguageModel(config)
+    if kind == "transformer":
+        from model_zoo.dit import DiffusionTransformer
+
+        return DiffusionTransformer(config)
+    if kind == "diffusion":
+        from model_zoo.dit import ControlledDiffusion
+
+        return ControlledDiffusion(config)
+    raise ZooError(f"unknown model kind {kind!r}; known: {', '.join(KINDS)}")
+
+
+def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    """The entry's module with its weights, in eval mode, gradients off."""
+    with torch.device("meta"):
+        model = build(entry.kind, entry.config)
+    model.load_state_dict(entry.load(device), strict=True, assign=True)
+    model.requires_grad_(False).eval()
+    return model.to(dtype) if dtype is not None else model
+
+
+def weights_fingerprint(kind: str, config: Config, tensors: Mapping[str, Tensor]) -> str:
+    """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere."""
+    digest = hashlib.sha256(json.dumps([kind, config.model_dump(mode="json")], sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str, Tensor],
+           provenance: Mapping[str, Any]) -> ZooEntry:
+    """Commit weights to the zoo. Exporting the same weights again returns the entry that is there."""
+    assert isinstance(config, KINDS[kind]), (kind, type(config))
+    if not name or "@" in name or "/" in name or name.startswith("."):
+        raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
+    mark = weights_fingerprint(kind, config, tensors)
+    final = zoo / name / mark
+    if not final.exists():
+        temporary = temporary_name(final)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fsync_dir(zoo)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / WEIGHTS,
+                  metadata={"format": "pt", "kind": kind})
+        write_text(temporary / "config.json",
+                   json.dumps({"kind": kind, "name": name, "fingerprint": mark, "config": config.model_dump(mode="json")}, indent=1))
+        write_text(temporary / "provenance.json", json.dumps(dict(provenance), indent=1, sort_keys=True))
+        commit_dir(temporary, final)
+    write_text(zoo / name / "newest", mark + "\n")
+    return read_entry(final)
+
+
+def read_entry(path: Path) -> ZooEntry:
+    try:
+        data = json.loads((path / "config.json").read_text())
+        kind = data["kind"]
+        config = validate(KINDS[kind], data["config"], str(path / "config.json"))
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ZooError(f"{path} is not a zoo entry: {error}") from None
+    return ZooEntry(path=path, name=data["name"], kind=kind, fingerprint=data["fingerprint"], config=config)
+
+
+def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
+    """The entry behind `name`, `name@prefix` or a path. Raises ZooError that says what there is."""
+    if "/" in reference:
+        entry = read_entry(Path(reference))
+    else:
+        name, _, prefix = reference.partition("@")
+        folder = zoo / name
+        names = sorted(p.name for p in zoo.iterdir() if p.is_dir()) if zoo.is_dir() else []
+        if not folder.is_dir():
+            raise ZooError(f"the zoo {zoo} has no {name!r}; it has: {', '.join(names) or 'nothing yet'}")
+        marks = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not prefix:
+            try:
+                prefix = (folder / "newest").read_text().strip()
+            except FileNotFoundError:
+                raise ZooError(f"{folder} holds no committed entry; export again") from None
+        found = [m for m in marks if m.startswith(prefix)]
+        if len(found) != 1:
+            raise ZooError(f"{reference!r} matches {len(found)} entries of {folder}; there are: {', '.join(marks) or 'none'}")
+        entry = read_entry(folder / found[0])
+    if kind is not None and entry.kind != kind:
+        raise ZooError(f"{entry.reference} is a {entry.kind}, where a {kind} is needed")
+    return entry
+
+
+def verify(entry: ZooEntry) -> None:
+    """Raise ZooError unless the weights still give the entry's fingerprint."""
+    with safe_open(entry.path / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    mark = weights_fingerprint(entry.kind, entry.config, tensors)
+    if mark != entry.fingerprint:
+        raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {entry.fingerprint}")

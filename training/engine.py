@@ -1,0 +1,45 @@
+"""The seam between the one loop and the three back ends: one whole optimizer step.
+
+Megatron's schedule owns forward and backward, DeepSpeed's engine owns backward, clipping and step; what
+they share is this much and no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from data_pipeline.loader import Batch
+from torch import Tensor
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step has to say. Tensors stay on the device: `metrics.log` is the loop's only sync."""
+
+    loss: Tensor | float  # mean over the global batch, equal on all ranks (or on the last pipeline stage)
+    grad_norm: Tensor | float
+    lr: float
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)  # more scalars, by TensorBoard tag
+    tokens: int = 0  # model tokens of the global batch that were trained on, for throughput
+
+
+class Engine(Protocol):
+    """A model with its optimizer, spread over some ranks."""
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """Forward, backward, clip, step on this data-parallel rank's share of global batch `batch.step`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Collective. Write everything that a restart needs into `folder` (exists, empty, on a shared disk)."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Collective. Restore what `save` wrote, possibly from another parallel layout."""
+        ...
+
+    def preview(self) -> dict[str, Tensor]:
+        """Collective. uint8 videos [T, H, W, 3] by TensorBoard tag; empty where there is nothing to look at."""
+        ...

@@ -1,0 +1,21 @@
+"""Chance, keyed by what it is for: (seed, purpose, place in the data), never by rank.
+
+A run with two ranks, or one that was killed and resumed, draws the same numbers for the same sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def key(seed: int, purpose: str, *place: int) -> int:
+    """A 63-bit seed for one purpose at one place, e.g. key(seed, "noise", epoch, position)."""
+    text = "/".join([str(seed), purpose, *map(str, place)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, purpose: str, *place: int) -> torch.Generator:
+    """A fresh CPU generator for that key. Draw on the CPU and move: the numbers then do not depend on the device."""
+    return torch.Generator().manual_seed(key(seed, purpose, *place))
