@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.loader import Batch
 from torch import Tensor
+
+from data_pipeline.loader import Batch
 
 
 @dataclass
