@@ -10,6 +10,8 @@ Source: LanDiff (arXiv 2503.04606); a latent-diffusion decoder with pixel-shuffl
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class Level(nn.Module):
     def __init__(self, channels: int, out_channels: int, num_blocks: int, upsample: bool) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * num_blocks
-        self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(widths))
         self.upsample = _conv3(out_channels // 4, out_channels) if upsample else None
 
     def forward(self, x_NGhw: Tensor) -> Tensor:

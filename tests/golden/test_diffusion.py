@@ -18,6 +18,7 @@ from model_zoo.convert.release_diffusion import (
 )
 from model_zoo.convert.rules import convert
 from model_zoo.dit import ControlledDiffusion, timestep_sinusoid
+from model_zoo.sample.latents import SamplerOptions, SamplerStep, guidance_scale, sample_latents
 from model_zoo.schedule import NoiseSchedule, denoising_loss, noise_level
 from model_zoo.semantic_condition import SemanticCondition
 from tests.golden.conftest import Case
@@ -160,3 +161,40 @@ def test_loss(case: Case):
             if name.startswith(f"{prefix}grad."):
                 torch.testing.assert_close(theirs[name.removeprefix(f"{prefix}grad.")], expected, atol=1e-5, rtol=1e-3)
     close(schedule.signal(inputs["timesteps"]).flatten(), outputs["alphas_cumprod_sqrt"], 1e-7)
+
+
+@pytest.mark.golden("noise_schedule")
+def test_dynamic_guidance(case: Case):
+    outputs = case.outputs
+    for steps in case.config["sampler_steps"]:
+        timesteps = outputs[f"sampler_{steps}.timesteps"].tolist()
+        for guidance in case.config["dynamic_cfg"]:
+            name = "cfg_scale{scale}_exp{exp}".format(**guidance)
+            for kind, recorded in (("timestep", "dynamic"), ("step", "intended")):
+                options = SamplerOptions(steps, guidance["scale"], guidance["exp"], dynamic=kind)
+                scales = [guidance_scale(options, step, timestep) for step, timestep in enumerate(timesteps)]
+                close(torch.tensor(scales, dtype=torch.float64), outputs[f"sampler_{steps}.{recorded}_{name}"], 1e-9)
+
+
+@pytest.mark.golden("diffusion_sampling")
+def test_sampling(case: Case):
+    sizes, inputs, outputs = case.config, case.inputs, case.outputs
+    drawn = [inputs["start_noise"], *inputs["step_noise"]]
+    seen: list[SamplerStep] = []
+    prefix = inputs.get("prefix_latents")
+    assert (prefix is None) == (sizes["fixed_frames"] == 0)
+    final = sample_latents(
+        load_diffusion(case),
+        NoiseSchedule(ScheduleConfig()),
+        inputs["text"],
+        semantic_features(case),
+        lambda step, _shape: drawn[step],
+        SamplerOptions(sizes["steps"], sizes["cfg_scale"], sizes["cfg_exp"]),
+        prefix,
+        seen.append,
+    )
+    # the reference allows 1e-3: guidance multiplies rounding by up to 7
+    assert [done.timestep for done in seen] == outputs["network_timesteps"].tolist()
+    close(torch.stack([done.denoised for done in seen]), outputs["denoised"], 2e-4)
+    close(torch.stack([done.state for done in seen]), outputs["states"], 2e-4)
+    close(final, outputs["final"], 2e-4)
