@@ -57,6 +57,10 @@ class RawSample(Config):
     height: PositiveInt
     width: PositiveInt
     motion_score: float  # mean optical flow in frame heights per second (data_pipeline/motion.py)
+    motion_p95: float = 0.0  # the score's parts, in the same unit
+    motion_residual: float = 0.0
+    motion_camera: tuple[float, float] = (0.0, 0.0)
+    cuts: NonNegativeInt = 0  # frame pairs that were left out of the score
     video_sha256: str  # of the clip's bytes in this tar
 
 
