@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -217,6 +218,35 @@ def test_training_learns_what_the_codes_can_carry():
         optimizer.step()
         losses.append(result.reconstruction.item())
     assert losses[-1] < 0.3 * losses[0], losses
+
+
+def _train_one_step_on_a_rank(rank: int, folder: str, state: dict[str, Tensor]) -> None:
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    model = SemanticTokenizer(TINY).train()
+    model.load_state_dict(state)
+    model(features(batch=8)[rank::2])
+    torch.save(model.quantizer.state_dict(), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_one_codebook(tokenizer, tmp_path):
+    """Two ranks with half a batch each update the codebook as one process does with the whole batch."""
+    config = TINY.model_copy(update={"dead_code_threshold": 0.0})
+    alone = SemanticTokenizer(config).train()
+    alone.load_state_dict(tokenizer.state_dict())
+    # No code near its death, so nothing is replaced by chance.
+    alone.quantizer._codebook.cluster_size += 100
+    alone.quantizer._codebook.embed_avg.copy_(alone.quantizer.codebook * alone.quantizer._codebook.cluster_size[..., None])
+    state = {k: v.clone() for k, v in alone.state_dict().items()}
+    alone(features(batch=8))
+    torch.multiprocessing.spawn(_train_one_step_on_a_rank, (str(tmp_path), state), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name, value in alone.quantizer.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        # float32 sums in another order
+        torch.testing.assert_close(ranks[0][name], value, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(ranks[0]["_codebook.embed"], state["quantizer._codebook.embed"])
 
 
 def test_codebook_usage():
