@@ -1,8 +1,8 @@
 """Run a module-level function in several gloo processes, fast.
 
-Importing torch costs seconds, so one clean process per test module imports that module once and forks the
-ranks on demand (a `Nursery`). It never computes anything itself: forking after torch has started threads
-would hang the children.
+Importing torch costs seconds, so one clean process per package of tests imports the test modules once and
+forks the ranks on demand (a `Nursery`). It never computes anything itself: forking after torch has started
+threads would hang the children.
 
     def check_sum(world, number):
         ...
@@ -54,19 +54,20 @@ def free_port() -> int:
 
 
 def nursery(module: str) -> Nursery:
-    """The nursery of a test module. Only one is kept alive, to save memory."""
-    if ALIVE and ALIVE[-1].module != module:
+    """The nursery of a test module's package. Only one is kept alive, to save memory."""
+    package = module.rpartition(".")[0]
+    if ALIVE and ALIVE[-1].package != package:
         ALIVE.pop().close()
     if not ALIVE:
-        ALIVE.append(Nursery(module))
+        ALIVE.append(Nursery(package, module))
     return ALIVE[-1]
 
 
 class Nursery:
-    """A process that has imported one module and forks ranks that run its functions."""
+    """A process that has imported some modules of one package and forks ranks that run their functions."""
 
-    def __init__(self, module: str) -> None:
-        self.module = module
+    def __init__(self, package: str, module: str) -> None:
+        self.package = package
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
@@ -172,6 +173,7 @@ def _serve(module_name: str, descriptor: int) -> None:
         except EOFError:
             break
         if isinstance(request, tuple):
+            importlib.import_module(request[0][0])
             port = free_port()
             pids = [_fork(rank, port, *request) for rank in range(request[1])]
             alive.update(pids)
