@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shards_job(args: argparse.Namespace) -> int:
-    from data_pipeline.ingest_config import ShardsConfig
+    from launchers.config import ShardsJobConfig
 
-    config = load(ShardsConfig, args.config, args.overrides)
+    config = load(ShardsJobConfig, args.config, args.overrides)
     if args.dry_run:
         return show(config, f"would write raw shards to {config.data}")
     from data_pipeline.ingest import make_shards
 
-    manifest = make_shards(config, progress=Progress("shards", "clips"))
+    manifest = make_shards(config.content, config.data, progress=Progress("shards", "clips"))
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
     return 0
 
@@ -85,13 +85,13 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from model_zoo.convert.export import describe, export_run
+    from launchers.convert import export, find_source
 
-    source = describe(Path(args.run))
+    source = find_source(Path(args.run))
     if args.dry_run:
         print(f"would export {source} to {args.zoo}/{args.name}")
         return 0
-    entry = export_run(source, Path(args.zoo), args.name)
+    entry = export(source, Path(args.zoo), args.name)
     print(f"convert: {source} -> {entry.path}")
     return 0
 

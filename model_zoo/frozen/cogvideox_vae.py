@@ -13,14 +13,17 @@ the released `3d-vae.pt`, converted by model_zoo/convert/release_vae.py.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 from configs.base import ConfigError
-from model_zoo.convert.release_vae import read_release, to_diffusers
+from model_zoo.convert.release_vae import num_levels, read_release, to_diffusers
 from model_zoo.convert.rules import check_against
 from model_zoo.frozen.config import CogVideoXVaeConfig
 from model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
@@ -40,6 +43,8 @@ class CogVideoXCodec(nn.Module):
         self.time: int = int(sizes.temporal_compression_ratio)
         self.scale: float = sizes.scaling_factor
         self.network = network
+        network.enable_slicing()  # clip by clip: same values, memory of one clip
+        network.num_latent_frames_batch_size = 2  # an odd first frame goes with the first pair
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -80,9 +85,29 @@ class CogVideoXCodec(nn.Module):
         """Scaled latents -> float32 pixels about [-1, 1], [B, 3, T, H, W]."""
         t = latents_BtChw.shape[1]
         if t % 2 == 0:
-            raise ValueError(f"{t} latent frames: an even number decodes to {self.time} * {t} frames that start wrongly; use 1 + 2k")
+            raise ValueError(
+                f"{t} latent frames: this VAE stretches the first of an even number over {self.time} frames; use 1 + 2k"
+            )
         latents_BCthw = latents_BtChw.transpose(1, 2) / self.scale
         return self.network.decode(latents_BCthw.to(self.network.device, self.network.dtype)).sample.float()
+
+
+def network_of(state: Mapping[str, Tensor], **options: Any) -> AutoencoderKLCogVideoX:
+    """An untrained network of the sizes that diffusers' keys and shapes in `state` tell.
+
+    `options` are further arguments of the class; its defaults for them are those of the release.
+    """
+    levels = num_levels(state)
+    first_block = [k for k in state if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.norm1\.weight", k)]
+    widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)]
+    return AutoencoderKLCogVideoX(
+        block_out_channels=tuple(widths),
+        down_block_types=("CogVideoXDownBlock3D",) * levels,
+        up_block_types=("CogVideoXUpBlock3D",) * levels,
+        layers_per_block=len(first_block),
+        latent_channels=state["decoder.conv_in.conv.weight"].shape[1],
+        **options,
+    )
 
 
 def wrap(network: AutoencoderKLCogVideoX, dtype: str) -> CogVideoXCodec:
@@ -99,7 +124,7 @@ def build(config: CogVideoXVaeConfig, device: str | torch.device) -> CogVideoXCo
     place = local_or_hub(config.kind, config.path)
     if isinstance(place, Path) and place.is_file():
         state = to_diffusers(read_release(place))
-        network = AutoencoderKLCogVideoX()  # the class defaults are the released sizes
+        network = network_of(state)
         check_against(state, {k: v.shape for k, v in network.state_dict().items()}, f"path = {config.path}")
         network.load_state_dict(state)
         return wrap(network, config.dtype).to(device)
