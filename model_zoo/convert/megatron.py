@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.nn import functional
 
+from configs import validate
 from model_zoo.config import LMConfig
 from model_zoo.convert.rules import ConversionError, Rule, check_against, convert
+from model_zoo.lm import LanguageModel
 from model_zoo.token_layout import TokenLayout
 
 # Where the optimizer keeps the float32 weights of a bfloat16 model; the more exact ones, so they are read first.
@@ -30,23 +35,41 @@ _BESIDE = {
 }
 
 
-def rules(config: LMConfig, padded_vocab: int) -> list[Rule]:
-    """The table. `padded_vocab` rows stand in Megatron's token table and head; those beyond the vocabulary are zero."""
+@dataclass(frozen=True)
+class Padded:
+    """Sizes in Megatron, where they must divide by the tensor-parallel ranks. What is beyond the model's is zero.
+
+    A head of zeros stays one in training: its output is zero, and so are all its gradients.
+    """
+
+    vocab: int
+    heads: int
+
+
+def rules(config: LMConfig, padded: Padded) -> list[Rule]:
+    """The table."""
     vocab, heads = TokenLayout.of(config).vocab_size, config.num_heads
     head_dim = config.hidden_size // heads
-    assert padded_vocab >= vocab, (padded_vocab, vocab)
+    assert padded.vocab >= vocab and padded.heads >= heads, (padded, vocab, heads)
 
     def pad(weight: Tensor) -> tuple[Tensor]:
-        return (torch.cat([weight, weight.new_zeros(padded_vocab - vocab, weight.shape[1])]),)
+        return (functional.pad(weight, (0, 0, 0, padded.vocab - vocab)),)
 
     def cut(weight: Tensor) -> tuple[Tensor]:
         return (weight[:vocab].clone(),)
 
-    def by_head(weight: Tensor) -> tuple[Tensor]:  # [q heads | k heads | v heads] -> per head q, k, v
-        return (weight.unflatten(0, (3, heads, head_dim)).transpose(0, 1).flatten(0, 2),)
+    def by_head(weight: Tensor) -> tuple[Tensor]:  # rows [q heads | k heads | v heads] -> per head q, k, v
+        per_head = weight.unflatten(0, (3, heads, head_dim)).transpose(0, 1)
+        return (functional.pad(per_head, (0,) * 7 + (padded.heads - heads,)).flatten(0, 2),)
 
     def by_matrix(weight: Tensor) -> tuple[Tensor]:
-        return (weight.unflatten(0, (heads, 3, head_dim)).transpose(0, 1).flatten(0, 2),)
+        return (weight.unflatten(0, (padded.heads, 3, head_dim))[:heads].transpose(0, 1).flatten(0, 2),)
+
+    def pad_columns(weight: Tensor) -> tuple[Tensor]:
+        return (functional.pad(weight, (0, (padded.heads - heads) * head_dim)),)
+
+    def cut_columns(weight: Tensor) -> tuple[Tensor]:
+        return (weight[:, : heads * head_dim].clone(),)
 
     layer, block = "decoder.layers.{i}.", "blocks.{i}."
     return [
@@ -55,7 +78,7 @@ def rules(config: LMConfig, padded_vocab: int) -> list[Rule]:
         Rule("micro.{rest*}", "micro.{rest*}"),
         Rule(block + "norm0.weight", layer + "self_attention.linear_qkv.layer_norm_weight"),
         Rule(block + "wqkv.weight", layer + "self_attention.linear_qkv.weight", by_head, by_matrix),
-        Rule(block + "wo.weight", layer + "self_attention.linear_proj.weight"),
+        Rule(block + "wo.weight", layer + "self_attention.linear_proj.weight", pad_columns, cut_columns),
         Rule(block + "norm1.weight", layer + "mlp.linear_fc1.layer_norm_weight"),
         Rule((block + "w1.weight", block + "w3.weight"), (layer + "mlp.linear_fc1.weight",),
              lambda gate, up: (torch.cat([gate, up]),), lambda both: tuple(half.clone() for half in both.chunk(2))),
@@ -72,7 +95,7 @@ def module_name(theirs: str) -> str:
     return theirs
 
 
-def to_megatron(source: Mapping[str, Tensor], config: LMConfig, padded_vocab: int,
+def to_megatron(source: Mapping[str, Tensor], config: LMConfig, padded: Padded,
                 layers: range, first: bool, last: bool) -> Iterator[tuple[str, Tensor]]:
     """(their name, whole tensor) of one pipeline stage: `layers` of the model, counted from 0 over all stages.
 
@@ -81,7 +104,7 @@ def to_megatron(source: Mapping[str, Tensor], config: LMConfig, padded_vocab: in
     prefixes = ["token_embedding.", "text.", "micro."] if first else []
     prefixes += [f"blocks.{i}." for i in layers]
     prefixes += ["final_norm.", "head."] if last else []
-    table = rules(config, padded_vocab)
+    table = rules(config, padded)
     for prefix in prefixes:
         part = {name: source[name] for name in source if name.startswith(prefix)}
         if not part:
@@ -123,23 +146,35 @@ def _unstack(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def export_lm(folder: Path, config: LMConfig) -> dict[str, Tensor]:
+def export_lm(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
+    """Config and weights of one checkpoint of a run, the folder of a step; see `read_lm`."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConversionError(f"{folder} is not a checkpoint of a run: it has no {path.name}")
+    config = validate(LMConfig, yaml.safe_load(path.read_text(encoding="utf-8"))["model"], str(path))
+    return config, read_lm(folder, config)
+
+
+def read_lm(folder: Path, config: LMConfig) -> dict[str, Tensor]:
     """The weights of a checkpoint of `config`, in float32 under our names, ready for `LanguageModel` and the zoo.
 
-    `folder` is where the engine wrote (a step's folder). The same for every parallel layout it was trained with.
-    Raises ConversionError when the checkpoint is of another model.
+    The same for every parallel layout it was trained with. Raises ConversionError when it is of another model.
     """
-    from model_zoo.lm import LanguageModel  # only here: the table alone needs no model
-
     theirs = read_megatron(folder)
-    if "output_layer.weight" not in theirs:
-        raise ConversionError(f"{folder} holds no language model: output_layer.weight is missing")
-    padded_vocab = len(theirs["output_layer.weight"])
+    head_rows = len(theirs.get("output_layer.weight", ()))
+    qkv_rows = len(theirs.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
+    padded = Padded(vocab=head_rows, heads=qkv_rows // (3 * config.hidden_size // config.num_heads))
     vocab = TokenLayout.of(config).vocab_size
-    if padded_vocab < vocab:
-        raise ConversionError(f"{folder} holds a vocabulary of {padded_vocab}, the config needs {vocab}: another model")
-    ours = convert(theirs, rules(config, padded_vocab), "to_ours")
+    if padded.vocab < vocab or padded.heads < config.num_heads:
+        raise ConversionError(
+            f"{folder} holds a vocabulary of {padded.vocab} and {padded.heads} heads; the config has {vocab} and "
+            f"{config.num_heads}: it is of another model"
+        )
+    check_against(theirs, _shapes(config, padded), str(folder))
+    return {name: tensor.float() for name, tensor in convert(theirs, rules(config, padded), "to_ours").items()}
+
+
+def _shapes(config: LMConfig, padded: Padded) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in LanguageModel(config).state_dict().items()}
-    check_against(ours, expected, str(folder))
-    return {name: tensor.float() for name, tensor in ours.items()}
+        ours = LanguageModel(config).state_dict()
+        return {name: tensor.shape for name, tensor in convert(ours, rules(config, padded), "to_theirs").items()}

@@ -21,7 +21,7 @@ def main(path: str) -> None:
         check_columns(read_manifest(config.data.manifest), config)
         engine = MegatronEngine(config)
         loader = Loader(config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
-        run = Run(config.run, config, world, must_match=("model", "precision", "vocab_multiple"))
+        run = Run(config.run, config, world, must_match=("model", "precision", "vocab_multiple", "head_multiple"))
         fit(engine, loader, run, config.loop)
         engine.close()
 

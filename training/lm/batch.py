@@ -5,6 +5,7 @@ Letters: N tokens of the row, S samples in it, M text states of all of them, D w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -17,7 +18,6 @@ from data_pipeline.schema import Manifest
 from model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
 from training import rng
 from training.lm.config import LMTrainConfig
-from training.lm.layers import pad_to
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Row:
     def to(self, device: torch.device) -> Row:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.type == "Tensor"}
         return replace(self, **moved)
+
+
+def pad_to(size: int, *multiples: int) -> int:
+    """`size`, or the next number that all of `multiples` divide."""
+    multiple = math.lcm(*multiples)
+    return -(-size // multiple) * multiple
 
 
 def text_is_dropped(seed: int, index: int, probability: float) -> bool:

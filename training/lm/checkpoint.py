@@ -24,6 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from configs.base import ConfigError
 from training.lm.model import MegatronLM
 
 
@@ -42,7 +43,15 @@ def _layout() -> dict[str, Any]:
 def _sharded_state(model: MegatronLM, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
     layout = _layout()
     weights = model.sharded_state_dict(metadata=layout)
-    return {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout)}
+    return {
+        "model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout),
+        "distributed_optimizer": is_distributed(optimizer),
+    }
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Does it spread its state over the data-parallel ranks? The two kinds of state differ on disk."""
+    return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
 
 
 def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
@@ -67,7 +76,16 @@ def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
 
 
 def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
-    """Collective. Restore what `save` wrote, into any number of tensor, pipeline and data-parallel ranks."""
+    """Collective. Restore what `save` wrote, into any number of tensor, pipeline and data-parallel ranks.
+
+    Raises ConfigError where one of the two optimizers is distributed and the other is not.
+    """
+    stored = dist_checkpointing.load_common_state_dict(str(folder))["distributed_optimizer"]
+    if stored != is_distributed(optimizer):
+        raise ConfigError(
+            f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state cannot be read by the other "
+            f"kind; set it to {stored}, or export the weights and start a new run from them (init_from)"
+        )
     _prepare_for_load(optimizer)
     state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
     model.load_state_dict(state["model"])

@@ -47,6 +47,7 @@ class LMTrainConfig(Config):
     text_dropout: float = Field(default=0.1, ge=0, le=1)  # of a sample's whole text, for guidance (§4.3)
     row_multiple: PositiveInt = 8  # a packed row is padded to a multiple of it
     vocab_multiple: PositiveInt = 128  # the vocabulary too; padded ids are masked in logits and loss
+    head_multiple: PositiveInt = 1  # the heads too, with heads of zeros; only where parallel.tensor doesn't divide them
     init_from: str = ""  # zoo name of an LM to start from; empty = fresh weights
 
     @property
@@ -56,8 +57,10 @@ class LMTrainConfig(Config):
     @model_validator(mode="after")
     def _layers_divide(self) -> LMTrainConfig:
         tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
-        for name, value in (("model.num_heads", self.model.num_heads), ("model.ffn_size", self.model.ffn_size),
-                            ("vocab_multiple", self.vocab_multiple)):
+        if self.model.num_heads % tensor and self.head_multiple % tensor:
+            raise ValueError(f"model.num_heads = {self.model.num_heads} is not a multiple of parallel.tensor = {tensor}; "
+                             f"head_multiple = {tensor} would add heads of zeros")
+        for name, value in (("model.ffn_size", self.model.ffn_size), ("vocab_multiple", self.vocab_multiple)):
             if value % tensor:
                 raise ValueError(f"{name} = {value} is not a multiple of parallel.tensor = {tensor}")
         if self.model.num_layers % pipeline:

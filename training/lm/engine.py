@@ -9,8 +9,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -78,6 +83,8 @@ class MegatronEngine:
                 bf16=self.config.precision == "bf16", params_dtype=self.model.config.params_dtype,
             ),
             [self.ddp],
+            # as `training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
+            {ParamKey(predicate=ParamPredicate("vector", _is_vector)): {"wd_mult": 0.0}},
         )
 
     def train_step(self, batch: Batch) -> StepResult:
@@ -87,6 +94,7 @@ class MegatronEngine:
             rows = self._rows(batch, train=True)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+                group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             totals = self._run(rows, train=True)
@@ -143,6 +151,10 @@ class MegatronEngine:
     def close(self) -> None:
         """Free Megatron's process groups, so that another engine can be built in this process."""
         parallel_state.destroy_model_parallel()
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return parameter.ndim < 2
 
 
 def _forward_step(rows: Iterator[Row], model: nn.Module) -> tuple[Tensor, Callable]:

@@ -6,7 +6,6 @@ Letters: N tokens of a packed row, H heads of this rank, D head size.
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +24,8 @@ from torch import Tensor, nn
 
 from configs.base import ConfigError
 from model_zoo.attention import attention_varlen
-from model_zoo.config import LMConfig
 from model_zoo.lm import rotate
-from training.lm.config import ParallelConfig
+from training.lm.config import LMTrainConfig
 
 
 @dataclass
@@ -95,19 +93,20 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def transformer_config(model: LMConfig, parallel: ParallelConfig, *, precision: Literal["fp32", "bf16"],
-                       recompute: bool) -> TransformerConfig:
+def transformer_config(config: LMTrainConfig, num_heads: int) -> TransformerConfig:
     """The same model in Megatron's words. Fusions that need a compiler, apex or Transformer Engine are off."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    saved = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+    model, parallel = config.model, config.parallel
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    saved = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if config.recompute else {}
     return TransformerConfig(
-        num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=model.num_heads,
+        num_layers=model.num_layers, hidden_size=model.hidden_size,
+        num_attention_heads=num_heads, kv_channels=model.hidden_size // model.num_heads,
         ffn_hidden_size=model.ffn_size, normalization="RMSNorm", layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True, activation_func=gelu_tanh, bias_activation_fusion=False, add_bias_linear=False,
         attention_dropout=0.0, hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=precision == "bf16",
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=config.precision == "bf16",
         use_cpu_initialization=not torch.cuda.is_available(),
         # weights come from `model.load_full`, fresh ones too: equal for every layout
         init_method=_leave, output_layer_init_method=_leave, embedding_init_method=_leave,
@@ -138,9 +137,3 @@ def block_spec(config: TransformerConfig, layers: Literal["local", "te"]) -> Tra
         spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=FinalNorm)
-
-
-def pad_to(size: int, *multiples: int) -> int:
-    """The next multiple of all of them."""
-    multiple = math.lcm(*multiples)
-    return -(-size // multiple) * multiple

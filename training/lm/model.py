@@ -13,18 +13,17 @@ from collections.abc import Iterator, Mapping
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from model_zoo.config import LMConfig
-from model_zoo.convert.megatron import module_name, shard, to_megatron
+from model_zoo.convert.megatron import Padded, module_name, shard, to_megatron
 from model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection, rotary_table
 from model_zoo.token_layout import IGNORE, TokenLayout
 from training import rng
-from training.lm.batch import Row
+from training.lm.batch import Row, pad_to
 from training.lm.config import LMTrainConfig
-from training.lm.layers import PackedRow, block_spec, pad_to, transformer_config
+from training.lm.layers import PackedRow, block_spec, transformer_config
 
 
 class MegatronLM(GPTModel):
@@ -32,16 +31,17 @@ class MegatronLM(GPTModel):
 
     def __init__(self, config: LMTrainConfig) -> None:
         sizes = config.model
-        core = transformer_config(sizes, config.parallel, precision=config.precision, recompute=config.recompute)
-        self.sizes = sizes
-        self.vocab = TokenLayout.of(sizes).vocab_size
+        vocab = TokenLayout.of(sizes).vocab_size
+        padded = Padded(pad_to(vocab, config.vocab_multiple), pad_to(sizes.num_heads, config.head_multiple))
+        core = transformer_config(config, padded.heads)
         super().__init__(
             config=core, transformer_layer_spec=block_spec(core, config.layers),
-            vocab_size=pad_to(self.vocab, config.vocab_multiple), max_sequence_length=sizes.max_positions,
+            vocab_size=padded.vocab, max_sequence_length=sizes.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
             position_embedding_type="none",  # PackedAttention rotates
             scatter_embedding_sequence_parallel=False,  # only after the conditions are mixed in
         )
+        self.sizes, self.vocab, self.padded = sizes, vocab, padded
         if self.pre_process:
             # Replicated on all tensor-parallel ranks: equal inputs and, by the all-reduce (or gather) behind them,
             # equal gradients, so they stay equal without further ado.
@@ -91,7 +91,7 @@ class MegatronLM(GPTModel):
         layers = range(offset, offset + len(self.decoder.layers))
         rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
         parameters = dict(self.named_parameters())
-        for theirs, whole in to_megatron(source, self.sizes, self.vocab_size, layers, self.pre_process, self.post_process):
+        for theirs, whole in to_megatron(source, self.sizes, self.padded, layers, self.pre_process, self.post_process):
             name = _local_name(theirs, offset)
             parameter = parameters.pop(name if name in parameters else module_name(name))
             if getattr(parameter, "tensor_model_parallel", False):
