@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model_zoo.frozen.config import LatentCodecConfig, TextEncoderConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from configs.base import Config
 from model_zoo.config import ScheduleConfig
+from model_zoo.frozen.config import LatentCodecConfig, TextEncoderConfig
 
 
 class SampleConfig(Config):

@@ -61,6 +61,7 @@ class CheckpointState(Config):
     kind: str  # name of the config class: which trainer
     loader: dict[str, Any]
     manifest: str  # fingerprint of the raw shards
+    columns: dict[str, str]  # fingerprints of the data's columns by name
     world_size: int
     versions: dict[str, str]
 
@@ -153,6 +154,7 @@ class CheckpointStore:
         document = CheckpointState(
             step=state.step, kind=type(self.config).__name__, loader=loader.state_dict(),
             manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
+            columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         write_text(temporary / STATE, document.model_dump_json(indent=1))
         write_text(temporary / CONFIG, dump(self.config))
