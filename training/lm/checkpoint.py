@@ -86,7 +86,6 @@ def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
             f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state cannot be read by the other "
             f"kind; set it to {stored}, or export the weights and start a new run from them (init_from)"
         )
-    _prepare_for_load(optimizer)
     state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
     model.load_state_dict(state["model"])
     with torch.no_grad():  # the distributed optimizer copies into views of leaves
@@ -102,8 +101,9 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _prepare_for_load(optimizer: MegatronOptimizer) -> None:
-    """1. `state_dict` asserts that a step exists. 2. The loader asks the file for the step of each parameter."""
+def prepare(optimizer: MegatronOptimizer) -> None:
+    """Once, before the first save or load. 1. `state_dict` asserts that a step exists. 2. The loader asks the file for
+    the step of each parameter."""
     for part in _parts(optimizer):
         if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.AdamW):
             continue

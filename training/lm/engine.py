@@ -74,7 +74,7 @@ class MegatronEngine:
 
     def _build_optimizer(self) -> MegatronOptimizer:
         optim = self.config.optim
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=optim.lr, weight_decay=optim.weight_decay,
                 adam_beta1=optim.betas[0], adam_beta2=optim.betas[1], adam_eps=optim.eps,
@@ -86,6 +86,8 @@ class MegatronEngine:
             # as `training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
             {ParamKey(predicate=ParamPredicate("vector", _is_vector)): {"wd_mult": 0.0}},
         )
+        checkpoint.prepare(optimizer)
+        return optimizer
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's share of global batch `batch.step`; the result is equal on all ranks."""
