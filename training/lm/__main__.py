@@ -1,28 +1,33 @@
-"""`python -m training.lm <config.yaml>`, under torchrun's environment variables or alone."""
+"""`python -m training.lm <resolved-config.yaml>`: one rank, under torchrun or alone."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 
-from configs import load
+from configs.loader import load
 from data_pipeline.loader import Loader
-from data_pipeline.shards import read_manifest
 from training import distributed
-from training.lm.batch import check_columns
-from training.lm.config import LMTrainConfig
-from training.lm.engine import MegatronEngine
 from training.loop import fit
 from training.run import Run
 
+from training.lm.config import LMTrainConfig
 
-def main(path: str) -> None:
-    config = load(LMTrainConfig, path)
+SHAPES_WEIGHTS = ("model", "precision", "vocab_multiple", "head_multiple")  # a checkpoint may not differ in these
+
+
+def main(config_path: str) -> None:
+    config = load(LMTrainConfig, config_path)
+    # core says in every module that Transformer Engine and apex are not there, and gives advice for CUDA on the CPU
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    from training.lm.batch import check_columns
+    from training.lm.engine import MegatronEngine
+
     with distributed.start(config.run) as world:
-        check_columns(read_manifest(config.data.manifest), config)
         engine = MegatronEngine(config)
         loader = Loader(config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
-        run = Run(config.run, config, world, must_match=("model", "precision", "vocab_multiple", "head_multiple"))
-        fit(engine, loader, run, config.loop)
+        check_columns(loader.manifest, config)
+        fit(engine, loader, Run(config.run, config, world, must_match=SHAPES_WEIGHTS), config.loop)
         engine.close()
 
 

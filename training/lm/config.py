@@ -43,12 +43,13 @@ class LMTrainConfig(Config):
     recompute: bool = False  # keep one activation per layer, compute the rest again in the backward
     layers: Literal["local", "te"] = "local"  # whose linear layers and norms: Megatron's own, or Transformer Engine's
     tokens_column: str = "tokens"
+    tokenizer: str | None = None  # zoo name of the one that must have made the tokens; none = look at sizes alone
     text_column: str  # e.g. text-minilm
     text_dropout: float = Field(default=0.1, ge=0, le=1)  # of a sample's whole text, for guidance (§4.3)
     row_multiple: PositiveInt = 8  # a packed row is padded to a multiple of it
     vocab_multiple: PositiveInt = 128  # the vocabulary too; padded ids are masked in logits and loss
     head_multiple: PositiveInt = 1  # the heads too, with heads of zeros; only where parallel.tensor doesn't divide them
-    init_from: str = ""  # zoo name of an LM to start from; empty = fresh weights
+    init_from: str | None = None  # zoo name of an LM to start from; none = fresh weights
 
     @property
     def columns(self) -> tuple[str, str]:

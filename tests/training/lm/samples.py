@@ -23,7 +23,7 @@ MODEL = {
 def tiny_config(folder: Path, parallel: dict[str, Any] | None = None, **changes: Any) -> LMTrainConfig:
     data = {"manifest": folder / "data", "global_batch_size": 4, "micro_batch_size": 2} | changes.pop("data", {})
     return load(LMTrainConfig, {
-        "run": folder / "run", "zoo": folder / "zoo", "data": data, "loop": {"steps": 5, "seed": 7},
+        "run": folder / "run", "zoo": folder / "zoo", "data": data, "loop": changes.pop("loop", {"steps": 5, "seed": 7}),
         "optim": {"lr": 3e-3, "weight_decay": 0.1}, "model": MODEL | changes.pop("model", {}), "parallel": parallel or {},
         "precision": "fp32", "text_column": "text-minilm", "vocab_multiple": 8, **changes,
     })
