@@ -15,8 +15,10 @@ from training.tokenizer.engine import COLUMN, TokenizerEngine, check_features
 
 def main(config_path: str) -> None:
     config = load(TokenizerTrainConfig, config_path)
-    with distributed.start(config.run) as world:
-        loader = Loader(config.data, [COLUMN], dp_rank=world.rank, dp_size=world.size)
+    with (
+        distributed.start(config.run) as world,
+        Loader(config.data, [COLUMN], dp_rank=world.rank, dp_size=world.size) as loader,
+    ):
         check_features(config, loader.manifest)
         engine = TokenizerEngine(config, world)
         fit(engine, loader, Run(config.run, config, world), config.loop)
