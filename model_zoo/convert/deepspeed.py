@@ -32,7 +32,8 @@ from configs.files import write_text
 from model_zoo.config import DiffusionConfig, TransformerConfig
 from model_zoo.convert.rules import check_against
 
-LAYOUT = "layout.json"  # beside the shards; written by training/diffusion/engine.py
+LAYOUT = "layout.json"  # in a checkpoint folder of training/diffusion ...
+SHARDS = "zero"  # ... beside the folder of DeepSpeed's own files
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -172,7 +173,7 @@ def export_diffusion(folder: Path) -> tuple[str, Config, dict[str, Tensor]]:
     Phase main gives the "transformer", phase control the whole "diffusion" model.
     """
     layout = Layout.read(folder)
-    state = read_deepspeed(folder)
+    state = read_deepspeed(folder / SHARDS)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.weights.items()}
     check_against(tensors, layout.shapes, f"checkpoint {folder}")
     config: DiffusionConfig | TransformerConfig = layout.model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs.base import ConfigError
 from data_pipeline.loader import Batch
-from model_zoo.convert.deepspeed import Layout, read_deepspeed
+from model_zoo.convert.deepspeed import SHARDS, Layout, read_deepspeed
 from model_zoo.convert.rules import check_against
 from training.diffusion import zero
 from training.diffusion.config import DiffusionTrainConfig
@@ -21,7 +21,7 @@ from training.distributed import World
 from training.engine import StepResult
 from training.optim import adamw, learning_rate, set_learning_rate
 
-TAG = "zero"  # DeepSpeed's files lie in <checkpoint>/zero/
+MUST_MATCH = ("model", "schedule", "phase")  # sections in which a checkpoint may not differ from its run
 
 
 class DeepSpeedEngine:
@@ -58,7 +58,7 @@ class DeepSpeedEngine:
         self.zero.train()
         total = torch.zeros((), device=self.world.device)
         for samples in batch.micro_batches:
-            loss = self.objective.loss(self.zero, self.objective.inputs(samples))
+            loss = self.objective.loss(self.zero, self.objective.inputs(samples)).loss
             self.zero.backward(loss)  # averages over micro-batches and ranks
             self.zero.step()  # acts after the last micro-batch
             total += loss.detach()
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Collective. DeepSpeed's shards, and a layout.json that says how they are cut."""
-        self.zero.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        self.zero.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
         self.zero.checkpoint_engine.raise_failure()
         if self.world.rank == 0:
             self.layout.write(folder)
@@ -88,10 +88,10 @@ class DeepSpeedEngine:
             expected = {name: torch.empty(shape) for name, shape in self.layout.shapes.items()}
         check_against(expected, found.shapes, f"checkpoint {folder}")
         if found == self.layout:
-            path, _ = self.zero.load_checkpoint(str(folder), tag=TAG)
+            path, _ = self.zero.load_checkpoint(str(folder), tag=SHARDS)
             assert path is not None, folder
         else:
-            zero.restore(self.zero, read_deepspeed(folder / TAG))
+            zero.restore(self.zero, read_deepspeed(folder / SHARDS))
 
     def preview(self) -> dict[str, Tensor]:
         return {} if self.previewer is None else self.previewer(self.module)

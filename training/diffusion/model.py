@@ -30,11 +30,12 @@ def build_model(config: DiffusionTrainConfig) -> nn.Module:
     if config.phase == "control":
         model.copy_main_to_control()
         model.transformer.requires_grad_(False)
+        model.control.final_norm.requires_grad_(False)  # influences nothing; ZeRO would let weight decay shrink it
     return model
 
 
 def load_tokenizer(config: DiffusionTrainConfig, device: torch.device) -> nn.Module | None:
-    """The frozen tokenizer of phase control in float32; None in phase main."""
+    """The frozen tokenizer of phase control, its layers in the working dtype (§3.10); None in phase main."""
     if config.phase == "main":
         return None
     entry = registry.resolve(config.zoo, config.tokenizer, kind="tokenizer")
@@ -44,7 +45,7 @@ def load_tokenizer(config: DiffusionTrainConfig, device: torch.device) -> nn.Mod
             f"model.semantic.feature_channels = {wanted}, but the tokenizer {entry.reference} decodes {found} channels; "
             "choose the tokenizer or the preset that fits"
         )
-    return registry.load_model(entry, device)
+    return registry.load_model(entry, device, torch.bfloat16 if config.precision == "bf16" else None)
 
 
 def same_config(key: str, wanted: Config, found: Config, what: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from configs.base import ConfigError
 from data_pipeline.loader import Sample
 from data_pipeline.schema import column_stem
-from model_zoo.schedule import NoiseSchedule
+from model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
 from training import rng
 from training.diffusion.config import DiffusionTrainConfig
 
@@ -70,7 +70,7 @@ class Objective:
         self.config = config
         self.device = device
         self.tokenizer = tokenizer
-        self.schedule = NoiseSchedule(config.schedule).to(device)
+        self.schedule = NoiseSchedule(config.schedule)
 
     def inputs(self, samples: Sequence[Sample]) -> Inputs:
         """Raises ConfigError for a sample that does not fit the model, with its key."""
@@ -91,26 +91,19 @@ class Objective:
             features_BTchw=self.features(samples),
         )
 
-    def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Mean over the samples of the squared velocity error, frames of a prefix left out (§5.6)."""
-        return self.loss_per_sample(model, inputs).mean()
+    def loss(self, model: nn.Module, inputs: Inputs) -> DenoisingLoss:
+        """Squared velocity error, mean over the samples, frames of a prefix left out (§5.6).
 
-    def loss_per_sample(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """float32 [B]. `model` is the module or DeepSpeed's engine around it; its input has the model's dtype."""
-        schedule = self.schedule
-        noised_BTCHW = schedule.noised(inputs.latents_BTCHW, inputs.noise_BTCHW, inputs.timestep_B)
-        frame_T = torch.arange(noised_BTCHW.shape[1], device=self.device)
-        learned_BT = frame_T >= inputs.prefix_B[:, None]
-        noised_BTCHW = torch.where(learned_BT[:, :, None, None, None], noised_BTCHW, inputs.latents_BTCHW)
-        target_BTCHW = schedule.velocity(inputs.latents_BTCHW, inputs.noise_BTCHW, inputs.timestep_B)
-        conditions = () if inputs.features_BTchw is None else (inputs.features_BTchw.to(self.dtype),)
-        output_BTCHW = model(noised_BTCHW.to(self.dtype), inputs.timestep_B, inputs.text_BLD.to(self.dtype), *conditions)
-        error_BT = (output_BTCHW.float() - target_BTCHW).square().mean(dim=(2, 3, 4))
-        return (error_BT * learned_BT).sum(1) / learned_BT.sum(1)
+        `model` is the module or DeepSpeed's engine around it; it casts its inputs to its own dtype, the loss is float32.
+        """
+        conditions = () if inputs.features_BTchw is None else (inputs.features_BTchw,)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        def network(noised_BTCHW: Tensor, timestep_B: Tensor) -> Tensor:
+            return model(noised_BTCHW, timestep_B, inputs.text_BLD, *conditions)
+
+        return denoising_loss(
+            network, self.schedule, inputs.latents_BTCHW, inputs.noise_BTCHW, inputs.timestep_B, inputs.prefix_B
+        )
 
     @torch.no_grad()
     def features(self, samples: Sequence[Sample]) -> Tensor | None:

@@ -144,7 +144,7 @@ def restore(engine: Any, state: DeepSpeedState) -> None:
 def read_full(parameter: nn.Parameter) -> Tensor:
     """The fp32 master of a trained parameter, or a frozen one as it is. Collective in ZeRO-3."""
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     if parameter.requires_grad:
         return safe_get_full_fp32_param(parameter).detach().clone()
@@ -158,7 +158,7 @@ def _shapes(state: DeepSpeedState) -> dict[str, Tensor]:
 
 
 def _write_working_copy(parameter: nn.Parameter, value: Tensor) -> None:
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     if not hasattr(parameter, "ds_id"):  # whole on every rank
         parameter.copy_(value)
