@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model_zoo.frozen.config import LatentCodecConfig, TextEncoderConfig
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from configs.base import Config
-from model_zoo.config import ScheduleConfig
+from model_zoo.config import ScheduleConfig, TokenSamplingConfig
+from model_zoo.frozen.config import CodecConfig, TextConfig
 
 
 class SampleConfig(Config):
@@ -19,19 +19,17 @@ class SampleConfig(Config):
     lm: str = "lm"  # zoo references
     tokenizer: str = "tokenizer"
     diffusion: str = "diffusion"
-    lm_text: TextEncoderConfig
-    diffusion_text: TextEncoderConfig
-    codec: LatentCodecConfig
+    lm_text: TextConfig
+    diffusion_text: TextConfig
+    codec: CodecConfig
     schedule: ScheduleConfig = ScheduleConfig()
     prompts: tuple[str, ...] = ()
     num_latent_frames: PositiveInt = 13
     fps: PositiveFloat = 8.0
     motion_score: NonNegativeFloat = 0.1
-    guidance: NonNegativeFloat = 7.5  # of the language model; 0 or 1 = off
-    temperature: PositiveFloat = 1.0
-    top_k: NonNegativeInt = 0  # 0 = off; not together with top_p
-    top_p: float = Field(default=0.0, ge=0.0, le=1.0)  # 0 = off
+    tokens: TokenSamplingConfig = TokenSamplingConfig()
     steps: PositiveInt = 50  # of the diffusion sampler
+    clean_frames: NonNegativeInt = 7  # latents that a chunk of a long video keeps of the one before
     seed: NonNegativeInt = 42
     device: str = "auto"
 

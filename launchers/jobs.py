@@ -85,13 +85,13 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from model_zoo.convert.export import describe, export_run
+    from launchers.convert import export, find_source
 
-    source = describe(Path(args.run))
+    source = find_source(Path(args.run))
     if args.dry_run:
         print(f"would export {source} to {args.zoo}/{args.name}")
         return 0
-    entry = export_run(source, Path(args.zoo), args.name)
+    entry = export(source, Path(args.zoo), args.name)
     print(f"convert: {source} -> {entry.path}")
     return 0
 
