@@ -18,10 +18,10 @@ from training.distributed import World
 
 MODEL = {
     "transformer": {
-        "latent_channels": 4, "latent_frames": 3, "latent_height": 4, "latent_width": 4, "hidden_size": 32, "num_layers": 3,
+        "latent_channels": 4, "latent_frames": 3, "latent_height": 4, "latent_width": 4, "hidden_size": 32, "num_layers": 2,
         "num_heads": 2, "time_embed_dim": 16, "text_length": 3, "text_dim": 6,
     },
-    "control_layers": 2,
+    "control_layers": 1,
     "semantic": {"feature_channels": 6, "base_channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "out_channels": 8},
 }
 TOKENIZER = TokenizerConfig(
@@ -35,7 +35,7 @@ def config(folder: Path, phase: str = "main", **changes: Any) -> DiffusionTrainC
     """A config of `phase`; `changes` are dotted keys with __ for the dot: zero__stage=3."""
     data: dict[str, Any] = {
         "run": str(folder / "run"), "zoo": str(folder / "zoo"), "phase": phase,
-        "data": {"manifest": str(folder), "global_batch_size": 4}, "loop": {"steps": 100, "seed": 3},
+        "data": {"manifest": str(folder), "global_batch_size": 4, "micro_batch_size": 2}, "loop": {"steps": 100, "seed": 3},
         "optim": {"lr": 3e-3, "warmup_steps": 2, "clip_grad": 0.5}, "model": MODEL, "precision": "fp32",
         "zero": {"stage": 1, "parameter_persistence_threshold": 0}, "text_column": "text-tiny",
         "prefix": {"frames": 1, "probability": 0.3},
