@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -34,6 +35,9 @@ from data_pipeline.video_child import Failure, Request, Response, VideoInfo
 
 ClipBackend = Literal["decord", "pyav"]
 START_TIMEOUT_S = 60.0
+# Equal frames, equal bytes. x264's macroblock tree reads stale memory in small frames: the same call gave
+# up to three different streams. cpu-independent keeps the choice of SIMD code out of the result.
+X264_EXACT = "threads=1:mbtree=0:cpu-independent=1"
 
 
 class ClipDamaged(ValueError):
@@ -221,9 +225,13 @@ def _decode_decord(data: bytes) -> np.ndarray:
         reader = decord.VideoReader(f"/proc/self/fd/{fd}", num_threads=1)
         frames = reader.get_batch(range(len(reader))).asnumpy()
         del reader  # an idle reader decodes ahead and keeps it all
+    except decord.DECORDError as error:
+        raise ClipDamaged(f"decord cannot read the clip (it also refuses widths of 8, 16, 24, 48 and 72): "
+                          f"{str(error).splitlines()[0]}; the other choice is pyav") from None
     finally:
         os.close(fd)
-    return frames
+    # decord's colour conversion cuts off fractions: -1.0, -1.5, -1.0 levels in R, G, B whatever the content
+    return np.array([0, *range(2, 256), 255], np.uint8)[frames]
 
 
 def _decode_pyav(data: bytes) -> np.ndarray:
@@ -243,7 +251,7 @@ def _write_h264(target: io.BytesIO | str, frames_THWC: np.ndarray, fps: float, o
     with av.open(target, "w", format="mp4", options=flags) as container:
         length, height, width = frames_THWC.shape[:3]
         stream = container.add_stream("libx264", rate=rate, options={
-            **options, "x264-params": f"open-gop=0:keyint={length}:scenecut=0:threads=1", "flags": "+bitexact",
+            **options, "x264-params": f"open-gop=0:keyint={length}:scenecut=0:{X264_EXACT}", "flags": "+bitexact",
         })
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = context_base = 1 / rate
@@ -274,7 +282,7 @@ def _to_yuv(width: int, height: int, time_base: Fraction) -> av.filter.Graph:
         graph.add("format", "yuv420p"),
         graph.add("buffersink"),
     ]
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in itertools.pairwise(chain):
         before.link_to(after)
     graph.configure()
     return graph

@@ -12,6 +12,7 @@ container (open GOP, variable frame rate, edit lists, MPEG-TS); seeking is not.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import mmap
@@ -155,7 +156,7 @@ class _Picture:
             graph.add("crop", f"{self.width}:{self.height}"),
             graph.add("buffersink"),
         ]
-        for before, after in zip(chain, chain[1:], strict=False):
+        for before, after in itertools.pairwise(chain):
             before.link_to(after)
         graph.configure()
         return graph

@@ -13,14 +13,16 @@ the released `3d-vae.pt`, converted by model_zoo/convert/release_vae.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 from configs.base import ConfigError
-from model_zoo.convert.release_vae import read_release, to_diffusers
+from model_zoo.convert.release_vae import num_levels, read_release, to_diffusers
 from model_zoo.convert.rules import check_against
 from model_zoo.frozen.config import CogVideoXVaeConfig
 from model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
@@ -85,6 +87,22 @@ class CogVideoXCodec(nn.Module):
         return self.network.decode(latents_BCthw.to(self.network.device, self.network.dtype)).sample.float()
 
 
+def network_of(state: Mapping[str, Tensor], **options: Any) -> AutoencoderKLCogVideoX:
+    """An untrained network of the sizes that diffusers' keys and shapes in `state` tell.
+
+    `options` are further arguments of the class; its defaults for them are those of the release.
+    """
+    levels = num_levels(state)
+    return AutoencoderKLCogVideoX(
+        block_out_channels=tuple(state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)),
+        down_block_types=("CogVideoXDownBlock3D",) * levels,
+        up_block_types=("CogVideoXUpBlock3D",) * levels,
+        layers_per_block=sum(f"encoder.down_blocks.0.resnets.{j}.norm1.weight" in state for j in range(16)),
+        latent_channels=state["decoder.conv_in.conv.weight"].shape[1],
+        **options,
+    )
+
+
 def wrap(network: AutoencoderKLCogVideoX, dtype: str) -> CogVideoXCodec:
     """The codec around a loaded network, cast to `dtype`."""
     tensors = dict(network.named_parameters())
@@ -99,7 +117,7 @@ def build(config: CogVideoXVaeConfig, device: str | torch.device) -> CogVideoXCo
     place = local_or_hub(config.kind, config.path)
     if isinstance(place, Path) and place.is_file():
         state = to_diffusers(read_release(place))
-        network = AutoencoderKLCogVideoX()  # the class defaults are the released sizes
+        network = network_of(state)
         check_against(state, {k: v.shape for k, v in network.state_dict().items()}, f"path = {config.path}")
         network.load_state_dict(state)
         return wrap(network, config.dtype).to(device)

@@ -32,8 +32,8 @@ class SamplerOptions:
     guidance: float = 6.0
     guidance_exponent: float = 5.0
     # What the dynamic scale is a function of. "timestep" (999 ... 19) is what the reference and diffusers' CogVideoX
-    # pipeline compute: the scale jumps between its bounds. "step" (0 ... n - 1) rises smoothly, as the formula
-    # was meant. "constant" is plain guidance by 1 + `guidance`.
+    # pipeline compute: the scale jumps between its bounds. "step" (the steps left, n ... 1) rises smoothly, as the
+    # formula was meant. "constant" is plain guidance by 1 + `guidance`.
     dynamic: Literal["timestep", "step", "constant"] = "timestep"
 
 
@@ -49,7 +49,7 @@ def guidance_scale(options: SamplerOptions, step: int, timestep: int) -> float:
     """Scale s of d = u + s * (c - u) at one step."""
     if options.dynamic == "constant":
         return 1 + options.guidance
-    counter = timestep if options.dynamic == "timestep" else step
+    counter = timestep if options.dynamic == "timestep" else options.num_steps - step
     base = (options.num_steps - counter) / options.num_steps
     return 1 + options.guidance * (1 - math.cos(math.pi * base**options.guidance_exponent)) / 2
 

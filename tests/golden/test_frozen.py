@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX
 
 from model_zoo.convert.release_vae import to_diffusers, to_release
-from model_zoo.frozen.cogvideox_vae import CogVideoXCodec, wrap
+from model_zoo.frozen.cogvideox_vae import CogVideoXCodec, network_of, wrap
 from model_zoo.frozen.config import TheiaConfig
 from model_zoo.frozen.theia import from_tensors, pad_to_square, quantise
 from tests.golden.conftest import Case
@@ -14,18 +13,14 @@ TOLERANCE = 1e-4
 
 
 def _codec(case: Case) -> CogVideoXCodec:
-    sizes = case.config
-    levels = len(sizes["ch_mult"])
-    network = AutoencoderKLCogVideoX(
-        block_out_channels=[sizes["ch"] * m for m in sizes["ch_mult"]],
-        down_block_types=["CogVideoXDownBlock3D"] * levels,
-        up_block_types=["CogVideoXUpBlock3D"] * levels,
-        layers_per_block=sizes["res"],
-        latent_channels=sizes["z_channels"],
-        scaling_factor=sizes["scale_factor"],
-        temporal_compression_ratio=(case.inputs["video"].shape[2] - 1) // (sizes["latent_frames"] - 1),
+    state = to_diffusers(case.weights)
+    video, latents = case.inputs["video"], case.inputs["latent_scaled"]
+    network = network_of(
+        state,
+        scaling_factor=case.config["scale_factor"],
+        temporal_compression_ratio=(video.shape[2] - 1) // (latents.shape[2] - 1),
     )
-    network.load_state_dict(to_diffusers(case.weights))
+    network.load_state_dict(state)
     return wrap(network, "float32")
 
 

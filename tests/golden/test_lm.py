@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model_zoo.config import LMConfig
+from model_zoo.config import LMConfig, TokenSamplingConfig
 from model_zoo.convert.release_lm import RULES
 from model_zoo.convert.rules import convert
 from model_zoo.lm import LanguageModel, MicroConditions, sinusoid
+from model_zoo.sample.tokens import Prompts, sample_tokens
+from model_zoo.token_layout import CODE, IGNORE
 
 
 def model_of(case) -> LanguageModel:
@@ -73,3 +75,48 @@ def test_micro_conditions(case):
     close(conditions(given["frames"], given["motion_score"]), wanted["micro_condition"], 1e-5)
     count = len(given["frames"])
     close(conditions(torch.ones(count), torch.zeros(count)), wanted["micro_condition_defaults"], 1e-5)
+
+
+class Replay:
+    """Checks the probabilities of each step and goes on with the id that was recorded there."""
+
+    def __init__(self, probabilities, drawn):
+        self.probabilities, self.drawn, self.steps = probabilities, drawn, 0
+
+    def __call__(self, probabilities_BV, step):
+        assert step == self.steps
+        self.steps += 1
+        close(probabilities_BV[0], self.probabilities[step])
+        return self.drawn[step : step + 1]
+
+
+@pytest.mark.golden("lm_sampling")
+def test_sampling(case):
+    model, given, wanted = model_of(case), case.inputs, case.outputs
+    text = given["text_embeddings"]
+    for run in case.config["runs"]:
+        name, frames = run["name"], run["num_frames"]
+        config = TokenSamplingConfig(
+            guidance=run.get("guidance_scale") or 1.0, temperature=run.get("temperature") or 1.0, top_k=run.get("top_k"),
+            top_p=run.get("top_p"), reference_behaviour=True,
+        )
+        prompts = Prompts(text, given[f"{name}.motion_score"])
+        replay = Replay(wanted[f"{name}.probs"], wanted[f"{name}.drawn"])
+        sampled = sample_tokens(model, prompts, frames, config, draw=replay)
+        assert replay.steps == run["steps"]
+        assert torch.equal(sampled.codes_BK, wanted[f"{name}.codes"])
+        assert sampled.num_frames_B.tolist() == [frames]
+        if run.get("top_k") == 1:  # no random numbers: any seed gives these codes
+            greedy = sample_tokens(model, prompts, frames, config, seeds=[0])
+            assert torch.equal(greedy.codes_BK, wanted[f"{name}.codes"])
+
+        fed, raw = wanted[f"{name}.fed_tokens"], wanted[f"{name}.raw_logits"]
+        template = torch.from_numpy(model.layout.template(frames))[1:-1]
+        assert torch.equal(fed[template != CODE], template[template != CODE])
+        start = model.layout.first_start(text.shape[1])
+        prompt_ids = torch.full((start + 1,), IGNORE)
+        prompt_ids[0], prompt_ids[-1] = model.layout.bos, model.layout.start_iframe
+        ids = torch.cat([prompt_ids, fed])[None]
+        for row in range(raw.shape[1]):  # with text, then without
+            logits = model(ids, text, given[f"{name}.frames"], given[f"{name}.motion_score"], torch.tensor([row == 1]))
+            close(logits[0, start:], raw[:, row])

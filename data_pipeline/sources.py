@@ -1,0 +1,165 @@
+"""Where raw videos come from: lists of `SourceClip`s out of folders, tables and WebDataset tars.
+
+Only names, captions and spans are read here; the videos themselves stay closed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+from webdataset.tariterators import base_plus_ext
+
+from configs.base import ConfigError
+from data_pipeline.ingest_config import ColumnsConfig, ShardsConfig
+from data_pipeline.video import VideoFile
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+VIDEO_SUFFIXES = frozenset((
+    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
+    ".ts", ".vob", ".webm", ".wmv", ".y4m",
+))
+CAPTION_PARTS = ("txt", "caption", "json")
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """One row of the input: a video, or a span of one, and its caption ("" where it has none)."""
+
+    name: str  # for people and the shard's JSON: path below the source, or tar:key
+    video: VideoFile
+    caption: str
+    start_s: float = 0.0  # counted from the first frame
+    end_s: float = math.inf
+
+
+def read_source(config: ShardsConfig) -> list[SourceClip]:
+    """All rows, in an order that depends on the source alone.
+
+    Raises ConfigError when the source is missing, holds nothing, or lacks a column.
+    """
+    if config.source == "packaged":
+        return _table(ASSETS / "captions.jsonl", config.columns)
+    path = Path(config.source)
+    if ".tar" in path.name:
+        return [clip for tar in braceexpand.braceexpand(config.source) for clip in _tar(Path(tar), config.columns)]
+    if not path.exists():
+        raise ConfigError(f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, or \"packaged\"")
+    clips = _folder(path, config.columns) if path.is_dir() else _table(path, config.columns)
+    if not clips:
+        raise ConfigError(f"source = {config.source!r} holds no videos; known video names end in {' '.join(sorted(VIDEO_SUFFIXES))}")
+    return clips
+
+
+def _folder(folder: Path, columns: ColumnsConfig) -> list[SourceClip]:
+    for name in ("captions.jsonl", "captions.csv"):
+        if (folder / name).is_file():
+            return _table(folder / name, columns)
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
+    tars = [path for path in files if path.suffix == ".tar"]
+    if tars:
+        return [clip for tar in tars for clip in _tar(tar, columns)]
+    return [
+        SourceClip(path.relative_to(folder).as_posix(), VideoFile(path), _text(path.with_suffix(".txt")))
+        for path in files if path.suffix.lower() in VIDEO_SUFFIXES
+    ]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+
+
+def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
+    rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix)
+    if rows is None:
+        raise ConfigError(f"source = {str(path)!r}: captions are read from .csv or .jsonl files")
+    clips = []
+    for line, row in rows(path):
+        for key, column in (("file", columns.file), ("caption", columns.caption)):
+            if column not in row:
+                raise ConfigError(f"{path}, line {line}: no column {column!r}, there are {', '.join(map(repr, row))}; "
+                                  f"name it with columns.{key}=...")
+        name = str(row[columns.file])
+        clips.append(SourceClip(
+            name=name, video=VideoFile(path.parent / name), caption=str(row[columns.caption] or "").strip(),
+            start_s=_seconds(row, columns.start_s, 0.0, path, line), end_s=_seconds(row, columns.end_s, math.inf, path, line),
+        ))
+    return clips
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield reader.line_num, {name: value for name, value in row.items() if name is not None}
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with open(path, encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}, line {line} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}, line {line} holds a {type(row).__name__}; each line is one object")
+            yield line, row
+
+
+def _seconds(row: Mapping[str, Any], column: str, default: float, path: Path, line: int) -> float:
+    value = row.get(column)
+    if value is None or value == "":
+        return default
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if math.isnan(seconds) or seconds < 0:
+        raise ConfigError(f"{path}, line {line}: {column} = {value!r} is not a time in seconds")
+    return seconds
+
+
+def _tar(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
+    """The samples of a WebDataset tar, cut into keys as webdataset cuts them, with their places in the file."""
+    if not path.is_file():
+        raise ConfigError(f"source: {str(path)!r} does not exist")
+    if path.suffix != ".tar":
+        raise ConfigError(f"source: {str(path)!r} is compressed; videos gain nothing by it, unpack it to a plain .tar")
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, part = base_plus_ext(member.name)
+                if member.isreg() and key:
+                    samples.setdefault(key, {})[part.lower()] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ConfigError(f"source: {str(path)!r} is not a whole tar: {error}") from None
+    clips = []
+    with open(path, "rb") as file:
+        for key, parts in samples.items():
+            video = next((parts[part] for part in parts if f".{part}" in VIDEO_SUFFIXES), None)
+            if video is not None:
+                texts = {part: os.pread(file.fileno(), parts[part][1], parts[part][0]) for part in CAPTION_PARTS if part in parts}
+                clips.append(SourceClip(f"{path.name}:{key}", VideoFile(path, *video), _caption(texts, columns)))
+    return clips
+
+
+def _caption(texts: Mapping[str, bytes], columns: ColumnsConfig) -> str:
+    for part in ("txt", "caption"):
+        if part in texts:
+            return texts[part].decode("utf-8", errors="replace").strip()
+    try:
+        row = json.loads(texts.get("json", b"{}"))
+    except ValueError:
+        return ""
+    return str(row.get(columns.caption) or "").strip() if isinstance(row, dict) else ""
