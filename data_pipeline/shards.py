@@ -15,11 +15,12 @@ from types import TracebackType
 
 from pydantic import ValidationError
 
+from configs.base import ConfigError
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
 from data_pipeline.schema import MANIFEST, Manifest, Reject, ShardEntry, Sidecar
 
 
-class ShardError(ValueError):
+class ShardError(ConfigError):
     """A shard, sidecar or manifest is missing or does not say what it must."""
 
 

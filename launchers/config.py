@@ -7,8 +7,19 @@ from pathlib import Path
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from configs.base import Config
+from data_pipeline.ingest_config import ShardsConfig
 from model_zoo.config import ScheduleConfig, TokenSamplingConfig
 from model_zoo.frozen.config import CodecConfig, TextConfig
+
+
+class ShardsJobConfig(ShardsConfig):
+    """`landiff shards`: what is cut, which decides the bytes of the shards, and where they go, which does not."""
+
+    data: Path
+
+    @property
+    def content(self) -> ShardsConfig:
+        return ShardsConfig.model_validate(self.model_dump(exclude={"data"}))
 
 
 class SampleConfig(Config):

@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shards_job(args: argparse.Namespace) -> int:
-    from data_pipeline.ingest_config import ShardsConfig
+    from launchers.config import ShardsJobConfig
 
-    config = load(ShardsConfig, args.config, args.overrides)
+    config = load(ShardsJobConfig, args.config, args.overrides)
     if args.dry_run:
         return show(config, f"would write raw shards to {config.data}")
     from data_pipeline.ingest import make_shards
 
-    manifest = make_shards(config, progress=Progress("shards", "clips"))
+    manifest = make_shards(config.content, config.data, progress=Progress("shards", "clips"))
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
     return 0
 

@@ -102,14 +102,14 @@ class MicroConditions(nn.Module):
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2j / d) for [..., S] positions -> float32 [..., S, d/2] each."""
+    """cos and sin of position * theta^(-2j / d) for positions [S] -> float32 [S, d/2] each."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[..., None] * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BSHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding on adjacent pairs (2j, 2j + 1), in float32, cast back. cos, sin: [S, d/2] or [B, S, d/2]."""
+    """Rotary embedding on adjacent pairs (2j, 2j + 1), in float32, cast back. cos, sin: [S, d/2]."""
     even, odd = x_BSHd.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BSHd.dtype)
@@ -238,7 +238,7 @@ class LanguageModel(nn.Module):
         prompt_BPD = self.embed_prompt(text_BLT, frames_B, motion_score_B, drop_text_B)
         start = prompt_BPD.shape[1]
         is_condition = ids_BS == IGNORE
-        if not (is_condition[:, 1:start].all() and not is_condition[:, start:].any()):
+        if not bool(is_condition[:, 1:start].all() & ~is_condition[:, start:].any()):
             raise ValueError(
                 f"ids of shape {tuple(ids_BS.shape)} do not fit a text of {text_BLT.shape[1]} tokens: positions "
                 f"1 … {start - 1} and no others must hold {IGNORE}"
@@ -278,19 +278,16 @@ class LanguageModel(nn.Module):
             dtype = torch.get_autocast_dtype(weight.device.type)
         return KVCache(self.config, batch, capacity, weight.device, dtype)
 
-    def transform(self, x_BSD: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None,
-                  mask: Tensor | None = None) -> Tensor:
+    def transform(self, x_BSD: Tensor, *, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """Blocks -> [B, S, D], before the final norm. With a cache the rows continue what it holds.
 
-        positions: [S] or [B, S], by default counted on from the cache. mask: bool, true = may attend,
-        broadcastable to [B, H, S, cached + S]; causal by default.
+        mask: bool, true = may attend, broadcastable to [B, H, S, cached + S]; causal by default.
         """
         before = cache.length if cache is not None else 0
         end = before + x_BSD.shape[1]
         if end > self.config.max_positions:
             raise ValueError(f"{end} positions exceed max_positions = {self.config.max_positions}")
-        if positions is None:
-            positions = torch.arange(before, end, device=x_BSD.device)
+        positions = torch.arange(before, end, device=x_BSD.device)
         head_dim = self.config.hidden_size // self.config.num_heads
         rotary = rotary_table(positions, head_dim, self.config.rope_theta)
         for block in self.blocks:

@@ -7,9 +7,8 @@ import torch
 
 from configs import Config, dump, load
 from configs.loader import packaged_names
-from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.precompute_config import PrecomputeConfig
-from launchers.config import EvaluateConfig, SampleConfig
+from launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
 from model_zoo.config import ModelConfig
 from model_zoo.dit import position_table_numel
 from model_zoo.registry import build
@@ -18,7 +17,7 @@ from training.lm.config import LMTrainConfig
 from training.tokenizer.config import TokenizerTrainConfig
 
 CLASSES: dict[str, type[Config]] = {
-    "model": ModelConfig, "shards": ShardsConfig, "features": PrecomputeConfig, "precompute": PrecomputeConfig,
+    "model": ModelConfig, "shards": ShardsJobConfig, "features": PrecomputeConfig, "precompute": PrecomputeConfig,
     "tokenizer": TokenizerTrainConfig, "lm": LMTrainConfig, "diffusion-main": DiffusionTrainConfig,
     "diffusion-control": DiffusionTrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig,
 }

@@ -13,6 +13,7 @@ the released `3d-vae.pt`, converted by model_zoo/convert/release_vae.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class CogVideoXCodec(nn.Module):
         self.time: int = int(sizes.temporal_compression_ratio)
         self.scale: float = sizes.scaling_factor
         self.network = network
+        network.enable_slicing()  # clip by clip: same values, memory of one clip
+        network.num_latent_frames_batch_size = 2  # an odd first frame goes with the first pair
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -82,7 +85,9 @@ class CogVideoXCodec(nn.Module):
         """Scaled latents -> float32 pixels about [-1, 1], [B, 3, T, H, W]."""
         t = latents_BtChw.shape[1]
         if t % 2 == 0:
-            raise ValueError(f"{t} latent frames: an even number decodes to {self.time} * {t} frames that start wrongly; use 1 + 2k")
+            raise ValueError(
+                f"{t} latent frames: this VAE stretches the first of an even number over {self.time} frames; use 1 + 2k"
+            )
         latents_BCthw = latents_BtChw.transpose(1, 2) / self.scale
         return self.network.decode(latents_BCthw.to(self.network.device, self.network.dtype)).sample.float()
 
@@ -93,11 +98,13 @@ def network_of(state: Mapping[str, Tensor], **options: Any) -> AutoencoderKLCogV
     `options` are further arguments of the class; its defaults for them are those of the release.
     """
     levels = num_levels(state)
+    first_block = [k for k in state if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.norm1\.weight", k)]
+    widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)]
     return AutoencoderKLCogVideoX(
-        block_out_channels=tuple(state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)),
+        block_out_channels=tuple(widths),
         down_block_types=("CogVideoXDownBlock3D",) * levels,
         up_block_types=("CogVideoXUpBlock3D",) * levels,
-        layers_per_block=sum(f"encoder.down_blocks.0.resnets.{j}.norm1.weight" in state for j in range(16)),
+        layers_per_block=len(first_block),
         latent_channels=state["decoder.conv_in.conv.weight"].shape[1],
         **options,
     )

@@ -13,7 +13,8 @@ matrix product each, and all that is lost lies in the coefficients left out.
 `TABLE` was chosen and measured once on 151 spans (17 frames, 8 fps, 64 x 64, area-scaled and centre-cropped)
 of 81 single-shot clips of Big Buck Bunny: coefficients in order of mean square, then mean and standard
 deviation of those kept. Coefficients that both kinds of latent frame keep stand first and share a channel,
-so that a channel means the same in all frames as far as possible. Round trip there: 28.1 dB mean PSNR.
+so that a channel means the same in all frames as far as possible. Round trip, mean PSNR: 28.1 dB there,
+29.2 dB on the 41 shipped clips at 64 x 64 (latents stored as bfloat16 cost less than 0.01 dB).
 """
 
 from __future__ import annotations

@@ -194,8 +194,8 @@ class _Body:
 class _Decoder:
     """The model with its cache: feeds what is new and returns the logits behind it.
 
-    Prompts of different lengths are aligned at their end. The pads in front are attended by nobody, and every
-    row counts its positions from its own BOS.
+    Prompts of different lengths are aligned at their end, and the pads in front are attended by nobody. That
+    they move a row's positions changes nothing: the rotary embedding knows distances alone.
     """
 
     def __init__(self, model: LanguageModel, prompts: Prompts, num_frames: int, body_length: int, guided: bool) -> None:
@@ -241,17 +241,16 @@ class _Decoder:
         if not self.fed:
             x_RSD = torch.cat([self.prompt_RPD, x_RSD], dim=1)
         self.fed = tokens_BN.shape[1]
-        positions, mask = self._places(self.cache.length, x_RSD.shape[1])
-        hidden_RSD = self.model.transform(x_RSD, positions=positions, cache=self.cache, mask=mask)
+        mask = self._mask(self.cache.length, x_RSD.shape[1])
+        hidden_RSD = self.model.transform(x_RSD, cache=self.cache, mask=mask)
         return self.model.logits(hidden_RSD[:, -1:])[:, 0]
 
-    def _places(self, start: int, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Positions [R, S] and mask [R, 1, S, keys] of rows that begin with pads; None, None without pads."""
+    def _mask(self, start: int, count: int) -> Tensor | None:
+        """bool [R, 1, S, keys] that hides the pads from S new positions; None (causal) without pads."""
         if self.pads_R is None:
-            return None, None
+            return None
         queries = torch.arange(start, start + count, device=self.device)
         keys = torch.arange(start + count, device=self.device)
-        sees_SK = keys <= queries[:, None]
-        mask_RSK = sees_SK & (keys >= self.pads_R[:, None, None])
-        mask_RSK = mask_RSK | (keys == queries[:, None])  # a pad sees itself: a row of the mask may not be empty
-        return (queries - self.pads_R[:, None]).clamp(min=0), mask_RSK[:, None]
+        sees_RSK = (keys <= queries[:, None]) & (keys >= self.pads_R[:, None, None])
+        sees_RSK |= keys == queries[:, None]  # a pad sees itself: a row of the mask may not be empty
+        return sees_RSK[:, None]

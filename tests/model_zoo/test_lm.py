@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from configs import load
+from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig
 from model_zoo.convert.release_lm import RULES
 from model_zoo.convert.rules import ConversionError, check_against, convert
@@ -67,6 +68,15 @@ def test_a_model_built_on_meta_and_loaded_equals_the_original():
     assert not list(model.buffers())  # a buffer outside the state dict would stay unset
     loaded = on_meta(CONFIG)
     loaded.load_state_dict(model.state_dict(), assign=True)
+    inputs = some_inputs(model)
+    assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+def test_the_zoo_gives_back_the_same_model(tmp_path):
+    model = drawn_model()
+    entry = registry.export(tmp_path, "lm", "lm", CONFIG, model.state_dict(), {})
+    loaded = registry.load_model(registry.resolve(tmp_path, "lm", kind="lm"))
+    assert entry.config == loaded.config == CONFIG
     inputs = some_inputs(model)
     assert torch.equal(loaded(*inputs), model(*inputs))
 

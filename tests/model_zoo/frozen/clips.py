@@ -1,7 +1,38 @@
 """Frames for the tests of frozen encoders."""
 
+from pathlib import Path
+
+import av
 import torch
 from torch import Tensor
+
+import data_pipeline
+
+CLIPS = Path(data_pipeline.__file__).parent / "assets" / "clips"
+
+
+def shipped_clip(path: Path, num_frames: int, side: int = 64) -> Tensor:
+    """The first frames of a shipped 24 fps clip at 8 fps, area-scaled and centre-cropped, uint8 [T, side, side, 3]."""
+    frames = []
+    with av.open(path) as container:
+        video = container.streams.video[0]
+        graph = av.filter.Graph()
+        width = round(video.width * side / video.height)
+        nodes = [
+            graph.add_buffer(template=video),
+            graph.add("scale", f"{width}:{side}:flags=area+accurate_rnd+full_chroma_int"),
+            graph.add("format", "rgb24"),
+            graph.add("crop", f"{side}:{side}"),
+            graph.add("buffersink"),
+        ]
+        graph.link_nodes(*nodes).configure()
+        for index, frame in enumerate(container.decode(video)):
+            if index % 3 == 0:
+                graph.push(frame)
+                frames.append(torch.from_numpy(graph.pull().to_ndarray()))
+            if len(frames) == num_frames:
+                break
+    return torch.stack(frames)
 
 
 def moving_blobs(num_frames: int, height: int, width: int, seed: int = 0) -> Tensor:

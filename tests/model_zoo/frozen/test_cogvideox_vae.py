@@ -55,6 +55,13 @@ def test_noise_moves_the_latent_by_the_clamped_standard_deviation(codec):
     assert torch.equal(codec.encode(video, torch.zeros_like(mean)), mean)
 
 
+def test_clips_of_a_batch_are_coded_alone(codec):
+    videos = torch.stack([moving_blobs(num_frames=9, height=16, width=16, seed=s) for s in (0, 1)])
+    latents = codec.encode(videos)
+    assert torch.equal(latents[1:], codec.encode(videos[1:]))
+    assert torch.equal(codec.decode(latents)[1:], codec.decode(latents[1:]))
+
+
 def test_lengths_that_would_not_come_back_are_refused(codec):
     with pytest.raises(ValueError, match=r"1 \+ 8 \* k"):
         codec.encode(torch.zeros(1, 5, 16, 16, 3, dtype=torch.uint8))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 
 from configs import Config, ConfigError, load
@@ -11,6 +12,7 @@ from model_zoo.frozen.config import (
     CodecConfig,
     CogVideoXVaeConfig,
     FlanT5Config,
+    T5V11Config,
     TextConfig,
     TheiaConfig,
     VisionConfig,
@@ -48,6 +50,13 @@ def test_wrong_kind_or_option_is_refused_by_dotted_name(section, value):
 def test_missing_weights_say_which_path_to_set(config_class, tmp_path):
     with pytest.raises(ConfigError, match=r"path = .*nowhere.*set path to"):
         build(config_class(path=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("config_class", [TheiaConfig, CogVideoXVaeConfig, FlanT5Config, T5V11Config])
+def test_a_hub_id_without_network_ends_in_a_message_with_the_way_out(config_class, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"(?s)no-such-owner/no-such-model.*without a network, set path to"):
+        build(config_class(path="no-such-owner/no-such-model"))
 
 
 def test_configs_and_build_import_no_torch():

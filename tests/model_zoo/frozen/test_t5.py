@@ -1,9 +1,5 @@
 """T5 encoders from folders in the hub's layout: tiny random weights, a tokenizer built here."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer
@@ -118,19 +114,3 @@ def test_fingerprint_follows_kind_length_dtype_and_a_single_weight(folder, flan,
 def test_a_folder_without_tokenizer_or_weights_says_so(tmp_path):
     with pytest.raises(ConfigError, match=r"flan-t5: .*path = "):
         build(FlanT5Config(path=str(tmp_path)))
-
-
-def test_a_hub_id_without_network_ends_in_a_message_with_the_way_out(tmp_path):
-    code = """
-from configs import ConfigError
-from model_zoo.frozen import build
-from model_zoo.frozen.config import *
-for config in (TheiaConfig(), CogVideoXVaeConfig(), FlanT5Config(), T5V11Config()):
-    try:
-        build(config)
-    except ConfigError as error:
-        print(config.kind, "without a network, set path to" in str(error))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
-    assert result.stdout.split() == ["theia", "True", "cogvideox-vae", "True", "flan-t5", "True", "t5-v1.1", "True"]
