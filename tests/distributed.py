@@ -14,6 +14,7 @@ would hang the children.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import select
@@ -82,10 +83,14 @@ class Nursery:
         self, function: Callable[..., Any], world_size: int, args: Sequence[Any], *,
         started: bool = False, environment: Mapping[str, str] | None = None, folder: Path | None = None,
     ) -> Ranks:
-        """Fork `world_size` ranks that call `function(*args)`, or with `started` `function(world, *args)`."""
+        """Fork `world_size` ranks that call `function(*args)`, or with `started` `function(world, *args)`.
+
+        The children write into `folder`: rank_<n>.out, rank_<n>.pickle.
+        """
         folder = Path(tempfile.mkdtemp(prefix="ranks-")) if folder is None else folder
         folder.mkdir(parents=True, exist_ok=True)
-        pickle.dump((function.__name__, world_size, tuple(args), started, dict(environment or {}), str(folder), os.getcwd()), self.file)
+        target = (function.__module__, function.__name__)
+        pickle.dump((target, world_size, tuple(args), started, dict(environment or {}), str(folder), os.getcwd()), self.file)
         self.file.flush()
         return Ranks(self, pickle.load(self.file), folder)
 
@@ -108,13 +113,14 @@ class Ranks:
     pids: list[int]
     folder: Path  # rank_<n>.out (text) and rank_<n>.pickle (result)
 
-    def wait(self, timeout_s: float, grace_s: float = 10.0) -> list[int]:
+    def wait(self, timeout_s: float, *, grace_s: float = 10.0, ended: Sequence[tuple[int, int]] = ()) -> list[int]:
         """Exit codes by rank (-n: killed by signal n).
 
-        When one fails, the others get `grace_s` to notice. Ranks still alive after that or after `timeout_s` are killed.
+        When one fails, the others get `grace_s` to notice. Ranks still alive after that or after `timeout_s` are
+        killed. `ended`: what `Nursery.wait` already reported of them.
         """
-        codes: dict[int, int] = {}
-        deadline = time.monotonic() + timeout_s
+        codes = dict(ended)
+        deadline = time.monotonic() + (grace_s if any(codes.values()) else timeout_s)
         while len(codes) < len(self.pids):
             ended = self.nursery.wait(max(0.0, deadline - time.monotonic()))
             if ended is None:
@@ -151,9 +157,7 @@ class Ranks:
 
 def _serve(module_name: str, descriptor: int) -> None:
     """Import the module, then fork and reap on request until the other side closes."""
-    import importlib
-
-    module = importlib.import_module(module_name)
+    importlib.import_module(module_name)
     connection = socket.socket(fileno=descriptor)
     file = connection.makefile("rwb")
     read_end, write_end = os.pipe()
@@ -169,7 +173,7 @@ def _serve(module_name: str, descriptor: int) -> None:
             break
         if isinstance(request, tuple):
             port = free_port()
-            pids = [_fork(module, rank, port, *request) for rank in range(request[1])]
+            pids = [_fork(rank, port, *request) for rank in range(request[1])]
             alive.update(pids)
             _send(file, pids)
         else:
@@ -199,7 +203,7 @@ def _reap(alive: set[int], timeout_s: float, wakeup: int) -> tuple[int, int] | N
 
 
 def _fork(
-    module: Any, rank: int, port: int, name: str, world_size: int, args: Sequence[Any], started: bool,
+    rank: int, port: int, target: tuple[str, str], world_size: int, args: Sequence[Any], started: bool,
     environment: Mapping[str, str], folder: str, cwd: str,
 ) -> int:
     pid = os.fork()
@@ -217,7 +221,7 @@ def _fork(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment,
         )
-        _call(getattr(module, name), args, started, Path(folder) / f"rank_{rank}.pickle")
+        _call(getattr(importlib.import_module(target[0]), target[1]), args, started, Path(folder) / f"rank_{rank}.pickle")
         code = 0
     except BaseException:
         traceback.print_exc()

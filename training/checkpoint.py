@@ -61,6 +61,7 @@ class CheckpointState(Config):
     kind: str  # name of the config class: which trainer
     loader: dict[str, Any]
     manifest: str  # fingerprint of the raw shards
+    columns: dict[str, str]  # fingerprints of the data's columns by name
     world_size: int
     versions: dict[str, str]
 
@@ -153,6 +154,7 @@ class CheckpointStore:
         document = CheckpointState(
             step=state.step, kind=type(self.config).__name__, loader=loader.state_dict(),
             manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
+            columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         write_text(temporary / STATE, document.model_dump_json(indent=1))
         write_text(temporary / CONFIG, dump(self.config))
@@ -186,9 +188,9 @@ class CheckpointStore:
         found = self._newest_whole()
         if found is None:
             return None
-        document = self._check(found, loader)
+        document = self._check(found)
+        loader.load_state_dict(document.loader)  # refuses other data
         engine.load(found)
-        loader.load_state_dict(document.loader)
         log.info("resumed from %s", found)
         return TrainState(step=document.step)
 
@@ -228,7 +230,7 @@ class CheckpointStore:
         problems = [text for path in _share(self.world, list(entries)) if (text := difference(folder, entries[path]))]
         return [text for part in self.world.gather(problems) for text in part]
 
-    def _check(self, folder: Path, loader: BatchSource) -> CheckpointState:
+    def _check(self, folder: Path) -> CheckpointState:
         """state.json of a whole checkpoint that fits this run. Raises ConfigError with the keys that don't."""
         document = CheckpointState.model_validate_json((folder / STATE).read_bytes())
         kind = type(self.config).__name__
@@ -248,11 +250,6 @@ class CheckpointStore:
             )
         if changed:
             log.info("resuming with a changed config: %s", ", ".join(changed))
-        if document.manifest != loader.manifest.fingerprint:
-            log.warning(
-                "resuming on other data: manifest %s, the checkpoint saw %s; the order of samples differs from here on",
-                loader.manifest.fingerprint, document.manifest,
-            )
         return document
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from configs.base import Config
+from configs.loader import load
 from data_pipeline.loader import Batch, Sample
 from data_pipeline.schema import Manifest, RawSample
 from training import distributed, rng
@@ -112,8 +113,8 @@ def alone() -> World:
     return World(0, 1, 0, torch.device("cpu"), "gloo")
 
 
-def main(run: str, steps: int, **loop: object) -> None:
+def main(config_path: str) -> None:
     """What a trainer's `__main__` does."""
-    config = ToyConfig(run=Path(run), loop=LoopConfig(steps=steps, **loop))
+    config = load(ToyConfig, config_path)
     with distributed.start(config.run) as world:
         train(config, world)
