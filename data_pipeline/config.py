@@ -17,4 +17,5 @@ class DataConfig(Config):
     micro_batch_size: PositiveInt = 1  # samples of one forward on one rank
     seed: NonNegativeInt = 0  # of the order; the global order is a function of (manifest, seed, epoch)
     shuffle_window: PositiveInt = 16  # shards whose samples are mixed
+    prefetch_batches: NonNegativeInt = 2  # read ahead in the background; 0 = in the trainer's own thread
     adopt: bool = False  # accept columns whose fingerprints don't fit; the one way past the refusal

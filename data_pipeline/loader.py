@@ -1,13 +1,30 @@
-"""Samples in a global order that depends on (manifest, seed, epoch) alone, with exact resume."""
+"""Samples in a global order that depends on (manifest, seed, epoch) alone, with exact resume.
+
+Global batch k is samples k * G .. (k + 1) * G - 1 of the endless stream (order.py), whatever the number of
+ranks; rank r of n takes every n-th of them, so micro-batch m of all ranks together is one stretch of the
+global batch. What must survive a restart is one number: how many samples were handed out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from data_pipeline.schema import RawSample
+from configs.base import ConfigError
+from data_pipeline.columns import AlignedColumns, require_encoder
+from data_pipeline.config import DataConfig
+from data_pipeline.order import Order
+from data_pipeline.schema import FORMAT_VERSION, RawSample
+from data_pipeline.shards import ShardError, read_manifest
+
+__all__ = ["Batch", "Loader", "Sample", "require_encoder"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +50,126 @@ class Batch:
     @property
     def samples(self) -> Iterator[Sample]:
         return (sample for micro in self.micro_batches for sample in micro)
+
+
+class Loader:
+    """Hands out this rank's share of one global batch after another, for ever.
+
+    Tensor- and pipeline-parallel peers pass the same `dp_rank` and get equal batches. `wait_s` is the time
+    that `next_batch` kept its caller waiting, in all.
+    """
+
+    def __init__(self, config: DataConfig, columns: Sequence[str], *, dp_rank: int, dp_size: int) -> None:
+        """Raises ConfigError where the ranks don't divide the global batch, ShardError where the data don't fit."""
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        unit = dp_size * config.micro_batch_size
+        if config.global_batch_size % unit:
+            below = config.global_batch_size // unit * unit
+            raise ConfigError(
+                f"data.global_batch_size = {config.global_batch_size} is not a multiple of data-parallel ranks * "
+                f"data.micro_batch_size = {dp_size} * {config.micro_batch_size}; nearest that is: "
+                f"{f'{below} or ' if below else ''}{below + unit}"
+            )
+        self.config = config
+        self.manifest = read_manifest(config.manifest)
+        data = config.manifest.parent if config.manifest.suffix == ".json" else config.manifest
+        self._columns = AlignedColumns(data, self.manifest, columns, adopt=config.adopt, keep=2 * config.shuffle_window + 2)
+        self._order = Order(self._columns.counts, seed=config.seed, window=config.shuffle_window)
+        if not self.num_samples:
+            raise ShardError(f"{data} holds no clip that has all of {', '.join(columns) or 'raw'}; see reject_counts in its manifest")
+        self._positions = np.arange(dp_rank, config.global_batch_size, dp_size)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if config.prefetch_batches else None
+        self._ahead: deque[Future[Batch]] = deque()
+        self._step = 0
+        self.wait_s = 0.0
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch: clips that every wanted column has."""
+        return self._order.num_samples
+
+    def next_batch(self) -> Batch:
+        """This rank's share of the next global batch. Raises ShardError with file and key of a damaged sample."""
+        begin = time.perf_counter()
+        if self._pool is None:
+            batch = self._read_batch(self._step)
+        else:
+            while len(self._ahead) <= self.config.prefetch_batches:
+                self._ahead.append(self._pool.submit(self._read_batch, self._step + len(self._ahead)))
+            try:
+                batch = self._ahead.popleft().result()
+            except BaseException:
+                self._forget_ahead()
+                raise
+        self._step += 1
+        self.wait_s += time.perf_counter() - begin
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was handed out, and of what: JSON-able, equal on all ranks."""
+        return {"format": FORMAT_VERSION, "consumed_samples": self._step * self.config.global_batch_size, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the last batch of `state`, on any number of ranks.
+
+        Raises ConfigError where the state is of another data set, seed or batch size.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ConfigError(f"the checkpoint's data order has {name} = {state.get(name)!r}, this run has {value!r}; {_WAY_OUT[name]}")
+        step, rest = divmod(state["consumed_samples"], self.config.global_batch_size)
+        if rest:
+            raise ConfigError(f"consumed_samples = {state['consumed_samples']} is not a multiple of data.global_batch_size = "
+                              f"{self.config.global_batch_size}; the checkpoint's loader state is damaged")
+        self._forget_ahead()
+        self._step = step
+
+    def close(self) -> None:
+        """End the background thread and close the files."""
+        self._forget_ahead()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+        self._columns.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data": self.manifest.fingerprint,
+            "num_samples": self.num_samples,
+            "exclusions": self._columns.exclusions,
+            "seed": self.config.seed,
+            "shuffle_window": self.config.shuffle_window,
+            "global_batch_size": self.config.global_batch_size,
+        }
+
+    def _forget_ahead(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def _read_batch(self, step: int) -> Batch:
+        indices = step * self.config.global_batch_size + self._positions
+        places = self._order.locate(indices)
+        samples = []
+        for at, position in enumerate(self._positions):
+            meta, tensors = self._columns.read(int(places.shard[at]), int(places.slot[at]))
+            samples.append(Sample(key=meta.key, epoch=int(places.epoch[at]), index=int(indices[at]), position=int(position),
+                                  meta=meta, tensors=tensors))
+        size = self.config.micro_batch_size
+        micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
+        return Batch(step, self.config.global_batch_size, micro_batches)
+
+
+_WAY_OUT = {
+    "data": "point data.manifest at the data set the run began with, or start a new run",
+    "num_samples": "the columns it reads set other clips aside now; restore them or start a new run",
+    "exclusions": "the columns it reads set other clips aside now; restore them or start a new run",
+    "seed": "set data.seed back, or start a new run",
+    "shuffle_window": "set data.shuffle_window back, or start a new run",
+    "global_batch_size": "set data.global_batch_size back (ranks and micro-batches may change), or start a new run",
+}

@@ -71,6 +71,7 @@ class ShardEntry(Config):
     samples: NonNegativeInt
     bytes: NonNegativeInt
     sha256: str
+    missing: list[NonNegativeInt] = Field(default_factory=list)  # columns: raw positions of clips set aside here
 
 
 class Sidecar(Config):
@@ -82,6 +83,8 @@ class Sidecar(Config):
     rejects: list[Reject] = Field(default_factory=list)
     fingerprint: str  # of the encoder + its inputs (`fingerprint`); raw: of the shards config
     raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
+    dtype: str = ""  # columns: of the tensors in this tar
+    shape: list[NonNegativeInt] = Field(default_factory=list)  # columns: of one sample; 0 where samples differ
 
 
 class Column(Config):
@@ -91,7 +94,8 @@ class Column(Config):
     shape: list[int]  # of one sample; 0 where samples differ (text rows)
     encoder: str  # human name, e.g. "efficientnet-lite0" or "tokenizer@3f2a..."
     fingerprint: str
-    config: dict[str, Any]  # the resolved column config, encoder fingerprint parts included
+    config: dict[str, Any]  # the resolved column config; "encoders" holds {name: fingerprint} of what made it
+    raw_fingerprint: str = ""  # `Manifest.fingerprint` of the raw shards it was made from
     shards: list[ShardEntry]
 
 

@@ -15,11 +15,12 @@ from types import TracebackType
 
 from pydantic import ValidationError
 
+from configs.base import ConfigError
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
 from data_pipeline.schema import MANIFEST, Manifest, Reject, ShardEntry, Sidecar
 
 
-class ShardError(ValueError):
+class ShardError(ConfigError):
     """A shard, sidecar or manifest is missing or does not say what it must."""
 
 
@@ -36,6 +37,9 @@ class ShardWriter:
         self.fingerprint = fingerprint
         self.raw_sha256 = raw_sha256
         self.rejects: list[Reject] = []
+        self.missing: list[int] = []
+        self.dtype = ""
+        self.shape: list[int] = []
         self._index: list[tuple[str, dict[str, tuple[int, int]]]] = []
         self._temporary = temporary_name(self.path)
 
@@ -60,8 +64,10 @@ class ShardWriter:
             places[part] = (end - padded, len(data))
         self._index.append((key, places))
 
-    def reject(self, key: str, stage: str, reason: str, detail: str = "") -> None:
-        """Set a clip aside; it is counted in the sidecar and the manifest."""
+    def reject(self, key: str, stage: str, reason: str, detail: str = "", position: int | None = None) -> None:
+        """Set a clip aside; it is counted in the sidecar and the manifest. A column gives the clip's raw position."""
+        if position is not None:
+            self.missing.append(position)
         self.rejects.append(Reject(key=key, stage=stage, reason=reason, detail=detail))
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -81,9 +87,10 @@ class ShardWriter:
             self.sidecar = Sidecar(
                 entry=ShardEntry(
                     name=self.name, samples=len(self._index), bytes=self._temporary.stat().st_size,
-                    sha256=sha256_file(self._temporary),
+                    sha256=sha256_file(self._temporary), missing=sorted(self.missing),
                 ),
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
+                dtype=self.dtype, shape=self.shape,
             )
             os.replace(self._temporary, self.path)
             fsync_dir(self.path.parent)

@@ -1,4 +1,4 @@
-"""Sizes of the models. Torch-free: the command line and the launchers read these too.
+"""Sizes of the models, and how tokens are sampled. Torch-free: the command line and the launchers read these too.
 
 The defaults are the released LanDiff sizes (reference specification §0, §3-§5); presets that differ are
 YAML files (`configs/nano/model.yaml`).
@@ -66,6 +66,25 @@ class LMConfig(Config):
     def _heads_divide(self) -> LMConfig:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a whole even number")
+        return self
+
+
+class TokenSamplingConfig(Config):
+    """How tokens are drawn from the language model (specification §4.7)."""
+
+    guidance: PositiveFloat = 7.5  # l_uncond + guidance * (l_cond - l_uncond); 1 switches it off and halves the work
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = None  # keep the k most likely ids; 1 = always the most likely
+    top_p: PositiveFloat | None = None  # keep the most likely ids until their mass reaches p
+    predict_end: bool = False  # the model may end a video of several segments early
+    reference_behaviour: bool = False  # draw as the reference implementation does; see model_zoo/sample/tokens.py
+
+    @model_validator(mode="after")
+    def _filters(self) -> TokenSamplingConfig:
+        if self.top_k is not None and self.top_p is not None:
+            raise ValueError(f"top_k = {self.top_k} and top_p = {self.top_p} exclude each other; set one to null")
+        if self.top_p is not None and self.top_p > 1:
+            raise ValueError(f"top_p = {self.top_p} is a share of the probability mass: at most 1")
         return self
 
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from data_pipeline.loader import Batch
+from data_pipeline.schema import Manifest
 
 
 @dataclass
 class StepResult:
     """What one optimizer step has to say. Tensors stay on the device: `metrics.log` is the loop's only sync."""
 
-    loss: Tensor | float  # mean over the global batch, equal on all ranks (or on the last pipeline stage)
+    loss: Tensor | float  # mean over the global batch, equal on all ranks (rank 0 logs it, whatever its pipeline stage)
     grad_norm: Tensor | float
     lr: float
     metrics: dict[str, Tensor | float] = field(default_factory=dict)  # more scalars, by TensorBoard tag
@@ -34,7 +35,11 @@ class Engine(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Collective. Write everything that a restart needs into `folder` (exists, empty, on a shared disk)."""
+        """Collective. Write everything that a restart needs into `folder` (exists, empty, on a shared disk).
+
+        A rank that cannot write raises after its last collective, or all ranks raise: peers must not be left
+        waiting. All files are closed on return.
+        """
         ...
 
     def load(self, folder: Path) -> None:
@@ -44,3 +49,28 @@ class Engine(Protocol):
     def preview(self) -> dict[str, Tensor]:
         """Collective. uint8 videos [T, H, W, 3] by TensorBoard tag; empty where there is nothing to look at."""
         ...
+
+
+class BatchSource(Protocol):
+    """What the loop asks of a loader (`data_pipeline.loader.Loader` is one)."""
+
+    manifest: Manifest
+
+    def next_batch(self) -> Batch:
+        """This rank's share of the next global batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, JSON-able, equal on all ranks."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, also on another number of ranks."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """What the loop itself has to remember."""
+
+    step: int = 0  # finished optimizer steps

@@ -6,6 +6,8 @@ A run with two ranks, or one that was killed and resumed, draws the same numbers
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +21,12 @@ def key(seed: int, purpose: str, *place: int) -> int:
 def generator(seed: int, purpose: str, *place: int) -> torch.Generator:
     """A fresh CPU generator for that key. Draw on the CPU and move: the numbers then do not depend on the device."""
     return torch.Generator().manual_seed(key(seed, purpose, *place))
+
+
+@contextmanager
+def seeded(seed: int, purpose: str, *place: int) -> Iterator[None]:
+    """torch's global CPU generator under that key inside the block, as before after it: for code that takes no
+    generator, such as the initialisation of modules (build on the CPU, then move)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, purpose, *place))
+        yield

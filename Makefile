@@ -1,0 +1,39 @@
+# Two commands matter: `make quickstart` and `make test`. Both set up everything first, in .venv.
+# Needs Python 3.11 or newer and nothing else; no compiler.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/quickstart
+BIN     = $(VENV)/bin
+
+.PHONY: install quickstart test test-long lint bench wheel clean
+
+install: $(VENV)/.installed
+
+# torch comes first: everything else must fit it, not the other way round.
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+quickstart: install
+	$(BIN)/landiff quickstart --out $(OUT)
+
+test: install lint
+	$(BIN)/python -m pytest -m "not long and not gpu"
+
+test-long: install lint
+	$(BIN)/python -m pytest -m "not gpu" --timeout 7200
+
+lint: install
+	$(BIN)/ruff check .
+
+bench: install
+	for table in benchmarks/[a-z]*.py; do echo "== $$table"; $(BIN)/python $$table || exit 1; done
+
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,71 @@
+"""Configs of the jobs that join several rooms. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+
+from configs.base import Config
+from data_pipeline.ingest_config import ShardsConfig
+from model_zoo.config import ScheduleConfig, TokenSamplingConfig
+from model_zoo.frozen.config import CodecConfig, TextConfig
+
+
+class ShardsJobConfig(ShardsConfig):
+    """`landiff shards`: what is cut, which decides the bytes of the shards, and where they go, which does not."""
+
+    data: Path
+
+    @property
+    def content(self) -> ShardsConfig:
+        return ShardsConfig.model_validate(self.model_dump(exclude={"data"}))
+
+
+class SampleConfig(Config):
+    """Prompts -> tokens -> latents -> mp4."""
+
+    zoo: Path
+    out: Path  # folder of the mp4 files
+    lm: str = "lm"  # zoo references
+    tokenizer: str = "tokenizer"
+    diffusion: str = "diffusion"
+    lm_text: TextConfig
+    diffusion_text: TextConfig
+    codec: CodecConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    prompts: tuple[str, ...] = ()
+    num_latent_frames: PositiveInt = 13
+    fps: PositiveFloat = 8.0
+    motion_score: NonNegativeFloat = 0.1
+    tokens: TokenSamplingConfig = TokenSamplingConfig()
+    steps: PositiveInt = 50  # of the diffusion sampler
+    clean_frames: NonNegativeInt = 7  # latents that a chunk of a long video keeps of the one before
+    seed: NonNegativeInt = 42
+    device: str = "auto"
+
+    @field_validator("prompts")
+    @classmethod
+    def _no_empty_prompt(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for i, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise ValueError(f"prompt {i} is empty; say what the video shows")
+        return prompts
+
+
+class EvaluateConfig(Config):
+    """Losses with the right and with wrong conditions, on a sample of the data set."""
+
+    zoo: Path
+    data: Path
+    out: Path  # the JSON file of results
+    lm: str = "lm"
+    tokenizer: str = "tokenizer"
+    diffusion: str = "diffusion"
+    schedule: ScheduleConfig = ScheduleConfig()
+    lm_text_column: str
+    diffusion_text_column: str
+    prefix_frames: PositiveInt
+    samples: PositiveInt = 32
+    seeds: PositiveInt = 5  # each draws other clips, wrong partners, noise and timesteps
+    device: str = "auto"

@@ -1,0 +1,93 @@
+"""`landiff evaluate`: joins the data set, the zoo and the condition tests of model_zoo/evaluate."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from configs.files import write_text
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader, Sample
+from launchers.config import EvaluateConfig
+from launchers.progress import Progress
+from model_zoo import registry
+from model_zoo.evaluate import conditions
+from model_zoo.schedule import NoiseSchedule
+from training.rng import generator
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def evaluate_conditions(config: EvaluateConfig) -> dict:
+    """Compare losses under right and wrong conditions for every seed; print a table, write `config.out`."""
+    device = pick_device(config.device)
+    lm = registry.load_model(registry.resolve(config.zoo, config.lm, "lm"), device)
+    tokenizer = registry.load_model(registry.resolve(config.zoo, config.tokenizer, "tokenizer"), device)
+    diffusion = registry.load_model(registry.resolve(config.zoo, config.diffusion, "diffusion"), device)
+    schedule = NoiseSchedule(config.schedule)
+    progress = Progress("evaluate", "seeds")
+    rows = []
+    for seed in range(config.seeds):
+        samples = draw(config, seed)
+        rows.append({"seed": seed, **lm_row(config, lm, samples, device),
+                     **diffusion_row(config, diffusion, tokenizer, schedule, samples, device, seed)})
+        progress(seed + 1, config.seeds)
+    write_text(config.out, json.dumps({"samples": len(samples), "rows": rows}, indent=1))
+    names = [name for name in rows[0] if name != "seed"]
+    print(f"{'nats per code (lm), squared error (diffusion)':<48}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows))
+    for name in names:
+        print(f"{name:<48}" + "".join(f"{row[name]:>10.4f}" for row in rows))
+    return {"rows": rows}
+
+
+def draw(config: EvaluateConfig, seed: int) -> list[Sample]:
+    """Clips in an order of this seed's own; at most the whole data set once."""
+    columns = ["tokens", "latents", config.lm_text_column, config.diffusion_text_column]
+    first = Loader(DataConfig(manifest=config.data, global_batch_size=1, seed=seed), columns, dp_rank=0, dp_size=1)
+    size = min(config.samples, first.num_samples)
+    loader = Loader(DataConfig(manifest=config.data, global_batch_size=size, micro_batch_size=size, seed=seed), columns, dp_rank=0, dp_size=1)
+    return list(loader.next_batch().samples)
+
+
+def lm_row(config: EvaluateConfig, lm, samples: list[Sample], device: torch.device) -> dict[str, float]:
+    wrong = conditions.wrong_partners([s.meta.caption for s in samples])
+    texts = [s.tensors[config.lm_text_column].float().to(device) for s in samples]
+    codes = [s.tensors["tokens"].to(torch.int64).numpy() for s in samples]
+
+    def loss(text_of) -> float:
+        total = 0.0
+        for i, sample in enumerate(samples):
+            total += conditions.lm_code_loss(lm, codes[i], texts[text_of(i)], lm.layout.num_frames(len(codes[i])), sample.meta.motion_score)
+        return total / len(samples)
+
+    baseline = conditions.frequency_baseline(torch.tensor([c.tolist() for c in codes]).numpy(), lm.layout.codebook_size)
+    return {"lm": loss(lambda i: i), "lm, another clip's caption": loss(lambda i: wrong[i]), "token frequencies alone": baseline}
+
+
+def diffusion_row(config: EvaluateConfig, diffusion, tokenizer, schedule: NoiseSchedule, samples: list[Sample],
+                  device: torch.device, seed: int) -> dict[str, float]:
+    latents = torch.stack([s.tensors["latents"] for s in samples]).float().to(device)
+    text = torch.stack([s.tensors[config.diffusion_text_column] for s in samples]).float().to(device)
+    tokens = torch.stack([s.tensors["tokens"].to(torch.int64) for s in samples]).to(device)
+    with torch.no_grad():
+        features = tokenizer.decode(tokens, latents.shape[1])
+    wrong = features[conditions.wrong_partners([s.meta.source_sha256 for s in samples])]
+    draw = generator(seed, "evaluate")
+    noise = torch.randn(latents.shape, generator=draw).to(device)
+    timesteps = torch.randint(0, config.schedule.num_timesteps, (len(samples),), generator=draw).to(device)
+
+    def loss(features, **prefix) -> float:
+        return conditions.diffusion_loss(diffusion, schedule, latents, text, features, noise, timesteps, **prefix)
+
+    k = config.prefix_frames
+    return {
+        "diffusion": loss(features), "diffusion, another clip's tokens": loss(wrong),
+        "diffusion, later frames": loss(features, skip=k),
+        "diffusion, later frames after a clean prefix": loss(features, prefix=k, skip=k),
+    }

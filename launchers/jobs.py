@@ -1,0 +1,185 @@
+"""What each `landiff` command does. Everything heavy is imported inside the job that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from configs import ConfigError, dump, find, load
+from configs.files import write_text
+from configs.loader import packaged_names
+from launchers.progress import Progress
+
+
+class JobFailed(RuntimeError):
+    """A job that ended without doing its work; the message says why and what to do."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch; returns the exit code."""
+    return globals()[f"{args.command}_job"](args)
+
+
+def shards_job(args: argparse.Namespace) -> int:
+    from launchers.config import ShardsJobConfig
+
+    config = load(ShardsJobConfig, args.config, args.overrides)
+    if args.dry_run:
+        return show(config, f"would write raw shards to {config.data}")
+    from data_pipeline.ingest import make_shards
+
+    manifest = make_shards(config.content, config.data, progress=Progress("shards", "clips"))
+    print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
+    return 0
+
+
+def precompute_job(args: argparse.Namespace) -> int:
+    from data_pipeline.precompute_config import PrecomputeConfig
+
+    config = load(PrecomputeConfig, args.config, args.overrides)
+    if args.dry_run:
+        return show(config, f"would compute {', '.join(config.columns)} for the shards of {config.data}")
+    from data_pipeline import precompute
+
+    if args.action == "status":
+        print(f"{'column':<24}{'done':>8}{'left':>8}")
+        for row in precompute.status(config):
+            print(f"{row.column:<24}{row.done:>8}{row.left:>8}")
+        return 0
+    task = parse_task(args.task)
+    if args.action == "run":
+        summary = precompute.run(config, task=task, progress=Progress("precompute", "units"))
+        print(f"precompute: {summary}")
+    if args.action == "finalize" or task == (0, 1):
+        manifest = precompute.finalize(config)
+        print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
+        if "latents" in config.columns:
+            from launchers.preview import codec_round_trip
+
+            codec_round_trip(config, Path("runs/precompute"))
+    return 0
+
+
+def train_job(args: argparse.Namespace) -> int:
+    from launchers.local import default_processes, run_trainer
+
+    if args.stage == "tokenizer":
+        from training.tokenizer.config import TokenizerTrainConfig as TrainConfig
+    elif args.stage == "lm":
+        from training.lm.config import LMTrainConfig as TrainConfig
+    else:
+        from training.diffusion.config import DiffusionTrainConfig as TrainConfig
+    config = load(TrainConfig, args.config, args.overrides)
+    processes = args.nproc or default_processes()
+    if args.dry_run:
+        return show(config, f"would train in {config.run} on {processes} process(es)")
+    config.run.mkdir(parents=True, exist_ok=True)
+    resolved = config.run / "resolved.yaml"
+    write_text(resolved, dump(config))
+    code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
+    if code:
+        raise JobFailed(first_error(config.run) or f"the ranks of {config.run} ended with exit code {code}")
+    return 0
+
+
+def convert_job(args: argparse.Namespace) -> int:
+    from launchers.convert import export, find_source
+
+    source = find_source(Path(args.run))
+    if args.dry_run:
+        print(f"would export {source} to {args.zoo}/{args.name}")
+        return 0
+    entry = export(source, Path(args.zoo), args.name)
+    print(f"convert: {source} -> {entry.path}")
+    return 0
+
+
+def zoo_job(args: argparse.Namespace) -> int:
+    from model_zoo import registry
+
+    zoo = Path(args.zoo)
+    if args.action == "list":
+        for name in sorted(p.name for p in zoo.iterdir() if p.is_dir()) if zoo.is_dir() else []:
+            entry = registry.resolve(zoo, name)
+            print(f"{entry.kind:<14}{entry.reference}")
+        return 0
+    if not args.reference:
+        raise ConfigError(f"landiff zoo {args.action} needs a reference: name, name@fingerprint or a path")
+    entry = registry.resolve(zoo, args.reference)
+    if args.action == "verify":
+        registry.verify(entry)
+        print(f"{entry.reference}: the weights give its fingerprint")
+    else:
+        print(json.dumps({"kind": entry.kind, "path": str(entry.path), "config": entry.config.model_dump(mode="json"),
+                          "provenance": entry.provenance}, indent=1))
+    return 0
+
+
+def sample_job(args: argparse.Namespace) -> int:
+    from launchers.config import SampleConfig
+
+    overrides = args.overrides + [f"prompts={json.dumps(args.prompts)}"] * bool(args.prompts)
+    config = load(SampleConfig, args.config, overrides)
+    if args.dry_run:
+        return show(config, f"would sample {len(config.prompts)} video(s) into {config.out}")
+    from launchers.sample import sample_videos
+
+    sample_videos(config)
+    return 0
+
+
+def evaluate_job(args: argparse.Namespace) -> int:
+    from launchers.config import EvaluateConfig
+
+    config = load(EvaluateConfig, args.config, args.overrides)
+    if args.dry_run:
+        return show(config, f"would evaluate {config.lm} and {config.diffusion} on {config.samples} samples")
+    from launchers.evaluate import evaluate_conditions
+
+    evaluate_conditions(config)
+    return 0
+
+
+def config_job(args: argparse.Namespace) -> int:
+    if not args.name:
+        print("\n".join(packaged_names()))
+    else:
+        print(find(args.name).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def quickstart_job(args: argparse.Namespace) -> int:
+    from launchers.pipeline import quickstart
+
+    return quickstart(Path(args.out), args.prompt or (), args.dry_run)
+
+
+def show(config, plan: str) -> int:
+    """--dry-run: the resolved config and the plan."""
+    print(f"{dump(config)}\n# {plan}")
+    return 0
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
+
+
+def parse_task(text: str | None) -> tuple[int, int]:
+    """`3/50` -> (3, 50), 0-based; a SLURM array's own variables where nothing is given."""
+    if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+    if text is None:
+        return 0, 1
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ConfigError(f"--task {text} must be I/N with 0 <= I < N, e.g. 0/8")
+    return int(index), int(count)
+
+
+def first_error(run: Path) -> str | None:
+    """The oldest error file of a run: the first rank that failed is the cause, the others follow it."""
+    files = sorted((run / "errors").glob("rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
+    return f"{files[0]}:\n{files[0].read_text().rstrip()}" if files else None

@@ -1,0 +1,71 @@
+"""Start a trainer's ranks on this machine, through torchrun, and end with their true exit code.
+
+Ctrl-C or SIGTERM asks the run to stop: a `stop` file in the run folder, which the ranks agree on at the end
+of a step; they checkpoint and leave. A second signal ends them at once. If this process is killed, torchrun
+is told by the kernel and ends its workers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def default_processes() -> int:
+    """One per GPU of this machine, or 1."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([v for v in visible.split(",") if v.strip()]))
+    return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+
+
+def environment(processes: int) -> dict[str, str]:
+    """This environment, with threads shared out over the processes unless the user chose."""
+    env = dict(os.environ)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    env.setdefault("PYTHONUNBUFFERED", "1")
+    roots = [str(Path(__file__).resolve().parent.parent), *filter(None, [env.get("PYTHONPATH")])]
+    env["PYTHONPATH"] = os.pathsep.join(roots)
+    return env
+
+
+def torchrun(module: str, arguments: Sequence[str], processes: int) -> list[str]:
+    """The command that starts `processes` ranks of `module` here."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+            "-m", module, *arguments]
+
+
+def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> int:
+    """Start the ranks, forward a wish to stop, return torchrun's exit code."""
+    stop = run / "stop"
+    stop.unlink(missing_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    child = subprocess.Popen(
+        torchrun(module, [str(config_file)], processes), env=environment(processes), start_new_session=True,
+        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # torchrun passes SIGTERM on to its workers
+    )
+    asked = 0
+
+    def on_signal(number: int, _frame: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            print(f"landiff: signal {signal.Signals(number).name}: stopping after this step; once more to end at once", file=sys.stderr)
+            stop.touch()
+        else:
+            os.killpg(child.pid, signal.SIGKILL)
+
+    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        stop.unlink(missing_ok=True)

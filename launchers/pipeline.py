@@ -1,0 +1,130 @@
+"""The walk as a graph of stages, and the quickstart that runs it here, one stage after the other.
+
+A stage is a `landiff` command line with the names of the stages it waits for; nothing in it is special to
+the quickstart. Every command goes on from where it was, so running the graph again continues it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.files import write_text
+from launchers.local import environment
+from launchers.progress import duration
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the walk. `run` is the run folder whose losses belong to it, if it trains."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    run: str | None = None
+    look: str = ""  # where a person finds the result
+
+
+@dataclass
+class StageResult:
+    name: str
+    seconds: float
+    exit_code: int
+    first_loss: float | None = None
+    last_loss: float | None = None
+    look: str = ""
+
+
+def walk(preset: str, processes: int, prompts: Sequence[str] = ()) -> list[Stage]:
+    """The whole walk (architecture §1) with the packaged configs of a preset, in an order that can be run."""
+
+    def train(stage: str, config: str) -> tuple[str, ...]:
+        return ("train", stage, "--config", f"{preset}/{config}", "--nproc", str(processes))
+
+    def convert(run: str, name: str) -> tuple[str, ...]:
+        return ("convert", f"runs/{run}", "--name", name)
+
+    return [
+        Stage("shards", "clips -> raw shards", ("shards", "--config", f"{preset}/shards"), look="data/manifest.json"),
+        Stage("features", "vision features", ("precompute", "--config", f"{preset}/features"), ("shards",), look="data/features"),
+        Stage("tokenizer", "semantic tokenizer, torch DDP", train("tokenizer", "tokenizer"), ("features",), "runs/tokenizer", "runs/tokenizer"),
+        Stage("export tokenizer", "checkpoint -> zoo", convert("tokenizer", "tokenizer"), ("tokenizer",), look="zoo/tokenizer"),
+        Stage("columns", "tokens, latents, text states", ("precompute", "--config", f"{preset}/precompute"), ("export tokenizer",), look="runs/precompute"),
+        Stage("lm", "language model, Megatron-core", train("lm", "lm"), ("columns",), "runs/lm", "runs/lm"),
+        Stage("diffusion main", "main transformer, DeepSpeed ZeRO", train("diffusion", "diffusion-main"), ("columns",), "runs/diffusion-main", "runs/diffusion-main"),
+        Stage("export main", "checkpoint -> zoo", convert("diffusion-main", "main"), ("diffusion main",), look="zoo/main"),
+        Stage("diffusion control", "control branch, main frozen", train("diffusion", "diffusion-control"), ("export main",), "runs/diffusion-control", "runs/diffusion-control"),
+        Stage("export lm", "checkpoint -> zoo", convert("lm", "lm"), ("lm",), look="zoo/lm"),
+        Stage("export diffusion", "checkpoint -> zoo", convert("diffusion-control", "diffusion"), ("diffusion control",), look="zoo/diffusion"),
+        Stage("evaluate", "are the conditions used?", ("evaluate", "--config", f"{preset}/evaluate"), ("export lm", "export diffusion"), look="evaluation.json"),
+        Stage("sample", "prompts -> mp4", ("sample", "--config", f"{preset}/sample", *prompts), ("export lm", "export diffusion"), look="samples"),
+    ]
+
+
+def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
+    """Run the nano walk in `out`. Returns the exit code of the first stage that fails, or 0."""
+    stages = walk("nano", processes=2, prompts=prompts)
+    if dry_run:
+        print(f"cd {out}")
+        for stage in stages:
+            print("landiff " + " ".join(repr(c) if " " in c else c for c in stage.command))
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    results: list[StageResult] = []
+    for number, stage in enumerate(stages, 1):
+        print(f"\n== {number}/{len(stages)} {stage.name}: {stage.title}", flush=True)
+        result = run_stage(stage, out)
+        results.append(result)
+        write_summary(out, results, time.monotonic() - started)
+        if result.exit_code:
+            print(f"\nlandiff quickstart: stage {stage.name!r} failed with exit code {result.exit_code}; its own message is above. "
+                  f"Run the same command again to go on from here.", file=sys.stderr)
+            return result.exit_code
+    print_table(results, time.monotonic() - started)
+    print(f"\nlook next:  {out}/samples/*.mp4\n            tensorboard --logdir {out}/runs\n            {out}/summary.json")
+    return 0
+
+
+def run_stage(stage: Stage, out: Path) -> StageResult:
+    """One stage as its own `landiff` process in `out`; its lines go straight to the person."""
+    started = time.monotonic()
+    code = subprocess.run([sys.executable, "-m", "launchers.cli", *stage.command], cwd=out, env=environment(1)).returncode
+    first, last = losses(out / stage.run) if stage.run else (None, None)
+    return StageResult(stage.name, round(time.monotonic() - started, 1), code, first, last, stage.look)
+
+
+def losses(run: Path) -> tuple[float | None, float | None]:
+    """First and last logged loss of a run."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return None, None
+    values = [json.loads(line)["loss"] for line in path.read_text().splitlines() if line.strip()]
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> None:
+    """`summary.json`: the table, plus the evaluation and the videos once they are there."""
+    evaluation = out / "evaluation.json"
+    document = {
+        "seconds": round(seconds, 1),
+        "stages": [vars(r) for r in results],
+        "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
+        "videos": sorted(str(p.relative_to(out)) for p in (out / "samples").glob("*.mp4")),
+    }
+    write_text(out / "summary.json", json.dumps(document, indent=1))
+
+
+def print_table(results: Sequence[StageResult], seconds: float) -> None:
+    print(f"\n{'stage':<20}{'time':>8}{'first loss':>13}{'last loss':>12}  look at")
+    for r in results:
+        first = f"{r.first_loss:.4f}" if r.first_loss is not None else ""
+        last = f"{r.last_loss:.4f}" if r.last_loss is not None else ""
+        print(f"{r.name:<20}{duration(r.seconds):>8}{first:>13}{last:>12}  {r.look}")
+    print(f"{'all':<20}{duration(seconds):>8}")

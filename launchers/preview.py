@@ -1,0 +1,36 @@
+"""Videos for TensorBoard from outside a training loop: what went into the codec, what came out, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader
+from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.shards import read_part
+from data_pipeline.video import decode_clip
+from model_zoo import frozen
+from training.metrics import write_video
+
+
+def log_videos(folder: Path, step: int, videos_THWC: Mapping[str, Tensor], fps: float) -> None:
+    """Append uint8 videos to the TensorBoard log in `folder`, by tag."""
+    with SummaryWriter(str(folder)) as writer:
+        for tag, video in videos_THWC.items():
+            write_video(writer, tag, video, step, fps)
+
+
+def codec_round_trip(config: PrecomputeConfig, folder: Path, clips: int = 4) -> None:
+    """The first clips as they went in, and as their latents decode."""
+    codec = frozen.build(config.columns["latents"].encoder, torch.device("cpu"))
+    loader = Loader(DataConfig(manifest=config.data, global_batch_size=1), ["latents"], dp_rank=0, dp_size=1)
+    for number in range(min(clips, loader.num_samples)):
+        sample = next(loader.next_batch().samples)
+        frames = torch.from_numpy(decode_clip(read_part(config.data, loader.manifest, sample.key, "mp4")))
+        decoded = codec.decode(sample.tensors["latents"][None].float())[0]
+        log_videos(folder / "tensorboard", number, {"codec/input": frames, "codec/round trip": decoded}, sample.meta.fps)

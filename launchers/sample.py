@@ -1,0 +1,54 @@
+"""`landiff sample`: joins the zoo, the frozen encoders and the video writer."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from configs import ConfigError
+from data_pipeline.video import write_mp4
+from launchers.config import SampleConfig
+from launchers.evaluate import pick_device
+from launchers.preview import log_videos
+from launchers.progress import Progress
+from model_zoo import frozen, registry
+from model_zoo.sample.generate import Models, generate
+from model_zoo.sample.latents import SamplerOptions
+from model_zoo.schedule import NoiseSchedule
+
+
+def load_models(config: SampleConfig, device: torch.device) -> Models:
+    def load(reference: str, kind: str) -> torch.nn.Module:
+        return registry.load_model(registry.resolve(config.zoo, reference, kind), device)
+
+    return Models(
+        lm=load(config.lm, "lm"), tokenizer=load(config.tokenizer, "tokenizer"), diffusion=load(config.diffusion, "diffusion"),
+        schedule=NoiseSchedule(config.schedule), lm_text=frozen.build(config.lm_text, device),
+        diffusion_text=frozen.build(config.diffusion_text, device), codec=frozen.build(config.codec, device),
+    )
+
+
+def sample_videos(config: SampleConfig) -> list[str]:
+    """Write one mp4 per prompt into `config.out`; returns their names. Prompt i has the seed `config.seed` + 1000 i."""
+    if not config.prompts:
+        raise ConfigError('prompts is empty; give one: landiff sample --config … "a rabbit runs over a meadow"')
+    models = load_models(config, pick_device(config.device))
+    config.out.mkdir(parents=True, exist_ok=True)
+    bars: dict[str, Progress] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        bars.setdefault(what, Progress(f"sample {what}"))(done, total)
+
+    seeds = [config.seed + 1000 * i for i in range(len(config.prompts))]
+    generated = generate(models, config.prompts, config.num_latent_frames, config.tokens, SamplerOptions(num_steps=config.steps),
+                         seeds, config.motion_score, config.clean_frames, progress)
+    names = []
+    for number, (prompt, frames) in enumerate(zip(config.prompts, generated.frames_BFHWC.cpu(), strict=True)):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
+        path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
+        write_mp4(path, frames.numpy(), config.fps)
+        log_videos(config.out.parent / "runs" / "sample" / "tensorboard", 0, {f"sample/{number:02d} {prompt[:60]}": frames}, config.fps)
+        print(f"sample: {path}")
+        names.append(path.name)
+    return names

@@ -1,0 +1,96 @@
+"""Prompts -> video frames: language model, tokenizer decoder, control diffusion, latent codec, in that order.
+
+Letters: B prompts, K codes, T latent frames, F video frames, C H W latent sizes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model_zoo.config import TokenSamplingConfig
+from model_zoo.dit import ControlledDiffusion
+from model_zoo.frozen.base import LatentCodec, TextEncoder
+from model_zoo.lm import LanguageModel
+from model_zoo.sample.latents import SamplerOptions, num_chunks, seeded_noise, stream_latents
+from model_zoo.sample.tokens import Prompts, sample_tokens
+from model_zoo.schedule import NoiseSchedule
+from model_zoo.tokenizer import SemanticTokenizer
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parts that make a video, all on one device."""
+
+    lm: LanguageModel
+    tokenizer: SemanticTokenizer
+    diffusion: ControlledDiffusion
+    schedule: NoiseSchedule
+    lm_text: TextEncoder
+    diffusion_text: TextEncoder
+    codec: LatentCodec
+
+    def check(self) -> None:
+        """Raise ValueError where the parts were not made for each other."""
+        pairs = [
+            ("codebook of the language model", self.lm.config.codebook_size, "of the tokenizer", self.tokenizer.config.codebook_size),
+            ("I-frame tokens of the language model", self.lm.config.iframe_tokens, "of the tokenizer", self.tokenizer.config.iframe_tokens),
+            ("P-frame tokens of the language model", self.lm.config.pframe_tokens, "of the tokenizer", self.tokenizer.config.pframe_tokens),
+            ("text width of the language model", self.lm.config.text_dim, "of its text encoder", self.lm_text.dim),
+            ("text width of the diffusion model", self.diffusion.config.transformer.text_dim, "of its text encoder", self.diffusion_text.dim),
+            ("features of the diffusion model", self.diffusion.config.semantic.feature_channels, "of the tokenizer", self.tokenizer.config.feature_channels),
+            ("latent channels of the diffusion model", self.diffusion.config.transformer.latent_channels, "of the codec", self.codec.channels),
+        ]
+        wrong = [f"{a} = {x}, {b} = {y}" for a, x, b, y in pairs if x != y]
+        if wrong:
+            raise ValueError(f"these models were not made for each other: {'; '.join(wrong)}")
+
+
+@dataclass(frozen=True)
+class Generated:
+    codes_BK: Tensor
+    latents_BTCHW: Tensor
+    frames_BFHWC: Tensor  # uint8
+
+
+@torch.no_grad()
+def generate(
+    models: Models,
+    prompts: Sequence[str],
+    num_latent_frames: int,
+    tokens: TokenSamplingConfig,
+    sampler: SamplerOptions,
+    seeds: Sequence[int],
+    motion_score: float,
+    clean_frames: int = 7,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Generated:
+    """One video per prompt. Videos longer than the diffusion model's window are streamed in chunks that keep
+    `clean_frames` latents of the one before. Raises ValueError for an empty prompt or models that don't fit.
+    """
+    models.check()
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty; say what the video shows")
+    note = progress or (lambda _what, _done, _total: None)
+    window = models.diffusion.config.transformer.latent_frames
+    text_BLD, lengths_B = models.lm_text(list(prompts))
+    device = next(models.lm.parameters()).device
+    codes_BK = sample_tokens(
+        models.lm,
+        Prompts(text_BLD.to(device), torch.full((len(prompts),), motion_score, device=device), lengths_B.to(device)),
+        num_latent_frames, tokens, seeds=seeds, progress=lambda done, total: note("tokens", done, total),
+    ).codes_BK
+    features = models.tokenizer.decode(codes_BK, num_latent_frames)
+    states_BLD, _ = models.diffusion_text(list(prompts))
+    chunks = num_chunks(num_latent_frames, window, clean_frames)
+    parts = []
+    noise = seeded_noise([seed + 1 for seed in seeds])  # runs on from chunk to chunk; not the tokens' numbers
+    for part in stream_latents(models.diffusion, models.schedule, states_BLD.to(features), features, lambda _chunk: noise,
+                               sampler, window, clean_frames):
+        parts.append(part)
+        note("latents", len(parts), chunks)
+    latents = torch.cat(parts, dim=1)
+    return Generated(codes_BK, latents, models.codec.decode(latents))

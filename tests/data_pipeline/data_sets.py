@@ -1,0 +1,67 @@
+"""Small real data sets for tests: raw shards and columns written by `ShardWriter`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.columns import pack_tensor
+from data_pipeline.schema import RAW, Column, Manifest, RawSample, ShardEntry, column_stem, fingerprint
+from data_pipeline.shards import ShardWriter, read_manifest, read_sidecar, write_manifest
+
+VIDEO = b"not looked at"
+
+
+def raw_sample(key: str, **changes: object) -> RawSample:
+    fields = {"key": key, "caption": f"a clip called {key}", "source": "film.mp4", "source_sha256": "0" * 64, "start_s": 0.0,
+              "fps": 8.0, "num_frames": 17, "height": 64, "width": 64, "motion_score": 0.05,
+              "video_sha256": hashlib.sha256(VIDEO).hexdigest()}
+    return RawSample(**(fields | changes))
+
+
+def keys_of(shard: int, samples: int) -> list[str]:
+    return [hashlib.sha1(f"{shard}/{i}".encode()).hexdigest()[:12] for i in range(samples)]
+
+
+def write_raw(data: Path, sizes: list[int], mark: str = "raw") -> Manifest:
+    """Raw shards of `sizes` samples and their manifest."""
+    entries: list[ShardEntry] = []
+    for shard, samples in enumerate(sizes):
+        with ShardWriter(data / RAW, f"{shard:06d}", fingerprint=mark) as writer:
+            for key in keys_of(shard, samples):
+                writer.add(key, {"mp4": VIDEO, "json": raw_sample(key, source=mark).model_dump_json().encode()})
+        entries.append(writer.sidecar.entry)
+    manifest = Manifest(fingerprint=fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
+    write_manifest(data, manifest)
+    return manifest
+
+
+def value_of(key: str) -> Tensor:
+    """A tensor that says which clip it belongs to."""
+    return torch.tensor(list(key.encode()), dtype=torch.uint16)
+
+
+def write_column(data: Path, name: str, *, bad: Collection[str] = (), mark: str = "column",
+                 value: Callable[[str], Tensor] = value_of, encoder: str = "1111222233334444") -> Manifest:
+    """A column of `value(key)` for every clip that is not `bad`, entered in the manifest."""
+    manifest = read_manifest(data)
+    entries = []
+    for entry in manifest.shards:
+        raw = read_sidecar(data / RAW / f"{entry.name}.tar")
+        with ShardWriter(data / name, entry.name, fingerprint=mark, raw_sha256=entry.sha256) as writer:
+            for position, (key, _) in enumerate(raw.index):
+                if key in bad:
+                    writer.reject(key, name, "not_finite", position=position)
+                else:
+                    stem = column_stem(name)
+                    writer.add(key, {f"{stem}.safetensors": pack_tensor(stem, value(key))})
+        entries.append(writer.sidecar.entry)
+    column = Column(dtype="uint16", shape=[12], encoder="test", fingerprint=mark, config={"encoders": {"test": encoder}},
+                    raw_fingerprint=manifest.fingerprint, shards=entries)
+    manifest = manifest.model_copy(update={"columns": {**manifest.columns, name: column}})
+    write_manifest(data, manifest)
+    return manifest

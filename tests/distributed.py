@@ -1,0 +1,251 @@
+"""Run a module-level function in several gloo processes, fast.
+
+Importing torch costs seconds, so one clean process per package of tests imports the test modules once and
+forks the ranks on demand (a `Nursery`). It never computes anything itself: forking after torch has started
+threads would hang the children.
+
+    def check_sum(world, number):
+        ...
+        return something_that_pickles
+
+    def test_sum():
+        assert run_distributed(check_sum, 2, 5) == [..., ...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ALIVE: list[Nursery] = []  # at most one
+
+
+class RankError(AssertionError):
+    """A rank raised, died or hung; the message holds every rank's traceback and output."""
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """`function(world, *args)` in `world_size` processes inside `training.distributed.start()`; results by rank.
+
+    `function` lies at module level; arguments and results pickle. Raises RankError.
+    """
+    ranks = nursery(function.__module__).start(function, world_size, args, started=True)
+    return ranks.results(timeout_s)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def nursery(module: str) -> Nursery:
+    """The nursery of a test module's package. Only one is kept alive, to save memory."""
+    package = module.rpartition(".")[0]
+    if ALIVE and ALIVE[-1].package != package:
+        ALIVE.pop().close()
+    if not ALIVE:
+        ALIVE.append(Nursery(package, module))
+    return ALIVE[-1]
+
+
+class Nursery:
+    """A process that has imported some modules of one package and forks ranks that run their functions."""
+
+    def __init__(self, package: str, module: str) -> None:
+        self.package = package
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed", module, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], env=environment, cwd=os.getcwd(),
+        )
+        theirs.close()
+        self.file = ours.makefile("rwb")
+        ours.close()
+        if pickle.load(self.file) != "ready":
+            raise RankError(f"could not import {module} in a process of its own")
+
+    def start(
+        self, function: Callable[..., Any], world_size: int, args: Sequence[Any], *,
+        started: bool = False, environment: Mapping[str, str] | None = None, folder: Path | None = None,
+    ) -> Ranks:
+        """Fork `world_size` ranks that call `function(*args)`, or with `started` `function(world, *args)`.
+
+        The children write into `folder`: rank_<n>.out, rank_<n>.pickle.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="ranks-")) if folder is None else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        target = (function.__module__, function.__name__)
+        pickle.dump((target, world_size, tuple(args), started, dict(environment or {}), str(folder), os.getcwd()), self.file)
+        self.file.flush()
+        return Ranks(self, pickle.load(self.file), folder)
+
+    def wait(self, timeout_s: float) -> tuple[int, int] | None:
+        """(pid, exit code or -signal) of the next rank that ended, or None after `timeout_s`."""
+        pickle.dump(timeout_s, self.file)
+        self.file.flush()
+        return pickle.load(self.file)
+
+    def close(self) -> None:
+        self.file.close()
+        self.process.wait(timeout=10)
+
+
+@dataclass
+class Ranks:
+    """Processes of one job."""
+
+    nursery: Nursery
+    pids: list[int]
+    folder: Path  # rank_<n>.out (text) and rank_<n>.pickle (result)
+
+    def wait(self, timeout_s: float, *, grace_s: float = 10.0, ended: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Exit codes by rank (-n: killed by signal n).
+
+        When one fails, the others get `grace_s` to notice. Ranks still alive after that or after `timeout_s` are
+        killed. `ended`: what `Nursery.wait` already reported of them.
+        """
+        codes = dict(ended)
+        deadline = time.monotonic() + (grace_s if any(codes.values()) else timeout_s)
+        while len(codes) < len(self.pids):
+            ended = self.nursery.wait(max(0.0, deadline - time.monotonic()))
+            if ended is None:
+                self.kill(codes)
+                deadline = time.monotonic() + 10
+                continue
+            pid, code = ended
+            codes[pid] = code
+            if code != 0:
+                deadline = min(deadline, time.monotonic() + grace_s)
+        return [codes[pid] for pid in self.pids]
+
+    def kill(self, ended: Mapping[int, int] | None = None, number: int = signal.SIGKILL) -> None:
+        for pid in self.pids:
+            if pid not in (ended or {}):
+                os.kill(pid, number)
+
+    def output(self) -> str:
+        texts = []
+        for rank in range(len(self.pids)):
+            text = (self.folder / f"rank_{rank}.out").read_text(errors="replace")
+            texts.append(f"---- rank {rank}\n{text[-4000:]}")
+        return "\n".join(texts)
+
+    def results(self, timeout_s: float) -> list[Any]:
+        codes = self.wait(timeout_s)
+        if any(codes):
+            raise RankError(f"exit codes by rank: {codes}\n{self.output()}")
+        return [pickle.loads((self.folder / f"rank_{rank}.pickle").read_bytes()) for rank in range(len(self.pids))]
+
+
+# -------------------------------------------------------------------- inside the nursery
+
+
+def _serve(module_name: str, descriptor: int) -> None:
+    """Import the module, then fork and reap on request until the other side closes."""
+    importlib.import_module(module_name)
+    connection = socket.socket(fileno=descriptor)
+    file = connection.makefile("rwb")
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    _send(file, "ready")
+    alive: set[int] = set()
+    while True:
+        try:
+            request = pickle.load(file)
+        except EOFError:
+            break
+        if isinstance(request, tuple):
+            importlib.import_module(request[0][0])
+            port = free_port()
+            pids = [_fork(rank, port, *request) for rank in range(request[1])]
+            alive.update(pids)
+            _send(file, pids)
+        else:
+            _send(file, _reap(alive, request, read_end))
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _send(file: Any, value: Any) -> None:
+    pickle.dump(value, file)
+    file.flush()
+
+
+def _reap(alive: set[int], timeout_s: float, wakeup: int) -> tuple[int, int] | None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if alive:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                alive.discard(pid)
+                return pid, os.waitstatus_to_exitcode(status)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        if select.select([wakeup], [], [], left)[0]:
+            os.read(wakeup, 4096)
+
+
+def _fork(
+    rank: int, port: int, target: tuple[str, str], world_size: int, args: Sequence[Any], started: bool,
+    environment: Mapping[str, str], folder: str, cwd: str,
+) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        output = os.open(f"{folder}/rank_{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(cwd)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment,
+        )
+        _call(getattr(importlib.import_module(target[0]), target[1]), args, started, Path(folder) / f"rank_{rank}.pickle")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _call(function: Callable[..., Any], args: Sequence[Any], started: bool, result_path: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if started:
+        from training import distributed
+
+        with distributed.start() as world:
+            result = function(world, *args)
+    else:
+        result = function(*args)
+    result_path.write_bytes(pickle.dumps(result))
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], int(sys.argv[2]))

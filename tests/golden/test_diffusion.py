@@ -1,0 +1,200 @@
+"""The diffusion model, its schedule, loss and sampler against the reference's numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_zoo.config import DiffusionConfig, ScheduleConfig, SemanticConditionConfig, TransformerConfig
+from model_zoo.convert.release_diffusion import (
+    diffusion_rules,
+    from_release,
+    release_position_table,
+    semantic_rules,
+    split,
+)
+from model_zoo.convert.rules import convert
+from model_zoo.dit import ControlledDiffusion, timestep_sinusoid
+from model_zoo.sample.latents import SamplerOptions, SamplerStep, guidance_scale, sample_latents
+from model_zoo.schedule import NoiseSchedule, denoising_loss, noise_level
+from model_zoo.semantic_condition import SemanticCondition
+from tests.golden.conftest import Case
+from tests.golden.test_tokenizer import load_tokenizer
+
+TOLERANCE = 5e-5  # the reference allows 1e-4; measured: below 2e-5
+
+
+def diffusion_config(sizes: dict[str, Any]) -> DiffusionConfig:
+    return DiffusionConfig(
+        transformer=TransformerConfig(
+            latent_channels=sizes["latent_channels"],
+            latent_frames=sizes["latent_frames"],
+            latent_height=sizes["latent_h"],
+            latent_width=sizes["latent_w"],
+            hidden_size=sizes["hidden"],
+            num_layers=sizes["layers"],
+            num_heads=sizes["heads"],
+            time_embed_dim=sizes["time_embed_dim"],
+            text_length=sizes["text_len"],
+            text_dim=sizes["text_dim"],
+            spatial_interpolation=sizes["interp"],
+        ),
+        control_layers=sizes["control_layers"],
+        semantic=SemanticConditionConfig(
+            feature_channels=sizes["tok"]["channels"],
+            base_channels=sizes["up_ch"],
+            channel_multipliers=sizes["up_mult"],
+            num_res_blocks=sizes["up_res"],
+            out_channels=sizes["sem_out_dim"],
+        ),
+    )
+
+
+def load_diffusion(case: Case) -> ControlledDiffusion:
+    model = ControlledDiffusion(diffusion_config(case.config))
+    model.load_state_dict(from_release(case.weights), strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def semantic_features(case: Case) -> Tensor:
+    """Features that the case's copy of the tokenizer makes of the case's tokens."""
+    tokenizer = load_tokenizer(case.config["tok"], split(case.weights).tokenizer).eval()
+    return tokenizer.decode(case.inputs["semantic_tokens"][:, 0], case.config["latent_frames"])
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.golden("diffusion_control_forward")
+def test_control_forward(case: Case):
+    inputs, outputs = case.inputs, case.outputs
+    model = load_diffusion(case)
+    features = semantic_features(case)
+    close(features, outputs["semantic_features"])
+    hidden: list[Tensor] = []
+    for projection in model.control.projections:
+        projection.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+    batch = len(inputs["x"])
+    semantic = model.semantic(features)
+    close(semantic, outputs["semantic_latent"])
+    close(model.semantic.upsample(features[0]), outputs["upsampled"])
+    x, text, timesteps = inputs["x"], inputs["text"], inputs["timesteps"]
+    close(model(x, timesteps, text, semantic_BTCHW=semantic.expand_as(x)), outputs["output"])
+    close(model(x, timesteps, text, features.expand(batch, *features.shape[1:])), outputs["output"])
+    close(model(x, timesteps, text), outputs["output_without_control"])
+    close(model.transformer(x, timesteps, text), outputs["output_without_control"])
+    for layer in range(case.config["control_layers"]):
+        close(hidden[layer], outputs[f"control_hidden_{layer}"])
+
+
+@pytest.mark.golden("diffusion_control_forward")
+def test_embeddings(case: Case):
+    inputs, outputs = case.inputs, case.outputs
+    model = load_diffusion(case)
+    close(timestep_sinusoid(inputs["timesteps"], case.config["hidden"]), outputs["timestep_sinusoid"])
+    close(model.control.input(inputs["x"], inputs["timesteps"], inputs["text"])[1], outputs["control_time_embed"])
+    close(release_position_table(model.config.transformer), outputs["pos_embedding"], 5e-7)
+
+
+@pytest.mark.golden("semantic_upsampler")
+def test_semantic_upsampler(case: Case):
+    sizes = case.config
+    config = SemanticConditionConfig(
+        feature_channels=sizes["z_channels"], base_channels=sizes["ch"], channel_multipliers=sizes["ch_mult"],
+        num_res_blocks=sizes["num_res_blocks"], out_channels=sizes["out_ch"],
+    )
+    model = SemanticCondition(config, sizes["target_dim"]).eval()
+    model.load_state_dict(convert(case.weights, semantic_rules("", ""), "to_ours"), strict=True)
+    features = case.inputs["features"]
+    close(model.upsample(features), case.outputs["upsampled"])
+    close(model(features[:, None])[:, 0], case.outputs["latent"])
+
+
+@pytest.mark.golden("noise_schedule")
+def test_noise_schedule(case: Case):
+    sizes, outputs = case.config, case.outputs
+    schedule = NoiseSchedule(ScheduleConfig(**{k: sizes[k] for k in ScheduleConfig.model_fields}))
+    torch.testing.assert_close(
+        schedule.shifted_alphas, outputs["alphas_cumprod_shifted_before_rescale"], atol=1e-12, rtol=0
+    )
+    close(schedule.alphas_sqrt, outputs["train_alphas_cumprod_sqrt"], 5e-7)
+    close(-noise_level(schedule.alphas_sqrt), outputs["train_c_out"], 1e-6)
+    # the weight reaches 400, where one float32 step is 3e-5
+    weight = schedule.loss_weight(torch.arange(sizes["num_timesteps"]))
+    torch.testing.assert_close(weight, outputs["train_loss_weight"], atol=1e-6, rtol=1e-4)
+    for steps in sizes["sampler_steps"]:
+        table = schedule.sampler_table(steps)
+        assert table.timesteps == outputs[f"sampler_{steps}.timesteps"].tolist()
+        close(torch.tensor(table.alphas_sqrt), outputs[f"sampler_{steps}.alphas_cumprod_sqrt"], 5e-7)
+        snapped = torch.tensor(table.denoiser_alphas_sqrt)
+        close(snapped, outputs[f"sampler_{steps}.denoiser_alphas_cumprod_sqrt"], 5e-7)
+        assert torch.equal(snapped, schedule.alphas_sqrt[outputs[f"sampler_{steps}.denoiser_table_index"]])
+
+
+@pytest.mark.golden("diffusion_loss")
+def test_loss(case: Case):
+    inputs, outputs = case.inputs, case.outputs
+    schedule = NoiseSchedule(ScheduleConfig())
+    for fixed_frames in case.config["fixed_frames"]:
+        model = load_diffusion(case)
+        model.control.requires_grad_(True)
+        model.semantic.requires_grad_(True)
+        result = denoising_loss(
+            lambda x, t, model=model: model(x, t, inputs["text"], inputs["semantic_features"]),
+            schedule, inputs["latents"], inputs["noise"], inputs["timesteps"], fixed_frames,
+        )
+        result.loss.backward()
+        prefix = f"fixed{fixed_frames}."
+        close(result.noised, outputs[f"{prefix}noised_input"], 2e-6)
+        denoised = schedule.denoised(result.noised, result.velocity, inputs["timesteps"])
+        close(denoised, outputs[f"{prefix}predicted_x0"])
+        close(result.loss, outputs[f"{prefix}loss"][0], 1e-5)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+        torch.testing.assert_close(norm, outputs[f"{prefix}grad_norm"][0], atol=1e-5, rtol=1e-4)
+        theirs = convert(gradients, diffusion_rules(), "to_theirs")
+        for name, expected in outputs.items():
+            if name.startswith(f"{prefix}grad."):
+                torch.testing.assert_close(theirs[name.removeprefix(f"{prefix}grad.")], expected, atol=1e-5, rtol=1e-3)
+    close(schedule.signal(inputs["timesteps"]).flatten(), outputs["alphas_cumprod_sqrt"], 5e-7)
+
+
+@pytest.mark.golden("noise_schedule")
+def test_dynamic_guidance(case: Case):
+    outputs = case.outputs
+    for steps in case.config["sampler_steps"]:
+        timesteps = outputs[f"sampler_{steps}.timesteps"].tolist()
+        for guidance in case.config["dynamic_cfg"]:
+            name = "cfg_scale{scale}_exp{exp}".format(**guidance)
+            for kind, recorded in (("timestep", "dynamic"), ("step", "intended")):
+                options = SamplerOptions(steps, guidance["scale"], guidance["exp"], dynamic=kind)
+                scales = [guidance_scale(options, step, timestep) for step, timestep in enumerate(timesteps)]
+                close(torch.tensor(scales, dtype=torch.float64), outputs[f"sampler_{steps}.{recorded}_{name}"], 1e-9)
+
+
+@pytest.mark.golden("diffusion_sampling")
+def test_sampling(case: Case):
+    sizes, inputs, outputs = case.config, case.inputs, case.outputs
+    drawn = [inputs["start_noise"], *inputs["step_noise"]]
+    seen: list[SamplerStep] = []
+    prefix = inputs.get("prefix_latents")
+    assert (prefix is None) == (sizes["fixed_frames"] == 0)
+    final = sample_latents(
+        load_diffusion(case),
+        NoiseSchedule(ScheduleConfig()),
+        inputs["text"],
+        semantic_features(case),
+        lambda step, _shape: drawn[step],
+        SamplerOptions(sizes["steps"], sizes["cfg_scale"], sizes["cfg_exp"]),
+        prefix,
+        seen.append,
+    )
+    # the reference allows 1e-3: guidance multiplies rounding by up to 7
+    assert [done.timestep for done in seen] == outputs["network_timesteps"].tolist()
+    close(torch.stack([done.denoised for done in seen]), outputs["denoised"], 2e-4)
+    close(torch.stack([done.state for done in seen]), outputs["states"], 2e-4)
+    close(final, outputs["final"], 2e-4)

@@ -1,0 +1,76 @@
+"""What a person types and reads."""
+
+import pytest
+
+from launchers.cli import main
+from launchers.pipeline import walk
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    try:
+        code = main(list(argv))
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("command", [["shards"], ["precompute"], ["train", "lm"], ["convert"], ["zoo"], ["sample"], ["evaluate"], ["config"], ["quickstart"]])
+def test_every_command_explains_itself(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0 and "usage: landiff" in out
+
+
+def test_a_typo_names_the_nearest_key(capsys):
+    code, _, err = run(capsys, "train", "lm", "--config", "nano/lm", "--dry-run", "optim.rl=1")
+    assert code == 2 and "'optim.rl'" in err and "did you mean 'lr'" in err
+
+
+def test_an_argument_that_is_no_override_is_refused(capsys):
+    code, _, err = run(capsys, "train", "lm", "--config", "nano/lm", "steps")
+    assert code == 2 and "key=value" in err
+
+
+def test_dry_run_prints_the_resolved_config_and_makes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for stage in walk("nano", 2):
+        if "--config" in stage.command:
+            code, out, err = run(capsys, *stage.command, "--dry-run")
+            assert code == 0 and "# would" in out, err
+    code, out, _ = run(capsys, "quickstart", "--dry-run", "--out", "here")
+    assert code == 0 and out.count("landiff ") == len(walk("nano", 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_shards_say_what_to_run(capsys, tmp_path):
+    code, _, err = run(capsys, "-C", str(tmp_path), "precompute", "--config", "nano/features")
+    assert code == 2 and "landiff shards" in err and "Traceback" not in err
+
+
+def test_an_empty_prompt_is_refused(capsys, tmp_path):
+    code, _, err = run(capsys, "-C", str(tmp_path), "sample", "--config", "nano/sample", " ")
+    assert code == 2 and "prompt 0 is empty" in err
+
+
+def test_a_run_without_a_checkpoint_cannot_be_exported(capsys, tmp_path):
+    code, _, err = run(capsys, "-C", str(tmp_path), "convert", "runs/lm", "--name", "lm")
+    assert code == 2 and "no whole checkpoint" in err
+
+
+def test_the_zoo_says_what_it_has(capsys, tmp_path):
+    code, _, err = run(capsys, "-C", str(tmp_path), "zoo", "show", "lm")
+    assert code == 2 and "nothing yet" in err
+
+
+def test_config_lists_and_prints(capsys):
+    code, out, _ = run(capsys, "config")
+    assert code == 0 and "nano/lm" in out.splitlines()
+    code, out, _ = run(capsys, "config", "nano/sample")
+    assert code == 0 and "prompts:" in out
+
+
+def test_stages_come_after_what_they_wait_for():
+    seen: set[str] = set()
+    for stage in walk("nano", 2, ["a prompt"]):
+        assert set(stage.after) <= seen, stage
+        seen.add(stage.name)

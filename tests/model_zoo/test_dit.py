@@ -1,0 +1,303 @@
+"""The control diffusion transformer beyond the golden numbers: sizes, control, memory switch, conversion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from torch import Tensor, nn
+
+from model_zoo.config import DiffusionConfig, SemanticConditionConfig, TransformerConfig
+from model_zoo.convert import diffusers_transformer, release_diffusion
+from model_zoo.convert.rules import ConversionError, check_against, convert
+from model_zoo.dit import ControlledDiffusion, DiffusionTransformer, position_table_numel
+from model_zoo.registry import export, load_model
+
+KEYS = Path(__file__).parents[1] / "golden" / "keys"
+TINY = DiffusionConfig(
+    transformer=TransformerConfig(
+        latent_channels=4, latent_frames=3, latent_height=4, latent_width=6, hidden_size=32, num_layers=3, num_heads=2,
+        time_embed_dim=16, text_length=5, text_dim=12,
+    ),
+    control_layers=2,
+    semantic=SemanticConditionConfig(
+        feature_channels=8, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, out_channels=16
+    ),
+)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Fill every parameter, those that start at zero or one too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else values * 0.1 + ("norm" in name))
+
+
+def diffusion(seed: int = 0) -> ControlledDiffusion:
+    model = ControlledDiffusion(TINY)
+    randomize(model, seed)
+    return model
+
+
+def inputs(batch: int = 2, num_frames: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return {
+        "latents_BTCHW": torch.randn(batch, num_frames, 4, 4, 6, generator=generator),
+        "timestep_B": torch.tensor([17, 803][:batch]),
+        "text_BLD": torch.randn(batch, 5, 12, generator=generator),
+        "features_BTChw": torch.randn(batch, num_frames, 8, 2, 3, generator=generator),
+    }
+
+
+def plain(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in batch.items() if k != "features_BTChw"}
+
+
+def released(file: str, **wanted: str) -> dict[str, list[int]]:
+    """Shapes of the released keys whose entries hold all of `wanted`."""
+    entries: dict[str, dict[str, Any]] = json.loads((KEYS / file).read_text())
+    return {k: v["shape"] for k, v in entries.items() if all(v.get(a) == b for a, b in wanted.items())}
+
+
+@pytest.fixture(scope="module")
+def full_size() -> ControlledDiffusion:
+    with torch.device("meta"):
+        return ControlledDiffusion(DiffusionConfig())
+
+
+def count(*modules: nn.Module) -> int:
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+def test_release_size_has_the_released_counts(full_size):
+    table = position_table_numel(full_size.config.transformer)
+    assert table == 34_129_920
+    assert count(full_size.transformer) + table == 1_727_913_792
+    assert count(full_size.control, full_size.semantic) + table == 979_141_968
+    assert count(full_size.semantic) == 39_242_688 + 9_232
+    assert count(full_size.semantic.projection) == 9_232
+    assert not list(full_size.buffers())
+
+
+def test_release_keys_are_exactly_the_released_ones(full_size):
+    state = convert(full_size.state_dict(), release_diffusion.diffusion_rules(), "to_theirs")
+    keys = {k: v for k, v in released("diffusion.json").items() if not k.endswith(release_diffusion.POSITION_TABLE)}
+    main = {k: v for k, v in keys.items() if k.startswith(release_diffusion.MAIN)}
+    control = {
+        k: v for k, v in keys.items()
+        if k.startswith(release_diffusion.CONTROL) and not k.startswith(release_diffusion.TOKENIZER)
+    }
+    assert len(main) == 556
+    assert len(control) == 403
+    check_against(state, main | control, "the converted model")
+
+
+def test_cogvideox_keys_are_exactly_the_released_ones(full_size):
+    expected = released("cogvideox2b.json", container="module")
+    expected = {k: v for k, v in expected.items() if k.startswith(release_diffusion.COGVIDEOX)}
+    rules = release_diffusion.main_rules("", release_diffusion.COGVIDEOX)
+    state = convert(full_size.transformer.state_dict(), rules, "to_theirs")
+    del expected[release_diffusion.COGVIDEOX + release_diffusion.POSITION_TABLE]
+    check_against(state, expected, "the converted transformer")
+
+
+def test_release_conversion_there_and_back_is_bit_equal():
+    state = diffusion().state_dict()
+    file = release_diffusion.to_release(state, TINY)
+    assert file[release_diffusion.MAIN + release_diffusion.POSITION_TABLE].shape == (1, 5 + 3 * 2 * 3, 32)
+    back = release_diffusion.from_release(file)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_cogvideox_conversion_there_and_back_is_bit_equal():
+    model = diffusion().transformer
+    file = release_diffusion.cogvideox_to_release(model.state_dict(), TINY.transformer)
+    back = release_diffusion.cogvideox_from_release({**file, "first_stage_model.decoder.x": torch.zeros(1)})
+    assert all(torch.equal(back[k], v) for k, v in model.state_dict().items())
+
+
+def test_release_file_is_read_tolerantly_but_unknown_names_are_reported():
+    state = diffusion().state_dict()
+    file = release_diffusion.to_release(state, TINY)
+    file |= dict.fromkeys((k for k in file if k.startswith(release_diffusion.MAIN)), None)
+    file |= {"conditioner.t5.weight": torch.zeros(1), release_diffusion.TOKENIZER + "mean": torch.ones(3)}
+    assert set(release_diffusion.from_release(file)) == {k for k in state if not k.startswith("transformer.")}
+    assert list(release_diffusion.split(file).tokenizer) == ["mean"]
+    with pytest.raises(ConversionError, match="strange"):
+        release_diffusion.from_release({**file, "model.strange": torch.zeros(1)})
+
+
+def test_untrained_control_changes_nothing():
+    model = ControlledDiffusion(TINY)
+    randomize(model.transformer)
+    model.copy_main_to_control()
+    batch = inputs()
+    assert torch.equal(model(**batch), model(**plain(batch)))
+    assert torch.equal(model(**plain(batch)), model.transformer(**plain(batch)))
+    assert model(**batch).abs().max() > 0.1
+
+
+def test_first_step_of_control_training_moves_the_zero_projections_only():
+    model = ControlledDiffusion(TINY)
+    randomize(model.transformer)
+    model.copy_main_to_control()
+    model.transformer.requires_grad_(False)
+    model(**inputs()).square().mean().backward()
+    moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {"control.projections.0.weight", "control.projections.1.weight"}
+
+
+def test_copy_takes_input_layers_and_first_blocks():
+    model = ControlledDiffusion(TINY)
+    randomize(model)
+    model.copy_main_to_control()
+    main, control = model.transformer.state_dict(), model.control.state_dict()
+    copied = [k for k in control if not k.startswith("projections.")]
+    assert all(torch.equal(control[k], main[k]) for k in copied)
+    assert all(control[f"projections.{i}.weight"].abs().max() > 0 for i in range(2))
+
+
+def test_trained_control_follows_the_features_of_its_own_frame_and_sample():
+    model, batch = diffusion(), inputs()
+    semantic = model.semantic(batch["features_BTChw"])
+    changed = batch["features_BTChw"].clone()
+    changed[1, 2] += 1
+    different = (model.semantic(changed) != semantic).flatten(2).any(-1)
+    assert different.tolist() == [[False, False, False], [False, False, True]]
+    output = model(**batch)
+    other = model(**{**batch, "features_BTChw": changed})
+    assert torch.equal(output[0], other[0])
+    assert not torch.allclose(output[1], other[1], atol=1e-3)
+    assert torch.equal(model(**plain(batch), semantic_BTCHW=semantic), output)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 7])
+def test_frames_may_differ_from_the_config(num_frames):
+    batch = inputs(num_frames=num_frames)
+    output = diffusion()(**batch)
+    assert output.shape == batch["latents_BTCHW"].shape
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("trainable_main", [True, False])
+def test_recomputed_activations_give_the_same_gradients(trainable_main):
+    gradients = []
+    for recompute in (False, True):
+        model = diffusion()
+        model.transformer.requires_grad_(trainable_main)
+        model.recompute = recompute
+        model(**inputs()).square().mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
+    assert any(n.startswith("transformer.") for n in gradients[0]) == trainable_main
+
+
+def test_recompute_reaches_the_plain_transformer():
+    def saved_elements(recompute: bool) -> int:
+        model, sizes = diffusion(), []
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(**plain(inputs()))
+        return sum(sizes)
+
+    assert saved_elements(recompute=True) < saved_elements(recompute=False) / 2
+
+
+def test_only_the_unused_norm_of_the_branch_gets_no_gradient():
+    model = diffusion()
+    model(**inputs()).square().mean().backward()
+    unused = {n for n, p in model.named_parameters() if p.grad is None}
+    assert unused == {"control.final_norm.weight", "control.final_norm.bias"}
+
+
+def test_half_precision_weights_take_float32_inputs():
+    model, batch = diffusion(), inputs()
+    exact = model(**batch)
+    half = model.bfloat16()(**batch)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()  # 8 bits of mantissa, a dozen layers
+
+
+def test_autocast_keeps_float32_weights():
+    model, batch = diffusion(), inputs()
+    exact = model(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch)
+    assert (output.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "transformer"])
+def test_zoo_round_trip_needs_no_table(tmp_path, kind):
+    model = diffusion() if kind == "diffusion" else diffusion().transformer
+    loaded = load_model(export(tmp_path, "entry", kind, model.config, model.state_dict(), {}))
+    assert torch.equal(loaded(**plain(inputs())), model(**plain(inputs())))
+
+
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("latents_BTCHW", (2, 3, 5, 4, 6), r"\[B, T, 4, H, W\].*not \[2, 3, 5, 4, 6\]"),
+        ("latents_BTCHW", (2, 3, 4, 5, 6), "multiples of 2"),
+        ("features_BTChw", (2, 2, 8, 2, 3), "one frame per latent frame"),
+        ("features_BTChw", (2, 3, 8, 3, 3), "2 times coarser"),
+        ("features_BTChw", (2, 3, 7, 2, 3), r"\[B, T, 8, h, w\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion()(**{**inputs(), name: torch.zeros(shape)})
+
+
+# ---------------------------------------------------------------- diffusers
+
+
+@pytest.fixture(scope="module")
+def theirs() -> CogVideoXTransformer3DModel:
+    model = CogVideoXTransformer3DModel(**diffusers_transformer.diffusers_config(TINY.transformer)).eval()
+    randomize(model, seed=4)
+    model.norm_out.norm.eps = diffusers_transformer.OUTPUT_NORM_EPS
+    return model
+
+
+def test_diffusers_model_agrees_on_converted_weights(theirs):
+    ours = DiffusionTransformer(TINY.transformer).eval()
+    ours.load_state_dict(convert(theirs.state_dict(), diffusers_transformer.RULES, "to_ours"))
+    batch = plain(inputs())
+    with torch.no_grad():
+        expected = theirs(batch["latents_BTCHW"], batch["text_BLD"], batch["timestep_B"], return_dict=False)[0]
+        # float32 rounding in another order of operations
+        torch.testing.assert_close(ours(**batch), expected, atol=2e-5, rtol=0)
+    assert expected.std() > 0.1
+
+
+def test_diffusers_conversion_there_and_back_is_bit_equal(theirs):
+    state = theirs.state_dict()
+    ours = convert(state, diffusers_transformer.RULES, "to_ours")
+    back = convert(ours, diffusers_transformer.RULES, "to_theirs")
+    assert set(back) == set(state)
+    assert all(torch.equal(back[k], state[k]) for k in state)
+    again = convert(back, diffusers_transformer.RULES, "to_ours")
+    assert all(torch.equal(again[k], v) for k, v in ours.items())
+
+
+def test_diffusers_defaults_are_our_defaults():
+    with torch.device("meta"):
+        theirs, ours = CogVideoXTransformer3DModel(), DiffusionTransformer(TransformerConfig())
+    assert diffusers_transformer.config_from_diffusers(dict(theirs.config)) == TransformerConfig()
+    arguments = diffusers_transformer.diffusers_config(TransformerConfig())
+    assert {k: theirs.config[k] for k in arguments} == arguments
+    converted = convert(ours.state_dict(), diffusers_transformer.RULES, "to_theirs")
+    check_against(converted, {k: v.shape for k, v in theirs.state_dict().items()}, "the converted transformer")
+
+
+def test_rotary_variant_of_diffusers_is_refused(theirs):
+    with pytest.raises(ValueError, match="CogVideoX-5B"):
+        diffusers_transformer.config_from_diffusers({**theirs.config, "use_rotary_positional_embeddings": True})

@@ -1,0 +1,177 @@
+"""The latent sampler beyond the golden runs: exact models, batches, prefixes, streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_zoo.config import ScheduleConfig
+from model_zoo.dit import ControlledDiffusion
+from model_zoo.sample.latents import (
+    SamplerOptions,
+    guidance_scale,
+    num_chunks,
+    sample_latents,
+    seeded_noise,
+    stream_latents,
+)
+from model_zoo.schedule import NoiseSchedule
+from tests.model_zoo.test_dit import TINY, randomize
+
+SCHEDULE = NoiseSchedule(ScheduleConfig())
+FEW = SamplerOptions(num_steps=3)
+
+
+@pytest.fixture(scope="module")
+def model() -> ControlledDiffusion:
+    model = ControlledDiffusion(TINY).eval()
+    randomize(model)
+    return model
+
+
+def conditions(batch: int = 1, num_frames: int = 3, seed: int = 5) -> tuple[Tensor, Tensor]:
+    """(text_BLD, features_BTChw)"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 5, 12, generator=generator), torch.randn(batch, num_frames, 8, 2, 3, generator=generator)
+
+
+def test_shape_comes_from_the_features(model):
+    text, features = conditions(batch=2, num_frames=4)
+    latents = sample_latents(model, SCHEDULE, text, features, seeded_noise([1, 2]), FEW)
+    assert latents.shape == (2, 4, 4, 4, 6)
+    assert latents.dtype == torch.float32
+    assert not latents.requires_grad
+
+
+def test_rows_of_a_batch_are_independent(model):
+    text, features = conditions(batch=2)
+    together = sample_latents(model, SCHEDULE, text, features, seeded_noise([1, 2]), FEW)
+    alone = sample_latents(model, SCHEDULE, text[1:], features[1:], seeded_noise([2]), FEW)
+    # other shapes of the matrix products round differently; guidance multiplies it
+    torch.testing.assert_close(together[1:], alone, atol=1e-3, rtol=0)
+
+
+def test_same_seed_same_latents_other_seed_others(model):
+    text, features = conditions()
+    first, again, other = (
+        sample_latents(model, SCHEDULE, text, features, seeded_noise([seed]), FEW) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-2)
+
+
+def test_text_and_features_both_count(model):
+    text, features = conditions()
+    other_text, other_features = conditions(seed=6)
+    base = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW)
+    for changed in ((other_text, features), (text, other_features)):
+        latents = sample_latents(model, SCHEDULE, *changed, seeded_noise([1]), FEW)
+        assert not torch.allclose(latents, base, atol=1e-4)
+
+
+def test_last_step_adds_no_noise(model):
+    asked: list[int] = []
+    replay = seeded_noise([1])
+
+    def noise(step: int, shape: tuple[int, ...]) -> Tensor:
+        asked.append(step)
+        return replay(step, shape)
+
+    sample_latents(model, SCHEDULE, *conditions(), noise, SamplerOptions(num_steps=4))
+    assert asked == [0, 1, 2, 3]
+
+
+def test_features_are_upsampled_once(model):
+    calls: list[int] = []
+    handle = model.semantic.register_forward_hook(lambda *_: calls.append(1))
+    sample_latents(model, SCHEDULE, *conditions(), seeded_noise([1]), FEW)
+    handle.remove()
+    assert calls == [1]
+
+
+class KnowsTheAnswer(ControlledDiffusion):
+    """Answers with the velocity that belongs to one x0."""
+
+    x0_BTCHW: Tensor
+
+    def forward(self, latents_BTCHW: Tensor, timestep_B: Tensor, *_: object, **__: object) -> Tensor:
+        a = SCHEDULE.signal(timestep_B.long())
+        return (a * latents_BTCHW - self.x0_BTCHW) / (1 - a**2).sqrt()
+
+
+def test_exact_network_leads_to_x0_whatever_the_noise():
+    model = KnowsTheAnswer(TINY).eval()
+    model.x0_BTCHW = torch.randn(1, 3, 4, 4, 6, generator=torch.Generator().manual_seed(3))
+    for seed in (1, 2):
+        latents = sample_latents(model, SCHEDULE, *conditions(), seeded_noise([seed]), SamplerOptions(num_steps=20))
+        # as in the reference the answer is read at a level up to one timestep off the one that was asked
+        torch.testing.assert_close(latents, model.x0_BTCHW, atol=5e-2, rtol=0)
+
+
+def test_prefix_is_returned_untouched_and_guides_the_rest(model):
+    text, features = conditions()
+    prefix = torch.randn(1, 2, 4, 4, 6, generator=torch.Generator().manual_seed(8))
+    seen: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _m, args: seen.append(args[0][:, :2]))
+    latents = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW, prefix)
+    handle.remove()
+    assert torch.equal(latents[:, :2], prefix)
+    assert len(seen) == 3 and all(torch.equal(x, prefix.expand(2, -1, -1, -1, -1)) for x in seen)
+    without = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW)
+    assert not torch.allclose(latents[:, 2:], without[:, 2:], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4, 6), (1, 1, 4, 4, 4), (2, 1, 4, 4, 6)])
+def test_prefix_of_another_shape_is_refused(model, shape):
+    with pytest.raises(ValueError, match=r"a prefix .* does not fit latents \[1, 3, 4, 4, 6\]"):
+        sample_latents(model, SCHEDULE, *conditions(), seeded_noise([1]), FEW, torch.zeros(shape))
+
+
+def test_text_for_another_number_of_clips_is_refused(model):
+    with pytest.raises(ValueError, match="2 rows of text for 1 clips"):
+        sample_latents(model, SCHEDULE, conditions(batch=2)[0], conditions()[1], seeded_noise([1]), FEW)
+
+
+def test_guidance_by_step_rises_and_constant_stays():
+    rising = [guidance_scale(SamplerOptions(dynamic="step"), step, 999) for step in range(50)]
+    assert rising == sorted(rising) and rising[0] == 1 and 6 < rising[-1] < 7
+    assert guidance_scale(SamplerOptions(dynamic="constant", guidance=2), 7, 500) == 3
+
+
+@pytest.mark.parametrize(
+    "num_frames, chunks", [(1, 1), (13, 1), (18, 1), (19, 2), (25, 3), (26, 3), (13 + 6 * 9, 10)]
+)
+def test_chunks_of_a_stream(num_frames, chunks):
+    assert num_chunks(num_frames) == chunks
+
+
+def test_clean_frames_must_leave_room():
+    with pytest.raises(ValueError, match="clean = 13 must be"):
+        num_chunks(26, window=13, clean=13)
+
+
+def test_stream_continues_each_chunk_from_the_last(model):
+    text, features = conditions(num_frames=6)
+    noises = [seeded_noise([seed]) for seed in (1, 2, 3)]
+    parts = list(stream_latents(model, SCHEDULE, text, features, lambda i: noises[i], FEW, window=4, clean=3))
+    assert [part.shape[1] for part in parts] == [4, 1, 1]
+    joined = torch.cat(parts, dim=1)
+    for chunk in range(1, 3):
+        expected = sample_latents(
+            model, SCHEDULE, text, features[:, chunk : chunk + 4], seeded_noise([chunk + 1]), FEW, joined[:, chunk : chunk + 3]
+        )
+        assert torch.equal(joined[:, chunk : chunk + 4], expected)
+
+
+def test_stream_of_one_chunk_is_plain_sampling(model):
+    text, features = conditions()
+    (only,) = stream_latents(model, SCHEDULE, text, features, lambda _i: seeded_noise([1]), FEW)
+    assert torch.equal(only, sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW))
+
+
+def test_stream_without_clean_frames_makes_independent_chunks(model):
+    text, features = conditions(num_frames=6)
+    parts = list(stream_latents(model, SCHEDULE, text, features, lambda i: seeded_noise([i]), FEW, window=3, clean=0))
+    alone = sample_latents(model, SCHEDULE, text, features[:, 3:], seeded_noise([1]), FEW)
+    assert torch.equal(parts[1], alone)

@@ -1,0 +1,256 @@
+"""The semantic tokenizer beyond the golden numbers: sizes, refusals, precision, training, conversion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from model_zoo.config import TokenizerConfig
+from model_zoo.convert.release_tokenizer import RULES
+from model_zoo.convert.rules import check_against, convert
+from model_zoo.registry import export, load_model
+from model_zoo.tokenizer import (
+    SemanticTokenizer,
+    codebook_usage,
+    decoder_spans,
+    dense_mask,
+    encoder_spans,
+    span_attention,
+)
+
+KEYS = Path(__file__).parents[1] / "golden" / "keys" / "tokenizer.json"
+TINY = TokenizerConfig(
+    feature_channels=6, grid_height=2, grid_width=3, hidden_size=32, num_heads=2, num_layers=2, token_size=12,
+    codebook_size=16, codebook_dim=4, iframe_tokens=5, pframe_tokens=2, segment_frames=3,
+)
+
+
+def features(batch: int = 2, num_frames: int = 3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, num_frames, 6, 2, 3, generator=generator)
+
+
+@pytest.fixture
+def tokenizer() -> SemanticTokenizer:
+    """Untrained weights, a codebook filled by one training step."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SemanticTokenizer(TINY)
+        model.train()(features(batch=8))
+    return model.eval()
+
+
+def test_release_size_has_the_released_counts():
+    with torch.device("meta"):
+        model = SemanticTokenizer(TokenizerConfig())
+    count = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("encoder", "decoder", "quantizer")}
+    assert count == {"encoder": 86_512_128, "decoder": 87_973_632, "quantizer": 25_360}
+    assert sum(b.numel() for b in model.buffers()) == 69_121
+
+
+def test_release_keys_are_exactly_the_released_ones():
+    with torch.device("meta"):
+        model = SemanticTokenizer(TokenizerConfig())
+    released = convert(model.state_dict(), RULES, "to_theirs")
+    check_against(released, {k: v["shape"] for k, v in json.loads(KEYS.read_text()).items()}, "the converted tokenizer")
+
+
+def test_conversion_there_and_back_is_bit_equal(tokenizer):
+    state = tokenizer.state_dict()
+    back = convert(convert(state, RULES, "to_theirs"), RULES, "to_ours")
+    assert set(back) == set(state)
+    assert all(torch.equal(back[k], state[k]) and back[k].dtype == state[k].dtype for k in state)
+
+
+@pytest.mark.parametrize("spans", [encoder_spans, decoder_spans])
+def test_spans_equal_one_dense_mask(spans):
+    sequence = SemanticTokenizer(TINY).sequence(3)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, 2, sequence.length, 2, 16, generator=generator)
+    mask = dense_mask(spans(sequence), sequence.length)
+    dense = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+    # float32 rounding in another order of summation
+    torch.testing.assert_close(span_attention(q, k, v, spans(sequence)), dense, atol=1e-6, rtol=1e-5)
+
+
+def test_earlier_frames_do_not_know_later_ones(tokenizer):
+    long = features(num_frames=3)
+    codes = tokenizer.encode_latents(long)
+    # other shapes of the matrix products round differently
+    torch.testing.assert_close(tokenizer.encode_latents(long[:, :2]), codes[:, : 5 + 2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokenizer.encode_latents(long[:, :1]), codes[:, :5], atol=1e-5, rtol=0)
+
+
+def test_clips_longer_than_a_segment_and_than_any_table_work(tokenizer):
+    assert tokenizer.encode(features(batch=1, num_frames=120)).shape == (1, 5 + 119 * 2)
+
+
+def test_untrained_codebook_refuses_to_encode_and_stays_untrained():
+    model = SemanticTokenizer(TINY).eval()
+    with pytest.raises(ValueError, match="codebook is untrained"):
+        model.encode(features())
+    with pytest.raises(ValueError, match="codebook is untrained"):
+        model(features())
+    with pytest.raises(ValueError, match="codebook is untrained"):
+        model.decode(torch.zeros(1, 5, dtype=torch.int64), 1)
+    assert not model.quantizer._codebook.initted
+
+
+@pytest.mark.parametrize(
+    "indices, num_frames, message",
+    [
+        (torch.zeros(1, 6, dtype=torch.int64), 1, r"\[B, 5\], not \[1, 6\]"),
+        (torch.full((1, 5), 16), 1, "codes 16..16 do not fit a codebook of 16"),
+        (torch.full((1, 5), -1), 1, "codes -1..-1"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(tokenizer, indices, num_frames, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.decode(indices, num_frames)
+
+
+def test_features_of_another_geometry_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"\[B, T >= 1, 6, 2, 3\].*not \[2, 3, 6, 3, 2\]"):
+        tokenizer.encode(features().transpose(3, 4))
+
+
+def test_encoding_never_changes_the_codebook(tokenizer):
+    before = {k: v.clone() for k, v in tokenizer.state_dict().items()}
+    tokenizer.train()
+    tokenizer.encode(features(seed=3))
+    assert all(torch.equal(v, before[k]) for k, v in tokenizer.state_dict().items())
+
+
+def test_quantiser_stays_float32_when_the_model_is_cast(tokenizer):
+    expected = tokenizer.quantizer.codebook.clone()
+    cast = tokenizer.bfloat16()
+    assert cast.encoder.embed.weight.dtype == torch.bfloat16
+    assert {t.dtype for t in cast.quantizer.state_dict().values()} == {torch.float32, torch.bool}
+    assert torch.equal(cast.quantizer.codebook, expected)
+    indices = cast.encode(features())
+    assert cast.decode(indices, 3).dtype == torch.bfloat16
+
+
+def test_quantiser_computes_in_float32_under_autocast(tokenizer):
+    latents = tokenizer.encode_latents(features())
+    tokenizer.train()
+    exact = tokenizer.quantizer.lookup(tokenizer.quantizer.nearest(latents))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.quantizer.lookup(tokenizer.quantizer.nearest(latents)), exact)
+        values, _, commitment = tokenizer.quantizer.quantize(latents)
+    assert values.dtype == commitment.dtype == torch.float32
+    torch.testing.assert_close(values, exact, atol=1e-5, rtol=0)  # the gradient trick rounds
+
+
+def test_half_precision_file_fills_a_float32_quantiser(tokenizer):
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()}
+    with torch.device("meta"):
+        model = SemanticTokenizer(TINY)
+    model.load_state_dict(state, assign=True)
+    assert model.quantizer.codebook.dtype == torch.float32
+    assert model.encoder.embed.weight.dtype == torch.bfloat16
+
+
+def test_model_from_the_zoo_encodes_the_same_and_can_train_on(tokenizer, tmp_path):
+    entry = export(tmp_path, "tokenizer", "tokenizer", TINY, tokenizer.state_dict(), {})
+    loaded = load_model(entry)
+    assert not any(t.is_meta for t in [*loaded.parameters(), *loaded.buffers()])
+    assert torch.equal(loaded.encode(features()), tokenizer.encode(features()))
+    loaded.requires_grad_(True).train()(features()).loss.backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_recomputed_activations_give_the_same_gradients(tokenizer):
+    gradients = []
+    for recompute in (False, True):
+        model = SemanticTokenizer(TINY).train()
+        model.load_state_dict(tokenizer.state_dict())
+        model.set_recompute(recompute)
+        model(features(batch=8)).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_evaluation_loss_is_the_training_loss_of_the_same_codebook(tokenizer):
+    evaluated = tokenizer(features(batch=4))
+    trained = tokenizer.train()(features(batch=4))
+    # the gradient trick returns the code up to rounding
+    torch.testing.assert_close(trained.loss, evaluated.loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(trained.commitment, evaluated.commitment, atol=1e-6, rtol=0)
+
+
+def test_commitment_weight_scales_one_part_of_the_loss(tokenizer):
+    model = SemanticTokenizer(TINY.model_copy(update={"commitment_weight": 0.25})).eval()
+    model.load_state_dict(tokenizer.state_dict())
+    result = model(features())
+    assert result.loss == 0.25 * result.commitment + result.reconstruction
+
+
+def test_normalised_features_round_trip_through_the_same_scale(tokenizer):
+    model = SemanticTokenizer(TINY.model_copy(update={"normalize_features": True})).eval()
+    model.load_state_dict(tokenizer.state_dict())
+    mean, std = torch.arange(6.0), torch.arange(1.0, 7.0)
+    model.set_feature_statistics(mean, std)
+    scaled = features() * std[:, None, None] + mean[:, None, None]
+    indices = model.encode(scaled)
+    assert torch.equal(indices, tokenizer.encode(features()))
+    expected = tokenizer.decode(indices, 3) * std[:, None, None] + mean[:, None, None]
+    torch.testing.assert_close(model.decode(indices, 3), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(scaled).reconstruction, tokenizer(features()).reconstruction, atol=1e-5, rtol=0)
+
+
+def test_training_learns_what_the_codes_can_carry():
+    torch.manual_seed(1)
+    model = SemanticTokenizer(TINY).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    clips = features(batch=4)[:, :1, :, :1, :1].expand(4, 3, 6, 2, 3)  # four still clips of one colour each
+    losses = []
+    for _ in range(60):
+        result = model(clips)
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        losses.append(result.reconstruction.item())
+    assert losses[-1] < 0.3 * losses[0], losses
+
+
+def _train_one_step_on_a_rank(rank: int, folder: str, state: dict[str, Tensor]) -> None:
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    model = SemanticTokenizer(TINY).train()
+    model.load_state_dict(state)
+    model(features(batch=8)[rank::2])
+    torch.save(model.quantizer.state_dict(), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_one_codebook(tokenizer, tmp_path):
+    """Two ranks with half a batch each update the codebook as one process does with the whole batch."""
+    config = TINY.model_copy(update={"dead_code_threshold": 0.0})
+    alone = SemanticTokenizer(config).train()
+    alone.load_state_dict(tokenizer.state_dict())
+    # No code near its death, so nothing is replaced by chance.
+    alone.quantizer._codebook.cluster_size += 100
+    alone.quantizer._codebook.embed_avg.copy_(alone.quantizer.codebook * alone.quantizer._codebook.cluster_size[..., None])
+    state = {k: v.clone() for k, v in alone.state_dict().items()}
+    alone(features(batch=8))
+    torch.multiprocessing.spawn(_train_one_step_on_a_rank, (str(tmp_path), state), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name, value in alone.quantizer.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        # float32 sums in another order
+        torch.testing.assert_close(ranks[0][name], value, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(ranks[0]["_codebook.embed"], state["quantizer._codebook.embed"])
+
+
+def test_codebook_usage():
+    perplexity, used = codebook_usage(torch.tensor([[0, 1], [2, 3]]), 8)
+    assert used == 0.5
+    torch.testing.assert_close(perplexity, torch.tensor(4.0))
+    assert codebook_usage(torch.zeros(5, dtype=torch.int64), 8)[0] == 1.0

@@ -1,0 +1,62 @@
+"""Every packaged YAML loads as the class its name says, and the paper-size models have the paper-size counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs import Config, dump, load
+from configs.loader import packaged_names
+from data_pipeline.precompute_config import PrecomputeConfig
+from launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from model_zoo.config import ModelConfig
+from model_zoo.dit import position_table_numel
+from model_zoo.registry import build
+from training.diffusion.config import DiffusionTrainConfig
+from training.lm.config import LMTrainConfig
+from training.tokenizer.config import TokenizerTrainConfig
+
+CLASSES: dict[str, type[Config]] = {
+    "model": ModelConfig, "shards": ShardsJobConfig, "features": PrecomputeConfig, "precompute": PrecomputeConfig,
+    "tokenizer": TokenizerTrainConfig, "lm": LMTrainConfig, "diffusion-main": DiffusionTrainConfig,
+    "diffusion-control": DiffusionTrainConfig, "sample": SampleConfig, "evaluate": EvaluateConfig,
+}
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_packaged_config_loads_and_dumps(name, tmp_path):
+    cls = CLASSES[name.split("/")[-1]]
+    config = load(cls, name)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump(config))
+    assert load(cls, path) == config
+
+
+def test_both_presets_are_complete():
+    for preset in ("nano", "landiff"):
+        assert {f"{preset}/{stem}" for stem in CLASSES} <= set(packaged_names())
+
+
+def numel(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_paper_size_models_have_the_counts_of_the_specification():
+    config = load(ModelConfig, "landiff/model")
+    with torch.device("meta"):
+        tokenizer, lm, diffusion = (build(kind, getattr(config, kind)) for kind in ("tokenizer", "lm", "diffusion"))
+    table = position_table_numel(config.diffusion.transformer)
+    assert numel(lm) == 2_049_321_984
+    assert numel(tokenizer) == 174_511_120
+    assert table == 34_129_920
+    assert numel(diffusion.transformer) + table == 1_727_913_792
+    assert numel(diffusion.control) + numel(diffusion.semantic) == 945_012_048
+
+
+def test_what_a_paper_size_trainer_is_made_of_fits_together():
+    lm, control = load(LMTrainConfig, "landiff/lm"), load(DiffusionTrainConfig, "landiff/diffusion-control")
+    tokenizer = load(TokenizerTrainConfig, "landiff/tokenizer")
+    for key in ("codebook_size", "iframe_tokens", "pframe_tokens", "segment_frames"):
+        assert getattr(lm.model, key) == getattr(tokenizer.model, key)
+    assert control.model.semantic.feature_channels == tokenizer.model.feature_channels
+    assert control.model.transformer.latent_height == 2 * tokenizer.model.grid_height

@@ -1,0 +1,213 @@
+"""Checkpoints: whole or absent, never lost, never of another model."""
+
+import logging
+import os
+import resource
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from configs.base import ConfigError
+from tests.distributed import run_distributed
+from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, alone, train
+from training.checkpoint import (
+    CheckpointError,
+    CheckpointState,
+    CheckpointStore,
+    FileList,
+    committed_steps,
+    latest_whole,
+    list_files,
+    step_folder,
+)
+from training.config import LoopConfig, OptimConfig
+from training.engine import TrainState
+
+
+def config(folder, steps=6, **loop):
+    return ToyConfig(run=folder, loop=LoopConfig(steps=steps, log_every=1, **loop))
+
+
+@dataclass
+class Cramped(ToyEngine):
+    """Cannot write more than a few bytes to a file, the next `failures` times: the system refuses, as on a full disk."""
+
+    failures: int = 0
+    attempts: int = 0
+
+    def save(self, folder):
+        self.attempts += 1
+        if not self.failures:
+            return super().save(folder)
+        self.failures -= 1
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+        try:
+            super().save(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def store(settings, world=None):
+    return CheckpointStore(settings.run / "checkpoints", settings, settings.loop, world or alone(), retry_waits_s=(0, 0, 0))
+
+
+def save(settings, step, failures=0, *, last=False, world=None):
+    """Save as step `step`; returns (folder or None, how often the engine was asked)."""
+    world = world or alone()
+    engine = Cramped(settings, world, failures)
+    saved = store(settings, world).save(TrainState(step), engine, ToyLoader(settings, world), last=last)
+    return saved, engine.attempts
+
+
+def test_a_checkpoint_lists_every_file_and_says_what_made_it(tmp_path):
+    settings = config(tmp_path)
+    save(settings, 3)
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    listed = FileList.model_validate_json((folder / "files.json").read_bytes()).files
+    assert [entry.path for entry in listed] == ["config.yaml", "rank_0.txt", "state.json", "toy.safetensors"]
+    assert all(entry.sha256 and entry.bytes == (folder / entry.path).stat().st_size for entry in listed)
+    document = CheckpointState.model_validate_json((folder / "state.json").read_bytes())
+    assert (document.step, document.kind, document.loader) == (3, "ToyConfig", {"step": 0})
+    assert document.versions["torch"] == torch.__version__
+
+
+def truncated(folder):
+    os.truncate(folder / "toy.safetensors", 10)
+
+
+def flipped(folder):
+    path = folder / "toy.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def without_a_file(folder):
+    (folder / "rank_0.txt").unlink()
+
+
+def without_the_list(folder):
+    (folder / "files.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, without_a_file, without_the_list])
+def test_a_damaged_newest_is_named_and_the_one_before_it_is_used(tmp_path, caplog, damage):
+    _, straight = train(config(tmp_path / "a"), alone())
+    train(config(tmp_path / "b", 4, save_every=2), alone())
+    checkpoints = tmp_path / "b" / "checkpoints"
+    damage(checkpoints / "step_00000004")
+    assert latest_whole(checkpoints) == checkpoints / "step_00000002"
+    with caplog.at_level(logging.WARNING):
+        state, resumed = train(config(tmp_path / "b"), alone())
+    assert "step_00000004 is damaged" in caplog.text
+    assert (state.step, resumed.seen[0]) == (6, 8)
+    assert torch.equal(resumed.weight, straight.weight)
+    assert (checkpoints / "step_00000004.damaged").is_dir()
+
+
+def test_a_run_with_only_damaged_checkpoints_does_not_silently_begin_again(tmp_path):
+    train(config(tmp_path, 4, save_every=2), alone())
+    for step in (2, 4):
+        truncated(step_folder(tmp_path / "checkpoints", step))
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        train(config(tmp_path), alone())
+
+
+def test_half_written_folders_of_dead_processes_are_removed_and_never_used(tmp_path):
+    train(config(tmp_path, 2), alone())
+    checkpoints = tmp_path / "checkpoints"
+    node = os.uname().nodename
+    dead = [checkpoints / f".step_00000004.{node}.4194305.tmp", checkpoints / ".step_00000004.another-node.1.tmp"]
+    alive = checkpoints / f".step_00000004.{node}.1.tmp"
+    for folder in (*dead, alive):
+        shutil.copytree(checkpoints / "step_00000002", folder)
+    assert train(config(tmp_path, 3), alone())[0].step == 3
+    assert [folder.exists() for folder in (*dead, alive)] == [False, False, True]
+
+
+def test_retention_keeps_the_last_ones_and_every_mth(tmp_path):
+    train(config(tmp_path, 10, save_every=1, keep_last=2, keep_every=4), alone())
+    assert committed_steps(tmp_path / "checkpoints") == [4, 8, 9, 10]
+
+
+def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
+    settings = config(tmp_path, on_save_failure="warn", keep_last=1)
+    save(settings, 1)
+    assert save(settings, 2, failures=1) == (None, 1)
+    assert "rank 0" in caplog.text and "going on" in caplog.text
+    assert list_folder(tmp_path) == ["step_00000001"]
+    with pytest.raises(CheckpointError, match="older checkpoints are untouched"):
+        save(settings, 2, failures=1, last=True)
+    assert list_folder(tmp_path) == ["step_00000001"]
+
+
+def test_full_disk_retry_tries_again_then_gives_up(tmp_path):
+    settings = config(tmp_path, on_save_failure="retry", keep_last=1)
+    assert save(settings, 1, failures=3) == (step_folder(tmp_path / "checkpoints", 1), 4)
+    with pytest.raises(CheckpointError, match="step 2"):
+        save(settings, 2, failures=4)
+    assert list_folder(tmp_path) == ["step_00000001"]
+
+
+def test_full_disk_fatal_raises_at_once(tmp_path):
+    settings = config(tmp_path, on_save_failure="fatal")
+    save(settings, 1)
+    with pytest.raises(CheckpointError, match="step 2"):
+        save(settings, 2, failures=1)
+    assert list_folder(tmp_path) == ["step_00000001"]
+
+
+def list_folder(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_the_keys(tmp_path):
+    train(config(tmp_path, 2), alone())
+    other = config(tmp_path).model_copy(update={"model": ToyModelConfig(width=5)})
+    with pytest.raises(ConfigError, match=r"model\.width = 5 \(checkpoint: 3\)"):
+        train(other, alone())
+
+
+class OtherTrainerConfig(ToyConfig):
+    pass
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    train(config(tmp_path, 2), alone())
+    with pytest.raises(ConfigError, match="written by ToyConfig, this run is a OtherTrainerConfig"):
+        train(OtherTrainerConfig(**config(tmp_path).model_dump()), alone())
+
+
+def test_another_learning_rate_is_allowed_and_said(tmp_path, caplog):
+    train(config(tmp_path, 2), alone())
+    with caplog.at_level(logging.INFO):
+        state, _ = train(config(tmp_path).model_copy(update={"optim": OptimConfig(lr=0.01)}), alone())
+    assert state.step == 6
+    assert "optim.lr = 0.01 (checkpoint: 0.1)" in caplog.text
+
+
+def on_two_ranks(world, folder):
+    """Only rank 1 cannot write; both must see it, and the next save must work."""
+    settings = config(folder, on_save_failure="warn")
+    first, _ = save(settings, 1, world=world)
+    failed, _ = save(settings, 2, failures=world.rank, world=world)
+    after_failure = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    world.barrier()
+    third, _ = save(settings, 3, world=world)
+    if world.rank == 0:
+        truncated(third)
+    world.barrier()
+    with_damage = [bool(store(settings, world).damage(path)) for path in (first, third)]
+    return failed, after_failure, list_files(third), with_damage
+
+
+def test_ranks_agree_on_a_failed_save_and_on_damage(tmp_path):
+    for said in run_distributed(on_two_ranks, 2, tmp_path):
+        failed, after_failure, files, with_damage = said
+        assert failed is None
+        assert after_failure == ["step_00000001"]
+        assert files == ["config.yaml", "files.json", "rank_0.txt", "rank_1.txt", "state.json", "toy.safetensors"]
+        assert with_damage == [False, True]

@@ -1,0 +1,117 @@
+"""What a run says: a line, a file, TensorBoard; and the same again after a restart."""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.loader import Batch
+from tests.training.toy import alone
+from training.engine import StepResult, TrainState
+from training.metrics import Metrics, Progress, cut, duration, gif, read_metrics, read_scalars
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def log(folder, first, last, total=10, stream=None):
+    metrics = Metrics(folder, total, alone(), stream or io.StringIO())
+    metrics.resume(TrainState(first - 1))
+    for step in range(first, last + 1):
+        batch = metrics.waiting(lambda step=step: Batch(step - 1, 4, ()))
+        result = StepResult(torch.tensor(1.0 / step), torch.tensor(2.0), 0.1, {"codebook/perplexity": 5.0}, tokens=100)
+        metrics.count(batch, result)
+        metrics.log(TrainState(step), result)
+    metrics.close()
+    return metrics
+
+
+def test_a_logged_step_reaches_the_file_and_tensorboard_under_the_same_tags(tmp_path):
+    log(tmp_path, 1, 3)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[1]["train/loss"] == 0.5
+    rates = lines[0]["throughput/tokens_per_s"] / lines[0]["throughput/samples_per_s"]
+    assert rates == pytest.approx(25)
+    assert 0 <= lines[0]["data/wait_fraction"] <= 1
+    assert lines[0]["memory/host_gib"] > 0.01
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step", "time"}
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([1.0, 0.5, 1 / 3])
+
+
+def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
+    log(tmp_path, 1, 5)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "train/lo')  # torn by a kill
+    log(tmp_path, 4, 6)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_cut_of_nothing_is_nothing(tmp_path):
+    cut(tmp_path / "metrics.jsonl", 3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_the_line_says_step_loss_rate_speed_and_time_left(tmp_path):
+    stream = io.StringIO()
+    log(tmp_path, 1, 10, stream=stream)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2  # the first, and the last; the others came within ten seconds
+    for part in ("step 10/10", "loss 0.1000", "lr 1.00e-01", "grad 2.00", "samples/s", "tokens/s", "data wait", "GiB", "0:00 left"):
+        assert part in lines[-1]
+
+
+def test_a_terminal_gets_one_live_line():
+    stream = Terminal()
+    progress = Progress(stream)
+    progress.show("a long line")
+    progress.show("short")
+    progress.end()
+    assert stream.getvalue() == "\ra long line\rshort      \n"
+
+
+def test_only_rank_0_writes(tmp_path):
+    world = alone()
+    world.rank, world.size = 1, 2
+    metrics = Metrics(tmp_path, 1, world, io.StringIO())
+    metrics.resume(TrainState())
+    metrics.log(TrainState(1), StepResult(1.0, 1.0, 0.1))
+    metrics.add_videos(TrainState(1), {"v": torch.zeros(1, 2, 2, 3, dtype=torch.uint8)})
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gif_holds_the_frames_in_order():
+    video = torch.arange(4, dtype=torch.uint8)[:, None, None, None].mul(60).expand(4, 6, 8, 3)
+    image = Image.open(io.BytesIO(gif(video, fps=8)))
+    assert (image.n_frames, image.size) == (4, (8, 6))
+    shades = []
+    for frame in range(4):
+        image.seek(frame)
+        shades.append(image.convert("RGB").getpixel((0, 0))[0])
+    assert shades == [0, 60, 120, 180]
+    with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3\], not torch.float32 \[4, 6, 8, 3\]"):
+        gif(video.float(), fps=8)
+
+
+def test_scalars_of_any_kind_come_over_exactly():
+    values = {"a": torch.tensor(0.1), "b": 0.2, "c": torch.tensor(3), "d": torch.tensor([0.4], dtype=torch.bfloat16)}
+    found = read_scalars(values)
+    assert found == {"a": float(torch.tensor(0.1)), "b": 0.2, "c": 3.0, "d": float(torch.tensor(0.4, dtype=torch.bfloat16))}
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3700, "1:01:40")])
+def test_durations_read_like_a_clock(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,125 @@
+"""The tokenizer engine: learns, resumes exactly, and doesn't depend on the number of ranks."""
+
+import pytest
+import torch
+
+from configs.base import ConfigError
+from data_pipeline.schema import Column, Manifest
+from tests.distributed import run_distributed
+from tests.training.tokenizer.tiny import MODEL, batch, config, features
+from tests.training.toy import alone
+from training.metrics import read_scalars
+from training.tokenizer.engine import TokenizerEngine, check_features, codebook_use, paint
+
+
+def train(engine, steps, world=None, micro_batches=1):
+    """Scalars of each step."""
+    world = world or engine.world
+    found = []
+    for step in steps:
+        result = engine.train_step(batch(step, world.rank, world.size, micro_batches))
+        found.append(read_scalars({"loss": result.loss, "grad_norm": result.grad_norm, **result.metrics}))
+    return found
+
+
+def test_loss_falls_and_the_codebook_is_used(tmp_path):
+    scalars = train(TokenizerEngine(config(tmp_path, optim={"lr": 1e-2, "warmup_steps": 5}), alone()), range(200))
+    assert scalars[-1]["loss"] < 0.4 * scalars[0]["loss"]
+    assert scalars[-1]["codebook/used_fraction"] > 0.5
+    assert 1 < scalars[-1]["codebook/perplexity"] <= MODEL.codebook_size
+
+
+def test_resume_is_bit_equal_and_needs_no_generator_state(tmp_path):
+    straight = TokenizerEngine(config(tmp_path), alone())
+    expected = train(straight, range(12))
+    stopped = TokenizerEngine(config(tmp_path), alone())
+    train(stopped, range(6))
+    stopped.save(tmp_path)
+    torch.randn(7)  # somebody else draws in between
+    resumed = TokenizerEngine(config(tmp_path), alone())
+    for parameter in resumed.tokenizer.parameters():
+        torch.nn.init.zeros_(parameter)
+    resumed.load(tmp_path)
+    assert train(resumed, range(6, 12)) == expected[6:]
+    for name, tensor in straight.tokenizer.state_dict().items():
+        assert torch.equal(resumed.tokenizer.state_dict()[name], tensor), name
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    before = torch.get_rng_state()
+    train(TokenizerEngine(config(tmp_path), alone()), range(3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def train_on(world, folder, normalize):
+    model = MODEL.model_copy(update={"normalize_features": normalize})
+    engine = TokenizerEngine(config(folder, model), world)
+    scalars = train(engine, range(10), world)
+    return scalars, {name: tensor.clone() for name, tensor in engine.tokenizer.state_dict().items()}
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_two_ranks_follow_one_and_share_one_codebook(tmp_path, normalize):
+    scalars, state = train_on(alone(), tmp_path, normalize)
+    (scalars0, state0), (scalars1, state1) = run_distributed(train_on, 2, tmp_path, normalize)
+    assert scalars0 == scalars1
+    for name, tensor in state.items():
+        assert torch.equal(state0[name], state1[name]), name
+        # float32 sums in another order, through ten AdamW steps
+        torch.testing.assert_close(state0[name], tensor, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for ours, theirs in zip(scalars, scalars0, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-3)
+
+
+def test_the_gradient_of_micro_batches_is_their_mean(tmp_path):
+    whole, cut = (TokenizerEngine(config(tmp_path), alone()) for _ in range(2))
+    for engine in (whole, cut):
+        engine.tokenizer.load_state_dict(trained_state(tmp_path))
+        engine.tokenizer.quantizer._codebook.ema_update = False
+        engine.tokenizer.quantizer._codebook.threshold_ema_dead_code = 0
+    first = whole.train_step(batch(10))
+    second = cut.train_step(batch(10, micro_batches=4))
+    assert float(second.loss) == pytest.approx(float(first.loss), rel=1e-5)
+    assert float(second.grad_norm) == pytest.approx(float(first.grad_norm), rel=1e-4)
+
+
+def trained_state(folder):
+    engine = TokenizerEngine(config(folder), alone())
+    train(engine, range(10))
+    return engine.tokenizer.state_dict()
+
+
+def test_bf16_autocast_trains_and_keeps_float32_parameters(tmp_path):
+    engine = TokenizerEngine(config(tmp_path, optim={"lr": 1e-2}, precision="bf16", recompute=True), alone())
+    scalars = train(engine, range(90))
+    assert scalars[-1]["loss"] < 0.9 * scalars[0]["loss"]
+    assert {tensor.dtype for tensor in engine.tokenizer.parameters()} == {torch.float32}
+
+
+def test_preview_shows_a_clip_beside_its_reconstruction(tmp_path):
+    engine = TokenizerEngine(config(tmp_path), alone())
+    assert engine.preview() == {}
+    train(engine, range(1))
+    (video,) = engine.preview().values()
+    assert video.dtype == torch.uint8
+    assert video.shape == (3, 2 * 16, 2 * 2 * 16 + 4, 3)
+    assert engine.tokenizer.training
+
+
+def test_equal_features_are_painted_equally():
+    clip = features(0).float()
+    video = paint(clip, clip, pixels=1)
+    assert torch.equal(video[:, :, :2], video[:, :, -2:])
+    assert len(video[:, :, :2].reshape(-1, 3).unique(dim=0)) > 3
+
+
+def test_codebook_use_of_known_counts():
+    perplexity, used = codebook_use(torch.tensor([4.0, 4.0, 0.0, 0.0]))
+    assert (float(perplexity), float(used)) == (pytest.approx(2.0), 0.5)
+
+
+def test_features_of_another_size_are_refused_naming_both(tmp_path):
+    column = Column(dtype="float16", shape=[3, 16, 2, 2], encoder="theia", fingerprint="f", config={}, shards=[])
+    manifest = Manifest(fingerprint="m", config={}, shards=[], columns={"features": column})
+    with pytest.raises(ConfigError, match=r"\[8, 2, 2\].*theia.*\[16, 2, 2\]"):
+        check_features(config(tmp_path), manifest)

@@ -1,0 +1,44 @@
+"""A tokenizer of a few thousand parameters, and features with something to learn in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from data_pipeline.loader import Batch, Sample
+from model_zoo.config import TokenizerConfig
+from tests.training.toy import META
+from training import rng
+from training.tokenizer.config import TokenizerTrainConfig
+
+MODEL = TokenizerConfig(
+    feature_channels=8, grid_height=2, grid_width=2, hidden_size=32, num_heads=2, num_layers=1, token_size=16,
+    codebook_size=16, codebook_dim=4, iframe_tokens=4, pframe_tokens=2, segment_frames=3,
+)
+
+
+def config(run: Path, model: TokenizerConfig = MODEL, **changes: object) -> TokenizerTrainConfig:
+    data = {"manifest": "unused", "global_batch_size": 8, "micro_batch_size": 8}
+    optim = {"lr": 3e-3, "warmup_steps": 5}
+    sections = {"run": run, "data": data, "loop": {"steps": 60, "log_every": 1}, "optim": optim, "model": model}
+    return TokenizerTrainConfig(**(sections | changes))
+
+
+def features(index: int, model: TokenizerConfig = MODEL) -> torch.Tensor:
+    """float16 [T, C, h, w]: one of four patterns, stronger or weaker; a pure function of the index."""
+    shape = (model.segment_frames, model.feature_channels, model.grid_height, model.grid_width)
+    pattern = torch.randn(*shape, generator=rng.generator(0, "pattern", index % 4))
+    strength = 0.75 + 0.5 * torch.rand(1, generator=rng.generator(0, "clip", index % 64))
+    return (strength * pattern).half()
+
+
+def batch(step: int, rank: int = 0, size: int = 1, micro_batches: int = 1, global_batch_size: int = 8) -> Batch:
+    """Rank's share of global batch `step`, every size-th sample."""
+    samples = []
+    for position in range(rank, global_batch_size, size):
+        index = step * global_batch_size + position
+        samples.append(Sample(f"{index:06d}", 0, index, position, META, {"features": features(index)}))
+    per = len(samples) // micro_batches
+    micros = tuple(tuple(samples[i * per : (i + 1) * per]) for i in range(micro_batches))
+    return Batch(step, global_batch_size, micros)

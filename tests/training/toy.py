@@ -1,0 +1,120 @@
+"""The smallest real engine and loader: a linear regression whose gradients are averaged over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from configs.base import Config
+from configs.loader import load
+from data_pipeline.loader import Batch, Sample
+from data_pipeline.schema import Manifest, RawSample
+from training import distributed, rng
+from training.config import LoopConfig, OptimConfig
+from training.distributed import World
+from training.engine import StepResult, TrainState
+from training.loop import fit
+from training.optim import learning_rate
+from training.run import Run
+
+
+class ToyModelConfig(Config):
+    width: int = 3
+
+
+class ToyConfig(Config):
+    run: Path
+    loop: LoopConfig
+    model: ToyModelConfig = ToyModelConfig()
+    optim: OptimConfig = OptimConfig(lr=0.1)
+    global_batch_size: int = 4
+
+
+class ToyLoader:
+    """Samples whose content is a pure function of their index."""
+
+    def __init__(self, config: ToyConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.manifest = Manifest(fingerprint="toy", config={}, shards=[])
+        self.step = 0
+
+    def next_batch(self) -> Batch:
+        size, width = self.config.global_batch_size, self.config.model.width
+        samples = []
+        for position in range(self.world.rank, size, self.world.size):
+            index = self.step * size + position
+            x = torch.randn(width, generator=rng.generator(0, "toy", index))
+            samples.append(Sample(f"{index:06d}", 0, index, position, META, {"x": x}))
+        self.step += 1
+        return Batch(self.step - 1, size, tuple((sample,) for sample in samples))
+
+    def state_dict(self) -> dict:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+
+
+META = RawSample(
+    key="k", caption="c", source="s", source_sha256="", start_s=0, fps=8, num_frames=17, height=64, width=64,
+    motion_score=0.0, video_sha256="",
+)
+
+
+@dataclass
+class ToyEngine:
+    """Learns to sum its inputs, by gradient descent with momentum."""
+
+    config: ToyConfig
+    world: World
+
+    def __post_init__(self) -> None:
+        self.weight = torch.zeros(self.config.model.width)
+        self.momentum = torch.zeros(self.config.model.width)
+        self.seen: list[int] = []
+
+    def train_step(self, batch: Batch) -> StepResult:
+        self.seen += [sample.index for sample in batch.samples]
+        x = torch.stack([sample.tensors["x"] for sample in batch.samples])
+        error = x @ self.weight - x.sum(1)
+        sums = torch.cat([error @ x, error.square().sum()[None]])
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+        gradient, loss = sums[:-1] / batch.global_batch_size, sums[-1] / batch.global_batch_size
+        lr = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
+        self.momentum = 0.9 * self.momentum + gradient
+        self.weight = self.weight - lr * self.momentum
+        return StepResult(loss, gradient.norm(), lr, {"train/extra": 2.0}, tokens=7)
+
+    def save(self, folder: Path) -> None:
+        if self.world.rank == 0:
+            save_file({"weight": self.weight, "momentum": self.momentum}, folder / "toy.safetensors")
+        (folder / f"rank_{self.world.rank}.txt").write_text(f"{self.world.rank}\n")
+
+    def load(self, folder: Path) -> None:
+        state = load_file(folder / "toy.safetensors")
+        self.weight, self.momentum = state["weight"], state["momentum"]
+
+    def preview(self) -> dict[str, torch.Tensor]:
+        return {"preview/noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)}
+
+
+def train(config: ToyConfig, world: World) -> tuple[TrainState, ToyEngine]:
+    engine = ToyEngine(config, world)
+    return fit(engine, ToyLoader(config, world), Run(config.run, config, world), config.loop), engine
+
+
+def alone() -> World:
+    """A world of one, without a process group."""
+    return World(0, 1, 0, torch.device("cpu"), "gloo")
+
+
+def main(config_path: str) -> None:
+    """What a trainer's `__main__` does."""
+    config = load(ToyConfig, config_path)
+    with distributed.start(config.run) as world:
+        train(config, world)

@@ -1,0 +1,363 @@
+"""Checkpoints that are whole or not there at all.
+
+    <run>/checkpoints/step_00001000/
+        ...            the engine's own files
+        config.yaml    resolved config of the run
+        state.json     `CheckpointState`: step, loader position, versions, data fingerprint
+        files.json     every other file with size and sha256; written last
+
+A save goes into a hidden folder beside the final name; after every rank has written, files are listed,
+hashed (the work is shared over the ranks; files above HASH_LIMIT are listed with their size alone),
+fsynced, and the folder is renamed. "Latest" is the highest step whose files still are as listed. A newest
+checkpoint that is damaged is set aside as `step_<n>.damaged` and the one before it is used.
+
+Random numbers need no place here: they are keyed by (seed, purpose, place), so nothing remembers them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import NonNegativeInt, ValidationError
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from configs.base import Config, ConfigError
+from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
+from configs.loader import dump
+from training.config import LoopConfig
+from training.distributed import World
+from training.engine import BatchSource, Engine, TrainState
+
+log = logging.getLogger(__name__)
+
+STATE, FILES, CONFIG = "state.json", "files.json", "config.yaml"
+HASH_LIMIT = 4 << 30  # bytes; above, reading a file back would hold a save up for seconds
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk looks like
+RETRY_WAITS_S = (1.0, 10.0, 60.0)
+DISTRIBUTIONS = ("torch", "megatron-core", "deepspeed", "vector-quantize-pytorch", "safetensors", "numpy")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those on disk is whole."""
+
+
+class CheckpointState(Config):
+    """state.json: what the loop needs to go on, and what made it."""
+
+    format: Literal[1] = 1
+    step: NonNegativeInt
+    kind: str  # name of the config class: which trainer
+    loader: dict[str, Any]
+    manifest: str  # fingerprint of the raw shards
+    columns: dict[str, str]  # fingerprints of the data's columns by name
+    world_size: int
+    versions: dict[str, str]
+
+
+class FileEntry(Config):
+    """One file of a checkpoint."""
+
+    path: str  # relative
+    bytes: NonNegativeInt
+    sha256: str | None  # None above HASH_LIMIT
+
+
+class FileList(Config):
+    """files.json."""
+
+    format: Literal[1] = 1
+    files: list[FileEntry]
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Methods are collective unless they say otherwise."""
+
+    def __init__(
+        self, folder: Path, config: Config, loop: LoopConfig, world: World, *,
+        must_match: Sequence[str] = ("model",), retry_waits_s: Sequence[float] = RETRY_WAITS_S,
+    ) -> None:
+        """`must_match`: sections of `config` in which a checkpoint may not differ. Removes what dead saves left."""
+        self.folder = folder
+        self.config = config
+        self.loop = loop
+        self.world = world
+        self.must_match = tuple(must_match)
+        self.retry_waits_s = tuple(retry_waits_s)
+        if world.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_dead_temporaries(folder)
+        world.barrier()
+
+    # ---------------------------------------------------------------- save
+
+    def save(self, state: TrainState, engine: Engine, loader: BatchSource, *, last: bool = False) -> Path | None:
+        """Commit a checkpoint of `state.step`; returns its folder.
+
+        A failure leaves the older checkpoints alone and is handled as `loop.on_save_failure` says: go on
+        without (returns None), try again after 1, 10 and 60 s, or raise. When this is the `last` chance of
+        the process, "warn" raises too. Raises CheckpointError on all ranks.
+        """
+        waits = self.retry_waits_s if self.loop.on_save_failure == "retry" else ()
+        for attempt in range(len(waits) + 1):
+            failures = self._try_save(state, engine, loader)
+            if not failures:
+                self._prune(state.step)
+                return step_folder(self.folder, state.step)
+            text = f"checkpoint of step {state.step} in {self.folder} failed: {'; '.join(failures)}"
+            if attempt < len(waits):
+                log.warning("%s; trying again in %g s (%d tries left)", text, waits[attempt], len(waits) - attempt)
+                time.sleep(waits[attempt])
+        if self.loop.on_save_failure == "warn" and not last:
+            log.warning("%s; going on, since loop.on_save_failure = warn", text)
+            return None
+        raise CheckpointError(f"{text}; older checkpoints are untouched. Free some space and start the same command again")
+
+    def _try_save(self, state: TrainState, engine: Engine, loader: BatchSource) -> list[str]:
+        """What went wrong, by rank; empty when the checkpoint is committed. Equal on all ranks."""
+        world, final = self.world, step_folder(self.folder, state.step)
+        temporary = Path(world.broadcast(str(temporary_name(final))))
+        failure = _attempt(lambda: temporary.mkdir(parents=True)) if world.rank == 0 else ""
+        failures = _failures(world, failure)
+        if not failures:
+            failures = _failures(world, _attempt(lambda: engine.save(temporary)))
+        if not failures:
+            failure, entries = "", []
+            paths = world.broadcast(list_files(temporary) if world.rank == 0 else None)
+            try:
+                entries = [describe(temporary, path).model_dump() for path in _share(world, paths)]
+            except OSError as error:
+                failure = _explain(error)
+            failures = _failures(world, failure)
+            entries = [FileEntry(**entry) for part in world.gather(entries) for entry in part]
+        if not failures:
+            failure = _attempt(lambda: self._commit(temporary, final, state, loader, entries)) if world.rank == 0 else ""
+            failures = _failures(world, failure)
+        if failures and world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        world.barrier()
+        return failures
+
+    def _commit(self, temporary: Path, final: Path, state: TrainState, loader: BatchSource, entries: list[FileEntry]) -> None:
+        """Rank 0: add our own documents, then rename."""
+        document = CheckpointState(
+            step=state.step, kind=type(self.config).__name__, loader=loader.state_dict(),
+            manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
+            columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
+        )
+        write_text(temporary / STATE, document.model_dump_json(indent=1))
+        write_text(temporary / CONFIG, dump(self.config))
+        own = [describe(temporary, name) for name in (STATE, CONFIG)]
+        files = FileList(files=sorted([*entries, *own], key=lambda entry: entry.path))
+        write_text(temporary / FILES, files.model_dump_json(indent=1))
+        if final.exists():
+            remove_dir(final)
+        commit_dir(temporary, final)
+
+    def _prune(self, newest: int) -> None:
+        """Keep the last n and every m-th. A failure to delete costs space, not the run."""
+        if self.world.rank != 0:
+            return
+        steps = [step for step in committed_steps(self.folder) if step <= newest]
+        for step in steps[: -self.loop.keep_last]:
+            if self.loop.keep_every and step % self.loop.keep_every == 0:
+                continue
+            try:
+                remove_dir(step_folder(self.folder, step))
+            except OSError as error:
+                log.warning("could not delete old checkpoint %s: %s", step_folder(self.folder, step), error)
+
+    # ---------------------------------------------------------------- load
+
+    def load_latest(self, engine: Engine, loader: BatchSource) -> TrainState | None:
+        """Restore the newest whole checkpoint; None in a run without any.
+
+        Raises ConfigError for a checkpoint of another model, CheckpointError when none is whole.
+        """
+        found = self._newest_whole()
+        if found is None:
+            return None
+        document = self._check(found)
+        loader.load_state_dict(document.loader)  # refuses other data
+        engine.load(found)
+        log.info("resumed from %s", found)
+        return TrainState(step=document.step)
+
+    def _newest_whole(self) -> Path | None:
+        steps = self.world.broadcast(committed_steps(self.folder) if self.world.rank == 0 else None)
+        for step in reversed(steps):
+            folder = step_folder(self.folder, step)
+            problems = self.damage(folder)
+            if not problems:
+                return folder
+            log.warning("checkpoint %s is damaged (%s); using the one before it", folder, "; ".join(problems[:3]))
+            if self.world.rank == 0:
+                aside = folder.with_name(f"{folder.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(folder, aside)
+            self.world.barrier()
+        if steps:
+            raise CheckpointError(
+                f"none of the {len(steps)} checkpoints in {self.folder} is whole; they are kept as step_*.damaged. "
+                "Bring one back, or start the command once more to begin at step 0"
+            )
+        return None
+
+    def damage(self, folder: Path) -> list[str]:
+        """What differs from files.json; empty for a whole checkpoint. Equal on all ranks; reading is shared."""
+        paths, problem = [], ""
+        if self.world.rank == 0:
+            try:
+                listed = FileList.model_validate_json((folder / FILES).read_bytes())
+                paths = [entry.model_dump() for entry in listed.files]
+            except (OSError, ValidationError) as error:
+                problem = f"{FILES}: {_explain(error)}"
+        problem, paths = self.world.broadcast([problem, paths])
+        if problem:
+            return [problem]
+        entries = {entry["path"]: FileEntry(**entry) for entry in paths}
+        problems = [text for path in _share(self.world, list(entries)) if (text := difference(folder, entries[path]))]
+        return [text for part in self.world.gather(problems) for text in part]
+
+    def _check(self, folder: Path) -> CheckpointState:
+        """state.json of a whole checkpoint that fits this run. Raises ConfigError with the keys that don't."""
+        document = CheckpointState.model_validate_json((folder / STATE).read_bytes())
+        kind = type(self.config).__name__
+        if document.kind != kind:
+            raise ConfigError(f"{folder} was written by {document.kind}, this run is a {kind}; choose another run folder (run=...)")
+        stored = _flat(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        current = _flat(self.config.model_dump(mode="json"))
+        changed = [
+            f"{key} = {current.get(key)!r} (checkpoint: {stored.get(key)!r})"
+            for key in sorted(stored.keys() | current.keys()) if stored.get(key) != current.get(key)
+        ]
+        refused = [text for text in changed if text.partition(" ")[0].partition(".")[0] in self.must_match]
+        if refused:
+            raise ConfigError(
+                f"{folder} is a checkpoint of another model: {', '.join(refused)}; "
+                "set them back, or choose another run folder (run=...)"
+            )
+        if changed:
+            log.info("resuming with a changed config: %s", ", ".join(changed))
+        return document
+
+
+# -------------------------------------------------------------------- on disk (not collective)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies, e.g. step_00001000."""
+    return folder / f"step_{step:08d}"
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoints were committed, rising."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name)))
+
+
+def list_files(folder: Path) -> list[str]:
+    """All files below `folder`, relative, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def describe(folder: Path, path: str) -> FileEntry:
+    size = (folder / path).stat().st_size
+    return FileEntry(path=path, bytes=size, sha256=sha256_file(folder / path) if size <= HASH_LIMIT else None)
+
+
+def difference(folder: Path, entry: FileEntry) -> str:
+    """What is wrong with one listed file, or ""."""
+    path = folder / entry.path
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"{entry.path} has {size} bytes instead of {entry.bytes}"
+        if entry.sha256 is not None and sha256_file(path) != entry.sha256:
+            return f"{entry.path} has other content than was written"
+    except OSError as error:
+        return f"{entry.path}: {_explain(error)}"
+    return ""
+
+
+def latest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` whose files are as listed, for readers outside a run (converters)."""
+    for step in reversed(committed_steps(folder)):
+        path = step_folder(folder, step)
+        try:
+            listed = FileList.model_validate_json((path / FILES).read_bytes())
+        except (OSError, ValidationError):
+            continue
+        if not any(difference(path, entry) for entry in listed.files):
+            return path
+    return None
+
+
+def remove_dead_temporaries(folder: Path) -> None:
+    """Delete what killed saves left. One run folder belongs to one job, so only a live process of this node is spared."""
+    for path in folder.glob(".*.tmp"):
+        node, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
+        if node == os.uname().nodename and pid != str(os.getpid()) and Path("/proc", pid).exists():
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries whose files a checkpoint holds."""
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"torch": torch.__version__}
+
+
+# -------------------------------------------------------------------- small helpers
+
+
+def _attempt(action: Any) -> str:
+    """Run `action`; what the disk had to say against it, or ""."""
+    try:
+        action()
+    except DISK_ERRORS as error:
+        log.warning("saving failed", exc_info=error)
+        return _explain(error)
+    return ""
+
+
+def _failures(world: World, failure: str) -> list[str]:
+    """The failures of all ranks, on all ranks."""
+    if not world.any_says(bool(failure)):
+        return []
+    return [f"rank {rank}: {text}" for rank, text in enumerate(world.gather(failure)) if text]
+
+
+def _explain(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _share(world: World, paths: Sequence[str]) -> list[str]:
+    return list(paths[world.rank :: world.size])
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,41 @@
+"""Why a rank died, in a file: `<run>/errors/rank_0003.txt`. Torch-free, so that launchers can read it too.
+
+When one rank fails, its peers fail a moment later in their next collective. The cause is the earliest file.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+from configs.files import write_text
+
+
+def error_path(run: Path, rank: int) -> Path:
+    return run / "errors" / f"rank_{rank:04d}.txt"
+
+
+def write_error(run: Path, rank: int, step: int, error: BaseException) -> Path:
+    """Write time (UTC, microseconds), step and traceback of `error`; returns the file."""
+    now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds")
+    trace = "".join(traceback.format_exception(error))
+    path = error_path(run, rank)
+    write_text(path, f"time: {now}\nrank: {rank}\nstep: {step}\n\n{trace}")
+    return path
+
+
+def clear_errors(run: Path, rank: int, world_size: int) -> None:
+    """Remove what an earlier attempt left: every rank its own file, rank 0 also those of ranks that are no more."""
+    error_path(run, rank).unlink(missing_ok=True)
+    if rank == 0:
+        for path in (run / "errors").glob("rank_*.txt"):
+            if int(path.stem.removeprefix("rank_")) >= world_size:
+                path.unlink(missing_ok=True)
+
+
+def first_error(run: Path) -> Path | None:
+    """The file of the rank that failed first, or None."""
+    paths = list((run / "errors").glob("rank_*.txt"))
+    return min(paths, key=lambda path: path.read_text(encoding="utf-8").partition("\n")[0], default=None)

@@ -1,0 +1,63 @@
+"""The run folder: what one training job reads and leaves.
+
+    config.yaml      resolved config           metrics.jsonl   one line per logged step
+    checkpoints/     see training/checkpoint   tensorboard/    scalars and videos
+    errors/          one file per failed rank  done            the final step; only when finished
+    stop             put there by whoever wants the run to save and end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.base import Config
+from configs.files import write_text
+from configs.loader import dump
+from training.checkpoint import CheckpointStore
+from training.config import LoopConfig
+from training.distributed import World
+from training.engine import TrainState
+from training.metrics import Metrics
+
+
+class Run:
+    """One run folder in the hands of this process. Built by all ranks together."""
+
+    def __init__(self, folder: Path, config: Config, world: World, must_match: Sequence[str] = ("model",)) -> None:
+        """`config` has a `loop` section; a checkpoint may not differ from it in the sections `must_match`."""
+        loop: LoopConfig = config.loop
+        self.folder = folder
+        self.world = world
+        self.total_steps = loop.steps
+        if world.rank == 0:
+            write_text(folder / "config.yaml", dump(config))
+            (folder / "stop").unlink(missing_ok=True)  # it was meant for a process that is gone
+            if (finished_step(folder) or 0) < loop.steps:
+                (folder / "done").unlink(missing_ok=True)  # the run was made longer
+        self.checkpoints = CheckpointStore(folder / "checkpoints", config, loop, world, must_match=must_match)
+        self.metrics = Metrics(folder, loop.steps, world)
+
+    def stop_requested(self) -> bool:
+        """Did any rank see SIGTERM or SIGUSR1, or rank 0 a `stop` file? Equal on all ranks.
+
+        One all-reduce of 4 bytes between CPUs a step (0.1 ms on one node, about 1 ms over hundreds); the device
+        is not waited for.
+        """
+        file_seen = self.world.rank == 0 and (self.folder / "stop").exists()
+        return self.world.any_says(self.world.stop_signalled or file_seen)
+
+    def end(self, state: TrainState) -> None:
+        """Close what is open; mark the run as done if it is. A stop request that was followed is taken away."""
+        self.metrics.close()
+        if self.world.rank == 0:
+            (self.folder / "stop").unlink(missing_ok=True)
+            if state.step >= self.total_steps:
+                write_text(self.folder / "done", f"{state.step}\n")
+        self.world.barrier()
+
+
+def finished_step(folder: Path) -> int | None:
+    """The step at which the run in `folder` finished, or None while it has not."""
+    path = folder / "done"
+    return int(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,23 @@
+"""Config of the semantic tokenizer's training. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from configs.base import Config
+from data_pipeline.config import DataConfig
+from model_zoo.config import TokenizerConfig
+from training.config import LoopConfig, OptimConfig
+
+
+class TokenizerTrainConfig(Config):
+    """`landiff train tokenizer`."""
+
+    run: Path  # run folder
+    data: DataConfig
+    loop: LoopConfig
+    optim: OptimConfig
+    model: TokenizerConfig = TokenizerConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters and the quantiser stay float32
+    recompute: bool = False  # activations in backward instead of keeping them
