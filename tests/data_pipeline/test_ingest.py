@@ -246,7 +246,7 @@ def test_broken_caption_lines_are_named(tmp_path: Path, line: str, message: str)
 
 def test_captions_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_bytes("file,caption\na.mp4,Größe\n".encode("latin-1"))
-    with pytest.raises(ConfigError, match="captions.csv is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"captions\.csv is not UTF-8"):
         make_shards(config(tmp_path), tmp_path / "data")
 
 
