@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
-from webdataset.tariterators import base_plus_ext
 
 from configs.base import ConfigError
 from data_pipeline.ingest_config import ColumnsConfig, ShardsConfig
@@ -135,6 +134,8 @@ def _tar(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
         raise ConfigError(f"source: {str(path)!r} does not exist")
     if path.suffix != ".tar":
         raise ConfigError(f"source: {str(path)!r} is compressed; videos gain nothing by it, unpack it to a plain .tar")
+    from webdataset.tariterators import base_plus_ext  # here, because it imports torch
+
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
