@@ -52,7 +52,7 @@ def precompute_job(args: argparse.Namespace) -> int:
     if args.action == "run":
         summary = precompute.run(config, task=task, progress=Progress("precompute", "units"))
         print(f"precompute: {summary}")
-    if args.action == "finalize" or task == (0, 1):
+    if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)
         print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
         if "latents" in config.columns:
@@ -154,6 +154,19 @@ def quickstart_job(args: argparse.Namespace) -> int:
     from launchers.pipeline import quickstart
 
     return quickstart(Path(args.out), args.prompt or (), args.dry_run)
+
+
+def submit_job(args: argparse.Namespace) -> int:
+    from launchers.submit import submit
+
+    return submit(args, args.argv)
+
+
+def stop_job(args: argparse.Namespace) -> int:
+    from launchers.submit import stop
+
+    print(stop(Path(args.run), args.restart))
+    return 0
 
 
 def show(config, plan: str) -> int:
