@@ -65,7 +65,7 @@ def options(job: Job, cluster: ClusterConfig) -> list[str]:
     want = job.resources
     found = [
         f"--job-name={job.name}", f"--chdir={job.workdir}",
-        f"--output={job.folder / LOGS / ('batch_%a.log' if job.array else 'batch.log')}", "--open-mode=append",
+        f"--output={str(job.folder / LOGS).replace('%', '%%')}/{'batch_%a.log' if job.array else 'batch.log'}", "--open-mode=append",
         f"--nodes={want.nodes}", f"--ntasks-per-node={want.tasks if job.trainer else 1}",
         f"--cpus-per-task={want.cpus_per_task}", f"--time={want.time}",
     ]
@@ -90,7 +90,7 @@ def header(job: Job, cluster: ClusterConfig) -> str:
     lines = ["#!/bin/bash", f"# Made by: {' '.join(job.made_by.splitlines())}", f"# Run folder: {job.run}"]
     if cluster.scheduler == "slurm" and not job.here:
         lines += [f"# Once more, by hand: sbatch {shlex.quote(str(job.folder / SCRIPT))}", "#"]
-        lines += [f"#SBATCH {option}" for option in options(job, cluster)]
+        lines += [f"#SBATCH {option if option in cluster.options else shlex.quote(option)}" for option in options(job, cluster)]
     else:
         lines += [f"# Once more, by hand: bash {shlex.quote(str(job.folder / SCRIPT))}"]
     return "\n".join(lines)
