@@ -191,7 +191,7 @@ def _run(block: nn.Module, recompute: bool, *inputs: Tensor | int) -> Tensor:
 
 
 class DiffusionTransformer(nn.Module):
-    """Main transformer. `recompute` saves activation memory in training."""
+    """Main transformer. `recompute` saves activation memory in training: backward computes the blocks again."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -248,7 +248,6 @@ class ControlledDiffusion(nn.Module):
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
         self.transformer = DiffusionTransformer(config.transformer)
         self.control = ControlBranch(config.transformer, config.control_layers)
         self.semantic = SemanticCondition(config.semantic, config.transformer.latent_channels)
@@ -256,6 +255,15 @@ class ControlledDiffusion(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.transformer.dtype
+
+    @property
+    def recompute(self) -> bool:
+        """Save activation memory in training: compute the blocks of both transformers again in backward."""
+        return self.transformer.recompute
+
+    @recompute.setter
+    def recompute(self, recompute: bool) -> None:
+        self.transformer.recompute = recompute
 
     def forward(
         self,
@@ -276,7 +284,6 @@ class ControlledDiffusion(nn.Module):
             assert semantic_BTCHW is None, "give the features or what they become, not both"
             semantic_BTCHW = self.semantic(features_BTChw)
         if semantic_BTCHW is None:
-            main.recompute = self.recompute
             return main(latents_BTCHW, timestep_B, text_BLD)
         check_latents(self.config.transformer, latents_BTCHW)
         if semantic_BTCHW.shape != latents_BTCHW.shape:

@@ -109,20 +109,24 @@ def denoising_loss(
     x0_BTCHW: Tensor,
     noise_BTCHW: Tensor,
     timestep_B: Tensor,
-    fixed_frames: int = 0,
+    fixed_frames: int | Tensor = 0,
 ) -> DenoisingLoss:
     """Mean squared error of the velocity; `network(noised_BTCHW, timestep_B)` is the model with its conditions.
 
     With `fixed_frames` = K > 0 the first K latent frames enter clean and the loss counts the others only; the
-    timestep stays one for all frames (training for streaming, where a chunk continues K finished frames).
+    timestep stays one for all frames (training for streaming, where a chunk continues K finished frames). An
+    int64 [B] gives every sample its own K.
     Equal to the loss weight times the squared error of x0, but without its cancellation at small timesteps.
     """
-    if not 0 <= fixed_frames < x0_BTCHW.shape[1]:
-        raise ValueError(f"fixed_frames = {fixed_frames} must leave a frame of the {x0_BTCHW.shape[1]} to be denoised")
+    frames = x0_BTCHW.shape[1]
+    if isinstance(fixed_frames, int) and not 0 <= fixed_frames < frames:
+        raise ValueError(f"fixed_frames = {fixed_frames} must leave a frame of the {frames} to be denoised")
+    fixed_B = torch.as_tensor(fixed_frames, device=x0_BTCHW.device).expand(len(x0_BTCHW))
+    denoised_BT = torch.arange(frames, device=x0_BTCHW.device) >= fixed_B[:, None]
     noised = schedule.noised(x0_BTCHW, noise_BTCHW, timestep_B)
-    if fixed_frames:
-        noised = torch.cat([x0_BTCHW[:, :fixed_frames].float(), noised[:, fixed_frames:]], dim=1)
+    noised = torch.where(denoised_BT[:, :, None, None, None], noised, x0_BTCHW.float())
     velocity = network(noised, timestep_B).float()
     error = velocity - schedule.velocity(x0_BTCHW, noise_BTCHW, timestep_B)
-    per_sample = error[:, fixed_frames:].square().flatten(1).mean(dim=1)
+    error_BT = error.square().mean(dim=(2, 3, 4))
+    per_sample = (error_BT * denoised_BT).sum(dim=1) / denoised_BT.sum(dim=1)
     return DenoisingLoss(loss=per_sample.mean(), per_sample=per_sample, noised=noised, velocity=velocity)

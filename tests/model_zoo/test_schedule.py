@@ -60,6 +60,16 @@ def test_fixed_frames_enter_clean_and_do_not_count():
     assert torch.equal(seen[0][:, 2:], SCHEDULE.noised(x0, noise, TIMESTEPS)[:, 2:])
 
 
+def test_every_sample_may_have_its_own_number_of_fixed_frames():
+    x0, noise, answer, fixed = latents(0), latents(1), latents(2), [0, 3, 1]
+    together = denoising_loss(lambda x, t: answer, SCHEDULE, x0, noise, TIMESTEPS, torch.tensor(fixed))
+    for i, frames in enumerate(fixed):
+        one = slice(i, i + 1)
+        alone = denoising_loss(lambda x, t, one=one: answer[one], SCHEDULE, x0[one], noise[one], TIMESTEPS[one], frames)
+        assert torch.equal(together.noised[one], alone.noised)
+        torch.testing.assert_close(together.per_sample[one], alone.per_sample)
+
+
 @pytest.mark.parametrize("fixed_frames", [-1, 4])
 def test_fixed_frames_must_leave_a_frame(fixed_frames):
     with pytest.raises(ValueError, match=f"fixed_frames = {fixed_frames} must leave a frame of the 4"):

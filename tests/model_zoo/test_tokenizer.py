@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -86,8 +87,18 @@ def test_earlier_frames_do_not_know_later_ones(tokenizer):
     torch.testing.assert_close(tokenizer.encode_latents(long[:, :1]), codes[:, :5], atol=1e-5, rtol=0)
 
 
-def test_clips_longer_than_a_segment_and_than_any_table_work(tokenizer):
-    assert tokenizer.encode(features(batch=1, num_frames=120)).shape == (1, 5 + 119 * 2)
+def test_long_clips_are_cut_into_segments_of_their_own(tokenizer):
+    long = features(num_frames=8)
+    codes = tokenizer.encode(long)
+    parts = [tokenizer.encode(long[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 8))]
+    assert torch.equal(codes, torch.cat(parts, dim=1))
+    assert codes.shape == (2, 2 * (5 + 2 * 2) + 5 + 2)
+    decoded = [tokenizer.decode(part, n) for part, n in zip(parts, (3, 3, 2), strict=True)]
+    assert torch.equal(tokenizer.decode(codes, 8), torch.cat(decoded, dim=1))
+
+
+def test_one_window_may_be_longer_than_a_segment(tokenizer):
+    assert tokenizer.encode_latents(features(batch=1, num_frames=40)).shape == (1, 5 + 39 * 2, 12)
 
 
 def test_untrained_codebook_refuses_to_encode_and_stays_untrained():
@@ -107,6 +118,7 @@ def test_untrained_codebook_refuses_to_encode_and_stays_untrained():
         (torch.zeros(1, 6, dtype=torch.int64), 1, r"\[B, 5\], not \[1, 6\]"),
         (torch.full((1, 5), 16), 1, "codes 16..16 do not fit a codebook of 16"),
         (torch.full((1, 5), -1), 1, "codes -1..-1"),
+        (torch.zeros(1, 0, dtype=torch.int64), 0, "num_frames = 0 must be"),
     ],
 )
 def test_codes_that_do_not_fit_are_refused(tokenizer, indices, num_frames, message):
@@ -217,6 +229,35 @@ def test_training_learns_what_the_codes_can_carry():
         optimizer.step()
         losses.append(result.reconstruction.item())
     assert losses[-1] < 0.3 * losses[0], losses
+
+
+def _train_one_step_on_a_rank(rank: int, folder: str, state: dict[str, Tensor]) -> None:
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    model = SemanticTokenizer(TINY).train()
+    model.load_state_dict(state)
+    model(features(batch=8)[rank::2])
+    torch.save(model.quantizer.state_dict(), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_share_one_codebook(tokenizer, tmp_path):
+    """Two ranks with half a batch each update the codebook as one process does with the whole batch."""
+    config = TINY.model_copy(update={"dead_code_threshold": 0.0})
+    alone = SemanticTokenizer(config).train()
+    alone.load_state_dict(tokenizer.state_dict())
+    # No code near its death, so nothing is replaced by chance.
+    alone.quantizer._codebook.cluster_size += 100
+    alone.quantizer._codebook.embed_avg.copy_(alone.quantizer.codebook * alone.quantizer._codebook.cluster_size[..., None])
+    state = {k: v.clone() for k, v in alone.state_dict().items()}
+    alone(features(batch=8))
+    torch.multiprocessing.spawn(_train_one_step_on_a_rank, (str(tmp_path), state), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name, value in alone.quantizer.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        # float32 sums in another order
+        torch.testing.assert_close(ranks[0][name], value, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(ranks[0]["_codebook.embed"], state["quantizer._codebook.embed"])
 
 
 def test_codebook_usage():

@@ -1,0 +1,180 @@
+"""Our language model <-> Megatron-core's `GPTModel` (specification §6.4), and its checkpoints read without Megatron.
+
+"Theirs" are the names in a `dist_checkpointing` folder, which are also those of a model with Transformer Engine's
+layers: the norm before a linear layer belongs to that layer. A model with Megatron's own layers has the
+norms beside them; `module_name` tells where. Condition modules have no counterpart in Megatron and keep their
+names. Tensors are whole: `shard` cuts one for a tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.nn import functional
+
+from configs import validate
+from model_zoo.config import LMConfig
+from model_zoo.convert.rules import ConversionError, Rule, check_against, convert
+from model_zoo.lm import LanguageModel
+from model_zoo.token_layout import TokenLayout
+
+# Where the optimizer keeps the float32 weights of a bfloat16 model; the more exact ones, so they are read first.
+MAIN_WEIGHTS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+
+_BESIDE = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Sizes in Megatron, where they must divide by the tensor-parallel ranks. What is beyond the model's is zero.
+
+    A head of zeros stays one in training: its output is zero, and so are all its gradients.
+    """
+
+    vocab: int
+    heads: int
+
+
+def rules(config: LMConfig, padded: Padded) -> list[Rule]:
+    """The table."""
+    vocab, heads = TokenLayout.of(config).vocab_size, config.num_heads
+    head_dim = config.hidden_size // heads
+    assert padded.vocab >= vocab and padded.heads >= heads, (padded, vocab, heads)
+
+    def pad(weight: Tensor) -> tuple[Tensor]:
+        return (functional.pad(weight, (0, 0, 0, padded.vocab - vocab)),)
+
+    def cut(weight: Tensor) -> tuple[Tensor]:
+        return (weight[:vocab].clone(),)
+
+    def by_head(weight: Tensor) -> tuple[Tensor]:  # rows [q heads | k heads | v heads] -> per head q, k, v
+        per_head = weight.unflatten(0, (3, heads, head_dim)).transpose(0, 1)
+        return (functional.pad(per_head, (0,) * 7 + (padded.heads - heads,)).flatten(0, 2),)
+
+    def by_matrix(weight: Tensor) -> tuple[Tensor]:
+        return (weight.unflatten(0, (padded.heads, 3, head_dim))[:heads].transpose(0, 1).flatten(0, 2),)
+
+    def pad_columns(weight: Tensor) -> tuple[Tensor]:
+        return (functional.pad(weight, (0, (padded.heads - heads) * head_dim)),)
+
+    def cut_columns(weight: Tensor) -> tuple[Tensor]:
+        return (weight[:, : heads * head_dim].clone(),)
+
+    layer, block = "decoder.layers.{i}.", "blocks.{i}."
+    return [
+        Rule("token_embedding.weight", "embedding.word_embeddings.weight", pad, cut),
+        Rule("text.{rest*}", "text.{rest*}"),
+        Rule("micro.{rest*}", "micro.{rest*}"),
+        Rule(block + "norm0.weight", layer + "self_attention.linear_qkv.layer_norm_weight"),
+        Rule(block + "wqkv.weight", layer + "self_attention.linear_qkv.weight", by_head, by_matrix),
+        Rule(block + "wo.weight", layer + "self_attention.linear_proj.weight", pad_columns, cut_columns),
+        Rule(block + "norm1.weight", layer + "mlp.linear_fc1.layer_norm_weight"),
+        Rule((block + "w1.weight", block + "w3.weight"), (layer + "mlp.linear_fc1.weight",),
+             lambda gate, up: (torch.cat([gate, up]),), lambda both: tuple(half.clone() for half in both.chunk(2))),
+        Rule(block + "w2.weight", layer + "mlp.linear_fc2.weight"),
+        Rule("final_norm.{kind}", "decoder.final_layernorm.{kind}"),
+        Rule("head.weight", "output_layer.weight", pad, cut),
+    ]
+
+
+def module_name(theirs: str) -> str:
+    """The name of a weight in a model with Megatron's own ("local") layers."""
+    for inside, beside in _BESIDE.items():
+        theirs = theirs.replace(inside, beside)
+    return theirs
+
+
+def to_megatron(source: Mapping[str, Tensor], config: LMConfig, padded: Padded,
+                layers: range, first: bool, last: bool) -> Iterator[tuple[str, Tensor]]:
+    """(their name, whole tensor) of one pipeline stage: `layers` of the model, counted from 0 over all stages.
+
+    A block at a time, so a lazy `source` is never whole in memory. Raises ConversionError where one lacks keys.
+    """
+    prefixes = ["token_embedding.", "text.", "micro."] if first else []
+    prefixes += [f"blocks.{i}." for i in layers]
+    prefixes += ["final_norm.", "head."] if last else []
+    table = rules(config, padded)
+    for prefix in prefixes:
+        part = {name: source[name] for name in source if name.startswith(prefix)}
+        if not part:
+            raise ConversionError(f"the weights have no {prefix}*; they are not of a language model with this config")
+        yield from convert(part, table, "to_theirs").items()
+
+
+def shard(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
+    """The part of tensor-parallel rank `rank` of `size`. `stride` matrices are stacked in `dim`, each is cut alone."""
+    parts = whole.chunk(stride * size, dim)
+    return torch.cat(parts[rank::size], dim)
+
+
+def read_megatron(folder: Path) -> dict[str, Tensor]:
+    """The weights of a `dist_checkpointing` folder, whole, under their names, layers apart; float32 where kept.
+
+    Needs neither Megatron nor a process group. Raises ConversionError where `folder` is no such checkpoint.
+    """
+    if not (folder / ".metadata").is_file():
+        raise ConversionError(f"{folder} is not a Megatron checkpoint: it has no .metadata")
+    reader = dcp.FileSystemReader(folder)
+    stored = {key: entry for key, entry in reader.read_metadata().state_dict_metadata.items()
+              if isinstance(entry, TensorStorageMetadata)}
+    wanted = {key: key for key in stored if not key.startswith("optimizer.")}
+    for prefix in MAIN_WEIGHTS:
+        wanted |= {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
+    state = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in wanted.values()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return dict(_unstack({name: state[key] for name, key in wanted.items()}))
+
+
+def _unstack(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """`decoder.layers.x` [L, ...] -> `decoder.layers.0.x`, ...: how Megatron stores layers unless told otherwise."""
+    for name, tensor in state.items():
+        stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", name)
+        if stacked:
+            yield from ((f"decoder.layers.{i}.{stacked[1]}", part.clone()) for i, part in enumerate(tensor))
+        else:
+            yield name, tensor
+
+
+def export_lm(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
+    """Config and weights of one checkpoint of a run, the folder of a step; see `read_lm`."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConversionError(f"{folder} is not a checkpoint of a run: it has no {path.name}")
+    config = validate(LMConfig, yaml.safe_load(path.read_text(encoding="utf-8"))["model"], str(path))
+    return config, read_lm(folder, config)
+
+
+def read_lm(folder: Path, config: LMConfig) -> dict[str, Tensor]:
+    """The weights of a checkpoint of `config`, in float32 under our names, ready for `LanguageModel` and the zoo.
+
+    The same for every parallel layout it was trained with. Raises ConversionError when it is of another model.
+    """
+    theirs = read_megatron(folder)
+    head_rows = len(theirs.get("output_layer.weight", ()))
+    qkv_rows = len(theirs.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
+    padded = Padded(vocab=head_rows, heads=qkv_rows // (3 * config.hidden_size // config.num_heads))
+    vocab = TokenLayout.of(config).vocab_size
+    if padded.vocab < vocab or padded.heads < config.num_heads:
+        raise ConversionError(
+            f"{folder} holds a vocabulary of {padded.vocab} and {padded.heads} heads; the config has {vocab} and "
+            f"{config.num_heads}: it is of another model"
+        )
+    check_against(theirs, _shapes(config, padded), str(folder))
+    return {name: tensor.float() for name, tensor in convert(theirs, rules(config, padded), "to_ours").items()}
+
+
+def _shapes(config: LMConfig, padded: Padded) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        ours = LanguageModel(config).state_dict()
+        return {name: tensor.shape for name, tensor in convert(ours, rules(config, padded), "to_theirs").items()}

@@ -1,0 +1,237 @@
+"""The DeepSpeed engine: every layout trains the same model, and a checkpoint of one goes on in any other.
+
+Two sets of processes, of one rank and of two, train and save; two more load each other's checkpoints.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_zoo import registry
+from model_zoo.convert.deepspeed import export_diffusion, read_deepspeed
+from tests.distributed import run_distributed
+from tests.training.diffusion.tiny import batch, config, make_zoo
+from training.diffusion import zero
+from training.diffusion.engine import build_engine
+from training.diffusion.model import build_model, load_tokenizer
+from training.diffusion.step import Objective
+from training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+
+STAGES = (1, 2, 3)
+PHASES = ("main", "control")
+BEFORE, AFTER = 2, 2  # steps, around the save
+
+# float32 sums in another order (ranks, buckets, micro-batches), through four AdamW steps; losses are about 2
+CLOSE = {"rel": 1e-5}
+# bfloat16 has 8 bits; what accumulates differs in the last one
+CLOSE_BF16 = {"rel": 5e-3}
+
+
+def go(engine, world, first, steps):
+    """[(loss, gradient norm)] of some steps."""
+    found = []
+    for step in range(first, first + steps):
+        result = engine.train_step(batch(engine.config, step, world))
+        found.append((float(result.loss), float(result.grad_norm)))
+    return found
+
+
+def weights(engine):
+    """fp32 weights by name. Collective."""
+    return {name: zero.read_full(parameter) for name, parameter in engine.module.named_parameters()}
+
+
+def frozen(engine):
+    return {name: zero.read_full(p) for name, p in engine.module.named_parameters() if not p.requires_grad}
+
+
+def plain_torch(settings, steps):
+    """The same training without DeepSpeed: [(loss, gradient norm)]."""
+    model = build_model(settings)
+    objective = Objective(settings, torch.device("cpu"), load_tokenizer(settings, torch.device("cpu")))
+    optimizer = adamw(model.parameters(), settings.optim)
+    found = []
+    for step in range(steps):
+        samples = list(batch(settings, step).samples)
+        set_learning_rate(optimizer, learning_rate(settings.optim, step, settings.loop.steps))
+        optimizer.zero_grad()
+        loss = objective.loss(model, objective.inputs(samples)).loss
+        loss.backward()
+        norm = clip_gradients(model.parameters(), settings.optim.clip_grad)
+        optimizer.step()
+        found.append((float(loss), float(norm)))
+    return found
+
+
+def checkpoint(folder: Path, phase: str, stage: int, size: int, precision: str = "fp32") -> Path:
+    return folder / f"{phase}-{stage}-{size}-{precision}"
+
+
+def save(engine, world, folder):
+    if world.rank == 0:
+        folder.mkdir()
+    world.barrier()
+    engine.save(folder)
+    world.barrier()
+
+
+def train_and_save(world, folder):
+    """Every phase and stage: steps, save, steps. -> what the tests compare."""
+    results = {}
+    generator_state = torch.get_rng_state()
+    for phase in PHASES:
+        for stage in STAGES:
+            engine = build_engine(config(folder, phase, zero__stage=stage), world)
+            still = frozen(engine)
+            curve = go(engine, world, 0, BEFORE)
+            save(engine, world, checkpoint(folder, phase, stage, world.size))
+            saved = weights(engine)
+            curve += go(engine, world, BEFORE, AFTER)
+            results[phase, stage] = {
+                "curve": curve, "saved": saved, "layout": engine.layout,
+                "still": still, "still_after": frozen(engine),
+            }
+    settings = config(folder, "control", zero__stage=2, data__micro_batch_size=1)
+    results["micro 1"] = go(build_engine(settings, world), world, 0, BEFORE + AFTER)
+    for stage in STAGES:
+        engine = build_engine(config(folder, "control", zero__stage=stage, precision="bf16"), world)
+        curve = go(engine, world, 0, BEFORE)
+        save(engine, world, checkpoint(folder, "control", stage, world.size, "bf16"))
+        results["bf16", stage] = curve + go(engine, world, BEFORE, AFTER)
+    results["generator left alone"] = torch.equal(generator_state, torch.get_rng_state())
+    results["plain"] = {phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES} if world.size == 1 else None
+    return results
+
+
+def resume(world, folder, jobs):
+    """Load checkpoints in engines of another seed, and go on."""
+    results = {}
+    for job in jobs:
+        phase, stage, size, precision, own = job
+        engine = build_engine(config(folder, phase, zero__stage=own, precision=precision, loop__seed=4), world)
+        engine.load(checkpoint(folder, phase, stage, size, precision))
+        engine.objective.config = engine.config = config(folder, phase, zero__stage=own, precision=precision)
+        held = weights(engine) if precision == "fp32" else None
+        results[job] = {"held": held, "curve": go(engine, world, BEFORE, AFTER)}
+    return results
+
+
+def same_layout(size):
+    """(phase, stage, size, precision, stage to load in)"""
+    return [(phase, stage, size, precision, stage) for phase, precision in (("control", "fp32"), ("control", "bf16"), ("main", "fp32"))
+            for stage in STAGES if phase == "control" or stage == 2]
+
+
+def other_layout(size):
+    moves = [("fp32", 1, 3), ("fp32", 2, 1), ("fp32", 2, 3), ("fp32", 3, 2), ("bf16", 2, 3), ("bf16", 3, 1)]
+    return [("control", stage, 3 - size, precision, own) for precision, stage, own in moves]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffusion")
+    make_zoo(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """By world size, rank 0's results."""
+    return {size: run_distributed(train_and_save, size, folder)[0] for size in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def resumed(folder, trained):
+    return {size: run_distributed(resume, size, folder, same_layout(size) + other_layout(size))[0] for size in (1, 2)}
+
+
+def assert_close(found, expected, tolerance=CLOSE):
+    for (loss, norm), (other_loss, other_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(other_loss, **tolerance)
+        assert norm == pytest.approx(other_norm, **{"rel": tolerance["rel"] * 10})
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_all_stages_and_world_sizes_follow_a_plain_torch_step(trained, phase):
+    expected = trained[1]["plain"][phase]
+    assert len({loss for loss, _ in expected}) == BEFORE + AFTER
+    for size in (1, 2):
+        for stage in STAGES:
+            assert_close(trained[size][phase, stage]["curve"], expected)
+
+
+def test_micro_batches_of_one_equal_larger_ones(trained):
+    for size in (1, 2):
+        assert_close(trained[size]["micro 1"], trained[size]["control", 2]["curve"])
+
+
+def test_frozen_parameters_stay_bit_identical(trained):
+    for size in (1, 2):
+        for stage in STAGES:
+            result = trained[size]["control", stage]
+            assert any(name.startswith("transformer.") for name in result["still"])
+            for name, tensor in result["still"].items():
+                assert torch.equal(tensor, result["still_after"][name]), name
+
+
+def test_training_leaves_the_global_generator_alone(trained):
+    assert trained[1]["generator left alone"] and trained[2]["generator left alone"]
+
+
+def test_bf16_follows_fp32(trained):
+    for size in (1, 2):
+        for stage in STAGES:
+            assert_close(trained[size]["bf16", stage], trained[1]["bf16", 1], CLOSE_BF16)
+            for (loss, _), (exact, _) in zip(trained[size]["bf16", stage], trained[1]["control", 1]["curve"], strict=True):
+                assert loss == pytest.approx(exact, rel=2e-2)
+
+
+def curve(trained, phase, stage, size, precision):
+    return trained[size]["bf16", stage] if precision == "bf16" else trained[size][phase, stage]["curve"]
+
+
+def test_resume_on_the_same_layout_is_bit_equal(trained, resumed):
+    for size in (1, 2):
+        for job in same_layout(size):
+            assert resumed[size][job]["curve"] == curve(trained, *job[:4])[BEFORE:], job
+
+
+def test_a_checkpoint_goes_on_at_another_world_size_and_stage(trained, resumed):
+    for size in (1, 2):
+        for job in other_layout(size):
+            phase, stage, source, precision, _ = job
+            result = resumed[size][job]
+            if precision == "fp32":
+                for name, tensor in trained[source][phase, stage]["saved"].items():
+                    assert torch.equal(result["held"][name], tensor), name  # frozen ones too, in an engine of another seed
+            assert_close(result["curve"], curve(trained, *job[:4])[BEFORE:], CLOSE_BF16 if precision == "bf16" else CLOSE)
+
+
+def test_moments_and_step_count_of_all_layouts_agree(folder, trained):
+    reference = read_deepspeed(checkpoint(folder, "control", 1, 1) / "zero")
+    assert reference.optimizer_steps == BEFORE
+    for stage in STAGES:
+        for size in (1, 2):
+            state = read_deepspeed(checkpoint(folder, "control", stage, size) / "zero")
+            assert (state.zero_stage, state.world_size, state.optimizer_steps) == (stage, size, BEFORE)
+            assert state.trainable == reference.trainable
+            for moment, tensors in reference.moments.items():
+                for name, tensor in tensors.items():
+                    # gradients of about 1e-2 summed in another order
+                    torch.testing.assert_close(state.moments[moment][name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_export_equals_the_live_weights_and_loads(folder, trained):
+    for phase, kind in (("main", "transformer"), ("control", "diffusion")):
+        for stage in STAGES:
+            for size in (1, 2):
+                found, settings, tensors = export_diffusion(checkpoint(folder, phase, stage, size))
+                assert found == kind
+                live = trained[size][phase, stage]["saved"]
+                assert set(live) == set(tensors)
+                for name, tensor in tensors.items():
+                    assert tensor.dtype == torch.float32 and torch.equal(tensor, live[name]), name
+                registry.build(kind, settings).load_state_dict(tensors, strict=True)

@@ -1,0 +1,211 @@
+"""The Megatron model alone in its process: the same numbers as the plain torch model, packed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from configs import ConfigError
+from data_pipeline.loader import Batch
+from model_zoo.lm import LanguageModel
+from tests.distributed import run_distributed
+from tests.training.lm.samples import tiny_batch, tiny_config
+from training import optim
+from training.lm.batch import motion_condition, pack, text_is_dropped
+from training.lm.config import LMTrainConfig
+from training.lm.device import megatron_device
+from training.lm.engine import MegatronEngine
+from training.lm.model import InitialWeights
+
+STEPS = 5
+
+
+def plain_model(config: LMTrainConfig) -> LanguageModel:
+    model = LanguageModel(config.model)
+    model.load_state_dict(InitialWeights(config.model, config.loop.seed))
+    return model
+
+
+def plain_loss(model: LanguageModel, batch: Batch, config: LMTrainConfig) -> torch.Tensor:
+    """Mean over all tokens of the batch that count, one sample at a time: no packing, nothing of Megatron."""
+    total, count = torch.zeros(()), torch.zeros(())
+    for sample in batch.samples:
+        text = sample.tensors[config.text_column].float()
+        row = model.layout.training_row(sample.tensors[config.tokens_column].numpy(), len(text))
+        frames = model.layout.num_frames(sample.tensors[config.tokens_column].numel())
+        logits = model(
+            torch.from_numpy(row.input_ids)[None], text[None], torch.tensor([float(frames)]),
+            torch.tensor([motion_condition(sample.meta.motion_score)]),
+            torch.tensor([text_is_dropped(config.loop.seed, sample.index, config.text_dropout)]),
+        )[0]
+        losses = functional.cross_entropy(logits, torch.from_numpy(row.targets), reduction="none")
+        total = total + (losses * torch.from_numpy(row.loss_weights)).sum()
+        count = count + torch.from_numpy(row.loss_weights).sum()
+    return total / count
+
+
+def train_plain(config: LMTrainConfig) -> list[float]:
+    model = plain_model(config)
+    optimizer = optim.adamw(model.parameters(), config.optim)
+    losses = []
+    for step in range(STEPS):
+        optim.set_learning_rate(optimizer, optim.learning_rate(config.optim, step, config.loop.steps))
+        optimizer.zero_grad()
+        loss = plain_loss(model, tiny_batch(config, step), config)
+        loss.backward()
+        optim.clip_gradients(model.parameters(), config.optim.clip_grad)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train(config: LMTrainConfig) -> list[float]:
+    engine = MegatronEngine(config)
+    losses = [float(engine.train_step(tiny_batch(config, step)).loss) for step in range(STEPS)]
+    engine.close()
+    return losses
+
+
+def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in engine.model.named_parameters() if parameter.grad is not None}
+
+
+def all_checks(world: Any, folder: Path) -> dict[str, Any]:
+    """Everything below, in one process; tests look at the parts."""
+    config = tiny_config(folder)
+    found: dict[str, Any] = {
+        "plain": train_plain(config), "megatron": train(config),
+        "micro 1": train(tiny_config(folder, data={"micro_batch_size": 1})),
+        "micro 4": train(tiny_config(folder, data={"micro_batch_size": 4})),
+        "recompute": train(tiny_config(folder, recompute=True)),
+        "padded": train(tiny_config(folder, row_multiple=64, vocab_multiple=128, head_multiple=3)),
+        "distributed optimizer": train(tiny_config(folder, {"distributed_optimizer": True, "overlap": True})),
+        "bf16": train(tiny_config(folder, precision="bf16")),
+    }
+    engine = MegatronEngine(tiny_config(folder, vocab_multiple=128))
+    batch = tiny_batch(config, 0)
+    found["evaluated"] = engine.evaluate(batch), plain_loss(plain_model(config), batch, config.model_copy(update={"text_dropout": 0.0})).item()
+    found |= logits_checks(engine, batch, config)
+    engine.close()
+    found |= checkpoint_checks(folder)
+    return found
+
+
+def logits_checks(engine: MegatronEngine, batch: Batch, config: LMTrainConfig) -> dict[str, Any]:
+    samples = tuple(batch.samples)
+    with megatron_device():
+        row = pack(samples, config, engine.layout)
+        logits = engine.model(row, logits=True)
+        packed = engine.model(row)[0]
+        (packed * row.weights_N).sum().backward()
+        packed_gradients = gradients(engine)
+        engine.model.zero_grad()
+        alone = []
+        for sample in samples:
+            single = pack((sample,), config, engine.layout)
+            losses = engine.model(single)[0]
+            (losses * single.weights_N).sum().backward()
+            alone.append(losses[: single.num_tokens])
+        alone_gradients = gradients(engine)
+        with torch.no_grad():
+            engine.model.output_layer.weight[engine.layout.vocab_size :] = 10.0
+            spoiled = engine.model(row)[0]
+    plain = plain_model(config)
+    unpadded = config.model_copy(update={"row_multiple": 1})
+    rows = [pack((sample,), unpadded, engine.layout) for sample in samples]
+    expected = [
+        plain(single.ids_N[None], single.text_MD.float()[None], single.frames_S, single.motion_score_S, single.drop_text_M[:1])[0]
+        for single in rows
+    ]
+    length = row.num_tokens
+    return {
+        "logits": (logits[:length].detach(), torch.cat(expected).detach()),
+        "packed": (packed[:length].detach(), torch.cat(alone).detach()),
+        "packed gradients": (packed_gradients, alone_gradients),
+        "spoiled": (packed.detach(), spoiled),
+    }
+
+
+def checkpoint_checks(folder: Path) -> dict[str, Any]:
+    """Train 3 steps, save, 2 more; go on from the file. In both kinds of optimizer and both precisions."""
+    found = {}
+    for name, changes in {
+        "fp32": {}, "bf16": {"precision": "bf16"}, "distributed": {"parallel": {"distributed_optimizer": True}},
+        "padded": {"vocab_multiple": 128, "head_multiple": 3},
+    }.items():
+        config = tiny_config(folder, **changes)
+        path = folder / name
+        path.mkdir(parents=True)
+        engine = MegatronEngine(config)
+        for step in range(3):
+            engine.train_step(tiny_batch(config, step))
+        engine.save(path)
+        found[f"straight {name}"] = more_steps(engine, config)
+        engine.close()
+        engine = MegatronEngine(config)
+        engine.load_weights(InitialWeights(config.model, 99))  # all must come from the file
+        engine.load(path)
+        found[f"resumed {name}"] = more_steps(engine, config)
+        engine.close()
+    engine = MegatronEngine(tiny_config(folder, {"distributed_optimizer": True}))
+    with pytest.raises(ConfigError, match=r"parallel\.distributed_optimizer = False"):
+        engine.load(folder / "fp32")
+    engine.close()
+    return found
+
+
+def more_steps(engine: MegatronEngine, config: LMTrainConfig) -> list[tuple[float, float]]:
+    results = [engine.train_step(tiny_batch(config, step)) for step in (3, 4)]
+    return [(float(result.loss), float(result.grad_norm)) for result in results]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_distributed(all_checks, 1, tmp_path_factory.mktemp("one"))[0]
+
+
+def test_training_follows_the_plain_torch_model_through_five_steps(found):
+    # two implementations of the same sums in float32
+    assert found["megatron"] == pytest.approx(found["plain"], abs=1e-5)
+    assert found["plain"][0] - found["plain"][-1] > 0.05
+
+
+@pytest.mark.parametrize("changed", ["micro 1", "micro 4", "recompute", "padded", "distributed optimizer"])
+def test_losses_do_not_depend_on_how_the_batch_is_computed(found, changed):
+    assert found[changed] == pytest.approx(found["megatron"], abs=2e-6)
+
+
+def test_bfloat16_follows_float32_roughly(found):
+    assert found["bf16"] == pytest.approx(found["megatron"], abs=2e-2)  # 8 bits of mantissa
+    assert found["bf16"] != found["megatron"]
+
+
+def test_evaluation_keeps_all_text(found):
+    measured, expected = found["evaluated"]
+    assert measured == pytest.approx(expected, abs=1e-5)
+
+
+def test_logits_are_those_of_the_plain_model(found):
+    torch.testing.assert_close(*found["logits"], atol=1e-5, rtol=0)
+
+
+def test_a_packed_row_equals_each_sample_alone(found):
+    torch.testing.assert_close(*found["packed"], atol=1e-5, rtol=0)
+    packed, alone = found["packed gradients"]
+    assert packed.keys() == alone.keys()
+    for name, gradient in packed.items():
+        torch.testing.assert_close(gradient, alone[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_padded_vocabulary_rows_never_reach_the_loss(found):
+    before, after = found["spoiled"]
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "distributed", "padded"])
+def test_resume_on_the_same_layout_is_bit_equal(found, kind):
+    assert found[f"resumed {kind}"] == found[f"straight {kind}"]

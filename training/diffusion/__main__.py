@@ -1,0 +1,28 @@
+"""`python -m training.diffusion <resolved-config.yaml>`: one rank, under torchrun or alone."""
+
+from __future__ import annotations
+
+import sys
+
+from configs.loader import load
+from data_pipeline.loader import Loader
+from data_pipeline.shards import read_manifest
+from training import distributed
+from training.diffusion.columns import check_columns
+from training.diffusion.config import DiffusionTrainConfig
+from training.diffusion.engine import MUST_MATCH, build_engine
+from training.loop import fit
+from training.run import Run
+
+
+def main(config_path: str) -> None:
+    config = load(DiffusionTrainConfig, config_path)
+    with distributed.start(config.run) as world:
+        check_columns(read_manifest(config.data.manifest), config)
+        engine = build_engine(config, world)
+        loader = Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size)
+        fit(engine, loader, Run(config.run, config, world, must_match=MUST_MATCH), config.loop)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,109 @@
+"""The diffusion trainer's back end: one DeepSpeed engine behind the seam of training/engine.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.base import ConfigError
+from data_pipeline.loader import Batch
+from model_zoo.convert.deepspeed import SHARDS, Layout, read_deepspeed
+from model_zoo.convert.rules import check_against
+from training.diffusion import zero
+from training.diffusion.config import DiffusionTrainConfig
+from training.diffusion.model import build_model, load_tokenizer
+from training.diffusion.preview import Previewer
+from training.diffusion.step import Objective
+from training.distributed import World
+from training.engine import StepResult
+from training.optim import adamw, learning_rate, set_learning_rate
+
+MUST_MATCH = ("model", "schedule", "phase")  # sections in which a checkpoint may not differ from its run
+
+
+class DeepSpeedEngine:
+    """Trains `module` on `objective` with ZeRO 1-3 and torch's AdamW. An `Engine`."""
+
+    def __init__(self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective) -> None:
+        """`module`: float32, the same on all ranks; parameters without gradient stay as they are, bit for bit."""
+        share = world.size * config.data.micro_batch_size
+        if config.data.global_batch_size % share:
+            raise ConfigError(
+                f"data.global_batch_size = {config.data.global_batch_size} is not a multiple of {world.size} ranks * "
+                f"data.micro_batch_size = {config.data.micro_batch_size}; change one of them"
+            )
+        self.config = config
+        self.world = world
+        self.objective = objective
+        zero.prepare()
+        optimizer = adamw(module.parameters(), config.optim)
+        self.zero = zero.initialize(module, optimizer, zero.deepspeed_config(config, world))
+        self.previewer = Previewer(config, objective) if config.preview_codec is not None else None
+        self.layout = Layout(
+            zero_stage=config.zero.stage, world_size=world.size, precision=config.precision, phase=config.phase,
+            model=config.model, shapes=zero.full_shapes(module),
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The module inside. In ZeRO-3 its parameters are cut up; read them with `zero.read_full`."""
+        return self.zero.module
+
+    def train_step(self, batch: Batch) -> StepResult:
+        rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
+        set_learning_rate(self.zero.optimizer, rate)
+        self.zero.train()
+        total = torch.zeros((), device=self.world.device)
+        for samples in batch.micro_batches:
+            loss = self.objective.loss(self.zero, self.objective.inputs(samples)).loss
+            self.zero.backward(loss)  # averages over micro-batches and ranks
+            self.zero.step()  # acts after the last micro-batch
+            total += loss.detach()
+        mean = total / (len(batch.micro_batches) * self.world.size)
+        dist.all_reduce(mean)
+        return StepResult(
+            loss=mean, grad_norm=self.zero.get_global_grad_norm(), lr=rate, tokens=batch.global_batch_size * self._tokens(),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Collective. DeepSpeed's shards, and a layout.json that says how they are cut."""
+        self.zero.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+        self.zero.checkpoint_engine.raise_failure()
+        if self.world.rank == 0:
+            self.layout.write(folder)
+
+    def load(self, folder: Path) -> None:
+        """Collective. The same layout resumes bit for bit, another one from the fp32 weights and Adam's moments.
+
+        Raises ConfigError for a checkpoint of another phase or model.
+        """
+        found = Layout.read(folder)
+        if found.phase != self.layout.phase:
+            raise ConfigError(f"{folder} is a checkpoint of phase = {found.phase}, this run is phase = {self.layout.phase}; "
+                              "choose another run folder (run=...)")
+        with torch.device("meta"):
+            expected = {name: torch.empty(shape) for name, shape in self.layout.shapes.items()}
+        check_against(expected, found.shapes, f"checkpoint {folder}")
+        if found == self.layout:
+            path, _ = self.zero.load_checkpoint(str(folder), tag=SHARDS)
+            assert path is not None, folder
+        else:
+            zero.restore(self.zero, read_deepspeed(folder / SHARDS))
+
+    def preview(self) -> dict[str, Tensor]:
+        return {} if self.previewer is None else self.previewer(self.module)
+
+    def _tokens(self) -> int:
+        """Tokens of one sample in the transformer: text rows and latent patches."""
+        model = self.config.model.transformer
+        patches = (model.latent_height // model.patch_size) * (model.latent_width // model.patch_size)
+        return model.text_length + model.latent_frames * patches
+
+
+def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
+    """The engine that `config` describes. Collective; the process group exists (`training.distributed.start`)."""
+    objective = Objective(config, world.device, load_tokenizer(config, world.device))
+    return DeepSpeedEngine(config, world, build_model(config), objective)

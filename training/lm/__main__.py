@@ -1,0 +1,35 @@
+"""`python -m training.lm <resolved-config.yaml>`: one rank, under torchrun or alone."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from configs.loader import load
+from data_pipeline.loader import Loader
+from training import distributed
+from training.loop import fit
+from training.run import Run
+
+from training.lm.config import LMTrainConfig
+
+SHAPES_WEIGHTS = ("model", "precision", "vocab_multiple", "head_multiple")  # a checkpoint may not differ in these
+
+
+def main(config_path: str) -> None:
+    config = load(LMTrainConfig, config_path)
+    # core says in every module that Transformer Engine and apex are not there, and gives advice for CUDA on the CPU
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    from training.lm.batch import check_columns
+    from training.lm.engine import MegatronEngine
+
+    with distributed.start(config.run) as world:
+        engine = MegatronEngine(config)
+        loader = Loader(config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
+        check_columns(loader.manifest, config)
+        fit(engine, loader, Run(config.run, config, world, must_match=SHAPES_WEIGHTS), config.loop)
+        engine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,138 @@
+"""Megatron's distributed checkpoints (`torch_dist`): weights and optimizer, whole, loadable in any layout.
+
+What differs from `megatron.core.dist_checkpointing.save`: the files are written by this process, through
+torch's own writer. Core writes with forked helpers and a spawned queue server; a helper that dies leaves the
+trainer waiting for ever, and a full disk must end in an exception on every rank. The format is the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from configs.base import ConfigError
+from training.lm.model import MegatronLM
+
+
+def _layout() -> dict[str, Any]:
+    """How core shall cut the state: layers under their own names, moments by parameter and not by rank."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _sharded_state(model: MegatronLM, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
+    layout = _layout()
+    weights = model.sharded_state_dict(metadata=layout)
+    return {
+        "model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout),
+        "distributed_optimizer": is_distributed(optimizer),
+    }
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Does it spread its state over the data-parallel ranks? The two kinds of state differ on disk."""
+    return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+
+
+def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
+    """Collective. Write everything into `folder`, which exists and is empty; the files are closed on return.
+
+    Raises OSError on all ranks when one of them cannot write (rank 0 alone for its two small documents, behind the
+    last collective).
+    """
+    sharded, common = save_preprocess(_sharded_state(model, optimizer, loading=False), True)
+    sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    try:
+        dcp.save(
+            mcore_to_pyt_state_dict(sharded, False), storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+    except CheckpointException as error:
+        causes = {rank: failure[0] for rank, failure in error.failures.items()}
+        raise OSError(f"checkpoint {folder} was not written: {causes}") from error
+    if torch.distributed.get_rank() == 0:
+        torch.save(common, folder / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
+    """Collective. Restore what `save` wrote, into any number of tensor, pipeline and data-parallel ranks.
+
+    Raises ConfigError where one of the two optimizers is distributed and the other is not.
+    """
+    stored = dist_checkpointing.load_common_state_dict(str(folder))["distributed_optimizer"]
+    if stored != is_distributed(optimizer):
+        raise ConfigError(
+            f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state cannot be read by the other "
+            f"kind; set it to {stored}, or export the weights and start a new run from them (init_from)"
+        )
+    state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
+    model.load_state_dict(state["model"])
+    with torch.no_grad():  # the distributed optimizer copies into views of leaves
+        optimizer.load_state_dict(state["optimizer"])
+    _give_each_its_own_step(optimizer)
+
+
+# Core's distributed optimizer expects the Adam of apex or Transformer Engine. With torch's, which it falls back to
+# where neither is installed, three things go wrong in 0.16.1; these are the cures.
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def prepare(optimizer: MegatronOptimizer) -> None:
+    """Once, before the first save or load. 1. `state_dict` asserts that a step exists. 2. The loader asks the file for
+    the step of each parameter."""
+    for part in _parts(optimizer):
+        if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter.detach()),
+                        "exp_avg_sq": torch.zeros_like(parameter.detach()),
+                    }
+        part._set_main_param_and_optimizer_states = _KeepingStep(part)
+
+
+class _KeepingStep:
+    """Stands for `_set_main_param_and_optimizer_states` of one optimizer and gives it the step that it has already."""
+
+    def __init__(self, part: DistributedOptimizer) -> None:
+        self.part = part
+
+    def __call__(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.part.model_param_group_index_map[model_param]
+        main = self.part.optimizer.param_groups[group]["params"][order]
+        step = self.part.optimizer.state[main]["step"]
+        DistributedOptimizer._set_main_param_and_optimizer_states(self.part, model_param, {"step": step, **tensors})
+
+
+def _give_each_its_own_step(optimizer: MegatronOptimizer) -> None:
+    """3. After a load all parameters share one step tensor, which AdamW then counts up once for each of them."""
+    for part in _parts(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

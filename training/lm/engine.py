@@ -1,0 +1,171 @@
+"""Megatron-core behind `training.engine.Engine`: its DDP, optimizer, schedules, gradient finish and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from data_pipeline.loader import Batch
+from model_zoo import registry
+from model_zoo.token_layout import TokenLayout
+from training.engine import StepResult
+from training.lm import checkpoint
+from training.lm.batch import Row, pack
+from training.lm.config import LMTrainConfig, data_parallel_size
+from training.lm.device import megatron_device, seed_tensor_parallel
+from training.lm.model import InitialWeights, MegatronLM
+from training.optim import learning_rate
+
+
+class MegatronEngine:
+    """One process's part of the language model and its optimizer. The process group exists already.
+
+    Raises ConfigError where the launched ranks do not fit `parallel`. `close()` frees Megatron's own groups.
+    """
+
+    def __init__(self, config: LMTrainConfig) -> None:
+        self.config = config
+        self.layout = TokenLayout.of(config.model)
+        self.dp_size = data_parallel_size(config.parallel, dist.get_world_size())
+        with megatron_device() as self.device:
+            parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
+            self.dp_rank = parallel_state.get_data_parallel_rank()
+            seed_tensor_parallel(config.loop.seed)
+            self.model = MegatronLM(config)
+            self.load_weights(self._first_weights())
+            self.ddp = self._build_ddp()
+            self.optimizer = self._build_optimizer()
+            self.model.config.finalize_model_grads_func = finalize_model_grads
+            self.model.config.grad_scale_func = self.optimizer.scale_loss
+            if config.parallel.overlap:
+                self.model.config.no_sync_func = self.ddp.no_sync
+            self._forward_backward = get_forward_backward_func()
+
+    def _first_weights(self) -> Mapping[str, Tensor]:
+        if not self.config.init_from:
+            return InitialWeights(self.config.model, self.config.loop.seed)
+        entry = registry.resolve(self.config.zoo, self.config.init_from, kind="lm")
+        return entry.load()
+
+    def _build_ddp(self) -> DistributedDataParallel:
+        parallel = self.config.parallel
+        return DistributedDataParallel(
+            self.model.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=parallel.distributed_optimizer, overlap_grad_reduce=parallel.overlap,
+                overlap_param_gather=parallel.overlap and parallel.distributed_optimizer, grad_reduce_in_fp32=True,
+            ),
+            self.model,
+        )
+
+    def _build_optimizer(self) -> MegatronOptimizer:
+        optim = self.config.optim
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=optim.lr, weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0], adam_beta2=optim.betas[1], adam_eps=optim.eps,
+                clip_grad=optim.clip_grad or math.inf,  # core would not report the norm at 0
+                use_distributed_optimizer=self.config.parallel.distributed_optimizer,
+                bf16=self.config.precision == "bf16", params_dtype=self.model.config.params_dtype,
+            ),
+            [self.ddp],
+            # as `training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
+            {ParamKey(predicate=ParamPredicate("vector", _is_vector)): {"wd_mult": 0.0}},
+        )
+        checkpoint.prepare(optimizer)
+        return optimizer
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step on this rank's share of global batch `batch.step`; the result is equal on all ranks."""
+        rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
+        with megatron_device():
+            rows = self._rows(batch, train=True)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+                group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
+            self.ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            totals = self._run(rows, train=True)
+            _, grad_norm, _ = self.optimizer.step()
+        loss_sum, num_targets, num_tokens = totals.unbind()
+        return StepResult(
+            loss=loss_sum / num_targets, grad_norm=grad_norm, lr=rate, tokens=int(num_tokens),
+            metrics={"data/padding": 1 - sum(row.num_tokens for row in rows) / sum(len(row.ids_N) for row in rows)},
+        )
+
+    def evaluate(self, batch: Batch) -> float:
+        """Mean loss of the global batch with all text kept; nothing is trained. Collective."""
+        with megatron_device(), torch.no_grad():
+            totals = self._run(self._rows(batch, train=False), train=False)
+        return float(totals[0] / totals[1])
+
+    def _rows(self, batch: Batch, *, train: bool) -> list[Row]:
+        return [pack(micro, self.config, self.layout, train=train).to(self.device) for micro in batch.micro_batches]
+
+    def _run(self, rows: Sequence[Row], *, train: bool) -> Tensor:
+        """Megatron's schedule over all micro-batches -> float64 [loss sum, targets, tokens] of the global batch."""
+        reports: list[Tensor] = self._forward_backward(
+            forward_step_func=_forward_step, data_iterator=iter(rows), model=[self.ddp],
+            num_microbatches=len(rows), seq_length=len(rows[0].ids_N), micro_batch_size=1, forward_only=not train,
+        )
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        if parallel_state.is_pipeline_last_stage():
+            totals[:2] = torch.stack(reports).double().sum(0)
+            totals[2] = sum(row.num_tokens for row in rows)
+            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        if self.config.parallel.pipeline > 1:
+            dist.broadcast(totals, parallel_state.get_pipeline_model_parallel_last_rank(),
+                           group=parallel_state.get_pipeline_model_parallel_group())
+        return totals
+
+    def load_weights(self, source: Mapping[str, Tensor]) -> None:
+        """Take whole weights under the names of `model_zoo.lm.LanguageModel`; the optimizer's state stays as it is."""
+        with megatron_device():
+            self.model.load_full(source)
+            if hasattr(self, "optimizer"):
+                self.optimizer.reload_model_params()
+
+    def save(self, folder: Path) -> None:
+        with megatron_device():
+            checkpoint.save(folder, self.model, self.optimizer)
+
+    def load(self, folder: Path) -> None:
+        with megatron_device():
+            checkpoint.load(folder, self.model, self.optimizer)
+
+    def preview(self) -> dict[str, Tensor]:
+        return {}
+
+    def close(self) -> None:
+        """Free Megatron's process groups, so that another engine can be built in this process."""
+        parallel_state.destroy_model_parallel()
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return parameter.ndim < 2
+
+
+def _forward_step(rows: Iterator[Row], model: nn.Module) -> tuple[Tensor, Callable]:
+    """What Megatron's schedule calls for each micro-batch: the output, and the function that makes a loss of it."""
+    row: Row = next(rows)
+
+    def loss(token_loss_1N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = (token_loss_1N[0].float() * row.weights_N).sum()
+        targets = row.weights_N.sum()
+        return total, targets.to(torch.int), torch.stack([total.detach(), targets])
+
+    return model(row), loss
