@@ -81,7 +81,7 @@ def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
     if rows is None:
         raise ConfigError(f"source = {str(path)!r}: captions are read from .csv or .jsonl files")
     clips = []
-    for line, row in rows(path):
+    for line, row in _readable(rows(path), path):
         for key, column in (("file", columns.file), ("caption", columns.caption)):
             if column not in row:
                 raise ConfigError(f"{path}, line {line}: no column {column!r}, there are {', '.join(map(repr, row))}; "
@@ -92,6 +92,15 @@ def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
             start_s=_seconds(row, columns.start_s, 0.0, path, line), end_s=_seconds(row, columns.end_s, math.inf, path, line),
         ))
     return clips
+
+
+def _readable(rows: Iterator[tuple[int, Mapping[str, Any]]], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise ConfigError(f"{path} is not a CSV that can be read: {error}") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -3,13 +3,10 @@ import hashlib
 import io
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,9 @@ from data_pipeline.schema import Column, RawSample, Reject
 from data_pipeline.shards import ShardError, count_rejects, read_manifest, read_sidecar, write_manifest
 from data_pipeline.synthetic import moving_shape, write_videos
 from data_pipeline.video import decode_clip, write_mp4
+from launchers.config import ShardsJobConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 FRAMES, SIDE = 9, 32
 
 
@@ -141,38 +140,22 @@ def test_other_videos_are_refused(videos: Path, made: Path, tmp_path: Path) -> N
         make_shards(config(tmp_path / "videos"), tmp_path / "data")
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from configs.loader import load
-from data_pipeline.ingest import make_shards
-from data_pipeline.ingest_config import ShardsConfig
-print("started", flush=True)
-make_shards(load(ShardsConfig, Path(sys.argv[1])), Path(sys.argv[2]))
-"""
+@pytest.mark.parametrize("kills", [12, pytest.param(1000, marks=pytest.mark.long)])  # 1000: every place there is
+def test_killed_inside_writes_fsyncs_and_renames_it_ends_with_the_same_bytes(videos: Path, made: Path, tmp_path: Path, kills: int) -> None:
+    (tmp_path / "config.yaml").write_text(config(videos).model_dump_json())
+    command = ["-m", "tests.data_pipeline.kill_shards", str(tmp_path / "config.yaml"), str(made), str(tmp_path), str(kills)]
+    job = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert job.returncode == 0, job.stderr
+    done, places = map(int, job.stdout.split())
+    assert done == min(kills, places)
+    assert places > 80
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(videos: Path, made: Path, tmp_path: Path) -> None:
-    file, data = tmp_path / "config.yaml", tmp_path / "data"
-    file.write_text(config(videos).model_dump_json())
-    generator, kills, length = random.Random(0), 0, 3.0
-    for _ in range(6):
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(file), str(data)], stdout=subprocess.PIPE) as job:
-            job.stdout.readline()
-            try:
-                job.wait(generator.uniform(0.0, length))
-            except subprocess.TimeoutExpired:
-                job.send_signal(signal.SIGKILL)
-                kills += 1
-            else:
-                length /= 2  # the job was faster: kill the next one earlier
-                shutil.rmtree(data)
-        for tar in (data / "raw").glob("[0-9]*.tar") if data.exists() else ():
-            sidecar = read_sidecar(tar)
-            assert sidecar is None or sidecar.entry.sha256 == hashlib.sha256(tar.read_bytes()).hexdigest()
-    assert kills >= 3
-    (data / "raw").mkdir(parents=True, exist_ok=True)
+def test_stale_temporaries_of_a_killed_run_are_removed(videos: Path, made: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(made, data)
     (data / "raw" / ".000001.tar.elsewhere.17.tmp").write_bytes(b"half a shard")
+    (data / ".manifest.json.elsewhere.17.tmp").write_bytes(b"half a manifest")
     make_shards(config(videos), data)
     assert contents(data) == contents(made)
 
@@ -234,7 +217,7 @@ def test_webdataset_tars_of_clips(videos: Path, tmp_path: Path) -> None:
 
 
 def test_packaged_clips_make_the_quickstarts_samples(tmp_path: Path) -> None:
-    manifest = make_shards(load(ShardsConfig, "nano/shards"), tmp_path)
+    manifest = make_shards(load(ShardsJobConfig, "nano/shards").content, tmp_path)
     assert manifest.num_samples >= 60
     assert manifest.reject_counts == {"shards/empty_caption": 1, "shards/too_short": 1}
 
@@ -261,6 +244,12 @@ def test_broken_caption_lines_are_named(tmp_path: Path, line: str, message: str)
         make_shards(config(tmp_path / "captions.jsonl"), tmp_path / "data")
 
 
+def test_captions_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_bytes("file,caption\na.mp4,Größe\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"captions\.csv is not UTF-8"):
+        make_shards(config(tmp_path), tmp_path / "data")
+
+
 def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.jsonl").write_text(json.dumps({"file": str(videos / "text.mp4"), "caption": "x"}) + "\n")
     with pytest.raises(ShardError, match=r"no clip .* could be used: \{'shards/invalid_data': 1\}"):
@@ -268,11 +257,22 @@ def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> 
     assert not (tmp_path / "data" / "manifest.json").exists()
 
 
+ON_A_SMALL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from configs.loader import load
+from data_pipeline.ingest import make_shards
+from data_pipeline.ingest_config import ShardsConfig
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
+make_shards(load(ShardsConfig, Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
 def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(videos: Path, made: Path, tmp_path: Path) -> None:
     file, data = tmp_path / "config.yaml", tmp_path / "data"
     file.write_text(config(videos).model_dump_json())
-    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))\n"
-    job = subprocess.run([sys.executable, "-c", limited + KILLED, str(file), str(data)], capture_output=True, text=True, check=False)
+    job = subprocess.run([sys.executable, "-c", ON_A_SMALL_DISK, str(file), str(data)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert job.returncode == 1
     assert job.stderr.strip().splitlines()[-1].startswith("OSError: [Errno 27] cannot write the shards: File too large; finished shards are kept.")
     assert [path.name for path in (data / "raw").iterdir()] == ["config.yaml"]
@@ -288,6 +288,4 @@ def test_output_that_is_a_file_is_one_clear_error(videos: Path, tmp_path: Path) 
 
 def test_ingest_does_not_import_torch() -> None:
     code = "import sys, data_pipeline.ingest; sys.exit('torch' in sys.modules)"
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert time.monotonic() - start < 60
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -25,6 +25,7 @@ from data_pipeline.video import (
     write_mp4,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 96, 160
 CELLS = [(y, x) for y in (16, 48, 80) for x in (16, 48, 80, 112, 144)]  # centres of 15 squares that spell a number
 
@@ -75,6 +76,9 @@ FOREIGN = {
     "mpeg4 avi with B-frames": {"container": "avi", "codec": "mpeg4", "options": {"bf": "2", "q": "4"}},
     "mjpeg avi": {"container": "avi", "codec": "mjpeg", "pixels": "yuvj420p", "options": {"q": "4"}},
     "h264 flv": {"container": "flv", "codec": "libx264", "options": X264},
+    "hevc open GOP mp4": {"container": "mp4", "codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:open-gop=1:pools=none:frame-threads=1"}},
+    "vp9 webm": {"container": "webm", "codec": "libvpx-vp9", "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"}},
+    "av1 mp4": {"container": "mp4", "codec": "libsvtav1", "options": {"preset": "12", "crf": "35", "svtav1-params": "lp=1"}},
     "vp8 webm": {"container": "webm", "codec": "libvpx", "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"}},
 }
 
@@ -94,6 +98,21 @@ def test_variable_frame_rate_goes_by_time(decoder: SafeDecoder) -> None:
     data = encode(barcodes(80), container="mp4", codec="libx264", options=X264, ticks=ticks.tolist(), base=Fraction(1, 1000))
     frames = decoder.decode(data, [0.25], Wanted(33, 8.0, HEIGHT, WIDTH))[0]
     assert numbers(frames) == [int((ticks <= 250 + 125 * k).sum()) - 1 for k in range(33)]
+
+
+def test_cut_by_an_edit_list_starts_where_the_player_does(decoder: SafeDecoder) -> None:
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(encode(barcodes(72), **FOREIGN["h264 closed GOP mp4"]))) as source, av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                hidden = int(30 / 24 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - hidden, packet.dts - hidden, stream
+                output.mux(packet)
+    data = buffer.getvalue()
+    assert decoder.probe(data).duration_s == pytest.approx(42 / 24, abs=1e-3)
+    frames = decoder.decode(data, [0.0], Wanted(14, 8.0, HEIGHT, WIDTH))[0]
+    assert numbers(frames) == [30 + 3 * k for k in range(14)]
 
 
 def test_more_frames_than_the_source_repeats_them(decoder: SafeDecoder) -> None:
@@ -348,7 +367,7 @@ def test_memory_limit_costs_the_video_only(good: bytes) -> None:
 def test_decoder_ends_with_its_parent() -> None:
     script = ("import time\nfrom data_pipeline.video import SafeDecoder\n"
               "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder._child.pid, flush=True)\ntime.sleep(60)\n")
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
     until = time.monotonic() + 10
