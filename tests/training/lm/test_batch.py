@@ -92,7 +92,7 @@ def test_columns_of_another_encoder_are_refused_before_training(tmp_path):
     check_columns(manifest, config)
     with pytest.raises(ConfigError, match="column tokens was made by test: 17 codes are no whole number of frames"):
         check_columns(manifest, tiny_config(tmp_path, model={"pframe_tokens": 5}))
-    with pytest.raises(ConfigError, match="states of width 20, the model takes model.text_dim = 24"):
+    with pytest.raises(ConfigError, match=r"states of width 20, the model takes model\.text_dim = 24"):
         check_columns(manifest, tiny_config(tmp_path, model={"text_dim": 24}))
 
 
