@@ -43,7 +43,7 @@ from model_zoo import frozen, registry
 from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures
 from model_zoo.frozen.config import semantic_frame_indices
 
-Progress = Callable[[int, int, str], None]  # (clips done, clips in all, what is going on), a clip counted per column
+Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
 SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
 
 
@@ -278,17 +278,13 @@ class Job:
         self.summaries = {name: ColumnSummary() for name in config.columns}
         self.seen: Counter[str] = Counter()  # clips by column, those of units found finished included
         self.done: Counter[str] = Counter()  # clips by column, for the progress line
+        self._found: set[tuple[str, int]] = set()  # (column, shard) that were finished before
         self._progress = progress
         self._reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
 
     def run(self) -> Summary:
         begin = time.perf_counter()
         columns = self.config.columns
-        for name, folder in self.folders.items():
-            card = folder.card()
-            self.done[name] = sum(self.manifest.shards[s].samples for s in self.shards
-                                  if card and folder.finished(self.manifest.shards[s], card.fingerprint))
-        self._report("")
         for name, column in columns.items():
             if isinstance(column, TextColumn):
                 self._run_columns([name])
@@ -308,21 +304,28 @@ class Job:
             for name, producer in producers.items():
                 self.folders[name].remove_leftovers()
                 self.folders[name].claim(producer.card, redo=name in self.config.redo)
-                self.done[name] = 0
-            for place, shard in enumerate(self.shards):
-                entry = self.manifest.shards[shard]
-                pending = {}
-                for name, producer in producers.items():
-                    sidecar = self.folders[name].finished(entry, producer.card.fingerprint)
-                    if sidecar is None:
-                        pending[name] = producer
-                        continue
-                    self.done[name] += entry.samples
-                    self._count(name, Counter(r.reason for r in sidecar.rejects), entry.samples, found=1)
-                if pending:
-                    self._run_shard(shard, pending, last=place == len(self.shards) - 1)
+            left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
+            self._report(names)
+            for shard in left:
+                if self._find_finished(shard, producers):  # a twin of this task was faster
+                    continue
+                pending = {name: producer for name, producer in producers.items() if (name, shard) not in self._found}
+                self._run_shard(shard, pending, names, last=shard == left[-1])
             for name in names:
                 self._stop_if_too_many(name, last=True)
+
+    def _find_finished(self, shard: int, producers: dict[str, Producer]) -> bool:
+        """Count the shard's units that are finished; True if they all are."""
+        entry = self.manifest.shards[shard]
+        for name, producer in producers.items():
+            if (name, shard) in self._found:
+                continue
+            sidecar = self.folders[name].finished(entry, producer.card.fingerprint)
+            if sidecar is not None:
+                self._found.add((name, shard))
+                self.done[name] += entry.samples
+                self._count(name, Counter(r.reason for r in sidecar.rejects), entry.samples, found=1)
+        return all((name, shard) in self._found for name in producers)
 
     def _producers(self, names: Sequence[str]) -> dict[str, Producer]:
         producers: dict[str, Producer] = {}
@@ -342,7 +345,7 @@ class Job:
                     producers[name] = TextProducer(column, frozen.build(column.encoder, self.device), self)
         return producers
 
-    def _run_shard(self, shard: int, producers: dict[str, Producer], *, last: bool) -> None:
+    def _run_shard(self, shard: int, producers: dict[str, Producer], names: Sequence[str], *, last: bool) -> None:
         """Make the units of one shard; they are committed together at the end, or not at all."""
         entry = self.manifest.shards[shard]
         clips = self._reader.clips(shard)
@@ -361,7 +364,7 @@ class Job:
                     for clip, result in zip(batch, producer(batch), strict=True):
                         self._write(writers[name], name, clip, result, shapes[name])
                     self.done[name] += len(batch)
-                self._report(f"{', '.join(producers)} of {entry.name}")
+                self._report(names)
             for name, writer in writers.items():
                 self._count(name, Counter(r.reason for r in writer.rejects), entry.samples, made=1)
                 writer.dtype = producers[name].card.parts["dtype"]
@@ -401,10 +404,10 @@ class Job:
                 f"{self.config.max_bad_fraction:g}. Mend the cause, or raise max_bad_fraction, and run again; finished shards stay"
             )
 
-    def _report(self, note: str) -> None:
+    def _report(self, names: Sequence[str]) -> None:
         if self._progress is not None:
-            total = sum(self.manifest.shards[s].samples for s in self.shards) * len(self.config.columns)
-            self._progress(sum(self.done.values()), total, note)
+            total = sum(self.manifest.shards[s].samples for s in self.shards)
+            self._progress(sum(self.done[name] for name in names) // len(names), total, f"clips ({', '.join(names)})")
 
 
 def _counted(rejects: dict[str, int]) -> str:

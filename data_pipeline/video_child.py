@@ -285,7 +285,7 @@ def failure_of(error: BaseException) -> Failure:
     """The short code of what a decoder raised."""
     if isinstance(error, Refused):
         return error.failure
-    codes = {MemoryError: "out_of_memory", av.error.InvalidDataError: "invalid_data"}
+    codes = {MemoryError: "out_of_memory", EOFError: "truncated", av.error.InvalidDataError: "invalid_data"}
     reason = next((code for kind, code in codes.items() if isinstance(error, kind)), "undecodable")
     return Failure(reason, " ".join(f"{type(error).__name__}: {error}".split())[:160])
 

@@ -50,7 +50,7 @@ def precompute_job(args: argparse.Namespace) -> int:
         return 0
     task = parse_task(args.task)
     if args.action == "run":
-        summary = precompute.run(config, task=task, progress=Progress("precompute", "units"))
+        summary = precompute.run(config, task=task, progress=Progress("precompute", "clips"))
         print(f"precompute: {summary}")
     if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)

@@ -191,6 +191,7 @@ class CheckpointStore:
         document = self._check(found)
         loader.load_state_dict(document.loader)  # refuses other data
         engine.load(found)
+        self._prune(document.step)  # a kill may have come between commit and deletion
         log.info("resumed from %s", found)
         return TrainState(step=document.step)
 

@@ -6,7 +6,16 @@ import torch.distributed.checkpoint as dcp
 
 from configs.files import write_text
 from model_zoo.config import LMConfig
-from model_zoo.convert.megatron import Padded, export_lm, module_name, read_lm, read_megatron, rules, shard, to_megatron
+from model_zoo.convert.megatron import (
+    Padded,
+    export_lm,
+    module_name,
+    read_lm,
+    read_megatron,
+    rules,
+    shard,
+    to_megatron,
+)
 from model_zoo.convert.rules import ConversionError, convert
 from model_zoo.lm import LanguageModel
 
@@ -107,7 +116,7 @@ def test_prefers_the_optimizers_float32_weights(tmp_path, prefix):
 
 def test_export_takes_the_config_that_lies_in_the_checkpoint(tmp_path):
     write(tmp_path, theirs())
-    with pytest.raises(ConversionError, match="no config.yaml"):
+    with pytest.raises(ConversionError, match=r"no config\.yaml"):
         export_lm(tmp_path)
     write_text(tmp_path / "config.yaml", f"model: {CONFIG.model_dump(mode='json')}\n")
     config, state = export_lm(tmp_path)
