@@ -79,7 +79,7 @@ class ClusterConfig(Config):
     scheduler: Literal["slurm", "local"] = "slurm"  # local: run here and now, through torchrun
     launcher: Literal["srun", "torchrun"] = "srun"  # srun: one task per GPU; torchrun: one task per node
     default: Resources = Resources()
-    stages: dict[str, StageResources] = {}
+    stages: dict[str, StageResources] = Field(default={})
 
     account: str | None = None
     qos: str | None = None
@@ -92,7 +92,7 @@ class ClusterConfig(Config):
 
     modules: tuple[str, ...] = ()  # module load, in this order
     setup: tuple[str, ...] = ()  # shell lines before anything else runs
-    env: dict[str, str] = {}  # NCCL_SOCKET_IFNAME, HF_HOME, ...
+    env: dict[str, str] = Field(default={})  # NCCL_SOCKET_IFNAME, HF_HOME, ...
     container: ContainerConfig | None = None
     python: str | None = None  # interpreter on the nodes; none = the one that submits
 

@@ -169,6 +169,18 @@ def stop_job(args: argparse.Namespace) -> int:
     return 0
 
 
+def status_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_status
+
+    return show_status(args.run, args.json)
+
+
+def logs_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_logs
+
+    return show_logs(Path(args.run), args.rank, args.lines, args.follow)
+
+
 def show(config, plan: str) -> int:
     """--dry-run: the resolved config and the plan."""
     print(f"{dump(config)}\n# {plan}")

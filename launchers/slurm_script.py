@@ -14,7 +14,6 @@ The same text runs without sbatch (`--cluster local`, or inside salloc): then it
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -24,7 +24,7 @@ SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL", "JWT")
 
 def copy_code(target: Path, root: Path = ROOT) -> None:
     """Copy the packages that are running now to `target`; a copy that is there already is replaced."""
-    temporary = temporary_name(target)
+    temporary = temporary_name(target.with_name(f"{target.name}.new"))
     shutil.rmtree(temporary, ignore_errors=True)
     for room in ROOMS:
         shutil.copytree(root / room, temporary / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))

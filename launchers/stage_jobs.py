@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs import Config, ConfigError, dump, load
+from configs import Config, ConfigError, load
 from launchers.cluster_config import TRAINERS, ClusterConfig
 from launchers.slurm_script import Job
 

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from configs import ConfigError, dump, load
 from configs.files import write_text
 from launchers.cluster_config import TRAINERS, ClusterConfig
 from launchers.slurm import Slurm
-from launchers.slurm_script import CODE, JOB_FOLDER, LOGS, SCRIPT, sbatch_text
+from launchers.slurm_script import JOB_FOLDER, LOGS, SCRIPT, sbatch_text
 from launchers.snapshot import write_snapshot
 from launchers.stage_jobs import CONFIG, Place, Planned, command_line, jobs_of, pipeline_jobs
 from training.run_folder import finished_step
