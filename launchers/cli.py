@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
-    """Jobs on a cluster: submit, status, logs, stop."""
+    """Jobs on a cluster: submit, status, logs, stop, doctor."""
     submit = commands.add_parser(
         "submit", help="A stage, or the whole walk, as SLURM jobs.", epilog=SUBMIT, allow_abbrev=False,
         description="A stage, or the whole walk, as SLURM jobs.", formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,6 +114,10 @@ def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
     logs.add_argument("--rank", type=int, help="of this rank (default: the batch script's, and the last words of a failing rank)")
     logs.add_argument("--lines", type=int, default=40, metavar="N", help="last lines to show (default: 40)")
     logs.add_argument("--follow", action="store_true", help="go on as it grows; Ctrl-C ends")
+    doctor = commands.add_parser("doctor", help="Will training run on this machine? Versions, GPUs, all-reduce, disk, memory, clock.")
+    doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs this machine must have")
+    doctor.add_argument("--node", action="store_true", help="the quick checks of a job's pre-flight")
+    doctor.add_argument("--report", metavar="DIR", help="also write DIR/<node>.ok or DIR/<node>.bad")
     stop = commands.add_parser("stop", help="Let a run save a checkpoint and end.")
     stop.add_argument("run", help="run folder")
     stop.add_argument("--restart", action="store_true", help="save and start again, as at a time limit")

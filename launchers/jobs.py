@@ -181,6 +181,12 @@ def logs_job(args: argparse.Namespace) -> int:
     return show_logs(Path(args.run), args.rank, args.lines, args.follow)
 
 
+def doctor_job(args: argparse.Namespace) -> int:
+    from launchers.doctor import doctor
+
+    return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
+
+
 def show(config, plan: str) -> int:
     """--dry-run: the resolved config and the plan."""
     print(f"{dump(config)}\n# {plan}")
