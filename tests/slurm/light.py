@@ -24,6 +24,7 @@ def main() -> None:
     run, steps = Path(sys.argv[1]), int(sys.argv[2])
     fault = sys.argv[3].split(":") if len(sys.argv) > 3 else None
     rank = int(os.environ["RANK"])
+    dead = run / f"dead_{os.environ['SLURM_JOB_ID']}_{os.environ.get('SLURM_RESTART_COUNT', 0)}"
     saved = sorted((run / "checkpoints").glob("step_????????"))
     step, loss = json.loads((saved[-1] / "state.json").read_text()) if saved else (0, 1)
     signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())  # as training.distributed: a wish, not an end
@@ -40,7 +41,10 @@ def main() -> None:
                 with open(run / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step, "time": time.time(), "train/loss": loss, "throughput/steps_per_s": 10.0}) + "\n")
             if fault and (rank, step) == (int(fault[0]), int(fault[1])):
-                break_down(run / f"broken_{rank}", fault[2])
+                break_down(run / f"broken_{rank}", dead, fault[2])
+            if dead.exists():  # a collective would say so
+                time.sleep(0.5)
+                raise ConnectionError("a peer is gone")
             stopping = (run / "stop").exists()
             if rank == 0 and (step % 10 == 0 or stopping or step == steps):
                 save(run, step, loss)
@@ -52,12 +56,14 @@ def main() -> None:
         (run / "done").write_text(f"{step}\n")
 
 
-def break_down(marker: Path, kind: str) -> None:
+def break_down(marker: Path, dead: Path, kind: str) -> None:
     """Once, or with `always` each time."""
     if marker.exists():
         return
     if kind != "always":
         marker.touch()
+    if kind != "hang":
+        dead.touch()
     if kind == "config":
         raise ConfigError("data.manifest = gone: there is no such file")
     if kind == "hang":
