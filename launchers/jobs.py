@@ -52,7 +52,7 @@ def precompute_job(args: argparse.Namespace) -> int:
     if args.action == "run":
         summary = precompute.run(config, task=task, progress=Progress("precompute", "clips"))
         print(f"precompute: {summary}")
-    if args.action == "finalize" or task == (0, 1):
+    if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)
         print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
         if "latents" in config.columns:
@@ -167,6 +167,37 @@ def quickstart_job(args: argparse.Namespace) -> int:
     from launchers.pipeline import quickstart
 
     return quickstart(Path(args.out), args.prompt or (), args.dry_run)
+
+
+def submit_job(args: argparse.Namespace) -> int:
+    from launchers.submit import submit
+
+    return submit(args, args.argv)
+
+
+def stop_job(args: argparse.Namespace) -> int:
+    from launchers.submit import stop
+
+    print(stop(Path(args.run), args.restart))
+    return 0
+
+
+def status_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_status
+
+    return show_status(args.run, args.json)
+
+
+def logs_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_logs
+
+    return show_logs(Path(args.run), args.rank, args.lines, args.follow)
+
+
+def doctor_job(args: argparse.Namespace) -> int:
+    from launchers.doctor import doctor
+
+    return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
 
 
 def show(config, plan: str) -> int:
