@@ -62,11 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
         configurable(sub, f"nano/{stage if stage != 'diffusion' else 'diffusion-main'}")
         sub.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default: one per GPU, or 1)")
 
-    convert = add("convert", "Export the newest checkpoint of a run to the zoo.")
-    convert.add_argument("run", help="run folder, or one checkpoint folder in it")
-    convert.add_argument("--name", required=True, help="name in the zoo")
+    convert = add("convert", "Weights from one format to another; the newest checkpoint of a run to the zoo.", epilog=CONVERT)
+    convert.add_argument("sources", nargs="+", metavar="SOURCE",
+                         help="run or checkpoint, zoo entry, file or folder of weights; `inspect PATH` says what it is")
+    convert.add_argument("--to", choices=["zoo", "release", "megatron", "deepspeed", "diffusers", "transformers"], default="zoo",
+                         help="what to write (default: zoo)")
+    convert.add_argument("--name", help="name in the zoo; of several parts NAME-<kind> (default: their kinds)")
+    convert.add_argument("--out", metavar="FOLDER", help="new folder to write; for every --to but zoo")
     convert.add_argument("--zoo", default="zoo", help="zoo folder (default: zoo)")
-    convert.add_argument("--dry-run", action="store_true", help="say what would be exported; change nothing")
+    convert.add_argument("--model", default="landiff/model", help="sizes of a release, or of a Megatron folder without its "
+                         "config.yaml: packaged name or .yaml file (default: landiff/model)")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast the weights (default: keep theirs)")
+    convert.add_argument("--allow-missing", action="append", default=[], metavar="PATTERN",
+                         help="keys of the source that may be missing, with * and ?; they start as in a fresh model")
+    convert.add_argument("--dry-run", action="store_true", help="read the headers, check every key, change nothing")
 
     zoo = add("zoo", "Look at the zoo: list, show, verify.")
     zoo.add_argument("action", choices=["list", "show", "verify"])
@@ -88,6 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--dry-run", action="store_true", help="print the commands; run nothing")
     add_cluster_commands(commands)
     return parser
+
+
+CONVERT = """\
+  landiff convert runs/lm --name lm                             newest checkpoint of a run -> zoo
+  landiff convert inspect weights/LanDiff                       what is it?
+  landiff convert weights/LanDiff                               the whole release -> zoo: lm, tokenizer, transformer, diffusion
+  landiff convert lm --to megatron --out start/lm               zoo entry -> Megatron checkpoint for any parallel layout
+  landiff convert main --to diffusers --out CogVideoX-ours      main transformer -> CogVideoXTransformer3DModel
+  landiff convert diffusion tokenizer lm --to release --out out back to the release's files
+"""
 
 
 def add_cluster_commands(commands: argparse._SubParsersAction) -> None:

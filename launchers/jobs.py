@@ -85,14 +85,28 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from launchers.convert import export, find_source
+    from launchers.convert import Request, convert, find_source, open_all, words_of
+    from model_zoo.convert.formats import Options, describe
 
-    source = find_source(Path(args.run))
-    if args.dry_run:
-        print(f"would export {source} to {args.zoo}/{args.name}")
+    first, *rest = args.sources
+    zoo = Path(args.zoo)
+    if first == "inspect":
+        if not rest:
+            raise ConfigError("landiff convert inspect needs a path")
+        from model_zoo.config import ModelConfig
+
+        options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
+        print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
         return 0
-    entry = export(source, Path(args.zoo), args.name)
-    print(f"convert: {source} -> {entry.path}")
+    request = Request(tuple(args.sources), zoo, args.to, args.name, Path(args.out) if args.out else None, args.model,
+                      args.dtype, tuple(args.allow_missing))
+    if args.dry_run:
+        for source in open_all(request):
+            print(f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {args.to} "
+                  f"{args.out or f'{args.zoo}/{args.name or chr(42)}'}")
+        return 0
+    for line in convert(request):
+        print(f"convert: {line}")
     return 0
 
 
@@ -101,8 +115,7 @@ def zoo_job(args: argparse.Namespace) -> int:
 
     zoo = Path(args.zoo)
     if args.action == "list":
-        for name in sorted(p.name for p in zoo.iterdir() if p.is_dir()) if zoo.is_dir() else []:
-            entry = registry.resolve(zoo, name)
+        for entry in registry.entries(zoo):
             print(f"{entry.kind:<14}{entry.reference}")
         return 0
     if not args.reference:

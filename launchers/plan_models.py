@@ -161,8 +161,10 @@ def dit_forward(config: TransformerConfig, layers: int) -> tuple[int, float]:
     """(tokens of a clip, FLOPs of its forward through `layers` blocks)."""
     grid = (config.latent_height // config.patch_size) * (config.latent_width // config.patch_size)
     tokens = config.latent_frames * grid + config.text_length
-    width = config.hidden_size
-    return tokens, layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+    width, patch = config.hidden_size, config.latent_channels * config.patch_size**2
+    ends = 2 * config.text_length * config.text_dim * width + 2 * (tokens - config.text_length) * 2 * patch * width
+    modulation = 2 * config.time_embed_dim * 12 * width
+    return tokens, ends + layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width + modulation)
 
 
 def semantic_cost(module: nn.Module, transformer: TransformerConfig) -> tuple[float, int]:
