@@ -6,6 +6,7 @@ All jobs run side by side, each with a hand of its own that disturbs it; the tes
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -109,6 +110,23 @@ def array_of_tasks(sandbox: Sandbox, run: Path) -> str:
     return start(sandbox, Planned("precompute", job, None), site)
 
 
+def full_disk(sandbox: Sandbox, run: Path) -> str:
+    (run / "checkpoints" / ".step_00000020").mkdir(parents=True)
+    (run / "checkpoints" / ".step_00000020" / "state.json").symlink_to("/dev/full")
+    return start(sandbox, light(run))
+
+
+def failing_preflight(sandbox: Sandbox, run: Path) -> str:
+    """nvidia-smi finds two good GPUs on one node, and a broken one on the other."""
+    tools = run / "tools"
+    tools.mkdir(parents=True)
+    (tools / "nvidia-smi").write_text('#!/bin/sh\n[ "$(hostname)" = node2 ] && bad=7 || bad=0\necho "0, H100, 81559, 1, 0"\necho "1, H100, 81559, 1, $bad"\n')
+    (tools / "nvidia-smi").chmod(0o755)
+    site = cluster("--exclude=node3,node4", preflight=True, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    site = site.model_copy(update={"default": site.default.model_copy(update={"gpus_per_node": 1, "tasks_per_node": None})})
+    return start(sandbox, light(run, 5, site=site), site)
+
+
 SCENARIOS: dict[str, Callable[[Sandbox, Path], str]] = {
     "straight": alone(), "crash": crash_before_dependent, "killed": alone(20, "3:15:kill"), "config": config_error,
     "always": alone(40, "1:15:always"), "hang": alone(20, "0:15:hang"), "node": node_crash, "preempted": preemption,
@@ -117,7 +135,7 @@ SCENARIOS: dict[str, Callable[[Sandbox, Path], str]] = {
     "restarted": disturbed(lambda sandbox, job, run: stop(run, restart=True, slurm=sandbox.slurm)),
     "cancelled": disturbed(lambda sandbox, job, run: sandbox.slurm.cancel(job)),
     "requeued": disturbed(lambda sandbox, job, run: sandbox.slurm.ask("scontrol", "requeue", job)),
-    "chain": chain, "array": array_of_tasks,
+    "full": full_disk, "preflight": failing_preflight, "chain": chain, "array": array_of_tasks,
 }
 
 
@@ -210,6 +228,21 @@ def test_a_node_that_dies_costs_the_steps_since_the_checkpoint(runs):
     run, job, state = runs.ended("node")
     assert state == "COMPLETED" and runs.restarts(job) == 1
     assert losses(run) == undisturbed(30)
+
+
+def test_a_full_disk_costs_no_checkpoint_and_is_given_up(runs):
+    run, job, state = runs.ended("full")
+    assert state == "FAILED" and runs.restarts(job) == 1 and "No space left on device" in batch_log(run)
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000010"]
+    (run / "checkpoints" / ".step_00000020" / "state.json").unlink()  # room again: submit again
+    assert runs.sandbox.wait(start(runs.sandbox, light(run))) == "COMPLETED" and losses(run) == undisturbed(40)
+
+
+def test_a_failing_preflight_names_the_node_and_starts_no_rank(runs):
+    run, job, state = runs.ended("preflight")
+    assert state == "FAILED" and runs.restarts(job) == 0
+    assert "on node2; leave it out with  exclude: node2" in (run / "job" / "given_up").read_text()
+    assert "GPU 1 (H100) has 7 uncorrected memory errors" in batch_log(run) and rank_log(run) == ""
 
 
 def test_a_chain_of_jobs_takes_the_place_of_requeueing(runs):
