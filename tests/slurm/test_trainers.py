@@ -91,17 +91,6 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(san
     assert logged_losses(run) == logged_losses(lm_here)
 
 
-def test_a_time_limit_saves_and_goes_on(sandbox, here, lm_here):
-    """A minute is the shortest limit there is; the signal comes 30 to 60 s before it."""
-    steps = ["loop.steps=40", "loop.save_every=100"]
-    site = write_site(here / "short.yaml", default={"tasks_per_node": 4, "memory": "2G", "time": "2"}, signal_margin_s=70, stages={})
-    landiff("submit", *LM, *steps, "run=runs/lm-short", "optim.warmup_steps=0", "--cluster", site)
-    job = last_job(here / "runs" / "lm-short")
-    until(lambda: "signal USR1" in (here / "runs" / "lm-short" / "job" / "log" / "batch.log").read_text() or sandbox.state(job) == "COMPLETED", 400)
-    assert sandbox.wait(job, 900) == "COMPLETED"
-    assert [step for step, _ in logged_losses(here / "runs" / "lm-short")] == list(range(1, 41))
-
-
 def test_fifty_tasks_with_random_kills_make_the_same_bytes(sandbox, here):
     landiff_process(here, "shards", "--config", "nano/shards", "samples_per_shard=1", "data=data-killed")
     shutil.copytree(here / "data-killed", here / "data-straight")
