@@ -109,7 +109,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 def test_a_cut_file_is_called_damaged(tmp_path):
     path = write_stage_2(tmp_path) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="rank_1_mp_rank_00_optim_states.pt is damaged|refused: an unreadable pickle"):
+    with pytest.raises(ConfigError, match=r"rank_1_mp_rank_00_optim_states\.pt is damaged|refused: an unreadable pickle"):
         read_deepspeed(tmp_path)
 
 
