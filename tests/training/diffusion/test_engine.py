@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
 import pytest
 import torch
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import model_zoo.tokenizer  # noqa: F401 - slow to import: once for all forked ranks
 from configs import load
 from data_pipeline.loader import Batch, Sample
 from data_pipeline.shards import read_manifest, write_manifest
