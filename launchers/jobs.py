@@ -52,7 +52,7 @@ def precompute_job(args: argparse.Namespace) -> int:
     if args.action == "run":
         summary = precompute.run(config, task=task, progress=Progress("precompute", "clips"))
         print(f"precompute: {summary}")
-    if args.action == "finalize" or task == (0, 1):
+    if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)
         print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
         if "latents" in config.columns:
@@ -85,14 +85,28 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from launchers.convert import export, find_source
+    from launchers.convert import Request, convert, find_source, open_all, words_of
+    from model_zoo.convert.formats import Options, describe
 
-    source = find_source(Path(args.run))
-    if args.dry_run:
-        print(f"would export {source} to {args.zoo}/{args.name}")
+    first, *rest = args.sources
+    zoo = Path(args.zoo)
+    if first == "inspect":
+        if not rest:
+            raise ConfigError("landiff convert inspect needs a path")
+        from model_zoo.config import ModelConfig
+
+        options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
+        print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
         return 0
-    entry = export(source, Path(args.zoo), args.name)
-    print(f"convert: {source} -> {entry.path}")
+    request = Request(tuple(args.sources), zoo, args.to, args.name, Path(args.out) if args.out else None, args.model,
+                      args.dtype, tuple(args.allow_missing))
+    if args.dry_run:
+        for source in open_all(request):
+            print(f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {args.to} "
+                  f"{args.out or f'{args.zoo}/{args.name or chr(42)}'}")
+        return 0
+    for line in convert(request):
+        print(f"convert: {line}")
     return 0
 
 
@@ -101,8 +115,7 @@ def zoo_job(args: argparse.Namespace) -> int:
 
     zoo = Path(args.zoo)
     if args.action == "list":
-        for name in sorted(p.name for p in zoo.iterdir() if p.is_dir()) if zoo.is_dir() else []:
-            entry = registry.resolve(zoo, name)
+        for entry in registry.entries(zoo):
             print(f"{entry.kind:<14}{entry.reference}")
         return 0
     if not args.reference:
@@ -154,6 +167,37 @@ def quickstart_job(args: argparse.Namespace) -> int:
     from launchers.pipeline import quickstart
 
     return quickstart(Path(args.out), args.prompt or (), args.dry_run)
+
+
+def submit_job(args: argparse.Namespace) -> int:
+    from launchers.submit import submit
+
+    return submit(args, args.argv)
+
+
+def stop_job(args: argparse.Namespace) -> int:
+    from launchers.submit import stop
+
+    print(stop(Path(args.run), args.restart))
+    return 0
+
+
+def status_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_status
+
+    return show_status(args.run, args.json)
+
+
+def logs_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_logs
+
+    return show_logs(Path(args.run), args.rank, args.lines, args.follow)
+
+
+def doctor_job(args: argparse.Namespace) -> int:
+    from launchers.doctor import doctor
+
+    return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
 
 
 def show(config, plan: str) -> int:

@@ -19,6 +19,7 @@ from training.config import LoopConfig
 from training.distributed import World
 from training.engine import TrainState
 from training.metrics import Metrics
+from training.run_folder import finished_step
 
 
 class Run:
@@ -55,9 +56,3 @@ class Run:
             if state.step >= self.total_steps:
                 write_text(self.folder / "done", f"{state.step}\n")
         self.world.barrier()
-
-
-def finished_step(folder: Path) -> int | None:
-    """The step at which the run in `folder` finished, or None while it has not."""
-    path = folder / "done"
-    return int(path.read_text(encoding="utf-8")) if path.exists() else None

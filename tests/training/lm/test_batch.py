@@ -79,7 +79,9 @@ def changed(sample: Sample, column: str, tensor: torch.Tensor) -> Sample:
     ("tokens", torch.tensor([1] * 12 + [40]), "sample 000000, column tokens: code 40 at index 12 is outside the codebook of 40"),
     ("tokens", torch.tensor([1] * 12), "12 codes are no whole number of frames"),
     ("text-minilm", torch.zeros(3, 21), r"column text-minilm holds \(3, 21\), the model takes rows of model.text_dim = 20"),
-    ("text-minilm", torch.zeros(500, 20), "more than model.max_positions = 512"),
+    ("text-minilm", torch.zeros(17, 20), r"has 17 rows, more than model\.max_text_tokens = 16"),
+    ("text-minilm", torch.zeros(0, 20), "a prompt has at least one token"),
+    ("tokens", torch.ones(9 + 4 * 3, dtype=torch.int64).repeat(25), r"more than model\.max_positions = 512"),
 ])
 def test_samples_of_another_encoder_are_refused(config, column, tensor, message):
     with pytest.raises(ConfigError, match=message):
