@@ -200,6 +200,12 @@ def doctor_job(args: argparse.Namespace) -> int:
     return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
 
 
+def plan_job(args: argparse.Namespace) -> int:
+    from launchers.plan import plan_job
+
+    return plan_job(args)
+
+
 def show(config, plan: str) -> int:
     """--dry-run: the resolved config and the plan."""
     print(f"{dump(config)}\n# {plan}")

@@ -66,7 +66,7 @@ def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, override
     if args.command == "precompute":
         return precompute_jobs(args, place, name)
     if args.command == "convert":
-        return [convert_job(args, place)]
+        return [convert_job(args, argv, place)]
     if args.command not in ("shards", "sample", "evaluate"):
         raise ConfigError(f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}")
     config = load(config_class(args.command), args.config, args.overrides)
@@ -127,9 +127,9 @@ def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) ->
     return [*planned, replace(finalize, after=tuple(p.name for p in planned))]
 
 
-def convert_job(args: argparse.Namespace, place: Place) -> Planned:
-    words = ("convert", args.run, "--name", args.name, "--zoo", args.zoo)
-    return single("convert", place, f"export-{args.name}", words, None)
+def convert_job(args: argparse.Namespace, argv: Sequence[str], place: Place) -> Planned:
+    """The command as it was typed, in a run folder named after what it makes."""
+    return single("convert", place, f"export-{args.name}" if args.name else f"convert-to-{args.to}", argv, None)
 
 
 def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: Sequence[str]) -> list[Planned]:
