@@ -37,7 +37,7 @@ TABLES: dict[tuple[str, str], Sequence[Rule]] = {
 PLAIN = [Rule("{rest*}", "{rest*}")]  # our own names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     kind: str
     config: Config | Mapping[str, Any]  # of the VAE: the arguments of diffusers' class
@@ -107,7 +107,8 @@ def fit(source: LazyTensors, kind: str, config: Config | Mapping[str, Any], rule
 def _fresh(kind: str, config: Config | Mapping[str, Any]) -> LazyTensors:
     """A model's tensors as they are before training, module by module."""
     if kind == VAE:
-        return LazyTensors(build_meta(kind, config), lambda name: torch.zeros(build_meta(kind, config)[name].shape))
+        meta = build_meta(kind, config)
+        return LazyTensors(meta, lambda name: torch.zeros(meta[name].shape))
     with torch.device("meta"):
         model = registry.build("diffusion" if kind == CONTROL else kind, config)
 
