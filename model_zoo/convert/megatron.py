@@ -8,7 +8,6 @@ names. Tensors are whole: `shard` cuts one for a tensor-parallel rank.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import warnings
@@ -260,9 +259,7 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
     vocab = TokenLayout.of(config).vocab_size
     padded = padded or Padded(-(-vocab // 128) * 128, config.num_heads)
     theirs = converted(tensors, rules(config, padded), "to_theirs")
-    empty = io.BytesIO()
-    torch.save(None, empty)
-    extra = {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": empty
+    extra = {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None]
              for i in range(config.num_layers) for layer in _EXTRA}
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
     with _alone():
