@@ -115,8 +115,9 @@ def _fresh(kind: str, config: Config | Mapping[str, Any]) -> LazyTensors:
     def read(name: str) -> Tensor:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        if not hasattr(module, "reset_parameters"):
-            return torch.zeros(dict(model.state_dict())[name].shape)
+        if not hasattr(module, "reset_parameters"):  # our own modules: gains of norms, learned vectors
+            shape = model.state_dict()[name].shape
+            return torch.ones(shape) if attribute == "weight" and len(shape) == 1 else torch.zeros(shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             alone = nn.Module.to_empty(module, device="cpu", recurse=False)

@@ -18,7 +18,17 @@ from configs.files import write_text
 from model_zoo.config import ModelConfig, TransformerConfig
 from model_zoo.convert import release_diffusion, release_vae
 from model_zoo.convert.lazy import LazyTensors, Progress, converted, read_safetensors, write_safetensors
-from model_zoo.convert.parts import CONTROL, TABLES, VAE, Part, Source, control_of, fit, main_of, under_names_of
+from model_zoo.convert.parts import (
+    CONTROL,
+    TABLES,
+    VAE,
+    Part,
+    Source,
+    control_of,
+    fit,
+    main_of,
+    under_names_of,
+)
 from model_zoo.convert.pickles import read_pickle, tensors_of, write_pickle
 from model_zoo.convert.rules import ConversionError
 
