@@ -80,7 +80,11 @@ def train_job(args: argparse.Namespace) -> int:
     write_text(resolved, dump(config))
     code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
     if code:
-        raise JobFailed(first_error(config.run) or f"the ranks of {config.run} ended with exit code {code}")
+        from training.errors import first_error
+
+        error = first_error(config.run)
+        why = f"{error}:\n{error.read_text(encoding='utf-8').rstrip()}" if error else f"its ranks ended with exit code {code}"
+        raise JobFailed(f"{config.run} failed; {why}")
     return 0
 
 
@@ -227,9 +231,3 @@ def parse_task(text: str | None) -> tuple[int, int]:
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ConfigError(f"--task {text} must be I/N with 0 <= I < N, e.g. 0/8")
     return int(index), int(count)
-
-
-def first_error(run: Path) -> str | None:
-    """The oldest error file of a run: the first rank that failed is the cause, the others follow it."""
-    files = sorted((run / "errors").glob("rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
-    return f"{files[0]}:\n{files[0].read_text().rstrip()}" if files else None
