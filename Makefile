@@ -34,7 +34,8 @@ lint: install
 	$(BIN)/ruff check .
 
 bench: install
-	for table in benchmarks/[a-z]*.py; do echo "== $$table"; $(BIN)/python $$table || exit 1; done
+	for table in $(notdir $(basename $(wildcard benchmarks/*.py))); do \
+	  echo "== $$table"; $(BIN)/python -m benchmarks.$$table || exit 1; done
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
