@@ -79,6 +79,10 @@ def parse_tensor(part: Tensor, name: str) -> Tensor:
     return data.view(dtype).view(shape)
 
 
+class DamagedSample(ShardError):
+    """One sample of a shard cannot be read; the others may."""
+
+
 @dataclass(frozen=True)
 class _Index:
     """One shard of one folder: keys in order, and where the part that we read lies."""
@@ -165,7 +169,7 @@ class FolderReader:
         found = memory[:100].numpy().tobytes().rstrip(b"\0")
         if count < TAR_BLOCK + size or found != member:
             what = f"ends after {count} bytes" if count < TAR_BLOCK + size else f"holds {found[:60]!r}"
-            raise ShardError(f"{index.path} is damaged: where {member.decode()} should be, {TAR_BLOCK + size} bytes long, "
+            raise DamagedSample(f"{index.path} is damaged: where {member.decode()} should be, {TAR_BLOCK + size} bytes long, "
                              f"it {what}; {self._redo()}")
         return memory[TAR_BLOCK:]
 

@@ -114,30 +114,34 @@ def _plan(config: ShardsConfig, clips: list[SourceClip], decoders: queue.SimpleQ
     units: list[Unit] = []
     first_of: dict[str, str] = {}  # key -> name of the source it came from first
 
-    def unit() -> Unit:
+    def add(span: Span) -> None:
         if not units or len(units[-1].spans) == config.samples_per_shard:
             units.append(Unit(f"{len(units):06d}"))
-        return units[-1]
+        units[-1].spans.append(span)
+
+    def reject(clip: SourceClip, reason: str, detail: str = "") -> None:
+        if not units:
+            units.append(Unit("000000"))
+        units[-1].rejects.append(Reject(key=clip.name, stage=STAGE, reason=reason, detail=detail))
 
     for clip in clips:
         if not clip.caption:
-            unit().rejects.append(Reject(key=clip.name, stage=STAGE, reason="empty_caption"))
+            reject(clip, "empty_caption")
             continue
         look = looks[clip.video]
         if look.failure:
-            unit().rejects.append(Reject(key=clip.name, stage=STAGE, reason=look.failure.reason, detail=look.failure.detail))
+            reject(clip, look.failure.reason, look.failure.detail)
             continue
         starts = span_starts(config, clip.start_s, min(clip.end_s, look.duration_s))
         if not starts:
-            unit().rejects.append(Reject(key=clip.name, stage=STAGE, reason="too_short", detail=_too_short(config, clip, look)))
+            reject(clip, "too_short", _too_short(config, clip, look))
         for start in starts:
             key = span_key(config, look.sha256, start)
             if key in first_of:
-                unit().rejects.append(Reject(key=clip.name, stage=STAGE, reason="duplicate",
-                                             detail=f"span at {start:g} s is that of {first_of[key]}"))
-                continue
-            first_of[key] = clip.name
-            unit().spans.append(Span(key, clip, look.sha256, start))
+                reject(clip, "duplicate", f"span at {start:g} s is that of {first_of[key]}")
+            else:
+                first_of[key] = clip.name
+                add(Span(key, clip, look.sha256, start))
     return units
 
 
@@ -317,10 +321,11 @@ def _exclusive(raw: Path) -> Iterator[None]:
     raw.mkdir(parents=True, exist_ok=True)
     fd = os.open(raw, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ShardError(f"another `landiff shards` is writing to {raw}; wait for it, or use another output folder") from None
         yield
-    except BlockingIOError:
-        raise ShardError(f"another `landiff shards` is writing to {raw}; wait for it, or use another output folder") from None
     finally:
         os.close(fd)
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from configs.base import ConfigError
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
-from data_pipeline.schema import MANIFEST, Manifest, Reject, ShardEntry, Sidecar
+from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
 
 
 class ShardError(ConfigError):
@@ -121,6 +121,20 @@ def read_manifest(data: Path) -> Manifest:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
     except (ValidationError, UnicodeDecodeError) as error:
         raise ShardError(f"{path} is not a manifest of format 1: {error}") from None
+
+
+def read_part(data: Path, manifest: Manifest, key: str, part: str, folder: str = RAW) -> bytes:
+    """One part of one sample, looked for in all shards: for showing single clips, not for training."""
+    for entry in manifest.shards:
+        tar = data / folder / f"{entry.name}.tar"
+        sidecar = read_sidecar(tar)
+        places = dict(sidecar.index).get(key) if sidecar is not None else None
+        if places is not None and part in places:
+            offset, size = places[part]
+            with open(tar, "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+    raise ShardError(f"{data / folder} holds no part {part!r} of a sample {key}")
 
 
 def write_manifest(data: Path, manifest: Manifest) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
-from webdataset.tariterators import base_plus_ext
 
 from configs.base import ConfigError
 from data_pipeline.ingest_config import ColumnsConfig, ShardsConfig
@@ -82,7 +81,7 @@ def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
     if rows is None:
         raise ConfigError(f"source = {str(path)!r}: captions are read from .csv or .jsonl files")
     clips = []
-    for line, row in rows(path):
+    for line, row in _readable(rows(path), path):
         for key, column in (("file", columns.file), ("caption", columns.caption)):
             if column not in row:
                 raise ConfigError(f"{path}, line {line}: no column {column!r}, there are {', '.join(map(repr, row))}; "
@@ -93,6 +92,15 @@ def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
             start_s=_seconds(row, columns.start_s, 0.0, path, line), end_s=_seconds(row, columns.end_s, math.inf, path, line),
         ))
     return clips
+
+
+def _readable(rows: Iterator[tuple[int, Mapping[str, Any]]], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise ConfigError(f"{path} is not a CSV that can be read: {error}") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -135,6 +143,8 @@ def _tar(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
         raise ConfigError(f"source: {str(path)!r} does not exist")
     if path.suffix != ".tar":
         raise ConfigError(f"source: {str(path)!r} is compressed; videos gain nothing by it, unpack it to a plain .tar")
+    from webdataset.tariterators import base_plus_ext  # here, because it imports torch
+
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:

@@ -239,7 +239,7 @@ def _decode_pyav(data: bytes) -> np.ndarray:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         context = stream.codec_context
-        picture = video_child._Picture(stream, context.height, context.width, context.height * context.width)
+        picture = video_child.Picture(stream, context.height, context.width, context.height * context.width)
         return np.stack([picture(frame) for frame in container.decode(stream)])
 
 

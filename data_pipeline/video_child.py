@@ -118,7 +118,7 @@ class _Range(io.RawIOBase):
 
 
 @dataclass
-class _Picture:
+class Picture:
     """Frames -> RGB of one size: rotated, scaled to cover and centre-cropped in one colour-correct swscale pass."""
 
     stream: av.video.stream.VideoStream
@@ -237,25 +237,29 @@ def decode(file: io.RawIOBase, request: Request, out: np.ndarray) -> tuple[Failu
         targets = sorted((start + k / request.fps, span, k)
                          for span, start in enumerate(request.starts_s) for k in range(request.num_frames))
         missing = [request.num_frames] * len(request.starts_s)
-        picture = _Picture(stream, request.height, request.width, request.max_pixels)
+        picture = Picture(stream, request.height, request.width, request.max_pixels)
         shown: av.VideoFrame | None = None
         pixels: np.ndarray | None = None
         done, reason, detail = 0, "too_short", ""
-        for index, (now, frame) in enumerate(timed_frames(container, stream)):
-            while done < len(targets) and shown is not None and now > targets[done][0] + tolerance:
-                pixels = picture(shown) if pixels is None else pixels
-                _, span, place = targets[done]
-                out[span, place] = pixels
-                missing[span] -= 1
-                done += 1
-            if done == len(targets):
-                break
-            if frame is None:
-                detail = f"ends after {now:.3f} s"
-            elif frame.is_corrupt:  # libavcodec conceals damage; this flag is its only trace
-                reason, detail = "corrupt_frame", f"frame {index} at {now:.3f} s"
-                break
-            shown, pixels = frame, None
+        try:
+            for index, (now, frame) in enumerate(timed_frames(container, stream)):
+                while done < len(targets) and shown is not None and now > targets[done][0] + tolerance:
+                    pixels = picture(shown) if pixels is None else pixels
+                    _, span, place = targets[done]
+                    out[span, place] = pixels
+                    missing[span] -= 1
+                    done += 1
+                if done == len(targets):
+                    break
+                if frame is None:
+                    detail = f"ends after {now:.3f} s"
+                elif frame.is_corrupt:  # libavcodec conceals damage; this flag is its only trace
+                    reason, detail = "corrupt_frame", f"frame {index} at {now:.3f} s"
+                    break
+                shown, pixels = frame, None
+        except DECODER_ERRORS as error:  # spans that are complete stay good
+            failure = failure_of(error)
+            reason, detail = failure.reason, failure.detail
     return tuple(None if left == 0 else Failure(reason, detail) for left in missing)
 
 
@@ -267,28 +271,23 @@ def answer(request: Request, input_fd: int, output_fd: int) -> Response:
             if not request.starts_s:
                 return Response(info=probe(file, request.max_pixels))
             shape = (len(request.starts_s), request.num_frames, request.height, request.width, 3)
-            with mmap.mmap(output_fd, math.prod(shape)) as memory:
-                out = np.frombuffer(memory, np.uint8).reshape(shape)
-                try:
-                    return Response(spans=decode(file, request, out))
-                finally:
-                    del out  # the map can't close while an array looks into it
-    except Refused as refused:
-        return Response(failure=refused.failure)
-    except MemoryError:
-        return Response(failure=Failure("out_of_memory"))
+            out = np.frombuffer(mmap.mmap(output_fd, math.prod(shape)), np.uint8).reshape(shape)
+            return Response(spans=decode(file, request, out))
     except FileNotFoundError:
         return Response(failure=Failure("missing_file", request.path))
     except PermissionError:
         return Response(failure=Failure("unreadable_file", request.path))
-    except av.error.InvalidDataError as error:
-        return Response(failure=Failure("invalid_data", _line(error)))
     except DECODER_ERRORS as error:
-        return Response(failure=Failure("undecodable", _line(error)))
+        return Response(failure=failure_of(error))
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+def failure_of(error: BaseException) -> Failure:
+    """The short code of what a decoder raised."""
+    if isinstance(error, Refused):
+        return error.failure
+    codes = {MemoryError: "out_of_memory", EOFError: "truncated", av.error.InvalidDataError: "invalid_data"}
+    reason = next((code for kind, code in codes.items() if isinstance(error, kind)), "undecodable")
+    return Failure(reason, " ".join(f"{type(error).__name__}: {error}".split())[:160])
 
 
 def _end_with(parent: int) -> None:

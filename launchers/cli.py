@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
                      epilog=OVERRIDES.format(example="batch_size=8"))
     precompute.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",
                             help="run (default; finalizes when nothing is left), finalize (merge into the manifest), status")
+    precompute.add_argument("--no-finalize", action="store_true", help="leave the merge to a later job, where several columns are computed side by side")
     precompute.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
 
     train = commands.add_parser("train", help="Train one of the three models.", description="Train one of the three models.")
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--out", default="runs/quickstart", help="folder of everything it makes (default: runs/quickstart)")
     quickstart.add_argument("--prompt", action="append", help="prompt to sample at the end (may be repeated)")
     quickstart.add_argument("--dry-run", action="store_true", help="print the commands; run nothing")
+    add_cluster_commands(commands)
     return parser
 
 
@@ -105,6 +107,51 @@ CONVERT = """\
   landiff convert main --to diffusers --out CogVideoX-ours      main transformer -> CogVideoXTransformer3DModel
   landiff convert diffusion tokenizer lm --to release --out out back to the release's files
 """
+
+
+def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
+    """Jobs on a cluster: submit, status, logs, stop; before they cost anything: doctor, plan."""
+    submit = commands.add_parser(
+        "submit", help="A stage, or the whole walk, as SLURM jobs.", epilog=SUBMIT, allow_abbrev=False,
+        description="A stage, or the whole walk, as SLURM jobs.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    submit.add_argument("stage", metavar="STAGE", choices=["shards", "precompute", *TRAINERS, "convert", "sample", "evaluate", "pipeline"],
+                        help="shards, tokenizer, precompute, lm, diffusion, convert, sample, evaluate; or pipeline")
+    submit.add_argument("--cluster", required=True, metavar="NAME", help="packaged name (local, sandbox) or a .yaml file of your site")
+    submit.add_argument("--nodes", type=int, metavar="N", help="nodes of a trainer (default: the cluster file's)")
+    submit.add_argument("--preset", default="nano", help="pipeline: whose configs (default: nano)")
+    submit.add_argument("--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)")
+    submit.add_argument("--after", action="append", metavar="JOB", help="wait for this job to end well (may be repeated)")
+    submit.add_argument("--here", action="store_true", help="run now, in this allocation (salloc), instead of queueing")
+    submit.add_argument("--dry-run", action="store_true", help="print resolved configs, plan and batch scripts; touch nothing")
+
+    status = commands.add_parser("status", help="Runs: job, step, rate, time left, restarts, last error.")
+    status.add_argument("run", nargs="?", help="run folder (default: all below runs/)")
+    status.add_argument("--all", action="store_true", help="all runs below runs/")
+    status.add_argument("--json", action="store_true", help="for scripts")
+    logs = commands.add_parser("logs", help="A run's log, with the failing rank first.")
+    logs.add_argument("run", help="run folder")
+    logs.add_argument("--rank", type=int, help="of this rank (default: the batch script's, and the last words of a failing rank)")
+    logs.add_argument("--lines", type=int, default=40, metavar="N", help="last lines to show (default: 40)")
+    logs.add_argument("--follow", action="store_true", help="go on as it grows; Ctrl-C ends")
+    doctor = commands.add_parser("doctor", help="Will training run on this machine? Versions, GPUs, all-reduce, disk, memory, clock.")
+    doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs this machine must have")
+    doctor.add_argument("--node", action="store_true", help="the quick checks of a job's pre-flight")
+    doctor.add_argument("--report", metavar="DIR", help="also write DIR/<node>.ok or DIR/<node>.bad")
+    plan = commands.add_parser("plan", help="What a training config costs: memory by part, FLOPs, days. No GPU needed.",
+                               epilog=OVERRIDES.format(example="parallel.tensor=4 data.micro_batch_size=2"), formatter_class=argparse.RawDescriptionHelpFormatter)
+    plan.add_argument("stage", choices=list(TRAINERS), metavar="STAGE", help="tokenizer, lm or diffusion")
+    plan.add_argument("--config", required=True, metavar="NAME", help="packaged name (landiff/lm) or a .yaml file")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all (default: 8)")
+    plan.add_argument("--gpu", default="h100", choices=["a100", "h100", "h200", "b200", "l40s"], help="which (default: h100)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4; measure yours)")
+    plan.add_argument("--steps", type=int, metavar="N", help="optimizer steps of the budget (default: loop.steps)")
+    plan.add_argument("--search", action="store_true", help="rank tensor, pipeline, ZeRO, recompute and micro-batch choices that fit")
+    plan.add_argument("--top", type=int, default=10, metavar="N", help="lines of --search (default: 10)")
+    plan.add_argument("--json", action="store_true", help="for scripts")
+    stop = commands.add_parser("stop", help="Let a run save a checkpoint and end.")
+    stop.add_argument("run", help="run folder")
+    stop.add_argument("--restart", action="store_true", help="save and start again, as at a time limit")
+
 
 OVERRIDES = """\
 Any key of the config can be set behind the options, e.g.  {example}
@@ -118,10 +165,25 @@ TRAINERS = {
 }
 
 
+SUBMIT = """\
+All other arguments are those of the stage itself:
+
+  landiff submit lm --config landiff/lm --cluster my-site.yaml --nodes 4 optim.lr=2e-4
+  landiff submit precompute --config landiff/precompute --cluster my-site.yaml
+  landiff submit convert runs/lm --name lm --cluster my-site.yaml
+  landiff submit pipeline --preset nano --cluster my-site.yaml lm.loop.steps=100
+
+Submitting again skips what is done and resumes what isn't. See docs/cluster.md.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one clear line and exit code 2."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
+    args.argv, args.rest = list(sys.argv[1:] if argv is None else argv), rest
+    if args.command == "submit":  # the stage's own parser looks at these
+        rest = []
     unknown = [a for a in rest if a.startswith("-") or "=" not in a]
     takes_overrides = getattr(args, "config", None) is not None
     if unknown or (rest and not takes_overrides):
@@ -134,10 +196,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from configs.base import ConfigError
     from launchers import jobs
+    from launchers.slurm import SlurmError
 
     try:
         return jobs.run(args)
-    except (ConfigError, jobs.JobFailed) as error:
+    except (ConfigError, jobs.JobFailed, SlurmError) as error:
         print(f"landiff {args.command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -50,9 +50,9 @@ def precompute_job(args: argparse.Namespace) -> int:
         return 0
     task = parse_task(args.task)
     if args.action == "run":
-        summary = precompute.run(config, task=task, progress=Progress("precompute", "units"))
+        summary = precompute.run(config, task=task, progress=Progress("precompute", "clips"))
         print(f"precompute: {summary}")
-    if args.action == "finalize" or task == (0, 1):
+    if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)
         print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
         if "latents" in config.columns:
@@ -80,7 +80,11 @@ def train_job(args: argparse.Namespace) -> int:
     write_text(resolved, dump(config))
     code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
     if code:
-        raise JobFailed(first_error(config.run) or f"the ranks of {config.run} ended with exit code {code}")
+        from training.errors import first_error
+
+        error = first_error(config.run)
+        why = f"{error}:\n{error.read_text(encoding='utf-8').rstrip()}" if error else f"its ranks ended with exit code {code}"
+        raise JobFailed(f"{config.run} failed; {why}")
     return 0
 
 
@@ -169,6 +173,43 @@ def quickstart_job(args: argparse.Namespace) -> int:
     return quickstart(Path(args.out), args.prompt or (), args.dry_run)
 
 
+def submit_job(args: argparse.Namespace) -> int:
+    from launchers.submit import submit
+
+    return submit(args, args.argv)
+
+
+def stop_job(args: argparse.Namespace) -> int:
+    from launchers.submit import stop
+
+    print(stop(Path(args.run), args.restart))
+    return 0
+
+
+def status_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_status
+
+    return show_status(args.run, args.json)
+
+
+def logs_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_logs
+
+    return show_logs(Path(args.run), args.rank, args.lines, args.follow)
+
+
+def doctor_job(args: argparse.Namespace) -> int:
+    from launchers.doctor import doctor
+
+    return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
+
+
+def plan_job(args: argparse.Namespace) -> int:
+    from launchers.plan import plan_job
+
+    return plan_job(args)
+
+
 def show(config, plan: str) -> int:
     """--dry-run: the resolved config and the plan."""
     print(f"{dump(config)}\n# {plan}")
@@ -190,9 +231,3 @@ def parse_task(text: str | None) -> tuple[int, int]:
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ConfigError(f"--task {text} must be I/N with 0 <= I < N, e.g. 0/8")
     return int(index), int(count)
-
-
-def first_error(run: Path) -> str | None:
-    """The oldest error file of a run: the first rank that failed is the cause, the others follow it."""
-    files = sorted((run / "errors").glob("rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
-    return f"{files[0]}:\n{files[0].read_text().rstrip()}" if files else None

@@ -79,11 +79,10 @@ def attention_varlen(
         )
     ends = cu_seqlens.tolist()
     assert ends[0] == 0 and ends[-1] == len(q_NHD), (ends[0], ends[-1], len(q_NHD))
-    outputs = [
-        attention(q_NHD[None, a:b], k_NHD[None, a:b], v_NHD[None, a:b], causal=causal, scale=scale)[0]
-        for a, b in itertools.pairwise(ends)
-        if b > a
-    ]
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    # split, not slices: the gradient of a slice is as long as the row, which makes it quadratic in the sequences
+    parts = zip(*(x_NHD[None].split(lengths, dim=1) for x_NHD in (q_NHD, k_NHD, v_NHD)), strict=True)
+    outputs = [attention(q, k, v, causal=causal, scale=scale)[0] for q, k, v in parts if q.shape[1]]
     return torch.cat(outputs) if outputs else torch.zeros_like(q_NHD)
 
 

@@ -2,11 +2,11 @@
 
 Letters: B batch, T frames, C feature channels, h w feature rows and columns, n = h * w visual tokens of a
 frame, N latent tokens of a clip = iframe_tokens + (T - 1) * pframe_tokens, S = T * n + N sequence, D hidden
-width, H heads, K head width, Z width of a latent token.
+width, H heads, K head width (of an attention) or codes (of a whole clip), Z width of a latent token.
 
-    encode(features_BTChw) -> indices_BN
-    decode(indices_BN, num_frames) -> features_BTChw
-    forward(features_BTChw) -> TokenizerOutput, for training
+    encode(features_BTChw) -> indices_BK
+    decode(indices_BK, num_frames) -> features_BTChw
+    forward(features_BTChw) -> TokenizerOutput, for training on one segment
 
 Sequence: [visual tokens, frame by frame | I latents | P latents of frame 1 | ... | P latents of frame T - 1].
 Source: LanDiff (arXiv 2503.04606), semantic tokenizer; sizes and masks as in the released code.
@@ -397,21 +397,38 @@ class SemanticTokenizer(nn.Module):
         return features_BSC.unflatten(1, grid).permute(0, 1, 4, 2, 3)
 
     def encode(self, features_BTChw: Tensor) -> Tensor:
-        """int64 [B, N], I-frame codes first. Raises ValueError for a wrong shape or an untrained codebook."""
+        """int64 [B, K] codes. A clip longer than `segment_frames` is cut into segments, each with an I-frame and
+        encoded by itself (the last may be shorter), whose codes follow each other.
+
+        Raises ValueError for a wrong shape or an untrained codebook.
+        """
+        self._check_features(features_BTChw)
         if self.config.normalize_features:
             features_BTChw = self.normalize(features_BTChw)
-        return self.quantizer.nearest(self.encode_latents(features_BTChw))
+        segments = features_BTChw.split(self.config.segment_frames, dim=1)
+        return torch.cat([self.quantizer.nearest(self.encode_latents(segment)) for segment in segments], dim=1)
 
-    def decode(self, indices_BN: Tensor, num_frames: int) -> Tensor:
-        """features_BTChw of the codes of clips of `num_frames`. Raises ValueError for codes that do not fit."""
-        expected = self.sequence(num_frames).num_latent
-        if num_frames < 1 or indices_BN.ndim != 2 or indices_BN.shape[1] != expected:
-            raise ValueError(f"{num_frames} frames have codes of shape [B, {expected}], not {list(indices_BN.shape)}")
-        low, high = int(indices_BN.min()), int(indices_BN.max())
+    def decode(self, indices_BK: Tensor, num_frames: int) -> Tensor:
+        """features_BTChw of the codes of clips of `num_frames`; the inverse layout of `encode`.
+
+        Raises ValueError for codes that do not fit and for an untrained codebook.
+        """
+        lengths = self._segment_lengths(num_frames)
+        codes = [self.sequence(length).num_latent for length in lengths]
+        if indices_BK.ndim != 2 or indices_BK.shape[1] != sum(codes):
+            raise ValueError(f"{num_frames} frames have codes of shape [B, {sum(codes)}], not {list(indices_BK.shape)}")
+        low, high = int(indices_BK.min()), int(indices_BK.max())
         if low < 0 or high >= self.config.codebook_size:
             raise ValueError(f"codes {low}..{high} do not fit a codebook of {self.config.codebook_size}")
-        features_BTChw = self.decode_latents(self.quantizer.lookup(indices_BN), num_frames)
+        segments = zip(self.quantizer.lookup(indices_BK).split(codes, dim=1), lengths, strict=True)
+        features_BTChw = torch.cat([self.decode_latents(*segment) for segment in segments], dim=1)
         return self.denormalize(features_BTChw) if self.config.normalize_features else features_BTChw
+
+    def _segment_lengths(self, num_frames: int) -> list[int]:
+        if num_frames < 1:
+            raise ValueError(f"num_frames = {num_frames} must be at least 1")
+        whole, rest = divmod(num_frames, self.config.segment_frames)
+        return [self.config.segment_frames] * whole + [rest] * (rest > 0)
 
     def forward(self, features_BTChw: Tensor) -> TokenizerOutput:
         """One training pass; in training mode it also updates the codebook."""

@@ -84,17 +84,11 @@ class Metrics:
         self._reset()
 
     def add_videos(self, state: TrainState, videos: Mapping[str, Tensor], fps: float = 8.0) -> None:
-        """Videos uint8 [T, H, W, 3] under their tags, as animated GIFs in the image tab.
-
-        SummaryWriter.add_video is no way: without moviepy 1 it prints a line and writes nothing.
-        """
+        """Videos uint8 [T, H, W, 3] under their tags."""
         if self.world.rank != 0:
             return
         for tag, video_THWC in videos.items():
-            _, height, width, _ = video_THWC.shape
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(video_THWC, fps))
-            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-            self._open_writer._get_file_writer().add_summary(summary, state.step)
+            write_video(self._open_writer, tag, video_THWC, state.step, fps)
         self._open_writer.flush()
 
     def close(self) -> None:
@@ -188,6 +182,16 @@ def memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return found
+
+
+def write_video(writer: SummaryWriter, tag: str, video_THWC: Tensor, step: int, fps: float) -> None:
+    """A video uint8 [T, H, W, 3] as an animated GIF in the image tab.
+
+    SummaryWriter.add_video is no way: without moviepy 1 it prints a line and writes nothing.
+    """
+    _, height, width, _ = video_THWC.shape
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(video_THWC, fps))
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def gif(video_THWC: Tensor, fps: float) -> bytes:

@@ -54,7 +54,7 @@ def test_an_empty_prompt_is_refused(capsys, tmp_path):
 
 def test_a_run_without_a_checkpoint_cannot_be_exported(capsys, tmp_path):
     code, _, err = run(capsys, "-C", str(tmp_path), "convert", "runs/lm", "--name", "lm")
-    assert code == 2 and "no whole checkpoint" in err
+    assert code == 2 and "runs/lm does not exist" in err
 
 
 def test_the_zoo_says_what_it_has(capsys, tmp_path):

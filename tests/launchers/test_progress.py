@@ -18,9 +18,9 @@ def test_a_log_gets_few_lines_and_the_last_one():
     assert len(lines) == 2 and lines[0].startswith("shards: 0/100 clips") and lines[1].startswith("shards: 100/100 clips")
 
 
-def test_a_new_phase_counts_its_own_rate():
+def test_a_new_count_has_its_own_rate_and_the_note_stands_behind():
     stream = io.StringIO()
-    progress = Progress("shards", "", stream, every_s=0)
-    progress(40, 40, "files read")
-    progress(0, 10, "clips")
-    assert "0/10 clips, 0.0/s, 0:00" in stream.getvalue()
+    progress = Progress("shards", "clips", stream, every_s=0)
+    progress(40, 40, "looking")
+    progress(3, 10, "cutting")
+    assert stream.getvalue().splitlines()[1] == "shards: 3/10 clips, 0.0/s, 0:00  (cutting)"

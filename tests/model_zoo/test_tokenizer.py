@@ -87,8 +87,18 @@ def test_earlier_frames_do_not_know_later_ones(tokenizer):
     torch.testing.assert_close(tokenizer.encode_latents(long[:, :1]), codes[:, :5], atol=1e-5, rtol=0)
 
 
-def test_clips_longer_than_a_segment_and_than_any_table_work(tokenizer):
-    assert tokenizer.encode(features(batch=1, num_frames=120)).shape == (1, 5 + 119 * 2)
+def test_long_clips_are_cut_into_segments_of_their_own(tokenizer):
+    long = features(num_frames=8)
+    codes = tokenizer.encode(long)
+    parts = [tokenizer.encode(long[:, a:b]) for a, b in ((0, 3), (3, 6), (6, 8))]
+    assert torch.equal(codes, torch.cat(parts, dim=1))
+    assert codes.shape == (2, 2 * (5 + 2 * 2) + 5 + 2)
+    decoded = [tokenizer.decode(part, n) for part, n in zip(parts, (3, 3, 2), strict=True)]
+    assert torch.equal(tokenizer.decode(codes, 8), torch.cat(decoded, dim=1))
+
+
+def test_one_window_may_be_longer_than_a_segment(tokenizer):
+    assert tokenizer.encode_latents(features(batch=1, num_frames=40)).shape == (1, 5 + 39 * 2, 12)
 
 
 def test_untrained_codebook_refuses_to_encode_and_stays_untrained():
@@ -108,6 +118,7 @@ def test_untrained_codebook_refuses_to_encode_and_stays_untrained():
         (torch.zeros(1, 6, dtype=torch.int64), 1, r"\[B, 5\], not \[1, 6\]"),
         (torch.full((1, 5), 16), 1, "codes 16..16 do not fit a codebook of 16"),
         (torch.full((1, 5), -1), 1, "codes -1..-1"),
+        (torch.zeros(1, 0, dtype=torch.int64), 0, "num_frames = 0 must be"),
     ],
 )
 def test_codes_that_do_not_fit_are_refused(tokenizer, indices, num_frames, message):
@@ -211,13 +222,13 @@ def test_training_learns_what_the_codes_can_carry():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     clips = features(batch=4)[:, :1, :, :1, :1].expand(4, 3, 6, 2, 3)  # four still clips of one colour each
     losses = []
-    for _ in range(60):
+    for _ in range(25):
         result = model(clips)
         optimizer.zero_grad()
         result.loss.backward()
         optimizer.step()
         losses.append(result.reconstruction.item())
-    assert losses[-1] < 0.3 * losses[0], losses
+    assert losses[-1] < 0.5 * losses[0], losses
 
 
 def _train_one_step_on_a_rank(rank: int, folder: str, state: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.base import ConfigError
-from data_pipeline.loader import Batch
+from data_pipeline.loader import Batch, Sample
 from model_zoo.convert.deepspeed import SHARDS, Layout, read_deepspeed
 from model_zoo.convert.rules import check_against
 from training.diffusion import zero
@@ -30,7 +30,7 @@ class DeepSpeedEngine:
     def __init__(self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective) -> None:
         """`module`: float32, the same on all ranks; parameters without gradient stay as they are, bit for bit."""
         share = world.size * config.data.micro_batch_size
-        if config.data.global_batch_size % share:
+        if config.data.global_batch_size % share:  # DeepSpeed is configured before the loader can say so
             raise ConfigError(
                 f"data.global_batch_size = {config.data.global_batch_size} is not a multiple of {world.size} ranks * "
                 f"data.micro_batch_size = {config.data.micro_batch_size}; change one of them"
@@ -42,6 +42,7 @@ class DeepSpeedEngine:
         optimizer = adamw(module.parameters(), config.optim)
         self.zero = zero.initialize(module, optimizer, zero.deepspeed_config(config, world))
         self.previewer = Previewer(config, objective) if config.preview_codec is not None else None
+        self.last_sample: Sample | None = None
         self.layout = Layout(
             zero_stage=config.zero.stage, world_size=world.size, precision=config.precision, phase=config.phase,
             model=config.model, shapes=zero.full_shapes(module),
@@ -56,6 +57,7 @@ class DeepSpeedEngine:
         rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
         set_learning_rate(self.zero.optimizer, rate)
         self.zero.train()
+        self.last_sample = batch.micro_batches[0][0]
         total = torch.zeros((), device=self.world.device)
         for samples in batch.micro_batches:
             loss = self.objective.loss(self.zero, self.objective.inputs(samples)).loss
@@ -94,7 +96,10 @@ class DeepSpeedEngine:
             zero.restore(self.zero, read_deepspeed(folder / SHARDS))
 
     def preview(self) -> dict[str, Tensor]:
-        return {} if self.previewer is None else self.previewer(self.module)
+        """Collective. Videos of the first clip of this rank's last batch; none before the first step."""
+        if self.previewer is None or self.last_sample is None:
+            return {}
+        return self.previewer(self.module, self.last_sample)
 
     def _tokens(self) -> int:
         """Tokens of one sample in the transformer: text rows and latent patches."""

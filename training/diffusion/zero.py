@@ -143,8 +143,8 @@ def restore(engine: Any, state: DeepSpeedState) -> None:
 
 def read_full(parameter: nn.Parameter) -> Tensor:
     """The fp32 master of a trained parameter, or a frozen one as it is. Collective in ZeRO-3."""
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     if parameter.requires_grad:
         return safe_get_full_fp32_param(parameter).detach().clone()

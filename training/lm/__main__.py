@@ -8,10 +8,9 @@ import warnings
 from configs.loader import load
 from data_pipeline.loader import Loader
 from training import distributed
+from training.lm.config import LMTrainConfig
 from training.loop import fit
 from training.run import Run
-
-from training.lm.config import LMTrainConfig
 
 SHAPES_WEIGHTS = ("model", "precision", "vocab_multiple", "head_multiple")  # a checkpoint may not differ in these
 

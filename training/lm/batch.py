@@ -106,6 +106,9 @@ def _training_row(sample: Sample, config: LMTrainConfig, layout: TokenLayout) ->
     if text.ndim != 2 or text.shape[1] != config.model.text_dim:
         raise ConfigError(f"sample {sample.key}: column {config.text_column} holds {tuple(text.shape)}, "
                           f"the model takes rows of model.text_dim = {config.model.text_dim}")
+    if len(text) > config.model.max_text_tokens:
+        raise ConfigError(f"sample {sample.key}: column {config.text_column} has {len(text)} rows, more than "
+                          f"model.max_text_tokens = {config.model.max_text_tokens}")
     try:
         row = layout.training_row(sample.tensors[config.tokens_column].numpy(), len(text))
     except ValueError as error:

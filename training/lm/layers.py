@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -88,8 +89,16 @@ class PackedAttention(MegatronModule):
         return attention_varlen(query, key, value, row.cu_seqlens_q, row.max_seqlen_q, causal=True).flatten(1)
 
 
+class GatedMLP(MLP):
+    """w2(gelu_tanh(w1 x) * w3 x). core's own would add a constant 0 to the second factor, a pass over all of it."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
+        gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
+        return self.linear_fc2(self.activation_func(gate) * up)
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The gate's activation. `F.gelu` alone is the exact form, and core would fuse it by its name."""
+    """The gate's activation (§6.4 b); `F.gelu` alone is the exact form."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -136,4 +145,5 @@ def block_spec(config: TransformerConfig, layers: Literal["local", "te"]) -> Tra
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    spec.submodules.mlp.module = GatedMLP
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=FinalNorm)

@@ -80,9 +80,12 @@ class MegatronLM(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """As core's, with the rows that only pad the vocabulary left out of the softmax."""
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        padding_V = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.vocab
-        return super().compute_language_model_loss(labels, logits.masked_fill(padding_V, -torch.inf))
+        rank, rows = parallel_state.get_tensor_model_parallel_rank(), logits.shape[-1]
+        real = max(0, self.vocab - rank * rows)  # of this rank's rows
+        if real < rows:
+            padding_V = torch.arange(rows, device=logits.device) >= real
+            logits = logits.masked_fill(padding_V, -torch.inf)
+        return super().compute_language_model_loss(labels, logits)
 
     @torch.no_grad()
     def load_full(self, source: Mapping[str, Tensor]) -> None:

@@ -23,8 +23,8 @@ def train(engine, steps, world=None, micro_batches=1):
 
 
 def test_loss_falls_and_the_codebook_is_used(tmp_path):
-    scalars = train(TokenizerEngine(config(tmp_path, optim={"lr": 1e-2, "warmup_steps": 5}), alone()), range(200))
-    assert scalars[-1]["loss"] < 0.4 * scalars[0]["loss"]
+    scalars = train(TokenizerEngine(config(tmp_path, optim={"lr": 1e-2, "warmup_steps": 5}), alone()), range(130))
+    assert scalars[-1]["loss"] < 0.5 * scalars[0]["loss"]
     assert scalars[-1]["codebook/used_fraction"] > 0.5
     assert 1 < scalars[-1]["codebook/perplexity"] <= MODEL.codebook_size
 
@@ -91,7 +91,7 @@ def trained_state(folder):
 
 def test_bf16_autocast_trains_and_keeps_float32_parameters(tmp_path):
     engine = TokenizerEngine(config(tmp_path, optim={"lr": 1e-2}, precision="bf16", recompute=True), alone())
-    scalars = train(engine, range(90))
+    scalars = train(engine, range(60))
     assert scalars[-1]["loss"] < 0.9 * scalars[0]["loss"]
     assert {tensor.dtype for tensor in engine.tokenizer.parameters()} == {torch.float32}
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.columns import pack_tensor
 from data_pipeline.loader import Batch, Sample
+from data_pipeline.schema import Column, Manifest, RawSample
+from data_pipeline.shards import ShardWriter, write_manifest
 from model_zoo.config import TokenizerConfig
 from tests.training.toy import META
 from training import rng
@@ -42,3 +45,24 @@ def batch(step: int, rank: int = 0, size: int = 1, micro_batches: int = 1, globa
     per = len(samples) // micro_batches
     micros = tuple(tuple(samples[i * per : (i + 1) * per]) for i in range(micro_batches))
     return Batch(step, global_batch_size, micros)
+
+
+def write_data(folder: Path, shards: int = 3, samples_per_shard: int = 6) -> Path:
+    """A data folder with those features as a column; the clips themselves are left out."""
+    raw, columns = [], []
+    for shard in range(shards):
+        name = f"{shard:06d}"
+        indices = range(shard * samples_per_shard, (shard + 1) * samples_per_shard)
+        with ShardWriter(folder / "raw", name, fingerprint="raw") as writer:
+            for index in indices:
+                writer.add(f"{index:06d}", {"json": RawSample(**META.model_dump() | {"key": f"{index:06d}"}).model_dump_json().encode()})
+        raw.append(writer.sidecar.entry)
+        with ShardWriter(folder / "features", name, fingerprint="features", raw_sha256=raw[-1].sha256) as writer:
+            for index in indices:
+                writer.add(f"{index:06d}", {"features.safetensors": pack_tensor("features", features(index))})
+        columns.append(writer.sidecar.entry)
+    column = Column(
+        dtype="float16", shape=list(features(0).shape), encoder="patterns", fingerprint="features", config={}, shards=columns,
+    )
+    write_manifest(folder, Manifest(fingerprint="raw", config={}, shards=raw, columns={"features": column}))
+    return folder

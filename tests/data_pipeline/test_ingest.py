@@ -1,0 +1,291 @@
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from configs.base import ConfigError
+from configs.loader import load
+from data_pipeline.ingest import make_shards
+from data_pipeline.ingest_config import ShardsConfig
+from data_pipeline.schema import Column, RawSample, Reject
+from data_pipeline.shards import ShardError, count_rejects, read_manifest, read_sidecar, write_manifest
+from data_pipeline.synthetic import moving_shape, write_videos
+from data_pipeline.video import decode_clip, write_mp4
+from launchers.config import ShardsJobConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMES, SIDE = 9, 32
+
+
+def config(source: Path | str, **changes: object) -> ShardsConfig:
+    return load(ShardsConfig, {"source": str(source), "num_frames": FRAMES, "fps": 8, "height": SIDE, "width": SIDE, "max_spans": 2,
+                               "samples_per_shard": 4, "encoding": {"preset": "veryfast"}, **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six videos of two spans each, and everything that can be wrong with one."""
+    folder = tmp_path_factory.mktemp("videos")
+    rows = [json.loads(line) for line in write_videos(folder, 6, num_frames=20, height=48, width=64).read_text().splitlines()]
+    (folder / "text.mp4").write_text("no video at all")
+    (folder / "empty.mp4").touch()
+    shutil.copy(folder / "shape_00001.mp4", folder / "copy.mp4")
+    write_mp4(folder / "short.mp4", moving_shape(9, num_frames=6, height=48, width=64).frames, 8)
+    rows[3:3] = [{"file": name, "caption": "something"} for name in ("text.mp4", "empty.mp4", "missing.mp4", "copy.mp4", "short.mp4")]
+    rows += [{"file": "shape_00000.mp4", "caption": " "}, {"file": "shape_00002.mp4", "caption": "a part", "start_s": 1.0, "end_s": 1.9}]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("made")
+    make_shards(config(videos), data)
+    return data
+
+
+def test_clips_are_cut_and_the_rest_is_set_aside_with_its_reason(made: Path) -> None:
+    manifest = read_manifest(made)
+    assert [shard.samples for shard in manifest.shards] == [4, 4, 4]
+    assert manifest.reject_counts == {"shards/duplicate": 2, "shards/empty_caption": 1, "shards/invalid_data": 2,
+                                      "shards/too_short": 2, "shards/unreadable_file": 1}
+    assert {(reject.key, reject.reason) for reject in manifest.rejects if reject.reason == "too_short"} == {
+        ("short.mp4", "too_short"), ("shape_00002.mp4", "too_short")}
+    sidecars = [read_sidecar(made / "raw" / f"{shard.name}.tar") for shard in manifest.shards]
+    assert [sidecar.entry for sidecar in sidecars] == manifest.shards
+    assert [reject for sidecar in sidecars for reject in sidecar.rejects] == manifest.rejects
+    assert count_rejects(manifest.rejects) == manifest.reject_counts
+
+
+def test_plain_webdataset_reads_the_shards(made: Path) -> None:
+    tars = sorted(map(str, (made / "raw").glob("*.tar")))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert len(samples) == 12
+    for number, sample in enumerate(samples):
+        meta = RawSample.model_validate_json(sample["json"])
+        assert sample["__key__"] == meta.key
+        assert len(meta.key) == 40
+        assert hashlib.sha256(sample["mp4"]).hexdigest() == meta.video_sha256
+        assert (meta.num_frames, meta.height, meta.width, meta.fps) == (FRAMES, SIDE, SIDE, 8.0)
+        assert meta.start_s == (number % 2) * FRAMES / 8
+        drawn = moving_shape(number // 2, num_frames=20, height=48, width=64)
+        assert meta.caption == drawn.caption
+        frames = decode_clip(sample["mp4"], sha256=meta.video_sha256)
+        centre = drawn.frames[(number % 2) * FRAMES :][:FRAMES, ::3, 8:56:3][:, :, : SIDE // 2]
+        assert np.abs(frames[:, ::2, ::2].astype(int)[:, :, : SIDE // 2] - centre).mean() < 12  # small shapes, halved chroma
+        assert meta.motion_score > 0.001
+
+
+def test_parts_lie_where_the_index_says(made: Path) -> None:
+    for tar in (made / "raw").glob("*.tar"):
+        data = tar.read_bytes()
+        with tarfile.open(tar) as plain:
+            members = {member.name: plain.extractfile(member).read() for member in plain}
+        for key, parts in read_sidecar(tar).index:
+            for part, (offset, size) in parts.items():
+                assert data[offset : offset + size] == members[f"{key}.{part}"]
+
+
+def test_number_of_workers_does_not_change_a_byte(videos: Path, made: Path, tmp_path: Path) -> None:
+    make_shards(config(videos, job={"workers": 1}), tmp_path / "one")
+    make_shards(config(videos, job={"workers": 5}), tmp_path / "five")
+    assert contents(tmp_path / "one") == contents(tmp_path / "five") == contents(made)
+
+
+def test_second_call_makes_nothing_again(videos: Path, made: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (made / "raw").iterdir()}
+    seen = []
+    make_shards(config(videos), made, progress=lambda *state: seen.append(state))
+    assert {path: path.stat().st_mtime_ns for path in (made / "raw").iterdir()} == before
+    assert seen[-1] == (12, 12, "clips")
+
+
+def test_columns_stay_in_the_manifest_while_raw_is_the_same(videos: Path, made: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(made, data)
+    manifest = read_manifest(data)
+    column = Column(dtype="uint16", shape=[28], encoder="tokenizer@1", fingerprint="1", config={}, shards=manifest.shards)
+    reject = Reject(key="k", stage="tokens", reason="not_finite")
+    write_manifest(data, manifest.model_copy(update={"columns": {"tokens": column}, "rejects": [*manifest.rejects, reject]}))
+    again = make_shards(config(videos), data)
+    assert again.columns == {"tokens": column}
+    assert again.reject_counts["tokens/not_finite"] == 1
+    assert again == read_manifest(data)
+
+
+def test_other_config_is_refused_with_the_keys_that_differ(videos: Path, made: Path) -> None:
+    with pytest.raises(ConfigError, match=r"height = 64 \(there: 32\); width = 16 \(there: 32\)"):
+        make_shards(config(videos, height=64, width=16), made)
+
+
+def test_other_videos_are_refused(videos: Path, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(videos, tmp_path / "videos")
+    shutil.copytree(made, tmp_path / "data")
+    os.remove(tmp_path / "videos" / "shape_00003.mp4")
+    with pytest.raises(ShardError, match=r"000001\.tar was made from other videos"):
+        make_shards(config(tmp_path / "videos"), tmp_path / "data")
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(1000, marks=pytest.mark.long)])  # 1000: every place there is
+def test_killed_inside_writes_fsyncs_and_renames_it_ends_with_the_same_bytes(videos: Path, made: Path, tmp_path: Path, kills: int) -> None:
+    (tmp_path / "config.yaml").write_text(config(videos).model_dump_json())
+    command = ["-m", "tests.data_pipeline.kill_shards", str(tmp_path / "config.yaml"), str(made), str(tmp_path), str(kills)]
+    job = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert job.returncode == 0, job.stderr
+    done, places = map(int, job.stdout.split())
+    assert done == min(kills, places)
+    assert places > 80
+
+
+def test_stale_temporaries_of_a_killed_run_are_removed(videos: Path, made: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(made, data)
+    (data / "raw" / ".000001.tar.elsewhere.17.tmp").write_bytes(b"half a shard")
+    (data / ".manifest.json.elsewhere.17.tmp").write_bytes(b"half a manifest")
+    make_shards(config(videos), data)
+    assert contents(data) == contents(made)
+
+
+def test_two_jobs_do_not_share_a_folder(videos: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+
+    def again(done: int, total: int, what: str) -> None:
+        with pytest.raises(ShardError, match="another `landiff shards` is writing"):
+            make_shards(config(videos), data)
+
+    make_shards(config(videos), data, progress=again)
+
+
+# ------------------------------------------------------------------------------------------------------ sources
+
+
+def samples_of(source: Path | str, data: Path, **changes: object) -> list[tuple[str, str, float]]:
+    make_shards(config(source, **changes), data)
+    metas = [RawSample.model_validate_json(s["json"]) for s in webdataset.WebDataset(sorted(map(str, (data / "raw").glob("*.tar"))), shardshuffle=False)]
+    return [(meta.source, meta.caption, meta.start_s) for meta in metas]
+
+
+def test_csv_with_spans_and_other_column_names(videos: Path, tmp_path: Path) -> None:
+    table = videos / "table.csv"
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["path", "text", "start_s", "end_s"], ["shape_00000.mp4", "whole, with a comma", "", ""],
+                                    ["shape_00000.mp4", "täil", "1.25", "2.4"]])
+    columns = {"file": "path", "caption": "text"}
+    assert samples_of(table, tmp_path / "a", columns=columns) == [
+        ("shape_00000.mp4", "whole, with a comma", 0.0), ("shape_00000.mp4", "whole, with a comma", 1.125), ("shape_00000.mp4", "täil", 1.25)]
+    with pytest.raises(ConfigError, match=r"table.csv, line 2: no column 'file', there are 'path'.*columns.file="):
+        make_shards(config(table), tmp_path / "b")
+
+
+def test_folder_with_captions_beside_the_videos(videos: Path, tmp_path: Path) -> None:
+    for folder, caption in (("a", "first"), ("b.v1", "second")):  # equal names in two folders, a dot in one
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        shutil.copy(videos / f"shape_0000{len(folder)}.mp4", tmp_path / "in" / folder / "clip.one.mp4")
+        (tmp_path / "in" / folder / "clip.one.txt").write_text(caption)
+    (tmp_path / "in" / "notes.md").write_text("not a video")
+    assert samples_of(tmp_path / "in", tmp_path / "data", max_spans=1) == [
+        ("a/clip.one.mp4", "first", 0.0), ("b.v1/clip.one.mp4", "second", 0.0)]
+
+
+def test_webdataset_tars_of_clips(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / "in" / f"{number:02d}.tar", "w") as tar:
+            parts = {"mp4": (videos / f"shape_0000{number}.mp4").read_bytes(),
+                     **({"txt": b"from text"} if number else {"json": json.dumps({"caption": "from json"}).encode()})}
+            for part, data in parts.items():
+                info = tarfile.TarInfo(f"dir/clip{number}.{part}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    expected = [("00.tar:dir/clip0", "from json", 0.0), ("01.tar:dir/clip1", "from text", 0.0)]
+    assert samples_of(tmp_path / "in" / "{00..01}.tar", tmp_path / "a", max_spans=1) == expected
+    assert samples_of(tmp_path / "in", tmp_path / "b", max_spans=1) == expected
+
+
+def test_packaged_clips_make_the_quickstarts_samples(tmp_path: Path) -> None:
+    manifest = make_shards(load(ShardsJobConfig, "nano/shards").content, tmp_path)
+    assert manifest.num_samples >= 60
+    assert manifest.reject_counts == {"shards/empty_caption": 1, "shards/too_short": 1}
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+def test_missing_source_and_empty_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere' does not exist"):
+        make_shards(config(tmp_path / "nowhere"), tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no videos"):
+        make_shards(config(tmp_path / "empty"), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"file": "a.mp4"', "line 1 is not JSON"), ('["a.mp4"]', "line 1 holds a list"), ('{"file": "a.mp4"}', "no column 'caption'"),
+    ('{"file": "a.mp4", "caption": "b", "start_s": "soon"}', "start_s = 'soon' is not a time"),
+])
+def test_broken_caption_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "captions.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        make_shards(config(tmp_path / "captions.jsonl"), tmp_path / "data")
+
+
+def test_captions_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_bytes("file,caption\na.mp4,Größe\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"captions\.csv is not UTF-8"):
+        make_shards(config(tmp_path), tmp_path / "data")
+
+
+def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": str(videos / "text.mp4"), "caption": "x"}) + "\n")
+    with pytest.raises(ShardError, match=r"no clip .* could be used: \{'shards/invalid_data': 1\}"):
+        make_shards(config(tmp_path), tmp_path / "data")
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
+ON_A_SMALL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from configs.loader import load
+from data_pipeline.ingest import make_shards
+from data_pipeline.ingest_config import ShardsConfig
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
+make_shards(load(ShardsConfig, Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(videos: Path, made: Path, tmp_path: Path) -> None:
+    file, data = tmp_path / "config.yaml", tmp_path / "data"
+    file.write_text(config(videos).model_dump_json())
+    job = subprocess.run([sys.executable, "-c", ON_A_SMALL_DISK, str(file), str(data)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert job.returncode == 1
+    assert job.stderr.strip().splitlines()[-1].startswith("OSError: [Errno 27] cannot write the shards: File too large; finished shards are kept.")
+    assert [path.name for path in (data / "raw").iterdir()] == ["config.yaml"]
+    make_shards(config(videos), data)
+    assert contents(data) == contents(made)
+
+
+def test_output_that_is_a_file_is_one_clear_error(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write the shards: Not a directory"):
+        make_shards(config(videos), tmp_path / "data")
+
+
+def test_ingest_does_not_import_torch() -> None:
+    code = "import sys, data_pipeline.ingest; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,453 @@
+"""Precompute over real clips with the small frozen encoders and a tiny tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from safetensors.torch import load as load_safetensors
+
+from configs import Config, ConfigError, load
+from data_pipeline import precompute
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader, require_encoder
+from data_pipeline.precompute import TooManyRejects
+from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.schema import RAW, Manifest, fingerprint
+from data_pipeline.shards import ShardError, ShardWriter, read_manifest, read_part, write_manifest
+from data_pipeline.video import decode_clip, encode_clip
+from model_zoo import frozen, registry
+from model_zoo.config import TokenizerConfig
+from tests.data_pipeline.data_sets import raw_sample
+
+SIZES = [4, 3, 5]
+NUM_CLIPS = sum(SIZES)
+TOKENIZER = TokenizerConfig(
+    feature_channels=112, grid_height=4, grid_width=4, hidden_size=32, num_heads=2, num_layers=1, token_size=16,
+    codebook_size=16, codebook_dim=4, iframe_tokens=12, pframe_tokens=4, segment_frames=5, kmeans_iterations=2)
+COLUMNS = {
+    "features": {"encoder": {"kind": "efficientnet-lite0"}},
+    "tokens": {"tokenizer": "tokenizer", "encoder": {"kind": "efficientnet-lite0"}},
+    "latents": {"encoder": {"kind": "dct"}},
+    "text-minilm": {"encoder": {"kind": "minilm"}},
+    "text-minilm-padded": {"encoder": {"kind": "minilm", "padded": True, "max_length": 32}},
+}
+FAST = ["features", "latents"]  # columns that need no text encoder
+
+
+def pan(seed: int, frames: int = 17, size: int = 64) -> np.ndarray:
+    """A smooth random picture moving sideways, uint8 [T, H, W, 3]."""
+    draw = np.random.default_rng(seed)
+    coarse = draw.integers(0, 255, (8, 16, 3)).astype(np.float32)
+    wide = np.kron(coarse, np.ones((size // 8, size // 8, 1), np.float32))
+    return np.stack([np.roll(wide, -2 * t, axis=1)[:, :size] for t in range(frames)]).astype(np.uint8)
+
+
+def write_clips(data: Path, sizes: list[int] = SIZES, odd: dict[int, np.ndarray] | None = None, mark: str = "raw") -> Manifest:
+    """Raw shards of real clips; `odd` replaces the frames of some."""
+    entries, number = [], 0
+    for shard, samples in enumerate(sizes):
+        with ShardWriter(data / RAW, f"{shard:06d}", fingerprint=mark) as writer:
+            for _ in range(samples):
+                frames = (odd or {}).get(number, pan(number))
+                clip = encode_clip(frames, 8.0, preset="ultrafast")
+                meta = raw_sample(key_of(number), caption=f"a picture that moves, number {number // 2}", num_frames=len(frames),
+                                  height=frames.shape[1], width=frames.shape[2], source=mark, video_sha256=hashlib.sha256(clip).hexdigest())
+                writer.add(meta.key, {"mp4": clip, "json": meta.model_dump_json().encode()})
+                number += 1
+        entries.append(writer.sidecar.entry)
+    manifest = Manifest(fingerprint=fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
+    write_manifest(data, manifest)
+    return manifest
+
+
+def key_of(number: int) -> str:
+    return f"clip{number:04d}"
+
+
+def export_tokenizer(zoo: Path, seed: int) -> registry.ZooEntry:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = registry.build("tokenizer", TOKENIZER).train()
+        tokenizer(torch.randn(8, 5, 112, 4, 4))  # k-means fills the codebook
+    return registry.export(zoo, "tokenizer", "tokenizer", TOKENIZER, tokenizer.state_dict(), {})
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    export_tokenizer(folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Raw shards, made once; tests copy them by hard links."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder)
+    return folder
+
+
+@pytest.fixture
+def data(clips, tmp_path):
+    return copied(clips, tmp_path / "data")
+
+
+def copied(clips: Path, data: Path) -> Path:
+    for path in clips.rglob("*.*"):
+        target = data / path.relative_to(clips)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return data
+
+
+def config(data: Path, zoo: Path, columns=COLUMNS, **fields) -> PrecomputeConfig:
+    columns = columns if isinstance(columns, dict) else {name: COLUMNS[name] for name in columns}
+    return load(PrecomputeConfig, {"data": data, "zoo": zoo, "columns": columns, "device": "cpu", "batch_size": 3} | fields)
+
+
+def contents(data: Path, columns=FAST) -> dict[str, bytes]:
+    """All files of some columns, hidden ones included."""
+    return {str(p.relative_to(data)): p.read_bytes() for name in columns for p in sorted((data / name).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(clips, zoo, tmp_path_factory):
+    """A data set with all columns, the summary of making them, and what progress was told."""
+    data = copied(clips, tmp_path_factory.mktemp("whole"))
+    told = []
+    summary = precompute.run(config(data, zoo), progress=lambda *args: told.append(args))
+    precompute.finalize(config(data, zoo))
+    return data, summary, told
+
+
+# ------------------------------------------------------------------------------------------------ content
+
+
+def test_columns_hold_what_the_encoders_give(whole, zoo):
+    data, _, _ = whole
+    vision, codec = frozen.build(config(data, zoo).columns["features"].encoder), frozen.build(config(data, zoo).columns["latents"].encoder)
+    tokenizer = registry.load_model(registry.resolve(zoo, "tokenizer"))
+    text = {name: frozen.build(config(data, zoo).columns[name].encoder) for name in ("text-minilm", "text-minilm-padded")}
+    manifest = read_manifest(data)
+    assert {name: (c.dtype, c.shape) for name, c in manifest.columns.items()} == {
+        "features": ("float16", [5, 112, 4, 4]), "tokens": ("uint16", [28]), "latents": ("bfloat16", [5, 48, 8, 8]),
+        "text-minilm": ("bfloat16", manifest.columns["text-minilm"].shape), "text-minilm-padded": ("bfloat16", [32, 384]),
+    }
+    with Loader(DataConfig(manifest=data, global_batch_size=NUM_CLIPS), list(COLUMNS), dp_rank=0, dp_size=1) as loader:
+        samples = list(loader.next_batch().samples)
+    assert sorted(s.key for s in samples) == [key_of(i) for i in range(NUM_CLIPS)]
+    for sample in samples[:4]:
+        frames = torch.from_numpy(decode_clip(read_part(data, manifest, sample.key, "mp4")))[None]
+        # batches of other sizes may take another kernel: one unit in the last place of the stored dtype
+        features = vision(frames[:, ::4])[0]
+        torch.testing.assert_close(sample.tensors["features"], features.half(), rtol=2**-9, atol=2e-3)
+        torch.testing.assert_close(sample.tensors["latents"], codec.encode(frames)[0].bfloat16(), rtol=2**-7, atol=1e-3)
+        codes = tokenizer.encode(sample.tensors["features"].float()[None])[0]
+        assert sample.tensors["tokens"].equal(codes.to(torch.uint16))
+        for name, encoder in text.items():
+            states, lengths = encoder([sample.meta.caption])
+            assert sample.tensors[name].shape == (int(lengths[0]), 384)
+            torch.testing.assert_close(sample.tensors[name], states[0, : lengths[0]].bfloat16(), rtol=2**-7, atol=1e-2)
+
+
+def test_summary_progress_and_status_say_what_was_done(whole, zoo):
+    data, summary, told = whole
+    for name in COLUMNS:
+        column = summary.columns[name]
+        assert (column.made, column.found, column.clips, column.rejects) == (3, 0, NUM_CLIPS, {})
+    assert {"decode", "features", "tokens", "latents", "text", "write"} <= summary.stage_seconds.keys()
+    for note in ("clips (text-minilm)", "clips (text-minilm-padded)", "clips (features, tokens, latents)"):
+        done = [done for done, total, said in told if said == note]
+        assert done == sorted(done) and (done[0], done[-1]) == (0, NUM_CLIPS)
+    assert {total for _, total, _ in told} == {NUM_CLIPS}
+    for row in precompute.status(config(data, zoo)):
+        assert (row.done, row.left, row.stale, row.samples, row.rejects) == (3, 0, 0, NUM_CLIPS, 0)
+    assert f"latents: {NUM_CLIPS} clips in 3 shards" in str(summary)
+
+
+def test_plain_webdataset_reads_the_columns_aligned_with_raw(whole):
+    data, _, _ = whole
+    keys = {}
+    for name in (RAW, *COLUMNS):
+        urls = sorted(str(p) for p in (data / name).glob("*.tar"))
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+        keys[name] = [s["__key__"] for s in samples]
+        if name != RAW:
+            stem = name.split("-")[0]
+            assert all(set(load_safetensors(s[f"{stem}.safetensors"])) == {stem} for s in samples)
+    assert all(k == [key_of(i) for i in range(NUM_CLIPS)] for k in keys.values())
+
+
+def test_tokens_are_the_same_with_and_without_the_features_column(whole, data, zoo):
+    precompute.run(config(data, zoo, ["tokens"]))
+    assert not (data / "features").exists()
+    assert contents(data, ["tokens"]) == contents(whole[0], ["tokens"])
+    (data / "tokens" / "000001.json").unlink()
+    precompute.run(config(data, zoo, ["features"]))
+    summary = precompute.run(config(data, zoo, ["tokens"]))
+    assert contents(data, ["tokens"]) == contents(whole[0], ["tokens"])
+    assert summary.columns["tokens"].made == 1 and summary.stage_seconds["decode"] == 0 and "features" not in summary.stage_seconds
+
+
+def test_the_manifest_tells_a_trainer_which_encoders_made_a_column(whole, zoo):
+    manifest = read_manifest(whole[0])
+    entry = registry.resolve(zoo, "tokenizer")
+    assert manifest.columns["tokens"].encoder == entry.reference
+    require_encoder(manifest, "tokens", entry.fingerprint, "model.tokenizer")
+    with pytest.raises(ShardError, match=entry.fingerprint):
+        require_encoder(manifest, "tokens", "0000000000000000", "model.tokenizer")
+
+
+def test_sampled_noise_depends_on_the_clip_alone():
+    first = precompute.clip_noise(0, "a", (2, 3))
+    assert first.equal(precompute.clip_noise(0, "a", (2, 3)))
+    assert not first.equal(precompute.clip_noise(0, "b", (2, 3))) and not first.equal(precompute.clip_noise(1, "a", (2, 3)))
+
+
+# ------------------------------------------------------------------------------------------------ restarts and tasks
+
+
+def test_finished_units_are_never_made_again(data, zoo):
+    precompute.run(config(data, zoo, FAST))
+    before = {p: p.stat().st_mtime_ns for name in FAST for p in (data / name).iterdir()}
+    summary = precompute.run(config(data, zoo, FAST))
+    assert {p: p.stat().st_mtime_ns for name in FAST for p in (data / name).iterdir()} == before
+    assert all((c.made, c.found) == (0, 3) for c in summary.columns.values())
+
+
+def test_a_damaged_or_incomplete_unit_is_made_again(data, zoo):
+    precompute.run(config(data, zoo, FAST))
+    expected = contents(data)
+    (data / "features" / "000000.json").write_text("{")
+    (data / "latents" / "000001.json").unlink()
+    (data / "latents" / "000002.tar").write_bytes(b"short")
+    assert [row.left for row in precompute.status(config(data, zoo, FAST))] == [1, 2]
+    precompute.run(config(data, zoo, FAST))
+    assert contents(data) == expected
+
+
+def run_task(data: Path, zoo: Path, number: int, of: int) -> None:
+    torch.set_num_threads(1)
+    precompute.run(config(data, zoo, FAST, batch_size=1), task=(number, of))
+
+
+def test_killed_at_any_moment_and_started_again_gives_the_same_bytes(clips, zoo, tmp_path):
+    straight = copied(clips, tmp_path / "straight")
+    precompute.run(config(straight, zoo, FAST, batch_size=1))
+    killed = copied(clips, tmp_path / "killed")
+    context = multiprocessing.get_context("fork")
+    draw, kills = np.random.default_rng(0), 0
+    for _ in range(6):
+        before = set(killed.glob("*/*"))
+        process = context.Process(target=run_task, args=(killed, zoo, 0, 1))
+        process.start()
+        while process.is_alive() and set(killed.glob("*/*")) == before:
+            time.sleep(0.002)  # the work begins where files change; before it, encoders are built
+        process.join(draw.uniform(0.0, 0.1))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+    assert kills
+    run_task(killed, zoo, 0, 1)
+    assert contents(killed) == contents(straight)  # no temporaries either
+
+
+def test_several_tasks_and_twins_on_one_folder_are_safe(clips, zoo, tmp_path):
+    alone = copied(clips, tmp_path / "alone")
+    precompute.run(config(alone, zoo, FAST, batch_size=1))
+    shared = copied(clips, tmp_path / "shared")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run_task, args=(shared, zoo, *task)) for task in ((0, 2), (1, 2), (1, 2))]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(shared) == contents(alone)
+    precompute.finalize(config(shared, zoo, FAST))
+
+
+def test_each_shard_belongs_to_one_task(clips):
+    shards = read_manifest(clips).shards
+    for tasks in (1, 2, 3, 7):
+        owned = [i for task in range(tasks) for i in precompute.share(shards, (task, tasks))]
+        assert sorted(owned) == [0, 1, 2]
+    with pytest.raises(ConfigError, match="task 3/3"):
+        precompute.share(shards, (3, 3))
+
+
+def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(data, zoo):
+    folder = data / "latents"
+    folder.mkdir()
+    host = os.uname().nodename
+    process = multiprocessing.get_context("fork").Process(target=int)
+    process.start()
+    process.join()
+    dead, alive = folder / f".000000.tar.{host}.{process.pid}.tmp", folder / f".000000.tar.{host}.{os.getppid()}.tmp"
+    far, old = folder / ".000000.tar.elsewhere.7.tmp", folder / ".000001.tar.elsewhere.7.tmp"
+    for path in (dead, alive, far, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    precompute.run(config(data, zoo, ["latents"]))
+    assert sorted(folder.glob(".*.tmp")) == sorted([alive, far])
+
+
+# ------------------------------------------------------------------------------------------------ finalize
+
+
+def test_finalize_lists_the_shards_that_are_missing(data, zoo):
+    with pytest.raises(ShardError, match=r"column 'features' lacks 3 of 3 shards: 000000, 000001, 000002"):
+        precompute.finalize(config(data, zoo, FAST))
+    precompute.run(config(data, zoo, FAST))
+    (data / "latents" / "000001.json").unlink()
+    with pytest.raises(ShardError, match=r"^column 'latents' lacks 1 of 3 shards: 000001\."):
+        precompute.finalize(config(data, zoo, FAST))
+    assert not read_manifest(data).columns
+
+
+def test_finalize_adds_to_the_columns_that_are_there(data, zoo):
+    for name in FAST:
+        precompute.run(config(data, zoo, [name]))
+        manifest = precompute.finalize(config(data, zoo, [name]))
+    assert set(manifest.columns) == set(FAST) and manifest == read_manifest(data)
+
+
+# ------------------------------------------------------------------------------------------------ bad clips
+
+
+@pytest.fixture
+def odd_data(tmp_path):
+    """Clip 1 has 16 frames, clip 5 an empty caption in its JSON, clip 9 damaged bytes; 12 others are good."""
+    write_clips(tmp_path, [5, 5, 5], odd={1: pan(1, frames=16)})
+    manifest = read_manifest(tmp_path)
+    entry = manifest.shards[1]
+    parts = {n: (read_part(tmp_path, manifest, key_of(n), "mp4"), json.loads(read_part(tmp_path, manifest, key_of(n), "json")))
+             for n in range(5, 10)}
+    with ShardWriter(tmp_path / RAW, entry.name, fingerprint="raw") as writer:
+        for number, (clip, meta) in parts.items():
+            meta["caption"] = " " if number == 5 else meta["caption"]
+            clip = clip[:-100] + bytes(100) if number == 9 else clip
+            writer.add(key_of(number), {"mp4": clip, "json": json.dumps(meta).encode()})
+    shards = [manifest.shards[0], writer.sidecar.entry, manifest.shards[2]]
+    write_manifest(tmp_path, manifest.model_copy(update={"shards": shards}))
+    return tmp_path
+
+
+def test_a_bad_clip_costs_itself_and_only_in_the_columns_that_cannot_take_it(odd_data, zoo):
+    names = ["features", "tokens", "latents", "text-minilm"]
+    summary = precompute.run(config(odd_data, zoo, names, max_bad_fraction=0.2))
+    manifest = precompute.finalize(config(odd_data, zoo, names, max_bad_fraction=0.2))
+    assert summary.columns["latents"].rejects == {"frame_count": 1, "damaged": 1}
+    assert manifest.reject_counts == {
+        "features/damaged": 1, "features/frame_count": 1, "latents/damaged": 1, "latents/frame_count": 1,
+        "text-minilm/empty_caption": 1, "tokens/damaged": 1, "tokens/frame_count": 1,
+    }
+    assert {(r.stage, r.key) for r in manifest.rejects} == {
+        *((name, key_of(n)) for name in names[:3] for n in (1, 9)), ("text-minilm", key_of(5))}
+    assert [s.missing for s in manifest.columns["latents"].shards] == [[1], [4], []]
+    with Loader(DataConfig(manifest=odd_data, global_batch_size=12), names, dp_rank=0, dp_size=1) as loader:
+        assert loader.num_samples == 12
+        assert sorted(s.key for s in loader.next_batch().samples) == [key_of(n) for n in range(15) if n not in (1, 5, 9)]
+
+
+def test_tokens_leave_out_what_the_features_column_left_out(odd_data, zoo):
+    precompute.run(config(odd_data, zoo, ["features"], max_bad_fraction=0.2))
+    summary = precompute.run(config(odd_data, zoo, ["tokens"], max_bad_fraction=0.2))
+    assert summary.columns["tokens"].rejects == {"no_features": 2}
+
+
+def test_too_many_bad_clips_stop_the_job_and_name_the_reasons(odd_data, zoo):
+    with pytest.raises(TooManyRejects, match=r"'latents': 2 of 15 clips were set aside \(.*damaged 1.*max_bad_fraction = 0.1\."):
+        precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.1))
+    assert not (odd_data / "latents" / "000002.json").exists()
+    precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.2))
+
+
+def test_features_that_do_not_fit_the_tokenizer_are_set_aside_by_size(tmp_path, zoo):
+    write_clips(tmp_path, [2], odd={1: pan(1, size=128)})
+    summary = precompute.run(config(tmp_path, zoo, ["tokens"], max_bad_fraction=0.5))
+    assert summary.columns["tokens"].rejects == {"feature_size": 1}
+
+
+# ------------------------------------------------------------------------------------------------ stale columns
+
+
+def test_a_changed_encoder_is_refused_naming_both_until_told_to_redo(data, tmp_path):
+    zoo = tmp_path / "zoo"
+    old = export_tokenizer(zoo, 0)
+    precompute.run(config(data, zoo, ["tokens"]))
+    precompute.finalize(config(data, zoo, ["tokens"]))
+    before = contents(data, ["tokens"])
+    new = export_tokenizer(zoo, 1)
+    with pytest.raises(ConfigError) as refusal:
+        precompute.run(config(data, zoo, ["tokens"]))
+    assert old.fingerprint in str(refusal.value) and new.fingerprint in str(refusal.value) and "redo=[tokens]" in str(refusal.value)
+    assert contents(data, ["tokens"]) == before
+    summary = precompute.run(config(data, zoo, ["tokens"], redo=["tokens"]))
+    assert summary.columns["tokens"].made == 3
+    with pytest.raises(ShardError, match="precompute finalize"):  # the manifest still lists the old shards
+        Loader(DataConfig(manifest=data, global_batch_size=1), ["tokens"], dp_rank=0, dp_size=1).next_batch()
+    assert precompute.finalize(config(data, zoo, ["tokens"])).columns["tokens"].encoder == new.reference
+    precompute.run(config(data, zoo, ["tokens"]))  # and from now on without being told
+
+
+def test_an_interrupted_redo_leaves_no_mixture(data, tmp_path):
+    zoo = tmp_path / "zoo"
+    export_tokenizer(zoo, 0)
+    precompute.run(config(data, zoo, ["tokens"]))
+    export_tokenizer(zoo, 1)
+    mine = config(data, zoo, ["tokens"], redo=["tokens"])
+    shards = read_manifest(data).shards
+    some = next((n, of) for of in range(2, 99) for n in range(of) if 0 < len(precompute.share(shards, (n, of))) < 3)
+    precompute.run(mine, task=some)
+    (row,) = precompute.status(mine)
+    assert row.left and row.stale == row.left
+    with pytest.raises(ShardError, match="lacks"):
+        precompute.finalize(mine)
+
+
+def test_units_of_raw_shards_that_changed_are_made_again(data, zoo):
+    precompute.run(config(data, zoo, ["latents"]))
+    old = contents(data, ["latents"])
+    write_clips(data, odd={0: pan(99)})
+    summary = precompute.run(config(data, zoo, ["latents"]))
+    assert (summary.columns["latents"].made, summary.columns["latents"].found) == (1, 2)
+    changed = {name for name, content in contents(data, ["latents"]).items() if content != old[name]}
+    assert changed == {"latents/000000.tar", "latents/000000.json"}
+
+
+# ------------------------------------------------------------------------------------------------ config
+
+
+def problem(columns: dict, **fields) -> str:
+    with pytest.raises(ConfigError) as error:
+        config(Path("data"), Path("zoo"), columns, **fields)
+    return str(error.value)
+
+
+def test_mistakes_in_the_config_are_named():
+    assert "columns.tokens" in problem({"tokens": {"encoder": {"kind": "efficientnet-lite0"}}}) and "columns is empty" in problem({})
+    assert "colums" in problem({"colums": {"encoder": {"kind": "dct"}}})
+    assert "redo names latents" in problem({"features": COLUMNS["features"]}, redo=["latents"])
+
+
+def test_the_kind_of_a_column_follows_from_its_name(data, zoo):
+    loaded = config(data, zoo)
+    assert [c.kind for c in loaded.columns.values()] == ["features", "tokens", "latents", "text", "text"]
+    assert all(isinstance(c, Config) for c in loaded.columns.values())
+
+
+def test_a_tokenizer_that_the_zoo_lacks_is_named(data, tmp_path):
+    with pytest.raises(ConfigError, match="has no 'tokenizer'"):
+        precompute.run(config(data, tmp_path / "empty", ["tokens"]))

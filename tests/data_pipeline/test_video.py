@@ -1,0 +1,376 @@
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from av.video.reformatter import ColorRange, Colorspace
+
+from data_pipeline.video import (
+    ClipDamaged,
+    Failure,
+    SafeDecoder,
+    VideoFile,
+    Wanted,
+    decode_clip,
+    encode_clip,
+    write_mp4,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+HEIGHT, WIDTH = 96, 160
+CELLS = [(y, x) for y in (16, 48, 80) for x in (16, 48, 80, 112, 144)]  # centres of 15 squares that spell a number
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Iterator[SafeDecoder]:
+    with SafeDecoder(timeout_s=20) as decoder:
+        yield decoder
+
+
+def barcodes(count: int) -> np.ndarray:
+    """Frames whose squares are the bits of their number, uint8 [count, 96, 160, 3]."""
+    bits = (np.arange(count)[:, None] >> np.arange(15)) & 1
+    small = bits.reshape(count, 3, 5).astype(np.uint8) * 219 + 16
+    return small.repeat(32, 1).repeat(32, 2)[..., None].repeat(3, -1)
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    bits = np.stack([frames[:, y, x].mean(-1) > 128 for y, x in CELLS], -1)
+    return (bits * (1 << np.arange(15))).sum(-1).tolist()
+
+
+def encode(frames: np.ndarray, *, container: str, codec: str, pixels: str = "yuv420p", ticks: list[int] | None = None,
+           base: Fraction = Fraction(1, 24), options: dict[str, str] | None = None) -> bytes:
+    """A foreign file: frame k is shown from ticks[k] * base on."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=24, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pixels
+        stream.codec_context.time_base = base
+        for k, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = (ticks[k] if ticks else k), base
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+X264 = {"preset": "veryfast", "crf": "20", "g": "24", "x264-params": "threads=1:mbtree=0:cpu-independent=1"}  # always the same bytes
+FOREIGN = {
+    "h264 closed GOP mp4": {"container": "mp4", "codec": "libx264", "options": {**X264, "bf": "2"}},
+    "h264 open GOP mp4": {"container": "mp4", "codec": "libx264", "options": {**X264, "x264-params": "open-gop=1:bframes=4:b-pyramid=normal"}},
+    "h264 fragmented mp4": {"container": "ismv", "codec": "libx264", "options": X264},
+    "h264 10 bit mkv": {"container": "matroska", "codec": "libx264", "pixels": "yuv420p10le", "options": X264},
+    "h264 mpeg-ts": {"container": "mpegts", "codec": "libx264", "options": {**X264, "bf": "2"}},
+    "mpeg2 mpeg-ts": {"container": "mpegts", "codec": "mpeg2video", "options": {"bf": "2", "q": "4"}},
+    "mpeg2 program stream": {"container": "vob", "codec": "mpeg2video", "options": {"bf": "2", "q": "4"}},
+    "mpeg4 avi with B-frames": {"container": "avi", "codec": "mpeg4", "options": {"bf": "2", "q": "4"}},
+    "mjpeg avi": {"container": "avi", "codec": "mjpeg", "pixels": "yuvj420p", "options": {"q": "4"}},
+    "h264 flv": {"container": "flv", "codec": "libx264", "options": X264},
+    "hevc open GOP mp4": {"container": "mp4", "codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:open-gop=1:pools=none:frame-threads=1"}},
+    "vp9 webm": {"container": "webm", "codec": "libvpx-vp9", "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"}},
+    "av1 mp4": {"container": "mp4", "codec": "libsvtav1", "options": {"preset": "12", "crf": "35", "svtav1-params": "lp=1"}},
+    "vp8 webm": {"container": "webm", "codec": "libvpx", "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"}},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_frame_is_the_one_shown_at_that_time(decoder: SafeDecoder, name: str) -> None:
+    data = encode(barcodes(120), **FOREIGN[name])
+    starts = [0.0, 0.7, 2.3]  # overlapping spans, starts between frames
+    spans = decoder.decode(data, starts, Wanted(17, 8.0, HEIGHT, WIDTH))
+    for start, frames in zip(starts, spans, strict=True):
+        assert numbers(frames) == [int((start + k / 8) * 24 + 1e-3) for k in range(17)]
+
+
+def test_variable_frame_rate_goes_by_time(decoder: SafeDecoder) -> None:
+    gaps = np.random.default_rng(0).integers(5, 300, 80)  # milliseconds
+    ticks = np.concatenate([[0], np.cumsum(gaps)[:-1]])
+    data = encode(barcodes(80), container="mp4", codec="libx264", options=X264, ticks=ticks.tolist(), base=Fraction(1, 1000))
+    frames = decoder.decode(data, [0.25], Wanted(33, 8.0, HEIGHT, WIDTH))[0]
+    assert numbers(frames) == [int((ticks <= 250 + 125 * k).sum()) - 1 for k in range(33)]
+
+
+def test_cut_by_an_edit_list_starts_where_the_player_does(decoder: SafeDecoder) -> None:
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(encode(barcodes(72), **FOREIGN["h264 closed GOP mp4"]))) as source, av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                hidden = int(30 / 24 / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - hidden, packet.dts - hidden, stream
+                output.mux(packet)
+    data = buffer.getvalue()
+    assert decoder.probe(data).duration_s == pytest.approx(42 / 24, abs=1e-3)
+    frames = decoder.decode(data, [0.0], Wanted(14, 8.0, HEIGHT, WIDTH))[0]
+    assert numbers(frames) == [30 + 3 * k for k in range(14)]
+
+
+def test_more_frames_than_the_source_repeats_them(decoder: SafeDecoder) -> None:
+    data = encode(barcodes(24), **FOREIGN["h264 closed GOP mp4"])
+    frames = decoder.decode(data, [0.0], Wanted(48, 48.0, HEIGHT, WIDTH))[0]
+    assert numbers(frames) == [k // 2 for k in range(48)]
+
+
+@pytest.mark.parametrize(("turn", "quarters"), [("90", -1), ("180", 2), ("270", 1)])
+def test_rotation_tag_is_applied(decoder: SafeDecoder, turn: str, quarters: int) -> None:
+    matrices = {"90": (0, 1, -1, 0), "180": (-1, 0, 0, -1), "270": (0, -1, 1, 0)}
+    frames = barcodes(20)
+    data = bytearray(encode(frames, **FOREIGN["h264 closed GOP mp4"]))
+    at = data.find(b"tkhd") + 4 + 40  # the matrix of a version 0 track header
+    a, b, c, d = (value << 16 for value in matrices[turn])
+    data[at : at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    upright = np.rot90(frames, quarters, (1, 2))
+    found = decoder.decode(bytes(data), [0.0], Wanted(5, 24.0, *upright.shape[1:3]))[0]
+    assert np.abs(found.astype(int) - upright[:5]).mean() < 4
+
+
+def test_spans_that_the_video_does_not_hold_are_too_short(decoder: SafeDecoder) -> None:
+    data = encode(barcodes(60), **FOREIGN["h264 closed GOP mp4"])  # 2.5 s
+    spans = decoder.decode(data, [0.0, 0.49, 0.51, 9.0], Wanted(17, 8.0, HEIGHT, WIDTH))
+    assert [span.reason if isinstance(span, Failure) else "" for span in spans] == ["", "", "too_short", "too_short"]
+    assert "2.5" in spans[2].detail
+
+
+@pytest.mark.parametrize(("container", "duration"), [("mp4", 2.5), ("matroska", 2.5), ("mpegts", 2.5), ("avi", 2.5)])
+def test_probe_tells_size_rate_and_true_duration(decoder: SafeDecoder, container: str, duration: float) -> None:
+    codec = "mpeg4" if container == "avi" else "libx264"
+    info = decoder.probe(encode(barcodes(60), container=container, codec=codec))
+    assert (info.width, info.height, info.fps) == (WIDTH, HEIGHT, 24.0)
+    assert info.duration_s == pytest.approx(duration, abs=0.002)  # matroska counts milliseconds
+
+
+def test_crop_keeps_the_centre(decoder: SafeDecoder) -> None:
+    picture = np.zeros((4, 96, 192, 3), np.uint8)
+    picture[:, :, 48:144] = 200
+    data = encode(picture, container="mp4", codec="libx264", options=X264)
+    frame = decoder.decode(data, [0.0], Wanted(1, 24.0, 48, 48))[0][0]
+    assert np.abs(frame[:, 2:-2].astype(int) - 200).max() < 8
+
+
+# ------------------------------------------------------------------------------------------------------ colour
+
+
+def smooth_colors(height: int, width: int, frames: int = 3) -> np.ndarray:
+    small = np.random.default_rng(1).integers(20, 236, (3, 4, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)[None].repeat(frames, 0)
+
+
+@pytest.mark.parametrize(("matrix", "full_range", "tagged", "height"), [
+    ("bt709", False, True, 96), ("bt601", False, True, 96), ("bt709", True, True, 96), ("bt601", False, False, 96),
+    ("bt709", False, False, 720),
+])
+def test_colors_are_right_whatever_the_file_says(decoder: SafeDecoder, matrix: str, full_range: bool, tagged: bool, height: int) -> None:
+    colors = smooth_colors(height, height * 16 // 9 // 2 * 2)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=24, options={"crf": "4", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = colors.shape[2], colors.shape[1], "yuv420p"
+        if tagged:
+            stream.codec_context.colorspace = Colorspace.ITU709 if matrix == "bt709" else Colorspace.SMPTE170M
+            stream.codec_context.color_range = ColorRange.JPEG if full_range else ColorRange.MPEG
+        for picture in colors:
+            yuv = rgb_to_yuv420(picture, 0.2126 if matrix == "bt709" else 0.299, 0.0722 if matrix == "bt709" else 0.114, full_range)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(yuv, format="yuv420p")))
+        output.mux(stream.encode(None))
+    found = decoder.decode(buffer.getvalue(), [0.0], Wanted(1, 24.0, *colors.shape[1:3]))[0]
+    error = found[0].astype(float) - colors[0]
+    assert np.abs(error.mean((0, 1))).max() < 0.6  # a wrong matrix or range is off by 5 and more
+    assert np.abs(error).mean() < 1.5
+
+
+def rgb_to_yuv420(rgb: np.ndarray, red: float, blue: float, full_range: bool) -> np.ndarray:
+    """Floating-point reference: [H, W, 3] -> planar uint8 [H * 3 / 2, W]."""
+    r, g, b = np.moveaxis(rgb.astype(float), -1, 0)
+    luma = red * r + (1 - red - blue) * g + blue * b
+    chroma = [(b - luma) / (2 - 2 * blue), (r - luma) / (2 - 2 * red)]
+    luma, chroma = (luma, chroma) if full_range else (16 + luma * 219 / 255, [c * 224 / 255 for c in chroma])
+    small = [128 + c.reshape(c.shape[0] // 2, 2, c.shape[1] // 2, 2).mean((1, 3)) for c in chroma]
+    planes = np.concatenate([luma.ravel(), *(c.ravel() for c in small)])
+    return np.clip(np.round(planes), 0, 255).astype(np.uint8).reshape(-1, rgb.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------- our clips
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_our_clips_come_back_without_colour_bias(backend: str) -> None:
+    wide = smooth_colors(64, 128, 1)[0]
+    frames = np.stack([wide[:, 2 * k : 2 * k + 96] for k in range(17)])
+    found = decode_clip(encode_clip(frames, 8), backend=backend)
+    error = found.astype(float) - frames
+    assert found.shape == frames.shape
+    assert np.abs(error.mean((0, 1, 2))).max() < 0.7  # decord cuts fractions off, what remains is half a level of green
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 36
+
+
+@pytest.mark.parametrize("backend", ["decord", "pyav"])
+def test_our_clips_keep_every_frame_in_order(backend: str) -> None:
+    assert numbers(decode_clip(encode_clip(barcodes(49), 8), backend=backend)) == list(range(49))
+
+
+def test_equal_frames_give_equal_bytes() -> None:
+    noise = np.random.default_rng(0).normal(size=(17, 64, 64, 3))
+    blurred = cv2.normalize(np.stack([cv2.GaussianBlur(f, (0, 0), 2) for f in noise]), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    assert len({encode_clip(blurred, 8) for _ in range(12)}) == 1
+
+
+def test_our_clips_are_one_closed_group_of_tagged_yuv420p() -> None:
+    with av.open(io.BytesIO(encode_clip(barcodes(49), 7.5))) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.average_rate, stream.frames) == (Fraction(15, 2), 49)
+        assert stream.codec_context.colorspace == Colorspace.ITU709
+        frames = list(container.decode(stream))
+    assert [frame.key_frame for frame in frames] == [True] + [False] * 48
+    assert [frame.time for frame in frames] == pytest.approx([k / 7.5 for k in range(49)])
+
+
+def test_clip_whose_checksum_differs_is_not_decoded() -> None:
+    with pytest.raises(ClipDamaged, match="shard is damaged"):
+        decode_clip(encode_clip(barcodes(2), 8), sha256="0" * 64)
+
+
+def test_odd_frames_are_refused_for_clips() -> None:
+    with pytest.raises(ValueError, match="63x64"):
+        encode_clip(np.zeros((2, 63, 64, 3), np.uint8), 8)
+
+
+def test_written_video_plays_everywhere(tmp_path: Path, decoder: SafeDecoder) -> None:
+    path = tmp_path / "samples" / "sample.mp4"
+    frames = smooth_colors(63, 95, 9)
+    write_mp4(path, frames, 8)
+    assert os.listdir(path.parent) == ["sample.mp4"]
+    data = path.read_bytes()
+    assert data.find(b"moov") < data.find(b"mdat")  # the player needs no second request
+    with av.open(io.BytesIO(data)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height, stream.frames) == (96, 64, 9)
+    found = decoder.decode(VideoFile(path), [0.0], Wanted(9, 8.0, 64, 96))[0][:, :63, :95]
+    assert np.abs(found.astype(int) - frames).mean() < 2
+
+
+# -------------------------------------------------------------------------------------------------- hostile input
+
+
+@pytest.fixture(scope="module")
+def good() -> bytes:
+    return encode(smooth_colors(HEIGHT, WIDTH, 72) + barcodes(72) // 8, **FOREIGN["h264 closed GOP mp4"])
+
+
+def test_bad_files_give_their_reason(decoder: SafeDecoder, good: bytes) -> None:
+    silent = io.BytesIO()
+    with av.open(silent, "w", format="wav") as output:
+        stream = output.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        output.mux(stream.encode(frame))
+    wide = encode(np.zeros((1, 64, 8192, 3), np.uint8), container="mp4", codec="libx264", options={"preset": "ultrafast"})
+    cases = {
+        b"": "invalid_data",
+        b"\0": "invalid_data",
+        b"<html>404 Not Found</html>" * 40: "invalid_data",
+        np.random.default_rng(0).bytes(100_000): "invalid_data",
+        good[:32]: "invalid_data",
+        good[: len(good) // 2]: "invalid_data",  # its index comes last
+        silent.getvalue(): "no_video_stream",
+    }
+    for data, reason in cases.items():
+        assert decoder.probe(data).reason == reason
+        assert decoder.decode(data, [0.0], Wanted(9, 8.0, 32, 32))[0].reason == reason
+    with SafeDecoder(max_pixels=4096 * 100) as strict:
+        assert strict.probe(wide).reason == "too_large"
+    assert decoder.probe(VideoFile(Path("nowhere.mp4"))).reason == "missing_file"
+    assert isinstance(decoder.decode(good, [0.0], Wanted(9, 8.0, 32, 32))[0], np.ndarray)
+
+
+def test_damage_that_the_codec_would_hide_is_noticed(decoder: SafeDecoder, good: bytes) -> None:
+    with av.open(io.BytesIO(good)) as container:
+        second = [packet for packet in container.demux(video=0) if packet.is_keyframe][1]  # shown at 1 s
+        place = second.pos + second.size // 2
+    broken = bytearray(good)
+    broken[place : place + 60] = bytes(60)
+    spans = decoder.decode(bytes(broken), [0.0, 0.9], Wanted(7, 8.0, 32, 32))
+    assert isinstance(spans[0], np.ndarray)
+    assert spans[1].reason == "corrupt_frame"
+    first, last = (decoder.decode(data, [0.0], Wanted(7, 8.0, 32, 32))[0] for data in (bytes(broken), good))
+    assert np.array_equal(first, last)  # frames before the damage are untouched
+
+
+def test_mutated_files_never_hurt_the_parent(good: bytes) -> None:
+    generator = np.random.default_rng(5)
+    seen = set()
+    with SafeDecoder(timeout_s=10) as decoder:
+        for number in range(60):
+            data = bytearray(good)
+            if number % 3 == 0:
+                data = data[: generator.integers(1, len(data))]
+            else:
+                low, high = (0, len(data)) if number % 3 == 1 else (good.find(b"moov"), len(data))
+                for place in generator.integers(low, high, 1 + number // 3):
+                    data[place] = generator.integers(256)
+            found = decoder.decode(bytes(data), [0.0], Wanted(9, 8.0, 32, 32))[0]
+            seen.add(found.reason if isinstance(found, Failure) else "frames")
+        assert isinstance(decoder.decode(good, [0.0], Wanted(9, 8.0, 32, 32))[0], np.ndarray)
+    assert {"invalid_data", "corrupt_frame", "frames"} <= seen
+
+
+def test_playlist_cannot_open_other_files(decoder: SafeDecoder, tmp_path: Path, good: bytes) -> None:
+    (tmp_path / "secret.mp4").write_bytes(good)
+    playlist = tmp_path / "clip.mp4"
+    for text in (f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n",
+                 f"ffconcat version 1.0\nfile 'file:{tmp_path}/secret.mp4'\n"):
+        playlist.write_text(text)
+        assert isinstance(decoder.decode(VideoFile(playlist), [0.0], Wanted(1, 8.0, 32, 32))[0], Failure)
+
+
+def test_range_of_bytes_is_a_video(decoder: SafeDecoder, tmp_path: Path, good: bytes) -> None:
+    path = tmp_path / "many.bin"
+    path.write_bytes(b"x" * 1000 + good + b"y" * 1000)
+    video = VideoFile(path, 1000, len(good))
+    wanted = Wanted(9, 8.0, 32, 32)
+    assert np.array_equal(decoder.decode(video, [0.0], wanted)[0], decoder.decode(good, [0.0], wanted)[0])
+
+
+def test_decoder_that_dies_hangs_or_is_used_up_is_replaced(good: bytes) -> None:
+    wanted = Wanted(2, 8.0, 32, 32)
+    with SafeDecoder(timeout_s=2, recycle=4) as decoder:
+        reference = decoder.decode(good, [0.0], wanted)[0]
+        os.kill(decoder._child.pid, signal.SIGKILL)
+        assert decoder.decode(good, [0.0], wanted)[0].reason == "decoder_died"
+        assert np.array_equal(decoder.decode(good, [0.0], wanted)[0], reference)
+        os.kill(decoder._child.pid, signal.SIGSTOP)
+        assert decoder.decode(good, [0.0], wanted)[0].reason == "timeout"
+        for _ in range(5):
+            assert np.array_equal(decoder.decode(good, [0.0], wanted)[0], reference)
+        assert decoder.starts == 4
+
+
+def test_memory_limit_costs_the_video_only(good: bytes) -> None:
+    large = encode(np.zeros((2, 2160, 3840, 3), np.uint8), container="mp4", codec="libx264", options={"preset": "ultrafast"})
+    with SafeDecoder(memory_limit=40 << 20) as decoder:
+        assert isinstance(decoder.decode(good, [0.0], Wanted(2, 8.0, 32, 32))[0], np.ndarray)
+        assert isinstance(decoder.decode(large, [0.0], Wanted(1, 8.0, 32, 32))[0], Failure)
+        assert isinstance(decoder.decode(good, [0.0], Wanted(2, 8.0, 32, 32))[0], np.ndarray)
+
+
+def test_decoder_ends_with_its_parent() -> None:
+    script = ("import time\nfrom data_pipeline.video import SafeDecoder\n"
+              "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder._child.pid, flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()

@@ -1,0 +1,83 @@
+"""The whole tokenizer trainer on data from disk: as two processes, and under SIGKILL."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.base import ConfigError
+from configs.files import write_text
+from configs.loader import dump, load
+from tests.chaos import Trainer, prove_kill_safety
+from tests.distributed import nursery
+from tests.training.tokenizer.tiny import MODEL, config, write_data
+from training.errors import first_error
+from training.metrics import read_metrics
+from training.run import finished_step
+from training.tokenizer.__main__ import main
+from training.tokenizer.config import TokenizerTrainConfig
+
+
+def write_config(run: Path, **changes: object) -> Path:
+    """Config of a run whose data lie beside it."""
+    data = {"manifest": run.parent / "data", "global_batch_size": 4, "micro_batch_size": 2}
+    loop = {"steps": 24, "log_every": 1, "save_every": 2, "preview_every": 8}
+    path = run.with_name(f"{run.name}.yaml")
+    write_text(path, dump(config(run, **{"data": data, "loop": loop} | changes)))
+    return path
+
+
+TOKENIZER = Trainer("training.tokenizer.__main__:main", write_config, world_size=2)
+
+
+def test_killed_run_equals_uninterrupted(tmp_path):
+    write_data(tmp_path / "data")
+    report = prove_kill_safety(TOKENIZER, tmp_path, __name__, kills=10)
+    assert len(report.plans) == 10
+    print(report)
+
+
+@pytest.mark.long
+def test_killed_run_equals_uninterrupted_at_length(tmp_path):
+    write_data(tmp_path / "data")
+    report = prove_kill_safety(TOKENIZER, tmp_path, __name__, kills=50, seed=1)
+    assert len(report.plans) == 50
+    print(report)
+
+
+def test_one_and_two_processes_train_the_same_tokenizer(tmp_path):
+    write_data(tmp_path / "data")
+    loop = {"steps": 6, "log_every": 1}
+    data = {"manifest": tmp_path / "data", "global_batch_size": 4, "micro_batch_size": 4}
+    one = write_config(tmp_path / "one", loop=loop, data=data)
+    two = write_config(tmp_path / "two", loop=loop)
+    nursery(__name__).start(main, 1, (str(one),)).results(60)
+    nursery(__name__).start(main, 2, (str(two),)).results(60)
+    lines = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in zip(*lines, strict=True):
+        for name in ("train/loss", "train/reconstruction", "train/commitment", "codebook/perplexity", "codebook/used_fraction"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3)  # float32 sums in another order
+    assert finished_step(tmp_path / "two") == 6
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused_before_training(tmp_path):
+    write_data(tmp_path / "data")
+    data = {"manifest": tmp_path / "data", "global_batch_size": 6, "micro_batch_size": 2}
+    path = write_config(tmp_path / "run", data=data)
+    assert nursery(__name__).start(main, 2, (str(path),)).wait(60) == [1, 1]
+    assert "data.global_batch_size = 6" in first_error(tmp_path / "run").read_text()
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+    write_data(tmp_path / "data")
+    first = write_config(tmp_path / "run", loop={"steps": 2})
+    nursery(__name__).start(main, 1, (str(first),)).results(60)
+    other = write_config(tmp_path / "run", loop={"steps": 4}, model=MODEL.model_copy(update={"codebook_size": 32}))
+    assert nursery(__name__).start(main, 1, (str(other),)).wait(60) == [1]
+    assert "model.codebook_size = 32 (checkpoint: 16)" in first_error(tmp_path / "run").read_text()
+
+
+def test_the_packaged_config_is_whole_and_an_unknown_key_names_the_nearest():
+    assert load(TokenizerTrainConfig, "nano/tokenizer").model.codebook_size == 128
+    with pytest.raises(ConfigError, match=r"optim\.learning_rate"):
+        load(TokenizerTrainConfig, "nano/tokenizer", ["optim.learning_rate=1"])
