@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from configs.base import Config
 
@@ -137,9 +145,13 @@ class ShardsConfig(Config):
 
         The keys that came later count where they are used only, so that older folders stay what they are.
         """
-        later = {"buckets", "shots", "filters", "max_caption"}
-        unused = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        unused = {name for name, value in self.resting().items() if self.model_dump(mode="json", include={name})[name] == value}
         return self.model_dump(mode="json", exclude={*NO_CONTENT, "source", "columns", *unused})
+
+    def resting(self) -> dict[str, Any]:
+        """The later keys, with the values at which they change nothing."""
+        fields = type(self).model_fields
+        return {"buckets": [], "shots": None, "filters": FiltersConfig().model_dump(mode="json"), "max_caption": fields["max_caption"].default}
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all but how the work was done."""
