@@ -104,6 +104,9 @@ class Assembled(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.makers[name]()
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
+        return name in self.makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.makers)
 
@@ -312,8 +315,8 @@ class _Vector:
             size = torch.Size(piece.shape).numel()
             first, end = max(start, 0), min(start + numel, size)
             if first < end:
-                assert piece.stride is None, piece
-                found.append(replace(piece, offset=first, shape=(end - first,)).read())
+                assert piece.stride in (None, (1,)), piece  # flat vectors; a view of a larger one starts at its offset
+                found.append(replace(piece, offset=piece.offset + first, shape=(end - first,), stride=None).read())
             start -= size
         return found[0] if len(found) == 1 else torch.cat(found)
 

@@ -21,7 +21,7 @@ def column(shape, encoder="test"):
 
 
 def manifest(**columns):
-    fitting = {"latents": column([3, 4, 4, 4]), "text-tiny": column([3, 6])}
+    fitting = {"latents": column([3, 48, 4, 4]), "text-tiny": column([3, 6])}
     return Manifest(fingerprint="m", config={}, shards=[], columns=fitting | columns)
 
 
@@ -38,7 +38,7 @@ def test_phase_control_names_what_it_needs(tmp_path, missing):
 
 
 def test_a_prefix_leaves_something_to_learn(tmp_path):
-    with pytest.raises(ConfigError, match="prefix.frames = 3 leaves nothing"):
+    with pytest.raises(ConfigError, match=r"prefix\.frames = 3 leaves nothing"):
         config(tmp_path, prefix__frames=3)
 
 
@@ -82,7 +82,7 @@ def test_phase_control_starts_as_the_main_transformer(tmp_path):
     main = registry.load_model(registry.resolve(tmp_path / "zoo", "main"))
     assert torch.equal(model.control.blocks[0].qkv.weight, main.blocks[0].qkv.weight)
     draw = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 3, 4, 4, 4, generator=draw), torch.randn(2, 3, 6, generator=draw)
+    latents, text = torch.randn(2, 3, 48, 4, 4, generator=draw), torch.randn(2, 3, 6, generator=draw)
     features = torch.randn(2, 3, TOKENIZER.feature_channels, 2, 2, generator=draw)
     timestep = torch.tensor([1, 900])
     assert torch.equal(model(latents, timestep, text, features), main(latents, timestep, text))

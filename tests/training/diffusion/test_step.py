@@ -93,5 +93,5 @@ def test_samples_that_do_not_fit_are_refused_by_key(control, tmp_path):
         control.inputs([sample(1, 4), wrong])
     wrong = sample(3, 4)
     wrong.tensors["latents"] = wrong.tensors["latents"][:2]
-    with pytest.raises(ConfigError, match=r"column latents of clip 0003 has shape \(2, 4, 4, 4\)"):
+    with pytest.raises(ConfigError, match=r"column latents of clip 0003 has shape \(2, 48, 4, 4\)"):
         control.inputs([wrong])
