@@ -207,6 +207,8 @@ def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
     assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
     log = batch_log(run)
     assert "HangError: no step for 3 s after step 15" in log and "light.py" in log and "break_down" in log
+    (kept,) = run.glob("hangs.*/rank_0000.txt")
+    assert "break_down" in kept.read_text()
 
 
 @pytest.mark.parametrize("name", ["signalled", "requeued", "preempted", "restarted"])
