@@ -45,8 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", required=True, metavar="NAME", help=f"packaged name ({example}) or a .yaml file")
         sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; change nothing")
 
-    add("shards", "Cut videos into captioned clips and write WebDataset shards.", config="nano/shards",
-        epilog=OVERRIDES.format(example="num_frames=17 source=videos/captions.csv"))
+    shards = add("shards", "Cut videos into captioned clips and write WebDataset shards.", config="nano/shards",
+                 epilog=OVERRIDES.format(example="num_frames=17 source=videos/captions.csv"))
+    shards.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",
+                        help="run (default; finalizes where it is the only task), finalize (write the manifest), status")
+    shards.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
     precompute = add("precompute", "Compute columns (features, tokens, latents, text) for raw shards.", config="nano/precompute",
                      epilog=OVERRIDES.format(example="batch_size=8"))
     precompute.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",
@@ -107,8 +110,10 @@ CONVERT = """\
   landiff convert main --to diffusers --out CogVideoX-ours      main transformer -> CogVideoXTransformer3DModel
   landiff convert diffusion tokenizer lm --to release --out out back to the release's files
 """
+
+
 def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
-    """Jobs on a cluster: submit, status, logs, stop, doctor."""
+    """Jobs on a cluster: submit, status, logs, stop; before they cost anything: doctor, plan."""
     submit = commands.add_parser(
         "submit", help="A stage, or the whole walk, as SLURM jobs.", epilog=SUBMIT, allow_abbrev=False,
         description="A stage, or the whole walk, as SLURM jobs.", formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +140,17 @@ def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
     doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs this machine must have")
     doctor.add_argument("--node", action="store_true", help="the quick checks of a job's pre-flight")
     doctor.add_argument("--report", metavar="DIR", help="also write DIR/<node>.ok or DIR/<node>.bad")
+    plan = commands.add_parser("plan", help="What a training config costs: memory by part, FLOPs, days. No GPU needed.",
+                               epilog=OVERRIDES.format(example="parallel.tensor=4 data.micro_batch_size=2"), formatter_class=argparse.RawDescriptionHelpFormatter)
+    plan.add_argument("stage", choices=list(TRAINERS), metavar="STAGE", help="tokenizer, lm or diffusion")
+    plan.add_argument("--config", required=True, metavar="NAME", help="packaged name (landiff/lm) or a .yaml file")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all (default: 8)")
+    plan.add_argument("--gpu", default="h100", choices=["a100", "h100", "h200", "b200", "l40s"], help="which (default: h100)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4; measure yours)")
+    plan.add_argument("--steps", type=int, metavar="N", help="optimizer steps of the budget (default: loop.steps)")
+    plan.add_argument("--search", action="store_true", help="rank tensor, pipeline, ZeRO, recompute and micro-batch choices that fit")
+    plan.add_argument("--top", type=int, default=10, metavar="N", help="lines of --search (default: 10)")
+    plan.add_argument("--json", action="store_true", help="for scripts")
     stop = commands.add_parser("stop", help="Let a run save a checkpoint and end.")
     stop.add_argument("run", help="run folder")
     stop.add_argument("--restart", action="store_true", help="save and start again, as at a time limit")

@@ -28,9 +28,20 @@ def shards_job(args: argparse.Namespace) -> int:
     config = load(ShardsJobConfig, args.config, args.overrides)
     if args.dry_run:
         return show(config, f"would write raw shards to {config.data}")
-    from data_pipeline.ingest import make_shards
+    from data_pipeline import ingest
 
-    manifest = make_shards(config.content, config.data, progress=Progress("shards", "clips"))
+    if args.action == "status":
+        found = ingest.status(config.content, config.data)
+        print(f"shards: {found[0]} of {found[1]} shards of {config.data} are finished" if found else f"shards: nothing is planned in {config.data}")
+        return 0
+    task = parse_task(args.task)
+    if args.action == "run":
+        share = ingest.make_share(config.content, config.data, task, progress=Progress("shards", "clips"))
+        if task != (0, 1):
+            print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
+                  "when every task is done: landiff shards finalize")
+            return 0
+    manifest = ingest.finalize(config.content, config.data)
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
     return 0
 
@@ -80,7 +91,11 @@ def train_job(args: argparse.Namespace) -> int:
     write_text(resolved, dump(config))
     code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
     if code:
-        raise JobFailed(first_error(config.run) or f"the ranks of {config.run} ended with exit code {code}")
+        from training.errors import first_error
+
+        error = first_error(config.run)
+        why = f"{error}:\n{error.read_text(encoding='utf-8').rstrip()}" if error else f"its ranks ended with exit code {code}"
+        raise JobFailed(f"{config.run} failed; {why}")
     return 0
 
 
@@ -200,6 +215,12 @@ def doctor_job(args: argparse.Namespace) -> int:
     return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
 
 
+def plan_job(args: argparse.Namespace) -> int:
+    from launchers.plan import plan_job
+
+    return plan_job(args)
+
+
 def show(config, plan: str) -> int:
     """--dry-run: the resolved config and the plan."""
     print(f"{dump(config)}\n# {plan}")
@@ -221,9 +242,3 @@ def parse_task(text: str | None) -> tuple[int, int]:
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ConfigError(f"--task {text} must be I/N with 0 <= I < N, e.g. 0/8")
     return int(index), int(count)
-
-
-def first_error(run: Path) -> str | None:
-    """The oldest error file of a run: the first rank that failed is the cause, the others follow it."""
-    files = sorted((run / "errors").glob("rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
-    return f"{files[0]}:\n{files[0].read_text().rstrip()}" if files else None

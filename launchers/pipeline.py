@@ -105,7 +105,7 @@ def losses(run: Path) -> tuple[float | None, float | None]:
     path = run / "metrics.jsonl"
     if not path.exists():
         return None, None
-    values = [json.loads(line)["loss"] for line in path.read_text().splitlines() if line.strip()]
+    values = [json.loads(line)["train/loss"] for line in path.read_text().splitlines() if line.strip()]
     return (values[0], values[-1]) if values else (None, None)
 
 

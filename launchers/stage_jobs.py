@@ -11,6 +11,8 @@ from pathlib import Path
 
 from configs import Config, ConfigError, load
 from launchers.cluster_config import TRAINERS, ClusterConfig
+from launchers.layout import check_batch
+from launchers.local import default_processes
 from launchers.slurm_script import Job
 
 CONFIG = "config.yaml"  # in the job folder
@@ -66,7 +68,7 @@ def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, override
     if args.command == "precompute":
         return precompute_jobs(args, place, name)
     if args.command == "convert":
-        return [convert_job(args, place)]
+        return [convert_job(args, argv, place)]
     if args.command not in ("shards", "sample", "evaluate"):
         raise ConfigError(f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}")
     config = load(config_class(args.command), args.config, args.overrides)
@@ -95,10 +97,13 @@ def config_class(stage: str) -> type[Config]:
 
 def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Planned:
     config = load(config_class(args.stage), args.config, args.overrides)
-    run = place.workdir / config.run
+    run, resources = place.workdir / config.run, place.cluster.resources(args.stage, place.nodes)
+    if place.cluster.scheduler == "local" and resources.tasks_per_node is None:
+        resources = resources.model_copy(update={"tasks_per_node": default_processes()})
+    check_batch(config, resources.nodes * resources.tasks)  # now, not in the queue
     job = Job(
         name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
-        resources=place.cluster.resources(args.stage, place.nodes), trainer=True, made_by=place.made_by, python=place.python, here=place.here,
+        resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
     )
     return Planned(args.stage, job, config, steps=config.loop.steps)
 
@@ -127,9 +132,9 @@ def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) ->
     return [*planned, replace(finalize, after=tuple(p.name for p in planned))]
 
 
-def convert_job(args: argparse.Namespace, place: Place) -> Planned:
-    words = ("convert", args.run, "--name", args.name, "--zoo", args.zoo)
-    return single("convert", place, f"export-{args.name}", words, None)
+def convert_job(args: argparse.Namespace, argv: Sequence[str], place: Place) -> Planned:
+    """The command as it was typed, in a run folder named after what it makes."""
+    return single("convert", place, f"export-{args.name}" if args.name else f"convert-to-{args.to}", argv, None)
 
 
 def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: Sequence[str]) -> list[Planned]:

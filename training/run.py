@@ -3,6 +3,7 @@
     config.yaml      resolved config           metrics.jsonl   one line per logged step
     checkpoints/     see training/checkpoint   tensorboard/    scalars and videos
     errors/          one file per failed rank  done            the final step; only when finished
+    heartbeat/       one file per rank   hangs/          stacks of ranks that stood still
     stop             put there by whoever wants the run to save and end
 """
 
@@ -18,6 +19,7 @@ from training.checkpoint import CheckpointStore
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import TrainState
+from training.heartbeat import Heartbeat
 from training.metrics import Metrics
 from training.run_folder import finished_step
 
@@ -37,6 +39,7 @@ class Run:
             if (finished_step(folder) or 0) < loop.steps:
                 (folder / "done").unlink(missing_ok=True)  # the run was made longer
         self.checkpoints = CheckpointStore(folder / "checkpoints", config, loop, world, must_match=must_match)
+        self.heartbeat = Heartbeat(folder, world.rank, loop.hang_timeout_s)
         self.metrics = Metrics(folder, loop.steps, world)
 
     def stop_requested(self) -> bool:

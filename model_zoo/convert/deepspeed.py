@@ -104,6 +104,9 @@ class Assembled(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.makers[name]()
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
+        return name in self.makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.makers)
 

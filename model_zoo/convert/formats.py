@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ PROVENANCE = "provenance.json"
 class Options:
     """How to read what does not say everything by itself."""
 
-    models: ModelConfig = ModelConfig()  # sizes of a release and of bare Megatron folders
+    models: ModelConfig = field(default_factory=ModelConfig)  # sizes of a release and of bare Megatron folders
     allow_missing: tuple[str, ...] = ()
 
 

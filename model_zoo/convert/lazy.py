@@ -41,6 +41,9 @@ class LazyTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self.read(name)
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.meta
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta)
 

@@ -8,10 +8,11 @@ names. Tensors are whole: `shard` cuts one for a tensor-parallel rank.
 
 from __future__ import annotations
 
-import io
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,14 @@ def open_megatron(folder: Path) -> LazyTensors:
     return LazyTensors(meta, lambda name: reader.read(*places[name]))
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that no process group is there: none is meant to be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
 class _Reader:
     """Reads single tensors of a checkpoint; a stack of layers stays until another one is asked for."""
 
@@ -169,7 +178,8 @@ class _Reader:
         if key not in state:
             entry = self.metadata.state_dict_metadata[key]
             state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-            dcp.load(state, storage_reader=self.reader, no_dist=True)
+            with _alone():
+                dcp.load(state, storage_reader=self.reader, no_dist=True)
         self.stack = state if layer is not None else {}
         return state[key] if layer is None else state[key][layer].clone()
 
@@ -249,12 +259,12 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
     vocab = TokenLayout.of(config).vocab_size
     padded = padded or Padded(-(-vocab // 128) * 128, config.num_heads)
     theirs = converted(tensors, rules(config, padded), "to_theirs")
-    empty = io.BytesIO()
-    torch.save(None, empty)
-    extra = {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": empty
+    extra = {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None]
              for i in range(config.num_layers) for layer in _EXTRA}
-    dcp.save({**theirs.meta, **extra}, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-             planner=_LazyPlanner(theirs, progress), no_dist=True)
+    # torch's writer keeps all tensors of a file until it is closed, so each gets its own
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
+    with _alone():
+        dcp.save({**theirs.meta, **extra}, storage_writer=writer, planner=_LazyPlanner(theirs, progress), no_dist=True)
     torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
     write_text(folder / "metadata.json", json.dumps({
         "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,

@@ -37,7 +37,7 @@ TABLES: dict[tuple[str, str], Sequence[Rule]] = {
 PLAIN = [Rule("{rest*}", "{rest*}")]  # our own names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     kind: str
     config: Config | Mapping[str, Any]  # of the VAE: the arguments of diffusers' class
@@ -107,15 +107,17 @@ def fit(source: LazyTensors, kind: str, config: Config | Mapping[str, Any], rule
 def _fresh(kind: str, config: Config | Mapping[str, Any]) -> LazyTensors:
     """A model's tensors as they are before training, module by module."""
     if kind == VAE:
-        return LazyTensors(build_meta(kind, config), lambda name: torch.zeros(build_meta(kind, config)[name].shape))
+        meta = build_meta(kind, config)
+        return LazyTensors(meta, lambda name: torch.zeros(meta[name].shape))
     with torch.device("meta"):
         model = registry.build("diffusion" if kind == CONTROL else kind, config)
 
     def read(name: str) -> Tensor:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        if not hasattr(module, "reset_parameters"):
-            return torch.zeros(dict(model.state_dict())[name].shape)
+        if not hasattr(module, "reset_parameters"):  # our own modules: gains of norms, learned vectors
+            shape = model.state_dict()[name].shape
+            return torch.ones(shape) if attribute == "weight" and len(shape) == 1 else torch.zeros(shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             alone = nn.Module.to_empty(module, device="cpu", recurse=False)

@@ -7,6 +7,7 @@ classes are stood in for and forgotten, since a converter needs weights alone.
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -57,12 +58,12 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
             with FakeTensorMode():
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        foreign = _foreign(path, set(known)) if lazy else []
+        foreign = _foreign(path, set(known)) if lazy else re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
         raise ConversionError(
             f"{path} is refused: beside tensors and plain containers it holds {', '.join(foreign) or _first_line(error)}, and "
             f"unpickling a foreign type can run any code. If you trust the file, save its weights alone as .safetensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:  # whatever the bytes led to
         raise ConversionError(f"{path} is damaged: {_first_line(error)}") from None
     return _replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
 

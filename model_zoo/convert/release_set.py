@@ -68,10 +68,12 @@ def _iteration(folder: Path) -> list[Path]:
 def open_release(path: Path, models: ModelConfig, allow_missing: Sequence[str] = ()) -> Source:
     """Raises ConversionError where a file is none of the release's, or does not fit `models`."""
     files = find_files(path)
-    parts = [part for file in files for part in _read(file, models, allow_missing)]
-    tokenizers = [part for part in parts if part.kind == "tokenizer"]
-    if len(tokenizers) > 1:  # the file of its own comes first; the copy inside the diffusion file is left out
-        parts.remove(tokenizers[1])
+    parts: list[Part] = []
+    for file in files:
+        for part in _read(file, models, allow_missing):
+            if part.kind == "tokenizer" and any(other.kind == "tokenizer" for other in parts):
+                continue  # the file of its own comes first; this is the copy inside the diffusion file
+            parts.append(part)
     return Source(path, "release", f"LanDiff release, {len(files)} file{'s' if len(files) > 1 else ''}", tuple(parts),
                   provenance={"files": [str(file) for file in files]})
 

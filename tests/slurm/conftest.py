@@ -66,7 +66,7 @@ def until(condition: Callable[[], object], timeout_s: float = 60.0, otherwise: C
 def sandbox() -> Iterator[Sandbox]:
     # unix sockets want short names, shorter than pytest's folders
     folder = Path(tempfile.mkdtemp(prefix="landiff-slurm-", dir="/tmp"))
-    environment = {**os.environ, "SANDBOX_NODES": "4", "SANDBOX_NODE_TIMEOUT": "6"}
+    environment = {**os.environ, "SANDBOX_NODES": "4", "SANDBOX_NODE_TIMEOUT": "6", "SANDBOX_CPUS": "64"}
     done = subprocess.run([str(SANDBOX), "start", str(folder / "c")], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"no SLURM here: {done.stderr}\nrun tests/slurm/install.sh"
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 from launchers.cluster_config import ClusterConfig
 from launchers.slurm_script import Job
@@ -14,27 +15,35 @@ from launchers.stage_jobs import Planned
 from launchers.submit import prepare, submit_one
 from tests.slurm.conftest import HERE, Sandbox
 
-CLUSTER = ClusterConfig.model_validate({
-    "default": {"nodes": 2, "tasks_per_node": 2, "memory": "1G", "time": "10"}, "signal_margin_s": 30, "preflight": False,
-})
+
+def cluster(*options: str, nodes: int = 2, partition: str | None = None, **more: Any) -> ClusterConfig:
+    """Two ranks a node, no pre-flight, and whatever a test wants besides."""
+    return ClusterConfig.model_validate({
+        "default": {"nodes": nodes, "tasks_per_node": 2, "memory": "1G", "time": "10", "partition": partition},
+        "signal_margin_s": 30, "preflight": False, "options": options, **more,
+    })
 
 
-def light(run: Path, steps: int = 40, fault: str | None = None, cluster: ClusterConfig = CLUSTER, here: bool = False) -> Planned:
+CLUSTER = cluster("--exclude=node3,node4")  # those two die and are fought for
+
+
+def light(run: Path, steps: int = 40, fault: str | None = None, site: ClusterConfig = CLUSTER, here: bool = False) -> Planned:
     """A trainer of `steps` steps of 0.1 s, which may break on purpose."""
     job = Job(name=run.name, run=run, workdir=run.parent, module="light", arguments=(str(run), str(steps), *([fault] if fault else [])),
-              resources=cluster.resources("lm"), trainer=True, python=sys.executable, here=here)
+              resources=site.resources("lm"), trainer=True, python=sys.executable, here=here)
     return Planned("lm", job, None, steps=steps)
 
 
-def ready(plan: Planned, cluster: ClusterConfig = CLUSTER) -> Path:
-    script = prepare(plan, cluster)
-    shutil.copy(HERE / "light.py", plan.job.folder / "code" / "light.py")
+def ready(plan: Planned, site: ClusterConfig = CLUSTER) -> Path:
+    script = prepare(plan, site)
+    for name in ("light.py", "light_task.py"):
+        shutil.copy(HERE / name, plan.job.folder / "code" / name)
     return script
 
 
-def start(sandbox: Sandbox, plan: Planned, cluster: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()) -> str:
+def start(sandbox: Sandbox, plan: Planned, site: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()) -> str:
     """Queue it; returns the id of its last job."""
-    return submit_one(plan, cluster, sandbox.slurm, ready(plan, cluster), after)[-1]
+    return submit_one(plan, site, sandbox.slurm, ready(plan, site), after)[-1]
 
 
 def losses(run: Path) -> dict[int, int]:

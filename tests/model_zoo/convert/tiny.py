@@ -40,7 +40,7 @@ MODELS = ModelConfig(
 )
 # arguments of diffusers' class; the release file has no config, so these are what shapes tell
 VAE_CONFIG = {
-    "block_out_channels": (4, 4, 8, 8), "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "block_out_channels": (32, 32, 32, 64), "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4, "layers_per_block": 1, "latent_channels": 4,
 }
 CONFIGS = {"lm": MODELS.lm, "tokenizer": MODELS.tokenizer, "transformer": MODELS.diffusion.transformer,
