@@ -15,7 +15,6 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
-    DiffusionPipeline,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
