@@ -19,7 +19,8 @@ from data_pipeline.motion import Motion
 from data_pipeline.video import Failure
 
 FILTERED = frozenset(("little_motion", "much_motion", "too_dark", "too_bright", "static", "text"))
-REPEATED = 0.5  # levels: frames that differ by less on average show the same
+CHANGED = 12  # levels: less may be noise of the codec
+REPEATED = 5e-4  # share of a frame's pixels: fewer that changed, and it shows what the one before showed
 TEXT_FRAMES = 3  # looked at: first, middle, last
 TEXT_SCORE = 0.6  # of the recogniser: boxes without readable text are false alarms (wood grain)
 
@@ -71,7 +72,7 @@ def repeated_share(frames_THWC: np.ndarray) -> float:
     """Share of the frames, but the first, that look like the one before."""
     if len(frames_THWC) < 2:
         return 0.0
-    changes = [np.mean(cv2.absdiff(before, after)) for before, after in itertools.pairwise(frames_THWC)]
+    changes = [np.mean(cv2.absdiff(before, after).max(-1) > CHANGED) for before, after in itertools.pairwise(frames_THWC)]
     return round(float(np.mean(np.array(changes) < REPEATED)), 6)
 
 

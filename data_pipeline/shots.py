@@ -218,5 +218,5 @@ def _bars(brightness: Sequence[float]) -> tuple[float, float]:
     count = len(brightness)
     if not len(bright) or (bright[-1] + 1 - bright[0]) / count < LEAST_PICTURE:
         return 0.0, 0.0
-    return tuple(round((size + 1) / count, 6) if size / count >= SMALLEST_BAR else 0.0
+    return tuple(round((size + 1) / count, 9) if size / count >= SMALLEST_BAR else 0.0
                  for size in (int(bright[0]), int(count - 1 - bright[-1])))

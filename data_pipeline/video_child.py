@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
 # What PyAV raises on damaged files besides its own errors (measured on mutated files). Anything else ends
 # this process, and the parent reports `decoder_died`.
@@ -36,6 +37,8 @@ DECODER_ERRORS = (av.error.FFmpegError, ArithmeticError, AssertionError, Attribu
                   OSError, TypeError, ValueError)
 TRANSPOSE = {90: ("cclock",), 180: ("clock", "clock"), 270: ("clock",)}
 LARGEST_CLOCK_ERROR_S = 1e-3
+LOGGING_CODECS = frozenset(("hevc", "mjpeg", "vp8", "vp9", "av1", "libdav1d"))
+REORDERED = 5  # frames between decoding and showing, at most, as encoders set it
 MOST_B_FRAMES = 17  # in a row, of x264 and x265
 SCAN_SIDE = 256
 SCAN_BYTES = SCAN_SIDE * SCAN_SIDE * 3  # of one picture of a scan, at most
@@ -276,24 +279,38 @@ def timed_frames(container: av.container.InputContainer, stream: av.video.stream
         yield now + length, None
 
 
-def judged_frames(frames: Iterator[tuple[float, av.VideoFrame | None]]) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
-    """The same with: whether it can be damaged.
+def marked_frames(frames: Iterator[tuple[float, av.VideoFrame | None]], codec: str) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
+    """The same with: whether the decoder noticed damage.
 
-    libavcodec conceals damage; `is_corrupt` is its only trace, and only on the frame that was hit. What came
-    after it up to the next whole key frame was predicted from it, and so were the B-frames just before it.
+    libavcodec conceals damage. `is_corrupt` is its trace in H.264, MPEG-1, -2 and -4; other decoders leave none
+    but a line in the log, when they notice at all (measured: benchmarks/damage.py).
+    """
+    doubted = 0
+    while True:
+        with av.logging.Capture(True) as lines:
+            item = next(frames, None)
+        if item is None:
+            return
+        if codec in LOGGING_CODECS and any(level <= av.logging.ERROR for level, _, _ in lines):
+            doubted = REORDERED  # the line comes when a picture is decoded, the picture some frames later
+        now, frame = item
+        yield now, frame, frame is not None and (frame.is_corrupt or doubted > 0)
+        doubted = max(0, doubted - 1)
+
+
+def judged_frames(frames: Iterator[tuple[float, av.VideoFrame | None, bool]]) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
+    """The same, with damage where it spreads to: everything after it, and the B-frames just before it.
+
+    A key frame is no new beginning: of files with damage that was noticed, one in four has more that was not.
     """
     group: list[tuple[float, av.VideoFrame | None]] = []
     suspect = False
-    for now, frame in frames:
+    for now, frame, corrupt in frames:
         group.append((now, frame))
-        if frame is not None and frame.pict_type == av.video.frame.PictureType.B and len(group) < MOST_B_FRAMES:
-            continue
-        hit = any(member is not None and member.is_corrupt for _, member in group)
-        for when, member in group:
-            whole_key = member is not None and member.key_frame and not member.is_corrupt
-            suspect = False if whole_key else suspect or hit
-            yield when, member, suspect
-        group = []
+        suspect = suspect or corrupt
+        if frame is None or frame.pict_type != PictureType.B or len(group) == MOST_B_FRAMES:
+            yield from ((when, member, suspect) for when, member in group)
+            group = []
 
 
 class Session:
@@ -312,7 +329,7 @@ class Session:
                 self.stream.codec_context.skip_frame = "NONKEY"
             # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
             self.tolerance = min(float(self.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
-            self.frames = judged_frames(timed_frames(self.container, self.stream))
+            self.frames = judged_frames(marked_frames(timed_frames(self.container, self.stream), self.stream.codec_context.name))
             self.picture = Picture(self.stream, request.height, request.width, request.max_pixels, request.crop)
         except BaseException:
             self.close()
@@ -450,7 +467,8 @@ def main(parent: int, memory_limit: int, input_fd: int, output_fd: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library that prints must not answer for us
-    av.logging.set_level(None)
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
     with open("/proc/self/statm", encoding="ascii") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_limit, mapped + memory_limit))

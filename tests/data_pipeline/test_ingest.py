@@ -140,17 +140,6 @@ def test_other_videos_are_refused(videos: Path, made: Path, tmp_path: Path) -> N
         make_shards(config(tmp_path / "videos"), tmp_path / "data")
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(1000, marks=pytest.mark.long)])  # 1000: every place there is
-def test_killed_inside_writes_fsyncs_and_renames_it_ends_with_the_same_bytes(videos: Path, made: Path, tmp_path: Path, kills: int) -> None:
-    (tmp_path / "config.yaml").write_text(config(videos).model_dump_json())
-    command = ["-m", "tests.data_pipeline.kill_shards", str(tmp_path / "config.yaml"), str(made), str(tmp_path), str(kills)]
-    job = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert job.returncode == 0, job.stderr
-    done, places = map(int, job.stdout.split())
-    assert done == min(kills, places)
-    assert places > 80
-
-
 def test_stale_temporaries_of_a_killed_run_are_removed(videos: Path, made: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(made, data)
