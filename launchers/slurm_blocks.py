@@ -10,13 +10,13 @@ FRESH = r"""
 """
 
 BOOKKEEPING = r"""
-# What has to outlive an attempt: crashes so far, restarts in a row without a new checkpoint, the newest
-# checkpoint at the last restart (- before the first), and whether an attempt is running.
-crashes=0 stalls=0 from=- phase=new
+# What has to outlive an attempt: crashes so far and the newest checkpoint at the last of them (- before the first),
+# the newest checkpoint at the last restart and how many restarts in a row found the same, is an attempt running.
+crashes=0 crashed_at=- restarted_at=- stalls=0 phase=new
 [ ! -e "$JOB/state$T" ] || . "$JOB/state$T"
 remember() {
-    printf 'crashes=%s stalls=%s from=%s phase=%s\n' "$crashes" "$stalls" "$from" "$phase" >"$JOB/.state$T" &&
-        mv "$JOB/.state$T" "$JOB/state$T"
+    printf 'crashes=%s crashed_at=%s restarted_at=%s stalls=%s phase=%s\n' \
+        "$crashes" "$crashed_at" "$restarted_at" "$stalls" "$phase" >"$JOB/.state$T" && mv "$JOB/.state$T" "$JOB/state$T"
 }
 say() { echo "$(date -Is) $*"; }
 give_up() { # CODE WHY
@@ -27,17 +27,17 @@ give_up() { # CODE WHY
 }
 leave_chain() { [ ! -e "$JOB/chain" ] || grep -vx "${SLURM_JOB_ID:-}" "$JOB/chain" | xargs -r scancel; }
 count_restart() { # crash: ranks failed. outside: a node died, or a stop was asked for
-    local now progress=yes; now=$(newest)
-    [ "$from" = - ] || [ "$now" != "$from" ] || progress=no
-    [ $progress = yes ] && stalls=0 || stalls=$((stalls + 1))
+    local now; now=$(newest)
     if [ "$1" = crash ]; then
         crashes=$((crashes + 1))
         [ $crashes -le $MAX_RESTARTS ] || give_up 1 "crashed $crashes times, max_restarts = $MAX_RESTARTS"
-        [ $progress = yes ] || [ "$now" = any ] || give_up 1 "crashed again without a new checkpoint since the last restart (${now:-none yet})"
-    elif [ "$now" != any ] && [ $stalls -gt $MAX_RESTARTS ]; then
-        give_up 1 "restarted $stalls times without a new checkpoint (${now:-none yet}), max_restarts = $MAX_RESTARTS"
+        [ "$now" = any ] || [ "$now" != "$crashed_at" ] || give_up 1 "crashed again without a new checkpoint since the last crash (${now:-none yet})"
+        crashed_at=$now
     fi
-    from=$now
+    [ "$now" = "$restarted_at" ] && stalls=$((stalls + 1)) || stalls=0
+    [ "$now" = any ] || [ $stalls -le $MAX_RESTARTS ] ||
+        give_up 1 "restarted $stalls times without a new checkpoint (${now:-none yet}), max_restarts = $MAX_RESTARTS"
+    restarted_at=$now
 }
 show_failure() { # the rank that failed first, first
     local first; first=$(grep -H '^time:' "$RUN"/errors/*.txt 2>/dev/null | sort -t: -k3 | head -n 1 | cut -d: -f1)

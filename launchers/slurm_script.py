@@ -4,7 +4,7 @@ The script is plain bash, so that it runs on a node outside any container, and i
 
 * a signal ahead of the time limit, before preemption or from `landiff stop` reaches the script alone. It puts
   a `stop` file into the run folder; the ranks agree on the step, save and exit 0; the job is put back in the queue;
-* a crash puts it back too, `max_restarts` times and only with a new checkpoint since the last restart;
+* a crash puts it back too, `max_restarts` times and only with a new checkpoint since the last crash;
 * a config error never does. The ranks say so in a file, since srun's code is that of the rank it killed last;
 * it requeues before it exits and ends non-zero until the run is done, so that no dependent job starts early.
 

@@ -199,7 +199,7 @@ def test_a_config_error_is_not_tried_again_and_costs_what_depends_on_it(runs):
 def test_a_crash_that_comes_back_is_given_up(runs):
     run, job, state = runs.ended("always")
     assert state == "FAILED" and runs.restarts(job) == 1
-    assert "without a new checkpoint since the last restart (step_00000010)" in (run / "job" / "given_up").read_text()
+    assert "without a new checkpoint since the last crash (step_00000010)" in (run / "job" / "given_up").read_text()
 
 
 def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
