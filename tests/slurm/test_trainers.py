@@ -17,7 +17,7 @@ from tests.slurm.test_pipeline import processes_of
 from tests.slurm.walk import landiff, landiff_process, last_job, logged_losses, tree_hashes, write_site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
-LM = ["lm", "--config", "nano/lm", "loop.steps=8", "loop.log_every=1", "loop.save_every=2", "data.micro_batch_size=8", "parallel.tensor=2"]
+LM = ["lm", "--config", "nano/lm", "loop.steps=30", "loop.log_every=1", "loop.save_every=5", "data.micro_batch_size=8", "parallel.tensor=2"]
 DIFFUSION = ["diffusion", "--config", "nano/diffusion-main", "loop.steps=3", "loop.log_every=1", "loop.preview_every=0", "zero.stage=2",
              "data.global_batch_size=4", "data.micro_batch_size=1"]
 
@@ -66,7 +66,7 @@ def lm_here(data: Path) -> Path:
 
 def test_a_language_model_over_two_nodes_trains_as_on_one_machine(sandbox, here, lm_here):
     run = submitted(sandbox, here, LM, "lm-nodes", nodes=2)  # tensor 2 x data 2
-    assert logged_losses(run) == logged_losses(lm_here) and len(logged_losses(run)) == 8
+    assert logged_losses(run) == logged_losses(lm_here) and len(logged_losses(run)) == 30
 
 
 def test_zero_2_over_four_nodes_trains_as_on_one_machine(sandbox, here):
@@ -83,7 +83,7 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(san
     until(lambda: sandbox.field(job, "Restarts") == "1" and len(processes_of(run)) == 4, 180)
     time.sleep(1)
     os.kill(processes_of(run)[2], signal.SIGKILL)
-    until(lambda: sandbox.field(job, "Restarts") == "2" and sandbox.state(job) == "RUNNING", 180)
+    until(lambda: sandbox.field(job, "Restarts") == "2" and len(processes_of(run)) == 4, 180)
     node = sandbox.field(job, "BatchHost")
     sandbox.crash(node)
     sandbox.boot(node)
