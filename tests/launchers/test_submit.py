@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from launchers.cluster_config import ClusterConfig
 from launchers.slurm import Answer, Slurm
 from launchers.slurm_script import Job
 from launchers.stage_jobs import Planned
-from launchers.status import statuses
+from launchers.status import growth, statuses
 from launchers.submit import prepare, read_record, run_here
 
 LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
@@ -180,3 +181,21 @@ def test_the_cluster_file_in_the_run_folder_is_the_one_used(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
     prepare(plan, LOCAL)
     assert yaml.safe_load((plan.job.folder / "cluster.yaml").read_text())["scheduler"] == "local"
+
+
+def test_a_followed_log_shows_what_is_appended(tmp_path):
+    path = tmp_path / "batch.log"
+    path.write_text("old\n")
+    lines = growth(path, every_s=0.01)
+    writer = threading.Timer(0.2, lambda: path.open("a").write("new\n"))
+    writer.start()
+    assert next(lines) == "new\n"
+
+
+def test_status_for_scripts_is_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_here([one_process(tmp_path / "runs" / "task", "pass")], LOCAL) == 0
+    capsys.readouterr()
+    code, out, _ = say(capsys, "status", "--all", "--json")
+    document = json.loads(out)
+    assert code == 0 and [(run["run"], run["state"], run["restarts"]) for run in document["runs"]] == [("runs/task", "done", 0)]
