@@ -106,6 +106,8 @@ def site(cluster: ClusterConfig) -> str:
 def names(job: Job, cluster: ClusterConfig) -> str:
     """Constants of this job; `T` tells the tasks of an array apart."""
     quoted = shlex.quote
+    # Here, without SLURM's word on it, the ranks share the cores out among themselves.
+    threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{job.resources.cpus_per_task}}}\n" if cluster.scheduler == "slurm" else ""
     return f"""
 set -uo pipefail
 cd {quoted(str(job.workdir))} || exit 1
@@ -118,8 +120,7 @@ MAX_RESTARTS={cluster.max_restarts}
 restart=${{SLURM_RESTART_COUNT:-${{LANDIFF_RESTART:-0}}}}
 # The code of the day it was submitted, not today's working tree
 export PYTHONPATH=$JOB/{CODE} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{job.resources.cpus_per_task}}}
-mkdir -p "$LOG"
+{threads}mkdir -p "$LOG"
 """
 
 
