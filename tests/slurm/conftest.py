@@ -48,13 +48,13 @@ class Sandbox:
     def state(self, job: str) -> str:
         return self.field(job, "JobState")
 
-    def wait(self, job: str, timeout_s: float = 90.0) -> str:
+    def wait(self, job: str, timeout_s: float = 240.0) -> str:
         """The final state of a job."""
         until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), timeout_s, lambda: f"job {job} is {self.state(job)}")
         return self.state(job)
 
 
-def until(condition: Callable[[], object], timeout_s: float = 60.0, otherwise: Callable[[], str] = lambda: "") -> None:
+def until(condition: Callable[[], object], timeout_s: float = 120.0, otherwise: Callable[[], str] = lambda: "") -> None:
     """Wait for `condition`; a timeout is a failure."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -17,7 +17,7 @@ from pathlib import Path
 from configs.base import ConfigError
 from training.heartbeat import Heartbeat
 
-HANG_TIMEOUT_S = 3.0
+HANG_TIMEOUT_S = 8.0
 
 
 def main() -> None:

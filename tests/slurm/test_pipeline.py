@@ -14,7 +14,7 @@ from launchers.submit import read_record
 from tests.slurm.conftest import Sandbox
 from tests.slurm.walk import SMALL, exported_weights, landiff, last_job, write_site
 
-pytestmark = [pytest.mark.slurm, pytest.mark.long]
+pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(3600)]
 STEPS = ["tokenizer.loop.steps=12", "lm.loop.steps=12", "diffusion-main.loop.steps=6", "diffusion-control.loop.steps=6",
          *(f"{stage}.loop.save_every=2" for stage in ("tokenizer", "lm", "diffusion-main", "diffusion-control"))]
 DISTURBANCES = 20

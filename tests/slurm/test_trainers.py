@@ -16,7 +16,7 @@ from tests.slurm.conftest import Sandbox, until
 from tests.slurm.test_pipeline import processes_of
 from tests.slurm.walk import landiff, landiff_process, last_job, logged_losses, tree_hashes, write_site
 
-pytestmark = [pytest.mark.slurm, pytest.mark.long]
+pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(3600)]
 LM = ["lm", "--config", "nano/lm", "loop.steps=30", "loop.log_every=1", "loop.save_every=5", "data.micro_batch_size=8", "parallel.tensor=2"]
 DIFFUSION = ["diffusion", "--config", "nano/diffusion-main", "loop.steps=3", "loop.log_every=1", "loop.preview_every=0", "zero.stage=2",
              "data.global_batch_size=4", "data.micro_batch_size=1"]
@@ -45,7 +45,7 @@ def submitted(sandbox: Sandbox, folder: Path, words: list[str], run: str, nodes:
     """The trainer over `nodes` nodes, to its end."""
     site = write_site(folder / f"{run}.yaml", stages={words[0]: {"nodes": nodes, "tasks_per_node": 4 // nodes}})
     landiff("submit", *words, f"run=runs/{run}", "--cluster", site)
-    assert sandbox.wait(last_job(folder / "runs" / run), 600) == "COMPLETED"
+    assert sandbox.wait(last_job(folder / "runs" / run), 1500) == "COMPLETED"
     return folder / "runs" / run
 
 
@@ -78,16 +78,16 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(san
     run, site = here / "runs" / "lm-troubled", write_site(here / "troubled.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}})
     landiff("submit", *LM, "run=runs/lm-troubled", "--cluster", site)
     job = last_job(run)
-    until(lambda: (run / "metrics.jsonl").exists(), 180)
+    until(lambda: (run / "metrics.jsonl").exists(), 400)
     sandbox.slurm.signal(job)
-    until(lambda: sandbox.field(job, "Restarts") == "1" and len(processes_of(run)) == 4, 180)
+    until(lambda: sandbox.field(job, "Restarts") == "1" and len(processes_of(run)) == 4, 400)
     time.sleep(1)
     os.kill(processes_of(run)[2], signal.SIGKILL)
-    until(lambda: sandbox.field(job, "Restarts") == "2" and len(processes_of(run)) == 4, 180)
+    until(lambda: sandbox.field(job, "Restarts") == "2" and len(processes_of(run)) == 4, 400)
     node = sandbox.field(job, "BatchHost")
     sandbox.crash(node)
     sandbox.boot(node)
-    assert sandbox.wait(job, 600) == "COMPLETED" and int(sandbox.field(job, "Restarts")) == 3
+    assert sandbox.wait(job, 1500) == "COMPLETED" and int(sandbox.field(job, "Restarts")) == 3
     assert logged_losses(run) == logged_losses(lm_here)
 
 
@@ -107,5 +107,5 @@ def test_fifty_tasks_with_random_kills_make_the_same_bytes(sandbox, here):
             os.kill(draw.choice(victims), signal.SIGKILL)
             kills += 1
         time.sleep(draw.uniform(1, 4))
-    assert sandbox.wait(finalize, 600) == "COMPLETED" and kills == 15
+    assert sandbox.wait(finalize, 1500) == "COMPLETED" and kills == 15
     assert tree_hashes(here / "data-killed") == tree_hashes(here / "data-straight")
