@@ -45,8 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", required=True, metavar="NAME", help=f"packaged name ({example}) or a .yaml file")
         sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; change nothing")
 
-    add("shards", "Cut videos into captioned clips and write WebDataset shards.", config="nano/shards",
-        epilog=OVERRIDES.format(example="num_frames=17 source=videos/captions.csv"))
+    shards = add("shards", "Cut videos into captioned clips and write WebDataset shards.", config="nano/shards",
+                 epilog=OVERRIDES.format(example="num_frames=17 source=videos/captions.csv"))
+    shards.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",
+                        help="run (default; finalizes where it is the only task), finalize (write the manifest), status")
+    shards.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
     precompute = add("precompute", "Compute columns (features, tokens, latents, text) for raw shards.", config="nano/precompute",
                      epilog=OVERRIDES.format(example="batch_size=8"))
     precompute.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",

@@ -142,9 +142,10 @@ say() { echo "$(date -Is) $*"; }
 give_up() { # CODE WHY
     say "giving up: $2"
     echo "$2" >"$JOB/given_up$T"; phase=ended; remember
-    [ ! -e "$JOB/chain" ] || xargs -r scancel <"$JOB/chain"   # those queued behind would find the same
+    leave_chain   # those queued behind would find the same
     exit "$1"
 }
+leave_chain() { [ ! -e "$JOB/chain" ] || grep -vx "${SLURM_JOB_ID:-}" "$JOB/chain" | xargs -r scancel; }
 count_restart() { # crash: ranks failed. outside: a node died, or a stop was asked for
     local now progress=yes; now=$(newest)
     [ "$from" = - ] || [ "$now" != "$from" ] || progress=no
@@ -197,7 +198,7 @@ if finished; then phase=ended; remember; say "done"; exit 0; fi
 [ $rc = 0 ] || [ -n "$asked" ] || show_failure
 [ ! -e "$JOB/config_error$T" ] || give_up 2 "a config error, which the next attempt would meet again: $(cat "$JOB/config_error$T")"
 phase=ended
-if [ -e "$JOB/stopped" ]; then remember; say "stopped by landiff stop; submit again to go on"; exit 75; fi
+if [ -e "$JOB/stopped" ]; then remember; leave_chain; say "stopped by landiff stop; submit again to go on"; exit 75; fi
 if [ -n "$asked" ] || [ $rc = 0 ]; then count_restart outside; else count_restart crash; fi
 remember
 again

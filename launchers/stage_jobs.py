@@ -11,6 +11,8 @@ from pathlib import Path
 
 from configs import Config, ConfigError, load
 from launchers.cluster_config import TRAINERS, ClusterConfig
+from launchers.layout import check_batch
+from launchers.local import default_processes
 from launchers.slurm_script import Job
 
 CONFIG = "config.yaml"  # in the job folder
@@ -95,10 +97,13 @@ def config_class(stage: str) -> type[Config]:
 
 def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Planned:
     config = load(config_class(args.stage), args.config, args.overrides)
-    run = place.workdir / config.run
+    run, resources = place.workdir / config.run, place.cluster.resources(args.stage, place.nodes)
+    if place.cluster.scheduler == "local" and resources.tasks_per_node is None:
+        resources = resources.model_copy(update={"tasks_per_node": default_processes()})
+    check_batch(config, resources.nodes * resources.tasks)  # now, not in the queue
     job = Job(
         name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
-        resources=place.cluster.resources(args.stage, place.nodes), trainer=True, made_by=place.made_by, python=place.python, here=place.here,
+        resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
     )
     return Planned(args.stage, job, config, steps=config.loop.steps)
 
