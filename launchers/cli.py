@@ -54,10 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
     shards.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
     precompute = add("precompute", "Compute columns (features, tokens, latents, text) for raw shards.", config="nano/precompute",
                      epilog=OVERRIDES.format(example="batch_size=8"))
-    precompute.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",
-                            help="run (default; finalizes when nothing is left), finalize (merge into the manifest), status")
+    precompute.add_argument("action", nargs="?", default="run",
+                            choices=["run", "finalize", "status", "retry", "verify", "estimate"],
+                            help="run (default; finalizes when nothing is left), finalize (merge into the manifest), status (how far, how "
+                                 "fast), retry (the array expression of what is missing), verify (read and make a share again), "
+                                 "estimate (disk and hours, before anything runs)")
     precompute.add_argument("--no-finalize", action="store_true", help="leave the merge to a later job, where several columns are computed side by side")
     precompute.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
+    precompute.add_argument("--tasks", type=int, metavar="N", help="of how many tasks, where only some of an array run again")
+    precompute.add_argument("--sample", default="1%", metavar="SHARE", help="verify: of the finished shards, e.g. 1%% or 0.5 (at least one)")
+    precompute.add_argument("--clips", type=int, default=16, metavar="N", help="estimate: from so many clips")
 
     train = commands.add_parser("train", help="Train one of the three models.", description="Train one of the three models.")
     stages = train.add_subparsers(dest="stage", metavar="STAGE", required=True)

@@ -6,11 +6,15 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs import ConfigError, dump, find, load
 from configs.files import write_text
 from configs.loader import packaged_names
 from launchers.progress import Progress
+
+if TYPE_CHECKING:
+    from data_pipeline.precompute_config import PrecomputeConfig
 
 
 class JobFailed(RuntimeError):
@@ -54,14 +58,11 @@ def precompute_job(args: argparse.Namespace) -> int:
         return show(config, f"would compute {', '.join(config.columns)} for the shards of {config.data}")
     from data_pipeline import precompute
 
-    if args.action == "status":
-        print(f"{'column':<24}{'done':>8}{'left':>8}")
-        for row in precompute.status(config):
-            print(f"{row.column:<24}{row.done:>8}{row.left:>8}")
-        return 0
-    task = parse_task(args.task)
+    if args.action in ("status", "retry", "verify", "estimate"):
+        return precompute_question(args, config)
+    task = parse_task(args.task, args.tasks)
     if args.action == "run":
-        summary = precompute.run(config, task=task, progress=Progress("precompute", "clips"))
+        summary = precompute.run(config, task=task, progress=Progress("precompute", "clips", every_s=60.0))
         print(f"precompute: {summary}")
     if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)
@@ -70,6 +71,28 @@ def precompute_job(args: argparse.Namespace) -> int:
             from launchers.preview import codec_round_trip
 
             codec_round_trip(config, Path("runs/precompute"))
+    return 0
+
+
+def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> int:
+    """status, retry, verify, estimate: what changes nothing."""
+    from data_pipeline import precompute
+    from data_pipeline.precompute_status import table
+
+    if args.action == "status":
+        print(table(precompute.status(config)))
+    elif args.action == "estimate":
+        print(precompute.estimate(config, args.clips))
+    elif args.action == "retry":
+        if not args.tasks:
+            raise ConfigError("landiff precompute retry needs --tasks N: of how many tasks the array was")
+        for column, expression in precompute.retry(config, args.tasks).items():
+            print(f"{column:<24}{f'--array={expression}' if expression else 'nothing is missing'}")
+    else:
+        checks = precompute.verify(config, parse_share(args.sample))
+        print("\n".join(map(str, checks)))
+        if any(check.problems for check in checks):
+            raise JobFailed("columns are not what they should be; see the lines marked WRONG")
     return 0
 
 
@@ -231,8 +254,24 @@ def counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
 
 
-def parse_task(text: str | None) -> tuple[int, int]:
-    """`3/50` -> (3, 50), 0-based; a SLURM array's own variables where nothing is given."""
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` -> 0.01."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"--sample {text} must be a share above 0, at most 1, e.g. 1% or 0.5")
+    return share
+
+
+def parse_task(text: str | None, tasks: int | None = None) -> tuple[int, int]:
+    """`3/50` -> (3, 50), 0-based; a SLURM array's own variables where nothing is given.
+
+    `tasks`: of how many, where the array holds only some of them (`landiff precompute retry`).
+    """
+    if text is None and tasks is not None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        text = f"{os.environ['SLURM_ARRAY_TASK_ID']}/{tasks}"
     if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
         return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, int(os.environ["SLURM_ARRAY_TASK_COUNT"])

@@ -141,8 +141,11 @@ def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) ->
     planned = []
     for column in config.columns:
         part = config.model_copy(update={"columns": {column: config.columns[column]}, "redo": tuple(c for c in config.redo if c == column)})
-        one = single("precompute", place, f"{stem}-{column}", ("precompute", "run", "--no-finalize"), part)
-        planned.append(replace(one, job=replace(one.job, array=is_array(place, "precompute"))))
+        array = is_array(place, "precompute")
+        # told, not taken from the array's size: some of its tasks may run again alone
+        tasks = ("--tasks", str(place.cluster.resources("precompute").array)) if array else ()
+        one = single("precompute", place, f"{stem}-{column}", ("precompute", "run", "--no-finalize", *tasks), part)
+        planned.append(replace(one, job=replace(one.job, array=array)))
     return [*planned, replace(finalize, after=tuple(p.name for p in planned))]
 
 
