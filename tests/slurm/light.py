@@ -1,7 +1,7 @@
 """A trainer without torch, for what the launcher does around one: 0.1 s a step, a checkpoint every few.
 
 Every step's loss follows from the one before, so a lost or repeated step shows. It reads `stop`, writes
-`checkpoints/`, `metrics.jsonl` and `done` as training/run.py does. Rank 0 speaks for all.
+`checkpoints/`, `metrics.jsonl` and `done` as training/run.py does. Ranks go step by step together.
 
     light.py RUN STEPS [FAULT]     FAULT: rank:step:kind, kind one of exit, config, kill, hang, always
 """
@@ -23,47 +23,62 @@ HANG_TIMEOUT_S = 8.0
 def main() -> None:
     run, steps = Path(sys.argv[1]), int(sys.argv[2])
     fault = sys.argv[3].split(":") if len(sys.argv) > 3 else None
-    rank = int(os.environ["RANK"])
-    dead = run / f"dead_{os.environ['SLURM_JOB_ID']}_{os.environ.get('SLURM_RESTART_COUNT') or os.environ.get('LANDIFF_RESTART', 0)}"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    restart = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("LANDIFF_RESTART", "0")
+    meeting = run / f"meeting_{os.environ['SLURM_JOB_ID']}_{restart}"
+    meeting.mkdir(parents=True, exist_ok=True)
     saved = sorted((run / "checkpoints").glob("step_????????"))
     step, loss = json.loads((saved[-1] / "state.json").read_text()) if saved else (0, 1)
     signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())  # as training.distributed: a wish, not an end
     if rank == 0:
         (run / "stop").unlink(missing_ok=True)
-    print(f"rank {rank} of {os.environ['WORLD_SIZE']} on {os.uname().nodename} starts at step {step}, master {os.environ.get('MASTER_ADDR')}, code {__file__}", flush=True)
-    with Heartbeat(run, rank, HANG_TIMEOUT_S, grace_s=0.5) as heartbeat:
+    print(f"rank {rank} of {size} on {os.uname().nodename} starts at step {step}, master {os.environ.get('MASTER_ADDR')}, code {__file__}", flush=True)
+    meet(meeting, rank, size, step)
+    with Heartbeat(run, rank, HANG_TIMEOUT_S, grace_s=2) as heartbeat:
         while step < steps:
             time.sleep(0.1)
             step += 1
-            heartbeat.beat(step)
+            if fault and (rank, step) == (int(fault[0]), int(fault[1])):
+                break_down(run / f"broken_{rank}", meeting, fault[2])
+            if rank == 0 and (run / "stop").exists():
+                (meeting / "stop_at").write_text(str(step))  # before the others can be through with this step
+            meet(meeting, rank, size, step)
             loss = zlib.crc32(f"{loss}:{step}".encode())
+            heartbeat.beat(step)
+            stopping = (meeting / "stop_at").exists() and int((meeting / "stop_at").read_text()) == step
             if rank == 0:
                 with open(run / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step, "time": time.time(), "train/loss": loss, "throughput/steps_per_s": 10.0}) + "\n")
-            if fault and (rank, step) == (int(fault[0]), int(fault[1])):
-                break_down(run / f"broken_{rank}", dead, fault[2])
-            if dead.exists():  # a collective would say so
-                time.sleep(0.5)
-                raise ConnectionError("a peer is gone")
-            stopping = (run / "stop").exists()
-            if rank == 0 and (step % 10 == 0 or stopping or step == steps):
-                save(run, step, loss)
+                if step % 10 == 0 or stopping or step == steps:
+                    save(run, step, loss)
             if stopping:
                 print(f"rank {rank} saved step {step} and leaves", flush=True)
-                time.sleep(0.3)  # all ranks see the file
                 break
     if step == steps and rank == 0:
         (run / "done").write_text(f"{step}\n")
 
 
-def break_down(marker: Path, dead: Path, kind: str) -> None:
+def meet(meeting: Path, rank: int, size: int, step: int) -> None:
+    """A collective: wait until all ranks are at this step. Raises when one is gone."""
+    mine = meeting / f".{rank}"
+    mine.write_text(str(step))
+    mine.rename(meeting / str(rank))
+    for other in range(size):
+        while not (meeting / str(other)).exists() or int((meeting / str(other)).read_text()) < step:
+            if (meeting / "dead").exists():
+                time.sleep(0.5)  # the one that died is the first to say why
+                raise ConnectionError("a peer is gone")
+            time.sleep(0.02)
+
+
+def break_down(marker: Path, meeting: Path, kind: str) -> None:
     """Once, or with `always` each time."""
     if marker.exists():
         return
     if kind != "always":
         marker.touch()
     if kind != "hang":
-        dead.touch()
+        (meeting / "dead").touch()
     if kind == "config":
         raise ConfigError("data.manifest = gone: there is no such file")
     if kind == "hang":
