@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from data_pipeline.columns import DamagedSample, FolderReader
 from data_pipeline.schema import RAW, RawSample, ShardEntry
-from data_pipeline.video import ClipBackend, ClipDamaged, decode_clip
+from data_pipeline.video import ClipBackend, ClipDamaged, SafeDecoder, Wanted, decode_clip
+from data_pipeline.video_child import Failure
+
+BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -41,37 +45,70 @@ class Clip:
     problem: Problem | None = None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A batch of one shard's clips on its way; `last` of its shard, and empty where the shard is."""
+
+    shard: int
+    clips: list[Clip]  # all of the shard, without frames
+    batch: list[Clip]
+    last: bool
+
+
 class ClipReader:
-    """Reads raw shards; threads decode up to two batches ahead of the caller."""
+    """Reads raw shards; threads decode up to two batches ahead of the caller.
+
+    decord decodes in this process: it sees only bytes whose checksum says that we wrote them. PyAV works in one
+    child process a thread, and whatever happens there costs a clip.
+    """
 
     def __init__(self, data: Path, shards: Sequence[ShardEntry], *, decoder: ClipBackend, threads: int) -> None:
         self.decoder, self.threads = decoder, threads
         self.decode_s = 0.0  # of all threads together
         self._shards = shards
-        self._json = FolderReader(data, RAW, "json", shards, keep=2)
-        self._mp4 = FolderReader(data, RAW, "mp4", shards, keep=2)
+        self._json = FolderReader(data, RAW, "json", shards, keep=4)
+        self._mp4 = FolderReader(data, RAW, "mp4", shards, keep=4)
+        self._own = threading.local()
+        self._children: list[SafeDecoder] = []
 
     def clips(self, shard: int) -> list[Clip]:
         """All clips of a shard, without frames."""
         return [self._meta(shard, position) for position in range(self._shards[shard].samples)]
 
-    def batches(self, shard: int, clips: Sequence[Clip], size: int) -> Iterator[list[Clip]]:
-        """The clips of a shard in order, with frames."""
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            coming = iter(clips)
-            ahead = deque(pool.submit(self._decode, shard, clip) for clip in islice(coming, 3 * size))
+    def stream(self, plan: Iterable[tuple[int, bool]], size: int) -> Iterator[Piece]:
+        """The clips of the shards of `plan`, in order and batches; (shard, True) asks for their frames.
+
+        Decoding goes on over the ends of shards, and `plan` is asked as far ahead.
+        """
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        ahead: deque[tuple[int, list[Clip], list[Future[tuple[Clip, float]]] | list[Clip], bool]] = deque()
+        try:
+            for shard, with_frames in plan:
+                clips = self.clips(shard)
+                parts = [clips[at : at + size] for at in range(0, len(clips), size)] or [[]]
+                for number, part in enumerate(parts):
+                    work = [pool.submit(self._decode, shard, clip) for clip in part] if with_frames else part
+                    ahead.append((shard, clips, work, number == len(parts) - 1))
+                    if len(ahead) > BATCHES_AHEAD:
+                        yield self._ready(*ahead.popleft())
             while ahead:
-                batch = []
-                for future in [ahead.popleft() for _ in range(min(size, len(ahead)))]:
-                    clip, seconds = future.result()
-                    self.decode_s += seconds
-                    batch.append(clip)
-                ahead.extend(pool.submit(self._decode, shard, clip) for clip in islice(coming, len(batch)))
-                yield batch
+                yield self._ready(*ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         self._json.close()
         self._mp4.close()
+        for child in self._children:
+            child.close()
+
+    def _ready(self, shard: int, clips: list[Clip], work: list, last: bool) -> Piece:
+        batch = []
+        for item in work:
+            clip, seconds = item.result() if isinstance(item, Future) else (item, 0.0)
+            self.decode_s += seconds
+            batch.append(clip)
+        return Piece(shard, clips, batch, last)
 
     def _meta(self, shard: int, position: int) -> Clip:
         key = self._json.index(shard).keys[position]
@@ -86,19 +123,25 @@ class ClipReader:
             return clip, 0.0
         begin = time.perf_counter()
         try:
-            data = self._mp4.read(shard, clip.position).numpy().tobytes()
-            frames = decode_clip(data, backend=self.decoder, sha256=clip.meta.video_sha256)
+            frames = self._frames(self._mp4.read(shard, clip.position).numpy().tobytes(), clip.meta)
         except (DamagedSample, ClipDamaged) as error:
-            return replace(clip, problem=Problem("damaged", str(error))), time.perf_counter() - begin
-        if len(frames) != clip.meta.num_frames:
-            problem = Problem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
-            return replace(clip, problem=problem), time.perf_counter() - begin
-        return replace(clip, frames=frames), time.perf_counter() - begin
+            frames = Problem("damaged", str(error))
+        if not isinstance(frames, Problem) and len(frames) != clip.meta.num_frames:
+            frames = Problem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
+        decoded = replace(clip, problem=frames) if isinstance(frames, Problem) else replace(clip, frames=frames)
+        return decoded, time.perf_counter() - begin
 
-
-def in_batches(clips: Sequence[Clip], size: int) -> Iterator[list[Clip]]:
-    """The clips in order, as they are."""
-    return (list(clips[at : at + size]) for at in range(0, len(clips), size))
+    def _frames(self, data: bytes, meta: RawSample) -> np.ndarray | Problem:
+        if self.decoder == "decord":
+            return decode_clip(data, backend="decord", sha256=meta.video_sha256)
+        if hashlib.sha256(data).hexdigest() != meta.video_sha256:
+            return Problem("damaged", f"the clip does not have the sha256 of its JSON, {meta.video_sha256[:16]}...")
+        child = getattr(self._own, "child", None)
+        if child is None:
+            child = self._own.child = SafeDecoder()
+            self._children.append(child)
+        (frames,) = child.decode(data, [0.0], Wanted(meta.num_frames, meta.fps, meta.height, meta.width))
+        return Problem(frames.reason, frames.detail) if isinstance(frames, Failure) else frames
 
 
 def by_shape(clips: Sequence[Clip], prepare: Callable[[Clip], np.ndarray | Tensor | Problem],

@@ -1,8 +1,11 @@
 """Reading samples by offset: raw metadata and any columns, aligned by key, checked on the way.
 
 A read is one `preadv` of the tar block header and the part behind it, straight into the memory that the
-tensor then owns: no decoding, no copy after the kernel's, and a file that shrinks or a disk that fails is
-an error here (with a memory map it would be a SIGBUS that ends the trainer).
+tensor then shares with its batch: no decoding, no copy after the kernel's, and a file that shrinks or a disk
+that fails is an error here (with a memory map it would be a SIGBUS that ends the trainer).
+
+What is noticed without `checksum`: another size, another member name, a tensor header that does not parse or fit.
+With it: any change of the tensor's bytes (CRC-32). `landiff precompute verify` compares whole shards.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import json
 import math
 import os
 import struct
+import sys
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +27,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from data_pipeline.remote import Remote
 from data_pipeline.schema import (
     RAW,
     Column,
@@ -36,6 +42,8 @@ from data_pipeline.shards import ShardError, read_sidecar, sidecar_path
 
 TAR_BLOCK = 512
 OPEN_FILES = 256
+ALIGNMENT = 64  # of parts in memory; safetensors' headers keep tensors on 8 from there
+BUFFER_SLACK = 1 << 20
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -47,17 +55,18 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 def pack_tensor(name: str, tensor: Tensor) -> bytes:
     """One tensor as a safetensors file whose bytes depend on nothing else."""
     tensor = tensor.detach().cpu().contiguous()
-    size = tensor.numel() * tensor.element_size()
-    header = json.dumps({name: {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [0, size]}},
+    data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    header = json.dumps({"__metadata__": {"crc32": f"{zlib.crc32(data):08x}"},
+                         name: {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [0, len(data)]}},
                         separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return struct.pack("<Q", len(header)) + header + data
 
 
-def parse_tensor(part: Tensor, name: str) -> Tensor:
+def parse_tensor(part: Tensor, name: str, *, checksum: bool = False) -> Tensor:
     """The tensor `name` of a safetensors file in memory (uint8 [size]); shares its memory.
 
-    Raises ValueError where the bytes are no such file.
+    Raises ValueError where the bytes are no such file, or with `checksum` where they are not those that were written.
     """
     size = part.numel()
     if size < 8:
@@ -74,6 +83,10 @@ def parse_tensor(part: Tensor, name: str) -> Tensor:
     if not 0 <= begin <= end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"the safetensors header gives {dtype} {list(shape)} the bytes {begin}..{end} of {size - 8 - length}")
     data = part[8 + length + begin : 8 + length + end]
+    if checksum:
+        written = header.get("__metadata__", {}).get("crc32")
+        if written is not None and int(written, 16) != (found := zlib.crc32(data.numpy())):
+            raise ValueError(f"the tensor's bytes have CRC-32 {found:08x}, they were written with {written}")
     if data.storage_offset() % dtype.itemsize:  # only where another writer left its header unpadded
         data = data.clone()
     return data.view(dtype).view(shape)
@@ -137,9 +150,11 @@ class FolderReader:
     """Reads one part of each sample of a folder of shards: the JSON of `raw/`, or the tensor of a column."""
 
     def __init__(self, data: Path, name: str, part: str, shards: Sequence[ShardEntry], *, column: Column | None = None,
-                 raw_shards: Sequence[ShardEntry] = (), adopt: bool = False, keep: int = 64) -> None:
+                 raw_shards: Sequence[ShardEntry] = (), adopt: bool = False, keep: int = 64, checksum: bool = False,
+                 remote: Remote | None = None) -> None:
         """`keep` shards' indices stay in memory. `column` and `raw_shards` are what a column must agree with."""
         self.folder, self.name, self.part = data / name, name, part
+        self.checksum, self.remote = checksum, remote
         self.shards, self.column, self.raw_shards, self.adopt, self.keep = shards, column, raw_shards, adopt, keep
         self._files = _Files()
         self._indices: OrderedDict[int, _Index] = OrderedDict()
@@ -155,14 +170,21 @@ class FolderReader:
             self._indices.move_to_end(shard)
             return index
 
-    def read(self, shard: int, slot: int) -> Tensor:
-        """The part of sample `slot` of a shard, uint8 [size]. Raises ShardError with the file and the key."""
+    def size(self, shard: int, slot: int) -> int:
+        """Bytes of memory that `read` wants for a sample."""
+        return -(-(TAR_BLOCK + self.index(shard).sizes[slot]) // ALIGNMENT) * ALIGNMENT
+
+    def read(self, shard: int, slot: int, memory: Tensor | None = None) -> Tensor:
+        """The part of sample `slot` of a shard, uint8 [size], in `memory` (uint8, of `size` bytes) where it is given.
+
+        Raises ShardError with the file and the key.
+        """
         index = self.index(shard)
         size, key = index.sizes[slot], index.keys[slot]
         # 512 in front hold the tar's own header of this member: its name says whether index and tar agree
-        memory = torch.empty(TAR_BLOCK + size, dtype=torch.uint8)
+        memory = torch.empty(TAR_BLOCK + size, dtype=torch.uint8) if memory is None else memory[: TAR_BLOCK + size]
         try:
-            count = self._files.read(index.path, index.offsets[slot] - TAR_BLOCK, memoryview(memory.numpy()))
+            count = self._read_bytes(shard, index, index.offsets[slot] - TAR_BLOCK, memoryview(memory.numpy()))
         except OSError as error:
             raise ShardError(f"{index.path}, sample {key}: {error}") from error
         member = f"{key}.{self.part}".encode()
@@ -173,15 +195,23 @@ class FolderReader:
                              f"it {what}; {self._redo()}")
         return memory[TAR_BLOCK:]
 
-    def read_tensor(self, shard: int, slot: int) -> Tensor:
+    def read_tensor(self, shard: int, slot: int, memory: Tensor | None = None) -> Tensor:
         stem = self.part.split(".", 1)[0]
+        part = self.read(shard, slot, memory)
         try:
-            return parse_tensor(self.read(shard, slot), stem)
-        except ShardError:
-            raise
+            return parse_tensor(part, stem, checksum=self.checksum)
         except ValueError as error:
             index = self.index(shard)
             raise ShardError(f"{index.path}, sample {index.keys[slot]}: {error}; {self._redo()}") from None
+
+    def _read_bytes(self, shard: int, index: _Index, offset: int, buffer: memoryview) -> int:
+        try:
+            return self._files.read(index.path, offset, buffer)
+        except FileNotFoundError:
+            if self.remote is None:
+                raise
+            self.remote.fetch(self.name, self.shards[shard], self.part)  # it had to make room in the cache
+            return self._files.read(index.path, offset, buffer)
 
     def close(self) -> None:
         self._files.close()
@@ -189,6 +219,7 @@ class FolderReader:
     def _read_index(self, shard: int) -> _Index:
         entry = self.shards[shard]
         tar = self.folder / f"{entry.name}.tar"
+        stored = tar if self.remote is None else self.remote.fetch(self.name, entry, self.part)
         sidecar = read_sidecar(tar)
         if sidecar is None:
             raise ShardError(f"{sidecar_path(tar)} does not exist, but the manifest lists it; {self._redo()}")
@@ -196,7 +227,7 @@ class FolderReader:
             raise ShardError(f"{tar} is not the shard that the manifest lists (sha256 {sidecar.entry.sha256[:16]}, there "
                              f"{entry.sha256[:16]}): it was made again since; run `landiff precompute finalize`")
         try:
-            size = tar.stat().st_size
+            size = stored.stat().st_size
         except OSError as error:
             raise ShardError(f"{tar}: {error}; {self._redo()}") from error
         if size != entry.bytes:
@@ -207,7 +238,7 @@ class FolderReader:
             places = [parts[self.part] for _, parts in sidecar.index]
         except KeyError:
             raise ShardError(f"{tar}: a sample has no part {self.part!r}; {self._redo()}") from None
-        return _Index(tar, [key for key, _ in sidecar.index], [p[0] for p in places], [p[1] for p in places])
+        return _Index(stored, [key for key, _ in sidecar.index], [p[0] for p in places], [p[1] for p in places])
 
     def _check_origin(self, tar: Path, sidecar: Sidecar, shard: int) -> None:
         if sidecar.fingerprint != self.column.fingerprint:
@@ -222,19 +253,56 @@ class FolderReader:
         return f"delete {self.folder.name}'s tar and sidecar of that name and run `{command}` again"
 
 
+class Buffers:
+    """Memory of batches, taken again when nobody holds a tensor in it any more: fresh pages cost as much as the read."""
+
+    def __init__(self, kept: int) -> None:
+        """Up to `kept` that are free or in use are remembered."""
+        self._kept = kept
+        self._arrays: list[np.ndarray] = []
+        self._lock = threading.Lock()
+        probe = [np.empty(0, np.uint8)]
+        self._unused = sys.getrefcount(probe[0])  # of an array that only a list knows
+
+    def take(self, size: int) -> Tensor:
+        """uint8 [size or more]; every tensor that shares its memory keeps it from being taken again."""
+        with self._lock:
+            free = [at for at in range(len(self._arrays)) if sys.getrefcount(self._arrays[at]) == self._unused]
+            fitting = [at for at in free if size <= self._arrays[at].size <= 2 * size + BUFFER_SLACK]
+            if fitting:
+                return torch.from_numpy(self._arrays[min(fitting, key=lambda at: self._arrays[at].size)])
+            array = np.empty(size + size // 8 + BUFFER_SLACK // 16, np.uint8)
+            if len(self._arrays) >= self._kept and free:
+                self._arrays[free[0]] = array
+            elif len(self._arrays) < self._kept:
+                self._arrays.append(array)
+            return torch.from_numpy(array)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What to read for one sample."""
+
+    shard: int
+    position: int  # in the raw shard
+    slots: dict[str, int]  # in each column
+    size: int  # bytes of memory for all of it
+
+
 class AlignedColumns:
     """Samples of a data set with the wanted columns; clips that any of them set aside do not take part."""
 
-    def __init__(self, data: Path, manifest: Manifest, columns: Sequence[str], *, adopt: bool = False, keep: int = 64) -> None:
+    def __init__(self, data: Path, manifest: Manifest, columns: Sequence[str], *, adopt: bool = False, keep: int = 64,
+                 checksum: bool = False, remote: Remote | None = None) -> None:
         """`keep`: indices of so many shards stay in memory. Raises ShardError where a column is missing or stale."""
         check_columns(manifest, columns, adopt=adopt)
         self.manifest, self.columns = manifest, tuple(columns)
-        self._raw = FolderReader(data, RAW, "json", manifest.shards, keep=keep)
+        self._raw = FolderReader(data, RAW, "json", manifest.shards, keep=keep, remote=remote)
         self._readers: dict[str, FolderReader] = {}
         for name in columns:
             column = manifest.columns[name]
             self._readers[name] = FolderReader(data, name, f"{column_stem(name)}.safetensors", column.shards, column=column,
-                                               raw_shards=manifest.shards, adopt=adopt, keep=keep)
+                                               raw_shards=manifest.shards, adopt=adopt, keep=keep, checksum=checksum, remote=remote)
         # {shard: raw positions left out}, and each column's own, for the shards where there are any
         self._excluded: dict[int, list[int]] = {}
         for shard, raw in enumerate(manifest.shards):
@@ -256,25 +324,40 @@ class AlignedColumns:
         """Fingerprint of the clips that don't take part."""
         return fingerprint(sorted(self._excluded.items()))
 
-    def read(self, shard: int, slot: int) -> tuple[RawSample, dict[str, Tensor]]:
-        """Sample `slot` among those of the shard that take part."""
+    def plan(self, shard: int, slot: int) -> Reads:
+        """Where sample `slot`, among those of the shard that take part, lies in every folder. Raises ShardError."""
         position = _with_gaps(slot, self._excluded.get(shard, ()))
         raw_index = self._raw.index(shard)
         key = _key_at(raw_index, position)
-        try:
-            meta = RawSample.model_validate_json(self._raw.read(shard, position).numpy().tobytes())
-        except ValidationError as error:
-            raise ShardError(f"{raw_index.path}, sample {key}: its JSON is not a raw sample: {error}") from None
-        tensors = {}
+        slots, size = {}, self._raw.size(shard, position)
         for name, reader in self._readers.items():
             missing = self.manifest.columns[name].shards[shard].missing
             own = position - sum(m < position for m in missing)
             index = reader.index(shard)
             found = _key_at(index, own)
-            if found != key or meta.key != key:
+            if found != key:
                 raise ShardError(f"{index.path} is not aligned with {raw_index.path}: sample {own} is {found}, where {key} "
-                                 f"(its JSON: {meta.key}) should be; delete it and run `landiff precompute` again")
-            tensors[name] = reader.read_tensor(shard, own)
+                                 "should be; delete it and run `landiff precompute` again")
+            slots[name] = own
+            size += reader.size(shard, own)
+        return Reads(shard, position, slots, size)
+
+    def read(self, reads: Reads, memory: Tensor) -> tuple[RawSample, dict[str, Tensor]]:
+        """One sample, its tensors in `memory` (uint8, at least `reads.size`). Raises ShardError with file and key."""
+        raw_index = self._raw.index(reads.shard)
+        key = raw_index.keys[reads.position]
+        text = self._raw.read(reads.shard, reads.position, memory)
+        at = self._raw.size(reads.shard, reads.position)
+        try:
+            meta = RawSample.model_validate_json(text.numpy().tobytes())
+        except ValidationError as error:
+            raise ShardError(f"{raw_index.path}, sample {key}: its JSON is not a raw sample: {error}") from None
+        if meta.key != key:
+            raise ShardError(f"{raw_index.path}, sample {key}: its JSON is that of {meta.key}; {self._raw._redo()}")
+        tensors = {}
+        for name, reader in self._readers.items():
+            tensors[name] = reader.read_tensor(reads.shard, reads.slots[name], memory[at:])
+            at += reader.size(reads.shard, reads.slots[name])
         return meta, tensors
 
     def close(self) -> None:

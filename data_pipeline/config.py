@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from configs.base import Config
 
 
-class DataConfig(Config):
+class SourceConfig(Config):
+    """One data set."""
+
+    manifest: Path  # data folder, or its manifest.json; with `remote`, the folder that caches what was fetched
+    remote: str = ""  # fsspec URL of the data folder, e.g. s3://bucket/train; "": `manifest` holds everything
+    cache_gigabytes: PositiveFloat = 100.0  # of shards in `manifest` that `remote` may fill; the least recently used go
+    weight: PositiveFloat = 1.0  # how often a sample comes in an epoch: 1 exactly once, 0.5 every second epoch, 2 twice
+
+
+class DataConfig(SourceConfig):
     """What a trainer reads, and how it is cut into batches."""
 
-    manifest: Path  # data folder, or its manifest.json
+    blend: tuple[SourceConfig, ...] = ()  # further data sets, mixed evenly with the first
     global_batch_size: PositiveInt  # samples of one optimizer step over all ranks
     micro_batch_size: PositiveInt = 1  # samples of one forward on one rank
     seed: NonNegativeInt = 0  # of the order; the global order is a function of (manifest, seed, epoch)
     shuffle_window: PositiveInt = 16  # shards whose samples are mixed
     prefetch_batches: NonNegativeInt = 2  # read ahead in the background; 0 = in the trainer's own thread
+    read_threads: PositiveInt = Field(default=1, le=64)  # that share the reading of each batch; more for remote data
+    checksum: bool = False  # compare every tensor with the CRC-32 it was written with; without, names and sizes only
     adopt: bool = False  # accept columns whose fingerprints don't fit; the one way past the refusal
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """All data sets, the first one first."""
+        return (self, *self.blend)

@@ -3,6 +3,9 @@
 Global batch k is samples k * G .. (k + 1) * G - 1 of the endless stream (order.py), whatever the number of
 ranks; rank r of n takes every n-th of them, so micro-batch m of all ranks together is one stretch of the
 global batch. What must survive a restart is one number: how many samples were handed out.
+
+A blend of data sets and buckets of shapes change what global batch k holds (`order.BatchOrder`), nothing else.
+The tensors of a batch share memory that is used again when the last of them is gone.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import numpy as np
 from torch import Tensor
 
 from configs.base import ConfigError
-from data_pipeline.columns import AlignedColumns, require_encoder
-from data_pipeline.config import DataConfig
-from data_pipeline.order import Order
-from data_pipeline.schema import FORMAT_VERSION, RawSample
+from data_pipeline.columns import AlignedColumns, Buffers, require_encoder
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.order import BatchOrder, Source
+from data_pipeline.remote import open_remote
+from data_pipeline.schema import FORMAT_VERSION, RawSample, fingerprint
 from data_pipeline.shards import ShardError, read_manifest
 
 __all__ = ["Batch", "Loader", "Sample", "require_encoder"]
@@ -71,36 +75,44 @@ class Loader:
                 f"{f'{below} or ' if below else ''}{below + unit}"
             )
         self.config = config
-        self.manifest = read_manifest(config.manifest)
-        data = config.manifest.parent if config.manifest.suffix == ".json" else config.manifest
-        self._columns = AlignedColumns(data, self.manifest, columns, adopt=config.adopt, keep=2 * config.shuffle_window + 2)
-        self._order = Order(self._columns.counts, seed=config.seed, window=config.shuffle_window)
+        self._sets = [_open(source, config, columns) for source in config.sources]
+        self.manifest = self._sets[0].manifest
+        if not config.adopt:
+            _refuse_mixed(self._sets, columns)
+        sources = [Source(one.counts, [s.bucket for s in one.manifest.shards], source.weight)
+                   for one, source in zip(self._sets, config.sources, strict=True)]
+        self._order = BatchOrder(sources, seed=config.seed, window=config.shuffle_window, batch_size=config.global_batch_size)
         if not self.num_samples:
-            raise ShardError(f"{data} holds no clip that has all of {', '.join(columns) or 'raw'}; see reject_counts in its manifest")
+            raise ShardError(f"{config.manifest} holds no clip that has all of {', '.join(columns) or 'raw'}; see reject_counts in its manifest")
         self._positions = np.arange(dp_rank, config.global_batch_size, dp_size)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader") if config.prefetch_batches else None
-        self._ahead: deque[Future[Batch]] = deque()
+        self._pool = ThreadPoolExecutor(config.read_threads, thread_name_prefix="loader") if config.prefetch_batches else None
+        self._buffers = Buffers((config.prefetch_batches + 3) * config.read_threads)
+        self._ahead: deque[list[Future[list[Sample]]]] = deque()
         self._step = 0
         self.wait_s = 0.0
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch: clips that every wanted column has."""
+        """Samples of one epoch: clips that every wanted column has, times their data sets' weights."""
         return self._order.num_samples
 
     def next_batch(self) -> Batch:
         """This rank's share of the next global batch. Raises ShardError with file and key of a damaged sample."""
         begin = time.perf_counter()
         if self._pool is None:
-            batch = self._read_batch(self._step)
+            samples = self._read(self._step, self._positions)
         else:
             while len(self._ahead) <= self.config.prefetch_batches:
-                self._ahead.append(self._pool.submit(self._read_batch, self._step + len(self._ahead)))
+                step = self._step + len(self._ahead)
+                self._ahead.append([self._pool.submit(self._read, step, some) for some in self._shares()])
             try:
-                batch = self._ahead.popleft().result()
+                samples = [sample for some in self._ahead.popleft() for sample in some.result()]
             except BaseException:
                 self._forget_ahead()
                 raise
+        size = self.config.micro_batch_size
+        micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
+        batch = Batch(self._step, self.config.global_batch_size, micro_batches)
         self._step += 1
         self.wait_s += time.perf_counter() - begin
         return batch
@@ -125,11 +137,12 @@ class Loader:
         self._step = step
 
     def close(self) -> None:
-        """End the background thread and close the files."""
+        """End the background threads and close the files."""
         self._forget_ahead()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
-        self._columns.close()
+        for one in self._sets:
+            one.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -139,30 +152,62 @@ class Loader:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "data": self.manifest.fingerprint,
+            "data": self.manifest.fingerprint if len(self._sets) == 1 else fingerprint(*self._identities()),
             "num_samples": self.num_samples,
-            "exclusions": self._columns.exclusions,
+            "exclusions": self._sets[0].exclusions if len(self._sets) == 1 else fingerprint(*(one.exclusions for one in self._sets)),
             "seed": self.config.seed,
             "shuffle_window": self.config.shuffle_window,
             "global_batch_size": self.config.global_batch_size,
         }
 
+    def _identities(self) -> list[tuple[str, float]]:
+        return [(one.manifest.fingerprint, source.weight) for one, source in zip(self._sets, self.config.sources, strict=True)]
+
     def _forget_ahead(self) -> None:
-        for future in self._ahead:
-            future.cancel()
+        for futures in self._ahead:
+            for future in futures:
+                future.cancel()
         self._ahead.clear()
 
-    def _read_batch(self, step: int) -> Batch:
-        indices = step * self.config.global_batch_size + self._positions
-        places = self._order.locate(indices)
-        samples = []
-        for at, position in enumerate(self._positions):
-            meta, tensors = self._columns.read(int(places.shard[at]), int(places.slot[at]))
-            samples.append(Sample(key=meta.key, epoch=int(places.epoch[at]), index=int(indices[at]), position=int(position),
-                                  meta=meta, tensors=tensors))
-        size = self.config.micro_batch_size
-        micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
-        return Batch(step, self.config.global_batch_size, micro_batches)
+    def _shares(self) -> list[np.ndarray]:
+        """This rank's positions, for each thread a stretch of them."""
+        return [some for some in np.array_split(self._positions, self.config.read_threads) if some.size]
+
+    def _read(self, step: int, positions: np.ndarray) -> list[Sample]:
+        """Samples of global batch `step`, all in one piece of memory."""
+        sources, places = self._order.locate(step, positions)
+        sets = [self._sets[source] for source in sources]
+        plans = [one.plan(int(shard), int(slot)) for one, shard, slot in zip(sets, places.shard, places.slot, strict=True)]
+        memory = self._buffers.take(sum(plan.size for plan in plans))
+        samples, begin = [], 0
+        for at, (one, plan) in enumerate(zip(sets, plans, strict=True)):
+            meta, tensors = one.read(plan, memory[begin:])
+            begin += plan.size
+            samples.append(Sample(key=meta.key, epoch=int(places.epoch[at]), index=step * self.config.global_batch_size + int(positions[at]),
+                                  position=int(positions[at]), meta=meta, tensors=tensors))
+        return samples
+
+
+def _open(source: SourceConfig, config: DataConfig, columns: Sequence[str]) -> AlignedColumns:
+    remote = open_remote(source)
+    manifest = read_manifest(source.manifest)
+    data = source.manifest.parent if source.manifest.suffix == ".json" else source.manifest
+    opened = AlignedColumns(data, manifest, columns, adopt=config.adopt, keep=2 * config.shuffle_window + 2, checksum=config.checksum, remote=remote)
+    if remote is not None:
+        largest = [sorted((s.bytes for s in manifest.columns[name].shards), reverse=True)[: config.shuffle_window] for name in columns]
+        remote.check_room(sum(map(sum, largest)))
+    return opened
+
+
+def _refuse_mixed(sets: Sequence[AlignedColumns], columns: Sequence[str]) -> None:
+    """Raise ShardError where data sets of a blend have columns of other encoders."""
+    for number, one in enumerate(sets[1:]):
+        for name in columns:
+            first, other = sets[0].manifest.columns[name], one.manifest.columns[name]
+            if first.fingerprint != other.fingerprint:
+                raise ShardError(f"data.blend.{number}: its column {name!r} was made by {other.encoder} (fingerprint {other.fingerprint}), that of "
+                                 f"the first data set by {first.encoder} (fingerprint {first.fingerprint}); run `landiff precompute` with "
+                                 "one of them on both, or set data.adopt=true to mix them")
 
 
 _WAY_OUT = {

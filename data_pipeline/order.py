@@ -77,11 +77,11 @@ class _Epoch:
 class Order:
     """The endless stream of samples: epoch after epoch, each holding every sample once."""
 
-    def __init__(self, counts: Sequence[int] | Ints, *, seed: int, window: int) -> None:
-        """`counts` samples per shard; `window` shards whose samples are mixed."""
+    def __init__(self, counts: Sequence[int] | Ints, *, seed: int, window: int, name: str = "") -> None:
+        """`counts` samples per shard; `window` shards whose samples are mixed. Orders of other names differ."""
         self.counts = np.asarray(counts, dtype=np.int64)
         self.num_samples = int(self.counts.sum())
-        self.seed = seed
+        self._key = f"{seed}{name and '/'}{name}"
         self.window = window
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
@@ -104,7 +104,7 @@ class Order:
             chosen = np.flatnonzero(windows == window)
             start = int(table.window_ends[window - 1]) if window else 0
             size = int(table.window_ends[window]) - start
-            permutation = Permutation(size, f"{self.seed}/{epoch}/window/{window}")
+            permutation = Permutation(size, f"{self._key}/{epoch}/window/{window}")
             mixed[chosen] = start + permutation.take(within[chosen] - start)
         place = np.searchsorted(table.shard_ends, mixed, side="right")
         shard = table.shards[place]
@@ -114,7 +114,7 @@ class Order:
         table = self._epochs.get(epoch)
         if table is None:
             num_shards = len(self.counts)
-            shards = Permutation(num_shards, f"{self.seed}/{epoch}/shards").take(np.arange(num_shards))
+            shards = Permutation(num_shards, f"{self._key}/{epoch}/shards").take(np.arange(num_shards))
             shard_ends = np.cumsum(self.counts[shards])
             last = np.minimum(np.arange(self.window, num_shards + self.window, self.window), num_shards) - 1
             table = _Epoch(shards, shard_ends, shard_ends[last])
@@ -122,3 +122,83 @@ class Order:
             while len(self._epochs) > EPOCHS_KEPT:
                 self._epochs.popitem(last=False)
         return table
+
+
+def interleave(indices: Ints, counts: Sequence[int]) -> tuple[Ints, Ints]:
+    """Merge endless streams evenly: (which stream, index in it) for each of `indices`.
+
+    Of every sum(counts) in a row, counts[i] come from stream i, each stream in its own order.
+    """
+    which, within = np.zeros_like(indices), np.array(indices)
+    rest, total = np.array(indices), sum(counts)
+    undecided = np.ones(len(indices), dtype=bool)
+    for stream, count in enumerate(counts):
+        periods, at = np.divmod(rest, total)
+        before = at * count // total
+        mine = undecided & ((at + 1) * count // total > before)
+        which[mine], within[mine] = stream, (periods * count + before)[mine]
+        undecided &= ~mine
+        rest, total = rest - periods * count - before, total - count
+        if not undecided.any():
+            break
+    return which, within
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set as the order sees it."""
+
+    counts: Ints  # samples per shard
+    buckets: Sequence[str]  # of each shard
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The shards of one bucket of one source."""
+
+    source: int
+    shards: Ints
+    order: Order
+    share: int  # samples an epoch
+
+
+class BatchOrder:
+    """Global batch k of several data sets with several buckets.
+
+    Each batch is of one bucket, so that every micro-batch of every rank has one shape; buckets take turns by their
+    number of samples. Within a bucket, sources are mixed evenly by weight * number of samples. Each (bucket,
+    source) runs through its own epochs, each sample once in each.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, seed: int, window: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._buckets: list[list[_Part]] = []
+        for bucket in sorted({bucket for source in sources for bucket in source.buckets}):
+            parts = []
+            for number, source in enumerate(sources):
+                shards = np.flatnonzero(np.array([b == bucket for b in source.buckets], dtype=bool))
+                samples = int(source.counts[shards].sum())
+                if samples:
+                    name = "/".join([f"source {number}"] * bool(number) + [f"bucket {bucket}"] * bool(bucket))
+                    order = Order(source.counts[shards], seed=seed, window=window, name=name)
+                    parts.append(_Part(number, shards, order, max(1, round(samples * source.weight))))
+            if parts:
+                self._buckets.append(parts)
+        self._shares = [sum(part.share for part in parts) for parts in self._buckets]
+        self.num_samples = sum(self._shares)
+
+    def locate(self, step: int, positions: Ints) -> tuple[Ints, Places]:
+        """(source, places) of the samples at `positions` of global batch `step`."""
+        (bucket,), (turn,) = interleave(np.array([step], dtype=np.int64), self._shares)
+        parts = self._buckets[bucket]
+        which, within = interleave(turn * self.batch_size + np.asarray(positions, dtype=np.int64), [part.share for part in parts])
+        places = Places(np.empty_like(within), np.empty_like(within), np.empty_like(within))
+        source = np.empty_like(within)
+        for number, part in enumerate(parts):
+            chosen = np.flatnonzero(which == number)
+            if chosen.size:
+                found = part.order.locate(within[chosen])
+                source[chosen], places.epoch[chosen] = part.source, found.epoch
+                places.shard[chosen], places.slot[chosen] = part.shards[found.shard], found.slot
+        return source, places

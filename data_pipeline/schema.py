@@ -4,7 +4,8 @@
     <data>/raw/000000.tar           raw samples: <key>.mp4 + <key>.json (`RawSample`)
     <data>/raw/000000.json          sidecar of that tar (`Sidecar`): index by offset, checksum, rejects
     <data>/<column>/000000.tar      one folder per column; same shard names, same keys, same order as raw;
-                                    members <key>.<stem>.safetensors, where stem is `column_stem(column)`
+                                    members <key>.<stem>.safetensors, where stem is `column_stem(column)`;
+                                    the safetensors metadata hold "crc32" of the tensor's bytes
     <data>/<column>/000000.json     sidecar
 
 A shard is committed when its sidecar exists; the sidecar is written after the tar, both by rename. All
@@ -73,6 +74,7 @@ class ShardEntry(Config):
     sha256: str
     bucket: str = ""  # "17x64x64": frames, height, width of all its clips; "": the data set has one shape
     missing: list[NonNegativeInt] = Field(default_factory=list)  # columns: raw positions of clips set aside here
+    bucket: str = ""  # raw: all clips of the shard have this shape, e.g. "17x64x64"; a global batch is of one bucket
 
 
 class Sidecar(Config):

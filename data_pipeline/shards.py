@@ -81,9 +81,11 @@ class ShardWriter:
             kind = OSError
             raise
         finally:
-            self._file.close()
-            if kind is not None:
-                self._temporary.unlink(missing_ok=True)
+            try:
+                self._file.close()
+            finally:
+                if kind is not None:
+                    self.discard()
         if kind is None:
             self.sidecar = Sidecar(
                 entry=ShardEntry(
@@ -93,9 +95,17 @@ class ShardWriter:
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
                 dtype=self.dtype, shape=self.shape,
             )
-            os.replace(self._temporary, self.path)
-            fsync_dir(self.path.parent)
-            write_text(sidecar_path(self.path), self.sidecar.model_dump_json(indent=None))
+            self.commit()
+
+    def commit(self) -> None:
+        """Give tar and sidecar their names; called at the end of the `with` block."""
+        os.replace(self._temporary, self.path)
+        fsync_dir(self.path.parent)
+        write_text(sidecar_path(self.path), self.sidecar.model_dump_json(indent=None))
+
+    def discard(self) -> None:
+        """Delete what was written; instead of `commit`."""
+        self._temporary.unlink(missing_ok=True)
 
 
 def sidecar_path(tar: Path) -> Path:

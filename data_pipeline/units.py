@@ -3,8 +3,12 @@
     <data>/<column>/column.json     `ColumnCard`: what the column is made by; written before its first unit
     <data>/<column>/000000.tar      a finished unit: tar and sidecar, committed by `ShardWriter`
 
+    <data>/<column>/.000000.failed  `Failure`: why the last task that tried gave up; gone with the next success
+    <data>/<column>/.lock           held for the moment of a commit (locks.py)
+
 Nothing here needs a server: a unit is done when its sidecar says that it was made by the card's encoder from
-the raw shard as it is now. Two tasks that make the same unit write the same bytes.
+the raw shard as it is now. When two tasks make the same unit, the first one's stays, so that tar and sidecar
+agree even where an encoder's output differs in the last bit from run to run.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,11 @@ from pydantic import ValidationError
 
 from configs.base import Config, ConfigError
 from configs.files import write_text
-from data_pipeline.schema import FORMAT_VERSION, Column, Manifest, ShardEntry, Sidecar, fingerprint
+from data_pipeline.locks import locked
+from data_pipeline.schema import FORMAT_VERSION, MANIFEST, Column, Manifest, ShardEntry, Sidecar, fingerprint
 from data_pipeline.shards import (
     ShardError,
+    ShardWriter,
     count_rejects,
     read_manifest,
     read_sidecar,
@@ -50,18 +55,32 @@ class ColumnCard(Config):
         return cls(encoder=encoder, fingerprint=fingerprint(FORMAT_VERSION, parts), parts=dict(parts), column=dict(column))
 
 
-@dataclass(frozen=True)
-class ColumnStatus:
-    """How far a column is, in shards; counts of clips are of what is done."""
+class Failure(Config):
+    """Why a task gave up a unit."""
 
-    column: str
-    encoder: str  # "" before the first unit
-    done: int
-    left: int
-    stale: int  # of those left: made by another encoder, from other raw shards, or damaged
-    samples: int
-    rejects: int
-    bytes: int
+    error: str
+    machine: str
+    process: int
+    time: float  # seconds since 1970
+
+
+class UnitWriter(ShardWriter):
+    """A `ShardWriter` that leaves a finished unit of a twin alone."""
+
+    def __init__(self, folder: ColumnFolder, entry: ShardEntry, mark: str) -> None:
+        super().__init__(folder.folder, entry.name, fingerprint=mark, raw_sha256=entry.sha256)
+        self._unit, self._entry = folder, entry
+
+    def commit(self) -> None:
+        with locked(self._unit.folder):
+            twin = self._unit.finished(self._entry, self.fingerprint)
+            if twin is None:
+                self._unit.withdraw(self._entry)  # never an old sidecar beside a new tar
+                super().commit()
+            else:
+                self.discard()
+                self.sidecar = twin
+        self._unit.forgive(self._entry)
 
 
 class ColumnFolder:
@@ -112,16 +131,34 @@ class ColumnFolder:
         """Take back the unit that is there, before another takes its place."""
         sidecar_path(self.folder / f"{entry.name}.tar").unlink(missing_ok=True)
 
+    def fail(self, entry: ShardEntry, error: BaseException) -> None:
+        """Leave word why this unit was given up."""
+        failure = Failure(error=f"{type(error).__name__}: {error}", machine=os.uname().nodename, process=os.getpid(), time=time.time())
+        write_text(self._failure(entry.name), failure.model_dump_json())
+
+    def forgive(self, entry: ShardEntry) -> None:
+        self._failure(entry.name).unlink(missing_ok=True)
+
+    def failure(self, name: str) -> Failure | None:
+        """Why the last task gave up unit `name`, if it did."""
+        try:
+            return Failure.model_validate_json(self._failure(name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+            return None
+
+    def in_work(self) -> tuple[set[str], set[str]]:
+        """Names of the units that have a temporary tar: of living processes, and of dead ones."""
+        alive, dead = set(), set()
+        for path in self.folder.glob(".*.tar.*.tmp"):
+            (dead if is_abandoned(path) else alive).add(path.name[1:].split(".tar.", 1)[0])
+        return alive, dead - alive
+
+    def _failure(self, name: str) -> Path:
+        return self.folder / f".{name}.failed"
+
     def remove_leftovers(self) -> int:
         """Delete temporaries of processes that are gone; returns how many."""
-        if not self.folder.is_dir():
-            return 0
-        removed = 0
-        for path in self.folder.glob(".*.tmp"):
-            if _is_abandoned(path):
-                path.unlink(missing_ok=True)
-                removed += 1
-        return removed
+        return remove_leftovers(self.folder)
 
 
 def is_current(sidecar: Sidecar, raw: ShardEntry, mark: str) -> bool:
@@ -133,29 +170,22 @@ def share(shards: Sequence[ShardEntry], task: tuple[int, int]) -> list[int]:
     number, of = task
     if not 0 <= number < of:
         raise ConfigError(f"task {number}/{of}: the number must lie between 0 and {of - 1}")
-    return [i for i, entry in enumerate(shards) if int(entry.sha256[:16], 16) % of == number]
+    return [i for i, entry in enumerate(shards) if owner(entry, of) == number]
 
 
-def status(data: Path, manifest: Manifest, columns: Sequence[str]) -> list[ColumnStatus]:
-    """One row per column, from the sidecars alone."""
-    rows = []
-    for name in columns:
-        folder = ColumnFolder(data, name)
-        card = folder.card()
-        done = [s for entry in manifest.shards if card and (s := folder.finished(entry, card.fingerprint))]
-        present = sum(sidecar_path(folder.folder / f"{entry.name}.tar").exists() for entry in manifest.shards)
-        rows.append(ColumnStatus(
-            column=name, encoder=card.encoder if card else "", done=len(done), left=len(manifest.shards) - len(done),
-            stale=present - len(done), samples=sum(s.entry.samples for s in done), rejects=sum(len(s.rejects) for s in done),
-            bytes=sum(s.entry.bytes for s in done),
-        ))
-    return rows
+def owner(entry: ShardEntry, of: int) -> int:
+    """Which of so many tasks works on a shard."""
+    return int(entry.sha256[:16], 16) % of
 
 
 def finalize(data: Path, columns: Sequence[str]) -> Manifest:
-    """Enter finished columns into the manifest. Raises ShardError listing the shards that are missing."""
+    """Enter finished columns into the manifest. Raises ShardError listing the shards that are missing.
+
+    Several may run at once: each adds its columns to whatever the manifest holds by then.
+    """
     manifest = read_manifest(data)
-    merged, rejects, missing = dict(manifest.columns), [r for r in manifest.rejects if r.stage not in columns], []
+    made: dict[str, Column] = {}
+    rejects, missing = [], []
     for name in columns:
         folder = ColumnFolder(data, name)
         card = folder.card()
@@ -166,13 +196,19 @@ def finalize(data: Path, columns: Sequence[str]) -> Manifest:
                            f"{', ...' if len(left) > 20 else ''}")
             continue
         folder.remove_leftovers()
-        merged[name] = _merge(manifest, card, sidecars)
+        made[name] = _merge(manifest, card, sidecars)
         rejects += [reject for sidecar in sidecars for reject in sidecar.rejects]
     if missing:
         raise ShardError("; ".join(missing) + ". Run `landiff precompute` (the tasks that made these shards), then finalize again")
-    manifest = manifest.model_copy(update={"columns": merged, "rejects": rejects, "reject_counts": count_rejects(rejects)})
-    write_manifest(data, manifest)
-    return manifest
+    with locked(data):
+        now = read_manifest(data)
+        if now.fingerprint != manifest.fingerprint:
+            raise ShardError(f"the raw shards of {data} changed while their columns were being entered; run `landiff precompute` again")
+        rejects = [r for r in now.rejects if r.stage not in columns] + rejects
+        now = now.model_copy(update={"columns": {**now.columns, **made}, "rejects": rejects, "reject_counts": count_rejects(rejects)})
+        write_manifest(data, now)
+        remove_leftovers(data, MANIFEST)
+    return now
 
 
 def _merge(manifest: Manifest, card: ColumnCard, sidecars: Sequence[Sidecar]) -> Column:
@@ -203,7 +239,19 @@ def _flatten(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_abandoned(path: Path) -> bool:
+def remove_leftovers(folder: Path, of: str = "") -> int:
+    """Delete temporaries (of one file, or of all) whose processes are gone; returns how many."""
+    if not folder.is_dir():
+        return 0
+    removed = 0
+    for path in folder.glob(f".{of}*.tmp"):
+        if is_abandoned(path):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def is_abandoned(path: Path) -> bool:
     """Of a dead process of this machine, or untouched for a day. `.<name>.<machine>.<process>.tmp`, see configs/files.py."""
     front, _, process = path.name.removesuffix(".tmp").rpartition(".")
     if front.endswith(f".{os.uname().nodename}") and process.isdigit():

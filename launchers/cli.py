@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Sequence
 
 WALK = """\
 The walk, in order; every step can be run alone, stopped and run again:
@@ -52,9 +54,16 @@ def build_parser() -> argparse.ArgumentParser:
     shards.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
     precompute = add("precompute", "Compute columns (features, tokens, latents, text) for raw shards.", config="nano/precompute",
                      epilog=OVERRIDES.format(example="batch_size=8"))
-    precompute.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",
-                            help="run (default; finalizes when nothing is left), finalize (merge into the manifest), status")
+    precompute.add_argument("action", nargs="?", default="run",
+                            choices=["run", "finalize", "status", "retry", "verify", "estimate"],
+                            help="run (default; finalizes when nothing is left), finalize (merge into the manifest), status (how far, how "
+                                 "fast), retry (the array expression of what is missing), verify (read and make a share again), "
+                                 "estimate (disk and hours, before anything runs)")
+    precompute.add_argument("--no-finalize", action="store_true", help="leave the merge to a later job, where several columns are computed side by side")
     precompute.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
+    precompute.add_argument("--tasks", type=int, metavar="N", help="of how many tasks, where only some of an array run again")
+    precompute.add_argument("--sample", default="1%", metavar="SHARE", help="verify: of the finished shards, e.g. 1%% or 0.5 (at least one)")
+    precompute.add_argument("--clips", type=int, default=16, metavar="N", help="estimate: from so many clips")
 
     train = commands.add_parser("train", help="Train one of the three models.", description="Train one of the three models.")
     stages = train.add_subparsers(dest="stage", metavar="STAGE", required=True)
@@ -64,11 +73,20 @@ def build_parser() -> argparse.ArgumentParser:
         configurable(sub, f"nano/{stage if stage != 'diffusion' else 'diffusion-main'}")
         sub.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default: one per GPU, or 1)")
 
-    convert = add("convert", "Export the newest checkpoint of a run to the zoo.")
-    convert.add_argument("run", help="run folder, or one checkpoint folder in it")
-    convert.add_argument("--name", required=True, help="name in the zoo")
+    convert = add("convert", "Weights from one format to another; the newest checkpoint of a run to the zoo.", epilog=CONVERT)
+    convert.add_argument("sources", nargs="+", metavar="SOURCE",
+                         help="run or checkpoint, zoo entry, file or folder of weights; `inspect PATH` says what it is")
+    convert.add_argument("--to", choices=["zoo", "release", "megatron", "deepspeed", "diffusers", "transformers"], default="zoo",
+                         help="what to write (default: zoo)")
+    convert.add_argument("--name", help="name in the zoo; of several parts NAME-<kind> (default: their kinds)")
+    convert.add_argument("--out", metavar="FOLDER", help="new folder to write; for every --to but zoo")
     convert.add_argument("--zoo", default="zoo", help="zoo folder (default: zoo)")
-    convert.add_argument("--dry-run", action="store_true", help="say what would be exported; change nothing")
+    convert.add_argument("--model", default="landiff/model", help="sizes of a release, or of a Megatron folder without its "
+                         "config.yaml: packaged name or .yaml file (default: landiff/model)")
+    convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast the weights (default: keep theirs)")
+    convert.add_argument("--allow-missing", action="append", default=[], metavar="PATTERN",
+                         help="keys of the source that may be missing, with * and ?; they start as in a fresh model")
+    convert.add_argument("--dry-run", action="store_true", help="read the headers, check every key, change nothing")
 
     zoo = add("zoo", "Look at the zoo: list, show, verify.")
     zoo.add_argument("action", choices=["list", "show", "verify"])
@@ -88,13 +106,71 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--out", default="runs/quickstart", help="folder of everything it makes (default: runs/quickstart)")
     quickstart.add_argument("--prompt", action="append", help="prompt to sample at the end (may be repeated)")
     quickstart.add_argument("--dry-run", action="store_true", help="print the commands; run nothing")
+    add_cluster_commands(commands)
     return parser
+
+
+CONVERT = """\
+  landiff convert runs/lm --name lm                             newest checkpoint of a run -> zoo
+  landiff convert inspect weights/LanDiff                       what is it?
+  landiff convert weights/LanDiff                               the whole release -> zoo: lm, tokenizer, transformer, diffusion
+  landiff convert lm --to megatron --out start/lm               zoo entry -> Megatron checkpoint for any parallel layout
+  landiff convert main --to diffusers --out CogVideoX-ours      main transformer -> CogVideoXTransformer3DModel
+  landiff convert diffusion tokenizer lm --to release --out out back to the release's files
+"""
+
+
+def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
+    """Jobs on a cluster: submit, status, logs, stop; before they cost anything: doctor, plan."""
+    submit = commands.add_parser(
+        "submit", help="A stage, or the whole walk, as SLURM jobs.", epilog=SUBMIT, allow_abbrev=False,
+        description="A stage, or the whole walk, as SLURM jobs.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    submit.add_argument("stage", metavar="STAGE", choices=["shards", "precompute", *TRAINERS, "convert", "sample", "evaluate", "pipeline"],
+                        help="shards, tokenizer, precompute, lm, diffusion, convert, sample, evaluate; or pipeline")
+    submit.add_argument("--cluster", required=True, metavar="NAME", help="packaged name (local, sandbox) or a .yaml file of your site")
+    submit.add_argument("--nodes", type=int, metavar="N", help="nodes of a trainer (default: the cluster file's)")
+    submit.add_argument("--preset", default="nano", help="pipeline: whose configs (default: nano)")
+    submit.add_argument("--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)")
+    submit.add_argument("--after", action="append", metavar="JOB", help="wait for this job to end well (may be repeated)")
+    submit.add_argument("--here", action="store_true", help="run now, in this allocation (salloc), instead of queueing")
+    submit.add_argument("--dry-run", action="store_true", help="print resolved configs, plan and batch scripts; touch nothing")
+
+    status = commands.add_parser("status", help="Runs: job, step, rate, time left, restarts, last error.")
+    status.add_argument("run", nargs="?", help="run folder (default: all below runs/)")
+    status.add_argument("--all", action="store_true", help="all runs below runs/")
+    status.add_argument("--json", action="store_true", help="for scripts")
+    logs = commands.add_parser("logs", help="A run's log, with the failing rank first.")
+    logs.add_argument("run", help="run folder")
+    logs.add_argument("--rank", type=int, help="of this rank (default: the batch script's, and the last words of a failing rank)")
+    logs.add_argument("--lines", type=int, default=40, metavar="N", help="last lines to show (default: 40)")
+    logs.add_argument("--follow", action="store_true", help="go on as it grows; Ctrl-C ends")
+    doctor = commands.add_parser("doctor", help="Will training run on this machine? Versions, GPUs, all-reduce, disk, memory, clock.")
+    doctor.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs this machine must have")
+    doctor.add_argument("--node", action="store_true", help="the quick checks of a job's pre-flight")
+    doctor.add_argument("--report", metavar="DIR", help="also write DIR/<node>.ok or DIR/<node>.bad")
+    plan = commands.add_parser("plan", help="What a training config costs: memory by part, FLOPs, days. No GPU needed.",
+                               epilog=OVERRIDES.format(example="parallel.tensor=4 data.micro_batch_size=2"), formatter_class=argparse.RawDescriptionHelpFormatter)
+    plan.add_argument("stage", choices=list(TRAINERS), metavar="STAGE", help="tokenizer, lm or diffusion")
+    plan.add_argument("--config", required=True, metavar="NAME", help="packaged name (landiff/lm) or a .yaml file")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all (default: 8)")
+    plan.add_argument("--gpu", default="h100", choices=["a100", "h100", "h200", "b200", "l40s"], help="which (default: h100)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4; measure yours)")
+    plan.add_argument("--steps", type=int, metavar="N", help="optimizer steps of the budget (default: loop.steps)")
+    plan.add_argument("--search", action="store_true", help="rank tensor, pipeline, ZeRO, recompute and micro-batch choices that fit")
+    plan.add_argument("--top", type=int, default=10, metavar="N", help="lines of --search (default: 10)")
+    plan.add_argument("--json", action="store_true", help="for scripts")
+    stop = commands.add_parser("stop", help="Let a run save a checkpoint and end.")
+    stop.add_argument("run", help="run folder")
+    stop.add_argument("--restart", action="store_true", help="save and start again, as at a time limit")
 
 
 OVERRIDES = """\
 Any key of the config can be set behind the options, e.g.  {example}
 An unknown key is refused and the nearest known one is named.
 """
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+FLAGS = ("--dry-run", "--no-finalize", "--search", "--json", "--here")  # options without a value
 
 TRAINERS = {
     "tokenizer": "Semantic tokenizer (torch DDP).",
@@ -103,26 +179,53 @@ TRAINERS = {
 }
 
 
+SUBMIT = """\
+All other arguments are those of the stage itself:
+
+  landiff submit lm --config landiff/lm --cluster my-site.yaml --nodes 4 optim.lr=2e-4
+  landiff submit precompute --config landiff/precompute --cluster my-site.yaml
+  landiff submit convert runs/lm --name lm --cluster my-site.yaml
+  landiff submit pipeline --preset nano --cluster my-site.yaml lm.loop.steps=100
+
+Submitting again skips what is done and resumes what isn't. See docs/cluster.md.
+"""
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(everything else, `dotted.key=value` words). A word behind an option that takes a value belongs to the option."""
+    words, overrides = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        belongs = before.startswith("-") and "=" not in before and before not in FLAGS
+        (overrides if OVERRIDE.match(word) and not belongs else words).append(word)
+    return words, overrides
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one clear line and exit code 2."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    unknown = [a for a in rest if a.startswith("-") or "=" not in a]
-    takes_overrides = getattr(args, "config", None) is not None
-    if unknown or (rest and not takes_overrides):
-        bad = unknown or rest
-        parser.error(f"unrecognised argument {bad[0]!r}" + ("; overrides are written key=value" if takes_overrides else ""))
-    args.overrides = rest
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "submit" in argv:  # the stage's own parser looks at what is left
+        args, rest = parser.parse_known_args(argv)
+        args.argv, args.rest, args.overrides = argv, rest, []
+    else:
+        words, overrides = split_overrides(argv)
+        args, unknown = parser.parse_known_args(words)
+        takes_overrides = getattr(args, "config", None) is not None
+        bad = unknown or ([] if takes_overrides else overrides)
+        if bad:
+            parser.error(f"unrecognised argument {bad[0]!r}" + ("; overrides are written key=value" if takes_overrides else ""))
+        args.overrides = overrides
     if args.workdir:
         os.makedirs(args.workdir, exist_ok=True)
         os.chdir(args.workdir)
 
     from configs.base import ConfigError
     from launchers import jobs
+    from launchers.slurm import SlurmError
 
     try:
         return jobs.run(args)
-    except (ConfigError, jobs.JobFailed) as error:
+    except (ConfigError, jobs.JobFailed, SlurmError) as error:
         print(f"landiff {args.command}: {error}", file=sys.stderr)
         return 2
     except OSError as error:

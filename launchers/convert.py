@@ -1,87 +1,119 @@
-"""`landiff convert`: the newest whole checkpoint of a run -> an entry of the zoo."""
+"""`landiff convert`: weights from one format to another, and the newest whole checkpoint of a run -> the zoo."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from torch import Tensor
-
-from configs import Config, ConfigError, validate
-from configs.files import sha256_file
+from configs import ConfigError, load
 from data_pipeline.shards import ShardError, read_manifest
+from launchers.progress import Progress
 from model_zoo import registry
-from training.checkpoint import STATE, CheckpointState, latest_whole
-
-Exported = tuple[str, Config, dict[str, Tensor]]  # kind, model config, tensors under our names
+from model_zoo.config import ModelConfig
+from model_zoo.convert import formats
+from model_zoo.convert.parts import VAE, Part, Source, assembled
+from training.checkpoint import STATE, latest_whole, versions
 
 
 @dataclass(frozen=True)
-class Source:
-    """One committed checkpoint of one of the three trainers."""
+class Request:
+    """One call of `landiff convert`."""
 
-    folder: Path
-    state: CheckpointState
-    config: dict[str, Any]  # resolved config of the run
-
-    def __str__(self) -> str:
-        return f"{self.state.kind} step {self.state.step} ({self.folder})"
-
-
-def find_source(path: Path) -> Source:
-    """The checkpoint folder `path`, or the newest whole one of the run folder `path`. Raises ConfigError."""
-    folder = path if (path / STATE).is_file() else latest_whole(path / "checkpoints")
-    if folder is None:
-        raise ConfigError(f"{path} holds no whole checkpoint; it must be a run folder (runs/lm) or a checkpoint in it")
-    state = CheckpointState.model_validate_json((folder / STATE).read_bytes())
-    return Source(folder, state, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    sources: tuple[str, ...]  # paths and zoo references
+    zoo: Path = Path("zoo")
+    to: str = "zoo"
+    name: str | None = None  # --to zoo
+    out: Path | None = None  # any other format
+    model: str = "landiff/model"  # sizes of a release and of bare Megatron folders
+    dtype: str | None = None  # None: as in the source
+    allow_missing: tuple[str, ...] = ()
 
 
-def _tokenizer(source: Source) -> Exported:
-    from safetensors.torch import load_file
-
-    from training.tokenizer.engine import MODEL
-
-    return "tokenizer", validate(registry.KINDS["tokenizer"], source.config["model"]), load_file(source.folder / MODEL)
-
-
-def _lm(source: Source) -> Exported:
-    from model_zoo.convert.megatron import export_lm
-
-    return "lm", *export_lm(source.folder)
-
-
-def _diffusion(source: Source) -> Exported:
-    from model_zoo.convert.deepspeed import export_diffusion
-
-    return export_diffusion(source.folder)
+def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> Source:
+    """A run folder (its newest whole checkpoint), any path that `formats` knows, or a zoo reference. Raises ConfigError."""
+    path = Path(reference)
+    if (path / "checkpoints").is_dir() and not (path / STATE).is_file():
+        newest = latest_whole(path / "checkpoints")
+        if newest is None:
+            raise ConfigError(f"{path} holds no whole checkpoint; it must be a run folder (runs/lm) or a checkpoint in it")
+        path = newest
+    elif not path.exists():
+        if "/" in str(reference):
+            raise ConfigError(f"{path} does not exist, so it holds no whole checkpoint and no weights")
+        path = registry.resolve(zoo, str(reference)).path
+    return formats.open_source(path, options)
 
 
-EXPORTERS: dict[str, Callable[[Source], Exported]] = {
-    "TokenizerTrainConfig": _tokenizer, "LMTrainConfig": _lm, "DiffusionTrainConfig": _diffusion,
-}
+def open_all(request: Request) -> list[Source]:
+    options = formats.Options(load(ModelConfig, request.model), request.allow_missing)
+    return [find_source(source, request.zoo, options) for source in request.sources]
 
 
-def export(source: Source, zoo: Path, name: str) -> registry.ZooEntry:
-    """Commit the checkpoint's weights to the zoo, with where they come from."""
-    kind, config, tensors = EXPORTERS[source.state.kind](source)
-    entry = registry.export(zoo, name, kind, config, tensors, provenance(source))
-    registry.load_model(entry)  # every key and shape fits the module that will read it
-    return entry
+def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:
+    import torch
+
+    return [part.cast(getattr(torch, dtype) if dtype else None) for source in sources for part in source.parts]
 
 
-def provenance(source: Source) -> dict[str, Any]:
-    """What made the weights: run, step, config, data fingerprints, versions."""
-    try:
-        manifest = read_manifest(Path(source.config["data"]["manifest"]))
-        columns = {name: column.fingerprint for name, column in manifest.columns.items()}
-    except ShardError:  # the data may be gone by now; the checkpoint knows the manifest it saw
-        columns = {}
+def convert(request: Request) -> list[str]:
+    """Do it; returns what was written, one line each. Raises ConfigError, and then nothing is left under a final name."""
+    if request.to == "zoo" and request.out is not None:
+        raise ConfigError("--out goes with a --to other than zoo; a zoo entry is named by --name and --zoo")
+    if request.to != "zoo" and request.out is None:
+        raise ConfigError(f"--to {request.to} needs --out FOLDER")
+    sources = open_all(request)
+    parts = parts_of(sources, request.dtype)
+    made = provenance(sources, request)
+    progress = Progress("convert", "MB")
+    words = " + ".join(words_of(source) for source in sources)
+    if request.to != "zoo":
+        formats.write_target(request.out, request.to, parts, made, progress)
+        return [f"{words} -> {request.out} ({request.to})"]
+    names = zoo_names(parts, request.name)
+    return [f"{words} -> {entry.path}" for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)]
+
+
+def zoo_names(parts: Sequence[Part], name: str | None) -> dict[str, str]:
+    """kind -> name: NAME where one part is exported, NAME-kind where several are, the kind where no name is given."""
+    kinds = [part.kind for part in assembled(parts, "zoo") if part.kind != VAE]
+    if len(kinds) == 1 and name:
+        return {kinds[0]: name}
+    return {kind: f"{name}-{kind}" if name else kind for kind in kinds}
+
+
+def words_of(source: Source) -> str:
+    step = "" if source.step is None else f" step {source.step}"
+    return f"{source.format}{step} ({source.path})"
+
+
+def provenance(sources: Sequence[Source], request: Request) -> dict[str, Any]:
+    """What made the weights: source, step, config, data fingerprints, versions."""
+    found = [{"path": str(source.path), "format": source.format, "layout": source.layout, "step": source.step,
+              **source.provenance} for source in sources]
+    for entry in found:
+        if "config" in entry:
+            entry["column_fingerprints"] = _columns(entry["config"])
+    first = found[0] if len(found) == 1 else {}
     return {
-        "checkpoint": str(source.folder), "checkpoint_state_sha256": sha256_file(source.folder / STATE),
-        "trainer": source.state.kind, "step": source.state.step, "manifest": source.state.manifest, "columns": columns,
-        "config": source.config, "versions": source.state.versions,
+        "sources": found, "step": first.get("step"), "dtype": request.dtype, "model": request.model,
+        "versions": versions() | {"landiff-pretrain": _own_version()},
     }
+
+
+def _columns(config: dict[str, Any]) -> dict[str, str]:
+    """Fingerprints of the columns that a run was trained on; none where the data has gone, its manifest's mark remains."""
+    try:
+        manifest = read_manifest(Path(config["data"]["manifest"]))
+    except ShardError:
+        return {}
+    return {name: column.fingerprint for name, column in manifest.columns.items()}
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("landiff-pretrain")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

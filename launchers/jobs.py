@@ -6,11 +6,15 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs import ConfigError, dump, find, load
 from configs.files import write_text
 from configs.loader import packaged_names
 from launchers.progress import Progress
+
+if TYPE_CHECKING:
+    from data_pipeline.precompute_config import PrecomputeConfig
 
 
 class JobFailed(RuntimeError):
@@ -54,22 +58,41 @@ def precompute_job(args: argparse.Namespace) -> int:
         return show(config, f"would compute {', '.join(config.columns)} for the shards of {config.data}")
     from data_pipeline import precompute
 
-    if args.action == "status":
-        print(f"{'column':<24}{'done':>8}{'left':>8}")
-        for row in precompute.status(config):
-            print(f"{row.column:<24}{row.done:>8}{row.left:>8}")
-        return 0
-    task = parse_task(args.task)
+    if args.action in ("status", "retry", "verify", "estimate"):
+        return precompute_question(args, config)
+    task = parse_task(args.task, args.tasks)
     if args.action == "run":
-        summary = precompute.run(config, task=task, progress=Progress("precompute", "clips"))
+        summary = precompute.run(config, task=task, progress=Progress("precompute", "clips", every_s=60.0))
         print(f"precompute: {summary}")
-    if args.action == "finalize" or task == (0, 1):
+    if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)
         print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
         if "latents" in config.columns:
             from launchers.preview import codec_round_trip
 
             codec_round_trip(config, Path("runs/precompute"))
+    return 0
+
+
+def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> int:
+    """status, retry, verify, estimate: what changes nothing."""
+    from data_pipeline import precompute
+    from data_pipeline.precompute_status import table
+
+    if args.action == "status":
+        print(table(precompute.status(config)))
+    elif args.action == "estimate":
+        print(precompute.estimate(config, args.clips))
+    elif args.action == "retry":
+        if not args.tasks:
+            raise ConfigError("landiff precompute retry needs --tasks N: of how many tasks the array was")
+        for column, expression in precompute.retry(config, args.tasks).items():
+            print(f"{column:<24}{f'--array={expression}' if expression else 'nothing is missing'}")
+    else:
+        checks = precompute.verify(config, parse_share(args.sample))
+        print("\n".join(map(str, checks)))
+        if any(check.problems for check in checks):
+            raise JobFailed("columns are not what they should be; see the lines marked WRONG")
     return 0
 
 
@@ -91,19 +114,37 @@ def train_job(args: argparse.Namespace) -> int:
     write_text(resolved, dump(config))
     code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
     if code:
-        raise JobFailed(first_error(config.run) or f"the ranks of {config.run} ended with exit code {code}")
+        from training.errors import first_error
+
+        error = first_error(config.run)
+        why = f"{error}:\n{error.read_text(encoding='utf-8').rstrip()}" if error else f"its ranks ended with exit code {code}"
+        raise JobFailed(f"{config.run} failed; {why}")
     return 0
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from launchers.convert import export, find_source
+    from launchers.convert import Request, convert, find_source, open_all, words_of
+    from model_zoo.convert.formats import Options, describe
 
-    source = find_source(Path(args.run))
-    if args.dry_run:
-        print(f"would export {source} to {args.zoo}/{args.name}")
+    first, *rest = args.sources
+    zoo = Path(args.zoo)
+    if first == "inspect":
+        if not rest:
+            raise ConfigError("landiff convert inspect needs a path")
+        from model_zoo.config import ModelConfig
+
+        options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
+        print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
         return 0
-    entry = export(source, Path(args.zoo), args.name)
-    print(f"convert: {source} -> {entry.path}")
+    request = Request(tuple(args.sources), zoo, args.to, args.name, Path(args.out) if args.out else None, args.model,
+                      args.dtype, tuple(args.allow_missing))
+    if args.dry_run:
+        for source in open_all(request):
+            print(f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {args.to} "
+                  f"{args.out or f'{args.zoo}/{args.name or chr(42)}'}")
+        return 0
+    for line in convert(request):
+        print(f"convert: {line}")
     return 0
 
 
@@ -112,8 +153,7 @@ def zoo_job(args: argparse.Namespace) -> int:
 
     zoo = Path(args.zoo)
     if args.action == "list":
-        for name in sorted(p.name for p in zoo.iterdir() if p.is_dir()) if zoo.is_dir() else []:
-            entry = registry.resolve(zoo, name)
+        for entry in registry.entries(zoo):
             print(f"{entry.kind:<14}{entry.reference}")
         return 0
     if not args.reference:
@@ -167,6 +207,43 @@ def quickstart_job(args: argparse.Namespace) -> int:
     return quickstart(Path(args.out), args.prompt or (), args.dry_run)
 
 
+def submit_job(args: argparse.Namespace) -> int:
+    from launchers.submit import submit
+
+    return submit(args, args.argv)
+
+
+def stop_job(args: argparse.Namespace) -> int:
+    from launchers.submit import stop
+
+    print(stop(Path(args.run), args.restart))
+    return 0
+
+
+def status_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_status
+
+    return show_status(args.run, args.json)
+
+
+def logs_job(args: argparse.Namespace) -> int:
+    from launchers.status import show_logs
+
+    return show_logs(Path(args.run), args.rank, args.lines, args.follow)
+
+
+def doctor_job(args: argparse.Namespace) -> int:
+    from launchers.doctor import doctor
+
+    return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
+
+
+def plan_job(args: argparse.Namespace) -> int:
+    from launchers.plan import plan_job
+
+    return plan_job(args)
+
+
 def show(config, plan: str) -> int:
     """--dry-run: the resolved config and the plan."""
     print(f"{dump(config)}\n# {plan}")
@@ -177,8 +254,24 @@ def counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.items()) or "none"
 
 
-def parse_task(text: str | None) -> tuple[int, int]:
-    """`3/50` -> (3, 50), 0-based; a SLURM array's own variables where nothing is given."""
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` -> 0.01."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"--sample {text} must be a share above 0, at most 1, e.g. 1% or 0.5")
+    return share
+
+
+def parse_task(text: str | None, tasks: int | None = None) -> tuple[int, int]:
+    """`3/50` -> (3, 50), 0-based; a SLURM array's own variables where nothing is given.
+
+    `tasks`: of how many, where the array holds only some of them (`landiff precompute retry`).
+    """
+    if text is None and tasks is not None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        text = f"{os.environ['SLURM_ARRAY_TASK_ID']}/{tasks}"
     if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
         return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, int(os.environ["SLURM_ARRAY_TASK_COUNT"])
@@ -188,9 +281,3 @@ def parse_task(text: str | None) -> tuple[int, int]:
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise ConfigError(f"--task {text} must be I/N with 0 <= I < N, e.g. 0/8")
     return int(index), int(count)
-
-
-def first_error(run: Path) -> str | None:
-    """The oldest error file of a run: the first rank that failed is the cause, the others follow it."""
-    files = sorted((run / "errors").glob("rank_*.txt"), key=lambda p: p.stat().st_mtime_ns)
-    return f"{files[0]}:\n{files[0].read_text().rstrip()}" if files else None

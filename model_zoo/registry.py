@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import Config, ConfigError, validate
-from configs.files import commit_dir, fsync_dir, temporary_name, write_text
+from configs.files import commit_dir, fsync_dir, sha256_file, temporary_name, write_text
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
+from model_zoo.convert.lazy import LazyTensors, Progress, read_safetensors, write_safetensors
 
 WEIGHTS = "model.safetensors"
 
@@ -60,6 +60,10 @@ class ZooEntry:
         """All tensors, under the names of our own modules."""
         return load_file(self.path / WEIGHTS, device=str(device))
 
+    def lazy(self) -> LazyTensors:
+        """The same, read when asked for."""
+        return read_safetensors(self.path / WEIGHTS)
+
 
 def build(kind: str, config: Config) -> nn.Module:
     """An uninitialised-or-default module of that kind (import here: the models import torch layers)."""
@@ -91,9 +95,10 @@ def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch
     return model.to(dtype) if dtype is not None else model
 
 
-def weights_fingerprint(kind: str, config: Config, tensors: Mapping[str, Tensor]) -> str:
+def weights_fingerprint(kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere."""
-    digest = hashlib.sha256(json.dumps([kind, config.model_dump(mode="json")], sort_keys=True).encode())
+    sizes = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
+    digest = hashlib.sha256(json.dumps([kind, sizes], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
@@ -102,24 +107,31 @@ def weights_fingerprint(kind: str, config: Config, tensors: Mapping[str, Tensor]
 
 
 def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str, Tensor],
-           provenance: Mapping[str, Any]) -> ZooEntry:
-    """Commit weights to the zoo. Exporting the same weights again returns the entry that is there."""
+           provenance: Mapping[str, Any], progress: Progress | None = None) -> ZooEntry:
+    """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
+
+    Lazy tensors are read and written one at a time, then hashed from the file.
+    """
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     if not name or "@" in name or "/" in name or name.startswith("."):
         raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
-    mark = weights_fingerprint(kind, config, tensors)
-    final = zoo / name / mark
-    if not final.exists():
-        temporary = temporary_name(final)
+    lazy = tensors if isinstance(tensors, LazyTensors) else LazyTensors.of(tensors)
+    temporary = temporary_name(zoo / name / "export")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fsync_dir(zoo)
+    try:
+        write_safetensors(temporary / WEIGHTS, lazy, {"format": "pt", "kind": kind}, progress)
+        mark = weights_fingerprint(kind, config, read_safetensors(temporary / WEIGHTS))
+        final = zoo / name / mark
+        if not final.exists():
+            write_text(temporary / "config.json", json.dumps(
+                {"kind": kind, "name": name, "fingerprint": mark, "config": config.model_dump(mode="json")}, indent=1))
+            made = {**provenance, "weights_sha256": sha256_file(temporary / WEIGHTS)}
+            write_text(temporary / "provenance.json", json.dumps(made, indent=1, sort_keys=True))
+            commit_dir(temporary, final)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        fsync_dir(zoo)
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / WEIGHTS,
-                  metadata={"format": "pt", "kind": kind})
-        write_text(temporary / "config.json",
-                   json.dumps({"kind": kind, "name": name, "fingerprint": mark, "config": config.model_dump(mode="json")}, indent=1))
-        write_text(temporary / "provenance.json", json.dumps(dict(provenance), indent=1, sort_keys=True))
-        commit_dir(temporary, final)
     write_text(zoo / name / "newest", mark + "\n")
     return read_entry(final)
 
@@ -132,6 +144,12 @@ def read_entry(path: Path) -> ZooEntry:
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ZooError(f"{path} is not a zoo entry: {error}") from None
     return ZooEntry(path=path, name=data["name"], kind=kind, fingerprint=data["fingerprint"], config=config)
+
+
+def entries(zoo: Path) -> list[ZooEntry]:
+    """All committed entries, by name."""
+    folders = sorted(path.parent for path in zoo.glob("*/*/config.json") if not path.parent.name.startswith("."))
+    return [read_entry(folder) for folder in folders]
 
 
 def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
@@ -160,9 +178,10 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
 
 
 def verify(entry: ZooEntry) -> None:
-    """Raise ZooError unless the weights still give the entry's fingerprint."""
-    with safe_open(entry.path / WEIGHTS, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    mark = weights_fingerprint(entry.kind, entry.config, tensors)
+    """Raise ZooError unless the weights are those that were written: by their fingerprint, and by the file's hash."""
+    mark = weights_fingerprint(entry.kind, entry.config, entry.lazy())
     if mark != entry.fingerprint:
         raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {entry.fingerprint}")
+    written = entry.provenance.get("weights_sha256")
+    if written is not None and written != sha256_file(entry.path / WEIGHTS):
+        raise ZooError(f"{entry.path} is damaged: {WEIGHTS} is not the file that was written")

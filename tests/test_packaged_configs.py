@@ -8,6 +8,7 @@ import torch
 from configs import Config, dump, load
 from configs.loader import packaged_names
 from data_pipeline.precompute_config import PrecomputeConfig
+from launchers.cluster_config import ClusterConfig
 from launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
 from model_zoo.config import ModelConfig
 from model_zoo.dit import position_table_numel
@@ -25,7 +26,8 @@ CLASSES: dict[str, type[Config]] = {
 
 @pytest.mark.parametrize("name", packaged_names())
 def test_packaged_config_loads_and_dumps(name, tmp_path):
-    cls = CLASSES[name.split("/")[-1]]
+    folder, stem = name.split("/")
+    cls = ClusterConfig if folder == "cluster" else CLASSES[stem]
     config = load(cls, name)
     path = tmp_path / "resolved.yaml"
     path.write_text(dump(config))

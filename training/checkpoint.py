@@ -20,7 +20,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from configs.loader import dump
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import BatchSource, Engine, TrainState
+from training.run_folder import committed_steps, step_folder
 
 log = logging.getLogger(__name__)
 
@@ -255,17 +255,6 @@ class CheckpointStore:
 
 
 # -------------------------------------------------------------------- on disk (not collective)
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies, e.g. step_00001000."""
-    return folder / f"step_{step:08d}"
-
-
-def committed_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoints were committed, rising."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name)))
 
 
 def list_files(folder: Path) -> list[str]:

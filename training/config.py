@@ -20,6 +20,7 @@ class LoopConfig(Config):
     keep_last: PositiveInt = 2  # checkpoints
     keep_every: NonNegativeInt = 0  # and every m-th step for good; 0 = none
     on_save_failure: Literal["warn", "retry", "fatal"] = "retry"
+    hang_timeout_s: NonNegativeFloat = 1800.0  # without a step or a save: dump all stacks and end; 0 = wait for ever
 
 
 class OptimConfig(Config):

@@ -3,6 +3,7 @@
     config.yaml      resolved config           metrics.jsonl   one line per logged step
     checkpoints/     see training/checkpoint   tensorboard/    scalars and videos
     errors/          one file per failed rank  done            the final step; only when finished
+    heartbeat/       one file per rank   hangs/          stacks of ranks that stood still
     stop             put there by whoever wants the run to save and end
 """
 
@@ -18,7 +19,9 @@ from training.checkpoint import CheckpointStore
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import TrainState
+from training.heartbeat import Heartbeat
 from training.metrics import Metrics
+from training.run_folder import finished_step
 
 
 class Run:
@@ -36,6 +39,7 @@ class Run:
             if (finished_step(folder) or 0) < loop.steps:
                 (folder / "done").unlink(missing_ok=True)  # the run was made longer
         self.checkpoints = CheckpointStore(folder / "checkpoints", config, loop, world, must_match=must_match)
+        self.heartbeat = Heartbeat(folder, world.rank, loop.hang_timeout_s)
         self.metrics = Metrics(folder, loop.steps, world)
 
     def stop_requested(self) -> bool:
@@ -55,9 +59,3 @@ class Run:
             if state.step >= self.total_steps:
                 write_text(self.folder / "done", f"{state.step}\n")
         self.world.barrier()
-
-
-def finished_step(folder: Path) -> int | None:
-    """The step at which the run in `folder` finished, or None while it has not."""
-    path = folder / "done"
-    return int(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -17,10 +17,9 @@ is refused by name.
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,13 @@ from torch import Tensor
 from configs import Config, ConfigError
 from configs.files import write_text
 from model_zoo.config import DiffusionConfig, TransformerConfig
+from model_zoo.convert.lazy import LazyTensors, Progress, Stored
+from model_zoo.convert.pickles import read_pickle, tensors_of, write_pickle
 from model_zoo.convert.rules import check_against
 
 LAYOUT = "layout.json"  # in a checkpoint folder of training/diffusion ...
 SHARDS = "zero"  # ... beside the folder of DeepSpeed's own files
+START = "mp_rank_00_model_states.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -102,6 +104,9 @@ class Assembled(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.makers[name]()
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
+        return name in self.makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.makers)
 
@@ -120,11 +125,14 @@ class DeepSpeedState:
     trainable: frozenset[str]
     moments: Mapping[str, Mapping[str, Tensor]]  # "exp_avg" | "exp_avg_sq" -> fp32 by name of trainable parameter
     optimizer_steps: int  # Adam's own count
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of weights that shall not be exported in float32
 
 
 def read_deepspeed(folder: Path) -> DeepSpeedState:
     """Everything a DeepSpeed checkpoint folder holds. Raises ConfigError when parts of it are missing or foreign."""
     optimizer_files = _by_rank(folder, r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+    if not optimizer_files and (folder / START).is_file():
+        return _start(folder)
     if not optimizer_files:
         raise ConfigError(f"{folder} holds no ZeRO checkpoint (no *_optim_states.pt)")
     shards = [_load(path)["optimizer_state_dict"] for path in optimizer_files]
@@ -138,7 +146,7 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
         if len(model_files) != world_size:
             raise ConfigError(f"{folder} was written by {world_size} ranks but holds the model states of {len(model_files)}")
     else:
-        model_files = [folder / "mp_rank_00_model_states.pt"]
+        model_files = [folder / START]
     models = [_load(path) for path in model_files]
     shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in models[0]["param_shapes"]]
     trainable = frozenset(name for group in shapes for name in group)
@@ -148,14 +156,14 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
     flat = [shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] for shard in shards]
     pieces = _stretches_of_stage_3(shapes, world_size) if stage == 3 else _stretches_of_stage_2(shapes, shards)
 
-    def assembled(vectors: Sequence[Sequence[Tensor]]) -> dict[str, Callable[[], Tensor]]:
-        joined = [[_join(rank)] for rank in vectors] if stage == 3 else vectors
+    def assembled(vectors: Sequence[Sequence[Stored]]) -> dict[str, Callable[[], Tensor]]:
+        joined = [[_Vector(rank)] for rank in vectors] if stage == 3 else [[_Vector([v]) for v in rank] for rank in vectors]
         return {name: _maker(joined, stretches, shape) for name, (shape, stretches) in pieces.items()}
 
-    def moment(name: str) -> list[list[Tensor]]:
-        return [[state[group][name].reshape(-1) for group in sorted(state)] for state in states]
+    def moment(name: str) -> list[list[Stored]]:
+        return [[state[group][name] for group in sorted(state)] for state in states]
 
-    steps = {int(entry["step"]) for state in states for entry in state.values()}
+    steps = {int(_read(entry["step"])) for state in states for entry in state.values()}
     if len(steps) > 1:
         raise ConfigError(f"{folder} holds different Adam step counts, {sorted(steps)}: it mixes two checkpoints")
     return DeepSpeedState(
@@ -167,33 +175,66 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
     )
 
 
-def export_diffusion(folder: Path) -> tuple[str, Config, dict[str, Tensor]]:
-    """A checkpoint of training/diffusion as a zoo entry: (kind, config, tensors under our names, trained ones fp32).
+def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:
+    """A checkpoint of training/diffusion as a zoo entry: (kind, config, tensors under our names, read when asked for).
 
-    Phase main gives the "transformer", phase control the whole "diffusion" model.
+    Phase main gives the "transformer", phase control the whole "diffusion" model. All in float32, which is what
+    trained weights are kept in; weights that start a run have the dtype they were written with.
     """
     layout = Layout.read(folder)
     state = read_deepspeed(folder / SHARDS)
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.weights.items()}
-    check_against(tensors, layout.shapes, f"checkpoint {folder}")
+    with torch.device("meta"):
+        dtypes = {name: state.dtypes.get(name, torch.float32) for name in state.shapes}
+        meta = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in state.shapes.items()}
+    check_against(meta, layout.shapes, f"checkpoint {folder}")
+    tensors = LazyTensors(meta, lambda name: state.weights[name].to(dtypes[name]))
     config: DiffusionConfig | TransformerConfig = layout.model
     return ("diffusion", config, tensors) if layout.phase == "control" else ("transformer", config.transformer, tensors)
 
 
+def _start(folder: Path) -> DeepSpeedState:
+    """Whole weights without an optimizer: what `write_start` writes, and DeepSpeed without ZeRO."""
+    content = _load(folder / START)
+    weights = tensors_of(content["module"])
+    trainable = frozenset(name for group in content["param_shapes"] for name in group)
+    return DeepSpeedState(
+        zero_stage=0, world_size=1, weights=weights, shapes={name: tensor.shape for name, tensor in weights.meta.items()},
+        trainable=trainable, moments={}, optimizer_steps=0, dtypes={name: t.dtype for name, t in weights.meta.items()},
+    )
+
+
+def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerConfig, tensors: LazyTensors,
+                progress: Progress | None = None) -> None:
+    """Weights that start a run: `engine.load_checkpoint(folder, tag="zero", load_module_only=True)` of DeepSpeed (ZeRO
+    1, 2) reads them, and so does our own engine, at any stage and world size.
+
+    Kind "transformer" is phase main, where all is trained; "diffusion" is phase control, where the main
+    transformer is not, nor the branch's last norm, which influences nothing.
+    """
+    control = kind == "diffusion"
+    frozen = ("transformer.", "control.final_norm.") if control else ()
+    shapes = {name: torch.Size(tensor.shape) for name, tensor in tensors.meta.items() if not name.startswith(frozen)}
+
+    def content(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {
+            "module": dict(weights), "buffer_names": [], "param_shapes": [shapes], "frozen_param_shapes": None, "shared_params": {},
+            "frozen_param_fragments": None, "optimizer": None, "lr_scheduler": None, "data_sampler": None, "random_ltd": None,
+            "sparse_tensor_module_names": [], "skipped_steps": 0, "global_steps": 0, "global_samples": 0,
+            "dp_world_size": 1, "mp_world_size": 1, "ds_config": {}, "ds_version": "0.19.8",
+        }
+
+    write_pickle(folder / SHARDS / START, tensors, content, progress)
+    whole = config if control else DiffusionConfig(transformer=config, control_layers=min(15, config.num_layers))
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[tensors.dtype()]
+    Layout(zero_stage=0, world_size=1, precision=precision, phase="control" if control else "main", model=whole,
+           shapes={name: list(tensor.shape) for name, tensor in tensors.meta.items()}).write(folder)
+
+
 def _load(path: Path) -> Any:
-    """Unpickle with the allow-list, tensors mapped from the file."""
-    allowed = [(stand_in, name) for name, stand_in in ALLOWED.items()]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: the checkpoint is not whole") from None
-    except pickle.UnpicklingError:
-        foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(ALLOWED))
-        raise ConfigError(f"{path} holds classes that no ZeRO checkpoint of ours holds, so it is refused: "
-                          f"{', '.join(foreign) or 'an unreadable pickle'}") from None
-    except (RuntimeError, EOFError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
+    """Unpickle with the allow-list, tensors left in the file."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: the checkpoint is not whole")
+    return read_pickle(path, ALLOWED)
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
@@ -209,7 +250,7 @@ Still = dict[str, tuple[torch.Size, Callable[[], Tensor]]]
 def _frozen_of_stage_2(model: Mapping[str, Any], trainable: frozenset[str]) -> Still:
     """Frozen parameters and buffers, whole in the one model file."""
     still = {name: tensor for name, tensor in model["module"].items() if name not in trainable}
-    return {name: (tensor.shape, _constant(tensor)) for name, tensor in still.items()}
+    return {name: (torch.Size(tensor.shape), _constant(tensor)) for name, tensor in still.items()}
 
 
 def _frozen_of_stage_3(models: Sequence[Mapping[str, Any]]) -> Still:
@@ -217,10 +258,10 @@ def _frozen_of_stage_3(models: Sequence[Mapping[str, Any]]) -> Still:
     buffers = {name: models[0]["module"][name] for name in models[0]["buffer_names"]}
 
     def maker(name: str, shape: torch.Size) -> Callable[[], Tensor]:
-        return lambda: torch.cat([m["frozen_param_fragments"][name] for m in models])[: shape.numel()].view(shape)
+        return lambda: torch.cat([_read(m["frozen_param_fragments"][name]) for m in models])[: shape.numel()].view(shape)
 
     frozen = {name: torch.Size(shape) for name, shape in (models[0]["frozen_param_shapes"] or {}).items()}
-    still: Still = {name: (tensor.shape, _constant(tensor)) for name, tensor in buffers.items()}
+    still: Still = {name: (torch.Size(tensor.shape), _constant(tensor)) for name, tensor in buffers.items()}
     return still | {name: (shape, maker(name, shape)) for name, shape in frozen.items()}
 
 
@@ -262,17 +303,32 @@ def _stretches_of_stage_3(shapes: Sequence[Mapping[str, torch.Size]], world_size
     return pieces
 
 
-def _maker(vectors: Sequence[Sequence[Tensor]], stretches: Sequence[_Stretch], shape: torch.Size) -> Callable[[], Tensor]:
+@dataclass(frozen=True)
+class _Vector:
+    """Flat vectors in a file, end to end."""
+
+    pieces: Sequence[Stored]
+
+    def part(self, start: int, numel: int) -> Tensor:
+        found = []
+        for piece in self.pieces:
+            size = torch.Size(piece.shape).numel()
+            first, end = max(start, 0), min(start + numel, size)
+            if first < end:
+                assert piece.stride in (None, (1,)), piece  # flat vectors; a view of a larger one starts at its offset
+                found.append(replace(piece, offset=piece.offset + first, shape=(end - first,), stride=None).read())
+            start -= size
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _maker(vectors: Sequence[Sequence[_Vector]], stretches: Sequence[_Stretch], shape: torch.Size) -> Callable[[], Tensor]:
     """The parameter of `shape` from its stretches of `vectors[rank][group]`; padding at its end is dropped."""
-    return lambda: torch.cat(
-        [vectors[s.rank][s.group].narrow(0, s.start, s.numel) for s in stretches]
-    )[: shape.numel()].view(shape)
+    return lambda: torch.cat([vectors[s.rank][s.group].part(s.start, s.numel) for s in stretches])[: shape.numel()].view(shape)
 
 
-def _join(vectors: Sequence[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors))
+def _read(tensor: Stored | Tensor | float) -> Any:
+    return tensor.read() if isinstance(tensor, Stored) else tensor
 
 
-def _constant(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
-
+def _constant(tensor: Stored | Tensor) -> Callable[[], Tensor]:
+    return lambda: _read(tensor)

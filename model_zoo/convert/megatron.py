@@ -8,26 +8,34 @@ names. Tensors are whole: `shard` cuts one for a tensor-parallel rank.
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.nn import functional
 
 from configs import validate
+from configs.files import write_text
 from model_zoo.config import LMConfig
+from model_zoo.convert.lazy import MEGABYTE, LazyTensors, Progress, converted
 from model_zoo.convert.rules import ConversionError, Rule, check_against, convert
 from model_zoo.lm import LanguageModel
 from model_zoo.token_layout import TokenLayout
 
 # Where the optimizer keeps the float32 weights of a bfloat16 model; the more exact ones, so they are read first.
 MAIN_WEIGHTS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+
+CONFIG = "config.yaml"  # in a checkpoint folder; its section `model` is an LMConfig
 
 _BESIDE = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -119,50 +127,86 @@ def shard(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
 
 
 def read_megatron(folder: Path) -> dict[str, Tensor]:
+    """All weights of a `dist_checkpointing` folder at once; see `open_megatron`."""
+    return dict(open_megatron(folder))
+
+
+def open_megatron(folder: Path) -> LazyTensors:
     """The weights of a `dist_checkpointing` folder, whole, under their names, layers apart; float32 where kept.
 
     Needs neither Megatron nor a process group. Raises ConversionError where `folder` is no such checkpoint.
     """
     if not (folder / ".metadata").is_file():
         raise ConversionError(f"{folder} is not a Megatron checkpoint: it has no .metadata")
-    reader = dcp.FileSystemReader(folder)
-    stored = {key: entry for key, entry in reader.read_metadata().state_dict_metadata.items()
+    reader = _Reader(folder)
+    stored = {key: entry for key, entry in reader.metadata.state_dict_metadata.items()
               if isinstance(entry, TensorStorageMetadata)}
     wanted = {key: key for key in stored if not key.startswith("optimizer.")}
     for prefix in MAIN_WEIGHTS:
         wanted |= {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
-    state = {key: torch.empty(stored[key].size, dtype=stored[key].properties.dtype) for key in wanted.values()}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return dict(_unstack({name: state[key] for name, key in wanted.items()}))
-
-
-def _unstack(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """`decoder.layers.x` [L, ...] -> `decoder.layers.0.x`, ...: how Megatron stores layers unless told otherwise."""
-    for name, tensor in state.items():
-        stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", name)
+    meta: dict[str, Tensor] = {}
+    places: dict[str, tuple[str, int | None]] = {}  # key, and layer where all layers are stacked
+    for name, key in wanted.items():
+        whole = torch.empty(stored[key].size, dtype=stored[key].properties.dtype, device="meta")
+        stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", name)  # how Megatron stores layers unless told otherwise
         if stacked:
-            yield from ((f"decoder.layers.{i}.{stacked[1]}", part.clone()) for i, part in enumerate(tensor))
+            for i in range(len(whole)):
+                meta[f"decoder.layers.{i}.{stacked[1]}"], places[f"decoder.layers.{i}.{stacked[1]}"] = whole[i], (key, i)
         else:
-            yield name, tensor
+            meta[name], places[name] = whole, (key, None)
+    return LazyTensors(meta, lambda name: reader.read(*places[name]))
 
 
-def export_lm(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the warning that no process group is there: none is meant to be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+class _Reader:
+    """Reads single tensors of a checkpoint; a stack of layers stays until another one is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reader = dcp.FileSystemReader(folder)
+        self.metadata = self.reader.read_metadata()
+        self.stack: dict[str, Tensor] = {}
+
+    def read(self, key: str, layer: int | None) -> Tensor:
+        state = self.stack
+        if key not in state:
+            entry = self.metadata.state_dict_metadata[key]
+            state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+            with _alone():
+                dcp.load(state, storage_reader=self.reader, no_dist=True)
+        self.stack = state if layer is not None else {}
+        return state[key] if layer is None else state[key][layer].clone()
+
+
+def export_lm(folder: Path) -> tuple[LMConfig, LazyTensors]:
     """Config and weights of one checkpoint of a run, the folder of a step; see `read_lm`."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConversionError(f"{folder} is not a checkpoint of a run: it has no {path.name}")
-    config = validate(LMConfig, yaml.safe_load(path.read_text(encoding="utf-8"))["model"], str(path))
+    config = stored_config(folder)
     return config, read_lm(folder, config)
 
 
-def read_lm(folder: Path, config: LMConfig) -> dict[str, Tensor]:
-    """The weights of a checkpoint of `config`, in float32 under our names, ready for `LanguageModel` and the zoo.
+def stored_config(folder: Path) -> LMConfig:
+    """What the trainer and `write_megatron` put beside the weights. Raises ConversionError without it."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConversionError(f"{folder} is not a checkpoint of a run: it has no {path.name}; say with --model which one it is of")
+    return validate(LMConfig, yaml.safe_load(path.read_text(encoding="utf-8"))["model"], str(path))
 
-    The same for every parallel layout it was trained with. Raises ConversionError when it is of another model.
+
+def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
+    """The weights of a checkpoint of `config` under our names, ready for `LanguageModel` and the zoo; read when asked for.
+
+    The same for every parallel layout it was trained with, and float32 wherever the optimizer kept float32.
+    Raises ConversionError when it is of another model.
     """
-    theirs = read_megatron(folder)
-    head_rows = len(theirs.get("output_layer.weight", ()))
-    qkv_rows = len(theirs.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
+    theirs = open_megatron(folder)
+    head_rows = len(theirs.meta.get("output_layer.weight", ()))
+    qkv_rows = len(theirs.meta.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
     padded = Padded(vocab=head_rows, heads=qkv_rows // (3 * config.hidden_size // config.num_heads))
     vocab = TokenLayout.of(config).vocab_size
     if padded.vocab < vocab or padded.heads < config.num_heads:
@@ -170,11 +214,59 @@ def read_lm(folder: Path, config: LMConfig) -> dict[str, Tensor]:
             f"{folder} holds a vocabulary of {padded.vocab} and {padded.heads} heads; the config has {vocab} and "
             f"{config.num_heads}: it is of another model"
         )
-    check_against(theirs, _shapes(config, padded), str(folder))
-    return {name: tensor.float() for name, tensor in convert(theirs, rules(config, padded), "to_ours").items()}
+    check_against(theirs.meta, _shapes(config, padded), str(folder))
+    return converted(theirs, rules(config, padded), "to_ours")
 
 
 def _shapes(config: LMConfig, padded: Padded) -> dict[str, torch.Size]:
     with torch.device("meta"):
         ours = LanguageModel(config).state_dict()
         return {name: tensor.shape for name, tensor in convert(ours, rules(config, padded), "to_theirs").items()}
+
+
+# ---------------------------------------------------------------- writing
+
+# What Megatron stores beside each linear layer: the state of its FP8 scaling, which is none.
+_EXTRA = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+class _LazyPlanner(dcp.DefaultSavePlanner):
+    """Hands the writer one tensor at a time."""
+
+    def __init__(self, tensors: LazyTensors, progress: Progress | None) -> None:
+        super().__init__()
+        self.tensors, self.progress, self.done = tensors, progress, 0
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        if index.fqn not in self.tensors:
+            return super().lookup_object(index)
+        tensor = self.tensors[index.fqn].contiguous()
+        self.done += tensor.numel() * tensor.itemsize
+        if self.progress is not None:
+            self.progress(self.done // MEGABYTE, max(self.done, self.tensors.num_bytes) // MEGABYTE)
+        return tensor
+
+
+def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded: Padded | None = None,
+                   progress: Progress | None = None) -> None:
+    """`tensors` (our names) as weights that `megatron.core.dist_checkpointing` loads into any tensor- and pipeline-parallel
+    layout: such a folder stores whole tensors, so one serves all.
+
+    `padded` must be that of the model which loads them (vocabulary and heads, multiples of its tensor-parallel size);
+    128 rows is Megatron's default. There is no optimizer state: it starts a run, it does not resume one. Our own trainer starts
+    from zoo entries (`init_from`) and does the same cutting itself.
+    """
+    vocab = TokenLayout.of(config).vocab_size
+    padded = padded or Padded(-(-vocab // 128) * 128, config.num_heads)
+    theirs = converted(tensors, rules(config, padded), "to_theirs")
+    extra = {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None]
+             for i in range(config.num_layers) for layer in _EXTRA}
+    # torch's writer keeps all tensors of a file until it is closed, so each gets its own
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
+    with _alone():
+        dcp.save({**theirs.meta, **extra}, storage_writer=writer, planner=_LazyPlanner(theirs, progress), no_dist=True)
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+    write_text(folder / "metadata.json", json.dumps({
+        "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+    }))
+    write_text(folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False))

@@ -34,12 +34,12 @@ def _stack_rules(part: str) -> list[Rule]:
     return rules
 
 
-def _as_flag(stored: Tensor) -> tuple[Tensor]:
-    return (stored.reshape(()).bool(),)
+def _as_flag(stored: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+    return stored.reshape(()).bool(), embed
 
 
-def _as_float(flag: Tensor) -> tuple[Tensor]:
-    return (flag.reshape(1).float(),)
+def _as_float(flag: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+    return flag.reshape(1).to(embed.dtype), embed
 
 
 RULES: tuple[Rule, ...] = (
@@ -70,10 +70,15 @@ RULES: tuple[Rule, ...] = (
     ),
     *_stack_rules("encoder"),
     *_stack_rules("decoder"),
-    # The release stores the flag as a float [1]; newer versions of the library hold a bool scalar.
-    Rule("quantizer._codebook.initted", "quantizer._codebook.initted", to_theirs=_as_float, to_ours=_as_flag),
+    # The release stores the flag as a float [1], in the dtype of the file; newer versions of the library hold a bool scalar.
+    Rule(
+        ("quantizer._codebook.initted", "quantizer._codebook.embed"),
+        ("quantizer._codebook.initted", "quantizer._codebook.embed"),
+        to_theirs=_as_float,
+        to_ours=_as_flag,
+    ),
     *(
         Rule(f"quantizer._codebook.{name}", f"quantizer._codebook.{name}")
-        for name in ("cluster_size", "embed_avg", "embed")
+        for name in ("cluster_size", "embed_avg")
     ),
 )

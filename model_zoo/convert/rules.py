@@ -11,7 +11,7 @@ functions that are each other's inverse; where they are left out the group is a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,32 +43,52 @@ class Rule:
         return ours, theirs, self.to_theirs
 
 
+@dataclass(frozen=True)
+class Group:
+    """One application of a rule: these tensors become those."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    change: Change | None
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        changed = list(tensors if self.change is None else self.change(*tensors))
+        assert len(changed) == len(self.targets), (self.targets, len(changed))
+        return changed
+
+
+def groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> list[Group]:
+    """What `rules` make of these names. Raises ConversionError for names no rule takes and for incomplete groups."""
+    left = dict.fromkeys(names)
+    found: list[Group] = []
+    missing: list[str] = []
+    for rule in rules:
+        sources, targets, change = rule.sides(direction)
+        patterns = [_compile(source) for source in sources]
+        for key in list(left):
+            match = next((m for pattern in patterns if (m := pattern.fullmatch(key))), None)
+            if match is None or key not in left:
+                continue
+            group = tuple(_fill(source, match.groupdict()) for source in sources)
+            absent = [name for name in group if name not in left]
+            missing += absent
+            if not absent:
+                found.append(Group(group, tuple(_fill(target, match.groupdict()) for target in targets), change))
+            for name in group:
+                left.pop(name, None)
+    if left or missing:
+        raise ConversionError(report({"unexpected": list(left), "missing": missing}))
+    return found
+
+
 def convert(state: Mapping[str, Tensor], rules: Sequence[Rule], direction: str) -> dict[str, Tensor]:
     """Apply `rules` to a flat state dict. Raises ConversionError for keys no rule takes and for incomplete groups.
 
     Tensors are looked up one group at a time, so a lazy mapping stays lazy until a group is needed.
     """
-    left = dict.fromkeys(state)
     result: dict[str, Tensor] = {}
-    missing: list[str] = []
-    for rule in rules:
-        sources, targets, change = rule.sides(direction)
-        first = _compile(sources[0])
-        for key in [k for k in left if first.fullmatch(k)]:
-            names = first.fullmatch(key).groupdict()
-            group = [_fill(p, names) for p in sources]
-            absent = [k for k in group if k not in left]
-            if absent:
-                missing.extend(absent)
-                continue
-            tensors = [state[k] for k in group]
-            changed = tensors if change is None else list(change(*tensors))
-            assert len(changed) == len(targets), (rule, len(changed))
-            result.update(zip((_fill(p, names) for p in targets), changed, strict=True))
-            for k in group:
-                del left[k]
-    if left or missing:
-        raise ConversionError(report({"unexpected": list(left), "missing": missing}))
+    for group in groups(state, rules, direction):
+        result.update(zip(group.targets, group.apply([state[name] for name in group.sources]), strict=True))
     return result
 
 

@@ -92,22 +92,26 @@ class CogVideoXCodec(nn.Module):
         return self.network.decode(latents_BCthw.to(self.network.device, self.network.dtype)).sample.float()
 
 
+def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of `AutoencoderKLCogVideoX` that diffusers' keys and shapes in `state` tell."""
+    levels = num_levels(state)
+    first_block = [k for k in state if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.norm1\.weight", k)]
+    widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)]
+    return {
+        "block_out_channels": tuple(widths),
+        "down_block_types": ("CogVideoXDownBlock3D",) * levels,
+        "up_block_types": ("CogVideoXUpBlock3D",) * levels,
+        "layers_per_block": len(first_block),
+        "latent_channels": state["decoder.conv_in.conv.weight"].shape[1],
+    }
+
+
 def network_of(state: Mapping[str, Tensor], **options: Any) -> AutoencoderKLCogVideoX:
     """An untrained network of the sizes that diffusers' keys and shapes in `state` tell.
 
     `options` are further arguments of the class; its defaults for them are those of the release.
     """
-    levels = num_levels(state)
-    first_block = [k for k in state if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.norm1\.weight", k)]
-    widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)]
-    return AutoencoderKLCogVideoX(
-        block_out_channels=tuple(widths),
-        down_block_types=("CogVideoXDownBlock3D",) * levels,
-        up_block_types=("CogVideoXUpBlock3D",) * levels,
-        layers_per_block=len(first_block),
-        latent_channels=state["decoder.conv_in.conv.weight"].shape[1],
-        **options,
-    )
+    return AutoencoderKLCogVideoX(**sizes_of(state), **options)
 
 
 def wrap(network: AutoencoderKLCogVideoX, dtype: str) -> CogVideoXCodec:

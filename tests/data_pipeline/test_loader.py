@@ -14,11 +14,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from configs import ConfigError
-from data_pipeline.columns import pack_tensor, parse_tensor
+from data_pipeline.columns import Buffers, pack_tensor, parse_tensor
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, require_encoder
 from data_pipeline.schema import RAW
-from data_pipeline.shards import ShardError, ShardWriter, read_manifest, write_manifest
+from data_pipeline.shards import ShardError, ShardWriter, read_manifest, read_sidecar, write_manifest
 from tests.data_pipeline.data_sets import keys_of, raw_sample, value_of, write_column, write_raw
 
 SIZES = [7, 5, 0, 9, 4, 5]  # 30 samples
@@ -52,13 +52,13 @@ def interleave(shares: list[list]) -> list:
 
 
 def test_each_sample_once_per_epoch_and_equal_global_batches_on_any_number_of_ranks(data):
-    steps = NUM_GOOD  # 30 epochs of 26 samples, 26 steps of 30: batches straddle every epoch's end
+    steps = NUM_GOOD // 2  # 15 epochs of 26 samples, 13 steps of 30: batches straddle epochs' ends
     with loader(data) as alone:
         expected = take(alone, steps)
         assert alone.num_samples == NUM_GOOD
     seen = Counter((epoch, key) for batch in expected for _, epoch, _, key, _ in batch)
     good = {k for shard, n in enumerate(SIZES) for k in keys_of(shard, n)} - BAD_TOKENS - BAD_TEXT
-    assert seen == Counter({(epoch, key): 1 for epoch in range(30) for key in good})
+    assert seen == Counter({(epoch, key): 1 for epoch in range(15) for key in good})
     for step, batch in enumerate(expected):
         assert [index for index, *_ in batch] == list(range(step * 30, step * 30 + 30))
         assert [position for _, _, position, *_ in batch] == list(range(30))
@@ -283,6 +283,37 @@ def test_columns_that_are_not_aligned_are_refused_with_the_key(data):
     write_manifest(data, manifest.model_copy(update={"columns": {"tokens": column}}))
     with pytest.raises(ShardError, match=rf"(?s)tokens/000001.tar is not aligned.*({keys[0]}|{keys[1]})"):
         all_of(data)
+
+
+def test_flipped_bits_inside_a_tensor_are_noticed_with_checksum(data):
+    tar = data / "tokens" / "000000.tar"
+    offset, size = read_sidecar(tar).index[0][1]["tokens.safetensors"]
+    content = bytearray(tar.read_bytes())
+    content[offset + size - 1] ^= 16
+    tar.write_bytes(content)
+    all_of(data)  # names and sizes are as they should be
+    with loader(data, checksum=True) as source, pytest.raises(ShardError, match=rf"sample {keys_of(0, 7)[0]}: the tensor's bytes have CRC-32"):
+        source.next_batch()
+
+
+def test_memory_is_used_again_only_when_no_tensor_of_its_batch_is_left():
+    buffers = Buffers(2)
+    first = buffers.take(5 << 20)
+    view = first[100:200].view(torch.bfloat16)
+    view.fill_(3)
+    at = first.data_ptr()
+    del first
+    second = buffers.take(5 << 20)
+    second.zero_()
+    assert second.data_ptr() != at and view.eq(3).all()
+    del view
+    assert buffers.take(5 << 20).data_ptr() == at
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+def test_several_threads_read_the_same_batches(data, threads):
+    with loader(data) as one, loader(data, read_threads=threads, prefetch_batches=3) as several:
+        assert take(several, 4) == take(one, 4)
 
 
 def test_an_error_does_not_lose_the_place(data):

@@ -54,7 +54,7 @@ def test_an_empty_prompt_is_refused(capsys, tmp_path):
 
 def test_a_run_without_a_checkpoint_cannot_be_exported(capsys, tmp_path):
     code, _, err = run(capsys, "-C", str(tmp_path), "convert", "runs/lm", "--name", "lm")
-    assert code == 2 and "no whole checkpoint" in err
+    assert code == 2 and "runs/lm does not exist" in err
 
 
 def test_the_zoo_says_what_it_has(capsys, tmp_path):
@@ -74,3 +74,10 @@ def test_stages_come_after_what_they_wait_for():
     for stage in walk("nano", 2, ["a prompt"]):
         assert set(stage.after) <= seen, stage
         seen.add(stage.name)
+
+
+@pytest.mark.parametrize("command", ["shards", "precompute"])
+def test_overrides_stand_beside_an_action_that_is_left_out(capsys, tmp_path, command):
+    key = {"shards": "max_spans=7", "precompute": "batch_size=7"}[command]
+    code, out, err = run(capsys, "-C", str(tmp_path), command, "--config", f"nano/{command}", "--dry-run", key)
+    assert code == 0 and key.replace("=", ": ") in out, err

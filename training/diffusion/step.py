@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from configs.base import ConfigError
 from data_pipeline.loader import Sample
-from data_pipeline.schema import column_stem
 from model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
 from training import rng
 from training.diffusion.config import DiffusionTrainConfig
@@ -110,15 +109,15 @@ class Objective:
         """float32 features_BTchw decoded from the samples' semantic tokens; None in phase main."""
         if self.tokenizer is None:
             return None
-        column = column_stem(self.config.tokens_column)
-        tokens_BN = torch.stack([s.tensors[self.config.tokens_column].to(torch.int64) for s in samples])
+        column = self.config.tokens_column
+        tokens_BN = torch.stack([s.tensors[column].to(torch.int64) for s in samples])
         limit = self.tokenizer.config.codebook_size
-        if int(tokens_BN.max()) >= limit:
-            worst = max(samples, key=lambda s: int(s.tensors[self.config.tokens_column].max()))
-            raise ConfigError(
-                f"column {column} of clip {worst.key} holds token {int(tokens_BN.max())}, but the tokenizer's codebook has "
-                f"{limit} codes; precompute the tokens with {self.config.tokenizer}"
-            )
+        for sample, tokens_N in zip(samples, tokens_BN, strict=True):
+            if int(tokens_N.max()) >= limit:
+                raise ConfigError(
+                    f"column {column} of clip {sample.key} holds token {int(tokens_N.max())}, but the tokenizer's codebook "
+                    f"has {limit} codes; precompute the tokens with {self.config.tokenizer}"
+                )
         return self.tokenizer.decode(tokens_BN.to(self.device), self.config.model.transformer.latent_frames).float()
 
     def _text(self, sample: Sample) -> Tensor:

@@ -60,13 +60,21 @@ class LMTrainConfig(Config):
         tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
         if self.model.num_heads % tensor and self.head_multiple % tensor:
             raise ValueError(f"model.num_heads = {self.model.num_heads} is not a multiple of parallel.tensor = {tensor}; "
-                             f"head_multiple = {tensor} would add heads of zeros")
+                             f"{nearest_divisors(self.model.num_heads, tensor)}, or head_multiple = {tensor} adds heads of zeros")
         for name, value in (("model.ffn_size", self.model.ffn_size), ("vocab_multiple", self.vocab_multiple)):
             if value % tensor:
-                raise ValueError(f"{name} = {value} is not a multiple of parallel.tensor = {tensor}")
+                raise ValueError(f"{name} = {value} is not a multiple of parallel.tensor = {tensor}; {nearest_divisors(value, tensor)}")
         if self.model.num_layers % pipeline:
-            raise ValueError(f"model.num_layers = {self.model.num_layers} is not a multiple of parallel.pipeline = {pipeline}")
+            raise ValueError(f"model.num_layers = {self.model.num_layers} is not a multiple of parallel.pipeline = {pipeline}; "
+                             f"{nearest_divisors(self.model.num_layers, pipeline)}")
         return self
+
+
+def nearest_divisors(number: int, asked: int) -> str:
+    """The way out of a layout that does not divide: what does, on both sides of what was asked for."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    near = [max((d for d in divisors if d < asked), default=1), min((d for d in divisors if d > asked), default=number)]
+    return f"the nearest that divide it: {' and '.join(map(str, sorted(set(near))))}"
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

@@ -54,8 +54,7 @@ class TokenizerEngine:
         if self.world.size == 1:
             return self.tokenizer
         ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-        # Buffers are equal on all ranks already: the codebook's updates are all-reduced.
-        return DistributedDataParallel(self.tokenizer, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(self.tokenizer, device_ids=ids, gradient_as_bucket_view=True)
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step. Loss and codebook use are those of the whole global batch."""

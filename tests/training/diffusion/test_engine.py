@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
 import pytest
 import torch
 
@@ -101,6 +102,11 @@ def train_and_save(world, folder):
         curve = go(engine, world, 0, BEFORE)
         save(engine, world, checkpoint(folder, "control", stage, world.size, "bf16"))
         results["bf16", stage] = curve + go(engine, world, BEFORE, AFTER)
+    for phase, stage in (("main", 2), ("control", 3)):
+        engine = build_engine(config(folder, phase, zero__stage=stage, preview_codec__kind="dct", preview_steps=2), world)
+        before = engine.preview()
+        go(engine, world, 0, 1)
+        results["preview", phase] = before, {tag: (video.dtype, tuple(video.shape)) for tag, video in engine.preview().items()}
     results["generator left alone"] = torch.equal(generator_state, torch.get_rng_state())
     results["plain"] = {phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES} if world.size == 1 else None
     return results
@@ -121,13 +127,13 @@ def resume(world, folder, jobs):
 
 def same_layout(size):
     """(phase, stage, size, precision, stage to load in)"""
-    return [(phase, stage, size, precision, stage) for phase, precision in (("control", "fp32"), ("control", "bf16"), ("main", "fp32"))
-            for stage in STAGES if phase == "control" or stage == 2]
+    return [("control", stage, size, "fp32", stage) for stage in STAGES] + [("control", 2, size, "bf16", 2)]
 
 
 def other_layout(size):
-    moves = [("fp32", 1, 3), ("fp32", 2, 1), ("fp32", 2, 3), ("fp32", 3, 2), ("bf16", 2, 3), ("bf16", 3, 1)]
-    return [("control", stage, 3 - size, precision, own) for precision, stage, own in moves]
+    """Two ranks' checkpoints of ZeRO-2 at one rank in ZeRO-1 and 3, and the other way."""
+    moves = [(2, 1), (2, 3)] if size == 1 else [(1, 2), (3, 2)]
+    return [("control", stage, 3 - size, "fp32", own) for stage, own in moves] + [("control", 2, 3 - size, "bf16", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +185,13 @@ def test_frozen_parameters_stay_bit_identical(trained):
 
 def test_training_leaves_the_global_generator_alone(trained):
     assert trained[1]["generator left alone"] and trained[2]["generator left alone"]
+
+
+def test_previews_show_the_clip_and_what_the_model_makes_of_it(trained):
+    for size in (1, 2):
+        videos = {"preview/denoised": (torch.uint8, (9, 32, 3 * 32, 3))}
+        assert trained[size]["preview", "main"] == ({}, videos)
+        assert trained[size]["preview", "control"] == ({}, videos | {"preview/sampled": (torch.uint8, (9, 32, 2 * 32, 3))})
 
 
 def test_bf16_follows_fp32(trained):

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+import model_zoo.tokenizer  # noqa: F401 - slow to import: once for all forked ranks
 from configs import load
 from data_pipeline.loader import Batch, Sample
+from data_pipeline.shards import read_manifest, write_manifest
 from model_zoo import registry
 from model_zoo.config import DiffusionConfig, TokenizerConfig
+from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 from tests.training.toy import META
 from training import rng
 from training.diffusion.config import DiffusionTrainConfig
@@ -18,7 +21,7 @@ from training.distributed import World
 
 MODEL = {
     "transformer": {
-        "latent_channels": 4, "latent_frames": 3, "latent_height": 4, "latent_width": 4, "hidden_size": 32, "num_layers": 2,
+        "latent_channels": 48, "latent_frames": 3, "latent_height": 4, "latent_width": 4, "hidden_size": 32, "num_layers": 2,
         "num_heads": 2, "time_embed_dim": 16, "text_length": 3, "text_dim": 6,
     },
     "control_layers": 1,
@@ -67,10 +70,21 @@ def sample(index: int, global_batch_size: int) -> Sample:
     clip = index % NUM_CLIPS
     draw = rng.generator(0, "clip", clip)
     return Sample(f"{clip:04d}", index // NUM_CLIPS, index, index % global_batch_size, META, {
-        "latents": torch.randn(3, 4, 4, 4, generator=draw).to(torch.bfloat16),
+        "latents": torch.randn(3, 48, 4, 4, generator=draw).to(torch.bfloat16),
         "text-tiny": torch.randn(3, 6, generator=draw).to(torch.bfloat16),
         "tokens": torch.randint(0, 16, (5,), generator=draw).to(torch.uint16),
     })
+
+
+def write_data(data: Path) -> None:
+    """A data set of `NUM_CLIPS` such clips on disk, in two shards."""
+    write_raw(data, [NUM_CLIPS // 2, NUM_CLIPS - NUM_CLIPS // 2])
+    keys = [key for shard in range(2) for key in keys_of(shard, NUM_CLIPS // 2)]
+    for column, shape in (("latents", [3, 48, 4, 4]), ("text-tiny", [3, 6]), ("tokens", [5])):
+        write_column(data, column, value=lambda key, column=column: sample(keys.index(key), 4).tensors[column])
+        manifest = read_manifest(data)
+        entered = manifest.columns[column].model_copy(update={"shape": shape})
+        write_manifest(data, manifest.model_copy(update={"columns": {**manifest.columns, column: entered}}))
 
 
 def batch(config: DiffusionTrainConfig, step: int, world: World | None = None) -> Batch:

@@ -1,0 +1,185 @@
+"""Speed of the data side: the loader against plain webdataset and against reading the bytes; precompute by stage.
+
+    python -m benchmarks.data
+    python -m benchmarks.data --device cuda --clips 256
+
+The loader reads samples of paper size (latents, text states and tokens, 4.1 MB together) from the page cache
+and hands out tensors of its own; webdataset reads the same three columns as streams and decodes them with
+safetensors. Rates are per second of processor time, best of the repeats, so that a busy machine says little
+against them. Precompute runs the nano preset on generated clips; a stage's rate is what it would reach alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from safetensors.torch import load as load_safetensors
+
+from configs import load
+from data_pipeline import precompute
+from data_pipeline.columns import pack_tensor
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader
+from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.schema import RAW, Column, Manifest, RawSample, column_stem, fingerprint
+from data_pipeline.shards import ShardWriter, write_manifest
+from data_pipeline.video import encode_clip
+from model_zoo import registry
+from model_zoo.config import ModelConfig
+
+SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)}  # of the paper's clips
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    samples_per_s: float
+    megabytes_per_s: float | None  # None: not a matter of bytes
+
+
+def write_raw(data: Path, clips: list[list[tuple[RawSample, bytes]]]) -> Manifest:
+    entries = []
+    for shard, members in enumerate(clips):
+        with ShardWriter(data / RAW, f"{shard:06d}", fingerprint="benchmark") as writer:
+            for meta, clip in members:
+                writer.add(meta.key, {"mp4": clip, "json": meta.model_dump_json().encode()})
+        entries.append(writer.sidecar.entry)
+    manifest = Manifest(fingerprint=fingerprint([e.sha256 for e in entries]), config={}, shards=entries)
+    write_manifest(data, manifest)
+    return manifest
+
+
+def meta_of(number: int, clip: bytes, frames: int, size: int) -> RawSample:
+    return RawSample(key=f"clip{number:06d}", caption=f"a picture that moves, number {number}", source="generated",
+                     source_sha256="0" * 64, start_s=0, fps=8, num_frames=frames, height=size, width=size, motion_score=0.1,
+                     video_sha256=hashlib.sha256(clip).hexdigest())
+
+
+def write_large_columns(data: Path, shards: int, samples: int) -> None:
+    """Columns of paper size with random content."""
+    raw = [[(meta_of(s * samples + i, b"", 49, 480), b"") for i in range(samples)] for s in range(shards)]
+    manifest = write_raw(data, raw)
+    draw = torch.Generator().manual_seed(0)
+    columns = {}
+    for name, shape in SHAPES.items():
+        stem, entries = column_stem(name), []
+        for entry, members in zip(manifest.shards, raw, strict=True):
+            with ShardWriter(data / name, entry.name, fingerprint=name, raw_sha256=entry.sha256) as writer:
+                for meta, _ in members:
+                    if stem == "tokens":
+                        tensor = torch.randint(0, 2048, shape, generator=draw).to(torch.uint16)
+                    else:
+                        tensor = torch.randn(shape, generator=draw).bfloat16()
+                    writer.add(meta.key, {f"{stem}.safetensors": pack_tensor(stem, tensor)})
+            entries.append(writer.sidecar.entry)
+        columns[name] = Column(dtype=str(tensor.dtype), shape=list(shape), encoder="random", fingerprint=name, config={}, shards=entries)
+    write_manifest(data, manifest.model_copy(update={"columns": columns}))
+
+
+def best_cpu_s(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        work()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> list[Row]:
+    write_large_columns(folder, shards, samples)
+    tars = {name: sorted((folder / name).glob("*.tar")) for name in SHAPES}
+    total, batch_size, size = shards * samples, 8, sum(t.stat().st_size for paths in tars.values() for t in paths)
+    largest = max(t.stat().st_size for paths in tars.values() for t in paths)
+    buffer = memoryview(np.empty(largest, np.uint8))
+
+    def read_bytes() -> None:
+        for paths in tars.values():
+            for path in paths:
+                with open(path, "rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
+
+    def read_webdataset() -> None:
+        streams = [iter(webdataset.WebDataset([str(p) for p in paths], shardshuffle=False)) for paths in tars.values()]
+        kept = []
+        for together in zip(*streams, strict=True):
+            kept = kept[-batch_size + 1 :]  # as many as a batch of the loader keeps in memory
+            kept.append([load_safetensors(sample[f"{column_stem(name)}.safetensors"])
+                         for name, sample in zip(SHAPES, together, strict=True)])
+
+    def read_loader(ahead: int) -> None:
+        config = DataConfig(manifest=folder, global_batch_size=batch_size, shuffle_window=shards, prefetch_batches=ahead)
+        with Loader(config, list(SHAPES), dp_rank=0, dp_size=1) as loader:
+            for _ in range(total // batch_size - ahead):  # those that nobody takes are read too
+                loader.next_batch()
+
+    rows = []
+    for what, work in (("reading the bytes", read_bytes), ("webdataset", read_webdataset),
+                       ("loader", lambda: read_loader(0)), ("loader, reading ahead", lambda: read_loader(1))):
+        seconds = best_cpu_s(work, repeats)
+        rows.append(Row(what, total / seconds, size / seconds / 1e6))
+    return rows
+
+
+def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -> tuple[list[Row], float]:
+    """Clips per second of each stage of the nano preset, and of the whole job (wall time, building encoders included)."""
+    models = load(ModelConfig, "nano/model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = registry.build("tokenizer", models.tokenizer).train()
+        config = models.tokenizer
+        tokenizer(torch.randn(64, config.segment_frames, config.feature_channels, config.grid_height, config.grid_width))
+    registry.export(folder / "zoo", "tokenizer", "tokenizer", config, tokenizer.state_dict(), {})
+    draw = np.random.default_rng(0)
+    members = []
+    for number in range(clips):
+        wide = np.kron(draw.integers(0, 255, (8, 16, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+        clip = encode_clip(np.stack([np.roll(wide, -2 * t, axis=1)[:, :64] for t in range(17)]), 8, preset="ultrafast")
+        members.append((meta_of(number, clip, 17, 64), clip))
+    write_raw(folder / "data", [members[at : at + 32] for at in range(0, clips, 32)])
+    places = [f"data={folder / 'data'}", f"zoo={folder / 'zoo'}", f"device={device}", f"batch_size={batch_size}"]
+    summary = precompute.run(load(PrecomputeConfig, "nano/precompute", places))
+    # the two text columns share their stage
+    counts = {"decode": clips, "features": clips, "tokens": clips, "latents": clips, "text": 2 * clips, "write": 4 * clips}
+    return [Row(stage, count / summary.stage_seconds[stage], None) for stage, count in counts.items()], clips / summary.wall_s
+
+
+def table(rows: list[Row], base: dict[str, float]) -> str:
+    lines = [f"{'what':<24} {'samples/s':>10} {'MB/s':>8}" + "".join(f"  {'of ' + name:>20}" for name in base)]
+    for row in rows:
+        megabytes = "-" if row.megabytes_per_s is None else f"{row.megabytes_per_s:.0f}"
+        line = f"{row.what:<24} {row.samples_per_s:>10.1f} {megabytes:>8}"
+        lines.append(line + "".join(f"  {row.samples_per_s / value:>19.2f}x" if megabytes != "-" else f"  {'-':>20}" for value in base.values()))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--shards", type=int, default=4, help="of the loader's data set; on disk 4.1 MB * shards * samples")
+    parser.add_argument("--samples", type=int, default=16, help="in a shard, a multiple of 8")
+    parser.add_argument("--clips", type=int, default=64, help="that precompute works on")
+    parser.add_argument("--batch-size", type=int, default=8, help="of precompute")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write the data; default: the system's temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        rows = measure_reading(options.shards, options.samples, options.repeats, Path(name) / "reading")
+        base = {row.what: row.samples_per_s for row in rows[:2]}
+        stages, whole = measure_precompute(options.clips, options.device, options.batch_size, Path(name) / "precompute")
+    rows += [Row(f"precompute: {row.what}", row.samples_per_s, None) for row in stages]
+    rows.append(Row("precompute: all, wall", whole, None))
+    print(table(rows, base))
+
+
+if __name__ == "__main__":
+    main()

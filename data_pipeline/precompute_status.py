@@ -1,0 +1,122 @@
+"""How far `landiff precompute` is, read from the folders alone: no encoder, no server, no task need be alive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.schema import Manifest, Sidecar
+from data_pipeline.shards import sidecar_path
+from data_pipeline.units import ColumnCard, ColumnFolder, owner
+
+RATE_WINDOW_S = 3600.0  # a rate is that of the last hour of work
+
+
+@dataclass(frozen=True)
+class ColumnStatus:
+    """How far a column is, in shards; counts of clips are of what is done."""
+
+    column: str
+    encoder: str  # "" before the first unit
+    done: int
+    left: int  # running and failed ones included
+    running: int  # a living process writes them (on another machine: one that wrote within a day)
+    failed: int  # the last task gave up, or died
+    stale: int  # of those left: made by another encoder, from other raw shards, or damaged
+    changed: str  # how the config differs from what made the column; "" where it doesn't
+    samples: int
+    samples_left: int
+    rejects: int
+    bytes: int
+    rate: float  # clips per second of all tasks together, over the last hour of work; 0 before the second shard
+    left_s: float | None  # time left at that rate
+    errors: tuple[str, ...]  # of what failed, "shard: error", the newest first
+
+
+def status(config: PrecomputeConfig, manifest: Manifest) -> list[ColumnStatus]:
+    """One row per column of the config."""
+    return [_column_status(config, manifest, name) for name in config.columns]
+
+
+def _column_status(config: PrecomputeConfig, manifest: Manifest, name: str) -> ColumnStatus:
+    folder = ColumnFolder(config.data, name)
+    card = folder.card()
+    found = {entry.name: folder.finished(entry, card.fingerprint) if card else None for entry in manifest.shards}
+    done = {shard: sidecar for shard, sidecar in found.items() if sidecar is not None}
+    present = sum(sidecar_path(folder.folder / f"{shard}.tar").exists() for shard in found)
+    alive, dead = folder.in_work()
+    failures = {shard: f for shard in found.keys() - done.keys() - alive if (f := folder.failure(shard))}
+    failed = failures.keys() | (dead - done.keys())
+    errors = [f"{shard}: {f.error} ({f.machine})" for shard, f in sorted(failures.items(), key=lambda item: -item[1].time)]
+    errors += [f"{shard}: its task died" for shard in sorted(failed - failures.keys())]
+    samples_left = sum(entry.samples for entry in manifest.shards if entry.name not in done)
+    speed = _rate(folder.folder, done)
+    return ColumnStatus(
+        column=name, encoder=card.encoder if card else "", done=len(done), left=len(found) - len(done),
+        running=len(alive - done.keys()), failed=len(failed), stale=present - len(done),
+        changed=_changed(card, config, name), samples=sum(s.entry.samples for s in done.values()), samples_left=samples_left,
+        rejects=sum(len(s.rejects) for s in done.values()), bytes=sum(s.entry.bytes for s in done.values()), rate=speed,
+        left_s=samples_left / speed if speed and samples_left else None, errors=tuple(errors),
+    )
+
+
+def _rate(folder: Path, done: dict[str, Sidecar]) -> float:
+    """Clips per second between the first and the last commit of the last hour of work."""
+    commits = sorted((sidecar_path(folder / f"{shard}.tar").stat().st_mtime, s.entry.samples + len(s.rejects)) for shard, s in done.items())
+    recent = [commit for commit in commits if commit[0] >= commits[-1][0] - RATE_WINDOW_S]
+    if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
+        return 0.0
+    return sum(samples for _, samples in recent[1:]) / (recent[-1][0] - recent[0][0])
+
+
+def _changed(card: ColumnCard | None, config: PrecomputeConfig, name: str) -> str:
+    if card is None:
+        return ""
+    here = config.columns[name].model_dump(mode="json")
+    keys = [key for key in sorted(card.column.keys() | here.keys()) if card.column.get(key) != here.get(key)]
+    return ", ".join(f"{key} was {card.column.get(key)}, is {here.get(key)}" for key in keys)
+
+
+def retry(config: PrecomputeConfig, manifest: Manifest, tasks: int) -> dict[str, str]:
+    """{column: the SLURM array expression of the tasks, of so many, whose shards are missing}; "" where none is."""
+    expressions = {}
+    for name in config.columns:
+        folder = ColumnFolder(config.data, name)
+        card = folder.card()
+        left = [entry for entry in manifest.shards if not (card and folder.finished(entry, card.fingerprint))]
+        expressions[name] = array_expression(sorted({owner(entry, tasks) for entry in left}))
+    return expressions
+
+
+def array_expression(tasks: Sequence[int]) -> str:
+    """Sorted numbers as `sbatch --array` takes them: [0, 1, 2, 5] -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for task in tasks:
+        if parts and task == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], task]
+        else:
+            parts.append([task])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def table(rows: Sequence[ColumnStatus], now: float | None = None) -> str:
+    """For a terminal."""
+    lines = [f"{'column':<22}{'done':>7}{'running':>9}{'failed':>8}{'left':>7}{'clips':>10}{'set aside':>11}{'GB':>9}{'clips/s':>9}{'time left':>11}"]
+    for row in rows:
+        left = "-" if row.left_s is None else _hours(row.left_s)
+        lines.append(f"{row.column:<22}{row.done:>7}{row.running:>9}{row.failed:>8}{row.left:>7}{row.samples:>10}{row.rejects:>11}"
+                     f"{row.bytes / 1e9:>9.3f}{row.rate:>9.1f}{left:>11}")
+        if row.stale or row.changed:
+            lines.append(f"  stale: {row.stale} shards of {row.encoder or 'another encoder'}{'; ' + row.changed if row.changed else ''}")
+        lines += [f"  failed: {error}" for error in row.errors[:3]]
+    if any(row.running for row in rows):
+        lines.append(f"as of {time.strftime('%H:%M:%S', time.localtime(now))}")
+    return "\n".join(lines)
+
+
+def _hours(seconds: float) -> str:
+    minutes = int(seconds + 59) // 60
+    return f"{minutes // 60}:{minutes % 60:02d} h"

@@ -1,0 +1,181 @@
+"""From a `landiff` command line to the jobs that do its work: run folder, module, arguments, config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from configs import Config, ConfigError, load
+from launchers.cluster_config import TRAINERS, ClusterConfig
+from launchers.layout import check_batch
+from launchers.local import default_processes
+from launchers.slurm_script import Job
+
+CONFIG = "config.yaml"  # in the job folder
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job, its resolved config, and the names of the planned jobs it waits for."""
+
+    stage: str
+    job: Job
+    config: Config | None
+    after: tuple[str, ...] = ()
+    steps: int | None = None  # of a trainer
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and for whom: what all jobs of one submission share."""
+
+    cluster: ClusterConfig
+    workdir: Path
+    made_by: str
+    python: str
+    nodes: int | None = None
+    here: bool = False
+
+
+def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, overrides: Sequence[str] = ()) -> list[Planned]:
+    """The jobs of one stage, in order. `name` replaces the stage's own where one stage occurs twice.
+
+    Raises ConfigError for what the stage itself would refuse.
+    """
+    from launchers.cli import build_parser, split_overrides
+
+    words, own = split_overrides(argv)
+    args, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        raise ConfigError(f"unrecognised argument {unknown[0]!r}; overrides are written key=value")
+    args.overrides = [*own, *overrides]
+    if getattr(args, "prompts", None):
+        args.overrides.append(f"prompts={json.dumps(args.prompts)}")
+    if args.command == "train":
+        return [training_job(args, place, name)]
+    if place.nodes not in (None, 1):
+        raise ConfigError(f"--nodes {place.nodes}: {args.command} runs on one node; a precompute job is spread by stages.precompute.array")
+    if args.command == "shards":
+        return shards_jobs(args, place, name)
+    if args.command == "precompute":
+        return precompute_jobs(args, place, name)
+    if args.command == "convert":
+        return [convert_job(args, argv, place)]
+    if args.command not in ("sample", "evaluate"):
+        raise ConfigError(f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}")
+    config = load(config_class(args.command), args.config, args.overrides)
+    return [single(args.command, place, name or args.command, (args.command,), config)]
+
+
+def is_override(text: str) -> bool:
+    """`a.b=value`; a prompt may hold an equals sign behind a blank."""
+    key, sign, _ = text.partition("=")
+    return bool(sign) and key.replace(".", "").replace("_", "").replace("-", "").isalnum()
+
+
+def config_class(stage: str) -> type[Config]:
+    """The config of a stage; torch-free imports, one at a time."""
+    from data_pipeline import precompute_config
+    from launchers import config
+    from training.diffusion.config import DiffusionTrainConfig
+    from training.lm.config import LMTrainConfig
+    from training.tokenizer.config import TokenizerTrainConfig
+
+    return {
+        "shards": config.ShardsJobConfig, "precompute": precompute_config.PrecomputeConfig, "tokenizer": TokenizerTrainConfig,
+        "lm": LMTrainConfig, "diffusion": DiffusionTrainConfig, "sample": config.SampleConfig, "evaluate": config.EvaluateConfig,
+    }[stage]
+
+
+def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Planned:
+    config = load(config_class(args.stage), args.config, args.overrides)
+    run, resources = place.workdir / config.run, place.cluster.resources(args.stage, place.nodes)
+    if place.cluster.scheduler == "local" and resources.tasks_per_node is None:
+        resources = resources.model_copy(update={"tasks_per_node": default_processes()})
+    check_batch(config, resources.nodes * resources.tasks)  # now, not in the queue
+    job = Job(
+        name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
+        resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
+    )
+    return Planned(args.stage, job, config, steps=config.loop.steps)
+
+
+def single(stage: str, place: Place, name: str, words: Sequence[str], config: Config | None, after: Sequence[str] = ()) -> Planned:
+    """One process on one node, in the run folder runs/<name>."""
+    run = place.workdir / "runs" / name
+    arguments = (*words, "--config", str(run / "job" / CONFIG)) if config else tuple(words)
+    job = Job(name=name, run=run, workdir=place.workdir, module="launchers.cli", arguments=arguments,
+              resources=place.cluster.resources(stage), trainer=False, made_by=place.made_by, python=place.python, here=place.here)
+    return Planned(stage, job, config, tuple(after))
+
+
+def shards_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
+    """One process, or an array and one job that writes the manifest."""
+    config = load(config_class("shards"), args.config, args.overrides)
+    stem = name or "shards"
+    if args.action != "run" or not is_array(place, "shards"):
+        return [single("shards", place, stem, ("shards", args.action), config)]
+    one = single("shards", place, f"{stem}-tasks", ("shards", "run"), config)
+    return [replace(one, job=replace(one.job, array=True)), single("shards", place, stem, ("shards", "finalize"), config, (one.name,))]
+
+
+def is_array(place: Place, stage: str) -> bool:
+    return place.cluster.scheduler == "slurm" and not place.here and place.cluster.resources(stage).array > 1
+
+
+def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
+    """An array for every column, side by side; then one job that merges what they made into the manifest."""
+    config = load(config_class("precompute"), args.config, args.overrides)
+    stem = name or "precompute"
+    finalize = single("precompute", place, stem, ("precompute", "finalize"), config)
+    if args.action == "finalize":
+        return [finalize]
+    planned = []
+    for column in config.columns:
+        part = config.model_copy(update={"columns": {column: config.columns[column]}, "redo": tuple(c for c in config.redo if c == column)})
+        array = is_array(place, "precompute")
+        # told, not taken from the array's size: some of its tasks may run again alone
+        tasks = ("--tasks", str(place.cluster.resources("precompute").array)) if array else ()
+        one = single("precompute", place, f"{stem}-{column}", ("precompute", "run", "--no-finalize", *tasks), part)
+        planned.append(replace(one, job=replace(one.job, array=array)))
+    return [*planned, replace(finalize, after=tuple(p.name for p in planned))]
+
+
+def convert_job(args: argparse.Namespace, argv: Sequence[str], place: Place) -> Planned:
+    """The command as it was typed, in a run folder named after what it makes."""
+    return single("convert", place, f"export-{args.name}" if args.name else f"convert-to-{args.to}", argv, None)
+
+
+def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: Sequence[str]) -> list[Planned]:
+    """The whole walk. An override is `stage.key=value`, e.g. `lm.loop.steps=100`; stages are named as their jobs."""
+    from launchers.pipeline import walk
+
+    stages = walk(preset, 1, prompts)
+    names = {stage.name: stage.name.replace(" ", "-") for stage in stages}
+    mine: dict[str, list[str]] = {name: [] for name in names.values()}
+    for override in overrides:
+        name, _, rest = override.partition(".")
+        if name not in mine or not is_override(rest):
+            raise ConfigError(f"{override!r} is not of the form stage.key=value; the stages are {', '.join(mine)}")
+        mine[name].append(rest)
+    planned: list[Planned] = []
+    last: dict[str, str] = {}  # stage -> its last job, which the next stages wait for
+    for stage in stages:
+        name = names[stage.name]
+        jobs = jobs_of([*stage.command], place, name, mine[name])
+        waits = tuple(last[before] for before in stage.after)
+        planned += [job if job.after else replace(job, after=waits) for job in jobs]
+        last[stage.name] = jobs[-1].name
+    return planned
+
+
+def command_line(words: Sequence[str]) -> str:
+    return "landiff " + shlex.join(words)

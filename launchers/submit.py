@@ -1,0 +1,243 @@
+"""`landiff submit`: a stage, or the whole walk, as jobs; `landiff stop`: save and end."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from configs import ConfigError, dump, load
+from configs.files import write_text
+from launchers.cluster_config import TRAINERS, ClusterConfig
+from launchers.slurm import Slurm
+from launchers.slurm_script import JOB_FOLDER, LOGS, SCRIPT, sbatch_text
+from launchers.snapshot import write_snapshot
+from launchers.stage_jobs import CONFIG, Place, Planned, command_line, jobs_of, pipeline_jobs
+from training.run_folder import finished_step
+
+RECORD = "job.json"
+
+
+def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = None) -> int:
+    """Returns 0 when all jobs are queued (or, here, have done their work)."""
+    cluster = load(ClusterConfig, cluster_name(args.cluster))
+    place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or sys.executable, args.nodes, args.here)
+    if args.stage == "pipeline":
+        planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
+    else:
+        words = ["train", args.stage] if args.stage in TRAINERS else [args.stage]
+        planned = jobs_of([*words, *args.rest], place)
+    if args.dry_run:
+        print(dry_run(planned, cluster))
+        return 0
+    skip = args.stage == "pipeline"  # a stage that is asked for by name looks by itself what is left to do
+    if cluster.scheduler == "local" or args.here:
+        return run_here(planned, cluster, skip)
+    return queue(planned, cluster, slurm or Slurm(), args.after or (), skip)
+
+
+def cluster_name(name: str) -> str:
+    """`sandbox` is the packaged cluster/sandbox; a path stays one."""
+    return name if name.endswith((".yaml", ".yml")) or "/" in name else f"cluster/{name}"
+
+
+def dry_run(planned: Sequence[Planned], cluster: ClusterConfig) -> str:
+    """Resolved configs, the plan and the scripts, as text."""
+    blocks = []
+    for plan in planned:
+        if plan.config is not None:
+            blocks.append(f"# ==== {plan.name}: resolved config, {plan.job.folder / CONFIG}\n{dump(plan.config)}")
+        blocks.append(f"# ==== {plan.name}: batch script, {plan.job.folder / SCRIPT}\n{sbatch_text(plan.job, cluster)}")
+    blocks.append("# ==== plan\n" + "\n".join(f"# {line}" for line in plan_lines(planned)) + "\n# nothing was written, nothing submitted")
+    return "\n".join(blocks)
+
+
+def plan_lines(planned: Sequence[Planned]) -> list[str]:
+    lines = []
+    for plan in planned:
+        want = plan.job.resources
+        size = f"array of {want.array}" if plan.job.array else f"{want.nodes} node(s) x {want.tasks if plan.job.trainer else 1} task(s)"
+        waits = f", after {', '.join(plan.after)}" if plan.after else ""
+        lines.append(f"{plan.name}: {plan.stage}, {size}{waits}")
+    return lines
+
+
+# -------------------------------------------------------------------- the run folder
+
+
+def fingerprint(plan: Planned) -> str:
+    """Of what the job does. Where and with what resources is not part of it, nor how long a trainer trains."""
+    config = plan.config.model_dump(mode="json") if plan.config else None
+    document = [plan.job.module, plan.job.arguments, config, plan.job.resources.array if plan.job.array else 1]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
+def read_record(run: Path) -> dict:
+    """job.json of a run folder; empty where nothing was submitted."""
+    path = run / JOB_FOLDER / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def is_done(plan: Planned) -> bool:
+    """Is there nothing left to do for this job, as it is now configured?"""
+    run = plan.job.run
+    if plan.steps is not None:
+        return (finished_step(run) or 0) >= plan.steps
+    if read_record(run).get("fingerprint") != fingerprint(plan):
+        return False
+    return all(marker.exists() for marker in done_markers(plan))
+
+
+def nothing_left(plan: Planned, skipped: Collection[str], skip: bool) -> bool:
+    """A trainer that has its steps is done for good; anything else only while what it reads was not made anew."""
+    return is_done(plan) and (plan.steps is not None or (skip and all(name in skipped for name in plan.after)))
+
+
+def done_markers(plan: Planned) -> list[Path]:
+    if plan.job.array:
+        return [plan.job.run / f"done.{task}" for task in range(plan.job.resources.array)]
+    return [plan.job.run / "done"]
+
+
+def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
+    """Write everything the job needs into its run folder; returns the script."""
+    folder = plan.job.folder
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    origin = write_snapshot(folder)
+    if plan.config is not None:
+        write_text(folder / CONFIG, dump(plan.config))
+    write_text(folder / "cluster.yaml", dump(cluster))
+    write_text(folder / SCRIPT, sbatch_text(plan.job, cluster))
+    for pattern in ("done*" if plan.steps is None else "done", "stop", "job/stopped", "job/state*", "job/given_up*", "job/chain"):
+        for path in plan.job.run.glob(pattern):
+            path.unlink()
+    write_record(plan, [], origin)
+    return folder / SCRIPT
+
+
+def write_record(plan: Planned, job_ids: Sequence[str], origin: str | None = None) -> None:
+    record = {
+        "name": plan.name, "stage": plan.stage, "job_ids": list(job_ids), "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": plan.job.made_by, "fingerprint": fingerprint(plan), "trainer": plan.job.trainer, "steps": plan.steps,
+        "array": plan.job.resources.array if plan.job.array else None, "ranks": plan.job.resources.nodes * plan.job.resources.tasks,
+        "code": origin or read_record(plan.job.run).get("code", ""), "workdir": str(plan.job.workdir),
+    }
+    write_text(plan.job.folder / RECORD, json.dumps(record, indent=1))
+
+
+# -------------------------------------------------------------------- queue, or run here
+
+
+def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = (), skip: bool = True) -> int:
+    """Submit what is not done yet; with `skip` = False all but finished trainers. A job that is queued or runs already is left alone, and waited for by the next."""
+    known = [job for plan in planned for job in read_record(plan.job.run).get("job_ids", [])]
+    active = {job.id.split("_")[0] for job in slurm.queue(known) if job.active} if known else set()
+    skipped, ids = set(), {}
+    scripts = {}
+    for plan in planned:  # all checks before the first submission
+        running = [job for job in read_record(plan.job.run).get("job_ids", []) if job in active]
+        if running:
+            ids[plan.name] = running[-1]
+        elif nothing_left(plan, skipped, skip):
+            skipped.add(plan.name)
+        else:
+            scripts[plan.name] = prepare(plan, cluster)
+            slurm.check(scripts[plan.name])
+    if len(planned) == 1 and ids:
+        raise ConfigError(f"{planned[0].job.run} has job {ids[planned[0].name]} in the queue already; landiff stop {planned[0].job.run} ends it")
+    for plan in planned:
+        if plan.name in skipped:
+            print(f"{plan.name}: done already")
+        elif plan.name not in scripts:
+            print(f"{plan.name}: job {ids[plan.name]} is in the queue already")
+        else:
+            waits = [ids[name] for name in plan.after if name in ids] or list(after)
+            jobs = submit_one(plan, cluster, slurm, scripts[plan.name], waits)
+            ids[plan.name] = jobs[-1]
+            print(f"{plan.name}: job {' -> '.join(jobs)}" + (f", after {', '.join(waits)}" if waits else "") + f"; {plan.job.run}")
+    return 0
+
+
+def submit_one(plan: Planned, cluster: ClusterConfig, slurm: Slurm, script: Path, after: Sequence[str]) -> list[str]:
+    """The ids of the job, or of the chain of jobs, one behind the other."""
+    jobs = [slurm.submit(script, after)]
+    for _ in range(cluster.chain_length - 1 if cluster.restart == "chain" and plan.job.trainer else 0):
+        jobs.append(slurm.submit(script, [jobs[-1]], kind="afterany"))
+    if len(jobs) > 1:
+        write_text(plan.job.folder / "chain", "\n".join(jobs) + "\n")
+    write_record(plan, jobs)
+    return jobs
+
+
+def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = True) -> int:
+    """One after the other, in this terminal. A failed job costs those that depend on it and nothing else."""
+    failed: dict[str, int] = {}
+    skipped = set()
+    for plan in planned:
+        lost = [name for name in plan.after if name in failed]
+        if lost:
+            failed[plan.name] = 1
+            print(f"{plan.name}: not run, {lost[0]} failed", file=sys.stderr)
+            continue
+        if nothing_left(plan, skipped, skip):
+            skipped.add(plan.name)
+            print(f"{plan.name}: done already")
+            continue
+        script = prepare(plan, cluster)
+        print(f"{plan.name}: {plan.job.folder / LOGS}", flush=True)
+        code = run_script(script)
+        if code:
+            failed[plan.name] = code
+            print(f"{plan.name}: ended with {code}; see landiff logs {plan.job.run}", file=sys.stderr)
+    return next(iter(failed.values()), 0)
+
+
+def run_script(script: Path) -> int:
+    """The batch script in a process of its own, told of our signals. Its words go to the terminal and to batch.log."""
+    child = subprocess.Popen(["bash", "-c", 'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"', "_", str(script.parent / LOGS / "batch.log"), str(script)],
+                             start_new_session=True)
+    write_text(script.parent / "pid", f"{child.pid}\n")
+
+    def forward(number: int, _frame: object) -> None:
+        child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        (script.parent / "pid").unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------- stop
+
+
+def stop(run: Path, restart: bool, slurm: Slurm | None = None) -> str:
+    """Ask a run to save and end (or, with `restart`, to save and start again). Returns what was done."""
+    record = read_record(run)
+    if not record:
+        raise ConfigError(f"{run} was not submitted (it has no {JOB_FOLDER}/{RECORD}); landiff status --all lists what was")
+    if not restart:
+        write_text(run / JOB_FOLDER / "stopped", "landiff stop\n")
+    pid = run / JOB_FOLDER / "pid"
+    if pid.exists():
+        os.kill(int(pid.read_text()), signal.SIGUSR1)
+        return f"{run}: asked process {pid.read_text().strip()} to save and end"
+    slurm = slurm or Slurm()
+    said = []
+    for job in slurm.queue(record["job_ids"]) if record["job_ids"] else []:
+        if job.state == "RUNNING":
+            slurm.signal(job.id)
+            said.append(f"job {job.id} saves and {'starts again' if restart else 'ends'}")
+        elif job.active and not restart:
+            slurm.cancel(job.id)
+            said.append(f"job {job.id} ({job.state.lower()}) is cancelled")
+    return f"{run}: " + ("; ".join(said) or "nothing of it is in the queue")

@@ -1,0 +1,208 @@
+"""Everything that holds weights and that we know: how to recognise, open and write it.
+
+No process group and no engine: Megatron's folders are read and written with torch.distributed.checkpoint, DeepSpeed's
+files with torch.load, the rest is safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs import ConfigError, validate
+from configs.files import commit_dir, temporary_name, write_text
+from model_zoo import registry
+from model_zoo.config import LMConfig, ModelConfig, TokenizerConfig
+from model_zoo.convert import deepspeed, diffusers_folder, megatron, release_set
+from model_zoo.convert.lazy import Progress, read_safetensors
+from model_zoo.convert.parts import PLAIN, VAE, Part, Source, assembled, fit
+
+STATE, RUN_CONFIG = "state.json", "config.yaml"  # what the trainers add to a checkpoint (training/checkpoint.py)
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read what does not say everything by itself."""
+
+    models: ModelConfig = field(default_factory=ModelConfig)  # sizes of a release and of bare Megatron folders
+    allow_missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str
+    what: str
+    recognise: Callable[[Path], bool]
+    open: Callable[[Path, Options], Source]
+
+
+def _is_entry(path: Path) -> bool:
+    return (path / registry.WEIGHTS).is_file() and (path / "provenance.json").is_file() and (path / "config.json").is_file() \
+        and diffusers_folder.class_of(path) is None
+
+
+def _open_entry(path: Path, options: Options) -> Source:
+    entry = registry.read_entry(path)
+    part = fit(entry.lazy(), entry.kind, entry.config, PLAIN, str(path), options.allow_missing)
+    return Source(path, "zoo", f"zoo entry {entry.reference}", (part,), entry.provenance.get("step"),
+                  {"entry": entry.reference, "made_of": entry.provenance})
+
+
+def _is_tokenizer_checkpoint(path: Path) -> bool:
+    return (path / STATE).is_file() and (path / "model.safetensors").is_file()
+
+
+def _open_tokenizer(path: Path, options: Options) -> Source:
+    config = validate(TokenizerConfig, _run_config(path)["model"], str(path / RUN_CONFIG))
+    part = fit(read_safetensors(path / "model.safetensors"), "tokenizer", config, PLAIN, str(path), options.allow_missing)
+    return Source(path, "tokenizer checkpoint", "plain torch", (part,), *_run(path))
+
+
+def _open_megatron(path: Path, options: Options) -> Source:
+    config: LMConfig = megatron.stored_config(path) if (path / megatron.CONFIG).is_file() else options.models.lm
+    part = Part("lm", config, megatron.read_lm(path, config))
+    step, provenance = _run(path)
+    layout = "dist_checkpointing: whole tensors, for any parallel layout"
+    parallel = provenance.get("config", {}).get("parallel")
+    if parallel:
+        layout += f"; written by {provenance['world_size']} ranks, tensor {parallel['tensor']}, pipeline {parallel['pipeline']}"
+    return Source(path, "megatron", layout, (part,), step, provenance)
+
+
+def _open_deepspeed(path: Path, options: Options) -> Source:
+    layout = deepspeed.Layout.read(path)
+    part = Part(*deepspeed.export_diffusion(path))
+    words = f"ZeRO {layout.zero_stage}, {layout.world_size} rank{'s' * (layout.world_size > 1)}" if layout.zero_stage else "whole weights, no optimizer"
+    return Source(path, "deepspeed", f"{words}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
+
+
+def _run_config(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load((path / RUN_CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from None
+
+
+def _run(path: Path) -> tuple[int | None, dict[str, Any]]:
+    """Step and origin of a trainer's checkpoint; nothing for one that no trainer wrote."""
+    if not (path / STATE).is_file():
+        return None, {}
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    kept = ("step", "kind", "manifest", "columns", "world_size", "versions")
+    return state["step"], {**{key: state.get(key) for key in kept}, "config": _run_config(path),
+                           "checkpoint_state_sha256": hashlib.sha256((path / STATE).read_bytes()).hexdigest()}
+
+
+FORMATS = (
+    Format("zoo", "zoo entry: model.safetensors, config.json, provenance.json", _is_entry, _open_entry),
+    Format("megatron", "Megatron dist checkpoint: .metadata, *.distcp", lambda p: (p / ".metadata").is_file(), _open_megatron),
+    Format("deepspeed", "DeepSpeed checkpoint of the diffusion trainer: layout.json, zero/",
+           lambda p: (p / deepspeed.LAYOUT).is_file(), _open_deepspeed),
+    Format("tokenizer checkpoint", "checkpoint of the tokenizer trainer", _is_tokenizer_checkpoint, _open_tokenizer),
+    Format("diffusers", "diffusers or transformers folder: config.json beside .safetensors",
+           lambda p: bool(diffusers_folder.model_folders(p)), lambda p, o: diffusers_folder.open_diffusers(p, o.allow_missing)),
+    Format("release", "LanDiff release: a set, a folder or a file of it",
+           lambda p: bool(release_set.find_files(p)), lambda p, o: release_set.open_release(p, o.models, o.allow_missing)),
+)
+
+
+def open_source(path: Path, options: Options | None = None) -> Source:
+    """What lies at `path`, ready to be read tensor by tensor. Raises ConfigError for what is none of FORMATS."""
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist")
+    for format in FORMATS:
+        if format.recognise(path):
+            return format.open(path, options or Options())
+    known = "\n".join(f"  {format.what}" for format in FORMATS)
+    raise ConfigError(f"{path} is none of the formats that can be converted:\n{known}")
+
+
+def describe(source: Source) -> str:
+    """The text of `landiff convert inspect`."""
+    lines = [f"{source.path}", f"  format       {source.format}", f"  layout       {source.layout}",
+             f"  step         {'-' if source.step is None else source.step}"]
+    for part in source.parts:
+        counts: dict[str, int] = {}
+        for tensor in part.tensors.meta.values():
+            name = str(tensor.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + tensor.numel()
+        lines += [
+            f"  kind         {part.kind}", f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
+            f"    dtypes     {', '.join(f'{name} ({n:,})' for name, n in counts.items())}",
+            f"    fingerprint {fingerprint(part)}",
+        ]
+        lines += [f"    filled     {name} (missing in the source)" for name in part.filled]
+    return "\n".join(lines)
+
+
+def fingerprint(part: Part) -> str:
+    """What the zoo would call this part; for the VAE, which the zoo doesn't hold, a hash made the same way."""
+    return registry.weights_fingerprint(part.kind, part.config, part.tensors)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write_megatron(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
+    part = _only(parts, ("lm",), "megatron")
+    megatron.write_megatron(folder, part.config, part.tensors, progress=progress)
+
+
+def _write_deepspeed(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
+    whole = [part for part in parts if part.kind == "diffusion"]
+    part = _only(whole or parts, ("diffusion", "transformer"), "deepspeed")
+    deepspeed.write_start(folder, part.kind, part.config, part.tensors, progress)
+
+
+def _write_transformers(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
+    diffusers_folder.write_model(folder, _only(parts, ("lm",), "transformers"), progress)
+
+
+def _only(parts: Sequence[Part], kinds: tuple[str, ...], format: str) -> Part:
+    found = [part for part in parts if part.kind in kinds]
+    if len(found) != 1:
+        raise ConfigError(f"--to {format} takes one {' or '.join(kinds)}; the source holds {', '.join(p.kind for p in parts) or 'nothing'}")
+    return found[0]
+
+
+WRITERS: dict[str, Callable[[Path, Sequence[Part], Progress | None], None]] = {
+    "release": release_set.write_release, "diffusers": diffusers_folder.write_diffusers, "megatron": _write_megatron,
+    "deepspeed": _write_deepspeed, "transformers": _write_transformers,
+}
+
+
+def write_target(target: Path, format: str, parts: Sequence[Part], provenance: dict[str, Any], progress: Progress | None = None) -> None:
+    """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists."""
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name a folder that doesn't")
+    temporary = temporary_name(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        WRITERS[format](temporary, assembled(parts, format), progress)
+        write_text(temporary / PROVENANCE, json.dumps(provenance, indent=1, sort_keys=True))
+        commit_dir(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def export_to_zoo(zoo: Path, names: dict[str, str], parts: Sequence[Part], provenance: dict[str, Any],
+                  progress: Progress | None = None) -> list[registry.ZooEntry]:
+    """Every part as a zoo entry called `names[kind]`. The VAE has no place in the zoo and is passed over."""
+    found = [part for part in assembled(parts, "zoo") if part.kind != VAE]
+    if not found:
+        raise ConfigError("the source holds a VAE alone, which the zoo doesn't keep; use --to diffusers")
+    return [
+        registry.export(zoo, names[part.kind], part.kind, part.config, part.tensors, {**provenance, "filled": list(part.filled)}, progress)
+        for part in found
+    ]
+

@@ -1,0 +1,241 @@
+"""Tensors that stay on disk until somebody asks for one, and files written one tensor at a time.
+
+A conversion is a chain of mappings from names to tensors, each of which knows all names, shapes and dtypes (as
+tensors on the meta device) before anything is read. So every problem is reported before the first byte is
+written, and memory holds no more than one group of a rule: the parts of one tensor and the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.files import atomic_file
+from model_zoo.convert.rules import ConversionError, Group, Rule, groups
+
+# (megabytes done, megabytes in all)
+Progress = Callable[[int, int], None]
+
+# safetensors' names of dtypes; its files hold little-endian numbers, as all machines do that torch runs on
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
+}
+MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class LazyTensors(Mapping[str, Tensor]):
+    """Names -> tensors, made when asked for and not kept."""
+
+    meta: Mapping[str, Tensor]  # shape and dtype of each, on the meta device
+    read: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.meta:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.meta
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta)
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.itemsize for tensor in self.meta.values())
+
+    @property
+    def num_elements(self) -> int:
+        return sum(tensor.numel() for tensor in self.meta.values())
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> LazyTensors:
+        """Tensors that are in memory already."""
+        return LazyTensors({name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__)
+
+    def only(self, keep: Callable[[str], bool]) -> LazyTensors:
+        return LazyTensors({name: meta for name, meta in self.meta.items() if keep(name)}, self.read)
+
+    def renamed(self, rename: Callable[[str], str]) -> LazyTensors:
+        names = {rename(name): name for name in self.meta}
+        return LazyTensors({new: self.meta[old] for new, old in names.items()}, lambda new: self.read(names[new]))
+
+    def with_prefix(self, prefix: str) -> LazyTensors:
+        return self.renamed(lambda name: prefix + name)
+
+    def without_prefix(self, prefix: str) -> LazyTensors:
+        return self.only(lambda name: name.startswith(prefix)).renamed(lambda name: name.removeprefix(prefix))
+
+    def joined(self, other: LazyTensors) -> LazyTensors:
+        """Both; where they share a name, the `other`'s."""
+        return LazyTensors({**self.meta, **other.meta}, lambda name: (other if name in other.meta else self).read(name))
+
+    def cast(self, dtype: torch.dtype | None) -> LazyTensors:
+        """Floating-point tensors in `dtype`; None keeps them as they are."""
+        if dtype is None:
+            return self
+        meta = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.meta.items()}
+        return LazyTensors(meta, lambda name: self.read(name).to(meta[name].dtype))
+
+    def dtype(self) -> torch.dtype:
+        """The one that most elements have."""
+        counts: dict[torch.dtype, int] = {}
+        for tensor in self.meta.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
+        return max(counts, key=counts.__getitem__, default=torch.float32)
+
+
+def converted(state: LazyTensors, rules: Sequence[Rule], direction: str) -> LazyTensors:
+    """`rules.convert`, but nothing is read before it is asked for. Raises ConversionError at once.
+
+    Tensors of one group come out of one reading when they are asked for one after the other.
+    """
+    meta: dict[str, Tensor] = {}
+    makers: dict[str, Group] = {}
+    for group in groups(state, rules, direction):
+        changed = group.apply([state.meta[name] for name in group.sources])
+        for target, tensor in zip(group.targets, changed, strict=True):
+            meta[target], makers[target] = tensor, group
+    return LazyTensors(meta, _LastGroup(state, makers))
+
+
+class _LastGroup:
+    """Makes a group's tensors and hands each out once, so that neighbours don't read the same source again."""
+
+    def __init__(self, state: LazyTensors, makers: Mapping[str, Group]) -> None:
+        self.state, self.makers = state, makers
+        self.waiting: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self.waiting:
+            group = self.makers[name]
+            self.waiting = {}
+            changed = group.apply([self.state.read(source) for source in group.sources])
+            self.waiting = dict(zip(group.targets, changed, strict=True))
+        return self.waiting.pop(name)
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor's bytes lie."""
+
+    path: Path
+    start: int  # of the whole storage
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None  # None: contiguous from the start of the storage
+    offset: int = 0  # of the first element, in elements
+
+    def read(self) -> Tensor:
+        """A fresh tensor; nothing else of the file enters memory. Raises ConversionError for a file that is too short."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if self.stride is not None else 0
+        numel = torch.Size(self.shape).numel()
+        flat = torch.empty(extent if self.stride is not None and numel else numel, dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.start + self.offset * flat.itemsize)
+            _read_fully(file, byte_view(flat), self.path)
+        if self.stride is None or not numel:
+            return flat.view(self.shape)
+        return flat.as_strided(self.shape, self.stride).contiguous()
+
+    @property
+    def meta(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _read_fully(file, target: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])
+        if not count:
+            raise ConversionError(f"{path} ends {len(target) - done} bytes early; it is damaged")
+        done += count
+
+
+def stored_tensors(stored: Mapping[str, Stored]) -> LazyTensors:
+    return LazyTensors({name: place.meta for name, place in stored.items()}, lambda name: stored[name].read())
+
+
+def read_safetensors(path: Path) -> LazyTensors:
+    """The tensors of a .safetensors file, or of all files of a .safetensors.index.json. Raises ConversionError."""
+    if path.name.endswith(".index.json"):
+        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        state = LazyTensors({}, lambda name: _absent(path, name))
+        for part in parts:
+            state = state.joined(read_safetensors(path.with_name(part)))
+        return state
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ConversionError(f"{path} is not a safetensors file, or a damaged one")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            stored = {
+                name: Stored(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                for name, entry in entries.items()
+            }
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(f"{path} is not a safetensors file, or a damaged one ({error!r})") from None
+    if 8 + length + end != size:
+        raise ConversionError(f"{path} has {size} bytes, its header says {8 + length + end}; it is damaged")
+    return stored_tensors(stored)
+
+
+def _absent(path: Path, name: str) -> Tensor:
+    raise ConversionError(f"{path} lists no file for {name}")
+
+
+def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, str] | None = None,
+                      progress: Progress | None = None) -> None:
+    """One tensor at a time, in the order of `tensors`; the layout in the file is that of `safetensors.save_file`."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts: dict[str, int] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors.meta[name].itemsize, name)):  # keeps all of them aligned
+        meta = tensors.meta[name]
+        starts[name], end = end, end + meta.numel() * meta.itemsize
+        header[name] = {"dtype": names[meta.dtype], "shape": list(meta.shape), "data_offsets": [starts[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in counted(tensors, progress):
+            file.seek(8 + len(text) + starts[name])
+            file.write(byte_view(tensor))
+        file.truncate(8 + len(text) + end)
+
+
+def counted(tensors: LazyTensors, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, contiguous tensor) one after the other, checked against what was announced."""
+    total, done = tensors.num_bytes, 0
+    for name, meta in tensors.meta.items():
+        tensor = tensors.read(name).detach().cpu().contiguous()
+        assert tensor.shape == meta.shape and tensor.dtype == meta.dtype, (name, tensor.shape, tensor.dtype, meta)
+        yield name, tensor
+        done += meta.numel() * meta.itemsize
+        del tensor
+        if progress is not None:
+            progress(done // MEGABYTE, -(-total // MEGABYTE) if done < total else done // MEGABYTE)
+

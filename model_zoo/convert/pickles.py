@@ -1,0 +1,139 @@
+"""torch's .pt files, read safely and written lazily: plain containers and tensors that stay on disk.
+
+A pickle can run any code. Only what torch's own weights-only unpickler knows and `HARMLESS` below is let in; those
+classes are stood in for and forgotten, since a converter needs weights alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from configs.files import atomic_file
+from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, counted
+from model_zoo.convert.rules import ConversionError
+
+
+class Ignored:
+    """Takes the place of an object that is of no use here."""
+
+    def __init__(self, *_values: Any, **_named: Any) -> None: ...
+
+    def __setstate__(self, _state: Any) -> None: ...
+
+
+# What SAT and DeepSpeed put beside the weights: command lines and states of random generators.
+HARMLESS = (
+    "argparse.Namespace",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode",
+    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+)
+
+
+def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
+    """What `torch.save` wrote into `path`, with `Stored` in the place of tensors, so nothing large is read.
+
+    `allowed` (dotted class -> what stands in for it) widens the allow-list. Raises ConversionError that names
+    the foreign types of a file that holds others.
+    """
+    known = {**dict.fromkeys(HARMLESS, Ignored), **(allowed or {})}
+    stand_ins = [(stand_in, name) for name, stand_in in known.items()]
+    if not path.is_file():
+        raise ConversionError(f"{path} does not exist")
+    lazy = zipfile.is_zipfile(path)
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            if not lazy:  # the format of before torch 1.6: in memory, since its tensors cannot be found by offset
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with FakeTensorMode():
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        foreign = _foreign(path, set(known)) if lazy else re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+        raise ConversionError(
+            f"{path} is refused: beside tensors and plain containers it holds {', '.join(foreign) or _first_line(error)}, and "
+            f"unpickling a foreign type can run any code. If you trust the file, save its weights alone as .safetensors"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:  # whatever the bytes led to
+        raise ConversionError(f"{path} is damaged: {_first_line(error)}") from None
+    return _replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
+
+
+def tensors_of(content: Mapping[str, Any]) -> LazyTensors:
+    """The tensors of a mapping that `read_pickle` gave; entries of None and anything else are passed over."""
+    stored = {name: value for name, value in content.items() if isinstance(value, Stored)}
+    memory = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    meta = {name: value.meta if isinstance(value, Stored) else value.to("meta")
+            for name, value in content.items() if isinstance(value, Stored | Tensor)}
+    return LazyTensors(meta, lambda name: stored[name].read() if name in stored else memory[name])
+
+
+def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[str, Tensor]], Any],
+                 progress: Progress | None = None) -> None:
+    """`torch.save(content(tensors), path)`, one tensor in memory at a time.
+
+    `content` puts the tensors into the containers of the file; it gets stand-ins, whose bytes are filled in after.
+    """
+    with FakeTensorMode():
+        stand_ins = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in tensors.meta.items()}
+        empty = content(stand_ins)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(empty, file)
+        file.flush()
+        with FakeTensorMode():
+            reread = torch.load(file.name, map_location="cpu", weights_only=True)
+        places = [leaf for leaf in _leaves(reread) if isinstance(leaf, FakeTensor)]
+        order = {id(leaf): place for leaf, place in zip(_fakes(empty), places, strict=True)}
+        for name, tensor in counted(tensors, progress):
+            place = order[id(stand_ins[name])]
+            file.seek(place.untyped_storage()._checkpoint_offset)
+            file.write(byte_view(tensor))
+        file.seek(0, 2)
+
+
+def _stored(fake: FakeTensor, path: Path) -> Stored:
+    stride = None if fake.is_contiguous() and fake.storage_offset() == 0 else tuple(fake.stride())
+    return Stored(path, fake.untyped_storage()._checkpoint_offset, fake.dtype, tuple(fake.shape), stride, fake.storage_offset())
+
+
+def _replaced(node: Any, change: Callable[[Any], Any]) -> Any:
+    """The same containers with other leaves."""
+    if isinstance(node, Mapping):
+        return {key: _replaced(value, change) for key, value in node.items()}
+    if isinstance(node, list | tuple) and not isinstance(node, torch.Size):
+        return type(node)(_replaced(value, change) for value in node) if type(node) in (list, tuple) else node
+    return change(node)
+
+
+def _leaves(node: Any) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from _leaves(value)
+    elif type(node) in (list, tuple):
+        for value in node:
+            yield from _leaves(value)
+    else:
+        yield node
+
+
+def _fakes(node: Any) -> list[FakeTensor]:
+    return [leaf for leaf in _leaves(node) if isinstance(leaf, FakeTensor)]
+
+
+def _foreign(path: Path, known: set[str]) -> list[str]:
+    return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,185 @@
+"""Kill tasks of precompute, or a trainer that reads, inside their writes, fsyncs, renames, locks and reads.
+
+    python -m tests.data_pipeline.kill_precompute precompute WORK KILLS SEED
+    python -m tests.data_pipeline.kill_precompute loader WORK KILLS SEED
+
+Both run in forks of this process, so that a kill costs a fraction of a second. Four tasks share one folder, and
+three of four carry a planned kill. Prints kills and what was compared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from configs.files import write_text
+from configs.loader import load
+from data_pipeline import precompute
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader
+from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.schema import RAW
+from data_pipeline.shards import read_manifest
+from data_pipeline.units import remove_leftovers
+from tests.data_pipeline.data_sets import write_column, write_raw
+
+TASKS = 4
+COLUMNS = {"latents": {"encoder": {"kind": "dct"}}, "latents-second": {"encoder": {"kind": "dct"}, "sample_seed": 1}}
+LARGEST_PLAN = {"precompute": 160, "loader": 220}
+
+
+class Killer:
+    """Counts operations of this process; dies before, within or after the planned one (0: never)."""
+
+    def __init__(self, plan: int) -> None:
+        self.plan, self.count = plan, 0
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "preadv"), (fcntl, "flock")):
+            setattr(module, name, self.watched(getattr(module, name)))
+        tarfile.TarFile.addfile = self.watched(tarfile.TarFile.addfile, half=self.half_of_a_member)
+
+    def watched(self, function: Callable, half: Callable | None = None) -> Callable:
+        def operation(*args: object, **named: object) -> object:
+            self.count += 2
+            if self.count == self.plan:
+                if half:
+                    half(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **named)
+            if self.count + 1 == self.plan:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return operation
+
+    @staticmethod
+    def half_of_a_member(tar: tarfile.TarFile, info: tarfile.TarInfo, data: object) -> None:
+        tar.fileobj.write(info.tobuf()[:300])
+        tar.fileobj.flush()
+
+
+def started(plan: int, work: Callable[[], None]) -> int:
+    """`work` in a fork; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            Killer(plan)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def killed(pid: int) -> bool:
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the job failed by itself"
+    return False
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------ precompute
+
+
+def one_task(config: PrecomputeConfig, number: int) -> None:
+    precompute.run(config, task=(number, TASKS))
+
+
+def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
+    raw = work / "raw-shards"
+    write_moving_clips(raw)
+    config = {name: load(PrecomputeConfig, {"data": work / name, "zoo": work / "zoo", "columns": COLUMNS, "device": "cpu", "batch_size": 1,
+                                            "decode_threads": 1}) for name in ("expected", "data")}
+    shutil.copytree(raw, work / "expected")
+    for number in range(TASKS):
+        assert not killed(started(0, lambda number=number: one_task(config["expected"], number)))
+    assert not killed(started(0, lambda: precompute.finalize(config["expected"])))
+    expected, done = contents(work / "expected"), 0
+    while done < kills:
+        shutil.copytree(raw, work / "data")
+        ended = False
+        while not ended:
+            plans = [draw.randrange(2, LARGEST_PLAN["precompute"]) if done < kills and draw.random() < 0.75 else 0 for _ in range(TASKS)]
+            # a twin of task 0 now and then
+            shares = [0, 1, 2, 3] if draw.random() < 0.7 else [0, 1, 2, 3, 0]
+            pids = [started(plan, lambda number=number: one_task(config["data"], number))
+                    for number, plan in zip(shares, [*plans, 0], strict=False)]
+            deaths = sum([killed(pid) for pid in pids])
+            done += deaths
+            if not deaths:
+                ended = not killed(started(draw.randrange(2, 20) if done < kills else 0, lambda: precompute.finalize(config["data"])))
+                done += not ended
+        assert contents(work / "data") == expected, "what was killed and went on differs from what was not"
+        shutil.rmtree(work / "data")
+    return done
+
+
+def write_moving_clips(data: Path) -> None:
+    from tests.data_pipeline.test_precompute import write_clips
+
+    write_clips(data, [2, 1, 2, 0, 1, 2])
+
+
+# ------------------------------------------------------------------------------------------------ a trainer's loader
+
+
+def train(data: Path, run: Path, steps: int) -> None:
+    """Take batches, write what came, and save the state every other step, as a trainer does."""
+    run.mkdir(exist_ok=True)
+    remove_leftovers(run)
+    config = DataConfig(manifest=data, global_batch_size=5, shuffle_window=2, seed=3, checksum=True, read_threads=2)
+    with Loader(config, ["tokens"], dp_rank=0, dp_size=1) as loader:
+        seen: list[list[str]] = []
+        if (run / "state.json").exists():
+            state = json.loads((run / "state.json").read_text())
+            seen = state["seen"]
+            loader.load_state_dict(state["loader"])
+        while len(seen) < steps:
+            seen.append([sample.key for sample in loader.next_batch().samples])
+            if len(seen) % 2 == 0 or len(seen) == steps:
+                write_text(run / "state.json", json.dumps({"seen": seen, "loader": loader.state_dict()}))
+
+
+def kill_trainers(work: Path, kills: int, draw: random.Random) -> int:
+    write_raw(work / "data", [6, 5, 7, 2])
+    write_column(work / "data", "tokens")
+    steps, done = 12, 0  # 60 samples: three epochs of 20
+    assert not killed(started(0, lambda: train(work / "data", work / "expected", steps)))
+    expected = contents(work / "expected")
+    keys = [key for step in json.loads(expected["state.json"])["seen"] for key in step]
+    assert all(len(set(keys[at : at + 20])) == 20 for at in (0, 20, 40)), "each sample once an epoch"
+    while done < kills:
+        while killed(started(draw.randrange(2, LARGEST_PLAN["loader"]) if done < kills else 0, lambda: train(work / "data", work / "run", steps))):
+            done += 1
+        assert contents(work / "run") == expected, "what was killed and went on differs from what was not"
+        shutil.rmtree(work / "run")
+    return done
+
+
+def main(what: str, work: str, kills: str, seed: str) -> None:
+    torch.set_num_threads(1)
+    draw, folder = random.Random(int(seed)), Path(work)
+    done = {"precompute": kill_tasks, "loader": kill_trainers}[what](folder, int(kills), draw)
+    if what == "precompute":
+        assert read_manifest(folder / "expected").columns.keys() == COLUMNS.keys() and (folder / "expected" / RAW).is_dir()
+    print(done)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

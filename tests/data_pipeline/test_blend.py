@@ -1,0 +1,130 @@
+"""Blends of data sets and buckets of shapes: what a global batch holds, and how often a sample comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from configs import ConfigError
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader
+from data_pipeline.order import BatchOrder, Source, interleave
+from data_pipeline.shards import ShardError, read_manifest, write_manifest
+from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
+
+
+@pytest.mark.parametrize("counts", [[1], [3, 7], [1, 1, 1], [5, 0, 2], [10**9, 3, 10**8]])
+def test_interleaving_takes_every_place_of_every_stream_once_and_evenly(counts):
+    total, number = sum(counts), min(sum(counts) * 4, 4000)
+    start = 5 * total  # a whole number of periods in
+    which, within = interleave(np.arange(start, start + number), counts)
+    for stream, count in enumerate(counts):
+        mine = within[which == stream]
+        assert mine.tolist() == list(range(5 * count, 5 * count + len(mine)))
+        assert abs(len(mine) - number * count / total) <= len(counts)  # never far ahead or behind
+
+
+def orders(sources, **fields):
+    return BatchOrder(sources, **({"seed": 1, "window": 2, "batch_size": 6} | fields))
+
+
+def drawn(order, steps: int) -> list[tuple[int, int, int, int]]:
+    taken = []
+    for step in range(steps):
+        source, places = order.locate(step, np.arange(order.batch_size))
+        taken += zip(source.tolist(), places.epoch.tolist(), places.shard.tolist(), places.slot.tolist(), strict=True)
+    return taken
+
+
+def everything(source: int, counts) -> set[tuple[int, int, int]]:
+    return {(source, shard, slot) for shard, count in enumerate(counts) for slot in range(count)}
+
+
+def test_at_weight_one_each_sample_of_each_data_set_comes_once_an_epoch():
+    first, second = np.array([5, 4, 6]), np.array([2, 1])
+    order = orders([Source(first, [""] * 3), Source(second, [""] * 2)])
+    assert order.num_samples == 18
+    taken = drawn(order, 9)  # three epochs
+    for epoch in range(3):
+        part = [(source, shard, slot) for source, _, shard, slot in taken[epoch * 18 : epoch * 18 + 18]]
+        assert len(part) == len(set(part)) and set(part) == everything(0, first) | everything(1, second)
+
+
+def test_weights_say_how_often_samples_come_in_an_epoch():
+    first, second, third = np.array([8, 4]), np.array([6]), np.array([4])
+    order = orders([Source(first, [""] * 2), Source(second, [""], 0.5), Source(third, [""], 2.0)], batch_size=23)
+    assert order.num_samples == 12 + 3 + 8
+    counts = Counter((source, shard, slot) for source, _, shard, slot in drawn(order, 2))  # two epochs
+    assert {counts[key] for key in everything(0, first)} == {2}
+    assert {counts[key] for key in everything(1, second)} == {1}
+    assert {counts[key] for key in everything(2, third)} == {4}
+
+
+def test_every_batch_is_of_one_bucket_and_every_bucket_is_read_evenly():
+    counts, buckets = np.array([5, 7, 3, 6]), ["wide", "tall", "wide", "tall"]
+    order = orders([Source(counts, buckets), Source(np.array([4]), ["tall"])], batch_size=4)
+    total = order.num_samples
+    assert total == 25
+    taken = drawn(order, total)  # 25 batches of 4: each sample four times
+    by_batch = [{(["wide", "tall"][shard % 2] if source == 0 else "tall") for source, _, shard, _ in taken[at : at + 4]} for at in range(0, 100, 4)]
+    assert all(len(found) == 1 for found in by_batch)
+    assert sum(found == {"wide"} for found in by_batch) == 8
+    assert set(Counter((source, shard, slot) for source, _, shard, slot in taken).values()) == {4}
+
+
+def data_set(folder, sizes, mark, bucket=None, columns=("tokens",)):
+    write_raw(folder, sizes, mark=mark)
+    for name in columns:
+        write_column(folder, name, value=lambda key: torch.zeros(3 if key in keys_of(1, sizes[1]) else 2, dtype=torch.uint16))
+    if bucket:
+        manifest = read_manifest(folder)
+        shards = [s.model_copy(update={"bucket": bucket[i]}) for i, s in enumerate(manifest.shards)]
+        write_manifest(folder, manifest.model_copy(update={"shards": shards}))
+    return folder
+
+
+def test_the_loader_blends_resumes_and_refuses_another_blend(tmp_path):
+    one, two = data_set(tmp_path / "one", [4, 5], "one"), data_set(tmp_path / "two", [3, 3], "two")
+
+    def loader(weight=1.0, rank=0, size=1):
+        config = DataConfig(manifest=one, blend=[{"manifest": two, "weight": weight}], global_batch_size=6, read_threads=2)
+        return Loader(config, ["tokens"], dp_rank=rank, dp_size=size)
+
+    with loader() as straight:
+        assert straight.num_samples == 15
+        expected = [[(s.meta.source, s.key) for s in straight.next_batch().samples] for _ in range(5)]
+        assert set(Counter(key for batch in expected for key in batch).values()) == {2}
+    ranks = [loader(rank=r, size=2) for r in range(2)]
+    for one_rank in ranks:
+        for _ in range(2):
+            one_rank.next_batch()
+    state = ranks[0].state_dict()
+    with loader() as resumed:
+        resumed.load_state_dict(state)
+        assert [[(s.meta.source, s.key) for s in resumed.next_batch().samples] for _ in range(3)] == expected[2:]
+    with loader(weight=0.5) as other, pytest.raises(ConfigError, match="data = "):
+        other.load_state_dict(state)
+    for one_rank in ranks:
+        one_rank.close()
+
+
+def test_a_blend_of_columns_of_other_encoders_is_refused(tmp_path):
+    one, two = data_set(tmp_path / "one", [4, 5], "one"), data_set(tmp_path / "two", [3, 3], "two")
+    write_column(two, "tokens", mark="other")
+    config = {"manifest": one, "blend": [{"manifest": two}], "global_batch_size": 6}
+    with pytest.raises(ShardError, match=r"data.blend.0: its column 'tokens' was made by test \(fingerprint other\)"):
+        Loader(DataConfig(**config), ["tokens"], dp_rank=0, dp_size=1)
+    Loader(DataConfig(**config, adopt=True), ["tokens"], dp_rank=0, dp_size=1).close()
+
+
+def test_micro_batches_of_a_bucketed_data_set_have_one_shape_on_any_number_of_ranks(tmp_path):
+    folder = data_set(tmp_path, [4, 5], "one", bucket=["small", "large"])
+    for ranks in (1, 2, 3):
+        config = DataConfig(manifest=folder, global_batch_size=6, micro_batch_size=6 // ranks)
+        for rank in range(ranks):
+            with Loader(config, ["tokens"], dp_rank=rank, dp_size=ranks) as loader:
+                shapes = [{tuple(s.tensors["tokens"].shape) for s in micro} for _ in range(9) for micro in loader.next_batch().micro_batches]
+                assert all(len(found) == 1 for found in shapes) and len({min(s) for s in shapes}) == 2

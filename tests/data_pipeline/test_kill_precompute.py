@@ -1,0 +1,32 @@
+"""Killed inside every write, fsync, rename, lock and read, and started again: the same bytes, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def kills(what: str, work, number: int, seed: int) -> int:
+    command = [sys.executable, "-m", "tests.data_pipeline.kill_precompute", what, str(work), str(number), str(seed)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return int(ended.stdout.split()[-1])
+
+
+def test_four_tasks_killed_on_one_folder_give_the_bytes_of_an_undisturbed_run(tmp_path):
+    assert kills("precompute", tmp_path, 15, seed=0) >= 15
+
+
+def test_a_killed_trainer_sees_each_sample_once_and_in_the_same_order(tmp_path):
+    assert kills("loader", tmp_path, 8, seed=0) >= 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2])
+def test_two_hundred_kills(tmp_path, seed):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert kills("precompute", tmp_path / "a", 75, seed) >= 75
+    assert kills("loader", tmp_path / "b", 30, seed) >= 30

@@ -1,0 +1,236 @@
+"""status, retry, verify and estimate of precompute, over real units; two finalizes and twins at the same moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+
+from configs import ConfigError
+from data_pipeline import precompute
+from data_pipeline.columns import pack_tensor
+from data_pipeline.locks import locked
+from data_pipeline.precompute_status import array_expression, table
+from data_pipeline.schema import RAW
+from data_pipeline.shards import ShardWriter, read_manifest, read_part, read_sidecar, write_manifest
+from data_pipeline.units import ColumnFolder, UnitWriter, owner
+from launchers.jobs import parse_share, parse_task
+from tests.data_pipeline.data_sets import write_column, write_raw
+from tests.data_pipeline.test_precompute import (
+    NUM_CLIPS,
+    config,
+    contents,
+    copied,
+    export_tokenizer,
+    pan,
+    write_clips,
+)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    export_tokenizer(folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(zoo, tmp_path_factory):
+    """Raw shards with the columns latents and tokens."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_clips(folder)
+    precompute.run(config(folder, zoo, ["latents", "tokens"]))
+    return folder
+
+
+@pytest.fixture
+def data(finished, tmp_path):
+    return copied(finished, tmp_path / "data")
+
+
+def latents(data, zoo, **fields):
+    return config(data, zoo, ["latents"], **fields)
+
+
+def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left(data, zoo):
+    folder = ColumnFolder(data, "latents")
+    entries = read_manifest(data).shards
+    folder.withdraw(entries[0])
+    folder.fail(entries[0], RuntimeError("the card fell out"))
+    (data / "latents" / f".{entries[0].name}.tar.{os.uname().nodename}.{os.getppid()}.tmp").touch()
+    (running,) = precompute.status(latents(data, zoo))
+    assert (running.done, running.left, running.running, running.failed, running.samples) == (2, 1, 1, 0, 8)
+    next(folder.folder.glob(".*.tmp")).unlink()
+    for entry, time in zip(entries[1:], (1000, 1010), strict=True):
+        os.utime(folder.folder / f"{entry.name}.json", (time, time))
+    (failed,) = precompute.status(latents(data, zoo))
+    assert (failed.running, failed.failed, failed.samples_left) == (0, 1, 4)
+    assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(8)  # 5 clips in 10 s; 4 are left
+    assert failed.bytes == sum(folder.sidecar(e).entry.bytes for e in entries[1:])
+    text = table([failed])
+    assert "000000: RuntimeError: the card fell out" in text and "0:01 h" in text
+    precompute.run(latents(data, zoo))
+    (done,) = precompute.status(latents(data, zoo))
+    assert (done.done, done.failed, done.errors) == (3, 0, ())
+    assert not list(folder.folder.glob(".*.failed"))
+
+
+def test_status_says_by_name_what_makes_a_column_stale(data, zoo):
+    changed = config(data, zoo, {"latents": {"encoder": {"kind": "dct"}, "sample_seed": 4}})
+    (row,) = precompute.status(changed)
+    assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in table([row])
+
+
+def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
+    write_clips(tmp_path, [2, 2], odd={2: pan(2, frames=16)})
+    with pytest.raises(precompute.TooManyRejects):
+        precompute.run(latents(tmp_path, zoo))
+    (row,) = precompute.status(latents(tmp_path, zoo))
+    assert (row.done, row.failed) == (1, 1) and "frame_count 1" in row.errors[0]
+    assert not list((tmp_path / "latents").glob(".*.tmp"))
+
+
+def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
+    entries = read_manifest(data).shards
+    assert precompute.retry(latents(data, zoo), 50) == {"latents": ""}
+    for entry in entries[:2]:
+        ColumnFolder(data, "latents").withdraw(entry)
+    expected = sorted({owner(entry, 50) for entry in entries[:2]})
+    assert precompute.retry(latents(data, zoo), 50) == {"latents": array_expression(expected)}
+    for task in expected:
+        precompute.run(latents(data, zoo), task=(task, 50))
+    assert precompute.retry(latents(data, zoo), 50) == {"latents": ""}
+    assert array_expression([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+def test_a_part_of_an_array_does_its_own_share(monkeypatch):
+    for name, value in {"ID": "7", "MIN": "3", "COUNT": "2"}.items():  # sbatch --array=3,7
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert parse_task(None, 50) == (7, 50)
+    assert parse_share("1%") == 0.01 and parse_share("0.5") == 0.5
+    for wrong in ("0", "200%", "few"):
+        with pytest.raises(ConfigError, match="--sample"):
+            parse_share(wrong)
+
+
+def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):
+    back, tokens = precompute.verify(config(data, zoo, ["latents", "tokens"]), sample=1.0)
+    assert (back.shards, back.clips, back.equal, back.problems) == (3, NUM_CLIPS, NUM_CLIPS, [])
+    assert min(back.measures["psnr"]) > 15 and "psnr" in str(back)
+    assert (tokens.clips, tokens.equal, tokens.problems) == (NUM_CLIPS, NUM_CLIPS, [])
+    assert tokens.histogram.sum() == 28 * NUM_CLIPS and tokens.histogram[16:].sum() == 0 and "codes in use" in str(tokens)
+    assert precompute.verify(latents(data, zoo), sample=0.01)[0].shards == 1
+
+
+def replace_unit(data, change) -> None:
+    """Write shard 0 of the latents anew, sidecar and all, with the tensors `change` gives."""
+    column, entry = ColumnFolder(data, "latents"), read_manifest(data).shards[0]
+    old = column.sidecar(entry)
+    with ShardWriter(column.folder, entry.name, fingerprint=old.fingerprint, raw_sha256=entry.sha256) as writer:
+        for key, _ in old.index:
+            writer.add(key, {"latents.safetensors": pack_tensor("latents", change(torch.zeros(5, 48, 8, 8)).bfloat16())})
+
+
+def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_other_encoders(data, zoo, tmp_path):
+    replace_unit(data, lambda zeros: zeros)
+    assert "encoded again it differs by" in str(precompute.verify(latents(data, zoo), 1.0)[0])
+    replace_unit(data, lambda zeros: zeros / zeros)
+    assert "values out of range or not finite" in str(precompute.verify(latents(data, zoo), 1.0)[0])
+    tar = data / "tokens" / "000001.tar"
+    content = bytearray(tar.read_bytes())
+    offset, size = read_sidecar(tar).index[0][1]["tokens.safetensors"]
+    content[offset + size - 2] ^= 1  # the last token of the first sample
+    tar.write_bytes(content)
+    found = precompute.verify(config(data, zoo, ["tokens"]), 1.0)[0].problems
+    assert "sha256 of its sidecar" in found[0] and "CRC-32" in found[1]
+    other = tmp_path / "zoo"
+    export_tokenizer(other, 1)
+    assert "stale: made by tokenizer@" in str(precompute.verify(config(data, other, ["tokens"]), 1.0)[0])
+
+
+def test_estimate_tells_disk_and_hours_from_a_few_clips_and_writes_nothing(data, zoo):
+    ColumnFolder(data, "latents").withdraw(read_manifest(data).shards[2])
+    before = contents(data, ["latents", "tokens"])
+    estimate = precompute.estimate(config(data, zoo, ["latents", "tokens"]), clips=4)
+    by_name = {row.column: row for row in estimate.columns}
+    assert (by_name["latents"].clips_left, by_name["tokens"].clips_left) == (5, 0)
+    size = read_sidecar(data / "latents" / "000000.tar").entry.bytes / 4
+    assert by_name["latents"].gigabytes == pytest.approx(5 * size / 1e9, rel=0.2)  # but for the end of the tar
+    assert by_name["latents"].hours > 0 and estimate.decode_hours > 0 and "latents" in str(estimate)
+    assert contents(data, ["latents", "tokens"]) == before
+
+
+def test_two_finalizes_at_the_same_moment_both_count(data, zoo):
+    parts = [config(data, zoo, [name]) for name in ("latents", "tokens")]
+    with locked(data):  # both have read the manifest before either may write it
+        threads = [threading.Thread(target=precompute.finalize, args=(part,)) for part in parts]
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.5)
+        assert all(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join()
+    assert set(read_manifest(data).columns) == {"latents", "tokens"}
+
+
+def twin(data, value: int, barrier) -> None:
+    folder, entry = ColumnFolder(data, "tokens"), read_manifest(data).shards[0]
+    writer = UnitWriter(folder, entry, "mark")
+    with writer:
+        writer.add("clip", {"tokens.safetensors": pack_tensor("tokens", torch.full((1000,), value, dtype=torch.int64))})
+        barrier.wait()
+
+
+def test_twins_whose_encoders_disagree_leave_a_tar_and_a_sidecar_that_agree(tmp_path):
+    write_raw(tmp_path, [1])
+    context = multiprocessing.get_context("fork")
+    entry = read_manifest(tmp_path).shards[0]
+    for _ in range(10):
+        barrier = context.Barrier(3)
+        twins = [context.Process(target=twin, args=(tmp_path, value, barrier)) for value in range(3)]
+        for process in twins:
+            process.start()
+        for process in twins:
+            process.join()
+        folder = ColumnFolder(tmp_path, "tokens")
+        content = (folder.folder / f"{entry.name}.tar").read_bytes()
+        sidecar = folder.finished(entry, "mark")
+        assert sidecar.entry.sha256 == hashlib.sha256(content).hexdigest()
+        assert not list(folder.folder.glob(".*.tmp"))
+        folder.withdraw(entry)
+
+
+def test_a_finished_unit_of_a_twin_stays(tmp_path):
+    write_raw(tmp_path, [1])
+    manifest = write_column(tmp_path, "tokens", mark="mark")
+    before = contents(tmp_path, ["tokens"])
+    folder = ColumnFolder(tmp_path, "tokens")
+    with UnitWriter(folder, manifest.shards[0], "mark") as writer:
+        writer.add("other", {"tokens.safetensors": b"other"})
+    assert {k: v for k, v in contents(tmp_path, ["tokens"]).items() if not k.endswith(".lock")} == before
+    assert writer.sidecar == read_sidecar(tmp_path / "tokens" / "000000.tar")
+
+
+def test_pyav_decodes_in_a_child_and_a_clip_that_it_cannot_take_costs_itself(tmp_path, zoo):
+    write_clips(tmp_path, [3])
+    exact = precompute.run(latents(tmp_path, zoo, decoder="pyav"))
+    assert exact.columns["latents"].rejects == {}
+    other = tmp_path / "other"
+    write_clips(other, [3])
+    manifest, tar = read_manifest(other), other / RAW / "000000.tar"
+    sidecar = read_sidecar(tar)
+    with ShardWriter(other / RAW, "000000", fingerprint="raw") as writer:
+        for number, (key, _) in enumerate(sidecar.index):
+            clip, meta = read_part(other, manifest, key, "mp4"), json.loads(read_part(other, manifest, key, "json"))
+            if number == 1:  # as written, but no video
+                clip = b"\\x00\\x00\\x00\\x20ftypisom" + bytes(range(256)) * 4
+                meta["video_sha256"] = hashlib.sha256(clip).hexdigest()
+            writer.add(key, {"mp4": clip, "json": json.dumps(meta).encode()})
+    write_manifest(other, manifest.model_copy(update={"shards": [writer.sidecar.entry]}))
+    summary = precompute.run(latents(other, zoo, decoder="pyav", max_bad_fraction=0.5))
+    assert sum(summary.columns["latents"].rejects.values()) == 1 and summary.columns["latents"].clips == 3

@@ -1,0 +1,95 @@
+"""Data sets behind fsspec URLs: the same samples, through a cache that stays within its bound."""
+
+from __future__ import annotations
+
+import fsspec
+import pytest
+
+from data_pipeline.columns import FolderReader
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader
+from data_pipeline.remote import Remote
+from data_pipeline.schema import RAW
+from data_pipeline.shards import ShardError, read_manifest
+from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
+
+SIZES = [7, 5, 9, 4]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    write_raw(folder, SIZES)
+    write_column(folder, "tokens", bad={keys_of(0, 7)[2]})
+    return folder
+
+
+def loader(manifest, remote="", **fields) -> Loader:
+    config = DataConfig(manifest=manifest, remote=remote, global_batch_size=8, shuffle_window=2, **fields)
+    return Loader(config, ["tokens"], dp_rank=0, dp_size=1)
+
+
+def taken(source: Loader, steps: int) -> list:
+    with source:
+        return [[(s.key, s.meta.caption, s.tensors["tokens"].tolist()) for s in source.next_batch().samples] for _ in range(steps)]
+
+
+def upload(data, name: str) -> str:
+    memory = fsspec.filesystem("memory")
+    for path in data.rglob("*.*"):
+        memory.pipe_file(f"/{name}/{path.relative_to(data)}", path.read_bytes())
+    return f"memory://{name}"
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_a_remote_data_set_gives_the_samples_of_a_local_one(data, tmp_path, where):
+    url = upload(data, "train") if where == "memory" else f"file://{data}"
+    expected = taken(loader(data), 6)
+    assert taken(loader(tmp_path / "cache", url, read_threads=3, checksum=True), 6) == expected
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_the_cache_stays_within_its_bound_and_evicted_shards_come_again(data, tmp_path):
+    size = max(entry.bytes for entry in read_manifest(data).columns["tokens"].shards)
+    bound = 3 * size
+    source = loader(tmp_path / "cache", f"file://{data}", cache_gigabytes=bound / 1e9, prefetch_batches=0)
+    reader = source._sets[0]._readers["tokens"]
+    seen = []
+    with source:
+        for _ in range(12):
+            seen += [s.key for s in source.next_batch().samples]
+            reader._files.close()  # as if many files had been opened since
+            used = sum(p.stat().st_blocks * 512 for p in (tmp_path / "cache").glob("*/*.tar"))
+            assert used <= bound
+    with loader(data, prefetch_batches=0) as local:
+        assert seen == [s.key for _ in range(12) for s in local.next_batch().samples]
+
+
+def test_raw_shards_are_fetched_without_their_clips(data, tmp_path):
+    remote = Remote(f"file://{data}", tmp_path / "cache", 1 << 30)
+    entry = read_manifest(data).shards[0]
+    reader = FolderReader(tmp_path / "cache", RAW, "json", [entry], remote=remote)
+    whole = FolderReader(data, RAW, "json", [entry])
+    assert all(reader.read(0, slot).equal(whole.read(0, slot)) for slot in range(7))
+    assert not (tmp_path / "cache" / RAW / f"{entry.name}.tar").exists()  # nothing that looks like the whole shard
+
+
+def test_damage_on_the_way_and_what_is_missing_are_named(data, tmp_path):
+    tar = data / "tokens" / "000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(ShardError, match=r"tokens/000001.tar has sha256"):
+        taken(loader(tmp_path / "cache", f"file://{data}"), 6)
+    tar.unlink()
+    with pytest.raises(ShardError, match=r"tokens/000001.tar does not exist"):
+        taken(loader(tmp_path / "second", f"file://{data}"), 6)
+    with pytest.raises(ShardError, match=r"manifest.json does not exist"):
+        loader(tmp_path / "third", f"file://{tmp_path}/nowhere")
+    with pytest.raises(ShardError, match="data.remote = nosuch://x"):
+        loader(tmp_path / "fourth", "nosuch://x")
+
+
+def test_a_cache_that_cannot_hold_one_window_is_refused(data, tmp_path):
+    with pytest.raises(ShardError, match="data.cache_gigabytes"):
+        loader(tmp_path / "cache", f"file://{data}", cache_gigabytes=1e-6)

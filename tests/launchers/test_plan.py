@@ -1,0 +1,120 @@
+"""What a plan says against what torch counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import ConfigError, load
+from launchers.cli import main
+from launchers.plan import GPUS, changed, search
+from launchers.plan_models import GIB, make_plan
+from model_zoo.registry import build
+from model_zoo.token_layout import TokenLayout
+from training.diffusion.config import DiffusionTrainConfig
+from training.lm.config import LMTrainConfig
+from training.tokenizer.config import TokenizerTrainConfig
+
+
+@pytest.fixture(scope="module")
+def lm() -> LMTrainConfig:
+    return load(LMTrainConfig, "landiff/lm")
+
+
+def test_parameters_are_those_of_the_specification(lm):
+    assert make_plan(lm, 32).parameters["all"] == 2_049_321_984
+    control = make_plan(load(DiffusionTrainConfig, "landiff/diffusion-control"), 64)
+    assert control.parameters["trained"] == 945_012_048
+
+
+def flops(module: nn.Module, *inputs: torch.Tensor) -> float:
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops()
+
+
+def test_lm_flops_are_what_torch_counts():
+    config = load(LMTrainConfig, "nano/lm", ["data.global_batch_size=1", "data.micro_batch_size=1", "parallel.tensor=1"])
+    model, layout = config.model, TokenLayout.of(config.model)
+    length = layout.sequence_length(model.segment_frames, 64)
+    ids = torch.from_numpy(layout.build([0] * layout.num_codes(model.segment_frames), 64))[None]
+    counted = flops(build("lm", model), ids, torch.zeros(1, 64, model.text_dim), torch.zeros(1), torch.zeros(1))
+    planned = make_plan(config, 1).model_flops / 3
+    attention = 2 * model.num_layers * length**2 * model.hidden_size  # torch does not count the CPU's attention kernel
+    assert planned - attention == pytest.approx(counted, rel=0.01)  # the micro-conditions' small layers are left out
+
+
+def test_diffusion_flops_are_what_torch_counts():
+    config = load(DiffusionTrainConfig, "nano/diffusion-main", ["data.global_batch_size=1", "data.micro_batch_size=1"])
+    sizes = config.model.transformer
+    with torch.device("meta"):
+        module = build("transformer", sizes)
+        counted = flops(module, torch.zeros(1, sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width),
+                        torch.zeros(1), torch.zeros(1, sizes.text_length, sizes.text_dim))
+    assert make_plan(config, 1).model_flops / 3 == pytest.approx(counted, rel=0.01)  # the time embedding's two small layers are left out
+
+
+def test_activations_are_what_autograd_keeps():
+    """The main transformer's blocks, with an attention that keeps no matrix of scores."""
+    config = load(DiffusionTrainConfig, "nano/diffusion-main", ["data.global_batch_size=1", "data.micro_batch_size=1", "precision=fp32", "recompute=false"])
+    sizes, seen = config.model.transformer, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr(), tensor.shape] = tensor.numel() * 4
+        return tensor
+
+    module = build("transformer", sizes)
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(torch.zeros(1, sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width),
+               torch.zeros(1), torch.zeros(1, sizes.text_length, sizes.text_dim))
+    kept = sum(size for (pointer, _), size in seen.items() if pointer not in parameters)
+    assert make_plan(config, 1).memory["activations"] == pytest.approx(kept, rel=0.25)  # which views share memory is the kernel's affair
+
+
+def test_more_gpus_share_what_can_be_shared(lm):
+    alone = make_plan(changed(lm, {"parallel.tensor": 1, "parallel.sequence": False}), 8)
+    shared = make_plan(changed(lm, {"parallel.tensor": 4}), 8)
+    assert shared.memory["weights"] < alone.memory["weights"] / 3
+    assert shared.model_flops == alone.model_flops
+    zero = load(DiffusionTrainConfig, "landiff/diffusion-main")
+    memory = {stage: make_plan(changed(zero, {"zero.stage": stage}), 64).memory for stage in (1, 2, 3)}
+    assert memory[1]["gradients"] > memory[2]["gradients"] and memory[2]["weights"] > memory[3]["weights"]
+
+
+def test_recompute_trades_memory_for_flops(lm):
+    kept, again = (make_plan(changed(lm, {"recompute": value}), 8) for value in (False, True))
+    assert again.memory["activations"] < kept.memory["activations"] / 5
+    assert again.hardware_flops == pytest.approx(kept.hardware_flops * 4 / 3) and again.model_flops == kept.model_flops
+
+
+@pytest.mark.parametrize(("gpus", "change", "near"), [
+    (30, {"data.global_batch_size": 512}, "480 or 540"), (7, {}, "6 or 8"), (8, {"data.global_batch_size": 100}, "96 or 112"),
+])
+def test_a_layout_that_does_not_divide_names_the_nearest(lm, gpus, change, near):
+    with pytest.raises(ConfigError, match=near):
+        make_plan(changed(lm, change), gpus)
+
+
+@pytest.mark.parametrize(("key", "value", "near"), [("parallel.tensor", 3, "2 and 4"), ("parallel.pipeline", 5, "4 and 6")])
+def test_a_config_that_does_not_divide_names_the_nearest(lm, key, value, near):
+    with pytest.raises(ConfigError, match=f"{key} = {value}; the nearest that divide it: {near}"):
+        changed(lm, {key: value})
+
+
+def test_search_ranks_what_fits(lm):
+    found = search(lm, 64, GPUS["h100"], 0.4)
+    seconds = [round(item[0], 3) for item in found]
+    assert len(found) > 20 and seconds == sorted(seconds)
+    assert all(plan.total_memory <= 0.9 * 80 * GIB for _, plan, _ in found)
+    small = search(load(DiffusionTrainConfig, "landiff/diffusion-main"), 8, GPUS["l40s"], 0.4)
+    assert small and all(change["recompute"] for _, _, change in small[:1])  # 48 GiB do not hold all activations
+
+
+def test_the_command_prints_a_plan(capsys):
+    assert main(["plan", "tokenizer", "--config", "nano/tokenizer", "--gpus", "2"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("parameters", "weights", "gradients", "optimizer", "activations", "FLOPs", "clips", "days"))
+    assert isinstance(load(TokenizerTrainConfig, "nano/tokenizer"), TokenizerTrainConfig)

@@ -1,0 +1,125 @@
+"""The reader of ZeRO checkpoints, on files laid out by hand for three ranks.
+
+That it reads what DeepSpeed itself writes, for every stage, is tested in tests/training/diffusion.
+"""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from configs.base import ConfigError
+from model_zoo.convert.deepspeed import export_diffusion, read_deepspeed
+
+RANKS = 3
+WEIGHTS = {"a.weight": torch.arange(35.0).view(5, 7), "a.bias": torch.arange(4.0) + 100, "b": torch.tensor(7.0)}
+SHAPES = [{name: tensor.shape for name, tensor in WEIGHTS.items()}]
+FROZEN = torch.arange(10.0).view(2, 5).bfloat16()
+BUFFER = torch.tensor([True, False])
+
+
+def cut(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """End to end, padded, in equal parts: a group of ZeRO 1 and 2."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    size = -(-len(flat) // RANKS)
+    return list(torch.cat([flat, torch.zeros(size * RANKS - len(flat))]).split(size))
+
+
+def slices(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """One parameter of ZeRO 3, padded, in equal parts."""
+    return cut([tensor])
+
+
+def adam(vectors: list[torch.Tensor], steps: int) -> dict:
+    return {"state": {i: {"step": torch.tensor(float(steps)), "exp_avg": 2 * v, "exp_avg_sq": 3 * v} for i, v in enumerate(vectors)}}
+
+
+def write(folder: Path, rank: int, stage: int, optimizer: dict, model: dict | None) -> None:
+    folder.mkdir(exist_ok=True)
+    optimizer |= {"zero_stage": ZeroStageEnum(stage), "loss_scaler": LossScaler(1)}
+    torch.save({"optimizer_state_dict": optimizer}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    if model is not None:
+        name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
+        torch.save({"param_shapes": SHAPES, "buffer_names": ["mask"], **model}, folder / f"{name}_model_states.pt")
+
+
+def write_stage_2(folder: Path, steps: tuple[int, ...] = (5, 5, 5)) -> Path:
+    parts = cut(list(WEIGHTS.values()))
+    size = len(parts[0])
+    for rank, part in enumerate(parts):
+        mapping, start = collections.OrderedDict(), 0
+        for name, tensor in WEIGHTS.items():
+            first, last = max(start, rank * size), min(start + tensor.numel(), (rank + 1) * size)
+            if first < last:
+                mapping[name] = fragment_address(start=first - rank * size, numel=last - first)
+            start += tensor.numel()
+        held = part[: sum(address.numel for address in mapping.values())]  # DeepSpeed drops the padding of weights only
+        write(folder, rank, 2, {
+            "single_partition_of_fp32_groups": [held], "base_optimizer_state": adam([part], steps[rank]),
+            "param_slice_mappings": [mapping], "partition_count": [RANKS], "param_alignment_paddings": [[0, 0, 0]],
+        }, {"module": {**{n: t.bfloat16() for n, t in WEIGHTS.items()}, "frozen": FROZEN, "mask": BUFFER}} if rank == 0 else None)
+    return folder
+
+
+def write_stage_3(folder: Path) -> Path:
+    for rank in range(RANKS):
+        groups = [slices(WEIGHTS["a.weight"])[rank], torch.cat([slices(WEIGHTS[n])[rank] for n in ("a.bias", "b")])]
+        write(folder, rank, 3, {
+            "fp32_flat_groups": groups, "optimizer_state_dict": adam(groups, 5), "partition_count": RANKS,
+        }, {
+            "module": {"mask": BUFFER, "frozen": torch.empty(0)}, "frozen_param_shapes": {"frozen": FROZEN.shape},
+            "frozen_param_fragments": {"frozen": slices(FROZEN.float())[rank].bfloat16()},
+        })
+    return folder
+
+
+@pytest.mark.parametrize("layout", [write_stage_2, write_stage_3])
+def test_tensors_come_back_whole_from_three_ranks(tmp_path, layout):
+    state = read_deepspeed(layout(tmp_path))
+    assert (state.world_size, state.optimizer_steps, state.trainable) == (RANKS, 5, frozenset(WEIGHTS))
+    assert state.shapes == {"frozen": FROZEN.shape, "mask": BUFFER.shape, **SHAPES[0]}
+    assert torch.equal(state.weights["frozen"], FROZEN) and torch.equal(state.weights["mask"], BUFFER)
+    for name, tensor in WEIGHTS.items():
+        assert torch.equal(state.weights[name], tensor)
+        assert torch.equal(state.moments["exp_avg"][name], 2 * tensor)
+        assert torch.equal(state.moments["exp_avg_sq"][name], 3 * tensor)
+
+
+def test_classes_of_others_are_refused_by_name(tmp_path):
+    write_stage_2(tmp_path)
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"param_shapes": SHAPES, "module": {"path": collections.Counter("a")}, "x": Path}, path)
+    with pytest.raises(ConfigError, match=r"mp_rank_00_model_states\.pt is refused: .* pathlib\.Path"):
+        read_deepspeed(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_2_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
+def test_a_missing_file_is_named(tmp_path, name):
+    (write_stage_2(tmp_path) / name).unlink()
+    with pytest.raises(ConfigError, match=r"ranks \[0, 2\] only|written by 3 ranks but holds the optimizer states of 2|mp_rank_00_model_states.pt is missing"):
+        read_deepspeed(tmp_path)
+
+
+def test_a_cut_file_is_called_damaged(tmp_path):
+    path = write_stage_2(tmp_path) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"rank_1_mp_rank_00_optim_states\.pt is damaged|refused: an unreadable pickle"):
+        read_deepspeed(tmp_path)
+
+
+def test_shards_of_two_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"different Adam step counts, \[5, 6\]"):
+        read_deepspeed(write_stage_2(tmp_path, steps=(5, 6, 5)))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no ZeRO checkpoint"):
+        read_deepspeed(tmp_path)
+    with pytest.raises(ConfigError, match=r"is not a checkpoint of the diffusion trainer: it has no layout\.json"):
+        export_diffusion(tmp_path)

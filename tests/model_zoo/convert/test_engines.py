@@ -1,0 +1,133 @@
+"""What is written without an engine is read by the real ones, in every layout, bit for bit; and what they save comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from model_zoo.convert.formats import open_source, write_target
+from model_zoo.convert.lazy import LazyTensors
+from model_zoo.convert.megatron import Padded, write_megatron
+from model_zoo.convert.parts import Part
+from tests.distributed import run_distributed
+from tests.model_zoo.convert.tiny import same
+from tests.training.diffusion import tiny as diffusion
+from tests.training.diffusion.test_engine import weights as live_weights
+from tests.training.lm.samples import tiny_config
+from training.diffusion.engine import build_engine
+from training.lm.checkpoint import _layout
+from training.lm.device import megatron_device
+from training.lm.engine import MegatronEngine
+from training.lm.model import InitialWeights
+
+LAYOUTS: dict[int, list[dict[str, Any]]] = {1: [{}], 2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]}
+
+
+def lm_weights(folder: Path) -> dict[str, Tensor]:
+    return dict(InitialWeights(tiny_config(folder).model, 99))
+
+
+def load_megatron(world: Any, folder: Path) -> list[str]:
+    """Every layout of this world size loads the converted folder with Megatron's own loader. -> what each saved."""
+    written = []
+    for number, parallel in enumerate(LAYOUTS[world.size]):
+        engine = MegatronEngine(tiny_config(folder, parallel))
+        for source in ("own padding", "other padding"):
+            engine.load_weights(InitialWeights(engine.config.model, 7))
+            with megatron_device():
+                state = {"model": engine.model.sharded_state_dict(metadata=_layout())}
+                engine.model.load_state_dict(dist_checkpointing.load(state, str(folder / source))["model"])
+            found = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+            engine.load_weights(lm_weights(folder))
+            for name, parameter in engine.model.named_parameters():
+                assert torch.equal(found[name], parameter), (parallel, source, name)
+        out = folder / f"saved-{world.size}-{number}"
+        if world.rank == 0:
+            out.mkdir()
+        dist.barrier()
+        engine.save(out)
+        engine.close()
+        written.append(out.name)
+    return written
+
+
+def test_megatron_loads_a_converted_folder_in_any_layout_and_what_it_saves_exports_equal(tmp_path):
+    config = tiny_config(tmp_path)
+    expected = lm_weights(tmp_path)
+    write_target(tmp_path / "other padding", "megatron", [Part("lm", config.model, LazyTensors.of(expected))], {})
+    (tmp_path / "own padding").mkdir()
+    write_megatron(tmp_path / "own padding", config.model, LazyTensors.of(expected), Padded(48, config.model.num_heads))
+    saved = run_distributed(load_megatron, 1, tmp_path)[0] + run_distributed(load_megatron, 2, tmp_path)[0]
+    assert len(saved) == 5
+    for name in saved:
+        (tmp_path / name / "config.yaml").write_text((tmp_path / "own padding" / "config.yaml").read_text())
+        assert same(dict(open_source(tmp_path / name).parts[0].tensors), expected), name
+
+
+def load_deepspeed(world: Any, folder: Path, jobs: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """Our engine, of another seed, starts from the converted folder. Then it saves."""
+    found = {}
+    for phase, stage in jobs:
+        engine = build_engine(diffusion.config(folder, phase, zero__stage=stage, loop__seed=8), world)
+        engine.load(folder / phase)
+        found[phase, stage] = live_weights(engine)
+        out = folder / f"saved-{phase}-{stage}-{world.size}"
+        if world.rank == 0:
+            out.mkdir()
+        world.barrier()
+        engine.save(out)
+        world.barrier()
+    return found
+
+
+def load_by_deepspeed_alone(world: Any, folder: Path) -> dict[int, dict[str, Tensor]]:
+    """DeepSpeed's own loader of weights."""
+    found = {}
+    for stage in (1, 2):
+        engine = build_engine(diffusion.config(folder, "control", zero__stage=stage, loop__seed=8), world).zero
+        path, _ = engine.load_checkpoint(str(folder / "control"), tag="zero", load_module_only=True)
+        assert path is not None
+        found[stage] = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """Converted folders of both phases, and the weights in them."""
+    folder = tmp_path_factory.mktemp("starts")
+    diffusion.make_zoo(folder)
+    settings = diffusion.config(folder, "control")
+    expected = {}
+    for phase, kind, config in (("main", "transformer", settings.model.transformer), ("control", "diffusion", settings.model)):
+        from model_zoo import registry
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            expected[phase] = {name: t + torch.randn_like(t) for name, t in registry.build(kind, config).state_dict().items()}
+        write_target(folder / phase, "deepspeed", [Part(kind, config, LazyTensors.of(expected[phase]))], {})
+    return folder, expected
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_deepspeed_starts_from_a_converted_folder_at_any_stage_and_what_it_saves_exports_equal(starts, size):
+    folder, expected = starts
+    jobs = [("main", 1), ("control", 2), ("control", 3)]
+    for rank in run_distributed(load_deepspeed, size, folder, jobs):
+        for (phase, _), found in rank.items():
+            assert same(found, expected[phase])
+    for phase, stage in jobs:
+        saved = open_source(folder / f"saved-{phase}-{stage}-{size}")
+        assert same(dict(saved.parts[0].tensors), expected[phase])
+        write_target(folder / f"again-{phase}-{stage}-{size}", "release" if phase == "control" else "diffusers", saved.parts, {})
+
+
+def test_deepspeed_itself_loads_the_weights(starts):
+    folder, expected = starts
+    for found in run_distributed(load_by_deepspeed_alone, 1, folder)[0].values():
+        assert same(found, expected["control"])

@@ -1,0 +1,51 @@
+"""The wheel is the whole product: configs, clips and all, installed far away from the source."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """Folder with the unpacked wheel; what it depends on comes from this environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    source = folder / "source"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
+    return folder / "site"
+
+
+def landiff(installed: Path, workdir: Path, *words: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
+    code = "import launchers.cli, sys; assert launchers.cli.__file__.startswith(sys.argv.pop(1)); sys.exit(launchers.cli.main())"
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(installed), *words], cwd=workdir, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_wheel_holds_configs_clips_and_attribution(installed):
+    assert (installed / "data_pipeline" / "assets" / "ATTRIBUTION.txt").read_text().count("Blender Foundation")
+    assert len(list((installed / "data_pipeline" / "assets").rglob("*.mp4"))) >= 40
+    assert not (installed / "tests").exists()
+
+
+def test_the_wheel_cuts_its_own_clips(installed, tmp_path):
+    assert "nano/lm" in landiff(installed, tmp_path, "config")
+    assert "69 samples" in landiff(installed, tmp_path, "shards", "--config", "nano/shards")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_the_wheel_runs_the_quickstart(installed, tmp_path):
+    assert "look next" in landiff(installed, tmp_path, "quickstart", "--out", "here")
+    assert list((tmp_path / "here" / "samples").glob("*.mp4"))

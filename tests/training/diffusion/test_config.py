@@ -1,0 +1,97 @@
+"""What a diffusion config, its columns and its zoo entries may not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from configs.base import ConfigError
+from data_pipeline.schema import Column, Manifest
+from model_zoo import registry
+from tests.training.diffusion.tiny import TOKENIZER, config, make_zoo
+from tests.training.toy import alone
+from training.diffusion.columns import check_columns
+from training.diffusion.engine import DeepSpeedEngine
+from training.diffusion.model import build_model
+from training.diffusion.step import Objective
+
+
+def column(shape, encoder="test"):
+    return Column(dtype="bfloat16", shape=shape, encoder=encoder, fingerprint="f", config={}, shards=[])
+
+
+def manifest(**columns):
+    fitting = {"latents": column([3, 48, 4, 4]), "text-tiny": column([3, 6])}
+    return Manifest(fingerprint="m", config={}, shards=[], columns=fitting | columns)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_stage_0_is_refused_with_the_reason(tmp_path, precision):
+    with pytest.raises(ConfigError, match=r"zero.stage = 0 is refused: .* zero gradients"):
+        config(tmp_path, zero__stage=0, precision=precision)
+
+
+@pytest.mark.parametrize("missing", ["init_from", "tokenizer"])
+def test_phase_control_names_what_it_needs(tmp_path, missing):
+    with pytest.raises(ConfigError, match=f"phase = control needs {missing}"):
+        config(tmp_path, "control", **{missing: "null"})
+
+
+def test_a_prefix_leaves_something_to_learn(tmp_path):
+    with pytest.raises(ConfigError, match=r"prefix\.frames = 3 leaves nothing"):
+        config(tmp_path, prefix__frames=3)
+
+
+def test_a_global_batch_that_ranks_do_not_divide_is_refused(tmp_path):
+    settings = config(tmp_path, data__global_batch_size=5)
+    with pytest.raises(ConfigError, match=r"global_batch_size = 5 is not a multiple of 1 ranks \* data.micro_batch_size = 2"):
+        DeepSpeedEngine(settings, alone(), torch.nn.Linear(1, 1), Objective(settings, torch.device("cpu")))
+
+
+def test_columns_that_are_missing_or_of_another_shape_are_refused(tmp_path):
+    settings = config(tmp_path)
+    check_columns(manifest(), settings)
+    with pytest.raises(ConfigError, match=r"text-tiny .* has shape \[5, 6\], but model.transformer wants \[3, 6\]"):
+        check_columns(manifest(**{"text-tiny": column([5, 6])}), settings)
+    make_zoo(tmp_path)
+    with pytest.raises(ConfigError, match=r"no column 'tokens' \(it has: latents, text-tiny\)"):
+        check_columns(manifest(), config(tmp_path, "control"))
+
+
+def test_tokens_of_another_tokenizer_are_refused_unless_adopted(tmp_path):
+    make_zoo(tmp_path)
+    settings = config(tmp_path, "control")
+    own = registry.resolve(tmp_path / "zoo", "tokenizer").reference
+    check_columns(manifest(tokens=column([5], own)), settings)
+    foreign = manifest(tokens=column([5], "tokenizer@0123456789abcdef"))
+    with pytest.raises(ConfigError, match=f"was made by tokenizer@0123456789abcdef, but tokenizer = tokenizer is {own}"):
+        check_columns(foreign, settings)
+    check_columns(foreign, config(tmp_path, "control", data__adopt="true"))
+
+
+def test_a_start_of_another_size_is_refused_with_the_difference(tmp_path):
+    make_zoo(tmp_path)
+    settings = config(tmp_path, "control", model__transformer__num_layers=5)
+    with pytest.raises(ConfigError, match=r"model.transformer.num_layers = 5 \(main@[0-9a-f]{16}: 2\)"):
+        build_model(settings)
+
+
+def test_phase_control_starts_as_the_main_transformer(tmp_path):
+    make_zoo(tmp_path)
+    model = build_model(config(tmp_path, "control"))
+    main = registry.load_model(registry.resolve(tmp_path / "zoo", "main"))
+    assert torch.equal(model.control.blocks[0].qkv.weight, main.blocks[0].qkv.weight)
+    draw = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(2, 3, 48, 4, 4, generator=draw), torch.randn(2, 3, 6, generator=draw)
+    features = torch.randn(2, 3, TOKENIZER.feature_channels, 2, 2, generator=draw)
+    timestep = torch.tensor([1, 900])
+    assert torch.equal(model(latents, timestep, text, features), main(latents, timestep, text))
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"control", "semantic"}
+    assert not any(p.requires_grad for p in model.control.final_norm.parameters())
+
+
+def test_weights_are_a_function_of_the_seed(tmp_path):
+    first, same, other = (build_model(config(tmp_path, loop__seed=seed)).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["input.text.weight"], other["input.text.weight"])

@@ -1,0 +1,97 @@
+"""Chance and loss of a diffusion batch: keyed by the place of a sample, never by how the batch is cut."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from configs.base import ConfigError
+from model_zoo.schedule import NoiseSchedule
+from tests.training.diffusion.tiny import config, make_zoo, sample
+from training.diffusion.model import load_tokenizer
+from training.diffusion.step import Objective, draw_timestep, happens, timestep_block
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def control(tmp_path):
+    make_zoo(tmp_path)
+    settings = config(tmp_path, "control")
+    return Objective(settings, CPU, load_tokenizer(settings, CPU))
+
+
+def test_strata_are_equal_blocks_that_cover_the_schedule():
+    assert [timestep_block(p, 4, 1000) for p in range(4)] == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    # 1000 is no multiple of 16: 8 blocks, two samples each
+    assert [timestep_block(p, 16, 1000) for p in (0, 1, 2, 15)] == [(0, 125), (0, 125), (125, 250), (875, 1000)]
+    assert timestep_block(6, 7, 1000) == (0, 1000)
+    assert {timestep_block(p, 256, 1000)[1] - timestep_block(p, 256, 1000)[0] for p in range(256)} == {125}
+
+
+def test_timesteps_fill_their_block():
+    drawn = [draw_timestep(0, sample(1 + 4 * k, 4), 4, 1000) for k in range(400)]
+    assert min(drawn) >= 250 and max(drawn) < 500
+    assert min(drawn) < 260 and max(drawn) >= 490
+
+
+def test_a_keyed_coin_has_its_probability():
+    heads = sum(happens(0, "text_dropout", sample(i, 4), 0.1) for i in range(4000))
+    assert 340 < heads < 460  # 400 +- 3 standard deviations
+    assert not any(happens(0, "text_dropout", sample(i, 4), 0.0) for i in range(100))
+    assert all(happens(0, "text_dropout", sample(i, 4), 1.0) for i in range(100))
+
+
+def test_inputs_do_not_depend_on_the_micro_batch(control):
+    together = control.inputs([sample(i, 4) for i in range(4, 8)])
+    for place in range(4):
+        alone = control.inputs([sample(4 + place, 4)])
+        for field in fields(together):
+            whole, part = getattr(together, field.name), getattr(alone, field.name)
+            if field.name == "features_BTchw":  # a batched matmul rounds otherwise
+                torch.testing.assert_close(whole[place : place + 1], part, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(whole[place : place + 1], part), field.name
+
+
+def test_the_second_epoch_sees_the_clip_under_other_noise(control):
+    first, second = control.inputs([sample(1, 4)]), control.inputs([sample(9, 4)])
+    assert torch.equal(first.latents_BTCHW, second.latents_BTCHW)
+    assert not torch.equal(first.noise_BTCHW, second.noise_BTCHW)
+
+
+def test_dropped_text_is_zeros(tmp_path):
+    objective = Objective(config(tmp_path, text_dropout=0.5), CPU)
+    texts = [objective.inputs([sample(i, 4)]).text_BLD for i in range(32)]
+    dropped = [not text.any() for text in texts]
+    assert 0 < sum(dropped) < 32
+    assert all(torch.equal(text[0], sample(i, 4).tensors["text-tiny"].float()) for i, text in enumerate(texts) if not dropped[i])
+
+
+def test_prefix_frames_enter_clean_and_are_not_in_the_loss(tmp_path):
+    objective = Objective(config(tmp_path), CPU)
+    inputs = objective.inputs([sample(0, 4), sample(1, 4)])
+    inputs = replace(inputs, prefix_B=torch.tensor([1, 0]))
+
+    def network(noised, timestep, text):
+        return torch.zeros_like(noised)
+
+    result = objective.loss(network, inputs)
+    assert torch.equal(result.noised[0, 0], inputs.latents_BTCHW[0, 0])
+    assert not torch.equal(result.noised[1, 0], inputs.latents_BTCHW[1, 0])
+    velocity = NoiseSchedule(objective.config.schedule).velocity(inputs.latents_BTCHW, inputs.noise_BTCHW, inputs.timestep_B)
+    torch.testing.assert_close(result.per_sample[0], velocity[0, 1:].square().mean())
+    torch.testing.assert_close(result.per_sample[1], velocity[1].square().mean())
+
+
+def test_samples_that_do_not_fit_are_refused_by_key(control, tmp_path):
+    wrong = sample(0, 4)
+    wrong.tensors["tokens"][2] = 16
+    with pytest.raises(ConfigError, match=r"clip 0000 holds token 16, but the tokenizer's codebook has 16 codes"):
+        control.inputs([sample(1, 4), wrong])
+    wrong = sample(3, 4)
+    wrong.tensors["latents"] = wrong.tensors["latents"][:2]
+    with pytest.raises(ConfigError, match=r"column latents of clip 0003 has shape \(2, 48, 4, 4\)"):
+        control.inputs([wrong])

@@ -1,0 +1,74 @@
+"""`python -m training.diffusion` on data from disk: both phases, under SIGKILL, and into the zoo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
+import pytest
+
+from configs.files import write_text
+from configs.loader import dump
+from model_zoo import registry
+from model_zoo.convert.deepspeed import export_diffusion
+from tests.chaos import Trainer, prove_kill_safety
+from tests.distributed import nursery
+from tests.training.diffusion.tiny import config, make_zoo, write_data
+from training.diffusion.__main__ import main
+from training.metrics import read_metrics
+
+
+def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: object) -> Path:
+    """Config of a run whose data and zoo lie beside it."""
+    folder = run.parent
+    if not (folder / "zoo").exists():
+        make_zoo(folder)
+        write_data(folder / "data")
+    settings = config(
+        folder, phase, run=run, data__manifest=folder / "data", data__adopt="true", zero__stage=2,
+        **{"loop__steps": steps, "loop__log_every": 1, "loop__save_every": 2} | changes,
+    )
+    path = run.with_name(f"{run.name}.yaml")
+    write_text(path, dump(settings))
+    return path
+
+
+def write_main_config(run: Path) -> Path:
+    return write_config(run, "main", steps=8)
+
+
+MAIN = Trainer("training.diffusion.__main__:main", write_main_config, world_size=2)
+CONTROL = Trainer("training.diffusion.__main__:main", write_config, world_size=2)
+
+
+def test_killed_run_equals_uninterrupted(tmp_path):
+    report = prove_kill_safety(MAIN, tmp_path, __name__, kills=10)
+    assert len(report.plans) == 10
+    print(report)
+
+
+@pytest.mark.long
+def test_killed_run_equals_uninterrupted_at_length(tmp_path):
+    assert len(prove_kill_safety(CONTROL, tmp_path, __name__, kills=50, seed=1).plans) == 50
+
+
+def run_main(path):
+    """One rank of the trainer, as the launcher starts it."""
+    main(str(path))
+
+
+def test_both_phases_learn_and_the_second_starts_from_the_first(tmp_path):
+    ranks = nursery(__name__)
+    path = write_config(tmp_path / "first", "main", steps=60, optim__lr=0.01, loop__save_every=60, prefix__probability=0.0)
+    assert ranks.start(run_main, 2, [path]).wait(120) == [0, 0]
+    losses = [row["train/loss"] for row in read_metrics(tmp_path / "first" / "metrics.jsonl")]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    kind, model, tensors = export_diffusion(tmp_path / "first" / "checkpoints" / "step_00000060")
+    entry = registry.export(tmp_path / "zoo", "second", kind, model, tensors, {})
+    path = write_config(tmp_path / "next", "control", steps=4, init_from="second", loop__save_every=4)
+    assert ranks.start(run_main, 2, [path]).wait(120) == [0, 0]
+    kind, model, tensors = export_diffusion(tmp_path / "next" / "checkpoints" / "step_00000004")
+    assert kind == "diffusion"
+    for name, tensor in entry.load().items():
+        assert tensors[f"transformer.{name}"].equal(tensor), name
+    registry.build(kind, model).load_state_dict(tensors, strict=True)

@@ -1,0 +1,106 @@
+"""A sign of life per rank, and an end to silence: a step that never comes must not cost the night. Torch-free.
+
+    <run>/heartbeat/rank_0003    time and step of its last beat; its age is what `landiff status` shows
+    <run>/hangs/rank_0003.txt    all stacks of a rank that had no step for `loop.hang_timeout_s`
+    <run>/hangs/nccl_rank_3      NCCL's flight recorder, where it was recording
+
+A rank that hangs leaves these, waits until its peers (which wait for it in a collective, and so are late too)
+have left theirs, and ends with code 1; whoever started it starts it again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from training.errors import write_error
+
+log = logging.getLogger(__name__)
+
+WRITE_EVERY_S = 5.0
+PEERS_GRACE_S = 5.0
+SECOND_NET_S = 60.0  # where Python itself is stuck, C ends the process this much later
+
+
+class HangError(RuntimeError):
+    """No step for too long."""
+
+
+class Heartbeat:
+    """Use as a context manager around the loop; `beat` after every step."""
+
+    def __init__(self, run: Path, rank: int, timeout_s: float, grace_s: float = PEERS_GRACE_S) -> None:
+        """`timeout_s` = 0 keeps the beat and switches the watch off."""
+        self.run, self.rank, self.timeout_s, self.grace_s = run, rank, timeout_s, grace_s
+        self.path = run / "heartbeat" / f"rank_{rank:04d}"
+        self.step = 0
+        self._last = self._written = 0.0
+        self._over = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    def __enter__(self) -> Heartbeat:
+        self._over.clear()
+        self._last = time.monotonic()
+        if self.timeout_s:
+            faulthandler.dump_traceback_later(self.timeout_s + SECOND_NET_S, exit=True, file=sys.__stderr__)
+            self._watch = threading.Thread(target=self._look, name="heartbeat", daemon=True)
+            self._watch.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        if self._watch is not None:
+            self._watch.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def beat(self, step: int) -> None:
+        """`step` steps are finished. Writes a file now and then; a disk that refuses does not stop training."""
+        self.step, self._last = step, time.monotonic()
+        if self._last - self._written < WRITE_EVERY_S:
+            return
+        self._written = self._last
+        if self.timeout_s:
+            faulthandler.dump_traceback_later(self.timeout_s + SECOND_NET_S, exit=True, file=sys.__stderr__)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(f"{time.time():.1f} step {step}\n", encoding="utf-8")
+        except OSError as error:
+            log.warning("no heartbeat: %s", error)
+
+    def _look(self) -> None:
+        while not self._over.wait(min(1.0, self.timeout_s / 4)):
+            if time.monotonic() - self._last > self.timeout_s:
+                self._end()
+
+    def _end(self) -> None:
+        """Leave what a person needs to find the cause; end the process."""
+        silence = f"no step for {self.timeout_s:g} s after step {self.step} (loop.hang_timeout_s)"
+        try:
+            folder = self.run / "hangs"
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"rank_{self.rank:04d}.txt", "w", encoding="utf-8") as file:
+                file.write(f"rank {self.rank} on {os.uname().nodename}: {silence}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+            write_error(self.run, self.rank, self.step, HangError(f"{silence}; stacks of all ranks in {folder}"))
+            trace = nccl_trace()
+            if trace:
+                (folder / f"nccl_rank_{self.rank}").write_bytes(trace)
+        finally:
+            time.sleep(self.grace_s)
+            os._exit(1)
+
+
+def nccl_trace() -> bytes:
+    """NCCL's flight recorder, or nothing: on the CPU, or where TORCH_NCCL_TRACE_BUFFER_SIZE is 0."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return b""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    return dump() if dump is not None else b""
