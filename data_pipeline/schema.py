@@ -72,6 +72,7 @@ class ShardEntry(Config):
     samples: NonNegativeInt
     bytes: NonNegativeInt
     sha256: str
+    bucket: str = ""  # "17x64x64": frames, height, width of all its clips; "": the data set has one shape
     missing: list[NonNegativeInt] = Field(default_factory=list)  # columns: raw positions of clips set aside here
     bucket: str = ""  # raw: all clips of the shard have this shape, e.g. "17x64x64"; a global batch is of one bucket
 

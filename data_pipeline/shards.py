@@ -31,11 +31,12 @@ class ShardWriter:
             writer.add(key, {"mp4": clip, "json": text})
     """
 
-    def __init__(self, folder: Path, name: str, *, fingerprint: str, raw_sha256: str = "") -> None:
+    def __init__(self, folder: Path, name: str, *, fingerprint: str, raw_sha256: str = "", bucket: str = "") -> None:
         self.path = folder / f"{name}.tar"
         self.name = name
         self.fingerprint = fingerprint
         self.raw_sha256 = raw_sha256
+        self.bucket = bucket
         self.rejects: list[Reject] = []
         self.missing: list[int] = []
         self.dtype = ""
@@ -89,7 +90,7 @@ class ShardWriter:
             self.sidecar = Sidecar(
                 entry=ShardEntry(
                     name=self.name, samples=len(self._index), bytes=self._temporary.stat().st_size,
-                    sha256=sha256_file(self._temporary), missing=sorted(self.missing),
+                    sha256=sha256_file(self._temporary), bucket=self.bucket, missing=sorted(self.missing),
                 ),
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
                 dtype=self.dtype, shape=self.shape,

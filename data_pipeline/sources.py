@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ import braceexpand
 
 from configs.base import ConfigError
 from data_pipeline.ingest_config import ColumnsConfig, ShardsConfig
-from data_pipeline.video import VideoFile
+from data_pipeline.video import Failure, VideoFile
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 VIDEO_SUFFIXES = frozenset((
     ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv",
     ".ts", ".vob", ".webm", ".wmv", ".y4m",
 ))
+LONGEST_TEXT = 16 << 20  # bytes of a caption that are read
+TAR_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError)  # what tarfile raises on damaged ones
 CAPTION_PARTS = ("txt", "caption", "json")
 
 
@@ -38,42 +40,68 @@ class SourceClip:
     caption: str
     start_s: float = 0.0  # counted from the first frame
     end_s: float = math.inf
+    failure: Failure | None = None  # what is known to be wrong with it before it is opened
 
 
-def read_source(config: ShardsConfig) -> list[SourceClip]:
-    """All rows, in an order that depends on the source alone.
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source, and the rows in them. Tars stay closed until the rows are asked for."""
 
-    Raises ConfigError when the source is missing, holds nothing, or lacks a column.
-    """
-    if config.source == "packaged":
-        return _table(ASSETS / "captions.jsonl", config.columns)
-    path = Path(config.source)
-    if ".tar" in path.name:
-        return [clip for tar in braceexpand.braceexpand(config.source) for clip in _tar(Path(tar), config.columns)]
+    files: tuple[Path, ...]  # all that the rows depend on, but their captions where `is_tars` is false
+    is_tars: bool
+    clips: Callable[[], Sequence[SourceClip]]  # in an order that depends on the source alone
+
+
+def list_source(config: ShardsConfig) -> Listing:
+    """Raises ConfigError when the source is missing, holds nothing, or lacks a column."""
+    path = ASSETS if config.source == "packaged" else Path(config.source)
+    if ".tar" in path.name and not path.is_dir():
+        return _tars([Path(tar) for tar in braceexpand.braceexpand(config.source)], config.columns)
     if not path.exists():
         raise ConfigError(f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, or \"packaged\"")
-    clips = _folder(path, config.columns) if path.is_dir() else _table(path, config.columns)
-    if not clips:
+    listing = _folder(path, config.columns) if path.is_dir() else _rows(_table(path, config.columns))
+    if not listing.files:
         raise ConfigError(f"source = {config.source!r} holds no videos; known video names end in {' '.join(sorted(VIDEO_SUFFIXES))}")
-    return clips
+    return listing
 
 
-def _folder(folder: Path, columns: ColumnsConfig) -> list[SourceClip]:
+def readable(text: str) -> str:
+    """Text that UTF-8 can hold: file names and JSON may have bytes and halves of characters that it can't."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _rows(clips: Sequence[SourceClip]) -> Listing:
+    return Listing(tuple(dict.fromkeys(clip.video.path for clip in clips)), False, lambda: clips)
+
+
+def _tars(tars: Sequence[Path], columns: ColumnsConfig) -> Listing:
+    for tar in tars:
+        if not tar.is_file():
+            raise ConfigError(f"source: {str(tar)!r} does not exist")
+        if tar.suffix != ".tar":
+            raise ConfigError(f"source: {str(tar)!r} is compressed; videos gain nothing by it, unpack it to a plain .tar")
+    return Listing(tuple(tars), True, lambda: [clip for tar in tars for clip in _tar(tar, columns)])
+
+
+def _folder(folder: Path, columns: ColumnsConfig) -> Listing:
     for name in ("captions.jsonl", "captions.csv"):
         if (folder / name).is_file():
-            return _table(folder / name, columns)
+            return _rows(_table(folder / name, columns))
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
     tars = [path for path in files if path.suffix == ".tar"]
     if tars:
-        return [clip for tar in tars for clip in _tar(tar, columns)]
-    return [
-        SourceClip(path.relative_to(folder).as_posix(), VideoFile(path), _text(path.with_suffix(".txt")))
+        return _tars(tars, columns)
+    return _rows([
+        SourceClip(readable(path.relative_to(folder).as_posix()), VideoFile(path), _text(path.with_suffix(".txt")))
         for path in files if path.suffix.lower() in VIDEO_SUFFIXES
-    ]
+    ])
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return file.read(LONGEST_TEXT).decode("utf-8", errors="replace").strip()
 
 
 def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
@@ -88,7 +116,7 @@ def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
                                   f"name it with columns.{key}=...")
         name = str(row[columns.file])
         clips.append(SourceClip(
-            name=name, video=VideoFile(path.parent / name), caption=str(row[columns.caption] or "").strip(),
+            name=readable(name), video=VideoFile(path.parent / name), caption=readable(str(row[columns.caption] or "").strip()),
             start_s=_seconds(row, columns.start_s, 0.0, path, line), end_s=_seconds(row, columns.end_s, math.inf, path, line),
         ))
     return clips
@@ -105,6 +133,7 @@ def _readable(rows: Iterator[tuple[int, Mapping[str, Any]]], path: Path) -> Iter
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(LONGEST_TEXT)
         reader = csv.DictReader(file)
         for row in reader:
             yield reader.line_num, {name: value for name, value in row.items() if name is not None}
@@ -117,7 +146,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {line} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}, line {line} holds a {type(row).__name__}; each line is one object")
@@ -138,30 +167,30 @@ def _seconds(row: Mapping[str, Any], column: str, default: float, path: Path, li
 
 
 def _tar(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
-    """The samples of a WebDataset tar, cut into keys as webdataset cuts them, with their places in the file."""
-    if not path.is_file():
-        raise ConfigError(f"source: {str(path)!r} does not exist")
-    if path.suffix != ".tar":
-        raise ConfigError(f"source: {str(path)!r} is compressed; videos gain nothing by it, unpack it to a plain .tar")
+    """The samples of a WebDataset tar, cut into keys as webdataset cuts them, with their places in the file.
+
+    Of a tar that is damaged, what lies before the damage; the rest is one clip that failed.
+    """
     from webdataset.tariterators import base_plus_ext  # here, because it imports torch
 
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    clips, damage, length = [], None, path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, part = base_plus_ext(member.name)
-                if member.isreg() and key:
+                if member.isreg() and key and not member.issparse():
                     samples.setdefault(key, {})[part.lower()] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ConfigError(f"source: {str(path)!r} is not a whole tar: {error}") from None
-    clips = []
+    except TAR_ERRORS as error:
+        damage = SourceClip(path.name, VideoFile(path), "", failure=Failure("damaged_tar", f"{type(error).__name__}: {error}"[:160]))
     with open(path, "rb") as file:
         for key, parts in samples.items():
             video = next((parts[part] for part in parts if f".{part}" in VIDEO_SUFFIXES), None)
             if video is not None:
-                texts = {part: os.pread(file.fileno(), parts[part][1], parts[part][0]) for part in CAPTION_PARTS if part in parts}
-                clips.append(SourceClip(f"{path.name}:{key}", VideoFile(path, *video), _caption(texts, columns)))
-    return clips
+                texts = {part: os.pread(file.fileno(), min(parts[part][1], LONGEST_TEXT), parts[part][0]) for part in CAPTION_PARTS if part in parts}
+                cut = Failure("truncated", "the tar ends within it") if sum(video) > length else None
+                clips.append(SourceClip(readable(f"{path.name}:{key}"), VideoFile(path, *video), _caption(texts, columns), failure=cut))
+    return [*clips, damage] if damage else clips
 
 
 def _caption(texts: Mapping[str, bytes], columns: ColumnsConfig) -> str:
@@ -170,6 +199,6 @@ def _caption(texts: Mapping[str, bytes], columns: ColumnsConfig) -> str:
             return texts[part].decode("utf-8", errors="replace").strip()
     try:
         row = json.loads(texts.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
-    return str(row.get(columns.caption) or "").strip() if isinstance(row, dict) else ""
+    return readable(str(row.get(columns.caption) or "").strip()) if isinstance(row, dict) else ""

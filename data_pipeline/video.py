@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -34,7 +34,9 @@ from data_pipeline import video_child
 from data_pipeline.video_child import Failure, Request, Response, VideoInfo
 
 ClipBackend = Literal["decord", "pyav"]
+Crop = tuple[float, float, float, float]
 START_TIMEOUT_S = 60.0
+SCAN_BATCH = 128  # pictures of a scan at once
 # Equal frames, equal bytes. x264's macroblock tree reads stale memory in small frames: the same call gave
 # up to three different streams. cpu-independent keeps the choice of SIMD code out of the result.
 X264_EXACT = "threads=1:mbtree=0:cpu-independent=1"
@@ -64,6 +66,23 @@ class Wanted:
     fps: float
     height: int
     width: int
+    crop: Crop = (0.0, 0.0, 0.0, 0.0)  # share of the picture to cut off first: left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """Some frames of a video, small."""
+
+    times: tuple[float, ...]  # s since the first frame
+    frames: np.ndarray  # uint8 [len(times), H, W, 3]
+
+
+class ScanFailed(ValueError):
+    """A video that can't be looked through."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.reason}: {failure.detail}")
+        self.failure = failure
 
 
 class SafeDecoder:
@@ -102,17 +121,37 @@ class SafeDecoder:
         return response.failure or response.info
 
     def decode(self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted) -> list[np.ndarray | Failure]:
-        """One entry for each start: uint8 [num_frames, height, width, 3], or why there is none."""
+        """One entry for each start: uint8 [num_frames, height, width, 3], or why there is none.
+
+        Calls for later and later parts of one file decode it once.
+        """
         shape = (len(starts_s), wanted.num_frames, wanted.height, wanted.width, 3)
         size = math.prod(shape)
-        if os.fstat(self._output).st_size < size:
-            os.ftruncate(self._output, size)
-        response = self._ask(self._request(video, starts_s=tuple(starts_s), **asdict(wanted)))
+        self._reserve(size)
+        response = self._ask(self._request(video, kind="decode", starts_s=tuple(starts_s), **asdict(wanted)))
         if response.failure:
             return [response.failure] * len(starts_s)
         with mmap.mmap(self._output, size, prot=mmap.PROT_READ) as memory:
             frames = np.frombuffer(memory, np.uint8).reshape(shape).copy()
         return [failure or frames[span] for span, failure in enumerate(response.spans)]
+
+    def scan(self, video: VideoFile | bytes, *, keyframes: bool = False) -> Iterator[Scanned]:
+        """Small pictures of all frames, in order, a batch at a time. Raises ScanFailed."""
+        self._reserve(SCAN_BATCH * video_child.SCAN_BYTES)
+        first, ended = 0, False
+        while not ended:
+            response = self._ask(self._request(video, kind="scan", first=first, count=SCAN_BATCH, keyframes=keyframes))
+            if response.failure:
+                raise ScanFailed(response.failure)
+            shape = (len(response.times), *response.size, 3)
+            if response.times:
+                with mmap.mmap(self._output, math.prod(shape), prot=mmap.PROT_READ) as memory:
+                    yield Scanned(response.times, np.frombuffer(memory, np.uint8).reshape(shape).copy())
+            first, ended = first + len(response.times), response.ended
+
+    def _reserve(self, size: int) -> None:
+        if os.fstat(self._output).st_size < size:
+            os.ftruncate(self._output, size)
 
     def _request(self, video: VideoFile | bytes, **wanted: object) -> Request:
         if isinstance(video, bytes):
@@ -144,6 +183,7 @@ class SafeDecoder:
             failure=Failure(**reply["failure"]) if reply["failure"] else None,
             info=VideoInfo(**reply["info"]) if reply["info"] else None,
             spans=tuple(Failure(**failure) if failure else None for failure in reply["spans"]),
+            times=tuple(reply["times"]), size=tuple(reply["size"]), ended=reply["ended"],
         )
 
     def _start(self) -> None:

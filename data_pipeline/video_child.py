@@ -4,6 +4,8 @@
 alone, so that it starts in a fraction of a second. Protocol: one JSON line in (`Request`), one JSON line out
 (`Response`), frames through a shared memory file, video bytes through a second one when they have no path.
 
+Requests for later parts of the same video go on where the one before ended: a long video is decoded once.
+
 Which frame: the one that is shown at the wanted time, i.e. the last frame whose timestamp is not later than
 it. All frames from the first to the last wanted one are decoded in order, because that is exact for every
 container (open GOP, variable frame rate, edit lists, MPEG-TS); seeking is not.
@@ -27,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
 # What PyAV raises on damaged files besides its own errors (measured on mutated files). Anything else ends
 # this process, and the parent reports `decoder_died`.
@@ -34,12 +37,18 @@ DECODER_ERRORS = (av.error.FFmpegError, ArithmeticError, AssertionError, Attribu
                   OSError, TypeError, ValueError)
 TRANSPOSE = {90: ("cclock",), 180: ("clock", "clock"), 270: ("clock",)}
 LARGEST_CLOCK_ERROR_S = 1e-3
+LOGGING_CODECS = frozenset(("hevc", "mjpeg", "vp8", "vp9", "av1", "libdav1d"))
+REORDERED = 5  # frames between decoding and showing, at most, as encoders set it
+MOST_B_FRAMES = 17  # in a row, of x264 and x265
+SCAN_SIDE = 256
+SCAN_BYTES = SCAN_SIDE * SCAN_SIDE * 3  # of one picture of a scan, at most
 
 
 @dataclass(frozen=True)
 class Request:
-    """One video and the spans wanted from it; no `starts_s` means: only look (`VideoInfo`)."""
+    """One video and what is wanted from it: spans of frames, small pictures of all frames, or only a look."""
 
+    kind: str = "probe"  # "probe", "decode", "scan"
     path: str = ""  # "": the bytes lie in the shared input file
     offset: int = 0  # first byte of the video inside the file
     size: int = -1  # bytes; -1: up to the end of the file
@@ -48,6 +57,10 @@ class Request:
     fps: float = 0.0
     height: int = 0
     width: int = 0
+    crop: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # share of the shown picture to cut off: left, top, right, bottom
+    first: int = 0  # scan: number of the first frame
+    count: int = 0  # scan: frames at most
+    keyframes: bool = False  # scan: key frames only
     max_pixels: int = 4096 * 2304
     timeout_s: float = 60.0
 
@@ -61,6 +74,7 @@ class VideoInfo:
     fps: float
     codec: str
     duration_s: float
+    aspect: float = 0.0  # width / height as shown: turned, pixels square
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,13 @@ class Failure:
 class Response:
     failure: Failure | None = None  # of the whole file
     info: VideoInfo | None = None
-    spans: tuple[Failure | None, ...] = field(default=())  # None: its frames lie in the shared memory
+    spans: tuple[Failure | None, ...] = field(default=())  # decode; None: its frames lie in the shared memory
+    times: tuple[float, ...] = ()  # scan: when the frames in the shared memory are shown
+    size: tuple[int, int] = (0, 0)  # scan: height and width of those frames
+    ended: bool = False  # scan: these were the last
+
+
+SAME_SESSION = ("kind", "path", "offset", "size", "fps", "height", "width", "crop", "keyframes", "max_pixels")
 
 
 class Refused(ValueError):
@@ -125,6 +145,7 @@ class Picture:
     height: int
     width: int
     max_pixels: int
+    crop: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     key: tuple = ()
     graph: av.filter.Graph | None = None
 
@@ -140,16 +161,19 @@ class Picture:
         return self.graph.pull().to_ndarray()
 
     def _build(self, frame: av.VideoFrame, turns: tuple[str, ...]) -> av.filter.Graph:
-        aspect = float(self.stream.codec_context.sample_aspect_ratio or 1) or 1.0
-        shown = (frame.height, frame.width * aspect)
-        if len(turns) == 1:
-            shown = shown[::-1]
+        height, width = (frame.width, frame.height) if len(turns) == 1 else (frame.height, frame.width)
+        left, top, right, bottom = (math.ceil(share * side - 1e-6) for share, side in zip(self.crop, (width, height) * 2, strict=True))
+        kept = (max(1, height - top - bottom), max(1, width - left - right))
+        scale = pixel_aspect(self.stream, len(turns) == 1)
+        shown = (kept[0] * scale[0], kept[1] * scale[1])
         factor = max(self.height / shown[0], self.width / shown[1])
         height, width = max(self.height, round(shown[0] * factor)), max(self.width, round(shown[1] * factor))
         flags = "area" if factor <= 1 else "bicubic"
         graph = av.filter.Graph()
         chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=self.stream.time_base)]
         chain += [graph.add("transpose", turn) for turn in turns]
+        if any(self.crop):
+            chain.append(graph.add("crop", f"{kept[1]}:{kept[0]}:{left}:{top}"))
         chain += [
             graph.add("scale", f"{width}:{height}:flags={flags}+accurate_rnd+full_chroma_int+bitexact{_color(frame)}"),
             graph.add("format", "rgb24"),
@@ -160,6 +184,20 @@ class Picture:
             before.link_to(after)
         graph.configure()
         return graph
+
+
+def pixel_aspect(stream: av.video.stream.VideoStream, turned: bool) -> tuple[float, float]:
+    """(height, width) of a pixel as shown, the other way round for a video that is turned by a quarter."""
+    aspect = float(stream.codec_context.sample_aspect_ratio or 1) or 1.0
+    return (aspect, 1.0) if turned else (1.0, aspect)
+
+
+def shown_aspect(stream: av.video.stream.VideoStream, frame: av.VideoFrame) -> float:
+    """Width / height of the picture as a player shows it."""
+    turned = round(frame.rotation) % 180 == 90
+    height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+    pixel = pixel_aspect(stream, turned)
+    return width * pixel[1] / (height * pixel[0])
 
 
 def _color(frame: av.VideoFrame) -> str:
@@ -186,18 +224,20 @@ def open_video(file: io.RawIOBase, max_pixels: int) -> tuple[av.container.InputC
         raise Refused("no_dimensions")
     if context.width * context.height > max_pixels:
         raise Refused("too_large", f"{context.width}x{context.height}")
+    context.options = {"max_pixels": str(max_pixels)}  # the picture may be larger than the container says
     context.thread_count = 1  # frame threads would blur where damage begins
     stream.thread_type = "NONE"
     return container, stream
 
 
 def probe(file: io.RawIOBase, max_pixels: int) -> VideoInfo:
-    """Look at a video without decoding it."""
+    """Look at a video; no more of it is decoded than shows which way up it is."""
     container, stream = open_video(file, max_pixels)
     with container:
         context, base = stream.codec_context, stream.time_base
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-        first = last = None
+        aspect = context.width * pixel_aspect(stream, False)[1] / context.height
+        first = last = picture = None
         for packet in container.demux(stream):
             stamp = packet.pts if packet.pts is not None else packet.dts
             if stamp is None or packet.is_discard:
@@ -205,8 +245,19 @@ def probe(file: io.RawIOBase, max_pixels: int) -> VideoInfo:
             end = stamp + (packet.duration or (1 / (rate * base) if rate else 0))
             first = stamp if first is None else min(first, stamp)
             last = end if last is None else max(last, end)
+            if picture is None:
+                picture = _first_picture(packet)
+                aspect = shown_aspect(stream, picture) if picture else aspect
         duration = float((last - first) * base) if first is not None else 0.0
-        return VideoInfo(context.width, context.height, rate, context.name, duration)
+        return VideoInfo(context.width, context.height, rate, context.name, duration, aspect)
+
+
+def _first_picture(packet: av.Packet) -> av.VideoFrame | bool | None:
+    """A frame, None when more packets are needed, False when the packet is damaged: decoding will tell."""
+    try:
+        return next(iter(packet.decode()), None)
+    except DECODER_ERRORS:
+        return False
 
 
 def timed_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[tuple[float, av.VideoFrame | None]]:
@@ -228,57 +279,172 @@ def timed_frames(container: av.container.InputContainer, stream: av.video.stream
         yield now + length, None
 
 
-def decode(file: io.RawIOBase, request: Request, out: np.ndarray) -> tuple[Failure | None, ...]:
-    """Fill `out` (uint8 [spans, num_frames, height, width, 3]); -> None or a Failure for each span."""
-    container, stream = open_video(file, request.max_pixels)
-    with container:
-        # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
-        tolerance = min(float(stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
+def marked_frames(frames: Iterator[tuple[float, av.VideoFrame | None]], codec: str) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
+    """The same with: whether the decoder noticed damage.
+
+    libavcodec conceals damage. `is_corrupt` is its trace in H.264, MPEG-1, -2 and -4; other decoders leave none
+    but a line in the log, when they notice at all (measured: benchmarks/damage.py).
+    """
+    doubted = 0
+    while True:
+        with av.logging.Capture(True) as lines:
+            item = next(frames, None)
+        if item is None:
+            return
+        if codec in LOGGING_CODECS and any(level <= av.logging.ERROR for level, _, _ in lines):
+            doubted = REORDERED  # the line comes when a picture is decoded, the picture some frames later
+        now, frame = item
+        yield now, frame, frame is not None and (frame.is_corrupt or doubted > 0)
+        doubted = max(0, doubted - 1)
+
+
+def judged_frames(frames: Iterator[tuple[float, av.VideoFrame | None, bool]]) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
+    """The same, with damage where it spreads to: everything after it, and the B-frames just before it.
+
+    A key frame is no new beginning: of files with damage that was noticed, one in four has more that was not.
+    """
+    group: list[tuple[float, av.VideoFrame | None]] = []
+    suspect = False
+    for now, frame, corrupt in frames:
+        group.append((now, frame))
+        suspect = suspect or corrupt
+        if frame is None or frame.pict_type != PictureType.B or len(group) == MOST_B_FRAMES:
+            yield from ((when, member, suspect) for when, member in group)
+            group = []
+
+
+class Session:
+    """One video, open at one place."""
+
+    def __init__(self, raw: io.RawIOBase, request: Request) -> None:
+        self.raw = raw
+        self.request = request
+        self.failure: Failure | None = None  # of everything from here on
+        self.shown: tuple[float, av.VideoFrame | None, bool] | None = None
+        self.upcoming: tuple[float, av.VideoFrame | None, bool] | None = None
+        self.number = 0  # frames taken so far
+        try:
+            self.container, self.stream = open_video(_Range(raw, request.offset, request.size), request.max_pixels)
+            if request.keyframes:
+                self.stream.codec_context.skip_frame = "NONKEY"
+            # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
+            self.tolerance = min(float(self.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
+            self.frames = judged_frames(marked_frames(timed_frames(self.container, self.stream), self.stream.codec_context.name))
+            self.picture = Picture(self.stream, request.height, request.width, request.max_pixels, request.crop)
+        except BaseException:
+            self.close()
+            raise
+        self.advance()
+
+    def close(self) -> None:
+        if hasattr(self, "container"):
+            self.container.close()
+        self.raw.close()
+
+    def advance(self) -> None:
+        """Go on by one frame; errors and the end are remembered."""
+        self.shown = self.upcoming
+        self.number += self.shown is not None
+        try:
+            self.upcoming = next(self.frames, None)
+            if self.upcoming is None:
+                self.failure = Failure("too_short")
+        except DECODER_ERRORS as error:
+            self.failure = failure_of(error)
+
+    def goes_on_to(self, request: Request) -> bool:
+        """Whether `request` can be answered from here on."""
+        old = self.request
+        if not request.path or any(getattr(old, name) != getattr(request, name) for name in SAME_SESSION):
+            return False
+        if request.kind == "scan":
+            return request.first == self.number
+        return self.shown is None or min(request.starts_s) + self.tolerance >= self.shown[0]
+
+    def decode(self, request: Request, out: np.ndarray) -> tuple[Failure | None, ...]:
+        """Fill `out` (uint8 [spans, num_frames, height, width, 3]); -> None or a Failure for each span."""
+        failures: list[Failure | None] = [None] * len(request.starts_s)
         targets = sorted((start + k / request.fps, span, k)
                          for span, start in enumerate(request.starts_s) for k in range(request.num_frames))
-        missing = [request.num_frames] * len(request.starts_s)
-        picture = Picture(stream, request.height, request.width, request.max_pixels)
-        shown: av.VideoFrame | None = None
         pixels: np.ndarray | None = None
-        done, reason, detail = 0, "too_short", ""
-        try:
-            for index, (now, frame) in enumerate(timed_frames(container, stream)):
-                while done < len(targets) and shown is not None and now > targets[done][0] + tolerance:
-                    pixels = picture(shown) if pixels is None else pixels
-                    _, span, place = targets[done]
+        for target, span, place in targets:
+            while self.failure is None and self.upcoming[1] is not None and self.upcoming[0] <= target + self.tolerance:
+                self.advance()
+                pixels = None
+            if self.failure is None and self.upcoming[0] <= target + self.tolerance:
+                failures[span] = failures[span] or Failure("too_short", f"ends after {self.upcoming[0]:.3f} s")
+            elif self.failure is not None or self.shown is None:
+                failures[span] = failures[span] or self.failure or Failure("too_short")
+            elif self.shown[2]:
+                failures[span] = failures[span] or Failure("corrupt_frame", f"frame {self.number - 1} at {self.shown[0]:.3f} s")
+            elif failures[span] is None:
+                try:
+                    pixels = self.picture(self.shown[1]) if pixels is None else pixels
+                except DECODER_ERRORS as error:
+                    self.failure = failures[span] = failure_of(error)
+                else:
                     out[span, place] = pixels
-                    missing[span] -= 1
-                    done += 1
-                if done == len(targets):
-                    break
-                if frame is None:
-                    detail = f"ends after {now:.3f} s"
-                elif frame.is_corrupt:  # libavcodec conceals damage; this flag is its only trace
-                    reason, detail = "corrupt_frame", f"frame {index} at {now:.3f} s"
-                    break
-                shown, pixels = frame, None
-        except DECODER_ERRORS as error:  # spans that are complete stay good
-            failure = failure_of(error)
-            reason, detail = failure.reason, failure.detail
-    return tuple(None if left == 0 else Failure(reason, detail) for left in missing)
+        return tuple(failures)
+
+    def scan(self, request: Request, out: np.ndarray) -> Response:
+        """The next small pictures into `out` (uint8, flat). Damaged frames show what the decoder made of them."""
+        times: list[float] = []
+        while self.number < request.first and self.failure is None and self.upcoming[1] is not None:
+            self.advance()
+        while len(times) < request.count and self.failure is None and self.upcoming[1] is not None:
+            when, frame, _ = self.upcoming
+            if not self.picture.height:
+                self.picture.height, self.picture.width = scan_size(shown_aspect(self.stream, frame))
+            size = self.picture.height * self.picture.width * 3
+            out[len(times) * size : (len(times) + 1) * size] = self.picture(frame).reshape(-1)
+            times.append(when)
+            self.advance()
+        ended = self.failure is not None or self.upcoming[1] is None
+        return Response(times=tuple(times), size=(self.picture.height, self.picture.width), ended=ended)
 
 
-def answer(request: Request, input_fd: int, output_fd: int) -> Response:
-    """Do one request; every way in which a file can be bad becomes a Failure."""
-    try:
-        with open(request.path or os.dup(input_fd), "rb", buffering=0) as raw:
-            file = _Range(raw, request.offset, request.size)
-            if not request.starts_s:
-                return Response(info=probe(file, request.max_pixels))
+def scan_size(aspect: float) -> tuple[int, int]:
+    """Height and width of a scan's pictures: the long side is SCAN_SIDE, both are even."""
+    height, width = (SCAN_SIDE / aspect, SCAN_SIDE) if aspect >= 1 else (SCAN_SIDE, SCAN_SIDE * aspect)
+    return max(8, round(height / 2) * 2), max(8, round(width / 2) * 2)
+
+
+class Server:
+    """Answers requests; keeps the last video open."""
+
+    def __init__(self, input_fd: int, output_fd: int) -> None:
+        self.input_fd, self.output_fd = input_fd, output_fd
+        self.session: Session | None = None
+
+    def answer(self, request: Request) -> Response:
+        """Do one request; every way in which a file can be bad becomes a Failure."""
+        try:
+            if request.kind == "probe":
+                with self._open(request) as raw:
+                    return Response(info=probe(_Range(raw, request.offset, request.size), request.max_pixels))
+            if self.session is None or not self.session.goes_on_to(request):
+                self.forget()
+                self.session = Session(self._open(request), request)
+            if request.kind == "scan":
+                return self.session.scan(request, np.frombuffer(mmap.mmap(self.output_fd, request.count * SCAN_BYTES), np.uint8))
             shape = (len(request.starts_s), request.num_frames, request.height, request.width, 3)
-            out = np.frombuffer(mmap.mmap(output_fd, math.prod(shape)), np.uint8).reshape(shape)
-            return Response(spans=decode(file, request, out))
-    except FileNotFoundError:
-        return Response(failure=Failure("missing_file", request.path))
-    except PermissionError:
-        return Response(failure=Failure("unreadable_file", request.path))
-    except DECODER_ERRORS as error:
-        return Response(failure=failure_of(error))
+            out = np.frombuffer(mmap.mmap(self.output_fd, math.prod(shape)), np.uint8).reshape(shape)
+            return Response(spans=self.session.decode(request, out))
+        except FileNotFoundError:
+            return Response(failure=Failure("missing_file", request.path))
+        except PermissionError:
+            return Response(failure=Failure("unreadable_file", request.path))
+        except DECODER_ERRORS as error:
+            self.forget()
+            return Response(failure=failure_of(error))
+
+    def forget(self) -> None:
+        if self.session is not None:
+            self.session.close()
+        self.session = None
+
+    def _open(self, request: Request) -> io.RawIOBase:
+        return open(request.path or os.dup(self.input_fd), "rb", buffering=0)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -301,16 +467,18 @@ def main(parent: int, memory_limit: int, input_fd: int, output_fd: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a library that prints must not answer for us
-    av.logging.set_level(None)
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
     with open("/proc/self/statm", encoding="ascii") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_limit, mapped + memory_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", file=replies, flush=True)
+    server = Server(input_fd, output_fd)
     for line in sys.stdin:
-        request = Request(**json.loads(line))
+        request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(line).items()})
         signal.alarm(math.ceil(request.timeout_s) + 5)  # kills a hung decoder even when nobody is left to do it
-        response = answer(request, input_fd, output_fd)
+        response = server.answer(request)
         signal.alarm(0)
         print(json.dumps(asdict(response)), file=replies, flush=True)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Sequence
 
 WALK = """\
 The walk, in order; every step can be run alone, stopped and run again:
@@ -45,8 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--config", required=True, metavar="NAME", help=f"packaged name ({example}) or a .yaml file")
         sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan; change nothing")
 
-    add("shards", "Cut videos into captioned clips and write WebDataset shards.", config="nano/shards",
-        epilog=OVERRIDES.format(example="num_frames=17 source=videos/captions.csv"))
+    shards = add("shards", "Cut videos into captioned clips and write WebDataset shards.", config="nano/shards",
+                 epilog=OVERRIDES.format(example="num_frames=17 source=videos/captions.csv"))
+    shards.add_argument("action", nargs="?", choices=["run", "finalize", "status"], default="run",
+                        help="run (default; finalizes where it is the only task), finalize (write the manifest), status")
+    shards.add_argument("--task", metavar="I/N", help="this task's share; SLURM arrays set it by themselves")
     precompute = add("precompute", "Compute columns (features, tokens, latents, text) for raw shards.", config="nano/precompute",
                      epilog=OVERRIDES.format(example="batch_size=8"))
     precompute.add_argument("action", nargs="?", default="run",
@@ -164,6 +169,9 @@ Any key of the config can be set behind the options, e.g.  {example}
 An unknown key is refused and the nearest known one is named.
 """
 
+OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+FLAGS = ("--dry-run", "--no-finalize", "--search", "--json", "--here")  # options without a value
+
 TRAINERS = {
     "tokenizer": "Semantic tokenizer (torch DDP).",
     "lm": "Language model over semantic tokens (Megatron-core: tensor, pipeline, sequence, data parallel).",
@@ -183,19 +191,30 @@ Submitting again skips what is done and resumes what isn't. See docs/cluster.md.
 """
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(everything else, `dotted.key=value` words). A word behind an option that takes a value belongs to the option."""
+    words, overrides = [], []
+    for before, word in zip(["", *argv], argv, strict=False):
+        belongs = before.startswith("-") and "=" not in before and before not in FLAGS
+        (overrides if OVERRIDE.match(word) and not belongs else words).append(word)
+    return words, overrides
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn a user's mistake into one clear line and exit code 2."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    args.argv, args.rest = list(sys.argv[1:] if argv is None else argv), rest
-    if args.command == "submit":  # the stage's own parser looks at these
-        rest = []
-    unknown = [a for a in rest if a.startswith("-") or "=" not in a]
-    takes_overrides = getattr(args, "config", None) is not None
-    if unknown or (rest and not takes_overrides):
-        bad = unknown or rest
-        parser.error(f"unrecognised argument {bad[0]!r}" + ("; overrides are written key=value" if takes_overrides else ""))
-    args.overrides = rest
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "submit" in argv:  # the stage's own parser looks at what is left
+        args, rest = parser.parse_known_args(argv)
+        args.argv, args.rest, args.overrides = argv, rest, []
+    else:
+        words, overrides = split_overrides(argv)
+        args, unknown = parser.parse_known_args(words)
+        takes_overrides = getattr(args, "config", None) is not None
+        bad = unknown or ([] if takes_overrides else overrides)
+        if bad:
+            parser.error(f"unrecognised argument {bad[0]!r}" + ("; overrides are written key=value" if takes_overrides else ""))
+        args.overrides = overrides
     if args.workdir:
         os.makedirs(args.workdir, exist_ok=True)
         os.chdir(args.workdir)

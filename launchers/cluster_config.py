@@ -28,7 +28,7 @@ class Resources(Config):
     memory: str | None = None  # of a node, as SLURM writes it: 64G; "0" = all of it; none = the site's default
     time: str = "04:00:00"  # limit of one attempt; a run that needs longer is requeued, with its checkpoints
     partition: str | None = None
-    array: PositiveInt = 1  # precompute: tasks that share a column
+    array: PositiveInt = 1  # shards, precompute: tasks that share the work
     array_limit: PositiveInt | None = None  # of them at once
 
     @field_validator("time")

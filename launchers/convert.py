@@ -42,7 +42,7 @@ def find_source(reference: str | Path, zoo: Path, options: formats.Options | Non
         path = newest
     elif not path.exists():
         if "/" in str(reference):
-            raise ConfigError(f"{path} does not exist; name a run, a checkpoint, a folder of weights, or an entry of the zoo {zoo}")
+            raise ConfigError(f"{path} does not exist, so it holds no whole checkpoint and no weights")
         path = registry.resolve(zoo, str(reference)).path
     return formats.open_source(path, options)
 

@@ -32,9 +32,20 @@ def shards_job(args: argparse.Namespace) -> int:
     config = load(ShardsJobConfig, args.config, args.overrides)
     if args.dry_run:
         return show(config, f"would write raw shards to {config.data}")
-    from data_pipeline.ingest import make_shards
+    from data_pipeline import ingest
 
-    manifest = make_shards(config.content, config.data, progress=Progress("shards", "clips"))
+    if args.action == "status":
+        found = ingest.status(config.content, config.data)
+        print(f"shards: {found[0]} of {found[1]} shards of {config.data} are finished" if found else f"shards: nothing is planned in {config.data}")
+        return 0
+    task = parse_task(args.task)
+    if args.action == "run":
+        share = ingest.make_share(config.content, config.data, task, progress=Progress("shards", "clips"))
+        if task != (0, 1):
+            print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
+                  "when every task is done: landiff shards finalize")
+            return 0
+    manifest = ingest.finalize(config.content, config.data)
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
     return 0
 

@@ -26,10 +26,9 @@ def default_processes() -> int:
     return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
-def environment(processes: int) -> dict[str, str]:
-    """This environment, with threads shared out over the processes unless the user chose."""
+def environment() -> dict[str, str]:
+    """This environment, so that a child finds this very project."""
     env = dict(os.environ)
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     env.setdefault("PYTHONUNBUFFERED", "1")
     roots = [str(Path(__file__).resolve().parent.parent), *filter(None, [env.get("PYTHONPATH")])]
     env["PYTHONPATH"] = os.pathsep.join(roots)
@@ -46,9 +45,11 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> in
     """Start the ranks, forward a wish to stop, return torchrun's exit code."""
     stop = run / "stop"
     stop.unlink(missing_ok=True)
+    env = environment()
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))  # shared out, unless the user chose
     libc = ctypes.CDLL(None, use_errno=True)
     child = subprocess.Popen(
-        torchrun(module, [str(config_file)], processes), env=environment(processes), start_new_session=True,
+        torchrun(module, [str(config_file)], processes), env=env, start_new_session=True,
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # torchrun passes SIGTERM on to its workers
     )
     asked = 0

@@ -95,7 +95,7 @@ def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
 def run_stage(stage: Stage, out: Path) -> StageResult:
     """One stage as its own `landiff` process in `out`; its lines go straight to the person."""
     started = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", "launchers.cli", *stage.command], cwd=out, env=environment(1)).returncode
+    code = subprocess.run([sys.executable, "-m", "launchers.cli", *stage.command], cwd=out, env=environment()).returncode
     first, last = losses(out / stage.run) if stage.run else (None, None)
     return StageResult(stage.name, round(time.monotonic() - started, 1), code, first, last, stage.look)
 

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs import Config, ConfigError
+from configs import Config
+from launchers.layout import check_batch, model_copies
 from model_zoo.config import TransformerConfig
 from model_zoo.registry import build
 from model_zoo.token_layout import TokenLayout
@@ -72,27 +73,6 @@ def make_plan(config: Config, gpus: int) -> Plan:
     return plan_tokenizer(config, gpus)
 
 
-def check_batch(config: Config, copies: int, gpus: int) -> int:
-    """Micro-batches of one rank in one step."""
-    micro, batch = config.data.micro_batch_size, config.data.global_batch_size
-    unit = micro * copies
-    if batch % unit:
-        near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
-        raise ConfigError(
-            f"data.global_batch_size = {batch} does not divide into data.micro_batch_size * data-parallel copies = {micro} * {copies} "
-            f"on {gpus} GPUs; the nearest that do: {' or '.join(map(str, near))}"
-        )
-    return batch // unit
-
-
-def check_world(gpus: int, unit: int, what: str) -> int:
-    """Copies of the model."""
-    if gpus % unit:
-        near = sorted({max(unit, gpus // unit * unit), (gpus // unit + 1) * unit})
-        raise ConfigError(f"{what} = {unit} does not divide {gpus} GPUs; the nearest numbers of GPUs that do: {' or '.join(map(str, near))}")
-    return gpus // unit
-
-
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -109,8 +89,8 @@ def on_meta(kind: str, config: Config) -> nn.Module:
 def plan_lm(config: LMTrainConfig, gpus: int) -> Plan:
     model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    copies = check_world(gpus, tensor * pipeline, "parallel.tensor * parallel.pipeline")
-    micro_batches = check_batch(config, copies, gpus)
+    copies = model_copies(config, gpus)
+    micro_batches = check_batch(config, gpus)
     module, layout = on_meta("lm", model), TokenLayout.of(model)
     width, layers = model.hidden_size, model.num_layers
     vocabulary = math.ceil(layout.vocab_size / config.vocab_multiple) * config.vocab_multiple
@@ -185,7 +165,7 @@ def semantic_cost(module: nn.Module, transformer: TransformerConfig) -> tuple[fl
 
 def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
     sizes, control = config.model.transformer, config.phase == "control"
-    micro_batches = check_batch(config, gpus, gpus)
+    micro_batches = check_batch(config, gpus)
     module = on_meta("diffusion", config.model)
     tokens, forward = dit_forward(sizes, sizes.num_layers)
     frozen, trained = (count(module.transformer), count(module.control) + count(module.semantic)) if control else (0, count(module.transformer))
@@ -226,7 +206,7 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
 
 def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> Plan:
     sizes = config.model
-    micro_batches = check_batch(config, gpus, gpus)
+    micro_batches = check_batch(config, gpus)
     module = on_meta("tokenizer", sizes)
     parameters = count(module)
     visual = sizes.segment_frames * sizes.grid_height * sizes.grid_width

@@ -4,7 +4,7 @@ The script is plain bash, so that it runs on a node outside any container, and i
 
 * a signal ahead of the time limit, before preemption or from `landiff stop` reaches the script alone. It puts
   a `stop` file into the run folder; the ranks agree on the step, save and exit 0; the job is put back in the queue;
-* a crash puts it back too, `max_restarts` times and only with a new checkpoint since the last restart;
+* a crash puts it back too, `max_restarts` times and only with a new checkpoint since the last crash;
 * a config error never does. The ranks say so in a file, since srun's code is that of the rank it killed last;
 * it requeues before it exits and ends non-zero until the run is done, so that no dependent job starts early.
 
@@ -17,11 +17,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers import slurm_blocks as blocks
 from launchers.cluster_config import ClusterConfig, Resources
 
 JOB_FOLDER = "job"  # below the run folder: what launched it
 SCRIPT, CODE, LOGS = "job.sbatch", "code", "log"
-USER_STOPPED = 75  # exit code of an attempt that saved and ended (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Job:
 def sbatch_text(job: Job, cluster: ClusterConfig) -> str:
     """The batch script of `job` on `cluster`."""
     slurm = cluster.scheduler == "slurm"
-    blocks = [
-        header(job, cluster), site(cluster), names(job, cluster), "" if cluster.restart == "chain" else FRESH, BOOKKEEPING,
-        NEWEST_CHECKPOINT if job.trainer else NO_CHECKPOINTS, requeue(job, cluster),
-        STOP_TRAINER if job.trainer else STOP_OTHER, BEGIN,
-        RENDEZVOUS if job.trainer and slurm else "",
+    parts = [
+        header(job, cluster), site(cluster), names(job, cluster), "" if cluster.restart == "chain" else blocks.FRESH, blocks.BOOKKEEPING,
+        blocks.NEWEST_CHECKPOINT if job.trainer else blocks.NO_CHECKPOINTS, requeue(job, cluster),
+        blocks.STOP_TRAINER if job.trainer else blocks.STOP_OTHER, blocks.BEGIN,
+        blocks.HANGS if job.trainer else "", blocks.RENDEZVOUS if job.trainer and slurm else "",
         preflight(job, cluster) if job.trainer and slurm and cluster.preflight else "",
-        f"{ranks(job, cluster)} &\n{WAIT}", ENDING,
+        f"{ranks(job, cluster)} &\n{blocks.WAIT}", blocks.ENDING,
     ]
-    return "\n".join(block.strip("\n") + "\n" for block in blocks if block)
+    return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
 
 def options(job: Job, cluster: ClusterConfig) -> list[str]:
@@ -119,129 +119,17 @@ restart=${{SLURM_RESTART_COUNT:-${{LANDIFF_RESTART:-0}}}}
 # The code of the day it was submitted, not today's working tree
 export PYTHONPATH=$JOB/{CODE} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{job.resources.cpus_per_task}}}
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${{TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}} TORCH_NCCL_DUMP_ON_TIMEOUT=1
-export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$RUN/hangs/nccl_rank_
-mkdir -p "$LOG" "$RUN/hangs"
+mkdir -p "$LOG"
 """
 
-
-FRESH = r"""
-[ "$restart" != 0 ] || rm -f "$JOB/state$T" "$JOB/stopped"   # submitted anew: old crashes do not count
-"""
-
-BOOKKEEPING = r"""
-# What has to outlive an attempt: crashes so far, restarts in a row without a new checkpoint, the newest
-# checkpoint at the last restart (- before the first), and whether an attempt is running.
-crashes=0 stalls=0 from=- phase=new
-[ ! -e "$JOB/state$T" ] || . "$JOB/state$T"
-remember() {
-    printf 'crashes=%s stalls=%s from=%s phase=%s\n' "$crashes" "$stalls" "$from" "$phase" >"$JOB/.state$T" &&
-        mv "$JOB/.state$T" "$JOB/state$T"
-}
-say() { echo "$(date -Is) $*"; }
-give_up() { # CODE WHY
-    say "giving up: $2"
-    echo "$2" >"$JOB/given_up$T"; phase=ended; remember
-    [ ! -e "$JOB/chain" ] || xargs -r scancel <"$JOB/chain"   # those queued behind would find the same
-    exit "$1"
-}
-count_restart() { # crash: ranks failed. outside: a node died, or a stop was asked for
-    local now progress=yes; now=$(newest)
-    [ "$from" = - ] || [ "$now" != "$from" ] || progress=no
-    [ $progress = yes ] && stalls=0 || stalls=$((stalls + 1))
-    if [ "$1" = crash ]; then
-        crashes=$((crashes + 1))
-        [ $crashes -le $MAX_RESTARTS ] || give_up 1 "crashed $crashes times, max_restarts = $MAX_RESTARTS"
-        [ $progress = yes ] || [ "$now" = any ] || give_up 1 "crashed again without a new checkpoint since the last restart (${now:-none yet})"
-    elif [ "$now" != any ] && [ $stalls -gt $MAX_RESTARTS ]; then
-        give_up 1 "restarted $stalls times without a new checkpoint (${now:-none yet}), max_restarts = $MAX_RESTARTS"
-    fi
-    from=$now
-}
-show_failure() { # the rank that failed first, first
-    local first; first=$(grep -H '^time:' "$RUN"/errors/*.txt 2>/dev/null | sort -t: -k3 | head -n 1 | cut -d: -f1)
-    [ -z "$first" ] || { echo "---- $first"; tail -n 30 "$first"; echo "----"; }
-    for first in "$RUN"/hangs/rank_*.txt; do [ ! -s "$first" ] || { echo "---- hang: $first"; head -n 30 "$first"; break; }; done
-}
-"""
-
-NEWEST_CHECKPOINT = r"""
-newest() { ls -1 "$RUN/checkpoints" 2>/dev/null | grep -xE 'step_[0-9]+' | sort -V | tail -n 1; }
-"""
-
-NO_CHECKPOINTS = r"""
-newest() { echo any; }   # goes on where it was, unit by unit
-"""
-
-BEGIN = r"""
-say "job ${SLURM_JOB_ID:-here} restart $restart on ${SLURM_JOB_NODELIST:-$(hostname)}"
-[ ! -e "$DONE" ] || { say "already done"; exit 0; }
-rm -f "$JOB/given_up$T" "$JOB/config_error$T" "$RUN/stop" "$RUN"/hangs/rank_*.txt
-[ "$phase" != running ] || count_restart outside   # the last attempt never ended: its node died
-phase=running; remember
-asked= ranks=
-on_signal() { [ -n "$asked" ] || say "signal $1: asking for a stop"; asked=$1; stop_ranks; }
-for name in USR1 TERM INT; do trap "on_signal $name" $name; done
-"""
-
-RENDEZVOUS = r"""
-# The first node's name resolves on all nodes; the port differs between jobs on a node.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-"""
-
-ENDING = r"""
-rm -f "$RUN/stop"
-say "ended with $rc${asked:+ after signal $asked}"
-if finished; then phase=ended; remember; say "done"; exit 0; fi
-[ $rc = 0 ] || [ -n "$asked" ] || show_failure
-[ ! -e "$JOB/config_error$T" ] || give_up 2 "a config error, which the next attempt would meet again: $(cat "$JOB/config_error$T")"
-phase=ended
-if [ -e "$JOB/stopped" ]; then remember; say "stopped by landiff stop; submit again to go on"; exit 75; fi
-if [ -n "$asked" ] || [ $rc = 0 ]; then count_restart outside; else count_restart crash; fi
-remember
-again
-exit $((rc ? rc : 75))
-"""
-
-REQUEUE = r"""
-again() { # before this script ends, or dependent jobs would see it fail
-    local id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} try state
-    id=${id:-$SLURM_JOB_ID}
-    for try in $(seq 60); do
-        state=$(scontrol show job -o "$id" 2>/dev/null | grep -o ' JobState=[A-Z_]*')
-        [ -n "$state" ] || { sleep 5; continue; }            # the controller is away
-        [ "$state" = " JobState=RUNNING" ] || { say "no requeue:$state"; return; }   # cancelled, or requeued already
-        say "requeueing"
-        if scontrol requeue "$id"; then sleep 60; return; fi
-        sleep 5
-    done
-    say "could not requeue"
-}
-"""
-
-LEAVE_TO_CHAIN = r"""
-again() { say "the next job of the chain goes on"; }
-"""
-
-NEVER_AGAIN = r"""
-again() { say "not restarted (restart = none); submit again to go on"; }
-"""
-
-LOOP = r"""
-again() {
-    [ "$asked" != INT ] && [ "$asked" != TERM ] || return   # a person, or the end of the allocation
-    say "starting again"; LANDIFF_RESTART=$((restart + 1)) exec bash "$0"
-}
-"""
 
 def requeue(job: Job, cluster: ClusterConfig) -> str:
     """How the next attempt comes about."""
     if cluster.restart == "none":
-        return NEVER_AGAIN
+        return blocks.NEVER_AGAIN
     if job.here or cluster.scheduler == "local":
-        return LOOP
-    return {"requeue": REQUEUE, "chain": LEAVE_TO_CHAIN}[cluster.restart]
+        return blocks.LOOP
+    return {"requeue": blocks.REQUEUE, "chain": blocks.LEAVE_TO_CHAIN}[cluster.restart]
 
 
 def python_command(job: Job, cluster: ClusterConfig) -> list[str]:
@@ -310,26 +198,3 @@ def ranks(job: Job, cluster: ClusterConfig) -> str:
         command = (f'{shlex.join(srun(job, cluster, per_node=1, nodes=1))} --output="$LOG/{log}" --open-mode=append \\\n'
                    f'    {shlex.join([*python, "-m", *target])}')
     return command
-
-
-STOP_TRAINER = r"""
-# Never a signal to the ranks: it would end torchrun and the data loaders' helpers. They look at this file.
-stop_ranks() { touch "$RUN/stop"; }
-finished() { [ -e "$DONE" ]; }
-"""
-
-STOP_OTHER = r"""
-stop_ranks() { kill -TERM "$ranks" 2>/dev/null; }   # commits unit by unit; the next attempt goes on
-finished() { [ $rc = 0 ] && touch "$DONE"; }
-"""
-
-WAIT = r"""
-ranks=$!
-rc=0
-while :; do
-    # Asked again and again: ranks that are just starting take an old request away.
-    if [ -n "$asked" ]; then stop_ranks; sleep 1; else wait $ranks; rc=$?; fi
-    kill -0 $ranks 2>/dev/null || break
-done
-[ -z "$asked" ] || { wait $ranks; rc=$?; }
-"""

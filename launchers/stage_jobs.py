@@ -11,6 +11,8 @@ from pathlib import Path
 
 from configs import Config, ConfigError, load
 from launchers.cluster_config import TRAINERS, ClusterConfig
+from launchers.layout import check_batch
+from launchers.local import default_processes
 from launchers.slurm_script import Job
 
 CONFIG = "config.yaml"  # in the job folder
@@ -48,26 +50,26 @@ def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, override
 
     Raises ConfigError for what the stage itself would refuse.
     """
-    from launchers.cli import build_parser
+    from launchers.cli import build_parser, split_overrides
 
-    args, rest = build_parser().parse_known_args(list(argv))
-    prompts = [text for text in getattr(args, "prompts", None) or [] if not is_override(text)]
-    loose = [text for text in getattr(args, "prompts", None) or [] if is_override(text)]
-    args.overrides = [*loose, *rest, *overrides]
-    wrong = [text for text in args.overrides if not is_override(text)]
-    if wrong:
-        raise ConfigError(f"unrecognised argument {wrong[0]!r}; overrides are written key=value")
-    if prompts:
-        args.overrides.append(f"prompts={json.dumps(prompts)}")
+    words, own = split_overrides(argv)
+    args, unknown = build_parser().parse_known_args(words)
+    if unknown:
+        raise ConfigError(f"unrecognised argument {unknown[0]!r}; overrides are written key=value")
+    args.overrides = [*own, *overrides]
+    if getattr(args, "prompts", None):
+        args.overrides.append(f"prompts={json.dumps(args.prompts)}")
     if args.command == "train":
         return [training_job(args, place, name)]
     if place.nodes not in (None, 1):
         raise ConfigError(f"--nodes {place.nodes}: {args.command} runs on one node; a precompute job is spread by stages.precompute.array")
+    if args.command == "shards":
+        return shards_jobs(args, place, name)
     if args.command == "precompute":
         return precompute_jobs(args, place, name)
     if args.command == "convert":
         return [convert_job(args, argv, place)]
-    if args.command not in ("shards", "sample", "evaluate"):
+    if args.command not in ("sample", "evaluate"):
         raise ConfigError(f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}")
     config = load(config_class(args.command), args.config, args.overrides)
     return [single(args.command, place, name or args.command, (args.command,), config)]
@@ -95,10 +97,13 @@ def config_class(stage: str) -> type[Config]:
 
 def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Planned:
     config = load(config_class(args.stage), args.config, args.overrides)
-    run = place.workdir / config.run
+    run, resources = place.workdir / config.run, place.cluster.resources(args.stage, place.nodes)
+    if place.cluster.scheduler == "local" and resources.tasks_per_node is None:
+        resources = resources.model_copy(update={"tasks_per_node": default_processes()})
+    check_batch(config, resources.nodes * resources.tasks)  # now, not in the queue
     job = Job(
         name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
-        resources=place.cluster.resources(args.stage, place.nodes), trainer=True, made_by=place.made_by, python=place.python, here=place.here,
+        resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
     )
     return Planned(args.stage, job, config, steps=config.loop.steps)
 
@@ -112,6 +117,20 @@ def single(stage: str, place: Place, name: str, words: Sequence[str], config: Co
     return Planned(stage, job, config, tuple(after))
 
 
+def shards_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
+    """One process, or an array and one job that writes the manifest."""
+    config = load(config_class("shards"), args.config, args.overrides)
+    stem = name or "shards"
+    if args.action != "run" or not is_array(place, "shards"):
+        return [single("shards", place, stem, ("shards", args.action), config)]
+    one = single("shards", place, f"{stem}-tasks", ("shards", "run"), config)
+    return [replace(one, job=replace(one.job, array=True)), single("shards", place, stem, ("shards", "finalize"), config, (one.name,))]
+
+
+def is_array(place: Place, stage: str) -> bool:
+    return place.cluster.scheduler == "slurm" and not place.here and place.cluster.resources(stage).array > 1
+
+
 def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
     """An array for every column, side by side; then one job that merges what they made into the manifest."""
     config = load(config_class("precompute"), args.config, args.overrides)
@@ -122,7 +141,7 @@ def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) ->
     planned = []
     for column in config.columns:
         part = config.model_copy(update={"columns": {column: config.columns[column]}, "redo": tuple(c for c in config.redo if c == column)})
-        array = place.cluster.scheduler == "slurm" and not place.here
+        array = is_array(place, "precompute")
         # told, not taken from the array's size: some of its tasks may run again alone
         tasks = ("--tasks", str(place.cluster.resources("precompute").array)) if array else ()
         one = single("precompute", place, f"{stem}-{column}", ("precompute", "run", "--no-finalize", *tasks), part)

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,9 +37,10 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     if args.dry_run:
         print(dry_run(planned, cluster))
         return 0
+    skip = args.stage == "pipeline"  # a stage that is asked for by name looks by itself what is left to do
     if cluster.scheduler == "local" or args.here:
-        return run_here(planned, cluster)
-    return queue(planned, cluster, slurm or Slurm(), after=args.after or ())
+        return run_here(planned, cluster, skip)
+    return queue(planned, cluster, slurm or Slurm(), args.after or (), skip)
 
 
 def cluster_name(name: str) -> str:
@@ -94,6 +95,11 @@ def is_done(plan: Planned) -> bool:
     return all(marker.exists() for marker in done_markers(plan))
 
 
+def nothing_left(plan: Planned, skipped: Collection[str], skip: bool) -> bool:
+    """A trainer that has its steps is done for good; anything else only while what it reads was not made anew."""
+    return is_done(plan) and (plan.steps is not None or (skip and all(name in skipped for name in plan.after)))
+
+
 def done_markers(plan: Planned) -> list[Path]:
     if plan.job.array:
         return [plan.job.run / f"done.{task}" for task in range(plan.job.resources.array)]
@@ -129,8 +135,8 @@ def write_record(plan: Planned, job_ids: Sequence[str], origin: str | None = Non
 # -------------------------------------------------------------------- queue, or run here
 
 
-def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = ()) -> int:
-    """Submit what is not done yet. A job that is queued or runs already is left alone, and waited for by the next."""
+def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = (), skip: bool = True) -> int:
+    """Submit what is not done yet; with `skip` = False all but finished trainers. A job that is queued or runs already is left alone, and waited for by the next."""
     known = [job for plan in planned for job in read_record(plan.job.run).get("job_ids", [])]
     active = {job.id.split("_")[0] for job in slurm.queue(known) if job.active} if known else set()
     skipped, ids = set(), {}
@@ -139,7 +145,7 @@ def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, afte
         running = [job for job in read_record(plan.job.run).get("job_ids", []) if job in active]
         if running:
             ids[plan.name] = running[-1]
-        elif is_done(plan) and (plan.steps is not None or all(name in skipped for name in plan.after)):
+        elif nothing_left(plan, skipped, skip):
             skipped.add(plan.name)
         else:
             scripts[plan.name] = prepare(plan, cluster)
@@ -170,7 +176,7 @@ def submit_one(plan: Planned, cluster: ClusterConfig, slurm: Slurm, script: Path
     return jobs
 
 
-def run_here(planned: Sequence[Planned], cluster: ClusterConfig) -> int:
+def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = True) -> int:
     """One after the other, in this terminal. A failed job costs those that depend on it and nothing else."""
     failed: dict[str, int] = {}
     skipped = set()
@@ -180,7 +186,7 @@ def run_here(planned: Sequence[Planned], cluster: ClusterConfig) -> int:
             failed[plan.name] = 1
             print(f"{plan.name}: not run, {lost[0]} failed", file=sys.stderr)
             continue
-        if is_done(plan) and (plan.steps is not None or all(name in skipped for name in plan.after)):
+        if nothing_left(plan, skipped, skip):
             skipped.add(plan.name)
             print(f"{plan.name}: done already")
             continue

@@ -67,7 +67,7 @@ def model_folders(path: Path) -> list[Path]:
 
 def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> Source:
     folders = model_folders(path)
-    parts = {part.kind: part for part in (_read(folder, allow_missing) for folder in folders)}
+    parts = {part.kind: part for part in (read_model(folder, allow_missing) for folder in folders)}
     if CONTROL in parts and "transformer" in parts:
         parts["diffusion"] = joined(parts.pop(CONTROL), parts.pop("transformer"))
     found = sorted({class_of(folder) for folder in folders})
@@ -75,7 +75,10 @@ def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> Source:
                   provenance={"classes": found})
 
 
-def _read(folder: Path, allow_missing: Sequence[str]) -> Part:
+def read_model(folder: Path, allow_missing: Sequence[str] = ()) -> Part:
+    """The model of one folder. Raises ConversionError for a class that we don't know."""
+    if class_of(folder) is None:
+        raise ConversionError(f"{folder} holds no config.json of one of {', '.join(CLASSES)}")
     kind, data = CLASSES[class_of(folder)], _read_json(folder / "config.json")
     state = _weights(folder)
     if kind == "transformer":

@@ -261,7 +261,8 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
     theirs = converted(tensors, rules(config, padded), "to_theirs")
     extra = {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None]
              for i in range(config.num_layers) for layer in _EXTRA}
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+    # torch's writer keeps all tensors of a file until it is closed, so each gets its own
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
     with _alone():
         dcp.save({**theirs.meta, **extra}, storage_writer=writer, planner=_LazyPlanner(theirs, progress), no_dist=True)
     torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")

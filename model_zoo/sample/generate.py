@@ -15,7 +15,7 @@ from model_zoo.config import TokenSamplingConfig
 from model_zoo.dit import ControlledDiffusion
 from model_zoo.frozen.base import LatentCodec, TextEncoder
 from model_zoo.lm import LanguageModel
-from model_zoo.sample.latents import SamplerOptions, num_chunks, seeded_noise, stream_latents
+from model_zoo.sample.latents import OnStep, SamplerOptions, num_chunks, seeded_noise, stream_latents
 from model_zoo.sample.tokens import Prompts, sample_tokens
 from model_zoo.schedule import NoiseSchedule
 from model_zoo.tokenizer import SemanticTokenizer
@@ -56,6 +56,9 @@ class Generated:
     frames_BFHWC: Tensor  # uint8
 
 
+Note = Callable[[str, int, int], None]  # ("tokens" or "latents", how many are done, of how many)
+
+
 @torch.no_grad()
 def generate(
     models: Models,
@@ -66,31 +69,48 @@ def generate(
     seeds: Sequence[int],
     motion_score: float,
     clean_frames: int = 7,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Note | None = None,
 ) -> Generated:
     """One video per prompt. Videos longer than the diffusion model's window are streamed in chunks that keep
     `clean_frames` latents of the one before. Raises ValueError for an empty prompt or models that don't fit.
     """
     models.check()
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise ValueError("a prompt is empty; say what the video shows")
-    note = progress or (lambda _what, _done, _total: None)
-    window = models.diffusion.config.transformer.latent_frames
-    text_BLD, lengths_B = models.lm_text(list(prompts))
-    device = next(models.lm.parameters()).device
-    codes_BK = sample_tokens(
-        models.lm,
-        Prompts(text_BLD.to(device), torch.full((len(prompts),), motion_score, device=device), lengths_B.to(device)),
-        num_latent_frames, tokens, seeds=seeds, progress=lambda done, total: note("tokens", done, total),
-    ).codes_BK
+    check_prompts(prompts)
+    codes_BK = draw_codes(models.lm, models.lm_text(list(prompts)), num_latent_frames, tokens, seeds, motion_score, progress)
     features = models.tokenizer.decode(codes_BK, num_latent_frames)
     states_BLD, _ = models.diffusion_text(list(prompts))
-    chunks = num_chunks(num_latent_frames, window, clean_frames)
+    latents = draw_latents(models.diffusion, models.schedule, states_BLD, features, sampler, seeds, clean_frames, progress)
+    return Generated(codes_BK, latents, models.codec.decode(latents))
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty; say what the video shows")
+
+
+def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames: int, tokens: TokenSamplingConfig,
+               seeds: Sequence[int], motion_score: float, progress: Note | None = None) -> Tensor:
+    """`text`: states and lengths of the language model's encoder -> codes_BK."""
+    text_BLD, lengths_B = text
+    device = next(lm.parameters()).device
+    motion_score_B = torch.full((len(text_BLD),), motion_score, device=device)
+    return sample_tokens(
+        lm, Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device)), num_latent_frames, tokens, seeds=seeds,
+        progress=None if progress is None else lambda done, total: progress("tokens", done, total),
+    ).codes_BK
+
+
+def draw_latents(diffusion: ControlledDiffusion, schedule: NoiseSchedule, states_BLD: Tensor, features_BTChw: Tensor,
+                 sampler: SamplerOptions, seeds: Sequence[int], clean_frames: int = 7, progress: Note | None = None,
+                 on_step: OnStep | None = None) -> Tensor:
+    """`states`: of the diffusion model's text encoder -> latents_BTCHW."""
+    window = diffusion.config.transformer.latent_frames
+    chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
     parts = []
     noise = seeded_noise([seed + 1 for seed in seeds])  # runs on from chunk to chunk; not the tokens' numbers
-    for part in stream_latents(models.diffusion, models.schedule, states_BLD.to(features), features, lambda _chunk: noise,
-                               sampler, window, clean_frames):
+    for part in stream_latents(diffusion, schedule, states_BLD.to(features_BTChw), features_BTChw, lambda _chunk: noise,
+                               sampler, window, clean_frames, on_step):
         parts.append(part)
-        note("latents", len(parts), chunks)
-    latents = torch.cat(parts, dim=1)
-    return Generated(codes_BK, latents, models.codec.decode(latents))
+        if progress is not None:
+            progress("latents", len(parts), chunks)
+    return torch.cat(parts, dim=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -45,6 +45,9 @@ class SamplerStep:
     state: Tensor  # after this step, before the prefix is put back
 
 
+OnStep = Callable[[SamplerStep], Tensor | None]
+
+
 def guidance_scale(options: SamplerOptions, step: int, timestep: int) -> float:
     """Scale s of d = u + s * (c - u) at one step."""
     if options.dynamic == "constant":
@@ -74,12 +77,13 @@ def sample_latents(
     noise: Noise,
     options: SamplerOptions | None = None,
     prefix_BKCHW: Tensor | None = None,
-    on_step: Callable[[SamplerStep], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """float32 [B, T, C, H, W] scaled latents; T is the features' number of frames.
 
     The unconditional branch sees text of zeros and the same features. The first K frames of the result are the
-    prefix, which is put back before every step. Raises ValueError where shapes do not fit.
+    prefix, which is put back before every step. `on_step` hears of each step and may give another state to go on
+    from. Raises ValueError where shapes do not fit.
     """
     options = options or SamplerOptions()
     shape = latent_shape(model, text_BLD, features_BTChw)
@@ -90,10 +94,8 @@ def sample_latents(
         state = fix_prefix(start, prefix_BKCHW)
         semantic = model.semantic(features_BTChw)
         estimate = _guided_denoiser(model, text_BLD, semantic)
-        for done in _solve(estimate, schedule, state, noise, options, prefix_BKCHW):
+        for done in _solve(estimate, schedule, state, noise, options, prefix_BKCHW, on_step):
             result = done.state
-            if on_step is not None:
-                on_step(done)
     return fix_prefix(result, prefix_BKCHW)
 
 
@@ -106,6 +108,7 @@ def stream_latents(
     options: SamplerOptions | None = None,
     window: int = 13,
     clean: int = 7,
+    on_step: OnStep | None = None,
 ) -> Iterator[Tensor]:
     """Latents of a long clip, chunk by chunk: first `window` frames, then `window - clean` new ones each time.
 
@@ -122,7 +125,7 @@ def stream_latents(
     for chunk in range(chunks):
         features = features_BTChw[:, chunk * stride : chunk * stride + window]
         prefix = None if last is None else last[:, -clean:] if clean else None
-        last = sample_latents(model, schedule, text_BLD, features, noise_of_chunk(chunk), options, prefix)
+        last = sample_latents(model, schedule, text_BLD, features, noise_of_chunk(chunk), options, prefix, on_step)
         yield last if chunk == 0 else last[:, clean:]
 
 
@@ -178,6 +181,7 @@ def _solve(
     noise: Noise,
     options: SamplerOptions,
     prefix: Tensor | None,
+    on_step: OnStep | None,
 ) -> Iterator[SamplerStep]:
     """The solver's steps. Scalars are float64, the state float32."""
     table = schedule.sampler_table(options.num_steps)
@@ -206,7 +210,11 @@ def _solve(
             drawn = noise(step + 1, tuple(state.shape)).to(state)
             state = keep * state - math.expm1(-2 * h) * a_next * direction + fresh * drawn
         previous = denoised
-        yield SamplerStep(step=step, timestep=timestep, denoised=denoised, state=state)
+        done = SamplerStep(step=step, timestep=timestep, denoised=denoised, state=state)
+        replaced = None if on_step is None else on_step(done)
+        if replaced is not None:
+            state, done = replaced, replace(done, state=replaced)
+        yield done
 
 
 def _half_log_snr(alpha_sqrt: float) -> float:

@@ -1,25 +1,27 @@
-"""Kill the shards job inside its writes, fsyncs and renames, again and again, and compare what comes out.
+"""Kill the shards job inside its writes, fsyncs, links and renames, again and again, and compare what comes out.
 
-    python -m tests.data_pipeline.kill_shards CONFIG REFERENCE WORK KILLS
+    python -m tests.data_pipeline.kill_shards CONFIG REFERENCE WORK KILLS TASKS
 
 The job runs in forks of this process, so that a kill costs a second. CONFIG: a YAML file; REFERENCE: the data
-folder of an undisturbed run; WORK: a folder to use up. Prints the number of kills and of places.
+folder of an undisturbed run; WORK: a folder to use up; TASKS: processes on one folder, and one more that does
+the work of the first again. Prints the number of kills and of places.
 """
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import os
 import random
 import shutil
 import signal
 import sys
-import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from configs.loader import load
-from data_pipeline.ingest import make_shards
+from data_pipeline.ingest import finalize, make_shards, make_share
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.shards import read_sidecar
 
@@ -27,15 +29,28 @@ from data_pipeline.shards import read_sidecar
 class Killer:
     """Counts operations; dies before, within or after the planned one."""
 
-    def __init__(self, plan: int, record: Path) -> None:
+    def __init__(self, plan: int) -> None:
         self.plan = plan
         self.count = 0
-        self.record = record
 
     def install(self) -> None:
-        for name in ("fsync", "replace"):
+        for name in ("fsync", "replace", "link"):
             setattr(os, name, self.watched(getattr(os, name)))
-        tarfile.TarFile.addfile = self.watched(tarfile.TarFile.addfile, half=self.half_of_a_member)
+        plain_open = builtins.open
+
+        def watched_open(file: object, mode: str = "r", *args: object, **named: object) -> object:
+            opened = plain_open(file, mode, *args, **named)
+            if "w" in mode and isinstance(file, Path):
+                write, flush = opened.write, opened.flush
+
+                def half(data: str | bytes) -> None:
+                    write(data[: len(data) // 2])
+                    flush()
+
+                opened.write = self.watched(write, half)
+            return opened
+
+        builtins.open = watched_open
 
     def watched(self, function: Callable, half: Callable | None = None) -> Callable:
         def operation(*args: object, **named: object) -> object:
@@ -51,31 +66,44 @@ class Killer:
 
         return operation
 
-    @staticmethod
-    def half_of_a_member(tar: tarfile.TarFile, info: tarfile.TarInfo, data: object) -> None:
-        tar.fileobj.write(info.tobuf()[:300])
-        tar.fileobj.flush()
 
-
-def attempt(config: ShardsConfig, data: Path, plan: int, record: Path) -> bool:
-    """Run the job with a kill planned (0: none). True when it came to its end."""
+def forked(work: Callable[[], object], plan: int, record: Path | None = None) -> int:
+    """A process that does `work` with a kill planned (0: none); -> its id."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            killer = Killer(plan, record)
+            killer = Killer(plan)
             killer.install()
-            make_shards(config, data)
-            record.write_text(str(killer.count))
+            work()
+            if record:
+                record.write_text(str(killer.count))
             code = 0
         finally:
             os._exit(code)
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
+    return pid
+
+
+def ended(pids: Sequence[int], kill_after_s: float | None = None) -> bool:
+    """Wait for all. True when each came to its end; the first is killed after some time, if one is given."""
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(pids[0], signal.SIGKILL)
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    for status in statuses:
+        assert (os.WTERMSIG(status) == signal.SIGKILL) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) == 0, "the job failed by itself"
+    return not any(map(os.WIFSIGNALED, statuses))
+
+
+def attempt(config: ShardsConfig, data: Path, plan: int, tasks: int, record: Path | None = None, kill_after_s: float | None = None) -> bool:
+    """Run the job with a kill planned for its first process (0: none). True when all of it came to its end."""
+    if tasks == 1:
+        return ended([forked(lambda: make_shards(config, data), plan, record)], kill_after_s)
+    numbers = [0, *range(1, tasks), 0]
+    pids = [forked(lambda number=number: make_share(config, data, (number, tasks)), 0 if at else plan) for at, number in enumerate(numbers)]
+    if not ended(pids, kill_after_s):
         return False
-    assert os.WEXITSTATUS(status) == 0, "the job failed by itself"
-    return True
+    return ended([forked(lambda: finalize(config, data), plan)])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,22 +117,25 @@ def check_committed(data: Path) -> None:
         assert sidecar is None or sidecar.entry.sha256 == hashlib.sha256(tar.read_bytes()).hexdigest(), tar
 
 
-def main(config_file: str, reference: str, work: str, kills: str) -> None:
+def main(config_file: str, reference: str, work: str, kills: str, tasks: str) -> None:
     config, expected, data = load(ShardsConfig, Path(config_file)), contents(Path(reference)), Path(work) / "data"
-    record = Path(work) / "operations"
-    assert attempt(config, data, 0, record)
+    record, chance = Path(work) / "operations", random.Random(int(tasks))
+    assert attempt(config, data, 0, 1, record)
     assert contents(data) == expected
     places = list(range(2, int(record.read_text()) + 2))
-    random.Random(0).shuffle(places)
+    chance.shuffle(places)
     shutil.rmtree(data)
     done = 0
     for place in places[: int(kills)]:
-        while attempt(config, data, place, record):  # little was left to do: compare, and start over
+        by_clock = chance.uniform(0.0, 1.0) if done % 4 == 3 else None
+        while attempt(config, data, 0 if by_clock else place, int(tasks), kill_after_s=by_clock):  # little was left to do: compare, and start over
             assert contents(data) == expected, "what was killed and went on differs from what was not"
             shutil.rmtree(data)
+            place = chance.randrange(2, place + 1)  # of several tasks each has less to do
+            by_clock = by_clock and by_clock / 2
         done += 1
         check_committed(data)
-    assert attempt(config, data, 0, record)
+    assert attempt(config, data, 0, int(tasks))
     assert contents(data) == expected, "what was killed and went on differs from what was not"
     print(done, len(places))
 

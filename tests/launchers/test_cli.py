@@ -74,3 +74,10 @@ def test_stages_come_after_what_they_wait_for():
     for stage in walk("nano", 2, ["a prompt"]):
         assert set(stage.after) <= seen, stage
         seen.add(stage.name)
+
+
+@pytest.mark.parametrize("command", ["shards", "precompute"])
+def test_overrides_stand_beside_an_action_that_is_left_out(capsys, tmp_path, command):
+    key = {"shards": "max_spans=7", "precompute": "batch_size=7"}[command]
+    code, out, err = run(capsys, "-C", str(tmp_path), command, "--config", f"nano/{command}", "--dry-run", key)
+    assert code == 0 and key.replace("=", ": ") in out, err

@@ -16,10 +16,10 @@ from launchers.submit import prepare, submit_one
 from tests.slurm.conftest import HERE, Sandbox
 
 
-def cluster(*options: str, nodes: int = 2, partition: str | None = None, **more: Any) -> ClusterConfig:
+def cluster(*options: str, nodes: int = 2, partition: str | None = None, time: str = "10", **more: Any) -> ClusterConfig:
     """Two ranks a node, no pre-flight, and whatever a test wants besides."""
     return ClusterConfig.model_validate({
-        "default": {"nodes": nodes, "tasks_per_node": 2, "memory": "1G", "time": "10", "partition": partition},
+        "default": {"nodes": nodes, "tasks_per_node": 2, "memory": "1G", "time": time, "partition": partition},
         "signal_margin_s": 30, "preflight": False, "options": options, **more,
     })
 

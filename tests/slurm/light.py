@@ -24,7 +24,7 @@ def main() -> None:
     run, steps = Path(sys.argv[1]), int(sys.argv[2])
     fault = sys.argv[3].split(":") if len(sys.argv) > 3 else None
     rank = int(os.environ["RANK"])
-    dead = run / f"dead_{os.environ['SLURM_JOB_ID']}_{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+    dead = run / f"dead_{os.environ['SLURM_JOB_ID']}_{os.environ.get('SLURM_RESTART_COUNT') or os.environ.get('LANDIFF_RESTART', 0)}"
     saved = sorted((run / "checkpoints").glob("step_????????"))
     step, loss = json.loads((saved[-1] / "state.json").read_text()) if saved else (0, 1)
     signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())  # as training.distributed: a wish, not an end

@@ -6,6 +6,8 @@ All jobs run side by side, each with a hand of its own that disturbs it; the tes
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from configs import ConfigError
 from launchers.slurm_script import Job
 from launchers.stage_jobs import Planned
 from launchers.status import statuses
-from launchers.submit import stop
+from launchers.submit import queue, read_record, stop
 from tests.slurm.conftest import Sandbox, until
-from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_log, start, undisturbed
+from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_log, ready, start, undisturbed
 
 pytestmark = pytest.mark.slurm
 NODE_3, NODE_4 = cluster("--nodelist=node3", nodes=1), cluster("--nodelist=node4", "--exclusive", nodes=1)
@@ -46,7 +49,7 @@ def alone(steps: int = 40, fault: str | None = None) -> Callable[[Sandbox, Path]
     return lambda sandbox, run: start(sandbox, light(run, steps, fault))
 
 
-def disturbed(hand: Callable[[Sandbox, str, Path], object], steps: int = 40) -> Callable[[Sandbox, Path], str]:
+def disturbed(hand: Callable[[Sandbox, str, Path], object], steps: int = 100) -> Callable[[Sandbox, Path], str]:
     """A job that something is done to once it has taken steps."""
 
     def scenario(sandbox: Sandbox, run: Path) -> str:
@@ -73,7 +76,7 @@ def crash_before_dependent(sandbox: Sandbox, run: Path) -> str:
 
 
 def preemption(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, site=SPOT), SPOT)
+    job = start(sandbox, light(run, 200, site=SPOT), SPOT)
     until(lambda: (run / "metrics.jsonl").exists())
     assert sandbox.wait(start(sandbox, light(run.parent / "urgent", 2, site=NODE_4), NODE_4)) == "COMPLETED"
     return job
@@ -88,12 +91,12 @@ def node_crash(sandbox: Sandbox, run: Path) -> str:
 
 
 def stop_and_submit_again(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run))
+    job = start(sandbox, light(run, 100))
     until(lambda: (run / "metrics.jsonl").exists())
     stop(run, restart=False, slurm=sandbox.slurm)
     states = [sandbox.wait(job), sandbox.field(job, "ExitCode"), sandbox.field(job, "Restarts"), (run / "done").exists()]
     (run / "first.json").write_text(json.dumps(states))
-    return start(sandbox, light(run))
+    return start(sandbox, light(run, 100))
 
 
 def chain(sandbox: Sandbox, run: Path) -> str:
@@ -109,6 +112,28 @@ def array_of_tasks(sandbox: Sandbox, run: Path) -> str:
     return start(sandbox, Planned("precompute", job, None), site)
 
 
+def full_disk(sandbox: Sandbox, run: Path) -> str:
+    (run / "checkpoints" / ".step_00000020").mkdir(parents=True)
+    (run / "checkpoints" / ".step_00000020" / "state.json").symlink_to("/dev/full")
+    return start(sandbox, light(run))
+
+
+def failing_preflight(sandbox: Sandbox, run: Path) -> str:
+    """nvidia-smi finds two good GPUs on one node, and a broken one on the other."""
+    tools = run / "tools"
+    tools.mkdir(parents=True)
+    (tools / "nvidia-smi").write_text('#!/bin/sh\n[ "$(hostname)" = node2 ] && bad=7 || bad=0\necho "0, H100, 81559, 1, 0"\necho "1, H100, 81559, 1, $bad"\n')
+    (tools / "nvidia-smi").chmod(0o755)
+    site = cluster("--exclude=node3,node4", preflight=True, env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    site = site.model_copy(update={"default": site.default.model_copy(update={"gpus_per_node": 1, "tasks_per_node": None})})
+    return start(sandbox, light(run, 5, site=site), site)
+
+
+def through_torchrun(sandbox: Sandbox, run: Path) -> str:
+    site = cluster("--exclude=node3,node4", launcher="torchrun")
+    return start(sandbox, light(run, 20, "3:15:exit", site=site), site)
+
+
 SCENARIOS: dict[str, Callable[[Sandbox, Path], str]] = {
     "straight": alone(), "crash": crash_before_dependent, "killed": alone(20, "3:15:kill"), "config": config_error,
     "always": alone(40, "1:15:always"), "hang": alone(20, "0:15:hang"), "node": node_crash, "preempted": preemption,
@@ -117,7 +142,7 @@ SCENARIOS: dict[str, Callable[[Sandbox, Path], str]] = {
     "restarted": disturbed(lambda sandbox, job, run: stop(run, restart=True, slurm=sandbox.slurm)),
     "cancelled": disturbed(lambda sandbox, job, run: sandbox.slurm.cancel(job)),
     "requeued": disturbed(lambda sandbox, job, run: sandbox.slurm.ask("scontrol", "requeue", job)),
-    "chain": chain, "array": array_of_tasks,
+    "full": full_disk, "preflight": failing_preflight, "torchrun": through_torchrun, "chain": chain, "array": array_of_tasks,
 }
 
 
@@ -174,7 +199,7 @@ def test_a_config_error_is_not_tried_again_and_costs_what_depends_on_it(runs):
 def test_a_crash_that_comes_back_is_given_up(runs):
     run, job, state = runs.ended("always")
     assert state == "FAILED" and runs.restarts(job) == 1
-    assert "without a new checkpoint since the last restart (step_00000010)" in (run / "job" / "given_up").read_text()
+    assert "without a new checkpoint since the last crash (step_00000010)" in (run / "job" / "given_up").read_text()
 
 
 def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
@@ -182,6 +207,8 @@ def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
     assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
     log = batch_log(run)
     assert "HangError: no step for 3 s after step 15" in log and "light.py" in log and "break_down" in log
+    (kept,) = run.glob("hangs.*/rank_0000.txt")
+    assert "break_down" in kept.read_text()
 
 
 @pytest.mark.parametrize("name", ["signalled", "requeued", "preempted", "restarted"])
@@ -189,14 +216,15 @@ def test_a_wish_to_stop_saves_and_goes_on_with_the_next_step(runs, name):
     run, job, state = runs.ended(name)
     assert state == "COMPLETED" and runs.restarts(job) == 1
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41)) and losses(run) == undisturbed(40)  # not one step was done twice
+    last = int((run / "done").read_text())
+    assert last >= 100 and steps == list(range(1, last + 1)) and losses(run) == undisturbed(last)  # not one step was done twice
     assert "and leaves" in rank_log(run) and "crashes=0" in (run / "job" / "state").read_text()
 
 
 def test_landiff_stop_saves_and_ends_and_submitting_again_goes_on(runs):
     run, _, state = runs.ended("stopped")
     assert json.loads((run / "first.json").read_text()) == ["FAILED", "75:0", "0", False]
-    assert state == "COMPLETED" and losses(run) == undisturbed(40)
+    assert state == "COMPLETED" and losses(run) == undisturbed(100)
 
 
 def test_scancel_saves_and_stays_cancelled(runs):
@@ -210,6 +238,28 @@ def test_a_node_that_dies_costs_the_steps_since_the_checkpoint(runs):
     run, job, state = runs.ended("node")
     assert state == "COMPLETED" and runs.restarts(job) == 1
     assert losses(run) == undisturbed(30)
+
+
+def test_a_full_disk_costs_no_checkpoint_and_is_given_up(runs):
+    run, job, state = runs.ended("full")
+    assert state == "FAILED" and runs.restarts(job) == 1 and "No space left on device" in batch_log(run)
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000010"]
+    (run / "checkpoints" / ".step_00000020" / "state.json").unlink()  # room again: submit again
+    assert runs.sandbox.wait(start(runs.sandbox, light(run))) == "COMPLETED" and losses(run) == undisturbed(40)
+
+
+def test_a_failing_preflight_names_the_node_and_starts_no_rank(runs):
+    run, job, state = runs.ended("preflight")
+    assert state == "FAILED" and runs.restarts(job) == 0
+    assert "on node2; leave it out with  exclude: node2" in (run / "job" / "given_up").read_text()
+    assert "GPU 1 (H100) has 7 uncorrected memory errors" in batch_log(run) and rank_log(run) == ""
+
+
+def test_torchrun_on_every_node_does_the_same(runs):
+    run, job, state = runs.ended("torchrun")
+    assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
+    assert all(f"rank {rank} of 4" in rank_log(run, rank) for rank in range(4))
+    assert "RuntimeError: exit: broken on purpose" in batch_log(run)
 
 
 def test_a_chain_of_jobs_takes_the_place_of_requeueing(runs):
@@ -235,6 +285,62 @@ def test_tasks_of_an_array_restart_one_by_one(runs):
     assert not (run / "done.5").exists() and "crashed 2 times" in (run / "job" / "given_up.5").read_text()
     starts = {task: (run / "job" / "log" / f"batch_{task}.log").read_text().count(" restart ") for task in range(8)}
     assert starts == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 1}
+
+
+def test_an_allocation_runs_the_same_job_and_restarts_it_in_place(sandbox, tmp_path):
+    site = cluster()
+    script = ready(light(tmp_path / "here", 20, "1:15:exit", site=site, here=True), site)
+    words = ["salloc", "-Q", "-N", "2", "--ntasks-per-node=2", "--mem=1G", "bash", str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0 and done.stdout.count(" restart ") == 2, done.stdout + done.stderr
+    assert losses(tmp_path / "here") == undisturbed(20)
+
+
+def test_submit_refuses_what_would_never_run(sandbox, tmp_path):
+    site = cluster(nodes=9)
+    with pytest.raises(ConfigError, match="change the cluster file"):
+        queue([light(tmp_path / "large", site=site)], site, sandbox.slurm)
+    assert read_record(tmp_path / "large")["job_ids"] == []
+
+
+def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
+    plan = light(tmp_path / "once")
+    job = start(sandbox, plan)
+    with pytest.raises(ConfigError, match=f"has job {job} in the queue already"):
+        queue([plan], CLUSTER, sandbox.slurm)
+    sandbox.slurm.cancel(job)
+    sandbox.wait(job)
+
+
+def test_no_process_of_any_run_is_left(runs):
+    for name in SCENARIOS:
+        runs.ended(name)
+    until(lambda: not processes_below(runs.root), 30, lambda: str(processes_below(runs.root)))
+
+
+def processes_below(root: Path) -> list[str]:
+    """Command lines that name a run, on all nodes: a node's processes are seen from outside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(root) in words:
+            found.append(words)
+    return found
+
+
+@pytest.mark.long
+def test_a_time_limit_saves_and_goes_on(sandbox, tmp_path):
+    """A minute is the shortest limit there is; SLURM sends its signals every 30 s, rather early than late."""
+    site = cluster("--exclude=node3,node4", time="1")
+    run = tmp_path / "limit"
+    job = start(sandbox, light(run, 600, site=site), site)
+    assert sandbox.wait(job, 400) == "COMPLETED" and int(sandbox.field(job, "Restarts")) >= 1
+    assert "signal USR1: asking for a stop" in batch_log(run)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 601))  # not one was done twice
 
 
 def test_a_controller_that_dies_is_waited_for(sandbox, tmp_path):

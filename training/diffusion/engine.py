@@ -40,7 +40,7 @@ class DeepSpeedEngine:
         self.objective = objective
         zero.prepare()
         optimizer = adamw(module.parameters(), config.optim)
-        self.zero = zero.initialize(module, optimizer, zero.deepspeed_config(config, world))
+        self.zero = zero.initialize(module, optimizer, zero.deepspeed_config(config, world), world.device)
         self.previewer = Previewer(config, objective) if config.preview_codec is not None else None
         self.last_sample: Sample | None = None
         self.layout = Layout(

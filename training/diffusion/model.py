@@ -12,7 +12,9 @@ from training.diffusion.config import DiffusionTrainConfig
 
 
 def build_model(config: DiffusionTrainConfig) -> nn.Module:
-    """float32, on the CPU. Phase main: the main transformer. Phase control: everything, main frozen.
+    """float32, whole on the CPU of each rank (8 GB at paper size; ZeRO cuts it afterwards).
+
+    Phase main: the main transformer. Phase control: everything, main frozen.
 
     The weights are a function of loop.seed and `init_from`. In phase control the branch starts as a copy of the
     first main blocks, and with its zero projections changes nothing yet. Raises ZooError, ConfigError.

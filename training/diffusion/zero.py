@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,12 +72,13 @@ def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, An
     }
 
 
-def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> Any:
-    """deepspeed.initialize, with saves that keep their collectives in step when a disk fails."""
+def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], device: torch.device) -> Any:
+    """deepspeed.initialize on `device`, with saves that keep their collectives in step when a disk fails."""
     import deepspeed
 
+    place = SimpleNamespace(device_rank=device.index or 0)  # else LOCAL_RANK, wrong where each rank sees one device only
     engine, _, _, _ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
+        args=place, model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
     )
     engine.checkpoint_engine = PatientWriter(engine.checkpoint_engine)
     # The scripts DeepSpeed would copy beside its files do what model_zoo/convert/deepspeed.py does.

@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -290,9 +289,8 @@ def test_verify_sees_a_flipped_bit_and_a_changed_header(tmp_path):
 
 
 def test_memory_stays_near_the_largest_tensor():
-    """A process's peak, as the benchmark measures it, on files ten times that."""
+    """The peak of a process that converts 144 MB nine times, as the benchmark measures it; tensors have 4 MB."""
     root = Path(__file__).parents[3]
-    started = time.monotonic()
-    text = subprocess.run([sys.executable, str(root / "benchmarks" / "convert.py"), "--megabytes", "320", "--check"], cwd=root,
-                          env={**os.environ, "PYTHONPATH": str(root)}, check=True, capture_output=True, text=True).stdout
-    assert "peak" in text and time.monotonic() - started < 300
+    done = subprocess.run([sys.executable, str(root / "benchmarks" / "convert.py"), "--megabytes", "144", "--quick"], cwd=root,
+                          env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("the peak grew by") == 2, done.stdout + done.stderr

@@ -1,0 +1,158 @@
+"""`landiff convert` and `landiff zoo` as a person types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from launchers.cli import main
+from model_zoo import registry
+from model_zoo.convert.formats import open_source, write_target
+from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
+from training.checkpoint import CONFIG, FILES, STATE, CheckpointState, FileList, describe, versions
+
+
+@pytest.fixture
+def landiff(tmp_path, monkeypatch, capsys):
+    """Runs a command in a folder of its own -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    write_models(tmp_path)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def tokenizer_run(folder: Path, step: int) -> Path:
+    """A run with one checkpoint, laid out as training/checkpoint.py does."""
+    checkpoint = folder / "checkpoints" / f"step_{step:08d}"
+    checkpoint.mkdir(parents=True)
+    save_file(weights("tokenizer"), checkpoint / "model.safetensors")
+    state = CheckpointState(step=step, kind="TokenizerTrainConfig", loader={}, manifest="a" * 16, columns={"features": "b" * 16},
+                            world_size=1, versions=versions())
+    (checkpoint / STATE).write_text(state.model_dump_json())
+    (checkpoint / CONFIG).write_text(yaml.safe_dump({"model": MODELS.tokenizer.model_dump(mode="json"), "data": {"manifest": "gone"}}))
+    entries = [describe(checkpoint, name) for name in ("model.safetensors", STATE, CONFIG)]
+    (checkpoint / FILES).write_text(FileList(files=entries).model_dump_json())
+    return checkpoint
+
+
+def test_a_run_becomes_a_zoo_entry_with_its_origin(landiff, tmp_path):
+    tokenizer_run(tmp_path / "runs" / "tokenizer", 7)
+    code, out, err = landiff("convert", "runs/tokenizer", "--name", "semantic")
+    assert code == 0 and "step 7" in out, err
+    entry = registry.resolve(Path("zoo"), "semantic", "tokenizer")
+    assert same(entry.load(), weights("tokenizer"))
+    source = entry.provenance["sources"][0]
+    assert (entry.provenance["step"], source["manifest"], source["columns"]) == (7, "a" * 16, {"features": "b" * 16})
+    assert source["config"]["model"] == MODELS.tokenizer.model_dump(mode="json") and "torch" in entry.provenance["versions"]
+    code, out, _ = landiff("zoo", "show", "semantic")
+    shown = json.loads(out)
+    assert code == 0 and shown["provenance"] == entry.provenance and len(shown["provenance"]["weights_sha256"]) == 64
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_none_is_an_error(landiff, tmp_path):
+    tokenizer_run(tmp_path / "run", 1)
+    newer = tokenizer_run(tmp_path / "run", 2)
+    with open(newer / "model.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"xxxx")
+    code, out, _ = landiff("convert", "run", "--name", "a")
+    assert code == 0 and "step 1 " in out
+    code, _, err = landiff("convert", "nowhere/run", "--name", "a")
+    assert code == 2 and "no whole checkpoint" in err and "Traceback" not in err
+
+
+def test_a_release_goes_to_the_zoo_and_back_by_the_command_line(landiff, tmp_path):
+    write_target(tmp_path / "release", "release", parts(torch.float16), {})
+    code, out, err = landiff("convert", "release", "--model", "tiny.yaml")
+    assert code == 0, err
+    assert sorted(entry.kind for entry in registry.entries(Path("zoo"))) == ["diffusion", "lm", "tokenizer", "transformer"]
+    assert out.splitlines()[-1].startswith("convert: release (release) -> zoo/")
+    code, out, err = landiff("convert", "lm", "tokenizer", "diffusion", "--to", "release", "--out", "again")
+    assert code == 0, err
+    for name in ("llm/model.safetensors", "diffusion/1/mp_rank_00_model_states.pt", "diffusion/latest"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "release" / name).read_bytes(), name
+    code, out, err = landiff("convert", "release", "--model", "tiny.yaml", "--to", "diffusers", "--out", "folder", "--dtype", "float32")
+    assert code == 0, err
+    found = {p.kind: p for p in open_source(tmp_path / "folder").parts}
+    assert found.keys() == {"lm", "tokenizer", "diffusion", "vae"}
+    half = weights("diffusion", torch.float16)
+    assert same(dict(found["diffusion"].tensors), {name: tensor.float() for name, tensor in half.items()})
+    code, out, err = landiff("convert", "release", "--model", "tiny.yaml", "--name", "old", "--dry-run")
+    assert code == 0 and "would convert release (release)" in out and not (tmp_path / "zoo" / "old-lm").exists()
+
+
+@pytest.mark.parametrize(("format", "kind", "words"), [
+    ("release", "diffusion", ["LanDiff release, 2 files", "kind         control", "kind         transformer"]),
+    ("megatron", "lm", ["format       megatron", "any parallel layout", "float32"]),
+    ("deepspeed", "diffusion", ["format       deepspeed", "phase control"]),
+    ("diffusers", "transformer", ["format       diffusers", "CogVideoXTransformer3DModel"]),
+    ("transformers", "lm", ["format       transformers"]),
+])
+def test_inspect_recognises_every_format(landiff, tmp_path, format, kind, words):
+    write_target(tmp_path / "it", format, [part(kind)], {})
+    code, out, err = landiff("convert", "inspect", "it", "--model", "tiny.yaml")
+    assert code == 0, err
+    for word in [*words, f"{sum(t.numel() for t in weights(kind).values()):,}" if format != "release" else "parameters"]:
+        assert word in out, out
+    zoo = registry.export(tmp_path / "zoo", "x", kind, part(kind).config, weights(kind), {})
+    if format not in ("release",):
+        assert f"fingerprint {zoo.fingerprint}" in out
+
+
+def test_inspect_tells_a_run_and_a_zoo_entry(landiff, tmp_path):
+    tokenizer_run(tmp_path / "run", 5)
+    code, out, _ = landiff("convert", "inspect", "run")
+    assert code == 0 and "step         5" in out and "kind         tokenizer" in out
+    landiff("convert", "run", "--name", "t")
+    code, out, _ = landiff("convert", "inspect", "t")
+    assert code == 0 and "format       zoo" in out and registry.resolve(Path("zoo"), "t").fingerprint in out
+    code, _, err = landiff("convert", "inspect")
+    assert code == 2 and "needs a path" in err
+
+
+def test_missing_keys_pass_with_the_option_alone(landiff, tmp_path):
+    write_target(tmp_path / "release", "release", [part("lm")], {})
+    file = tmp_path / "release" / "llm" / "model.safetensors"
+    from safetensors.torch import load_file
+
+    state = load_file(file)
+    del state["transformer.layer_norm.bias"]
+    save_file(state, file)
+    command = ("convert", "release", "--model", "tiny.yaml", "--name", "lm")
+    code, _, err = landiff(*command)
+    assert code == 2 and "missing: transformer.layer_norm.bias" in err and not (tmp_path / "zoo").exists()
+    code, _, err = landiff(*command, "--allow-missing", "*layer_norm*")
+    assert code == 0, err
+    assert registry.resolve(Path("zoo"), "lm").provenance["filled"] == ["transformer.layer_norm.bias"]
+
+
+def test_verify_and_list(landiff, tmp_path):
+    for name in ("a", "b"):
+        registry.export(tmp_path / "zoo", name, "lm", MODELS.lm, weights("lm"), {})
+    code, out, _ = landiff("zoo", "list")
+    assert code == 0 and [line.split()[1].split("@")[0] for line in out.splitlines()] == ["a", "b"]
+    assert landiff("zoo", "verify", "a")[0] == 0
+    file = registry.resolve(tmp_path / "zoo", "a").path / registry.WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    code, _, err = landiff("zoo", "verify", "a")
+    assert code == 2 and "damaged" in err
+
+
+def test_options_that_do_not_go_together_are_refused(landiff, tmp_path):
+    registry.export(tmp_path / "zoo", "a", "lm", MODELS.lm, weights("lm"), {})
+    assert "needs --out" in landiff("convert", "a", "--to", "megatron")[2]
+    assert "--out goes with" in landiff("convert", "a", "--out", "x")[2]
+    assert "takes one diffusion or transformer" in landiff("convert", "a", "--to", "deepspeed", "--out", "x")[2]
+    assert "more than one lm" in landiff("convert", "a", "a", "--to", "release", "--out", "x")[2]
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,113 @@
+"""Batch scripts as text. The whole of one is kept as golden/*.sbatch; `UPDATE_GOLDEN=1 pytest` rewrites them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from configs import ConfigError, load
+from launchers.cluster_config import STAGES, ClusterConfig
+from launchers.slurm_script import Job, options, sbatch_text
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def job(cluster: ClusterConfig, stage: str = "lm", **more) -> Job:
+    trainer = stage in ("tokenizer", "lm", "diffusion")
+    values = {
+        "name": stage, "run": Path("/data/walk/runs") / stage, "workdir": Path("/data/walk"), "trainer": trainer,
+        "module": f"training.{stage}" if trainer else "launchers.cli",
+        "arguments": (f"/data/walk/runs/{stage}/job/config.yaml",) if trainer else (stage, "--config", f"/data/walk/runs/{stage}/job/config.yaml"),
+        "resources": cluster.resources(stage), "made_by": f"landiff submit {stage} --config landiff/{stage} --cluster site.yaml", "python": "/opt/venv/bin/python",
+    }
+    return Job(**values | more)
+
+
+def site(**more) -> ClusterConfig:
+    return ClusterConfig.model_validate(more)
+
+
+CASES = {
+    "example_lm": (load(ClusterConfig, "cluster/example"), "lm", {}),
+    "example_array": (load(ClusterConfig, "cluster/example"), "precompute", {"array": True}),
+    "local_lm": (load(ClusterConfig, "cluster/local"), "lm", {}),
+    "torchrun_chain": (site(launcher="torchrun", restart="chain", default={"nodes": 2, "gpus_per_node": 4}), "diffusion", {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_script_is_what_it_was(name):
+    cluster, stage, more = CASES[name]
+    text, path = sbatch_text(job(cluster, stage, **more), cluster), GOLDEN / f"{name}.sbatch"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bash_accepts_it(name):
+    cluster, stage, more = CASES[name]
+    subprocess.run([shutil.which("bash") or "bash", "-n"], input=sbatch_text(job(cluster, stage, **more), cluster), text=True, check=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_script_that_says_what_made_it(stage):
+    cluster = load(ClusterConfig, "cluster/example")
+    lines = sbatch_text(job(cluster, stage), cluster).splitlines()
+    assert lines[0] == "#!/bin/bash"
+    assert lines[1] == f"# Made by: landiff submit {stage} --config landiff/{stage} --cluster site.yaml"
+    assert f"sbatch /data/walk/runs/{stage}/job/job.sbatch" in lines[3]
+
+
+@pytest.mark.parametrize(("syntax", "type_", "option"), [
+    ("gres", None, "--gres=gpu:8"), ("gres", "h100", "--gres=gpu:h100:8"), ("gpus-per-node", None, "--gpus-per-node=8"), ("gpus-per-node", "a100", "--gpus-per-node=a100:8"),
+])
+def test_gpus_are_asked_for_as_the_site_says(syntax, type_, option):
+    cluster = site(gpu_syntax=syntax, gpu_type=type_, default={"gpus_per_node": 8})
+    assert option in options(job(cluster), cluster) and "--ntasks-per-node=8" in options(job(cluster), cluster)
+
+
+def test_site_values_come_through():
+    cluster = site(account="a", qos="q", constraint="c", reservation="r", exclude="n1", default={"partition": "p", "memory": "0"}, options=["--exclusive"])
+    found = options(job(cluster), cluster)
+    assert {"--account=a", "--qos=q", "--constraint=c", "--reservation=r", "--exclude=n1", "--partition=p", "--mem=0", "--exclusive"} <= set(found)
+
+
+def test_containers_are_rendered_for_both_runtimes():
+    pyxis = site(container={"image": "nvcr.io/img", "mounts": ["/shared:/shared"]})
+    assert "--container-image=nvcr.io/img --container-mounts=/data/walk:/data/walk,/shared:/shared" in sbatch_text(job(pyxis), pyxis)
+    apptainer = site(container={"runtime": "apptainer", "image": "img.sif", "mounts": ["/shared"]}, default={"gpus_per_node": 1})
+    assert "apptainer exec --nv --bind /data/walk:/data/walk --bind /shared --pwd /data/walk img.sif /opt/venv/bin/python -m launchers.rank" in sbatch_text(job(apptainer), apptainer)
+
+
+def test_values_that_bash_would_touch_are_quoted():
+    cluster = site(env={"NOTE": "two words $HOME"})
+    text = sbatch_text(job(cluster, run=Path("/data/my walk/runs/lm"), workdir=Path("/data/my walk")), cluster)
+    assert "export NOTE='two words $HOME'" in text and "RUN='/data/my walk/runs/lm'" in text and "'--chdir=/data/my walk'" in text
+
+
+def test_numbers_in_env_are_text():
+    assert site(env={"NCCL_DEBUG_LEVEL": 1}).env == {"NCCL_DEBUG_LEVEL": "1"}
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("acount: x", "did you mean 'account'"), ("default: {tim: 5}", "did you mean 'time'"), ("stages: {lmm: {nodes: 2}}", "lmm is no stage"),
+    ("default: {time: 4h}", "time limit"), ("default: {gpus_per_node: 8, tasks_per_node: 4}", "one process per GPU"),
+    ("env: {'A B': x}", "no name of an environment variable"), ("options: [exclusive]", "no sbatch option"), ("gpu_syntax: tres", "gpu_syntax"),
+    ("stages: {lm: {gpus_per_node: 4, tasks_per_node: 2}}", "one process per GPU"),
+])
+def test_a_bad_cluster_file_is_refused_by_name(tmp_path, text, says):
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load(ClusterConfig, path)
+
+
+def test_stages_differ_only_where_they_say_so():
+    cluster = site(default={"nodes": 2, "gpus_per_node": 8, "time": "60"}, stages={"lm": {"nodes": 4}, "shards": {"gpus_per_node": 0}})
+    assert (cluster.resources("lm").nodes, cluster.resources("lm").tasks, cluster.resources("lm").time) == (4, 8, "60")
+    assert (cluster.resources("shards").tasks, cluster.resources("lm", nodes=7).nodes) == (1, 7)

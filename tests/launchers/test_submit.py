@@ -1,0 +1,182 @@
+"""`landiff submit`: what it writes, what it refuses, what it leaves alone; and the same jobs without SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launchers import snapshot
+from launchers.cli import main
+from launchers.cluster_config import ClusterConfig
+from launchers.slurm import Answer, Slurm
+from launchers.slurm_script import Job
+from launchers.stage_jobs import Planned
+from launchers.status import statuses
+from launchers.submit import prepare, read_record, run_here
+
+LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
+STAGES = {
+    "shards": ["--config", "nano/shards"], "precompute": ["--config", "nano/features"], "tokenizer": ["--config", "nano/tokenizer"],
+    "lm": ["--config", "nano/lm"], "diffusion": ["--config", "nano/diffusion-main"], "convert": ["runs/lm", "--name", "lm"],
+    "sample": ["--config", "nano/sample", "a rabbit"], "evaluate": ["--config", "nano/evaluate"],
+}
+
+
+def say(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
+    code = main(list(words))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothing(capsys, tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = say(capsys, "submit", stage, "--cluster", "sandbox", "--dry-run", *STAGES[stage])
+    assert code == 0, err
+    assert "#SBATCH --job-name=" in out and "# ==== plan" in out
+    assert ("resolved config" in out) == (stage != "convert")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = say(capsys, "submit", "pipeline", "--cluster", "sandbox", "--dry-run", "lm.loop.steps=3")
+    plan = dict(line.removeprefix("# ").split(": ", 1) for line in out.split("# ==== plan\n")[1].splitlines() if ": " in line)
+    assert "after columns-tokens, columns-latents, columns-text-minilm, columns-text-minilm-padded" in plan["columns"]
+    assert plan["lm"].endswith("after columns") and plan["diffusion-main"].endswith("after columns")  # side by side
+    assert "array of 2" in plan["columns-tokens"] and plan["sample"].endswith("after export-lm, export-diffusion")
+    assert out.count("steps: 3\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["lm", "--config", "nano/lm", "--cluster", "sandbx"], "did you mean 'cluster/sandbox'"),
+    (["lm", "--config", "nano/lm", "--cluster", "sandbox", "optim.rl=1"], "did you mean 'lr'"),
+    (["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "3"], "the nearest that do"),
+    (["shards", "--config", "nano/shards", "--cluster", "sandbox", "--nodes", "2"], "runs on one node"),
+    (["pipeline", "--cluster", "sandbox", "lmm.loop.steps=1"], "the stages are shards, features"),
+])
+def test_mistakes_are_refused_before_anything_is_queued(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = say(capsys, "submit", *words)
+    assert code == 2 and says in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_snapshot_holds_the_code_its_origin_and_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "very secret")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    snapshot.write_snapshot(tmp_path)
+    assert (tmp_path / "code" / "training" / "loop.py").read_text() == (snapshot.ROOT / "training" / "loop.py").read_text()
+    assert not list(tmp_path.rglob("__pycache__"))
+    assert (tmp_path / "code.txt").read_text().startswith(("git ", "installed "))
+    environment = (tmp_path / "environment.txt").read_text()
+    assert "NCCL_DEBUG=INFO" in environment and "pydantic==" in environment and "very secret" not in environment
+    snapshot.write_snapshot(tmp_path)  # again: replaced, not added
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "code.txt", "code.diff", "environment.txt"}
+
+
+def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
+    repository = tmp_path / "repository"
+    for room in snapshot.ROOMS:
+        (repository / room).mkdir(parents=True)
+        (repository / room / "__init__.py").write_text("")
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(repository), *words], check=True)
+    assert snapshot.describe_code(repository)[1] == ""
+    (repository / "training" / "__init__.py").write_text("changed = True\n")
+    line, difference = snapshot.describe_code(repository)
+    assert "with changes" in line and "+changed = True" in difference
+
+
+def one_process(run: Path, code: str, name: str = "task", after: tuple[str, ...] = ()) -> Planned:
+    """A job that runs a few lines of Python, here: timeit is a module that takes them as an argument."""
+    job = Job(name, run, run.parent, "timeit", ("-n", "1", "-r", "1", code), LOCAL.resources("shards"), trainer=False, python=sys.executable)
+    return Planned("shards", job, None, after)
+
+
+def test_a_job_here_restarts_after_a_crash_and_is_skipped_when_done(tmp_path, capfd):
+    tried = tmp_path / "tried"
+    plan = one_process(tmp_path / "task", f"from pathlib import Path; p = Path({str(tried)!r}); old = p.exists(); p.touch(); assert old, 'the first time'")
+    assert run_here([plan], LOCAL) == 0
+    assert (tmp_path / "task" / "done").exists()
+    assert (tmp_path / "task" / "job" / "log" / "batch.log").read_text().count(" restart ") == 2
+    assert run_here([plan], LOCAL) == 0
+    assert "task: done already" in capfd.readouterr().out
+
+
+def test_a_failed_job_here_costs_what_depends_on_it_and_nothing_else(tmp_path, capfd):
+    plans = [one_process(tmp_path / "bad", "raise RuntimeError('for good')", "bad"), one_process(tmp_path / "lost", "pass", "lost", ("bad",)),
+             one_process(tmp_path / "other", "pass", "other")]
+    assert run_here(plans, LOCAL) != 0
+    assert [(tmp_path / name / "done").exists() for name in ("bad", "lost", "other")] == [False, False, True]
+    assert "lost: not run, bad failed" in capfd.readouterr().err
+
+
+def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
+    plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
+    script = prepare(plan, LOCAL)
+    child = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; from launchers.submit import run_script; raise SystemExit(run_script(Path({str(script)!r})))"],
+                             env={**os.environ, "PYTHONPATH": str(snapshot.ROOT)})
+    log = plan.job.folder / "log" / "rank_0000.log"
+    end = time.monotonic() + 30
+    while not (log.exists() and "up" in log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=30) != 0
+    time.sleep(0.2)
+    assert not (plan.job.run / "done").exists() and not (plan.job.folder / "pid").exists()
+    mine = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(p)]
+    assert mine == []
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_status_reads_run_folders_with_slurm_away(tmp_path):
+    plan = one_process(tmp_path / "task", "pass")
+    prepare(plan, LOCAL)
+    record = read_record(plan.job.run) | {"job_ids": ["7"], "steps": 100}
+    (plan.job.folder / "job.json").write_text(json.dumps(record))
+    (plan.job.folder / "state").write_text("crashes=1 stalls=0 from= phase=running\n")
+    lines = [{"step": step, "time": 1000.0 + step, "train/loss": 2.0} for step in range(1, 51)]
+    (plan.job.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 51, "ti')
+    away = Slurm(lambda words: Answer(1, "", "Unable to contact slurm controller"), retry_waits_s=())
+    (status,), why = statuses([plan.job.run], away)
+    assert "Unable to contact" in why and status.state == "running, when last seen" and (status.step, status.steps, status.loss) == (50, 100, 2.0)
+    running = Slurm(lambda words: Answer(0, "7|RUNNING|None|node1|1:00\n", ""))
+    (status,), _ = statuses([plan.job.run], running)
+    assert status.state == "running" and status.steps_per_s == pytest.approx(1.0) and status.seconds_left == pytest.approx(50.0)
+
+
+def test_logs_show_the_failing_rank_first(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "job" / "log").mkdir(parents=True)
+    (run / "errors").mkdir()
+    (run / "errors" / "rank_0003.txt").write_text("time: 2026-01-01T00:00:02\n\nRuntimeError: the cause\n")
+    (run / "errors" / "rank_0001.txt").write_text("time: 2026-01-01T00:00:03\n\nConnectionError: a consequence\n")
+    (run / "job" / "log" / "rank_0003.log").write_text("the last words of rank 3\n")
+    (run / "job" / "log" / "batch.log").write_text("ended with 143\n")
+    code, out, _ = say(capsys, "logs", str(run))
+    assert code == 0 and out.index("the cause") < out.index("the last words of rank 3") < out.index("ended with 143") and "a consequence" not in out
+    code, out, _ = say(capsys, "logs", str(run), "--rank", "3")
+    assert code == 0 and "the last words" in out and "the cause" not in out
+    code, _, err = say(capsys, "logs", str(run), "--rank", "9")
+    assert code == 2 and "rank_0003.log" in err
+
+
+def test_the_cluster_file_in_the_run_folder_is_the_one_used(tmp_path):
+    plan = one_process(tmp_path / "task", "pass")
+    prepare(plan, LOCAL)
+    assert yaml.safe_load((plan.job.folder / "cluster.yaml").read_text())["scheduler"] == "local"

@@ -1,0 +1,260 @@
+"""LanDiffPipeline by the conventions of diffusers' own pipeline tests, at tiny size, and against `landiff sample`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import math
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from launchers.config import SampleConfig
+from launchers.sample import load_models
+from model_zoo import registry
+from model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
+from model_zoo.convert.formats import open_source, write_target
+from model_zoo.pipeline import LanDiffPipeline, LanDiffScheduler
+from model_zoo.sample.generate import Models, generate
+from model_zoo.sample.latents import SamplerOptions, guidance_scale
+from model_zoo.schedule import NoiseSchedule
+from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
+
+PROMPTS = ["a rabbit hops over the grass", "snow"]
+WORDS = PROMPTS[0].split() + PROMPTS[1:]
+TOKENS = TokenSamplingConfig(guidance=2.0)
+CALL = {"num_frames": 9, "num_inference_steps": 3, "token_sampling": TOKENS, "motion_score": 0.2}
+SEED = 42
+SIZES = MODELS.model_dump()
+SIZES["lm"]["text_dim"] = SIZES["diffusion"]["transformer"]["text_dim"] = 16
+TINY = ModelConfig.model_validate(SIZES)
+
+
+def seeded(*seeds: int) -> torch.Generator | list[torch.Generator]:
+    found = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return found[0] if len(found) == 1 else found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Zoo, two T5 encoders and a VAE: what `landiff sample` starts from."""
+    path = tmp_path_factory.mktemp("models")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -1.0) for word in WORDS)]
+        tokenizer = T5Tokenizer(vocab=[*pieces, ("▁", -5.0)], extra_ids=0)
+        for name in ("flan-t5", "t5"):
+            sizes = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+            T5EncoderModel(sizes).save_pretrained(path / name)
+            tokenizer.save_pretrained(path / name)
+        AutoencoderKLCogVideoX(**VAE_CONFIG).save_pretrained(path / "vae")
+        for kind, config in (("lm", TINY.lm), ("tokenizer", TINY.tokenizer), ("diffusion", TINY.diffusion)):
+            state = registry.build(kind, config).state_dict() if kind != "tokenizer" else weights(kind)
+            state = {n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for n, t in state.items()}
+            registry.export(path / "zoo", kind, kind, config, state, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(folder) -> Models:
+    return load_models(sample_config(folder), torch.device("cpu"))
+
+
+def sample_config(folder) -> SampleConfig:
+    return SampleConfig(
+        zoo=folder / "zoo", out=folder / "out", lm_text={"kind": "flan-t5", "path": str(folder / "flan-t5"), "dtype": "float32", "max_length": 16},
+        diffusion_text={"kind": "t5-v1.1", "path": str(folder / "t5"), "dtype": "float32", "max_length": 5},
+        codec={"kind": "cogvideox-vae", "path": str(folder / "vae"), "dtype": "float32"},
+    )
+
+
+@pytest.fixture(scope="module")
+def pipe(models) -> LanDiffPipeline:
+    return LanDiffPipeline.from_models(models, clean_frames=1)
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    """`landiff sample`'s own call."""
+    return generate(models, PROMPTS, 3, TOKENS, SamplerOptions(num_steps=3), [SEED, SEED + 1000], 0.2, clean_frames=1)
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(path)
+    return path
+
+
+def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected):
+    found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+    assert torch.equal(found.codes, expected.codes_BK) and torch.equal(found.frames, expected.frames_BFHWC)
+    latents = pipe(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL).frames
+    assert torch.equal(latents, expected.latents_BTCHW)
+    assert expected.frames_BFHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BFHWC.float().std() > 1
+
+
+def test_save_and_load_give_the_same_video(saved, expected):
+    loaded = LanDiffPipeline.from_pretrained(saved)
+    found = loaded(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+    assert torch.equal(found.frames, expected.frames_BFHWC)
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["lm"] == ["model_zoo.pipeline", "LanDiffLM"] and index["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
+
+
+def test_stock_classes_and_the_converter_read_the_folder(saved, pipe, tmp_path):
+    _, report = CogVideoXTransformer3DModel.from_pretrained(saved / "transformer", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    parts = {part.kind: part for part in open_source(saved).parts}
+    assert sorted(parts) == ["diffusion", "lm", "tokenizer", "vae"]
+    assert all(torch.equal(t, pipe.lm.model.state_dict()[n]) for n, t in parts["lm"].tensors.items())
+    write_target(tmp_path / "converted", "diffusers", list(parts.values()), {})
+    for name in ("transformer", "control", "semantic_tokenizer", "lm", "vae"):
+        kind = type(getattr(pipe, name))
+        again = kind.from_pretrained(tmp_path / "converted" / name)
+        ours = getattr(pipe, name).state_dict()
+        assert again.state_dict().keys() == ours.keys()
+        assert all(torch.equal(t, ours[n]) for n, t in again.state_dict().items())
+
+
+def test_a_stock_transformer_is_taken_as_a_component(saved, pipe, expected):
+    components = {**pipe.components, "transformer": CogVideoXTransformer3DModel.from_pretrained(saved / "transformer")}
+    found = LanDiffPipeline(**components)(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+    assert torch.equal(found.frames, expected.frames_BFHWC)
+
+
+def test_a_batch_gives_what_single_prompts_give(pipe):
+    both = pipe(PROMPTS, generator=seeded(5, 6), output_type="latent", **CALL)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, (5, 6), strict=True)):
+        single = pipe(prompt, generator=seeded(seed), output_type="latent", **CALL)
+        assert torch.equal(single.codes[0], both.codes[row])
+        # matrix products of another shape round otherwise; guidance multiplies that by up to 7
+        torch.testing.assert_close(single.frames[0], both.frames[row], atol=2e-4, rtol=1e-4)
+
+
+def test_nothing_is_left_over_between_calls(pipe):
+    state, generator = torch.get_rng_state(), seeded(1)
+    before = generator.get_state()
+    first = pipe(PROMPTS[0], generator=generator, **CALL).frames
+    pipe(PROMPTS[1], generator=seeded(2), **{**CALL, "num_frames": 1})
+    again = pipe(PROMPTS[0], generator=generator, **CALL).frames
+    assert np.array_equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(generator.get_state(), before)
+    other = pipe(PROMPTS[0], generator=seeded(2), **CALL).frames
+    assert not np.array_equal(first, other)
+
+
+def test_without_a_generator_every_call_is_another_and_follows_the_global_seed(pipe):
+    def video() -> np.ndarray:
+        return pipe(PROMPTS[0], output_type="latent", **CALL).frames
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        first, second = video(), video()
+        torch.manual_seed(3)
+        assert torch.equal(video(), first) and not torch.equal(first, second)
+
+
+def test_output_types_hold_the_same_frames(pipe, expected):
+    def frames(kind: str):
+        return pipe(PROMPTS, generator=seeded(SEED), output_type=kind, **CALL).frames
+
+    pixels = expected.frames_BFHWC
+    array = frames("np")
+    assert array.dtype == np.float32 and array.shape == (2, 9, 32, 48, 3)
+    assert torch.equal(torch.from_numpy((array * 255).round().astype(np.uint8)), pixels)
+    assert torch.equal(frames("pt"), torch.from_numpy(array).permute(0, 1, 4, 2, 3))
+    images = frames("pil")
+    assert len(images) == 2 and len(images[0]) == 9 and np.array_equal(np.asarray(images[1][3]), pixels[1, 3].numpy())
+    as_tuple = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", return_dict=False, **CALL)
+    assert torch.equal(as_tuple[0], pixels)
+
+
+def test_callbacks_hear_every_step_and_may_change_the_latents(pipe):
+    heard = []
+
+    def listen(owner, step, timestep, given):
+        assert owner is pipe and set(given) == {"latents"}
+        heard.append((step, timestep, given["latents"].clone()))
+        return given
+
+    plain = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", **CALL).frames
+    listened = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", callback_on_step_end=listen, **CALL).frames
+    assert torch.equal(listened, plain)
+    assert [(step, timestep) for step, timestep, _ in heard] == [(0, 999), (1, 666), (2, 333)]
+    assert torch.equal(heard[-1][2], plain)
+
+    def wipe(_owner, step, _timestep, given):
+        return {"latents": torch.zeros_like(given["latents"])} if step == 2 else {}
+
+    wiped = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", callback_on_step_end=wipe, **CALL).frames
+    assert not wiped.any()
+    with pytest.raises(ValueError, match="may hold latents"):
+        pipe(PROMPTS[0], callback_on_step_end=listen, callback_on_step_end_tensor_inputs=["noise"], **CALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loads_and_runs_with_the_quantiser_in_float32(saved, dtype):
+    half = LanDiffPipeline.from_pretrained(saved, torch_dtype=dtype)
+    floats = {name: {p.dtype for p in getattr(half, name).parameters()} for name in ("lm", "control", "transformer", "vae")}
+    assert all(found == {dtype} for found in floats.values()), floats
+    assert {b.dtype for b in half.semantic_tokenizer.model.quantizer.buffers() if b.is_floating_point()} == {torch.float32}
+    found = half(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL)
+    assert found.frames.dtype == torch.float32 and torch.isfinite(found.frames).all()
+
+
+def test_offloading_and_tiling_change_where_not_what(saved, expected):
+    pipe = LanDiffPipeline.from_pretrained(saved)
+    pipe.enable_model_cpu_offload(device="cpu")
+    found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
+    assert torch.equal(found, expected.frames_BFHWC)
+    pipe.enable_vae_tiling()
+    assert pipe.vae.use_tiling
+    tiled = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
+    assert tiled.shape == found.shape
+    pipe.disable_vae_tiling()
+    assert torch.equal(pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames, found)
+
+
+def test_wrong_arguments_are_told_apart(pipe):
+    for arguments, message in [
+        ({"prompt": " "}, "prompt is empty"), ({"prompt": "snow", "num_frames": 5}, r"1 \+ 8 \* k"),
+        ({"prompt": "snow", "output_type": "gif"}, "must be one of np, pt, pil"),
+        ({"prompt": PROMPTS, "generator": seeded(1, 2, 3)}, "3 generators for 2 prompts"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipe(**{**CALL, **arguments})
+
+
+def test_models_not_made_for_each_other_are_refused(pipe):
+    whole = pipe.components
+    sizes = T5Config(vocab_size=32, d_model=8, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="text width of the language model = 16, of its text encoder = 8"):
+        LanDiffPipeline(**{**whole, "lm_text_encoder": T5EncoderModel(sizes)})("snow", **CALL)
+
+
+def test_dynamic_guidance_is_the_expression_of_diffusers_pipeline():
+    """The line of `CogVideoXPipeline.__call__`, taken from its source and run beside ours."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CogVideoXPipeline.__call__)))
+    lines = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and "cos" in ast.dump(node.value)
+             and ast.unparse(node.targets[0]) == "self._guidance_scale"]
+    assert len(lines) == 1
+    for steps, scale in ((50, 6.0), (7, 3.5)):
+        for step, timestep in enumerate(NoiseSchedule(ScheduleConfig()).sampler_table(steps).timesteps):
+            names = {"math": math, "guidance_scale": scale, "num_inference_steps": steps, "t": torch.tensor(timestep)}
+            theirs = eval(ast.unparse(lines[0]), names)
+            assert guidance_scale(SamplerOptions(steps, scale), step, timestep) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_the_scheduler_keeps_its_options(saved):
+    scheduler = LanDiffScheduler.from_pretrained(saved / "scheduler")
+    assert scheduler.options(50, 6.0) == SamplerOptions(50, 6.0) and scheduler.schedule.config.shift_scale == 3.0

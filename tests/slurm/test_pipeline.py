@@ -1,0 +1,108 @@
+"""The nano walk as a graph of dependent jobs on a real SLURM: real trainers on two nodes, arrays, exports, a sample."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers.submit import read_record
+from tests.slurm.conftest import Sandbox
+from tests.slurm.walk import SMALL, exported_weights, landiff, last_job, write_site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+STEPS = ["tokenizer.loop.steps=12", "lm.loop.steps=12", "diffusion-main.loop.steps=6", "diffusion-control.loop.steps=6",
+         *(f"{stage}.loop.save_every=2" for stage in ("tokenizer", "lm", "diffusion-main", "diffusion-control"))]
+DISTURBANCES = 20
+
+
+def submit_walk(folder: Path) -> str:
+    return landiff("submit", "pipeline", "--cluster", write_site(folder / "site.yaml"), "--prompt", "a rabbit", *SMALL, *STEPS)
+
+
+def run_folders(folder: Path) -> list[Path]:
+    return sorted(path.parent.parent for path in (folder / "runs").glob("*/job/job.json"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The walk, run once without trouble."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        submit_walk(folder)
+        states = {run.name: sandbox.wait(last_job(run), 1800) for run in run_folders(folder)}
+    assert set(states.values()) == {"COMPLETED"}, states
+    return folder
+
+
+def test_the_walk_runs_as_a_graph(undisturbed):
+    names = {run.name for run in run_folders(undisturbed)}
+    assert {"shards", "features", "columns-tokens", "columns-latents", "lm", "diffusion-main", "export-diffusion", "sample"} <= names
+    assert len(list((undisturbed / "samples").glob("*.mp4"))) == 1
+    assert set(exported_weights(undisturbed)) == {"tokenizer", "lm", "main", "diffusion"}
+
+
+def test_submitting_again_skips_what_is_done(undisturbed, monkeypatch):
+    monkeypatch.chdir(undisturbed)
+    again = submit_walk(undisturbed)
+    assert again.count("done already") == len(run_folders(undisturbed)) and "; /" not in again
+
+
+@pytest.mark.timeout(5400)
+def test_twenty_disturbances_end_in_the_same_weights(sandbox, undisturbed, tmp_path, monkeypatch):
+    """Signals, requeues, killed ranks and dead nodes, in an order drawn by seed, until the walk has ended."""
+    monkeypatch.chdir(tmp_path)
+    draw, done, said = random.Random(5), 0, []
+    submit_walk(tmp_path)
+    while True:
+        running = [(run, job) for run in run_folders(tmp_path) for job in sandbox.slurm.queue(read_record(run)["job_ids"]) if job.state == "RUNNING"]
+        waiting = [job for run in run_folders(tmp_path) for job in sandbox.slurm.queue(read_record(run)["job_ids"]) if job.active]
+        if not waiting:
+            if done >= DISTURBANCES and exported_weights(tmp_path).keys() == exported_weights(undisturbed).keys() and (tmp_path / "samples").exists():
+                break
+            if "; /" not in submit_walk(tmp_path):  # what was given up goes on from its checkpoint
+                break
+            continue
+        if running and done < DISTURBANCES:
+            run, job = draw.choice(running)
+            said.append(f"{disturb(sandbox, draw, run, job.id, job.nodes)} {run.name}")
+            done += 1
+        time.sleep(draw.uniform(4, 14))
+    assert done == DISTURBANCES, said
+    assert exported_weights(tmp_path) == exported_weights(undisturbed), said
+
+
+def disturb(sandbox: Sandbox, draw: random.Random, run: Path, job: str, nodes: str) -> str:
+    """One disturbance of one running job; returns what it was."""
+    kind = draw.choice(["signal", "requeue", "kill", "kill", "node"])
+    if kind == "signal":
+        sandbox.slurm.runner(["scancel", "--batch", "--signal=USR1", job])
+    elif kind == "requeue":
+        sandbox.slurm.runner(["scontrol", "requeue", job])
+    elif kind == "kill":
+        ranks = processes_of(run)
+        if ranks:
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+    else:
+        node = f"node{draw.choice([digit for digit in nodes if digit.isdigit()])}"
+        sandbox.crash(node)
+        sandbox.boot(node)
+    return kind
+
+
+def processes_of(run: Path) -> list[int]:
+    """Ranks of a run, on whatever node: a node's processes are seen from outside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"launchers.rank" in words and str(run).encode() in words and b"srun" not in words[0] and b"bash" not in words[0]:
+            found.append(int(path.parent.name))
+    return found

@@ -1,0 +1,111 @@
+"""Real trainers over several nodes: the same numbers as on one machine, also through restarts; arrays that are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.slurm.conftest import Sandbox, until
+from tests.slurm.test_pipeline import processes_of
+from tests.slurm.walk import landiff, landiff_process, last_job, logged_losses, tree_hashes, write_site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+LM = ["lm", "--config", "nano/lm", "loop.steps=8", "loop.log_every=1", "loop.save_every=2", "data.micro_batch_size=8", "parallel.tensor=2"]
+DIFFUSION = ["diffusion", "--config", "nano/diffusion-main", "loop.steps=3", "loop.log_every=1", "loop.preview_every=0", "zero.stage=2",
+             "data.global_batch_size=4", "data.micro_batch_size=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Columns and a tokenizer, made here."""
+    folder = tmp_path_factory.mktemp("data")
+    for words in (
+        ["shards", "--config", "nano/shards", "max_spans=1"], ["precompute", "--config", "nano/features"],
+        ["train", "tokenizer", "--config", "nano/tokenizer", "--nproc", "1", "loop.steps=2"],
+        ["convert", "runs/tokenizer", "--name", "tokenizer"], ["precompute", "--config", "nano/precompute"],
+    ):
+        landiff_process(folder, *words)
+    return folder
+
+
+@pytest.fixture
+def here(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(data)
+    return data
+
+
+def submitted(sandbox: Sandbox, folder: Path, words: list[str], run: str, nodes: int) -> Path:
+    """The trainer over `nodes` nodes, to its end."""
+    site = write_site(folder / f"{run}.yaml", stages={words[0]: {"nodes": nodes, "tasks_per_node": 4 // nodes}})
+    landiff("submit", *words, f"run=runs/{run}", "--cluster", site)
+    assert sandbox.wait(last_job(folder / "runs" / run), 600) == "COMPLETED"
+    return folder / "runs" / run
+
+
+def run_local(folder: Path, words: list[str], run: str) -> Path:
+    """The same four ranks on this machine."""
+    site = folder / f"{run}.yaml"
+    site.write_text(yaml.safe_dump({"scheduler": "local", "launcher": "torchrun", "default": {"tasks_per_node": 4}, "env": {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}}))
+    landiff("submit", *words, f"run=runs/{run}", "--cluster", str(site))
+    return folder / "runs" / run
+
+
+@pytest.fixture(scope="module")
+def lm_here(data: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(data)
+        return run_local(data, LM, "lm-here")
+
+
+def test_a_language_model_over_two_nodes_trains_as_on_one_machine(sandbox, here, lm_here):
+    run = submitted(sandbox, here, LM, "lm-nodes", nodes=2)  # tensor 2 x data 2
+    assert logged_losses(run) == logged_losses(lm_here) and len(logged_losses(run)) == 8
+
+
+def test_zero_2_over_four_nodes_trains_as_on_one_machine(sandbox, here):
+    run = submitted(sandbox, here, DIFFUSION, "diffusion-nodes", nodes=4)
+    assert logged_losses(run) == logged_losses(run_local(here, DIFFUSION, "diffusion-here")) and len(logged_losses(run)) == 3
+
+
+def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(sandbox, here, lm_here):
+    run, site = here / "runs" / "lm-troubled", write_site(here / "troubled.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}})
+    landiff("submit", *LM, "run=runs/lm-troubled", "--cluster", site)
+    job = last_job(run)
+    until(lambda: (run / "metrics.jsonl").exists(), 180)
+    sandbox.slurm.signal(job)
+    until(lambda: sandbox.field(job, "Restarts") == "1" and len(processes_of(run)) == 4, 180)
+    time.sleep(1)
+    os.kill(processes_of(run)[2], signal.SIGKILL)
+    until(lambda: sandbox.field(job, "Restarts") == "2" and sandbox.state(job) == "RUNNING", 180)
+    node = sandbox.field(job, "BatchHost")
+    sandbox.crash(node)
+    sandbox.boot(node)
+    assert sandbox.wait(job, 600) == "COMPLETED" and int(sandbox.field(job, "Restarts")) == 3
+    assert logged_losses(run) == logged_losses(lm_here)
+
+
+def test_fifty_tasks_with_random_kills_make_the_same_bytes(sandbox, here):
+    landiff_process(here, "shards", "--config", "nano/shards", "samples_per_shard=1", "data=data-killed")
+    shutil.copytree(here / "data-killed", here / "data-straight")
+    for name in ("killed", "straight"):
+        (here / f"{name}.yaml").write_text(yaml.safe_dump({"data": f"data-{name}", "zoo": "zoo", "columns": {"latents": {"encoder": {"kind": "dct"}}}}))
+    landiff_process(here, "precompute", "--config", "straight.yaml")
+    site = write_site(here / "array.yaml", stages={"precompute": {"array": 50, "array_limit": 6, "tasks_per_node": 1}}, max_restarts=10)
+    landiff("submit", "precompute", "--config", "killed.yaml", "--cluster", site)
+    run, draw, kills = here / "runs" / "precompute-latents", random.Random(3), 0
+    finalize = last_job(here / "runs" / "precompute")
+    while sandbox.state(finalize) == "PENDING":
+        victims = processes_of(run)
+        if victims and kills < 15:
+            os.kill(draw.choice(victims), signal.SIGKILL)
+            kills += 1
+        time.sleep(draw.uniform(1, 4))
+    assert sandbox.wait(finalize, 600) == "COMPLETED" and kills == 15
+    assert tree_hashes(here / "data-killed") == tree_hashes(here / "data-straight")
