@@ -142,9 +142,9 @@ class Block(nn.Module):
         The deviation is 1/sqrt(width): 0.023 at the released width, and large enough for a narrow model to leave
         its first plateau.
         """
-        std = self.qkv.in_features**-0.5
-        output_std = std / math.sqrt(2 * num_layers)
-        for linear, std in ((self.qkv, std), (self.mlp_in, std), (self.out, output_std), (self.mlp_out, output_std)):
+        inner_std = self.qkv.in_features**-0.5
+        output_std = inner_std / math.sqrt(2 * num_layers)
+        for linear, std in ((self.qkv, inner_std), (self.mlp_in, inner_std), (self.out, output_std), (self.mlp_out, output_std)):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
         if zero_modulation:
