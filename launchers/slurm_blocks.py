@@ -63,6 +63,7 @@ again() { # before this script ends, or dependent jobs would see it fail
         [ -n "$state" ] || { sleep 5; continue; }            # the controller is away
         [ "$state" = " JobState=RUNNING" ] || { say "no requeue:$state"; return; }   # cancelled, or requeued already
         say "requeueing"
+        trap 'exit 75' TERM   # that is how SLURM takes this attempt away
         if scontrol requeue "$id"; then sleep 60; return; fi
         sleep 5
     done
