@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from data_pipeline.video import encode_clip
 from model_zoo import registry
 from model_zoo.config import ModelConfig
 
+PASSES = 4  # over the data in one measurement, so that opening is what it is in a long run
 SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)}  # of the paper's clips
 
 
@@ -102,36 +104,38 @@ def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> li
     buffer = memoryview(np.empty(largest, np.uint8))
 
     def read_bytes() -> None:
-        for paths in tars.values():
+        for paths in [*tars.values()] * PASSES:
             for path in paths:
                 with open(path, "rb", buffering=0) as file:
                     while file.readinto(buffer):
                         pass
 
     def read_webdataset() -> None:
-        streams = [iter(webdataset.WebDataset([str(p) for p in paths], shardshuffle=False)) for paths in tars.values()]
+        streams = [iter(webdataset.WebDataset([str(p) for p in paths] * PASSES, shardshuffle=False)) for paths in tars.values()]
         kept = []
         for together in zip(*streams, strict=True):
             kept = kept[-batch_size + 1 :]  # as many as a batch of the loader keeps in memory
             kept.append([load_safetensors(sample[f"{column_stem(name)}.safetensors"])
                          for name, sample in zip(SHAPES, together, strict=True)])
 
-    def read_loader(ahead: int) -> None:
-        config = DataConfig(manifest=folder, global_batch_size=batch_size, shuffle_window=shards, prefetch_batches=ahead)
+    def read_loader(ahead: int, **how: object) -> None:
+        config = DataConfig(manifest=folder, global_batch_size=batch_size, shuffle_window=shards, prefetch_batches=ahead, **how)
         with Loader(config, list(SHAPES), dp_rank=0, dp_size=1) as loader:
-            for _ in range(total // batch_size - ahead):  # those that nobody takes are read too
+            for _ in range(PASSES * total // batch_size - ahead):  # those that nobody takes are read too
                 loader.next_batch()
 
     rows = []
     for what, work in (("reading the bytes", read_bytes), ("webdataset", read_webdataset),
-                       ("loader", lambda: read_loader(0)), ("loader, reading ahead", lambda: read_loader(1))):
+                       ("loader", lambda: read_loader(0)), ("loader, reading ahead", lambda: read_loader(1)),
+                       ("loader, 2 threads", lambda: read_loader(1, read_threads=2)),
+                       ("loader, checksum", lambda: read_loader(0, checksum=True))):
         seconds = best_cpu_s(work, repeats)
-        rows.append(Row(what, total / seconds, size / seconds / 1e6))
+        rows.append(Row(what, PASSES * total / seconds, PASSES * size / seconds / 1e6))
     return rows
 
 
-def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -> tuple[list[Row], float]:
-    """Clips per second of each stage of the nano preset, and of the whole job (wall time, building encoders included)."""
+def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -> tuple[list[Row], str]:
+    """Clips per second of each stage of the nano preset (processor time on a CPU), and a line about the whole job."""
     models = load(ModelConfig, "nano/model")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -147,10 +151,25 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
         members.append((meta_of(number, clip, 17, 64), clip))
     write_raw(folder / "data", [members[at : at + 32] for at in range(0, clips, 32)])
     places = [f"data={folder / 'data'}", f"zoo={folder / 'zoo'}", f"device={device}", f"batch_size={batch_size}"]
+    begin, cpu = time.perf_counter(), time.process_time()
     summary = precompute.run(load(PrecomputeConfig, "nano/precompute", places))
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     # the two text columns share their stage
     counts = {"decode": clips, "features": clips, "tokens": clips, "latents": clips, "text": 2 * clips, "write": 4 * clips}
-    return [Row(stage, count / summary.stage_seconds[stage], None) for stage, count in counts.items()], clips / summary.wall_s
+    on_cpu = "features" in summary.cpu_seconds and (device == "cpu" or not torch.cuda.is_available())
+    spent = summary.cpu_seconds if on_cpu else summary.stage_seconds
+    rows = [Row(stage, count / spent[stage], None) for stage, count in counts.items()]
+    busy = sum(spent[stage] for stage in counts)
+    loading, cores = summary.stage_seconds["load encoders"], min(len(os.sched_getaffinity(0)), 3)  # 3 threads' worth of work
+    working = wall - loading
+    if on_cpu:
+        line = (f"precompute, whole: {clips / working:.1f} clips/s behind {loading:.1f} s of loading; stages' CPU seconds are "
+                f"{busy / (cpu - summary.cpu_seconds['load encoders']):.2f} of all CPU seconds, and {busy / cores / working:.2f} of the "
+                f"wall time of {cores} cores (load average {os.getloadavg()[0]:.1f}: says much on an idle machine only)")
+    else:
+        slowest = max(spent[stage] / (2 if stage == "decode" else 1) for stage in counts)
+        line = f"precompute, whole: {clips / working:.1f} clips/s behind {loading:.1f} s of loading; its slowest stage took {slowest / working:.2f} of it"
+    return rows, line
 
 
 def table(rows: list[Row], base: dict[str, float]) -> str:
@@ -177,8 +196,8 @@ def main() -> None:
         base = {row.what: row.samples_per_s for row in rows[:2]}
         stages, whole = measure_precompute(options.clips, options.device, options.batch_size, Path(name) / "precompute")
     rows += [Row(f"precompute: {row.what}", row.samples_per_s, None) for row in stages]
-    rows.append(Row("precompute: all, wall", whole, None))
     print(table(rows, base))
+    print(whole)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class ClipReader:
 
     def __init__(self, data: Path, shards: Sequence[ShardEntry], *, decoder: ClipBackend, threads: int) -> None:
         self.decoder, self.threads = decoder, threads
-        self.decode_s = 0.0  # of all threads together
+        self.decode_s = self.decode_cpu_s = 0.0  # of all threads together; of processor time without children's
         self._shards = shards
         self._json = FolderReader(data, RAW, "json", shards, keep=4)
         self._mp4 = FolderReader(data, RAW, "mp4", shards, keep=4)
@@ -81,7 +81,7 @@ class ClipReader:
         Decoding goes on over the ends of shards, and `plan` is asked as far ahead.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        ahead: deque[tuple[int, list[Clip], list[Future[tuple[Clip, float]]] | list[Clip], bool]] = deque()
+        ahead: deque[tuple[int, list[Clip], list[Future[tuple[Clip, float, float]]] | list[Clip], bool]] = deque()
         try:
             for shard, with_frames in plan:
                 clips = self.clips(shard)
@@ -105,8 +105,9 @@ class ClipReader:
     def _ready(self, shard: int, clips: list[Clip], work: list, last: bool) -> Piece:
         batch = []
         for item in work:
-            clip, seconds = item.result() if isinstance(item, Future) else (item, 0.0)
+            clip, seconds, cpu = item.result() if isinstance(item, Future) else (item, 0.0, 0.0)
             self.decode_s += seconds
+            self.decode_cpu_s += cpu
             batch.append(clip)
         return Piece(shard, clips, batch, last)
 
@@ -118,10 +119,11 @@ class ClipReader:
             return Clip(position, key, None, problem=Problem("damaged", str(error)))
         return Clip(position, key, meta)
 
-    def _decode(self, shard: int, clip: Clip) -> tuple[Clip, float]:
+    def _decode(self, shard: int, clip: Clip) -> tuple[Clip, float, float]:
+        """With the seconds it took, and those of this thread's processor."""
         if clip.meta is None:
-            return clip, 0.0
-        begin = time.perf_counter()
+            return clip, 0.0, 0.0
+        begin, cpu = time.perf_counter(), time.thread_time()
         try:
             frames = self._frames(self._mp4.read(shard, clip.position).numpy().tobytes(), clip.meta)
         except (DamagedSample, ClipDamaged) as error:
@@ -129,7 +131,7 @@ class ClipReader:
         if not isinstance(frames, Problem) and len(frames) != clip.meta.num_frames:
             frames = Problem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
         decoded = replace(clip, problem=frames) if isinstance(frames, Problem) else replace(clip, frames=frames)
-        return decoded, time.perf_counter() - begin
+        return decoded, time.perf_counter() - begin, time.thread_time() - cpu
 
     def _frames(self, data: bytes, meta: RawSample) -> np.ndarray | Problem:
         if self.decoder == "decord":

@@ -68,24 +68,25 @@ def parse_tensor(part: Tensor, name: str, *, checksum: bool = False) -> Tensor:
 
     Raises ValueError where the bytes are no such file, or with `checksum` where they are not those that were written.
     """
-    size = part.numel()
+    size, content = part.numel(), memoryview(part.numpy())
     if size < 8:
         raise ValueError(f"{size} bytes are no safetensors file")
-    length = struct.unpack("<Q", part[:8].numpy().tobytes())[0]
+    (length,) = struct.unpack_from("<Q", content)
     if length > size - 8:
         raise ValueError(f"the safetensors header claims {length} bytes of {size}")
     try:
-        header = json.loads(part[8 : 8 + length].numpy().tobytes())
+        header = json.loads(bytes(content[8 : 8 + length]))
         entry = header[name]
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the safetensors header holds no readable tensor {name!r} ({type(error).__name__}: {error})") from None
     if not 0 <= begin <= end <= size - 8 - length or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"the safetensors header gives {dtype} {list(shape)} the bytes {begin}..{end} of {size - 8 - length}")
-    data = part[8 + length + begin : 8 + length + end]
+    begin, end = 8 + length + begin, 8 + length + end
+    data = part[begin:end]
     if checksum:
         written = header.get("__metadata__", {}).get("crc32")
-        if written is not None and int(written, 16) != (found := zlib.crc32(data.numpy())):
+        if written is not None and int(written, 16) != (found := zlib.crc32(content[begin:end])):
             raise ValueError(f"the tensor's bytes have CRC-32 {found:08x}, they were written with {written}")
     if data.storage_offset() % dtype.itemsize:  # only where another writer left its header unpadded
         data = data.clone()
@@ -183,12 +184,13 @@ class FolderReader:
         size, key = index.sizes[slot], index.keys[slot]
         # 512 in front hold the tar's own header of this member: its name says whether index and tar agree
         memory = torch.empty(TAR_BLOCK + size, dtype=torch.uint8) if memory is None else memory[: TAR_BLOCK + size]
+        content = memoryview(memory.numpy())
         try:
-            count = self._read_bytes(shard, index, index.offsets[slot] - TAR_BLOCK, memoryview(memory.numpy()))
+            count = self._read_bytes(shard, index, index.offsets[slot] - TAR_BLOCK, content)
         except OSError as error:
             raise ShardError(f"{index.path}, sample {key}: {error}") from error
         member = f"{key}.{self.part}".encode()
-        found = memory[:100].numpy().tobytes().rstrip(b"\0")
+        found = bytes(content[:100]).rstrip(b"\0")
         if count < TAR_BLOCK + size or found != member:
             what = f"ends after {count} bytes" if count < TAR_BLOCK + size else f"holds {found[:60]!r}"
             raise DamagedSample(f"{index.path} is damaged: where {member.decode()} should be, {TAR_BLOCK + size} bytes long, "
@@ -286,7 +288,11 @@ class Reads:
     shard: int
     position: int  # in the raw shard
     slots: dict[str, int]  # in each column
-    size: int  # bytes of memory for all of it
+    sizes: tuple[int, ...]  # bytes of memory for its JSON and each column
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
 
 
 class AlignedColumns:
@@ -329,7 +335,7 @@ class AlignedColumns:
         position = _with_gaps(slot, self._excluded.get(shard, ()))
         raw_index = self._raw.index(shard)
         key = _key_at(raw_index, position)
-        slots, size = {}, self._raw.size(shard, position)
+        slots, sizes = {}, [self._raw.size(shard, position)]
         for name, reader in self._readers.items():
             missing = self.manifest.columns[name].shards[shard].missing
             own = position - sum(m < position for m in missing)
@@ -339,15 +345,15 @@ class AlignedColumns:
                 raise ShardError(f"{index.path} is not aligned with {raw_index.path}: sample {own} is {found}, where {key} "
                                  "should be; delete it and run `landiff precompute` again")
             slots[name] = own
-            size += reader.size(shard, own)
-        return Reads(shard, position, slots, size)
+            sizes.append(reader.size(shard, own))
+        return Reads(shard, position, slots, tuple(sizes))
 
     def read(self, reads: Reads, memory: Tensor) -> tuple[RawSample, dict[str, Tensor]]:
         """One sample, its tensors in `memory` (uint8, at least `reads.size`). Raises ShardError with file and key."""
         raw_index = self._raw.index(reads.shard)
         key = raw_index.keys[reads.position]
         text = self._raw.read(reads.shard, reads.position, memory)
-        at = self._raw.size(reads.shard, reads.position)
+        at = reads.sizes[0]
         try:
             meta = RawSample.model_validate_json(text.numpy().tobytes())
         except ValidationError as error:
@@ -355,9 +361,9 @@ class AlignedColumns:
         if meta.key != key:
             raise ShardError(f"{raw_index.path}, sample {key}: its JSON is that of {meta.key}; {self._raw._redo()}")
         tensors = {}
-        for name, reader in self._readers.items():
+        for (name, reader), size in zip(self._readers.items(), reads.sizes[1:], strict=True):
             tensors[name] = reader.read_tensor(reads.shard, reads.slots[name], memory[at:])
-            at += reader.size(reads.shard, reads.slots[name])
+            at += size
         return meta, tensors
 
     def close(self) -> None:

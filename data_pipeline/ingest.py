@@ -12,13 +12,15 @@ workers and however often they were killed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -49,8 +51,11 @@ from data_pipeline.sources import list_source
 from data_pipeline.units import ColumnFolder
 from data_pipeline.video import Failure, SafeDecoder, Wanted, encode_clip
 
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.yaml"
 BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 FEW = 20  # clips: of fewer, one bad one says nothing about the rest
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips in all, what is being done)
@@ -262,8 +267,14 @@ def _claim(config: ShardsConfig, raw: Path) -> None:
                 file.write(yaml.safe_dump(config.recorded(), sort_keys=False, allow_unicode=True))
                 file.flush()
                 os.fsync(file.fileno())
-            with suppress(FileExistsError):
+            try:
                 os.link(temporary, path)  # unlike a rename, it never replaces
+            except FileExistsError:
+                log.debug("%s was claimed by another task just now", raw)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         fsync_dir(raw)

@@ -25,10 +25,10 @@ from data_pipeline.columns import AlignedColumns, Buffers, require_encoder
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.order import BatchOrder, Source
 from data_pipeline.remote import open_remote
-from data_pipeline.schema import FORMAT_VERSION, RawSample, fingerprint
+from data_pipeline.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
 from data_pipeline.shards import ShardError, read_manifest
 
-__all__ = ["Batch", "Loader", "Sample", "require_encoder"]
+__all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,12 @@ class Loader:
             samples.append(Sample(key=meta.key, epoch=int(places.epoch[at]), index=step * self.config.global_batch_size + int(positions[at]),
                                   position=int(positions[at]), meta=meta, tensors=tensors))
         return samples
+
+
+def open_manifest(config: DataConfig) -> Manifest:
+    """The manifest of the first data set, fetched where it is remote."""
+    open_remote(config)
+    return read_manifest(config.manifest)
 
 
 def _open(source: SourceConfig, config: DataConfig, columns: Sequence[str]) -> AlignedColumns:

@@ -262,7 +262,7 @@ class Layout:
 
 def lay(config: ShardsConfig, clips: Sequence[SourceClip], looks: dict[VideoFile, Look]) -> list[Unit]:
     """All units of a source."""
-    layout = Layout(config)
+    layout, shapes = Layout(config), config.shapes
     first_of: dict[str, str] = {}  # key -> name of the source it came from first
     for clip in clips:
         failure = unusable(config, clip) or looks[clip.video].failure
@@ -270,7 +270,7 @@ def lay(config: ShardsConfig, clips: Sequence[SourceClip], looks: dict[VideoFile
             layout.reject(clip, failure.reason, failure.detail)
             continue
         look = looks[clip.video]
-        spans = list(lay_spans(config, clip, look))
+        spans = list(lay_spans(config, shapes, clip, look))
         if not spans:
             layout.reject(clip, "too_short", _too_short(config, clip, look))
         for start, shape in spans:
@@ -294,22 +294,22 @@ def unusable(config: ShardsConfig, clip: SourceClip) -> Failure | None:
     return None
 
 
-def lay_spans(config: ShardsConfig, clip: SourceClip, look: Look) -> Iterator[tuple[float, Bucket]]:
+def lay_spans(config: ShardsConfig, shapes: Sequence[Bucket], clip: SourceClip, look: Look) -> Iterator[tuple[float, Bucket]]:
     """(start, shape) of at most `max_spans` spans, one after the other, none of them across a cut."""
     left = config.max_spans
     end_s = min(clip.end_s, look.duration_s)
     for first, last in look.shots or ((0.0, math.inf),):
         begin, until, at = max(clip.start_s, first), min(end_s, last), 0.0
-        while left and (shape := best_shape(config, look.aspect, until - begin - at)):
+        while left and (shape := best_shape(shapes, config.fps, look.aspect, until - begin - at)):
             yield round(begin + at, 6), shape
             at += shape.num_frames / config.fps
             left -= 1
 
 
-def best_shape(config: ShardsConfig, aspect: float, length_s: float) -> Bucket | None:
+def best_shape(shapes: Sequence[Bucket], fps: float, aspect: float, length_s: float) -> Bucket | None:
     """The bucket that a clip of this aspect and length goes to: the nearest aspect that is not too long, of those the longest."""
-    fitting = [shape for shape in config.shapes if (shape.num_frames - 1) / config.fps < length_s - 1e-6]
-    if len(config.shapes) == 1 or not fitting:
+    fitting = [shape for shape in shapes if (shape.num_frames - 1) / fps < length_s - 1e-6]
+    if len(shapes) == 1 or not fitting:
         return next(iter(fitting), None)
     return min(fitting, key=lambda shape: (round(abs(math.log(shape.width / shape.height / aspect)), 6), -shape.num_frames, -shape.height, shape.width))
 

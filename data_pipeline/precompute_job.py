@@ -37,15 +37,17 @@ class TooManyRejects(ShardError):
 
 @dataclass
 class Stages:
-    """Seconds by stage. Each stage belongs to one thread."""
+    """Seconds by stage, and processor seconds of the thread that it belongs to."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.thread_time()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+        self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + time.thread_time() - cpu
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Summary:
 
     columns: dict[str, ColumnSummary]
     stage_seconds: dict[str, float]  # "decode" is that of all its threads together
+    cpu_seconds: dict[str, float]  # the same of processor time; of decoder processes (pyav) none
     wall_s: float
 
     def __str__(self) -> str:
@@ -226,11 +229,13 @@ class Job:
                 self._run_columns(names)
         finally:
             self._reader.close()
-        return Summary(self.summaries, {"decode": self._reader.decode_s, **self.stages.seconds}, time.perf_counter() - begin)
+        return Summary(self.summaries, {"decode": self._reader.decode_s, **self.stages.seconds},
+                       {"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds}, time.perf_counter() - begin)
 
     def _run_columns(self, names: Sequence[str]) -> None:
         with torch.inference_mode():
-            producers = self.build(names, self.bench)
+            with self.stages("load encoders"):
+                producers = self.build(names, self.bench)
             for name, producer in producers.items():
                 self.folders[name].remove_leftovers()
                 self.folders[name].claim(producer.card, redo=name in self.config.redo)
@@ -340,7 +345,7 @@ class Job:
             return []
         spent = {"decode": self._reader.decode_s / self.config.decode_threads, **self.stages.seconds}
         before = {**before, "decode": before["decode"] / self.config.decode_threads}
-        shares = {stage: (seconds - before.get(stage, 0.0)) / wall for stage, seconds in spent.items() if not stage.startswith("wait")}
+        shares = {stage: (seconds - before.get(stage, 0.0)) / wall for stage, seconds in spent.items() if not stage.startswith(("wait", "load"))}
         return [f"busy: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items() if share >= 0.005)}"]
 
 

@@ -107,6 +107,11 @@ class SafeDecoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def pid(self) -> int | None:
+        """Of the child, where one runs."""
+        return self._child.pid if self._child else None
+
     def close(self) -> None:
         """End the child and free the shared memory."""
         self._stop()

@@ -8,7 +8,8 @@ Requests for later parts of the same video go on where the one before ended: a l
 
 Which frame: the one that is shown at the wanted time, i.e. the last frame whose timestamp is not later than
 it. All frames from the first to the last wanted one are decoded in order, because that is exact for every
-container (open GOP, variable frame rate, edit lists, MPEG-TS); seeking is not.
+container (open GOP, variable frame rate, edit lists, MPEG-TS); seeking is not. Only in containers with a true
+index, and only to some seconds before a far place, is a seek exact: it is checked where it arrived.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ LARGEST_CLOCK_ERROR_S = 1e-3
 LOGGING_CODECS = frozenset(("hevc", "mjpeg", "vp8", "vp9", "av1", "libdav1d"))
 REORDERED = 5  # frames between decoding and showing, at most, as encoders set it
 MOST_B_FRAMES = 17  # in a row, of x264 and x265
+SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"))
+SEEK_FROM_S = 30.0  # nearer places are decoded to
+PREROLL_S = 10.0  # decoded before the place itself: what an open group of pictures lacks is long past
 SCAN_SIDE = 256
 SCAN_BYTES = SCAN_SIDE * SCAN_SIDE * 3  # of one picture of a scan, at most
 
@@ -260,11 +264,34 @@ def _first_picture(packet: av.Packet) -> av.VideoFrame | bool | None:
         return False
 
 
-def timed_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[tuple[float, av.VideoFrame | None]]:
-    """(seconds since the first frame, frame) in order; ends with (end of the last frame, None)."""
+class SeekFailed(Exception):
+    """A seek came out behind the wanted place."""
+
+
+def timed_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream,
+                 skip_to_s: float = 0.0) -> Iterator[tuple[float, av.VideoFrame | None]]:
+    """(seconds since the first frame, frame) in order; ends with (end of the last frame, None).
+
+    `skip_to_s`: leave out most of what comes before, but for the first frame. Raises SeekFailed.
+    """
     length = 1 / float(stream.average_rate or stream.guessed_rate or 24)
     origin = now = None
+    if skip_to_s > 0:
+        first = next(iter(container.decode(stream)), None)
+        if first is None or first.pts is None:
+            raise SeekFailed
+        origin, now = float(first.pts * stream.time_base), 0.0
+        yield now, first
+        try:
+            container.seek(first.pts + int(skip_to_s / stream.time_base), stream=stream)
+        except av.error.FFmpegError as error:
+            raise SeekFailed from error
+    landed = skip_to_s <= 0
     for frame in container.decode(stream):
+        if not landed:
+            landed = frame.pts is not None and float(frame.pts * stream.time_base) - origin <= skip_to_s
+            if not landed:
+                raise SeekFailed
         stamp = float(frame.pts * stream.time_base) if frame.pts is not None else None
         if origin is None:
             origin, now = stamp or 0.0, 0.0
@@ -324,17 +351,30 @@ class Session:
         self.upcoming: tuple[float, av.VideoFrame | None, bool] | None = None
         self.number = 0  # frames taken so far
         try:
-            self.container, self.stream = open_video(_Range(raw, request.offset, request.size), request.max_pixels)
+            self._open(skip_to_s=min(request.starts_s, default=0.0) - PREROLL_S)
+        except SeekFailed:
+            self.container.close()
+            self._open(skip_to_s=0.0)
+
+    def _open(self, skip_to_s: float) -> None:
+        request = self.request
+        self.shown = self.upcoming = None
+        try:
+            self.container, self.stream = open_video(_Range(self.raw, request.offset, request.size), request.max_pixels)
             if request.keyframes:
                 self.stream.codec_context.skip_frame = "NONKEY"
             # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
             self.tolerance = min(float(self.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
-            self.frames = judged_frames(marked_frames(timed_frames(self.container, self.stream), self.stream.codec_context.name))
+            far = skip_to_s + PREROLL_S >= SEEK_FROM_S and self.container.format.name in SEEKABLE
+            frames = timed_frames(self.container, self.stream, skip_to_s if far else 0.0)
+            self.frames = judged_frames(marked_frames(frames, self.stream.codec_context.name))
             self.picture = Picture(self.stream, request.height, request.width, request.max_pixels, request.crop)
         except BaseException:
             self.close()
             raise
         self.advance()
+        if far:  # past the first frame, to where the seek came out
+            self.advance()
 
     def close(self) -> None:
         if hasattr(self, "container"):

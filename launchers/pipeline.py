@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from configs.files import write_text
 from launchers.local import environment
@@ -100,13 +101,13 @@ def run_stage(stage: Stage, out: Path) -> StageResult:
     return StageResult(stage.name, round(time.monotonic() - started, 1), code, first, last, stage.look)
 
 
-def losses(run: Path) -> tuple[float | None, float | None]:
-    """First and last logged loss of a run."""
+def losses(run: Path, points: int = 5) -> tuple[float | None, float | None]:
+    """Mean over the first and over the last `points` logged losses of a run: a single batch says little."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return None, None
     values = [json.loads(line)["train/loss"] for line in path.read_text().splitlines() if line.strip()]
-    return (values[0], values[-1]) if values else (None, None)
+    return (fmean(values[:points]), fmean(values[-points:])) if values else (None, None)
 
 
 def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> None:

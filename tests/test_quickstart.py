@@ -56,9 +56,10 @@ def test_clips_that_cannot_be_used_are_set_aside_and_counted(walked):
     assert "1 shards/empty_caption" in walked.text
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("tokenizer", 0.7), ("lm", 0.5), ("diffusion main", 0.6), ("diffusion control", 0.9)])
+@pytest.mark.parametrize(("name", "at_most"), [("tokenizer", 0.8), ("lm", 0.1), ("diffusion main", 0.8), ("diffusion control", 0.95)])
 def test_every_loss_falls_clearly(walked, name, at_most):
-    """`at_most`: last loss over first. The control branch starts from a trained main transformer: it has less to gain."""
+    """`at_most`: mean of the last five logged losses over that of the first five. The control branch starts where the
+    trained main transformer ended: it has less to gain."""
     trained = stage(walked, name)
     assert trained["last_loss"] < at_most * trained["first_loss"]
 

@@ -79,7 +79,8 @@ def _open_megatron(path: Path, options: Options) -> Source:
 
 def _open_deepspeed(path: Path, options: Options) -> Source:
     layout = deepspeed.Layout.read(path)
-    part = Part(*deepspeed.export_diffusion(path))
+    kind, config, tensors = deepspeed.export_diffusion(path)
+    part = fit(tensors, kind, config, PLAIN, str(path), options.allow_missing)
     words = f"ZeRO {layout.zero_stage}, {layout.world_size} rank{'s' * (layout.world_size > 1)}" if layout.zero_stage else "whole weights, no optimizer"
     return Source(path, "deepspeed", f"{words}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
 

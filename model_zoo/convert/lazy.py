@@ -237,5 +237,11 @@ def counted(tensors: LazyTensors, progress: Progress | None = None) -> Iterator[
         done += meta.numel() * meta.itemsize
         del tensor
         if progress is not None:
-            progress(done // MEGABYTE, -(-total // MEGABYTE) if done < total else done // MEGABYTE)
+            progress(*megabytes(done, total))
+
+
+def megabytes(done: int, total: int) -> tuple[int, int]:
+    """Bytes as a Progress hears them: the last report says that all is done, even of less than a megabyte."""
+    whole = -(-total // MEGABYTE)
+    return (whole if done >= total else done // MEGABYTE), whole
 

@@ -27,7 +27,7 @@ from torch.nn import functional
 from configs import validate
 from configs.files import write_text
 from model_zoo.config import LMConfig
-from model_zoo.convert.lazy import MEGABYTE, LazyTensors, Progress, converted
+from model_zoo.convert.lazy import LazyTensors, Progress, converted, megabytes
 from model_zoo.convert.rules import ConversionError, Rule, check_against, convert
 from model_zoo.lm import LanguageModel
 from model_zoo.token_layout import TokenLayout
@@ -243,7 +243,7 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
         tensor = self.tensors[index.fqn].contiguous()
         self.done += tensor.numel() * tensor.itemsize
         if self.progress is not None:
-            self.progress(self.done // MEGABYTE, max(self.done, self.tensors.num_bytes) // MEGABYTE)
+            self.progress(*megabytes(self.done, self.tensors.num_bytes))
         return tensor
 
 

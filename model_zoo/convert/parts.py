@@ -71,10 +71,11 @@ def build_meta(kind: str, config: Config | Mapping[str, Any]) -> dict[str, Tenso
             from diffusers import AutoencoderKLCogVideoX
 
             return AutoencoderKLCogVideoX(**config).state_dict()
-        if kind == CONTROL:
-            state = registry.build("diffusion", config).state_dict()
-            return {name: tensor for name, tensor in state.items() if not name.startswith(MAIN)}
-        return registry.build(kind, config).state_dict()
+        return _of_kind(kind, registry.build("diffusion" if kind == CONTROL else kind, config).state_dict())
+
+
+def _of_kind(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if kind != CONTROL or not name.startswith(MAIN)}
 
 
 def fit(source: LazyTensors, kind: str, config: Config | Mapping[str, Any], rules: Sequence[Rule], what: str,
@@ -124,7 +125,7 @@ def _fresh(kind: str, config: Config | Mapping[str, Any]) -> LazyTensors:
             alone.reset_parameters()
             return getattr(alone, attribute).detach().clone()
 
-    return LazyTensors(build_meta(kind, config), read)
+    return LazyTensors(_of_kind(kind, model.state_dict()), read)
 
 
 def assembled(parts: Sequence[Part], wanted: str) -> list[Part]:

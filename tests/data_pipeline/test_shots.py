@@ -110,7 +110,7 @@ def test_margin_is_left_out_on_both_sides_of_a_cut() -> None:
     one = config("packaged", max_spans=9)
     clip = SourceClip("a", VideoFile(Path("a")), "a", start_s=1.0)
     look = Look(duration_s=10.0, shots=((0.0, 2.8), (3.2, 3.9), (4.5, float("inf"))))
-    starts = [start for start, _ in lay_spans(one, clip, look)]
+    starts = [start for start, _ in lay_spans(one, one.shapes, clip, look)]
     assert starts == [1.0, 4.5, 5.625, 6.75, 7.875]  # 1.125 s each, the last frame one second after the first
 
 

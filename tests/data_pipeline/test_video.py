@@ -92,6 +92,18 @@ def test_frame_is_the_one_shown_at_that_time(decoder: SafeDecoder, name: str) ->
         assert numbers(frames) == [int((start + k / 8) * 24 + 1e-3) for k in range(17)]
 
 
+@pytest.mark.parametrize("name", ["h264 closed GOP mp4", "h264 open GOP mp4", "h264 10 bit mkv", "h264 fragmented mp4", "hevc open GOP mp4", "vp9 webm", "mpeg2 mpeg-ts"])
+def test_far_place_has_the_frames_that_decoding_to_it_gives(decoder: SafeDecoder, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "long.bin"
+    path.write_bytes(encode(barcodes(1080), **FOREIGN[name]))
+    wanted = Wanted(17, 8.0, HEIGHT, WIDTH)
+    far = decoder.decode(VideoFile(path), [41.3, 42.6], wanted)  # a seek, where the container has an index
+    decoder.decode(VideoFile(path), [0.0], wanted)
+    near = decoder.decode(VideoFile(path), [0.0, 41.3, 42.6], wanted)[1:]
+    assert [numbers(frames) for frames in far] == [[int((start + k / 8) * 24 + 1e-3) for k in range(17)] for start in (41.3, 42.6)]
+    assert np.array_equal(far, near)
+
+
 def test_variable_frame_rate_goes_by_time(decoder: SafeDecoder) -> None:
     gaps = np.random.default_rng(0).integers(5, 300, 80)  # milliseconds
     ticks = np.concatenate([[0], np.cumsum(gaps)[:-1]])

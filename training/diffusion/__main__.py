@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 
 from configs.loader import load
-from data_pipeline.loader import Loader
-from data_pipeline.shards import read_manifest
+from data_pipeline.loader import Loader, open_manifest
 from training import distributed
 from training.diffusion.columns import check_columns
 from training.diffusion.config import DiffusionTrainConfig
@@ -18,7 +17,7 @@ from training.run import Run
 def main(config_path: str) -> None:
     config = load(DiffusionTrainConfig, config_path)
     with distributed.start(config.run) as world:
-        check_columns(read_manifest(config.data.manifest), config)
+        check_columns(open_manifest(config.data), config)
         engine = build_engine(config, world)
         loader = Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size)
         fit(engine, loader, Run(config.run, config, world, must_match=MUST_MATCH), config.loop)
