@@ -1,6 +1,11 @@
 """Options of the whole suite."""
 
+import os
 from pathlib import Path
+
+# One thread everywhere: sums come in one order in a forked child and in its parent alike, and tests of several
+# processes don't fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

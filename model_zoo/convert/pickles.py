@@ -6,6 +6,7 @@ classes are stood in for and forgotten, since a converter needs weights alone.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import zipfile
@@ -52,7 +53,7 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
         raise ConversionError(f"{path} does not exist")
     lazy = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with _only_these(stand_ins):
             if not lazy:  # the format of before torch 1.6: in memory, since its tensors cannot be found by offset
                 return torch.load(path, map_location="cpu", weights_only=True)
             with FakeTensorMode():
@@ -66,6 +67,18 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:  # whatever the bytes led to
         raise ConversionError(f"{path} is damaged: {_first_line(error)}") from None
     return _replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
+
+
+@contextlib.contextmanager
+def _only_these(stand_ins: list[tuple[Any, str]]) -> Iterator[None]:
+    """Unpickling knows these stand-ins alone: what other libraries allowed in this process would win over them."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(others)
 
 
 def tensors_of(content: Mapping[str, Any]) -> LazyTensors:

@@ -67,7 +67,8 @@ def test_what_sat_and_deepspeed_add_to_a_release_file_is_passed_over(tmp_path):
         "torch_rng_state": torch.get_rng_state(), "iteration": 1, "lr": np.float64(1e-4),
     }
     torch.save(content, shard)
-    found = open_source(tmp_path / "release", OPTIONS)
+    with torch.serialization.safe_globals([np._core.multiarray._reconstruct]):  # as other libraries do for a whole process
+        found = open_source(tmp_path / "release", OPTIONS)
     assert sorted(p.kind for p in found.parts) == ["control", "lm", "tokenizer", "transformer", "vae"]
     control = next(p for p in found.parts if p.kind == "control")
     assert same(dict(control.tensors), {n: t for n, t in weights("diffusion").items() if not n.startswith("transformer.")})

@@ -147,4 +147,4 @@ assert not {{"megatron", "deepspeed"}} & set(sys.modules), "an engine was import
 assert not torch.distributed.is_initialized()
 assert not torch.cuda.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[3])
