@@ -21,6 +21,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from configs.durations import duration
 from configs.files import write_text
 from data_pipeline.loader import Batch
 from training.distributed import World
@@ -147,13 +148,6 @@ def describe(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
         f"grad {scalars['train/grad_norm']:.2f}  {speed}  data wait {scalars['data/wait_fraction']:.0%}  "
         f"{gib:.1f} GiB  {left} left"
     )
-
-
-def duration(seconds: float) -> str:
-    """75 -> "1:15", 3700 -> "1:01:40"."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def read_scalars(values: Mapping[str, Tensor | float]) -> dict[str, float]:
