@@ -201,7 +201,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, and turn a user's mistake into one clear line and exit code 2."""
+    """Parse, run, and turn a mistake into one clear line: exit code 2 where it is the user's, 3 the disk's, 1 else."""
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     if "submit" in argv:  # the stage's own parser looks at what is left
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         return jobs.run(args)
     except (ConfigError, jobs.JobFailed, SlurmError) as error:
         print(f"landiff {args.command}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, jobs.JobFailed) else 2
     except OSError as error:
         print(f"landiff {args.command}: {error.filename or ''}: {error.strerror or error}".replace(": :", ":"), file=sys.stderr)
         return 3

@@ -114,11 +114,11 @@ def train_job(args: argparse.Namespace) -> int:
     write_text(resolved, dump(config))
     code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
     if code:
-        from training.errors import first_error
+        from training.errors import first_error, read_message
 
         error = first_error(config.run)
-        why = f"{error}:\n{error.read_text(encoding='utf-8').rstrip()}" if error else f"its ranks ended with exit code {code}"
-        raise JobFailed(f"{config.run} failed; {why}")
+        why = f"{read_message(error)}\n(the rank that failed first, in full: {error})" if error else f"its ranks ended with exit code {code}"
+        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {why}")
     return 0
 
 

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -35,21 +34,16 @@ def environment() -> dict[str, str]:
     return env
 
 
-def torchrun(module: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The command that starts `processes` ranks of `module` here."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            "-m", module, *arguments]
-
-
 def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> int:
-    """Start the ranks, forward a wish to stop, return torchrun's exit code."""
+    """Start the ranks, forward a wish to stop, return the exit code of the rank that failed first, or 0."""
     stop = run / "stop"
     stop.unlink(missing_ok=True)
     env = environment()
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))  # shared out, unless the user chose
     libc = ctypes.CDLL(None, use_errno=True)
     child = subprocess.Popen(
-        torchrun(module, [str(config_file)], processes), env=env, start_new_session=True,
+        [sys.executable, "-m", "launchers.torchrun", "--standalone", f"--nproc-per-node={processes}",
+         "-m", "launchers.rank", "--shared-log", str(run), module, str(config_file)], env=env, start_new_session=True,
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # torchrun passes SIGTERM on to its workers
     )
     asked = 0

@@ -1,8 +1,11 @@
-"""One process of a job: `python -m launchers.rank [--own-log] RUN MODULE ARGUMENTS...`
+"""One process of a job: `python -m launchers.rank [--own-log | --shared-log] RUN MODULE ARGUMENTS...`
 
 Runs the module as `python -m` would, and leaves what the batch script has to know in the run folder, where no
 layer of srun or torchrun can swallow it: an error file for what failed before the module could write its own,
 and `job/config_error` for a mistake of the user's, which no restart can mend (exit code 2).
+
+What a person can mend (that, and a full disk) is said without a traceback. With `--shared-log` it is not said
+here: all ranks meet it, and whoever started them reads the error file and says it once.
 """
 
 from __future__ import annotations
@@ -15,28 +18,31 @@ from pathlib import Path
 from configs.base import ConfigError
 from configs.files import write_text
 from launchers.slurm_script import JOB_FOLDER, LOGS
-from training.errors import error_path, write_error
+from training.errors import CheckpointError, error_path, write_error
 
 CONFIG_ERROR = "config_error"
 
 
 def main(arguments: list[str]) -> None:
     """Run the module; exceptions go on after they were written down."""
-    own_log = arguments[0] == "--own-log"
-    folder, module, *rest = arguments[own_log:]
+    log = arguments[0] if arguments[0] in ("--own-log", "--shared-log") else ""
+    folder, module, *rest = arguments[bool(log):]
     run, task = Path(folder), os.environ.get("SLURM_ARRAY_TASK_ID")
     rank = int(os.environ.get("RANK") or task or 0)
-    if own_log:
+    if log == "--own-log":
         log_to(run / JOB_FOLDER / LOGS / f"rank_{rank:04d}.log")
     started = error_path(run, rank)
     started.unlink(missing_ok=True)
     sys.argv = [module, *rest]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         write_error_once(run, rank, error)
+        if log != "--shared-log":
+            print(f"{module}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, CheckpointError):
+            sys.exit(1)
         mark_config_error(run, task, str(error))
-        print(f"{module}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except SystemExit as error:
         if error.code == 2:  # `landiff` has told the person already
@@ -63,7 +69,9 @@ def write_error_once(run: Path, rank: int, error: BaseException) -> None:
 
 
 def mark_config_error(run: Path, task: str | None, text: str) -> None:
-    write_text(run / JOB_FOLDER / (CONFIG_ERROR + (f".{task}" if task else "")), text + "\n")
+    """For the batch script, where there is one."""
+    if (run / JOB_FOLDER).is_dir():
+        write_text(run / JOB_FOLDER / (CONFIG_ERROR + (f".{task}" if task else "")), text + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from launchers.progress import duration
 from launchers.slurm import QueuedJob, Slurm, SlurmError
 from launchers.slurm_script import JOB_FOLDER, LOGS
 from launchers.submit import read_record
-from training.errors import first_error
+from training.errors import first_error, read_message
 from training.run_folder import committed_steps, finished_step
 
 TAIL_BYTES = 64 << 10  # the last lines of a metrics.jsonl of any length
@@ -162,14 +162,13 @@ def is_marked_done(run: Path, record: dict) -> bool:
 
 
 def last_error(run: Path) -> str:
-    """Why it gave up, else the last line of the first rank's traceback."""
+    """Why it gave up, else what the rank that failed first had to say."""
     for path in sorted((run / JOB_FOLDER).glob("given_up*")):
         return path.read_text(encoding="utf-8").strip()
     path = first_error(run)
     if path is None:
         return ""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return f"{path.stem}: {lines[-1].strip()}"
+    return f"{path.stem}: {read_message(path)}"
 
 
 def table(found: Sequence[RunStatus]) -> str:

@@ -38,6 +38,7 @@ from configs.loader import dump
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import BatchSource, Engine, TrainState
+from training.errors import CheckpointError
 from training.run_folder import committed_steps, step_folder
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,6 @@ HASH_LIMIT = 4 << 30  # bytes; above, reading a file back would hold a save up f
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk looks like
 RETRY_WAITS_S = (1.0, 10.0, 60.0)
 DISTRIBUTIONS = ("torch", "megatron-core", "deepspeed", "vector-quantize-pytorch", "safetensors", "numpy")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none of those on disk is whole."""
 
 
 class CheckpointState(Config):

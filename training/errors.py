@@ -12,18 +12,30 @@ from pathlib import Path
 
 from configs.files import write_text
 
+_TRACE = "\nin full:\n"  # behind the message
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those on disk is whole."""
+
 
 def error_path(run: Path, rank: int) -> Path:
     return run / "errors" / f"rank_{rank:04d}.txt"
 
 
 def write_error(run: Path, rank: int, step: int, error: BaseException) -> Path:
-    """Write time (UTC, microseconds), step and traceback of `error`; returns the file."""
+    """Write time (UTC, microseconds), step, message and traceback of `error`; returns the file."""
     now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds")
+    message = f"{type(error).__name__}: {error}\n"
     trace = "".join(traceback.format_exception(error))
     path = error_path(run, rank)
-    write_text(path, f"time: {now}\nrank: {rank}\nstep: {step}\n\n{trace}")
+    write_text(path, f"time: {now}\nrank: {rank}\nstep: {step}\n\n{message}{_TRACE}{trace}")
     return path
+
+
+def read_message(path: Path) -> str:
+    """What the exception in an error file said, with its type; without the traceback."""
+    return path.read_text(encoding="utf-8").partition("\n\n")[2].partition(_TRACE)[0].strip()
 
 
 def clear_errors(run: Path, rank: int, world_size: int) -> None:

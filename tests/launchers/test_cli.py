@@ -1,9 +1,14 @@
 """What a person types and reads."""
 
+import subprocess
+import sys
+
 import pytest
 
 from launchers.cli import main
+from launchers.local import environment
 from launchers.pipeline import walk
+from launchers.snapshot import ROOT
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -81,3 +86,17 @@ def test_overrides_stand_beside_an_action_that_is_left_out(capsys, tmp_path, com
     key = {"shards": "max_spans=7", "precompute": "batch_size=7"}[command]
     code, out, err = run(capsys, "-C", str(tmp_path), command, "--config", f"nano/{command}", "--dry-run", key)
     assert code == 0 and key.replace("=", ": ") in out, err
+
+
+def test_a_mistake_that_all_ranks_meet_is_told_once(capfd, tmp_path):
+    code, _, err = run(capfd, "-C", str(tmp_path), "train", "tokenizer", "--config", "nano/tokenizer", "--nproc", "2")
+    assert code == 2 and err.count("data/manifest.json does not exist; run `landiff shards` first") == 1, err
+    assert "Traceback" not in err and "Traceback" in (tmp_path / "runs/tokenizer/errors/rank_0001.txt").read_text()
+
+
+@pytest.mark.parametrize("way, code, words", [("os.kill(os.getpid(), 9)", 137, "rank 0 was ended by SIGKILL"), ("sys.exit(7)", 7, "")])
+def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
+    (tmp_path / "dying.py").write_text(f"import os, sys; {way}")
+    done = subprocess.run([sys.executable, "-m", "launchers.torchrun", "--standalone", "--nproc-per-node=1", "-m", "dying"],
+                          env=environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (code, words)

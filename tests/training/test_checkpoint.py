@@ -13,7 +13,6 @@ from configs.base import ConfigError
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, alone, train
 from training.checkpoint import (
-    CheckpointError,
     CheckpointState,
     CheckpointStore,
     FileList,
@@ -24,6 +23,7 @@ from training.checkpoint import (
 )
 from training.config import LoopConfig, OptimConfig
 from training.engine import TrainState
+from training.errors import CheckpointError
 
 
 def config(folder, steps=6, **loop):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 
@@ -17,8 +18,10 @@ SHAPES_WEIGHTS = ("model", "precision", "vocab_multiple", "head_multiple")  # a 
 
 def main(config_path: str) -> None:
     config = load(LMTrainConfig, config_path)
-    # core says in every module that Transformer Engine and apex are not there, and gives advice for CUDA on the CPU
+    # core says in every module that Transformer Engine and apex are not there, and gives advice for CUDA on the CPU;
+    # and of every layer that its MLP (our GatedMLP) is none of core's own
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     from training.lm.batch import check_columns
     from training.lm.engine import MegatronEngine
 
