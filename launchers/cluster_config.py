@@ -94,7 +94,7 @@ class ClusterConfig(Config):
     setup: tuple[str, ...] = ()  # shell lines before anything else runs
     env: dict[str, str] = Field(default={})  # NCCL_SOCKET_IFNAME, HF_HOME, ...
     container: ContainerConfig | None = None
-    python: str | None = None  # interpreter on the nodes; none = the one that submits
+    python: str | None = None  # interpreter on the nodes; none = the one that submits, in a container its python3
 
     restart: Literal["requeue", "chain", "none"] = "requeue"  # chain: for sites that forbid requeueing
     chain_length: PositiveInt = 4  # jobs queued one behind the other; restart = chain

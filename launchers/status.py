@@ -14,7 +14,7 @@ from configs import ConfigError
 from launchers.progress import duration
 from launchers.slurm import QueuedJob, Slurm, SlurmError
 from launchers.slurm_script import JOB_FOLDER, LOGS
-from launchers.submit import read_record
+from launchers.submit import PID, read_record, running_here
 from training.errors import first_error
 from training.run_folder import committed_steps, finished_step
 
@@ -138,8 +138,8 @@ def state_of(run: Path, record: dict, jobs: Sequence[QueuedJob], away: bool) -> 
         return "done"
     if states & {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}:
         return "pending"
-    if (folder / "pid").exists():
-        return "running" if Path("/proc", (folder / "pid").read_text().strip()).exists() else "interrupted"
+    if (folder / PID).exists():
+        return "running" if running_here(run)[0] else "interrupted"
     if list(folder.glob("given_up*")):
         return "failed"
     if (folder / "stopped").exists():
@@ -162,9 +162,11 @@ def is_marked_done(run: Path, record: dict) -> bool:
 
 
 def last_error(run: Path) -> str:
-    """Why it gave up, else the last line of the first rank's traceback."""
-    for path in sorted((run / JOB_FOLDER).glob("given_up*")):
-        return path.read_text(encoding="utf-8").strip()
+    """Why it gave up, else the last line of the first rank's traceback, of this attempt or an earlier one."""
+    for path in [*sorted((run / JOB_FOLDER).glob("given_up*")), *sorted((run / JOB_FOLDER).glob("last_error*"))]:
+        text = path.read_text(encoding="utf-8").strip()
+        if text:  # a full disk leaves an empty file
+            return text
     path = first_error(run)
     if path is None:
         return ""
@@ -209,7 +211,7 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
     if not folder.is_dir():
         raise ConfigError(f"{run} has no logs ({folder}); landiff status --all lists what was submitted")
     if rank is not None:
-        paths = [p for p in (folder / f"rank_{rank:04d}.log", folder / f"task.{rank}.log") if p.exists()]
+        paths = logs_of(folder, rank)
         if not paths:
             raise ConfigError(f"no log of rank {rank} in {folder}; there are {', '.join(sorted(p.name for p in folder.glob('*.log')))}")
     else:
@@ -217,8 +219,7 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
         failed = first_error(run)
         if failed is not None:
             print(f"==> first to fail: {failed} <==\n{tail(failed, lines)}")
-            log = folder / f"{failed.stem}.log"
-            if log.exists():
+            for log in logs_of(folder, int(failed.stem.removeprefix("rank_"))):
                 print(f"==> {log} <==\n{tail(log, lines)}")
     for path in paths:
         print(f"==> {path} <==\n{tail(path, lines)}", flush=True)
@@ -226,6 +227,11 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
         for text in growth(paths[-1]):
             print(text, end="", flush=True)
     return 0
+
+
+def logs_of(folder: Path, rank: int) -> list[Path]:
+    """Of a rank, or of the task of an array with this number."""
+    return [path for path in (folder / f"rank_{rank:04d}.log", folder / f"task.{rank}.log") if path.exists()]
 
 
 def tail(path: Path, lines: int) -> str:

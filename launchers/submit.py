@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
@@ -22,13 +23,13 @@ from launchers.snapshot import write_snapshot
 from launchers.stage_jobs import CONFIG, Place, Planned, command_line, jobs_of, pipeline_jobs
 from training.run_folder import finished_step
 
-RECORD = "job.json"
+RECORD, PID = "job.json", "pid"
 
 
 def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = None) -> int:
     """Returns 0 when all jobs are queued (or, here, have done their work)."""
     cluster = load(ClusterConfig, cluster_name(args.cluster))
-    place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or sys.executable, args.nodes, args.here)
+    place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or ("python3" if cluster.container else sys.executable), args.nodes, args.here)
     if args.stage == "pipeline":
         planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
     else:
@@ -80,9 +81,14 @@ def fingerprint(plan: Planned) -> str:
 
 
 def read_record(run: Path) -> dict:
-    """job.json of a run folder; empty where nothing was submitted."""
-    path = run / JOB_FOLDER / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """job.json of a run folder, with the job that runs there now; empty where nothing was submitted."""
+    path, current = run / JOB_FOLDER / RECORD, run / JOB_FOLDER / "current"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if record and current.exists():
+        job = current.read_text(encoding="utf-8").strip()  # by hand, perhaps: sbatch RUN/job/job.sbatch
+        if job.isdigit() and job not in record["job_ids"]:
+            record["job_ids"].append(job)
+    return record
 
 
 def is_done(plan: Planned) -> bool:
@@ -115,7 +121,7 @@ def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
         write_text(folder / CONFIG, dump(plan.config))
     write_text(folder / "cluster.yaml", dump(cluster))
     write_text(folder / SCRIPT, sbatch_text(plan.job, cluster))
-    for pattern in ("done*" if plan.steps is None else "done", "stop", "job/stopped", "job/state*", "job/given_up*", "job/chain"):
+    for pattern in ("done*" if plan.steps is None else "done", "stop", "job/stopped", "job/state*", "job/given_up*", "job/last_error*", "job/current", "job/chain"):
         for path in plan.job.run.glob(pattern):
             path.unlink()
     write_record(plan, [], origin)
@@ -203,7 +209,7 @@ def run_script(script: Path) -> int:
     """The batch script in a process of its own, told of our signals. Its words go to the terminal and to batch.log."""
     child = subprocess.Popen(["bash", "-c", 'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"', "_", str(script.parent / LOGS / "batch.log"), str(script)],
                              start_new_session=True)
-    write_text(script.parent / "pid", f"{child.pid}\n")
+    write_text(script.parent / PID, f"{child.pid} {socket.gethostname()}\n")
 
     def forward(number: int, _frame: object) -> None:
         child.send_signal(number)
@@ -214,7 +220,17 @@ def run_script(script: Path) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        (script.parent / "pid").unlink(missing_ok=True)
+        (script.parent / PID).unlink(missing_ok=True)
+
+
+def running_here(run: Path) -> tuple[int, str]:
+    """(process, host) of a run that was started without sbatch; (0, "") when there is none. What died here is none."""
+    path = run / JOB_FOLDER / PID
+    if not path.exists():
+        return 0, ""
+    number, _, host = path.read_text(encoding="utf-8").strip().partition(" ")
+    alive = host != socket.gethostname() or Path("/proc", number).exists()
+    return (int(number), host) if alive else (0, "")
 
 
 # -------------------------------------------------------------------- stop
@@ -225,12 +241,14 @@ def stop(run: Path, restart: bool, slurm: Slurm | None = None) -> str:
     record = read_record(run)
     if not record:
         raise ConfigError(f"{run} was not submitted (it has no {JOB_FOLDER}/{RECORD}); landiff status --all lists what was")
-    if not restart:
-        write_text(run / JOB_FOLDER / "stopped", "landiff stop\n")
-    pid = run / JOB_FOLDER / "pid"
-    if pid.exists():
-        os.kill(int(pid.read_text()), signal.SIGUSR1)
-        return f"{run}: asked process {pid.read_text().strip()} to save and end"
+    pid, host = running_here(run)
+    if pid and host != socket.gethostname():
+        raise ConfigError(f"{run} runs on {host}; call landiff stop there")
+    if not restart:  # for these jobs: one that is queued later is not meant
+        write_text(run / JOB_FOLDER / "stopped", "\n".join(["here"] if pid else record["job_ids"]) + "\n")
+    if pid:
+        os.kill(pid, signal.SIGUSR1)
+        return f"{run}: asked process {pid} to save and {'start again' if restart else 'end'}"
     slurm = slurm or Slurm()
     said = []
     for job in slurm.queue(record["job_ids"]) if record["job_ids"] else []:
