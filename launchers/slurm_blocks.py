@@ -53,12 +53,17 @@ count_restart() { # crash: ranks failed. outside: a node died, or a stop was ask
     restarted_at=$now
 }
 show_failure() { # the rank that failed first, first. One that was killed wrote no error file, but srun saw it
-    local first told; told=$(grep -sm1 'srun: error: .*: task' "$LOG/srun$T.log")
+    local first told cause=
     first=$(grep -sH '^time:' "$RUN"/errors/$ERRORS | sort -t: -k3 | head -n 1 | cut -d: -f1)
-    case $told in *'Exited with exit code'*) [ -z "$first" ] || told= ;; esac
+    told=$(grep -sm1 'srun: error: .*: task' "$LOG/srun$T.log")
+    [ -z "$first" ] || cause="$(basename "$first" .txt): $(tail -n 1 "$first")"
+    case $told in
+    '') ;;
+    *'Exited with exit code'*) cause=${cause:-$told} ;;
+    *) cause="$(printf 'rank_%04d' "$(echo "${T#.}$told" | grep -oE '^[0-9]+|tasks? [0-9]+' | head -n 1 | tr -dc 0-9)"): $told" ;;
+    esac
+    [ -z "$cause" ] || { echo "first to fail: $cause"; echo "$cause" >"$JOB/last_error$T"; }
     [ -z "$first" ] || { echo "---- $first"; tail -n 30 "$first"; echo "----"; }
-    [ -z "${told:-$first}" ] || echo "${told:-$(basename "$first" .txt): $(tail -n 1 "$first")}" >"$JOB/last_error$T"
-    [ -z "$told" ] || echo "first to end: $told"
     for first in "$RUN"/hangs/rank_*.txt; do [ ! -s "$first" ] || { echo "---- hang: $first"; head -n 30 "$first"; break; }; done
 }
 """

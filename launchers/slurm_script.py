@@ -186,7 +186,7 @@ def ranks(job: Job, cluster: ClusterConfig) -> str:
     """The command that starts the ranks, as bash."""
     target = ["launchers.rank", str(job.run), job.module, *job.arguments]
     python, tasks = python_command(job, cluster), job.resources.tasks
-    own_words = ' 2>"$LOG/srun$T.log"'  # of srun: which task ended first
+    own_words = ' 2>"$LOG/srun$T.log"'  # of srun: which rank ended first, and how
     through_torchrun = job.trainer and (cluster.launcher == "torchrun" or cluster.scheduler == "local")
     if through_torchrun:
         torchrun = [*python, "-m", "torch.distributed.run", f"--nproc-per-node={tasks}"]
@@ -197,7 +197,7 @@ def ranks(job: Job, cluster: ClusterConfig) -> str:
             torchrun += [f"--nnodes={job.resources.nodes}", "--rdzv-backend=c10d"]
             command = (f'{shlex.join(srun(job, cluster, per_node=1))} --output="$LOG/node_%4t.log" --open-mode=append \\\n'
                        f'    {shlex.join(torchrun)} --rdzv-id="$SLURM_JOB_ID-$restart" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\\n'
-                       f'    -m {shlex.join(target)}{own_words}')
+                       f'    -m {shlex.join(target)}')
     elif cluster.scheduler == "local":
         command = f'{shlex.join([*python, "-m", *target])} >>"$LOG/rank_0000.log" 2>&1'
     elif job.trainer:

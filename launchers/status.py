@@ -15,7 +15,7 @@ from launchers.progress import duration
 from launchers.slurm import QueuedJob, Slurm, SlurmError
 from launchers.slurm_script import JOB_FOLDER, LOGS
 from launchers.submit import PID, read_record, running_here
-from training.errors import first_error
+from training.errors import error_path, first_error
 from training.run_folder import committed_steps, finished_step
 
 TAIL_BYTES = 64 << 10  # the last lines of a metrics.jsonl of any length
@@ -216,10 +216,10 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
             raise ConfigError(f"no log of rank {rank} in {folder}; there are {', '.join(sorted(p.name for p in folder.glob('*.log')))}")
     else:
         paths = sorted(folder.glob("batch*.log"))
-        failed = first_error(run)
+        failed = failing_rank(run)
         if failed is not None:
-            print(f"==> first to fail: {failed} <==\n{tail(failed, lines)}")
-            for log in logs_of(folder, int(failed.stem.removeprefix("rank_"))):
+            print(f"==> first to fail: {last_error(run)} <==")
+            for log in [path for path in (error_path(run, failed), *logs_of(folder, failed)) if path.exists()]:
                 print(f"==> {log} <==\n{tail(log, lines)}")
     for path in paths:
         print(f"==> {path} <==\n{tail(path, lines)}", flush=True)
@@ -227,6 +227,16 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
         for text in growth(paths[-1]):
             print(text, end="", flush=True)
     return 0
+
+
+def failing_rank(run: Path) -> int | None:
+    """Of the last attempt that failed; of an array, the task. None where nothing failed, or nobody said so."""
+    for path in sorted((run / JOB_FOLDER).glob("last_error*")):
+        found = re.match(r"rank_(\d+): ", path.read_text(encoding="utf-8"))
+        if found:
+            return int(found[1])
+    first = first_error(run)
+    return int(first.stem.removeprefix("rank_")) if first else None
 
 
 def logs_of(folder: Path, rank: int) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from launchers.slurm_script import Job
 from launchers.stage_jobs import Planned
 from launchers.status import statuses
 from launchers.submit import queue, read_record, stop
-from tests.slurm.conftest import Sandbox, until
+from tests.slurm.conftest import HERE, Sandbox, full, until
 from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_log, ready, start, undisturbed
 
 pytestmark = pytest.mark.slurm
 NODE_3, NODE_4 = cluster("--nodelist=node3", nodes=1), cluster("--nodelist=node4", "--exclusive", nodes=1)
+NOTE = """two words, $HOME and 'a quote'"""
 SPOT = cluster("--nodelist=node4", "--exclusive", nodes=1, partition="spot")
 
 
@@ -118,6 +120,31 @@ def full_disk(sandbox: Sandbox, run: Path) -> str:
     return start(sandbox, light(run))
 
 
+def brimful_disk(sandbox: Sandbox, run: Path) -> str:
+    """Not a byte is free: neither for a checkpoint nor for what the job script has to remember."""
+    run = sandbox.disk / run.name
+    job = start(sandbox, light(run, 60))
+    until(lambda: (run / "checkpoints" / "step_00000010").exists())
+    with full(sandbox.disk):
+        sandbox.wait(job)
+    return job
+
+
+def in_a_container(fault: str) -> Callable[[Sandbox, Path], str]:
+    """Ranks see nothing but what is mounted; a folder is the image."""
+
+    def scenario(sandbox: Sandbox, run: Path) -> str:
+        image = run / "image"
+        image.mkdir(parents=True)
+        (image / "image.txt").write_text(f"of {run.name}")
+        mounts = ["/usr", "/bin", "/lib", "/lib64", "/etc", sys.prefix, f"{sys.base_prefix}:{sys.base_prefix}"]
+        site = cluster("--exclude=node3,node4", preflight=True, container={"runtime": "apptainer", "image": str(image), "mounts": mounts},
+                       env={"NOTE": NOTE, "PATH": f"{os.environ['PATH']}:{HERE}"})
+        return start(sandbox, light(run, 20, fault, site=site), site)
+
+    return scenario
+
+
 def failing_preflight(sandbox: Sandbox, run: Path) -> str:
     """nvidia-smi finds two good GPUs on one node, and a broken one on the other."""
     tools = run / "tools"
@@ -142,7 +169,7 @@ SCENARIOS: dict[str, Callable[[Sandbox, Path], str]] = {
     "restarted": disturbed(lambda sandbox, job, run: stop(run, restart=True, slurm=sandbox.slurm)),
     "cancelled": disturbed(lambda sandbox, job, run: sandbox.slurm.cancel(job)),
     "requeued": disturbed(lambda sandbox, job, run: sandbox.slurm.ask("scontrol", "requeue", job)),
-    "full": full_disk, "preflight": failing_preflight, "torchrun": through_torchrun, "chain": chain, "array": array_of_tasks,
+    "full": full_disk, "brimful": brimful_disk, "container": in_a_container("1:15:exit"), "container config": in_a_container("2:5:config"), "preflight": failing_preflight, "torchrun": through_torchrun, "chain": chain, "array": array_of_tasks,
 }
 
 
@@ -179,7 +206,12 @@ def test_a_failed_rank_costs_one_restart_and_no_step(runs, name, steps):
 def test_the_failing_rank_is_shown_first(runs):
     run, _, _ = runs.ended("crash")
     log = batch_log(run)
-    assert "RuntimeError: exit: broken on purpose" in log and log.index("rank_0001.txt") < log.index("requeueing")
+    assert "first to fail: rank_0001: RuntimeError: exit: broken on purpose" in log and log.index("rank_0001.txt") < log.index("requeueing")
+
+
+def test_a_rank_that_is_killed_is_named_though_it_could_not_say_so(runs):
+    run, _, _ = runs.ended("killed")
+    assert "first to fail: rank_0003: srun: error: node2: task 3: Killed" in batch_log(run)
 
 
 def test_a_dependent_job_waits_for_the_restart(runs):
@@ -248,6 +280,27 @@ def test_a_full_disk_costs_no_checkpoint_and_is_given_up(runs):
     assert runs.sandbox.wait(start(runs.sandbox, light(run))) == "COMPLETED" and losses(run) == undisturbed(40)
 
 
+def test_a_disk_without_a_free_byte_ends_the_run_at_once_and_costs_no_checkpoint(runs):
+    job = runs.futures["brimful"].result(timeout=300)
+    run = runs.sandbox.disk / "brimful"
+    assert runs.sandbox.state(job) == "FAILED" and runs.restarts(job) == 0  # who cannot count must not start again for ever
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert saved and all(json.loads((run / "checkpoints" / name / "state.json").read_text())[0] == int(name[5:]) for name in saved)
+    (status,), _ = statuses([run], runs.sandbox.slurm)
+    assert status.state == "failed"
+    assert runs.sandbox.wait(start(runs.sandbox, light(run, 60))) == "COMPLETED" and losses(run) == undisturbed(60)
+
+
+def test_a_container_holds_the_ranks_and_hides_nothing_of_them(runs):
+    run, job, state = runs.ended("container")
+    assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
+    assert all(f"rank {rank} of 4 on node" in rank_log(run, rank) and f"image of container, note {NOTE}" in rank_log(run, rank) for rank in range(4))
+    assert "first to fail: rank_0001: RuntimeError: exit: broken on purpose" in batch_log(run)
+    assert len(list((run / "job" / "preflight").glob("node*.ok"))) == 2
+    run, job, state = runs.ended("container config")
+    assert state == "FAILED" and runs.sandbox.field(job, "ExitCode") == "2:0" and runs.restarts(job) == 0
+
+
 def test_a_failing_preflight_names_the_node_and_starts_no_rank(runs):
     run, job, state = runs.ended("preflight")
     assert state == "FAILED" and runs.restarts(job) == 0
@@ -312,23 +365,10 @@ def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
     sandbox.wait(job)
 
 
-def test_no_process_of_any_run_is_left(runs):
+def test_no_process_port_or_lock_is_left_on_any_node(runs):
     for name in SCENARIOS:
         runs.ended(name)
-    until(lambda: not processes_below(runs.root), 30, lambda: str(processes_below(runs.root)))
-
-
-def processes_below(root: Path) -> list[str]:
-    """Command lines that name a run, on all nodes: a node's processes are seen from outside."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(root) in words:
-            found.append(words)
-    return found
+    until(lambda: not runs.sandbox.left_behind(), 60, lambda: str(runs.sandbox.left_behind()))
 
 
 @pytest.mark.long
