@@ -162,16 +162,17 @@ def is_marked_done(run: Path, record: dict) -> bool:
 
 
 def last_error(run: Path) -> str:
-    """Why it gave up, else the last line of the first rank's traceback, of this attempt or an earlier one."""
-    for path in [*sorted((run / JOB_FOLDER).glob("given_up*")), *sorted((run / JOB_FOLDER).glob("last_error*"))]:
-        text = path.read_text(encoding="utf-8").strip()
-        if text:  # a full disk leaves an empty file
-            return text
+    """The last line of the first rank's traceback, of this attempt or an earlier one; and why the job gave up."""
+    cause, why = (next(filter(None, map(text_of, sorted((run / JOB_FOLDER).glob(f"{name}*")))), "") for name in ("last_error", "given_up"))
     path = first_error(run)
-    if path is None:
-        return ""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return f"{path.stem}: {lines[-1].strip()}"
+    if path is not None and not cause:
+        cause = f"{path.stem}: {text_of(path).splitlines()[-1].strip()}"
+    return f"{cause}; given up: {why}" if cause and why else cause or why
+
+
+def text_of(path: Path) -> str:
+    """A full disk leaves an empty file."""
+    return path.read_text(encoding="utf-8").strip()
 
 
 def table(found: Sequence[RunStatus]) -> str:
