@@ -182,7 +182,7 @@ def table(found: Sequence[RunStatus]) -> str:
         step = f"{s.step if s.step is not None else '-'}/{s.steps}" if s.steps else ""
         rows.append((
             s.run, s.stage, s.state, step, f"{s.steps_per_s:.2f}/s" if s.steps_per_s else "",
-            duration(s.seconds_left) if s.seconds_left is not None else "", str(s.restarts or ""), s.jobs, s.error.splitlines()[0][:100] if s.error else "",
+            duration(s.seconds_left) if s.seconds_left is not None else "", str(s.restarts or ""), s.jobs, s.error.splitlines()[0][:200] if s.error else "",
         ))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
