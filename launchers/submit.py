@@ -75,7 +75,7 @@ def plan_lines(planned: Sequence[Planned]) -> list[str]:
 
 def fingerprint(plan: Planned) -> str:
     """Of what the job does. Where and with what resources is not part of it, nor how long a trainer trains."""
-    config = plan.config.model_dump(mode="json") if plan.config else None
+    config = plan.config.model_dump(mode="json", exclude={"loop"} if plan.steps is not None else None) if plan.config else None
     document = [plan.job.module, plan.job.arguments, config, plan.job.resources.array if plan.job.array else 1]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
@@ -104,6 +104,12 @@ def is_done(plan: Planned) -> bool:
 def nothing_left(plan: Planned, skipped: Collection[str], skip: bool) -> bool:
     """A trainer that has its steps is done for good; anything else only while what it reads was not made anew."""
     return is_done(plan) and (plan.steps is not None or (skip and all(name in skipped for name in plan.after)))
+
+
+def said_of_done(plan: Planned) -> str:
+    """A trainer's checkpoints stay what they are when its config is edited."""
+    edited = plan.steps is not None and read_record(plan.job.run).get("fingerprint", fingerprint(plan)) != fingerprint(plan)
+    return f"{plan.name}: done already" + (f"; its config was edited since, to train anew give another run= than {plan.job.run}" if edited else "")
 
 
 def done_markers(plan: Planned) -> list[Path]:
@@ -160,7 +166,7 @@ def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, afte
         raise ConfigError(f"{planned[0].job.run} has job {ids[planned[0].name]} in the queue already; landiff stop {planned[0].job.run} ends it")
     for plan in planned:
         if plan.name in skipped:
-            print(f"{plan.name}: done already")
+            print(said_of_done(plan))
         elif plan.name not in scripts:
             print(f"{plan.name}: job {ids[plan.name]} is in the queue already")
         else:
@@ -194,7 +200,7 @@ def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = Tr
             continue
         if nothing_left(plan, skipped, skip):
             skipped.add(plan.name)
-            print(f"{plan.name}: done already")
+            print(said_of_done(plan))
             continue
         script = prepare(plan, cluster)
         print(f"{plan.name}: {plan.job.folder / LOGS}", flush=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from launchers.slurm import Answer, Slurm
 from launchers.slurm_script import Job
 from launchers.stage_jobs import Planned
 from launchers.status import growth, statuses
-from launchers.submit import prepare, read_record, run_here
+from launchers.submit import prepare, queue, read_record, run_here
 
 LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 STAGES = {
@@ -118,6 +119,43 @@ def test_a_failed_job_here_costs_what_depends_on_it_and_nothing_else(tmp_path, c
     assert run_here(plans, LOCAL) != 0
     assert [(tmp_path / name / "done").exists() for name in ("bad", "lost", "other")] == [False, False, True]
     assert "lost: not run, bad failed" in capfd.readouterr().err
+
+
+def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsys):
+    asked: list[list[str]] = []
+
+    def cluster(words):
+        asked.append(list(words))
+        return Answer(0, f"{len(asked)}\n" if "--parsable" in words else "", "")
+
+    def walk(code: str) -> list[Planned]:
+        return [one_process(tmp_path / "first", "pass", "first"), one_process(tmp_path / "second", code, "second", ("first",)),
+                one_process(tmp_path / "third", "pass", "third", ("second",)), one_process(tmp_path / "other", "pass", "other")]
+
+    site = ClusterConfig()
+    queue(walk("pass"), site, Slurm(cluster))
+    for plan in walk("pass"):
+        (plan.job.run / "done").touch()
+    capsys.readouterr()
+    queue(walk("pass"), site, Slurm(cluster))
+    assert capsys.readouterr().out.count("done already") == 4
+    asked.clear()
+    queue(walk("1"), site, Slurm(cluster))
+    out = capsys.readouterr().out
+    assert "first: done already" in out and "other: done already" in out and "second: job" in out
+    submissions = [words for words in asked if "--parsable" in words]
+    assert [Path(words[-1]).parent.parent.name for words in submissions] == ["second", "third"]
+    assert submissions[1][2].startswith("--dependency=afterok:")
+
+
+def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
+    def trainer(code: str) -> list[Planned]:
+        return [replace(one_process(tmp_path / "lm", code), steps=3)]
+
+    prepare(trainer("pass")[0], LOCAL)
+    (tmp_path / "lm" / "done").write_text("3\n")
+    assert run_here(trainer("pass"), LOCAL) == 0 and "done already\n" in capsys.readouterr().out
+    assert run_here(trainer("1"), LOCAL) == 0 and "another run=" in capsys.readouterr().out
 
 
 def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):

@@ -113,8 +113,8 @@ def full(disk: Path, leave: int = 0) -> Iterator[None]:
     filler = disk / "filler"
     try:
         with open(filler, "wb", buffering=0) as file, suppress(OSError):  # no room is what is wanted
-            for _ in range(max(0, shutil.disk_usage(disk).free - leave) // 4096 + (0 if leave else 1)):
-                file.write(b"\0" * 4096)
+            while (room := shutil.disk_usage(disk).free - leave) > 0:
+                file.write(b"\0" * min(room, 1 << 20))
         yield
     finally:
         filler.unlink()

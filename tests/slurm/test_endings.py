@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_lo
 pytestmark = pytest.mark.slurm
 NODE_3, NODE_4 = cluster("--nodelist=node3", nodes=1), cluster("--nodelist=node4", "--exclusive", nodes=1)
 NOTE = """two words, $HOME and 'a quote'"""
+FIRST = "first.json"  # what a scenario of two submissions saw of the first
+LONG = 150  # steps of 0.1 s: time enough for a hand
 SPOT = cluster("--nodelist=node4", "--exclusive", nodes=1, partition="spot")
 
 
@@ -51,7 +54,7 @@ def alone(steps: int = 40, fault: str | None = None) -> Callable[[Sandbox, Path]
     return lambda sandbox, run: start(sandbox, light(run, steps, fault))
 
 
-def disturbed(hand: Callable[[Sandbox, str, Path], object], steps: int = 200) -> Callable[[Sandbox, Path], str]:
+def disturbed(hand: Callable[[Sandbox, str, Path], object], steps: int = LONG) -> Callable[[Sandbox, Path], str]:
     """A job that something is done to once it has taken steps."""
 
     def scenario(sandbox: Sandbox, run: Path) -> str:
@@ -78,14 +81,14 @@ def crash_before_dependent(sandbox: Sandbox, run: Path) -> str:
 
 
 def preemption(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 200, site=SPOT), SPOT)
+    job = start(sandbox, light(run, LONG, site=SPOT), SPOT)
     until(lambda: (run / "metrics.jsonl").exists())
     assert sandbox.wait(start(sandbox, light(run.parent / "urgent", 2, site=NODE_4), NODE_4)) == "COMPLETED"
     return job
 
 
 def node_crash(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 150, site=NODE_3), NODE_3)
+    job = start(sandbox, light(run, LONG, site=NODE_3), NODE_3)
     until(lambda: (run / "checkpoints" / "step_00000010").exists())
     sandbox.crash("node3")
     sandbox.boot("node3")
@@ -93,12 +96,22 @@ def node_crash(sandbox: Sandbox, run: Path) -> str:
 
 
 def stop_and_submit_again(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 200))
+    job = start(sandbox, light(run, LONG))
     until(lambda: (run / "metrics.jsonl").exists())
     stop(run, restart=False, slurm=sandbox.slurm)
     states = [sandbox.wait(job), sandbox.field(job, "ExitCode"), sandbox.field(job, "Restarts"), (run / "done").exists()]
-    (run / "first.json").write_text(json.dumps(states))
-    return start(sandbox, light(run, 200))
+    (run / FIRST).write_text(json.dumps(states))
+    return start(sandbox, light(run, LONG))
+
+
+def early_signal(sandbox: Sandbox, run: Path) -> str:
+    """It comes while modules load, before there is a rank."""
+    site = cluster("--exclude=node3,node4", setup=["sleep 4"])
+    job = start(sandbox, light(run, 20, site=site), site)
+    until(lambda: sandbox.state(job) == "RUNNING")
+    time.sleep(1)
+    sandbox.slurm.signal(job)
+    return job
 
 
 def chain(sandbox: Sandbox, run: Path) -> str:
@@ -117,17 +130,42 @@ def array_of_tasks(sandbox: Sandbox, run: Path) -> str:
 def full_disk(sandbox: Sandbox, run: Path) -> str:
     (run / "checkpoints" / ".step_00000020").mkdir(parents=True)
     (run / "checkpoints" / ".step_00000020" / "state.json").symlink_to("/dev/full")
+    job = start(sandbox, light(run))
+    saw = [sandbox.wait(job), sandbox.field(job, "Restarts"), [path.name for path in (run / "checkpoints").glob("step_*")]]
+    (run / FIRST).write_text(json.dumps(saw))
+    (run / "checkpoints" / ".step_00000020" / "state.json").unlink()  # room again: submit again
     return start(sandbox, light(run))
 
 
 def brimful_disk(sandbox: Sandbox, run: Path) -> str:
     """Not a byte is free: neither for a checkpoint nor for what the job script has to remember."""
-    run = sandbox.disk / run.name
-    job = start(sandbox, light(run, 60))
-    until(lambda: (run / "checkpoints" / "step_00000010").exists())
+    small = sandbox.disk / run.name
+    job = start(sandbox, light(small, LONG))
+    until(lambda: (small / "checkpoints" / "step_00000010").exists())
     with full(sandbox.disk):
-        sandbox.wait(job)
-    return job
+        state = sandbox.wait(job)
+    (status,), _ = statuses([small], sandbox.slurm)
+    saved = {path.name: json.loads((path / "state.json").read_text())[0] for path in (small / "checkpoints").glob("step_*")}
+    run.mkdir()
+    (run / FIRST).write_text(json.dumps([state, sandbox.field(job, "Restarts"), status.state, saved]))
+    return start(sandbox, light(small, LONG))
+
+
+def by_hand(sandbox: Sandbox, run: Path) -> str:
+    """After a config error that was mended."""
+    first = start(sandbox, light(run, 20, "1:5:config"))
+    sandbox.wait(first)
+    (run / FIRST).write_text(json.dumps(first))
+    return sandbox.slurm.submit(run / "job" / "job.sbatch")
+
+
+def allocation(sandbox: Sandbox, run: Path) -> str:
+    """The script inside salloc; returns no job but what it said."""
+    site = cluster()
+    script = ready(light(run, 20, "1:15:exit", site=site, here=True), site)
+    words = ["salloc", "-Q", "-N", "2", "--exclude=node3,node4", "--ntasks-per-node=2", "--mem=1G", "bash", str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    return f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
 
 
 def in_a_container(fault: str) -> Callable[[Sandbox, Path], str]:
@@ -165,11 +203,12 @@ SCENARIOS: dict[str, Callable[[Sandbox, Path], str]] = {
     "straight": alone(), "crash": crash_before_dependent, "killed": alone(20, "3:15:kill"), "config": config_error,
     "always": alone(40, "1:15:always"), "hang": alone(20, "0:15:hang"), "node": node_crash, "preempted": preemption,
     "signalled": disturbed(lambda sandbox, job, run: sandbox.slurm.signal(job)),
-    "stopped": stop_and_submit_again,
+    "stopped": stop_and_submit_again, "early": early_signal,
     "restarted": disturbed(lambda sandbox, job, run: stop(run, restart=True, slurm=sandbox.slurm)),
     "cancelled": disturbed(lambda sandbox, job, run: sandbox.slurm.cancel(job)),
     "requeued": disturbed(lambda sandbox, job, run: sandbox.slurm.ask("scontrol", "requeue", job)),
     "full": full_disk, "brimful": brimful_disk, "container": in_a_container("1:15:exit"), "container config": in_a_container("2:5:config"), "preflight": failing_preflight, "torchrun": through_torchrun, "chain": chain, "array": array_of_tasks,
+    "by hand": by_hand, "allocation": allocation,
 }
 
 
@@ -249,14 +288,20 @@ def test_a_wish_to_stop_saves_and_goes_on_with_the_next_step(runs, name):
     assert state == "COMPLETED" and runs.restarts(job) == 1
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = int((run / "done").read_text())
-    assert last == 200 and steps == list(range(1, last + 1)) and losses(run) == undisturbed(last)  # not one step was done twice
+    assert last == LONG and steps == list(range(1, last + 1)) and losses(run) == undisturbed(last)  # not one step was done twice
     assert "and leaves" in rank_log(run) and "crashes=0" in (run / "job" / "state").read_text()
+
+
+def test_a_signal_before_the_ranks_start_is_not_lost(runs):
+    run, job, state = runs.ended("early")
+    assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
+    assert "ended with 75 after signal USR1" in batch_log(run)
 
 
 def test_landiff_stop_saves_and_ends_and_submitting_again_goes_on(runs):
     run, _, state = runs.ended("stopped")
-    assert json.loads((run / "first.json").read_text()) == ["FAILED", "75:0", "0", False]
-    assert state == "COMPLETED" and losses(run) == undisturbed(200)
+    assert json.loads((run / FIRST).read_text()) == ["FAILED", "75:0", "0", False]
+    assert state == "COMPLETED" and losses(run) == undisturbed(LONG)
 
 
 def test_scancel_saves_and_stays_cancelled(runs):
@@ -269,26 +314,21 @@ def test_scancel_saves_and_stays_cancelled(runs):
 def test_a_node_that_dies_costs_the_steps_since_the_checkpoint(runs):
     run, job, state = runs.ended("node")
     assert state == "COMPLETED" and runs.restarts(job) == 1
-    assert losses(run) == undisturbed(150)
+    assert losses(run) == undisturbed(LONG)
 
 
 def test_a_full_disk_costs_no_checkpoint_and_is_given_up(runs):
-    run, job, state = runs.ended("full")
-    assert state == "FAILED" and runs.restarts(job) == 1 and "No space left on device" in batch_log(run)
-    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000010"]
-    (run / "checkpoints" / ".step_00000020" / "state.json").unlink()  # room again: submit again
-    assert runs.sandbox.wait(start(runs.sandbox, light(run))) == "COMPLETED" and losses(run) == undisturbed(40)
+    run, _, state = runs.ended("full")
+    assert json.loads((run / FIRST).read_text()) == ["FAILED", "1", ["step_00000010"]] and "No space left on device" in batch_log(run)
+    assert state == "COMPLETED" and losses(run) == undisturbed(40)
 
 
 def test_a_disk_without_a_free_byte_ends_the_run_at_once_and_costs_no_checkpoint(runs):
-    job = runs.futures["brimful"].result(timeout=300)
-    run = runs.sandbox.disk / "brimful"
-    assert runs.sandbox.state(job) == "FAILED" and runs.restarts(job) == 0  # who cannot count must not start again for ever
-    saved = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
-    assert saved and all(json.loads((run / "checkpoints" / name / "state.json").read_text())[0] == int(name[5:]) for name in saved)
-    (status,), _ = statuses([run], runs.sandbox.slurm)
-    assert status.state == "failed"
-    assert runs.sandbox.wait(start(runs.sandbox, light(run, 60))) == "COMPLETED" and losses(run) == undisturbed(60)
+    run, _, state = runs.ended("brimful")
+    first, restarts, shown, saved = json.loads((run / FIRST).read_text())
+    assert (first, restarts, shown) == ("FAILED", "0", "failed")  # who cannot count must not start again for ever
+    assert saved and all(name == f"step_{step:08d}" for name, step in saved.items())
+    assert state == "COMPLETED" and losses(runs.sandbox.disk / run.name) == undisturbed(LONG)
 
 
 def test_a_container_holds_the_ranks_and_hides_nothing_of_them(runs):
@@ -332,6 +372,14 @@ def test_status_knows_all_endings(runs):
     assert "data.manifest = gone" in by_name["config"].error
 
 
+def test_a_script_can_be_submitted_again_by_hand(runs):
+    run, job, state = runs.ended("by hand")
+    assert state == "COMPLETED" and losses(run) == undisturbed(20)
+    assert read_record(run)["job_ids"] == [json.loads((run / FIRST).read_text()), job]
+    (status,), _ = statuses([run], runs.sandbox.slurm)
+    assert (status.state, status.error) == ("done", "")
+
+
 def test_tasks_of_an_array_restart_one_by_one(runs):
     run, _, _ = runs.ended("array")
     until(lambda: sum((run / f"done.{task}").exists() for task in range(8)) == 7 and (run / "job" / "given_up.5").exists())
@@ -340,13 +388,10 @@ def test_tasks_of_an_array_restart_one_by_one(runs):
     assert starts == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 1}
 
 
-def test_an_allocation_runs_the_same_job_and_restarts_it_in_place(sandbox, tmp_path):
-    site = cluster()
-    script = ready(light(tmp_path / "here", 20, "1:15:exit", site=site, here=True), site)
-    words = ["salloc", "-Q", "-N", "2", "--ntasks-per-node=2", "--mem=1G", "bash", str(script)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0 and done.stdout.count(" restart ") == 2, done.stdout + done.stderr
-    assert losses(tmp_path / "here") == undisturbed(20)
+def test_an_allocation_runs_the_same_job_and_restarts_it_in_place(runs):
+    said = runs.futures["allocation"].result(timeout=300)
+    assert said.startswith("exit code 0\n") and said.count(" restart ") == 2, said
+    assert losses(runs.root / "allocation") == undisturbed(20)
 
 
 def test_submit_refuses_what_would_never_run(sandbox, tmp_path):
@@ -366,7 +411,7 @@ def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
 
 
 def test_no_process_port_or_lock_is_left_on_any_node(runs):
-    for name in SCENARIOS:
+    for name in SCENARIOS.keys() - {"allocation"}:
         runs.ended(name)
     until(lambda: not runs.sandbox.left_behind(), 60, lambda: str(runs.sandbox.left_behind()))
 
