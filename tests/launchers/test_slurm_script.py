@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs import ConfigError, load
-from launchers.cluster_config import STAGES, ClusterConfig, ContainerConfig, Resources
+from launchers.cluster_config import STAGES, ClusterConfig, ContainerConfig, Resources, seconds
 from launchers.slurm_script import Job, options, sbatch_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,12 +101,18 @@ def test_numbers_in_env_are_text():
     ("default: {time: 4h}", "time limit"), ("default: {gpus_per_node: 8, tasks_per_node: 4}", "one process per GPU"),
     ("env: {'A B': x}", "no name of an environment variable"), ("options: [exclusive]", "no sbatch option"), ("gpu_syntax: tres", "gpu_syntax"),
     ("stages: {lm: {gpus_per_node: 4, tasks_per_node: 2}}", "one process per GPU"),
+    ('{signal_margin_s: 600, stages: {lm: {time: "8:00"}}}', "signal_margin_s = 600 leaves nothing of time = '8:00' of lm"),
 ])
 def test_a_bad_cluster_file_is_refused_by_name(tmp_path, text, says):
     path = tmp_path / "site.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         load(ClusterConfig, path)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90", 5400), ("8:30", 510), ("4:00:00", 14400), ("2-12", 216000), ("1-00:30", 88200), ("1-00:00:05", 86405)])
+def test_time_limits_are_read_as_slurm_reads_them(text, expected):
+    assert seconds(text) == expected
 
 
 def test_the_page_on_clusters_explains_every_key(tmp_path):

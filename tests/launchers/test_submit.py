@@ -50,12 +50,18 @@ def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothi
 
 def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    prepare(one_process(tmp_path / "runs" / "lm", "pass"), LOCAL)  # what a run left is left alone too
+    before = {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")}
     _, out, _ = say(capsys, "submit", "pipeline", "--cluster", "sandbox", "--dry-run", "lm.loop.steps=3")
+    assert {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")} == before
     plan = dict(line.removeprefix("# ").split(": ", 1) for line in out.split("# ==== plan\n")[1].splitlines() if ": " in line)
-    assert "after columns-tokens, columns-latents, columns-text-minilm, columns-text-minilm-padded" in plan["columns"]
-    assert plan["lm"].endswith("after columns") and plan["diffusion-main"].endswith("after columns")  # side by side
+    assert plan["columns-tokens"].endswith("after export-tokenizer") and plan["columns-latents"].endswith("after shards")
+    assert plan["enter-tokens"].endswith("after columns-tokens")
+    assert plan["lm"].endswith("after enter-tokens, enter-text-minilm")  # side by side, each after what it reads
+    assert plan["diffusion-main"].endswith("after enter-latents, enter-text-minilm-padded")
+    assert plan["diffusion-control"].endswith("after export-main, enter-latents, enter-text-minilm-padded, enter-tokens")
     assert "array of 2" in plan["columns-tokens"] and plan["sample"].endswith("after export-lm, export-diffusion")
-    assert out.count("steps: 3\n") == 1 and list(tmp_path.iterdir()) == []
+    assert out.count("steps: 3\n") == 1
 
 
 @pytest.mark.parametrize(("words", "says"), [

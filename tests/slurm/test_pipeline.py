@@ -42,7 +42,7 @@ def undisturbed(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_the_walk_runs_as_a_graph(undisturbed):
     names = {run.name for run in run_folders(undisturbed)}
-    assert {"shards", "features", "columns-tokens", "columns-latents", "lm", "diffusion-main", "export-diffusion", "sample"} <= names
+    assert {"shards", "features", "columns-tokens", "columns-latents", "enter-latents", "lm", "diffusion-main", "export-diffusion", "sample"} <= names
     assert len(list((undisturbed / "samples").glob("*.mp4"))) == 1
     assert set(exported_weights(undisturbed)) == {"tokenizer", "lm", "main", "diffusion"}
 
