@@ -410,6 +410,16 @@ def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
     sandbox.wait(job)
 
 
+def test_what_would_be_left_behind_is_seen(sandbox, tmp_path):
+    code = f"import fcntl, socket, sys; fcntl.flock(f := open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX); s = socket.create_server(('', 4321)); sys.stdin.read()"
+    words = ["nsenter", "--target", str(sandbox.nodes()["node4"]), "--pid", "--mount", "--net", sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as stray:
+        until(lambda: any("node4: port 4321" in text for text in sandbox.left_behind()), 30)
+        found = sandbox.left_behind()
+        assert any(text.startswith("node4: process") and "4321" in text for text in found) and any(text.startswith("node4: lock") for text in found)
+        stray.stdin.close()
+
+
 def test_no_process_port_or_lock_is_left_on_any_node(runs):
     for name in SCENARIOS.keys() - {"allocation"}:
         runs.ended(name)
