@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,9 +39,20 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
         print(dry_run(planned, cluster))
         return 0
     skip = args.stage == "pipeline"  # a stage that is asked for by name looks by itself what is left to do
+    if args.here and cluster.scheduler == "slurm":
+        check_allocation(planned, os.environ)
     if cluster.scheduler == "local" or args.here:
         return run_here(planned, cluster, skip)
     return queue(planned, cluster, slurm or Slurm(), args.after or (), skip)
+
+
+def check_allocation(planned: Sequence[Planned], environment: Mapping[str, str]) -> None:
+    """--here needs an allocation of enough nodes around it. Raises ConfigError."""
+    nodes, most = int(environment.get("SLURM_JOB_NUM_NODES", "0")), max(planned, key=lambda plan: plan.job.resources.nodes)
+    wanted = most.job.resources.nodes
+    if nodes < wanted:
+        here = f"this one has {nodes}" if nodes else "this shell is in none"
+        raise ConfigError(f"--here runs {most.name} in an allocation of {wanted} node(s), and {here}; start with  salloc -N {wanted}, or leave --here out")
 
 
 def cluster_name(name: str) -> str:

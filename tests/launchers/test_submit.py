@@ -69,10 +69,12 @@ def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     (["lm", "--config", "nano/lm", "--cluster", "sandbox", "optim.rl=1"], "did you mean 'lr'"),
     (["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "3"], "the nearest that do"),
     (["shards", "--config", "nano/shards", "--cluster", "sandbox", "--nodes", "2"], "runs on one node"),
+    (["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "2", "data.micro_batch_size=8", "--here"], "this one has 1; start with  salloc -N 2"),
     (["pipeline", "--cluster", "sandbox", "lmm.loop.steps=1"], "the stages are shards, features"),
 ])
 def test_mistakes_are_refused_before_anything_is_queued(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     code, _, err = say(capsys, "submit", *words)
     assert code == 2 and says in err and list(tmp_path.iterdir()) == []
 
