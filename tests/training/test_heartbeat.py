@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import RankError, run_distributed
+from training.config import LoopConfig
 from training.errors import first_error
-from training.heartbeat import Heartbeat
+from training.heartbeat import PEERS_GRACE_S, SECOND_NET_S, Heartbeat
 
 
 def stand_still(world, run: Path) -> None:
@@ -43,3 +44,9 @@ def test_a_slow_step_within_the_limit_is_no_hang(tmp_path):
             time.sleep(0.3)
             heartbeat.beat(step)
     assert not (tmp_path / "hangs").exists() and (tmp_path / "heartbeat" / "rank_0000").read_text().endswith("step 0\n")
+
+
+@pytest.mark.parametrize("hang_timeout_s", [0.0, 60.0, 7200.0])
+def test_torch_gives_a_collective_up_after_the_heartbeat_has_shown_it(hang_timeout_s):
+    loop = LoopConfig(steps=1, hang_timeout_s=hang_timeout_s)
+    assert loop.collective_timeout_s > loop.hang_timeout_s + PEERS_GRACE_S + SECOND_NET_S

@@ -16,7 +16,7 @@ from training.tokenizer.engine import TokenizerEngine, check_features
 def main(config_path: str) -> None:
     config = load(TokenizerTrainConfig, config_path)
     with (
-        distributed.start(config.run) as world,
+        distributed.start(config.run, config.loop.collective_timeout_s) as world,
         Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size) as loader,
     ):
         check_features(config, loader.manifest)
