@@ -215,25 +215,35 @@ def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = Tr
             continue
         script = prepare(plan, cluster)
         print(f"{plan.name}: {plan.job.folder / LOGS}", flush=True)
-        code = run_script(script)
+        code, interrupted = run_script(script)
+        if interrupted:
+            print(f"{plan.name}: interrupted; the same command goes on from here", file=sys.stderr)
+            return code
         if code:
             failed[plan.name] = code
             print(f"{plan.name}: ended with {code}; see landiff logs {plan.job.run}", file=sys.stderr)
     return next(iter(failed.values()), 0)
 
 
-def run_script(script: Path) -> int:
-    """The batch script in a process of its own, told of our signals. Its words go to the terminal and to batch.log."""
+def run_script(script: Path) -> tuple[int, bool]:
+    """The batch script in a process of its own, told of our signals -> (its exit code, was it Ctrl-C or SIGTERM that ended it?).
+
+    Its words go to the terminal and to batch.log.
+    """
     child = subprocess.Popen(["bash", "-c", 'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"', "_", str(script.parent / LOGS / "batch.log"), str(script)],
                              start_new_session=True)
     write_text(script.parent / PID, f"{child.pid} {socket.gethostname()}\n")
 
+    seen: set[int] = set()
+
     def forward(number: int, _frame: object) -> None:
+        seen.add(number)
         child.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return child.wait()
+        code = child.wait()
+        return code, code != 0 and bool(seen & {signal.SIGINT, signal.SIGTERM})
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -168,9 +169,11 @@ def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
 
 def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
-    script = prepare(plan, LOCAL)
-    child = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; from launchers.submit import run_script; raise SystemExit(run_script(Path({str(script)!r})))"],
-                             env={**os.environ, "PYTHONPATH": str(snapshot.ROOT)})
+    code = ("import pickle, sys; from launchers.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
+            "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))")
+    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(snapshot.ROOT)}, stdin=subprocess.PIPE)
+    with child.stdin as pipe:
+        pickle.dump([plan, one_process(tmp_path / "next", "pass", "next")], pipe)
     log = plan.job.folder / "log" / "rank_0000.log"
     end = time.monotonic() + 30
     while not (log.exists() and "up" in log.read_text()):
@@ -179,6 +182,7 @@ def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=30) != 0
     time.sleep(0.2)
+    assert not (tmp_path / "next").exists()  # what would have come after it is not started
     assert not (plan.job.run / "done").exists() and not (plan.job.folder / "pid").exists()
     mine = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(p)]
     assert mine == []

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,10 +80,10 @@ def stop_and_submit_again(sandbox: Sandbox, run: Path) -> str:
 
 def early_signal(sandbox: Sandbox, run: Path) -> str:
     """It comes while modules load, before there is a rank."""
-    site = cluster("--exclude=node3,node4", setup=["sleep 4"])
+    loading = run.parent / "loading"
+    site = cluster("--exclude=node3,node4", setup=[f"touch {loading}", "sleep 3"])
     job = start(sandbox, light(run, 20, site=site), site)
-    until(lambda: sandbox.state(job) == "RUNNING")
-    time.sleep(1)
+    until(loading.exists)
     sandbox.slurm.signal(job)
     return job
 
