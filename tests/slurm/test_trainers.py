@@ -98,6 +98,17 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(san
     assert logged_losses(run) == logged_losses(lm_here)
 
 
+def test_a_frozen_rank_is_found_by_its_peers_and_the_run_goes_on(sandbox, here, lm_here):
+    run, site = here / "runs" / "lm-frozen", write_site(here / "frozen.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}})
+    landiff("submit", *LM, "run=runs/lm-frozen", "loop.hang_timeout_s=60", "--cluster", site)
+    until(lambda: (run / "metrics.jsonl").exists(), 400)
+    os.kill(processes_of(run)[1], signal.SIGSTOP)
+    assert sandbox.wait(last_job(run), 900) == "COMPLETED" and sandbox.field(last_job(run), "Restarts") == "1"
+    assert "HangError: no step for 60 s" in batch_log(run)
+    assert len(list(run.glob("hangs.*/rank_*.txt"))) == len(list(run.glob("hangs.*/gloo_rank_*.json"))) == 3  # the fourth was frozen
+    assert logged_losses(run) == logged_losses(lm_here)
+
+
 @pytest.mark.parametrize(("stage", "words", "leave"), [("lm", LM, 5 << 20), ("diffusion", [*DIFFUSION, "loop.steps=8", "loop.save_every=2"], 12 << 20)])
 def test_a_disk_that_fills_up_in_a_checkpoint_costs_no_earlier_one(sandbox, here, stage, words, leave):
     """About half a checkpoint fits. With room again the run goes on, bit by bit as if nothing had been."""
