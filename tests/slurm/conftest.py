@@ -137,16 +137,16 @@ def sandbox() -> Iterator[Sandbox]:
     # before the nodes start: they see the mounts of that moment
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "landiff-test", str(disk)], check=True)
     environment = {**os.environ, "SANDBOX_NODES": "4", "SANDBOX_NODE_TIMEOUT": "6", "SANDBOX_CPUS": "64"}
-    done = subprocess.run([str(SANDBOX), "start", str(folder / "c")], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"no SLURM here: {done.stderr}\nrun tests/slurm/install.sh"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(folder / "c" / "slurm.conf"))
-        sandbox = Sandbox(folder / "c", Slurm(), disk)
-        yield sandbox
-        try:
+    try:
+        done = subprocess.run([str(SANDBOX), "start", str(folder / "c")], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"no SLURM here: {done.stderr}\nrun tests/slurm/install.sh"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "c" / "slurm.conf"))
+            sandbox = Sandbox(folder / "c", Slurm(), disk)
+            yield sandbox
             sandbox.cancel_all()
             until(lambda: not sandbox.left_behind(), 60, lambda: f"left behind: {sandbox.left_behind()}")
-        finally:
-            subprocess.run([str(SANDBOX), "stop", str(folder / "c")], check=True, timeout=120)
-            subprocess.run(["umount", str(disk)], check=True)
-            shutil.rmtree(folder)
+    finally:
+        subprocess.run([str(SANDBOX), "stop", str(folder / "c")], check=True, timeout=120)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        shutil.rmtree(folder)
