@@ -105,7 +105,8 @@ def test_a_frozen_rank_is_found_by_its_peers_and_the_run_goes_on(sandbox, here, 
     os.kill(processes_of(run)[1], signal.SIGSTOP)
     assert sandbox.wait(last_job(run), 900) == "COMPLETED" and sandbox.field(last_job(run), "Restarts") == "1"
     assert "HangError: no step for 60 s" in batch_log(run)
-    assert len(list(run.glob("hangs.*/rank_*.txt"))) == len(list(run.glob("hangs.*/gloo_rank_*.json"))) == 3  # the fourth was frozen
+    # three waited for the fourth, which is woken to be ended and may still say where it was
+    assert len(list(run.glob("hangs.*/rank_*.txt"))) in (3, 4) and len(list(run.glob("hangs.*/gloo_rank_*.json"))) >= 3
     assert logged_losses(run) == logged_losses(lm_here)
 
 
