@@ -135,7 +135,7 @@ HANGS = r"""
 # Stacks of an earlier attempt stay where a person finds them; NCCL's flight recorder writes beside ours.
 [ ! -d "$RUN/hangs" ] || rmdir "$RUN/hangs" 2>/dev/null || mv "$RUN/hangs" "$RUN/hangs.$(date +%Y%m%dT%H%M%S)"
 mkdir -p "$RUN/hangs"
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # The second is its name in older torch; newer torch takes it with a warning, when it writes.
 export TORCH_FR_DUMP_TEMP_FILE=$RUN/hangs/nccl_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$RUN/hangs/nccl_rank_
 rm -f "$RUN"/errors/rank_*.txt   # of ranks that may be no more; the last cause is kept in job/last_error
