@@ -18,6 +18,17 @@ TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d(:\d\d)?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+def seconds(time: str) -> int:
+    """Of a time limit as SLURM writes it."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # D-HH[:MM[:SS]]
+        hours, minutes, secs = (*parts, 0, 0)[:3]
+    else:  # minutes, M:SS, H:MM:SS
+        hours, minutes, secs = (0, *parts, 0) if len(parts) == 1 else (0, *parts) if len(parts) == 2 else parts
+    return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + secs
+
+
 class Resources(Config):
     """What one job asks for."""
 
@@ -35,7 +46,7 @@ class Resources(Config):
     @classmethod
     def _is_a_time(cls, time: str) -> str:
         if not TIME.fullmatch(time):
-            raise ValueError("a time limit is minutes, H:MM:SS or D-HH[:MM[:SS]], in quotes: \"04:00:00\"")
+            raise ValueError("a time limit is minutes, M:SS, H:MM:SS or D-HH[:MM[:SS]], in quotes: \"04:00:00\"")
         return time
 
     @model_validator(mode="after")
@@ -94,7 +105,7 @@ class ClusterConfig(Config):
     setup: tuple[str, ...] = ()  # shell lines before anything else runs
     env: dict[str, str] = Field(default={})  # NCCL_SOCKET_IFNAME, HF_HOME, ...
     container: ContainerConfig | None = None
-    python: str | None = None  # interpreter on the nodes; none = the one that submits
+    python: str | None = None  # interpreter on the nodes; none = the one that submits, in a container its python3
 
     restart: Literal["requeue", "chain", "none"] = "requeue"  # chain: for sites that forbid requeueing
     chain_length: PositiveInt = 4  # jobs queued one behind the other; restart = chain
@@ -132,8 +143,11 @@ class ClusterConfig(Config):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> ClusterConfig:
-        for stage in self.stages:
-            self.resources(stage)
+        for stage in STAGES:
+            time = self.resources(stage).time
+            if self.scheduler == "slurm" and seconds(time) <= self.signal_margin_s:
+                raise ValueError(f"signal_margin_s = {self.signal_margin_s} leaves nothing of time = {time!r} of {stage}; "
+                                 f"raise time to more than {-(-self.signal_margin_s // 60)} minutes, or lower the margin")
         return self
 
     def resources(self, stage: str, nodes: int | None = None) -> Resources:

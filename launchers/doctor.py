@@ -229,7 +229,7 @@ def doctor(folder: Path, gpus: int, node: bool, report: Path | None) -> int:
     """Print the report; 0 unless something is bad. `node`: the quick checks, for every node of a job."""
     demands = Demands(gpus=gpus, imports=not node, all_reduce_ranks=gpus if node and gpus > 1 else 0 if node else max(2, gpus))
     findings = examine(folder, demands)
-    level, name = worst(findings), socket.gethostname()
+    level, name = worst(findings), os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as `exclude:` wants it
     print(f"{name}: {level}\n{report_text(findings)}", flush=True)
     if report is not None:
         shown = findings if level != "bad" else [f for f in findings if f.level == "bad"]

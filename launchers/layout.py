@@ -20,9 +20,13 @@ def check_batch(config: Config, gpus: int) -> int:
     unit = micro * copies
     if batch % unit:
         near = sorted({max(unit, batch // unit * unit), (batch // unit + 1) * unit})
+        ranks = gpus // copies  # of one copy
+        fit = [number for number in range(1, batch // micro + 1) if batch % (micro * number) == 0]
+        others = [*[n for n in fit if n < copies][-1:], *[n for n in fit if n > copies][:1]]
         raise ConfigError(
             f"data.global_batch_size = {batch} does not divide into data.micro_batch_size * data-parallel copies = {micro} * {copies} "
             f"on {gpus} GPUs; the nearest that do: {' or '.join(map(str, near))}"
+            + (f"; or {' or '.join(str(n * ranks) for n in others)} GPUs" if others else "")
         )
     return batch // unit
 

@@ -25,17 +25,18 @@ GPUS = {
     "a100": Gpu(80, 312, 300), "h100": Gpu(80, 989, 450), "h200": Gpu(141, 989, 450), "b200": Gpu(180, 2250, 900), "l40s": Gpu(48, 362, 32),
 }
 USABLE = 0.9  # of the memory: the allocator needs air
-NETWORK_GB_S = 40.0  # of a GPU to other nodes, one direction
+NETWORK_GB_S = 40.0  # of a GPU to other nodes, one direction; copies of the model in one node use theirs together
 NODE = 8  # GPUs that share fast links
-OVERLAPPED = 0.5  # share of gradient traffic that hides behind the backward
+OVERLAPPED = 0.5  # share of gradient traffic that hides behind the backward, where the config lets it
 
 
 def step_seconds(plan: Plan, gpu: Gpu, mfu: float) -> float:
     """Of one optimizer step: arithmetic at `mfu` of the peak, the pipeline's bubble, what links don't hide."""
     arithmetic = plan.hardware_flops / (plan.gpus * gpu.peak_tflops * 1e12 * mfu) / (1 - plan.bubble)
     tensor = plan.layer_bytes * 2 * (plan.tensor - 1) / plan.tensor / (gpu.link_gb_s * 1e9 if plan.tensor <= NODE else NETWORK_GB_S * 1e9)
-    link = gpu.link_gb_s if plan.gpus <= NODE else NETWORK_GB_S
-    return arithmetic + tensor + (1 - OVERLAPPED) * plan.gradient_bytes / (link * 1e9)
+    near = max(1, NODE // plan.tensor)  # copies in one node
+    link = gpu.link_gb_s if plan.copies <= near else min(gpu.link_gb_s, NETWORK_GB_S * near)
+    return arithmetic + tensor + (1 - OVERLAPPED * plan.overlap) * plan.gradient_bytes / (link * 1e9)
 
 
 def report(plan: Plan, gpu_name: str, mfu: float, steps: int, save_every: int) -> str:
@@ -116,6 +117,8 @@ def search_text(found: Sequence[tuple[float, Plan, dict[str, object]]], top: int
 
 def plan_job(args: argparse.Namespace) -> int:
     """Print the plan, or the ranking."""
+    if args.gpus < 1 or not 0 < args.mfu <= 1 or (args.steps is not None and args.steps < 1):
+        raise ConfigError(f"--gpus {args.gpus} --mfu {args.mfu:g} --steps {args.steps}: at least one GPU and step, and a share of the peak above 0, at most 1")
     config = load(config_class(args.stage), args.config, args.overrides)
     if args.search:
         found = search(config, args.gpus, GPUS[args.gpu], args.mfu)

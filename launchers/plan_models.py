@@ -52,7 +52,9 @@ class Plan:
     hardware_flops: float
     clips_per_step: int
     tokens_per_step: int
+    copies: int  # of the model: data-parallel ranks
     gradient_bytes: int  # that a data-parallel rank sends per step
+    overlap: bool  # of that with the backward
     layer_bytes: int = 0  # that a tensor-parallel rank sends per step
     tensor: int = 1
     bubble: float = 0.0  # idle share of a pipeline
@@ -124,7 +126,9 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> Plan:
         "lm", gpus, f"tensor {tensor} x pipeline {pipeline} x data {copies}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
         + (", recompute" if config.recompute else ""),
         {"all": count(module), "per GPU": own}, memory, 3.0 * forward * batch, (4.0 if config.recompute else 3.0) * forward * batch, batch, batch * length,
-        gradient_bytes=own * 4 * 2 if copies > 1 else 0, layer_bytes=4 * layers // pipeline * micro_batches * rows * width * element if tensor > 1 else 0,
+        # gradients in float32, all-reduced; or scattered, and the parameters gathered
+        copies=copies, gradient_bytes=own * (4 + (element if parallel.distributed_optimizer else 4)) if copies > 1 else 0, overlap=parallel.overlap,
+        layer_bytes=4 * layers // pipeline * micro_batches * rows * width * element if tensor > 1 else 0,
         tensor=tensor, bubble=bubble, notes=(f"{length} tokens a clip, {text} of them text",),
     )
 
@@ -163,6 +167,13 @@ def semantic_cost(module: nn.Module, transformer: TransformerConfig) -> tuple[fl
     return counter.get_total_flops(), kept
 
 
+def zero_traffic(stage: int, trained: int, frozen: int, micro_batches: int) -> int:
+    """Elements that a rank sends per step. Stages 2 and 3 reduce gradients after every micro-batch, 3 gathers weights for each pass."""
+    if stage == 3:
+        return (3 * trained + 2 * frozen) * micro_batches
+    return trained * (micro_batches if stage == 2 else 1) + trained
+
+
 def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
     sizes, control = config.model.transformer, config.phase == "control"
     micro_batches = check_batch(config, gpus)
@@ -196,7 +207,7 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
         f"diffusion {config.phase}", gpus, f"ZeRO-{stage} over {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
         + (", recompute" if config.recompute else ""),
         {"all": frozen + trained, "trained": trained}, memory, model_flops, hardware, batch, batch * tokens,
-        gradient_bytes=int(trained * element * (3 if stage == 3 else 2) + (frozen * element * 2 if stage == 3 else 0)) if gpus > 1 else 0,
+        copies=gpus, gradient_bytes=zero_traffic(stage, trained, frozen, micro_batches) * element if gpus > 1 else 0, overlap=config.zero.overlap_communication,
         notes=(f"{tokens} tokens a clip, {sizes.text_length} of them text",),
     )
 
@@ -224,5 +235,5 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> Plan:
     return Plan(
         "tokenizer", gpus, f"data {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}" + (", recompute" if config.recompute else ""),
         {"all": parameters}, memory, 3.0 * forward * batch, (3.0 + again) * forward * batch, batch, batch * codes,
-        gradient_bytes=8 * parameters if gpus > 1 else 0, notes=(f"{visual} visual and {codes} code tokens a clip",),
+        copies=gpus, gradient_bytes=8 * parameters if gpus > 1 else 0, overlap=True, notes=(f"{visual} visual and {codes} code tokens a clip",),
     )

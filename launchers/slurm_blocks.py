@@ -1,12 +1,21 @@
 """The fixed parts of a batch script, in bash, in the order in which they stand there.
 
 Variables that they share: RUN the run folder, JOB what launched it, T the task of an array ("" or ".3"), DONE the
-marker of a finished run, LOG, MAX_RESTARTS, restart (how often SLURM started this job before), rc, asked (the
-signal that asked for a stop).
+marker of a finished run, LOG, ID of the job, ERRORS its error files, MAX_RESTARTS, restart (how often SLURM started
+this job before), rc, asked (the signal that asked for a stop).
+"""
+
+EARLY = r"""
+# A signal that comes while modules load is remembered.
+asked=
+for name in USR1 TERM INT; do trap "asked=$name" $name; done
 """
 
 FRESH = r"""
-[ "$restart" != 0 ] || rm -f "$JOB/state$T" "$JOB/stopped"   # submitted anew: old crashes do not count
+if [ "$restart" = 0 ]; then   # submitted anew: old crashes do not count
+    rm -f "$JOB/state$T"
+    [ "$ID" != here ] || rm -f "$JOB/stopped"
+fi
 """
 
 BOOKKEEPING = r"""
@@ -18,6 +27,9 @@ remember() {
     printf 'crashes=%s crashed_at=%s restarted_at=%s stalls=%s phase=%s\n' \
         "$crashes" "$crashed_at" "$restarted_at" "$stalls" "$phase" >"$JOB/.state$T" && mv "$JOB/.state$T" "$JOB/state$T"
 }
+remember_or_end() { # who cannot count must not start again for ever
+    remember || give_up 1 "$JOB/state$T cannot be written; is the disk full?"
+}
 say() { echo "$(date -Is) $*"; }
 give_up() { # CODE WHY
     say "giving up: $2"
@@ -25,6 +37,7 @@ give_up() { # CODE WHY
     leave_chain   # those queued behind would find the same
     exit "$1"
 }
+stopped() { grep -qsx "$ID" "$JOB/stopped"; }
 leave_chain() { [ ! -e "$JOB/chain" ] || grep -vx "${SLURM_JOB_ID:-}" "$JOB/chain" | xargs -r scancel; }
 count_restart() { # crash: ranks failed. outside: a node died, or a stop was asked for
     local now; now=$(newest)
@@ -39,8 +52,17 @@ count_restart() { # crash: ranks failed. outside: a node died, or a stop was ask
         give_up 1 "restarted $stalls times without a new checkpoint (${now:-none yet}), max_restarts = $MAX_RESTARTS"
     restarted_at=$now
 }
-show_failure() { # the rank that failed first, first
-    local first; first=$(grep -H '^time:' "$RUN"/errors/*.txt 2>/dev/null | sort -t: -k3 | head -n 1 | cut -d: -f1)
+show_failure() { # the rank that failed first, first. One that was killed wrote no error file, but srun saw it
+    local first told cause=
+    first=$(grep -sH '^time:' "$RUN"/errors/$ERRORS | sort -t: -k3 | head -n 1 | cut -d: -f1)
+    told=$(grep -sm1 'srun: error: .*: task' "$LOG/srun$T.log")
+    [ -z "$first" ] || cause="$(basename "$first" .txt): $(tail -n 1 "$first")"
+    case $told in
+    '') ;;
+    *'Exited with exit code'*) cause=${cause:-$told} ;;
+    *) cause="$(printf 'rank_%04d' "$(echo "${T#.}$told" | grep -oE '^[0-9]+|tasks? [0-9]+' | head -n 1 | tr -dc 0-9)"): $told" ;;
+    esac
+    [ -z "$cause" ] || { echo "first to fail: $cause"; echo "$cause" >"$JOB/last_error$T"; }
     [ -z "$first" ] || { echo "---- $first"; tail -n 30 "$first"; echo "----"; }
     for first in "$RUN"/hangs/rank_*.txt; do [ ! -s "$first" ] || { echo "---- hang: $first"; head -n 30 "$first"; break; }; done
 }
@@ -93,17 +115,18 @@ finished() { [ -e "$DONE" ]; }
 """
 
 STOP_OTHER = r"""
-stop_ranks() { kill -TERM "$ranks" 2>/dev/null; }   # commits unit by unit; the next attempt goes on
+stop_ranks() { [ -z "$ranks" ] || kill -TERM "$ranks" 2>/dev/null; }   # commits unit by unit; the next attempt goes on
 finished() { [ $rc = 0 ] && touch "$DONE"; }
 """
 
 BEGIN = r"""
 say "job ${SLURM_JOB_ID:-here} restart $restart on ${SLURM_JOB_NODELIST:-$(hostname)}"
 [ ! -e "$DONE" ] || { say "already done"; exit 0; }
-rm -f "$JOB/given_up$T" "$JOB/config_error$T" "$RUN/stop"
+rm -f "$JOB/given_up$T" "$JOB/config_error$T" "$LOG/srun$T.log" "$RUN/stop"
+echo "$ID" >"$JOB/current"
 [ "$phase" != running ] || count_restart outside   # the last attempt never ended: its node died
-phase=running; remember
-asked= ranks=
+phase=running; remember_or_end
+ranks=
 on_signal() { [ -n "$asked" ] || say "signal $1: asking for a stop"; asked=$1; stop_ranks; }
 for name in USR1 TERM INT; do trap "on_signal $name" $name; done
 """
@@ -112,8 +135,10 @@ HANGS = r"""
 # Stacks of an earlier attempt stay where a person finds them; NCCL's flight recorder writes beside ours.
 [ ! -d "$RUN/hangs" ] || rmdir "$RUN/hangs" 2>/dev/null || mv "$RUN/hangs" "$RUN/hangs.$(date +%Y%m%dT%H%M%S)"
 mkdir -p "$RUN/hangs"
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
-export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$RUN/hangs/nccl_rank_
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# The second is its name in older torch; newer torch takes it with a warning, when it writes.
+export TORCH_FR_DUMP_TEMP_FILE=$RUN/hangs/nccl_rank_ TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$RUN/hangs/nccl_rank_
+rm -f "$RUN"/errors/rank_*.txt   # of ranks that may be no more; the last cause is kept in job/last_error
 """
 
 RENDEZVOUS = r"""
@@ -122,27 +147,31 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 """
 
-WAIT = r"""
+RANKS = r"""
+rc=75
+if [ -z "$asked" ]; then
+%s &
 ranks=$!
-rc=0
 while :; do
     # Asked again and again: ranks that are just starting take an old request away.
     if [ -n "$asked" ]; then stop_ranks; sleep 1; else wait $ranks; rc=$?; fi
     kill -0 $ranks 2>/dev/null || break
 done
 [ -z "$asked" ] || { wait $ranks; rc=$?; }
+fi
 """
 
 ENDING = r"""
 rm -f "$RUN/stop"
+[ ! -s "$LOG/srun$T.log" ] || cat "$LOG/srun$T.log"
 say "ended with $rc${asked:+ after signal $asked}"
-if finished; then phase=ended; remember; say "done"; exit 0; fi
+if finished; then phase=ended; remember; rm -f "$JOB/last_error$T"; say "done"; exit 0; fi
 [ $rc = 0 ] || [ -n "$asked" ] || show_failure
 [ ! -e "$JOB/config_error$T" ] || give_up 2 "a config error, which the next attempt would meet again: $(cat "$JOB/config_error$T")"
 phase=ended
-if [ -e "$JOB/stopped" ]; then remember; leave_chain; say "stopped by landiff stop; submit again to go on"; exit 75; fi
+if stopped; then remember; leave_chain; say "stopped by landiff stop; submit again to go on"; exit 75; fi
 if [ -n "$asked" ] || [ $rc = 0 ]; then count_restart outside; else count_restart crash; fi
-remember
+remember_or_end
 again
 exit $((rc ? rc : 75))
 """

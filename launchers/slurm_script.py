@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers import slurm_blocks as blocks
-from launchers.cluster_config import ClusterConfig, Resources
+from launchers.cluster_config import ClusterConfig, ContainerConfig, Resources
 
 JOB_FOLDER = "job"  # below the run folder: what launched it
 SCRIPT, CODE, LOGS = "job.sbatch", "code", "log"
@@ -49,12 +49,12 @@ def sbatch_text(job: Job, cluster: ClusterConfig) -> str:
     """The batch script of `job` on `cluster`."""
     slurm = cluster.scheduler == "slurm"
     parts = [
-        header(job, cluster), site(cluster), names(job, cluster), "" if cluster.restart == "chain" else blocks.FRESH, blocks.BOOKKEEPING,
+        header(job, cluster), blocks.EARLY, site(cluster), names(job, cluster), "" if cluster.restart == "chain" else blocks.FRESH, blocks.BOOKKEEPING,
         blocks.NEWEST_CHECKPOINT if job.trainer else blocks.NO_CHECKPOINTS, requeue(job, cluster),
         blocks.STOP_TRAINER if job.trainer else blocks.STOP_OTHER, blocks.BEGIN,
         blocks.HANGS if job.trainer else "", blocks.RENDEZVOUS if job.trainer and slurm else "",
         preflight(job, cluster) if job.trainer and slurm and cluster.preflight else "",
-        f"{ranks(job, cluster)} &\n{blocks.WAIT}", blocks.ENDING,
+        blocks.RANKS % ranks(job, cluster), blocks.ENDING,
     ]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
@@ -107,6 +107,8 @@ def names(job: Job, cluster: ClusterConfig) -> str:
     """Constants of this job; `T` tells the tasks of an array apart."""
     quoted = shlex.quote
     # Here, without SLURM's word on it, the ranks share the cores out among themselves.
+    own = "here" if job.here or cluster.scheduler == "local" else "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
+    errors = "$(printf 'rank_%04d.txt' \"$SLURM_ARRAY_TASK_ID\")" if job.array else "'rank_*.txt'"
     threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{job.resources.cpus_per_task}}}\n" if cluster.scheduler == "slurm" else ""
     return f"""
 set -uo pipefail
@@ -114,6 +116,8 @@ cd {quoted(str(job.workdir))} || exit 1
 RUN={quoted(str(job.run))}
 JOB=$RUN/{JOB_FOLDER}
 T=${{SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID}}
+ID={own}
+ERRORS={errors}
 LOG=$JOB/{LOGS}
 DONE=$RUN/done$T
 MAX_RESTARTS={cluster.max_restarts}
@@ -138,9 +142,15 @@ def python_command(job: Job, cluster: ClusterConfig) -> list[str]:
     container = cluster.container
     if container is None or container.runtime == "pyxis":
         return [job.python]
-    mounts = [part for mount in (f"{job.workdir}:{job.workdir}", *container.mounts) for part in ("--bind", mount)]
+    binds = [part for mount in mounts(job, container) for part in ("--bind", mount)]
     gpu = ["--nv"] if job.resources.gpus_per_node else []
-    return ["apptainer", "exec", *gpu, *mounts, "--pwd", str(job.workdir), container.image, job.python]
+    return ["apptainer", "exec", *gpu, *binds, "--pwd", str(job.workdir), container.image, job.python]
+
+
+def mounts(job: Job, container: ContainerConfig) -> list[str]:
+    """What the ranks must see: where they work and where they write; and what the cluster file adds."""
+    own = [job.workdir, *([] if job.run.is_relative_to(job.workdir) else [job.run])]
+    return [*(f"{folder}:{folder}" for folder in own), *container.mounts]
 
 
 def srun(job: Job, cluster: ClusterConfig, per_node: int, nodes: int | None = None) -> list[str]:
@@ -150,8 +160,7 @@ def srun(job: Job, cluster: ClusterConfig, per_node: int, nodes: int | None = No
     words = ["srun", "--kill-on-bad-exit=1", f"--wait={cluster.kill_wait_s}", f"--nodes={nodes}", f"--ntasks={nodes * per_node}",
              f"--ntasks-per-node={per_node}", f"--cpus-per-task={cpus}"]
     if cluster.container and cluster.container.runtime == "pyxis":
-        mounts = ",".join([f"{job.workdir}:{job.workdir}", *cluster.container.mounts])
-        words += [f"--container-image={cluster.container.image}", f"--container-mounts={mounts}", f"--container-workdir={job.workdir}"]
+        words += [f"--container-image={cluster.container.image}", f"--container-mounts={','.join(mounts(job, cluster.container))}", f"--container-workdir={job.workdir}"]
     return words
 
 
@@ -177,6 +186,7 @@ def ranks(job: Job, cluster: ClusterConfig) -> str:
     """The command that starts the ranks, as bash."""
     target = ["launchers.rank", str(job.run), job.module, *job.arguments]
     python, tasks = python_command(job, cluster), job.resources.tasks
+    own_words = ' 2>"$LOG/srun$T.log"'  # of srun: which rank ended first, and how
     through_torchrun = job.trainer and (cluster.launcher == "torchrun" or cluster.scheduler == "local")
     if through_torchrun:
         torchrun = [*python, "-m", "torch.distributed.run", f"--nproc-per-node={tasks}"]
@@ -193,9 +203,9 @@ def ranks(job: Job, cluster: ClusterConfig) -> str:
     elif job.trainer:
         command = (f'{shlex.join(srun(job, cluster, per_node=tasks))} --output="$LOG/rank_%4t.log" --open-mode=append \\\n'
                    f"    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={tasks}; exec \"$@\"' _ \\\n"
-                   f'    {shlex.join([*python, "-m", *target])}')
+                   f'    {shlex.join([*python, "-m", *target])}{own_words}')
     else:
         log = "task$T.log" if job.array else "rank_0000.log"
         command = (f'{shlex.join(srun(job, cluster, per_node=1, nodes=1))} --output="$LOG/{log}" --open-mode=append \\\n'
-                   f'    {shlex.join([*python, "-m", *target])}')
+                   f'    {shlex.join([*python, "-m", *target])}{own_words}')
     return command

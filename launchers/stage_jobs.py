@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -167,14 +167,35 @@ def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: 
             raise ConfigError(f"{override!r} is not of the form stage.key=value; the stages are {', '.join(mine)}")
         mine[name].append(rest)
     planned: list[Planned] = []
-    last: dict[str, str] = {}  # stage -> its last job, which the next stages wait for
+    last: dict[str, tuple[str, ...]] = {}  # stage -> its last jobs, which the next stages wait for
+    entered: dict[str, str] = {}  # column -> the job after which the manifest has it
     for stage in stages:
         name = names[stage.name]
-        jobs = jobs_of([*stage.command], place, name, mine[name])
-        waits = tuple(last[before] for before in stage.after)
-        planned += [job if job.after else replace(job, after=waits) for job in jobs]
-        last[stage.name] = jobs[-1].name
+        jobs = columns_apart(jobs_of([*stage.command], place, name, mine[name]), place)
+        waits = [job for before in stage.after for job in last[before]]
+        planned += [job if job.after else replace(job, after=needs(job, waits, last, entered)) for job in jobs]
+        entered |= {column: job.name for job in jobs if job.stage == "precompute" and job.after for column in job.config.columns}
+        last[stage.name] = tuple(job.name for job in jobs if not any(job.name in other.after for other in jobs))
     return planned
+
+
+def columns_apart(jobs: Sequence[Planned], place: Place) -> list[Planned]:
+    """Where several columns are made: each with a job that enters it into the manifest, so that its readers wait for it alone."""
+    *arrays, _ = jobs
+    if jobs[0].stage != "precompute" or len(arrays) < 2:
+        return list(jobs)
+    return [job for one in arrays for column in one.config.columns for job in (
+        one, single("precompute", place, f"enter-{column}", ("precompute", "finalize"), one.config, (one.name,)))]
+
+
+def needs(job: Planned, waits: Sequence[str], last: Mapping[str, Sequence[str]], entered: Mapping[str, str]) -> tuple[str, ...]:
+    """What a job of the walk waits for: a column that needs no tokenizer for the raw shards, a trainer for what it reads."""
+    if job.stage == "precompute" and not any(column.kind == "tokens" for column in job.config.columns.values()):
+        return tuple(last["shards"])
+    if job.steps is None:
+        return tuple(waits)
+    read = [entered[column] for column in job.config.columns if column in entered]
+    return tuple(dict.fromkeys([*(name for name in waits if name not in entered.values()), *read]))
 
 
 def command_line(words: Sequence[str]) -> str:

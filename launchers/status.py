@@ -14,8 +14,8 @@ from configs import ConfigError
 from launchers.progress import duration
 from launchers.slurm import QueuedJob, Slurm, SlurmError
 from launchers.slurm_script import JOB_FOLDER, LOGS
-from launchers.submit import read_record
-from training.errors import first_error, read_message
+from launchers.submit import PID, read_record, running_here
+from training.errors import error_path, first_error, read_message
 from training.run_folder import committed_steps, finished_step
 
 TAIL_BYTES = 64 << 10  # the last lines of a metrics.jsonl of any length
@@ -138,8 +138,8 @@ def state_of(run: Path, record: dict, jobs: Sequence[QueuedJob], away: bool) -> 
         return "done"
     if states & {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}:
         return "pending"
-    if (folder / "pid").exists():
-        return "running" if Path("/proc", (folder / "pid").read_text().strip()).exists() else "interrupted"
+    if (folder / PID).exists():
+        return "running" if running_here(run)[0] else "interrupted"
     if list(folder.glob("given_up*")):
         return "failed"
     if (folder / "stopped").exists():
@@ -162,13 +162,17 @@ def is_marked_done(run: Path, record: dict) -> bool:
 
 
 def last_error(run: Path) -> str:
-    """Why it gave up, else what the rank that failed first had to say."""
-    for path in sorted((run / JOB_FOLDER).glob("given_up*")):
-        return path.read_text(encoding="utf-8").strip()
+    """What the first rank to fail had to say, in this attempt or an earlier one; and why the job gave up."""
+    cause, why = (next(filter(None, map(text_of, sorted((run / JOB_FOLDER).glob(f"{name}*")))), "") for name in ("last_error", "given_up"))
     path = first_error(run)
-    if path is None:
-        return ""
-    return f"{path.stem}: {read_message(path)}"
+    if path is not None and not cause:
+        cause = f"{path.stem}: {read_message(path)}"
+    return f"{cause}; given up: {why}" if cause and why else cause or why
+
+
+def text_of(path: Path) -> str:
+    """A full disk leaves an empty file."""
+    return path.read_text(encoding="utf-8").strip()
 
 
 def table(found: Sequence[RunStatus]) -> str:
@@ -178,7 +182,7 @@ def table(found: Sequence[RunStatus]) -> str:
         step = f"{s.step if s.step is not None else '-'}/{s.steps}" if s.steps else ""
         rows.append((
             s.run, s.stage, s.state, step, f"{s.steps_per_s:.2f}/s" if s.steps_per_s else "",
-            duration(s.seconds_left) if s.seconds_left is not None else "", str(s.restarts or ""), s.jobs, s.error.splitlines()[0][:100] if s.error else "",
+            duration(s.seconds_left) if s.seconds_left is not None else "", str(s.restarts or ""), s.jobs, s.error.splitlines()[0][:200] if s.error else "",
         ))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
@@ -208,16 +212,15 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
     if not folder.is_dir():
         raise ConfigError(f"{run} has no logs ({folder}); landiff status --all lists what was submitted")
     if rank is not None:
-        paths = [p for p in (folder / f"rank_{rank:04d}.log", folder / f"task.{rank}.log") if p.exists()]
+        paths = logs_of(folder, rank)
         if not paths:
             raise ConfigError(f"no log of rank {rank} in {folder}; there are {', '.join(sorted(p.name for p in folder.glob('*.log')))}")
     else:
         paths = sorted(folder.glob("batch*.log"))
-        failed = first_error(run)
+        failed = failing_rank(run)
         if failed is not None:
-            print(f"==> first to fail: {failed} <==\n{tail(failed, lines)}")
-            log = folder / f"{failed.stem}.log"
-            if log.exists():
+            print(f"==> first to fail: {last_error(run)} <==")
+            for log in [path for path in (error_path(run, failed), *logs_of(folder, failed)) if path.exists()]:
                 print(f"==> {log} <==\n{tail(log, lines)}")
     for path in paths:
         print(f"==> {path} <==\n{tail(path, lines)}", flush=True)
@@ -225,6 +228,21 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
         for text in growth(paths[-1]):
             print(text, end="", flush=True)
     return 0
+
+
+def failing_rank(run: Path) -> int | None:
+    """Of the last attempt that failed; of an array, the task. None where nothing failed, or nobody said so."""
+    for path in sorted((run / JOB_FOLDER).glob("last_error*")):
+        found = re.match(r"rank_(\d+): ", path.read_text(encoding="utf-8"))
+        if found:
+            return int(found[1])
+    first = first_error(run)
+    return int(first.stem.removeprefix("rank_")) if first else None
+
+
+def logs_of(folder: Path, rank: int) -> list[Path]:
+    """Of a rank, or of the task of an array with this number."""
+    return [path for path in (folder / f"rank_{rank:04d}.log", folder / f"task.{rank}.log") if path.exists()]
 
 
 def tail(path: Path, lines: int) -> str:

@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from launchers.snapshot import write_snapshot
 from launchers.stage_jobs import CONFIG, Place, Planned, command_line, jobs_of, pipeline_jobs
 from training.run_folder import finished_step
 
-RECORD = "job.json"
+RECORD, PID = "job.json", "pid"
 
 
 def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = None) -> int:
     """Returns 0 when all jobs are queued (or, here, have done their work)."""
     cluster = load(ClusterConfig, cluster_name(args.cluster))
-    place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or sys.executable, args.nodes, args.here)
+    place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or ("python3" if cluster.container else sys.executable), args.nodes, args.here)
     if args.stage == "pipeline":
         planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
     else:
@@ -38,9 +39,20 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
         print(dry_run(planned, cluster))
         return 0
     skip = args.stage == "pipeline"  # a stage that is asked for by name looks by itself what is left to do
+    if args.here and cluster.scheduler == "slurm":
+        check_allocation(planned, os.environ)
     if cluster.scheduler == "local" or args.here:
         return run_here(planned, cluster, skip)
     return queue(planned, cluster, slurm or Slurm(), args.after or (), skip)
+
+
+def check_allocation(planned: Sequence[Planned], environment: Mapping[str, str]) -> None:
+    """--here needs an allocation of enough nodes around it. Raises ConfigError."""
+    nodes, most = int(environment.get("SLURM_JOB_NUM_NODES", "0")), max(planned, key=lambda plan: plan.job.resources.nodes)
+    wanted = most.job.resources.nodes
+    if nodes < wanted:
+        here = f"this one has {nodes}" if nodes else "this shell is in none"
+        raise ConfigError(f"--here runs {most.name} in an allocation of {wanted} node(s), and {here}; start with  salloc -N {wanted}, or leave --here out")
 
 
 def cluster_name(name: str) -> str:
@@ -74,15 +86,20 @@ def plan_lines(planned: Sequence[Planned]) -> list[str]:
 
 def fingerprint(plan: Planned) -> str:
     """Of what the job does. Where and with what resources is not part of it, nor how long a trainer trains."""
-    config = plan.config.model_dump(mode="json") if plan.config else None
+    config = plan.config.model_dump(mode="json", exclude={"loop"} if plan.steps is not None else None) if plan.config else None
     document = [plan.job.module, plan.job.arguments, config, plan.job.resources.array if plan.job.array else 1]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def read_record(run: Path) -> dict:
-    """job.json of a run folder; empty where nothing was submitted."""
-    path = run / JOB_FOLDER / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """job.json of a run folder, with the job that runs there now; empty where nothing was submitted."""
+    path, current = run / JOB_FOLDER / RECORD, run / JOB_FOLDER / "current"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if record and current.exists():
+        job = current.read_text(encoding="utf-8").strip()  # by hand, perhaps: sbatch RUN/job/job.sbatch
+        if job.isdigit() and job not in record["job_ids"]:
+            record["job_ids"].append(job)
+    return record
 
 
 def is_done(plan: Planned) -> bool:
@@ -100,6 +117,12 @@ def nothing_left(plan: Planned, skipped: Collection[str], skip: bool) -> bool:
     return is_done(plan) and (plan.steps is not None or (skip and all(name in skipped for name in plan.after)))
 
 
+def said_of_done(plan: Planned) -> str:
+    """A trainer's checkpoints stay what they are when its config is edited."""
+    edited = plan.steps is not None and read_record(plan.job.run).get("fingerprint", fingerprint(plan)) != fingerprint(plan)
+    return f"{plan.name}: done already" + (f"; its config was edited since, to train anew give another run= than {plan.job.run}" if edited else "")
+
+
 def done_markers(plan: Planned) -> list[Path]:
     if plan.job.array:
         return [plan.job.run / f"done.{task}" for task in range(plan.job.resources.array)]
@@ -115,7 +138,7 @@ def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
         write_text(folder / CONFIG, dump(plan.config))
     write_text(folder / "cluster.yaml", dump(cluster))
     write_text(folder / SCRIPT, sbatch_text(plan.job, cluster))
-    for pattern in ("done*" if plan.steps is None else "done", "stop", "job/stopped", "job/state*", "job/given_up*", "job/chain"):
+    for pattern in ("done*" if plan.steps is None else "done", "stop", "job/stopped", "job/state*", "job/given_up*", "job/last_error*", "job/current", "job/chain"):
         for path in plan.job.run.glob(pattern):
             path.unlink()
     write_record(plan, [], origin)
@@ -154,7 +177,7 @@ def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, afte
         raise ConfigError(f"{planned[0].job.run} has job {ids[planned[0].name]} in the queue already; landiff stop {planned[0].job.run} ends it")
     for plan in planned:
         if plan.name in skipped:
-            print(f"{plan.name}: done already")
+            print(said_of_done(plan))
         elif plan.name not in scripts:
             print(f"{plan.name}: job {ids[plan.name]} is in the queue already")
         else:
@@ -188,33 +211,53 @@ def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = Tr
             continue
         if nothing_left(plan, skipped, skip):
             skipped.add(plan.name)
-            print(f"{plan.name}: done already")
+            print(said_of_done(plan))
             continue
         script = prepare(plan, cluster)
         print(f"{plan.name}: {plan.job.folder / LOGS}", flush=True)
-        code = run_script(script)
+        code, interrupted = run_script(script)
+        if interrupted:
+            print(f"{plan.name}: interrupted; the same command goes on from here", file=sys.stderr)
+            return code
         if code:
             failed[plan.name] = code
             print(f"{plan.name}: ended with {code}; see landiff logs {plan.job.run}", file=sys.stderr)
     return next(iter(failed.values()), 0)
 
 
-def run_script(script: Path) -> int:
-    """The batch script in a process of its own, told of our signals. Its words go to the terminal and to batch.log."""
+def run_script(script: Path) -> tuple[int, bool]:
+    """The batch script in a process of its own, told of our signals -> (its exit code, was it Ctrl-C or SIGTERM that ended it?).
+
+    Its words go to the terminal and to batch.log.
+    """
     child = subprocess.Popen(["bash", "-c", 'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"', "_", str(script.parent / LOGS / "batch.log"), str(script)],
                              start_new_session=True)
-    write_text(script.parent / "pid", f"{child.pid}\n")
+    write_text(script.parent / PID, f"{child.pid} {socket.gethostname()}\n")
+
+    seen: set[int] = set()
 
     def forward(number: int, _frame: object) -> None:
+        seen.add(number)
         child.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return child.wait()
+        code = child.wait()
+        return code, code != 0 and bool(seen & {signal.SIGINT, signal.SIGTERM})
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        (script.parent / "pid").unlink(missing_ok=True)
+        (script.parent / PID).unlink(missing_ok=True)
+
+
+def running_here(run: Path) -> tuple[int, str]:
+    """(process, host) of a run that was started without sbatch; (0, "") when there is none. What died here is none."""
+    path = run / JOB_FOLDER / PID
+    if not path.exists():
+        return 0, ""
+    number, _, host = path.read_text(encoding="utf-8").strip().partition(" ")
+    alive = host != socket.gethostname() or Path("/proc", number).exists()
+    return (int(number), host) if alive else (0, "")
 
 
 # -------------------------------------------------------------------- stop
@@ -225,12 +268,14 @@ def stop(run: Path, restart: bool, slurm: Slurm | None = None) -> str:
     record = read_record(run)
     if not record:
         raise ConfigError(f"{run} was not submitted (it has no {JOB_FOLDER}/{RECORD}); landiff status --all lists what was")
-    if not restart:
-        write_text(run / JOB_FOLDER / "stopped", "landiff stop\n")
-    pid = run / JOB_FOLDER / "pid"
-    if pid.exists():
-        os.kill(int(pid.read_text()), signal.SIGUSR1)
-        return f"{run}: asked process {pid.read_text().strip()} to save and end"
+    pid, host = running_here(run)
+    if pid and host != socket.gethostname():
+        raise ConfigError(f"{run} runs on {host}; call landiff stop there")
+    if not restart:  # for these jobs: one that is queued later is not meant
+        write_text(run / JOB_FOLDER / "stopped", "\n".join(["here"] if pid else record["job_ids"]) + "\n")
+    if pid:
+        os.kill(pid, signal.SIGUSR1)
+        return f"{run}: asked process {pid} to save and {'start again' if restart else 'end'}"
     slurm = slurm or Slurm()
     said = []
     for job in slurm.queue(record["job_ids"]) if record["job_ids"] else []:

@@ -141,8 +141,10 @@ class CheckpointStore:
         if not failures:
             failure = _attempt(lambda: self._commit(temporary, final, state, loader, entries)) if world.rank == 0 else ""
             failures = _failures(world, failure)
-        if failures and world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if failures:  # libraries do not always say that it was the disk
+            failures.insert(0, world.broadcast(_room(self.folder) if world.rank == 0 else None))
+            if world.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
         world.barrier()
         return failures
 
@@ -325,10 +327,20 @@ def _attempt(action: Any) -> str:
 
 
 def _failures(world: World, failure: str) -> list[str]:
-    """The failures of all ranks, on all ranks."""
+    """The failures of all ranks, on all ranks; what many say is said once."""
     if not world.any_says(bool(failure)):
         return []
-    return [f"rank {rank}: {text}" for rank, text in enumerate(world.gather(failure)) if text]
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(world.gather(failure)):
+        ranks.setdefault(text, []).append(rank)
+    return [f"rank {first}{f' and {len(others)} others' if others else ''}: {text}" for text, (first, *others) in ranks.items() if text]
+
+
+def _room(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free >> 20} MiB were free on the disk"
+    except OSError as error:
+        return f"no disk: {_explain(error)}"
 
 
 def _explain(error: BaseException) -> str:

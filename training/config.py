@@ -22,6 +22,11 @@ class LoopConfig(Config):
     on_save_failure: Literal["warn", "retry", "fatal"] = "retry"
     hang_timeout_s: NonNegativeFloat = 1800.0  # without a step or a save: dump all stacks and end; 0 = wait for ever
 
+    @property
+    def collective_timeout_s(self) -> float:
+        """When torch itself gives a collective up: after the heartbeat, which shows what hangs."""
+        return self.hang_timeout_s + 300.0 if self.hang_timeout_s else 86400.0
+
 
 class OptimConfig(Config):
     """AdamW with linear warmup, then constant or cosine."""

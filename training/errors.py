@@ -5,12 +5,15 @@ When one rank fails, its peers fail a moment later in their next collective. The
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
 from configs.files import write_text
+
+log = logging.getLogger(__name__)
 
 _TRACE = "\nin full:\n"  # behind the message
 
@@ -23,14 +26,15 @@ def error_path(run: Path, rank: int) -> Path:
     return run / "errors" / f"rank_{rank:04d}.txt"
 
 
-def write_error(run: Path, rank: int, step: int, error: BaseException) -> Path:
-    """Write time (UTC, microseconds), step, message and traceback of `error`; returns the file."""
+def write_error(run: Path, rank: int, step: int, error: BaseException) -> None:
+    """Write time (UTC, microseconds), step, message and traceback of `error`. A disk that is full does not hide the error itself."""
     now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds")
     message = f"{type(error).__name__}: {error}\n"
     trace = "".join(traceback.format_exception(error))
-    path = error_path(run, rank)
-    write_text(path, f"time: {now}\nrank: {rank}\nstep: {step}\n\n{message}{_TRACE}{trace}")
-    return path
+    try:
+        write_text(error_path(run, rank), f"time: {now}\nrank: {rank}\nstep: {step}\n\n{message}{_TRACE}{trace}")
+    except OSError as refused:
+        log.warning("no error file: %s", refused)
 
 
 def read_message(path: Path) -> str:

@@ -2,7 +2,8 @@
 
     <run>/heartbeat/rank_0003    time and step of its last beat; its age is what `landiff status` shows
     <run>/hangs/rank_0003.txt    all stacks of a rank that had no step for `loop.hang_timeout_s`
-    <run>/hangs/nccl_rank_3      NCCL's flight recorder, where it was recording
+    <run>/hangs/nccl_rank_3      NCCL's flight recorder; torch.distributed.flight_recorder.fr_trace reads all ranks' together
+    <run>/hangs/gloo_rank_3.json gloo's: the last collectives between CPUs, the one that hangs among them
 
 A rank that hangs leaves these, waits until its peers (which wait for it in a collective, and so are late too)
 have left theirs, and ends with code 1; whoever started it starts it again.
@@ -89,18 +90,20 @@ class Heartbeat:
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
             write_error(self.run, self.rank, self.step, HangError(f"{silence}; stacks of all ranks in {folder}"))
-            trace = nccl_trace()
-            if trace:
-                (folder / f"nccl_rank_{self.rank}").write_bytes(trace)
+            for name, trace in flight_recorders().items():
+                (folder / name.format(rank=self.rank)).write_bytes(trace)
         finally:
             time.sleep(self.grace_s)
             os._exit(1)
 
 
-def nccl_trace() -> bytes:
-    """NCCL's flight recorder, or nothing: on the CPU, or where TORCH_NCCL_TRACE_BUFFER_SIZE is 0."""
+def flight_recorders() -> dict[str, bytes]:
+    """What torch's recorders hold, by file name; nothing where torch was not loaded or TORCH_FR_BUFFER_SIZE is 0."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return b""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
-    return dump() if dump is not None else b""
+    c10d = getattr(getattr(torch, "_C", None), "_distributed_c10d", None)
+    found = {}
+    if hasattr(c10d, "_dump_nccl_trace") and torch.cuda.is_initialized():
+        found["nccl_rank_{rank}"] = c10d._dump_nccl_trace()
+    if hasattr(c10d, "_dump_fr_trace_json"):
+        found["gloo_rank_{rank}.json"] = c10d._dump_fr_trace_json()
+    return {name: trace for name, trace in found.items() if b"entries" in trace}

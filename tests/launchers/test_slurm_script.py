@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from configs import ConfigError, load
-from launchers.cluster_config import STAGES, ClusterConfig
+from launchers.cluster_config import STAGES, ClusterConfig, ContainerConfig, Resources, seconds
 from launchers.slurm_script import Job, options, sbatch_text
 
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -99,12 +101,40 @@ def test_numbers_in_env_are_text():
     ("default: {time: 4h}", "time limit"), ("default: {gpus_per_node: 8, tasks_per_node: 4}", "one process per GPU"),
     ("env: {'A B': x}", "no name of an environment variable"), ("options: [exclusive]", "no sbatch option"), ("gpu_syntax: tres", "gpu_syntax"),
     ("stages: {lm: {gpus_per_node: 4, tasks_per_node: 2}}", "one process per GPU"),
+    ('{signal_margin_s: 600, stages: {lm: {time: "8:00"}}}', "signal_margin_s = 600 leaves nothing of time = '8:00' of lm"),
 ])
 def test_a_bad_cluster_file_is_refused_by_name(tmp_path, text, says):
     path = tmp_path / "site.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         load(ClusterConfig, path)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90", 5400), ("8:30", 510), ("4:00:00", 14400), ("2-12", 216000), ("1-00:30", 88200), ("1-00:00:05", 86405)])
+def test_time_limits_are_read_as_slurm_reads_them(text, expected):
+    assert seconds(text) == expected
+
+
+def test_the_page_on_clusters_explains_every_key(tmp_path):
+    """Its cluster file is one that loads, line by line."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    example = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "site.yaml").write_text(example)
+    load(ClusterConfig, tmp_path / "site.yaml")
+    explained = set(re.findall(r"^ *(?:# )?(\w+):.*#", example, flags=re.MULTILINE)) | set(re.findall(r"(\w+): ", example))
+    keys = {name for config in (ClusterConfig, Resources, ContainerConfig) for name in config.model_fields}
+    assert keys <= explained, keys - explained
+
+
+def test_the_page_on_disturbances_names_tests_that_exist():
+    page = (ROOT / "docs" / "disturbances.md").read_text()
+    written = "".join(path.read_text() for folder in ("slurm", "launchers", "training") for path in (ROOT / "tests" / folder).glob("test_*.py"))
+    tests = set(re.findall(r"^def test_(\w+)", written, flags=re.MULTILINE))
+    named = {name.partition("…")[0].partition("[")[0] for name in re.findall(r"`([a-z0-9_]*_[a-z0-9_]*_[a-z0-9_…\[\]]*)`", page)}
+    assert len(named) > 25
+    assert [name for name in named if not any(test.startswith(name) for test in tests)] == []
+    endings = re.findall(r"^def test_(\w+)", (ROOT / "tests" / "slurm" / "test_endings.py").read_text(), flags=re.MULTILINE)
+    assert [test for test in endings if not any(test.startswith(name) for name in named)] == []
 
 
 def test_stages_differ_only_where_they_say_so():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from launchers.slurm import Answer, Slurm
 from launchers.slurm_script import Job
 from launchers.stage_jobs import Planned
 from launchers.status import growth, statuses
-from launchers.submit import prepare, read_record, run_here
+from launchers.submit import prepare, queue, read_record, run_here
 
 LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 STAGES = {
@@ -49,12 +51,18 @@ def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothi
 
 def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    prepare(one_process(tmp_path / "runs" / "lm", "pass"), LOCAL)  # what a run left is left alone too
+    before = {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")}
     _, out, _ = say(capsys, "submit", "pipeline", "--cluster", "sandbox", "--dry-run", "lm.loop.steps=3")
+    assert {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")} == before
     plan = dict(line.removeprefix("# ").split(": ", 1) for line in out.split("# ==== plan\n")[1].splitlines() if ": " in line)
-    assert "after columns-tokens, columns-latents, columns-text-minilm, columns-text-minilm-padded" in plan["columns"]
-    assert plan["lm"].endswith("after columns") and plan["diffusion-main"].endswith("after columns")  # side by side
+    assert plan["columns-tokens"].endswith("after export-tokenizer") and plan["columns-latents"].endswith("after shards")
+    assert plan["enter-tokens"].endswith("after columns-tokens")
+    assert plan["lm"].endswith("after enter-tokens, enter-text-minilm")  # side by side, each after what it reads
+    assert plan["diffusion-main"].endswith("after enter-latents, enter-text-minilm-padded")
+    assert plan["diffusion-control"].endswith("after export-main, enter-latents, enter-text-minilm-padded, enter-tokens")
     assert "array of 2" in plan["columns-tokens"] and plan["sample"].endswith("after export-lm, export-diffusion")
-    assert out.count("steps: 3\n") == 1 and list(tmp_path.iterdir()) == []
+    assert out.count("steps: 3\n") == 1
 
 
 @pytest.mark.parametrize(("words", "says"), [
@@ -62,10 +70,12 @@ def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     (["lm", "--config", "nano/lm", "--cluster", "sandbox", "optim.rl=1"], "did you mean 'lr'"),
     (["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "3"], "the nearest that do"),
     (["shards", "--config", "nano/shards", "--cluster", "sandbox", "--nodes", "2"], "runs on one node"),
+    (["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "2", "data.micro_batch_size=8", "--here"], "this one has 1; start with  salloc -N 2"),
     (["pipeline", "--cluster", "sandbox", "lmm.loop.steps=1"], "the stages are shards, features"),
 ])
 def test_mistakes_are_refused_before_anything_is_queued(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     code, _, err = say(capsys, "submit", *words)
     assert code == 2 and says in err and list(tmp_path.iterdir()) == []
 
@@ -120,11 +130,50 @@ def test_a_failed_job_here_costs_what_depends_on_it_and_nothing_else(tmp_path, c
     assert "lost: not run, bad failed" in capfd.readouterr().err
 
 
+def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsys):
+    asked: list[list[str]] = []
+
+    def cluster(words):
+        asked.append(list(words))
+        return Answer(0, f"{len(asked)}\n" if "--parsable" in words else "", "")
+
+    def walk(code: str) -> list[Planned]:
+        return [one_process(tmp_path / "first", "pass", "first"), one_process(tmp_path / "second", code, "second", ("first",)),
+                one_process(tmp_path / "third", "pass", "third", ("second",)), one_process(tmp_path / "other", "pass", "other")]
+
+    site = ClusterConfig()
+    queue(walk("pass"), site, Slurm(cluster))
+    for plan in walk("pass"):
+        (plan.job.run / "done").touch()
+    capsys.readouterr()
+    queue(walk("pass"), site, Slurm(cluster))
+    assert capsys.readouterr().out.count("done already") == 4
+    asked.clear()
+    queue(walk("1"), site, Slurm(cluster))
+    out = capsys.readouterr().out
+    assert "first: done already" in out and "other: done already" in out and "second: job" in out
+    submissions = [words for words in asked if "--parsable" in words]
+    assert [Path(words[-1]).parent.parent.name for words in submissions] == ["second", "third"]
+    assert submissions[1][2].startswith("--dependency=afterok:")
+
+
+def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
+    def trainer(code: str) -> list[Planned]:
+        return [replace(one_process(tmp_path / "lm", code), steps=3)]
+
+    prepare(trainer("pass")[0], LOCAL)
+    (tmp_path / "lm" / "done").write_text("3\n")
+    assert run_here(trainer("pass"), LOCAL) == 0 and "done already\n" in capsys.readouterr().out
+    assert run_here(trainer("1"), LOCAL) == 0 and "another run=" in capsys.readouterr().out
+
+
 def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
-    script = prepare(plan, LOCAL)
-    child = subprocess.Popen([sys.executable, "-c", f"from pathlib import Path; from launchers.submit import run_script; raise SystemExit(run_script(Path({str(script)!r})))"],
-                             env={**os.environ, "PYTHONPATH": str(snapshot.ROOT)})
+    code = ("import pickle, sys; from launchers.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
+            "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))")
+    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(snapshot.ROOT)}, stdin=subprocess.PIPE)
+    with child.stdin as pipe:
+        pickle.dump([plan, one_process(tmp_path / "next", "pass", "next")], pipe)
     log = plan.job.folder / "log" / "rank_0000.log"
     end = time.monotonic() + 30
     while not (log.exists() and "up" in log.read_text()):
@@ -133,6 +182,7 @@ def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=30) != 0
     time.sleep(0.2)
+    assert not (tmp_path / "next").exists()  # what would have come after it is not started
     assert not (plan.job.run / "done").exists() and not (plan.job.folder / "pid").exists()
     mine = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in read(p)]
     assert mine == []

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +21,16 @@ from launchers.slurm import Slurm
 
 HERE = Path(__file__).resolve().parent
 SANDBOX = HERE / "slurm_sandbox"
+DISK_MIB = 160  # room for the code and a few small checkpoints
 
 
 @dataclass
 class Sandbox:
-    """A running SLURM: four nodes, which can crash and come back."""
+    """A running SLURM: four nodes, which can crash and come back, and a small disk that all of them see."""
 
     folder: Path
     slurm: Slurm
+    disk: Path
 
     def command(self, *words: str) -> None:
         action, *rest = words
@@ -54,6 +57,69 @@ class Sandbox:
         return self.state(job)
 
 
+    def nodes(self) -> dict[str, int]:
+        """The first process of every node that is up."""
+        found = {}
+        for path in (self.folder / "run").glob("node*.pid"):
+            children = Path(f"/proc/{path.read_text().strip()}/task/{path.read_text().strip()}/children")
+            found[path.stem] = int(children.read_text().split()[0])
+        return found
+
+    def left_behind(self) -> list[str]:
+        """Processes, listening ports and file locks on the nodes that are not slurmd's."""
+        found = []
+        for node, first in self.nodes().items():
+            inside = [pid for pid in pids() if link(f"/proc/{pid}/ns/pid") == link(f"/proc/{first}/ns/pid")]
+            own = {pid for pid in inside if pid == first or read(f"/proc/{pid}/comm").strip() == "slurmd"}
+            found += [f"{node}: process {read(f'/proc/{pid}/cmdline')[:300]}" for pid in inside if pid not in own]
+            port = 17803 + int(node.removeprefix("node"))
+            rows = [line.split() for table in ("tcp", "tcp6") for line in read(f"/proc/{first}/net/{table}").splitlines()[1:]]
+            listening = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
+            found += [f"{node}: port {number}" for number in listening - {port}]
+            held = [line for line in read("/proc/locks").splitlines() if int(line.split()[4]) in set(inside) - own]
+            found += [f"{node}: lock {line}" for line in held]
+        return found
+
+    def cancel_all(self) -> None:
+        """What a test that failed left in the queue."""
+        active = [job.id for job in self.slurm.queue() if job.active]
+        for job in active:
+            self.slurm.cancel(job)
+        until(lambda: not any(job.active for job in self.slurm.queue()), 120, lambda: f"jobs do not end: {self.slurm.queue()}")
+
+
+def pids() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def read(path: str) -> str:
+    """A file of /proc; "" when the process is gone."""
+    try:
+        return Path(path).read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+@contextmanager
+def full(disk: Path, leave: int = 0) -> Iterator[None]:
+    """In the block no more than `leave` bytes are free."""
+    filler = disk / "filler"
+    try:
+        with open(filler, "wb", buffering=0) as file, suppress(OSError):  # no room is what is wanted
+            while (room := shutil.disk_usage(disk).free - leave) > 0:
+                file.write(b"\0" * min(room, 1 << 20))
+        yield
+    finally:
+        filler.unlink()
+
+
 def until(condition: Callable[[], object], timeout_s: float = 120.0, otherwise: Callable[[], str] = lambda: "") -> None:
     """Wait for `condition`; a timeout is a failure."""
     end = time.monotonic() + timeout_s
@@ -66,11 +132,21 @@ def until(condition: Callable[[], object], timeout_s: float = 120.0, otherwise: 
 def sandbox() -> Iterator[Sandbox]:
     # unix sockets want short names, shorter than pytest's folders
     folder = Path(tempfile.mkdtemp(prefix="landiff-slurm-", dir="/tmp"))
+    disk = folder / "disk"
+    disk.mkdir()
+    # before the nodes start: they see the mounts of that moment
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "landiff-test", str(disk)], check=True)
     environment = {**os.environ, "SANDBOX_NODES": "4", "SANDBOX_NODE_TIMEOUT": "6", "SANDBOX_CPUS": "64"}
-    done = subprocess.run([str(SANDBOX), "start", str(folder / "c")], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"no SLURM here: {done.stderr}\nrun tests/slurm/install.sh"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", str(folder / "c" / "slurm.conf"))
-        yield Sandbox(folder / "c", Slurm())
-    subprocess.run([str(SANDBOX), "stop", str(folder / "c")], check=True, timeout=120)
-    shutil.rmtree(folder)
+    try:
+        done = subprocess.run([str(SANDBOX), "start", str(folder / "c")], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"no SLURM here: {done.stderr}\nrun tests/slurm/install.sh"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "c" / "slurm.conf"))
+            sandbox = Sandbox(folder / "c", Slurm(), disk)
+            yield sandbox
+            sandbox.cancel_all()
+            until(lambda: not sandbox.left_behind(), 60, lambda: f"left behind: {sandbox.left_behind()}")
+    finally:
+        subprocess.run([str(SANDBOX), "stop", str(folder / "c")], check=True, timeout=120)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        shutil.rmtree(folder)

@@ -32,7 +32,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())  # as training.distributed: a wish, not an end
     if rank == 0:
         (run / "stop").unlink(missing_ok=True)
-    print(f"rank {rank} of {size} on {os.uname().nodename} starts at step {step}, master {os.environ.get('MASTER_ADDR')}, code {__file__}", flush=True)
+        cut_torn_line(run / "metrics.jsonl")
+    image = Path("/image.txt").read_text() if Path("/image.txt").exists() else "none"
+    print(f"rank {rank} of {size} on {os.uname().nodename} starts at step {step}, master {os.environ.get('MASTER_ADDR')}, code {__file__}, "
+          f"image {image}, note {os.environ.get('NOTE')}", flush=True)
     meet(meeting, rank, size, step)
     with Heartbeat(run, rank, HANG_TIMEOUT_S, grace_s=2) as heartbeat:
         while step < steps:
@@ -56,6 +59,13 @@ def main() -> None:
                 break
     if step == steps and rank == 0:
         (run / "done").write_text(f"{step}\n")
+
+
+def cut_torn_line(path: Path) -> None:
+    """A full disk takes half a line."""
+    if path.exists():
+        whole = path.read_text()
+        path.write_text(whole[: whole.rfind("\n") + 1])
 
 
 def meet(meeting: Path, rank: int, size: int, step: int) -> None:

@@ -6,9 +6,9 @@ All jobs run side by side, each with a hand of its own that disturbs it; the tes
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,13 @@ from pathlib import Path
 import pytest
 
 from configs import ConfigError
-from launchers.slurm_script import Job
-from launchers.stage_jobs import Planned
 from launchers.status import statuses
-from launchers.submit import queue, read_record, stop
+from launchers.submit import queue, read_record
 from tests.slurm.conftest import Sandbox, until
-from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_log, ready, start, undisturbed
+from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_log, start, undisturbed
+from tests.slurm.scenarios import FIRST, LONG, NOTE, SCENARIOS
 
 pytestmark = pytest.mark.slurm
-NODE_3, NODE_4 = cluster("--nodelist=node3", nodes=1), cluster("--nodelist=node4", "--exclusive", nodes=1)
-SPOT = cluster("--nodelist=node4", "--exclusive", nodes=1, partition="spot")
-
 
 @dataclass
 class Runs:
@@ -43,107 +39,6 @@ class Runs:
 
     def restarts(self, job: str) -> int:
         return int(self.sandbox.field(job, "Restarts"))
-
-
-def alone(steps: int = 40, fault: str | None = None) -> Callable[[Sandbox, Path], str]:
-    return lambda sandbox, run: start(sandbox, light(run, steps, fault))
-
-
-def disturbed(hand: Callable[[Sandbox, str, Path], object], steps: int = 200) -> Callable[[Sandbox, Path], str]:
-    """A job that something is done to once it has taken steps."""
-
-    def scenario(sandbox: Sandbox, run: Path) -> str:
-        job = start(sandbox, light(run, steps))
-        until(lambda: (run / "metrics.jsonl").exists())
-        hand(sandbox, job, run)
-        return job
-
-    return scenario
-
-
-def config_error(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 40, "2:5:config"))
-    lost = start(sandbox, light(run.parent / "lost", 5), after=(job,))
-    last = start(sandbox, light(run.parent / "lost too", 5), after=(lost,))
-    (run / "dependents").write_text(f"{lost} {last}")
-    return job
-
-
-def crash_before_dependent(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 20, "1:5:exit"))
-    (run / "dependents").write_text(start(sandbox, light(run.parent / "next", 5), after=(job,)))
-    return job
-
-
-def preemption(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 200, site=SPOT), SPOT)
-    until(lambda: (run / "metrics.jsonl").exists())
-    assert sandbox.wait(start(sandbox, light(run.parent / "urgent", 2, site=NODE_4), NODE_4)) == "COMPLETED"
-    return job
-
-
-def node_crash(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 150, site=NODE_3), NODE_3)
-    until(lambda: (run / "checkpoints" / "step_00000010").exists())
-    sandbox.crash("node3")
-    sandbox.boot("node3")
-    return job
-
-
-def stop_and_submit_again(sandbox: Sandbox, run: Path) -> str:
-    job = start(sandbox, light(run, 200))
-    until(lambda: (run / "metrics.jsonl").exists())
-    stop(run, restart=False, slurm=sandbox.slurm)
-    states = [sandbox.wait(job), sandbox.field(job, "ExitCode"), sandbox.field(job, "Restarts"), (run / "done").exists()]
-    (run / "first.json").write_text(json.dumps(states))
-    return start(sandbox, light(run, 200))
-
-
-def chain(sandbox: Sandbox, run: Path) -> str:
-    site = cluster("--exclude=node3,node4", restart="chain", chain_length=3)
-    return start(sandbox, light(run, 40, "1:25:exit", site=site), site)
-
-
-def array_of_tasks(sandbox: Sandbox, run: Path) -> str:
-    """An array of tasks that are no trainers; number 3 is killed once, number 5 gives up."""
-    site = cluster("--exclude=node3,node4", max_restarts=1)
-    resources = site.resources("precompute").model_copy(update={"array": 8, "nodes": 1})
-    job = Job("array", run, run.parent, "light_task", (str(run),), resources, trainer=False, array=True, python=light(run).job.python)
-    return start(sandbox, Planned("precompute", job, None), site)
-
-
-def full_disk(sandbox: Sandbox, run: Path) -> str:
-    (run / "checkpoints" / ".step_00000020").mkdir(parents=True)
-    (run / "checkpoints" / ".step_00000020" / "state.json").symlink_to("/dev/full")
-    return start(sandbox, light(run))
-
-
-def failing_preflight(sandbox: Sandbox, run: Path) -> str:
-    """nvidia-smi finds two good GPUs on one node, and a broken one on the other."""
-    tools = run / "tools"
-    tools.mkdir(parents=True)
-    (tools / "nvidia-smi").write_text('#!/bin/sh\n[ "$(hostname)" = node2 ] && bad=7 || bad=0\necho "0, H100, 81559, 1, 0"\necho "1, H100, 81559, 1, $bad"\n')
-    (tools / "nvidia-smi").chmod(0o755)
-    site = cluster("--exclude=node3,node4", preflight=True, env={"PATH": f"{tools}:{os.environ['PATH']}"})
-    site = site.model_copy(update={"default": site.default.model_copy(update={"gpus_per_node": 1, "tasks_per_node": None})})
-    return start(sandbox, light(run, 5, site=site), site)
-
-
-def through_torchrun(sandbox: Sandbox, run: Path) -> str:
-    site = cluster("--exclude=node3,node4", launcher="torchrun")
-    return start(sandbox, light(run, 20, "3:15:exit", site=site), site)
-
-
-SCENARIOS: dict[str, Callable[[Sandbox, Path], str]] = {
-    "straight": alone(), "crash": crash_before_dependent, "killed": alone(20, "3:15:kill"), "config": config_error,
-    "always": alone(40, "1:15:always"), "hang": alone(20, "0:15:hang"), "node": node_crash, "preempted": preemption,
-    "signalled": disturbed(lambda sandbox, job, run: sandbox.slurm.signal(job)),
-    "stopped": stop_and_submit_again,
-    "restarted": disturbed(lambda sandbox, job, run: stop(run, restart=True, slurm=sandbox.slurm)),
-    "cancelled": disturbed(lambda sandbox, job, run: sandbox.slurm.cancel(job)),
-    "requeued": disturbed(lambda sandbox, job, run: sandbox.slurm.ask("scontrol", "requeue", job)),
-    "full": full_disk, "preflight": failing_preflight, "torchrun": through_torchrun, "chain": chain, "array": array_of_tasks,
-}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +74,12 @@ def test_a_failed_rank_costs_one_restart_and_no_step(runs, name, steps):
 def test_the_failing_rank_is_shown_first(runs):
     run, _, _ = runs.ended("crash")
     log = batch_log(run)
-    assert "RuntimeError: exit: broken on purpose" in log and log.index("rank_0001.txt") < log.index("requeueing")
+    assert "first to fail: rank_0001: RuntimeError: exit: broken on purpose" in log and log.index("rank_0001.txt") < log.index("requeueing")
+
+
+def test_a_rank_that_is_killed_is_named_though_it_could_not_say_so(runs):
+    run, _, _ = runs.ended("killed")
+    assert "first to fail: rank_0003: srun: error: node2: task 3: Killed" in batch_log(run)
 
 
 def test_a_dependent_job_waits_for_the_restart(runs):
@@ -217,14 +117,20 @@ def test_a_wish_to_stop_saves_and_goes_on_with_the_next_step(runs, name):
     assert state == "COMPLETED" and runs.restarts(job) == 1
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = int((run / "done").read_text())
-    assert last == 200 and steps == list(range(1, last + 1)) and losses(run) == undisturbed(last)  # not one step was done twice
+    assert last == LONG and steps == list(range(1, last + 1)) and losses(run) == undisturbed(last)  # not one step was done twice
     assert "and leaves" in rank_log(run) and "crashes=0" in (run / "job" / "state").read_text()
+
+
+def test_a_signal_before_the_ranks_start_is_not_lost(runs):
+    run, job, state = runs.ended("early")
+    assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
+    assert "ended with 75 after signal USR1" in batch_log(run)
 
 
 def test_landiff_stop_saves_and_ends_and_submitting_again_goes_on(runs):
     run, _, state = runs.ended("stopped")
-    assert json.loads((run / "first.json").read_text()) == ["FAILED", "75:0", "0", False]
-    assert state == "COMPLETED" and losses(run) == undisturbed(200)
+    assert json.loads((run / FIRST).read_text()) == ["FAILED", "75:0", "0", False]
+    assert state == "COMPLETED" and losses(run) == undisturbed(LONG)
 
 
 def test_scancel_saves_and_stays_cancelled(runs):
@@ -237,15 +143,31 @@ def test_scancel_saves_and_stays_cancelled(runs):
 def test_a_node_that_dies_costs_the_steps_since_the_checkpoint(runs):
     run, job, state = runs.ended("node")
     assert state == "COMPLETED" and runs.restarts(job) == 1
-    assert losses(run) == undisturbed(150)
+    assert losses(run) == undisturbed(LONG)
 
 
 def test_a_full_disk_costs_no_checkpoint_and_is_given_up(runs):
-    run, job, state = runs.ended("full")
-    assert state == "FAILED" and runs.restarts(job) == 1 and "No space left on device" in batch_log(run)
-    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000010"]
-    (run / "checkpoints" / ".step_00000020" / "state.json").unlink()  # room again: submit again
-    assert runs.sandbox.wait(start(runs.sandbox, light(run))) == "COMPLETED" and losses(run) == undisturbed(40)
+    run, _, state = runs.ended("full")
+    assert json.loads((run / FIRST).read_text()) == ["FAILED", "1", ["step_00000010"]] and "No space left on device" in batch_log(run)
+    assert state == "COMPLETED" and losses(run) == undisturbed(40)
+
+
+def test_a_disk_without_a_free_byte_ends_the_run_at_once_and_costs_no_checkpoint(runs):
+    run, _, state = runs.ended("brimful")
+    first, restarts, shown, saved = json.loads((run / FIRST).read_text())
+    assert (first, restarts, shown) == ("FAILED", "0", "failed")  # who cannot count must not start again for ever
+    assert saved and all(name == f"step_{step:08d}" for name, step in saved.items())
+    assert state == "COMPLETED" and losses(runs.sandbox.disk / run.name) == undisturbed(LONG)
+
+
+def test_a_container_holds_the_ranks_and_hides_nothing_of_them(runs):
+    run, job, state = runs.ended("container")
+    assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
+    assert all(f"rank {rank} of 4 on node" in rank_log(run, rank) and f"image of container, note {NOTE}" in rank_log(run, rank) for rank in range(4))
+    assert "first to fail: rank_0001: RuntimeError: exit: broken on purpose" in batch_log(run)
+    assert len(list((run / "job" / "preflight").glob("node*.ok"))) == 2
+    run, job, state = runs.ended("container config")
+    assert state == "FAILED" and runs.sandbox.field(job, "ExitCode") == "2:0" and runs.restarts(job) == 0
 
 
 def test_a_failing_preflight_names_the_node_and_starts_no_rank(runs):
@@ -279,6 +201,14 @@ def test_status_knows_all_endings(runs):
     assert "data.manifest = gone" in by_name["config"].error
 
 
+def test_a_script_can_be_submitted_again_by_hand(runs):
+    run, job, state = runs.ended("by hand")
+    assert state == "COMPLETED" and losses(run) == undisturbed(20)
+    assert read_record(run)["job_ids"] == [json.loads((run / FIRST).read_text()), job]
+    (status,), _ = statuses([run], runs.sandbox.slurm)
+    assert (status.state, status.error) == ("done", "")
+
+
 def test_tasks_of_an_array_restart_one_by_one(runs):
     run, _, _ = runs.ended("array")
     until(lambda: sum((run / f"done.{task}").exists() for task in range(8)) == 7 and (run / "job" / "given_up.5").exists())
@@ -287,13 +217,10 @@ def test_tasks_of_an_array_restart_one_by_one(runs):
     assert starts == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 1}
 
 
-def test_an_allocation_runs_the_same_job_and_restarts_it_in_place(sandbox, tmp_path):
-    site = cluster()
-    script = ready(light(tmp_path / "here", 20, "1:15:exit", site=site, here=True), site)
-    words = ["salloc", "-Q", "-N", "2", "--ntasks-per-node=2", "--mem=1G", "bash", str(script)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0 and done.stdout.count(" restart ") == 2, done.stdout + done.stderr
-    assert losses(tmp_path / "here") == undisturbed(20)
+def test_an_allocation_runs_the_same_job_and_restarts_it_in_place(runs):
+    said = runs.futures["allocation"].result(timeout=300)
+    assert said.startswith("exit code 0\n") and said.count(" restart ") == 2, said
+    assert losses(runs.root / "allocation") == undisturbed(20)
 
 
 def test_submit_refuses_what_would_never_run(sandbox, tmp_path):
@@ -312,23 +239,20 @@ def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
     sandbox.wait(job)
 
 
-def test_no_process_of_any_run_is_left(runs):
-    for name in SCENARIOS:
+def test_what_would_be_left_behind_is_seen(sandbox, tmp_path):
+    code = f"import fcntl, socket, sys; fcntl.flock(f := open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX); s = socket.create_server(('', 4321)); sys.stdin.read()"
+    words = ["nsenter", "--target", str(sandbox.nodes()["node4"]), "--pid", "--mount", "--net", sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as stray:
+        until(lambda: any("node4: port 4321" in text for text in sandbox.left_behind()), 30)
+        found = sandbox.left_behind()
+        assert any(text.startswith("node4: process") and "4321" in text for text in found) and any(text.startswith("node4: lock") for text in found)
+        stray.stdin.close()
+
+
+def test_no_process_port_or_lock_is_left_on_any_node(runs):
+    for name in SCENARIOS.keys() - {"allocation"}:
         runs.ended(name)
-    until(lambda: not processes_below(runs.root), 30, lambda: str(processes_below(runs.root)))
-
-
-def processes_below(root: Path) -> list[str]:
-    """Command lines that name a run, on all nodes: a node's processes are seen from outside."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(root) in words:
-            found.append(words)
-    return found
+    until(lambda: not runs.sandbox.left_behind(), 60, lambda: str(runs.sandbox.left_behind()))
 
 
 @pytest.mark.long

@@ -20,8 +20,8 @@ STEPS = ["tokenizer.loop.steps=12", "lm.loop.steps=12", "diffusion-main.loop.ste
 DISTURBANCES = 20
 
 
-def submit_walk(folder: Path) -> str:
-    return landiff("submit", "pipeline", "--cluster", write_site(folder / "site.yaml"), "--prompt", "a rabbit", *SMALL, *STEPS)
+def submit_walk(folder: Path, *more: str) -> str:
+    return landiff("submit", "pipeline", "--cluster", write_site(folder / "site.yaml"), "--prompt", "a rabbit", *SMALL, *STEPS, *more)
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -42,7 +42,7 @@ def undisturbed(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_the_walk_runs_as_a_graph(undisturbed):
     names = {run.name for run in run_folders(undisturbed)}
-    assert {"shards", "features", "columns-tokens", "columns-latents", "lm", "diffusion-main", "export-diffusion", "sample"} <= names
+    assert {"shards", "features", "columns-tokens", "columns-latents", "enter-latents", "lm", "diffusion-main", "export-diffusion", "sample"} <= names
     assert len(list((undisturbed / "samples").glob("*.mp4"))) == 1
     assert set(exported_weights(undisturbed)) == {"tokenizer", "lm", "main", "diffusion"}
 
@@ -53,41 +53,50 @@ def test_submitting_again_skips_what_is_done(undisturbed, monkeypatch):
     assert again.count("done already") == len(run_folders(undisturbed)) and "; /" not in again
 
 
+def test_an_edited_stage_alone_runs_again(sandbox, undisturbed, monkeypatch):
+    monkeypatch.chdir(undisturbed)
+    again = submit_walk(undisturbed, "sample.seed=7")
+    assert again.count("done already") == len(run_folders(undisturbed)) - 1 and "sample: job" in again
+    assert sandbox.wait(last_job(undisturbed / "runs" / "sample"), 600) == "COMPLETED"
+
+
 @pytest.mark.timeout(5400)
 def test_twenty_disturbances_end_in_the_same_weights(sandbox, undisturbed, tmp_path, monkeypatch):
     """Signals, requeues, killed ranks and dead nodes, in an order drawn by seed, until the walk has ended."""
     monkeypatch.chdir(tmp_path)
-    draw, done, said = random.Random(5), 0, []
+    draw, said = random.Random(5), []
     submit_walk(tmp_path)
     while True:
         running = [(run, job) for run in run_folders(tmp_path) for job in sandbox.slurm.queue(read_record(run)["job_ids"]) if job.state == "RUNNING"]
         waiting = [job for run in run_folders(tmp_path) for job in sandbox.slurm.queue(read_record(run)["job_ids"]) if job.active]
         if not waiting:
-            if done >= DISTURBANCES and exported_weights(tmp_path).keys() == exported_weights(undisturbed).keys() and (tmp_path / "samples").exists():
+            if len(said) >= DISTURBANCES and exported_weights(tmp_path).keys() == exported_weights(undisturbed).keys() and (tmp_path / "samples").exists():
                 break
             if "; /" not in submit_walk(tmp_path):  # what was given up goes on from its checkpoint
                 break
             continue
-        if running and done < DISTURBANCES:
+        if running and len(said) < DISTURBANCES:
             run, job = draw.choice(running)
-            said.append(f"{disturb(sandbox, draw, run, job.id, job.nodes)} {run.name}")
-            done += 1
-        time.sleep(draw.uniform(4, 14))
-    assert done == DISTURBANCES, said
+            kind = disturb(sandbox, draw, run, job.id, job.nodes)
+            if kind:
+                said.append(f"{kind} {run.name}")
+        time.sleep(draw.uniform(2, 8))
+    assert len(said) == DISTURBANCES and {kind.split()[0] for kind in said} == {"signal", "requeue", "kill", "node"}, said
     assert exported_weights(tmp_path) == exported_weights(undisturbed), said
 
 
 def disturb(sandbox: Sandbox, draw: random.Random, run: Path, job: str, nodes: str) -> str:
-    """One disturbance of one running job; returns what it was."""
+    """One disturbance of one running job; returns what it was, "" when the job had ended before it."""
     kind = draw.choice(["signal", "requeue", "kill", "kill", "node"])
-    if kind == "signal":
-        sandbox.slurm.runner(["scancel", "--batch", "--signal=USR1", job])
-    elif kind == "requeue":
-        sandbox.slurm.runner(["scontrol", "requeue", job])
-    elif kind == "kill":
+    commands = {"signal": ["scancel", "--batch", "--signal=USR1", job], "requeue": ["scontrol", "requeue", job]}
+    if kind in commands:
+        return kind if sandbox.slurm.runner(commands[kind]).code == 0 else ""
+    if kind == "kill":
         ranks = processes_of(run)
-        if ranks:
+        try:
             os.kill(draw.choice(ranks), signal.SIGKILL)
+        except (IndexError, ProcessLookupError):  # not started yet, or ended
+            return ""
     else:
         node = f"node{draw.choice([digit for digit in nodes if digit.isdigit()])}"
         sandbox.crash(node)

@@ -6,15 +6,22 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.slurm.conftest import Sandbox, until
+from launchers.snapshot import ROOT
+from launchers.status import last_error
+from tests.slurm.conftest import Sandbox, full, until
+from tests.slurm.jobs import batch_log
 from tests.slurm.test_pipeline import processes_of
 from tests.slurm.walk import landiff, landiff_process, last_job, logged_losses, tree_hashes, write_site
+from training.checkpoint import latest_whole
+from training.run_folder import committed_steps
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(3600)]
 LM = ["lm", "--config", "nano/lm", "loop.steps=30", "loop.log_every=1", "loop.save_every=5", "data.micro_batch_size=8", "parallel.tensor=2"]
@@ -89,6 +96,49 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(san
     sandbox.boot(node)
     assert sandbox.wait(job, 1500) == "COMPLETED" and int(sandbox.field(job, "Restarts")) == 3
     assert logged_losses(run) == logged_losses(lm_here)
+
+
+def test_a_frozen_rank_is_found_by_its_peers_and_the_run_goes_on(sandbox, here, lm_here):
+    run, site = here / "runs" / "lm-frozen", write_site(here / "frozen.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}})
+    landiff("submit", *LM, "run=runs/lm-frozen", "loop.hang_timeout_s=60", "--cluster", site)
+    until(lambda: (run / "metrics.jsonl").exists(), 400)
+    os.kill(processes_of(run)[1], signal.SIGSTOP)
+    assert sandbox.wait(last_job(run), 900) == "COMPLETED" and sandbox.field(last_job(run), "Restarts") == "1"
+    assert "HangError: no step for 60 s" in batch_log(run)
+    # three waited for the fourth, which is woken to be ended and may still say where it was
+    assert len(list(run.glob("hangs.*/rank_*.txt"))) in (3, 4) and len(list(run.glob("hangs.*/gloo_rank_*.json"))) >= 3
+    assert logged_losses(run) == logged_losses(lm_here)
+
+
+@pytest.mark.parametrize(("stage", "words", "leave"), [("lm", LM, 5 << 20), ("diffusion", [*DIFFUSION, "loop.steps=8", "loop.save_every=2"], 12 << 20)])
+def test_a_disk_that_fills_up_in_a_checkpoint_costs_no_earlier_one(sandbox, here, stage, words, leave):
+    """About half a checkpoint fits. With room again the run goes on, bit by bit as if nothing had been."""
+    run, straight = sandbox.disk / stage, here / "runs" / f"{stage}-straight"
+    site = write_site(here / "disk.yaml", stages={stage: {"nodes": 2, "tasks_per_node": 2 if stage == "lm" else 1}})
+    submit = ["submit", *words, "loop.on_save_failure=fatal", "--cluster", site]
+    landiff(*submit, f"run={run}")
+    until(lambda: committed_steps(run / "checkpoints"), 600)
+    with full(sandbox.disk, leave):
+        assert sandbox.wait(last_job(run), 900) == "FAILED"
+        assert sandbox.field(last_job(run), "Restarts") == "1" and "MiB were free on the disk" in last_error(run)
+        newest = committed_steps(run / "checkpoints")[-1]
+        assert latest_whole(run / "checkpoints").name == f"step_{newest:08d}"
+        assert not list((run / "checkpoints").glob(".*"))  # what was half written is gone
+    for folder in (run, straight):
+        landiff(*submit, f"run={folder}")
+        assert sandbox.wait(last_job(folder), 900) == "COMPLETED"
+    assert logged_losses(run) == logged_losses(straight)
+    shutil.rmtree(run)
+
+
+def test_landiff_submit_inside_an_allocation_trains_over_its_nodes(sandbox, here, lm_here):
+    site = write_site(here / "here.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}})
+    words = [sys.executable, "-m", "launchers.cli", "submit", *LM, "run=runs/lm-allocated", "--cluster", site, "--here"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["salloc", "-Q", "-N", "2", "--ntasks-per-node=2", "--mem=2G", *words], cwd=here, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = here / "runs" / "lm-allocated"
+    assert logged_losses(run) == logged_losses(lm_here) and "on node" in batch_log(run)
 
 
 def test_fifty_tasks_with_random_kills_make_the_same_bytes(sandbox, here):

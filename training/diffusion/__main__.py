@@ -16,7 +16,7 @@ from training.run import Run
 
 def main(config_path: str) -> None:
     config = load(DiffusionTrainConfig, config_path)
-    with distributed.start(config.run) as world:
+    with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         check_columns(open_manifest(config.data), config)
         engine = build_engine(config, world)
         loader = Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size)

@@ -25,7 +25,7 @@ def main(config_path: str) -> None:
     from training.lm.batch import check_columns
     from training.lm.engine import MegatronEngine
 
-    with distributed.start(config.run) as world:
+    with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         engine = MegatronEngine(config)
         loader = Loader(config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
         check_columns(loader.manifest, config)

@@ -42,7 +42,8 @@ class MegatronEngine:
         self.layout = TokenLayout.of(config.model)
         self.dp_size = data_parallel_size(config.parallel, dist.get_world_size())
         with megatron_device() as self.device:
-            parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
+            parallel_state.initialize_model_parallel(
+                config.parallel.tensor, config.parallel.pipeline, distributed_timeout_minutes=round(config.loop.collective_timeout_s / 60))
             self.dp_rank = parallel_state.get_data_parallel_rank()
             seed_tensor_parallel(config.loop.seed)
             self.model = MegatronLM(config)

@@ -10,14 +10,14 @@ from training import distributed
 from training.loop import fit
 from training.run import Run
 from training.tokenizer.config import TokenizerTrainConfig
-from training.tokenizer.engine import COLUMN, TokenizerEngine, check_features
+from training.tokenizer.engine import TokenizerEngine, check_features
 
 
 def main(config_path: str) -> None:
     config = load(TokenizerTrainConfig, config_path)
     with (
-        distributed.start(config.run) as world,
-        Loader(config.data, [COLUMN], dp_rank=world.rank, dp_size=world.size) as loader,
+        distributed.start(config.run, config.loop.collective_timeout_s) as world,
+        Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size) as loader,
     ):
         check_features(config, loader.manifest)
         engine = TokenizerEngine(config, world)

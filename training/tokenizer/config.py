@@ -10,6 +10,8 @@ from data_pipeline.config import DataConfig
 from model_zoo.config import TokenizerConfig
 from training.config import LoopConfig, OptimConfig
 
+COLUMN = "features"  # what it is trained on
+
 
 class TokenizerTrainConfig(Config):
     """`landiff train tokenizer`."""
@@ -21,3 +23,7 @@ class TokenizerTrainConfig(Config):
     model: TokenizerConfig = TokenizerConfig()
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters and the quantiser stay float32
     recompute: bool = False  # activations in backward instead of keeping them
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (COLUMN,)

@@ -26,10 +26,9 @@ from training import rng
 from training.distributed import World
 from training.engine import StepResult
 from training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
-from training.tokenizer.config import TokenizerTrainConfig
+from training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from training.tokenizer.sampling import KeyedSampling
 
-COLUMN = "features"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 PREVIEW_PIXELS = 16  # side of a feature cell
 

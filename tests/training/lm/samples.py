@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def tiny_sample(config: LMTrainConfig, index: int, position: int = 0) -> Sample:
     )
     return Sample(key=meta.key, epoch=0, index=index, position=position, meta=meta,
                   tensors={config.tokens_column: tokens, config.text_column: text})
+
+
+def longest_sample(config: LMTrainConfig) -> Sample:
+    """All frames and all text that a row can have."""
+    sample, layout = tiny_sample(config, 0), TokenLayout.of(config.model)
+    tokens = torch.zeros(layout.num_codes(config.model.segment_frames), dtype=torch.uint16)
+    text = torch.zeros(config.model.max_text_tokens, config.model.text_dim, dtype=torch.bfloat16)
+    meta = sample.meta.model_copy(update={"num_frames": 4 * config.model.segment_frames - 3})
+    return replace(sample, meta=meta, tensors={config.tokens_column: tokens, config.text_column: text})
 
 
 def tiny_batch(config: LMTrainConfig, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:

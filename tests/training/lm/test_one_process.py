@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from configs import ConfigError
 from data_pipeline.loader import Batch
+from launchers.plan_models import make_plan
 from model_zoo.lm import LanguageModel
 from tests.distributed import run_distributed
-from tests.training.lm.samples import tiny_batch, tiny_config
+from tests.training.lm.samples import longest_sample, tiny_batch, tiny_config
 from training import optim
 from training.lm.batch import motion_condition, pack, text_is_dropped
 from training.lm.config import LMTrainConfig
@@ -61,6 +62,30 @@ def train_plain(config: LMTrainConfig) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def kept_by_autograd(world, folder: Path) -> tuple[int, int]:
+    """(bytes that Megatron's forward leaves for its backward, what `landiff plan` says)."""
+    sizes = {"hidden_size": 192, "num_layers": 3, "ffn_size": 512, "segment_frames": 8, "max_text_tokens": 64}
+    config = tiny_config(folder, data={"global_batch_size": 2, "micro_batch_size": 2}, model=sizes)
+    engine, kept = MegatronEngine(config), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage().data_ptr()
+        kept[storage] = max(kept.get(storage, 0), 0 if storage in weights else tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.train_step(Batch(step=0, global_batch_size=2, micro_batches=((longest_sample(config),) * 2,)))
+    engine.close()
+    memory = make_plan(config, 1).memory
+    return sum(kept.values()), memory["activations"] + memory["logits"]
+
+
+def test_a_plan_knows_what_the_forward_leaves_for_the_backward(tmp_path):
+    [(kept, planned)] = run_distributed(kept_by_autograd, 1, tmp_path)
+    assert planned == pytest.approx(kept, rel=0.2)
 
 
 def train(config: LMTrainConfig) -> list[float]:

@@ -1,0 +1,52 @@
+"""A rank that stands still: what it and the peers that wait for it leave behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import RankError, run_distributed
+from training.config import LoopConfig
+from training.errors import first_error
+from training.heartbeat import PEERS_GRACE_S, SECOND_NET_S, Heartbeat
+
+
+def stand_still(world, run: Path) -> None:
+    """Rank 1 sleeps where rank 0 waits for it in a collective."""
+    with Heartbeat(run, world.rank, timeout_s=1.0, grace_s=1.0) as heartbeat:
+        heartbeat.beat(7)
+        dist.all_reduce(torch.ones(3))
+        if world.rank == 1:
+            time.sleep(60)
+        dist.all_reduce(torch.ones(5))
+
+
+def test_all_ranks_leave_their_stacks_and_the_collective_that_hangs(tmp_path):
+    with pytest.raises(RankError):
+        run_distributed(stand_still, 2, tmp_path)
+    stacks = [(tmp_path / "hangs" / f"rank_{rank:04d}.txt").read_text() for rank in range(2)]
+    assert all("no step for 1 s after step 7" in text and "stand_still" in text for text in stacks)
+    assert "all_reduce" in stacks[0] and "all_reduce" not in stacks[1]
+    records = [json.loads((tmp_path / "hangs" / f"gloo_rank_{rank}.json").read_text())["entries"] for rank in range(2)]
+    sizes = [[entry["input_sizes"] for entry in entries if entry["profiling_name"] == "gloo:all_reduce"] for entries in records]
+    assert sizes[0][-2:] == [[[3]], [[5]]] and sizes[1][-1] == [[3]]  # rank 0 is one collective ahead
+    assert "HangError" in first_error(tmp_path).read_text()
+
+
+def test_a_slow_step_within_the_limit_is_no_hang(tmp_path):
+    with Heartbeat(tmp_path, 0, timeout_s=2.0) as heartbeat:
+        for step in range(3):
+            time.sleep(0.3)
+            heartbeat.beat(step)
+    assert not (tmp_path / "hangs").exists() and (tmp_path / "heartbeat" / "rank_0000").read_text().endswith("step 0\n")
+
+
+@pytest.mark.parametrize("hang_timeout_s", [0.0, 60.0, 7200.0])
+def test_torch_gives_a_collective_up_after_the_heartbeat_has_shown_it(hang_timeout_s):
+    loop = LoopConfig(steps=1, hang_timeout_s=hang_timeout_s)
+    assert loop.collective_timeout_s > loop.hang_timeout_s + PEERS_GRACE_S + SECOND_NET_S
