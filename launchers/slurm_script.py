@@ -189,7 +189,7 @@ def ranks(job: Job, cluster: ClusterConfig) -> str:
     own_words = ' 2>"$LOG/srun$T.log"'  # of srun: which rank ended first, and how
     through_torchrun = job.trainer and (cluster.launcher == "torchrun" or cluster.scheduler == "local")
     if through_torchrun:
-        torchrun = [*python, "-m", "torch.distributed.run", f"--nproc-per-node={tasks}"]
+        torchrun = [*python, "-m", "launchers.torchrun", f"--nproc-per-node={tasks}"]
         target.insert(1, "--own-log")
         if cluster.scheduler == "local":
             command = shlex.join([*torchrun, "--standalone", "-m", *target]) + ' >>"$LOG/launch.log" 2>&1'
