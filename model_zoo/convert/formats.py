@@ -20,7 +20,7 @@ from configs import ConfigError, validate
 from configs.files import commit_dir, temporary_name, write_text
 from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig, TokenizerConfig
-from model_zoo.convert import deepspeed, diffusers_folder, megatron, release_set
+from model_zoo.convert import deepspeed, deepspeed_write, diffusers_folder, megatron, release_set
 from model_zoo.convert.lazy import Progress, read_safetensors
 from model_zoo.convert.parts import PLAIN, VAE, Part, Source, assembled, fit
 
@@ -160,7 +160,7 @@ def _write_megatron(folder: Path, parts: Sequence[Part], progress: Progress | No
 def _write_deepspeed(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
     whole = [part for part in parts if part.kind == "diffusion"]
     part = _only(whole or parts, ("diffusion", "transformer"), "deepspeed")
-    deepspeed.write_start(folder, part.kind, part.config, part.tensors, progress)
+    deepspeed_write.write_start(folder, part.kind, part.config, part.tensors, progress)
 
 
 def _write_transformers(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:

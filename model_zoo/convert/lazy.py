@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
     meta: Mapping[str, Tensor]  # shape and dtype of each, on the meta device
     read: Callable[[str], Tensor]
+    pieces: Callable[[str], Iterator[Tensor]] | None = None  # the same in flat stretches, where a whole one is too large
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.meta:
@@ -49,6 +50,13 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.meta)
+
+    def stretches(self, name: str) -> Iterator[Tensor]:
+        """All elements of a tensor, in order: at once, or stretch by stretch where it has `pieces`."""
+        if self.pieces is None:
+            yield self[name]
+        else:
+            yield from self.pieces(name)
 
     @property
     def num_bytes(self) -> int:
@@ -150,6 +158,12 @@ class Stored:
         if self.stride is None or not numel:
             return flat.view(self.shape)
         return flat.as_strided(self.shape, self.stride).contiguous()
+
+    def part(self, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of the flattened tensor; where it is contiguous, nothing else is read."""
+        if self.stride is not None and self.stride != self.meta.stride():
+            return self.read().reshape(-1)[start : start + numel].clone()
+        return replace(self, shape=(numel,), stride=None, offset=self.offset + start).read()
 
     @property
     def meta(self) -> Tensor:
