@@ -191,9 +191,14 @@ OF_TENSORS = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "
               "dp_world_size")
 
 
-def is_shards(folder: Path) -> bool:
-    """Are these the files of a ZeRO optimizer?"""
-    return folder.is_dir() and any(re.fullmatch(OPTIMIZER_FILE, path.name) for path in folder.iterdir())
+def find_shards(path: Path) -> Path | None:
+    """Where the files of a ZeRO optimizer lie: in a checkpoint of our trainer, in the folder that `latest` names, in `path` itself."""
+    latest = path / "latest"
+    names = [SHARDS, "."] + ([latest.read_text(encoding="utf-8").strip()] if latest.is_file() else [])
+    for folder in (path / name for name in names):
+        if folder.is_dir() and any(re.fullmatch(OPTIMIZER_FILE, file.name) for file in folder.iterdir()):
+            return folder
+    return None
 
 
 def read_deepspeed(folder: Path) -> DeepSpeedState:

@@ -90,7 +90,9 @@ class DistReader:
         return whole
 
     def _part(self, index: MetadataIndex) -> Tensor:
-        place = self.places[index]
+        place = self.places.get(index)
+        if place is None:
+            raise ConversionError(f"{self.folder / METADATA} does not say where {index.fqn} lies; it is damaged")
         path = self.folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
             raise ConversionError(f"{path} is compressed ({', '.join(place.transform_descriptors)}), which is not read here; save it without")

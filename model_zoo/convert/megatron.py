@@ -183,7 +183,7 @@ def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
 
 def padding_of(theirs: LazyTensors, config: LMConfig, folder: Path) -> Padded:
     """The sizes that a checkpoint's weights have. Raises ConversionError for those of another model."""
-    head_rows = len(theirs.meta.get("output_layer.weight", ()))
+    head_rows = max(len(theirs.meta.get(name, ())) for name in ("output_layer.weight", "embedding.word_embeddings.weight"))
     qkv_rows = len(theirs.meta.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
     padded = Padded(vocab=head_rows, heads=qkv_rows // (3 * config.hidden_size // config.num_heads))
     vocab = TokenLayout.of(config).vocab_size
@@ -233,6 +233,11 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
     theirs = converted(tensors, rules(config, padded or default_padding(config)), "to_theirs")
     write_dist(folder, theirs, extra_states(config), progress)
     write_documents(folder, {"checkpoint_version": 3.0, "iteration": 0})
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: LMConfig) -> None:
+    """What `stored_config` reads."""
     write_text(folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False))
 
 

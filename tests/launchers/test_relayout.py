@@ -1,0 +1,138 @@
+"""`landiff convert RUN --to megatron|deepspeed`: real trainers go on from what it makes, as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all forked ranks
+import pytest
+import torch
+import yaml
+
+import training.lm.engine  # noqa: F401
+from configs.files import write_text
+from configs.loader import dump
+from launchers.cli import main
+from model_zoo.convert.deepspeed import read_deepspeed
+from model_zoo.convert.dist_checkpoint import DistReader
+from tests.distributed import nursery
+from tests.model_zoo.convert.tiny import same
+from tests.training.diffusion import tiny as diffusion
+from tests.training.lm.data_set import write_data_set
+from tests.training.lm.samples import tiny_config
+from training.diffusion.__main__ import main as train_diffusion
+from training.lm.__main__ import main as train_lm
+from training.metrics import read_metrics
+
+STEPS, SAVED = 6, 3
+STEP = f"checkpoints/step_{SAVED:08d}"
+LOOP = {"steps": STEPS, "log_every": 1, "save_every": SAVED, "keep_last": 9}
+
+
+def lm(path: str) -> None:
+    train_lm(path)
+
+
+def dit(path: str) -> None:
+    train_diffusion(path)
+
+
+def train(trainer: Any, config: Path, ranks: int) -> dict[int, float]:
+    """Losses by step."""
+    assert nursery(__name__).start(trainer, ranks, [str(config)]).wait(240) == [0] * ranks
+    return {row["step"]: row["train/loss"] for row in read_metrics(config.parent / "metrics.jsonl")}
+
+
+def landiff(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def close(found: dict[int, float], straight: dict[int, float], tolerance: float) -> None:
+    """The converted run makes the steps behind its checkpoint, and they are those of the run that was never converted."""
+    assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
+    # float32 sums in another order; bfloat16 has 8 bits
+    assert list(found.values()) == pytest.approx([straight[step] for step in found], rel=tolerance)
+
+
+# ---------------------------------------------------------------- language model
+
+
+def lm_run(folder: Path, name: str, parallel: dict[str, Any], **changes: Any) -> Path:
+    if not (folder / "data").exists():
+        write_data_set(folder / "data", tiny_config(folder).model, [7, 6], 3)
+    config = tiny_config(folder, parallel, loop={"seed": 7, **LOOP}, **changes).model_copy(update={"run": folder / name})
+    write_text(folder / name / "start.yaml", dump(config))
+    return folder / name / "start.yaml"
+
+
+def megatron_content(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    reader = DistReader(folder)
+    return {key: reader.read(key) for key in reader.entries}, torch.load(folder / "common.pt", weights_only=True)
+
+
+# (of the run, ranks) -> (as it goes on, ranks)
+LM_MOVES = {
+    "to a distributed optimizer, and another padding": (
+        ({}, {}, 1), ("parallel.distributed_optimizer=true", "vocab_multiple=64"), 2),
+    "to a plain optimizer, and heads of zeros for tensor ranks": (
+        ({"distributed_optimizer": True}, {}, 2), ("parallel.distributed_optimizer=false", "parallel.tensor=2", "head_multiple=6"), 2),
+    "bfloat16": (
+        ({"distributed_optimizer": True, "tensor": 2}, {"precision": "bf16"}, 2),
+        ("parallel.distributed_optimizer=false", "parallel.tensor=1", "vocab_multiple=128"), 1),
+}
+
+
+@pytest.mark.parametrize("move", LM_MOVES)
+def test_the_language_model_goes_on(tmp_path, monkeypatch, move):
+    monkeypatch.chdir(tmp_path)
+    (parallel, changes, ranks), overrides, later_ranks = LM_MOVES[move]
+    straight = train(lm, lm_run(tmp_path, "run", parallel, **changes), ranks)
+    landiff("convert", f"run/{STEP}", "--to", "megatron", "--out", "runs/next", *overrides)
+    landiff("convert", f"runs/next/{STEP}", "--to", "megatron", "--out", "back", *(
+        f"{word.partition('=')[0]}={old}" for word in overrides for old in [stored(Path("run") / STEP, word.partition("=")[0])]))
+    close(train(lm, Path("runs/next/config.yaml"), later_ranks), straight, 1e-2 if changes else 1e-5)
+    before, after = (megatron_content(Path(name) / STEP) for name in ("run", "back"))
+    assert same(after[0], before[0]) and after[1] == before[1]
+    landiff("convert", "runs/next", "--name", "lm")  # and it is a run like any other
+    made = json.loads((tmp_path / "runs" / "next" / "provenance.json").read_text())
+    assert made["sources"][0]["step"] == SAVED and made["sources"][0]["config"]["run"] == str(tmp_path / "run")
+
+
+def stored(checkpoint: Path, key: str) -> Any:
+    node = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    for part in key.split("."):
+        node = node[part]
+    return str(node).lower()
+
+
+# ---------------------------------------------------------------- diffusion
+
+
+def diffusion_run(folder: Path, name: str, phase: str, stage: int, **changes: Any) -> Path:
+    if not (folder / "zoo").exists():
+        diffusion.make_zoo(folder)
+        diffusion.write_data(folder / "data")
+    config = diffusion.config(folder, phase, run=folder / name, data__manifest=folder / "data", data__adopt="true", zero__stage=stage,
+                              **{f"loop__{key}": value for key, value in LOOP.items()}, **changes)
+    write_text(folder / name / "start.yaml", dump(config))
+    return folder / name / "start.yaml"
+
+
+@pytest.mark.parametrize(("phase", "stage", "ranks", "next_stage", "next_ranks", "precision"), [
+    ("control", 2, 1, 3, 2, "fp32"), ("main", 3, 2, 1, 1, "fp32"), ("main", 1, 2, 3, 1, "bf16"),
+])
+def test_the_diffusion_model_goes_on(tmp_path, monkeypatch, phase, stage, ranks, next_stage, next_ranks, precision):
+    monkeypatch.chdir(tmp_path)
+    straight = train(dit, diffusion_run(tmp_path, "run", phase, stage, precision=precision), ranks)
+    landiff("convert", f"run/{STEP}", "--to", "deepspeed", "--out", "next", "--world-size", next_ranks, f"zero.stage={next_stage}")
+    landiff("convert", f"next/{STEP}", "--to", "deepspeed", "--out", "back", "--world-size", ranks, f"zero.stage={stage}")
+    close(train(dit, Path("next/config.yaml"), next_ranks), straight, 1e-2 if precision == "bf16" else 1e-5)
+    before, after = (read_deepspeed(Path(name) / STEP / "zero") for name in ("run", "back"))
+    assert (after.zero_stage, after.world_size, after.optimizer_steps, after.groups) == (stage, ranks, SAVED, before.groups)
+    assert same(dict(after.weights), dict(before.weights)) and after.working == before.working
+    for key, tensors in before.moments.items():
+        assert same(dict(after.moments[key]), dict(tensors))
+    for name in ("layout.json", "state.json"):
+        assert (tmp_path / "back" / STEP / name).read_bytes() == (tmp_path / "run" / STEP / name).read_bytes()
