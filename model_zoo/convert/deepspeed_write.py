@@ -302,6 +302,8 @@ def _sub_groups(state: DeepSpeedState, world_size: int) -> list[list[list[str]]]
 
 def _of_adam(file: _File, state: DeepSpeedState, stretches: Sequence[_Stretch]) -> dict[str, Any]:
     """What the optimizer keeps for one vector. The count of steps is a tensor of its own for each: Adam counts it up in place."""
+    if not state.moment_places:
+        return {}  # before its first step
     step = {"step": file.small(torch.tensor(float(state.optimizer_steps)))}
     return step | {key: file.vector(places, stretches, torch.float32) for key, places in state.moment_places.items()}
 

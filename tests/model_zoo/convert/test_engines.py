@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from model_zoo.convert.deepspeed_write import Cut
 from model_zoo.convert.formats import open_source, write_target
 from model_zoo.convert.lazy import LazyTensors
 from model_zoo.convert.megatron import Padded, write_megatron
@@ -86,14 +87,19 @@ def load_deepspeed(world: Any, folder: Path, jobs: list[tuple[str, int]]) -> dic
     return found
 
 
-def load_by_deepspeed_alone(world: Any, folder: Path) -> dict[int, dict[str, Tensor]]:
-    """DeepSpeed's own loader of weights."""
+def load_by_deepspeed_alone(world: Any, folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """DeepSpeed's own loader of weights: one folder for ZeRO 1 and 2, one of this world size for ZeRO 3."""
     found = {}
-    for stage in (1, 2):
-        engine = build_engine(diffusion.config(folder, "control", zero__stage=stage, loop__seed=8), world).zero
-        path, _ = engine.load_checkpoint(str(folder / "control"), tag="zero", load_module_only=True)
-        assert path is not None
-        found[stage] = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+    for phase in ("main", "control"):
+        for stage in (1, 2, 3):
+            place, more = (f"{phase}-3-{world.size}", {"load_optimizer_states": False}) if stage == 3 else (phase, {})
+            engine = build_engine(diffusion.config(folder, phase, zero__stage=stage, loop__seed=8), world)
+            path, _ = engine.zero.load_checkpoint(str(folder / place), tag="zero", load_module_only=True, **more)
+            assert path is not None
+            found[phase, stage] = live_weights(engine)
+            engine.train_step(diffusion.batch(engine.config, 0, world))  # the optimizer has taken the weights too
+            moved = live_weights(engine)
+            assert all(torch.allclose(moved[name], tensor, atol=0.01) for name, tensor in found[phase, stage].items())
     return found
 
 
@@ -110,7 +116,10 @@ def starts(tmp_path_factory):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             expected[phase] = {name: t + torch.randn_like(t) for name, t in registry.build(kind, config).state_dict().items()}
-        write_target(folder / phase, "deepspeed", [Part(kind, config, LazyTensors.of(expected[phase]))], {})
+        parts = [Part(kind, config, LazyTensors.of(expected[phase]))]
+        write_target(folder / phase, "deepspeed", parts, {})
+        for size in (1, 2):
+            write_target(folder / f"{phase}-3-{size}", "deepspeed", parts, {}, cut=Cut(3, size))
     return folder, expected
 
 
@@ -127,7 +136,30 @@ def test_deepspeed_starts_from_a_converted_folder_at_any_stage_and_what_it_saves
         write_target(folder / f"again-{phase}-{stage}-{size}", "release" if phase == "control" else "diffusers", saved.parts, {})
 
 
-def test_deepspeed_itself_loads_the_weights(starts):
+@pytest.mark.parametrize("size", [1, 2])
+def test_deepspeed_itself_loads_the_weights(starts, size):
     folder, expected = starts
-    for found in run_distributed(load_by_deepspeed_alone, 1, folder)[0].values():
-        assert same(found, expected["control"])
+    for rank in run_distributed(load_by_deepspeed_alone, size, folder):
+        for (phase, _), found in rank.items():
+            assert same(found, expected[phase])
+
+
+def test_weights_for_zero_3_come_back_and_serve_our_engine_at_any_stage_and_world_size(starts, tmp_path):
+    folder, expected = starts
+    for phase in ("main", "control"):
+        assert same(dict(open_source(folder / f"{phase}-3-2").parts[0].tensors), expected[phase])
+    for dtype in (torch.bfloat16, torch.float16):
+        part = open_source(folder / "control").parts[0].cast(dtype)
+        write_target(tmp_path / str(dtype), "deepspeed", [part], {}, cut=Cut(3, 2))
+        assert same(dict(open_source(tmp_path / str(dtype)).parts[0].tensors), {name: t.to(dtype) for name, t in expected["control"].items()})
+    for found in run_distributed(load_cut_for_two, 1, folder):
+        assert all(same(weights, expected["control"]) for weights in found)
+
+
+def load_cut_for_two(world: Any, folder: Path) -> list[dict[str, Tensor]]:
+    found = []
+    for stage in (2, 3):
+        engine = build_engine(diffusion.config(folder, "control", zero__stage=stage, loop__seed=8), world)
+        engine.load(folder / "control-3-2")
+        found.append(live_weights(engine))
+    return found
