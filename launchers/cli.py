@@ -181,7 +181,7 @@ An unknown key is refused and the nearest known one is named.
 """
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
-FLAGS = ("--dry-run", "--no-finalize", "--search", "--json", "--here")  # options without a value
+FLAGS = ("--dry-run", "--no-finalize", "--search", "--json", "--here", "--weights-only")  # options without a value
 
 TRAINERS = {
     "tokenizer": "Semantic tokenizer (torch DDP).",

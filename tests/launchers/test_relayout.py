@@ -15,9 +15,11 @@ import training.lm.engine  # noqa: F401
 from configs.files import write_text
 from configs.loader import dump
 from launchers.cli import main
+from model_zoo import registry
 from model_zoo.convert.deepspeed import read_deepspeed
 from model_zoo.convert.dist_checkpoint import DistReader
 from tests.distributed import nursery
+from tests.model_zoo.convert.test_deepspeed import write_stage_2
 from tests.model_zoo.convert.tiny import same
 from tests.training.diffusion import tiny as diffusion
 from tests.training.lm.data_set import write_data_set
@@ -96,6 +98,9 @@ def test_the_language_model_goes_on(tmp_path, monkeypatch, move):
     before, after = (megatron_content(Path(name) / STEP) for name in ("run", "back"))
     assert same(after[0], before[0]) and after[1] == before[1]
     landiff("convert", "runs/next", "--name", "lm")  # and it is a run like any other
+    assert main(["convert", "run", "--to", "megatron", "--out", "x", "model.num_layers=3"]) == 2 and not Path("x").exists()
+    landiff("convert", "run", "--to", "megatron", "--out", "weights", "--weights-only", "vocab_multiple=32")
+    assert {key.split(".")[0] for key in DistReader(Path("weights")).entries} == {"decoder", "embedding", "micro", "output_layer", "text"}
     made = json.loads((tmp_path / "runs" / "next" / "provenance.json").read_text())
     assert made["sources"][0]["step"] == SAVED and made["sources"][0]["config"]["run"] == str(tmp_path / "run")
 
@@ -136,3 +141,55 @@ def test_the_diffusion_model_goes_on(tmp_path, monkeypatch, phase, stage, ranks,
         assert same(dict(after.moments[key]), dict(tensors))
     for name in ("layout.json", "state.json"):
         assert (tmp_path / "back" / STEP / name).read_bytes() == (tmp_path / "run" / STEP / name).read_bytes()
+
+
+# ---------------------------------------------------------------- not of our trainers
+
+
+def test_a_deepspeed_folder_of_another_model_is_told_and_cut_anew_but_goes_nowhere_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("theirs").mkdir()
+    write_stage_2(Path("theirs/global_step5"))
+    Path("theirs/latest").write_text("global_step5")
+    for place in ("theirs", "theirs/global_step5"):
+        landiff("convert", "inspect", place)
+        text = capsys.readouterr().out
+        for words in ("format       deepspeed", "ZeRO 2, 3 ranks, optimizer at its step 5", "kind         foreign", "parameters 52 in 5 tensors"):
+            assert words in text, text
+    landiff("convert", "theirs", "--to", "deepspeed", "--out", "ours", "--world-size", 2, "zero.stage=3")
+    assert Path("ours/latest").read_text() == "global_step5"
+    before, after = read_deepspeed(Path("theirs/global_step5")), read_deepspeed(Path("ours/global_step5"))
+    assert (after.zero_stage, after.world_size, after.optimizer_steps) == (3, 2, 5)
+    assert same(dict(after.weights), dict(before.weights)) and all(same(dict(after.moments[key]), dict(before.moments[key])) for key in before.moments)
+    assert main(["convert", "theirs", "--name", "x"]) == 2
+    assert "a model that is none of ours (its keys start with a, b, frozen, mask)" in capsys.readouterr().err and not Path("zoo").exists()
+
+
+def test_shards_of_our_model_without_our_documents_are_that_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    diffusion.make_zoo(tmp_path)
+    landiff("convert", "main", "--to", "deepspeed", "--out", "start", "--world-size", 2, "zero.stage=3")
+    Path("start/layout.json").unlink()
+    Path("sizes.yaml").write_text(json.dumps({"diffusion": diffusion.MODEL}))
+    landiff("convert", "start", "--model", "sizes.yaml", "--name", "again")
+    assert registry.resolve(Path("zoo"), "again").fingerprint == registry.resolve(Path("zoo"), "main").fingerprint
+    assert main(["convert", "start", "--name", "x"]) == 2
+    assert "does not fit a transformer of this config" in capsys.readouterr().err
+
+
+def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    diffusion.make_zoo(tmp_path)
+    write_stage_2(Path("theirs"))
+    for words, message in (
+        (["main", "--name", "x", "zero.stage=3"], "zero.stage=3 is for a run that goes on from the result, so for --to megatron or deepspeed"),
+        (["main", "--to", "diffusers", "--out", "x", "--world-size", "2"], "--world-size 2: the ranks of a --to deepspeed"),
+        (["main", "--to", "deepspeed", "--out", "x", "--world-size", "0"], "at least 1"),
+        (["main", "--to", "deepspeed", "--out", "x", "zero.stag=3"], "zero.stag"),
+        (["theirs", "--to", "deepspeed", "--out", "x", "zero.stage=4"], "zero.stage"),
+        (["theirs", "--to", "deepspeed", "--out", "x", "--dtype", "float16"], "the trainers compute in float32 or bfloat16"),
+        (["theirs", "main", "--to", "deepspeed", "--out", "x"], "name it alone, or take --weights-only"),
+    ):
+        assert main(["convert", *words]) == 2, words
+        assert message in capsys.readouterr().err, words
+    assert not Path("x").exists()

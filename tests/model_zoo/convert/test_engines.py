@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,17 +12,21 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from model_zoo.config import ModelConfig
 from model_zoo.convert.deepspeed_write import Cut
-from model_zoo.convert.formats import open_source, write_target
+from model_zoo.convert.dist_checkpoint import DistReader
+from model_zoo.convert.formats import Options, describe, fingerprint, open_source, write_target
 from model_zoo.convert.lazy import LazyTensors
 from model_zoo.convert.megatron import Padded, write_megatron
+from model_zoo.convert.megatron_optimizer import read_state
 from model_zoo.convert.parts import Part
 from tests.distributed import run_distributed
 from tests.model_zoo.convert.tiny import same
 from tests.training.diffusion import tiny as diffusion
 from tests.training.diffusion.test_engine import weights as live_weights
-from tests.training.lm.samples import tiny_config
+from tests.training.lm.samples import tiny_batch, tiny_config
 from training.diffusion.engine import build_engine
+from training.lm import checkpoint
 from training.lm.checkpoint import _layout
 from training.lm.device import megatron_device
 from training.lm.engine import MegatronEngine
@@ -163,3 +168,34 @@ def load_cut_for_two(world: Any, folder: Path) -> list[dict[str, Tensor]]:
         engine.load(folder / "control-3-2")
         found.append(live_weights(engine))
     return found
+
+
+def save_as_stock_megatron(world: Any, folder: Path) -> None:
+    """Trained a little, saved twice: as core cuts state by default, all layers in one stack; and as our trainer does, layers apart."""
+    for distributed in (False, True):
+        engine = MegatronEngine(tiny_config(folder, {"tensor": world.size, "distributed_optimizer": distributed}, precision="bf16"))
+        engine.train_step(tiny_batch(engine.config, 0))
+        for name, layout in (("apart", _layout()), ("stacked", {**_layout(), "non_homogeneous_layers": False})):
+            out = folder / f"{name}-{distributed}"
+            if world.rank == 0:
+                out.mkdir()
+            dist.barrier()
+            with mock.patch.object(checkpoint, "_layout", lambda layout=layout: layout):
+                engine.save(out)
+        engine.close()
+
+
+def test_layers_that_stock_megatron_stacks_come_in_with_their_optimizer(tmp_path):
+    run_distributed(save_as_stock_megatron, 2, tmp_path)
+    config = tiny_config(tmp_path).model
+    options = Options(ModelConfig(lm=config))
+    for distributed in (False, True):
+        stacked, apart = tmp_path / f"stacked-{distributed}", tmp_path / f"apart-{distributed}"
+        assert "decoder.layers.mlp.linear_fc1.weight" in DistReader(stacked).entries
+        first, second = read_state(stacked, config), read_state(apart, config)
+        assert first.cut == second.cut and first.groups == second.groups and first.steps == second.steps == 1
+        for ones, others in ((first.weights, second.weights), (first.masters, second.masters), *zip(first.moments.values(), second.moments.values(), strict=True)):
+            assert same(dict(ones), dict(others))
+        text = describe(open_source(stacked, options))
+        assert "format       megatron" in text and "with the optimizer" in text and f"fingerprint {fingerprint(open_source(apart, options).parts[0])}" in text
+        assert same(dict(open_source(stacked, options).parts[0].tensors), dict(first.masters))
