@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from model_zoo import registry
 from model_zoo.config import ModelConfig
 from model_zoo.convert import deepspeed_write, formats, megatron
 from model_zoo.convert.parts import VAE, Part, Source, assembled
+from model_zoo.convert.rules import all_of
 from training.checkpoint import STATE, latest_whole, versions
 
 
@@ -58,7 +60,7 @@ def find_source(reference: str | Path, zoo: Path, options: formats.Options | Non
 
 def open_all(request: Request) -> list[Source]:
     options = formats.Options(load(ModelConfig, request.model), request.allow_missing)
-    return [find_source(source, request.zoo, options) for source in request.sources]
+    return all_of(partial(find_source, source, request.zoo, options) for source in request.sources)
 
 
 def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:

@@ -15,6 +15,7 @@ from launchers.progress import Progress
 
 if TYPE_CHECKING:
     from data_pipeline.precompute_config import PrecomputeConfig
+    from model_zoo.registry import ZooEntry
 
 
 class JobFailed(RuntimeError):
@@ -153,20 +154,44 @@ def zoo_job(args: argparse.Namespace) -> int:
     from model_zoo import registry
 
     zoo = Path(args.zoo)
-    if args.action == "list":
-        for entry in registry.entries(zoo):
-            print(f"{entry.kind:<14}{entry.reference}")
-        return 0
+    if args.action != "show" and not args.reference:
+        return every_entry(zoo, args.action)
     if not args.reference:
-        raise ConfigError(f"landiff zoo {args.action} needs a reference: name, name@fingerprint or a path")
+        raise ConfigError("landiff zoo show needs a reference: name, name@fingerprint or a path")
     entry = registry.resolve(zoo, args.reference)
     if args.action == "verify":
         registry.verify(entry)
         print(f"{entry.reference}: the weights give its fingerprint")
+    elif args.action == "list":
+        print(entry_line(entry))
     else:
         print(json.dumps({"kind": entry.kind, "path": str(entry.path), "config": entry.config.model_dump(mode="json"),
                           "provenance": entry.provenance}, indent=1))
     return 0
+
+
+def every_entry(zoo: Path, action: str) -> int:
+    """List or verify all of them; a damaged one is named and does not keep the others from it. -> 0, or 2 where one is damaged."""
+    from model_zoo import registry
+
+    damaged = 0
+    for folder in registry.entry_folders(zoo):
+        try:
+            entry = registry.read_entry(folder)
+            if action == "verify":
+                registry.verify(entry)
+            print(entry_line(entry) + ("  verified" if action == "verify" else ""))
+        except ConfigError as error:
+            damaged += 1
+            print(f"{'damaged':<14}{folder.parent.name}@{folder.name}  {error}")
+    return 2 if damaged else 0
+
+
+def entry_line(entry: ZooEntry) -> str:
+    """Kind, reference, and where it comes from."""
+    made = entry.provenance
+    origin = ", ".join(source.get("path", "?") for source in made.get("sources", ())) or "unknown origin"
+    return f"{entry.kind:<14}{entry.reference}  " + (f"step {made['step']}, " if made.get("step") is not None else "") + f"from {origin}"
 
 
 def sample_job(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class Layout(Config):
     phase: str  # "main" | "control"
     model: DiffusionConfig
     shapes: dict[str, list[int]]  # of every parameter and persistent buffer
+
+    @property
+    def part(self) -> tuple[str, DiffusionConfig | TransformerConfig]:
+        """Kind and config of what is trained: phase main the transformer, phase control the whole model."""
+        return ("diffusion", self.model) if self.phase == "control" else ("transformer", self.model.transformer)
 
     def write(self, folder: Path) -> None:
         write_text(folder / LAYOUT, self.model_dump_json(indent=1))
@@ -253,8 +258,7 @@ def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:
     layout = Layout.read(folder)
     tensors = exported(read_deepspeed(folder / SHARDS))
     check_against(tensors.meta, layout.shapes, f"checkpoint {folder}")
-    config: DiffusionConfig | TransformerConfig = layout.model
-    return ("diffusion", config, tensors) if layout.phase == "control" else ("transformer", config.transformer, tensors)
+    return *layout.part, tensors
 
 
 def exported(state: DeepSpeedState) -> LazyTensors:

@@ -31,7 +31,7 @@ from model_zoo.convert.deepspeed import (
     Scattered,
     ZeroStage,
 )
-from model_zoo.convert.lazy import LazyTensors, Progress
+from model_zoo.convert.lazy import LazyTensors, Progress, megabytes
 from model_zoo.convert.pickles import replaced, write_pickle
 
 ALIGNMENT = 2  # elements: ZeRO 1 and 2 pad a group to a multiple of this and the ranks
@@ -53,14 +53,21 @@ def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: Pro
     working = _working(state, cut.dtype)
     state = replace(state, working=working, rest=_with_stage(state.rest, cut.stage))
     bf16 = torch.bfloat16 in {working[name] for name in state.trainable}
+    files: dict[str, _File] = {}
     for rank in range(cut.world_size if cut.stage == 3 else 1):
         name = f"zero_pp_rank_{rank}_{START}" if cut.stage == 3 else START
-        model = _model_of_stage_3(state, rank, cut.world_size) if cut.stage == 3 else _model_of_stage_2(state, cut)
-        model.write(folder / name, progress)
+        files[name] = _model_of_stage_3(state, rank, cut.world_size) if cut.stage == 3 else _model_of_stage_2(state, cut)
     for rank in range(cut.world_size):
         name = f"{'bf16_' * bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # the name that DeepSpeed looks for
-        optimizer = _optimizer_of_stage_3(state, rank, cut.world_size) if cut.stage == 3 else _optimizer_of_stage_2(state, rank, cut)
-        optimizer.write(folder / name, progress)
+        files[name] = _optimizer_of_stage_3(state, rank, cut.world_size) if cut.stage == 3 else _optimizer_of_stage_2(state, rank, cut)
+    sizes = [megabytes(0, file.tensors.num_bytes)[1] for file in files.values()]
+    for number, (name, file) in enumerate(files.items()):
+        file.write(folder / name, progress and _shifted(progress, sum(sizes[:number]), sum(sizes)))
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Progress:
+    """One file's counts as those of all files."""
+    return lambda done, _own_total: progress(before + done, total)
 
 
 def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerConfig, tensors: LazyTensors,
@@ -79,7 +86,7 @@ def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerCo
     trained = tuple(name for name in tensors.meta if not name.startswith(frozen))
     zero_3 = cut is not None and cut.stage == 3
     state = DeepSpeedState(
-        zero_stage=0, world_size=1, places={name: _Made(tensors, name) for name in tensors.meta}, groups=(OptimizerGroup(trained, {}),),
+        zero_stage=0, world_size=1, places={name: Made(tensors, name) for name in tensors.meta}, groups=(OptimizerGroup(trained, {}),),
         buffers=(), working={name: meta.dtype for name, meta in tensors.meta.items()}, moment_places={}, optimizer_steps=0, rest={"start": True},
     )
     if zero_3:
@@ -94,7 +101,7 @@ def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerCo
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """A tensor of another format in the place of a `Scattered` one."""
 
     tensors: LazyTensors
@@ -162,12 +169,15 @@ class _File:
 
         return self.add((sum(s.numel + s.zeros for s in stretches),), dtype, parts)
 
+    @property
+    def tensors(self) -> LazyTensors:
+        return LazyTensors(self.meta, lambda name: torch.cat([t.flatten() for t in self.makers[name]()]), lambda name: self.makers[name]())
+
     def write(self, path: Path, progress: Progress | None) -> None:
         def content(fakes: Mapping[str, Tensor]) -> Any:
             return replaced(self.content, lambda leaf: fakes[leaf.name] if isinstance(leaf, _Key) else leaf)
 
-        tensors = LazyTensors(self.meta, lambda name: torch.cat([t.flatten() for t in self.makers[name]()]), lambda name: self.makers[name]())
-        write_pickle(path, tensors, content, progress, CLASSES)
+        write_pickle(path, self.tensors, content, progress, CLASSES)
 
 
 @dataclass(frozen=True)

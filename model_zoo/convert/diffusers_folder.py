@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from model_zoo.convert.parts import (
     main_of,
     under_names_of,
 )
-from model_zoo.convert.rules import ConversionError
+from model_zoo.convert.rules import ConversionError, all_of
 
 FILE, LM_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 FOLDERS = {"transformer": "transformer", CONTROL: "control", "tokenizer": "semantic_tokenizer", "lm": "lm", VAE: VAE}
@@ -67,7 +68,7 @@ def model_folders(path: Path) -> list[Path]:
 
 def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> Source:
     folders = model_folders(path)
-    parts = {part.kind: part for part in (read_model(folder, allow_missing) for folder in folders)}
+    parts = {part.kind: part for part in all_of(partial(read_model, folder, allow_missing) for folder in folders)}
     if CONTROL in parts and "transformer" in parts:
         parts["diffusion"] = joined(parts.pop(CONTROL), parts.pop("transformer"))
     found = sorted({class_of(folder) for folder in folders})

@@ -9,17 +9,25 @@ from __future__ import annotations
 import io
 import pickle
 import re
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from configs.files import atomic_file
 from model_zoo.convert.lazy import LazyTensors, Progress, megabytes
-from model_zoo.convert.pickles import Ignored
+from model_zoo.convert.pickles import Ignored, write_pickle
 from model_zoo.convert.rules import ConversionError
 
 METADATA = ".metadata"
@@ -129,27 +137,29 @@ class _Window(io.RawIOBase):
         return self.file.readinto(memoryview(buffer)[: max(0, self.length - self.tell())])
 
 
-class _LazyPlanner(dcp.DefaultSavePlanner):
-    """Hands the writer one tensor at a time."""
+def write_dist(folder: Path, tensors: LazyTensors, objects: Mapping[str, Any], progress: Progress | None = None) -> None:
+    """Whole tensors, for any layout to load, and small objects beside them.
 
-    def __init__(self, tensors: LazyTensors, progress: Progress | None) -> None:
-        super().__init__()
-        self.tensors, self.progress, self.done = tensors, progress, 0
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        if index.fqn not in self.tensors:
-            return super().lookup_object(index)
-        tensor = self.tensors[index.fqn].contiguous()
-        self.done += tensor.numel() * tensor.itemsize
-        if self.progress is not None:
-            self.progress(*megabytes(self.done, self.tensors.num_bytes))
-        return tensor
-
-
-def write_dist(folder: Path, tensors: LazyTensors, objects: dict[str, Any], progress: Progress | None = None) -> None:
-    """Whole tensors, for any layout to load, and objects beside them."""
-    # torch's writer keeps all tensors of a file until it is closed, so each gets its own
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")  # it is meant to be
-        dcp.save({**tensors.meta, **objects}, storage_writer=writer, planner=_LazyPlanner(tensors, progress), no_dist=True)
+    A file for each tensor, filled as it is made. torch's own writer would hold several at a time, and wraps whatever interrupts it.
+    """
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    first = "__0_0.distcp"
+    with atomic_file(folder / first) as file:
+        for key, value in objects.items():
+            start = file.tell()
+            torch.save(value, buffer := io.BytesIO())
+            file.write(buffer.getbuffer())
+            entries[key], places[MetadataIndex(key)] = BytesStorageMetadata(), _StorageInfo(first, start, file.tell() - start)
+    done = 0
+    for number, (key, meta) in enumerate(tensors.meta.items(), 1):
+        path = folder / f"__0_{number}.distcp"
+        write_pickle(path, LazyTensors({key: meta}, tensors.read), lambda fakes, key=key: fakes[key])
+        start = torch.Size([0] * meta.ndim)
+        entries[key] = TensorStorageMetadata(TensorProperties(dtype=meta.dtype), meta.shape, [ChunkStorageMetadata(start, meta.shape)])
+        places[MetadataIndex(key, start)] = _StorageInfo(path.name, 0, path.stat().st_size)
+        done += meta.numel() * meta.itemsize
+        if progress is not None:
+            progress(*megabytes(done, tensors.num_bytes))
+    with atomic_file(folder / METADATA) as file:
+        pickle.dump(Metadata(entries, storage_data=places, version="1.0.0"), file)

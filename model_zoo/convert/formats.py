@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from configs import ConfigError, validate
-from configs.files import commit_dir, temporary_name, write_text
+from configs import Config, ConfigError, validate
+from configs.files import commit_dir, remove_dead_twins, temporary_name, write_text
 from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig, TokenizerConfig
 from model_zoo.convert import (
@@ -92,9 +92,8 @@ def _open_deepspeed(path: Path, options: Options) -> Source:
     if not (path / deepspeed.LAYOUT).is_file():
         return _open_foreign_deepspeed(path, options)
     layout = deepspeed.Layout.read(path)
-    kind, config, tensors = deepspeed.export_diffusion(path)
-    part = fit(tensors, kind, config, PLAIN, str(path), options.allow_missing)
     state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
+    part = fit(deepspeed.exported(state), *layout.part, PLAIN, str(path), options.allow_missing)
     return Source(path, "deepspeed", f"{_zero_words(state)}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
 
 
@@ -171,12 +170,20 @@ def describe(source: Source) -> str:
             name = str(tensor.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + tensor.numel()
         lines += [
-            f"  kind         {part.kind}", f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
+            f"  kind         {part.kind}", f"    model      {model_words(part)}", f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
             f"    dtypes     {', '.join(f'{name} ({n:,})' for name, n in counts.items())}",
             f"    fingerprint {fingerprint(part)}",
         ]
         lines += [f"    filled     {name} (missing in the source)" for name in part.filled]
     return "\n".join(lines)
+
+
+def model_words(part: Part) -> str:
+    """The sizes in a part's config; those of the models inside it come with their names."""
+    config = part.config.model_dump(mode="json") if isinstance(part.config, Config) else dict(part.config)
+    words = [f"{key} {value}" for key, value in config.items() if not isinstance(value, dict)]
+    words += [f"{key} ({', '.join(f'{k} {v}' for k, v in value.items())})" for key, value in config.items() if isinstance(value, dict)]
+    return ", ".join(words) or "unknown"
 
 
 def fingerprint(part: Part) -> str:
@@ -230,6 +237,7 @@ def new_folder(target: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
     """A folder to be filled, which becomes `target` at the end, with its origin, or vanishes. Raises ConfigError where there is one."""
     if target.exists():
         raise ConfigError(f"{target} exists already; name a folder that doesn't")
+    remove_dead_twins(target)
     temporary = temporary_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.files import atomic_file
-from model_zoo.convert.rules import ConversionError, Group, Rule, groups
+from model_zoo.convert.rules import ConversionError, Group, Rule, groups, report
 
 # (megabytes done, megabytes in all)
 Progress = Callable[[int, int], None]
@@ -191,11 +191,7 @@ def stored_tensors(stored: Mapping[str, Stored]) -> LazyTensors:
 def read_safetensors(path: Path) -> LazyTensors:
     """The tensors of a .safetensors file, or of all files of a .safetensors.index.json. Raises ConversionError."""
     if path.name.endswith(".index.json"):
-        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        state = LazyTensors({}, lambda name: _absent(path, name))
-        for part in parts:
-            state = state.joined(read_safetensors(path.with_name(part)))
-        return state
+        return _read_index(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -216,8 +212,23 @@ def read_safetensors(path: Path) -> LazyTensors:
     return stored_tensors(stored)
 
 
-def _absent(path: Path, name: str) -> Tensor:
-    raise ConversionError(f"{path} lists no file for {name}")
+def _read_index(path: Path) -> LazyTensors:
+    """The tensors of every file that the index names, each in the file where the index says it is."""
+    try:
+        files = {name: str(file) for name, file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{path} is not an index of .safetensors files, or a damaged one ({error!r})") from None
+    parts = {}
+    for file in sorted(set(files.values())):
+        if Path(file).name != file or not path.with_name(file).is_file():
+            raise ConversionError(f"{path} names the file {file!r}, which does not lie beside it")
+        parts[file] = read_safetensors(path.with_name(file))
+    held = {name: file for file, part in parts.items() for name in part}
+    problems = {"missing": [f"{name} in {file}" for name, file in files.items() if name not in parts[file]],
+                "unexpected": [f"{name} in {file}" for name, file in held.items() if name not in files]}
+    if any(problems.values()):
+        raise ConversionError(f"{path} and its files do not agree:\n{report(problems)}")
+    return LazyTensors({name: parts[file].meta[name] for name, file in files.items()}, lambda name: parts[files[name]].read(name))
 
 
 def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, str] | None = None,
@@ -238,6 +249,7 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, s
         for name, tensor in counted(tensors, progress):
             file.seek(8 + len(text) + starts[name])
             file.write(byte_view(tensor))
+            del tensor  # before the next one is read
         file.truncate(8 + len(text) + end)
 
 

@@ -117,6 +117,7 @@ def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[st
             for stretch in tensors.stretches(name):
                 assert stretch.dtype == meta.dtype, (name, stretch.dtype, meta)
                 done += file.write(byte_view(stretch.detach().cpu().contiguous()))
+                del stretch  # before the next one is read
             assert done - before == meta.numel() * meta.itemsize, (name, done - before, meta)
             if progress is not None:
                 progress(*megabytes(done, total))

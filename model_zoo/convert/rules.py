@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class ConversionError(ConfigError):
     """Keys or shapes that do not fit; the message lists all of them, grouped by pattern."""
 
 
+T = TypeVar("T")
 Change = Callable[..., Sequence[Tensor]]
 
 
@@ -105,6 +107,20 @@ def check_against(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[i
     }
     if any(problems.values()):
         raise ConversionError(f"{what} does not fit the model:\n{report(problems)}")
+
+
+def all_of(actions: Iterable[Callable[[], T]]) -> list[T]:
+    """Results of all actions; where some raise ConversionError, one error that says all they say."""
+    results: list[T] = []
+    problems: list[str] = []
+    for action in actions:
+        try:
+            results.append(action())
+        except ConversionError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return results
 
 
 def report(problems: Mapping[str, Sequence[str]]) -> str:

@@ -174,7 +174,7 @@ def alike(found: Any, expected: Any, place: str) -> None:
     as slices hold parameters, `equal` has seen them), and such a checkpoint may say at what norm to clip."""
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype and found.shape == expected.shape, place
-        assert "zero_pp" in place and found.ndim == 1 or torch.equal(found, expected), place
+        assert ("zero_pp" in place and found.ndim == 1) or torch.equal(found, expected), place
     elif isinstance(expected, dict):
         assert set(found) - {"clip_grad"} == set(expected) - {"clip_grad"}, place
         for key, value in expected.items():
