@@ -19,6 +19,7 @@ import torch
 from configs.files import write_text
 from model_zoo.config import ModelConfig, TransformerConfig
 from model_zoo.convert import release_diffusion, release_vae
+from model_zoo.convert.diffusers_folder import CLASSES, named_class
 from model_zoo.convert.lazy import LazyTensors, Progress, converted, read_safetensors, write_safetensors
 from model_zoo.convert.parts import (
     CONTROL,
@@ -92,7 +93,8 @@ def _read(file: Path, models: ModelConfig, allow_missing: Sequence[str]) -> list
     known = _sorted_by_kind(state)
     if not known:
         raise ConversionError(f"{file} is no file of the LanDiff release: its keys start with "
-                              f"{', '.join(sorted({'.'.join(name.split('.')[:2]) for name in state})[:6]) or 'nothing'}")
+                              f"{', '.join(sorted({'.'.join(name.split('.')[:2]) for name in state})[:6]) or 'nothing'}"
+                              f"{_class_beside(file)}")
 
     def part(kind: str, tensors: LazyTensors) -> Part:
         if kind == VAE:
@@ -100,6 +102,12 @@ def _read(file: Path, models: ModelConfig, allow_missing: Sequence[str]) -> list
         return fit(tensors, kind, configs[kind], TABLES["release", kind], str(file), allow_missing)
 
     return all_of(partial(part, kind, tensors) for kind, tensors in known.items())
+
+
+def _class_beside(file: Path) -> str:
+    """What a folder of another library says it holds."""
+    name = named_class(file.parent)
+    return f", and the config.json beside it names {name}; known are {', '.join(CLASSES)}" if name else ""
 
 
 def _sorted_by_kind(state: LazyTensors) -> dict[str, LazyTensors]:
