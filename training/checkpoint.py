@@ -243,7 +243,8 @@ class CheckpointStore:
         if refused:
             raise ConfigError(
                 f"{folder} is a checkpoint of another model: {', '.join(refused)}; "
-                "set them back, or choose another run folder (run=...)"
+                "set them back, or choose another run folder (run=...); what is not of the model itself, such as vocab_multiple, "
+                "`landiff convert` can change (--to megatron or deepspeed)"
             )
         if changed:
             log.info("resuming with a changed config: %s", ", ".join(changed))

@@ -150,9 +150,9 @@ def equal(first: DeepSpeedState, second: DeepSpeedState) -> None:
             assert tensor.dtype == others[key].dtype and torch.equal(tensor, others[key]), key
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "size", "precision"), [
+    (1, 1, "bf16"), (1, 2, "fp32"), (2, 1, "fp32"), (2, 2, "bf16"), (3, 1, "fp32"), (3, 2, "bf16"), (3, 2, "fp32"),
+])
 def test_there_and_back_is_bit_equal(tmp_path, trained, stage, size, precision, monkeypatch):
     source = trained[0] / name(stage, size, precision)
     for number, cut in enumerate((Cut(1, 3), Cut(2, 7), Cut(3, 5))):
