@@ -12,7 +12,7 @@ from typing import Any
 from configs import ConfigError, load
 from data_pipeline.shards import ShardError, read_manifest
 from launchers.progress import Progress
-from launchers.relayout import TRAINERS, Padding, StartSettings, Wish, can_go_on, relayout
+from launchers.relayout import TRAINERS, Padding, StartSettings, Wish, can_go_on, dry, relayout
 from model_zoo import registry
 from model_zoo.config import ModelConfig
 from model_zoo.convert import deepspeed_write, formats, megatron
@@ -77,8 +77,7 @@ def convert(request: Request) -> list[str]:
     progress = Progress("convert", "MB")
     words = " + ".join(words_of(source) for source in sources)
     if goes_on(request):
-        wish = Wish(request.to, request.out, request.overrides, request.dtype, request.world_size, load(ModelConfig, request.model).lm)
-        return [f"{words} -> {request.out}, {relayout(sources[0].path, wish, made, progress)}"]
+        return [f"{words} -> {request.out}, {relayout(sources[0].path, wish_of(request), made, progress)}"]
     parts = parts_of(sources, request.dtype)
     if request.to != "zoo":
         formats.write_target(request.out, request.to, parts, made, progress, start_cut(request, parts))
@@ -87,12 +86,29 @@ def convert(request: Request) -> list[str]:
     return [f"{words} -> {entry.path}" for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)]
 
 
+def plan(request: Request) -> list[str]:
+    """What `convert` would do, one line for each source; headers and options are checked as there."""
+    check(request)
+    sources = open_all(request)
+    target = str(request.out or f"{request.zoo}/{request.name or '*'}")
+    if goes_on(request):
+        return [f"would convert {words_of(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"]
+    start_cut(request, [part for source in sources for part in source.parts])
+    return [f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}" for source in sources]
+
+
+def wish_of(request: Request) -> Wish:
+    return Wish(request.to, request.out, request.overrides, request.dtype, request.world_size, load(ModelConfig, request.model).lm)
+
+
 def check(request: Request) -> None:
     """Do the options go together? Raises ConfigError."""
     if request.to == "zoo" and request.out is not None:
         raise ConfigError("--out goes with a --to other than zoo; a zoo entry is named by --name and --zoo")
     if request.to != "zoo" and request.out is None:
         raise ConfigError(f"--to {request.to} needs --out FOLDER")
+    if request.to != "zoo" and request.name is not None:
+        raise ConfigError(f"--name goes with --to zoo; --to {request.to} writes the folder of --out")
     if request.overrides and request.to not in TRAINERS:
         raise ConfigError(f"{request.overrides[0]} is for a run that goes on from the result, so for --to {' or '.join(TRAINERS)}; this is --to {request.to}")
     if request.world_size is not None and (request.to != "deepspeed" or request.world_size < 1):
@@ -105,6 +121,8 @@ def goes_on(request: Request) -> bool:
         return False
     paths = [locate(source, request.zoo) for source in request.sources]
     found = [path for path in paths if can_go_on(path, request.to)]
+    if found and request.allow_missing:
+        raise ConfigError(f"{found[0]} is a checkpoint with its optimizer, which must be whole: --allow-missing goes with --weights-only")
     if found and len(paths) > 1:
         raise ConfigError(f"{found[0]} is a checkpoint with its optimizer, which nothing can be joined to; name it alone, or take --weights-only")
     return bool(found)

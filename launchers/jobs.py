@@ -124,7 +124,7 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from launchers.convert import Request, check, convert, find_source, open_all, words_of
+    from launchers.convert import Request, convert, find_source, plan
     from model_zoo.convert.formats import Options, describe
 
     first, *rest = args.sources
@@ -140,10 +140,7 @@ def convert_job(args: argparse.Namespace) -> int:
     request = Request(tuple(args.sources), zoo, args.to, args.name, Path(args.out) if args.out else None, args.model,
                       args.dtype, tuple(args.allow_missing), args.weights_only, args.world_size, tuple(args.overrides))
     if args.dry_run:
-        check(request)
-        for source in open_all(request):
-            print(f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {args.to} "
-                  f"{args.out or f'{args.zoo}/{args.name or chr(42)}'}")
+        print("\n".join(plan(request)))
         return 0
     for line in convert(request):
         print(f"convert: {line}")

@@ -24,10 +24,11 @@ from configs import Config, ConfigError, dump, load
 from configs.files import write_text
 from model_zoo.config import LMConfig
 from model_zoo.convert import deepspeed, deepspeed_write, megatron, megatron_optimizer
+from model_zoo.convert.deepspeed import DeepSpeedState
 from model_zoo.convert.deepspeed_write import Cut
 from model_zoo.convert.formats import new_folder
 from model_zoo.convert.lazy import Progress
-from model_zoo.convert.megatron_optimizer import MegatronCut
+from model_zoo.convert.megatron_optimizer import MegatronCut, MegatronState
 from training.checkpoint import CONFIG, STATE, CheckpointState, describe, list_files, seal
 from training.diffusion.config import DiffusionTrainConfig
 from training.lm.config import LMTrainConfig
@@ -112,6 +113,18 @@ def relayout(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Pr
     return (_bare_megatron if wish.to == "megatron" else _bare_deepspeed)(path, wish, provenance, progress)
 
 
+def dry(path: Path, wish: Wish) -> str:
+    """What `relayout` would write; options are checked as there."""
+    if (path / STATE).is_file():
+        config = _config(path, wish)
+        if isinstance(config, LMTrainConfig):
+            return (f"a run of precision {config.precision}, parallel.distributed_optimizer = {config.parallel.distributed_optimizer}, "
+                    f"vocab_multiple {config.vocab_multiple}, head_multiple {config.head_multiple}")
+        return f"a run of precision {config.precision}, zero.stage {config.zero.stage}, {wish.world_size or deepspeed.Layout.read(path).world_size} ranks"
+    cut = _megatron_cut(path, wish)[2] if wish.to == "megatron" else _zero_cut(path, wish)[1]
+    return f"a bare checkpoint, {cut}"
+
+
 def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None) -> str:
     state = CheckpointState.model_validate_json((path / STATE).read_bytes())
     config = _config(path, wish)
@@ -149,6 +162,14 @@ def _config(path: Path, wish: Wish) -> Any:
 
 
 def _bare_megatron(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None) -> str:
+    model, state, cut = _megatron_cut(path, wish)
+    with new_folder(wish.out, provenance) as temporary:
+        megatron_optimizer.write_state(temporary, model, state, cut, progress)
+        megatron.write_config(temporary, model)
+    return "a Megatron checkpoint with its optimizer"
+
+
+def _megatron_cut(path: Path, wish: Wish) -> tuple[LMConfig, MegatronState, MegatronCut]:
     model = megatron.stored_config(path) if (path / megatron.CONFIG).is_file() else wish.model
     assert model is not None, wish
     state = megatron_optimizer.read_state(path, model)
@@ -156,20 +177,21 @@ def _bare_megatron(path: Path, wish: Wish, provenance: Mapping[str, Any], progre
     padded = megatron.default_padding(model, asked.vocab_multiple or 1, asked.head_multiple or 1)
     padded = megatron.Padded(padded.vocab if asked.vocab_multiple else state.cut.padded.vocab,
                              padded.heads if asked.head_multiple else state.cut.padded.heads)
-    cut = MegatronCut(padded, asked.parallel.distributed_optimizer, DTYPES.get(asked.precision, state.cut.dtype))
-    with new_folder(wish.out, provenance) as temporary:
-        megatron_optimizer.write_state(temporary, model, state, cut, progress)
-        megatron.write_config(temporary, model)
-    return "a Megatron checkpoint with its optimizer"
+    return model, state, MegatronCut(padded, asked.parallel.distributed_optimizer, DTYPES.get(asked.precision, state.cut.dtype))
 
 
 def _bare_deepspeed(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None) -> str:
+    state, cut = _zero_cut(path, wish)
+    tag = deepspeed.find_shards(path).name
+    with new_folder(wish.out, provenance) as temporary:
+        deepspeed_write.write_deepspeed(temporary / tag, state, cut, progress)
+        write_text(temporary / "latest", tag)
+    return f"a DeepSpeed checkpoint with its optimizer: engine.load_checkpoint({str(wish.out)!r})"
+
+
+def _zero_cut(path: Path, wish: Wish) -> tuple[DeepSpeedState, Cut]:
     shards = deepspeed.find_shards(path)
     assert shards is not None, path
     state = deepspeed.read_deepspeed(shards)
     asked = load(ZeroSettings, {"zero": {"stage": state.zero_stage}}, wish.words)
-    cut = Cut(asked.zero.stage, wish.world_size or state.world_size, DTYPES.get(asked.precision))
-    with new_folder(wish.out, provenance) as temporary:
-        deepspeed_write.write_deepspeed(temporary / shards.name, state, cut, progress)
-        write_text(temporary / "latest", shards.name)
-    return f"a DeepSpeed checkpoint with its optimizer: engine.load_checkpoint({str(wish.out)!r})"
+    return state, Cut(asked.zero.stage, wish.world_size or state.world_size, DTYPES.get(asked.precision))

@@ -171,6 +171,7 @@ class DeepSpeedState:
     working: Mapping[str, torch.dtype]  # what the module computes with
     moment_places: Mapping[str, Mapping[str, Scattered]]  # "exp_avg" | "exp_avg_sq" -> fp32 by name of trainable parameter
     optimizer_steps: int  # Adam's own count
+    numbers: Mapping[str, Any] = field(default_factory=dict)  # what the optimizer counts beside its vectors: step, as it counts it
     optimizer: Mapping[str, Any] = field(default_factory=dict)  # what else the optimizer files say, equal on all ranks
     rest: Mapping[str, Any] = field(default_factory=dict)  # what else the model file says: counts, schedules, the user's own
 
@@ -209,6 +210,9 @@ def find_shards(path: Path) -> Path | None:
 def read_deepspeed(folder: Path) -> DeepSpeedState:
     """Everything a DeepSpeed checkpoint folder holds. Raises ConfigError when parts of it are missing or foreign."""
     optimizer_files = _by_rank(folder, OPTIMIZER_FILE)
+    other = [path.name for path in folder.iterdir() if re.search(r"mp_rank_(?!00)\d\d_|^layer_\d|^expp_rank_", path.name)]
+    if other:
+        raise ConfigError(f"{folder} is of a run with tensor, pipeline or expert parallelism ({sorted(other)[0]}), which is not read here")
     if not optimizer_files and (folder / START).is_file():
         return _start(folder)
     if not optimizer_files:
@@ -228,6 +232,8 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
     models = [_load(path) for path in model_files]
     if models[0].get("shared_params"):
         raise ConfigError(f"{folder} ties parameters together ({', '.join(models[0]['shared_params'])}), which is not read here")
+    if (_zero_config(models[0]) or {}).get("round_robin_gradients"):
+        raise ConfigError(f"{folder} was written with zero_optimization.round_robin_gradients = true, which is not read here")
     shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in models[0]["param_shapes"]]
     trainable = frozenset(name for group in shapes for name in group)
     states = [_optimizer(shard, stage, folder) for shard in shards]
@@ -243,7 +249,7 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
         zero_stage=stage, world_size=world_size, places={**still, **pieces(shapes, shards, flat)},
         groups=_groups(shapes, states[0], stage), buffers=tuple(models[0]["buffer_names"]), moment_places=moments,
         working={name: tensor.dtype for name, tensor in models[0]["module"].items() if isinstance(tensor, Stored)},
-        optimizer_steps=steps.pop() if steps else 0,
+        optimizer_steps=steps.pop() if steps else 0, numbers=_numbers(states[0]),
         optimizer={key: shards[0][key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad") if key in shards[0]},
         rest=_plain({key: value for key, value in models[0].items() if key not in OF_TENSORS}),
     )
@@ -316,6 +322,16 @@ def _optimizer(shard: Mapping[str, Any], stage: int, folder: Path) -> Mapping[st
 def _moments(state: Mapping[str, Any]) -> list[str]:
     """What the optimizer keeps for every weight."""
     return [key for key, value in next(iter(state["state"].values()), {}).items() if isinstance(value, Stored) and len(value.shape) == 1]
+
+
+def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _read(value) for key, value in next(iter(state["state"].values()), {}).items() if not (isinstance(value, Stored) and value.shape)}
+
+
+def _zero_config(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """zero_optimization of the DeepSpeed config that wrote a checkpoint."""
+    config = model.get("ds_config")
+    return config.get("zero_optimization") if isinstance(config, Mapping) else None
 
 
 def _groups(shapes: Sequence[Mapping[str, torch.Size]], state: Mapping[str, Any], stage: int) -> tuple[OptimizerGroup, ...]:

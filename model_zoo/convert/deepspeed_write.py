@@ -35,7 +35,7 @@ from model_zoo.convert.lazy import LazyTensors, Progress, megabytes
 from model_zoo.convert.pickles import replaced, write_pickle
 
 ALIGNMENT = 2  # elements: ZeRO 1 and 2 pad a group to a multiple of this and the ranks
-SUB_GROUP = 1_000_000_000  # elements: ZeRO 3 closes a vector once it holds so many (its sub_group_size, which we leave as it is)
+SUB_GROUP = 1_000_000_000  # elements: ZeRO 3 closes a vector once it holds so many, where sub_group_size says nothing else
 
 
 @dataclass(frozen=True)
@@ -299,11 +299,13 @@ def _slice(state: DeepSpeedState, name: str, rank: int, world_size: int) -> _Str
 def _sub_groups(state: DeepSpeedState, world_size: int) -> list[list[list[str]]]:
     """By group of the optimizer: the names in each of its vectors."""
     found = []
+    asked = state.rest["ds_config"]["zero_optimization"].get("sub_group_size")
+    limit = asked if isinstance(asked, int | float) else SUB_GROUP
     for group in state.groups:
         sizes = {name: math.ceil(state.shapes[name].numel() / world_size) for name in group.names}
         vectors: list[list[str]] = [[]]
         for name in group.names:
-            if sum(sizes[other] for other in vectors[-1]) >= SUB_GROUP:
+            if sum(sizes[other] for other in vectors[-1]) >= limit:
                 vectors.append([])
             vectors[-1].append(name)
         found.append(vectors)
@@ -314,8 +316,8 @@ def _of_adam(file: _File, state: DeepSpeedState, stretches: Sequence[_Stretch]) 
     """What the optimizer keeps for one vector. The count of steps is a tensor of its own for each: Adam counts it up in place."""
     if not state.moment_places:
         return {}  # before its first step
-    step = {"step": file.small(torch.tensor(float(state.optimizer_steps)))}
-    return step | {key: file.vector(places, stretches, torch.float32) for key, places in state.moment_places.items()}
+    numbers = state.numbers or {"step": torch.tensor(float(state.optimizer_steps))}
+    return {**replaced(numbers, file.small), **{key: file.vector(places, stretches, torch.float32) for key, places in state.moment_places.items()}}
 
 
 def _torch_state(state: DeepSpeedState, moments: Sequence[Mapping[str, Any]], numbers: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from configs.files import atomic_file
-from model_zoo.convert.lazy import LazyTensors, Progress, megabytes
+from model_zoo.convert.lazy import LazyTensors, Progress, give_back, megabytes
 from model_zoo.convert.pickles import Ignored, write_pickle
 from model_zoo.convert.rules import ConversionError
 
@@ -154,11 +154,12 @@ def write_dist(folder: Path, tensors: LazyTensors, objects: Mapping[str, Any], p
     done = 0
     for number, (key, meta) in enumerate(tensors.meta.items(), 1):
         path = folder / f"__0_{number}.distcp"
-        write_pickle(path, LazyTensors({key: meta}, tensors.read), lambda fakes, key=key: fakes[key])
+        write_pickle(path, LazyTensors({key: meta}, tensors.read, tensors.pieces), lambda fakes, key=key: fakes[key])
         start = torch.Size([0] * meta.ndim)
         entries[key] = TensorStorageMetadata(TensorProperties(dtype=meta.dtype), meta.shape, [ChunkStorageMetadata(start, meta.shape)])
         places[MetadataIndex(key, start)] = _StorageInfo(path.name, 0, path.stat().st_size)
-        done += meta.numel() * meta.itemsize
+        before, done = done, done + meta.numel() * meta.itemsize
+        give_back(before, done)
         if progress is not None:
             progress(*megabytes(done, tensors.num_bytes))
     with atomic_file(folder / METADATA) as file:

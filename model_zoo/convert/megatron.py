@@ -87,7 +87,7 @@ def rules(config: LMConfig, padded: Padded) -> list[Rule]:
         Rule(block + "wo.weight", layer + "self_attention.linear_proj.weight", pad_columns, cut_columns),
         Rule(block + "norm1.weight", layer + "mlp.linear_fc1.layer_norm_weight"),
         Rule((block + "w1.weight", block + "w3.weight"), (layer + "mlp.linear_fc1.weight",),
-             lambda gate, up: (torch.cat([gate, up]),), lambda both: tuple(half.clone() for half in both.chunk(2))),
+             lambda gate, up: (torch.cat([gate, up]),), lambda both: both.chunk(2), stacked="theirs"),
         Rule(block + "w2.weight", layer + "mlp.linear_fc2.weight"),
         Rule("final_norm.{kind}", "decoder.final_layernorm.{kind}"),
         Rule("head.weight", "output_layer.weight", pad, cut),

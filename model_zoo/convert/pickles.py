@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from configs.files import atomic_file
-from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, megabytes
+from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, counted
 from model_zoo.convert.rules import ConversionError
 
 
@@ -110,17 +110,11 @@ def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[st
             reread = torch.load(file.name, map_location="cpu", weights_only=True)
         places = [leaf for leaf in _leaves(reread) if isinstance(leaf, FakeTensor)]
         order = {id(leaf): place for leaf, place in zip(_fakes(empty), places, strict=True)}
-        done, total = 0, tensors.num_bytes
-        for name, meta in tensors.meta.items():
+        for name, stretches in counted(tensors, progress):
             file.seek(order[id(stand_ins[name])].untyped_storage()._checkpoint_offset)
-            before = done
-            for stretch in tensors.stretches(name):
-                assert stretch.dtype == meta.dtype, (name, stretch.dtype, meta)
-                done += file.write(byte_view(stretch.detach().cpu().contiguous()))
+            for stretch in stretches:
+                file.write(byte_view(stretch))
                 del stretch  # before the next one is read
-            assert done - before == meta.numel() * meta.itemsize, (name, done - before, meta)
-            if progress is not None:
-                progress(*megabytes(done, total))
         file.seek(0, 2)
 
 

@@ -5,7 +5,7 @@ A rule maps a group of our keys to a group of their keys. `{name}` in a pattern 
 functions that are each other's inverse; where they are left out the group is a pure rename.
 
     Rule("blocks.{i}.wo.weight", "transformer.blocks.{i}.wo.weight")
-    Rule(("q", "k", "v"), ("qkv",), to_theirs=lambda q, k, v: (torch.cat([q, k, v]),), to_ours=lambda x: x.chunk(3))
+    Rule(("q", "k", "v"), ("qkv",), to_theirs=lambda q, k, v: (torch.cat([q, k, v]),), to_ours=lambda x: x.chunk(3), stacked="theirs")
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Rule:
     theirs: str | tuple[str, ...]
     to_theirs: Change | None = None  # (our tensors in order) -> their tensors in order
     to_ours: Change | None = None
+    stacked: str | None = None  # "theirs" | "ours": the side with one tensor, which is the other's end to end
 
     def sides(self, direction: str) -> tuple[tuple[str, ...], tuple[str, ...], Change | None]:
         """Source patterns, target patterns and the change, for direction "to_ours" or "to_theirs"."""
@@ -52,6 +53,7 @@ class Group:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     change: Change | None
+    end_to_end: bool = False  # is the one target made of all elements of the sources, one source after the other?
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         changed = list(tensors if self.change is None else self.change(*tensors))
@@ -75,7 +77,8 @@ def groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> list[
             absent = [name for name in group if name not in left]
             missing += absent
             if not absent:
-                found.append(Group(group, tuple(_fill(target, match.groupdict()) for target in targets), change))
+                filled = tuple(_fill(target, match.groupdict()) for target in targets)
+                found.append(Group(group, filled, change, end_to_end=direction == f"to_{rule.stacked}"))
             for name in group:
                 left.pop(name, None)
     if left or missing:

@@ -15,6 +15,7 @@ import training.lm.engine  # noqa: F401
 from configs.files import write_text
 from configs.loader import dump
 from launchers.cli import main
+from launchers.relayout import Wish, relayout
 from model_zoo import registry
 from model_zoo.convert.deepspeed import read_deepspeed
 from model_zoo.convert.dist_checkpoint import DistReader
@@ -86,11 +87,13 @@ LM_MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", LM_MOVES)
+@pytest.mark.parametrize("move", [pytest.param(move, marks=[pytest.mark.long] * (move == "bfloat16")) for move in LM_MOVES])
 def test_the_language_model_goes_on(tmp_path, monkeypatch, move):
     monkeypatch.chdir(tmp_path)
     (parallel, changes, ranks), overrides, later_ranks = LM_MOVES[move]
     straight = train(lm, lm_run(tmp_path, "run", parallel, **changes), ranks)
+    landiff("convert", f"run/{STEP}", "--to", "megatron", "--out", "runs/next", *overrides, "--dry-run")
+    assert not Path("runs").exists()
     landiff("convert", f"run/{STEP}", "--to", "megatron", "--out", "runs/next", *overrides)
     landiff("convert", f"runs/next/{STEP}", "--to", "megatron", "--out", "back", *(
         f"{word.partition('=')[0]}={old}" for word in overrides for old in [stored(Path("run") / STEP, word.partition("=")[0])]))
@@ -126,7 +129,7 @@ def diffusion_run(folder: Path, name: str, phase: str, stage: int, **changes: An
 
 
 @pytest.mark.parametrize(("phase", "stage", "ranks", "next_stage", "next_ranks", "precision"), [
-    ("control", 2, 1, 3, 2, "fp32"), ("main", 3, 2, 1, 1, "fp32"), ("main", 1, 2, 3, 1, "bf16"),
+    ("control", 2, 1, 3, 2, "fp32"), ("main", 3, 2, 1, 1, "fp32"), pytest.param("main", 1, 2, 3, 1, "bf16", marks=pytest.mark.long),
 ])
 def test_the_diffusion_model_goes_on(tmp_path, monkeypatch, phase, stage, ranks, next_stage, next_ranks, precision):
     monkeypatch.chdir(tmp_path)
@@ -189,7 +192,27 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
         (["theirs", "--to", "deepspeed", "--out", "x", "zero.stage=4"], "zero.stage"),
         (["theirs", "--to", "deepspeed", "--out", "x", "--dtype", "float16"], "the trainers compute in float32 or bfloat16"),
         (["theirs", "main", "--to", "deepspeed", "--out", "x"], "name it alone, or take --weights-only"),
+        (["theirs", "--to", "deepspeed", "--out", "x", "--allow-missing", "*"], "must be whole: --allow-missing goes with --weights-only"),
+        (["main", "--to", "diffusers", "--out", "x", "--name", "y"], "--name goes with --to zoo"),
+        (["theirs", "--to", "deepspeed", "--out", "x", "zero.stages=3", "--dry-run"], "zero.stages"),
     ):
         assert main(["convert", *words]) == 2, words
         assert message in capsys.readouterr().err, words
+    landiff("convert", "theirs", "--to", "deepspeed", "--out", "x", "--world-size", 8, "zero.stage=1", "--dry-run")
+    assert "with its optimizer, to x: a bare checkpoint, Cut(stage=1, world_size=8" in capsys.readouterr().out
     assert not Path("x").exists()
+
+
+class Stop(BaseException):
+    pass
+
+
+def test_an_interrupted_one_leaves_nothing(tmp_path):
+    write_stage_2(tmp_path / "theirs")
+
+    def stop(done: int, total: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        relayout(tmp_path / "theirs", Wish("deepspeed", tmp_path / "x", world_size=2), {}, stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
