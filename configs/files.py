@@ -32,6 +32,14 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
 
 
+def remove_dead_twins(path: Path) -> None:
+    """Delete what killed writers of `path` left on this node. Those of other nodes, and living ones, are not ours to judge."""
+    for twin in path.parent.glob(f".{path.name}.{os.uname().nodename}.*.tmp"):
+        pid = twin.name.removesuffix(".tmp").rpartition(".")[2]
+        if pid.isdigit() and int(pid) != os.getpid() and not Path("/proc", pid).exists():
+            shutil.rmtree(twin, ignore_errors=True) if twin.is_dir() else twin.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator:
     """A file that appears under its final name whole, or not at all.

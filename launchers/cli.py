@@ -86,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="cast the weights (default: keep theirs)")
     convert.add_argument("--allow-missing", action="append", default=[], metavar="PATTERN",
                          help="keys of the source that may be missing, with * and ?; they start as in a fresh model")
+    convert.add_argument("--weights-only", action="store_true", help="--to megatron or deepspeed: leave the optimizer of a checkpoint behind")
+    convert.add_argument("--world-size", type=int, metavar="N", help="--to deepspeed: for so many ranks (default: as it is)")
     convert.add_argument("--dry-run", action="store_true", help="read the headers, check every key, change nothing")
 
     zoo = add("zoo", "Look at the zoo: list, show, verify.")
@@ -117,6 +119,15 @@ CONVERT = """\
   landiff convert lm --to megatron --out start/lm               zoo entry -> Megatron checkpoint for any parallel layout
   landiff convert main --to diffusers --out CogVideoX-ours      main transformer -> CogVideoXTransformer3DModel
   landiff convert diffusion tokenizer lm --to release --out out back to the release's files
+
+A checkpoint of a run, with its optimizer, for another layout; train goes on from it with --config OUT/config.yaml. What changes
+is said as in the config of the run:
+
+  landiff convert runs/lm --to megatron --out runs/lm-2 parallel.distributed_optimizer=true parallel.tensor=2 vocab_multiple=256
+  landiff convert runs/diffusion-main --to deepspeed --out runs/main-2 --world-size 16 zero.stage=3
+
+(Tensor, pipeline and data parallel layouts of Megatron need no conversion, nor do other stages and world sizes of our own diffusion
+trainer; DeepSpeed alone does.) Weights that start a run take vocab_multiple, head_multiple and zero.stage in the same way.
 """
 
 
@@ -170,7 +181,7 @@ An unknown key is refused and the nearest known one is named.
 """
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
-FLAGS = ("--dry-run", "--no-finalize", "--search", "--json", "--here")  # options without a value
+FLAGS = ("--dry-run", "--no-finalize", "--search", "--json", "--here", "--weights-only")  # options without a value
 
 TRAINERS = {
     "tokenizer": "Semantic tokenizer (torch DDP).",
@@ -210,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         words, overrides = split_overrides(argv)
         args, unknown = parser.parse_known_args(words)
-        takes_overrides = getattr(args, "config", None) is not None
+        takes_overrides = getattr(args, "config", None) is not None or args.command == "convert"
         bad = unknown or ([] if takes_overrides else overrides)
         if bad:
             parser.error(f"unrecognised argument {bad[0]!r}" + ("; overrides are written key=value" if takes_overrides else ""))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs import ConfigError, load
 from data_pipeline.shards import ShardError, read_manifest
 from launchers.progress import Progress
+from launchers.relayout import TRAINERS, Padding, StartSettings, Wish, can_go_on, dry, relayout
 from model_zoo import registry
 from model_zoo.config import ModelConfig
-from model_zoo.convert import formats
+from model_zoo.convert import deepspeed_write, formats, megatron
 from model_zoo.convert.parts import VAE, Part, Source, assembled
+from model_zoo.convert.rules import all_of
 from training.checkpoint import STATE, latest_whole, versions
 
 
@@ -30,26 +33,34 @@ class Request:
     model: str = "landiff/model"  # sizes of a release and of bare Megatron folders
     dtype: str | None = None  # None: as in the source
     allow_missing: tuple[str, ...] = ()
+    weights_only: bool = False  # leave the optimizer of a checkpoint behind
+    world_size: int | None = None  # --to deepspeed
+    overrides: tuple[str, ...] = ()  # --to megatron, deepspeed: key=value, as in the config of the run that goes on
 
 
-def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> Source:
-    """A run folder (its newest whole checkpoint), any path that `formats` knows, or a zoo reference. Raises ConfigError."""
+def locate(reference: str | Path, zoo: Path) -> Path:
+    """A run folder's newest whole checkpoint, any other path as it is, or a zoo reference's entry. Raises ConfigError."""
     path = Path(reference)
     if (path / "checkpoints").is_dir() and not (path / STATE).is_file():
         newest = latest_whole(path / "checkpoints")
         if newest is None:
             raise ConfigError(f"{path} holds no whole checkpoint; it must be a run folder (runs/lm) or a checkpoint in it")
-        path = newest
-    elif not path.exists():
+        return newest
+    if not path.exists():
         if "/" in str(reference):
             raise ConfigError(f"{path} does not exist, so it holds no whole checkpoint and no weights")
-        path = registry.resolve(zoo, str(reference)).path
-    return formats.open_source(path, options)
+        return registry.resolve(zoo, str(reference)).path
+    return path
+
+
+def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> Source:
+    """What lies there, ready to be read. Raises ConfigError."""
+    return formats.open_source(locate(reference, zoo), options)
 
 
 def open_all(request: Request) -> list[Source]:
     options = formats.Options(load(ModelConfig, request.model), request.allow_missing)
-    return [find_source(source, request.zoo, options) for source in request.sources]
+    return all_of(partial(find_source, source, request.zoo, options) for source in request.sources)
 
 
 def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:
@@ -60,20 +71,72 @@ def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:
 
 def convert(request: Request) -> list[str]:
     """Do it; returns what was written, one line each. Raises ConfigError, and then nothing is left under a final name."""
+    check(request)
+    sources = open_all(request)
+    made = provenance(sources, request)
+    progress = Progress("convert", "MB")
+    words = " + ".join(words_of(source) for source in sources)
+    if goes_on(request):
+        return [f"{words} -> {request.out}, {relayout(sources[0].path, wish_of(request), made, progress)}"]
+    parts = parts_of(sources, request.dtype)
+    if request.to != "zoo":
+        formats.write_target(request.out, request.to, parts, made, progress, start_cut(request, parts))
+        return [f"{words} -> {request.out} ({request.to})"]
+    names = zoo_names(parts, request.name)
+    return [f"{words} -> {entry.path}" for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)]
+
+
+def plan(request: Request) -> list[str]:
+    """What `convert` would do, one line for each source; headers and options are checked as there."""
+    check(request)
+    sources = open_all(request)
+    target = str(request.out or f"{request.zoo}/{request.name or '*'}")
+    if goes_on(request):
+        return [f"would convert {words_of(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"]
+    start_cut(request, [part for source in sources for part in source.parts])
+    return [f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}" for source in sources]
+
+
+def wish_of(request: Request) -> Wish:
+    return Wish(request.to, request.out, request.overrides, request.dtype, request.world_size, load(ModelConfig, request.model).lm)
+
+
+def check(request: Request) -> None:
+    """Do the options go together? Raises ConfigError."""
     if request.to == "zoo" and request.out is not None:
         raise ConfigError("--out goes with a --to other than zoo; a zoo entry is named by --name and --zoo")
     if request.to != "zoo" and request.out is None:
         raise ConfigError(f"--to {request.to} needs --out FOLDER")
-    sources = open_all(request)
-    parts = parts_of(sources, request.dtype)
-    made = provenance(sources, request)
-    progress = Progress("convert", "MB")
-    words = " + ".join(words_of(source) for source in sources)
-    if request.to != "zoo":
-        formats.write_target(request.out, request.to, parts, made, progress)
-        return [f"{words} -> {request.out} ({request.to})"]
-    names = zoo_names(parts, request.name)
-    return [f"{words} -> {entry.path}" for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)]
+    if request.to != "zoo" and request.name is not None:
+        raise ConfigError(f"--name goes with --to zoo; --to {request.to} writes the folder of --out")
+    if request.overrides and request.to not in TRAINERS:
+        raise ConfigError(f"{request.overrides[0]} is for a run that goes on from the result, so for --to {' or '.join(TRAINERS)}; this is --to {request.to}")
+    if request.world_size is not None and (request.to != "deepspeed" or request.world_size < 1):
+        raise ConfigError(f"--world-size {request.world_size}: the ranks of a --to deepspeed, at least 1; other formats serve any number")
+
+
+def goes_on(request: Request) -> bool:
+    """Is a checkpoint with its optimizer asked for, and is there one?"""
+    if request.to not in TRAINERS or request.weights_only:
+        return False
+    paths = [locate(source, request.zoo) for source in request.sources]
+    found = [path for path in paths if can_go_on(path, request.to)]
+    if found and request.allow_missing:
+        raise ConfigError(f"{found[0]} is a checkpoint with its optimizer, which must be whole: --allow-missing goes with --weights-only")
+    if found and len(paths) > 1:
+        raise ConfigError(f"{found[0]} is a checkpoint with its optimizer, which nothing can be joined to; name it alone, or take --weights-only")
+    return bool(found)
+
+
+def start_cut(request: Request, parts: Sequence[Part]) -> megatron.Padded | deepspeed_write.Cut | None:
+    """What weights that start a run must fit."""
+    if request.to == "megatron" and request.overrides:
+        asked = load(Padding, {}, request.overrides)
+        sizes = next((part.config for part in parts if part.kind == "lm"), None)
+        return megatron.default_padding(sizes, asked.vocab_multiple, asked.head_multiple) if sizes else None
+    if request.to == "deepspeed" and (request.overrides or request.world_size):
+        return deepspeed_write.Cut(load(StartSettings, {}, request.overrides).zero.stage, request.world_size or 1)
+    return None
 
 
 def zoo_names(parts: Sequence[Part], name: str | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from launchers.progress import Progress
 
 if TYPE_CHECKING:
     from data_pipeline.precompute_config import PrecomputeConfig
+    from model_zoo.registry import ZooEntry
 
 
 class JobFailed(RuntimeError):
@@ -123,7 +124,7 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from launchers.convert import Request, convert, find_source, open_all, words_of
+    from launchers.convert import Request, convert, find_source, plan
     from model_zoo.convert.formats import Options, describe
 
     first, *rest = args.sources
@@ -137,11 +138,9 @@ def convert_job(args: argparse.Namespace) -> int:
         print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
         return 0
     request = Request(tuple(args.sources), zoo, args.to, args.name, Path(args.out) if args.out else None, args.model,
-                      args.dtype, tuple(args.allow_missing))
+                      args.dtype, tuple(args.allow_missing), args.weights_only, args.world_size, tuple(args.overrides))
     if args.dry_run:
-        for source in open_all(request):
-            print(f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {args.to} "
-                  f"{args.out or f'{args.zoo}/{args.name or chr(42)}'}")
+        print("\n".join(plan(request)))
         return 0
     for line in convert(request):
         print(f"convert: {line}")
@@ -152,20 +151,44 @@ def zoo_job(args: argparse.Namespace) -> int:
     from model_zoo import registry
 
     zoo = Path(args.zoo)
-    if args.action == "list":
-        for entry in registry.entries(zoo):
-            print(f"{entry.kind:<14}{entry.reference}")
-        return 0
+    if args.action != "show" and not args.reference:
+        return every_entry(zoo, args.action)
     if not args.reference:
-        raise ConfigError(f"landiff zoo {args.action} needs a reference: name, name@fingerprint or a path")
+        raise ConfigError("landiff zoo show needs a reference: name, name@fingerprint or a path")
     entry = registry.resolve(zoo, args.reference)
     if args.action == "verify":
         registry.verify(entry)
         print(f"{entry.reference}: the weights give its fingerprint")
+    elif args.action == "list":
+        print(entry_line(entry))
     else:
         print(json.dumps({"kind": entry.kind, "path": str(entry.path), "config": entry.config.model_dump(mode="json"),
                           "provenance": entry.provenance}, indent=1))
     return 0
+
+
+def every_entry(zoo: Path, action: str) -> int:
+    """List or verify all of them; a damaged one is named and does not keep the others from it. -> 0, or 2 where one is damaged."""
+    from model_zoo import registry
+
+    damaged = 0
+    for folder in registry.entry_folders(zoo):
+        try:
+            entry = registry.read_entry(folder)
+            if action == "verify":
+                registry.verify(entry)
+            print(entry_line(entry) + ("  verified" if action == "verify" else ""))
+        except ConfigError as error:
+            damaged += 1
+            print(f"{'damaged':<14}{folder.parent.name}@{folder.name}  {error}")
+    return 2 if damaged else 0
+
+
+def entry_line(entry: ZooEntry) -> str:
+    """Kind, reference, and where it comes from."""
+    made = entry.provenance
+    origin = ", ".join(source.get("path", "?") for source in made.get("sources", ())) or "unknown origin"
+    return f"{entry.kind:<14}{entry.reference}  " + (f"step {made['step']}, " if made.get("step") is not None else "") + f"from {origin}"
 
 
 def sample_job(args: argparse.Namespace) -> int:

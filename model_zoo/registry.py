@@ -20,11 +20,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import Config, ConfigError, validate
-from configs.files import commit_dir, fsync_dir, sha256_file, temporary_name, write_text
+from configs.files import (
+    commit_dir,
+    fsync_dir,
+    remove_dead_twins,
+    sha256_file,
+    temporary_name,
+    write_text,
+)
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
 from model_zoo.convert.lazy import LazyTensors, Progress, read_safetensors, write_safetensors
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
 # kind -> config class. "transformer" is the main diffusion transformer alone; "diffusion" holds the main
 # transformer, the control branch and the semantic condition.
@@ -54,7 +61,10 @@ class ZooEntry:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return json.loads((self.path / "provenance.json").read_text())
+        try:
+            return json.loads((self.path / PROVENANCE).read_text())
+        except (OSError, ValueError) as error:
+            raise ZooError(f"{self.path} is damaged: {PROVENANCE} cannot be read ({error})") from None
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors, under the names of our own modules."""
@@ -62,6 +72,8 @@ class ZooEntry:
 
     def lazy(self) -> LazyTensors:
         """The same, read when asked for."""
+        if not (self.path / WEIGHTS).is_file():
+            raise ZooError(f"{self.path} is damaged: {WEIGHTS} is missing")
         return read_safetensors(self.path / WEIGHTS)
 
 
@@ -103,6 +115,7 @@ def weights_fingerprint(kind: str, config: Config | Mapping[str, Any], tensors: 
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        del tensor  # before the next one is read
     return digest.hexdigest()[:16]
 
 
@@ -116,6 +129,7 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     if not name or "@" in name or "/" in name or name.startswith("."):
         raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
     lazy = tensors if isinstance(tensors, LazyTensors) else LazyTensors.of(tensors)
+    remove_dead_twins(zoo / name / "export")
     temporary = temporary_name(zoo / name / "export")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -128,7 +142,7 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
             write_text(temporary / "config.json", json.dumps(
                 {"kind": kind, "name": name, "fingerprint": mark, "config": config.model_dump(mode="json")}, indent=1))
             made = {**provenance, "weights_sha256": sha256_file(temporary / WEIGHTS)}
-            write_text(temporary / "provenance.json", json.dumps(made, indent=1, sort_keys=True))
+            write_text(temporary / PROVENANCE, json.dumps(made, indent=1, sort_keys=True))
             commit_dir(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -141,15 +155,20 @@ def read_entry(path: Path) -> ZooEntry:
         data = json.loads((path / "config.json").read_text())
         kind = data["kind"]
         config = validate(KINDS[kind], data["config"], str(path / "config.json"))
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        return ZooEntry(path=path, name=data["name"], kind=kind, fingerprint=data["fingerprint"], config=config)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ZooError(f"{path} is not a zoo entry: {error}") from None
-    return ZooEntry(path=path, name=data["name"], kind=kind, fingerprint=data["fingerprint"], config=config)
+
+
+def entry_folders(zoo: Path) -> list[Path]:
+    """Where committed entries lie, by name; whole or not."""
+    folders = [path for path in zoo.glob("*/*") if path.is_dir() and not path.name.startswith(".")]
+    return sorted(folder for folder in folders if (folder / "config.json").is_file() or (folder / WEIGHTS).is_file())
 
 
 def entries(zoo: Path) -> list[ZooEntry]:
     """All committed entries, by name."""
-    folders = sorted(path.parent for path in zoo.glob("*/*/config.json") if not path.parent.name.startswith("."))
-    return [read_entry(folder) for folder in folders]
+    return [read_entry(folder) for folder in entry_folders(zoo)]
 
 
 def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
@@ -178,10 +197,9 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
 
 
 def verify(entry: ZooEntry) -> None:
-    """Raise ZooError unless the weights are those that were written: by their fingerprint, and by the file's hash."""
+    """Raise ConfigError unless config and weights are those that were written: by the fingerprint, and by the file's hash."""
     mark = weights_fingerprint(entry.kind, entry.config, entry.lazy())
     if mark != entry.fingerprint:
         raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {entry.fingerprint}")
-    written = entry.provenance.get("weights_sha256")
-    if written is not None and written != sha256_file(entry.path / WEIGHTS):
+    if entry.provenance.get("weights_sha256") != sha256_file(entry.path / WEIGHTS):
         raise ZooError(f"{entry.path} is damaged: {WEIGHTS} is not the file that was written")

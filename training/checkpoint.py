@@ -155,11 +155,7 @@ class CheckpointStore:
             manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
-        write_text(temporary / STATE, document.model_dump_json(indent=1))
-        write_text(temporary / CONFIG, dump(self.config))
-        own = [describe(temporary, name) for name in (STATE, CONFIG)]
-        files = FileList(files=sorted([*entries, *own], key=lambda entry: entry.path))
-        write_text(temporary / FILES, files.model_dump_json(indent=1))
+        seal(temporary, document, self.config, entries)
         if final.exists():
             remove_dir(final)
         commit_dir(temporary, final)
@@ -246,7 +242,8 @@ class CheckpointStore:
         if refused:
             raise ConfigError(
                 f"{folder} is a checkpoint of another model: {', '.join(refused)}; "
-                "set them back, or choose another run folder (run=...)"
+                "set them back, or choose another run folder (run=...); what is not of the model itself, such as vocab_multiple, "
+                "`landiff convert` can change (--to megatron or deepspeed)"
             )
         if changed:
             log.info("resuming with a changed config: %s", ", ".join(changed))
@@ -264,6 +261,14 @@ def list_files(folder: Path) -> list[str]:
 def describe(folder: Path, path: str) -> FileEntry:
     size = (folder / path).stat().st_size
     return FileEntry(path=path, bytes=size, sha256=sha256_file(folder / path) if size <= HASH_LIMIT else None)
+
+
+def seal(folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]) -> None:
+    """Add our own documents to an engine's files, which `entries` describe; the list of files last."""
+    write_text(folder / STATE, document.model_dump_json(indent=1))
+    write_text(folder / CONFIG, dump(config))
+    own = [describe(folder, name) for name in (STATE, CONFIG)]
+    write_text(folder / FILES, FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(indent=1))
 
 
 def difference(folder: Path, entry: FileEntry) -> str:

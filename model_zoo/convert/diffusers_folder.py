@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from model_zoo.convert.parts import (
     main_of,
     under_names_of,
 )
-from model_zoo.convert.rules import ConversionError
+from model_zoo.convert.rules import ConversionError, all_of
 
 FILE, LM_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 FOLDERS = {"transformer": "transformer", CONTROL: "control", "tokenizer": "semantic_tokenizer", "lm": "lm", VAE: VAE}
@@ -48,13 +49,18 @@ WRITTEN = {"transformer": "CogVideoXTransformer3DModel", VAE: "AutoencoderKLCogV
 VAE_SIZES = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "latent_channels")
 
 
-def class_of(folder: Path) -> str | None:
-    """The class that a folder's config.json names, if it is one that we know."""
+def named_class(folder: Path) -> str | None:
+    """The class that a folder's config.json names, as diffusers or transformers do."""
     path = folder / "config.json"
     if not path.is_file():
         return None
     found = _read_json(path)
-    name = found.get("_class_name") or (found.get("architectures") or [None])[0]
+    return found.get("_class_name") or (found.get("architectures") or [None])[0]
+
+
+def class_of(folder: Path) -> str | None:
+    """The same, if it is one that we know."""
+    name = named_class(folder)
     return name if name in CLASSES else None
 
 
@@ -67,7 +73,7 @@ def model_folders(path: Path) -> list[Path]:
 
 def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> Source:
     folders = model_folders(path)
-    parts = {part.kind: part for part in (read_model(folder, allow_missing) for folder in folders)}
+    parts = {part.kind: part for part in all_of(partial(read_model, folder, allow_missing) for folder in folders)}
     if CONTROL in parts and "transformer" in parts:
         parts["diffusion"] = joined(parts.pop(CONTROL), parts.pop("transformer"))
     found = sorted({class_of(folder) for folder in folders})
@@ -78,7 +84,7 @@ def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> Source:
 def read_model(folder: Path, allow_missing: Sequence[str] = ()) -> Part:
     """The model of one folder. Raises ConversionError for a class that we don't know."""
     if class_of(folder) is None:
-        raise ConversionError(f"{folder} holds no config.json of one of {', '.join(CLASSES)}")
+        raise ConversionError(f"{folder} holds a {named_class(folder) or 'folder without config.json'}, none of {', '.join(CLASSES)}")
     kind, data = CLASSES[class_of(folder)], _read_json(folder / "config.json")
     state = _weights(folder)
     if kind == "transformer":

@@ -57,6 +57,7 @@ def _rules() -> list[Rule]:
                 tuple(f"{block}.attn1.{name}.{kind}" for name in ("to_q", "to_k", "to_v")),
                 to_theirs=lambda qkv: qkv.chunk(3),
                 to_ours=lambda *parts: (torch.cat(parts),),
+                stacked="ours",
             ),
             Rule(
                 f"blocks.{{i}}.modulation.{kind}",

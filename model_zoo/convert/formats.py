@@ -9,20 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from configs import ConfigError, validate
-from configs.files import commit_dir, temporary_name, write_text
+from configs import Config, ConfigError, validate
+from configs.files import commit_dir, remove_dead_twins, temporary_name, write_text
 from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig, TokenizerConfig
-from model_zoo.convert import deepspeed, diffusers_folder, megatron, release_set
+from model_zoo.convert import (
+    deepspeed,
+    deepspeed_write,
+    diffusers_folder,
+    megatron,
+    megatron_optimizer,
+    release_set,
+)
 from model_zoo.convert.lazy import Progress, read_safetensors
-from model_zoo.convert.parts import PLAIN, VAE, Part, Source, assembled, fit
+from model_zoo.convert.parts import FOREIGN, PLAIN, VAE, Part, Source, assembled, fit
 
 STATE, RUN_CONFIG = "state.json", "config.yaml"  # what the trainers add to a checkpoint (training/checkpoint.py)
 PROVENANCE = "provenance.json"
@@ -68,21 +76,47 @@ def _open_tokenizer(path: Path, options: Options) -> Source:
 
 def _open_megatron(path: Path, options: Options) -> Source:
     config: LMConfig = megatron.stored_config(path) if (path / megatron.CONFIG).is_file() else options.models.lm
-    part = Part("lm", config, megatron.read_lm(path, config))
+    theirs = megatron.open_megatron(path)
+    table = megatron.rules(config, megatron.padding_of(theirs, config, path))
+    part = fit(theirs, "lm", config, table, str(path), options.allow_missing)
     step, provenance = _run(path)
     layout = "dist_checkpointing: whole tensors, for any parallel layout"
     parallel = provenance.get("config", {}).get("parallel")
     if parallel:
-        layout += f"; written by {provenance['world_size']} ranks, tensor {parallel['tensor']}, pipeline {parallel['pipeline']}"
+        layout += f"; written by {_ranks(provenance['world_size'])}, tensor {parallel['tensor']}, pipeline {parallel['pipeline']}"
+    layout += f"; {megatron_optimizer.words_of(path)}"
     return Source(path, "megatron", layout, (part,), step, provenance)
 
 
 def _open_deepspeed(path: Path, options: Options) -> Source:
+    if not (path / deepspeed.LAYOUT).is_file():
+        return _open_foreign_deepspeed(path, options)
     layout = deepspeed.Layout.read(path)
-    kind, config, tensors = deepspeed.export_diffusion(path)
-    part = fit(tensors, kind, config, PLAIN, str(path), options.allow_missing)
-    words = f"ZeRO {layout.zero_stage}, {layout.world_size} rank{'s' * (layout.world_size > 1)}" if layout.zero_stage else "whole weights, no optimizer"
-    return Source(path, "deepspeed", f"{words}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
+    state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
+    part = fit(deepspeed.exported(state), *layout.part, PLAIN, str(path), options.allow_missing)
+    return Source(path, "deepspeed", f"{_zero_words(state)}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
+
+
+def _open_foreign_deepspeed(path: Path, options: Options) -> Source:
+    """Shards that our trainer did not write. Names that are ours make it a model of the sizes of `options`."""
+    shards = deepspeed.find_shards(path)
+    assert shards is not None, path
+    state = deepspeed.read_deepspeed(shards)
+    tensors = deepspeed.exported(state)
+    configs = {"diffusion": options.models.diffusion, "transformer": options.models.diffusion.transformer}
+    kind = next((kind for kind, sign in (("diffusion", "control.blocks.0.qkv.weight"), ("transformer", "blocks.0.qkv.weight")) if sign in tensors), None)
+    part = fit(tensors, kind, configs[kind], PLAIN, str(shards), options.allow_missing) if kind else Part(FOREIGN, {}, tensors)
+    return Source(path, "deepspeed", f"{_zero_words(state)}, not of our trainer", (part,), state.rest.get("global_steps"))
+
+
+def _zero_words(state: deepspeed.DeepSpeedState) -> str:
+    if deepspeed.is_start(state):
+        return "whole weights, no optimizer" if state.zero_stage == 0 else f"weights for ZeRO {state.zero_stage}, {_ranks(state.world_size)}, no optimizer"
+    return f"ZeRO {state.zero_stage}, {_ranks(state.world_size)}, optimizer at its step {state.optimizer_steps}"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
 
 
 def _run_config(path: Path) -> dict[str, Any]:
@@ -105,8 +139,8 @@ def _run(path: Path) -> tuple[int | None, dict[str, Any]]:
 FORMATS = (
     Format("zoo", "zoo entry: model.safetensors, config.json, provenance.json", _is_entry, _open_entry),
     Format("megatron", "Megatron dist checkpoint: .metadata, *.distcp", lambda p: (p / ".metadata").is_file(), _open_megatron),
-    Format("deepspeed", "DeepSpeed checkpoint of the diffusion trainer: layout.json, zero/",
-           lambda p: (p / deepspeed.LAYOUT).is_file(), _open_deepspeed),
+    Format("deepspeed", "DeepSpeed checkpoint: *_model_states.pt, *_optim_states.pt, or of the diffusion trainer: layout.json, zero/",
+           lambda p: (p / deepspeed.LAYOUT).is_file() or deepspeed.find_shards(p) is not None, _open_deepspeed),
     Format("tokenizer checkpoint", "checkpoint of the tokenizer trainer", _is_tokenizer_checkpoint, _open_tokenizer),
     Format("diffusers", "diffusers or transformers folder: config.json beside .safetensors",
            lambda p: bool(diffusers_folder.model_folders(p)), lambda p, o: diffusers_folder.open_diffusers(p, o.allow_missing)),
@@ -136,12 +170,20 @@ def describe(source: Source) -> str:
             name = str(tensor.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + tensor.numel()
         lines += [
-            f"  kind         {part.kind}", f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
+            f"  kind         {part.kind}", f"    model      {model_words(part)}", f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
             f"    dtypes     {', '.join(f'{name} ({n:,})' for name, n in counts.items())}",
             f"    fingerprint {fingerprint(part)}",
         ]
         lines += [f"    filled     {name} (missing in the source)" for name in part.filled]
     return "\n".join(lines)
+
+
+def model_words(part: Part) -> str:
+    """The sizes in a part's config; those of the models inside it come with their names."""
+    config = part.config.model_dump(mode="json") if isinstance(part.config, Config) else dict(part.config)
+    words = [f"{key} {value}" for key, value in config.items() if not isinstance(value, dict)]
+    words += [f"{key} ({', '.join(f'{k} {v}' for k, v in value.items())})" for key, value in config.items() if isinstance(value, dict)]
+    return ", ".join(words) or "unknown"
 
 
 def fingerprint(part: Part) -> str:
@@ -152,15 +194,15 @@ def fingerprint(part: Part) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def _write_megatron(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
+def _write_megatron(folder: Path, parts: Sequence[Part], progress: Progress | None, cut: megatron.Padded | None = None) -> None:
     part = _only(parts, ("lm",), "megatron")
-    megatron.write_megatron(folder, part.config, part.tensors, progress=progress)
+    megatron.write_megatron(folder, part.config, part.tensors, cut, progress)
 
 
-def _write_deepspeed(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
+def _write_deepspeed(folder: Path, parts: Sequence[Part], progress: Progress | None, cut: deepspeed_write.Cut | None = None) -> None:
     whole = [part for part in parts if part.kind == "diffusion"]
     part = _only(whole or parts, ("diffusion", "transformer"), "deepspeed")
-    deepspeed.write_start(folder, part.kind, part.config, part.tensors, progress)
+    deepspeed_write.write_start(folder, part.kind, part.config, part.tensors, progress, cut)
 
 
 def _write_transformers(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
@@ -174,21 +216,33 @@ def _only(parts: Sequence[Part], kinds: tuple[str, ...], format: str) -> Part:
     return found[0]
 
 
-WRITERS: dict[str, Callable[[Path, Sequence[Part], Progress | None], None]] = {
+WRITERS: dict[str, Callable[..., None]] = {
     "release": release_set.write_release, "diffusers": diffusers_folder.write_diffusers, "megatron": _write_megatron,
     "deepspeed": _write_deepspeed, "transformers": _write_transformers,
 }
 
 
-def write_target(target: Path, format: str, parts: Sequence[Part], provenance: dict[str, Any], progress: Progress | None = None) -> None:
-    """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists."""
+def write_target(target: Path, format: str, parts: Sequence[Part], provenance: dict[str, Any], progress: Progress | None = None,
+                 cut: megatron.Padded | deepspeed_write.Cut | None = None) -> None:
+    """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists.
+
+    `cut` is for the run that starts from it: Megatron's padding, or DeepSpeed's stage and ranks.
+    """
+    with new_folder(target, provenance) as temporary:
+        WRITERS[format](temporary, assembled(parts, format), progress, **({"cut": cut} if cut else {}))
+
+
+@contextmanager
+def new_folder(target: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to be filled, which becomes `target` at the end, with its origin, or vanishes. Raises ConfigError where there is one."""
     if target.exists():
         raise ConfigError(f"{target} exists already; name a folder that doesn't")
+    remove_dead_twins(target)
     temporary = temporary_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        WRITERS[format](temporary, assembled(parts, format), progress)
+        yield temporary
         write_text(temporary / PROVENANCE, json.dumps(provenance, indent=1, sort_keys=True))
         commit_dir(temporary, target)
     except BaseException:

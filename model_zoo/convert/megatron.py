@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.nn import functional
 
 from configs import validate
 from configs.files import write_text
 from model_zoo.config import LMConfig
-from model_zoo.convert.lazy import LazyTensors, Progress, converted, megabytes
+from model_zoo.convert.dist_checkpoint import DistReader, write_dist
+from model_zoo.convert.lazy import LazyTensors, Progress, converted
 from model_zoo.convert.rules import ConversionError, Rule, check_against, convert
 from model_zoo.lm import LanguageModel
 from model_zoo.token_layout import TokenLayout
@@ -35,6 +32,7 @@ from model_zoo.token_layout import TokenLayout
 # Where the optimizer keeps the float32 weights of a bfloat16 model; the more exact ones, so they are read first.
 MAIN_WEIGHTS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
+COMMON = "common.pt"
 CONFIG = "config.yaml"  # in a checkpoint folder; its section `model` is an LMConfig
 
 _BESIDE = {
@@ -89,7 +87,7 @@ def rules(config: LMConfig, padded: Padded) -> list[Rule]:
         Rule(block + "wo.weight", layer + "self_attention.linear_proj.weight", pad_columns, cut_columns),
         Rule(block + "norm1.weight", layer + "mlp.linear_fc1.layer_norm_weight"),
         Rule((block + "w1.weight", block + "w3.weight"), (layer + "mlp.linear_fc1.weight",),
-             lambda gate, up: (torch.cat([gate, up]),), lambda both: tuple(half.clone() for half in both.chunk(2))),
+             lambda gate, up: (torch.cat([gate, up]),), lambda both: both.chunk(2), stacked="theirs"),
         Rule(block + "w2.weight", layer + "mlp.linear_fc2.weight"),
         Rule("final_norm.{kind}", "decoder.final_layernorm.{kind}"),
         Rule("head.weight", "output_layer.weight", pad, cut),
@@ -136,52 +134,26 @@ def open_megatron(folder: Path) -> LazyTensors:
 
     Needs neither Megatron nor a process group. Raises ConversionError where `folder` is no such checkpoint.
     """
-    if not (folder / ".metadata").is_file():
-        raise ConversionError(f"{folder} is not a Megatron checkpoint: it has no .metadata")
-    reader = _Reader(folder)
-    stored = {key: entry for key, entry in reader.metadata.state_dict_metadata.items()
-              if isinstance(entry, TensorStorageMetadata)}
-    wanted = {key: key for key in stored if not key.startswith("optimizer.")}
+    reader = DistReader(folder)
+    wanted = {key: key for key in reader.entries if not key.startswith("optimizer.")}
     for prefix in MAIN_WEIGHTS:
-        wanted |= {key.removeprefix(prefix): key for key in stored if key.startswith(prefix)}
+        wanted |= {key.removeprefix(prefix): key for key in reader.entries if key.startswith(prefix)}
+    return layers_apart(reader, wanted)
+
+
+def layers_apart(reader: DistReader, wanted: Mapping[str, str]) -> LazyTensors:
+    """name -> the tensor of its key; a name that stands for all layers, as Megatron stacks them unless told otherwise, becomes one for each."""
     meta: dict[str, Tensor] = {}
-    places: dict[str, tuple[str, int | None]] = {}  # key, and layer where all layers are stacked
+    places: dict[str, tuple[str, int | None]] = {}
     for name, key in wanted.items():
-        whole = torch.empty(stored[key].size, dtype=stored[key].properties.dtype, device="meta")
-        stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", name)  # how Megatron stores layers unless told otherwise
+        whole = reader.meta(key)
+        stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", name)
         if stacked:
             for i in range(len(whole)):
                 meta[f"decoder.layers.{i}.{stacked[1]}"], places[f"decoder.layers.{i}.{stacked[1]}"] = whole[i], (key, i)
         else:
             meta[name], places[name] = whole, (key, None)
     return LazyTensors(meta, lambda name: reader.read(*places[name]))
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Without the warning that no process group is there: none is meant to be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
-class _Reader:
-    """Reads single tensors of a checkpoint; a stack of layers stays until another one is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.reader = dcp.FileSystemReader(folder)
-        self.metadata = self.reader.read_metadata()
-        self.stack: dict[str, Tensor] = {}
-
-    def read(self, key: str, layer: int | None) -> Tensor:
-        state = self.stack
-        if key not in state:
-            entry = self.metadata.state_dict_metadata[key]
-            state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-            with _alone():
-                dcp.load(state, storage_reader=self.reader, no_dist=True)
-        self.stack = state if layer is not None else {}
-        return state[key] if layer is None else state[key][layer].clone()
 
 
 def export_lm(folder: Path) -> tuple[LMConfig, LazyTensors]:
@@ -205,7 +177,13 @@ def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
     Raises ConversionError when it is of another model.
     """
     theirs = open_megatron(folder)
-    head_rows = len(theirs.meta.get("output_layer.weight", ()))
+    padded = padding_of(theirs, config, folder)
+    return under_our_names(theirs, config, padded, str(folder))
+
+
+def padding_of(theirs: LazyTensors, config: LMConfig, folder: Path) -> Padded:
+    """The sizes that a checkpoint's weights have. Raises ConversionError for those of another model."""
+    head_rows = max(len(theirs.meta.get(name, ())) for name in ("output_layer.weight", "embedding.word_embeddings.weight"))
     qkv_rows = len(theirs.meta.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
     padded = Padded(vocab=head_rows, heads=qkv_rows // (3 * config.hidden_size // config.num_heads))
     vocab = TokenLayout.of(config).vocab_size
@@ -214,7 +192,12 @@ def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
             f"{folder} holds a vocabulary of {padded.vocab} and {padded.heads} heads; the config has {vocab} and "
             f"{config.num_heads}: it is of another model"
         )
-    check_against(theirs.meta, _shapes(config, padded), str(folder))
+    return padded
+
+
+def under_our_names(theirs: LazyTensors, config: LMConfig, padded: Padded, what: str) -> LazyTensors:
+    """One tensor for every weight: the weights themselves, or what an optimizer keeps for each of them."""
+    check_against(theirs.meta, _shapes(config, padded), what)
     return converted(theirs, rules(config, padded), "to_ours")
 
 
@@ -226,25 +209,16 @@ def _shapes(config: LMConfig, padded: Padded) -> dict[str, torch.Size]:
 
 # ---------------------------------------------------------------- writing
 
-# What Megatron stores beside each linear layer: the state of its FP8 scaling, which is none.
-_EXTRA = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+def extra_states(config: LMConfig) -> dict[str, Any]:
+    """What Megatron stores beside each linear layer: the state of its FP8 scaling, which is none."""
+    layers = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+    return {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None] for i in range(config.num_layers) for layer in layers}
 
 
-class _LazyPlanner(dcp.DefaultSavePlanner):
-    """Hands the writer one tensor at a time."""
-
-    def __init__(self, tensors: LazyTensors, progress: Progress | None) -> None:
-        super().__init__()
-        self.tensors, self.progress, self.done = tensors, progress, 0
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        if index.fqn not in self.tensors:
-            return super().lookup_object(index)
-        tensor = self.tensors[index.fqn].contiguous()
-        self.done += tensor.numel() * tensor.itemsize
-        if self.progress is not None:
-            self.progress(*megabytes(self.done, self.tensors.num_bytes))
-        return tensor
+def default_padding(config: LMConfig, vocab_multiple: int = 128, head_multiple: int = 1) -> Padded:
+    """Megatron pads the vocabulary to a multiple of 128 rows, and no heads."""
+    vocab = TokenLayout.of(config).vocab_size
+    return Padded(-(-vocab // vocab_multiple) * vocab_multiple, -(-config.num_heads // head_multiple) * head_multiple)
 
 
 def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded: Padded | None = None,
@@ -252,21 +226,24 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
     """`tensors` (our names) as weights that `megatron.core.dist_checkpointing` loads into any tensor- and pipeline-parallel
     layout: such a folder stores whole tensors, so one serves all.
 
-    `padded` must be that of the model which loads them (vocabulary and heads, multiples of its tensor-parallel size);
-    128 rows is Megatron's default. There is no optimizer state: it starts a run, it does not resume one. Our own trainer starts
+    `padded` must be that of the model which loads them (vocabulary and heads, multiples of its tensor-parallel size).
+    There is no optimizer state: it starts a run, it does not resume one. Our own trainer starts
     from zoo entries (`init_from`) and does the same cutting itself.
     """
-    vocab = TokenLayout.of(config).vocab_size
-    padded = padded or Padded(-(-vocab // 128) * 128, config.num_heads)
-    theirs = converted(tensors, rules(config, padded), "to_theirs")
-    extra = {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None]
-             for i in range(config.num_layers) for layer in _EXTRA}
-    # torch's writer keeps all tensors of a file until it is closed, so each gets its own
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False, sync_files=True)
-    with _alone():
-        dcp.save({**theirs.meta, **extra}, storage_writer=writer, planner=_LazyPlanner(theirs, progress), no_dist=True)
-    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+    theirs = converted(tensors, rules(config, padded or default_padding(config)), "to_theirs")
+    write_dist(folder, theirs, extra_states(config), progress)
+    write_documents(folder, {"checkpoint_version": 3.0, "iteration": 0})
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: LMConfig) -> None:
+    """What `stored_config` reads."""
+    write_text(folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False))
+
+
+def write_documents(folder: Path, common: Mapping[str, Any]) -> None:
+    """What Megatron keeps beside the tensors."""
+    torch.save(dict(common), folder / COMMON)
     write_text(folder / "metadata.json", json.dumps({
         "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
     }))
-    write_text(folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False))

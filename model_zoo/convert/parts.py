@@ -1,7 +1,8 @@
 """What a conversion moves: models under our names, wherever they came from.
 
 kinds: those of the zoo (tokenizer, lm, transformer, diffusion), "control" (a diffusion model without its main
-transformer, as the LanDiff release stores it) and "vae" (under the names of diffusers, whose class we run).
+transformer, as the LanDiff release stores it), "vae" (under the names of diffusers, whose class we run) and "foreign" (a
+model that is none of ours, under its own names: it can be inspected).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from model_zoo.convert import diffusers_transformer, release_diffusion, release_
 from model_zoo.convert.lazy import LazyTensors, converted
 from model_zoo.convert.rules import ConversionError, Rule, convert, report
 
-MAIN, VAE, CONTROL = "transformer.", "vae", "control"
+MAIN, VAE, CONTROL, FOREIGN = "transformer.", "vae", "control", "foreign"
 
 # (format, kind) -> the table between our names and that format's
 TABLES: dict[tuple[str, str], Sequence[Rule]] = {
@@ -131,6 +132,10 @@ def _fresh(kind: str, config: Config | Mapping[str, Any]) -> LazyTensors:
 def assembled(parts: Sequence[Part], wanted: str) -> list[Part]:
     """One part of each kind: a control branch gets the main transformer it needs. Raises ConversionError for two alike."""
     kinds = [part.kind for part in parts]
+    if FOREIGN in kinds:
+        names = sorted({name.split(".")[0] for name in parts[kinds.index(FOREIGN)].tensors})
+        raise ConversionError(f"the source holds a model that is none of ours (its keys start with {', '.join(names[:6])}): it can be "
+                              "inspected, and its checkpoint cut anew for other ranks with --to deepspeed, but has no place in other formats")
     twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
     if twice:
         raise ConversionError(f"the sources hold more than one {' and '.join(twice)}; name the folders of the ones you mean")

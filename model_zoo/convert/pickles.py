@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
+import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
         ) from None
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:  # whatever the bytes led to
         raise ConversionError(f"{path} is damaged: {_first_line(error)}") from None
-    return _replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
+    return replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
 
 
 @contextlib.contextmanager
@@ -91,10 +92,11 @@ def tensors_of(content: Mapping[str, Any]) -> LazyTensors:
 
 
 def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[str, Tensor]], Any],
-                 progress: Progress | None = None) -> None:
-    """`torch.save(content(tensors), path)`, one tensor in memory at a time.
+                 progress: Progress | None = None, foreign: Mapping[str, type] | None = None) -> None:
+    """`torch.save(content(tensors), path)`, one tensor in memory at a time, or one stretch of it.
 
     `content` puts the tensors into the containers of the file; it gets stand-ins, whose bytes are filled in after.
+    Instances of the classes in `foreign` (dotted class -> what stands in for it) are written as that class's.
     """
     with FakeTensorMode():
         stand_ins = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in tensors.meta.items()}
@@ -102,17 +104,36 @@ def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(empty, file)
+            torch.save(empty, file, pickle_module=_writer(foreign or {}))
         file.flush()
-        with FakeTensorMode():
+        with FakeTensorMode(), _only_these([(stand_in, name) for name, stand_in in (foreign or {}).items()]):
             reread = torch.load(file.name, map_location="cpu", weights_only=True)
         places = [leaf for leaf in _leaves(reread) if isinstance(leaf, FakeTensor)]
         order = {id(leaf): place for leaf, place in zip(_fakes(empty), places, strict=True)}
-        for name, tensor in counted(tensors, progress):
-            place = order[id(stand_ins[name])]
-            file.seek(place.untyped_storage()._checkpoint_offset)
-            file.write(byte_view(tensor))
+        for name, stretches in counted(tensors, progress):
+            file.seek(order[id(stand_ins[name])].untyped_storage()._checkpoint_offset)
+            for stretch in stretches:
+                file.write(byte_view(stretch))
+                del stretch  # before the next one is read
         file.seek(0, 2)
+
+
+def _writer(foreign: Mapping[str, type]) -> types.ModuleType:
+    """A pickle module for torch.save. Python's own pickler, since C's imports a class before it writes its name."""
+    names = {stand_in: name for name, stand_in in foreign.items()}
+
+    class Pickler(pickle._Pickler):
+        def save_global(self, obj: Any, name: str | None = None) -> None:
+            if obj not in names:
+                super().save_global(obj, name)
+                return
+            module, _, attribute = names[obj].rpartition(".")
+            self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
+            self.memoize(obj)
+
+    module = types.ModuleType("pickle_with_foreign_names")
+    module.Pickler = Pickler
+    return module
 
 
 def _stored(fake: FakeTensor, path: Path) -> Stored:
@@ -120,12 +141,12 @@ def _stored(fake: FakeTensor, path: Path) -> Stored:
     return Stored(path, fake.untyped_storage()._checkpoint_offset, fake.dtype, tuple(fake.shape), stride, fake.storage_offset())
 
 
-def _replaced(node: Any, change: Callable[[Any], Any]) -> Any:
-    """The same containers with other leaves."""
+def replaced(node: Any, change: Callable[[Any], Any]) -> Any:
+    """The same containers with other leaves; a torch.Size is a leaf."""
     if isinstance(node, Mapping):
-        return {key: _replaced(value, change) for key, value in node.items()}
+        return {key: replaced(value, change) for key, value in node.items()}
     if isinstance(node, list | tuple) and not isinstance(node, torch.Size):
-        return type(node)(_replaced(value, change) for value in node) if type(node) in (list, tuple) else node
+        return type(node)(replaced(value, change) for value in node) if type(node) in (list, tuple) else node
     return change(node)
 
 

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from configs.files import write_text
 from model_zoo.config import ModelConfig, TransformerConfig
 from model_zoo.convert import release_diffusion, release_vae
+from model_zoo.convert.diffusers_folder import CLASSES, named_class
 from model_zoo.convert.lazy import LazyTensors, Progress, converted, read_safetensors, write_safetensors
 from model_zoo.convert.parts import (
     CONTROL,
@@ -30,7 +33,7 @@ from model_zoo.convert.parts import (
     under_names_of,
 )
 from model_zoo.convert.pickles import read_pickle, tensors_of, write_pickle
-from model_zoo.convert.rules import ConversionError
+from model_zoo.convert.rules import ConversionError, all_of
 
 SHARD = "mp_rank_00_model_states.pt"
 LM_FILE, TOKENIZER_FILE = Path("llm/model.safetensors"), Path("tokenizer/model.safetensors")
@@ -69,11 +72,10 @@ def open_release(path: Path, models: ModelConfig, allow_missing: Sequence[str] =
     """Raises ConversionError where a file is none of the release's, or does not fit `models`."""
     files = find_files(path)
     parts: list[Part] = []
-    for file in files:
-        for part in _read(file, models, allow_missing):
-            if part.kind == "tokenizer" and any(other.kind == "tokenizer" for other in parts):
-                continue  # the file of its own comes first; this is the copy inside the diffusion file
-            parts.append(part)
+    for part in itertools.chain(*all_of(partial(_read, file, models, allow_missing) for file in files)):
+        if part.kind == "tokenizer" and any(other.kind == "tokenizer" for other in parts):
+            continue  # the file of its own comes first; this is the copy inside the diffusion file
+        parts.append(part)
     return Source(path, "release", f"LanDiff release, {len(files)} file{'s' if len(files) > 1 else ''}", tuple(parts),
                   provenance={"files": [str(file) for file in files]})
 
@@ -91,14 +93,21 @@ def _read(file: Path, models: ModelConfig, allow_missing: Sequence[str]) -> list
     known = _sorted_by_kind(state)
     if not known:
         raise ConversionError(f"{file} is no file of the LanDiff release: its keys start with "
-                              f"{', '.join(sorted({'.'.join(name.split('.')[:2]) for name in state})[:6]) or 'nothing'}")
-    parts = []
-    for kind, tensors in known.items():
+                              f"{', '.join(sorted({'.'.join(name.split('.')[:2]) for name in state})[:6]) or 'nothing'}"
+                              f"{_class_beside(file)}")
+
+    def part(kind: str, tensors: LazyTensors) -> Part:
         if kind == VAE:
-            parts.append(_vae(tensors, file))
-        else:
-            parts.append(fit(tensors, kind, configs[kind], TABLES["release", kind], str(file), allow_missing))
-    return parts
+            return _vae(tensors, file, allow_missing)
+        return fit(tensors, kind, configs[kind], TABLES["release", kind], str(file), allow_missing)
+
+    return all_of(partial(part, kind, tensors) for kind, tensors in known.items())
+
+
+def _class_beside(file: Path) -> str:
+    """What a folder of another library says it holds."""
+    name = named_class(file.parent)
+    return f", and the config.json beside it names {name}; known are {', '.join(CLASSES)}" if name else ""
 
 
 def _sorted_by_kind(state: LazyTensors) -> dict[str, LazyTensors]:
@@ -121,12 +130,12 @@ def _sorted_by_kind(state: LazyTensors) -> dict[str, LazyTensors]:
     return {("diffusion" if whole else CONTROL): rest} | ({"tokenizer": copy} if copy else {})
 
 
-def _vae(state: LazyTensors, file: Path) -> Part:
+def _vae(state: LazyTensors, file: Path, allow_missing: Sequence[str]) -> Part:
     from model_zoo.frozen.cogvideox_vae import sizes_of
 
     table = release_vae.rules(release_vae.num_levels(state.meta))
     config = sizes_of(release_vae.to_diffusers(state.meta))
-    return fit(state, VAE, config, table, str(file))
+    return fit(state, VAE, config, table, str(file), allow_missing)
 
 
 # ---------------------------------------------------------------- writing

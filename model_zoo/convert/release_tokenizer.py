@@ -19,6 +19,7 @@ def _stack_rules(part: str) -> list[Rule]:
             tuple(f"{theirs}.attn.{name}.weight" for name in ("wq", "wk", "wv")),
             to_theirs=lambda qkv: qkv.chunk(3),
             to_ours=lambda *parts: (torch.cat(parts),),
+            stacked="ours",
         ),
         Rule(f"{ours}.out.weight", f"{theirs}.attn.wo.weight"),
     ]

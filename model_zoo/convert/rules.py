@@ -5,7 +5,7 @@ A rule maps a group of our keys to a group of their keys. `{name}` in a pattern 
 functions that are each other's inverse; where they are left out the group is a pure rename.
 
     Rule("blocks.{i}.wo.weight", "transformer.blocks.{i}.wo.weight")
-    Rule(("q", "k", "v"), ("qkv",), to_theirs=lambda q, k, v: (torch.cat([q, k, v]),), to_ours=lambda x: x.chunk(3))
+    Rule(("q", "k", "v"), ("qkv",), to_theirs=lambda q, k, v: (torch.cat([q, k, v]),), to_ours=lambda x: x.chunk(3), stacked="theirs")
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class ConversionError(ConfigError):
     """Keys or shapes that do not fit; the message lists all of them, grouped by pattern."""
 
 
+T = TypeVar("T")
 Change = Callable[..., Sequence[Tensor]]
 
 
@@ -32,6 +34,7 @@ class Rule:
     theirs: str | tuple[str, ...]
     to_theirs: Change | None = None  # (our tensors in order) -> their tensors in order
     to_ours: Change | None = None
+    stacked: str | None = None  # "theirs" | "ours": the side with one tensor, which is the other's end to end
 
     def sides(self, direction: str) -> tuple[tuple[str, ...], tuple[str, ...], Change | None]:
         """Source patterns, target patterns and the change, for direction "to_ours" or "to_theirs"."""
@@ -50,6 +53,7 @@ class Group:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     change: Change | None
+    end_to_end: bool = False  # is the one target made of all elements of the sources, one source after the other?
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         changed = list(tensors if self.change is None else self.change(*tensors))
@@ -73,7 +77,8 @@ def groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> list[
             absent = [name for name in group if name not in left]
             missing += absent
             if not absent:
-                found.append(Group(group, tuple(_fill(target, match.groupdict()) for target in targets), change))
+                filled = tuple(_fill(target, match.groupdict()) for target in targets)
+                found.append(Group(group, filled, change, end_to_end=direction == f"to_{rule.stacked}"))
             for name in group:
                 left.pop(name, None)
     if left or missing:
@@ -105,6 +110,20 @@ def check_against(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[i
     }
     if any(problems.values()):
         raise ConversionError(f"{what} does not fit the model:\n{report(problems)}")
+
+
+def all_of(actions: Iterable[Callable[[], T]]) -> list[T]:
+    """Results of all actions; where some raise ConversionError, one error that says all they say."""
+    results: list[T] = []
+    problems: list[str] = []
+    for action in actions:
+        try:
+            results.append(action())
+        except ConversionError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConversionError("\n".join(problems))
+    return results
 
 
 def report(problems: Mapping[str, Sequence[str]]) -> str:

@@ -135,18 +135,76 @@ def test_missing_keys_pass_with_the_option_alone(landiff, tmp_path):
     assert registry.resolve(Path("zoo"), "lm").provenance["filled"] == ["transformer.layer_norm.bias"]
 
 
-def test_verify_and_list(landiff, tmp_path):
+def damage(entry: registry.ZooEntry, how: str) -> None:
+    weights_file, config = entry.path / registry.WEIGHTS, entry.path / "config.json"
+    data = bytearray(weights_file.read_bytes())
+    if how == "flipped bit":
+        data[-1] ^= 1
+        weights_file.write_bytes(data)
+    elif how == "cut":
+        weights_file.write_bytes(data[:-7])
+    elif how == "other header":
+        weights_file.write_bytes(data.replace(b'"format":"pt"', b'"format":"np"'))
+    elif how == "other config":
+        config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
+    elif how == "half a config":
+        config.write_text(config.read_text()[:40])
+    else:
+        (entry.path / how).unlink()
+
+
+DAMAGES = {
+    "flipped bit": "its weights give", "cut": "model.safetensors has", "other header": "is not the file that was written", "other config": "its weights give",
+    "half a config": "is not a zoo entry", "config.json": "is not a zoo entry", "provenance.json": "provenance.json cannot be read",
+    registry.WEIGHTS: "model.safetensors is missing",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_is_named_and_keeps_nobody_from_the_other_entries(landiff, tmp_path, how):
     for name in ("a", "b"):
-        registry.export(tmp_path / "zoo", name, "lm", MODELS.lm, weights("lm"), {})
-    code, out, _ = landiff("zoo", "list")
-    assert code == 0 and [line.split()[1].split("@")[0] for line in out.splitlines()] == ["a", "b"]
-    assert landiff("zoo", "verify", "a")[0] == 0
-    file = registry.resolve(tmp_path / "zoo", "a").path / registry.WEIGHTS
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+        registry.export(tmp_path / "zoo", name, "lm", MODELS.lm, weights("lm"), {"step": 7, "sources": [{"path": "runs/lm"}]})
+    code, out, _ = landiff("zoo", "verify")
+    assert code == 0 and out.count("step 7, from runs/lm  verified") == 2
+    entry = registry.resolve(tmp_path / "zoo", "a")
+    damage(entry, how)
     code, _, err = landiff("zoo", "verify", "a")
-    assert code == 2 and "damaged" in err
+    assert code == 2 and DAMAGES[how] in err and str(entry.path.relative_to(tmp_path)) in err, err
+    code, out, _ = landiff("zoo", "verify")
+    first, second = out.splitlines()
+    assert code == 2 and first.startswith("damaged") and f"a@{entry.fingerprint}" in first and DAMAGES[how] in first
+    assert second.startswith("lm") and second.endswith("verified")
+
+
+def test_list_says_what_there_is_and_where_it_comes_from(landiff, tmp_path):
+    assert landiff("zoo", "list") == (0, "", "")
+    for name in ("a", "b"):
+        registry.export(tmp_path / "zoo", name, "lm", MODELS.lm, weights("lm"), {"step": 7, "sources": [{"path": "runs/lm"}]})
+    code, out, _ = landiff("zoo", "list")
+    mark = registry.resolve(tmp_path / "zoo", "a").fingerprint
+    assert code == 0 and out.splitlines() == [f"lm            {name}@{mark}  step 7, from runs/lm" for name in ("a", "b")]
+    damage(registry.resolve(tmp_path / "zoo", "b"), "config.json")
+    code, out, _ = landiff("zoo", "list")
+    assert code == 2 and out.splitlines()[0].startswith("lm") and out.splitlines()[1].startswith(f"damaged       b@{mark}")
+    assert landiff("zoo", "show")[0] == 2
+
+
+def test_folders_that_transformers_and_diffusers_saved_in_several_files_are_told(landiff, tmp_path):
+    from model_zoo.pipeline import LanDiffLM, LanDiffLMConfig
+
+    model = LanDiffLM(LanDiffLMConfig(MODELS.lm.model_dump(mode="json")))
+    model.model.load_state_dict(weights("lm"))
+    model.save_pretrained(tmp_path / "it", max_shard_size="30KB")
+    assert len(list((tmp_path / "it").glob("model-*.safetensors"))) > 2
+    code, out, err = landiff("convert", "inspect", "it")
+    assert code == 0, err
+    mark = registry.export(tmp_path / "zoo", "x", "lm", MODELS.lm, weights("lm"), {}).fingerprint
+    assert "format       transformers" in out and f"fingerprint {mark}" in out and "hidden_size 32, num_layers 2, num_heads 4" in out
+    (tmp_path / "other").mkdir()
+    save_file({"encoder.block.0.weight": torch.ones(1)}, tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"architectures": ["T5EncoderModel"]}))
+    code, _, err = landiff("convert", "inspect", "other")
+    assert code == 2 and "config.json beside it names T5EncoderModel; known are CogVideoXTransformer3DModel" in err
 
 
 def test_options_that_do_not_go_together_are_refused(landiff, tmp_path):

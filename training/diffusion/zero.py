@@ -134,7 +134,7 @@ def restore(engine: Any, state: DeepSpeedState) -> None:
             buffers[name].copy_(state.weights[name])
     for name, parameter in parameters.items():
         _write_working_copy(parameter, state.weights[name])
-    moments = state.moments if state.optimizer_steps else {}
+    moments = state.moments if state.optimizer_steps else {}  # none: weights that start a run
     if moments:
         _open_optimizer_state(engine, state.optimizer_steps)
     for name, parameter in trained.items():

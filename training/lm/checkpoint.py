@@ -83,8 +83,8 @@ def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
     stored = dist_checkpointing.load_common_state_dict(str(folder))["distributed_optimizer"]
     if stored != is_distributed(optimizer):
         raise ConfigError(
-            f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state cannot be read by the other "
-            f"kind; set it to {stored}, or export the weights and start a new run from them (init_from)"
+            f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state cannot be read by the other kind; set it to "
+            f"{stored}, or let `landiff convert RUN --to megatron --out NEW_RUN parallel.distributed_optimizer={str(not stored).lower()}` make a run that goes on"
         )
     state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
     model.load_state_dict(state["model"])

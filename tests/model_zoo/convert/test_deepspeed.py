@@ -16,6 +16,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from configs.base import ConfigError
 from model_zoo.convert.deepspeed import export_diffusion, read_deepspeed
+from model_zoo.convert.deepspeed_write import Cut, write_deepspeed
 
 RANKS = 3
 WEIGHTS = {"a.weight": torch.arange(35.0).view(5, 7), "a.bias": torch.arange(4.0) + 100, "b": torch.tensor(7.0)}
@@ -123,3 +124,47 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         read_deepspeed(tmp_path)
     with pytest.raises(ConfigError, match=r"is not a checkpoint of the diffusion trainer: it has no layout\.json"):
         export_diffusion(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor, pipeline or expert parallelism"), ("layer_00-model_states.pt", "tensor, pipeline"),
+])
+def test_other_kinds_of_parallelism_are_refused(tmp_path, name, words):
+    (write_stage_2(tmp_path) / name).touch()
+    with pytest.raises(ConfigError, match=words):
+        read_deepspeed(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"ds_config": {"zero_optimization": {"round_robin_gradients": True}}}, "round_robin_gradients = true"),
+    ({"shared_params": {"head": "a.weight"}}, r"ties parameters together \(head\)"),
+])
+def test_what_would_be_read_wrong_is_refused(tmp_path, change, words):
+    path = write_stage_2(tmp_path) / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(path) | change, path)
+    with pytest.raises(ConfigError, match=words):
+        read_deepspeed(tmp_path)
+
+
+def test_an_elastic_checkpoint_is_refused(tmp_path):
+    write_stage_2(tmp_path)
+    write(tmp_path, 0, 2, {"base_optimizer_state": [], "partition_count": [RANKS], "single_partition_of_fp32_groups": []}, None)
+    with pytest.raises(ConfigError, match="elastic_checkpoint = true"):
+        read_deepspeed(tmp_path)
+
+
+def test_a_step_that_is_a_number_stays_one_and_sub_groups_are_as_the_config_has_them(tmp_path):
+    """DeepSpeed's own Adam counts in integers; a run of sub_group_size 30 looks for vectors of that size."""
+    write_stage_2(tmp_path)
+    for path in tmp_path.glob("*optim_states.pt"):
+        content = torch.load(path, weights_only=False)
+        for entry in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+            entry["step"] = 5
+        torch.save(content, path)
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(path) | {"ds_config": {"zero_optimization": {"sub_group_size": 17}}}, path)
+    write_deepspeed(tmp_path / "out", read_deepspeed(tmp_path), Cut(3, 2))
+    optimizer = torch.load(tmp_path / "out" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", weights_only=False)["optimizer_state_dict"]
+    state = optimizer["optimizer_state_dict"]
+    assert [len(vector) for vector in optimizer["fp32_flat_groups"]] == [18, 3] and state["param_groups"][0]["params"] == [0, 1]
+    assert [entry["step"] for entry in state["state"].values()] == [5, 5] and type(state["state"][0]["step"]) is int

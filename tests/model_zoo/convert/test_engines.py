@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,16 +12,21 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from model_zoo.convert.formats import open_source, write_target
+from model_zoo.config import ModelConfig
+from model_zoo.convert.deepspeed_write import Cut
+from model_zoo.convert.dist_checkpoint import DistReader
+from model_zoo.convert.formats import Options, describe, fingerprint, open_source, write_target
 from model_zoo.convert.lazy import LazyTensors
 from model_zoo.convert.megatron import Padded, write_megatron
+from model_zoo.convert.megatron_optimizer import read_state
 from model_zoo.convert.parts import Part
 from tests.distributed import run_distributed
 from tests.model_zoo.convert.tiny import same
 from tests.training.diffusion import tiny as diffusion
 from tests.training.diffusion.test_engine import weights as live_weights
-from tests.training.lm.samples import tiny_config
+from tests.training.lm.samples import tiny_batch, tiny_config
 from training.diffusion.engine import build_engine
+from training.lm import checkpoint
 from training.lm.checkpoint import _layout
 from training.lm.device import megatron_device
 from training.lm.engine import MegatronEngine
@@ -86,14 +92,19 @@ def load_deepspeed(world: Any, folder: Path, jobs: list[tuple[str, int]]) -> dic
     return found
 
 
-def load_by_deepspeed_alone(world: Any, folder: Path) -> dict[int, dict[str, Tensor]]:
-    """DeepSpeed's own loader of weights."""
+def load_by_deepspeed_alone(world: Any, folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """DeepSpeed's own loader of weights: one folder for ZeRO 1 and 2, one of this world size for ZeRO 3."""
     found = {}
-    for stage in (1, 2):
-        engine = build_engine(diffusion.config(folder, "control", zero__stage=stage, loop__seed=8), world).zero
-        path, _ = engine.load_checkpoint(str(folder / "control"), tag="zero", load_module_only=True)
-        assert path is not None
-        found[stage] = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+    for phase in ("main", "control"):
+        for stage in (1, 2, 3):
+            place, more = (f"{phase}-3-{world.size}", {"load_optimizer_states": False}) if stage == 3 else (phase, {})
+            engine = build_engine(diffusion.config(folder, phase, zero__stage=stage, loop__seed=8), world)
+            path, _ = engine.zero.load_checkpoint(str(folder / place), tag="zero", load_module_only=True, **more)
+            assert path is not None
+            found[phase, stage] = live_weights(engine)
+            engine.train_step(diffusion.batch(engine.config, 0, world))  # the optimizer has taken the weights too
+            moved = live_weights(engine)
+            assert all(torch.allclose(moved[name], tensor, atol=0.01) for name, tensor in found[phase, stage].items())
     return found
 
 
@@ -110,7 +121,10 @@ def starts(tmp_path_factory):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
             expected[phase] = {name: t + torch.randn_like(t) for name, t in registry.build(kind, config).state_dict().items()}
-        write_target(folder / phase, "deepspeed", [Part(kind, config, LazyTensors.of(expected[phase]))], {})
+        parts = [Part(kind, config, LazyTensors.of(expected[phase]))]
+        write_target(folder / phase, "deepspeed", parts, {})
+        for size in (1, 2):
+            write_target(folder / f"{phase}-3-{size}", "deepspeed", parts, {}, cut=Cut(3, size))
     return folder, expected
 
 
@@ -127,7 +141,61 @@ def test_deepspeed_starts_from_a_converted_folder_at_any_stage_and_what_it_saves
         write_target(folder / f"again-{phase}-{stage}-{size}", "release" if phase == "control" else "diffusers", saved.parts, {})
 
 
-def test_deepspeed_itself_loads_the_weights(starts):
+@pytest.mark.parametrize("size", [1, 2])
+def test_deepspeed_itself_loads_the_weights(starts, size):
     folder, expected = starts
-    for found in run_distributed(load_by_deepspeed_alone, 1, folder)[0].values():
-        assert same(found, expected["control"])
+    for rank in run_distributed(load_by_deepspeed_alone, size, folder):
+        for (phase, _), found in rank.items():
+            assert same(found, expected[phase])
+
+
+def test_weights_for_zero_3_come_back_and_serve_our_engine_at_any_stage_and_world_size(starts, tmp_path):
+    folder, expected = starts
+    for phase in ("main", "control"):
+        assert same(dict(open_source(folder / f"{phase}-3-2").parts[0].tensors), expected[phase])
+    for dtype in (torch.bfloat16, torch.float16):
+        part = open_source(folder / "control").parts[0].cast(dtype)
+        write_target(tmp_path / str(dtype), "deepspeed", [part], {}, cut=Cut(3, 2))
+        assert same(dict(open_source(tmp_path / str(dtype)).parts[0].tensors), {name: t.to(dtype) for name, t in expected["control"].items()})
+    for found in run_distributed(load_cut_for_two, 1, folder):
+        assert all(same(weights, expected["control"]) for weights in found)
+
+
+def load_cut_for_two(world: Any, folder: Path) -> list[dict[str, Tensor]]:
+    found = []
+    for stage in (2, 3):
+        engine = build_engine(diffusion.config(folder, "control", zero__stage=stage, loop__seed=8), world)
+        engine.load(folder / "control-3-2")
+        found.append(live_weights(engine))
+    return found
+
+
+def save_as_stock_megatron(world: Any, folder: Path) -> None:
+    """Trained a little, saved twice: as core cuts state by default, all layers in one stack; and as our trainer does, layers apart."""
+    for distributed in (False, True):
+        engine = MegatronEngine(tiny_config(folder, {"tensor": world.size, "distributed_optimizer": distributed}, precision="bf16"))
+        engine.train_step(tiny_batch(engine.config, 0))
+        for name, layout in (("apart", _layout()), ("stacked", {**_layout(), "non_homogeneous_layers": False})):
+            out = folder / f"{name}-{distributed}"
+            if world.rank == 0:
+                out.mkdir()
+            dist.barrier()
+            with mock.patch.object(checkpoint, "_layout", lambda layout=layout: layout):
+                engine.save(out)
+        engine.close()
+
+
+def test_layers_that_stock_megatron_stacks_come_in_with_their_optimizer(tmp_path):
+    run_distributed(save_as_stock_megatron, 2, tmp_path)
+    config = tiny_config(tmp_path).model
+    options = Options(ModelConfig(lm=config))
+    for distributed in (False, True):
+        stacked, apart = tmp_path / f"stacked-{distributed}", tmp_path / f"apart-{distributed}"
+        assert "decoder.layers.mlp.linear_fc1.weight" in DistReader(stacked).entries
+        first, second = read_state(stacked, config), read_state(apart, config)
+        assert first.cut == second.cut and first.groups == second.groups and first.steps == second.steps == 1
+        for ones, others in ((first.weights, second.weights), (first.masters, second.masters), *zip(first.moments.values(), second.moments.values(), strict=True)):
+            assert same(dict(ones), dict(others))
+        text = describe(open_source(stacked, options))
+        assert "format       megatron" in text and "with the optimizer" in text and f"fingerprint {fingerprint(open_source(apart, options).parts[0])}" in text
+        assert same(dict(open_source(stacked, options).parts[0].tensors), dict(first.masters))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,14 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import launchers.convert
 from configs import ConfigError
 from model_zoo import registry
 from model_zoo.convert import release_diffusion
 from model_zoo.convert.formats import Options, export_to_zoo, open_source, write_target
 from model_zoo.convert.lazy import LazyTensors, read_safetensors, write_safetensors
+from model_zoo.convert.parts import VAE
 from model_zoo.convert.pickles import read_pickle, tensors_of, write_pickle
 from model_zoo.convert.rules import ConversionError
-from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights
+from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
 
 OPTIONS = Options(MODELS)
 
@@ -86,6 +90,33 @@ def test_the_position_table_may_be_missing(tmp_path, file):
     assert same(dict(open_source(tmp_path / "release" / file, OPTIONS).parts[0].tensors), before)
 
 
+def test_megatrons_metadata_is_a_pickle_too_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_target(tmp_path / "out", "megatron", [part("lm")], {})
+    metadata = tmp_path / "out" / ".metadata"
+    found = pickle.loads(metadata.read_bytes())
+    for smuggled, word in ((Evil(), "(posix|nt).system"), (argparse.Namespace(a=1), "argparse.Namespace")):
+        found.planner_data = smuggled
+        metadata.write_bytes(pickle.dumps(found))
+        with pytest.raises(ConversionError, match=rf"\.metadata is refused: it holds {word}"):
+            open_source(tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "hacked").exists()
+    metadata.write_bytes(metadata.read_bytes()[:-20])
+    with pytest.raises(ConversionError, match=r"\.metadata is (damaged|refused)"):
+        open_source(tmp_path / "out", OPTIONS)
+
+
+def test_a_megatron_folder_with_a_lost_or_cut_file_says_so(tmp_path):
+    write_target(tmp_path / "out", "megatron", [part("lm")], {})
+    files = sorted((tmp_path / "out").glob("*.distcp"), key=lambda path: -path.stat().st_size)
+    files[0].write_bytes(files[0].read_bytes()[:-50])
+    with pytest.raises(ConversionError, match=rf"{files[0].name} is damaged where [a-z]"):
+        dict(open_source(tmp_path / "out", OPTIONS).parts[0].tensors)
+    files[0].unlink()
+    with pytest.raises(ConversionError, match=rf"{files[0].name} is missing"):
+        dict(open_source(tmp_path / "out", OPTIONS).parts[0].tensors)
+
+
 def test_files_of_before_torch_1_6_are_read(tmp_path):
     original = weights("lm")
     torch.save({"a": original["head.weight"]}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -138,6 +169,88 @@ def test_all_wrong_keys_come_in_one_report_grouped_with_counts(tmp_path):
     for line in ("missing: transformer.blocks.*.wo.weight  (x2)", "unexpected: transformer.blocks.*.extra  (x2)",
                  "wrong shape: transformer.head.weight (5, 32) instead of (23, 32)"):
         assert line in text, text
+
+
+def test_the_report_is_of_all_files_and_parts_of_a_set(tmp_path):
+    write_target(tmp_path / "out", "release", parts(), {})
+    for file, name in (("llm", "transformer.head.weight"), ("tokenizer", "decoder.pos_embed")):
+        path = tmp_path / "out" / file / "model.safetensors"
+        state = load_file(path)
+        state["odd.one"] = state.pop(name, torch.ones(1))
+        save_file(state, path)
+    shard = tmp_path / "out" / "diffusion" / "1" / "mp_rank_00_model_states.pt"
+    content = torch.load(shard, weights_only=True)
+    gone = next(name for name in content["module"] if name.endswith("final_layernorm.weight") or "norm" in name)
+    del content["module"][gone]
+    torch.save(content, shard)
+    with pytest.raises(ConversionError) as error:
+        open_source(tmp_path / "out", OPTIONS)
+    text = str(error.value)
+    assert text.count("does not fit a") == 3 and text.count("unexpected: odd.one") == 2 and f"missing: {gone[:12]}" in text, text
+    with pytest.raises(ConversionError) as error:
+        Request = launchers.convert.Request
+        launchers.convert.open_all(Request((str(tmp_path / "out" / "llm"), str(tmp_path / "out" / "tokenizer")), model=str(write_models(tmp_path))))
+    assert str(error.value).count("unexpected: odd.one") == 2
+
+
+@pytest.mark.parametrize(("format", "kind", "gone"), [
+    ("megatron", "lm", "decoder.layers.1.self_attention.linear_proj.weight"), ("transformers", "lm", "model.final_norm.bias"),
+    ("diffusers", "transformer", "transformer_blocks.0.attn1.norm_q.weight"), ("deepspeed", "transformer", "output.linear.bias"),
+    ("release", VAE, "encoder.conv_in.conv.bias"),
+])
+def test_missing_keys_of_every_format_are_named_as_there_and_pass_by_pattern(tmp_path, format, kind, gone):
+    write_target(tmp_path / "out", format, [part(kind)], {})
+    without(tmp_path / "out", gone)
+    with pytest.raises(ConversionError, match=rf"\(1 missing\)(.|\n)*missing: {re.sub('[.][0-9]+[.]', '.*.', gone).replace('.', '[.]').replace('*', '[*]')}\n"):
+        open_source(tmp_path / "out", OPTIONS)
+    found, = open_source(tmp_path / "out", Options(MODELS, (gone,))).parts
+    assert found.filled == (gone,)
+    assert sum(not torch.equal(tensor, weights(kind)[name]) for name, tensor in dict(found.tensors).items()) == 1
+
+
+def without(folder: Path, gone: str) -> None:
+    """Take one tensor out of the files of a folder."""
+    if (folder / ".metadata").is_file():
+        found = pickle.loads((folder / ".metadata").read_bytes())
+        del found.state_dict_metadata[gone]
+        (folder / ".metadata").write_bytes(pickle.dumps(found))
+        return
+    path = next(path for path in folder.rglob("*") if path.suffix == ".safetensors" or (path.suffix == ".pt" and path.name != "common.pt"))
+    if path.suffix == ".safetensors":
+        save_file({name: tensor for name, tensor in load_file(path).items() if name != gone}, path)
+        return
+    content = torch.load(path, weights_only=True)
+    for holder in (content.get("module", {}), content.get("state_dict", {}), *(content.get("param_shapes") or ())):
+        holder.pop(gone, None)
+    torch.save(content, path)
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
+    write_target(tmp_path / "out", "transformers", [part("lm")], {})
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    names = sorted(state)
+    shards = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for file, held in shards.items():
+        save_file({name: state[name] for name in held}, tmp_path / "out" / file)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    good = {name: file for file, held in shards.items() for name in held}
+
+    def opened(weight_map: object) -> dict[str, torch.Tensor]:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return dict(open_source(tmp_path / "out", OPTIONS).parts[0].tensors)
+
+    assert same(opened(good), weights("lm"))
+    for bad, words in (
+        (good | {names[0]: "../elsewhere.safetensors"}, "names the file '../elsewhere.safetensors', which does not lie beside it"),
+        (good | {names[0]: "model-00003-of-00003.safetensors"}, "does not lie beside it"),
+        (good | {names[0]: "model-00002-of-00002.safetensors"}, r"missing: model\.blocks\.\*\.norm0\.weight in model-00002"),
+        (good | {"more": "model-00002-of-00002.safetensors"}, r"missing: more in model-00002"),
+        ({name: file for name, file in good.items() if name != names[0]}, r"unexpected: model\.blocks\.\*\.norm0\.weight in model-00001"),
+        (None, "not an index of .safetensors files"),
+    ):
+        with pytest.raises(ConversionError, match=words):
+            opened(bad)
 
 
 def test_missing_keys_pass_by_pattern_alone_and_start_afresh(tmp_path):
@@ -223,7 +336,7 @@ def stop_in_the_middle(done: int, total: int) -> None:
     raise Stop
 
 
-@pytest.mark.parametrize(("format", "kind"), [("release", "diffusion"), ("diffusers", "vae"), ("transformers", "lm"), ("deepspeed", "transformer")])
+@pytest.mark.parametrize(("format", "kind"), [("release", "diffusion"), ("diffusers", "vae"), ("transformers", "lm"), ("deepspeed", "transformer"), ("megatron", "lm")])
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, format, kind):
     with pytest.raises(Stop):
         write_target(tmp_path / "out", format, [part(kind)], {}, stop_in_the_middle)
@@ -263,6 +376,18 @@ write_target(Path("out"), {format!r}, [part("lm")], {{}}, hang)
         assert not (tmp_path / "out").exists()
         write_target(tmp_path / "out", format, [part("lm")], {})
         assert open_source(tmp_path / "out", OPTIONS).parts[0].kind == "lm"
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(tmp_path):
+    """On this node, and of a dead process only."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    node = os.uname().nodename
+    left = {f".out.{node}.{dead.pid}.tmp": False, f".out.{node}.{os.getppid()}.tmp": True, f".out.elsewhere.{dead.pid}.tmp": True}
+    for name in left:
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    write_target(tmp_path / "out", "transformers", [part("lm")], {})
+    assert {name: (tmp_path / name).exists() for name in left} == left
 
 
 def test_progress_counts_up_to_all_of_it(tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from configs import ConfigError
 from model_zoo import registry
+from model_zoo.convert.dist_checkpoint import DistReader
 from model_zoo.convert.formats import Options, export_to_zoo, open_source, write_target
 from model_zoo.convert.parts import VAE, Part, assembled
 from model_zoo.convert.rules import ConversionError
@@ -66,15 +67,40 @@ def test_a_release_goes_through_our_export_and_comes_back_bit_equal(tmp_path, dt
             assert same(load_file(second), load_file(first)), name
 
 
-@pytest.mark.parametrize(("first", "second"), [
-    ("release", "diffusers"), ("diffusers", "release"), ("megatron", "transformers"), ("release", "megatron"),
-    ("deepspeed", "diffusers"), ("diffusers", "deepspeed"), ("release", "deepspeed"), ("megatron", "megatron"),
-])
-def test_one_format_turns_into_another_directly(tmp_path, first, second):
-    kind = "lm" if "megatron" in (first, second) else "diffusion"
-    write_target(tmp_path / "a", first, [part(kind)], {})
-    write_target(tmp_path / "b", second, [reopened(tmp_path / "a", kind)], {})
-    assert same(dict(reopened(tmp_path / "b", kind).tensors), weights(kind))
+# every cell of the matrix that is not our export's: first -> second -> first
+PAIRS = [
+    ("release", "megatron", "lm"), ("release", "deepspeed", "diffusion"), ("release", "deepspeed", "transformer"),
+    ("release", "diffusers", "diffusion"), ("release", "diffusers", "tokenizer"), ("release", "diffusers", "lm"), ("release", "diffusers", VAE),
+    ("megatron", "transformers", "lm"), ("megatron", "release", "lm"), ("megatron", "megatron", "lm"),
+    ("deepspeed", "diffusers", "diffusion"), ("deepspeed", "diffusers", "transformer"), ("deepspeed", "release", "diffusion"),
+    ("diffusers", "release", "transformer"), ("diffusers", "release", "diffusion"), ("diffusers", "deepspeed", "transformer"),
+]
+
+
+def content(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the files of a folder, under the names it has there."""
+    found: dict[str, torch.Tensor] = {}
+    if (folder / ".metadata").is_file():
+        reader = DistReader(folder)
+        found |= {key: reader.read(key) for key in reader.entries}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            found |= {f"{path.relative_to(folder)} {key}": tensor for key, tensor in load_file(path).items()}
+        elif path.suffix == ".pt" and path.name != "common.pt":
+            state = torch.load(path, weights_only=True)
+            found |= {f"{path.relative_to(folder)} {key}": tensor for key, tensor in state.get("module", state.get("state_dict")).items()}
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("first", "second", "kind"), PAIRS)
+def test_one_format_goes_to_another_and_comes_back_bit_equal(tmp_path, first, second, kind, dtype):
+    write_target(tmp_path / "there", first, [part(kind, DTYPES[dtype])], {})
+    write_target(tmp_path / "other", second, [reopened(tmp_path / "there", kind)], {})
+    assert same(dict(reopened(tmp_path / "other", kind).tensors), weights(kind, DTYPES[dtype]))
+    write_target(tmp_path / "back", first, [reopened(tmp_path / "other", kind)], {})
+    assert same(content(tmp_path / "back"), content(tmp_path / "there"))
 
 
 def test_diffusers_classes_load_what_is_written_and_agree(tmp_path):
@@ -136,6 +162,7 @@ def test_no_engine_and_no_process_group_is_needed(tmp_path):
     code = f"""
 import sys, torch
 from pathlib import Path
+from benchmarks.convert import convert
 from model_zoo.convert.formats import Options, open_source, write_target
 from tests.model_zoo.convert.tiny import MODELS
 root = Path({str(tmp_path)!r})
@@ -143,6 +170,9 @@ parts = open_source(root / "release", Options(MODELS)).parts
 for format, kinds in {{"megatron": ["lm"], "deepspeed": ["transformer"]}}.items():
     write_target(root / format, format, [p for p in parts if p.kind in kinds], {{}})
     assert open_source(root / format).parts[0].tensors.num_elements
+for kind, format in (("lm", "megatron with optimizer"), ("transformer", "deepspeed with optimizer")):
+    first = convert(kind, "numbers", format, root / f"{{kind}} 1", 1)
+    assert convert(kind, str(first), format, root / f"{{kind}} 2", 1).is_dir()
 assert not {{"megatron", "deepspeed"}} & set(sys.modules), "an engine was imported"
 assert not torch.distributed.is_initialized()
 assert not torch.cuda.is_initialized()

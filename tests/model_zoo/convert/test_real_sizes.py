@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
 from configs import load
+from model_zoo import registry
 from model_zoo.config import ModelConfig
 from model_zoo.convert.lazy import LazyTensors
 from model_zoo.convert.megatron import Padded, rules
@@ -92,14 +93,32 @@ def real(kind: str) -> Part:
     return Part(kind, CONFIGS[kind], LazyTensors.of(build_meta(kind, CONFIGS[kind])))
 
 
+def elements(part: Part, *prefixes: str) -> int:
+    return part.tensors.only(lambda name: name.startswith(prefixes)).num_elements
+
+
 def test_parameter_counts_of_the_specification():
-    assert real("lm").tensors.num_elements == 2_049_321_984
-    assert real("tokenizer").tensors.num_elements == 174_511_120 + 69_121
+    lm, tokenizer, main = real("lm"), real("tokenizer"), real("transformer")
+    assert elements(lm, "") == 2_049_321_984
+    assert elements(lm, "blocks.", "final_norm.", "head.") == 2_030_159_872 and elements(lm, "text.") == 12_589_056
+    assert elements(lm, "micro.") == 2_364_416 and elements(lm, "token_embedding.") == 4_208_640
+    parameters = LazyTensors.of(dict(registry_parameters("tokenizer")))
+    assert parameters.num_elements == 174_511_120 and elements(tokenizer, "") - parameters.num_elements == 69_121
+    for prefix, count in (("encoder.", 86_512_128), ("decoder.", 87_973_632), ("quantizer.", 25_360)):
+        assert parameters.only(lambda name, prefix=prefix: name.startswith(prefix)).num_elements == count, prefix
     table = (226 + 13 * 30 * 45) * 1920
     assert table == 34_129_920
-    assert real("transformer").tensors.num_elements + table == 1_727_913_792
-    whole = joined(Part(CONTROL, MODELS.diffusion, LazyTensors.of(build_meta(CONTROL, MODELS.diffusion))), real("transformer"))
-    assert whole.tensors.num_elements - real("transformer").tensors.num_elements + table == 979_141_968
+    assert elements(main, "") + table == 1_727_913_792
+    control = Part(CONTROL, MODELS.diffusion, LazyTensors.of(build_meta(CONTROL, MODELS.diffusion)))
+    whole = joined(control, main)
+    assert elements(whole, "") - elements(main, "") + table == 979_141_968
+    assert elements(control, "") == 945_012_048
+    assert elements(control, "semantic.projection.") == 9_232 and elements(control, "semantic.") - 9_232 == 39_242_688
+
+
+def registry_parameters(kind: str) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        return dict(registry.build(kind, CONFIGS[kind]).named_parameters())
 
 
 def test_the_other_formats_take_the_real_sizes():
