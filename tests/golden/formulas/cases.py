@@ -178,7 +178,7 @@ WIDE = TOKENIZER | {"channels": 33, "width": 64, "num_heads": 1, "num_layers": 3
                     "iframe_tokens": 3, "pframe_tokens": 5}
 LM = {"codebook_size": 17, "hidden_dim": 40, "num_heads": 2, "mlp_dim": 56, "num_layers": 2, "text_dim": 12, "text_len": 4,
       "micro_hidden_dim": 10, "freq_dim": 6, "iframe_len": 5, "pframe_len": 2, "segment_length": 2, "rope_theta": 500, "max_len": 128}
-FLAT = LM | {"codebook_size": 70, "hidden_dim": 64, "num_heads": 4, "mlp_dim": 30, "num_layers": 1, "text_len": 1, "iframe_len": 2,
+FLAT = LM | {"codebook_size": 70, "hidden_dim": 60, "num_heads": 5, "mlp_dim": 33, "num_layers": 1, "text_len": 1, "iframe_len": 2,
              "pframe_len": 3, "segment_length": 5, "rope_theta": 10000}
 DIFFUSION = {"layers": 3, "control_layers": 3, "hidden": 48, "heads": 3, "time_embed_dim": 20, "latent_channels": 3, "latent_h": 6, "latent_w": 10,
              "latent_frames": 2, "text_len": 3, "text_dim": 9, "interp": 1.25, "sem_out_dim": 5, "up_ch": 32, "up_mult": [2, 1], "up_res": 1,
