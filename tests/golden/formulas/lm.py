@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.golden.formulas.weights import Weights, gelu_tanh, heads, rotated, softmax_attention, swish, turns, waves
+from tests.golden.formulas.weights import (
+    Weights,
+    gelu_tanh,
+    heads,
+    rotated,
+    softmax_attention,
+    swish,
+    turns,
+    waves,
+)
 
 Sizes = dict[str, Any]
 
@@ -63,8 +72,7 @@ def block(w: Weights, layer: int, sizes: Sizes, x: Tensor) -> Tensor:
 
 def run(w: Weights, sizes: Sizes, text_BLT: Tensor, frames: Tensor, motion: Tensor, ids_BN: Tensor, null: bool = False) -> dict[str, Tensor]:
     """`ids` from the first SI on."""
-    batch, length, _ = text_BLT.shape
-    width = sizes["hidden_dim"]
+    batch, width = len(text_BLT), sizes["hidden_dim"]
     table = w.take("visual_embedding_model.tok_emb_code.weight", sizes["codebook_size"] + 7, width)
     micro = micro_condition(w, sizes["freq_dim"], sizes["micro_hidden_dim"], width, frames, motion)
     key = "cond_model.embeddings"

@@ -63,7 +63,7 @@ def stack(w: Weights, side: str, sizes: Sizes, x: Tensor, visible: Tensor, turne
 
 
 def encode(w: Weights, sizes: Sizes, features_BTChw: Tensor) -> dict[str, Tensor]:
-    batch, T, channels, rows, columns = features_BTChw.shape
+    batch, T, _, rows, columns = features_BTChw.shape
     width = sizes["width"]
     patches = w.convolution("encoder.patch_embed", features_BTChw.flatten(0, 1), width, 1, 1)
     visual = patches.unflatten(0, (batch, T)).permute(0, 1, 3, 4, 2).reshape(batch, T * rows * columns, width)
