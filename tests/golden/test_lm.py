@@ -32,8 +32,8 @@ def model_of(case) -> LanguageModel:
     return model
 
 
-def close(found, expected, tolerance=2e-5):
-    """Five times tighter than the README asks: a float32 implementation differs by 1e-6 to 1e-5."""
+def close(found, expected, tolerance=5e-5):
+    """Twice as tight as the README asks: float32 implementations differ by 1e-6 to 1e-5, wider models by more."""
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 

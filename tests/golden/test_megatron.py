@@ -91,6 +91,6 @@ def test_teacher_forced_through_megatron(case, parallel):
     for found in run_distributed(forward, parallel.get("tensor", 1), case.path, parallel):
         assert torch.equal(found["ids"], wanted["tokens"].flatten())
         for name in ("logits", "uncond_logits"):
-            # float32 implementations differ by 1e-6 to 1e-5; the README of the cases asks for 1e-4
-            torch.testing.assert_close(found[name], wanted[name].flatten(0, 1), atol=2e-5, rtol=0)
+            # float32 implementations differ by 1e-6 to 1e-5, wider models by more; the README of the cases asks for 1e-4
+            torch.testing.assert_close(found[name], wanted[name].flatten(0, 1), atol=5e-5, rtol=0)
         assert found["loss"] == pytest.approx(float(wanted["loss_packed"]), abs=1e-5)

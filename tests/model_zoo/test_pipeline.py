@@ -7,6 +7,8 @@ import inspect
 import json
 import math
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from model_zoo.sample.latents import SamplerOptions, guidance_scale
 from model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a rabbit hops over the grass", "snow"]
 WORDS = PROMPTS[0].split() + PROMPTS[1:]
 TOKENS = TokenSamplingConfig(guidance=2.0)
@@ -236,6 +239,18 @@ def test_diffusers_finds_the_class_by_the_file_in_the_folder(saved, expected):
     assert type(pipe) is LanDiffPipeline
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
     assert torch.equal(found.frames, expected.frames_BFHWC)
+
+
+def test_the_code_in_the_documentation_runs(folder, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "pipeline.md").read_text()
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample.yaml").write_text(sample_config(folder, clean_frames=1).model_dump_json())
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+    assert names["video"].shape == (49, 32, 48, 3) and names["pipe"].scheduler.config.clean_frames == 1
 
 
 def test_several_videos_of_one_prompt_are_those_of_their_seeds(pipe):
