@@ -310,8 +310,9 @@ class LanDiffPipeline(DiffusionPipeline):
         sampler = self.scheduler.options(num_inference_steps, guidance_scale)
         with self._resident("lm_text_encoder"):
             text = models.lm_text(prompts)
-        with self._resident("lm"):
-            codes = draw_codes(models.lm, text, count, token_sampling or TokenSamplingConfig(), seeds, motion_score)
+        with self._resident("lm"), self.progress_bar(total=models.lm.layout.body_length(count)) as bar:
+            codes = draw_codes(models.lm, text, count, token_sampling or TokenSamplingConfig(), seeds, motion_score,
+                               lambda _what, done, _total: bar.update(done - bar.n))
         with self._resident("semantic_tokenizer"):
             features = models.tokenizer.decode(codes, models.lm.layout.num_frames(codes.shape[1]))
         with self._resident("text_encoder"):
@@ -417,15 +418,18 @@ class _Resident:
             module.to(device)
 
 
+LARGEST_SEED = 1 << 63  # a generator's own may be up to twice that, and the streams behind it count on from it
+
+
 def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, batch: int) -> list[int]:
     """Raises ValueError for another number of generators than prompts."""
     if generator is None:
         return torch.randint(0, 1 << 31, (batch,)).tolist()
     if isinstance(generator, torch.Generator):
-        return [generator.initial_seed() + 1000 * i for i in range(batch)]
+        return [(generator.initial_seed() + 1000 * i) % LARGEST_SEED for i in range(batch)]
     if len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} prompts; give one, or one for each")
-    return [one.initial_seed() for one in generator]
+    return [one.initial_seed() % LARGEST_SEED for one in generator]
 
 
 def _unit(frames_BFHWC: Tensor) -> Tensor:

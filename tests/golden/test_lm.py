@@ -44,9 +44,9 @@ def test_teacher_forced(case):
     rows = [model.layout.training_row(codes, length) for codes in given["codes"].numpy()]
     ids = torch.stack([torch.from_numpy(row.input_ids) for row in rows])
     assert torch.equal(ids, wanted["tokens"])
-    assert ids.shape == (case.config["batch"], case.config["sequence_length"])
+    assert ids.shape[1] == case.config["sequence_length"]
     frames = [model.layout.num_frames(len(codes)) for codes in given["codes"]]
-    assert frames == given["frames"].tolist() == [case.config["num_frames"]] * len(ids)
+    assert frames == given["frames"].tolist()
     masks = torch.stack([torch.from_numpy(model.layout.loss_mask(count, length)) for count in frames])
     assert torch.equal(masks, wanted["loss_mask"].bool())
 

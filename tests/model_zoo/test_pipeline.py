@@ -155,6 +155,7 @@ def test_nothing_is_left_over_between_calls(pipe):
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(generator.get_state(), before)
     other = pipe(PROMPTS[0], generator=seeded(2), **CALL).frames
     assert not np.array_equal(first, other)
+    assert pipe(PROMPTS[0], generator=seeded(-1), **CALL).frames.shape == first.shape  # torch's largest seed
 
 
 def test_without_a_generator_every_call_is_another_and_follows_the_global_seed(pipe):
