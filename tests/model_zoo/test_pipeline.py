@@ -220,11 +220,14 @@ def test_half_precision_loads_and_runs_with_the_quantiser_in_float32(saved, dtyp
     assert found.frames.dtype == torch.float32 and torch.isfinite(found.frames).all()
 
 
-def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, saved):
+def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, saved, tmp_path):
     loaded = load_models(sample_config(folder, "bfloat16", precision="bf16"), torch.device("cpu"))
     wanted = generate(loaded, PROMPTS, 3, TOKENS, SamplerOptions(num_steps=3), [SEED, SEED + 1000], 0.2, clean_frames=1)
-    found = LanDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
-    assert torch.equal(found.codes, wanted.codes_BK) and torch.equal(found.frames, wanted.frames_BFHWC)
+    half = LanDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    for pipe in (half, LanDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
+        found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+        assert torch.equal(found.codes, wanted.codes_BK) and torch.equal(found.frames, wanted.frames_BFHWC)
 
 
 def test_all_components_follow_a_cast_and_come_back(saved):
