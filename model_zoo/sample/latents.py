@@ -70,6 +70,17 @@ def seeded_noise(seeds: Sequence[int]) -> Noise:
     return noise
 
 
+def reference_noise(generator: torch.Generator) -> Noise:
+    """Draws in the reference's number and order: two a step, of which the second counts, but one for the start and
+    for the first step. A seed then gives what it gives there, on the generator's device."""
+
+    def noise(step: int, shape: tuple[int, ...]) -> Tensor:
+        drawn = [torch.randn(shape, generator=generator, device=generator.device) for _ in range(1 if step < 2 else 2)]
+        return drawn[-1]
+
+    return noise
+
+
 def sample_latents(
     model: ControlledDiffusion,
     schedule: NoiseSchedule,
