@@ -102,6 +102,22 @@ def test_one_window_may_be_longer_than_a_segment(tokenizer):
     assert tokenizer.encode_latents(features(batch=1, num_frames=40)).shape == (1, 5 + 39 * 2, 12)
 
 
+def test_queries_start_at_the_scale_of_the_width_and_the_codebook_empty():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = SemanticTokenizer(TINY.model_copy(update={"hidden_size": 128, "iframe_tokens": 200, "pframe_tokens": 200}))
+    for table in (fresh.encoder.iframe_queries, fresh.encoder.pframe_queries, fresh.decoder.mask_token):
+        # one deviation in width^-0.5; the mask token alone is 128 numbers, of which it is known to 6 %
+        assert float(table.square().mean().sqrt()) == pytest.approx(128**-0.5, rel=0.2)
+    assert not fresh.quantizer._codebook.initted and not fresh.quantizer._codebook.embed.any()
+
+
+def test_the_target_of_the_loss_is_in_the_working_dtype(tokenizer):
+    half, given = tokenizer.bfloat16().eval(), features() + 100.0  # where bfloat16 is coarse
+    result = half(given)
+    assert float(result.reconstruction) == float(functional.mse_loss(result.decoded.float(), given.bfloat16().float()))
+
+
 def test_stored_statistics_that_nobody_uses_are_told_of(tokenizer, caplog):
     state = tokenizer.state_dict()
     tokenizer.load_state_dict(state)
