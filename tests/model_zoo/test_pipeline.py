@@ -21,6 +21,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from launchers import sample
 from launchers.config import SampleConfig
 from launchers.sample import load_models
 from model_zoo import registry
@@ -105,6 +106,16 @@ def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected
     latents = pipe(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL).frames
     assert torch.equal(latents, expected.latents_BTCHW)
     assert expected.frames_BFHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BFHWC.float().std() > 1
+
+
+def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch):
+    """All of `landiff sample` but the mp4 file itself, which loses a little."""
+    written = []
+    monkeypatch.setattr(sample, "write_mp4", lambda _path, frames, _fps: written.append(torch.from_numpy(frames)))
+    sample.sample_videos(sample_config(folder, prompts=PROMPTS, num_latent_frames=5, steps=3, guidance=4.5, tokens=TOKENS,
+                                       motion_score=0.2, clean_frames=1, seed=SEED))
+    found = pipe(PROMPTS, guidance_scale=4.5, generator=seeded(SEED), output_type="uint8", **{**CALL, "num_frames": 17})
+    assert torch.equal(torch.stack(written), found.frames)
 
 
 def test_save_and_load_give_the_same_video(saved, expected):
