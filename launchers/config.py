@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
@@ -37,11 +38,14 @@ class SampleConfig(Config):
     prompts: tuple[str, ...] = ()
     num_latent_frames: PositiveInt = 13
     fps: PositiveFloat = 8.0
-    motion_score: NonNegativeFloat = 0.1
+    motion_score: NonNegativeFloat | None = None  # None: 0.1
     tokens: TokenSamplingConfig = TokenSamplingConfig()
     steps: PositiveInt = 50  # of the diffusion sampler
+    guidance: NonNegativeFloat = 6.0  # of the diffusion model: the scale moves between 1 and 1 + guidance
     clean_frames: NonNegativeInt = 7  # latents that a chunk of a long video keeps of the one before
     seed: NonNegativeInt = 42
+    # fp32: the weights as they are. bf16: as the release samples (§4.5, §5.11); norms, head and quantiser stay float32
+    precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
 
     @field_validator("prompts")

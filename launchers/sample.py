@@ -22,8 +22,11 @@ def load_models(config: SampleConfig, device: torch.device) -> Models:
     def load(reference: str, kind: str) -> torch.nn.Module:
         return registry.load_model(registry.resolve(config.zoo, reference, kind), device)
 
+    lm, tokenizer, diffusion = load(config.lm, "lm"), load(config.tokenizer, "tokenizer"), load(config.diffusion, "diffusion")
+    if config.precision == "bf16":
+        lm, tokenizer, diffusion = lm.to_inference(torch.bfloat16), tokenizer.bfloat16(), diffusion.bfloat16()
     return Models(
-        lm=load(config.lm, "lm"), tokenizer=load(config.tokenizer, "tokenizer"), diffusion=load(config.diffusion, "diffusion"),
+        lm=lm, tokenizer=tokenizer, diffusion=diffusion,
         schedule=NoiseSchedule(config.schedule), lm_text=frozen.build(config.lm_text, device),
         diffusion_text=frozen.build(config.diffusion_text, device), codec=frozen.build(config.codec, device),
     )
@@ -40,11 +43,18 @@ def sample_videos(config: SampleConfig) -> list[str]:
     def progress(what: str, done: int, total: int) -> None:
         bars.setdefault(what, Progress(f"sample {what}"))(done, total)
 
-    seeds = [config.seed + 1000 * i for i in range(len(config.prompts))]
-    generated = generate(models, config.prompts, config.num_latent_frames, config.tokens, SamplerOptions(num_steps=config.steps),
-                         seeds, config.motion_score, config.clean_frames, progress)
+    count = len(config.prompts)
+    seeds = [config.seed + 1000 * i for i in range(count)]
+    sampler = SamplerOptions(num_steps=config.steps, guidance=config.guidance)
+    per_pass = 1 if config.tokens.predict_end else count  # videos that end where they like are made one by one
+    videos: list[torch.Tensor] = []
+    for first in range(0, count, per_pass):
+        some = slice(first, first + per_pass)
+        generated = generate(models, config.prompts[some], config.num_latent_frames, config.tokens, sampler, seeds[some],
+                             config.motion_score, config.clean_frames, progress)
+        videos += generated.frames_BFHWC.cpu()
     names = []
-    for number, (prompt, frames) in enumerate(zip(config.prompts, generated.frames_BFHWC.cpu(), strict=True)):
+    for number, (prompt, frames) in enumerate(zip(config.prompts, videos, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
         path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
         write_mp4(path, frames.numpy(), config.fps)

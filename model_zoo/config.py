@@ -6,7 +6,7 @@ YAML files (`configs/nano/model.yaml`).
 
 from __future__ import annotations
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from configs.base import Config
 
@@ -124,7 +124,7 @@ class SemanticConditionConfig(Config):
     feature_channels: PositiveInt = 768
     base_channels: PositiveInt = 128
     channel_multipliers: tuple[PositiveInt, ...] = (1, 4)  # level 0 (full size) first
-    num_res_blocks: PositiveInt = 4  # a level holds one more
+    num_res_blocks: NonNegativeInt = 4  # a level holds one more
     out_channels: PositiveInt = 64
 
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from configs import Config
+from configs.files import write_text
 from model_zoo.config import DiffusionConfig, LMConfig, ScheduleConfig, TokenSamplingConfig
 from model_zoo.convert import diffusers_folder, diffusers_transformer
 from model_zoo.convert.lazy import LazyTensors
@@ -44,7 +45,13 @@ from model_zoo.frozen.config import FlanT5Config, T5V11Config
 from model_zoo.frozen.t5 import T5Text
 from model_zoo.lm import LanguageModel
 from model_zoo.sample.generate import Models, check_prompts, draw_codes, draw_latents
-from model_zoo.sample.latents import SamplerOptions, SamplerStep
+from model_zoo.sample.latents import (
+    SamplerOptions,
+    SamplerStep,
+    latent_shape,
+    num_chunks,
+    stream_lengths,
+)
 from model_zoo.schedule import NoiseSchedule
 from model_zoo.tokenizer import SemanticTokenizer
 
@@ -149,6 +156,8 @@ class LanDiffLM(PreTrainedModel):
     config_class = LanDiffLMConfig
     base_model_prefix = "model"
     main_input_name = "ids_BS"
+    # loaded with torch_dtype=bfloat16 these stay float32, as in the release (specification §4.5): `LanguageModel.to_inference`
+    _keep_in_fp32_modules_strict = ("norm0", "norm1", "final_norm", "head")
 
     def __init__(self, config: LanDiffLMConfig) -> None:
         super().__init__(config)
@@ -195,6 +204,8 @@ Callback = Callable[["LanDiffPipeline", int, int, dict[str, Tensor]], dict[str, 
 class LanDiffPipeline(DiffusionPipeline):
     """Prompts -> videos. See `__call__`."""
 
+    _num_timesteps = 0
+    _interrupt = False
     model_cpu_offload_seq = "lm_text_encoder->lm->semantic_tokenizer->text_encoder->control->transformer->vae"
     _callback_tensor_inputs = ("latents",)
 
@@ -250,25 +261,34 @@ class LanDiffPipeline(DiffusionPipeline):
         output_type: str = "np",
         *,
         num_inference_steps: int = 50,
+        num_videos_per_prompt: int = 1,
         token_sampling: TokenSamplingConfig | None = None,
-        motion_score: float = 0.1,
+        motion_score: float | None = None,
+        latents: Tensor | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> LanDiffPipelineOutput | tuple[Any, Tensor]:
-        """One video per prompt.
+        """`num_videos_per_prompt` videos for every prompt, those of one prompt next to each other.
 
         Args:
-            num_frames: 1 + 8 k; beyond 49 the video is streamed in chunks.
+            num_frames: 1 + 8 k; beyond 49 the video is streamed in chunks of 24 frames more: 73, 97, ...
             guidance_scale: of the diffusion model; the scale moves between 1 and 1 + guidance_scale. That of the language model
                 is token_sampling.guidance.
             generator: only its initial seed is used, and it is left as it was: equal seeds give equal videos in any batch, and those
-                of `landiff sample seed=...`. One generator for several prompts gives prompt i its seed + 1000 i; None is a random seed.
+                of `landiff sample seed=...`. One generator for several prompts gives video i its seed + 1000 i; None is a random seed.
+            motion_score: None is 0.1.
+            latents: standard normal start [B, T, C, H, W] of the diffusion model, for a video of one chunk.
+            callback_on_step_end: hears of every step and may give back other latents; `pipe._interrupt = True` in it ends the
+                denoising with the latents as they are.
             output_type: "np" float32 [B, F, H, W, 3] in 0 ... 1, "pt" the same as [B, F, 3, H, W], "pil" a list of images for each
                 video, "uint8" what the codec gives, "latent" scaled latents [B, T, C, H, W].
 
         Raises ValueError for what doesn't fit.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt = {num_videos_per_prompt} must be at least 1")
+        prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
         unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs may hold {', '.join(self._callback_tensor_inputs)}, not {unknown}")
@@ -277,29 +297,38 @@ class LanDiffPipeline(DiffusionPipeline):
         time = int(self.vae.config.temporal_compression_ratio)
         if num_frames < 1 or (num_frames - 1) % (2 * time):
             raise ValueError(f"num_frames = {num_frames} must be 1 + {2 * time} * k: the VAE gives back no other number")
-        models, count = self._models(), 1 + (num_frames - 1) // time
+        models, count, clean = self._models(), 1 + (num_frames - 1) // time, self.scheduler.config.clean_frames
         models.check()
         check_prompts(prompts)
+        window = models.diffusion.config.transformer.latent_frames
+        shorter, longer = (1 + (length - 1) * time for length in stream_lengths(count, window, clean))
+        if shorter != num_frames:
+            raise ValueError(f"num_frames = {num_frames} is no whole number of chunks of a stream; the nearest that are: {shorter} and {longer}")
         seeds = seeds_of(generator, len(prompts))
+        self._interrupt, self._num_timesteps = False, num_inference_steps
 
-        on_step = None if callback_on_step_end is None else self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         sampler = self.scheduler.options(num_inference_steps, guidance_scale)
         with self._resident("lm_text_encoder"):
             text = models.lm_text(prompts)
-        with self._resident("lm"):
-            codes = draw_codes(models.lm, text, count, token_sampling or TokenSamplingConfig(), seeds, motion_score)
+        with self._resident("lm"), self.progress_bar(total=models.lm.layout.body_length(count)) as bar:
+            codes = draw_codes(models.lm, text, count, token_sampling or TokenSamplingConfig(), seeds, motion_score,
+                               lambda _what, done, _total: bar.update(done - bar.n))
         with self._resident("semantic_tokenizer"):
-            features = models.tokenizer.decode(codes, count)
+            features = models.tokenizer.decode(codes, models.lm.layout.num_frames(codes.shape[1]))
         with self._resident("text_encoder"):
             states, _ = models.diffusion_text(prompts)
         with self._resident("control", "transformer"):
             features = features.to(self.transformer.device)
-            latents = draw_latents(models.diffusion, models.schedule, states, features, sampler, seeds, self.scheduler.config.clean_frames,
-                                   on_step=on_step)
-        frames: Any = latents
+            self._check_start(latents, models, states, features)
+            steps = num_chunks(features.shape[1], window, clean) * num_inference_steps
+            with self.progress_bar(total=steps) as bar:
+                on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
+                made = draw_latents(models.diffusion, models.schedule, states, features, sampler, seeds, clean,
+                                    on_step=on_step, stop=lambda: self._interrupt, start_BTCHW=latents)
+        frames: Any = made
         if output_type != "latent":
             with self._resident("vae"):
-                frames = OUTPUTS[output_type](models.codec.decode(latents).cpu())
+                frames = OUTPUTS[output_type](models.codec.decode(made).cpu())
         return LanDiffPipelineOutput(frames, codes) if return_dict else (frames, codes)
 
     def _models(self) -> Models:
@@ -313,12 +342,37 @@ class LanDiffPipeline(DiffusionPipeline):
             diffusion_text=T5Text(self.text_encoder, self.tokenizer, diffusion_text, ""), codec=CogVideoXCodec(self.vae, ""),
         )
 
-    def _on_step(self, callback: Callback, names: Sequence[str]) -> Callable[[SamplerStep], Tensor | None]:
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the latest call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def _check_start(self, latents: Tensor | None, models: Models, states: Tensor, features: Tensor) -> None:
+        if latents is None:
+            return
+        expected = latent_shape(models.diffusion, states, features)
+        if tuple(latents.shape) != expected or expected[1] > models.diffusion.config.transformer.latent_frames:
+            raise ValueError(f"latents of shape {list(latents.shape)} do not fit a video of one chunk, {list(expected)}")
+
+    def _on_step(self, callback: Callback | None, names: Sequence[str], bar: Any) -> Callable[[SamplerStep], Tensor | None]:
         def on_step(done: SamplerStep) -> Tensor | None:
+            bar.update()
+            if callback is None:
+                return None
             given = {"latents": done.state} if "latents" in names else {}
             return (callback(self, done.step, done.timestep, given) or {}).get("latents")
 
         return on_step
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Also writes pipeline.py, by which diffusers finds this class: `DiffusionPipeline.from_pretrained(folder,
+        custom_pipeline="pipeline", trust_remote_code=True)`."""
+        super().save_pretrained(save_directory, **options)
+        write_text(Path(save_directory, "pipeline.py"), "from model_zoo.pipeline import LanDiffPipeline  # noqa: F401\n")
 
     # ------------------------------------------------------------ memory
 
@@ -327,8 +381,11 @@ class LanDiffPipeline(DiffusionPipeline):
 
         Our sampler calls modules inside the components, so hooks around their `forward` would not be heard.
         """
+        target = torch.device(device, gpu_id) if gpu_id is not None else torch.device(device)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("enable_model_cpu_offload() moves components between the CPU and a CUDA device, and there is none; leave it out")
         self.to("cpu")
-        self._offload_device = torch.device(device, gpu_id) if gpu_id is not None else torch.device(device)
+        self._offload_device = target
 
     def enable_sequential_cpu_offload(self, *_args: Any, **_named: Any) -> None:
         raise NotImplementedError("LanDiffPipeline offloads whole components: enable_model_cpu_offload()")
@@ -361,15 +418,18 @@ class _Resident:
             module.to(device)
 
 
+LARGEST_SEED = 1 << 63  # a generator's own may be up to twice that, and the streams behind it count on from it
+
+
 def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, batch: int) -> list[int]:
     """Raises ValueError for another number of generators than prompts."""
     if generator is None:
         return torch.randint(0, 1 << 31, (batch,)).tolist()
     if isinstance(generator, torch.Generator):
-        return [generator.initial_seed() + 1000 * i for i in range(batch)]
+        return [(generator.initial_seed() + 1000 * i) % LARGEST_SEED for i in range(batch)]
     if len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for {batch} prompts; give one, or one for each")
-    return [one.initial_seed() for one in generator]
+    return [one.initial_seed() % LARGEST_SEED for one in generator]
 
 
 def _unit(frames_BFHWC: Tensor) -> Tensor:

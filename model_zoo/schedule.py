@@ -37,7 +37,8 @@ class DenoisingLoss:
 
 
 class NoiseSchedule:
-    """Tables are computed in float64 on the CPU and kept as float32; indexing moves them to the timesteps' device."""
+    """Tables are computed on the CPU, in float64 up to the shift and in float32 behind it, as in the reference (its order of
+    operations too: a last bit of a_0 is 1e-5 of the loss weight there). Indexing moves them to the timesteps' device."""
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
@@ -45,7 +46,7 @@ class NoiseSchedule:
         betas = torch.linspace(config.linear_start**0.5, config.linear_end**0.5, steps, dtype=torch.float64) ** 2
         alphas = torch.cumprod(1 - betas, dim=0)
         self.shifted_alphas = alphas / (config.shift_scale + (1 - config.shift_scale) * alphas)  # float64, before rescaling
-        self.alphas_sqrt = zero_terminal(self.shifted_alphas.sqrt()).float()
+        self.alphas_sqrt = zero_terminal(self.shifted_alphas)
         self._on_device = {self.alphas_sqrt.device: self.alphas_sqrt}
 
     def signal(self, timestep_B: Tensor) -> Tensor:
@@ -83,8 +84,7 @@ class NoiseSchedule:
         if not 2 <= num_steps <= total:
             raise ValueError(f"a sampler takes 2..{total} steps, not {num_steps}")
         timesteps = np.linspace(total - 1, 0, num_steps, endpoint=False).astype(int).tolist()
-        chosen = zero_terminal(self.shifted_alphas[timesteps[::-1]].sqrt()).float()
-        levels = chosen.flip(0)
+        levels = zero_terminal(self.shifted_alphas[timesteps[::-1]]).flip(0)
         nearest = (levels[:, None] - self.alphas_sqrt).abs().argmin(dim=1)
         return SamplerTable(
             timesteps=timesteps,
@@ -93,10 +93,12 @@ class NoiseSchedule:
         )
 
 
-def zero_terminal(alphas_sqrt: Tensor) -> Tensor:
-    """Shift and scale so that the last value is 0 and the first stays."""
+def zero_terminal(alphas: Tensor) -> Tensor:
+    """Their square roots as float32, shifted and scaled so that the last is 0 and the first stays."""
+    # torch's own float32 root is not rounded alike on every machine; through float64 it is
+    alphas_sqrt = alphas.float().double().sqrt().float()
     first, last = alphas_sqrt[0], alphas_sqrt[-1]
-    return (alphas_sqrt - last) * first / (first - last)
+    return (alphas_sqrt - last) * (first / (first - last))
 
 
 def noise_level(alpha_sqrt: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ Source: LanDiff (arXiv 2503.04606), semantic tokenizer; sizes and masks as in th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ from vector_quantize_pytorch.vector_quantize_pytorch import cdist
 
 from model_zoo.attention import attention
 from model_zoo.config import TokenizerConfig
+
+log = logging.getLogger(__name__)
 
 NORM_EPS = 1e-5
 FEATURE_EPS = 1e-8  # added to the standard deviation of a feature channel
@@ -357,6 +360,7 @@ class SemanticTokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = Quantizer(config)
         self.decoder = Decoder(config)
+        self.register_load_state_dict_post_hook(_tell_of_statistics)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -476,6 +480,18 @@ class SemanticTokenizer(nn.Module):
                 f"the tokenizer takes features [B, T >= 1, {', '.join(map(str, expected))}] (channels, rows, "
                 f"columns), not {list(features_BTChw.shape)}"
             )
+
+
+def _tell_of_statistics(model: SemanticTokenizer, _keys: object) -> None:
+    """Released inference never normalises; whether training did, only the stored statistics can tell (§8.3)."""
+    if model.config.normalize_features or model.mean.is_meta:
+        return
+    if bool(model.mean.any()) or bool((model.std != 1).any()):
+        low, high = float(model.std.min()), float(model.std.max())
+        log.warning(
+            f"the tokenizer's weights hold feature statistics (means up to {float(model.mean.abs().max()):.3g}, deviations {low:.3g} "
+            f"to {high:.3g}), and normalize_features is off, as in the released inference. Where new videos come back badly, set it"
+        )
 
 
 def codebook_usage(indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:

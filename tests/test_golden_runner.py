@@ -1,27 +1,31 @@
-"""`pytest tests/golden --golden-root DIR`: cases by the beginning of their names, sizes from their configs, nothing unserved."""
+"""`pytest tests/golden --golden-root DIR`: cases by the beginning of their names, sizes from their configs, nothing unserved.
+
+The cases of other sizes come from tests/golden/formulas, a second implementation of the specification that shares no
+line with the models; that it says what the reference says is tested here on the released cases.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_zoo.config import SemanticConditionConfig
-from model_zoo.convert.release_diffusion import semantic_rules
-from model_zoo.convert.release_lm import RULES
-from model_zoo.convert.rules import convert
-from model_zoo.lm import MicroConditions, sinusoid
-from model_zoo.semantic_condition import SemanticCondition
-from model_zoo.tokenizer import decoder_mask, encoder_mask
+from tests.golden.conftest import PREFIXES, Case, served_by
+from tests.golden.formulas import diffusion, frozen, lm, tokenizer
+from tests.golden.formulas.cases import CASES, write_cases
+from tests.golden.formulas.weights import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "golden" / "data"
+RELEASED = sorted(path.name for path in DATA.iterdir() if path.is_dir())
 
 
 def golden(root: Path, *select: str) -> tuple[int, str]:
@@ -31,68 +35,87 @@ def golden(root: Path, *select: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def write_case(folder: Path, config: dict, **files: dict[str, Tensor]) -> None:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, tensors in files.items():
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+# ---------------------------------------------------------------- the formulas against the reference
 
 
-def other_micro_condition(folder: Path) -> None:
-    """Sizes that no case at hand has; the numbers are our own, since it is the runner that is on trial."""
-    model = MicroConditions(out_size := 20, 12, 8)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    given = {"frames": torch.tensor([1.0, 4.0, 9.0, 2.0]), "motion_score": torch.tensor([0.0, 0.5, 1.5, 0.2])}
-    rules = [rule for rule in RULES if "micro" in rule.ours]
-    weights = convert({f"micro.{name}": t for name, t in model.state_dict().items()}, rules, "to_theirs")
-    with torch.no_grad():
-        outputs = {
-            "sinusoid_frames": sinusoid(given["frames"], 8), "sinusoid_motion": sinusoid(given["motion_score"], 8),
-            "micro_condition": model(given["frames"], given["motion_score"]),
-            "micro_condition_defaults": model(torch.ones(4), torch.zeros(4)),
-        }
-    write_case(folder, {"freq_dim": 8, "hidden": 12, "out_dim": out_size}, weights=weights, inputs=given, outputs=outputs)
+def gradients_in(outputs: dict[str, Tensor], prefix: str) -> tuple[str, ...]:
+    return tuple(name.removeprefix(prefix) for name in outputs if name.startswith(prefix))
 
 
-def other_upsampler(folder: Path) -> None:
-    config = SemanticConditionConfig(feature_channels=5, base_channels=32, channel_multipliers=(2, 1, 1), num_res_blocks=2, out_channels=3)
-    model = SemanticCondition(config, 6).eval()
-    torch.nn.init.normal_(model.projection.weight)
-    features = torch.randn(3, 5, 2, 4)
-    sizes = {"z_channels": 5, "ch": 32, "ch_mult": [2, 1, 1], "num_res_blocks": 2, "out_ch": 3, "target_dim": 6}
-    with torch.no_grad():
-        outputs = {"upsampled": model.upsample(features), "latent": model(features[:, None])[:, 0]}
-    weights = convert(model.state_dict(), semantic_rules("", ""), "to_theirs")
-    write_case(folder, sizes, weights=weights, inputs={"features": features}, outputs=outputs)
+def sampled(w: Weights, sizes: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for run in sizes["runs"]:
+        parts, _ = lm.sample(w, sizes, inputs["text_embeddings"], run, outputs[f"{run['name']}.drawn"])
+        found |= {f"{run['name']}.{name}": tensor for name, tensor in parts.items()}
+    return found
 
 
-def other_masks(folder: Path) -> None:
-    combo = {"T": 7, "tokens_per_frame": 10, "iframe_tokens": 2, "pframe_tokens": 5}
-    sizes, name = tuple(combo.values()), "T7_n10_I2_P5"
-    masks = {f"enc_{name}": encoder_mask(*sizes), f"dec_{name}": decoder_mask(*sizes)}
-    write_case(folder, {"combos": [combo]}, outputs=masks)
+FORMULAS: dict[str, Callable[..., dict[str, Tensor]]] = {  # (weights, sizes, inputs, the case's outputs)
+    "tokenizer_masks": lambda w, s, i, o: tokenizer.masks(s),
+    "tokenizer_forward": lambda w, s, i, o: tokenizer.forward(w, s, i)[0],
+    "tokenizer_train_step": lambda w, s, i, o: tokenizer.train_step(w, s, i["features"], gradients_in(o, "grad."))[0],
+    "lm_teacher_forced": lambda w, s, i, o: lm.teacher_forced(w, s, i),
+    "lm_micro_condition": lambda w, s, i, o: lm.micro_conditions(w, s, i),
+    "lm_sampling": sampled,
+    "diffusion_control_forward": lambda w, s, i, o: diffusion.control_forward(w, s, i),
+    "diffusion_loss": lambda w, s, i, o: diffusion.loss(w, s, i, gradients_in(o, "fixed0.grad.")),
+    "diffusion_sampling": lambda w, s, i, o: diffusion.sampling(w, s, i),
+    "semantic_upsampler": lambda w, s, i, o: diffusion.upsampler(w, s, i),
+    "noise_schedule": lambda w, s, i, o: diffusion.noise_schedule(s),
+    "vae": lambda w, s, i, o: frozen.vae(w, s, i),
+    "feature_extractor": lambda w, s, i, o: frozen.feature_extractor(w, s, i),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_formulas_say_what_the_reference_says(name):
+    case = Case(DATA / name)
+    outputs, kind = case.outputs, served_by(name, PREFIXES)
+    with torch.set_grad_enabled(kind in ("tokenizer_train_step", "diffusion_loss")):
+        found = FORMULAS[kind](Weights(case.weights), case.config, case.inputs, outputs)
+    assert found.keys() == outputs.keys()
+    for key, expected in outputs.items():
+        # a factor of five below what the reference's README allows; measured: below 2e-5
+        torch.testing.assert_close(found[key], expected, atol=2e-5, rtol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ---------------------------------------------------------------- the runner
+
+
+def spoil(folder: Path) -> None:
+    """Move every number of a case's outputs by a little more than its tolerance."""
+    outputs = load_file(folder / "outputs.safetensors")
+    save_file({k: t + 5e-4 if t.is_floating_point() else t for k, t in outputs.items()}, folder / "outputs.safetensors")
 
 
 def test_cases_of_other_names_and_sizes_are_run_and_wrong_numbers_fail(tmp_path):
-    copied = {"lm_micro_condition": "lm_micro_condition_again", "noise_schedule": "noise_schedule-2", "lm_teacher_forced": "lm_teacher_forced.b",
-              "tokenizer_masks": "tokenizer_masks_small"}
+    write_cases(tmp_path)
+    assert {served_by(name, PREFIXES) for name in CASES} == PREFIXES
+    copied = {"lm_micro_condition": "lm_micro_condition_again", "noise_schedule": "noise_schedule-2",
+              "lm_teacher_forced_two_segments": "lm_teacher_forced.b", "diffusion_sampling_prefix": "diffusion_samplingXL"}
+    wrong = ("tokenizer_forward", "lm_sampling", "lm_micro_condition", "semantic_upsampler", "feature_extractor")
     for name, other in copied.items():
         shutil.copytree(DATA / name, tmp_path / other)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        other_micro_condition(tmp_path / "lm_micro_condition_narrow")
-        other_upsampler(tmp_path / "semantic_upsampler_deep")
-        other_masks(tmp_path / "tokenizer_masks_long")
-    shutil.copytree(DATA / "lm_micro_condition", tmp_path / "lm_micro_condition_wrong")
-    shutil.copy(tmp_path / "lm_micro_condition_narrow" / "outputs.safetensors", tmp_path / "lm_micro_condition_wrong")
-    files = [f"tests/golden/test_{name}.py" for name in ("cases", "lm", "tokenizer", "diffusion")]
+    for name in wrong:
+        shutil.copytree(DATA / name, tmp_path / f"{name}_wrong")
+        spoil(tmp_path / f"{name}_wrong")
+    files = [f"tests/golden/test_{name}.py" for name in ("cases", "lm", "tokenizer", "diffusion", "frozen")]
     code, text = golden(tmp_path, *files)
     assert code == 1, text
-    for name in (*copied.values(), "lm_micro_condition_narrow", "semantic_upsampler_deep", "tokenizer_masks_long"):
-        assert any(line.startswith("PASSED") and name in line for line in text.splitlines()), (name, text)
-    failed = [line for line in text.splitlines() if line.startswith("FAILED")]
-    assert len(failed) == 1 and "lm_micro_condition_wrong" in failed[0], text
+    lines = text.splitlines()
+    for name in (*CASES, *copied.values()):
+        assert any(line.startswith("PASSED") and f"[{name}]" in line for line in lines), (name, text)
+    failed = {line.partition("[")[2].partition("]")[0] for line in lines if line.startswith("FAILED")}
+    assert failed == {f"{name}_wrong" for name in wrong}, text
+
+
+@pytest.mark.long
+def test_the_whole_runner_passes_on_released_cases_elsewhere_and_on_others_of_another_seed(tmp_path):
+    write_cases(tmp_path, seed=7)
+    for name in RELEASED:
+        shutil.copytree(DATA / name, tmp_path / f"{name}_elsewhere")
+    code, text = golden(tmp_path)
+    assert code == 0, text
 
 
 def test_an_unknown_case_or_none_fails_the_run(tmp_path):

@@ -34,6 +34,22 @@ def test_packaged_config_loads_and_dumps(name, tmp_path):
     assert load(cls, path) == config
 
 
+def test_the_paper_size_has_what_the_release_tells_of_training_and_sampling():
+    """Specification §3.6, §4.3, §4.7, §5.4-§5.7; batch sizes and rates it does not tell."""
+    lm, diffusion, sample = (load(cls, f"landiff/{name}") for cls, name in (
+        (LMTrainConfig, "lm"), (DiffusionTrainConfig, "diffusion-control"), (SampleConfig, "sample")))
+    assert (lm.text_dropout, diffusion.text_dropout, diffusion.prefix.frames, diffusion.phase) == (0.1, 0.1, 7, "control")
+    assert (sample.tokens.guidance, sample.tokens.temperature, sample.tokens.top_k, sample.tokens.top_p) == (7.5, 1.0, None, None)
+    assert not sample.tokens.predict_end and not sample.tokens.reference_behaviour
+    assert (sample.steps, sample.guidance, sample.motion_score, sample.seed, sample.precision) == (50, 6.0, 0.1, 42, "bf16")
+    assert (sample.num_latent_frames, sample.clean_frames, sample.fps) == (13, 7, 8.0)
+    tokenizer = load(TokenizerTrainConfig, "landiff/tokenizer").model
+    assert (tokenizer.codebook_decay, tokenizer.dead_code_threshold, tokenizer.kmeans_iterations) == (0.8, 2.0, 10)
+    assert tokenizer.commitment_weight == 1.0 and not tokenizer.normalize_features
+    latents = load(PrecomputeConfig, "landiff/precompute").columns["latents"]
+    assert latents.sample_seed is not None, "latents are samples of the posterior, not its mean"
+
+
 def test_both_presets_are_complete():
     for preset in ("nano", "landiff"):
         assert {f"{preset}/{stem}" for stem in CLASSES} <= set(packaged_names())

@@ -15,7 +15,15 @@ from model_zoo.config import TokenSamplingConfig
 from model_zoo.dit import ControlledDiffusion
 from model_zoo.frozen.base import LatentCodec, TextEncoder
 from model_zoo.lm import LanguageModel
-from model_zoo.sample.latents import OnStep, SamplerOptions, num_chunks, seeded_noise, stream_latents
+from model_zoo.sample.latents import (
+    OnStep,
+    SamplerOptions,
+    Stop,
+    num_chunks,
+    seeded_noise,
+    stream_latents,
+    stream_lengths,
+)
 from model_zoo.sample.tokens import Prompts, sample_tokens
 from model_zoo.schedule import NoiseSchedule
 from model_zoo.tokenizer import SemanticTokenizer
@@ -56,6 +64,8 @@ class Generated:
     frames_BFHWC: Tensor  # uint8
 
 
+DEFAULT_MOTION_SCORE = 0.1  # the release's command line's
+
 Note = Callable[[str, int, int], None]  # ("tokens" or "latents", how many are done, of how many)
 
 
@@ -67,17 +77,19 @@ def generate(
     tokens: TokenSamplingConfig,
     sampler: SamplerOptions,
     seeds: Sequence[int],
-    motion_score: float,
+    motion_score: float | None = None,
     clean_frames: int = 7,
     progress: Note | None = None,
 ) -> Generated:
     """One video per prompt. Videos longer than the diffusion model's window are streamed in chunks that keep
-    `clean_frames` latents of the one before. Raises ValueError for an empty prompt or models that don't fit.
+    `clean_frames` latents of the one before; one that ends early (`tokens.predict_end`) keeps its whole chunks.
+    Raises ValueError for an empty prompt, a length that chunks don't make, or models that don't fit.
     """
     models.check()
     check_prompts(prompts)
+    check_length(models.diffusion, num_latent_frames, clean_frames)
     codes_BK = draw_codes(models.lm, models.lm_text(list(prompts)), num_latent_frames, tokens, seeds, motion_score, progress)
-    features = models.tokenizer.decode(codes_BK, num_latent_frames)
+    features = models.tokenizer.decode(codes_BK, models.lm.layout.num_frames(codes_BK.shape[1]))
     states_BLD, _ = models.diffusion_text(list(prompts))
     latents = draw_latents(models.diffusion, models.schedule, states_BLD, features, sampler, seeds, clean_frames, progress)
     return Generated(codes_BK, latents, models.codec.decode(latents))
@@ -88,28 +100,45 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError("a prompt is empty; say what the video shows")
 
 
+def check_length(diffusion: ControlledDiffusion, num_latent_frames: int, clean_frames: int) -> None:
+    window = diffusion.config.transformer.latent_frames
+    shorter, longer = stream_lengths(num_latent_frames, window, clean_frames)
+    if shorter != num_latent_frames:
+        raise ValueError(
+            f"{num_latent_frames} latent frames are no window of {window} and whole chunks of {window - clean_frames} more; "
+            f"the nearest that are: {shorter} and {longer}"
+        )
+
+
 def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames: int, tokens: TokenSamplingConfig,
-               seeds: Sequence[int], motion_score: float, progress: Note | None = None) -> Tensor:
-    """`text`: states and lengths of the language model's encoder -> codes_BK."""
+               seeds: Sequence[int], motion_score: float | None = None, progress: Note | None = None) -> Tensor:
+    """`text`: states and lengths of the language model's encoder -> codes_BK, of fewer frames where the video ends early."""
     text_BLD, lengths_B = text
+    if tokens.predict_end and len(text_BLD) > 1:
+        raise ValueError(f"predict_end = true lets each of the {len(text_BLD)} videos end where it likes; ask for one at a time")
     device = next(lm.parameters()).device
-    motion_score_B = torch.full((len(text_BLD),), motion_score, device=device)
-    return sample_tokens(
+    motion_score_B = torch.full((len(text_BLD),), DEFAULT_MOTION_SCORE if motion_score is None else motion_score, device=device)
+    sampled = sample_tokens(
         lm, Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device)), num_latent_frames, tokens, seeds=seeds,
         progress=None if progress is None else lambda done, total: progress("tokens", done, total),
-    ).codes_BK
+    )
+    return sampled.codes_BK[:, : lm.layout.num_codes(int(sampled.num_frames_B.max()))]
 
 
 def draw_latents(diffusion: ControlledDiffusion, schedule: NoiseSchedule, states_BLD: Tensor, features_BTChw: Tensor,
                  sampler: SamplerOptions, seeds: Sequence[int], clean_frames: int = 7, progress: Note | None = None,
-                 on_step: OnStep | None = None) -> Tensor:
-    """`states`: of the diffusion model's text encoder -> latents_BTCHW."""
+                 on_step: OnStep | None = None, stop: Stop | None = None, start_BTCHW: Tensor | None = None) -> Tensor:
+    """`states`: of the diffusion model's text encoder -> latents_BTCHW. `start`: noise to begin with instead of the seeds'."""
     window = diffusion.config.transformer.latent_frames
     chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
     parts = []
-    noise = seeded_noise([seed + 1 for seed in seeds])  # runs on from chunk to chunk; not the tokens' numbers
+    drawn = seeded_noise([seed + 1 for seed in seeds])  # runs on from chunk to chunk; not the tokens' numbers
+
+    def noise(step: int, shape: tuple[int, ...]) -> Tensor:
+        return drawn(step, shape) if step or start_BTCHW is None else start_BTCHW.float()
+
     for part in stream_latents(diffusion, schedule, states_BLD.to(features_BTChw), features_BTChw, lambda _chunk: noise,
-                               sampler, window, clean_frames, on_step):
+                               sampler, window, clean_frames, on_step, stop):
         parts.append(part)
         if progress is not None:
             progress("latents", len(parts), chunks)

@@ -46,6 +46,7 @@ class SamplerStep:
 
 
 OnStep = Callable[[SamplerStep], Tensor | None]
+Stop = Callable[[], bool]  # asked after each step: true ends the sampling with the state as it is
 
 
 def guidance_scale(options: SamplerOptions, step: int, timestep: int) -> float:
@@ -69,6 +70,17 @@ def seeded_noise(seeds: Sequence[int]) -> Noise:
     return noise
 
 
+def reference_noise(generator: torch.Generator) -> Noise:
+    """Draws in the reference's number and order: two a step, of which the second counts, but one for the start and
+    for the first step. A seed then gives what it gives there, on the generator's device."""
+
+    def noise(step: int, shape: tuple[int, ...]) -> Tensor:
+        drawn = [torch.randn(shape, generator=generator, device=generator.device) for _ in range(1 if step < 2 else 2)]
+        return drawn[-1]
+
+    return noise
+
+
 def sample_latents(
     model: ControlledDiffusion,
     schedule: NoiseSchedule,
@@ -78,6 +90,7 @@ def sample_latents(
     options: SamplerOptions | None = None,
     prefix_BKCHW: Tensor | None = None,
     on_step: OnStep | None = None,
+    stop: Stop | None = None,
 ) -> Tensor:
     """float32 [B, T, C, H, W] scaled latents; T is the features' number of frames.
 
@@ -96,6 +109,8 @@ def sample_latents(
         estimate = _guided_denoiser(model, text_BLD, semantic)
         for done in _solve(estimate, schedule, state, noise, options, prefix_BKCHW, on_step):
             result = done.state
+            if stop is not None and stop():
+                break
     return fix_prefix(result, prefix_BKCHW)
 
 
@@ -109,6 +124,7 @@ def stream_latents(
     window: int = 13,
     clean: int = 7,
     on_step: OnStep | None = None,
+    stop: Stop | None = None,
 ) -> Iterator[Tensor]:
     """Latents of a long clip, chunk by chunk: first `window` frames, then `window - clean` new ones each time.
 
@@ -125,8 +141,10 @@ def stream_latents(
     for chunk in range(chunks):
         features = features_BTChw[:, chunk * stride : chunk * stride + window]
         prefix = None if last is None else last[:, -clean:] if clean else None
-        last = sample_latents(model, schedule, text_BLD, features, noise_of_chunk(chunk), options, prefix, on_step)
+        last = sample_latents(model, schedule, text_BLD, features, noise_of_chunk(chunk), options, prefix, on_step, stop)
         yield last if chunk == 0 else last[:, clean:]
+        if stop is not None and stop():
+            return
 
 
 def num_chunks(num_frames: int, window: int = 13, clean: int = 7) -> int:
@@ -134,6 +152,15 @@ def num_chunks(num_frames: int, window: int = 13, clean: int = 7) -> int:
     if not 0 <= clean < window:
         raise ValueError(f"clean = {clean} must be at least 0 and less than window = {window}")
     return 1 + max(0, num_frames - window) // (window - clean)
+
+
+def stream_lengths(num_frames: int, window: int = 13, clean: int = 7) -> tuple[int, int]:
+    """The nearest lengths, not above and not below `num_frames`, that whole chunks fill."""
+    if num_frames <= window:
+        return num_frames, num_frames
+    stride = window - clean
+    shorter = window + (num_chunks(num_frames, window, clean) - 1) * stride
+    return shorter, shorter + stride * (shorter < num_frames)
 
 
 def latent_shape(model: ControlledDiffusion, text_BLD: Tensor, features_BTChw: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ T text width, P prompt positions (BOS, conditions), N positions of the body from
 
 `reference_behaviour` replays the reference implementation (specification §4.7): one id is drawn at every
 position and thrown away where the token is forced; at code positions structural ids may be drawn, are fed
-back as they are, and become the last code at the very end.
+back as they are, and become the last code at the very end. Ids are drawn by torch's multinomial from a generator
+of the model's device, so that a seed gives what it gives there (0, which means unseeded there, is a seed here).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def sample_tokens(
     if draw is None:
         if len(seeds) != batch:
             raise ValueError(f"{len(seeds)} seeds for {batch} prompts; give one per prompt")
-        draw = seeded_draw(seeds, len(body.draws), body.device)
+        draw = reference_draw(seeds, body.device) if config.reference_behaviour else seeded_draw(seeds, len(body.draws), body.device)
     decoder = _Decoder(model, prompts, num_frames, body.length, guided=config.guidance != 1)
 
     frames_B = torch.full((batch,), num_frames, device=body.device)
@@ -101,6 +102,17 @@ def seeded_draw(seeds: Sequence[int], max_draws: int, device: torch.device) -> D
         threshold_B1 = next(uniforms)[:, None] * cumulative_BV[:, -1:]
         # the first id whose cumulative mass exceeds the threshold: it has a probability above 0
         return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp(max=probabilities_BV.shape[-1] - 1)
+
+    return draw
+
+
+def reference_draw(seeds: Sequence[int], device: torch.device) -> Draw:
+    """Draws as the reference does, whose numbers depend on the device; for each row as if it were alone."""
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def draw(probabilities_BV: Tensor, _step: int) -> Tensor:
+        rows = zip(probabilities_BV, generators, strict=True)
+        return torch.cat([torch.multinomial(row_V, 1, generator=generator) for row_V, generator in rows])
 
     return draw
 

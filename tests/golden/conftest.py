@@ -23,7 +23,10 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        return json.loads((self.path / "config.json").read_text())
+        config = json.loads((self.path / "config.json").read_text())
+        # half precision would need other tolerances
+        assert config.get("dtype", "float32") == "float32", f"{self.path}: the cases are in float32, not {config['dtype']}"
+        return config
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         path = self.path / f"{name}.safetensors"

@@ -7,6 +7,8 @@ import inspect
 import json
 import math
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DiffusionPipeline,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from launchers import sample
 from launchers.config import SampleConfig
 from launchers.sample import load_models
 from model_zoo import registry
@@ -29,6 +33,7 @@ from model_zoo.sample.latents import SamplerOptions, guidance_scale
 from model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a rabbit hops over the grass", "snow"]
 WORDS = PROMPTS[0].split() + PROMPTS[1:]
 TOKENS = TokenSamplingConfig(guidance=2.0)
@@ -69,11 +74,11 @@ def models(folder) -> Models:
     return load_models(sample_config(folder), torch.device("cpu"))
 
 
-def sample_config(folder) -> SampleConfig:
+def sample_config(folder, dtype: str = "float32", **options) -> SampleConfig:
     return SampleConfig(
-        zoo=folder / "zoo", out=folder / "out", lm_text={"kind": "flan-t5", "path": str(folder / "flan-t5"), "dtype": "float32", "max_length": 16},
-        diffusion_text={"kind": "t5-v1.1", "path": str(folder / "t5"), "dtype": "float32", "max_length": 5},
-        codec={"kind": "cogvideox-vae", "path": str(folder / "vae"), "dtype": "float32"},
+        zoo=folder / "zoo", out=folder / "out", lm_text={"kind": "flan-t5", "path": str(folder / "flan-t5"), "dtype": dtype, "max_length": 16},
+        diffusion_text={"kind": "t5-v1.1", "path": str(folder / "t5"), "dtype": dtype, "max_length": 5},
+        codec={"kind": "cogvideox-vae", "path": str(folder / "vae"), "dtype": dtype}, **options,
     )
 
 
@@ -101,6 +106,16 @@ def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected
     latents = pipe(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL).frames
     assert torch.equal(latents, expected.latents_BTCHW)
     assert expected.frames_BFHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BFHWC.float().std() > 1
+
+
+def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch):
+    """All of `landiff sample` but the mp4 file itself, which loses a little."""
+    written = []
+    monkeypatch.setattr(sample, "write_mp4", lambda _path, frames, _fps: written.append(torch.from_numpy(frames)))
+    sample.sample_videos(sample_config(folder, prompts=PROMPTS, num_latent_frames=5, steps=3, guidance=4.5, tokens=TOKENS,
+                                       motion_score=0.2, clean_frames=1, seed=SEED))
+    found = pipe(PROMPTS, guidance_scale=4.5, generator=seeded(SEED), output_type="uint8", **{**CALL, "num_frames": 17})
+    assert torch.equal(torch.stack(written), found.frames)
 
 
 def test_save_and_load_give_the_same_video(saved, expected):
@@ -151,6 +166,7 @@ def test_nothing_is_left_over_between_calls(pipe):
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(generator.get_state(), before)
     other = pipe(PROMPTS[0], generator=seeded(2), **CALL).frames
     assert not np.array_equal(first, other)
+    assert pipe(PROMPTS[0], generator=seeded(-1), **CALL).frames.shape == first.shape  # torch's largest seed
 
 
 def test_without_a_generator_every_call_is_another_and_follows_the_global_seed(pipe):
@@ -205,15 +221,108 @@ def test_callbacks_hear_every_step_and_may_change_the_latents(pipe):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loads_and_runs_with_the_quantiser_in_float32(saved, dtype):
     half = LanDiffPipeline.from_pretrained(saved, torch_dtype=dtype)
-    floats = {name: {p.dtype for p in getattr(half, name).parameters()} for name in ("lm", "control", "transformer", "vae")}
+    floats = {name: {p.dtype for p in getattr(half, name).parameters()} for name in ("control", "transformer", "vae")}
     assert all(found == {dtype} for found in floats.values()), floats
+    kept = {name for name, p in half.lm.named_parameters() if p.dtype == torch.float32}
+    assert kept == {name for name, _ in half.lm.named_parameters() if "norm" in name or "head" in name}
+    assert {p.dtype for name, p in half.lm.named_parameters() if name not in kept} == {dtype}
     assert {b.dtype for b in half.semantic_tokenizer.model.quantizer.buffers() if b.is_floating_point()} == {torch.float32}
     found = half(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL)
     assert found.frames.dtype == torch.float32 and torch.isfinite(found.frames).all()
 
 
+def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, saved, tmp_path):
+    loaded = load_models(sample_config(folder, "bfloat16", precision="bf16"), torch.device("cpu"))
+    wanted = generate(loaded, PROMPTS, 3, TOKENS, SamplerOptions(num_steps=3), [SEED, SEED + 1000], 0.2, clean_frames=1)
+    half = LanDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    for pipe in (half, LanDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
+        found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+        assert torch.equal(found.codes, wanted.codes_BK) and torch.equal(found.frames, wanted.frames_BFHWC)
+
+
+def test_all_components_follow_a_cast_and_come_back(saved):
+    pipe = LanDiffPipeline.from_pretrained(saved)
+    assert pipe.components.keys() == set(inspect.signature(LanDiffPipeline.__init__).parameters) - {"self"}
+    for dtype in (torch.float16, torch.float32):
+        pipe.to(dtype=dtype)
+        assert {c.dtype for c in pipe.components.values() if hasattr(c, "dtype")} == {dtype}
+
+
+def test_diffusers_finds_the_class_by_the_file_in_the_folder(saved, expected):
+    pipe = DiffusionPipeline.from_pretrained(saved, custom_pipeline="pipeline", trust_remote_code=True)
+    assert type(pipe) is LanDiffPipeline
+    found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+    assert torch.equal(found.frames, expected.frames_BFHWC)
+
+
+def test_the_code_in_the_documentation_runs(folder, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "pipeline.md").read_text()
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample.yaml").write_text(sample_config(folder, clean_frames=1).model_dump_json())
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+    assert names["video"].shape == (49, 32, 48, 3) and names["pipe"].scheduler.config.clean_frames == 1
+
+
+def test_several_videos_of_one_prompt_are_those_of_their_seeds(pipe):
+    both = pipe(PROMPTS[1], generator=seeded(3, 4), num_videos_per_prompt=2, output_type="latent", **CALL)
+    listed = pipe([PROMPTS[1]] * 2, generator=seeded(3, 4), output_type="latent", **CALL)
+    assert torch.equal(both.frames, listed.frames) and not torch.equal(both.frames[0], both.frames[1])
+
+
+def test_given_start_noise_takes_the_place_of_the_seed(pipe):
+    shape = (1, 3, 4, 4, 6)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1))
+    plain = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", **{**CALL, "num_inference_steps": 2})
+    assert plain.frames.shape == shape
+    given = pipe(PROMPTS[0], generator=seeded(SEED), latents=noise, output_type="latent", **{**CALL, "num_inference_steps": 2})
+    other = pipe(PROMPTS[0], generator=seeded(SEED), latents=-noise, output_type="latent", **{**CALL, "num_inference_steps": 2})
+    assert torch.equal(given.codes, plain.codes) and not torch.equal(given.frames, other.frames)
+    with pytest.raises(ValueError, match=r"latents of shape \[1, 2, 4, 4, 6\]"):
+        pipe(PROMPTS[0], latents=noise[:, :2], **CALL)
+
+
+def test_a_callback_may_interrupt_and_the_next_call_runs_whole(pipe):
+    heard = []
+
+    def stop_after_two(owner, step, _timestep, given):
+        heard.append(given["latents"].clone())
+        owner._interrupt = step == 1
+        return {}
+
+    stopped = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", callback_on_step_end=stop_after_two, **CALL)
+    assert pipe.interrupt and len(heard) == 2 and torch.equal(stopped.frames, heard[1])
+    whole = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", **CALL)
+    assert not pipe.interrupt and pipe.num_timesteps == 3 and not torch.equal(whole.frames, stopped.frames)
+
+
+def test_a_video_of_several_chunks_and_one_that_ends_early(pipe, monkeypatch):
+    window = pipe.transformer.sizes.latent_frames
+    assert window == 3 and pipe.lm.model.config.segment_frames < 7
+    call = {**CALL, "num_frames": 1 + 6 * 4}
+    frames = pipe(PROMPTS[0], generator=seeded(SEED), output_type="uint8", **call).frames
+    assert frames.shape[1] == 25
+    early = {**call, "token_sampling": TokenSamplingConfig(predict_end=True)}
+    model, wants_to_end = pipe.lm.model, torch.zeros(pipe.lm.model.layout.vocab_size)
+    wants_to_end[model.layout.eos] = 1e4
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda x_BSD: logits(x_BSD) + wants_to_end)
+    ended = pipe(PROMPTS[0], generator=seeded(SEED), output_type="uint8", **early)
+    # it may end behind the first frame of the second segment at the soonest; a fourth latent frame fills no chunk
+    assert model.layout.num_frames(ended.codes.shape[1]) == 4 and ended.frames.shape[1] == 9
+
+
 def test_offloading_and_tiling_change_where_not_what(saved, expected):
     pipe = LanDiffPipeline.from_pretrained(saved)
+    with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="there is none"):
+            pipe.enable_model_cpu_offload()
     pipe.enable_model_cpu_offload(device="cpu")
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
     assert torch.equal(found, expected.frames_BFHWC)
@@ -230,6 +339,8 @@ def test_wrong_arguments_are_told_apart(pipe):
         ({"prompt": " "}, "prompt is empty"), ({"prompt": "snow", "num_frames": 5}, r"1 \+ 8 \* k"),
         ({"prompt": "snow", "output_type": "gif"}, "must be one of np, pt, pil"),
         ({"prompt": PROMPTS, "generator": seeded(1, 2, 3)}, "3 generators for 2 prompts"),
+        ({"prompt": "snow", "num_videos_per_prompt": 0}, "must be at least 1"), ({"prompt": []}, "prompt is empty"),
+        ({"prompt": PROMPTS, "token_sampling": TokenSamplingConfig(predict_end=True)}, "one at a time"),
     ]:
         with pytest.raises(ValueError, match=message):
             pipe(**{**CALL, **arguments})
@@ -240,6 +351,23 @@ def test_models_not_made_for_each_other_are_refused(pipe):
     sizes = T5Config(vocab_size=32, d_model=8, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="text width of the language model = 16, of its text encoder = 8"):
         LanDiffPipeline(**{**whole, "lm_text_encoder": T5EncoderModel(sizes)})("snow", **CALL)
+
+
+def test_lengths_that_chunks_do_not_fill_are_refused_before_anything_runs(pipe, models):
+    pipe.scheduler.register_to_config(clean_frames=0)  # chunks of 3 latents
+    with pytest.raises(ValueError, match="num_frames = 17 .* nearest that are: 9 and 21"):
+        pipe("snow", **{**CALL, "num_frames": 17})
+    pipe.scheduler.register_to_config(clean_frames=1)
+    with pytest.raises(ValueError, match="4 latent frames .* nearest that are: 3 and 5"):
+        generate(models, ["snow"], 4, TOKENS, SamplerOptions(num_steps=2), [0], clean_frames=1)
+
+
+def test_no_motion_score_is_the_default_one(pipe):
+    heard = []
+    hook = pipe.lm.model.micro.register_forward_hook(lambda _module, given, _output: heard.append(given[1].tolist()))
+    pipe("snow", output_type="latent", **{**CALL, "motion_score": None})
+    hook.remove()
+    assert heard == [[pytest.approx(0.1)] * 2]  # with the text and without
 
 
 def test_dynamic_guidance_is_the_expression_of_diffusers_pipeline():

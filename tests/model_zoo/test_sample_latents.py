@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from model_zoo.sample.latents import (
     SamplerOptions,
     guidance_scale,
     num_chunks,
+    reference_noise,
     sample_latents,
     seeded_noise,
     stream_latents,
@@ -19,6 +23,7 @@ from model_zoo.sample.latents import (
 from model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.test_dit import TINY, randomize
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "diffusion_sampling"
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 FEW = SamplerOptions(num_steps=3)
 
@@ -107,6 +112,24 @@ def test_exact_network_leads_to_x0_whatever_the_noise():
         latents = sample_latents(model, SCHEDULE, *conditions(), seeded_noise([seed]), SamplerOptions(num_steps=20))
         # as in the reference the answer is read at a level up to one timestep off the one that was asked
         torch.testing.assert_close(latents, model.x0_BTCHW, atol=5e-2, rtol=0)
+
+
+def test_noise_of_a_seed_is_the_references_in_its_order_and_number(model):
+    steps = json.loads((GOLDEN / "config.json").read_text())["randn_draws_per_step"]  # recorded from the reference
+    taken = torch.Generator().manual_seed(5)
+    used = []
+
+    def noise(step, shape):
+        used.append(replay(step, shape))
+        return used[-1]
+
+    replay = reference_noise(taken)
+    sample_latents(model, SCHEDULE, *conditions(), noise, SamplerOptions(num_steps=len(steps)))
+    again = torch.Generator().manual_seed(5)
+    expected = [torch.randn(used[0].shape, generator=again)]
+    expected += [[torch.randn(used[0].shape, generator=again) for _ in range(count)][-1] for count in steps if count]
+    assert len(used) == len(expected) and all(torch.equal(a, b) for a, b in zip(used, expected, strict=True))
+    assert torch.equal(taken.get_state(), again.get_state())
 
 
 def test_prefix_is_returned_untouched_and_guides_the_rest(model):

@@ -1,6 +1,7 @@
 """The sampler against a loop that recomputes everything, and each promise of its docstrings alone."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from model_zoo.config import LMConfig, TokenSamplingConfig
 from model_zoo.lm import LanguageModel
 from model_zoo.sample.tokens import Prompts, keep_top_k, keep_top_p, sample_tokens, seeded_draw
 from model_zoo.token_layout import CODE, IGNORE
+from tests.golden.conftest import Case
+from tests.golden.test_lm import model_of
 
+GOLDEN = Case(Path(__file__).parents[1] / "golden" / "data" / "lm_sampling")
 CONFIG = LMConfig(codebook_size=20, iframe_tokens=3, pframe_tokens=2, segment_frames=2, hidden_size=32, num_layers=2,
                   num_heads=2, ffn_size=48, max_positions=60, text_dim=12, max_text_tokens=6, micro_hidden_size=16,
                   micro_frequency_dim=8)
@@ -141,6 +145,16 @@ def test_reference_behaviour_feeds_such_ids_back_and_clamps_them_at_the_end(mode
     codes = sample_tokens(model, some_prompts(1), 1, config, seeds=[0]).codes_BK
     assert torch.cat(fed[1:], 1)[0].tolist() == [model.layout.start_iframe, eos, eos, eos, model.layout.end_iframe]
     assert codes.tolist() == [[CONFIG.codebook_size - 1] * 3]
+
+
+@pytest.mark.parametrize("run", [run for run in GOLDEN.config["runs"] if "rng" in run], ids=lambda run: run["name"])
+def test_a_seed_gives_in_reference_behaviour_what_the_reference_drew_with_it(run):
+    """The golden cases record the seed of their draws too; on a CPU it gives the recorded codes."""
+    config = TokenSamplingConfig(guidance=run.get("guidance_scale") or 1.0, temperature=run.get("temperature") or 1.0,
+                                 top_k=run.get("top_k"), top_p=run.get("top_p"), reference_behaviour=True)
+    prompts = Prompts(GOLDEN.inputs["text_embeddings"], GOLDEN.inputs[f"{run['name']}.motion_score"])
+    sampled = sample_tokens(model_of(GOLDEN), prompts, run["num_frames"], config, seeds=[run["rng"]])
+    assert torch.equal(sampled.codes_BK, GOLDEN.outputs[f"{run['name']}.codes"])
 
 
 def test_only_codes_cost_a_step(model):

@@ -16,6 +16,7 @@ from model_zoo.convert.release_tokenizer import RULES
 from model_zoo.convert.rules import check_against, convert
 from model_zoo.registry import export, load_model
 from model_zoo.tokenizer import (
+    Quantizer,
     SemanticTokenizer,
     codebook_usage,
     decoder_spans,
@@ -99,6 +100,63 @@ def test_long_clips_are_cut_into_segments_of_their_own(tokenizer):
 
 def test_one_window_may_be_longer_than_a_segment(tokenizer):
     assert tokenizer.encode_latents(features(batch=1, num_frames=40)).shape == (1, 5 + 39 * 2, 12)
+
+
+def test_queries_start_at_the_scale_of_the_width_and_the_codebook_empty():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = SemanticTokenizer(TINY.model_copy(update={"hidden_size": 128, "iframe_tokens": 200, "pframe_tokens": 200}))
+    for table in (fresh.encoder.iframe_queries, fresh.encoder.pframe_queries, fresh.decoder.mask_token):
+        # one deviation in width^-0.5; the mask token alone is 128 numbers, of which it is known to 6 %
+        assert float(table.square().mean().sqrt()) == pytest.approx(128**-0.5, rel=0.2)
+    assert not fresh.quantizer._codebook.initted and not fresh.quantizer._codebook.embed.any()
+
+
+def test_the_target_of_the_loss_is_in_the_working_dtype(tokenizer):
+    half, given = tokenizer.bfloat16().eval(), features() + 100.0  # where bfloat16 is coarse
+    result = half(given)
+    assert float(result.reconstruction) == float(functional.mse_loss(result.decoded.float(), given.bfloat16().float()))
+
+
+def test_stored_statistics_that_nobody_uses_are_told_of(tokenizer, caplog):
+    state = tokenizer.state_dict()
+    tokenizer.load_state_dict(state)
+    assert not caplog.records
+    tokenizer.load_state_dict(state | {"std": state["std"] * 3})
+    assert "deviations 3 to 3" in caplog.text and "normalize_features is off" in caplog.text
+    caplog.clear()
+    normalising = SemanticTokenizer(tokenizer.config.model_copy(update={"normalize_features": True}))
+    normalising.load_state_dict(state | {"std": state["std"] * 3})
+    assert not caplog.records
+
+
+def small_quantizer(**changes) -> Quantizer:
+    """Three codes in as many dimensions as the vectors have, the third far from all of them and never used."""
+    quantizer = Quantizer(TokenizerConfig(token_size=4, codebook_size=3, codebook_dim=4, **changes)).train()
+    book = quantizer._codebook
+    book.initted.fill_(True)
+    book.embed.copy_(torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 50, 50]]]))
+    book.cluster_size.copy_(torch.tensor([[10.0, 10, 0]]))
+    book.embed_avg.fill_(1e-5)
+    return quantizer
+
+
+def test_an_unused_code_is_smoothed_by_a_hundred_thousandth():
+    quantizer = small_quantizer(dead_code_threshold=0.0)
+    quantizer.quantize(torch.zeros(1, 20, 4))
+    # an average that decayed to 0.8e-5, over a count of 0 that was raised to 1e-5
+    torch.testing.assert_close(quantizer._codebook.embed[0, 2], torch.full((4,), 0.8), atol=1e-3, rtol=0)
+
+
+def test_a_code_that_fewer_than_two_vectors_use_becomes_one_of_them():
+    quantizer, vectors = small_quantizer(), torch.randn(1, 20, 4, generator=torch.Generator().manual_seed(0))
+    book = quantizer._codebook
+    book.cluster_size[0, 2] = 2  # 1.6 after its decay
+    with torch.random.fork_rng(devices=[]):
+        quantizer.quantize(vectors)
+    assert bool((vectors[0] == book.embed[0, 2]).all(1).any())
+    assert float(book.cluster_size[0, 2]) == 2 and torch.equal(book.embed_avg[0, 2], 2 * book.embed[0, 2])
+    assert bool((book.cluster_size[0, :2] > 2).all())
 
 
 def test_untrained_codebook_refuses_to_encode_and_stays_untrained():

@@ -7,6 +7,7 @@ from torch import nn
 
 from configs.base import Config, ConfigError
 from model_zoo import registry
+from model_zoo.dit import ControlledDiffusion
 from training import rng
 from training.diffusion.config import DiffusionTrainConfig
 
@@ -31,9 +32,14 @@ def build_model(config: DiffusionTrainConfig) -> nn.Module:
         main.load_state_dict(entry.load(), strict=True)
     if config.phase == "control":
         model.copy_main_to_control()
-        model.transformer.requires_grad_(False)
-        model.control.final_norm.requires_grad_(False)  # influences nothing; ZeRO would let weight decay shrink it
+        freeze_main(model)
     return model
+
+
+def freeze_main(model: ControlledDiffusion) -> None:
+    """What phase control leaves as it is (§5.4)."""
+    model.transformer.requires_grad_(False)
+    model.control.final_norm.requires_grad_(False)  # influences nothing; ZeRO would let weight decay shrink it
 
 
 def load_tokenizer(config: DiffusionTrainConfig, device: torch.device) -> nn.Module | None:

@@ -43,6 +43,8 @@ def test_geometry_and_values_are_those_of_one_whole_pass(codec, network):
     assert (latents.transpose(1, 2) / 1.15258426 - chunked).abs().max() > 1e-3  # diffusers' own chunks differ
     decoded = codec.decode(latents)
     assert (decoded.shape, decoded.dtype) == ((1, 17, 16, 24, 3), torch.uint8)
+    levels = (codec.decode_pixels(latents).permute(0, 2, 3, 4, 1) + 1) * 127.5
+    assert (decoded - levels.clamp(0, 255)).abs().max() <= 0.5  # the nearest of 256 levels
 
 
 def test_noise_moves_the_latent_by_the_clamped_standard_deviation(codec):
