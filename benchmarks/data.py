@@ -16,7 +16,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,12 @@ from safetensors.torch import load as load_safetensors
 
 from configs import load
 from data_pipeline import precompute
-from data_pipeline.columns import pack_tensor
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.precompute_config import PrecomputeConfig
 from data_pipeline.schema import RAW, Column, Manifest, RawSample, column_stem, fingerprint
 from data_pipeline.shards import ShardWriter, write_manifest
+from data_pipeline.tensors import pack_tensor
 from data_pipeline.video import encode_clip
 from model_zoo import registry
 from model_zoo.config import ModelConfig
@@ -87,13 +87,15 @@ def write_large_columns(data: Path, shards: int, samples: int) -> None:
     write_manifest(data, manifest.model_copy(update={"columns": columns}))
 
 
-def best_cpu_s(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return min(times)
+def best_cpu_s(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Processor seconds of each, in turns, so that what else the machine does meets them all alike."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for own, work in zip(times, works, strict=True):
+            begin = time.process_time()
+            work()
+            own.append(time.process_time() - begin)
+    return [min(own) for own in times]
 
 
 def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> list[Row]:
@@ -124,14 +126,12 @@ def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> li
             for _ in range(PASSES * total // batch_size - ahead):  # those that nobody takes are read too
                 loader.next_batch()
 
-    rows = []
-    for what, work in (("reading the bytes", read_bytes), ("webdataset", read_webdataset),
-                       ("loader", lambda: read_loader(0)), ("loader, reading ahead", lambda: read_loader(1)),
-                       ("loader, 2 threads", lambda: read_loader(1, read_threads=2)),
-                       ("loader, checksum", lambda: read_loader(0, checksum=True))):
-        seconds = best_cpu_s(work, repeats)
-        rows.append(Row(what, PASSES * total / seconds, PASSES * size / seconds / 1e6))
-    return rows
+    works = {"reading the bytes": read_bytes, "webdataset": read_webdataset,
+             "loader": lambda: read_loader(0), "loader, reading ahead": lambda: read_loader(1),
+             "loader, 2 threads": lambda: read_loader(1, read_threads=2),
+             "loader, checksum": lambda: read_loader(0, checksum=True)}
+    return [Row(what, PASSES * total / seconds, PASSES * size / seconds / 1e6)
+            for what, seconds in zip(works, best_cpu_s([*works.values()], repeats), strict=True)]
 
 
 def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -> tuple[list[Row], str]:

@@ -21,12 +21,13 @@ import numpy as np
 from torch import Tensor
 
 from configs.base import ConfigError
-from data_pipeline.columns import AlignedColumns, Buffers, require_encoder
+from data_pipeline.columns import AlignedColumns, require_encoder
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.order import BatchOrder, Source
 from data_pipeline.remote import open_remote
 from data_pipeline.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
 from data_pipeline.shards import ShardError, read_manifest
+from data_pipeline.tensors import Buffers
 
 __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 
@@ -176,15 +177,14 @@ class Loader:
     def _read(self, step: int, positions: np.ndarray) -> list[Sample]:
         """Samples of global batch `step`, all in one piece of memory."""
         sources, places = self._order.locate(step, positions)
-        sets = [self._sets[source] for source in sources]
-        plans = [one.plan(int(shard), int(slot)) for one, shard, slot in zip(sets, places.shard, places.slot, strict=True)]
-        memory = self._buffers.take(sum(plan.size for plan in plans))
-        samples, begin = [], 0
-        for at, (one, plan) in enumerate(zip(sets, plans, strict=True)):
-            meta, tensors = one.read(plan, memory[begin:])
-            begin += plan.size
-            samples.append(Sample(key=meta.key, epoch=int(places.epoch[at]), index=step * self.config.global_batch_size + int(positions[at]),
-                                  position=int(positions[at]), meta=meta, tensors=tensors))
+        where = list(zip(sources.tolist(), places.shard.tolist(), places.slot.tolist(), strict=True))
+        sizes = [self._sets[source].size(shard, slot) for source, shard, slot in where]
+        memory, begin, samples = self._buffers.take(sum(sizes)), 0, []
+        first = step * self.config.global_batch_size
+        for (source, shard, slot), size, epoch, position in zip(where, sizes, places.epoch.tolist(), positions.tolist(), strict=True):
+            meta, tensors = self._sets[source].read(shard, slot, memory[begin:])
+            samples.append(Sample(key=meta.key, epoch=epoch, index=first + position, position=position, meta=meta, tensors=tensors))
+            begin += size
         return samples
 
 

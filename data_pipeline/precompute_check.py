@@ -13,11 +13,12 @@ from torch import Tensor
 
 from configs.files import sha256_file
 from data_pipeline.clips import Clip, ClipReader, Problem, Result
-from data_pipeline.columns import FolderReader, pack_tensor
+from data_pipeline.columns import FolderReader
 from data_pipeline.precompute_config import PrecomputeConfig
 from data_pipeline.precompute_job import Bench, Build, Producer, groups
 from data_pipeline.schema import Manifest, ShardEntry, column_stem
 from data_pipeline.shards import ShardError
+from data_pipeline.tensors import pack_tensor
 from data_pipeline.units import ColumnFolder
 
 TAR_BLOCK = 512

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.clips import Clip, ClipReader, Piece, Problem, Result
-from data_pipeline.columns import pack_tensor
 from data_pipeline.precompute_config import PrecomputeConfig, TextColumn
 from data_pipeline.schema import Manifest, ShardEntry, column_stem
 from data_pipeline.shards import ShardError
+from data_pipeline.tensors import pack_tensor
 from data_pipeline.units import ColumnCard, ColumnFolder, UnitWriter, common_shape, share
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)

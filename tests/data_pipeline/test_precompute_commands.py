@@ -13,11 +13,11 @@ import torch
 
 from configs import ConfigError
 from data_pipeline import precompute
-from data_pipeline.columns import pack_tensor
 from data_pipeline.locks import locked
 from data_pipeline.precompute_status import array_expression, table
 from data_pipeline.schema import RAW
 from data_pipeline.shards import ShardWriter, read_manifest, read_part, read_sidecar, write_manifest
+from data_pipeline.tensors import pack_tensor
 from data_pipeline.units import ColumnFolder, UnitWriter, owner
 from launchers.jobs import parse_share, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
