@@ -80,23 +80,20 @@ def _try(manifest: Manifest, reader: ClipReader, producers: Mapping[str, Produce
          config: PrecomputeConfig) -> tuple[int, list[ColumnEstimate]]:
     seconds, sizes = dict.fromkeys(producers, 0.0), dict.fromkeys(producers, 0)
     rejects: dict[str, dict[str, int]] = {name: {} for name in producers}
-    tried, shard, warm = 0, -1, False
+    tried, shard, encoders = 0, -1, {}
     with torch.inference_mode():
         plan = ((i, any([p.needs_frames(entry) for p in producers.values()])) for i, entry in enumerate(manifest.shards))
         for piece in reader.stream(plan, min(config.batch_size, clips)):
             if piece.shard != shard:
+                if shard < 0:  # the first call pays for what later ones don't
+                    for producer in producers.values():
+                        producer.begin(manifest.shards[piece.shard], piece.clips)(piece.batch)
+                        producer.needs_frames(manifest.shards[piece.shard])
+                encoders = {name: producer.begin(manifest.shards[piece.shard], piece.clips) for name, producer in producers.items()}
                 shard = piece.shard
-                for producer in producers.values():
-                    producer.begin(manifest.shards[shard], piece.clips)
-            if not warm:  # the first call pays for what later ones don't
-                for producer in producers.values():
-                    producer(list(piece.batch))
-                for producer in producers.values():
-                    producer.begin(manifest.shards[shard], piece.clips) if column_is_text(producer) else None
-                warm = True
-            for name, producer in producers.items():
+            for name, encode in encoders.items():
                 begin = time.perf_counter()
-                results = producer(piece.batch)
+                results = encode(piece.batch)
                 seconds[name] += time.perf_counter() - begin
                 for result in results:
                     if isinstance(result, Problem):
@@ -114,10 +111,6 @@ def _try(manifest: Manifest, reader: ClipReader, producers: Mapping[str, Produce
         left = sum(entry.samples for entry in manifest.shards if folder.finished(entry, producer.card.fingerprint) is None)
         rows.append(ColumnEstimate(name, left, seconds[name] / tried * left / 3600, sizes[name] / tried * left / 1e9, rejects[name]))
     return tried, rows
-
-
-def column_is_text(producer: Producer) -> bool:
-    return producer.card.column.get("kind") == "text"
 
 
 # ------------------------------------------------------------------------------------------------ verify
@@ -196,13 +189,12 @@ def _verify_shard(config: PrecomputeConfig, raw: ShardEntry, shard: int, reader:
         check.problems.append(f"{tar} does not have the sha256 of its sidecar; delete both and run `landiff precompute` again")
     stored = FolderReader(config.data, name, f"{column_stem(name)}.safetensors", [sidecar.entry], checksum=True)
     slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
-    begun = False
+    encode = None
     for piece in reader.stream([(shard, True)], config.batch_size):
-        if not begun:
+        if encode is None:
             producer.needs_frames(raw)
-            producer.begin(raw, piece.clips)
-            begun = True
-        for clip, again in zip(piece.batch, producer(piece.batch), strict=True):
+            encode = producer.begin(raw, piece.clips)
+        for clip, again in zip(piece.batch, encode(piece.batch), strict=True):
             check.clips += 1
             try:
                 tensor = stored.read_tensor(0, slots[clip.key]) if clip.key in slots else None

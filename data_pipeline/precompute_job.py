@@ -1,14 +1,17 @@
 """One task of `landiff precompute`: clips decoded, encoded and written at the same time.
 
-Threads decode ahead, this thread runs the encoders, another one writes, hashes and commits: whatever is
-slowest is always busy, and the progress line says how busy each is.
+Threads decode ahead, others run the encoders (one on a GPU, one a core on a CPU), another one writes, hashes and
+commits: whatever is slowest is always busy, and the progress line says how busy each is. What a unit holds does
+not depend on how many threads there are.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -29,6 +32,7 @@ from data_pipeline.units import ColumnCard, ColumnFolder, UnitWriter, common_sha
 Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
 SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
 WRITES_AHEAD = 4  # batches that wait for the writer
+MOST_ENCODE_THREADS = 8  # on a CPU, unless the config says otherwise; each holds a batch of frames
 
 
 class TooManyRejects(ShardError):
@@ -37,17 +41,20 @@ class TooManyRejects(ShardError):
 
 @dataclass
 class Stages:
-    """Seconds by stage, and processor seconds of the thread that it belongs to."""
+    """Seconds by stage, and processor seconds of the threads that worked on it; of all threads together."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         begin, cpu = time.perf_counter(), time.thread_time()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
-        self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + time.thread_time() - cpu
+        seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
+        with self._lock:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+            self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + cpu
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Summary:
     """What one task did."""
 
     columns: dict[str, ColumnSummary]
-    stage_seconds: dict[str, float]  # "decode" is that of all its threads together
+    stage_seconds: dict[str, float]  # each of all its threads together
     cpu_seconds: dict[str, float]  # the same of processor time; of decoder processes (pyav) none
     wall_s: float
 
@@ -76,8 +83,11 @@ class Summary:
         return "; ".join(parts) + f"; {self.wall_s:.1f} s" + (f" (seconds by stage: {stages})" if stages else "")
 
 
+Encode = Callable[[Sequence[Clip]], list[Result]]  # a batch of one shard's clips -> their tensors; from several threads
+
+
 class Producer(Protocol):
-    """Clips of a shard -> tensors of one column."""
+    """Clips -> tensors of one column."""
 
     card: ColumnCard
 
@@ -85,11 +95,8 @@ class Producer(Protocol):
         """Asked ahead, in the order of `begin`."""
         ...
 
-    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> None:
-        """Before the clips of a shard come, in batches."""
-        ...
-
-    def __call__(self, clips: Sequence[Clip]) -> list[Result]:
+    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
+        """What encodes this shard. Its batches begin in order; a batch may end before another that began earlier."""
         ...
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
@@ -109,6 +116,13 @@ class Bench:
     def of(cls, config: PrecomputeConfig) -> Bench:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         return cls(config, torch.device(device), Stages())
+
+    @property
+    def encode_threads(self) -> int:
+        """Batches that are encoded at the same time. A GPU does one after another; a CPU one on each core."""
+        if self.config.encode_threads is not None:
+            return self.config.encode_threads
+        return 1 if self.device.type != "cpu" else min(len(os.sched_getaffinity(0)), MOST_ENCODE_THREADS)
 
     def stack(self, videos: list[np.ndarray]) -> Tensor:
         """uint8 [B, T, H, W, 3] on the device."""
@@ -204,6 +218,30 @@ class Unit:
             self.folder.fail(self.entry, error)
 
 
+class OpenShard:
+    """A shard whose clips are on their way: its units, and what encodes them."""
+
+    def __init__(self, units: dict[str, Unit], encoders: dict[str, Encode]) -> None:
+        self.units, self.encoders = units, encoders
+        self.rejects: dict[str, Counter[str]] = {name: Counter() for name in units}
+
+    def encode_all(self, batch: Sequence[Clip]) -> dict[str, list[Result]]:
+        with torch.inference_mode():
+            return {name: encode(batch) for name, encode in self.encoders.items()}
+
+
+@contextmanager
+def threads_of_torch(bench: Bench) -> Iterator[None]:
+    """Share the cores among the threads that encode."""
+    before = torch.get_num_threads()
+    if bench.device.type == "cpu":
+        torch.set_num_threads(max(1, before // bench.encode_threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Job:
     """One task's run over its shards."""
 
@@ -216,7 +254,7 @@ class Job:
         self.summaries = {name: ColumnSummary() for name in config.columns}
         self.seen: Counter[str] = Counter()  # clips by column, those of units found finished included
         self.done: Counter[str] = Counter()  # clips by column, for the progress line
-        self._rejects: dict[str, Counter[str]] = {name: Counter() for name in config.columns}  # of the unit in work
+        self._open: list[OpenShard] = []  # begun, not yet handed over to be committed
         self._found: set[tuple[str, int]] = set()  # (column, shard) that were finished before
         self._progress = progress
         self._began = (time.perf_counter(), {"decode": 0.0})  # of the columns that go through now
@@ -225,40 +263,51 @@ class Job:
     def run(self) -> Summary:
         begin = time.perf_counter()
         try:
-            for names in groups(self.config):
-                self._run_columns(names)
+            with threads_of_torch(self.bench):
+                for names in groups(self.config):
+                    self._run_columns(names)
         finally:
             self._reader.close()
         return Summary(self.summaries, {"decode": self._reader.decode_s, **self.stages.seconds},
                        {"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds}, time.perf_counter() - begin)
 
     def _run_columns(self, names: Sequence[str]) -> None:
-        with torch.inference_mode():
-            with self.stages("load encoders"):
-                producers = self.build(names, self.bench)
-            for name, producer in producers.items():
-                self.folders[name].remove_leftovers()
-                self.folders[name].claim(producer.card, redo=name in self.config.redo)
-            left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
-            self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
-            self._report(names)
-            writer = WriterThread(self.stages)
-            units: dict[str, Unit] = {}
-            try:
-                for piece in self._timed(self._reader.stream(self._plan(left, producers), self.config.batch_size)):
-                    if not units:
-                        units = self._begin(piece, producers)
-                    self._encode(piece, {name: producers[name] for name in units}, units, writer, names)
-                    if piece.last:
-                        self._check(units, last=piece.shard == left[-1])
-                        for unit in units.values():
-                            writer.submit(unit.commit)
-                        units = {}
-                writer.drain()
-            finally:
-                self._end(writer, units, sys.exc_info()[1])
-            for name in names:
-                self._stop_if_too_many(name, last=True)
+        with self.stages("load encoders"):
+            producers = self.build(names, self.bench)
+        for name, producer in producers.items():
+            self.folders[name].remove_leftovers()
+            self.folders[name].claim(producer.card, redo=name in self.config.redo)
+        left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
+        self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
+        self._report(names)
+        self._make(left, producers)
+        for name in names:
+            self._stop_if_too_many(name, last=True)
+
+    def _make(self, left: Sequence[int], producers: Mapping[str, Producer]) -> None:
+        """Decode, encode and write the shards `left`."""
+        encoders = ThreadPoolExecutor(self.bench.encode_threads, thread_name_prefix="encode")
+        writer = WriterThread(self.stages)
+        shard: OpenShard | None = None
+        ahead: deque[tuple[OpenShard, Piece, Future[dict[str, list[Result]]]]] = deque()
+        try:
+            for piece in self._timed(self._reader.stream(self._plan(left, producers), self.config.batch_size)):
+                if shard is None:
+                    shard = self._begin(piece, producers)
+                ahead.append((shard, piece, encoders.submit(shard.encode_all, piece.batch)))
+                if piece.last:
+                    shard = None
+                while len(ahead) > self.bench.encode_threads:
+                    self._hand_over(*ahead.popleft(), writer, last=left[-1])
+            while ahead:
+                self._hand_over(*ahead.popleft(), writer, last=left[-1])
+            writer.drain()
+        finally:
+            encoders.shutdown(cancel_futures=True)
+            writer.close()
+            error = sys.exc_info()[1] or RuntimeError("the task stopped")
+            for unit in {id(unit): unit for one in self._open for unit in one.units.values()}.values():
+                unit.give_up(error)
 
     def _plan(self, left: Sequence[int], producers: Mapping[str, Producer]) -> Iterator[tuple[int, bool]]:
         for shard in left:
@@ -266,34 +315,31 @@ class Job:
                 entry = self.manifest.shards[shard]
                 yield shard, any([producer.needs_frames(entry) for name, producer in producers.items() if (name, shard) not in self._found])
 
-    def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> dict[str, Unit]:
+    def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> OpenShard:
         entry = self.manifest.shards[piece.shard]
-        units = {name: Unit(self.folders[name], entry, producer.card) for name, producer in producers.items()
-                 if (name, piece.shard) not in self._found}
-        for name in units:
-            producers[name].begin(entry, piece.clips)
-            self._rejects[name].clear()
-        return units
+        wanted = {name: producer for name, producer in producers.items() if (name, piece.shard) not in self._found}
+        shard = OpenShard({name: Unit(self.folders[name], entry, producer.card) for name, producer in wanted.items()},
+                          {name: producer.begin(entry, piece.clips) for name, producer in wanted.items()})
+        self._open.append(shard)
+        return shard
 
-    def _encode(self, piece: Piece, producers: Mapping[str, Producer], units: Mapping[str, Unit], writer: WriterThread,
-                names: Sequence[str]) -> None:
-        for name, producer in producers.items():
-            results = producer(piece.batch)
-            self._rejects[name].update(result.reason for result in results if isinstance(result, Problem))
-            writer.submit(units[name].write, piece.batch, results)
+    def _hand_over(self, shard: OpenShard, piece: Piece, encoded: Future[dict[str, list[Result]]], writer: WriterThread, *, last: int) -> None:
+        """What was encoded to the writer; with the last batch of a shard, its units to be committed."""
+        with self.stages("wait for the encoders"):
+            results = encoded.result()
+        for name, unit in shard.units.items():
+            shard.rejects[name].update(result.reason for result in results[name] if isinstance(result, Problem))
+            writer.submit(unit.write, piece.batch, results[name])
             self.done[name] += len(piece.batch)
-        self._report(names)
-
-    def _check(self, units: Mapping[str, Unit], *, last: bool) -> None:
-        """Before units are committed, so that they are made again when the cause of too many rejects is mended."""
-        for name, unit in units.items():
-            self._count(name, self._rejects[name], unit.entry.samples, made=1)
-            self._stop_if_too_many(name, last=last)
-
-    def _end(self, writer: WriterThread, units: Mapping[str, Unit], error: BaseException | None) -> None:
-        writer.close()
-        for unit in units.values():
-            unit.give_up(error or RuntimeError("the task stopped"))
+        self._report([*shard.units])
+        if piece.last:
+            # before units are committed, so that they are made again when the cause of too many rejects is mended
+            for name, unit in shard.units.items():
+                self._count(name, shard.rejects[name], unit.entry.samples, made=1)
+                self._stop_if_too_many(name, last=piece.shard == last)
+            for unit in shard.units.values():
+                writer.submit(unit.commit)
+            self._open.remove(shard)
 
     def _find_finished(self, shard: int, producers: Mapping[str, Producer]) -> bool:
         """Count the shard's units that are finished; True if they all are."""
@@ -338,14 +384,15 @@ class Job:
             self._progress(sum(self.done[name] for name in names) // len(names), total, "; ".join([note, *self._busy()]))
 
     def _busy(self) -> list[str]:
-        """How busy each stage was since these columns began."""
+        """How busy the threads of each stage were since these columns began."""
         began, before = self._began
         wall = time.perf_counter() - began
         if wall < 1e-3:
             return []
-        spent = {"decode": self._reader.decode_s / self.config.decode_threads, **self.stages.seconds}
-        before = {**before, "decode": before["decode"] / self.config.decode_threads}
-        shares = {stage: (seconds - before.get(stage, 0.0)) / wall for stage, seconds in spent.items() if not stage.startswith(("wait", "load"))}
+        threads = {"decode": self.config.decode_threads, "write": 1}
+        spent = {"decode": self._reader.decode_s, **self.stages.seconds}
+        shares = {stage: (seconds - before.get(stage, 0.0)) / wall / threads.get(stage, self.bench.encode_threads)
+                  for stage, seconds in spent.items() if not stage.startswith(("wait", "load"))}
         return [f"busy: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items() if share >= 0.005)}"]
 
 
