@@ -27,7 +27,8 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from configs.base import Config
 
@@ -65,16 +66,16 @@ class RawSample(Config):
     video_sha256: str  # of the clip's bytes in this tar
 
 
-class ShardEntry(Config):
-    """One committed tar as the manifest lists it."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class ShardEntry:
+    """One committed tar as the manifest lists it. Slots, since a large data set has 10^5 of them for each column."""
 
     name: str  # "000000"; the tar is <folder>/<name>.tar
     samples: NonNegativeInt
     bytes: NonNegativeInt
     sha256: str
-    bucket: str = ""  # "17x64x64": frames, height, width of all its clips; "": the data set has one shape
-    missing: list[NonNegativeInt] = Field(default_factory=list)  # columns: raw positions of clips set aside here
-    bucket: str = ""  # raw: all clips of the shard have this shape, e.g. "17x64x64"; a global batch is of one bucket
+    bucket: str = ""  # raw: frames, height, width of all its clips, e.g. "17x64x64"; a global batch is of one. "": one shape in all
+    missing: tuple[NonNegativeInt, ...] = ()  # columns: raw positions of clips set aside here
 
 
 class Sidecar(Config):

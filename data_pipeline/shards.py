@@ -90,7 +90,7 @@ class ShardWriter:
             self.sidecar = Sidecar(
                 entry=ShardEntry(
                     name=self.name, samples=len(self._index), bytes=self._temporary.stat().st_size,
-                    sha256=sha256_file(self._temporary), bucket=self.bucket, missing=sorted(self.missing),
+                    sha256=sha256_file(self._temporary), bucket=self.bucket, missing=tuple(sorted(self.missing)),
                 ),
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
                 dtype=self.dtype, shape=self.shape,
@@ -116,10 +116,10 @@ def read_sidecar(tar: Path) -> Sidecar | None:
     """The sidecar that commits `tar`, or None while it isn't committed. Raises ShardError when it is damaged."""
     path = sidecar_path(tar)
     try:
-        return Sidecar.model_validate_json(path.read_text(encoding="utf-8"))
+        return Sidecar.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
         raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
 
 
@@ -127,10 +127,10 @@ def read_manifest(data: Path) -> Manifest:
     """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
         raise ShardError(f"{path} is not a manifest of format 1: {error}") from None
 
 

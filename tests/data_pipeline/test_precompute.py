@@ -356,7 +356,7 @@ def test_a_bad_clip_costs_itself_and_only_in_the_columns_that_cannot_take_it(odd
     }
     assert {(r.stage, r.key) for r in manifest.rejects} == {
         *((name, key_of(n)) for name in names[:3] for n in (1, 9)), ("text-minilm", key_of(5))}
-    assert [s.missing for s in manifest.columns["latents"].shards] == [[1], [4], []]
+    assert [s.missing for s in manifest.columns["latents"].shards] == [(1,), (4,), ()]
     with Loader(DataConfig(manifest=odd_data, global_batch_size=12), names, dp_rank=0, dp_size=1) as loader:
         assert loader.num_samples == 12
         assert sorted(s.key for s in loader.next_batch().samples) == [key_of(n) for n in range(15) if n not in (1, 5, 9)]
