@@ -42,7 +42,7 @@ from data_pipeline.shards import read_manifest
 from data_pipeline.units import ColumnCard, ColumnFolder, share
 from data_pipeline.units import finalize as finalize_units
 from model_zoo import frozen, registry
-from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures
+from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from model_zoo.frozen.config import semantic_frame_indices
 
 __all__ = ["TooManyRejects", "estimate", "finalize", "retry", "run", "share", "status", "verify"]
@@ -150,12 +150,12 @@ class TokensProducer:
 
 
 class LatentsProducer:
-    """bfloat16 [T, C, H, W], scaled."""
+    """bfloat16 [T, C, H, W], scaled; [T, 2C, H, W] where it is mean and log-variance."""
 
     def __init__(self, column: LatentsColumn, codec: LatentCodec, bench: Bench) -> None:
-        self.codec, self.seed, self.bench = codec, column.sample_seed, bench
+        self.codec, self.seed, self.moments, self.bench = codec, column.sample_seed, column.moments, bench
         parts = {"encoders": {codec.name: codec.fingerprint}, "decoder": bench.config.decoder, "sample_seed": self.seed,
-                 "dtype": "bfloat16"}
+                 "moments": self.moments, "dtype": "bfloat16"}
         self.card = ColumnCard.of(codec.name, parts, column.model_dump(mode="json"))
 
     def needs_frames(self, entry: ShardEntry) -> bool:
@@ -168,7 +168,8 @@ class LatentsProducer:
         """Decodes the latents back: "psnr" against the clip, in dB."""
         measured = {"bad_values": float((~tensor.isfinite()).sum()), "std": float(tensor.float().std())}
         if clip.frames is not None and not measured["bad_values"]:
-            shown = self.codec.decode(tensor.float()[None].to(self.bench.device))[0].cpu()
+            latents = posterior_mean(tensor.float()[None].to(self.bench.device), self.codec.channels)
+            shown = self.codec.decode(latents)[0].cpu()
             error = (shown.float() - torch.from_numpy(clip.frames).float()).square().mean()
             measured["psnr"] = float(10 * torch.log10(255**2 / error.clamp(min=1e-10)))
         return measured
@@ -185,6 +186,8 @@ class LatentsProducer:
 
     def _compute(self, videos: list[np.ndarray], keys: list[str]) -> Tensor:
         with self.bench.stages("latents"):
+            if self.moments:
+                return self.codec.encode_moments(self.bench.stack(videos)).bfloat16().cpu()
             length, height, width = videos[0].shape[:3]
             noise = None
             if self.seed is not None:

@@ -43,11 +43,21 @@ class TokensColumn(Config):
 
 
 class LatentsColumn(Config):
-    """Latents of the whole clip: the codec's mean, or one fixed sample of its posterior."""
+    """Latents of the whole clip: the codec's mean, one fixed sample of its posterior, or its mean and log-variance.
+
+    Of mean and log-variance the trainer draws another sample in every epoch; they take twice the room.
+    """
 
     kind: Literal["latents"] = "latents"
     encoder: CodecConfig
     sample_seed: NonNegativeInt | None = None  # None: the mean; else noise keyed by (seed, clip key)
+    moments: bool = False  # [T, 2C, H, W]: the mean, then the log-variance
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> LatentsColumn:
+        if self.moments and self.sample_seed is not None:
+            raise ValueError(f"moments = true stores mean and log-variance, sample_seed = {self.sample_seed} one sample of them; leave one out")
+        return self
 
 
 class TextColumn(Config):

@@ -15,7 +15,7 @@ Columns and their tensors (one tensor per sample, named by the stem):
 
     features        float16 [T, C, h, w]     vision features of the semantic frames
     tokens          uint16  [I + (T-1)*P]    semantic tokens, flat
-    latents         bfloat16 [T, C, H, W]    scaled latents
+    latents         bfloat16 [T, C, H, W]    scaled latents, or [T, 2C, H, W] their mean and log-variance
     text-<encoder>  bfloat16 [L, D]          text states; real rows only, or all rows of a padded encoder
 
 Keys hold no dots, since WebDataset cuts a name at the first dot.

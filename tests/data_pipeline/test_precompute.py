@@ -27,6 +27,7 @@ from data_pipeline.shards import ShardError, ShardWriter, read_manifest, read_pa
 from data_pipeline.video import decode_clip, encode_clip
 from model_zoo import frozen, registry
 from model_zoo.config import TokenizerConfig
+from model_zoo.frozen.base import NO_VARIANCE
 from tests.data_pipeline.data_sets import raw_sample
 
 SIZES = [4, 3, 5]
@@ -213,6 +214,23 @@ def test_sampled_noise_depends_on_the_clip_alone():
     first = precompute.clip_noise(0, "a", (2, 3))
     assert first.equal(precompute.clip_noise(0, "a", (2, 3)))
     assert not first.equal(precompute.clip_noise(0, "b", (2, 3))) and not first.equal(precompute.clip_noise(1, "a", (2, 3)))
+
+
+def test_latents_hold_mean_and_log_variance_where_they_are_asked_for(data, zoo, whole):
+    both = {"latents": {"encoder": {"kind": "dct"}, "moments": True}}
+    precompute.run(config(data, zoo, both))
+    column = precompute.finalize(config(data, zoo, both)).columns["latents"]
+    assert column.shape == [5, 96, 8, 8] and column.fingerprint != read_manifest(whole[0]).columns["latents"].fingerprint
+
+    def samples(folder: Path):
+        with Loader(DataConfig(manifest=folder, global_batch_size=NUM_CLIPS), ["latents"], dp_rank=0, dp_size=1) as loader:
+            return {s.key: s.tensors["latents"] for s in loader.next_batch().samples}
+
+    means = samples(whole[0])
+    for key, moments in samples(data).items():
+        assert moments[:, :48].equal(means[key]) and moments[:, 48:].eq(NO_VARIANCE).all()
+    (check,) = precompute.verify(config(data, zoo, both), 1.0)
+    assert not check.problems and min(check.measures["psnr"]) > 15
 
 
 # ------------------------------------------------------------------------------------------------ restarts and tasks
@@ -440,6 +458,7 @@ def problem(columns: dict, **fields) -> str:
 def test_mistakes_in_the_config_are_named():
     assert "columns.tokens" in problem({"tokens": {"encoder": {"kind": "efficientnet-lite0"}}}) and "columns is empty" in problem({})
     assert "colums" in problem({"colums": {"encoder": {"kind": "dct"}}})
+    assert "leave one out" in problem({"latents": {"encoder": {"kind": "dct"}, "moments": True, "sample_seed": 1}})
     assert "redo names latents" in problem({"features": COLUMNS["features"]}, redo=["latents"])
 
 
