@@ -125,7 +125,7 @@ class TokensProducer:
         return encode
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
-        return {"bad_values": float((tensor.int() >= self.sizes.codebook_size).sum()), "codebook_size": float(self.sizes.codebook_size)}
+        return {"bad_values": float((tensor.int() >= self.sizes.codebook_size).sum())}
 
     def _stored(self, sidecar: Sidecar) -> Encode:
         reader = FolderReader(self.bench.config.data, "features", "features.safetensors", [sidecar.entry])
@@ -295,6 +295,18 @@ def producers(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
     return made
 
 
+def tokenizers(config: PrecomputeConfig) -> dict[str, str]:
+    """{tokens column: name@fingerprint of the tokenizer that makes it now}."""
+    found = {}
+    for name, column in config.columns.items():
+        if isinstance(column, TokensColumn):
+            try:
+                found[name] = registry.resolve(config.zoo, column.tokenizer, kind="tokenizer").reference
+            except ConfigError:
+                found[name] = f"{column.tokenizer}, which is not in {config.zoo}"
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 
@@ -308,12 +320,12 @@ def run(config: PrecomputeConfig, task: tuple[int, int] = (0, 1), progress: Prog
 
 def status(config: PrecomputeConfig) -> list[ColumnStatus]:
     """What is done, running, failed and left of each column of the config; builds no encoder."""
-    return precompute_status.status(config, read_manifest(config.data))
+    return precompute_status.status(config, read_manifest(config.data), tokenizers(config))
 
 
 def retry(config: PrecomputeConfig, tasks: int) -> dict[str, str]:
     """{column: SLURM array expression of the tasks, of so many, that have work left}."""
-    return precompute_status.retry(config, read_manifest(config.data), tasks)
+    return precompute_status.retry(config, read_manifest(config.data), tasks, tokenizers(config))
 
 
 def finalize(config: PrecomputeConfig) -> Manifest:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.durations import duration, size
 from configs.files import sha256_file
 from data_pipeline.clips import Clip, ClipReader, Problem, Result
 from data_pipeline.columns import FolderReader
@@ -33,8 +34,8 @@ LARGEST_ERROR = 1e-2  # of re-encoded floats: root mean square of the difference
 class ColumnEstimate:
     column: str
     clips_left: int
-    hours: float  # of this device alone, encoder only
-    gigabytes: float
+    seconds: float  # of this device alone, encoder only
+    bytes: float
     rejects: dict[str, int]  # reason -> of the clips that were tried
 
 
@@ -43,17 +44,18 @@ class Estimate:
     device: str
     clips: int  # that were tried
     columns: tuple[ColumnEstimate, ...]
-    decode_hours: float  # CPU hours
+    decode_s: float  # of one core
     load_s: float  # to build the encoders, once a task
 
     def __str__(self) -> str:
-        lines = [f"{'column':<22}{'clips left':>12}{'GB':>10}{self.device + ' hours':>14}  would be set aside"]
+        lines = [f"{'column':<22}{'clips left':>12}{'disk':>10}{self.device + ' time':>14}  would be set aside"]
         for row in self.columns:
             bad = ", ".join(f"{reason} {count}" for reason, count in row.rejects.items())
-            lines.append(f"{row.column:<22}{row.clips_left:>12}{row.gigabytes:>10.3f}{row.hours:>14.3f}  {bad or 'none'} (of {self.clips})")
-        lines.append(f"{'decode':<22}{'':>12}{'':>10}{self.decode_hours:>14.3f}  (CPU hours)")
-        gigabytes, hours = sum(row.gigabytes for row in self.columns), sum(row.hours for row in self.columns)
-        lines.append(f"{'all':<22}{'':>12}{gigabytes:>10.3f}{hours:>14.3f}  from {self.clips} clips; encoders load in {self.load_s:.0f} s a task")
+            lines.append(f"{row.column:<22}{row.clips_left:>12}{size(row.bytes):>10}{duration(row.seconds):>14}  {bad or 'none'} (of {self.clips})")
+        lines.append(f"{'decode':<22}{'':>12}{'':>10}{duration(self.decode_s):>14}  (on one core; it goes on beside the encoders)")
+        disk, seconds = sum(row.bytes for row in self.columns), sum(row.seconds for row in self.columns)
+        lines.append(f"{'all':<22}{'':>12}{size(disk):>10}{duration(seconds):>14}  = {seconds / 3600:.3g} {self.device} hours, from {self.clips} clips; "
+                     f"encoders load in {self.load_s:.0f} s a task")
         return "\n".join(lines)
 
 
@@ -72,7 +74,7 @@ def estimate(config: PrecomputeConfig, manifest: Manifest, build: Build, clips: 
     finally:
         reader.close()
     with_frames = max((row.clips_left for row in rows if not row.column.startswith("text")), default=0)
-    decode = reader.decode_s / max(1, tried) * with_frames / 3600
+    decode = reader.decode_s / max(1, tried) * with_frames
     return Estimate(bench.device.type, tried, tuple(rows), decode, load_s)
 
 
@@ -109,7 +111,7 @@ def _try(manifest: Manifest, reader: ClipReader, producers: Mapping[str, Produce
     for name, producer in producers.items():
         folder = ColumnFolder(config.data, name)
         left = sum(entry.samples for entry in manifest.shards if folder.finished(entry, producer.card.fingerprint) is None)
-        rows.append(ColumnEstimate(name, left, seconds[name] / tried * left / 3600, sizes[name] / tried * left / 1e9, rejects[name]))
+        rows.append(ColumnEstimate(name, left, seconds[name] / tried * left, sizes[name] / tried * left, rejects[name]))
     return tried, rows
 
 
@@ -135,7 +137,8 @@ class ColumnCheck:
                 parts.append(f"{name} {np.mean(values):.2f} (least {min(values):.2f})")
         if self.histogram is not None and self.histogram.sum():
             share = self.histogram[self.histogram > 0] / self.histogram.sum()
-            parts.append(f"{len(share)} codes in use, as if {np.exp(-(share * np.log(share)).sum()):.0f} were used evenly; "
+            used = np.flatnonzero(self.histogram)
+            parts.append(f"{len(share)} codes in use, {used[0]} to {used[-1]}, as if {np.exp(-(share * np.log(share)).sum()):.0f} were used evenly; "
                          f"the most frequent makes {share.max():.1%}")
         return "; ".join(parts) + "".join(f"\n  WRONG: {problem}" for problem in self.problems)
 

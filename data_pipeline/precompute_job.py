@@ -272,6 +272,8 @@ class Job:
                        {"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds}, time.perf_counter() - begin)
 
     def _run_columns(self, names: Sequence[str]) -> None:
+        if not self.shards:  # no reason to load an encoder
+            return
         with self.stages("load encoders"):
             producers = self.build(names, self.bench)
         for name, producer in producers.items():

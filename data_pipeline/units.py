@@ -199,7 +199,7 @@ def finalize(data: Path, columns: Sequence[str]) -> Manifest:
         made[name] = _merge(manifest, card, sidecars)
         rejects += [reject for sidecar in sidecars for reject in sidecar.rejects]
     if missing:
-        raise ShardError("; ".join(missing) + ". Run `landiff precompute` (the tasks that made these shards), then finalize again")
+        raise ShardError("; ".join(missing) + ". Run `landiff precompute` once more; `landiff precompute retry --tasks N` names the tasks of an array that have work left. Then finalize again")
     with locked(data):
         now = read_manifest(data)
         if now.fingerprint != manifest.fingerprint:

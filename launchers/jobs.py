@@ -105,7 +105,7 @@ def train_job(args: argparse.Namespace) -> int:
         from training.lm.config import LMTrainConfig as TrainConfig
     else:
         from training.diffusion.config import DiffusionTrainConfig as TrainConfig
-    config = load(TrainConfig, args.config, args.overrides)
+    config = load(TrainConfig, args.config, args.overrides + ["data.adopt=true"] * args.adopt)
     processes = args.nproc or default_processes()
     if args.dry_run:
         return show(config, f"would train in {config.run} on {processes} process(es)")

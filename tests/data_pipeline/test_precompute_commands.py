@@ -73,7 +73,7 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
     assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(8)  # 5 clips in 10 s; 4 are left
     assert failed.bytes == sum(folder.sidecar(e).entry.bytes for e in entries[1:])
     text = table([failed])
-    assert "000000: RuntimeError: the card fell out" in text and "0:01 h" in text
+    assert "000000: RuntimeError: the card fell out" in text and "0:08" in text
     precompute.run(latents(data, zoo))
     (done,) = precompute.status(latents(data, zoo))
     assert (done.done, done.failed, done.errors) == (3, 0, ())
@@ -84,6 +84,26 @@ def test_status_says_by_name_what_makes_a_column_stale(data, zoo):
     changed = config(data, zoo, {"latents": {"encoder": {"kind": "dct"}, "sample_seed": 4}})
     (row,) = precompute.status(changed)
     assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in table([row])
+    assert (row.done, row.left, row.stale) == (0, 3, 3)
+
+
+def test_status_and_retry_know_a_tokenizer_that_was_trained_anew(data, tmp_path):
+    zoo = tmp_path / "zoo"
+    old = export_tokenizer(zoo, 0)
+    tokens = config(data, zoo, ["tokens"])
+    (row,) = precompute.status(tokens)
+    assert (row.done, row.stale, row.changed) == (3, 0, "") and precompute.retry(tokens, 1) == {"tokens": ""}
+    new = export_tokenizer(zoo, 1)
+    (row,) = precompute.status(tokens)
+    assert (row.done, row.left, row.stale) == (0, 3, 3)
+    assert row.changed == f"tokenizer was {old.reference}, is {new.reference}" and "redo=[tokens]" in table([row])
+    assert precompute.retry(tokens, 1) == {"tokens": "0"}
+
+
+def test_a_task_without_a_shard_loads_no_encoder(data, zoo):
+    shards = read_manifest(data).shards
+    idle = next(number for number in range(50) if not precompute.share(shards, (number, 50)))
+    assert precompute.run(latents(data, zoo), task=(idle, 50)).stage_seconds == {"decode": 0.0}
 
 
 def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
@@ -123,7 +143,7 @@ def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):
     assert (back.shards, back.clips, back.equal, back.problems) == (3, NUM_CLIPS, NUM_CLIPS, [])
     assert min(back.measures["psnr"]) > 15 and "psnr" in str(back)
     assert (tokens.clips, tokens.equal, tokens.problems) == (NUM_CLIPS, NUM_CLIPS, [])
-    assert tokens.histogram.sum() == 28 * NUM_CLIPS and tokens.histogram[16:].sum() == 0 and "codes in use" in str(tokens)
+    assert tokens.histogram.sum() == 28 * NUM_CLIPS and tokens.measures == {"bad_values": [0.0] * NUM_CLIPS} and tokens.histogram[16:].sum() == 0 and "codes in use" in str(tokens)
     assert precompute.verify(latents(data, zoo), sample=0.01)[0].shards == 1
 
 
@@ -160,8 +180,8 @@ def test_estimate_tells_disk_and_hours_from_a_few_clips_and_writes_nothing(data,
     by_name = {row.column: row for row in estimate.columns}
     assert (by_name["latents"].clips_left, by_name["tokens"].clips_left) == (5, 0)
     size = read_sidecar(data / "latents" / "000000.tar").entry.bytes / 4
-    assert by_name["latents"].gigabytes == pytest.approx(5 * size / 1e9, rel=0.2)  # but for the end of the tar
-    assert by_name["latents"].hours > 0 and estimate.decode_hours > 0 and "latents" in str(estimate)
+    assert by_name["latents"].bytes == pytest.approx(5 * size, rel=0.2)  # but for the end of the tar
+    assert by_name["latents"].seconds > 0 and estimate.decode_s > 0 and "latents" in str(estimate)
     assert contents(data, ["latents", "tokens"]) == before
 
 
