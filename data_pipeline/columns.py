@@ -117,13 +117,18 @@ class FolderReader:
             index = self.index(shard)
             raise ShardError(f"{index.path}, sample {index.keys[slot]}: {error}; {self.redo()}") from None
 
+    def fetch(self, shard: int) -> Path:
+        """Where the tar of a shard is on this machine, brought here where it is remote. Raises ShardError."""
+        entry = self.shards[shard]
+        return self.folder / f"{entry.name}.tar" if self.remote is None else self.remote.fetch(self.name, entry, self.part)
+
     def _read_bytes(self, shard: int, index: _Index, offset: int, memory: np.ndarray) -> int:
         try:
             return _fill(self._file(index.path), offset, memory)
         except FileNotFoundError:
             if self.remote is None:
                 raise
-            self.remote.fetch(self.name, self.shards[shard], self.part)  # it had to make room in the cache
+            self.fetch(shard)  # it had to make room in the cache
             return _fill(self._file(index.path), offset, memory)
 
     def close(self) -> None:
@@ -132,7 +137,7 @@ class FolderReader:
     def _read_index(self, shard: int) -> _Index:
         entry = self.shards[shard]
         tar = self.folder / f"{entry.name}.tar"
-        stored = tar if self.remote is None else self.remote.fetch(self.name, entry, self.part)
+        stored = self.fetch(shard)
         sidecar = read_sidecar(tar)
         if sidecar is None:
             raise ShardError(f"{sidecar_path(tar)} does not exist, but the manifest lists it; {self.redo()}")
@@ -188,7 +193,7 @@ class AlignedColumns:
                  checksum: bool = False, remote: Remote | None = None) -> None:
         """`keep`: indices of so many shards stay in memory. Raises ShardError where a column is missing or stale."""
         check_columns(manifest, columns, adopt=adopt)
-        self.manifest, self.columns = manifest, tuple(columns)
+        self.manifest, self.columns, self.remote = manifest, tuple(columns), remote
         self._raw = FolderReader(data, RAW, "json", manifest.shards, keep=keep, remote=remote)
         self._readers: dict[str, FolderReader] = {}
         for name in columns:
@@ -257,6 +262,15 @@ class AlignedColumns:
             rows.slots.append(slots)
             rows.sizes.append(_sizes(index, slots))
         return rows
+
+    def fetch(self, shard: int) -> None:
+        """Have a remote shard here before it is read. Raises ShardError."""
+        for reader in (self._raw, *self._readers.values()):
+            reader.fetch(shard)
+
+    def bytes_of(self, shard: int) -> int:
+        """What the columns of a shard take in a cache; of `raw`, the JSON alone is fetched."""
+        return sum(reader.shards[shard].bytes for reader in self._readers.values())
 
     def close(self) -> None:
         for reader in (self._raw, *self._readers.values()):

@@ -23,8 +23,9 @@ from torch import Tensor
 from configs.base import ConfigError
 from data_pipeline.columns import AlignedColumns, require_encoder
 from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.fetch_ahead import FetchAhead
 from data_pipeline.order import BatchOrder, Source
-from data_pipeline.remote import open_remote
+from data_pipeline.remote import ROOM, open_remote
 from data_pipeline.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
 from data_pipeline.shards import ShardError, read_manifest
 from data_pipeline.tensors import Buffers
@@ -91,6 +92,8 @@ class Loader:
         self._ahead: deque[list[Future[list[Sample]]]] = deque()
         self._step = 0
         self.wait_s = 0.0
+        rooms = [int(ROOM * one.remote.max_bytes) if one.remote is not None else 0 for one in self._sets]
+        self._fetch_ahead = FetchAhead(self._sets, rooms, self._order, self._positions, config.read_threads) if any(rooms) and self._pool else None
 
     @property
     def num_samples(self) -> int:
@@ -115,6 +118,8 @@ class Loader:
         micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
         batch = Batch(self._step, self.config.global_batch_size, micro_batches)
         self._step += 1
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.reached(self._step)
         self.wait_s += time.perf_counter() - begin
         return batch
 
@@ -136,10 +141,14 @@ class Loader:
                               f"{self.config.global_batch_size}; the checkpoint's loader state is damaged")
         self._forget_ahead()
         self._step = step
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.reached(step)
 
     def close(self) -> None:
         """End the background threads and close the files."""
         self._forget_ahead()
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         for one in self._sets:

@@ -24,6 +24,7 @@ from data_pipeline.shards import ShardError, read_sidecar
 log = logging.getLogger(__name__)
 
 TAR_BLOCK = 512
+ROOM = 0.75  # of a cache, for the shards that one rank uses or fetched ahead; its neighbours' are not all the same
 BLOCK = 8 << 20  # bytes read at a time
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5  # before the second attempt; doubles

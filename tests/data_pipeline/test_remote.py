@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import fsspec
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def data(tmp_path):
 
 
 def loader(manifest, remote="", **fields) -> Loader:
-    config = DataConfig(manifest=manifest, remote=remote, global_batch_size=8, shuffle_window=2, **fields)
+    config = DataConfig(**({"manifest": manifest, "remote": remote, "global_batch_size": 8, "shuffle_window": 2} | fields))
     return Loader(config, ["tokens"], dp_rank=0, dp_size=1)
 
 
@@ -73,6 +75,25 @@ def test_raw_shards_are_fetched_without_their_clips(data, tmp_path):
     whole = FolderReader(data, RAW, "json", [entry])
     assert all(np.array_equal(reader.read(0, slot), whole.read(0, slot)) for slot in range(7))
     assert not (tmp_path / "cache" / RAW / f"{entry.name}.tar").exists()  # nothing that looks like the whole shard
+
+
+def test_shards_of_later_batches_come_while_earlier_ones_are_used(data, tmp_path):
+    sizes = [entry.bytes for entry in read_manifest(data).columns["tokens"].shards]
+    with loader(tmp_path / "cache", f"file://{data}", prefetch_batches=1, global_batch_size=2) as source:
+        first = [s.key for s in source.next_batch().samples]
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "cache" / "tokens").glob("*.tar"))) < len(SIZES) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the second window is fetched without being asked for
+        assert len(list((tmp_path / "cache" / "tokens").glob("*.tar"))) == len(SIZES)
+        state = source.state_dict()
+        rest = taken(source, 3)
+    bound = max(a + b for a in sizes for b in sizes if a is not b) / 0.75  # no room beside one window
+    with loader(tmp_path / "small", f"file://{data}", prefetch_batches=1, global_batch_size=2, cache_gigabytes=bound / 1e9) as source:
+        assert [s.key for s in source.next_batch().samples] == first
+        time.sleep(0.2)
+        assert len(list((tmp_path / "small" / "tokens").glob("*.tar"))) <= 3
+        source.load_state_dict(state)
+        assert taken(source, 3) == rest
 
 
 def test_damage_on_the_way_and_what_is_missing_are_named(data, tmp_path):
