@@ -307,9 +307,12 @@ class Job:
         finally:
             encoders.shutdown(cancel_futures=True)
             writer.close()
-            error = sys.exc_info()[1] or RuntimeError("the task stopped")
-            for unit in {id(unit): unit for one in self._open for unit in one.units.values()}.values():
-                unit.give_up(error)
+            error = sys.exc_info()[1]
+            if isinstance(error, KeyboardInterrupt):
+                error = RuntimeError("its task was told to stop")
+            for shard in self._open:
+                for unit in shard.units.values():
+                    unit.give_up(error or RuntimeError("its task stopped"))
 
     def _plan(self, left: Sequence[int], producers: Mapping[str, Producer]) -> Iterator[tuple[int, bool]]:
         for shard in left:

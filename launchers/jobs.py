@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ def precompute_job(args: argparse.Namespace) -> int:
         return precompute_question(args, config)
     task = parse_task(args.task, args.tasks)
     if args.action == "run":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: units in work leave nothing behind
         summary = precompute.run(config, task=task, progress=Progress("precompute", "clips", every_s=60.0))
         print(f"precompute: {summary}")
     if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):

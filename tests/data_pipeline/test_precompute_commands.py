@@ -6,7 +6,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from data_pipeline.schema import RAW
 from data_pipeline.shards import ShardWriter, read_manifest, read_part, read_sidecar, write_manifest
 from data_pipeline.tensors import pack_tensor
 from data_pipeline.units import ColumnFolder, UnitWriter, owner
+from launchers.cli import main
 from launchers.jobs import parse_share, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.test_precompute import (
@@ -66,8 +69,8 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
     (running,) = precompute.status(latents(data, zoo))
     assert (running.done, running.left, running.running, running.failed, running.samples) == (2, 1, 1, 0, 8)
     next(folder.folder.glob(".*.tmp")).unlink()
-    for entry, time in zip(entries[1:], (1000, 1010), strict=True):
-        os.utime(folder.folder / f"{entry.name}.json", (time, time))
+    for entry, when in zip(entries[1:], (1000, 1010), strict=True):
+        os.utime(folder.folder / f"{entry.name}.json", (when, when))
     (failed,) = precompute.status(latents(data, zoo))
     assert (failed.running, failed.failed, failed.samples_left) == (0, 1, 4)
     assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(8)  # 5 clips in 10 s; 4 are left
@@ -113,6 +116,26 @@ def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
     (row,) = precompute.status(latents(tmp_path, zoo))
     assert (row.done, row.failed) == (1, 1) and "frame_count 1" in row.errors[0]
     assert not list((tmp_path / "latents").glob(".*.tmp"))
+
+
+def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, tmp_path):
+    for entry in read_manifest(data).shards:
+        ColumnFolder(data, "latents").withdraw(entry)
+    (tmp_path / "latents.yaml").write_text(f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}")
+    task = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(["precompute", "--config", str(tmp_path / "latents.yaml")])))
+    with locked(data / "latents"):  # it cannot commit
+        task.start()
+        while not list((data / "latents").glob(".*.tmp")):
+            assert task.is_alive()
+            time.sleep(0.001)
+        task.terminate()
+        time.sleep(0.2)
+    task.join()
+    assert task.exitcode == 130
+    assert not list((data / "latents").glob(".*.tmp"))
+    (row,) = precompute.status(latents(data, zoo))
+    assert row.running == 0 and (row.errors or not row.left)
+    assert all("its task was told to stop" in error for error in row.errors)
 
 
 def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
