@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -22,8 +23,17 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, require_encoder
 from data_pipeline.precompute import TooManyRejects
 from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.precompute_job import Job
 from data_pipeline.schema import RAW, Manifest, fingerprint
-from data_pipeline.shards import ShardError, ShardWriter, read_manifest, read_part, write_manifest
+from data_pipeline.shards import (
+    ShardError,
+    ShardWriter,
+    read_manifest,
+    read_part,
+    read_sidecar,
+    write_manifest,
+)
+from data_pipeline.units import ColumnCard
 from data_pipeline.video import decode_clip, encode_clip
 from model_zoo import frozen, registry
 from model_zoo.config import TokenizerConfig
@@ -231,6 +241,59 @@ def test_latents_hold_mean_and_log_variance_where_they_are_asked_for(data, zoo, 
         assert moments[:, :48].equal(means[key]) and moments[:, 48:].eq(NO_VARIANCE).all()
     (check,) = precompute.verify(config(data, zoo, both), 1.0)
     assert not check.problems and min(check.measures["psnr"]) > 15
+
+
+class TwoAtATime:
+    """A producer whose batches end in pairs only, and those in the middle of a shard when earlier ones are on disk."""
+
+    card = ColumnCard.of("two at a time", {"encoders": {}, "dtype": "uint8"}, {})
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.together = folder, threading.Barrier(2)
+
+    def needs_frames(self, entry) -> bool:
+        return True
+
+    def begin(self, entry, clips):
+        return self.encode
+
+    def encode(self, batch):
+        self.together.wait(timeout=60)
+        deadline = time.monotonic() + 60
+        while batch[0].position >= 2 and not list(self.folder.glob(".*.tar.*.tmp")):
+            assert time.monotonic() < deadline, "nothing is written while batches are encoded"
+            time.sleep(0.001)
+        return [torch.tensor([clip.frames[0, 0, 0, 0], clip.position]) for clip in batch]
+
+
+def test_batches_are_encoded_at_the_same_time_and_written_meanwhile_in_order(clips, data, zoo):
+    mine = config(data, zoo, ["latents"], batch_size=1, encode_threads=2)
+    summary = Job(mine, read_manifest(data), (0, 1), lambda names, bench: {"latents": TwoAtATime(data / "latents")}).run()
+    assert summary.columns["latents"].made == 3
+    keys = [key for entry in read_manifest(data).shards for key, _ in read_sidecar(data / "latents" / f"{entry.name}.tar").index]
+    assert keys == [key_of(i) for i in range(NUM_CLIPS)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_made_does_not_depend_on_the_number_of_threads(whole, data, zoo, threads):
+    names = ["tokens", "text-minilm"]
+    precompute.run(config(data, zoo, names, encode_threads=threads, decode_threads=threads))
+    for name in names:
+        assert contents(data, [name]) == contents(whole[0], [name])
+
+
+def test_a_caption_of_several_clips_is_encoded_once_for_its_shard(data, zoo):
+    seen = []
+
+    def counting(names, bench):
+        made = precompute.producers(names, bench)
+        encoder = made["text-minilm"].encoder
+        made["text-minilm"].encoder = lambda captions: (seen.extend(captions), encoder(captions))[1]
+        return made
+
+    Job(config(data, zoo, ["text-minilm"], batch_size=1, encode_threads=3), read_manifest(data), (0, 1), counting).run()
+    # clips 2k and 2k + 1 share a caption; shards are 0-3, 4-6, 7-11: number 3 lies in two of them
+    assert sorted(seen) == sorted(f"a picture that moves, number {k}" for k in (0, 1, 2, 3, 3, 4, 5))
 
 
 # ------------------------------------------------------------------------------------------------ restarts and tasks
