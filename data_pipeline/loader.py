@@ -10,7 +10,6 @@ The tensors of a batch share memory that is used again when the last of them is 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,8 +60,7 @@ class Batch:
 class Loader:
     """Hands out this rank's share of one global batch after another, for ever.
 
-    Tensor- and pipeline-parallel peers pass the same `dp_rank` and get equal batches. `wait_s` is the time
-    that `next_batch` kept its caller waiting, in all.
+    Tensor- and pipeline-parallel peers pass the same `dp_rank` and get equal batches.
     """
 
     def __init__(self, config: DataConfig, columns: Sequence[str], *, dp_rank: int, dp_size: int) -> None:
@@ -91,7 +89,6 @@ class Loader:
         self._buffers = Buffers((config.prefetch_batches + 3) * config.read_threads)
         self._ahead: deque[list[Future[list[Sample]]]] = deque()
         self._step = 0
-        self.wait_s = 0.0
         rooms = [int(ROOM * one.remote.max_bytes) if one.remote is not None else 0 for one in self._sets]
         self._fetch_ahead = FetchAhead(self._sets, rooms, self._order, self._positions, config.read_threads) if any(rooms) and self._pool else None
 
@@ -102,7 +99,6 @@ class Loader:
 
     def next_batch(self) -> Batch:
         """This rank's share of the next global batch. Raises ShardError with file and key of a damaged sample."""
-        begin = time.perf_counter()
         if self._pool is None:
             samples = self._read(self._step, self._positions)
         else:
@@ -120,7 +116,6 @@ class Loader:
         self._step += 1
         if self._fetch_ahead is not None:
             self._fetch_ahead.reached(self._step)
-        self.wait_s += time.perf_counter() - begin
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import sys
 import threading
 import time
@@ -136,6 +138,28 @@ def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, t
     (row,) = precompute.status(latents(data, zoo))
     assert row.running == 0 and (row.errors or not row.left)
     assert all("its task was told to stop" in error for error in row.errors)
+
+
+def run_on_a_small_disk(data, zoo) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    with pytest.raises(OSError, match=r"File too large: '.*/latents/0000..\.tar'"):
+        precompute.run(latents(data, zoo))
+
+
+def test_a_full_disk_is_one_clear_error_and_costs_what_did_not_fit(data, zoo):
+    expected = {name: content for name, content in contents(data, ["latents"]).items() if name.endswith((".tar", ".json"))}
+    for entry in read_manifest(data).shards:
+        ColumnFolder(data, "latents").withdraw(entry)
+    task = multiprocessing.get_context("fork").Process(target=run_on_a_small_disk, args=(data, zoo))
+    task.start()
+    task.join()
+    assert task.exitcode == 0
+    assert not list((data / "latents").glob(".*.tmp"))
+    (row,) = precompute.status(latents(data, zoo))
+    assert row.failed and row.failed == len(row.errors) and all("File too large" in error for error in row.errors)
+    precompute.run(latents(data, zoo))
+    assert {name: content for name, content in contents(data, ["latents"]).items() if name.endswith((".tar", ".json"))} == expected
 
 
 def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
