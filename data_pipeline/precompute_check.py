@@ -110,7 +110,8 @@ def _try(manifest: Manifest, reader: ClipReader, producers: Mapping[str, Produce
     rows = []
     for name, producer in producers.items():
         folder = ColumnFolder(config.data, name)
-        left = sum(entry.samples for entry in manifest.shards if folder.finished(entry, producer.card.fingerprint) is None)
+        found = folder.survey(manifest.shards, producer.card.fingerprint)
+        left = sum(entry.samples for entry, sidecar in zip(manifest.shards, found, strict=True) if sidecar is None)
         rows.append(ColumnEstimate(name, left, seconds[name] / tried * left, sizes[name] / tried * left, rejects[name]))
     return tried, rows
 
@@ -169,7 +170,7 @@ def _verify_column(config: PrecomputeConfig, manifest: Manifest, reader: ClipRea
         check.problems.append(f"stale: made by {card.encoder} (fingerprint {card.fingerprint}), the config makes it with "
                               f"{producer.card.encoder} (fingerprint {producer.card.fingerprint})")
         return check
-    finished = [i for i, entry in enumerate(manifest.shards) if folder.finished(entry, card.fingerprint) is not None]
+    finished = [i for i, sidecar in enumerate(folder.survey(manifest.shards, card.fingerprint)) if sidecar is not None]
     if len(finished) < len(manifest.shards):
         check.problems.append(f"{len(manifest.shards) - len(finished)} of {len(manifest.shards)} shards are missing, damaged or stale")
     for shard in _chosen(finished, manifest.shards, sample):

@@ -354,7 +354,7 @@ class Job:
         for name, producer in producers.items():
             if (name, shard) in self._found:
                 continue
-            sidecar = self.folders[name].finished(entry, producer.card.fingerprint)
+            sidecar = self.folders[name].finished(entry, producer.card.fingerprint, index=False)
             if sidecar is not None:
                 self._found.add((name, shard))
                 self.done[name] += entry.samples

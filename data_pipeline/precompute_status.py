@@ -81,7 +81,8 @@ def _finished(config: PrecomputeConfig, manifest: Manifest, name: str, encoders:
     card = folder.card()
     changed = _changed(card, config, name, encoders)
     current = card is not None and not changed
-    return card, changed, {entry.name: folder.finished(entry, card.fingerprint) if current else None for entry in manifest.shards}
+    found = folder.survey(manifest.shards, card.fingerprint) if current else [None] * len(manifest.shards)
+    return card, changed, {entry.name: sidecar for entry, sidecar in zip(manifest.shards, found, strict=True)}
 
 
 def _changed(card: ColumnCard | None, config: PrecomputeConfig, name: str, encoders: Mapping[str, str]) -> str:

@@ -83,12 +83,12 @@ class Sidecar(Config):
 
     format: Literal[1] = FORMAT_VERSION
     entry: ShardEntry
-    index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order
     rejects: list[Reject] = Field(default_factory=list)
     fingerprint: str  # of the encoder + its inputs (`fingerprint`); raw: of the shards config
     raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
     dtype: str = ""  # columns: of the tensors in this tar
     shape: list[NonNegativeInt] = Field(default_factory=list)  # columns: of one sample; 0 where samples differ
+    index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order; last, so that it can be left out
 
 
 class Column(Config):

@@ -10,14 +10,19 @@ import io
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from configs.base import ConfigError
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
 from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
+
+HEAD = 8 << 10
+INDEX, INDEX_END = b',"index":[', b"]}"  # how the last field of a sidecar begins and ends
 
 
 class ShardError(ConfigError):
@@ -112,15 +117,35 @@ def sidecar_path(tar: Path) -> Path:
     return tar.with_suffix(".json")
 
 
-def read_sidecar(tar: Path) -> Sidecar | None:
-    """The sidecar that commits `tar`, or None while it isn't committed. Raises ShardError when it is damaged."""
+def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
+    """The sidecar that commits `tar`, or None while it isn't committed. Raises ShardError when it is damaged.
+
+    Without `index`, what is in front of the samples' places, which make most of it.
+    """
     path = sidecar_path(tar)
     try:
-        return Sidecar.model_validate_json(path.read_bytes())
+        with open(path, "rb") as file:
+            if not index:
+                with suppress(ValidationError):  # of another order of fields, or damaged
+                    return Sidecar.model_validate_json(_before_index(file))
+                file.seek(0)
+            return Sidecar.model_validate_json(file.read())
     except FileNotFoundError:
         return None
     except ValidationError as error:
         raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
+
+
+def _before_index(file: BinaryIO) -> bytes:
+    """The JSON of a sidecar with nothing in its index; where the file does not end as it must, no JSON."""
+    data = b""
+    while chunk := file.read(HEAD):
+        data += chunk
+        at = data.find(INDEX)  # quotes in a text have a backslash in front, so this is the field
+        if at >= 0:
+            file.seek(-len(INDEX_END), os.SEEK_END)
+            return data[:at] + INDEX + file.read()
+    return data
 
 
 def read_manifest(data: Path) -> Manifest:

@@ -17,7 +17,7 @@ from safetensors.torch import save as save_safetensors
 from configs import ConfigError
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, require_encoder
-from data_pipeline.schema import RAW
+from data_pipeline.schema import RAW, Reject
 from data_pipeline.shards import ShardError, ShardWriter, read_manifest, read_sidecar, write_manifest
 from data_pipeline.tensors import Buffers, pack_tensor, parse_tensor
 from tests.data_pipeline.data_sets import keys_of, raw_sample, value_of, write_column, write_raw
@@ -329,6 +329,22 @@ def test_an_error_does_not_lose_the_place(data):
             except ShardError:
                 tar.write_bytes(whole)
     assert got == good
+
+
+def test_a_sidecar_is_read_without_its_index_and_its_damage_noticed(data):
+    tar = data / "tokens" / "000000.tar"
+    whole, short = read_sidecar(tar), read_sidecar(tar, index=False)
+    assert whole.index and short == whole.model_copy(update={"index": []})
+    path = tar.with_suffix(".json")
+    reject = Reject(key="k", stage="tokens", reason="r", detail='a detail with ,"index":[ in it' * 1000)  # beyond the first block
+    path.write_text(whole.model_copy(update={"rejects": [reject]}).model_dump_json())
+    assert read_sidecar(tar, index=False).rejects == [reject] and not read_sidecar(tar, index=False).index
+    path.write_text(json.dumps({name: value for name, value in reversed(whole.model_dump(mode="json").items())}))  # another order
+    assert read_sidecar(tar, index=False) == whole
+    for cut in (30, 1):
+        path.write_text(whole.model_dump_json()[:-cut])
+        with pytest.raises(ShardError, match="is not a shard sidecar"):
+            read_sidecar(tar, index=False)
 
 
 # ------------------------------------------------------------------------------------------------ formats
