@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 
@@ -60,8 +60,9 @@ class FetchAhead:
                 for fetched in [self._pool.submit(self._sets[source].fetch, shard) for source, shard in new[start:] + new[:start]]:
                     fetched.result()
         except ShardError as error:
-            log.warning("no more shards are fetched ahead: %s", error)
-        except RuntimeError:  # the pool was shut down
+            if not self._closed:
+                log.warning("no more shards are fetched ahead: %s", error)
+        except (CancelledError, RuntimeError):  # the pool was shut down
             if not self._closed:
                 raise
 

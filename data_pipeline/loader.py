@@ -141,6 +141,9 @@ class Loader:
 
     def close(self) -> None:
         """End the background threads and close the files."""
+        for one in self._sets:
+            if one.remote is not None:
+                one.remote.closed = True
         self._forget_ahead()
         if self._fetch_ahead is not None:
             self._fetch_ahead.close()

@@ -54,7 +54,7 @@ class Estimate:
             lines.append(f"{row.column:<22}{row.clips_left:>12}{size(row.bytes):>10}{duration(row.seconds):>14}  {bad or 'none'} (of {self.clips})")
         lines.append(f"{'decode':<22}{'':>12}{'':>10}{duration(self.decode_s):>14}  (on one core; it goes on beside the encoders)")
         disk, seconds = sum(row.bytes for row in self.columns), sum(row.seconds for row in self.columns)
-        lines.append(f"{'all':<22}{'':>12}{size(disk):>10}{duration(seconds):>14}  = {seconds / 3600:.3g} {self.device} hours, from {self.clips} clips; "
+        lines.append(f"{'all':<22}{'':>12}{size(disk):>10}{duration(seconds):>14}  = {seconds / 3600:.2f} {self.device} hours, from {self.clips} clips; "
                      f"encoders load in {self.load_s:.0f} s a task")
         return "\n".join(lines)
 

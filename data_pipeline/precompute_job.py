@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,37 +23,18 @@ from torch import Tensor
 
 from data_pipeline.clips import Clip, ClipReader, Piece, Problem, Result
 from data_pipeline.precompute_config import PrecomputeConfig, TextColumn
-from data_pipeline.schema import Manifest, ShardEntry, column_stem
+from data_pipeline.precompute_write import Stages, Unit, WriterThread
+from data_pipeline.schema import Manifest, ShardEntry
 from data_pipeline.shards import ShardError
-from data_pipeline.tensors import pack_tensor
-from data_pipeline.units import ColumnCard, ColumnFolder, UnitWriter, common_shape, share
+from data_pipeline.units import ColumnCard, ColumnFolder, share
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
 SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
-WRITES_AHEAD = 4  # batches that wait for the writer
 MOST_ENCODE_THREADS = 8  # on a CPU, unless the config says otherwise; each holds a batch of frames
 
 
 class TooManyRejects(ShardError):
     """More clips were set aside than `max_bad_fraction` allows."""
-
-
-@dataclass
-class Stages:
-    """Seconds by stage, and processor seconds of the threads that worked on it; of all threads together."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: dict[str, float] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin, cpu = time.perf_counter(), time.thread_time()
-        yield
-        seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
-        with self._lock:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-            self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + cpu
 
 
 @dataclass(frozen=True)
@@ -140,86 +120,6 @@ def groups(config: PrecomputeConfig) -> list[list[str]]:
     return [*texts, with_frames] if with_frames else texts
 
 
-class WriterThread:
-    """Runs calls one after another in a thread of its own. An error comes out of the next `submit`, or of `drain`."""
-
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._waiting: list[Future[None]] = []
-
-    def submit(self, call: Callable[..., None], *arguments: object) -> None:
-        while len(self._waiting) >= WRITES_AHEAD:
-            with self._stages("wait for the writer"):
-                self._waiting.pop(0).result()
-        self._waiting.append(self._pool.submit(self._timed, call, *arguments))
-
-    def drain(self) -> None:
-        while self._waiting:
-            self._waiting.pop(0).result()
-
-    def close(self) -> None:
-        """Wait for what was submitted; errors that nobody asked for are in the units' failure records."""
-        self._pool.shutdown(wait=True)
-
-    def _timed(self, call: Callable[..., None], *arguments: object) -> None:
-        with self._stages("write"):
-            call(*arguments)
-
-
-class Unit:
-    """One column of one shard on its way to disk. All but the constructor runs in the writer's thread."""
-
-    def __init__(self, folder: ColumnFolder, entry: ShardEntry, card: ColumnCard) -> None:
-        self.folder, self.entry, self.card = folder, entry, card
-        self._writer: UnitWriter | None = None
-        self._shapes: list[tuple[int, ...]] = []
-        self._given_up = False
-
-    def write(self, clips: Sequence[Clip], results: Sequence[Result]) -> None:
-        if self._given_up:
-            return
-        try:
-            self._write(clips, results)
-        except BaseException as error:
-            self.give_up(error)
-            raise
-
-    def _write(self, clips: Sequence[Clip], results: Sequence[Result]) -> None:
-        if self._writer is None:
-            self._writer = UnitWriter(self.folder, self.entry, self.card.fingerprint)
-            self._writer.__enter__()
-        name = self.folder.name
-        for clip, result in zip(clips, results, strict=True):
-            if isinstance(result, Problem):
-                self._writer.reject(clip.key, name, result.reason, result.detail, clip.position)
-                continue
-            stem = column_stem(name)
-            self._writer.add(clip.key, {f"{stem}.safetensors": pack_tensor(stem, result)})
-            self._shapes.append(tuple(result.shape))
-
-    def commit(self) -> None:
-        if self._given_up:
-            return
-        self._writer.dtype = self.card.parts["dtype"]
-        self._writer.shape = list(common_shape(self._shapes))
-        try:
-            self._writer.__exit__(None, None, None)
-        except BaseException as error:
-            self.give_up(error)
-            raise
-
-    def give_up(self, error: BaseException) -> None:
-        """Leave nothing but word of why."""
-        self._given_up = True
-        if isinstance(error, OSError) and error.filename is None:  # a full disk says not of which file
-            error.filename = str(self.folder.folder / f"{self.entry.name}.tar")
-        with suppress(OSError):  # a full disk may refuse the closing and the word; `error` tells
-            if self._writer is not None:
-                self._writer.__exit__(type(error), error, error.__traceback__)
-            self.folder.fail(self.entry, error)
-
-
 class OpenShard:
     """A shard whose clips are on their way: its units, and what encodes them."""
 
@@ -259,6 +159,7 @@ class Job:
         self._open: list[OpenShard] = []  # begun, not yet handed over to be committed
         self._found: set[tuple[str, int]] = set()  # (column, shard) that were finished before
         self._progress = progress
+        self._names: Sequence[str] = ()  # columns that go through now
         self._began = (time.perf_counter(), {"decode": 0.0})  # of the columns that go through now
         self._reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
 
@@ -276,6 +177,7 @@ class Job:
     def _run_columns(self, names: Sequence[str]) -> None:
         if not self.shards:  # no reason to load an encoder
             return
+        self._names = names
         with self.stages("load encoders"):
             producers = self.build(names, self.bench)
         for name, producer in producers.items():
@@ -283,7 +185,7 @@ class Job:
             self.folders[name].claim(producer.card, redo=name in self.config.redo)
         left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
         self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
-        self._report(names)
+        self._report()
         self._make(left, producers)
         for name in names:
             self._stop_if_too_many(name, last=True)
@@ -338,7 +240,7 @@ class Job:
             shard.rejects[name].update(result.reason for result in results[name] if isinstance(result, Problem))
             writer.submit(unit.write, piece.batch, results[name])
             self.done[name] += len(piece.batch)
-        self._report([*shard.units])
+        self._report()
         if piece.last:
             # before units are committed, so that they are made again when the cause of too many rejects is mended
             for name, unit in shard.units.items():
@@ -384,11 +286,11 @@ class Job:
                 f"{self.config.max_bad_fraction:g}. Mend the cause, or raise max_bad_fraction, and run again; finished shards stay"
             )
 
-    def _report(self, names: Sequence[str]) -> None:
+    def _report(self) -> None:
         if self._progress is not None:
             total = sum(self.manifest.shards[s].samples for s in self.shards)
-            note = f"clips ({', '.join(names)})"
-            self._progress(sum(self.done[name] for name in names) // len(names), total, "; ".join([note, *self._busy()]))
+            note = f"clips ({', '.join(self._names)})"
+            self._progress(sum(self.done[name] for name in self._names) // len(self._names), total, "; ".join([note, *self._busy()]))
 
     def _busy(self) -> list[str]:
         """How busy the threads of each stage were since these columns began."""
