@@ -81,7 +81,7 @@ class PrecomputeConfig(Config):
     batch_size: PositiveInt = 8  # clips that go through an encoder together
     decoder: Literal["decord", "pyav"] = "decord"  # of the clips in raw shards; part of the fingerprint of what it feeds
     decode_threads: PositiveInt = 2
-    encode_threads: PositiveInt | None = None  # batches that are encoded at once; None: 1 on a GPU, up to 8 on a CPU, a core each
+    encode_threads: PositiveInt | None = None  # batches that are encoded at once; None: 1 on a GPU; on a CPU as many as torch has threads, 8 at most
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)  # of the clips of a column; more set aside stop the job
     redo: tuple[str, ...] = ()  # columns to make anew where another encoder made what is there
 

@@ -7,7 +7,6 @@ not depend on how many threads there are.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -91,18 +90,14 @@ class Bench:
     config: PrecomputeConfig
     device: torch.device
     stages: Stages
+    encode_threads: int  # batches that are encoded at the same time
 
     @classmethod
     def of(cls, config: PrecomputeConfig) -> Bench:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        return cls(config, torch.device(device), Stages())
-
-    @property
-    def encode_threads(self) -> int:
-        """Batches that are encoded at the same time. A GPU does one after another; a CPU one on each core."""
-        if self.config.encode_threads is not None:
-            return self.config.encode_threads
-        return 1 if self.device.type != "cpu" else min(len(os.sched_getaffinity(0)), MOST_ENCODE_THREADS)
+        # a GPU does one batch after another; of a CPU each gets one of the cores that torch would take for one
+        threads = min(torch.get_num_threads(), MOST_ENCODE_THREADS) if device == "cpu" else 1
+        return cls(config, torch.device(device), Stages(), config.encode_threads or threads)
 
     def stack(self, videos: list[np.ndarray]) -> Tensor:
         """uint8 [B, T, H, W, 3] on the device."""
