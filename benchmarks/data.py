@@ -1,12 +1,13 @@
-"""Speed of the data side: the loader against plain webdataset and against reading the bytes; precompute by stage.
+"""Speed of the data side: the loader against plain webdataset and against reading the bytes; precompute; the trainers' wait.
 
     python -m benchmarks.data
-    python -m benchmarks.data --device cuda --clips 256
+    python -m benchmarks.data --device cuda --clips 1024
 
 The loader reads samples of paper size (latents, text states and tokens, 4.1 MB together) from the page cache
 and hands out tensors of its own; webdataset reads the same three columns as streams and decodes them with
 safetensors. Rates are per second of processor time, best of the repeats, so that a busy machine says little
 against them. Precompute runs the nano preset on generated clips; a stage's rate is what it would reach alone.
+The trainers run the nano preset on what precompute made.
 """
 
 from __future__ import annotations
@@ -16,26 +17,32 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import webdataset
 from safetensors.torch import load as load_safetensors
 
-from configs import load
+from configs import dump, load
 from data_pipeline import precompute
-from data_pipeline.columns import pack_tensor
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.precompute_job import Bench, Job, Producer
 from data_pipeline.schema import RAW, Column, Manifest, RawSample, column_stem, fingerprint
-from data_pipeline.shards import ShardWriter, write_manifest
+from data_pipeline.shards import ShardWriter, read_manifest, write_manifest
+from data_pipeline.tensors import pack_tensor
 from data_pipeline.video import encode_clip
+from launchers.local import run_trainer
 from model_zoo import registry
 from model_zoo.config import ModelConfig
+from training.diffusion.config import DiffusionTrainConfig
+from training.lm.config import LMTrainConfig
+from training.metrics import read_metrics
 
 PASSES = 4  # over the data in one measurement, so that opening is what it is in a long run
 SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)}  # of the paper's clips
@@ -44,8 +51,9 @@ SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)
 @dataclass(frozen=True)
 class Row:
     what: str
-    samples_per_s: float
-    megabytes_per_s: float | None  # None: not a matter of bytes
+    samples_per_s: float | None = None
+    megabytes_per_s: float | None = None
+    note: str = ""
 
 
 def write_raw(data: Path, clips: list[list[tuple[RawSample, bytes]]]) -> Manifest:
@@ -87,13 +95,15 @@ def write_large_columns(data: Path, shards: int, samples: int) -> None:
     write_manifest(data, manifest.model_copy(update={"columns": columns}))
 
 
-def best_cpu_s(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return min(times)
+def best_cpu_s(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Processor seconds of each, in turns, so that what else the machine does meets them all alike."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for own, work in zip(times, works, strict=True):
+            begin = time.process_time()
+            work()
+            own.append(time.process_time() - begin)
+    return [min(own) for own in times]
 
 
 def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> list[Row]:
@@ -124,23 +134,23 @@ def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> li
             for _ in range(PASSES * total // batch_size - ahead):  # those that nobody takes are read too
                 loader.next_batch()
 
-    rows = []
-    for what, work in (("reading the bytes", read_bytes), ("webdataset", read_webdataset),
-                       ("loader", lambda: read_loader(0)), ("loader, reading ahead", lambda: read_loader(1)),
-                       ("loader, 2 threads", lambda: read_loader(1, read_threads=2)),
-                       ("loader, checksum", lambda: read_loader(0, checksum=True))):
-        seconds = best_cpu_s(work, repeats)
-        rows.append(Row(what, PASSES * total / seconds, PASSES * size / seconds / 1e6))
-    return rows
+    works = {"reading the bytes": read_bytes, "webdataset": read_webdataset,
+             "loader": lambda: read_loader(0), "loader, reading ahead": lambda: read_loader(1),
+             "loader, 2 threads": lambda: read_loader(1, read_threads=2),
+             "loader, checksum": lambda: read_loader(0, checksum=True)}
+    rates = {what: PASSES * total / seconds for what, seconds in zip(works, best_cpu_s([*works.values()], repeats), strict=True)}
+    bytes_only, plain = list(rates.values())[:2]
+    return [Row(what, rate, rate * size / total / 1e6,
+                f"{rate / bytes_only:.2f}x of reading the bytes (asked: 0.5x), {rate / plain:.2f}x of webdataset (3x)" if what.startswith("loader") else "")
+            for what, rate in rates.items()]
 
 
-def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -> tuple[list[Row], str]:
-    """Clips per second of each stage of the nano preset (processor time on a CPU), and a line about the whole job."""
-    models = load(ModelConfig, "nano/model")
+def write_nano(folder: Path, clips: int) -> None:
+    """Raw shards of generated clips in the shape of the nano preset, and an untrained tokenizer in a zoo."""
+    config = load(ModelConfig, "nano/model").tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = registry.build("tokenizer", models.tokenizer).train()
-        config = models.tokenizer
+        tokenizer = registry.build("tokenizer", config).train()
         tokenizer(torch.randn(64, config.segment_frames, config.feature_channels, config.grid_height, config.grid_width))
     registry.export(folder / "zoo", "tokenizer", "tokenizer", config, tokenizer.state_dict(), {})
     draw = np.random.default_rng(0)
@@ -150,34 +160,81 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
         clip = encode_clip(np.stack([np.roll(wide, -2 * t, axis=1)[:, :64] for t in range(17)]), 8, preset="ultrafast")
         members.append((meta_of(number, clip, 17, 64), clip))
     write_raw(folder / "data", [members[at : at + 32] for at in range(0, clips, 32)])
-    places = [f"data={folder / 'data'}", f"zoo={folder / 'zoo'}", f"device={device}", f"batch_size={batch_size}"]
-    begin, cpu = time.perf_counter(), time.process_time()
-    summary = precompute.run(load(PrecomputeConfig, "nano/precompute", places))
-    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    # the two text columns share their stage
+
+
+class Clock:
+    """Seconds of the wall clock, of this process and its living children, and of the cores that stood idle."""
+
+    def __init__(self) -> None:
+        own, cores = psutil.Process(), psutil.cpu_times(percpu=True)
+        self.wall = time.perf_counter()
+        self.used = sum(sum(one.cpu_times()[:2]) for one in [own, *own.children(recursive=True)])
+        self.idle = sum(cores[core].idle + cores[core].iowait for core in os.sched_getaffinity(0))
+
+    def since(self, other: Clock) -> np.ndarray:
+        return np.array([self.wall - other.wall, self.used - other.used, self.idle - other.idle])
+
+
+def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -> list[Row]:
+    """What each stage of the nano preset would reach alone, and the whole job against its stages.
+
+    On a CPU the processor seconds of all stages are set against those that the job took or let lie while it ran: on an
+    idle machine these are its cores times the wall clock, on a busy one the time of others is left out.
+    """
+    write_nano(folder, clips)
+    config = load(PrecomputeConfig, "nano/precompute", [f"data={folder / 'data'}", f"zoo={folder / 'zoo'}", f"device={device}",
+                                                        f"batch_size={batch_size}"])
+    loading = np.zeros(3)
+
+    def build(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
+        nonlocal loading
+        begin = Clock()
+        made = precompute.producers(names, bench)
+        loading += Clock().since(begin)
+        return made
+
+    begin, job = Clock(), Job(config, read_manifest(config.data), (0, 1), build)
+    summary = job.run()
+    wall, used, idle = Clock().since(begin) - loading
+    precompute.finalize(config)
+    # the two text columns share their stage, and each column is written
     counts = {"decode": clips, "features": clips, "tokens": clips, "latents": clips, "text": 2 * clips, "write": 4 * clips}
-    on_cpu = "features" in summary.cpu_seconds and (device == "cpu" or not torch.cuda.is_available())
+    on_cpu = job.bench.device.type == "cpu"
     spent = summary.cpu_seconds if on_cpu else summary.stage_seconds
-    rows = [Row(stage, count / spent[stage], None) for stage, count in counts.items()]
-    busy = sum(spent[stage] for stage in counts)
-    loading, cores = summary.stage_seconds["load encoders"], min(len(os.sched_getaffinity(0)), 3)  # 3 threads' worth of work
-    working = wall - loading
+    rows = [Row(f"precompute: {stage}", count / spent[stage]) for stage, count in counts.items()]
     if on_cpu:
-        line = (f"precompute, whole: {clips / working:.1f} clips/s behind {loading:.1f} s of loading; stages' CPU seconds are "
-                f"{busy / (cpu - summary.cpu_seconds['load encoders']):.2f} of all CPU seconds, and {busy / cores / working:.2f} of the "
-                f"wall time of {cores} cores (load average {os.getloadavg()[0]:.1f}: says much on an idle machine only)")
+        note = (f"{sum(spent[stage] for stage in counts) / (used + idle):.2f}x of its stages' CPU seconds over the cores (asked: 0.9x); "
+                f"cores idle {idle / wall:.2f}, used {used / wall:.2f}")
     else:
-        slowest = max(spent[stage] / (2 if stage == "decode" else 1) for stage in counts)
-        line = f"precompute, whole: {clips / working:.1f} clips/s behind {loading:.1f} s of loading; its slowest stage took {slowest / working:.2f} of it"
-    return rows, line
+        slowest = max(spent[stage] / (config.decode_threads if stage == "decode" else 1) for stage in counts)
+        note = f"{slowest / wall:.2f}x of its slowest stage (asked: 0.9x)"
+    return [*rows, Row("precompute, whole", clips / wall, None, f"{note}; encoders loaded in {loading[0]:.1f} s before")]
 
 
-def table(rows: list[Row], base: dict[str, float]) -> str:
-    lines = [f"{'what':<24} {'samples/s':>10} {'MB/s':>8}" + "".join(f"  {'of ' + name:>20}" for name in base)]
+def measure_waits(steps: int, folder: Path) -> list[Row]:
+    """How long the trainers of the nano preset wait for their data, behind the first logged steps."""
+    rows = []
+    for name, config_class, changes in (("lm", LMTrainConfig, []), ("diffusion", DiffusionTrainConfig, ["loop.preview_every=0"])):
+        preset = {"lm": "nano/lm", "diffusion": "nano/diffusion-main"}[name]
+        run = folder / name
+        config = load(config_class, preset, [f"run={run}", f"zoo={folder / 'zoo'}", f"data.manifest={folder / 'data'}",
+                                             f"loop.steps={steps}", f"loop.save_every={steps}", *changes])
+        run.mkdir()
+        (run / "resolved.yaml").write_text(dump(config))
+        code = run_trainer(f"training.{name}", run / "resolved.yaml", run, processes=2 if name == "lm" else 1)
+        assert code == 0, f"the {name} trainer ended with {code}"
+        lines = read_metrics(run / "metrics.jsonl")[1:]
+        rate = config.data.global_batch_size / np.mean([1 / line["throughput/steps_per_s"] for line in lines])
+        rows.append(Row(f"{name} trainer", float(rate), None, f"waits for data {np.mean([line['data/wait_fraction'] for line in lines]):.2%} of the step "
+                        "(asked: 2 % at most)"))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [f"{'what':<24} {'samples/s':>10} {'MB/s':>8}"]
     for row in rows:
-        megabytes = "-" if row.megabytes_per_s is None else f"{row.megabytes_per_s:.0f}"
-        line = f"{row.what:<24} {row.samples_per_s:>10.1f} {megabytes:>8}"
-        lines.append(line + "".join(f"  {row.samples_per_s / value:>19.2f}x" if megabytes != "-" else f"  {'-':>20}" for value in base.values()))
+        numbers = [f"{row.samples_per_s:.1f}", "-" if row.megabytes_per_s is None else f"{row.megabytes_per_s:.0f}"]
+        lines.append(f"{row.what:<24} {numbers[0]:>10} {numbers[1]:>8}  {row.note}".rstrip())
     return "\n".join(lines)
 
 
@@ -186,18 +243,19 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--shards", type=int, default=4, help="of the loader's data set; on disk 4.1 MB * shards * samples")
     parser.add_argument("--samples", type=int, default=16, help="in a shard, a multiple of 8")
-    parser.add_argument("--clips", type=int, default=64, help="that precompute works on")
+    parser.add_argument("--clips", type=int, default=256, help="that precompute works on")
     parser.add_argument("--batch-size", type=int, default=8, help="of precompute")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="of the trainers")
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="where to write the data; default: the system's temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        (Path(name) / "nano").mkdir()
         rows = measure_reading(options.shards, options.samples, options.repeats, Path(name) / "reading")
-        base = {row.what: row.samples_per_s for row in rows[:2]}
-        stages, whole = measure_precompute(options.clips, options.device, options.batch_size, Path(name) / "precompute")
-    rows += [Row(f"precompute: {row.what}", row.samples_per_s, None) for row in stages]
-    print(table(rows, base))
-    print(whole)
+        rows += measure_precompute(options.clips, options.device, options.batch_size, Path(name) / "nano")
+        rows += measure_waits(options.steps, Path(name) / "nano")
+    print(table(rows))
+    print(f"load average: {os.getloadavg()[0]:.1f}, cores: {len(os.sched_getaffinity(0))}")
 
 
 if __name__ == "__main__":

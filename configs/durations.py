@@ -1,4 +1,4 @@
-"""How long something takes, as a person reads it."""
+"""How long something takes and how large it is, as a person reads it."""
 
 
 def duration(seconds: float) -> str:
@@ -6,3 +6,12 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes: 512_000 -> "512 kB", 3_210_000_000 -> "3.2 GB"."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        del units[0]
+    return f"{count:.0f} {units[0]}" if count >= 10 or units[0] == "B" else f"{count:.1f} {units[0]}"

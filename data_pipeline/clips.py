@@ -114,7 +114,7 @@ class ClipReader:
     def _meta(self, shard: int, position: int) -> Clip:
         key = self._json.index(shard).keys[position]
         try:
-            meta = RawSample.model_validate_json(self._json.read(shard, position).numpy().tobytes())
+            meta = RawSample.model_validate_json(self._json.read(shard, position).tobytes())
         except (DamagedSample, ValidationError) as error:
             return Clip(position, key, None, problem=Problem("damaged", str(error)))
         return Clip(position, key, meta)
@@ -125,7 +125,7 @@ class ClipReader:
             return clip, 0.0, 0.0
         begin, cpu = time.perf_counter(), time.thread_time()
         try:
-            frames = self._frames(self._mp4.read(shard, clip.position).numpy().tobytes(), clip.meta)
+            frames = self._frames(self._mp4.read(shard, clip.position).tobytes(), clip.meta)
         except (DamagedSample, ClipDamaged) as error:
             frames = Problem("damaged", str(error))
         if not isinstance(frames, Problem) and len(frames) != clip.meta.num_frames:

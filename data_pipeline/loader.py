@@ -10,7 +10,6 @@ The tensors of a batch share memory that is used again when the last of them is 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from configs.base import ConfigError
-from data_pipeline.columns import AlignedColumns, Buffers, require_encoder
+from data_pipeline.columns import AlignedColumns, require_encoder
 from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.fetch_ahead import FetchAhead
 from data_pipeline.order import BatchOrder, Source
-from data_pipeline.remote import open_remote
+from data_pipeline.remote import ROOM, open_remote
 from data_pipeline.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
 from data_pipeline.shards import ShardError, read_manifest
+from data_pipeline.tensors import Buffers
 
 __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 
@@ -59,8 +60,7 @@ class Batch:
 class Loader:
     """Hands out this rank's share of one global batch after another, for ever.
 
-    Tensor- and pipeline-parallel peers pass the same `dp_rank` and get equal batches. `wait_s` is the time
-    that `next_batch` kept its caller waiting, in all.
+    Tensor- and pipeline-parallel peers pass the same `dp_rank` and get equal batches.
     """
 
     def __init__(self, config: DataConfig, columns: Sequence[str], *, dp_rank: int, dp_size: int) -> None:
@@ -89,7 +89,8 @@ class Loader:
         self._buffers = Buffers((config.prefetch_batches + 3) * config.read_threads)
         self._ahead: deque[list[Future[list[Sample]]]] = deque()
         self._step = 0
-        self.wait_s = 0.0
+        rooms = [int(ROOM * one.remote.max_bytes) if one.remote is not None else 0 for one in self._sets]
+        self._fetch_ahead = FetchAhead(self._sets, rooms, self._order, self._positions, config.read_threads) if any(rooms) and self._pool else None
 
     @property
     def num_samples(self) -> int:
@@ -98,7 +99,6 @@ class Loader:
 
     def next_batch(self) -> Batch:
         """This rank's share of the next global batch. Raises ShardError with file and key of a damaged sample."""
-        begin = time.perf_counter()
         if self._pool is None:
             samples = self._read(self._step, self._positions)
         else:
@@ -114,7 +114,8 @@ class Loader:
         micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
         batch = Batch(self._step, self.config.global_batch_size, micro_batches)
         self._step += 1
-        self.wait_s += time.perf_counter() - begin
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.reached(self._step)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,10 +136,17 @@ class Loader:
                               f"{self.config.global_batch_size}; the checkpoint's loader state is damaged")
         self._forget_ahead()
         self._step = step
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.reached(step)
 
     def close(self) -> None:
         """End the background threads and close the files."""
+        for one in self._sets:
+            if one.remote is not None:
+                one.remote.closed = True
         self._forget_ahead()
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         for one in self._sets:
@@ -176,15 +184,14 @@ class Loader:
     def _read(self, step: int, positions: np.ndarray) -> list[Sample]:
         """Samples of global batch `step`, all in one piece of memory."""
         sources, places = self._order.locate(step, positions)
-        sets = [self._sets[source] for source in sources]
-        plans = [one.plan(int(shard), int(slot)) for one, shard, slot in zip(sets, places.shard, places.slot, strict=True)]
-        memory = self._buffers.take(sum(plan.size for plan in plans))
-        samples, begin = [], 0
-        for at, (one, plan) in enumerate(zip(sets, plans, strict=True)):
-            meta, tensors = one.read(plan, memory[begin:])
-            begin += plan.size
-            samples.append(Sample(key=meta.key, epoch=int(places.epoch[at]), index=step * self.config.global_batch_size + int(positions[at]),
-                                  position=int(positions[at]), meta=meta, tensors=tensors))
+        where = list(zip(sources.tolist(), places.shard.tolist(), places.slot.tolist(), strict=True))
+        sizes = [self._sets[source].size(shard, slot) for source, shard, slot in where]
+        memory, begin, samples = self._buffers.take(sum(sizes)), 0, []
+        first = step * self.config.global_batch_size
+        for (source, shard, slot), size, epoch, position in zip(where, sizes, places.epoch.tolist(), positions.tolist(), strict=True):
+            meta, tensors = self._sets[source].read(shard, slot, memory[begin:])
+            samples.append(Sample(key=meta.key, epoch=epoch, index=first + position, position=position, meta=meta, tensors=tensors))
+            begin += size
         return samples
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,17 +91,15 @@ class Order:
         indices = np.asarray(indices, dtype=np.int64)
         epochs, within = np.divmod(indices, self.num_samples)
         shard, slot = np.empty_like(indices), np.empty_like(indices)
-        for epoch in np.unique(epochs):
-            chosen = np.flatnonzero(epochs == epoch)
-            shard[chosen], slot[chosen] = self._locate(int(epoch), within[chosen])
+        for epoch, chosen in _groups(epochs):
+            shard[chosen], slot[chosen] = self._locate(epoch, within[chosen])
         return Places(epochs, shard, slot)
 
     def _locate(self, epoch: int, within: Ints) -> tuple[Ints, Ints]:
         table = self._epoch(epoch)
         windows = np.searchsorted(table.window_ends, within, side="right")
         mixed = np.empty_like(within)
-        for window in np.unique(windows):
-            chosen = np.flatnonzero(windows == window)
+        for window, chosen in _groups(windows):
             start = int(table.window_ends[window - 1]) if window else 0
             size = int(table.window_ends[window]) - start
             permutation = Permutation(size, f"{self._key}/{epoch}/window/{window}")
@@ -124,12 +122,23 @@ class Order:
         return table
 
 
+def _groups(values: Ints) -> Iterator[tuple[int, Ints | slice]]:
+    """Each of `values` once, and where it stands. A batch mostly lies in one epoch and one window."""
+    if values.size and (values == values[0]).all():
+        yield int(values[0]), slice(None)
+        return
+    for value in np.unique(values):
+        yield int(value), np.flatnonzero(values == value)
+
+
 def interleave(indices: Ints, counts: Sequence[int]) -> tuple[Ints, Ints]:
     """Merge endless streams evenly: (which stream, index in it) for each of `indices`.
 
     Of every sum(counts) in a row, counts[i] come from stream i, each stream in its own order.
     """
     which, within = np.zeros_like(indices), np.array(indices)
+    if len(counts) == 1:
+        return which, within
     rest, total = np.array(indices), sum(counts)
     undecided = np.ones(len(indices), dtype=bool)
     for stream, count in enumerate(counts):
@@ -195,10 +204,9 @@ class BatchOrder:
         which, within = interleave(turn * self.batch_size + np.asarray(positions, dtype=np.int64), [part.share for part in parts])
         places = Places(np.empty_like(within), np.empty_like(within), np.empty_like(within))
         source = np.empty_like(within)
-        for number, part in enumerate(parts):
-            chosen = np.flatnonzero(which == number)
-            if chosen.size:
-                found = part.order.locate(within[chosen])
-                source[chosen], places.epoch[chosen] = part.source, found.epoch
-                places.shard[chosen], places.slot[chosen] = part.shards[found.shard], found.slot
+        for number, chosen in _groups(which):
+            part = parts[number]
+            found = part.order.locate(within[chosen])
+            source[chosen], places.epoch[chosen] = part.source, found.epoch
+            places.shard[chosen], places.slot[chosen] = part.shards[found.shard], found.slot
         return source, places

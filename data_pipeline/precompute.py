@@ -14,8 +14,10 @@ share a folder, die and be started again. This file knows the encoders; precompu
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
@@ -33,14 +35,14 @@ from data_pipeline.precompute_config import (
     TextColumn,
     TokensColumn,
 )
-from data_pipeline.precompute_job import Bench, Job, Producer, Progress, Summary, TooManyRejects
+from data_pipeline.precompute_job import Bench, Encode, Job, Producer, Progress, Summary, TooManyRejects
 from data_pipeline.precompute_status import ColumnStatus
 from data_pipeline.schema import Manifest, ShardEntry, Sidecar
 from data_pipeline.shards import read_manifest
 from data_pipeline.units import ColumnCard, ColumnFolder, share
 from data_pipeline.units import finalize as finalize_units
 from model_zoo import frozen, registry
-from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures
+from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from model_zoo.frozen.config import semantic_frame_indices
 
 __all__ = ["TooManyRejects", "estimate", "finalize", "retry", "run", "share", "status", "verify"]
@@ -54,18 +56,24 @@ class FeaturesProducer:
         parts = {"encoders": {encoder.name: encoder.fingerprint}, "decoder": bench.config.decoder,
                  "frame_stride": self.stride, "dtype": "float16"}
         self.card = ColumnCard.of(encoder.name, parts, column.model_dump(mode="json"))
-        self._last: tuple[Sequence[Clip], list[Result]] = ((), [])
+        self._own = threading.local()
 
     def needs_frames(self, entry: ShardEntry) -> bool:
         return True
 
-    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> None:
-        self._last = ((), [])
+    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
+        self._own.last = (None, [])
 
-    def __call__(self, clips: Sequence[Clip]) -> list[Result]:
-        if self._last[0] is not clips:  # the tokens of the same batch ask again
-            self._last = (clips, by_shape(clips, self._frames, self._compute))
-        return self._last[1]
+        def encode(batch: Sequence[Clip]) -> list[Result]:
+            """The tokens of the same batch ask again, in the same thread."""
+            wanted = (entry.sha256, [clip.position for clip in batch])
+            known, results = getattr(self._own, "last", (None, []))
+            if known != wanted:
+                results = by_shape(batch, self._frames, self._compute)
+                self._own.last = (wanted, results)
+            return results
+
+        return encode
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "mean": float(tensor.float().mean()), "std": float(tensor.float().std())}
@@ -98,8 +106,6 @@ class TokensProducer:
         parts = {**features.card.parts, "encoders": {entry.name: entry.fingerprint, **features.card.parts["encoders"]},
                  "dtype": "uint16"}
         self.card = ColumnCard.of(entry.reference, parts, column.model_dump(mode="json"))
-        self._reader: FolderReader | None = None
-        self._slots: dict[str, int] = {}
         self._planned: dict[str, Sidecar | None] = {}  # shard -> its features, where they are there
 
     def needs_frames(self, entry: ShardEntry) -> bool:
@@ -107,28 +113,29 @@ class TokensProducer:
         self._planned[entry.name] = sidecar
         return sidecar is None
 
-    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> None:
-        self.features.begin(entry, clips)
+    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
         sidecar = self._planned.pop(entry.name)
-        if self._reader is not None:
-            self._reader.close()
-        self._reader = None
-        if sidecar is not None:
-            self._reader = FolderReader(self.bench.config.data, "features", "features.safetensors", [sidecar.entry])
-            self._slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
+        features = self.features.begin(entry, clips) if sidecar is None else self._stored(sidecar)
 
-    def __call__(self, clips: Sequence[Clip]) -> list[Result]:
-        known = [self._stored(clip) for clip in clips] if self._reader else self.features(clips)
-        known = [f if isinstance(f, Problem) else self._fitting(f) for f in known]
-        by_clip = {clip.key: f for clip, f in zip(clips, known, strict=True)}
-        return by_shape(clips, lambda clip: by_clip[clip.key], self._compute)
+        def encode(batch: Sequence[Clip]) -> list[Result]:
+            known = [f if isinstance(f, Problem) else self._fitting(f) for f in features(batch)]
+            by_position = {clip.position: f for clip, f in zip(batch, known, strict=True)}
+            return by_shape(batch, lambda clip: by_position[clip.position], self._compute)
+
+        return encode
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
-        return {"bad_values": float((tensor.int() >= self.sizes.codebook_size).sum()), "codebook_size": float(self.sizes.codebook_size)}
+        return {"bad_values": float((tensor.int() >= self.sizes.codebook_size).sum())}
 
-    def _stored(self, clip: Clip) -> Result:
-        slot = self._slots.get(clip.key)
-        return Problem("no_features", "set aside in column 'features'") if slot is None else self._reader.read_tensor(0, slot)
+    def _stored(self, sidecar: Sidecar) -> Encode:
+        reader = FolderReader(self.bench.config.data, "features", "features.safetensors", [sidecar.entry])
+        slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
+
+        def read(batch: Sequence[Clip]) -> list[Result]:
+            return [reader.read_tensor(0, slots[clip.key]) if clip.key in slots else Problem("no_features", "set aside in column 'features'")
+                    for clip in batch]
+
+        return read
 
     def _fitting(self, features_TChw: Tensor) -> Result:
         found, wanted = list(features_TChw.shape[1:]), [self.sizes.feature_channels, self.sizes.grid_height, self.sizes.grid_width]
@@ -143,28 +150,26 @@ class TokensProducer:
 
 
 class LatentsProducer:
-    """bfloat16 [T, C, H, W], scaled."""
+    """bfloat16 [T, C, H, W], scaled; [T, 2C, H, W] where it is mean and log-variance."""
 
     def __init__(self, column: LatentsColumn, codec: LatentCodec, bench: Bench) -> None:
-        self.codec, self.seed, self.bench = codec, column.sample_seed, bench
+        self.codec, self.seed, self.moments, self.bench = codec, column.sample_seed, column.moments, bench
         parts = {"encoders": {codec.name: codec.fingerprint}, "decoder": bench.config.decoder, "sample_seed": self.seed,
-                 "dtype": "bfloat16"}
+                 "moments": self.moments, "dtype": "bfloat16"}
         self.card = ColumnCard.of(codec.name, parts, column.model_dump(mode="json"))
 
     def needs_frames(self, entry: ShardEntry) -> bool:
         return True
 
-    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> None:
-        """Nothing to prepare."""
-
-    def __call__(self, clips: Sequence[Clip]) -> list[Result]:
-        return by_shape(clips, self._frames, self._compute)
+    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
+        return lambda batch: by_shape(batch, self._frames, self._compute)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         """Decodes the latents back: "psnr" against the clip, in dB."""
         measured = {"bad_values": float((~tensor.isfinite()).sum()), "std": float(tensor.float().std())}
         if clip.frames is not None and not measured["bad_values"]:
-            shown = self.codec.decode(tensor.float()[None].to(self.bench.device))[0].cpu()
+            latents = posterior_mean(tensor.float()[None].to(self.bench.device), self.codec.channels)
+            shown = self.codec.decode(latents)[0].cpu()
             error = (shown.float() - torch.from_numpy(clip.frames).float()).square().mean()
             measured["psnr"] = float(10 * torch.log10(255**2 / error.clamp(min=1e-10)))
         return measured
@@ -181,6 +186,8 @@ class LatentsProducer:
 
     def _compute(self, videos: list[np.ndarray], keys: list[str]) -> Tensor:
         with self.bench.stages("latents"):
+            if self.moments:
+                return self.codec.encode_moments(self.bench.stack(videos)).bfloat16().cpu()
             length, height, width = videos[0].shape[:3]
             noise = None
             if self.seed is not None:
@@ -190,46 +197,76 @@ class LatentsProducer:
 
 
 class TextProducer:
-    """bfloat16 [L, D]: the rows of each caption; a caption that comes again in its shard is not encoded again."""
+    """bfloat16 [L, D]: the rows of each caption."""
 
     def __init__(self, column: TextColumn, encoder: TextEncoder, bench: Bench) -> None:
         self.encoder, self.bench = encoder, bench
         self.card = ColumnCard.of(encoder.name, {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"},
                                   column.model_dump(mode="json"))
-        self._to_come: Counter[str] = Counter()
-        self._states: dict[str, Tensor] = {}
 
     def needs_frames(self, entry: ShardEntry) -> bool:
         return False
 
-    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> None:
-        self._to_come = Counter(clip.meta.caption for clip in clips if clip.meta is not None)
-        self._states = {}
-
-    def __call__(self, clips: Sequence[Clip]) -> list[Result]:
-        captions = [clip.meta.caption for clip in clips if clip.meta is not None]
-        new = [c for c in dict.fromkeys(captions) if c.strip() and c not in self._states]
-        if new:
-            with self.bench.stages("text"):
-                states_BLD, lengths_B = self.encoder(new)
-                states_BLD = states_BLD.bfloat16().cpu()
-                for caption, states, length in zip(new, states_BLD, lengths_B.tolist(), strict=True):
-                    self._states[caption] = states[:length].clone()
-        results = [self._result(clip) for clip in clips]
-        for caption in captions:
-            self._to_come[caption] -= 1
-            if not self._to_come[caption]:
-                self._states.pop(caption, None)
-        return results
+    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
+        return ShardCaptions(clips, self._states)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "rows": float(tensor.shape[0])}
+
+    def _states(self, captions: list[str]) -> list[Tensor]:
+        with self.bench.stages("text"):
+            states_BLD, lengths_B = self.encoder(captions)
+            states_BLD = states_BLD.bfloat16().cpu()
+            return [states[:length].clone() for states, length in zip(states_BLD, lengths_B.tolist(), strict=True)]
+
+
+class ShardCaptions:
+    """Encodes each caption of a shard once, with the batch of the first clip that has it; later ones wait for that.
+
+    Not once for all shards: a unit's bytes must not depend on what its task made before.
+    """
+
+    def __init__(self, clips: Sequence[Clip], encode: Callable[[list[str]], list[Tensor]]) -> None:
+        self._encode = encode
+        self._states: dict[str, Future[Tensor]] = {}
+        self._new: dict[int, str] = {}  # position of the first clip that has it
+        self._left: Counter[str] = Counter()  # clips that still want it
+        self._lock = threading.Lock()
+        for clip in clips:
+            if clip.meta is not None and clip.meta.caption.strip():
+                if clip.meta.caption not in self._states:
+                    self._states[clip.meta.caption] = Future()
+                    self._new[clip.position] = clip.meta.caption
+                self._left[clip.meta.caption] += 1
+
+    def __call__(self, batch: Sequence[Clip]) -> list[Result]:
+        new = [self._new[clip.position] for clip in batch if clip.position in self._new]
+        if new:
+            self._make(new)
+        results = [self._result(clip) for clip in batch]
+        with self._lock:
+            for clip in batch:
+                if clip.meta is not None and clip.meta.caption in self._states:
+                    self._left[clip.meta.caption] -= 1
+                    if not self._left[clip.meta.caption]:
+                        del self._states[clip.meta.caption]
+        return results
+
+    def _make(self, captions: list[str]) -> None:
+        try:
+            states = self._encode(captions)
+        except BaseException as error:
+            for caption in captions:
+                self._states[caption].set_exception(error)
+            raise
+        for caption, state in zip(captions, states, strict=True):
+            self._states[caption].set_result(state)
 
     def _result(self, clip: Clip) -> Result:
         if clip.meta is None:
             return clip.problem
         states = self._states.get(clip.meta.caption)
-        return Problem("empty_caption") if states is None else finite(states)
+        return Problem("empty_caption") if states is None else finite(states.result())
 
 
 def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -258,6 +295,18 @@ def producers(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
     return made
 
 
+def tokenizers(config: PrecomputeConfig) -> dict[str, str]:
+    """{tokens column: name@fingerprint of the tokenizer that makes it now}."""
+    found = {}
+    for name, column in config.columns.items():
+        if isinstance(column, TokensColumn):
+            try:
+                found[name] = registry.resolve(config.zoo, column.tokenizer, kind="tokenizer").reference
+            except ConfigError:
+                found[name] = f"{column.tokenizer}, which is not in {config.zoo}"
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 
@@ -271,12 +320,12 @@ def run(config: PrecomputeConfig, task: tuple[int, int] = (0, 1), progress: Prog
 
 def status(config: PrecomputeConfig) -> list[ColumnStatus]:
     """What is done, running, failed and left of each column of the config; builds no encoder."""
-    return precompute_status.status(config, read_manifest(config.data))
+    return precompute_status.status(config, read_manifest(config.data), tokenizers(config))
 
 
 def retry(config: PrecomputeConfig, tasks: int) -> dict[str, str]:
     """{column: SLURM array expression of the tasks, of so many, that have work left}."""
-    return precompute_status.retry(config, read_manifest(config.data), tasks)
+    return precompute_status.retry(config, read_manifest(config.data), tasks, tokenizers(config))
 
 
 def finalize(config: PrecomputeConfig) -> Manifest:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.durations import duration, size
 from configs.files import sha256_file
 from data_pipeline.clips import Clip, ClipReader, Problem, Result
-from data_pipeline.columns import FolderReader, pack_tensor
+from data_pipeline.columns import FolderReader
 from data_pipeline.precompute_config import PrecomputeConfig
 from data_pipeline.precompute_job import Bench, Build, Producer, groups
 from data_pipeline.schema import Manifest, ShardEntry, column_stem
 from data_pipeline.shards import ShardError
+from data_pipeline.tensors import pack_tensor
 from data_pipeline.units import ColumnFolder
 
 TAR_BLOCK = 512
@@ -32,8 +34,8 @@ LARGEST_ERROR = 1e-2  # of re-encoded floats: root mean square of the difference
 class ColumnEstimate:
     column: str
     clips_left: int
-    hours: float  # of this device alone, encoder only
-    gigabytes: float
+    seconds: float  # of this device alone, encoder only
+    bytes: float
     rejects: dict[str, int]  # reason -> of the clips that were tried
 
 
@@ -42,17 +44,18 @@ class Estimate:
     device: str
     clips: int  # that were tried
     columns: tuple[ColumnEstimate, ...]
-    decode_hours: float  # CPU hours
+    decode_s: float  # of one core
     load_s: float  # to build the encoders, once a task
 
     def __str__(self) -> str:
-        lines = [f"{'column':<22}{'clips left':>12}{'GB':>10}{self.device + ' hours':>14}  would be set aside"]
+        lines = [f"{'column':<22}{'clips left':>12}{'disk':>10}{self.device + ' time':>14}  would be set aside"]
         for row in self.columns:
             bad = ", ".join(f"{reason} {count}" for reason, count in row.rejects.items())
-            lines.append(f"{row.column:<22}{row.clips_left:>12}{row.gigabytes:>10.3f}{row.hours:>14.3f}  {bad or 'none'} (of {self.clips})")
-        lines.append(f"{'decode':<22}{'':>12}{'':>10}{self.decode_hours:>14.3f}  (CPU hours)")
-        gigabytes, hours = sum(row.gigabytes for row in self.columns), sum(row.hours for row in self.columns)
-        lines.append(f"{'all':<22}{'':>12}{gigabytes:>10.3f}{hours:>14.3f}  from {self.clips} clips; encoders load in {self.load_s:.0f} s a task")
+            lines.append(f"{row.column:<22}{row.clips_left:>12}{size(row.bytes):>10}{duration(row.seconds):>14}  {bad or 'none'} (of {self.clips})")
+        lines.append(f"{'decode':<22}{'':>12}{'':>10}{duration(self.decode_s):>14}  (on one core; it goes on beside the encoders)")
+        disk, seconds = sum(row.bytes for row in self.columns), sum(row.seconds for row in self.columns)
+        lines.append(f"{'all':<22}{'':>12}{size(disk):>10}{duration(seconds):>14}  = {seconds / 3600:.2f} {self.device} hours, from {self.clips} clips; "
+                     f"encoders load in {self.load_s:.0f} s a task")
         return "\n".join(lines)
 
 
@@ -71,7 +74,7 @@ def estimate(config: PrecomputeConfig, manifest: Manifest, build: Build, clips: 
     finally:
         reader.close()
     with_frames = max((row.clips_left for row in rows if not row.column.startswith("text")), default=0)
-    decode = reader.decode_s / max(1, tried) * with_frames / 3600
+    decode = reader.decode_s / max(1, tried) * with_frames
     return Estimate(bench.device.type, tried, tuple(rows), decode, load_s)
 
 
@@ -79,23 +82,20 @@ def _try(manifest: Manifest, reader: ClipReader, producers: Mapping[str, Produce
          config: PrecomputeConfig) -> tuple[int, list[ColumnEstimate]]:
     seconds, sizes = dict.fromkeys(producers, 0.0), dict.fromkeys(producers, 0)
     rejects: dict[str, dict[str, int]] = {name: {} for name in producers}
-    tried, shard, warm = 0, -1, False
+    tried, shard, encoders = 0, -1, {}
     with torch.inference_mode():
         plan = ((i, any([p.needs_frames(entry) for p in producers.values()])) for i, entry in enumerate(manifest.shards))
         for piece in reader.stream(plan, min(config.batch_size, clips)):
             if piece.shard != shard:
+                if shard < 0:  # the first call pays for what later ones don't
+                    for producer in producers.values():
+                        producer.begin(manifest.shards[piece.shard], piece.clips)(piece.batch)
+                        producer.needs_frames(manifest.shards[piece.shard])
+                encoders = {name: producer.begin(manifest.shards[piece.shard], piece.clips) for name, producer in producers.items()}
                 shard = piece.shard
-                for producer in producers.values():
-                    producer.begin(manifest.shards[shard], piece.clips)
-            if not warm:  # the first call pays for what later ones don't
-                for producer in producers.values():
-                    producer(list(piece.batch))
-                for producer in producers.values():
-                    producer.begin(manifest.shards[shard], piece.clips) if column_is_text(producer) else None
-                warm = True
-            for name, producer in producers.items():
+            for name, encode in encoders.items():
                 begin = time.perf_counter()
-                results = producer(piece.batch)
+                results = encode(piece.batch)
                 seconds[name] += time.perf_counter() - begin
                 for result in results:
                     if isinstance(result, Problem):
@@ -110,13 +110,10 @@ def _try(manifest: Manifest, reader: ClipReader, producers: Mapping[str, Produce
     rows = []
     for name, producer in producers.items():
         folder = ColumnFolder(config.data, name)
-        left = sum(entry.samples for entry in manifest.shards if folder.finished(entry, producer.card.fingerprint) is None)
-        rows.append(ColumnEstimate(name, left, seconds[name] / tried * left / 3600, sizes[name] / tried * left / 1e9, rejects[name]))
+        found = folder.survey(manifest.shards, producer.card.fingerprint)
+        left = sum(entry.samples for entry, sidecar in zip(manifest.shards, found, strict=True) if sidecar is None)
+        rows.append(ColumnEstimate(name, left, seconds[name] / tried * left, sizes[name] / tried * left, rejects[name]))
     return tried, rows
-
-
-def column_is_text(producer: Producer) -> bool:
-    return producer.card.column.get("kind") == "text"
 
 
 # ------------------------------------------------------------------------------------------------ verify
@@ -141,7 +138,8 @@ class ColumnCheck:
                 parts.append(f"{name} {np.mean(values):.2f} (least {min(values):.2f})")
         if self.histogram is not None and self.histogram.sum():
             share = self.histogram[self.histogram > 0] / self.histogram.sum()
-            parts.append(f"{len(share)} codes in use, as if {np.exp(-(share * np.log(share)).sum()):.0f} were used evenly; "
+            used = np.flatnonzero(self.histogram)
+            parts.append(f"{len(share)} codes in use, {used[0]} to {used[-1]}, as if {np.exp(-(share * np.log(share)).sum()):.0f} were used evenly; "
                          f"the most frequent makes {share.max():.1%}")
         return "; ".join(parts) + "".join(f"\n  WRONG: {problem}" for problem in self.problems)
 
@@ -172,7 +170,7 @@ def _verify_column(config: PrecomputeConfig, manifest: Manifest, reader: ClipRea
         check.problems.append(f"stale: made by {card.encoder} (fingerprint {card.fingerprint}), the config makes it with "
                               f"{producer.card.encoder} (fingerprint {producer.card.fingerprint})")
         return check
-    finished = [i for i, entry in enumerate(manifest.shards) if folder.finished(entry, card.fingerprint) is not None]
+    finished = [i for i, sidecar in enumerate(folder.survey(manifest.shards, card.fingerprint)) if sidecar is not None]
     if len(finished) < len(manifest.shards):
         check.problems.append(f"{len(manifest.shards) - len(finished)} of {len(manifest.shards)} shards are missing, damaged or stale")
     for shard in _chosen(finished, manifest.shards, sample):
@@ -195,13 +193,12 @@ def _verify_shard(config: PrecomputeConfig, raw: ShardEntry, shard: int, reader:
         check.problems.append(f"{tar} does not have the sha256 of its sidecar; delete both and run `landiff precompute` again")
     stored = FolderReader(config.data, name, f"{column_stem(name)}.safetensors", [sidecar.entry], checksum=True)
     slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
-    begun = False
+    encode = None
     for piece in reader.stream([(shard, True)], config.batch_size):
-        if not begun:
+        if encode is None:
             producer.needs_frames(raw)
-            producer.begin(raw, piece.clips)
-            begun = True
-        for clip, again in zip(piece.batch, producer(piece.batch), strict=True):
+            encode = producer.begin(raw, piece.clips)
+        for clip, again in zip(piece.batch, encode(piece.batch), strict=True):
             check.clips += 1
             try:
                 tensor = stored.read_tensor(0, slots[clip.key]) if clip.key in slots else None

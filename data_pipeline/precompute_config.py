@@ -43,11 +43,21 @@ class TokensColumn(Config):
 
 
 class LatentsColumn(Config):
-    """Latents of the whole clip: the codec's mean, or one fixed sample of its posterior."""
+    """Latents of the whole clip: the codec's mean, one fixed sample of its posterior, or its mean and log-variance.
+
+    Of mean and log-variance the trainer draws another sample in every epoch; they take twice the room.
+    """
 
     kind: Literal["latents"] = "latents"
     encoder: CodecConfig
     sample_seed: NonNegativeInt | None = None  # None: the mean; else noise keyed by (seed, clip key)
+    moments: bool = False  # [T, 2C, H, W]: the mean, then the log-variance
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> LatentsColumn:
+        if self.moments and self.sample_seed is not None:
+            raise ValueError(f"moments = true stores mean and log-variance, sample_seed = {self.sample_seed} one sample of them; leave one out")
+        return self
 
 
 class TextColumn(Config):
@@ -71,6 +81,7 @@ class PrecomputeConfig(Config):
     batch_size: PositiveInt = 8  # clips that go through an encoder together
     decoder: Literal["decord", "pyav"] = "decord"  # of the clips in raw shards; part of the fingerprint of what it feeds
     decode_threads: PositiveInt = 2
+    encode_threads: PositiveInt | None = None  # batches that are encoded at once; None: 1 on a GPU; on a CPU as many as torch has threads, 8 at most
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)  # of the clips of a column; more set aside stop the job
     redo: tuple[str, ...] = ()  # columns to make anew where another encoder made what is there
 

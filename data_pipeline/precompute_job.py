@@ -1,17 +1,18 @@
 """One task of `landiff precompute`: clips decoded, encoded and written at the same time.
 
-Threads decode ahead, this thread runs the encoders, another one writes, hashes and commits: whatever is
-slowest is always busy, and the progress line says how busy each is.
+Threads decode ahead, others run the encoders (one on a GPU, one a core on a CPU), another one writes, hashes and
+commits: whatever is slowest is always busy, and the progress line says how busy each is. What a unit holds does
+not depend on how many threads there are.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,34 +21,19 @@ import torch
 from torch import Tensor
 
 from data_pipeline.clips import Clip, ClipReader, Piece, Problem, Result
-from data_pipeline.columns import pack_tensor
 from data_pipeline.precompute_config import PrecomputeConfig, TextColumn
-from data_pipeline.schema import Manifest, ShardEntry, column_stem
+from data_pipeline.precompute_write import Stages, Unit, WriterThread
+from data_pipeline.schema import Manifest, ShardEntry
 from data_pipeline.shards import ShardError
-from data_pipeline.units import ColumnCard, ColumnFolder, UnitWriter, common_shape, share
+from data_pipeline.units import ColumnCard, ColumnFolder, share
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
 SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
-WRITES_AHEAD = 4  # batches that wait for the writer
+MOST_ENCODE_THREADS = 8  # on a CPU, unless the config says otherwise; each holds a batch of frames
 
 
 class TooManyRejects(ShardError):
     """More clips were set aside than `max_bad_fraction` allows."""
-
-
-@dataclass
-class Stages:
-    """Seconds by stage, and processor seconds of the thread that it belongs to."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin, cpu = time.perf_counter(), time.thread_time()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
-        self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + time.thread_time() - cpu
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ class Summary:
     """What one task did."""
 
     columns: dict[str, ColumnSummary]
-    stage_seconds: dict[str, float]  # "decode" is that of all its threads together
+    stage_seconds: dict[str, float]  # each of all its threads together
     cpu_seconds: dict[str, float]  # the same of processor time; of decoder processes (pyav) none
     wall_s: float
 
@@ -76,8 +62,11 @@ class Summary:
         return "; ".join(parts) + f"; {self.wall_s:.1f} s" + (f" (seconds by stage: {stages})" if stages else "")
 
 
+Encode = Callable[[Sequence[Clip]], list[Result]]  # a batch of one shard's clips -> their tensors; from several threads
+
+
 class Producer(Protocol):
-    """Clips of a shard -> tensors of one column."""
+    """Clips -> tensors of one column."""
 
     card: ColumnCard
 
@@ -85,11 +74,8 @@ class Producer(Protocol):
         """Asked ahead, in the order of `begin`."""
         ...
 
-    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> None:
-        """Before the clips of a shard come, in batches."""
-        ...
-
-    def __call__(self, clips: Sequence[Clip]) -> list[Result]:
+    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
+        """What encodes this shard. Its batches begin in order; a batch may end before another that began earlier."""
         ...
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
@@ -104,11 +90,14 @@ class Bench:
     config: PrecomputeConfig
     device: torch.device
     stages: Stages
+    encode_threads: int  # batches that are encoded at the same time
 
     @classmethod
     def of(cls, config: PrecomputeConfig) -> Bench:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        return cls(config, torch.device(device), Stages())
+        # a GPU does one batch after another; of a CPU each gets one of the cores that torch would take for one
+        threads = min(torch.get_num_threads(), MOST_ENCODE_THREADS) if device == "cpu" else 1
+        return cls(config, torch.device(device), Stages(), config.encode_threads or threads)
 
     def stack(self, videos: list[np.ndarray]) -> Tensor:
         """uint8 [B, T, H, W, 3] on the device."""
@@ -126,82 +115,28 @@ def groups(config: PrecomputeConfig) -> list[list[str]]:
     return [*texts, with_frames] if with_frames else texts
 
 
-class WriterThread:
-    """Runs calls one after another in a thread of its own. An error comes out of the next `submit`, or of `drain`."""
+class OpenShard:
+    """A shard whose clips are on their way: its units, and what encodes them."""
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._waiting: list[Future[None]] = []
+    def __init__(self, units: dict[str, Unit], encoders: dict[str, Encode]) -> None:
+        self.units, self.encoders = units, encoders
+        self.rejects: dict[str, Counter[str]] = {name: Counter() for name in units}
 
-    def submit(self, call: Callable[..., None], *arguments: object) -> None:
-        while len(self._waiting) >= WRITES_AHEAD:
-            with self._stages("wait for the writer"):
-                self._waiting.pop(0).result()
-        self._waiting.append(self._pool.submit(self._timed, call, *arguments))
-
-    def drain(self) -> None:
-        while self._waiting:
-            self._waiting.pop(0).result()
-
-    def close(self) -> None:
-        """Wait for what was submitted; errors that nobody asked for are in the units' failure records."""
-        self._pool.shutdown(wait=True)
-
-    def _timed(self, call: Callable[..., None], *arguments: object) -> None:
-        with self._stages("write"):
-            call(*arguments)
+    def encode_all(self, batch: Sequence[Clip]) -> dict[str, list[Result]]:
+        with torch.inference_mode():
+            return {name: encode(batch) for name, encode in self.encoders.items()}
 
 
-class Unit:
-    """One column of one shard on its way to disk. All but the constructor runs in the writer's thread."""
-
-    def __init__(self, folder: ColumnFolder, entry: ShardEntry, card: ColumnCard) -> None:
-        self.folder, self.entry, self.card = folder, entry, card
-        self._writer: UnitWriter | None = None
-        self._shapes: list[tuple[int, ...]] = []
-        self._given_up = False
-
-    def write(self, clips: Sequence[Clip], results: Sequence[Result]) -> None:
-        if self._given_up:
-            return
-        try:
-            self._write(clips, results)
-        except BaseException as error:
-            self.give_up(error)
-            raise
-
-    def _write(self, clips: Sequence[Clip], results: Sequence[Result]) -> None:
-        if self._writer is None:
-            self._writer = UnitWriter(self.folder, self.entry, self.card.fingerprint)
-            self._writer.__enter__()
-        name = self.folder.name
-        for clip, result in zip(clips, results, strict=True):
-            if isinstance(result, Problem):
-                self._writer.reject(clip.key, name, result.reason, result.detail, clip.position)
-                continue
-            stem = column_stem(name)
-            self._writer.add(clip.key, {f"{stem}.safetensors": pack_tensor(stem, result)})
-            self._shapes.append(tuple(result.shape))
-
-    def commit(self) -> None:
-        if self._given_up:
-            return
-        self._writer.dtype = self.card.parts["dtype"]
-        self._writer.shape = list(common_shape(self._shapes))
-        try:
-            self._writer.__exit__(None, None, None)
-        except BaseException as error:
-            self.give_up(error)
-            raise
-
-    def give_up(self, error: BaseException) -> None:
-        """Leave nothing but word of why."""
-        self._given_up = True
-        with suppress(OSError):  # a full disk may refuse the closing and the word; `error` tells
-            if self._writer is not None:
-                self._writer.__exit__(type(error), error, error.__traceback__)
-            self.folder.fail(self.entry, error)
+@contextmanager
+def threads_of_torch(bench: Bench) -> Iterator[None]:
+    """Share the cores among the threads that encode."""
+    before = torch.get_num_threads()
+    if bench.device.type == "cpu":
+        torch.set_num_threads(max(1, before // bench.encode_threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Job:
@@ -216,49 +151,67 @@ class Job:
         self.summaries = {name: ColumnSummary() for name in config.columns}
         self.seen: Counter[str] = Counter()  # clips by column, those of units found finished included
         self.done: Counter[str] = Counter()  # clips by column, for the progress line
-        self._rejects: dict[str, Counter[str]] = {name: Counter() for name in config.columns}  # of the unit in work
+        self._open: list[OpenShard] = []  # begun, not yet handed over to be committed
         self._found: set[tuple[str, int]] = set()  # (column, shard) that were finished before
         self._progress = progress
+        self._names: Sequence[str] = ()  # columns that go through now
         self._began = (time.perf_counter(), {"decode": 0.0})  # of the columns that go through now
         self._reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
 
     def run(self) -> Summary:
         begin = time.perf_counter()
         try:
-            for names in groups(self.config):
-                self._run_columns(names)
+            with threads_of_torch(self.bench):
+                for names in groups(self.config):
+                    self._run_columns(names)
         finally:
             self._reader.close()
         return Summary(self.summaries, {"decode": self._reader.decode_s, **self.stages.seconds},
                        {"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds}, time.perf_counter() - begin)
 
     def _run_columns(self, names: Sequence[str]) -> None:
-        with torch.inference_mode():
-            with self.stages("load encoders"):
-                producers = self.build(names, self.bench)
-            for name, producer in producers.items():
-                self.folders[name].remove_leftovers()
-                self.folders[name].claim(producer.card, redo=name in self.config.redo)
-            left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
-            self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
-            self._report(names)
-            writer = WriterThread(self.stages)
-            units: dict[str, Unit] = {}
-            try:
-                for piece in self._timed(self._reader.stream(self._plan(left, producers), self.config.batch_size)):
-                    if not units:
-                        units = self._begin(piece, producers)
-                    self._encode(piece, {name: producers[name] for name in units}, units, writer, names)
-                    if piece.last:
-                        self._check(units, last=piece.shard == left[-1])
-                        for unit in units.values():
-                            writer.submit(unit.commit)
-                        units = {}
-                writer.drain()
-            finally:
-                self._end(writer, units, sys.exc_info()[1])
-            for name in names:
-                self._stop_if_too_many(name, last=True)
+        if not self.shards:  # no reason to load an encoder
+            return
+        self._names = names
+        with self.stages("load encoders"):
+            producers = self.build(names, self.bench)
+        for name, producer in producers.items():
+            self.folders[name].remove_leftovers()
+            self.folders[name].claim(producer.card, redo=name in self.config.redo)
+        left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
+        self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
+        self._report()
+        self._make(left, producers)
+        for name in names:
+            self._stop_if_too_many(name, last=True)
+
+    def _make(self, left: Sequence[int], producers: Mapping[str, Producer]) -> None:
+        """Decode, encode and write the shards `left`."""
+        encoders = ThreadPoolExecutor(self.bench.encode_threads, thread_name_prefix="encode")
+        writer = WriterThread(self.stages)
+        shard: OpenShard | None = None
+        ahead: deque[tuple[OpenShard, Piece, Future[dict[str, list[Result]]]]] = deque()
+        try:
+            for piece in self._timed(self._reader.stream(self._plan(left, producers), self.config.batch_size)):
+                if shard is None:
+                    shard = self._begin(piece, producers)
+                ahead.append((shard, piece, encoders.submit(shard.encode_all, piece.batch)))
+                if piece.last:
+                    shard = None
+                while len(ahead) > self.bench.encode_threads:
+                    self._hand_over(*ahead.popleft(), writer, last=left[-1])
+            while ahead:
+                self._hand_over(*ahead.popleft(), writer, last=left[-1])
+            writer.drain()
+        finally:
+            encoders.shutdown(cancel_futures=True)
+            writer.close()
+            error = sys.exc_info()[1]
+            if isinstance(error, KeyboardInterrupt):
+                error = RuntimeError("its task was told to stop")
+            for shard in self._open:
+                for unit in shard.units.values():
+                    unit.give_up(error or RuntimeError("its task stopped"))
 
     def _plan(self, left: Sequence[int], producers: Mapping[str, Producer]) -> Iterator[tuple[int, bool]]:
         for shard in left:
@@ -266,34 +219,31 @@ class Job:
                 entry = self.manifest.shards[shard]
                 yield shard, any([producer.needs_frames(entry) for name, producer in producers.items() if (name, shard) not in self._found])
 
-    def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> dict[str, Unit]:
+    def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> OpenShard:
         entry = self.manifest.shards[piece.shard]
-        units = {name: Unit(self.folders[name], entry, producer.card) for name, producer in producers.items()
-                 if (name, piece.shard) not in self._found}
-        for name in units:
-            producers[name].begin(entry, piece.clips)
-            self._rejects[name].clear()
-        return units
+        wanted = {name: producer for name, producer in producers.items() if (name, piece.shard) not in self._found}
+        shard = OpenShard({name: Unit(self.folders[name], entry, producer.card) for name, producer in wanted.items()},
+                          {name: producer.begin(entry, piece.clips) for name, producer in wanted.items()})
+        self._open.append(shard)
+        return shard
 
-    def _encode(self, piece: Piece, producers: Mapping[str, Producer], units: Mapping[str, Unit], writer: WriterThread,
-                names: Sequence[str]) -> None:
-        for name, producer in producers.items():
-            results = producer(piece.batch)
-            self._rejects[name].update(result.reason for result in results if isinstance(result, Problem))
-            writer.submit(units[name].write, piece.batch, results)
+    def _hand_over(self, shard: OpenShard, piece: Piece, encoded: Future[dict[str, list[Result]]], writer: WriterThread, *, last: int) -> None:
+        """What was encoded to the writer; with the last batch of a shard, its units to be committed."""
+        with self.stages("wait for the encoders"):
+            results = encoded.result()
+        for name, unit in shard.units.items():
+            shard.rejects[name].update(result.reason for result in results[name] if isinstance(result, Problem))
+            writer.submit(unit.write, piece.batch, results[name])
             self.done[name] += len(piece.batch)
-        self._report(names)
-
-    def _check(self, units: Mapping[str, Unit], *, last: bool) -> None:
-        """Before units are committed, so that they are made again when the cause of too many rejects is mended."""
-        for name, unit in units.items():
-            self._count(name, self._rejects[name], unit.entry.samples, made=1)
-            self._stop_if_too_many(name, last=last)
-
-    def _end(self, writer: WriterThread, units: Mapping[str, Unit], error: BaseException | None) -> None:
-        writer.close()
-        for unit in units.values():
-            unit.give_up(error or RuntimeError("the task stopped"))
+        self._report()
+        if piece.last:
+            # before units are committed, so that they are made again when the cause of too many rejects is mended
+            for name, unit in shard.units.items():
+                self._count(name, shard.rejects[name], unit.entry.samples, made=1)
+                self._stop_if_too_many(name, last=piece.shard == last)
+            for unit in shard.units.values():
+                writer.submit(unit.commit)
+            self._open.remove(shard)
 
     def _find_finished(self, shard: int, producers: Mapping[str, Producer]) -> bool:
         """Count the shard's units that are finished; True if they all are."""
@@ -301,7 +251,7 @@ class Job:
         for name, producer in producers.items():
             if (name, shard) in self._found:
                 continue
-            sidecar = self.folders[name].finished(entry, producer.card.fingerprint)
+            sidecar = self.folders[name].finished(entry, producer.card.fingerprint, index=False)
             if sidecar is not None:
                 self._found.add((name, shard))
                 self.done[name] += entry.samples
@@ -331,21 +281,22 @@ class Job:
                 f"{self.config.max_bad_fraction:g}. Mend the cause, or raise max_bad_fraction, and run again; finished shards stay"
             )
 
-    def _report(self, names: Sequence[str]) -> None:
+    def _report(self) -> None:
         if self._progress is not None:
             total = sum(self.manifest.shards[s].samples for s in self.shards)
-            note = f"clips ({', '.join(names)})"
-            self._progress(sum(self.done[name] for name in names) // len(names), total, "; ".join([note, *self._busy()]))
+            note = f"clips ({', '.join(self._names)})"
+            self._progress(sum(self.done[name] for name in self._names) // len(self._names), total, "; ".join([note, *self._busy()]))
 
     def _busy(self) -> list[str]:
-        """How busy each stage was since these columns began."""
+        """How busy the threads of each stage were since these columns began."""
         began, before = self._began
         wall = time.perf_counter() - began
         if wall < 1e-3:
             return []
-        spent = {"decode": self._reader.decode_s / self.config.decode_threads, **self.stages.seconds}
-        before = {**before, "decode": before["decode"] / self.config.decode_threads}
-        shares = {stage: (seconds - before.get(stage, 0.0)) / wall for stage, seconds in spent.items() if not stage.startswith(("wait", "load"))}
+        threads = {"decode": self.config.decode_threads, "write": 1}
+        spent = {"decode": self._reader.decode_s, **self.stages.seconds}
+        shares = {stage: (seconds - before.get(stage, 0.0)) / wall / threads.get(stage, self.bench.encode_threads)
+                  for stage, seconds in spent.items() if not stage.startswith(("wait", "load"))}
         return [f"busy: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items() if share >= 0.005)}"]
 
 

@@ -1,12 +1,16 @@
-"""How far `landiff precompute` is, read from the folders alone: no encoder, no server, no task need be alive."""
+"""How far `landiff precompute` is, read from the folders alone: no encoder, no server, no task need be alive.
+
+`encoders`: {column: zoo reference that the config means now, name@fingerprint}, of columns that take one.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.durations import duration, size
 from data_pipeline.precompute_config import PrecomputeConfig
 from data_pipeline.schema import Manifest, Sidecar
 from data_pipeline.shards import sidecar_path
@@ -36,15 +40,14 @@ class ColumnStatus:
     errors: tuple[str, ...]  # of what failed, "shard: error", the newest first
 
 
-def status(config: PrecomputeConfig, manifest: Manifest) -> list[ColumnStatus]:
+def status(config: PrecomputeConfig, manifest: Manifest, encoders: Mapping[str, str]) -> list[ColumnStatus]:
     """One row per column of the config."""
-    return [_column_status(config, manifest, name) for name in config.columns]
+    return [_column_status(config, manifest, name, encoders) for name in config.columns]
 
 
-def _column_status(config: PrecomputeConfig, manifest: Manifest, name: str) -> ColumnStatus:
+def _column_status(config: PrecomputeConfig, manifest: Manifest, name: str, encoders: Mapping[str, str]) -> ColumnStatus:
     folder = ColumnFolder(config.data, name)
-    card = folder.card()
-    found = {entry.name: folder.finished(entry, card.fingerprint) if card else None for entry in manifest.shards}
+    card, changed, found = _finished(config, manifest, name, encoders)
     done = {shard: sidecar for shard, sidecar in found.items() if sidecar is not None}
     present = sum(sidecar_path(folder.folder / f"{shard}.tar").exists() for shard in found)
     alive, dead = folder.in_work()
@@ -57,7 +60,7 @@ def _column_status(config: PrecomputeConfig, manifest: Manifest, name: str) -> C
     return ColumnStatus(
         column=name, encoder=card.encoder if card else "", done=len(done), left=len(found) - len(done),
         running=len(alive - done.keys()), failed=len(failed), stale=present - len(done),
-        changed=_changed(card, config, name), samples=sum(s.entry.samples for s in done.values()), samples_left=samples_left,
+        changed=changed, samples=sum(s.entry.samples for s in done.values()), samples_left=samples_left,
         rejects=sum(len(s.rejects) for s in done.values()), bytes=sum(s.entry.bytes for s in done.values()), rate=speed,
         left_s=samples_left / speed if speed and samples_left else None, errors=tuple(errors),
     )
@@ -72,21 +75,32 @@ def _rate(folder: Path, done: dict[str, Sidecar]) -> float:
     return sum(samples for _, samples in recent[1:]) / (recent[-1][0] - recent[0][0])
 
 
-def _changed(card: ColumnCard | None, config: PrecomputeConfig, name: str) -> str:
+def _finished(config: PrecomputeConfig, manifest: Manifest, name: str, encoders: Mapping[str, str]) -> tuple[ColumnCard | None, str, dict[str, Sidecar | None]]:
+    """What made the column, how the config differs from that, and the sidecar of every shard that is done: none where it differs."""
+    folder = ColumnFolder(config.data, name)
+    card = folder.card()
+    changed = _changed(card, config, name, encoders)
+    current = card is not None and not changed
+    found = folder.survey(manifest.shards, card.fingerprint) if current else [None] * len(manifest.shards)
+    return card, changed, {entry.name: sidecar for entry, sidecar in zip(manifest.shards, found, strict=True)}
+
+
+def _changed(card: ColumnCard | None, config: PrecomputeConfig, name: str, encoders: Mapping[str, str]) -> str:
     if card is None:
         return ""
-    here = config.columns[name].model_dump(mode="json")
-    keys = [key for key in sorted(card.column.keys() | here.keys()) if card.column.get(key) != here.get(key)]
-    return ", ".join(f"{key} was {card.column.get(key)}, is {here.get(key)}" for key in keys)
+    was, here = card.column, config.columns[name].model_dump(mode="json")
+    if name in encoders and was.get("tokenizer") == here.get("tokenizer"):  # of the same name, perhaps trained anew
+        was, here = was | {"tokenizer": card.encoder}, here | {"tokenizer": encoders[name]}
+    keys = [key for key in sorted(was.keys() | here.keys()) if was.get(key) != here.get(key)]
+    return ", ".join(f"{key} was {was.get(key)}, is {here.get(key)}" for key in keys)
 
 
-def retry(config: PrecomputeConfig, manifest: Manifest, tasks: int) -> dict[str, str]:
+def retry(config: PrecomputeConfig, manifest: Manifest, tasks: int, encoders: Mapping[str, str]) -> dict[str, str]:
     """{column: the SLURM array expression of the tasks, of so many, whose shards are missing}; "" where none is."""
     expressions = {}
     for name in config.columns:
-        folder = ColumnFolder(config.data, name)
-        card = folder.card()
-        left = [entry for entry in manifest.shards if not (card and folder.finished(entry, card.fingerprint))]
+        _, _, found = _finished(config, manifest, name, encoders)
+        left = [entry for entry in manifest.shards if found[entry.name] is None]
         expressions[name] = array_expression(sorted({owner(entry, tasks) for entry in left}))
     return expressions
 
@@ -104,19 +118,15 @@ def array_expression(tasks: Sequence[int]) -> str:
 
 def table(rows: Sequence[ColumnStatus], now: float | None = None) -> str:
     """For a terminal."""
-    lines = [f"{'column':<22}{'done':>7}{'running':>9}{'failed':>8}{'left':>7}{'clips':>10}{'set aside':>11}{'GB':>9}{'clips/s':>9}{'time left':>11}"]
+    lines = [f"{'column':<22}{'done':>7}{'running':>9}{'failed':>8}{'left':>7}{'clips':>10}{'set aside':>11}{'size':>9}{'clips/s':>9}{'time left':>11}"]
     for row in rows:
-        left = "-" if row.left_s is None else _hours(row.left_s)
+        left = "-" if row.left_s is None else duration(row.left_s)
         lines.append(f"{row.column:<22}{row.done:>7}{row.running:>9}{row.failed:>8}{row.left:>7}{row.samples:>10}{row.rejects:>11}"
-                     f"{row.bytes / 1e9:>9.3f}{row.rate:>9.1f}{left:>11}")
+                     f"{size(row.bytes):>9}{row.rate:>9.1f}{left:>11}")
         if row.stale or row.changed:
-            lines.append(f"  stale: {row.stale} shards of {row.encoder or 'another encoder'}{'; ' + row.changed if row.changed else ''}")
+            why = f"; {row.changed}: set redo=[{row.column}] to make it anew, or give the new one another name" if row.changed else ""
+            lines.append(f"  stale: {row.stale} shards of {row.encoder or 'another encoder'}{why}")
         lines += [f"  failed: {error}" for error in row.errors[:3]]
     if any(row.running for row in rows):
         lines.append(f"as of {time.strftime('%H:%M:%S', time.localtime(now))}")
     return "\n".join(lines)
-
-
-def _hours(seconds: float) -> str:
-    minutes = int(seconds + 59) // 60
-    return f"{minutes // 60}:{minutes % 60:02d} h"

@@ -24,6 +24,7 @@ from data_pipeline.shards import ShardError, read_sidecar
 log = logging.getLogger(__name__)
 
 TAR_BLOCK = 512
+ROOM = 0.75  # of a cache, for the shards that one rank uses or fetched ahead; its neighbours' are not all the same
 BLOCK = 8 << 20  # bytes read at a time
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5  # before the second attempt; doubles
@@ -41,6 +42,7 @@ class Remote:
         import fsspec
 
         self.url, self.cache, self.max_bytes = url.rstrip("/"), cache, max_bytes
+        self.closed = False  # set it to end what is being fetched
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -94,6 +96,8 @@ class Remote:
             digest = hashlib.sha256()
             with self._files.open(path, "rb") as source, atomic_file(target) as file:
                 while data := source.read(BLOCK):
+                    if self.closed:
+                        raise ShardError(f"{self.url}/{folder}/{entry.name}.tar is no longer wanted")
                     digest.update(data)
                     file.write(data)
                 if digest.hexdigest() != entry.sha256:

@@ -15,7 +15,7 @@ Columns and their tensors (one tensor per sample, named by the stem):
 
     features        float16 [T, C, h, w]     vision features of the semantic frames
     tokens          uint16  [I + (T-1)*P]    semantic tokens, flat
-    latents         bfloat16 [T, C, H, W]    scaled latents
+    latents         bfloat16 [T, C, H, W]    scaled latents, or [T, 2C, H, W] their mean and log-variance
     text-<encoder>  bfloat16 [L, D]          text states; real rows only, or all rows of a padded encoder
 
 Keys hold no dots, since WebDataset cuts a name at the first dot.
@@ -27,7 +27,8 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 
 from configs.base import Config
 
@@ -65,16 +66,16 @@ class RawSample(Config):
     video_sha256: str  # of the clip's bytes in this tar
 
 
-class ShardEntry(Config):
-    """One committed tar as the manifest lists it."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class ShardEntry:
+    """One committed tar as the manifest lists it. Slots, since a large data set has 10^5 of them for each column."""
 
     name: str  # "000000"; the tar is <folder>/<name>.tar
     samples: NonNegativeInt
     bytes: NonNegativeInt
     sha256: str
-    bucket: str = ""  # "17x64x64": frames, height, width of all its clips; "": the data set has one shape
-    missing: list[NonNegativeInt] = Field(default_factory=list)  # columns: raw positions of clips set aside here
-    bucket: str = ""  # raw: all clips of the shard have this shape, e.g. "17x64x64"; a global batch is of one bucket
+    bucket: str = ""  # raw: frames, height, width of all its clips, e.g. "17x64x64"; a global batch is of one. "": one shape in all
+    missing: tuple[NonNegativeInt, ...] = ()  # columns: raw positions of clips set aside here
 
 
 class Sidecar(Config):
@@ -82,12 +83,12 @@ class Sidecar(Config):
 
     format: Literal[1] = FORMAT_VERSION
     entry: ShardEntry
-    index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order
     rejects: list[Reject] = Field(default_factory=list)
     fingerprint: str  # of the encoder + its inputs (`fingerprint`); raw: of the shards config
     raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
     dtype: str = ""  # columns: of the tensors in this tar
     shape: list[NonNegativeInt] = Field(default_factory=list)  # columns: of one sample; 0 where samples differ
+    index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order; last, so that it can be left out
 
 
 class Column(Config):

@@ -10,14 +10,19 @@ import io
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from configs.base import ConfigError
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
 from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
+
+HEAD = 8 << 10
+INDEX, INDEX_END = b',"index":[', b"]}"  # how the last field of a sidecar begins and ends
 
 
 class ShardError(ConfigError):
@@ -90,7 +95,7 @@ class ShardWriter:
             self.sidecar = Sidecar(
                 entry=ShardEntry(
                     name=self.name, samples=len(self._index), bytes=self._temporary.stat().st_size,
-                    sha256=sha256_file(self._temporary), bucket=self.bucket, missing=sorted(self.missing),
+                    sha256=sha256_file(self._temporary), bucket=self.bucket, missing=tuple(sorted(self.missing)),
                 ),
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
                 dtype=self.dtype, shape=self.shape,
@@ -112,25 +117,45 @@ def sidecar_path(tar: Path) -> Path:
     return tar.with_suffix(".json")
 
 
-def read_sidecar(tar: Path) -> Sidecar | None:
-    """The sidecar that commits `tar`, or None while it isn't committed. Raises ShardError when it is damaged."""
+def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
+    """The sidecar that commits `tar`, or None while it isn't committed. Raises ShardError when it is damaged.
+
+    Without `index`, what is in front of the samples' places, which make most of it.
+    """
     path = sidecar_path(tar)
     try:
-        return Sidecar.model_validate_json(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            if not index:
+                with suppress(ValidationError):  # of another order of fields, or damaged
+                    return Sidecar.model_validate_json(_before_index(file))
+                file.seek(0)
+            return Sidecar.model_validate_json(file.read())
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
         raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
+
+
+def _before_index(file: BinaryIO) -> bytes:
+    """The JSON of a sidecar with nothing in its index; where the file does not end as it must, no JSON."""
+    data = b""
+    while chunk := file.read(HEAD):
+        data += chunk
+        at = data.find(INDEX)  # quotes in a text have a backslash in front, so this is the field
+        if at >= 0:
+            file.seek(-len(INDEX_END), os.SEEK_END)
+            return data[:at] + INDEX + file.read()
+    return data
 
 
 def read_manifest(data: Path) -> Manifest:
     """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
         raise ShardError(f"{path} is not a manifest of format 1: {error}") from None
 
 

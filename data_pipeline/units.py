@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from data_pipeline.shards import (
 log = logging.getLogger(__name__)
 
 CARD = "column.json"
+SURVEYORS = 8  # threads that read sidecars: on a file system of many machines each takes its time
 ABANDONED_S = 24 * 3600.0  # a temporary of another machine, untouched for so long, belongs to no one
 
 
@@ -111,18 +113,23 @@ class ColumnFolder:
         if old != card:
             write_text(self.folder / CARD, card.model_dump_json(indent=1))
 
-    def finished(self, entry: ShardEntry, mark: str) -> Sidecar | None:
+    def finished(self, entry: ShardEntry, mark: str, *, index: bool = True) -> Sidecar | None:
         """The sidecar of the unit of raw shard `entry`, if it was made by `mark`, from this very shard, and is whole."""
-        sidecar = self.sidecar(entry)
+        sidecar = self.sidecar(entry, index=index)
         if sidecar is None or not is_current(sidecar, entry, mark):
             return None
         tar = self.folder / f"{entry.name}.tar"
         return sidecar if tar.is_file() and tar.stat().st_size == sidecar.entry.bytes else None
 
-    def sidecar(self, entry: ShardEntry) -> Sidecar | None:
+    def survey(self, shards: Sequence[ShardEntry], mark: str) -> list[Sidecar | None]:
+        """`finished` of many, without the places of their samples."""
+        with ThreadPoolExecutor(SURVEYORS, thread_name_prefix="survey") as pool:
+            return list(pool.map(lambda entry: self.finished(entry, mark, index=False), shards))
+
+    def sidecar(self, entry: ShardEntry, *, index: bool = True) -> Sidecar | None:
         """Whatever unit lies there. A damaged sidecar commits nothing."""
         try:
-            return read_sidecar(self.folder / f"{entry.name}.tar")
+            return read_sidecar(self.folder / f"{entry.name}.tar", index=index)
         except ShardError as error:
             log.warning("%s; the unit is made again", error)
             return None
@@ -189,7 +196,7 @@ def finalize(data: Path, columns: Sequence[str]) -> Manifest:
     for name in columns:
         folder = ColumnFolder(data, name)
         card = folder.card()
-        sidecars = [folder.finished(entry, card.fingerprint) if card else None for entry in manifest.shards]
+        sidecars = folder.survey(manifest.shards, card.fingerprint) if card else [None] * len(manifest.shards)
         left = [entry.name for entry, sidecar in zip(manifest.shards, sidecars, strict=True) if sidecar is None]
         if left:
             missing.append(f"column {name!r} lacks {len(left)} of {len(manifest.shards)} shards: {', '.join(left[:20])}"
@@ -199,7 +206,7 @@ def finalize(data: Path, columns: Sequence[str]) -> Manifest:
         made[name] = _merge(manifest, card, sidecars)
         rejects += [reject for sidecar in sidecars for reject in sidecar.rejects]
     if missing:
-        raise ShardError("; ".join(missing) + ". Run `landiff precompute` (the tasks that made these shards), then finalize again")
+        raise ShardError("; ".join(missing) + ". Run `landiff precompute` once more; `landiff precompute retry --tasks N` names the tasks of an array that have work left. Then finalize again")
     with locked(data):
         now = read_manifest(data)
         if now.fingerprint != manifest.fingerprint:

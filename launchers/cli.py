@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         configurable(sub, f"nano/{stage if stage != 'diffusion' else 'diffusion-main'}")
         sub.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default: one per GPU, or 1)")
+        sub.add_argument("--adopt", action="store_true", help="take columns whose fingerprints do not fit as they are (data.adopt=true)")
 
     convert = add("convert", "Weights from one format to another; the newest checkpoint of a run to the zoo.", epilog=CONVERT)
     convert.add_argument("sources", nargs="+", metavar="SOURCE",

@@ -13,6 +13,7 @@ from launchers.config import EvaluateConfig
 from launchers.progress import Progress
 from model_zoo import registry
 from model_zoo.evaluate import conditions
+from model_zoo.frozen.base import posterior_mean
 from model_zoo.schedule import NoiseSchedule
 from training.rng import generator
 
@@ -72,7 +73,8 @@ def lm_row(config: EvaluateConfig, lm, samples: list[Sample], device: torch.devi
 
 def diffusion_row(config: EvaluateConfig, diffusion, tokenizer, schedule: NoiseSchedule, samples: list[Sample],
                   device: torch.device, seed: int) -> dict[str, float]:
-    latents = torch.stack([s.tensors["latents"] for s in samples]).float().to(device)
+    channels = diffusion.config.transformer.latent_channels
+    latents = torch.stack([posterior_mean(s.tensors["latents"], channels) for s in samples]).float().to(device)
     text = torch.stack([s.tensors[config.diffusion_text_column] for s in samples]).float().to(device)
     tokens = torch.stack([s.tensors["tokens"].to(torch.int64) for s in samples]).to(device)
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,7 @@ def precompute_job(args: argparse.Namespace) -> int:
         return precompute_question(args, config)
     task = parse_task(args.task, args.tasks)
     if args.action == "run":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: units in work leave nothing behind
         summary = precompute.run(config, task=task, progress=Progress("precompute", "clips", every_s=60.0))
         print(f"precompute: {summary}")
     if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
@@ -106,7 +108,7 @@ def train_job(args: argparse.Namespace) -> int:
         from training.lm.config import LMTrainConfig as TrainConfig
     else:
         from training.diffusion.config import DiffusionTrainConfig as TrainConfig
-    config = load(TrainConfig, args.config, args.overrides)
+    config = load(TrainConfig, args.config, args.overrides + ["data.adopt=true"] * args.adopt)
     processes = args.nproc or default_processes()
     if args.dry_run:
         return show(config, f"would train in {config.run} on {processes} process(es)")

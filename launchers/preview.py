@@ -15,6 +15,7 @@ from data_pipeline.precompute_config import PrecomputeConfig
 from data_pipeline.shards import read_part
 from data_pipeline.video import decode_clip
 from model_zoo import frozen
+from model_zoo.frozen.base import posterior_mean
 from training.metrics import write_video
 
 
@@ -32,5 +33,5 @@ def codec_round_trip(config: PrecomputeConfig, folder: Path, clips: int = 4) -> 
     for number in range(min(clips, loader.num_samples)):
         sample = next(loader.next_batch().samples)
         frames = torch.from_numpy(decode_clip(read_part(config.data, loader.manifest, sample.key, "mp4")))
-        decoded = codec.decode(sample.tensors["latents"][None].float())[0]
+        decoded = codec.decode(posterior_mean(sample.tensors["latents"][None].float(), codec.channels))[0]
         log_videos(folder / "tensorboard", number, {"codec/input": frames, "codec/round trip": decoded}, sample.meta.fps)

@@ -12,6 +12,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+NO_VARIANCE = -60.0  # log-variance of what is certain: a deviation of 1e-13
+
 
 @runtime_checkable
 class VisionFeatures(Protocol):
@@ -45,9 +47,28 @@ class LatentCodec(Protocol):
         """
         ...
 
+    def encode_moments(self, video_BTHWC: Tensor) -> Tensor:
+        """uint8 video -> float32 [B, 1 + k, 2C, H / space, W / space]: mean and log-variance of the scaled latents.
+
+        A deterministic codec gives `NO_VARIANCE` as log-variance.
+        """
+        ...
+
     def decode(self, latents_BtChw: Tensor) -> Tensor:
         """Scaled latents -> uint8 [B, T, H, W, 3]."""
         ...
+
+
+def posterior_mean(latents: Tensor, channels: int) -> Tensor:
+    """[..., C, h, w] of latents, or of moments, which have twice the channels."""
+    assert latents.shape[-3] in (channels, 2 * channels), (latents.shape, channels)
+    return latents[..., :channels, :, :]
+
+
+def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
+    """[..., 2C, h, w] mean and log-variance, [..., C, h, w] standard normal noise -> one sample of the posterior."""
+    mean, log_variance = moments.chunk(2, dim=-3)
+    return mean + (0.5 * log_variance).exp() * noise
 
 
 @runtime_checkable

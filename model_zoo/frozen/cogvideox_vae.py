@@ -13,6 +13,7 @@ the released `3d-vae.pt`, converted by model_zoo/convert/release_vae.py.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,14 +51,22 @@ class CogVideoXCodec(nn.Module):
     @torch.no_grad()
     def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
         """uint8 [B, T, H, W, 3] -> float32 [B, t, C, H / 8, W / 8]: scaled posterior mean, or mean + std * noise."""
+        return self.encode_pixels(self._pixels(video_BTHWC), noise_BtChw)
+
+    @torch.no_grad()
+    def encode_moments(self, video_BTHWC: Tensor) -> Tensor:
+        """uint8 [B, T, H, W, 3] -> float32 [B, t, 2C, H / 8, W / 8]: mean and log-variance of the scaled latents."""
+        mean, log_variance = self.moments(self._pixels(video_BTHWC)).transpose(1, 2).float().chunk(2, dim=2)
+        return torch.cat([mean * self.scale, log_variance.clamp(*LOG_VARIANCE_RANGE) + 2 * math.log(self.scale)], dim=2)
+
+    def _pixels(self, video_BTHWC: Tensor) -> Tensor:
         T, H, W = video_BTHWC.shape[1:4]
         if (T - 1) % (2 * self.time) or H % self.space or W % self.space:
             raise ValueError(
                 f"video of {T} frames, {H} x {W}: this VAE gives back 1 + {2 * self.time} * k frames only, and "
                 f"sides must be multiples of {self.space}"
             )
-        pixels_BCTHW = video_BTHWC.to(self.network.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        return self.encode_pixels(pixels_BCTHW, noise_BtChw)
+        return video_BTHWC.to(self.network.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
     def encode_pixels(self, pixels_BCTHW: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
         """`encode` for float pixels in [-1, 1], channels first."""

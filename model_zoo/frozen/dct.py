@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from model_zoo.frozen.base import NO_VARIANCE
 from model_zoo.frozen.config import DctConfig
 from model_zoo.frozen.weights import fingerprint
 
@@ -134,6 +135,11 @@ class DctCodec(nn.Module):
             [(first_BthwC - self.first_mean) / self.first_std, (later_BthwC - self.later_mean) / self.later_std], dim=1
         )
         return latents_BthwC.permute(0, 1, 4, 2, 3).contiguous()
+
+    def encode_moments(self, video_BTHWC: Tensor) -> Tensor:
+        """uint8 [B, 1 + 4k, H, W, 3] -> float32 [B, 1 + k, 96, H / 8, W / 8]: the latents, and no variance."""
+        latents_BtChw = self.encode(video_BTHWC)
+        return torch.cat([latents_BtChw, torch.full_like(latents_BtChw, NO_VARIANCE)], dim=2)
 
     @torch.no_grad()
     def decode(self, latents_BtChw: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.columns import pack_tensor
 from data_pipeline.schema import RAW, Column, Manifest, RawSample, ShardEntry, column_stem, fingerprint
 from data_pipeline.shards import ShardWriter, read_manifest, read_sidecar, write_manifest
+from data_pipeline.tensors import pack_tensor
 
 VIDEO = b"not looked at"
 

@@ -105,7 +105,7 @@ def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
     raw = work / "raw-shards"
     write_moving_clips(raw)
     config = {name: load(PrecomputeConfig, {"data": work / name, "zoo": work / "zoo", "columns": COLUMNS, "device": "cpu", "batch_size": 1,
-                                            "decode_threads": 1}) for name in ("expected", "data")}
+                                            "decode_threads": 1, "encode_threads": 2}) for name in ("expected", "data")}
     shutil.copytree(raw, work / "expected")
     for number in range(TASKS):
         assert not killed(started(0, lambda number=number: one_task(config["expected"], number)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def data_set(folder, sizes, mark, bucket=None, columns=("tokens",)):
         write_column(folder, name, value=lambda key: torch.zeros(3 if key in keys_of(1, sizes[1]) else 2, dtype=torch.uint16))
     if bucket:
         manifest = read_manifest(folder)
-        shards = [s.model_copy(update={"bucket": bucket[i]}) for i, s in enumerate(manifest.shards)]
+        shards = [replace(s, bucket=bucket[i]) for i, s in enumerate(manifest.shards)]
         write_manifest(folder, manifest.model_copy(update={"shards": shards}))
     return folder
 

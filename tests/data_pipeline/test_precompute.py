@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -22,11 +23,21 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, require_encoder
 from data_pipeline.precompute import TooManyRejects
 from data_pipeline.precompute_config import PrecomputeConfig
+from data_pipeline.precompute_job import Job
 from data_pipeline.schema import RAW, Manifest, fingerprint
-from data_pipeline.shards import ShardError, ShardWriter, read_manifest, read_part, write_manifest
+from data_pipeline.shards import (
+    ShardError,
+    ShardWriter,
+    read_manifest,
+    read_part,
+    read_sidecar,
+    write_manifest,
+)
+from data_pipeline.units import ColumnCard
 from data_pipeline.video import decode_clip, encode_clip
 from model_zoo import frozen, registry
 from model_zoo.config import TokenizerConfig
+from model_zoo.frozen.base import NO_VARIANCE
 from tests.data_pipeline.data_sets import raw_sample
 
 SIZES = [4, 3, 5]
@@ -215,6 +226,76 @@ def test_sampled_noise_depends_on_the_clip_alone():
     assert not first.equal(precompute.clip_noise(0, "b", (2, 3))) and not first.equal(precompute.clip_noise(1, "a", (2, 3)))
 
 
+def test_latents_hold_mean_and_log_variance_where_they_are_asked_for(data, zoo, whole):
+    both = {"latents": {"encoder": {"kind": "dct"}, "moments": True}}
+    precompute.run(config(data, zoo, both))
+    column = precompute.finalize(config(data, zoo, both)).columns["latents"]
+    assert column.shape == [5, 96, 8, 8] and column.fingerprint != read_manifest(whole[0]).columns["latents"].fingerprint
+
+    def samples(folder: Path):
+        with Loader(DataConfig(manifest=folder, global_batch_size=NUM_CLIPS), ["latents"], dp_rank=0, dp_size=1) as loader:
+            return {s.key: s.tensors["latents"] for s in loader.next_batch().samples}
+
+    means = samples(whole[0])
+    for key, moments in samples(data).items():
+        assert moments[:, :48].equal(means[key]) and moments[:, 48:].eq(NO_VARIANCE).all()
+    (check,) = precompute.verify(config(data, zoo, both), 1.0)
+    assert not check.problems and min(check.measures["psnr"]) > 15
+
+
+class TwoAtATime:
+    """A producer whose batches end in pairs only, and those in the middle of a shard when earlier ones are on disk."""
+
+    card = ColumnCard.of("two at a time", {"encoders": {}, "dtype": "uint8"}, {})
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.together = folder, threading.Barrier(2)
+
+    def needs_frames(self, entry) -> bool:
+        return True
+
+    def begin(self, entry, clips):
+        return self.encode
+
+    def encode(self, batch):
+        self.together.wait(timeout=60)
+        deadline = time.monotonic() + 60
+        while batch[0].position >= 2 and not list(self.folder.glob(".*.tar.*.tmp")):
+            assert time.monotonic() < deadline, "nothing is written while batches are encoded"
+            time.sleep(0.001)
+        return [torch.tensor([clip.frames[0, 0, 0, 0], clip.position]) for clip in batch]
+
+
+def test_batches_are_encoded_at_the_same_time_and_written_meanwhile_in_order(clips, data, zoo):
+    mine = config(data, zoo, ["latents"], batch_size=1, encode_threads=2)
+    summary = Job(mine, read_manifest(data), (0, 1), lambda names, bench: {"latents": TwoAtATime(data / "latents")}).run()
+    assert summary.columns["latents"].made == 3
+    keys = [key for entry in read_manifest(data).shards for key, _ in read_sidecar(data / "latents" / f"{entry.name}.tar").index]
+    assert keys == [key_of(i) for i in range(NUM_CLIPS)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_made_does_not_depend_on_the_number_of_threads(whole, data, zoo, threads):
+    names = ["tokens", "text-minilm"]
+    precompute.run(config(data, zoo, names, encode_threads=threads, decode_threads=threads))
+    for name in names:
+        assert contents(data, [name]) == contents(whole[0], [name])
+
+
+def test_a_caption_of_several_clips_is_encoded_once_for_its_shard(data, zoo):
+    seen = []
+
+    def counting(names, bench):
+        made = precompute.producers(names, bench)
+        encoder = made["text-minilm"].encoder
+        made["text-minilm"].encoder = lambda captions: (seen.extend(captions), encoder(captions))[1]
+        return made
+
+    Job(config(data, zoo, ["text-minilm"], batch_size=1, encode_threads=3), read_manifest(data), (0, 1), counting).run()
+    # clips 2k and 2k + 1 share a caption; shards are 0-3, 4-6, 7-11: number 3 lies in two of them
+    assert sorted(seen) == sorted(f"a picture that moves, number {k}" for k in (0, 1, 2, 3, 3, 4, 5))
+
+
 # ------------------------------------------------------------------------------------------------ restarts and tasks
 
 
@@ -356,7 +437,7 @@ def test_a_bad_clip_costs_itself_and_only_in_the_columns_that_cannot_take_it(odd
     }
     assert {(r.stage, r.key) for r in manifest.rejects} == {
         *((name, key_of(n)) for name in names[:3] for n in (1, 9)), ("text-minilm", key_of(5))}
-    assert [s.missing for s in manifest.columns["latents"].shards] == [[1], [4], []]
+    assert [s.missing for s in manifest.columns["latents"].shards] == [(1,), (4,), ()]
     with Loader(DataConfig(manifest=odd_data, global_batch_size=12), names, dp_rank=0, dp_size=1) as loader:
         assert loader.num_samples == 12
         assert sorted(s.key for s in loader.next_batch().samples) == [key_of(n) for n in range(15) if n not in (1, 5, 9)]
@@ -440,6 +521,7 @@ def problem(columns: dict, **fields) -> str:
 def test_mistakes_in_the_config_are_named():
     assert "columns.tokens" in problem({"tokens": {"encoder": {"kind": "efficientnet-lite0"}}}) and "columns is empty" in problem({})
     assert "colums" in problem({"colums": {"encoder": {"kind": "dct"}}})
+    assert "leave one out" in problem({"latents": {"encoder": {"kind": "dct"}, "moments": True, "sample_seed": 1}})
     assert "redo names latents" in problem({"features": COLUMNS["features"]}, redo=["latents"])
 
 

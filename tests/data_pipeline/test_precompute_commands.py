@@ -6,19 +6,24 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
+import signal
+import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from configs import ConfigError
 from data_pipeline import precompute
-from data_pipeline.columns import pack_tensor
 from data_pipeline.locks import locked
 from data_pipeline.precompute_status import array_expression, table
 from data_pipeline.schema import RAW
 from data_pipeline.shards import ShardWriter, read_manifest, read_part, read_sidecar, write_manifest
+from data_pipeline.tensors import pack_tensor
 from data_pipeline.units import ColumnFolder, UnitWriter, owner
+from launchers.cli import main
 from launchers.jobs import parse_share, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.test_precompute import (
@@ -66,14 +71,14 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
     (running,) = precompute.status(latents(data, zoo))
     assert (running.done, running.left, running.running, running.failed, running.samples) == (2, 1, 1, 0, 8)
     next(folder.folder.glob(".*.tmp")).unlink()
-    for entry, time in zip(entries[1:], (1000, 1010), strict=True):
-        os.utime(folder.folder / f"{entry.name}.json", (time, time))
+    for entry, when in zip(entries[1:], (1000, 1010), strict=True):
+        os.utime(folder.folder / f"{entry.name}.json", (when, when))
     (failed,) = precompute.status(latents(data, zoo))
     assert (failed.running, failed.failed, failed.samples_left) == (0, 1, 4)
     assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(8)  # 5 clips in 10 s; 4 are left
     assert failed.bytes == sum(folder.sidecar(e).entry.bytes for e in entries[1:])
     text = table([failed])
-    assert "000000: RuntimeError: the card fell out" in text and "0:01 h" in text
+    assert "000000: RuntimeError: the card fell out" in text and "0:08" in text
     precompute.run(latents(data, zoo))
     (done,) = precompute.status(latents(data, zoo))
     assert (done.done, done.failed, done.errors) == (3, 0, ())
@@ -84,6 +89,26 @@ def test_status_says_by_name_what_makes_a_column_stale(data, zoo):
     changed = config(data, zoo, {"latents": {"encoder": {"kind": "dct"}, "sample_seed": 4}})
     (row,) = precompute.status(changed)
     assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in table([row])
+    assert (row.done, row.left, row.stale) == (0, 3, 3)
+
+
+def test_status_and_retry_know_a_tokenizer_that_was_trained_anew(data, tmp_path):
+    zoo = tmp_path / "zoo"
+    old = export_tokenizer(zoo, 0)
+    tokens = config(data, zoo, ["tokens"])
+    (row,) = precompute.status(tokens)
+    assert (row.done, row.stale, row.changed) == (3, 0, "") and precompute.retry(tokens, 1) == {"tokens": ""}
+    new = export_tokenizer(zoo, 1)
+    (row,) = precompute.status(tokens)
+    assert (row.done, row.left, row.stale) == (0, 3, 3)
+    assert row.changed == f"tokenizer was {old.reference}, is {new.reference}" and "redo=[tokens]" in table([row])
+    assert precompute.retry(tokens, 1) == {"tokens": "0"}
+
+
+def test_a_task_without_a_shard_loads_no_encoder(data, zoo):
+    shards = read_manifest(data).shards
+    idle = next(number for number in range(50) if not precompute.share(shards, (number, 50)))
+    assert precompute.run(latents(data, zoo), task=(idle, 50)).stage_seconds == {"decode": 0.0}
 
 
 def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
@@ -93,6 +118,48 @@ def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
     (row,) = precompute.status(latents(tmp_path, zoo))
     assert (row.done, row.failed) == (1, 1) and "frame_count 1" in row.errors[0]
     assert not list((tmp_path / "latents").glob(".*.tmp"))
+
+
+def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, tmp_path):
+    for entry in read_manifest(data).shards:
+        ColumnFolder(data, "latents").withdraw(entry)
+    (tmp_path / "latents.yaml").write_text(f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}")
+    task = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(["precompute", "--config", str(tmp_path / "latents.yaml")])))
+    with locked(data / "latents"):  # it cannot commit
+        task.start()
+        while not list((data / "latents").glob(".*.tmp")):
+            assert task.is_alive()
+            time.sleep(0.001)
+        task.terminate()
+        time.sleep(0.2)
+    task.join()
+    assert task.exitcode == 130
+    assert not list((data / "latents").glob(".*.tmp"))
+    (row,) = precompute.status(latents(data, zoo))
+    assert row.running == 0 and (row.errors or not row.left)
+    assert all("its task was told to stop" in error for error in row.errors)
+
+
+def run_on_a_small_disk(data, zoo) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    with pytest.raises(OSError, match=r"File too large: '.*/latents/0000..\.tar'"):
+        precompute.run(latents(data, zoo))
+
+
+def test_a_full_disk_is_one_clear_error_and_costs_what_did_not_fit(data, zoo):
+    expected = {name: content for name, content in contents(data, ["latents"]).items() if name.endswith((".tar", ".json"))}
+    for entry in read_manifest(data).shards:
+        ColumnFolder(data, "latents").withdraw(entry)
+    task = multiprocessing.get_context("fork").Process(target=run_on_a_small_disk, args=(data, zoo))
+    task.start()
+    task.join()
+    assert task.exitcode == 0
+    assert not list((data / "latents").glob(".*.tmp"))
+    (row,) = precompute.status(latents(data, zoo))
+    assert row.failed and row.failed == len(row.errors) and all("File too large" in error for error in row.errors)
+    precompute.run(latents(data, zoo))
+    assert {name: content for name, content in contents(data, ["latents"]).items() if name.endswith((".tar", ".json"))} == expected
 
 
 def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
@@ -123,7 +190,7 @@ def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):
     assert (back.shards, back.clips, back.equal, back.problems) == (3, NUM_CLIPS, NUM_CLIPS, [])
     assert min(back.measures["psnr"]) > 15 and "psnr" in str(back)
     assert (tokens.clips, tokens.equal, tokens.problems) == (NUM_CLIPS, NUM_CLIPS, [])
-    assert tokens.histogram.sum() == 28 * NUM_CLIPS and tokens.histogram[16:].sum() == 0 and "codes in use" in str(tokens)
+    assert tokens.histogram.sum() == 28 * NUM_CLIPS and tokens.measures == {"bad_values": [0.0] * NUM_CLIPS} and tokens.histogram[16:].sum() == 0 and "codes in use" in str(tokens)
     assert precompute.verify(latents(data, zoo), sample=0.01)[0].shards == 1
 
 
@@ -160,8 +227,8 @@ def test_estimate_tells_disk_and_hours_from_a_few_clips_and_writes_nothing(data,
     by_name = {row.column: row for row in estimate.columns}
     assert (by_name["latents"].clips_left, by_name["tokens"].clips_left) == (5, 0)
     size = read_sidecar(data / "latents" / "000000.tar").entry.bytes / 4
-    assert by_name["latents"].gigabytes == pytest.approx(5 * size / 1e9, rel=0.2)  # but for the end of the tar
-    assert by_name["latents"].hours > 0 and estimate.decode_hours > 0 and "latents" in str(estimate)
+    assert by_name["latents"].bytes == pytest.approx(5 * size, rel=0.2)  # but for the end of the tar
+    assert by_name["latents"].seconds > 0 and estimate.decode_s > 0 and "latents" in str(estimate)
     assert contents(data, ["latents", "tokens"]) == before
 
 

@@ -22,7 +22,10 @@ def check_columns(manifest: Manifest, config: DiffusionTrainConfig) -> None:
                 f"the data set {config.data.manifest} has no column {name!r} (it has: {', '.join(manifest.columns) or 'none'}); "
                 "run `landiff precompute` with it, and `landiff precompute finalize`"
             )
-        if name in shapes and column.shape != shapes[name]:
+        shape = column.shape
+        if name == config.latents_column and len(shape) == 4 and column.config.get("moments"):
+            shape = [shape[0], shape[1] // 2, *shape[2:]]  # mean and log-variance
+        if name in shapes and shape != shapes[name]:
             raise ConfigError(
                 f"column {name} of {config.data.manifest} ({column.encoder}) has shape {column.shape}, but model.transformer "
                 f"wants {shapes[name]}; precompute the column for this model, or choose the model that fits it"

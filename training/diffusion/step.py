@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from configs.base import ConfigError
 from data_pipeline.loader import Sample
+from model_zoo.frozen.base import posterior_mean, posterior_sample
 from model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
 from training import rng
 from training.diffusion.config import DiffusionTrainConfig
@@ -76,7 +77,7 @@ class Objective:
         config, seed, size = self.config, self.config.loop.seed, self.config.data.global_batch_size
         for sample in samples:
             self._check(sample)
-        latents = [s.tensors[config.latents_column].float() for s in samples]
+        latents = [self._latents(s) for s in samples]
         noise = [torch.randn(x.shape, generator=rng.generator(seed, "noise", s.index)) for s, x in zip(samples, latents, strict=True)]
         steps = [draw_timestep(seed, s, size, config.schedule.num_timesteps) for s in samples]
         prefix = [config.prefix.frames * happens(seed, "prefix", s, config.prefix.probability) for s in samples]
@@ -120,6 +121,14 @@ class Objective:
                 )
         return self.tokenizer.decode(tokens_BN.to(self.device), self.config.model.transformer.latent_frames).float()
 
+    def _latents(self, sample: Sample) -> Tensor:
+        """As they are stored; of mean and log-variance, one sample that no other epoch sees."""
+        stored, channels = sample.tensors[self.config.latents_column].float(), self.config.model.transformer.latent_channels
+        if stored.shape[-3] == channels:
+            return stored
+        noise = torch.randn(posterior_mean(stored, channels).shape, generator=rng.generator(self.config.loop.seed, "posterior", sample.index))
+        return posterior_sample(stored, noise)
+
     def _text(self, sample: Sample) -> Tensor:
         """Text states of one sample, zeros where they are dropped. Never for lack of a caption: that is set aside earlier."""
         text = sample.tensors[self.config.text_column].float()
@@ -129,13 +138,14 @@ class Objective:
 
     def _check(self, sample: Sample) -> None:
         model = self.config.model.transformer
+        frames, channels, *sides = model.latent_frames, model.latent_channels, model.latent_height, model.latent_width
         expected = {
-            self.config.latents_column: (model.latent_frames, model.latent_channels, model.latent_height, model.latent_width),
-            self.config.text_column: (model.text_length, model.text_dim),
+            self.config.latents_column: ((frames, channels, *sides), (frames, 2 * channels, *sides)),  # or mean and log-variance
+            self.config.text_column: ((model.text_length, model.text_dim),),
         }
-        for column, shape in expected.items():
-            found = tuple(sample.tensors[column].shape)
-            if found != shape:
+        for column, shapes in expected.items():
+            found, shape = tuple(sample.tensors[column].shape), shapes[0]
+            if found not in shapes:
                 raise ConfigError(
                     f"column {column} of clip {sample.key} has shape {found}, but model.transformer wants {shape}; "
                     "precompute the column for this model, or choose the model that fits it"

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLCogVideoX
 from configs import ConfigError
 from model_zoo.convert.release_vae import to_release
 from model_zoo.frozen import build
-from model_zoo.frozen.base import LatentCodec
+from model_zoo.frozen.base import LatentCodec, posterior_mean, posterior_sample
 from model_zoo.frozen.config import CogVideoXVaeConfig
 from tests.model_zoo.frozen.clips import moving_blobs
 
@@ -55,6 +55,15 @@ def test_noise_moves_the_latent_by_the_clamped_standard_deviation(codec):
     std = (0.5 * moments[:, 4:].clamp(-30, 20)).exp().transpose(1, 2)
     torch.testing.assert_close(codec.encode(video, noise), mean + 1.15258426 * std * noise)
     assert torch.equal(codec.encode(video, torch.zeros_like(mean)), mean)
+
+
+def test_moments_are_those_of_the_scaled_latents(codec):
+    video = moving_blobs(num_frames=9, height=16, width=16)[None]
+    mean = codec.encode(video)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    moments = codec.encode_moments(video)
+    assert torch.equal(posterior_mean(moments, codec.channels), mean)
+    torch.testing.assert_close(posterior_sample(moments, noise), codec.encode(video, noise))
 
 
 def test_clips_of_a_batch_are_coded_alone(codec):

@@ -16,8 +16,8 @@ from training.diffusion.model import build_model
 from training.diffusion.step import Objective
 
 
-def column(shape, encoder="test"):
-    return Column(dtype="bfloat16", shape=shape, encoder=encoder, fingerprint="f", config={}, shards=[])
+def column(shape, encoder="test", **made):
+    return Column(dtype="bfloat16", shape=shape, encoder=encoder, fingerprint="f", config=made, shards=[])
 
 
 def manifest(**columns):
@@ -53,6 +53,9 @@ def test_columns_that_are_missing_or_of_another_shape_are_refused(tmp_path):
     check_columns(manifest(), settings)
     with pytest.raises(ConfigError, match=r"text-tiny .* has shape \[5, 6\], but model.transformer wants \[3, 6\]"):
         check_columns(manifest(**{"text-tiny": column([5, 6])}), settings)
+    check_columns(manifest(latents=column([3, 96, 4, 4], moments=True)), settings)  # mean and log-variance
+    with pytest.raises(ConfigError, match=r"latents .* has shape \[3, 96, 4, 4\]"):
+        check_columns(manifest(latents=column([3, 96, 4, 4])), settings)
     make_zoo(tmp_path)
     with pytest.raises(ConfigError, match=r"no column 'tokens' \(it has: latents, text-tiny\)"):
         check_columns(manifest(), config(tmp_path, "control"))

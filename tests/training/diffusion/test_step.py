@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from configs.base import ConfigError
+from model_zoo.frozen.base import NO_VARIANCE
 from model_zoo.schedule import NoiseSchedule
 from tests.training.diffusion.tiny import config, make_zoo, sample
 from training.diffusion.model import load_tokenizer
@@ -60,6 +61,20 @@ def test_the_second_epoch_sees_the_clip_under_other_noise(control):
     first, second = control.inputs([sample(1, 4)]), control.inputs([sample(9, 4)])
     assert torch.equal(first.latents_BTCHW, second.latents_BTCHW)
     assert not torch.equal(first.noise_BTCHW, second.noise_BTCHW)
+
+
+def test_of_mean_and_log_variance_each_epoch_draws_another_sample(control):
+    def stored(index: int, log_variance: float):
+        one = sample(index, 4)
+        mean = one.tensors["latents"]
+        return replace(one, tensors=one.tensors | {"latents": torch.cat([mean, torch.full_like(mean, log_variance)], dim=1)})
+
+    mean = control.inputs([sample(1, 4)]).latents_BTCHW
+    first, again, second = (control.inputs([stored(index, -2.0)]).latents_BTCHW for index in (1, 1, 9))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    drawn = torch.cat([first - mean, second - mean])
+    assert abs(float(drawn.std()) / 2.718281828**-1 - 1) < 0.05  # 4 608 draws: 0.01 is one standard deviation
+    assert torch.equal(control.inputs([stored(1, NO_VARIANCE)]).latents_BTCHW, mean)
 
 
 def test_dropped_text_is_zeros(tmp_path):

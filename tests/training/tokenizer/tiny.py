@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.columns import pack_tensor
 from data_pipeline.loader import Batch, Sample
 from data_pipeline.schema import Column, Manifest, RawSample
 from data_pipeline.shards import ShardWriter, write_manifest
+from data_pipeline.tensors import pack_tensor
 from model_zoo.config import TokenizerConfig
 from tests.training.toy import META
 from training import rng
