@@ -1,7 +1,7 @@
 """Everything that holds weights and that we know: how to recognise, open and write it.
 
-No process group and no engine: Megatron's folders are read and written with torch.distributed.checkpoint, DeepSpeed's
-files with torch.load, the rest is safetensors.
+No process group and no engine: Megatron's and DeepSpeed's files are read and written as files, with their pickles held to an
+allow-list; the rest is safetensors.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import torch.distributed.checkpoint as dcp
 
 from configs.files import write_text
 from model_zoo.config import LMConfig
+from model_zoo.convert.dist_checkpoint import DistReader
+from model_zoo.convert.lazy import LazyTensors
 from model_zoo.convert.megatron import (
     Padded,
     export_lm,
@@ -16,8 +18,17 @@ from model_zoo.convert.megatron import (
     shard,
     to_megatron,
 )
+from model_zoo.convert.megatron_optimizer import (
+    MOMENTS,
+    MegatronCut,
+    MegatronState,
+    has_optimizer,
+    read_state,
+    write_state,
+)
 from model_zoo.convert.rules import ConversionError, convert
 from model_zoo.lm import LanguageModel
+from tests.model_zoo.convert.tiny import same
 
 CONFIG = LMConfig(
     codebook_size=20, iframe_tokens=4, pframe_tokens=2, segment_frames=3, hidden_size=12, num_layers=2, num_heads=3, ffn_size=10,
@@ -138,3 +149,46 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, changes, message):
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ConversionError, match="not a Megatron checkpoint"):
         read_lm(tmp_path, CONFIG)
+
+
+# ---------------------------------------------------------------- with the optimizer
+
+CUTS = [MegatronCut(padded, distributed, dtype) for padded in (Padded(27, 3), PADDED) for distributed in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)]
+
+
+def state() -> MegatronState:
+    """Masters that bfloat16 cannot hold, moments of their own, two groups."""
+    lazy = [LazyTensors.of(weights(seed)) for seed in range(3)]
+    return MegatronState(CUTS[0], lazy[0], lazy[0], dict(zip(MOMENTS, lazy[1:], strict=True)), 7.0, ({"lr": 0.1, "wd_mult": 1.0}, {"lr": 0.1, "wd_mult": 0.0}))
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_padding_precision_and_kind_of_optimizer_change_and_come_back(tmp_path, cut):
+    original = state()
+    for folder, source, target in (("first", original, CUTS[0]), ("other", None, cut), ("back", None, CUTS[0])):
+        (tmp_path / folder).mkdir()
+        source = source or read_state(tmp_path / {"other": "first", "back": "other"}[folder], CONFIG)
+        write_state(tmp_path / folder, CONFIG, source, target)
+    found = read_state(tmp_path / "other", CONFIG)
+    assert found.cut == cut and found.steps == 7 and found.groups == original.groups
+    assert same(dict(found.masters), weights()) and same(dict(found.weights), {name: tensor.to(cut.dtype) for name, tensor in weights().items()})
+    assert all(same(dict(found.moments[moment]), weights(seed)) for seed, moment in enumerate(MOMENTS, 1))
+    first, back = (DistReader(tmp_path / folder) for folder in ("first", "back"))
+    assert same({key: back.read(key) for key in back.entries}, {key: first.read(key) for key in first.entries})
+    assert torch.load(tmp_path / "back" / "common.pt") == torch.load(tmp_path / "first" / "common.pt")
+    assert same(dict(read_lm(tmp_path / "other", CONFIG)), weights())
+
+
+def test_an_optimizer_state_by_rank_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "out").mkdir()
+    write_state(tmp_path / "out", CONFIG, state(), CUTS[0])
+    assert has_optimizer(tmp_path / "out")
+    write(tmp_path / "ranks", {**theirs(), "optimizer.distributed.dp_group_idx_0.gbuf_idx_0": torch.ones(3)})
+    with pytest.raises(ConversionError, match=r"by rank \(optimizer\.distributed.*fully_reshardable(.|\n)*--weights-only"):
+        has_optimizer(tmp_path / "ranks")
+    write(tmp_path / "weights", theirs())
+    assert not has_optimizer(tmp_path / "weights")
+    (tmp_path / "out" / "common.pt").unlink()
+    with pytest.raises(ConversionError, match=r"common\.pt does not exist"):
+        read_state(tmp_path / "out", CONFIG)
