@@ -16,11 +16,11 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from data_pipeline.video import (
     ClipDamaged,
+    ClipDecoder,
     Failure,
     SafeDecoder,
     VideoFile,
     Wanted,
-    decode_clip,
     encode_clip,
     write_mp4,
 )
@@ -214,20 +214,77 @@ def rgb_to_yuv420(rgb: np.ndarray, red: float, blue: float, full_range: bool) ->
 # ---------------------------------------------------------------------------------------------------- our clips
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
-def test_our_clips_come_back_without_colour_bias(backend: str) -> None:
+@pytest.fixture(scope="module", params=["decord", "pyav"])
+def clips(request: pytest.FixtureRequest) -> Iterator[ClipDecoder]:
+    with ClipDecoder(request.param) as decoder:
+        yield decoder
+
+
+def test_our_clips_come_back_without_colour_bias(clips: ClipDecoder) -> None:
     wide = smooth_colors(64, 128, 1)[0]
     frames = np.stack([wide[:, 2 * k : 2 * k + 96] for k in range(17)])
-    found = decode_clip(encode_clip(frames, 8), backend=backend)
+    found = clips.decode(encode_clip(frames, 8))
     error = found.astype(float) - frames
     assert found.shape == frames.shape
     assert np.abs(error.mean((0, 1, 2))).max() < 0.7  # decord cuts fractions off, what remains is half a level of green
     assert 10 * np.log10(255**2 / (error**2).mean()) > 36
 
 
-@pytest.mark.parametrize("backend", ["decord", "pyav"])
-def test_our_clips_keep_every_frame_in_order(backend: str) -> None:
-    assert numbers(decode_clip(encode_clip(barcodes(49), 8), backend=backend)) == list(range(49))
+def test_our_clips_keep_every_frame_in_order(clips: ClipDecoder) -> None:
+    assert numbers(clips.decode(encode_clip(barcodes(49), 8))) == list(range(49))
+
+
+def test_frames_stay_as_they_are_while_somebody_holds_them(clips: ClipDecoder) -> None:
+    data = [encode_clip(barcodes(60)[first:][:5], 8) for first in range(0, 60, 5)]
+    held = [clips.decode(clip)[1:4] for clip in data]  # views; the arrays themselves are gone
+    assert [numbers(frames) for frames in held] == [[first + 1, first + 2, first + 3] for first in range(0, 60, 5)]
+    memories = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        del held[:]
+        held += [clips.decode(clip) for clip in data]
+    assert len(os.listdir("/proc/self/fd")) <= memories
+
+
+def test_decoder_of_clips_that_dies_or_hangs_costs_one_clip(clips: ClipDecoder) -> None:
+    data = encode_clip(barcodes(9), 8)
+    with ClipDecoder(clips.process.backend, timeout_s=3, recycle=4) as decoder:
+        expected = decoder.decode(data)
+        os.kill(decoder.process.pid, signal.SIGSEGV)
+        with pytest.raises(ClipDamaged, match="decoder_died: SIGSEGV"):
+            decoder.decode(data)
+        assert np.array_equal(decoder.decode(data), expected)
+        os.kill(decoder.process.pid, signal.SIGSTOP)
+        with pytest.raises(ClipDamaged, match="timeout: more than 3 s"):
+            decoder.decode(data)
+        for _ in range(5):
+            assert np.array_equal(decoder.decode(data), expected)
+        assert decoder.process.starts == 4
+
+
+def test_clips_are_decoded_in_another_process_and_not_kept_there(clips: ClipDecoder) -> None:
+    loaded = {path.rsplit("/", 1)[-1] for path in Path(f"/proc/{clips.process.pid}/maps").read_text().split() if "libav" in path}
+    assert len({name.split(".")[0].split("-")[0] for name in loaded}) == len(loaded), "two FFmpegs in one process"
+    large = encode_clip(np.zeros((120, 480, 640, 3), np.uint8), 8, preset="ultrafast")  # 110 MB of frames
+    assert clips.decode(large).shape == (120, 480, 640, 3)
+    clips.decode(encode_clip(barcodes(2), 8))
+    time.sleep(0.5)  # a reader that is left idle decodes ahead
+    resident = int(Path(f"/proc/{clips.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert resident < 200 << 20
+
+
+def test_damaged_clips_never_hurt_the_parent(clips: ClipDecoder) -> None:
+    good, seen = encode_clip(barcodes(17), 8), set()
+    generator = np.random.default_rng(2)
+    for number in range(24):
+        data = bytearray(good[: generator.integers(1, len(good))] if number % 3 == 0 else good)
+        for place in generator.integers(0, len(data), number):
+            data[place] = generator.integers(256)
+        try:
+            seen.add(clips.decode(bytes(data)).dtype)
+        except ClipDamaged as error:
+            seen.add(error.failure.reason)
+    assert "damaged" in seen or "invalid_data" in seen
+    assert numbers(clips.decode(good)) == list(range(17))
 
 
 def test_equal_frames_give_equal_bytes() -> None:
@@ -248,8 +305,10 @@ def test_our_clips_are_one_closed_group_of_tagged_yuv420p() -> None:
 
 
 def test_clip_whose_checksum_differs_is_not_decoded() -> None:
-    with pytest.raises(ClipDamaged, match="shard is damaged"):
-        decode_clip(encode_clip(barcodes(2), 8), sha256="0" * 64)
+    with ClipDecoder() as clips:
+        with pytest.raises(ClipDamaged, match="shard is damaged"):
+            clips.decode(encode_clip(barcodes(2), 8), sha256="0" * 64)
+        assert clips.process.starts == 0
 
 
 def test_odd_frames_are_refused_for_clips() -> None:
@@ -358,14 +417,14 @@ def test_decoder_that_dies_hangs_or_is_used_up_is_replaced(good: bytes) -> None:
     wanted = Wanted(2, 8.0, 32, 32)
     with SafeDecoder(timeout_s=2, recycle=4) as decoder:
         reference = decoder.decode(good, [0.0], wanted)[0]
-        os.kill(decoder._child.pid, signal.SIGKILL)
+        os.kill(decoder.process.pid, signal.SIGKILL)
         assert decoder.decode(good, [0.0], wanted)[0].reason == "decoder_died"
         assert np.array_equal(decoder.decode(good, [0.0], wanted)[0], reference)
-        os.kill(decoder._child.pid, signal.SIGSTOP)
+        os.kill(decoder.process.pid, signal.SIGSTOP)
         assert decoder.decode(good, [0.0], wanted)[0].reason == "timeout"
         for _ in range(5):
             assert np.array_equal(decoder.decode(good, [0.0], wanted)[0], reference)
-        assert decoder.starts == 4
+        assert decoder.process.starts == 4
 
 
 def test_memory_limit_costs_the_video_only(good: bytes) -> None:
@@ -378,7 +437,7 @@ def test_memory_limit_costs_the_video_only(good: bytes) -> None:
 
 def test_decoder_ends_with_its_parent() -> None:
     script = ("import time\nfrom data_pipeline.video import SafeDecoder\n"
-              "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder._child.pid, flush=True)\ntime.sleep(60)\n")
+              "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder.process.pid, flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
