@@ -26,7 +26,7 @@ import av
 import cv2
 import numpy as np
 
-from data_pipeline.decoder_frames import Picture
+from data_pipeline.decoder_frames import Picture, Video
 from data_pipeline.decoder_process import DecoderProcess
 from data_pipeline.video import ClipDecoder, SafeDecoder, VideoFile, Wanted, encode_clip
 
@@ -58,7 +58,7 @@ def bare(path: Path, size: tuple[int, int] | None) -> int:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        picture = Picture(stream, *size, max_pixels=1 << 30) if size else None
+        picture = Picture(Video(container, stream, stream.codec_context), *size, max_pixels=1 << 30) if size else None
         for number, frame in enumerate(container.decode(stream)):
             if picture and number in times:
                 picture(frame)
@@ -89,7 +89,8 @@ def bare_clip(clip: bytes) -> np.ndarray:
     with av.open(io.BytesIO(clip)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
-        picture = Picture(stream, stream.codec_context.height, stream.codec_context.width, max_pixels=1 << 30)
+        context = stream.codec_context
+        picture = Picture(Video(container, stream, context), context.height, context.width, max_pixels=1 << 30)
         return np.stack([picture(frame) for frame in container.decode(stream)])
 
 

@@ -25,7 +25,10 @@ DECODER_ERRORS = (av.error.FFmpegError, ArithmeticError, AssertionError, Attribu
                   OSError, TypeError, ValueError)
 TRANSPOSE = {90: ("cclock",), 180: ("clock", "clock"), 270: ("clock",)}
 LARGEST_CLOCK_ERROR_S = 1e-3
-LOGGING_CODECS = frozenset(("hevc", "mjpeg", "vp8", "vp9", "av1", "libdav1d"))
+LOGGING_CODECS = frozenset(("hevc", "mjpeg", "libvpx", "libvpx-vp9", "vp8", "vp9", "av1", "libdav1d"))
+# libvpx refuses pictures whose data end too early or too late; FFmpeg's own decoders show what comes out.
+# It costs 1.2 times their CPU.
+STRICT = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 REORDERED = 5  # frames between decoding and showing, at most, as encoders set it
 MOST_B_FRAMES = 17  # in a row, of x264 and x265
 
@@ -70,10 +73,50 @@ class ByteRange(io.RawIOBase):
 
 
 @dataclass
+class Video:
+    """An open container, its first real video stream, and the decoder for it."""
+
+    container: av.container.InputContainer
+    stream: av.video.stream.VideoStream
+    context: av.video.codeccontext.VideoCodecContext
+    turn: int | None = None  # degrees, where the frames of `context` don't say
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """From where the container stands, in the order of showing. Raises one of DECODER_ERRORS."""
+        for packet in self.container.demux(self.stream):
+            if self.turn is None and self.context is not self.stream.codec_context:
+                picture = first_picture(packet)  # the stream's own decoder is told how it is turned
+                self.turn = picture and round(picture.rotation) % 360
+            yield from self.context.decode(packet)
+
+    def turn_of(self, frame: av.VideoFrame) -> int:
+        """By how many degrees the frame is shown turned."""
+        return round(frame.rotation) % 360 if self.turn is None else self.turn
+
+    def pixel_aspect(self, turn: int) -> tuple[float, float]:
+        """(height, width) of a pixel as shown, the other way round for a video that is turned by a quarter."""
+        aspect = float(self.stream.codec_context.sample_aspect_ratio or 1) or 1.0
+        return (aspect, 1.0) if turn % 180 else (1.0, aspect)
+
+    def shown_aspect(self, frame: av.VideoFrame) -> float:
+        """Width / height of the picture as a player shows it."""
+        turn = self.turn_of(frame)
+        height, width = (frame.width, frame.height) if turn % 180 else (frame.height, frame.width)
+        pixel = self.pixel_aspect(turn)
+        return width * pixel[1] / (height * pixel[0])
+
+
+@dataclass
 class Picture:
     """Frames -> RGB of one size: rotated, scaled to cover and centre-cropped in one colour-correct swscale pass."""
 
-    stream: av.video.stream.VideoStream
+    video: Video
     height: int
     width: int
     max_pixels: int
@@ -83,26 +126,27 @@ class Picture:
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         """-> uint8 [height, width, 3]."""
-        rotation = round(frame.rotation) % 360
-        key = (frame.width, frame.height, frame.format.name, rotation, int(frame.colorspace), int(frame.color_range))
+        turn = self.video.turn_of(frame)
+        key = (frame.width, frame.height, frame.format.name, turn, int(frame.colorspace), int(frame.color_range))
         if key != self.key:
             if frame.width * frame.height > self.max_pixels:
                 raise Refused("too_large", f"{frame.width}x{frame.height}")
-            self.graph, self.key = self._build(frame, TRANSPOSE.get(rotation, ())), key
+            self.graph, self.key = self._build(frame, turn), key
         self.graph.push(frame)
         return self.graph.pull().to_ndarray()
 
-    def _build(self, frame: av.VideoFrame, turns: tuple[str, ...]) -> av.filter.Graph:
+    def _build(self, frame: av.VideoFrame, turn: int) -> av.filter.Graph:
+        turns = TRANSPOSE.get(turn, ())
         height, width = (frame.width, frame.height) if len(turns) == 1 else (frame.height, frame.width)
         left, top, right, bottom = (math.ceil(share * side - 1e-6) for share, side in zip(self.crop, (width, height) * 2, strict=True))
         kept = (max(1, height - top - bottom), max(1, width - left - right))
-        scale = pixel_aspect(self.stream, len(turns) == 1)
+        scale = self.video.pixel_aspect(90 if len(turns) == 1 else 0)
         shown = (kept[0] * scale[0], kept[1] * scale[1])
         factor = max(self.height / shown[0], self.width / shown[1])
         height, width = max(self.height, round(shown[0] * factor)), max(self.width, round(shown[1] * factor))
         flags = "area" if factor <= 1 else "bicubic"
         graph = av.filter.Graph()
-        chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=self.stream.time_base)]
+        chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=self.video.stream.time_base)]
         chain += [graph.add("transpose", turn) for turn in turns]
         if any(self.crop):
             chain.append(graph.add("crop", f"{kept[1]}:{kept[0]}:{left}:{top}"))
@@ -118,20 +162,6 @@ class Picture:
         return graph
 
 
-def pixel_aspect(stream: av.video.stream.VideoStream, turned: bool) -> tuple[float, float]:
-    """(height, width) of a pixel as shown, the other way round for a video that is turned by a quarter."""
-    aspect = float(stream.codec_context.sample_aspect_ratio or 1) or 1.0
-    return (aspect, 1.0) if turned else (1.0, aspect)
-
-
-def shown_aspect(stream: av.video.stream.VideoStream, frame: av.VideoFrame) -> float:
-    """Width / height of the picture as a player shows it."""
-    turned = round(frame.rotation) % 180 == 90
-    height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-    pixel = pixel_aspect(stream, turned)
-    return width * pixel[1] / (height * pixel[0])
-
-
 def _color(frame: av.VideoFrame) -> str:
     """Scale options that name the matrix when the file doesn't: BT.709 from HD on, as players assume."""
     unspecified = int(frame.colorspace) == 2
@@ -139,8 +169,11 @@ def _color(frame: av.VideoFrame) -> str:
     return ":in_color_matrix=bt709" if unspecified and high_definition else ""
 
 
-def open_video(file: io.RawIOBase, max_pixels: int) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
-    """The container and its first real video stream. Raises Refused, or one of DECODER_ERRORS."""
+def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> Video:
+    """The first real video stream of a file, to be decoded by the decoder that notices most damage, or else by the usual one.
+
+    Raises Refused, or one of DECODER_ERRORS.
+    """
     # No protocol may be opened from inside a file: playlists would read other files and the network.
     container = av.open(file, mode="r", container_options={"protocol_whitelist": "none"}, metadata_errors="replace")
     if not container.streams.video:
@@ -156,21 +189,25 @@ def open_video(file: io.RawIOBase, max_pixels: int) -> tuple[av.container.InputC
         raise Refused("no_dimensions")
     if context.width * context.height > max_pixels:
         raise Refused("too_large", f"{context.width}x{context.height}")
-    context.options = {"max_pixels": str(max_pixels)}  # the picture may be larger than the container says
-    context.thread_count = 1  # frame threads would blur where damage begins
-    stream.thread_type = "NONE"
-    return container, stream
+    other = STRICT.get(context.name) if strict else None
+    if other in av.codec.codecs_available:
+        context = av.codec.CodecContext.create(other, "r")
+        context.extradata = stream.codec_context.extradata
+    for one in {context, stream.codec_context}:
+        # The picture may be larger than the container says. HEVC may bring checksums of its pictures.
+        one.options = {"max_pixels": str(max_pixels), "err_detect": "crccheck"}
+        one.thread_count, one.thread_type = 1, "NONE"  # frame threads would blur where damage begins
+    return Video(container, stream, context)
 
 
 def probe(file: io.RawIOBase, max_pixels: int) -> VideoInfo:
     """Look at a video; no more of it is decoded than shows which way up it is."""
-    container, stream = open_video(file, max_pixels)
-    with container:
-        context, base = stream.codec_context, stream.time_base
+    with open_video(file, max_pixels, strict=False) as video:
+        stream, context, base = video.stream, video.context, video.stream.time_base
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-        aspect = context.width * pixel_aspect(stream, False)[1] / context.height
+        aspect = context.width * video.pixel_aspect(0)[1] / context.height
         first = last = picture = None
-        for packet in container.demux(stream):
+        for packet in video.container.demux(stream):
             stamp = packet.pts if packet.pts is not None else packet.dts
             if stamp is None or packet.is_discard:
                 continue
@@ -178,14 +215,14 @@ def probe(file: io.RawIOBase, max_pixels: int) -> VideoInfo:
             first = stamp if first is None else min(first, stamp)
             last = end if last is None else max(last, end)
             if picture is None:
-                picture = _first_picture(packet)
-                aspect = shown_aspect(stream, picture) if picture else aspect
+                picture = first_picture(packet)
+                aspect = video.shown_aspect(picture) if picture else aspect
         duration = float((last - first) * base) if first is not None else 0.0
         return VideoInfo(context.width, context.height, rate, context.name, duration, aspect)
 
 
-def _first_picture(packet: av.Packet) -> av.VideoFrame | bool | None:
-    """A frame, None when more packets are needed, False when the packet is damaged: decoding will tell."""
+def first_picture(packet: av.Packet) -> av.VideoFrame | bool | None:
+    """A frame by the stream's own decoder, None when it needs more packets, False when the packet is damaged: decoding will tell."""
     try:
         return next(iter(packet.decode()), None)
     except DECODER_ERRORS:
@@ -196,26 +233,28 @@ class SeekFailed(Exception):
     """A seek came out behind the wanted place."""
 
 
-def timed_frames(container: av.container.InputContainer, stream: av.video.stream.VideoStream,
-                 skip_to_s: float = 0.0) -> Iterator[tuple[float, av.VideoFrame | None]]:
+def timed_frames(video: Video, skip_to_s: float = 0.0) -> Iterator[tuple[float, av.VideoFrame | None]]:
     """(seconds since the first frame, frame) in order; ends with (end of the last frame, None).
 
     `skip_to_s`: leave out most of what comes before, but for the first frame. Raises SeekFailed.
     """
+    stream = video.stream
     length = 1 / float(stream.average_rate or stream.guessed_rate or 24)
     origin = now = None
     if skip_to_s > 0:
-        first = next(iter(container.decode(stream)), None)
+        first = next(video.frames(), None)
         if first is None or first.pts is None:
             raise SeekFailed
         origin, now = float(first.pts * stream.time_base), 0.0
         yield now, first
         try:
-            container.seek(first.pts + int(skip_to_s / stream.time_base), stream=stream)
+            video.container.seek(first.pts + int(skip_to_s / stream.time_base), stream=stream)
         except av.error.FFmpegError as error:
             raise SeekFailed from error
+        if video.context.is_open:
+            video.context.flush_buffers()
     landed = skip_to_s <= 0
-    for frame in container.decode(stream):
+    for frame in video.frames():
         if not landed:
             landed = frame.pts is not None and float(frame.pts * stream.time_base) - origin <= skip_to_s
             if not landed:
@@ -240,13 +279,16 @@ def marked_frames(frames: Iterator[tuple[float, av.VideoFrame | None]], codec: s
     libavcodec conceals damage. `is_corrupt` is its trace in H.264, MPEG-1, -2 and -4; other decoders leave none
     but a line in the log, when they notice at all (measured: benchmarks/damage.py).
     """
+    if codec not in LOGGING_CODECS:
+        yield from ((now, frame, frame is not None and frame.is_corrupt) for now, frame in frames)
+        return
     doubted = 0
     while True:
         with av.logging.Capture(True) as lines:
             item = next(frames, None)
         if item is None:
             return
-        if codec in LOGGING_CODECS and any(level <= av.logging.ERROR for level, _, _ in lines):
+        if any(level <= av.logging.ERROR for level, _, _ in lines):
             doubted = REORDERED  # the line comes when a picture is decoded, the picture some frames later
         now, frame = item
         yield now, frame, frame is not None and (frame.is_corrupt or doubted > 0)

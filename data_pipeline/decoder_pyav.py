@@ -28,7 +28,6 @@ from data_pipeline.decoder_frames import (
     marked_frames,
     open_video,
     probe,
-    shown_aspect,
     timed_frames,
 )
 from data_pipeline.decoder_protocol import Failure, Output, Request, Response, serve
@@ -53,22 +52,22 @@ class Session:
         try:
             self._open(skip_to_s=min(request.starts_s, default=0.0) - PREROLL_S)
         except SeekFailed:
-            self.container.close()
+            self.video.container.close()
             self._open(skip_to_s=0.0)
 
     def _open(self, skip_to_s: float) -> None:
         request = self.request
         self.shown = self.upcoming = None
         try:
-            self.container, self.stream = open_video(ByteRange(self.raw, request.offset, request.size), request.max_pixels)
+            # only FFmpeg's own decoders can leave out all but key frames
+            self.video = open_video(ByteRange(self.raw, request.offset, request.size), request.max_pixels, strict=not request.keyframes)
             if request.keyframes:
-                self.stream.codec_context.skip_frame = "NONKEY"
+                self.video.context.skip_frame = "NONKEY"
             # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
-            self.tolerance = min(float(self.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
-            far = skip_to_s + PREROLL_S >= SEEK_FROM_S and self.container.format.name in SEEKABLE
-            frames = timed_frames(self.container, self.stream, skip_to_s if far else 0.0)
-            self.frames = judged_frames(marked_frames(frames, self.stream.codec_context.name))
-            self.picture = Picture(self.stream, request.height, request.width, request.max_pixels, request.crop)
+            self.tolerance = min(float(self.video.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
+            far = skip_to_s + PREROLL_S >= SEEK_FROM_S and self.video.container.format.name in SEEKABLE
+            self.frames = judged_frames(marked_frames(timed_frames(self.video, skip_to_s if far else 0.0), self.video.context.name))
+            self.picture = Picture(self.video, request.height, request.width, request.max_pixels, request.crop)
         except BaseException:
             self.close()
             raise
@@ -77,8 +76,8 @@ class Session:
             self.advance()
 
     def close(self) -> None:
-        if hasattr(self, "container"):
-            self.container.close()
+        if hasattr(self, "video"):
+            self.video.container.close()
         self.raw.close()
 
     def advance(self) -> None:
@@ -135,7 +134,7 @@ class Session:
         while len(times) < request.count and self.failure is None and self.upcoming[1] is not None:
             when, frame, _ = self.upcoming
             if not self.picture.height:
-                self.picture.height, self.picture.width = scan_size(shown_aspect(self.stream, frame))
+                self.picture.height, self.picture.width = scan_size(self.video.shown_aspect(frame))
             if out is None:
                 out = output.array((request.count, self.picture.height, self.picture.width, 3))
             out[len(times)] = self.picture(frame)
@@ -193,12 +192,11 @@ class Server:
 
 def whole_clip(file: io.RawIOBase, max_pixels: int, output: Output) -> tuple[int, ...]:
     """All frames of a clip into the shared memory, as large as they are; -> their shape. Raises Refused."""
-    container, stream = open_video(file, max_pixels)
-    with container:
-        context, count = stream.codec_context, 0
-        out = output.array((stream.frames, context.height, context.width, 3))
-        picture = Picture(stream, context.height, context.width, max_pixels)
-        for count, frame in enumerate(container.decode(stream), start=1):
+    with open_video(file, max_pixels) as video:
+        count, height, width = 0, video.context.height, video.context.width
+        out = output.array((video.stream.frames, height, width, 3))
+        picture = Picture(video, height, width, max_pixels)
+        for count, frame in enumerate(video.frames(), start=1):
             if count > len(out):
                 raise Refused("damaged", f"more frames than the {len(out)} of its index")
             out[count - 1] = picture(frame)

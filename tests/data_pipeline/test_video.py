@@ -133,17 +133,21 @@ def test_more_frames_than_the_source_repeats_them(decoder: SafeDecoder) -> None:
     assert numbers(frames) == [k // 2 for k in range(48)]
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
 @pytest.mark.parametrize(("turn", "quarters"), [("90", -1), ("180", 2), ("270", 1)])
-def test_rotation_tag_is_applied(decoder: SafeDecoder, turn: str, quarters: int) -> None:
+def test_rotation_tag_is_applied(decoder: SafeDecoder, turn: str, quarters: int, codec: str) -> None:
     matrices = {"90": (0, 1, -1, 0), "180": (-1, 0, 0, -1), "270": (0, -1, 1, 0)}
     frames = barcodes(20)
-    data = bytearray(encode(frames, **FOREIGN["h264 closed GOP mp4"]))
+    data = bytearray(encode(frames, container="mp4", codec=codec, options=X264 if codec == "libx264" else FOREIGN["vp9 webm"]["options"]))
     at = data.find(b"tkhd") + 4 + 40  # the matrix of a version 0 track header
     a, b, c, d = (value << 16 for value in matrices[turn])
     data[at : at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
     upright = np.rot90(frames, quarters, (1, 2))
     found = decoder.decode(bytes(data), [0.0], Wanted(5, 24.0, *upright.shape[1:3]))[0]
     assert np.abs(found.astype(int) - upright[:5]).mean() < 4
+    assert decoder.probe(bytes(data)).aspect == pytest.approx(upright.shape[2] / upright.shape[1])
+    scanned = next(decoder.scan(bytes(data)))
+    assert scanned.frames.shape[1] / scanned.frames.shape[2] == pytest.approx(upright.shape[1] / upright.shape[2], rel=0.02)
 
 
 def test_spans_that_the_video_does_not_hold_are_too_short(decoder: SafeDecoder) -> None:
@@ -376,6 +380,28 @@ def test_damage_that_the_codec_would_hide_is_noticed(decoder: SafeDecoder, good:
     assert spans[1].reason == "corrupt_frame"
     first, last = (decoder.decode(data, [0.0], Wanted(7, 8.0, 32, 32))[0] for data in (bytes(broken), good))
     assert np.array_equal(first, last)  # frames before the damage are untouched
+
+
+HASHED = {"container": "mp4", "codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=none:frame-threads=1:hash=1"}}
+
+
+@pytest.mark.parametrize("spec", [FOREIGN["vp9 webm"], HASHED], ids=["vp9", "hevc with hashes"])
+def test_no_damage_inside_pictures_is_missed_where_the_stream_lets_one_see_it(decoder: SafeDecoder, spec: dict) -> None:
+    data = encode(smooth_colors(HEIGHT, WIDTH, 72) // 2 + barcodes(72) // 8, **spec)
+    wanted, starts = Wanted(3, 24.0, HEIGHT, WIDTH), [k / 8 for k in range(24)]
+    reference = decoder.decode(data, starts, wanted)
+    assert not any(isinstance(span, Failure) for span in reference)  # no false alarm
+    with av.open(io.BytesIO(data)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size > 100]
+    generator, noticed = np.random.default_rng(4), 0
+    for position, size in [packets[k] for k in generator.integers(len(packets), size=12)]:
+        broken = bytearray(data)
+        for place in generator.integers(position + 30, position + size, 3):
+            broken[place] ^= 1 << int(generator.integers(8))
+        spans = decoder.decode(bytes(broken), starts, wanted)
+        noticed += any(isinstance(span, Failure) for span in spans)
+        assert all(isinstance(span, Failure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
+    assert noticed >= 10
 
 
 def test_mutated_files_never_hurt_the_parent(good: bytes) -> None:
