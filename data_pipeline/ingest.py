@@ -35,7 +35,8 @@ from configs.files import fsync_dir, temporary_name
 from data_pipeline.filters import FILTERED, Filters
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.motion import Motion, motion
-from data_pipeline.plan import HARMLESS, PLAN, STAGE, Line, Plan, Span, Unit, load, load_or_make
+from data_pipeline.plan import PLAN, Line, Plan, load, make, path_of
+from data_pipeline.plan_unit import HARMLESS, STAGE, Span, Unit
 from data_pipeline.quarantine import REJECTED, Quarantine
 from data_pipeline.schema import MANIFEST, RAW, Manifest, RawSample, Reject, Sidecar, fingerprint
 from data_pipeline.shards import (
@@ -90,11 +91,12 @@ def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress 
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"task {task[0]}/{task[1]}: the number must lie between 0 and {task[1] - 1}")
     listing, filters = list_source(config), Filters(config.filters)
+    path = path_of(config, data, listing)
     with _explained(data):
         _claim(config, data / RAW)
         _remove_leftovers(data)
         with _decoders(config) as decoders, ThreadPoolExecutor(config.job.workers) as pool:
-            plan = load_or_make(config, data, listing, task, pool, lambda: _borrowed(decoders), progress)
+            plan = make(config, path, listing, task, pool, lambda: _borrowed(decoders), progress)
             _check_bad(config, sum(line.bad for line in plan.lines), sum(line.spans + line.aside for line in plan.lines))
             maker = Maker(config, data, plan, filters, decoders, pool)
             return maker.make(plan.share(task), progress)
@@ -112,16 +114,21 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
     if plan is None:
         raise ShardError(f"nothing is planned in {data} for this source and config; run `landiff shards` first")
     raw = data / RAW
-    sidecars = {line.name: _sidecar(raw, line) for line in plan.lines}
+    shards, rejects, missing = [], [], []
+    for line in plan.lines:
+        sidecar = _sidecar(raw, line)  # one at a time: their indices hold every sample
+        if sidecar is None:
+            missing.append(line.name)
+        else:
+            shards.append(sidecar.entry)
+            rejects += sidecar.rejects
+    planned = {line.name for line in plan.lines}
     for tar in sorted(raw.glob("[0-9]*.tar")):
-        if tar.stem not in sidecars and read_sidecar(tar) is not None:
+        if tar.stem not in planned and read_sidecar(tar) is not None:
             raise _foreign(tar)
-    missing = [name for name, sidecar in sidecars.items() if sidecar is None]
     if missing:
-        raise ShardError(f"{raw} lacks {len(missing)} of {len(sidecars)} shards: {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. "
+        raise ShardError(f"{raw} lacks {len(missing)} of {len(planned)} shards: {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. "
                          "Run the tasks of `landiff shards` that make them, then finalize again")
-    rejects = [reject for sidecar in sidecars.values() for reject in sidecar.rejects]
-    shards = [sidecar.entry for sidecar in sidecars.values()]
     if not sum(shard.samples for shard in shards):
         raise ShardError(f"no clip of {config.source!r} could be used: {count_rejects(rejects)}")
     _check_bad(config, count_bad(rejects), len(rejects) + sum(shard.samples for shard in shards), rejects, last=True)
@@ -168,11 +175,14 @@ class Maker:
 
     def make(self, lines: list[Line], progress: Progress | None) -> Share:
         """Make those of `lines` that aren't there. Raises ShardError, TooManyRejects, OSError."""
-        sidecars = [_sidecar(self.data / RAW, line) for line in lines]
-        todo = [line for line, sidecar in zip(lines, sidecars, strict=True) if sidecar is None]
+        todo, bad = [], 0
+        for line in lines:
+            sidecar = _sidecar(self.data / RAW, line)
+            bad += line.bad if sidecar is None else count_bad(sidecar.rejects)
+            if sidecar is None:
+                todo.append(line)
         total, seen = sum(line.spans for line in lines), sum(line.spans + line.aside for line in lines)
         done = total - sum(line.spans for line in todo)
-        bad = sum(count_bad(sidecar.rejects) for sidecar in sidecars if sidecar) + sum(line.bad for line in todo)
         counts: queue.SimpleQueue[bool] = queue.SimpleQueue()  # of every clip: is it bad?
         stop = Event()
         running: set[Future] = {self.pool.submit(self._make_shard, line, counts, stop) for line in todo}

@@ -12,7 +12,7 @@ from data_pipeline.filters import Filters, brightness, repeated_share, text_area
 from data_pipeline.ingest import make_shards
 from data_pipeline.ingest_config import FiltersConfig
 from data_pipeline.motion import motion
-from data_pipeline.plan import lay_spans
+from data_pipeline.plan_layout import lay_spans
 from data_pipeline.schema import RawSample
 from data_pipeline.shards import read_manifest, read_sidecar
 from data_pipeline.shots import Border, Look, Looker

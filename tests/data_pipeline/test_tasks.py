@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.base import ConfigError
-from data_pipeline import plan
+from data_pipeline import plan_rows
 from data_pipeline.ingest import TooManyRejects, finalize, make_shards, make_share, status
 from data_pipeline.plan import Plan
 from data_pipeline.schema import RawSample
@@ -125,7 +125,7 @@ def test_second_start_reads_no_video(videos: Path, made: Path, tmp_path: Path) -
 def test_touched_video_is_looked_at_again_and_only_its_neighbours(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, data = tmp_path / "videos", tmp_path / "data"
     shutil.copytree(videos, source)
-    monkeypatch.setattr(plan, "VIDEOS_PER_FILE", 1)
+    monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
     make_shards(config(source), data)
     before, manifest = looks(data), read_manifest(data)
     assert len(before) == 12
