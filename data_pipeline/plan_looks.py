@@ -32,7 +32,7 @@ Borrow = Callable[[], AbstractContextManager[SafeDecoder]]
 def look_at_all(config: ShardsConfig, rows: Path, task: tuple[int, int], executor: Executor, look: Callable[[VideoFile], Look],
                 progress: Progress | None) -> None:
     """Have a file of looks for each chunk of `rows`."""
-    pieces = list(chunks(config, rows))
+    pieces = [piece for piece, _ in chunks(config, rows)]
     total, done, (number, of) = sum(piece.videos for piece in pieces), 0, task
     mine, others = pieces[number::of], [piece for at, piece in enumerate(pieces) if at % of != number]
     random.Random(number).shuffle(others)  # two that help out seldom choose the same
@@ -51,8 +51,7 @@ def look_at_all(config: ShardsConfig, rows: Path, task: tuple[int, int], executo
 def seen(config: ShardsConfig, rows: Path) -> Iterator[tuple[Row, Look]]:
     """All rows in order, each with what was seen of its video: an empty look where it is unusable."""
     nothing = Look()
-    for piece in chunks(config, rows):
-        members = list(read_rows(rows, piece.offset, piece.end))
+    for piece, members in chunks(config, rows):
         lines = rows.with_name(piece.looks).read_text(encoding="utf-8").splitlines()
         looks = dict(zip(videos_of(members), (Look.from_json(json.loads(line)) for line in lines), strict=True))
         for row in members:

@@ -129,7 +129,7 @@ def read_rows(path: Path, offset: int = 0, end: float = math.inf) -> Iterator[Ro
             offset += len(line)
 
 
-def chunks(config: ShardsConfig, path: Path) -> Iterator[Chunk]:
+def chunks(config: ShardsConfig, path: Path) -> Iterator[tuple[Chunk, list[Row]]]:
     """The rows in pieces that are cut where the names say so: a new video changes one piece only."""
     rows: list[Row] = []
     videos: dict[VideoFile, None] = {}
@@ -137,7 +137,7 @@ def chunks(config: ShardsConfig, path: Path) -> Iterator[Chunk]:
     for row in read_rows(path):
         new = not row.clip.failure and row.clip.video not in videos
         if (full and new) or len(rows) == ROWS_PER_VIDEO * VIDEOS_PER_CHUNK:
-            yield _chunk(config, rows)
+            yield _chunk(config, rows), rows
             rows, videos, full, new = [], {}, False, not row.clip.failure
         rows.append(row)
         if new:
@@ -145,7 +145,7 @@ def chunks(config: ShardsConfig, path: Path) -> Iterator[Chunk]:
             name = hashlib.sha256(f"{os.fspath(row.clip.video.path)!r}:{row.clip.video.offset}".encode()).digest()
             full = int.from_bytes(name[:8], "big") % VIDEOS_PER_CHUNK == 0 or len(videos) == 4 * VIDEOS_PER_CHUNK
     if rows:
-        yield _chunk(config, rows)
+        yield _chunk(config, rows), rows
 
 
 def videos_of(rows: Sequence[Row]) -> dict[VideoFile, tuple[int, int]]:
