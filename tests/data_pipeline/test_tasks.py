@@ -66,8 +66,11 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, data
 
 
+LONG = (pytest.mark.long, pytest.mark.timeout(7200))
+
+
 # All: every place of one job; of three tasks, and by the clock, 200
-@pytest.mark.parametrize(("kills", "tasks"), [(12, 1), (8, 3), pytest.param(10_000, 1, marks=pytest.mark.long), pytest.param(200, 3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "tasks"), [(12, 1), (8, 3), pytest.param(10_000, 1, marks=LONG), pytest.param(200, 3, marks=LONG)])
 def test_killed_inside_writes_fsyncs_links_and_renames_it_ends_with_the_same_bytes(few: tuple[Path, Path], tmp_path: Path, kills: int, tasks: int) -> None:
     folder, made = few
     (tmp_path / "config.yaml").write_text(config(folder, samples_per_shard=2, job={"workers": 1}).model_dump_json())
