@@ -21,7 +21,7 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from threading import Event
@@ -36,6 +36,7 @@ from data_pipeline.filters import FILTERED, Filters
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.motion import Motion, motion
 from data_pipeline.plan import PLAN, Line, Plan, load, make, path_of
+from data_pipeline.plan_rows import chunks, rows_path
 from data_pipeline.plan_unit import HARMLESS, STAGE, Span, Unit
 from data_pipeline.quarantine import REJECTED, Quarantine
 from data_pipeline.schema import MANIFEST, RAW, Manifest, RawSample, Reject, Sidecar, fingerprint
@@ -55,6 +56,8 @@ from data_pipeline.video import Failure, SafeDecoder, Wanted, encode_clip
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+CAPTIONS = ("captions are read from a captions.jsonl or captions.csv in the folder, from .txt files beside the videos, or from the "
+            "txt, caption or json parts of a tar")
 BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 FEW = 20  # clips: of fewer, one bad one says nothing about the rest
@@ -102,10 +105,33 @@ def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress 
             return maker.make(plan.share(task), progress)
 
 
-def status(config: ShardsConfig, data: Path) -> tuple[int, int] | None:
-    """(shards finished, shards planned); None before there is a plan."""
-    plan = load(config, data, list_source(config))
-    return plan and (sum(sidecar_path(data / RAW / f"{line.name}.tar").exists() for line in plan.lines), len(plan.lines))
+@dataclass(frozen=True)
+class Status:
+    """How far all tasks together are. Before there is a plan, its counts are 0."""
+
+    videos: int
+    looked_at: int  # of them
+    shards: int = 0
+    finished: int = 0  # of them
+    clips: int = 0  # in all shards, but for those that turn out damaged or unwanted when they are made
+    in_finished: int = 0  # of them
+    set_aside: int = 0  # by the plan
+
+
+def status(config: ShardsConfig, data: Path) -> Status | None:
+    """None before anything was done for this source and config."""
+    path = path_of(config, data, list_source(config))
+    rows = rows_path(path)
+    if not rows.exists():
+        return None
+    pieces = [(piece.videos, rows.with_name(piece.looks).exists()) for piece, _ in chunks(config, rows)]
+    looked = Status(sum(videos for videos, _ in pieces), sum(videos for videos, there in pieces if there))
+    if not path.exists():
+        return looked
+    lines = Plan(path).lines
+    finished = [line for line in lines if sidecar_path(data / RAW / f"{line.name}.tar").exists()]
+    return replace(looked, shards=len(lines), finished=len(finished), clips=sum(line.spans for line in lines),
+                   in_finished=sum(line.spans for line in finished), set_aside=sum(line.aside for line in lines))
 
 
 def finalize(config: ShardsConfig, data: Path) -> Manifest:
@@ -130,7 +156,8 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
         raise ShardError(f"{raw} lacks {len(missing)} of {len(planned)} shards: {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. "
                          "Run the tasks of `landiff shards` that make them, then finalize again")
     if not sum(shard.samples for shard in shards):
-        raise ShardError(f"no clip of {config.source!r} could be used: {count_rejects(rejects)}")
+        hint = f"; {CAPTIONS}" if all(reject.reason == "empty_caption" for reject in rejects) else ""
+        raise ShardError(f"no clip of {config.source!r} could be used: {_counted(rejects)}{hint}")
     _check_bad(config, count_bad(rejects), len(rejects) + sum(shard.samples for shard in shards), rejects, last=True)
     mark = fingerprint(config.identity(), [shard.sha256 for shard in shards])
     columns: dict[str, Any] = {}
@@ -152,9 +179,13 @@ def count_bad(rejects: list[Reject]) -> int:
     return sum(reject.reason not in HARMLESS | FILTERED for reject in rejects)
 
 
+def _counted(rejects: list[Reject]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in count_rejects(rejects).items())
+
+
 def _check_bad(config: ShardsConfig, bad: int, seen: int, rejects: list[Reject] | None = None, *, last: bool = False) -> None:
     if bad > config.max_bad_fraction * seen and (last or seen >= FEW):
-        counts = f" ({', '.join(f'{n} {reason}' for reason, n in count_rejects(rejects).items())})" if rejects else ""
+        counts = f" ({_counted(rejects)})" if rejects else ""
         raise TooManyRejects(f"{bad} of {seen} clips of {config.source!r} are damaged{counts}, more than max_bad_fraction = {config.max_bad_fraction:g}. "
                              "Mend the cause, or raise max_bad_fraction, and run again; finished shards stay")
 
@@ -187,7 +218,7 @@ class Maker:
         stop = Event()
         running: set[Future] = {self.pool.submit(self._make_shard, line, counts, stop) for line in todo}
         try:
-            if progress:
+            if progress and total:
                 progress(done, total, "clips")
             while running:
                 finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -292,7 +323,8 @@ def _claim(config: ShardsConfig, raw: Path) -> None:
     old, new = yaml.safe_load(path.read_text(encoding="utf-8")), json.loads(json.dumps(config.identity()))
     differing = [f"{key} = {new.get(key)!r} (there: {old.get(key)!r})" for key in _compared(config, old, new) if new.get(key) != old.get(key)]
     if differing:
-        raise ConfigError(f"{raw} was made with another config: {'; '.join(differing)}. Use the old values, or another output folder")
+        raise ConfigError(f"{raw} was made with another config: {'; '.join(differing)}. Use the old values, or another output folder; "
+                          f"or delete {raw.parent} to begin anew")
 
 
 def _compared(config: ShardsConfig, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from configs.base import ConfigError
 from data_pipeline import plan_rows
-from data_pipeline.ingest import TooManyRejects, finalize, make_shards, make_share, status
+from data_pipeline.ingest import Status, TooManyRejects, finalize, make_shards, make_share, status
 from data_pipeline.plan import Plan
 from data_pipeline.schema import RawSample
 from data_pipeline.shards import ShardError, read_manifest, read_sidecar
@@ -93,6 +93,26 @@ def test_shares_are_even_and_hold_every_shard_once(made: Path) -> None:
 def test_task_that_does_not_exist_is_refused(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="task 3/3: the number must lie between 0 and 2"):
         make_share(config(videos), tmp_path / "data", (3, 3))
+
+
+def test_status_tells_how_far_all_tasks_are(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
+    one, seen = config(videos), []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int, what: str) -> None:
+        seen.append((done, total, what))
+        if done == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        make_share(one, tmp_path, (0, 1), stop)
+    assert seen == [(number, 12, "look") for number in range(1, 6)]
+    assert status(one, tmp_path) == Status(videos=12, looked_at=4)
+    make_share(one, tmp_path, (0, 2))
+    assert status(one, tmp_path) == Status(videos=12, looked_at=12, shards=6, finished=3, clips=24, in_finished=12)
 
 
 def test_nothing_planned_can_not_be_finalized(videos: Path, tmp_path: Path) -> None:
