@@ -66,8 +66,7 @@ class ByteRange(io.RawIOBase):
     def read(self, count: int = -1) -> bytes:
         left = max(0, self.size - self.position)
         count = left if count < 0 else min(count, left)
-        self.file.seek(self.offset + self.position)
-        data = self.file.read(count) or b""
+        data = os.pread(self.file.fileno(), count, self.offset + self.position)
         self.position += len(data)
         return data
 
@@ -146,6 +145,7 @@ class Picture:
         height, width = max(self.height, round(shown[0] * factor)), max(self.width, round(shown[1] * factor))
         flags = "area" if factor <= 1 else "bicubic"
         graph = av.filter.Graph()
+        graph.threads = 1  # processes share the cores
         chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=self.video.stream.time_base)]
         chain += [graph.add("transpose", turn) for turn in turns]
         if any(self.crop):

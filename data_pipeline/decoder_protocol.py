@@ -138,19 +138,24 @@ class Output:
         self.fd = fd
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
-        """uint8 of this shape, for the parent to see."""
+        """uint8 of this shape, for the parent to see. Raises MemoryError."""
         size = math.prod(shape)
         if os.fstat(self.fd).st_size < size:
             os.ftruncate(self.fd, size)
         if not size:
             return np.empty(shape, np.uint8)
-        memory = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        try:
+            memory = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes of frames: {error.strerror}") from None
         return np.frombuffer(memory, np.uint8).reshape(shape)
 
 
 def serve(answer: Callable[[Request, Output], Response], parent: int, memory_limit: int, connection_fd: int) -> None:
     """Answer requests until the connection closes or the process `parent` is gone; no call takes more memory or time."""
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    watching = threading.Event()
+    threading.Thread(target=_end_with, args=(parent, watching), daemon=True).start()
+    watching.wait()  # a new thread maps memory of its own, twice as much as it keeps
     with open("/proc/self/statm", encoding="ascii") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_limit, mapped + memory_limit))
@@ -172,7 +177,8 @@ def serve(answer: Callable[[Request, Output], Response], parent: int, memory_lim
         send(connection, asdict(replace(response, cpu_s=time.process_time() - began)))
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, watching: threading.Event) -> None:
+    watching.set()
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -265,6 +265,14 @@ def test_decoder_of_clips_that_dies_or_hangs_costs_one_clip(clips: ClipDecoder) 
         assert decoder.process.starts == 4
 
 
+def test_memory_limit_costs_one_clip(clips: ClipDecoder) -> None:
+    large = encode_clip(np.zeros((120, 480, 640, 3), np.uint8), 8, preset="ultrafast")  # 110 MB of frames
+    with ClipDecoder(clips.process.backend, memory_limit=64 << 20) as decoder:
+        with pytest.raises(ClipDamaged, match="out_of_memory|decoder_died"):
+            decoder.decode(large)
+        assert numbers(decoder.decode(encode_clip(barcodes(5), 8))) == list(range(5))
+
+
 def test_clips_are_decoded_in_another_process_and_not_kept_there(clips: ClipDecoder) -> None:
     loaded = {path.rsplit("/", 1)[-1] for path in Path(f"/proc/{clips.process.pid}/maps").read_text().split() if "libav" in path}
     assert len({name.split(".")[0].split("-")[0] for name in loaded}) == len(loaded), "two FFmpegs in one process"
@@ -455,7 +463,7 @@ def test_decoder_that_dies_hangs_or_is_used_up_is_replaced(good: bytes) -> None:
 
 def test_memory_limit_costs_the_video_only(good: bytes) -> None:
     large = encode(np.zeros((2, 2160, 3840, 3), np.uint8), container="mp4", codec="libx264", options={"preset": "ultrafast"})
-    with SafeDecoder(memory_limit=40 << 20) as decoder:
+    with SafeDecoder(memory_limit=20 << 20) as decoder:
         assert isinstance(decoder.decode(good, [0.0], Wanted(2, 8.0, 32, 32))[0], np.ndarray)
         assert isinstance(decoder.decode(large, [0.0], Wanted(1, 8.0, 32, 32))[0], Failure)
         assert isinstance(decoder.decode(good, [0.0], Wanted(2, 8.0, 32, 32))[0], np.ndarray)
