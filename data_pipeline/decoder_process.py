@@ -23,6 +23,7 @@ from data_pipeline.decoder_protocol import Failure, Request, Response, receive, 
 Backend = Literal["pyav", "decord"]
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
+AGE = frozenset(("decoder_died", "out_of_memory"))  # may be due to what came before
 MOST_SPARE = 8  # shared memories that wait for their next use
 
 
@@ -60,8 +61,9 @@ class SharedMemory:
 class DecoderProcess:
     """One long-lived child that decodes.
 
-    It is replaced when it dies, exceeds `timeout_s`, and every `recycle` requests. It ends with its parent. Not
-    for use by two threads at once.
+    It is replaced when it dies, exceeds `timeout_s`, and every `recycle` requests. What an old child died of, or
+    had no memory for, is asked of a new one: so the answer is the file's, and not what other files left behind. It
+    ends with its parent. Not for use by two threads at once.
     """
 
     def __init__(self, backend: Backend, *, timeout_s: float, memory_limit: int, recycle: int) -> None:
@@ -69,7 +71,7 @@ class DecoderProcess:
         self.starts = 0  # children started so far
         self.cpu_s = 0.0  # processor time of all answers
         self.shared = SharedMemory()
-        self._requests = 0  # of this child
+        self._served = 0  # requests of this child
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._input = os.memfd_create("landiff-video")
@@ -100,6 +102,9 @@ class DecoderProcess:
         memory = self.shared.take()
         try:
             response = self._ask(request, memory)
+            if response.failure and response.failure.reason in AGE and self._served > 1:
+                self._stop()
+                response = self._ask(request, memory)
         except BaseException:
             self.shared.give_back(memory)
             raise
@@ -110,10 +115,10 @@ class DecoderProcess:
         return response, None
 
     def _ask(self, request: Request, memory: int) -> Response:
-        if self._child is None or self._requests >= self.recycle:
+        if self._child is None or self._served >= self.recycle:
             self._stop()
             self._start()
-        self._requests += 1
+        self._served += 1
         try:
             self._connection.settimeout(self.timeout_s)
             send(self._connection, asdict(request), (memory,))
@@ -137,7 +142,7 @@ class DecoderProcess:
         self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                        pass_fds=(theirs.fileno(), self._input))
         theirs.close()
-        self._connection, self._requests = ours, 0
+        self._connection, self._served = ours, 0
         self.starts += 1
         try:
             receive(ours, time.monotonic() + START_TIMEOUT_S)

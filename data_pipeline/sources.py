@@ -118,7 +118,8 @@ def _text(path: Path) -> str:
 def _table(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
     rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix)
     if rows is None:
-        raise ConfigError(f"source = {str(path)!r}: captions are read from .csv or .jsonl files")
+        raise ConfigError(f"source = {str(path)!r} is neither a .csv or .jsonl with captions nor a .tar of clips; for single videos give the "
+                          "folder that they lie in, with captions in a captions.jsonl, or in a .txt beside each")
     for line, row in _readable(rows(path), path):
         for key, column in (("file", columns.file), ("caption", columns.caption)):
             if column not in row:
