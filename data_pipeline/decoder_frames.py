@@ -79,6 +79,7 @@ class Video:
     stream: av.video.stream.VideoStream
     context: av.video.codeccontext.VideoCodecContext
     turn: int | None = None  # degrees, where the frames of `context` don't say
+    lacks: bool = False  # the container itself saw that something is missing: a lost packet of MPEG-TS, a file cut off
 
     def __enter__(self) -> Video:
         return self
@@ -89,6 +90,7 @@ class Video:
     def frames(self) -> Iterator[av.VideoFrame]:
         """From where the container stands, in the order of showing. Raises one of DECODER_ERRORS."""
         for packet in self.container.demux(self.stream):
+            self.lacks = self.lacks or packet.is_corrupt
             if self.turn is None and self.context is not self.stream.codec_context:
                 picture = first_picture(packet)  # the stream's own decoder is told how it is turned
                 self.turn = picture and round(picture.rotation) % 360
@@ -273,14 +275,14 @@ def timed_frames(video: Video, skip_to_s: float = 0.0) -> Iterator[tuple[float, 
         yield now + length, None
 
 
-def marked_frames(frames: Iterator[tuple[float, av.VideoFrame | None]], codec: str) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
-    """The same with: whether the decoder noticed damage.
+def marked_frames(video: Video, frames: Iterator[tuple[float, av.VideoFrame | None]]) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
+    """The same with: whether container or decoder noticed damage.
 
     libavcodec conceals damage. `is_corrupt` is its trace in H.264, MPEG-1, -2 and -4; other decoders leave none
     but a line in the log, when they notice at all (measured: benchmarks/damage.py).
     """
-    if codec not in LOGGING_CODECS:
-        yield from ((now, frame, frame is not None and frame.is_corrupt) for now, frame in frames)
+    if video.context.name not in LOGGING_CODECS:
+        yield from ((now, frame, frame is not None and (frame.is_corrupt or video.lacks)) for now, frame in frames)
         return
     doubted = 0
     while True:
@@ -291,7 +293,7 @@ def marked_frames(frames: Iterator[tuple[float, av.VideoFrame | None]], codec: s
         if any(level <= av.logging.ERROR for level, _, _ in lines):
             doubted = REORDERED  # the line comes when a picture is decoded, the picture some frames later
         now, frame = item
-        yield now, frame, frame is not None and (frame.is_corrupt or doubted > 0)
+        yield now, frame, frame is not None and (frame.is_corrupt or video.lacks or doubted > 0)
         doubted = max(0, doubted - 1)
 
 

@@ -66,7 +66,7 @@ class Session:
             # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
             self.tolerance = min(float(self.video.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
             far = skip_to_s + PREROLL_S >= SEEK_FROM_S and self.video.container.format.name in SEEKABLE
-            self.frames = judged_frames(marked_frames(timed_frames(self.video, skip_to_s if far else 0.0), self.video.context.name))
+            self.frames = judged_frames(marked_frames(self.video, timed_frames(self.video, skip_to_s if far else 0.0)))
             self.picture = Picture(self.video, request.height, request.width, request.max_pixels, request.crop)
         except BaseException:
             self.close()

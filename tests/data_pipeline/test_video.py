@@ -414,6 +414,18 @@ def test_no_damage_inside_pictures_is_missed_where_the_stream_lets_one_see_it(de
     assert noticed >= 10
 
 
+@pytest.mark.parametrize("name", ["h264 mpeg-ts", "mpeg2 mpeg-ts"])
+def test_packets_lost_on_the_way_are_noticed(decoder: SafeDecoder, name: str) -> None:
+    data = encode(smooth_colors(HEIGHT, WIDTH, 72) // 2 + barcodes(72) // 8, **FOREIGN[name])
+    wanted, starts = Wanted(3, 24.0, HEIGHT, WIDTH), [k / 8 for k in range(23)]
+    reference = decoder.decode(data, starts, wanted)
+    places = [at for at in range(0, len(data), 188) if data[at + 1] & 0x1F == 1 and data[at + 2] == 0]  # PID 256: video
+    for at in np.random.default_rng(3).choice(places[2:], 10, replace=False):
+        spans = decoder.decode(data[:at] + data[at + 188 :], starts, wanted)
+        assert any(isinstance(span, Failure) for span in spans)
+        assert all(isinstance(span, Failure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
+
+
 def test_mutated_files_never_hurt_the_parent(good: bytes) -> None:
     generator = np.random.default_rng(5)
     seen = set()
