@@ -49,7 +49,7 @@ def shards_job(args: argparse.Namespace) -> int:
         share = ingest.make_share(config.content, config.data, task, progress=Progress("shards", "clips"))
         if task != (0, 1):
             print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
-                  "when every task is done: landiff shards finalize")
+                  f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize")
             return 0
     manifest = ingest.finalize(config.content, config.data)
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")

@@ -9,9 +9,10 @@ import pytest
 
 from configs.base import ConfigError
 from data_pipeline import plan_rows
-from data_pipeline.ingest import Status, TooManyRejects, finalize, make_shards, make_share, status
+from data_pipeline.ingest import Status, finalize, make_shards, make_share, status
 from data_pipeline.plan import Plan
 from data_pipeline.schema import RawSample
+from data_pipeline.shard_maker import TooManyRejects
 from data_pipeline.shards import ShardError, read_manifest, read_sidecar
 from data_pipeline.synthetic import moving_shape, write_videos
 from data_pipeline.video import write_mp4
@@ -43,7 +44,7 @@ def test_tasks_on_one_folder_make_the_bytes_of_one_job(videos: Path, made: Path,
     running = [subprocess.Popen(task, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for task in tasks[:2] + tasks[3:]]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
-    assert "task 0/3 made 2 shards" in outputs[0]
+    assert "task 0/3 made 2 shards, 0 were there, of 6 in all; set aside: none" in outputs[0]
     early = subprocess.run([*command, "finalize"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert early.returncode == 2
     assert "lacks 2 of 6 shards" in early.stderr
