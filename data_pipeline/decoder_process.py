@@ -24,7 +24,7 @@ Backend = Literal["pyav", "decord"]
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
 AGE = frozenset(("decoder_died", "out_of_memory"))  # may be due to what came before
-MOST_SPARE = 8  # shared memories that wait for their next use
+MOST_SPARE = 4  # shared memories that wait for their next use
 
 
 class SharedMemory:

@@ -120,6 +120,7 @@ class Maker:
                     if failure is frames:
                         quarantine.keep_source(writer.rejects[-1], span.video)
                 clips.put(failure.reason if failure else "")
+                del frames  # the next ones take their memory
         return [aside.reject.reason for aside in unit.aside]
 
     def _add(self, writer: ShardWriter, quarantine: Quarantine, unit: Unit, span: Span, frames: np.ndarray) -> Failure | None:

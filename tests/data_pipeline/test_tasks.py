@@ -277,7 +277,10 @@ def test_clips_that_turn_out_damaged_while_made_stop_the_job_too(tmp_path: Path)
     with pytest.raises(TooManyRejects, match="of 24 clips"):
         make_shards(config(source, max_spans=1), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
-    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=1.0), tmp_path / "data")
+    notes = []
+    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=1.0), tmp_path / "data", lambda done, total, note: notes.append((done, note)))
     assert (manifest.num_samples, sum(manifest.reject_counts.values())) == (12, 12)
+    (counts,) = {name.removeprefix("shards/"): count for name, count in manifest.reject_counts.items()}.items()
+    assert notes[-1] == (24, f"clips; set aside: 12 {counts[0]}")
     assert [entry.samples for entry in manifest.shards] == [0, 0, 0, 4, 4, 4]
     assert len(list((tmp_path / "data" / "rejected").glob("*.tar"))) == 3
