@@ -61,7 +61,7 @@ class SharedMemory:
 class DecoderProcess:
     """One long-lived child that decodes.
 
-    It is replaced when it dies, exceeds `timeout_s`, and every `recycle` requests. What an old child died of, or
+    It is replaced when it dies, exceeds `timeout_s`, and every `recycle` requests, between groups. What an old child died of, or
     had no memory for, is asked of a new one: so the answer is the file's, and not what other files left behind. It
     ends with its parent. Not for use by two threads at once.
     """
@@ -72,6 +72,7 @@ class DecoderProcess:
         self.cpu_s = 0.0  # processor time of all answers
         self.shared = SharedMemory()
         self._served = 0  # requests of this child
+        self._group = 0  # of the last request
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._input = os.memfd_create("landiff-video")
@@ -102,7 +103,7 @@ class DecoderProcess:
         memory = self.shared.take()
         try:
             response = self._ask(request, memory)
-            if response.failure and response.failure.reason in AGE and self._served > 1:
+            if self._served > 1 and any(failure and failure.reason in AGE for failure in (response.failure, *response.spans)):
                 self._stop()
                 response = self._ask(request, memory)
         except BaseException:
@@ -115,10 +116,13 @@ class DecoderProcess:
         return response, None
 
     def _ask(self, request: Request, memory: int) -> Response:
-        if self._child is None or self._served >= self.recycle:
+        # not within a group: a new child would look for the place, and see less of the damage before it
+        goes_on = request.path and request.group == self._group
+        if self._child is None or (self._served >= self.recycle and not goes_on):
             self._stop()
             self._start()
         self._served += 1
+        self._group = request.group
         try:
             self._connection.settimeout(self.timeout_s)
             send(self._connection, asdict(request), (memory,))

@@ -48,6 +48,7 @@ class Request:
     first: int = 0  # scan: number of the first frame
     count: int = 0  # scan: frames at most
     keyframes: bool = False  # scan: key frames only
+    group: int = 0  # requests of one group go on in a file where the one before ended
     max_pixels: int = 4096 * 2304
     timeout_s: float = 60.0
 

@@ -1,6 +1,6 @@
 """The process that opens foreign videos: whatever a file does to a decoder, it happens here.
 
-Requests for later parts of the same video go on where the one before ended: a long video is decoded once.
+Requests of one group for later parts of the same video go on where the one before ended: a long video is decoded once.
 
 Which frame: the one that is shown at the wanted time, i.e. the last frame whose timestamp is not later than
 it. All frames from the first to the last wanted one are decoded in order, because that is exact for every
@@ -36,7 +36,7 @@ SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"))
 SEEK_FROM_S = 30.0  # nearer places are decoded to
 PREROLL_S = 10.0  # decoded before the place itself: what an open group of pictures lacks is long past
 SCAN_SIDE = 256  # of the pictures of a scan, at most
-SAME_SESSION = ("kind", "path", "offset", "size", "fps", "height", "width", "crop", "keyframes", "max_pixels")
+SAME_SESSION = ("group", "kind", "path", "offset", "size", "fps", "height", "width", "crop", "keyframes", "max_pixels")
 
 
 class Session:
@@ -140,6 +140,8 @@ class Session:
             out[len(times)] = self.picture(frame)
             times.append(when)
             self.advance()
+        if self.failure is not None and self.failure.reason == "out_of_memory":
+            return Response(failure=self.failure)  # what follows may be sound
         ended = self.failure is not None or self.upcoming[1] is None
         return Response(times=tuple(times), shape=(len(times), self.picture.height, self.picture.width, 3), ended=ended)
 

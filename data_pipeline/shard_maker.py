@@ -217,8 +217,10 @@ def decoders(config: ShardsConfig) -> Iterator[queue.SimpleQueue]:
 
 @contextmanager
 def borrowed(decoders: queue.SimpleQueue) -> Iterator[SafeDecoder]:
+    """A decoder that remembers nothing."""
     decoder = decoders.get()
     try:
+        decoder.begin()
         yield decoder
     finally:
         decoders.put(decoder)

@@ -89,6 +89,7 @@ class SafeDecoder:
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S, memory_limit: int = MEMORY_LIMIT, max_pixels: int = 4096 * 2304, recycle: int = RECYCLE) -> None:
         self.max_pixels = max_pixels
+        self._group = 0
         self.process = DecoderProcess("pyav", timeout_s=timeout_s, memory_limit=memory_limit, recycle=recycle)
 
     def __enter__(self) -> SafeDecoder:
@@ -100,6 +101,14 @@ class SafeDecoder:
     def close(self) -> None:
         self.process.close()
 
+    def begin(self) -> None:
+        """Forget the file that was decoded last.
+
+        What comes then depends on nothing before: else a file that goes on would be known as damaged by the one that
+        saw its beginning, and not by another.
+        """
+        self._group += 1
+
     def probe(self, video: VideoFile | bytes) -> VideoInfo | Failure:
         """Size, rate, codec and true duration, without decoding."""
         response, _ = self.process.ask(self._request(video))
@@ -108,7 +117,7 @@ class SafeDecoder:
     def decode(self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted) -> list[np.ndarray | Failure]:
         """One entry for each start: uint8 [num_frames, height, width, 3], or why there is none.
 
-        Calls for later and later parts of one file decode it once. The memory of all spans is free when the last is gone.
+        Calls for later and later parts of one file decode it once, up to `begin`. The memory of all spans is free when the last is gone.
         """
         response, frames = self.process.ask(self._request(video, kind="decode", starts_s=tuple(starts_s), **asdict(wanted)))
         if response.failure:
@@ -132,7 +141,7 @@ class SafeDecoder:
             source = {"path": "", "size": len(video)}
         else:
             source = {"path": os.fspath(video.path.absolute()), "offset": video.offset, "size": video.size}
-        return Request(**source, max_pixels=self.max_pixels, timeout_s=self.process.timeout_s, **wanted)
+        return Request(**source, max_pixels=self.max_pixels, timeout_s=self.process.timeout_s, group=self._group, **wanted)
 
 
 # ------------------------------------------------------------------------------------------ our own clips

@@ -104,6 +104,26 @@ def test_far_place_has_the_frames_that_decoding_to_it_gives(decoder: SafeDecoder
     assert np.array_equal(far, near)
 
 
+def test_what_is_known_of_damage_depends_on_the_group_alone(tmp_path: Path) -> None:
+    path, wanted = tmp_path / "long.mp4", Wanted(9, 8.0, HEIGHT, WIDTH)
+    data = bytearray(encode(barcodes(1080), **FOREIGN["h264 closed GOP mp4"]))
+    with av.open(io.BytesIO(bytes(data))) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.is_keyframe][2]  # shown at 2 s
+    data[packet.pos + packet.size // 2 : packet.pos + packet.size // 2 + 60] = bytes(60)
+    path.write_bytes(data)
+
+    def refused(decoder: SafeDecoder, *starts: float) -> list[bool]:
+        return [isinstance(decoder.decode(VideoFile(path), [start], wanted)[0], Failure) for start in starts]
+
+    with SafeDecoder() as one, SafeDecoder(recycle=2) as recycled:
+        assert refused(one, 0.5, 2.0, 20.0, 41.3) == [False, True, True, True]
+        assert refused(recycled, 0.5, 2.0, 20.0, 41.3) == [False, True, True, True]
+        one.begin()
+        recycled.begin()
+        assert refused(one, 41.3) == refused(recycled, 41.3) == [False]
+        assert (one.process.starts, recycled.process.starts) == (1, 2)
+
+
 def test_variable_frame_rate_goes_by_time(decoder: SafeDecoder) -> None:
     gaps = np.random.default_rng(0).integers(5, 300, 80)  # milliseconds
     ticks = np.concatenate([[0], np.cumsum(gaps)[:-1]])
