@@ -1,16 +1,20 @@
-"""Decoding and resizing foreign video, per core: what `SafeDecoder` costs over the bare decoder.
+"""Decoding per core: what child processes, limits and exactness cost over the bare decoders.
 
     python -m benchmarks.decode [rounds]
 
-bare: PyAV decodes the same frames in this process and keeps nothing. bare + resize: and makes the wanted pictures
-by the same filter. SafeDecoder: child process, limits, exact times, damage noticed, pictures through shared memory.
-Seconds are of CPU, children included; the smallest of all rounds. Speed is bare + resize over SafeDecoder.
+Foreign video. bare: PyAV decodes the same frames in this process and keeps nothing. bare + resize: and makes the
+wanted pictures by the same filter. safe: `SafeDecoder`, with exact times, damage noticed, frames through shared memory.
+Our clips. bare: decord's `get_batch` of all frames, or PyAV's frames as RGB, in one process. safe: `ClipDecoder`, which
+also checks the sha256 and, with decord, corrects its colours.
+Milliseconds are of CPU, children included; the smallest of all rounds. Speed is bare (+ resize) over safe.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +26,9 @@ import av
 import cv2
 import numpy as np
 
-from data_pipeline import video_child
-from data_pipeline.video import SafeDecoder, VideoFile, Wanted
+from data_pipeline.decoder_frames import Picture, Video
+from data_pipeline.decoder_process import DecoderProcess
+from data_pipeline.video import ClipDecoder, SafeDecoder, VideoFile, Wanted, encode_clip
 
 RATE, SECONDS = 24, 6.5
 SIZES = {"720p": (720, 1280), "360p": (360, 640)}
@@ -53,7 +58,7 @@ def bare(path: Path, size: tuple[int, int] | None) -> int:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        picture = video_child.Picture(stream, *size, max_pixels=1 << 30) if size else None
+        picture = Picture(Video(container, stream, stream.codec_context), *size, max_pixels=1 << 30) if size else None
         for number, frame in enumerate(container.decode(stream)):
             if picture and number in times:
                 picture(frame)
@@ -62,22 +67,48 @@ def bare(path: Path, size: tuple[int, int] | None) -> int:
     raise AssertionError("the film is too short")
 
 
-def cpu_seconds(work: Callable[[], object], child: int | None = None) -> float:
-    """CPU time of this process, and of a living child."""
-    begin = time.process_time() + (_cpu_of(child) if child else 0.0)
+BARE_DECORD = """
+import sys, time, decord
+least = 1e9
+for _ in range(int(sys.argv[2])):
+    begin = time.process_time()
+    reader = decord.VideoReader(sys.argv[1], num_threads=1)
+    reader.get_batch(range(len(reader))).asnumpy()
+    del reader
+    least = min(least, time.process_time() - begin)
+print(least)
+"""
+
+
+def bare_decord(path: Path, rounds: int) -> float:
+    """CPU seconds, in a process of its own: two FFmpegs do not go together."""
+    return float(subprocess.run([sys.executable, "-c", BARE_DECORD, str(path), str(rounds)], check=True, capture_output=True, text=True).stdout)
+
+
+def bare_clip(clip: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(clip)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        context = stream.codec_context
+        picture = Picture(Video(container, stream, context), context.height, context.width, max_pixels=1 << 30)
+        return np.stack([picture(frame) for frame in container.decode(stream)])
+
+
+def cpu_seconds(work: Callable[[], object], child: DecoderProcess | None = None) -> float:
+    """CPU time of this process, and of a child's answers."""
+    begin = time.process_time() + (child.cpu_s if child else 0.0)
     work()
-    return time.process_time() + (_cpu_of(child) if child else 0.0) - begin
-
-
-def _cpu_of(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    with open(f"/proc/{pid}/schedstat", encoding="ascii") as file:  # nanoseconds, where the kernel counts them
-        nanoseconds = int(file.read().split()[0])
-    return nanoseconds / 1e9 if nanoseconds else (int(fields[11]) + int(fields[12])) / 100
+    return time.process_time() + (child.cpu_s if child else 0.0) - begin
 
 
 def main(rounds: int) -> None:
-    print(f"{'clip':<24}{'bare ms':>9}{'+ resize':>10}{'SafeDecoder':>13}{'frames/s':>10}{'speed':>7}")
+    foreign(rounds)
+    ours(rounds)
+    print(f"peak memory of a child: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB")
+
+
+def foreign(rounds: int) -> None:
+    print(f"{'foreign video':<24}{'bare ms':>9}{'+ resize':>10}{'safe':>8}{'frames/s':>10}{'speed':>7}")
     with tempfile.TemporaryDirectory() as folder, SafeDecoder() as decoder:
         for name, shape in SIZES.items():
             path = Path(folder) / f"{name}.mp4"
@@ -88,12 +119,29 @@ def main(rounds: int) -> None:
                 measured = np.array([[
                     cpu_seconds(lambda path=path: bare(path, None)),
                     cpu_seconds(lambda path=path, size=size: bare(path, size)),
-                    cpu_seconds(lambda path=path, wanted=wanted: decoder.decode(VideoFile(path), [0.0], wanted), decoder.pid),
+                    cpu_seconds(lambda path=path, wanted=wanted: decoder.decode(VideoFile(path), [0.0], wanted), decoder.process),
                 ] for _ in range(rounds)]).min(0)
                 milliseconds = measured * 1000
-                print(f"{name + ' -> ' + wish:<24}{milliseconds[0]:>9.0f}{milliseconds[1]:>10.0f}{milliseconds[2]:>13.0f}"
+                print(f"{name + ' -> ' + wish:<24}{milliseconds[0]:>9.0f}{milliseconds[1]:>10.0f}{milliseconds[2]:>8.0f}"
                       f"{NUM_FRAMES / measured[2]:>10.0f}{measured[1] / measured[2]:>7.2f}", flush=True)
-    print(f"peak memory of a child: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB")
+
+
+def ours(rounds: int) -> None:
+    print(f"{'our clips, 49 frames':<24}{'bare ms':>9}{'':>10}{'safe':>8}{'frames/s':>10}{'speed':>7}")
+    with tempfile.TemporaryDirectory() as folder:
+        for height, width in ((128, 128), (480, 720)):
+            wide = np.kron(np.random.default_rng(0).integers(0, 255, (height // 8, width // 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+            clip = encode_clip(np.stack([cv2.blur(wide, (5, 5))[:, 2 * k : 2 * k + width] for k in range(NUM_FRAMES)]), FPS)
+            path, digest = Path(folder) / "clip.mp4", hashlib.sha256(clip).hexdigest()
+            path.write_bytes(clip)
+            for backend in ("decord", "pyav"):
+                with ClipDecoder(backend) as decoder:
+                    decoder.decode(clip)  # starts the child
+                    pairs = [((bare_decord(path, 1) if backend == "decord" else cpu_seconds(lambda clip=clip: bare_clip(clip))),
+                              cpu_seconds(lambda clip=clip, decoder=decoder, digest=digest: decoder.decode(clip, sha256=digest), decoder.process))
+                             for _ in range(rounds)]
+                    before, after = np.array(pairs).min(0)
+                print(f"{f'{backend} {width}x{height}':<24}{before * 1000:>9.1f}{'':>10}{after * 1000:>8.1f}{NUM_FRAMES / after:>10.0f}{before / after:>7.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
+import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,9 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.columns import DamagedSample, FolderReader
+from data_pipeline.decoder_process import Backend
 from data_pipeline.schema import RAW, RawSample, ShardEntry
-from data_pipeline.video import ClipBackend, ClipDamaged, SafeDecoder, Wanted, decode_clip
-from data_pipeline.video_child import Failure
+from data_pipeline.video import ClipDamaged, ClipDecoder
 
 BATCHES_AHEAD = 2
 
@@ -58,18 +57,20 @@ class Piece:
 class ClipReader:
     """Reads raw shards; threads decode up to two batches ahead of the caller.
 
-    decord decodes in this process: it sees only bytes whose checksum says that we wrote them. PyAV works in one
-    child process a thread, and whatever happens there costs a clip.
+    Each thread has a decoder process, which sees only bytes whose checksum says that we wrote them. Whatever
+    happens there costs a clip.
     """
 
-    def __init__(self, data: Path, shards: Sequence[ShardEntry], *, decoder: ClipBackend, threads: int) -> None:
-        self.decoder, self.threads = decoder, threads
-        self.decode_s = self.decode_cpu_s = 0.0  # of all threads together; of processor time without children's
+    def __init__(self, data: Path, shards: Sequence[ShardEntry], *, decoder: Backend, threads: int) -> None:
+        self.threads = threads
+        self.decode_s = self.decode_cpu_s = 0.0  # of all threads and their children together
         self._shards = shards
         self._json = FolderReader(data, RAW, "json", shards, keep=4)
         self._mp4 = FolderReader(data, RAW, "mp4", shards, keep=4)
-        self._own = threading.local()
-        self._children: list[SafeDecoder] = []
+        self._decoders = [ClipDecoder(decoder) for _ in range(threads)]
+        self._idle: queue.SimpleQueue[ClipDecoder] = queue.SimpleQueue()
+        for one in self._decoders:
+            self._idle.put(one)
 
     def clips(self, shard: int) -> list[Clip]:
         """All clips of a shard, without frames."""
@@ -99,8 +100,8 @@ class ClipReader:
     def close(self) -> None:
         self._json.close()
         self._mp4.close()
-        for child in self._children:
-            child.close()
+        for decoder in self._decoders:
+            decoder.close()
 
     def _ready(self, shard: int, clips: list[Clip], work: list, last: bool) -> Piece:
         batch = []
@@ -120,30 +121,28 @@ class ClipReader:
         return Clip(position, key, meta)
 
     def _decode(self, shard: int, clip: Clip) -> tuple[Clip, float, float]:
-        """With the seconds it took, and those of this thread's processor."""
+        """With the seconds it took, and those of processor time, the child's included."""
         if clip.meta is None:
             return clip, 0.0, 0.0
-        begin, cpu = time.perf_counter(), time.thread_time()
+        decoder = self._idle.get()
         try:
-            frames = self._frames(self._mp4.read(shard, clip.position).tobytes(), clip.meta)
-        except (DamagedSample, ClipDamaged) as error:
-            frames = Problem("damaged", str(error))
-        if not isinstance(frames, Problem) and len(frames) != clip.meta.num_frames:
-            frames = Problem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
-        decoded = replace(clip, problem=frames) if isinstance(frames, Problem) else replace(clip, frames=frames)
-        return decoded, time.perf_counter() - begin, time.thread_time() - cpu
+            begin, cpu = time.perf_counter(), time.thread_time() + decoder.process.cpu_s
+            frames = self._frames(decoder, shard, clip)
+            seconds, cpu = time.perf_counter() - begin, time.thread_time() + decoder.process.cpu_s - cpu
+        finally:
+            self._idle.put(decoder)
+        return replace(clip, problem=frames) if isinstance(frames, Problem) else replace(clip, frames=frames), seconds, cpu
 
-    def _frames(self, data: bytes, meta: RawSample) -> np.ndarray | Problem:
-        if self.decoder == "decord":
-            return decode_clip(data, backend="decord", sha256=meta.video_sha256)
-        if hashlib.sha256(data).hexdigest() != meta.video_sha256:
-            return Problem("damaged", f"the clip does not have the sha256 of its JSON, {meta.video_sha256[:16]}...")
-        child = getattr(self._own, "child", None)
-        if child is None:
-            child = self._own.child = SafeDecoder()
-            self._children.append(child)
-        (frames,) = child.decode(data, [0.0], Wanted(meta.num_frames, meta.fps, meta.height, meta.width))
-        return Problem(frames.reason, frames.detail) if isinstance(frames, Failure) else frames
+    def _frames(self, decoder: ClipDecoder, shard: int, clip: Clip) -> np.ndarray | Problem:
+        try:
+            frames = decoder.decode(self._mp4.read(shard, clip.position).tobytes(), sha256=clip.meta.video_sha256)
+        except DamagedSample as error:
+            return Problem("damaged", str(error))
+        except ClipDamaged as error:
+            return Problem(error.failure.reason, error.failure.detail)
+        if len(frames) != clip.meta.num_frames:
+            return Problem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
+        return frames
 
 
 def by_shape(clips: Sequence[Clip], prepare: Callable[[Clip], np.ndarray | Tensor | Problem],

@@ -50,7 +50,7 @@ class Summary:
 
     columns: dict[str, ColumnSummary]
     stage_seconds: dict[str, float]  # each of all its threads together
-    cpu_seconds: dict[str, float]  # the same of processor time; of decoder processes (pyav) none
+    cpu_seconds: dict[str, float]  # the same of processor time, that of decoder processes included
     wall_s: float
 
     def __str__(self) -> str:

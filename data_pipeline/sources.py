@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import tarfile
@@ -20,6 +21,8 @@ import braceexpand
 from configs.base import ConfigError
 from data_pipeline.ingest_config import ColumnsConfig, ShardsConfig
 from data_pipeline.video import Failure, VideoFile
+
+log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 VIDEO_SUFFIXES = frozenset((
@@ -45,11 +48,10 @@ class SourceClip:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source, and the rows in them. Tars stay closed until the rows are asked for."""
+    """The rows of a source, read anew each time they are asked for: a long source is never in memory."""
 
-    files: tuple[Path, ...]  # all that the rows depend on, but their captions where `is_tars` is false
-    is_tars: bool
-    clips: Callable[[], Sequence[SourceClip]]  # in an order that depends on the source alone
+    clips: Callable[[], Iterator[SourceClip]]  # in an order that depends on the source alone
+    tars: tuple[Path, ...] = ()  # what the rows are read from, where it is tars of clips
 
 
 def list_source(config: ShardsConfig) -> Listing:
@@ -59,8 +61,8 @@ def list_source(config: ShardsConfig) -> Listing:
         return _tars([Path(tar) for tar in braceexpand.braceexpand(config.source)], config.columns)
     if not path.exists():
         raise ConfigError(f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, or \"packaged\"")
-    listing = _folder(path, config.columns) if path.is_dir() else _rows(_table(path, config.columns))
-    if not listing.files:
+    listing = _folder(path, config.columns) if path.is_dir() else Listing(lambda: _table(path, config.columns))
+    if not listing.tars and next(listing.clips(), None) is None:
         raise ConfigError(f"source = {config.source!r} holds no videos; known video names end in {' '.join(sorted(VIDEO_SUFFIXES))}")
     return listing
 
@@ -70,31 +72,40 @@ def readable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _rows(clips: Sequence[SourceClip]) -> Listing:
-    return Listing(tuple(dict.fromkeys(clip.video.path for clip in clips)), False, lambda: clips)
-
-
 def _tars(tars: Sequence[Path], columns: ColumnsConfig) -> Listing:
     for tar in tars:
         if not tar.is_file():
             raise ConfigError(f"source: {str(tar)!r} does not exist")
         if tar.suffix != ".tar":
             raise ConfigError(f"source: {str(tar)!r} is compressed; videos gain nothing by it, unpack it to a plain .tar")
-    return Listing(tuple(tars), True, lambda: [clip for tar in tars for clip in _tar(tar, columns)])
+    return Listing(lambda: (clip for tar in tars for clip in _tar(tar, columns)), tuple(tars))
 
 
 def _folder(folder: Path, columns: ColumnsConfig) -> Listing:
-    for name in ("captions.jsonl", "captions.csv"):
-        if (folder / name).is_file():
-            return _rows(_table(folder / name, columns))
-    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.relative_to(folder).as_posix())
-    tars = [path for path in files if path.suffix == ".tar"]
+    table = next((folder / name for name in ("captions.jsonl", "captions.csv") if (folder / name).is_file()), None)
+    if table:
+        return Listing(lambda: _table(table, columns))
+    tars = [path for path in _files(folder) if path.suffix == ".tar"]
     if tars:
         return _tars(tars, columns)
-    return _rows([
-        SourceClip(readable(path.relative_to(folder).as_posix()), VideoFile(path), _text(path.with_suffix(".txt")))
-        for path in files if path.suffix.lower() in VIDEO_SUFFIXES
-    ])
+    return Listing(lambda: (SourceClip(readable(path.relative_to(folder).as_posix()), VideoFile(path), _text(path.with_suffix(".txt")))
+                            for path in _files(folder) if path.suffix.lower() in VIDEO_SUFFIXES))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, in the order of their whole paths, with one folder in memory at a time."""
+    try:
+        with os.scandir(folder) as entries:
+            # a folder's name counts with its slash: so "a-b/x" comes before "a/x", as it does among whole paths
+            found = sorted((f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name) for entry in entries)
+    except PermissionError as error:
+        log.warning("%s can't be read and is left out: %s", folder, error.strerror)
+        return
+    for name in found:
+        if name.endswith("/"):
+            yield from _files(folder / name)
+        elif (folder / name).is_file():
+            yield folder / name
 
 
 def _text(path: Path) -> str:
@@ -104,22 +115,21 @@ def _text(path: Path) -> str:
         return file.read(LONGEST_TEXT).decode("utf-8", errors="replace").strip()
 
 
-def _table(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
+def _table(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
     rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix)
     if rows is None:
-        raise ConfigError(f"source = {str(path)!r}: captions are read from .csv or .jsonl files")
-    clips = []
+        raise ConfigError(f"source = {str(path)!r} is neither a .csv or .jsonl with captions nor a .tar of clips; for single videos give the "
+                          "folder that they lie in, with captions in a captions.jsonl, or in a .txt beside each")
     for line, row in _readable(rows(path), path):
         for key, column in (("file", columns.file), ("caption", columns.caption)):
             if column not in row:
                 raise ConfigError(f"{path}, line {line}: no column {column!r}, there are {', '.join(map(repr, row))}; "
                                   f"name it with columns.{key}=...")
         name = str(row[columns.file])
-        clips.append(SourceClip(
+        yield SourceClip(
             name=readable(name), video=VideoFile(path.parent / name), caption=readable(str(row[columns.caption] or "").strip()),
             start_s=_seconds(row, columns.start_s, 0.0, path, line), end_s=_seconds(row, columns.end_s, math.inf, path, line),
-        ))
-    return clips
+        )
 
 
 def _readable(rows: Iterator[tuple[int, Mapping[str, Any]]], path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -38,14 +38,20 @@ def shards_job(args: argparse.Namespace) -> int:
 
     if args.action == "status":
         found = ingest.status(config.content, config.data)
-        print(f"shards: {found[0]} of {found[1]} shards of {config.data} are finished" if found else f"shards: nothing is planned in {config.data}")
+        if found is None:
+            print(f"shards: nothing is planned in {config.data}")
+        elif not found.shards:
+            print(f"shards: {found.looked_at} of {found.videos} videos were looked at; no shard of {config.data} is planned yet")
+        else:
+            print(f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.in_finished} of {found.clips} clips; "
+                  f"the plan set {found.set_aside} aside")
         return 0
     task = parse_task(args.task)
     if args.action == "run":
         share = ingest.make_share(config.content, config.data, task, progress=Progress("shards", "clips"))
         if task != (0, 1):
             print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
-                  "when every task is done: landiff shards finalize")
+                  f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize")
             return 0
     manifest = ingest.finalize(config.content, config.data)
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")

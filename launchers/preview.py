@@ -13,7 +13,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.precompute_config import PrecomputeConfig
 from data_pipeline.shards import read_part
-from data_pipeline.video import decode_clip
+from data_pipeline.video import ClipDecoder
 from model_zoo import frozen
 from model_zoo.frozen.base import posterior_mean
 from training.metrics import write_video
@@ -30,8 +30,9 @@ def codec_round_trip(config: PrecomputeConfig, folder: Path, clips: int = 4) -> 
     """The first clips as they went in, and as their latents decode."""
     codec = frozen.build(config.columns["latents"].encoder, torch.device("cpu"))
     loader = Loader(DataConfig(manifest=config.data, global_batch_size=1), ["latents"], dp_rank=0, dp_size=1)
-    for number in range(min(clips, loader.num_samples)):
-        sample = next(loader.next_batch().samples)
-        frames = torch.from_numpy(decode_clip(read_part(config.data, loader.manifest, sample.key, "mp4")))
-        decoded = codec.decode(posterior_mean(sample.tensors["latents"][None].float(), codec.channels))[0]
-        log_videos(folder / "tensorboard", number, {"codec/input": frames, "codec/round trip": decoded}, sample.meta.fps)
+    with ClipDecoder(config.decoder) as decoder:
+        for number in range(min(clips, loader.num_samples)):
+            sample = next(loader.next_batch().samples)
+            frames = torch.from_numpy(decoder.decode(read_part(config.data, loader.manifest, sample.key, "mp4"), sha256=sample.meta.video_sha256))
+            decoded = codec.decode(posterior_mean(sample.tensors["latents"][None].float(), codec.channels))[0]
+            log_videos(folder / "tensorboard", number, {"codec/input": frames, "codec/round trip": decoded}, sample.meta.fps)

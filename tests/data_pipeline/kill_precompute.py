@@ -14,9 +14,7 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,66 +30,21 @@ from data_pipeline.schema import RAW
 from data_pipeline.shards import read_manifest
 from data_pipeline.units import remove_leftovers
 from tests.data_pipeline.data_sets import write_column, write_raw
+from tests.data_pipeline.kills import Killer, contents, forked, killed
 
 TASKS = 4
 COLUMNS = {"latents": {"encoder": {"kind": "dct"}}, "latents-second": {"encoder": {"kind": "dct"}, "sample_seed": 1}}
 LARGEST_PLAN = {"precompute": 160, "loader": 220}
 
 
-class Killer:
-    """Counts operations of this process; dies before, within or after the planned one (0: never)."""
-
-    def __init__(self, plan: int) -> None:
-        self.plan, self.count = plan, 0
-        for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "preadv"), (fcntl, "flock")):
-            setattr(module, name, self.watched(getattr(module, name)))
-        tarfile.TarFile.addfile = self.watched(tarfile.TarFile.addfile, half=self.half_of_a_member)
-
-    def watched(self, function: Callable, half: Callable | None = None) -> Callable:
-        def operation(*args: object, **named: object) -> object:
-            self.count += 2
-            if self.count == self.plan:
-                if half:
-                    half(*args)
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*args, **named)
-            if self.count + 1 == self.plan:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return operation
-
-    @staticmethod
-    def half_of_a_member(tar: tarfile.TarFile, info: tarfile.TarInfo, data: object) -> None:
-        tar.fileobj.write(info.tobuf()[:300])
-        tar.fileobj.flush()
-
-
 def started(plan: int, work: Callable[[], None]) -> int:
     """`work` in a fork; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            Killer(plan)
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
+    def prepare(killer: Killer) -> None:
+        killer.watch(os, "fsync", "replace", "unlink", "preadv")
+        killer.watch(fcntl, "flock")
+        killer.watch_tars()
 
-
-def killed(pid: int) -> bool:
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the job failed by itself"
-    return False
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return forked(work, Killer(plan), prepare)
 
 
 # ------------------------------------------------------------------------------------------------ precompute

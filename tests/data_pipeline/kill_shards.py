@@ -9,7 +9,6 @@ the work of the first again. Prints the number of kills and of places.
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import os
 import random
@@ -24,64 +23,16 @@ from configs.loader import load
 from data_pipeline.ingest import finalize, make_shards, make_share
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.shards import read_sidecar
-
-
-class Killer:
-    """Counts operations; dies before, within or after the planned one."""
-
-    def __init__(self, plan: int) -> None:
-        self.plan = plan
-        self.count = 0
-
-    def install(self) -> None:
-        for name in ("fsync", "replace", "link"):
-            setattr(os, name, self.watched(getattr(os, name)))
-        plain_open = builtins.open
-
-        def watched_open(file: object, mode: str = "r", *args: object, **named: object) -> object:
-            opened = plain_open(file, mode, *args, **named)
-            if "w" in mode and isinstance(file, Path):
-                write, flush = opened.write, opened.flush
-
-                def half(data: str | bytes) -> None:
-                    write(data[: len(data) // 2])
-                    flush()
-
-                opened.write = self.watched(write, half)
-            return opened
-
-        builtins.open = watched_open
-
-    def watched(self, function: Callable, half: Callable | None = None) -> Callable:
-        def operation(*args: object, **named: object) -> object:
-            self.count += 2
-            if self.count == self.plan:
-                if half:
-                    half(*args)
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*args, **named)
-            if self.count + 1 == self.plan:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return operation
+from tests.data_pipeline import kills
+from tests.data_pipeline.kills import Killer, contents, killed
 
 
 def forked(work: Callable[[], object], plan: int, record: Path | None = None) -> int:
-    """A process that does `work` with a kill planned (0: none); -> its id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            killer = Killer(plan)
-            killer.install()
-            work()
-            if record:
-                record.write_text(str(killer.count))
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
+    def prepare(killer: Killer) -> None:
+        killer.watch(os, "fsync", "replace", "link")
+        killer.watch_writes()
+
+    return kills.forked(work, Killer(plan), prepare, record)
 
 
 def ended(pids: Sequence[int], kill_after_s: float | None = None) -> bool:
@@ -89,10 +40,7 @@ def ended(pids: Sequence[int], kill_after_s: float | None = None) -> bool:
     if kill_after_s is not None:
         time.sleep(kill_after_s)
         os.kill(pids[0], signal.SIGKILL)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    for status in statuses:
-        assert (os.WTERMSIG(status) == signal.SIGKILL) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status) == 0, "the job failed by itself"
-    return not any(map(os.WIFSIGNALED, statuses))
+    return not any([killed(pid) for pid in pids])
 
 
 def attempt(config: ShardsConfig, data: Path, plan: int, tasks: int, record: Path | None = None, kill_after_s: float | None = None) -> bool:
@@ -106,10 +54,6 @@ def attempt(config: ShardsConfig, data: Path, plan: int, tasks: int, record: Pat
     return ended([forked(lambda: finalize(config, data), plan)])
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def check_committed(data: Path) -> None:
     """Whatever has its final name and a sidecar is whole."""
     for tar in (data / "raw").glob("[0-9]*.tar"):
@@ -117,7 +61,7 @@ def check_committed(data: Path) -> None:
         assert sidecar is None or sidecar.entry.sha256 == hashlib.sha256(tar.read_bytes()).hexdigest(), tar
 
 
-def main(config_file: str, reference: str, work: str, kills: str, tasks: str) -> None:
+def main(config_file: str, reference: str, work: str, number: str, tasks: str) -> None:
     config, expected, data = load(ShardsConfig, Path(config_file)), contents(Path(reference)), Path(work) / "data"
     record, chance = Path(work) / "operations", random.Random(int(tasks))
     assert attempt(config, data, 0, 1, record)
@@ -126,7 +70,7 @@ def main(config_file: str, reference: str, work: str, kills: str, tasks: str) ->
     chance.shuffle(places)
     shutil.rmtree(data)
     done = 0
-    for place in places[: int(kills)]:
+    for place in places[: int(number)]:
         by_clock = chance.uniform(0.0, 1.0) if done % 4 == 3 else None
         while attempt(config, data, 0 if by_clock else place, int(tasks), kill_after_s=by_clock):  # little was left to do: compare, and start over
             assert contents(data) == expected, "what was killed and went on differs from what was not"

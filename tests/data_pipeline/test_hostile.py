@@ -137,8 +137,8 @@ def test_specimens_are_set_aside_one_by_one(tmp_path: Path, good: bytes) -> None
     source, before = tmp_path / "in", peak_mb()
     source.mkdir()
     hostile.special_files(source)
-    # FFmpeg itself refuses 16k x 16k: it has no size for it
-    specimens = {"empty": b"", "byte": b"\0", "png8k": hostile.png_bomb(8192), "png16k": hostile.png_bomb(16384), "gif64k": hostile.gif_of(65535, 65535), "header": hostile.compressed_header(1 << 31),
+    # FFmpeg itself refuses 16384 x 16384, it has no size for it; 16000 x 16000 it would decode
+    specimens = {"empty": b"", "byte": b"\0", "png8k": hostile.png_bomb(8192), "png16000": hostile.png_bomb(16000), "png16k": hostile.png_bomb(16384), "gif64k": hostile.gif_of(65535, 65535), "header": hostile.compressed_header(1 << 31),
                  "lying": hostile.lying_container(65535, 65535), "million": hostile.million_samples(), "good": good}
     for name, data in specimens.items():
         (source / f"{name}.mp4").write_bytes(data)
@@ -148,8 +148,8 @@ def test_specimens_are_set_aside_one_by_one(tmp_path: Path, good: bytes) -> None
     reasons = {reject.key: reject.reason for reject in manifest.rejects}
     kept = {meta.caption for meta in metas(tmp_path / "data", manifest)}
     assert "good" in kept <= {"good", "lying", "million"}  # what the picture itself says may count
-    assert {name: reasons[f"{name}.mp4"] for name in ("empty", "byte", "png8k", "png16k", "gif64k")} == {
-        "empty": "invalid_data", "byte": "invalid_data", "png8k": "too_large", "png16k": "no_dimensions", "gif64k": "no_dimensions"}
+    assert {name: reasons[f"{name}.mp4"] for name in ("empty", "byte", "png8k", "png16000", "png16k", "gif64k")} == {
+        "empty": "invalid_data", "byte": "invalid_data", "png8k": "too_large", "png16000": "too_large", "png16k": "no_dimensions", "gif64k": "no_dimensions"}
     assert {reasons[f"{name}.mp4"] for name in ("pipe", "folder", "nowhere", "itself", "zero", "null\0byte")} == {"unreadable_file"}
     assert len(reasons) + len(kept) == len(names)
     assert peak_mb() - before < GROWTH_MB
@@ -158,7 +158,7 @@ def test_specimens_are_set_aside_one_by_one(tmp_path: Path, good: bytes) -> None
 def test_picture_too_large_for_the_memory_limit_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "bomb.mp4"
     path.write_bytes(hostile.png_bomb(12288))
-    with SafeDecoder(max_pixels=1 << 30, memory_limit=64 << 20) as decoder:
+    with SafeDecoder(max_pixels=1 << 30, memory_limit=12 << 20) as decoder:
         found = decoder.decode(VideoFile(path), [0.0], Wanted(1, 8.0, 32, 32))[0]
         assert found.reason in {"out_of_memory", "decoder_died"}
 

@@ -12,13 +12,13 @@ from data_pipeline.filters import Filters, brightness, repeated_share, text_area
 from data_pipeline.ingest import make_shards
 from data_pipeline.ingest_config import FiltersConfig
 from data_pipeline.motion import motion
-from data_pipeline.plan import lay_spans
+from data_pipeline.plan_layout import lay_spans
 from data_pipeline.schema import RawSample
 from data_pipeline.shards import read_manifest, read_sidecar
 from data_pipeline.shots import Border, Look, Looker
 from data_pipeline.sources import SourceClip
 from data_pipeline.synthetic import moving_shape
-from data_pipeline.video import SafeDecoder, Scanned, VideoFile, decode_clip, write_mp4
+from data_pipeline.video import ClipDecoder, SafeDecoder, Scanned, VideoFile, write_mp4
 from tests.data_pipeline.test_ingest import config
 from tests.data_pipeline.test_video import barcodes, encode, numbers
 
@@ -38,12 +38,13 @@ def joined(lengths: list[int], height: int = 96, width: int = 128) -> np.ndarray
 
 def samples(data: Path) -> list[tuple[RawSample, np.ndarray]]:
     found = []
-    for entry in read_manifest(data).shards:
-        tar = data / "raw" / f"{entry.name}.tar"
-        bytes_ = tar.read_bytes()
-        for _, parts in read_sidecar(tar).index:
-            meta, clip = (bytes_[parts[part][0] :][: parts[part][1]] for part in ("json", "mp4"))
-            found.append((RawSample.model_validate_json(meta), decode_clip(clip)))
+    with ClipDecoder() as decoder:
+        for entry in read_manifest(data).shards:
+            tar = data / "raw" / f"{entry.name}.tar"
+            bytes_ = tar.read_bytes()
+            for _, parts in read_sidecar(tar).index:
+                meta, clip = (bytes_[parts[part][0] :][: parts[part][1]] for part in ("json", "mp4"))
+                found.append((RawSample.model_validate_json(meta), decoder.decode(clip)))
     return found
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from configs.base import ConfigError
-from data_pipeline import plan
-from data_pipeline.ingest import TooManyRejects, finalize, make_shards, make_share, status
+from data_pipeline import plan_rows
+from data_pipeline.ingest import Status, finalize, make_shards, make_share, status
 from data_pipeline.plan import Plan
 from data_pipeline.schema import RawSample
+from data_pipeline.shard_maker import TooManyRejects
 from data_pipeline.shards import ShardError, read_manifest, read_sidecar
 from data_pipeline.synthetic import moving_shape, write_videos
 from data_pipeline.video import write_mp4
@@ -43,7 +44,7 @@ def test_tasks_on_one_folder_make_the_bytes_of_one_job(videos: Path, made: Path,
     running = [subprocess.Popen(task, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for task in tasks[:2] + tasks[3:]]
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
-    assert "task 0/3 made 2 shards" in outputs[0]
+    assert "task 0/3 made 2 shards, 0 were there, of 6 in all; set aside: none" in outputs[0]
     early = subprocess.run([*command, "finalize"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert early.returncode == 2
     assert "lacks 2 of 6 shards" in early.stderr
@@ -66,8 +67,11 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, data
 
 
+LONG = (pytest.mark.long, pytest.mark.timeout(7200))
+
+
 # All: every place of one job; of three tasks, and by the clock, 200
-@pytest.mark.parametrize(("kills", "tasks"), [(12, 1), (8, 3), pytest.param(10_000, 1, marks=pytest.mark.long), pytest.param(200, 3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "tasks"), [(12, 1), (8, 3), pytest.param(10_000, 1, marks=LONG), pytest.param(200, 3, marks=LONG)])
 def test_killed_inside_writes_fsyncs_links_and_renames_it_ends_with_the_same_bytes(few: tuple[Path, Path], tmp_path: Path, kills: int, tasks: int) -> None:
     folder, made = few
     (tmp_path / "config.yaml").write_text(config(folder, samples_per_shard=2, job={"workers": 1}).model_dump_json())
@@ -90,6 +94,26 @@ def test_shares_are_even_and_hold_every_shard_once(made: Path) -> None:
 def test_task_that_does_not_exist_is_refused(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="task 3/3: the number must lie between 0 and 2"):
         make_share(config(videos), tmp_path / "data", (3, 3))
+
+
+def test_status_tells_how_far_all_tasks_are(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
+    one, seen = config(videos), []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int, what: str) -> None:
+        seen.append((done, total, what))
+        if done == 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        make_share(one, tmp_path, (0, 1), stop)
+    assert seen == [(number, 12, "look") for number in range(1, 6)]
+    assert status(one, tmp_path) == Status(videos=12, looked_at=4)
+    make_share(one, tmp_path, (0, 2))
+    assert status(one, tmp_path) == Status(videos=12, looked_at=12, shards=6, finished=3, clips=24, in_finished=12)
 
 
 def test_nothing_planned_can_not_be_finalized(videos: Path, tmp_path: Path) -> None:
@@ -125,7 +149,7 @@ def test_second_start_reads_no_video(videos: Path, made: Path, tmp_path: Path) -
 def test_touched_video_is_looked_at_again_and_only_its_neighbours(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, data = tmp_path / "videos", tmp_path / "data"
     shutil.copytree(videos, source)
-    monkeypatch.setattr(plan, "VIDEOS_PER_FILE", 1)
+    monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
     make_shards(config(source), data)
     before, manifest = looks(data), read_manifest(data)
     assert len(before) == 12
@@ -253,7 +277,10 @@ def test_clips_that_turn_out_damaged_while_made_stop_the_job_too(tmp_path: Path)
     with pytest.raises(TooManyRejects, match="of 24 clips"):
         make_shards(config(source, max_spans=1), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
-    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=1.0), tmp_path / "data")
+    notes = []
+    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=1.0), tmp_path / "data", lambda done, total, note: notes.append((done, note)))
     assert (manifest.num_samples, sum(manifest.reject_counts.values())) == (12, 12)
+    (counts,) = {name.removeprefix("shards/"): count for name, count in manifest.reject_counts.items()}.items()
+    assert notes[-1] == (24, f"clips; set aside: 12 {counts[0]}")
     assert [entry.samples for entry in manifest.shards] == [0, 0, 0, 4, 4, 4]
     assert len(list((tmp_path / "data" / "rejected").glob("*.tar"))) == 3

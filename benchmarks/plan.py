@@ -1,0 +1,90 @@
+"""Planning shards of many clips: memory and time, without the videos.
+
+    python -m benchmarks.plan [rows ...]
+
+The rows are a generator's, what would be seen of the videos is made up (every tenth has the content of an earlier
+one, every fiftieth is damaged); everything else is what `landiff shards` does. Growth of the peak memory counts from
+before the first row, in a process of its own for each number of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+from configs.loader import load
+from data_pipeline.ingest_config import ShardsConfig
+from data_pipeline.plan import Plan, path_of, write
+from data_pipeline.plan_layout import lay
+from data_pipeline.plan_looks import look_at_all
+from data_pipeline.plan_rows import write_rows
+from data_pipeline.shots import Look
+from data_pipeline.sources import Listing, SourceClip
+from data_pipeline.video import Failure, VideoFile
+
+
+class Here(Executor):
+    """Does work where it is asked for."""
+
+    def submit(self, function, /, *args, **named) -> Future:
+        future: Future = Future()
+        future.set_result(function(*args, **named))
+        return future
+
+
+def rows(count: int) -> Iterator[SourceClip]:
+    for number in range(count):
+        name = f"part{number // 1000:05d}/{hashlib.md5(str(number).encode()).hexdigest()}.mp4"
+        yield SourceClip(name, VideoFile(Path("/videos") / name), f"A caption of about a hundred characters, as they are found under videos on the web, number {number}.")
+
+
+def look(video: VideoFile) -> Look:
+    number = int.from_bytes(hashlib.sha256(os.fspath(video.path).encode()).digest()[:8], "big")
+    if number % 50 == 0:
+        return Look(failure=Failure("invalid_data", "made up"))
+    return Look(hashlib.sha256(str(number if number % 10 else number % 100_000).encode()).hexdigest(), 4.0 + number % 5)
+
+
+def measure(count: int, folder: Path) -> str:
+    config = load(ShardsConfig, {"source": "made up", "fps": 8, "num_frames": 17, "height": 64, "width": 64})
+    listing = Listing(lambda: rows(count))
+    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [time.process_time()]
+    path = path_of(config, folder, listing)
+    times.append(time.process_time())
+    written = write_rows(config, listing, path)
+    times.append(time.process_time())
+    look_at_all(config, written, (0, 1), Here(), look, None)
+    times.append(time.process_time())
+    write(config, path, lay(config, written))
+    times.append(time.process_time())
+    plan = Plan(path)
+    spans = sum(line.spans for line in plan.lines)
+    assert plan.unit(plan.lines[len(plan.lines) // 2]).spans
+    times.append(time.process_time())
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    disk = sum(path.stat().st_size for path in path.parent.iterdir()) / 1e6
+    seconds = "".join(f"{after - begin:>9.1f}" for begin, after in itertools.pairwise(times))
+    return f"{count:>10}{spans:>10}{len(plan.lines):>8}{grown:>9.0f}{disk:>9.0f}{seconds}"
+
+
+def main(counts: list[int]) -> None:
+    print(f"{'rows':>10}{'spans':>10}{'shards':>8}{'RAM MB':>9}{'disk MB':>9}{'mark s':>9}{'rows s':>9}{'looks s':>9}{'lay s':>9}{'open s':>9}", flush=True)
+    for count in counts:
+        subprocess.run([sys.executable, "-m", "benchmarks.plan", "--one", str(count)], check=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        with tempfile.TemporaryDirectory() as temporary:
+            print(measure(int(sys.argv[2]), Path(temporary)), flush=True)
+    else:
+        main([int(count) for count in sys.argv[1:]] or [10_000, 100_000])
