@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import Config, ConfigError, load
+from launchers.arguments import build_parser, split_overrides
 from launchers.cluster_config import TRAINERS, ClusterConfig
 from launchers.layout import check_batch
 from launchers.local import default_processes
@@ -50,10 +51,9 @@ def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, override
 
     Raises ConfigError for what the stage itself would refuse.
     """
-    from launchers.cli import build_parser, split_overrides
-
-    words, own = split_overrides(argv)
-    args, unknown = build_parser().parse_known_args(words)
+    parser = build_parser()
+    words, own = split_overrides(parser, argv)
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         raise ConfigError(f"unrecognised argument {unknown[0]!r}; overrides are written key=value")
     args.overrides = [*own, *overrides]

@@ -31,6 +31,18 @@ def test_a_typo_names_the_nearest_key(capsys):
     assert code == 2 and "'optim.rl'" in err and "did you mean 'lr'" in err
 
 
+def test_a_mistyped_command_names_the_nearest(capsys):
+    code, _, err = run(capsys, "trane")
+    assert code == 2 and "did you mean 'train'?" in err
+    code, _, err = run(capsys, "train", "difusion", "--config", "x")
+    assert code == 2 and "did you mean 'diffusion'?" in err
+
+
+def test_an_override_may_follow_a_flag(capsys):
+    code, out, err = run(capsys, "train", "lm", "--config", "nano/lm", "--dry-run", "--adopt", "loop.steps=7")
+    assert code == 0 and "steps: 7" in out and "adopt: true" in out, err
+
+
 def test_an_argument_that_is_no_override_is_refused(capsys):
     code, _, err = run(capsys, "train", "lm", "--config", "nano/lm", "steps")
     assert code == 2 and "key=value" in err
