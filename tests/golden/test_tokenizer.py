@@ -13,7 +13,8 @@ from data_pipeline.loader import Batch, Sample
 from model_zoo.config import TokenizerConfig
 from model_zoo.convert.release_tokenizer import RULES
 from model_zoo.convert.rules import convert
-from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, decoder_mask, encoder_mask, rotary_angles
+from model_zoo.frame_spans import decoder_mask, encoder_mask
+from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, rotary_angles
 from tests.golden.conftest import Case
 from tests.training.tokenizer import tiny
 from tests.training.toy import META, alone

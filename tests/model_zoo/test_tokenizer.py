@@ -14,16 +14,9 @@ from torch.nn import functional
 from model_zoo.config import TokenizerConfig
 from model_zoo.convert.release_tokenizer import RULES
 from model_zoo.convert.rules import check_against, convert
+from model_zoo.frame_spans import decoder_spans, dense_mask, encoder_spans, span_attention
 from model_zoo.registry import export, load_model
-from model_zoo.tokenizer import (
-    Quantizer,
-    SemanticTokenizer,
-    codebook_usage,
-    decoder_spans,
-    dense_mask,
-    encoder_spans,
-    span_attention,
-)
+from model_zoo.tokenizer import Quantizer, SemanticTokenizer, codebook_usage
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "tokenizer.json"
 TINY = TokenizerConfig(
