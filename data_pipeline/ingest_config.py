@@ -95,7 +95,8 @@ class ShardsConfig(Config):
 
     `source` is "packaged" (the clips that come with the project), a folder (its captions.jsonl or
     captions.csv, else every video with a caption in the .txt beside it), a .csv or .jsonl with captions and
-    spans, or WebDataset tars of clips (a .tar, a folder of them, or names with {000000..000123}).
+    spans, or WebDataset tars of clips (a .tar, a folder of them, or names with {000000..000123}). In JSON a
+    caption may be a list of captions; all of them stay with the clip.
 
     All clips have num_frames, height and width; or each has the nearest of `buckets` that it fits.
     """

@@ -52,7 +52,7 @@ def lay(config: ShardsConfig, rows: Path) -> Iterator[Unit]:
                     upcoming = next(repeated, None)
                 else:
                     clip, key = row.clip, span_key(config, look.sha256, start, shape)
-                    layout.add(Span(key, clip.name, clip.video, clip.caption, look.sha256, start, look.crop, row.offset), shape)
+                    layout.add(Span(key, clip.name, clip.video, clip.caption, look.sha256, start, look.crop, row.offset, clip.more_captions), shape)
                 number += 1
             yield from layout.complete()
     yield from layout.rest()

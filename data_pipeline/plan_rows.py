@@ -43,13 +43,13 @@ class Row:
         clip, video = self.clip, self.clip.video
         end_s = None if math.isinf(clip.end_s) else clip.end_s
         failure = clip.failure and (clip.failure.reason, clip.failure.detail)
-        return json.dumps([clip.name, os.fspath(video.path), video.offset, video.size, clip.caption, clip.start_s, end_s, failure, *self.stamp])
+        return json.dumps([clip.name, os.fspath(video.path), video.offset, video.size, [clip.caption, *clip.more_captions], clip.start_s, end_s, failure, *self.stamp])
 
     @classmethod
     def from_json(cls, line: bytes, offset: int) -> Row:
-        name, path, start, size, caption, start_s, end_s, failure, *stamp = json.loads(line)
+        name, path, start, size, (caption, *more), start_s, end_s, failure, *stamp = json.loads(line)
         clip = SourceClip(name, VideoFile(Path(path), start, size), caption, start_s, math.inf if end_s is None else end_s,
-                          Failure(*failure) if failure else None)
+                          Failure(*failure) if failure else None, tuple(more))
         return cls(clip, tuple(stamp), offset, offset + len(line))
 
 
@@ -94,7 +94,7 @@ def _digest(config: ShardsConfig, listing: Listing, file: BinaryIO | None) -> st
         if clip.video.path != last:
             last, stamp = clip.video.path, stamp_of(clip.video.path)
         failure = unusable(config, clip)
-        line = Row(replace(clip, caption="", failure=failure) if failure else clip, stamp).as_json().encode() + b"\n"
+        line = Row(replace(clip, caption="", more_captions=(), failure=failure) if failure else clip, stamp).as_json().encode() + b"\n"
         if not listing.tars:
             digest.update(line)
         if file is not None:
@@ -116,8 +116,9 @@ def unusable(config: ShardsConfig, clip: SourceClip) -> Failure | None:
         return clip.failure
     if not clip.caption:
         return Failure("empty_caption")
-    if len(clip.caption) > config.max_caption:
-        return Failure("long_caption", f"{len(clip.caption)} characters, more than max_caption = {config.max_caption}")
+    longest = max(map(len, (clip.caption, *clip.more_captions)))
+    if longest > config.max_caption:
+        return Failure("long_caption", f"{longest} characters, more than max_caption = {config.max_caption}")
     return None
 
 

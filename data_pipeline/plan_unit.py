@@ -27,6 +27,7 @@ class Span:
     start_s: float
     crop: tuple[float, float, float, float]
     row: int  # where its row begins in the file of rows
+    more_captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Unit:
 
     def fingerprint(self, config: ShardsConfig) -> str:
         """Of everything the shard is made from."""
-        return fingerprint(config.identity(), [(s.key, s.caption) for s in self.spans],
+        return fingerprint(config.identity(), [(s.key, s.caption, *s.more_captions) for s in self.spans],
                            [(a.reject.key, a.reject.reason) for a in self.aside])
 
     def as_json(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Unit:
         unit = cls(plain["name"], Bucket(**plain["shape"]), plain["bucket"])
         for key, sha256, start, crop, offset in plain["spans"]:
             clip = _row(rows, offset).clip
-            unit.spans.append(Span(key, clip.name, clip.video, clip.caption, sha256, start, tuple(crop), offset))
+            unit.spans.append(Span(key, clip.name, clip.video, clip.caption, sha256, start, tuple(crop), offset, clip.more_captions))
         for reason, detail, offset in plain["aside"]:
             clip = _row(rows, offset).clip
             unit.aside.append(SetAside(Reject(key=clip.name, stage=STAGE, reason=reason, detail=detail), clip.video, offset))

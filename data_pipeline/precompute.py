@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -200,7 +200,7 @@ class TextProducer:
     """bfloat16 [L, D]: the rows of each caption."""
 
     def __init__(self, column: TextColumn, encoder: TextEncoder, bench: Bench) -> None:
-        self.encoder, self.bench = encoder, bench
+        self.encoder, self.bench, self.number = encoder, bench, column.caption
         self.card = ColumnCard.of(encoder.name, {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"},
                                   column.model_dump(mode="json"))
 
@@ -208,7 +208,8 @@ class TextProducer:
         return False
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
-        return ShardCaptions(clips, self._states)
+        captions = {clip.position: clip.meta.caption_number(self.number).strip() for clip in clips if clip.meta is not None}
+        return ShardCaptions(captions, self._states)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "rows": float(tensor.shape[0])}
@@ -226,18 +227,19 @@ class ShardCaptions:
     Not once for all shards: a unit's bytes must not depend on what its task made before.
     """
 
-    def __init__(self, clips: Sequence[Clip], encode: Callable[[list[str]], list[Tensor]]) -> None:
-        self._encode = encode
+    def __init__(self, captions: Mapping[int, str], encode: Callable[[list[str]], list[Tensor]]) -> None:
+        """`captions` by the clip's position in the shard."""
+        self._captions, self._encode = captions, encode
         self._states: dict[str, Future[Tensor]] = {}
         self._new: dict[int, str] = {}  # position of the first clip that has it
         self._left: Counter[str] = Counter()  # clips that still want it
         self._lock = threading.Lock()
-        for clip in clips:
-            if clip.meta is not None and clip.meta.caption.strip():
-                if clip.meta.caption not in self._states:
-                    self._states[clip.meta.caption] = Future()
-                    self._new[clip.position] = clip.meta.caption
-                self._left[clip.meta.caption] += 1
+        for position, caption in captions.items():
+            if caption:
+                if caption not in self._states:
+                    self._states[caption] = Future()
+                    self._new[position] = caption
+                self._left[caption] += 1
 
     def __call__(self, batch: Sequence[Clip]) -> list[Result]:
         new = [self._new[clip.position] for clip in batch if clip.position in self._new]
@@ -245,11 +247,11 @@ class ShardCaptions:
             self._make(new)
         results = [self._result(clip) for clip in batch]
         with self._lock:
-            for clip in batch:
-                if clip.meta is not None and clip.meta.caption in self._states:
-                    self._left[clip.meta.caption] -= 1
-                    if not self._left[clip.meta.caption]:
-                        del self._states[clip.meta.caption]
+            for caption in (self._captions.get(clip.position) for clip in batch):
+                if caption in self._states:
+                    self._left[caption] -= 1
+                    if not self._left[caption]:
+                        del self._states[caption]
         return results
 
     def _make(self, captions: list[str]) -> None:
@@ -265,7 +267,7 @@ class ShardCaptions:
     def _result(self, clip: Clip) -> Result:
         if clip.meta is None:
             return clip.problem
-        states = self._states.get(clip.meta.caption)
+        states = self._states.get(self._captions[clip.position])
         return Problem("empty_caption") if states is None else finite(states.result())
 
 

@@ -65,6 +65,7 @@ class TextColumn(Config):
 
     kind: Literal["text"] = "text"
     encoder: TextConfig
+    caption: NonNegativeInt = 0  # which of a clip's captions, counted from 0; a clip with fewer gives its last
 
 
 ColumnConfig = Annotated[FeaturesColumn | TokensColumn | LatentsColumn | TextColumn, Field(discriminator="kind")]

@@ -51,6 +51,7 @@ class RawSample(Config):
 
     key: str
     caption: str
+    more_captions: tuple[str, ...] = ()  # where the source has several
     source: str  # path or id of the video it was cut from
     source_sha256: str
     start_s: float  # where the span starts in the source
@@ -64,6 +65,11 @@ class RawSample(Config):
     motion_camera: tuple[float, float] = (0.0, 0.0)
     cuts: NonNegativeInt = 0  # frame pairs that were left out of the score
     video_sha256: str  # of the clip's bytes in this tar
+
+    def caption_number(self, number: int) -> str:
+        """0 is `caption`; a clip with fewer gives its last."""
+        captions = (self.caption, *self.more_captions)
+        return captions[min(number, len(captions) - 1)]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))

@@ -152,7 +152,7 @@ def _frames(config: ShardsConfig, unit: Unit, decoder: SafeDecoder) -> Iterator[
 def _meta(config: ShardsConfig, unit: Unit, span: Span, moving: Motion, clip: bytes) -> bytes:
     shape = unit.shape
     sample = RawSample(
-        key=span.key, caption=span.caption, source=span.source, source_sha256=span.source_sha256,
+        key=span.key, caption=span.caption, more_captions=span.more_captions, source=span.source, source_sha256=span.source_sha256,
         start_s=span.start_s, fps=config.fps, num_frames=shape.num_frames, height=shape.height, width=shape.width,
         motion_score=moving.mean, motion_p95=moving.p95, motion_residual=moving.residual, motion_camera=moving.camera,
         cuts=moving.cuts, video_sha256=hashlib.sha256(clip).hexdigest(),

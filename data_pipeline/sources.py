@@ -44,6 +44,7 @@ class SourceClip:
     start_s: float = 0.0  # counted from the first frame
     end_s: float = math.inf
     failure: Failure | None = None  # what is known to be wrong with it before it is opened
+    more_captions: tuple[str, ...] = ()  # where the row has several
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ def _table(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
             if column not in row:
                 raise ConfigError(f"{path}, line {line}: no column {column!r}, there are {', '.join(map(repr, row))}; "
                                   f"name it with columns.{key}=...")
-        name = str(row[columns.file])
+        name, (caption, *more) = str(row[columns.file]), _captions(row[columns.caption])
         yield SourceClip(
-            name=readable(name), video=VideoFile(path.parent / name), caption=readable(str(row[columns.caption] or "").strip()),
+            name=readable(name), video=VideoFile(path.parent / name), caption=caption, more_captions=tuple(more),
             start_s=_seconds(row, columns.start_s, 0.0, path, line), end_s=_seconds(row, columns.end_s, math.inf, path, line),
         )
 
@@ -199,16 +200,23 @@ def _tar(path: Path, columns: ColumnsConfig) -> list[SourceClip]:
             if video is not None:
                 texts = {part: os.pread(file.fileno(), min(parts[part][1], LONGEST_TEXT), parts[part][0]) for part in CAPTION_PARTS if part in parts}
                 cut = Failure("truncated", "the tar ends within it") if sum(video) > length else None
-                clips.append(SourceClip(readable(f"{path.name}:{key}"), VideoFile(path, *video), _caption(texts, columns), failure=cut))
+                caption, *more = _captions_beside(texts, columns)
+                clips.append(SourceClip(readable(f"{path.name}:{key}"), VideoFile(path, *video), caption, failure=cut, more_captions=tuple(more)))
     return [*clips, damage] if damage else clips
 
 
-def _caption(texts: Mapping[str, bytes], columns: ColumnsConfig) -> str:
+def _captions_beside(texts: Mapping[str, bytes], columns: ColumnsConfig) -> list[str]:
     for part in ("txt", "caption"):
         if part in texts:
-            return texts[part].decode("utf-8", errors="replace").strip()
+            return [texts[part].decode("utf-8", errors="replace").strip()]
     try:
         row = json.loads(texts.get("json", b"{}"))
     except (ValueError, RecursionError):
-        return ""
-    return readable(str(row.get(columns.caption) or "").strip()) if isinstance(row, dict) else ""
+        return [""]
+    return _captions(row.get(columns.caption)) if isinstance(row, dict) else [""]
+
+
+def _captions(value: Any) -> list[str]:
+    """One caption or a list of them, as JSON has it -> those that say something, else one that is empty."""
+    found = [readable(str(text or "").strip()) for text in (value if isinstance(value, list) else [value])]
+    return [text for text in found if text] or [""]

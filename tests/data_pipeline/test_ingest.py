@@ -186,6 +186,16 @@ def test_folder_with_captions_beside_the_videos(videos: Path, tmp_path: Path) ->
         ("a/clip.one.mp4", "first", 0.0), ("b.v1/clip.one.mp4", "second", 0.0)]
 
 
+def test_all_captions_of_a_clip_stay_with_it(videos: Path, tmp_path: Path) -> None:
+    rows = [{"file": str(videos / "shape_00000.mp4"), "caption": ["first", " ", "second"]}, {"file": str(videos / "shape_00001.mp4"), "caption": []}]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = make_shards(config(tmp_path, max_spans=1), tmp_path / "data")
+    (sample,) = webdataset.WebDataset(sorted(map(str, (tmp_path / "data" / "raw").glob("*.tar"))), shardshuffle=False)
+    meta = RawSample.model_validate_json(sample["json"])
+    assert (meta.caption, meta.more_captions) == ("first", ("second",)) and meta.caption_number(1) == meta.caption_number(5) == "second"
+    assert manifest.reject_counts == {"shards/empty_caption": 1}
+
+
 def test_webdataset_tars_of_clips(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(2):

@@ -149,4 +149,4 @@ def test_rows_keep_all_that_is_known_of_a_clip(tmp_path: Path) -> None:
     assert found[0] == clips[0]
     assert found[1].failure.reason == "long_caption" and found[1].caption == ""
     assert found[2] == clips[2]
-    assert json.loads(plan_rows.rows_path(path_of(CONFIG, tmp_path, listing)).read_text().splitlines()[0])[4] == "Ünï\nœ"
+    assert json.loads(plan_rows.rows_path(path_of(CONFIG, tmp_path, listing)).read_text().splitlines()[0])[4] == ["Ünï\nœ"]
