@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.clips import Clip, ClipReader, Piece, Problem, Result
+from data_pipeline.device import pick_device
 from data_pipeline.precompute_config import PrecomputeConfig, TextColumn
 from data_pipeline.precompute_write import Stages, Unit, WriterThread
 from data_pipeline.schema import Manifest, ShardEntry
@@ -94,10 +95,10 @@ class Bench:
 
     @classmethod
     def of(cls, config: PrecomputeConfig) -> Bench:
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = pick_device(config.device)
         # a GPU does one batch after another; of a CPU each gets one of the cores that torch would take for one
-        threads = min(torch.get_num_threads(), MOST_ENCODE_THREADS) if device == "cpu" else 1
-        return cls(config, torch.device(device), Stages(), config.encode_threads or threads)
+        threads = min(torch.get_num_threads(), MOST_ENCODE_THREADS) if device.type == "cpu" else 1
+        return cls(config, device, Stages(), config.encode_threads or threads)
 
     def stack(self, videos: list[np.ndarray]) -> Tensor:
         """uint8 [B, T, H, W, 3] on the device."""

@@ -8,6 +8,7 @@ import torch
 
 from configs.files import write_text
 from data_pipeline.config import DataConfig
+from data_pipeline.device import pick_device
 from data_pipeline.loader import Loader, Sample
 from launchers.config import EvaluateConfig
 from launchers.progress import Progress
@@ -16,13 +17,6 @@ from model_zoo.evaluate import conditions
 from model_zoo.frozen.base import posterior_mean
 from model_zoo.schedule import NoiseSchedule
 from training.rng import generator
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def evaluate_conditions(config: EvaluateConfig) -> dict:

@@ -7,9 +7,9 @@ import re
 import torch
 
 from configs import ConfigError
+from data_pipeline.device import pick_device
 from data_pipeline.video import write_mp4
 from launchers.config import SampleConfig
-from launchers.evaluate import pick_device
 from launchers.preview import log_videos
 from launchers.progress import Progress
 from model_zoo import frozen, registry

@@ -266,8 +266,11 @@ def running_here(run: Path) -> tuple[int, str]:
 def stop(run: Path, restart: bool, slurm: Slurm | None = None) -> str:
     """Ask a run to save and end (or, with `restart`, to save and start again). Returns what was done."""
     record = read_record(run)
-    if not record:
+    if not record and (restart or not (run / "config.yaml").is_file()):
         raise ConfigError(f"{run} was not submitted (it has no {JOB_FOLDER}/{RECORD}); landiff status --all lists what was")
+    if not record:  # landiff train: its ranks look at the file behind every step
+        write_text(run / "stop", "")
+        return f"{run}: asked its ranks to save and end"
     pid, host = running_here(run)
     if pid and host != socket.gethostname():
         raise ConfigError(f"{run} runs on {host}; call landiff stop there")

@@ -103,7 +103,7 @@ class Nursery:
 
     def close(self) -> None:
         self.file.close()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)  # a busy machine frees large processes slowly
 
 
 @dataclass

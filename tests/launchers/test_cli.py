@@ -112,3 +112,14 @@ def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     done = subprocess.run([sys.executable, "-m", "launchers.torchrun", "--standalone", "--nproc-per-node=1", "-m", "dying"],
                           env=environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.strip()) == (code, words)
+
+
+def test_stop_asks_a_run_that_was_not_submitted_too(capsys, tmp_path):
+    code, _, err = run(capsys, "stop", str(tmp_path / "lm"))
+    assert code == 2 and "was not submitted" in err
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "config.yaml").touch()
+    code, out, _ = run(capsys, "stop", str(tmp_path / "lm"))
+    assert code == 0 and "save and end" in out and (tmp_path / "lm" / "stop").exists()
+    code, _, err = run(capsys, "stop", "--restart", str(tmp_path / "lm"))
+    assert code == 2 and "was not submitted" in err
