@@ -81,7 +81,9 @@ def stop_and_submit_again(sandbox: Sandbox, run: Path) -> str:
 def early_signal(sandbox: Sandbox, run: Path) -> str:
     """It comes while modules load, before there is a rank."""
     loading = run.parent / "loading"
-    site = cluster("--exclude=node3,node4", setup=[f"touch {loading}", "sleep 3"])
+    site = cluster("--exclude=node3,node4", setup=[
+        f"touch {loading}", 'until [ -n "$asked${SLURM_RESTART_COUNT:-}" ]; do sleep 0.1; done',  # loading lasts until the signal is there
+    ])
     job = start(sandbox, light(run, 20, site=site), site)
     until(loading.exists)
     sandbox.slurm.signal(job)
