@@ -12,7 +12,6 @@ A config file holds only what differs from the defaults of its class. Two rules 
 from __future__ import annotations
 
 import difflib
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,21 +22,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.base import Config, ConfigError
+from configs.documents import parse_yaml, read_yaml, shown
 
 PACKAGED = Path(__file__).resolve().parent
 
 C = TypeVar("C", bound=Config)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads `1e-4` as a number (YAML 1.1 wants `1.0e-4` and hands back a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def packaged_names() -> list[str]:
@@ -63,15 +52,7 @@ def find(name: str, relative_to: Path | None = None) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}; a config file is a mapping of keys")
-    return data
+    return read_yaml(path)
 
 
 def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
@@ -135,7 +116,7 @@ def _apply(cls: type[BaseModel], data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     _known(owner, last, key)
-    node[last] = yaml.load(text, Loader=_Loader)
+    node[last] = parse_yaml(text, f"override {shown(override)}")
 
 
 def _known(owner: type[BaseModel] | None, part: str, dotted: str) -> type[BaseModel] | None:
