@@ -23,7 +23,10 @@ from pydantic import BaseModel, ValidationError
 
 from configs.base import Config, ConfigError
 from configs.documents import parse_yaml, read_yaml, shown
+from configs.files import PRIVATE, PUBLIC, write_text
+from configs.secrets import REDACTED, is_secret_name, redact
 
+SHOWN_VALUE = 200  # characters of a value in an error message
 PACKAGED = Path(__file__).resolve().parent
 
 C = TypeVar("C", bound=Config)
@@ -84,6 +87,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
+def write_config(path: Path, config: Config) -> None:
+    """Write `dump(config)`; its owner alone may read it where it holds a secret, e.g. in a URL."""
+    text = dump(config)
+    write_text(path, text, PUBLIC if redact(text) == text else PRIVATE)
+
+
 def _resolve_references(cls: type[BaseModel], data: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     resolved = dict(data)
     for name, field in cls.model_fields.items():
@@ -116,7 +125,7 @@ def _apply(cls: type[BaseModel], data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     _known(owner, last, key)
-    node[last] = parse_yaml(text, f"override {shown(override)}")
+    node[last] = parse_yaml(text, f"override {shown(redact(override))}")
 
 
 def _known(owner: type[BaseModel] | None, part: str, dotted: str) -> type[BaseModel] | None:
@@ -148,8 +157,18 @@ def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
     if error["type"] == "missing":
         return f"{origin}: {dotted} is required and not set"
     message = error["msg"].removeprefix("Value error, ")
-    where = f"{dotted} = {error['input']!r}: " if dotted and not isinstance(error["input"], dict) else f"{dotted}: " if dotted else ""
-    return f"{origin}: {where}{message}"
+    where = f"{dotted}: " if dotted else ""
+    if dotted and not isinstance(error["input"], dict):
+        where = f"{dotted} = {_shown_value(location, error['input'])}: "
+    return f"{origin}: {where}{redact(message)}"
+
+
+def _shown_value(location: Sequence[str], value: Any) -> str:
+    """A value for an error message: without secrets, and not longer than `SHOWN_VALUE`."""
+    if "env" in location and is_secret_name(location[-1]):
+        return REDACTED
+    text = redact(repr(value))
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

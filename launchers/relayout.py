@@ -20,8 +20,9 @@ import torch
 import yaml
 from pydantic import PositiveInt
 
-from configs import Config, ConfigError, dump, load
+from configs import Config, ConfigError, load
 from configs.files import write_text
+from configs.loader import write_config
 from model_zoo.config import LMConfig
 from model_zoo.convert import deepspeed, deepspeed_write, megatron, megatron_optimizer
 from model_zoo.convert.deepspeed import DeepSpeedState
@@ -145,7 +146,7 @@ def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progre
             layout.model_copy(update=own).write(folder)
             state = state.model_copy(update={"world_size": cut.world_size})
         seal(folder, state, config, [describe(folder, name) for name in list_files(folder)])
-        write_text(temporary / CONFIG, dump(config))
+        write_config(temporary / CONFIG, config)
     return f"a run to go on with at step {state.step}: landiff train {STAGES[wish.to]} --config {wish.out / CONFIG}"
 
 

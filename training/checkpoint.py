@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.base import Config, ConfigError
 from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
-from configs.loader import dump
+from configs.loader import write_config
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import BatchSource, Engine, TrainState
@@ -266,7 +266,7 @@ def describe(folder: Path, path: str) -> FileEntry:
 def seal(folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]) -> None:
     """Add our own documents to an engine's files, which `entries` describe; the list of files last."""
     write_text(folder / STATE, document.model_dump_json(indent=1))
-    write_text(folder / CONFIG, dump(config))
+    write_config(folder / CONFIG, config)
     own = [describe(folder, name) for name in (STATE, CONFIG)]
     write_text(folder / FILES, FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(indent=1))
 
