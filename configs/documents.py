@@ -25,12 +25,15 @@ from configs.base import ConfigError
 MAX_YAML_BYTES = 1 << 20  # about 4 s
 YAML_NODE_COST = 8  # characters that each value counts for, besides its text
 MAX_JSON_BYTES = 16 << 20
+MAX_INDEX_BYTES = 1 << 30  # manifests, sidecars, plans: an entry for each of up to 10^7 things
 MAX_DEPTH = 64
 MAX_INTEGER = 1 << 64  # largest magnitude; anything beyond cannot be a size, a seed or an offset
 MAX_NUMBER_LENGTH = 100  # characters
 SHOWN_LENGTH = 60  # characters of a value in an error message
 TAG = "tag:yaml.org,2002:"
+CONTAINERS = (dict, list)
 SURROGATE = re.compile("[\ud800-\udfff]")
+LARGE_NUMBER = re.compile(r"\d{19}|\d[eE]\+?\d\d")  # in JSON: may be beyond 64 bits or infinite
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],\n]')
 
 
@@ -85,31 +88,36 @@ def read_yaml(path: Path, *, advice: str = "") -> dict[str, Any]:
     `advice` is appended to every error: what to do about a damaged file of this kind.
     Raises DocumentError, OSError where the file cannot be opened.
     """
-    with _advised(advice):
+    with advised(advice):
         document = parse_yaml(read_text(path), str(path))
         return {} if document is None else _mapping(document, str(path))
 
 
-def read_json(path: Path, *, advice: str = "", limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(
+    path: Path, *, advice: str = "", limit: int = MAX_JSON_BYTES, allow_nonfinite: bool = False
+) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes; `advice` as in `read_yaml`.
 
     Raises DocumentError, OSError where the file cannot be opened.
     """
-    with _advised(advice):
-        return _mapping(parse_json(read_text(path, limit), str(path)), str(path))
+    with advised(advice):
+        text = read_text(path, limit)
+        document = parse_json(text, str(path), allow_nonfinite=allow_nonfinite)
+        return _mapping(document, str(path))
 
 
-class _advised:
-    """Appends the way out to the DocumentError of its body."""
+class advised:
+    """Context manager that appends the way out to a ConfigError of its body."""
 
     def __init__(self, advice: str) -> None:
         self.advice = advice
 
     def __enter__(self) -> None:
-        pass
+        """Nothing to set up."""
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if self.advice and isinstance(error, DocumentError):
+        """Raise DocumentError with the advice instead of a ConfigError."""
+        if self.advice and isinstance(error, ConfigError):
             raise DocumentError(f"{error}; {self.advice}") from None
 
 
@@ -354,6 +362,17 @@ def parse_json(
     return document
 
 
+def parse_line(text: str | bytes, origin: str) -> Any:
+    """The value of one line of a JSONL file that this project writes, of which there may be millions.
+
+    Checks syntax and nesting alone. Raises DocumentError.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(f"{origin} is not valid JSON: {error}") from None
+
+
 class _JsonReader:
     """Hooks of the JSON decoder that check numbers and keys."""
 
@@ -361,10 +380,11 @@ class _JsonReader:
         self.origin = origin
         self.text = text
         self.allow_nonfinite = allow_nonfinite
+        has_large_numbers = LARGE_NUMBER.search(text) is not None
         self.decoder = json.JSONDecoder(
             object_pairs_hook=self.build_object,
-            parse_int=self.build_integer,
-            parse_float=self.build_float,
+            parse_int=self.build_integer if has_large_numbers else None,
+            parse_float=self.build_float if has_large_numbers else None,
             parse_constant=self.build_float,
         )
 
@@ -423,15 +443,12 @@ def _repeated_key(text: str) -> tuple[str, int, int]:
 
 def _check_depth(document: Any, origin: str) -> None:
     """Raise DocumentError where containers are nested deeper than `MAX_DEPTH`."""
-    level = [document]
+    level = [document] if type(document) in CONTAINERS else []
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for container in level:
-            if isinstance(container, dict):
-                below.extend(container.values())
-            elif isinstance(container, list):
-                below.extend(container)
-        level = [value for value in below if isinstance(value, dict | list)]
+            below.extend(container.values() if isinstance(container, dict) else container)
+        level = [value for value in below if type(value) in CONTAINERS]
         if not level:
             return
     raise DocumentError(f"{origin} is nested deeper than {MAX_DEPTH} levels")

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from configs import ConfigError, dump, load
+from configs.documents import read_json
 from configs.files import PRIVATE, write_text
 from configs.loader import write_config
 from configs.secrets import redact
@@ -99,8 +100,13 @@ def fingerprint(plan: Planned) -> str:
 def read_record(run: Path) -> dict:
     """job.json of a run folder, with the job that runs there now; empty where nothing was submitted."""
     path, current = run / JOB_FOLDER / RECORD, run / JOB_FOLDER / "current"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if record and current.exists():
+    if not path.exists():
+        return {}
+    advice = f"delete {path.parent} and submit the run again"
+    record = read_json(path, advice=advice)
+    if not isinstance(record.get("job_ids"), list):
+        raise ConfigError(f"{path} has no list job_ids; {advice}")
+    if current.exists():
         job = current.read_text(encoding="utf-8").strip()  # by hand, perhaps: sbatch RUN/job/job.sbatch
         if job.isdigit() and job not in record["job_ids"]:
             record["job_ids"].append(job)
