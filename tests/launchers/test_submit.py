@@ -107,7 +107,7 @@ def test_secrets_of_the_cluster_file_reach_the_job_and_nobody_else(tmp_path, mon
     (tmp_path / "site.yaml").write_text(json.dumps(site))
     words = ["sample", "--cluster", "site.yaml", "prompts=[x]", "--config", "nano/sample"]
     code, out, _ = say(capsys, "submit", *words, "--dry-run")
-    assert code == 0 and "hunter2" not in out and "HF_TOKEN='<redacted>'" in out
+    assert code == 0 and "hunter2" not in out and "HF_TOKEN=<redacted>" in out
     code, out, err = say(capsys, "submit", *words)  # fails: there is no zoo
     assert code != 0 and "hunter2" not in out + err
     told = {path.name for path in tmp_path.rglob("runs/**/*") if path.is_file() and b"hunter2" in path.read_bytes()}
@@ -119,7 +119,7 @@ def test_secrets_of_the_cluster_file_reach_the_job_and_nobody_else(tmp_path, mon
 
 def test_a_secret_on_the_command_line_is_not_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["lm", "--config", "nano/lm", "--cluster", "local", "data.remote=https://me:hunter2@host/data"]
+    words = ["tokenizer", "--config", "nano/tokenizer", "--cluster", "local", "data.remote=https://me:hunter2@host/data"]
     code, out, _ = say(capsys, "submit", *words, "--dry-run")
     assert code == 0 and "hunter2" not in out and "https://<redacted>@host/data" in out
 
