@@ -40,13 +40,9 @@ def test_the_script_knows_every_command_and_the_packaged_configs(capsys, shell):
         assert word in script
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_shell_accepts_the_script(capsys, shell):
-    """Syntax check by the shell itself, for the shells of this machine; bash is always there."""
+@pytest.mark.parametrize("shell", [shell for shell in SHELLS if shutil.which(shell)])
+def test_an_installed_shell_accepts_the_script(capsys, shell):
     script = completion_script(shell, capsys)
-    if shutil.which(shell) is None:
-        assert shell != "bash"
-        return
     subprocess.run([shell, "-n"], input=script, text=True, check=True)
 
 
@@ -64,9 +60,9 @@ def test_bash_completes_commands_options_choices_and_config_names(capsys, tmp_pa
 
 
 def test_an_unknown_shell_is_refused(capsys):
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as ended:
         main(["completion", "bahs"])
-    assert exit.value.code == 2
+    assert ended.value.code == 2
     assert "did you mean 'bash'" in capsys.readouterr().err
 
 
