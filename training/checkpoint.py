@@ -35,10 +35,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from configs.base import Config, ConfigError
 from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
 from configs.loader import dump
+from model_zoo.health import NAMES_SHOWN, non_finite
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import BatchSource, Engine, TrainState
-from training.errors import CheckpointError
+from training.errors import CheckpointError, NonFiniteError
 from training.run_folder import committed_steps, step_folder
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class CheckpointState(Config):
     columns: dict[str, str]  # fingerprints of the data's columns by name
     world_size: int
     versions: dict[str, str]
+    healthy: bool | None = None  # finite weights of a healthy run; None: written before this was recorded
 
 
 class FileEntry(Config):
@@ -104,8 +106,10 @@ class CheckpointStore:
 
         A failure leaves the older checkpoints alone and is handled as `loop.on_save_failure` says: go on
         without (returns None), try again after 1, 10 and 60 s, or raise. When this is the `last` chance of
-        the process, "warn" raises too. Raises CheckpointError on all ranks.
+        the process, "warn" raises too. Raises CheckpointError on all ranks, NonFiniteError (and writes nothing)
+        where weights hold NaN or infinity.
         """
+        self._require_finite(engine, f"the weights after step {state.step} hold", "no checkpoint of them is written")
         waits = self.retry_waits_s if self.loop.on_save_failure == "retry" else ()
         for attempt in range(len(waits) + 1):
             failures = self._try_save(state, engine, loader)
@@ -152,7 +156,7 @@ class CheckpointStore:
         """Rank 0: add our own documents, then rename."""
         document = CheckpointState(
             step=state.step, kind=type(self.config).__name__, loader=loader.state_dict(),
-            manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
+            manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(), healthy=state.healthy,
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         seal(temporary, document, self.config, entries)
@@ -161,12 +165,15 @@ class CheckpointStore:
         commit_dir(temporary, final)
 
     def _prune(self, newest: int) -> None:
-        """Keep the last n and every m-th. A failure to delete costs space, not the run."""
+        """Keep the last n, every m-th, and the newest healthy one. A failure to delete costs space, not the run."""
         if self.world.rank != 0:
             return
         steps = [step for step in committed_steps(self.folder) if step <= newest]
+        healthy = [step for step in steps if is_healthy(step_folder(self.folder, step))]
         for step in steps[: -self.loop.keep_last]:
             if self.loop.keep_every and step % self.loop.keep_every == 0:
+                continue
+            if step in healthy[-1:]:
                 continue
             try:
                 remove_dir(step_folder(self.folder, step))
@@ -176,9 +183,10 @@ class CheckpointStore:
     # ---------------------------------------------------------------- load
 
     def load_latest(self, engine: Engine, loader: BatchSource) -> TrainState | None:
-        """Restore the newest whole checkpoint; None in a run without any.
+        """Restore the newest whole and healthy checkpoint; None in a run without any.
 
-        Raises ConfigError for a checkpoint of another model, CheckpointError when none is whole.
+        Raises ConfigError for a checkpoint of another model, CheckpointError when none is whole and healthy, and
+        NonFiniteError where weights hold NaN or infinity.
         """
         found = self._newest_whole()
         if found is None:
@@ -186,23 +194,34 @@ class CheckpointStore:
         document = self._check(found)
         loader.load_state_dict(document.loader)  # refuses other data
         engine.load(found)
+        self._require_finite(engine, f"checkpoint {found} holds", "delete it to resume from an earlier one")
         self._prune(document.step)  # a kill may have come between commit and deletion
         log.info("resumed from %s", found)
         return TrainState(step=document.step)
 
     def _newest_whole(self) -> Path | None:
         steps = self.world.broadcast(committed_steps(self.folder) if self.world.rank == 0 else None)
+        unhealthy = 0
         for step in reversed(steps):
             folder = step_folder(self.folder, step)
             problems = self.damage(folder)
-            if not problems:
+            if not problems and self.world.broadcast(self.world.rank == 0 and is_healthy(folder)):
                 return folder
+            if not problems:
+                unhealthy += 1
+                log.warning("checkpoint %s is of a diverged run (healthy = false); using the one before it", folder)
+                continue
             log.warning("checkpoint %s is damaged (%s); using the one before it", folder, "; ".join(problems[:3]))
             if self.world.rank == 0:
                 aside = folder.with_name(f"{folder.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(folder, aside)
             self.world.barrier()
+        if unhealthy:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole and healthy: {unhealthy} of {len(steps)} are of a diverged run "
+                "(healthy = false in state.json). Delete them to begin at step 0, or choose another run folder (run=...)"
+            )
         if steps:
             raise CheckpointError(
                 f"none of the {len(steps)} checkpoints in {self.folder} is whole; they are kept as step_*.damaged. "
@@ -225,6 +244,16 @@ class CheckpointStore:
         entries = {entry["path"]: FileEntry(**entry) for entry in paths}
         problems = [text for path in _share(self.world, list(entries)) if (text := difference(folder, entries[path]))]
         return [text for part in self.world.gather(problems) for text in part]
+
+    def _require_finite(self, engine: Engine, what: str, consequence: str) -> None:
+        """Raise NonFiniteError on all ranks where one rank's part of the weights is not finite."""
+        names = non_finite(engine.local_weights())
+        if self.world.any_says(bool(names)):
+            parts = self.world.gather(names[: NAMES_SHOWN + 1])
+            found = list(dict.fromkeys(name for part in parts for name in part))
+            shown = ", ".join(found[:NAMES_SHOWN])
+            others = " and others" if len(found) > NAMES_SHOWN else ""
+            raise NonFiniteError(f"{what} NaN or infinity in {shown}{others}; {consequence}")
 
     def _check(self, folder: Path) -> CheckpointState:
         """state.json of a whole checkpoint that fits this run. Raises ConfigError with the keys that don't."""
@@ -286,16 +315,31 @@ def difference(folder: Path, entry: FileEntry) -> str:
 
 
 def latest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` whose files are as listed, for readers outside a run (converters)."""
+    """The newest healthy checkpoint in `folder` whose files are as listed, for readers outside a run (converters)."""
     for step in reversed(committed_steps(folder)):
         path = step_folder(folder, step)
-        try:
-            listed = FileList.model_validate_json((path / FILES).read_bytes())
-        except (OSError, ValidationError):
-            continue
-        if not any(difference(path, entry) for entry in listed.files):
+        if not differences(path) and is_healthy(path):
             return path
     return None
+
+
+def differences(folder: Path) -> list[str]:
+    """What differs from files.json; empty for a whole checkpoint. For one process; see `CheckpointStore.damage`."""
+    try:
+        listed_files = FileList.model_validate_json((folder / FILES).read_bytes())
+    except (OSError, ValidationError) as error:
+        return [f"{FILES}: {_explain(error)}"]
+    found = [difference(folder, entry) for entry in listed_files.files]
+    return [text for text in found if text]
+
+
+def is_healthy(folder: Path) -> bool:
+    """True unless state.json says healthy = false or cannot be read; checkpoints that do not record it are healthy."""
+    try:
+        state = CheckpointState.model_validate_json((folder / STATE).read_bytes())
+    except (OSError, ValidationError):
+        return False
+    return state.healthy is not False
 
 
 def remove_dead_temporaries(folder: Path) -> None:
