@@ -6,6 +6,7 @@ Training asks before a checkpoint is written, the zoo and `landiff convert` befo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -26,26 +27,41 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the floating-point tensors that hold NaN or infinity.
 
     A finite sum proves that all summands are finite, so each tensor is read once and nothing of its size is
-    allocated; all sums come to the host in one copy. A sum that is not finite may have overflowed, so only such a
-    tensor is examined element by element.
+    allocated. A sum that is not finite may have overflowed; only such a tensor is examined element by element.
+    The sums of device tensors come to the host in one copy; of tensors in host memory one at a time is held, so
+    `tensors` may read them from disk.
     """
-    named = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    if not named:
-        return []
-    device = named[0][1].device
-    sums = torch.stack([_sum(tensor).to(device) for _, tensor in named])
-    suspects = [pair for pair, finite in zip(named, sums.isfinite().tolist(), strict=True) if not finite]
-    return [name for name, tensor in suspects if not bool(tensor.isfinite().all())]
+    names: list[str] = []
+    on_device: list[tuple[str, Tensor, Tensor]] = []
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        total = _sum(tensor.detach())
+        if tensor.device.type != "cpu":
+            on_device.append((name, tensor, total))
+        elif not math.isfinite(total) and not bool(tensor.isfinite().all()):
+            names.append(name)
+    if on_device:
+        totals = torch.stack([total for _, _, total in on_device]).tolist()
+        for (name, tensor, _), total in zip(on_device, totals, strict=True):
+            if not math.isfinite(total) and not bool(tensor.isfinite().all()):
+                names.append(name)
+    return names
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
     """Raise UnhealthyError where a tensor of `what` holds NaN or infinity."""
     names = non_finite(tensors)
     if names:
-        raise UnhealthyError(
-            f"{what} holds NaN or infinity in {listed(names)}: the training that wrote it has diverged; "
-            "use an earlier checkpoint"
-        )
+        raise non_finite_error(names, what)
+
+
+def non_finite_error(names: Sequence[str], what: str) -> UnhealthyError:
+    """The error for the tensors `names` of `what`."""
+    return UnhealthyError(
+        f"{what} holds NaN or infinity in {listed(names)}: the training that wrote it has diverged, or it does not fit "
+        "the dtype; use an earlier checkpoint or another dtype"
+    )
 
 
 def listed(names: Sequence[str]) -> str:
