@@ -105,6 +105,9 @@ class TokensProducer:
         self.features, self.bench = features, bench
         parts = {**features.card.parts, "encoders": {entry.name: entry.fingerprint, **features.card.parts["encoders"]},
                  "dtype": "uint16"}
+        self.precision = column.precision
+        if column.precision != "fp32":  # float32 columns keep the fingerprint they had before there was a choice
+            parts["precision"] = column.precision
         self.card = ColumnCard.of(entry.reference, parts, column.model_dump(mode="json"))
         self._planned: dict[str, Sidecar | None] = {}  # shard -> its features, where they are there
 
@@ -145,7 +148,10 @@ class TokensProducer:
         with self.bench.stages("tokens"):
             features_BTChw = torch.stack(features).float().to(self.bench.device)
             # each segment on its own, as the grammar of longer clips has it
-            segments = [self.tokenizer.encode(part) for part in features_BTChw.split(self.sizes.segment_frames, dim=1)]
+            parts = features_BTChw.split(self.sizes.segment_frames, dim=1)
+            bf16 = self.precision == "bf16"
+            with torch.autocast(self.bench.device.type, torch.bfloat16, enabled=bf16):
+                segments = [self.tokenizer.encode(part) for part in parts]
             return torch.cat(segments, dim=1).cpu().to(torch.uint16)
 
 
@@ -209,7 +215,7 @@ class TextProducer:
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
         captions = {clip.position: clip.meta.caption_number(self.number).strip() for clip in clips if clip.meta is not None}
-        return ShardCaptions(captions, self._states)
+        return ShardCaptions(captions, self._states, self.encoder.cut_off)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "rows": float(tensor.shape[0])}
@@ -227,9 +233,13 @@ class ShardCaptions:
     Not once for all shards: a unit's bytes must not depend on what its task made before.
     """
 
-    def __init__(self, captions: Mapping[int, str], encode: Callable[[list[str]], list[Tensor]]) -> None:
-        """`captions` by the clip's position in the shard."""
-        self._captions, self._encode = captions, encode
+    def __init__(
+        self, captions: Mapping[int, str], encode: Callable[[list[str]], list[Tensor]],
+        cut_off: Callable[[list[str]], list[str]],
+    ) -> None:
+        """`captions` by the clip's position in the shard; `cut_off`: what the encoder leaves out of each."""
+        self._captions, self._encode, self._cut_off = captions, encode, cut_off
+        self._truncated: set[str] = set()  # captions of which it leaves something out
         self._states: dict[str, Future[Tensor]] = {}
         self._new: dict[int, str] = {}  # position of the first clip that has it
         self._left: Counter[str] = Counter()  # clips that still want it
@@ -254,8 +264,15 @@ class ShardCaptions:
                         del self._states[caption]
         return results
 
+    @property
+    def truncated(self) -> int:
+        """Clips whose caption is longer than the encoder takes; after the last batch."""
+        return sum(caption in self._truncated for caption in self._captions.values())
+
     def _make(self, captions: list[str]) -> None:
         try:
+            cut = [caption for caption, end in zip(captions, self._cut_off(captions), strict=True) if end]
+            self._truncated.update(cut)
             states = self._encode(captions)
         except BaseException as error:
             for caption in captions:

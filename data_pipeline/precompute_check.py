@@ -16,11 +16,12 @@ from configs.files import sha256_file
 from data_pipeline.clips import Clip, ClipReader, Problem, Result
 from data_pipeline.columns import FolderReader
 from data_pipeline.precompute_config import PrecomputeConfig
-from data_pipeline.precompute_job import Bench, Build, Producer, groups
+from data_pipeline.precompute_job import FEW, Bench, Build, Producer, groups
 from data_pipeline.schema import Manifest, ShardEntry, column_stem
 from data_pipeline.shards import ShardError
 from data_pipeline.tensors import pack_tensor
-from data_pipeline.units import ColumnFolder
+from data_pipeline.units import ColumnFolder, single_code
+from model_zoo.health import collapse, effective_codes
 
 TAR_BLOCK = 512
 SAME_TOKENS = 0.99  # of re-encoded tokens; other kernels may tip a code that lay on the edge
@@ -137,10 +138,10 @@ class ColumnCheck:
             if name != "bad_values":
                 parts.append(f"{name} {np.mean(values):.2f} (least {min(values):.2f})")
         if self.histogram is not None and self.histogram.sum():
-            share = self.histogram[self.histogram > 0] / self.histogram.sum()
             used = np.flatnonzero(self.histogram)
-            parts.append(f"{len(share)} codes in use, {used[0]} to {used[-1]}, as if {np.exp(-(share * np.log(share)).sum()):.0f} were used evenly; "
-                         f"the most frequent makes {share.max():.1%}")
+            largest = self.histogram.max() / self.histogram.sum()
+            parts.append(f"{len(used)} codes in use, {used[0]} to {used[-1]}, as if {effective_codes(self.histogram):.0f} were used evenly; "
+                         f"the most frequent makes {largest:.1%}")
         return "; ".join(parts) + "".join(f"\n  WRONG: {problem}" for problem in self.problems)
 
 
@@ -176,6 +177,12 @@ def _verify_column(config: PrecomputeConfig, manifest: Manifest, reader: ClipRea
     for shard in _chosen(finished, manifest.shards, sample):
         check.shards += 1
         _verify_shard(config, manifest.shards[shard], shard, reader, name, producer, check)
+    sidecars = folder.survey([manifest.shards[shard] for shard in finished], card.fingerprint)
+    problem = single_code([sidecar for sidecar in sidecars if sidecar is not None])
+    if not problem and check.histogram is not None and check.clips >= FEW:
+        problem = collapse(check.histogram)
+    if problem:
+        check.problems.append(f"column {name!r}: {problem}; train the tokenizer anew, then run with redo=[{name}]")
     return check
 
 

@@ -80,6 +80,10 @@ class TextEncoder(Protocol):
     dim: int
     max_length: int
 
+    def cut_off(self, texts: list[str]) -> list[str]:
+        """What does not fit into `max_length` tokens: the end of each text, "" where all of it is encoded."""
+        ...
+
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> float32 states [B, L, D] and int64 lengths [B]; rows at and past a length are pads.
 
