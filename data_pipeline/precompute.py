@@ -106,7 +106,8 @@ class TokensProducer:
         parts = {**features.card.parts, "encoders": {entry.name: entry.fingerprint, **features.card.parts["encoders"]},
                  "dtype": "uint16"}
         self.precision = column.precision
-        if column.precision != "fp32":  # float32 columns keep the fingerprint they had before there was a choice
+        # float32 columns keep the fingerprint they had before there was a choice
+        if column.precision != "fp32":
             parts["precision"] = column.precision
         self.card = ColumnCard.of(entry.reference, parts, column.model_dump(mode="json"))
         self._planned: dict[str, Sidecar | None] = {}  # shard -> its features, where they are there
@@ -237,7 +238,7 @@ class ShardCaptions:
         self, captions: Mapping[int, str], encode: Callable[[list[str]], list[Tensor]],
         cut_off: Callable[[list[str]], list[str]],
     ) -> None:
-        """`captions` by the clip's position in the shard; `cut_off`: what the encoder leaves out of each."""
+        """`captions` by the clip's position in the shard; `cut_off`: what the encoder leaves out."""
         self._captions, self._encode, self._cut_off = captions, encode, cut_off
         self._truncated: set[str] = set()  # captions of which it leaves something out
         self._states: dict[str, Future[Tensor]] = {}
@@ -271,8 +272,9 @@ class ShardCaptions:
 
     def _make(self, captions: list[str]) -> None:
         try:
-            cut = [caption for caption, end in zip(captions, self._cut_off(captions), strict=True) if end]
-            self._truncated.update(cut)
+            for caption, end in zip(captions, self._cut_off(captions), strict=True):
+                if end:
+                    self._truncated.add(caption)
             states = self._encode(captions)
         except BaseException as error:
             for caption in captions:

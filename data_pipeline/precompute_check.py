@@ -140,8 +140,11 @@ class ColumnCheck:
         if self.histogram is not None and self.histogram.sum():
             used = np.flatnonzero(self.histogram)
             largest = self.histogram.max() / self.histogram.sum()
-            parts.append(f"{len(used)} codes in use, {used[0]} to {used[-1]}, as if {effective_codes(self.histogram):.0f} were used evenly; "
-                         f"the most frequent makes {largest:.1%}")
+            parts.append(
+                f"{len(used)} codes in use, {used[0]} to {used[-1]}, as if "
+                f"{effective_codes(self.histogram):.0f} were used evenly; "
+                f"the most frequent makes {largest:.1%}"
+            )
         return "; ".join(parts) + "".join(f"\n  WRONG: {problem}" for problem in self.problems)
 
 
@@ -182,7 +185,8 @@ def _verify_column(config: PrecomputeConfig, manifest: Manifest, reader: ClipRea
     if not problem and check.histogram is not None and check.clips >= FEW:
         problem = collapse(check.histogram)
     if problem:
-        check.problems.append(f"column {name!r}: {problem}; train the tokenizer anew, then run with redo=[{name}]")
+        way_out = f"train the tokenizer anew, then run with redo=[{name}]"
+        check.problems.append(f"column {name!r}: {problem}; {way_out}")
     return check
 
 

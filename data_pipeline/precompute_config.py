@@ -41,7 +41,8 @@ class TokensColumn(Config):
     encoder: VisionConfig
     frame_stride: PositiveInt = 4
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="of the tokenizer's encoder; bf16: float32 weights under autocast, as in the release"
+        default="fp32",
+        description="of the tokenizer; bf16: float32 weights under autocast, as in the release",
     )
 
 

@@ -65,8 +65,11 @@ class Summary:
         parts = []
         for name, column in self.columns.items():
             bad = f", {sum(column.rejects.values())} set aside ({counted(column.rejects)})" if column.rejects else ""
-            cut = f", {column.truncated} captions cut to the encoder's length" if column.truncated else ""
-            parts.append(f"{name}: {column.clips} clips in {column.made} shards, {column.found} shards were done{bad}{cut}")
+            cut = ""
+            if column.truncated:
+                cut = f", {column.truncated} captions cut to the encoder's length"
+            made = f"{column.clips} clips in {column.made} shards, {column.found} shards were done"
+            parts.append(f"{name}: {made}{bad}{cut}")
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stage_seconds.items())
         return "; ".join(parts) + f"; {self.wall_s:.1f} s" + (f" (seconds by stage: {stages})" if stages else "")
 
@@ -132,7 +135,7 @@ class OpenShard:
         self.rejects: dict[str, Counter[str]] = {name: Counter() for name in units}
 
     def truncated(self, name: str) -> int:
-        """Clips whose text was cut in column `name`; after the last batch. Only captions are ever cut."""
+        """Clips whose caption was cut in column `name`; after the last batch. 0 for other columns."""
         return getattr(self.encoders[name], "truncated", 0)
 
     def encode_all(self, batch: Sequence[Clip]) -> dict[str, list[Result]]:
@@ -147,11 +150,10 @@ class CodeCount:
         self.clips = 0
         self.counts = np.zeros(1 << 16, np.int64)
 
-    def add(self, tokens: Sequence[Tensor]) -> None:
-        """Count the codes of some clips, uint16 [N] each."""
-        self.clips += len(tokens)
-        for codes in tokens:
-            self.counts += np.bincount(codes.numpy(), minlength=len(self.counts))
+    def add(self, codes: Tensor) -> None:
+        """Count the codes of one clip, uint16 [N]."""
+        self.clips += 1
+        self.counts += np.bincount(codes.numpy(), minlength=len(self.counts))
 
 
 @contextmanager
@@ -269,7 +271,8 @@ class Job:
             # before units are committed, so that they are made again when the cause of too many rejects is mended
             for name, unit in shard.units.items():
                 unit.truncated = shard.truncated(name)
-                self._count(name, shard.rejects[name], unit.entry.samples, made=1, truncated=unit.truncated)
+                clips = unit.entry.samples
+                self._count(name, shard.rejects[name], clips, made=1, truncated=unit.truncated)
                 self._stop_if_too_many(name, last=piece.shard == last)
                 self._stop_if_collapsed(name, last=piece.shard == last)
             for unit in shard.units.values():
@@ -299,17 +302,20 @@ class Job:
             yield piece
 
     def _count(
-        self, name: str, rejects: Counter[str], clips: int, *, made: int = 0, found: int = 0, truncated: int = 0
+        self, name: str, rejects: Counter[str], clips: int, *,
+        made: int = 0, found: int = 0, truncated: int = 0,
     ) -> None:
         old = self.summaries[name]
         self.seen[name] += clips
-        self.summaries[name] = ColumnSummary(old.made + made, old.found + found, old.clips + (clips if made else 0),
-                                             dict(Counter(old.rejects) + rejects), old.truncated + truncated)
+        self.summaries[name] = ColumnSummary(
+            made=old.made + made, found=old.found + found, clips=old.clips + (clips if made else 0),
+            rejects=dict(Counter(old.rejects) + rejects), truncated=old.truncated + truncated,
+        )
 
     def _count_codes(self, name: str, results: Sequence[Result]) -> None:
-        tokens = [result for result in results if isinstance(result, Tensor) and result.dtype == torch.uint16]
-        if tokens:
-            self.codes.setdefault(name, CodeCount()).add(tokens)
+        for result in results:
+            if isinstance(result, Tensor) and result.dtype == torch.uint16:
+                self.codes.setdefault(name, CodeCount()).add(result)
 
     def _stop_if_collapsed(self, name: str, *, last: bool) -> None:
         """Raise CollapsedTokens before the unit is committed."""
@@ -319,8 +325,8 @@ class Job:
         problem = collapse(codes.counts)
         if problem:
             raise CollapsedTokens(
-                f"column {name!r}, {codes.clips} clips: {problem}. Train the tokenizer anew or choose another in "
-                f"columns.{name}.tokenizer; the unit is not written"
+                f"column {name!r}, {codes.clips} clips: {problem}. Train the tokenizer anew or choose "
+                f"another in columns.{name}.tokenizer; the unit is not written"
             )
 
     def _stop_if_too_many(self, name: str, *, last: bool) -> None:

@@ -92,8 +92,10 @@ def _changed(card: ColumnCard | None, config: PrecomputeConfig, name: str, encod
         return ""
     column = config.columns[name]
     here = column.model_dump(mode="json")
-    fields = type(column).model_fields
-    was = {key: fields[key].default for key in here.keys() - card.column.keys() if not fields[key].is_required()} | card.column
+    was = dict(card.column)
+    for key, field in type(column).model_fields.items():
+        if key not in was and not field.is_required():  # the key did not exist when the column was made
+            was[key] = field.default
     if name in encoders and was.get("tokenizer") == here.get("tokenizer"):  # of the same name, perhaps trained anew
         was, here = was | {"tokenizer": card.encoder}, here | {"tokenizer": encoders[name]}
     keys = [key for key in sorted(was.keys() | here.keys()) if was.get(key) != here.get(key)]

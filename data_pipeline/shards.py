@@ -100,7 +100,8 @@ class ShardWriter:
                     sha256=sha256_file(self._temporary), bucket=self.bucket, missing=tuple(sorted(self.missing)),
                 ),
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
-                dtype=self.dtype, shape=self.shape, truncated=self.truncated, value_range=self.value_range,
+                dtype=self.dtype, shape=self.shape, truncated=self.truncated,
+                value_range=self.value_range,
             )
             self.commit()
 

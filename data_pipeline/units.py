@@ -230,20 +230,21 @@ def _merge(manifest: Manifest, card: ColumnCard, sidecars: Sequence[Sidecar]) ->
 
 
 def single_code(sidecars: Sequence[Sidecar]) -> str:
-    """What is wrong with a column of tokens in which one code stands for everything; "" where nothing is."""
+    """What is wrong with a tokens column in which one code stands for everything; "" if nothing."""
     ranges = [sidecar.value_range for sidecar in sidecars if sidecar.value_range is not None]
     clips = sum(sidecar.entry.samples for sidecar in sidecars)
     codes = {code for pair in ranges for code in pair}
     if len(codes) != 1 or clips < 2:
         return ""
-    return f"all tokens of {clips} clips are code {codes.pop()}: the codebook of its tokenizer has collapsed"
+    return f"all tokens of {clips} clips are code {codes.pop()}: the codebook has collapsed"
 
 
 def require_codes(name: str, sidecars: Sequence[Sidecar]) -> None:
     """Raise ShardError where one code stands for everything in the tokens column `name`."""
     problem = single_code(sidecars)
     if problem:
-        raise ShardError(f"column {name!r}: {problem}. Train the tokenizer anew, then run with redo=[{name}]")
+        way_out = f"Train the tokenizer anew, then run with redo=[{name}]"
+        raise ShardError(f"column {name!r}: {problem}. {way_out}")
 
 
 def common_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

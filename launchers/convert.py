@@ -39,16 +39,18 @@ class Request:
 
 
 def locate(reference: str | Path, zoo: Path) -> Path:
-    """A run folder's newest whole and healthy checkpoint, any other path as it is, or a zoo reference's entry.
+    """A run folder's newest whole and healthy checkpoint, another path as it is, or a zoo entry.
 
-    Raises ConfigError, also for a checkpoint of a run, or a part of one, whose files are not as files.json says.
+    Raises ConfigError, also for a checkpoint of a run, or a file in one, that files.json does not
+    describe.
     """
     path = Path(reference)
     if (path / "checkpoints").is_dir() and not (path / STATE).is_file():
         newest = latest_whole(path / "checkpoints")
         if newest is None:
             raise ConfigError(
-                f"{path} holds no whole and healthy checkpoint; it must be a run folder (runs/lm) or a checkpoint in it"
+                f"{path} holds no whole and healthy checkpoint; it must be a run folder (runs/lm) or a "
+                "checkpoint in it"
             )
         return newest
     if not path.exists():
@@ -60,12 +62,13 @@ def locate(reference: str | Path, zoo: Path) -> Path:
 
 
 def require_whole(path: Path) -> None:
-    """Raise ConfigError where `path` is, or lies in, a checkpoint of a run whose files are not as files.json says."""
+    """Raise ConfigError where `path` is, or lies in, a damaged checkpoint of a run."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / STATE).is_file() and (folder / CONFIG).is_file():
             problems = differences(folder)
             if problems:
-                raise ConfigError(f"{folder} is damaged: {'; '.join(problems[:3])}; take another checkpoint of the run")
+                found = "; ".join(problems[:3])
+                raise ConfigError(f"{folder} is damaged: {found}; take another checkpoint of the run")
 
 
 def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> Source:

@@ -62,7 +62,8 @@ def warn_of_cut_captions(manifest: Manifest, config: EvaluateConfig) -> None:
         column = manifest.columns[name]
         if column.truncated:
             log.warning(
-                "column %s: %d of %d captions are longer than text encoder %s takes; their ends have no effect",
+                "column %s: %d of %d captions are longer than text encoder %s takes; their ends "
+                "have no effect",
                 name, column.truncated, manifest.num_samples, column.encoder,
             )
 

@@ -1,9 +1,9 @@
 """Start a trainer's ranks on this machine, through torchrun, and end with their true exit code.
 
 Ctrl-C or SIGTERM asks the run to stop: a `stop` file in the run folder, which the ranks agree on at the end
-of a step; they checkpoint and leave. A second signal ends them at once. After Ctrl-C the command ends with exit
-code 130, so that `train && convert` does not export a half-trained model; after SIGTERM with 0. If this process is
-killed, torchrun is told by the kernel and ends its workers.
+of a step; they checkpoint and leave. A second signal ends them at once. After Ctrl-C the command ends
+with exit code 130, so that `train && convert` does not export a half-trained model; after SIGTERM with 0.
+If this process is killed, torchrun is told by the kernel and ends its workers.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def environment() -> dict[str, str]:
 
 
 def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> int:
-    """Start the ranks, forward a wish to stop, return the exit code of the rank that failed first, or 0.
+    """Start the ranks and forward a request to stop; returns the exit code of the first failed rank, or 0.
 
-    Raises KeyboardInterrupt when Ctrl-C ended a run before its last step, whether or not its ranks could save.
+    Raises KeyboardInterrupt when Ctrl-C ended a run before its last step, with a checkpoint or without.
     """
     stop = run / "stop"
     stop.unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> in
             try:
                 code = child.wait(timeout=STOP_EVERY_S)
             except subprocess.TimeoutExpired:
-                if asked:  # ranks that were still starting have removed it as one of an earlier attempt
+                if asked:  # starting ranks remove it as the file of an earlier attempt
                     stop.touch()
     finally:
         for number, handler in previous.items():

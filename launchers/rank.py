@@ -2,8 +2,8 @@
 
 Runs the module as `python -m` would, and leaves what the batch script has to know in the run folder, where no
 layer of srun or torchrun can swallow it: an error file for what failed before the module could write its own,
-and `job/config_error` for what the next attempt would meet again: a config error (exit code 2) or a run that
-diverged (exit code 1).
+and `job/config_error` for what the next attempt would meet again: a config error (exit code 2) or a
+run that diverged (exit code 1).
 
 What a person can mend (that, and a full disk) is said without a traceback. With `--shared-log` it is not said
 here: all ranks meet it, and whoever started them reads the error file and says it once.
@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
             print(f"{module}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, CheckpointError):
             sys.exit(1)
-        mark_config_error(run, task, str(error))  # a run that diverged would diverge again in the same step
+        # a run that diverged would diverge again in the same step
+        mark_config_error(run, task, str(error))
         sys.exit(1 if isinstance(error, NonFiniteError) else 2)
     except SystemExit as error:
         if error.code == 2:  # `landiff` has told the person already

@@ -1,7 +1,7 @@
 """Are these numbers usable? The one check for non-finite weights and for collapsed semantic tokens.
 
-Training asks before a checkpoint is written, the zoo and `landiff convert` before weights are used or exported,
-`landiff precompute` before tokens are committed, and sampling before codes become a video.
+Training asks before a checkpoint is written, the zoo and `landiff convert` before weights are used or
+exported, `landiff precompute` before tokens are committed, and sampling before codes become a video.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import Tensor
 from configs.base import ConfigError
 
 NAMES_SHOWN = 5
-MIN_EFFECTIVE_CODES = 1.5  # a trained codebook has hundreds; a NaN or dead one gives one code for everything
+# A trained codebook has hundreds; one of NaN or equal vectors gives one code for everything.
+MIN_EFFECTIVE_CODES = 1.5
 
 
 class UnhealthyError(ConfigError):
-    """Weights with NaN or infinity, or tokens of a collapsed codebook; the message names the tensor or column."""
+    """Weights with NaN or infinity, or tokens of a collapsed codebook; names the tensor or column."""
 
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the floating-point tensors that hold NaN or infinity.
 
-    A finite sum proves that all summands are finite, so each tensor is read once and nothing of its size is
-    allocated. A sum that is not finite may have overflowed; only such a tensor is examined element by element.
-    The sums of device tensors come to the host in one copy; of tensors in host memory one at a time is held, so
-    `tensors` may read them from disk.
+    A finite sum proves that all summands are finite, so each tensor is read once and nothing of its
+    size is allocated. A sum that is not finite may have overflowed; only such a tensor is examined
+    element by element. The sums of device tensors come to the host in one copy; of tensors in host
+    memory one at a time is held, so `tensors` may read them from disk.
     """
     names: list[str] = []
     on_device: list[tuple[str, Tensor, Tensor]] = []
@@ -59,8 +60,8 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 def non_finite_error(names: Sequence[str], what: str) -> UnhealthyError:
     """The error for the tensors `names` of `what`."""
     return UnhealthyError(
-        f"{what} holds NaN or infinity in {listed(names)}: the training that wrote it has diverged, or it does not fit "
-        "the dtype; use an earlier checkpoint or another dtype"
+        f"{what} holds NaN or infinity in {listed(names)}: the training that wrote it has diverged, or it "
+        "does not fit the dtype; use an earlier checkpoint or another dtype"
     )
 
 
@@ -72,7 +73,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def effective_codes(counts: np.ndarray) -> float:
-    """Exponential of the entropy of a histogram of codes: how many codes are in use, rare ones counting less."""
+    """Exponential of the entropy of a histogram: how many codes are in use, rare ones counting less."""
     share = counts[counts > 0] / counts.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 

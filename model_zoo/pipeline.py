@@ -100,7 +100,7 @@ class _Shell(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None,
                         torch_dtype: torch.dtype | None = None, **_options: Any) -> _Shell:
-        """Raises ConversionError where the folder holds another model, UnhealthyError for NaN or infinity."""
+        """Raises ConversionError for another model in the folder, UnhealthyError for NaN or infinity."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         part = diffusers_folder.read_model(folder)
         shell = cls.of(part.config, part.tensors.checked(str(folder)))

@@ -56,7 +56,7 @@ class ZooEntry:
     kind: str
     fingerprint: str
     config: Config
-    stored_config: Mapping[str, Any]  # `config` as config.json holds it, which is what the fingerprint is of
+    stored_config: Mapping[str, Any]  # as config.json holds it: the fingerprint is of this
 
     @property
     def reference(self) -> str:
@@ -70,7 +70,7 @@ class ZooEntry:
             raise ZooError(f"{self.path} is damaged: {PROVENANCE} cannot be read ({error})") from None
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """All tensors, under the names of our own modules. Raises ConfigError for damage and for NaN or infinity."""
+        """All tensors by the names of our own modules. Raises ConfigError for damage, NaN and infinity."""
         require_intact(self)
         return load_file(self.path / WEIGHTS, device=str(device))
 
@@ -127,7 +127,8 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
            provenance: Mapping[str, Any], progress: Progress | None = None) -> ZooEntry:
     """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
 
-    Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError for NaN or infinity.
+    Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
+    for NaN or infinity.
     """
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     if not name or "@" in name or "/" in name or name.startswith("."):
@@ -140,7 +141,8 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     fsync_dir(zoo)
     try:
         write_safetensors(temporary / WEIGHTS, lazy, {"format": "pt", "kind": kind}, progress)
-        mark, bad = _examine(kind, config.model_dump(mode="json"), read_safetensors(temporary / WEIGHTS))
+        written = read_safetensors(temporary / WEIGHTS)
+        mark, bad = _examine(kind, config.model_dump(mode="json"), written)
         if bad:
             raise non_finite_error(bad, f"the {kind} to be exported as {name}")
         final = zoo / name / mark
@@ -161,7 +163,7 @@ def read_entry(path: Path) -> ZooEntry:
         data = json.loads((path / "config.json").read_text())
         kind = data["kind"]
         config = validate(KINDS[kind], data["config"], str(path / "config.json"))
-        return ZooEntry(path, data["name"], kind, data["fingerprint"], config, stored_config=data["config"])
+        return ZooEntry(path, data["name"], kind, data["fingerprint"], config, data["config"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ZooError(f"{path} is not a zoo entry: {error}") from None
 
@@ -203,19 +205,22 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
 
 
 def verify(entry: ZooEntry) -> None:
-    """Raise ConfigError unless config and weights are finite and those that were written: by the fingerprint, and by
-    the file's hash."""
+    """Raise ConfigError unless config and weights are finite and those that were written.
+
+    Compares the fingerprint and the hash of the file.
+    """
     _verify_content(entry)
     if entry.provenance.get("weights_sha256") != sha256_file(entry.path / WEIGHTS):
         raise ZooError(f"{entry.path} is damaged: {WEIGHTS} is not the file that was written")
 
 
 def require_intact(entry: ZooEntry) -> None:
-    """Raise ConfigError unless config and weights are finite and those that were written. For every use of an entry.
+    """Raise ConfigError unless config and weights are finite and those that were written.
 
-    Each process verifies an entry once, and again when the size, time or inode of its files change. Nothing is
-    remembered on disk: a file whose bytes decayed has the same time as before, the zoo may be read-only, and the use
-    reads all weights anyway (the second read comes from the page cache).
+    Called whenever an entry is used. Each process verifies an entry once, and again when the size,
+    time or inode of its files change. Nothing is remembered on disk: a file whose bytes decayed keeps
+    its time, the zoo may be read-only, and the use reads all weights anyway (the second read comes
+    from the page cache).
     """
     files = [entry.path / "config.json", entry.path / WEIGHTS]
     stamps = []
@@ -236,13 +241,14 @@ def _verify_once(path: Path, stamps: tuple[tuple[int, int, int], ...]) -> None:
 def _verify_content(entry: ZooEntry) -> None:
     mark, bad = _examine(entry.kind, entry.stored_config, entry.lazy())
     if mark != entry.fingerprint:
-        raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {entry.fingerprint}")
+        expected = entry.fingerprint
+        raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {expected}")
     if bad:
         raise non_finite_error(bad, str(entry.path))
 
 
 def _examine(kind: str, config: Mapping[str, Any], tensors: LazyTensors) -> tuple[str, list[str]]:
-    """Fingerprint and the names of tensors with NaN or infinity, from one reading of each tensor."""
+    """Fingerprint and the names of tensors with NaN or infinity; each tensor is read once."""
     bad: list[str] = []
 
     def read(name: str) -> Tensor:

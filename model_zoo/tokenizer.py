@@ -173,8 +173,8 @@ class Decoder(Stack):
 class Quantizer(VectorQuantize):
     """vector-quantize-pytorch as the released tokenizer uses it: EMA codebook, rotation-trick gradient.
 
-    Everything in it is float32, whatever the model is cast to and under autocast, but for the projection in
-    `nearest`, which follows autocast as in the release (specification §3.10). Code vectors are
+    Everything in it is float32, whatever the model is cast to and under autocast, but for the
+    projection in `nearest`, which follows autocast (docs/specification.md §3.10). Code vectors are
     all-reduced over ranks if the process group exists when this is built. k-means initialisation and the
     replacement of dead codes draw from torch's global generator, in training only.
     """

@@ -62,7 +62,7 @@ class CheckpointState(Config):
     columns: dict[str, str]  # fingerprints of the data's columns by name
     world_size: int
     versions: dict[str, str]
-    healthy: bool | None = None  # finite weights of a healthy run; None: written before this was recorded
+    healthy: bool | None = None  # may be resumed from; None: written before this was recorded
 
 
 class FileEntry(Config):
@@ -106,10 +106,11 @@ class CheckpointStore:
 
         A failure leaves the older checkpoints alone and is handled as `loop.on_save_failure` says: go on
         without (returns None), try again after 1, 10 and 60 s, or raise. When this is the `last` chance of
-        the process, "warn" raises too. Raises CheckpointError on all ranks, NonFiniteError (and writes nothing)
-        where weights hold NaN or infinity.
+        the process, "warn" raises too. Raises CheckpointError on all ranks, NonFiniteError (and writes
+        nothing) where weights hold NaN or infinity.
         """
-        self._require_finite(engine, f"the weights after step {state.step} hold", "no checkpoint of them is written")
+        what = f"the weights after step {state.step} hold"
+        self._require_finite(engine, what, "no checkpoint of them is written")
         waits = self.retry_waits_s if self.loop.on_save_failure == "retry" else ()
         for attempt in range(len(waits) + 1):
             failures = self._try_save(state, engine, loader)
@@ -156,7 +157,8 @@ class CheckpointStore:
         """Rank 0: add our own documents, then rename."""
         document = CheckpointState(
             step=state.step, kind=type(self.config).__name__, loader=loader.state_dict(),
-            manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(), healthy=state.healthy,
+            manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
+            healthy=state.healthy,
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         seal(temporary, document, self.config, entries)
@@ -165,7 +167,7 @@ class CheckpointStore:
         commit_dir(temporary, final)
 
     def _prune(self, newest: int) -> None:
-        """Keep the last n, every m-th, and the newest healthy one. A failure to delete costs space, not the run."""
+        """Keep the last n, every m-th and the newest healthy one. A failure to delete does not stop the run."""
         if self.world.rank != 0:
             return
         steps = [step for step in committed_steps(self.folder) if step <= newest]
@@ -194,7 +196,8 @@ class CheckpointStore:
         document = self._check(found)
         loader.load_state_dict(document.loader)  # refuses other data
         engine.load(found)
-        self._require_finite(engine, f"checkpoint {found} holds", "delete it to resume from an earlier one")
+        way_out = "delete it to resume from an earlier one"
+        self._require_finite(engine, f"checkpoint {found} holds", way_out)
         self._prune(document.step)  # a kill may have come between commit and deletion
         log.info("resumed from %s", found)
         return TrainState(step=document.step)
@@ -209,7 +212,7 @@ class CheckpointStore:
                 return folder
             if not problems:
                 unhealthy += 1
-                log.warning("checkpoint %s is of a diverged run (healthy = false); using the one before it", folder)
+                log.warning("checkpoint %s has healthy = false; using the one before it", folder)
                 continue
             log.warning("checkpoint %s is damaged (%s); using the one before it", folder, "; ".join(problems[:3]))
             if self.world.rank == 0:
@@ -219,8 +222,9 @@ class CheckpointStore:
             self.world.barrier()
         if unhealthy:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole and healthy: {unhealthy} of {len(steps)} are of a diverged run "
-                "(healthy = false in state.json). Delete them to begin at step 0, or choose another run folder (run=...)"
+                f"no checkpoint in {self.folder} is whole and healthy: {unhealthy} of {len(steps)} are of a "
+                "diverged run (healthy = false in state.json). Delete them to begin at step 0, or choose "
+                "another run folder (run=...)"
             )
         if steps:
             raise CheckpointError(
@@ -315,7 +319,7 @@ def difference(folder: Path, entry: FileEntry) -> str:
 
 
 def latest_whole(folder: Path) -> Path | None:
-    """The newest healthy checkpoint in `folder` whose files are as listed, for readers outside a run (converters)."""
+    """The newest healthy checkpoint in `folder` whose files are as listed, for readers outside a run."""
     for step in reversed(committed_steps(folder)):
         path = step_folder(folder, step)
         if not differences(path) and is_healthy(path):
@@ -324,7 +328,7 @@ def latest_whole(folder: Path) -> Path | None:
 
 
 def differences(folder: Path) -> list[str]:
-    """What differs from files.json; empty for a whole checkpoint. For one process; see `CheckpointStore.damage`."""
+    """What differs from files.json; empty for a whole checkpoint. `CheckpointStore.damage` shares this over ranks."""
     try:
         listed_files = FileList.model_validate_json((folder / FILES).read_bytes())
     except (OSError, ValidationError) as error:
@@ -334,7 +338,7 @@ def differences(folder: Path) -> list[str]:
 
 
 def is_healthy(folder: Path) -> bool:
-    """True unless state.json says healthy = false or cannot be read; checkpoints that do not record it are healthy."""
+    """False where state.json says healthy = false or cannot be read; older ones do not record it."""
     try:
         state = CheckpointState.model_validate_json((folder / STATE).read_bytes())
     except (OSError, ValidationError):

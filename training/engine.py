@@ -48,7 +48,7 @@ class Engine(Protocol):
         ...
 
     def local_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """This rank's part of weights, persistent buffers and float32 masters by name; not copied."""
+        """This rank's part of weights, buffers and float32 masters by name; not copied."""
         ...
 
     def preview(self) -> dict[str, Tensor]:
@@ -79,4 +79,4 @@ class TrainState:
     """What the loop itself has to remember."""
 
     step: int = 0  # finished optimizer steps
-    healthy: bool = True  # False: the last steps should not be resumed from; recorded in the checkpoint
+    healthy: bool = True  # recorded in the checkpoint; False: do not resume from here

@@ -1,7 +1,7 @@
 """The decision between the gradient norm and the optimizer's update.
 
-An engine computes loss and gradient norm, asks `guard.decide(loss, grad_norm)`, and updates its weights only when
-that returns: weights never see a non-finite step.
+An engine computes loss and gradient norm, asks `guard.decide(loss, grad_norm)`, and updates its weights
+only when that returns: weights never see a non-finite step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Guard:
     def decide(self, loss: Tensor | float, grad_norm: Tensor | float) -> None:
         """Return if the step may update the weights. Collective.
 
-        Both values come to the host in one copy; the ranks agree over the control group, without the device.
+        Both values come to the host in one copy; the ranks agree over the control group, on the CPU.
         Raises NonFiniteError on all ranks if a value is NaN or infinite on one of them.
         """
         values = read_scalars({"loss": loss, "gradient norm": grad_norm})
@@ -38,7 +38,7 @@ class Guard:
         if bad:
             text = ", ".join(f"{name} = {value:g}" for name, value in values.items())
             raise NonFiniteError(
-                f"{text}{step}: training has diverged and stops before this update; the checkpoints on disk are from "
-                "before it. Lower optim.lr, raise optim.warmup_steps, set optim.clip_grad or check the data; the same "
-                "command resumes from the newest checkpoint"
+                f"{text}{step}: training has diverged and stops before this update; the checkpoints on "
+                "disk are from before it. Lower optim.lr, raise optim.warmup_steps, set optim.clip_grad or "
+                "check the data; the same command resumes from the newest checkpoint"
             )

@@ -49,7 +49,7 @@ class Cut:
 
 
 def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: Progress | None = None) -> None:
-    """All that `state` holds, as `cut.world_size` ranks of ZeRO `cut.stage` would save it, into `folder`.
+    """Write all of `state` as `cut.world_size` ranks of ZeRO `cut.stage` would save it.
 
     Raises UnhealthyError for weights or moments with NaN or infinity.
     """

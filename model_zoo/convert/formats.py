@@ -227,8 +227,8 @@ def write_target(target: Path, format: str, parts: Sequence[Part], provenance: d
                  cut: megatron.Padded | deepspeed_write.Cut | None = None) -> None:
     """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists.
 
-    `cut` is for the run that starts from it: Megatron's padding, or DeepSpeed's stage and ranks. Raises
-    UnhealthyError for weights with NaN or infinity.
+    `cut` is for the run that starts from it: Megatron's padding, or DeepSpeed's stage and ranks.
+    Raises UnhealthyError for weights with NaN or infinity.
     """
     parts = [replace(part, tensors=part.tensors.checked(f"the {part.kind}")) for part in parts]
     with new_folder(target, provenance) as temporary:

@@ -105,7 +105,7 @@ class LazyTensors(Mapping[str, Tensor]):
                            self.pieces and (lambda name: (stretch.to(meta[name].dtype) for stretch in self.stretches(name))))
 
     def checked(self, what: str) -> LazyTensors:
-        """The same; reading a tensor with NaN or infinity raises UnhealthyError, which says that it is of `what`."""
+        """The same, but reading NaN or infinity raises UnhealthyError with the name in `what`."""
         def read(name: str) -> Tensor:
             tensor = self.read(name)
             require_finite([(name, tensor)], what)

@@ -81,7 +81,7 @@ class TextEncoder(Protocol):
     max_length: int
 
     def cut_off(self, texts: list[str]) -> list[str]:
-        """What does not fit into `max_length` tokens: the end of each text, "" where all of it is encoded."""
+        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
         ...
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:

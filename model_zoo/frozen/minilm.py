@@ -41,10 +41,11 @@ class MiniLMText(nn.Module):
         self.eval().requires_grad_(False)
 
     def cut_off(self, texts: list[str]) -> list[str]:
-        """The end of each text that `max_length` tokens leave out, "" where all of it is encoded."""
+        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
         ends = []
         for text, encoding in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True):
-            kept = max((end for _, end in encoding.offsets), default=0)  # special tokens and pads have (0, 0)
+            # special tokens and pads have the offsets (0, 0)
+            kept = max((end for _, end in encoding.offsets), default=0)
             ends.append(text[kept:].strip() if encoding.overflowing else "")
         return ends
 

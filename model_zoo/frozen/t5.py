@@ -35,12 +35,14 @@ class T5Text(nn.Module):
         self.eval().requires_grad_(False)
 
     def cut_off(self, texts: list[str]) -> list[str]:
-        """The end of each text that `max_length` tokens leave out, "" where all of it is encoded."""
+        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
         kept = self.max_length - self.tokenizer.num_special_tokens_to_add()
         fast = self.tokenizer.is_fast
         ends = []
         for text in texts:
-            tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+            tokens = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False
+            )
             if len(tokens.input_ids) <= kept:
                 ends.append("")
             elif fast:

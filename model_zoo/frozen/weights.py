@@ -21,8 +21,8 @@ def fingerprint(kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[st
     """16 hex digits over all that changes an encoder's output, the same on every machine.
 
     The kind, the options and constants in `preprocessing` (JSON values), and name, dtype, shape and bytes of
-    every tensor, hashed one tensor at a time. How the weights were split into files doesn't matter. Raises
-    UnhealthyError for weights with NaN or infinity.
+    every tensor, hashed one tensor at a time. How the weights were split into files doesn't matter.
+    Raises UnhealthyError for weights with NaN or infinity.
     """
     require_finite(tensors.items(), f"the frozen encoder {kind}")
     digest = hashlib.sha256(json.dumps([kind, preprocessing], sort_keys=True).encode())

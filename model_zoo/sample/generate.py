@@ -102,11 +102,12 @@ def generate(
 
 
 def warn_of_cut_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
-    """Warn about prompts that are longer than the text encoder takes, with the text that has no effect."""
+    """Warn about prompts that are longer than the text encoder takes, with the text that is cut."""
     for number, cut in enumerate(encoder.cut_off(list(prompts))):
         if cut:
             log.warning(
-                "prompt %d is longer than the %d tokens that text encoder %s takes; this part has no effect: %r",
+                "prompt %d is longer than the %d tokens that text encoder %s takes; this part has no "
+                "effect: %r",
                 number, encoder.max_length, encoder.name, cut,
             )
 
@@ -141,7 +142,7 @@ def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames
     codes_BK = sampled.codes_BK[:, : lm.layout.num_codes(int(sampled.num_frames_B.max()))]
     problem = collapse(torch.bincount(codes_BK.flatten()).cpu().numpy())
     if problem:
-        raise UnhealthyError(f"the language model's samples are useless: {problem}; use another checkpoint")
+        raise UnhealthyError(f"samples of the language model: {problem}; use another checkpoint")
     return codes_BK
 
 

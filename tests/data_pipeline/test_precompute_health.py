@@ -52,9 +52,13 @@ def poisoned(weights: dict[str, torch.Tensor]) -> None:
 def test_a_collapsed_codebook_is_refused_and_no_unit_is_written(zoo, tmp_path):
     write_clips(tmp_path / "data", [3, 2])
     settings = config(tmp_path / "data", changed_zoo(zoo, tmp_path, collapsed), ["tokens"])
-    with pytest.raises(CollapsedTokens, match=r"column 'tokens', .* clips: all of \d+ tokens are code 0"):
+    with pytest.raises(
+        CollapsedTokens, match=r"column 'tokens', .* clips: all of \d+ tokens are code 0"
+    ):
         precompute.run(settings)
-    assert len(list((tmp_path / "data" / "tokens").glob("*.tar"))) <= 1  # shards before the last may be too small to tell
+    assert (
+        len(list((tmp_path / "data" / "tokens").glob("*.tar"))) <= 1
+    )  # shards before the last may be too small to tell
     with pytest.raises(ShardError):
         precompute.finalize(settings)
 
@@ -63,7 +67,9 @@ def test_tasks_too_small_to_notice_are_refused_by_finalize_and_verify(zoo, tmp_p
     data = tmp_path / "data"
     manifest = write_clips(data, [1, 1])
     settings = config(data, changed_zoo(zoo, tmp_path, collapsed), ["tokens"])
-    tasks = next(n for n in range(2, 99) if len({owner(entry, n) for entry in manifest.shards}) == 2)
+    tasks = next(
+        n for n in range(2, 99) if len({owner(entry, n) for entry in manifest.shards}) == 2
+    )
     for entry in manifest.shards:
         precompute.run(settings, task=(owner(entry, tasks), tasks))
     sidecar = read_sidecar(data / "tokens" / "000000.tar")
@@ -71,7 +77,9 @@ def test_tasks_too_small_to_notice_are_refused_by_finalize_and_verify(zoo, tmp_p
     with pytest.raises(ShardError, match="column 'tokens': all tokens of 2 clips are code"):
         precompute.finalize(settings)
     [check] = precompute.verify(settings)
-    assert any("column 'tokens': all tokens of 2 clips are code" in problem for problem in check.problems)
+    assert any(
+        "column 'tokens': all tokens of 2 clips are code" in problem for problem in check.problems
+    )
 
 
 def test_a_tokenizer_with_nan_is_refused_by_name(zoo, tmp_path, capsys):
@@ -111,7 +119,9 @@ def test_tokens_follow_the_precision_and_float32_columns_keep_their_fingerprint(
         card = ColumnCard.model_validate_json((data / "tokens" / "column.json").read_text())
         found[precision] = card, column_tensors(data, "tokens", 4)
     entry = registry.resolve(zoo, "tokenizer")
-    parts = {key: found[None][0].parts[key] for key in ("encoders", "decoder", "frame_stride", "dtype")}
+    parts = {
+        key: found[None][0].parts[key] for key in ("encoders", "decoder", "frame_stride", "dtype")
+    }
     assert found[None][0].fingerprint == ColumnCard.of(entry.reference, parts, {}).fingerprint
     assert found["fp32"][0].fingerprint == found[None][0].fingerprint
     assert "precision" not in found["fp32"][0].parts
@@ -153,9 +163,17 @@ def test_captions_that_are_cut_are_counted_in_sidecar_manifest_summary_and_statu
     }
     settings = config(tmp_path, zoo, columns)
     summary = precompute.run(settings)
-    assert [read_sidecar(tmp_path / "text-short" / f"00000{i}.tar").truncated for i in range(2)] == [3, 2]
-    assert summary.columns["text-short"].truncated == 5 and summary.columns["text-minilm"].truncated == 0
-    assert "5 captions cut to the encoder's length" in str(summary) and str(summary).count("cut to") == 1
+    assert [
+        read_sidecar(tmp_path / "text-short" / f"00000{i}.tar").truncated for i in range(2)
+    ] == [3, 2]
+    assert (
+        summary.columns["text-short"].truncated == 5
+        and summary.columns["text-minilm"].truncated == 0
+    )
+    assert (
+        "5 captions cut to the encoder's length" in str(summary)
+        and str(summary).count("cut to") == 1
+    )
     again = precompute.run(settings)
     assert again.columns["text-short"].truncated == 5
     rows = precompute.status(settings)
@@ -164,5 +182,3 @@ def test_captions_that_are_cut_are_counted_in_sidecar_manifest_summary_and_statu
     precompute.finalize(settings)
     found = read_manifest(tmp_path).columns
     assert (found["text-short"].truncated, found["text-minilm"].truncated) == (5, 0)
-
-

@@ -21,8 +21,20 @@ def start(folder, ranks):
     write_data(folder / "data")
     loop = {"steps": STEPS, "log_every": 1, "save_every": STEPS}
     path = write_config(folder / "run", loop=loop)
-    command = [sys.executable, "-m", "launchers.cli", "train", "tokenizer", "--config", str(path), "--nproc", str(ranks)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "launchers.cli",
+        "train",
+        "tokenizer",
+        "--config",
+        str(path),
+        "--nproc",
+        str(ranks),
+    ]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(path, process):
@@ -41,12 +53,17 @@ def wait_for_handlers(process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "ranks", "sign_of_life", "code"), [
-    (signal.SIGINT, 2, "metrics.jsonl", 130),
-    (signal.SIGINT, 1, "resolved.yaml", 130),  # before a rank runs
-    (signal.SIGTERM, 1, "metrics.jsonl", 0),
-])
-def test_a_trainer_that_is_stopped_saves_and_only_ctrl_c_fails(tmp_path, number, ranks, sign_of_life, code):
+@pytest.mark.parametrize(
+    ("number", "ranks", "sign_of_life", "code"),
+    [
+        (signal.SIGINT, 2, "metrics.jsonl", 130),
+        (signal.SIGINT, 1, "resolved.yaml", 130),  # before a rank runs
+        (signal.SIGTERM, 1, "metrics.jsonl", 0),
+    ],
+)
+def test_a_trainer_that_is_stopped_saves_and_only_ctrl_c_fails(
+    tmp_path, number, ranks, sign_of_life, code
+):
     process = start(tmp_path, ranks)
     wait_for(tmp_path / "run" / sign_of_life, process)
     wait_for_handlers(process)

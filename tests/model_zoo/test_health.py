@@ -23,7 +23,16 @@ def test_one_bad_value_is_found_wherever_it_lies(dtype, value):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_numbers_of_a_type_are_finite(dtype):
     largest = torch.full((4096,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
-    assert non_finite([("large", largest), ("empty", torch.empty(0)), ("whole", torch.ones(2, dtype=torch.int64))]) == []
+    assert (
+        non_finite(
+            [
+                ("large", largest),
+                ("empty", torch.empty(0)),
+                ("whole", torch.ones(2, dtype=torch.int64)),
+            ]
+        )
+        == []
+    )
 
 
 def test_infinities_of_both_signs_are_found():
@@ -32,7 +41,10 @@ def test_infinities_of_both_signs_are_found():
 
 def test_the_message_names_tensors_and_counts_the_rest():
     tensors = {f"layer.{i}": torch.tensor(math.nan) for i in range(7)}
-    with pytest.raises(UnhealthyError, match=r"the lm holds NaN or infinity in layer\.0, .*layer\.4 and 2 more tensors"):
+    with pytest.raises(
+        UnhealthyError,
+        match=r"the lm holds NaN or infinity in layer\.0, .*layer\.4 and 2 more tensors",
+    ):
         require_finite(tensors.items(), "the lm")
 
 
@@ -43,20 +55,25 @@ def test_checked_tensors_raise_when_they_are_read_in_whole_or_in_pieces():
     assert torch.equal(checked["good"], tensors["good"])
     with pytest.raises(UnhealthyError, match="it holds NaN or infinity in bad"):
         checked["bad"]
-    in_pieces = LazyTensors(lazy.meta, lazy.read, lambda name: iter(tensors[name].split(1))).checked("it")
+    in_pieces = LazyTensors(
+        lazy.meta, lazy.read, lambda name: iter(tensors[name].split(1))
+    ).checked("it")
     assert len(list(in_pieces.stretches("good"))) == 2
     with pytest.raises(UnhealthyError, match="bad"):
         list(in_pieces.stretches("bad"))
 
 
-@pytest.mark.parametrize(("counts", "problem"), [
-    ([0, 69, 0], "all of 69 tokens are code 1"),
-    ([0, 998, 2], "99.8% of 1000 tokens are code 1"),
-    ([40, 60], ""),
-    ([1, 0], ""),
-    ([0, 0], ""),
-    ([3] * 16, ""),
-])
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [
+        ([0, 69, 0], "all of 69 tokens are code 1"),
+        ([0, 998, 2], "99.8% of 1000 tokens are code 1"),
+        ([40, 60], ""),
+        ([1, 0], ""),
+        ([0, 0], ""),
+        ([3] * 16, ""),
+    ],
+)
 def test_a_collapsed_codebook_is_told_from_one_in_use(counts, problem):
     found = collapse(np.array(counts))
     assert problem in found and bool(found) == bool(problem)

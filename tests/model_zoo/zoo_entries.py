@@ -16,7 +16,12 @@ from model_zoo import registry
 
 
 def write_entry(
-    zoo: Path, name: str, kind: str, config: Config, weights: Mapping[str, Tensor], stored: Mapping[str, Any] | None = None,
+    zoo: Path,
+    name: str,
+    kind: str,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    stored: Mapping[str, Any] | None = None,
 ) -> registry.ZooEntry:
     """An entry whose fingerprint and hash are right, whatever its weights are; `stored`: its config on disk, if another."""
     sizes = config.model_dump(mode="json") if stored is None else dict(stored)
@@ -24,7 +29,9 @@ def write_entry(
     folder = zoo / name / mark
     folder.mkdir(parents=True)
     save_file(dict(weights), folder / registry.WEIGHTS)
-    (folder / "config.json").write_text(json.dumps({"kind": kind, "name": name, "fingerprint": mark, "config": sizes}))
+    (folder / "config.json").write_text(
+        json.dumps({"kind": kind, "name": name, "fingerprint": mark, "config": sizes})
+    )
     made = {"weights_sha256": sha256_file(folder / registry.WEIGHTS)}
     (folder / registry.PROVENANCE).write_text(json.dumps(made))
     (zoo / name / "newest").write_text(f"{mark}\n")

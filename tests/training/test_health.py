@@ -65,10 +65,15 @@ def test_a_diverging_run_stops_before_the_update_and_keeps_its_checkpoints(tmp_p
     assert "in step 5: training has diverged" in message and step == 4
     assert all(map(math.isfinite, weight))
     assert committed_steps(tmp_path / "checkpoints") == [4]
-    assert json.loads((step_folder(tmp_path / "checkpoints", 4) / "state.json").read_text())["healthy"] is True
+    assert (
+        json.loads((step_folder(tmp_path / "checkpoints", 4) / "state.json").read_text())["healthy"]
+        is True
+    )
     assert finished_step(tmp_path) is None
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert train(config(tmp_path), alone())[0].step == 6  # with the cause gone, the same folder resumes
+    assert (
+        train(config(tmp_path), alone())[0].step == 6
+    )  # with the cause gone, the same folder resumes
 
 
 def test_all_ranks_stop_in_the_same_step(tmp_path):
@@ -102,14 +107,20 @@ class Poisoned(ToyEngine):
 def test_non_finite_weights_are_not_saved(tmp_path):
     settings, world = config(tmp_path, save_every=2, keep_last=1), alone()
     run = Run(tmp_path, settings, world)
-    with pytest.raises(NonFiniteError, match="the weights after step 4 hold NaN or infinity in weight"):
+    with pytest.raises(
+        NonFiniteError, match="the weights after step 4 hold NaN or infinity in weight"
+    ):
         fit(Poisoned(settings, world), ToyLoader(settings, world), run, settings.loop)
     assert committed_steps(tmp_path / "checkpoints") == [2]
 
 
 def save(settings, step, healthy):
     store = CheckpointStore(settings.run / "checkpoints", settings, settings.loop, alone())
-    store.save(TrainState(step, healthy=healthy), ToyEngine(settings, alone()), ToyLoader(settings, alone()))
+    store.save(
+        TrainState(step, healthy=healthy),
+        ToyEngine(settings, alone()),
+        ToyLoader(settings, alone()),
+    )
     return store
 
 
@@ -128,7 +139,9 @@ def test_retention_and_latest_respect_the_last_healthy_checkpoint(tmp_path):
 def test_a_run_with_only_unhealthy_checkpoints_says_so(tmp_path):
     store = save(config(tmp_path), 1, False)
     with pytest.raises(CheckpointError, match="1 of 1 are of a diverged run"):
-        store.load_latest(ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone()))
+        store.load_latest(
+            ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone())
+        )
     assert latest_whole(tmp_path / "checkpoints") is None
 
 
@@ -147,7 +160,9 @@ def test_checkpoints_that_do_not_record_health_still_load(tmp_path):
     del state["healthy"]
     rewrite(folder, "state.json", json.dumps(state).encode())
     assert latest_whole(tmp_path / "checkpoints") == folder
-    loaded = store.load_latest(ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone()))
+    loaded = store.load_latest(
+        ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone())
+    )
     assert loaded == TrainState(step=3)
 
 
@@ -159,7 +174,9 @@ def test_a_poisoned_checkpoint_of_an_old_run_is_named(tmp_path):
     poisoned = {"weight": torch.full((3,), math.nan), "momentum": torch.zeros(3)}
     rewrite(folder, "toy.safetensors", to_bytes(poisoned))
     with pytest.raises(NonFiniteError, match="step_00000003 holds NaN or infinity in weight"):
-        store.load_latest(ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone()))
+        store.load_latest(
+            ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone())
+        )
 
 
 def test_the_rank_ends_with_one_line_and_code_1_and_is_not_restarted(tmp_path):
@@ -173,8 +190,18 @@ def test_the_rank_ends_with_one_line_and_code_1_and_is_not_restarted(tmp_path):
     (tmp_path / "diverging.py").write_text(program)
     paths = environment()["PYTHONPATH"] + os.pathsep + str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "launchers.rank", str(run), "diverging", str(tmp_path / "config.yaml")],
-        env=environment() | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120,
+        [
+            sys.executable,
+            "-m",
+            "launchers.rank",
+            str(run),
+            "diverging",
+            str(tmp_path / "config.yaml"),
+        ],
+        env=environment() | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert "loss = nan" in done.stderr and "Traceback" not in done.stderr

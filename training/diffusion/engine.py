@@ -69,10 +69,12 @@ class DeepSpeedEngine:
             total += loss.detach()
         mean = total / (len(batch.micro_batches) * self.world.size)
         dist.all_reduce(mean)
-        # DeepSpeed decides about the norm inside its step: one that is not finite updates nothing and reads as infinite
+        # DeepSpeed checks the norm inside its step: one that is not finite updates nothing and reads
+        # as infinite.
         grad_norm = self.zero.get_global_grad_norm()
         self.guard.decide(mean, grad_norm)
-        return StepResult(loss=mean, grad_norm=grad_norm, lr=rate, tokens=batch.global_batch_size * self._tokens())
+        tokens = batch.global_batch_size * self._tokens()
+        return StepResult(loss=mean, grad_norm=grad_norm, lr=rate, tokens=tokens)
 
     def save(self, folder: Path) -> None:
         """Collective. DeepSpeed's shards, and a layout.json that says how they are cut."""

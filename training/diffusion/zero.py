@@ -212,7 +212,7 @@ def _write_partitioned(parameter: nn.Parameter, value: Tensor, key: str | None) 
 
 
 def local_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (in ZeRO-3 this rank's slices), buffers, and this rank's float32 masters, by name; not copied."""
+    """Parameters (in ZeRO-3 this rank's slices), buffers and this rank's float32 masters; not copied."""
     for name, parameter in engine.module.named_parameters():
         yield name, getattr(parameter, "ds_tensor", parameter)
     yield from engine.module.named_buffers()

@@ -118,7 +118,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> float:
-        """core's `optimizer.step()` with the guard between gradient norm and update. Returns the norm before clipping."""
+        """core's `optimizer.step()` with the guard before the update. Returns the norm before clipping."""
         found_inf = self.optimizer.prepare_grads()
         grad_norm = math.inf if found_inf else self.optimizer.get_grad_norm()
         self.guard.decide(loss, grad_norm)

@@ -12,7 +12,11 @@ from tests.training.diffusion.tiny import batch, config
 from training.diffusion.engine import build_engine
 from training.errors import NonFiniteError
 
-CASES = [(stage, precision, value) for stage in (1, 2, 3) for precision, value in (("fp32", math.nan), ("bf16", 3e38))]
+CASES = [
+    (stage, precision, value)
+    for stage in (1, 2, 3)
+    for precision, value in (("fp32", math.nan), ("bf16", 3e38))
+]
 
 
 def diverge(world, folder):

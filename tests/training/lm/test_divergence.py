@@ -16,7 +16,10 @@ LAYOUTS = {
     "data 2": ({}, "fp32"),
     "data 2, bf16": ({}, "bf16"),
     "distributed optimizer": ({"distributed_optimizer": True}, "fp32"),
-    "distributed optimizer, overlap, bf16": ({"distributed_optimizer": True, "overlap": True}, "bf16"),
+    "distributed optimizer, overlap, bf16": (
+        {"distributed_optimizer": True, "overlap": True},
+        "bf16",
+    ),
     "tensor 2": ({"tensor": 2}, "fp32"),
     "pipeline 2, bf16": ({"pipeline": 2}, "bf16"),
 }
@@ -25,7 +28,9 @@ LAYOUTS = {
 def masters(engine):
     """The tensors that the optimizer updates."""
     return [
-        parameter for part in engine._optimizers() for group in part.optimizer.param_groups
+        parameter
+        for part in engine._optimizers()
+        for group in part.optimizer.param_groups
         for parameter in group["params"]
     ]
 

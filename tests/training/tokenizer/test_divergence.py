@@ -21,7 +21,10 @@ def diverge(world, folder, precision, value):
         bad.micro_batches[0][0].tensors["features"][0, 0] = value
     with pytest.raises(NonFiniteError, match="training has diverged"):
         engine.train_step(bad)
-    same = [torch.equal(old, new) for old, new in zip(before, engine.tokenizer.parameters(), strict=True)]
+    same = [
+        torch.equal(old, new)
+        for old, new in zip(before, engine.tokenizer.parameters(), strict=True)
+    ]
     return all(same)
 
 
