@@ -41,7 +41,7 @@ from data_pipeline.schema import Manifest, ShardEntry, Sidecar
 from data_pipeline.shards import read_manifest
 from data_pipeline.units import ColumnCard, ColumnFolder, share
 from data_pipeline.units import finalize as finalize_units
-from model_zoo import frozen, registry
+from model_zoo import frozen, health, registry
 from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from model_zoo.frozen.config import semantic_frame_indices
 
@@ -77,6 +77,9 @@ class FeaturesProducer:
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "mean": float(tensor.float().mean()), "std": float(tensor.float().std())}
+
+    def collapse(self, counts: np.ndarray) -> str:
+        return ""
 
     def _frames(self, clip: Clip) -> np.ndarray | Problem:
         if clip.frames is None:
@@ -131,6 +134,9 @@ class TokensProducer:
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((tensor.int() >= self.sizes.codebook_size).sum())}
 
+    def collapse(self, counts: np.ndarray) -> str:
+        return health.collapse(counts)
+
     def _stored(self, sidecar: Sidecar) -> Encode:
         reader = FolderReader(self.bench.config.data, "features", "features.safetensors", [sidecar.entry])
         slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
@@ -181,6 +187,9 @@ class LatentsProducer:
             measured["psnr"] = float(10 * torch.log10(255**2 / error.clamp(min=1e-10)))
         return measured
 
+    def collapse(self, counts: np.ndarray) -> str:
+        return ""
+
     def _frames(self, clip: Clip) -> np.ndarray | Problem:
         if clip.frames is None:
             return clip.problem
@@ -220,6 +229,9 @@ class TextProducer:
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "rows": float(tensor.shape[0])}
+
+    def collapse(self, counts: np.ndarray) -> str:
+        return ""
 
     def _states(self, captions: list[str]) -> list[Tensor]:
         with self.bench.stages("text"):

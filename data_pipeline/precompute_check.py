@@ -21,7 +21,6 @@ from data_pipeline.schema import Manifest, ShardEntry, column_stem
 from data_pipeline.shards import ShardError
 from data_pipeline.tensors import pack_tensor
 from data_pipeline.units import ColumnFolder, single_code
-from model_zoo.health import collapse, effective_codes
 
 TAR_BLOCK = 512
 SAME_TOKENS = 0.99  # of re-encoded tokens; other kernels may tip a code that lay on the edge
@@ -138,13 +137,10 @@ class ColumnCheck:
             if name != "bad_values":
                 parts.append(f"{name} {np.mean(values):.2f} (least {min(values):.2f})")
         if self.histogram is not None and self.histogram.sum():
+            share = self.histogram[self.histogram > 0] / self.histogram.sum()
             used = np.flatnonzero(self.histogram)
-            largest = self.histogram.max() / self.histogram.sum()
-            parts.append(
-                f"{len(used)} codes in use, {used[0]} to {used[-1]}, as if "
-                f"{effective_codes(self.histogram):.0f} were used evenly; "
-                f"the most frequent makes {largest:.1%}"
-            )
+            parts.append(f"{len(share)} codes in use, {used[0]} to {used[-1]}, as if {np.exp(-(share * np.log(share)).sum()):.0f} were used evenly; "
+                         f"the most frequent makes {share.max():.1%}")
         return "; ".join(parts) + "".join(f"\n  WRONG: {problem}" for problem in self.problems)
 
 
@@ -183,7 +179,7 @@ def _verify_column(config: PrecomputeConfig, manifest: Manifest, reader: ClipRea
     sidecars = folder.survey([manifest.shards[shard] for shard in finished], card.fingerprint)
     problem = single_code([sidecar for sidecar in sidecars if sidecar is not None])
     if not problem and check.histogram is not None and check.clips >= FEW:
-        problem = collapse(check.histogram)
+        problem = producer.collapse(check.histogram)
     if problem:
         way_out = f"train the tokenizer anew, then run with redo=[{name}]"
         check.problems.append(f"column {name!r}: {problem}; {way_out}")

@@ -27,7 +27,6 @@ from data_pipeline.precompute_write import Stages, Unit, WriterThread
 from data_pipeline.schema import Manifest, ShardEntry
 from data_pipeline.shards import ShardError
 from data_pipeline.units import ColumnCard, ColumnFolder, share
-from model_zoo.health import collapse
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
 FEW = 8  # clips; of fewer, equal tokens are no sign of a collapsed codebook before the end
@@ -92,6 +91,10 @@ class Producer(Protocol):
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         """What `landiff precompute verify` wants to know of a stored tensor; "bad_values" above 0 is a fault."""
+        ...
+
+    def collapse(self, counts: np.ndarray) -> str:
+        """What is wrong with a histogram of the column's codes, "" for nothing and for other columns."""
         ...
 
 
@@ -185,6 +188,7 @@ class Job:
         self._found: set[tuple[str, int]] = set()  # (column, shard) that were finished before
         self._progress = progress
         self._names: Sequence[str] = ()  # columns that go through now
+        self._producers: Mapping[str, Producer] = {}  # of these columns
         self._began = (time.perf_counter(), {"decode": 0.0})  # of the columns that go through now
         self._reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
 
@@ -208,6 +212,7 @@ class Job:
         for name, producer in producers.items():
             self.folders[name].remove_leftovers()
             self.folders[name].claim(producer.card, redo=name in self.config.redo)
+        self._producers = producers
         left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
         self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
         self._report()
@@ -322,7 +327,7 @@ class Job:
         codes = self.codes.get(name)
         if codes is None or codes.clips < (2 if last else FEW):
             return
-        problem = collapse(codes.counts)
+        problem = self._producers[name].collapse(codes.counts)
         if problem:
             raise CollapsedTokens(
                 f"column {name!r}, {codes.clips} clips: {problem}. Train the tokenizer anew or choose "
