@@ -217,6 +217,7 @@ class TextProducer:
 
     def __init__(self, column: TextColumn, encoder: TextEncoder, bench: Bench) -> None:
         self.encoder, self.bench, self.number = encoder, bench, column.caption
+        self.cut_off = encoder.cut_off
         self.card = ColumnCard.of(encoder.name, {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"},
                                   column.model_dump(mode="json"))
 
@@ -225,7 +226,7 @@ class TextProducer:
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
         captions = {clip.position: clip.meta.caption_number(self.number).strip() for clip in clips if clip.meta is not None}
-        return ShardCaptions(captions, self._states, self.encoder.cut_off)
+        return ShardCaptions(captions, self._states, self.cut_off)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "rows": float(tensor.shape[0])}
