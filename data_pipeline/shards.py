@@ -49,6 +49,8 @@ class ShardWriter:
         self.missing: list[int] = []
         self.dtype = ""
         self.shape: list[int] = []
+        self.truncated = 0
+        self.value_range: tuple[int, int] | None = None
         self._index: list[tuple[str, dict[str, tuple[int, int]]]] = []
         self._temporary = temporary_name(self.path)
 
@@ -101,7 +103,8 @@ class ShardWriter:
                     sha256=sha256_file(self._temporary), bucket=self.bucket, missing=tuple(sorted(self.missing)),
                 ),
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
-                dtype=self.dtype, shape=self.shape,
+                dtype=self.dtype, shape=self.shape, truncated=self.truncated,
+                value_range=self.value_range,
             )
             self.commit()
 

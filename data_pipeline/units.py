@@ -201,6 +201,7 @@ def finalize(data: Path, columns: Sequence[str]) -> Manifest:
             missing.append(f"column {name!r} lacks {len(left)} of {len(manifest.shards)} shards: {', '.join(left[:20])}"
                            f"{', ...' if len(left) > 20 else ''}")
             continue
+        require_codes(name, sidecars)
         folder.remove_leftovers()
         made[name] = _merge(manifest, card, sidecars)
         rejects += [reject for sidecar in sidecars for reject in sidecar.rejects]
@@ -223,7 +224,26 @@ def _merge(manifest: Manifest, card: ColumnCard, sidecars: Sequence[Sidecar]) ->
         dtype=next((s.dtype for s in sidecars if s.entry.samples), ""),
         shape=list(common_shape(shapes)), encoder=card.encoder, fingerprint=card.fingerprint,
         config={**card.parts, "column": card.column}, raw_fingerprint=manifest.fingerprint, shards=[s.entry for s in sidecars],
+        truncated=sum(s.truncated for s in sidecars),
     )
+
+
+def single_code(sidecars: Sequence[Sidecar]) -> str:
+    """What is wrong with a tokens column in which one code stands for everything; "" if nothing."""
+    ranges = [sidecar.value_range for sidecar in sidecars if sidecar.value_range is not None]
+    clips = sum(sidecar.entry.samples for sidecar in sidecars)
+    codes = {code for pair in ranges for code in pair}
+    if len(codes) != 1 or clips < 2:
+        return ""
+    return f"all tokens of {clips} clips are code {codes.pop()}: the codebook has collapsed"
+
+
+def require_codes(name: str, sidecars: Sequence[Sidecar]) -> None:
+    """Raise ShardError where one code stands for everything in the tokens column `name`."""
+    problem = single_code(sidecars)
+    if problem:
+        way_out = f"Train the tokenizer anew, then run with redo=[{name}]"
+        raise ShardError(f"column {name!r}: {problem}. {way_out}")
 
 
 def common_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

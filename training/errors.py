@@ -23,6 +23,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none of those on disk is whole."""
 
 
+class NonFiniteError(RuntimeError):
+    """Loss, gradient norm or weights are NaN or infinite. The same command would meet it again."""
+
+
 def error_path(run: Path, rank: int) -> Path:
     return run / "errors" / f"rank_{rank:04d}.txt"
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def _is_entry(path: Path) -> bool:
 
 def _open_entry(path: Path, options: Options) -> Source:
     entry = registry.read_entry(path)
+    registry.require_intact(entry)
     part = fit(entry.lazy(), entry.kind, entry.config, PLAIN, str(path), options.allow_missing)
     return Source(path, "zoo", f"zoo entry {entry.reference}", (part,), entry.provenance.get("step"),
                   {"entry": entry.reference, "made_of": entry.provenance})
@@ -229,7 +230,9 @@ def write_target(target: Path, format: str, parts: Sequence[Part], provenance: d
     """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists.
 
     `cut` is for the run that starts from it: Megatron's padding, or DeepSpeed's stage and ranks.
+    Raises UnhealthyError for weights with NaN or infinity.
     """
+    parts = [replace(part, tensors=part.tensors.checked(f"the {part.kind}")) for part in parts]
     with new_folder(target, provenance) as temporary:
         WRITERS[format](temporary, assembled(parts, format), progress, **({"cut": cut} if cut else {}))
 

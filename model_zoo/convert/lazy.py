@@ -22,6 +22,7 @@ from configs.documents import DocumentError, read_json
 from configs.files import atomic_file
 from configs.safetensors_header import read_header
 from model_zoo.convert.rules import ConversionError, Group, Rule, groups, report
+from model_zoo.health import require_finite
 
 # (megabytes done, megabytes in all)
 Progress = Callable[[int, int], None]
@@ -106,6 +107,21 @@ class LazyTensors(Mapping[str, Tensor]):
         meta = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.meta.items()}
         return LazyTensors(meta, lambda name: self.read(name).to(meta[name].dtype),
                            self.pieces and (lambda name: (stretch.to(meta[name].dtype) for stretch in self.stretches(name))))
+
+    def checked(self, what: str) -> LazyTensors:
+        """The same, but reading NaN or infinity raises UnhealthyError with the name in `what`."""
+        def read(name: str) -> Tensor:
+            tensor = self.read(name)
+            require_finite([(name, tensor)], what)
+            return tensor
+
+        def pieces(name: str) -> Iterator[Tensor]:
+            for stretch in self.stretches(name):
+                require_finite([(name, stretch)], what)
+                yield stretch
+                del stretch  # before the next one is read
+
+        return LazyTensors(self.meta, read, self.pieces and pieces)
 
     def dtype(self) -> torch.dtype:
         """The one that most elements have."""

@@ -133,7 +133,7 @@ def write_state(folder: Path, config: LMConfig, state: MegatronState, cut: Megat
         beside[MASTERS[cut.distributed]] = state.masters
     for name, kept in beside.items():
         tensors = tensors.joined(converted(kept, table, "to_theirs").with_prefix(f"{STATE}{name}."))
-    write_dist(folder, tensors, extra_states(config), progress)
+    write_dist(folder, tensors.checked("the checkpoint"), extra_states(config), progress)
     write_documents(folder, {"optimizer": _common(state, cut), "distributed_optimizer": cut.distributed})
 
 

@@ -40,6 +40,15 @@ class MiniLMText(nn.Module):
             self.tokenizer.enable_padding(pad_id=PAD_ID, pad_token="[PAD]")
         self.eval().requires_grad_(False)
 
+    def cut_off(self, texts: list[str]) -> list[str]:
+        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
+        ends = []
+        for text, encoding in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True):
+            # special tokens and pads have the offsets (0, 0)
+            kept = max((end for _, end in encoding.offsets), default=0)
+            ends.append(text[kept:].strip() if encoding.overflowing else "")
+        return ends
+
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> float32 states [B, L, 384], lengths int64 [B] ([CLS] and [SEP] count); pads are zero unless padded."""

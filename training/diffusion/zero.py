@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -209,3 +209,16 @@ def _write_partitioned(parameter: nn.Parameter, value: Tensor, key: str | None) 
         safe_set_local_fp32_param(parameter, local)
     else:
         safe_set_local_optimizer_state(parameter, local, key)
+
+
+def local_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters (in ZeRO-3 this rank's slices), buffers and this rank's float32 masters; not copied."""
+    for name, parameter in engine.module.named_parameters():
+        yield name, getattr(parameter, "ds_tensor", parameter)
+    yield from engine.module.named_buffers()
+    if engine.zero_optimization_stage() == 3:
+        masters = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        masters = engine.optimizer.single_partition_of_fp32_groups
+    for group, master in enumerate(masters):
+        yield f"float32 weights of parameter group {group}", master
