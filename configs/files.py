@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+REPLACED = "replaced"  # part of the name of a folder that is being replaced
+
 
 def fsync_dir(folder: Path) -> None:
     """Make renames inside `folder` durable."""
@@ -76,11 +78,47 @@ def commit_dir(temporary: Path, final: Path) -> None:
     fsync_dir(final.parent)
 
 
+def replace_dir(temporary: Path, final: Path) -> None:
+    """`commit_dir` that replaces the folder `final` if there is one.
+
+    The old folder is renamed before and deleted after the new one has its name, and gets its name back
+    if that fails; after a kill in between, `restore_replaced` gives it back.
+    What cannot be deleted is left under a temporary name.
+    """
+    old = _other_name(final, REPLACED)
+    replaces = final.exists()
+    if replaces:
+        os.rename(final, old)
+    try:
+        commit_dir(temporary, final)
+    except OSError:
+        if replaces and not final.exists():
+            os.rename(old, final)
+        raise
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give the folders in `folder` their names back whose replacement by `replace_dir` was killed halfway."""
+    for old in folder.glob(f".*.{REPLACED}.*.tmp"):
+        final = folder / old.name[1:].partition(f".{REPLACED}.")[0]
+        if not final.exists():
+            os.rename(old, final)
+
+
 def remove_dir(folder: Path) -> None:
     """Delete a committed folder in two steps, so that a kill in between never leaves half of it behind its name."""
-    doomed = temporary_name(folder)
+    doomed = _other_name(folder, "deleted")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def _other_name(folder: Path, why: str) -> Path:
+    """A temporary name of `folder` that is not `temporary_name(folder)`, where its replacement may lie."""
+    other = temporary_name(folder.with_name(f"{folder.name}.{why}"))
+    shutil.rmtree(other, ignore_errors=True)  # left by a deletion of this process that failed
+    return other
 
 
 def sha256_file(path: Path) -> str:

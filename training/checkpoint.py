@@ -33,7 +33,14 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.base import Config, ConfigError
-from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
+from configs.files import (
+    remove_dir,
+    replace_dir,
+    restore_replaced,
+    sha256_file,
+    temporary_name,
+    write_text,
+)
 from configs.loader import dump
 from training.config import LoopConfig
 from training.distributed import World
@@ -156,9 +163,7 @@ class CheckpointStore:
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         seal(temporary, document, self.config, entries)
-        if final.exists():
-            remove_dir(final)
-        commit_dir(temporary, final)
+        replace_dir(temporary, final)
 
     def _prune(self, newest: int) -> None:
         """Keep the last n and every m-th. A failure to delete costs space, not the run."""
@@ -300,6 +305,7 @@ def latest_whole(folder: Path) -> Path | None:
 
 def remove_dead_temporaries(folder: Path) -> None:
     """Delete what killed saves left. One run folder belongs to one job, so only a live process of this node is spared."""
+    restore_replaced(folder)
     for path in folder.glob(".*.tmp"):
         node, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
         if node == os.uname().nodename and pid != str(os.getpid()) and Path("/proc", pid).exists():
