@@ -86,17 +86,16 @@ def replace_dir(temporary: Path, final: Path) -> None:
     What cannot be deleted is left under a temporary name.
     """
     old = _other_name(final, REPLACED)
-    replaces = final.exists()
-    if replaces:
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by an earlier replacement
         os.rename(final, old)
     try:
         commit_dir(temporary, final)
     except OSError:
-        if replaces and not final.exists():
+        if old.exists() and not final.exists():
             os.rename(old, final)
         raise
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_replaced(folder: Path) -> None:
@@ -110,15 +109,14 @@ def restore_replaced(folder: Path) -> None:
 def remove_dir(folder: Path) -> None:
     """Delete a committed folder in two steps, so that a kill in between never leaves half of it behind its name."""
     doomed = _other_name(folder, "deleted")
+    shutil.rmtree(doomed, ignore_errors=True)  # left by an earlier deletion
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
 def _other_name(folder: Path, why: str) -> Path:
     """A temporary name of `folder` that is not `temporary_name(folder)`, where its replacement may lie."""
-    other = temporary_name(folder.with_name(f"{folder.name}.{why}"))
-    shutil.rmtree(other, ignore_errors=True)  # left by a deletion of this process that failed
-    return other
+    return temporary_name(folder.with_name(f"{folder.name}.{why}"))
 
 
 def sha256_file(path: Path) -> str:
