@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer, MixedPrecisionOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.base import ConfigError
@@ -78,7 +78,8 @@ def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
 def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
     """Collective. Restore what `save` wrote, into any number of tensor, pipeline and data-parallel ranks.
 
-    Raises ConfigError where one of the two optimizers is distributed and the other is not.
+    The weights are cast from the optimizer's float32 copies where it keeps them; with the distributed
+    optimizer that is this rank's part, and the caller gathers the others. Raises ConfigError where one of the two optimizers is distributed and the other is not.
     """
     stored = dist_checkpointing.load_common_state_dict(str(folder))["distributed_optimizer"]
     if stored != is_distributed(optimizer):
@@ -90,6 +91,9 @@ def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
     model.load_state_dict(state["model"])
     with torch.no_grad():  # the distributed optimizer copies into views of leaves
         optimizer.load_state_dict(state["optimizer"])
+        for part in _parts(optimizer):
+            if isinstance(part, MixedPrecisionOptimizer):
+                part._copy_main_params_to_model_params()
     _give_each_its_own_step(optimizer)
 
 
