@@ -13,6 +13,7 @@ from configs.disk_errors import naming
 
 PRIVATE = 0o600  # permissions of files that may hold secrets: the owner alone reads them
 PUBLIC = 0o666  # before the umask
+REPLACED = "replaced"  # part of the name of a folder that is being replaced
 
 
 def fsync_dir(folder: Path) -> None:
@@ -89,11 +90,45 @@ def commit_dir(temporary: Path, final: Path) -> None:
     fsync_dir(final.parent)
 
 
+def replace_dir(temporary: Path, final: Path) -> None:
+    """`commit_dir` that replaces the folder `final` if there is one.
+
+    The old folder is renamed before and deleted after the new one has its name, and gets its name back
+    if that fails; after a kill in between, `restore_replaced` gives it back.
+    What cannot be deleted is left under a temporary name.
+    """
+    old = _other_name(final, REPLACED)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by an earlier replacement
+        os.rename(final, old)
+    try:
+        commit_dir(temporary, final)
+    except OSError:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give the folders in `folder` their names back whose replacement by `replace_dir` was killed halfway."""
+    for old in folder.glob(f".*.{REPLACED}.*.tmp"):
+        final = folder / old.name[1:].partition(f".{REPLACED}.")[0]
+        if not final.exists():
+            os.rename(old, final)
+
+
 def remove_dir(folder: Path) -> None:
     """Delete a committed folder in two steps, so that a kill in between never leaves half of it behind its name."""
-    doomed = temporary_name(folder)
+    doomed = _other_name(folder, "deleted")
+    shutil.rmtree(doomed, ignore_errors=True)  # left by an earlier deletion
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def _other_name(folder: Path, why: str) -> Path:
+    """A temporary name of `folder` that is not `temporary_name(folder)`, where its replacement may lie."""
+    return temporary_name(folder.with_name(f"{folder.name}.{why}"))
 
 
 def sha256_file(path: Path) -> str:

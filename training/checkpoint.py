@@ -34,7 +34,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from configs.base import Config, ConfigError
 from configs.disk_errors import way_out
 from configs.documents import read_yaml
-from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
+from configs.files import (
+    remove_dir,
+    replace_dir,
+    restore_replaced,
+    sha256_file,
+    temporary_name,
+    write_text,
+)
 from configs.loader import read_json_as, write_config
 from model_zoo.health import NAMES_SHOWN, non_finite
 from training.config import LoopConfig
@@ -166,9 +173,7 @@ class CheckpointStore:
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         seal(temporary, document, self.config, entries)
-        if final.exists():
-            remove_dir(final)
-        commit_dir(temporary, final)
+        replace_dir(temporary, final)
 
     def _prune(self, newest: int) -> None:
         """Keep the last n, every m-th and the newest healthy one. A failure to delete does not stop the run."""
@@ -359,6 +364,7 @@ def is_healthy(folder: Path, *, unreadable: bool = False) -> bool:
 
 def remove_dead_temporaries(folder: Path) -> None:
     """Delete what killed saves left. One run folder belongs to one job, so only a live process of this node is spared."""
+    restore_replaced(folder)
     for path in folder.glob(".*.tmp"):
         node, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
         if node == os.uname().nodename and pid != str(os.getpid()) and Path("/proc", pid).exists():

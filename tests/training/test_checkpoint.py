@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs.base import ConfigError
 from configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
@@ -129,6 +130,40 @@ def test_half_written_folders_of_dead_processes_are_removed_and_never_used(tmp_p
         shutil.copytree(checkpoints / "step_00000002", folder)
     assert train(config(tmp_path, 3), alone())[0].step == 3
     assert [folder.exists() for folder in (*dead, alive)] == [False, False, True]
+
+
+def test_saving_an_existing_step_again_replaces_it(tmp_path):
+    settings = config(tmp_path, on_save_failure="fatal")
+    save(settings, 1)
+    world, folder = alone(), step_folder(tmp_path / "checkpoints", 1)
+    engine = ToyEngine(settings, world)
+    engine.weight = torch.full((3,), 7.0)
+    for _ in range(2):
+        assert store(settings).save(TrainState(1), engine, ToyLoader(settings, world)) == folder
+        assert store(settings).damage(folder) == []
+        assert torch.equal(load_file(folder / "toy.safetensors")["weight"], engine.weight)
+        assert list_folder(tmp_path) == ["step_00000001"]
+
+
+def test_an_existing_step_survives_a_failure_to_save_it_again(tmp_path):
+    settings = config(tmp_path, on_save_failure="fatal")
+    save(settings, 1)
+    with pytest.raises(CheckpointError, match="step 1"):
+        save(settings, 1, failures=1)
+    assert list_folder(tmp_path) == ["step_00000001"]
+    assert store(settings).damage(step_folder(tmp_path / "checkpoints", 1)) == []
+
+
+def test_a_kill_while_a_step_is_replaced_does_not_lose_it(tmp_path):
+    train(config(tmp_path, 2), alone())
+    checkpoints = tmp_path / "checkpoints"
+    dead = f"{os.uname().nodename}.4194305.tmp"
+    (checkpoints / "step_00000002").rename(checkpoints / f".step_00000002.replaced.{dead}")
+    (checkpoints / f".step_00000002.{dead}").mkdir()  # the replacement
+    (checkpoints / f".step_00000001.deleted.{dead}").mkdir()  # by retention
+    state, engine = train(config(tmp_path, 3), alone())
+    assert (state.step, engine.seen) == (3, [8, 9, 10, 11])
+    assert list_folder(tmp_path) == ["step_00000002", "step_00000003"]
 
 
 def test_retention_keeps_the_last_ones_and_every_mth(tmp_path):

@@ -162,12 +162,29 @@ class MegatronEngine:
                 self.optimizer.reload_model_params()
 
     def save(self, folder: Path) -> None:
+        """Collective."""
         with megatron_device():
+            self._gather_weights()
             checkpoint.save(folder, self.model, self.optimizer)
 
     def load(self, folder: Path) -> None:
+        """Collective. The weights come from the optimizer's float32 copies where it keeps them.
+
+        Checkpoints written with `overlap` by versions before `_gather_weights` hold weights that are
+        one step old in part; their float32 copies are right.
+        """
         with megatron_device():
             checkpoint.load(folder, self.model, self.optimizer)
+            self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        """Complete the weights after an optimizer step. Collective over the data-parallel ranks.
+
+        Each rank of the distributed optimizer updates its part of the weights. With `overlap` core
+        gathers the other parts at the start of the next forward, not in `step`.
+        """
+        if self.config.parallel.distributed_optimizer:
+            self.ddp.start_param_sync(force_sync=True)
 
     def local_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()
@@ -181,7 +198,11 @@ class MegatronEngine:
         return {}
 
     def close(self) -> None:
-        """Free Megatron's process groups, so that another engine can be built in this process."""
+        """Free Megatron's process groups, so that another engine can be built in this process. Collective."""
+        dist.barrier()  # no other rank needs a group any more
+        for group in getattr(parallel_state, "_global_process_group_list", None) or []:
+            if group is not None:  # None stands for the default group, which is not Megatron's
+                dist.destroy_process_group(group)  # core would drop it with its threads running
         parallel_state.destroy_model_parallel()
 
 
