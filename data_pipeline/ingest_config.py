@@ -83,6 +83,13 @@ class FiltersConfig(Config):
     letterbox: bool = False  # find black bars and crop them away
 
 
+class VideoConfig(Config):
+    """What happens to videos that are not progressive SDR."""
+
+    hdr: Literal["convert", "reject"] = "convert"  # PQ, HLG, BT.2020 and P3: convert to SDR BT.709
+    interlaced: Literal["convert", "reject"] = "convert"  # convert: deinterlace with bwdif
+
+
 class QuarantineConfig(Config):
     """Bytes of rejected clips that are kept in `<data>/rejected`, to be looked at."""
 
@@ -111,6 +118,7 @@ class ShardsConfig(Config):
     samples_per_shard: PositiveInt = 256
     max_pixels: PositiveInt = 4096 * 2304  # of a frame of the source; larger ones are set aside
     max_caption: PositiveInt = 20_000  # characters; clips with longer ones are set aside
+    video: VideoConfig = VideoConfig()
     shots: ShotsConfig | None = None  # null: videos are single shots
     filters: FiltersConfig = FiltersConfig()
     max_bad_fraction: Fraction = 0.2  # of all clips; more damaged ones stop the job
@@ -152,7 +160,13 @@ class ShardsConfig(Config):
     def resting(self) -> dict[str, Any]:
         """The later keys, with the values at which they change nothing."""
         fields = type(self).model_fields
-        return {"buckets": [], "shots": None, "filters": FiltersConfig().model_dump(mode="json"), "max_caption": fields["max_caption"].default}
+        return {
+            "buckets": [],
+            "video": VideoConfig().model_dump(mode="json"),
+            "shots": None,
+            "filters": FiltersConfig().model_dump(mode="json"),
+            "max_caption": fields["max_caption"].default,
+        }
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all but how the work was done."""

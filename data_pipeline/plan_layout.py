@@ -52,7 +52,11 @@ def lay(config: ShardsConfig, rows: Path) -> Iterator[Unit]:
                     upcoming = next(repeated, None)
                 else:
                     clip, key = row.clip, span_key(config, look.sha256, start, shape)
-                    layout.add(Span(key, clip.name, clip.video, clip.caption, look.sha256, start, look.crop, row.offset, clip.more_captions), shape)
+                    span = Span(
+                        key, clip.name, clip.video, clip.caption, look.sha256, start, look.crop,
+                        row.offset, clip.more_captions, look.conversions,
+                    )
+                    layout.add(span, shape)
                 number += 1
             yield from layout.complete()
     yield from layout.rest()

@@ -25,7 +25,7 @@ from data_pipeline.schema import fingerprint
 from data_pipeline.sources import Listing, SourceClip
 from data_pipeline.video import Failure, VideoFile
 
-LOOKS_VERSION = 1  # of what is seen of a video
+LOOKS_VERSION = 2  # of what is seen of a video
 VIDEOS_PER_CHUNK = 128  # on average; what a task that is killed has to look at again
 ROWS_PER_VIDEO = 16  # of a chunk, at most
 
@@ -158,5 +158,7 @@ def _chunk(config: ShardsConfig, rows: Sequence[Row]) -> Chunk:
     videos = videos_of(rows)
     shots = config.shots.model_dump(mode="json") if config.shots else None
     marks = [(repr(os.fspath(video.path)), video.offset, video.size, *stamp) for video, stamp in videos.items()]
-    mark = fingerprint(LOOKS_VERSION, config.max_pixels, shots, config.filters.letterbox, marks)
+    video = config.video.model_dump(mode="json")
+    letterbox = config.filters.letterbox
+    mark = fingerprint(LOOKS_VERSION, config.max_pixels, video, shots, letterbox, marks)
     return Chunk(rows[0].offset, rows[-1].end, f"looks-{mark}.jsonl", len(videos))

@@ -63,6 +63,8 @@ class RawSample(Config):
     motion_p95: float = 0.0  # the score's parts, in the same unit
     motion_residual: float = 0.0
     motion_camera: tuple[float, float] = (0.0, 0.0)
+    # of the source, absent where there were none: "smpte2084/bt2020" (its colours), "bwdif"
+    conversions: tuple[str, ...] = ()
     cuts: NonNegativeInt = 0  # frame pairs that were left out of the score
     video_sha256: str  # of the clip's bytes in this tar
 

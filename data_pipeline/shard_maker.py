@@ -16,8 +16,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
 
-import numpy as np
-
 from data_pipeline.filters import FILTERED, Filters
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.motion import Motion, motion
@@ -26,7 +24,7 @@ from data_pipeline.plan_unit import HARMLESS, STAGE, Span, Unit
 from data_pipeline.quarantine import Quarantine
 from data_pipeline.schema import RAW, RawSample, Reject, Sidecar
 from data_pipeline.shards import ShardError, ShardWriter, count_rejects, read_sidecar, sidecar_path
-from data_pipeline.video import Failure, SafeDecoder, Wanted, encode_clip
+from data_pipeline.video import DecodedSpan, Failure, SafeDecoder, Wanted, encode_clip
 
 BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
 FEW = 20  # clips: of fewer, one bad one says nothing about the rest
@@ -111,20 +109,31 @@ class Maker:
                 writer.rejects.append(aside.reject)
                 if aside.is_bad:
                     quarantine.keep_source(aside.reject, aside.video)
-            for span, frames in _frames(self.config, unit, decoder):
+            for span, decoded in _decoded(self.config, unit, decoder):
                 if stop.is_set():
                     raise InterruptedError(f"shard {unit.name} was left unfinished, because another one failed")
-                failure = frames if isinstance(frames, Failure) else self._add(writer, quarantine, unit, span, frames)
+                if isinstance(decoded, Failure):
+                    failure = decoded
+                else:
+                    failure = self._add(writer, quarantine, unit, span, decoded)
                 if failure:
                     writer.reject(span.key, STAGE, failure.reason, f"{span.source} at {span.start_s:g} s: {failure.detail}")
-                    if failure is frames:
+                    if failure is decoded:
                         quarantine.keep_source(writer.rejects[-1], span.video)
                 clips.put(failure.reason if failure else "")
-                del frames  # the next ones take their memory
+                del decoded  # the next ones take their memory
         return [aside.reject.reason for aside in unit.aside]
 
-    def _add(self, writer: ShardWriter, quarantine: Quarantine, unit: Unit, span: Span, frames: np.ndarray) -> Failure | None:
+    def _add(
+        self,
+        writer: ShardWriter,
+        quarantine: Quarantine,
+        unit: Unit,
+        span: Span,
+        decoded: DecodedSpan,
+    ) -> Failure | None:
         """Write one sample, unless a filter refuses it."""
+        frames = decoded.frames
         moving = motion(frames, self.config.fps)
         failure = self.filters.refuse(frames, moving)
         if failure and not self.config.quarantine.filtered:
@@ -133,11 +142,14 @@ class Maker:
         if failure:
             quarantine.keep(span.key, failure.reason, "mp4", clip, f"{span.source} at {span.start_s:g} s: {failure.detail}")
         else:
-            writer.add(span.key, {"mp4": clip, "json": _meta(self.config, unit, span, moving, clip)})
+            meta = _meta(self.config, unit, span, moving, clip, decoded.conversions)
+            writer.add(span.key, {"mp4": clip, "json": meta})
         return failure
 
 
-def _frames(config: ShardsConfig, unit: Unit, decoder: SafeDecoder) -> Iterator[tuple[Span, np.ndarray | Failure]]:
+def _decoded(
+    config: ShardsConfig, unit: Unit, decoder: SafeDecoder
+) -> Iterator[tuple[Span, DecodedSpan | Failure]]:
     """Every span with its frames, in order; neighbours of one video are decoded in one go."""
     shape = unit.shape
     at_once = max(1, BYTES_PER_REQUEST // (shape.num_frames * shape.height * shape.width * 3))
@@ -146,18 +158,28 @@ def _frames(config: ShardsConfig, unit: Unit, decoder: SafeDecoder) -> Iterator[
         wanted = Wanted(shape.num_frames, config.fps, shape.height, shape.width, crop)
         for index in range(0, len(same), at_once):
             part = same[index : index + at_once]
-            yield from zip(part, decoder.decode(video, [span.start_s for span in part], wanted), strict=True)
+            decoded = decoder.decode_spans(video, [span.start_s for span in part], wanted)
+            yield from zip(part, decoded, strict=True)
 
 
-def _meta(config: ShardsConfig, unit: Unit, span: Span, moving: Motion, clip: bytes) -> bytes:
+def _meta(
+    config: ShardsConfig,
+    unit: Unit,
+    span: Span,
+    moving: Motion,
+    clip: bytes,
+    conversions: tuple[str, ...],
+) -> bytes:
     shape = unit.shape
     sample = RawSample(
         key=span.key, caption=span.caption, more_captions=span.more_captions, source=span.source, source_sha256=span.source_sha256,
         start_s=span.start_s, fps=config.fps, num_frames=shape.num_frames, height=shape.height, width=shape.width,
         motion_score=moving.mean, motion_p95=moving.p95, motion_residual=moving.residual, motion_camera=moving.camera,
-        cuts=moving.cuts, video_sha256=hashlib.sha256(clip).hexdigest(),
+        cuts=moving.cuts, video_sha256=hashlib.sha256(clip).hexdigest(), conversions=conversions,
     )
-    return sample.model_dump_json().encode()
+    # Without conversions the bytes are those of versions that knew none.
+    absent = set() if conversions else {"conversions"}
+    return sample.model_dump_json(exclude=absent).encode()
 
 
 def _note(reasons: Counter[str]) -> str:
@@ -196,7 +218,8 @@ def sidecar_of(raw: Path, line: Line) -> Sidecar | None:
 
 
 def foreign(tar: Path) -> ShardError:
-    return ShardError(f"{tar} was made from other videos or captions than the source holds now; restore them, use another "
+    return ShardError(f"{tar} was made from other videos or captions than the source holds now, or before HDR "
+                      "and interlaced video were converted; restore them, use another "
                       f"output folder, or delete {tar} and {sidecar_path(tar)} to make the shard again (its columns become stale)")
 
 
@@ -211,6 +234,7 @@ def decoders(config: ShardsConfig) -> Iterator[queue.SimpleQueue]:
         for _ in range(config.job.workers):
             idle.put(stack.enter_context(SafeDecoder(
                 timeout_s=config.job.timeout_s, memory_limit=config.job.memory_limit_mb << 20, max_pixels=config.max_pixels,
+                **config.video.model_dump(),
             )))
         yield idle
 

@@ -18,7 +18,8 @@ from tests.data_pipeline.test_ingest import config, contents
 from tests.data_pipeline.test_video import X264, encode, numbers
 
 KNOWN = {"invalid_data", "undecodable", "too_short", "corrupt_frame", "no_video_stream", "cover_art_only", "unknown_codec", "no_dimensions",
-         "too_large", "truncated", "out_of_memory", "timeout", "decoder_died", "duplicate"}
+         "too_large", "truncated", "out_of_memory", "timeout", "decoder_died", "duplicate",
+         "no_timestamps", "field_coded", "unsupported_transfer", "unsupported_primaries", "unsupported_matrix"}
 GROWTH_MB = 300  # of this process over a whole test: frames of one request and the rest of the job
 
 
