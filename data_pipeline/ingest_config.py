@@ -35,6 +35,7 @@ class ColumnsConfig(Config):
     caption: str = "caption"
     start_s: str = "start_s"  # optional in the file
     end_s: str = "end_s"  # optional in the file
+    timestamp: str = "timestamp"  # optional in the file: a list of [start, end], one for each caption of a list
 
 
 class EncodingConfig(Config):

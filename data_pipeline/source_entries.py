@@ -1,0 +1,126 @@
+"""What a source consists of: clips, tars of clips, and files that are not used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.video import Failure, VideoFile
+
+VIDEO_SUFFIXES = frozenset((
+    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m",
+))
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first of them that holds a caption is used
+COMPRESSIONS = frozenset((".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma"))
+MAX_KINDS = 50
+MAX_EXAMPLES = 3
+MAX_SUFFIX = 12
+
+
+@dataclass(frozen=True)
+class SourceClip:
+    """One row of the input: a video, or a span of one, and its caption ("" where it has none)."""
+
+    name: str  # shown to users and kept in the shard's JSON: path below the source, or tar:key
+    video: VideoFile
+    caption: str
+    start_s: float = 0.0  # counted from the first frame
+    end_s: float = math.inf
+    failure: Failure | None = None  # what is known to be wrong with it before it is opened
+    more_captions: tuple[str, ...] = ()  # where the row has several
+    line: int = 0  # of its table, counted from 1; 0 where there is no table
+
+
+@dataclass(frozen=True)
+class TarFile:
+    """A tar of clips. Its members are listed only where they are needed."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A file of a source that no clip uses."""
+
+    kind: str  # its suffix, such as ".part", or a word, such as "link_loop"
+    name: str
+
+
+@dataclass
+class IgnoredCounts:
+    """How many files of each kind a source holds that no clip uses, with the names of the first few."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, ignored: Ignored) -> None:
+        """Count one file. Kinds beyond the first `MAX_KINDS` are counted as "other"."""
+        known = ignored.kind in self.counts or len(self.counts) < MAX_KINDS
+        kind = ignored.kind if known else "other"
+        self.counts[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(ignored.name)
+
+    def __add__(self, other: IgnoredCounts) -> IgnoredCounts:
+        examples = {kind: list(names) for kind, names in self.examples.items()}
+        for kind, names in other.examples.items():
+            examples[kind] = (examples.get(kind, []) + names)[:MAX_EXAMPLES]
+        return IgnoredCounts(self.counts + other.counts, examples)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, sorted by kind."""
+        kinds = sorted(self.counts)
+        return {
+            "counts": {kind: self.counts[kind] for kind in kinds},
+            "examples": {kind: self.examples[kind] for kind in kinds},
+        }
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> IgnoredCounts:
+        return cls(Counter(plain["counts"]), dict(plain["examples"]))
+
+
+def name_list(names: Sequence[str], total: int) -> str:
+    """The first few of `total` names as text."""
+    shown = ", ".join(names[:MAX_EXAMPLES])
+    return f"{shown}, ..." if total > len(names[:MAX_EXAMPLES]) else shown
+
+
+def printable(text: str) -> str:
+    """Text that UTF-8 can hold.
+
+    File names may have bytes, and JSON halves of surrogate pairs, that it cannot.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("a/clip 2.0", ".mp4") of "a/clip 2.0.MP4". A leading dot starts no suffix."""
+    stem, suffix = os.path.splitext(name)
+    return stem, suffix.lower()
+
+
+def is_apple_double(name: str) -> bool:
+    """Whether a path is one of the `._` files in which macOS keeps the attributes of other files."""
+    return name.rpartition("/")[2].startswith("._")
+
+
+def kind_of(name: str) -> str:
+    """Under which kind a file is counted that no clip uses."""
+    if is_apple_double(name):
+        return "macos_metadata"
+    stem, suffix = split_name(name.rpartition("/")[2])
+    if not suffix:
+        return "hidden_file" if stem.startswith(".") else "no_suffix"
+    if not suffix[1:].isalnum() or len(suffix) > MAX_SUFFIX:
+        return "other"
+    if suffix in COMPRESSIONS and split_name(stem)[1] == ".tar":
+        return f".tar{suffix}"
+    return printable(suffix)
