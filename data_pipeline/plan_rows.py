@@ -23,12 +23,13 @@ from configs.base import ConfigError
 from configs.files import atomic_file, write_text
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.schema import fingerprint
-from data_pipeline.source_entries import Ignored, IgnoredCounts, SourceClip, TarFile
+from data_pipeline.source_entries import Ignored, SourceClip, Tally, TarFile
 from data_pipeline.sources import Listing
 from data_pipeline.video import Failure, VideoFile
 
 LOOKS_VERSION = 1  # of what is seen of a video
 TARS_VERSION = 2  # of what is read from a tar: 2 splits names at the last dot
+NO_STAMP = (-1, -1)  # of a file that isn't there
 VIDEOS_PER_CHUNK = 128  # on average; what a task that is killed has to look at again
 ROWS_PER_VIDEO = 16  # of a chunk, at most
 MARKED_COLUMNS = {"file", "caption", "start_s", "end_s"}  # always part of the mark; later ones where they are set
@@ -83,12 +84,12 @@ class SourceState:
     """A source as it is now, tars closed."""
 
     mark: str
-    ignored: IgnoredCounts
+    ignored: Tally
 
 
 def read_state(config: ShardsConfig, listing: Listing) -> SourceState:
     """Lists the whole source, without opening tars. Raises ConfigError when a row can't be read."""
-    return _read_source(config, listing, None, IgnoredCounts())
+    return _read_source(config, listing, None, Tally())
 
 
 def plan_path(config: ShardsConfig, data: Path, folder: str, listing: Listing) -> Path:
@@ -105,19 +106,19 @@ def ignored_path(plan: Path) -> Path:
     return plan.with_suffix(".ignored.json")
 
 
-def read_ignored_members(plan: Path) -> IgnoredCounts:
+def read_ignored_members(plan: Path) -> Tally:
     """The members of the source's tars that no clip uses, as `write_rows` found them."""
     try:
-        return IgnoredCounts.from_json(json.loads(ignored_path(plan).read_text(encoding="utf-8")))
+        return Tally.from_json(json.loads(ignored_path(plan).read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return IgnoredCounts()
+        return Tally()
 
 
 def write_rows(config: ShardsConfig, listing: Listing, plan: Path) -> Path:
     """Write the rows that belong to `plan`, unless they are there. Raises ConfigError when the source changes meanwhile."""
     path = rows_path(plan)
     if not path.exists():
-        members = IgnoredCounts()
+        members = Tally()
         with atomic_file(path) as file:
             if _read_source(config, listing, file, members).mark != plan.stem:
                 raise ConfigError(f"source = {config.source!r} changed while it was read; run again when it is complete")
@@ -126,14 +127,14 @@ def write_rows(config: ShardsConfig, listing: Listing, plan: Path) -> Path:
     return path
 
 
-def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, members: IgnoredCounts) -> SourceState:
+def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, members: Tally) -> SourceState:
     """The state of a source. Where `file` is given, the rows go to it, and `members` counts what tars hold besides."""
     marked = config.columns.model_dump(exclude_defaults=True) | config.columns.model_dump(include=MARKED_COLUMNS)
     digest = hashlib.sha256(fingerprint(LOOKS_VERSION, config.identity(), marked).encode())
-    ignored, stamps = IgnoredCounts(), _Stamps()
+    ignored, stamps = Tally(), _Stamps()
     for entry in listing.entries():
         if isinstance(entry, Ignored):
-            ignored.add(entry)
+            ignored.add(entry.kind, entry.name)
         elif isinstance(entry, SourceClip):
             row = _row_of(config, entry, stamps)
             digest.update(row.content().encode() + b"\n")
@@ -147,10 +148,10 @@ def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, 
 
 
 def _write_members(config: ShardsConfig, listing: Listing, tar: TarFile, stamps: _Stamps, file: BinaryIO,
-                   members: IgnoredCounts) -> None:
+                   members: Tally) -> None:
     for entry in listing.members(tar):
         if isinstance(entry, Ignored):
-            members.add(entry)
+            members.add(entry.kind, entry.name)
         else:
             file.write(_row_of(config, entry, stamps).as_json().encode() + b"\n")
 
@@ -159,11 +160,13 @@ class _Stamps:
     """Sizes and times of change of files; the last one is kept, since rows of one file follow each other."""
 
     def __init__(self) -> None:
-        self._path, self._stamp = None, (-1, -1)
+        self._path: Path | None = None
+        self._stamp = NO_STAMP
 
     def of(self, path: Path) -> tuple[int, int]:
         if path != self._path:
-            self._path, self._stamp = path, stamp_of(path)
+            self._path = path
+            self._stamp = stamp_of(path)
         return self._stamp
 
 
@@ -178,7 +181,7 @@ def stamp_of(path: Path) -> tuple[int, int]:
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # a name with a null byte
-        return (-1, -1)
+        return NO_STAMP
     return (found.st_size, found.st_mtime_ns)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first of them that holds
 COMPRESSIONS = frozenset((".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma"))
 MAX_KINDS = 50
 MAX_EXAMPLES = 3
+KINDS_SHOWN = 12
 MAX_SUFFIX = 12
 
 
@@ -53,26 +53,39 @@ class Ignored:
 
 
 @dataclass
-class IgnoredCounts:
-    """How many files of each kind a source holds that no clip uses, with the names of the first few."""
+class Tally:
+    """How many things there are of each kind, with the names of the first few."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, ignored: Ignored) -> None:
-        """Count one file. Kinds beyond the first `MAX_KINDS` are counted as "other"."""
-        known = ignored.kind in self.counts or len(self.counts) < MAX_KINDS
-        kind = ignored.kind if known else "other"
+    def add(self, kind: str, name: str) -> None:
+        """Count one. Kinds beyond the first `MAX_KINDS` are counted as "other"."""
+        if kind not in self.counts and len(self.counts) >= MAX_KINDS:
+            kind = "other"
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
         if len(examples) < MAX_EXAMPLES:
-            examples.append(ignored.name)
+            examples.append(name)
 
-    def __add__(self, other: IgnoredCounts) -> IgnoredCounts:
+    def __add__(self, other: Tally) -> Tally:
         examples = {kind: list(names) for kind, names in self.examples.items()}
         for kind, names in other.examples.items():
             examples[kind] = (examples.get(kind, []) + names)[:MAX_EXAMPLES]
-        return IgnoredCounts(self.counts + other.counts, examples)
+        return Tally(self.counts + other.counts, examples)
+
+    def __str__(self) -> str:
+        """The most frequent kinds: "2 .part (a.mp4.part, b.mp4.part), 1 .zip (c.zip)"."""
+        most = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        shown = []
+        for kind, count in most[:KINDS_SHOWN]:
+            names = ", ".join(self.examples.get(kind, ()))
+            more = ", ..." if count > MAX_EXAMPLES else ""
+            shown.append(f"{count} {kind} ({names}{more})")
+        if len(most) > KINDS_SHOWN:
+            rest = sum(count for _, count in most[KINDS_SHOWN:])
+            shown.append(f"{rest} of {len(most) - KINDS_SHOWN} other kinds")
+        return ", ".join(shown) or "none"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, sorted by kind."""
@@ -83,14 +96,8 @@ class IgnoredCounts:
         }
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> IgnoredCounts:
+    def from_json(cls, plain: dict[str, Any]) -> Tally:
         return cls(Counter(plain["counts"]), dict(plain["examples"]))
-
-
-def name_list(names: Sequence[str], total: int) -> str:
-    """The first few of `total` names as text."""
-    shown = ", ".join(names[:MAX_EXAMPLES])
-    return f"{shown}, ..." if total > len(names[:MAX_EXAMPLES]) else shown
 
 
 def printable(text: str) -> str:
@@ -124,3 +131,12 @@ def kind_of(name: str) -> str:
     if suffix in COMPRESSIONS and split_name(stem)[1] == ".tar":
         return f".tar{suffix}"
     return printable(suffix)
+
+
+def hint_for_missing(path: Path) -> str:
+    """Where a table names a file without its suffix, which file that may be, as the end of a message."""
+    for suffix in sorted(VIDEO_SUFFIXES):
+        candidate = path.with_name(path.name + suffix) if path.name else path
+        if candidate.is_file():
+            return f"; there is {printable(candidate.name)}: give names of files with their suffix"
+    return ""

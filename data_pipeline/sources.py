@@ -21,11 +21,9 @@ from data_pipeline.source_entries import (
     COMPRESSIONS,
     VIDEO_SUFFIXES,
     Ignored,
-    IgnoredCounts,
     SourceClip,
+    Tally,
     TarFile,
-    name_list,
-    printable,
 )
 from data_pipeline.source_folder import folder_entries
 from data_pipeline.source_tables import TABLE_SUFFIXES, folder_table_entries, table_entries, table_in
@@ -34,7 +32,6 @@ from data_pipeline.source_tars import tar_entries
 ASSETS = Path(__file__).resolve().parent / "assets"
 ARCHIVES = frozenset((".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"))
 MAX_TARS = 1_000_000  # that one pattern may name
-KINDS_SHOWN = 5
 
 Entry = SourceClip | TarFile | Ignored
 
@@ -85,7 +82,7 @@ def _tars(source: str, columns: ColumnsConfig) -> Listing:
     missing = [name for name in names if not os.path.isfile(name)]
     if missing:
         count = f"{len(missing)} of {len(names)} tars do" if len(names) > 1 else "the tar does"
-        raise ConfigError(f"source = {source!r}: {count} not exist: {name_list(missing, len(missing))}")
+        raise ConfigError(f"source = {source!r}: {count} not exist: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
     return Listing(lambda: (TarFile(Path(name)) for name in names), columns)
 
 
@@ -115,22 +112,12 @@ def _check_table(path: Path) -> None:
 
 
 def _check_not_empty(config: ShardsConfig, listing: Listing) -> None:
-    ignored = IgnoredCounts()
+    ignored = Tally()
     for entry in listing.entries():
         if not isinstance(entry, Ignored):
             return
-        ignored.add(entry)
-    held = f"; it holds {describe_ignored(ignored)}" if ignored.counts else ""
+        ignored.add(entry.kind, entry.name)
+    held = f"; it holds {ignored}" if ignored.counts else ""
     raise ConfigError(
         f"source = {config.source!r} holds no videos{held}; known video names end in {' '.join(sorted(VIDEO_SUFFIXES))}"
     )
-
-
-def describe_ignored(ignored: IgnoredCounts) -> str:
-    """The most frequent kinds, with counts and the first names: "2 .part (a.mp4.part, b.mp4.part)"."""
-    most = sorted(ignored.counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{count} {kind} ({name_list(ignored.examples[kind], count)})" for kind, count in most[:KINDS_SHOWN]]
-    if len(most) > KINDS_SHOWN:
-        rest = sum(count for _, count in most[KINDS_SHOWN:])
-        shown.append(f"{rest} of {len(most) - KINDS_SHOWN} other kinds")
-    return printable(", ".join(shown))
