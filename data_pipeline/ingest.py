@@ -146,6 +146,7 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
     if not path.exists():
         raise ShardError(f"nothing is planned in {data} for this source and config; run `landiff shards` first{other_shards(config, data)}")
     plan, raw = Plan(path), data / RAW
+    ignored = state.ignored + read_ignored_members(path)
     shards, rejects, missing = [], [], []
     for line in plan.lines:
         sidecar = sidecar_of(raw, line)  # one at a time: their indices hold every sample
@@ -162,8 +163,9 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
         raise ShardError(f"{raw} lacks {len(missing)} of {len(planned)} shards: {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. "
                          "Run the tasks of `landiff shards` that make them, then finalize again")
     if not sum(shard.samples for shard in shards):
+        unused = f"; ignored: {ignored}" if ignored.counts else ""
         hint = f"; {CAPTIONS}" if all(reject.reason == "empty_caption" for reject in rejects) else ""
-        raise ShardError(f"no clip of {config.source!r} could be used: {tally_rejects(rejects)}{hint}")
+        raise ShardError(f"no clip of {config.source!r} could be used: {tally_rejects(rejects)}{hint}{unused}")
     seen = len(rejects) + sum(shard.samples for shard in shards)
     check_bad(config, count_bad(rejects), seen, tally_rejects(rejects), last=True)
     mark = fingerprint(config.identity(), [shard.sha256 for shard in shards])
@@ -173,9 +175,8 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
         if old.fingerprint == mark:
             columns = old.columns
             rejects += [reject for reject in old.rejects if reject.stage != STAGE]
-    ignored = (state.ignored + read_ignored_members(path)).as_json()
     manifest = Manifest(fingerprint=mark, config=config.recorded(), shards=shards, columns=columns, rejects=rejects,
-                        reject_counts=count_rejects(rejects), ignored_counts=ignored["counts"], ignored_examples=ignored["examples"])
+                        reject_counts=count_rejects(rejects), ignored_counts=dict(sorted(ignored.counts.items())), ignored_examples=dict(sorted(ignored.examples.items())))
     with _explained(data):
         write_manifest(data, manifest)
         _remove_leftovers(data)

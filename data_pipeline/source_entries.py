@@ -75,12 +75,12 @@ class Tally:
         return Tally(self.counts + other.counts, examples)
 
     def __str__(self) -> str:
-        """The most frequent kinds: "2 .part (a.mp4.part, b.mp4.part), 1 .zip (c.zip)"."""
+        """The most frequent kinds: "2 .part (a.mp4.part; b.mp4.part), 1 .zip (c.zip)"."""
         most = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         shown = []
         for kind, count in most[:KINDS_SHOWN]:
-            names = ", ".join(self.examples.get(kind, ()))
-            more = ", ..." if count > MAX_EXAMPLES else ""
+            names = "; ".join(self.examples.get(kind, ()))
+            more = "; ..." if count > MAX_EXAMPLES else ""
             shown.append(f"{count} {kind} ({names}{more})")
         if len(most) > KINDS_SHOWN:
             rest = sum(count for _, count in most[KINDS_SHOWN:])

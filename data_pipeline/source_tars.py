@@ -236,7 +236,9 @@ def _members(file: BinaryIO, length: int) -> Iterator[tarfile.TarInfo]:
         if member.size < 0 or tar.offset <= begin:
             raise tarfile.ReadError(f"byte {begin}: a member of {member.size} bytes")
         yield member
-        if tar.offset > length + tarfile.BLOCKSIZE:
+        whole = member.isreg() and not member.issparse()
+        end = member.offset_data + member.size if whole else tar.offset - tarfile.BLOCKSIZE
+        if end > length:
             raise tarfile.ReadError(f"the file ends within {printable(member.name)[:80]!r}")
 
 
