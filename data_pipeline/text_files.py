@@ -195,7 +195,7 @@ def table_lines(path: Path) -> Iterator[str]:
 
 def _first_bad_byte(path: Path) -> str:
     with open(path, "rb") as file:
-        number, line = 0, b""
+        number = 0
         while data := file.readline(MAX_TEXT_BYTES):
             number += 1
             try:
