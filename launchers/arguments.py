@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from launchers.version import __version__
+
 WALK = """\
 The walk, in order; every step can be run alone, stopped and run again:
 
@@ -58,6 +60,17 @@ trainer; DeepSpeed alone does.) Weights that start a run take vocab_multiple, he
 """
 
 
+COMPLETION = """\
+Print a completion script, once for each shell that you use:
+
+  bash   landiff completion bash > ~/.local/share/bash-completion/completions/landiff
+  zsh    landiff completion zsh  > a file called _landiff in a folder of your $fpath
+  fish   landiff completion fish > ~/.config/fish/completions/landiff.fish
+
+New shells complete commands, options, choices, packaged config names and paths.
+"""
+
+
 SUBMIT = """\
 All other arguments are those of the stage itself:
 
@@ -86,6 +99,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="landiff", description="Pretrain LanDiff text-to-video models, from clips to samples.",
                     epilog=WALK, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-C", dest="workdir", metavar="DIR", help="run as if started in DIR (relative paths in configs are below it)")
+    parser.add_argument("--version", action="version", version=f"landiff {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_data_commands(commands)
     add_train(commands)
@@ -160,7 +174,7 @@ def add_weights_commands(commands: Commands) -> None:
 
 
 def add_results_commands(commands: Commands) -> None:
-    """sample, evaluate, config, quickstart."""
+    """sample, evaluate, config, completion, quickstart."""
     sample = add(commands, "sample", "Prompts -> videos.", config="nano/sample",
                  epilog=OVERRIDES.format(example="seed=7 guidance=6.5"))
     sample.add_argument("prompts", nargs="*", metavar="PROMPT_OR_KEY=VALUE", help="prompts (default: those of the config)")
@@ -169,6 +183,11 @@ def add_results_commands(commands: Commands) -> None:
 
     config = add(commands, "config", "List the packaged configs, or print one.")
     config.add_argument("name", nargs="?", help="packaged name or .yaml file")
+
+    completion = add(
+        commands, "completion", "Print a shell completion script for landiff.", epilog=COMPLETION
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "fish"], help="shell to print it for")
 
     quickstart = add(commands, "quickstart", "The whole walk on the packaged clips, on one CPU. Run it again to continue.")
     quickstart.add_argument("--out", default="runs/quickstart", help="folder of everything it makes (default: runs/quickstart)")

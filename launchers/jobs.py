@@ -244,6 +244,15 @@ def config_job(args: argparse.Namespace) -> int:
     return 0
 
 
+def completion_job(args: argparse.Namespace) -> int:
+    """Prints the completion script of the shell `args.shell`."""
+    from launchers.arguments import build_parser
+    from launchers.completion import completion_script
+
+    print(completion_script(build_parser(), args.shell), end="")
+    return 0
+
+
 def quickstart_job(args: argparse.Namespace) -> int:
     from launchers.pipeline import quickstart
 

@@ -1,0 +1,140 @@
+"""Name, type, default and meaning of config keys, read from the config classes. Torch-free.
+
+The configuration page of the documentation is made from it (docs/hooks/pages.py).
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from configs.base import Config
+
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "integer",
+    float: "number",
+    str: "text",
+    Path: "path",
+    type(None): "null",
+    Any: "any value",
+}
+COMPARISONS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
+
+SectionText = Callable[[type[Config]], str]
+
+
+@dataclass(frozen=True)
+class ConfigKey:
+    """One key of a config class."""
+
+    name: str
+    type: str  # in words, with its limits
+    default: str  # as written in YAML; "required" where there is none
+    meaning: str  # the field's description; "" where it has none
+    sections: tuple[type[Config], ...]  # classes of the sections below the key
+
+
+def config_keys(cls: type[Config], section_text: SectionText | None = None) -> list[ConfigKey]:
+    """The keys of `cls` itself, in order. `section_text` formats the names of section classes."""
+    name_of = section_text or section_name
+    keys = []
+    for name, field in cls.model_fields.items():
+        key = ConfigKey(
+            name=name,
+            type=type_text(field.annotation, field.metadata, name_of),
+            default=default_text(field),
+            meaning=" ".join((field.description or "").split()),
+            sections=tuple(section_classes(field.annotation)),
+        )
+        keys.append(key)
+    return keys
+
+
+def all_sections(roots: Sequence[type[Config]]) -> list[type[Config]]:
+    """Every section class below `roots`, each once, in the order in which they are found."""
+    found: list[type[Config]] = []
+    waiting = list(roots)
+    while waiting:
+        for key in config_keys(waiting.pop(0)):
+            for section in key.sections:
+                if section not in found and section not in roots:
+                    found.append(section)
+                    waiting.append(section)
+    return found
+
+
+def section_name(cls: type[Config]) -> str:
+    """Readable name of a section class: "OptimConfig" -> "Optim"."""
+    return cls.__name__.removesuffix("Config")
+
+
+def section_classes(annotation: Any) -> Iterator[type[Config]]:
+    """Config classes inside a type annotation, those of unions, lists and mappings included."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from section_classes(argument)
+
+
+def type_text(annotation: Any, metadata: Sequence[Any], name_of: SectionText) -> str:
+    """A type in words: "integer > 0", "list of text", the values of a Literal, a section's name.
+
+    `metadata` holds the limits of a number as pydantic stores them.
+    """
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return name_of(annotation)
+    if annotation in WORDS:
+        return f"{WORDS[annotation]} {limits(metadata)}".strip()
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return type_text(arguments[0], arguments[1:], name_of)
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_text(member, metadata, name_of) for member in arguments)
+    if origin is dict:
+        return f"mapping of names to {type_text(arguments[1], (), name_of)}"
+    if origin in (tuple, list):
+        return list_text(arguments, name_of)
+    raise TypeError(f"no words for the type {annotation!r} of a config key")
+
+
+def list_text(members: tuple[Any, ...], name_of: SectionText) -> str:
+    """A list or tuple type in words."""
+    texts = [type_text(member, (), name_of) for member in members if member is not Ellipsis]
+    if Ellipsis in members or len(texts) == 1:
+        return f"list of {texts[0]}"
+    return f"list of {len(texts)}: {', '.join(texts)}"
+
+
+def limits(metadata: Sequence[Any]) -> str:
+    """Bounds of a number in words, e.g. "≥ 0 and ≤ 1"."""
+    found = []
+    for item in metadata:
+        for kind, (attribute, sign) in COMPARISONS.items():
+            if isinstance(item, kind):
+                found.append(f"{sign} {getattr(item, attribute):g}")
+    return " and ".join(found)
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as it would stand in YAML."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Config):
+        return "defaults of the section"
+    if isinstance(value, Path):
+        value = str(value)
+    return f"`{json.dumps(value)}`"

@@ -1,0 +1,3 @@
+"""The version of the project. setup.py, `landiff --version` and exports read it here."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,89 @@
+"""Config keys as the reference page shows them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from configs.base import Config
+from configs.reference import ConfigKey, all_sections, config_keys, section_name
+from launchers.cluster_config import ClusterConfig
+from launchers.snapshot import ROOT
+from launchers.stage_jobs import config_class
+
+STAGES = ["shards", "precompute", "tokenizer", "lm", "diffusion", "sample", "evaluate"]
+
+
+class InnerConfig(Config):
+    kind: Literal["inner"] = "inner"
+    size: PositiveInt = 3
+
+
+class OtherConfig(Config):
+    kind: Literal["other"] = "other"
+    deeper: InnerConfig
+
+
+class OuterConfig(Config):
+    folder: Path = Field(description="where results\n    are written")
+    rate: NonNegativeFloat = 1e-3
+    share: float = Field(default=0.5, ge=0, le=1)
+    limit: PositiveInt | None = None
+    mode: Literal["fast", "exact"] = "fast"
+    words: tuple[str, ...] = ("a", "b")
+    betas: tuple[float, float] = (0.9, 0.95)
+    single: InnerConfig = InnerConfig()
+    either: dict[str, Annotated[InnerConfig | OtherConfig, Field(discriminator="kind")]]
+
+
+@pytest.fixture
+def keys() -> dict[str, ConfigKey]:
+    return {key.name: key for key in config_keys(OuterConfig)}
+
+
+def test_types_and_limits_are_in_words(keys):
+    assert keys["folder"].type == "path"
+    assert keys["rate"].type == "number ≥ 0"
+    assert keys["share"].type == "number ≥ 0 and ≤ 1"
+    assert keys["limit"].type == "integer > 0 or null"
+    assert keys["mode"].type == "`fast` or `exact`"
+    assert keys["words"].type == "list of text"
+    assert keys["betas"].type == "list of 2: number, number"
+    assert keys["single"].type == "Inner"
+    assert keys["either"].type == "mapping of names to Inner or Other"
+
+
+def test_defaults_are_as_in_yaml(keys):
+    assert keys["folder"].default == "required"
+    assert keys["rate"].default == "`0.001`"
+    assert keys["limit"].default == "`null`"
+    assert keys["words"].default == '`["a", "b"]`'
+    assert keys["single"].default == "defaults of the section"
+
+
+def test_the_meaning_is_the_description_on_one_line(keys):
+    assert keys["folder"].meaning == "where results are written"
+    assert keys["rate"].meaning == ""
+
+
+def test_sections_are_found_at_any_depth_and_once():
+    assert all_sections([OuterConfig]) == [InnerConfig, OtherConfig]
+
+
+def test_every_key_of_every_command_has_words():
+    roots = [*map(config_class, STAGES), ClusterConfig]
+    classes = [*roots, *all_sections(roots)]
+    for cls in classes:
+        assert all(key.type for key in config_keys(cls)), cls
+    names = [section_name(cls) for cls in all_sections(roots)]
+    assert len(set(names)) == len(names)
+
+
+def test_reading_the_keys_needs_no_torch():
+    code = "import sys, configs.reference; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

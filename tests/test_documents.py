@@ -1,0 +1,113 @@
+"""Documents in the repository: citations of the specification, links, metadata files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIFICATION = ROOT / "docs" / "specification.md"
+SUFFIXES = {".py", ".yaml", ".md"}
+NOT_SOURCE = {"build", "dist", "runs", "site", "venv"}  # hidden folders are left out as well
+GENERATED = {"configuration.md", "contributing.md", "changelog.md"}  # when the site is built
+
+CITATION = re.compile(r"§+\s?(\d+(?:\.\d+)?)")
+HEADING = re.compile(r"^#{2,3} (\d+(?:\.\d+)?) \S", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def source_files() -> list[Path]:
+    """All source files and documents of the repository."""
+    found = []
+    for path in sorted(ROOT.rglob("*")):
+        folders = path.relative_to(ROOT).parts[:-1]
+        if any(name.startswith(".") or name in NOT_SOURCE for name in folders):
+            continue
+        if path.suffix in SUFFIXES and path.is_file():
+            found.append(path)
+    return found
+
+
+def sections() -> list[str]:
+    """Section numbers of the specification, in order."""
+    return HEADING.findall(SPECIFICATION.read_text(encoding="utf-8"))
+
+
+def unresolved(text: str, known: set[str]) -> list[str]:
+    """Sections that `text` cites and the specification does not have."""
+    return [number for number in CITATION.findall(text) if number not in known]
+
+
+def documents() -> list[Path]:
+    return [path for path in source_files() if path.suffix == ".md"]
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a document's headings."""
+    text = CODE_BLOCK.sub("", path.read_text(encoding="utf-8"))
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        words = re.sub(r"[^\w\s-]", "", heading.lower())
+        found.add(re.sub(r"\s+", "-", words.strip()))
+    return found
+
+
+def test_citations_of_the_specification_resolve():
+    known = set(sections())
+    cited = 0
+    wrong = []
+    for path in source_files():
+        text = path.read_text(encoding="utf-8")
+        cited += len(CITATION.findall(text))
+        for number in unresolved(text, known):
+            wrong.append(f"{path.relative_to(ROOT)}: §{number}")
+    assert not wrong, "not a section of docs/specification.md:\n" + "\n".join(wrong)
+    assert cited > 50
+
+
+def test_an_unknown_section_is_found():
+    known = set(sections())
+    missing = "99" + ".1"
+    assert unresolved(f"see §4.5, §§3 and §{missing}", known) == [missing]
+
+
+def test_every_section_stands_once_and_in_order():
+    numbers = sections()
+    as_tuples = [tuple(int(part) for part in number.split(".")) for number in numbers]
+    assert as_tuples == sorted(set(as_tuples))
+    assert [number for number in numbers if "." not in number] == [str(n) for n in range(10)]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(path):
+    text = CODE_BLOCK.sub("", path.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = path
+        if name:
+            linked = path.parent / name
+        if linked.name in GENERATED:
+            continue
+        assert linked.exists(), f"{path.relative_to(ROOT)} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def test_the_licence_is_apache_2():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License\n" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_citation_names_the_software_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= set(citation)
+    paper = citation["preferred-citation"]
+    assert paper["url"].endswith("2503.04606")
+    assert {"type", "title", "authors"} <= set(paper)
