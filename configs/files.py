@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configs.disk_errors import naming
+
+PRIVATE = 0o600  # permissions of files that may hold secrets: the owner alone reads them
+PUBLIC = 0o666  # before the umask
+
 
 def fsync_dir(folder: Path) -> None:
     """Make renames inside `folder` durable."""
@@ -41,28 +46,36 @@ def remove_dead_twins(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, mode: str = "wb") -> Iterator:
+def atomic_file(path: Path, mode: str = "wb", permissions: int = PUBLIC) -> Iterator:
     """A file that appears under its final name whole, or not at all.
 
-    Raises whatever the body or the disk raises (OSError with ENOSPC on a full one), after the temporary
-    file is gone.
+    It has `permissions` from its creation on (less the umask). Raises whatever the body or the disk
+    raises, after the temporary file is gone; an OSError names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    try:
-        with open(temporary, mode, encoding="utf-8" if "b" not in mode else None) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary.unlink(missing_ok=True)  # of a dead process with this number, with its permissions
+
+    def create(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_EXCL, permissions)
+
+    with naming(path, temporary):
+        try:
+            encoding = None if "b" in mode else "utf-8"
+            with open(temporary, mode, encoding=encoding, opener=create) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     fsync_dir(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    with atomic_file(path, "w") as file:
+def write_text(path: Path, text: str, permissions: int = PUBLIC) -> None:
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path, "w", permissions) as file:
         file.write(text)
 
 

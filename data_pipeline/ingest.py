@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from configs.base import ConfigError
+from configs.documents import read_yaml
 from configs.files import fsync_dir, temporary_name
 from data_pipeline.filters import Filters
 from data_pipeline.ingest_config import ShardsConfig
@@ -193,7 +194,7 @@ def other_shards(config: ShardsConfig, data: Path) -> str:
     path = raw / CONFIG_FILE
     if not path.exists():
         return ""
-    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), json.loads(json.dumps(config.recorded()))
+    old, new = read_yaml(path), json.loads(json.dumps(config.recorded()))
     differing = [f"{key} = {new.get(key)!r} (there: {old[key]!r})" for key in old if new.get(key) != old[key]]
     why = f"with another config: {'; '.join(differing)}" if differing else "from other videos or captions than the source holds now"
     return f". It holds {finished} finished shards that were made {why}"
@@ -222,7 +223,8 @@ def _claim(config: ShardsConfig, raw: Path) -> None:
             temporary.unlink(missing_ok=True)
         fsync_dir(raw)
     # as plain values: a config of another version may not fit today's class
-    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), json.loads(json.dumps(config.identity()))
+    old = read_yaml(path, advice=f"delete {raw.parent} to begin anew")
+    new = json.loads(json.dumps(config.identity()))
     differing = [f"{key} = {new.get(key)!r} (there: {old.get(key)!r})" for key in _compared(config, old, new) if new.get(key) != old.get(key)]
     if differing:
         raise ConfigError(f"{raw} was made with another config: {'; '.join(differing)}. Use the old values, or another output folder; "

@@ -18,11 +18,12 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from configs.base import ConfigError
+from configs.documents import MAX_INDEX_BYTES
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
+from configs.loader import read_json_as
 from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
 
 HEAD = 8 << 10
-MAX_DOCUMENT = 1 << 30  # bytes of a manifest or sidecar: a manifest of 10^5 shards and ten columns has a tenth
 INDEX, INDEX_END = b',"index":[', b"]}"  # how the last field of a sidecar begins and ends
 
 
@@ -125,17 +126,14 @@ def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
     """
     path = sidecar_path(tar)
     try:
-        with open(path, "rb") as file:
-            _check_document(path, os.fstat(file.fileno()).st_size)
-            if not index:
-                with suppress(ValidationError):  # of another order of fields, or damaged
-                    return Sidecar.model_validate_json(_before_index(file))
-                file.seek(0)
-            sidecar = Sidecar.model_validate_json(file.read())
+        if not index:
+            with open(path, "rb") as file, suppress(ValidationError):  # of another order of fields
+                return Sidecar.model_validate_json(_before_index(file))
+        sidecar = read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES)
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        raise ShardError(f"{path} is not a shard sidecar: {first_problem(error)}; delete it and run the command again") from None
+    except ConfigError as error:
+        raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
     _check_places(path, sidecar)
     return sidecar
 
@@ -167,34 +165,14 @@ def read_manifest(data: Path) -> Manifest:
     """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
-        return Manifest.model_validate_json(read_document(path))
+        return read_json_as(Manifest, path, limit=MAX_INDEX_BYTES)
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
-    except ValidationError as error:
+    except ConfigError as error:
         raise ShardError(
-            f"{path} is not a manifest of format 1: {first_problem(error)}. Delete it, then run `landiff shards finalize` and "
+            f"{path} is not a manifest of format 1: {error}. Delete it, then run `landiff shards finalize` and "
             "`landiff precompute finalize` with the configs that made the data: they write it anew from the finished shards"
         ) from None
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first thing that is wrong with a document, on one line, and how many there are."""
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
-    where = ".".join(map(str, problems[0]["loc"]))
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}{': ' if where else ''}{problems[0]['msg']}{more}"
-
-
-def read_document(path: Path) -> bytes:
-    """The bytes of a manifest or sidecar. Raises ShardError where it is larger than any can be."""
-    with open(path, "rb") as file:
-        _check_document(path, os.fstat(file.fileno()).st_size)
-        return file.read()
-
-
-def _check_document(path: Path, size: int) -> None:
-    if size > MAX_DOCUMENT:
-        raise ShardError(f"{path} has {size} bytes, more than a manifest or sidecar can have ({MAX_DOCUMENT}); it is damaged")
 
 
 def read_part(data: Path, manifest: Manifest, key: str, part: str, folder: str = RAW) -> bytes:

@@ -21,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from configs.base import Config, ConfigError
 from configs.files import write_text
+from configs.loader import read_json_as
 from data_pipeline.locks import locked
 from data_pipeline.schema import FORMAT_VERSION, MANIFEST, Column, Manifest, ShardEntry, Sidecar, fingerprint
 from data_pipeline.shards import (
@@ -94,10 +93,10 @@ class ColumnFolder:
     def card(self) -> ColumnCard | None:
         path = self.folder / CARD
         try:
-            return ColumnCard.model_validate_json(path.read_text(encoding="utf-8"))
+            return read_json_as(ColumnCard, path)
         except FileNotFoundError:
             return None
-        except (ValidationError, UnicodeDecodeError) as error:
+        except ConfigError as error:
             raise ShardError(f"{path} does not say what made this column: {error}; delete the folder and run again") from None
 
     def claim(self, card: ColumnCard, *, redo: bool) -> None:
@@ -149,8 +148,8 @@ class ColumnFolder:
     def failure(self, name: str) -> Failure | None:
         """Why the last task gave up unit `name`, if it did."""
         try:
-            return Failure.model_validate_json(self._failure(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+            return read_json_as(Failure, self._failure(name))
+        except (FileNotFoundError, ConfigError):
             return None
 
     def in_work(self) -> tuple[set[str], set[str]]:

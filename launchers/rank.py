@@ -17,6 +17,7 @@ from pathlib import Path
 
 from configs.base import ConfigError
 from configs.files import write_text
+from configs.secrets import redact
 from launchers.slurm_script import JOB_FOLDER, LOGS
 from training.errors import CheckpointError, error_path, write_error
 
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> None:
     except (ConfigError, CheckpointError) as error:
         write_error_once(run, rank, error)
         if log != "--shared-log":
-            print(f"{module}: {error}", file=sys.stderr, flush=True)
+            print(redact(f"{module}: {error}"), file=sys.stderr, flush=True)
         if isinstance(error, CheckpointError):
             sys.exit(1)
         mark_config_error(run, task, str(error))
@@ -71,7 +72,8 @@ def write_error_once(run: Path, rank: int, error: BaseException) -> None:
 def mark_config_error(run: Path, task: str | None, text: str) -> None:
     """For the batch script, where there is one."""
     if (run / JOB_FOLDER).is_dir():
-        write_text(run / JOB_FOLDER / (CONFIG_ERROR + (f".{task}" if task else "")), text + "\n")
+        name = CONFIG_ERROR + (f".{task}" if task else "")
+        write_text(run / JOB_FOLDER / name, redact(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import Config, ConfigError, validate
+from configs.documents import read_json, read_text
 from configs.files import (
     commit_dir,
     fsync_dir,
@@ -28,13 +28,21 @@ from configs.files import (
     temporary_name,
     write_text,
 )
+from configs.loader import read_json_as
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
-from model_zoo.convert.lazy import LazyTensors, Progress, read_safetensors, write_safetensors
+from model_zoo.convert.lazy import (
+    LazyTensors,
+    Progress,
+    load_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
 
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
 # kind -> config class. "transformer" is the main diffusion transformer alone; "diffusion" holds the main
 # transformer, the control branch and the semantic condition.
+MAX_NAME_BYTES = 1 << 10
 KINDS: dict[str, type[Config]] = {
     "tokenizer": TokenizerConfig,
     "lm": LMConfig,
@@ -45,6 +53,15 @@ KINDS: dict[str, type[Config]] = {
 
 class ZooError(ConfigError):
     """A zoo reference that leads nowhere, or an entry of the wrong kind."""
+
+
+class EntryCard(Config):
+    """config.json of an entry."""
+
+    kind: str
+    name: str
+    fingerprint: str
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,13 +79,13 @@ class ZooEntry:
     @property
     def provenance(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / PROVENANCE).read_text())
-        except (OSError, ValueError) as error:
+            return read_json(self.path / PROVENANCE)
+        except (OSError, ConfigError) as error:
             raise ZooError(f"{self.path} is damaged: {PROVENANCE} cannot be read ({error})") from None
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors, under the names of our own modules."""
-        return load_file(self.path / WEIGHTS, device=str(device))
+        return load_safetensors(self.path / WEIGHTS, str(device))
 
     def lazy(self) -> LazyTensors:
         """The same, read when asked for."""
@@ -152,12 +169,11 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
 
 def read_entry(path: Path) -> ZooEntry:
     try:
-        data = json.loads((path / "config.json").read_text())
-        kind = data["kind"]
-        config = validate(KINDS[kind], data["config"], str(path / "config.json"))
-        return ZooEntry(path=path, name=data["name"], kind=kind, fingerprint=data["fingerprint"], config=config)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        card = read_json_as(EntryCard, path / "config.json")
+        config = validate(KINDS[card.kind], card.config, str(path / "config.json"))
+    except (OSError, KeyError, ConfigError) as error:
         raise ZooError(f"{path} is not a zoo entry: {error}") from None
+    return ZooEntry(path, card.name, card.kind, card.fingerprint, config)
 
 
 def entry_folders(zoo: Path) -> list[Path]:
@@ -184,7 +200,7 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
         marks = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not prefix:
             try:
-                prefix = (folder / "newest").read_text().strip()
+                prefix = read_text(folder / "newest", MAX_NAME_BYTES).strip()
             except FileNotFoundError:
                 raise ZooError(f"{folder} holds no committed entry; export again") from None
         found = [m for m in marks if m.startswith(prefix)]

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.base import Config, ConfigError
+from configs.documents import read_yaml
 from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
-from configs.loader import dump
+from configs.loader import read_json_as, write_config
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import BatchSource, Engine, TrainState
@@ -215,9 +215,9 @@ class CheckpointStore:
         paths, problem = [], ""
         if self.world.rank == 0:
             try:
-                listed = FileList.model_validate_json((folder / FILES).read_bytes())
+                listed = read_json_as(FileList, folder / FILES)
                 paths = [entry.model_dump() for entry in listed.files]
-            except (OSError, ValidationError) as error:
+            except (OSError, ConfigError) as error:
                 problem = f"{FILES}: {_explain(error)}"
         problem, paths = self.world.broadcast([problem, paths])
         if problem:
@@ -228,11 +228,14 @@ class CheckpointStore:
 
     def _check(self, folder: Path) -> CheckpointState:
         """state.json of a whole checkpoint that fits this run. Raises ConfigError with the keys that don't."""
-        document = CheckpointState.model_validate_json((folder / STATE).read_bytes())
+        advice = (
+            f"bring the file back, or remove {folder} so that training resumes from the checkpoint before it"
+        )
+        document = read_json_as(CheckpointState, folder / STATE, advice=advice)
         kind = type(self.config).__name__
         if document.kind != kind:
             raise ConfigError(f"{folder} was written by {document.kind}, this run is a {kind}; choose another run folder (run=...)")
-        stored = _flat(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        stored = _flat(read_yaml(folder / CONFIG, advice=advice))
         current = _flat(self.config.model_dump(mode="json"))
         changed = [
             f"{key} = {current.get(key)!r} (checkpoint: {stored.get(key)!r})"
@@ -266,7 +269,7 @@ def describe(folder: Path, path: str) -> FileEntry:
 def seal(folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]) -> None:
     """Add our own documents to an engine's files, which `entries` describe; the list of files last."""
     write_text(folder / STATE, document.model_dump_json(indent=1))
-    write_text(folder / CONFIG, dump(config))
+    write_config(folder / CONFIG, config)
     own = [describe(folder, name) for name in (STATE, CONFIG)]
     write_text(folder / FILES, FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(indent=1))
 
@@ -290,8 +293,8 @@ def latest_whole(folder: Path) -> Path | None:
     for step in reversed(committed_steps(folder)):
         path = step_folder(folder, step)
         try:
-            listed = FileList.model_validate_json((path / FILES).read_bytes())
-        except (OSError, ValidationError):
+            listed = read_json_as(FileList, path / FILES)
+        except (OSError, ConfigError):
             continue
         if not any(difference(path, entry) for entry in listed.files):
             return path
