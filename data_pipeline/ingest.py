@@ -196,7 +196,9 @@ def other_shards(config: ShardsConfig, data: Path) -> str:
         return ""
     old, new = read_yaml(path), json.loads(json.dumps(config.recorded()))
     differing = [f"{key} = {new.get(key)!r} (there: {old[key]!r})" for key in old if new.get(key) != old[key]]
-    why = f"with another config: {'; '.join(differing)}" if differing else "from other videos or captions than the source holds now"
+    why = "from other videos or captions than the source holds now, or by an earlier version"
+    if differing:
+        why = f"with another config: {'; '.join(differing)}"
     return f". It holds {finished} finished shards that were made {why}"
 
 

@@ -29,7 +29,7 @@ class DecoderJobConfig(Config):
 
 
 class ColumnsConfig(Config):
-    """Names of the columns of a CSV or the keys of a JSONL."""
+    """Names of the columns of a CSV or the keys of a JSONL. `caption` is also the key in JSON caption files."""
 
     file: str = "file"
     caption: str = "caption"
@@ -94,10 +94,10 @@ class QuarantineConfig(Config):
 class ShardsConfig(Config):
     """Which videos become which clips.
 
-    `source` is "packaged" (the clips that come with the project), a folder (its captions.jsonl or
-    captions.csv, else every video with a caption in the .txt beside it), a .csv or .jsonl with captions and
-    spans, or WebDataset tars of clips (a .tar, a folder of them, or names with {000000..000123}). In JSON a
-    caption may be a list of captions; all of them stay with the clip.
+    `source` is "packaged" (the clips that come with the project), a folder (its captions.jsonl, captions.csv
+    or captions.tsv, else every video with a caption in the .txt beside it), a .csv, .tsv or .jsonl with
+    captions and spans, or WebDataset tars of clips (a .tar, a folder of them, or names with
+    {000000..000123}). A caption may be a list of captions; all of them stay with the clip.
 
     All clips have num_frames, height and width; or each has the nearest of `buckets` that it fits.
     """
