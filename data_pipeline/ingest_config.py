@@ -37,6 +37,11 @@ class ColumnsConfig(Config):
     end_s: str = "end_s"  # optional in the file
     timestamp: str = "timestamp"  # optional in the file: a list of [start, end], one for each caption of a list
 
+    def recorded(self) -> dict[str, str]:
+        """The names, those of columns that came later only where they are set, so that older data stays what it is."""
+        is_set = self.timestamp != type(self).model_fields["timestamp"].default
+        return self.model_dump(exclude=set() if is_set else {"timestamp"})
+
 
 class EncodingConfig(Config):
     """x264 settings of the clips in the shards."""
@@ -156,8 +161,10 @@ class ShardsConfig(Config):
         return {"buckets": [], "shots": None, "filters": FiltersConfig().model_dump(mode="json"), "max_caption": fields["max_caption"].default}
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all but how the work was done."""
-        return self.model_dump(mode="json", exclude=NO_CONTENT)
+        """What the manifest keeps: all but how the work was done, and later keys only where they are set."""
+        plain = self.model_dump(mode="json", exclude=NO_CONTENT)
+        plain["columns"] = self.columns.recorded()
+        return plain
 
 
 NO_CONTENT = {"job", "quarantine", "max_bad_fraction"}

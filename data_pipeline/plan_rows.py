@@ -35,7 +35,6 @@ TARS_VERSION = 2  # of what is read from a tar: 2 splits names at the last dot
 NO_STAMP = (-1, -1)  # of a file that isn't there
 VIDEOS_PER_CHUNK = 128  # on average; what a task that is killed has to look at again
 ROWS_PER_VIDEO = 16  # of a chunk, at most
-MARKED_COLUMNS = {"file", "caption", "start_s", "end_s"}  # always part of the mark; later ones where they are set
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +144,7 @@ def write_rows(config: ShardsConfig, listing: Listing, plan: Path) -> Path:
 
 def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, members: Tally) -> SourceState:
     """The state of a source. Where `file` is given, the rows go to it, and `members` counts what tars hold besides."""
-    marked = config.columns.model_dump(exclude_defaults=True) | config.columns.model_dump(include=MARKED_COLUMNS)
-    digest = hashlib.sha256(fingerprint(LOOKS_VERSION, config.identity(), marked).encode())
+    digest = hashlib.sha256(fingerprint(LOOKS_VERSION, config.identity(), config.columns.recorded()).encode())
     ignored, stamps = Tally(), _Stamps()
     for entry in listing.entries():
         if isinstance(entry, Ignored):

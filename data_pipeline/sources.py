@@ -66,12 +66,14 @@ def list_source(config: ShardsConfig) -> Listing:
         raise ConfigError(f"source: {str(path)!r} is compressed; videos gain nothing by it, unpack it to a folder or a plain .tar")
     if not os.path.lexists(path):
         raise ConfigError(f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, or \"packaged\"")
-    if not path.is_dir():
+    if path.is_dir():
+        table = _table_in(path)
+        listing = _folder(path, table, columns)
+    else:
+        table = path
         _check_table(path)
         listing = Listing(lambda: table_entries(path, columns), columns)
-    else:
-        listing = _folder(path, columns)
-    _check_not_empty(config, listing)
+    _check_not_empty(config, listing, table)
     return listing
 
 
@@ -86,11 +88,14 @@ def _tars(source: str, columns: ColumnsConfig) -> Listing:
     return Listing(lambda: (TarFile(Path(name)) for name in names), columns)
 
 
-def _folder(folder: Path, columns: ColumnsConfig) -> Listing:
+def _table_in(folder: Path) -> Path | None:
     try:
-        table = table_in(folder)
+        return table_in(folder)
     except OSError as error:
         raise ConfigError(f"source = {os.fspath(folder)!r} cannot be read: {error.strerror}") from None
+
+
+def _folder(folder: Path, table: Path | None, columns: ColumnsConfig) -> Listing:
     if table is not None:
         return Listing(lambda: folder_table_entries(folder, table, columns), columns)
     return Listing(lambda: folder_entries(folder, columns), columns)
@@ -111,13 +116,16 @@ def _check_table(path: Path) -> None:
     )
 
 
-def _check_not_empty(config: ShardsConfig, listing: Listing) -> None:
+def _check_not_empty(config: ShardsConfig, listing: Listing, table: Path | None) -> None:
+    """Raise ConfigError where a source has no clip, not even one that failed."""
     ignored = Tally()
     for entry in listing.entries():
         if not isinstance(entry, Ignored):
             return
         ignored.add(entry.kind, entry.name)
     held = f"; it holds {ignored}" if ignored.counts else ""
+    if table is not None:
+        held = f": {table} has no rows{held}"
     raise ConfigError(
         f"source = {config.source!r} holds no videos{held}; known video names end in {' '.join(sorted(VIDEO_SUFFIXES))}"
     )
