@@ -177,7 +177,8 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
             columns = old.columns
             rejects += [reject for reject in old.rejects if reject.stage != STAGE]
     manifest = Manifest(fingerprint=mark, config=config.recorded(), shards=shards, columns=columns, rejects=rejects,
-                        reject_counts=count_rejects(rejects), ignored_counts=dict(sorted(ignored.counts.items())), ignored_examples=dict(sorted(ignored.examples.items())))
+                        reject_counts=count_rejects(rejects), ignored_counts=dict(sorted(ignored.counts.items())),
+                        ignored_examples=dict(sorted(ignored.examples.items())))
     with _explained(data):
         write_manifest(data, manifest)
         _remove_leftovers(data)

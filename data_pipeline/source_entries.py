@@ -11,10 +11,28 @@ from typing import Any
 
 from data_pipeline.video import Failure, VideoFile
 
-VIDEO_SUFFIXES = frozenset((
-    ".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-    ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m",
-))
+VIDEO_SUFFIXES = frozenset(
+    (
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".gif",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".wmv",
+        ".y4m",
+    )
+)
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first of them that holds a caption is used
 COMPRESSIONS = frozenset((".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma"))
 MAX_KINDS = 50
@@ -115,7 +133,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def is_apple_double(name: str) -> bool:
-    """Whether a path is one of the `._` files in which macOS keeps the attributes of other files."""
+    """Whether a path is one of the `._` files in which macOS keeps attributes of other files."""
     return name.rpartition("/")[2].startswith("._")
 
 
@@ -134,9 +152,9 @@ def kind_of(name: str) -> str:
 
 
 def hint_for_missing(path: Path) -> str:
-    """Where a table names a file without its suffix, which file that may be, as the end of a message."""
+    """The end of a message: which file a name without suffix may mean, "" where there is none."""
     for suffix in sorted(VIDEO_SUFFIXES):
         candidate = path.with_name(path.name + suffix) if path.name else path
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # False also for a name that is too long
             return f"; there is {printable(candidate.name)}: give names of files with their suffix"
     return ""

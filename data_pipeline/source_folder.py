@@ -72,7 +72,8 @@ class FolderFile:
 def walk(root: Path) -> Iterator[FolderFile | SourceClip | Ignored]:
     """All files below a folder, in the order of their whole paths.
 
-    A folder that cannot be read is a SourceClip that has failed, a link that is not followed is Ignored.
+    A folder that cannot be read is a SourceClip that has failed, a link that is not followed is
+    Ignored.
     Raises OSError where `root` itself cannot be read.
     """
     followed = {os.path.realpath(root)}
@@ -109,7 +110,7 @@ def _read_folder(path: str, prefix: str) -> Folder:
             name = entry.name
             if entry.is_symlink():
                 name = _add_link(folder, entry)
-            # a folder's name counts with its slash: so "a-b/x" comes before "a/x", as among whole paths
+            # with its slash, "a-b/x" comes before "a/x", as among whole paths
             elif entry.is_dir(follow_symlinks=False):
                 name += "/"
             elif not entry.is_file(follow_symlinks=False):
@@ -153,7 +154,7 @@ def _link_problem(folder: Folder, path: str, followed: set[str]) -> str:
 
 
 def folder_entries(root: Path, columns: ColumnsConfig) -> Iterator[SourceClip | TarFile | Ignored]:
-    """What is below a folder without a table: videos with the captions beside them, and tars of clips."""
+    """What is below a folder without a table: videos with captions beside them, and tars."""
     for found in walk(root):
         if isinstance(found, FolderFile):
             yield from _file_entries(found, columns)
@@ -161,7 +162,9 @@ def folder_entries(root: Path, columns: ColumnsConfig) -> Iterator[SourceClip | 
             yield found
 
 
-def _file_entries(file: FolderFile, columns: ColumnsConfig) -> Iterator[SourceClip | TarFile | Ignored]:
+def _file_entries(
+    file: FolderFile, columns: ColumnsConfig
+) -> Iterator[SourceClip | TarFile | Ignored]:
     stem, suffix = split_name(file.name)
     clip_or_tar = (suffix in VIDEO_SUFFIXES or suffix == ".tar") and not is_apple_double(file.name)
     if clip_or_tar and file.problem:
@@ -204,8 +207,11 @@ def _video(file: FolderFile, stem: str, columns: ColumnsConfig) -> Iterator[Sour
     except TextError as error:
         failure = error.failure
     yield SourceClip(
-        name=printable(file.relative), video=VideoFile(Path(file.path)), caption=captions[0],
-        failure=failure, more_captions=tuple(captions[1:]),
+        name=printable(file.relative),
+        video=VideoFile(Path(file.path)),
+        caption=captions[0],
+        failure=failure,
+        more_captions=tuple(captions[1:]),
     )
     if used:
         unused += [name for name in files if printable(name) != used]

@@ -46,15 +46,19 @@ def _count(config: ShardsConfig, summary: SourceSummary, entry: SourceClip | Ign
         return
     failure = unusable(config, entry)
     if failure:
-        summary.rejected.add(failure.reason, f"{entry.name}: {failure.detail}" if failure.detail else entry.name)
+        summary.rejected.add(
+            failure.reason, f"{entry.name}: {failure.detail}" if failure.detail else entry.name
+        )
     elif stamp_of(entry.video.path) == NO_STAMP:
-        summary.rejected.add("unreadable_file", f"{entry.name}: no such file{hint_for_missing(entry.video.path)}")
+        summary.rejected.add(
+            "unreadable_file", f"{entry.name}: no such file{hint_for_missing(entry.video.path)}"
+        )
     else:
         summary.clips += 1
 
 
 def result_lines(rejected: Tally, ignored: Tally) -> list[str]:
-    """What was not used, one line for rejected clips and one for ignored files; no line where there are none."""
+    """What was not used: a line for rejected clips and one for ignored files, where there are any."""
     lines = []
     if rejected.counts:
         lines.append(f"rejected: {rejected}")
@@ -66,4 +70,7 @@ def result_lines(rejected: Tally, ignored: Tally) -> list[str]:
 def manifest_lines(manifest: Manifest) -> list[str]:
     """`result_lines` of a manifest, without what columns rejected."""
     rejected = tally_rejects(reject for reject in manifest.rejects if reject.stage == STAGE)
-    return result_lines(rejected, Tally.from_json({"counts": manifest.ignored_counts, "examples": manifest.ignored_examples}))
+    return result_lines(
+        rejected,
+        Tally.from_json({"counts": manifest.ignored_counts, "examples": manifest.ignored_examples}),
+    )

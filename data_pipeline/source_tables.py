@@ -1,7 +1,7 @@
 """Lists tables of captions: CSV (with commas, tabs or semicolons) and JSONL.
 
-A table whose structure is damaged is a ConfigError that names the line: nothing after the damage can be
-trusted. A row that cannot be used is a clip that is rejected.
+A table whose structure is damaged is a ConfigError that names the line: nothing after the damage can
+be trusted. A row that cannot be used is a clip that is rejected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ import numpy as np
 
 from configs.base import ConfigError
 from data_pipeline.ingest_config import ColumnsConfig
-from data_pipeline.source_entries import VIDEO_SUFFIXES, Ignored, SourceClip, kind_of, printable, split_name
+from data_pipeline.source_entries import (
+    VIDEO_SUFFIXES,
+    Ignored,
+    SourceClip,
+    kind_of,
+    printable,
+    split_name,
+)
 from data_pipeline.source_folder import FolderFile, walk
 from data_pipeline.text_files import (
     MAX_TEXT_BYTES,
@@ -56,8 +63,9 @@ def table_in(folder: Path) -> Path | None:
 
 
 def table_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
-    """The clips of a table. Rows of the same span that follow each other are one clip with several captions.
+    """The clips of a table.
 
+    Rows of the same span that follow each other are one clip with several captions.
     Raises ConfigError with the line.
     """
     rows = _jsonl_rows(path) if path.suffix.lower() == ".jsonl" else _csv_rows(path, columns)
@@ -67,7 +75,9 @@ def table_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
             if last is None:
                 last = clip
             elif _is_same_span(last, clip):
-                last = replace(last, more_captions=(*last.more_captions, clip.caption, *clip.more_captions))
+                last = replace(
+                    last, more_captions=(*last.more_captions, clip.caption, *clip.more_captions)
+                )
             else:
                 yield last
                 last = clip
@@ -75,8 +85,13 @@ def table_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
         yield last
 
 
-def folder_table_entries(folder: Path, table: Path, columns: ColumnsConfig) -> Iterator[SourceClip | Ignored]:
-    """The clips of the table of a folder, then the files of the folder that the table does not name."""
+def folder_table_entries(
+    folder: Path, table: Path, columns: ColumnsConfig
+) -> Iterator[SourceClip | Ignored]:
+    """The clips of the table of a folder, then the files that the table does not name.
+
+    8 bytes for each row are kept in memory.
+    """
     listed = array("q")
     for clip in table_entries(table, columns):
         listed.append(hash(os.path.normpath(clip.video.path)))
@@ -109,7 +124,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
         try:
             row = parse_object(text)
         except ValueError as error:
-            cut = "" if text.endswith(("\n", "\r")) else "; the file ends within this line, so it may be cut off"
+            cut = (
+                ""
+                if text.endswith(("\n", "\r"))
+                else "; the file ends within this line, so it may be cut off"
+            )
             raise ConfigError(f"{path}, line {number} {error}{cut}") from None
         yield number, row
 
@@ -132,7 +151,9 @@ def _csv_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[int, Row]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise ConfigError(f"{path}, line {line}: {_csv_problem(error, reader.line_num - line)}") from None
+            raise ConfigError(
+                f"{path}, line {line}: {_csv_problem(error, reader.line_num - line)}"
+            ) from None
         if not fields:
             continue
         if names is None:
@@ -144,8 +165,10 @@ def _csv_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[int, Row]]:
 
 
 def _delimiter(header: str, columns: ColumnsConfig) -> str:
-    """The delimiter under which the header has both columns, else the one that gives the most columns."""
-    found = {one: [name.strip().strip('"') for name in header.strip().split(one)] for one in DELIMITERS}
+    """The delimiter under which the header has both columns, else that of the most columns."""
+    found = {
+        one: [name.strip().strip('"') for name in header.strip().split(one)] for one in DELIMITERS
+    }
     for one, names in found.items():
         if columns.file in names and columns.caption in names:
             return one
@@ -155,23 +178,27 @@ def _delimiter(header: str, columns: ColumnsConfig) -> str:
 def _check_header(path: Path, names: list[str]) -> None:
     for name in names:
         if name and names.count(name) > 1:
-            raise ConfigError(f"{path}, line 1: column {name!r} occurs twice; give each column its own name")
+            raise ConfigError(
+                f"{path}, line 1: column {name!r} occurs twice; give each column its own name"
+            )
 
 
-def _check_fields(path: Path, line: int, names: list[str], fields: list[str], delimiter: str) -> None:
+def _check_fields(
+    path: Path, line: int, names: list[str], fields: list[str], delimiter: str
+) -> None:
     """Raise ConfigError where a row does not have the fields that the header names."""
     while len(fields) > len(names) and not fields[-1].strip():
         fields.pop()
     if len(fields) != len(names):
         raise ConfigError(
-            f"{path}, line {line} has {len(fields)} fields, the header names {len(names)} columns; a text that "
-            f"holds {delimiter!r} must stand in double quotes"
+            f"{path}, line {line} has {len(fields)} fields, the header names {len(names)} columns; "
+            f"a text that holds {delimiter!r} must stand in double quotes"
         )
     for field in fields:
         if ("\n" in field or "\r" in field) and _holds_rows(field, delimiter):
             raise ConfigError(
-                f"{path}, line {line}: a quoted text spans lines that are rows of their own; close its double "
-                "quote, or write a double quote within a text twice"
+                f"{path}, line {line}: a quoted text spans lines that are rows of their own; close its "
+                "double quote, or write a double quote within a text twice"
             )
 
 
@@ -186,12 +213,19 @@ def _holds_rows(field: str, delimiter: str) -> bool:
 
 def _csv_problem(error: csv.Error, lines_after: int) -> str:
     if "unexpected end of data" in str(error):
-        return f"a double quote is opened here and never closed (the file ends {lines_after} lines later)"
+        after = f"the file ends {lines_after} lines later"
+        return f"a double quote is opened here and never closed ({after})"
     if "field larger than" in str(error):
-        return f"a text has more than {MAX_TEXT_BYTES} characters; perhaps a double quote is opened here and never closed"
+        return (
+            f"a text has more than {MAX_TEXT_BYTES} characters; perhaps a double quote is opened here "
+            "and never closed"
+        )
     if "expected after" in str(error):
         within = f" (found {lines_after} lines later)" if lines_after > 0 else ""
-        return f"a closing double quote is followed by text{within}; write a double quote within a text twice"
+        return (
+            f"a closing double quote is followed by text{within}; write a double quote within a text "
+            "twice"
+        )
     return f"not a CSV that can be read: {error}"
 
 
@@ -203,34 +237,61 @@ def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterat
     for key, column in (("file", columns.file), ("caption", columns.caption)):
         if column not in row:
             names = ", ".join(map(repr, list(row)[:MAX_NAMES]))
-            raise ConfigError(f"{path}, line {line}: no column {column!r}, there are {names}; name it with columns.{key}=...")
+            raise ConfigError(
+                f"{path}, line {line}: no column {column!r}, there are {names}; "
+                f"name it with columns.{key}=..."
+            )
     file = row[columns.file]
     if not isinstance(file, str) or not file.strip():
         detail = f"line {line}: {describe(file)} is not the name of a file"
-        yield _failed(path, f"{path.name}:{line}", VideoFile(path.parent), line, Failure("no_file_name", detail))
+        yield _failed(
+            path,
+            f"{path.name}:{line}",
+            VideoFile(path.parent),
+            line,
+            Failure("no_file_name", detail),
+        )
         return
     video = VideoFile(path.parent / file)
     times = _time_stamps(path, line, row, columns)
     try:
         captions = captions_of(row[columns.caption])
     except TextError as error:
-        yield _failed(path, file, video, line, Failure(error.failure.reason, f"line {line}: {error.failure.detail}"))
+        yield _failed(
+            path,
+            file,
+            video,
+            line,
+            Failure(error.failure.reason, f"line {line}: {error.failure.detail}"),
+        )
         return
     if times is None:
         start_s = _seconds(row.get(columns.start_s), columns.start_s, 0.0, path, line)
         end_s = _seconds(row.get(columns.end_s), columns.end_s, math.inf, path, line)
         yield SourceClip(
-            name=printable(file), video=video, caption=captions[0], start_s=start_s, end_s=end_s,
-            more_captions=tuple(captions[1:]), line=line,
+            name=printable(file),
+            video=video,
+            caption=captions[0],
+            start_s=start_s,
+            end_s=end_s,
+            more_captions=tuple(captions[1:]),
+            line=line,
         )
         return
     if len(times) != len(captions):
         raise ConfigError(
-            f"{path}, line {line}: {columns.timestamp} has {len(times)} spans, {columns.caption} {len(captions)} "
-            "captions; each span needs one"
+            f"{path}, line {line}: {columns.timestamp} has {len(times)} spans, "
+            f"{columns.caption} {len(captions)} captions; each span needs one"
         )
     for (start_s, end_s), caption in zip(times, captions, strict=True):
-        yield SourceClip(name=printable(file), video=video, caption=caption, start_s=start_s, end_s=end_s, line=line)
+        yield SourceClip(
+            name=printable(file),
+            video=video,
+            caption=caption,
+            start_s=start_s,
+            end_s=end_s,
+            line=line,
+        )
 
 
 def _failed(path: Path, name: str, video: VideoFile, line: int, failure: Failure) -> SourceClip:
@@ -247,8 +308,10 @@ def _is_same_span(one: SourceClip, other: SourceClip) -> bool:
     return len(captions) <= MAX_CAPTIONS and len(set(captions)) == len(captions)
 
 
-def _time_stamps(path: Path, line: int, row: Row, columns: ColumnsConfig) -> list[tuple[float, float]] | None:
-    """The spans of a row that has a list of [start, end], as the tables of Panda-70M have; else None."""
+def _time_stamps(
+    path: Path, line: int, row: Row, columns: ColumnsConfig
+) -> list[tuple[float, float]] | None:
+    """The spans of a row that has a list of [start, end], as in Panda-70M; else None."""
     value = row.get(columns.timestamp)
     if isinstance(value, str):
         value = list_literal(value)
@@ -259,7 +322,9 @@ def _time_stamps(path: Path, line: int, row: Row, columns: ColumnsConfig) -> lis
     times = []
     for pair in value:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ConfigError(f"{path}, line {line}: {columns.timestamp} must be a list of [start, end]")
+            raise ConfigError(
+                f"{path}, line {line}: {columns.timestamp} must be a list of [start, end]"
+            )
         start_s = _seconds(pair[0], columns.timestamp, 0.0, path, line)
         times.append((start_s, _seconds(pair[1], columns.timestamp, math.inf, path, line)))
     return times
@@ -280,5 +345,7 @@ def _seconds(value: Any, column: str, default: float, path: Path, line: int) -> 
         except (ValueError, OverflowError):
             seconds = math.nan
     if math.isnan(seconds) or seconds < 0:
-        raise ConfigError(f"{path}, line {line}: {column} = {value!r} is not a time in seconds"[:300])
+        raise ConfigError(
+            f"{path}, line {line}: {column} = {value!r} is not a time in seconds"[:300]
+        )
     return seconds

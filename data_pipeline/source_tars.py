@@ -1,4 +1,4 @@
-"""Lists the members of WebDataset tars of clips: names, places and captions; the videos stay closed.
+"""Lists the members of WebDataset tars of clips: names, places and captions.
 
 Only headers are read, a bounded number of bytes for each member, whatever the tar claims.
 """
@@ -29,7 +29,9 @@ from data_pipeline.text_files import MAX_TEXT_BYTES, TextError, captions_beside
 from data_pipeline.video import Failure, VideoFile
 
 MAX_HEADER_BYTES = 1 << 20  # of one member: extended headers and long names included
-MAX_PADDING = 1 << 20  # zeros after the end of a tar, in which another tar that was appended is found
+MAX_PADDING = (
+    1 << 20
+)  # zeros after the end of a tar, in which another tar that was appended is found
 DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError)
 
 Place = tuple[int, int]  # (offset, size) of a member's data
@@ -70,8 +72,8 @@ class BoundedReader:
 def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | Ignored]:
     """The clips of one tar, in the order of their keys, and its members that no clip uses.
 
-    A member's key is its name up to the last dot. Of a tar that is damaged, what lies before the damage;
-    the rest is one clip that failed.
+    A member's key is its name up to the last dot. Of a tar that is damaged, what lies before the
+    damage; the rest is one clip that failed.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -90,7 +92,9 @@ class _TarListing:
         self.path, self.file, self.columns = path, file, columns
         self.length = os.fstat(file.fileno()).st_size
         self.samples: dict[str, dict[str, Place]] = {}  # key -> suffix -> place
-        self.links: dict[tuple[str, str], str] = {}  # (key, suffix) -> name of the member that it leads to
+        self.links: dict[
+            tuple[str, str], str
+        ] = {}  # (key, suffix) -> name of the member that it leads to
         self.failed: list[tuple[str, Failure]] = []  # videos that cannot be used: (member, why)
 
     def entries(self) -> Iterator[SourceClip | Ignored]:
@@ -121,12 +125,18 @@ class _TarListing:
         key, suffix = split_name(name)
         if member.isdir():
             return
-        if (suffix not in VIDEO_SUFFIXES and suffix not in CAPTION_SUFFIXES) or is_apple_double(name):
+        if (suffix not in VIDEO_SUFFIXES and suffix not in CAPTION_SUFFIXES) or is_apple_double(
+            name
+        ):
             yield self._ignored(kind_of(name), name)
             return
         places = self.samples.setdefault(key, {})
         if suffix in places:
-            yield from self._refuse(suffix, name, Failure("duplicate_name", "the tar holds this name twice; the first is used"))
+            yield from self._refuse(
+                suffix,
+                name,
+                Failure("duplicate_name", "the tar holds this name twice; the first is used"),
+            )
         elif member.islnk() or member.issym():
             target = member.linkname
             if member.issym():
@@ -186,10 +196,15 @@ class _TarListing:
         for number, suffix in enumerate(videos):
             name = key + suffix if number else key  # a second video of the same key has its suffix
             place = places[suffix]
-            cut = Failure("truncated", "the tar ends within it") if sum(place) > self.length else None
+            cut = (
+                Failure("truncated", "the tar ends within it") if sum(place) > self.length else None
+            )
             yield SourceClip(
-                name=printable(f"{self.path.name}:{name}"), video=VideoFile(self.path, *place), caption=captions[0],
-                failure=cut or failure, more_captions=tuple(captions[1:]),
+                name=printable(f"{self.path.name}:{name}"),
+                video=VideoFile(self.path, *place),
+                caption=captions[0],
+                failure=cut or failure,
+                more_captions=tuple(captions[1:]),
             )
         if used or not videos:
             for name in texts:
@@ -208,7 +223,7 @@ def _failed(path: Path, name: str, failure: Failure) -> SourceClip:
 
 
 def _members(file: BinaryIO, length: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, and of tars that were appended to it. Raises what tarfile raises on damage.
+    """The members of a tar, and of tars that were appended to it. Raises tarfile's errors on damage.
 
     tarfile's own iteration keeps every member in memory and takes a damaged header for the end.
     """
@@ -243,7 +258,7 @@ def _members(file: BinaryIO, length: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _next_block(file: BinaryIO, begin: int) -> int | None:
-    """Where the first block lies that holds anything but zeros; None where the padding goes on to the end."""
+    """Where the first block lies that holds anything but zeros; None where there is none."""
     data = os.pread(file.fileno(), MAX_PADDING, begin)
     left = len(data.lstrip(b"\0"))
     return begin + (len(data) - left) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if left else None

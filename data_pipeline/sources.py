@@ -1,7 +1,7 @@
 """Where raw videos come from: lists of clips out of folders, tables and WebDataset tars.
 
-Only names, captions and spans are read here; the videos themselves stay closed. Everything in a source is a
-clip, a clip with a failure, or ignored and counted by kind (docs/sources.md).
+Only names, captions and spans are read here; the videos themselves stay closed. Everything in a source
+is a clip, a clip with a failure, or ignored and counted by kind (docs/sources.md).
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from data_pipeline.source_entries import (
     TarFile,
 )
 from data_pipeline.source_folder import folder_entries
-from data_pipeline.source_tables import TABLE_SUFFIXES, folder_table_entries, table_entries, table_in
+from data_pipeline.source_tables import (
+    TABLE_SUFFIXES,
+    folder_table_entries,
+    table_entries,
+    table_in,
+)
 from data_pipeline.source_tars import tar_entries
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -38,7 +43,7 @@ Entry = SourceClip | TarFile | Ignored
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds, read anew each time it is asked for: a long source is never in memory."""
+    """What a source holds, read anew each time, so that a long source is never in memory."""
 
     entries: Callable[[], Iterator[Entry]]  # in an order that depends on the source alone
     columns: ColumnsConfig = ColumnsConfig()
@@ -62,10 +67,18 @@ def list_source(config: ShardsConfig) -> Listing:
     columns = config.columns
     if not path.is_dir() and path.suffix.lower() == ".tar":
         return _tars(config.source, columns)
-    if not path.is_dir() and (path.suffix.lower() in COMPRESSIONS or path.suffix.lower() in ARCHIVES):
-        raise ConfigError(f"source: {str(path)!r} is compressed; videos gain nothing by it, unpack it to a folder or a plain .tar")
+    if not path.is_dir() and (
+        path.suffix.lower() in COMPRESSIONS or path.suffix.lower() in ARCHIVES
+    ):
+        raise ConfigError(
+            f"source: {str(path)!r} is compressed; videos gain nothing by it, "
+            "unpack it to a folder or a plain .tar"
+        )
     if not os.path.lexists(path):
-        raise ConfigError(f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, or \"packaged\"")
+        raise ConfigError(
+            f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, "
+            'or "packaged"'
+        )
     if path.is_dir():
         table = _table_in(path)
         listing = _folder(path, table, columns)
@@ -80,11 +93,18 @@ def list_source(config: ShardsConfig) -> Listing:
 def _tars(source: str, columns: ColumnsConfig) -> Listing:
     names = list(islice(braceexpand.braceexpand(source), MAX_TARS + 1))
     if len(names) > MAX_TARS:
-        raise ConfigError(f"source = {source!r} names more than {MAX_TARS} tars; give the folder that they lie in")
+        raise ConfigError(
+            f"source = {source!r} names more than {MAX_TARS} tars; give the folder that they lie in"
+        )
     missing = [name for name in names if not os.path.isfile(name)]
     if missing:
+        first = ", ".join(missing[:3])
+        if len(missing) > 3:
+            first += ", ..."
         count = f"{len(missing)} of {len(names)} tars do" if len(names) > 1 else "the tar does"
-        raise ConfigError(f"source = {source!r}: {count} not exist: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+        raise ConfigError(
+            f"source = {source!r}: {count} not exist: {first}"
+        )
     return Listing(lambda: (TarFile(Path(name)) for name in names), columns)
 
 
@@ -92,7 +112,9 @@ def _table_in(folder: Path) -> Path | None:
     try:
         return table_in(folder)
     except OSError as error:
-        raise ConfigError(f"source = {os.fspath(folder)!r} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"source = {os.fspath(folder)!r} cannot be read: {error.strerror}"
+        ) from None
 
 
 def _folder(folder: Path, table: Path | None, columns: ColumnsConfig) -> Listing:
@@ -105,14 +127,16 @@ def _check_table(path: Path) -> None:
     """Raise ConfigError unless `path` can be a table of captions."""
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise ConfigError(f"source = {str(path)!r} is not a regular file, or a link that leads nowhere")
+        raise ConfigError(
+            f"source = {str(path)!r} is not a regular file, or a link that leads nowhere"
+        )
     if suffix in TABLE_SUFFIXES:
         return
     kind = describe_file(path)
     raise ConfigError(
         f"source = {str(path)!r} is neither a .csv, .tsv or .jsonl with captions nor a .tar of clips"
-        f"{f'; it is {kind}' if kind else ''}; for single videos give the folder that they lie in, with captions "
-        "in a captions.jsonl, or in a .txt beside each"
+        f"{f'; it is {kind}' if kind else ''}; for single videos give the folder that they lie in, "
+        "with captions in a captions.jsonl, or in a .txt beside each"
     )
 
 
@@ -127,5 +151,6 @@ def _check_not_empty(config: ShardsConfig, listing: Listing, table: Path | None)
     if table is not None:
         held = f": {table} has no rows{held}"
     raise ConfigError(
-        f"source = {config.source!r} holds no videos{held}; known video names end in {' '.join(sorted(VIDEO_SUFFIXES))}"
+        f"source = {config.source!r} holds no videos{held}; known video names end in "
+        f"{' '.join(sorted(VIDEO_SUFFIXES))}"
     )

@@ -20,10 +20,14 @@ from data_pipeline.source_entries import printable
 from data_pipeline.video import Failure
 
 MAX_TEXT_BYTES = 16 << 20  # of one caption file, or of one line of a table
-MAX_LITERAL = 256 << 10  # characters of a Python literal, whose syntax tree takes a hundred times as much
+MAX_LITERAL = (
+    256 << 10
+)  # characters of a Python literal, whose syntax tree takes a hundred times as much
 BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
-    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 TEXT_REASONS = frozenset(("caption_encoding", "caption_type", "unreadable_caption", "no_file_name"))
 NUL_ADVICE = "it holds NUL bytes, so it is UTF-16 without a byte order mark, or no text"
@@ -49,11 +53,13 @@ def decode_caption(data: bytes) -> str:
         return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         place = error.start + len(data) - len(error.object)
-        raise TextError("caption_encoding", f"byte {place} (0x{data[place]:02x}) is not UTF-8; save it as UTF-8") from None
+        raise TextError(
+            "caption_encoding", f"byte {place} (0x{data[place]:02x}) is not UTF-8; save it as UTF-8"
+        ) from None
 
 
 def captions_of(value: Any) -> list[str]:
-    """The captions of one clip, as a table or a JSON file holds them: those that are not empty, else [""].
+    """The captions of one clip: those that are not empty, else [""].
 
     `value` is text, a list of texts, or None. Text that is the literal of a list of texts, as in the CSV
     files of Panda-70M, is that list. Raises TextError (caption_type) for anything else.
@@ -64,13 +70,18 @@ def captions_of(value: Any) -> list[str]:
     elif value is None:
         value = []
     elif not isinstance(value, list):
-        raise TextError("caption_type", f"{describe(value)} is not a caption; give text or a list of texts")
+        raise TextError(
+            "caption_type", f"{describe(value)} is not a caption; give text or a list of texts"
+        )
     texts = []
     for text in value:
         if text is None:
             continue
         if not isinstance(text, str):
-            raise TextError("caption_type", f"a list that holds {describe(text)} is not a caption; give a list of texts")
+            raise TextError(
+                "caption_type",
+                f"a list that holds {describe(text)} is not a caption; give a list of texts",
+            )
         texts.append(cleaned(text))
     return [text for text in texts if text] or [""]
 
@@ -80,7 +91,9 @@ def cleaned(text: str) -> str:
     return printable(text.strip().strip("\ufeff").strip())
 
 
-def captions_beside(files: Iterable[tuple[str, bytes]], caption_key: str) -> tuple[list[str], str, str]:
+def captions_beside(
+    files: Iterable[tuple[str, bytes]], caption_key: str
+) -> tuple[list[str], str, str]:
     """(captions, name of the file that holds them, detail) of the caption files of one clip.
 
     `files` gives names and bytes (at most one more than `MAX_TEXT_BYTES`) in order of preference; it is
@@ -183,12 +196,18 @@ def table_lines(path: Path) -> Iterator[str]:
             while line := file.readline(MAX_TEXT_BYTES):
                 number += 1
                 if len(line) >= MAX_TEXT_BYTES:
-                    raise ConfigError(f"{path}, line {number} is longer than {MAX_TEXT_BYTES} characters")
+                    raise ConfigError(
+                        f"{path}, line {number} is longer than {MAX_TEXT_BYTES} characters"
+                    )
                 if "\0" in line:
-                    raise ConfigError(f"{path}, line {number}: {NUL_ADVICE}; save the table as UTF-8")
+                    raise ConfigError(
+                        f"{path}, line {number}: {NUL_ADVICE}; save the table as UTF-8"
+                    )
                 yield line
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text{_first_bad_byte(path)}; save it as UTF-8") from None
+        raise ConfigError(
+            f"{path} is not UTF-8 text{_first_bad_byte(path)}; save it as UTF-8"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -214,7 +233,7 @@ def _other_encoding(data: bytes) -> str:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """One JSON object. Raises ValueError whose message continues a sentence that begins with the place."""
+    """One JSON object. Raises ValueError whose message continues a sentence after the place."""
     try:
         row = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
