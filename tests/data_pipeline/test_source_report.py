@@ -85,6 +85,8 @@ def test_manifest_of_a_clean_source_does_not_mention_ignored_files(source: Path,
         shutil.copy(source / name, clean)
     make_shards(config(clean), tmp_path / "data")
     assert "ignored" not in (tmp_path / "data" / "manifest.json").read_text()
+    columns = read_manifest(tmp_path / "data").config["columns"]
+    assert columns == {"file": "file", "caption": "caption", "start_s": "start_s", "end_s": "end_s"}  # no later key
 
 
 def test_status_of_another_config_says_what_differs(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
