@@ -14,29 +14,38 @@ REFUSED = frozenset({errno.EACCES, errno.EPERM})
 FULL_WORDS = ("No space left on device", "Disk quota exceeded")  # of libraries that wrap the error
 REFUSED_WORDS = ("Permission denied", "Operation not permitted")
 READ_ONLY_WORDS = ("Read-only file system",)
+TORCH_WRITER = "inline_container"  # in the message of its failed writes
 NEARLY_FULL = 16 << 20  # free bytes below which a library's unexplained failure is put down to space
 
 FREE_SPACE = "free some space or raise the quota"
-PERMISSIONS = (
-    "the folder or file may not be changed; check its owner, its permissions and attributes (lsattr)"
-)
-READ_ONLY = "the file system is mounted read-only; choose a folder on another one"
+PERMISSIONS = "check owner, permissions and attributes (lsattr) of the file and of its folder"
+READ_ONLY = "choose a folder on a file system that is not mounted read-only"
 
 
 @contextmanager
 def naming(path: Path, *temporaries: Path) -> Iterator[None]:
-    """OSErrors of the body that name no file, or one of `temporaries`, name `path`.
+    """Disk errors of the body that name no file, or one of `temporaries`, name `path`.
 
-    A write that fails says only that the disk is full, not which file it was.
+    A write that fails says only that the disk is full, not which file it was; torch's zip writer reports
+    it as a RuntimeError. Raises OSError with the error number of the cause.
     """
     try:
         yield
     except OSError as error:
         hidden = {str(temporary) for temporary in temporaries}
-        if error.filename is None or str(error.filename) in hidden:
-            error.filename = str(path)
-            error.filename2 = None
-        raise
+        named = error.filename is not None and str(error.filename) not in hidden
+        if named or error.errno is None:
+            raise
+        raise _at(path, error) from error
+    except RuntimeError as error:
+        cause = error.__cause__ or error.__context__
+        if TORCH_WRITER not in str(error) or not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        raise _at(path, cause) from error
+
+
+def _at(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, error.strerror or os.strerror(error.errno or 0), str(path))
 
 
 def way_out(error: BaseException, folder: Path) -> str:

@@ -51,13 +51,16 @@ def read_bytes(path: Path, limit: int) -> bytes:
     be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
-    with open(descriptor, "rb") as file:
+    try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise DocumentError(f"{path} is a folder; a file is expected")
         if not stat.S_ISREG(mode):
             raise DocumentError(f"{path} is not a regular file")
-        data = file.read(limit + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > limit:
         raise DocumentError(f"{path} is larger than {limit} bytes, the limit for such a file")
     return data

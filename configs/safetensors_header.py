@@ -60,7 +60,9 @@ def read_header(path: Path) -> Header:
         data = file.read(length)
     origin = f"{path}: the safetensors header"
     entries, metadata = parse_header(data, origin)
-    check_ranges(entries, size - 8 - length, origin)
+    expected = 8 + length + filled_bytes(entries, origin)
+    if expected != size:
+        raise DocumentError(f"{path} has {size} bytes, its header describes {expected}; it is damaged")
     return Header(entries, metadata, 8 + length)
 
 
@@ -107,15 +109,12 @@ def _are_counts(values: Any) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 
-def check_ranges(entries: dict[str, HeaderEntry], size: int, origin: str) -> None:
-    """Raise DocumentError unless the byte ranges fill `size` bytes without gap or overlap."""
+def filled_bytes(entries: dict[str, HeaderEntry], origin: str) -> int:
+    """Bytes that the tensors take. Raises DocumentError where their ranges overlap or leave a gap."""
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             fault = "overlaps the tensor before it" if entry.begin < position else "leaves a gap"
             raise DocumentError(f"{origin}, tensor {shown(name)}: its byte range {fault}; the file is damaged")
         position = entry.end
-    if position != size:
-        raise DocumentError(
-            f"{origin} describes {position} bytes of tensors, the file has {size}; the file is damaged"
-        )
+    return position

@@ -254,5 +254,9 @@ def _explained(data: Path) -> Iterator[None]:
     except (BrokenPipeError, InterruptedError):
         raise
     except OSError as error:
-        raise OSError(error.errno, f"cannot write the shards: {error.strerror}; finished shards are kept. Make room or choose another "
-                      "output folder, then run the command again", str(error.filename or data)) from error
+        cause = error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"cannot write the shards: {cause}; finished shards are kept. Run the same command again to resume",
+            str(error.filename or data),
+        ) from error

@@ -24,6 +24,7 @@ from configs.loader import read_json_as
 from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
 
 HEAD = 8 << 10
+MAX_HEAD = 4 << 20  # bytes before the index; a sidecar with more is read whole
 INDEX, INDEX_END = b',"index":[', b"]}"  # how the last field of a sidecar begins and ends
 
 
@@ -152,7 +153,7 @@ def _check_places(path: Path, sidecar: Sidecar) -> None:
 def _before_index(file: BinaryIO) -> bytes:
     """The JSON of a sidecar with nothing in its index; where the file does not end as it must, no JSON."""
     data = b""
-    while chunk := file.read(HEAD):
+    while len(data) < MAX_HEAD and (chunk := file.read(HEAD)):
         data += chunk
         at = data.find(INDEX)  # quotes in a text have a backslash in front, so this is the field
         if at >= 0:

@@ -104,8 +104,9 @@ def read_record(run: Path) -> dict:
         return {}
     advice = f"delete {path.parent} and submit the run again"
     record = read_json(path, advice=advice)
-    if not isinstance(record.get("job_ids"), list):
-        raise ConfigError(f"{path} has no list job_ids; {advice}")
+    job_ids = record.get("job_ids")
+    if not isinstance(job_ids, list) or not all(isinstance(job, str) for job in job_ids):
+        raise ConfigError(f"{path} has no list of job_ids; {advice}")
     if current.exists():
         job = current.read_text(encoding="utf-8").strip()  # by hand, perhaps: sbatch RUN/job/job.sbatch
         if job.isdigit() and job not in record["job_ids"]:

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.base import Config, ConfigError
+from configs.disk_errors import way_out
 from configs.documents import read_yaml
 from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
 from configs.loader import read_json_as, write_config
@@ -119,7 +120,10 @@ class CheckpointStore:
         if self.loop.on_save_failure == "warn" and not last:
             log.warning("%s; going on, since loop.on_save_failure = warn", text)
             return None
-        raise CheckpointError(f"{text}; older checkpoints are untouched. Free some space and start the same command again")
+        advice = way_out(RuntimeError(text), self.folder) or "fix the cause"
+        raise CheckpointError(
+            f"{text}; older checkpoints are untouched. To continue, {advice}, and run the same command again"
+        )
 
     def _try_save(self, state: TrainState, engine: Engine, loader: BatchSource) -> list[str]:
         """What went wrong, by rank; empty when the checkpoint is committed. Equal on all ranks."""

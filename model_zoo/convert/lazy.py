@@ -252,9 +252,10 @@ def _read_index(path: Path) -> LazyTensors:
     if not isinstance(weight_map, dict):
         raise ConversionError(f"{path} is not an index of .safetensors files: it has no weight_map")
     files = {name: str(file) for name, file in weight_map.items()}
+    beside = {other.name for other in path.parent.iterdir() if other.is_file()}
     parts = {}
     for file in sorted(set(files.values())):
-        if Path(file).name != file or not path.with_name(file).is_file():
+        if file not in beside:
             raise ConversionError(f"{path} names the file {file!r}, which does not lie beside it")
         parts[file] = read_safetensors(path.with_name(file))
     held = {name: file for file, part in parts.items() for name in part}

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from configs import validate
 from configs.documents import read_yaml
-from configs.files import write_text
+from configs.files import atomic_file, write_text
 from model_zoo.config import LMConfig
 from model_zoo.convert.dist_checkpoint import DistReader, write_dist
 from model_zoo.convert.lazy import LazyTensors, Progress, converted
@@ -252,7 +252,8 @@ def write_config(folder: Path, config: LMConfig) -> None:
 
 def write_documents(folder: Path, common: Mapping[str, Any]) -> None:
     """What Megatron keeps beside the tensors."""
-    torch.save(dict(common), folder / COMMON)
+    with atomic_file(folder / COMMON) as file:
+        torch.save(dict(common), file)
     write_text(folder / "metadata.json", json.dumps({
         "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
     }))

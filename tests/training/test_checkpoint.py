@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, never lost, never of another model."""
 
+import errno
 import logging
 import os
 import resource
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from configs.base import ConfigError
+from configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, alone, train
 from training.checkpoint import (
@@ -17,6 +19,7 @@ from training.checkpoint import (
     CheckpointStore,
     FileList,
     committed_steps,
+    describe,
     latest_whole,
     list_files,
     step_folder,
@@ -142,6 +145,42 @@ def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
     with pytest.raises(CheckpointError, match="older checkpoints are untouched"):
         save(settings, 2, failures=1, last=True)
     assert list_folder(tmp_path) == ["step_00000001"]
+
+
+@dataclass
+class Refused(ToyEngine):
+    """Every save meets the system error `number`."""
+
+    number: int = errno.EPERM
+
+    def save(self, folder):
+        raise OSError(self.number, os.strerror(self.number), str(folder / "weights"))
+
+
+@pytest.mark.parametrize(("number", "advice"), [
+    (errno.EPERM, PERMISSIONS), (errno.EACCES, PERMISSIONS), (errno.EROFS, READ_ONLY), (errno.ENOSPC, FREE_SPACE), (errno.EDQUOT, FREE_SPACE),
+])  # fmt: skip
+def test_a_failed_save_asks_for_space_only_where_space_is_missing(tmp_path, number, advice):
+    settings = config(tmp_path, on_save_failure="fatal")
+    engine = Refused(settings, alone(), number)
+    with pytest.raises(CheckpointError) as error:
+        store(settings).save(TrainState(1), engine, ToyLoader(settings, alone()))
+    assert advice in str(error.value) and "weights" in str(error.value)
+    assert (FREE_SPACE in str(error.value)) == (advice == FREE_SPACE)
+
+
+@pytest.mark.parametrize(("name", "says"), [("state.json", "is not valid JSON"), ("config.yaml", "is not UTF-8")])
+def test_a_damaged_document_of_a_checkpoint_is_named_with_the_way_out(tmp_path, name, says):
+    settings = config(tmp_path)
+    save(settings, 1)
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    (folder / name).write_bytes(b'{"step": \xff' if name == "config.yaml" else b'{"step": 1,')
+    listed = FileList.model_validate_json((folder / "files.json").read_bytes())
+    files = [describe(folder, entry.path) for entry in listed.files]
+    (folder / "files.json").write_text(FileList(files=files).model_dump_json())
+    with pytest.raises(ConfigError, match=says) as error:
+        store(settings).load_latest(ToyEngine(settings, alone()), ToyLoader(settings, alone()))
+    assert str(folder / name) in str(error.value) and f"remove {folder}" in str(error.value)
 
 
 def test_full_disk_retry_tries_again_then_gives_up(tmp_path):
