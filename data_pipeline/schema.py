@@ -121,6 +121,8 @@ class Manifest(Config):
     columns: dict[str, Column] = Field(default_factory=dict)
     rejects: list[Reject] = Field(default_factory=list)
     reject_counts: dict[str, int] = Field(default_factory=dict)  # "stage/reason" -> clips
+    ignored_counts: dict[str, int] = Field(default_factory=dict)  # kind -> files of the source that no clip uses
+    ignored_examples: dict[str, list[str]] = Field(default_factory=dict)  # kind -> names of the first few
 
     @property
     def num_samples(self) -> int:
