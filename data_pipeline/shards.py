@@ -133,11 +133,24 @@ def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
         if not index:
             with open(path, "rb") as file, suppress(ValidationError):  # of another order of fields
                 return Sidecar.model_validate_json(_before_index(file))
-        return read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES)
+        sidecar = read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES)
     except FileNotFoundError:
         return None
     except ConfigError as error:
         raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
+    _check_places(path, sidecar)
+    return sidecar
+
+
+def _check_places(path: Path, sidecar: Sidecar) -> None:
+    """Raise ShardError where a part lies outside of the tar: a reader would ask for as much memory as the sidecar claims."""
+    for key, parts in sidecar.index:
+        for part, (offset, size) in parts.items():
+            if offset < tarfile.BLOCKSIZE or size < 0 or offset + size > sidecar.entry.bytes:
+                raise ShardError(
+                    f"{path} is damaged: it says that {key}.{part} has {size} bytes at {offset}, its tar has "
+                    f"{sidecar.entry.bytes} bytes; delete both and run the command again"
+                )
 
 
 def _before_index(file: BinaryIO) -> bytes:
@@ -161,8 +174,8 @@ def read_manifest(data: Path) -> Manifest:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
     except ConfigError as error:
         raise ShardError(
-            f"{path} is not a manifest of format 1: {error}; write it anew with `landiff shards finalize` and "
-            "`landiff precompute finalize`"
+            f"{path} is not a manifest of format 1: {error}. Delete it, then run `landiff shards finalize` and "
+            "`landiff precompute finalize` with the configs that made the data: they write it anew from the finished shards"
         ) from None
 
 
@@ -181,7 +194,9 @@ def read_part(data: Path, manifest: Manifest, key: str, part: str, folder: str =
 
 
 def write_manifest(data: Path, manifest: Manifest) -> None:
-    write_text(data / MANIFEST, manifest.model_dump_json(indent=1))
+    """Replace the manifest. What a source ignored is written where it ignored anything."""
+    unused = set() if manifest.ignored_counts else {"ignored_counts", "ignored_examples"}
+    write_text(data / MANIFEST, manifest.model_dump_json(indent=1, exclude=unused))
 
 
 def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:

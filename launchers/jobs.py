@@ -32,19 +32,23 @@ def shards_job(args: argparse.Namespace) -> int:
     from launchers.config import ShardsJobConfig
 
     config = load(ShardsJobConfig, args.config, args.overrides)
-    if args.dry_run:
-        return show(config, f"would write raw shards to {config.data}")
-    from data_pipeline import ingest
+    from data_pipeline import ingest, source_report
 
+    if args.dry_run:
+        summary = source_report.summarize_source(config.content)
+        return show(config, f"would write raw shards to {config.data}\n# source: {summary}")
     if args.action == "status":
         found = ingest.status(config.content, config.data)
         if found is None:
-            print(f"shards: nothing is planned in {config.data}")
+            others = ingest.other_shards(config.content, config.data)
+            print(f"shards: nothing is planned in {config.data} for this source and config{others}")
         elif not found.shards:
             print(f"shards: {found.looked_at} of {found.videos} videos were looked at; no shard of {config.data} is planned yet")
         else:
             print(f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.in_finished} of {found.clips} clips; "
                   f"the plan set {found.set_aside} aside")
+        if found is not None and found.ignored.counts:
+            print(f"shards: ignored: {found.ignored}")
         return 0
     task = parse_task(args.task)
     if args.action == "run":
@@ -52,10 +56,18 @@ def shards_job(args: argparse.Namespace) -> int:
         if task != (0, 1):
             print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
                   f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize")
+            print_lines("shards", source_report.result_lines(share.rejected, share.ignored))
             return 0
     manifest = ingest.finalize(config.content, config.data)
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
+    print_lines("shards", source_report.manifest_lines(manifest))
     return 0
+
+
+def print_lines(command: str, lines: list[str]) -> None:
+    """Print result lines of a command, its name before each."""
+    for line in lines:
+        print(f"{command}: {line}")
 
 
 def precompute_job(args: argparse.Namespace) -> int:
