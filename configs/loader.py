@@ -16,13 +16,15 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.base import Config, ConfigError
+from configs.base import LENIENT, Config, ConfigError
+from configs.problems import Problem, problems_of, require_none
 
 PACKAGED = Path(__file__).resolve().parent
 
@@ -77,7 +79,26 @@ def read(path: Path) -> dict[str, Any]:
 def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
     """Read `source` (packaged name, path or mapping), apply `overrides`, check it as a `cls`.
 
-    Raises ConfigError with the dotted key, the value and the nearest known name.
+    Raises ConfigError with the dotted key, the value and the nearest known name; all problems of the file and of
+    the overrides together.
+    """
+    config, problems = load_leniently(cls, source, overrides)
+    require_none(problems)
+    assert config is not None
+    return config
+
+
+def load_leniently(
+    cls: type[C],
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> tuple[C | None, list[Problem]]:
+    """As `load`, but returns the problems instead of raising them.
+
+    The config is there whenever every value has its type, even if some contradict each other: further checks
+    can then report their problems together with these. `values` replace top-level keys as they are, without being
+    read as YAML. Raises ConfigError where the file itself cannot be read.
     """
     if isinstance(source, Mapping):
         data, folder, origin = dict(source), None, "config"
@@ -85,9 +106,18 @@ def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequen
         path = find(str(source))
         data, folder, origin = read(path), path.parent, str(source)
     data = _resolve_references(cls, data, folder)
+    problems: list[Problem] = []
     for override in overrides:
-        _apply(cls, data, override)
-    return validate(cls, data, origin)
+        problems += problems_of(partial(_apply, cls, data, override))
+    data |= values or {}
+    try:
+        return cls.model_validate(data), problems
+    except ValidationError as error:
+        problems += [Problem(_explain(cls, origin, each)) for each in error.errors()]
+    try:
+        return cls.model_validate(data, context=LENIENT), problems
+    except ValidationError:
+        return None, problems
 
 
 def validate(cls: type[C], data: Mapping[str, Any], origin: str = "config") -> C:
@@ -166,9 +196,22 @@ def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
         return f"{origin}: unknown config key {dotted!r}{_nearest(location[-1], list(owner.model_fields) if owner else [])}"
     if error["type"] == "missing":
         return f"{origin}: {dotted} is required and not set"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{origin}: {_explain_tag(dotted, error['ctx'])}"
     message = error["msg"].removeprefix("Value error, ")
     where = f"{dotted} = {error['input']!r}: " if dotted and not isinstance(error["input"], dict) else f"{dotted}: " if dotted else ""
     return f"{origin}: {where}{message}"
+
+
+def _explain_tag(dotted: str, context: Mapping[str, str]) -> str:
+    """A section whose class follows from one of its keys (`kind`), which is missing or unknown."""
+    key = f"{dotted}.{context['discriminator'].strip(chr(39))}"
+    if "tag" not in context:
+        return f"{key} is required and not set; it decides which other keys there are"
+    known = [name.strip(" '") for name in context["expected_tags"].split(",")]
+    close = difflib.get_close_matches(context["tag"], known, n=1, cutoff=0.5)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"{key} = {context['tag']!r} is unknown; {meant}known here: {', '.join(known)}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

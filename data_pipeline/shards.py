@@ -152,9 +152,16 @@ def read_manifest(data: Path) -> Manifest:
     """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        document = path.read_bytes()
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
+    return parse_manifest(document, path)
+
+
+def parse_manifest(document: bytes, path: Path | str) -> Manifest:
+    """The manifest in a document that was read from `path`. Raises ShardError when it is damaged."""
+    try:
+        return Manifest.model_validate_json(document)
     except ValidationError as error:
         raise ShardError(f"{path} is not a manifest of format 1: {error}") from None
 

@@ -2,7 +2,7 @@
 
 An entry is committed by rename and never changes. A reference is `name` (the newest entry of that name),
 `name@fingerprint` (a prefix is enough) or the path of an entry folder. It is all that jobs share besides
-shards.
+shards. Importing this module does not import torch, so that references can be checked before a job starts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from configs import Config, ConfigError, validate
 from configs.files import (
@@ -29,7 +25,12 @@ from configs.files import (
     write_text,
 )
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
-from model_zoo.convert.lazy import LazyTensors, Progress, read_safetensors, write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from model_zoo.convert.lazy import LazyTensors, Progress
 
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
@@ -68,12 +69,16 @@ class ZooEntry:
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors, under the names of our own modules."""
+        from safetensors.torch import load_file
+
         return load_file(self.path / WEIGHTS, device=str(device))
 
     def lazy(self) -> LazyTensors:
         """The same, read when asked for."""
         if not (self.path / WEIGHTS).is_file():
             raise ZooError(f"{self.path} is damaged: {WEIGHTS} is missing")
+        from model_zoo.convert.lazy import read_safetensors
+
         return read_safetensors(self.path / WEIGHTS)
 
 
@@ -100,6 +105,8 @@ def build(kind: str, config: Config) -> nn.Module:
 
 def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """The entry's module with its weights, in eval mode, gradients off."""
+    import torch
+
     with torch.device("meta"):
         model = build(entry.kind, entry.config)
     model.load_state_dict(entry.load(device), strict=True, assign=True)
@@ -107,15 +114,30 @@ def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch
     return model.to(dtype) if dtype is not None else model
 
 
-def weights_fingerprint(kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere."""
+def weights_fingerprint(
+    kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor], progress: Progress | None = None
+) -> str:
+    """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere.
+
+    `progress` is called with the megabytes that were hashed; it needs lazy tensors, which know their sizes.
+    """
+    import torch
+
+    from model_zoo.convert.lazy import megabytes
+
+    done = 0
     sizes = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
     digest = hashlib.sha256(json.dumps([kind, sizes], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if progress is not None:
+            progress(*megabytes(done, tensors.num_bytes), "hashing")
+        done += tensor.numel() * tensor.itemsize
         del tensor  # before the next one is read
+    if progress is not None:
+        progress(*megabytes(done, done), "hashing")
     return digest.hexdigest()[:16]
 
 
@@ -125,9 +147,10 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
 
     Lazy tensors are read and written one at a time, then hashed from the file.
     """
+    from model_zoo.convert.lazy import LazyTensors, read_safetensors, write_safetensors
+
     assert isinstance(config, KINDS[kind]), (kind, type(config))
-    if not name or "@" in name or "/" in name or name.startswith("."):
-        raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
+    check_name(name)
     lazy = tensors if isinstance(tensors, LazyTensors) else LazyTensors.of(tensors)
     remove_dead_twins(zoo / name / "export")
     temporary = temporary_name(zoo / name / "export")
@@ -136,7 +159,7 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     fsync_dir(zoo)
     try:
         write_safetensors(temporary / WEIGHTS, lazy, {"format": "pt", "kind": kind}, progress)
-        mark = weights_fingerprint(kind, config, read_safetensors(temporary / WEIGHTS))
+        mark = weights_fingerprint(kind, config, read_safetensors(temporary / WEIGHTS), progress)
         final = zoo / name / mark
         if not final.exists():
             write_text(temporary / "config.json", json.dumps(
@@ -148,6 +171,12 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
         shutil.rmtree(temporary, ignore_errors=True)
     write_text(zoo / name / "newest", mark + "\n")
     return read_entry(final)
+
+
+def check_name(name: str) -> None:
+    """Raise ZooError for what cannot be the name of an entry."""
+    if not name or "@" in name or "/" in name or name.startswith("."):
+        raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
 
 
 def read_entry(path: Path) -> ZooEntry:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+# documents of a checkpoint: state of the loop, list of the other files, config of the run
+STATE, FILES, CONFIG = "state.json", "files.json", "config.yaml"
+
 
 def finished_step(folder: Path) -> int | None:
     """The step at which the run in `folder` finished, or None while it has not."""

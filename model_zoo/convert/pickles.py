@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from configs.files import atomic_file
-from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, counted
+from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, counted, refuse_lfs_pointer
 from model_zoo.convert.rules import ConversionError
 
 
@@ -52,6 +52,7 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
     stand_ins = [(stand_in, name) for name, stand_in in known.items()]
     if not path.is_file():
         raise ConversionError(f"{path} does not exist")
+    refuse_lfs_pointer(path)
     lazy = zipfile.is_zipfile(path)
     try:
         with _only_these(stand_ins):
