@@ -18,9 +18,9 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from configs.base import ConfigError
-from configs.documents import MAX_INDEX_BYTES
+from configs.documents import MAX_INDEX_BYTES, read_bytes
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
-from configs.loader import read_json_as
+from configs.loader import parse_json_as, read_json_as
 from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
 
 HEAD = 8 << 10
@@ -169,9 +169,16 @@ def read_manifest(data: Path) -> Manifest:
     """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
-        return read_json_as(Manifest, path, limit=MAX_INDEX_BYTES)
+        document = read_bytes(path, MAX_INDEX_BYTES)
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
+    return parse_manifest(document, path)
+
+
+def parse_manifest(document: bytes, path: Path | str) -> Manifest:
+    """The manifest in a document that was read from `path`. Raises ShardError when it is damaged."""
+    try:
+        return parse_json_as(Manifest, document, path)
     except ConfigError as error:
         raise ShardError(
             f"{path} is not a manifest of format 1: {error}. Delete it, then run `landiff shards finalize` and "

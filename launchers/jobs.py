@@ -6,13 +6,19 @@ import argparse
 import json
 import os
 import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, dump, find, load
 from configs.loader import packaged_names, write_config
+from configs.problems import Problem, problems_of, require_none
 from configs.secrets import redact
+from launchers.checks import check_processes, load_checked, visible_gpus
+from launchers.convert_request import check_request, request_of
 from launchers.progress import Progress
+from launchers.stage_jobs import config_class
+from training.checks import Launch
 
 if TYPE_CHECKING:
     from data_pipeline.precompute_config import PrecomputeConfig
@@ -28,10 +34,35 @@ def run(args: argparse.Namespace) -> int:
     return globals()[f"{args.command}_job"](args)
 
 
-def shards_job(args: argparse.Namespace) -> int:
-    from launchers.config import ShardsJobConfig
+def checked(
+    args: argparse.Namespace,
+    stage: str,
+    plan: Callable[[Any], str],
+    launch: Launch | None = None,
+    values: Mapping[str, Any] | None = None,
+    problems: Sequence[Problem] = (),
+) -> Any:
+    """The config of a stage, ready to run; None for --dry-run, after config and plan were printed.
 
-    config = load(ShardsJobConfig, args.config, args.overrides)
+    Raises one ConfigError with all problems that can be known before the job starts, `problems` among them.
+    """
+    config, found = load_checked(stage, config_class(stage), args.config, args.overrides, launch or Launch(), values)
+    if args.dry_run:
+        show(config, plan(config))
+    require_none([*problems, *found])
+    return None if args.dry_run else config
+
+
+def shards_job(args: argparse.Namespace) -> int:
+    if args.action == "run":
+        config = checked(args, "shards", lambda config: f"would write raw shards to {config.data}",
+                         problems=problems_of(lambda: parse_task(args.task)))
+        if config is None:
+            return 0
+    else:
+        config = load(config_class("shards"), args.config, args.overrides)
+        if args.dry_run:
+            return show(config, f"would {args.action} the raw shards of {config.data}")
     from data_pipeline import ingest, source_report
 
     if args.dry_run:
@@ -71,11 +102,18 @@ def print_lines(command: str, lines: list[str]) -> None:
 
 
 def precompute_job(args: argparse.Namespace) -> int:
-    from data_pipeline.precompute_config import PrecomputeConfig
-
-    config = load(PrecomputeConfig, args.config, args.overrides)
-    if args.dry_run:
-        return show(config, f"would compute {', '.join(config.columns)} for the shards of {config.data}")
+    if args.action in ("run", "estimate", "verify"):
+        config = checked(
+            args, "precompute",
+            lambda config: f"would compute {', '.join(config.columns)} for the shards of {config.data}",
+            problems=problems_of(lambda: parse_task(args.task, args.tasks)),
+        )
+        if config is None:
+            return 0
+    else:
+        config = load(config_class("precompute"), args.config, args.overrides)
+        if args.dry_run:
+            return show(config, f"would {args.action} the columns {', '.join(config.columns)} of {config.data}")
     from data_pipeline import precompute
 
     if args.action in ("status", "retry", "verify", "estimate"):
@@ -120,16 +158,16 @@ def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> i
 def train_job(args: argparse.Namespace) -> int:
     from launchers.local import default_processes, run_trainer
 
-    if args.stage == "tokenizer":
-        from training.tokenizer.config import TokenizerTrainConfig as TrainConfig
-    elif args.stage == "lm":
-        from training.lm.config import LMTrainConfig as TrainConfig
-    else:
-        from training.diffusion.config import DiffusionTrainConfig as TrainConfig
-    config = load(TrainConfig, args.config, args.overrides + ["data.adopt=true"] * args.adopt)
-    processes = args.nproc or default_processes()
-    if args.dry_run:
-        return show(config, f"would train in {config.run} on {processes} process(es)")
+    if args.adopt:
+        args.overrides.append("data.adopt=true")
+    processes = default_processes() if args.nproc is None else args.nproc
+    gpus = visible_gpus(Path("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    config = checked(
+        args, args.stage, lambda config: f"would train in {config.run} on {processes} process(es)",
+        Launch(max(1, processes)), problems=check_processes(processes, gpus),
+    )
+    if config is None:
+        return 0
     config.run.mkdir(parents=True, exist_ok=True)
     resolved = config.run / "resolved.yaml"
     write_config(resolved, config)
@@ -144,21 +182,22 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from launchers.convert import Request, convert, find_source, plan
-    from model_zoo.convert.formats import Options, describe
-
     first, *rest = args.sources
     zoo = Path(args.zoo)
     if first == "inspect":
         if not rest:
             raise ConfigError("landiff convert inspect needs a path")
+        from launchers.convert import find_source
         from model_zoo.config import ModelConfig
+        from model_zoo.convert.formats import Options, describe
 
         options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
         print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
         return 0
-    request = Request(tuple(args.sources), zoo, args.to, args.name, Path(args.out) if args.out else None, args.model,
-                      args.dtype, tuple(args.allow_missing), args.weights_only, args.world_size, tuple(args.overrides))
+    request = request_of(args)
+    require_none(check_request(request, Launch()))
+    from launchers.convert import convert, plan
+
     if args.dry_run:
         print("\n".join(plan(request)))
         return 0
@@ -212,12 +251,17 @@ def entry_line(entry: ZooEntry) -> str:
 
 
 def sample_job(args: argparse.Namespace) -> int:
-    from launchers.config import SampleConfig
-
-    overrides = args.overrides + [f"prompts={json.dumps(args.prompts)}"] * bool(args.prompts)
-    config = load(SampleConfig, args.config, overrides)
-    if args.dry_run:
-        return show(config, f"would sample {len(config.prompts)} video(s) into {config.out}")
+    values = {"prompts": args.prompts} if args.prompts else None
+    try:
+        config = checked(
+            args, "sample", lambda config: f"would sample {len(config.prompts)} video(s) into {config.out}", values=values
+        )
+    except ConfigError as error:
+        if any(" " in override for override in args.overrides):
+            raise ConfigError(f"{error}\n(a prompt that begins with KEY= stands behind --)") from None
+        raise
+    if config is None:
+        return 0
     from launchers.sample import sample_videos
 
     sample_videos(config)
@@ -225,11 +269,12 @@ def sample_job(args: argparse.Namespace) -> int:
 
 
 def evaluate_job(args: argparse.Namespace) -> int:
-    from launchers.config import EvaluateConfig
-
-    config = load(EvaluateConfig, args.config, args.overrides)
-    if args.dry_run:
-        return show(config, f"would evaluate {config.lm} and {config.diffusion} on {config.samples} samples")
+    config = checked(
+        args, "evaluate",
+        lambda config: f"would evaluate {config.lm} and {config.diffusion} on {config.samples} samples",
+    )
+    if config is None:
+        return 0
     from launchers.evaluate import evaluate_conditions
 
     evaluate_conditions(config)

@@ -6,9 +6,9 @@ YAML files (`configs/nano/model.yaml`).
 
 from __future__ import annotations
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
-from configs.base import Config
+from configs.base import Config, refuse_values
 
 
 class TokenizerConfig(Config):
@@ -34,12 +34,12 @@ class TokenizerConfig(Config):
     kmeans_iterations: PositiveInt = 10
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> TokenizerConfig:
+    def _heads_divide(self, info: ValidationInfo) -> TokenizerConfig:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 16:
-            raise ValueError(
+            refuse_values(info, [
                 f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a multiple of 16: "
                 "the rotary embedding splits a head 1/4 : 3/8 : 3/8 over time, row and column"
-            )
+            ])
         return self
 
 
@@ -63,9 +63,11 @@ class LMConfig(Config):
     micro_frequency_dim: PositiveInt = 256
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> LMConfig:
+    def _heads_divide(self, info: ValidationInfo) -> LMConfig:
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a whole even number")
+            refuse_values(info, [
+                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a whole even number"
+            ])
         return self
 
 
@@ -80,11 +82,15 @@ class TokenSamplingConfig(Config):
     reference_behaviour: bool = False  # draw as the reference implementation does; see model_zoo/sample/tokens.py
 
     @model_validator(mode="after")
-    def _filters(self) -> TokenSamplingConfig:
+    def _filters(self, info: ValidationInfo) -> TokenSamplingConfig:
+        problems = []
         if self.top_k is not None and self.top_p is not None:
-            raise ValueError(f"top_k = {self.top_k} and top_p = {self.top_p} exclude each other; set one to null")
+            problems.append(
+                f"top_k = {self.top_k} and top_p = {self.top_p} exclude each other; set one to null"
+            )
         if self.top_p is not None and self.top_p > 1:
-            raise ValueError(f"top_p = {self.top_p} is a share of the probability mass: at most 1")
+            problems.append(f"top_p = {self.top_p} is a share of the probability mass: at most 1")
+        refuse_values(info, problems)
         return self
 
 
@@ -105,16 +111,23 @@ class TransformerConfig(Config):
     spatial_interpolation: PositiveFloat = 1.875  # row and column indices are divided by it
 
     @model_validator(mode="after")
-    def _divides(self) -> TransformerConfig:
+    def _divides(self, info: ValidationInfo) -> TransformerConfig:
+        problems = []
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}")
+            problems.append(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}"
+            )
         if self.hidden_size % 16:
-            raise ValueError(f"hidden_size = {self.hidden_size} is not a multiple of 16: the position table splits it 1/4 : 3/8 : 3/8")
+            problems.append(
+                f"hidden_size = {self.hidden_size} is not a multiple of 16: the position table splits it "
+                "1/4 : 3/8 : 3/8"
+            )
         if self.latent_height % self.patch_size or self.latent_width % self.patch_size:
-            raise ValueError(
+            problems.append(
                 f"latent_height x latent_width = {self.latent_height} x {self.latent_width} does not divide "
                 f"into patches of {self.patch_size}"
             )
+        refuse_values(info, problems)
         return self
 
 
@@ -136,9 +149,12 @@ class DiffusionConfig(Config):
     semantic: SemanticConditionConfig = SemanticConditionConfig()
 
     @model_validator(mode="after")
-    def _control_fits(self) -> DiffusionConfig:
+    def _control_fits(self, info: ValidationInfo) -> DiffusionConfig:
         if self.control_layers > self.transformer.num_layers:
-            raise ValueError(f"control_layers = {self.control_layers} exceeds transformer.num_layers = {self.transformer.num_layers}")
+            refuse_values(info, [
+                f"control_layers = {self.control_layers} exceeds transformer.num_layers = "
+                f"{self.transformer.num_layers}"
+            ])
         return self
 
 

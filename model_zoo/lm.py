@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from configs.base import ConfigError
 from model_zoo.attention import attention
 from model_zoo.config import LMConfig
 from model_zoo.token_layout import IGNORE, NUM_MICRO_CONDITIONS, TokenLayout
@@ -271,7 +272,10 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache for `batch` rows; make it under the autocast that the steps will run under, if any."""
         if capacity > self.config.max_positions:
-            raise ValueError(f"{capacity} positions exceed max_positions = {self.config.max_positions}")
+            raise ConfigError(
+                f"text and tokens of the video take {capacity} positions, more than the language model's "
+                f"max_positions = {self.config.max_positions}; ask for fewer frames or a shorter text"
+            )
         weight = self.blocks[0].wqkv.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
