@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
@@ -16,12 +15,13 @@ from data_pipeline.shards import read_part
 from data_pipeline.video import ClipDecoder
 from model_zoo import frozen
 from model_zoo.frozen.base import posterior_mean
+from training.event_file import EventFile
 from training.metrics import write_video
 
 
 def log_videos(folder: Path, step: int, videos_THWC: Mapping[str, Tensor], fps: float) -> None:
     """Append uint8 videos to the TensorBoard log in `folder`, by tag."""
-    with SummaryWriter(str(folder)) as writer:
+    with EventFile(folder) as writer:
         for tag, video in videos_THWC.items():
             write_video(writer, tag, video, step, fps)
 
