@@ -19,15 +19,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from configs import Config, ConfigError, validate
+from configs import Config, ConfigError, ownership, validate
 from configs.files import (
     commit_dir,
     fsync_dir,
-    remove_dead_twins,
+    remove_abandoned,
     sha256_file,
     temporary_name,
     write_text,
 )
+from configs.ownership import OWNER
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
 from model_zoo.convert.lazy import LazyTensors, Progress, read_safetensors, write_safetensors
 
@@ -123,13 +124,21 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
            provenance: Mapping[str, Any], progress: Progress | None = None) -> ZooEntry:
     """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
 
-    Lazy tensors are read and written one at a time, then hashed from the file.
+    Lazy tensors are read and written one at a time, then hashed from the file. Raises OwnedError where
+    another process writes an entry of this name.
     """
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     if not name or "@" in name or "/" in name or name.startswith("."):
         raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
     lazy = tensors if isinstance(tensors, LazyTensors) else LazyTensors.of(tensors)
-    remove_dead_twins(zoo / name / "export")
+    with ownership.take(zoo / name / OWNER, f"zoo entry {name} in {zoo}"):
+        return _export(zoo, name, kind, config, lazy, provenance, progress)
+
+
+def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
+            provenance: Mapping[str, Any], progress: Progress | None) -> ZooEntry:
+    """`export` for the owner of the name."""
+    remove_abandoned(zoo / name, "export")
     temporary = temporary_name(zoo / name / "export")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

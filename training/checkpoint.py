@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.base import Config, ConfigError
-from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
+from configs.files import commit_dir, remove_abandoned, remove_dir, sha256_file, temporary_name, write_text
 from configs.loader import dump
 from training.config import LoopConfig
 from training.distributed import World
@@ -94,7 +94,7 @@ class CheckpointStore:
         self.retry_waits_s = tuple(retry_waits_s)
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_dead_temporaries(folder)
+            remove_abandoned(folder, foreign_after_s=0)  # a run folder has one owner, and that is this run
         world.barrier()
 
     # ---------------------------------------------------------------- save
@@ -296,15 +296,6 @@ def latest_whole(folder: Path) -> Path | None:
         if not any(difference(path, entry) for entry in listed.files):
             return path
     return None
-
-
-def remove_dead_temporaries(folder: Path) -> None:
-    """Delete what killed saves left. One run folder belongs to one job, so only a live process of this node is spared."""
-    for path in folder.glob(".*.tmp"):
-        node, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
-        if node == os.uname().nodename and pid != str(os.getpid()) and Path("/proc", pid).exists():
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def versions() -> dict[str, str]:
