@@ -41,6 +41,8 @@ TRAINERS = {
     "diffusion": "Diffusion model (DeepSpeed ZeRO): the main transformer, then its control branch.",
 }
 
+TAKE_OVER = "do not wait until the lock of a run folder expires whose owner, on another machine, may be gone"
+
 CONVERT = """\
   landiff convert runs/lm --name lm                             newest checkpoint of a run -> zoo
   landiff convert inspect weights/LanDiff                       what is it?
@@ -145,6 +147,7 @@ def add_train(commands: Commands) -> None:
         sub = add(stages, stage, text, config=f"nano/{stage if stage != 'diffusion' else 'diffusion-main'}",
                   epilog=OVERRIDES.format(example="loop.steps=100 optim.lr=3e-4"))
         sub.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default: one per GPU, or 1)")
+        sub.add_argument("--take-over", action="store_true", help=TAKE_OVER)
         sub.add_argument("--adopt", action="store_true", help="take columns whose fingerprints do not fit as they are (data.adopt=true)")
 
 
@@ -208,6 +211,7 @@ def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
     submit.add_argument("--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)")
     submit.add_argument("--after", action="append", metavar="JOB", help="wait for this job to end well (may be repeated)")
     submit.add_argument("--here", action="store_true", help="run now, in this allocation (salloc), instead of queueing")
+    submit.add_argument("--take-over", action="store_true", help=TAKE_OVER)
     submit.add_argument("--dry-run", action="store_true", help="print resolved configs, plan and batch scripts; touch nothing")
 
     status = commands.add_parser("status", help="Runs: job, step, rate, time left, restarts, last error.")

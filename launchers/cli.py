@@ -6,23 +6,26 @@ import os
 import sys
 
 from launchers.arguments import build_parser, split_overrides
+from launchers.children import follow_parent
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn a mistake into one clear line: exit code 2 where it is the user's, 3 the disk's, 1 else."""
+    follow_parent()
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     words, overrides = split_overrides(parser, argv)
     args, unknown = parser.parse_known_args(words)
     if args.command == "submit":  # the stage's own parser looks at what is left
         args, rest = parser.parse_known_args(argv)
-        args.argv, args.rest, args.overrides = argv, rest, []
+        args.rest, args.overrides = rest, []
     else:
         takes_overrides = getattr(args, "config", None) is not None or args.command == "convert"
         bad = unknown or ([] if takes_overrides else overrides)
         if bad:
             parser.error(f"unrecognised argument {bad[0]!r}" + ("; overrides are written key=value" if takes_overrides else ""))
         args.overrides = overrides
+    args.argv = argv
     if args.workdir:
         os.makedirs(args.workdir, exist_ok=True)
         os.chdir(args.workdir)

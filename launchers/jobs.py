@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,11 @@ def precompute_job(args: argparse.Namespace) -> int:
         if "latents" in config.columns:
             from launchers.preview import codec_round_trip
 
-            codec_round_trip(config, Path("runs/precompute"))
+            try:
+                codec_round_trip(config, Path("runs/precompute"))
+            except OSError as error:
+                print(f"precompute: the columns are finished; their preview in runs/precompute could not be written: {error.strerror or error}",
+                      file=sys.stderr)
     return 0
 
 
@@ -106,7 +111,8 @@ def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> i
 
 
 def train_job(args: argparse.Namespace) -> int:
-    from launchers.local import default_processes, run_trainer
+    from launchers.local import default_processes, explain, own, run_trainer
+    from launchers.stage_jobs import command_line
 
     if args.stage == "tokenizer":
         from training.tokenizer.config import TokenizerTrainConfig as TrainConfig
@@ -115,19 +121,15 @@ def train_job(args: argparse.Namespace) -> int:
     else:
         from training.diffusion.config import DiffusionTrainConfig as TrainConfig
     config = load(TrainConfig, args.config, args.overrides + ["data.adopt=true"] * args.adopt)
-    processes = args.nproc or default_processes()
+    processes = args.nproc or default_processes(config)
     if args.dry_run:
         return show(config, f"would train in {config.run} on {processes} process(es)")
-    config.run.mkdir(parents=True, exist_ok=True)
-    resolved = config.run / "resolved.yaml"
-    write_text(resolved, dump(config))
-    code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
+    with own(config, args.stage, processes, command_line(args.argv), take_over=args.take_over) as owned:
+        resolved = config.run / "resolved.yaml"
+        write_text(resolved, dump(config))
+        code = run_trainer(f"training.{args.stage}", resolved, config.run, processes, owned)
     if code:
-        from training.errors import first_error, read_message
-
-        error = first_error(config.run)
-        why = f"{read_message(error)}\n(the rank that failed first, in full: {error})" if error else f"its ranks ended with exit code {code}"
-        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {why}")
+        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {explain(config.run, code)}")
     return 0
 
 

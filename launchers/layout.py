@@ -10,7 +10,14 @@ def model_copies(config: Config, gpus: int) -> int:
     """Data-parallel copies of the model on `gpus` ranks. Raises ConfigError with the nearest numbers of ranks."""
     if not isinstance(config, LMTrainConfig):
         return gpus
-    return check_world(gpus, config.parallel.tensor * config.parallel.pipeline, "parallel.tensor * parallel.pipeline")
+    return check_world(gpus, copy_size(config), "parallel.tensor * parallel.pipeline")
+
+
+def copy_size(config: Config) -> int:
+    """Ranks that one copy of the model takes."""
+    if not isinstance(config, LMTrainConfig):
+        return 1
+    return config.parallel.tensor * config.parallel.pipeline
 
 
 def check_batch(config: Config, gpus: int) -> int:

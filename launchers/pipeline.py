@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from configs.files import write_text
-from launchers.local import environment
+from launchers.children import environment
 from launchers.progress import duration
 
 

@@ -99,7 +99,7 @@ def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Pl
     config = load(config_class(args.stage), args.config, args.overrides)
     run, resources = place.workdir / config.run, place.cluster.resources(args.stage, place.nodes)
     if place.cluster.scheduler == "local" and resources.tasks_per_node is None:
-        resources = resources.model_copy(update={"tasks_per_node": default_processes()})
+        resources = resources.model_copy(update={"tasks_per_node": default_processes(config)})
     check_batch(config, resources.nodes * resources.tasks)  # now, not in the queue
     job = Job(
         name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),

@@ -1,12 +1,14 @@
 """What a person types and reads."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from configs.ownership import take
+from launchers.children import environment
 from launchers.cli import main
-from launchers.local import environment
 from launchers.pipeline import walk
 from launchers.snapshot import ROOT
 
@@ -100,10 +102,17 @@ def test_overrides_stand_beside_an_action_that_is_left_out(capsys, tmp_path, com
     assert code == 0 and key.replace("=", ": ") in out, err
 
 
-def test_a_mistake_that_all_ranks_meet_is_told_once(capfd, tmp_path):
+def test_a_mistake_that_all_ranks_meet_is_told_once(capfd, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()  # a package of the user's, which is none of ours
+    (tmp_path / "configs" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     code, _, err = run(capfd, "-C", str(tmp_path), "train", "tokenizer", "--config", "nano/tokenizer", "--nproc", "2")
     assert code == 2 and err.count("data/manifest.json does not exist; run `landiff shards` first") == 1, err
     assert "Traceback" not in err and "Traceback" in (tmp_path / "runs/tokenizer/errors/rank_0001.txt").read_text()
+    assert list((tmp_path / "tmp").glob("torchelastic*")) == []
+    code, out, _ = run(capfd, "-C", str(tmp_path), "status")
+    assert code == 0 and [line.split()[:3] for line in out.splitlines()[1:]] == [["runs/tokenizer", "tokenizer", "failed"]]
 
 
 @pytest.mark.parametrize("way, code, words", [("os.kill(os.getpid(), 9)", 137, "rank 0 was ended by SIGKILL"), ("sys.exit(7)", 7, "")])
@@ -114,12 +123,19 @@ def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     assert (done.returncode, done.stderr.strip()) == (code, words)
 
 
-def test_stop_asks_a_run_that_was_not_submitted_too(capsys, tmp_path):
+def test_stop_says_what_is_no_run_and_what_does_not_run(capsys, tmp_path):
     code, _, err = run(capsys, "stop", str(tmp_path / "lm"))
-    assert code == 2 and "was not submitted" in err
+    assert code == 2 and "is no run folder" in err
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "config.yaml").touch()
     code, out, _ = run(capsys, "stop", str(tmp_path / "lm"))
-    assert code == 0 and "save and end" in out and (tmp_path / "lm" / "stop").exists()
+    assert code == 0 and "nothing of it is running" in out and not (tmp_path / "lm" / "stop").exists()
     code, _, err = run(capsys, "stop", "--restart", str(tmp_path / "lm"))
     assert code == 2 and "was not submitted" in err
+
+
+def test_a_second_training_of_a_run_folder_is_refused_before_any_rank_starts(capsys, tmp_path):
+    with take(tmp_path / "runs" / "lm" / ".owner", "the first"):
+        code, _, err = run(capsys, "-C", str(tmp_path), "train", "lm", "--config", "nano/lm")
+    assert code == 2 and f"run folder runs/lm is in use by process {os.getpid()} of" in err
+    assert [path.name for path in (tmp_path / "runs" / "lm").iterdir()] == []
