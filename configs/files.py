@@ -43,7 +43,8 @@ def temporary_name(path: Path) -> Path:
 def remove_abandoned(folder: Path, of: str = "", *, foreign_after_s: float = ABANDONED_S) -> int:
     """Delete temporaries in `folder` whose writers are gone. Returns how many.
 
-    `of`: name of the file or folder whose temporaries are meant; "" means all. `foreign_after_s`: see `is_abandoned`; 0 where the caller owns the folder alone.
+    `of`: name of the file or folder whose temporaries are meant; "" means all. `foreign_after_s`:
+    see `is_abandoned`; 0 where the caller owns the folder alone.
     """
     removed = 0
     for path in folder.glob(f".{glob.escape(of)}*.tmp"):
@@ -98,8 +99,8 @@ def file_system_time(folder: Path) -> float:
 def atomic_file(path: Path, mode: str = "wb") -> Iterator:
     """A file that appears under its final name whole, or not at all.
 
-    Raises whatever the body or the disk raises (OSError with ENOSPC on a full one), after the temporary
-    file is gone.
+    Raises whatever the body or the disk raises (OSError with ENOSPC on a full one), after the
+    temporary file is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)

@@ -3,9 +3,9 @@
     with ownership.take(folder / OWNER, f"run folder {folder}"):
         ...
 
-The lock is a small JSON file that names its owner: machine, process and its start time, user, SLURM
-job. It is created by link(2), which is atomic on NFS as well, and its time is renewed every `BEAT_S`
-seconds. A second process is refused with the owner's name, unless the owner is gone:
+The lock is a small JSON file that names its owner: machine, process and its start time, user,
+SLURM job. It is created by link(2), which is atomic on NFS as well, and its time is renewed every
+`BEAT_S` seconds. A second process is refused with the owner's name, unless the owner is gone:
 
 * it ran on this machine, and no process with this id and start time does now;
 * it ran in a SLURM job that is not in the queue any more, or in an earlier attempt of this job;
@@ -13,9 +13,9 @@ seconds. A second process is refused with the owner's name, unless the owner is 
   system.
 
 When several processes take over a lock at once, one wins. Each links its record to
-`<lock>.after-<token of the old owner>`, a name that only one of them can create. The winner renames its
-record to the lock itself and then removes that name. A process that creates the name after that finds
-that the lock has changed, and has lost.
+`<lock>.after-<token of the old owner>`, a name that only one of them can create. The winner
+renames its record to the lock itself and then removes that name. A process that creates the name
+after that finds that the lock has changed, and has lost.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Owner:
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
-        return f"process {self.pid} of {self.user or 'an unknown user'} on {self.host or 'an unknown machine'}{job}, since {self.since or 'unknown'}"
+        user, host = self.user or "an unknown user", self.host or "an unknown machine"
+        return f"process {self.pid} of {user} on {host}{job}, since {self.since or 'unknown'}"
 
 
 def this_process() -> Owner:
@@ -169,9 +170,10 @@ def take(
 ) -> Ownership:
     """Own `what`, whose lock is the file `path`. Raises OwnedError at once where another does.
 
-    `inherited`: token of an ancestor whose ownership is shared. `take_over`: do not wait for the lease
-    of an owner of which it cannot be told whether it runs; one that runs is never taken over. `on_lost`
-    is called in a thread when another process has taken the lock away; by default this process ends.
+    `inherited`: token of an ancestor whose ownership is shared. `take_over`: do not wait for the
+    lease of an owner of which it cannot be told whether it runs; one that runs is never taken
+    over. `on_lost` is called in a thread when another process has taken the lock away; by default
+    this process ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lost = on_lost or end_process
@@ -230,8 +232,8 @@ def _refuse_unless_gone(file: Path, owner: Owner, *, what: str, take_over: bool)
         )
     elif not take_over:
         raise OwnedError(
-            f"{what} is in use by {owner}, which renewed its lock less than {LEASE_S:g} s ago; if that process is gone, "
-            f"try again in {LEASE_S:g} s, or pass --take-over to a command that has it"
+            f"{what} is in use by {owner}, which renewed its lock less than {LEASE_S:g} s ago; "
+            f"if that process is gone, try again in {LEASE_S:g} s, or pass --take-over to a command that has it"
         )
     else:
         log.warning("taking over %s from %s", what, owner)

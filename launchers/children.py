@@ -1,7 +1,7 @@
 """Processes that `landiff` starts: what they import, and that they end with their parent.
 
-`python -m launchers.children COMMAND...` starts a program that is not Python, such as bash, so that it
-ends with its parent.
+`python -m launchers.children COMMAND...` starts a program that is not Python, such as bash, so
+that it ends with its parent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Signals with which a person or a closed terminal asks a command to stop; under nohup not SIGHUP."""
+    """Signals that ask a command to stop; SIGHUP is not one of them under nohup."""
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signals.append(signal.SIGHUP)

@@ -1,9 +1,9 @@
 """Start a trainer's ranks on this machine, through torchrun, and end with their true exit code.
 
-Ctrl-C, SIGTERM, SIGHUP or `landiff stop` asks the run to stop: a `stop` file in the run folder, which
-the ranks agree on at the end of a step; they checkpoint and leave. A second signal ends them at once. If
-this process is killed, the kernel ends torchrun and its ranks with it. Ranks write their logs to
-`job/log`, as those of a submitted run do.
+Ctrl-C, SIGTERM, SIGHUP or `landiff stop` asks the run to stop: a `stop` file in the run folder,
+which the ranks agree on at the end of a step; they checkpoint and leave. A second signal ends them
+at once. If this process is killed, the kernel ends torchrun and its ranks with it. Ranks write
+their logs to `job/log`, as those of a submitted run do.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def own(
 
 
 def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned: Ownership) -> int:
-    """Start the ranks, forward a wish to stop, return the exit code of the rank that failed first, or 0."""
+    """Start the ranks, forward requests to stop; returns the first failed rank's exit code, or 0."""
     stop = run / "stop"
     env = environment() | {ownership.TOKEN: owned.token}
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -108,7 +108,8 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned
         asked += 1
         if asked == 1:
             print(
-                f"landiff: signal {signal.Signals(number).name}: stopping after this step; once more to end at once",
+                f"landiff: signal {signal.Signals(number).name}: stopping after this step; "
+                "once more to end at once",
                 file=sys.stderr,
             )
             asking.start()

@@ -1,8 +1,8 @@
-"""torchrun without a traceback of its own: the ranks have said why they failed, this says how they ended.
+"""torchrun without a traceback of its own: ranks say why they failed, this says how they ended.
 
-`python -m launchers.torchrun TORCHRUN_OPTIONS... -m MODULE ARGUMENTS...`; the exit code is that of the
-rank that failed first, 128 + n where signal n ended it. It ends with the process that started it, and
-the ranks end with it.
+`python -m launchers.torchrun TORCHRUN_OPTIONS... -m MODULE ARGUMENTS...`; the exit code is that of
+the rank that failed first, 128 + n where signal n ended it. It ends with the process that started
+it, and the ranks end with it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """(rank, failure) that caused the others.
 
-    That is the first one; of several in the same second one that a signal ended, since its peers fail
-    because of it. torchrun itself ends the others with SIGTERM.
+    That is the first one; of several in the same second one that a signal ended, since its peers
+    fail because of it. torchrun itself ends the others with SIGTERM.
     """
     when = min(failure.timestamp for failure in failures.values())  # in seconds
     first = {rank: failure for rank, failure in failures.items() if failure.timestamp == when}

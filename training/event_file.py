@@ -1,7 +1,8 @@
 """TensorBoard's event files, written in the thread that calls.
 
-torch's SummaryWriter writes in a thread of its own, which prints a traceback when the disk is full, and
-raises the error in a later, unrelated call. Here the call that writes raises it. The files are the same.
+torch's SummaryWriter writes in a thread of its own, which prints a traceback when the disk is
+full, and raises the error in a later, unrelated call. Here the call that writes raises it. The
+files are the same.
 """
 
 from __future__ import annotations

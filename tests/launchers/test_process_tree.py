@@ -30,7 +30,9 @@ TRAIN = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from launchers.children import follow_parent
 from launchers.local import explain, own, run_trainer
+follow_parent()
 run, config_file = map(Path, sys.argv[1:])
 config = SimpleNamespace(run=run, loop=SimpleNamespace(steps=60))
 try:
@@ -43,8 +45,10 @@ sys.exit(f"{run} failed: {explain(run, code)}" if code else 0)
 SUBMIT = """
 import sys
 from pathlib import Path
+from launchers.children import follow_parent
 from launchers.submit import run_here
 from tests.launchers.test_process_tree import LOCAL, submitted
+follow_parent()
 sys.exit(run_here([submitted(*map(Path, sys.argv[1:]))], LOCAL))
 """
 
