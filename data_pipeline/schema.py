@@ -63,6 +63,8 @@ class RawSample(Config):
     motion_p95: float = 0.0  # the score's parts, in the same unit
     motion_residual: float = 0.0
     motion_camera: tuple[float, float] = (0.0, 0.0)
+    # of the source, absent where there were none: "smpte2084/bt2020" (its colours), "bwdif"
+    conversions: tuple[str, ...] = ()
     cuts: NonNegativeInt = 0  # frame pairs that were left out of the score
     video_sha256: str  # of the clip's bytes in this tar
 
@@ -94,6 +96,8 @@ class Sidecar(Config):
     raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
     dtype: str = ""  # columns: of the tensors in this tar
     shape: list[NonNegativeInt] = Field(default_factory=list)  # columns: of one sample; 0 where samples differ
+    truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
+    value_range: tuple[int, int] | None = None  # tokens: the least and the largest code
     index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order; last, so that it can be left out
 
 
@@ -106,6 +110,7 @@ class Column(Config):
     fingerprint: str
     config: dict[str, Any]  # the resolved column config; "encoders" holds {name: fingerprint} of what made it
     raw_fingerprint: str = ""  # `Manifest.fingerprint` of the raw shards it was made from
+    truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
     shards: list[ShardEntry]
 
 
@@ -119,6 +124,8 @@ class Manifest(Config):
     columns: dict[str, Column] = Field(default_factory=dict)
     rejects: list[Reject] = Field(default_factory=list)
     reject_counts: dict[str, int] = Field(default_factory=dict)  # "stage/reason" -> clips
+    ignored_counts: dict[str, int] = Field(default_factory=dict)  # kind -> files of the source that no clip uses
+    ignored_examples: dict[str, list[str]] = Field(default_factory=dict)  # kind -> names of the first few
 
     @property
     def num_samples(self) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import ConfigError, dump, find, load
-from configs.files import write_text
-from configs.loader import packaged_names
+from configs.loader import packaged_names, write_config
+from configs.secrets import redact
 from launchers.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,19 +33,23 @@ def shards_job(args: argparse.Namespace) -> int:
     from launchers.config import ShardsJobConfig
 
     config = load(ShardsJobConfig, args.config, args.overrides)
-    if args.dry_run:
-        return show(config, f"would write raw shards to {config.data}")
-    from data_pipeline import ingest
+    from data_pipeline import ingest, source_report
 
+    if args.dry_run:
+        summary = source_report.summarize_source(config.content)
+        return show(config, f"would write raw shards to {config.data}\n# source: {summary}")
     if args.action == "status":
         found = ingest.status(config.content, config.data)
         if found is None:
-            print(f"shards: nothing is planned in {config.data}")
+            others = ingest.other_shards(config.content, config.data)
+            print(f"shards: nothing is planned in {config.data} for this source and config{others}")
         elif not found.shards:
             print(f"shards: {found.looked_at} of {found.videos} videos were looked at; no shard of {config.data} is planned yet")
         else:
             print(f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.in_finished} of {found.clips} clips; "
                   f"the plan set {found.set_aside} aside")
+        if found is not None and found.ignored.counts:
+            print(f"shards: ignored: {found.ignored}")
         return 0
     task = parse_task(args.task)
     if args.action == "run":
@@ -53,10 +57,18 @@ def shards_job(args: argparse.Namespace) -> int:
         if task != (0, 1):
             print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
                   f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize")
+            print_lines("shards", source_report.result_lines(share.rejected, share.ignored))
             return 0
     manifest = ingest.finalize(config.content, config.data)
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
+    print_lines("shards", source_report.manifest_lines(manifest))
     return 0
+
+
+def print_lines(command: str, lines: list[str]) -> None:
+    """Print result lines of a command, its name before each."""
+    for line in lines:
+        print(f"{command}: {line}")
 
 
 def precompute_job(args: argparse.Namespace) -> int:
@@ -126,7 +138,7 @@ def train_job(args: argparse.Namespace) -> int:
         return show(config, f"would train in {config.run} on {processes} process(es)")
     with own(config, args.stage, processes, command_line(args.argv), take_over=args.take_over) as owned:
         resolved = config.run / "resolved.yaml"
-        write_text(resolved, dump(config))
+        write_config(resolved, config)
         code = run_trainer(f"training.{args.stage}", resolved, config.run, processes, owned)
     if code:
         raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {explain(config.run, code)}")
@@ -287,8 +299,8 @@ def plan_job(args: argparse.Namespace) -> int:
 
 
 def show(config, plan: str) -> int:
-    """--dry-run: the resolved config and the plan."""
-    print(f"{dump(config)}\n# {plan}")
+    """--dry-run: the resolved config and the plan, without secrets."""
+    print(redact(f"{dump(config)}\n# {plan}"))
     return 0
 
 

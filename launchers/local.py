@@ -2,8 +2,9 @@
 
 Ctrl-C, SIGTERM, SIGHUP or `landiff stop` asks the run to stop: a `stop` file in the run folder,
 which the ranks agree on at the end of a step; they checkpoint and leave. A second signal ends them
-at once. If this process is killed, the kernel ends torchrun and its ranks with it. Ranks write
-their logs to `job/log`, as those of a submitted run do.
+at once. After Ctrl-C the command ends with exit code 130, so that `train && convert` does not export
+a half-trained model; after the others with 0. If this process is killed, the kernel ends torchrun and
+its ranks with it. Ranks write their logs to `job/log`, as those of a submitted run do.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ def own(
 
 
 def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned: Ownership) -> int:
-    """Start the ranks, forward requests to stop; returns the first failed rank's exit code, or 0."""
+    """Start the ranks and forward a request to stop; returns the exit code of the first failed rank, or 0.
+
+    Raises KeyboardInterrupt when Ctrl-C ended a run before its last step, with a checkpoint or without.
+    """
     stop = run / "stop"
     env = environment() | {ownership.TOKEN: owned.token}
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -102,10 +106,12 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned
         stop.unlink(missing_ok=True)
 
     asking = threading.Thread(target=ask_to_stop, name="stop", daemon=True)
+    interrupted = False
 
     def on_signal(number: int, _frame: object) -> None:
-        nonlocal asked
+        nonlocal asked, interrupted
         asked += 1
+        interrupted = interrupted or number == signal.SIGINT
         if asked == 1:
             print(
                 f"landiff: signal {signal.Signals(number).name}: stopping after this step; "
@@ -125,6 +131,8 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned
         ended.set()
         if asked:
             asking.join()
+    if interrupted and (code == 0 or asked > 1) and not (run / "done").exists():
+        raise KeyboardInterrupt
     if code >= 0:
         return code
     if asked < 2:

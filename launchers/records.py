@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from configs import ownership
+from configs.base import ConfigError
+from configs.documents import read_json
 from configs.files import write_text
 from configs.ownership import OWNER, Owner, State
+from configs.secrets import redact
 from launchers.slurm_script import JOB_FOLDER
 
 RECORD = "job.json"
@@ -32,8 +35,14 @@ OLD_MARKERS = (
 def read_record(run: Path) -> dict[str, Any]:
     """job.json of a run folder with the job that runs there now; empty where nothing was started."""
     path, current = run / JOB_FOLDER / RECORD, run / JOB_FOLDER / "current"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if record and current.exists():
+    if not path.exists():
+        return {}
+    advice = f"delete {path.parent} and submit the run again"
+    record = read_json(path, advice=advice)
+    job_ids = record.get("job_ids")
+    if not isinstance(job_ids, list) or not all(isinstance(job, str) for job in job_ids):
+        raise ConfigError(f"{path} has no list of job_ids; {advice}")
+    if current.exists():
         job = current.read_text(
             encoding="utf-8"
         ).strip()  # by hand, perhaps: sbatch RUN/job/job.sbatch
@@ -50,7 +59,7 @@ def write_record(run: Path, **values: Any) -> None:
         **values,
         "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_text(run / JOB_FOLDER / RECORD, json.dumps(record, indent=1))
+    write_text(run / JOB_FOLDER / RECORD, redact(json.dumps(record, indent=1)))
 
 
 def remove_markers(run: Path, patterns: Iterable[str] = OLD_MARKERS) -> None:

@@ -14,9 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from configs import ConfigError, dump, load, ownership
-from configs.files import write_text
+from configs.files import PRIVATE, write_text
+from configs.loader import write_config
 from configs.ownership import OWNER, Owner
 from configs.processes import machine
+from configs.secrets import redact
 from launchers.children import environment, stop_signals
 from launchers.cluster_config import TRAINERS, ClusterConfig
 from launchers.records import (
@@ -29,6 +31,7 @@ from launchers.records import (
     running_owner,
     write_record,
 )
+from launchers.script_values import check_job_ids
 from launchers.slurm import Slurm
 from launchers.slurm_script import JOB_FOLDER, LOGS, SCRIPT, sbatch_text
 from launchers.snapshot import write_snapshot
@@ -41,6 +44,7 @@ SUBMISSION = ".submission"  # lock of a job folder while its job is being queued
 def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = None) -> int:
     """Returns 0 when all jobs are queued (or, here, have done their work)."""
     cluster = load(ClusterConfig, cluster_name(args.cluster))
+    check_job_ids(args.after or (), "--after")
     place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or ("python3" if cluster.container else sys.executable), args.nodes, args.here)
     if args.stage == "pipeline":
         planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
@@ -75,12 +79,13 @@ def cluster_name(name: str) -> str:
 def dry_run(planned: Sequence[Planned], cluster: ClusterConfig) -> str:
     """Resolved configs, the plan and the scripts, as text."""
     blocks = []
+    shown = cluster.redacted()
     for plan in planned:
         if plan.config is not None:
             blocks.append(f"# ==== {plan.name}: resolved config, {plan.job.folder / CONFIG}\n{dump(plan.config)}")
-        blocks.append(f"# ==== {plan.name}: batch script, {plan.job.folder / SCRIPT}\n{sbatch_text(plan.job, cluster)}")
+        blocks.append(f"# ==== {plan.name}: batch script, {plan.job.folder / SCRIPT}\n{sbatch_text(plan.job, shown)}")
     blocks.append("# ==== plan\n" + "\n".join(f"# {line}" for line in plan_lines(planned)) + "\n# nothing was written, nothing submitted")
-    return "\n".join(blocks)
+    return redact("\n".join(blocks))
 
 
 def plan_lines(planned: Sequence[Planned]) -> list[str]:
@@ -133,12 +138,13 @@ def done_markers(plan: Planned) -> list[Path]:
 def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
     """Write everything the job needs into its run folder; returns the script."""
     folder = plan.job.folder
+    script = sbatch_text(plan.job, cluster)
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     origin = write_snapshot(folder)
     if plan.config is not None:
-        write_text(folder / CONFIG, dump(plan.config))
-    write_text(folder / "cluster.yaml", dump(cluster))
-    write_text(folder / SCRIPT, sbatch_text(plan.job, cluster))
+        write_config(folder / CONFIG, plan.config)
+    write_text(folder / "cluster.yaml", dump(cluster), PRIVATE)  # env may hold secrets
+    write_text(folder / SCRIPT, script, PRIVATE)
     remove_markers(plan.job.run, ["done*" if plan.steps is None else "done", *OLD_MARKERS])
     record_jobs(plan, [], code=origin)
     return folder / SCRIPT

@@ -173,7 +173,8 @@ class Decoder(Stack):
 class Quantizer(VectorQuantize):
     """vector-quantize-pytorch as the released tokenizer uses it: EMA codebook, rotation-trick gradient.
 
-    Everything in it is float32, whatever the model is cast to and under autocast. Code vectors are
+    Everything in it is float32, whatever the model is cast to and under autocast, but for the
+    projection in `nearest`, which follows autocast (docs/specification.md §3.10). Code vectors are
     all-reduced over ranks if the process group exists when this is built. k-means initialisation and the
     replacement of dead codes draw from torch's global generator, in training only.
     """
@@ -216,10 +217,13 @@ class Quantizer(VectorQuantize):
 
     @torch.no_grad()
     def nearest(self, latents_BNZ: Tensor) -> Tensor:
-        """indices_BN of the nearest codes; the lowest index wins a tie. Changes nothing."""
+        """indices_BN of the nearest codes; the lowest index wins a tie. Changes nothing.
+
+        Under autocast the projected vectors carry its rounding; distances are float32.
+        """
         self.require_codebook()
+        codes_BNE = self.project_in(latents_BNZ.float()).float()
         with torch.autocast(latents_BNZ.device.type, enabled=False):
-            codes_BNE = self.project_in(latents_BNZ.float())
             return cdist(codes_BNE.flatten(0, 1)[None], self._codebook.embed)[0].argmin(-1).view(codes_BNE.shape[:2])
 
     def lookup(self, indices_BN: Tensor) -> Tensor:

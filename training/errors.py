@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from configs.files import write_text
+from configs.secrets import redact
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,10 @@ class CheckpointError(RuntimeError):
 
 class RankLost(RuntimeError):
     """A rank that could not say why it failed: a signal ended it, or it stands still."""
+
+
+class NonFiniteError(RuntimeError):
+    """Loss, gradient norm or weights are NaN or infinite. The same command would meet it again."""
 
 
 def error_path(run: Path, rank: int) -> Path:
@@ -51,8 +56,9 @@ def _write(run: Path, rank: int, step: int, error: BaseException, when: datetime
     now = when.isoformat(timespec="microseconds")
     message = f"{type(error).__name__}: {error}\n"
     trace = "".join(traceback.format_exception(error))
+    text = redact(f"{message}{_TRACE}{trace}")
     try:
-        write_text(error_path(run, rank), f"time: {now}\nrank: {rank}\nstep: {step}\n\n{message}{_TRACE}{trace}")
+        write_text(error_path(run, rank), f"time: {now}\nrank: {rank}\nstep: {step}\n\n{text}")
     except OSError as refused:
         log.warning("no error file: %s", refused)
 
