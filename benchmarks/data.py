@@ -37,7 +37,7 @@ from data_pipeline.schema import RAW, Column, Manifest, RawSample, column_stem, 
 from data_pipeline.shards import ShardWriter, read_manifest, write_manifest
 from data_pipeline.tensors import pack_tensor
 from data_pipeline.video import encode_clip
-from launchers.local import run_trainer
+from launchers import local
 from model_zoo import registry
 from model_zoo.config import ModelConfig
 from training.diffusion.config import DiffusionTrainConfig
@@ -234,7 +234,9 @@ def measure_waits(steps: int, folder: Path) -> list[Row]:
                                              f"loop.steps={steps}", f"loop.save_every={steps}", *changes])
         run.mkdir()
         (run / "resolved.yaml").write_text(dump(config))
-        code = run_trainer(f"training.{name}", run / "resolved.yaml", run, processes=2 if name == "lm" else 1)
+        processes = 2 if name == "lm" else 1
+        with local.own(config, name, processes, "benchmarks.data") as owned:
+            code = local.run_trainer(f"training.{name}", run / "resolved.yaml", run, processes, owned)
         assert code == 0, f"the {name} trainer ended with {code}"
         lines = read_metrics(run / "metrics.jsonl")[1:]
         rate = config.data.global_batch_size / np.mean([1 / line["throughput/steps_per_s"] for line in lines])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from configs.disk_errors import naming
+from configs.processes import is_running, start_time
 
+ABANDONED_S = 24 * 3600.0  # age at which temporaries of other machines are removed
 PRIVATE = 0o600  # permissions of files that may hold secrets: the owner alone reads them
 PUBLIC = 0o666  # before the umask
 REPLACED = "replaced"  # part of the name of a folder that is being replaced
@@ -34,16 +39,64 @@ def fsync_file(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name a half-written `path` has. Unique to this process, so that twins never share it."""
-    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    """The name of `path` while this process writes it; no other process uses the same."""
+    pid = os.getpid()
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{pid}-{start_time(pid)}.tmp")
 
 
-def remove_dead_twins(path: Path) -> None:
-    """Delete what killed writers of `path` left on this node. Those of other nodes, and living ones, are not ours to judge."""
-    for twin in path.parent.glob(f".{path.name}.{os.uname().nodename}.*.tmp"):
-        pid = twin.name.removesuffix(".tmp").rpartition(".")[2]
-        if pid.isdigit() and int(pid) != os.getpid() and not Path("/proc", pid).exists():
-            shutil.rmtree(twin, ignore_errors=True) if twin.is_dir() else twin.unlink(missing_ok=True)
+def remove_abandoned(folder: Path, of: str = "", *, foreign_after_s: float = ABANDONED_S) -> int:
+    """Delete temporaries in `folder` whose writers are gone. Returns how many.
+
+    `of`: name of the file or folder whose temporaries are meant; "" means all. `foreign_after_s`:
+    see `is_abandoned`; 0 where the caller owns the folder alone.
+    """
+    removed = 0
+    for path in folder.glob(f".{glob.escape(of)}*.tmp"):
+        if not is_abandoned(path, foreign_after_s):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed += 1
+    return removed
+
+
+def is_abandoned(path: Path, foreign_after_s: float = ABANDONED_S) -> bool:
+    """Whether the writer of a temporary file or folder (see `temporary_name`) is gone.
+
+    On this machine its process is looked up. On another one it counts as gone when nothing was
+    written for `foreign_after_s` seconds, on the file system's own clock.
+    """
+    front, _, writer = path.name.removesuffix(".tmp").rpartition(".")
+    pid, _, started = writer.partition("-")
+    if front.endswith(f".{os.uname().nodename}") and pid.isdigit():
+        return not is_running(int(pid), started)
+    if not foreign_after_s:
+        return True
+    try:
+        newest = max([path.stat().st_mtime, *(below.stat().st_mtime for below in path.rglob("*"))])
+    except FileNotFoundError:  # finished or removed just now
+        return False
+    return file_system_time(path.parent) - newest > foreign_after_s
+
+
+def file_system_time(folder: Path) -> float:
+    """Seconds since 1970 on the clock of the file system of `folder`, which other machines share.
+
+    Where the folder cannot be written, on this machine's clock.
+    """
+    probe = temporary_name(folder / f"clock-{threading.get_ident()}")
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT, 0o600)
+    except OSError:
+        return time.time()
+    try:
+        os.utime(descriptor)
+        return os.fstat(descriptor).st_mtime
+    finally:
+        os.close(descriptor)
+        probe.unlink(missing_ok=True)
 
 
 @contextmanager

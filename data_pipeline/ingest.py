@@ -5,9 +5,9 @@
 2. make: one shard is one unit of work. Finished shards are never redone; an unfinished one leaves nothing.
 3. finalize: the manifest, from the sidecars.
 
-Any number of tasks work on one folder, on any machines, without a server: each makes its share, and two that
-make the same shard write the same bytes. Equal input gives equal bytes, whatever the number of tasks and
-workers and however often they were killed.
+Any number of tasks work on one folder, on any machines, without a server: each makes its share, which
+has one owner at a time, and two that make the same shard write the same bytes. Equal input gives equal
+bytes, whatever the number of tasks and workers and however often they were killed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Any
 
 import yaml
 
+from configs import ownership
 from configs.base import ConfigError
 from configs.documents import read_yaml
 from configs.files import fsync_dir, temporary_name
+from configs.ownership import OWNER
 from data_pipeline.filters import Filters
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.plan import PLAN, Plan, make
@@ -81,7 +83,10 @@ def make_shards(config: ShardsConfig, data: Path, progress: Progress | None = No
 
 
 def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress | None = None) -> Share:
-    """Make the shards of one task; the plan is made by all of them together. Raises as `make_shards`."""
+    """Make the shards of one task; the plan is made by all of them together.
+
+    Raises as `make_shards`, and OwnedError where another process works on this task.
+    """
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"task {task[0]}/{task[1]}: the number must lie between 0 and {task[1] - 1}")
     listing, filters = list_source(config), Filters(config.filters)
@@ -89,8 +94,10 @@ def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress 
     path = data / PLAN / f"{state.mark}.json"
     with _explained(data):
         _claim(config, data / RAW)
-        _remove_leftovers(data)
-        with decoders(config) as idle, ThreadPoolExecutor(config.job.workers) as pool:
+        lock_file = data / f".task-{task[0]}-of-{task[1]}{OWNER}"
+        lock = ownership.take(lock_file, f"task {task[0]}/{task[1]} of the shards in {data}")
+        with lock, decoders(config) as idle, ThreadPoolExecutor(config.job.workers) as pool:
+            _remove_leftovers(data)
             plan = make(config, path, listing, task, pool, lambda: borrowed(idle), progress)
             _check_planned(config, plan)
             maker = Maker(config, data, plan, filters, idle, pool)

@@ -257,8 +257,15 @@ class Job:
     def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> OpenShard:
         entry = self.manifest.shards[piece.shard]
         wanted = {name: producer for name, producer in producers.items() if (name, piece.shard) not in self._found}
-        shard = OpenShard({name: Unit(self.folders[name], entry, producer.card) for name, producer in wanted.items()},
-                          {name: producer.begin(entry, piece.clips) for name, producer in wanted.items()})
+        units: dict[str, Unit] = {}
+        try:
+            for name, producer in wanted.items():
+                units[name] = Unit(self.folders[name], entry, producer.card)
+        except BaseException as error:
+            for unit in units.values():
+                unit.give_up(error)
+            raise
+        shard = OpenShard(units, {name: producer.begin(entry, piece.clips) for name, producer in wanted.items()})
         self._open.append(shard)
         return shard
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from configs import ownership
+from configs.ownership import OWNER
 from data_pipeline.clips import Clip, Problem, Result
 from data_pipeline.schema import ShardEntry, column_stem
 from data_pipeline.tensors import pack_tensor
@@ -73,10 +75,15 @@ class WriterThread:
 
 
 class Unit:
-    """One column of one shard on its way to disk. All but the constructor runs in the writer's thread."""
+    """One column of one shard that is being written. All but the constructor runs in the writer's thread.
+
+    The constructor raises OwnedError where another process makes this unit.
+    """
 
     def __init__(self, folder: ColumnFolder, entry: ShardEntry, card: ColumnCard) -> None:
         self.folder, self.entry, self.card = folder, entry, card
+        what = f"shard {entry.name} of column {folder.name!r} in {folder.folder.parent}"
+        self._lock = ownership.take(folder.folder / f".{entry.name}{OWNER}", what)
         self._writer: UnitWriter | None = None
         self._shapes: list[tuple[int, ...]] = []
         self._value_range: tuple[int, int] | None = None
@@ -119,6 +126,7 @@ class Unit:
         except BaseException as error:
             self.give_up(error)
             raise
+        self._lock.release()
 
     def give_up(self, error: BaseException) -> None:
         """Leave nothing but word of why."""
@@ -129,3 +137,4 @@ class Unit:
             if self._writer is not None:
                 self._writer.__exit__(type(error), error, error.__traceback__)
             self.folder.fail(self.entry, error)
+        self._lock.release()

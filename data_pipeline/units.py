@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from configs import ownership
 from configs.base import Config, ConfigError
-from configs.files import write_text
+from configs.files import is_abandoned, remove_abandoned, write_text
 from configs.loader import read_json_as
 from data_pipeline.locks import locked
 from data_pipeline.schema import FORMAT_VERSION, MANIFEST, Column, Manifest, ShardEntry, Sidecar, fingerprint
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 
 CARD = "column.json"
 SURVEYORS = 8  # threads that read sidecars: on a file system of many machines each takes its time
-ABANDONED_S = 24 * 3600.0  # a temporary of another machine, untouched for so long, belongs to no one
 
 
 class ColumnCard(Config):
@@ -163,8 +163,9 @@ class ColumnFolder:
         return self.folder / f".{name}.failed"
 
     def remove_leftovers(self) -> int:
-        """Delete temporaries of processes that are gone; returns how many."""
-        return remove_leftovers(self.folder)
+        """Delete temporaries and locks of processes that are gone; returns how many temporaries."""
+        ownership.remove_abandoned(self.folder)
+        return remove_abandoned(self.folder)
 
 
 def is_current(sidecar: Sidecar, raw: ShardEntry, mark: str) -> bool:
@@ -214,7 +215,7 @@ def finalize(data: Path, columns: Sequence[str]) -> Manifest:
         rejects = [r for r in now.rejects if r.stage not in columns] + rejects
         now = now.model_copy(update={"columns": {**now.columns, **made}, "rejects": rejects, "reject_counts": count_rejects(rejects)})
         write_manifest(data, now)
-        remove_leftovers(data, MANIFEST)
+        remove_abandoned(data, MANIFEST)
     return now
 
 
@@ -263,32 +264,3 @@ def _flatten(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in parts.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def remove_leftovers(folder: Path, of: str = "") -> int:
-    """Delete temporaries (of one file, or of all) whose processes are gone; returns how many."""
-    if not folder.is_dir():
-        return 0
-    removed = 0
-    for path in folder.glob(f".{of}*.tmp"):
-        if is_abandoned(path):
-            path.unlink(missing_ok=True)
-            removed += 1
-    return removed
-
-
-def is_abandoned(path: Path) -> bool:
-    """Of a dead process of this machine, or untouched for a day. `.<name>.<machine>.<process>.tmp`, see configs/files.py."""
-    front, _, process = path.name.removesuffix(".tmp").rpartition(".")
-    if front.endswith(f".{os.uname().nodename}") and process.isdigit():
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
-    try:
-        return time.time() - path.stat().st_mtime > ABANDONED_S
-    except FileNotFoundError:
-        return False

@@ -11,6 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from launchers.children import follow_parent
 from training import distributed
 
 REPEATS = 5
@@ -18,6 +19,7 @@ REPEATS = 5
 
 def main() -> None:
     """Rank 0 prints one line. A wrong sum is an error on all ranks."""
+    follow_parent()
     with distributed.start(timeout_s=120.0) as world:
         elements = (64 << 20) if world.backend == "nccl" else (1 << 20)  # float32
         values = torch.full((elements,), float(world.rank + 1), device=world.device)

@@ -48,6 +48,8 @@ TRAINERS = {
     "diffusion": "Diffusion model (DeepSpeed ZeRO): the main transformer, then its control branch.",
 }
 
+TAKE_OVER = "do not wait until the lock of a run folder expires whose owner, on another machine, may be gone"
+
 CONVERT = """\
   landiff convert runs/lm --name lm                             newest checkpoint of a run -> zoo
   landiff convert inspect weights/LanDiff                       what is it?
@@ -152,6 +154,7 @@ def add_train(commands: Commands) -> None:
         sub = add(stages, stage, text, config=f"nano/{stage if stage != 'diffusion' else 'diffusion-main'}",
                   epilog=OVERRIDES.format(example="loop.steps=100 optim.lr=3e-4"))
         sub.add_argument("--nproc", type=int, metavar="N", help="processes on this machine (default: one per GPU, or 1)")
+        sub.add_argument("--take-over", action="store_true", help=TAKE_OVER)
         sub.add_argument("--adopt", action="store_true", help="take columns whose fingerprints do not fit as they are (data.adopt=true)")
 
 
@@ -216,6 +219,7 @@ def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
     submit.add_argument("--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)")
     submit.add_argument("--after", action="append", metavar="JOB", help="wait for this job to end well (may be repeated)")
     submit.add_argument("--here", action="store_true", help="run now, in this allocation (salloc), instead of queueing")
+    submit.add_argument("--take-over", action="store_true", help=TAKE_OVER)
     submit.add_argument("--dry-run", action="store_true", help="print resolved configs, plan and batch scripts; touch nothing")
 
     status = commands.add_parser("status", help="Runs: job, step, rate, time left, restarts, last error.")
@@ -264,7 +268,9 @@ def parse_command(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(words)
     if args.command == "submit":  # the stage's own arguments are parsed with the stage
         args, rest = parser.parse_known_args(head)
-        args.argv, args.rest, args.overrides = list(argv), [*rest, *argv[len(head) :]], []
+        args.argv = list(argv)
+        args.rest = [*rest, *argv[len(head) :]]
+        args.overrides = []
         return args
     if args.command == "sample":
         prompts, overrides = prompts_among(parser, overrides)
@@ -276,6 +282,7 @@ def parse_command(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     if bad:
         hint = "; overrides are written key=value" if takes_overrides else ""
         parser.error(f"unrecognised argument {bad[0]!r}{hint}")
+    args.argv = list(argv)
     args.overrides = overrides
     return args
 

@@ -67,16 +67,30 @@ def load_checked(
 ) -> tuple[C, list[Problem]]:
     """The config of a stage, and all its problems: of single values, and those `check` finds.
 
+    Arguments and errors are those of `load_with_problems`.
+    """
+    config, problems = load_with_problems(cls, source, overrides, values)
+    return config, [*problems, *check(stage, config, launch)]
+
+
+def load_with_problems(
+    cls: type[C],
+    source: str,
+    overrides: Sequence[str],
+    values: Mapping[str, Any] | None = None,
+) -> tuple[C, list[Problem]]:
+    """A config and the problems of its values.
+
     `values` replace keys of the config as they are, without being read as YAML. Raises ConfigError
     where the config cannot be read at all.
     """
     config, problems = load_leniently(cls, source, overrides, values)
     if config is None:
         require_none(problems)
-    return config, [*problems, *check(stage, config, launch)]
+    return config, problems
 
 
-def visible_gpus(devices: Path, chosen: str | None) -> int:
+def count_gpus(devices: Path, chosen: str | None) -> int:
     """GPUs of this machine, of which CUDA_VISIBLE_DEVICES = `chosen` may hide some.
 
     Known without torch.

@@ -8,6 +8,7 @@ import os
 import sys
 
 from launchers.arguments import build_parser, parse_command
+from launchers.children import follow_parent
 
 PIPE_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
 READERS = (
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         use_utf8()
+    follow_parent()
     open_missing_streams()
     parser = build_parser()
     args = parse_command(parser, sys.argv[1:] if argv is None else argv)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.files import write_text
+from launchers.children import environment
 
 Level = Literal["good", "warn", "bad"]
 GIB = 1 << 30
@@ -192,7 +193,7 @@ def check_imports() -> list[Finding]:
     """Do the engines start here? In a process of its own, whose crash costs nothing."""
     code = ("import json, torch, megatron.core, deepspeed, transformers\n"
             "print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.is_available(), torch.cuda.device_count(), torch.distributed.is_nccl_available()]))")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, env=environment())
     if done.returncode:
         return [Finding("imports", "bad", f"an engine does not import: {done.stderr.strip().splitlines()[-1]}")]
     version, cuda, available, count, nccl = json.loads(done.stdout.strip().splitlines()[-1])
@@ -203,9 +204,9 @@ def check_imports() -> list[Finding]:
 
 def check_all_reduce(ranks: int) -> list[Finding]:
     """Two or more processes of this machine add 4 MiB (gloo) or 256 MiB (NCCL); the right sum, and how fast."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "launchers.all_reduce"]
+    words = [sys.executable, "-m", "launchers.torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "launchers.all_reduce"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(words, capture_output=True, text=True, timeout=180, env={**environment(), "OMP_NUM_THREADS": "1"})
     except subprocess.TimeoutExpired:
         return [Finding("all-reduce", "bad", f"{ranks} processes of this node hang; look at NCCL_SOCKET_IFNAME, NCCL_P2P_DISABLE and firewalls")]
     if done.returncode:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from configs import ConfigError, dump, find, load
 from configs.loader import packaged_names, write_config
 from configs.problems import Problem, problems_of, require_none
 from configs.secrets import redact
-from launchers.checks import check_processes, load_checked, visible_gpus
+from launchers.checks import check, check_processes, load_checked, load_with_problems
 from launchers.convert_request import check_request, request_of
 from launchers.progress import Progress
 from launchers.stage_jobs import config_class
@@ -129,7 +130,11 @@ def precompute_job(args: argparse.Namespace) -> int:
         if "latents" in config.columns:
             from launchers.preview import codec_round_trip
 
-            codec_round_trip(config, Path("runs/precompute"))
+            try:
+                codec_round_trip(config, Path("runs/precompute"))
+            except OSError as error:
+                print(f"precompute: the columns are finished; their preview in runs/precompute could not be written: {error.strerror or error}",
+                      file=sys.stderr)
     return 0
 
 
@@ -156,28 +161,28 @@ def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> i
 
 
 def train_job(args: argparse.Namespace) -> int:
-    from launchers.local import default_processes, run_trainer
+    from launchers.local import default_processes, explain, own, run_trainer, visible_gpus
+    from launchers.stage_jobs import command_line
 
     if args.adopt:
         args.overrides.append("data.adopt=true")
-    processes = default_processes() if args.nproc is None else args.nproc
-    gpus = visible_gpus(Path("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    config = checked(
-        args, args.stage, lambda config: f"would train in {config.run} on {processes} process(es)",
-        Launch(max(1, processes)), problems=check_processes(processes, gpus),
-    )
-    if config is None:
+    cls = config_class(args.stage)
+    config, problems = load_with_problems(cls, args.config, args.overrides)
+    processes = default_processes(config) if args.nproc is None else args.nproc
+    problems += check_processes(processes, visible_gpus())
+    problems += check(args.stage, config, Launch(max(1, processes)))
+    if args.dry_run:
+        show(config, f"would train in {config.run} on {processes} process(es)")
+    require_none(problems)
+    if args.dry_run:
         return 0
-    config.run.mkdir(parents=True, exist_ok=True)
-    resolved = config.run / "resolved.yaml"
-    write_config(resolved, config)
-    code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
+    command = command_line(args.argv)
+    with own(config, args.stage, processes, command, take_over=args.take_over) as owned:
+        resolved = config.run / "resolved.yaml"
+        write_config(resolved, config)
+        code = run_trainer(f"training.{args.stage}", resolved, config.run, processes, owned)
     if code:
-        from training.errors import first_error, read_message
-
-        error = first_error(config.run)
-        why = f"{read_message(error)}\n(the rank that failed first, in full: {error})" if error else f"its ranks ended with exit code {code}"
-        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {why}")
+        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {explain(config.run, code)}")
     return 0
 
 

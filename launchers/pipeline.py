@@ -17,7 +17,7 @@ from statistics import fmean
 
 from configs.documents import read_json
 from configs.files import write_text
-from launchers.local import environment
+from launchers.children import environment
 from launchers.progress import duration
 from training.run_folder import read_metrics
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from configs.disk_errors import naming
 from data_pipeline.config import DataConfig
@@ -17,12 +16,13 @@ from data_pipeline.shards import read_part
 from data_pipeline.video import ClipDecoder
 from model_zoo import frozen
 from model_zoo.frozen.base import posterior_mean
+from training.event_file import EventFile
 from training.metrics import write_video
 
 
 def log_videos(folder: Path, step: int, videos_THWC: Mapping[str, Tensor], fps: float) -> None:
     """Append uint8 videos to the TensorBoard log in `folder`, by tag."""
-    with naming(folder), SummaryWriter(str(folder)) as writer:
+    with naming(folder), EventFile(folder) as writer:
         for tag, video in videos_THWC.items():
             write_video(writer, tag, video, step, fps)
 

@@ -162,6 +162,10 @@ fi
 """
 
 ENDING = r"""
+if [ -e "$JOB/refused.$ID$T" ]; then   # another process owns the run folder: leave it as it is
+    say "refused: $(cat "$JOB/refused.$ID$T")"; rm -f "$JOB/refused.$ID$T"
+    exit 2
+fi
 rm -f "$RUN/stop"
 [ ! -s "$LOG/srun$T.log" ] || cat "$LOG/srun$T.log"
 say "ended with $rc${asked:+ after signal $asked}"

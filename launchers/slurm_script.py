@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers import slurm_blocks as blocks
+from launchers.children import PARENT
 from launchers.cluster_config import ClusterConfig, ContainerConfig, Resources
 from launchers.script_values import (
     check_folder,
@@ -131,6 +132,8 @@ def names(job: Job, cluster: ClusterConfig) -> str:
     # Here, without SLURM's word on it, the ranks share the cores out among themselves.
     own = "here" if job.here or cluster.scheduler == "local" else "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
     errors = "$(printf 'rank_%04d.txt' \"$SLURM_ARRAY_TASK_ID\")" if job.array else "'rank_*.txt'"
+    # What this script starts ends with it; under SLURM that is SLURM's task
+    parent = f"export {PARENT}=$$\n" if cluster.scheduler == "local" else ""
     threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{job.resources.cpus_per_task}}}\n" if cluster.scheduler == "slurm" else ""
     return f"""
 set -uo pipefail
@@ -146,7 +149,7 @@ MAX_RESTARTS={cluster.max_restarts}
 restart=${{SLURM_RESTART_COUNT:-${{LANDIFF_RESTART:-0}}}}
 # The code of the day it was submitted, not today's working tree
 export PYTHONPATH=$JOB/{CODE} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-{threads}mkdir -p "$LOG"
+{parent}{threads}mkdir -p "$LOG"
 """
 
 

@@ -12,7 +12,7 @@ from configs import Config, ConfigError
 from configs.problems import Problem
 from configs.secrets import redact
 from launchers.arguments import build_parser, parse_command
-from launchers.checks import check_pipeline, load_checked
+from launchers.checks import check, check_pipeline, load_checked, load_with_problems
 from launchers.cluster_config import TRAINERS, ClusterConfig
 from launchers.convert_request import check_request, request_of
 from launchers.local import default_processes
@@ -103,11 +103,14 @@ def config_class(stage: str) -> type[Config]:
 
 
 def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Planned:
+    cls = config_class(args.stage)
+    config, problems = load_with_problems(cls, args.config, args.overrides)
     resources = place.cluster.resources(args.stage, place.nodes)
     if place.cluster.scheduler == "local" and resources.tasks_per_node is None:
-        resources = resources.model_copy(update={"tasks_per_node": default_processes()})
+        processes = default_processes(config)
+        resources = resources.model_copy(update={"tasks_per_node": processes})
     launch = place.launch(resources.nodes * resources.tasks)
-    config, problems = load_checked(args.stage, config_class(args.stage), args.config, args.overrides, launch)
+    problems += check(args.stage, config, launch)
     run = place.workdir / config.run
     job = Job(
         name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),

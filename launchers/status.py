@@ -12,9 +12,9 @@ from pathlib import Path
 
 from configs import ConfigError
 from launchers.progress import duration
+from launchers.records import owners, read_record
 from launchers.slurm import QueuedJob, Slurm, SlurmError
 from launchers.slurm_script import JOB_FOLDER, LOGS
-from launchers.submit import PID, read_record, running_here
 from training.errors import error_path, first_error, read_message
 from training.run_folder import committed_steps, finished_step, parse_metrics
 
@@ -28,7 +28,7 @@ class RunStatus:
 
     run: str
     stage: str
-    state: str  # done, running, pending, stopped, failed, cancelled, waiting to restart, unknown
+    state: str  # done, running, pending, stopped, failed, cancelled, interrupted, not running, unknown
     jobs: str = ""  # "12 RUNNING on node[1-2]"
     step: int | None = None
     steps: int | None = None
@@ -68,7 +68,8 @@ def status_of(run: Path, record: dict, queued: Sequence[QueuedJob], away: bool) 
     mine = [job for job in queued if job.id.split("_")[0] in record.get("job_ids", [])]
     status = RunStatus(str(run), record.get("stage", "trainer"), "unknown", describe_jobs(mine), steps=record.get("steps"))
     read_progress(run, status)
-    status.restarts = count_restarts(run)
+    if record.get("launcher") != "train":  # which does not restart; logs of an earlier job may be there
+        status.restarts = count_restarts(run)
     status.state = state_of(run, record, mine, away)
     if status.state != "running":
         status.steps_per_s = status.seconds_left = status.last_beat_s = None
@@ -135,12 +136,14 @@ def state_of(run: Path, record: dict, jobs: Sequence[QueuedJob], away: bool) -> 
     states = {job.state for job in jobs}
     if "RUNNING" in states or "COMPLETING" in states:
         return "running"
+    known = {job.id.split("_")[0] for job in jobs}  # of these SLURM has said all there is to say
+    held = {state for owner, state in owners(run) if owner.job not in known}
+    if held & {"running", "unknown"}:
+        return "running"
     if is_marked_done(run, record):
         return "done"
     if states & {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}:
         return "pending"
-    if (folder / PID).exists():
-        return "running" if running_here(run)[0] else "interrupted"
     if list(folder.glob("given_up*")):
         return "failed"
     if (folder / "stopped").exists():
@@ -149,9 +152,13 @@ def state_of(run: Path, record: dict, jobs: Sequence[QueuedJob], away: bool) -> 
         return "cancelled"
     if states & {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}:
         return "failed"
+    if held:  # by processes that are gone
+        return "interrupted"
     if away and any("phase=running" in path.read_text() for path in folder.glob("state*")):
         return "running, when last seen"
-    return "unknown" if away else "not running"
+    if away:
+        return "unknown"
+    return "failed" if last_error(run) else "not running"
 
 
 def is_marked_done(run: Path, record: dict) -> bool:
@@ -217,7 +224,8 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
         if not paths:
             raise ConfigError(f"no log of rank {rank} in {folder}; there are {', '.join(sorted(p.name for p in folder.glob('*.log')))}")
     else:
-        paths = sorted(folder.glob("batch*.log"))
+        by_hand = read_record(run).get("launcher") == "train"  # without a batch script
+        paths = logs_of(folder, 0) if by_hand else sorted(folder.glob("batch*.log"))
         failed = failing_rank(run)
         if failed is not None:
             print(f"==> first to fail: {last_error(run)} <==")

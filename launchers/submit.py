@@ -7,20 +7,31 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from datetime import UTC, datetime
+from contextlib import ExitStack
 from pathlib import Path
 
-from configs import ConfigError, dump, load
-from configs.documents import read_json
+from configs import ConfigError, dump, load, ownership
 from configs.files import PRIVATE, write_text
 from configs.loader import write_config
+from configs.ownership import OWNER, Owner
 from configs.problems import Problem, problems_of, require_none
+from configs.processes import machine
 from configs.secrets import redact
+from launchers.children import environment, stop_signals
 from launchers.cluster_config import TRAINERS, ClusterConfig
+from launchers.records import (
+    LAST_ERROR,
+    OLD_MARKERS,
+    RECORD,
+    STOPPED,
+    read_record,
+    remove_markers,
+    running_owner,
+    write_record,
+)
 from launchers.script_values import check_job_ids
 from launchers.slurm import Slurm
 from launchers.slurm_script import JOB_FOLDER, LOGS, SCRIPT, sbatch_text
@@ -28,7 +39,7 @@ from launchers.snapshot import write_snapshot
 from launchers.stage_jobs import CONFIG, Place, Planned, command_line, jobs_of, pipeline_jobs
 from training.run_folder import finished_step
 
-RECORD, PID = "job.json", "pid"
+SUBMISSION = ".submission"  # lock of a job folder while its job is being queued
 
 
 def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = None) -> int:
@@ -52,8 +63,8 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
         return 0
     skip = args.stage == "pipeline"  # a stage that is asked for by name looks by itself what is left to do
     if cluster.scheduler == "local" or args.here:
-        return run_here(planned, cluster, skip)
-    return queue(planned, cluster, slurm or Slurm(), args.after or (), skip)
+        return run_here(planned, cluster, skip, args.take_over)
+    return queue(planned, cluster, slurm or Slurm(), args.after or (), skip, args.take_over)
 
 
 def problems_of_plans(planned: Sequence[Planned]) -> list[Problem]:
@@ -114,23 +125,6 @@ def fingerprint(plan: Planned) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
-def read_record(run: Path) -> dict:
-    """job.json of a run folder, with the job that runs there now; empty where nothing was submitted."""
-    path, current = run / JOB_FOLDER / RECORD, run / JOB_FOLDER / "current"
-    if not path.exists():
-        return {}
-    advice = f"delete {path.parent} and submit the run again"
-    record = read_json(path, advice=advice)
-    job_ids = record.get("job_ids")
-    if not isinstance(job_ids, list) or not all(isinstance(job, str) for job in job_ids):
-        raise ConfigError(f"{path} has no list of job_ids; {advice}")
-    if current.exists():
-        job = current.read_text(encoding="utf-8").strip()  # by hand, perhaps: sbatch RUN/job/job.sbatch
-        if job.isdigit() and job not in record["job_ids"]:
-            record["job_ids"].append(job)
-    return record
-
-
 def is_done(plan: Planned) -> bool:
     """Is there nothing left to do for this job, as it is now configured?"""
     run = plan.job.run
@@ -168,28 +162,39 @@ def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
         write_config(folder / CONFIG, plan.config)
     write_text(folder / "cluster.yaml", dump(cluster), PRIVATE)  # env may hold secrets
     write_text(folder / SCRIPT, script, PRIVATE)
-    for pattern in ("done*" if plan.steps is None else "done", "stop", "job/stopped", "job/state*", "job/given_up*", "job/last_error*", "job/current", "job/chain"):
-        for path in plan.job.run.glob(pattern):
-            path.unlink()
-    write_record(plan, [], origin)
+    remove_markers(plan.job.run, ["done*" if plan.steps is None else "done", *OLD_MARKERS])
+    record_jobs(plan, [], code=origin)
     return folder / SCRIPT
 
 
-def write_record(plan: Planned, job_ids: Sequence[str], origin: str | None = None) -> None:
-    record = {
-        "name": plan.name, "stage": plan.stage, "job_ids": list(job_ids), "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": plan.job.made_by, "fingerprint": fingerprint(plan), "trainer": plan.job.trainer, "steps": plan.steps,
-        "array": plan.job.resources.array if plan.job.array else None, "ranks": plan.job.resources.nodes * plan.job.resources.tasks,
-        "code": origin or read_record(plan.job.run).get("code", ""), "workdir": str(plan.job.workdir),
-    }
-    write_text(plan.job.folder / RECORD, json.dumps(record, indent=1))
+def record_jobs(plan: Planned, job_ids: Sequence[str], **values: object) -> None:
+    """Into job.json: what was submitted, under which ids."""
+    resources = plan.job.resources
+    write_record(
+        plan.job.run, name=plan.name, stage=plan.stage, launcher="submit", job_ids=list(job_ids), command=plan.job.made_by,
+        fingerprint=fingerprint(plan), trainer=plan.job.trainer, steps=plan.steps, array=resources.array if plan.job.array else None,
+        ranks=resources.nodes * resources.tasks, workdir=str(plan.job.workdir), **values,
+    )
 
 
 # -------------------------------------------------------------------- queue, or run here
 
 
-def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = (), skip: bool = True) -> int:
-    """Submit what is not done yet; with `skip` = False all but finished trainers. A job that is queued or runs already is left alone, and waited for by the next."""
+def queue(
+    planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = (), skip: bool = True, take_over: bool = False,
+) -> int:
+    """Submit what is not done yet; with `skip` = False all but finished trainers.
+
+    A job that is queued or runs already is left alone, and waited for by the next. Raises OwnedError where
+    another submission is at work on one of these run folders, or a process that is no job of them trains there.
+    """
+    with ExitStack() as locks:
+        for folder in sorted({plan.job.folder for plan in planned}):
+            locks.enter_context(ownership.take(folder / SUBMISSION, f"the submission of {folder.parent}", take_over=take_over))
+        return _queue(planned, cluster, slurm, after, skip, take_over)
+
+
+def _queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str], skip: bool, take_over: bool) -> int:
     known = [job for plan in planned for job in read_record(plan.job.run).get("job_ids", [])]
     active = {job.id.split("_")[0] for job in slurm.queue(known) if job.active} if known else set()
     skipped, ids = set(), {}
@@ -201,6 +206,7 @@ def queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, afte
         elif nothing_left(plan, skipped, skip):
             skipped.add(plan.name)
         else:
+            own(plan, take_over).release()  # no process works there
             scripts[plan.name] = prepare(plan, cluster)
             slurm.check(scripts[plan.name])
     if len(planned) == 1 and ids:
@@ -225,11 +231,16 @@ def submit_one(plan: Planned, cluster: ClusterConfig, slurm: Slurm, script: Path
         jobs.append(slurm.submit(script, [jobs[-1]], kind="afterany"))
     if len(jobs) > 1:
         write_text(plan.job.folder / "chain", "\n".join(jobs) + "\n")
-    write_record(plan, jobs)
+    record_jobs(plan, jobs)
     return jobs
 
 
-def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = True) -> int:
+def own(plan: Planned, take_over: bool) -> ownership.Ownership:
+    """The run folder of a job. Raises OwnedError where a process works in it."""
+    return ownership.take(plan.job.run / OWNER, f"run folder {plan.job.run}", take_over=take_over)
+
+
+def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = True, take_over: bool = False) -> int:
     """One after the other, in this terminal. A failed job costs those that depend on it and nothing else."""
     failed: dict[str, int] = {}
     skipped = set()
@@ -243,9 +254,12 @@ def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = Tr
             skipped.add(plan.name)
             print(said_of_done(plan))
             continue
-        script = prepare(plan, cluster)
-        print(f"{plan.name}: {plan.job.folder / LOGS}", flush=True)
-        code, interrupted = run_script(script)
+        with own(plan, take_over) as owned:
+            script = prepare(plan, cluster)
+            print(f"{plan.name}: {plan.job.folder / LOGS}", flush=True)
+            if cluster.scheduler == "slurm":
+                owned.release()  # ranks on other nodes do not end with this process, so that the first of them is the owner
+            code, interrupted = run_script(script, owned.token)
         if interrupted:
             print(f"{plan.name}: interrupted; the same command goes on from here", file=sys.stderr)
             return code
@@ -255,39 +269,29 @@ def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = Tr
     return next(iter(failed.values()), 0)
 
 
-def run_script(script: Path) -> tuple[int, bool]:
+def run_script(script: Path, token: str) -> tuple[int, bool]:
     """The batch script in a process of its own, told of our signals -> (its exit code, was it Ctrl-C or SIGTERM that ended it?).
 
-    Its words go to the terminal and to batch.log.
+    Its words go to the terminal and to batch.log. `token`: of the owner of its run folder.
     """
-    child = subprocess.Popen(["bash", "-c", 'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"', "_", str(script.parent / LOGS / "batch.log"), str(script)],
+    shell = ["bash", "-c", 'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"', "_", str(script.parent / LOGS / "batch.log"), str(script)]
+    child = subprocess.Popen([sys.executable, "-m", "launchers.children", *shell], env={**environment(), ownership.TOKEN: token},
                              start_new_session=True)
-    write_text(script.parent / PID, f"{child.pid} {socket.gethostname()}\n")
-
     seen: set[int] = set()
 
     def forward(number: int, _frame: object) -> None:
         seen.add(number)
-        child.send_signal(number)
+        child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # the script handles the others
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         code = child.wait()
-        return code, code != 0 and bool(seen & {signal.SIGINT, signal.SIGTERM})
+        if code < 0:  # it could not say so
+            write_text(script.parent / LAST_ERROR, f"the shell that runs {script} was ended by {signal.Signals(-code).name}\n")
+        return (code if code >= 0 else 128 - code), code != 0 and bool(seen - {signal.SIGUSR1})
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        (script.parent / PID).unlink(missing_ok=True)
-
-
-def running_here(run: Path) -> tuple[int, str]:
-    """(process, host) of a run that was started without sbatch; (0, "") when there is none. What died here is none."""
-    path = run / JOB_FOLDER / PID
-    if not path.exists():
-        return 0, ""
-    number, _, host = path.read_text(encoding="utf-8").strip().partition(" ")
-    alive = host != socket.gethostname() or Path("/proc", number).exists()
-    return (int(number), host) if alive else (0, "")
 
 
 # -------------------------------------------------------------------- stop
@@ -296,26 +300,37 @@ def running_here(run: Path) -> tuple[int, str]:
 def stop(run: Path, restart: bool, slurm: Slurm | None = None) -> str:
     """Ask a run to save and end (or, with `restart`, to save and start again). Returns what was done."""
     record = read_record(run)
-    if not record and (restart or not (run / "config.yaml").is_file()):
-        raise ConfigError(f"{run} was not submitted (it has no {JOB_FOLDER}/{RECORD}); landiff status --all lists what was")
-    if not record:  # landiff train: its ranks look at the file behind every step
-        write_text(run / "stop", "")
-        return f"{run}: asked its ranks to save and end"
-    pid, host = running_here(run)
-    if pid and host != socket.gethostname():
-        raise ConfigError(f"{run} runs on {host}; call landiff stop there")
-    if not restart:  # for these jobs: one that is queued later is not meant
-        write_text(run / JOB_FOLDER / "stopped", "\n".join(["here"] if pid else record["job_ids"]) + "\n")
-    if pid:
-        os.kill(pid, signal.SIGUSR1)
-        return f"{run}: asked process {pid} to save and {'start again' if restart else 'end'}"
+    if not record and not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run} is no run folder (it has no {JOB_FOLDER}/{RECORD} and no config.yaml); landiff status --all lists them")
+    by_hand, jobs = record.get("launcher", "train") == "train", record.get("job_ids", [])
+    if restart and by_hand:
+        raise ConfigError(f"{run} was not submitted, so that nothing would start it again; leave --restart out")
+    owner = running_owner(run)
+    if owner is not None and (by_hand or not jobs):  # also inside an allocation, whose job is not the run's
+        return stop_process(run, owner, restart, trainer=record.get("trainer", True))
+    if jobs and not restart:  # for these jobs: one that is queued later is not meant
+        write_text(run / JOB_FOLDER / STOPPED, "\n".join(jobs) + "\n")
     slurm = slurm or Slurm()
     said = []
-    for job in slurm.queue(record["job_ids"]) if record["job_ids"] else []:
+    for job in slurm.queue(jobs) if jobs else []:
         if job.state == "RUNNING":
             slurm.signal(job.id)
             said.append(f"job {job.id} saves and {'starts again' if restart else 'ends'}")
         elif job.active and not restart:
             slurm.cancel(job.id)
             said.append(f"job {job.id} ({job.state.lower()}) is cancelled")
-    return f"{run}: " + ("; ".join(said) or "nothing of it is in the queue")
+    return f"{run}: " + ("; ".join(said) or "nothing of it is running or in the queue")
+
+
+def stop_process(run: Path, owner: Owner, restart: bool, trainer: bool) -> str:
+    """Ask a run that is no SLURM job. From another machine a trainer is reached through the file that its ranks look at."""
+    here = owner.machine == machine()
+    if not here and (restart or not trainer):
+        raise ConfigError(f"{run} runs on {owner.host}; call landiff stop there")
+    if not restart:
+        write_text(run / JOB_FOLDER / STOPPED, "here\n")
+    if here:
+        os.kill(owner.pid, signal.SIGUSR1)
+    else:
+        write_text(run / "stop", "")
+    return f"{run}: asked {owner} to save and {'start again' if restart else 'end'}"

@@ -16,17 +16,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs import Config, ConfigError, validate
+from configs import Config, ConfigError, ownership, validate
 from configs.documents import read_json, read_text
 from configs.files import (
     commit_dir,
     fsync_dir,
-    remove_dead_twins,
+    remove_abandoned,
     sha256_file,
     temporary_name,
     write_text,
 )
 from configs.loader import read_json_as
+from configs.ownership import OWNER
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
 
 if TYPE_CHECKING:
@@ -161,14 +162,23 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
 
     Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
-    for NaN or infinity.
+    for NaN or infinity, OwnedError where another process writes an entry of this name.
     """
-    from model_zoo.convert.lazy import LazyTensors, read_safetensors, write_safetensors
+    from model_zoo.convert.lazy import LazyTensors
 
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     check_name(name)
     lazy = tensors if isinstance(tensors, LazyTensors) else LazyTensors.of(tensors)
-    remove_dead_twins(zoo / name / "export")
+    with ownership.take(zoo / name / OWNER, f"zoo entry {name} in {zoo}"):
+        return _export(zoo, name, kind, config, lazy, provenance, progress)
+
+
+def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
+            provenance: Mapping[str, Any], progress: Progress | None) -> ZooEntry:
+    """`export` for the owner of the name."""
+    from model_zoo.convert.lazy import read_safetensors, write_safetensors
+
+    remove_abandoned(zoo / name, "export")
     temporary = temporary_name(zoo / name / "export")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -35,6 +35,7 @@ from configs.base import Config, ConfigError
 from configs.disk_errors import way_out
 from configs.documents import read_yaml
 from configs.files import (
+    remove_abandoned,
     remove_dir,
     replace_dir,
     restore_replaced,
@@ -104,7 +105,8 @@ class CheckpointStore:
         self.retry_waits_s = tuple(retry_waits_s)
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_dead_temporaries(folder)
+            restore_replaced(folder)
+            remove_abandoned(folder, foreign_after_s=0)  # a run folder has one owner, and that is this run
         world.barrier()
 
     # ---------------------------------------------------------------- save
@@ -346,16 +348,6 @@ def is_healthy(folder: Path, *, unreadable: bool = False) -> bool:
     except (OSError, ConfigError):
         return unreadable
     return state.healthy is not False
-
-
-def remove_dead_temporaries(folder: Path) -> None:
-    """Delete what killed saves left. One run folder belongs to one job, so only a live process of this node is spared."""
-    restore_replaced(folder)
-    for path in folder.glob(".*.tmp"):
-        node, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
-        if node == os.uname().nodename and pid != str(os.getpid()) and Path("/proc", pid).exists():
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def versions() -> dict[str, str]:

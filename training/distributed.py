@@ -1,7 +1,8 @@
 """Processes that train together: who am I, which device, and small talk between ranks.
 
 This is the only file that reads environment variables of torchrun or srun: RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS. With none of them set, there is one process.
+LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, and LANDIFF_OWNER of our launchers. With
+none of them set, there is one process.
 
 Two process groups exist. The default one is for the engines' tensors (NCCL on CUDA, gloo otherwise).
 Flags and JSON travel over a gloo group of their own: reading them never waits for the device, and a rank
@@ -15,7 +16,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from configs import ownership
 from configs.base import ConfigError
+from configs.ownership import OWNER
 from configs.problems import Problem, require_none
 from configs.secrets import RedactingFormatter
 from training.errors import clear_errors, write_error
@@ -91,7 +94,9 @@ class World:
 
 @contextmanager
 def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]:
-    """Join the other ranks; leave them cleanly at the end of the block.
+    """Join the other ranks as the owner of the folder `run`; leave them at the end of the block.
+
+    Raises OwnedError in rank 0 where another process owns `run`.
 
     An exception inside the block is written to `run/errors/rank_<n>.txt` and goes on (exit code 1). SIGTERM
     and SIGUSR1 no longer end the process: they set `world.stop_signalled`, which the loop looks at.
@@ -106,9 +111,18 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
     device = _device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     world = World(rank, size, local_rank, device, backend)
+    owned: AbstractContextManager[object] = nullcontext()
+    if run is not None and rank == 0:
+        owned = ownership.take(run / OWNER, f"run folder {run}", inherited=os.environ.get(ownership.TOKEN, ""))
+    with owned:
+        yield from _joined(world, run, timeout_s)
+
+
+def _joined(world: World, run: Path | None, timeout_s: float) -> Iterator[World]:
+    """`start` for the owner of `run`."""
     previous = _remember_signals(world)
     if run is not None:
-        clear_errors(run, rank, size)
+        clear_errors(run, world.rank, world.size)
     failed = True
     try:
         _join(world, timedelta(seconds=timeout_s))
@@ -116,13 +130,13 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
         failed = False
     except BaseException as error:
         if run is not None:
-            write_error(run, rank, world.step, error)
+            write_error(run, world.rank, world.step, error)
         raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         # After a failure NCCL would wait for peers that no longer answer; gloo's peers learn of it by the closed socket.
-        if dist.is_initialized() and not (failed and backend == "nccl"):
+        if dist.is_initialized() and not (failed and world.backend == "nccl"):
             dist.destroy_process_group()
 
 

@@ -6,9 +6,8 @@ When one rank fails, its peers fail a moment later in their next collective. The
 from __future__ import annotations
 
 import logging
-import time
 import traceback
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from configs.files import write_text
@@ -23,6 +22,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none of those on disk is whole."""
 
 
+class RankLost(RuntimeError):
+    """A rank that could not say why it failed: a signal ended it, or it stands still."""
+
+
 class NonFiniteError(RuntimeError):
     """Loss, gradient norm or weights are NaN or infinite. The same command would meet it again."""
 
@@ -33,7 +36,24 @@ def error_path(run: Path, rank: int) -> Path:
 
 def write_error(run: Path, rank: int, step: int, error: BaseException) -> None:
     """Write time (UTC, microseconds), step, message and traceback of `error`. A disk that is full does not hide the error itself."""
-    now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds")
+    _write(run, rank, step, error, datetime.now(UTC))
+
+
+def write_cause(run: Path, rank: int, error: BaseException, step: int = 0) -> None:
+    """Write the error file of a rank that could not, unless it has one.
+
+    Its time lies before that of all others, whose ranks failed because of this one.
+    """
+    if error_path(run, rank).exists():
+        return
+    now = datetime.now(UTC)
+    first = first_error(run)
+    when = _read_time(first) if first is not None else None
+    _write(run, rank, step, error, now if when is None else min(now, when - timedelta(microseconds=1)))
+
+
+def _write(run: Path, rank: int, step: int, error: BaseException, when: datetime) -> None:
+    now = when.isoformat(timespec="microseconds")
     message = f"{type(error).__name__}: {error}\n"
     trace = "".join(traceback.format_exception(error))
     text = redact(f"{message}{_TRACE}{trace}")
@@ -41,6 +61,14 @@ def write_error(run: Path, rank: int, step: int, error: BaseException) -> None:
         write_text(error_path(run, rank), f"time: {now}\nrank: {rank}\nstep: {step}\n\n{text}")
     except OSError as refused:
         log.warning("no error file: %s", refused)
+
+
+def _read_time(path: Path) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("time: "))
+        return found.replace(tzinfo=found.tzinfo or UTC)
+    except (OSError, ValueError):
+        return None
 
 
 def read_message(path: Path) -> str:

@@ -6,7 +6,8 @@
     <run>/hangs/gloo_rank_3.json gloo's: the last collectives between CPUs, the one that hangs among them
 
 A rank that hangs leaves these, waits until its peers (which wait for it in a collective, and so are late too)
-have left theirs, and ends with code 1; whoever started it starts it again.
+have left theirs, and ends with code 1; whoever started it starts it again. A rank that leaves no stacks
+is the one that the others wait for (it was stopped, or its machine is gone): they write its error file.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from training.errors import write_error
+from training.errors import RankLost, error_path, write_cause, write_error
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,9 @@ class HangError(RuntimeError):
 class Heartbeat:
     """Use as a context manager around the loop; `beat` after every step."""
 
-    def __init__(self, run: Path, rank: int, timeout_s: float, grace_s: float = PEERS_GRACE_S) -> None:
+    def __init__(self, run: Path, rank: int, timeout_s: float, grace_s: float = PEERS_GRACE_S, world_size: int = 1) -> None:
         """`timeout_s` = 0 keeps the beat and switches the watch off."""
+        self.world_size = world_size
         self.run, self.rank, self.timeout_s, self.grace_s = run, rank, timeout_s, grace_s
         self.path = run / "heartbeat" / f"rank_{rank:04d}"
         self.step = 0
@@ -94,7 +97,17 @@ class Heartbeat:
                 (folder / name.format(rank=self.rank)).write_bytes(trace)
         finally:
             time.sleep(self.grace_s)
+            with suppress(OSError):
+                self._blame_silent_ranks()
             os._exit(1)
+
+    def _blame_silent_ranks(self) -> None:
+        for rank in range(self.world_size):
+            if not (self.run / "hangs" / f"rank_{rank:04d}.txt").exists() and not error_path(self.run, rank).exists():
+                write_cause(self.run, rank, RankLost(
+                    f"rank {rank} stands still after step {self.step}: no step for {self.timeout_s:g} s (loop.hang_timeout_s), and unlike "
+                    "the other ranks it could not write its stacks; its process was stopped, or its machine does not answer"
+                ), self.step)
 
 
 def flight_recorders() -> dict[str, bytes]:

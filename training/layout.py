@@ -19,6 +19,13 @@ def model_copies(config: Config, ranks: int) -> int:
     return ranks
 
 
+def copy_size(config: Config) -> int:
+    """Ranks that one copy of the model takes."""
+    if not isinstance(config, LMTrainConfig):
+        return 1
+    return config.parallel.tensor * config.parallel.pipeline
+
+
 def check_batch(config: Config, ranks: int) -> int:
     """Micro-batches of one rank in one step.
 

@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from configs.durations import duration
 from configs.files import write_text
 from data_pipeline.loader import Batch
 from training.distributed import World
 from training.engine import StepResult, TrainState
+from training.event_file import EventFile
 from training.run_folder import read_metrics
 
 PRINT_EVERY_S = 10.0  # where the output is a file, not a terminal
@@ -41,14 +41,14 @@ class Metrics:
         self.total_steps = total_steps
         self.world = world
         self.progress = Progress(stream)
-        self._writer: SummaryWriter | None = None
+        self._writer: EventFile | None = None
         self._reset()
 
     def resume(self, state: TrainState) -> None:
         """Forget what was logged beyond `state.step`. Before the first `log`."""
         if self.world.rank == 0:
             cut(self.path, state.step)
-            self._writer = SummaryWriter(str(self.tensorboard), purge_step=state.step + 1, flush_secs=10)
+            self._writer = EventFile(self.tensorboard, purge_step=state.step + 1)
         self._reset()
 
     def waiting(self, next_batch: Callable[[], Batch]) -> Batch:
@@ -99,7 +99,7 @@ class Metrics:
             self._writer.close()
 
     @property
-    def _open_writer(self) -> SummaryWriter:
+    def _open_writer(self) -> EventFile:
         assert self._writer is not None, "Metrics.resume comes before the first log"
         return self._writer
 
@@ -173,14 +173,11 @@ def memory(device: torch.device) -> dict[str, float]:
     return found
 
 
-def write_video(writer: SummaryWriter, tag: str, video_THWC: Tensor, step: int, fps: float) -> None:
-    """A video uint8 [T, H, W, 3] as an animated GIF in the image tab.
-
-    SummaryWriter.add_video is no way: without moviepy 1 it prints a line and writes nothing.
-    """
+def write_video(writer: EventFile, tag: str, video_THWC: Tensor, step: int, fps: float) -> None:
+    """A video uint8 [T, H, W, 3] as an animated GIF in the image tab."""
     _, height, width, _ = video_THWC.shape
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(video_THWC, fps))
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def gif(video_THWC: Tensor, fps: float) -> bytes:

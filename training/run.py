@@ -39,7 +39,7 @@ class Run:
             if (finished_step(folder) or 0) < loop.steps:
                 (folder / "done").unlink(missing_ok=True)  # the run was made longer
         self.checkpoints = CheckpointStore(folder / "checkpoints", config, loop, world, must_match=must_match)
-        self.heartbeat = Heartbeat(folder, world.rank, loop.hang_timeout_s)
+        self.heartbeat = Heartbeat(folder, world.rank, loop.hang_timeout_s, world_size=world.size)
         self.metrics = Metrics(folder, loop.steps, world)
 
     def stop_requested(self) -> bool:

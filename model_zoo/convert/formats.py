@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from configs import Config, ConfigError, validate
+from configs import Config, ConfigError, ownership, validate
 from configs.documents import read_json, read_yaml
-from configs.files import commit_dir, remove_dead_twins, temporary_name, write_text
+from configs.files import commit_dir, remove_abandoned, temporary_name, write_text
+from configs.ownership import OWNER
 from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig, TokenizerConfig
 from model_zoo.convert import (
@@ -241,10 +242,21 @@ def write_target(target: Path, format: str, parts: Sequence[Part], provenance: d
 
 @contextmanager
 def new_folder(target: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder to be filled, which becomes `target` at the end, with its origin, or vanishes. Raises ConfigError where there is one."""
-    if target.exists():
-        raise ConfigError(f"{target} exists already; name a folder that doesn't")
-    remove_dead_twins(target)
+    """A folder to be filled, which becomes `target` at the end, with its origin, or vanishes.
+
+    Raises ConfigError where there is one, OwnedError where another process writes it.
+    """
+    with ownership.take(target.with_name(f".{target.name}{OWNER}"), str(target)):
+        if target.exists():
+            raise ConfigError(f"{target} exists already; name a folder that doesn't")
+        with _filled(target, provenance) as temporary:
+            yield temporary
+
+
+@contextmanager
+def _filled(target: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
+    """`new_folder` for the owner of the target."""
+    remove_abandoned(target.parent, target.name)
     temporary = temporary_name(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -17,9 +17,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from configs.loader import load
+from configs.ownership import OwnedError
 from data_pipeline.ingest import finalize, make_shards, make_share
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.shards import read_sidecar
@@ -48,10 +50,16 @@ def attempt(config: ShardsConfig, data: Path, plan: int, tasks: int, record: Pat
     if tasks == 1:
         return ended([forked(lambda: make_shards(config, data), plan, record)], kill_after_s)
     numbers = [0, *range(1, tasks), 0]
-    pids = [forked(lambda number=number: make_share(config, data, (number, tasks)), 0 if at else plan) for at, number in enumerate(numbers)]
+    pids = [forked(lambda number=number: make_share_alone(config, data, (number, tasks)), 0 if at else plan) for at, number in enumerate(numbers)]
     if not ended(pids, kill_after_s):
         return False
     return ended([forked(lambda: finalize(config, data), plan)])
+
+
+def make_share_alone(config: ShardsConfig, data: Path, task: tuple[int, int]) -> None:
+    """Of two processes that work on one task, one is refused."""
+    with suppress(OwnedError):
+        make_share(config, data, task)
 
 
 def check_committed(data: Path) -> None:

@@ -18,6 +18,7 @@ import webdataset
 from safetensors.torch import load as load_safetensors
 
 from configs import Config, ConfigError, load
+from configs.ownership import OwnedError, take
 from data_pipeline import precompute
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader, require_encoder
@@ -372,9 +373,21 @@ def test_several_tasks_and_twins_on_one_folder_are_safe(clips, zoo, tmp_path):
         process.start()
     for process in processes:
         process.join()
-        assert process.exitcode == 0
+    first, *same = [process.exitcode for process in processes]
+    assert first == 0 and 0 in same  # of two that make one unit, the second is refused
     assert contents(shared) == contents(alone)
     precompute.finalize(config(shared, zoo, FAST))
+
+
+def test_a_unit_has_one_owner(clips, zoo, tmp_path):
+    data = copied(clips, tmp_path / "data")
+    (data / "latents").mkdir()
+    first = read_manifest(data).shards[0].name
+    with take(data / "latents" / f".{first}.owner", "the unit"), pytest.raises(OwnedError) as refused:
+        precompute.run(config(data, zoo, FAST))
+    assert f"shard {first} of column 'latents' in {data} is in use by process {os.getpid()}" in str(refused.value)
+    precompute.run(config(data, zoo, FAST))
+    assert not list(data.rglob("*.owner")) and not list(data.rglob("*.failed"))
 
 
 def test_each_shard_belongs_to_one_task(clips):

@@ -120,6 +120,17 @@ def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
     assert not list((tmp_path / "latents").glob(".*.tmp"))
 
 
+def test_columns_are_finished_where_their_preview_cannot_be_written(data, zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "precompute").mkdir(parents=True)
+    (tmp_path / "runs" / "precompute" / "tensorboard").touch()  # no folder
+    (tmp_path / "latents.yaml").write_text(f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}")
+    code = main(["precompute", "--config", "latents.yaml"])
+    out, err = capsys.readouterr()
+    assert code == 0 and "has the columns latents" in out
+    assert "precompute: the columns are finished; their preview in runs/precompute could not be written: File exists" in err
+
+
 def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, tmp_path):
     for entry in read_manifest(data).shards:
         ColumnFolder(data, "latents").withdraw(entry)
@@ -127,7 +138,7 @@ def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, t
     task = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(["precompute", "--config", str(tmp_path / "latents.yaml")])))
     with locked(data / "latents"):  # it cannot commit
         task.start()
-        while not list((data / "latents").glob(".*.tmp")):
+        while not list((data / "latents").glob(".*.tar.*.tmp")):
             assert task.is_alive()
             time.sleep(0.001)
         task.terminate()

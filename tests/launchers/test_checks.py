@@ -14,7 +14,7 @@ from configs.problems import check_writable
 from data_pipeline.precompute_config import PrecomputeConfig
 from data_pipeline.schema import Manifest
 from data_pipeline.shards import read_manifest, write_manifest
-from launchers.checks import check, check_processes, visible_gpus
+from launchers.checks import check, check_processes, count_gpus
 from launchers.cli import main
 from launchers.convert_request import Request, check_request
 from launchers.stage_jobs import config_class
@@ -333,11 +333,11 @@ def test_processes_fit_the_machine(tmp_path):
     assert check_processes(1, 0) == check_processes(8, 8) == check_processes(4, 0) == []
     assert "at least one" in str(check_processes(0, 0)[0])
     assert "this machine shows 2 GPUs" in str(check_processes(3, 2)[0])
-    assert visible_gpus(tmp_path, None) == visible_gpus(tmp_path, "0,1") == 0
+    assert count_gpus(tmp_path, None) == count_gpus(tmp_path, "0,1") == 0
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()
     found = [
-        visible_gpus(tmp_path, chosen) for chosen in (None, "", "0", "0,1", "0,-1,1", "-1", "0,1,2")
+        count_gpus(tmp_path, chosen) for chosen in (None, "", "0", "0,1", "0,-1,1", "-1", "0,1,2")
     ]
     assert found == [2, 0, 1, 2, 1, 0, 2]
 

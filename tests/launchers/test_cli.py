@@ -1,15 +1,20 @@
 """What a person types and reads."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+from configs.loader import dump
+from configs.ownership import take
+from launchers.children import PARENT, environment
 from launchers.cli import main
-from launchers.local import environment
 from launchers.pipeline import walk
 from launchers.snapshot import ROOT
+from tests.training.tokenizer.tiny import config, write_data
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -155,11 +160,13 @@ def test_a_word_that_may_be_a_mistyped_override_is_no_prompt(capsys, tmp_path, w
 
 def test_a_closed_pipe_and_a_closed_output_are_no_failure(tmp_path):
     landiff = f"{sys.executable} -m launchers.cli"
+    env = environment()
+    del env[PARENT]  # bash is the parent
     for script, codes in (
         (f"set -o pipefail; {landiff} config nano/model | true; echo ${{PIPESTATUS[0]}}", ("0", "141")),
         (f"{landiff} config nano/model >&-; echo $? >&2", ("0",)),
     ):
-        done = subprocess.run(["bash", "-c", script], env=environment(), capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
         lines = [*done.stdout.split(), *done.stderr.split()]
         assert len(lines) == 1 and lines[0] in codes, (script, done)
 
@@ -174,6 +181,31 @@ def test_paths_are_utf8_in_a_legacy_locale(tmp_path, locale):
     assert "data: dätä" in done.stdout.decode() and folder.is_dir()
 
 
+def write_tokenizer_run(folder: Path) -> Path:
+    """Data and job.yaml of a small tokenizer training in `folder`. Returns its run folder."""
+    write_data(folder / "data")
+    data = {"manifest": folder / "data", "global_batch_size": 4, "micro_batch_size": 2}
+    settings = config(Path("runs/tokenizer"), data=data)
+    (folder / "job.yaml").write_text(dump(settings))
+    return folder / settings.run
+
+
+def test_a_mistake_that_only_the_ranks_can_find_is_told_once(capfd, tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()  # a package of the user's
+    (tmp_path / "configs" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    run_folder = write_tokenizer_run(tmp_path)
+    for path in (tmp_path / "data" / "features").glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:700])
+    code, _, err = run(capfd, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml", "--nproc", "2")
+    assert code == 2 and len([line for line in err.splitlines() if ".tar" in line]) == 1, err
+    assert "Traceback" not in err and "Traceback" in (run_folder / "errors/rank_0001.txt").read_text()
+    assert list((tmp_path / "tmp").glob("torchelastic*")) == []
+    code, out, _ = run(capfd, "-C", str(tmp_path), "status")
+    assert code == 0 and [line.split()[:3] for line in out.splitlines()[1:]] == [["runs/tokenizer", "tokenizer", "failed"]]
+
+
 @pytest.mark.parametrize("way, code, words", [("os.kill(os.getpid(), 9)", 137, "rank 0 was ended by SIGKILL"), ("sys.exit(7)", 7, "")])
 def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     (tmp_path / "dying.py").write_text(f"import os, sys; {way}")
@@ -182,12 +214,20 @@ def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     assert (done.returncode, done.stderr.strip()) == (code, words)
 
 
-def test_stop_asks_a_run_that_was_not_submitted_too(capsys, tmp_path):
+def test_stop_says_what_is_no_run_and_what_does_not_run(capsys, tmp_path):
     code, _, err = run(capsys, "stop", str(tmp_path / "lm"))
-    assert code == 2 and "was not submitted" in err
+    assert code == 2 and "is no run folder" in err
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "config.yaml").touch()
     code, out, _ = run(capsys, "stop", str(tmp_path / "lm"))
-    assert code == 0 and "save and end" in out and (tmp_path / "lm" / "stop").exists()
+    assert code == 0 and "nothing of it is running" in out and not (tmp_path / "lm" / "stop").exists()
     code, _, err = run(capsys, "stop", "--restart", str(tmp_path / "lm"))
     assert code == 2 and "was not submitted" in err
+
+
+def test_a_second_training_of_a_run_folder_is_refused_before_any_rank_starts(capsys, tmp_path):
+    write_tokenizer_run(tmp_path)
+    with take(tmp_path / "runs" / "tokenizer" / ".owner", "the first"):
+        code, _, err = run(capsys, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml")
+    assert code == 2 and f"run folder runs/tokenizer is in use by process {os.getpid()} of" in err
+    assert [path.name for path in (tmp_path / "runs" / "tokenizer").iterdir()] == []

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs.ownership import OwnedError, take
 from launchers import snapshot
 from launchers.cli import main
 from launchers.cluster_config import ClusterConfig
@@ -65,6 +66,42 @@ def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     assert plan["diffusion-control"].endswith("after export-main, enter-latents, enter-text-minilm-padded, enter-tokens")
     assert "array of 2" in plan["columns-tokens"] and plan["sample"].endswith("after export-lm, export-diffusion")
     assert out.count("steps: 3\n") == 1
+
+
+def test_the_walk_fits_this_machine(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, out, err = say(capsys, "submit", "pipeline", "--cluster", "local", "--dry-run")
+    assert code == 0, err
+    lm, = (line for line in out.splitlines() if "-m training.lm" in line or " training.lm " in line)
+    assert "--nproc-per-node=2" in lm  # parallel.tensor = 2
+
+
+def test_of_two_submissions_at_once_the_second_is_refused_and_nothing_is_queued_twice(tmp_path):
+    plans = [one_process(tmp_path / "first", "pass", "first"), one_process(tmp_path / "second", "pass", "second", ("first",))]
+    submitted: list[str] = []
+    refused: list[str] = []
+
+    def cluster(words):
+        if "--parsable" in words:
+            submitted.append(words[-1])
+            with pytest.raises(OwnedError) as error:  # while this one is at it
+                queue(plans, ClusterConfig(), Slurm(lambda _: pytest.fail("SLURM was asked")))
+            refused.append(str(error.value))
+        return Answer(0, f"{len(submitted)}\n" if "--parsable" in words else "", "")
+
+    queue(plans, ClusterConfig(), Slurm(cluster))
+    assert [Path(script).parent.parent.name for script in submitted] == ["first", "second"]
+    assert all(f"the submission of {tmp_path / 'first'} is in use by process {os.getpid()} of" in text for text in refused)
+
+
+def test_a_run_folder_in_which_a_process_works_is_not_submitted(tmp_path):
+    plan = one_process(tmp_path / "task", "pass")
+    with take(tmp_path / "task" / ".owner", "it"):
+        for start in (lambda: run_here([plan], LOCAL), lambda: queue([plan], ClusterConfig(), Slurm(lambda words: Answer(0, "", "")))):
+            with pytest.raises(OwnedError, match=f"run folder {tmp_path / 'task'} is in use by process {os.getpid()} of"):
+                start()
+        assert not (tmp_path / "task" / "job" / "job.json").exists()
 
 
 @pytest.mark.parametrize(("words", "says"), [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch.distributed as dist
 
 from tests.distributed import RankError, run_distributed
 from training.config import LoopConfig
-from training.errors import first_error
+from training.errors import error_path, first_error, read_message
 from training.heartbeat import PEERS_GRACE_S, SECOND_NET_S, Heartbeat
 
 
@@ -36,6 +38,24 @@ def test_all_ranks_leave_their_stacks_and_the_collective_that_hangs(tmp_path):
     sizes = [[entry["input_sizes"] for entry in entries if entry["profiling_name"] == "gloo:all_reduce"] for entries in records]
     assert sizes[0][-2:] == [[[3]], [[5]]] and sizes[1][-1] == [[3]]  # rank 0 is one collective ahead
     assert "HangError" in first_error(tmp_path).read_text()
+
+
+def stop_one(world, run: Path) -> None:
+    """Rank 1 is stopped, as by a debugger, where rank 0 waits for it."""
+    with Heartbeat(run, world.rank, timeout_s=1.0, grace_s=1.0, world_size=world.size) as heartbeat:
+        heartbeat.beat(7)
+        dist.all_reduce(torch.ones(3))
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.all_reduce(torch.ones(5))
+
+
+def test_a_stopped_rank_is_named_and_not_the_one_that_noticed(tmp_path):
+    with pytest.raises(RankError):
+        run_distributed(stop_one, 2, tmp_path)
+    assert first_error(tmp_path) == error_path(tmp_path, 1)
+    assert read_message(error_path(tmp_path, 1)).startswith("RankLost: rank 1 stands still after step 7: no step for 1 s")
+    assert "HangError" in read_message(error_path(tmp_path, 0))
 
 
 def test_a_slow_step_within_the_limit_is_no_hang(tmp_path):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,6 +57,19 @@ def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_is_told_to_whoever_writes(tmp_path):
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom training.event_file import EventFile\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "file = EventFile(Path(sys.argv[1]))\n"
+        "try:\n  for step in range(1000): file.add_scalar('loss', 1.0, step)\n"
+        "except OSError as error: print(error.strerror)\n"
+        "import os; os._exit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("File too large\n", "")
 
 
 def test_cut_of_nothing_is_nothing(tmp_path):

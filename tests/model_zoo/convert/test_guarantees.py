@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import launchers.convert
 from configs import ConfigError
+from configs.ownership import OwnedError, take
 from model_zoo import registry
 from model_zoo.convert import release_diffusion
 from model_zoo.convert.formats import Options, export_to_zoo, open_source, write_target
@@ -378,6 +379,20 @@ write_target(Path("out"), {format!r}, [part("lm")], {{}}, hang)
         assert not (tmp_path / "out").exists()
         write_target(tmp_path / "out", format, [part("lm")], {})
         assert open_source(tmp_path / "out", OPTIONS).parts[0].kind == "lm"
+
+
+@pytest.mark.parametrize("lock", ["lm/.owner", ".out.owner"])
+def test_what_is_being_written_has_one_owner(tmp_path, lock):
+    def write():
+        if lock == ".out.owner":
+            write_target(tmp_path / "out", "transformers", [part("lm")], {})
+        else:
+            export_to_zoo(tmp_path, {"lm": "lm"}, [part("lm")], {})
+
+    with take(tmp_path / lock, "the other"), pytest.raises(OwnedError, match=f"is in use by process {os.getpid()} of"):
+        write()
+    write()
+    assert not list(tmp_path.rglob("*.owner"))
 
 
 def test_what_a_killed_conversion_left_goes_with_the_next_one(tmp_path):

@@ -1,0 +1,281 @@
+"""Each process of a training is killed in turn: nothing survives, what is reported is true, starting again resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.processes import is_running
+from launchers.children import environment
+from launchers.cluster_config import ClusterConfig
+from launchers.slurm import Slurm
+from launchers.slurm_script import Job
+from launchers.stage_jobs import Planned
+from launchers.status import RunStatus, show_logs, statuses
+from launchers.submit import stop
+
+HERE = Path(__file__).resolve().parent
+STEPS, SAVE_EVERY = 60, 5  # of the light trainer
+LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=3)
+# What `landiff train` does, with a light trainer in the place of a real one.
+TRAIN = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from launchers.children import follow_parent
+from launchers.local import explain, own, run_trainer
+follow_parent()
+run, config_file = map(Path, sys.argv[1:])
+config = SimpleNamespace(run=run, loop=SimpleNamespace(steps=60))
+try:
+    with own(config, "lm", 2, "landiff train lm") as owned:
+        code = run_trainer("light_trainer", config_file, run, 2, owned)
+except ValueError as error:
+    sys.exit(str(error))
+sys.exit(f"{run} failed: {explain(run, code)}" if code else 0)
+"""
+SUBMIT = """
+import sys
+from pathlib import Path
+from launchers.children import follow_parent
+from launchers.submit import run_here
+from tests.launchers.test_process_tree import LOCAL, submitted
+follow_parent()
+sys.exit(run_here([submitted(*map(Path, sys.argv[1:]))], LOCAL))
+"""
+
+
+def write_config(run: Path) -> Path:
+    path = run.with_name(f"{run.name}.json")
+    path.write_text(json.dumps({"run": str(run), "steps": STEPS}))
+    return path
+
+
+def start(code: str, run: Path, config: Path) -> subprocess.Popen:
+    env = environment()
+    env["PYTHONPATH"] += f":{HERE}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(run), str(config)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def command_line(pid: int) -> str:
+    """ "" of a process that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def tree(parent: int) -> dict[str, int]:
+    """The processes below `parent` by what they are."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found, todo = {"command": parent}, [parent]
+    while todo:
+        for pid in children.get(todo.pop(), []):
+            todo.append(pid)
+            found[name_of(pid)] = pid
+    return found
+
+
+def name_of(pid: int) -> str:
+    """Of a rank and its helper the number of the rank belongs to it."""
+    words = command_line(pid)
+    if "launchers.torchrun" in words:
+        return "torchrun"
+    if "launchers.rank" in words:
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        kind = (
+            "helper"
+            if "launchers.rank" in command_line(int(parent))
+            and "launchers.torchrun" not in command_line(int(parent))
+            else "rank"
+        )
+        rank = next(
+            word
+            for word in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+            if word.startswith("RANK=")
+        )
+        return f"{kind} {rank.removeprefix('RANK=')}"
+    return words.split(" ")[0]
+
+
+def steps_of(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return (
+        [json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
+
+
+def until(condition: Callable[[], object], what: str = "") -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def training(code: str, run: Path, config: Path) -> tuple[subprocess.Popen, dict[str, int]]:
+    """A started training that has taken a few steps, and its processes."""
+    marks = [run / f"helper_{rank}" for rank in range(2)]
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    newest = max(steps_of(run), default=0) // SAVE_EVERY * SAVE_EVERY
+    command = start(code, run, config)
+    until(
+        lambda: (
+            command.poll() is not None
+            or (all(mark.exists() for mark in marks) and max(steps_of(run), default=0) > newest)
+        ),
+        "no step was taken",
+    )
+    assert command.poll() is None, command.communicate()[0]
+    return command, tree(command.pid)
+
+
+def status(run: Path) -> RunStatus:
+    (found,), _ = statuses(
+        [run], Slurm(lambda words: pytest.fail(f"{words}: no SLURM is needed"), retry_waits_s=())
+    )
+    return found
+
+
+def none_left(pids: dict[str, int]) -> None:
+    until(
+        lambda: not any(map(is_running, pids.values())),
+        f"left: { {name: command_line(pid) for name, pid in pids.items() if is_running(pid)} }",
+    )
+
+
+KILLS = {
+    "command": (-9, "interrupted", ""),
+    "torchrun": (1, "failed", "torchrun, which starts the ranks, was ended by SIGKILL"),
+    "rank 0": (1, "failed", "rank 0 was ended by SIGKILL"),
+    "rank 1": (1, "failed", "rank 1 was ended by SIGKILL"),
+}
+
+
+def test_a_training_ends_with_any_of_its_processes_and_the_next_resumes(tmp_path):
+    run = tmp_path / "lm"
+    config = write_config(run)
+    for name, (code, state, error) in KILLS.items():
+        command, pids = training(TRAIN, run, config)
+        assert pids.keys() == {"command", "torchrun", "rank 0", "rank 1", "helper 0", "helper 1"}
+        running = status(run)
+        assert (running.state, running.steps) == ("running", STEPS) and running.step in range(
+            1, STEPS
+        )
+        os.kill(pids[name], signal.SIGKILL)
+        said = command.communicate(timeout=120)[0]
+        none_left(pids)
+        assert command.returncode == code and error in said, said
+        ended = status(run)
+        assert ended.state == state and error in ended.error
+    done = start(TRAIN, run, config)
+    said = done.communicate(timeout=240)[0]
+    assert done.returncode == 0, said
+    assert status(run).state == "done" and steps_of(run) == list(range(1, STEPS + 1))
+    assert not list(run.glob(".owner*"))
+
+
+def test_landiff_stop_and_logs_know_a_training_that_was_not_submitted(tmp_path, capsys):
+    run = tmp_path / "lm"
+    command, pids = training(TRAIN, run, write_config(run))
+    second = start(TRAIN, run, tmp_path / "lm.json")
+    said = second.communicate(timeout=120)[0]
+    assert (
+        second.returncode == 1 and f"run folder {run} is in use by process {command.pid} of" in said
+    )
+    assert f"asked process {command.pid}" in stop(run, restart=False)
+    text = command.communicate(timeout=120)[0]
+    none_left(pids)
+    assert (
+        command.returncode == 0
+        and "rank 0 starts at step 0" in text
+        and "rank 1 starts at step 0" in text
+    )
+    assert (
+        status(run).state == "stopped"
+        and (run / "checkpoints" / f"step_{steps_of(run)[-1]:08d}").is_dir()
+    )
+    show_logs(run, None, 10, follow=False)
+    assert "rank 0 starts at step 0" in capsys.readouterr().out
+    assert "nothing of it is running" in stop(run, restart=False)
+
+
+def submitted(run: Path, config: Path) -> Planned:
+    """The training as a job of `landiff submit --cluster local`; its snapshot of the code holds no tests."""
+    python = run.with_name("python")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{HERE} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    resources = LOCAL.resources("lm").model_copy(update={"tasks_per_node": 2})
+    job = Job(
+        "lm",
+        run,
+        run.parent,
+        "light_trainer",
+        (str(config),),
+        resources,
+        trainer=True,
+        python=str(python),
+    )
+    return Planned("lm", job, None, steps=STEPS)
+
+
+def test_a_submitted_training_restarts_after_a_crash_and_ends_with_each_of_its_shells(tmp_path):
+    run = tmp_path / "lm"
+    config = write_config(run)
+    command, pids = training(SUBMIT, run, config)
+    assert pids.keys() == {
+        "command",
+        "bash",
+        "tee",
+        "torchrun",
+        "rank 0",
+        "rank 1",
+        "helper 0",
+        "helper 1",
+    }
+    second = start(SUBMIT, run, config)
+    assert "in use by process" in second.communicate(timeout=120)[0] and second.returncode != 0
+    os.kill(pids["torchrun"], signal.SIGKILL)
+    until(lambda: "starting again" in (run / "job" / "log" / "batch.log").read_text())
+    until(
+        lambda: (
+            (newest := tree(command.pid)).get("torchrun", pids["torchrun"]) != pids["torchrun"]
+            and "rank 0" in newest
+        )
+    )
+    none_left({name: pid for name, pid in pids.items() if name not in ("command", "bash", "tee")})
+    assert status(run).state == "running"
+    pids = tree(command.pid)
+    for name, code in {"bash": 137, "command": -9, "tee": None}.items():
+        os.kill(pids[name], signal.SIGKILL)
+        command.communicate(timeout=120)
+        none_left(pids)
+        assert command.returncode == code or code is None
+        assert status(run).state == (
+            "interrupted" if name == "command" else "failed" if name == "bash" else "done"
+        )
+        if name != "tee":
+            command, pids = training(SUBMIT, run, config)
+    assert steps_of(run) == list(range(1, STEPS + 1)) and not list(run.glob(".owner*"))
