@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model_zoo.codebook import code_entropy, count_codes
 from model_zoo.dit import ControlledDiffusion
 from model_zoo.lm import LanguageModel
 from model_zoo.schedule import NoiseSchedule
@@ -31,9 +32,8 @@ def wrong_partners(keys: Sequence[str]) -> list[int]:
 
 def frequency_baseline(codes_Bn: np.ndarray, codebook_size: int) -> float:
     """Nats per code of the best predictor that knows only how often each code occurs in these clips."""
-    counts = np.bincount(codes_Bn.reshape(-1), minlength=codebook_size).astype(np.float64)
-    frequency = counts[counts > 0] / counts.sum()
-    return float(-(frequency * np.log(frequency)).sum())
+    codes = torch.from_numpy(codes_Bn.astype(np.int64))
+    return float(code_entropy(count_codes(codes, codebook_size).double()))
 
 
 @torch.no_grad()

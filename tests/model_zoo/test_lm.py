@@ -13,7 +13,8 @@ from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig
 from model_zoo.convert.release_lm import RULES
 from model_zoo.convert.rules import ConversionError, check_against, convert
-from model_zoo.lm import LanguageModel, TextProjection, rotary_table, rotate
+from model_zoo.layers import rotary_table, rotate
+from model_zoo.lm import LanguageModel, TextProjection
 
 CONFIG = LMConfig(codebook_size=20, iframe_tokens=3, pframe_tokens=2, segment_frames=2, hidden_size=32, num_layers=2,
                   num_heads=2, ffn_size=48, max_positions=40, text_dim=12, max_text_tokens=6, micro_hidden_size=16,
@@ -172,7 +173,7 @@ def test_under_autocast_the_stream_is_half_and_the_head_is_not():
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.transform(model.embed(*inputs))
         logits = model.logits(hidden)
-        assert model.new_cache(1, 4).kv_2NBSHd.dtype == torch.bfloat16
+        assert model.new_cache(1, 4).keys_and_values.dtype == torch.bfloat16
     assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
     head = nn.functional.linear(model.final_norm(hidden.float()), model.head.weight)
     assert torch.equal(logits, head)

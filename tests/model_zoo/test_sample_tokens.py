@@ -44,7 +44,7 @@ def prefer(model, token):
 
 def recomputed(model, prompts, frames, guidance, seeds):
     """One position at a time, the whole sequence anew for each."""
-    layout, (batch, length, _) = model.layout, prompts.text_BLT.shape
+    layout, (batch, length, _) = model.layout, prompts.text_BLD.shape
     template = layout.template(frames)
     start = layout.first_start(length)
     ids = torch.full((batch, start), IGNORE)
@@ -54,7 +54,7 @@ def recomputed(model, prompts, frames, guidance, seeds):
     for step, forced in enumerate(template.tolist()):
         if forced == CODE:
             with_text, without = (
-                model(ids, prompts.text_BLT, *scalars, drop_text_B=torch.full((batch,), drop))[:, -1, : layout.codebook_size]
+                model(ids, prompts.text_BLD, *scalars, drop_text_B=torch.full((batch,), drop))[:, -1, : layout.codebook_size]
                 for drop in (False, True))
             new = draw((without + guidance * (with_text - without)).softmax(-1), step)
         else:
@@ -104,7 +104,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model):
     together = Listen([3, 4, 5])
     codes = sample_tokens(model, prompts, 4, config, draw=together).codes_BK
     for row, length in enumerate(lengths.tolist()):
-        text = prompts.text_BLT[row : row + 1, :length]
+        text = prompts.text_BLD[row : row + 1, :length]
         alone = Listen([3 + row])
         found = sample_tokens(model, Prompts(text, prompts.motion_score_B[row : row + 1]), 4, config, draw=alone).codes_BK
         assert torch.equal(found[0], codes[row])
@@ -114,12 +114,12 @@ def test_a_row_does_not_depend_on_its_neighbours(model):
 
 def test_what_stands_behind_a_texts_length_is_not_read(model):
     prompts = some_prompts(2, length=6, text_lengths_B=torch.tensor([5, 2]))
-    other = prompts.text_BLT.clone()
+    other = prompts.text_BLD.clone()
     other[1, 2:] = 9.0
     other[:, 5:] = math.nan
     config = TokenSamplingConfig(guidance=2.0)
     found = [sample_tokens(model, Prompts(text, prompts.motion_score_B, prompts.text_lengths_B), 4, config, seeds=[1, 2])
-             for text in (prompts.text_BLT, other)]
+             for text in (prompts.text_BLD, other)]
     assert torch.equal(found[0].codes_BK, found[1].codes_BK)
 
 
@@ -220,11 +220,11 @@ def test_given_frames_stay_and_the_rest_continues_them(model):
     layout, config = model.layout, TokenSamplingConfig(guidance=1.0)
     prompts, frames = some_prompts(2), 4
     prefix = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    given = Prompts(prompts.text_BLT, prompts.motion_score_B, prefix_codes_BK=prefix)
+    given = Prompts(prompts.text_BLD, prompts.motion_score_B, prefix_codes_BK=prefix)
     sampled = sample_tokens(model, given, frames, config, draw=lambda p, _step: p.argmax(-1)).codes_BK
     assert torch.equal(sampled[:, :3], prefix)
     ids = torch.stack([torch.from_numpy(layout.build(row, 4)) for row in sampled])
-    logits = model(ids, prompts.text_BLT, torch.full((2,), float(frames)), prompts.motion_score_B)
+    logits = model(ids, prompts.text_BLD, torch.full((2,), float(frames)), prompts.motion_score_B)
     best = logits[..., : layout.codebook_size].argmax(-1)[:, layout.first_start(4) :]
     template = torch.from_numpy(layout.template(frames))
     continued = best[:, :-1][:, template[1:] == CODE]
@@ -297,7 +297,7 @@ def test_half_weights_and_autocast_draw_the_same(model):
     ({"prefix_codes_BK": torch.zeros(1, 3, dtype=torch.long)}, r"prefix codes of shape \(1, 3\)"),
     ({"prefix_codes_BK": torch.zeros(2, 13, dtype=torch.long)}, r"\(5 frames\) do not fit 2 prompts and num_frames = 3"),
     ({"prefix_codes_BK": torch.tensor([[0, 1, 2], [3, 20, 4]])}, "code 20 at index 1"),
-    ({"text_BLT": torch.zeros(2, 4, 5)}, "text_dim = 12"),
+    ({"text_BLD": torch.zeros(2, 4, 5)}, "text_dim = 12"),
 ])
 def test_prompts_that_do_not_fit_are_refused(model, changes, message):
     prompts = some_prompts(2)

@@ -16,7 +16,7 @@ from model_zoo.convert.release_tokenizer import RULES
 from model_zoo.convert.rules import check_against, convert
 from model_zoo.frame_spans import decoder_spans, dense_mask, encoder_spans, span_attention
 from model_zoo.registry import export, load_model
-from model_zoo.tokenizer import Quantizer, SemanticTokenizer, codebook_usage
+from model_zoo.tokenizer import Quantizer, SemanticTokenizer
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "tokenizer.json"
 TINY = TokenizerConfig(
@@ -309,10 +309,3 @@ def test_ranks_share_one_codebook(tokenizer, tmp_path):
         # float32 sums in another order
         torch.testing.assert_close(ranks[0][name], value, atol=1e-5, rtol=1e-5)
     assert not torch.equal(ranks[0]["_codebook.embed"], state["quantizer._codebook.embed"])
-
-
-def test_codebook_usage():
-    perplexity, used = codebook_usage(torch.tensor([[0, 1], [2, 3]]), 8)
-    assert used == 0.5
-    torch.testing.assert_close(perplexity, torch.tensor(4.0))
-    assert codebook_usage(torch.zeros(5, dtype=torch.int64), 8)[0] == 1.0

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.base import ConfigError
 from data_pipeline.loader import Batch, Sample
 from data_pipeline.schema import Manifest
+from model_zoo.codebook import codebook_use, count_codes
 from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
 from training import rng
 from training.distributed import World
@@ -70,7 +71,7 @@ class TokenizerEngine:
             self.sampling.place(batch.step, number, [sample.position for sample in micro])
             output = self._forward_backward(features_BTChw, number + 1 == len(micro_batches), len(micro_batches))
             losses += torch.stack([output.loss, output.reconstruction, output.commitment]).detach() / len(micro_batches)
-            counts += torch.bincount(output.indices.flatten(), minlength=size)
+            counts += count_codes(output.indices, size)
         self._preview = features_BTChw[0]
         grad_norm = clip_gradients(self.tokenizer.parameters(), config.optim.clip_grad)
         self.optimizer.step()
@@ -160,12 +161,6 @@ def check_features(config: TokenizerTrainConfig, manifest: Manifest) -> None:
             f"{config.data.manifest} ({manifest.columns[COLUMN].encoder}) holds {actual}; "
             "set them to that, or precompute the features again"
         )
-
-
-def codebook_use(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(perplexity: exp of the entropy of the codes, between 1 and their number; fraction of codes in use)."""
-    share = counts / counts.sum()
-    return torch.exp(torch.special.entr(share).sum()), (counts > 0).float().mean()
 
 
 def paint(features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIXELS) -> Tensor:
