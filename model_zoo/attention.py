@@ -1,9 +1,10 @@
-"""Softmax attention: flash-attn on CUDA in half precision if it is installed, torch's SDPA otherwise.
+"""Softmax attention with flash-attn where it is installed and applies, with torch's SDPA otherwise.
 
-`_flash_attn_for` is the only place in the project that chooses between the two.
+flash-attn applies to half precision on CUDA. `_flash_attn_for` is the only place in the project
+that chooses between the two.
 
-Shape letters (docs/glossary.md): B batch, S positions, N positions of all sequences of a packed row,
-A heads, d width of a head.
+Shape letters (docs/glossary.md): B batch, S positions, N positions of all sequences of a packed
+row, A heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def attention(
     Returns [B, S, A, d] with S of the queries. There may be fewer queries than keys, as in decoding
     with a cache; `causal` then aligns them at the end, so that the last query attends to all keys.
 
-    mask: bool, broadcastable to [B, A, queries, keys], true = may attend. Every query must attend to
-    at least one key. `mask` and `causal` exclude each other. `scale` defaults to 1/sqrt(d).
+    mask: bool, broadcastable to [B, A, queries, keys], true = may attend. Every query must attend
+    to at least one key. `mask` and `causal` exclude each other. `scale` defaults to 1/sqrt(d).
     """
     assert not (causal and mask is not None), "causal=True is ambiguous beside a mask"
     queries = q_BSAd.shape[1]

@@ -5,9 +5,9 @@ rows (`text_length`) that it was trained with, though it computes any number. Th
 may differ from the configured one.
 
 Shape letters (docs/glossary.md): B batch, T latent frames, C channels, H, W height and width in
-latent cells, h, w height and width in feature cells, N video tokens, which are one per patch, L text
-rows, S sequence positions (L + N), D width of a vector (of text states or of the model), E width of
-the time embedding, A heads, d width of a head.
+latent cells, h, w height and width in feature cells, N video tokens, which are one per patch, L
+text rows, S sequence positions (L + N), D width of a vector (of text states or of the model),
+E width of the time embedding, A heads, d width of a head.
 
 Source: CogVideoX-2B (arXiv 2408.06072) as LanDiff (arXiv 2503.04606) uses it, and LanDiff's serial
 control branch (docs/specification.md §5).
@@ -89,7 +89,7 @@ class TransformerInput(nn.Module):
     def forward(
         self, latents_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the sequence [B, L + N, D] and the time embedding [B, E], both in the weights' dtype."""
+        """Sequence [B, L + N, D] and time embedding [B, E], both in the dtype of the weights."""
         size = self.config.hidden_size
         dtype = self.patch.weight.dtype
         batch, num_frames = latents_BTCHW.shape[:2]
@@ -108,7 +108,7 @@ class TransformerInput(nn.Module):
 
 @dataclass(frozen=True)
 class Modulation:
-    """Shift, scale and gate of one half of a block, [B, D] each, for text and for video positions."""
+    """Shift, scale and gate of one half of a block, [B, D] each, for text and for video."""
 
     text_shift: Tensor
     text_scale: Tensor
@@ -180,7 +180,7 @@ class Block(nn.Module):
         return self.out(attention(q_BSAd, k_BSAd, v_BSAd).flatten(2))
 
     def init_weights(self, num_layers: int, zero_modulation: bool) -> None:
-        """Draws normal weights with deviation 1/sqrt(D), for residual outputs 1/sqrt(2 · layers · D).
+        """Draws normal weights with deviation 1/sqrt(D), and 1/sqrt(2 · layers · D) for outputs.
 
         1/sqrt(D) is 0.023 at the released width, and large enough for a narrow model to leave the
         first plateau of the loss. With `zero_modulation` the block is the identity at first.
@@ -372,7 +372,7 @@ class ControlledDiffusion(nn.Module):
 
     @torch.no_grad()
     def copy_main_to_control(self) -> None:
-        """Copies the main transformer's input layers, first blocks and final norm; Z is unchanged."""
+        """Copies the main transformer's input layers, first blocks and final norm, but not Z."""
         self.control.input.load_state_dict(self.transformer.input.state_dict())
         self.control.final_norm.load_state_dict(self.transformer.final_norm.state_dict())
         for block, source in zip(self.control.blocks, self.transformer.blocks, strict=False):
@@ -380,12 +380,12 @@ class ControlledDiffusion(nn.Module):
 
 
 def check_latents(config: TransformerConfig, latents_BTCHW: Tensor) -> None:
-    """Raises ValueError for latents of other channels or a size that does not divide into patches."""
+    """Raises ValueError for latents of other channels or a size that patches do not divide."""
     channels = config.latent_channels
     patch = config.patch_size
     shape = list(latents_BTCHW.shape)
     if len(shape) != 5 or shape[2] != channels or shape[3] % patch or shape[4] % patch:
         raise ValueError(
-            f"the transformer takes latents [B, T, {channels}, H, W], H and W multiples of {patch}, "
-            f"not {shape}"
+            f"the transformer takes latents [B, T, {channels}, H, W], H and W multiples of "
+            f"{patch}, not {shape}"
         )

@@ -1,6 +1,6 @@
 """Layout of the semantic tokenizer's sequence, its attention masks, and attention over spans of it.
 
-    [visual tokens, frame by frame | I latents | P latents of frame 1 | … | P latents of frame T - 1]
+    [visual tokens of all frames | I latents | P latents of frame 1 | … | P latents of frame T - 1]
 
 Shape letters (docs/glossary.md): B batch, T frames, N latent tokens of a segment, which are
 iframe_tokens + (T - 1) · pframe_tokens, S sequence positions, which are T · h · w + N, A heads,
@@ -113,7 +113,7 @@ def decoder_spans(sequence: Sequence) -> list[AttentionSpan]:
 def encoder_mask(
     num_frames: int, frame_tokens: int, iframe_tokens: int, pframe_tokens: int
 ) -> Tensor:
-    """The encoder's spans as a dense mask, bool [S, S], true where the row may attend to the column."""
+    """The encoder's spans as a dense mask, see `dense_mask`."""
     sequence = Sequence(num_frames, frame_tokens, iframe_tokens, pframe_tokens)
     return dense_mask(encoder_spans(sequence), sequence.length)
 
@@ -121,13 +121,13 @@ def encoder_mask(
 def decoder_mask(
     num_frames: int, frame_tokens: int, iframe_tokens: int, pframe_tokens: int
 ) -> Tensor:
-    """The decoder's spans as a dense mask, bool [S, S], true where the row may attend to the column."""
+    """The decoder's spans as a dense mask, see `dense_mask`."""
     sequence = Sequence(num_frames, frame_tokens, iframe_tokens, pframe_tokens)
     return dense_mask(decoder_spans(sequence), sequence.length)
 
 
 def dense_mask(spans: list[AttentionSpan], length: int) -> Tensor:
-    """Spans as a mask, bool [length, length], true where the row may attend to the column."""
+    """Spans as a mask, bool [S, S], true where the row may attend to the column. S is `length`."""
     mask = torch.zeros(length, length, dtype=torch.bool)
     positions = torch.arange(length)
     for span in spans:

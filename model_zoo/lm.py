@@ -33,7 +33,7 @@ INIT_STD = 0.02
 
 
 class TextProjection(nn.Module):
-    """MLP from text states to the width of the model, with a learned null vector for dropped text."""
+    """MLP from text states to the model's width, with a learned null vector for dropped text."""
 
     def __init__(self, text_dim: int, hidden_size: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Noise schedule of the diffusion model, shifted and with zero terminal signal, and its loss.
 
-A noisy latent is x_t = a_t · x0 + b_t · noise with a = sqrt(alpha_cumprod) and b = sqrt(1 - a²). The
-network predicts the velocity v = a · noise - b · x0, so x0 = a · x_t - b · v.
+A noisy latent is x_t = a_t · x0 + b_t · noise with a = sqrt(alpha_cumprod) and b = sqrt(1 - a²).
+The network predicts the velocity v = a · noise - b · x0, so x0 = a · x_t - b · v.
 
 Shape letters (docs/glossary.md): B batch, T latent frames, C channels, H, W height and width in
 latent cells.
@@ -27,7 +27,7 @@ class SamplerTable:
     """Timesteps and signal levels of a sampler with n steps, from pure noise on.
 
     timesteps: n timesteps, which the network receives.
-    alphas_sqrt: n + 1 levels, of the state before each step and of the result, which is 1 (no noise).
+    alphas_sqrt: n + 1 levels, of the state before each step and of the result, where it is 1.
     denoiser_alphas_sqrt: n levels with which x0 is computed from the velocity, the nearest ones of
         the training table.
     """
@@ -101,9 +101,9 @@ class NoiseSchedule:
     def sampler_table(self, num_steps: int) -> SamplerTable:
         """Timesteps and levels of a sampler with `num_steps` steps.
 
-        As in the reference, the rescaling to zero terminal signal is applied to the selected values,
-        which therefore differ from the training table by up to 1e-3. The velocity is converted to
-        x0 with the nearest level of the training table.
+        As in the reference, the rescaling to zero terminal signal is applied to the selected
+        values, which therefore differ from the training table by up to 1e-3. The velocity is
+        converted to x0 with the nearest level of the training table.
 
         Raises ValueError for fewer than two steps or more steps than timesteps.
         """
@@ -121,7 +121,7 @@ class NoiseSchedule:
 
 
 def zero_terminal(alphas: Tensor) -> Tensor:
-    """Square roots of `alphas`, shifted and scaled so that the last is 0 and the first is unchanged.
+    """Square roots of `alphas`, shifted and scaled so that the last is 0 and the first is kept.
 
     Returns float32 of the shape of `alphas`, [timesteps].
     """
@@ -151,8 +151,8 @@ def denoising_loss(
     network(noised_BTCHW, timestep_B) is the model with its conditions and returns velocity_BTCHW.
     x0_BTCHW, noise_BTCHW: clean latents and noise; timestep_B: int64.
     fixed_frames: number of latent frames at the start that the network receives without noise and
-        that do not count in the loss, one int or int64 [B] with a number per sample. All frames have
-        the same timestep. This trains a chunk that continues finished frames (§5.8).
+        that do not count in the loss, one int or int64 [B] with a number per sample. All frames
+        have the same timestep. This trains a chunk that continues finished frames (§5.8).
 
     The loss equals the weighted squared error of x0, without its cancellation at small timesteps.
     Raises ValueError where `fixed_frames` leaves no frame to denoise.

@@ -63,7 +63,7 @@ class Level(nn.Module):
             self.upsample = _conv3(out_channels // 4, out_channels)
 
     def forward(self, x_NChw: Tensor) -> Tensor:
-        """[N, channels, h, w] -> [N, out_channels, h, w], h and w doubled if the level upsamples."""
+        """[N, channels, h, w] -> [N, out_channels, h, w], or of twice the size if it upsamples."""
         for block in self.blocks:
             x_NChw = block(x_NChw)
         if self.upsample is None:

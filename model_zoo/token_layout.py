@@ -8,7 +8,8 @@ A sequence is (docs/specification.md §4.1, §4.2)
     further segments of the same form, the last may have fewer frames
     EOS
 
-The part from the first SI to EOS is called the body. Its length depends on the number of frames only.
+The part from the first SI to EOS is called the body. Its length depends on the number of frames
+only.
 
 Shape letters (docs/glossary.md): S positions of the whole sequence, N positions of the body,
 G groups of positions with the same legal ids, V vocabulary.
@@ -278,7 +279,8 @@ class TokenLayout:
         wrong = np.flatnonzero(~is_code & (ids != expected))
         if wrong.size:
             raise ValueError(
-                f"position {wrong[0]} holds the id {ids[wrong[0]]} where {expected[wrong[0]]} must stand"
+                f"position {wrong[0]} holds the id {ids[wrong[0]]} where {expected[wrong[0]]} must "
+                "stand"
             )
         return self.check_codes(ids[is_code])
 
@@ -305,9 +307,9 @@ class TokenLayout:
         By default only codes at positions of codes, and elsewhere only the forced token. With
         `predict_end`, EOS is legal as well at each start of a frame after the first segment.
 
-        With `reference`, the masks are those of the reference implementation (§4.7), which restricts
-        ids at two kinds of positions: at starts of frames, where EOS is legal as well after the
-        first segment, and at the EOS of a video of several segments.
+        With `reference`, the masks are those of the reference implementation (§4.7), which
+        restricts ids at two kinds of positions: at starts of frames, where EOS is legal as well
+        after the first segment, and at the EOS of a video of several segments.
         """
         forced = self.template(num_frames)
         starts = (forced == self.start_iframe) | (forced == self.start_pframe)
@@ -346,7 +348,7 @@ class TokenLayout:
     def _count_frames(self, count: int, iframe: int, pframe: int, what: str) -> int:
         """Frames that have `count` positions, where an I frame has `iframe` and a P frame `pframe`.
 
-        Raises ValueError, with `what` as its subject, where no whole number of frames has that many.
+        Raises ValueError, with `what` as its subject, if no whole number of frames has that many.
         """
         full, rest = divmod(count, iframe + (self.segment_frames - 1) * pframe)
         num_frames = full * self.segment_frames
@@ -356,7 +358,7 @@ class TokenLayout:
             num_frames += 1 + pframes
         if count < iframe or remainder or (rest and rest < iframe):
             raise ValueError(
-                f"{what} no whole number of frames: a segment has {iframe}, then {pframe} for each of "
-                f"up to {self.segment_frames - 1} frames more"
+                f"{what} no whole number of frames: a segment has {iframe}, then {pframe} for each "
+                f"of up to {self.segment_frames - 1} frames more"
             )
         return num_frames

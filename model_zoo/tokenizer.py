@@ -233,8 +233,8 @@ class Quantizer(VectorQuantize):
     def quantize(self, latents_BNZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantizes in training and updates the codebook. latents_BNZ: [B, N, Z].
 
-        Returns the values of the codes (float32 [B, N, Z], with gradients), the codes (int64 [B, N])
-        and the commitment loss.
+        Returns the values of the codes (float32 [B, N, Z], with gradients), the codes (int64
+        [B, N]) and the commitment loss.
         """
         with torch.autocast(latents_BNZ.device.type, enabled=False):
             outputs = self(latents_BNZ.float(), return_loss_breakdown=True)
@@ -263,9 +263,9 @@ class Quantizer(VectorQuantize):
         """Raises ValueError if the codebook was neither trained nor loaded."""
         if not self._codebook.initted:
             raise ValueError(
-                "the tokenizer's codebook is untrained (initted = 0): it is filled by k-means in the "
-                "first training step; train the tokenizer or load trained weights before it encodes "
-                "or decodes"
+                "the tokenizer's codebook is untrained (initted = 0): it is filled by k-means in "
+                "the first training step; train the tokenizer or load trained weights before it "
+                "encodes or decodes"
             )
 
 

@@ -113,7 +113,7 @@ def _draw_function(
     seeds: Sequence[int] | None,
     draw: Draw | None,
 ) -> Draw:
-    """`draw`, or a function that draws with `seeds`. Raises ValueError unless one of them is given."""
+    """`draw`, or a function that draws with `seeds`. Raises ValueError unless one is given."""
     if (seeds is None) == (draw is None):
         raise ValueError("give either seeds, one per prompt, or draw")
     if seeds is None:

@@ -19,4 +19,5 @@ def test_trainers_and_precompute_use_the_same_keys():
 
 
 def test_noise_of_a_clip_has_the_values_of_earlier_versions():
-    assert clip_noise(0, "a", (3,)).tolist() == [-0.9979974627494812, -0.6456149220466614, -1.1070482730865479]
+    expected = [-0.9979974627494812, -0.6456149220466614, -1.1070482730865479]
+    assert clip_noise(0, "a", (3,)).tolist() == expected

@@ -17,6 +17,7 @@ from configs.base import ConfigError
 from data_pipeline.loader import Sample, require_encoder
 from data_pipeline.schema import Manifest
 from model_zoo import registry
+from model_zoo.config import TokenizerConfig
 from model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
 from training import rng
 from training.lm.config import LMTrainConfig
@@ -136,6 +137,7 @@ def check_columns(manifest: Manifest, config: LMTrainConfig) -> None:
     if config.tokenizer:
         entry = registry.resolve(config.zoo, config.tokenizer, kind="tokenizer")
         require_encoder(manifest, config.tokens_column, entry.fingerprint, f"tokenizer = {entry.reference}", adopt=config.data.adopt)
+        assert isinstance(entry.config, TokenizerConfig), entry
         if TokenLayout.of(entry.config) != layout:
             raise ConfigError(f"tokenizer {entry.reference} makes tokens of {TokenLayout.of(entry.config)}, the model is for {layout}; "
                               "set model.codebook_size, iframe_tokens, pframe_tokens and segment_frames to the tokenizer's")

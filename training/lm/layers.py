@@ -91,9 +91,9 @@ def _parameter(config: TransformerConfig, value: Tensor) -> nn.Parameter:
 class PackedAttention(MegatronModule):
     """Rotary embedding and causal attention inside the samples of a packed row.
 
-    There is neither mask nor padding. The rotation is done here because Megatron-core rotates in the
-    dtype of the activations (§6.4 c) and copies the lengths of the samples from the device in every
-    layer.
+    There is neither mask nor padding. The rotation is done here because Megatron-core rotates in
+    the dtype of the activations (§6.4 c) and copies the lengths of the samples from the device in
+    every layer.
     """
 
     def __init__(

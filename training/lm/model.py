@@ -3,8 +3,9 @@
 It computes the same as `model_zoo.lm.LanguageModel`, whose condition modules it uses, divided over
 tensor-parallel ranks and pipeline stages.
 
-Shape letters (docs/glossary.md, and batch.py): N tokens of a packed row, S samples in it, M text rows
-of all samples, D width of a vector (of text states or of the model), V vocabulary of this rank.
+Shape letters (docs/glossary.md and batch.py): N tokens of a packed row, S samples in it, M text
+rows of all samples, D width of a vector (of text states or of the model), V vocabulary of this
+rank.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class MegatronLM(GPTModel):
         self.vocab = vocab
         self.padded = padded
         if self.pre_process:
-            # Replicated on all tensor-parallel ranks. Inputs are equal, and gradients are equal after
-            # the all-reduce or gather, so the weights stay equal.
+            # Replicated on all tensor-parallel ranks. Inputs are equal, and gradients are equal
+            # after the all-reduce or gather, so the weights stay equal.
             device = self.embedding.word_embeddings.weight.device
             text, micro = condition_modules(sizes)
             self.text = text.to(device, core.params_dtype)
@@ -160,8 +161,8 @@ def condition_modules(config: LMConfig) -> tuple[TextProjection, MicroConditions
 class InitialWeights(Mapping[str, Tensor]):
     """Initial weights with the names of `LanguageModel` (§4.3 to §4.5), drawn on access.
 
-    A tensor depends on seed, name and shape only, so that every parallel layout starts from the same
-    model and a rank draws only its own part.
+    A tensor depends on seed, name and shape only, so that every parallel layout starts from the
+    same model and a rank draws only its own part.
     """
 
     def __init__(self, config: LMConfig, seed: int) -> None:
