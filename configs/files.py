@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configs.disk_errors import naming
+
+PRIVATE = 0o600  # permissions of files that may hold secrets: the owner alone reads them
+PUBLIC = 0o666  # before the umask
+REPLACED = "replaced"  # part of the name of a folder that is being replaced
+
 
 def fsync_dir(folder: Path) -> None:
     """Make renames inside `folder` durable."""
@@ -41,28 +47,36 @@ def remove_dead_twins(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, mode: str = "wb") -> Iterator:
+def atomic_file(path: Path, mode: str = "wb", permissions: int = PUBLIC) -> Iterator:
     """A file that appears under its final name whole, or not at all.
 
-    Raises whatever the body or the disk raises (OSError with ENOSPC on a full one), after the temporary
-    file is gone.
+    It has `permissions` from its creation on (less the umask). Raises whatever the body or the disk
+    raises, after the temporary file is gone; an OSError names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    try:
-        with open(temporary, mode, encoding="utf-8" if "b" not in mode else None) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary.unlink(missing_ok=True)  # of a dead process with this number, with its permissions
+
+    def create(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_EXCL, permissions)
+
+    with naming(path, temporary):
+        try:
+            encoding = None if "b" in mode else "utf-8"
+            with open(temporary, mode, encoding=encoding, opener=create) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     fsync_dir(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    with atomic_file(path, "w") as file:
+def write_text(path: Path, text: str, permissions: int = PUBLIC) -> None:
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path, "w", permissions) as file:
         file.write(text)
 
 
@@ -76,11 +90,45 @@ def commit_dir(temporary: Path, final: Path) -> None:
     fsync_dir(final.parent)
 
 
+def replace_dir(temporary: Path, final: Path) -> None:
+    """`commit_dir` that replaces the folder `final` if there is one.
+
+    The old folder is renamed before and deleted after the new one has its name, and gets its name back
+    if that fails; after a kill in between, `restore_replaced` gives it back.
+    What cannot be deleted is left under a temporary name.
+    """
+    old = _other_name(final, REPLACED)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by an earlier replacement
+        os.rename(final, old)
+    try:
+        commit_dir(temporary, final)
+    except OSError:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give the folders in `folder` their names back whose replacement by `replace_dir` was killed halfway."""
+    for old in folder.glob(f".*.{REPLACED}.*.tmp"):
+        final = folder / old.name[1:].partition(f".{REPLACED}.")[0]
+        if not final.exists():
+            os.rename(old, final)
+
+
 def remove_dir(folder: Path) -> None:
     """Delete a committed folder in two steps, so that a kill in between never leaves half of it behind its name."""
-    doomed = temporary_name(folder)
+    doomed = _other_name(folder, "deleted")
+    shutil.rmtree(doomed, ignore_errors=True)  # left by an earlier deletion
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def _other_name(folder: Path, why: str) -> Path:
+    """A temporary name of `folder` that is not `temporary_name(folder)`, where its replacement may lie."""
+    return temporary_name(folder.with_name(f"{folder.name}.{why}"))
 
 
 def sha256_file(path: Path) -> str:

@@ -12,7 +12,6 @@ A config file holds only what differs from the defaults of its class. Two rules 
 from __future__ import annotations
 
 import difflib
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,21 +22,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.base import Config, ConfigError
+from configs.documents import (
+    MAX_JSON_BYTES,
+    advised,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    read_yaml,
+    shown,
+)
+from configs.files import PRIVATE, PUBLIC, write_text
+from configs.secrets import REDACTED, is_secret_name, redact
 
+SHOWN_PROBLEMS = 20  # of one document
+SHOWN_VALUE = 200  # characters of a value in an error message
 PACKAGED = Path(__file__).resolve().parent
 
 C = TypeVar("C", bound=Config)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads `1e-4` as a number (YAML 1.1 wants `1.0e-4` and hands back a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def packaged_names() -> list[str]:
@@ -63,15 +64,7 @@ def find(name: str, relative_to: Path | None = None) -> Path:
 
 def read(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}; a config file is a mapping of keys")
-    return data
+    return read_yaml(path)
 
 
 def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
@@ -95,12 +88,34 @@ def validate(cls: type[C], data: Mapping[str, Any], origin: str = "config") -> C
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(cls, origin, e) for e in error.errors())) from None
+        raise ConfigError(_explain_all(cls, origin, error)) from None
+
+
+def read_json_as(cls: type[C], path: Path, *, advice: str = "", limit: int = MAX_JSON_BYTES) -> C:
+    """The JSON file `path` as a `cls`; `advice` says what to do about a damaged one.
+
+    Files above `MAX_JSON_BYTES`, which only programs write, are checked by pydantic alone, four times
+    as fast. Raises DocumentError, OSError where the file cannot be opened.
+    """
+    with advised(advice):
+        data = read_bytes(path, limit)
+        if len(data) <= MAX_JSON_BYTES:
+            return validate(cls, parse_json(data, str(path)), str(path))
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise ConfigError(_explain_all(cls, str(path), error)) from None
 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML text that `load` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write `dump(config)`; its owner alone may read it where it holds a secret, e.g. in a URL."""
+    text = dump(config)
+    write_text(path, text, PUBLIC if redact(text) == text else PRIVATE)
 
 
 def _resolve_references(cls: type[BaseModel], data: dict[str, Any], folder: Path | None) -> dict[str, Any]:
@@ -135,7 +150,7 @@ def _apply(cls: type[BaseModel], data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     _known(owner, last, key)
-    node[last] = yaml.load(text, Loader=_Loader)
+    node[last] = parse_yaml(text, f"override {shown(redact(override))}")
 
 
 def _known(owner: type[BaseModel] | None, part: str, dotted: str) -> type[BaseModel] | None:
@@ -156,6 +171,15 @@ def _section_class(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def _explain_all(cls: type[BaseModel], origin: str, error: ValidationError) -> str:
+    """A line for each problem, up to `SHOWN_PROBLEMS`."""
+    problems = error.errors(include_url=False)
+    lines = [_explain(cls, origin, problem) for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"{origin}: and {len(problems) - SHOWN_PROBLEMS} more")
+    return "\n".join(lines)
+
+
 def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     dotted = ".".join(location)
@@ -167,8 +191,18 @@ def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
     if error["type"] == "missing":
         return f"{origin}: {dotted} is required and not set"
     message = error["msg"].removeprefix("Value error, ")
-    where = f"{dotted} = {error['input']!r}: " if dotted and not isinstance(error["input"], dict) else f"{dotted}: " if dotted else ""
-    return f"{origin}: {where}{message}"
+    where = f"{dotted}: " if dotted else ""
+    if dotted and not isinstance(error["input"], dict):
+        where = f"{dotted} = {_shown_value(location, error['input'])}: "
+    return f"{origin}: {where}{redact(message)}"
+
+
+def _shown_value(location: Sequence[str], value: Any) -> str:
+    """A value for an error message: without secrets, and not longer than `SHOWN_VALUE`."""
+    if "env" in location and is_secret_name(location[-1]):
+        return REDACTED
+    text = redact(repr(value))
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from configs.base import ConfigError
+from configs.documents import read_yaml
 from configs.files import fsync_dir, temporary_name
 from data_pipeline.filters import Filters
 from data_pipeline.ingest_config import ShardsConfig
@@ -188,7 +189,8 @@ def _claim(config: ShardsConfig, raw: Path) -> None:
             temporary.unlink(missing_ok=True)
         fsync_dir(raw)
     # as plain values: a config of another version may not fit today's class
-    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), json.loads(json.dumps(config.identity()))
+    old = read_yaml(path, advice=f"delete {raw.parent} to begin anew")
+    new = json.loads(json.dumps(config.identity()))
     differing = [f"{key} = {new.get(key)!r} (there: {old.get(key)!r})" for key in _compared(config, old, new) if new.get(key) != old.get(key)]
     if differing:
         raise ConfigError(f"{raw} was made with another config: {'; '.join(differing)}. Use the old values, or another output folder; "
@@ -215,5 +217,9 @@ def _explained(data: Path) -> Iterator[None]:
     except (BrokenPipeError, InterruptedError):
         raise
     except OSError as error:
-        raise OSError(error.errno, f"cannot write the shards: {error.strerror}; finished shards are kept. Make room or choose another "
-                      "output folder, then run the command again", str(error.filename or data)) from error
+        cause = error.strerror or str(error)
+        raise OSError(
+            error.errno,
+            f"cannot write the shards: {cause}; finished shards are kept. Run the same command again to resume",
+            str(error.filename or data),
+        ) from error

@@ -19,11 +19,12 @@ from concurrent.futures import Executor
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from configs.documents import MAX_INDEX_BYTES, parse_line, read_json
 from configs.files import atomic_file, write_text
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.plan_layout import lay
 from data_pipeline.plan_looks import Borrow, Progress, inspect, look_at_all
-from data_pipeline.plan_rows import plan_path, rows_path, write_rows
+from data_pipeline.plan_rows import damage_of, plan_path, rows_path, write_rows
 from data_pipeline.plan_unit import Unit
 from data_pipeline.shots import Looker
 from data_pipeline.sources import Listing
@@ -49,11 +50,15 @@ class Plan:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines = [Line(*line) for line in json.loads(path.read_text(encoding="utf-8"))["units"]]
+        with damage_of(path):
+            units = read_json(path, limit=MAX_INDEX_BYTES)["units"]
+            self.lines = [Line(*line) for line in units]
 
     def unit(self, line: Line) -> Unit:
-        with open(self.path.with_suffix(".jsonl"), "rb") as file, open(rows_path(self.path), "rb") as rows:
-            return Unit.from_json(json.loads(os.pread(file.fileno(), line.size, line.offset)), rows)
+        units = self.path.with_suffix(".jsonl")
+        with damage_of(units), open(units, "rb") as file, open(rows_path(self.path), "rb") as rows:
+            text = os.pread(file.fileno(), line.size, line.offset)
+            return Unit.from_json(parse_line(text, str(units)), rows)
 
     def share(self, task: tuple[int, int]) -> list[Line]:
         """The units of task (number, of): in the order of their hashes every of-th, so that shares are even and mixed."""

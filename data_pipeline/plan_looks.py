@@ -19,9 +19,10 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from configs.documents import parse_line
 from configs.files import write_text
 from data_pipeline.ingest_config import ShardsConfig
-from data_pipeline.plan_rows import Row, chunks, read_rows, videos_of
+from data_pipeline.plan_rows import Row, chunks, damage_of, read_rows, videos_of
 from data_pipeline.shots import Look, Looker
 from data_pipeline.video import Failure, SafeDecoder, VideoFile
 
@@ -52,8 +53,11 @@ def seen(config: ShardsConfig, rows: Path) -> Iterator[tuple[Row, Look]]:
     """All rows in order, each with what was seen of its video: an empty look where it is unusable."""
     nothing = Look()
     for piece, members in chunks(config, rows):
-        lines = rows.with_name(piece.looks).read_text(encoding="utf-8").splitlines()
-        looks = dict(zip(videos_of(members), (Look.from_json(json.loads(line)) for line in lines), strict=True))
+        path = rows.with_name(piece.looks)
+        with damage_of(path):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found = [Look.from_json(parse_line(line, str(path))) for line in lines]
+            looks = dict(zip(videos_of(members), found, strict=True))
         for row in members:
             yield row, nothing if row.clip.failure else looks[row.clip.video]
 

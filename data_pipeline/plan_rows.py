@@ -14,14 +14,17 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from configs.base import ConfigError
+from configs.documents import parse_line
 from configs.files import atomic_file
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.schema import fingerprint
+from data_pipeline.shards import ShardError
 from data_pipeline.sources import Listing, SourceClip
 from data_pipeline.video import Failure, VideoFile
 
@@ -47,10 +50,22 @@ class Row:
 
     @classmethod
     def from_json(cls, line: bytes, offset: int) -> Row:
-        name, path, start, size, (caption, *more), start_s, end_s, failure, *stamp = json.loads(line)
+        fields = parse_line(line, "a row of the plan")
+        name, path, start, size, (caption, *more), start_s, end_s, failure, *stamp = fields
         clip = SourceClip(name, VideoFile(Path(path), start, size), caption, start_s, math.inf if end_s is None else end_s,
                           Failure(*failure) if failure else None, tuple(more))
         return cls(clip, tuple(stamp), offset, offset + len(line))
+
+
+@contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Turn what a damaged file of a plan causes into one ShardError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ShardError(
+            f"{path} is damaged ({error}); delete the folder {path.parent} and run the command again"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +138,7 @@ def unusable(config: ShardsConfig, clip: SourceClip) -> Failure | None:
 
 
 def read_rows(path: Path, offset: int = 0, end: float = math.inf) -> Iterator[Row]:
-    with open(path, "rb") as file:
+    with damage_of(path), open(path, "rb") as file:
         file.seek(offset)
         while offset < end and (line := file.readline()):
             yield Row.from_json(line, offset)

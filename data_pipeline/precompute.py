@@ -40,7 +40,7 @@ from data_pipeline.schema import Manifest, ShardEntry, Sidecar
 from data_pipeline.shards import read_manifest
 from data_pipeline.units import ColumnCard, ColumnFolder, share
 from data_pipeline.units import finalize as finalize_units
-from model_zoo import frozen, keyed_random, registry
+from model_zoo import frozen, health, keyed_random, registry
 from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from model_zoo.frozen.config import semantic_frame_indices
 
@@ -77,6 +77,9 @@ class FeaturesProducer:
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "mean": float(tensor.float().mean()), "std": float(tensor.float().std())}
 
+    def collapse(self, counts: np.ndarray) -> str:
+        return ""
+
     def _frames(self, clip: Clip) -> np.ndarray | Problem:
         if clip.frames is None:
             return clip.problem
@@ -104,6 +107,10 @@ class TokensProducer:
         self.features, self.bench = features, bench
         parts = {**features.card.parts, "encoders": {entry.name: entry.fingerprint, **features.card.parts["encoders"]},
                  "dtype": "uint16"}
+        self.precision = column.precision
+        # float32 columns keep the fingerprint they had before there was a choice
+        if column.precision != "fp32":
+            parts["precision"] = column.precision
         self.card = ColumnCard.of(entry.reference, parts, column.model_dump(mode="json"))
         self._planned: dict[str, Sidecar | None] = {}  # shard -> its features, where they are there
 
@@ -126,6 +133,9 @@ class TokensProducer:
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((tensor.int() >= self.sizes.codebook_size).sum())}
 
+    def collapse(self, counts: np.ndarray) -> str:
+        return health.collapse(counts)
+
     def _stored(self, sidecar: Sidecar) -> Encode:
         reader = FolderReader(self.bench.config.data, "features", "features.safetensors", [sidecar.entry])
         slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
@@ -144,7 +154,10 @@ class TokensProducer:
         with self.bench.stages("tokens"):
             features_BTChw = torch.stack(features).float().to(self.bench.device)
             # each segment on its own, as the grammar of longer clips has it
-            segments = [self.tokenizer.encode(part) for part in features_BTChw.split(self.sizes.segment_frames, dim=1)]
+            parts = features_BTChw.split(self.sizes.segment_frames, dim=1)
+            bf16 = self.precision == "bf16"
+            with torch.autocast(self.bench.device.type, torch.bfloat16, enabled=bf16):
+                segments = [self.tokenizer.encode(part) for part in parts]
             return torch.cat(segments, dim=1).cpu().to(torch.uint16)
 
 
@@ -173,6 +186,9 @@ class LatentsProducer:
             measured["psnr"] = float(10 * torch.log10(255**2 / error.clamp(min=1e-10)))
         return measured
 
+    def collapse(self, counts: np.ndarray) -> str:
+        return ""
+
     def _frames(self, clip: Clip) -> np.ndarray | Problem:
         if clip.frames is None:
             return clip.problem
@@ -200,6 +216,7 @@ class TextProducer:
 
     def __init__(self, column: TextColumn, encoder: TextEncoder, bench: Bench) -> None:
         self.encoder, self.bench, self.number = encoder, bench, column.caption
+        self.cut_off = encoder.cut_off
         self.card = ColumnCard.of(encoder.name, {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"},
                                   column.model_dump(mode="json"))
 
@@ -208,10 +225,13 @@ class TextProducer:
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
         captions = {clip.position: clip.meta.caption_number(self.number).strip() for clip in clips if clip.meta is not None}
-        return ShardCaptions(captions, self._states)
+        return ShardCaptions(captions, self._states, self.cut_off)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         return {"bad_values": float((~tensor.isfinite()).sum()), "rows": float(tensor.shape[0])}
+
+    def collapse(self, counts: np.ndarray) -> str:
+        return ""
 
     def _states(self, captions: list[str]) -> list[Tensor]:
         with self.bench.stages("text"):
@@ -226,9 +246,13 @@ class ShardCaptions:
     Not once for all shards: a unit's bytes must not depend on what its task made before.
     """
 
-    def __init__(self, captions: Mapping[int, str], encode: Callable[[list[str]], list[Tensor]]) -> None:
-        """`captions` by the clip's position in the shard."""
-        self._captions, self._encode = captions, encode
+    def __init__(
+        self, captions: Mapping[int, str], encode: Callable[[list[str]], list[Tensor]],
+        cut_off: Callable[[list[str]], list[str]],
+    ) -> None:
+        """`captions` by the clip's position in the shard; `cut_off`: what the encoder leaves out."""
+        self._captions, self._encode, self._cut_off = captions, encode, cut_off
+        self._truncated: set[str] = set()  # captions of which it leaves something out
         self._states: dict[str, Future[Tensor]] = {}
         self._new: dict[int, str] = {}  # position of the first clip that has it
         self._left: Counter[str] = Counter()  # clips that still want it
@@ -253,8 +277,16 @@ class ShardCaptions:
                         del self._states[caption]
         return results
 
+    @property
+    def truncated(self) -> int:
+        """Clips whose caption is longer than the encoder takes; after the last batch."""
+        return sum(caption in self._truncated for caption in self._captions.values())
+
     def _make(self, captions: list[str]) -> None:
         try:
+            for caption, end in zip(captions, self._cut_off(captions), strict=True):
+                if end:
+                    self._truncated.add(caption)
             states = self._encode(captions)
         except BaseException as error:
             for caption in captions:

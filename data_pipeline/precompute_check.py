@@ -16,11 +16,11 @@ from configs.files import sha256_file
 from data_pipeline.clips import Clip, ClipReader, Problem, Result
 from data_pipeline.columns import FolderReader
 from data_pipeline.precompute_config import PrecomputeConfig
-from data_pipeline.precompute_job import Bench, Build, Producer, groups
+from data_pipeline.precompute_job import FEW, Bench, Build, Producer, groups
 from data_pipeline.schema import Manifest, ShardEntry, column_stem
 from data_pipeline.shards import ShardError
 from data_pipeline.tensors import pack_tensor
-from data_pipeline.units import ColumnFolder
+from data_pipeline.units import ColumnFolder, single_code
 
 TAR_BLOCK = 512
 SAME_TOKENS = 0.99  # of re-encoded tokens; other kernels may tip a code that lay on the edge
@@ -176,6 +176,13 @@ def _verify_column(config: PrecomputeConfig, manifest: Manifest, reader: ClipRea
     for shard in _chosen(finished, manifest.shards, sample):
         check.shards += 1
         _verify_shard(config, manifest.shards[shard], shard, reader, name, producer, check)
+    sidecars = folder.survey([manifest.shards[shard] for shard in finished], card.fingerprint)
+    problem = single_code([sidecar for sidecar in sidecars if sidecar is not None])
+    if not problem and check.histogram is not None and check.clips >= FEW:
+        problem = producer.collapse(check.histogram)
+    if problem:
+        way_out = f"train the tokenizer anew, then run with redo=[{name}]"
+        check.problems.append(f"column {name!r}: {problem}; {way_out}")
     return check
 
 

@@ -40,6 +40,10 @@ class TokensColumn(Config):
     tokenizer: str  # zoo reference: name, name@fingerprint or path
     encoder: VisionConfig
     frame_stride: PositiveInt = 4
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="of the tokenizer; bf16: float32 weights under autocast, as in the release",
+    )
 
 
 class LatentsColumn(Config):

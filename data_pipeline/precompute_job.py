@@ -29,6 +29,7 @@ from data_pipeline.shards import ShardError
 from data_pipeline.units import ColumnCard, ColumnFolder, share
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
+FEW = 8  # clips; of fewer, equal tokens are no sign of a collapsed codebook before the end
 SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
 MOST_ENCODE_THREADS = 8  # on a CPU, unless the config says otherwise; each holds a batch of frames
 
@@ -37,12 +38,17 @@ class TooManyRejects(ShardError):
     """More clips were set aside than `max_bad_fraction` allows."""
 
 
+class CollapsedTokens(ShardError):
+    """The tokenizer gives one code for everything."""
+
+
 @dataclass(frozen=True)
 class ColumnSummary:
     made: int = 0  # units of this run
     found: int = 0  # units that were finished before
     clips: int = 0  # of this run, those set aside included
     rejects: dict[str, int] = field(default_factory=dict)  # reason -> clips, of both
+    truncated: int = 0  # clips of both whose text is longer than the encoder takes
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,11 @@ class Summary:
         parts = []
         for name, column in self.columns.items():
             bad = f", {sum(column.rejects.values())} set aside ({counted(column.rejects)})" if column.rejects else ""
-            parts.append(f"{name}: {column.clips} clips in {column.made} shards, {column.found} shards were done{bad}")
+            cut = ""
+            if column.truncated:
+                cut = f", {column.truncated} captions cut to the encoder's length"
+            made = f"{column.clips} clips in {column.made} shards, {column.found} shards were done"
+            parts.append(f"{name}: {made}{bad}{cut}")
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stage_seconds.items())
         return "; ".join(parts) + f"; {self.wall_s:.1f} s" + (f" (seconds by stage: {stages})" if stages else "")
 
@@ -81,6 +91,10 @@ class Producer(Protocol):
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         """What `landiff precompute verify` wants to know of a stored tensor; "bad_values" above 0 is a fault."""
+        ...
+
+    def collapse(self, counts: np.ndarray) -> str:
+        """What is wrong with a histogram of the column's codes, "" for nothing and for other columns."""
         ...
 
 
@@ -123,9 +137,26 @@ class OpenShard:
         self.units, self.encoders = units, encoders
         self.rejects: dict[str, Counter[str]] = {name: Counter() for name in units}
 
+    def truncated(self, name: str) -> int:
+        """Clips whose caption was cut in column `name`; after the last batch. 0 for other columns."""
+        return getattr(self.encoders[name], "truncated", 0)
+
     def encode_all(self, batch: Sequence[Clip]) -> dict[str, list[Result]]:
         with torch.inference_mode():
             return {name: encode(batch) for name, encode in self.encoders.items()}
+
+
+class CodeCount:
+    """Histogram of a column's tokens."""
+
+    def __init__(self) -> None:
+        self.clips = 0
+        self.counts = np.zeros(1 << 16, np.int64)
+
+    def add(self, codes: Tensor) -> None:
+        """Count the codes of one clip, uint16 [N]."""
+        self.clips += 1
+        self.counts += np.bincount(codes.numpy(), minlength=len(self.counts))
 
 
 @contextmanager
@@ -152,10 +183,12 @@ class Job:
         self.summaries = {name: ColumnSummary() for name in config.columns}
         self.seen: Counter[str] = Counter()  # clips by column, those of units found finished included
         self.done: Counter[str] = Counter()  # clips by column, for the progress line
+        self.codes: dict[str, CodeCount] = {}  # of the columns of tokens, of units made here
         self._open: list[OpenShard] = []  # begun, not yet handed over to be committed
         self._found: set[tuple[str, int]] = set()  # (column, shard) that were finished before
         self._progress = progress
         self._names: Sequence[str] = ()  # columns that go through now
+        self._producers: Mapping[str, Producer] = {}  # of these columns
         self._began = (time.perf_counter(), {"decode": 0.0})  # of the columns that go through now
         self._reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
 
@@ -179,6 +212,7 @@ class Job:
         for name, producer in producers.items():
             self.folders[name].remove_leftovers()
             self.folders[name].claim(producer.card, redo=name in self.config.redo)
+        self._producers = producers
         left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
         self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
         self._report()
@@ -234,14 +268,18 @@ class Job:
             results = encoded.result()
         for name, unit in shard.units.items():
             shard.rejects[name].update(result.reason for result in results[name] if isinstance(result, Problem))
+            self._count_codes(name, results[name])
             writer.submit(unit.write, piece.batch, results[name])
             self.done[name] += len(piece.batch)
         self._report()
         if piece.last:
             # before units are committed, so that they are made again when the cause of too many rejects is mended
             for name, unit in shard.units.items():
-                self._count(name, shard.rejects[name], unit.entry.samples, made=1)
+                unit.truncated = shard.truncated(name)
+                clips = unit.entry.samples
+                self._count(name, shard.rejects[name], clips, made=1, truncated=unit.truncated)
                 self._stop_if_too_many(name, last=piece.shard == last)
+                self._stop_if_collapsed(name, last=piece.shard == last)
             for unit in shard.units.values():
                 writer.submit(unit.commit)
             self._open.remove(shard)
@@ -256,7 +294,8 @@ class Job:
             if sidecar is not None:
                 self._found.add((name, shard))
                 self.done[name] += entry.samples
-                self._count(name, Counter(r.reason for r in sidecar.rejects), entry.samples, found=1)
+                reasons = Counter(r.reason for r in sidecar.rejects)
+                self._count(name, reasons, entry.samples, found=1, truncated=sidecar.truncated)
         return all((name, shard) in self._found for name in producers)
 
     def _timed(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -267,11 +306,33 @@ class Job:
                 return
             yield piece
 
-    def _count(self, name: str, rejects: Counter[str], clips: int, *, made: int = 0, found: int = 0) -> None:
+    def _count(
+        self, name: str, rejects: Counter[str], clips: int, *,
+        made: int = 0, found: int = 0, truncated: int = 0,
+    ) -> None:
         old = self.summaries[name]
         self.seen[name] += clips
-        self.summaries[name] = ColumnSummary(old.made + made, old.found + found, old.clips + (clips if made else 0),
-                                             dict(Counter(old.rejects) + rejects))
+        self.summaries[name] = ColumnSummary(
+            made=old.made + made, found=old.found + found, clips=old.clips + (clips if made else 0),
+            rejects=dict(Counter(old.rejects) + rejects), truncated=old.truncated + truncated,
+        )
+
+    def _count_codes(self, name: str, results: Sequence[Result]) -> None:
+        for result in results:
+            if isinstance(result, Tensor) and result.dtype == torch.uint16:
+                self.codes.setdefault(name, CodeCount()).add(result)
+
+    def _stop_if_collapsed(self, name: str, *, last: bool) -> None:
+        """Raise CollapsedTokens before the unit is committed."""
+        codes = self.codes.get(name)
+        if codes is None or codes.clips < (2 if last else FEW):
+            return
+        problem = self._producers[name].collapse(codes.counts)
+        if problem:
+            raise CollapsedTokens(
+                f"column {name!r}, {codes.clips} clips: {problem}. Train the tokenizer anew or choose "
+                f"another in columns.{name}.tokenizer; the unit is not written"
+            )
 
     def _stop_if_too_many(self, name: str, *, last: bool) -> None:
         rejects, seen = self.summaries[name].rejects, self.seen[name]

@@ -37,6 +37,7 @@ class ColumnStatus:
     bytes: int
     rate: float  # clips per second of all tasks together, over the last hour of work; 0 before the second shard
     left_s: float | None  # time left at that rate
+    truncated: int  # clips whose text is longer than the encoder takes
     errors: tuple[str, ...]  # of what failed, "shard: error", the newest first
 
 
@@ -63,6 +64,7 @@ def _column_status(config: PrecomputeConfig, manifest: Manifest, name: str, enco
         changed=changed, samples=sum(s.entry.samples for s in done.values()), samples_left=samples_left,
         rejects=sum(len(s.rejects) for s in done.values()), bytes=sum(s.entry.bytes for s in done.values()), rate=speed,
         left_s=samples_left / speed if speed and samples_left else None, errors=tuple(errors),
+        truncated=sum(s.truncated for s in done.values()),
     )
 
 
@@ -88,7 +90,12 @@ def _finished(config: PrecomputeConfig, manifest: Manifest, name: str, encoders:
 def _changed(card: ColumnCard | None, config: PrecomputeConfig, name: str, encoders: Mapping[str, str]) -> str:
     if card is None:
         return ""
-    was, here = card.column, config.columns[name].model_dump(mode="json")
+    column = config.columns[name]
+    here = column.model_dump(mode="json")
+    was = dict(card.column)
+    for key, field in type(column).model_fields.items():
+        if key not in was and not field.is_required():  # the key did not exist when the column was made
+            was[key] = field.default
     if name in encoders and was.get("tokenizer") == here.get("tokenizer"):  # of the same name, perhaps trained anew
         was, here = was | {"tokenizer": card.encoder}, here | {"tokenizer": encoders[name]}
     keys = [key for key in sorted(was.keys() | here.keys()) if was.get(key) != here.get(key)]
@@ -126,6 +133,8 @@ def table(rows: Sequence[ColumnStatus], now: float | None = None) -> str:
         if row.stale or row.changed:
             why = f"; {row.changed}: set redo=[{row.column}] to make it anew, or give the new one another name" if row.changed else ""
             lines.append(f"  stale: {row.stale} shards of {row.encoder or 'another encoder'}{why}")
+        if row.truncated:
+            lines.append(f"  cut: {row.truncated} captions are longer than the encoder takes")
         lines += [f"  failed: {error}" for error in row.errors[:3]]
     if any(row.running for row in rows):
         lines.append(f"as of {time.strftime('%H:%M:%S', time.localtime(now))}")

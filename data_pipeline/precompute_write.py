@@ -9,6 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from data_pipeline.clips import Clip, Problem, Result
 from data_pipeline.schema import ShardEntry, column_stem
 from data_pipeline.tensors import pack_tensor
@@ -33,6 +36,13 @@ class Stages:
         with self._lock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
             self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + cpu
+
+
+def widened(found: tuple[int, int] | None, codes: Tensor) -> tuple[int, int]:
+    """`found` (the least and the largest value so far), widened to hold uint16 codes too."""
+    values = codes.int()
+    low, high = int(values.min()), int(values.max())
+    return (low, high) if found is None else (min(found[0], low), max(found[1], high))
 
 
 class WriterThread:
@@ -69,7 +79,9 @@ class Unit:
         self.folder, self.entry, self.card = folder, entry, card
         self._writer: UnitWriter | None = None
         self._shapes: list[tuple[int, ...]] = []
+        self._value_range: tuple[int, int] | None = None
         self._given_up = False
+        self.truncated = 0  # clips whose text was cut; set before `commit`
 
     def write(self, clips: Sequence[Clip], results: Sequence[Result]) -> None:
         if self._given_up:
@@ -92,12 +104,16 @@ class Unit:
             stem = column_stem(name)
             self._writer.add(clip.key, {f"{stem}.safetensors": pack_tensor(stem, result)})
             self._shapes.append(tuple(result.shape))
+            if result.dtype == torch.uint16:
+                self._value_range = widened(self._value_range, result)
 
     def commit(self) -> None:
         if self._given_up:
             return
         self._writer.dtype = self.card.parts["dtype"]
         self._writer.shape = list(common_shape(self._shapes))
+        self._writer.truncated = self.truncated
+        self._writer.value_range = self._value_range
         try:
             self._writer.__exit__(None, None, None)
         except BaseException as error:

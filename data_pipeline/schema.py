@@ -94,6 +94,8 @@ class Sidecar(Config):
     raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
     dtype: str = ""  # columns: of the tensors in this tar
     shape: list[NonNegativeInt] = Field(default_factory=list)  # columns: of one sample; 0 where samples differ
+    truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
+    value_range: tuple[int, int] | None = None  # tokens: the least and the largest code
     index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order; last, so that it can be left out
 
 
@@ -106,6 +108,7 @@ class Column(Config):
     fingerprint: str
     config: dict[str, Any]  # the resolved column config; "encoders" holds {name: fingerprint} of what made it
     raw_fingerprint: str = ""  # `Manifest.fingerprint` of the raw shards it was made from
+    truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
     shards: list[ShardEntry]
 
 

@@ -18,10 +18,13 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from configs.base import ConfigError
+from configs.documents import MAX_INDEX_BYTES
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
+from configs.loader import read_json_as
 from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
 
 HEAD = 8 << 10
+MAX_HEAD = 4 << 20  # bytes before the index; a sidecar with more is read whole
 INDEX, INDEX_END = b',"index":[', b"]}"  # how the last field of a sidecar begins and ends
 
 
@@ -46,6 +49,8 @@ class ShardWriter:
         self.missing: list[int] = []
         self.dtype = ""
         self.shape: list[int] = []
+        self.truncated = 0
+        self.value_range: tuple[int, int] | None = None
         self._index: list[tuple[str, dict[str, tuple[int, int]]]] = []
         self._temporary = temporary_name(self.path)
 
@@ -98,7 +103,8 @@ class ShardWriter:
                     sha256=sha256_file(self._temporary), bucket=self.bucket, missing=tuple(sorted(self.missing)),
                 ),
                 index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
-                dtype=self.dtype, shape=self.shape,
+                dtype=self.dtype, shape=self.shape, truncated=self.truncated,
+                value_range=self.value_range,
             )
             self.commit()
 
@@ -124,22 +130,20 @@ def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
     """
     path = sidecar_path(tar)
     try:
-        with open(path, "rb") as file:
-            if not index:
-                with suppress(ValidationError):  # of another order of fields, or damaged
-                    return Sidecar.model_validate_json(_before_index(file))
-                file.seek(0)
-            return Sidecar.model_validate_json(file.read())
+        if not index:
+            with open(path, "rb") as file, suppress(ValidationError):  # of another order of fields
+                return Sidecar.model_validate_json(_before_index(file))
+        return read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES)
     except FileNotFoundError:
         return None
-    except ValidationError as error:
+    except ConfigError as error:
         raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
 
 
 def _before_index(file: BinaryIO) -> bytes:
     """The JSON of a sidecar with nothing in its index; where the file does not end as it must, no JSON."""
     data = b""
-    while chunk := file.read(HEAD):
+    while len(data) < MAX_HEAD and (chunk := file.read(HEAD)):
         data += chunk
         at = data.find(INDEX)  # quotes in a text have a backslash in front, so this is the field
         if at >= 0:
@@ -152,11 +156,14 @@ def read_manifest(data: Path) -> Manifest:
     """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return read_json_as(Manifest, path, limit=MAX_INDEX_BYTES)
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
-    except ValidationError as error:
-        raise ShardError(f"{path} is not a manifest of format 1: {error}") from None
+    except ConfigError as error:
+        raise ShardError(
+            f"{path} is not a manifest of format 1: {error}; write it anew with `landiff shards finalize` and "
+            "`landiff precompute finalize`"
+        ) from None
 
 
 def read_part(data: Path, manifest: Manifest, key: str, part: str, folder: str = RAW) -> bytes:

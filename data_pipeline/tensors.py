@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 import sys
 import threading
@@ -14,6 +13,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from configs.safetensors_header import parse_header
 
 BUFFER_SLACK = 1 << 20
 DTYPES: dict[str, torch.dtype] = {
@@ -82,17 +83,13 @@ def parse_tensor(part: np.ndarray, name: str, *, checksum: bool = False) -> Tens
 @lru_cache(HEADERS_KEPT)
 def _parse_header(header: bytes, name: str) -> _Layout:
     """Raises ValueError where it does not describe a tensor `name`."""
-    try:
-        parsed = json.loads(header)
-        entry = parsed[name]
-        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        fits = min(shape, default=0) >= 0 <= begin and end - begin == math.prod(shape) * dtype.itemsize
-        crc32 = str(parsed.get("__metadata__", {}).get("crc32", ""))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"the safetensors header holds no readable tensor {name!r} ({type(error).__name__}: {error})") from None
-    if not fits:
-        raise ValueError(f"the safetensors header gives {dtype} {list(shape)} the bytes {begin}..{end}")
-    return _Layout(dtype, shape, begin, end, crc32)
+    entries, metadata = parse_header(header, "the safetensors header")
+    entry = entries.get(name)
+    if entry is None or entry.dtype not in DTYPES:
+        raise ValueError(f"the safetensors header holds no readable tensor {name!r}")
+    return _Layout(
+        DTYPES[entry.dtype], entry.shape, entry.begin, entry.end, metadata.get("crc32", "")
+    )
 
 
 class Buffers:

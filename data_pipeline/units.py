@@ -21,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from configs.base import Config, ConfigError
 from configs.files import write_text
+from configs.loader import read_json_as
 from data_pipeline.locks import locked
 from data_pipeline.schema import FORMAT_VERSION, MANIFEST, Column, Manifest, ShardEntry, Sidecar, fingerprint
 from data_pipeline.shards import (
@@ -94,10 +93,10 @@ class ColumnFolder:
     def card(self) -> ColumnCard | None:
         path = self.folder / CARD
         try:
-            return ColumnCard.model_validate_json(path.read_text(encoding="utf-8"))
+            return read_json_as(ColumnCard, path)
         except FileNotFoundError:
             return None
-        except (ValidationError, UnicodeDecodeError) as error:
+        except ConfigError as error:
             raise ShardError(f"{path} does not say what made this column: {error}; delete the folder and run again") from None
 
     def claim(self, card: ColumnCard, *, redo: bool) -> None:
@@ -149,8 +148,8 @@ class ColumnFolder:
     def failure(self, name: str) -> Failure | None:
         """Why the last task gave up unit `name`, if it did."""
         try:
-            return Failure.model_validate_json(self._failure(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+            return read_json_as(Failure, self._failure(name))
+        except (FileNotFoundError, ConfigError):
             return None
 
     def in_work(self) -> tuple[set[str], set[str]]:
@@ -202,6 +201,7 @@ def finalize(data: Path, columns: Sequence[str]) -> Manifest:
             missing.append(f"column {name!r} lacks {len(left)} of {len(manifest.shards)} shards: {', '.join(left[:20])}"
                            f"{', ...' if len(left) > 20 else ''}")
             continue
+        require_codes(name, sidecars)
         folder.remove_leftovers()
         made[name] = _merge(manifest, card, sidecars)
         rejects += [reject for sidecar in sidecars for reject in sidecar.rejects]
@@ -224,7 +224,26 @@ def _merge(manifest: Manifest, card: ColumnCard, sidecars: Sequence[Sidecar]) ->
         dtype=next((s.dtype for s in sidecars if s.entry.samples), ""),
         shape=list(common_shape(shapes)), encoder=card.encoder, fingerprint=card.fingerprint,
         config={**card.parts, "column": card.column}, raw_fingerprint=manifest.fingerprint, shards=[s.entry for s in sidecars],
+        truncated=sum(s.truncated for s in sidecars),
     )
+
+
+def single_code(sidecars: Sequence[Sidecar]) -> str:
+    """What is wrong with a tokens column in which one code stands for everything; "" if nothing."""
+    ranges = [sidecar.value_range for sidecar in sidecars if sidecar.value_range is not None]
+    clips = sum(sidecar.entry.samples for sidecar in sidecars)
+    codes = {code for pair in ranges for code in pair}
+    if len(codes) != 1 or clips < 2:
+        return ""
+    return f"all tokens of {clips} clips are code {codes.pop()}: the codebook has collapsed"
+
+
+def require_codes(name: str, sidecars: Sequence[Sidecar]) -> None:
+    """Raise ShardError where one code stands for everything in the tokens column `name`."""
+    problem = single_code(sidecars)
+    if problem:
+        way_out = f"Train the tokenizer anew, then run with redo=[{name}]"
+        raise ShardError(f"column {name!r}: {problem}. {way_out}")
 
 
 def common_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

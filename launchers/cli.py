@@ -28,16 +28,18 @@ def main(argv: list[str] | None = None) -> int:
         os.chdir(args.workdir)
 
     from configs.base import ConfigError
+    from configs.disk_errors import explain
+    from configs.secrets import redact
     from launchers import jobs
     from launchers.slurm import SlurmError
 
     try:
         return jobs.run(args)
     except (ConfigError, jobs.JobFailed, SlurmError) as error:
-        print(f"landiff {args.command}: {error}", file=sys.stderr)
+        print(redact(f"landiff {args.command}: {error}"), file=sys.stderr)
         return 1 if isinstance(error, jobs.JobFailed) else 2
     except OSError as error:
-        print(f"landiff {args.command}: {error.filename or ''}: {error.strerror or error}".replace(": :", ":"), file=sys.stderr)
+        print(redact(f"landiff {args.command}: {explain(error)}"), file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print(f"landiff {args.command}: interrupted; run the same command again to go on", file=sys.stderr)

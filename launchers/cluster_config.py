@@ -10,12 +10,17 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from configs.base import Config, ConfigError
+from configs.base import Config
+from configs.loader import validate
+from configs.secrets import redact_variables
+from launchers.script_values import check_shell_lines, line_problem, variable_problem
 
 TRAINERS = ("tokenizer", "lm", "diffusion")
 STAGES = ("shards", "precompute", *TRAINERS, "convert", "sample", "evaluate")
 TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d(:\d\d)?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MEMORY = re.compile(r"\d+[KMGTkmgt]?[Bb]?")
+GPU_TYPE = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
 def seconds(time: str) -> int:
@@ -27,6 +32,14 @@ def seconds(time: str) -> int:
     else:  # minutes, M:SS, H:MM:SS
         hours, minutes, secs = (0, *parts, 0) if len(parts) == 1 else (0, *parts) if len(parts) == 2 else parts
     return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + secs
+
+
+def _one_line(value: str | None) -> str | None:
+    """A value of an #SBATCH line or of a command in the script. Raises ValueError."""
+    problem = line_problem(value) if value is not None else ""
+    if problem:
+        raise ValueError(problem)
+    return value
 
 
 class Resources(Config):
@@ -41,6 +54,18 @@ class Resources(Config):
     partition: str | None = None
     array: PositiveInt = 1  # shards, precompute: tasks that share the work
     array_limit: PositiveInt | None = None  # of them at once
+
+    @field_validator("partition")
+    @classmethod
+    def _is_one_line(cls, partition: str | None) -> str | None:
+        return _one_line(partition)
+
+    @field_validator("memory")
+    @classmethod
+    def _is_an_amount(cls, memory: str | None) -> str | None:
+        if memory is not None and not MEMORY.fullmatch(memory):
+            raise ValueError('memory is a number and a unit, as SLURM writes it: 64G, or "0" for all')
+        return memory
 
     @field_validator("time")
     @classmethod
@@ -82,6 +107,20 @@ class ContainerConfig(Config):
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
     image: str
     mounts: tuple[str, ...] = ()  # host:container[:flags]; the working directory is always mounted
+
+    @field_validator("image")
+    @classmethod
+    def _is_one_line(cls, image: str) -> str | None:
+        return _one_line(image)
+
+    @field_validator("mounts")
+    @classmethod
+    def _are_mounts(cls, mounts: tuple[str, ...]) -> tuple[str, ...]:
+        for mount in mounts:
+            _one_line(mount)
+            if "," in mount:
+                raise ValueError(f"{mount!r} holds a comma, which separates mounts; give each its own entry")
+        return mounts
 
 
 class ClusterConfig(Config):
@@ -133,12 +172,47 @@ class ClusterConfig(Config):
             return {name: str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value for name, value in env.items()}
         return env
 
+    @field_validator("env")
+    @classmethod
+    def _can_be_exported(cls, env: dict[str, str]) -> dict[str, str]:
+        for name, value in env.items():
+            problem = variable_problem(value)
+            if problem:
+                raise ValueError(f"{name} {problem}")
+        return env
+
+    @field_validator("account", "qos", "constraint", "reservation", "exclude", "python")
+    @classmethod
+    def _is_one_line(cls, value: str | None) -> str | None:
+        return _one_line(value)
+
+    @field_validator("gpu_type")
+    @classmethod
+    def _is_a_gpu_type(cls, gpu_type: str | None) -> str | None:
+        if gpu_type is not None and not GPU_TYPE.fullmatch(gpu_type):
+            raise ValueError("a GPU type is a word of letters, digits and _.+-, e.g. h100")
+        return gpu_type
+
+    @field_validator("modules")
+    @classmethod
+    def _are_modules(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        for module in modules:
+            _one_line(module)
+        return modules
+
+    @field_validator("setup")
+    @classmethod
+    def _is_complete_bash(cls, setup: tuple[str, ...]) -> tuple[str, ...]:
+        if setup:
+            check_shell_lines(setup, "setup")
+        return setup
+
     @field_validator("options")
     @classmethod
     def _are_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
         for option in options:
-            if not option.startswith("-") or "\n" in option:
-                raise ValueError(f"{option!r} is no sbatch option; write --name=value")
+            if not option.startswith("-") or line_problem(option):
+                raise ValueError(f"{option!r} is no sbatch option; write --name=value on one line")
         return options
 
     @model_validator(mode="after")
@@ -157,7 +231,8 @@ class ClusterConfig(Config):
         if "gpus_per_node" in changed and "tasks_per_node" not in changed:
             merged["tasks_per_node"] = None
         merged |= changed | ({"nodes": nodes} if nodes else {})
-        try:
-            return Resources.model_validate(merged)
-        except ValueError as error:
-            raise ConfigError(f"stages.{stage}: {error}") from None
+        return validate(Resources, merged, f"stages.{stage}")
+
+    def redacted(self) -> ClusterConfig:
+        """The same without secrets in `env`, for display."""
+        return self.model_copy(update={"env": redact_variables(self.env)})

@@ -18,7 +18,7 @@ from model_zoo.config import ModelConfig
 from model_zoo.convert import deepspeed_write, formats, megatron
 from model_zoo.convert.parts import VAE, Part, Source, assembled
 from model_zoo.convert.rules import all_of
-from training.checkpoint import STATE, latest_whole, versions
+from training.checkpoint import CONFIG, STATE, differences, latest_whole, versions
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,36 @@ class Request:
 
 
 def locate(reference: str | Path, zoo: Path) -> Path:
-    """A run folder's newest whole checkpoint, any other path as it is, or a zoo reference's entry. Raises ConfigError."""
+    """A run folder's newest whole and healthy checkpoint, another path as it is, or a zoo entry.
+
+    Raises ConfigError, also for a checkpoint of a run, or a file in one, that files.json does not
+    describe.
+    """
     path = Path(reference)
     if (path / "checkpoints").is_dir() and not (path / STATE).is_file():
         newest = latest_whole(path / "checkpoints")
         if newest is None:
-            raise ConfigError(f"{path} holds no whole checkpoint; it must be a run folder (runs/lm) or a checkpoint in it")
+            raise ConfigError(
+                f"{path} holds no whole and healthy checkpoint; it must be a run folder (runs/lm) or a "
+                "checkpoint in it"
+            )
         return newest
     if not path.exists():
         if "/" in str(reference):
             raise ConfigError(f"{path} does not exist, so it holds no whole checkpoint and no weights")
         return registry.resolve(zoo, str(reference)).path
+    require_whole(path)
     return path
+
+
+def require_whole(path: Path) -> None:
+    """Raise ConfigError where `path` is, or lies in, a damaged checkpoint of a run."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / STATE).is_file() and (folder / CONFIG).is_file():
+            problems = differences(folder)
+            if problems:
+                found = "; ".join(problems[:3])
+                raise ConfigError(f"{folder} is damaged: {found}; take another checkpoint of the run")
 
 
 def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> Source:
@@ -58,9 +76,14 @@ def find_source(reference: str | Path, zoo: Path, options: formats.Options | Non
     return formats.open_source(locate(reference, zoo), options)
 
 
-def open_all(request: Request) -> list[Source]:
+def locate_all(request: Request) -> list[Path]:
+    """Where the sources lie; their files are verified here, once."""
+    return all_of(partial(locate, source, request.zoo) for source in request.sources)
+
+
+def open_all(request: Request, paths: Sequence[Path]) -> list[Source]:
     options = formats.Options(load(ModelConfig, request.model), request.allow_missing)
-    return all_of(partial(find_source, source, request.zoo, options) for source in request.sources)
+    return all_of(partial(formats.open_source, path, options) for path in paths)
 
 
 def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:
@@ -72,11 +95,12 @@ def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:
 def convert(request: Request) -> list[str]:
     """Do it; returns what was written, one line each. Raises ConfigError, and then nothing is left under a final name."""
     check(request)
-    sources = open_all(request)
+    paths = locate_all(request)
+    sources = open_all(request, paths)
     made = provenance(sources, request)
     progress = Progress("convert", "MB")
     words = " + ".join(words_of(source) for source in sources)
-    if goes_on(request):
+    if goes_on(request, paths):
         return [f"{words} -> {request.out}, {relayout(sources[0].path, wish_of(request), made, progress)}"]
     parts = parts_of(sources, request.dtype)
     if request.to != "zoo":
@@ -89,9 +113,10 @@ def convert(request: Request) -> list[str]:
 def plan(request: Request) -> list[str]:
     """What `convert` would do, one line for each source; headers and options are checked as there."""
     check(request)
-    sources = open_all(request)
+    paths = locate_all(request)
+    sources = open_all(request, paths)
     target = str(request.out or f"{request.zoo}/{request.name or '*'}")
-    if goes_on(request):
+    if goes_on(request, paths):
         return [f"would convert {words_of(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"]
     start_cut(request, [part for source in sources for part in source.parts])
     return [f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}" for source in sources]
@@ -115,11 +140,10 @@ def check(request: Request) -> None:
         raise ConfigError(f"--world-size {request.world_size}: the ranks of a --to deepspeed, at least 1; other formats serve any number")
 
 
-def goes_on(request: Request) -> bool:
+def goes_on(request: Request, paths: Sequence[Path]) -> bool:
     """Is a checkpoint with its optimizer asked for, and is there one?"""
     if request.to not in TRAINERS or request.weights_only:
         return False
-    paths = [locate(source, request.zoo) for source in request.sources]
     found = [path for path in paths if can_go_on(path, request.to)]
     if found and request.allow_missing:
         raise ConfigError(f"{found[0]} is a checkpoint with its optimizer, which must be whole: --allow-missing goes with --weights-only")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import torch
 
@@ -10,6 +11,7 @@ from configs.files import write_text
 from data_pipeline.config import DataConfig
 from data_pipeline.device import pick_device
 from data_pipeline.loader import Loader, Sample
+from data_pipeline.schema import Manifest
 from launchers.config import EvaluateConfig
 from launchers.progress import Progress
 from model_zoo import registry
@@ -17,6 +19,8 @@ from model_zoo.evaluate import conditions
 from model_zoo.frozen.base import posterior_mean
 from model_zoo.schedule import NoiseSchedule
 from training.rng import generator
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_conditions(config: EvaluateConfig) -> dict:
@@ -45,9 +49,23 @@ def draw(config: EvaluateConfig, seed: int) -> list[Sample]:
     """Clips in an order of this seed's own; at most the whole data set once."""
     columns = ["tokens", "latents", config.lm_text_column, config.diffusion_text_column]
     first = Loader(DataConfig(manifest=config.data, global_batch_size=1, seed=seed), columns, dp_rank=0, dp_size=1)
+    if seed == 0:
+        warn_of_cut_captions(first.manifest, config)
     size = min(config.samples, first.num_samples)
     loader = Loader(DataConfig(manifest=config.data, global_batch_size=size, micro_batch_size=size, seed=seed), columns, dp_rank=0, dp_size=1)
     return list(loader.next_batch().samples)
+
+
+def warn_of_cut_captions(manifest: Manifest, config: EvaluateConfig) -> None:
+    """Warn about text columns for which captions were cut to the encoder's length."""
+    for name in dict.fromkeys((config.lm_text_column, config.diffusion_text_column)):
+        column = manifest.columns[name]
+        if column.truncated:
+            log.warning(
+                "column %s: %d of %d captions are longer than text encoder %s takes; their ends "
+                "have no effect",
+                name, column.truncated, manifest.num_samples, column.encoder,
+            )
 
 
 def lm_row(config: EvaluateConfig, lm, samples: list[Sample], device: torch.device) -> dict[str, float]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs import ConfigError, dump, find, load
-from configs.files import write_text
-from configs.loader import packaged_names
+from configs.loader import packaged_names, write_config
+from configs.secrets import redact
 from launchers.progress import Progress
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def train_job(args: argparse.Namespace) -> int:
         return show(config, f"would train in {config.run} on {processes} process(es)")
     config.run.mkdir(parents=True, exist_ok=True)
     resolved = config.run / "resolved.yaml"
-    write_text(resolved, dump(config))
+    write_config(resolved, config)
     code = run_trainer(f"training.{args.stage}", resolved, config.run, processes)
     if code:
         from training.errors import first_error, read_message
@@ -285,8 +285,8 @@ def plan_job(args: argparse.Namespace) -> int:
 
 
 def show(config, plan: str) -> int:
-    """--dry-run: the resolved config and the plan."""
-    print(f"{dump(config)}\n# {plan}")
+    """--dry-run: the resolved config and the plan, without secrets."""
+    print(redact(f"{dump(config)}\n# {plan}"))
     return 0
 
 

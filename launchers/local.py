@@ -1,8 +1,9 @@
 """Start a trainer's ranks on this machine, through torchrun, and end with their true exit code.
 
 Ctrl-C or SIGTERM asks the run to stop: a `stop` file in the run folder, which the ranks agree on at the end
-of a step; they checkpoint and leave. A second signal ends them at once. If this process is killed, torchrun
-is told by the kernel and ends its workers.
+of a step; they checkpoint and leave. A second signal ends them at once. After Ctrl-C the command ends
+with exit code 130, so that `train && convert` does not export a half-trained model; after SIGTERM with 0.
+If this process is killed, torchrun is told by the kernel and ends its workers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+STOP_EVERY_S = 1.0
 
 
 def default_processes() -> int:
@@ -35,7 +37,10 @@ def environment() -> dict[str, str]:
 
 
 def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> int:
-    """Start the ranks, forward a wish to stop, return the exit code of the rank that failed first, or 0."""
+    """Start the ranks and forward a request to stop; returns the exit code of the first failed rank, or 0.
+
+    Raises KeyboardInterrupt when Ctrl-C ended a run before its last step, with a checkpoint or without.
+    """
     stop = run / "stop"
     stop.unlink(missing_ok=True)
     env = environment()
@@ -47,10 +52,12 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> in
         preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # torchrun passes SIGTERM on to its workers
     )
     asked = 0
+    interrupted = False
 
     def on_signal(number: int, _frame: object) -> None:
-        nonlocal asked
+        nonlocal asked, interrupted
         asked += 1
+        interrupted = interrupted or number == signal.SIGINT
         if asked == 1:
             print(f"landiff: signal {signal.Signals(number).name}: stopping after this step; once more to end at once", file=sys.stderr)
             stop.touch()
@@ -59,8 +66,17 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int) -> in
 
     previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return child.wait()
+        code = None
+        while code is None:
+            try:
+                code = child.wait(timeout=STOP_EVERY_S)
+            except subprocess.TimeoutExpired:
+                if asked:  # starting ranks remove it as the file of an earlier attempt
+                    stop.touch()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         stop.unlink(missing_ok=True)
+    if interrupted and (code == 0 or asked > 1) and not (run / "done").exists():
+        raise KeyboardInterrupt
+    return code

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from configs.documents import read_json
 from configs.files import write_text
 from launchers.local import environment
 from launchers.progress import duration
+from training.run_folder import read_metrics
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,7 @@ def run_stage(stage: Stage, out: Path) -> StageResult:
 def losses(run: Path, points: int = 5) -> tuple[float | None, float | None]:
     """Mean over the first and over the last `points` logged losses of a run: a single batch says little."""
     path = run / "metrics.jsonl"
-    if not path.exists():
-        return None, None
-    values = [json.loads(line)["train/loss"] for line in path.read_text().splitlines() if line.strip()]
+    values = [line["train/loss"] for line in read_metrics(path) if "train/loss" in line]
     return (fmean(values[:points]), fmean(values[-points:])) if values else (None, None)
 
 
@@ -116,7 +116,7 @@ def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> 
     document = {
         "seconds": round(seconds, 1),
         "stages": [vars(r) for r in results],
-        "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
+        "evaluation": read_json(evaluation, allow_nonfinite=True) if evaluation.exists() else None,
         "videos": sorted(str(p.relative_to(out)) for p in (out / "samples").glob("*.mp4")),
     }
     write_text(out / "summary.json", json.dumps(document, indent=1))

@@ -26,7 +26,7 @@ from launchers.layout import check_batch, model_copies
 from model_zoo.config import TransformerConfig
 from model_zoo.registry import build
 from model_zoo.token_layout import TokenLayout
-from training.diffusion.config import DiffusionTrainConfig
+from training.diffusion.config import DiffusionTrainConfig, ZeroConfig
 from training.lm.config import LMTrainConfig
 from training.tokenizer.config import TokenizerTrainConfig
 
@@ -167,11 +167,22 @@ def semantic_cost(module: nn.Module, transformer: TransformerConfig) -> tuple[fl
     return counter.get_total_flops(), kept
 
 
-def zero_traffic(stage: int, trained: int, frozen: int, micro_batches: int) -> int:
-    """Elements that a rank sends per step. Stages 2 and 3 reduce gradients after every micro-batch, 3 gathers weights for each pass."""
+def zero_traffic(stage: int, trained: int, frozen: int, micro_batches: int, element: int) -> int:
+    """Bytes that a rank sends per step. Gradients travel in float32, weights in `element` bytes.
+
+    Stages 2 and 3 reduce gradients after every micro-batch, 3 gathers weights for each pass.
+    """
+    gradients, weights = 4 * trained, element * trained
     if stage == 3:
-        return (3 * trained + 2 * frozen) * micro_batches
-    return trained * (micro_batches if stage == 2 else 1) + trained
+        return micro_batches * (gradients + 2 * weights + 2 * element * frozen)
+    return gradients * (micro_batches if stage == 2 else 1) + weights
+
+
+def zero_buckets(zero: ZeroConfig, trained: int, element: int) -> int:
+    """Bytes of the buffers for communication: gradients in float32, weights in `element` bytes."""
+    reduced = min(trained, zero.reduce_bucket_size)
+    gathered = min(trained, zero.allgather_bucket_size)
+    return 4 * reduced + element * gathered
 
 
 def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
@@ -191,9 +202,9 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
     stage = config.zero.stage
     memory = {
         "weights": (frozen + trained) * element // (gpus if stage == 3 else 1),
-        "gradients": trained * element // (gpus if stage >= 2 else 1),
+        "gradients": trained * 4 // (gpus if stage >= 2 else 1),  # summed in float32
         "optimizer": trained * (12 if element == 2 else 8) // gpus,
-        "buckets": min(2 * trained, config.zero.reduce_bucket_size + config.zero.allgather_bucket_size) * element if gpus > 1 else 0,
+        "buckets": zero_buckets(config.zero, trained, element) if gpus > 1 else 0,
         "activations": int(rows * width * (layers + KEPT_DIT + 2 if config.recompute else blocks) + config.data.micro_batch_size * semantic_kept * element),
         "runtime": RUNTIME_BYTES,
     }
@@ -207,7 +218,8 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
         f"diffusion {config.phase}", gpus, f"ZeRO-{stage} over {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
         + (", recompute" if config.recompute else ""),
         {"all": frozen + trained, "trained": trained}, memory, model_flops, hardware, batch, batch * tokens,
-        copies=gpus, gradient_bytes=zero_traffic(stage, trained, frozen, micro_batches) * element if gpus > 1 else 0, overlap=config.zero.overlap_communication,
+        copies=gpus, overlap=config.zero.overlap_communication,
+        gradient_bytes=zero_traffic(stage, trained, frozen, micro_batches, element) if gpus > 1 else 0,
         notes=(f"{tokens} tokens a clip, {sizes.text_length} of them text",),
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from configs.disk_errors import naming
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from data_pipeline.precompute_config import PrecomputeConfig
@@ -21,7 +22,7 @@ from training.metrics import write_video
 
 def log_videos(folder: Path, step: int, videos_THWC: Mapping[str, Tensor], fps: float) -> None:
     """Append uint8 videos to the TensorBoard log in `folder`, by tag."""
-    with SummaryWriter(str(folder)) as writer:
+    with naming(folder), SummaryWriter(str(folder)) as writer:
         for tag, video in videos_THWC.items():
             write_video(writer, tag, video, step, fps)
 

@@ -2,7 +2,8 @@
 
 Runs the module as `python -m` would, and leaves what the batch script has to know in the run folder, where no
 layer of srun or torchrun can swallow it: an error file for what failed before the module could write its own,
-and `job/config_error` for a mistake of the user's, which no restart can mend (exit code 2).
+and `job/config_error` for what the next attempt would meet again: a config error (exit code 2) or a
+run that diverged (exit code 1).
 
 What a person can mend (that, and a full disk) is said without a traceback. With `--shared-log` it is not said
 here: all ranks meet it, and whoever started them reads the error file and says it once.
@@ -17,8 +18,9 @@ from pathlib import Path
 
 from configs.base import ConfigError
 from configs.files import write_text
+from configs.secrets import redact
 from launchers.slurm_script import JOB_FOLDER, LOGS
-from training.errors import CheckpointError, error_path, write_error
+from training.errors import CheckpointError, NonFiniteError, error_path, write_error
 
 CONFIG_ERROR = "config_error"
 
@@ -36,14 +38,15 @@ def main(arguments: list[str]) -> None:
     sys.argv = [module, *rest]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, NonFiniteError) as error:
         write_error_once(run, rank, error)
         if log != "--shared-log":
-            print(f"{module}: {error}", file=sys.stderr, flush=True)
+            print(redact(f"{module}: {error}"), file=sys.stderr, flush=True)
         if isinstance(error, CheckpointError):
             sys.exit(1)
+        # a run that diverged would diverge again in the same step
         mark_config_error(run, task, str(error))
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, NonFiniteError) else 2)
     except SystemExit as error:
         if error.code == 2:  # `landiff` has told the person already
             mark_config_error(run, task, f"see the log of {module} {' '.join(rest)}")
@@ -71,7 +74,8 @@ def write_error_once(run: Path, rank: int, error: BaseException) -> None:
 def mark_config_error(run: Path, task: str | None, text: str) -> None:
     """For the batch script, where there is one."""
     if (run / JOB_FOLDER).is_dir():
-        write_text(run / JOB_FOLDER / (CONFIG_ERROR + (f".{task}" if task else "")), text + "\n")
+        name = CONFIG_ERROR + (f".{task}" if task else "")
+        write_text(run / JOB_FOLDER / name, redact(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import PositiveInt
 
-from configs import Config, ConfigError, dump, load
+from configs import Config, ConfigError, load
+from configs.documents import read_yaml
 from configs.files import write_text
+from configs.loader import read_json_as, write_config
 from model_zoo.config import LMConfig
 from model_zoo.convert import deepspeed, deepspeed_write, megatron, megatron_optimizer
 from model_zoo.convert.deepspeed import DeepSpeedState
@@ -126,7 +127,7 @@ def dry(path: Path, wish: Wish) -> str:
 
 
 def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None) -> str:
-    state = CheckpointState.model_validate_json((path / STATE).read_bytes())
+    state = read_json_as(CheckpointState, path / STATE)
     config = _config(path, wish)
     if state.kind != type(config).__name__:
         raise ConfigError(f"{path} was written by {state.kind}; --to {wish.to} goes on from a checkpoint of {type(config).__name__}")
@@ -145,13 +146,13 @@ def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progre
             layout.model_copy(update=own).write(folder)
             state = state.model_copy(update={"world_size": cut.world_size})
         seal(folder, state, config, [describe(folder, name) for name in list_files(folder)])
-        write_text(temporary / CONFIG, dump(config))
+        write_config(temporary / CONFIG, config)
     return f"a run to go on with at step {state.step}: landiff train {STAGES[wish.to]} --config {wish.out / CONFIG}"
 
 
 def _config(path: Path, wish: Wish) -> Any:
     """The run's own config with the changes. Raises ConfigError for one that would make it another model."""
-    stored = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    stored = read_yaml(path / CONFIG)
     config = load(TRAINERS[wish.to], {**stored, "run": str(wish.out)}, wish.words)
     before, after = load(TRAINERS[wish.to], stored).model_dump(), config.model_dump()
     changed = [key for key in FIXED if key in after and after[key] != before[key]]

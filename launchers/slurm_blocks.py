@@ -167,7 +167,7 @@ rm -f "$RUN/stop"
 say "ended with $rc${asked:+ after signal $asked}"
 if finished; then phase=ended; remember; rm -f "$JOB/last_error$T"; say "done"; exit 0; fi
 [ $rc = 0 ] || [ -n "$asked" ] || show_failure
-[ ! -e "$JOB/config_error$T" ] || give_up 2 "a config error, which the next attempt would meet again: $(cat "$JOB/config_error$T")"
+[ ! -e "$JOB/config_error$T" ] || give_up 2 "an error that the next attempt would meet again: $(cat "$JOB/config_error$T")"
 phase=ended
 if stopped; then remember; leave_chain; say "stopped by landiff stop; submit again to go on"; exit 75; fi
 if [ -n "$asked" ] || [ $rc = 0 ]; then count_restart outside; else count_restart crash; fi

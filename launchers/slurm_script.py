@@ -19,6 +19,13 @@ from pathlib import Path
 
 from launchers import slurm_blocks as blocks
 from launchers.cluster_config import ClusterConfig, ContainerConfig, Resources
+from launchers.script_values import (
+    check_folder,
+    check_line,
+    check_name,
+    file_pattern,
+    sbatch_option,
+)
 
 JOB_FOLDER = "job"  # below the run folder: what launched it
 SCRIPT, CODE, LOGS = "job.sbatch", "code", "log"
@@ -40,14 +47,24 @@ class Job:
     python: str = "python3"
     here: bool = False  # without sbatch: in this shell, or in this allocation
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that a script cannot hold."""
+        check_name(self.name, "the name of the job")
+        check_folder(self.run, "the run folder")
+        check_folder(self.workdir, "the working directory", separators="")
+        check_line(self.python, "python")
+        check_line(self.module, "the module")
+
     @property
     def folder(self) -> Path:
         return self.run / JOB_FOLDER
 
 
 def sbatch_text(job: Job, cluster: ClusterConfig) -> str:
-    """The batch script of `job` on `cluster`."""
+    """The batch script of `job` on `cluster`. Raises ConfigError for names that SLURM takes apart."""
     slurm = cluster.scheduler == "slurm"
+    if slurm:  # which drops a backslash from the name of a log file
+        check_folder(job.run, "the run folder", separators="\\")
     parts = [
         header(job, cluster), blocks.EARLY, site(cluster), names(job, cluster), "" if cluster.restart == "chain" else blocks.FRESH, blocks.BOOKKEEPING,
         blocks.NEWEST_CHECKPOINT if job.trainer else blocks.NO_CHECKPOINTS, requeue(job, cluster),
@@ -64,7 +81,7 @@ def options(job: Job, cluster: ClusterConfig) -> list[str]:
     want = job.resources
     found = [
         f"--job-name={job.name}", f"--chdir={job.workdir}",
-        f"--output={str(job.folder / LOGS).replace('%', '%%')}/{'batch_%a.log' if job.array else 'batch.log'}", "--open-mode=append",
+        f"--output={file_pattern(job.folder / LOGS)}/{'batch_%a.log' if job.array else 'batch.log'}", "--open-mode=append",
         f"--nodes={want.nodes}", f"--ntasks-per-node={want.tasks if job.trainer else 1}",
         f"--cpus-per-task={want.cpus_per_task}", f"--time={want.time}",
     ]
@@ -86,13 +103,18 @@ def options(job: Job, cluster: ClusterConfig) -> list[str]:
 
 
 def header(job: Job, cluster: ClusterConfig) -> str:
-    lines = ["#!/bin/bash", f"# Made by: {' '.join(job.made_by.splitlines())}", f"# Run folder: {job.run}"]
+    lines = ["#!/bin/bash", f"# Made by: {_comment(job.made_by)}", f"# Run folder: {job.run}"]
     if cluster.scheduler == "slurm" and not job.here:
         lines += [f"# Once more, by hand: sbatch {shlex.quote(str(job.folder / SCRIPT))}", "#"]
-        lines += [f"#SBATCH {option if option in cluster.options else shlex.quote(option)}" for option in options(job, cluster)]
+        lines += [f"#SBATCH {option if option in cluster.options else sbatch_option(option)}" for option in options(job, cluster)]
     else:
         lines += [f"# Once more, by hand: bash {shlex.quote(str(job.folder / SCRIPT))}"]
     return "\n".join(lines)
+
+
+def _comment(text: str) -> str:
+    """`text` on one line, whatever characters it holds."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def site(cluster: ClusterConfig) -> str:
@@ -150,6 +172,8 @@ def python_command(job: Job, cluster: ClusterConfig) -> list[str]:
 def mounts(job: Job, container: ContainerConfig) -> list[str]:
     """What the ranks must see: where they work and where they write; and what the cluster file adds."""
     own = [job.workdir, *([] if job.run.is_relative_to(job.workdir) else [job.run])]
+    for folder in own:
+        check_folder(folder, "a folder that the container mounts", separators=":,")
     return [*(f"{folder}:{folder}" for folder in own), *container.mounts]
 
 
@@ -195,17 +219,17 @@ def ranks(job: Job, cluster: ClusterConfig) -> str:
             command = shlex.join([*torchrun, "--standalone", "-m", *target]) + ' >>"$LOG/launch.log" 2>&1'
         else:
             torchrun += [f"--nnodes={job.resources.nodes}", "--rdzv-backend=c10d"]
-            command = (f'{shlex.join(srun(job, cluster, per_node=1))} --output="$LOG/node_%4t.log" --open-mode=append \\\n'
+            command = (f'{shlex.join(srun(job, cluster, per_node=1))} --output="${{LOG//%/%%}}/node_%4t.log" --open-mode=append \\\n'
                        f'    {shlex.join(torchrun)} --rdzv-id="$SLURM_JOB_ID-$restart" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\\n'
                        f'    -m {shlex.join(target)}')
     elif cluster.scheduler == "local":
         command = f'{shlex.join([*python, "-m", *target])} >>"$LOG/rank_0000.log" 2>&1'
     elif job.trainer:
-        command = (f'{shlex.join(srun(job, cluster, per_node=tasks))} --output="$LOG/rank_%4t.log" --open-mode=append \\\n'
+        command = (f'{shlex.join(srun(job, cluster, per_node=tasks))} --output="${{LOG//%/%%}}/rank_%4t.log" --open-mode=append \\\n'
                    f"    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={tasks}; exec \"$@\"' _ \\\n"
                    f'    {shlex.join([*python, "-m", *target])}{own_words}')
     else:
         log = "task$T.log" if job.array else "rank_0000.log"
-        command = (f'{shlex.join(srun(job, cluster, per_node=1, nodes=1))} --output="$LOG/{log}" --open-mode=append \\\n'
+        command = (f'{shlex.join(srun(job, cluster, per_node=1, nodes=1))} --output="${{LOG//%/%%}}/{log}" --open-mode=append \\\n'
                    f'    {shlex.join([*python, "-m", *target])}{own_words}')
     return command

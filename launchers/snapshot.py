@@ -14,12 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from configs.files import remove_dir, temporary_name, write_text
+from configs.files import PRIVATE, remove_dir, temporary_name, write_text
+from configs.secrets import redact_variables
 
 ROOMS = ("configs", "data_pipeline", "model_zoo", "training", "launchers")
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("CUDA", "NCCL", "SLURM", "OMP", "HF_", "TORCH", "PYTHON", "PATH", "LD_", "VIRTUAL_ENV", "CONDA")
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL", "JWT")
 
 
 def copy_code(target: Path, root: Path = ROOT) -> None:
@@ -49,14 +49,14 @@ def write_snapshot(folder: Path) -> str:
     copy_code(folder / "code")
     write_text(folder / "code.txt", origin + "\n")
     write_text(folder / "code.diff", difference)
-    write_text(folder / "environment.txt", environment_text())
+    write_text(folder / "environment.txt", environment_text(), PRIVATE)
     return origin
 
 
 def environment_text() -> str:
-    """Python, packages and the variables that matter; nothing that looks like a secret."""
-    variables = [f"{name}={value}" for name, value in sorted(os.environ.items())
-                 if name.startswith(SHOWN) and not any(word in name.upper() for word in SECRET)]
+    """Python, packages and the variables that matter, secrets redacted."""
+    relevant = {name: value for name, value in os.environ.items() if name.startswith(SHOWN)}
+    variables = [f"{name}={value}" for name, value in sorted(redact_variables(relevant).items())]
     packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions())
     return "\n".join([
         f"host {socket.gethostname()}", f"python {platform.python_version()} {sys.executable}", f"platform {platform.platform()}",

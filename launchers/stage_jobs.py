@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import Config, ConfigError, load
+from configs.secrets import redact
 from launchers.arguments import build_parser, split_overrides
 from launchers.cluster_config import TRAINERS, ClusterConfig
 from launchers.layout import check_batch
@@ -199,4 +200,5 @@ def needs(job: Planned, waits: Sequence[str], last: Mapping[str, Sequence[str]],
 
 
 def command_line(words: Sequence[str]) -> str:
-    return "landiff " + shlex.join(words)
+    """The command as it was typed, without secrets, for records and scripts."""
+    return redact("landiff " + shlex.join(words))

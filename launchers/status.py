@@ -16,7 +16,7 @@ from launchers.slurm import QueuedJob, Slurm, SlurmError
 from launchers.slurm_script import JOB_FOLDER, LOGS
 from launchers.submit import PID, read_record, running_here
 from training.errors import error_path, first_error, read_message
-from training.run_folder import committed_steps, finished_step
+from training.run_folder import committed_steps, finished_step, parse_metrics
 
 TAIL_BYTES = 64 << 10  # the last lines of a metrics.jsonl of any length
 RECENT = 20  # logged steps that the rate is taken over
@@ -110,9 +110,10 @@ def last_metrics(path: Path) -> list[dict]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         text = file.read().decode("utf-8", errors="replace")
-    whole = [line for line in text.splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
     lines: list[dict] = []
-    for line in map(json.loads, whole):
+    for line in map(parse_metrics, text.splitlines(keepends=True)):
+        if line is None:
+            continue
         if lines and line["step"] <= lines[-1]["step"]:
             lines = []
         lines.append(line)

@@ -15,8 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from configs import ConfigError, dump, load
-from configs.files import write_text
+from configs.documents import read_json
+from configs.files import PRIVATE, write_text
+from configs.loader import write_config
+from configs.secrets import redact
 from launchers.cluster_config import TRAINERS, ClusterConfig
+from launchers.script_values import check_job_ids
 from launchers.slurm import Slurm
 from launchers.slurm_script import JOB_FOLDER, LOGS, SCRIPT, sbatch_text
 from launchers.snapshot import write_snapshot
@@ -29,6 +33,7 @@ RECORD, PID = "job.json", "pid"
 def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = None) -> int:
     """Returns 0 when all jobs are queued (or, here, have done their work)."""
     cluster = load(ClusterConfig, cluster_name(args.cluster))
+    check_job_ids(args.after or (), "--after")
     place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or ("python3" if cluster.container else sys.executable), args.nodes, args.here)
     if args.stage == "pipeline":
         planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
@@ -63,12 +68,13 @@ def cluster_name(name: str) -> str:
 def dry_run(planned: Sequence[Planned], cluster: ClusterConfig) -> str:
     """Resolved configs, the plan and the scripts, as text."""
     blocks = []
+    shown = cluster.redacted()
     for plan in planned:
         if plan.config is not None:
             blocks.append(f"# ==== {plan.name}: resolved config, {plan.job.folder / CONFIG}\n{dump(plan.config)}")
-        blocks.append(f"# ==== {plan.name}: batch script, {plan.job.folder / SCRIPT}\n{sbatch_text(plan.job, cluster)}")
+        blocks.append(f"# ==== {plan.name}: batch script, {plan.job.folder / SCRIPT}\n{sbatch_text(plan.job, shown)}")
     blocks.append("# ==== plan\n" + "\n".join(f"# {line}" for line in plan_lines(planned)) + "\n# nothing was written, nothing submitted")
-    return "\n".join(blocks)
+    return redact("\n".join(blocks))
 
 
 def plan_lines(planned: Sequence[Planned]) -> list[str]:
@@ -94,8 +100,14 @@ def fingerprint(plan: Planned) -> str:
 def read_record(run: Path) -> dict:
     """job.json of a run folder, with the job that runs there now; empty where nothing was submitted."""
     path, current = run / JOB_FOLDER / RECORD, run / JOB_FOLDER / "current"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if record and current.exists():
+    if not path.exists():
+        return {}
+    advice = f"delete {path.parent} and submit the run again"
+    record = read_json(path, advice=advice)
+    job_ids = record.get("job_ids")
+    if not isinstance(job_ids, list) or not all(isinstance(job, str) for job in job_ids):
+        raise ConfigError(f"{path} has no list of job_ids; {advice}")
+    if current.exists():
         job = current.read_text(encoding="utf-8").strip()  # by hand, perhaps: sbatch RUN/job/job.sbatch
         if job.isdigit() and job not in record["job_ids"]:
             record["job_ids"].append(job)
@@ -132,12 +144,13 @@ def done_markers(plan: Planned) -> list[Path]:
 def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
     """Write everything the job needs into its run folder; returns the script."""
     folder = plan.job.folder
+    script = sbatch_text(plan.job, cluster)
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     origin = write_snapshot(folder)
     if plan.config is not None:
-        write_text(folder / CONFIG, dump(plan.config))
-    write_text(folder / "cluster.yaml", dump(cluster))
-    write_text(folder / SCRIPT, sbatch_text(plan.job, cluster))
+        write_config(folder / CONFIG, plan.config)
+    write_text(folder / "cluster.yaml", dump(cluster), PRIVATE)  # env may hold secrets
+    write_text(folder / SCRIPT, script, PRIVATE)
     for pattern in ("done*" if plan.steps is None else "done", "stop", "job/stopped", "job/state*", "job/given_up*", "job/last_error*", "job/current", "job/chain"):
         for path in plan.job.run.glob(pattern):
             path.unlink()

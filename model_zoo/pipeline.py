@@ -44,7 +44,13 @@ from model_zoo.frozen.cogvideox_vae import CogVideoXCodec
 from model_zoo.frozen.config import FlanT5Config, T5V11Config
 from model_zoo.frozen.t5 import T5Text
 from model_zoo.lm import LanguageModel
-from model_zoo.sample.generate import Models, check_prompts, draw_codes, draw_latents
+from model_zoo.sample.generate import (
+    Models,
+    check_prompts,
+    draw_codes,
+    draw_latents,
+    warn_of_cut_prompts,
+)
 from model_zoo.sample.latents import (
     SamplerOptions,
     SamplerStep,
@@ -94,9 +100,10 @@ class _Shell(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None,
                         torch_dtype: torch.dtype | None = None, **_options: Any) -> _Shell:
-        """Raises ConversionError where the folder holds another model."""
-        part = diffusers_folder.read_model(Path(pretrained_model_name_or_path, subfolder or ""))
-        shell = cls.of(part.config, part.tensors)
+        """Raises ConversionError for another model in the folder, UnhealthyError for NaN or infinity."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        part = diffusers_folder.read_model(folder)
+        shell = cls.of(part.config, part.tensors.checked(str(folder)))
         return shell if torch_dtype is None else shell.to(torch_dtype)
 
 
@@ -300,6 +307,8 @@ class LanDiffPipeline(DiffusionPipeline):
         models, count, clean = self._models(), 1 + (num_frames - 1) // time, self.scheduler.config.clean_frames
         models.check()
         check_prompts(prompts)
+        warn_of_cut_prompts(models.lm_text, prompts)
+        warn_of_cut_prompts(models.diffusion_text, prompts)
         window = models.diffusion.config.transformer.latent_frames
         shorter, longer = (1 + (length - 1) * time for length in stream_lengths(count, window, clean))
         if shorter != num_frames:

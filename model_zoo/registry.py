@@ -12,14 +12,15 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import Config, ConfigError, validate
+from configs.documents import read_json, read_text
 from configs.files import (
     commit_dir,
     fsync_dir,
@@ -28,13 +29,22 @@ from configs.files import (
     temporary_name,
     write_text,
 )
+from configs.loader import read_json_as
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
-from model_zoo.convert.lazy import LazyTensors, Progress, read_safetensors, write_safetensors
+from model_zoo.convert.lazy import (
+    LazyTensors,
+    Progress,
+    load_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
+from model_zoo.health import non_finite, non_finite_error
 
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
 # kind -> config class. "transformer" is the main diffusion transformer alone; "diffusion" holds the main
 # transformer, the control branch and the semantic condition.
+MAX_NAME_BYTES = 1 << 10
 KINDS: dict[str, type[Config]] = {
     "tokenizer": TokenizerConfig,
     "lm": LMConfig,
@@ -47,6 +57,15 @@ class ZooError(ConfigError):
     """A zoo reference that leads nowhere, or an entry of the wrong kind."""
 
 
+class EntryCard(Config):
+    """config.json of an entry."""
+
+    kind: str
+    name: str
+    fingerprint: str
+    config: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class ZooEntry:
     path: Path
@@ -54,6 +73,7 @@ class ZooEntry:
     kind: str
     fingerprint: str
     config: Config
+    stored_config: Mapping[str, Any]  # as config.json holds it: the fingerprint is of this
 
     @property
     def reference(self) -> str:
@@ -62,16 +82,17 @@ class ZooEntry:
     @property
     def provenance(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / PROVENANCE).read_text())
-        except (OSError, ValueError) as error:
+            return read_json(self.path / PROVENANCE)
+        except (OSError, ConfigError) as error:
             raise ZooError(f"{self.path} is damaged: {PROVENANCE} cannot be read ({error})") from None
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """All tensors, under the names of our own modules."""
-        return load_file(self.path / WEIGHTS, device=str(device))
+        """All tensors by the names of our own modules. Raises ConfigError for damage, NaN and infinity."""
+        require_intact(self)
+        return load_safetensors(self.path / WEIGHTS, str(device))
 
     def lazy(self) -> LazyTensors:
-        """The same, read when asked for."""
+        """The same, read when asked for and not verified."""
         if not (self.path / WEIGHTS).is_file():
             raise ZooError(f"{self.path} is damaged: {WEIGHTS} is missing")
         return read_safetensors(self.path / WEIGHTS)
@@ -123,7 +144,8 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
            provenance: Mapping[str, Any], progress: Progress | None = None) -> ZooEntry:
     """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
 
-    Lazy tensors are read and written one at a time, then hashed from the file.
+    Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
+    for NaN or infinity.
     """
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     if not name or "@" in name or "/" in name or name.startswith("."):
@@ -136,7 +158,10 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     fsync_dir(zoo)
     try:
         write_safetensors(temporary / WEIGHTS, lazy, {"format": "pt", "kind": kind}, progress)
-        mark = weights_fingerprint(kind, config, read_safetensors(temporary / WEIGHTS))
+        written = read_safetensors(temporary / WEIGHTS)
+        mark, bad = _examine(kind, config.model_dump(mode="json"), written)
+        if bad:
+            raise non_finite_error(bad, f"the {kind} to be exported as {name}")
         final = zoo / name / mark
         if not final.exists():
             write_text(temporary / "config.json", json.dumps(
@@ -152,12 +177,11 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
 
 def read_entry(path: Path) -> ZooEntry:
     try:
-        data = json.loads((path / "config.json").read_text())
-        kind = data["kind"]
-        config = validate(KINDS[kind], data["config"], str(path / "config.json"))
-        return ZooEntry(path=path, name=data["name"], kind=kind, fingerprint=data["fingerprint"], config=config)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        card = read_json_as(EntryCard, path / "config.json")
+        config = validate(KINDS[card.kind], card.config, str(path / "config.json"))
+    except (OSError, KeyError, ConfigError) as error:
         raise ZooError(f"{path} is not a zoo entry: {error}") from None
+    return ZooEntry(path, card.name, card.kind, card.fingerprint, config, card.config)
 
 
 def entry_folders(zoo: Path) -> list[Path]:
@@ -184,7 +208,7 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
         marks = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not prefix:
             try:
-                prefix = (folder / "newest").read_text().strip()
+                prefix = read_text(folder / "newest", MAX_NAME_BYTES).strip()
             except FileNotFoundError:
                 raise ZooError(f"{folder} holds no committed entry; export again") from None
         found = [m for m in marks if m.startswith(prefix)]
@@ -197,9 +221,56 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
 
 
 def verify(entry: ZooEntry) -> None:
-    """Raise ConfigError unless config and weights are those that were written: by the fingerprint, and by the file's hash."""
-    mark = weights_fingerprint(entry.kind, entry.config, entry.lazy())
-    if mark != entry.fingerprint:
-        raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {entry.fingerprint}")
+    """Raise ConfigError unless config and weights are finite and those that were written.
+
+    Compares the fingerprint and the hash of the file.
+    """
+    _verify_content(entry)
     if entry.provenance.get("weights_sha256") != sha256_file(entry.path / WEIGHTS):
         raise ZooError(f"{entry.path} is damaged: {WEIGHTS} is not the file that was written")
+
+
+def require_intact(entry: ZooEntry) -> None:
+    """Raise ConfigError unless config and weights are finite and those that were written.
+
+    Called whenever an entry is used. Each process verifies an entry once, and again when the size,
+    time or inode of its files change. Nothing is remembered on disk: a file whose bytes decayed keeps
+    its time, the zoo may be read-only, and the use reads all weights anyway (the second read comes
+    from the page cache).
+    """
+    files = [entry.path / "config.json", entry.path / WEIGHTS]
+    stamps = []
+    for path in files:
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            raise ZooError(f"{entry.path} is damaged: {path.name} is missing") from None
+        stamps.append((found.st_size, found.st_mtime_ns, found.st_ino))
+    _verify_once(entry.path.resolve(), tuple(stamps))
+
+
+@lru_cache(256)
+def _verify_once(path: Path, stamps: tuple[tuple[int, int, int], ...]) -> None:
+    _verify_content(read_entry(path))
+
+
+def _verify_content(entry: ZooEntry) -> None:
+    mark, bad = _examine(entry.kind, entry.stored_config, entry.lazy())
+    if mark != entry.fingerprint:
+        expected = entry.fingerprint
+        raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {expected}")
+    if bad:
+        raise non_finite_error(bad, str(entry.path))
+
+
+def _examine(kind: str, config: Mapping[str, Any], tensors: LazyTensors) -> tuple[str, list[str]]:
+    """Fingerprint and the names of tensors with NaN or infinity; each tensor is read once."""
+    bad: list[str] = []
+
+    def read(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        bad.extend(non_finite([(name, tensor)]))
+        return tensor
+
+    mark = weights_fingerprint(kind, config, LazyTensors(tensors.meta, read))
+    return mark, bad

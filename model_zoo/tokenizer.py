@@ -188,9 +188,10 @@ class Quantizer(VectorQuantize):
     """vector-quantize-pytorch with the settings of the released tokenizer (§3.6).
 
     The codebook is a moving average, gradients pass through the rotation trick. Everything is
-    computed and kept in float32, whatever the model is cast to and under autocast. Code vectors are
-    all-reduced over ranks if the process group exists at construction. The k-means initialization
-    and the replacement of dead codes draw from torch's global generator, in training only.
+    computed and kept in float32, whatever the model is cast to and under autocast, except for the
+    projection in `nearest`, which follows autocast (§3.10). Code vectors are all-reduced over ranks
+    if the process group exists at construction. The k-means initialization and the replacement of
+    dead codes draw from torch's global generator, in training only.
     """
 
     zero: Tensor
@@ -245,11 +246,12 @@ class Quantizer(VectorQuantize):
     def nearest(self, latents_BNZ: Tensor) -> Tensor:
         """Nearest codes, [B, N, Z] -> int64 [B, N]; the lowest index wins a tie.
 
-        Leaves the codebook unchanged. Raises ValueError if it is untrained.
+        Under autocast the projected vectors are rounded to its dtype; distances are float32. Leaves
+        the codebook unchanged. Raises ValueError if it is untrained.
         """
         self.require_codebook()
+        codes_BNE = self.project_in(latents_BNZ.float()).float()
         with torch.autocast(latents_BNZ.device.type, enabled=False):
-            codes_BNE = self.project_in(latents_BNZ.float())
             distances = cdist(codes_BNE.flatten(0, 1)[None], self._codebook.embed)[0]
         return distances.argmin(-1).view(codes_BNE.shape[:2])
 

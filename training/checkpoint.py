@@ -27,18 +27,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.base import Config, ConfigError
-from configs.files import commit_dir, remove_dir, sha256_file, temporary_name, write_text
-from configs.loader import dump
+from configs.disk_errors import way_out
+from configs.documents import read_yaml
+from configs.files import (
+    remove_dir,
+    replace_dir,
+    restore_replaced,
+    sha256_file,
+    temporary_name,
+    write_text,
+)
+from configs.loader import read_json_as, write_config
+from model_zoo.health import NAMES_SHOWN, non_finite
 from training.config import LoopConfig
 from training.distributed import World
 from training.engine import BatchSource, Engine, TrainState
-from training.errors import CheckpointError
+from training.errors import CheckpointError, NonFiniteError
 from training.run_folder import committed_steps, step_folder
 
 log = logging.getLogger(__name__)
@@ -61,6 +70,7 @@ class CheckpointState(Config):
     columns: dict[str, str]  # fingerprints of the data's columns by name
     world_size: int
     versions: dict[str, str]
+    healthy: bool | None = None  # may be resumed from; None: written before this was recorded
 
 
 class FileEntry(Config):
@@ -104,8 +114,11 @@ class CheckpointStore:
 
         A failure leaves the older checkpoints alone and is handled as `loop.on_save_failure` says: go on
         without (returns None), try again after 1, 10 and 60 s, or raise. When this is the `last` chance of
-        the process, "warn" raises too. Raises CheckpointError on all ranks.
+        the process, "warn" raises too. Raises CheckpointError on all ranks, NonFiniteError (and writes
+        nothing) where weights hold NaN or infinity.
         """
+        what = f"the weights after step {state.step} hold"
+        self._require_finite(engine, what, "no checkpoint of them is written")
         waits = self.retry_waits_s if self.loop.on_save_failure == "retry" else ()
         for attempt in range(len(waits) + 1):
             failures = self._try_save(state, engine, loader)
@@ -119,7 +132,10 @@ class CheckpointStore:
         if self.loop.on_save_failure == "warn" and not last:
             log.warning("%s; going on, since loop.on_save_failure = warn", text)
             return None
-        raise CheckpointError(f"{text}; older checkpoints are untouched. Free some space and start the same command again")
+        advice = way_out(RuntimeError(text), self.folder) or "fix the cause"
+        raise CheckpointError(
+            f"{text}; older checkpoints are untouched. To continue, {advice}, and run the same command again"
+        )
 
     def _try_save(self, state: TrainState, engine: Engine, loader: BatchSource) -> list[str]:
         """What went wrong, by rank; empty when the checkpoint is committed. Equal on all ranks."""
@@ -153,20 +169,22 @@ class CheckpointStore:
         document = CheckpointState(
             step=state.step, kind=type(self.config).__name__, loader=loader.state_dict(),
             manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
+            healthy=state.healthy,
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         seal(temporary, document, self.config, entries)
-        if final.exists():
-            remove_dir(final)
-        commit_dir(temporary, final)
+        replace_dir(temporary, final)
 
     def _prune(self, newest: int) -> None:
-        """Keep the last n and every m-th. A failure to delete costs space, not the run."""
+        """Keep the last n, every m-th and the newest healthy one. A failure to delete does not stop the run."""
         if self.world.rank != 0:
             return
         steps = [step for step in committed_steps(self.folder) if step <= newest]
+        healthy = [step for step in steps if is_healthy(step_folder(self.folder, step))]
         for step in steps[: -self.loop.keep_last]:
             if self.loop.keep_every and step % self.loop.keep_every == 0:
+                continue
+            if step in healthy[-1:]:
                 continue
             try:
                 remove_dir(step_folder(self.folder, step))
@@ -176,9 +194,10 @@ class CheckpointStore:
     # ---------------------------------------------------------------- load
 
     def load_latest(self, engine: Engine, loader: BatchSource) -> TrainState | None:
-        """Restore the newest whole checkpoint; None in a run without any.
+        """Restore the newest whole and healthy checkpoint; None in a run without any.
 
-        Raises ConfigError for a checkpoint of another model, CheckpointError when none is whole.
+        Raises ConfigError for a checkpoint of another model, CheckpointError when none is whole and healthy, and
+        NonFiniteError where weights hold NaN or infinity.
         """
         found = self._newest_whole()
         if found is None:
@@ -186,23 +205,37 @@ class CheckpointStore:
         document = self._check(found)
         loader.load_state_dict(document.loader)  # refuses other data
         engine.load(found)
+        way_out = "delete it to resume from an earlier one"
+        self._require_finite(engine, f"checkpoint {found} holds", way_out)
         self._prune(document.step)  # a kill may have come between commit and deletion
         log.info("resumed from %s", found)
         return TrainState(step=document.step)
 
     def _newest_whole(self) -> Path | None:
         steps = self.world.broadcast(committed_steps(self.folder) if self.world.rank == 0 else None)
+        unhealthy = 0
         for step in reversed(steps):
             folder = step_folder(self.folder, step)
             problems = self.damage(folder)
+            healthy = self.world.rank == 0 and is_healthy(folder, unreadable=True)
+            if not problems and self.world.broadcast(healthy):
+                return folder  # `_check` reports a state.json that cannot be read
             if not problems:
-                return folder
+                unhealthy += 1
+                log.warning("checkpoint %s has healthy = false; using the one before it", folder)
+                continue
             log.warning("checkpoint %s is damaged (%s); using the one before it", folder, "; ".join(problems[:3]))
             if self.world.rank == 0:
                 aside = folder.with_name(f"{folder.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(folder, aside)
             self.world.barrier()
+        if unhealthy:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole and healthy: {unhealthy} of {len(steps)} are of a "
+                "diverged run (healthy = false in state.json). Delete them to begin at step 0, or choose "
+                "another run folder (run=...)"
+            )
         if steps:
             raise CheckpointError(
                 f"none of the {len(steps)} checkpoints in {self.folder} is whole; they are kept as step_*.damaged. "
@@ -215,9 +248,9 @@ class CheckpointStore:
         paths, problem = [], ""
         if self.world.rank == 0:
             try:
-                listed = FileList.model_validate_json((folder / FILES).read_bytes())
+                listed = read_json_as(FileList, folder / FILES)
                 paths = [entry.model_dump() for entry in listed.files]
-            except (OSError, ValidationError) as error:
+            except (OSError, ConfigError) as error:
                 problem = f"{FILES}: {_explain(error)}"
         problem, paths = self.world.broadcast([problem, paths])
         if problem:
@@ -226,13 +259,26 @@ class CheckpointStore:
         problems = [text for path in _share(self.world, list(entries)) if (text := difference(folder, entries[path]))]
         return [text for part in self.world.gather(problems) for text in part]
 
+    def _require_finite(self, engine: Engine, what: str, consequence: str) -> None:
+        """Raise NonFiniteError on all ranks where one rank's part of the weights is not finite."""
+        names = non_finite(engine.local_weights())
+        if self.world.any_says(bool(names)):
+            parts = self.world.gather(names[: NAMES_SHOWN + 1])
+            found = list(dict.fromkeys(name for part in parts for name in part))
+            shown = ", ".join(found[:NAMES_SHOWN])
+            others = " and others" if len(found) > NAMES_SHOWN else ""
+            raise NonFiniteError(f"{what} NaN or infinity in {shown}{others}; {consequence}")
+
     def _check(self, folder: Path) -> CheckpointState:
         """state.json of a whole checkpoint that fits this run. Raises ConfigError with the keys that don't."""
-        document = CheckpointState.model_validate_json((folder / STATE).read_bytes())
+        advice = (
+            f"bring the file back, or remove {folder} so that training resumes from the checkpoint before it"
+        )
+        document = read_json_as(CheckpointState, folder / STATE, advice=advice)
         kind = type(self.config).__name__
         if document.kind != kind:
             raise ConfigError(f"{folder} was written by {document.kind}, this run is a {kind}; choose another run folder (run=...)")
-        stored = _flat(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        stored = _flat(read_yaml(folder / CONFIG, advice=advice))
         current = _flat(self.config.model_dump(mode="json"))
         changed = [
             f"{key} = {current.get(key)!r} (checkpoint: {stored.get(key)!r})"
@@ -266,7 +312,7 @@ def describe(folder: Path, path: str) -> FileEntry:
 def seal(folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]) -> None:
     """Add our own documents to an engine's files, which `entries` describe; the list of files last."""
     write_text(folder / STATE, document.model_dump_json(indent=1))
-    write_text(folder / CONFIG, dump(config))
+    write_config(folder / CONFIG, config)
     own = [describe(folder, name) for name in (STATE, CONFIG)]
     write_text(folder / FILES, FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(indent=1))
 
@@ -286,20 +332,39 @@ def difference(folder: Path, entry: FileEntry) -> str:
 
 
 def latest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` whose files are as listed, for readers outside a run (converters)."""
+    """The newest healthy checkpoint in `folder` whose files are as listed, for readers outside a run."""
     for step in reversed(committed_steps(folder)):
         path = step_folder(folder, step)
-        try:
-            listed = FileList.model_validate_json((path / FILES).read_bytes())
-        except (OSError, ValidationError):
-            continue
-        if not any(difference(path, entry) for entry in listed.files):
+        if not differences(path) and is_healthy(path):
             return path
     return None
 
 
+def differences(folder: Path) -> list[str]:
+    """What differs from files.json; empty for a whole checkpoint. `CheckpointStore.damage` shares this over ranks."""
+    try:
+        listed_files = read_json_as(FileList, folder / FILES)
+    except (OSError, ConfigError) as error:
+        return [f"{FILES}: {_explain(error)}"]
+    found = [difference(folder, entry) for entry in listed_files.files]
+    return [text for text in found if text]
+
+
+def is_healthy(folder: Path, *, unreadable: bool = False) -> bool:
+    """False where state.json says healthy = false; older checkpoints do not record it.
+
+    `unreadable` is the answer for a state.json that cannot be read.
+    """
+    try:
+        state = read_json_as(CheckpointState, folder / STATE)
+    except (OSError, ConfigError):
+        return unreadable
+    return state.healthy is not False
+
+
 def remove_dead_temporaries(folder: Path) -> None:
     """Delete what killed saves left. One run folder belongs to one job, so only a live process of this node is spared."""
+    restore_replaced(folder)
     for path in folder.glob(".*.tmp"):
         node, pid = path.name.removesuffix(".tmp").rsplit(".", 2)[1:]
         if node == os.uname().nodename and pid != str(os.getpid()) and Path("/proc", pid).exists():

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from configs.base import ConfigError
+from configs.secrets import RedactingFormatter
 from training.errors import clear_errors, write_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -141,7 +142,11 @@ def _device(local_rank: int) -> torch.device:
 
 def _set_up_logging(rank: int) -> None:
     """Warnings of libraries from everybody; our own words from rank 0 alone, which speaks for what is agreed."""
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s [{rank}] %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        RedactingFormatter(f"%(asctime)s [{rank}] %(levelname)s %(name)s: %(message)s")
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for room in ("training", "data_pipeline", "model_zoo"):
         logging.getLogger(room).setLevel(logging.INFO if rank == 0 else logging.ERROR)
 

@@ -6,6 +6,7 @@ they share is this much and no more.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,10 @@ class Engine(Protocol):
         """Collective. Restore what `save` wrote, possibly from another parallel layout."""
         ...
 
+    def local_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """This rank's part of weights, buffers and float32 masters by name; not copied."""
+        ...
+
     def preview(self) -> dict[str, Tensor]:
         """Collective. uint8 videos [T, H, W, 3] by TensorBoard tag; empty where there is nothing to look at."""
         ...
@@ -74,3 +79,4 @@ class TrainState:
     """What the loop itself has to remember."""
 
     step: int = 0  # finished optimizer steps
+    healthy: bool = True  # recorded in the checkpoint; False: do not resume from here

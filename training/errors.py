@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from configs.files import write_text
+from configs.secrets import redact
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,10 @@ _TRACE = "\nin full:\n"  # behind the message
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none of those on disk is whole."""
+
+
+class NonFiniteError(RuntimeError):
+    """Loss, gradient norm or weights are NaN or infinite. The same command would meet it again."""
 
 
 def error_path(run: Path, rank: int) -> Path:
@@ -31,8 +36,9 @@ def write_error(run: Path, rank: int, step: int, error: BaseException) -> None:
     now = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="microseconds")
     message = f"{type(error).__name__}: {error}\n"
     trace = "".join(traceback.format_exception(error))
+    text = redact(f"{message}{_TRACE}{trace}")
     try:
-        write_text(error_path(run, rank), f"time: {now}\nrank: {rank}\nstep: {step}\n\n{message}{_TRACE}{trace}")
+        write_text(error_path(run, rank), f"time: {now}\nrank: {rank}\nstep: {step}\n\n{text}")
     except OSError as refused:
         log.warning("no error file: %s", refused)
 

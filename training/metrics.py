@@ -26,6 +26,7 @@ from configs.files import write_text
 from data_pipeline.loader import Batch
 from training.distributed import World
 from training.engine import StepResult, TrainState
+from training.run_folder import read_metrics
 
 PRINT_EVERY_S = 10.0  # where the output is a file, not a terminal
 GIB = 1 << 30
@@ -155,12 +156,6 @@ def read_scalars(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     tensors = [value.detach().reshape(()).double() for value in values.values() if isinstance(value, Tensor)]
     copied = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
     return {tag: next(copied) if isinstance(value, Tensor) else float(value) for tag, value in values.items()}
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a metrics.jsonl; a last line torn by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def cut(path: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.base import Config
 from configs.files import write_text
-from configs.loader import dump
+from configs.loader import write_config
 from training.checkpoint import CheckpointStore
 from training.config import LoopConfig
 from training.distributed import World
@@ -34,7 +34,7 @@ class Run:
         self.world = world
         self.total_steps = loop.steps
         if world.rank == 0:
-            write_text(folder / "config.yaml", dump(config))
+            write_config(folder / "config.yaml", config)
             (folder / "stop").unlink(missing_ok=True)  # it was meant for a process that is gone
             if (finished_step(folder) or 0) < loop.steps:
                 (folder / "done").unlink(missing_ok=True)  # the run was made longer

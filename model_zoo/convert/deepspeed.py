@@ -28,6 +28,7 @@ from torch import Tensor
 
 from configs import Config, ConfigError
 from configs.files import write_text
+from configs.loader import read_json_as
 from model_zoo.config import DiffusionConfig, TransformerConfig
 from model_zoo.convert.lazy import LazyTensors, Stored
 from model_zoo.convert.pickles import Ignored, read_pickle, replaced
@@ -61,10 +62,10 @@ class Layout(Config):
     @staticmethod
     def read(folder: Path) -> Layout:
         try:
-            return Layout.model_validate_json((folder / LAYOUT).read_text(encoding="utf-8"))
+            return read_json_as(Layout, folder / LAYOUT)
         except FileNotFoundError:
             raise ConfigError(f"{folder} is not a checkpoint of the diffusion trainer: it has no {LAYOUT}") from None
-        except ValueError as error:
+        except ConfigError as error:
             raise ConfigError(f"{folder / LAYOUT} does not describe a diffusion checkpoint: {error}") from None
 
 

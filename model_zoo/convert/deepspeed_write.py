@@ -33,6 +33,7 @@ from model_zoo.convert.deepspeed import (
 )
 from model_zoo.convert.lazy import LazyTensors, Progress, megabytes
 from model_zoo.convert.pickles import replaced, write_pickle
+from model_zoo.health import require_finite
 
 ALIGNMENT = 2  # elements: ZeRO 1 and 2 pad a group to a multiple of this and the ranks
 SUB_GROUP = 1_000_000_000  # elements: ZeRO 3 closes a vector once it holds so many, where sub_group_size says nothing else
@@ -48,8 +49,14 @@ class Cut:
 
 
 def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: Progress | None = None) -> None:
-    """All that `state` holds, as `cut.world_size` ranks of ZeRO `cut.stage` would save it, into `folder`."""
+    """Write all of `state` as `cut.world_size` ranks of ZeRO `cut.stage` would save it.
+
+    Raises UnhealthyError for weights or moments with NaN or infinity.
+    """
     assert cut.stage in (1, 2, 3) and cut.world_size > 0, cut
+    require_finite(state.weights.items(), "the checkpoint")
+    for name, moments in state.moments.items():
+        require_finite(moments.items(), f"{name} of the checkpoint")
     working = _working(state, cut.dtype)
     state = replace(state, working=working, rest=_with_stage(state.rest, cut.stage))
     bf16 = torch.bfloat16 in {working[name] for name in state.trainable}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import Config, validate
+from configs.documents import read_json
 from configs.files import write_text
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig
 from model_zoo.convert.diffusers_transformer import config_from_diffusers, diffusers_config
@@ -55,7 +56,10 @@ def named_class(folder: Path) -> str | None:
     if not path.is_file():
         return None
     found = _read_json(path)
-    return found.get("_class_name") or (found.get("architectures") or [None])[0]
+    architectures = found.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    name = found.get("_class_name") or first
+    return name if isinstance(name, str) else None
 
 
 def class_of(folder: Path) -> str | None:
@@ -88,11 +92,17 @@ def read_model(folder: Path, allow_missing: Sequence[str] = ()) -> Part:
     kind, data = CLASSES[class_of(folder)], _read_json(folder / "config.json")
     state = _weights(folder)
     if kind == "transformer":
-        return fit(state, kind, config_from_diffusers(data), TABLES["diffusers", kind], str(folder), allow_missing)
+        try:
+            config = config_from_diffusers(data)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise ConversionError(
+                f"{folder / 'config.json'} does not describe a transformer of ours: {error}"
+            ) from None
+        return fit(state, kind, config, TABLES["diffusers", kind], str(folder), allow_missing)
     if kind == VAE:
         config = {key: value for key, value in data.items() if not key.startswith("_")}
         return fit(state, kind, config, PLAIN, str(folder), allow_missing)
-    config = validate(CONFIGS[kind], data["landiff"], f"{folder / 'config.json'}: landiff")
+    config = validate(CONFIGS[kind], data.get("landiff"), f"{folder / 'config.json'}: landiff")
     return fit(state, kind, config, TABLES["transformers", "lm"] if kind == "lm" else PLAIN, str(folder), allow_missing)
 
 
@@ -105,11 +115,7 @@ def _weights(folder: Path) -> LazyTensors:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
+    return read_json(path, allow_nonfinite=True)  # other programs write Infinity
 
 
 # ---------------------------------------------------------------- writing

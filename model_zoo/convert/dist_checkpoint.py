@@ -55,21 +55,34 @@ class _MetadataUnpickler(pickle.Unpickler):
                               "unpickling a foreign type can run any code")
 
 
+def read_metadata(folder: Path) -> Metadata:
+    """`.metadata` of a checkpoint folder, unpickled with the allow-list. Raises ConversionError.
+
+    Objects that are of no use here (paths, Megatron's own notes) come back as `Ignored`.
+    """
+    path = folder / METADATA
+    if not path.is_file():
+        raise ConversionError(f"{folder} is not a Megatron checkpoint: it has no {METADATA}")
+    try:
+        with open(path, "rb") as file:
+            found = _MetadataUnpickler(file, path).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, LookupError, TypeError) as error:
+        raise ConversionError(f"{path} is damaged: {error!r}") from None
+    if not isinstance(found, Metadata):
+        raise ConversionError(f"{path} is damaged: it holds a {type(found).__name__}")
+    return found
+
+
 class DistReader:
     """Tensors of a folder, whole or one of a stack."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ConversionError where `folder` is no such checkpoint."""
-        self.folder, path = folder, folder / METADATA
-        if not path.is_file():
-            raise ConversionError(f"{folder} is not a Megatron checkpoint: it has no {METADATA}")
-        try:
-            with open(path, "rb") as file:
-                found = _MetadataUnpickler(file, path).load()
-            entries, self.places = found.state_dict_metadata, found.storage_data
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, LookupError, TypeError) as error:
-            raise ConversionError(f"{path} is damaged: {error!r}") from None
-        self.entries = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+        self.folder, found = folder, read_metadata(folder)
+        self.places = found.storage_data
+        self.entries = {
+            key: entry for key, entry in found.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        }
 
     def meta(self, key: str) -> Tensor:
         entry = self.entries[key]

@@ -11,13 +11,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from configs import Config, ConfigError, validate
+from configs.documents import read_json, read_yaml
 from configs.files import commit_dir, remove_dead_twins, temporary_name, write_text
 from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig, TokenizerConfig
@@ -30,6 +29,7 @@ from model_zoo.convert import (
     release_set,
 )
 from model_zoo.convert.lazy import Progress, read_safetensors
+from model_zoo.convert.megatron import model_section
 from model_zoo.convert.parts import FOREIGN, PLAIN, VAE, Part, Source, assembled, fit
 
 STATE, RUN_CONFIG = "state.json", "config.yaml"  # what the trainers add to a checkpoint (training/checkpoint.py)
@@ -59,6 +59,7 @@ def _is_entry(path: Path) -> bool:
 
 def _open_entry(path: Path, options: Options) -> Source:
     entry = registry.read_entry(path)
+    registry.require_intact(entry)
     part = fit(entry.lazy(), entry.kind, entry.config, PLAIN, str(path), options.allow_missing)
     return Source(path, "zoo", f"zoo entry {entry.reference}", (part,), entry.provenance.get("step"),
                   {"entry": entry.reference, "made_of": entry.provenance})
@@ -69,7 +70,7 @@ def _is_tokenizer_checkpoint(path: Path) -> bool:
 
 
 def _open_tokenizer(path: Path, options: Options) -> Source:
-    config = validate(TokenizerConfig, _run_config(path)["model"], str(path / RUN_CONFIG))
+    config = validate(TokenizerConfig, model_section(_run_config(path), path), str(path / RUN_CONFIG))
     part = fit(read_safetensors(path / "model.safetensors"), "tokenizer", config, PLAIN, str(path), options.allow_missing)
     return Source(path, "tokenizer checkpoint", "plain torch", (part,), *_run(path))
 
@@ -82,8 +83,8 @@ def _open_megatron(path: Path, options: Options) -> Source:
     step, provenance = _run(path)
     layout = "dist_checkpointing: whole tensors, for any parallel layout"
     parallel = provenance.get("config", {}).get("parallel")
-    if parallel:
-        layout += f"; written by {_ranks(provenance['world_size'])}, tensor {parallel['tensor']}, pipeline {parallel['pipeline']}"
+    if isinstance(parallel, dict) and isinstance(provenance["world_size"], int):
+        layout += f"; written by {_ranks(provenance['world_size'])}, tensor {parallel.get('tensor')}, pipeline {parallel.get('pipeline')}"
     layout += f"; {megatron_optimizer.words_of(path)}"
     return Source(path, "megatron", layout, (part,), step, provenance)
 
@@ -121,7 +122,7 @@ def _ranks(count: int) -> str:
 
 def _run_config(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load((path / RUN_CONFIG).read_text(encoding="utf-8"))
+        return read_yaml(path / RUN_CONFIG)
     except OSError as error:
         raise ConfigError(f"{path} is not a checkpoint of a run: {error}") from None
 
@@ -130,7 +131,9 @@ def _run(path: Path) -> tuple[int | None, dict[str, Any]]:
     """Step and origin of a trainer's checkpoint; nothing for one that no trainer wrote."""
     if not (path / STATE).is_file():
         return None, {}
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = read_json(path / STATE, advice=f"use a checkpoint whose {STATE} is whole")
+    if not isinstance(state.get("step"), int):
+        raise ConfigError(f"{path / STATE} is damaged: it names no step")
     kept = ("step", "kind", "manifest", "columns", "world_size", "versions")
     return state["step"], {**{key: state.get(key) for key in kept}, "config": _run_config(path),
                            "checkpoint_state_sha256": hashlib.sha256((path / STATE).read_bytes()).hexdigest()}
@@ -227,7 +230,9 @@ def write_target(target: Path, format: str, parts: Sequence[Part], provenance: d
     """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists.
 
     `cut` is for the run that starts from it: Megatron's padding, or DeepSpeed's stage and ranks.
+    Raises UnhealthyError for weights with NaN or infinity.
     """
+    parts = [replace(part, tensors=part.tensors.checked(f"the {part.kind}")) for part in parts]
     with new_folder(target, provenance) as temporary:
         WRITERS[format](temporary, assembled(parts, format), progress, **({"cut": cut} if cut else {}))
 

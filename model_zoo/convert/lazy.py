@@ -14,10 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from configs.documents import DocumentError, read_json
 from configs.files import atomic_file
+from configs.safetensors_header import read_header
 from model_zoo.convert.rules import ConversionError, Group, Rule, groups, report
+from model_zoo.health import require_finite
 
 # (megabytes done, megabytes in all)
 Progress = Callable[[int, int], None]
@@ -102,6 +107,21 @@ class LazyTensors(Mapping[str, Tensor]):
         meta = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.meta.items()}
         return LazyTensors(meta, lambda name: self.read(name).to(meta[name].dtype),
                            self.pieces and (lambda name: (stretch.to(meta[name].dtype) for stretch in self.stretches(name))))
+
+    def checked(self, what: str) -> LazyTensors:
+        """The same, but reading NaN or infinity raises UnhealthyError with the name in `what`."""
+        def read(name: str) -> Tensor:
+            tensor = self.read(name)
+            require_finite([(name, tensor)], what)
+            return tensor
+
+        def pieces(name: str) -> Iterator[Tensor]:
+            for stretch in self.stretches(name):
+                require_finite([(name, stretch)], what)
+                yield stretch
+                del stretch  # before the next one is read
+
+        return LazyTensors(self.meta, read, self.pieces and pieces)
 
     def dtype(self) -> torch.dtype:
         """The one that most elements have."""
@@ -213,35 +233,45 @@ def read_safetensors(path: Path) -> LazyTensors:
     """The tensors of a .safetensors file, or of all files of a .safetensors.index.json. Raises ConversionError."""
     if path.name.endswith(".index.json"):
         return _read_index(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise ConversionError(f"{path} is not a safetensors file, or a damaged one")
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            stored = {
-                name: Stored(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                for name, entry in entries.items()
-            }
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(f"{path} is not a safetensors file, or a damaged one ({error!r})") from None
-    if 8 + length + end != size:
-        raise ConversionError(f"{path} has {size} bytes, its header says {8 + length + end}; it is damaged")
+    try:
+        header = read_header(path)
+    except DocumentError as error:
+        raise ConversionError(str(error)) from None
+    stored = {}
+    for name, entry in header.entries.items():
+        if entry.dtype not in DTYPES:
+            raise ConversionError(
+                f"{path}: tensor {name} has the dtype {entry.dtype}, which is not supported; "
+                f"known: {', '.join(DTYPES)}"
+            )
+        start = header.data_start + entry.begin
+        stored[name] = Stored(path, start, DTYPES[entry.dtype], entry.shape)
     return stored_tensors(stored)
+
+
+def load_safetensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a .safetensors file in memory. Raises ConversionError, OSError."""
+    read_safetensors(path)
+    try:
+        return load_file(path, device=device)
+    except SafetensorError as error:
+        raise ConversionError(f"{path} is a damaged safetensors file: {error}") from None
 
 
 def _read_index(path: Path) -> LazyTensors:
     """The tensors of every file that the index names, each in the file where the index says it is."""
     try:
-        files = {name: str(file) for name, file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{path} is not an index of .safetensors files, or a damaged one ({error!r})") from None
+        index = read_json(path)
+    except DocumentError as error:
+        raise ConversionError(f"{path} is not an index of .safetensors files, or a damaged one: {error}") from None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConversionError(f"{path} is not an index of .safetensors files: it has no weight_map")
+    files = {name: str(file) for name, file in weight_map.items()}
+    beside = {other.name for other in path.parent.iterdir() if other.is_file()}
     parts = {}
     for file in sorted(set(files.values())):
-        if Path(file).name != file or not path.with_name(file).is_file():
+        if file not in beside:
             raise ConversionError(f"{path} names the file {file!r}, which does not lie beside it")
         parts[file] = read_safetensors(path.with_name(file))
     held = {name: file for file, part in parts.items() for name in part}

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from configs import validate
-from configs.files import write_text
+from configs.documents import read_yaml
+from configs.files import atomic_file, write_text
 from model_zoo.config import LMConfig
 from model_zoo.convert.dist_checkpoint import DistReader, write_dist
 from model_zoo.convert.lazy import LazyTensors, Progress, converted
@@ -167,7 +168,15 @@ def stored_config(folder: Path) -> LMConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise ConversionError(f"{folder} is not a checkpoint of a run: it has no {path.name}; say with --model which one it is of")
-    return validate(LMConfig, yaml.safe_load(path.read_text(encoding="utf-8"))["model"], str(path))
+    return validate(LMConfig, model_section(read_yaml(path), path), str(path))
+
+
+def model_section(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The section `model` of the run config at `path`. Raises ConversionError without it."""
+    model = config.get("model")
+    if not isinstance(model, Mapping):
+        raise ConversionError(f"{path} is not the config of a run: it has no section model")
+    return model
 
 
 def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
@@ -243,7 +252,8 @@ def write_config(folder: Path, config: LMConfig) -> None:
 
 def write_documents(folder: Path, common: Mapping[str, Any]) -> None:
     """What Megatron keeps beside the tensors."""
-    torch.save(dict(common), folder / COMMON)
+    with atomic_file(folder / COMMON) as file:
+        torch.save(dict(common), file)
     write_text(folder / "metadata.json", json.dumps({
         "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
     }))

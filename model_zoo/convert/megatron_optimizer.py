@@ -124,16 +124,19 @@ def _torch_optimizer(folder: Path) -> tuple[Mapping[str, Any], bool]:
 
 
 def write_state(folder: Path, config: LMConfig, state: MegatronState, cut: MegatronCut, progress: Progress | None = None) -> None:
-    """`state` as a run of `cut` would have saved it, for any tensor, pipeline and data parallel layout."""
+    """`state` as a run of `cut` would have saved it, for any tensor, pipeline and data parallel layout.
+
+    The weights are cast from the float32 ones, also where `state` has some of the right precision: those of a
+    checkpoint that an older version wrote with `parallel.overlap` can be one step old.
+    """
     table = rules(config, cut.padded)
-    weights = state.weights if cut.dtype == state.cut.dtype else state.masters.cast(cut.dtype)
-    tensors = converted(weights, table, "to_theirs")
+    tensors = converted(state.masters.cast(cut.dtype), table, "to_theirs")
     beside = dict(state.moments)
     if cut.distributed or cut.dtype != torch.float32:
         beside[MASTERS[cut.distributed]] = state.masters
     for name, kept in beside.items():
         tensors = tensors.joined(converted(kept, table, "to_theirs").with_prefix(f"{STATE}{name}."))
-    write_dist(folder, tensors, extra_states(config), progress)
+    write_dist(folder, tensors.checked("the checkpoint"), extra_states(config), progress)
     write_documents(folder, {"optimizer": _common(state, cut), "distributed_optimizer": cut.distributed})
 
 

@@ -7,6 +7,7 @@ classes are stood in for and forgotten, since a converter needs weights alone.
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 import re
 import types
@@ -48,26 +49,82 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
     `allowed` (dotted class -> what stands in for it) widens the allow-list. Raises ConversionError that names
     the foreign types of a file that holds others.
     """
-    known = {**dict.fromkeys(HARMLESS, Ignored), **(allowed or {})}
-    stand_ins = [(stand_in, name) for name, stand_in in known.items()]
+    _check_exists(path)
+    lazy = zipfile.is_zipfile(path)
+    with _allow_list(path, str(path), _with_harmless(allowed or {})):
+        if not lazy:  # the format of before torch 1.6: in memory, since its tensors cannot be found by offset
+            return torch.load(path, map_location="cpu", weights_only=True)
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    return replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
+
+
+def load_pickle(path: Path, allowed: Mapping[str, Any], map_location: Any = "cpu") -> Any:
+    """What `torch.save` wrote into `path`, tensors in memory: for engines that read their own files.
+
+    `allowed` and errors are those of `read_pickle`; `map_location` is that of `torch.load`.
+    """
+    _check_exists(path)
+    with _allow_list(path, str(path), _with_harmless(allowed)):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def check_pickle(content: io.BytesIO, what: str) -> None:
+    """Raises ConversionError if `content`, written by `torch.save`, holds more than tensors and plain containers.
+
+    Leaves `content` at its start. `what` names it in the message.
+    """
+    with _allow_list(content, what, {"_io.BytesIO": io.BytesIO}):
+        torch.load(content, map_location="cpu", weights_only=True)
+    content.seek(0)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows no classes and functions at all."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def check_plain_pickle(content: bytes, what: str) -> None:
+    """Raises ConversionError if `content`, written by `pickle.dump`, holds more than plain containers.
+
+    `what` names it in the message.
+    """
+    try:
+        _PlainUnpickler(io.BytesIO(content)).load()
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{what} is refused: beside plain containers it holds {_first_line(error)}, and unpickling a foreign "
+            "type can run any code"
+        ) from None
+    except (EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ConversionError(f"{what} is damaged: {_first_line(error)}") from None
+
+
+def _with_harmless(allowed: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(HARMLESS, Ignored), **allowed}
+
+
+def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise ConversionError(f"{path} does not exist")
-    lazy = zipfile.is_zipfile(path)
+
+
+@contextlib.contextmanager
+def _allow_list(source: Path | io.BytesIO, what: str, known: Mapping[str, Any]) -> Iterator[None]:
+    """Limits `torch.load(source, weights_only=True)` to tensors, plain containers and `known`. Raises ConversionError."""
     try:
-        with _only_these(stand_ins):
-            if not lazy:  # the format of before torch 1.6: in memory, since its tensors cannot be found by offset
-                return torch.load(path, map_location="cpu", weights_only=True)
-            with FakeTensorMode():
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        with _only_these([(stand_in, name) for name, stand_in in known.items()]):
+            yield
     except pickle.UnpicklingError as error:
-        foreign = _foreign(path, set(known)) if lazy else re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+        foreign = _foreign(source, set(known), str(error))
         raise ConversionError(
-            f"{path} is refused: beside tensors and plain containers it holds {', '.join(foreign) or _first_line(error)}, and "
+            f"{what} is refused: beside tensors and plain containers it holds {', '.join(foreign) or _first_line(error)}, and "
             f"unpickling a foreign type can run any code. If you trust the file, save its weights alone as .safetensors"
         ) from None
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:  # whatever the bytes led to
-        raise ConversionError(f"{path} is damaged: {_first_line(error)}") from None
-    return replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
+        raise ConversionError(f"{what} is damaged: {_first_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -165,8 +222,13 @@ def _fakes(node: Any) -> list[FakeTensor]:
     return [leaf for leaf in _leaves(node) if isinstance(leaf, FakeTensor)]
 
 
-def _foreign(path: Path, known: set[str]) -> list[str]:
-    return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - known)
+def _foreign(source: Path | io.BytesIO, known: set[str], error: str) -> list[str]:
+    """Names of the types that are not `known`; of a file of before torch 1.6 the first one, from torch's message."""
+    if not zipfile.is_zipfile(source):
+        return re.findall(r"GLOBAL ([\w.]+)", error)[:1]
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(source)) - known)
 
 
 def _first_line(error: BaseException) -> str:

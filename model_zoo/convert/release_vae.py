@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from model_zoo.convert.lazy import load_safetensors
 from model_zoo.convert.rules import ConversionError, Rule, convert
 
 # parts of a ResNet block whose names are the same on both sides
@@ -65,6 +65,6 @@ def to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_release(path: Path) -> dict[str, Tensor]:
     """The tensors of 3d-vae.pt (a dict with `state_dict`) or of a .safetensors file with the same keys."""
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return load_safetensors(path)
     content = torch.load(path, map_location="cpu", weights_only=True)
     return content.get("state_dict", content)

@@ -80,6 +80,10 @@ class TextEncoder(Protocol):
     dim: int
     max_length: int
 
+    def cut_off(self, texts: list[str]) -> list[str]:
+        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
+        ...
+
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> float32 states [B, L, D] and int64 lengths [B]; rows at and past a length are pads.
 

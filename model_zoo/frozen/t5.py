@@ -34,6 +34,23 @@ class T5Text(nn.Module):
         self.tokenizer = tokenizer
         self.eval().requires_grad_(False)
 
+    def cut_off(self, texts: list[str]) -> list[str]:
+        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
+        kept = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        fast = self.tokenizer.is_fast
+        ends = []
+        for text in texts:
+            tokens = self.tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False
+            )
+            if len(tokens.input_ids) <= kept:
+                ends.append("")
+            elif fast:
+                ends.append(text[tokens.offset_mapping[kept][0] :].strip())
+            else:
+                ends.append(self.tokenizer.decode(tokens.input_ids[kept:]).strip())
+        return ends
+
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> float32 states [B, L, D], lengths int64 [B]; rows at and past a length are zero."""

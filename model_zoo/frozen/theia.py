@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from configs.base import ConfigError
+from model_zoo.convert.lazy import load_safetensors
 from model_zoo.frozen.config import TheiaConfig
 from model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
 
@@ -133,5 +133,5 @@ def build(config: TheiaConfig, device: str | torch.device) -> TheiaFeatures:
     files = sorted(place.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{config.kind}: path = {config.path!r} holds no *.safetensors; set path to a folder that does")
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tensors = {name: tensor for file in files for name, tensor in load_safetensors(file).items()}
     return from_tensors(tensors, config).to(device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.base import ConfigError
+from model_zoo.health import require_finite
 
 
 def fingerprint(kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -21,7 +22,9 @@ def fingerprint(kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[st
 
     The kind, the options and constants in `preprocessing` (JSON values), and name, dtype, shape and bytes of
     every tensor, hashed one tensor at a time. How the weights were split into files doesn't matter.
+    Raises UnhealthyError for weights with NaN or infinity.
     """
+    require_finite(tensors.items(), f"the frozen encoder {kind}")
     digest = hashlib.sha256(json.dumps([kind, preprocessing], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -5,6 +5,7 @@ Letters: B prompts, K codes, T latent frames, F video frames, C H W latent sizes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from model_zoo.config import TokenSamplingConfig
 from model_zoo.dit import ControlledDiffusion
 from model_zoo.frozen.base import LatentCodec, TextEncoder
+from model_zoo.health import UnhealthyError, collapse
 from model_zoo.lm import LanguageModel
 from model_zoo.sample.latents import (
     OnStep,
@@ -27,6 +29,8 @@ from model_zoo.sample.latents import (
 from model_zoo.sample.tokens import Prompts, sample_tokens
 from model_zoo.schedule import NoiseSchedule
 from model_zoo.tokenizer import SemanticTokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,24 @@ def generate(
     models.check()
     check_prompts(prompts)
     check_length(models.diffusion, num_latent_frames, clean_frames)
+    warn_of_cut_prompts(models.lm_text, prompts)
+    warn_of_cut_prompts(models.diffusion_text, prompts)
     codes_BK = draw_codes(models.lm, models.lm_text(list(prompts)), num_latent_frames, tokens, seeds, motion_score, progress)
     features = models.tokenizer.decode(codes_BK, models.lm.layout.num_frames(codes_BK.shape[1]))
     states_BLD, _ = models.diffusion_text(list(prompts))
     latents = draw_latents(models.diffusion, models.schedule, states_BLD, features, sampler, seeds, clean_frames, progress)
     return Generated(codes_BK, latents, models.codec.decode(latents))
+
+
+def warn_of_cut_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
+    """Warn about prompts that are longer than the text encoder takes, with the text that is cut."""
+    for number, cut in enumerate(encoder.cut_off(list(prompts))):
+        if cut:
+            log.warning(
+                "prompt %d is longer than the %d tokens that text encoder %s takes; this part has no "
+                "effect: %r",
+                number, encoder.max_length, encoder.name, cut,
+            )
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -122,7 +139,11 @@ def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames
         lm, Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device)), num_latent_frames, tokens, seeds=seeds,
         progress=None if progress is None else lambda done, total: progress("tokens", done, total),
     )
-    return sampled.codes_BK[:, : lm.layout.num_codes(int(sampled.num_frames_B.max()))]
+    codes_BK = sampled.codes_BK[:, : lm.layout.num_codes(int(sampled.num_frames_B.max()))]
+    problem = collapse(torch.bincount(codes_BK.flatten()).cpu().numpy())
+    if problem:
+        raise UnhealthyError(f"samples of the language model: {problem}; use another checkpoint")
+    return codes_BK
 
 
 def draw_latents(diffusion: ControlledDiffusion, schedule: NoiseSchedule, states_BLD: Tensor, features_BTChw: Tensor,

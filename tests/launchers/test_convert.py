@@ -13,7 +13,11 @@ from safetensors.torch import save_file
 from launchers.cli import main
 from model_zoo import registry
 from model_zoo.convert.formats import open_source, write_target
+from model_zoo.convert.lazy import LazyTensors
+from model_zoo.convert.parts import Part
+from model_zoo.health import UnhealthyError
 from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
+from tests.model_zoo.zoo_entries import write_entry
 from training.checkpoint import CONFIG, FILES, STATE, CheckpointState, FileList, describe, versions
 
 
@@ -214,3 +218,102 @@ def test_options_that_do_not_go_together_are_refused(landiff, tmp_path):
     assert "takes one diffusion or transformer" in landiff("convert", "a", "--to", "deepspeed", "--out", "x")[2]
     assert "more than one lm" in landiff("convert", "a", "a", "--to", "release", "--out", "x")[2]
     assert not (tmp_path / "x").exists()
+
+
+def bit_flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("source", ["run/checkpoints/step_00000001", "run/checkpoints/step_00000001/model.safetensors"])
+def test_a_checkpoint_named_by_path_is_held_against_its_list_of_files(landiff, tmp_path, source):
+    checkpoint = tokenizer_run(tmp_path / "run", 1)
+    assert "is damaged" not in landiff("convert", source, "--model", "tiny.yaml", "--name", "good")[2]
+    bit_flipped(checkpoint / "model.safetensors")
+    for command in (("--name", "a"), ("--name", "a", "--dry-run"), ("--to", "release", "--out", "there")):
+        code, _, err = landiff("convert", source, "--model", "tiny.yaml", *command)
+        assert code == 2 and "step_00000001 is damaged: model.safetensors has other content" in err, err
+    assert not (tmp_path / "zoo" / "a").exists() and not (tmp_path / "there").exists()
+    (checkpoint / FILES).unlink()
+    code, _, err = landiff("convert", source, "--name", "a")
+    assert code == 2 and "files.json" in err
+
+
+def test_a_bit_flipped_entry_is_refused_by_convert_and_load(landiff, tmp_path):
+    entry = registry.export(tmp_path / "zoo", "a", "lm", MODELS.lm, weights("lm"), {})
+    assert same(entry.load(), weights("lm"))  # verified once; the flip is still found
+    bit_flipped(entry.path / registry.WEIGHTS)
+    for source in ("a", entry.path):
+        code, _, err = landiff("convert", source, "--to", "transformers", "--out", "there")
+        assert code == 2 and "is damaged: its weights give" in err and not (tmp_path / "there").exists()
+    with pytest.raises(registry.ZooError, match="is damaged"):
+        entry.load()
+    with pytest.raises(registry.ZooError, match="is damaged"):
+        registry.load_model(entry)
+
+
+def test_an_entry_of_a_config_with_fewer_keys_keeps_its_fingerprint(landiff, tmp_path):
+    sizes = MODELS.lm.model_dump(mode="json")
+    del sizes["rope_theta"]  # a default, as if the key had been added later
+    entry = write_entry(tmp_path / "zoo", "old", "lm", MODELS.lm, weights("lm"), sizes)
+    assert "rope_theta" not in entry.stored_config and same(entry.load(), weights("lm"))
+    assert landiff("zoo", "verify", "old")[0] == 0
+
+
+POISONED = {
+    "lm": ("blocks.0.wo.weight", "transformers"), "tokenizer": ("encoder.embed.weight", "release"),
+    "transformer": ("blocks.1.qkv.weight", "diffusers"), "diffusion": ("control.blocks.0.qkv.weight", "deepspeed"),
+}
+
+
+@pytest.mark.parametrize("kind", POISONED)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_non_finite_weights_are_refused_by_name_everywhere(landiff, tmp_path, kind, value):
+    name, target = POISONED[kind]
+    bad = weights(kind)
+    bad[name].view(-1)[2] = value
+    config = part(kind).config
+    with pytest.raises(UnhealthyError, match=f"holds NaN or infinity in {name}"):
+        registry.export(tmp_path / "zoo", "new", kind, config, bad, {})
+    assert not list((tmp_path / "zoo" / "new").glob("[!.]*"))
+    entry = write_entry(tmp_path / "zoo", "old", kind, config, bad)
+    code, _, err = landiff("zoo", "verify", "old")
+    assert code == 2 and f"holds NaN or infinity in {name}" in err
+    code, _, err = landiff("convert", "old", "--to", target, "--out", "there")
+    assert code == 2 and name in err and not (tmp_path / "there").exists()
+    with pytest.raises(UnhealthyError, match=name):
+        registry.load_model(entry)
+    with pytest.raises(UnhealthyError, match=name):
+        write_target(tmp_path / "there", target, [Part(kind, config, LazyTensors.of(bad))], {})
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_diverged_checkpoint_is_not_exported_and_an_unhealthy_one_passed_over(landiff, tmp_path):
+    checkpoint = tokenizer_run(tmp_path / "run", 1)
+    newer = tokenizer_run(tmp_path / "run", 2)
+    state = json.loads((newer / STATE).read_text()) | {"healthy": False}
+    (newer / STATE).write_text(json.dumps(state))
+    relist(newer)
+    code, out, _ = landiff("convert", "run", "--name", "a")
+    assert code == 0 and "step 1 " in out
+    bad = weights("tokenizer")
+    bad["encoder.embed.weight"][0, 0] = float("nan")
+    save_file(bad, checkpoint / "model.safetensors")
+    relist(checkpoint)
+    code, _, err = landiff("convert", "run", "--name", "b")
+    assert code == 2 and "NaN or infinity in encoder.embed.weight" in err and not list((tmp_path / "zoo" / "b").glob("[!.]*"))
+
+
+def relist(checkpoint: Path) -> None:
+    entries = [describe(checkpoint, name) for name in ("model.safetensors", STATE, CONFIG)]
+    (checkpoint / FILES).write_text(FileList(files=entries).model_dump_json())
+
+
+def test_numbers_that_do_not_fit_the_dtype_are_refused(landiff, tmp_path):
+    large = weights("lm")
+    large["head.weight"][0, 0] = 1e6
+    registry.export(tmp_path / "zoo", "large", "lm", MODELS.lm, large, {})
+    code, _, err = landiff("convert", "large", "--name", "half", "--dtype", "float16")
+    assert code == 2 and "head.weight" in err and "dtype" in err
+    assert landiff("convert", "large", "--name", "brain", "--dtype", "bfloat16")[0] == 0

@@ -82,6 +82,8 @@ def test_mistakes_are_refused_before_anything_is_queued(capsys, tmp_path, monkey
 
 def test_a_snapshot_holds_the_code_its_origin_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "very secret")
+    monkeypatch.setenv("HF_AUTH", "very secret")
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:word@hub.example")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     snapshot.write_snapshot(tmp_path)
     assert (tmp_path / "code" / "training" / "loop.py").read_text() == (snapshot.ROOT / "training" / "loop.py").read_text()
@@ -89,8 +91,46 @@ def test_a_snapshot_holds_the_code_its_origin_and_the_environment(tmp_path, monk
     assert (tmp_path / "code.txt").read_text().startswith(("git ", "installed "))
     environment = (tmp_path / "environment.txt").read_text()
     assert "NCCL_DEBUG=INFO" in environment and "pydantic==" in environment and "very secret" not in environment
+    assert "HF_TOKEN=<redacted>" in environment and "HF_AUTH=<redacted>" in environment and "user:word" not in environment
+    assert "HF_ENDPOINT=https://<redacted>@hub.example" in environment
+    assert (tmp_path / "environment.txt").stat().st_mode & 0o777 == 0o600
     snapshot.write_snapshot(tmp_path)  # again: replaced, not added
     assert {path.name for path in tmp_path.iterdir()} == {"code", "code.txt", "code.diff", "environment.txt"}
+
+
+SECRETS = {"HF_TOKEN": "hunter2", "PROXY": "http://me:hunter2@proxy:3128", "NAME": "sk-" + "hunter2" * 4}
+
+
+def test_secrets_of_the_cluster_file_reach_the_job_and_nobody_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    site = {"scheduler": "local", "env": SECRETS, "setup": ["export WANDB_API_KEY=hunter2"]}
+    (tmp_path / "site.yaml").write_text(json.dumps(site))
+    words = ["sample", "--cluster", "site.yaml", "prompts=[x]", "--config", "nano/sample"]
+    code, out, _ = say(capsys, "submit", *words, "--dry-run")
+    assert code == 0 and "hunter2" not in out and "HF_TOKEN=<redacted>" in out
+    code, out, err = say(capsys, "submit", *words)  # fails: there is no zoo
+    assert code != 0 and "hunter2" not in out + err
+    told = {path.name for path in tmp_path.rglob("runs/**/*") if path.is_file() and b"hunter2" in path.read_bytes()}
+    assert told == {"cluster.yaml", "job.sbatch"}
+    for path in tmp_path.rglob("runs/sample/job/*"):
+        if path.name in (*told, "environment.txt"):
+            assert path.stat().st_mode & 0o777 == 0o600, path
+
+
+def test_a_secret_on_the_command_line_is_not_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["tokenizer", "--config", "nano/tokenizer", "--cluster", "local", "data.remote=https://me:hunter2@host/data"]
+    code, out, _ = say(capsys, "submit", *words, "--dry-run")
+    assert code == 0 and "hunter2" not in out and "https://<redacted>@host/data" in out
+
+
+def test_a_damaged_job_record_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "lm" / "job" / "job.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"name": "lm", "job_ids": [')
+    code, _, err = say(capsys, "status", "runs/lm")
+    assert code == 2 and "job.json is not valid JSON" in err and "submit the run again" in err
 
 
 def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):

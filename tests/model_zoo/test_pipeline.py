@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import json
 import math
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,13 @@ from launchers.sample import load_models
 from model_zoo import registry
 from model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
 from model_zoo.convert.formats import open_source, write_target
+from model_zoo.health import UnhealthyError
 from model_zoo.pipeline import LanDiffPipeline, LanDiffScheduler
-from model_zoo.sample.generate import Models, generate
+from model_zoo.sample.generate import Models, draw_codes, generate
 from model_zoo.sample.latents import SamplerOptions, guidance_scale
 from model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
+from tests.model_zoo.zoo_entries import write_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a rabbit hops over the grass", "snow"]
@@ -386,3 +390,38 @@ def test_dynamic_guidance_is_the_expression_of_diffusers_pipeline():
 def test_the_scheduler_keeps_its_options(saved):
     scheduler = LanDiffScheduler.from_pretrained(saved / "scheduler")
     assert scheduler.options(50, 6.0) == SamplerOptions(50, 6.0) and scheduler.schedule.config.shift_scale == 3.0
+
+
+def test_a_prompt_longer_than_an_encoder_takes_is_warned_about_with_the_cut_text(models, pipe, caplog):
+    short, long = PROMPTS[0].split()[0], " ".join([PROMPTS[0].split()[0]] * 4 + ["snow", "hops"])
+    sampler = SamplerOptions(num_steps=2)
+    generate(models, [short, long], 3, TOKENS, sampler, [1, 2], clean_frames=1)
+    [warning] = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert warning == "prompt 1 is longer than the 5 tokens that text encoder t5-v1.1 takes; this part has no effect: 'snow hops'"
+    caplog.clear()
+    pipe([short, long], generator=seeded(SEED), output_type="latent", **CALL | {"num_inference_steps": 2})
+    assert [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()] == [warning]
+
+
+def test_weights_that_are_not_finite_are_refused_before_sampling(folder, tmp_path):
+    for kind, name in (("lm", "blocks.0.wo.weight"), ("tokenizer", "decoder.head_out.weight"), ("diffusion", "control.blocks.0.qkv.weight")):
+        zoo = tmp_path / kind
+        shutil.copytree(folder / "zoo", zoo)
+        entry = registry.resolve(zoo, kind)
+        state = entry.load()
+        state[name].view(-1)[0] = float("nan")
+        write_entry(zoo, kind, kind, entry.config, state)
+        settings = sample_config(folder).model_copy(update={"zoo": zoo})
+        with pytest.raises(UnhealthyError, match=f"NaN or infinity in {name}"):
+            load_models(settings, torch.device("cpu"))
+
+
+def test_samples_of_one_code_alone_are_refused(models):
+    lm = copy.deepcopy(models.lm)
+    with torch.no_grad():
+        lm.head.weight.zero_()
+        lm.final_norm.bias.fill_(1.0)
+        lm.head.weight[3] = 100.0
+    text = models.lm_text(PROMPTS)
+    with pytest.raises(UnhealthyError, match=r"all of \d+ tokens are code 3"):
+        draw_codes(lm, text, 3, TOKENS, [1, 2])

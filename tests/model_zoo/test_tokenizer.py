@@ -253,6 +253,26 @@ def test_quantiser_computes_in_float32_under_autocast(tokenizer):
     torch.testing.assert_close(values, exact, atol=1e-5, rtol=0)  # the gradient trick rounds
 
 
+def test_codes_under_autocast_are_those_of_projections_with_its_rounding(tokenizer):
+    latents = torch.randn(2, 4096, TINY.token_size, generator=torch.Generator().manual_seed(1))
+    rounded = [
+        part.bfloat16()
+        for part in (
+            latents,
+            tokenizer.quantizer.project_in.weight,
+            tokenizer.quantizer.project_in.bias,
+        )
+    ]
+    codes = torch.nn.functional.linear(*rounded).float()
+    expected = (
+        torch.cdist(codes.flatten(0, 1), tokenizer.quantizer.codebook).argmin(-1).view(2, 4096)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tokenizer.quantizer.nearest(latents)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, tokenizer.quantizer.nearest(latents))
+
+
 def test_half_precision_file_fills_a_float32_quantiser(tokenizer):
     state = {
         k: v.bfloat16() if v.is_floating_point() else v for k, v in tokenizer.state_dict().items()

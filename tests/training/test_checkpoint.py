@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, never lost, never of another model."""
 
+import errno
 import logging
 import os
 import resource
@@ -8,8 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs.base import ConfigError
+from configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, alone, train
 from training.checkpoint import (
@@ -17,6 +20,7 @@ from training.checkpoint import (
     CheckpointStore,
     FileList,
     committed_steps,
+    describe,
     latest_whole,
     list_files,
     step_folder,
@@ -128,6 +132,40 @@ def test_half_written_folders_of_dead_processes_are_removed_and_never_used(tmp_p
     assert [folder.exists() for folder in (*dead, alive)] == [False, False, True]
 
 
+def test_saving_an_existing_step_again_replaces_it(tmp_path):
+    settings = config(tmp_path, on_save_failure="fatal")
+    save(settings, 1)
+    world, folder = alone(), step_folder(tmp_path / "checkpoints", 1)
+    engine = ToyEngine(settings, world)
+    engine.weight = torch.full((3,), 7.0)
+    for _ in range(2):
+        assert store(settings).save(TrainState(1), engine, ToyLoader(settings, world)) == folder
+        assert store(settings).damage(folder) == []
+        assert torch.equal(load_file(folder / "toy.safetensors")["weight"], engine.weight)
+        assert list_folder(tmp_path) == ["step_00000001"]
+
+
+def test_an_existing_step_survives_a_failure_to_save_it_again(tmp_path):
+    settings = config(tmp_path, on_save_failure="fatal")
+    save(settings, 1)
+    with pytest.raises(CheckpointError, match="step 1"):
+        save(settings, 1, failures=1)
+    assert list_folder(tmp_path) == ["step_00000001"]
+    assert store(settings).damage(step_folder(tmp_path / "checkpoints", 1)) == []
+
+
+def test_a_kill_while_a_step_is_replaced_does_not_lose_it(tmp_path):
+    train(config(tmp_path, 2), alone())
+    checkpoints = tmp_path / "checkpoints"
+    dead = f"{os.uname().nodename}.4194305.tmp"
+    (checkpoints / "step_00000002").rename(checkpoints / f".step_00000002.replaced.{dead}")
+    (checkpoints / f".step_00000002.{dead}").mkdir()  # the replacement
+    (checkpoints / f".step_00000001.deleted.{dead}").mkdir()  # by retention
+    state, engine = train(config(tmp_path, 3), alone())
+    assert (state.step, engine.seen) == (3, [8, 9, 10, 11])
+    assert list_folder(tmp_path) == ["step_00000002", "step_00000003"]
+
+
 def test_retention_keeps_the_last_ones_and_every_mth(tmp_path):
     train(config(tmp_path, 10, save_every=1, keep_last=2, keep_every=4), alone())
     assert committed_steps(tmp_path / "checkpoints") == [4, 8, 9, 10]
@@ -142,6 +180,42 @@ def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
     with pytest.raises(CheckpointError, match="older checkpoints are untouched"):
         save(settings, 2, failures=1, last=True)
     assert list_folder(tmp_path) == ["step_00000001"]
+
+
+@dataclass
+class Refused(ToyEngine):
+    """Every save meets the system error `number`."""
+
+    number: int = errno.EPERM
+
+    def save(self, folder):
+        raise OSError(self.number, os.strerror(self.number), str(folder / "weights"))
+
+
+@pytest.mark.parametrize(("number", "advice"), [
+    (errno.EPERM, PERMISSIONS), (errno.EACCES, PERMISSIONS), (errno.EROFS, READ_ONLY), (errno.ENOSPC, FREE_SPACE), (errno.EDQUOT, FREE_SPACE),
+])  # fmt: skip
+def test_a_failed_save_asks_for_space_only_where_space_is_missing(tmp_path, number, advice):
+    settings = config(tmp_path, on_save_failure="fatal")
+    engine = Refused(settings, alone(), number)
+    with pytest.raises(CheckpointError) as error:
+        store(settings).save(TrainState(1), engine, ToyLoader(settings, alone()))
+    assert advice in str(error.value) and "weights" in str(error.value)
+    assert (FREE_SPACE in str(error.value)) == (advice == FREE_SPACE)
+
+
+@pytest.mark.parametrize(("name", "says"), [("state.json", "is not valid JSON"), ("config.yaml", "is not UTF-8")])
+def test_a_damaged_document_of_a_checkpoint_is_named_with_the_way_out(tmp_path, name, says):
+    settings = config(tmp_path)
+    save(settings, 1)
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    (folder / name).write_bytes(b'{"step": \xff' if name == "config.yaml" else b'{"step": 1,')
+    listed = FileList.model_validate_json((folder / "files.json").read_bytes())
+    files = [describe(folder, entry.path) for entry in listed.files]
+    (folder / "files.json").write_text(FileList(files=files).model_dump_json())
+    with pytest.raises(ConfigError, match=says) as error:
+        store(settings).load_latest(ToyEngine(settings, alone()), ToyLoader(settings, alone()))
+    assert str(folder / name) in str(error.value) and f"remove {folder}" in str(error.value)
 
 
 def test_full_disk_retry_tries_again_then_gives_up(tmp_path):

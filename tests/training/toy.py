@@ -17,6 +17,7 @@ from training import distributed, rng
 from training.config import LoopConfig, OptimConfig
 from training.distributed import World
 from training.engine import StepResult, TrainState
+from training.guard import Guard
 from training.loop import fit
 from training.optim import learning_rate
 from training.run import Run
@@ -76,6 +77,7 @@ class ToyEngine:
         self.weight = torch.zeros(self.config.model.width)
         self.momentum = torch.zeros(self.config.model.width)
         self.seen: list[int] = []
+        self.guard = Guard(self.world)
 
     def train_step(self, batch: Batch) -> StepResult:
         self.seen += [sample.index for sample in batch.samples]
@@ -85,6 +87,7 @@ class ToyEngine:
         if self.world.size > 1:
             dist.all_reduce(sums)
         gradient, loss = sums[:-1] / batch.global_batch_size, sums[-1] / batch.global_batch_size
+        self.guard.decide(loss, gradient.norm())
         lr = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
         self.momentum = 0.9 * self.momentum + gradient
         self.weight = self.weight - lr * self.momentum
@@ -98,6 +101,9 @@ class ToyEngine:
     def load(self, folder: Path) -> None:
         state = load_file(folder / "toy.safetensors")
         self.weight, self.momentum = state["weight"], state["momentum"]
+
+    def local_weights(self) -> list[tuple[str, torch.Tensor]]:
+        return [("weight", self.weight)]
 
     def preview(self) -> dict[str, torch.Tensor]:
         return {"preview/noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from training.diffusion.preview import Previewer
 from training.diffusion.step import Objective
 from training.distributed import World
 from training.engine import StepResult
+from training.guard import Guard
 from training.optim import adamw, learning_rate, set_learning_rate
 
 MUST_MATCH = ("model", "schedule", "phase")  # sections in which a checkpoint may not differ from its run
@@ -37,6 +39,7 @@ class DeepSpeedEngine:
             )
         self.config = config
         self.world = world
+        self.guard = Guard(world)
         self.objective = objective
         zero.prepare()
         optimizer = adamw(module.parameters(), config.optim)
@@ -66,9 +69,12 @@ class DeepSpeedEngine:
             total += loss.detach()
         mean = total / (len(batch.micro_batches) * self.world.size)
         dist.all_reduce(mean)
-        return StepResult(
-            loss=mean, grad_norm=self.zero.get_global_grad_norm(), lr=rate, tokens=batch.global_batch_size * self._tokens(),
-        )
+        # DeepSpeed checks the norm inside its step: one that is not finite updates nothing and reads
+        # as infinite.
+        grad_norm = self.zero.get_global_grad_norm()
+        self.guard.decide(mean, grad_norm)
+        tokens = batch.global_batch_size * self._tokens()
+        return StepResult(loss=mean, grad_norm=grad_norm, lr=rate, tokens=tokens)
 
     def save(self, folder: Path) -> None:
         """Collective. DeepSpeed's shards, and a layout.json that says how they are cut."""
@@ -94,6 +100,9 @@ class DeepSpeedEngine:
             assert path is not None, folder
         else:
             zero.restore(self.zero, read_deepspeed(folder / SHARDS))
+
+    def local_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return zero.local_weights(self.zero)
 
     def preview(self) -> dict[str, Tensor]:
         """Collective. Videos of the first clip of this rank's last batch; none before the first step."""

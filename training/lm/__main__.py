@@ -9,6 +9,7 @@ import warnings
 from configs.loader import load
 from data_pipeline.loader import Loader
 from training import distributed
+from training.guard import Guard
 from training.lm.config import LMTrainConfig
 from training.loop import fit
 from training.run import Run
@@ -26,7 +27,7 @@ def main(config_path: str) -> None:
     from training.lm.engine import MegatronEngine
 
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
-        engine = MegatronEngine(config)
+        engine = MegatronEngine(config, Guard(world))
         loader = Loader(config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
         check_columns(loader.manifest, config)
         fit(engine, loader, Run(config.run, config, world, must_match=SHAPES_WEIGHTS), config.loop)

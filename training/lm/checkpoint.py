@@ -3,10 +3,16 @@
 What differs from `megatron.core.dist_checkpointing.save`: the files are written by this process, through
 torch's own writer. Core writes with forked helpers and a spawned queue server; a helper that dies leaves the
 trainer waiting for ever, and a full disk must end in an exception on every rank. The format is the same.
+
+Loading never runs code from a checkpoint: the pickles in it (`.metadata`, common.pt, objects in *.distcp) are
+limited to the allow-lists of `model_zoo.convert`.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +21,26 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as core_torch_dist
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer, MixedPrecisionOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from configs.base import ConfigError
+from model_zoo.convert.dist_checkpoint import read_metadata
+from model_zoo.convert.megatron import COMMON
+from model_zoo.convert.pickles import check_pickle, check_plain_pickle, read_pickle
+from model_zoo.convert.rules import ConversionError
 from training.lm.model import MegatronLM
+from training.replace import replaced
 
 
 def _layout() -> dict[str, Any]:
@@ -71,26 +86,98 @@ def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
         causes = {rank: failure[0] for rank, failure in error.failures.items()}
         raise OSError(f"checkpoint {folder} was not written: {causes}") from error
     if torch.distributed.get_rank() == 0:
-        torch.save(common, folder / "common.pt")
+        torch.save(common, folder / COMMON)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
     """Collective. Restore what `save` wrote, into any number of tensor, pipeline and data-parallel ranks.
 
-    Raises ConfigError where one of the two optimizers is distributed and the other is not.
+    The weights are cast from the optimizer's float32 copies where it keeps them; with the distributed
+    optimizer that is this rank's part, and the caller gathers the others.
+
+    Raises ConfigError where one of the two optimizers is distributed and the other is not, ConversionError for
+    files that hold more than this trainer writes.
     """
-    stored = dist_checkpointing.load_common_state_dict(str(folder))["distributed_optimizer"]
+    stored = read_pickle(folder / COMMON).get("distributed_optimizer")
     if stored != is_distributed(optimizer):
         raise ConfigError(
             f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state cannot be read by the other kind; set it to "
             f"{stored}, or let `landiff convert RUN --to megatron --out NEW_RUN parallel.distributed_optimizer={str(not stored).lower()}` make a run that goes on"
         )
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
+    reader = AllowListReader(folder)
+    reader.read_metadata()  # its errors are equal on all ranks, and not wrapped as those of collectives
+    with replaced(core_torch_dist, "_get_filesystem_reader", lambda *_, **__: reader):
+        try:
+            state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
+        except CheckpointException as error:
+            raise _explained(folder, error) from error
+    _check_extra_states(folder, state["model"])
     model.load_state_dict(state["model"])
     with torch.no_grad():  # the distributed optimizer copies into views of leaves
         optimizer.load_state_dict(state["optimizer"])
+        for part in _parts(optimizer):
+            if isinstance(part, MixedPrecisionOptimizer):
+                part._copy_main_params_to_model_params()
     _give_each_its_own_step(optimizer)
+
+
+def _explained(folder: Path, error: CheckpointException) -> Exception:
+    """The error to raise for one that torch collected from the ranks."""
+    causes = [failure[0] for failure in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, ConfigError):
+            return cause
+        if isinstance(cause, pickle.UnpicklingError):
+            return ConversionError(f"{folder} is refused: it holds more than tensors ({str(cause).splitlines()[0]})")
+    return error
+
+
+class AllowListReader(dcp.FileSystemReader):
+    """Reads a checkpoint folder with its pickles limited to an allow-list. Raises ConversionError.
+
+    Takes the place of core's reader, which unpickles whatever a checkpoint holds.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = read_metadata(Path(self.path))
+            self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        return super().read_data(plan, _CheckedObjects(planner, Path(self.path)))
+
+
+class _CheckedObjects:
+    """A load planner that checks an object before the inner planner unpickles it."""
+
+    def __init__(self, inner: LoadPlanner, folder: Path) -> None:
+        self._inner = inner
+        self._folder = folder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
+        check_pickle(value, f"{self._folder}, object {item.storage_index.fqn}")
+        self._inner.load_bytes(item, value)
+
+
+def _check_extra_states(folder: Path, weights: Mapping[str, Any]) -> None:
+    """Checks the states of FP8 scaling, which Transformer Engine unpickles itself. Raises ConversionError."""
+    for name, value in weights.items():
+        if not name.endswith("_extra_state"):
+            continue
+        what = f"{folder}, object {name}"
+        if isinstance(value, io.BytesIO):
+            check_pickle(value, what)
+        elif isinstance(value, torch.Tensor) and value.numel():
+            check_plain_pickle(value.cpu().numpy().tobytes(), what)
 
 
 # Core's distributed optimizer expects the Adam of apex or Transformer Engine. With torch's, which it falls back to

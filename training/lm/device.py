@@ -14,6 +14,8 @@ import torch
 from megatron.core.tensor_parallel import random as core_random
 from torch.overrides import TorchFunctionMode
 
+from training.replace import replaced
+
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Reads `device="cuda"` as "cpu" in every torch call (core's optimizers, gradient norms and schedules)."""
@@ -40,23 +42,13 @@ def megatron_device() -> Iterator[torch.device]:
     cpu = torch.device("cpu")
     with contextlib.ExitStack() as stack:
         # without CUDA the originals can only raise
-        stack.enter_context(_replaced(torch.cuda, "current_device", lambda: cpu))
-        stack.enter_context(_replaced(torch.cuda, "synchronize", lambda device=None: None))
+        stack.enter_context(replaced(torch.cuda, "current_device", lambda: cpu))
+        stack.enter_context(replaced(torch.cuda, "synchronize", lambda device=None: None))
         # recomputation saves the CPU's random state beside CUDA's
-        stack.enter_context(_replaced(core_random, "_get_cuda_rng_state", lambda *_, **__: None))
-        stack.enter_context(_replaced(core_random, "_set_cuda_rng_state", lambda *_, **__: None))
+        stack.enter_context(replaced(core_random, "_get_cuda_rng_state", lambda *_, **__: None))
+        stack.enter_context(replaced(core_random, "_set_cuda_rng_state", lambda *_, **__: None))
         stack.enter_context(_CudaMeansCpu())
         yield cpu
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, stand_in: Callable) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, stand_in)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def seed_tensor_parallel(seed: int) -> None:

@@ -15,6 +15,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from data_pipeline.loader import Batch
 from model_zoo import registry
 from model_zoo.token_layout import TokenLayout
 from training.engine import StepResult
+from training.guard import Guard
 from training.lm import checkpoint
 from training.lm.batch import Row, pack
 from training.lm.config import LMTrainConfig, data_parallel_size
@@ -37,8 +39,10 @@ class MegatronEngine:
     Raises ConfigError where the launched ranks do not fit `parallel`. `close()` frees Megatron's own groups.
     """
 
-    def __init__(self, config: LMTrainConfig) -> None:
+    def __init__(self, config: LMTrainConfig, guard: Guard | None = None) -> None:
+        """`guard`: None where no other ranks must agree on stopping."""
         self.config = config
+        self.guard = guard or Guard()
         self.layout = TokenLayout.of(config.model)
         self.dp_size = data_parallel_size(config.parallel, dist.get_world_size())
         with megatron_device() as self.device:
@@ -100,13 +104,30 @@ class MegatronEngine:
                 group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
-            totals = self._run(rows, train=True)
-            _, grad_norm, _ = self.optimizer.step()
-        loss_sum, num_targets, num_tokens = totals.unbind()
+            loss_sum, num_targets, num_tokens = self._run(rows, train=True).cpu().unbind()
+            loss = loss_sum / num_targets
+            grad_norm = self._update(loss)
         return StepResult(
-            loss=loss_sum / num_targets, grad_norm=grad_norm, lr=rate, tokens=int(num_tokens),
+            loss=loss, grad_norm=grad_norm, lr=rate, tokens=int(num_tokens),
             metrics={"data/padding": 1 - sum(row.num_tokens for row in rows) / sum(len(row.ids_N) for row in rows)},
         )
+
+    def _optimizers(self) -> list[MegatronOptimizer]:
+        """The parts of a chained optimizer, or the optimizer itself."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
+    @torch.no_grad()
+    def _update(self, loss: Tensor) -> float:
+        """core's `optimizer.step()` with the guard before the update. Returns the norm before clipping."""
+        found_inf = self.optimizer.prepare_grads()
+        grad_norm = math.inf if found_inf else self.optimizer.get_grad_norm()
+        self.guard.decide(loss, grad_norm)
+        for part in self._optimizers():
+            parameters = part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm
 
     def evaluate(self, batch: Batch) -> float:
         """Mean loss of the global batch with all text kept; nothing is trained. Collective."""
@@ -141,18 +162,47 @@ class MegatronEngine:
                 self.optimizer.reload_model_params()
 
     def save(self, folder: Path) -> None:
+        """Collective."""
         with megatron_device():
+            self._gather_weights()
             checkpoint.save(folder, self.model, self.optimizer)
 
     def load(self, folder: Path) -> None:
+        """Collective. The weights come from the optimizer's float32 copies where it keeps them.
+
+        Checkpoints written with `overlap` by versions before `_gather_weights` hold weights that are
+        one step old in part; their float32 copies are right.
+        """
         with megatron_device():
             checkpoint.load(folder, self.model, self.optimizer)
+            self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        """Complete the weights after an optimizer step. Collective over the data-parallel ranks.
+
+        Each rank of the distributed optimizer updates its part of the weights. With `overlap` core
+        gathers the other parts at the start of the next forward, not in `step`.
+        """
+        if self.config.parallel.distributed_optimizer:
+            self.ddp.start_param_sync(force_sync=True)
+
+    def local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
+        for number, part in enumerate(self._optimizers()):
+            for group in part.optimizer.param_groups:
+                for index, master in enumerate(group["params"]):  # core keeps no names for them
+                    yield f"float32 weight {index} of optimizer {number}", master
 
     def preview(self) -> dict[str, Tensor]:
         return {}
 
     def close(self) -> None:
-        """Free Megatron's process groups, so that another engine can be built in this process."""
+        """Free Megatron's process groups, so that another engine can be built in this process. Collective."""
+        dist.barrier()  # no other rank needs a group any more
+        for group in getattr(parallel_state, "_global_process_group_list", None) or []:
+            if group is not None:  # None stands for the default group, which is not Megatron's
+                dist.destroy_process_group(group)  # core would drop it with its threads running
         parallel_state.destroy_model_parallel()
 
 

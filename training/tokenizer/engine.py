@@ -10,6 +10,7 @@ ranks hold the same state, and every draw is keyed by its place in the global ba
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
 from training import rng
 from training.distributed import World
 from training.engine import StepResult
+from training.guard import Guard
 from training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from training.tokenizer.sampling import KeyedSampling
@@ -40,6 +42,7 @@ class TokenizerEngine:
     def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
         self.config = config
         self.world = world
+        self.guard = Guard(world)
         with rng.seeded(config.loop.seed, "weights"):
             self.tokenizer = SemanticTokenizer(config.model)
         self.tokenizer.set_recompute(config.recompute)
@@ -74,9 +77,10 @@ class TokenizerEngine:
             counts += count_codes(output.indices, size)
         self._preview = features_BTChw[0]
         grad_norm = clip_gradients(self.tokenizer.parameters(), config.optim.clip_grad)
-        self.optimizer.step()
         summed = self._sum(torch.cat([losses, counts]))
         loss, reconstruction, commitment = summed[:3] / self.world.size
+        self.guard.decide(loss, grad_norm)
+        self.optimizer.step()
         perplexity, used = codebook_use(summed[3:])
         metrics = {
             "train/reconstruction": reconstruction, "train/commitment": commitment,
@@ -136,6 +140,9 @@ class TokenizerEngine:
                 "exp_avg": moments[f"exp_avg.{name}"],
                 "exp_avg_sq": moments[f"exp_avg_sq.{name}"],
             }
+
+    def local_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self.tokenizer.state_dict().items()
 
     # ------------------------------------------------------------ preview
 

@@ -6,6 +6,7 @@ That it reads what DeepSpeed itself writes, for every stage, is tested in tests/
 from __future__ import annotations
 
 import collections
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from configs.base import ConfigError
 from model_zoo.convert.deepspeed import export_diffusion, read_deepspeed
-from model_zoo.convert.deepspeed_write import Cut, write_deepspeed
+from model_zoo.convert.deepspeed_write import Cut, Made, write_deepspeed
+from model_zoo.convert.lazy import LazyTensors
+from model_zoo.health import UnhealthyError
 
 RANKS = 3
 WEIGHTS = {"a.weight": torch.arange(35.0).view(5, 7), "a.bias": torch.arange(4.0) + 100, "b": torch.tensor(7.0)}
@@ -168,3 +171,17 @@ def test_a_step_that_is_a_number_stays_one_and_sub_groups_are_as_the_config_has_
     state = optimizer["optimizer_state_dict"]
     assert [len(vector) for vector in optimizer["fp32_flat_groups"]] == [18, 3] and state["param_groups"][0]["params"] == [0, 1]
     assert [entry["step"] for entry in state["state"].values()] == [5, 5] and type(state["state"][0]["step"]) is int
+
+
+@pytest.mark.parametrize("what", ["weights", "exp_avg_sq"])
+def test_a_checkpoint_with_nan_is_not_resharded(tmp_path, what):
+    state = read_deepspeed(write_stage_2(tmp_path / "theirs"))
+    places = dict(state.places if what == "weights" else state.moment_places[what])
+    bad = torch.full(places["b"].shape, float("nan"))
+    places["b"] = Made(LazyTensors.of({"b": bad}), "b")
+    if what == "weights":
+        state = replace(state, places=places)
+    else:
+        state = replace(state, moment_places={**state.moment_places, what: places})
+    with pytest.raises(UnhealthyError, match="NaN or infinity in b"):
+        write_deepspeed(tmp_path / "ours", state, Cut(1, 2))

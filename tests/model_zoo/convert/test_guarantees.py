@@ -188,8 +188,10 @@ def test_the_report_is_of_all_files_and_parts_of_a_set(tmp_path):
     text = str(error.value)
     assert text.count("does not fit a") == 3 and text.count("unexpected: odd.one") == 2 and f"missing: {gone[:12]}" in text, text
     with pytest.raises(ConversionError) as error:
-        Request = launchers.convert.Request
-        launchers.convert.open_all(Request((str(tmp_path / "out" / "llm"), str(tmp_path / "out" / "tokenizer")), model=str(write_models(tmp_path))))
+        paths = [tmp_path / "out" / "llm", tmp_path / "out" / "tokenizer"]
+        words = tuple(str(path) for path in paths)
+        request = launchers.convert.Request(words, model=str(write_models(tmp_path)))
+        launchers.convert.open_all(request, paths)
     assert str(error.value).count("unexpected: odd.one") == 2
 
 

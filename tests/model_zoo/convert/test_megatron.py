@@ -1,5 +1,7 @@
 """The table between our names and Megatron's, and checkpoints read without Megatron."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,6 +29,7 @@ from model_zoo.convert.megatron_optimizer import (
     write_state,
 )
 from model_zoo.convert.rules import ConversionError, convert
+from model_zoo.health import UnhealthyError
 from model_zoo.lm import LanguageModel
 from tests.model_zoo.convert.tiny import same
 
@@ -192,3 +195,17 @@ def test_an_optimizer_state_by_rank_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "out" / "common.pt").unlink()
     with pytest.raises(ConversionError, match=r"common\.pt does not exist"):
         read_state(tmp_path / "out", CONFIG)
+
+
+@pytest.mark.parametrize("what", ["weights", "exp_avg"])
+def test_a_checkpoint_with_infinity_is_not_converted(tmp_path, what):
+    good = state()
+    tensors = dict(good.weights if what == "weights" else good.moments[what])
+    tensors["head.weight"] = torch.full_like(tensors["head.weight"], float("inf"))
+    bad = LazyTensors.of(tensors)
+    if what == "weights":
+        source = replace(good, weights=bad)
+    else:
+        source = replace(good, moments={**good.moments, what: bad})
+    with pytest.raises(UnhealthyError, match=r"NaN or infinity in .*output_layer\.weight"):
+        write_state(tmp_path, CONFIG, source, CUTS[0])

@@ -90,6 +90,16 @@ def test_long_texts_are_cut_at_max_length(padded_text):
     assert states.shape == (1, 32, 384) and lengths.tolist() == [32]
 
 
+def test_the_text_that_is_cut_off_is_told_in_its_own_spelling(text, padded_text):
+    long = "A Rabbit hops over the grass, café and snow " * 9 + "END"
+    for encoder in (text, padded_text):
+        fits, cut = encoder.cut_off(["a rabbit", long])
+        assert fits == "" and cut.endswith("snow END") and cut in long
+        kept = long[: -len(cut)]
+        assert torch.equal(encoder([long])[0], encoder([kept])[0])
+        assert encoder.cut_off([kept]) == [""]
+
+
 def test_a_related_caption_is_nearer_than_an_unrelated_one(text):
     states, lengths = text(["A rabbit hops over the grass.", "A bunny is jumping in a meadow.", "Credits scroll on black."])
     rabbit, bunny, credits = states.sum(1) / lengths[:, None]

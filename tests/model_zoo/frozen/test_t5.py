@@ -114,3 +114,13 @@ def test_fingerprint_follows_kind_length_dtype_and_a_single_weight(folder, flan,
 def test_a_folder_without_tokenizer_or_weights_says_so(tmp_path):
     with pytest.raises(ConfigError, match=r"flan-t5: .*path = "):
         build(FlanT5Config(path=str(tmp_path)))
+
+
+def test_the_text_that_is_cut_off_is_told(padded, flan):
+    # 12 tokens, the last of them </s>
+    fits = " ".join(WORDS[:6]) + " " + " ".join(WORDS[:5])
+    texts = [fits, f"{fits} snow over the grass", "", "snow"]
+    assert padded.cut_off(texts) == ["", "snow over the grass", "", ""]
+    assert flan.cut_off(texts) == ["", "", "", ""]  # 512 tokens
+    first, second = (padded([f"{fits} {end}"])[0] for end in ("snow", "grass"))
+    assert torch.equal(first, second)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from configs import load
 from configs.base import ConfigError
 from data_pipeline.schema import Column, Manifest
 from tests.distributed import run_distributed
 from tests.training.tokenizer.tiny import MODEL, batch, config, features
 from tests.training.toy import alone
 from training.metrics import read_scalars
+from training.tokenizer.config import TokenizerTrainConfig
 from training.tokenizer.engine import TokenizerEngine, check_features, paint
 
 
@@ -118,3 +121,37 @@ def test_features_of_another_size_are_refused_naming_both(tmp_path):
     manifest = Manifest(fingerprint="m", config={}, shards=[], columns={"features": column})
     with pytest.raises(ConfigError, match=r"\[8, 2, 2\].*theia.*\[16, 2, 2\]"):
         check_features(config(tmp_path), manifest)
+
+
+def shipped_config(folder, name):
+    """The options of a packaged config with the tiny model and data."""
+    shipped = load(TokenizerTrainConfig, name)
+    return config(folder).model_copy(update={
+        key: getattr(shipped, key) for key in ("optim", "precision", "recompute")
+    })
+
+
+def save_and_resume(world, folder, name):
+    """Two times (scalars of the steps after a checkpoint, state after them): trained on, and resumed."""
+    engine = TokenizerEngine(shipped_config(folder, name), world)
+    train(engine, range(3), world)
+    if world.rank == 0:
+        (folder / name).mkdir(parents=True)
+    world.barrier()
+    engine.save(folder / name)
+    world.barrier()
+    resumed = TokenizerEngine(engine.config, world)
+    for parameter in resumed.tokenizer.parameters():
+        torch.nn.init.zeros_(parameter)
+    resumed.load(folder / name)
+    return [(train(each, range(3, 5), world), each.tokenizer.state_dict()) for each in (engine, resumed)]
+
+
+@pytest.mark.parametrize("name", ["landiff/tokenizer", "nano/tokenizer"])
+def test_shipped_options_resume_bit_for_bit_on_two_ranks(tmp_path, name):
+    for (scalars, state), (resumed_scalars, resumed_state) in run_distributed(save_and_resume, 2, tmp_path, name):
+        assert resumed_scalars == scalars
+        for key, tensor in state.items():
+            assert torch.equal(resumed_state[key], tensor), key
+    weights = load_file(tmp_path / name / "model.safetensors")
+    assert {tensor.dtype for key, tensor in weights.items() if tensor.is_floating_point()} == {torch.float32}
