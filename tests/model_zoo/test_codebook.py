@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from model_zoo.codebook import code_entropy, codebook_use, count_codes
+from model_zoo.evaluate.conditions import frequency_baseline
 
 
 def test_codes_of_any_shape_are_counted():
@@ -30,3 +32,10 @@ def test_entropy_is_in_nats_and_in_the_dtype_of_the_counts():
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert entropy.dtype == torch.float64
     assert float(entropy) == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64])
+def test_frequency_baseline_is_the_entropy_of_all_codes(dtype):
+    codes_BK = np.array([[0, 1], [1, 1]], dtype=dtype)
+    expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert frequency_baseline(codes_BK, 4) == pytest.approx(expected, abs=1e-15)
