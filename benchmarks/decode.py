@@ -26,7 +26,8 @@ import av
 import cv2
 import numpy as np
 
-from data_pipeline.decoder_frames import Picture, Video
+from data_pipeline.decoder_frames import Video
+from data_pipeline.decoder_picture import Picture
 from data_pipeline.decoder_process import DecoderProcess
 from data_pipeline.video import ClipDecoder, SafeDecoder, VideoFile, Wanted, encode_clip
 

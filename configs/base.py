@@ -4,7 +4,9 @@ Configuration classes live beside the code they configure, in files that never i
 command line can check a config in milliseconds. They are frozen: a resolved config is a value.
 """
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo
 
 
 class ConfigError(ValueError):
@@ -15,3 +17,15 @@ class Config(BaseModel):
     """Typed, frozen, and strict about unknown keys (see `configs.loader.load`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+LENIENT = {"lenient": True}  # validation context of `configs.loader.load_leniently`
+
+
+def refuse_values(info: ValidationInfo, messages: Sequence[str]) -> None:
+    """Raises the messages of a validator that compares fields as one ValueError.
+
+    In a lenient validation, whose result only serves to find further problems, nothing is raised.
+    """
+    if messages and info.context != LENIENT:
+        raise ValueError("; ".join(messages))

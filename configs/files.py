@@ -134,3 +134,12 @@ def _other_name(folder: Path, why: str) -> Path:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether `path` is the text that git puts in the place of a file which git-lfs has not downloaded."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_HEADER)) == LFS_HEADER

@@ -15,13 +15,14 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.base import Config, ConfigError
+from configs.base import LENIENT, Config, ConfigError
 from configs.documents import (
     MAX_JSON_BYTES,
     advised,
@@ -32,9 +33,9 @@ from configs.documents import (
     shown,
 )
 from configs.files import PRIVATE, PUBLIC, write_text
+from configs.problems import SHOWN_PROBLEMS, Problem, problems_of, require_none
 from configs.secrets import REDACTED, is_secret_name, redact
 
-SHOWN_PROBLEMS = 20  # of one document
 SHOWN_VALUE = 200  # characters of a value in an error message
 PACKAGED = Path(__file__).resolve().parent
 
@@ -70,7 +71,26 @@ def read(path: Path) -> dict[str, Any]:
 def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
     """Read `source` (packaged name, path or mapping), apply `overrides`, check it as a `cls`.
 
-    Raises ConfigError with the dotted key, the value and the nearest known name.
+    Raises ConfigError with the dotted key, the value and the nearest known name; all problems of the file and of
+    the overrides together.
+    """
+    config, problems = load_leniently(cls, source, overrides)
+    require_none(problems)
+    assert config is not None
+    return config
+
+
+def load_leniently(
+    cls: type[C],
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> tuple[C | None, list[Problem]]:
+    """As `load`, but returns the problems instead of raising them.
+
+    The config is there whenever every value has its type, even if some contradict each other: further checks
+    can then report their problems together with these. `values` replace top-level keys as they are, without being
+    read as YAML. Raises ConfigError where the file itself cannot be read.
     """
     if isinstance(source, Mapping):
         data, folder, origin = dict(source), None, "config"
@@ -78,9 +98,18 @@ def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequen
         path = find(str(source))
         data, folder, origin = read(path), path.parent, str(source)
     data = _resolve_references(cls, data, folder)
+    problems: list[Problem] = []
     for override in overrides:
-        _apply(cls, data, override)
-    return validate(cls, data, origin)
+        problems += problems_of(partial(_apply, cls, data, override))
+    data |= values or {}
+    try:
+        return cls.model_validate(data), problems
+    except ValidationError as error:
+        problems += [Problem(_explain(cls, origin, each)) for each in error.errors()]
+    try:
+        return cls.model_validate(data, context=LENIENT), problems
+    except ValidationError:
+        return None, problems
 
 
 def validate(cls: type[C], data: Mapping[str, Any], origin: str = "config") -> C:
@@ -98,13 +127,17 @@ def read_json_as(cls: type[C], path: Path, *, advice: str = "", limit: int = MAX
     as fast. Raises DocumentError, OSError where the file cannot be opened.
     """
     with advised(advice):
-        data = read_bytes(path, limit)
-        if len(data) <= MAX_JSON_BYTES:
-            return validate(cls, parse_json(data, str(path)), str(path))
-        try:
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            raise ConfigError(_explain_all(cls, str(path), error)) from None
+        return parse_json_as(cls, read_bytes(path, limit), path)
+
+
+def parse_json_as(cls: type[C], data: bytes, origin: Path | str) -> C:
+    """A JSON document as a `cls`; see `read_json_as`. `origin` names the document in errors."""
+    if len(data) <= MAX_JSON_BYTES:
+        return validate(cls, parse_json(data, str(origin)), str(origin))
+    try:
+        return cls.model_validate_json(data)
+    except ValidationError as error:
+        raise ConfigError(_explain_all(cls, str(origin), error)) from None
 
 
 def dump(config: Config) -> str:
@@ -190,6 +223,8 @@ def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
         return f"{origin}: unknown config key {dotted!r}{_nearest(location[-1], list(owner.model_fields) if owner else [])}"
     if error["type"] == "missing":
         return f"{origin}: {dotted} is required and not set"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{origin}: {_explain_tag(dotted, error['ctx'])}"
     message = error["msg"].removeprefix("Value error, ")
     where = f"{dotted}: " if dotted else ""
     if dotted and not isinstance(error["input"], dict):
@@ -203,6 +238,17 @@ def _shown_value(location: Sequence[str], value: Any) -> str:
         return REDACTED
     text = redact(repr(value))
     return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
+
+
+def _explain_tag(dotted: str, context: Mapping[str, str]) -> str:
+    """A section whose class follows from one of its keys (`kind`), which is missing or unknown."""
+    key = f"{dotted}.{context['discriminator'].strip(chr(39))}"
+    if "tag" not in context:
+        return f"{key} is required and not set; it decides which other keys there are"
+    known = [name.strip(" '") for name in context["expected_tags"].split(",")]
+    close = difflib.get_close_matches(context["tag"], known, n=1, cutoff=0.5)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return f"{key} = {context['tag']!r} is unknown; {meant}known here: {', '.join(known)}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 REDACTED = "<redacted>"
 
-# Parts of upper-cased variable names. PWD and OLDPWD alone are folders, not passwords.
+# Parts of upper-cased variable names. PWD and OLDPWD alone are folders; KEY alone says nothing.
 SECRET_NAME = re.compile(
     "TOKEN|KEY|SECRET|PASS|PWD|CREDENTIAL|JWT|AUTH|COOKIE|PRIVATE|SIGNATURE|BEARER|DSN|SESSION"
     "|CONNECTION_STRING|SAS_|_SAS|NETRC|WEBHOOK"
 )
 HARMLESS_NAMES = frozenset(
-    {"PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "NCCL_IB_PKEY"}
+    {"KEY", "PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "NCCL_IB_PKEY"}
 )
 ASSIGNMENT = re.compile(r"\b([A-Z][A-Z0-9_]+)=('[^']*'|\"[^\"]*\"|[^\s'\";]+)")
 

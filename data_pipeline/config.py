@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from configs.base import Config
+from configs.base import Config, ConfigError
 
 
 class SourceConfig(Config):
@@ -35,3 +35,27 @@ class DataConfig(SourceConfig):
     def sources(self) -> tuple[SourceConfig, ...]:
         """All data sets, the first one first."""
         return (self, *self.blend)
+
+    def micro_batches(self, copies: int) -> int:
+        """Micro-batches of one data-parallel copy in one step.
+
+        Raises ConfigError where the global batch does not divide, with the nearest sizes and copies that do.
+        """
+        batch, micro = self.global_batch_size, self.micro_batch_size
+        unit = micro * copies
+        if batch % unit == 0:
+            return batch // unit
+        below = batch // unit * unit
+        sizes = [below, below + unit] if below else [unit]
+        fit = [number for number in range(1, batch // micro + 1) if batch % (micro * number) == 0]
+        fewer = [number for number in fit if number < copies]
+        more = [number for number in fit if number > copies]
+        others = [*fewer[-1:], *more[:1]]
+        text = (
+            f"data.global_batch_size = {batch} is not a multiple of data-parallel ranks * "
+            "data.micro_batch_size = "
+            f"{copies} * {micro}; the nearest that are: {' or '.join(map(str, sizes))}"
+        )
+        if others:
+            text += f"; or run {' or '.join(map(str, others))} data-parallel ranks"
+        raise ConfigError(text)

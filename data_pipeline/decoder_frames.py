@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import av
-import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import PictureType
 
-from data_pipeline.decoder_protocol import Failure, VideoInfo
+from data_pipeline.decoder_clock import DisplaySlots
+from data_pipeline.decoder_color import (
+    ColorConversion,
+    ColorTags,
+    find_conversion,
+    hdr_detail,
+    refuse_dolby_vision,
+    tags_of,
+)
+from data_pipeline.decoder_protocol import Failure, Refused, VideoInfo
 
 # What PyAV raises on damaged files besides its own errors (measured on mutated files). Anything else ends
 # the process, and the parent reports `decoder_died`.
 DECODER_ERRORS = (av.error.FFmpegError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError,
                   OSError, TypeError, ValueError)
-TRANSPOSE = {90: ("cclock",), 180: ("clock", "clock"), 270: ("clock",)}
 LARGEST_CLOCK_ERROR_S = 1e-3
 LOGGING_CODECS = frozenset(("hevc", "mjpeg", "libvpx", "libvpx-vp9", "vp8", "vp9", "av1", "libdav1d"))
 # libvpx refuses pictures whose data end too early or too late; FFmpeg's own decoders show what comes out.
@@ -31,14 +38,11 @@ LOGGING_CODECS = frozenset(("hevc", "mjpeg", "libvpx", "libvpx-vp9", "vp8", "vp9
 STRICT = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 REORDERED = 5  # frames between decoding and showing, at most, as encoders set it
 MOST_B_FRAMES = 17  # in a row, of x264 and x265
-
-
-class Refused(ValueError):
-    """A video that is understood and not wanted."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.failure = Failure(reason, detail)
+NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS, a flag of containers: raw streams
+DISPLAY_STAMPED = frozenset(("mpegts", "mpeg"))  # their timestamps are display times by definition
+CLOCK_PACKETS = 64  # read to find out whether timestamps are display times
+DEINTERLACER = "bwdif"
+DOLBY_VISION = frozenset((SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER))
 
 
 class ByteRange(io.RawIOBase):
@@ -80,6 +84,9 @@ class Video:
     context: av.video.codeccontext.VideoCodecContext
     turn: int | None = None  # degrees, where the frames of `context` don't say
     lacks: bool = False  # the container itself saw that something is missing: a lost packet of MPEG-TS, a file cut off
+    tags: ColorTags = ColorTags()  # of the container; frames may have their own
+    slots: DisplaySlots | None = None  # where the container's timestamps are in decoding order
+    _packets: Iterator[av.Packet] | None = None  # those that were looked at, and what follows them
 
     def __enter__(self) -> Video:
         return self
@@ -89,12 +96,78 @@ class Video:
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """From where the container stands, in the order of showing. Raises one of DECODER_ERRORS."""
-        for packet in self.container.demux(self.stream):
+        for packet in self.packets():
             self.lacks = self.lacks or packet.is_corrupt
             if self.turn is None and self.context is not self.stream.codec_context:
                 picture = first_picture(packet)  # the stream's own decoder is told how it is turned
                 self.turn = picture and round(picture.rotation) % 360
-            yield from self.context.decode(packet)
+            if self.slots is None:
+                yield from self.context.decode(packet)
+            else:
+                yield from self.slots.displayed(packet, self.context.decode(packet))
+
+    def packets(self) -> Iterator[av.Packet]:
+        """From where the container stands, in the order of decoding."""
+        packets, self._packets = self._packets, None
+        yield from packets or self.container.demux(self.stream)
+
+    def find_clock(self) -> None:
+        """Set `slots` if timestamps only rise, as in AVI, although frames are reordered."""
+        depth = self.stream.codec_context.reorder_depth
+        if not depth or self.container.format.name in DISPLAY_STAMPED:
+            return
+        rest = self.container.demux(self.stream)
+        seen: list[av.Packet] = []
+        latest: int | None = None
+        in_decoding_order = True
+        for packet in itertools.islice(rest, CLOCK_PACKETS):
+            seen.append(packet)
+            if packet.pts is None:
+                continue
+            if latest is not None and packet.pts < latest:
+                in_decoding_order = False
+                break
+            latest = packet.pts
+        self._packets = itertools.chain(seen, rest)
+        if in_decoding_order and latest is not None:
+            self.slots = DisplaySlots(depth)
+
+    def seek(self, pts: int) -> None:
+        """Go to a key frame that is not shown later than `pts`. Raises SeekFailed."""
+        self._packets = None
+        if self.slots is not None:
+            self.slots.clear()
+        try:
+            self.container.seek(pts, stream=self.stream)
+        except av.error.FFmpegError as error:
+            raise SeekFailed from error
+        if self.context.is_open:
+            self.context.flush_buffers()
+
+    def conversion_of(self, frame: av.VideoFrame) -> ColorConversion | None:
+        """What turns the colours of a frame into SDR BT.709. Raises Refused when nothing does."""
+        tags = tags_of(frame).or_else(self.tags)
+        has_metadata = any(data.type in DOLBY_VISION for data in frame.side_data)
+        refuse_dolby_vision(self.stream.codec_context.codec_tag, has_metadata, tags)
+        return find_conversion(tags)
+
+    def is_interlaced(self, frame: av.VideoFrame) -> bool:
+        """Whether a frame is made of fields. In PNG the flag means the order of the pixels."""
+        return frame.interlaced_frame and self.context.name not in ("png", "apng")
+
+    def check_interlaced(self, frame: av.VideoFrame, handling: str) -> bool:
+        """Whether a frame has to be deinterlaced.
+
+        Raises Refused: field_coded where that is not possible, interlaced where `handling` is
+        "reject".
+        """
+        if not self.is_interlaced(frame):
+            return False
+        if self.context.name == "hevc":  # FFmpeg does not join the fields of HEVC
+            raise Refused("field_coded", "every picture of this HEVC video is one field")
+        if handling == "reject":
+            raise Refused("interlaced", "its frames hold two fields, and video.interlaced = reject")
+        return True
 
     def turn_of(self, frame: av.VideoFrame) -> int:
         """By how many degrees the frame is shown turned."""
@@ -111,64 +184,6 @@ class Video:
         height, width = (frame.width, frame.height) if turn % 180 else (frame.height, frame.width)
         pixel = self.pixel_aspect(turn)
         return width * pixel[1] / (height * pixel[0])
-
-
-@dataclass
-class Picture:
-    """Frames -> RGB of one size: rotated, scaled to cover and centre-cropped in one colour-correct swscale pass."""
-
-    video: Video
-    height: int
-    width: int
-    max_pixels: int
-    crop: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    key: tuple = ()
-    graph: av.filter.Graph | None = None
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """-> uint8 [height, width, 3]."""
-        turn = self.video.turn_of(frame)
-        key = (frame.width, frame.height, frame.format.name, turn, int(frame.colorspace), int(frame.color_range))
-        if key != self.key:
-            if frame.width * frame.height > self.max_pixels:
-                raise Refused("too_large", f"{frame.width}x{frame.height}")
-            self.graph, self.key = self._build(frame, turn), key
-        self.graph.push(frame)
-        return self.graph.pull().to_ndarray()
-
-    def _build(self, frame: av.VideoFrame, turn: int) -> av.filter.Graph:
-        turns = TRANSPOSE.get(turn, ())
-        height, width = (frame.width, frame.height) if len(turns) == 1 else (frame.height, frame.width)
-        left, top, right, bottom = (math.ceil(share * side - 1e-6) for share, side in zip(self.crop, (width, height) * 2, strict=True))
-        kept = (max(1, height - top - bottom), max(1, width - left - right))
-        scale = self.video.pixel_aspect(90 if len(turns) == 1 else 0)
-        shown = (kept[0] * scale[0], kept[1] * scale[1])
-        factor = max(self.height / shown[0], self.width / shown[1])
-        height, width = max(self.height, round(shown[0] * factor)), max(self.width, round(shown[1] * factor))
-        flags = "area" if factor <= 1 else "bicubic"
-        graph = av.filter.Graph()
-        graph.threads = 1  # processes share the cores
-        chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=self.video.stream.time_base)]
-        chain += [graph.add("transpose", turn) for turn in turns]
-        if any(self.crop):
-            chain.append(graph.add("crop", f"{kept[1]}:{kept[0]}:{left}:{top}"))
-        chain += [
-            graph.add("scale", f"{width}:{height}:flags={flags}+accurate_rnd+full_chroma_int+bitexact{_color(frame)}"),
-            graph.add("format", "rgb24"),
-            graph.add("crop", f"{self.width}:{self.height}"),
-            graph.add("buffersink"),
-        ]
-        for before, after in itertools.pairwise(chain):
-            before.link_to(after)
-        graph.configure()
-        return graph
-
-
-def _color(frame: av.VideoFrame) -> str:
-    """Scale options that name the matrix when the file doesn't: BT.709 from HD on, as players assume."""
-    unspecified = int(frame.colorspace) == 2
-    high_definition = frame.width >= 1280 or frame.height > 576
-    return ":in_color_matrix=bt709" if unspecified and high_definition else ""
 
 
 def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> Video:
@@ -191,7 +206,10 @@ def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> V
         raise Refused("no_dimensions")
     if context.width * context.height > max_pixels:
         raise Refused("too_large", f"{context.width}x{context.height}")
-    other = STRICT.get(context.name) if strict else None
+    # PyAV's libvpx does not decode pictures of more than 8 bits.
+    other = None
+    if strict and context.format is not None and context.format.components[0].bits == 8:
+        other = STRICT.get(context.name)
     if other in av.codec.codecs_available:
         context = av.codec.CodecContext.create(other, "r")
         context.extradata = stream.codec_context.extradata
@@ -199,28 +217,83 @@ def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> V
         # The picture may be larger than the container says. HEVC may bring checksums of its pictures.
         one.options = {"max_pixels": str(max_pixels), "err_detect": "crccheck"}
         one.thread_count, one.thread_type = 1, "NONE"  # frame threads would blur where damage begins
-    return Video(container, stream, context)
+    video = Video(container, stream, context, tags=tags_of(stream.codec_context))
+    video.find_clock()
+    return video
 
 
-def probe(file: io.RawIOBase, max_pixels: int) -> VideoInfo:
-    """Look at a video; no more of it is decoded than shows which way up it is."""
+def probe(file: io.RawIOBase, max_pixels: int, hdr: str, interlaced: str) -> VideoInfo:
+    """Size, rate and duration of a video, and the conversions that its first picture needs.
+
+    Only the first picture is decoded. Raises Refused, or one of DECODER_ERRORS.
+    """
     with open_video(file, max_pixels, strict=False) as video:
-        stream, context, base = video.stream, video.context, video.stream.time_base
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        context, base = video.context, video.stream.time_base
+        rate = frame_rate(video)
         aspect = context.width * video.pixel_aspect(0)[1] / context.height
+        conversions: tuple[str, ...] = ()
         first = last = picture = None
-        for packet in video.container.demux(stream):
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if stamp is None or packet.is_discard:
+        unstamped = 0.0  # in ticks: what packets without a timestamp last
+        for packet in video.packets():
+            if packet.is_discard:
                 continue
-            end = stamp + (packet.duration or (1 / (rate * base) if rate else 0))
-            first = stamp if first is None else min(first, stamp)
-            last = end if last is None else max(last, end)
+            length = packet.duration or (1 / (rate * base) if rate else 0)
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is None:
+                if packet.size:  # the last packet is empty: it flushes the decoder
+                    unstamped += length
+            else:
+                first = stamp if first is None else min(first, stamp)
+                last = stamp + length if last is None else max(last, stamp + length)
             if picture is None:
                 picture = first_picture(packet)
-                aspect = video.shown_aspect(picture) if picture else aspect
-        duration = float((last - first) * base) if first is not None else 0.0
-        return VideoInfo(context.width, context.height, rate, context.name, duration, aspect)
+                if picture:
+                    aspect = video.shown_aspect(picture)
+                    conversions = needed_conversions(video, picture, hdr, interlaced)
+        ticks = unstamped if first is None else last - first
+        return VideoInfo(
+            context.width,
+            context.height,
+            rate,
+            context.name,
+            float(ticks * base),
+            aspect,
+            conversions,
+        )
+
+
+def frame_rate(video: Video) -> float:
+    """Frames per second as the file says, 0.0 where it doesn't. Raises Refused (no_timestamps)."""
+    stream = video.stream
+    if not video.container.format.flags & NO_TIMESTAMPS:
+        return float(stream.average_rate or stream.guessed_rate or 0)
+    # libavformat takes 25 for a raw stream whatever the stream says
+    rate = stream.codec_context.framerate
+    if not rate:
+        raise Refused(
+            "no_timestamps",
+            f"a raw {video.context.name} stream without timestamps and without a frame rate; "
+            "put it into a container: ffmpeg -r RATE -i FILE -c copy FILE.mkv",
+        )
+    return float(rate)
+
+
+def needed_conversions(
+    video: Video, frame: av.VideoFrame, hdr: str, interlaced: str
+) -> tuple[str, ...]:
+    """Names of the conversions that a frame needs.
+
+    Raises Refused for what is not possible, or where `hdr` or `interlaced` is "reject".
+    """
+    names = []
+    conversion = video.conversion_of(frame)
+    if conversion is not None:
+        if hdr == "reject":
+            raise Refused("hdr", hdr_detail(conversion))
+        names.append(conversion.name)
+    if video.check_interlaced(frame, interlaced):
+        names.append(DEINTERLACER)
+    return tuple(names)
 
 
 def first_picture(packet: av.Packet) -> av.VideoFrame | bool | None:
@@ -249,12 +322,7 @@ def timed_frames(video: Video, skip_to_s: float = 0.0) -> Iterator[tuple[float, 
             raise SeekFailed
         origin, now = float(first.pts * stream.time_base), 0.0
         yield now, first
-        try:
-            video.container.seek(first.pts + int(skip_to_s / stream.time_base), stream=stream)
-        except av.error.FFmpegError as error:
-            raise SeekFailed from error
-        if video.context.is_open:
-            video.context.flush_buffers()
+        video.seek(first.pts + int(skip_to_s / stream.time_base))
     landed = skip_to_s <= 0
     for frame in video.frames():
         if not landed:

@@ -48,6 +48,8 @@ class Request:
     first: int = 0  # scan: number of the first frame
     count: int = 0  # scan: frames at most
     keyframes: bool = False  # scan: key frames only
+    hdr: str = "convert"  # or "reject": what happens to HDR and wide-gamut video
+    interlaced: str = "convert"  # or "reject"
     group: int = 0  # requests of one group go on in a file where the one before ended
     max_pixels: int = 4096 * 2304
     timeout_s: float = 60.0
@@ -63,6 +65,7 @@ class VideoInfo:
     codec: str
     duration_s: float
     aspect: float = 0.0  # width / height as shown: turned, pixels square
+    conversions: tuple[str, ...] = ()  # that its first frame needs: "smpte2084/bt2020", "bwdif"
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,20 @@ class Failure:
     detail: str = ""
 
 
+class Refused(ValueError):
+    """A video that is understood and not wanted."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.failure = Failure(reason, detail)
+
+
 @dataclass(frozen=True)
 class Response:
     failure: Failure | None = None  # of the whole file
     info: VideoInfo | None = None
     spans: tuple[Failure | None, ...] = field(default=())  # decode; None: its frames lie in the shared memory
+    conversions: tuple[tuple[str, ...], ...] = ()  # decode: those that each span went through
     times: tuple[float, ...] = ()  # scan: when the frames in the shared memory are shown
     shape: tuple[int, ...] = ()  # of the frames in the shared memory
     ended: bool = False  # scan: these were the last
@@ -85,10 +97,16 @@ class Response:
 
     @classmethod
     def from_json(cls, plain: dict) -> Response:
+        info = plain["info"]
+        if info:
+            info = VideoInfo(**info | {"conversions": tuple(info["conversions"])})
         return cls(**plain | {
-            "failure": plain["failure"] and Failure(**plain["failure"]), "info": plain["info"] and VideoInfo(**plain["info"]),
+            "failure": plain["failure"] and Failure(**plain["failure"]),
+            "info": info,
             "spans": tuple(failure and Failure(**failure) for failure in plain["spans"]),
-            "times": tuple(plain["times"]), "shape": tuple(plain["shape"]),
+            "conversions": tuple(map(tuple, plain["conversions"])),
+            "times": tuple(plain["times"]),
+            "shape": tuple(plain["shape"]),
         })
 
 

@@ -16,27 +16,32 @@ import os
 import av
 import numpy as np
 
+from data_pipeline.decoder_deinterlace import Deinterlacer
 from data_pipeline.decoder_frames import (
     DECODER_ERRORS,
+    DEINTERLACER,
     LARGEST_CLOCK_ERROR_S,
     ByteRange,
-    Picture,
-    Refused,
     SeekFailed,
     failure_of,
+    frame_rate,
     judged_frames,
     marked_frames,
     open_video,
     probe,
     timed_frames,
 )
-from data_pipeline.decoder_protocol import Failure, Output, Request, Response, serve
+from data_pipeline.decoder_picture import Picture
+from data_pipeline.decoder_protocol import Failure, Output, Refused, Request, Response, serve
 
 SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"))
 SEEK_FROM_S = 30.0  # nearer places are decoded to
 PREROLL_S = 10.0  # decoded before the place itself: what an open group of pictures lacks is long past
 SCAN_SIDE = 256  # of the pictures of a scan, at most
-SAME_SESSION = ("group", "kind", "path", "offset", "size", "fps", "height", "width", "crop", "keyframes", "max_pixels")
+SAME_SESSION = (
+    "group", "kind", "path", "offset", "size", "fps", "height", "width", "crop", "keyframes",
+    "hdr", "interlaced", "max_pixels",
+)
 
 
 class Session:
@@ -46,6 +51,7 @@ class Session:
         self.raw = raw
         self.request = request
         self.failure: Failure | None = None  # of everything from here on
+        self.before: av.VideoFrame | None = None  # the one before the one that is shown
         self.shown: tuple[float, av.VideoFrame | None, bool] | None = None
         self.upcoming: tuple[float, av.VideoFrame | None, bool] | None = None
         self.number = 0  # frames taken so far
@@ -57,17 +63,26 @@ class Session:
 
     def _open(self, skip_to_s: float) -> None:
         request = self.request
-        self.shown = self.upcoming = None
+        self.before = self.shown = self.upcoming = None
         try:
             # only FFmpeg's own decoders can leave out all but key frames
             self.video = open_video(ByteRange(self.raw, request.offset, request.size), request.max_pixels, strict=not request.keyframes)
             if request.keyframes:
                 self.video.context.skip_frame = "NONKEY"
+            frame_rate(self.video)  # a stream without a clock is refused
             # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
             self.tolerance = min(float(self.video.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
             far = skip_to_s + PREROLL_S >= SEEK_FROM_S and self.video.container.format.name in SEEKABLE
             self.frames = judged_frames(marked_frames(self.video, timed_frames(self.video, skip_to_s if far else 0.0)))
-            self.picture = Picture(self.video, request.height, request.width, request.max_pixels, request.crop)
+            self.picture = Picture(
+                self.video,
+                request.height,
+                request.width,
+                request.max_pixels,
+                request.crop,
+                request.hdr,
+            )
+            self.deinterlacer = Deinterlacer(self.video.stream.time_base)
         except BaseException:
             self.close()
             raise
@@ -82,6 +97,7 @@ class Session:
 
     def advance(self) -> None:
         """Go on by one frame; errors and the end are remembered."""
+        self.before = self.shown[1] if self.shown else None
         self.shown = self.upcoming
         self.number += self.shown is not None
         try:
@@ -100,9 +116,13 @@ class Session:
             return request.first == self.number
         return self.shown is None or min(request.starts_s) + self.tolerance >= self.shown[0]
 
-    def decode(self, request: Request, out: np.ndarray) -> tuple[Failure | None, ...]:
-        """Fill `out` (uint8 [spans, num_frames, height, width, 3]); -> None or a Failure for each span."""
+    def decode(self, request: Request, out: np.ndarray) -> Response:
+        """Fill `out`, uint8 [spans, num_frames, height, width, 3].
+
+        Returns for each span None or a Failure, and the conversions of its frames.
+        """
         failures: list[Failure | None] = [None] * len(request.starts_s)
+        conversions: list[set[str]] = [set() for _ in request.starts_s]
         targets = sorted((start + k / request.fps, span, k)
                          for span, start in enumerate(request.starts_s) for k in range(request.num_frames))
         pixels: np.ndarray | None = None
@@ -114,16 +134,41 @@ class Session:
                 failures[span] = failures[span] or Failure("too_short", f"ends after {self.upcoming[0]:.3f} s")
             elif self.failure is not None or self.shown is None:
                 failures[span] = failures[span] or self.failure or Failure("too_short")
-            elif self.shown[2]:
+            elif self._is_suspect():
                 failures[span] = failures[span] or Failure("corrupt_frame", f"frame {self.number - 1} at {self.shown[0]:.3f} s")
             elif failures[span] is None:
                 try:
-                    pixels = self.picture(self.shown[1]) if pixels is None else pixels
+                    pixels = self._shown_picture() if pixels is None else pixels
                 except DECODER_ERRORS as error:
                     self.failure = failures[span] = failure_of(error)
                 else:
                     out[span, place] = pixels
-        return tuple(failures)
+                    conversions[span].update(self._conversions())
+        return Response(
+            spans=tuple(failures),
+            conversions=tuple(tuple(sorted(names)) for names in conversions),
+            shape=out.shape,
+        )
+
+    def _is_suspect(self) -> bool:
+        """Whether damage is in the shown frame, or would be when it is deinterlaced."""
+        return self.shown[2] or (self.video.is_interlaced(self.shown[1]) and self.upcoming[2])
+
+    def _shown_picture(self) -> np.ndarray:
+        """uint8 [height, width, 3]. Raises Refused, or one of DECODER_ERRORS."""
+        frame = self.shown[1]
+        if self.video.check_interlaced(frame, self.request.interlaced):
+            frame = self.deinterlacer(self.before, frame, self.upcoming[1])
+        return self.picture(frame)
+
+    def _conversions(self) -> list[str]:
+        """What was done to the shown frame."""
+        names = []
+        if self.picture.conversion is not None:
+            names.append(self.picture.conversion.name)
+        if self.video.is_interlaced(self.shown[1]):
+            names.append(DEINTERLACER)
+        return names
 
     def scan(self, request: Request, output: Output) -> Response:
         """The next small pictures. Damaged frames show what the decoder made of them."""
@@ -164,7 +209,9 @@ class Server:
         try:
             if request.kind == "probe":
                 with self._open(request) as raw:
-                    return Response(info=probe(ByteRange(raw, request.offset, request.size), request.max_pixels))
+                    file = ByteRange(raw, request.offset, request.size)
+                    info = probe(file, request.max_pixels, request.hdr, request.interlaced)
+                    return Response(info=info)
             if request.kind == "clip":
                 with self._open(request) as raw:
                     return Response(shape=whole_clip(ByteRange(raw, request.offset, request.size), request.max_pixels, output))
@@ -174,7 +221,7 @@ class Server:
             if request.kind == "scan":
                 return self.session.scan(request, output)
             out = output.array((len(request.starts_s), request.num_frames, request.height, request.width, 3))
-            return Response(spans=self.session.decode(request, out), shape=out.shape)
+            return self.session.decode(request, out)
         except FileNotFoundError:
             return Response(failure=Failure("missing_file", request.path))
         except PermissionError:

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from configs.documents import read_yaml
 from configs.files import fsync_dir, temporary_name
 from data_pipeline.filters import Filters
 from data_pipeline.ingest_config import ShardsConfig
-from data_pipeline.plan import PLAN, Plan, load, make, path_of
-from data_pipeline.plan_rows import chunks, rows_path
+from data_pipeline.plan import PLAN, Plan, make
+from data_pipeline.plan_rows import chunks, read_ignored_members, read_state, rows_path
 from data_pipeline.plan_unit import STAGE
 from data_pipeline.quarantine import REJECTED
 from data_pipeline.schema import MANIFEST, RAW, Manifest, fingerprint
@@ -39,13 +39,14 @@ from data_pipeline.shard_maker import (
     Maker,
     Progress,
     Share,
+    TooManyRejects,
     borrowed,
     check_bad,
     count_bad,
-    counted,
     decoders,
     foreign,
     sidecar_of,
+    tally_rejects,
 )
 from data_pipeline.shards import (
     ShardError,
@@ -55,6 +56,7 @@ from data_pipeline.shards import (
     sidecar_path,
     write_manifest,
 )
+from data_pipeline.source_entries import Tally
 from data_pipeline.sources import list_source
 from data_pipeline.units import ColumnFolder
 
@@ -83,15 +85,27 @@ def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress 
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"task {task[0]}/{task[1]}: the number must lie between 0 and {task[1] - 1}")
     listing, filters = list_source(config), Filters(config.filters)
-    path = path_of(config, data, listing)
+    state = read_state(config, listing)
+    path = data / PLAN / f"{state.mark}.json"
     with _explained(data):
         _claim(config, data / RAW)
         _remove_leftovers(data)
         with decoders(config) as idle, ThreadPoolExecutor(config.job.workers) as pool:
             plan = make(config, path, listing, task, pool, lambda: borrowed(idle), progress)
-            check_bad(config, sum(line.bad for line in plan.lines), sum(line.spans + line.aside for line in plan.lines))
+            _check_planned(config, plan)
             maker = Maker(config, data, plan, filters, idle, pool)
-            return maker.make(plan.share(task), progress)
+            share = maker.make(plan.share(task), progress)
+            return replace(share, ignored=state.ignored + read_ignored_members(path))
+
+
+def _check_planned(config: ShardsConfig, plan: Plan) -> None:
+    """Raise TooManyRejects where the plan rejects more clips than the config allows."""
+    bad, seen = sum(line.bad for line in plan.lines), sum(line.spans + line.aside for line in plan.lines)
+    try:
+        check_bad(config, bad, seen)
+    except TooManyRejects:
+        rejects = (aside.reject for line in plan.lines for aside in plan.unit(line).aside)
+        check_bad(config, bad, seen, tally_rejects(rejects))
 
 
 @dataclass(frozen=True)
@@ -105,16 +119,19 @@ class Status:
     clips: int = 0  # in all shards, but for those that turn out damaged or unwanted when they are made
     in_finished: int = 0  # of them
     set_aside: int = 0  # by the plan
+    ignored: Tally = field(default_factory=Tally)  # files of the source that no clip uses
 
 
 def status(config: ShardsConfig, data: Path) -> Status | None:
     """None before anything was done for this source and config."""
-    path = path_of(config, data, list_source(config))
+    state = read_state(config, list_source(config))
+    path = data / PLAN / f"{state.mark}.json"
     rows = rows_path(path)
     if not rows.exists():
         return None
     pieces = [(piece.videos, rows.with_name(piece.looks).exists()) for piece, _ in chunks(config, rows)]
-    looked = Status(sum(videos for videos, _ in pieces), sum(videos for videos, there in pieces if there))
+    ignored = state.ignored + read_ignored_members(path)
+    looked = Status(sum(videos for videos, _ in pieces), sum(videos for videos, there in pieces if there), ignored=ignored)
     if not path.exists():
         return looked
     lines = Plan(path).lines
@@ -125,10 +142,12 @@ def status(config: ShardsConfig, data: Path) -> Status | None:
 
 def finalize(config: ShardsConfig, data: Path) -> Manifest:
     """Write the manifest of finished shards. Raises ShardError that lists those that are missing or not of this plan."""
-    plan = load(config, data, list_source(config))
-    if plan is None:
-        raise ShardError(f"nothing is planned in {data} for this source and config; run `landiff shards` first")
-    raw = data / RAW
+    state = read_state(config, list_source(config))
+    path = data / PLAN / f"{state.mark}.json"
+    if not path.exists():
+        raise ShardError(f"nothing is planned in {data} for this source and config; run `landiff shards` first{other_shards(config, data)}")
+    plan, raw = Plan(path), data / RAW
+    ignored = state.ignored + read_ignored_members(path)
     shards, rejects, missing = [], [], []
     for line in plan.lines:
         sidecar = sidecar_of(raw, line)  # one at a time: their indices hold every sample
@@ -145,9 +164,11 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
         raise ShardError(f"{raw} lacks {len(missing)} of {len(planned)} shards: {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. "
                          "Run the tasks of `landiff shards` that make them, then finalize again")
     if not sum(shard.samples for shard in shards):
+        unused = f"; ignored: {ignored}" if ignored.counts else ""
         hint = f"; {CAPTIONS}" if all(reject.reason == "empty_caption" for reject in rejects) else ""
-        raise ShardError(f"no clip of {config.source!r} could be used: {counted(rejects)}{hint}")
-    check_bad(config, count_bad(rejects), len(rejects) + sum(shard.samples for shard in shards), rejects, last=True)
+        raise ShardError(f"no clip of {config.source!r} could be used: {tally_rejects(rejects)}{hint}{unused}")
+    seen = len(rejects) + sum(shard.samples for shard in shards)
+    check_bad(config, count_bad(rejects), seen, tally_rejects(rejects), last=True)
     mark = fingerprint(config.identity(), [shard.sha256 for shard in shards])
     columns: dict[str, Any] = {}
     if (data / MANIFEST).exists():
@@ -156,7 +177,8 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
             columns = old.columns
             rejects += [reject for reject in old.rejects if reject.stage != STAGE]
     manifest = Manifest(fingerprint=mark, config=config.recorded(), shards=shards, columns=columns, rejects=rejects,
-                        reject_counts=count_rejects(rejects))
+                        reject_counts=count_rejects(rejects), ignored_counts=dict(sorted(ignored.counts.items())),
+                        ignored_examples=dict(sorted(ignored.examples.items())))
     with _explained(data):
         write_manifest(data, manifest)
         _remove_leftovers(data)
@@ -164,6 +186,21 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
 
 
 # ----------------------------------------------------------------------------------------------- the folder
+
+
+def other_shards(config: ShardsConfig, data: Path) -> str:
+    """What a folder holds of another config or source, as the end of a message; "" where it holds nothing."""
+    raw = data / RAW
+    finished = sum(sidecar_path(tar).exists() for tar in raw.glob("[0-9]*.tar"))
+    path = raw / CONFIG_FILE
+    if not path.exists():
+        return ""
+    old, new = read_yaml(path), json.loads(json.dumps(config.recorded()))
+    differing = [f"{key} = {new.get(key)!r} (there: {old[key]!r})" for key in old if new.get(key) != old[key]]
+    why = "from other videos or captions than the source holds now, or by an earlier version"
+    if differing:
+        why = f"with another config: {'; '.join(differing)}"
+    return f". It holds {finished} finished shards that were made {why}"
 
 
 def _claim(config: ShardsConfig, raw: Path) -> None:

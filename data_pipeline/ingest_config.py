@@ -29,12 +29,18 @@ class DecoderJobConfig(Config):
 
 
 class ColumnsConfig(Config):
-    """Names of the columns of a CSV or the keys of a JSONL."""
+    """Names of the columns of a CSV or the keys of a JSONL. `caption` is also the key in JSON caption files."""
 
     file: str = "file"
     caption: str = "caption"
     start_s: str = "start_s"  # optional in the file
     end_s: str = "end_s"  # optional in the file
+    timestamp: str = "timestamp"  # optional in the file: a list of [start, end], one for each caption of a list
+
+    def recorded(self) -> dict[str, str]:
+        """The names, those of columns that came later only where they are set, so that older data stays what it is."""
+        is_set = self.timestamp != type(self).model_fields["timestamp"].default
+        return self.model_dump(exclude=set() if is_set else {"timestamp"})
 
 
 class EncodingConfig(Config):
@@ -83,6 +89,13 @@ class FiltersConfig(Config):
     letterbox: bool = False  # find black bars and crop them away
 
 
+class VideoConfig(Config):
+    """What happens to videos that are not progressive SDR."""
+
+    hdr: Literal["convert", "reject"] = "convert"  # PQ, HLG, BT.2020 and P3: convert to SDR BT.709
+    interlaced: Literal["convert", "reject"] = "convert"  # convert: deinterlace with bwdif
+
+
 class QuarantineConfig(Config):
     """Bytes of rejected clips that are kept in `<data>/rejected`, to be looked at."""
 
@@ -93,10 +106,10 @@ class QuarantineConfig(Config):
 class ShardsConfig(Config):
     """Which videos become which clips.
 
-    `source` is "packaged" (the clips that come with the project), a folder (its captions.jsonl or
-    captions.csv, else every video with a caption in the .txt beside it), a .csv or .jsonl with captions and
-    spans, or WebDataset tars of clips (a .tar, a folder of them, or names with {000000..000123}). In JSON a
-    caption may be a list of captions; all of them stay with the clip.
+    `source` is "packaged" (the clips that come with the project), a folder (its captions.jsonl, captions.csv
+    or captions.tsv, else every video with a caption in the .txt beside it), a .csv, .tsv or .jsonl with
+    captions and spans, or WebDataset tars of clips (a .tar, a folder of them, or names with
+    {000000..000123}). A caption may be a list of captions; all of them stay with the clip.
 
     All clips have num_frames, height and width; or each has the nearest of `buckets` that it fits.
     """
@@ -111,6 +124,7 @@ class ShardsConfig(Config):
     samples_per_shard: PositiveInt = 256
     max_pixels: PositiveInt = 4096 * 2304  # of a frame of the source; larger ones are set aside
     max_caption: PositiveInt = 20_000  # characters; clips with longer ones are set aside
+    video: VideoConfig = VideoConfig()
     shots: ShotsConfig | None = None  # null: videos are single shots
     filters: FiltersConfig = FiltersConfig()
     max_bad_fraction: Fraction = 0.2  # of all clips; more damaged ones stop the job
@@ -152,11 +166,19 @@ class ShardsConfig(Config):
     def resting(self) -> dict[str, Any]:
         """The later keys, with the values at which they change nothing."""
         fields = type(self).model_fields
-        return {"buckets": [], "shots": None, "filters": FiltersConfig().model_dump(mode="json"), "max_caption": fields["max_caption"].default}
+        return {
+            "buckets": [],
+            "video": VideoConfig().model_dump(mode="json"),
+            "shots": None,
+            "filters": FiltersConfig().model_dump(mode="json"),
+            "max_caption": fields["max_caption"].default,
+        }
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all but how the work was done."""
-        return self.model_dump(mode="json", exclude=NO_CONTENT)
+        """What the manifest keeps: all but how the work was done, and later keys only where they are set."""
+        plain = self.model_dump(mode="json", exclude=NO_CONTENT)
+        plain["columns"] = self.columns.recorded()
+        return plain
 
 
 NO_CONTENT = {"job", "quarantine", "max_bad_fraction"}

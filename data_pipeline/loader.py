@@ -20,10 +20,12 @@ import numpy as np
 from torch import Tensor
 
 from configs.base import ConfigError
-from data_pipeline.columns import AlignedColumns, require_encoder
+from data_pipeline.column_checks import check_blend, require_encoder
+from data_pipeline.columns import AlignedColumns
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.fetch_ahead import FetchAhead
 from data_pipeline.order import BatchOrder, Source
+from data_pipeline.position import check_position
 from data_pipeline.remote import ROOM, open_remote
 from data_pipeline.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
 from data_pipeline.shards import ShardError, read_manifest
@@ -66,19 +68,12 @@ class Loader:
     def __init__(self, config: DataConfig, columns: Sequence[str], *, dp_rank: int, dp_size: int) -> None:
         """Raises ConfigError where the ranks don't divide the global batch, ShardError where the data don't fit."""
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        unit = dp_size * config.micro_batch_size
-        if config.global_batch_size % unit:
-            below = config.global_batch_size // unit * unit
-            raise ConfigError(
-                f"data.global_batch_size = {config.global_batch_size} is not a multiple of data-parallel ranks * "
-                f"data.micro_batch_size = {dp_size} * {config.micro_batch_size}; nearest that is: "
-                f"{f'{below} or ' if below else ''}{below + unit}"
-            )
+        config.micro_batches(dp_size)
         self.config = config
         self._sets = [_open(source, config, columns) for source in config.sources]
         self.manifest = self._sets[0].manifest
         if not config.adopt:
-            _refuse_mixed(self._sets, columns)
+            check_blend([one.manifest for one in self._sets], columns)
         sources = [Source(one.counts, [s.bucket for s in one.manifest.shards], source.weight)
                    for one, source in zip(self._sets, config.sources, strict=True)]
         self._order = BatchOrder(sources, seed=config.seed, window=config.shuffle_window, batch_size=config.global_batch_size)
@@ -127,9 +122,7 @@ class Loader:
 
         Raises ConfigError where the state is of another data set, seed or batch size.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ConfigError(f"the checkpoint's data order has {name} = {state.get(name)!r}, this run has {value!r}; {_WAY_OUT[name]}")
+        check_position(state, self._identity())
         step, rest = divmod(state["consumed_samples"], self.config.global_batch_size)
         if rest:
             raise ConfigError(f"consumed_samples = {state['consumed_samples']} is not a multiple of data.global_batch_size = "
@@ -210,24 +203,3 @@ def _open(source: SourceConfig, config: DataConfig, columns: Sequence[str]) -> A
         largest = [sorted((s.bytes for s in manifest.columns[name].shards), reverse=True)[: config.shuffle_window] for name in columns]
         remote.check_room(sum(map(sum, largest)))
     return opened
-
-
-def _refuse_mixed(sets: Sequence[AlignedColumns], columns: Sequence[str]) -> None:
-    """Raise ShardError where data sets of a blend have columns of other encoders."""
-    for number, one in enumerate(sets[1:]):
-        for name in columns:
-            first, other = sets[0].manifest.columns[name], one.manifest.columns[name]
-            if first.fingerprint != other.fingerprint:
-                raise ShardError(f"data.blend.{number}: its column {name!r} was made by {other.encoder} (fingerprint {other.fingerprint}), that of "
-                                 f"the first data set by {first.encoder} (fingerprint {first.fingerprint}); run `landiff precompute` with "
-                                 "one of them on both, or set data.adopt=true to mix them")
-
-
-_WAY_OUT = {
-    "data": "point data.manifest at the data set the run began with, or start a new run",
-    "num_samples": "the columns it reads set other clips aside now; restore them or start a new run",
-    "exclusions": "the columns it reads set other clips aside now; restore them or start a new run",
-    "seed": "set data.seed back, or start a new run",
-    "shuffle_window": "set data.shuffle_window back, or start a new run",
-    "global_batch_size": "set data.global_batch_size back (ranks and micro-batches may change), or start a new run",
-}

@@ -82,12 +82,6 @@ def path_of(config: ShardsConfig, data: Path, listing: Listing) -> Path:
     return plan_path(config, data, PLAN, listing)
 
 
-def load(config: ShardsConfig, data: Path, listing: Listing) -> Plan | None:
-    """The plan, where one was made."""
-    path = path_of(config, data, listing)
-    return Plan(path) if path.exists() else None
-
-
 def write(config: ShardsConfig, path: Path, units: Iterable[Unit]) -> None:
     """Commit a plan."""
     lines: list[Line] = []

@@ -22,7 +22,7 @@ from data_pipeline.plan_rows import Row
 from data_pipeline.plan_unit import STAGE, SetAside, Span, Unit
 from data_pipeline.schema import Reject
 from data_pipeline.shots import Look
-from data_pipeline.sources import SourceClip
+from data_pipeline.source_entries import SourceClip
 
 BYTES_PER_FILE = 32 << 20  # of rows whose keys are in memory together
 MOST_FILES = 256
@@ -48,11 +48,16 @@ def lay(config: ShardsConfig, rows: Path) -> Iterator[Unit]:
                 layout.reject(row, "too_short", _too_short(config, row.clip, look))
             for start, shape in spans:
                 if upcoming and upcoming[0] == number:
-                    layout.reject(row, "duplicate", f"span at {start:g} s is that of {upcoming[1]}")
+                    unused = f"; the caption of line {row.clip.line} is not used" if row.clip.line else ""
+                    layout.reject(row, "duplicate", f"span at {start:g} s is that of {upcoming[1]}{unused}")
                     upcoming = next(repeated, None)
                 else:
                     clip, key = row.clip, span_key(config, look.sha256, start, shape)
-                    layout.add(Span(key, clip.name, clip.video, clip.caption, look.sha256, start, look.crop, row.offset, clip.more_captions), shape)
+                    span = Span(
+                        key, clip.name, clip.video, clip.caption, look.sha256, start, look.crop,
+                        row.offset, clip.more_captions, look.conversions,
+                    )
+                    layout.add(span, shape)
                 number += 1
             yield from layout.complete()
     yield from layout.rest()

@@ -17,13 +17,16 @@ import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from configs.documents import parse_line
 from configs.files import write_text
+from data_pipeline.content_kinds import describe_file
 from data_pipeline.ingest_config import ShardsConfig
 from data_pipeline.plan_rows import Row, chunks, damage_of, read_rows, videos_of
 from data_pipeline.shots import Look, Looker
+from data_pipeline.source_entries import hint_for_missing
 from data_pipeline.video import Failure, SafeDecoder, VideoFile
 
 Progress = Callable[[int, int, str], None]  # (done, of all, what is being done)
@@ -68,10 +71,16 @@ def inspect(looker: Looker, video: VideoFile, borrow: Borrow) -> Look:
         sha256 = sha256_of(video)
     except ValueError as error:  # a name with a null byte
         return Look(failure=Failure("unreadable_file", str(error)))
+    except FileNotFoundError as error:
+        return Look(failure=Failure("unreadable_file", f"{error.strerror}{hint_for_missing(video.path)}"))
     except OSError as error:
         return Look(failure=Failure("unreadable_file", error.strerror or str(error)))
     with borrow() as decoder:
-        return looker.look(decoder, video, sha256)
+        found = looker.look(decoder, video, sha256)
+    kind = describe_file(video.path, video.offset, video.size) if found.failure else None
+    if kind:
+        found = replace(found, failure=replace(found.failure, detail=f"it is {kind}; {found.failure.detail}"))
+    return found
 
 
 def sha256_of(video: VideoFile) -> str:

@@ -12,7 +12,11 @@ from data_pipeline.video import VideoFile
 
 STAGE = "shards"
 # What says nothing about the state of the clip
-HARMLESS = frozenset(("empty_caption", "long_caption", "duplicate", "too_short", "too_large"))
+HARMLESS = frozenset((
+    "empty_caption", "long_caption", "duplicate", "too_short", "too_large",
+    "hdr", "interlaced", "field_coded", "no_timestamps", "dolby_vision",
+    "unsupported_transfer", "unsupported_primaries", "unsupported_matrix",
+))
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Span:
     crop: tuple[float, float, float, float]
     row: int  # where its row begins in the file of rows
     more_captions: tuple[str, ...] = ()
+    conversions: tuple[str, ...] = ()  # what the video needs to be progressive SDR
+
+    def as_json(self) -> tuple[Any, ...]:
+        """Without what the row says."""
+        return (self.key, self.source_sha256, self.start_s, self.crop, self.row, self.conversions)
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,22 @@ class Unit:
 
     def fingerprint(self, config: ShardsConfig) -> str:
         """Of everything the shard is made from."""
-        return fingerprint(config.identity(), [(s.key, s.caption, *s.more_captions) for s in self.spans],
-                           [(a.reject.key, a.reject.reason) for a in self.aside])
+        parts: list[Any] = [
+            config.identity(),
+            [(span.key, span.caption, *span.more_captions) for span in self.spans],
+            [(entry.reject.key, entry.reject.reason) for entry in self.aside],
+        ]
+        # Without conversions the fingerprint is that of versions that knew none.
+        converted = [(span.key, span.conversions) for span in self.spans if span.conversions]
+        if converted:
+            parts.append(converted)
+        return fingerprint(*parts)
 
     def as_json(self) -> dict[str, Any]:
         """Without what the rows say."""
         return {
             "name": self.name, "shape": self.shape.model_dump(), "bucket": self.bucket,
-            "spans": [(s.key, s.source_sha256, s.start_s, s.crop, s.row) for s in self.spans],
+            "spans": [span.as_json() for span in self.spans],
             "aside": [(a.reject.reason, a.reject.detail, a.row) for a in self.aside],
         }
 
@@ -70,9 +87,13 @@ class Unit:
     def from_json(cls, plain: dict[str, Any], rows: BinaryIO) -> Unit:
         """`rows`: the open file of rows."""
         unit = cls(plain["name"], Bucket(**plain["shape"]), plain["bucket"])
-        for key, sha256, start, crop, offset in plain["spans"]:
+        for key, sha256, start, crop, offset, conversions in plain["spans"]:
             clip = _row(rows, offset).clip
-            unit.spans.append(Span(key, clip.name, clip.video, clip.caption, sha256, start, tuple(crop), offset, clip.more_captions))
+            span = Span(
+                key, clip.name, clip.video, clip.caption, sha256, start, tuple(crop), offset,
+                clip.more_captions, tuple(conversions),
+            )
+            unit.spans.append(span)
         for reason, detail, offset in plain["aside"]:
             clip = _row(rows, offset).clip
             unit.aside.append(SetAside(Reject(key=clip.name, stage=STAGE, reason=reason, detail=detail), clip.video, offset))

@@ -12,6 +12,7 @@ What a column holds follows from its name up to the first dash: features, tokens
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,6 +96,15 @@ class PrecomputeConfig(Config):
     def _kind_from_name(cls, columns: Any) -> Any:
         if not isinstance(columns, dict):
             return columns
+        for name in map(str, columns):
+            if column_stem(name) not in KINDS:
+                near = difflib.get_close_matches(column_stem(name), KINDS, n=1, cutoff=0.5)
+                meant = f"did you mean {name.replace(column_stem(name), near[0], 1)!r}? " if near else ""
+                raise ValueError(
+                    f"columns.{name}: the name of a column begins with what it holds, "
+                    f"{', '.join(KINDS)}, and a dash "
+                    f"where more follows; {meant}e.g. text-minilm, latents-vae"
+                )
         return {name: {"kind": column_stem(str(name)), **column} if isinstance(column, dict) else column
                 for name, column in columns.items()}
 

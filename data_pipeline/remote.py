@@ -18,8 +18,8 @@ from typing import TypeVar
 from configs.files import atomic_file
 from data_pipeline.config import SourceConfig
 from data_pipeline.locks import locked
-from data_pipeline.schema import MANIFEST, RAW, ShardEntry, Sidecar
-from data_pipeline.shards import ShardError, read_sidecar
+from data_pipeline.schema import MANIFEST, RAW, Manifest, ShardEntry, Sidecar
+from data_pipeline.shards import ShardError, parse_manifest, read_manifest, read_sidecar
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,13 @@ class Remote:
         except (ImportError, ValueError) as error:
             raise ShardError(f"data.remote = {url}: {error}") from error
 
+    def read_manifest(self) -> bytes:
+        """The manifest at the URL, without writing to the cache. Raises ShardError."""
+        return self._again(MANIFEST, lambda path: self._files.cat_file(path))
+
     def fetch_manifest(self) -> None:
         """The manifest as it is now."""
-        data = self._again(MANIFEST, lambda path: self._files.cat_file(path))
+        data = self.read_manifest()
         with atomic_file(self.cache / MANIFEST) as file:
             file.write(data)
 
@@ -159,7 +163,22 @@ def open_remote(source: SourceConfig) -> Remote | None:
     """The remote of a `SourceConfig`, its manifest fetched; None for a local data set."""
     if not source.remote:
         return None
-    folder = source.manifest.parent if source.manifest.suffix == ".json" else source.manifest
-    remote = Remote(source.remote, folder, int(source.cache_gigabytes * 1e9))
+    remote = _remote_of(source)
     remote.fetch_manifest()
     return remote
+
+
+def _remote_of(source: SourceConfig) -> Remote:
+    return Remote(source.remote, data_folder(source), int(source.cache_gigabytes * 1e9))
+
+
+def data_folder(source: SourceConfig) -> Path:
+    """The folder of a data set, or that of its cache."""
+    return source.manifest.parent if source.manifest.suffix == ".json" else source.manifest
+
+
+def find_manifest(source: SourceConfig) -> Manifest:
+    """The manifest of a data set, local or remote; nothing is written. Raises ShardError."""
+    if not source.remote:
+        return read_manifest(source.manifest)
+    return parse_manifest(_remote_of(source).read_manifest(), source.remote)

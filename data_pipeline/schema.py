@@ -63,6 +63,8 @@ class RawSample(Config):
     motion_p95: float = 0.0  # the score's parts, in the same unit
     motion_residual: float = 0.0
     motion_camera: tuple[float, float] = (0.0, 0.0)
+    # of the source, absent where there were none: "smpte2084/bt2020" (its colours), "bwdif"
+    conversions: tuple[str, ...] = ()
     cuts: NonNegativeInt = 0  # frame pairs that were left out of the score
     video_sha256: str  # of the clip's bytes in this tar
 
@@ -122,6 +124,8 @@ class Manifest(Config):
     columns: dict[str, Column] = Field(default_factory=dict)
     rejects: list[Reject] = Field(default_factory=list)
     reject_counts: dict[str, int] = Field(default_factory=dict)  # "stage/reason" -> clips
+    ignored_counts: dict[str, int] = Field(default_factory=dict)  # kind -> files of the source that no clip uses
+    ignored_examples: dict[str, list[str]] = Field(default_factory=dict)  # kind -> names of the first few
 
     @property
     def num_samples(self) -> int:

@@ -8,15 +8,13 @@ from __future__ import annotations
 import hashlib
 import queue
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
-
-import numpy as np
 
 from data_pipeline.filters import FILTERED, Filters
 from data_pipeline.ingest_config import ShardsConfig
@@ -25,12 +23,15 @@ from data_pipeline.plan import Line, Plan
 from data_pipeline.plan_unit import HARMLESS, STAGE, Span, Unit
 from data_pipeline.quarantine import Quarantine
 from data_pipeline.schema import RAW, RawSample, Reject, Sidecar
-from data_pipeline.shards import ShardError, ShardWriter, count_rejects, read_sidecar, sidecar_path
-from data_pipeline.video import Failure, SafeDecoder, Wanted, encode_clip
+from data_pipeline.shards import ShardError, ShardWriter, read_sidecar, sidecar_path
+from data_pipeline.source_entries import Tally, printable
+from data_pipeline.text_files import TEXT_REASONS
+from data_pipeline.video import DecodedSpan, Failure, SafeDecoder, Wanted, encode_clip
 
 BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
 FEW = 20  # clips: of fewer, one bad one says nothing about the rest
 REASONS_ON_SCREEN = 4
+MAX_EXAMPLE = 200  # characters of a rejected clip's name and detail in a message
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips in all, what is being done)
 
@@ -47,6 +48,8 @@ class Share:
     there: int  # shards that were there before
     planned: int  # shards of all tasks
     set_aside: dict[str, int]  # reason -> clips, of the shards of this task
+    rejected: Tally = field(default_factory=Tally)  # the same, with the first of each reason
+    ignored: Tally = field(default_factory=Tally)  # files of the source that no clip uses
 
 
 @dataclass(frozen=True)
@@ -62,46 +65,50 @@ class Maker:
 
     def make(self, lines: list[Line], progress: Progress | None) -> Share:
         """Make those of `lines` that aren't there. Raises ShardError, TooManyRejects, OSError."""
-        todo, reasons, bad = [], Counter(), 0
+        todo, rejected, bad = [], Tally(), 0
         for line in lines:
             sidecar = sidecar_of(self.data / RAW, line)
             if sidecar is None:
                 todo.append(line)
                 bad += line.bad
             else:
-                reasons.update(reject.reason for reject in sidecar.rejects)
+                for reject in sidecar.rejects:
+                    rejected.add(*_named(reject))
                 bad += count_bad(sidecar.rejects)
         total, seen = sum(line.spans for line in lines), sum(line.spans + line.aside for line in lines)
         done = total - sum(line.spans for line in todo)
-        clips: queue.SimpleQueue[str] = queue.SimpleQueue()  # of each that is done why it was set aside, or ""
+        clips: queue.SimpleQueue[Reject | None] = queue.SimpleQueue()  # of each that is done why it was rejected
         waiting, running, stop = iter(todo), set(), Event()
         try:
             if progress and total:
-                progress(done, total, _note(reasons))
+                progress(done, total, _note(rejected.counts))
             while running := running | {self._submit(line, clips, stop) for line in islice(waiting, 2 * self.config.job.workers - len(running))}:
                 finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    reasons.update(future.result())
+                    for reject in future.result():
+                        rejected.add(*_named(reject))
                 before = done
                 while not clips.empty():
                     done += 1
-                    if reason := clips.get():
-                        reasons[reason] += 1
-                        bad += reason not in FILTERED | HARMLESS
-                check_bad(self.config, bad, seen)
+                    reject = clips.get()
+                    if reject is not None:
+                        rejected.add(*_named(reject))
+                        bad += count_bad([reject])
+                check_bad(self.config, bad, seen, rejected)
                 if progress and done > before:
-                    progress(done, total, _note(reasons))
+                    progress(done, total, _note(rejected.counts))
         finally:
             stop.set()
             for future in running:
                 future.cancel()
-        return Share(made=len(todo), there=len(lines) - len(todo), planned=len(self.plan.lines), set_aside=dict(sorted(reasons.items())))
+        return Share(made=len(todo), there=len(lines) - len(todo), planned=len(self.plan.lines),
+                     set_aside=dict(sorted(rejected.counts.items())), rejected=rejected)
 
     def _submit(self, line: Line, clips: queue.SimpleQueue, stop: Event) -> Future:
         return self.pool.submit(self._make_shard, line, clips, stop)
 
-    def _make_shard(self, line: Line, clips: queue.SimpleQueue, stop: Event) -> list[str]:
-        """-> why the plan set clips aside."""
+    def _make_shard(self, line: Line, clips: queue.SimpleQueue, stop: Event) -> list[Reject]:
+        """-> what the plan rejected."""
         unit, raw = self.plan.unit(line), self.data / RAW
         # the quarantine is left, and written, before the shard is committed
         with ShardWriter(raw, unit.name, fingerprint=line.fingerprint, bucket=unit.bucket) as writer, \
@@ -109,22 +116,33 @@ class Maker:
                 borrowed(self.decoders) as decoder:
             for aside in unit.aside:
                 writer.rejects.append(aside.reject)
-                if aside.is_bad:
+                if aside.is_bad and aside.reject.reason not in TEXT_REASONS:
                     quarantine.keep_source(aside.reject, aside.video)
-            for span, frames in _frames(self.config, unit, decoder):
+            for span, decoded in _decoded(self.config, unit, decoder):
                 if stop.is_set():
                     raise InterruptedError(f"shard {unit.name} was left unfinished, because another one failed")
-                failure = frames if isinstance(frames, Failure) else self._add(writer, quarantine, unit, span, frames)
+                if isinstance(decoded, Failure):
+                    failure = decoded
+                else:
+                    failure = self._add(writer, quarantine, unit, span, decoded)
                 if failure:
                     writer.reject(span.key, STAGE, failure.reason, f"{span.source} at {span.start_s:g} s: {failure.detail}")
-                    if failure is frames:
+                    if failure is decoded:
                         quarantine.keep_source(writer.rejects[-1], span.video)
-                clips.put(failure.reason if failure else "")
-                del frames  # the next ones take their memory
-        return [aside.reject.reason for aside in unit.aside]
+                clips.put(writer.rejects[-1] if failure else None)
+                del decoded  # the next ones take their memory
+        return [aside.reject for aside in unit.aside]
 
-    def _add(self, writer: ShardWriter, quarantine: Quarantine, unit: Unit, span: Span, frames: np.ndarray) -> Failure | None:
+    def _add(
+        self,
+        writer: ShardWriter,
+        quarantine: Quarantine,
+        unit: Unit,
+        span: Span,
+        decoded: DecodedSpan,
+    ) -> Failure | None:
         """Write one sample, unless a filter refuses it."""
+        frames = decoded.frames
         moving = motion(frames, self.config.fps)
         failure = self.filters.refuse(frames, moving)
         if failure and not self.config.quarantine.filtered:
@@ -133,11 +151,14 @@ class Maker:
         if failure:
             quarantine.keep(span.key, failure.reason, "mp4", clip, f"{span.source} at {span.start_s:g} s: {failure.detail}")
         else:
-            writer.add(span.key, {"mp4": clip, "json": _meta(self.config, unit, span, moving, clip)})
+            meta = _meta(self.config, unit, span, moving, clip, decoded.conversions)
+            writer.add(span.key, {"mp4": clip, "json": meta})
         return failure
 
 
-def _frames(config: ShardsConfig, unit: Unit, decoder: SafeDecoder) -> Iterator[tuple[Span, np.ndarray | Failure]]:
+def _decoded(
+    config: ShardsConfig, unit: Unit, decoder: SafeDecoder
+) -> Iterator[tuple[Span, DecodedSpan | Failure]]:
     """Every span with its frames, in order; neighbours of one video are decoded in one go."""
     shape = unit.shape
     at_once = max(1, BYTES_PER_REQUEST // (shape.num_frames * shape.height * shape.width * 3))
@@ -146,18 +167,28 @@ def _frames(config: ShardsConfig, unit: Unit, decoder: SafeDecoder) -> Iterator[
         wanted = Wanted(shape.num_frames, config.fps, shape.height, shape.width, crop)
         for index in range(0, len(same), at_once):
             part = same[index : index + at_once]
-            yield from zip(part, decoder.decode(video, [span.start_s for span in part], wanted), strict=True)
+            decoded = decoder.decode_spans(video, [span.start_s for span in part], wanted)
+            yield from zip(part, decoded, strict=True)
 
 
-def _meta(config: ShardsConfig, unit: Unit, span: Span, moving: Motion, clip: bytes) -> bytes:
+def _meta(
+    config: ShardsConfig,
+    unit: Unit,
+    span: Span,
+    moving: Motion,
+    clip: bytes,
+    conversions: tuple[str, ...],
+) -> bytes:
     shape = unit.shape
     sample = RawSample(
         key=span.key, caption=span.caption, more_captions=span.more_captions, source=span.source, source_sha256=span.source_sha256,
         start_s=span.start_s, fps=config.fps, num_frames=shape.num_frames, height=shape.height, width=shape.width,
         motion_score=moving.mean, motion_p95=moving.p95, motion_residual=moving.residual, motion_camera=moving.camera,
-        cuts=moving.cuts, video_sha256=hashlib.sha256(clip).hexdigest(),
+        cuts=moving.cuts, video_sha256=hashlib.sha256(clip).hexdigest(), conversions=conversions,
     )
-    return sample.model_dump_json().encode()
+    # Without conversions the bytes are those of versions that knew none.
+    absent = set() if conversions else {"conversions"}
+    return sample.model_dump_json(exclude=absent).encode()
 
 
 def _note(reasons: Counter[str]) -> str:
@@ -175,15 +206,28 @@ def count_bad(rejects: list[Reject]) -> int:
     return sum(reject.reason not in HARMLESS | FILTERED for reject in rejects)
 
 
-def counted(rejects: list[Reject]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in count_rejects(rejects).items())
+def _named(reject: Reject) -> tuple[str, str]:
+    """(reason, which clip and why) of a rejected clip."""
+    name = printable(reject.key)
+    return reject.reason, f"{name}: {printable(reject.detail)}"[:MAX_EXAMPLE] if reject.detail else name
 
 
-def check_bad(config: ShardsConfig, bad: int, seen: int, rejects: list[Reject] | None = None, *, last: bool = False) -> None:
+def tally_rejects(rejects: Iterable[Reject]) -> Tally:
+    """How many clips were rejected for each reason, with the first few of each."""
+    tally = Tally()
+    for reject in rejects:
+        tally.add(*_named(reject))
+    return tally
+
+
+def check_bad(config: ShardsConfig, bad: int, seen: int, rejected: Tally | None = None, *, last: bool = False) -> None:
+    """Raise TooManyRejects where more clips are damaged than the config allows. `rejected`: what to name."""
     if bad > config.max_bad_fraction * seen and (last or seen >= FEW):
-        counts = f" ({counted(rejects)})" if rejects else ""
-        raise TooManyRejects(f"{bad} of {seen} clips of {config.source!r} are damaged{counts}, more than max_bad_fraction = {config.max_bad_fraction:g}. "
-                             "Mend the cause, or raise max_bad_fraction, and run again; finished shards stay")
+        counts = f". Rejected: {rejected}" if rejected else ""
+        raise TooManyRejects(
+            f"{bad} of {seen} clips of {config.source!r} are damaged, more than max_bad_fraction = {config.max_bad_fraction:g}. "
+            f"Fix the cause, or raise max_bad_fraction, and run again; finished shards stay{counts}"
+        )
 
 
 def sidecar_of(raw: Path, line: Line) -> Sidecar | None:
@@ -196,7 +240,8 @@ def sidecar_of(raw: Path, line: Line) -> Sidecar | None:
 
 
 def foreign(tar: Path) -> ShardError:
-    return ShardError(f"{tar} was made from other videos or captions than the source holds now; restore them, use another "
+    return ShardError(f"{tar} was made from other videos or captions than the source holds now, or before HDR "
+                      "and interlaced video were converted; restore them, use another "
                       f"output folder, or delete {tar} and {sidecar_path(tar)} to make the shard again (its columns become stale)")
 
 
@@ -211,6 +256,7 @@ def decoders(config: ShardsConfig) -> Iterator[queue.SimpleQueue]:
         for _ in range(config.job.workers):
             idle.put(stack.enter_context(SafeDecoder(
                 timeout_s=config.job.timeout_s, memory_limit=config.job.memory_limit_mb << 20, max_pixels=config.max_pixels,
+                **config.video.model_dump(),
             )))
         yield idle
 

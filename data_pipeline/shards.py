@@ -18,9 +18,9 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from configs.base import ConfigError
-from configs.documents import MAX_INDEX_BYTES
+from configs.documents import MAX_INDEX_BYTES, read_bytes
 from configs.files import fsync_dir, sha256_file, temporary_name, write_text
-from configs.loader import read_json_as
+from configs.loader import parse_json_as, read_json_as
 from data_pipeline.schema import MANIFEST, RAW, Manifest, Reject, ShardEntry, Sidecar
 
 HEAD = 8 << 10
@@ -133,11 +133,24 @@ def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
         if not index:
             with open(path, "rb") as file, suppress(ValidationError):  # of another order of fields
                 return Sidecar.model_validate_json(_before_index(file))
-        return read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES)
+        sidecar = read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES)
     except FileNotFoundError:
         return None
     except ConfigError as error:
         raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
+    _check_places(path, sidecar)
+    return sidecar
+
+
+def _check_places(path: Path, sidecar: Sidecar) -> None:
+    """Raise ShardError where a part lies outside of the tar: a reader would ask for as much memory as the sidecar claims."""
+    for key, parts in sidecar.index:
+        for part, (offset, size) in parts.items():
+            if offset < tarfile.BLOCKSIZE or size < 0 or offset + size > sidecar.entry.bytes:
+                raise ShardError(
+                    f"{path} is damaged: it says that {key}.{part} has {size} bytes at {offset}, its tar has "
+                    f"{sidecar.entry.bytes} bytes; delete both and run the command again"
+                )
 
 
 def _before_index(file: BinaryIO) -> bytes:
@@ -156,13 +169,20 @@ def read_manifest(data: Path) -> Manifest:
     """The manifest of a data folder (or the manifest file itself). Raises ShardError when missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
-        return read_json_as(Manifest, path, limit=MAX_INDEX_BYTES)
+        document = read_bytes(path, MAX_INDEX_BYTES)
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
+    return parse_manifest(document, path)
+
+
+def parse_manifest(document: bytes, path: Path | str) -> Manifest:
+    """The manifest in a document that was read from `path`. Raises ShardError when it is damaged."""
+    try:
+        return parse_json_as(Manifest, document, path)
     except ConfigError as error:
         raise ShardError(
-            f"{path} is not a manifest of format 1: {error}; write it anew with `landiff shards finalize` and "
-            "`landiff precompute finalize`"
+            f"{path} is not a manifest of format 1: {error}. Delete it, then run `landiff shards finalize` and "
+            "`landiff precompute finalize` with the configs that made the data: they write it anew from the finished shards"
         ) from None
 
 
@@ -181,7 +201,9 @@ def read_part(data: Path, manifest: Manifest, key: str, part: str, folder: str =
 
 
 def write_manifest(data: Path, manifest: Manifest) -> None:
-    write_text(data / MANIFEST, manifest.model_dump_json(indent=1))
+    """Replace the manifest. What a source ignored is written where it ignored anything."""
+    unused = set() if manifest.ignored_counts else {"ignored_counts", "ignored_examples"}
+    write_text(data / MANIFEST, manifest.model_dump_json(indent=1, exclude=unused))
 
 
 def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:

@@ -42,6 +42,7 @@ class Look:
     aspect: float = 1.0  # width / height as shown, without black borders
     shots: tuple[tuple[float, float], ...] = ()  # (start, end) in s; none: one shot
     crop: Crop = (0.0, 0.0, 0.0, 0.0)
+    conversions: tuple[str, ...] = ()  # what its first frame needs to be progressive SDR
     failure: Failure | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -51,7 +52,13 @@ class Look:
     def from_json(cls, plain: dict[str, Any]) -> Look:
         shots = tuple((first, math.inf if last is None else last) for first, last in plain["shots"])
         failure = Failure(**plain["failure"]) if plain["failure"] else None
-        return cls(**plain | {"shots": shots, "crop": tuple(plain["crop"]), "failure": failure})
+        conversions = tuple(plain["conversions"])
+        return cls(**plain | {
+            "shots": shots,
+            "crop": tuple(plain["crop"]),
+            "conversions": conversions,
+            "failure": failure,
+        })
 
 
 class Looker:
@@ -82,7 +89,7 @@ class Looker:
             if self.config.filters.letterbox:
                 crop = border.crop()
                 aspect *= (1 - crop[0] - crop[2]) / (1 - crop[1] - crop[3])
-        return Look(sha256, info.duration_s, aspect, shots, crop)
+        return Look(sha256, info.duration_s, aspect, shots, crop, info.conversions)
 
     def _shots(self, batches: Iterator[Scanned], config: ShotsConfig | None) -> tuple[tuple[float, float], ...]:
         if config is None:

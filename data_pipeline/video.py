@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -25,6 +26,7 @@ from data_pipeline.decoder_process import Backend, DecoderProcess
 from data_pipeline.decoder_protocol import Failure, Request, VideoInfo
 
 Crop = tuple[float, float, float, float]
+Handling = Literal["convert", "reject"]
 TIMEOUT_S = 60.0  # for one request
 MEMORY_LIMIT = 3 << 30  # of a child
 RECYCLE = 2000  # requests of one child
@@ -66,6 +68,14 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class DecodedSpan:
+    """The frames of a span, and what was done to them."""
+
+    frames: np.ndarray  # uint8 [num_frames, height, width, 3]
+    conversions: tuple[str, ...] = ()  # "smpte2084/bt2020": from these colours; "bwdif"
+
+
+@dataclass(frozen=True)
 class Scanned:
     """Some frames of a video, small."""
 
@@ -84,11 +94,23 @@ class ScanFailed(ValueError):
 class SafeDecoder:
     """Decodes files that may crash, hang or eat memory: PyAV in a child process (`DecoderProcess`) does it.
 
-    Not for use by two threads at once.
+    `hdr` tells what happens to HDR and wide-gamut video, `interlaced` to interlaced video:
+    "convert" makes SDR BT.709 and progressive frames, "reject" gives a Failure. Not for use by two
+    threads at once.
     """
 
-    def __init__(self, *, timeout_s: float = TIMEOUT_S, memory_limit: int = MEMORY_LIMIT, max_pixels: int = 4096 * 2304, recycle: int = RECYCLE) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        memory_limit: int = MEMORY_LIMIT,
+        max_pixels: int = 4096 * 2304,
+        recycle: int = RECYCLE,
+        hdr: Handling = "convert",
+        interlaced: Handling = "convert",
+    ) -> None:
         self.max_pixels = max_pixels
+        self.handling = {"hdr": hdr, "interlaced": interlaced}
         self._group = 0
         self.process = DecoderProcess("pyav", timeout_s=timeout_s, memory_limit=memory_limit, recycle=recycle)
 
@@ -115,14 +137,25 @@ class SafeDecoder:
         return response.failure or response.info
 
     def decode(self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted) -> list[np.ndarray | Failure]:
-        """One entry for each start: uint8 [num_frames, height, width, 3], or why there is none.
+        """The frames that `decode_spans` returns, without their conversions."""
+        spans = self.decode_spans(video, starts_s, wanted)
+        return [span.frames if isinstance(span, DecodedSpan) else span for span in spans]
 
-        Calls for later and later parts of one file decode it once, up to `begin`. The memory of all spans is free when the last is gone.
+    def decode_spans(
+        self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted
+    ) -> list[DecodedSpan | Failure]:
+        """One entry for each start: its frames, or why there are none.
+
+        Calls for later and later parts of one file decode it once, up to `begin`. The memory of all
+        spans is freed with the last of them.
         """
         response, frames = self.process.ask(self._request(video, kind="decode", starts_s=tuple(starts_s), **asdict(wanted)))
         if response.failure:
             return [response.failure] * len(starts_s)
-        return [failure or frames[span] for span, failure in enumerate(response.spans)]
+        spans: list[DecodedSpan | Failure] = []
+        for number, failure in enumerate(response.spans):
+            spans.append(failure or DecodedSpan(frames[number], response.conversions[number]))
+        return spans
 
     def scan(self, video: VideoFile | bytes, *, keyframes: bool = False) -> Iterator[Scanned]:
         """Small pictures of all frames, in order, a batch at a time. Raises ScanFailed."""
@@ -141,7 +174,14 @@ class SafeDecoder:
             source = {"path": "", "size": len(video)}
         else:
             source = {"path": os.fspath(video.path.absolute()), "offset": video.offset, "size": video.size}
-        return Request(**source, max_pixels=self.max_pixels, timeout_s=self.process.timeout_s, group=self._group, **wanted)
+        return Request(
+            **source,
+            max_pixels=self.max_pixels,
+            timeout_s=self.process.timeout_s,
+            group=self._group,
+            **self.handling,
+            **wanted,
+        )
 
 
 # ------------------------------------------------------------------------------------------ our own clips

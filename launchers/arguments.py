@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
@@ -33,6 +34,12 @@ The walk, in order; every step can be run alone, stopped and run again:
 OVERRIDES = """\
 Any key of the config can be set behind the options, e.g.  {example}
 An unknown key is refused and the nearest known one is named.
+"""
+
+PROMPTS = """
+A prompt that looks like an option or an override stands behind --, where nothing is parsed:
+
+  landiff sample --config nano/sample seed=7 -- "seed=7 is written on a wall" "--- a dashed line"
 """
 
 TRAINERS = {
@@ -176,8 +183,9 @@ def add_weights_commands(commands: Commands) -> None:
 def add_results_commands(commands: Commands) -> None:
     """sample, evaluate, config, completion, quickstart."""
     sample = add(commands, "sample", "Prompts -> videos.", config="nano/sample",
-                 epilog=OVERRIDES.format(example="seed=7 guidance=6.5"))
-    sample.add_argument("prompts", nargs="*", metavar="PROMPT_OR_KEY=VALUE", help="prompts (default: those of the config)")
+                 epilog=OVERRIDES.format(example="seed=7 guidance=6.5") + PROMPTS)
+    sample.add_argument("prompts", nargs="*", metavar="PROMPT_OR_KEY=VALUE",
+                        help="prompts (default: those of the config); whatever stands behind -- is a prompt")
     add(commands, "evaluate", "Do the trained models use their conditions? Losses with the right and with wrong ones.", config="nano/evaluate",
         epilog=OVERRIDES.format(example="seeds=5"))
 
@@ -239,7 +247,37 @@ def add_cluster_commands(commands: argparse._SubParsersAction) -> None:
     stop.add_argument("--restart", action="store_true", help="save and start again, as at a time limit")
 
 
-OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+OVERRIDE = re.compile(r"([A-Za-z_][\w.-]*)=")
+
+
+def parse_command(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command line, with its `key=value` words in `overrides`.
+
+    Of `submit`, `rest` holds what belongs to the stage. Words behind `--` are prompts of `sample`, whatever they look
+    like. Mistakes end the process with exit code 2.
+    """
+    head, texts = list(argv), []
+    if "--" in head:
+        at = head.index("--")
+        head, texts = head[:at], head[at + 1 :]
+    words, overrides = split_overrides(parser, head)
+    args, unknown = parser.parse_known_args(words)
+    if args.command == "submit":  # the stage's own arguments are parsed with the stage
+        args, rest = parser.parse_known_args(head)
+        args.argv, args.rest, args.overrides = list(argv), [*rest, *argv[len(head) :]], []
+        return args
+    if args.command == "sample":
+        prompts, overrides = prompts_among(parser, overrides)
+        args.prompts = [*args.prompts, *prompts, *texts]
+    elif texts:
+        args, unknown = parser.parse_known_args([*words, "--", *texts])
+    takes_overrides = getattr(args, "config", None) is not None or args.command == "convert"
+    bad = unknown or ([] if takes_overrides else overrides)
+    if bad:
+        hint = "; overrides are written key=value" if takes_overrides else ""
+        parser.error(f"unrecognised argument {bad[0]!r}{hint}")
+    args.overrides = overrides
+    return args
 
 
 def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -250,6 +288,31 @@ def split_overrides(parser: Parser, argv: Sequence[str]) -> tuple[list[str], lis
         belongs = before.startswith("-") and "=" not in before and before not in flags
         (overrides if OVERRIDE.match(word) and not belongs else words).append(word)
     return words, overrides
+
+
+def prompts_among(parser: Parser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(prompts, overrides) of `sample` among words that begin with `KEY=`.
+
+    An override begins with a key of the config; a text of several words with any other KEY is a prompt. The
+    rest is an error: a mistyped key must not become a video.
+    """
+    from launchers.config import SampleConfig
+
+    prompts, overrides = [], []
+    for word in words:
+        key = OVERRIDE.match(word)[1]
+        if key.split(".")[0] in SampleConfig.model_fields:
+            overrides.append(word)
+        elif any(letter.isspace() for letter in word):
+            prompts.append(word)
+        else:
+            near = difflib.get_close_matches(key, SampleConfig.model_fields, n=1, cutoff=0.5)
+            meant = f"; did you mean {near[0]!r}?" if near else "."
+            parser.error(
+                f"unknown config key {key!r} in {word!r}{meant} A prompt that begins with KEY= stands behind --, as "
+                f"in  landiff sample --config ... -- {shlex.quote(word)}"
+            )
+    return prompts, overrides
 
 
 def all_options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

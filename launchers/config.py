@@ -54,6 +54,10 @@ class SampleConfig(Config):
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
                 raise ValueError(f"prompt {i} is empty; say what the video shows")
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise ValueError(
+                    f"prompt {i}, {prompt!a}, is not valid UTF-8 text; check the encoding of the terminal or file"
+                )
         return prompts
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs import ConfigError, load
 from data_pipeline.shards import ShardError, read_manifest
+from launchers.convert_request import Request
 from launchers.progress import Progress
 from launchers.relayout import TRAINERS, Padding, StartSettings, Wish, can_go_on, dry, relayout
 from model_zoo import registry
@@ -19,23 +19,6 @@ from model_zoo.convert import deepspeed_write, formats, megatron
 from model_zoo.convert.parts import VAE, Part, Source, assembled
 from model_zoo.convert.rules import all_of
 from training.checkpoint import CONFIG, STATE, differences, latest_whole, versions
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of `landiff convert`."""
-
-    sources: tuple[str, ...]  # paths and zoo references
-    zoo: Path = Path("zoo")
-    to: str = "zoo"
-    name: str | None = None  # --to zoo
-    out: Path | None = None  # any other format
-    model: str = "landiff/model"  # sizes of a release and of bare Megatron folders
-    dtype: str | None = None  # None: as in the source
-    allow_missing: tuple[str, ...] = ()
-    weights_only: bool = False  # leave the optimizer of a checkpoint behind
-    world_size: int | None = None  # --to deepspeed
-    overrides: tuple[str, ...] = ()  # --to megatron, deepspeed: key=value, as in the config of the run that goes on
 
 
 def locate(reference: str | Path, zoo: Path) -> Path:
@@ -94,7 +77,6 @@ def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:
 
 def convert(request: Request) -> list[str]:
     """Do it; returns what was written, one line each. Raises ConfigError, and then nothing is left under a final name."""
-    check(request)
     paths = locate_all(request)
     sources = open_all(request, paths)
     made = provenance(sources, request)
@@ -112,7 +94,6 @@ def convert(request: Request) -> list[str]:
 
 def plan(request: Request) -> list[str]:
     """What `convert` would do, one line for each source; headers and options are checked as there."""
-    check(request)
     paths = locate_all(request)
     sources = open_all(request, paths)
     target = str(request.out or f"{request.zoo}/{request.name or '*'}")
@@ -124,20 +105,6 @@ def plan(request: Request) -> list[str]:
 
 def wish_of(request: Request) -> Wish:
     return Wish(request.to, request.out, request.overrides, request.dtype, request.world_size, load(ModelConfig, request.model).lm)
-
-
-def check(request: Request) -> None:
-    """Do the options go together? Raises ConfigError."""
-    if request.to == "zoo" and request.out is not None:
-        raise ConfigError("--out goes with a --to other than zoo; a zoo entry is named by --name and --zoo")
-    if request.to != "zoo" and request.out is None:
-        raise ConfigError(f"--to {request.to} needs --out FOLDER")
-    if request.to != "zoo" and request.name is not None:
-        raise ConfigError(f"--name goes with --to zoo; --to {request.to} writes the folder of --out")
-    if request.overrides and request.to not in TRAINERS:
-        raise ConfigError(f"{request.overrides[0]} is for a run that goes on from the result, so for --to {' or '.join(TRAINERS)}; this is --to {request.to}")
-    if request.world_size is not None and (request.to != "deepspeed" or request.world_size < 1):
-        raise ConfigError(f"--world-size {request.world_size}: the ranks of a --to deepspeed, at least 1; other formats serve any number")
 
 
 def goes_on(request: Request, paths: Sequence[Path]) -> bool:

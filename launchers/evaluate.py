@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 
 import torch
 
@@ -14,35 +15,59 @@ from data_pipeline.loader import Loader, Sample
 from data_pipeline.schema import Manifest
 from launchers.config import EvaluateConfig
 from launchers.progress import Progress
-from model_zoo import registry
+from launchers.sample import load_all, load_part
 from model_zoo.evaluate import conditions
 from model_zoo.frozen.base import posterior_mean
 from model_zoo.schedule import NoiseSchedule
 from training.rng import generator
 
 log = logging.getLogger(__name__)
+DIFFUSION_PASSES = 4  # of one seed
 
 
 def evaluate_conditions(config: EvaluateConfig) -> dict:
     """Compare losses under right and wrong conditions for every seed; print a table, write `config.out`."""
     device = pick_device(config.device)
-    lm = registry.load_model(registry.resolve(config.zoo, config.lm, "lm"), device)
-    tokenizer = registry.load_model(registry.resolve(config.zoo, config.tokenizer, "tokenizer"), device)
-    diffusion = registry.load_model(registry.resolve(config.zoo, config.diffusion, "diffusion"), device)
+    kinds = ("lm", "tokenizer", "diffusion")
+    loads = [partial(load_part, config.zoo, getattr(config, kind), kind, device) for kind in kinds]
+    lm, tokenizer, diffusion = load_all("evaluate loads", [config.lm, config.tokenizer, config.diffusion], loads)
     schedule = NoiseSchedule(config.schedule)
-    progress = Progress("evaluate", "seeds")
+    progress = Passes(Progress("evaluate", "passes"), config)
     rows = []
     for seed in range(config.seeds):
         samples = draw(config, seed)
-        rows.append({"seed": seed, **lm_row(config, lm, samples, device),
-                     **diffusion_row(config, diffusion, tokenizer, schedule, samples, device, seed)})
-        progress(seed + 1, config.seeds)
+        rows.append({"seed": seed, **lm_row(config, lm, samples, device, progress),
+                     **diffusion_row(config, diffusion, tokenizer, schedule, samples, device, seed, progress)})
+        progress.finish_seed(seed)
     write_text(config.out, json.dumps({"samples": len(samples), "rows": rows}, indent=1))
     names = [name for name in rows[0] if name != "seed"]
     print(f"{'nats per code (lm), squared error (diffusion)':<48}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows))
     for name in names:
         print(f"{name:<48}" + "".join(f"{row[name]:>10.4f}" for row in rows))
     return {"rows": rows}
+
+
+class Passes:
+    """Counts forward passes over all seeds: two for each clip of the language model, four of the diffusion model."""
+
+    def __init__(self, progress: Progress, config: EvaluateConfig) -> None:
+        self.progress = progress
+        self.each = 2 * config.samples + DIFFUSION_PASSES  # of one seed; fewer where the data set has fewer clips
+        self.total = config.seeds * self.each
+        self.done = 0
+        self.progress(0, self.total)
+
+    def __call__(self) -> None:
+        """One more pass is done."""
+        self.done += 1
+        self.progress(min(self.done, self.total), self.total)
+
+    def finish_seed(self, seed: int) -> None:
+        """All passes of a seed are done, however few clips it had."""
+        done = (seed + 1) * self.each
+        if self.done < done:
+            self.done = done
+            self.progress(self.done, self.total)
 
 
 def draw(config: EvaluateConfig, seed: int) -> list[Sample]:
@@ -68,7 +93,7 @@ def warn_of_cut_captions(manifest: Manifest, config: EvaluateConfig) -> None:
             )
 
 
-def lm_row(config: EvaluateConfig, lm, samples: list[Sample], device: torch.device) -> dict[str, float]:
+def lm_row(config: EvaluateConfig, lm, samples: list[Sample], device: torch.device, progress: Passes) -> dict[str, float]:
     wrong = conditions.wrong_partners([s.meta.caption for s in samples])
     texts = [s.tensors[config.lm_text_column].float().to(device) for s in samples]
     codes = [s.tensors["tokens"].to(torch.int64).numpy() for s in samples]
@@ -77,6 +102,7 @@ def lm_row(config: EvaluateConfig, lm, samples: list[Sample], device: torch.devi
         total = 0.0
         for i, sample in enumerate(samples):
             total += conditions.lm_code_loss(lm, codes[i], texts[text_of(i)], lm.layout.num_frames(len(codes[i])), sample.meta.motion_score)
+            progress()
         return total / len(samples)
 
     baseline = conditions.frequency_baseline(torch.tensor([c.tolist() for c in codes]).numpy(), lm.layout.codebook_size)
@@ -84,7 +110,7 @@ def lm_row(config: EvaluateConfig, lm, samples: list[Sample], device: torch.devi
 
 
 def diffusion_row(config: EvaluateConfig, diffusion, tokenizer, schedule: NoiseSchedule, samples: list[Sample],
-                  device: torch.device, seed: int) -> dict[str, float]:
+                  device: torch.device, seed: int, progress: Passes) -> dict[str, float]:
     channels = diffusion.config.transformer.latent_channels
     latents = torch.stack([posterior_mean(s.tensors["latents"], channels) for s in samples]).float().to(device)
     text = torch.stack([s.tensors[config.diffusion_text_column] for s in samples]).float().to(device)
@@ -97,7 +123,9 @@ def diffusion_row(config: EvaluateConfig, diffusion, tokenizer, schedule: NoiseS
     timesteps = torch.randint(0, config.schedule.num_timesteps, (len(samples),), generator=draw).to(device)
 
     def loss(features, **prefix) -> float:
-        return conditions.diffusion_loss(diffusion, schedule, latents, text, features, noise, timesteps, **prefix)
+        result = conditions.diffusion_loss(diffusion, schedule, latents, text, features, noise, timesteps, **prefix)
+        progress()
+        return result
 
     k = config.prefix_frames
     return {

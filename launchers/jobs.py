@@ -6,13 +6,19 @@ import argparse
 import json
 import os
 import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError, dump, find, load
 from configs.loader import packaged_names, write_config
+from configs.problems import Problem, problems_of, require_none
 from configs.secrets import redact
+from launchers.checks import check_processes, load_checked, visible_gpus
+from launchers.convert_request import check_request, request_of
 from launchers.progress import Progress
+from launchers.stage_jobs import config_class
+from training.checks import Launch
 
 if TYPE_CHECKING:
     from data_pipeline.precompute_config import PrecomputeConfig
@@ -28,23 +34,52 @@ def run(args: argparse.Namespace) -> int:
     return globals()[f"{args.command}_job"](args)
 
 
-def shards_job(args: argparse.Namespace) -> int:
-    from launchers.config import ShardsJobConfig
+def checked(
+    args: argparse.Namespace,
+    stage: str,
+    plan: Callable[[Any], str],
+    launch: Launch | None = None,
+    values: Mapping[str, Any] | None = None,
+    problems: Sequence[Problem] = (),
+) -> Any:
+    """The config of a stage, ready to run; None for --dry-run, after config and plan were printed.
 
-    config = load(ShardsJobConfig, args.config, args.overrides)
+    Raises one ConfigError with all problems that can be known before the job starts, `problems` among them.
+    """
+    config, found = load_checked(stage, config_class(stage), args.config, args.overrides, launch or Launch(), values)
     if args.dry_run:
-        return show(config, f"would write raw shards to {config.data}")
-    from data_pipeline import ingest
+        show(config, plan(config))
+    require_none([*problems, *found])
+    return None if args.dry_run else config
 
+
+def shards_job(args: argparse.Namespace) -> int:
+    if args.action == "run":
+        config = checked(args, "shards", lambda config: f"would write raw shards to {config.data}",
+                         problems=problems_of(lambda: parse_task(args.task)))
+        if config is None:
+            return 0
+    else:
+        config = load(config_class("shards"), args.config, args.overrides)
+        if args.dry_run:
+            return show(config, f"would {args.action} the raw shards of {config.data}")
+    from data_pipeline import ingest, source_report
+
+    if args.dry_run:
+        summary = source_report.summarize_source(config.content)
+        return show(config, f"would write raw shards to {config.data}\n# source: {summary}")
     if args.action == "status":
         found = ingest.status(config.content, config.data)
         if found is None:
-            print(f"shards: nothing is planned in {config.data}")
+            others = ingest.other_shards(config.content, config.data)
+            print(f"shards: nothing is planned in {config.data} for this source and config{others}")
         elif not found.shards:
             print(f"shards: {found.looked_at} of {found.videos} videos were looked at; no shard of {config.data} is planned yet")
         else:
             print(f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.in_finished} of {found.clips} clips; "
                   f"the plan set {found.set_aside} aside")
+        if found is not None and found.ignored.counts:
+            print(f"shards: ignored: {found.ignored}")
         return 0
     task = parse_task(args.task)
     if args.action == "run":
@@ -52,18 +87,33 @@ def shards_job(args: argparse.Namespace) -> int:
         if task != (0, 1):
             print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
                   f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize")
+            print_lines("shards", source_report.result_lines(share.rejected, share.ignored))
             return 0
     manifest = ingest.finalize(config.content, config.data)
     print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
+    print_lines("shards", source_report.manifest_lines(manifest))
     return 0
 
 
-def precompute_job(args: argparse.Namespace) -> int:
-    from data_pipeline.precompute_config import PrecomputeConfig
+def print_lines(command: str, lines: list[str]) -> None:
+    """Print result lines of a command, its name before each."""
+    for line in lines:
+        print(f"{command}: {line}")
 
-    config = load(PrecomputeConfig, args.config, args.overrides)
-    if args.dry_run:
-        return show(config, f"would compute {', '.join(config.columns)} for the shards of {config.data}")
+
+def precompute_job(args: argparse.Namespace) -> int:
+    if args.action in ("run", "estimate", "verify"):
+        config = checked(
+            args, "precompute",
+            lambda config: f"would compute {', '.join(config.columns)} for the shards of {config.data}",
+            problems=problems_of(lambda: parse_task(args.task, args.tasks)),
+        )
+        if config is None:
+            return 0
+    else:
+        config = load(config_class("precompute"), args.config, args.overrides)
+        if args.dry_run:
+            return show(config, f"would {args.action} the columns {', '.join(config.columns)} of {config.data}")
     from data_pipeline import precompute
 
     if args.action in ("status", "retry", "verify", "estimate"):
@@ -108,16 +158,16 @@ def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> i
 def train_job(args: argparse.Namespace) -> int:
     from launchers.local import default_processes, run_trainer
 
-    if args.stage == "tokenizer":
-        from training.tokenizer.config import TokenizerTrainConfig as TrainConfig
-    elif args.stage == "lm":
-        from training.lm.config import LMTrainConfig as TrainConfig
-    else:
-        from training.diffusion.config import DiffusionTrainConfig as TrainConfig
-    config = load(TrainConfig, args.config, args.overrides + ["data.adopt=true"] * args.adopt)
-    processes = args.nproc or default_processes()
-    if args.dry_run:
-        return show(config, f"would train in {config.run} on {processes} process(es)")
+    if args.adopt:
+        args.overrides.append("data.adopt=true")
+    processes = default_processes() if args.nproc is None else args.nproc
+    gpus = visible_gpus(Path("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    config = checked(
+        args, args.stage, lambda config: f"would train in {config.run} on {processes} process(es)",
+        Launch(max(1, processes)), problems=check_processes(processes, gpus),
+    )
+    if config is None:
+        return 0
     config.run.mkdir(parents=True, exist_ok=True)
     resolved = config.run / "resolved.yaml"
     write_config(resolved, config)
@@ -132,21 +182,22 @@ def train_job(args: argparse.Namespace) -> int:
 
 
 def convert_job(args: argparse.Namespace) -> int:
-    from launchers.convert import Request, convert, find_source, plan
-    from model_zoo.convert.formats import Options, describe
-
     first, *rest = args.sources
     zoo = Path(args.zoo)
     if first == "inspect":
         if not rest:
             raise ConfigError("landiff convert inspect needs a path")
+        from launchers.convert import find_source
         from model_zoo.config import ModelConfig
+        from model_zoo.convert.formats import Options, describe
 
         options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
         print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
         return 0
-    request = Request(tuple(args.sources), zoo, args.to, args.name, Path(args.out) if args.out else None, args.model,
-                      args.dtype, tuple(args.allow_missing), args.weights_only, args.world_size, tuple(args.overrides))
+    request = request_of(args)
+    require_none(check_request(request, Launch()))
+    from launchers.convert import convert, plan
+
     if args.dry_run:
         print("\n".join(plan(request)))
         return 0
@@ -200,12 +251,17 @@ def entry_line(entry: ZooEntry) -> str:
 
 
 def sample_job(args: argparse.Namespace) -> int:
-    from launchers.config import SampleConfig
-
-    overrides = args.overrides + [f"prompts={json.dumps(args.prompts)}"] * bool(args.prompts)
-    config = load(SampleConfig, args.config, overrides)
-    if args.dry_run:
-        return show(config, f"would sample {len(config.prompts)} video(s) into {config.out}")
+    values = {"prompts": args.prompts} if args.prompts else None
+    try:
+        config = checked(
+            args, "sample", lambda config: f"would sample {len(config.prompts)} video(s) into {config.out}", values=values
+        )
+    except ConfigError as error:
+        if any(" " in override for override in args.overrides):
+            raise ConfigError(f"{error}\n(a prompt that begins with KEY= stands behind --)") from None
+        raise
+    if config is None:
+        return 0
     from launchers.sample import sample_videos
 
     sample_videos(config)
@@ -213,11 +269,12 @@ def sample_job(args: argparse.Namespace) -> int:
 
 
 def evaluate_job(args: argparse.Namespace) -> int:
-    from launchers.config import EvaluateConfig
-
-    config = load(EvaluateConfig, args.config, args.overrides)
-    if args.dry_run:
-        return show(config, f"would evaluate {config.lm} and {config.diffusion} on {config.samples} samples")
+    config = checked(
+        args, "evaluate",
+        lambda config: f"would evaluate {config.lm} and {config.diffusion} on {config.samples} samples",
+    )
+    if config is None:
+        return 0
     from launchers.evaluate import evaluate_conditions
 
     evaluate_conditions(config)

@@ -53,6 +53,7 @@ def walk(preset: str, processes: int, prompts: Sequence[str] = ()) -> list[Stage
     def convert(run: str, name: str) -> tuple[str, ...]:
         return ("convert", f"runs/{run}", "--name", name)
 
+    behind = ("--", *prompts) if prompts else ()
     return [
         Stage("shards", "clips -> raw shards", ("shards", "--config", f"{preset}/shards"), look="data/manifest.json"),
         Stage("features", "vision features", ("precompute", "--config", f"{preset}/features"), ("shards",), look="data/features"),
@@ -66,7 +67,7 @@ def walk(preset: str, processes: int, prompts: Sequence[str] = ()) -> list[Stage
         Stage("export lm", "checkpoint -> zoo", convert("lm", "lm"), ("lm",), look="zoo/lm"),
         Stage("export diffusion", "checkpoint -> zoo", convert("diffusion-control", "diffusion"), ("diffusion control",), look="zoo/diffusion"),
         Stage("evaluate", "are the conditions used?", ("evaluate", "--config", f"{preset}/evaluate"), ("export lm", "export diffusion"), look="evaluation.json"),
-        Stage("sample", "prompts -> mp4", ("sample", "--config", f"{preset}/sample", *prompts), ("export lm", "export diffusion"), look="samples"),
+        Stage("sample", "prompts -> mp4", ("sample", "--config", f"{preset}/sample", *behind), ("export lm", "export diffusion"), look="samples"),
     ]
 
 

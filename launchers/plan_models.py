@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import Config
-from launchers.layout import check_batch, model_copies
 from model_zoo.config import TransformerConfig
 from model_zoo.registry import build
 from model_zoo.token_layout import TokenLayout
 from training.diffusion.config import DiffusionTrainConfig, ZeroConfig
+from training.layout import check_batch, model_copies
 from training.lm.config import LMTrainConfig
 from training.tokenizer.config import TokenizerTrainConfig
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from configs import ConfigError
 from data_pipeline.device import pick_device
 from data_pipeline.video import write_mp4
 from launchers.config import SampleConfig
@@ -19,23 +22,38 @@ from model_zoo.schedule import NoiseSchedule
 
 
 def load_models(config: SampleConfig, device: torch.device) -> Models:
-    def load(reference: str, kind: str) -> torch.nn.Module:
-        return registry.load_model(registry.resolve(config.zoo, reference, kind), device)
-
-    lm, tokenizer, diffusion = load(config.lm, "lm"), load(config.tokenizer, "tokenizer"), load(config.diffusion, "diffusion")
+    """The models and encoders of `config` on `device`, with a line of progress for each."""
+    zoo, encoders = config.zoo, (config.lm_text, config.diffusion_text, config.codec)
+    parts = [partial(load_part, zoo, getattr(config, kind), kind, device) for kind in ("lm", "tokenizer", "diffusion")]
+    parts += [partial(frozen.build, encoder, device) for encoder in encoders]
+    names = [config.lm, config.tokenizer, config.diffusion, *(encoder.kind for encoder in encoders)]
+    lm, tokenizer, diffusion, lm_text, diffusion_text, codec = load_all("sample loads", names, parts)
     if config.precision == "bf16":
         lm, tokenizer, diffusion = lm.to_inference(torch.bfloat16), tokenizer.bfloat16(), diffusion.bfloat16()
     return Models(
-        lm=lm, tokenizer=tokenizer, diffusion=diffusion,
-        schedule=NoiseSchedule(config.schedule), lm_text=frozen.build(config.lm_text, device),
-        diffusion_text=frozen.build(config.diffusion_text, device), codec=frozen.build(config.codec, device),
+        lm=lm, tokenizer=tokenizer, diffusion=diffusion, schedule=NoiseSchedule(config.schedule), lm_text=lm_text,
+        diffusion_text=diffusion_text, codec=codec,
     )
+
+
+def load_part(zoo: Path, reference: str, kind: str, device: torch.device) -> torch.nn.Module:
+    """The model that a zoo reference names, on `device`."""
+    return registry.load_model(registry.resolve(zoo, reference, kind), device)
+
+
+def load_all(title: str, names: Sequence[str], loads: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of all `loads`, one after the other; the line of progress says which one is being loaded."""
+    progress = Progress(title, "models", every_s=0.0)
+    results = []
+    for number, (name, load) in enumerate(zip(names, loads, strict=True)):
+        progress(number, len(loads), name)
+        results.append(load())
+    progress(len(loads), len(loads))
+    return results
 
 
 def sample_videos(config: SampleConfig) -> list[str]:
     """Write one mp4 per prompt into `config.out`; returns their names. Prompt i has the seed `config.seed` + 1000 i."""
-    if not config.prompts:
-        raise ConfigError('prompts is empty; give one: landiff sample --config … "a rabbit runs over a meadow"')
     models = load_models(config, pick_device(config.device))
     config.out.mkdir(parents=True, exist_ok=True)
     bars: dict[str, Progress] = {}

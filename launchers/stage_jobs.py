@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs import Config, ConfigError, load
+from configs import Config, ConfigError
+from configs.problems import Problem
 from configs.secrets import redact
-from launchers.arguments import build_parser, split_overrides
+from launchers.arguments import build_parser, parse_command
+from launchers.checks import check_pipeline, load_checked
 from launchers.cluster_config import TRAINERS, ClusterConfig
-from launchers.layout import check_batch
+from launchers.convert_request import check_request, request_of
 from launchers.local import default_processes
 from launchers.slurm_script import Job
+from training.checks import Launch
 
 CONFIG = "config.yaml"  # in the job folder
 
@@ -29,6 +31,7 @@ class Planned:
     config: Config | None
     after: tuple[str, ...] = ()
     steps: int | None = None  # of a trainer
+    problems: tuple[Problem, ...] = ()  # why it cannot run
 
     @property
     def name(self) -> str:
@@ -45,6 +48,11 @@ class Place:
     python: str
     nodes: int | None = None
     here: bool = False
+    inputs_exist: bool = True  # False: jobs that run before make them
+
+    def launch(self, ranks: int = 1) -> Launch:
+        """How a job is started. Paths inside a container are not known here."""
+        return Launch(ranks, self.inputs_exist and self.cluster.container is None)
 
 
 def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, overrides: Sequence[str] = ()) -> list[Planned]:
@@ -52,14 +60,8 @@ def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, override
 
     Raises ConfigError for what the stage itself would refuse.
     """
-    parser = build_parser()
-    words, own = split_overrides(parser, argv)
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise ConfigError(f"unrecognised argument {unknown[0]!r}; overrides are written key=value")
-    args.overrides = [*own, *overrides]
-    if getattr(args, "prompts", None):
-        args.overrides.append(f"prompts={json.dumps(args.prompts)}")
+    args = parse_command(build_parser(), argv)
+    args.overrides = [*args.overrides, *overrides]
     if args.command == "train":
         return [training_job(args, place, name)]
     if place.nodes not in (None, 1):
@@ -72,8 +74,12 @@ def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, override
         return [convert_job(args, argv, place)]
     if args.command not in ("sample", "evaluate"):
         raise ConfigError(f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}")
-    config = load(config_class(args.command), args.config, args.overrides)
-    return [single(args.command, place, name or args.command, (args.command,), config)]
+    values = {"prompts": args.prompts} if getattr(args, "prompts", None) else None
+    config, problems = load_checked(
+        args.command, config_class(args.command), args.config, args.overrides, place.launch(), values
+    )
+    job = single(args.command, place, name or args.command, (args.command,), config)
+    return [replace(job, problems=tuple(problems))]
 
 
 def is_override(text: str) -> bool:
@@ -97,16 +103,17 @@ def config_class(stage: str) -> type[Config]:
 
 
 def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Planned:
-    config = load(config_class(args.stage), args.config, args.overrides)
-    run, resources = place.workdir / config.run, place.cluster.resources(args.stage, place.nodes)
+    resources = place.cluster.resources(args.stage, place.nodes)
     if place.cluster.scheduler == "local" and resources.tasks_per_node is None:
         resources = resources.model_copy(update={"tasks_per_node": default_processes()})
-    check_batch(config, resources.nodes * resources.tasks)  # now, not in the queue
+    launch = place.launch(resources.nodes * resources.tasks)
+    config, problems = load_checked(args.stage, config_class(args.stage), args.config, args.overrides, launch)
+    run = place.workdir / config.run
     job = Job(
         name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
         resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
     )
-    return Planned(args.stage, job, config, steps=config.loop.steps)
+    return Planned(args.stage, job, config, steps=config.loop.steps, problems=tuple(problems))
 
 
 def single(stage: str, place: Place, name: str, words: Sequence[str], config: Config | None, after: Sequence[str] = ()) -> Planned:
@@ -120,12 +127,17 @@ def single(stage: str, place: Place, name: str, words: Sequence[str], config: Co
 
 def shards_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
     """One process, or an array and one job that writes the manifest."""
-    config = load(config_class("shards"), args.config, args.overrides)
+    launch = place.launch()
+    if args.action != "run":
+        launch = replace(launch, inputs_exist=False)
+    config, problems = load_checked("shards", config_class("shards"), args.config, args.overrides, launch)
     stem = name or "shards"
     if args.action != "run" or not is_array(place, "shards"):
-        return [single("shards", place, stem, ("shards", args.action), config)]
+        job = single("shards", place, stem, ("shards", args.action), config)
+        return [replace(job, problems=tuple(problems))]
     one = single("shards", place, f"{stem}-tasks", ("shards", "run"), config)
-    return [replace(one, job=replace(one.job, array=True)), single("shards", place, stem, ("shards", "finalize"), config, (one.name,))]
+    one = replace(one, job=replace(one.job, array=True), problems=tuple(problems))
+    return [one, single("shards", place, stem, ("shards", "finalize"), config, (one.name,))]
 
 
 def is_array(place: Place, stage: str) -> bool:
@@ -134,7 +146,10 @@ def is_array(place: Place, stage: str) -> bool:
 
 def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
     """An array for every column, side by side; then one job that merges what they made into the manifest."""
-    config = load(config_class("precompute"), args.config, args.overrides)
+    launch = place.launch()
+    if args.action == "finalize":
+        launch = replace(launch, inputs_exist=False)
+    config, problems = load_checked("precompute", config_class("precompute"), args.config, args.overrides, launch)
     stem = name or "precompute"
     finalize = single("precompute", place, stem, ("precompute", "finalize"), config)
     if args.action == "finalize":
@@ -147,12 +162,14 @@ def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) ->
         tasks = ("--tasks", str(place.cluster.resources("precompute").array)) if array else ()
         one = single("precompute", place, f"{stem}-{column}", ("precompute", "run", "--no-finalize", *tasks), part)
         planned.append(replace(one, job=replace(one.job, array=array)))
+    planned[0] = replace(planned[0], problems=tuple(problems))  # those of all columns
     return [*planned, replace(finalize, after=tuple(p.name for p in planned))]
 
 
 def convert_job(args: argparse.Namespace, argv: Sequence[str], place: Place) -> Planned:
     """The command as it was typed, in a run folder named after what it makes."""
-    return single("convert", place, f"export-{args.name}" if args.name else f"convert-to-{args.to}", argv, None)
+    job = single("convert", place, f"export-{args.name}" if args.name else f"convert-to-{args.to}", argv, None)
+    return replace(job, problems=tuple(check_request(request_of(args), place.launch())))
 
 
 def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: Sequence[str]) -> list[Planned]:
@@ -172,11 +189,14 @@ def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: 
     entered: dict[str, str] = {}  # column -> the job after which the manifest has it
     for stage in stages:
         name = names[stage.name]
-        jobs = columns_apart(jobs_of([*stage.command], place, name, mine[name]), place)
+        where = replace(place, inputs_exist=place.inputs_exist and not stage.after)
+        jobs = columns_apart(jobs_of([*stage.command], where, name, mine[name]), place)
         waits = [job for before in stage.after for job in last[before]]
         planned += [job if job.after else replace(job, after=needs(job, waits, last, entered)) for job in jobs]
         entered |= {column: job.name for job in jobs if job.stage == "precompute" and job.after for column in job.config.columns}
         last[stage.name] = tuple(job.name for job in jobs if not any(job.name in other.after for other in jobs))
+    configs = {job.name: job.config for job in planned}
+    planned[-1] = replace(planned[-1], problems=(*planned[-1].problems, *check_pipeline(configs)))
     return planned
 
 

@@ -18,6 +18,7 @@ from configs import ConfigError, dump, load
 from configs.documents import read_json
 from configs.files import PRIVATE, write_text
 from configs.loader import write_config
+from configs.problems import Problem, problems_of, require_none
 from configs.secrets import redact
 from launchers.cluster_config import TRAINERS, ClusterConfig
 from launchers.script_values import check_job_ids
@@ -34,21 +35,37 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     """Returns 0 when all jobs are queued (or, here, have done their work)."""
     cluster = load(ClusterConfig, cluster_name(args.cluster))
     check_job_ids(args.after or (), "--after")
-    place = Place(cluster, Path.cwd(), command_line(argv), cluster.python or ("python3" if cluster.container else sys.executable), args.nodes, args.here)
+    python = cluster.python or ("python3" if cluster.container else sys.executable)
+    place = Place(cluster, Path.cwd(), command_line(argv), python, args.nodes, args.here, inputs_exist=not args.after)
     if args.stage == "pipeline":
         planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
     else:
         words = ["train", args.stage] if args.stage in TRAINERS else [args.stage]
         planned = jobs_of([*words, *args.rest], place)
+    problems = problems_of_plans(planned)
+    if args.here and cluster.scheduler == "slurm" and not args.dry_run:
+        problems += problems_of(lambda: check_allocation(planned, os.environ))
     if args.dry_run:
         print(dry_run(planned, cluster))
+    require_none(problems)
+    if args.dry_run:
         return 0
     skip = args.stage == "pipeline"  # a stage that is asked for by name looks by itself what is left to do
-    if args.here and cluster.scheduler == "slurm":
-        check_allocation(planned, os.environ)
     if cluster.scheduler == "local" or args.here:
         return run_here(planned, cluster, skip)
     return queue(planned, cluster, slurm or Slurm(), args.after or (), skip)
+
+
+def problems_of_plans(planned: Sequence[Planned]) -> list[Problem]:
+    """Why jobs cannot run, with the name of the job where there are several. What is done is not asked again."""
+    problems: list[Problem] = []
+    for plan in planned:
+        if is_done(plan):
+            continue
+        for problem in plan.problems:
+            prefix = f"{plan.name}: " if len(planned) > 1 else ""
+            problems.append(Problem(prefix + problem.text))
+    return problems
 
 
 def check_allocation(planned: Sequence[Planned], environment: Mapping[str, str]) -> None:

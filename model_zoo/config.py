@@ -7,9 +7,16 @@ such as `configs/nano/model.yaml`.
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
-from configs.base import Config
+from configs.base import Config, refuse_values
 
 
 class TokenizerConfig(Config):
@@ -75,14 +82,15 @@ class TokenizerConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> TokenizerConfig:
+    def _heads_divide(self, info: ValidationInfo) -> TokenizerConfig:
         head_dim, remainder = divmod(self.hidden_size, self.num_heads)
         if remainder or head_dim % 16:
-            raise ValueError(
+            problem = (
                 f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a "
                 "multiple of 16: the rotary embedding splits a head 1/4 : 3/8 : 3/8 over time, "
                 "row and column"
             )
+            refuse_values(info, [problem])
         return self
 
 
@@ -130,13 +138,14 @@ class LMConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> LMConfig:
+    def _heads_divide(self, info: ValidationInfo) -> LMConfig:
         head_dim, remainder = divmod(self.hidden_size, self.num_heads)
         if remainder or head_dim % 2:
-            raise ValueError(
+            problem = (
                 f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a whole "
                 "even number"
             )
+            refuse_values(info, [problem])
         return self
 
 
@@ -173,13 +182,15 @@ class TokenSamplingConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _filters(self) -> TokenSamplingConfig:
+    def _filters(self, info: ValidationInfo) -> TokenSamplingConfig:
+        problems = []
         if self.top_k is not None and self.top_p is not None:
-            raise ValueError(
+            problems.append(
                 f"top_k = {self.top_k} and top_p = {self.top_p} exclude each other; set one to null"
             )
         if self.top_p is not None and self.top_p > 1:
-            raise ValueError(f"top_p = {self.top_p} is a share of the probability mass: at most 1")
+            problems.append(f"top_p = {self.top_p} is a share of the probability mass: at most 1")
+        refuse_values(info, problems)
         return self
 
 
@@ -218,22 +229,24 @@ class TransformerConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _divides(self) -> TransformerConfig:
+    def _divides(self, info: ValidationInfo) -> TransformerConfig:
+        problems = []
         if self.hidden_size % self.num_heads:
-            raise ValueError(
+            problems.append(
                 f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
                 f"{self.num_heads}"
             )
         if self.hidden_size % 16:
-            raise ValueError(
+            problems.append(
                 f"hidden_size = {self.hidden_size} is not a multiple of 16: the position table "
                 "splits it 1/4 : 3/8 : 3/8"
             )
         if self.latent_height % self.patch_size or self.latent_width % self.patch_size:
-            raise ValueError(
+            problems.append(
                 f"latent_height x latent_width = {self.latent_height} x {self.latent_width} does "
                 f"not divide into patches of {self.patch_size}"
             )
+        refuse_values(info, problems)
         return self
 
 
@@ -275,12 +288,13 @@ class DiffusionConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _control_fits(self) -> DiffusionConfig:
+    def _control_fits(self, info: ValidationInfo) -> DiffusionConfig:
         if self.control_layers > self.transformer.num_layers:
-            raise ValueError(
+            problem = (
                 f"control_layers = {self.control_layers} exceeds transformer.num_layers = "
                 f"{self.transformer.num_layers}"
             )
+            refuse_values(info, [problem])
         return self
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from configs.base import ConfigError
 from model_zoo.attention import attention
 from model_zoo.config import LMConfig
 from model_zoo.layers import RMSNorm, rotary_table, rotate, sinusoid
@@ -327,12 +328,14 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` positions.
 
-        If the steps run under autocast, create the cache under the same autocast. Raises ValueError
-        for more positions than the model has.
+        If the steps run under autocast, create the cache under the same autocast. Raises
+        ConfigError for more positions than the model has.
         """
         if capacity > self.config.max_positions:
-            raise ValueError(
-                f"{capacity} positions exceed max_positions = {self.config.max_positions}"
+            raise ConfigError(
+                f"text and tokens of the video take {capacity} positions, more than the language "
+                f"model's max_positions = {self.config.max_positions}; ask for fewer frames or a "
+                "shorter text"
             )
         weight = next(iter(self._blocks())).wqkv.weight
         dtype = weight.dtype

@@ -55,9 +55,8 @@ from model_zoo.sample.latents import (
     SamplerOptions,
     SamplerStep,
     latent_shape,
-    num_chunks,
-    stream_lengths,
 )
+from model_zoo.sample.sizes import num_chunks, stream_lengths
 from model_zoo.schedule import NoiseSchedule
 from model_zoo.tokenizer import SemanticTokenizer
 

@@ -2,7 +2,7 @@
 
 An entry is committed by rename and never changes. A reference is `name` (the newest entry of that name),
 `name@fingerprint` (a prefix is enough) or the path of an entry folder. It is all that jobs share besides
-shards.
+shards. Importing this module does not import torch, so that references can be checked before a job starts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from configs import Config, ConfigError, validate
 from configs.documents import read_json, read_text
@@ -31,14 +28,12 @@ from configs.files import (
 )
 from configs.loader import read_json_as
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
-from model_zoo.convert.lazy import (
-    LazyTensors,
-    Progress,
-    load_safetensors,
-    read_safetensors,
-    write_safetensors,
-)
-from model_zoo.health import non_finite, non_finite_error
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from model_zoo.convert.lazy import LazyTensors, Progress
 
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
@@ -88,6 +83,8 @@ class ZooEntry:
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors by the names of our own modules. Raises ConfigError for damage, NaN and infinity."""
+        from model_zoo.convert.lazy import load_safetensors
+
         require_intact(self)
         return load_safetensors(self.path / WEIGHTS, str(device))
 
@@ -95,6 +92,8 @@ class ZooEntry:
         """The same, read when asked for and not verified."""
         if not (self.path / WEIGHTS).is_file():
             raise ZooError(f"{self.path} is damaged: {WEIGHTS} is missing")
+        from model_zoo.convert.lazy import read_safetensors
+
         return read_safetensors(self.path / WEIGHTS)
 
 
@@ -121,6 +120,8 @@ def build(kind: str, config: Config) -> nn.Module:
 
 def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """The entry's module with its weights, in eval mode, gradients off."""
+    import torch
+
     with torch.device("meta"):
         model = build(entry.kind, entry.config)
     model.load_state_dict(entry.load(device), strict=True, assign=True)
@@ -128,15 +129,30 @@ def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch
     return model.to(dtype) if dtype is not None else model
 
 
-def weights_fingerprint(kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere."""
+def weights_fingerprint(
+    kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor], progress: Progress | None = None
+) -> str:
+    """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere.
+
+    `progress` is called with the megabytes that were hashed; it needs lazy tensors, which know their sizes.
+    """
+    import torch
+
+    from model_zoo.convert.lazy import megabytes
+
+    done = 0
     sizes = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
     digest = hashlib.sha256(json.dumps([kind, sizes], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if progress is not None:
+            progress(*megabytes(done, tensors.num_bytes), "hashing")
+        done += tensor.numel() * tensor.itemsize
         del tensor  # before the next one is read
+    if progress is not None:
+        progress(*megabytes(done, done), "hashing")
     return digest.hexdigest()[:16]
 
 
@@ -147,9 +163,10 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
     for NaN or infinity.
     """
+    from model_zoo.convert.lazy import LazyTensors, read_safetensors, write_safetensors
+
     assert isinstance(config, KINDS[kind]), (kind, type(config))
-    if not name or "@" in name or "/" in name or name.startswith("."):
-        raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
+    check_name(name)
     lazy = tensors if isinstance(tensors, LazyTensors) else LazyTensors.of(tensors)
     remove_dead_twins(zoo / name / "export")
     temporary = temporary_name(zoo / name / "export")
@@ -159,8 +176,10 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     try:
         write_safetensors(temporary / WEIGHTS, lazy, {"format": "pt", "kind": kind}, progress)
         written = read_safetensors(temporary / WEIGHTS)
-        mark, bad = _examine(kind, config.model_dump(mode="json"), written)
+        mark, bad = _examine(kind, config.model_dump(mode="json"), written, progress)
         if bad:
+            from model_zoo.health import non_finite_error
+
             raise non_finite_error(bad, f"the {kind} to be exported as {name}")
         final = zoo / name / mark
         if not final.exists():
@@ -173,6 +192,12 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
         shutil.rmtree(temporary, ignore_errors=True)
     write_text(zoo / name / "newest", mark + "\n")
     return read_entry(final)
+
+
+def check_name(name: str) -> None:
+    """Raise ZooError for what cannot be the name of an entry."""
+    if not name or "@" in name or "/" in name or name.startswith("."):
+        raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
 
 
 def read_entry(path: Path) -> ZooEntry:
@@ -260,11 +285,18 @@ def _verify_content(entry: ZooEntry) -> None:
         expected = entry.fingerprint
         raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {expected}")
     if bad:
+        from model_zoo.health import non_finite_error
+
         raise non_finite_error(bad, str(entry.path))
 
 
-def _examine(kind: str, config: Mapping[str, Any], tensors: LazyTensors) -> tuple[str, list[str]]:
+def _examine(
+    kind: str, config: Mapping[str, Any], tensors: LazyTensors, progress: Progress | None = None
+) -> tuple[str, list[str]]:
     """Fingerprint and the names of tensors with NaN or infinity; each tensor is read once."""
+    from model_zoo.convert.lazy import LazyTensors
+    from model_zoo.health import non_finite
+
     bad: list[str] = []
 
     def read(name: str) -> Tensor:
@@ -272,5 +304,5 @@ def _examine(kind: str, config: Mapping[str, Any], tensors: LazyTensors) -> tupl
         bad.extend(non_finite([(name, tensor)]))
         return tensor
 
-    mark = weights_fingerprint(kind, config, LazyTensors(tensors.meta, read))
+    mark = weights_fingerprint(kind, config, LazyTensors(tensors.meta, read), progress)
     return mark, bad

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.base import ConfigError
 from model_zoo.config import ScheduleConfig
 
 
@@ -105,11 +106,11 @@ class NoiseSchedule:
         values, which therefore differ from the training table by up to 1e-3. The velocity is
         converted to x0 with the nearest level of the training table.
 
-        Raises ValueError for fewer than two steps or more steps than timesteps.
+        Raises ConfigError for fewer than two steps or more steps than timesteps.
         """
         total = self.config.num_timesteps
         if not 2 <= num_steps <= total:
-            raise ValueError(f"a sampler takes 2..{total} steps, not {num_steps}")
+            raise ConfigError(f"a sampler takes 2..{total} steps, not {num_steps}")
         timesteps = np.linspace(total - 1, 0, num_steps, endpoint=False).astype(int).tolist()
         levels = zero_terminal(self.shifted_alphas[timesteps[::-1]]).flip(0)
         nearest = (levels[:, None] - self.alphas_sqrt).abs().argmin(dim=1)

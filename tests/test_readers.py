@@ -101,7 +101,7 @@ def with_config(folder: Path) -> Path:
 
 
 SIDECAR = Sidecar(
-    entry=ShardEntry("000000", 2, 10, "a" * 64), fingerprint="f" * 16, index=[("a", {"json": (512, 10)}), ("b", {"json": (1536, 10)})]
+    entry=ShardEntry("000000", 2, 3072, "a" * 64), fingerprint="f" * 16, index=[("a", {"json": (512, 10)}), ("b", {"json": (1536, 10)})]
 )
 MANIFEST = Manifest(fingerprint="f" * 16, config={"seed": 1}, shards=[SIDECAR.entry])
 STATE = CheckpointState(step=3, kind="LMTrainConfig", loader={"epoch": 0}, manifest="m", columns={"a": "b"}, world_size=1, versions={"torch": "2"})
@@ -239,7 +239,7 @@ HEADERS = {
     "bytes behind": (file_of(one(), 80), "its header describes"),
     "unknown dtype": (file_of(one(dtype="F4"), 8), "unknown dtype 'F4'"),
     "list for a dtype": (file_of(one(dtype=["F32"]), 8), "unknown dtype"),
-    "unsupported dtype": (file_of(one(dtype="F8_E4M3", offsets=[0, 2]), 2), "F8_E4M3, which is not supported"),
+    "unsupported dtype": (file_of(one(dtype="F8_E4M3", offsets=[0, 2]), 2), "quantised weights, such as a (F8_E4M3)"),
     "entry is a list": (file_of(b'{"a": [1]}', 0), "has no dtype"),
     "metadata is a list": (file_of(b'{"__metadata__": []}', 0), "__metadata__ is not an object"),
     "twice": (file_of(b'{"a": 1, "a": 2}', 0), "occurs twice"),

@@ -22,7 +22,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +48,11 @@ from training.config import LoopConfig
 from training.distributed import World
 from training.engine import BatchSource, Engine, TrainState
 from training.errors import CheckpointError, NonFiniteError
-from training.run_folder import committed_steps, step_folder
+from training.resume import changed_keys
+from training.run_folder import CONFIG, FILES, STATE, committed_steps, step_folder
 
 log = logging.getLogger(__name__)
 
-STATE, FILES, CONFIG = "state.json", "files.json", "config.yaml"
 HASH_LIMIT = 4 << 30  # bytes; above, reading a file back would hold a save up for seconds
 DISK_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk looks like
 RETRY_WAITS_S = (1.0, 10.0, 60.0)
@@ -275,22 +275,8 @@ class CheckpointStore:
             f"bring the file back, or remove {folder} so that training resumes from the checkpoint before it"
         )
         document = read_json_as(CheckpointState, folder / STATE, advice=advice)
-        kind = type(self.config).__name__
-        if document.kind != kind:
-            raise ConfigError(f"{folder} was written by {document.kind}, this run is a {kind}; choose another run folder (run=...)")
-        stored = _flat(read_yaml(folder / CONFIG, advice=advice))
-        current = _flat(self.config.model_dump(mode="json"))
-        changed = [
-            f"{key} = {current.get(key)!r} (checkpoint: {stored.get(key)!r})"
-            for key in sorted(stored.keys() | current.keys()) if stored.get(key) != current.get(key)
-        ]
-        refused = [text for text in changed if text.partition(" ")[0].partition(".")[0] in self.must_match]
-        if refused:
-            raise ConfigError(
-                f"{folder} is a checkpoint of another model: {', '.join(refused)}; "
-                "set them back, or choose another run folder (run=...); what is not of the model itself, such as vocab_multiple, "
-                "`landiff convert` can change (--to megatron or deepspeed)"
-            )
+        stored = read_yaml(folder / CONFIG, advice=advice)
+        changed = changed_keys(folder, document.kind, stored, self.config, self.must_match)
         if changed:
             log.info("resuming with a changed config: %s", ", ".join(changed))
         return document
@@ -419,14 +405,3 @@ def _explain(error: BaseException) -> str:
 
 def _share(world: World, paths: Sequence[str]) -> list[str]:
     return list(paths[world.rank :: world.size])
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

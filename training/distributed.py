@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from configs.base import ConfigError
+from configs.problems import Problem, require_none
 from configs.secrets import RedactingFormatter
 from training.errors import clear_errors, write_error
 
@@ -64,6 +65,11 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (JSON-able) on all ranks."""
         return self.gather(value if self.rank == 0 else None)[0]
+
+    def require_none(self, check: Callable[[], list[Problem]]) -> None:
+        """Raise the problems that `check` finds on rank 0 as one ConfigError on all ranks."""
+        texts = [problem.text for problem in check()] if self.rank == 0 else []
+        require_none([Problem(text) for text in self.broadcast(texts)])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (JSON-able) on all ranks, by rank. For small things: the longest sets the size."""

@@ -9,6 +9,9 @@ from configs.documents import DocumentError, parse_json, read_text, shown
 
 MAX_DONE_BYTES = 100
 
+# documents of a checkpoint: state of the loop, list of the other files, config of the run
+STATE, FILES, CONFIG = "state.json", "files.json", "config.yaml"
+
 
 def finished_step(folder: Path) -> int | None:
     """The step at which the run in `folder` finished, or None while it has not."""

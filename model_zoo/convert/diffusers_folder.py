@@ -22,6 +22,7 @@ from configs.documents import read_json
 from configs.files import write_text
 from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig
 from model_zoo.convert.diffusers_transformer import config_from_diffusers, diffusers_config
+from model_zoo.convert.foreign import refuse_adapter_folder
 from model_zoo.convert.lazy import LazyTensors, Progress, read_safetensors, write_safetensors
 from model_zoo.convert.parts import (
     CONTROL,
@@ -111,7 +112,26 @@ def _weights(folder: Path) -> LazyTensors:
         for name in (stem, f"{stem}.index.json"):
             if (folder / name).is_file():
                 return read_safetensors(folder / name)
+    found = _variants(folder)
+    if len(found) > 1:
+        raise ConversionError(
+            f"{folder} holds the variants {', '.join(path.name for path in found)} and no {FILE}; keep the one you mean"
+        )
+    if found:
+        return read_safetensors(found[0])
+    refuse_adapter_folder(folder)
     raise ConversionError(f"{folder} holds no {FILE}; a folder with pytorch_model.bin must be saved again with safe_serialization=True")
+
+
+def _variants(folder: Path) -> list[Path]:
+    """Weights as diffusers saves them with variant=fp16: NAME.fp16.safetensors, or NAME.safetensors.index.fp16.json."""
+    found = []
+    for stem in (FILE, LM_FILE):
+        name = stem.removesuffix(".safetensors")
+        indices = sorted(folder.glob(f"{stem}.index.*.json"))
+        single = [path for path in sorted(folder.glob(f"{name}.*.safetensors")) if "-of-" not in path.name]
+        found += indices + single
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -165,6 +165,8 @@ def write_dist(folder: Path, tensors: LazyTensors, objects: Mapping[str, Any], p
             file.write(buffer.getbuffer())
             entries[key], places[MetadataIndex(key)] = BytesStorageMetadata(), _StorageInfo(first, start, file.tell() - start)
     done = 0
+    if progress is not None:
+        progress(*megabytes(done, tensors.num_bytes))
     for number, (key, meta) in enumerate(tensors.meta.items(), 1):
         path = folder / f"__0_{number}.distcp"
         write_pickle(path, LazyTensors({key: meta}, tensors.read, tensors.pieces), lambda fakes, key=key: fakes[key])

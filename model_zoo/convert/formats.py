@@ -28,6 +28,7 @@ from model_zoo.convert import (
     megatron_optimizer,
     release_set,
 )
+from model_zoo.convert.foreign import prepared, refuse_adapter_folder
 from model_zoo.convert.lazy import Progress, read_safetensors
 from model_zoo.convert.megatron import model_section
 from model_zoo.convert.parts import FOREIGN, PLAIN, VAE, Part, Source, assembled, fit
@@ -103,7 +104,7 @@ def _open_foreign_deepspeed(path: Path, options: Options) -> Source:
     shards = deepspeed.find_shards(path)
     assert shards is not None, path
     state = deepspeed.read_deepspeed(shards)
-    tensors = deepspeed.exported(state)
+    tensors = prepared(deepspeed.exported(state), str(shards))
     configs = {"diffusion": options.models.diffusion, "transformer": options.models.diffusion.transformer}
     kind = next((kind for kind, sign in (("diffusion", "control.blocks.0.qkv.weight"), ("transformer", "blocks.0.qkv.weight")) if sign in tensors), None)
     part = fit(tensors, kind, configs[kind], PLAIN, str(shards), options.allow_missing) if kind else Part(FOREIGN, {}, tensors)
@@ -159,6 +160,7 @@ def open_source(path: Path, options: Options | None = None) -> Source:
     for format in FORMATS:
         if format.recognise(path):
             return format.open(path, options or Options())
+    refuse_adapter_folder(path)
     known = "\n".join(f"  {format.what}" for format in FORMATS)
     raise ConfigError(f"{path} is none of the formats that can be converted:\n{known}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +20,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.documents import DocumentError, read_json
-from configs.files import atomic_file
+from configs.files import atomic_file, is_lfs_pointer
 from configs.safetensors_header import read_header
 from model_zoo.convert.rules import ConversionError, Group, Rule, groups, report
 from model_zoo.health import require_finite
 
-# (megabytes done, megabytes in all)
-Progress = Callable[[int, int], None]
+# (megabytes done, megabytes in all[, what is being done]); 0 done is the start of a count
+Progress = Callable[..., None]
 
 # safetensors' names of dtypes; its files hold little-endian numbers, as all machines do that torch runs on
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
 }
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of sharded weights, with the variant that it lists
 MEGABYTE = 1 << 20
 TRIM_EVERY = 64 * MEGABYTE
 
@@ -225,13 +227,30 @@ def _read_fully(file, target: memoryview, path: Path) -> None:
         done += count
 
 
+def quantised(what: str, sign: str) -> ConversionError:
+    """The error for quantised weights; `sign` shows what they are known by."""
+    return ConversionError(
+        f"{what} holds quantised weights, such as {sign}, which have lost precision and are not read; convert the "
+        "original in float32, bfloat16 or float16"
+    )
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise ConversionError for a file that git-lfs has not downloaded."""
+    if is_lfs_pointer(path):
+        raise ConversionError(
+            f"{path} is a git-lfs pointer, not weights: run `git lfs pull` in its repository, or download the file"
+        )
+
+
 def stored_tensors(stored: Mapping[str, Stored]) -> LazyTensors:
     return LazyTensors({name: place.meta for name, place in stored.items()}, lambda name: stored[name].read())
 
 
 def read_safetensors(path: Path) -> LazyTensors:
     """The tensors of a .safetensors file, or of all files of a .safetensors.index.json. Raises ConversionError."""
-    if path.name.endswith(".index.json"):
+    refuse_lfs_pointer(path)
+    if INDEX.search(path.name):
         return _read_index(path)
     try:
         header = read_header(path)
@@ -240,10 +259,7 @@ def read_safetensors(path: Path) -> LazyTensors:
     stored = {}
     for name, entry in header.entries.items():
         if entry.dtype not in DTYPES:
-            raise ConversionError(
-                f"{path}: tensor {name} has the dtype {entry.dtype}, which is not supported; "
-                f"known: {', '.join(DTYPES)}"
-            )
+            raise quantised(str(path), f"{name} ({entry.dtype})")
         start = header.data_start + entry.begin
         stored[name] = Stored(path, start, DTYPES[entry.dtype], entry.shape)
     return stored_tensors(stored)
@@ -318,6 +334,8 @@ def counted(tensors: LazyTensors, progress: Progress | None = None) -> Iterator[
             del stretch
         assert not left, (name, meta.shape, left)
 
+    if progress is not None:
+        progress(*megabytes(done, total))
     for name, meta in tensors.meta.items():
         yield name, checked(name, meta)
         before, done = done, done + meta.numel() * meta.itemsize

@@ -20,6 +20,7 @@ from configs import Config, ConfigError
 from model_zoo import registry
 from model_zoo.config import DiffusionConfig
 from model_zoo.convert import diffusers_transformer, release_diffusion, release_lm, release_tokenizer
+from model_zoo.convert.foreign import prepared
 from model_zoo.convert.lazy import LazyTensors, converted
 from model_zoo.convert.rules import ConversionError, Rule, convert, report
 
@@ -84,8 +85,10 @@ def fit(source: LazyTensors, kind: str, config: Config | Mapping[str, Any], rule
     """`source` as a part under our names.
 
     Raises ConversionError with every missing, extra and misshapen key, in the names of the source. Missing ones
-    that match a pattern of `allow_missing` (shell wildcards) start as they do in a fresh model.
+    that match a pattern of `allow_missing` (shell wildcards) start as they do in a fresh model. Prefixes of wrappers
+    (DDP, torch.compile, FSDP) are removed; adapters and quantised weights are refused.
     """
+    source = prepared(source, what)
     fresh = converted(_fresh(kind, config), rules, "to_theirs")
     missing = [name for name in fresh if name not in source]
     allowed = [name for name in missing if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from configs.files import atomic_file
-from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, counted
+from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, counted, refuse_lfs_pointer
 from model_zoo.convert.rules import ConversionError
 
 
@@ -109,6 +109,7 @@ def _with_harmless(allowed: Mapping[str, Any]) -> dict[str, Any]:
 def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise ConversionError(f"{path} does not exist")
+    refuse_lfs_pointer(path)
 
 
 @contextlib.contextmanager

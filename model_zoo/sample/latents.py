@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model_zoo.dit import ControlledDiffusion
+from model_zoo.sample.sizes import num_chunks
 from model_zoo.schedule import NoiseSchedule
 
 # noise(step, shape) -> float32: step 0 is the start of the sampling, step j = 1, 2, ... what sampler step j adds
@@ -145,22 +146,6 @@ def stream_latents(
         yield last if chunk == 0 else last[:, clean:]
         if stop is not None and stop():
             return
-
-
-def num_chunks(num_frames: int, window: int = 13, clean: int = 7) -> int:
-    """Chunks that `num_frames` semantic frames are enough for; a clip shorter than the window is one chunk."""
-    if not 0 <= clean < window:
-        raise ValueError(f"clean = {clean} must be at least 0 and less than window = {window}")
-    return 1 + max(0, num_frames - window) // (window - clean)
-
-
-def stream_lengths(num_frames: int, window: int = 13, clean: int = 7) -> tuple[int, int]:
-    """The nearest lengths, not above and not below `num_frames`, that whole chunks fill."""
-    if num_frames <= window:
-        return num_frames, num_frames
-    stride = window - clean
-    shorter = window + (num_chunks(num_frames, window, clean) - 1) * stride
-    return shorter, shorter + stride * (shorter < num_frames)
 
 
 def latent_shape(model: ControlledDiffusion, text_BLD: Tensor, features_BTChw: Tensor) -> tuple[int, ...]:

@@ -259,7 +259,7 @@ def test_quarantine_has_a_limit_and_can_be_off(mixed: Path, tmp_path: Path) -> N
 
 
 def test_too_many_damaged_clips_stop_the_job(mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(TooManyRejects, match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. Mend the cause, or raise"):
+    with pytest.raises(TooManyRejects, match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. Fix the cause, or raise"):
         make_shards(config(mixed), tmp_path / "data")
     assert not list((tmp_path / "data" / "raw").glob("*.tar"))
     make_shards(config(mixed, max_bad_fraction=0.5), tmp_path / "data")  # the limit is not part of the content

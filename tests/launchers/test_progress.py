@@ -2,7 +2,7 @@
 
 import io
 
-from launchers.progress import Progress, duration
+from launchers.progress import Progress, duration, rate_text
 
 
 def test_duration_is_readable():
@@ -23,4 +23,17 @@ def test_a_new_count_has_its_own_rate_and_the_note_stands_behind():
     progress = Progress("shards", "clips", stream, every_s=0)
     progress(40, 40, "looking")
     progress(3, 10, "cutting")
-    assert stream.getvalue().splitlines()[1] == "shards: 3/10 clips, 0.0/s, 0:00  (cutting)"
+    assert stream.getvalue().splitlines()[1] == "shards: 3/10 clips, 0:00  (cutting)"
+
+
+def test_slow_work_has_a_rate_and_a_time_left():
+    assert [rate_text(rate) for rate in (1200.0, 3.21, 0.5, 0.08, 0.005)] == ["1200.0/s", "3.2/s", "0.5/s", "12.5 s each", "3:20 each"]
+    stream = io.StringIO()
+    progress = Progress("evaluate", "passes", stream, every_s=0)
+    progress(0, 10)
+    progress.started -= 40
+    progress(2, 10)
+    progress.started -= 160
+    progress(10, 10)
+    lines = [line.removesuffix(" ") for line in stream.getvalue().splitlines()]
+    assert lines == ["evaluate: 0/10 passes, 0:00", "evaluate: 2/10 passes, 20.0 s each, 0:40, 2:40 left", "evaluate: 10/10 passes, 20.0 s each, 3:20"]

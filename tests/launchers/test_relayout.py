@@ -185,7 +185,7 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
     diffusion.make_zoo(tmp_path)
     write_stage_2(Path("theirs"))
     for words, message in (
-        (["main", "--name", "x", "zero.stage=3"], "zero.stage=3 is for a run that goes on from the result, so for --to megatron or deepspeed"),
+        (["main", "--name", "x", "zero.stage=3"], "zero.stage=3 is for a run that continues from the result, so for --to megatron or deepspeed"),
         (["main", "--to", "diffusers", "--out", "x", "--world-size", "2"], "--world-size 2: the ranks of a --to deepspeed"),
         (["main", "--to", "deepspeed", "--out", "x", "--world-size", "0"], "at least 1"),
         (["main", "--to", "deepspeed", "--out", "x", "zero.stag=3"], "zero.stag"),

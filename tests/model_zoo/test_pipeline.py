@@ -112,7 +112,7 @@ def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected
     assert expected.frames_BFHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BFHWC.float().std() > 1
 
 
-def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch):
+def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch, capsys):
     """All of `landiff sample` but the mp4 file itself, which loses a little."""
     written = []
     monkeypatch.setattr(sample, "write_mp4", lambda _path, frames, _fps: written.append(torch.from_numpy(frames)))
@@ -120,6 +120,9 @@ def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch
                                        motion_score=0.2, clean_frames=1, seed=SEED))
     found = pipe(PROMPTS, guidance_scale=4.5, generator=seeded(SEED), output_type="uint8", **{**CALL, "num_frames": 17})
     assert torch.equal(torch.stack(written), found.frames)
+    shown = capsys.readouterr().out  # two chunks of three sampler steps
+    for words in ("sample loads: 0/6 models", "sample loads: 6/6 models", "sample latents: 0/6", "sample latents: 6/6"):
+        assert words in shown, shown
 
 
 def test_save_and_load_give_the_same_video(saved, expected):

@@ -14,12 +14,12 @@ from model_zoo.dit import ControlledDiffusion
 from model_zoo.sample.latents import (
     SamplerOptions,
     guidance_scale,
-    num_chunks,
     reference_noise,
     sample_latents,
     seeded_noise,
     stream_latents,
 )
+from model_zoo.sample.sizes import num_chunks
 from model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.test_dit import TINY, randomize
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 from configs.loader import load
-from data_pipeline.loader import Loader, open_manifest
+from data_pipeline.loader import Loader
 from training import distributed
-from training.diffusion.columns import check_columns
-from training.diffusion.config import DiffusionTrainConfig
-from training.diffusion.engine import MUST_MATCH, build_engine
+from training.checks import Launch
+from training.diffusion.checks import check
+from training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
+from training.diffusion.engine import build_engine
 from training.loop import fit
 from training.run import Run
 
@@ -17,7 +18,7 @@ from training.run import Run
 def main(config_path: str) -> None:
     config = load(DiffusionTrainConfig, config_path)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
-        check_columns(open_manifest(config.data), config)
+        world.require_none(lambda: check(config, Launch(world.size)))
         engine = build_engine(config, world)
         loader = Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size)
         fit(engine, loader, Run(config.run, config, world, must_match=MUST_MATCH), config.loop)

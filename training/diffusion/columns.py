@@ -1,46 +1,126 @@
-"""Do the columns of a data set fit the diffusion model? Asked before anything is built."""
+"""Whether the columns of a data set, and the zoo entries it starts from, fit the diffusion model.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
 from configs.base import ConfigError
+from configs.problems import Problem
 from data_pipeline.schema import Column, Manifest
-from model_zoo import registry
+from model_zoo.config import TokenizerConfig
+from model_zoo.registry import ZooEntry
+from model_zoo.token_layout import TokenLayout
 from training.diffusion.config import DiffusionTrainConfig
 
 
-def check_columns(manifest: Manifest, config: DiffusionTrainConfig) -> None:
-    """Raise ConfigError for a column that is missing, of another shape, or (unless data.adopt) of another tokenizer."""
+def check_columns(
+    manifest: Manifest, config: DiffusionTrainConfig, tokenizer: ZooEntry | None
+) -> list[Problem]:
+    """Columns of another shape, or (unless data.adopt) of another tokenizer than `tokenizer`."""
     model = config.model.transformer
     shapes = {
-        config.latents_column: [model.latent_frames, model.latent_channels, model.latent_height, model.latent_width],
+        config.latents_column: [
+            model.latent_frames,
+            model.latent_channels,
+            model.latent_height,
+            model.latent_width,
+        ],
         config.text_column: [model.text_length, model.text_dim],
     }
-    for name in config.columns:
-        column = manifest.columns.get(name)
-        if column is None:
-            raise ConfigError(
-                f"the data set {config.data.manifest} has no column {name!r} (it has: {', '.join(manifest.columns) or 'none'}); "
-                "run `landiff precompute` with it, and `landiff precompute finalize`"
-            )
+    problems = []
+    for name, wanted in shapes.items():
+        column = manifest.columns[name]
         shape = column.shape
         if name == config.latents_column and len(shape) == 4 and column.config.get("moments"):
             shape = [shape[0], shape[1] // 2, *shape[2:]]  # mean and log-variance
-        if name in shapes and shape != shapes[name]:
-            raise ConfigError(
-                f"column {name} of {config.data.manifest} ({column.encoder}) has shape {column.shape}, but model.transformer "
-                f"wants {shapes[name]}; precompute the column for this model, or choose the model that fits it"
+        if shape != wanted:
+            problems.append(
+                Problem(
+                    f"column {name} of {config.data.manifest} ({column.encoder}) has shape "
+                    f"{column.shape}, but "
+                    f"model.transformer wants {wanted}; precompute the column for this model, or "
+                    "choose the model that "
+                    "fits it"
+                )
             )
-    if config.phase == "control" and not config.data.adopt:
-        _check_tokenizer(manifest.columns[config.tokens_column], config)
+    if config.phase == "control" and tokenizer is not None:
+        column = manifest.columns[config.tokens_column]
+        problems += _check_tokens(column, tokenizer.config, config)
+        if not config.data.adopt:
+            problems += _check_origin(column, tokenizer, config)
+    return problems
 
 
-def _check_tokenizer(column: Column, config: DiffusionTrainConfig) -> None:
-    """The tokens must be of the tokenizer that decodes them: another one's codes are noise to it."""
-    entry = registry.resolve(config.zoo, config.tokenizer, kind="tokenizer")
+def _check_tokens(
+    column: Column, tokenizer: TokenizerConfig, config: DiffusionTrainConfig
+) -> list[Problem]:
+    """Whether the tokens decode to the latents' number of frames.
+
+    A size of 0 stands for several sizes.
+    """
+    wanted = config.model.transformer.latent_frames
+    if not column.shape or not column.shape[-1]:
+        return []
+    try:
+        frames = TokenLayout.of(tokenizer).num_frames(column.shape[-1])
+        if frames != wanted:
+            raise ConfigError(
+                f"{column.shape[-1]} tokens are {frames} semantic frames, but "
+                f"model.transformer.latent_frames = {wanted}"
+            )
+    except ValueError as error:
+        return [
+            Problem(
+                f"column {config.tokens_column} of {config.data.manifest} ({column.encoder}): "
+                f"{error}; "
+                "precompute the tokens for this model, or choose the model that fits them"
+            )
+        ]
+    return []
+
+
+def _check_origin(column: Column, entry: ZooEntry, config: DiffusionTrainConfig) -> list[Problem]:
+    """Whether the tokens are of the tokenizer that decodes them."""
     made_by = {column.encoder, *map(str, column.config.get("encoders", {}).values())}
-    if not any(entry.fingerprint in text for text in made_by):
-        raise ConfigError(
-            f"column {config.tokens_column} of {config.data.manifest} was made by {column.encoder}, but tokenizer = "
-            f"{config.tokenizer} is {entry.reference}; precompute the tokens with it, name the other tokenizer, or "
+    if any(entry.fingerprint in text for text in made_by):
+        return []
+    return [
+        Problem(
+            f"column {config.tokens_column} of {config.data.manifest} was made by "
+            f"{column.encoder}, but tokenizer = "
+            f"{config.tokenizer} is {entry.reference}; precompute the tokens with it, name the "
+            "other tokenizer, or "
             "take the tokens as they are with data.adopt=true"
         )
+    ]
+
+
+def check_tokenizer(config: DiffusionTrainConfig, entry: ZooEntry) -> list[Problem]:
+    """Whether the features that a tokenizer decodes have the size of the semantic condition."""
+    tokenizer, model = entry.config, config.model
+    scale = 2 ** (len(model.semantic.channel_multipliers) - 1)
+    problems = []
+    if tokenizer.feature_channels != model.semantic.feature_channels:
+        problems.append(
+            Problem(
+                f"model.semantic.feature_channels = {model.semantic.feature_channels}, but the "
+                "tokenizer "
+                f"{entry.reference} decodes {tokenizer.feature_channels} channels; "
+                "choose the tokenizer or the preset that fits"
+            )
+        )
+    found = (tokenizer.grid_height * scale, tokenizer.grid_width * scale)
+    wanted = (model.transformer.latent_height, model.transformer.latent_width)
+    if found != wanted:
+        problems.append(
+            Problem(
+                f"model.transformer.latent_height x latent_width = {wanted[0]} x {wanted[1]}, but "
+                "the tokenizer "
+                f"{entry.reference} decodes a grid of {tokenizer.grid_height} x "
+                f"{tokenizer.grid_width}, which "
+                f"model.semantic.channel_multipliers upsamples to {found[0]} x {found[1]}; "
+                "choose the tokenizer or the preset that fits"
+            )
+        )
+    return problems

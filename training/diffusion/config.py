@@ -12,13 +12,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_validator
 
-from configs.base import Config
+from configs.base import Config, refuse_values
 from data_pipeline.config import DataConfig
 from model_zoo.config import DiffusionConfig, ScheduleConfig
 from model_zoo.frozen.config import CodecConfig
 from training.config import LoopConfig, OptimConfig
+
+# sections in which a checkpoint may not differ from its run
+MUST_MATCH = ("model", "schedule", "phase")
 
 STAGE_ZERO = (
     "zero.stage = 0 is refused: in bf16 DeepSpeed's unpartitioned optimizer takes a step on zero gradients "
@@ -42,9 +45,9 @@ class ZeroConfig(Config):
     max_live_parameters: PositiveInt = 1_000_000_000
 
     @model_validator(mode="after")
-    def _partitioned(self) -> ZeroConfig:
+    def _partitioned(self, info: ValidationInfo) -> ZeroConfig:
         if self.stage == 0:
-            raise ValueError(STAGE_ZERO)
+            refuse_values(info, [STAGE_ZERO])
         return self
 
 
@@ -80,16 +83,18 @@ class DiffusionTrainConfig(Config):
     preview_steps: PositiveInt = 20  # of the sampler
 
     @model_validator(mode="after")
-    def _complete(self) -> DiffusionTrainConfig:
+    def _complete(self, info: ValidationInfo) -> DiffusionTrainConfig:
+        problems = []
         if self.phase == "control":
             for name, what in (("init_from", "the frozen main transformer"), ("tokenizer", "the semantic tokenizer")):
                 if getattr(self, name) is None:
-                    raise ValueError(f"phase = control needs {name}, the zoo reference of {what}")
+                    problems.append(f"phase = control needs {name}, the zoo reference of {what}")
         if self.prefix.probability and self.prefix.frames >= self.model.transformer.latent_frames:
-            raise ValueError(
+            problems.append(
                 f"prefix.frames = {self.prefix.frames} leaves nothing to learn of "
                 f"model.transformer.latent_frames = {self.model.transformer.latent_frames}; lower it"
             )
+        refuse_values(info, problems)
         return self
 
     @property

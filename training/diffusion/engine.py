@@ -23,20 +23,13 @@ from training.engine import StepResult
 from training.guard import Guard
 from training.optim import adamw, learning_rate, set_learning_rate
 
-MUST_MATCH = ("model", "schedule", "phase")  # sections in which a checkpoint may not differ from its run
-
 
 class DeepSpeedEngine:
     """Trains `module` on `objective` with ZeRO 1-3 and torch's AdamW. An `Engine`."""
 
     def __init__(self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective) -> None:
         """`module`: float32, the same on all ranks; parameters without gradient stay as they are, bit for bit."""
-        share = world.size * config.data.micro_batch_size
-        if config.data.global_batch_size % share:  # DeepSpeed is configured before the loader can say so
-            raise ConfigError(
-                f"data.global_batch_size = {config.data.global_batch_size} is not a multiple of {world.size} ranks * "
-                f"data.micro_batch_size = {config.data.micro_batch_size}; change one of them"
-            )
+        config.data.micro_batches(world.size)  # DeepSpeed is configured before the loader can say so
         self.config = config
         self.world = world
         self.guard = Guard(world)

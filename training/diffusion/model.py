@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from configs.base import Config, ConfigError
 from model_zoo import registry
 from model_zoo.dit import ControlledDiffusion
 from training import rng
@@ -18,7 +17,7 @@ def build_model(config: DiffusionTrainConfig) -> nn.Module:
     Phase main: the main transformer. Phase control: everything, main frozen.
 
     The weights are a function of loop.seed and `init_from`. In phase control the branch starts as a copy of the
-    first main blocks, and with its zero projections changes nothing yet. Raises ZooError, ConfigError.
+    first main blocks, and with its zero projections changes nothing yet. Raises ZooError.
     """
     kind = "transformer" if config.phase == "main" else "diffusion"
     with torch.random.fork_rng(devices=[]):
@@ -27,7 +26,6 @@ def build_model(config: DiffusionTrainConfig) -> nn.Module:
     model.recompute = config.recompute
     if config.init_from is not None:
         entry = registry.resolve(config.zoo, config.init_from, kind="transformer")
-        same_config("model.transformer", config.model.transformer, entry.config, entry.reference)
         main = model if config.phase == "main" else model.transformer
         main.load_state_dict(entry.load(), strict=True)
     if config.phase == "control":
@@ -47,18 +45,4 @@ def load_tokenizer(config: DiffusionTrainConfig, device: torch.device) -> nn.Mod
     if config.phase == "main":
         return None
     entry = registry.resolve(config.zoo, config.tokenizer, kind="tokenizer")
-    found, wanted = entry.config.feature_channels, config.model.semantic.feature_channels
-    if found != wanted:
-        raise ConfigError(
-            f"model.semantic.feature_channels = {wanted}, but the tokenizer {entry.reference} decodes {found} channels; "
-            "choose the tokenizer or the preset that fits"
-        )
     return registry.load_model(entry, device, torch.bfloat16 if config.precision == "bf16" else None)
-
-
-def same_config(key: str, wanted: Config, found: Config, what: str) -> None:
-    """Raise ConfigError with every field in which a zoo entry differs from the config."""
-    ours, theirs = wanted.model_dump(), found.model_dump()
-    different = [f"{key}.{name} = {ours[name]!r} ({what}: {theirs[name]!r})" for name in ours if ours[name] != theirs[name]]
-    if different:
-        raise ConfigError(f"{what} is another model: {', '.join(different)}; set them alike, or name another entry")

@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.base import ConfigError
-from data_pipeline.loader import Sample, require_encoder
-from data_pipeline.schema import Manifest
-from model_zoo import registry
-from model_zoo.config import TokenizerConfig
+from data_pipeline.loader import Sample
 from model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
 from training import rng
 from training.lm.config import LMTrainConfig
@@ -124,28 +121,3 @@ def _training_row(sample: Sample, config: LMTrainConfig, layout: TokenLayout) ->
         raise ConfigError(f"sample {sample.key} has {len(row)} positions ({len(text)} of text), "
                           f"more than model.max_positions = {config.model.max_positions}")
     return row
-
-
-def check_columns(manifest: Manifest, config: LMTrainConfig) -> None:
-    """Raise ConfigError or ShardError when the columns were not made for this model.
-
-    Looks at the tokenizer named by `tokenizer`, if any, and at the columns' sizes. Data with several numbers of
-    frames has tokens of several sizes, given as 0 in the manifest; `pack` looks at every sample anyway.
-    """
-    model, layout = config.model, TokenLayout.of(config.model)
-    tokens, text = (manifest.columns[name] for name in config.columns)
-    if config.tokenizer:
-        entry = registry.resolve(config.zoo, config.tokenizer, kind="tokenizer")
-        require_encoder(manifest, config.tokens_column, entry.fingerprint, f"tokenizer = {entry.reference}", adopt=config.data.adopt)
-        assert isinstance(entry.config, TokenizerConfig), entry
-        if TokenLayout.of(entry.config) != layout:
-            raise ConfigError(f"tokenizer {entry.reference} makes tokens of {TokenLayout.of(entry.config)}, the model is for {layout}; "
-                              "set model.codebook_size, iframe_tokens, pframe_tokens and segment_frames to the tokenizer's")
-    if text.shape[-1] and text.shape[-1] != model.text_dim:
-        raise ConfigError(f"column {config.text_column} was made by {text.encoder} with states of width "
-                          f"{text.shape[-1]}, the model takes model.text_dim = {model.text_dim}")
-    if tokens.shape[-1]:
-        try:
-            layout.num_frames(tokens.shape[-1])
-        except ValueError as error:
-            raise ConfigError(f"column {config.tokens_column} was made by {tokens.encoder}: {error}") from None

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 
-from configs.base import Config, ConfigError
+from configs.base import Config, ConfigError, refuse_values
 from data_pipeline.config import DataConfig
 from model_zoo.config import LMConfig
 from training.config import LoopConfig, OptimConfig
+
+# sections in which a checkpoint may not differ from its run
+MUST_MATCH = ("model", "precision", "vocab_multiple", "head_multiple")
 
 
 class ParallelConfig(Config):
@@ -23,9 +26,13 @@ class ParallelConfig(Config):
     overlap: bool = False  # reduce gradients (and gather parameters) while the backward (forward) still runs
 
     @model_validator(mode="after")
-    def _fits(self) -> ParallelConfig:
+    def _fits(self, info: ValidationInfo) -> ParallelConfig:
         if self.sequence and self.tensor == 1:
-            raise ValueError("sequence = true shares activations among tensor ranks, and tensor is 1; raise it or set sequence = false")
+            refuse_values(info, [
+                "sequence = true shares activations among tensor ranks, and tensor is 1; raise it "
+                "or set "
+                "sequence = false"
+            ])
         return self
 
 
@@ -56,17 +63,29 @@ class LMTrainConfig(Config):
         return self.tokens_column, self.text_column
 
     @model_validator(mode="after")
-    def _layers_divide(self) -> LMTrainConfig:
+    def _layers_divide(self, info: ValidationInfo) -> LMTrainConfig:
         tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
+        problems = []
         if self.model.num_heads % tensor and self.head_multiple % tensor:
-            raise ValueError(f"model.num_heads = {self.model.num_heads} is not a multiple of parallel.tensor = {tensor}; "
-                             f"{nearest_divisors(self.model.num_heads, tensor)}, or head_multiple = {tensor} adds heads of zeros")
+            problems.append(
+                f"model.num_heads = {self.model.num_heads} is not a multiple of parallel.tensor = "
+                f"{tensor}; "
+                f"{nearest_divisors(self.model.num_heads, tensor)}, or head_multiple = {tensor} "
+                "adds heads of zeros"
+            )
         for name, value in (("model.ffn_size", self.model.ffn_size), ("vocab_multiple", self.vocab_multiple)):
             if value % tensor:
-                raise ValueError(f"{name} = {value} is not a multiple of parallel.tensor = {tensor}; {nearest_divisors(value, tensor)}")
+                problems.append(
+                    f"{name} = {value} is not a multiple of parallel.tensor = {tensor}; "
+                    f"{nearest_divisors(value, tensor)}"
+                )
         if self.model.num_layers % pipeline:
-            raise ValueError(f"model.num_layers = {self.model.num_layers} is not a multiple of parallel.pipeline = {pipeline}; "
-                             f"{nearest_divisors(self.model.num_layers, pipeline)}")
+            problems.append(
+                f"model.num_layers = {self.model.num_layers} is not a multiple of "
+                f"parallel.pipeline = {pipeline}; "
+                f"{nearest_divisors(self.model.num_layers, pipeline)}"
+            )
+        refuse_values(info, problems)
         return self
 
 
@@ -78,11 +97,19 @@ def nearest_divisors(number: int, asked: int) -> str:
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Copies of the model on `world_size` ranks. Raises ConfigError where they do not come out even."""
+    """Copies of the model on `world_size` ranks.
+
+    Raises ConfigError where they do not divide, with numbers that do.
+    """
     ranks = parallel.tensor * parallel.pipeline
     if world_size % ranks:
+        below = world_size // ranks * ranks
+        near = [below, below + ranks] if below else [ranks]
         raise ConfigError(
-            f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {parallel.pipeline} does not divide the "
-            f"{world_size} launched ranks; launch a multiple of {ranks} or lower one of them"
+            f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {parallel.pipeline} does "
+            "not divide the "
+            f"{world_size} launched ranks; launch a multiple of {ranks} or lower one of them; the "
+            "nearest numbers "
+            f"of ranks that do: {' or '.join(map(str, near))}"
         )
     return world_size // ranks

@@ -7,21 +7,21 @@ import sys
 from configs.loader import load
 from data_pipeline.loader import Loader
 from training import distributed
+from training.checks import Launch
 from training.loop import fit
 from training.run import Run
+from training.tokenizer.checks import MUST_MATCH, check
 from training.tokenizer.config import TokenizerTrainConfig
-from training.tokenizer.engine import TokenizerEngine, check_features
+from training.tokenizer.engine import TokenizerEngine
 
 
 def main(config_path: str) -> None:
     config = load(TokenizerTrainConfig, config_path)
-    with (
-        distributed.start(config.run, config.loop.collective_timeout_s) as world,
-        Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size) as loader,
-    ):
-        check_features(config, loader.manifest)
-        engine = TokenizerEngine(config, world)
-        fit(engine, loader, Run(config.run, config, world), config.loop)
+    with distributed.start(config.run, config.loop.collective_timeout_s) as world:
+        world.require_none(lambda: check(config, Launch(world.size)))
+        with Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size) as loader:
+            engine = TokenizerEngine(config, world)
+            fit(engine, loader, Run(config.run, config, world, must_match=MUST_MATCH), config.loop)
 
 
 if __name__ == "__main__":

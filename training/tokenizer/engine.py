@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.base import ConfigError
 from data_pipeline.loader import Batch, Sample
-from data_pipeline.schema import Manifest
 from model_zoo.codebook import codebook_use, count_codes
 from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
 from training import rng
@@ -157,17 +155,6 @@ class TokenizerEngine:
         return {"preview/features_and_reconstruction": paint(self._preview, decoded_TChw)}
 
 
-def check_features(config: TokenizerTrainConfig, manifest: Manifest) -> None:
-    """Raises ConfigError when the features column does not have the model's sizes."""
-    _, *actual = manifest.columns[COLUMN].shape
-    model = config.model
-    expected = [model.feature_channels, model.grid_height, model.grid_width]
-    if actual != expected:
-        raise ConfigError(
-            f"model.feature_channels, grid_height, grid_width = {expected}, but the features column of "
-            f"{config.data.manifest} ({manifest.columns[COLUMN].encoder}) holds {actual}; "
-            "set them to that, or precompute the features again"
-        )
 
 
 def paint(features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIXELS) -> Tensor:

@@ -396,8 +396,8 @@ def test_progress_counts_up_to_all_of_it(tmp_path):
     heard: list[tuple[int, int]] = []
     big = LazyTensors.of({f"t{i}": torch.zeros(300_000) for i in range(10)})
     write_safetensors(tmp_path / "a.safetensors", big, progress=lambda *counts: heard.append(counts))
-    assert len(heard) == 10 and heard == sorted(heard)
-    assert heard[-1] == (12, 12) and heard[0] == (1, 12)
+    assert len(heard) == 11 and heard == sorted(heard)
+    assert heard[-1] == (12, 12) and heard[0] == (0, 12)
 
 
 def test_verify_sees_a_flipped_bit_and_a_changed_header(tmp_path):

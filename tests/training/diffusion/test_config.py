@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from configs.base import ConfigError
 from data_pipeline.schema import Column, Manifest
+from data_pipeline.shards import read_manifest, write_manifest
 from model_zoo import registry
-from tests.training.diffusion.tiny import TOKENIZER, config, make_zoo
+from tests.training.diffusion.tiny import TOKENIZER, config, make_zoo, write_data
 from tests.training.toy import alone
+from training.checks import Launch
+from training.diffusion.checks import check
 from training.diffusion.columns import check_columns
 from training.diffusion.engine import DeepSpeedEngine
 from training.diffusion.model import build_model
@@ -44,39 +49,58 @@ def test_a_prefix_leaves_something_to_learn(tmp_path):
 
 def test_a_global_batch_that_ranks_do_not_divide_is_refused(tmp_path):
     settings = config(tmp_path, data__global_batch_size=5)
-    with pytest.raises(ConfigError, match=r"global_batch_size = 5 is not a multiple of 1 ranks \* data.micro_batch_size = 2"):
+    with pytest.raises(ConfigError, match=r"global_batch_size = 5 is not a multiple of data-parallel ranks \* data.micro_batch_size = 1 \* 2"):
         DeepSpeedEngine(settings, alone(), torch.nn.Linear(1, 1), Objective(settings, torch.device("cpu")))
 
 
-def test_columns_that_are_missing_or_of_another_shape_are_refused(tmp_path):
+def test_columns_of_another_shape_are_refused(tmp_path):
     settings = config(tmp_path)
-    check_columns(manifest(), settings)
-    with pytest.raises(ConfigError, match=r"text-tiny .* has shape \[5, 6\], but model.transformer wants \[3, 6\]"):
-        check_columns(manifest(**{"text-tiny": column([5, 6])}), settings)
-    check_columns(manifest(latents=column([3, 96, 4, 4], moments=True)), settings)  # mean and log-variance
-    with pytest.raises(ConfigError, match=r"latents .* has shape \[3, 96, 4, 4\]"):
-        check_columns(manifest(latents=column([3, 96, 4, 4])), settings)
+    assert check_columns(manifest(), settings, None) == []
+    (problem,) = check_columns(manifest(**{"text-tiny": column([5, 6])}), settings, None)
+    assert "has shape [5, 6], but model.transformer wants [3, 6]" in str(problem)
+    moments = manifest(latents=column([3, 96, 4, 4], moments=True))  # mean and log-variance
+    assert check_columns(moments, settings, None) == []
+    (problem,) = check_columns(manifest(latents=column([3, 96, 4, 4])), settings, None)
+    assert "column latents" in str(problem) and "has shape [3, 96, 4, 4]" in str(problem)
+
+
+def test_a_missing_column_is_refused(tmp_path):
     make_zoo(tmp_path)
-    with pytest.raises(ConfigError, match=r"no column 'tokens' \(it has: latents, text-tiny\)"):
-        check_columns(manifest(), config(tmp_path, "control"))
+    write_data(tmp_path)
+    stored = read_manifest(tmp_path)
+    write_manifest(tmp_path, stored.model_copy(update={"columns": {
+        name: column for name, column in stored.columns.items() if name != "tokens"
+    }}))
+    (problem,) = check(config(tmp_path, "control"), Launch(2))
+    assert "no column 'tokens'; it has: latents, text-tiny" in str(problem)
 
 
 def test_tokens_of_another_tokenizer_are_refused_unless_adopted(tmp_path):
     make_zoo(tmp_path)
     settings = config(tmp_path, "control")
-    own = registry.resolve(tmp_path / "zoo", "tokenizer").reference
-    check_columns(manifest(tokens=column([5], own)), settings)
+    own = registry.resolve(tmp_path / "zoo", "tokenizer")
+    assert check_columns(manifest(tokens=column([5], own.reference)), settings, own) == []
     foreign = manifest(tokens=column([5], "tokenizer@0123456789abcdef"))
-    with pytest.raises(ConfigError, match=f"was made by tokenizer@0123456789abcdef, but tokenizer = tokenizer is {own}"):
-        check_columns(foreign, settings)
-    check_columns(foreign, config(tmp_path, "control", data__adopt="true"))
+    (problem,) = check_columns(foreign, settings, own)
+    assert f"was made by tokenizer@0123456789abcdef, but tokenizer = tokenizer is {own.reference}" in str(problem)
+    assert check_columns(foreign, config(tmp_path, "control", data__adopt="true"), own) == []
 
 
-def test_a_start_of_another_size_is_refused_with_the_difference(tmp_path):
+def test_tokens_of_another_length_are_refused_even_where_adopted(tmp_path):
     make_zoo(tmp_path)
-    settings = config(tmp_path, "control", model__transformer__num_layers=5)
-    with pytest.raises(ConfigError, match=r"model.transformer.num_layers = 5 \(main@[0-9a-f]{16}: 2\)"):
-        build_model(settings)
+    own = registry.resolve(tmp_path / "zoo", "tokenizer")
+    settings = config(tmp_path, "control", data__adopt="true")
+    (problem,) = check_columns(manifest(tokens=column([4], own.reference)), settings, own)
+    assert "4 tokens are 2 semantic frames, but model.transformer.latent_frames = 3" in str(problem)
+
+
+def test_a_start_and_a_tokenizer_of_another_size_are_refused_with_the_differences(tmp_path):
+    make_zoo(tmp_path)
+    write_data(tmp_path)
+    changes = {"model__transformer__num_layers": 5, "model__semantic__feature_channels": 7, "data__adopt": "true"}
+    start, channels = map(str, check(config(tmp_path, "control", **changes), Launch(2)))
+    assert re.search(r"main@[0-9a-f]{16} is another model: model\.transformer\.num_layers = 5 \(there 2\)", start)
+    assert "model.semantic.feature_channels = 7, but the tokenizer tokenizer@" in channels
 
 
 def test_phase_control_starts_as_the_main_transformer(tmp_path):

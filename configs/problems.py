@@ -1,0 +1,83 @@
+"""Problems found before a job starts: collected, so that a user reads all of them at once."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.base import ConfigError
+
+SHOWN_PROBLEMS = 20  # of one message
+LONGEST_NAME = 255  # bytes, of one part of a path on all common file systems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason why a job cannot start.
+
+    The text names the key or option, its value and the way out.
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def problems_of(action: Callable[[], object]) -> list[Problem]:
+    """The ConfigError that `action` raises as a list of one problem, else an empty list."""
+    try:
+        action()
+    except ConfigError as error:
+        return [Problem(str(error))]
+    return []
+
+
+def require_none(problems: Sequence[Problem]) -> None:
+    """Raises one ConfigError with all `problems`, each once; returns if there are none.
+
+    Of more than `SHOWN_PROBLEMS`, the rest is counted.
+    """
+    texts = list(dict.fromkeys(problem.text for problem in problems))
+    if len(texts) == 1:
+        raise ConfigError(texts[0])
+    if texts:
+        lines = [f"  - {text}" for text in texts[:SHOWN_PROBLEMS]]
+        if len(texts) > SHOWN_PROBLEMS:
+            lines.append(f"  - and {len(texts) - SHOWN_PROBLEMS} more")
+        listed = "\n".join(lines)
+        raise ConfigError(f"{len(texts)} problems:\n{listed}")
+
+
+def check_writable(key: str, folder: Path) -> list[Problem]:
+    """Whether files can be created in `folder`, which a job makes where it does not exist yet."""
+    place = folder
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
+        return [
+            Problem(
+                f"{key} = {folder} has a name of more than {LONGEST_NAME} bytes; name another "
+                "folder"
+            )
+        ]
+    try:
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        is_folder = stat.S_ISDIR(place.stat().st_mode)
+        writable = os.access(place, os.W_OK | os.X_OK)
+        read_only = bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return [Problem(f"{key} = {folder} cannot be used: {reason}; name another folder")]
+    if not is_folder:
+        return [
+            Problem(f"{key} = {folder} cannot be a folder: {place} is a file; name another folder")
+        ]
+    if read_only or not writable:
+        reason = "is on a read-only file system" if read_only else "is not writable for this user"
+        return [
+            Problem(f"{key} = {folder} cannot be written: {place} {reason}; name another folder")
+        ]
+    return []

@@ -1,0 +1,150 @@
+"""Shards of videos that are not progressive SDR: what is converted, rejected and recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.base import ConfigError
+from data_pipeline.ingest import make_shards
+from data_pipeline.ingest_config import Bucket
+from data_pipeline.plan_unit import Span, Unit
+from data_pipeline.schema import RAW, RawSample
+from data_pipeline.shards import ShardError, read_sidecar
+from data_pipeline.video import ClipDecoder, VideoFile
+from tests.data_pipeline.test_ingest import config
+from tests.data_pipeline.test_video import barcodes, encode
+from tests.data_pipeline.video_kinds import (
+    Color,
+    color_video,
+    interlaced,
+    interlaced_video,
+    moving_bar,
+)
+
+SDR = Color(1, primaries=1, matrix=1, pixels="yuv420p")
+RAW_HEVC = {
+    "container": "hevc",
+    "codec": "libx265",
+    "options": {
+        "preset": "ultrafast",
+        "x265-params": "log-level=none:pools=none:frame-threads=1:vui-timing-info=0",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One video of each kind, 1.5 s long."""
+    folder = tmp_path_factory.mktemp("kinds")
+    videos = {
+        "sdr.mp4": color_video(SDR, frames=36),
+        "pq.mp4": color_video(Color(16), frames=36),
+        "hlg.mp4": color_video(Color(18), frames=36),
+        "fields.mp4": interlaced_video(interlaced(moving_bar(72))),
+        "log.mp4": color_video(Color(1, primaries=1, matrix=1, tagged=(1, 9, 1)), frames=36),
+        "raw.hevc": encode(barcodes(36), **RAW_HEVC),
+    }
+    rows = []
+    for name, data in videos.items():
+        (folder / name).write_bytes(data)
+        rows.append(json.dumps({"file": name, "caption": name}))
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def samples(data: Path) -> dict[str, tuple[RawSample, np.ndarray, str]]:
+    """Source -> sample, frames, the sample's JSON."""
+    found = {}
+    with ClipDecoder("pyav") as decoder:
+        for path in sorted((data / RAW).glob("*.tar")):
+            tar = path.read_bytes()
+            for _, parts in read_sidecar(path).index:
+                text, clip = (tar[parts[part][0] :][: parts[part][1]] for part in ("json", "mp4"))
+                sample = RawSample.model_validate_json(text)
+                found[sample.source] = (sample, decoder.decode(clip), text.decode())
+    return found
+
+
+def test_conversions_are_made_and_recorded_and_the_rest_is_rejected_by_name(
+    source: Path, tmp_path: Path
+) -> None:
+    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=0.0), tmp_path)
+    made = samples(tmp_path)
+    assert {name: sample.conversions for name, (sample, _, _) in made.items()} == {
+        "sdr.mp4": (),
+        "pq.mp4": ("smpte2084/bt2020",),
+        "hlg.mp4": ("arib-std-b67/bt2020",),
+        "fields.mp4": ("bwdif",),
+    }
+    assert "conversions" not in made["sdr.mp4"][2]
+    for name in ("pq.mp4", "hlg.mp4"):
+        assert np.abs(made[name][1].astype(int) - made["sdr.mp4"][1]).max() <= 10
+    rejects = {reject.key: (reject.reason, reject.detail) for reject in manifest.rejects}
+    assert rejects["log.mp4"] == (
+        "unsupported_transfer",
+        "transfer log100 cannot be converted to SDR BT.709",
+    )
+    assert rejects["raw.hevc"][0] == "no_timestamps"
+    assert "raw hevc stream without timestamps" in rejects["raw.hevc"][1]
+
+
+def test_conversion_can_be_refused_and_belongs_to_the_folder(source: Path, tmp_path: Path) -> None:
+    strict = config(source, max_spans=1, video={"hdr": "reject", "interlaced": "reject"})
+    manifest = make_shards(strict, tmp_path)
+    assert manifest.reject_counts == {
+        "shards/hdr": 2,
+        "shards/interlaced": 1,
+        "shards/no_timestamps": 1,
+        "shards/unsupported_transfer": 1,
+    }
+    assert list(samples(tmp_path)) == ["sdr.mp4"]
+    assert manifest.config["video"] == {"hdr": "reject", "interlaced": "reject"}
+    with pytest.raises(ConfigError, match="video = "):
+        make_shards(config(source, max_spans=1), tmp_path)
+
+
+def unit(*conversions: str) -> Unit:
+    span = Span(
+        "a" * 40,
+        "a.mp4",
+        VideoFile(Path("a.mp4")),
+        "a caption",
+        "b" * 64,
+        0.0,
+        (0.0,) * 4,
+        0,
+        (),
+        conversions,
+    )
+    return Unit("000000", Bucket(num_frames=9, height=32, width=32), "", [span])
+
+
+def test_shards_of_progressive_sdr_keep_their_fingerprint_and_others_have_a_new_one() -> None:
+    settings = config("made up")
+    assert unit().fingerprint(settings) == "87517a1fac9832f2"  # of the version before
+    assert (
+        len(
+            {
+                unit(*names).fingerprint(settings)
+                for names in ((), ("bwdif",), ("smpte2084/bt2020",))
+            }
+        )
+        == 3
+    )
+
+
+def test_shards_that_were_made_before_there_were_conversions_are_refused(
+    source: Path, tmp_path: Path
+) -> None:
+    settings = config(source, max_spans=1)
+    make_shards(settings, tmp_path)
+    sidecar = tmp_path / RAW / "000000.json"
+    document = json.loads(sidecar.read_text())
+    document["fingerprint"] = "0" * 16
+    sidecar.write_text(json.dumps(document))
+    with pytest.raises(ShardError, match="before HDR and interlaced video were converted"):
+        make_shards(settings, tmp_path)

@@ -1,0 +1,84 @@
+"""`landiff evaluate` on the smallest models that fit each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.schema import RAW, Manifest
+from data_pipeline.shards import ShardWriter, read_manifest, write_manifest
+from launchers.cli import main
+from model_zoo import registry
+from tests.data_pipeline.data_sets import keys_of, raw_sample, write_column
+from tests.model_zoo.convert.tiny import CONFIGS, weights
+
+SHAPES = {"tokens": [5], "latents": [3, 4, 4, 6], "text-a": [4, 20], "text-b": [5, 12]}
+CONFIG = "{zoo: zoo, data: data, out: found.json, lm_text_column: text-a, diffusion_text_column: text-b, prefix_frames: 1, samples: 4, seeds: 2}"
+
+
+def write_data(data: Path, *, one_video: bool) -> None:
+    """Four clips of one video, or of four."""
+    with ShardWriter(data / RAW, "000000", fingerprint="raw") as writer:
+        for key in keys_of(0, 4):
+            video = "0" * 64 if one_video else hashlib.sha256(key.encode()).hexdigest()
+            writer.add(
+                key, {"json": raw_sample(key, source_sha256=video).model_dump_json().encode()}
+            )
+    write_manifest(data, Manifest(fingerprint="raw", config={}, shards=[writer.sidecar.entry]))
+
+    def value(name: str, key: str) -> Tensor:
+        draw = torch.Generator().manual_seed(int(key, 16) % 1000)
+        if name == "tokens":
+            return torch.randint(0, 16, SHAPES[name], generator=draw).to(torch.uint16)
+        return torch.randn(SHAPES[name], generator=draw).to(torch.bfloat16)
+
+    for name, shape in SHAPES.items():
+        write_column(data, name, value=lambda key, name=name: value(name, key))
+        manifest = read_manifest(data)
+        column = manifest.columns[name].model_copy(update={"shape": shape})
+        write_manifest(
+            data, manifest.model_copy(update={"columns": {**manifest.columns, name: column}})
+        )
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with a zoo and the config."""
+    monkeypatch.chdir(tmp_path)
+    for kind in ("lm", "tokenizer", "diffusion"):
+        registry.export(Path("zoo"), kind, kind, CONFIGS[kind], weights(kind), {})
+    Path("evaluate.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def test_losses_are_compared_and_progress_is_shown_from_the_start(folder, capsys):
+    write_data(Path("data"), one_video=False)
+    assert main(["evaluate", "--config", "evaluate.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines if line.startswith("evaluate")] == [
+        "evaluate loads: 0/3 models",
+        "evaluate loads: 1/3 models",
+        "evaluate loads: 2/3 models",
+        "evaluate loads: 3/3 models",
+        "evaluate: 0/24 passes",
+        "evaluate: 24/24 passes",
+    ]
+    assert not any(" 0.0/s" in line for line in lines)
+    rows = json.loads(Path("found.json").read_text())["rows"]
+    assert len(rows) == 2 and rows[0]["lm"] > 0 and rows[0]["diffusion"] > 0
+
+
+def test_clips_of_one_video_have_no_wrong_condition(folder, capsys):
+    write_data(Path("data"), one_video=True)
+    assert main(["evaluate", "--config", "evaluate.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "all 4 clips share" in err
+        and "clips of at least two videos" in err
+        and not Path("found.json").exists()
+    )

@@ -1,0 +1,172 @@
+"""Checks of a trainer's config before its ranks start: what all trainers share. Torch-free.
+
+`check(config, launch)` of each trainer (training/<stage>/checks.py) returns all problems of its
+config. The command that starts the ranks calls it, and so do `--dry-run` and submission. A job of a
+pipeline is submitted before its data exist, so the first rank of every run calls it once more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.base import Config, ConfigError
+from configs.problems import Problem, check_writable, problems_of
+from data_pipeline.column_checks import check_blend, check_columns
+from data_pipeline.config import DataConfig
+from data_pipeline.remote import data_folder, find_manifest
+from data_pipeline.schema import Manifest
+from model_zoo import registry
+from training.config import OptimConfig
+from training.layout import check_batch
+from training.resume import check_resume
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a job is started."""
+
+    ranks: int = 1
+    inputs_exist: bool = (
+        True  # False: earlier jobs still have to write the data and zoo entries it reads
+    )
+
+
+def check_trainer(
+    config: Config, columns: Sequence[str], launch: Launch, must_match: Sequence[str]
+) -> tuple[list[Manifest], list[Problem]]:
+    """What all trainers share: layout, batch, rates, run folder, data.
+
+    Returns the manifests of all data sets where every column is there, else none; and the problems.
+    """
+    problems = problems_of(lambda: check_batch(config, launch.ranks))
+    problems += check_optim(config.optim)
+    problems += check_writable("run", config.run)
+    problems += check_resume(config, must_match)
+    if not launch.inputs_exist:
+        return [], problems
+    manifests, found = check_data(config.data, columns)
+    return manifests, problems + found
+
+
+def check_optim(optim: OptimConfig) -> list[Problem]:
+    problems = []
+    if optim.min_lr > optim.lr:
+        problems.append(
+            Problem(
+                f"optim.min_lr = {optim.min_lr:g} is above optim.lr = {optim.lr:g}; the rate falls "
+                "from lr to min_lr, "
+                "so lower min_lr or raise lr"
+            )
+        )
+    for number, beta in enumerate(optim.betas):
+        if not 0 <= beta < 1:
+            problems.append(
+                Problem(f"optim.betas.{number} = {beta:g} must be at least 0 and below 1")
+            )
+    return problems
+
+
+def check_data(data: DataConfig, columns: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
+    """Manifests of all data sets if every one has `columns`, else none; and the problems."""
+    manifests: list[Manifest] = []
+    problems: list[Problem] = []
+    for number, source in enumerate(data.sources):
+        key = "data.manifest" if number == 0 else f"data.blend.{number - 1}.manifest"
+        try:
+            manifests.append(find_manifest(source))
+        except ConfigError as error:
+            problems.append(Problem(f"{key} = {source.remote or source.manifest}: {error}"))
+            continue
+        except OSError as error:
+            problems.append(Problem(f"{key} = {source.manifest} cannot be read: {error.strerror}"))
+            continue
+        folder = None if source.remote else data_folder(source)
+        found = check_manifest(manifests[-1], columns, folder, adopt=data.adopt)
+        problems += [Problem(f"{key} = {source.manifest}: {problem}") for problem in found]
+    if problems:
+        return [], problems
+    if not data.adopt:
+        problems += problems_of(lambda: check_blend(manifests, columns))
+    return manifests, problems
+
+
+def check_manifest(
+    manifest: Manifest, columns: Sequence[str], folder: Path | None = None, *, adopt: bool = False
+) -> list[Problem]:
+    """Whether a data set holds clips and the columns.
+
+    `folder` (None: remote) must hold the first shard of each column.
+    """
+    if not manifest.num_samples:
+        return [Problem("it holds no clips; see reject_counts in its manifest")]
+    problems = problems_of(
+        lambda: check_columns(manifest, [name for name in columns if name not in manifest.columns])
+    )
+    for name in columns:
+        if name not in manifest.columns:
+            continue
+        problems += problems_of(lambda name=name: check_columns(manifest, [name], adopt=adopt))
+        shards = manifest.columns[name].shards
+        if (
+            folder is not None
+            and shards
+            and not (folder / name / f"{shards[0].name}.tar").is_file()
+        ):
+            problems.append(
+                Problem(
+                    f"column {name!r} is in the manifest, but {folder / name / shards[0].name}.tar "
+                    "does not exist; "
+                    "run `landiff precompute` again, or point to the folder that holds the shards"
+                )
+            )
+    return problems
+
+
+def find_entry(
+    key: str, zoo: Path, reference: str | None, kind: str
+) -> tuple[registry.ZooEntry | None, list[Problem]]:
+    """The zoo entry that config key `key` refers to, or None; and the problem it has."""
+    if reference is None:
+        return None, []
+    try:
+        entry = registry.resolve(zoo, reference, kind=kind)
+        if not (entry.path / registry.WEIGHTS).is_file():
+            raise ConfigError(
+                f"{entry.path} is damaged: {registry.WEIGHTS} is missing; convert the weights again"
+            )
+    except ConfigError as error:
+        return None, [Problem(f"{key} = {reference}: {error}")]
+    except OSError as error:
+        return None, [Problem(f"{key} = {reference} cannot be read: {error}")]
+    return entry, []
+
+
+def different_fields(
+    key: str, wanted: Config, entry: registry.ZooEntry, fields: Sequence[str] | None = None
+) -> list[Problem]:
+    """One problem with every field (of `fields`, or all) in which an entry differs from `key`."""
+    ours, theirs = wanted.model_dump(), entry.config.model_dump()
+    different = []
+    for name in fields or ours:
+        if ours[name] != theirs[name]:
+            different.append(f"{key}.{name} = {ours[name]!r} (there {theirs[name]!r})")
+    if not different:
+        return []
+    return [
+        Problem(
+            f"{entry.reference} is another model: {', '.join(different)}; set them alike, or name "
+            "another entry"
+        )
+    ]
+
+
+def check_package(module: str, key: str, value: object, way_out: str) -> list[Problem]:
+    """Whether the Python package that a config key needs is installed, without importing it."""
+    if importlib.util.find_spec(module) is not None:
+        return []
+    return [
+        Problem(f"{key} = {value} needs the package {module}, which is not installed; {way_out}")
+    ]

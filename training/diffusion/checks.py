@@ -1,0 +1,62 @@
+"""Checks of the diffusion trainer's config before its ranks start. Torch-free."""
+
+from __future__ import annotations
+
+from configs.problems import Problem
+from model_zoo.config import ScheduleConfig
+from model_zoo.frozen.checks import check_encoder, width_of
+from training.checks import Launch, check_trainer, different_fields, find_entry
+from training.diffusion.columns import check_columns, check_tokenizer
+from training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
+
+
+def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
+    """All problems that are known before ranks start."""
+    manifests, problems = check_trainer(config, config.columns, launch, MUST_MATCH)
+    problems += check_preview(config)
+    if not launch.inputs_exist:
+        return problems
+    start, found = find_entry("init_from", config.zoo, config.init_from, "transformer")
+    problems += found
+    if start is not None:
+        problems += different_fields("model.transformer", config.model.transformer, start)
+    tokenizer = None
+    if config.phase == "control":
+        tokenizer, found = find_entry("tokenizer", config.zoo, config.tokenizer, "tokenizer")
+        problems += found
+        if tokenizer is not None:
+            problems += check_tokenizer(config, tokenizer)
+    if manifests:
+        problems += check_columns(manifests[0], config, tokenizer)
+    return problems
+
+
+def check_preview(config: DiffusionTrainConfig) -> list[Problem]:
+    """Whether previews can be sampled and decoded."""
+    if config.preview_codec is None:
+        return []
+    problems = check_steps("preview_steps", config.preview_steps, config.schedule)
+    problems += check_encoder("preview_codec", config.preview_codec)
+    channels, latent = width_of(config.preview_codec), config.model.transformer.latent_channels
+    if channels is not None and channels != latent:
+        problems.append(
+            Problem(
+                f"preview_codec = {config.preview_codec.kind} decodes {channels} channels, but "
+                f"model.transformer.latent_channels = {latent}; set preview_codec to the codec of "
+                "the latents, or to null"
+            )
+        )
+    return problems
+
+
+def check_steps(key: str, steps: int, schedule: ScheduleConfig) -> list[Problem]:
+    """A sampler takes at least 2 steps and at most those of the schedule."""
+    if 2 <= steps <= schedule.num_timesteps:
+        return []
+    return [
+        Problem(
+            f"{key} = {steps}: a sampler takes at least 2 steps and at most schedule.num_timesteps "
+            "= "
+            f"{schedule.num_timesteps}"
+        )
+    ]

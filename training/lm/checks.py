@@ -1,0 +1,77 @@
+"""Checks of the language model trainer's config before its ranks start. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.base import ConfigError
+from configs.documents import read_yaml
+from configs.problems import Problem
+from training.checks import Launch, check_package, check_trainer, different_fields, find_entry
+from training.lm.columns import check_columns, check_tokenizer
+from training.lm.config import MUST_MATCH, LMTrainConfig
+from training.run_folder import CONFIG, committed_steps, step_folder
+
+# fields of the model that decide the shapes of its weights
+SHAPES = (
+    "codebook_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "ffn_size",
+    "text_dim",
+    "micro_hidden_size",
+    "micro_frequency_dim",
+)
+
+
+def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
+    """All problems that are known before ranks start."""
+    manifests, problems = check_trainer(config, config.columns, launch, MUST_MATCH)
+    if config.layers == "te":
+        problems += check_package("transformer_engine", "layers", "te", "use layers = local")
+    problems += _check_optimizer(config)
+    if not launch.inputs_exist:
+        return problems
+    tokenizer, found = find_entry("tokenizer", config.zoo, config.tokenizer, "tokenizer")
+    problems += found
+    if tokenizer is not None:
+        problems += check_tokenizer(config, tokenizer)
+    start, found = find_entry("init_from", config.zoo, config.init_from, "lm")
+    problems += found
+    if start is not None:
+        problems += different_fields("model", config.model, start, SHAPES)
+    if manifests:
+        problems += check_columns(manifests[0], config, tokenizer)
+    return problems
+
+
+def _check_optimizer(config: LMTrainConfig) -> list[Problem]:
+    """Whether the newest checkpoint was written with the same kind of optimizer."""
+    steps = committed_steps(config.run / "checkpoints")
+    if not steps:
+        return []
+    folder = step_folder(config.run / "checkpoints", steps[-1])
+    stored = _stored_kind(folder)
+    if stored is None or stored == config.parallel.distributed_optimizer:
+        return []
+    return [
+        Problem(
+            f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state "
+            "cannot be read by the "
+            f"other kind; set it to {stored}, or let `landiff convert RUN --to megatron --out "
+            "NEW_RUN "
+            f"parallel.distributed_optimizer={str(not stored).lower()}` make a run that continues "
+            "it"
+        )
+    ]
+
+
+def _stored_kind(folder: Path) -> bool | None:
+    """`parallel.distributed_optimizer` of a checkpoint; None where it is not stored."""
+    try:
+        stored = read_yaml(folder / CONFIG)
+        found = stored["parallel"]["distributed_optimizer"]
+    except (OSError, ConfigError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, bool) else None

@@ -1,0 +1,18 @@
+"""Checks of the tokenizer trainer's config before its ranks start. Torch-free."""
+
+from __future__ import annotations
+
+from configs.problems import Problem
+from training.checks import Launch, check_trainer
+from training.tokenizer.columns import check_features
+from training.tokenizer.config import TokenizerTrainConfig
+
+MUST_MATCH = ("model",)  # sections in which a checkpoint may not differ from its run
+
+
+def check(config: TokenizerTrainConfig, launch: Launch) -> list[Problem]:
+    """All problems that are known before ranks start."""
+    manifests, problems = check_trainer(config, config.columns, launch, MUST_MATCH)
+    if manifests:
+        problems += check_features(config, manifests[0])
+    return problems
