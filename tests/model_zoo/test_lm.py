@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from configs import load
+from configs.base import ConfigError
 from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig
 from model_zoo.convert.release_lm import RULES
@@ -255,5 +256,5 @@ def test_more_positions_than_the_model_has_are_refused():
     model = drawn_model()
     with pytest.raises(ValueError, match="41 positions exceed max_positions = 40"):
         model.transform(torch.zeros(1, 41, 32))
-    with pytest.raises(ValueError, match="41 positions exceed max_positions = 40"):
+    with pytest.raises(ConfigError, match="take 41 positions.*max_positions = 40"):
         model.new_cache(1, 41)

@@ -425,7 +425,7 @@ def test_seeds_or_draw_but_not_both_nor_too_few(model):
 
 
 def test_a_video_longer_than_the_model_is_refused(model):
-    with pytest.raises(ValueError, match="exceed max_positions = 60"):
+    with pytest.raises(ConfigError, match="max_positions = 60"):
         sample_tokens(model, some_prompts(1), 30, TokenSamplingConfig(), seeds=[0])
 
 
