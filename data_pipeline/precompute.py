@@ -13,7 +13,6 @@ share a folder, die and be started again. This file knows the encoders; precompu
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +40,7 @@ from data_pipeline.schema import Manifest, ShardEntry, Sidecar
 from data_pipeline.shards import read_manifest
 from data_pipeline.units import ColumnCard, ColumnFolder, share
 from data_pipeline.units import finalize as finalize_units
-from model_zoo import frozen, health, registry
+from model_zoo import frozen, health, keyed_random, registry
 from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from model_zoo.frozen.config import semantic_frame_indices
 
@@ -304,9 +303,8 @@ class ShardCaptions:
 
 
 def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal, keyed by the clip: the same on any task, in any batch. Drawn on the CPU."""
-    digest = hashlib.blake2b(f"{seed}/latents/{key}".encode(), digest_size=8).digest()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1))
+    """Standard normal noise keyed by the clip, the same in every task and batch. Drawn on the CPU."""
+    return torch.randn(shape, generator=keyed_random.generator(seed, "latents", key))
 
 
 def producers(names: Sequence[str], bench: Bench) -> dict[str, Producer]:

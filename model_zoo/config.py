@@ -1,85 +1,185 @@
-"""Sizes of the models, and how tokens are sampled. Torch-free: the command line and the launchers read these too.
+"""Sizes of the models, and how tokens are sampled.
 
-The defaults are the released LanDiff sizes (reference specification §0, §3-§5); presets that differ are
-YAML files (`configs/nano/model.yaml`).
+Torch-free: the command line and the launchers read this file as well. The defaults are the sizes of
+the released LanDiff model (docs/specification.md §0, §3 to §5). Presets that differ are YAML files,
+such as `configs/nano/model.yaml`.
 """
 
 from __future__ import annotations
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
 from configs.base import Config, refuse_values
 
 
 class TokenizerConfig(Config):
-    """Semantic tokenizer: query-token encoder, vector quantiser, decoder (specification §3)."""
+    """Semantic tokenizer: encoder with query tokens, vector quantizer, decoder (§3)."""
 
-    feature_channels: PositiveInt = 768  # C of the vision features
-    grid_height: PositiveInt = 30  # rows of a feature frame
-    grid_width: PositiveInt = 45
-    hidden_size: PositiveInt = 768
-    num_heads: PositiveInt = 12
-    num_layers: PositiveInt = 12  # in the encoder, and again in the decoder
-    token_size: PositiveInt = 768  # width of a latent token on both sides of the quantiser
-    codebook_size: PositiveInt = 2048
-    codebook_dim: PositiveInt = 16
-    iframe_tokens: PositiveInt = 330
-    pframe_tokens: PositiveInt = 74
-    segment_frames: PositiveInt = 13  # semantic frames the tokenizer sees at once
-    rope_theta: PositiveFloat = 10000.0
-    normalize_features: bool = False  # (f - mean) / (std + 1e-8) per channel before encoding (§8.3)
-    commitment_weight: float = 1.0
-    codebook_decay: float = 0.8
-    dead_code_threshold: float = 2.0
-    kmeans_iterations: PositiveInt = 10
+    feature_channels: PositiveInt = Field(
+        default=768, description="Channels of the vision features."
+    )
+    grid_height: PositiveInt = Field(
+        default=30, description="Height of the feature map of a frame, in cells."
+    )
+    grid_width: PositiveInt = Field(
+        default=45, description="Width of the feature map of a frame, in cells."
+    )
+    hidden_size: PositiveInt = Field(
+        default=768,
+        description="Width of the transformer blocks. `hidden_size / num_heads` must be a "
+        "multiple of 16.",
+    )
+    num_heads: PositiveInt = Field(default=12, description="Attention heads of each block.")
+    num_layers: PositiveInt = Field(
+        default=12, description="Blocks of the encoder; the decoder has as many."
+    )
+    token_size: PositiveInt = Field(
+        default=768, description="Width of a latent token before and after the quantizer."
+    )
+    codebook_size: PositiveInt = Field(default=2048, description="Number of codes.")
+    codebook_dim: PositiveInt = Field(default=16, description="Width of a code vector.")
+    iframe_tokens: PositiveInt = Field(
+        default=330, description="Tokens of an I frame, the first frame of a segment."
+    )
+    pframe_tokens: PositiveInt = Field(
+        default=74, description="Tokens of a P frame, any further frame of a segment."
+    )
+    segment_frames: PositiveInt = Field(
+        default=13, description="Semantic frames of a segment, which the tokenizer sees at once."
+    )
+    rope_theta: PositiveFloat = Field(
+        default=10000.0, description="Base of the frequencies of the rotary embedding (§3.4)."
+    )
+    normalize_features: bool = Field(
+        default=False,
+        description="Encode (f - mean) / (std + 1e-8) instead of the features f, per channel, and "
+        "invert this after decoding (§3.8). Mean and std are those of the first global batch of "
+        "the training.",
+    )
+    commitment_weight: float = Field(
+        default=1.0, description="Weight of the commitment loss; the reconstruction has weight 1."
+    )
+    codebook_decay: float = Field(
+        default=0.8,
+        description="Decay of the codebook's moving averages, once per forward pass in training.",
+    )
+    dead_code_threshold: float = Field(
+        default=2.0,
+        description="A code whose moving average of uses per forward pass falls below this "
+        "number is replaced by a vector of the batch.",
+    )
+    kmeans_iterations: PositiveInt = Field(
+        default=10,
+        description="Iterations of the k-means that initializes the codebook in the first forward "
+        "pass of the training.",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self, info: ValidationInfo) -> TokenizerConfig:
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 16:
-            refuse_values(info, [
-                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a multiple of 16: "
-                "the rotary embedding splits a head 1/4 : 3/8 : 3/8 over time, row and column"
-            ])
+        head_dim, remainder = divmod(self.hidden_size, self.num_heads)
+        if remainder or head_dim % 16:
+            problem = (
+                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a "
+                "multiple of 16: the rotary embedding splits a head 1/4 : 3/8 : 3/8 over time, "
+                "row and column"
+            )
+            refuse_values(info, [problem])
         return self
 
 
 class LMConfig(Config):
-    """Autoregressive model over semantic tokens (specification §4)."""
+    """Autoregressive model of semantic tokens (§4)."""
 
-    codebook_size: PositiveInt = 2048
-    iframe_tokens: PositiveInt = 330
-    pframe_tokens: PositiveInt = 74
-    segment_frames: PositiveInt = 13
-    hidden_size: PositiveInt = 2048
-    num_layers: PositiveInt = 24
-    num_heads: PositiveInt = 16
-    ffn_size: PositiveInt = 11008
-    norm_eps: PositiveFloat = 1e-5
-    rope_theta: PositiveFloat = 10000.0
-    max_positions: PositiveInt = 32768
-    text_dim: PositiveInt = 4096  # width of the text encoder's states
-    max_text_tokens: PositiveInt = 512
-    micro_hidden_size: PositiveInt = 512
-    micro_frequency_dim: PositiveInt = 256
+    codebook_size: PositiveInt = Field(
+        default=2048, description="Number of codes, as in the tokenizer."
+    )
+    iframe_tokens: PositiveInt = Field(
+        default=330, description="Tokens of an I frame, as in the tokenizer."
+    )
+    pframe_tokens: PositiveInt = Field(
+        default=74, description="Tokens of a P frame, as in the tokenizer."
+    )
+    segment_frames: PositiveInt = Field(
+        default=13, description="Semantic frames of a segment, as in the tokenizer."
+    )
+    hidden_size: PositiveInt = Field(
+        default=2048,
+        description="Width of the transformer blocks. `hidden_size / num_heads` must be even.",
+    )
+    num_layers: PositiveInt = Field(default=24, description="Number of transformer blocks.")
+    num_heads: PositiveInt = Field(default=16, description="Attention heads of each block.")
+    ffn_size: PositiveInt = Field(default=11008, description="Inner width of the gated MLP.")
+    norm_eps: PositiveFloat = Field(
+        default=1e-5, description="Epsilon of all RMSNorms and of the final LayerNorm."
+    )
+    rope_theta: PositiveFloat = Field(
+        default=10000.0, description="Base of the frequencies of the rotary embedding."
+    )
+    max_positions: PositiveInt = Field(
+        default=32768,
+        description="Longest sequence, in positions: conditions, text and tokens together.",
+    )
+    text_dim: PositiveInt = Field(default=4096, description="Width of the text states.")
+    max_text_tokens: PositiveInt = Field(
+        default=512, description="Longest text, in tokens of the text encoder."
+    )
+    micro_hidden_size: PositiveInt = Field(
+        default=512, description="Inner width of the MLP of a micro-condition."
+    )
+    micro_frequency_dim: PositiveInt = Field(
+        default=256, description="Width of the sinusoid of a micro-condition (§4.4)."
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self, info: ValidationInfo) -> LMConfig:
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            refuse_values(info, [
-                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a whole even number"
-            ])
+        head_dim, remainder = divmod(self.hidden_size, self.num_heads)
+        if remainder or head_dim % 2:
+            problem = (
+                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a whole "
+                "even number"
+            )
+            refuse_values(info, [problem])
         return self
 
 
 class TokenSamplingConfig(Config):
-    """How tokens are drawn from the language model (specification §4.7)."""
+    """How tokens are drawn from the language model (§4.7)."""
 
-    guidance: PositiveFloat = 7.5  # l_uncond + guidance * (l_cond - l_uncond); 1 switches it off and halves the work
-    temperature: PositiveFloat = 1.0
-    top_k: PositiveInt | None = None  # keep the k most likely ids; 1 = always the most likely
-    top_p: PositiveFloat | None = None  # keep the most likely ids until their mass reaches p
-    predict_end: bool = False  # the model may end a video of several segments early
-    reference_behaviour: bool = False  # draw as the reference implementation does; see model_zoo/sample/tokens.py
+    guidance: PositiveFloat = Field(
+        default=7.5,
+        description="Scale g of classifier-free guidance: logits are l_uncond + g · (l_cond - "
+        "l_uncond). 1 switches guidance off and halves the work.",
+    )
+    temperature: PositiveFloat = Field(
+        default=1.0, description="The logits are divided by this number."
+    )
+    top_k: PositiveInt | None = Field(
+        default=None,
+        description="Draw only from the k most likely tokens; 1 always takes the most likely. "
+        "Excludes `top_p`.",
+    )
+    top_p: PositiveFloat | None = Field(
+        default=None,
+        description="Draw only from the most likely tokens whose probabilities add up to p, at "
+        "most 1. Excludes `top_k`.",
+    )
+    predict_end: bool = Field(
+        default=False,
+        description="Allow the model to end a video after its first segment, before the requested "
+        "number of frames.",
+    )
+    reference_behaviour: bool = Field(
+        default=False,
+        description="Draw as the reference implementation does: at every position, with special "
+        "tokens allowed at positions of codes (§8.7, §8.8).",
+    )
 
     @model_validator(mode="after")
     def _filters(self, info: ValidationInfo) -> TokenSamplingConfig:
@@ -95,82 +195,135 @@ class TokenSamplingConfig(Config):
 
 
 class TransformerConfig(Config):
-    """Main diffusion transformer, CogVideoX-2B as packaged for SAT (specification §5.1)."""
+    """Main diffusion transformer, CogVideoX-2B in the packaging of SAT (§5.1)."""
 
-    latent_channels: PositiveInt = 16
-    latent_frames: PositiveInt = 13
-    latent_height: PositiveInt = 60
-    latent_width: PositiveInt = 90
-    patch_size: PositiveInt = 2
-    hidden_size: PositiveInt = 1920
-    num_layers: PositiveInt = 30
-    num_heads: PositiveInt = 30
-    time_embed_dim: PositiveInt = 512
-    text_length: PositiveInt = 226  # rows of text states, pads included and attended
-    text_dim: PositiveInt = 4096
-    spatial_interpolation: PositiveFloat = 1.875  # row and column indices are divided by it
+    latent_channels: PositiveInt = Field(default=16, description="Channels of the latents.")
+    latent_frames: PositiveInt = Field(default=13, description="Latent frames of a clip.")
+    latent_height: PositiveInt = Field(
+        default=60, description="Height of the latents, in latent cells."
+    )
+    latent_width: PositiveInt = Field(
+        default=90, description="Width of the latents, in latent cells."
+    )
+    patch_size: PositiveInt = Field(
+        default=2,
+        description="Height and width of a patch, in latent cells. It must divide latent height "
+        "and width.",
+    )
+    hidden_size: PositiveInt = Field(
+        default=1920,
+        description="Width of the transformer blocks: a multiple of 16 and of `num_heads`.",
+    )
+    num_layers: PositiveInt = Field(default=30, description="Number of transformer blocks.")
+    num_heads: PositiveInt = Field(default=30, description="Attention heads of each block.")
+    time_embed_dim: PositiveInt = Field(
+        default=512, description="Width of the embedding of the timestep."
+    )
+    text_length: PositiveInt = Field(
+        default=226, description="Rows of text states. Rows of padding count and are attended."
+    )
+    text_dim: PositiveInt = Field(default=4096, description="Width of the text states.")
+    spatial_interpolation: PositiveFloat = Field(
+        default=1.875,
+        description="Row and column indices are divided by this number in the position table.",
+    )
 
     @model_validator(mode="after")
     def _divides(self, info: ValidationInfo) -> TransformerConfig:
         problems = []
         if self.hidden_size % self.num_heads:
             problems.append(
-                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}"
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
+                f"{self.num_heads}"
             )
         if self.hidden_size % 16:
             problems.append(
-                f"hidden_size = {self.hidden_size} is not a multiple of 16: the position table splits it "
-                "1/4 : 3/8 : 3/8"
+                f"hidden_size = {self.hidden_size} is not a multiple of 16: the position table "
+                "splits it 1/4 : 3/8 : 3/8"
             )
         if self.latent_height % self.patch_size or self.latent_width % self.patch_size:
             problems.append(
-                f"latent_height x latent_width = {self.latent_height} x {self.latent_width} does not divide "
-                f"into patches of {self.patch_size}"
+                f"latent_height x latent_width = {self.latent_height} x {self.latent_width} does "
+                f"not divide into patches of {self.patch_size}"
             )
         refuse_values(info, problems)
         return self
 
 
 class SemanticConditionConfig(Config):
-    """Feature upsampler + zero-initialised projection to a semantic latent (specification §5.3)."""
+    """Upsampler of features and zero-initialized projection to a semantic latent (§5.3)."""
 
-    feature_channels: PositiveInt = 768
-    base_channels: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 4)  # level 0 (full size) first
-    num_res_blocks: NonNegativeInt = 4  # a level holds one more
-    out_channels: PositiveInt = 64
+    feature_channels: PositiveInt = Field(
+        default=768, description="Channels of the vision features."
+    )
+    base_channels: PositiveInt = Field(
+        default=128,
+        description="Channels of a level with multiplier 1. All widths must be multiples of 32.",
+    )
+    channel_multipliers: tuple[PositiveInt, ...] = Field(
+        default=(1, 4),
+        description="Channels of each level as multiples of `base_channels`, level 0 (full size) "
+        "first. Each level but one doubles height and width.",
+    )
+    num_res_blocks: NonNegativeInt = Field(
+        default=4, description="A level has this many residual blocks and one more."
+    )
+    out_channels: PositiveInt = Field(
+        default=64, description="Channels of the upsampled features before the last projection."
+    )
 
 
 class DiffusionConfig(Config):
-    """Control diffusion model: main transformer, control branch, semantic condition (specification §5)."""
+    """Diffusion model: main transformer, control branch and semantic condition (§5)."""
 
-    transformer: TransformerConfig = TransformerConfig()
-    control_layers: PositiveInt = 15
-    semantic: SemanticConditionConfig = SemanticConditionConfig()
+    transformer: TransformerConfig = Field(
+        default=TransformerConfig(), description="Sizes of the main transformer."
+    )
+    control_layers: PositiveInt = Field(
+        default=15,
+        description="Blocks of the control branch, at most as many as the main transformer has.",
+    )
+    semantic: SemanticConditionConfig = Field(
+        default=SemanticConditionConfig(), description="Sizes of the semantic condition."
+    )
 
     @model_validator(mode="after")
     def _control_fits(self, info: ValidationInfo) -> DiffusionConfig:
         if self.control_layers > self.transformer.num_layers:
-            refuse_values(info, [
+            problem = (
                 f"control_layers = {self.control_layers} exceeds transformer.num_layers = "
                 f"{self.transformer.num_layers}"
-            ])
+            )
+            refuse_values(info, [problem])
         return self
 
 
 class ScheduleConfig(Config):
-    """Zero-terminal-SNR noise schedule with shift (specification §5.5)."""
+    """Shifted noise schedule with zero terminal signal-to-noise ratio (§5.5)."""
 
-    num_timesteps: PositiveInt = 1000
-    linear_start: PositiveFloat = 0.00085
-    linear_end: PositiveFloat = 0.0120
-    shift_scale: PositiveFloat = 3.0
+    num_timesteps: PositiveInt = Field(default=1000, description="Number of timesteps.")
+    linear_start: PositiveFloat = Field(
+        default=0.00085, description="β of the first timestep. √β is linear in the timestep."
+    )
+    linear_end: PositiveFloat = Field(default=0.0120, description="β of the last timestep.")
+    shift_scale: PositiveFloat = Field(
+        default=3.0, description="Shift s: ᾱ becomes ᾱ / (s + (1 - s) · ᾱ); 1 means no shift."
+    )
 
 
 class ModelConfig(Config):
-    """One preset: the models that fit each other. Sections are referred to as `nano/model#lm` in YAML."""
+    """Model sizes that fit each other, as one preset.
 
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    lm: LMConfig = LMConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    YAML files refer to a section as `nano/model#lm`.
+    """
+
+    tokenizer: TokenizerConfig = Field(
+        default=TokenizerConfig(), description="Sizes of the semantic tokenizer."
+    )
+    lm: LMConfig = Field(default=LMConfig(), description="Sizes of the language model.")
+    diffusion: DiffusionConfig = Field(
+        default=DiffusionConfig(), description="Sizes of the diffusion model."
+    )
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="Noise schedule of the diffusion model."
+    )

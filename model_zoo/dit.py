@@ -1,110 +1,143 @@
-"""Control diffusion transformer: noisy latents, text and semantic features in, velocity out.
+"""Diffusion transformer with control branch: noisy latents, text and semantic features to velocity.
 
-Letters: B batch, T latent frames, C latent channels, H W latent height and width, p patch size,
-N = T * H/p * W/p video tokens, L text tokens, S = L + N sequence, D model width, A heads, K head width,
-E width of the time embedding.
+The text has no mask: its rows of padding are attended. A model therefore expects the number of text
+rows (`text_length`) that it was trained with, though it computes any number. The number of frames
+may differ from the configured one.
 
-    DiffusionTransformer: forward(latents_BTCHW, timestep_B, text_BLD) -> velocity_BTCHW
-    ControlledDiffusion:  forward(latents_BTCHW, timestep_B, text_BLD, features_BTChw) -> velocity_BTCHW
+Shape letters (docs/glossary.md): B batch, T latent frames, C channels, H, W height and width in
+latent cells, h, w height and width in feature cells, N video tokens, which are one per patch, L
+text rows, S sequence positions (L + N), D width of a vector (of text states or of the model),
+E width of the time embedding, A heads, d width of a head.
 
-The text has no mask: its pad rows are attended, so a model expects the number of rows (`text_length`) that it
-was trained with, though any number is computed. The number of frames may differ from the configured one.
-Source: CogVideoX-2B (arXiv 2408.06072) as LanDiff (arXiv 2503.04606) uses it; LanDiff's serial control branch.
+Source: CogVideoX-2B (arXiv 2408.06072) as LanDiff (arXiv 2503.04606) uses it, and LanDiff's serial
+control branch (docs/specification.md §5).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional
 
 from model_zoo.attention import attention
 from model_zoo.config import DiffusionConfig, TransformerConfig
+from model_zoo.layers import run_block, sinusoid
 from model_zoo.semantic_condition import SemanticCondition
 
-BLOCK_NORM_EPS = 1e-5  # input, MLP and final norms, as the released model really computes them
-FINE_NORM_EPS = 1e-6  # query, key and output norms
-
-# ---------------------------------------------------------------- embeddings that are functions of the sizes
+BLOCK_NORM_EPS = 1e-5  # of input, MLP and final norms, as the released model computes them (§8.16)
+FINE_NORM_EPS = 1e-6  # of query, key and output norms
 
 
-def timestep_sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
-    """float32 [B, dim]: cosines, then sines."""
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=timestep_B.device)
-    angles = timestep_B.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+def position_table(
+    num_frames: int,
+    rows: int,
+    columns: int,
+    dim: int,
+    spatial_interpolation: float,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Sines and cosines of the position of each patch, float32 [T, rows, columns, dim].
 
-
-def position_table(num_frames: int, rows: int, columns: int, dim: int, spatial_interpolation: float,
-                   device: torch.device | str = "cpu") -> Tensor:
-    """float32 [T, rows, columns, dim] of sines and cosines: a quarter for time, 3/8 for columns, 3/8 for rows."""
-    time, column, row = (torch.arange(n, dtype=torch.float64, device=device) for n in (num_frames, columns, rows))
+    The first quarter of the channels encodes the frame, the next 3/8 the column and the last 3/8
+    the row (§5.1). Columns and rows are divided by `spatial_interpolation`.
+    """
+    time_table = _axis_table(num_frames, 1.0, dim // 4, device)
+    column_table = _axis_table(columns, spatial_interpolation, dim * 3 // 8, device)
+    row_table = _axis_table(rows, spatial_interpolation, dim * 3 // 8, device)
     parts = [
-        _sinusoid(time, dim // 4)[:, None, None],
-        _sinusoid(column / spatial_interpolation, dim * 3 // 8)[None, None],
-        _sinusoid(row / spatial_interpolation, dim * 3 // 8)[None, :, None],
+        time_table[:, None, None].expand(-1, rows, columns, -1),
+        column_table[None, None].expand(num_frames, rows, -1, -1),
+        row_table[None, :, None].expand(num_frames, -1, columns, -1),
     ]
-    return torch.cat([p.expand(num_frames, rows, columns, -1) for p in parts], dim=-1)
+    return torch.cat(parts, dim=-1)
 
 
-def _sinusoid(position: Tensor, dim: int) -> Tensor:
-    """Sines, then cosines, of float64 positions; computed in float64, returned as float32."""
-    half = dim // 2
-    omega = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=position.device) / half)
-    angles = position[:, None] * omega
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+def _axis_table(size: int, interpolation: float, dim: int, device: torch.device | str) -> Tensor:
+    """Sines, then cosines, of the positions along one axis: float32 [size, dim]."""
+    positions = torch.arange(size, dtype=torch.float64, device=device) / interpolation
+    return sinusoid(positions, dim, dtype=torch.float64, sines_first=True)
 
 
 def position_table_numel(config: TransformerConfig) -> int:
-    """Elements of the table that the release stores as a parameter: text rows (zeros) and video tokens."""
-    cells = (config.latent_height // config.patch_size) * (config.latent_width // config.patch_size)
-    return (config.text_length + config.latent_frames * cells) * config.hidden_size
-
-
-# ---------------------------------------------------------------- transformer
+    """Elements of the position table of the release, a parameter with rows for text and video."""
+    rows = config.latent_height // config.patch_size
+    columns = config.latent_width // config.patch_size
+    return (config.text_length + config.latent_frames * rows * columns) * config.hidden_size
 
 
 class TransformerInput(nn.Module):
-    """Patches, text and timestep -> the sequence and the time embedding."""
+    """Embeds patches, text and timestep: the sequence of tokens and the time embedding."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        dim, patch = config.hidden_size, config.patch_size
+        dim = config.hidden_size
+        patch = config.patch_size
         self.patch = nn.Conv2d(config.latent_channels, dim, kernel_size=patch, stride=patch)
         self.text = nn.Linear(config.text_dim, dim)
         self.time_in = nn.Linear(dim, config.time_embed_dim)
         self.time_out = nn.Linear(config.time_embed_dim, config.time_embed_dim)
         nn.init.xavier_uniform_(self.patch.weight.view(dim, -1))
+        assert self.patch.bias is not None
         nn.init.zeros_(self.patch.bias)
 
-    def forward(self, latents_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (sequence_BSD, time_BE), in the dtype of the weights."""
-        batch, num_frames = latents_BTCHW.shape[:2]
+    def forward(
+        self, latents_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sequence [B, L + N, D] and time embedding [B, E], both in the dtype of the weights."""
+        size = self.config.hidden_size
         dtype = self.patch.weight.dtype
+        batch, num_frames = latents_BTCHW.shape[:2]
         patches = self.patch(latents_BTCHW.flatten(0, 1).to(dtype))
         rows, columns = patches.shape[-2:]
-        video_BND = patches.unflatten(0, (batch, num_frames)).permute(0, 1, 3, 4, 2)
+        # [B · T, D, rows, columns] -> [B, T, rows, columns, D]
+        patches = patches.unflatten(0, (batch, num_frames)).permute(0, 1, 3, 4, 2)
         table = position_table(
-            num_frames, rows, columns, self.config.hidden_size, self.config.spatial_interpolation, patches.device
+            num_frames, rows, columns, size, self.config.spatial_interpolation, patches.device
         )
-        video_BND = (video_BND + table.to(patches.dtype)).flatten(1, 3)
-        sinusoid = timestep_sinusoid(timestep_B, self.config.hidden_size).to(dtype)
-        time_BE = self.time_out(F.silu(self.time_in(sinusoid)))
+        video_BND = (patches + table.to(patches.dtype)).flatten(1, 3)
+        time_BD = sinusoid(timestep_B, size).to(dtype)
+        time_BE = self.time_out(functional.silu(self.time_in(time_BD)))
         return torch.cat([self.text(text_BLD.to(dtype)), video_BND], dim=1), time_BE
 
 
-def _by_part(x_BSD: Tensor, video_BD: Tensor, text_BD: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
-    """x times a vector of its own for text and for video, as two tensors."""
-    return x_BSD[:, :text_length] * text_BD[:, None], x_BSD[:, text_length:] * video_BD[:, None]
+@dataclass(frozen=True)
+class Modulation:
+    """Shift, scale and gate of one half of a block, [B, D] each, for text and for video."""
+
+    text_shift: Tensor
+    text_scale: Tensor
+    text_gate: Tensor
+    video_shift: Tensor
+    video_scale: Tensor
+    video_gate: Tensor
+
+    def shift_and_scale(self, x_BSD: Tensor, text_length: int) -> Tensor:
+        """x · (1 + scale) + shift, [B, S, D]."""
+        text_BLD = x_BSD[:, :text_length] * (1 + self.text_scale)[:, None]
+        video_BND = x_BSD[:, text_length:] * (1 + self.video_scale)[:, None]
+        text_BLD = text_BLD + self.text_shift[:, None]
+        video_BND = video_BND + self.video_shift[:, None]
+        return torch.cat([text_BLD, video_BND], dim=1)
+
+    def gate(self, x_BSD: Tensor, text_length: int) -> Tensor:
+        """x · gate, [B, S, D]."""
+        text_BLD = x_BSD[:, :text_length] * self.text_gate[:, None]
+        video_BND = x_BSD[:, text_length:] * self.video_gate[:, None]
+        return torch.cat([text_BLD, video_BND], dim=1)
 
 
 class Block(nn.Module):
-    """Joint attention over text and video; each has its own shift, scale and gate from the time embedding."""
+    """Joint attention over text and video, and an MLP (§5.1).
+
+    Text and video share all weights, except that each has its own shift, scale and gate, computed
+    from the time embedding.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -122,29 +155,45 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * dim, dim)
 
     def forward(self, x_BSD: Tensor, time_BE: Tensor, text_length: int) -> Tensor:
-        video_and_text = self.modulation(F.silu(time_BE)).chunk(12, dim=1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = zip(video_and_text[:6], video_and_text[6:], strict=True)
-        y = self._attend(_modulate(self.norm1(x_BSD), shift1, scale1, text_length))
-        x_BSD = x_BSD + torch.cat(_by_part(y, *gate1, text_length), dim=1)
-        y = _modulate(self.norm2(x_BSD), shift2, scale2, text_length)
-        y = self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
-        return x_BSD + torch.cat(_by_part(y, *gate2, text_length), dim=1)
+        """[B, S, D], [B, E] -> [B, S, D]. The first `text_length` positions are text."""
+        first, second = self._modulations(time_BE)
+        y_BSD = first.shift_and_scale(self.norm1(x_BSD), text_length)
+        x_BSD = x_BSD + first.gate(self._attend(y_BSD), text_length)
+        y_BSD = second.shift_and_scale(self.norm2(x_BSD), text_length)
+        y_BSD = self.mlp_out(functional.gelu(self.mlp_in(y_BSD), approximate="tanh"))
+        return x_BSD + second.gate(y_BSD, text_length)
+
+    def _modulations(self, time_BE: Tensor) -> tuple[Modulation, Modulation]:
+        """Modulation of the attention and of the MLP."""
+        # Rows of the layer: shift, scale, gate of attention and MLP for video, then for text.
+        chunks = self.modulation(functional.silu(time_BE)).chunk(12, dim=1)
+        video = chunks[:6]
+        text = chunks[6:]
+        return Modulation(*text[:3], *video[:3]), Modulation(*text[3:], *video[3:])
 
     def _attend(self, x_BSD: Tensor) -> Tensor:
-        q_BSAK, k_BSAK, v_BSAK = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        # Under autocast the norms return float32; the kernels want one dtype.
-        q_BSAK, k_BSAK = (t.to(v_BSAK.dtype) for t in (self.query_norm(q_BSAK), self.key_norm(k_BSAK)))
-        return self.out(attention(q_BSAK, k_BSAK, v_BSAK).flatten(2))
+        qkv_BS3Ad = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1))
+        q_BSAd, k_BSAd, v_BSAd = qkv_BS3Ad.unbind(2)
+        # Under autocast the norms return float32. The attention kernels need one dtype.
+        q_BSAd = self.query_norm(q_BSAd).to(v_BSAd.dtype)
+        k_BSAd = self.key_norm(k_BSAd).to(v_BSAd.dtype)
+        return self.out(attention(q_BSAd, k_BSAd, v_BSAd).flatten(2))
 
     def init_weights(self, num_layers: int, zero_modulation: bool) -> None:
-        """Normal weights, residual outputs scaled down by depth; with zero modulation a block starts as identity.
+        """Draws normal weights with deviation 1/sqrt(D), and 1/sqrt(2 · layers · D) for outputs.
 
-        The deviation is 1/sqrt(width): 0.023 at the released width, and large enough for a narrow model to leave
-        its first plateau.
+        1/sqrt(D) is 0.023 at the released width, and large enough for a narrow model to leave the
+        first plateau of the loss. With `zero_modulation` the block is the identity at first.
         """
         inner_std = self.qkv.in_features**-0.5
         output_std = inner_std / math.sqrt(2 * num_layers)
-        for linear, std in ((self.qkv, inner_std), (self.mlp_in, inner_std), (self.out, output_std), (self.mlp_out, output_std)):
+        stds = {
+            self.qkv: inner_std,
+            self.mlp_in: inner_std,
+            self.out: output_std,
+            self.mlp_out: output_std,
+        }
+        for linear, std in stds.items():
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
         if zero_modulation:
@@ -152,14 +201,8 @@ class Block(nn.Module):
             nn.init.zeros_(self.modulation.bias)
 
 
-def _modulate(x_BSD: Tensor, shifts: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor], text_length: int) -> Tensor:
-    """x * (1 + scale) + shift; the pairs are (video, text), each BD."""
-    text, video = _by_part(x_BSD, 1 + scales[0], 1 + scales[1], text_length)
-    return torch.cat([text + shifts[1][:, None], video + shifts[0][:, None]], dim=1)
-
-
 class TransformerOutput(nn.Module):
-    """Video tokens -> velocity."""
+    """Output layers: video tokens to velocity."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -174,27 +217,25 @@ class TransformerOutput(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, video_BND: Tensor, time_BE: Tensor, shape: torch.Size) -> Tensor:
-        """`shape` is that of the latents, BTCHW. Output channels run (channel, row, column in the patch)."""
+        """[B, N, D], [B, E] -> velocity [B, T, C, H, W], where `shape` is that of the latents."""
         batch, num_frames, channels, height, width = shape
-        shift_BD, scale_BD = self.modulation(F.silu(time_BE)).chunk(2, dim=1)
-        patches = self.linear(self.norm(video_BND) * (1 + scale_BD[:, None]) + shift_BD[:, None])
-        p = self.patch_size
-        patches = patches.view(batch, num_frames, height // p, width // p, channels, p, p)
+        shift_BD, scale_BD = self.modulation(functional.silu(time_BE)).chunk(2, dim=1)
+        video_BND = self.norm(video_BND) * (1 + scale_BD[:, None]) + shift_BD[:, None]
+        patches = self.linear(video_BND)
+        # Channels of a patch are ordered (channel, row in the patch, column in the patch).
+        patch = self.patch_size
+        patches = patches.view(
+            batch, num_frames, height // patch, width // patch, channels, patch, patch
+        )
         return patches.permute(0, 1, 4, 2, 5, 3, 6).reshape(shape)
 
 
-def _run(block: nn.Module, recompute: bool, *inputs: Tensor | int) -> Tensor:
-    """`block(*inputs)`; with `recompute` its activations are computed again in backward instead of being kept.
-
-    Only the non-reentrant kind gives gradients where no input requires one (a frozen stem).
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
 class DiffusionTransformer(nn.Module):
-    """Main transformer. `recompute` saves activation memory in training: backward computes the blocks again."""
+    """Main transformer.
+
+    Set `recompute` in training to save memory: the backward pass then computes the activations of
+    each block again.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -204,49 +245,60 @@ class DiffusionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=BLOCK_NORM_EPS)
         self.output = TransformerOutput(config)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             block.init_weights(config.num_layers, zero_modulation=True)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.input.patch.weight.dtype
 
     def forward(self, latents_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+        """Velocity [B, T, C, H, W] in the dtype of the weights.
+
+        latents_BTCHW: noisy latents. timestep_B: integer timesteps. text_BLD: states of the text
+        encoder. Raises ValueError for latents of a wrong shape.
+        """
         check_latents(self.config, latents_BTCHW)
+        text_length = text_BLD.shape[1]
         x_BSD, time_BE = self.input(latents_BTCHW, timestep_B, text_BLD)
         for block in self.blocks:
-            x_BSD = _run(block, self.recompute, x_BSD, time_BE, text_BLD.shape[1])
-        return self.finish(x_BSD, time_BE, text_BLD.shape[1], latents_BTCHW.shape)
+            x_BSD = run_block(block, x_BSD, time_BE, text_length, recompute=self.recompute)
+        return self.finish(x_BSD, time_BE, text_length, latents_BTCHW.shape)
 
     def finish(self, x_BSD: Tensor, time_BE: Tensor, text_length: int, shape: torch.Size) -> Tensor:
-        """velocity_BTCHW from the last block's output."""
+        """Final norm and output layers: [B, S, D], the last block's output, to [B, T, C, H, W]."""
         return self.output(self.final_norm(x_BSD)[:, text_length:], time_BE, shape)
 
 
 class ControlBranch(nn.Module):
-    """A second, shorter transformer with input layers of its own.
+    """A second, shallower transformer with its own input layers (§5.2).
 
-    Its layers stand in series: layer l gives h_l = Z_l(block_l(h_{l-1})), which is added to the main
-    transformer's block l and is also the input of the next layer. Z starts at zero.
+    Its layers are in series: layer l computes h_l = Z_l(block_l(h_{l-1})), which is added to the
+    output of block l of the main transformer and is the input of layer l + 1. Z starts at zero.
     """
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
         super().__init__()
         self.input = TransformerInput(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))
+        size = config.hidden_size
         self.projections = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(num_layers)
+            nn.Linear(size, size, bias=False) for _ in range(num_layers)
         )
-        # Part of the released checkpoint; it influences nothing and never gets a gradient.
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=BLOCK_NORM_EPS)
-        for block, projection in zip(self.blocks, self.projections, strict=True):
+        # Part of the released checkpoint, without influence and never with a gradient (§8.17).
+        self.final_norm = nn.LayerNorm(size, eps=BLOCK_NORM_EPS)
+        for block in cast(Iterable[Block], self.blocks):
             block.init_weights(num_layers, zero_modulation=False)
+        for projection in cast(Iterable[nn.Linear], self.projections):
             nn.init.zeros_(projection.weight)
 
 
 class ControlledDiffusion(nn.Module):
-    """Main transformer, control branch and semantic condition. Guidance acts on the text alone: the semantic
-    condition is never dropped."""
+    """Main transformer, control branch and semantic condition.
+
+    Guidance acts on the text only: the semantic condition is never dropped (§8.13).
+    """
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
@@ -257,11 +309,12 @@ class ControlledDiffusion(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.transformer.dtype
 
     @property
     def recompute(self) -> bool:
-        """Save activation memory in training: compute the blocks of both transformers again in backward."""
+        """Whether the backward pass computes the activations of both transformers' blocks again."""
         return self.transformer.recompute
 
     @recompute.setter
@@ -277,14 +330,21 @@ class ControlledDiffusion(nn.Module):
         *,
         semantic_BTCHW: Tensor | None = None,
     ) -> Tensor:
-        """velocity_BTCHW in the dtype of the weights.
+        """Velocity [B, T, C, H, W] in the dtype of the weights.
 
-        Without features this is the main transformer alone. A sampler that calls it many times computes
-        `semantic_BTCHW = model.semantic(features)` once and gives that instead.
+        latents_BTCHW: noisy latents. timestep_B: integer timesteps. text_BLD: states of the text
+        encoder.
+        features_BTChw: decoded vision features, one frame per latent frame. None runs the main
+        transformer without control branch.
+        semantic_BTCHW: `model.semantic(features_BTChw)`, to be given instead of the features. A
+        sampler computes it once for all its steps.
+
+        Raises ValueError for latents or features of a wrong shape.
         """
-        main, control = self.transformer, self.control
+        main = self.transformer
+        control = self.control
         if features_BTChw is not None:
-            assert semantic_BTCHW is None, "give the features or what they become, not both"
+            assert semantic_BTCHW is None, "give either the features or the semantic latent"
             semantic_BTCHW = self.semantic(features_BTChw)
         if semantic_BTCHW is None:
             return main(latents_BTCHW, timestep_B, text_BLD)
@@ -296,28 +356,36 @@ class ControlledDiffusion(nn.Module):
                 f"{self.semantic.scale} times coarser than the latents'"
             )
         length = text_BLD.shape[1]
+        recompute = self.recompute
         x_BSD, time_BE = main.input(latents_BTCHW, timestep_B, text_BLD)
         h_BSD, control_time_BE = control.input(latents_BTCHW + semantic_BTCHW, timestep_B, text_BLD)
         for layer, block in enumerate(main.blocks):
-            x_BSD = _run(block, self.recompute, x_BSD, time_BE, length)
+            x_BSD = run_block(block, x_BSD, time_BE, length, recompute=recompute)
             if layer < len(control.blocks):
-                h_BSD = _run(control.blocks[layer], self.recompute, h_BSD, control_time_BE, length)
+                control_block = control.blocks[layer]
+                h_BSD = run_block(
+                    control_block, h_BSD, control_time_BE, length, recompute=recompute
+                )
                 h_BSD = control.projections[layer](h_BSD)
                 x_BSD = x_BSD + h_BSD
         return main.finish(x_BSD, time_BE, length, latents_BTCHW.shape)
 
     @torch.no_grad()
     def copy_main_to_control(self) -> None:
-        """Start the control branch from the main transformer's input layers and first blocks; Z stays as it is."""
+        """Copies the main transformer's input layers, first blocks and final norm, but not Z."""
         self.control.input.load_state_dict(self.transformer.input.state_dict())
         self.control.final_norm.load_state_dict(self.transformer.final_norm.state_dict())
-        for mine, source in zip(self.control.blocks, self.transformer.blocks, strict=False):
-            mine.load_state_dict(source.state_dict())
+        for block, source in zip(self.control.blocks, self.transformer.blocks, strict=False):
+            block.load_state_dict(source.state_dict())
 
 
 def check_latents(config: TransformerConfig, latents_BTCHW: Tensor) -> None:
-    """Raise ValueError for latents of a wrong number of channels or a size that patches do not tile."""
-    channels, patch = config.latent_channels, config.patch_size
+    """Raises ValueError for latents of other channels or a size that patches do not divide."""
+    channels = config.latent_channels
+    patch = config.patch_size
     shape = list(latents_BTCHW.shape)
     if len(shape) != 5 or shape[2] != channels or shape[3] % patch or shape[4] % patch:
-        raise ValueError(f"the transformer takes latents [B, T, {channels}, H, W], H and W multiples of {patch}, not {shape}")
+        raise ValueError(
+            f"the transformer takes latents [B, T, {channels}, H, W], H and W multiples of "
+            f"{patch}, not {shape}"
+        )

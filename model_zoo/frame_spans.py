@@ -1,10 +1,13 @@
-"""Who sees whom in the semantic tokenizer's sequence: its layout, and attention over spans of it.
+"""Layout of the semantic tokenizer's sequence, its attention masks, and attention over spans of it.
 
-Letters: B batch, T frames, n visual tokens of a frame, N latent tokens of a clip = iframe_tokens + (T - 1) *
-pframe_tokens, S = T * n + N sequence, H heads, K head width.
+    [visual tokens of all frames | I latents | P latents of frame 1 | … | P latents of frame T - 1]
 
-Sequence: [visual tokens, frame by frame | I latents | P latents of frame 1 | ... | P latents of frame T - 1].
-Source: LanDiff (arXiv 2503.04606), semantic tokenizer; masks as in the released code (specification §3.1, §3.3).
+Shape letters (docs/glossary.md): B batch, T frames, N latent tokens of a segment, which are
+iframe_tokens + (T - 1) · pframe_tokens, S sequence positions, which are T · h · w + N, A heads,
+d width of a head.
+
+Source: semantic tokenizer of LanDiff (arXiv 2503.04606), with the masks of the released code
+(docs/specification.md §3.1, §3.3).
 """
 
 from __future__ import annotations
@@ -19,43 +22,58 @@ from model_zoo.attention import attention
 
 @dataclass(frozen=True)
 class Sequence:
-    """Where the tokens of a clip stand."""
+    """Positions of the tokens of one segment.
+
+    `frame_tokens` is the number of visual tokens of a frame, h · w.
+    """
 
     num_frames: int
-    frame_tokens: int  # n
+    frame_tokens: int
     iframe_tokens: int
     pframe_tokens: int
 
     @property
     def num_visual(self) -> int:
+        """Visual tokens of all frames."""
         return self.num_frames * self.frame_tokens
 
     @property
     def num_latent(self) -> int:
+        """Latent tokens of all frames."""
         return self.latents_until(self.num_frames - 1)
 
     @property
     def length(self) -> int:
+        """Positions of the whole sequence."""
         return self.num_visual + self.num_latent
 
     def latents_until(self, frame: int) -> int:
-        """Latents of the frames 0..`frame`, that one included."""
-        return self.iframe_tokens + frame * self.pframe_tokens if frame >= 0 else 0
+        """Number of latents of the frames 0 to `frame`, the latter included; 0 for frame -1."""
+        if frame < 0:
+            return 0
+        return self.iframe_tokens + frame * self.pframe_tokens
 
     def visual(self, first: int, last: int) -> slice:
-        """Visual tokens of the frames `first`..`last`, both included."""
+        """Positions of the visual tokens of the frames `first` to `last`, both included."""
         return slice(first * self.frame_tokens, (last + 1) * self.frame_tokens)
 
     def latent(self, first: int, last: int) -> slice:
-        return slice(self.num_visual + self.latents_until(first - 1), self.num_visual + self.latents_until(last))
+        """Positions of the latent tokens of the frames `first` to `last`, both included."""
+        start = self.num_visual + self.latents_until(first - 1)
+        stop = self.num_visual + self.latents_until(last)
+        return slice(start, stop)
 
 
 @dataclass(frozen=True)
 class AttentionSpan:
-    """These queries see these keys: all of them or, where `causal`, up to their own place (both end alike).
+    """Queries and the keys they attend to.
 
-    A mask that is a list of spans costs one attention call per span over the visible keys alone, which at
-    real size is 3-4 times faster than one call with a dense mask of 18 768 x 18 768.
+    Each query attends to all keys, or with `causal` to the keys up to its own position; queries and
+    keys then end at the same position.
+
+    A mask given as a list of spans costs one attention call per span over the visible keys alone.
+    At the released size this is 3 to 4 times faster than one call with a dense mask of
+    18 768 x 18 768.
     """
 
     queries: tuple[slice, ...]
@@ -64,57 +82,85 @@ class AttentionSpan:
 
 
 def encoder_spans(sequence: Sequence) -> list[AttentionSpan]:
-    """Visual tokens see visual tokens up to their frame; latents see those and, causally, the latents."""
-    frames = range(sequence.num_frames)
-    visual = [AttentionSpan((sequence.visual(f, f),), (sequence.visual(0, f),)) for f in frames]
-    latent = [
-        AttentionSpan((sequence.latent(f, f),), (sequence.visual(0, f), sequence.latent(0, f)), causal=True)
-        for f in frames
-    ]
-    return visual + latent
+    """Attention of the encoder.
+
+    Visual tokens attend to the visual tokens of all frames up to their own. Latents attend to those
+    too, and causally to the latents.
+    """
+    spans = []
+    for frame in range(sequence.num_frames):
+        queries = sequence.visual(frame, frame)
+        keys = sequence.visual(0, frame)
+        spans.append(AttentionSpan((queries,), (keys,)))
+    for frame in range(sequence.num_frames):
+        queries = sequence.latent(frame, frame)
+        visual_keys = sequence.visual(0, frame)
+        latent_keys = sequence.latent(0, frame)
+        spans.append(AttentionSpan((queries,), (visual_keys, latent_keys), causal=True))
+    return spans
 
 
 def decoder_spans(sequence: Sequence) -> list[AttentionSpan]:
-    """Everything sees everything up to its own frame."""
-    return [
-        AttentionSpan((sequence.visual(f, f), sequence.latent(f, f)), (sequence.visual(0, f), sequence.latent(0, f)))
-        for f in range(sequence.num_frames)
-    ]
+    """Attention of the decoder: every token attends to all tokens of the frames up to its own."""
+    spans = []
+    for frame in range(sequence.num_frames):
+        queries = (sequence.visual(frame, frame), sequence.latent(frame, frame))
+        keys = (sequence.visual(0, frame), sequence.latent(0, frame))
+        spans.append(AttentionSpan(queries, keys))
+    return spans
 
 
-def encoder_mask(num_frames: int, frame_tokens: int, iframe_tokens: int, pframe_tokens: int) -> Tensor:
-    """bool [S, S], true where the row may attend to the column: what the encoder's spans amount to."""
+def encoder_mask(
+    num_frames: int, frame_tokens: int, iframe_tokens: int, pframe_tokens: int
+) -> Tensor:
+    """The encoder's spans as a dense mask, see `dense_mask`."""
     sequence = Sequence(num_frames, frame_tokens, iframe_tokens, pframe_tokens)
     return dense_mask(encoder_spans(sequence), sequence.length)
 
 
-def decoder_mask(num_frames: int, frame_tokens: int, iframe_tokens: int, pframe_tokens: int) -> Tensor:
-    """bool [S, S], true where the row may attend to the column: what the decoder's spans amount to."""
+def decoder_mask(
+    num_frames: int, frame_tokens: int, iframe_tokens: int, pframe_tokens: int
+) -> Tensor:
+    """The decoder's spans as a dense mask, see `dense_mask`."""
     sequence = Sequence(num_frames, frame_tokens, iframe_tokens, pframe_tokens)
     return dense_mask(decoder_spans(sequence), sequence.length)
 
 
 def dense_mask(spans: list[AttentionSpan], length: int) -> Tensor:
+    """Spans as a mask, bool [S, S], true where the row may attend to the column. S is `length`."""
     mask = torch.zeros(length, length, dtype=torch.bool)
-    places = torch.arange(length)
+    positions = torch.arange(length)
     for span in spans:
-        rows = torch.cat([places[s] for s in span.queries])
-        columns = torch.cat([places[s] for s in span.keys])
+        rows = torch.cat([positions[part] for part in span.queries])
+        columns = torch.cat([positions[part] for part in span.keys])
         visible = torch.ones(len(rows), len(columns), dtype=torch.bool)
-        mask[rows[:, None], columns] = visible.tril(len(columns) - len(rows)) if span.causal else visible
+        if span.causal:
+            visible = visible.tril(len(columns) - len(rows))
+        mask[rows[:, None], columns] = visible
     return mask
 
 
-def span_attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, spans: list[AttentionSpan]) -> Tensor:
-    """Attention where the spans, which cover every query once, say who sees whom. Returns BSHK."""
-    pieces: dict[int, Tensor] = {}
+def span_attention(
+    q_BSAd: Tensor, k_BSAd: Tensor, v_BSAd: Tensor, spans: list[AttentionSpan]
+) -> Tensor:
+    """Attention where `spans` say which query attends to which keys. Returns [B, S, A, d].
+
+    The spans together must contain every query exactly once.
+    """
+    pieces: dict[int, Tensor] = {}  # by first position
     for span in spans:
-        keys, values = _gather(k_BSHK, span.keys), _gather(v_BSHK, span.keys)
-        result = attention(_gather(q_BSHK, span.queries), keys, values, causal=span.causal)
-        widths = [place.stop - place.start for place in span.queries]
-        pieces.update(zip((place.start for place in span.queries), result.split(widths, dim=1), strict=True))
+        queries = _gather(q_BSAd, span.queries)
+        keys = _gather(k_BSAd, span.keys)
+        values = _gather(v_BSAd, span.keys)
+        result = attention(queries, keys, values, causal=span.causal)
+        lengths = [part.stop - part.start for part in span.queries]
+        for part, piece in zip(span.queries, result.split(lengths, dim=1), strict=True):
+            pieces[part.start] = piece
     return torch.cat([pieces[start] for start in sorted(pieces)], dim=1)
 
 
-def _gather(x_BSHK: Tensor, places: tuple[slice, ...]) -> Tensor:
-    return x_BSHK[:, places[0]] if len(places) == 1 else torch.cat([x_BSHK[:, p] for p in places], dim=1)
+def _gather(x_BSAd: Tensor, parts: tuple[slice, ...]) -> Tensor:
+    """Concatenated slices of the sequence, without a copy if there is only one."""
+    if len(parts) == 1:
+        return x_BSAd[:, parts[0]]
+    return torch.cat([x_BSAd[:, part] for part in parts], dim=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.base import ConfigError
+from model_zoo.codebook import codebook_use
 
 NAMES_SHOWN = 5
 # A trained codebook has hundreds; one of NaN or equal vectors gives one code for everything.
@@ -73,9 +74,9 @@ def listed(names: Sequence[str]) -> str:
 
 
 def effective_codes(counts: np.ndarray) -> float:
-    """Exponential of the entropy of a histogram: how many codes are in use, rare ones counting less."""
-    share = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(share * np.log(share)).sum()))
+    """Perplexity of a histogram: the number of codes in use, where rare codes count less."""
+    perplexity, _used = codebook_use(torch.tensor(counts, dtype=torch.float64))
+    return float(perplexity)
 
 
 def collapse(counts: np.ndarray) -> str:

@@ -1,10 +1,13 @@
-"""Noise schedule of the diffusion model: shifted, with zero terminal signal. Training, loss and sampling ask it.
+"""Noise schedule of the diffusion model, shifted and with zero terminal signal, and its loss.
 
-Letters: B batch, T latent frames, C channels, H W latent height and width.
+A noisy latent is x_t = a_t · x0 + b_t · noise with a = sqrt(alpha_cumprod) and b = sqrt(1 - a²).
+The network predicts the velocity v = a · noise - b · x0, so x0 = a · x_t - b · v.
 
-x_t = a_t * x0 + b_t * noise with a = sqrt(alpha_cumprod), b = sqrt(1 - a^2); the network predicts the velocity
-v = a * noise - b * x0, so x0 = a * x_t - b * v. Source: CogVideoX's schedule as LanDiff uses it; zero terminal
-signal: arXiv 2305.08891.
+Shape letters (docs/glossary.md): B batch, T latent frames, C channels, H, W height and width in
+latent cells.
+
+Source: schedule of CogVideoX as LanDiff uses it (docs/specification.md §5.5); zero terminal signal:
+arXiv 2305.08891.
 """
 
 from __future__ import annotations
@@ -22,64 +25,88 @@ from model_zoo.config import ScheduleConfig
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """What an n-step sampler uses at its steps; the lists start at pure noise."""
+    """Timesteps and signal levels of a sampler with n steps, from pure noise on.
 
-    timesteps: list[int]  # n, given to the network
-    alphas_sqrt: list[float]  # n + 1: the level of the state before each step; the last is 1, no noise
-    denoiser_alphas_sqrt: list[float]  # n: the nearest values of the training table, used for x0
+    timesteps: n timesteps, which the network receives.
+    alphas_sqrt: n + 1 levels, of the state before each step and of the result, where it is 1.
+    denoiser_alphas_sqrt: n levels with which x0 is computed from the velocity, the nearest ones of
+        the training table.
+    """
+
+    timesteps: list[int]
+    alphas_sqrt: list[float]
+    denoiser_alphas_sqrt: list[float]
 
 
 @dataclass(frozen=True)
 class DenoisingLoss:
-    loss: Tensor  # scalar, mean of `per_sample`
-    per_sample: Tensor  # float32 [B]
-    noised: Tensor  # what the network saw, float32 [B, T, C, H, W]
-    velocity: Tensor  # what it answered, float32 [B, T, C, H, W]
+    """Loss of a batch with the network's input and output.
+
+    loss: scalar, the mean of `per_sample`.
+    per_sample: float32 [B].
+    noised: input of the network, float32 [B, T, C, H, W].
+    velocity: prediction of the network, float32 [B, T, C, H, W].
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    noised: Tensor
+    velocity: Tensor
 
 
 class NoiseSchedule:
-    """Tables are computed on the CPU, in float64 up to the shift and in float32 behind it, as in the reference (its order of
-    operations too: a last bit of a_0 is 1e-5 of the loss weight there). Indexing moves them to the timesteps' device."""
+    """Signal and noise levels of all timesteps.
+
+    The tables are computed on the CPU, in float64 up to the shift and in float32 after it. Dtypes
+    and order of operations are those of the reference: the last bit of a_0 changes the loss weight
+    at timestep 0 by 1e-5 of its value. Methods use a copy on the device of their timesteps.
+    """
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
-        steps = config.num_timesteps
-        betas = torch.linspace(config.linear_start**0.5, config.linear_end**0.5, steps, dtype=torch.float64) ** 2
+        start = config.linear_start**0.5
+        end = config.linear_end**0.5
+        betas = torch.linspace(start, end, config.num_timesteps, dtype=torch.float64) ** 2
         alphas = torch.cumprod(1 - betas, dim=0)
-        self.shifted_alphas = alphas / (config.shift_scale + (1 - config.shift_scale) * alphas)  # float64, before rescaling
+        shift = config.shift_scale
+        self.shifted_alphas = alphas / (shift + (1 - shift) * alphas)  # float64, before rescaling
         self.alphas_sqrt = zero_terminal(self.shifted_alphas)
         self._on_device = {self.alphas_sqrt.device: self.alphas_sqrt}
 
     def signal(self, timestep_B: Tensor) -> Tensor:
-        """a at integer timesteps, float32, shaped to multiply BTCHW."""
+        """a at integer timesteps, float32 [B, 1, 1, 1, 1]."""
         device = timestep_B.device
         if device not in self._on_device:
             self._on_device[device] = self.alphas_sqrt.to(device)
         return self._on_device[device][timestep_B][:, None, None, None, None]
 
     def noised(self, x0_BTCHW: Tensor, noise_BTCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        """x_t, float32 [B, T, C, H, W]."""
         a = self.signal(timestep_B)
         return a * x0_BTCHW.float() + noise_level(a) * noise_BTCHW.float()
 
     def velocity(self, x0_BTCHW: Tensor, noise_BTCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        """v, float32 [B, T, C, H, W]."""
         a = self.signal(timestep_B)
         return a * noise_BTCHW.float() - noise_level(a) * x0_BTCHW.float()
 
     def denoised(self, x_BTCHW: Tensor, velocity_BTCHW: Tensor, timestep_B: Tensor) -> Tensor:
-        """x0 that a velocity amounts to."""
+        """x0 that follows from x_t and a velocity, float32 [B, T, C, H, W]."""
         a = self.signal(timestep_B)
         return a * x_BTCHW.float() - noise_level(a) * velocity_BTCHW.float()
 
     def loss_weight(self, timestep_B: Tensor) -> Tensor:
-        """float32 [B]: weight under which a squared error of x0 equals the squared error of the velocity."""
+        """Weight with which the squared error of x0 equals that of the velocity, float32 [B]."""
         return 1 / (1 - self.signal(timestep_B).flatten() ** 2)
 
     def sampler_table(self, num_steps: int) -> SamplerTable:
-        """Levels of a sampler with `num_steps` steps.
+        """Timesteps and levels of a sampler with `num_steps` steps.
 
-        As in the reference, the rescaling to zero terminal signal is applied to the selected values (so they
-        differ from the training table by up to 1e-3), while the network's answer is read with the nearest
-        value of the training table.
+        As in the reference, the rescaling to zero terminal signal is applied to the selected
+        values, which therefore differ from the training table by up to 1e-3. The velocity is
+        converted to x0 with the nearest level of the training table.
+
+        Raises ConfigError for fewer than two steps or more steps than timesteps.
         """
         total = self.config.num_timesteps
         if not 2 <= num_steps <= total:
@@ -95,14 +122,20 @@ class NoiseSchedule:
 
 
 def zero_terminal(alphas: Tensor) -> Tensor:
-    """Their square roots as float32, shifted and scaled so that the last is 0 and the first stays."""
-    # torch's own float32 root is not rounded alike on every machine; through float64 it is
+    """Square roots of `alphas`, shifted and scaled so that the last is 0 and the first is kept.
+
+    Returns float32 of the shape of `alphas`, [timesteps].
+    """
+    # torch rounds float32 square roots differently on different machines; float64 ones, cast to
+    # float32, are the same everywhere.
     alphas_sqrt = alphas.float().double().sqrt().float()
-    first, last = alphas_sqrt[0], alphas_sqrt[-1]
+    first = alphas_sqrt[0]
+    last = alphas_sqrt[-1]
     return (alphas_sqrt - last) * (first / (first - last))
 
 
 def noise_level(alpha_sqrt: Tensor) -> Tensor:
+    """b = sqrt(1 - a²), elementwise."""
     return (1 - alpha_sqrt**2).sqrt()
 
 
@@ -114,22 +147,31 @@ def denoising_loss(
     timestep_B: Tensor,
     fixed_frames: int | Tensor = 0,
 ) -> DenoisingLoss:
-    """Mean squared error of the velocity; `network(noised_BTCHW, timestep_B)` is the model with its conditions.
+    """Mean squared error of the velocity (docs/specification.md §5.6).
 
-    With `fixed_frames` = K > 0 the first K latent frames enter clean and the loss counts the others only; the
-    timestep stays one for all frames (training for streaming, where a chunk continues K finished frames). An
-    int64 [B] gives every sample its own K.
-    Equal to the loss weight times the squared error of x0, but without its cancellation at small timesteps.
+    network(noised_BTCHW, timestep_B) is the model with its conditions and returns velocity_BTCHW.
+    x0_BTCHW, noise_BTCHW: clean latents and noise; timestep_B: int64.
+    fixed_frames: number of latent frames at the start that the network receives without noise and
+        that do not count in the loss, one int or int64 [B] with a number per sample. All frames
+        have the same timestep. This trains a chunk that continues finished frames (§5.8).
+
+    The loss equals the weighted squared error of x0, without its cancellation at small timesteps.
+    Raises ValueError where `fixed_frames` leaves no frame to denoise.
     """
-    frames = x0_BTCHW.shape[1]
-    if isinstance(fixed_frames, int) and not 0 <= fixed_frames < frames:
-        raise ValueError(f"fixed_frames = {fixed_frames} must leave a frame of the {frames} to be denoised")
+    num_frames = x0_BTCHW.shape[1]
+    if isinstance(fixed_frames, int) and not 0 <= fixed_frames < num_frames:
+        raise ValueError(
+            f"fixed_frames = {fixed_frames} must leave a frame of the {num_frames} to be denoised"
+        )
     fixed_B = torch.as_tensor(fixed_frames, device=x0_BTCHW.device).expand(len(x0_BTCHW))
-    denoised_BT = torch.arange(frames, device=x0_BTCHW.device) >= fixed_B[:, None]
-    noised = schedule.noised(x0_BTCHW, noise_BTCHW, timestep_B)
-    noised = torch.where(denoised_BT[:, :, None, None, None], noised, x0_BTCHW.float())
-    velocity = network(noised, timestep_B).float()
-    error = velocity - schedule.velocity(x0_BTCHW, noise_BTCHW, timestep_B)
-    error_BT = error.square().mean(dim=(2, 3, 4))
-    per_sample = (error_BT * denoised_BT).sum(dim=1) / denoised_BT.sum(dim=1)
-    return DenoisingLoss(loss=per_sample.mean(), per_sample=per_sample, noised=noised, velocity=velocity)
+    denoised_BT = torch.arange(num_frames, device=x0_BTCHW.device) >= fixed_B[:, None]
+    noised_BTCHW = schedule.noised(x0_BTCHW, noise_BTCHW, timestep_B)
+    is_noisy = denoised_BT[:, :, None, None, None]
+    noised_BTCHW = torch.where(is_noisy, noised_BTCHW, x0_BTCHW.float())
+    velocity_BTCHW = network(noised_BTCHW, timestep_B).float()
+    error_BTCHW = velocity_BTCHW - schedule.velocity(x0_BTCHW, noise_BTCHW, timestep_B)
+    error_BT = error_BTCHW.square().mean(dim=(2, 3, 4))
+    loss_B = (error_BT * denoised_BT).sum(dim=1) / denoised_BT.sum(dim=1)
+    return DenoisingLoss(
+        loss=loss_B.mean(), per_sample=loss_B, noised=noised_BTCHW, velocity=velocity_BTCHW
+    )

@@ -1,19 +1,21 @@
-"""Semantic condition of the diffusion model: vision features -> a latent that is added to the noisy one.
+"""Semantic condition of the diffusion model: turns vision features into a latent to be added.
 
-Letters: B batch, T latent frames, C feature channels, h w feature rows and columns, Z latent channels, H W latent
-height and width, G channels inside, N = B * T frames.
+Semantic frame i influences latent frame i only. The last convolution starts at zero, so an
+untrained condition adds nothing.
 
-forward(features_BTChw) -> latent_BTZHW, frame by frame: semantic frame i touches latent frame i only. The last
-convolution starts at zero, so an untrained condition adds nothing.
-Source: LanDiff (arXiv 2503.04606); a latent-diffusion decoder with pixel-shuffle upsampling.
+Shape letters (docs/glossary.md): B batch, T latent frames, N = B · T frames of the whole batch,
+C channels, h, w height and width in feature cells, H, W height and width in latent cells.
+
+Source: LanDiff (arXiv 2503.04606); a latent-diffusion decoder with pixel-shuffle upsampling
+(docs/specification.md §5.3).
 """
 
 from __future__ import annotations
 
 import itertools
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model_zoo.config import SemanticConditionConfig
 
@@ -30,59 +32,71 @@ def _conv3(channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions, each after group norm and swish, plus a shortcut."""
+
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = _norm(channels)
         self.conv1 = _conv3(channels, out_channels)
         self.norm2 = _norm(out_channels)
         self.conv2 = _conv3(out_channels, out_channels)
-        self.shortcut = nn.Conv2d(channels, out_channels, kernel_size=1) if channels != out_channels else nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
+        if channels != out_channels:
+            self.shortcut = nn.Conv2d(channels, out_channels, kernel_size=1)
 
-    def forward(self, x_NGhw: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x_NGhw)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.shortcut(x_NGhw) + y
+    def forward(self, x_NChw: Tensor) -> Tensor:
+        """[N, channels, h, w] -> [N, out_channels, h, w]."""
+        y_NChw = self.conv1(functional.silu(self.norm1(x_NChw)))
+        y_NChw = self.conv2(functional.silu(self.norm2(y_NChw)))
+        return self.shortcut(x_NChw) + y_NChw
 
 
 class Level(nn.Module):
-    """Residual blocks at one size, then twice the size by pixel shuffle unless it is the last level."""
+    """Residual blocks of one size, then upsampling by 2 with pixel shuffle if `upsample` is set."""
 
     def __init__(self, channels: int, out_channels: int, num_blocks: int, upsample: bool) -> None:
         super().__init__()
         widths = [channels] + [out_channels] * num_blocks
         self.blocks = nn.ModuleList(ResidualBlock(a, b) for a, b in itertools.pairwise(widths))
-        self.upsample = _conv3(out_channels // 4, out_channels) if upsample else None
+        self.upsample = None
+        if upsample:
+            self.upsample = _conv3(out_channels // 4, out_channels)
 
-    def forward(self, x_NGhw: Tensor) -> Tensor:
+    def forward(self, x_NChw: Tensor) -> Tensor:
+        """[N, channels, h, w] -> [N, out_channels, h, w], or of twice the size if it upsamples."""
         for block in self.blocks:
-            x_NGhw = block(x_NGhw)
-        return x_NGhw if self.upsample is None else self.upsample(F.pixel_shuffle(x_NGhw, 2))
+            x_NChw = block(x_NChw)
+        if self.upsample is None:
+            return x_NChw
+        return self.upsample(functional.pixel_shuffle(x_NChw, 2))
 
 
 class SemanticCondition(nn.Module):
-    """Upsampler (2x for every level but one) and the projection to latent channels."""
+    """Upsampler (by 2 in every level but one) and projection to the channels of the latents."""
 
     def __init__(self, config: SemanticConditionConfig, latent_channels: int) -> None:
         super().__init__()
         self.config = config
-        widths = [config.base_channels * m for m in config.channel_multipliers]
-        wrong = [w for w in widths if w % GROUPS]
-        if wrong:
+        widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
+        if any(width % GROUPS for width in widths):
             raise ValueError(
-                f"semantic.base_channels * channel_multipliers = {widths} must be multiples of {GROUPS}, "
-                "the number of groups of the group norm"
+                f"semantic.base_channels * channel_multipliers = {widths} must be multiples of "
+                f"{GROUPS}, the number of groups of the group norm"
             )
         self.conv_in = _conv3(config.feature_channels, widths[-1])
         self.middle = nn.ModuleList(ResidualBlock(widths[-1], widths[-1]) for _ in range(2))
-        inputs = [*widths[1:], widths[-1]]  # what level i receives: the width of the smaller one before it
-        self.levels = nn.ModuleList(
-            Level(inputs[i], widths[i], config.num_res_blocks + 1, upsample=i > 0) for i in range(len(widths))
-        )
+        # Levels run from the last, smallest one to level 0. Each receives the width of the level
+        # that runs before it.
+        inputs = [*widths[1:], widths[-1]]
+        num_blocks = config.num_res_blocks + 1
+        self.levels = nn.ModuleList()
+        for index, (channels, width) in enumerate(zip(inputs, widths, strict=True)):
+            self.levels.append(Level(channels, width, num_blocks, upsample=index > 0))
         self.norm_out = _norm(widths[0])
         self.conv_out = _conv3(widths[0], config.out_channels)
         self.projection = _conv3(config.out_channels, latent_channels)
-        nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
+        for parameter in self.projection.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def scale(self) -> int:
@@ -90,17 +104,25 @@ class SemanticCondition(nn.Module):
         return 2 ** (len(self.levels) - 1)
 
     def upsample(self, features_NChw: Tensor) -> Tensor:
-        """-> NGHW with out_channels. Level 0, the last, has the full size."""
-        x = self.conv_in(features_NChw)
+        """[N, C, h, w] -> [N, out_channels, H, W]."""
+        x_NChw = self.conv_in(features_NChw)
         for block in self.middle:
-            x = block(x)
+            x_NChw = block(x_NChw)
         for level in reversed(self.levels):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x_NChw = level(x_NChw)
+        return self.conv_out(functional.silu(self.norm_out(x_NChw)))
 
     def forward(self, features_BTChw: Tensor) -> Tensor:
+        """[B, T, C, h, w] -> latent [B, T, C, H, W] in the dtype of the weights.
+
+        Raises ValueError for features of another number of channels.
+        """
         channels = self.config.feature_channels
         if features_BTChw.ndim != 5 or features_BTChw.shape[2] != channels:
-            raise ValueError(f"the condition takes features [B, T, {channels}, h, w], not {list(features_BTChw.shape)}")
+            raise ValueError(
+                f"the condition takes features [B, T, {channels}, h, w], not "
+                f"{list(features_BTChw.shape)}"
+            )
         features_NChw = features_BTChw.flatten(0, 1).to(self.conv_in.weight.dtype)
-        return self.projection(self.upsample(features_NChw)).unflatten(0, features_BTChw.shape[:2])
+        latents_NCHW = self.projection(self.upsample(features_NChw))
+        return latents_NCHW.unflatten(0, features_BTChw.shape[:2])

@@ -1,15 +1,15 @@
-"""Semantic tokenizer: vision features in, a few discrete codes per frame out, and back.
+"""Semantic tokenizer: vision features to a few discrete codes per frame, and back.
 
-Letters: B batch, T frames, C feature channels, h w feature rows and columns, n = h * w visual tokens of a
-frame, N latent tokens of a clip = iframe_tokens + (T - 1) * pframe_tokens, S = T * n + N sequence, D hidden
-width, H heads, K head width (of an attention) or codes (of a whole clip), Z width of a latent token.
+`encode` and `decode` are for use, `forward` is for training on one segment. frame_spans.py has the
+layout of the sequence inside and its attention masks.
 
-    encode(features_BTChw) -> indices_BK
-    decode(indices_BK, num_frames) -> features_BTChw
-    forward(features_BTChw) -> TokenizerOutput, for training on one segment
+Shape letters (docs/glossary.md): B batch, T frames, C feature channels, h, w height and width in
+feature cells, N latent tokens of a segment, K codes of a whole clip, S sequence positions, D width
+of the blocks, Z width of a latent token outside the blocks, E width of a code vector, A heads,
+d width of a head.
 
-The sequence inside, and who sees whom in it: frame_spans.py.
-Source: LanDiff (arXiv 2503.04606), semantic tokenizer; sizes as in the released code.
+Source: semantic tokenizer of LanDiff (arXiv 2503.04606), with the sizes of the released code
+(docs/specification.md §3).
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import cdist
 
 from model_zoo.config import TokenizerConfig
-from model_zoo.frame_spans import AttentionSpan, Sequence, decoder_spans, encoder_spans, span_attention
+from model_zoo.frame_spans import (
+    AttentionSpan,
+    Sequence,
+    decoder_spans,
+    encoder_spans,
+    span_attention,
+)
+from model_zoo.layers import rotary_angles, rotate, run_block
 
 log = logging.getLogger(__name__)
 
@@ -36,57 +42,57 @@ FEATURE_EPS = 1e-8  # added to the standard deviation of a feature channel
 
 @dataclass(frozen=True)
 class TokenizerOutput:
-    loss: Tensor  # commitment_weight * commitment + reconstruction
-    commitment: Tensor
-    reconstruction: Tensor  # mean squared error of the (possibly normalised) features
-    indices: Tensor  # int64 [B, N]
-    decoded: Tensor  # [B, T, C, h, w], on the scale of the input features
-    perplexity: Tensor  # exp(entropy) of the codes of this batch: between 1 and codebook_size
-    codes_used: Tensor  # share of the codebook that this batch uses, 0..1
+    """Losses, codes and reconstruction of one segment.
 
-
-# ---------------------------------------------------------------- positions
-
-
-def rotary_angles(sequence: Sequence, grid_width: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angles of the 3-D rotary embedding, float32 [S, head_dim / 2], in the order time, row, column.
-
-    A visual token stands at (frame, row, column), the m-th latent of a clip at (m, m, m): the latents'
-    positions start again at 0 and overlap with the visual ones on purpose.
+    loss: commitment_weight · commitment + reconstruction, scalar.
+    commitment: commitment loss of the quantizer, scalar.
+    reconstruction: mean squared error of the features, normalized if so configured, scalar.
+    indices: codes, int64 [B, N].
+    decoded: features [B, T, C, h, w] on the scale of the input features.
     """
-    place = torch.arange(sequence.num_visual, device=device)
-    cell = place % sequence.frame_tokens
-    visual_S3 = torch.stack([place // sequence.frame_tokens, cell // grid_width, cell % grid_width], dim=1)
-    latent_S3 = torch.arange(sequence.num_latent, device=device)[:, None].expand(-1, 3)
-    position_S3 = torch.cat([visual_S3, latent_S3]).double()
+
+    loss: Tensor
+    commitment: Tensor
+    reconstruction: Tensor
+    indices: Tensor
+    decoded: Tensor
+
+
+def sequence_angles(
+    sequence: Sequence, grid_width: int, head_dim: int, theta: float, device: torch.device
+) -> Tensor:
+    """Angles of the rotary embedding over time, row and column, in that order (§3.4).
+
+    Returns float32 [S, d/2]. A visual token has the position (frame, row, column), latent m of a
+    segment has (m, m, m). Latent positions start at 0 and overlap with visual ones, as in the
+    reference.
+    """
+    visual = torch.arange(sequence.num_visual, device=device)
+    latent = torch.arange(sequence.num_latent, device=device)
+    cell = visual % sequence.frame_tokens
+    visual_axes = (visual // sequence.frame_tokens, cell // grid_width, cell % grid_width)
+    dims = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
     angles = []
-    for axis, dim in enumerate((head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)):
-        exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim
-        angles.append(position_S3[:, axis, None] * theta**-exponent)
-    return torch.cat(angles, dim=1).float()
-
-
-def rotate(x_BSHK: Tensor, cos_SK: Tensor, sin_SK: Tensor) -> Tensor:
-    """Rotate the pairs of adjacent elements (2j, 2j + 1) in float32; the result has x's dtype."""
-    even, odd = x_BSHK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_SK[:, None], sin_SK[:, None]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BSHK.dtype)
-
-
-# ---------------------------------------------------------------- transformer
+    for visual_positions, dim in zip(visual_axes, dims, strict=True):
+        positions_S = torch.cat([visual_positions, latent])
+        angles.append(rotary_angles(positions_S, dim, theta, dtype=torch.float64))
+    return torch.cat(angles, dim=1)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all blocks of one pass share."""
+    """Attention spans and rotations, which are the same for all blocks of a stack.
+
+    cos_Sd, sin_Sd: float32 [S, d/2].
+    """
 
     spans: list[AttentionSpan]
-    cos_SK: Tensor
-    sin_SK: Tensor
+    cos_Sd: Tensor
+    sin_Sd: Tensor
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention without biases, MLP with exact GELU and biases."""
+    """Pre-norm block: attention without biases, MLP with exact GELU and biases (§3.5)."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -100,36 +106,40 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * dim, dim)
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        qkv = self.qkv(self.norm1(x_BSD)).unflatten(-1, (3, self.num_heads, -1))
-        q_BSHK, k_BSHK, v_BSHK = qkv.unbind(2)
-        q_BSHK = rotate(q_BSHK, context.cos_SK, context.sin_SK)
-        k_BSHK = rotate(k_BSHK, context.cos_SK, context.sin_SK)
-        x_BSD = x_BSD + self.out(span_attention(q_BSHK, k_BSHK, v_BSHK, context.spans).flatten(2))
-        return x_BSD + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x_BSD))))
+        """[B, S, D] -> [B, S, D]."""
+        qkv_BS3Ad = self.qkv(self.norm1(x_BSD)).unflatten(-1, (3, self.num_heads, -1))
+        q_BSAd, k_BSAd, v_BSAd = qkv_BS3Ad.unbind(2)
+        q_BSAd = rotate(q_BSAd, context.cos_Sd, context.sin_Sd)
+        k_BSAd = rotate(k_BSAd, context.cos_Sd, context.sin_Sd)
+        attended_BSAd = span_attention(q_BSAd, k_BSAd, v_BSAd, context.spans)
+        x_BSD = x_BSD + self.out(attended_BSAd.flatten(2))
+        return x_BSD + self.mlp_out(functional.gelu(self.mlp_in(self.norm2(x_BSD))))
 
 
 class Stack(nn.Module):
-    """LayerNorm, blocks, a selection of positions, LayerNorm: the part that encoder and decoder share."""
+    """LayerNorm, blocks, a selection of positions, LayerNorm: common base of encoder and decoder.
+
+    Set `recompute` in training to save memory: the backward pass then computes the activations of
+    each block again.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        self.recompute = False  # recompute the blocks' activations in backward instead of keeping them
+        self.recompute = False
         self.norm_in = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
 
     def run(self, x_BSD: Tensor, context: Context, keep: slice) -> Tensor:
+        """[B, S, D] -> [B, kept positions, D]."""
         x_BSD = self.norm_in(x_BSD)
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x_BSD = checkpoint(block, x_BSD, context, use_reentrant=False)
-            else:
-                x_BSD = block(x_BSD, context)
+            x_BSD = run_block(block, x_BSD, context, recompute=self.recompute)
         return self.norm_out(x_BSD[:, keep])
 
 
 class Encoder(Stack):
-    """Visual tokens and learned queries -> latents before quantisation."""
+    """Visual tokens and learned queries to latents before quantization (§3.2)."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)
@@ -140,16 +150,21 @@ class Encoder(Stack):
         self.head = nn.Linear(dim, config.token_size)
 
     def forward(self, features_BTChw: Tensor, sequence: Sequence, context: Context) -> Tensor:
-        """-> latents_BNZ. The P queries are the same for every frame; place and mask tell them apart."""
+        """[B, T, C, h, w] -> latents [B, N, Z].
+
+        All P frames have the same queries; position and mask tell them apart.
+        """
         visual_BSD = self.embed(features_BTChw.flatten(3).transpose(2, 3).flatten(1, 2))
-        queries_ND = torch.cat([self.iframe_queries, self.pframe_queries.repeat(sequence.num_frames - 1, 1)])
+        pframe_queries = self.pframe_queries.repeat(sequence.num_frames - 1, 1)
+        queries_ND = torch.cat([self.iframe_queries, pframe_queries])
         queries_BND = queries_ND.to(visual_BSD.dtype).expand(len(visual_BSD), -1, -1)
         x_BSD = torch.cat([visual_BSD, queries_BND], dim=1)
-        return self.head(self.run(x_BSD, context, slice(sequence.num_visual, None)))
+        latents_BND = self.run(x_BSD, context, slice(sequence.num_visual, None))
+        return self.head(latents_BND)
 
 
 class Decoder(Stack):
-    """Quantised latents -> features, from copies of one mask token."""
+    """Quantized latents to features, which start as copies of one mask token (§3.7)."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)
@@ -160,28 +175,31 @@ class Decoder(Stack):
         self.head_out = nn.Linear(2 * dim, config.feature_channels)
 
     def forward(self, latents_BNZ: Tensor, sequence: Sequence, context: Context) -> Tensor:
-        """-> features_BSC of the visual positions."""
+        """[B, N, Z] -> features of the visual positions, [B, T · h · w, C]."""
         latents_BND = self.embed(latents_BNZ)
-        visual_BSD = self.mask_token.to(latents_BND.dtype).expand(len(latents_BND), sequence.num_visual, -1)
+        mask_token = self.mask_token.to(latents_BND.dtype)
+        visual_BSD = mask_token.expand(len(latents_BND), sequence.num_visual, -1)
         x_BSD = torch.cat([visual_BSD, latents_BND], dim=1)
-        return self.head_out(torch.tanh(self.head_in(self.run(x_BSD, context, slice(0, sequence.num_visual)))))
-
-
-# ---------------------------------------------------------------- quantiser
+        visual_BSD = self.run(x_BSD, context, slice(0, sequence.num_visual))
+        return self.head_out(torch.tanh(self.head_in(visual_BSD)))
 
 
 class Quantizer(VectorQuantize):
-    """vector-quantize-pytorch as the released tokenizer uses it: EMA codebook, rotation-trick gradient.
+    """vector-quantize-pytorch with the settings of the released tokenizer (§3.6).
 
-    Everything in it is float32, whatever the model is cast to and under autocast, but for the
-    projection in `nearest`, which follows autocast (docs/specification.md §3.10). Code vectors are
-    all-reduced over ranks if the process group exists when this is built. k-means initialisation and the
-    replacement of dead codes draw from torch's global generator, in training only.
+    The codebook is a moving average, gradients pass through the rotation trick. Everything is
+    computed and kept in float32, whatever the model is cast to and under autocast, except for the
+    projection in `nearest`, which follows autocast (§3.10). Code vectors are all-reduced over ranks
+    if the process group exists at construction. The k-means initialization and the replacement of
+    dead codes draw from torch's global generator, in training only.
     """
 
+    zero: Tensor
+
     def __init__(self, config: TokenizerConfig) -> None:
-        group = torch.distributed
-        synced = group.is_available() and group.is_initialized() and group.get_world_size() > 1
+        synced = False
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            synced = torch.distributed.get_world_size() > 1
         super().__init__(
             dim=config.token_size,
             codebook_size=config.codebook_size,
@@ -193,65 +211,81 @@ class Quantizer(VectorQuantize):
             threshold_ema_dead_code=config.dead_code_threshold,
             commitment_weight=1.0,
             rotation_trick=True,
-            sync_codebook=synced,  # the library's own default is remembered from the first time it is asked
+            # The library would decide once per process and remember the answer.
+            sync_codebook=synced,
         )
-        # A buffer outside the state dict would stay without data when weights are loaded into a meta model.
+        # As a buffer outside the state dict it would stay without data in a model that is built on
+        # meta and then loaded.
         del self.zero
         self.zero = torch.zeros((), device="cpu")
         self.register_load_state_dict_pre_hook(_load_as_float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        """Follow moves between devices, not casts to another float type."""
+        """Moves tensors between devices but does not cast them to another dtype."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+            if result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
 
         return super()._apply(keep_dtype, recurse)
 
     def quantize(self, latents_BNZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training step: (values_BNZ float32 with gradient, indices_BN, commitment); updates the codebook."""
+        """Quantizes in training and updates the codebook. latents_BNZ: [B, N, Z].
+
+        Returns the values of the codes (float32 [B, N, Z], with gradients), the codes (int64
+        [B, N]) and the commitment loss.
+        """
         with torch.autocast(latents_BNZ.device.type, enabled=False):
-            values_BNZ, indices_BN, _, losses = self(latents_BNZ.float(), return_loss_breakdown=True)
+            outputs = self(latents_BNZ.float(), return_loss_breakdown=True)
+        values_BNZ, indices_BN, _, losses = outputs
         return values_BNZ, indices_BN, losses.commitment
 
     @torch.no_grad()
     def nearest(self, latents_BNZ: Tensor) -> Tensor:
-        """indices_BN of the nearest codes; the lowest index wins a tie. Changes nothing.
+        """Nearest codes, [B, N, Z] -> int64 [B, N]; the lowest index wins a tie.
 
-        Under autocast the projected vectors carry its rounding; distances are float32.
+        Under autocast the projected vectors are rounded to its dtype; distances are float32. Leaves
+        the codebook unchanged. Raises ValueError if it is untrained.
         """
         self.require_codebook()
         codes_BNE = self.project_in(latents_BNZ.float()).float()
         with torch.autocast(latents_BNZ.device.type, enabled=False):
-            return cdist(codes_BNE.flatten(0, 1)[None], self._codebook.embed)[0].argmin(-1).view(codes_BNE.shape[:2])
+            distances = cdist(codes_BNE.flatten(0, 1)[None], self._codebook.embed)[0]
+        return distances.argmin(-1).view(codes_BNE.shape[:2])
 
     def lookup(self, indices_BN: Tensor) -> Tensor:
-        """values_BNZ float32 of codes."""
+        """Values of codes, [B, N] -> float32 [B, N, Z]. Raises ValueError if untrained."""
         self.require_codebook()
         with torch.autocast(indices_BN.device.type, enabled=False):
             return self.get_output_from_indices(indices_BN)
 
     def require_codebook(self) -> None:
+        """Raises ValueError if the codebook was neither trained nor loaded."""
         if not self._codebook.initted:
             raise ValueError(
-                "the tokenizer's codebook is untrained (initted = 0): it is filled by k-means in the first "
-                "training step; train the tokenizer or load trained weights before it encodes or decodes"
+                "the tokenizer's codebook is untrained (initted = 0): it is filled by k-means in "
+                "the first training step; train the tokenizer or load trained weights before it "
+                "encodes or decodes"
             )
 
 
 def _load_as_float32(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Weights stored in half precision are loaded as float32, also where tensors are assigned, not copied."""
+    """Loads weights stored in half precision as float32, also where tensors are assigned."""
     for name in list(state):
         if name.startswith(prefix) and state[name].is_floating_point():
             state[name] = state[name].float()
 
 
-# ---------------------------------------------------------------- the tokenizer
-
-
 class SemanticTokenizer(nn.Module):
-    """Encoder, quantiser and decoder. Build it after the process group so that ranks share one codebook."""
+    """Encoder, quantizer and decoder (§3).
+
+    Build it after the process group, so that all ranks share one codebook.
+    """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -261,40 +295,52 @@ class SemanticTokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = Quantizer(config)
         self.decoder = Decoder(config)
-        self.register_load_state_dict_post_hook(_tell_of_statistics)
+        self.register_load_state_dict_post_hook(_warn_of_statistics)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights of encoder and decoder."""
         return self.encoder.embed.weight.dtype
 
     def set_recompute(self, recompute: bool) -> None:
-        """Trade compute for memory in training: recompute the blocks' activations in backward."""
-        self.encoder.recompute = self.decoder.recompute = recompute
+        """Sets whether the backward pass computes the blocks' activations again to save memory."""
+        self.encoder.recompute = recompute
+        self.decoder.recompute = recompute
 
     def set_feature_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
-        """Per-channel statistics of the features, used where `normalize_features` is on."""
+        """Sets mean and deviation of the feature channels, used if `normalize_features` is on."""
         self.mean.copy_(mean_C)
         self.std.copy_(std_C)
 
     def normalize(self, features_BTChw: Tensor) -> Tensor:
-        return (features_BTChw - self.mean[:, None, None]) / (self.std[:, None, None] + FEATURE_EPS)
+        """(features - mean) / (std + 1e-8) per channel, [B, T, C, h, w]."""
+        std = self.std[:, None, None] + FEATURE_EPS
+        return (features_BTChw - self.mean[:, None, None]) / std
 
     def denormalize(self, features_BTChw: Tensor) -> Tensor:
-        return features_BTChw * (self.std[:, None, None] + FEATURE_EPS) + self.mean[:, None, None]
+        """The inverse of `normalize`, [B, T, C, h, w]."""
+        std = self.std[:, None, None] + FEATURE_EPS
+        return features_BTChw * std + self.mean[:, None, None]
 
     def sequence(self, num_frames: int) -> Sequence:
+        """The sequence of a segment of `num_frames` frames."""
         config = self.config
-        return Sequence(num_frames, config.grid_height * config.grid_width, config.iframe_tokens, config.pframe_tokens)
+        frame_tokens = config.grid_height * config.grid_width
+        return Sequence(num_frames, frame_tokens, config.iframe_tokens, config.pframe_tokens)
 
     def encode_latents(self, features_BTChw: Tensor) -> Tensor:
-        """latents_BNZ before quantisation, of features as they enter the encoder (normalised if so configured)."""
+        """Latents of one segment before quantization, [B, T, C, h, w] -> [B, N, Z].
+
+        The features are those that enter the encoder, normalized if so configured. Raises
+        ValueError for a wrong shape.
+        """
         self._check_features(features_BTChw)
         sequence = self.sequence(features_BTChw.shape[1])
         context = self._context(sequence, encoder_spans(sequence), features_BTChw.device)
         return self.encoder(features_BTChw.to(self.dtype), sequence, context)
 
     def decode_latents(self, latents_BNZ: Tensor, num_frames: int) -> Tensor:
-        """features_BTChw as they leave the decoder, of quantised latents_BNZ."""
+        """Features of one segment as the decoder returns them, [B, N, Z] -> [B, T, C, h, w]."""
         sequence = self.sequence(num_frames)
         context = self._context(sequence, decoder_spans(sequence), latents_BNZ.device)
         features_BSC = self.decoder(latents_BNZ.to(self.dtype), sequence, context)
@@ -302,41 +348,67 @@ class SemanticTokenizer(nn.Module):
         return features_BSC.unflatten(1, grid).permute(0, 1, 4, 2, 3)
 
     def encode(self, features_BTChw: Tensor) -> Tensor:
-        """int64 [B, K] codes. A clip longer than `segment_frames` is cut into segments, each with an I-frame and
-        encoded by itself (the last may be shorter), whose codes follow each other.
+        """Codes of clips of any length, [B, T, C, h, w] -> int64 [B, K].
+
+        A clip longer than `segment_frames` is divided into segments, the last of which may be
+        shorter. Each segment has its own I frame and is encoded on its own; the codes of all
+        segments are concatenated.
 
         Raises ValueError for a wrong shape or an untrained codebook.
         """
         self._check_features(features_BTChw)
         if self.config.normalize_features:
             features_BTChw = self.normalize(features_BTChw)
-        segments = features_BTChw.split(self.config.segment_frames, dim=1)
-        return torch.cat([self.quantizer.nearest(self.encode_latents(segment)) for segment in segments], dim=1)
+        indices = []
+        for segment_BTChw in features_BTChw.split(self.config.segment_frames, dim=1):
+            latents_BNZ = self.encode_latents(segment_BTChw)
+            indices.append(self.quantizer.nearest(latents_BNZ))
+        return torch.cat(indices, dim=1)
 
     def decode(self, indices_BK: Tensor, num_frames: int) -> Tensor:
-        """features_BTChw of the codes of clips of `num_frames`; the inverse layout of `encode`.
+        """Features of clips of `num_frames` frames from codes that `encode` returned.
 
-        Raises ValueError for codes that do not fit and for an untrained codebook.
+        [B, K] -> [B, T, C, h, w]. Raises ValueError for codes that do not fit the codebook or the
+        number of frames, and for an untrained codebook.
         """
         lengths = self._segment_lengths(num_frames)
-        codes = [self.sequence(length).num_latent for length in lengths]
-        if indices_BK.ndim != 2 or indices_BK.shape[1] != sum(codes):
-            raise ValueError(f"{num_frames} frames have codes of shape [B, {sum(codes)}], not {list(indices_BK.shape)}")
-        low, high = int(indices_BK.min()), int(indices_BK.max())
+        counts = [self.sequence(length).num_latent for length in lengths]
+        if indices_BK.ndim != 2 or indices_BK.shape[1] != sum(counts):
+            raise ValueError(
+                f"{num_frames} frames have codes of shape [B, {sum(counts)}], not "
+                f"{list(indices_BK.shape)}"
+            )
+        low = int(indices_BK.min())
+        high = int(indices_BK.max())
         if low < 0 or high >= self.config.codebook_size:
-            raise ValueError(f"codes {low}..{high} do not fit a codebook of {self.config.codebook_size}")
-        segments = zip(self.quantizer.lookup(indices_BK).split(codes, dim=1), lengths, strict=True)
-        features_BTChw = torch.cat([self.decode_latents(*segment) for segment in segments], dim=1)
-        return self.denormalize(features_BTChw) if self.config.normalize_features else features_BTChw
+            raise ValueError(
+                f"codes {low}..{high} do not fit a codebook of {self.config.codebook_size}"
+            )
+        values_BKZ = self.quantizer.lookup(indices_BK)
+        segments = []
+        for values_BNZ, length in zip(values_BKZ.split(counts, dim=1), lengths, strict=True):
+            segments.append(self.decode_latents(values_BNZ, length))
+        features_BTChw = torch.cat(segments, dim=1)
+        if self.config.normalize_features:
+            features_BTChw = self.denormalize(features_BTChw)
+        return features_BTChw
 
     def _segment_lengths(self, num_frames: int) -> list[int]:
+        """Frames of each segment of a clip."""
         if num_frames < 1:
             raise ValueError(f"num_frames = {num_frames} must be at least 1")
-        whole, rest = divmod(num_frames, self.config.segment_frames)
-        return [self.config.segment_frames] * whole + [rest] * (rest > 0)
+        full, rest = divmod(num_frames, self.config.segment_frames)
+        lengths = [self.config.segment_frames] * full
+        if rest:
+            lengths.append(rest)
+        return lengths
 
     def forward(self, features_BTChw: Tensor) -> TokenizerOutput:
-        """One training pass; in training mode it also updates the codebook."""
+        """Losses, codes and reconstruction of one segment, [B, T, C, h, w].
+
+        In training mode it also updates the codebook. Raises ValueError for a wrong shape and, in
+        eval mode, for an untrained codebook.
+        """
         if self.config.normalize_features:
             features_BTChw = self.normalize(features_BTChw)
         latents_BNZ = self.encode_latents(features_BTChw)
@@ -348,8 +420,7 @@ class SemanticTokenizer(nn.Module):
             commitment = self._commitment(latents_BNZ, indices_BN)
         decoded_BTChw = self.decode_latents(values_BNZ, features_BTChw.shape[1])
         target_BTChw = features_BTChw.to(self.dtype).float()
-        reconstruction = F.mse_loss(decoded_BTChw.float(), target_BTChw)
-        perplexity, codes_used = codebook_usage(indices_BN, self.config.codebook_size)
+        reconstruction = functional.mse_loss(decoded_BTChw.float(), target_BTChw)
         if self.config.normalize_features:
             decoded_BTChw = self.denormalize(decoded_BTChw)
         return TokenizerOutput(
@@ -358,45 +429,48 @@ class SemanticTokenizer(nn.Module):
             reconstruction=reconstruction,
             indices=indices_BN,
             decoded=decoded_BTChw,
-            perplexity=perplexity,
-            codes_used=codes_used,
         )
 
     def _commitment(self, latents_BNZ: Tensor, indices_BN: Tensor) -> Tensor:
+        """Commitment loss without an update of the codebook, scalar."""
         with torch.autocast(latents_BNZ.device.type, enabled=False):
             codes_BNE = self.quantizer.project_in(latents_BNZ.float())
-        return F.mse_loss(codes_BNE, self.quantizer.get_codes_from_indices(indices_BN))
+        return functional.mse_loss(codes_BNE, self.quantizer.get_codes_from_indices(indices_BN))
 
-    def _context(self, sequence: Sequence, spans: list[AttentionSpan], device: torch.device) -> Context:
+    def _context(
+        self, sequence: Sequence, spans: list[AttentionSpan], device: torch.device
+    ) -> Context:
         config = self.config
         head_dim = config.hidden_size // config.num_heads
-        angles_SK = rotary_angles(sequence, config.grid_width, head_dim, config.rope_theta, device)
-        return Context(spans=spans, cos_SK=angles_SK.cos(), sin_SK=angles_SK.sin())
+        angles_Sd = sequence_angles(
+            sequence, config.grid_width, head_dim, config.rope_theta, device
+        )
+        return Context(spans=spans, cos_Sd=angles_Sd.cos(), sin_Sd=angles_Sd.sin())
 
     def _check_features(self, features_BTChw: Tensor) -> None:
+        """Raises ValueError for features that are not [B, T, C, h, w] with the configured sizes."""
         config = self.config
         expected = (config.feature_channels, config.grid_height, config.grid_width)
-        if features_BTChw.ndim != 5 or tuple(features_BTChw.shape[2:]) != expected or not features_BTChw.shape[1]:
+        shape = features_BTChw.shape
+        if features_BTChw.ndim != 5 or tuple(shape[2:]) != expected or not shape[1]:
             raise ValueError(
-                f"the tokenizer takes features [B, T >= 1, {', '.join(map(str, expected))}] (channels, rows, "
-                f"columns), not {list(features_BTChw.shape)}"
+                f"the tokenizer takes features [B, T >= 1, {', '.join(map(str, expected))}] "
+                f"(channels, rows, columns), not {list(shape)}"
             )
 
 
-def _tell_of_statistics(model: SemanticTokenizer, _keys: object) -> None:
-    """Released inference never normalises; whether training did, only the stored statistics can tell (§8.3)."""
+def _warn_of_statistics(model: SemanticTokenizer, _keys: object) -> None:
+    """Warns about loaded feature statistics that the config does not use.
+
+    The released inference never normalizes. Whether the training did shows only in the stored
+    statistics (§8.3).
+    """
     if model.config.normalize_features or model.mean.is_meta:
         return
-    if bool(model.mean.any()) or bool((model.std != 1).any()):
-        low, high = float(model.std.min()), float(model.std.max())
+    if bool(model.mean.any()) or not bool(torch.all(model.std == 1)):
         log.warning(
-            f"the tokenizer's weights hold feature statistics (means up to {float(model.mean.abs().max()):.3g}, deviations {low:.3g} "
-            f"to {high:.3g}), and normalize_features is off, as in the released inference. Where new videos come back badly, set it"
+            "the tokenizer's weights hold feature statistics (means up to "
+            f"{float(model.mean.abs().max()):.3g}, deviations {float(model.std.min()):.3g} to "
+            f"{float(model.std.max()):.3g}), and normalize_features is off, as in the released "
+            "inference. If new videos are reconstructed badly, set normalize_features"
         )
-
-
-def codebook_usage(indices: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """(perplexity, share of the codebook in use) of the codes of one batch, as float32 scalars."""
-    share = torch.bincount(indices.flatten(), minlength=codebook_size).float() / indices.numel()
-    perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
-    return perplexity, (share > 0).float().mean()

@@ -1,6 +1,6 @@
 """Do the models use what they are told? The loss with the right condition against the loss with a wrong one.
 
-Letters: B clips, n codes of a clip, T latent frames, C H W latent sizes, L text rows, D text width, V vocabulary.
+Letters: B clips, K codes of a clip, T latent frames, C H W latent sizes, L text rows, D text width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from configs.base import ConfigError
+from model_zoo.codebook import code_entropy, count_codes
 from model_zoo.dit import ControlledDiffusion
 from model_zoo.lm import LanguageModel
 from model_zoo.schedule import NoiseSchedule
@@ -33,11 +34,10 @@ def wrong_partners(keys: Sequence[str]) -> list[int]:
     return partners
 
 
-def frequency_baseline(codes_Bn: np.ndarray, codebook_size: int) -> float:
+def frequency_baseline(codes_BK: np.ndarray, codebook_size: int) -> float:
     """Nats per code of the best predictor that knows only how often each code occurs in these clips."""
-    counts = np.bincount(codes_Bn.reshape(-1), minlength=codebook_size).astype(np.float64)
-    frequency = counts[counts > 0] / counts.sum()
-    return float(-(frequency * np.log(frequency)).sum())
+    codes = torch.from_numpy(codes_BK.astype(np.int64))
+    return float(code_entropy(count_codes(codes, codebook_size).double()))
 
 
 @torch.no_grad()

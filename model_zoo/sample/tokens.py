@@ -1,17 +1,20 @@
-"""Text -> semantic tokens: autoregressive sampling with a key/value cache, guidance and the grammar enforced.
+"""Autoregressive sampling of semantic tokens with a key/value cache and guidance.
 
-Structural tokens are not drawn but set; a run of known tokens goes through the model in one step. At code
-positions ids that are no codes are never drawn. Each row of a batch has random numbers of its own, drawn
-once on the CPU: a row's result depends neither on its neighbours nor on the device (but for rounding).
+Structural tokens are not drawn but set, and a run of known tokens passes through the model in one
+step. At positions of codes only codes are drawn. Each row of a batch has its own random numbers,
+drawn once on the CPU, so that a row's result depends neither on the other rows nor, except for
+rounding, on the device.
 
-Letters: B batch, R rows of the model (B, or 2 B under guidance: with text, then without), L text tokens,
-T text width, P prompt positions (BOS, conditions), N positions of the body from the first SI to EOS
-(token_layout.py), K codes, V vocabulary.
+`reference_behaviour` repeats the reference implementation (docs/specification.md §4.7). One id is
+drawn at every position and not used where the token is forced. Structural ids may be drawn at
+positions of codes; they are fed back and replaced by the last code at the very end. Ids are drawn
+by torch's multinomial from a generator on the model's device, so that a seed gives the ids that it
+gives there, except for seed 0, which there means no seed.
 
-`reference_behaviour` replays the reference implementation (specification §4.7): one id is drawn at every
-position and thrown away where the token is forced; at code positions structural ids may be drawn, are fed
-back as they are, and become the last code at the very end. Ids are drawn by torch's multinomial from a generator
-of the model's device, so that a seed gives what it gives there (0, which means unseeded there, is a seed here).
+Shape letters (docs/glossary.md): B batch, R rows of the model (B, or 2 B under guidance: first with
+text, then without), L text rows, D width of a vector, P prompt positions (BOS and conditions),
+N positions of the body from the first SI to EOS (token_layout.py), S new positions, K codes of a
+clip, G groups of positions with the same legal ids, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,24 +30,37 @@ from model_zoo.config import TokenSamplingConfig
 from model_zoo.lm import KVCache, LanguageModel
 from model_zoo.token_layout import CODE, SamplingTable
 
-# (float32 probabilities [B, V], step) -> int64 ids [B]. Step 0 is the position behind the first SI.
+# draw(probabilities_BV, step) returns int64 ids [B]. Step 0 is the position after the first SI.
 Draw = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    codes_BK: Tensor  # int64, all within the codebook
-    num_frames_B: Tensor  # int64; less than asked for where a row predicted its end: its codes behind that mean nothing
+    """Codes of a batch of videos.
+
+    codes_BK: int64, all within the codebook.
+    num_frames_B: int64, semantic frames of each video. A video that the model ended early has fewer
+        than requested, and the codes after its end have no meaning.
+    """
+
+    codes_BK: Tensor
+    num_frames_B: Tensor
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a batch is sampled from."""
+    """Conditions of a batch.
 
-    text_BLT: Tensor  # states of the text encoder; rows at and past a length are pads
+    text_BLD: states of the text encoder, padded at the end.
+    motion_score_B: motion scores.
+    text_lengths_B: rows of each text without padding; L each if None.
+    prefix_codes_BK: codes of the first frames, which are then not drawn.
+    """
+
+    text_BLD: Tensor
     motion_score_B: Tensor
-    text_lengths_B: Tensor | None = None  # all L where None
-    prefix_codes_BK: Tensor | None = None  # codes of the first frames, given instead of drawn
+    text_lengths_B: Tensor | None = None
+    prefix_codes_BK: Tensor | None = None
 
 
 @torch.no_grad()
@@ -58,27 +74,25 @@ def sample_tokens(
     draw: Draw | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SampledTokens:
-    """Codes of `num_frames` semantic frames for each prompt.
+    """Samples the codes of `num_frames` semantic frames for each prompt.
 
-    Either `seeds`, one per prompt, or `draw`, which picks the ids. `progress` hears (positions done, of all).
-    Runs on the model's device, in the model's dtype or the surrounding autocast's. Raises ValueError for
-    shapes, lengths and prefix codes that do not fit.
+    seeds: one per prompt. Instead of seeds, `draw` may be given, which chooses the ids.
+    progress: `progress(done, total)` is called after each draw with positions of the body.
+
+    Runs on the device of the model, in its dtype or that of a surrounding autocast. Raises
+    ValueError for shapes, lengths and prefix codes that do not fit.
     """
-    batch = len(prompts.text_BLT)
-    if (seeds is None) == (draw is None):
-        raise ValueError("give either seeds, one per prompt, or draw")
+    batch = len(prompts.text_BLD)
     body = _Body(model, prompts, num_frames, config)
-    if draw is None:
-        if len(seeds) != batch:
-            raise ValueError(f"{len(seeds)} seeds for {batch} prompts; give one per prompt")
-        draw = reference_draw(seeds, body.device) if config.reference_behaviour else seeded_draw(seeds, len(body.draws), body.device)
-    decoder = _Decoder(model, prompts, num_frames, body.length, guided=config.guidance != 1)
+    choose = _draw_function(batch, body, config, seeds, draw)
+    guided = config.guidance != 1
+    decoder = _Decoder(model, prompts, num_frames, body.length, guided=guided)
 
     frames_B = torch.full((batch,), num_frames, device=body.device)
     for position in body.draws:
-        logits_RV = decoder.logits_behind(body.tokens_BN[:, :position])
-        probabilities_BV = body.probabilities(_guided(logits_RV, config.guidance), position)
-        ids_B = draw(probabilities_BV, position - 1)
+        logits_RV = decoder.next_logits(body.tokens_BN[:, :position])
+        logits_BV = _guided(logits_RV, config.guidance)
+        ids_B = choose(body.probabilities(logits_BV, position), position - 1)
         body.record(position, ids_B)
         if progress is not None:
             progress(position + 1, body.length)
@@ -92,48 +106,85 @@ def sample_tokens(
     return SampledTokens(body.codes(), frames_B)
 
 
+def _draw_function(
+    batch: int,
+    body: _Body,
+    config: TokenSamplingConfig,
+    seeds: Sequence[int] | None,
+    draw: Draw | None,
+) -> Draw:
+    """`draw`, or a function that draws with `seeds`. Raises ValueError unless one is given."""
+    if (seeds is None) == (draw is None):
+        raise ValueError("give either seeds, one per prompt, or draw")
+    if seeds is None:
+        assert draw is not None
+        return draw
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} prompts; give one per prompt")
+    if config.reference_behaviour:
+        return reference_draw(seeds, body.device)
+    return seeded_draw(seeds, len(body.draws), body.device)
+
+
 def seeded_draw(seeds: Sequence[int], max_draws: int, device: torch.device) -> Draw:
-    """Draws by inverting the cumulative distribution at numbers in [0, 1) that depend on a row's seed alone."""
-    numbers = [torch.rand(max_draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    uniforms = iter(torch.stack(numbers, dim=1).to(device))  # a row per draw: [B]
+    """Draws by inverting the cumulative distribution at random numbers in [0, 1).
+
+    The numbers of a row depend on its seed only. They suffice for `max_draws` draws.
+    """
+    numbers = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        numbers.append(torch.rand(max_draws, generator=generator, dtype=torch.float64))
+    uniforms = iter(torch.stack(numbers, dim=1).to(device))  # one tensor [B] per draw
 
     def draw(probabilities_BV: Tensor, _step: int) -> Tensor:
         cumulative_BV = probabilities_BV.double().cumsum(-1)
         threshold_B1 = next(uniforms)[:, None] * cumulative_BV[:, -1:]
-        # the first id whose cumulative mass exceeds the threshold: it has a probability above 0
-        return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0].clamp(max=probabilities_BV.shape[-1] - 1)
+        # The first id whose cumulative mass exceeds the threshold has a probability above 0.
+        ids_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
+        return ids_B1[:, 0].clamp(max=probabilities_BV.shape[-1] - 1)
 
     return draw
 
 
 def reference_draw(seeds: Sequence[int], device: torch.device) -> Draw:
-    """Draws as the reference does, whose numbers depend on the device; for each row as if it were alone."""
+    """Draws as the reference does, each row as if it were alone.
+
+    The random numbers depend on the device.
+    """
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def draw(probabilities_BV: Tensor, _step: int) -> Tensor:
-        rows = zip(probabilities_BV, generators, strict=True)
-        return torch.cat([torch.multinomial(row_V, 1, generator=generator) for row_V, generator in rows])
+        ids = []
+        for row_V, generator in zip(probabilities_BV, generators, strict=True):
+            ids.append(torch.multinomial(row_V, 1, generator=generator))
+        return torch.cat(ids)
 
     return draw
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
-    """-inf for every id below the k-th largest value; ties with it stay."""
+    """Sets ids below the k-th largest logit to -inf, [B, V]. Ties with it are kept."""
     smallest_B1 = logits_BV.topk(min(k, logits_BV.shape[-1])).values[:, -1:]
     return logits_BV.masked_fill(logits_BV < smallest_B1, -math.inf)
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """-inf for every id whose more likely predecessors already hold the mass p. The most likely id stays."""
+    """Sets ids to -inf whose more likely predecessors have a total probability of p, [B, V].
+
+    The most likely id is always kept.
+    """
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
     probabilities_BV = sorted_BV.softmax(-1)
     before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
     drop_BV = before_BV >= p
     drop_BV[:, 0] = False
-    return logits_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), -math.inf)
+    drop_by_id_BV = torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV)
+    return logits_BV.masked_fill(drop_by_id_BV, -math.inf)
 
 
 def _guided(logits_RV: Tensor, guidance: float) -> Tensor:
+    """Logits with guidance, [R, V] -> [B, V]."""
     if guidance == 1:
         return logits_RV
     with_text_BV, without_BV = logits_RV.chunk(2)
@@ -141,18 +192,28 @@ def _guided(logits_RV: Tensor, guidance: float) -> Tensor:
 
 
 class _Body:
-    """The tokens from the first SI to EOS: what is known, what is to be drawn, and what may be drawn there."""
+    """Tokens from the first SI to EOS: known ones, positions to draw, and legal ids there.
 
-    def __init__(self, model: LanguageModel, prompts: Prompts, num_frames: int, config: TokenSamplingConfig) -> None:
-        self.layout, self.config = model.layout, config
+    tokens_BN: tokens so far; at positions not yet drawn, CODE.
+    draws: positions to draw, in order.
+    """
+
+    def __init__(
+        self, model: LanguageModel, prompts: Prompts, num_frames: int, config: TokenSamplingConfig
+    ) -> None:
+        batch = len(prompts.text_BLD)
+        self.layout = model.layout
+        self.config = config
         self.device = model.token_embedding.weight.device
         self.table: SamplingTable = self.layout.sampling_table(
-            num_frames, predict_end=config.predict_end, reference=config.reference_behaviour)
+            num_frames, predict_end=config.predict_end, reference=config.reference_behaviour
+        )
         self.length = len(self.table.forced_N)
         self.is_code_N = self.table.forced_N == CODE
-        self.code_positions = torch.from_numpy(self.is_code_N.nonzero()[0]).to(self.device)
-        self.illegal_RV = ~torch.from_numpy(self.table.legal_RV).to(self.device)
-        self.tokens_BN = torch.from_numpy(self.table.forced_N).to(self.device).repeat(len(prompts.text_BLT), 1)
+        self.code_positions_K = torch.from_numpy(self.is_code_N.nonzero()[0]).to(self.device)
+        self.illegal_GV = ~torch.from_numpy(self.table.legal_GV).to(self.device)
+        forced_N = torch.from_numpy(self.table.forced_N).to(self.device)
+        self.tokens_BN = forced_N.repeat(batch, 1)
         known = self._put_prefix(prompts.prefix_codes_BK, num_frames)
         drawn_N = self.is_code_N.copy()
         if config.predict_end:
@@ -163,7 +224,7 @@ class _Body:
         self.draws: list[int] = drawn_N.nonzero()[0].tolist()
 
     def _put_prefix(self, codes_BK: Tensor | None, num_frames: int) -> int:
-        """Enter given codes; return the number of positions known from the start (the token behind a prefix too)."""
+        """Enters given codes and returns the number of positions that are known from the start."""
         if codes_BK is None:
             return 1
         given = self.layout.num_frames(codes_BK.shape[1])
@@ -172,84 +233,129 @@ class _Body:
                 f"prefix codes of shape {tuple(codes_BK.shape)} ({given} frames) do not fit "
                 f"{len(self.tokens_BN)} prompts and num_frames = {num_frames}"
             )
-        for row in codes_BK.cpu().numpy():
-            self.layout.check_codes(row)
-        self.tokens_BN[:, self.code_positions[: codes_BK.shape[1]]] = codes_BK.to(self.device)
-        return self.layout.body_length(given)  # that many, for what is EOS there is a start token here
+        for row_K in codes_BK.cpu().numpy():
+            self.layout.check_codes(row_K)
+        positions = self.code_positions_K[: codes_BK.shape[1]]
+        self.tokens_BN[:, positions] = codes_BK.to(self.device)
+        # The body of the prefix alone ends with EOS. Here the start token of the next frame has
+        # that position, and it is known too.
+        return self.layout.body_length(given)
 
     def probabilities(self, logits_BV: Tensor, position: int) -> Tensor:
-        """Temperature, legal ids, top-k or top-p -> [B, V]."""
+        """Applies temperature, legal ids and top-k or top-p, [B, V] -> [B, V]."""
         logits_BV = logits_BV / self.config.temperature
-        kind = self.table.kind_N[position]
-        logits_BV = logits_BV.masked_fill(self.illegal_RV[kind], -math.inf)
-        masked = bool(self.table.forced_N[position] != CODE and not self.table.legal_RV[kind].all())
-        if self.config.top_k is not None and not masked:
-            logits_BV = keep_top_k(logits_BV, self.config.top_k)
-        elif self.config.top_p is not None and not masked:
-            logits_BV = keep_top_p(logits_BV, self.config.top_p)
+        group = self.table.group_N[position]
+        logits_BV = logits_BV.masked_fill(self.illegal_GV[group], -math.inf)
+        # Restricted structural positions are not filtered further (§4.7).
+        restricted = not self.table.legal_GV[group].all()
+        if self.is_code_N[position] or not restricted:
+            if self.config.top_k is not None:
+                logits_BV = keep_top_k(logits_BV, self.config.top_k)
+            elif self.config.top_p is not None:
+                logits_BV = keep_top_p(logits_BV, self.config.top_p)
         return logits_BV.softmax(-1)
 
     def record(self, position: int, ids_B: Tensor) -> None:
-        """Keep a drawn id where a code belongs; elsewhere the grammar's token stays."""
+        """Stores drawn ids at a position of codes. Elsewhere the forced token is kept."""
         if self.is_code_N[position]:
             self.tokens_BN[:, position] = ids_B
 
     def frames_before(self, position: int) -> int:
-        """Whole frames in front of a start token."""
+        """Number of whole frames before a start token."""
         return self.layout.num_frames(int(self.is_code_N[:position].sum()))
 
     def codes(self) -> Tensor:
-        """[B, K]. Only `reference_behaviour`, or an early end, leaves anything to clamp."""
-        return self.tokens_BN[:, self.code_positions].clamp(0, self.layout.codebook_size - 1)
+        """Codes of all frames, int64 [B, K].
+
+        Clamping has an effect only with `reference_behaviour` or after an early end.
+        """
+        codes_BK = self.tokens_BN[:, self.code_positions_K]
+        return codes_BK.clamp(0, self.layout.codebook_size - 1)
 
 
 class _Decoder:
-    """The model with its cache: feeds what is new and returns the logits behind it.
+    """The model with its cache. Feeds new tokens and returns the logits of the next one.
 
-    Prompts of different lengths are aligned at their end, and the pads in front are attended by nobody. That
-    they move a row's positions changes nothing: the rotary embedding knows distances alone.
+    Prompts of different lengths are aligned at their end, and no position attends to the padding in
+    front. The padding shifts the positions of a row, which changes nothing, because the rotary
+    embedding depends on distances only.
     """
 
-    def __init__(self, model: LanguageModel, prompts: Prompts, num_frames: int, body_length: int, guided: bool) -> None:
-        self.model, self.guided = model, guided
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Prompts,
+        num_frames: int,
+        body_length: int,
+        guided: bool,
+    ) -> None:
+        self.model = model
+        self.guided = guided
         self.device = model.token_embedding.weight.device
         self.prompt_RPD, self.pads_R = self._embed(prompts, num_frames)
-        rows, self.prompt_length, _ = self.prompt_RPD.shape
-        self.cache: KVCache = model.new_cache(rows, self.prompt_length + body_length - 1)  # EOS is not fed
-        self.fed = 0  # body positions in the cache
+        rows, prompt_length, _ = self.prompt_RPD.shape
+        # EOS is not fed.
+        self.cache: KVCache = model.new_cache(rows, prompt_length + body_length - 1)
+        self.fed = 0  # positions of the body that are in the cache
 
     def _embed(self, prompts: Prompts, num_frames: int) -> tuple[Tensor, Tensor | None]:
-        """Prompts [R, P, D], aligned at their end, and the pads in front of each [R]; None where nobody has any."""
-        text_BLT = prompts.text_BLT.to(self.device)
-        batch, longest, _ = text_BLT.shape
-        lengths_B = torch.full((batch,), longest) if prompts.text_lengths_B is None else prompts.text_lengths_B.cpu()
-        if prompts.motion_score_B.shape != (batch,) or lengths_B.shape != (batch,):
-            raise ValueError(
-                f"{batch} prompts need as many motion scores and text lengths, not {tuple(prompts.motion_score_B.shape)} "
-                f"and {tuple(lengths_B.shape)}"
-            )
-        if not bool(((lengths_B >= 1) & (lengths_B <= longest)).all()):
-            raise ValueError(f"text lengths {lengths_B.tolist()} must lie between 1 and the {longest} rows of the text states")
+        """Prompts aligned at their end, [R, P, D], and the padding in front of each, [R].
+
+        The padding is None if there is none.
+        """
+        text_BLD = prompts.text_BLD.to(self.device)
+        batch = len(text_BLD)
+        lengths_B = self._text_lengths(prompts)
         motion_B = prompts.motion_score_B.to(self.device)
         frames_B = torch.full((batch,), float(num_frames), device=self.device)
         drop_B = torch.zeros(batch, dtype=torch.bool, device=self.device)
         if self.guided:
-            text_BLT, motion_B, frames_B = (torch.cat([x, x]) for x in (text_BLT, motion_B, frames_B))
+            text_BLD = torch.cat([text_BLD, text_BLD])
+            motion_B = torch.cat([motion_B, motion_B])
+            frames_B = torch.cat([frames_B, frames_B])
             lengths_B = torch.cat([lengths_B, lengths_B])
             drop_B = torch.cat([drop_B, ~drop_B])
-        used = int(lengths_B.max())
-        embedded_RPD = self.model.embed_prompt(text_BLT[:, :used], frames_B, motion_B, drop_B)
-        if bool((lengths_B == used).all()):
+        longest = int(lengths_B.max())
+        embedded_RPD = self.model.embed_prompt(text_BLD[:, :longest], frames_B, motion_B, drop_B)
+        if bool((lengths_B == longest).all()):
             return embedded_RPD, None
-        pads_R = (used - lengths_B).to(self.device)
-        places = torch.arange(embedded_RPD.shape[1], device=self.device)
-        source_RP = (places - pads_R[:, None]).clamp(min=0)
-        return embedded_RPD.gather(1, source_RP[..., None].expand(-1, -1, embedded_RPD.shape[-1])), pads_R
+        pads_R = (longest - lengths_B).to(self.device)
+        positions_P = torch.arange(embedded_RPD.shape[1], device=self.device)
+        source_RP = (positions_P - pads_R[:, None]).clamp(min=0)
+        source_RPD = source_RP[..., None].expand(-1, -1, embedded_RPD.shape[-1])
+        return embedded_RPD.gather(1, source_RPD), pads_R
 
-    def logits_behind(self, tokens_BN: Tensor) -> Tensor:
-        """Feed the tokens that are not in the cache yet -> float32 logits [R, V] of the next one."""
+    def _text_lengths(self, prompts: Prompts) -> Tensor:
+        """Rows of each text without padding, int64 [B] on the CPU.
+
+        Raises ValueError where the number of scores or lengths, or a length, does not fit the text.
+        """
+        batch, rows, _ = prompts.text_BLD.shape
+        lengths_B = torch.full((batch,), rows)
+        if prompts.text_lengths_B is not None:
+            lengths_B = prompts.text_lengths_B.cpu()
+        if prompts.motion_score_B.shape != (batch,) or lengths_B.shape != (batch,):
+            raise ValueError(
+                f"{batch} prompts need as many motion scores and text lengths, not "
+                f"{tuple(prompts.motion_score_B.shape)} and {tuple(lengths_B.shape)}"
+            )
+        if int(lengths_B.min()) < 1 or int(lengths_B.max()) > rows:
+            raise ValueError(
+                f"text lengths {lengths_B.tolist()} must lie between 1 and the {rows} rows of the "
+                "text states"
+            )
+        return lengths_B
+
+    def next_logits(self, tokens_BN: Tensor) -> Tensor:
+        """Logits of the token after `tokens_BN`, float32 [R, V].
+
+        tokens_BN: all tokens of the body so far; those that are not in the cache yet are fed.
+        """
         new_BS = tokens_BN[:, self.fed :]
-        x_RSD = self.model.embed_tokens(torch.cat([new_BS, new_BS]) if self.guided else new_BS)
+        new_RS = new_BS
+        if self.guided:
+            new_RS = torch.cat([new_BS, new_BS])
+        x_RSD = self.model.embed_tokens(new_RS)
         if not self.fed:
             x_RSD = torch.cat([self.prompt_RPD, x_RSD], dim=1)
         self.fed = tokens_BN.shape[1]
@@ -258,11 +364,15 @@ class _Decoder:
         return self.model.logits(hidden_RSD[:, -1:])[:, 0]
 
     def _mask(self, start: int, count: int) -> Tensor | None:
-        """bool [R, 1, S, keys] that hides the pads from S new positions; None (causal) without pads."""
+        """Mask that hides the padding from `count` new positions, bool [R, 1, count, keys].
+
+        None, which means causal, if there is no padding.
+        """
         if self.pads_R is None:
             return None
-        queries = torch.arange(start, start + count, device=self.device)
+        queries = torch.arange(start, start + count, device=self.device)[:, None]
         keys = torch.arange(start + count, device=self.device)
-        sees_RSK = (keys <= queries[:, None]) & (keys >= self.pads_R[:, None, None])
-        sees_RSK |= keys == queries[:, None]  # a pad sees itself: a row of the mask may not be empty
-        return sees_RSK[:, None]
+        first_key_R11 = self.pads_R[:, None, None]
+        mask = (keys <= queries) & (keys >= first_key_R11)
+        mask |= keys == queries  # padding attends to itself, since no row of the mask may be empty
+        return mask[:, None]

@@ -18,7 +18,8 @@ from model_zoo.convert.release_diffusion import (
     split,
 )
 from model_zoo.convert.rules import convert
-from model_zoo.dit import ControlledDiffusion, timestep_sinusoid
+from model_zoo.dit import ControlledDiffusion
+from model_zoo.layers import sinusoid
 from model_zoo.sample.latents import SamplerOptions, SamplerStep, guidance_scale, sample_latents
 from model_zoo.schedule import NoiseSchedule, noise_level
 from model_zoo.semantic_condition import SemanticCondition
@@ -112,7 +113,7 @@ def test_control_forward(case: Case):
 def test_embeddings(case: Case):
     inputs, outputs = case.inputs, case.outputs
     model = load_diffusion(case)
-    close(timestep_sinusoid(inputs["timesteps"], case.config["hidden"]), outputs["timestep_sinusoid"])
+    close(sinusoid(inputs["timesteps"], case.config["hidden"]), outputs["timestep_sinusoid"])
     close(model.control.input(inputs["x"], inputs["timesteps"], inputs["text"])[1], outputs["control_time_embed"])
     close(release_position_table(model.config.transformer), outputs["pos_embedding"], 5e-7)
 

@@ -7,7 +7,8 @@ from torch.nn import functional
 from model_zoo.config import LMConfig, TokenSamplingConfig
 from model_zoo.convert.release_lm import RULES
 from model_zoo.convert.rules import convert
-from model_zoo.lm import LanguageModel, MicroConditions, sinusoid
+from model_zoo.layers import sinusoid
+from model_zoo.lm import LanguageModel, MicroConditions
 from model_zoo.sample.tokens import Prompts, sample_tokens
 from model_zoo.token_layout import CODE, IGNORE
 

@@ -14,7 +14,7 @@ from model_zoo.config import TokenizerConfig
 from model_zoo.convert.release_tokenizer import RULES
 from model_zoo.convert.rules import convert
 from model_zoo.frame_spans import decoder_mask, encoder_mask
-from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, rotary_angles
+from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, sequence_angles
 from tests.golden.conftest import Case
 from tests.training.tokenizer import tiny
 from tests.training.toy import META, alone
@@ -79,7 +79,7 @@ def test_forward(case: Case):
         layout = (num_frames, sizes["grid"][0] * sizes["grid"][1], sizes["iframe_tokens"], sizes["pframe_tokens"])
         assert torch.equal(encoder_mask(*layout), outputs[f"enc_mask{tag}"].bool())
         assert torch.equal(decoder_mask(*layout), outputs[f"dec_mask{tag}"].bool())
-        angles = rotary_angles(
+        angles = sequence_angles(
             model.sequence(num_frames), sizes["grid"][1], sizes["width"] // sizes["num_heads"], model.config.rope_theta, features.device
         )
         close(torch.stack([angles.cos(), angles.sin()], dim=-1), outputs[f"rope_cis{tag}"], 2e-5)

@@ -1,4 +1,4 @@
-"""The plain language model: sizes, initialisation, cache, precision, errors, and the release's names."""
+"""The language model: sizes, initialization, cache, precision, errors, names of the release."""
 
 import json
 import math
@@ -9,15 +9,29 @@ import torch
 from torch import nn
 
 from configs import load
+from configs.base import ConfigError
 from model_zoo import registry
 from model_zoo.config import LMConfig, ModelConfig
 from model_zoo.convert.release_lm import RULES
 from model_zoo.convert.rules import ConversionError, check_against, convert
-from model_zoo.lm import LanguageModel, TextProjection, rotary_table, rotate
+from model_zoo.layers import rotary_table, rotate
+from model_zoo.lm import LanguageModel, TextProjection
 
-CONFIG = LMConfig(codebook_size=20, iframe_tokens=3, pframe_tokens=2, segment_frames=2, hidden_size=32, num_layers=2,
-                  num_heads=2, ffn_size=48, max_positions=40, text_dim=12, max_text_tokens=6, micro_hidden_size=16,
-                  micro_frequency_dim=8)
+CONFIG = LMConfig(
+    codebook_size=20,
+    iframe_tokens=3,
+    pframe_tokens=2,
+    segment_frames=2,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    ffn_size=48,
+    max_positions=40,
+    text_dim=12,
+    max_text_tokens=6,
+    micro_hidden_size=16,
+    micro_frequency_dim=8,
+)
 RELEASE = Path(__file__).parents[1] / "golden" / "keys" / "llm.json"
 
 
@@ -33,7 +47,9 @@ def drawn_model(seed=0):
 
 def some_inputs(model, batch=2, frames=3, length=4):
     generator = torch.Generator().manual_seed(1)
-    codes = torch.randint(CONFIG.codebook_size, (batch, model.layout.num_codes(frames)), generator=generator)
+    codes = torch.randint(
+        CONFIG.codebook_size, (batch, model.layout.num_codes(frames)), generator=generator
+    )
     ids = torch.stack([torch.from_numpy(model.layout.build(row, length)) for row in codes])
     text = torch.randn(batch, length, CONFIG.text_dim, generator=generator)
     return ids, text, torch.full((batch,), float(frames)), torch.linspace(0.1, 0.9, batch)
@@ -54,7 +70,9 @@ def test_every_release_key_maps_to_ours_and_back():
     theirs = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     ours = on_meta(LMConfig()).state_dict()
     assert len(shapes) == 185
-    check_against(convert(theirs, RULES, "to_ours"), {k: v.shape for k, v in ours.items()}, "release")
+    check_against(
+        convert(theirs, RULES, "to_ours"), {k: v.shape for k, v in ours.items()}, "release"
+    )
     check_against(convert(ours, RULES, "to_theirs"), shapes, "ours")
 
 
@@ -85,8 +103,15 @@ def test_initialisation_is_that_of_the_specification():
     config = CONFIG.model_copy(update={"hidden_size": 256, "ffn_size": 512, "text_dim": 128})
     model = LanguageModel(config)
     block = model.blocks[0]
-    for weight in (block.wqkv.weight, block.wo.weight, block.w1.weight, block.w2.weight, block.w3.weight,
-                   model.token_embedding.weight, model.head.weight):
+    for weight in (
+        block.wqkv.weight,
+        block.wo.weight,
+        block.w1.weight,
+        block.w2.weight,
+        block.w3.weight,
+        model.token_embedding.weight,
+        model.head.weight,
+    ):
         assert abs(weight.std().item() / 0.02 - 1) < 0.05
     assert abs(model.text.fc0.weight.std().item() / math.sqrt(2 / 128) - 1) < 0.05
     assert abs(model.text.fc1.weight.std().item() / math.sqrt(2 / 256) - 1) < 0.05
@@ -114,7 +139,8 @@ def test_a_position_sees_itself_and_what_stands_before_it():
     ids, *rest = some_inputs(model)
     other = ids.clone()
     other[:, 12] = (other[:, 12] + 1) % CONFIG.codebook_size
-    before, after = model(ids, *rest), model(other, *rest)
+    before = model(ids, *rest)
+    after = model(other, *rest)
     assert torch.equal(before[:, :12], after[:, :12])
     assert (before[:, 12:] != after[:, 12:]).any(-1).all()
 
@@ -124,33 +150,45 @@ def test_decoding_with_the_cache_equals_the_whole_sequence():
     inputs = some_inputs(model)
     x = model.embed(*inputs)
     cache = model.new_cache(len(x), x.shape[1])
-    pieces = [model.transform(piece, cache=cache) for piece in x.split([8, 1, 1, 3, x.shape[1] - 13], dim=1)]
+    pieces = [
+        model.transform(piece, cache=cache)
+        for piece in x.split([8, 1, 1, 3, x.shape[1] - 13], dim=1)
+    ]
     assert cache.length == cache.capacity == x.shape[1]
-    torch.testing.assert_close(model.logits(torch.cat(pieces, 1)), model(*inputs), atol=1e-5, rtol=0)  # order of sums
+    torch.testing.assert_close(
+        model.logits(torch.cat(pieces, 1)), model(*inputs), atol=1e-5, rtol=0
+    )  # order of sums
 
 
 def test_dropped_text_is_the_null_vector_of_the_same_length():
     model = drawn_model()
     ids, text, *scalars = some_inputs(model)
-    full, mixed = model(ids, text, *scalars), model(ids, text, *scalars, drop_text_B=torch.tensor([False, True]))
+    full = model(ids, text, *scalars)
+    mixed = model(ids, text, *scalars, drop_text_B=torch.tensor([False, True]))
     assert torch.equal(mixed[0], full[0]) and not torch.equal(mixed[1], full[1])
     other_text = model(ids, text.flip(0), *scalars, drop_text_B=torch.tensor([True, True]))
     assert torch.equal(other_text[1], mixed[1])  # whatever the text was
     projected = model.embed_prompt(text, *scalars, drop_text_B=torch.tensor([False, True]))
     assert torch.equal(projected[1, 3:], model.text.null.expand(4, -1))
-    assert torch.equal(projected[1, :3], model.embed_prompt(text, *scalars)[1, :3])  # micro-conditions stay
+    assert torch.equal(
+        projected[1, :3], model.embed_prompt(text, *scalars)[1, :3]
+    )  # micro-conditions stay
 
 
 def test_text_projection_drops_rows_of_a_packed_batch():
     projection = TextProjection(12, 32)
     drop = torch.tensor([True, False, True])
     out = projection(torch.randn(3, 12), drop)
-    assert torch.equal(out[drop], projection.null.expand(2, -1)) and not torch.equal(out[1], projection.null)
+    assert torch.equal(out[drop], projection.null.expand(2, -1)) and not torch.equal(
+        out[1], projection.null
+    )
 
 
 def test_every_parameter_learns():
     model = drawn_model().requires_grad_(True)
-    model(*some_inputs(model), drop_text_B=torch.tensor([True, False])).logsumexp(-1).sum().backward()
+    model(*some_inputs(model), drop_text_B=torch.tensor([True, False])).logsumexp(
+        -1
+    ).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
@@ -172,7 +210,7 @@ def test_under_autocast_the_stream_is_half_and_the_head_is_not():
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.transform(model.embed(*inputs))
         logits = model.logits(hidden)
-        assert model.new_cache(1, 4).kv_2NBSHd.dtype == torch.bfloat16
+        assert model.new_cache(1, 4).keys_and_values.dtype == torch.bfloat16
     assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
     head = nn.functional.linear(model.final_norm(hidden.float()), model.head.weight)
     assert torch.equal(logits, head)
@@ -187,8 +225,15 @@ def test_inference_weights_give_the_numbers_of_autocast():
     model = drawn_model().to_inference(torch.bfloat16)
     assert torch.equal(model(*inputs), expected)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert kept == {f"blocks.{i}.norm{j}.weight" for i in (0, 1) for j in (0, 1)} | {
-        "final_norm.weight", "final_norm.bias", "head.weight"}
+    assert kept == {
+        "blocks.0.norm0.weight",
+        "blocks.0.norm1.weight",
+        "blocks.1.norm0.weight",
+        "blocks.1.norm1.weight",
+        "final_norm.weight",
+        "final_norm.bias",
+        "head.weight",
+    }
 
 
 def test_a_model_of_half_weights_throughout_runs():
@@ -211,5 +256,5 @@ def test_more_positions_than_the_model_has_are_refused():
     model = drawn_model()
     with pytest.raises(ValueError, match="41 positions exceed max_positions = 40"):
         model.transform(torch.zeros(1, 41, 32))
-    with pytest.raises(ValueError, match="41 positions exceed max_positions = 40"):
+    with pytest.raises(ConfigError, match="take 41 positions.*max_positions = 40"):
         model.new_cache(1, 41)

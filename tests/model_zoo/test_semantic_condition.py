@@ -9,7 +9,11 @@ from model_zoo.config import SemanticConditionConfig
 from model_zoo.semantic_condition import SemanticCondition
 
 TINY = SemanticConditionConfig(
-    feature_channels=6, base_channels=32, channel_multipliers=(1, 2, 1), num_res_blocks=1, out_channels=8
+    feature_channels=6,
+    base_channels=32,
+    channel_multipliers=(1, 2, 1),
+    num_res_blocks=1,
+    out_channels=8,
 )
 
 
@@ -40,4 +44,6 @@ def test_frames_do_not_mix():
 
 def test_widths_that_groups_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"= \[48, 96\] must be multiples of 32"):
-        SemanticCondition(TINY.model_copy(update={"base_channels": 48, "channel_multipliers": (1, 2)}), 3)
+        SemanticCondition(
+            TINY.model_copy(update={"base_channels": 48, "channel_multipliers": (1, 2)}), 3
+        )

@@ -54,7 +54,9 @@ def test_training_row_predicts_the_next_token_and_starts_at_the_last_text_positi
     assert row.loss_weights.sum() == SMALL.loss_mask(1, 2).sum()
 
 
-@pytest.mark.parametrize("sizes", [(10, 3, 2, 2), (7, 9, 4, 4), (5, 1, 1, 1), (5, 2, 3, 3), (128, 12, 4, 5)])
+@pytest.mark.parametrize(
+    "sizes", [(10, 3, 2, 2), (7, 9, 4, 4), (5, 1, 1, 1), (5, 2, 3, 3), (128, 12, 4, 5)]
+)
 def test_lengths_and_sequences_invert_for_every_number_of_frames(sizes):
     layout = TokenLayout(*sizes)
     for frames in range(1, 3 * layout.segment_frames + 2):
@@ -77,19 +79,29 @@ def test_numbers_of_codes_between_whole_frames_are_refused():
             SMALL.num_frames(count)
 
 
-@pytest.mark.parametrize(("codes", "message"), [
-    ([0, 1, 10], "code 10 at index 2 is outside the codebook of 10 codes"),
-    ([0, -1, 2], "code -1 at index 1"),
-    ([0.0, 1.0, 2.0], "flat array of integers"),
-    ([[0, 1, 2]], "flat array of integers"),
-])
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ([0, 1, 10], "code 10 at index 2 is outside the codebook of 10 codes"),
+        ([0, -1, 2], "code -1 at index 1"),
+        ([0.0, 1.0, 2.0], "flat array of integers"),
+        ([[0, 1, 2]], "flat array of integers"),
+    ],
+)
 def test_bad_codes_are_named_with_their_place(codes, message):
     with pytest.raises(ValueError, match=message):
         SMALL.build(codes, text_length=1)
 
 
 def test_unsigned_codes_of_a_column_are_taken():
-    assert SMALL.build(np.array([9, 0, 1], dtype=np.uint16), 1).tolist()[4:] == [SI, 9, 0, 1, EI, EOS]
+    assert SMALL.build(np.array([9, 0, 1], dtype=np.uint16), 1).tolist()[4:] == [
+        SI,
+        9,
+        0,
+        1,
+        EI,
+        EOS,
+    ]
 
 
 def test_an_empty_prompt_is_refused():
@@ -108,7 +120,18 @@ def test_a_broken_sequence_is_named_with_its_place():
 
 def test_only_codes_are_legal_at_code_positions_and_one_id_elsewhere():
     table = SMALL.sampling_table(3)
-    assert table.forced_N.tolist() == [SI, *[CODE] * 3, EI, SP, *[CODE] * 2, EP, SI, *[CODE] * 3, EI, EOS]
+    assert table.forced_N.tolist() == [
+        SI,
+        *[CODE] * 3,
+        EI,
+        SP,
+        *[CODE] * 2,
+        EP,
+        SI,
+        *[CODE] * 3,
+        EI,
+        EOS,
+    ]
     assert legal(table) == [set(range(10)) if f == CODE else {f} for f in table.forced_N.tolist()]
 
 
@@ -117,7 +140,10 @@ def test_the_end_may_be_predicted_behind_the_first_segment_only():
     found = legal(table)
     ends = [n for n, ids in enumerate(found) if EOS in ids]
     starts = [n for n, f in enumerate(table.forced_N.tolist()) if f in (SI, SP)]
-    assert ends == [*starts[3:], len(found) - 1]  # SI SP | SI SP | SI: the second segment's SP and what follows
+    assert ends == [
+        *starts[3:],
+        len(found) - 1,
+    ]  # SI SP | SI SP | SI: the second segment's SP and what follows
     assert np.flatnonzero(table.may_end_N).tolist() == starts[3:]
     assert found[starts[3]] == {SP, EOS} and found[starts[4]] == {SI, EOS} and found[-1] == {EOS}
 

@@ -1,6 +1,9 @@
-"""What of the language model's block Megatron-core does not have as the specification (§4.5, §6.4) wants it.
+"""LM transformer layers that Megatron-core does not provide as the specification requires them.
 
-Letters: N tokens of a packed row, H heads of this rank, D head size.
+The requirements are in docs/specification.md §4.5 and §6.4.
+
+Shape letters (docs/glossary.md): N tokens of a packed row, A heads of this rank, d width of a head,
+D width of a vector.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -19,37 +21,46 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional
 
 from configs.base import ConfigError
 from model_zoo.attention import attention_varlen
-from model_zoo.lm import rotate
+from model_zoo.layers import RMSNorm, rotate
 from training.lm.config import LMTrainConfig
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """core's description of a packed row, plus the rotations of its tokens: every layer needs the same ones."""
+    """Megatron-core's description of a packed row, with the rotations that all layers share.
 
-    rotary: tuple[Tensor, Tensor] | None = None  # float32 cosines and sines [N, D / 2]
+    rotary: cosines and sines, float32 [N, d/2] each.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
-class RMSNorm(nn.Module):
-    """float32 inside, weight multiplied in float32, cast back. core's own refuses sequence parallelism."""
+class MegatronRMSNorm(RMSNorm):
+    """RMSNorm with the constructor that Megatron-core calls.
+
+    Megatron-core's own class refuses sequence parallelism.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = _parameter(config, torch.ones(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        super().__init__(hidden_size, eps)
+        self.weight = _parameter(config, self.weight.detach())
 
 
 class FinalNorm(nn.Module):
-    """LayerNorm with weight and bias: after RMSNorm blocks, what core's one `normalization` setting cannot say."""
+    """LayerNorm with weight and bias, float32 inside.
+
+    Megatron-core has one `normalization` setting for all norms (§6.4 a).
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
         super().__init__()
@@ -58,92 +69,166 @@ class FinalNorm(nn.Module):
         self.bias = _parameter(config, torch.zeros(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        """[..., D] -> [..., D] in the dtype of `x`."""
+        shape = (x.shape[-1],)
+        weight = self.weight.float()
+        bias = self.bias.float()
+        return functional.layer_norm(x.float(), shape, weight, bias, self.eps).to(x.dtype)
 
 
 def _parameter(config: TransformerConfig, value: Tensor) -> nn.Parameter:
-    device = "cpu" if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+    """A parameter on the device and in the dtype of the config."""
+    device = torch.device("cpu")
+    if not config.use_cpu_initialization:
+        device = torch.device("cuda", torch.cuda.current_device())
     parameter = nn.Parameter(value.to(device=device, dtype=config.params_dtype))
-    # each rank sees a part of the row only, so finalize_model_grads must add up the gradients
-    parameter.sequence_parallel = config.sequence_parallel
+    # With sequence parallelism a rank has a part of the row only. The attribute tells
+    # finalize_model_grads to sum the gradients over ranks.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return parameter
 
 
 class PackedAttention(MegatronModule):
-    """Rotary embedding and causal attention inside the samples of a packed row; no mask, no padding.
+    """Rotary embedding and causal attention inside the samples of a packed row.
 
-    The rotation is here and not in core because core rotates in the activations' dtype (§6.4 c) and reads the
-    samples' lengths back from the device in every layer.
+    There is neither mask nor padding. The rotation is done here because Megatron-core rotates in
+    the dtype of the activations (§6.4 c) and copies the lengths of the samples from the device in
+    every layer.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str,
-                 **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        **_: Any,
+    ) -> None:
         super().__init__(config=config)
-        assert attn_mask_type == AttnMaskType.causal and config.context_parallel_size == 1, (attn_mask_type, config)
+        assert attn_mask_type == AttnMaskType.causal, attn_mask_type
+        assert config.context_parallel_size == 1, config
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *,
-                packed_seq_params: PackedRow, **_: Any) -> Tensor:
-        """query, key, value [N, H, D] -> [N, H * D]"""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        *,
+        packed_seq_params: PackedRow,
+        **_: Any,
+    ) -> Tensor:
+        """query, key, value: [N, A, d]. Returns [N, A · d]."""
         row = packed_seq_params
-        query, key = rotate(query, *row.rotary), rotate(key, *row.rotary)
-        return attention_varlen(query, key, value, row.cu_seqlens_q, row.max_seqlen_q, causal=True).flatten(1)
+        assert row.rotary is not None
+        q_NAd = rotate(query, *row.rotary)
+        k_NAd = rotate(key, *row.rotary)
+        attended_NAd = attention_varlen(
+            q_NAd, k_NAd, value, row.cu_seqlens_q, row.max_seqlen_q, causal=True
+        )
+        return attended_NAd.flatten(1)
 
 
 class GatedMLP(MLP):
-    """w2(gelu_tanh(w1 x) * w3 x). core's own would add a constant 0 to the second factor, a pass over all of it."""
+    """w2(gelu_tanh(w1 · x) * (w3 · x)).
 
-    def forward(self, hidden_states: Tensor, per_token_scale: None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
+    Megatron-core's own forward adds a constant 0 to the second factor, one more pass over it.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[N, 1, D] -> [N, 1, D] and the bias of the second layer, which is None here."""
         gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
         return self.linear_fc2(self.activation_func(gate) * up)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The gate's activation (§6.4 b); `F.gelu` alone is the exact form."""
-    return F.gelu(x, approximate="tanh")
+    """tanh-GELU, the activation of the gate (§6.4 b), elementwise."""
+    return functional.gelu(x, approximate="tanh")
 
 
 def transformer_config(config: LMTrainConfig, num_heads: int) -> TransformerConfig:
-    """The same model in Megatron's words. Fusions that need a compiler, apex or Transformer Engine are off."""
-    model, parallel = config.model, config.parallel
+    """Megatron-core's config of the model, with `num_heads` heads after padding.
+
+    Fusions that need a compiler, apex or Transformer Engine are off.
+    """
+    model = config.model
+    parallel = config.parallel
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    saved = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if config.recompute else {}
+    recompute: dict[str, Any] = {}
+    if config.recompute:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return TransformerConfig(
-        num_layers=model.num_layers, hidden_size=model.hidden_size,
-        num_attention_heads=num_heads, kv_channels=model.hidden_size // model.num_heads,
-        ffn_hidden_size=model.ffn_size, normalization="RMSNorm", layernorm_epsilon=model.norm_eps,
-        gated_linear_unit=True, activation_func=gelu_tanh, bias_activation_fusion=False, add_bias_linear=False,
-        attention_dropout=0.0, hidden_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=num_heads,
+        kv_channels=model.hidden_size // model.num_heads,
+        ffn_hidden_size=model.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=gelu_tanh,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=config.precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.precision == "bf16",
         use_cpu_initialization=not torch.cuda.is_available(),
-        # weights come from `model.load_full`, fresh ones too: equal for every layout
-        init_method=_leave, output_layer_init_method=_leave, embedding_init_method=_leave,
-        calculate_per_token_loss=True,  # the loss is a sum; gradients are divided by the global number of tokens
-        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",  # rows differ in length; core ties the two
-        batch_p2p_comm=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False, apply_rope_fusion=False, cross_entropy_loss_fusion=False, persist_layer_norm=False,
-        **saved,
+        # All weights, initial ones too, come from `MegatronLM.load_full`, so that they are equal in
+        # every parallel layout.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        # The loss is a sum, and gradients are divided by the global number of tokens.
+        calculate_per_token_loss=True,
+        # Rows differ in length. Megatron-core allows that only with this dispatcher.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        cross_entropy_loss_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
     )
 
 
 def _leave(weight: Tensor) -> Tensor:
+    """Initialization that leaves a weight as it is."""
     return weight
 
 
-def block_spec(config: TransformerConfig, layers: Literal["local", "te"]) -> TransformerBlockSubmodules:
-    """The one place that chooses between Megatron's own linear layers and Transformer Engine's.
+def block_spec(
+    config: TransformerConfig, layers: Literal["local", "te"]
+) -> TransformerBlockSubmodules:
+    """Layers of the transformer, with Megatron-core's linear layers or with Transformer Engine's.
 
-    Raises ConfigError where Transformer Engine is asked for and not installed.
+    Raises ConfigError if Transformer Engine is requested and not installed.
     """
     if layers == "te":
         if importlib.util.find_spec("transformer_engine") is None:
-            raise ConfigError("layers = 'te' needs Transformer Engine, which is not installed; use layers = 'local'")
+            raise ConfigError(
+                "layers = 'te' needs Transformer Engine, which is not installed; use layers = "
+                "'local'"
+            )
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.input_layernorm = MegatronRMSNorm
+        spec.submodules.pre_mlp_layernorm = MegatronRMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.submodules.mlp.module = GatedMLP
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=FinalNorm)
+    layer_specs = [spec] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=FinalNorm)

@@ -1,9 +1,11 @@
-"""The language model as a Megatron-core GPT: packed rows in, loss of every token out.
+"""The language model as a Megatron-core GPT: packed rows in, loss of each token out.
 
-The same model as `model_zoo.lm.LanguageModel`, whose condition modules it uses, spread over tensor-parallel
-ranks and pipeline stages.
+It computes the same as `model_zoo.lm.LanguageModel`, whose condition modules it uses, divided over
+tensor-parallel ranks and pipeline stages.
 
-Letters: N tokens of a packed row, S samples in it, M text states, W model width, V vocabulary of this rank.
+Shape letters (docs/glossary.md and batch.py): N tokens of a packed row, S samples in it, M text
+rows of all samples, D width of a vector (of text states or of the model), V vocabulary of this
+rank.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from model_zoo.config import LMConfig
 from model_zoo.convert.megatron import Padded, module_name, shard, to_megatron
-from model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection, rotary_table
+from model_zoo.layers import rotary_table
+from model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
 from model_zoo.token_layout import IGNORE, TokenLayout
 from training import rng
 from training.lm.batch import Row, pad_to
@@ -27,61 +30,96 @@ from training.lm.layers import PackedRow, block_spec, transformer_config
 
 
 class MegatronLM(GPTModel):
-    """One rank's part. Weights are whatever the memory held until `load_full` fills them."""
+    """This rank's part of the model. The weights are undefined until `load_full` sets them."""
 
     def __init__(self, config: LMTrainConfig) -> None:
         sizes = config.model
         vocab = TokenLayout.of(sizes).vocab_size
-        padded = Padded(pad_to(vocab, config.vocab_multiple), pad_to(sizes.num_heads, config.head_multiple))
+        padded = Padded(
+            pad_to(vocab, config.vocab_multiple), pad_to(sizes.num_heads, config.head_multiple)
+        )
         core = transformer_config(config, padded.heads)
         super().__init__(
-            config=core, transformer_layer_spec=block_spec(core, config.layers),
-            vocab_size=padded.vocab, max_sequence_length=sizes.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+            config=core,
+            transformer_layer_spec=block_spec(core, config.layers),
+            vocab_size=padded.vocab,
+            max_sequence_length=sizes.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
             position_embedding_type="none",  # PackedAttention rotates
-            scatter_embedding_sequence_parallel=False,  # only after the conditions are mixed in
+            # `embed` scatters the sequence after it has inserted the conditions.
+            scatter_embedding_sequence_parallel=False,
         )
-        self.sizes, self.vocab, self.padded = sizes, vocab, padded
+        self.sizes = sizes
+        self.vocab = vocab
+        self.padded = padded
         if self.pre_process:
-            # Replicated on all tensor-parallel ranks: equal inputs and, by the all-reduce (or gather) behind them,
-            # equal gradients, so they stay equal without further ado.
+            # Replicated on all tensor-parallel ranks. Inputs are equal, and gradients are equal
+            # after the all-reduce or gather, so the weights stay equal.
             device = self.embedding.word_embeddings.weight.device
-            self.text, self.micro = (module.to(device, core.params_dtype) for module in condition_modules(sizes))
+            text, micro = condition_modules(sizes)
+            self.text = text.to(device, core.params_dtype)
+            self.micro = micro.to(device, core.params_dtype)
 
     def embed(self, row: Row) -> Tensor:
-        """Token embeddings with the condition vectors in their places -> [N (this rank's share), 1, W]"""
+        """Token embeddings, with the condition vectors at their positions.
+
+        Returns [N, 1, D], under sequence parallelism this rank's part of the N positions.
+        """
         ids_1N = row.ids_N.masked_fill(row.ids_N == IGNORE, 0)[None]
-        tokens_NW = self.embedding(input_ids=ids_1N, position_ids=None)[:, 0]
-        text_MW = self.text(row.text_MD.to(tokens_NW.dtype), row.drop_text_M)
-        frames_SW, motion_SW = self.micro(row.frames_S, row.motion_score_S).unbind(1)
-        places = torch.cat([row.text_at_M, row.frames_at_S, row.motion_at_S])
-        vectors = torch.cat([text_MW, frames_SW, motion_SW]).to(tokens_NW.dtype)
-        mixed_N1W = tokens_NW.index_copy(0, places, vectors)[:, None]
+        tokens_ND = self.embedding(input_ids=ids_1N, position_ids=None)[:, 0]
+        text_MD = self.text(row.text_MD.to(tokens_ND.dtype), row.drop_text_M)
+        frames_SD, motion_SD = self.micro(row.frames_S, row.motion_score_S).unbind(1)
+        positions = torch.cat([row.text_at_M, row.frames_at_S, row.motion_at_S])
+        vectors = torch.cat([text_MD, frames_SD, motion_SD]).to(tokens_ND.dtype)
+        mixed_N1D = tokens_ND.index_copy(0, positions, vectors)[:, None]
         if self.config.sequence_parallel:
-            mixed_N1W = tensor_parallel.scatter_to_sequence_parallel_region(mixed_N1W)
-        return mixed_N1W
+            mixed_N1D = tensor_parallel.scatter_to_sequence_parallel_region(mixed_N1D)
+        return mixed_N1D
 
     def forward(self, row: Row, *, logits: bool = False) -> Tensor:
-        """Loss per token [1, N]; with `logits` float32 [N, vocabulary], whole on all ranks of the stage.
+        """Loss of each token, [1, N].
 
-        Stages before the last return hidden states, which Megatron's schedule passes on.
+        With `logits` it returns logits instead, float32 [N, vocabulary], complete on all
+        tensor-parallel ranks. Pipeline stages before the last return hidden states, which
+        Megatron's schedule sends to the next stage.
         """
+        rotary = rotary_table(row.positions_N, self.config.kv_channels, self.sizes.rope_theta)
         packed = PackedRow(
-            qkv_format="thd", cu_seqlens_q=row.cu_seqlens, cu_seqlens_kv=row.cu_seqlens,
-            max_seqlen_q=row.max_seqlen, max_seqlen_kv=row.max_seqlen,
-            rotary=rotary_table(row.positions_N, self.config.kv_channels, self.sizes.rope_theta),
+            qkv_format="thd",
+            cu_seqlens_q=row.cu_seqlens,
+            cu_seqlens_kv=row.cu_seqlens,
+            max_seqlen_q=row.max_seqlen,
+            max_seqlen_kv=row.max_seqlen,
+            rotary=rotary,
         )
+        embedded = None
+        if self.pre_process:
+            embedded = self.embed(row)
+        labels = None
+        if not logits:
+            labels = row.targets_N[None]
         out = super().forward(
-            input_ids=None, position_ids=None, attention_mask=None,
-            decoder_input=self.embed(row) if self.pre_process else None,
-            labels=None if logits else row.targets_N[None], packed_seq_params=packed, runtime_gather_output=logits,
+            input_ids=None,
+            position_ids=None,
+            attention_mask=None,
+            decoder_input=embedded,
+            labels=labels,
+            packed_seq_params=packed,
+            runtime_gather_output=logits,
         )
-        return out[0, :, : self.vocab].float() if logits and self.post_process else out
+        if logits and self.post_process:
+            return out[0, :, : self.vocab].float()
+        return out
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """As core's, with the rows that only pad the vocabulary left out of the softmax."""
-        rank, rows = parallel_state.get_tensor_model_parallel_rank(), logits.shape[-1]
-        real = max(0, self.vocab - rank * rows)  # of this rank's rows
+        """Cross-entropy of each token, without the rows that pad the vocabulary (§6.4 d).
+
+        labels: [1, N]. logits: [N, 1, V]. Returns [1, N].
+        """
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        rows = logits.shape[-1]
+        real = max(0, self.vocab - rank * rows)  # rows of this rank that are not padding
         if real < rows:
             padding_V = torch.arange(rows, device=logits.device) >= real
             logits = logits.masked_fill(padding_V, -torch.inf)
@@ -89,16 +127,23 @@ class MegatronLM(GPTModel):
 
     @torch.no_grad()
     def load_full(self, source: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of whole weights under our names (`LanguageModel`'s). Raises ConversionError."""
+        """Loads this rank's part of complete weights with the names of `LanguageModel`.
+
+        Raises ConversionError for names or shapes that do not fit.
+        """
         offset = get_transformer_layer_offset(self.config)
         layers = range(offset, offset + len(self.decoder.layers))
-        rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
         parameters = dict(self.named_parameters())
-        for theirs, whole in to_megatron(source, self.sizes, self.padded, layers, self.pre_process, self.post_process):
+        weights = to_megatron(
+            source, self.sizes, self.padded, layers, self.pre_process, self.post_process
+        )
+        for theirs, whole in weights:
             name = _local_name(theirs, offset)
             parameter = parameters.pop(name if name in parameters else module_name(name))
             if getattr(parameter, "tensor_model_parallel", False):
-                stride = 2 if "linear_fc1" in name else 1  # gate and up are cut one by one
+                stride = 2 if "linear_fc1" in name else 1  # gate and up are divided one by one
                 whole = shard(whole, parameter.partition_dim, stride, rank, size)
             assert whole.shape == parameter.shape, (name, whole.shape, parameter.shape)
             parameter.copy_(whole)
@@ -106,46 +151,55 @@ class MegatronLM(GPTModel):
 
 
 def condition_modules(config: LMConfig) -> tuple[TextProjection, MicroConditions]:
-    return (
-        TextProjection(config.text_dim, config.hidden_size),
-        MicroConditions(config.hidden_size, config.micro_hidden_size, config.micro_frequency_dim),
-    )
+    """The modules that turn text states and micro-conditions into vectors."""
+    size = config.hidden_size
+    text = TextProjection(config.text_dim, size)
+    micro = MicroConditions(size, config.micro_hidden_size, config.micro_frequency_dim)
+    return text, micro
 
 
-class InitialWeights(Mapping):
-    """Fresh weights under our names (specification §4.3-§4.5), drawn when asked for and not kept.
+class InitialWeights(Mapping[str, Tensor]):
+    """Initial weights with the names of `LanguageModel` (§4.3 to §4.5), drawn on access.
 
-    A tensor depends on seed, name and shape alone, so every layout starts from the same model, and a rank draws
-    only what it holds.
+    A tensor depends on seed, name and shape only, so that every parallel layout starts from the
+    same model and a rank draws only its own part.
     """
 
     def __init__(self, config: LMConfig, seed: int) -> None:
         with torch.device("meta"):
-            self._shapes = {name: tensor.shape for name, tensor in LanguageModel(config).state_dict().items()}
+            state = LanguageModel(config).state_dict()
+        self._shapes = {name: tensor.shape for name, tensor in state.items()}
         self._seed = seed
         text, micro = condition_modules(config)
         text.init_weights(rng.generator(seed, "init/text"))
         micro.init_weights(rng.generator(seed, "init/micro"))
-        self._small = nn.ModuleDict({"text": text, "micro": micro}).state_dict()
+        self._conditions = nn.ModuleDict({"text": text, "micro": micro}).state_dict()
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._small:
-            return self._small[name]
+        """Draws the tensor `name`."""
+        if name in self._conditions:
+            return self._conditions[name]
         shape = self._shapes[name]
-        if len(shape) == 1:  # norms
-            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-        return torch.empty(shape).normal_(std=INIT_STD, generator=rng.generator(self._seed, f"init/{name}"))
+        if len(shape) == 1:  # of a norm
+            if name.endswith(".bias"):
+                return torch.zeros(shape)
+            return torch.ones(shape)
+        generator = rng.generator(self._seed, f"init/{name}")
+        return torch.empty(shape).normal_(std=INIT_STD, generator=generator)
 
     def __iter__(self) -> Iterator[str]:
+        """Names of all weights."""
         return iter(self._shapes)
 
     def __len__(self) -> int:
+        """Number of weights."""
         return len(self._shapes)
 
 
 def _local_name(name: str, offset: int) -> str:
-    """Megatron counts layers from 0 in every stage."""
-    if not name.startswith("decoder.layers."):
+    """Name of a weight in this pipeline stage, where Megatron counts layers from 0."""
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
         return name
-    head, index, rest = name[: len("decoder.layers.")], *name[len("decoder.layers.") :].split(".", 1)
-    return f"{head}{int(index) - offset}.{rest}"
+    index, rest = name.removeprefix(prefix).split(".", 1)
+    return f"{prefix}{int(index) - offset}.{rest}"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline.loader import Batch, Sample
+from model_zoo.codebook import codebook_use, count_codes
 from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
 from training import rng
 from training.distributed import World
@@ -71,7 +72,7 @@ class TokenizerEngine:
             self.sampling.place(batch.step, number, [sample.position for sample in micro])
             output = self._forward_backward(features_BTChw, number + 1 == len(micro_batches), len(micro_batches))
             losses += torch.stack([output.loss, output.reconstruction, output.commitment]).detach() / len(micro_batches)
-            counts += torch.bincount(output.indices.flatten(), minlength=size)
+            counts += count_codes(output.indices, size)
         self._preview = features_BTChw[0]
         grad_norm = clip_gradients(self.tokenizer.parameters(), config.optim.clip_grad)
         summed = self._sum(torch.cat([losses, counts]))
@@ -154,10 +155,6 @@ class TokenizerEngine:
         return {"preview/features_and_reconstruction": paint(self._preview, decoded_TChw)}
 
 
-def codebook_use(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(perplexity: exp of the entropy of the codes, between 1 and their number; fraction of codes in use)."""
-    share = counts / counts.sum()
-    return torch.exp(torch.special.entr(share).sum()), (counts > 0).float().mean()
 
 
 def paint(features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIXELS) -> Tensor:

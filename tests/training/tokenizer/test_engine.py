@@ -14,7 +14,7 @@ from tests.training.toy import alone
 from training.metrics import read_scalars
 from training.tokenizer.columns import check_features
 from training.tokenizer.config import TokenizerTrainConfig
-from training.tokenizer.engine import TokenizerEngine, codebook_use, paint
+from training.tokenizer.engine import TokenizerEngine, paint
 
 
 def train(engine, steps, world=None, micro_batches=1):
@@ -116,11 +116,6 @@ def test_equal_features_are_painted_equally():
     video = paint(clip, clip, pixels=1)
     assert torch.equal(video[:, :, :2], video[:, :, -2:])
     assert len(video[:, :, :2].reshape(-1, 3).unique(dim=0)) > 3
-
-
-def test_codebook_use_of_known_counts():
-    perplexity, used = codebook_use(torch.tensor([4.0, 4.0, 0.0, 0.0]))
-    assert (float(perplexity), float(used)) == (pytest.approx(2.0), 0.5)
 
 
 def test_features_of_another_size_are_refused_naming_both(tmp_path):

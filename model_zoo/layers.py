@@ -1,0 +1,99 @@
+"""Layers and functions that several models share: rotary embedding, sinusoids, RMSNorm, recompute.
+
+Shape letters: docs/glossary.md. `...` stands for any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+
+def rotary_angles(
+    positions: Tensor, dim: int, theta: float, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Angles of the rotary embedding: position · theta^(-2j / dim) for j = 0 … dim/2 - 1.
+
+    positions: [...]. Returns float32 [..., dim / 2]. The angles are computed in `dtype`.
+    """
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim
+    frequencies = 1.0 / theta**exponents
+    return (positions.to(dtype)[..., None] * frequencies).float()
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of one-dimensional positions [S], float32 [S, d/2] each."""
+    angles_Sd = rotary_angles(positions, head_dim, theta)
+    return angles_Sd.cos(), angles_Sd.sin()
+
+
+def rotate(x: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    """Rotates the pairs of adjacent elements (2j, 2j + 1) of every head.
+
+    x: [..., S, A, d] and cos_Sd, sin_Sd: float32 [S, d/2]. Returns the shape and dtype of `x`; the
+    rotation itself is computed in float32.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos = cos_Sd.unsqueeze(-2)
+    sin = sin_Sd.unsqueeze(-2)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def sinusoid(
+    values: Tensor, dim: int, *, dtype: torch.dtype = torch.float32, sines_first: bool = False
+) -> Tensor:
+    """Sinusoidal embedding of scalars (docs/specification.md §4.4).
+
+    values: [N]. Returns float32 [N, dim]: the cosines of value · f_j, then the sines, or the other
+    way round with `sines_first`. f_j = 10000^(-2j / dim). The embedding is computed in `dtype`.
+    """
+    half = dim // 2
+    steps = torch.arange(half, device=values.device, dtype=dtype)
+    frequencies = torch.exp(-math.log(10000) * steps / half)
+    angles = values.to(dtype)[:, None] * frequencies
+    parts = [angles.cos(), angles.sin()]
+    if sines_first:
+        parts.reverse()
+    return torch.cat(parts, dim=1).float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension.
+
+    x: [..., D] and weight: [D]. Norm and product with the weight are computed in float32; the
+    result has the dtype of `x`.
+    """
+    return functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight, see `rms_norm`."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D] in the dtype of `x`."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """Returns `block(*inputs)`.
+
+    With `recompute`, activations inside the block are not kept for the backward pass but computed
+    again there, which saves memory and costs one more forward pass. Without gradients it has no
+    effect.
+    """
+    if recompute and torch.is_grad_enabled():
+        # The reentrant variant gives no gradients where no input requires one, as behind frozen
+        # input layers.
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
