@@ -338,12 +338,12 @@ def number_problem(value: Any) -> str:
 
 
 def parse_json(
-    text: str | bytes, origin: str, *, allow_nonfinite: bool = False, allow_surrogates: bool = False
+    text: str | bytes, origin: str, *, allow_nonfinite: bool = False, any_text: bool = False
 ) -> Any:
     """The value of one JSON document.
 
-    `allow_nonfinite` accepts NaN and Infinity (metrics), `allow_surrogates` lone surrogates (names of
-    files that are not UTF-8). Raises DocumentError for bad syntax, keys that occur twice, integers
+    `allow_nonfinite` accepts NaN and Infinity (metrics), `any_text` null characters and lone
+    surrogates in strings (names and captions of a source). Raises DocumentError for bad syntax, keys that occur twice, integers
     beyond 64 bits, null characters in strings, and nesting deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):
@@ -360,8 +360,8 @@ def parse_json(
     except RecursionError:
         raise DocumentError(f"{origin} is nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(document, origin)
-    if "\\u" in text:
-        _check_strings(document, origin, allow_surrogates)
+    if "\\u" in text and not any_text:
+        _check_strings(document, origin)
     return document
 
 
@@ -457,7 +457,7 @@ def _check_depth(document: Any, origin: str) -> None:
     raise DocumentError(f"{origin} is nested deeper than {MAX_DEPTH} levels")
 
 
-def _check_strings(document: Any, origin: str, allow_surrogates: bool) -> None:
+def _check_strings(document: Any, origin: str) -> None:
     """Raise DocumentError for null characters and lone surrogates in keys and values."""
     left = [document]
     while left:
@@ -470,5 +470,5 @@ def _check_strings(document: Any, origin: str, allow_surrogates: bool) -> None:
         elif isinstance(value, str):
             if "\0" in value:
                 raise DocumentError(f"{origin}: a string holds a null character")
-            if not allow_surrogates and SURROGATE.search(value):
+            if SURROGATE.search(value):
                 raise DocumentError(f"{origin}: a string holds half of a surrogate pair")

@@ -120,20 +120,30 @@ def validate(cls: type[C], data: Mapping[str, Any], origin: str = "config") -> C
         raise ConfigError(_explain_all(cls, origin, error)) from None
 
 
-def read_json_as(cls: type[C], path: Path, *, advice: str = "", limit: int = MAX_JSON_BYTES) -> C:
+def read_json_as(
+    cls: type[C],
+    path: Path,
+    *,
+    advice: str = "",
+    limit: int = MAX_JSON_BYTES,
+    any_text: bool = False,
+) -> C:
     """The JSON file `path` as a `cls`; `advice` says what to do about a damaged one.
 
-    Files above `MAX_JSON_BYTES`, which only programs write, are checked by pydantic alone, four times
+    `any_text` is that of `parse_json`. Files above `MAX_JSON_BYTES`, which only programs write, are checked by pydantic alone, four times
     as fast. Raises DocumentError, OSError where the file cannot be opened.
     """
     with advised(advice):
-        return parse_json_as(cls, read_bytes(path, limit), path)
+        return parse_json_as(cls, read_bytes(path, limit), path, any_text=any_text)
 
 
-def parse_json_as(cls: type[C], data: bytes, origin: Path | str) -> C:
+def parse_json_as(
+    cls: type[C], data: bytes, origin: Path | str, *, any_text: bool = False
+) -> C:
     """A JSON document as a `cls`; see `read_json_as`. `origin` names the document in errors."""
     if len(data) <= MAX_JSON_BYTES:
-        return validate(cls, parse_json(data, str(origin)), str(origin))
+        document = parse_json(data, str(origin), any_text=any_text)
+        return validate(cls, document, str(origin))
     try:
         return cls.model_validate_json(data)
     except ValidationError as error:

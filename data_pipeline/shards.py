@@ -133,7 +133,7 @@ def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
         if not index:
             with open(path, "rb") as file, suppress(ValidationError):  # of another order of fields
                 return Sidecar.model_validate_json(_before_index(file))
-        sidecar = read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES)
+        sidecar = read_json_as(Sidecar, path, limit=MAX_INDEX_BYTES, any_text=True)
     except FileNotFoundError:
         return None
     except ConfigError as error:
@@ -178,7 +178,7 @@ def read_manifest(data: Path) -> Manifest:
 def parse_manifest(document: bytes, path: Path | str) -> Manifest:
     """The manifest in a document that was read from `path`. Raises ShardError when it is damaged."""
     try:
-        return parse_json_as(Manifest, document, path)
+        return parse_json_as(Manifest, document, path, any_text=True)
     except ConfigError as error:
         raise ShardError(
             f"{path} is not a manifest of format 1: {error}. Delete it, then run `landiff shards finalize` and "

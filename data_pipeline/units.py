@@ -148,7 +148,7 @@ class ColumnFolder:
     def failure(self, name: str) -> Failure | None:
         """Why the last task gave up unit `name`, if it did."""
         try:
-            return read_json_as(Failure, self._failure(name))
+            return read_json_as(Failure, self._failure(name), any_text=True)
         except (FileNotFoundError, ConfigError):
             return None
 

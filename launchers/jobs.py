@@ -23,6 +23,7 @@ from training.checks import Launch
 
 if TYPE_CHECKING:
     from data_pipeline.precompute_config import PrecomputeConfig
+    from launchers.config import ShardsJobConfig
     from model_zoo.registry import ZooEntry
 
 
@@ -54,10 +55,22 @@ def checked(
     return None if args.dry_run else config
 
 
+def describe_shards(config: ShardsJobConfig) -> str:
+    """What `landiff shards` would do, with what the source holds."""
+    from data_pipeline import source_report
+
+    plan = f"would write raw shards to {config.data}"
+    try:
+        summary = source_report.summarize_source(config.content)
+    except ConfigError:
+        return plan  # the checks report why the source cannot be read
+    return f"{plan}\n# source: {summary}"
+
+
 def shards_job(args: argparse.Namespace) -> int:
     if args.action == "run":
-        config = checked(args, "shards", lambda config: f"would write raw shards to {config.data}",
-                         problems=problems_of(lambda: parse_task(args.task)))
+        problems = problems_of(lambda: parse_task(args.task))
+        config = checked(args, "shards", describe_shards, problems=problems)
         if config is None:
             return 0
     else:
@@ -66,9 +79,6 @@ def shards_job(args: argparse.Namespace) -> int:
             return show(config, f"would {args.action} the raw shards of {config.data}")
     from data_pipeline import ingest, source_report
 
-    if args.dry_run:
-        summary = source_report.summarize_source(config.content)
-        return show(config, f"would write raw shards to {config.data}\n# source: {summary}")
     if args.action == "status":
         found = ingest.status(config.content, config.data)
         if found is None:

@@ -144,7 +144,7 @@ def test_json_that_is_accepted():
     assert parse_json('{"a": [1, 2.5, null, true, "\\ud83d\\ude00"]}', "x") == {"a": [1, 2.5, None, True, "😀"]}
     assert parse_json(f"[{2**64}, 1e300, {'0.' + '1' * 30}]", "x") == [2**64, 1e300, float("0." + "1" * 30)]
     assert parse_json("[Infinity]", "x", allow_nonfinite=True) == [float("inf")]
-    assert parse_json('"\\udcff"', "x", allow_surrogates=True) == "\udcff"
+    assert parse_json('"\\udcff"', "x", any_text=True) == "\udcff"
 
 
 @pytest.mark.parametrize("read", [read_yaml, read_json])
