@@ -386,4 +386,8 @@ def failure_of(error: BaseException) -> Failure:
         return error.failure
     codes = {MemoryError: "out_of_memory", EOFError: "truncated", av.error.InvalidDataError: "invalid_data"}
     reason = next((code for kind, code in codes.items() if isinstance(error, kind)), "undecodable")
-    return Failure(reason, " ".join(f"{type(error).__name__}: {error}".split())[:160])
+    text = str(error)
+    if isinstance(error, av.error.FFmpegError):
+        # str(error) ends with the last line of FFmpeg's log, which depends on how its threads ran
+        text = f"[Errno {error.errno}] {error.strerror}"
+    return Failure(reason, " ".join(f"{type(error).__name__}: {text}".split())[:160])
