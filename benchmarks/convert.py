@@ -126,7 +126,7 @@ def largest_of(kind: str, megabytes: int) -> float:
 
 def convert(kind: str, source: str, format: str, target: Path, megabytes: int) -> Path:
     """One way; `source` is a path or "numbers". Where it went."""
-    from model_zoo.convert.formats import export_to_zoo, write_target
+    from landiff.model_zoo.convert.known_formats import export_to_zoo, write_target
 
     if format.endswith(OPTIMIZER):
         return with_optimizer(kind, source, target, megabytes // 3 or 1)
@@ -140,7 +140,12 @@ def convert(kind: str, source: str, format: str, target: Path, megabytes: int) -
 
 def with_optimizer(kind: str, source: str, target: Path, megabytes: int) -> Path:
     """Numbers -> a checkpoint with its optimizer; such a checkpoint -> one of another layout."""
-    from model_zoo.convert import deepspeed, deepspeed_write, megatron, megatron_optimizer
+    from landiff.model_zoo.convert.formats import (
+        deepspeed,
+        deepspeed_write,
+        megatron,
+        megatron_optimizer,
+    )
 
     target.mkdir(parents=True)
     part, = synthetic(kind, megabytes)
@@ -171,7 +176,7 @@ def peak() -> float:
 
 def models(megabytes: int):
     """A preset whose language model and whose main transformer have about this size in float32."""
-    from model_zoo.config import DiffusionConfig, LMConfig, ModelConfig, TransformerConfig
+    from landiff.model_zoo.config import DiffusionConfig, LMConfig, ModelConfig, TransformerConfig
 
     width = 2048 if megabytes >= 2048 else 512
     layers = max(1, round(megabytes * MEGABYTE / 4 / (16 * width * width)))
@@ -185,8 +190,8 @@ def synthetic(kind: str, megabytes: int) -> list:
     """A part whose tensors are made when asked for."""
     import torch
 
-    from model_zoo.convert.lazy import LazyTensors
-    from model_zoo.convert.parts import Part, build_meta
+    from landiff.model_zoo.convert.lazy import LazyTensors
+    from landiff.model_zoo.convert.parts import Part, build_meta
 
     preset = models(megabytes)
     config = preset.lm if kind == "lm" else preset.diffusion.transformer
@@ -195,7 +200,7 @@ def synthetic(kind: str, megabytes: int) -> list:
 
 
 def opened(kind: str, path: Path, megabytes: int) -> list:
-    from model_zoo.convert.formats import Options, open_source
+    from landiff.model_zoo.convert.known_formats import Options, open_source
 
     return [part for part in open_source(path, Options(models(megabytes))).parts if part.kind == kind]
 

@@ -16,7 +16,7 @@ import av
 import cv2
 import numpy as np
 
-from data_pipeline.video import Failure, SafeDecoder, Wanted
+from landiff.data_pipeline.video.codec import Failure, SafeDecoder, Wanted
 
 LENGTH, HEIGHT, WIDTH, RATE = 72, 96, 160, 24
 X264 = {"preset": "veryfast", "g": "24", "x264-params": "threads=1"}

@@ -27,22 +27,29 @@ import torch
 import webdataset
 from safetensors.torch import load as load_safetensors
 
-from configs import dump, load
-from data_pipeline import precompute
-from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader
-from data_pipeline.precompute_config import PrecomputeConfig
-from data_pipeline.precompute_job import Bench, Job, Producer
-from data_pipeline.schema import RAW, Column, Manifest, RawSample, column_stem, fingerprint
-from data_pipeline.shards import ShardWriter, read_manifest, write_manifest
-from data_pipeline.tensors import pack_tensor
-from data_pipeline.video import encode_clip
-from launchers import local
-from model_zoo import registry
-from model_zoo.config import ModelConfig
-from training.diffusion.config import DiffusionTrainConfig
-from training.lm.config import LMTrainConfig
-from training.metrics import read_metrics
+from landiff.configs import dump, load
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.job import Bench, Job, Producer
+from landiff.data_pipeline.format.schema import (
+    RAW,
+    Column,
+    Manifest,
+    RawSample,
+    column_stem,
+    fingerprint,
+)
+from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, write_manifest
+from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.data_pipeline.video.codec import encode_clip
+from landiff.launchers.local import start as local
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import ModelConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.observe.metrics import read_metrics
 
 PASSES = 4  # over the data in one measurement, so that opening is what it is in a long run
 SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)}  # of the paper's clips

@@ -26,10 +26,16 @@ import av
 import cv2
 import numpy as np
 
-from data_pipeline.decoder_frames import Video
-from data_pipeline.decoder_picture import Picture
-from data_pipeline.decoder_process import DecoderProcess
-from data_pipeline.video import ClipDecoder, SafeDecoder, VideoFile, Wanted, encode_clip
+from landiff.data_pipeline.video.frames import Video
+from landiff.data_pipeline.video.picture import Picture
+from landiff.data_pipeline.video.process import DecoderProcess
+from landiff.data_pipeline.video.codec import (
+    ClipDecoder,
+    SafeDecoder,
+    VideoFile,
+    Wanted,
+    encode_clip,
+)
 
 RATE, SECONDS = 24, 6.5
 SIZES = {"720p": (720, 1280), "360p": (360, 640)}

@@ -19,14 +19,14 @@ import tempfile
 import torch
 
 from benchmarks.lm import matmul_peak, timed
-from configs import load
-from data_pipeline.loader import Batch, Sample
-from data_pipeline.schema import RawSample
-from model_zoo.config import ModelConfig, TransformerConfig
-from training import distributed, optim
-from training.diffusion.config import DiffusionTrainConfig
-from training.diffusion.model import build_model
-from training.diffusion.step import Objective
+from landiff.configs import load
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.format.schema import RawSample
+from landiff.model_zoo.config import ModelConfig, TransformerConfig
+from landiff.training import distributed, optim
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.model import build_model
+from landiff.training.diffusion.step import Objective
 
 META = RawSample(key="0", caption="-", source="-", source_sha256="", start_s=0, fps=8, num_frames=17, height=64, width=64,
                  motion_score=0.1, video_sha256="")
@@ -81,7 +81,7 @@ class Plain:
 
 def measure(config: DiffusionTrainConfig, world: distributed.World, repeats: int) -> dict[str, tuple[float, float]]:
     """By method: seconds of the fastest step, loss of the first (equal, or they don't train the same)."""
-    from training.diffusion.engine import build_engine
+    from landiff.training.diffusion.engine import build_engine
 
     batch, plain, engine = make_batch(config), Plain(config, world.device), build_engine(config, world)
     steps = {"plain torch": lambda: plain.step(batch), "DeepSpeed": lambda: engine.train_step(batch).loss}

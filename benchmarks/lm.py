@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from configs import load
-from data_pipeline.loader import Batch, Sample
-from data_pipeline.schema import RawSample
-from model_zoo.config import LMConfig, ModelConfig
-from model_zoo.lm import LanguageModel
-from model_zoo.token_layout import TokenLayout
-from training import distributed, optim
-from training.lm.config import LMTrainConfig
+from landiff.configs import load
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.format.schema import RawSample
+from landiff.model_zoo.config import LMConfig, ModelConfig
+from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training import distributed, optim
+from landiff.training.lm.config import LMTrainConfig
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Plain:
     """The reference model with torch's AdamW; mixed precision through autocast, as plain torch code does it."""
 
     def __init__(self, config: LMTrainConfig, batch: Batch, device: torch.device) -> None:
-        from training.lm.model import InitialWeights
+        from landiff.training.lm.model import InitialWeights
 
         self.config, self.device = config, device
         self.model = LanguageModel(config.model).to(device)
@@ -120,7 +120,7 @@ class Plain:
 
 
 def measure(config: LMTrainConfig, text_length: int, repeats: int, device: torch.device) -> list[Row]:
-    from training.lm.engine import MegatronEngine
+    from landiff.training.lm.engine import MegatronEngine
 
     batch = make_batch(config, text_length)
     plain, engine = Plain(config, batch, device), MegatronEngine(config)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.columns import AlignedColumns
-from data_pipeline.order import BatchOrder, Source
-from data_pipeline.schema import Column, Manifest, ShardEntry
-from data_pipeline.shards import read_manifest, write_manifest
+from landiff.data_pipeline.format.columns import AlignedColumns
+from landiff.data_pipeline.loading.order import BatchOrder, Source
+from landiff.data_pipeline.format.schema import Column, Manifest, ShardEntry
+from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 
 COLUMNS = {"tokens": 4_000, "latents": 2_247_000, "text-t5": 1_852_000}  # bytes of a sample
 

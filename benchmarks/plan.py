@@ -21,15 +21,15 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
-from configs.loader import load
-from data_pipeline.ingest_config import ShardsConfig
-from data_pipeline.plan import Plan, path_of, write
-from data_pipeline.plan_layout import lay
-from data_pipeline.plan_looks import look_at_all
-from data_pipeline.plan_rows import write_rows
-from data_pipeline.shots import Look
-from data_pipeline.sources import Listing, SourceClip
-from data_pipeline.video import Failure, VideoFile
+from landiff.configs.loader import load
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
+from landiff.data_pipeline.ingest.plan.layout import lay
+from landiff.data_pipeline.ingest.plan.probes import look_at_all
+from landiff.data_pipeline.ingest.plan.rows import write_rows
+from landiff.data_pipeline.ingest.shots import Look
+from landiff.data_pipeline.ingest.sources.listing import Listing, SourceClip
+from landiff.data_pipeline.video.codec import Failure, VideoFile
 
 
 class Here(Executor):

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from configs import load
-from model_zoo.config import LMConfig, ModelConfig, TokenSamplingConfig
-from model_zoo.lm import LanguageModel
-from model_zoo.sample.tokens import Prompts, sample_tokens
+from landiff.configs import load
+from landiff.model_zoo.config import LMConfig, ModelConfig, TokenSamplingConfig
+from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
 
 COPY_BYTES = 256 * 2**20
 

@@ -14,12 +14,12 @@ class ConfigError(ValueError):
 
 
 class Config(BaseModel):
-    """Typed, frozen, and strict about unknown keys (see `configs.loader.load`)."""
+    """Typed, frozen, and strict about unknown keys (see `landiff.configs.loader.load`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
-LENIENT = {"lenient": True}  # validation context of `configs.loader.load_leniently`
+LENIENT = {"lenient": True}  # validation context of `landiff.configs.loader.load_leniently`
 
 
 def refuse_values(info: ValidationInfo, messages: Sequence[str]) -> None:

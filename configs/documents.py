@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from configs.base import ConfigError
+from landiff.configs.base import ConfigError
 
 MAX_YAML_BYTES = 1 << 20  # about 4 s
 YAML_NODE_COST = 8  # characters that each value counts for, besides its text

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.disk_errors import naming
-from configs.processes import is_running, start_time
+from landiff.configs.disk_errors import naming
+from landiff.configs.processes import is_running, start_time
 
 ABANDONED_S = 24 * 3600.0  # age at which temporaries of other machines are removed
 PRIVATE = 0o600  # permissions of files that may hold secrets: the owner alone reads them

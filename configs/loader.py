@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.base import LENIENT, Config, ConfigError
-from configs.documents import (
+from landiff.configs.base import LENIENT, Config, ConfigError
+from landiff.configs.documents import (
     MAX_JSON_BYTES,
     advised,
     parse_json,
@@ -32,9 +32,9 @@ from configs.documents import (
     read_yaml,
     shown,
 )
-from configs.files import PRIVATE, PUBLIC, write_text
-from configs.problems import SHOWN_PROBLEMS, Problem, problems_of, require_none
-from configs.secrets import REDACTED, is_secret_name, redact
+from landiff.configs.files import PRIVATE, PUBLIC, write_text
+from landiff.configs.problems import SHOWN_PROBLEMS, Problem, problems_of, require_none
+from landiff.configs.secrets import REDACTED, is_secret_name, redact
 
 SHOWN_VALUE = 200  # characters of a value in an error message
 PACKAGED = Path(__file__).resolve().parent

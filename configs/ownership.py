@@ -37,9 +37,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from configs.base import ConfigError
-from configs.files import file_system_time, fsync_dir, temporary_name
-from configs.processes import is_running, machine, start_time
+from landiff.configs.base import ConfigError
+from landiff.configs.files import file_system_time, fsync_dir, temporary_name
+from landiff.configs.processes import is_running, machine, start_time
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class OwnedError(ConfigError):
 class Owner:
     """Content of a lock: the process that holds it."""
 
-    machine: str  # see configs.processes.machine
+    machine: str  # see landiff.configs.processes.machine
     pid: int
     started: str  # start time of the process, in ticks since boot
     user: str

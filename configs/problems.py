@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.base import ConfigError
+from landiff.configs.base import ConfigError
 
 SHOWN_PROBLEMS = 20  # of one message
 LONGEST_NAME = 255  # bytes, of one part of a path on all common file systems

@@ -16,7 +16,7 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from configs.base import Config
+from landiff.configs.base import Config
 
 WORDS: dict[Any, str] = {
     bool: "true or false",

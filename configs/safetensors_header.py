@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.documents import DocumentError, parse_json, shown
+from landiff.configs.documents import DocumentError, parse_json, shown
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 MAX_DIMENSIONS = 32

@@ -1,7 +1,7 @@
 """Recognises secrets by the name that holds them and by their value, and replaces them in text.
 
 Used wherever a text leaves the process: files that describe a run, `--dry-run`, logs and error messages.
-Files that hold real environment values are readable by their owner alone (`configs.files.PRIVATE`).
+Files that hold real environment values are readable by their owner alone (`landiff.configs.files.PRIVATE`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from launchers.version import __version__
+from landiff.launchers.version import __version__
 
 WALK = """\
 The walk, in order; every step can be run alone, stopped and run again:
@@ -303,7 +303,7 @@ def prompts_among(parser: Parser, words: Sequence[str]) -> tuple[list[str], list
     An override begins with a key of the config; a text of several words with any other KEY is a prompt. The
     rest is an error: a mistyped key must not become a video.
     """
-    from launchers.config import SampleConfig
+    from landiff.launchers.config import SampleConfig
 
     prompts, overrides = [], []
     for word in words:

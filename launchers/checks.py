@@ -10,19 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from configs import Config, ConfigError
-from configs.loader import load_leniently
-from configs.problems import Problem, check_writable, problems_of, require_none
-from data_pipeline.precompute_config import PrecomputeConfig, TokensColumn
-from data_pipeline.schema import Manifest
-from data_pipeline.shards import read_manifest
-from launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
-from model_zoo.frozen.checks import check_encoder, width_of
-from model_zoo.registry import ZooEntry
-from model_zoo.sample.sizes import Sizes, check_length
-from model_zoo.token_layout import TokenLayout
-from training.checks import Launch, check_manifest, check_package, find_entry
-from training.diffusion.checks import check_steps
+from landiff.configs import Config, ConfigError
+from landiff.configs.loader import load_leniently
+from landiff.configs.problems import Problem, check_writable, problems_of, require_none
+from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.format.shards import read_manifest
+from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.model_zoo.frozen.checks import check_encoder, width_of
+from landiff.model_zoo.registry import ZooEntry
+from landiff.model_zoo.sample.sizes import Sizes, check_length
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.checks import Launch, check_manifest, check_package, find_entry
+from landiff.training.diffusion.checks import check_steps
 
 C = TypeVar("C", bound=Config)
 MODELS = (
@@ -42,11 +42,11 @@ def check(stage: str, config: Any, launch: Launch) -> list[Problem]:
 
 def _check_of(stage: str) -> Callable[[Any, Launch], list[Problem]]:
     if stage == "tokenizer":
-        from training.tokenizer import checks
+        from landiff.training.tokenizer import checks
     elif stage == "lm":
-        from training.lm import checks
+        from landiff.training.lm import checks
     elif stage == "diffusion":
-        from training.diffusion import checks
+        from landiff.training.diffusion import checks
     else:
         return {
             "shards": check_shards,
@@ -159,7 +159,7 @@ def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
             )
         )
     if config.shots is not None:
-        from data_pipeline.shots import EXTRAS, PACKAGES
+        from landiff.data_pipeline.ingest.shots import EXTRAS, PACKAGES
 
         way_out = (
             f"pip install 'landiff-pretrain[{EXTRAS[config.shots.detector]}]', or set shots=null"

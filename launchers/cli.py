@@ -7,8 +7,8 @@ import locale
 import os
 import sys
 
-from launchers.arguments import build_parser, parse_command
-from launchers.children import follow_parent
+from landiff.launchers.arguments import build_parser, parse_command
+from landiff.launchers.local.children import follow_parent
 
 PIPE_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
 READERS = (
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parse_command(parser, sys.argv[1:] if argv is None else argv)
 
-    from configs.base import ConfigError
-    from configs.disk_errors import explain
-    from configs.secrets import redact
+    from landiff.configs.base import ConfigError
+    from landiff.configs.disk_errors import explain
+    from landiff.configs.secrets import redact
 
     try:
         if args.workdir:
@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(args: argparse.Namespace) -> int:
     """Exit code of a parsed command; failures of jobs and of SLURM are reported here."""
-    from configs.secrets import redact
-    from launchers import jobs
-    from launchers.slurm import SlurmError
+    from landiff.configs.secrets import redact
+    from landiff.launchers import jobs
+    from landiff.launchers.slurm.client import SlurmError
 
     try:
         return jobs.run(args)

@@ -7,8 +7,8 @@ from typing import Literal
 
 import shtab
 
-from configs.loader import packaged_names
-from launchers.arguments import all_options
+from landiff.configs.loader import packaged_names
+from landiff.launchers.arguments import all_options
 
 Shell = Literal["bash", "zsh", "fish"]
 

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from configs.base import Config
-from data_pipeline.ingest_config import ShardsConfig
-from model_zoo.config import ScheduleConfig, TokenSamplingConfig
-from model_zoo.frozen.config import CodecConfig, TextConfig
+from landiff.configs.base import Config
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
+from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
 
 
 class ShardsJobConfig(ShardsConfig):

@@ -11,20 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs import ConfigError, dump, find, load
-from configs.loader import packaged_names, write_config
-from configs.problems import Problem, problems_of, require_none
-from configs.secrets import redact
-from launchers.checks import check, check_processes, load_checked, load_with_problems
-from launchers.convert_request import check_request, request_of
-from launchers.progress import Progress
-from launchers.stage_jobs import config_class
-from training.checks import Launch
+from landiff.configs import ConfigError, dump, find, load
+from landiff.configs.loader import packaged_names, write_config
+from landiff.configs.problems import Problem, problems_of, require_none
+from landiff.configs.secrets import redact
+from landiff.launchers.checks import check, check_processes, load_checked, load_with_problems
+from landiff.launchers.weights.request import check_request, request_of
+from landiff.launchers.progress import Progress
+from landiff.launchers.slurm.stage_jobs import config_class
+from landiff.training.checks import Launch
 
 if TYPE_CHECKING:
-    from data_pipeline.precompute_config import PrecomputeConfig
-    from launchers.config import ShardsJobConfig
-    from model_zoo.registry import ZooEntry
+    from landiff.data_pipeline.precompute.config import PrecomputeConfig
+    from landiff.launchers.config import ShardsJobConfig
+    from landiff.model_zoo.registry import ZooEntry
 
 
 class JobFailed(RuntimeError):
@@ -57,7 +57,7 @@ def checked(
 
 def describe_shards(config: ShardsJobConfig) -> str:
     """What `landiff shards` would do, with what the source holds."""
-    from data_pipeline import source_report
+    from landiff.data_pipeline.ingest.sources import report as source_report
 
     plan = f"would write raw shards to {config.data}"
     try:
@@ -77,7 +77,8 @@ def shards_job(args: argparse.Namespace) -> int:
         config = load(config_class("shards"), args.config, args.overrides)
         if args.dry_run:
             return show(config, f"would {args.action} the raw shards of {config.data}")
-    from data_pipeline import ingest, source_report
+    from landiff.data_pipeline.ingest import job as ingest
+    from landiff.data_pipeline.ingest.sources import report as source_report
 
     if args.action == "status":
         found = ingest.status(config.content, config.data)
@@ -125,7 +126,7 @@ def precompute_job(args: argparse.Namespace) -> int:
         config = load(config_class("precompute"), args.config, args.overrides)
         if args.dry_run:
             return show(config, f"would {args.action} the columns {', '.join(config.columns)} of {config.data}")
-    from data_pipeline import precompute
+    from landiff.data_pipeline.precompute import producers as precompute
 
     if args.action in ("status", "retry", "verify", "estimate"):
         return precompute_question(args, config)
@@ -138,7 +139,7 @@ def precompute_job(args: argparse.Namespace) -> int:
         manifest = precompute.finalize(config)
         print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
         if "latents" in config.columns:
-            from launchers.preview import codec_round_trip
+            from landiff.launchers.results.preview import codec_round_trip
 
             try:
                 codec_round_trip(config, Path("runs/precompute"))
@@ -150,8 +151,8 @@ def precompute_job(args: argparse.Namespace) -> int:
 
 def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> int:
     """status, retry, verify, estimate: what changes nothing."""
-    from data_pipeline import precompute
-    from data_pipeline.precompute_status import table
+    from landiff.data_pipeline.precompute import producers as precompute
+    from landiff.data_pipeline.precompute.status import table
 
     if args.action == "status":
         print(table(precompute.status(config)))
@@ -171,8 +172,14 @@ def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> i
 
 
 def train_job(args: argparse.Namespace) -> int:
-    from launchers.local import default_processes, explain, own, run_trainer, visible_gpus
-    from launchers.stage_jobs import command_line
+    from landiff.launchers.local.start import (
+        default_processes,
+        explain,
+        own,
+        run_trainer,
+        visible_gpus,
+    )
+    from landiff.launchers.slurm.stage_jobs import command_line
 
     if args.adopt:
         args.overrides.append("data.adopt=true")
@@ -202,16 +209,16 @@ def convert_job(args: argparse.Namespace) -> int:
     if first == "inspect":
         if not rest:
             raise ConfigError("landiff convert inspect needs a path")
-        from launchers.convert import find_source
-        from model_zoo.config import ModelConfig
-        from model_zoo.convert.formats import Options, describe
+        from landiff.launchers.weights.convert import find_source
+        from landiff.model_zoo.config import ModelConfig
+        from landiff.model_zoo.convert.known_formats import Options, describe
 
         options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
         print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
         return 0
     request = request_of(args)
     require_none(check_request(request, Launch()))
-    from launchers.convert import convert, plan
+    from landiff.launchers.weights.convert import convert, plan
 
     if args.dry_run:
         print("\n".join(plan(request)))
@@ -222,7 +229,7 @@ def convert_job(args: argparse.Namespace) -> int:
 
 
 def zoo_job(args: argparse.Namespace) -> int:
-    from model_zoo import registry
+    from landiff.model_zoo import registry
 
     zoo = Path(args.zoo)
     if args.action != "show" and not args.reference:
@@ -243,7 +250,7 @@ def zoo_job(args: argparse.Namespace) -> int:
 
 def every_entry(zoo: Path, action: str) -> int:
     """List or verify all of them; a damaged one is named and does not keep the others from it. -> 0, or 2 where one is damaged."""
-    from model_zoo import registry
+    from landiff.model_zoo import registry
 
     damaged = 0
     for folder in registry.entry_folders(zoo):
@@ -277,7 +284,7 @@ def sample_job(args: argparse.Namespace) -> int:
         raise
     if config is None:
         return 0
-    from launchers.sample import sample_videos
+    from landiff.launchers.results.sample import sample_videos
 
     sample_videos(config)
     return 0
@@ -290,7 +297,7 @@ def evaluate_job(args: argparse.Namespace) -> int:
     )
     if config is None:
         return 0
-    from launchers.evaluate import evaluate_conditions
+    from landiff.launchers.results.evaluate import evaluate_conditions
 
     evaluate_conditions(config)
     return 0
@@ -306,52 +313,52 @@ def config_job(args: argparse.Namespace) -> int:
 
 def completion_job(args: argparse.Namespace) -> int:
     """Prints the completion script of the shell `args.shell`."""
-    from launchers.arguments import build_parser
-    from launchers.completion import completion_script
+    from landiff.launchers.arguments import build_parser
+    from landiff.launchers.completion import completion_script
 
     print(completion_script(build_parser(), args.shell), end="")
     return 0
 
 
 def quickstart_job(args: argparse.Namespace) -> int:
-    from launchers.pipeline import quickstart
+    from landiff.launchers.pipeline import quickstart
 
     return quickstart(Path(args.out), args.prompt or (), args.dry_run)
 
 
 def submit_job(args: argparse.Namespace) -> int:
-    from launchers.submit import submit
+    from landiff.launchers.slurm.submit import submit
 
     return submit(args, args.argv)
 
 
 def stop_job(args: argparse.Namespace) -> int:
-    from launchers.submit import stop
+    from landiff.launchers.slurm.submit import stop
 
     print(stop(Path(args.run), args.restart))
     return 0
 
 
 def status_job(args: argparse.Namespace) -> int:
-    from launchers.status import show_status
+    from landiff.launchers.run.status import show_status
 
     return show_status(args.run, args.json)
 
 
 def logs_job(args: argparse.Namespace) -> int:
-    from launchers.status import show_logs
+    from landiff.launchers.run.status import show_logs
 
     return show_logs(Path(args.run), args.rank, args.lines, args.follow)
 
 
 def doctor_job(args: argparse.Namespace) -> int:
-    from launchers.doctor import doctor
+    from landiff.launchers.doctor.checks import doctor
 
     return doctor(Path.cwd(), args.gpus, args.node, Path(args.report) if args.report else None)
 
 
 def plan_job(args: argparse.Namespace) -> int:
-    from launchers.plan import plan_job
+    from landiff.launchers.budget.plan import plan_job
 
     return plan_job(args)
 

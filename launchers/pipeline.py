@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from configs.documents import read_json
-from configs.files import write_text
-from launchers.children import environment
-from launchers.progress import duration
-from training.run_folder import read_metrics
+from landiff.configs.documents import read_json
+from landiff.configs.files import write_text
+from landiff.launchers.local.children import environment
+from landiff.launchers.progress import duration
+from landiff.training.checkpoint.run_folder import read_metrics
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
 def run_stage(stage: Stage, out: Path) -> StageResult:
     """One stage as its own `landiff` process in `out`; its lines go straight to the person."""
     started = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", "launchers.cli", *stage.command], cwd=out, env=environment()).returncode
+    code = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", *stage.command], cwd=out, env=environment()).returncode
     first, last = losses(out / stage.run) if stage.run else (None, None)
     return StageResult(stage.name, round(time.monotonic() - started, 1), code, first, last, stage.look)
 

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from configs.durations import duration
+from landiff.configs.durations import duration
 
 
 class Progress:

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from configs.base import Config, refuse_values
+from landiff.configs.base import Config, refuse_values
 
 
 class TokenizerConfig(Config):

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model_zoo.attention import attention
-from model_zoo.config import DiffusionConfig, TransformerConfig
-from model_zoo.layers import run_block, sinusoid
-from model_zoo.semantic_condition import SemanticCondition
+from landiff.model_zoo.attention import attention
+from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
+from landiff.model_zoo.layers import run_block, sinusoid
+from landiff.model_zoo.semantic_condition import SemanticCondition
 
 BLOCK_NORM_EPS = 1e-5  # of input, MLP and final norms, as the released model computes them (§8.16)
 FINE_NORM_EPS = 1e-6  # of query, key and output norms

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model_zoo.attention import attention
+from landiff.model_zoo.attention import attention
 
 
 @dataclass(frozen=True)

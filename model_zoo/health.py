@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.base import ConfigError
-from model_zoo.codebook import codebook_use
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.evaluate.codebook import codebook_use
 
 NAMES_SHOWN = 5
 # A trained codebook has hundreds; one of NaN or equal vectors gives one code for everything.

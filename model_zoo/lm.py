@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configs.base import ConfigError
-from model_zoo.attention import attention
-from model_zoo.config import LMConfig
-from model_zoo.layers import RMSNorm, rotary_table, rotate, sinusoid
-from model_zoo.token_layout import IGNORE, NUM_MICRO_CONDITIONS, TokenLayout
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.attention import attention
+from landiff.model_zoo.config import LMConfig
+from landiff.model_zoo.layers import RMSNorm, rotary_table, rotate, sinusoid
+from landiff.model_zoo.token_layout import IGNORE, NUM_MICRO_CONDITIONS, TokenLayout
 
 INIT_STD = 0.02
 

@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs import Config, ConfigError, ownership, validate
-from configs.documents import read_json, read_text
-from configs.files import (
+from landiff.configs import Config, ConfigError, ownership, validate
+from landiff.configs.documents import read_json, read_text
+from landiff.configs.files import (
     commit_dir,
     fsync_dir,
     remove_abandoned,
@@ -26,15 +26,15 @@ from configs.files import (
     temporary_name,
     write_text,
 )
-from configs.loader import read_json_as
-from configs.ownership import OWNER
-from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
+from landiff.configs.loader import read_json_as
+from landiff.configs.ownership import OWNER
+from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from model_zoo.convert.lazy import LazyTensors, Progress
+    from landiff.model_zoo.convert.lazy import LazyTensors, Progress
 
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
@@ -84,7 +84,7 @@ class ZooEntry:
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors by the names of our own modules. Raises ConfigError for damage, NaN and infinity."""
-        from model_zoo.convert.lazy import load_safetensors
+        from landiff.model_zoo.convert.lazy import load_safetensors
 
         require_intact(self)
         return load_safetensors(self.path / WEIGHTS, str(device))
@@ -93,7 +93,7 @@ class ZooEntry:
         """The same, read when asked for and not verified."""
         if not (self.path / WEIGHTS).is_file():
             raise ZooError(f"{self.path} is damaged: {WEIGHTS} is missing")
-        from model_zoo.convert.lazy import read_safetensors
+        from landiff.model_zoo.convert.lazy import read_safetensors
 
         return read_safetensors(self.path / WEIGHTS)
 
@@ -101,19 +101,19 @@ class ZooEntry:
 def build(kind: str, config: Config) -> nn.Module:
     """An uninitialised-or-default module of that kind (import here: the models import torch layers)."""
     if kind == "tokenizer":
-        from model_zoo.tokenizer import SemanticTokenizer
+        from landiff.model_zoo.tokenizer import SemanticTokenizer
 
         return SemanticTokenizer(config)
     if kind == "lm":
-        from model_zoo.lm import LanguageModel
+        from landiff.model_zoo.lm import LanguageModel
 
         return LanguageModel(config)
     if kind == "transformer":
-        from model_zoo.dit import DiffusionTransformer
+        from landiff.model_zoo.dit import DiffusionTransformer
 
         return DiffusionTransformer(config)
     if kind == "diffusion":
-        from model_zoo.dit import ControlledDiffusion
+        from landiff.model_zoo.dit import ControlledDiffusion
 
         return ControlledDiffusion(config)
     raise ZooError(f"unknown model kind {kind!r}; known: {', '.join(KINDS)}")
@@ -139,7 +139,7 @@ def weights_fingerprint(
     """
     import torch
 
-    from model_zoo.convert.lazy import megabytes
+    from landiff.model_zoo.convert.lazy import megabytes
 
     done = 0
     sizes = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
@@ -164,7 +164,7 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
     Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
     for NaN or infinity, OwnedError where another process writes an entry of this name.
     """
-    from model_zoo.convert.lazy import LazyTensors
+    from landiff.model_zoo.convert.lazy import LazyTensors
 
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     check_name(name)
@@ -176,7 +176,7 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
 def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
             provenance: Mapping[str, Any], progress: Progress | None) -> ZooEntry:
     """`export` for the owner of the name."""
-    from model_zoo.convert.lazy import read_safetensors, write_safetensors
+    from landiff.model_zoo.convert.lazy import read_safetensors, write_safetensors
 
     remove_abandoned(zoo / name, "export")
     temporary = temporary_name(zoo / name / "export")
@@ -188,7 +188,7 @@ def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
         written = read_safetensors(temporary / WEIGHTS)
         mark, bad = _examine(kind, config.model_dump(mode="json"), written, progress)
         if bad:
-            from model_zoo.health import non_finite_error
+            from landiff.model_zoo.health import non_finite_error
 
             raise non_finite_error(bad, f"the {kind} to be exported as {name}")
         final = zoo / name / mark
@@ -295,7 +295,7 @@ def _verify_content(entry: ZooEntry) -> None:
         expected = entry.fingerprint
         raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {expected}")
     if bad:
-        from model_zoo.health import non_finite_error
+        from landiff.model_zoo.health import non_finite_error
 
         raise non_finite_error(bad, str(entry.path))
 
@@ -304,8 +304,8 @@ def _examine(
     kind: str, config: Mapping[str, Any], tensors: LazyTensors, progress: Progress | None = None
 ) -> tuple[str, list[str]]:
     """Fingerprint and the names of tensors with NaN or infinity; each tensor is read once."""
-    from model_zoo.convert.lazy import LazyTensors
-    from model_zoo.health import non_finite
+    from landiff.model_zoo.convert.lazy import LazyTensors
+    from landiff.model_zoo.health import non_finite
 
     bad: list[str] = []
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.base import ConfigError
-from model_zoo.config import ScheduleConfig
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.config import ScheduleConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import itertools
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model_zoo.config import SemanticConditionConfig
+from landiff.model_zoo.config import SemanticConditionConfig
 
 GROUPS = 32
 NORM_EPS = 1e-6

@@ -24,15 +24,15 @@ from torch.nn import functional
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import cdist
 
-from model_zoo.config import TokenizerConfig
-from model_zoo.frame_spans import (
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.frame_spans import (
     AttentionSpan,
     Sequence,
     decoder_spans,
     encoder_spans,
     span_attention,
 )
-from model_zoo.layers import rotary_angles, rotate, run_block
+from landiff.model_zoo.layers import rotary_angles, rotate, run_block
 
 log = logging.getLogger(__name__)
 

@@ -38,9 +38,17 @@ import safetensors.torch
 import torch
 
 from tests.distributed import Nursery, RankError, nursery
-from training.checkpoint import CONFIG, FILES, STATE, FileList, committed_steps, difference, step_folder
-from training.metrics import read_metrics
-from training.run import finished_step
+from landiff.training.checkpoint.store import (
+    CONFIG,
+    FILES,
+    STATE,
+    FileList,
+    committed_steps,
+    difference,
+    step_folder,
+)
+from landiff.training.observe.metrics import read_metrics
+from landiff.training.run import finished_step
 
 TIMING = ("time", "throughput/", "data/", "memory/")  # what differs between equal runs
 # After one operation is before the next, but for renames of one rank that others may see.
@@ -53,10 +61,10 @@ MOMENTS = {"write": ("within",), "rename": ("before", "after"), "replace": ("bef
 class Trainer:
     """What is put to the test."""
 
-    main: str  # "training.tokenizer.__main__:main", called with the path of a config
+    main: str  # "landiff.training.tokenizer.__main__:main", called with the path of a config
     write_config: Callable[[Path], Path]  # run folder -> config file, the same but for the run folder
     world_size: int
-    loader: str = "data_pipeline.loader:Loader"  # whose next_batch shows the order of samples
+    loader: str = "landiff.data_pipeline.loading.loader:Loader"  # whose next_batch shows the order of samples
     read: Callable[[Path], Mapping[str, Any]] | None = None  # checkpoint folder -> what must be equal; default: file hashes
 
 

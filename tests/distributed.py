@@ -39,7 +39,7 @@ class RankError(AssertionError):
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """`function(world, *args)` in `world_size` processes inside `training.distributed.start()`; results by rank.
+    """`function(world, *args)` in `world_size` processes inside `landiff.training.distributed.start()`; results by rank.
 
     `function` lies at module level; arguments and results pickle. Raises RankError.
     """
@@ -238,7 +238,7 @@ def _call(function: Callable[..., Any], args: Sequence[Any], started: bool, resu
 
     torch.set_num_threads(1)
     if started:
-        from training import distributed
+        from landiff.training import distributed
 
         with distributed.start() as world:
             result = function(world, *args)

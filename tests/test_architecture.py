@@ -46,7 +46,7 @@ def test_imports_go_down_only(path):
             assert ROOMS.index(target) <= ROOMS.index(room), f"{relative(path)} imports {module}"
         if room == "data_pipeline" and target == "model_zoo":
             # configs of encoders are plain data, which precompute's own config holds
-            allowed = path.name == "precompute.py" or (path.name == "precompute_config.py" and module.startswith("model_zoo.frozen.config"))
+            allowed = path.name == "precompute.py" or (path.name == "precompute_config.py" and module.startswith("landiff.model_zoo.frozen.config"))
             assert allowed, f"{relative(path)} imports {module}: only precompute.py may"
 
 
@@ -61,9 +61,9 @@ def test_engines_stay_in_their_rooms(path):
             assert place == ("training", "diffusion"), f"{relative(path)} imports {module}"
         if root == "flash_attn":
             assert relative(path) == "model_zoo/attention.py", f"{relative(path)} imports {module}"
-        if module.startswith("training.lm"):
+        if module.startswith("landiff.training.lm"):
             assert place != ("training", "diffusion"), f"{relative(path)} imports {module}"
-        if module.startswith("training.diffusion"):
+        if module.startswith("landiff.training.diffusion"):
             assert place != ("training", "lm"), f"{relative(path)} imports {module}"
 
 
@@ -94,7 +94,7 @@ def test_config_files_load_without_torch():
 def test_help_is_instant():
     def seconds() -> float:
         started = time.perf_counter()
-        text = subprocess.run([sys.executable, "-m", "launchers.cli", "--help"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+        text = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", "--help"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
         assert "landiff quickstart" in text
         return time.perf_counter() - started
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from configs import Config, dump, load
-from configs.loader import packaged_names
-from data_pipeline.precompute_config import PrecomputeConfig
-from launchers.cluster_config import ClusterConfig
-from launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
-from model_zoo.config import ModelConfig
-from model_zoo.dit import position_table_numel
-from model_zoo.registry import build
-from training.diffusion.config import DiffusionTrainConfig
-from training.lm.config import LMTrainConfig
-from training.tokenizer.config import TokenizerTrainConfig
+from landiff.configs import Config, dump, load
+from landiff.configs.loader import packaged_names
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.model_zoo.config import ModelConfig
+from landiff.model_zoo.dit import position_table_numel
+from landiff.model_zoo.registry import build
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 CLASSES: dict[str, type[Config]] = {
     "model": ModelConfig, "shards": ShardsJobConfig, "features": PrecomputeConfig, "precompute": PrecomputeConfig,

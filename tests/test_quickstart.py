@@ -16,15 +16,15 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_pipeline.shards import read_manifest
-from launchers.pipeline import walk
+from landiff.data_pipeline.format.shards import read_manifest
+from landiff.launchers.pipeline import walk
 
 PROMPT = "A white rabbit with black dots looks around on a green meadow."
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def quickstart(out: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "launchers.cli", "quickstart", "--out", str(out), "--prompt", PROMPT]
+    command = [sys.executable, "-m", "landiff.launchers.cli", "quickstart", "--out", str(out), "--prompt", PROMPT]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=1500)
 

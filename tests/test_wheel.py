@@ -27,7 +27,7 @@ def installed(tmp_path_factory) -> Path:
 
 def landiff(installed: Path, workdir: Path, *words: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
-    code = "import launchers.cli, sys; assert launchers.cli.__file__.startswith(sys.argv.pop(1)); sys.exit(launchers.cli.main())"
+    code = "import landiff.launchers.cli, sys; assert landiff.launchers.cli.__file__.startswith(sys.argv.pop(1)); sys.exit(landiff.launchers.cli.main())"
     done = subprocess.run([sys.executable, "-P", "-c", code, str(installed), *words], cwd=workdir, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

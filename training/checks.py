@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.base import Config, ConfigError
-from configs.problems import Problem, check_writable, problems_of
-from data_pipeline.column_checks import check_blend, check_columns
-from data_pipeline.config import DataConfig
-from data_pipeline.remote import data_folder, find_manifest
-from data_pipeline.schema import Manifest
-from model_zoo import registry
-from training.config import OptimConfig
-from training.layout import check_batch
-from training.resume import check_resume
+from landiff.configs.base import Config, ConfigError
+from landiff.configs.problems import Problem, check_writable, problems_of
+from landiff.data_pipeline.format.column_checks import check_blend, check_columns
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.remote import data_folder, find_manifest
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.model_zoo import registry
+from landiff.training.config import OptimConfig
+from landiff.training.layout import check_batch
+from landiff.training.checkpoint.resume import check_resume
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from configs.base import Config
+from landiff.configs.base import Config
 
 
 class LoopConfig(Config):

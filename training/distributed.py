@@ -26,12 +26,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs import ownership
-from configs.base import ConfigError
-from configs.ownership import OWNER
-from configs.problems import Problem, require_none
-from configs.secrets import RedactingFormatter
-from training.errors import clear_errors, write_error
+from landiff.configs import ownership
+from landiff.configs.base import ConfigError
+from landiff.configs.ownership import OWNER
+from landiff.configs.problems import Problem, require_none
+from landiff.configs.secrets import RedactingFormatter
+from landiff.training.checkpoint.errors import clear_errors, write_error
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

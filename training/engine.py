@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from data_pipeline.loader import Batch
-from data_pipeline.schema import Manifest
+from landiff.data_pipeline.loading.loader import Batch
+from landiff.data_pipeline.format.schema import Manifest
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Engine(Protocol):
 
 
 class BatchSource(Protocol):
-    """What the loop asks of a loader (`data_pipeline.loader.Loader` is one)."""
+    """What the loop asks of a loader (`landiff.data_pipeline.loading.loader.Loader` is one)."""
 
     manifest: Manifest
 

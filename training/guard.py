@@ -10,9 +10,9 @@ import math
 
 from torch import Tensor
 
-from training.distributed import World
-from training.errors import NonFiniteError
-from training.metrics import read_scalars
+from landiff.training.distributed import World
+from landiff.training.checkpoint.errors import NonFiniteError
+from landiff.training.observe.metrics import read_scalars
 
 
 class Guard:

@@ -5,8 +5,8 @@ Torch-free.
 
 from __future__ import annotations
 
-from configs import Config
-from training.lm.config import LMTrainConfig, data_parallel_size
+from landiff.configs import Config
+from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 
 
 def model_copies(config: Config, ranks: int) -> int:

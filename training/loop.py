@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from training.config import LoopConfig
-from training.engine import BatchSource, Engine, TrainState
-from training.run import Run
+from landiff.training.config import LoopConfig
+from landiff.training.engine import BatchSource, Engine, TrainState
+from landiff.training.run import Run
 
 
 def due(step: int, every: int) -> bool:

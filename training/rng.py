@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from model_zoo.keyed_random import generator, key
+from landiff.model_zoo.keyed_random import generator, key
 
 __all__ = ["generator", "key", "seeded"]
 

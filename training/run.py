@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.base import Config
-from configs.files import write_text
-from configs.loader import write_config
-from training.checkpoint import CheckpointStore
-from training.config import LoopConfig
-from training.distributed import World
-from training.engine import TrainState
-from training.heartbeat import Heartbeat
-from training.metrics import Metrics
-from training.run_folder import finished_step
+from landiff.configs.base import Config
+from landiff.configs.files import write_text
+from landiff.configs.loader import write_config
+from landiff.training.checkpoint.store import CheckpointStore
+from landiff.training.config import LoopConfig
+from landiff.training.distributed import World
+from landiff.training.engine import TrainState
+from landiff.training.observe.heartbeat import Heartbeat
+from landiff.training.observe.metrics import Metrics
+from landiff.training.checkpoint.run_folder import finished_step
 
 
 class Run:

@@ -17,15 +17,15 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation
 
-from configs.base import Config
-from configs.reference import ConfigKey, all_sections, config_keys, section_name
-from data_pipeline.precompute_config import PrecomputeConfig
-from launchers.cluster_config import ClusterConfig
-from launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
-from model_zoo.config import ModelConfig
-from training.diffusion.config import DiffusionTrainConfig
-from training.lm.config import LMTrainConfig
-from training.tokenizer.config import TokenizerTrainConfig
+from landiff.configs.base import Config
+from landiff.configs.reference import ConfigKey, all_sections, config_keys, section_name
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.model_zoo.config import ModelConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS: dict[str, type[Config]] = {

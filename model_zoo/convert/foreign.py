@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from model_zoo.convert.lazy import LazyTensors, quantised
-from model_zoo.convert.rules import ConversionError
+from landiff.model_zoo.convert.lazy import LazyTensors, quantised
+from landiff.model_zoo.convert.rules import ConversionError
 
 # what DDP puts in front of every name
 FRONT = ("module.",)

@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs.documents import DocumentError, read_json
-from configs.files import atomic_file, is_lfs_pointer
-from configs.safetensors_header import read_header
-from model_zoo.convert.rules import ConversionError, Group, Rule, groups, report
-from model_zoo.health import require_finite
+from landiff.configs.documents import DocumentError, read_json
+from landiff.configs.files import atomic_file, is_lfs_pointer
+from landiff.configs.safetensors_header import read_header
+from landiff.model_zoo.convert.rules import ConversionError, Group, Rule, groups, report
+from landiff.model_zoo.health import require_finite
 
 # (megabytes done, megabytes in all[, what is being done]); 0 done is the start of a count
 Progress = Callable[..., None]

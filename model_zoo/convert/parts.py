@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs import Config, ConfigError
-from model_zoo import registry
-from model_zoo.config import DiffusionConfig
-from model_zoo.convert import diffusers_transformer, release_diffusion, release_lm, release_tokenizer
-from model_zoo.convert.foreign import prepared
-from model_zoo.convert.lazy import LazyTensors, converted
-from model_zoo.convert.rules import ConversionError, Rule, convert, report
+from landiff.configs import Config, ConfigError
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import DiffusionConfig
+from landiff.model_zoo.convert.formats import (
+    diffusers_transformer,
+    release_diffusion,
+    release_lm,
+    release_tokenizer,
+)
+from landiff.model_zoo.convert.foreign import prepared
+from landiff.model_zoo.convert.lazy import LazyTensors, converted
+from landiff.model_zoo.convert.rules import ConversionError, Rule, convert, report
 
 MAIN, VAE, CONTROL, FOREIGN = "transformer.", "vae", "control", "foreign"
 

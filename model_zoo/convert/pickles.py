@@ -20,9 +20,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from configs.files import atomic_file
-from model_zoo.convert.lazy import LazyTensors, Progress, Stored, byte_view, counted, refuse_lfs_pointer
-from model_zoo.convert.rules import ConversionError
+from landiff.configs.files import atomic_file
+from landiff.model_zoo.convert.lazy import (
+    LazyTensors,
+    Progress,
+    Stored,
+    byte_view,
+    counted,
+    refuse_lfs_pointer,
+)
+from landiff.model_zoo.convert.rules import ConversionError
 
 
 class Ignored:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from configs.base import ConfigError
+from landiff.configs.base import ConfigError
 
 
 class ConversionError(ConfigError):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from configs.base import ConfigError
-from model_zoo.codebook import code_entropy, count_codes
-from model_zoo.dit import ControlledDiffusion
-from model_zoo.lm import LanguageModel
-from model_zoo.schedule import NoiseSchedule
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.evaluate.codebook import code_entropy, count_codes
+from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.schedule import NoiseSchedule
 
 
 def wrong_partners(keys: Sequence[str]) -> list[int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, overload
 
-from configs.base import ConfigError
-from model_zoo.frozen import config as configs
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.frozen import config as configs
 
 if TYPE_CHECKING:
     import torch
 
-    from model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures
+    from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures
 
 
 @overload
@@ -30,17 +30,17 @@ def build(config: configs.FrozenConfig, device: str | torch.device = "cpu") -> V
     """
     match config:
         case configs.EfficientNetConfig():
-            from model_zoo.frozen.efficientnet import build as build_kind
+            from landiff.model_zoo.frozen.efficientnet import build as build_kind
         case configs.TheiaConfig():
-            from model_zoo.frozen.theia import build as build_kind
+            from landiff.model_zoo.frozen.theia import build as build_kind
         case configs.DctConfig():
-            from model_zoo.frozen.dct import build as build_kind
+            from landiff.model_zoo.frozen.dct import build as build_kind
         case configs.CogVideoXVaeConfig():
-            from model_zoo.frozen.cogvideox_vae import build as build_kind
+            from landiff.model_zoo.frozen.cogvideox_vae import build as build_kind
         case configs.MiniLMConfig():
-            from model_zoo.frozen.minilm import build as build_kind
+            from landiff.model_zoo.frozen.minilm import build as build_kind
         case configs.FlanT5Config() | configs.T5V11Config():
-            from model_zoo.frozen.t5 import build as build_kind
+            from landiff.model_zoo.frozen.t5 import build as build_kind
         case _:
             raise ConfigError(f"no frozen encoder is configured by {type(config).__name__}; see model_zoo/frozen/config.py")
     return build_kind(config, device)

@@ -3,7 +3,7 @@
 Letters: B batch, T frames, t latent or semantic frames, C channels, H W pixels, h w cells, L text rows, D width.
 
 Each encoder has a `name`, a `fingerprint` (16 hex digits over weights and preprocessing, equal on every
-machine) and lives on the device it was built for. Building is `model_zoo.frozen.build`.
+machine) and lives on the device it was built for. Building is `landiff.model_zoo.frozen.build`.
 """
 
 from __future__ import annotations

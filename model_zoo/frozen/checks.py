@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from configs.base import ConfigError
-from configs.files import is_lfs_pointer
-from configs.problems import Problem
-from model_zoo.frozen import config as configs
+from landiff.configs.base import ConfigError
+from landiff.configs.files import is_lfs_pointer
+from landiff.configs.problems import Problem
+from landiff.model_zoo.frozen import config as configs
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")

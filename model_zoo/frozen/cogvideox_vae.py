@@ -8,7 +8,7 @@ norms see other frames), times the scale 1.15258426. decode: latent frames 0..2,
 convolution cache carried over, which is diffusers' default.
 
 Files: a folder written by `save_pretrained` (or a pipeline's folder or hub repository with `subfolder`), or
-the released `3d-vae.pt`, converted by model_zoo/convert/release_vae.py.
+the released `3d-vae.pt`, converted by model_zoo/convert/formats/release_vae.py.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
-from configs.base import ConfigError
-from model_zoo.convert.release_vae import num_levels, read_release, to_diffusers
-from model_zoo.convert.rules import check_against
-from model_zoo.frozen.config import CogVideoXVaeConfig
-from model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.convert.formats.release_vae import num_levels, read_release, to_diffusers
+from landiff.model_zoo.convert.rules import check_against
+from landiff.model_zoo.frozen.config import CogVideoXVaeConfig
+from landiff.model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from configs.base import Config
+from landiff.configs.base import Config
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -24,9 +24,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model_zoo.frozen.base import NO_VARIANCE
-from model_zoo.frozen.config import DctConfig
-from model_zoo.frozen.weights import fingerprint
+from landiff.model_zoo.frozen.base import NO_VARIANCE
+from landiff.model_zoo.frozen.config import DctConfig
+from landiff.model_zoo.frozen.weights import fingerprint
 
 # channel: first latent frame (colour, v, u, mean, std), later ones (time, colour, v, u, mean, std)
 TABLE = (

@@ -20,9 +20,9 @@ import importlib
 import torch
 from torch import Tensor, nn
 
-from model_zoo.frozen.checks import package_folders
-from model_zoo.frozen.config import EfficientNetConfig
-from model_zoo.frozen.weights import fingerprint
+from landiff.model_zoo.frozen.checks import package_folders
+from landiff.model_zoo.frozen.config import EfficientNetConfig
+from landiff.model_zoo.frozen.weights import fingerprint
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from configs.files import sha256_file
-from model_zoo.convert.lazy import load_safetensors
-from model_zoo.frozen.checks import package_folders
-from model_zoo.frozen.config import MiniLMConfig
-from model_zoo.frozen.weights import fingerprint
+from landiff.configs.files import sha256_file
+from landiff.model_zoo.convert.lazy import load_safetensors
+from landiff.model_zoo.frozen.checks import package_folders
+from landiff.model_zoo.frozen.config import MiniLMConfig
+from landiff.model_zoo.frozen.weights import fingerprint
 
 PAD_ID = 0
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from configs.base import ConfigError
-from model_zoo.frozen.config import FlanT5Config, T5V11Config
-from model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.frozen.config import FlanT5Config, T5V11Config
+from landiff.model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
 
 
 class T5Text(nn.Module):

@@ -25,10 +25,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from configs.base import ConfigError
-from model_zoo.convert.lazy import load_safetensors
-from model_zoo.frozen.config import TheiaConfig
-from model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.convert.lazy import load_safetensors
+from landiff.model_zoo.frozen.config import TheiaConfig
+from landiff.model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
 
 PAD_VALUE = 127
 PREFIXES = ("backbone.model.", "vit.", "model.", "")

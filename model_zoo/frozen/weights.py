@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.base import ConfigError
-from model_zoo.frozen.checks import local_or_hub, package_folder
-from model_zoo.health import require_finite
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.frozen.checks import local_or_hub, package_folder
+from landiff.model_zoo.health import require_finite
 
 __all__ = ["fingerprint", "local_or_hub", "package_folder", "unreadable"]
 

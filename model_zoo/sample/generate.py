@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.base import ConfigError
-from model_zoo.config import TokenSamplingConfig
-from model_zoo.dit import ControlledDiffusion
-from model_zoo.frozen.base import LatentCodec, TextEncoder
-from model_zoo.health import UnhealthyError, collapse
-from model_zoo.lm import LanguageModel
-from model_zoo.sample.latents import (
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.config import TokenSamplingConfig
+from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder
+from landiff.model_zoo.health import UnhealthyError, collapse
+from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample.latents import (
     OnStep,
     SamplerOptions,
     SamplerStep,
@@ -26,10 +26,10 @@ from model_zoo.sample.latents import (
     seeded_noise,
     stream_latents,
 )
-from model_zoo.sample.sizes import Sizes, check_length, num_chunks
-from model_zoo.sample.tokens import Prompts, sample_tokens
-from model_zoo.schedule import NoiseSchedule
-from model_zoo.tokenizer import SemanticTokenizer
+from landiff.model_zoo.sample.sizes import Sizes, check_length, num_chunks
+from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
+from landiff.model_zoo.schedule import NoiseSchedule
+from landiff.model_zoo.tokenizer import SemanticTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model_zoo.dit import ControlledDiffusion
-from model_zoo.sample.sizes import num_chunks
-from model_zoo.schedule import NoiseSchedule
+from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.sample.sizes import num_chunks
+from landiff.model_zoo.schedule import NoiseSchedule
 
 # noise(step, shape) -> float32: step 0 is the start of the sampling, step j = 1, 2, ... what sampler step j adds
 # (the last step adds none). Give one that replays recorded tensors to repeat a run elsewhere.

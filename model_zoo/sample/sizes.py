@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.base import ConfigError
-from model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model_zoo.config import TokenSamplingConfig
-from model_zoo.lm import KVCache, LanguageModel
-from model_zoo.token_layout import CODE, SamplingTable
+from landiff.model_zoo.config import TokenSamplingConfig
+from landiff.model_zoo.lm import KVCache, LanguageModel
+from landiff.model_zoo.token_layout import CODE, SamplingTable
 
 # draw(probabilities_BV, step) returns int64 ids [B]. Step 0 is the position after the first SI.
 Draw = Callable[[Tensor, int], Tensor]

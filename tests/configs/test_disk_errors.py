@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY, explain, naming, way_out
-from configs.files import atomic_file, write_text
+from landiff.configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY, explain, naming, way_out
+from landiff.configs.files import atomic_file, write_text
 
 
 def test_a_full_disk_names_the_file(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from configs import Config, ConfigError, load
-from configs.documents import (
+from landiff.configs import Config, ConfigError, load
+from landiff.configs.documents import (
     MAX_YAML_BYTES,
     DocumentError,
     parse_json,
@@ -188,7 +188,7 @@ def test_a_file_of_any_size_costs_no_more_than_the_limit(tmp_path):
 
 BOUNDED = """
 import resource, sys
-from configs.documents import parse_yaml, DocumentError
+from landiff.configs.documents import parse_yaml, DocumentError
 from tests.configs.test_documents import ALIAS_BOMB, MERGE_BOMB, CHAIN
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 for text in (ALIAS_BOMB, MERGE_BOMB, CHAIN):

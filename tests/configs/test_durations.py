@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from configs.durations import duration, size
+from landiff.configs.durations import duration, size
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75, "1:15"), (3700, "1:01:40")])

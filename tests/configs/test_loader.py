@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from configs import Config, ConfigError, dump, load
-from configs.loader import packaged_names
-from model_zoo.config import LMConfig, ModelConfig
+from landiff.configs import Config, ConfigError, dump, load
+from landiff.configs.loader import packaged_names
+from landiff.model_zoo.config import LMConfig, ModelConfig
 
 
 class Inner(Config):

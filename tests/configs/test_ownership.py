@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from configs import ownership
-from configs.files import is_abandoned, temporary_name
-from configs.ownership import OwnedError, holder, take, this_process
-from configs.processes import is_running, start_time
+from landiff.configs import ownership
+from landiff.configs.files import is_abandoned, temporary_name
+from landiff.configs.ownership import OwnedError, holder, take, this_process
+from landiff.configs.processes import is_running, start_time
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from configs.base import Config
-from configs.reference import ConfigKey, all_sections, config_keys, section_name
-from launchers.cluster_config import ClusterConfig
-from launchers.snapshot import ROOT
-from launchers.stage_jobs import config_class
+from landiff.configs.base import Config
+from landiff.configs.reference import ConfigKey, all_sections, config_keys, section_name
+from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.slurm.snapshot import ROOT
+from landiff.launchers.slurm.stage_jobs import config_class
 
 STAGES = ["shards", "precompute", "tokenizer", "lm", "diffusion", "sample", "evaluate"]
 
@@ -85,5 +85,5 @@ def test_every_key_of_every_command_has_words():
 
 
 def test_reading_the_keys_needs_no_torch():
-    code = "import sys, configs.reference; assert 'torch' not in sys.modules"
+    code = "import sys, landiff.configs.reference; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

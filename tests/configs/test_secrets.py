@@ -9,10 +9,16 @@ import stat
 import pytest
 from pydantic import Field
 
-from configs import Config, ConfigError, load
-from configs.files import PRIVATE, atomic_file, write_text
-from configs.loader import write_config
-from configs.secrets import REDACTED, RedactingFormatter, is_secret_name, redact, redact_variables
+from landiff.configs import Config, ConfigError, load
+from landiff.configs.files import PRIVATE, atomic_file, write_text
+from landiff.configs.loader import write_config
+from landiff.configs.secrets import (
+    REDACTED,
+    RedactingFormatter,
+    is_secret_name,
+    redact,
+    redact_variables,
+)
 
 TOKEN = "hf_" + "aB3dE5fG7hJ9" * 3
 

@@ -9,9 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.schema import RAW, Column, Manifest, RawSample, ShardEntry, column_stem, fingerprint
-from data_pipeline.shards import ShardWriter, read_manifest, read_sidecar, write_manifest
-from data_pipeline.tensors import pack_tensor
+from landiff.data_pipeline.format.schema import (
+    RAW,
+    Column,
+    Manifest,
+    RawSample,
+    ShardEntry,
+    column_stem,
+    fingerprint,
+)
+from landiff.data_pipeline.format.shards import (
+    ShardWriter,
+    read_manifest,
+    read_sidecar,
+    write_manifest,
+)
+from landiff.data_pipeline.format.tensors import pack_tensor
 
 VIDEO = b"not looked at"
 

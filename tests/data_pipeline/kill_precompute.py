@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from configs.files import remove_abandoned, write_text
-from configs.loader import load
-from configs.ownership import OwnedError
-from data_pipeline import precompute
-from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader
-from data_pipeline.precompute_config import PrecomputeConfig
-from data_pipeline.schema import RAW
-from data_pipeline.shards import read_manifest
+from landiff.configs.files import remove_abandoned, write_text
+from landiff.configs.loader import load
+from landiff.configs.ownership import OwnedError
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.format.schema import RAW
+from landiff.data_pipeline.format.shards import read_manifest
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.kills import Killer, contents, forked, killed
 

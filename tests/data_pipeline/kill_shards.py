@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from configs.loader import load
-from configs.ownership import OwnedError
-from data_pipeline.ingest import finalize, make_shards, make_share
-from data_pipeline.ingest_config import ShardsConfig
-from data_pipeline.shards import read_sidecar
+from landiff.configs.loader import load
+from landiff.configs.ownership import OwnedError
+from landiff.data_pipeline.ingest.job import finalize, make_shards, make_share
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.format.shards import read_sidecar
 from tests.data_pipeline import kills
 from tests.data_pipeline.kills import Killer, contents, killed
 

@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 import webdataset
 
-from configs.base import ConfigError
-from configs.loader import load
-from data_pipeline.ingest import make_shards
-from data_pipeline.ingest_config import ShardsConfig
-from data_pipeline.schema import Column, RawSample, Reject
-from data_pipeline.shards import ShardError, count_rejects, read_manifest, read_sidecar, write_manifest
-from data_pipeline.synthetic import moving_shape, write_videos
-from data_pipeline.video import ClipDecoder, write_mp4
-from launchers.config import ShardsJobConfig
+from landiff.configs.base import ConfigError
+from landiff.configs.loader import load
+from landiff.data_pipeline.ingest.job import make_shards
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.format.schema import Column, RawSample, Reject
+from landiff.data_pipeline.format.shards import (
+    ShardError,
+    count_rejects,
+    read_manifest,
+    read_sidecar,
+    write_manifest,
+)
+from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
+from landiff.data_pipeline.video.codec import ClipDecoder, write_mp4
+from landiff.launchers.config import ShardsJobConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES, SIDE = 9, 32
@@ -260,9 +266,9 @@ def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> 
 ON_A_SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from configs.loader import load
-from data_pipeline.ingest import make_shards
-from data_pipeline.ingest_config import ShardsConfig
+from landiff.configs.loader import load
+from landiff.data_pipeline.ingest.job import make_shards
+from landiff.data_pipeline.ingest.config import ShardsConfig
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
 make_shards(load(ShardsConfig, Path(sys.argv[1])), Path(sys.argv[2]))
@@ -287,5 +293,5 @@ def test_output_that_is_a_file_is_one_clear_error(videos: Path, tmp_path: Path) 
 
 
 def test_ingest_does_not_import_torch() -> None:
-    code = "import sys, data_pipeline.ingest; sys.exit('torch' in sys.modules)"
+    code = "import sys, landiff.data_pipeline.ingest.job; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

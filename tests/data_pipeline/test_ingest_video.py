@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.base import ConfigError
-from data_pipeline.ingest import make_shards
-from data_pipeline.ingest_config import Bucket
-from data_pipeline.plan_unit import Span, Unit
-from data_pipeline.schema import RAW, RawSample
-from data_pipeline.shards import ShardError, read_sidecar
-from data_pipeline.video import ClipDecoder, VideoFile
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.ingest.job import make_shards
+from landiff.data_pipeline.ingest.config import Bucket
+from landiff.data_pipeline.ingest.plan.planned_shard import Span, Unit
+from landiff.data_pipeline.format.schema import RAW, RawSample
+from landiff.data_pipeline.format.shards import ShardError, read_sidecar
+from landiff.data_pipeline.video.codec import ClipDecoder, VideoFile
 from tests.data_pipeline.test_ingest import config
 from tests.data_pipeline.test_video import barcodes, encode
 from tests.data_pipeline.video_kinds import (

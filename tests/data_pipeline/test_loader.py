@@ -14,12 +14,18 @@ import webdataset
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from configs import ConfigError
-from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader, require_encoder
-from data_pipeline.schema import RAW, Reject
-from data_pipeline.shards import ShardError, ShardWriter, read_manifest, read_sidecar, write_manifest
-from data_pipeline.tensors import Buffers, pack_tensor, parse_tensor
+from landiff.configs import ConfigError
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader, require_encoder
+from landiff.data_pipeline.format.schema import RAW, Reject
+from landiff.data_pipeline.format.shards import (
+    ShardError,
+    ShardWriter,
+    read_manifest,
+    read_sidecar,
+    write_manifest,
+)
+from landiff.data_pipeline.format.tensors import Buffers, pack_tensor, parse_tensor
 from tests.data_pipeline.data_sets import keys_of, raw_sample, value_of, write_column, write_raw
 
 SIZES = [7, 5, 0, 9, 4, 5]  # 30 samples

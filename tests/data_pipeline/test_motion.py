@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipeline.motion import motion
+from landiff.data_pipeline.video.motion import motion
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_pipeline.order import Order, Permutation
+from landiff.data_pipeline.loading.order import Order, Permutation
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 64, 65, 1000, 4097])

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from configs.base import ConfigError
-from data_pipeline import plan_layout, plan_rows
-from data_pipeline.plan import Plan, path_of, write
-from data_pipeline.plan_layout import Repeats, lay
-from data_pipeline.plan_looks import look_at_all
-from data_pipeline.plan_rows import chunks, read_rows, videos_of, write_rows
-from data_pipeline.shots import Look
-from data_pipeline.sources import Listing, SourceClip, list_source
-from data_pipeline.video import Failure, VideoFile
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.ingest.plan import layout as plan_layout, rows as plan_rows
+from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
+from landiff.data_pipeline.ingest.plan.layout import Repeats, lay
+from landiff.data_pipeline.ingest.plan.probes import look_at_all
+from landiff.data_pipeline.ingest.plan.rows import chunks, read_rows, videos_of, write_rows
+from landiff.data_pipeline.ingest.shots import Look
+from landiff.data_pipeline.ingest.sources.listing import Listing, SourceClip, list_source
+from landiff.data_pipeline.video.codec import Failure, VideoFile
 from tests.data_pipeline.test_ingest import config
 
 CONFIG = config("made up", max_spans=2, samples_per_shard=16)

@@ -17,16 +17,16 @@ import torch
 import webdataset
 from safetensors.torch import load as load_safetensors
 
-from configs import Config, ConfigError, load
-from configs.ownership import OwnedError, take
-from data_pipeline import precompute
-from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader, require_encoder
-from data_pipeline.precompute import TooManyRejects
-from data_pipeline.precompute_config import PrecomputeConfig
-from data_pipeline.precompute_job import Job
-from data_pipeline.schema import RAW, Manifest, fingerprint
-from data_pipeline.shards import (
+from landiff.configs import Config, ConfigError, load
+from landiff.configs.ownership import OwnedError, take
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader, require_encoder
+from landiff.data_pipeline.precompute.producers import TooManyRejects
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.job import Job
+from landiff.data_pipeline.format.schema import RAW, Manifest, fingerprint
+from landiff.data_pipeline.format.shards import (
     ShardError,
     ShardWriter,
     read_manifest,
@@ -34,11 +34,11 @@ from data_pipeline.shards import (
     read_sidecar,
     write_manifest,
 )
-from data_pipeline.units import ColumnCard
-from data_pipeline.video import ClipDecoder, encode_clip
-from model_zoo import frozen, registry
-from model_zoo.config import TokenizerConfig
-from model_zoo.frozen.base import NO_VARIANCE
+from landiff.data_pipeline.precompute.units import ColumnCard
+from landiff.data_pipeline.video.codec import ClipDecoder, encode_clip
+from landiff.model_zoo import frozen, registry
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.frozen.base import NO_VARIANCE
 from tests.data_pipeline.data_sets import raw_sample
 
 SIZES = [4, 3, 5]

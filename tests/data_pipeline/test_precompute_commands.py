@@ -15,16 +15,22 @@ import time
 import pytest
 import torch
 
-from configs import ConfigError
-from data_pipeline import precompute
-from data_pipeline.locks import locked
-from data_pipeline.precompute_status import array_expression, table
-from data_pipeline.schema import RAW
-from data_pipeline.shards import ShardWriter, read_manifest, read_part, read_sidecar, write_manifest
-from data_pipeline.tensors import pack_tensor
-from data_pipeline.units import ColumnFolder, UnitWriter, owner
-from launchers.cli import main
-from launchers.jobs import parse_share, parse_task
+from landiff.configs import ConfigError
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.format.locks import locked
+from landiff.data_pipeline.precompute.status import array_expression, table
+from landiff.data_pipeline.format.schema import RAW
+from landiff.data_pipeline.format.shards import (
+    ShardWriter,
+    read_manifest,
+    read_part,
+    read_sidecar,
+    write_manifest,
+)
+from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.data_pipeline.precompute.units import ColumnFolder, UnitWriter, owner
+from landiff.launchers.cli import main
+from landiff.launchers.jobs import parse_share, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.test_precompute import (
     NUM_CLIPS,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
-from configs.loader import find
-from data_pipeline import precompute
-from data_pipeline.precompute_job import CollapsedTokens
-from data_pipeline.precompute_status import table
-from data_pipeline.shards import ShardError, read_manifest, read_part, read_sidecar
-from data_pipeline.units import ColumnCard, owner
-from launchers.cli import main
-from model_zoo import registry
-from model_zoo.health import UnhealthyError
+from landiff.configs.loader import find
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute.job import CollapsedTokens
+from landiff.data_pipeline.precompute.status import table
+from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_part, read_sidecar
+from landiff.data_pipeline.precompute.units import ColumnCard, owner
+from landiff.launchers.cli import main
+from landiff.model_zoo import registry
+from landiff.model_zoo.health import UnhealthyError
 from tests.data_pipeline.test_precompute import config, export_tokenizer, key_of, write_clips
 from tests.model_zoo.zoo_entries import write_entry
 

@@ -6,19 +6,25 @@ import av
 import numpy as np
 import pytest
 
-from configs.base import ConfigError
-from configs.loader import load
-from data_pipeline.filters import Filters, brightness, repeated_share, text_area
-from data_pipeline.ingest import make_shards
-from data_pipeline.ingest_config import FiltersConfig
-from data_pipeline.motion import motion
-from data_pipeline.plan_layout import lay_spans
-from data_pipeline.schema import RawSample
-from data_pipeline.shards import read_manifest, read_sidecar
-from data_pipeline.shots import Border, Look, Looker
-from data_pipeline.sources import SourceClip
-from data_pipeline.synthetic import moving_shape
-from data_pipeline.video import ClipDecoder, SafeDecoder, Scanned, VideoFile, write_mp4
+from landiff.configs.base import ConfigError
+from landiff.configs.loader import load
+from landiff.data_pipeline.ingest.filters import Filters, brightness, repeated_share, text_area
+from landiff.data_pipeline.ingest.job import make_shards
+from landiff.data_pipeline.ingest.config import FiltersConfig
+from landiff.data_pipeline.video.motion import motion
+from landiff.data_pipeline.ingest.plan.layout import lay_spans
+from landiff.data_pipeline.format.schema import RawSample
+from landiff.data_pipeline.format.shards import read_manifest, read_sidecar
+from landiff.data_pipeline.ingest.shots import Border, Look, Looker
+from landiff.data_pipeline.ingest.sources.listing import SourceClip
+from landiff.data_pipeline.synthetic.shapes import moving_shape
+from landiff.data_pipeline.video.codec import (
+    ClipDecoder,
+    SafeDecoder,
+    Scanned,
+    VideoFile,
+    write_mp4,
+)
 from tests.data_pipeline.test_ingest import config
 from tests.data_pipeline.test_video import barcodes, encode, numbers
 
@@ -75,7 +81,7 @@ def test_scan_shows_every_frame_once_with_its_time(tmp_path: Path) -> None:
 
 
 def test_long_video_is_decoded_once_for_many_requests(tmp_path: Path) -> None:
-    from data_pipeline.video import Wanted
+    from landiff.data_pipeline.video.codec import Wanted
 
     path = tmp_path / "clip.mp4"
     path.write_bytes(encode(barcodes(240), container="mp4", codec="libx264", options={**X264, "bf": "2"}))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.base import ConfigError
-from data_pipeline.plan_rows import unusable
-from data_pipeline.source_entries import Ignored, TarFile
-from data_pipeline.source_report import summarize_source
-from data_pipeline.sources import list_source
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.ingest.plan.rows import unusable
+from landiff.data_pipeline.ingest.sources.entries import Ignored, TarFile
+from landiff.data_pipeline.ingest.sources.report import summarize_source
+from landiff.data_pipeline.ingest.sources.listing import list_source
 from tests.data_pipeline.test_ingest import config
 
 UTF8_BOM = b"\xef\xbb\xbf"

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.synthetic import moving_shape, write_videos
-from data_pipeline.video import SafeDecoder, VideoFile, Wanted
+from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
+from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
 
 
 def test_same_seed_and_index_give_the_same_video_and_others_differ() -> None:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from configs.base import ConfigError
-from configs.ownership import OwnedError, take
-from data_pipeline import plan_rows
-from data_pipeline.ingest import Status, finalize, make_shards, make_share, status
-from data_pipeline.plan import Plan
-from data_pipeline.schema import RawSample
-from data_pipeline.shard_maker import TooManyRejects
-from data_pipeline.shards import ShardError, read_manifest, read_sidecar
-from data_pipeline.synthetic import moving_shape, write_videos
-from data_pipeline.video import write_mp4
+from landiff.configs.base import ConfigError
+from landiff.configs.ownership import OwnedError, take
+from landiff.data_pipeline.ingest.plan import rows as plan_rows
+from landiff.data_pipeline.ingest.job import Status, finalize, make_shards, make_share, status
+from landiff.data_pipeline.ingest.plan.shard_plan import Plan
+from landiff.data_pipeline.format.schema import RawSample
+from landiff.data_pipeline.ingest.shard_maker import TooManyRejects
+from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_sidecar
+from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
+from landiff.data_pipeline.video.codec import write_mp4
 from tests.data_pipeline.test_ingest import ROOT, config, contents
 
 
@@ -39,7 +39,7 @@ def test_tasks_on_one_folder_make_the_bytes_of_one_job(videos: Path, made: Path,
     data = tmp_path / "data"
     (tmp_path / "job.json").write_text(json.dumps(json.loads(config(videos).model_dump_json()) | {"data": str(data)}))
     (tmp_path / "job.json").rename(tmp_path / "job.yaml")  # JSON is YAML
-    command = [sys.executable, "-m", "launchers.cli", "shards", "--config", str(tmp_path / "job.yaml")]
+    command = [sys.executable, "-m", "landiff.launchers.cli", "shards", "--config", str(tmp_path / "job.yaml")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     tasks = [[*command, "--task", f"{number}/3"] for number in (0, 1, 2, 1)]  # one of them twice
     running = [subprocess.Popen(task, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for task in tasks[:2] + tasks[3:]]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
-from data_pipeline.video import (
+from landiff.data_pipeline.video.codec import (
     ClipDamaged,
     ClipDecoder,
     Failure,
@@ -506,7 +506,7 @@ def test_memory_limit_costs_the_video_only(good: bytes) -> None:
 
 
 def test_decoder_ends_with_its_parent() -> None:
-    script = ("import time\nfrom data_pipeline.video import SafeDecoder\n"
+    script = ("import time\nfrom landiff.data_pipeline.video.codec import SafeDecoder\n"
               "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder.process.pid, flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())

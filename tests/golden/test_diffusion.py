@@ -8,27 +8,37 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs import load
-from model_zoo.config import DiffusionConfig, ScheduleConfig, SemanticConditionConfig, TransformerConfig
-from model_zoo.convert.release_diffusion import (
+from landiff.configs import load
+from landiff.model_zoo.config import (
+    DiffusionConfig,
+    ScheduleConfig,
+    SemanticConditionConfig,
+    TransformerConfig,
+)
+from landiff.model_zoo.convert.formats.release_diffusion import (
     diffusion_rules,
     from_release,
     release_position_table,
     semantic_rules,
     split,
 )
-from model_zoo.convert.rules import convert
-from model_zoo.dit import ControlledDiffusion
-from model_zoo.layers import sinusoid
-from model_zoo.sample.latents import SamplerOptions, SamplerStep, guidance_scale, sample_latents
-from model_zoo.schedule import NoiseSchedule, noise_level
-from model_zoo.semantic_condition import SemanticCondition
-from model_zoo.tokenizer import SemanticTokenizer
+from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.layers import sinusoid
+from landiff.model_zoo.sample.latents import (
+    SamplerOptions,
+    SamplerStep,
+    guidance_scale,
+    sample_latents,
+)
+from landiff.model_zoo.schedule import NoiseSchedule, noise_level
+from landiff.model_zoo.semantic_condition import SemanticCondition
+from landiff.model_zoo.tokenizer import SemanticTokenizer
 from tests.golden.conftest import Case
 from tests.golden.test_tokenizer import load_tokenizer
-from training.diffusion.config import DiffusionTrainConfig
-from training.diffusion.model import freeze_main
-from training.diffusion.step import Inputs, Objective
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.model import freeze_main
+from landiff.training.diffusion.step import Inputs, Objective
 
 TOLERANCE = 5e-5  # the reference allows 1e-4; measured: below 2e-5
 

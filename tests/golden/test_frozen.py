@@ -3,10 +3,16 @@
 import pytest
 import torch
 
-from model_zoo.convert.release_vae import to_diffusers, to_release
-from model_zoo.frozen.cogvideox_vae import CogVideoXCodec, network_of, wrap
-from model_zoo.frozen.config import TheiaConfig
-from model_zoo.frozen.theia import LAYER_NORM_EPS, PAD_VALUE, from_tensors, pad_to_square, quantise
+from landiff.model_zoo.convert.formats.release_vae import to_diffusers, to_release
+from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec, network_of, wrap
+from landiff.model_zoo.frozen.config import TheiaConfig
+from landiff.model_zoo.frozen.theia import (
+    LAYER_NORM_EPS,
+    PAD_VALUE,
+    from_tensors,
+    pad_to_square,
+    quantise,
+)
 from tests.golden.conftest import Case
 
 TOLERANCE = 5e-5  # the reference allows 1e-4; measured: below 2e-5

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model_zoo.config import LMConfig, TokenSamplingConfig
-from model_zoo.convert.release_lm import RULES
-from model_zoo.convert.rules import convert
-from model_zoo.layers import sinusoid
-from model_zoo.lm import LanguageModel, MicroConditions
-from model_zoo.sample.tokens import Prompts, sample_tokens
-from model_zoo.token_layout import CODE, IGNORE
+from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
+from landiff.model_zoo.convert.formats.release_lm import RULES
+from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.layers import sinusoid
+from landiff.model_zoo.lm import LanguageModel, MicroConditions
+from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
+from landiff.model_zoo.token_layout import CODE, IGNORE
 
 
 def model_of(case) -> LanguageModel:

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs import load
-from data_pipeline.loader import Batch, Sample
-from model_zoo.config import LMConfig
-from model_zoo.convert.release_lm import RULES
-from model_zoo.convert.rules import convert
-from model_zoo.token_layout import TokenLayout
+from landiff.configs import load
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.model_zoo.config import LMConfig
+from landiff.model_zoo.convert.formats.release_lm import RULES
+from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.token_layout import TokenLayout
 from tests.data_pipeline.data_sets import raw_sample
 from tests.distributed import run_distributed
 from tests.golden.conftest import Case
-from training.lm.batch import Row, pack
-from training.lm.config import LMTrainConfig
-from training.lm.device import megatron_device
-from training.lm.engine import MegatronEngine
+from landiff.training.lm.batch import Row, pack
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.device import megatron_device
+from landiff.training.lm.engine import MegatronEngine
 
 
 def train_config(case: Case, parallel: dict[str, Any]) -> LMTrainConfig:

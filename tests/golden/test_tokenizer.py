@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import Batch, Sample
-from model_zoo.config import TokenizerConfig
-from model_zoo.convert.release_tokenizer import RULES
-from model_zoo.convert.rules import convert
-from model_zoo.frame_spans import decoder_mask, encoder_mask
-from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, sequence_angles
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.convert.formats.release_tokenizer import RULES
+from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.frame_spans import decoder_mask, encoder_mask
+from landiff.model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, sequence_angles
 from tests.golden.conftest import Case
 from tests.training.tokenizer import tiny
 from tests.training.toy import META, alone
-from training.tokenizer.engine import COLUMN, TokenizerEngine
+from landiff.training.tokenizer.engine import COLUMN, TokenizerEngine
 
 TOLERANCE = 5e-5  # the reference allows 1e-4; measured: below 2e-5
 

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from training.heartbeat import Heartbeat
-from training.run_folder import committed_steps, step_folder
+from landiff.training.observe.heartbeat import Heartbeat
+from landiff.training.checkpoint.run_folder import committed_steps, step_folder
 
 SAVE_EVERY = 5
 

@@ -8,24 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs import ConfigError, dump, load
-from configs.files import write_text
-from configs.problems import check_writable
-from data_pipeline.precompute_config import PrecomputeConfig
-from data_pipeline.schema import Manifest
-from data_pipeline.shards import read_manifest, write_manifest
-from launchers.checks import check, check_processes, count_gpus
-from launchers.cli import main
-from launchers.convert_request import Request, check_request
-from launchers.stage_jobs import config_class
-from model_zoo import registry
-from model_zoo.config import ModelConfig
-from model_zoo.frozen.checks import check_encoder, width_of
-from model_zoo.frozen.config import CogVideoXVaeConfig, FlanT5Config, T5V11Config, TheiaConfig
+from landiff.configs import ConfigError, dump, load
+from landiff.configs.files import write_text
+from landiff.configs.problems import check_writable
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.format.shards import read_manifest, write_manifest
+from landiff.launchers.checks import check, check_processes, count_gpus
+from landiff.launchers.cli import main
+from landiff.launchers.weights.request import Request, check_request
+from landiff.launchers.slurm.stage_jobs import config_class
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import ModelConfig
+from landiff.model_zoo.frozen.checks import check_encoder, width_of
+from landiff.model_zoo.frozen.config import (
+    CogVideoXVaeConfig,
+    FlanT5Config,
+    T5V11Config,
+    TheiaConfig,
+)
 from tests.data_pipeline.data_sets import write_column, write_raw
-from training.checks import Launch
-from training.diffusion.config import DiffusionTrainConfig
-from training.lm.config import LMTrainConfig
+from landiff.training.checks import Launch
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
 
 MODELS = load(ModelConfig, "nano/model")
 SHAPES = {

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.loader import dump
-from configs.ownership import take
-from launchers.children import PARENT, environment
-from launchers.cli import main
-from launchers.pipeline import walk
-from launchers.snapshot import ROOT
+from landiff.configs.loader import dump
+from landiff.configs.ownership import take
+from landiff.launchers.local.children import PARENT, environment
+from landiff.launchers.cli import main
+from landiff.launchers.pipeline import walk
+from landiff.launchers.slurm.snapshot import ROOT
 from tests.training.tokenizer.tiny import config, write_data
 
 
@@ -126,7 +126,7 @@ def test_all_mistakes_are_told_at_once_and_no_rank_starts(capfd, tmp_path):
 
 def test_checks_need_no_torch(tmp_path):
     code = (
-        "import sys; from launchers.cli import main\n"
+        "import sys; from landiff.launchers.cli import main\n"
         "for words in (['train', 'lm'], ['train', 'diffusion'], ['train', 'tokenizer'], ['precompute'], ['sample'], ['evaluate']):\n"
         "    name = {'lm': 'lm', 'diffusion': 'diffusion-control', 'tokenizer': 'tokenizer'}.get(words[-1], words[-1])\n"
         "    assert main([*words, '--config', f'nano/{name}']) == 2\n"
@@ -159,7 +159,7 @@ def test_a_word_that_may_be_a_mistyped_override_is_no_prompt(capsys, tmp_path, w
 
 
 def test_a_closed_pipe_and_a_closed_output_are_no_failure(tmp_path):
-    landiff = f"{sys.executable} -m launchers.cli"
+    landiff = f"{sys.executable} -m landiff.launchers.cli"
     env = environment()
     del env[PARENT]  # bash is the parent
     for script, codes in (
@@ -176,7 +176,7 @@ def test_paths_are_utf8_in_a_legacy_locale(tmp_path, locale):
     folder = tmp_path / "räume-兔"
     env = {**environment(), "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = ["-C", str(folder), "shards", "--config", "nano/shards", "--dry-run", "data=dätä"]
-    done = subprocess.run([sys.executable, "-m", "launchers.cli", *words], env=env, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", *words], env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "data: dätä" in done.stdout.decode() and folder.is_dir()
 
@@ -209,7 +209,7 @@ def test_a_mistake_that_only_the_ranks_can_find_is_told_once(capfd, tmp_path, mo
 @pytest.mark.parametrize("way, code, words", [("os.kill(os.getpid(), 9)", 137, "rank 0 was ended by SIGKILL"), ("sys.exit(7)", 7, "")])
 def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     (tmp_path / "dying.py").write_text(f"import os, sys; {way}")
-    done = subprocess.run([sys.executable, "-m", "launchers.torchrun", "--standalone", "--nproc-per-node=1", "-m", "dying"],
+    done = subprocess.run([sys.executable, "-m", "landiff.launchers.local.torchrun", "--standalone", "--nproc-per-node=1", "-m", "dying"],
                           env=environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.strip()) == (code, words)
 

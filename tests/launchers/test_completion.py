@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from launchers.cli import main
-from launchers.snapshot import ROOT
-from launchers.version import __version__
+from landiff.launchers.cli import main
+from landiff.launchers.slurm.snapshot import ROOT
+from landiff.launchers.version import __version__
 
 SHELLS = ["bash", "zsh", "fish"]
 
@@ -68,7 +68,7 @@ def test_an_unknown_shell_is_refused(capsys):
 
 def test_version_is_printed_without_torch():
     code = (
-        "import sys; from launchers.cli import main\n"
+        "import sys; from landiff.launchers.cli import main\n"
         "try:\n    main(['--version'])\n"
         "finally:\n    assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
     )
@@ -79,7 +79,7 @@ def test_version_is_printed_without_torch():
 
 def test_completion_does_not_load_torch():
     code = (
-        "import sys; from launchers.cli import main\n"
+        "import sys; from landiff.launchers.cli import main\n"
         "assert main(['completion', 'bash']) == 0 and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -10,15 +10,23 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from launchers.cli import main
-from model_zoo import registry
-from model_zoo.convert.formats import open_source, write_target
-from model_zoo.convert.lazy import LazyTensors
-from model_zoo.convert.parts import Part
-from model_zoo.health import UnhealthyError
+from landiff.launchers.cli import main
+from landiff.model_zoo import registry
+from landiff.model_zoo.convert.known_formats import open_source, write_target
+from landiff.model_zoo.convert.lazy import LazyTensors
+from landiff.model_zoo.convert.parts import Part
+from landiff.model_zoo.health import UnhealthyError
 from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
 from tests.model_zoo.zoo_entries import write_entry
-from training.checkpoint import CONFIG, FILES, STATE, CheckpointState, FileList, describe, versions
+from landiff.training.checkpoint.store import (
+    CONFIG,
+    FILES,
+    STATE,
+    CheckpointState,
+    FileList,
+    describe,
+    versions,
+)
 
 
 @pytest.fixture
@@ -35,7 +43,7 @@ def landiff(tmp_path, monkeypatch, capsys):
 
 
 def tokenizer_run(folder: Path, step: int) -> Path:
-    """A run with one checkpoint, laid out as training/checkpoint.py does."""
+    """A run with one checkpoint, laid out as training/checkpoint/store.py does."""
     checkpoint = folder / "checkpoints" / f"step_{step:08d}"
     checkpoint.mkdir(parents=True)
     save_file(weights("tokenizer"), checkpoint / "model.safetensors")
@@ -194,7 +202,7 @@ def test_list_says_what_there_is_and_where_it_comes_from(landiff, tmp_path):
 
 
 def test_folders_that_transformers_and_diffusers_saved_in_several_files_are_told(landiff, tmp_path):
-    from model_zoo.pipeline import LanDiffLM, LanDiffLMConfig
+    from landiff.model_zoo.diffusers.pipeline import LanDiffLM, LanDiffLMConfig
 
     model = LanDiffLM(LanDiffLMConfig(MODELS.lm.model_dump(mode="json")))
     model.model.load_state_dict(weights("lm"))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.schema import RAW, Manifest
-from data_pipeline.shards import ShardWriter, read_manifest, write_manifest
-from launchers.cli import main
-from model_zoo import registry
+from landiff.data_pipeline.format.schema import RAW, Manifest
+from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, write_manifest
+from landiff.launchers.cli import main
+from landiff.model_zoo import registry
 from tests.data_pipeline.data_sets import keys_of, raw_sample, write_column
 from tests.model_zoo.convert.tiny import CONFIGS, weights
 

@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from data_pipeline.schema import Column, Manifest, ShardEntry
-from launchers.config import EvaluateConfig
-from launchers.evaluate import warn_of_cut_captions
+from landiff.data_pipeline.format.schema import Column, Manifest, ShardEntry
+from landiff.launchers.config import EvaluateConfig
+from landiff.launchers.results.evaluate import warn_of_cut_captions
 
 
 def test_a_column_with_cut_captions_is_named_with_their_number(caplog):

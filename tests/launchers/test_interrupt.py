@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers.local import environment
+from landiff.launchers.local.start import environment
 from tests.training.tokenizer.test_train import write_config
 from tests.training.tokenizer.tiny import write_data
-from training.run_folder import committed_steps, finished_step
+from landiff.training.checkpoint.run_folder import committed_steps, finished_step
 
 STEPS = 1_000_000
 
@@ -24,7 +24,7 @@ def start(folder, ranks):
     command = [
         sys.executable,
         "-m",
-        "launchers.cli",
+        "landiff.launchers.cli",
         "train",
         "tokenizer",
         "--config",

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs import ConfigError, load
-from launchers.cli import main
-from launchers.plan import GPUS, changed, search
-from launchers.plan_models import GIB, make_plan
-from model_zoo.registry import build
-from model_zoo.token_layout import TokenLayout
-from training.diffusion.config import DiffusionTrainConfig
-from training.lm.config import LMTrainConfig
-from training.tokenizer.config import TokenizerTrainConfig
+from landiff.configs import ConfigError, load
+from landiff.launchers.cli import main
+from landiff.launchers.budget.plan import GPUS, changed, search
+from landiff.launchers.budget.models import GIB, make_plan
+from landiff.model_zoo.registry import build
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from configs.processes import is_running
-from launchers.children import environment
-from launchers.cluster_config import ClusterConfig
-from launchers.slurm import Slurm
-from launchers.slurm_script import Job
-from launchers.stage_jobs import Planned
-from launchers.status import RunStatus, show_logs, statuses
-from launchers.submit import stop
+from landiff.configs.processes import is_running
+from landiff.launchers.local.children import environment
+from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.slurm.client import Slurm
+from landiff.launchers.slurm.script import Job
+from landiff.launchers.slurm.stage_jobs import Planned
+from landiff.launchers.run.status import RunStatus, show_logs, statuses
+from landiff.launchers.slurm.submit import stop
 
 HERE = Path(__file__).resolve().parent
 STEPS, SAVE_EVERY = 60, 5  # of the light trainer
@@ -30,8 +30,8 @@ TRAIN = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from launchers.children import follow_parent
-from launchers.local import explain, own, run_trainer
+from landiff.launchers.local.children import follow_parent
+from landiff.launchers.local.start import explain, own, run_trainer
 follow_parent()
 run, config_file = map(Path, sys.argv[1:])
 config = SimpleNamespace(run=run, loop=SimpleNamespace(steps=60))
@@ -45,8 +45,8 @@ sys.exit(f"{run} failed: {explain(run, code)}" if code else 0)
 SUBMIT = """
 import sys
 from pathlib import Path
-from launchers.children import follow_parent
-from launchers.submit import run_here
+from landiff.launchers.local.children import follow_parent
+from landiff.launchers.slurm.submit import run_here
 from tests.launchers.test_process_tree import LOCAL, submitted
 follow_parent()
 sys.exit(run_here([submitted(*map(Path, sys.argv[1:]))], LOCAL))
@@ -99,14 +99,14 @@ def tree(parent: int) -> dict[str, int]:
 def name_of(pid: int) -> str:
     """Of a rank and its helper the number of the rank belongs to it."""
     words = command_line(pid)
-    if "launchers.torchrun" in words:
+    if "landiff.launchers.local.torchrun" in words:
         return "torchrun"
-    if "launchers.rank" in words:
+    if "landiff.launchers.local.rank" in words:
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
         kind = (
             "helper"
-            if "launchers.rank" in command_line(int(parent))
-            and "launchers.torchrun" not in command_line(int(parent))
+            if "landiff.launchers.local.rank" in command_line(int(parent))
+            and "landiff.launchers.local.torchrun" not in command_line(int(parent))
             else "rank"
         )
         rank = next(

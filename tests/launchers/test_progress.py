@@ -2,7 +2,7 @@
 
 import io
 
-from launchers.progress import Progress, duration, rate_text
+from landiff.launchers.progress import Progress, duration, rate_text
 
 
 def test_duration_is_readable():

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from configs import ConfigError, load
-from launchers.cli import main
-from launchers.cluster_config import ClusterConfig, ContainerConfig, Resources
-from launchers.script_values import sbatch_option
-from launchers.slurm_script import Job, options, sbatch_text
+from landiff.configs import ConfigError, load
+from landiff.launchers.cli import main
+from landiff.launchers.slurm.cluster_config import ClusterConfig, ContainerConfig, Resources
+from landiff.launchers.slurm.script_values import sbatch_option
+from landiff.launchers.slurm.script import Job, options, sbatch_text
 
 BASH = shutil.which("bash") or "bash"
 HOSTILE = "it's \"q\" $(touch PWN) `touch PWN` ; touch PWN # 50% %j !x é漢 &|<>*?[a] ~"
@@ -37,7 +37,7 @@ def job(folder: Path, cluster: ClusterConfig, **values) -> Job:
         "name": "hostile",
         "run": folder / "runs" / "hostile",
         "workdir": folder,
-        "module": "launchers.cli",
+        "module": "landiff.launchers.cli",
         "arguments": ("sample",),
         "resources": cluster.resources("sample"),
         "trainer": False,
@@ -74,7 +74,7 @@ def test_a_hostile_folder_value_and_argument_reach_the_process_unchanged(tmp_pat
     made = job(folder, cluster, name=HOSTILE, arguments=arguments, made_by="landiff x\ntouch PWN")
     called = run(sbatch_text(made, cluster), folder)
     words = called["srun" if scheduler == "slurm" else "python3"]
-    target = ["-m", "launchers.rank", str(made.run), "launchers.cli", *arguments]
+    target = ["-m", "landiff.launchers.local.rank", str(made.run), "landiff.launchers.cli", *arguments]
     assert words[-len(target) :] == target
     assert (folder / "record" / "value").read_text(encoding="utf-8") == value
     assert (folder / "record" / "pwd").read_text(encoding="utf-8") == f"{folder}\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import ConfigError
-from launchers.slurm import Answer, Slurm, SlurmAway, SlurmError, run_command
+from landiff.configs import ConfigError
+from landiff.launchers.slurm.client import Answer, Slurm, SlurmAway, SlurmError, run_command
 
 AWAY = Answer(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
 

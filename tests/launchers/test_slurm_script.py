@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from configs import ConfigError, load
-from launchers.cluster_config import STAGES, ClusterConfig, ContainerConfig, Resources, seconds
-from launchers.slurm_script import Job, options, sbatch_text
+from landiff.configs import ConfigError, load
+from landiff.launchers.slurm.cluster_config import (
+    STAGES,
+    ClusterConfig,
+    ContainerConfig,
+    Resources,
+    seconds,
+)
+from landiff.launchers.slurm.script import Job, options, sbatch_text
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -22,7 +28,7 @@ def job(cluster: ClusterConfig, stage: str = "lm", **more) -> Job:
     trainer = stage in ("tokenizer", "lm", "diffusion")
     values = {
         "name": stage, "run": Path("/data/walk/runs") / stage, "workdir": Path("/data/walk"), "trainer": trainer,
-        "module": f"training.{stage}" if trainer else "launchers.cli",
+        "module": f"training.{stage}" if trainer else "landiff.launchers.cli",
         "arguments": (f"/data/walk/runs/{stage}/job/config.yaml",) if trainer else (stage, "--config", f"/data/walk/runs/{stage}/job/config.yaml"),
         "resources": cluster.resources(stage), "made_by": f"landiff submit {stage} --config landiff/{stage} --cluster site.yaml", "python": "/opt/venv/bin/python",
     }
@@ -83,7 +89,7 @@ def test_containers_are_rendered_for_both_runtimes():
     pyxis = site(container={"image": "nvcr.io/img", "mounts": ["/shared:/shared"]})
     assert "--container-image=nvcr.io/img --container-mounts=/data/walk:/data/walk,/shared:/shared" in sbatch_text(job(pyxis), pyxis)
     apptainer = site(container={"runtime": "apptainer", "image": "img.sif", "mounts": ["/shared"]}, default={"gpus_per_node": 1})
-    assert "apptainer exec --nv --bind /data/walk:/data/walk --bind /shared --pwd /data/walk img.sif /opt/venv/bin/python -m launchers.rank" in sbatch_text(job(apptainer), apptainer)
+    assert "apptainer exec --nv --bind /data/walk:/data/walk --bind /shared --pwd /data/walk img.sif /opt/venv/bin/python -m landiff.launchers.local.rank" in sbatch_text(job(apptainer), apptainer)
 
 
 def test_values_that_bash_would_touch_are_quoted():

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.ownership import OwnedError, take
-from launchers import snapshot
-from launchers.cli import main
-from launchers.cluster_config import ClusterConfig
-from launchers.slurm import Answer, Slurm
-from launchers.slurm_script import Job
-from launchers.stage_jobs import Planned
-from launchers.status import growth, statuses
-from launchers.submit import prepare, queue, read_record, run_here
+from landiff.configs.ownership import OwnedError, take
+from landiff.launchers.slurm import snapshot
+from landiff.launchers.cli import main
+from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.slurm.client import Answer, Slurm
+from landiff.launchers.slurm.script import Job
+from landiff.launchers.slurm.stage_jobs import Planned
+from landiff.launchers.run.status import growth, statuses
+from landiff.launchers.slurm.submit import prepare, queue, read_record, run_here
 
 LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 STAGES = {
@@ -73,7 +73,7 @@ def test_the_walk_fits_this_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, out, err = say(capsys, "submit", "pipeline", "--cluster", "local", "--dry-run")
     assert code == 0, err
-    lm, = (line for line in out.splitlines() if "-m training.lm" in line or " training.lm " in line)
+    lm, = (line for line in out.splitlines() if "-m landiff.training.lm" in line or " landiff.training.lm " in line)
     assert "--nproc-per-node=2" in lm  # parallel.tensor = 2
 
 
@@ -274,7 +274,7 @@ def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
 
 def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
-    code = ("import pickle, sys; from launchers.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
+    code = ("import pickle, sys; from landiff.launchers.slurm.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
             "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))")
     child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(snapshot.ROOT)}, stdin=subprocess.PIPE)
     with child.stdin as pipe:

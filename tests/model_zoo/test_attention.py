@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model_zoo.attention import attention, attention_varlen
+from landiff.model_zoo.attention import attention, attention_varlen
 
 
 def rows(*shape, seed=0, dtype=torch.float32):
@@ -91,7 +91,7 @@ def test_flash_attn_equals_sdpa(dtype):
     """Needs flash-attn (extra `gpu`). Both round the output to `dtype`; sums are float32."""
     import flash_attn
 
-    from model_zoo.attention import _flash_attn_for
+    from landiff.model_zoo.attention import _flash_attn_for
 
     q, k, v = (x.cuda() for x in rows(2, 130, 4, 64, dtype=dtype))
     assert _flash_attn_for(q) is flash_attn

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model_zoo.codebook import code_entropy, codebook_use, count_codes
-from model_zoo.evaluate.conditions import frequency_baseline
+from landiff.model_zoo.evaluate.codebook import code_entropy, codebook_use, count_codes
+from landiff.model_zoo.evaluate.conditions import frequency_baseline
 
 
 def test_codes_of_any_shape_are_counted():

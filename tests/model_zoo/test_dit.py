@@ -11,11 +11,11 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from model_zoo.config import DiffusionConfig, SemanticConditionConfig, TransformerConfig
-from model_zoo.convert import diffusers_transformer, release_diffusion
-from model_zoo.convert.rules import ConversionError, check_against, convert
-from model_zoo.dit import ControlledDiffusion, DiffusionTransformer, position_table_numel
-from model_zoo.registry import export, load_model
+from landiff.model_zoo.config import DiffusionConfig, SemanticConditionConfig, TransformerConfig
+from landiff.model_zoo.convert.formats import diffusers_transformer, release_diffusion
+from landiff.model_zoo.convert.rules import ConversionError, check_against, convert
+from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer, position_table_numel
+from landiff.model_zoo.registry import export, load_model
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
 TINY = DiffusionConfig(

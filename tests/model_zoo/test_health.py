@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from model_zoo.convert.lazy import LazyTensors
-from model_zoo.health import UnhealthyError, collapse, effective_codes, non_finite, require_finite
+from landiff.model_zoo.convert.lazy import LazyTensors
+from landiff.model_zoo.health import (
+    UnhealthyError,
+    collapse,
+    effective_codes,
+    non_finite,
+    require_finite,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from data_pipeline.precompute import clip_noise
-from model_zoo import keyed_random
-from training import rng
+from landiff.data_pipeline.precompute.producers import clip_noise
+from landiff.model_zoo import keyed_random
+from landiff.training import rng
 
 
 def test_keys_have_the_values_of_earlier_versions():

@@ -11,10 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_zoo.config import LMConfig, TokenizerConfig, TransformerConfig
-from model_zoo.dit import position_table
-from model_zoo.layers import RMSNorm, rotary_angles, rotary_table, rotate, run_block, sinusoid
-from model_zoo.tokenizer import SemanticTokenizer, sequence_angles
+from landiff.model_zoo.config import LMConfig, TokenizerConfig, TransformerConfig
+from landiff.model_zoo.dit import position_table
+from landiff.model_zoo.layers import (
+    RMSNorm,
+    rotary_angles,
+    rotary_table,
+    rotate,
+    run_block,
+    sinusoid,
+)
+from landiff.model_zoo.tokenizer import SemanticTokenizer, sequence_angles
 
 
 def random(*shape: int) -> Tensor:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from configs import load
-from configs.base import ConfigError
-from model_zoo import registry
-from model_zoo.config import LMConfig, ModelConfig
-from model_zoo.convert.release_lm import RULES
-from model_zoo.convert.rules import ConversionError, check_against, convert
-from model_zoo.layers import rotary_table, rotate
-from model_zoo.lm import LanguageModel, TextProjection
+from landiff.configs import load
+from landiff.configs.base import ConfigError
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import LMConfig, ModelConfig
+from landiff.model_zoo.convert.formats.release_lm import RULES
+from landiff.model_zoo.convert.rules import ConversionError, check_against, convert
+from landiff.model_zoo.layers import rotary_table, rotate
+from landiff.model_zoo.lm import LanguageModel, TextProjection
 
 CONFIG = LMConfig(
     codebook_size=20,

@@ -23,17 +23,17 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from launchers import sample
-from launchers.config import SampleConfig
-from launchers.sample import load_models
-from model_zoo import registry
-from model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
-from model_zoo.convert.formats import open_source, write_target
-from model_zoo.health import UnhealthyError
-from model_zoo.pipeline import LanDiffPipeline, LanDiffScheduler
-from model_zoo.sample.generate import Models, draw_codes, generate
-from model_zoo.sample.latents import SamplerOptions, guidance_scale
-from model_zoo.schedule import NoiseSchedule
+from landiff.launchers.results import sample
+from landiff.launchers.config import SampleConfig
+from landiff.launchers.results.sample import load_models
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
+from landiff.model_zoo.convert.known_formats import open_source, write_target
+from landiff.model_zoo.health import UnhealthyError
+from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline, LanDiffScheduler
+from landiff.model_zoo.sample.generate import Models, draw_codes, generate
+from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
+from landiff.model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
 from tests.model_zoo.zoo_entries import write_entry
 
@@ -130,7 +130,7 @@ def test_save_and_load_give_the_same_video(saved, expected):
     found = loaded(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
     assert torch.equal(found.frames, expected.frames_BFHWC)
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["lm"] == ["model_zoo.pipeline", "LanDiffLM"] and index["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
+    assert index["lm"] == ["landiff.model_zoo.diffusers.pipeline", "LanDiffLM"] and index["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
 
 
 def test_stock_classes_and_the_converter_read_the_folder(saved, pipe, tmp_path):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_zoo.config import ScheduleConfig
-from model_zoo.dit import ControlledDiffusion
-from model_zoo.sample.latents import (
+from landiff.model_zoo.config import ScheduleConfig
+from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.sample.latents import (
     SamplerOptions,
     guidance_scale,
     reference_noise,
@@ -19,8 +19,8 @@ from model_zoo.sample.latents import (
     seeded_noise,
     stream_latents,
 )
-from model_zoo.sample.sizes import num_chunks
-from model_zoo.schedule import NoiseSchedule
+from landiff.model_zoo.sample.sizes import num_chunks
+from landiff.model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.test_dit import TINY, randomize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "diffusion_sampling"

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from configs import ConfigError, validate
-from model_zoo.config import LMConfig, TokenSamplingConfig
-from model_zoo.lm import LanguageModel
-from model_zoo.sample.tokens import Prompts, keep_top_k, keep_top_p, sample_tokens, seeded_draw
-from model_zoo.token_layout import CODE, IGNORE
+from landiff.configs import ConfigError, validate
+from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
+from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample.tokens import (
+    Prompts,
+    keep_top_k,
+    keep_top_p,
+    sample_tokens,
+    seeded_draw,
+)
+from landiff.model_zoo.token_layout import CODE, IGNORE
 from tests.golden.conftest import Case
 from tests.golden.test_lm import model_of
 

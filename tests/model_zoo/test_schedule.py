@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_zoo.config import ScheduleConfig
-from model_zoo.schedule import NoiseSchedule, denoising_loss
+from landiff.model_zoo.config import ScheduleConfig
+from landiff.model_zoo.schedule import NoiseSchedule, denoising_loss
 
 SCHEDULE = NoiseSchedule(ScheduleConfig())
 TIMESTEPS = torch.tensor([0, 250, 999])

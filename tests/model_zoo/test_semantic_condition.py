@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model_zoo.config import SemanticConditionConfig
-from model_zoo.semantic_condition import SemanticCondition
+from landiff.model_zoo.config import SemanticConditionConfig
+from landiff.model_zoo.semantic_condition import SemanticCondition
 
 TINY = SemanticConditionConfig(
     feature_channels=6,

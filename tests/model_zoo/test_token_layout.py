@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from model_zoo.config import LMConfig, TokenizerConfig
-from model_zoo.token_layout import CODE, IGNORE, TokenLayout
+from landiff.model_zoo.config import LMConfig, TokenizerConfig
+from landiff.model_zoo.token_layout import CODE, IGNORE, TokenLayout
 
 SMALL = TokenLayout(codebook_size=10, iframe_tokens=3, pframe_tokens=2, segment_frames=2)
 EOS, BOS, SI, EI, SP, EP, PAD = range(10, 17)
@@ -162,5 +162,5 @@ def test_sizes_must_be_positive():
 
 
 def test_the_grammar_loads_without_torch():
-    code = "import sys, model_zoo.token_layout; sys.exit('torch' in sys.modules)"
+    code = "import sys, landiff.model_zoo.token_layout; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from model_zoo.config import TokenizerConfig
-from model_zoo.convert.release_tokenizer import RULES
-from model_zoo.convert.rules import check_against, convert
-from model_zoo.frame_spans import decoder_spans, dense_mask, encoder_spans, span_attention
-from model_zoo.registry import export, load_model
-from model_zoo.tokenizer import Quantizer, SemanticTokenizer
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.convert.formats.release_tokenizer import RULES
+from landiff.model_zoo.convert.rules import check_against, convert
+from landiff.model_zoo.frame_spans import decoder_spans, dense_mask, encoder_spans, span_attention
+from landiff.model_zoo.registry import export, load_model
+from landiff.model_zoo.tokenizer import Quantizer, SemanticTokenizer
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys" / "tokenizer.json"
 TINY = TokenizerConfig(

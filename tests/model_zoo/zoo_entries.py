@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.base import Config
-from configs.files import sha256_file
-from model_zoo import registry
+from landiff.configs.base import Config
+from landiff.configs.files import sha256_file
+from landiff.model_zoo import registry
 
 
 def write_entry(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.slurm import Slurm
+from landiff.launchers.slurm.client import Slurm
 
 HERE = Path(__file__).resolve().parent
 SANDBOX = HERE / "slurm_sandbox"

@@ -9,10 +9,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from launchers.cluster_config import ClusterConfig
-from launchers.slurm_script import Job
-from launchers.stage_jobs import Planned
-from launchers.submit import prepare, submit_one
+from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.slurm.script import Job
+from landiff.launchers.slurm.stage_jobs import Planned
+from landiff.launchers.slurm.submit import prepare, submit_one
 from tests.slurm.conftest import HERE, Sandbox
 
 

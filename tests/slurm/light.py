@@ -14,8 +14,8 @@ import time
 import zlib
 from pathlib import Path
 
-from configs.base import ConfigError
-from training.heartbeat import Heartbeat
+from landiff.configs.base import ConfigError
+from landiff.training.observe.heartbeat import Heartbeat
 
 HANG_TIMEOUT_S = 8.0
 
@@ -29,7 +29,7 @@ def main() -> None:
     meeting.mkdir(parents=True, exist_ok=True)
     saved = sorted((run / "checkpoints").glob("step_????????"))
     step, loss = json.loads((saved[-1] / "state.json").read_text()) if saved else (0, 1)
-    signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())  # as training.distributed: a wish, not an end
+    signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())  # as landiff.training.distributed: a wish, not an end
     if rank == 0:
         (run / "stop").unlink(missing_ok=True)
         cut_torn_line(run / "metrics.jsonl")

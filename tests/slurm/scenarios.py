@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launchers.slurm_script import Job
-from launchers.stage_jobs import Planned
-from launchers.status import statuses
-from launchers.submit import stop
+from landiff.launchers.slurm.script import Job
+from landiff.launchers.slurm.stage_jobs import Planned
+from landiff.launchers.run.status import statuses
+from landiff.launchers.slurm.submit import stop
 from tests.slurm.conftest import HERE, Sandbox, full, until
 from tests.slurm.jobs import cluster, light, ready, start
 

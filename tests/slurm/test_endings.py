@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import ConfigError
-from launchers.status import statuses
-from launchers.submit import queue, read_record
+from landiff.configs import ConfigError
+from landiff.launchers.run.status import statuses
+from landiff.launchers.slurm.submit import queue, read_record
 from tests.slurm.conftest import Sandbox, until
 from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_log, start, undisturbed
 from tests.slurm.scenarios import FIRST, LONG, NOTE, SCENARIOS

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.submit import read_record
+from landiff.launchers.slurm.submit import read_record
 from tests.slurm.conftest import Sandbox
 from tests.slurm.walk import SMALL, exported_weights, landiff, last_job, write_site
 
@@ -112,6 +112,6 @@ def processes_of(run: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"launchers.rank" in words and str(run).encode() in words and b"srun" not in words[0] and b"bash" not in words[0]:
+        if b"landiff.launchers.local.rank" in words and str(run).encode() in words and b"srun" not in words[0] and b"bash" not in words[0]:
             found.append(int(path.parent.name))
     return found

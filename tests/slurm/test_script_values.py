@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.script_values import file_pattern, sbatch_option
+from landiff.launchers.slurm.script_values import file_pattern, sbatch_option
 
 pytestmark = pytest.mark.slurm
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from configs.files import write_text
-from training.checkpoint import FILES, FileList, describe, list_files
+from landiff.configs.files import write_text
+from landiff.training.checkpoint.store import FILES, FileList, describe, list_files
 
 MARK = "hacked"  # the file in the working directory that exists once a payload ran
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from configs.files import write_text
-from configs.loader import dump
+from landiff.configs.files import write_text
+from landiff.configs.loader import dump
 from tests.chaos import Trainer, prove_kill_safety
 from tests.training.toy import ToyConfig
-from training.config import LoopConfig
+from landiff.training.config import LoopConfig
 
 
 def write_config(run):

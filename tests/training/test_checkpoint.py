@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.base import ConfigError
-from configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
+from landiff.configs.base import ConfigError
+from landiff.configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, alone, train
-from training.checkpoint import (
+from landiff.training.checkpoint.store import (
     CheckpointState,
     CheckpointStore,
     FileList,
@@ -25,9 +25,9 @@ from training.checkpoint import (
     list_files,
     step_folder,
 )
-from training.config import LoopConfig, OptimConfig
-from training.engine import TrainState
-from training.errors import CheckpointError
+from landiff.training.config import LoopConfig, OptimConfig
+from landiff.training.engine import TrainState
+from landiff.training.checkpoint.errors import CheckpointError
 
 
 def config(folder, steps=6, **loop):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs.base import ConfigError
+from landiff.configs.base import ConfigError
 from tests.distributed import RankError, nursery, run_distributed
-from training import distributed
-from training.errors import first_error, write_error
+from landiff.training import distributed
+from landiff.training.checkpoint.errors import first_error, write_error
 
 
 def agree(world):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from configs.files import write_text
-from configs.loader import dump
-from launchers.local import environment
+from landiff.configs.files import write_text
+from landiff.configs.loader import dump
+from landiff.launchers.local.start import environment
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
-from training.checkpoint import (
+from landiff.training.checkpoint.store import (
     FILES,
     CheckpointStore,
     FileList,
@@ -24,13 +24,13 @@ from training.checkpoint import (
     latest_whole,
     step_folder,
 )
-from training.config import LoopConfig
-from training.engine import TrainState
-from training.errors import CheckpointError, NonFiniteError
-from training.guard import Guard
-from training.loop import fit
-from training.metrics import read_metrics
-from training.run import Run, finished_step
+from landiff.training.config import LoopConfig
+from landiff.training.engine import TrainState
+from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
+from landiff.training.guard import Guard
+from landiff.training.loop import fit
+from landiff.training.observe.metrics import read_metrics
+from landiff.training.run import Run, finished_step
 
 
 def config(folder, steps=6, **loop):
@@ -193,7 +193,7 @@ def test_the_rank_ends_with_one_line_and_code_1_and_is_not_restarted(tmp_path):
         [
             sys.executable,
             "-m",
-            "launchers.rank",
+            "landiff.launchers.local.rank",
             str(run),
             "diverging",
             str(tmp_path / "config.yaml"),

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import RankError, run_distributed
-from training.config import LoopConfig
-from training.errors import error_path, first_error, read_message
-from training.heartbeat import PEERS_GRACE_S, SECOND_NET_S, Heartbeat
+from landiff.training.config import LoopConfig
+from landiff.training.checkpoint.errors import error_path, first_error, read_message
+from landiff.training.observe.heartbeat import PEERS_GRACE_S, SECOND_NET_S, Heartbeat
 
 
 def stand_still(world, run: Path) -> None:

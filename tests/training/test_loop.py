@@ -9,10 +9,10 @@ import torch
 
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
-from training.config import LoopConfig
-from training.loop import due, fit
-from training.metrics import read_metrics
-from training.run import Run, finished_step
+from landiff.training.config import LoopConfig
+from landiff.training.loop import due, fit
+from landiff.training.observe.metrics import read_metrics
+from landiff.training.run import Run, finished_step
 
 
 def config(folder, steps=6, **loop):

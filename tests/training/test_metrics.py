@@ -10,10 +10,18 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_pipeline.loader import Batch
+from landiff.data_pipeline.loading.loader import Batch
 from tests.training.toy import alone
-from training.engine import StepResult, TrainState
-from training.metrics import Metrics, Progress, cut, duration, gif, read_metrics, read_scalars
+from landiff.training.engine import StepResult, TrainState
+from landiff.training.observe.metrics import (
+    Metrics,
+    Progress,
+    cut,
+    duration,
+    gif,
+    read_metrics,
+    read_scalars,
+)
 
 
 class Terminal(io.StringIO):
@@ -61,7 +69,7 @@ def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
 
 def test_a_full_disk_is_told_to_whoever_writes(tmp_path):
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom training.event_file import EventFile\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom landiff.training.observe.event_file import EventFile\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "file = EventFile(Path(sys.argv[1]))\n"
         "try:\n  for step in range(1000): file.add_scalar('loss', 1.0, step)\n"

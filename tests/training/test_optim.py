@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.config import OptimConfig
-from training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from landiff.training.config import OptimConfig
+from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 
 
 def test_warmup_rises_linearly_to_the_full_rate():

@@ -2,7 +2,7 @@
 
 import torch
 
-from training import rng
+from landiff.training import rng
 
 
 def test_a_key_depends_on_every_part_and_on_nothing_else():

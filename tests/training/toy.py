@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from configs.base import Config
-from configs.loader import load
-from data_pipeline.loader import Batch, Sample
-from data_pipeline.schema import Manifest, RawSample
-from training import distributed, rng
-from training.config import LoopConfig, OptimConfig
-from training.distributed import World
-from training.engine import StepResult, TrainState
-from training.guard import Guard
-from training.loop import fit
-from training.optim import learning_rate
-from training.run import Run
+from landiff.configs.base import Config
+from landiff.configs.loader import load
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.format.schema import Manifest, RawSample
+from landiff.training import distributed, rng
+from landiff.training.config import LoopConfig, OptimConfig
+from landiff.training.distributed import World
+from landiff.training.engine import StepResult, TrainState
+from landiff.training.guard import Guard
+from landiff.training.loop import fit
+from landiff.training.optim import learning_rate
+from landiff.training.run import Run
 
 
 class ToyModelConfig(Config):

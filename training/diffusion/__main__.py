@@ -1,18 +1,18 @@
-"""`python -m training.diffusion <resolved-config.yaml>`: one rank, under torchrun or alone."""
+"""`python -m landiff.training.diffusion <resolved-config.yaml>`: one rank, under torchrun or alone."""
 
 from __future__ import annotations
 
 import sys
 
-from configs.loader import load
-from data_pipeline.loader import Loader
-from training import distributed
-from training.checks import Launch
-from training.diffusion.checks import check
-from training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
-from training.diffusion.engine import build_engine
-from training.loop import fit
-from training.run import Run
+from landiff.configs.loader import load
+from landiff.data_pipeline.loading.loader import Loader
+from landiff.training import distributed
+from landiff.training.checks import Launch
+from landiff.training.diffusion.checks import check
+from landiff.training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
+from landiff.training.diffusion.engine import build_engine
+from landiff.training.loop import fit
+from landiff.training.run import Run
 
 
 def main(config_path: str) -> None:

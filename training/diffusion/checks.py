@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from configs.problems import Problem
-from model_zoo.config import ScheduleConfig
-from model_zoo.frozen.checks import check_encoder, width_of
-from training.checks import Launch, check_trainer, different_fields, find_entry
-from training.diffusion.columns import check_columns, check_tokenizer
-from training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
+from landiff.configs.problems import Problem
+from landiff.model_zoo.config import ScheduleConfig
+from landiff.model_zoo.frozen.checks import check_encoder, width_of
+from landiff.training.checks import Launch, check_trainer, different_fields, find_entry
+from landiff.training.diffusion.columns import check_columns, check_tokenizer
+from landiff.training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
 
 
 def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:

@@ -5,13 +5,13 @@ Torch-free.
 
 from __future__ import annotations
 
-from configs.base import ConfigError
-from configs.problems import Problem
-from data_pipeline.schema import Column, Manifest
-from model_zoo.config import TokenizerConfig
-from model_zoo.registry import ZooEntry
-from model_zoo.token_layout import TokenLayout
-from training.diffusion.config import DiffusionTrainConfig
+from landiff.configs.base import ConfigError
+from landiff.configs.problems import Problem
+from landiff.data_pipeline.format.schema import Column, Manifest
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.registry import ZooEntry
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
 def check_columns(

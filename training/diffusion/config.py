@@ -14,11 +14,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_validator
 
-from configs.base import Config, refuse_values
-from data_pipeline.config import DataConfig
-from model_zoo.config import DiffusionConfig, ScheduleConfig
-from model_zoo.frozen.config import CodecConfig
-from training.config import LoopConfig, OptimConfig
+from landiff.configs.base import Config, refuse_values
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.model_zoo.config import DiffusionConfig, ScheduleConfig
+from landiff.model_zoo.frozen.config import CodecConfig
+from landiff.training.config import LoopConfig, OptimConfig
 
 # sections in which a checkpoint may not differ from its run
 MUST_MATCH = ("model", "schedule", "phase")
@@ -59,7 +59,7 @@ class PrefixConfig(Config):
 
 
 class DiffusionTrainConfig(Config):
-    """`python -m training.diffusion`."""
+    """`python -m landiff.training.diffusion`."""
 
     run: Path  # run folder
     zoo: Path  # where `init_from` and `tokenizer` are looked up

@@ -9,19 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs.base import ConfigError
-from data_pipeline.loader import Batch, Sample
-from model_zoo.convert.deepspeed import SHARDS, Layout, read_deepspeed
-from model_zoo.convert.rules import check_against
-from training.diffusion import zero
-from training.diffusion.config import DiffusionTrainConfig
-from training.diffusion.model import build_model, load_tokenizer
-from training.diffusion.preview import Previewer
-from training.diffusion.step import Objective
-from training.distributed import World
-from training.engine import StepResult
-from training.guard import Guard
-from training.optim import adamw, learning_rate, set_learning_rate
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.model_zoo.convert.formats.deepspeed import SHARDS, Layout, read_deepspeed
+from landiff.model_zoo.convert.rules import check_against
+from landiff.training.diffusion import zero
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.model import build_model, load_tokenizer
+from landiff.training.diffusion.preview import Previewer
+from landiff.training.diffusion.step import Objective
+from landiff.training.distributed import World
+from landiff.training.engine import StepResult
+from landiff.training.guard import Guard
+from landiff.training.optim import adamw, learning_rate, set_learning_rate
 
 
 class DeepSpeedEngine:
@@ -111,6 +111,6 @@ class DeepSpeedEngine:
 
 
 def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
-    """The engine that `config` describes. Collective; the process group exists (`training.distributed.start`)."""
+    """The engine that `config` describes. Collective; the process group exists (`landiff.training.distributed.start`)."""
     objective = Objective(config, world.device, load_tokenizer(config, world.device))
     return DeepSpeedEngine(config, world, build_model(config), objective)

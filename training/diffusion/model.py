@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from model_zoo import registry
-from model_zoo.dit import ControlledDiffusion
-from training import rng
-from training.diffusion.config import DiffusionTrainConfig
+from landiff.model_zoo import registry
+from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.training import rng
+from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
 def build_model(config: DiffusionTrainConfig) -> nn.Module:

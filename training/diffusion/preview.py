@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.loader import Sample
-from model_zoo.frozen import build
-from model_zoo.sample.latents import SamplerOptions, sample_latents, seeded_noise
-from training import rng
-from training.diffusion.config import DiffusionTrainConfig
-from training.diffusion.step import Inputs, Objective
+from landiff.data_pipeline.loading.loader import Sample
+from landiff.model_zoo.frozen import build
+from landiff.model_zoo.sample.latents import SamplerOptions, sample_latents, seeded_noise
+from landiff.training import rng
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.step import Inputs, Objective
 
 TIMESTEP_SHARE = 0.5  # of the schedule, for the one-step estimate
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from configs.base import ConfigError
-from data_pipeline.loader import Sample
-from model_zoo.frozen.base import posterior_mean, posterior_sample
-from model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
-from training import rng
-from training.diffusion.config import DiffusionTrainConfig
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.loading.loader import Sample
+from landiff.model_zoo.frozen.base import posterior_mean, posterior_sample
+from landiff.model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
+from landiff.training import rng
+from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
 @dataclass(frozen=True)

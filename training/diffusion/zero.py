@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model_zoo.convert.deepspeed import CLASSES, MOMENTS, DeepSpeedState
-from model_zoo.convert.pickles import load_pickle
-from model_zoo.convert.rules import check_against
-from training.diffusion.config import DiffusionTrainConfig
-from training.distributed import World
-from training.replace import replaced
+from landiff.model_zoo.convert.formats.deepspeed import CLASSES, MOMENTS, DeepSpeedState
+from landiff.model_zoo.convert.pickles import load_pickle
+from landiff.model_zoo.convert.rules import check_against
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.distributed import World
+from landiff.training.replace import replaced
 
 
 def prepare() -> None:
-    """Ready DeepSpeed for ranks that have joined already (`training.distributed.start`). Call before `initialize`.
+    """Ready DeepSpeed for ranks that have joined already (`landiff.training.distributed.start`). Call before `initialize`.
 
     On the CPU DeepSpeed compiles a shared-memory all-reduce at start-up, a minute of work that needs a compiler
     and serves inference only; it is declared unavailable. On CUDA nothing here is compiled either, since the
@@ -93,7 +93,7 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: Mapp
             args=place, model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
         )
     engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine)
-    # The scripts DeepSpeed would copy beside its files do what model_zoo/convert/deepspeed.py does.
+    # The scripts DeepSpeed would copy beside its files do what model_zoo/convert/formats/deepspeed.py does.
     engine._copy_recovery_script = lambda folder: None
     return engine
 

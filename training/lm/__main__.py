@@ -1,4 +1,4 @@
-"""`python -m training.lm <resolved-config.yaml>`: one rank, under torchrun or alone."""
+"""`python -m landiff.training.lm <resolved-config.yaml>`: one rank, under torchrun or alone."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import logging
 import sys
 import warnings
 
-from configs.loader import load
-from data_pipeline.loader import Loader
-from training import distributed
-from training.checks import Launch
-from training.guard import Guard
-from training.lm.checks import check
-from training.lm.config import MUST_MATCH, LMTrainConfig
-from training.loop import fit
-from training.run import Run
+from landiff.configs.loader import load
+from landiff.data_pipeline.loading.loader import Loader
+from landiff.training import distributed
+from landiff.training.checks import Launch
+from landiff.training.guard import Guard
+from landiff.training.lm.checks import check
+from landiff.training.lm.config import MUST_MATCH, LMTrainConfig
+from landiff.training.loop import fit
+from landiff.training.run import Run
 
 
 def main(config_path: str) -> None:
@@ -23,7 +23,7 @@ def main(config_path: str) -> None:
     # and of every layer that its MLP (our GatedMLP) is none of core's own
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-    from training.lm.engine import MegatronEngine
+    from landiff.training.lm.engine import MegatronEngine
 
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.base import ConfigError
-from data_pipeline.loader import Sample
-from model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
-from training import rng
-from training.lm.config import LMTrainConfig
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.loading.loader import Sample
+from landiff.model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
+from landiff.training import rng
+from landiff.training.lm.config import LMTrainConfig
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def text_is_dropped(seed: int, index: int, probability: float) -> bool:
 
 
 def motion_condition(motion_score: float) -> float:
-    """The number the model is told about a clip's motion: the score of `data_pipeline.motion` as it is.
+    """The number the model is told about a clip's motion: the score of `landiff.data_pipeline.video.motion` as it is.
 
     How the released model's scores were measured is unknown (§4.4); ours are flow in frame heights per second,
     which for ordinary clips lie in the same range of 0 to 1.

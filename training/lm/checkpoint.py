@@ -5,7 +5,7 @@ torch's own writer. Core writes with forked helpers and a spawned queue server; 
 trainer waiting for ever, and a full disk must end in an exception on every rank. The format is the same.
 
 Loading never runs code from a checkpoint: the pickles in it (`.metadata`, common.pt, objects in *.distcp) are
-limited to the allow-lists of `model_zoo.convert`.
+limited to the allow-lists of `landiff.model_zoo.convert`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from configs.base import ConfigError
-from model_zoo.convert.dist_checkpoint import read_metadata
-from model_zoo.convert.megatron import COMMON
-from model_zoo.convert.pickles import check_pickle, check_plain_pickle, read_pickle
-from model_zoo.convert.rules import ConversionError
-from training.lm.model import MegatronLM
-from training.replace import replaced
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.convert.formats.dist_checkpoint import read_metadata
+from landiff.model_zoo.convert.formats.megatron import COMMON
+from landiff.model_zoo.convert.pickles import check_pickle, check_plain_pickle, read_pickle
+from landiff.model_zoo.convert.rules import ConversionError
+from landiff.training.lm.model import MegatronLM
+from landiff.training.replace import replaced
 
 
 def _layout() -> dict[str, Any]:

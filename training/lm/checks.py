@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.base import ConfigError
-from configs.documents import read_yaml
-from configs.problems import Problem
-from training.checks import Launch, check_package, check_trainer, different_fields, find_entry
-from training.lm.columns import check_columns, check_tokenizer
-from training.lm.config import MUST_MATCH, LMTrainConfig
-from training.run_folder import CONFIG, committed_steps, step_folder
+from landiff.configs.base import ConfigError
+from landiff.configs.documents import read_yaml
+from landiff.configs.problems import Problem
+from landiff.training.checks import (
+    Launch,
+    check_package,
+    check_trainer,
+    different_fields,
+    find_entry,
+)
+from landiff.training.lm.columns import check_columns, check_tokenizer
+from landiff.training.lm.config import MUST_MATCH, LMTrainConfig
+from landiff.training.checkpoint.run_folder import CONFIG, committed_steps, step_folder
 
 # fields of the model that decide the shapes of its weights
 SHAPES = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from configs.problems import Problem, problems_of
-from data_pipeline.column_checks import require_encoder
-from data_pipeline.schema import Manifest
-from model_zoo.registry import ZooEntry
-from model_zoo.token_layout import TokenLayout
-from training.lm.config import LMTrainConfig
+from landiff.configs.problems import Problem, problems_of
+from landiff.data_pipeline.format.column_checks import require_encoder
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.model_zoo.registry import ZooEntry
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.lm.config import LMTrainConfig
 
 
 def check_tokenizer(config: LMTrainConfig, entry: ZooEntry) -> list[Problem]:

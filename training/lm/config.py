@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 
-from configs.base import Config, ConfigError, refuse_values
-from data_pipeline.config import DataConfig
-from model_zoo.config import LMConfig
-from training.config import LoopConfig, OptimConfig
+from landiff.configs.base import Config, ConfigError, refuse_values
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.model_zoo.config import LMConfig
+from landiff.training.config import LoopConfig, OptimConfig
 
 # sections in which a checkpoint may not differ from its run
 MUST_MATCH = ("model", "precision", "vocab_multiple", "head_multiple")

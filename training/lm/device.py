@@ -14,7 +14,7 @@ import torch
 from megatron.core.tensor_parallel import random as core_random
 from torch.overrides import TorchFunctionMode
 
-from training.replace import replaced
+from landiff.training.replace import replaced
 
 
 class _CudaMeansCpu(TorchFunctionMode):

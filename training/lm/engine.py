@@ -1,4 +1,4 @@
-"""Megatron-core behind `training.engine.Engine`: its DDP, optimizer, schedules, gradient finish and checkpoints."""
+"""Megatron-core behind `landiff.training.engine.Engine`: its DDP, optimizer, schedules, gradient finish and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from data_pipeline.loader import Batch
-from model_zoo import registry
-from model_zoo.token_layout import TokenLayout
-from training.engine import StepResult
-from training.guard import Guard
-from training.lm import checkpoint
-from training.lm.batch import Row, pack
-from training.lm.config import LMTrainConfig, data_parallel_size
-from training.lm.device import megatron_device, seed_tensor_parallel
-from training.lm.model import InitialWeights, MegatronLM
-from training.optim import learning_rate
+from landiff.data_pipeline.loading.loader import Batch
+from landiff.model_zoo import registry
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.engine import StepResult
+from landiff.training.guard import Guard
+from landiff.training.lm import checkpoint
+from landiff.training.lm.batch import Row, pack
+from landiff.training.lm.config import LMTrainConfig, data_parallel_size
+from landiff.training.lm.device import megatron_device, seed_tensor_parallel
+from landiff.training.lm.model import InitialWeights, MegatronLM
+from landiff.training.optim import learning_rate
 
 
 class MegatronEngine:
@@ -88,7 +88,7 @@ class MegatronEngine:
                 bf16=self.config.precision == "bf16", params_dtype=self.model.config.params_dtype,
             ),
             [self.ddp],
-            # as `training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
+            # as `landiff.training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
             {ParamKey(predicate=ParamPredicate("vector", _is_vector)): {"wd_mult": 0.0}},
         )
         checkpoint.prepare(optimizer)
@@ -155,7 +155,7 @@ class MegatronEngine:
         return totals
 
     def load_weights(self, source: Mapping[str, Tensor]) -> None:
-        """Take whole weights under the names of `model_zoo.lm.LanguageModel`; the optimizer's state stays as it is."""
+        """Take whole weights under the names of `landiff.model_zoo.lm.LanguageModel`; the optimizer's state stays as it is."""
         with megatron_device():
             self.model.load_full(source)
             if hasattr(self, "optimizer"):

@@ -29,10 +29,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configs.base import ConfigError
-from model_zoo.attention import attention_varlen
-from model_zoo.layers import RMSNorm, rotate
-from training.lm.config import LMTrainConfig
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.attention import attention_varlen
+from landiff.model_zoo.layers import RMSNorm, rotate
+from landiff.training.lm.config import LMTrainConfig
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The language model as a Megatron-core GPT: packed rows in, loss of each token out.
 
-It computes the same as `model_zoo.lm.LanguageModel`, whose condition modules it uses, divided over
+It computes the same as `landiff.model_zoo.lm.LanguageModel`, whose condition modules it uses, divided over
 tensor-parallel ranks and pipeline stages.
 
 Shape letters (docs/glossary.md and batch.py): N tokens of a packed row, S samples in it, M text
@@ -18,15 +18,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from model_zoo.config import LMConfig
-from model_zoo.convert.megatron import Padded, module_name, shard, to_megatron
-from model_zoo.layers import rotary_table
-from model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
-from model_zoo.token_layout import IGNORE, TokenLayout
-from training import rng
-from training.lm.batch import Row, pad_to
-from training.lm.config import LMTrainConfig
-from training.lm.layers import PackedRow, block_spec, transformer_config
+from landiff.model_zoo.config import LMConfig
+from landiff.model_zoo.convert.formats.megatron import Padded, module_name, shard, to_megatron
+from landiff.model_zoo.layers import rotary_table
+from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
+from landiff.model_zoo.token_layout import IGNORE, TokenLayout
+from landiff.training import rng
+from landiff.training.lm.batch import Row, pad_to
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.layers import PackedRow, block_spec, transformer_config
 
 
 class MegatronLM(GPTModel):

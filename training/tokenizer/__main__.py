@@ -1,18 +1,18 @@
-"""`python -m training.tokenizer <resolved-config.yaml>`: one rank, under torchrun or alone."""
+"""`python -m landiff.training.tokenizer <resolved-config.yaml>`: one rank, under torchrun or alone."""
 
 from __future__ import annotations
 
 import sys
 
-from configs.loader import load
-from data_pipeline.loader import Loader
-from training import distributed
-from training.checks import Launch
-from training.loop import fit
-from training.run import Run
-from training.tokenizer.checks import MUST_MATCH, check
-from training.tokenizer.config import TokenizerTrainConfig
-from training.tokenizer.engine import TokenizerEngine
+from landiff.configs.loader import load
+from landiff.data_pipeline.loading.loader import Loader
+from landiff.training import distributed
+from landiff.training.checks import Launch
+from landiff.training.loop import fit
+from landiff.training.run import Run
+from landiff.training.tokenizer.checks import MUST_MATCH, check
+from landiff.training.tokenizer.config import TokenizerTrainConfig
+from landiff.training.tokenizer.engine import TokenizerEngine
 
 
 def main(config_path: str) -> None:

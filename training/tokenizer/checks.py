@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from configs.problems import Problem
-from training.checks import Launch, check_trainer
-from training.tokenizer.columns import check_features
-from training.tokenizer.config import TokenizerTrainConfig
+from landiff.configs.problems import Problem
+from landiff.training.checks import Launch, check_trainer
+from landiff.training.tokenizer.columns import check_features
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 MUST_MATCH = ("model",)  # sections in which a checkpoint may not differ from its run
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from configs.problems import Problem
-from data_pipeline.schema import Manifest
-from training.tokenizer.config import COLUMN, TokenizerTrainConfig
+from landiff.configs.problems import Problem
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 
 
 def check_features(config: TokenizerTrainConfig, manifest: Manifest) -> list[Problem]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from configs.base import Config
-from data_pipeline.config import DataConfig
-from model_zoo.config import TokenizerConfig
-from training.config import LoopConfig, OptimConfig
+from landiff.configs.base import Config
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.training.config import LoopConfig, OptimConfig
 
 COLUMN = "features"  # what it is trained on
 

@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data_pipeline.loader import Batch, Sample
-from model_zoo.codebook import codebook_use, count_codes
-from model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
-from training import rng
-from training.distributed import World
-from training.engine import StepResult
-from training.guard import Guard
-from training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
-from training.tokenizer.config import COLUMN, TokenizerTrainConfig
-from training.tokenizer.sampling import KeyedSampling
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
+from landiff.model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
+from landiff.training import rng
+from landiff.training.distributed import World
+from landiff.training.engine import StepResult
+from landiff.training.guard import Guard
+from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
+from landiff.training.tokenizer.sampling import KeyedSampling
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 PREVIEW_PIXELS = 16  # side of a feature cell

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model_zoo.tokenizer import SemanticTokenizer
-from training import rng
-from training.distributed import World
+from landiff.model_zoo.tokenizer import SemanticTokenizer
+from landiff.training import rng
+from landiff.training.distributed import World
 
 
 class KeyedSampling:

@@ -15,11 +15,11 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from configs.base import ConfigError
-from model_zoo.convert.deepspeed import export_diffusion, read_deepspeed
-from model_zoo.convert.deepspeed_write import Cut, Made, write_deepspeed
-from model_zoo.convert.lazy import LazyTensors
-from model_zoo.health import UnhealthyError
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.convert.formats.deepspeed import export_diffusion, read_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed_write import Cut, Made, write_deepspeed
+from landiff.model_zoo.convert.lazy import LazyTensors
+from landiff.model_zoo.health import UnhealthyError
 
 RANKS = 3
 WEIGHTS = {"a.weight": torch.arange(35.0).view(5, 7), "a.bias": torch.arange(4.0) + 100, "b": torch.tensor(7.0)}

@@ -12,25 +12,31 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from model_zoo.config import ModelConfig
-from model_zoo.convert.deepspeed_write import Cut
-from model_zoo.convert.dist_checkpoint import DistReader
-from model_zoo.convert.formats import Options, describe, fingerprint, open_source, write_target
-from model_zoo.convert.lazy import LazyTensors
-from model_zoo.convert.megatron import Padded, write_megatron
-from model_zoo.convert.megatron_optimizer import read_state
-from model_zoo.convert.parts import Part
+from landiff.model_zoo.config import ModelConfig
+from landiff.model_zoo.convert.formats.deepspeed_write import Cut
+from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
+from landiff.model_zoo.convert.known_formats import (
+    Options,
+    describe,
+    fingerprint,
+    open_source,
+    write_target,
+)
+from landiff.model_zoo.convert.lazy import LazyTensors
+from landiff.model_zoo.convert.formats.megatron import Padded, write_megatron
+from landiff.model_zoo.convert.formats.megatron_optimizer import read_state
+from landiff.model_zoo.convert.parts import Part
 from tests.distributed import run_distributed
 from tests.model_zoo.convert.tiny import same
 from tests.training.diffusion import tiny as diffusion
 from tests.training.diffusion.test_engine import weights as live_weights
 from tests.training.lm.samples import tiny_batch, tiny_config
-from training.diffusion.engine import build_engine
-from training.lm import checkpoint
-from training.lm.checkpoint import _layout
-from training.lm.device import megatron_device
-from training.lm.engine import MegatronEngine
-from training.lm.model import InitialWeights
+from landiff.training.diffusion.engine import build_engine
+from landiff.training.lm import checkpoint
+from landiff.training.lm.checkpoint import _layout
+from landiff.training.lm.device import megatron_device
+from landiff.training.lm.engine import MegatronEngine
+from landiff.training.lm.model import InitialWeights
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {1: [{}], 2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]}
 
@@ -116,7 +122,7 @@ def starts(tmp_path_factory):
     settings = diffusion.config(folder, "control")
     expected = {}
     for phase, kind, config in (("main", "transformer", settings.model.transformer), ("control", "diffusion", settings.model)):
-        from model_zoo import registry
+        from landiff.model_zoo import registry
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)

@@ -18,16 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import launchers.convert
-from configs import ConfigError
-from configs.ownership import OwnedError, take
-from model_zoo import registry
-from model_zoo.convert import release_diffusion
-from model_zoo.convert.formats import Options, export_to_zoo, open_source, write_target
-from model_zoo.convert.lazy import LazyTensors, read_safetensors, write_safetensors
-from model_zoo.convert.parts import VAE
-from model_zoo.convert.pickles import read_pickle, tensors_of, write_pickle
-from model_zoo.convert.rules import ConversionError
+import landiff.launchers.weights.convert
+from landiff.configs import ConfigError
+from landiff.configs.ownership import OwnedError, take
+from landiff.model_zoo import registry
+from landiff.model_zoo.convert.formats import release_diffusion
+from landiff.model_zoo.convert.known_formats import (
+    Options,
+    export_to_zoo,
+    open_source,
+    write_target,
+)
+from landiff.model_zoo.convert.lazy import LazyTensors, read_safetensors, write_safetensors
+from landiff.model_zoo.convert.parts import VAE
+from landiff.model_zoo.convert.pickles import read_pickle, tensors_of, write_pickle
+from landiff.model_zoo.convert.rules import ConversionError
 from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
 
 OPTIONS = Options(MODELS)
@@ -191,8 +196,8 @@ def test_the_report_is_of_all_files_and_parts_of_a_set(tmp_path):
     with pytest.raises(ConversionError) as error:
         paths = [tmp_path / "out" / "llm", tmp_path / "out" / "tokenizer"]
         words = tuple(str(path) for path in paths)
-        request = launchers.convert.Request(words, model=str(write_models(tmp_path)))
-        launchers.convert.open_all(request, paths)
+        request = landiff.launchers.weights.convert.Request(words, model=str(write_models(tmp_path)))
+        landiff.launchers.weights.convert.open_all(request, paths)
     assert str(error.value).count("unexpected: odd.one") == 2
 
 
@@ -357,7 +362,7 @@ def test_a_killed_conversion_leaves_nothing_under_the_final_name_and_can_run_aga
     code = f"""
 import os, signal, time, torch
 from pathlib import Path
-from model_zoo.convert.formats import export_to_zoo, write_target
+from landiff.model_zoo.convert.known_formats import export_to_zoo, write_target
 from tests.model_zoo.convert.tiny import part
 def hang(done, total):
     print("writing", flush=True)

@@ -10,12 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs import ConfigError
-from model_zoo import registry
-from model_zoo.convert.dist_checkpoint import DistReader
-from model_zoo.convert.formats import Options, export_to_zoo, open_source, write_target
-from model_zoo.convert.parts import VAE, Part, assembled
-from model_zoo.convert.rules import ConversionError
+from landiff.configs import ConfigError
+from landiff.model_zoo import registry
+from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
+from landiff.model_zoo.convert.known_formats import (
+    Options,
+    export_to_zoo,
+    open_source,
+    write_target,
+)
+from landiff.model_zoo.convert.parts import VAE, Part, assembled
+from landiff.model_zoo.convert.rules import ConversionError
 from tests.model_zoo.convert.tiny import DTYPES, MODELS, outputs, part, parts, same, weights
 
 OPTIONS = Options(MODELS)
@@ -124,7 +129,7 @@ def test_diffusers_classes_load_what_is_written_and_agree(tmp_path):
 def test_a_folder_saved_by_diffusers_comes_in(tmp_path):
     from diffusers import CogVideoXTransformer3DModel
 
-    from model_zoo.convert.diffusers_transformer import diffusers_config
+    from landiff.model_zoo.convert.formats.diffusers_transformer import diffusers_config
 
     model = CogVideoXTransformer3DModel(**diffusers_config(MODELS.diffusion.transformer))
     model.save_pretrained(tmp_path / "one" / "transformer")
@@ -163,7 +168,7 @@ def test_no_engine_and_no_process_group_is_needed(tmp_path):
 import sys, torch
 from pathlib import Path
 from benchmarks.convert import convert
-from model_zoo.convert.formats import Options, open_source, write_target
+from landiff.model_zoo.convert.known_formats import Options, open_source, write_target
 from tests.model_zoo.convert.tiny import MODELS
 root = Path({str(tmp_path)!r})
 parts = open_source(root / "release", Options(MODELS)).parts

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from configs.files import write_text
-from model_zoo.config import LMConfig
-from model_zoo.convert.dist_checkpoint import DistReader
-from model_zoo.convert.lazy import LazyTensors
-from model_zoo.convert.megatron import (
+from landiff.configs.files import write_text
+from landiff.model_zoo.config import LMConfig
+from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
+from landiff.model_zoo.convert.lazy import LazyTensors
+from landiff.model_zoo.convert.formats.megatron import (
     Padded,
     export_lm,
     module_name,
@@ -20,7 +20,7 @@ from model_zoo.convert.megatron import (
     shard,
     to_megatron,
 )
-from model_zoo.convert.megatron_optimizer import (
+from landiff.model_zoo.convert.formats.megatron_optimizer import (
     MOMENTS,
     MegatronCut,
     MegatronState,
@@ -28,9 +28,9 @@ from model_zoo.convert.megatron_optimizer import (
     read_state,
     write_state,
 )
-from model_zoo.convert.rules import ConversionError, convert
-from model_zoo.health import UnhealthyError
-from model_zoo.lm import LanguageModel
+from landiff.model_zoo.convert.rules import ConversionError, convert
+from landiff.model_zoo.health import UnhealthyError
+from landiff.model_zoo.lm import LanguageModel
 from tests.model_zoo.convert.tiny import same
 
 CONFIG = LMConfig(

@@ -10,16 +10,30 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
-from configs import load
-from model_zoo import registry
-from model_zoo.config import ModelConfig
-from model_zoo.convert.lazy import LazyTensors
-from model_zoo.convert.megatron import Padded, rules
-from model_zoo.convert.parts import CONTROL, TABLES, VAE, Part, build_meta, fit, joined, under_names_of
-from model_zoo.convert.pickles import tensors_of
-from model_zoo.convert.release_diffusion import MAIN, OTHER_MODELS, POSITION_TABLE, TOKENIZER
-from model_zoo.convert.release_set import _sorted_by_kind
-from model_zoo.convert.rules import convert
+from landiff.configs import load
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import ModelConfig
+from landiff.model_zoo.convert.lazy import LazyTensors
+from landiff.model_zoo.convert.formats.megatron import Padded, rules
+from landiff.model_zoo.convert.parts import (
+    CONTROL,
+    TABLES,
+    VAE,
+    Part,
+    build_meta,
+    fit,
+    joined,
+    under_names_of,
+)
+from landiff.model_zoo.convert.pickles import tensors_of
+from landiff.model_zoo.convert.formats.release_diffusion import (
+    MAIN,
+    OTHER_MODELS,
+    POSITION_TABLE,
+    TOKENIZER,
+)
+from landiff.model_zoo.convert.formats.release_set import _sorted_by_kind
+from landiff.model_zoo.convert.rules import convert
 from tests.model_zoo.convert.tiny import DTYPES
 
 KEYS = Path(__file__).parents[2] / "golden" / "keys"

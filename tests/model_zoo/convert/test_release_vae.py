@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from model_zoo.convert.release_vae import read_release, to_diffusers, to_release
-from model_zoo.convert.rules import ConversionError, check_against
-from model_zoo.frozen.cogvideox_vae import network_of
+from landiff.model_zoo.convert.formats.release_vae import read_release, to_diffusers, to_release
+from landiff.model_zoo.convert.rules import ConversionError, check_against
+from landiff.model_zoo.frozen.cogvideox_vae import network_of
 
 KEYS = Path(__file__).parents[2] / "golden" / "keys" / "cogvideox2b.json"
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_zoo.convert import deepspeed_write
-from model_zoo.convert.deepspeed import DeepSpeedState, read_deepspeed
-from model_zoo.convert.deepspeed_write import Cut, write_deepspeed
+from landiff.model_zoo.convert.formats import deepspeed_write
+from landiff.model_zoo.convert.formats.deepspeed import DeepSpeedState, read_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed_write import Cut, write_deepspeed
 from tests.distributed import run_distributed
-from training.diffusion import zero
+from landiff.training.diffusion import zero
 
 BEFORE, AFTER = 2, 2  # steps, around the save
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model_zoo import registry
-from model_zoo.config import (
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import (
     DiffusionConfig,
     LMConfig,
     ModelConfig,
@@ -16,8 +16,8 @@ from model_zoo.config import (
     TokenizerConfig,
     TransformerConfig,
 )
-from model_zoo.convert.lazy import LazyTensors
-from model_zoo.convert.parts import VAE, Part, build_meta
+from landiff.model_zoo.convert.lazy import LazyTensors
+from landiff.model_zoo.convert.parts import VAE, Part, build_meta
 
 MODELS = ModelConfig(
     tokenizer=TokenizerConfig(

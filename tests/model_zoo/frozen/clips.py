@@ -6,7 +6,7 @@ import av
 import torch
 from torch import Tensor
 
-import data_pipeline
+import landiff.data_pipeline
 
 CLIPS = Path(data_pipeline.__file__).parent / "assets" / "clips"
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from configs import ConfigError
-from model_zoo.convert.release_vae import to_release
-from model_zoo.frozen import build
-from model_zoo.frozen.base import LatentCodec, posterior_mean, posterior_sample
-from model_zoo.frozen.config import CogVideoXVaeConfig
+from landiff.configs import ConfigError
+from landiff.model_zoo.convert.formats.release_vae import to_release
+from landiff.model_zoo.frozen import build
+from landiff.model_zoo.frozen.base import LatentCodec, posterior_mean, posterior_sample
+from landiff.model_zoo.frozen.config import CogVideoXVaeConfig
 from tests.model_zoo.frozen.clips import moving_blobs
 
 

@@ -6,9 +6,9 @@ import sys
 import huggingface_hub
 import pytest
 
-from configs import Config, ConfigError, load
-from model_zoo.frozen import build
-from model_zoo.frozen.config import (
+from landiff.configs import Config, ConfigError, load
+from landiff.model_zoo.frozen import build
+from landiff.model_zoo.frozen.config import (
     CodecConfig,
     CogVideoXVaeConfig,
     FlanT5Config,
@@ -60,7 +60,7 @@ def test_a_hub_id_without_network_ends_in_a_message_with_the_way_out(config_clas
 
 
 def test_configs_and_build_import_no_torch():
-    code = "import sys, model_zoo.frozen, model_zoo.frozen.config; print('torch' in sys.modules)"
+    code = "import sys, landiff.model_zoo.frozen, landiff.model_zoo.frozen.config; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 

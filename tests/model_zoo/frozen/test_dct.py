@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from model_zoo.frozen import build
-from model_zoo.frozen.base import LatentCodec
-from model_zoo.frozen.config import DctConfig
-from model_zoo.frozen.dct import TABLE, basis
+from landiff.model_zoo.frozen import build
+from landiff.model_zoo.frozen.base import LatentCodec
+from landiff.model_zoo.frozen.config import DctConfig
+from landiff.model_zoo.frozen.dct import TABLE, basis
 from tests.model_zoo.frozen.clips import CLIPS, moving_blobs, psnr, shipped_clip
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from model_zoo.frozen import build
-from model_zoo.frozen.base import TextEncoder, VisionFeatures
-from model_zoo.frozen.config import EfficientNetConfig, MiniLMConfig
+from landiff.model_zoo.frozen import build
+from landiff.model_zoo.frozen.base import TextEncoder, VisionFeatures
+from landiff.model_zoo.frozen.config import EfficientNetConfig, MiniLMConfig
 from tests.model_zoo.frozen.clips import CLIPS, moving_blobs, shipped_clip
 
 

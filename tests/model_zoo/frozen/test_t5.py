@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer
 
-from configs import ConfigError
-from model_zoo.frozen import build
-from model_zoo.frozen.base import TextEncoder
-from model_zoo.frozen.config import FlanT5Config, T5V11Config
+from landiff.configs import ConfigError
+from landiff.model_zoo.frozen import build
+from landiff.model_zoo.frozen.base import TextEncoder
+from landiff.model_zoo.frozen.config import FlanT5Config, T5V11Config
 
 WORDS = ["a", "rabbit", "hops", "over", "the", "grass", "snow"]
 TEXTS = ["a rabbit hops over the grass", "snow"]

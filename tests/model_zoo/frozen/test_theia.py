@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 
-from configs import ConfigError
-from model_zoo.frozen import build
-from model_zoo.frozen.base import VisionFeatures
-from model_zoo.frozen.config import TheiaConfig
+from landiff.configs import ConfigError
+from landiff.model_zoo.frozen import build
+from landiff.model_zoo.frozen.base import VisionFeatures
+from landiff.model_zoo.frozen.config import TheiaConfig
 from tests.model_zoo.frozen.clips import moving_blobs
 
 HIDDEN, MLP, LAYERS, TABLE = 32, 64, 2, 14

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from configs import ConfigError
-from model_zoo.frozen.weights import fingerprint, package_folder
+from landiff.configs import ConfigError
+from landiff.model_zoo.frozen.weights import fingerprint, package_folder
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 MARK = fingerprint("kind", {"length": 3}, TENSORS)

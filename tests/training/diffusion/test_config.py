@@ -7,18 +7,18 @@ import re
 import pytest
 import torch
 
-from configs.base import ConfigError
-from data_pipeline.schema import Column, Manifest
-from data_pipeline.shards import read_manifest, write_manifest
-from model_zoo import registry
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.format.schema import Column, Manifest
+from landiff.data_pipeline.format.shards import read_manifest, write_manifest
+from landiff.model_zoo import registry
 from tests.training.diffusion.tiny import TOKENIZER, config, make_zoo, write_data
 from tests.training.toy import alone
-from training.checks import Launch
-from training.diffusion.checks import check
-from training.diffusion.columns import check_columns
-from training.diffusion.engine import DeepSpeedEngine
-from training.diffusion.model import build_model
-from training.diffusion.step import Objective
+from landiff.training.checks import Launch
+from landiff.training.diffusion.checks import check
+from landiff.training.diffusion.columns import check_columns
+from landiff.training.diffusion.engine import DeepSpeedEngine
+from landiff.training.diffusion.model import build_model
+from landiff.training.diffusion.step import Objective
 
 
 def column(shape, encoder="test", **made):

@@ -6,11 +6,11 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initiali
 import pytest
 import torch
 
-from model_zoo.health import non_finite
+from landiff.model_zoo.health import non_finite
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config
-from training.diffusion.engine import build_engine
-from training.errors import NonFiniteError
+from landiff.training.diffusion.engine import build_engine
+from landiff.training.checkpoint.errors import NonFiniteError
 
 CASES = [
     (stage, precision, value)

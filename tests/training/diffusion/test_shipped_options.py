@@ -9,15 +9,15 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import
 import pytest
 import torch
 
-from configs import load
-from model_zoo.convert.deepspeed import CLASSES, SHARDS, START, read_deepspeed
-from model_zoo.convert.lazy import Stored
-from model_zoo.convert.pickles import read_pickle
+from landiff.configs import load
+from landiff.model_zoo.convert.formats.deepspeed import CLASSES, SHARDS, START, read_deepspeed
+from landiff.model_zoo.convert.lazy import Stored
+from landiff.model_zoo.convert.pickles import read_pickle
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo
-from training.diffusion.config import DiffusionTrainConfig
-from training.diffusion.engine import DeepSpeedEngine, build_engine
-from training.distributed import World
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.engine import DeepSpeedEngine, build_engine
+from landiff.training.distributed import World
 
 NAMES = ["landiff/diffusion-main", "landiff/diffusion-control", "nano/diffusion-main", "nano/diffusion-control"]
 STEPS = 2  # before the checkpoint; one more follows

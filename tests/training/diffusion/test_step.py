@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from configs.base import ConfigError
-from model_zoo.frozen.base import NO_VARIANCE
-from model_zoo.schedule import NoiseSchedule
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.frozen.base import NO_VARIANCE
+from landiff.model_zoo.schedule import NoiseSchedule
 from tests.training.diffusion.tiny import config, make_zoo, sample
-from training.diffusion.model import load_tokenizer
-from training.diffusion.step import Objective, draw_timestep, happens, timestep_block
+from landiff.training.diffusion.model import load_tokenizer
+from landiff.training.diffusion.step import Objective, draw_timestep, happens, timestep_block
 
 CPU = torch.device("cpu")
 

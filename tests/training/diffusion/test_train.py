@@ -1,4 +1,4 @@
-"""`python -m training.diffusion` on data from disk: both phases, under SIGKILL, and into the zoo."""
+"""`python -m landiff.training.diffusion` on data from disk: both phases, under SIGKILL, and into the zoo."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
 import pytest
 
-from configs.files import write_text
-from configs.loader import dump
-from model_zoo import registry
-from model_zoo.convert.deepspeed import export_diffusion
+from landiff.configs.files import write_text
+from landiff.configs.loader import dump
+from landiff.model_zoo import registry
+from landiff.model_zoo.convert.formats.deepspeed import export_diffusion
 from tests.chaos import Trainer, prove_kill_safety
 from tests.distributed import nursery
 from tests.training.diffusion.tiny import config, make_zoo, write_data
-from training.diffusion.__main__ import main
-from training.metrics import read_metrics
+from landiff.training.diffusion.__main__ import main
+from landiff.training.observe.metrics import read_metrics
 
 
 def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: object) -> Path:
@@ -37,8 +37,8 @@ def write_main_config(run: Path) -> Path:
     return write_config(run, "main", steps=8)
 
 
-MAIN = Trainer("training.diffusion.__main__:main", write_main_config, world_size=2)
-CONTROL = Trainer("training.diffusion.__main__:main", write_config, world_size=2)
+MAIN = Trainer("landiff.training.diffusion.__main__:main", write_main_config, world_size=2)
+CONTROL = Trainer("landiff.training.diffusion.__main__:main", write_config, world_size=2)
 
 
 def test_killed_run_equals_uninterrupted(tmp_path):

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs import load
-from model_zoo.convert.dist_checkpoint import DistReader
-from model_zoo.convert.megatron_optimizer import MASTERS, STATE
+from landiff.configs import load
+from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
+from landiff.model_zoo.convert.formats.megatron_optimizer import MASTERS, STATE
 from tests.training.lm.samples import tiny_batch, tiny_config
-from training.lm import checkpoint
-from training.lm.config import LMTrainConfig
-from training.lm.device import megatron_device
-from training.lm.engine import MegatronEngine
-from training.lm.model import InitialWeights
+from landiff.training.lm import checkpoint
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.device import megatron_device
+from landiff.training.lm.engine import MegatronEngine
+from landiff.training.lm.model import InitialWeights
 
 STEPS = 3  # before the checkpoint; one more follows
 

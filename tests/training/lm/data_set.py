@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.schema import Manifest
-from data_pipeline.shards import read_manifest, write_manifest
-from model_zoo.config import LMConfig
-from model_zoo.token_layout import TokenLayout
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.format.shards import read_manifest, write_manifest
+from landiff.model_zoo.config import LMConfig
+from landiff.model_zoo.token_layout import TokenLayout
 from tests.data_pipeline.data_sets import write_column, write_raw
-from training import rng
+from landiff.training import rng
 
 NUM_TOPICS = 6
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from configs import load
-from data_pipeline.loader import Batch, Sample
-from data_pipeline.schema import RawSample
-from model_zoo.token_layout import TokenLayout
-from training.lm.config import LMTrainConfig
+from landiff.configs import load
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.format.schema import RawSample
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.lm.config import LMTrainConfig
 
 MODEL = {
     "codebook_size": 40, "iframe_tokens": 9, "pframe_tokens": 4, "segment_frames": 4, "hidden_size": 48, "num_layers": 2,

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from configs import ConfigError
-from data_pipeline.loader import Sample
-from model_zoo import registry
-from model_zoo.config import TokenizerConfig
-from model_zoo.token_layout import IGNORE, TokenLayout
+from landiff.configs import ConfigError
+from landiff.data_pipeline.loading.loader import Sample
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_config, tiny_sample
-from training.lm.batch import pack, pad_to, text_is_dropped
-from training.lm.columns import check_columns, check_tokenizer
+from landiff.training.lm.batch import pack, pad_to, text_is_dropped
+from landiff.training.lm.columns import check_columns, check_tokenizer
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launchers.cli import main
-from model_zoo.convert.megatron import write_config
+from landiff.launchers.cli import main
+from landiff.model_zoo.convert.formats.megatron import write_config
 from tests.distributed import run_distributed
 from tests.training.lm.checkpoints import (
     STEPS,
@@ -28,8 +28,8 @@ from tests.training.lm.checkpoints import (
     train,
 )
 from tests.training.lm.samples import tiny_config
-from training.lm.device import megatron_device  # noqa: F401 - imports core once for all ranks
-from training.lm.engine import MegatronEngine
+from landiff.training.lm.device import megatron_device  # noqa: F401 - imports core once for all ranks
+from landiff.training.lm.engine import MegatronEngine
 
 ALL = [
     Options(tensor, pipeline, data, distributed, overlap, bf16)

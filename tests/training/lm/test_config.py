@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import ConfigError, find, load
+from landiff.configs import ConfigError, find, load
 from tests.training.lm.samples import tiny_config
-from training.lm.config import LMTrainConfig, ParallelConfig, data_parallel_size
+from landiff.training.lm.config import LMTrainConfig, ParallelConfig, data_parallel_size
 
 
 @pytest.mark.parametrize("name", ["nano/lm", "landiff/lm"])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as core_random
 
-from training.lm.config import LMTrainConfig  # noqa: F401 - importing the trainer patches nothing
-from training.lm.device import megatron_device
+from landiff.training.lm.config import LMTrainConfig  # noqa: F401 - importing the trainer patches nothing
+from landiff.training.lm.device import megatron_device
 
 PATCHED = [
     (torch.cuda, "current_device"), (torch.cuda, "synchronize"),

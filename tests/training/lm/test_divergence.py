@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from model_zoo.health import non_finite
+from landiff.model_zoo.health import non_finite
 from tests.distributed import run_distributed
 from tests.training.lm.samples import tiny_batch, tiny_config
-from training.errors import NonFiniteError
-from training.guard import Guard
-from training.lm.engine import MegatronEngine
+from landiff.training.checkpoint.errors import NonFiniteError
+from landiff.training.guard import Guard
+from landiff.training.lm.engine import MegatronEngine
 
 LAYOUTS = {
     "data 2": ({}, "fp32"),

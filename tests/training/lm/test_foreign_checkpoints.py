@@ -13,17 +13,17 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from configs import ConfigError
-from configs.files import write_text
-from configs.loader import dump
-from model_zoo.convert.dist_checkpoint import METADATA, read_metadata
+from landiff.configs import ConfigError
+from landiff.configs.files import write_text
+from landiff.configs.loader import dump
+from landiff.model_zoo.convert.formats.dist_checkpoint import METADATA, read_metadata
 from tests.distributed import nursery, run_distributed
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_batch, tiny_config
 from tests.training.payload import MARK, PAYLOADS, Payload, list_again, with_payload
-from training.errors import first_error, read_message
-from training.lm.__main__ import main
-from training.lm.engine import MegatronEngine
+from landiff.training.checkpoint.errors import first_error, read_message
+from landiff.training.lm.__main__ import main
+from landiff.training.lm.engine import MegatronEngine
 
 
 def in_metadata(payload: str) -> Callable[[Path], None]:

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from configs import ConfigError
-from data_pipeline.loader import Batch
-from launchers.plan_models import make_plan
-from model_zoo.lm import LanguageModel
+from landiff.configs import ConfigError
+from landiff.data_pipeline.loading.loader import Batch
+from landiff.launchers.budget.models import make_plan
+from landiff.model_zoo.lm import LanguageModel
 from tests.distributed import run_distributed
 from tests.training.lm.samples import longest_sample, tiny_batch, tiny_config
-from training import optim
-from training.lm.batch import motion_condition, pack, text_is_dropped
-from training.lm.config import LMTrainConfig
-from training.lm.device import megatron_device
-from training.lm.engine import MegatronEngine
-from training.lm.model import InitialWeights
+from landiff.training import optim
+from landiff.training.lm.batch import motion_condition, pack, text_is_dropped
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.device import megatron_device
+from landiff.training.lm.engine import MegatronEngine
+from landiff.training.lm.model import InitialWeights
 
 STEPS = 5
 

@@ -1,4 +1,4 @@
-"""`python -m training.lm` on a real data set: under SIGKILL, and into the zoo."""
+"""`python -m landiff.training.lm` on a real data set: under SIGKILL, and into the zoo."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-import training.lm.engine  # noqa: F401 - the nursery of this module imports it once for all ranks
-from configs.files import write_text
-from configs.loader import dump
-from model_zoo.convert.megatron import export_lm
-from model_zoo.lm import LanguageModel
+import landiff.training.lm.engine  # noqa: F401 - the nursery of this module imports it once for all ranks
+from landiff.configs.files import write_text
+from landiff.configs.loader import dump
+from landiff.model_zoo.convert.formats.megatron import export_lm
+from landiff.model_zoo.lm import LanguageModel
 from tests.chaos import Trainer, prove_kill_safety
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_config
@@ -43,7 +43,7 @@ def all_tensors(checkpoint: Path) -> dict[str, Any]:
     return {**state, "step": common["optimizer"]["state"]["common_step"]}
 
 
-LM = Trainer("training.lm.__main__:main", write_config, world_size=2, read=all_tensors)
+LM = Trainer("landiff.training.lm.__main__:main", write_config, world_size=2, read=all_tensors)
 
 
 def test_killed_run_equals_uninterrupted_and_exports(tmp_path):

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from configs import ConfigError
-from model_zoo.convert.megatron import read_lm
-from model_zoo.registry import weights_fingerprint
+from landiff.configs import ConfigError
+from landiff.model_zoo.convert.formats.megatron import read_lm
+from landiff.model_zoo.registry import weights_fingerprint
 from tests.distributed import run_distributed
 from tests.training.lm.samples import tiny_batch, tiny_config
-from training.lm.engine import MegatronEngine
-from training.lm.model import InitialWeights
+from landiff.training.lm.engine import MegatronEngine
+from landiff.training.lm.model import InitialWeights
 
 STEPS = 5
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from model_zoo.health import non_finite
+from landiff.model_zoo.health import non_finite
 from tests.distributed import run_distributed
 from tests.training.tokenizer.tiny import batch, config
-from training.errors import NonFiniteError
-from training.tokenizer.engine import TokenizerEngine
+from landiff.training.checkpoint.errors import NonFiniteError
+from landiff.training.tokenizer.engine import TokenizerEngine
 
 
 def diverge(world, folder, precision, value):

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from configs.base import ConfigError
-from configs.files import write_text
-from configs.loader import dump, load
+from landiff.configs.base import ConfigError
+from landiff.configs.files import write_text
+from landiff.configs.loader import dump, load
 from tests.chaos import Trainer, prove_kill_safety
 from tests.distributed import nursery
 from tests.training.tokenizer.tiny import MODEL, config, write_data
-from training.errors import first_error
-from training.metrics import read_metrics
-from training.run import finished_step
-from training.tokenizer.__main__ import main
-from training.tokenizer.config import TokenizerTrainConfig
+from landiff.training.checkpoint.errors import first_error
+from landiff.training.observe.metrics import read_metrics
+from landiff.training.run import finished_step
+from landiff.training.tokenizer.__main__ import main
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 
 def write_config(run: Path, **changes: object) -> Path:
@@ -26,7 +26,7 @@ def write_config(run: Path, **changes: object) -> Path:
     return path
 
 
-TOKENIZER = Trainer("training.tokenizer.__main__:main", write_config, world_size=2)
+TOKENIZER = Trainer("landiff.training.tokenizer.__main__:main", write_config, world_size=2)
 
 
 def test_killed_run_equals_uninterrupted(tmp_path):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.loader import Batch, Sample
-from data_pipeline.schema import Column, Manifest, RawSample
-from data_pipeline.shards import ShardWriter, write_manifest
-from data_pipeline.tensors import pack_tensor
-from model_zoo.config import TokenizerConfig
+from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.format.schema import Column, Manifest, RawSample
+from landiff.data_pipeline.format.shards import ShardWriter, write_manifest
+from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.model_zoo.config import TokenizerConfig
 from tests.training.toy import META
-from training import rng
-from training.tokenizer.config import TokenizerTrainConfig
+from landiff.training import rng
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 MODEL = TokenizerConfig(
     feature_channels=8, grid_height=2, grid_width=2, hidden_size=32, num_heads=2, num_layers=1, token_size=16,

@@ -1,0 +1,224 @@
+"""Lists folders of videos: every file below a folder, one folder in memory at a time.
+
+Links to folders are followed, unless they lead to a folder that is listed anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from landiff.data_pipeline.ingest.config import ColumnsConfig
+from landiff.data_pipeline.ingest.sources.entries import (
+    CAPTION_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Ignored,
+    SourceClip,
+    TarFile,
+    is_apple_double,
+    kind_of,
+    printable,
+    split_name,
+)
+from landiff.data_pipeline.ingest.sources.text_files import (
+    TextError,
+    captions_beside,
+    read_caption_file,
+)
+from landiff.data_pipeline.video.codec import Failure, VideoFile
+
+
+@dataclass(slots=True)
+class Folder:
+    """The names in one folder."""
+
+    path: str
+    prefix: str  # of its names below the source: "" or "a/b/"
+    names: list[str]  # sorted; those of folders end in "/"
+    problems: dict[str, str]  # names of what is no regular file, and what it is
+    links: set[str]  # names of folders that are links
+
+    def siblings(self, stem: str) -> list[tuple[str, str]]:
+        """(name, suffix) of the files whose names are `stem` and one suffix."""
+        start = f"{stem}."
+        found = []
+        for at in range(bisect_left(self.names, start), len(self.names)):
+            name = self.names[at]
+            if not name.startswith(start):
+                break
+            if "." not in name[len(start) :] and not name.endswith("/"):
+                found.append((name, name[len(stem) :].lower()))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFile:
+    """One file below a source."""
+
+    folder: Folder
+    name: str  # in its folder
+    problem: str  # why it cannot be read; "" for a regular file
+
+    @property
+    def relative(self) -> str:
+        """Path below the source."""
+        return self.folder.prefix + self.name
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder.path}/{self.name}"
+
+
+def walk(root: Path) -> Iterator[FolderFile | SourceClip | Ignored]:
+    """All files below a folder, in the order of their whole paths.
+
+    A folder that cannot be read is a SourceClip that has failed, a link that is not followed is
+    Ignored.
+    Raises OSError where `root` itself cannot be read.
+    """
+    followed = {os.path.realpath(root)}
+    stack = [iter_folder(_read_folder(os.fspath(root), ""))]
+    while stack:
+        found = next(stack[-1], None)
+        if found is None:
+            stack.pop()
+        elif not found.name.endswith("/"):
+            yield found
+        else:
+            folder, relative, path = found.folder, found.relative, found.path.removesuffix("/")
+            problem = _link_problem(folder, path, followed) if found.name in folder.links else ""
+            if problem:
+                yield Ignored(problem, printable(relative))
+                continue
+            try:
+                stack.append(iter_folder(_read_folder(path, relative)))
+            except OSError as error:
+                failure = Failure("unreadable_folder", error.strerror or str(error))
+                yield SourceClip(printable(relative), VideoFile(Path(path)), "", failure=failure)
+
+
+def iter_folder(folder: Folder) -> Iterator[FolderFile]:
+    """The entries of one folder, subfolders among them."""
+    for name in folder.names:
+        yield FolderFile(folder, name, folder.problems.get(name, ""))
+
+
+def _read_folder(path: str, prefix: str) -> Folder:
+    folder = Folder(path, prefix, [], {}, set())
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if entry.is_symlink():
+                name = _add_link(folder, entry)
+            # with its slash, "a-b/x" comes before "a/x", as among whole paths
+            elif entry.is_dir(follow_symlinks=False):
+                name += "/"
+            elif not entry.is_file(follow_symlinks=False):
+                folder.problems[name] = "not a regular file"
+            folder.names.append(name)
+    folder.names.sort()
+    return folder
+
+
+def _add_link(folder: Folder, entry: os.DirEntry[str]) -> str:
+    """Note where a link leads; returns its name among the folder's."""
+    try:
+        mode = os.stat(entry.path).st_mode
+    except OSError as error:
+        folder.problems[entry.name] = f"a link that leads nowhere ({error.strerror})"
+        return entry.name
+    if stat.S_ISDIR(mode):
+        folder.links.add(f"{entry.name}/")
+        return f"{entry.name}/"
+    if not stat.S_ISREG(mode):
+        folder.problems[entry.name] = "not a regular file"
+    return entry.name
+
+
+def _link_problem(folder: Folder, path: str, followed: set[str]) -> str:
+    """Why a link to a folder is not followed, "" where it is; its target is then in `followed`."""
+    here, target = os.path.realpath(folder.path), os.path.realpath(path)
+    if f"{here}/".startswith(f"{target.rstrip('/')}/"):
+        return "link_loop"
+    above = target
+    while above not in followed:
+        parent = os.path.dirname(above)
+        if parent == above:
+            followed.add(target)
+            return ""
+        above = parent
+    return "repeated_link"
+
+
+# ------------------------------------------------------------------------------------------ clips
+
+
+def folder_entries(root: Path, columns: ColumnsConfig) -> Iterator[SourceClip | TarFile | Ignored]:
+    """What is below a folder without a table: videos with captions beside them, and tars."""
+    for found in walk(root):
+        if isinstance(found, FolderFile):
+            yield from _file_entries(found, columns)
+        else:
+            yield found
+
+
+def _file_entries(
+    file: FolderFile, columns: ColumnsConfig
+) -> Iterator[SourceClip | TarFile | Ignored]:
+    stem, suffix = split_name(file.name)
+    clip_or_tar = (suffix in VIDEO_SUFFIXES or suffix == ".tar") and not is_apple_double(file.name)
+    if clip_or_tar and file.problem:
+        failure = Failure("unreadable_file", file.problem)
+        yield SourceClip(printable(file.relative), VideoFile(Path(file.path)), "", failure=failure)
+    elif clip_or_tar and suffix == ".tar":
+        yield TarFile(Path(file.path))
+    elif clip_or_tar:
+        yield from _video(file, stem, columns)
+    elif suffix not in CAPTION_SUFFIXES or not _videos(file.folder.siblings(stem)):
+        yield Ignored(_kind(file), printable(file.relative))
+
+
+def _kind(file: FolderFile) -> str:
+    if "link" in file.problem:
+        return "dangling_link"
+    return "special_file" if file.problem else kind_of(file.name)
+
+
+def _videos(siblings: list[tuple[str, str]]) -> list[str]:
+    return [name for name, suffix in siblings if suffix in VIDEO_SUFFIXES]
+
+
+def _video(file: FolderFile, stem: str, columns: ColumnsConfig) -> Iterator[SourceClip | Ignored]:
+    """One video, and the caption files beside it that are not used."""
+    folder = file.folder
+    siblings = folder.siblings(stem)
+    files: list[str] = []
+    unused: list[str] = []
+    for suffix in CAPTION_SUFFIXES:
+        names = [name for name, found in siblings if found == suffix]
+        files += names[-1:]  # .txt comes after .TXT
+        unused += names[:-1]
+    captions, used, failure = [""], "", None
+    try:
+        texts = ((printable(name), read_caption_file(f"{folder.path}/{name}")) for name in files)
+        captions, used, detail = captions_beside(texts, columns.caption)
+        if detail:
+            failure = Failure("empty_caption", detail)
+    except TextError as error:
+        failure = error.failure
+    yield SourceClip(
+        name=printable(file.relative),
+        video=VideoFile(Path(file.path)),
+        caption=captions[0],
+        failure=failure,
+        more_captions=tuple(captions[1:]),
+    )
+    if used:
+        unused += [name for name in files if printable(name) != used]
+    if unused and file.name == _videos(siblings)[0]:
+        for name in unused:
+            yield Ignored(kind_of(name), printable(folder.prefix + name))

@@ -1,0 +1,82 @@
+"""What `landiff shards` says of a source: before anything is made, and beside its results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.ingest.plan.rows import NO_STAMP, stamp_of, unusable
+from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.ingest.shard_maker import tally_rejects
+from landiff.data_pipeline.ingest.sources.entries import (
+    Ignored,
+    SourceClip,
+    Tally,
+    TarFile,
+    hint_for_missing,
+)
+from landiff.data_pipeline.ingest.sources.listing import list_source
+
+
+@dataclass
+class SourceSummary:
+    """What a source holds, told without opening a video."""
+
+    clips: int = 0  # that nothing is known to be wrong with
+    tars: int = 0
+    rejected: Tally = field(default_factory=Tally)  # by reason
+    ignored: Tally = field(default_factory=Tally)  # by kind
+
+    def __str__(self) -> str:
+        tars = f" in {self.tars} tars" if self.tars else ""
+        return f"{self.clips} clips{tars}; rejected: {self.rejected}; ignored: {self.ignored}"
+
+
+def summarize_source(config: ShardsConfig) -> SourceSummary:
+    """Lists a whole source, the members of its tars included. Raises ConfigError."""
+    listing, summary = list_source(config), SourceSummary()
+    for entry in listing.entries():
+        if isinstance(entry, TarFile):
+            summary.tars += 1
+            for member in listing.members(entry):
+                _count(config, summary, member)
+        else:
+            _count(config, summary, entry)
+    return summary
+
+
+def _count(config: ShardsConfig, summary: SourceSummary, entry: SourceClip | Ignored) -> None:
+    if isinstance(entry, Ignored):
+        summary.ignored.add(entry.kind, entry.name)
+        return
+    failure = unusable(config, entry)
+    if failure:
+        summary.rejected.add(
+            failure.reason, f"{entry.name}: {failure.detail}" if failure.detail else entry.name
+        )
+    elif stamp_of(entry.video.path) == NO_STAMP:
+        summary.rejected.add(
+            "unreadable_file", f"{entry.name}: no such file{hint_for_missing(entry.video.path)}"
+        )
+    else:
+        summary.clips += 1
+
+
+def result_lines(rejected: Tally, ignored: Tally) -> list[str]:
+    """What was not used: a line for rejected clips and one for ignored files, where there are any."""
+    lines = []
+    if rejected.counts:
+        lines.append(f"rejected: {rejected}")
+    if ignored.counts:
+        lines.append(f"ignored: {ignored}")
+    return lines
+
+
+def manifest_lines(manifest: Manifest) -> list[str]:
+    """`result_lines` of a manifest, without what columns rejected."""
+    rejected = tally_rejects(reject for reject in manifest.rejects if reject.stage == STAGE)
+    return result_lines(
+        rejected,
+        Tally.from_json({"counts": manifest.ignored_counts, "examples": manifest.ignored_examples}),
+    )

@@ -1,0 +1,254 @@
+"""Captions and tables as text: encodings and types are checked here, for every kind of source.
+
+Text is UTF-8, with or without a byte order mark. A caption is a string or a list of strings.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.ingest.sources.content_kinds import HEAD_BYTES, describe_content
+from landiff.data_pipeline.ingest.sources.entries import printable
+from landiff.data_pipeline.video.codec import Failure
+
+MAX_TEXT_BYTES = 16 << 20  # of one caption file, or of one line of a table
+MAX_LITERAL = (
+    256 << 10
+)  # characters of a Python literal, whose syntax tree takes a hundred times as much
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+TEXT_REASONS = frozenset(("caption_encoding", "caption_type", "unreadable_caption", "no_file_name"))
+NUL_ADVICE = "it holds NUL bytes, so it is UTF-16 without a byte order mark, or no text"
+
+
+class TextError(ValueError):
+    """Text that cannot be used as a caption. `failure` is the reason of the rejected clip."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.failure = Failure(reason, detail)
+
+
+# ------------------------------------------------------------------------------------------ captions
+
+
+def decode_caption(data: bytes) -> str:
+    """UTF-8 bytes -> text without a byte order mark. Raises TextError (caption_encoding)."""
+    found = _other_encoding(data)
+    if found:
+        raise TextError("caption_encoding", f"{found}; save it as UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = error.start + len(data) - len(error.object)
+        raise TextError(
+            "caption_encoding", f"byte {place} (0x{data[place]:02x}) is not UTF-8; save it as UTF-8"
+        ) from None
+
+
+def captions_of(value: Any) -> list[str]:
+    """The captions of one clip: those that are not empty, else [""].
+
+    `value` is text, a list of texts, or None. Text that is the literal of a list of texts, as in the CSV
+    files of Panda-70M, is that list. Raises TextError (caption_type) for anything else.
+    """
+    if isinstance(value, str):
+        literal = list_literal(value)
+        value = [value] if literal is None else literal
+    elif value is None:
+        value = []
+    elif not isinstance(value, list):
+        raise TextError(
+            "caption_type", f"{describe(value)} is not a caption; give text or a list of texts"
+        )
+    texts = []
+    for text in value:
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise TextError(
+                "caption_type",
+                f"a list that holds {describe(text)} is not a caption; give a list of texts",
+            )
+        texts.append(cleaned(text))
+    return [text for text in texts if text] or [""]
+
+
+def cleaned(text: str) -> str:
+    """Text without the white space and byte order marks around it."""
+    return printable(text.strip().strip("\ufeff").strip())
+
+
+def captions_beside(
+    files: Iterable[tuple[str, bytes]], caption_key: str
+) -> tuple[list[str], str, str]:
+    """(captions, name of the file that holds them, detail) of the caption files of one clip.
+
+    `files` gives names and bytes (at most one more than `MAX_TEXT_BYTES`) in order of preference; it is
+    read up to the first that holds a caption, so that an empty file does not hide the next one. Where
+    none does, captions are [""], the name is "", and the detail says why. Raises TextError.
+    """
+    detail = ""
+    for name, data in files:
+        if len(data) > MAX_TEXT_BYTES:
+            raise TextError("long_caption", f"{name} has more than {MAX_TEXT_BYTES} bytes")
+        try:
+            text = decode_caption(data)
+            if not name.lower().endswith(".json"):
+                captions = captions_of(text)
+            else:
+                captions, detail = _captions_of_json(text, caption_key)
+        except TextError as error:
+            raise TextError(error.failure.reason, f"{name}: {error.failure.detail}") from None
+        if captions != [""]:
+            return captions, name, ""
+        if detail:
+            detail = f"{name} {detail}"
+    return [""], "", detail
+
+
+def _captions_of_json(text: str, caption_key: str) -> tuple[list[str], str]:
+    """The captions of a JSON file, and why there are none."""
+    if not text.strip():
+        return [""], ""
+    try:
+        row = parse_object(text)
+    except ValueError as error:
+        return [""], printable(str(error))[:300]
+    if caption_key not in row:
+        return [""], f"has no key {caption_key!r}, it has: {', '.join(list(row)[:10])}"[:300]
+    return captions_of(row[caption_key]), ""
+
+
+def read_caption_file(path: str) -> bytes:
+    """The bytes of a caption file, at most one more than `MAX_TEXT_BYTES`; none where it is gone.
+
+    Raises TextError (unreadable_caption).
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise TextError("unreadable_caption", f"{printable(path)}: not a regular file")
+            return file.read(MAX_TEXT_BYTES + 1)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise TextError("unreadable_caption", f"{printable(path)}: {error.strerror}") from None
+
+
+def list_literal(text: str) -> list[Any] | None:
+    """The list that `text` is the JSON or Python literal of; None where it is other text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    parsers = [json.loads]
+    if len(text) <= MAX_LITERAL:
+        parsers.append(ast.literal_eval)
+    for parse in parsers:
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def describe(value: Any) -> str:
+    """A value of a JSON file, for messages."""
+    if isinstance(value, bool):
+        return f"the boolean {str(value).lower()}"
+    if isinstance(value, (int, float)):
+        return f"the number {value}"[:60]
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list"
+    return "null" if value is None else f"the text {value!r}"[:60]
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def table_lines(path: Path) -> Iterator[str]:
+    """The lines of a table, with their ends. Raises ConfigError where it is not UTF-8 text."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD_BYTES)
+        kind = describe_content(head)
+        if head and kind:
+            raise ConfigError(f"{path} is {kind}, not a table of captions")
+        found = _other_encoding(head)
+        if found:
+            raise ConfigError(f"{path} is not UTF-8 text: {found}; save it as UTF-8")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            number = 0
+            while line := file.readline(MAX_TEXT_BYTES):
+                number += 1
+                if len(line) >= MAX_TEXT_BYTES:
+                    raise ConfigError(
+                        f"{path}, line {number} is longer than {MAX_TEXT_BYTES} characters"
+                    )
+                if "\0" in line:
+                    raise ConfigError(
+                        f"{path}, line {number}: {NUL_ADVICE}; save the table as UTF-8"
+                    )
+                yield line
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"{path} is not UTF-8 text{_first_bad_byte(path)}; save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _first_bad_byte(path: Path) -> str:
+    with open(path, "rb") as file:
+        number = 0
+        while data := file.readline(MAX_TEXT_BYTES):
+            number += 1
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f" (line {number}, byte {error.start} of it, 0x{data[error.start]:02x})"
+    return ""
+
+
+def _other_encoding(data: bytes) -> str:
+    """Which other encoding the bytes are in, "" where they may be UTF-8."""
+    for mark, name in BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            return f"it begins with the byte order mark of {name}"
+    return NUL_ADVICE if b"\0" in data else ""
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """One JSON object. Raises ValueError whose message continues a sentence after the place."""
+    try:
+        row = json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError("is not JSON: it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"holds a {type(row).__name__}; each line is one object")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"has the key {name!r} twice in one object")
+        found[name] = value
+    return found

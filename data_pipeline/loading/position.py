@@ -1,0 +1,27 @@
+"""The position of a loader in its data, as a checkpoint stores it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from landiff.configs.base import ConfigError
+
+_WAY_OUT = {
+    "data": "point data.manifest at the data set the run began with, or start a new run",
+    "num_samples": "the columns it reads set other clips aside now; restore them or start a new run",
+    "exclusions": "the columns it reads set other clips aside now; restore them or start a new run",
+    "seed": "set data.seed back, or start a new run",
+    "shuffle_window": "set data.shuffle_window back, or start a new run",
+    "global_batch_size": "set data.global_batch_size back (ranks and micro-batches may change), or start a new run",
+}
+
+
+def check_position(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a stored position is of another data order than `identity`."""
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise ConfigError(
+                f"the checkpoint's data order has {name} = {state.get(name)!r}, this run has "
+                f"{value!r}; {_WAY_OUT[name]}"
+            )
