@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "launchers" / "version.py"))["__version__"]
@@ -42,10 +42,10 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    packages=find_namespace_packages(
-        include=["configs*", "data_pipeline*", "model_zoo*", "training*", "launchers*"]
+    packages=find_packages(
+        include=["landiff", "landiff.*"]
     ),
-    package_data={"configs": ["**/*.yaml"], "data_pipeline": ["assets/**/*"]},
+    package_data={"landiff.configs": ["**/*.yaml"], "landiff.data_pipeline": ["assets/**/*"]},
     install_requires=[
         "torch>=2.8",
         "megatron-core==0.16.1",
@@ -84,5 +84,5 @@ setup(
         ],
         "test": ["scenedetect-headless==0.7.2", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
     },
-    entry_points={"console_scripts": ["landiff = launchers.cli:main"]},
+    entry_points={"console_scripts": ["landiff = landiff.launchers.cli:main"]},
 )

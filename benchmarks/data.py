@@ -28,11 +28,6 @@ import webdataset
 from safetensors.torch import load as load_safetensors
 
 from landiff.configs import dump, load
-from landiff.data_pipeline.precompute import producers as precompute
-from landiff.data_pipeline.loading.config import DataConfig
-from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import Bench, Job, Producer
 from landiff.data_pipeline.format.schema import (
     RAW,
     Column,
@@ -43,6 +38,11 @@ from landiff.data_pipeline.format.schema import (
 )
 from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, write_manifest
 from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.job import Bench, Job, Producer
 from landiff.data_pipeline.video.codec import encode_clip
 from landiff.launchers.local import start as local
 from landiff.model_zoo import registry
@@ -243,7 +243,7 @@ def measure_waits(steps: int, folder: Path) -> list[Row]:
         (run / "resolved.yaml").write_text(dump(config))
         processes = 2 if name == "lm" else 1
         with local.own(config, name, processes, "benchmarks.data") as owned:
-            code = local.run_trainer(f"training.{name}", run / "resolved.yaml", run, processes, owned)
+            code = local.run_trainer(f"landiff.training.{name}", run / "resolved.yaml", run, processes, owned)
         assert code == 0, f"the {name} trainer ended with {code}"
         lines = read_metrics(run / "metrics.jsonl")[1:]
         rate = config.data.global_batch_size / np.mean([1 / line["throughput/steps_per_s"] for line in lines])

@@ -26,9 +26,6 @@ import av
 import cv2
 import numpy as np
 
-from landiff.data_pipeline.video.frames import Video
-from landiff.data_pipeline.video.picture import Picture
-from landiff.data_pipeline.video.process import DecoderProcess
 from landiff.data_pipeline.video.codec import (
     ClipDecoder,
     SafeDecoder,
@@ -36,6 +33,9 @@ from landiff.data_pipeline.video.codec import (
     Wanted,
     encode_clip,
 )
+from landiff.data_pipeline.video.frames import Video
+from landiff.data_pipeline.video.picture import Picture
+from landiff.data_pipeline.video.process import DecoderProcess
 
 RATE, SECONDS = 24, 6.5
 SIZES = {"720p": (720, 1280), "360p": (360, 640)}

@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.lm import matmul_peak, timed
 from landiff.configs import load
-from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.data_pipeline.format.schema import RawSample
+from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.config import ModelConfig, TransformerConfig
 from landiff.training import distributed, optim
 from landiff.training.diffusion.config import DiffusionTrainConfig

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from landiff.configs import load
-from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.data_pipeline.format.schema import RawSample
+from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.config import LMConfig, ModelConfig
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from landiff.data_pipeline.format.columns import AlignedColumns
-from landiff.data_pipeline.loading.order import BatchOrder, Source
 from landiff.data_pipeline.format.schema import Column, Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
+from landiff.data_pipeline.loading.order import BatchOrder, Source
 
 COLUMNS = {"tokens": 4_000, "latents": 2_247_000, "text-t5": 1_852_000}  # bytes of a sample
 

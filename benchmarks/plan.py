@@ -23,10 +23,10 @@ from pathlib import Path
 
 from landiff.configs.loader import load
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
 from landiff.data_pipeline.ingest.plan.layout import lay
 from landiff.data_pipeline.ingest.plan.probes import look_at_all
 from landiff.data_pipeline.ingest.plan.rows import write_rows
+from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
 from landiff.data_pipeline.ingest.shots import Look
 from landiff.data_pipeline.ingest.sources.listing import Listing, SourceClip
 from landiff.data_pipeline.video.codec import Failure, VideoFile

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from landiff.configs import Config, ConfigError
 from landiff.configs.loader import load_leniently
 from landiff.configs.problems import Problem, check_writable, problems_of, require_none
-from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest
+from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.model_zoo.registry import ZooEntry

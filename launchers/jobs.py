@@ -16,9 +16,9 @@ from landiff.configs.loader import packaged_names, write_config
 from landiff.configs.problems import Problem, problems_of, require_none
 from landiff.configs.secrets import redact
 from landiff.launchers.checks import check, check_processes, load_checked, load_with_problems
-from landiff.launchers.weights.request import check_request, request_of
 from landiff.launchers.progress import Progress
 from landiff.launchers.slurm.stage_jobs import config_class
+from landiff.launchers.weights.request import check_request, request_of
 from landiff.training.checks import Launch
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def train_job(args: argparse.Namespace) -> int:
     with own(config, args.stage, processes, command, take_over=args.take_over) as owned:
         resolved = config.run / "resolved.yaml"
         write_config(resolved, config)
-        code = run_trainer(f"training.{args.stage}", resolved, config.run, processes, owned)
+        code = run_trainer(f"landiff.training.{args.stage}", resolved, config.run, processes, owned)
     if code:
         raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {explain(config.run, code)}")
     return 0

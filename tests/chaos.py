@@ -37,7 +37,6 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from tests.distributed import Nursery, RankError, nursery
 from landiff.training.checkpoint.store import (
     CONFIG,
     FILES,
@@ -49,6 +48,7 @@ from landiff.training.checkpoint.store import (
 )
 from landiff.training.observe.metrics import read_metrics
 from landiff.training.run import finished_step
+from tests.distributed import Nursery, RankError, nursery
 
 TIMING = ("time", "throughput/", "data/", "memory/")  # what differs between equal runs
 # After one operation is before the next, but for renames of one rank that others may see.

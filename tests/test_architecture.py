@@ -1,4 +1,4 @@
-"""The import rules of the project, read from the source itself."""
+"""Import rules of the project, checked on the source."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["configs", "model_zoo", "data_pipeline", "training", "launchers"]  # imports go to the left only
-FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
+PACKAGES = ["configs", "model_zoo", "data_pipeline", "training", "launchers"]
+"""In the order of the layers: a package imports itself and the packages before it."""
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+ALL_FILES = sorted(
+    [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+)
+READS_ENVIRONMENT = {"training/distributed.py", "configs/ownership.py"}
+"""Beside launchers. The owner of a lock is a process with the SLURM job around it."""
+MOST_MODULES = 14  # in one folder
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """(dotted module, is it at module level) for every import statement of a file."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    top = {id(node) for node in tree.body}
+def imports(path: Path) -> list[str]:
+    """Dotted names of everything that a file imports, at any level of the file."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name, id(node) in top) for alias in node.names]
+            found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
     return found
 
 
@@ -33,27 +38,45 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def package_of(module: str) -> str:
+    """`training` of `landiff.training.run`; "" for a module of another project."""
+    first, _, rest = module.partition(".")
+    return rest.partition(".")[0] if first == "landiff" else ""
+
+
 def test_there_is_source():
     assert len(FILES) > 40
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
-def test_imports_go_down_only(path):
-    room = path.relative_to(ROOT).parts[0]
-    for module, _ in imports(path):
-        target = module.split(".")[0]
-        if target in ROOMS:
-            assert ROOMS.index(target) <= ROOMS.index(room), f"{relative(path)} imports {module}"
-        if room == "data_pipeline" and target == "model_zoo":
-            # configs of encoders are plain data, which precompute's own config holds
-            allowed = path.name == "precompute.py" or (path.name == "precompute_config.py" and module.startswith("landiff.model_zoo.frozen.config"))
-            assert allowed, f"{relative(path)} imports {module}: only precompute.py may"
+def test_the_import_name_covers_every_package():
+    links = {path.name for path in (ROOT / "landiff").iterdir() if path.is_symlink()}
+    assert links == set(PACKAGES)
+    for package in PACKAGES:
+        assert (ROOT / "landiff" / package).resolve() == ROOT / package
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=relative)
+def test_packages_are_imported_through_landiff_only(path):
+    bare = [module for module in imports(path) if module.partition(".")[0] in PACKAGES]
+    assert not bare, f"{relative(path)} imports {bare}; write landiff.{bare[0]}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_engines_stay_in_their_rooms(path):
+def test_imports_follow_the_layers(path):
+    place = path.relative_to(ROOT).parts
+    for module in imports(path):
+        target = package_of(module)
+        if target in PACKAGES:
+            allowed = PACKAGES.index(target) <= PACKAGES.index(place[0])
+            assert allowed, f"{relative(path)} imports {module}"
+        if place[0] == "data_pipeline" and target == "model_zoo":
+            assert place[1] == "precompute", f"{relative(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_engines_stay_in_their_packages(path):
     place = path.relative_to(ROOT).parts[:2]
-    for module, _ in imports(path):
+    for module in imports(path):
         root = module.split(".")[0]
         if root == "megatron":
             assert place == ("training", "lm"), f"{relative(path)} imports {module}"
@@ -67,35 +90,58 @@ def test_engines_stay_in_their_rooms(path):
             assert place != ("training", "lm"), f"{relative(path)} imports {module}"
 
 
-def test_environment_is_read_in_three_places_only():
+def test_environment_is_read_in_few_places():
     for path in FILES:
         name = relative(path)
-        # a lock's owner is a process with the SLURM job around it, whichever package takes the lock
-        if name in ("training/distributed.py", "configs/ownership.py") or name.startswith("launchers/"):
+        if name in READS_ENVIRONMENT or name.startswith("launchers/"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            named = isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
-            assert not (named and isinstance(node.value, ast.Name) and node.value.id == "os"), f"{name}:{node.lineno} reads os.{node.attr}"
+            if not isinstance(node, ast.Attribute) or node.attr not in {"environ", "getenv"}:
+                continue
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            assert owner != "os", f"{name}:{node.lineno} reads os.{node.attr}"
 
 
 def test_arguments_are_parsed_in_launchers_only():
     for path in FILES:
         if not relative(path).startswith("launchers/"):
-            assert not [m for m, _ in imports(path) if m.split(".")[0] == "argparse"], relative(path)
+            roots = [module.split(".")[0] for module in imports(path)]
+            assert "argparse" not in roots, relative(path)
+
+
+def test_no_folder_holds_too_many_modules():
+    for folder in {path.parent for path in FILES}:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES, f"{folder.relative_to(ROOT)}: {len(modules)} modules"
+
+
+def test_the_public_api_is_there_and_loads_no_torch():
+    code = (
+        "import sys, landiff\n"
+        "assert landiff.__version__ and landiff.load_config and landiff.zoo.ZooEntry\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "assert 'LanDiffPipeline' in dir(landiff)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_config_files_load_without_torch():
-    modules = [relative(p)[:-3].replace("/", ".") for p in FILES if p.name.endswith("config.py")]
+    names = [relative(path)[:-3].replace("/", ".") for path in FILES if path.stem.endswith("config")]
+    modules = [f"landiff.{name}" for name in names]
     assert len(modules) >= 7
-    code = f"import sys\nfor m in {modules!r}: __import__(m)\nassert 'torch' not in sys.modules, 'torch came in'"
+    code = (
+        f"import sys\nfor module in {modules!r}: __import__(module)\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_help_is_instant():
     def seconds() -> float:
         started = time.perf_counter()
-        text = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", "--help"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
-        assert "landiff quickstart" in text
+        words = [sys.executable, "-m", "landiff.launchers.cli", "--help"]
+        done = subprocess.run(words, check=True, cwd=ROOT, capture_output=True, text=True)
+        assert "landiff quickstart" in done.stdout
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(3)) < 0.5

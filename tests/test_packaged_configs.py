@@ -8,8 +8,8 @@ import torch
 from landiff.configs import Config, dump, load
 from landiff.configs.loader import packaged_names
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.dit import position_table_numel
 from landiff.model_zoo.registry import build

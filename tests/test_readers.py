@@ -18,26 +18,26 @@ from safetensors.torch import save
 
 from landiff.configs import ConfigError, dump, load
 from landiff.configs.loader import read_json_as
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry, Sidecar
 from landiff.data_pipeline.format.shards import read_manifest, read_sidecar
 from landiff.data_pipeline.format.tensors import pack_tensor, parse_tensor
+from landiff.data_pipeline.ingest.plan.shard_plan import Plan
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.units import CARD, ColumnFolder
-from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.run.status import last_metrics
+from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.submit import read_record
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, TransformerConfig
-from landiff.model_zoo.convert.formats import deepspeed, diffusers_folder, megatron
 from landiff.model_zoo.convert import known_formats as formats
+from landiff.model_zoo.convert.formats import deepspeed, diffusers_folder, megatron
 from landiff.model_zoo.convert.formats.diffusers_transformer import diffusers_config
 from landiff.model_zoo.convert.lazy import load_safetensors, read_safetensors
 from landiff.model_zoo.convert.rules import ConversionError
+from landiff.training.checkpoint.run_folder import finished_step, read_metrics
 from landiff.training.checkpoint.store import CheckpointState, FileList, latest_whole
 from landiff.training.lm.config import LMTrainConfig
-from landiff.training.checkpoint.run_folder import finished_step, read_metrics
 
 MUTATIONS = 60  # of each document
 NASTY = [

@@ -27,15 +27,18 @@ def installed(tmp_path_factory) -> Path:
 
 def landiff(installed: Path, workdir: Path, *words: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
-    code = "import landiff.launchers.cli, sys; assert landiff.launchers.cli.__file__.startswith(sys.argv.pop(1)); sys.exit(landiff.launchers.cli.main())"
+    code = (
+        "import sys; from landiff.launchers import cli; "
+        "assert cli.__file__.startswith(sys.argv.pop(1)); sys.exit(cli.main())"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code, str(installed), *words], cwd=workdir, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_the_wheel_holds_configs_clips_and_attribution(installed):
-    assert (installed / "data_pipeline" / "assets" / "ATTRIBUTION.txt").read_text().count("Blender Foundation")
-    assert len(list((installed / "data_pipeline" / "assets").rglob("*.mp4"))) >= 40
+    assert (installed / "landiff" / "data_pipeline" / "assets" / "ATTRIBUTION.txt").read_text().count("Blender Foundation")
+    assert len(list((installed / "landiff" / "data_pipeline" / "assets").rglob("*.mp4"))) >= 40
     assert not (installed / "tests").exists()
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.data_pipeline.format.column_checks import check_blend, check_columns
+from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
-from landiff.data_pipeline.format.schema import Manifest
 from landiff.model_zoo import registry
+from landiff.training.checkpoint.resume import check_resume
 from landiff.training.config import OptimConfig
 from landiff.training.layout import check_batch
-from landiff.training.checkpoint.resume import check_resume
 
 
 @dataclass(frozen=True)

@@ -167,8 +167,7 @@ def _set_up_logging(rank: int) -> None:
         RedactingFormatter(f"%(asctime)s [{rank}] %(levelname)s %(name)s: %(message)s")
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for room in ("training", "data_pipeline", "model_zoo"):
-        logging.getLogger(room).setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logging.getLogger("landiff").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
 def _limit_threads() -> None:

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from landiff.data_pipeline.loading.loader import Batch
 from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.loading.loader import Batch
 
 
 @dataclass

@@ -10,8 +10,8 @@ import math
 
 from torch import Tensor
 
-from landiff.training.distributed import World
 from landiff.training.checkpoint.errors import NonFiniteError
+from landiff.training.distributed import World
 from landiff.training.observe.metrics import read_scalars
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from landiff.configs.base import Config
 from landiff.configs.files import write_text
 from landiff.configs.loader import write_config
+from landiff.training.checkpoint.run_folder import finished_step
 from landiff.training.checkpoint.store import CheckpointStore
 from landiff.training.config import LoopConfig
 from landiff.training.distributed import World
 from landiff.training.engine import TrainState
 from landiff.training.observe.heartbeat import Heartbeat
 from landiff.training.observe.metrics import Metrics
-from landiff.training.checkpoint.run_folder import finished_step
 
 
 class Run:

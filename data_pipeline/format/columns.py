@@ -21,7 +21,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from landiff.data_pipeline.format.column_checks import check_columns
-from landiff.data_pipeline.loading.remote import Remote
 from landiff.data_pipeline.format.schema import (
     RAW,
     Column,
@@ -34,6 +33,7 @@ from landiff.data_pipeline.format.schema import (
 )
 from landiff.data_pipeline.format.shards import ShardError, read_sidecar, sidecar_path
 from landiff.data_pipeline.format.tensors import parse_tensor
+from landiff.data_pipeline.loading.remote import Remote
 
 TAR_BLOCK = 512
 OPEN_FILES = 256

@@ -15,8 +15,8 @@ import numpy as np
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.config import FiltersConfig
-from landiff.data_pipeline.video.motion import Motion
 from landiff.data_pipeline.video.codec import Failure
+from landiff.data_pipeline.video.motion import Motion
 
 FILTERED = frozenset(("little_motion", "much_motion", "too_dark", "too_bright", "static", "text"))
 CHANGED = 12  # levels: less may be noise of the codec

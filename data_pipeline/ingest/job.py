@@ -30,18 +30,26 @@ from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_yaml
 from landiff.configs.files import fsync_dir, temporary_name
 from landiff.configs.ownership import OWNER
-from landiff.data_pipeline.ingest.filters import Filters
+from landiff.data_pipeline.format.schema import MANIFEST, RAW, Manifest, fingerprint
+from landiff.data_pipeline.format.shards import (
+    ShardError,
+    count_rejects,
+    read_manifest,
+    read_sidecar,
+    sidecar_path,
+    write_manifest,
+)
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.plan.shard_plan import PLAN, Plan, make
+from landiff.data_pipeline.ingest.filters import Filters
+from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
 from landiff.data_pipeline.ingest.plan.rows import (
     chunks,
     read_ignored_members,
     read_state,
     rows_path,
 )
-from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
+from landiff.data_pipeline.ingest.plan.shard_plan import PLAN, Plan, make
 from landiff.data_pipeline.ingest.quarantine import REJECTED
-from landiff.data_pipeline.format.schema import MANIFEST, RAW, Manifest, fingerprint
 from landiff.data_pipeline.ingest.shard_maker import (
     Maker,
     Progress,
@@ -54,14 +62,6 @@ from landiff.data_pipeline.ingest.shard_maker import (
     foreign,
     sidecar_of,
     tally_rejects,
-)
-from landiff.data_pipeline.format.shards import (
-    ShardError,
-    count_rejects,
-    read_manifest,
-    read_sidecar,
-    sidecar_path,
-    write_manifest,
 )
 from landiff.data_pipeline.ingest.sources.entries import Tally
 from landiff.data_pipeline.ingest.sources.listing import list_source

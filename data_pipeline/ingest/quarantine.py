@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 
 from landiff.configs.base import Config
-from landiff.data_pipeline.ingest.config import QuarantineConfig
 from landiff.data_pipeline.format.schema import Reject
 from landiff.data_pipeline.format.shards import ShardWriter
+from landiff.data_pipeline.ingest.config import QuarantineConfig
 from landiff.data_pipeline.video.codec import VideoFile
 
 log = logging.getLogger(__name__)

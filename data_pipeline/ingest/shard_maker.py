@@ -16,17 +16,17 @@ from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
 
-from landiff.data_pipeline.ingest.filters import FILTERED, Filters
-from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.video.motion import Motion, motion
-from landiff.data_pipeline.ingest.plan.shard_plan import Line, Plan
-from landiff.data_pipeline.ingest.plan.planned_shard import HARMLESS, STAGE, Span, Unit
-from landiff.data_pipeline.ingest.quarantine import Quarantine
 from landiff.data_pipeline.format.schema import RAW, RawSample, Reject, Sidecar
 from landiff.data_pipeline.format.shards import ShardError, ShardWriter, read_sidecar, sidecar_path
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.ingest.filters import FILTERED, Filters
+from landiff.data_pipeline.ingest.plan.planned_shard import HARMLESS, STAGE, Span, Unit
+from landiff.data_pipeline.ingest.plan.shard_plan import Line, Plan
+from landiff.data_pipeline.ingest.quarantine import Quarantine
 from landiff.data_pipeline.ingest.sources.entries import Tally, printable
 from landiff.data_pipeline.ingest.sources.text_files import TEXT_REASONS
 from landiff.data_pipeline.video.codec import DecodedSpan, Failure, SafeDecoder, Wanted, encode_clip
+from landiff.data_pipeline.video.motion import Motion, motion
 
 BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
 FEW = 20  # clips: of fewer, one bad one says nothing about the rest

@@ -10,8 +10,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import numpy as np
 
 from landiff.data_pipeline.format.columns import AlignedColumns
-from landiff.data_pipeline.loading.order import BatchOrder
 from landiff.data_pipeline.format.shards import ShardError
+from landiff.data_pipeline.loading.order import BatchOrder
 
 log = logging.getLogger(__name__)
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.column_checks import check_blend, require_encoder
 from landiff.data_pipeline.format.columns import AlignedColumns
+from landiff.data_pipeline.format.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
+from landiff.data_pipeline.format.shards import ShardError, read_manifest
+from landiff.data_pipeline.format.tensors import Buffers
 from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
 from landiff.data_pipeline.loading.fetch_ahead import FetchAhead
 from landiff.data_pipeline.loading.order import BatchOrder, Source
 from landiff.data_pipeline.loading.position import check_position
 from landiff.data_pipeline.loading.remote import ROOM, open_remote
-from landiff.data_pipeline.format.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
-from landiff.data_pipeline.format.shards import ShardError, read_manifest
-from landiff.data_pipeline.format.tensors import Buffers
 
 __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 

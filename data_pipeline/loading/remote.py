@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from landiff.configs.files import atomic_file
-from landiff.data_pipeline.loading.config import SourceConfig
 from landiff.data_pipeline.format.locks import locked
 from landiff.data_pipeline.format.schema import MANIFEST, RAW, Manifest, ShardEntry, Sidecar
 from landiff.data_pipeline.format.shards import (
@@ -25,6 +24,7 @@ from landiff.data_pipeline.format.shards import (
     read_manifest,
     read_sidecar,
 )
+from landiff.data_pipeline.loading.config import SourceConfig
 
 log = logging.getLogger(__name__)
 

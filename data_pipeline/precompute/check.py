@@ -13,13 +13,13 @@ from torch import Tensor
 
 from landiff.configs.durations import duration, size
 from landiff.configs.files import sha256_file
-from landiff.data_pipeline.precompute.clips import Clip, ClipReader, Problem, Result
 from landiff.data_pipeline.format.columns import FolderReader
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import FEW, Bench, Build, Producer, groups
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry, column_stem
 from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.data_pipeline.precompute.clips import Clip, ClipReader, Problem, Result
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.job import FEW, Bench, Build, Producer, groups
 from landiff.data_pipeline.precompute.units import ColumnFolder, single_code
 
 TAR_BLOCK = 512

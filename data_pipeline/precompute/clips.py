@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from landiff.data_pipeline.format.columns import DamagedSample, FolderReader
-from landiff.data_pipeline.video.process import Backend
 from landiff.data_pipeline.format.schema import RAW, RawSample, ShardEntry
 from landiff.data_pipeline.video.codec import ClipDamaged, ClipDecoder
+from landiff.data_pipeline.video.process import Backend
 
 BATCHES_AHEAD = 2
 

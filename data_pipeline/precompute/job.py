@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from landiff.data_pipeline.precompute.clips import Clip, ClipReader, Piece, Problem, Result
-from landiff.model_zoo.device import pick_device
-from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn
-from landiff.data_pipeline.precompute.write import Stages, Unit, WriterThread
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import ShardError
+from landiff.data_pipeline.precompute.clips import Clip, ClipReader, Piece, Problem, Result
+from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, share
+from landiff.data_pipeline.precompute.write import Stages, Unit, WriterThread
+from landiff.model_zoo.device import pick_device
 
 Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
 FEW = 8  # clips; of fewer, equal tokens are no sign of a collapsed codebook before the end

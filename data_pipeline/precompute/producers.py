@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.precompute import check as precompute_check, status as precompute_status
-from landiff.data_pipeline.precompute.clips import Clip, Problem, Result, by_shape, finite
 from landiff.data_pipeline.format.columns import FolderReader
+from landiff.data_pipeline.format.schema import Manifest, ShardEntry, Sidecar
+from landiff.data_pipeline.format.shards import read_manifest
+from landiff.data_pipeline.precompute import check as precompute_check
+from landiff.data_pipeline.precompute import status as precompute_status
 from landiff.data_pipeline.precompute.check import ColumnCheck, Estimate
+from landiff.data_pipeline.precompute.clips import Clip, Problem, Result, by_shape, finite
 from landiff.data_pipeline.precompute.config import (
     FeaturesColumn,
     LatentsColumn,
@@ -44,8 +47,6 @@ from landiff.data_pipeline.precompute.job import (
     TooManyRejects,
 )
 from landiff.data_pipeline.precompute.status import ColumnStatus
-from landiff.data_pipeline.format.schema import Manifest, ShardEntry, Sidecar
-from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, share
 from landiff.data_pipeline.precompute.units import finalize as finalize_units
 from landiff.model_zoo import frozen, health, keyed_random, registry

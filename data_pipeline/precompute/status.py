@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from landiff.configs.durations import duration, size
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.format.schema import Manifest, Sidecar
 from landiff.data_pipeline.format.shards import sidecar_path
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, owner
 
 RATE_WINDOW_S = 3600.0  # a rate is that of the last hour of work

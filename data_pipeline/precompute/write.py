@@ -14,9 +14,9 @@ from torch import Tensor
 
 from landiff.configs import ownership
 from landiff.configs.ownership import OWNER
-from landiff.data_pipeline.precompute.clips import Clip, Problem, Result
 from landiff.data_pipeline.format.schema import ShardEntry, column_stem
 from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.data_pipeline.precompute.clips import Clip, Problem, Result
 from landiff.data_pipeline.precompute.units import (
     ColumnCard,
     ColumnFolder,

@@ -13,15 +13,14 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.data_pipeline.video.protocol import Failure, Request, Response, receive, send
 
 Backend = Literal["pyav", "decord"]
-ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 60.0
 AGE = frozenset(("decoder_died", "out_of_memory"))  # may be due to what came before
 MOST_SPARE = 4  # shared memories that wait for their next use
@@ -140,7 +139,8 @@ class DecoderProcess:
         ours, theirs = socket.socketpair()
         numbers = (os.getpid(), self.memory_limit, theirs.fileno(), self._input)
         # the root comes last, so that nothing of the project shadows a package; -P: nor does the working folder
-        code = f"import sys; sys.path.append({str(ROOT)!r}); from data_pipeline.decoder_{self.backend} import main; main{numbers}"
+        module = f"landiff.data_pipeline.video.{self.backend}_child"
+        code = f"import sys; sys.path.append({str(IMPORT_ROOT)!r}); from {module} import main; main{numbers}"
         command = [sys.executable, "-P", "-c", code]
         # what a library prints goes nowhere
         self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -153,7 +153,7 @@ class DecoderProcess:
         except (EOFError, ConnectionError, TimeoutError):
             self._stop()
             raise RuntimeError(f"the decoder process does not start; to see why, run: {sys.executable} -P -c "
-                               f"'import sys; sys.path.append({str(ROOT)!r}); import data_pipeline.decoder_{self.backend}'") from None
+                               f"'import sys; sys.path.append({str(IMPORT_ROOT)!r}); import {module}'") from None
 
     def _stop(self) -> None:
         child, self._child = self._child, None

@@ -20,8 +20,8 @@ from mkdocs.structure.nav import Navigation
 from landiff.configs.base import Config
 from landiff.configs.reference import ConfigKey, all_sections, config_keys, section_name
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo.config import ModelConfig
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
@@ -49,7 +49,7 @@ sections, `kind` selects it.
 """
 
 PACKAGES = ("configs", "model_zoo", "data_pipeline", "training", "launchers")
-IMPORT_PREFIX = ""  # what stands before a package's name in an import
+IMPORT_PREFIX = "landiff."  # what stands before a package's name in an import
 NOT_API = {"__init__", "__main__"}
 
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}

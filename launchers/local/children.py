@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
+
+from landiff.configs.paths import IMPORT_ROOT
 
 PARENT = "LANDIFF_PARENT"  # id of the process that starts the next one
 
@@ -22,7 +23,7 @@ def environment() -> dict[str, str]:
     """
     env = dict(os.environ)
     env.setdefault("PYTHONUNBUFFERED", "1")
-    roots = [str(Path(__file__).resolve().parent.parent), *filter(None, [env.get("PYTHONPATH")])]
+    roots = [str(IMPORT_ROOT), *filter(None, [env.get("PYTHONPATH")])]
     env["PYTHONPATH"] = os.pathsep.join(roots)
     env["PYTHONSAFEPATH"] = "1"
     env[PARENT] = str(os.getpid())

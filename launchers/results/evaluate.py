@@ -9,13 +9,13 @@ from functools import partial
 import torch
 
 from landiff.configs.files import write_text
-from landiff.data_pipeline.loading.config import DataConfig
-from landiff.model_zoo.device import pick_device
-from landiff.data_pipeline.loading.loader import Loader, Sample
 from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader, Sample
 from landiff.launchers.config import EvaluateConfig
 from landiff.launchers.progress import Progress
 from landiff.launchers.results.sample import load_all, load_part
+from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate import conditions
 from landiff.model_zoo.frozen.base import posterior_mean
 from landiff.model_zoo.schedule import NoiseSchedule

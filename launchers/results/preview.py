@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from landiff.configs.disk_errors import naming
+from landiff.data_pipeline.format.shards import read_part
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.format.shards import read_part
 from landiff.data_pipeline.video.codec import ClipDecoder
 from landiff.model_zoo import frozen
 from landiff.model_zoo.frozen.base import posterior_mean

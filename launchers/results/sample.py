@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from landiff.model_zoo.device import pick_device
 from landiff.data_pipeline.video.codec import write_mp4
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results.preview import log_videos
 from landiff.launchers.progress import Progress
+from landiff.launchers.results.preview import log_videos
 from landiff.model_zoo import frozen, registry
+from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.sample.generate import Models, generate
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.schedule import NoiseSchedule

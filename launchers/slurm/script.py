@@ -17,8 +17,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from landiff.launchers.slurm import blocks
 from landiff.launchers.local.children import PARENT
+from landiff.launchers.slurm import blocks
 from landiff.launchers.slurm.cluster_config import ClusterConfig, ContainerConfig, Resources
 from landiff.launchers.slurm.script_values import (
     check_folder,

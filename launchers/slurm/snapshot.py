@@ -15,32 +15,32 @@ import sys
 from pathlib import Path
 
 from landiff.configs.files import PRIVATE, remove_dir, temporary_name, write_text
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.configs.secrets import redact_variables
 
-ROOMS = ("configs", "data_pipeline", "model_zoo", "training", "launchers")
-ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("landiff", "configs", "data_pipeline", "model_zoo", "training", "launchers")
 SHOWN = ("CUDA", "NCCL", "SLURM", "OMP", "HF_", "TORCH", "PYTHON", "PATH", "LD_", "VIRTUAL_ENV", "CONDA")
 
 
-def copy_code(target: Path, root: Path = ROOT) -> None:
+def copy_code(target: Path, root: Path = IMPORT_ROOT) -> None:
     """Copy the packages that are running now to `target`; a copy that is there already is replaced."""
     temporary = temporary_name(target.with_name(f"{target.name}.new"))
     shutil.rmtree(temporary, ignore_errors=True)
-    for room in ROOMS:
-        shutil.copytree(root / room, temporary / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    shutil.copytree(root / "landiff", temporary / "landiff", ignore=ignored)  # follows links
     if target.exists():
         remove_dir(target)
     os.rename(temporary, target)
 
 
-def describe_code(root: Path = ROOT) -> tuple[str, str]:
+def describe_code(root: Path = IMPORT_ROOT) -> tuple[str, str]:
     """(one line on where the code comes from, its difference to the commit; empty when there is none)."""
     if not (root / ".git").exists():
         return f"installed landiff-pretrain {package_version()} in {root}", ""
     commit = git(root, "rev-parse", "HEAD").strip()
-    dirty = git(root, "status", "--porcelain", "--", *ROOMS)
+    dirty = git(root, "status", "--porcelain", "--", *FOLDERS)
     line = f"git {commit}" + (" with changes, see code.diff" if dirty else "")
-    return line, f"{dirty}\n{git(root, 'diff', 'HEAD', '--', *ROOMS)}" if dirty else ""
+    return line, f"{dirty}\n{git(root, 'diff', 'HEAD', '--', *FOLDERS)}" if dirty else ""
 
 
 def write_snapshot(folder: Path) -> str:

@@ -13,10 +13,10 @@ from landiff.configs.problems import Problem
 from landiff.configs.secrets import redact
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import check, check_pipeline, load_checked, load_with_problems
-from landiff.launchers.slurm.cluster_config import TRAINERS, ClusterConfig
-from landiff.launchers.weights.request import check_request, request_of
 from landiff.launchers.local.start import default_processes
+from landiff.launchers.slurm.cluster_config import TRAINERS, ClusterConfig
 from landiff.launchers.slurm.script import Job
+from landiff.launchers.weights.request import check_request, request_of
 from landiff.training.checks import Launch
 
 CONFIG = "config.yaml"  # in the job folder
@@ -113,7 +113,7 @@ def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Pl
     problems += check(args.stage, config, launch)
     run = place.workdir / config.run
     job = Job(
-        name=name or run.name, run=run, workdir=place.workdir, module=f"training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
+        name=name or run.name, run=run, workdir=place.workdir, module=f"landiff.training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
         resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
     )
     return Planned(args.stage, job, config, steps=config.loop.steps, problems=tuple(problems))

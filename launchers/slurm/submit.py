@@ -21,7 +21,6 @@ from landiff.configs.problems import Problem, problems_of, require_none
 from landiff.configs.processes import machine
 from landiff.configs.secrets import redact
 from landiff.launchers.local.children import environment, stop_signals
-from landiff.launchers.slurm.cluster_config import TRAINERS, ClusterConfig
 from landiff.launchers.run.records import (
     LAST_ERROR,
     OLD_MARKERS,
@@ -32,9 +31,10 @@ from landiff.launchers.run.records import (
     running_owner,
     write_record,
 )
-from landiff.launchers.slurm.script_values import check_job_ids
 from landiff.launchers.slurm.client import Slurm
+from landiff.launchers.slurm.cluster_config import TRAINERS, ClusterConfig
 from landiff.launchers.slurm.script import JOB_FOLDER, LOGS, SCRIPT, sbatch_text
+from landiff.launchers.slurm.script_values import check_job_ids
 from landiff.launchers.slurm.snapshot import write_snapshot
 from landiff.launchers.slurm.stage_jobs import (
     CONFIG,

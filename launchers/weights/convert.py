@@ -10,7 +10,6 @@ from typing import Any
 
 from landiff.configs import ConfigError, load
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
-from landiff.launchers.weights.request import Request
 from landiff.launchers.progress import Progress
 from landiff.launchers.weights.relayout import (
     TRAINERS,
@@ -21,10 +20,11 @@ from landiff.launchers.weights.relayout import (
     dry,
     relayout,
 )
+from landiff.launchers.weights.request import Request
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.convert.formats import deepspeed_write, megatron
 from landiff.model_zoo.convert import known_formats as formats
+from landiff.model_zoo.convert.formats import deepspeed_write, megatron
 from landiff.model_zoo.convert.parts import VAE, Part, Source, assembled
 from landiff.model_zoo.convert.rules import all_of
 from landiff.training.checkpoint.store import CONFIG, STATE, differences, latest_whole, versions

@@ -32,9 +32,10 @@ from landiff.model_zoo.convert.formats import (
 )
 from landiff.model_zoo.convert.formats.deepspeed import DeepSpeedState
 from landiff.model_zoo.convert.formats.deepspeed_write import Cut
+from landiff.model_zoo.convert.formats.megatron_optimizer import MegatronCut, MegatronState
 from landiff.model_zoo.convert.known_formats import new_folder
 from landiff.model_zoo.convert.lazy import Progress
-from landiff.model_zoo.convert.formats.megatron_optimizer import MegatronCut, MegatronState
+from landiff.training.checkpoint.run_folder import step_folder
 from landiff.training.checkpoint.store import (
     CONFIG,
     STATE,
@@ -45,7 +46,6 @@ from landiff.training.checkpoint.store import (
 )
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
-from landiff.training.checkpoint.run_folder import step_folder
 
 TRAINERS: dict[str, type[Config]] = {"megatron": LMTrainConfig, "deepspeed": DiffusionTrainConfig}
 STAGES = {"megatron": "lm", "deepspeed": "diffusion"}

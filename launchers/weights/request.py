@@ -13,8 +13,8 @@ from landiff.configs import load
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
-from landiff.training.checks import Launch
 from landiff.training.checkpoint.run_folder import STATE, committed_steps
+from landiff.training.checks import Launch
 
 ENGINES = ("megatron", "deepspeed")  # targets that a trainer resumes or starts from
 

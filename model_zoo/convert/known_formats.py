@@ -21,6 +21,7 @@ from landiff.configs.files import commit_dir, remove_abandoned, temporary_name, 
 from landiff.configs.ownership import OWNER
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import LMConfig, ModelConfig, TokenizerConfig
+from landiff.model_zoo.convert.foreign import prepared, refuse_adapter_folder
 from landiff.model_zoo.convert.formats import (
     deepspeed,
     deepspeed_write,
@@ -29,9 +30,8 @@ from landiff.model_zoo.convert.formats import (
     megatron_optimizer,
     release_set,
 )
-from landiff.model_zoo.convert.foreign import prepared, refuse_adapter_folder
-from landiff.model_zoo.convert.lazy import Progress, read_safetensors
 from landiff.model_zoo.convert.formats.megatron import model_section
+from landiff.model_zoo.convert.lazy import Progress, read_safetensors
 from landiff.model_zoo.convert.parts import FOREIGN, PLAIN, VAE, Part, Source, assembled, fit
 
 STATE, RUN_CONFIG = "state.json", "config.yaml"  # what the trainers add to a checkpoint (training/checkpoint/store.py)

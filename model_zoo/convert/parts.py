@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from landiff.configs import Config, ConfigError
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import DiffusionConfig
+from landiff.model_zoo.convert.foreign import prepared
 from landiff.model_zoo.convert.formats import (
     diffusers_transformer,
     release_diffusion,
     release_lm,
     release_tokenizer,
 )
-from landiff.model_zoo.convert.foreign import prepared
 from landiff.model_zoo.convert.lazy import LazyTensors, converted
 from landiff.model_zoo.convert.rules import ConversionError, Rule, convert, report
 

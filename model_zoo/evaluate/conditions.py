@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from landiff.configs.base import ConfigError
-from landiff.model_zoo.evaluate.codebook import code_entropy, count_codes
 from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.evaluate.codebook import code_entropy, count_codes
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.schedule import NoiseSchedule
 

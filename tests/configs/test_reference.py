@@ -11,9 +11,9 @@ import pytest
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from landiff.configs.base import Config
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.configs.reference import ConfigKey, all_sections, config_keys, section_name
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.snapshot import ROOT
 from landiff.launchers.slurm.stage_jobs import config_class
 
 STAGES = ["shards", "precompute", "tokenizer", "lm", "diffusion", "sample", "evaluate"]
@@ -86,4 +86,4 @@ def test_every_key_of_every_command_has_words():
 
 def test_reading_the_keys_needs_no_torch():
     code = "import sys, landiff.configs.reference; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=IMPORT_ROOT, check=True)

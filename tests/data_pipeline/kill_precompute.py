@@ -24,12 +24,12 @@ import torch
 from landiff.configs.files import remove_abandoned, write_text
 from landiff.configs.loader import load
 from landiff.configs.ownership import OwnedError
-from landiff.data_pipeline.precompute import producers as precompute
-from landiff.data_pipeline.loading.config import DataConfig
-from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.format.shards import read_manifest
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.kills import Killer, contents, forked, killed
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from landiff.configs.loader import load
 from landiff.configs.ownership import OwnedError
-from landiff.data_pipeline.ingest.job import finalize, make_shards, make_share
-from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.format.shards import read_sidecar
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.ingest.job import finalize, make_shards, make_share
 from tests.data_pipeline import kills
 from tests.data_pipeline.kills import Killer, contents, killed
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from landiff.configs import ConfigError
+from landiff.data_pipeline.format.shards import ShardError, read_manifest, write_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.loading.order import BatchOrder, Source, interleave
-from landiff.data_pipeline.format.shards import ShardError, read_manifest, write_manifest
 from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from landiff.data_pipeline.precompute.clips import ClipReader
 from landiff.data_pipeline.format.shards import read_manifest
+from landiff.data_pipeline.precompute.clips import ClipReader
 from tests.data_pipeline.test_precompute import pan, write_clips
 
 

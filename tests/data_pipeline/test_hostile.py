@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.format.schema import Manifest, RawSample
 from landiff.data_pipeline.format.shards import read_sidecar
+from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
 from tests.data_pipeline import hostile
 from tests.data_pipeline.test_ingest import config, contents

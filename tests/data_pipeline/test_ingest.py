@@ -15,8 +15,6 @@ import webdataset
 
 from landiff.configs.base import ConfigError
 from landiff.configs.loader import load
-from landiff.data_pipeline.ingest.job import make_shards
-from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.format.schema import Column, RawSample, Reject
 from landiff.data_pipeline.format.shards import (
     ShardError,
@@ -25,6 +23,8 @@ from landiff.data_pipeline.format.shards import (
     read_sidecar,
     write_manifest,
 )
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
 from landiff.data_pipeline.video.codec import ClipDecoder, write_mp4
 from landiff.launchers.config import ShardsJobConfig

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.ingest.job import make_shards
-from landiff.data_pipeline.ingest.config import Bucket
-from landiff.data_pipeline.ingest.plan.planned_shard import Span, Unit
 from landiff.data_pipeline.format.schema import RAW, RawSample
 from landiff.data_pipeline.format.shards import ShardError, read_sidecar
+from landiff.data_pipeline.ingest.config import Bucket
+from landiff.data_pipeline.ingest.job import make_shards
+from landiff.data_pipeline.ingest.plan.planned_shard import Span, Unit
 from landiff.data_pipeline.video.codec import ClipDecoder, VideoFile
 from tests.data_pipeline.test_ingest import config
 from tests.data_pipeline.test_video import barcodes, encode

@@ -15,8 +15,6 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from landiff.configs import ConfigError
-from landiff.data_pipeline.loading.config import DataConfig
-from landiff.data_pipeline.loading.loader import Loader, require_encoder
 from landiff.data_pipeline.format.schema import RAW, Reject
 from landiff.data_pipeline.format.shards import (
     ShardError,
@@ -26,6 +24,8 @@ from landiff.data_pipeline.format.shards import (
     write_manifest,
 )
 from landiff.data_pipeline.format.tensors import Buffers, pack_tensor, parse_tensor
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader, require_encoder
 from tests.data_pipeline.data_sets import keys_of, raw_sample, value_of, write_column, write_raw
 
 SIZES = [7, 5, 0, 9, 4, 5]  # 30 samples

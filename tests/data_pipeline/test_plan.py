@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.ingest.plan import layout as plan_layout, rows as plan_rows
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
+from landiff.data_pipeline.ingest.plan import layout as plan_layout
+from landiff.data_pipeline.ingest.plan import rows as plan_rows
 from landiff.data_pipeline.ingest.plan.layout import Repeats, lay
 from landiff.data_pipeline.ingest.plan.probes import look_at_all
 from landiff.data_pipeline.ingest.plan.rows import chunks, read_rows, videos_of, write_rows
+from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
 from landiff.data_pipeline.ingest.shots import Look
 from landiff.data_pipeline.ingest.sources.listing import Listing, SourceClip, list_source
 from landiff.data_pipeline.video.codec import Failure, VideoFile

@@ -19,12 +19,6 @@ from safetensors.torch import load as load_safetensors
 
 from landiff.configs import Config, ConfigError, load
 from landiff.configs.ownership import OwnedError, take
-from landiff.data_pipeline.precompute import producers as precompute
-from landiff.data_pipeline.loading.config import DataConfig
-from landiff.data_pipeline.loading.loader import Loader, require_encoder
-from landiff.data_pipeline.precompute.producers import TooManyRejects
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import Job
 from landiff.data_pipeline.format.schema import RAW, Manifest, fingerprint
 from landiff.data_pipeline.format.shards import (
     ShardError,
@@ -34,6 +28,12 @@ from landiff.data_pipeline.format.shards import (
     read_sidecar,
     write_manifest,
 )
+from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.loader import Loader, require_encoder
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.job import Job
+from landiff.data_pipeline.precompute.producers import TooManyRejects
 from landiff.data_pipeline.precompute.units import ColumnCard
 from landiff.data_pipeline.video.codec import ClipDecoder, encode_clip
 from landiff.model_zoo import frozen, registry

@@ -16,9 +16,7 @@ import pytest
 import torch
 
 from landiff.configs import ConfigError
-from landiff.data_pipeline.precompute import producers as precompute
 from landiff.data_pipeline.format.locks import locked
-from landiff.data_pipeline.precompute.status import array_expression, table
 from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.format.shards import (
     ShardWriter,
@@ -28,6 +26,8 @@ from landiff.data_pipeline.format.shards import (
     write_manifest,
 )
 from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute.status import array_expression, table
 from landiff.data_pipeline.precompute.units import ColumnFolder, UnitWriter, owner
 from landiff.launchers.cli import main
 from landiff.launchers.jobs import parse_share, parse_task

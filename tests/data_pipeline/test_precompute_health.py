@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 from landiff.configs.loader import find
+from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_part, read_sidecar
 from landiff.data_pipeline.precompute import producers as precompute
 from landiff.data_pipeline.precompute.job import CollapsedTokens
 from landiff.data_pipeline.precompute.status import table
-from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_part, read_sidecar
 from landiff.data_pipeline.precompute.units import ColumnCard, owner
 from landiff.launchers.cli import main
 from landiff.model_zoo import registry

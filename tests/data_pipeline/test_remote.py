@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from landiff.data_pipeline.format.columns import FolderReader
+from landiff.data_pipeline.format.schema import RAW
+from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.loading.remote import Remote
-from landiff.data_pipeline.format.schema import RAW
-from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 
 SIZES = [7, 5, 9, 4]

@@ -8,13 +8,12 @@ import pytest
 
 from landiff.configs.base import ConfigError
 from landiff.configs.loader import load
-from landiff.data_pipeline.ingest.filters import Filters, brightness, repeated_share, text_area
-from landiff.data_pipeline.ingest.job import make_shards
-from landiff.data_pipeline.ingest.config import FiltersConfig
-from landiff.data_pipeline.video.motion import motion
-from landiff.data_pipeline.ingest.plan.layout import lay_spans
 from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.format.shards import read_manifest, read_sidecar
+from landiff.data_pipeline.ingest.config import FiltersConfig
+from landiff.data_pipeline.ingest.filters import Filters, brightness, repeated_share, text_area
+from landiff.data_pipeline.ingest.job import make_shards
+from landiff.data_pipeline.ingest.plan.layout import lay_spans
 from landiff.data_pipeline.ingest.shots import Border, Look, Looker
 from landiff.data_pipeline.ingest.sources.listing import SourceClip
 from landiff.data_pipeline.synthetic.shapes import moving_shape
@@ -25,6 +24,7 @@ from landiff.data_pipeline.video.codec import (
     VideoFile,
     write_mp4,
 )
+from landiff.data_pipeline.video.motion import motion
 from tests.data_pipeline.test_ingest import config
 from tests.data_pipeline.test_video import barcodes, encode, numbers
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.ingest import job as ingest
-from landiff.data_pipeline.ingest.job import finalize, make_shards
 from landiff.data_pipeline.format.shards import (
     ShardError,
     read_manifest,
     read_sidecar,
     sidecar_path,
 )
+from landiff.data_pipeline.ingest import job as ingest
+from landiff.data_pipeline.ingest.job import finalize, make_shards
 from landiff.data_pipeline.synthetic.shapes import write_videos
 from landiff.launchers.cli import main
 from tests.data_pipeline.test_ingest import config

@@ -15,8 +15,8 @@ import pytest
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.plan.rows import unusable
 from landiff.data_pipeline.ingest.sources.entries import Ignored, TarFile
-from landiff.data_pipeline.ingest.sources.report import summarize_source
 from landiff.data_pipeline.ingest.sources.listing import list_source
+from landiff.data_pipeline.ingest.sources.report import summarize_source
 from tests.data_pipeline.test_ingest import config
 
 UTF8_BOM = b"\xef\xbb\xbf"

@@ -9,12 +9,12 @@ import pytest
 
 from landiff.configs.base import ConfigError
 from landiff.configs.ownership import OwnedError, take
-from landiff.data_pipeline.ingest.plan import rows as plan_rows
-from landiff.data_pipeline.ingest.job import Status, finalize, make_shards, make_share, status
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan
 from landiff.data_pipeline.format.schema import RawSample
-from landiff.data_pipeline.ingest.shard_maker import TooManyRejects
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_sidecar
+from landiff.data_pipeline.ingest.job import Status, finalize, make_shards, make_share, status
+from landiff.data_pipeline.ingest.plan import rows as plan_rows
+from landiff.data_pipeline.ingest.plan.shard_plan import Plan
+from landiff.data_pipeline.ingest.shard_maker import TooManyRejects
 from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
 from landiff.data_pipeline.video.codec import write_mp4
 from tests.data_pipeline.test_ingest import ROOT, config, contents

@@ -46,10 +46,6 @@ class Case:
         return self._tensors("outputs")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "golden(*prefixes): names of the golden cases that a test serves")
-
-
 def case_folders(config: pytest.Config) -> list[Path]:
     root: Path = config.getoption("--golden-root")
     return sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []

@@ -34,11 +34,11 @@ from landiff.model_zoo.sample.latents import (
 from landiff.model_zoo.schedule import NoiseSchedule, noise_level
 from landiff.model_zoo.semantic_condition import SemanticCondition
 from landiff.model_zoo.tokenizer import SemanticTokenizer
-from tests.golden.conftest import Case
-from tests.golden.test_tokenizer import load_tokenizer
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.model import freeze_main
 from landiff.training.diffusion.step import Inputs, Objective
+from tests.golden.conftest import Case
+from tests.golden.test_tokenizer import load_tokenizer
 
 TOLERANCE = 5e-5  # the reference allows 1e-4; measured: below 2e-5
 

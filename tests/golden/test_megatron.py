@@ -16,13 +16,13 @@ from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.release_lm import RULES
 from landiff.model_zoo.convert.rules import convert
 from landiff.model_zoo.token_layout import TokenLayout
-from tests.data_pipeline.data_sets import raw_sample
-from tests.distributed import run_distributed
-from tests.golden.conftest import Case
 from landiff.training.lm.batch import Row, pack
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
+from tests.data_pipeline.data_sets import raw_sample
+from tests.distributed import run_distributed
+from tests.golden.conftest import Case
 
 
 def train_config(case: Case, parallel: dict[str, Any]) -> LMTrainConfig:

@@ -15,10 +15,10 @@ from landiff.model_zoo.convert.formats.release_tokenizer import RULES
 from landiff.model_zoo.convert.rules import convert
 from landiff.model_zoo.frame_spans import decoder_mask, encoder_mask
 from landiff.model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, sequence_angles
+from landiff.training.tokenizer.engine import COLUMN, TokenizerEngine
 from tests.golden.conftest import Case
 from tests.training.tokenizer import tiny
 from tests.training.toy import META, alone
-from landiff.training.tokenizer.engine import COLUMN, TokenizerEngine
 
 TOLERANCE = 5e-5  # the reference allows 1e-4; measured: below 2e-5
 

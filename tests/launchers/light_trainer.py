@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from landiff.training.observe.heartbeat import Heartbeat
 from landiff.training.checkpoint.run_folder import committed_steps, step_folder
+from landiff.training.observe.heartbeat import Heartbeat
 
 SAVE_EVERY = 5
 

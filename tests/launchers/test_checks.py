@@ -11,13 +11,13 @@ import torch
 from landiff.configs import ConfigError, dump, load
 from landiff.configs.files import write_text
 from landiff.configs.problems import check_writable
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, check_processes, count_gpus
 from landiff.launchers.cli import main
-from landiff.launchers.weights.request import Request, check_request
 from landiff.launchers.slurm.stage_jobs import config_class
+from landiff.launchers.weights.request import Request, check_request
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
@@ -27,10 +27,10 @@ from landiff.model_zoo.frozen.config import (
     T5V11Config,
     TheiaConfig,
 )
-from tests.data_pipeline.data_sets import write_column, write_raw
 from landiff.training.checks import Launch
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
+from tests.data_pipeline.data_sets import write_column, write_raw
 
 MODELS = load(ModelConfig, "nano/model")
 SHAPES = {

@@ -10,10 +10,10 @@ import yaml
 
 from landiff.configs.loader import dump
 from landiff.configs.ownership import take
-from landiff.launchers.local.children import PARENT, environment
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
+from landiff.launchers.local.children import PARENT, environment
 from landiff.launchers.pipeline import walk
-from landiff.launchers.slurm.snapshot import ROOT
 from tests.training.tokenizer.tiny import config, write_data
 
 
@@ -210,7 +210,7 @@ def test_a_mistake_that_only_the_ranks_can_find_is_told_once(capfd, tmp_path, mo
 def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     (tmp_path / "dying.py").write_text(f"import os, sys; {way}")
     done = subprocess.run([sys.executable, "-m", "landiff.launchers.local.torchrun", "--standalone", "--nproc-per-node=1", "-m", "dying"],
-                          env=environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}, capture_output=True, text=True, timeout=120)
+                          env=environment() | {"PYTHONPATH": f"{IMPORT_ROOT}:{tmp_path}"}, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr.strip()) == (code, words)
 
 

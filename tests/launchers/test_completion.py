@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
-from landiff.launchers.slurm.snapshot import ROOT
 from landiff.launchers.version import __version__
 
 SHELLS = ["bash", "zsh", "fish"]
@@ -73,7 +73,7 @@ def test_version_is_printed_without_torch():
         "finally:\n    assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=IMPORT_ROOT, check=True, capture_output=True, text=True)
     assert done.stdout == f"landiff {__version__}\n"
 
 
@@ -82,11 +82,11 @@ def test_completion_does_not_load_torch():
         "import sys; from landiff.launchers.cli import main\n"
         "assert main(['completion', 'bash']) == 0 and 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], cwd=IMPORT_ROOT, check=True, capture_output=True)
 
 
 def test_the_version_is_that_of_the_package_and_of_the_changelog():
     command = [sys.executable, "setup.py", "--quiet", "--version"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=IMPORT_ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.split()[-1] == __version__
-    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{__version__}]" in (IMPORT_ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -16,8 +16,6 @@ from landiff.model_zoo.convert.known_formats import open_source, write_target
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import Part
 from landiff.model_zoo.health import UnhealthyError
-from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
-from tests.model_zoo.zoo_entries import write_entry
 from landiff.training.checkpoint.store import (
     CONFIG,
     FILES,
@@ -27,6 +25,8 @@ from landiff.training.checkpoint.store import (
     describe,
     versions,
 )
+from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
+from tests.model_zoo.zoo_entries import write_entry
 
 
 @pytest.fixture

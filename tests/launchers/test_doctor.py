@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from landiff.launchers.doctor import checks as doctor
 from landiff.launchers.cli import main
+from landiff.launchers.doctor import checks as doctor
 
 GOOD = {"torch": "2.13.0+cpu", "megatron-core": "0.16.1", "deepspeed": "0.19.8", "transformers": "5.23.0", "diffusers": "0.42.1",
         "vector-quantize-pytorch": "1.32.0", "pydantic": "2.14.3"}

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from landiff.configs import ConfigError, load
-from landiff.launchers.cli import main
-from landiff.launchers.budget.plan import GPUS, changed, search
 from landiff.launchers.budget.models import GIB, make_plan
+from landiff.launchers.budget.plan import GPUS, changed, search
+from landiff.launchers.cli import main
 from landiff.model_zoo.registry import build
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.diffusion.config import DiffusionTrainConfig

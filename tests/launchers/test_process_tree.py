@@ -15,11 +15,11 @@ import pytest
 
 from landiff.configs.processes import is_running
 from landiff.launchers.local.children import environment
-from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.run.status import RunStatus, show_logs, statuses
 from landiff.launchers.slurm.client import Slurm
+from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.script import Job
 from landiff.launchers.slurm.stage_jobs import Planned
-from landiff.launchers.run.status import RunStatus, show_logs, statuses
 from landiff.launchers.slurm.submit import stop
 
 HERE = Path(__file__).resolve().parent

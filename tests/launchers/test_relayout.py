@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-import landiff.training.lm.engine  # noqa: F401
+import landiff.training.lm.engine
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.launchers.cli import main
@@ -19,15 +19,15 @@ from landiff.launchers.weights.relayout import Wish, relayout
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
+from landiff.training.diffusion.__main__ import main as train_diffusion
+from landiff.training.lm.__main__ import main as train_lm
+from landiff.training.observe.metrics import read_metrics
 from tests.distributed import nursery
 from tests.model_zoo.convert.test_deepspeed import write_stage_2
 from tests.model_zoo.convert.tiny import same
 from tests.training.diffusion import tiny as diffusion
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_config
-from landiff.training.diffusion.__main__ import main as train_diffusion
-from landiff.training.lm.__main__ import main as train_lm
-from landiff.training.observe.metrics import read_metrics
 
 STEPS, SAVED = 6, 3
 STEP = f"checkpoints/step_{SAVED:08d}"

@@ -12,8 +12,8 @@ import pytest
 from landiff.configs import ConfigError, load
 from landiff.launchers.cli import main
 from landiff.launchers.slurm.cluster_config import ClusterConfig, ContainerConfig, Resources
-from landiff.launchers.slurm.script_values import sbatch_option
 from landiff.launchers.slurm.script import Job, options, sbatch_text
+from landiff.launchers.slurm.script_values import sbatch_option
 
 BASH = shutil.which("bash") or "bash"
 HOSTILE = "it's \"q\" $(touch PWN) `touch PWN` ; touch PWN # 50% %j !x é漢 &|<>*?[a] ~"

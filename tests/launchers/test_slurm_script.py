@@ -28,7 +28,7 @@ def job(cluster: ClusterConfig, stage: str = "lm", **more) -> Job:
     trainer = stage in ("tokenizer", "lm", "diffusion")
     values = {
         "name": stage, "run": Path("/data/walk/runs") / stage, "workdir": Path("/data/walk"), "trainer": trainer,
-        "module": f"training.{stage}" if trainer else "landiff.launchers.cli",
+        "module": f"landiff.training.{stage}" if trainer else "landiff.launchers.cli",
         "arguments": (f"/data/walk/runs/{stage}/job/config.yaml",) if trainer else (stage, "--config", f"/data/walk/runs/{stage}/job/config.yaml"),
         "resources": cluster.resources(stage), "made_by": f"landiff submit {stage} --config landiff/{stage} --cluster site.yaml", "python": "/opt/venv/bin/python",
     }

@@ -17,13 +17,14 @@ import pytest
 import yaml
 
 from landiff.configs.ownership import OwnedError, take
-from landiff.launchers.slurm import snapshot
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
-from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.run.status import growth, statuses
+from landiff.launchers.slurm import snapshot
 from landiff.launchers.slurm.client import Answer, Slurm
+from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.script import Job
 from landiff.launchers.slurm.stage_jobs import Planned
-from landiff.launchers.run.status import growth, statuses
 from landiff.launchers.slurm.submit import prepare, queue, read_record, run_here
 
 LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
@@ -149,7 +150,9 @@ def test_a_snapshot_holds_the_code_its_origin_and_the_environment(tmp_path, monk
     monkeypatch.setenv("HF_ENDPOINT", "https://user:word@hub.example")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     snapshot.write_snapshot(tmp_path)
-    assert (tmp_path / "code" / "training" / "loop.py").read_text() == (snapshot.ROOT / "training" / "loop.py").read_text()
+    copied = tmp_path / "code" / "landiff" / "training" / "loop.py"
+    assert copied.read_text() == (IMPORT_ROOT / "landiff" / "training" / "loop.py").read_text()
+    assert not any(path.is_symlink() for path in (tmp_path / "code").rglob("*"))
     assert not list(tmp_path.rglob("__pycache__"))
     assert (tmp_path / "code.txt").read_text().startswith(("git ", "installed "))
     environment = (tmp_path / "environment.txt").read_text()
@@ -200,7 +203,7 @@ def test_a_damaged_job_record_says_what_to_do(tmp_path, monkeypatch, capsys):
 
 def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     repository = tmp_path / "repository"
-    for room in snapshot.ROOMS:
+    for room in snapshot.FOLDERS:
         (repository / room).mkdir(parents=True)
         (repository / room / "__init__.py").write_text("")
     for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first"]):
@@ -276,7 +279,7 @@ def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
     code = ("import pickle, sys; from landiff.launchers.slurm.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
             "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))")
-    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(snapshot.ROOT)}, stdin=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}, stdin=subprocess.PIPE)
     with child.stdin as pipe:
         pickle.dump([plan, one_process(tmp_path / "next", "pass", "next")], pipe)
     log = plan.job.folder / "log" / "rank_0000.log"

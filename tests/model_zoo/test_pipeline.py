@@ -23,14 +23,14 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from landiff.launchers.results import sample
 from landiff.launchers.config import SampleConfig
+from landiff.launchers.results import sample
 from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.convert.known_formats import open_source, write_target
-from landiff.model_zoo.health import UnhealthyError
 from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline, LanDiffScheduler
+from landiff.model_zoo.health import UnhealthyError
 from landiff.model_zoo.sample.generate import Models, draw_codes, generate
 from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
 from landiff.model_zoo.schedule import NoiseSchedule

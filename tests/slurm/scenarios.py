@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from landiff.launchers.run.status import statuses
 from landiff.launchers.slurm.script import Job
 from landiff.launchers.slurm.stage_jobs import Planned
-from landiff.launchers.run.status import statuses
 from landiff.launchers.slurm.submit import stop
 from tests.slurm.conftest import HERE, Sandbox, full, until
 from tests.slurm.jobs import cluster, light, ready, start

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from landiff.launchers.slurm.snapshot import ROOT
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.run.status import last_error
+from landiff.training.checkpoint.run_folder import committed_steps
+from landiff.training.checkpoint.store import latest_whole
 from tests.slurm.conftest import Sandbox, full, until
 from tests.slurm.jobs import batch_log
 from tests.slurm.test_pipeline import processes_of
 from tests.slurm.walk import landiff, landiff_process, last_job, logged_losses, tree_hashes, write_site
-from landiff.training.checkpoint.store import latest_whole
-from landiff.training.checkpoint.run_folder import committed_steps
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(3600)]
 LM = ["lm", "--config", "nano/lm", "loop.steps=30", "loop.log_every=1", "loop.save_every=5", "data.micro_batch_size=8", "parallel.tensor=2"]
@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_costs_no_earlier_one(sandbox, here
 def test_landiff_submit_inside_an_allocation_trains_over_its_nodes(sandbox, here, lm_here):
     site = write_site(here / "here.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}})
     words = [sys.executable, "-m", "landiff.launchers.cli", "submit", *LM, "run=runs/lm-allocated", "--cluster", site, "--here"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}
     done = subprocess.run(["salloc", "-Q", "-N", "2", "--ntasks-per-node=2", "--mem=2G", *words], cwd=here, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     run = here / "runs" / "lm-allocated"

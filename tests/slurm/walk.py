@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
-from landiff.launchers.slurm.snapshot import ROOT
 
 SITE: dict[str, Any] = {
     "default": {"nodes": 1, "tasks_per_node": 2, "cpus_per_task": 1, "memory": "2G", "time": "60"},
@@ -37,7 +37,7 @@ def landiff(*words: str) -> str:
 
 def landiff_process(folder: Path, *words: str) -> None:
     """The same in a process of its own, for what imports torch."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
 

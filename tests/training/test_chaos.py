@@ -4,9 +4,9 @@ import pytest
 
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
+from landiff.training.config import LoopConfig
 from tests.chaos import Trainer, prove_kill_safety
 from tests.training.toy import ToyConfig
-from landiff.training.config import LoopConfig
 
 
 def write_config(run):

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from landiff.configs.base import ConfigError
 from landiff.configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
-from tests.distributed import run_distributed
-from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, alone, train
+from landiff.training.checkpoint.errors import CheckpointError
 from landiff.training.checkpoint.store import (
     CheckpointState,
     CheckpointStore,
@@ -27,7 +26,8 @@ from landiff.training.checkpoint.store import (
 )
 from landiff.training.config import LoopConfig, OptimConfig
 from landiff.training.engine import TrainState
-from landiff.training.checkpoint.errors import CheckpointError
+from tests.distributed import run_distributed
+from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, alone, train
 
 
 def config(folder, steps=6, **loop):

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from landiff.configs.base import ConfigError
-from tests.distributed import RankError, nursery, run_distributed
 from landiff.training import distributed
 from landiff.training.checkpoint.errors import first_error, write_error
+from tests.distributed import RankError, nursery, run_distributed
 
 
 def agree(world):

@@ -13,8 +13,7 @@ import torch
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.launchers.local.start import environment
-from tests.distributed import run_distributed
-from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
+from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
 from landiff.training.checkpoint.store import (
     FILES,
     CheckpointStore,
@@ -26,11 +25,12 @@ from landiff.training.checkpoint.store import (
 )
 from landiff.training.config import LoopConfig
 from landiff.training.engine import TrainState
-from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
 from landiff.training.guard import Guard
 from landiff.training.loop import fit
 from landiff.training.observe.metrics import read_metrics
 from landiff.training.run import Run, finished_step
+from tests.distributed import run_distributed
+from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
 
 
 def config(folder, steps=6, **loop):

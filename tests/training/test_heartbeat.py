@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import RankError, run_distributed
-from landiff.training.config import LoopConfig
 from landiff.training.checkpoint.errors import error_path, first_error, read_message
+from landiff.training.config import LoopConfig
 from landiff.training.observe.heartbeat import PEERS_GRACE_S, SECOND_NET_S, Heartbeat
+from tests.distributed import RankError, run_distributed
 
 
 def stand_still(world, run: Path) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.distributed import run_distributed
-from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
 from landiff.training.config import LoopConfig
 from landiff.training.loop import due, fit
 from landiff.training.observe.metrics import read_metrics
 from landiff.training.run import Run, finished_step
+from tests.distributed import run_distributed
+from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
 
 
 def config(folder, steps=6, **loop):

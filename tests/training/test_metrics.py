@@ -11,7 +11,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from landiff.data_pipeline.loading.loader import Batch
-from tests.training.toy import alone
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.metrics import (
     Metrics,
@@ -22,6 +21,7 @@ from landiff.training.observe.metrics import (
     read_metrics,
     read_scalars,
 )
+from tests.training.toy import alone
 
 
 class Terminal(io.StringIO):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from landiff.configs.base import Config
 from landiff.configs.loader import load
-from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.data_pipeline.format.schema import Manifest, RawSample
+from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.training import distributed, rng
 from landiff.training.config import LoopConfig, OptimConfig
 from landiff.training.distributed import World

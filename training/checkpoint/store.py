@@ -45,9 +45,6 @@ from landiff.configs.files import (
 )
 from landiff.configs.loader import read_json_as, write_config
 from landiff.model_zoo.health import NAMES_SHOWN, non_finite
-from landiff.training.config import LoopConfig
-from landiff.training.distributed import World
-from landiff.training.engine import BatchSource, Engine, TrainState
 from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
 from landiff.training.checkpoint.resume import changed_keys
 from landiff.training.checkpoint.run_folder import (
@@ -57,6 +54,9 @@ from landiff.training.checkpoint.run_folder import (
     committed_steps,
     step_folder,
 )
+from landiff.training.config import LoopConfig
+from landiff.training.distributed import World
+from landiff.training.engine import BatchSource, Engine, TrainState
 
 log = logging.getLogger(__name__)
 

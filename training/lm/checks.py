@@ -7,6 +7,7 @@ from pathlib import Path
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_yaml
 from landiff.configs.problems import Problem
+from landiff.training.checkpoint.run_folder import CONFIG, committed_steps, step_folder
 from landiff.training.checks import (
     Launch,
     check_package,
@@ -16,7 +17,6 @@ from landiff.training.checks import (
 )
 from landiff.training.lm.columns import check_columns, check_tokenizer
 from landiff.training.lm.config import MUST_MATCH, LMTrainConfig
-from landiff.training.checkpoint.run_folder import CONFIG, committed_steps, step_folder
 
 # fields of the model that decide the shapes of its weights
 SHAPES = (

@@ -23,10 +23,10 @@ from torch import Tensor
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
 from landiff.data_pipeline.loading.loader import Batch
+from landiff.training.checkpoint.run_folder import read_metrics
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.event_file import EventFile
-from landiff.training.checkpoint.run_folder import read_metrics
 
 PRINT_EVERY_S = 10.0  # where the output is a file, not a terminal
 GIB = 1 << 30

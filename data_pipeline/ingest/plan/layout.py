@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
+from landiff.data_pipeline.format.schema import Reject
 from landiff.data_pipeline.ingest.config import Bucket, ShardsConfig
+from landiff.data_pipeline.ingest.plan.planned_shard import STAGE, SetAside, Span, Unit
 from landiff.data_pipeline.ingest.plan.probes import seen
 from landiff.data_pipeline.ingest.plan.rows import Row
-from landiff.data_pipeline.ingest.plan.planned_shard import STAGE, SetAside, Span, Unit
-from landiff.data_pipeline.format.schema import Reject
 from landiff.data_pipeline.ingest.shots import Look
 from landiff.data_pipeline.ingest.sources.entries import SourceClip
 

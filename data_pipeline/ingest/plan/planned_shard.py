@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from landiff.data_pipeline.format.schema import Reject, fingerprint
 from landiff.data_pipeline.ingest.config import Bucket, ShardsConfig
 from landiff.data_pipeline.ingest.plan.rows import Row
-from landiff.data_pipeline.format.schema import Reject, fingerprint
 from landiff.data_pipeline.video.codec import VideoFile
 
 STAGE = "shards"

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from landiff.configs.documents import parse_line
 from landiff.configs.files import write_text
-from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.plan.rows import Row, chunks, damage_of, read_rows, videos_of
 from landiff.data_pipeline.ingest.shots import Look, Looker
+from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
 from landiff.data_pipeline.ingest.sources.entries import hint_for_missing
 from landiff.data_pipeline.video.codec import Failure, SafeDecoder, VideoFile
 

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import parse_line, read_json
 from landiff.configs.files import atomic_file, write_text
-from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.format.schema import fingerprint
 from landiff.data_pipeline.format.shards import ShardError
+from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.sources.entries import Ignored, SourceClip, Tally, TarFile
 from landiff.data_pipeline.ingest.sources.listing import Listing
 from landiff.data_pipeline.video.codec import Failure, VideoFile

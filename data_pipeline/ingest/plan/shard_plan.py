@@ -23,9 +23,9 @@ from landiff.configs.documents import MAX_INDEX_BYTES, parse_line, read_json
 from landiff.configs.files import atomic_file, write_text
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.plan.layout import lay
+from landiff.data_pipeline.ingest.plan.planned_shard import Unit
 from landiff.data_pipeline.ingest.plan.probes import Borrow, Progress, inspect, look_at_all
 from landiff.data_pipeline.ingest.plan.rows import damage_of, plan_path, rows_path, write_rows
-from landiff.data_pipeline.ingest.plan.planned_shard import Unit
 from landiff.data_pipeline.ingest.shots import Looker
 from landiff.data_pipeline.ingest.sources.listing import Listing
 

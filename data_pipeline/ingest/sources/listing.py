@@ -15,8 +15,8 @@ from pathlib import Path
 import braceexpand
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
 from landiff.data_pipeline.ingest.config import ColumnsConfig, ShardsConfig
+from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
 from landiff.data_pipeline.ingest.sources.entries import (
     COMPRESSIONS,
     VIDEO_SUFFIXES,
@@ -34,7 +34,7 @@ from landiff.data_pipeline.ingest.sources.tables import (
 )
 from landiff.data_pipeline.ingest.sources.tars import tar_entries
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 ARCHIVES = frozenset((".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"))
 MAX_TARS = 1_000_000  # that one pattern may name
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.plan.rows import NO_STAMP, stamp_of, unusable
-from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
 from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
+from landiff.data_pipeline.ingest.plan.rows import NO_STAMP, stamp_of, unusable
 from landiff.data_pipeline.ingest.shard_maker import tally_rejects
 from landiff.data_pipeline.ingest.sources.entries import (
     Ignored,

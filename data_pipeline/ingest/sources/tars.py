@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
 from landiff.data_pipeline.ingest.config import ColumnsConfig
+from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
 from landiff.data_pipeline.ingest.sources.entries import (
     CAPTION_SUFFIXES,
     VIDEO_SUFFIXES,

@@ -21,11 +21,11 @@ from landiff.configs import Config, validate
 from landiff.configs.documents import read_json
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig
+from landiff.model_zoo.convert.foreign import refuse_adapter_folder
 from landiff.model_zoo.convert.formats.diffusers_transformer import (
     config_from_diffusers,
     diffusers_config,
 )
-from landiff.model_zoo.convert.foreign import refuse_adapter_folder
 from landiff.model_zoo.convert.lazy import (
     LazyTensors,
     Progress,

@@ -20,7 +20,6 @@ import torch
 
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader, write_dist
-from landiff.model_zoo.convert.lazy import LazyTensors, Progress, Stored, converted
 from landiff.model_zoo.convert.formats.megatron import (
     COMMON,
     Padded,
@@ -31,6 +30,7 @@ from landiff.model_zoo.convert.formats.megatron import (
     under_our_names,
     write_documents,
 )
+from landiff.model_zoo.convert.lazy import LazyTensors, Progress, Stored, converted
 from landiff.model_zoo.convert.pickles import read_pickle, replaced
 from landiff.model_zoo.convert.rules import ConversionError
 

@@ -18,9 +18,9 @@ import torch
 
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import ModelConfig, TransformerConfig
+from landiff.model_zoo.convert.foreign import prepared
 from landiff.model_zoo.convert.formats import release_diffusion, release_vae
 from landiff.model_zoo.convert.formats.diffusers_folder import CLASSES, named_class
-from landiff.model_zoo.convert.foreign import prepared
 from landiff.model_zoo.convert.lazy import (
     LazyTensors,
     Progress,

@@ -15,6 +15,8 @@ from torch import Tensor
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.convert.formats.deepspeed_write import Cut
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
+from landiff.model_zoo.convert.formats.megatron import Padded, write_megatron
+from landiff.model_zoo.convert.formats.megatron_optimizer import read_state
 from landiff.model_zoo.convert.known_formats import (
     Options,
     describe,
@@ -23,20 +25,18 @@ from landiff.model_zoo.convert.known_formats import (
     write_target,
 )
 from landiff.model_zoo.convert.lazy import LazyTensors
-from landiff.model_zoo.convert.formats.megatron import Padded, write_megatron
-from landiff.model_zoo.convert.formats.megatron_optimizer import read_state
 from landiff.model_zoo.convert.parts import Part
-from tests.distributed import run_distributed
-from tests.model_zoo.convert.tiny import same
-from tests.training.diffusion import tiny as diffusion
-from tests.training.diffusion.test_engine import weights as live_weights
-from tests.training.lm.samples import tiny_batch, tiny_config
 from landiff.training.diffusion.engine import build_engine
 from landiff.training.lm import checkpoint
 from landiff.training.lm.checkpoint import _layout
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from tests.distributed import run_distributed
+from tests.model_zoo.convert.tiny import same
+from tests.training.diffusion import tiny as diffusion
+from tests.training.diffusion.test_engine import weights as live_weights
+from tests.training.lm.samples import tiny_batch, tiny_config
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {1: [{}], 2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}]}
 

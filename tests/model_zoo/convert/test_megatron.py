@@ -9,7 +9,6 @@ import torch.distributed.checkpoint as dcp
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
-from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.formats.megatron import (
     Padded,
     export_lm,
@@ -28,6 +27,7 @@ from landiff.model_zoo.convert.formats.megatron_optimizer import (
     read_state,
     write_state,
 )
+from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.rules import ConversionError, convert
 from landiff.model_zoo.health import UnhealthyError
 from landiff.model_zoo.lm import LanguageModel

@@ -13,8 +13,15 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from landiff.configs import load
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.formats.megatron import Padded, rules
+from landiff.model_zoo.convert.formats.release_diffusion import (
+    MAIN,
+    OTHER_MODELS,
+    POSITION_TABLE,
+    TOKENIZER,
+)
+from landiff.model_zoo.convert.formats.release_set import _sorted_by_kind
+from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import (
     CONTROL,
     TABLES,
@@ -26,13 +33,6 @@ from landiff.model_zoo.convert.parts import (
     under_names_of,
 )
 from landiff.model_zoo.convert.pickles import tensors_of
-from landiff.model_zoo.convert.formats.release_diffusion import (
-    MAIN,
-    OTHER_MODELS,
-    POSITION_TABLE,
-    TOKENIZER,
-)
-from landiff.model_zoo.convert.formats.release_set import _sorted_by_kind
 from landiff.model_zoo.convert.rules import convert
 from tests.model_zoo.convert.tiny import DTYPES
 

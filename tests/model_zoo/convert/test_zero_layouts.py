@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from landiff.model_zoo.convert.formats import deepspeed_write
 from landiff.model_zoo.convert.formats.deepspeed import DeepSpeedState, read_deepspeed
 from landiff.model_zoo.convert.formats.deepspeed_write import Cut, write_deepspeed
-from tests.distributed import run_distributed
 from landiff.training.diffusion import zero
+from tests.distributed import run_distributed
 
 BEFORE, AFTER = 2, 2  # steps, around the save
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16")

@@ -6,7 +6,7 @@ import av
 import torch
 from torch import Tensor
 
-import landiff.data_pipeline
+from landiff import data_pipeline
 
 CLIPS = Path(data_pipeline.__file__).parent / "assets" / "clips"
 

@@ -11,14 +11,14 @@ from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.model_zoo import registry
-from tests.training.diffusion.tiny import TOKENIZER, config, make_zoo, write_data
-from tests.training.toy import alone
 from landiff.training.checks import Launch
 from landiff.training.diffusion.checks import check
 from landiff.training.diffusion.columns import check_columns
 from landiff.training.diffusion.engine import DeepSpeedEngine
 from landiff.training.diffusion.model import build_model
 from landiff.training.diffusion.step import Objective
+from tests.training.diffusion.tiny import TOKENIZER, config, make_zoo, write_data
+from tests.training.toy import alone
 
 
 def column(shape, encoder="test", **made):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from landiff.model_zoo.health import non_finite
+from landiff.training.checkpoint.errors import NonFiniteError
+from landiff.training.diffusion.engine import build_engine
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config
-from landiff.training.diffusion.engine import build_engine
-from landiff.training.checkpoint.errors import NonFiniteError
 
 CASES = [
     (stage, precision, value)

@@ -13,13 +13,13 @@ import torch
 
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import export_diffusion, read_deepspeed
-from tests.distributed import run_distributed
-from tests.training.diffusion.tiny import batch, config, make_zoo
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.engine import build_engine
 from landiff.training.diffusion.model import build_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
 from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from tests.distributed import run_distributed
+from tests.training.diffusion.tiny import batch, config, make_zoo
 
 STAGES = (1, 2, 3)
 PHASES = ("main", "control")

@@ -12,12 +12,12 @@ import pytest
 from landiff.configs import ConfigError
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
+from landiff.training.checkpoint.errors import first_error, read_message
+from landiff.training.diffusion.__main__ import main
+from landiff.training.diffusion.engine import build_engine
 from tests.distributed import nursery, run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo, write_data
 from tests.training.payload import MARK, list_again, with_payload
-from landiff.training.diffusion.__main__ import main
-from landiff.training.diffusion.engine import build_engine
-from landiff.training.checkpoint.errors import first_error, read_message
 
 MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 LAYOUTS = [(1, "bf16"), (2, "fp32"), (3, "bf16")]

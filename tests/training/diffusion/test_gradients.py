@@ -12,14 +12,14 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.nn import functional
 
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
-from tests.distributed import run_distributed
-from tests.training.diffusion.tiny import batch, config, make_zoo
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import build_engine
 from landiff.training.diffusion.model import build_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
 from landiff.training.distributed import World
 from landiff.training.replace import replaced
+from tests.distributed import run_distributed
+from tests.training.diffusion.tiny import batch, config, make_zoo
 
 STAGES = (1, 2, 3)
 SAMPLES = 64

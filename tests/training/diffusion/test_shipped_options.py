@@ -13,11 +13,11 @@ from landiff.configs import load
 from landiff.model_zoo.convert.formats.deepspeed import CLASSES, SHARDS, START, read_deepspeed
 from landiff.model_zoo.convert.lazy import Stored
 from landiff.model_zoo.convert.pickles import read_pickle
-from tests.distributed import run_distributed
-from tests.training.diffusion.tiny import batch, config, make_zoo
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import DeepSpeedEngine, build_engine
 from landiff.training.distributed import World
+from tests.distributed import run_distributed
+from tests.training.diffusion.tiny import batch, config, make_zoo
 
 NAMES = ["landiff/diffusion-main", "landiff/diffusion-control", "nano/diffusion-main", "nano/diffusion-control"]
 STEPS = 2  # before the checkpoint; one more follows

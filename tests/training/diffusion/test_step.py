@@ -10,9 +10,9 @@ import torch
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.frozen.base import NO_VARIANCE
 from landiff.model_zoo.schedule import NoiseSchedule
-from tests.training.diffusion.tiny import config, make_zoo, sample
 from landiff.training.diffusion.model import load_tokenizer
 from landiff.training.diffusion.step import Objective, draw_timestep, happens, timestep_block
+from tests.training.diffusion.tiny import config, make_zoo, sample
 
 CPU = torch.device("cpu")
 

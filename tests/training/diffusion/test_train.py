@@ -11,11 +11,11 @@ from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import export_diffusion
+from landiff.training.diffusion.__main__ import main
+from landiff.training.observe.metrics import read_metrics
 from tests.chaos import Trainer, prove_kill_safety
 from tests.distributed import nursery
 from tests.training.diffusion.tiny import config, make_zoo, write_data
-from landiff.training.diffusion.__main__ import main
-from landiff.training.observe.metrics import read_metrics
 
 
 def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: object) -> Path:

@@ -9,15 +9,15 @@ import torch
 
 import landiff.model_zoo.tokenizer  # noqa: F401 - slow to import: once for all forked ranks
 from landiff.configs import load
-from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
+from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import DiffusionConfig, TokenizerConfig
-from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
-from tests.training.toy import META
 from landiff.training import rng
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.distributed import World
+from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
+from tests.training.toy import META
 
 MODEL = {
     "transformer": {

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from landiff.configs import load
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
 from landiff.model_zoo.convert.formats.megatron_optimizer import MASTERS, STATE
-from tests.training.lm.samples import tiny_batch, tiny_config
 from landiff.training.lm import checkpoint
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from tests.training.lm.samples import tiny_batch, tiny_config
 
 STEPS = 3  # before the checkpoint; one more follows
 

@@ -12,8 +12,8 @@ from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.token_layout import TokenLayout
-from tests.data_pipeline.data_sets import write_column, write_raw
 from landiff.training import rng
+from tests.data_pipeline.data_sets import write_column, write_raw
 
 NUM_TOPICS = 6
 

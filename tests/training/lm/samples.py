@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from landiff.configs import load
-from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.data_pipeline.format.schema import RawSample
+from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.config import LMTrainConfig
 

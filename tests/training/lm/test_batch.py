@@ -9,10 +9,10 @@ from landiff.data_pipeline.loading.loader import Sample
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
-from tests.training.lm.data_set import write_data_set
-from tests.training.lm.samples import tiny_config, tiny_sample
 from landiff.training.lm.batch import pack, pad_to, text_is_dropped
 from landiff.training.lm.columns import check_columns, check_tokenizer
+from tests.training.lm.data_set import write_data_set
+from tests.training.lm.samples import tiny_config, tiny_sample
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import torch
 
 from landiff.launchers.cli import main
 from landiff.model_zoo.convert.formats.megatron import write_config
+from landiff.training.lm.device import megatron_device  # noqa: F401 - imports core once for all ranks
+from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
 from tests.training.lm.checkpoints import (
     STEPS,
@@ -28,8 +30,6 @@ from tests.training.lm.checkpoints import (
     train,
 )
 from tests.training.lm.samples import tiny_config
-from landiff.training.lm.device import megatron_device  # noqa: F401 - imports core once for all ranks
-from landiff.training.lm.engine import MegatronEngine
 
 ALL = [
     Options(tensor, pipeline, data, distributed, overlap, bf16)

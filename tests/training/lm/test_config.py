@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from landiff.configs import ConfigError, find, load
-from tests.training.lm.samples import tiny_config
 from landiff.training.lm.config import LMTrainConfig, ParallelConfig, data_parallel_size
+from tests.training.lm.samples import tiny_config
 
 
 @pytest.mark.parametrize("name", ["nano/lm", "landiff/lm"])

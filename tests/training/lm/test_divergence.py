@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from landiff.model_zoo.health import non_finite
-from tests.distributed import run_distributed
-from tests.training.lm.samples import tiny_batch, tiny_config
 from landiff.training.checkpoint.errors import NonFiniteError
 from landiff.training.guard import Guard
 from landiff.training.lm.engine import MegatronEngine
+from tests.distributed import run_distributed
+from tests.training.lm.samples import tiny_batch, tiny_config
 
 LAYOUTS = {
     "data 2": ({}, "fp32"),

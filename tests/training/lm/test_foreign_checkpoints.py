@@ -17,13 +17,13 @@ from landiff.configs import ConfigError
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.model_zoo.convert.formats.dist_checkpoint import METADATA, read_metadata
+from landiff.training.checkpoint.errors import first_error, read_message
+from landiff.training.lm.__main__ import main
+from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import nursery, run_distributed
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_batch, tiny_config
 from tests.training.payload import MARK, PAYLOADS, Payload, list_again, with_payload
-from landiff.training.checkpoint.errors import first_error, read_message
-from landiff.training.lm.__main__ import main
-from landiff.training.lm.engine import MegatronEngine
 
 
 def in_metadata(payload: str) -> Callable[[Path], None]:

@@ -13,14 +13,14 @@ from landiff.configs import ConfigError
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.launchers.budget.models import make_plan
 from landiff.model_zoo.lm import LanguageModel
-from tests.distributed import run_distributed
-from tests.training.lm.samples import longest_sample, tiny_batch, tiny_config
 from landiff.training import optim
 from landiff.training.lm.batch import motion_condition, pack, text_is_dropped
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from tests.distributed import run_distributed
+from tests.training.lm.samples import longest_sample, tiny_batch, tiny_config
 
 STEPS = 5
 

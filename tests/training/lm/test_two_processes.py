@@ -12,10 +12,10 @@ import torch.distributed as dist
 from landiff.configs import ConfigError
 from landiff.model_zoo.convert.formats.megatron import read_lm
 from landiff.model_zoo.registry import weights_fingerprint
-from tests.distributed import run_distributed
-from tests.training.lm.samples import tiny_batch, tiny_config
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from tests.distributed import run_distributed
+from tests.training.lm.samples import tiny_batch, tiny_config
 
 STEPS = 5
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from landiff.model_zoo.health import non_finite
-from tests.distributed import run_distributed
-from tests.training.tokenizer.tiny import batch, config
 from landiff.training.checkpoint.errors import NonFiniteError
 from landiff.training.tokenizer.engine import TokenizerEngine
+from tests.distributed import run_distributed
+from tests.training.tokenizer.tiny import batch, config
 
 
 def diverge(world, folder, precision, value):

@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 from landiff.configs import load
 from landiff.data_pipeline.format.schema import Column, Manifest
-from tests.distributed import run_distributed
-from tests.training.tokenizer.tiny import MODEL, batch, config, features
-from tests.training.toy import alone
 from landiff.training.observe.metrics import read_scalars
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 from landiff.training.tokenizer.engine import TokenizerEngine, paint
+from tests.distributed import run_distributed
+from tests.training.tokenizer.tiny import MODEL, batch, config, features
+from tests.training.toy import alone
 
 
 def train(engine, steps, world=None, micro_batches=1):

@@ -7,14 +7,14 @@ import pytest
 from landiff.configs.base import ConfigError
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump, load
-from tests.chaos import Trainer, prove_kill_safety
-from tests.distributed import nursery
-from tests.training.tokenizer.tiny import MODEL, config, write_data
 from landiff.training.checkpoint.errors import first_error
 from landiff.training.observe.metrics import read_metrics
 from landiff.training.run import finished_step
 from landiff.training.tokenizer.__main__ import main
 from landiff.training.tokenizer.config import TokenizerTrainConfig
+from tests.chaos import Trainer, prove_kill_safety
+from tests.distributed import nursery
+from tests.training.tokenizer.tiny import MODEL, config, write_data
 
 
 def write_config(run: Path, **changes: object) -> Path:

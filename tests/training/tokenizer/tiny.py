@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.data_pipeline.format.schema import Column, Manifest, RawSample
 from landiff.data_pipeline.format.shards import ShardWriter, write_manifest
 from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.config import TokenizerConfig
-from tests.training.toy import META
 from landiff.training import rng
 from landiff.training.tokenizer.config import TokenizerTrainConfig
+from tests.training.toy import META
 
 MODEL = TokenizerConfig(
     feature_channels=8, grid_height=2, grid_width=2, hidden_size=32, num_heads=2, num_layers=1, token_size=16,
