@@ -56,6 +56,8 @@ from landiff.model_zoo.sample.sizes import num_chunks, stream_lengths
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 
+EARLIER_MODULE = "model_zoo.pipeline"  # of this file, in folders that version 0.1.0 saved
+
 # ---------------------------------------------------------------- components
 
 
@@ -371,6 +373,16 @@ class LanDiffPipeline(DiffusionPipeline):
             return (callback(self, done.step, done.timestep, given) or {}).get("latents")
 
         return on_step
+
+    @classmethod
+    def load_config(cls, *args: Any, **options: Any) -> Any:
+        """As in diffusers. Components saved under the earlier module name are found too."""
+        found = super().load_config(*args, **options)
+        config = found[0] if isinstance(found, tuple) else found
+        for name, value in config.items():
+            if isinstance(value, (list, tuple)) and value and value[0] == EARLIER_MODULE:
+                config[name] = [__name__, *value[1:]]
+        return found
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Also writes pipeline.py, by which diffusers finds this class: `DiffusionPipeline.from_pretrained(folder,

@@ -133,6 +133,17 @@ def test_save_and_load_give_the_same_video(saved, expected):
     assert index["lm"] == ["landiff.model_zoo.diffusers.pipeline", "LanDiffLM"] and index["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
 
 
+def test_a_folder_that_names_the_earlier_module_loads(saved, pipe, tmp_path):
+    shutil.copytree(saved, tmp_path / "old")
+    index = (tmp_path / "old" / "model_index.json").read_text()
+    index = index.replace("landiff.model_zoo.diffusers.pipeline", "model_zoo.pipeline")
+    assert index.count("model_zoo.pipeline") >= 4
+    (tmp_path / "old" / "model_index.json").write_text(index)
+    loaded = LanDiffPipeline.from_pretrained(tmp_path / "old")
+    ours = pipe.lm.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.lm.state_dict().items())
+
+
 def test_stock_classes_and_the_converter_read_the_folder(saved, pipe, tmp_path):
     _, report = CogVideoXTransformer3DModel.from_pretrained(saved / "transformer", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
