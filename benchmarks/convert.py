@@ -158,7 +158,7 @@ def with_optimizer(kind: str, source: str, target: Path, megabytes: int) -> Path
             state = megatron_optimizer.read_state(Path(source), part.config)
         cut = plain if source == "numbers" else replace(plain, distributed=True, padded=megatron.default_padding(part.config, 1024))
         megatron_optimizer.write_state(target, part.config, state, cut)
-        megatron.write_config(target, part.config)
+        megatron.write_megatron_config(target, part.config)
         return target
     if source == "numbers":
         places = {name: deepspeed_write.Made(part.tensors, name) for name in part.tensors}

@@ -16,7 +16,7 @@ import av
 import cv2
 import numpy as np
 
-from landiff.data_pipeline.video.codec import Failure, SafeDecoder, Wanted
+from landiff.data_pipeline.video.codec import DecodeFailure, SafeDecoder, Wanted
 
 LENGTH, HEIGHT, WIDTH, RATE = 72, 96, 160, 24
 X264 = {"preset": "veryfast", "g": "24", "x264-params": "threads=1"}
@@ -61,14 +61,14 @@ def measure(decoder: SafeDecoder, data: bytes, files: int) -> tuple[int, int, in
         for place in generator.integers(len(data) // 20, len(data) * 19 // 20, 1 + number % 8):
             damaged[place] = generator.integers(256)
         spans = decoder.decode(bytes(damaged), starts, wanted)
-        if all(isinstance(span, Failure) for span in spans):
+        if all(isinstance(span, DecodeFailure) for span in spans):
             counts[0] += len(spans)
             continue
         truth = unchecked(bytes(damaged))
         for number_of_span, (span, good) in enumerate(zip(spans, reference, strict=True)):
-            seen = truth[3 * number_of_span :][:3] if isinstance(span, Failure) else span
+            seen = truth[3 * number_of_span :][:3] if isinstance(span, DecodeFailure) else span
             wrong = len(seen) < 3 or cv2.PSNR(seen, good) < 30
-            counts[(3 if isinstance(span, Failure) else 4) if wrong else (2 if isinstance(span, Failure) else 1)] += 1
+            counts[(3 if isinstance(span, DecodeFailure) else 4) if wrong else (2 if isinstance(span, DecodeFailure) else 1)] += 1
     return tuple(counts)
 
 

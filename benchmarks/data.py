@@ -34,7 +34,7 @@ from landiff.data_pipeline.format.schema import (
     Manifest,
     RawSample,
     column_stem,
-    fingerprint,
+    content_fingerprint,
 )
 from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, write_manifest
 from landiff.data_pipeline.format.tensors import pack_tensor
@@ -42,7 +42,7 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.precompute import producers as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import Bench, Job, Producer
+from landiff.data_pipeline.precompute.job import Bench, PrecomputeJob, Producer
 from landiff.data_pipeline.video.codec import encode_clip
 from landiff.launchers.local import start as local
 from landiff.model_zoo import registry
@@ -70,7 +70,7 @@ def write_raw(data: Path, clips: list[list[tuple[RawSample, bytes]]]) -> Manifes
             for meta, clip in members:
                 writer.add(meta.key, {"mp4": clip, "json": meta.model_dump_json().encode()})
         entries.append(writer.sidecar.entry)
-    manifest = Manifest(fingerprint=fingerprint([e.sha256 for e in entries]), config={}, shards=entries)
+    manifest = Manifest(fingerprint=content_fingerprint([e.sha256 for e in entries]), config={}, shards=entries)
     write_manifest(data, manifest)
     return manifest
 
@@ -170,7 +170,7 @@ def write_nano(folder: Path, clips: int) -> None:
     config = load(ModelConfig, "nano/model").tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = registry.build("tokenizer", config).train()
+        tokenizer = registry.build_module("tokenizer", config).train()
         tokenizer(torch.randn(64, config.segment_frames, config.feature_channels, config.grid_height, config.grid_width))
     registry.export(folder / "zoo", "tokenizer", "tokenizer", config, tokenizer.state_dict(), {})
     draw = np.random.default_rng(0)
@@ -213,7 +213,7 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
         loading += Clock().since(begin)
         return made
 
-    begin, job = Clock(), Job(config, read_manifest(config.data), (0, 1), build)
+    begin, job = Clock(), PrecomputeJob(config, read_manifest(config.data), (0, 1), build)
     summary = job.run()
     wall, used, idle = Clock().since(begin) - loading
     precompute.finalize(config)
@@ -242,7 +242,7 @@ def measure_waits(steps: int, folder: Path) -> list[Row]:
         run.mkdir()
         (run / "resolved.yaml").write_text(dump(config))
         processes = 2 if name == "lm" else 1
-        with local.own(config, name, processes, "benchmarks.data") as owned:
+        with local.own_run(config, name, processes, "benchmarks.data") as owned:
             code = local.run_trainer(f"landiff.training.{name}", run / "resolved.yaml", run, processes, owned)
         assert code == 0, f"the {name} trainer ended with {code}"
         lines = read_metrics(run / "metrics.jsonl")[1:]

@@ -25,7 +25,7 @@ from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.config import ModelConfig, TransformerConfig
 from landiff.training import distributed, optim
 from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.diffusion.model import build_model
+from landiff.training.diffusion.model import build_phase_model
 from landiff.training.diffusion.step import Objective
 
 META = RawSample(key="0", caption="-", source="-", source_sha256="", start_s=0, fps=8, num_frames=17, height=64, width=64,
@@ -63,7 +63,7 @@ class Plain:
 
     def __init__(self, config: DiffusionTrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.model = build_model(config).to(device)
+        self.model = build_phase_model(config).to(device)
         self.objective = Objective(config, device)
         self.optimizer = optim.adamw(self.model.parameters(), config.optim)
 

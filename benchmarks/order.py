@@ -23,7 +23,7 @@ import numpy as np
 from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import Column, Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
-from landiff.data_pipeline.loading.order import BatchOrder, Source
+from landiff.data_pipeline.loading.order import BatchOrder, BlendSource
 
 COLUMNS = {"tokens": 4_000, "latents": 2_247_000, "text-t5": 1_852_000}  # bytes of a sample
 
@@ -79,7 +79,7 @@ def main() -> None:
         manifest = read_manifest(folder)
         watch("opening: read the manifest", f"{size / 1e6:.0f} MB of JSON")
         columns = AlignedColumns(folder, manifest, list(COLUMNS))
-        order = BatchOrder([Source(columns.counts, [s.bucket for s in manifest.shards])], seed=0, window=options.window, batch_size=batch)
+        order = BatchOrder([BlendSource(columns.counts, [s.bucket for s in manifest.shards])], seed=0, window=options.window, batch_size=batch)
         watch("opening: align columns", f"{order.num_samples} samples take part; peak memory {memory_mb():.0f} MB, {before:.0f} of it before")
     everyone = np.arange(batch)
     order.locate(0, everyone[:: options.ranks])

@@ -26,10 +26,10 @@ from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.plan.layout import lay
 from landiff.data_pipeline.ingest.plan.probes import look_at_all
 from landiff.data_pipeline.ingest.plan.rows import write_rows
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
+from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan, path_of, write
 from landiff.data_pipeline.ingest.shots import Look
 from landiff.data_pipeline.ingest.sources.listing import Listing, SourceClip
-from landiff.data_pipeline.video.codec import Failure, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 
 class Here(Executor):
@@ -50,7 +50,7 @@ def rows(count: int) -> Iterator[SourceClip]:
 def look(video: VideoFile) -> Look:
     number = int.from_bytes(hashlib.sha256(os.fspath(video.path).encode()).digest()[:8], "big")
     if number % 50 == 0:
-        return Look(failure=Failure("invalid_data", "made up"))
+        return Look(failure=DecodeFailure("invalid_data", "made up"))
     return Look(hashlib.sha256(str(number if number % 10 else number % 100_000).encode()).hexdigest(), 4.0 + number % 5)
 
 
@@ -66,7 +66,7 @@ def measure(count: int, folder: Path) -> str:
     times.append(time.process_time())
     write(config, path, lay(config, written))
     times.append(time.process_time())
-    plan = Plan(path)
+    plan = ShardPlan(path)
     spans = sum(line.spans for line in plan.lines)
     assert plan.unit(plan.lines[len(plan.lines) // 2]).spans
     times.append(time.process_time())

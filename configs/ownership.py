@@ -200,7 +200,7 @@ def holder(path: Path) -> tuple[Owner, State] | None:
     return owner, _state(file, owner)
 
 
-def remove_abandoned(folder: Path) -> None:
+def remove_abandoned_locks(folder: Path) -> None:
     """Remove the locks in `folder` that processes left which are gone."""
     for path in folder.glob(f".*{OWNER}"):
         found = holder(path)

@@ -152,10 +152,10 @@ def precompute_job(args: argparse.Namespace) -> int:
 def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> int:
     """status, retry, verify, estimate: what changes nothing."""
     from landiff.data_pipeline.precompute import producers as precompute
-    from landiff.data_pipeline.precompute.status import table
+    from landiff.data_pipeline.precompute.status import format_table
 
     if args.action == "status":
-        print(table(precompute.status(config)))
+        print(format_table(precompute.status(config)))
     elif args.action == "estimate":
         print(precompute.estimate(config, args.clips))
     elif args.action == "retry":
@@ -174,8 +174,8 @@ def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> i
 def train_job(args: argparse.Namespace) -> int:
     from landiff.launchers.local.start import (
         default_processes,
-        explain,
-        own,
+        explain_exit,
+        own_run,
         run_trainer,
         visible_gpus,
     )
@@ -194,12 +194,12 @@ def train_job(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     command = command_line(args.argv)
-    with own(config, args.stage, processes, command, take_over=args.take_over) as owned:
+    with own_run(config, args.stage, processes, command, take_over=args.take_over) as owned:
         resolved = config.run / "resolved.yaml"
         write_config(resolved, config)
         code = run_trainer(f"landiff.training.{args.stage}", resolved, config.run, processes, owned)
     if code:
-        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {explain(config.run, code)}")
+        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {explain_exit(config.run, code)}")
     return 0
 
 
@@ -211,19 +211,19 @@ def convert_job(args: argparse.Namespace) -> int:
             raise ConfigError("landiff convert inspect needs a path")
         from landiff.launchers.weights.convert import find_source
         from landiff.model_zoo.config import ModelConfig
-        from landiff.model_zoo.convert.known_formats import Options, describe
+        from landiff.model_zoo.convert.known_formats import Options, describe_source
 
         options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
-        print("\n".join(describe(find_source(path, zoo, options)) for path in rest))
+        print("\n".join(describe_source(find_source(path, zoo, options)) for path in rest))
         return 0
     request = request_of(args)
     require_none(check_request(request, Launch()))
-    from landiff.launchers.weights.convert import convert, plan
+    from landiff.launchers.weights.convert import convert_weights, plan
 
     if args.dry_run:
         print("\n".join(plan(request)))
         return 0
-    for line in convert(request):
+    for line in convert_weights(request):
         print(f"convert: {line}")
     return 0
 
@@ -238,7 +238,7 @@ def zoo_job(args: argparse.Namespace) -> int:
         raise ConfigError("landiff zoo show needs a reference: name, name@fingerprint or a path")
     entry = registry.resolve(zoo, args.reference)
     if args.action == "verify":
-        registry.verify(entry)
+        registry.verify_entry(entry)
         print(f"{entry.reference}: the weights give its fingerprint")
     elif args.action == "list":
         print(entry_line(entry))
@@ -257,7 +257,7 @@ def every_entry(zoo: Path, action: str) -> int:
         try:
             entry = registry.read_entry(folder)
             if action == "verify":
-                registry.verify(entry)
+                registry.verify_entry(entry)
             print(entry_line(entry) + ("  verified" if action == "verify" else ""))
         except ConfigError as error:
             damaged += 1
@@ -358,9 +358,9 @@ def doctor_job(args: argparse.Namespace) -> int:
 
 
 def plan_job(args: argparse.Namespace) -> int:
-    from landiff.launchers.budget.plan import plan_job
+    from landiff.launchers.budget.plan import print_budget
 
-    return plan_job(args)
+    return print_budget(args)
 
 
 def show(config, plan: str) -> int:

@@ -23,7 +23,7 @@ from landiff.training.checkpoint.run_folder import read_metrics
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """One command of the walk. `run` is the run folder whose losses belong to it, if it trains."""
 
     name: str
@@ -44,7 +44,7 @@ class StageResult:
     look: str = ""
 
 
-def walk(preset: str, processes: int, prompts: Sequence[str] = ()) -> list[Stage]:
+def pipeline_stages(preset: str, processes: int, prompts: Sequence[str] = ()) -> list[PipelineStage]:
     """The whole walk (architecture §1) with the packaged configs of a preset, in an order that can be run."""
 
     def train(stage: str, config: str) -> tuple[str, ...]:
@@ -55,25 +55,25 @@ def walk(preset: str, processes: int, prompts: Sequence[str] = ()) -> list[Stage
 
     behind = ("--", *prompts) if prompts else ()
     return [
-        Stage("shards", "clips -> raw shards", ("shards", "--config", f"{preset}/shards"), look="data/manifest.json"),
-        Stage("features", "vision features", ("precompute", "--config", f"{preset}/features"), ("shards",), look="data/features"),
-        Stage("tokenizer", "semantic tokenizer, torch DDP", train("tokenizer", "tokenizer"), ("features",), "runs/tokenizer", "runs/tokenizer"),
-        Stage("export tokenizer", "checkpoint -> zoo", convert("tokenizer", "tokenizer"), ("tokenizer",), look="zoo/tokenizer"),
-        Stage("columns", "tokens, latents, text states", ("precompute", "--config", f"{preset}/precompute"), ("export tokenizer",), look="runs/precompute"),
-        Stage("lm", "language model, Megatron-core", train("lm", "lm"), ("columns",), "runs/lm", "runs/lm"),
-        Stage("diffusion main", "main transformer, DeepSpeed ZeRO", train("diffusion", "diffusion-main"), ("columns",), "runs/diffusion-main", "runs/diffusion-main"),
-        Stage("export main", "checkpoint -> zoo", convert("diffusion-main", "main"), ("diffusion main",), look="zoo/main"),
-        Stage("diffusion control", "control branch, main frozen", train("diffusion", "diffusion-control"), ("export main",), "runs/diffusion-control", "runs/diffusion-control"),
-        Stage("export lm", "checkpoint -> zoo", convert("lm", "lm"), ("lm",), look="zoo/lm"),
-        Stage("export diffusion", "checkpoint -> zoo", convert("diffusion-control", "diffusion"), ("diffusion control",), look="zoo/diffusion"),
-        Stage("evaluate", "are the conditions used?", ("evaluate", "--config", f"{preset}/evaluate"), ("export lm", "export diffusion"), look="evaluation.json"),
-        Stage("sample", "prompts -> mp4", ("sample", "--config", f"{preset}/sample", *behind), ("export lm", "export diffusion"), look="samples"),
+        PipelineStage("shards", "clips -> raw shards", ("shards", "--config", f"{preset}/shards"), look="data/manifest.json"),
+        PipelineStage("features", "vision features", ("precompute", "--config", f"{preset}/features"), ("shards",), look="data/features"),
+        PipelineStage("tokenizer", "semantic tokenizer, torch DDP", train("tokenizer", "tokenizer"), ("features",), "runs/tokenizer", "runs/tokenizer"),
+        PipelineStage("export tokenizer", "checkpoint -> zoo", convert("tokenizer", "tokenizer"), ("tokenizer",), look="zoo/tokenizer"),
+        PipelineStage("columns", "tokens, latents, text states", ("precompute", "--config", f"{preset}/precompute"), ("export tokenizer",), look="runs/precompute"),
+        PipelineStage("lm", "language model, Megatron-core", train("lm", "lm"), ("columns",), "runs/lm", "runs/lm"),
+        PipelineStage("diffusion main", "main transformer, DeepSpeed ZeRO", train("diffusion", "diffusion-main"), ("columns",), "runs/diffusion-main", "runs/diffusion-main"),
+        PipelineStage("export main", "checkpoint -> zoo", convert("diffusion-main", "main"), ("diffusion main",), look="zoo/main"),
+        PipelineStage("diffusion control", "control branch, main frozen", train("diffusion", "diffusion-control"), ("export main",), "runs/diffusion-control", "runs/diffusion-control"),
+        PipelineStage("export lm", "checkpoint -> zoo", convert("lm", "lm"), ("lm",), look="zoo/lm"),
+        PipelineStage("export diffusion", "checkpoint -> zoo", convert("diffusion-control", "diffusion"), ("diffusion control",), look="zoo/diffusion"),
+        PipelineStage("evaluate", "are the conditions used?", ("evaluate", "--config", f"{preset}/evaluate"), ("export lm", "export diffusion"), look="evaluation.json"),
+        PipelineStage("sample", "prompts -> mp4", ("sample", "--config", f"{preset}/sample", *behind), ("export lm", "export diffusion"), look="samples"),
     ]
 
 
 def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
     """Run the nano walk in `out`. Returns the exit code of the first stage that fails, or 0."""
-    stages = walk("nano", processes=2, prompts=prompts)
+    stages = pipeline_stages("nano", processes=2, prompts=prompts)
     if dry_run:
         print(f"cd {out}")
         for stage in stages:
@@ -96,7 +96,7 @@ def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
     return 0
 
 
-def run_stage(stage: Stage, out: Path) -> StageResult:
+def run_stage(stage: PipelineStage, out: Path) -> StageResult:
     """One stage as its own `landiff` process in `out`; its lines go straight to the person."""
     started = time.monotonic()
     code = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", *stage.command], cwd=out, env=environment()).returncode

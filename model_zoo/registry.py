@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from landiff.model_zoo.convert.lazy import LazyTensors, Progress
+    from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback
 
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
@@ -98,7 +98,7 @@ class ZooEntry:
         return read_safetensors(self.path / WEIGHTS)
 
 
-def build(kind: str, config: Config) -> nn.Module:
+def build_module(kind: str, config: Config) -> nn.Module:
     """An uninitialised-or-default module of that kind (import here: the models import torch layers)."""
     if kind == "tokenizer":
         from landiff.model_zoo.tokenizer import SemanticTokenizer
@@ -124,14 +124,14 @@ def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch
     import torch
 
     with torch.device("meta"):
-        model = build(entry.kind, entry.config)
+        model = build_module(entry.kind, entry.config)
     model.load_state_dict(entry.load(device), strict=True, assign=True)
     model.requires_grad_(False).eval()
     return model.to(dtype) if dtype is not None else model
 
 
 def weights_fingerprint(
-    kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor], progress: Progress | None = None
+    kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor], progress: ProgressCallback | None = None
 ) -> str:
     """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere.
 
@@ -158,7 +158,7 @@ def weights_fingerprint(
 
 
 def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str, Tensor],
-           provenance: Mapping[str, Any], progress: Progress | None = None) -> ZooEntry:
+           provenance: Mapping[str, Any], progress: ProgressCallback | None = None) -> ZooEntry:
     """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
 
     Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
@@ -174,7 +174,7 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
 
 
 def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
-            provenance: Mapping[str, Any], progress: Progress | None) -> ZooEntry:
+            provenance: Mapping[str, Any], progress: ProgressCallback | None) -> ZooEntry:
     """`export` for the owner of the name."""
     from landiff.model_zoo.convert.lazy import read_safetensors, write_safetensors
 
@@ -255,7 +255,7 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
     return entry
 
 
-def verify(entry: ZooEntry) -> None:
+def verify_entry(entry: ZooEntry) -> None:
     """Raise ConfigError unless config and weights are finite and those that were written.
 
     Compares the fingerprint and the hash of the file.
@@ -301,7 +301,7 @@ def _verify_content(entry: ZooEntry) -> None:
 
 
 def _examine(
-    kind: str, config: Mapping[str, Any], tensors: LazyTensors, progress: Progress | None = None
+    kind: str, config: Mapping[str, Any], tensors: LazyTensors, progress: ProgressCallback | None = None
 ) -> tuple[str, list[str]]:
     """Fingerprint and the names of tensors with NaN or infinity; each tensor is read once."""
     from landiff.model_zoo.convert.lazy import LazyTensors

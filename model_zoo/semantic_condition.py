@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x_NChw) + y_NChw
 
 
-class Level(nn.Module):
+class UpsamplerLevel(nn.Module):
     """Residual blocks of one size, then upsampling by 2 with pixel shuffle if `upsample` is set."""
 
     def __init__(self, channels: int, out_channels: int, num_blocks: int, upsample: bool) -> None:
@@ -91,7 +91,7 @@ class SemanticCondition(nn.Module):
         num_blocks = config.num_res_blocks + 1
         self.levels = nn.ModuleList()
         for index, (channels, width) in enumerate(zip(inputs, widths, strict=True)):
-            self.levels.append(Level(channels, width, num_blocks, upsample=index > 0))
+            self.levels.append(UpsamplerLevel(channels, width, num_blocks, upsample=index > 0))
         self.norm_out = _norm(widths[0])
         self.conv_out = _conv3(widths[0], config.out_channels)
         self.projection = _conv3(config.out_channels, latent_channels)

@@ -12,7 +12,7 @@ from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConf
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.dit import position_table_numel
-from landiff.model_zoo.registry import build
+from landiff.model_zoo.registry import build_module
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.tokenizer.config import TokenizerTrainConfig
@@ -62,7 +62,7 @@ def numel(model: torch.nn.Module) -> int:
 def test_paper_size_models_have_the_counts_of_the_specification():
     config = load(ModelConfig, "landiff/model")
     with torch.device("meta"):
-        tokenizer, lm, diffusion = (build(kind, getattr(config, kind)) for kind in ("tokenizer", "lm", "diffusion"))
+        tokenizer, lm, diffusion = (build_module(kind, getattr(config, kind)) for kind in ("tokenizer", "lm", "diffusion"))
     table = position_table_numel(config.diffusion.transformer)
     assert numel(lm) == 2_049_321_984
     assert numel(tokenizer) == 174_511_120

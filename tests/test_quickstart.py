@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from landiff.data_pipeline.format.shards import read_manifest
-from landiff.launchers.pipeline import walk
+from landiff.launchers.pipeline import pipeline_stages
 
 PROMPT = "A white rabbit with black dots looks around on a green meadow."
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def stage(walked, name: str) -> dict:
 
 @pytest.mark.timeout(1600)
 def test_every_stage_of_the_walk_ran_and_is_in_the_table(walked):
-    assert [s["name"] for s in walked.summary["stages"]] == [s.name for s in walk("nano", 2)]
+    assert [s["name"] for s in walked.summary["stages"]] == [s.name for s in pipeline_stages("nano", 2)]
     table = walked.text[walked.text.rindex("first loss") :]
     for s in walked.summary["stages"]:
         assert s["exit_code"] == 0 and s["name"] in table

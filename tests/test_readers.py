@@ -21,7 +21,7 @@ from landiff.configs.loader import read_json_as
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry, Sidecar
 from landiff.data_pipeline.format.shards import read_manifest, read_sidecar
 from landiff.data_pipeline.format.tensors import pack_tensor, parse_tensor
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan
+from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.units import CARD, ColumnFolder
 from landiff.launchers.config import SampleConfig
@@ -148,12 +148,12 @@ READERS = {
     "state.json": Reader("state.json", text(STATE.model_dump()), lambda folder: read_json_as(CheckpointState, folder / "state.json")),
     "state.json for convert": Reader("state.json", text(STATE.model_dump()), lambda folder: formats._run(with_config(folder))),
     "files.json": Reader("step_00000001/files.json", text(FILES.model_dump()), latest_whole),
-    "layout.json": Reader(deepspeed.LAYOUT, text({"zero_stage": 1}), deepspeed.Layout.read),
+    "layout.json": Reader(deepspeed.LAYOUT, text({"zero_stage": 1}), deepspeed.ZeroLayout.read),
     "manifest": Reader("manifest.json", MANIFEST.model_dump_json(indent=1).encode(), read_manifest),
     "sidecar": Reader("x.json", SIDECAR.model_dump_json().encode(), lambda folder: read_sidecar(folder / "x.tar")),
     "head of a sidecar": Reader("x.json", SIDECAR.model_dump_json().encode(), lambda folder: read_sidecar(folder / "x.tar", index=False)),
     "column card": Reader(f"x/{CARD}", text(CARD_OF_COLUMN), lambda folder: ColumnFolder(folder, "x").card()),
-    "plan": Reader("x.json", text({"units": [["000000", "f", 0, 10, 1, 0, 0]]}), lambda folder: Plan(folder / "x.json")),
+    "plan": Reader("x.json", text({"units": [["000000", "f", 0, 10, 1, 0, 0]]}), lambda folder: ShardPlan(folder / "x.json")),
     "zoo entry": Reader("config.json", text(ENTRY), read_entry),
     "diffusers folder": Reader("config.json", text(DIFFUSERS), lambda folder: diffusers_folder.open_diffusers(folder)),
     "job record": Reader("job/job.json", text(RECORD), read_record),

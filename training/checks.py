@@ -14,7 +14,7 @@ from pathlib import Path
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.problems import Problem, check_writable, problems_of
-from landiff.data_pipeline.format.column_checks import check_blend, check_columns
+from landiff.data_pipeline.format.column_checks import check_blend, check_column_fingerprints
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
@@ -103,12 +103,12 @@ def check_manifest(
     if not manifest.num_samples:
         return [Problem("it holds no clips; see reject_counts in its manifest")]
     problems = problems_of(
-        lambda: check_columns(manifest, [name for name in columns if name not in manifest.columns])
+        lambda: check_column_fingerprints(manifest, [name for name in columns if name not in manifest.columns])
     )
     for name in columns:
         if name not in manifest.columns:
             continue
-        problems += problems_of(lambda name=name: check_columns(manifest, [name], adopt=adopt))
+        problems += problems_of(lambda name=name: check_column_fingerprints(manifest, [name], adopt=adopt))
         shards = manifest.columns[name].shards
         if (
             folder is not None

@@ -11,7 +11,7 @@ from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.data_pipeline.format.shards import ShardError
 
 
-def check_columns(manifest: Manifest, columns: Sequence[str], *, adopt: bool = False) -> None:
+def check_column_fingerprints(manifest: Manifest, columns: Sequence[str], *, adopt: bool = False) -> None:
     """Raise ShardError unless every column exists and belongs to the manifest's raw shards."""
     absent = [name for name in columns if name not in manifest.columns]
     if absent:
@@ -39,7 +39,7 @@ def require_encoder(manifest: Manifest, column: str, fingerprint: str, what: str
 
     `what` names that encoder as the user knows it, e.g. "model.tokenizer = tokenizer@3f2a...".
     """
-    check_columns(manifest, [column], adopt=adopt)
+    check_column_fingerprints(manifest, [column], adopt=adopt)
     made_by = encoders(manifest.columns[column])
     if fingerprint not in made_by.values() and not adopt:
         known = ", ".join(f"{name} {mark}" for name, mark in made_by.items()) or manifest.columns[column].encoder

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import ValidationError
 from torch import Tensor
 
-from landiff.data_pipeline.format.column_checks import check_columns
+from landiff.data_pipeline.format.column_checks import check_column_fingerprints
 from landiff.data_pipeline.format.schema import (
     RAW,
     Column,
@@ -29,7 +29,7 @@ from landiff.data_pipeline.format.schema import (
     ShardEntry,
     Sidecar,
     column_stem,
-    fingerprint,
+    content_fingerprint,
 )
 from landiff.data_pipeline.format.shards import ShardError, read_sidecar, sidecar_path
 from landiff.data_pipeline.format.tensors import parse_tensor
@@ -193,7 +193,7 @@ class AlignedColumns:
     def __init__(self, data: Path, manifest: Manifest, columns: Sequence[str], *, adopt: bool = False, keep: int = 64,
                  checksum: bool = False, remote: Remote | None = None) -> None:
         """`keep`: indices of so many shards stay in memory. Raises ShardError where a column is missing or stale."""
-        check_columns(manifest, columns, adopt=adopt)
+        check_column_fingerprints(manifest, columns, adopt=adopt)
         self.manifest, self.columns, self.remote = manifest, tuple(columns), remote
         self._raw = FolderReader(data, RAW, "json", manifest.shards, keep=keep, remote=remote)
         self._readers: dict[str, FolderReader] = {}
@@ -221,7 +221,7 @@ class AlignedColumns:
     @property
     def exclusions(self) -> str:
         """Fingerprint of the clips that don't take part."""
-        return fingerprint(sorted(self._excluded.items()))
+        return content_fingerprint(sorted(self._excluded.items()))
 
     def size(self, shard: int, slot: int) -> int:
         """Bytes of memory that `read` wants for sample `slot` of those of a shard that take part. Raises ShardError."""

@@ -137,7 +137,7 @@ def column_stem(column: str) -> str:
     return column.split("-", 1)[0]
 
 
-def fingerprint(*parts: Any) -> str:
+def content_fingerprint(*parts: Any) -> str:
     """16 hex digits over any JSON-able values; equal values give equal fingerprints."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ import numpy as np
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.config import FiltersConfig
-from landiff.data_pipeline.video.codec import Failure
+from landiff.data_pipeline.video.codec import DecodeFailure
 from landiff.data_pipeline.video.motion import Motion
 
 FILTERED = frozenset(("little_motion", "much_motion", "too_dark", "too_bright", "static", "text"))
@@ -38,7 +38,7 @@ class Filters:
         if config.text_area_max is not None:
             self._reader = _text_reader()
 
-    def refuse(self, frames_THWC: np.ndarray, motion: Motion) -> Failure | None:
+    def refuse(self, frames_THWC: np.ndarray, motion: Motion) -> DecodeFailure | None:
         """The first filter that the clip does not pass, with what was measured; None where it passes all."""
         config = self.config
         if config.motion_min is not None or config.motion_max is not None:
@@ -50,9 +50,9 @@ class Filters:
             if failure:
                 return failure
         if config.static_max is not None and (share := repeated_share(frames_THWC)) > config.static_max:
-            return Failure("static", f"{share:.4f} of the frames repeat the one before, more than static_max = {config.static_max:g}")
+            return DecodeFailure("static", f"{share:.4f} of the frames repeat the one before, more than static_max = {config.static_max:g}")
         if config.text_area_max is not None and (area := self._text_area(frames_THWC)) > config.text_area_max:
-            return Failure("text", f"{area:.4f} of the picture is text, more than text_area_max = {config.text_area_max:g}")
+            return DecodeFailure("text", f"{area:.4f} of the picture is text, more than text_area_max = {config.text_area_max:g}")
         return None
 
     def _text_area(self, frames_THWC: np.ndarray) -> float:
@@ -85,11 +85,11 @@ def text_area(boxes: Sequence, height: int, width: int) -> float:
     return float(mask.mean())
 
 
-def _outside(value: float, name: str, least: float | None, most: float | None, below: str, above: str) -> Failure | None:
+def _outside(value: float, name: str, least: float | None, most: float | None, below: str, above: str) -> DecodeFailure | None:
     if least is not None and value < least:
-        return Failure(below, f"{name} {value:g} is below {name}_min = {least:g}")
+        return DecodeFailure(below, f"{name} {value:g} is below {name}_min = {least:g}")
     if most is not None and value > most:
-        return Failure(above, f"{name} {value:g} is above {name}_max = {most:g}")
+        return DecodeFailure(above, f"{name} {value:g} is above {name}_max = {most:g}")
     return None
 
 

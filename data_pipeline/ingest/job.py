@@ -30,7 +30,7 @@ from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_yaml
 from landiff.configs.files import fsync_dir, temporary_name
 from landiff.configs.ownership import OWNER
-from landiff.data_pipeline.format.schema import MANIFEST, RAW, Manifest, fingerprint
+from landiff.data_pipeline.format.schema import MANIFEST, RAW, Manifest, content_fingerprint
 from landiff.data_pipeline.format.shards import (
     ShardError,
     count_rejects,
@@ -45,16 +45,16 @@ from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
 from landiff.data_pipeline.ingest.plan.rows import (
     chunks,
     read_ignored_members,
-    read_state,
+    read_plan_state,
     rows_path,
 )
-from landiff.data_pipeline.ingest.plan.shard_plan import PLAN, Plan, make
+from landiff.data_pipeline.ingest.plan.shard_plan import PLAN, ShardPlan, make
 from landiff.data_pipeline.ingest.quarantine import REJECTED
 from landiff.data_pipeline.ingest.shard_maker import (
     Maker,
-    Progress,
-    Share,
-    TooManyRejects,
+    ProgressCallback,
+    TaskPart,
+    TooManyRejectedClips,
     borrowed,
     check_bad,
     count_bad,
@@ -77,17 +77,17 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that
 Task = tuple[int, int]  # (number, of)
 
 
-def make_shards(config: ShardsConfig, data: Path, progress: Progress | None = None) -> Manifest:
+def make_shards(config: ShardsConfig, data: Path, progress: ProgressCallback | None = None) -> Manifest:
     """Fill `<data>/raw` and write `<data>/manifest.json`; go on where an earlier call stopped.
 
     Raises ConfigError when the source is unusable or `data` was made with another config, ShardError when
-    it holds shards of another source, TooManyRejects, OSError when it can't be written.
+    it holds shards of another source, TooManyRejectedClips, OSError when it can't be written.
     """
     make_share(config, data, (0, 1), progress)
     return finalize(config, data)
 
 
-def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress | None = None) -> Share:
+def make_share(config: ShardsConfig, data: Path, task: Task, progress: ProgressCallback | None = None) -> TaskPart:
     """Make the shards of one task; the plan is made by all of them together.
 
     Raises as `make_shards`, and OwnedError where another process works on this task.
@@ -95,7 +95,7 @@ def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress 
     if not 0 <= task[0] < task[1]:
         raise ConfigError(f"task {task[0]}/{task[1]}: the number must lie between 0 and {task[1] - 1}")
     listing, filters = list_source(config), Filters(config.filters)
-    state = read_state(config, listing)
+    state = read_plan_state(config, listing)
     path = data / PLAN / f"{state.mark}.json"
     with _explained(data):
         _claim(config, data / RAW)
@@ -110,12 +110,12 @@ def make_share(config: ShardsConfig, data: Path, task: Task, progress: Progress 
             return replace(share, ignored=state.ignored + read_ignored_members(path))
 
 
-def _check_planned(config: ShardsConfig, plan: Plan) -> None:
-    """Raise TooManyRejects where the plan rejects more clips than the config allows."""
+def _check_planned(config: ShardsConfig, plan: ShardPlan) -> None:
+    """Raise TooManyRejectedClips where the plan rejects more clips than the config allows."""
     bad, seen = sum(line.bad for line in plan.lines), sum(line.spans + line.aside for line in plan.lines)
     try:
         check_bad(config, bad, seen)
-    except TooManyRejects:
+    except TooManyRejectedClips:
         rejects = (aside.reject for line in plan.lines for aside in plan.unit(line).aside)
         check_bad(config, bad, seen, tally_rejects(rejects))
 
@@ -136,7 +136,7 @@ class Status:
 
 def status(config: ShardsConfig, data: Path) -> Status | None:
     """None before anything was done for this source and config."""
-    state = read_state(config, list_source(config))
+    state = read_plan_state(config, list_source(config))
     path = data / PLAN / f"{state.mark}.json"
     rows = rows_path(path)
     if not rows.exists():
@@ -146,7 +146,7 @@ def status(config: ShardsConfig, data: Path) -> Status | None:
     looked = Status(sum(videos for videos, _ in pieces), sum(videos for videos, there in pieces if there), ignored=ignored)
     if not path.exists():
         return looked
-    lines = Plan(path).lines
+    lines = ShardPlan(path).lines
     finished = [line for line in lines if sidecar_path(data / RAW / f"{line.name}.tar").exists()]
     return replace(looked, shards=len(lines), finished=len(finished), clips=sum(line.spans for line in lines),
                    in_finished=sum(line.spans for line in finished), set_aside=sum(line.aside for line in lines))
@@ -154,11 +154,11 @@ def status(config: ShardsConfig, data: Path) -> Status | None:
 
 def finalize(config: ShardsConfig, data: Path) -> Manifest:
     """Write the manifest of finished shards. Raises ShardError that lists those that are missing or not of this plan."""
-    state = read_state(config, list_source(config))
+    state = read_plan_state(config, list_source(config))
     path = data / PLAN / f"{state.mark}.json"
     if not path.exists():
         raise ShardError(f"nothing is planned in {data} for this source and config; run `landiff shards` first{other_shards(config, data)}")
-    plan, raw = Plan(path), data / RAW
+    plan, raw = ShardPlan(path), data / RAW
     ignored = state.ignored + read_ignored_members(path)
     shards, rejects, missing = [], [], []
     for line in plan.lines:
@@ -181,7 +181,7 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
         raise ShardError(f"no clip of {config.source!r} could be used: {tally_rejects(rejects)}{hint}{unused}")
     seen = len(rejects) + sum(shard.samples for shard in shards)
     check_bad(config, count_bad(rejects), seen, tally_rejects(rejects), last=True)
-    mark = fingerprint(config.identity(), [shard.sha256 for shard in shards])
+    mark = content_fingerprint(config.identity(), [shard.sha256 for shard in shards])
     columns: dict[str, Any] = {}
     if (data / MANIFEST).exists():
         old = read_manifest(data)

@@ -20,12 +20,12 @@ from landiff.data_pipeline.format.schema import RAW, RawSample, Reject, Sidecar
 from landiff.data_pipeline.format.shards import ShardError, ShardWriter, read_sidecar, sidecar_path
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.filters import FILTERED, Filters
-from landiff.data_pipeline.ingest.plan.planned_shard import HARMLESS, STAGE, Span, Unit
-from landiff.data_pipeline.ingest.plan.shard_plan import Line, Plan
+from landiff.data_pipeline.ingest.plan.planned_shard import HARMLESS, STAGE, PlannedShard, Span
+from landiff.data_pipeline.ingest.plan.shard_plan import Line, ShardPlan
 from landiff.data_pipeline.ingest.quarantine import Quarantine
 from landiff.data_pipeline.ingest.sources.entries import Tally, printable
 from landiff.data_pipeline.ingest.sources.text_files import TEXT_REASONS
-from landiff.data_pipeline.video.codec import DecodedSpan, Failure, SafeDecoder, Wanted, encode_clip
+from landiff.data_pipeline.video.codec import DecodedSpan, DecodeFailure, SafeDecoder, Wanted, encode_clip
 from landiff.data_pipeline.video.motion import Motion, motion
 
 BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
@@ -33,15 +33,15 @@ FEW = 20  # clips: of fewer, one bad one says nothing about the rest
 REASONS_ON_SCREEN = 4
 MAX_EXAMPLE = 200  # characters of a rejected clip's name and detail in a message
 
-Progress = Callable[[int, int, str], None]  # (clips done, clips in all, what is being done)
+ProgressCallback = Callable[[int, int, str], None]  # (clips done, clips in all, what is being done)
 
 
-class TooManyRejects(ShardError):
+class TooManyRejectedClips(ShardError):
     """More clips are damaged than `max_bad_fraction` allows."""
 
 
 @dataclass(frozen=True)
-class Share:
+class TaskPart:
     """What one task has done."""
 
     made: int  # shards
@@ -58,13 +58,13 @@ class Maker:
 
     config: ShardsConfig
     data: Path
-    plan: Plan
+    plan: ShardPlan
     filters: Filters
     decoders: queue.SimpleQueue
     pool: ThreadPoolExecutor
 
-    def make(self, lines: list[Line], progress: Progress | None) -> Share:
-        """Make those of `lines` that aren't there. Raises ShardError, TooManyRejects, OSError."""
+    def make(self, lines: list[Line], progress: ProgressCallback | None) -> TaskPart:
+        """Make those of `lines` that aren't there. Raises ShardError, TooManyRejectedClips, OSError."""
         todo, rejected, bad = [], Tally(), 0
         for line in lines:
             sidecar = sidecar_of(self.data / RAW, line)
@@ -101,7 +101,7 @@ class Maker:
             stop.set()
             for future in running:
                 future.cancel()
-        return Share(made=len(todo), there=len(lines) - len(todo), planned=len(self.plan.lines),
+        return TaskPart(made=len(todo), there=len(lines) - len(todo), planned=len(self.plan.lines),
                      set_aside=dict(sorted(rejected.counts.items())), rejected=rejected)
 
     def _submit(self, line: Line, clips: queue.SimpleQueue, stop: Event) -> Future:
@@ -121,7 +121,7 @@ class Maker:
             for span, decoded in _decoded(self.config, unit, decoder):
                 if stop.is_set():
                     raise InterruptedError(f"shard {unit.name} was left unfinished, because another one failed")
-                if isinstance(decoded, Failure):
+                if isinstance(decoded, DecodeFailure):
                     failure = decoded
                 else:
                     failure = self._add(writer, quarantine, unit, span, decoded)
@@ -137,10 +137,10 @@ class Maker:
         self,
         writer: ShardWriter,
         quarantine: Quarantine,
-        unit: Unit,
+        unit: PlannedShard,
         span: Span,
         decoded: DecodedSpan,
-    ) -> Failure | None:
+    ) -> DecodeFailure | None:
         """Write one sample, unless a filter refuses it."""
         frames = decoded.frames
         moving = motion(frames, self.config.fps)
@@ -157,8 +157,8 @@ class Maker:
 
 
 def _decoded(
-    config: ShardsConfig, unit: Unit, decoder: SafeDecoder
-) -> Iterator[tuple[Span, DecodedSpan | Failure]]:
+    config: ShardsConfig, unit: PlannedShard, decoder: SafeDecoder
+) -> Iterator[tuple[Span, DecodedSpan | DecodeFailure]]:
     """Every span with its frames, in order; neighbours of one video are decoded in one go."""
     shape = unit.shape
     at_once = max(1, BYTES_PER_REQUEST // (shape.num_frames * shape.height * shape.width * 3))
@@ -173,7 +173,7 @@ def _decoded(
 
 def _meta(
     config: ShardsConfig,
-    unit: Unit,
+    unit: PlannedShard,
     span: Span,
     moving: Motion,
     clip: bytes,
@@ -221,10 +221,10 @@ def tally_rejects(rejects: Iterable[Reject]) -> Tally:
 
 
 def check_bad(config: ShardsConfig, bad: int, seen: int, rejected: Tally | None = None, *, last: bool = False) -> None:
-    """Raise TooManyRejects where more clips are damaged than the config allows. `rejected`: what to name."""
+    """Raise TooManyRejectedClips where more clips are damaged than the config allows. `rejected`: what to name."""
     if bad > config.max_bad_fraction * seen and (last or seen >= FEW):
         counts = f". Rejected: {rejected}" if rejected else ""
-        raise TooManyRejects(
+        raise TooManyRejectedClips(
             f"{bad} of {seen} clips of {config.source!r} are damaged, more than max_bad_fraction = {config.max_bad_fraction:g}. "
             f"Fix the cause, or raise max_bad_fraction, and run again; finished shards stay{counts}"
         )

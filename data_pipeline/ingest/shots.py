@@ -23,7 +23,7 @@ from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.config import ShardsConfig, ShotsConfig
 from landiff.data_pipeline.video.codec import (
     Crop,
-    Failure,
+    DecodeFailure,
     SafeDecoder,
     ScanFailed,
     Scanned,
@@ -50,7 +50,7 @@ class Look:
     shots: tuple[tuple[float, float], ...] = ()  # (start, end) in s; none: one shot
     crop: Crop = (0.0, 0.0, 0.0, 0.0)
     conversions: tuple[str, ...] = ()  # what its first frame needs to be progressive SDR
-    failure: Failure | None = None
+    failure: DecodeFailure | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"shots": [(first, None if math.isinf(last) else last) for first, last in self.shots]}
@@ -58,7 +58,7 @@ class Look:
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Look:
         shots = tuple((first, math.inf if last is None else last) for first, last in plain["shots"])
-        failure = Failure(**plain["failure"]) if plain["failure"] else None
+        failure = DecodeFailure(**plain["failure"]) if plain["failure"] else None
         conversions = tuple(plain["conversions"])
         return cls(**plain | {
             "shots": shots,
@@ -83,7 +83,7 @@ class Looker:
     def look(self, decoder: SafeDecoder, video: VideoFile, sha256: str) -> Look:
         """Probe a video, and look through it where the config needs that."""
         info = decoder.probe(video)
-        if isinstance(info, Failure):
+        if isinstance(info, DecodeFailure):
             return Look(sha256, failure=info)
         aspect, shots, crop = info.aspect, (), (0.0, 0.0, 0.0, 0.0)
         if self.config.shots or self.config.filters.letterbox:

@@ -15,7 +15,7 @@ from landiff.data_pipeline.loading.order import BatchOrder
 
 log = logging.getLogger(__name__)
 
-Place = tuple[int, int]  # data set, shard
+ShardKey = tuple[int, int]  # data set, shard
 
 
 class FetchAhead:
@@ -31,7 +31,7 @@ class FetchAhead:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
         self._moved = threading.Condition()
         self._step = self._walked = 0  # what the loader reads next; the first step that was not looked at
-        self._until: dict[Place, int] = {}  # the last step so far that wants a shard, of those not yet past
+        self._until: dict[ShardKey, int] = {}  # the last step so far that wants a shard, of those not yet past
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fetch ahead", daemon=True)
         self._thread.start()
@@ -66,7 +66,7 @@ class FetchAhead:
             if not self._closed:
                 raise
 
-    def _next_shards(self) -> list[Place]:
+    def _next_shards(self) -> list[ShardKey]:
         """Those that come into use at the next step where any do, when there is room for them. [] at the end."""
         with self._moved:
             while not self._closed:
@@ -85,7 +85,7 @@ class FetchAhead:
                     return new
         return []
 
-    def _has_room(self, new: Sequence[Place]) -> bool:
+    def _has_room(self, new: Sequence[ShardKey]) -> bool:
         used = [0] * len(self._rooms)
         for source, shard in [*self._until, *new]:
             used[source] += self._sets[source].bytes_of(shard)

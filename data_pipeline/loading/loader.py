@@ -22,12 +22,12 @@ from torch import Tensor
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.column_checks import check_blend, require_encoder
 from landiff.data_pipeline.format.columns import AlignedColumns
-from landiff.data_pipeline.format.schema import FORMAT_VERSION, Manifest, RawSample, fingerprint
+from landiff.data_pipeline.format.schema import FORMAT_VERSION, Manifest, RawSample, content_fingerprint
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.data_pipeline.format.tensors import Buffers
 from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
 from landiff.data_pipeline.loading.fetch_ahead import FetchAhead
-from landiff.data_pipeline.loading.order import BatchOrder, Source
+from landiff.data_pipeline.loading.order import BatchOrder, BlendSource
 from landiff.data_pipeline.loading.position import check_position
 from landiff.data_pipeline.loading.remote import ROOM, open_remote
 
@@ -74,7 +74,7 @@ class Loader:
         self.manifest = self._sets[0].manifest
         if not config.adopt:
             check_blend([one.manifest for one in self._sets], columns)
-        sources = [Source(one.counts, [s.bucket for s in one.manifest.shards], source.weight)
+        sources = [BlendSource(one.counts, [s.bucket for s in one.manifest.shards], source.weight)
                    for one, source in zip(self._sets, config.sources, strict=True)]
         self._order = BatchOrder(sources, seed=config.seed, window=config.shuffle_window, batch_size=config.global_batch_size)
         if not self.num_samples:
@@ -153,9 +153,9 @@ class Loader:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "data": self.manifest.fingerprint if len(self._sets) == 1 else fingerprint(*self._identities()),
+            "data": self.manifest.fingerprint if len(self._sets) == 1 else content_fingerprint(*self._identities()),
             "num_samples": self.num_samples,
-            "exclusions": self._sets[0].exclusions if len(self._sets) == 1 else fingerprint(*(one.exclusions for one in self._sets)),
+            "exclusions": self._sets[0].exclusions if len(self._sets) == 1 else content_fingerprint(*(one.exclusions for one in self._sets)),
             "seed": self.config.seed,
             "shuffle_window": self.config.shuffle_window,
             "global_batch_size": self.config.global_batch_size,

@@ -154,7 +154,7 @@ def interleave(indices: Ints, counts: Sequence[int]) -> tuple[Ints, Ints]:
 
 
 @dataclass(frozen=True)
-class Source:
+class BlendSource:
     """One data set as the order sees it."""
 
     counts: Ints  # samples per shard
@@ -180,7 +180,7 @@ class BatchOrder:
     source) runs through its own epochs, each sample once in each.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int, window: int, batch_size: int) -> None:
+    def __init__(self, sources: Sequence[BlendSource], *, seed: int, window: int, batch_size: int) -> None:
         self.batch_size = batch_size
         self._buckets: list[list[_Part]] = []
         for bucket in sorted({bucket for source in sources for bucket in source.buckets}):

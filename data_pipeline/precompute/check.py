@@ -17,9 +17,9 @@ from landiff.data_pipeline.format.columns import FolderReader
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry, column_stem
 from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.format.tensors import pack_tensor
-from landiff.data_pipeline.precompute.clips import Clip, ClipReader, Problem, Result
+from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader, Result
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import FEW, Bench, Build, Producer, groups
+from landiff.data_pipeline.precompute.job import FEW, Bench, Build, Producer, column_groups
 from landiff.data_pipeline.precompute.units import ColumnFolder, single_code
 
 TAR_BLOCK = 512
@@ -59,13 +59,13 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(config: PrecomputeConfig, manifest: Manifest, build: Build, clips: int) -> Estimate:
+def estimate_cost(config: PrecomputeConfig, manifest: Manifest, build: Build, clips: int) -> Estimate:
     """Runs a few clips of the first shards through everything, and multiplies."""
     bench = Bench.of(config)
     reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
     rows, tried, load_s = [], 0, 0.0
     try:
-        for names in groups(config):
+        for names in column_groups(config):
             begin = time.perf_counter()
             producers = build(names, bench)
             load_s += time.perf_counter() - begin
@@ -98,7 +98,7 @@ def _try(manifest: Manifest, reader: ClipReader, producers: Mapping[str, Produce
                 results = encode(piece.batch)
                 seconds[name] += time.perf_counter() - begin
                 for result in results:
-                    if isinstance(result, Problem):
+                    if isinstance(result, ClipProblem):
                         rejects[name][result.reason] = rejects[name].get(result.reason, 0) + 1
                     else:
                         sizes[name] += TAR_BLOCK + -(-len(pack_tensor(column_stem(name), result)) // TAR_BLOCK) * TAR_BLOCK
@@ -144,14 +144,14 @@ class ColumnCheck:
         return "; ".join(parts) + "".join(f"\n  WRONG: {problem}" for problem in self.problems)
 
 
-def verify(config: PrecomputeConfig, manifest: Manifest, build: Build, sample: float) -> list[ColumnCheck]:
+def verify_columns(config: PrecomputeConfig, manifest: Manifest, build: Build, sample: float) -> list[ColumnCheck]:
     """At least one finished shard of each column, and `sample` of them all, the same ones every time."""
     bench = Bench.of(config)
     reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
     checks = []
     try:
         with torch.inference_mode():
-            for names in groups(config):
+            for names in column_groups(config):
                 producers = build(names, bench)
                 checks += [_verify_column(config, manifest, reader, name, producers[name], sample) for name in names]
     finally:
@@ -234,10 +234,10 @@ def _measure(check: ColumnCheck, clip: Clip, tensor: Tensor, producer: Producer,
 
 def _compare(stored: Tensor | None, again: Result) -> str:
     """"" where equal, "close" where within tolerance, else what is wrong."""
-    if stored is None or isinstance(again, Problem):
-        reason = f"set aside as {again.reason}" if isinstance(again, Problem) else "encoded well"
+    if stored is None or isinstance(again, ClipProblem):
+        reason = f"set aside as {again.reason}" if isinstance(again, ClipProblem) else "encoded well"
         here = "set aside" if stored is None else "stored"
-        return "" if stored is None and isinstance(again, Problem) else f"it is {here}, but now it is {reason}"
+        return "" if stored is None and isinstance(again, ClipProblem) else f"it is {here}, but now it is {reason}"
     if stored.shape != again.shape or stored.dtype != again.dtype:
         return f"it is {stored.dtype} {list(stored.shape)}, encoded again {again.dtype} {list(again.shape)}"
     if stored.equal(again):

@@ -23,14 +23,14 @@ BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Problem:
+class ClipProblem:
     """Why a clip has no tensor in a column."""
 
     reason: str  # short, countable
     detail: str = ""
 
 
-Result = Tensor | Problem
+Result = Tensor | ClipProblem
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Clip:
     key: str
     meta: RawSample | None
     frames: np.ndarray | None = None  # uint8 [T, H, W, 3]
-    problem: Problem | None = None
+    problem: ClipProblem | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ClipReader:
         try:
             meta = RawSample.model_validate_json(self._json.read(shard, position).tobytes())
         except (DamagedSample, ValidationError) as error:
-            return Clip(position, key, None, problem=Problem("damaged", str(error)))
+            return Clip(position, key, None, problem=ClipProblem("damaged", str(error)))
         return Clip(position, key, meta)
 
     def _decode(self, shard: int, clip: Clip) -> tuple[Clip, float, float]:
@@ -131,31 +131,31 @@ class ClipReader:
             seconds, cpu = time.perf_counter() - begin, time.thread_time() + decoder.process.cpu_s - cpu
         finally:
             self._idle.put(decoder)
-        return replace(clip, problem=frames) if isinstance(frames, Problem) else replace(clip, frames=frames), seconds, cpu
+        return replace(clip, problem=frames) if isinstance(frames, ClipProblem) else replace(clip, frames=frames), seconds, cpu
 
-    def _frames(self, decoder: ClipDecoder, shard: int, clip: Clip) -> np.ndarray | Problem:
+    def _frames(self, decoder: ClipDecoder, shard: int, clip: Clip) -> np.ndarray | ClipProblem:
         try:
             frames = decoder.decode(self._mp4.read(shard, clip.position).tobytes(), sha256=clip.meta.video_sha256)
         except DamagedSample as error:
-            return Problem("damaged", str(error))
+            return ClipProblem("damaged", str(error))
         except ClipDamaged as error:
-            return Problem(error.failure.reason, error.failure.detail)
+            return ClipProblem(error.failure.reason, error.failure.detail)
         if len(frames) != clip.meta.num_frames:
-            return Problem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
+            return ClipProblem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
         return frames
 
 
-def by_shape(clips: Sequence[Clip], prepare: Callable[[Clip], np.ndarray | Tensor | Problem],
+def by_shape(clips: Sequence[Clip], prepare: Callable[[Clip], np.ndarray | Tensor | ClipProblem],
              compute: Callable[[list, list[str]], Tensor]) -> list[Result]:
     """`compute(inputs, keys)` once for all clips whose prepared input has the same shape.
 
-    A clip that cannot be prepared, or whose output is not finite, gives a Problem in its place.
+    A clip that cannot be prepared, or whose output is not finite, gives a ClipProblem in its place.
     """
     results: list[Result | None] = [None] * len(clips)
     groups: dict[tuple[int, ...], list[tuple[int, np.ndarray | Tensor]]] = {}
     for at, clip in enumerate(clips):
         value = prepare(clip)
-        if isinstance(value, Problem):
+        if isinstance(value, ClipProblem):
             results[at] = value
         else:
             groups.setdefault(tuple(value.shape), []).append((at, value))
@@ -168,5 +168,5 @@ def by_shape(clips: Sequence[Clip], prepare: Callable[[Clip], np.ndarray | Tenso
 
 def finite(tensor: Tensor) -> Result:
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        return Problem("not_finite", f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values")
+        return ClipProblem("not_finite", f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values")
     return tensor

@@ -22,19 +22,19 @@ from torch import Tensor
 
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import ShardError
-from landiff.data_pipeline.precompute.clips import Clip, ClipReader, Piece, Problem, Result
+from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader, Piece, Result
 from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, share
-from landiff.data_pipeline.precompute.write import Stages, Unit, WriterThread
+from landiff.data_pipeline.precompute.write import ColumnUnit, Stages, WriterThread
 from landiff.model_zoo.device import pick_device
 
-Progress = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
+ProgressCallback = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
 FEW = 8  # clips; of fewer, equal tokens are no sign of a collapsed codebook before the end
 SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
 MOST_ENCODE_THREADS = 8  # on a CPU, unless the config says otherwise; each holds a batch of frames
 
 
-class TooManyRejects(ShardError):
+class TooManyColumnRejects(ShardError):
     """More clips were set aside than `max_bad_fraction` allows."""
 
 
@@ -63,7 +63,7 @@ class Summary:
     def __str__(self) -> str:
         parts = []
         for name, column in self.columns.items():
-            bad = f", {sum(column.rejects.values())} set aside ({counted(column.rejects)})" if column.rejects else ""
+            bad = f", {sum(column.rejects.values())} set aside ({format_reject_counts(column.rejects)})" if column.rejects else ""
             cut = ""
             if column.truncated:
                 cut = f", {column.truncated} captions cut to the encoder's length"
@@ -122,7 +122,7 @@ class Bench:
 Build = Callable[[Sequence[str], Bench], dict[str, Producer]]
 
 
-def groups(config: PrecomputeConfig) -> list[list[str]]:
+def column_groups(config: PrecomputeConfig) -> list[list[str]]:
     """Columns that go through together: each text column alone, so that one big encoder is in memory at a time;
     those that need frames at once, so that each clip is decoded once."""
     texts = [[name] for name, column in config.columns.items() if isinstance(column, TextColumn)]
@@ -133,7 +133,7 @@ def groups(config: PrecomputeConfig) -> list[list[str]]:
 class OpenShard:
     """A shard whose clips are on their way: its units, and what encodes them."""
 
-    def __init__(self, units: dict[str, Unit], encoders: dict[str, Encode]) -> None:
+    def __init__(self, units: dict[str, ColumnUnit], encoders: dict[str, Encode]) -> None:
         self.units, self.encoders = units, encoders
         self.rejects: dict[str, Counter[str]] = {name: Counter() for name in units}
 
@@ -171,10 +171,10 @@ def threads_of_torch(bench: Bench) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Job:
+class PrecomputeJob:
     """One task's run over its shards."""
 
-    def __init__(self, config: PrecomputeConfig, manifest: Manifest, task: tuple[int, int], build: Build, progress: Progress | None = None) -> None:
+    def __init__(self, config: PrecomputeConfig, manifest: Manifest, task: tuple[int, int], build: Build, progress: ProgressCallback | None = None) -> None:
         self.config, self.manifest, self.build = config, manifest, build
         self.bench = Bench.of(config)
         self.stages = self.bench.stages
@@ -196,7 +196,7 @@ class Job:
         begin = time.perf_counter()
         try:
             with threads_of_torch(self.bench):
-                for names in groups(self.config):
+                for names in column_groups(self.config):
                     self._run_columns(names)
         finally:
             self._reader.close()
@@ -257,10 +257,10 @@ class Job:
     def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> OpenShard:
         entry = self.manifest.shards[piece.shard]
         wanted = {name: producer for name, producer in producers.items() if (name, piece.shard) not in self._found}
-        units: dict[str, Unit] = {}
+        units: dict[str, ColumnUnit] = {}
         try:
             for name, producer in wanted.items():
-                units[name] = Unit(self.folders[name], entry, producer.card)
+                units[name] = ColumnUnit(self.folders[name], entry, producer.card)
         except BaseException as error:
             for unit in units.values():
                 unit.give_up(error)
@@ -274,7 +274,7 @@ class Job:
         with self.stages("wait for the encoders"):
             results = encoded.result()
         for name, unit in shard.units.items():
-            shard.rejects[name].update(result.reason for result in results[name] if isinstance(result, Problem))
+            shard.rejects[name].update(result.reason for result in results[name] if isinstance(result, ClipProblem))
             self._count_codes(name, results[name])
             writer.submit(unit.write, piece.batch, results[name])
             self.done[name] += len(piece.batch)
@@ -345,8 +345,8 @@ class Job:
         rejects, seen = self.summaries[name].rejects, self.seen[name]
         bad = sum(rejects.values())
         if bad > self.config.max_bad_fraction * seen and (last or seen >= SMALL):
-            raise TooManyRejects(
-                f"column {name!r}: {bad} of {seen} clips were set aside ({counted(rejects)}), more than max_bad_fraction = "
+            raise TooManyColumnRejects(
+                f"column {name!r}: {bad} of {seen} clips were set aside ({format_reject_counts(rejects)}), more than max_bad_fraction = "
                 f"{self.config.max_bad_fraction:g}. Mend the cause, or raise max_bad_fraction, and run again; finished shards stay"
             )
 
@@ -369,5 +369,5 @@ class Job:
         return [f"busy: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items() if share >= 0.005)}"]
 
 
-def counted(rejects: Mapping[str, int]) -> str:
+def format_reject_counts(rejects: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]))

@@ -29,7 +29,7 @@ from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.precompute import check as precompute_check
 from landiff.data_pipeline.precompute import status as precompute_status
 from landiff.data_pipeline.precompute.check import ColumnCheck, Estimate
-from landiff.data_pipeline.precompute.clips import Clip, Problem, Result, by_shape, finite
+from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, Result, by_shape, finite
 from landiff.data_pipeline.precompute.config import (
     FeaturesColumn,
     LatentsColumn,
@@ -40,20 +40,20 @@ from landiff.data_pipeline.precompute.config import (
 from landiff.data_pipeline.precompute.job import (
     Bench,
     Encode,
-    Job,
+    PrecomputeJob,
     Producer,
-    Progress,
+    ProgressCallback,
     Summary,
-    TooManyRejects,
+    TooManyColumnRejects,
 )
 from landiff.data_pipeline.precompute.status import ColumnStatus
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, share
-from landiff.data_pipeline.precompute.units import finalize as finalize_units
+from landiff.data_pipeline.precompute.units import finalize_columns as finalize_units
 from landiff.model_zoo import frozen, health, keyed_random, registry
 from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from landiff.model_zoo.frozen.config import semantic_frame_indices
 
-__all__ = ["TooManyRejects", "estimate", "finalize", "retry", "run", "share", "status", "verify"]
+__all__ = ["TooManyColumnRejects", "estimate", "finalize", "retry", "run", "share", "status", "verify"]
 
 
 class FeaturesProducer:
@@ -89,14 +89,14 @@ class FeaturesProducer:
     def collapse(self, counts: np.ndarray) -> str:
         return ""
 
-    def _frames(self, clip: Clip) -> np.ndarray | Problem:
+    def _frames(self, clip: Clip) -> np.ndarray | ClipProblem:
         if clip.frames is None:
             return clip.problem
         length, height, width = clip.frames.shape[:3]
         if (length - 1) % self.stride:
-            return Problem("frame_count", f"{length} frames are not 1 + {self.stride}k")
+            return ClipProblem("frame_count", f"{length} frames are not 1 + {self.stride}k")
         if height % self.encoder.cell or width % self.encoder.cell:
-            return Problem("frame_size", f"{height}x{width} does not divide into cells of {self.encoder.cell}")
+            return ClipProblem("frame_size", f"{height}x{width} does not divide into cells of {self.encoder.cell}")
         return clip.frames[semantic_frame_indices(length, 1 + (length - 1) // self.stride)]
 
     def _compute(self, frames: list[np.ndarray], keys: list[str]) -> Tensor:
@@ -133,7 +133,7 @@ class TokensProducer:
         features = self.features.begin(entry, clips) if sidecar is None else self._stored(sidecar)
 
         def encode(batch: Sequence[Clip]) -> list[Result]:
-            known = [f if isinstance(f, Problem) else self._fitting(f) for f in features(batch)]
+            known = [f if isinstance(f, ClipProblem) else self._fitting(f) for f in features(batch)]
             by_position = {clip.position: f for clip, f in zip(batch, known, strict=True)}
             return by_shape(batch, lambda clip: by_position[clip.position], self._compute)
 
@@ -150,14 +150,14 @@ class TokensProducer:
         slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
 
         def read(batch: Sequence[Clip]) -> list[Result]:
-            return [reader.read_tensor(0, slots[clip.key]) if clip.key in slots else Problem("no_features", "set aside in column 'features'")
+            return [reader.read_tensor(0, slots[clip.key]) if clip.key in slots else ClipProblem("no_features", "set aside in column 'features'")
                     for clip in batch]
 
         return read
 
     def _fitting(self, features_TChw: Tensor) -> Result:
         found, wanted = list(features_TChw.shape[1:]), [self.sizes.feature_channels, self.sizes.grid_height, self.sizes.grid_width]
-        return features_TChw if found == wanted else Problem("feature_size", f"features {found}, the tokenizer takes {wanted}")
+        return features_TChw if found == wanted else ClipProblem("feature_size", f"features {found}, the tokenizer takes {wanted}")
 
     def _compute(self, features: list[Tensor], keys: list[str]) -> Tensor:
         with self.bench.stages("tokens"):
@@ -198,14 +198,14 @@ class LatentsProducer:
     def collapse(self, counts: np.ndarray) -> str:
         return ""
 
-    def _frames(self, clip: Clip) -> np.ndarray | Problem:
+    def _frames(self, clip: Clip) -> np.ndarray | ClipProblem:
         if clip.frames is None:
             return clip.problem
         length, height, width = clip.frames.shape[:3]
         if (length - 1) % self.codec.time:
-            return Problem("frame_count", f"{length} frames are not 1 + {self.codec.time}k")
+            return ClipProblem("frame_count", f"{length} frames are not 1 + {self.codec.time}k")
         if height % self.codec.space or width % self.codec.space:
-            return Problem("frame_size", f"{height}x{width} does not divide into cells of {self.codec.space}")
+            return ClipProblem("frame_size", f"{height}x{width} does not divide into cells of {self.codec.space}")
         return clip.frames
 
     def _compute(self, videos: list[np.ndarray], keys: list[str]) -> Tensor:
@@ -308,7 +308,7 @@ class ShardCaptions:
         if clip.meta is None:
             return clip.problem
         states = self._states.get(self._captions[clip.position])
-        return Problem("empty_caption") if states is None else finite(states.result())
+        return ClipProblem("empty_caption") if states is None else finite(states.result())
 
 
 def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -351,22 +351,22 @@ def tokenizers(config: PrecomputeConfig) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ commands
 
 
-def run(config: PrecomputeConfig, task: tuple[int, int] = (0, 1), progress: Progress | None = None) -> Summary:
+def run(config: PrecomputeConfig, task: tuple[int, int] = (0, 1), progress: ProgressCallback | None = None) -> Summary:
     """Compute the columns of this task's shards; units that are finished stay as they are.
 
-    Raises ConfigError where a folder holds another encoder's column, TooManyRejects above `max_bad_fraction`.
+    Raises ConfigError where a folder holds another encoder's column, TooManyColumnRejects above `max_bad_fraction`.
     """
-    return Job(config, read_manifest(config.data), task, producers, progress).run()
+    return PrecomputeJob(config, read_manifest(config.data), task, producers, progress).run()
 
 
 def status(config: PrecomputeConfig) -> list[ColumnStatus]:
     """What is done, running, failed and left of each column of the config; builds no encoder."""
-    return precompute_status.status(config, read_manifest(config.data), tokenizers(config))
+    return precompute_status.column_status(config, read_manifest(config.data), tokenizers(config))
 
 
 def retry(config: PrecomputeConfig, tasks: int) -> dict[str, str]:
     """{column: SLURM array expression of the tasks, of so many, that have work left}."""
-    return precompute_status.retry(config, read_manifest(config.data), tasks, tokenizers(config))
+    return precompute_status.retry_arrays(config, read_manifest(config.data), tasks, tokenizers(config))
 
 
 def finalize(config: PrecomputeConfig) -> Manifest:
@@ -376,9 +376,9 @@ def finalize(config: PrecomputeConfig) -> Manifest:
 
 def estimate(config: PrecomputeConfig, clips: int = 16) -> Estimate:
     """Disk and hours of what is left, from a few clips; writes nothing."""
-    return precompute_check.estimate(config, read_manifest(config.data), producers, clips)
+    return precompute_check.estimate_cost(config, read_manifest(config.data), producers, clips)
 
 
 def verify(config: PrecomputeConfig, sample: float = 0.01) -> list[ColumnCheck]:
     """Read a share of the finished shards again, and make them again, in memory."""
-    return precompute_check.verify(config, read_manifest(config.data), producers, sample)
+    return precompute_check.verify_columns(config, read_manifest(config.data), producers, sample)

@@ -41,7 +41,7 @@ class ColumnStatus:
     errors: tuple[str, ...]  # of what failed, "shard: error", the newest first
 
 
-def status(config: PrecomputeConfig, manifest: Manifest, encoders: Mapping[str, str]) -> list[ColumnStatus]:
+def column_status(config: PrecomputeConfig, manifest: Manifest, encoders: Mapping[str, str]) -> list[ColumnStatus]:
     """One row per column of the config."""
     return [_column_status(config, manifest, name, encoders) for name in config.columns]
 
@@ -102,7 +102,7 @@ def _changed(card: ColumnCard | None, config: PrecomputeConfig, name: str, encod
     return ", ".join(f"{key} was {was.get(key)}, is {here.get(key)}" for key in keys)
 
 
-def retry(config: PrecomputeConfig, manifest: Manifest, tasks: int, encoders: Mapping[str, str]) -> dict[str, str]:
+def retry_arrays(config: PrecomputeConfig, manifest: Manifest, tasks: int, encoders: Mapping[str, str]) -> dict[str, str]:
     """{column: the SLURM array expression of the tasks, of so many, whose shards are missing}; "" where none is."""
     expressions = {}
     for name in config.columns:
@@ -123,7 +123,7 @@ def array_expression(tasks: Sequence[int]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
-def table(rows: Sequence[ColumnStatus], now: float | None = None) -> str:
+def format_table(rows: Sequence[ColumnStatus], now: float | None = None) -> str:
     """For a terminal."""
     lines = [f"{'column':<22}{'done':>7}{'running':>9}{'failed':>8}{'left':>7}{'clips':>10}{'set aside':>11}{'size':>9}{'clips/s':>9}{'time left':>11}"]
     for row in rows:

@@ -3,7 +3,7 @@
     <data>/<column>/column.json     `ColumnCard`: what the column is made by; written before its first unit
     <data>/<column>/000000.tar      a finished unit: tar and sidecar, committed by `ShardWriter`
 
-    <data>/<column>/.000000.failed  `Failure`: why the last task that tried gave up; gone with the next success
+    <data>/<column>/.000000.failed  `UnitFailure`: why the last task that tried gave up; gone with the next success
     <data>/<column>/.lock           held for the moment of a commit (locks.py)
 
 Nothing here needs a server: a unit is done when its sidecar says that it was made by the card's encoder from
@@ -33,7 +33,7 @@ from landiff.data_pipeline.format.schema import (
     Manifest,
     ShardEntry,
     Sidecar,
-    fingerprint,
+    content_fingerprint,
 )
 from landiff.data_pipeline.format.shards import (
     ShardError,
@@ -61,10 +61,10 @@ class ColumnCard(Config):
 
     @classmethod
     def of(cls, encoder: str, parts: Mapping[str, Any], column: Mapping[str, Any]) -> ColumnCard:
-        return cls(encoder=encoder, fingerprint=fingerprint(FORMAT_VERSION, parts), parts=dict(parts), column=dict(column))
+        return cls(encoder=encoder, fingerprint=content_fingerprint(FORMAT_VERSION, parts), parts=dict(parts), column=dict(column))
 
 
-class Failure(Config):
+class UnitFailure(Config):
     """Why a task gave up a unit."""
 
     error: str
@@ -147,16 +147,16 @@ class ColumnFolder:
 
     def fail(self, entry: ShardEntry, error: BaseException) -> None:
         """Leave word why this unit was given up."""
-        failure = Failure(error=f"{type(error).__name__}: {error}", machine=os.uname().nodename, process=os.getpid(), time=time.time())
+        failure = UnitFailure(error=f"{type(error).__name__}: {error}", machine=os.uname().nodename, process=os.getpid(), time=time.time())
         write_text(self._failure(entry.name), failure.model_dump_json())
 
     def forgive(self, entry: ShardEntry) -> None:
         self._failure(entry.name).unlink(missing_ok=True)
 
-    def failure(self, name: str) -> Failure | None:
+    def failure(self, name: str) -> UnitFailure | None:
         """Why the last task gave up unit `name`, if it did."""
         try:
-            return read_json_as(Failure, self._failure(name), any_text=True)
+            return read_json_as(UnitFailure, self._failure(name), any_text=True)
         except (FileNotFoundError, ConfigError):
             return None
 
@@ -172,7 +172,7 @@ class ColumnFolder:
 
     def remove_leftovers(self) -> int:
         """Delete temporaries and locks of processes that are gone; returns how many temporaries."""
-        ownership.remove_abandoned(self.folder)
+        ownership.remove_abandoned_locks(self.folder)
         return remove_abandoned(self.folder)
 
 
@@ -193,7 +193,7 @@ def owner(entry: ShardEntry, of: int) -> int:
     return int(entry.sha256[:16], 16) % of
 
 
-def finalize(data: Path, columns: Sequence[str]) -> Manifest:
+def finalize_columns(data: Path, columns: Sequence[str]) -> Manifest:
     """Enter finished columns into the manifest. Raises ShardError listing the shards that are missing.
 
     Several may run at once: each adds its columns to whatever the manifest holds by then.

@@ -16,7 +16,7 @@ from landiff.configs import ownership
 from landiff.configs.ownership import OWNER
 from landiff.data_pipeline.format.schema import ShardEntry, column_stem
 from landiff.data_pipeline.format.tensors import pack_tensor
-from landiff.data_pipeline.precompute.clips import Clip, Problem, Result
+from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, Result
 from landiff.data_pipeline.precompute.units import (
     ColumnCard,
     ColumnFolder,
@@ -79,7 +79,7 @@ class WriterThread:
             call(*arguments)
 
 
-class Unit:
+class ColumnUnit:
     """One column of one shard that is being written. All but the constructor runs in the writer's thread.
 
     The constructor raises OwnedError where another process makes this unit.
@@ -110,7 +110,7 @@ class Unit:
             self._writer.__enter__()
         name = self.folder.name
         for clip, result in zip(clips, results, strict=True):
-            if isinstance(result, Problem):
+            if isinstance(result, ClipProblem):
                 self._writer.reject(clip.key, name, result.reason, result.detail, clip.position)
                 continue
             stem = column_stem(name)

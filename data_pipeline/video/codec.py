@@ -23,7 +23,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from landiff.configs.files import atomic_file
 from landiff.data_pipeline.video.process import Backend, DecoderProcess
-from landiff.data_pipeline.video.protocol import Failure, Request, VideoInfo
+from landiff.data_pipeline.video.protocol import DecodeFailure, DecodeRequest, VideoInfo
 
 Crop = tuple[float, float, float, float]
 Handling = Literal["convert", "reject"]
@@ -39,7 +39,7 @@ X264_EXACT = "threads=1:mbtree=0:cpu-independent=1"
 class ClipDamaged(ValueError):
     """A normalised clip has no frames: it is not what was written, or its decoder died or hung."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: DecodeFailure) -> None:
         super().__init__(f"{failure.reason}: {failure.detail}")
         self.failure = failure
 
@@ -86,7 +86,7 @@ class Scanned:
 class ScanFailed(ValueError):
     """A video that can't be looked through."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: DecodeFailure) -> None:
         super().__init__(f"{failure.reason}: {failure.detail}")
         self.failure = failure
 
@@ -95,7 +95,7 @@ class SafeDecoder:
     """Decodes files that may crash, hang or eat memory: PyAV in a child process (`DecoderProcess`) does it.
 
     `hdr` tells what happens to HDR and wide-gamut video, `interlaced` to interlaced video:
-    "convert" makes SDR BT.709 and progressive frames, "reject" gives a Failure. Not for use by two
+    "convert" makes SDR BT.709 and progressive frames, "reject" gives a DecodeFailure. Not for use by two
     threads at once.
     """
 
@@ -131,19 +131,19 @@ class SafeDecoder:
         """
         self._group += 1
 
-    def probe(self, video: VideoFile | bytes) -> VideoInfo | Failure:
+    def probe(self, video: VideoFile | bytes) -> VideoInfo | DecodeFailure:
         """Size, rate, codec and true duration, without decoding."""
         response, _ = self.process.ask(self._request(video))
         return response.failure or response.info
 
-    def decode(self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted) -> list[np.ndarray | Failure]:
+    def decode(self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted) -> list[np.ndarray | DecodeFailure]:
         """The frames that `decode_spans` returns, without their conversions."""
         spans = self.decode_spans(video, starts_s, wanted)
         return [span.frames if isinstance(span, DecodedSpan) else span for span in spans]
 
     def decode_spans(
         self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted
-    ) -> list[DecodedSpan | Failure]:
+    ) -> list[DecodedSpan | DecodeFailure]:
         """One entry for each start: its frames, or why there are none.
 
         Calls for later and later parts of one file decode it once, up to `begin`. The memory of all
@@ -152,7 +152,7 @@ class SafeDecoder:
         response, frames = self.process.ask(self._request(video, kind="decode", starts_s=tuple(starts_s), **asdict(wanted)))
         if response.failure:
             return [response.failure] * len(starts_s)
-        spans: list[DecodedSpan | Failure] = []
+        spans: list[DecodedSpan | DecodeFailure] = []
         for number, failure in enumerate(response.spans):
             spans.append(failure or DecodedSpan(frames[number], response.conversions[number]))
         return spans
@@ -168,13 +168,13 @@ class SafeDecoder:
                 yield Scanned(response.times, frames)
             first, ended = first + len(response.times), response.ended
 
-    def _request(self, video: VideoFile | bytes, **wanted: object) -> Request:
+    def _request(self, video: VideoFile | bytes, **wanted: object) -> DecodeRequest:
         if isinstance(video, bytes):
             self.process.put(video)
             source = {"path": "", "size": len(video)}
         else:
             source = {"path": os.fspath(video.path.absolute()), "offset": video.offset, "size": video.size}
-        return Request(
+        return DecodeRequest(
             **source,
             max_pixels=self.max_pixels,
             timeout_s=self.process.timeout_s,
@@ -231,11 +231,11 @@ class ClipDecoder:
         Raises ClipDamaged: when `sha256` (RawSample.video_sha256) is given and differs, and when the decoder fails.
         """
         if sha256 is not None and (found := hashlib.sha256(clip).hexdigest()) != sha256:
-            raise ClipDamaged(Failure("damaged", f"the clip has sha256 {found[:16]}..., its sample says {sha256[:16]}...; the shard is damaged"))
+            raise ClipDamaged(DecodeFailure("damaged", f"the clip has sha256 {found[:16]}..., its sample says {sha256[:16]}...; the shard is damaged"))
         self.process.put(clip)
-        response, frames = self.process.ask(Request(kind="clip", size=len(clip), timeout_s=self.process.timeout_s))
+        response, frames = self.process.ask(DecodeRequest(kind="clip", size=len(clip), timeout_s=self.process.timeout_s))
         if frames is None:
-            raise ClipDamaged(response.failure or Failure("damaged", "no frames"))
+            raise ClipDamaged(response.failure or DecodeFailure("damaged", "no frames"))
         return frames
 
 

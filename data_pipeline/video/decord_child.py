@@ -11,16 +11,16 @@ import ctypes
 import decord
 import numpy as np
 
-from landiff.data_pipeline.video.protocol import Failure, Output, Request, Response, serve
+from landiff.data_pipeline.video.protocol import DecodeFailure, DecodeRequest, DecodeResponse, Output, serve
 
 
-class Server:
+class DecordServer:
     """Answers requests for whole clips."""
 
     def __init__(self, input_fd: int) -> None:
         self.path = f"/proc/self/fd/{input_fd}"
 
-    def answer(self, request: Request, output: Output) -> Response:
+    def answer(self, request: DecodeRequest, output: Output) -> DecodeResponse:
         if request.kind != "clip":
             raise ValueError(f"decord decodes our own clips only, no {request.kind!r}")
         try:
@@ -32,12 +32,12 @@ class Server:
                 # decord's colour conversion cuts off fractions: -1.0, -1.5, -1.0 levels in R, G, B whatever the
                 # content. One level back, but for what is black or white.
                 np.add(picture, (picture - np.uint8(1)) < 254, out=place)
-            return Response(shape=out.shape)
+            return DecodeResponse(shape=out.shape)
         except decord.DECORDError as error:
-            return Response(failure=Failure("damaged", f"decord cannot read the clip (it also refuses widths of 8, 16, 24, 48 and 72): "
+            return DecodeResponse(failure=DecodeFailure("damaged", f"decord cannot read the clip (it also refuses widths of 8, 16, 24, 48 and 72): "
                                                        f"{str(error).splitlines()[0]}; the other choice is pyav"))
         except MemoryError as error:
-            return Response(failure=Failure("out_of_memory", str(error)))
+            return DecodeResponse(failure=DecodeFailure("out_of_memory", str(error)))
 
 
 def pixels(batch: decord.nd.NDArray) -> np.ndarray:
@@ -48,4 +48,4 @@ def pixels(batch: decord.nd.NDArray) -> np.ndarray:
 
 def main(parent: int, memory_limit: int, connection_fd: int, input_fd: int) -> None:
     """Serve requests until the connection closes or the parent is gone."""
-    serve(Server(input_fd).answer, parent, memory_limit, connection_fd)
+    serve(DecordServer(input_fd).answer, parent, memory_limit, connection_fd)

@@ -25,7 +25,7 @@ from landiff.data_pipeline.video.color import (
     refuse_dolby_vision,
     tags_of,
 )
-from landiff.data_pipeline.video.protocol import Failure, Refused, VideoInfo
+from landiff.data_pipeline.video.protocol import DecodeFailure, Refused, VideoInfo
 
 # What PyAV raises on damaged files besides its own errors (measured on mutated files). Anything else ends
 # the process, and the parent reports `decoder_died`.
@@ -380,7 +380,7 @@ def judged_frames(frames: Iterator[tuple[float, av.VideoFrame | None, bool]]) ->
             group = []
 
 
-def failure_of(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> DecodeFailure:
     """The short code of what a decoder raised."""
     if isinstance(error, Refused):
         return error.failure
@@ -390,4 +390,4 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, av.error.FFmpegError):
         # str(error) ends with the last line of FFmpeg's log, which depends on how its threads ran
         text = f"[Errno {error.errno}] {error.strerror}"
-    return Failure(reason, " ".join(f"{type(error).__name__}: {text}".split())[:160])
+    return DecodeFailure(reason, " ".join(f"{type(error).__name__}: {text}".split())[:160])

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from landiff.configs.paths import IMPORT_ROOT
-from landiff.data_pipeline.video.protocol import Failure, Request, Response, receive, send
+from landiff.data_pipeline.video.protocol import DecodeFailure, DecodeRequest, DecodeResponse, receive, send
 
 Backend = Literal["pyav", "decord"]
 START_TIMEOUT_S = 60.0
@@ -97,8 +97,8 @@ class DecoderProcess:
         while written < len(video):
             written += os.pwrite(self._input, view[written:], written)
 
-    def ask(self, request: Request) -> tuple[Response, np.ndarray | None]:
-        """The answer, and the frames that belong to it: uint8 of `Response.shape`."""
+    def ask(self, request: DecodeRequest) -> tuple[DecodeResponse, np.ndarray | None]:
+        """The answer, and the frames that belong to it: uint8 of `DecodeResponse.shape`."""
         memory = self.shared.take()
         try:
             response = self._ask(request, memory)
@@ -114,7 +114,7 @@ class DecoderProcess:
         self.shared.give_back(memory)
         return response, None
 
-    def _ask(self, request: Request, memory: int) -> Response:
+    def _ask(self, request: DecodeRequest, memory: int) -> DecodeResponse:
         # not within a group: a new child would look for the place, and see less of the damage before it
         goes_on = request.path and request.group == self._group
         if self._child is None or (self._served >= self.recycle and not goes_on):
@@ -128,12 +128,12 @@ class DecoderProcess:
             message, _ = receive(self._connection, time.monotonic() + self.timeout_s)
         except TimeoutError:
             self._stop()
-            return Response(failure=Failure("timeout", f"more than {self.timeout_s:g} s"))
+            return DecodeResponse(failure=DecodeFailure("timeout", f"more than {self.timeout_s:g} s"))
         except (EOFError, ConnectionError):
             code = self._child.wait()
             self._stop()
-            return Response(failure=Failure("decoder_died", signal.Signals(-code).name if code < 0 else f"exit {code}"))
-        return Response.from_json(message)
+            return DecodeResponse(failure=DecodeFailure("decoder_died", signal.Signals(-code).name if code < 0 else f"exit {code}"))
+        return DecodeResponse.from_json(message)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()

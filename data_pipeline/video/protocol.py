@@ -2,7 +2,7 @@
 
 A decoder may crash, hang or eat memory, whatever is told about its input. So each works in a child process
 (`landiff.data_pipeline.video.process` starts it), which serves one request after the other: a JSON message in
-(`Request`), a JSON message out (`Response`), over a pair of sockets. The bytes of a video that has no path lie
+(`DecodeRequest`), a JSON message out (`DecodeResponse`), over a pair of sockets. The bytes of a video that has no path lie
 in a shared memory file; frames come back in another one, which travels with the request. Imports numpy and the
 standard library alone: children start in a fraction of a second.
 """
@@ -29,7 +29,7 @@ GRACE_S = 5  # beyond the time limit: then the child ends by itself
 
 
 @dataclass(frozen=True)
-class Request:
+class DecodeRequest:
     """One video and what is wanted from it.
 
     "probe": a look; "decode": spans of frames by time; "scan": small pictures of all frames; "clip": all frames.
@@ -69,7 +69,7 @@ class VideoInfo:
 
 
 @dataclass(frozen=True)
-class Failure:
+class DecodeFailure:
     """Why there are no frames: a short code that can be counted, and the detail."""
 
     reason: str
@@ -81,14 +81,14 @@ class Refused(ValueError):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.failure = Failure(reason, detail)
+        self.failure = DecodeFailure(reason, detail)
 
 
 @dataclass(frozen=True)
-class Response:
-    failure: Failure | None = None  # of the whole file
+class DecodeResponse:
+    failure: DecodeFailure | None = None  # of the whole file
     info: VideoInfo | None = None
-    spans: tuple[Failure | None, ...] = field(default=())  # decode; None: its frames lie in the shared memory
+    spans: tuple[DecodeFailure | None, ...] = field(default=())  # decode; None: its frames lie in the shared memory
     conversions: tuple[tuple[str, ...], ...] = ()  # decode: those that each span went through
     times: tuple[float, ...] = ()  # scan: when the frames in the shared memory are shown
     shape: tuple[int, ...] = ()  # of the frames in the shared memory
@@ -96,14 +96,14 @@ class Response:
     cpu_s: float = 0.0  # processor time that the answer took
 
     @classmethod
-    def from_json(cls, plain: dict) -> Response:
+    def from_json(cls, plain: dict) -> DecodeResponse:
         info = plain["info"]
         if info:
             info = VideoInfo(**info | {"conversions": tuple(info["conversions"])})
         return cls(**plain | {
-            "failure": plain["failure"] and Failure(**plain["failure"]),
+            "failure": plain["failure"] and DecodeFailure(**plain["failure"]),
             "info": info,
-            "spans": tuple(failure and Failure(**failure) for failure in plain["spans"]),
+            "spans": tuple(failure and DecodeFailure(**failure) for failure in plain["spans"]),
             "conversions": tuple(map(tuple, plain["conversions"])),
             "times": tuple(plain["times"]),
             "shape": tuple(plain["shape"]),
@@ -170,7 +170,7 @@ class Output:
         return np.frombuffer(memory, np.uint8).reshape(shape)
 
 
-def serve(answer: Callable[[Request, Output], Response], parent: int, memory_limit: int, connection_fd: int) -> None:
+def serve(answer: Callable[[DecodeRequest, Output], DecodeResponse], parent: int, memory_limit: int, connection_fd: int) -> None:
     """Answer requests until the connection closes or the process `parent` is gone; no call takes more memory or time."""
     watching = threading.Event()
     threading.Thread(target=_end_with, args=(parent, watching), daemon=True).start()
@@ -188,7 +188,7 @@ def serve(answer: Callable[[Request, Output], Response], parent: int, memory_lim
             message, fds = receive(connection)
         except EOFError:
             return
-        request = Request(**{name: tuple(value) if isinstance(value, list) else value for name, value in message.items()})
+        request = DecodeRequest(**{name: tuple(value) if isinstance(value, list) else value for name, value in message.items()})
         began = time.process_time()
         signal.alarm(math.ceil(request.timeout_s) + GRACE_S)  # kills a hung decoder even when nobody is left to do it
         response = answer(request, Output(fds[0]))

@@ -32,7 +32,14 @@ from landiff.data_pipeline.video.frames import (
     timed_frames,
 )
 from landiff.data_pipeline.video.picture import Picture
-from landiff.data_pipeline.video.protocol import Failure, Output, Refused, Request, Response, serve
+from landiff.data_pipeline.video.protocol import (
+    DecodeFailure,
+    DecodeRequest,
+    DecodeResponse,
+    Output,
+    Refused,
+    serve,
+)
 
 SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"))
 SEEK_FROM_S = 30.0  # nearer places are decoded to
@@ -47,10 +54,10 @@ SAME_SESSION = (
 class Session:
     """One video, open at one place."""
 
-    def __init__(self, raw: io.RawIOBase, request: Request) -> None:
+    def __init__(self, raw: io.RawIOBase, request: DecodeRequest) -> None:
         self.raw = raw
         self.request = request
-        self.failure: Failure | None = None  # of everything from here on
+        self.failure: DecodeFailure | None = None  # of everything from here on
         self.before: av.VideoFrame | None = None  # the one before the one that is shown
         self.shown: tuple[float, av.VideoFrame | None, bool] | None = None
         self.upcoming: tuple[float, av.VideoFrame | None, bool] | None = None
@@ -103,11 +110,11 @@ class Session:
         try:
             self.upcoming = next(self.frames, None)
             if self.upcoming is None:
-                self.failure = Failure("too_short")
+                self.failure = DecodeFailure("too_short")
         except DECODER_ERRORS as error:
             self.failure = failure_of(error)
 
-    def goes_on_to(self, request: Request) -> bool:
+    def goes_on_to(self, request: DecodeRequest) -> bool:
         """Whether `request` can be answered from here on."""
         old = self.request
         if not request.path or any(getattr(old, name) != getattr(request, name) for name in SAME_SESSION):
@@ -116,12 +123,12 @@ class Session:
             return request.first == self.number
         return self.shown is None or min(request.starts_s) + self.tolerance >= self.shown[0]
 
-    def decode(self, request: Request, out: np.ndarray) -> Response:
+    def decode(self, request: DecodeRequest, out: np.ndarray) -> DecodeResponse:
         """Fill `out`, uint8 [spans, num_frames, height, width, 3].
 
-        Returns for each span None or a Failure, and the conversions of its frames.
+        Returns for each span None or a DecodeFailure, and the conversions of its frames.
         """
-        failures: list[Failure | None] = [None] * len(request.starts_s)
+        failures: list[DecodeFailure | None] = [None] * len(request.starts_s)
         conversions: list[set[str]] = [set() for _ in request.starts_s]
         targets = sorted((start + k / request.fps, span, k)
                          for span, start in enumerate(request.starts_s) for k in range(request.num_frames))
@@ -131,11 +138,11 @@ class Session:
                 self.advance()
                 pixels = None
             if self.failure is None and self.upcoming[0] <= target + self.tolerance:
-                failures[span] = failures[span] or Failure("too_short", f"ends after {self.upcoming[0]:.3f} s")
+                failures[span] = failures[span] or DecodeFailure("too_short", f"ends after {self.upcoming[0]:.3f} s")
             elif self.failure is not None or self.shown is None:
-                failures[span] = failures[span] or self.failure or Failure("too_short")
+                failures[span] = failures[span] or self.failure or DecodeFailure("too_short")
             elif self._is_suspect():
-                failures[span] = failures[span] or Failure("corrupt_frame", f"frame {self.number - 1} at {self.shown[0]:.3f} s")
+                failures[span] = failures[span] or DecodeFailure("corrupt_frame", f"frame {self.number - 1} at {self.shown[0]:.3f} s")
             elif failures[span] is None:
                 try:
                     pixels = self._shown_picture() if pixels is None else pixels
@@ -144,7 +151,7 @@ class Session:
                 else:
                     out[span, place] = pixels
                     conversions[span].update(self._conversions())
-        return Response(
+        return DecodeResponse(
             spans=tuple(failures),
             conversions=tuple(tuple(sorted(names)) for names in conversions),
             shape=out.shape,
@@ -170,7 +177,7 @@ class Session:
             names.append(DEINTERLACER)
         return names
 
-    def scan(self, request: Request, output: Output) -> Response:
+    def scan(self, request: DecodeRequest, output: Output) -> DecodeResponse:
         """The next small pictures. Damaged frames show what the decoder made of them."""
         times: list[float] = []
         out: np.ndarray | None = None
@@ -186,9 +193,9 @@ class Session:
             times.append(when)
             self.advance()
         if self.failure is not None and self.failure.reason == "out_of_memory":
-            return Response(failure=self.failure)  # what follows may be sound
+            return DecodeResponse(failure=self.failure)  # what follows may be sound
         ended = self.failure is not None or self.upcoming[1] is None
-        return Response(times=tuple(times), shape=(len(times), self.picture.height, self.picture.width, 3), ended=ended)
+        return DecodeResponse(times=tuple(times), shape=(len(times), self.picture.height, self.picture.width, 3), ended=ended)
 
 
 def scan_size(aspect: float) -> tuple[int, int]:
@@ -197,24 +204,24 @@ def scan_size(aspect: float) -> tuple[int, int]:
     return max(8, round(height / 2) * 2), max(8, round(width / 2) * 2)
 
 
-class Server:
+class PyAVServer:
     """Answers requests; keeps the last video open."""
 
     def __init__(self, input_fd: int) -> None:
         self.input_fd = input_fd
         self.session: Session | None = None
 
-    def answer(self, request: Request, output: Output) -> Response:
-        """Do one request; every way in which a file can be bad becomes a Failure."""
+    def answer(self, request: DecodeRequest, output: Output) -> DecodeResponse:
+        """Do one request; every way in which a file can be bad becomes a DecodeFailure."""
         try:
             if request.kind == "probe":
                 with self._open(request) as raw:
                     file = ByteRange(raw, request.offset, request.size)
                     info = probe(file, request.max_pixels, request.hdr, request.interlaced)
-                    return Response(info=info)
+                    return DecodeResponse(info=info)
             if request.kind == "clip":
                 with self._open(request) as raw:
-                    return Response(shape=whole_clip(ByteRange(raw, request.offset, request.size), request.max_pixels, output))
+                    return DecodeResponse(shape=whole_clip(ByteRange(raw, request.offset, request.size), request.max_pixels, output))
             if self.session is None or not self.session.goes_on_to(request):
                 self.forget()
                 self.session = Session(self._open(request), request)
@@ -223,19 +230,19 @@ class Server:
             out = output.array((len(request.starts_s), request.num_frames, request.height, request.width, 3))
             return self.session.decode(request, out)
         except FileNotFoundError:
-            return Response(failure=Failure("missing_file", request.path))
+            return DecodeResponse(failure=DecodeFailure("missing_file", request.path))
         except PermissionError:
-            return Response(failure=Failure("unreadable_file", request.path))
+            return DecodeResponse(failure=DecodeFailure("unreadable_file", request.path))
         except DECODER_ERRORS as error:
             self.forget()
-            return Response(failure=failure_of(error))
+            return DecodeResponse(failure=failure_of(error))
 
     def forget(self) -> None:
         if self.session is not None:
             self.session.close()
         self.session = None
 
-    def _open(self, request: Request) -> io.RawIOBase:
+    def _open(self, request: DecodeRequest) -> io.RawIOBase:
         return open(request.path or os.dup(self.input_fd), "rb", buffering=0)
 
 
@@ -256,4 +263,4 @@ def main(parent: int, memory_limit: int, connection_fd: int, input_fd: int) -> N
     """Serve requests until the connection closes or the parent is gone."""
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
-    serve(Server(input_fd).answer, parent, memory_limit, connection_fd)
+    serve(PyAVServer(input_fd).answer, parent, memory_limit, connection_fd)

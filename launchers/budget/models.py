@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from landiff.configs import Config
 from landiff.model_zoo.config import TransformerConfig
-from landiff.model_zoo.registry import build
+from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.diffusion.config import DiffusionTrainConfig, ZeroConfig
 from landiff.training.layout import check_batch, model_copies
@@ -40,7 +40,7 @@ KEPT_TOKENIZER = 18
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """What a config costs on `gpus` GPUs."""
 
     trainer: str
@@ -65,7 +65,7 @@ class Plan:
         return sum(self.memory.values())
 
 
-def make_plan(config: Config, gpus: int) -> Plan:
+def make_plan(config: Config, gpus: int) -> BudgetPlan:
     """Raises ConfigError for a layout that does not divide, with the nearest that do."""
     if isinstance(config, LMTrainConfig):
         return plan_lm(config, gpus)
@@ -82,13 +82,13 @@ def count(module: nn.Module) -> int:
 @functools.cache  # a search asks for the same few modules again and again
 def on_meta(kind: str, config: Config) -> nn.Module:
     with torch.device("meta"):
-        return build(kind, config)
+        return build_module(kind, config)
 
 
 # -------------------------------------------------------------------- language model
 
 
-def plan_lm(config: LMTrainConfig, gpus: int) -> Plan:
+def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     model, parallel = config.model, config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
     copies = model_copies(config, gpus)
@@ -122,7 +122,7 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> Plan:
                + layers * 2 * length**2 * width)
     batch = config.data.global_batch_size
     bubble = (pipeline - 1) / (micro_batches + pipeline - 1)
-    return Plan(
+    return BudgetPlan(
         "lm", gpus, f"tensor {tensor} x pipeline {pipeline} x data {copies}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
         + (", recompute" if config.recompute else ""),
         {"all": count(module), "per GPU": own}, memory, 3.0 * forward * batch, (4.0 if config.recompute else 3.0) * forward * batch, batch, batch * length,
@@ -185,7 +185,7 @@ def zero_buckets(zero: ZeroConfig, trained: int, element: int) -> int:
     return 4 * reduced + element * gathered
 
 
-def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
+def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
     sizes, control = config.model.transformer, config.phase == "control"
     micro_batches = check_batch(config, gpus)
     module = on_meta("diffusion", config.model)
@@ -214,7 +214,7 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
     still = forward if control else 0.0
     model_flops = batch * (3 * (learned + semantic_flops) + 2 * still)
     hardware = model_flops + batch * again * (learned + still)
-    return Plan(
+    return BudgetPlan(
         f"diffusion {config.phase}", gpus, f"ZeRO-{stage} over {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
         + (", recompute" if config.recompute else ""),
         {"all": frozen + trained, "trained": trained}, memory, model_flops, hardware, batch, batch * tokens,
@@ -227,7 +227,7 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> Plan:
 # -------------------------------------------------------------------- tokenizer
 
 
-def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> Plan:
+def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> BudgetPlan:
     sizes = config.model
     micro_batches = check_batch(config, gpus)
     module = on_meta("tokenizer", sizes)
@@ -244,7 +244,7 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> Plan:
         "weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters,
         "activations": int(rows * width * element * (layers + KEPT_TOKENIZER if config.recompute else layers * KEPT_TOKENIZER)), "runtime": RUNTIME_BYTES,
     }
-    return Plan(
+    return BudgetPlan(
         "tokenizer", gpus, f"data {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}" + (", recompute" if config.recompute else ""),
         {"all": parameters}, memory, 3.0 * forward * batch, (3.0 + again) * forward * batch, batch, batch * codes,
         copies=gpus, gradient_bytes=8 * parameters if gpus > 1 else 0, overlap=True, notes=(f"{visual} visual and {codes} code tokens a clip",),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from landiff.configs import Config, ConfigError, load, validate
-from landiff.launchers.budget.models import GIB, Plan, make_plan
+from landiff.launchers.budget.models import GIB, BudgetPlan, make_plan
 from landiff.launchers.slurm.stage_jobs import config_class
 
 
@@ -30,7 +30,7 @@ NODE = 8  # GPUs that share fast links
 OVERLAPPED = 0.5  # share of gradient traffic that hides behind the backward, where the config lets it
 
 
-def step_seconds(plan: Plan, gpu: Gpu, mfu: float) -> float:
+def step_seconds(plan: BudgetPlan, gpu: Gpu, mfu: float) -> float:
     """Of one optimizer step: arithmetic at `mfu` of the peak, the pipeline's bubble, what links don't hide."""
     arithmetic = plan.hardware_flops / (plan.gpus * gpu.peak_tflops * 1e12 * mfu) / (1 - plan.bubble)
     tensor = plan.layer_bytes * 2 * (plan.tensor - 1) / plan.tensor / (gpu.link_gb_s * 1e9 if plan.tensor <= NODE else NETWORK_GB_S * 1e9)
@@ -39,7 +39,7 @@ def step_seconds(plan: Plan, gpu: Gpu, mfu: float) -> float:
     return arithmetic + tensor + (1 - OVERLAPPED * plan.overlap) * plan.gradient_bytes / (link * 1e9)
 
 
-def report(plan: Plan, gpu_name: str, mfu: float, steps: int, save_every: int) -> str:
+def format_budget(plan: BudgetPlan, gpu_name: str, mfu: float, steps: int, save_every: int) -> str:
     """For a person."""
     gpu = GPUS[gpu_name]
     seconds = step_seconds(plan, gpu, mfu)
@@ -94,7 +94,7 @@ def changed(config: Config, change: dict[str, object]) -> Config:
     return validate(type(config), data)
 
 
-def search(config: Config, gpus: int, gpu: Gpu, mfu: float) -> list[tuple[float, Plan, dict[str, object]]]:
+def search(config: Config, gpus: int, gpu: Gpu, mfu: float) -> list[tuple[float, BudgetPlan, dict[str, object]]]:
     """(seconds a step, plan, change) of the layouts that fit, fastest first; simpler ones before where equal."""
     found = []
     for change in choices(config, gpus):
@@ -107,7 +107,7 @@ def search(config: Config, gpus: int, gpu: Gpu, mfu: float) -> list[tuple[float,
     return sorted(found, key=lambda item: (round(item[0], 3), item[1].total_memory))
 
 
-def search_text(found: Sequence[tuple[float, Plan, dict[str, object]]], top: int) -> str:
+def search_text(found: Sequence[tuple[float, BudgetPlan, dict[str, object]]], top: int) -> str:
     lines = [f"{'s/step':>9}  {'GiB':>7}  change"]
     for seconds, plan, change in found[:top]:
         keys = " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in change.items())
@@ -115,7 +115,7 @@ def search_text(found: Sequence[tuple[float, Plan, dict[str, object]]], top: int
     return "\n".join(lines)
 
 
-def plan_job(args: argparse.Namespace) -> int:
+def print_budget(args: argparse.Namespace) -> int:
     """Print the plan, or the ranking."""
     if args.gpus < 1 or not 0 < args.mfu <= 1 or (args.steps is not None and args.steps < 1):
         raise ConfigError(f"--gpus {args.gpus} --mfu {args.mfu:g} --steps {args.steps}: at least one GPU and step, and a share of the peak above 0, at most 1")
@@ -130,5 +130,5 @@ def plan_job(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(plan) | {"total_memory": plan.total_memory, "seconds_per_step": step_seconds(plan, GPUS[args.gpu], args.mfu)}, indent=1))
     else:
-        print(report(plan, args.gpu, args.mfu, args.steps or config.loop.steps, config.loop.save_every))
+        print(format_budget(plan, args.gpu, args.mfu, args.steps or config.loop.steps, config.loop.save_every))
     return 0

@@ -25,7 +25,7 @@ from typing import Literal
 from landiff.configs.files import write_text
 from landiff.launchers.local.children import environment
 
-Level = Literal["good", "warn", "bad"]
+Severity = Literal["good", "warn", "bad"]
 GIB = 1 << 30
 # (distribution, lowest, first too high, why)
 VERSIONS = (
@@ -44,7 +44,7 @@ class Finding:
     """One line of the report."""
 
     check: str
-    level: Level
+    level: Severity
     text: str
 
 
@@ -76,7 +76,7 @@ def examine(folder: Path, demands: Demands) -> list[Finding]:
 
 
 def check_python() -> list[Finding]:
-    level: Level = "good" if sys.version_info >= (3, 11) else "bad"
+    level: Severity = "good" if sys.version_info >= (3, 11) else "bad"
     return [Finding("python", level, f"{platform.python_version()} at {sys.executable}" + ("" if level == "good" else "; 3.11 or newer is needed"))]
 
 
@@ -134,7 +134,7 @@ def check_disk(folder: Path, wanted_gib: float) -> list[Finding]:
             speed = 16 / (time.perf_counter() - started)
     except OSError as error:
         return [Finding("disk", "bad", f"{folder} cannot be written: {error.strerror}")]
-    level: Level = "good" if free >= wanted_gib else "bad"
+    level: Severity = "good" if free >= wanted_gib else "bad"
     return [Finding("disk", level, f"{free:.1f} GiB free in {folder}, writes {speed:.0f} MiB/s" + ("" if level == "good" else f"; {wanted_gib:g} GiB are wanted"))]
 
 
@@ -143,13 +143,13 @@ def check_shared_memory(wanted_gib: float) -> list[Finding]:
     if not Path("/dev/shm").is_dir():
         return [Finding("shared memory", "bad", "/dev/shm is not mounted")]
     free = shutil.disk_usage("/dev/shm").free / GIB
-    level: Level = "good" if free >= wanted_gib else "warn"
+    level: Severity = "good" if free >= wanted_gib else "warn"
     return [Finding("shared memory", level, f"{free:.2f} GiB free in /dev/shm" + ("" if level == "good" else f"; below {wanted_gib:g} GiB NCCL may fail: docker --shm-size, or empty it"))]
 
 
 def check_open_files(wanted: int) -> list[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    level: Level = "good" if soft >= wanted else "bad"
+    level: Severity = "good" if soft >= wanted else "bad"
     return [Finding("open files", level, f"{soft} (hard limit {hard})" + ("" if level == "good" else f"; {wanted} are wanted: ulimit -n {wanted} in `setup` of the cluster file"))]
 
 
@@ -159,7 +159,7 @@ def check_clock(folder: Path, limit_s: float) -> list[Finding]:
         before = time.time()
         os.utime(file.name)
         apart = os.stat(file.name).st_mtime - before
-    level: Level = "good" if abs(apart) <= limit_s else "bad"
+    level: Severity = "good" if abs(apart) <= limit_s else "bad"
     return [Finding("clock", level, f"{apart:+.2f} s against the disk" + ("" if level == "good" else "; set it by NTP"))]
 
 
@@ -221,7 +221,7 @@ def report_text(findings: Sequence[Finding]) -> str:
     return "\n".join(f"{f.level:<5}{f.check:<15}{f.text}" for f in findings)
 
 
-def worst(findings: Sequence[Finding]) -> Level:
+def worst(findings: Sequence[Finding]) -> Severity:
     levels = {f.level for f in findings}
     return "bad" if "bad" in levels else "warn" if "warn" in levels else "good"
 

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     if log:
         log_to(run / JOB_FOLDER / LOGS / f"rank_{rank:04d}.log", shared=log == "--shared-log")
     try:
-        owned = own(run, task, first=task is not None or rank == 0)
+        owned = own_run_folder(run, task, first=task is not None or rank == 0)
     except OwnedError as error:
         print(f"{module}: {error}", file=sys.stderr, flush=True)
         mark_refused(run, task, str(error))
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
         run_module(run, rank, task, log, module, rest)
 
 
-def own(run: Path, task: str | None, *, first: bool) -> AbstractContextManager[object]:
+def own_run_folder(run: Path, task: str | None, *, first: bool) -> AbstractContextManager[object]:
     """Ownership of the run folder, or of a task of its array, for the `first` process. Raises OwnedError."""
     if not first:
         return nullcontext()

@@ -40,7 +40,7 @@ def default_processes(config: Config) -> int:
     return visible_gpus() or copy_size(config)
 
 
-def own(
+def own_run(
     config: Config, stage: str, processes: int, command: str, *, take_over: bool = False
 ) -> Ownership:
     """Own the config's run folder and record there what is started. Raises OwnedError."""
@@ -140,7 +140,7 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned
     return 128 - code
 
 
-def explain(run: Path, code: int) -> str:
+def explain_exit(run: Path, code: int) -> str:
     """Why the ranks ended with this exit code: the error of the rank that failed first, if known."""
     error = first_error(run)
     if error is not None:

@@ -183,7 +183,7 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def table(found: Sequence[RunStatus]) -> str:
+def format_status_table(found: Sequence[RunStatus]) -> str:
     """For a person."""
     rows = [("run", "stage", "state", "step", "rate", "left", "restarts", "job", "last error")]
     for s in found:
@@ -205,7 +205,7 @@ def show_status(run: str | None, as_json: bool, slurm: Slurm | None = None) -> i
     if as_json:
         print(json.dumps({"slurm": away or "ok", "runs": [asdict(s) for s in found]}, indent=1))
         return 0
-    print(table(found) if found else "no runs below runs/")
+    print(format_status_table(found) if found else "no runs below runs/")
     if away:
         print(f"(SLURM does not answer, so this is from the run folders alone: {away})", file=sys.stderr)
     return 0

@@ -51,7 +51,7 @@ class QueuedJob:
         return self.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING", "STOPPED")
 
 
-def run_command(words: Sequence[str]) -> Answer:
+def run_slurm_command(words: Sequence[str]) -> Answer:
     """The default runner."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -65,7 +65,7 @@ def run_command(words: Sequence[str]) -> Answer:
 class Slurm:
     """SLURM's commands. Raises SlurmError with what they said, SlurmAway when nobody answers."""
 
-    def __init__(self, runner: Runner = run_command, retry_waits_s: Sequence[float] = RETRY_WAITS_S) -> None:
+    def __init__(self, runner: Runner = run_slurm_command, retry_waits_s: Sequence[float] = RETRY_WAITS_S) -> None:
         self.runner = runner
         self.retry_waits_s = tuple(retry_waits_s)
 

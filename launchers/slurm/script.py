@@ -22,8 +22,8 @@ from landiff.launchers.slurm import blocks
 from landiff.launchers.slurm.cluster_config import ClusterConfig, ContainerConfig, Resources
 from landiff.launchers.slurm.script_values import (
     check_folder,
+    check_job_name,
     check_line,
-    check_name,
     file_pattern,
     sbatch_option,
 )
@@ -33,7 +33,7 @@ SCRIPT, CODE, LOGS = "job.sbatch", "code", "log"
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What runs: a Python module with arguments, in a run folder. All paths are absolute."""
 
     name: str
@@ -50,7 +50,7 @@ class Job:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that a script cannot hold."""
-        check_name(self.name, "the name of the job")
+        check_job_name(self.name, "the name of the job")
         check_folder(self.run, "the run folder")
         check_folder(self.workdir, "the working directory", separators="")
         check_line(self.python, "python")
@@ -61,7 +61,7 @@ class Job:
         return self.run / JOB_FOLDER
 
 
-def sbatch_text(job: Job, cluster: ClusterConfig) -> str:
+def sbatch_text(job: BatchJob, cluster: ClusterConfig) -> str:
     """The batch script of `job` on `cluster`. Raises ConfigError for names that SLURM takes apart."""
     slurm = cluster.scheduler == "slurm"
     if slurm:  # which drops a backslash from the name of a log file
@@ -77,7 +77,7 @@ def sbatch_text(job: Job, cluster: ClusterConfig) -> str:
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
 
-def options(job: Job, cluster: ClusterConfig) -> list[str]:
+def options(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     """The #SBATCH options."""
     want = job.resources
     found = [
@@ -103,7 +103,7 @@ def options(job: Job, cluster: ClusterConfig) -> list[str]:
     return [*found, *cluster.options]
 
 
-def header(job: Job, cluster: ClusterConfig) -> str:
+def header(job: BatchJob, cluster: ClusterConfig) -> str:
     lines = ["#!/bin/bash", f"# Made by: {_comment(job.made_by)}", f"# Run folder: {job.run}"]
     if cluster.scheduler == "slurm" and not job.here:
         lines += [f"# Once more, by hand: sbatch {shlex.quote(str(job.folder / SCRIPT))}", "#"]
@@ -126,7 +126,7 @@ def site(cluster: ClusterConfig) -> str:
     return "\n".join(["", "# The site", *lines]) if lines else ""
 
 
-def names(job: Job, cluster: ClusterConfig) -> str:
+def names(job: BatchJob, cluster: ClusterConfig) -> str:
     """Constants of this job; `T` tells the tasks of an array apart."""
     quoted = shlex.quote
     # Here, without SLURM's word on it, the ranks share the cores out among themselves.
@@ -153,7 +153,7 @@ export PYTHONPATH=$JOB/{CODE} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 """
 
 
-def requeue(job: Job, cluster: ClusterConfig) -> str:
+def requeue(job: BatchJob, cluster: ClusterConfig) -> str:
     """How the next attempt comes about."""
     if cluster.restart == "none":
         return blocks.NEVER_AGAIN
@@ -162,7 +162,7 @@ def requeue(job: Job, cluster: ClusterConfig) -> str:
     return {"requeue": blocks.REQUEUE, "chain": blocks.LEAVE_TO_CHAIN}[cluster.restart]
 
 
-def python_command(job: Job, cluster: ClusterConfig) -> list[str]:
+def python_command(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     """The interpreter, inside the container where there is one that srun does not know of."""
     container = cluster.container
     if container is None or container.runtime == "pyxis":
@@ -172,7 +172,7 @@ def python_command(job: Job, cluster: ClusterConfig) -> list[str]:
     return ["apptainer", "exec", *gpu, *binds, "--pwd", str(job.workdir), container.image, job.python]
 
 
-def mounts(job: Job, container: ContainerConfig) -> list[str]:
+def mounts(job: BatchJob, container: ContainerConfig) -> list[str]:
     """What the ranks must see: where they work and where they write; and what the cluster file adds."""
     own = [job.workdir, *([] if job.run.is_relative_to(job.workdir) else [job.run])]
     for folder in own:
@@ -180,7 +180,7 @@ def mounts(job: Job, container: ContainerConfig) -> list[str]:
     return [*(f"{folder}:{folder}" for folder in own), *container.mounts]
 
 
-def srun(job: Job, cluster: ClusterConfig, per_node: int, nodes: int | None = None) -> list[str]:
+def srun(job: BatchJob, cluster: ClusterConfig, per_node: int, nodes: int | None = None) -> list[str]:
     nodes = nodes or job.resources.nodes
     processes = job.resources.tasks if job.trainer else 1
     cpus = job.resources.cpus_per_task * (processes // per_node)  # a single process of a node gets what all its ranks would
@@ -191,7 +191,7 @@ def srun(job: Job, cluster: ClusterConfig, per_node: int, nodes: int | None = No
     return words
 
 
-def preflight(job: Job, cluster: ClusterConfig) -> str:
+def preflight(job: BatchJob, cluster: ClusterConfig) -> str:
     """A look at every node before the ranks start; the bad one is named."""
     command = [*srun(job, cluster, per_node=1), *python_command(job, cluster), "-m", "landiff.launchers.cli", "doctor", "--node"]
     if job.resources.gpus_per_node:
@@ -209,7 +209,7 @@ fi
 """
 
 
-def ranks(job: Job, cluster: ClusterConfig) -> str:
+def ranks(job: BatchJob, cluster: ClusterConfig) -> str:
     """The command that starts the ranks, as bash."""
     target = ["landiff.launchers.local.rank", str(job.run), job.module, *job.arguments]
     python, tasks = python_command(job, cluster), job.resources.tasks

@@ -73,7 +73,7 @@ def check_shell_lines(lines: Sequence[str], what: str) -> None:
         raise ConfigError(f"{what} is not complete bash: {said.removeprefix('bash: ')}")
 
 
-def check_name(name: str, what: str) -> None:
+def check_job_name(name: str, what: str) -> None:
     """Raise ConfigError unless `name` can name a job and its folder below runs/."""
     check_line(name, what)
     if "/" in name or name in (".", "..") or name != name.strip():

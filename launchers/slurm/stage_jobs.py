@@ -15,7 +15,7 @@ from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import check, check_pipeline, load_checked, load_with_problems
 from landiff.launchers.local.start import default_processes
 from landiff.launchers.slurm.cluster_config import TRAINERS, ClusterConfig
-from landiff.launchers.slurm.script import Job
+from landiff.launchers.slurm.script import BatchJob
 from landiff.launchers.weights.request import check_request, request_of
 from landiff.training.checks import Launch
 
@@ -23,11 +23,11 @@ CONFIG = "config.yaml"  # in the job folder
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedJob:
     """A job, its resolved config, and the names of the planned jobs it waits for."""
 
     stage: str
-    job: Job
+    job: BatchJob
     config: Config | None
     after: tuple[str, ...] = ()
     steps: int | None = None  # of a trainer
@@ -39,7 +39,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Place:
+class SubmitContext:
     """Where and for whom: what all jobs of one submission share."""
 
     cluster: ClusterConfig
@@ -55,7 +55,7 @@ class Place:
         return Launch(ranks, self.inputs_exist and self.cluster.container is None)
 
 
-def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, overrides: Sequence[str] = ()) -> list[Planned]:
+def jobs_of(argv: Sequence[str], place: SubmitContext, name: str | None = None, overrides: Sequence[str] = ()) -> list[PlannedJob]:
     """The jobs of one stage, in order. `name` replaces the stage's own where one stage occurs twice.
 
     Raises ConfigError for what the stage itself would refuse.
@@ -71,7 +71,7 @@ def jobs_of(argv: Sequence[str], place: Place, name: str | None = None, override
     if args.command == "precompute":
         return precompute_jobs(args, place, name)
     if args.command == "convert":
-        return [convert_job(args, argv, place)]
+        return [convert_stage_job(args, argv, place)]
     if args.command not in ("sample", "evaluate"):
         raise ConfigError(f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}")
     values = {"prompts": args.prompts} if getattr(args, "prompts", None) else None
@@ -102,7 +102,7 @@ def config_class(stage: str) -> type[Config]:
     }[stage]
 
 
-def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Planned:
+def training_job(args: argparse.Namespace, place: SubmitContext, name: str | None) -> PlannedJob:
     cls = config_class(args.stage)
     config, problems = load_with_problems(cls, args.config, args.overrides)
     resources = place.cluster.resources(args.stage, place.nodes)
@@ -112,23 +112,23 @@ def training_job(args: argparse.Namespace, place: Place, name: str | None) -> Pl
     launch = place.launch(resources.nodes * resources.tasks)
     problems += check(args.stage, config, launch)
     run = place.workdir / config.run
-    job = Job(
+    job = BatchJob(
         name=name or run.name, run=run, workdir=place.workdir, module=f"landiff.training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
         resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
     )
-    return Planned(args.stage, job, config, steps=config.loop.steps, problems=tuple(problems))
+    return PlannedJob(args.stage, job, config, steps=config.loop.steps, problems=tuple(problems))
 
 
-def single(stage: str, place: Place, name: str, words: Sequence[str], config: Config | None, after: Sequence[str] = ()) -> Planned:
+def single(stage: str, place: SubmitContext, name: str, words: Sequence[str], config: Config | None, after: Sequence[str] = ()) -> PlannedJob:
     """One process on one node, in the run folder runs/<name>."""
     run = place.workdir / "runs" / name
     arguments = (*words, "--config", str(run / "job" / CONFIG)) if config else tuple(words)
-    job = Job(name=name, run=run, workdir=place.workdir, module="landiff.launchers.cli", arguments=arguments,
+    job = BatchJob(name=name, run=run, workdir=place.workdir, module="landiff.launchers.cli", arguments=arguments,
               resources=place.cluster.resources(stage), trainer=False, made_by=place.made_by, python=place.python, here=place.here)
-    return Planned(stage, job, config, tuple(after))
+    return PlannedJob(stage, job, config, tuple(after))
 
 
-def shards_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
+def shards_jobs(args: argparse.Namespace, place: SubmitContext, name: str | None) -> list[PlannedJob]:
     """One process, or an array and one job that writes the manifest."""
     launch = place.launch()
     if args.action != "run":
@@ -143,11 +143,11 @@ def shards_jobs(args: argparse.Namespace, place: Place, name: str | None) -> lis
     return [one, single("shards", place, stem, ("shards", "finalize"), config, (one.name,))]
 
 
-def is_array(place: Place, stage: str) -> bool:
+def is_array(place: SubmitContext, stage: str) -> bool:
     return place.cluster.scheduler == "slurm" and not place.here and place.cluster.resources(stage).array > 1
 
 
-def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) -> list[Planned]:
+def precompute_jobs(args: argparse.Namespace, place: SubmitContext, name: str | None) -> list[PlannedJob]:
     """An array for every column, side by side; then one job that merges what they made into the manifest."""
     launch = place.launch()
     if args.action == "finalize":
@@ -169,17 +169,17 @@ def precompute_jobs(args: argparse.Namespace, place: Place, name: str | None) ->
     return [*planned, replace(finalize, after=tuple(p.name for p in planned))]
 
 
-def convert_job(args: argparse.Namespace, argv: Sequence[str], place: Place) -> Planned:
+def convert_stage_job(args: argparse.Namespace, argv: Sequence[str], place: SubmitContext) -> PlannedJob:
     """The command as it was typed, in a run folder named after what it makes."""
     job = single("convert", place, f"export-{args.name}" if args.name else f"convert-to-{args.to}", argv, None)
     return replace(job, problems=tuple(check_request(request_of(args), place.launch())))
 
 
-def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: Sequence[str]) -> list[Planned]:
+def pipeline_jobs(preset: str, prompts: Sequence[str], place: SubmitContext, overrides: Sequence[str]) -> list[PlannedJob]:
     """The whole walk. An override is `stage.key=value`, e.g. `lm.loop.steps=100`; stages are named as their jobs."""
-    from landiff.launchers.pipeline import walk
+    from landiff.launchers.pipeline import pipeline_stages
 
-    stages = walk(preset, 1, prompts)
+    stages = pipeline_stages(preset, 1, prompts)
     names = {stage.name: stage.name.replace(" ", "-") for stage in stages}
     mine: dict[str, list[str]] = {name: [] for name in names.values()}
     for override in overrides:
@@ -187,7 +187,7 @@ def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: 
         if name not in mine or not is_override(rest):
             raise ConfigError(f"{override!r} is not of the form stage.key=value; the stages are {', '.join(mine)}")
         mine[name].append(rest)
-    planned: list[Planned] = []
+    planned: list[PlannedJob] = []
     last: dict[str, tuple[str, ...]] = {}  # stage -> its last jobs, which the next stages wait for
     entered: dict[str, str] = {}  # column -> the job after which the manifest has it
     for stage in stages:
@@ -203,7 +203,7 @@ def pipeline_jobs(preset: str, prompts: Sequence[str], place: Place, overrides: 
     return planned
 
 
-def columns_apart(jobs: Sequence[Planned], place: Place) -> list[Planned]:
+def columns_apart(jobs: Sequence[PlannedJob], place: SubmitContext) -> list[PlannedJob]:
     """Where several columns are made: each with a job that enters it into the manifest, so that its readers wait for it alone."""
     *arrays, _ = jobs
     if jobs[0].stage != "precompute" or len(arrays) < 2:
@@ -212,7 +212,7 @@ def columns_apart(jobs: Sequence[Planned], place: Place) -> list[Planned]:
         one, single("precompute", place, f"enter-{column}", ("precompute", "finalize"), one.config, (one.name,)))]
 
 
-def needs(job: Planned, waits: Sequence[str], last: Mapping[str, Sequence[str]], entered: Mapping[str, str]) -> tuple[str, ...]:
+def needs(job: PlannedJob, waits: Sequence[str], last: Mapping[str, Sequence[str]], entered: Mapping[str, str]) -> tuple[str, ...]:
     """What a job of the walk waits for: a column that needs no tokenizer for the raw shards, a trainer for what it reads."""
     if job.stage == "precompute" and not any(column.kind == "tokens" for column in job.config.columns.values()):
         return tuple(last["shards"])

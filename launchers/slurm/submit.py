@@ -38,8 +38,8 @@ from landiff.launchers.slurm.script_values import check_job_ids
 from landiff.launchers.slurm.snapshot import write_snapshot
 from landiff.launchers.slurm.stage_jobs import (
     CONFIG,
-    Place,
-    Planned,
+    PlannedJob,
+    SubmitContext,
     command_line,
     jobs_of,
     pipeline_jobs,
@@ -54,7 +54,7 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     cluster = load(ClusterConfig, cluster_name(args.cluster))
     check_job_ids(args.after or (), "--after")
     python = cluster.python or ("python3" if cluster.container else sys.executable)
-    place = Place(cluster, Path.cwd(), command_line(argv), python, args.nodes, args.here, inputs_exist=not args.after)
+    place = SubmitContext(cluster, Path.cwd(), command_line(argv), python, args.nodes, args.here, inputs_exist=not args.after)
     if args.stage == "pipeline":
         planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
     else:
@@ -74,7 +74,7 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     return queue(planned, cluster, slurm or Slurm(), args.after or (), skip, args.take_over)
 
 
-def problems_of_plans(planned: Sequence[Planned]) -> list[Problem]:
+def problems_of_plans(planned: Sequence[PlannedJob]) -> list[Problem]:
     """Why jobs cannot run, with the name of the job where there are several. What is done is not asked again."""
     problems: list[Problem] = []
     for plan in planned:
@@ -86,7 +86,7 @@ def problems_of_plans(planned: Sequence[Planned]) -> list[Problem]:
     return problems
 
 
-def check_allocation(planned: Sequence[Planned], environment: Mapping[str, str]) -> None:
+def check_allocation(planned: Sequence[PlannedJob], environment: Mapping[str, str]) -> None:
     """--here needs an allocation of enough nodes around it. Raises ConfigError."""
     nodes, most = int(environment.get("SLURM_JOB_NUM_NODES", "0")), max(planned, key=lambda plan: plan.job.resources.nodes)
     wanted = most.job.resources.nodes
@@ -100,7 +100,7 @@ def cluster_name(name: str) -> str:
     return name if name.endswith((".yaml", ".yml")) or "/" in name else f"cluster/{name}"
 
 
-def dry_run(planned: Sequence[Planned], cluster: ClusterConfig) -> str:
+def dry_run(planned: Sequence[PlannedJob], cluster: ClusterConfig) -> str:
     """Resolved configs, the plan and the scripts, as text."""
     blocks = []
     shown = cluster.redacted()
@@ -112,7 +112,7 @@ def dry_run(planned: Sequence[Planned], cluster: ClusterConfig) -> str:
     return redact("\n".join(blocks))
 
 
-def plan_lines(planned: Sequence[Planned]) -> list[str]:
+def plan_lines(planned: Sequence[PlannedJob]) -> list[str]:
     lines = []
     for plan in planned:
         want = plan.job.resources
@@ -125,41 +125,41 @@ def plan_lines(planned: Sequence[Planned]) -> list[str]:
 # -------------------------------------------------------------------- the run folder
 
 
-def fingerprint(plan: Planned) -> str:
+def job_fingerprint(plan: PlannedJob) -> str:
     """Of what the job does. Where and with what resources is not part of it, nor how long a trainer trains."""
     config = plan.config.model_dump(mode="json", exclude={"loop"} if plan.steps is not None else None) if plan.config else None
     document = [plan.job.module, plan.job.arguments, config, plan.job.resources.array if plan.job.array else 1]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
-def is_done(plan: Planned) -> bool:
+def is_done(plan: PlannedJob) -> bool:
     """Is there nothing left to do for this job, as it is now configured?"""
     run = plan.job.run
     if plan.steps is not None:
         return (finished_step(run) or 0) >= plan.steps
-    if read_record(run).get("fingerprint") != fingerprint(plan):
+    if read_record(run).get("fingerprint") != job_fingerprint(plan):
         return False
     return all(marker.exists() for marker in done_markers(plan))
 
 
-def nothing_left(plan: Planned, skipped: Collection[str], skip: bool) -> bool:
+def nothing_left(plan: PlannedJob, skipped: Collection[str], skip: bool) -> bool:
     """A trainer that has its steps is done for good; anything else only while what it reads was not made anew."""
     return is_done(plan) and (plan.steps is not None or (skip and all(name in skipped for name in plan.after)))
 
 
-def said_of_done(plan: Planned) -> str:
+def said_of_done(plan: PlannedJob) -> str:
     """A trainer's checkpoints stay what they are when its config is edited."""
-    edited = plan.steps is not None and read_record(plan.job.run).get("fingerprint", fingerprint(plan)) != fingerprint(plan)
+    edited = plan.steps is not None and read_record(plan.job.run).get("fingerprint", job_fingerprint(plan)) != job_fingerprint(plan)
     return f"{plan.name}: done already" + (f"; its config was edited since, to train anew give another run= than {plan.job.run}" if edited else "")
 
 
-def done_markers(plan: Planned) -> list[Path]:
+def done_markers(plan: PlannedJob) -> list[Path]:
     if plan.job.array:
         return [plan.job.run / f"done.{task}" for task in range(plan.job.resources.array)]
     return [plan.job.run / "done"]
 
 
-def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
+def prepare_run(plan: PlannedJob, cluster: ClusterConfig) -> Path:
     """Write everything the job needs into its run folder; returns the script."""
     folder = plan.job.folder
     script = sbatch_text(plan.job, cluster)
@@ -174,12 +174,12 @@ def prepare(plan: Planned, cluster: ClusterConfig) -> Path:
     return folder / SCRIPT
 
 
-def record_jobs(plan: Planned, job_ids: Sequence[str], **values: object) -> None:
+def record_jobs(plan: PlannedJob, job_ids: Sequence[str], **values: object) -> None:
     """Into job.json: what was submitted, under which ids."""
     resources = plan.job.resources
     write_record(
         plan.job.run, name=plan.name, stage=plan.stage, launcher="submit", job_ids=list(job_ids), command=plan.job.made_by,
-        fingerprint=fingerprint(plan), trainer=plan.job.trainer, steps=plan.steps, array=resources.array if plan.job.array else None,
+        fingerprint=job_fingerprint(plan), trainer=plan.job.trainer, steps=plan.steps, array=resources.array if plan.job.array else None,
         ranks=resources.nodes * resources.tasks, workdir=str(plan.job.workdir), **values,
     )
 
@@ -188,7 +188,7 @@ def record_jobs(plan: Planned, job_ids: Sequence[str], **values: object) -> None
 
 
 def queue(
-    planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = (), skip: bool = True, take_over: bool = False,
+    planned: Sequence[PlannedJob], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = (), skip: bool = True, take_over: bool = False,
 ) -> int:
     """Submit what is not done yet; with `skip` = False all but finished trainers.
 
@@ -201,7 +201,7 @@ def queue(
         return _queue(planned, cluster, slurm, after, skip, take_over)
 
 
-def _queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str], skip: bool, take_over: bool) -> int:
+def _queue(planned: Sequence[PlannedJob], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str], skip: bool, take_over: bool) -> int:
     known = [job for plan in planned for job in read_record(plan.job.run).get("job_ids", [])]
     active = {job.id.split("_")[0] for job in slurm.queue(known) if job.active} if known else set()
     skipped, ids = set(), {}
@@ -213,8 +213,8 @@ def _queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, aft
         elif nothing_left(plan, skipped, skip):
             skipped.add(plan.name)
         else:
-            own(plan, take_over).release()  # no process works there
-            scripts[plan.name] = prepare(plan, cluster)
+            own_submission(plan, take_over).release()  # no process works there
+            scripts[plan.name] = prepare_run(plan, cluster)
             slurm.check(scripts[plan.name])
     if len(planned) == 1 and ids:
         raise ConfigError(f"{planned[0].job.run} has job {ids[planned[0].name]} in the queue already; landiff stop {planned[0].job.run} ends it")
@@ -231,7 +231,7 @@ def _queue(planned: Sequence[Planned], cluster: ClusterConfig, slurm: Slurm, aft
     return 0
 
 
-def submit_one(plan: Planned, cluster: ClusterConfig, slurm: Slurm, script: Path, after: Sequence[str]) -> list[str]:
+def submit_one(plan: PlannedJob, cluster: ClusterConfig, slurm: Slurm, script: Path, after: Sequence[str]) -> list[str]:
     """The ids of the job, or of the chain of jobs, one behind the other."""
     jobs = [slurm.submit(script, after)]
     for _ in range(cluster.chain_length - 1 if cluster.restart == "chain" and plan.job.trainer else 0):
@@ -242,12 +242,12 @@ def submit_one(plan: Planned, cluster: ClusterConfig, slurm: Slurm, script: Path
     return jobs
 
 
-def own(plan: Planned, take_over: bool) -> ownership.Ownership:
+def own_submission(plan: PlannedJob, take_over: bool) -> ownership.Ownership:
     """The run folder of a job. Raises OwnedError where a process works in it."""
     return ownership.take(plan.job.run / OWNER, f"run folder {plan.job.run}", take_over=take_over)
 
 
-def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = True, take_over: bool = False) -> int:
+def run_here(planned: Sequence[PlannedJob], cluster: ClusterConfig, skip: bool = True, take_over: bool = False) -> int:
     """One after the other, in this terminal. A failed job costs those that depend on it and nothing else."""
     failed: dict[str, int] = {}
     skipped = set()
@@ -261,8 +261,8 @@ def run_here(planned: Sequence[Planned], cluster: ClusterConfig, skip: bool = Tr
             skipped.add(plan.name)
             print(said_of_done(plan))
             continue
-        with own(plan, take_over) as owned:
-            script = prepare(plan, cluster)
+        with own_submission(plan, take_over) as owned:
+            script = prepare_run(plan, cluster)
             print(f"{plan.name}: {plan.job.folder / LOGS}", flush=True)
             if cluster.scheduler == "slurm":
                 owned.release()  # ranks on other nodes do not end with this process, so that the first of them is the owner

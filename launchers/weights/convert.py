@@ -20,12 +20,12 @@ from landiff.launchers.weights.relayout import (
     dry,
     relayout,
 )
-from landiff.launchers.weights.request import Request
+from landiff.launchers.weights.request import ConvertRequest
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.convert import known_formats as formats
 from landiff.model_zoo.convert.formats import deepspeed_write, megatron
-from landiff.model_zoo.convert.parts import VAE, Part, Source, assembled
+from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
 from landiff.model_zoo.convert.rules import all_of
 from landiff.training.checkpoint.store import CONFIG, STATE, differences, latest_whole, versions
 
@@ -63,34 +63,34 @@ def require_whole(path: Path) -> None:
                 raise ConfigError(f"{folder} is damaged: {found}; take another checkpoint of the run")
 
 
-def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> Source:
+def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> WeightSource:
     """What lies there, ready to be read. Raises ConfigError."""
     return formats.open_source(locate(reference, zoo), options)
 
 
-def locate_all(request: Request) -> list[Path]:
+def locate_all(request: ConvertRequest) -> list[Path]:
     """Where the sources lie; their files are verified here, once."""
     return all_of(partial(locate, source, request.zoo) for source in request.sources)
 
 
-def open_all(request: Request, paths: Sequence[Path]) -> list[Source]:
+def open_all(request: ConvertRequest, paths: Sequence[Path]) -> list[WeightSource]:
     options = formats.Options(load(ModelConfig, request.model), request.allow_missing)
     return all_of(partial(formats.open_source, path, options) for path in paths)
 
 
-def parts_of(sources: Sequence[Source], dtype: str | None) -> list[Part]:
+def parts_of(sources: Sequence[WeightSource], dtype: str | None) -> list[Part]:
     import torch
 
     return [part.cast(getattr(torch, dtype) if dtype else None) for source in sources for part in source.parts]
 
 
-def convert(request: Request) -> list[str]:
+def convert_weights(request: ConvertRequest) -> list[str]:
     """Do it; returns what was written, one line each. Raises ConfigError, and then nothing is left under a final name."""
     paths = locate_all(request)
     sources = open_all(request, paths)
     made = provenance(sources, request)
     progress = Progress("convert", "MB")
-    words = " + ".join(words_of(source) for source in sources)
+    words = " + ".join(describe_request(source) for source in sources)
     if goes_on(request, paths):
         return [f"{words} -> {request.out}, {relayout(sources[0].path, wish_of(request), made, progress)}"]
     parts = parts_of(sources, request.dtype)
@@ -101,22 +101,22 @@ def convert(request: Request) -> list[str]:
     return [f"{words} -> {entry.path}" for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)]
 
 
-def plan(request: Request) -> list[str]:
+def plan(request: ConvertRequest) -> list[str]:
     """What `convert` would do, one line for each source; headers and options are checked as there."""
     paths = locate_all(request)
     sources = open_all(request, paths)
     target = str(request.out or f"{request.zoo}/{request.name or '*'}")
     if goes_on(request, paths):
-        return [f"would convert {words_of(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"]
+        return [f"would convert {describe_request(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"]
     start_cut(request, [part for source in sources for part in source.parts])
-    return [f"would convert {words_of(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}" for source in sources]
+    return [f"would convert {describe_request(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}" for source in sources]
 
 
-def wish_of(request: Request) -> Wish:
+def wish_of(request: ConvertRequest) -> Wish:
     return Wish(request.to, request.out, request.overrides, request.dtype, request.world_size, load(ModelConfig, request.model).lm)
 
 
-def goes_on(request: Request, paths: Sequence[Path]) -> bool:
+def goes_on(request: ConvertRequest, paths: Sequence[Path]) -> bool:
     """Is a checkpoint with its optimizer asked for, and is there one?"""
     if request.to not in TRAINERS or request.weights_only:
         return False
@@ -128,7 +128,7 @@ def goes_on(request: Request, paths: Sequence[Path]) -> bool:
     return bool(found)
 
 
-def start_cut(request: Request, parts: Sequence[Part]) -> megatron.Padded | deepspeed_write.Cut | None:
+def start_cut(request: ConvertRequest, parts: Sequence[Part]) -> megatron.Padded | deepspeed_write.Cut | None:
     """What weights that start a run must fit."""
     if request.to == "megatron" and request.overrides:
         asked = load(Padding, {}, request.overrides)
@@ -147,12 +147,12 @@ def zoo_names(parts: Sequence[Part], name: str | None) -> dict[str, str]:
     return {kind: f"{name}-{kind}" if name else kind for kind in kinds}
 
 
-def words_of(source: Source) -> str:
+def describe_request(source: WeightSource) -> str:
     step = "" if source.step is None else f" step {source.step}"
     return f"{source.format}{step} ({source.path})"
 
 
-def provenance(sources: Sequence[Source], request: Request) -> dict[str, Any]:
+def provenance(sources: Sequence[WeightSource], request: ConvertRequest) -> dict[str, Any]:
     """What made the weights: source, step, config, data fingerprints, versions."""
     found = [{"path": str(source.path), "format": source.format, "layout": source.layout, "step": source.step,
               **source.provenance} for source in sources]

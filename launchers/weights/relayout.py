@@ -34,13 +34,13 @@ from landiff.model_zoo.convert.formats.deepspeed import DeepSpeedState
 from landiff.model_zoo.convert.formats.deepspeed_write import Cut
 from landiff.model_zoo.convert.formats.megatron_optimizer import MegatronCut, MegatronState
 from landiff.model_zoo.convert.known_formats import new_folder
-from landiff.model_zoo.convert.lazy import Progress
+from landiff.model_zoo.convert.lazy import ProgressCallback
 from landiff.training.checkpoint.run_folder import step_folder
 from landiff.training.checkpoint.store import (
     CONFIG,
     STATE,
     CheckpointState,
-    describe,
+    describe_file,
     list_files,
     seal,
 )
@@ -54,7 +54,7 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # --dtype -> a trainer's p
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Stage(Config):
+class ZeroSection(Config):
     stage: Literal[1, 2, 3]
 
 
@@ -68,13 +68,13 @@ class Padding(Config):
 class StartSettings(Config):
     """The same of DeepSpeed. ZeRO 1 and 2 start from one file, whatever the number of ranks."""
 
-    zero: Stage = Stage(stage=2)
+    zero: ZeroSection = ZeroSection(stage=2)
 
 
 class ZeroSettings(Config):
     """The same of a checkpoint with its optimizer but no run around it. None: as it is."""
 
-    zero: Stage
+    zero: ZeroSection
     precision: Literal["fp32", "bf16"] | None = None
 
 
@@ -119,7 +119,7 @@ def can_go_on(path: Path, to: str) -> bool:
     return shards is not None and not deepspeed.is_start(deepspeed.read_deepspeed(shards))
 
 
-def relayout(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None = None) -> str:
+def relayout(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None = None) -> str:
     """Write `wish.out`; returns what it is, in words. Raises ConfigError, and then there is no such folder."""
     if (path / STATE).is_file():
         return _run(path, wish, provenance, progress)
@@ -133,12 +133,12 @@ def dry(path: Path, wish: Wish) -> str:
         if isinstance(config, LMTrainConfig):
             return (f"a run of precision {config.precision}, parallel.distributed_optimizer = {config.parallel.distributed_optimizer}, "
                     f"vocab_multiple {config.vocab_multiple}, head_multiple {config.head_multiple}")
-        return f"a run of precision {config.precision}, zero.stage {config.zero.stage}, {wish.world_size or deepspeed.Layout.read(path).world_size} ranks"
+        return f"a run of precision {config.precision}, zero.stage {config.zero.stage}, {wish.world_size or deepspeed.ZeroLayout.read(path).world_size} ranks"
     cut = _megatron_cut(path, wish)[2] if wish.to == "megatron" else _zero_cut(path, wish)[1]
     return f"a bare checkpoint, {cut}"
 
 
-def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None) -> str:
+def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None) -> str:
     state = read_json_as(CheckpointState, path / STATE)
     config = _config(path, wish)
     if state.kind != type(config).__name__:
@@ -151,13 +151,13 @@ def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progre
                               config.parallel.distributed_optimizer, DTYPES[config.precision])
             megatron_optimizer.write_state(folder, config.model, megatron_optimizer.read_state(path, config.model), cut, progress)
         else:
-            layout = deepspeed.Layout.read(path)
+            layout = deepspeed.ZeroLayout.read(path)
             own = {"zero_stage": config.zero.stage, "world_size": wish.world_size or layout.world_size, "precision": config.precision}
             cut = Cut(own["zero_stage"], own["world_size"], DTYPES[config.precision])
             deepspeed_write.write_deepspeed(folder / deepspeed.SHARDS, deepspeed.read_deepspeed(path / deepspeed.SHARDS), cut, progress)
             layout.model_copy(update=own).write(folder)
             state = state.model_copy(update={"world_size": cut.world_size})
-        seal(folder, state, config, [describe(folder, name) for name in list_files(folder)])
+        seal(folder, state, config, [describe_file(folder, name) for name in list_files(folder)])
         write_config(temporary / CONFIG, config)
     return f"a run to go on with at step {state.step}: landiff train {STAGES[wish.to]} --config {wish.out / CONFIG}"
 
@@ -174,11 +174,11 @@ def _config(path: Path, wish: Wish) -> Any:
     return config
 
 
-def _bare_megatron(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None) -> str:
+def _bare_megatron(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None) -> str:
     model, state, cut = _megatron_cut(path, wish)
     with new_folder(wish.out, provenance) as temporary:
         megatron_optimizer.write_state(temporary, model, state, cut, progress)
-        megatron.write_config(temporary, model)
+        megatron.write_megatron_config(temporary, model)
     return "a Megatron checkpoint with its optimizer"
 
 
@@ -193,7 +193,7 @@ def _megatron_cut(path: Path, wish: Wish) -> tuple[LMConfig, MegatronState, Mega
     return model, state, MegatronCut(padded, asked.parallel.distributed_optimizer, DTYPES.get(asked.precision, state.cut.dtype))
 
 
-def _bare_deepspeed(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: Progress | None) -> str:
+def _bare_deepspeed(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None) -> str:
     state, cut = _zero_cut(path, wish)
     tag = deepspeed.find_shards(path).name
     with new_folder(wish.out, provenance) as temporary:

@@ -20,7 +20,7 @@ ENGINES = ("megatron", "deepspeed")  # targets that a trainer resumes or starts 
 
 
 @dataclass(frozen=True)
-class Request:
+class ConvertRequest:
     """One call of `landiff convert`."""
 
     sources: tuple[str, ...]  # paths and zoo references
@@ -38,9 +38,9 @@ class Request:
     ] = ()  # --to megatron, deepspeed: key=value, as in the config of the run that resumes
 
 
-def request_of(args: argparse.Namespace) -> Request:
+def request_of(args: argparse.Namespace) -> ConvertRequest:
     """The request of a parsed command line."""
-    return Request(
+    return ConvertRequest(
         tuple(args.sources),
         Path(args.zoo),
         args.to,
@@ -55,7 +55,7 @@ def request_of(args: argparse.Namespace) -> Request:
     )
 
 
-def check_request(request: Request, launch: Launch) -> list[Problem]:
+def check_request(request: ConvertRequest, launch: Launch) -> list[Problem]:
     """All problems that are known without opening the weights: options, names, paths."""
     problems = [Problem(text) for text in _options(request)]
     problems += problems_of(lambda: load(ModelConfig, request.model))
@@ -73,7 +73,7 @@ def check_request(request: Request, launch: Launch) -> list[Problem]:
     return problems
 
 
-def _options(request: Request) -> list[str]:
+def _options(request: ConvertRequest) -> list[str]:
     """Options that do not go together."""
     texts = []
     if request.to == "zoo" and request.out is not None:

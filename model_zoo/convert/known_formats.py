@@ -31,8 +31,8 @@ from landiff.model_zoo.convert.formats import (
     release_set,
 )
 from landiff.model_zoo.convert.formats.megatron import model_section
-from landiff.model_zoo.convert.lazy import Progress, read_safetensors
-from landiff.model_zoo.convert.parts import FOREIGN, PLAIN, VAE, Part, Source, assembled, fit
+from landiff.model_zoo.convert.lazy import ProgressCallback, read_safetensors
+from landiff.model_zoo.convert.parts import FOREIGN, PLAIN, VAE, Part, WeightSource, assembled, match_model
 
 STATE, RUN_CONFIG = "state.json", "config.yaml"  # what the trainers add to a checkpoint (training/checkpoint/store.py)
 PROVENANCE = "provenance.json"
@@ -51,7 +51,7 @@ class Format:
     name: str
     what: str
     recognise: Callable[[Path], bool]
-    open: Callable[[Path, Options], Source]
+    open: Callable[[Path, Options], WeightSource]
 
 
 def _is_entry(path: Path) -> bool:
@@ -59,11 +59,11 @@ def _is_entry(path: Path) -> bool:
         and diffusers_folder.class_of(path) is None
 
 
-def _open_entry(path: Path, options: Options) -> Source:
+def _open_entry(path: Path, options: Options) -> WeightSource:
     entry = registry.read_entry(path)
     registry.require_intact(entry)
-    part = fit(entry.lazy(), entry.kind, entry.config, PLAIN, str(path), options.allow_missing)
-    return Source(path, "zoo", f"zoo entry {entry.reference}", (part,), entry.provenance.get("step"),
+    part = match_model(entry.lazy(), entry.kind, entry.config, PLAIN, str(path), options.allow_missing)
+    return WeightSource(path, "zoo", f"zoo entry {entry.reference}", (part,), entry.provenance.get("step"),
                   {"entry": entry.reference, "made_of": entry.provenance})
 
 
@@ -71,36 +71,36 @@ def _is_tokenizer_checkpoint(path: Path) -> bool:
     return (path / STATE).is_file() and (path / "model.safetensors").is_file()
 
 
-def _open_tokenizer(path: Path, options: Options) -> Source:
+def _open_tokenizer(path: Path, options: Options) -> WeightSource:
     config = validate(TokenizerConfig, model_section(_run_config(path), path), str(path / RUN_CONFIG))
-    part = fit(read_safetensors(path / "model.safetensors"), "tokenizer", config, PLAIN, str(path), options.allow_missing)
-    return Source(path, "tokenizer checkpoint", "plain torch", (part,), *_run(path))
+    part = match_model(read_safetensors(path / "model.safetensors"), "tokenizer", config, PLAIN, str(path), options.allow_missing)
+    return WeightSource(path, "tokenizer checkpoint", "plain torch", (part,), *_run(path))
 
 
-def _open_megatron(path: Path, options: Options) -> Source:
+def _open_megatron(path: Path, options: Options) -> WeightSource:
     config: LMConfig = megatron.stored_config(path) if (path / megatron.CONFIG).is_file() else options.models.lm
     theirs = megatron.open_megatron(path)
-    table = megatron.rules(config, megatron.padding_of(theirs, config, path))
-    part = fit(theirs, "lm", config, table, str(path), options.allow_missing)
+    table = megatron.megatron_rules(config, megatron.padding_of(theirs, config, path))
+    part = match_model(theirs, "lm", config, table, str(path), options.allow_missing)
     step, provenance = _run(path)
     layout = "dist_checkpointing: whole tensors, for any parallel layout"
     parallel = provenance.get("config", {}).get("parallel")
     if isinstance(parallel, dict) and isinstance(provenance["world_size"], int):
         layout += f"; written by {_ranks(provenance['world_size'])}, tensor {parallel.get('tensor')}, pipeline {parallel.get('pipeline')}"
-    layout += f"; {megatron_optimizer.words_of(path)}"
-    return Source(path, "megatron", layout, (part,), step, provenance)
+    layout += f"; {megatron_optimizer.describe_changes(path)}"
+    return WeightSource(path, "megatron", layout, (part,), step, provenance)
 
 
-def _open_deepspeed(path: Path, options: Options) -> Source:
+def _open_deepspeed(path: Path, options: Options) -> WeightSource:
     if not (path / deepspeed.LAYOUT).is_file():
         return _open_foreign_deepspeed(path, options)
-    layout = deepspeed.Layout.read(path)
+    layout = deepspeed.ZeroLayout.read(path)
     state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
-    part = fit(deepspeed.exported(state), *layout.part, PLAIN, str(path), options.allow_missing)
-    return Source(path, "deepspeed", f"{_zero_words(state)}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
+    part = match_model(deepspeed.exported(state), *layout.part, PLAIN, str(path), options.allow_missing)
+    return WeightSource(path, "deepspeed", f"{_zero_words(state)}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
 
 
-def _open_foreign_deepspeed(path: Path, options: Options) -> Source:
+def _open_foreign_deepspeed(path: Path, options: Options) -> WeightSource:
     """Shards that our trainer did not write. Names that are ours make it a model of the sizes of `options`."""
     shards = deepspeed.find_shards(path)
     assert shards is not None, path
@@ -108,8 +108,8 @@ def _open_foreign_deepspeed(path: Path, options: Options) -> Source:
     tensors = prepared(deepspeed.exported(state), str(shards))
     configs = {"diffusion": options.models.diffusion, "transformer": options.models.diffusion.transformer}
     kind = next((kind for kind, sign in (("diffusion", "control.blocks.0.qkv.weight"), ("transformer", "blocks.0.qkv.weight")) if sign in tensors), None)
-    part = fit(tensors, kind, configs[kind], PLAIN, str(shards), options.allow_missing) if kind else Part(FOREIGN, {}, tensors)
-    return Source(path, "deepspeed", f"{_zero_words(state)}, not of our trainer", (part,), state.rest.get("global_steps"))
+    part = match_model(tensors, kind, configs[kind], PLAIN, str(shards), options.allow_missing) if kind else Part(FOREIGN, {}, tensors)
+    return WeightSource(path, "deepspeed", f"{_zero_words(state)}, not of our trainer", (part,), state.rest.get("global_steps"))
 
 
 def _zero_words(state: deepspeed.DeepSpeedState) -> str:
@@ -154,7 +154,7 @@ FORMATS = (
 )
 
 
-def open_source(path: Path, options: Options | None = None) -> Source:
+def open_source(path: Path, options: Options | None = None) -> WeightSource:
     """What lies at `path`, ready to be read tensor by tensor. Raises ConfigError for what is none of FORMATS."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist")
@@ -166,7 +166,7 @@ def open_source(path: Path, options: Options | None = None) -> Source:
     raise ConfigError(f"{path} is none of the formats that can be converted:\n{known}")
 
 
-def describe(source: Source) -> str:
+def describe_source(source: WeightSource) -> str:
     """The text of `landiff convert inspect`."""
     lines = [f"{source.path}", f"  format       {source.format}", f"  layout       {source.layout}",
              f"  step         {'-' if source.step is None else source.step}"]
@@ -178,7 +178,7 @@ def describe(source: Source) -> str:
         lines += [
             f"  kind         {part.kind}", f"    model      {model_words(part)}", f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
             f"    dtypes     {', '.join(f'{name} ({n:,})' for name, n in counts.items())}",
-            f"    fingerprint {fingerprint(part)}",
+            f"    fingerprint {source_fingerprint(part)}",
         ]
         lines += [f"    filled     {name} (missing in the source)" for name in part.filled]
     return "\n".join(lines)
@@ -192,7 +192,7 @@ def model_words(part: Part) -> str:
     return ", ".join(words) or "unknown"
 
 
-def fingerprint(part: Part) -> str:
+def source_fingerprint(part: Part) -> str:
     """What the zoo would call this part; for the VAE, which the zoo doesn't hold, a hash made the same way."""
     return registry.weights_fingerprint(part.kind, part.config, part.tensors)
 
@@ -200,18 +200,18 @@ def fingerprint(part: Part) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def _write_megatron(folder: Path, parts: Sequence[Part], progress: Progress | None, cut: megatron.Padded | None = None) -> None:
+def _write_megatron(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None, cut: megatron.Padded | None = None) -> None:
     part = _only(parts, ("lm",), "megatron")
     megatron.write_megatron(folder, part.config, part.tensors, cut, progress)
 
 
-def _write_deepspeed(folder: Path, parts: Sequence[Part], progress: Progress | None, cut: deepspeed_write.Cut | None = None) -> None:
+def _write_deepspeed(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None, cut: deepspeed_write.Cut | None = None) -> None:
     whole = [part for part in parts if part.kind == "diffusion"]
     part = _only(whole or parts, ("diffusion", "transformer"), "deepspeed")
     deepspeed_write.write_start(folder, part.kind, part.config, part.tensors, progress, cut)
 
 
-def _write_transformers(folder: Path, parts: Sequence[Part], progress: Progress | None) -> None:
+def _write_transformers(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None) -> None:
     diffusers_folder.write_model(folder, _only(parts, ("lm",), "transformers"), progress)
 
 
@@ -228,7 +228,7 @@ WRITERS: dict[str, Callable[..., None]] = {
 }
 
 
-def write_target(target: Path, format: str, parts: Sequence[Part], provenance: dict[str, Any], progress: Progress | None = None,
+def write_target(target: Path, format: str, parts: Sequence[Part], provenance: dict[str, Any], progress: ProgressCallback | None = None,
                  cut: megatron.Padded | deepspeed_write.Cut | None = None) -> None:
     """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists.
 
@@ -270,7 +270,7 @@ def _filled(target: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def export_to_zoo(zoo: Path, names: dict[str, str], parts: Sequence[Part], provenance: dict[str, Any],
-                  progress: Progress | None = None) -> list[registry.ZooEntry]:
+                  progress: ProgressCallback | None = None) -> list[registry.ZooEntry]:
     """Every part as a zoo entry called `names[kind]`. The VAE has no place in the zoo and is passed over."""
     found = [part for part in assembled(parts, "zoo") if part.kind != VAE]
     if not found:

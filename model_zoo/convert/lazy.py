@@ -22,11 +22,11 @@ from torch import Tensor
 from landiff.configs.documents import DocumentError, read_json
 from landiff.configs.files import atomic_file, is_lfs_pointer
 from landiff.configs.safetensors_header import read_header
-from landiff.model_zoo.convert.rules import ConversionError, Group, Rule, groups, report
+from landiff.model_zoo.convert.rules import ConversionError, Group, Rule, format_mismatch, rule_groups
 from landiff.model_zoo.health import require_finite
 
 # (megabytes done, megabytes in all[, what is being done]); 0 done is the start of a count
-Progress = Callable[..., None]
+ProgressCallback = Callable[..., None]
 
 # safetensors' names of dtypes; its files hold little-endian numbers, as all machines do that torch runs on
 DTYPES = {
@@ -140,7 +140,7 @@ def converted(state: LazyTensors, rules: Sequence[Rule], direction: str) -> Lazy
     """
     meta: dict[str, Tensor] = {}
     makers: dict[str, Group] = {}
-    for group in groups(state, rules, direction):
+    for group in rule_groups(state, rules, direction):
         changed = group.apply([state.meta[name] for name in group.sources])
         for target, tensor in zip(group.targets, changed, strict=True):
             meta[target], makers[target] = tensor, group
@@ -294,12 +294,12 @@ def _read_index(path: Path) -> LazyTensors:
     problems = {"missing": [f"{name} in {file}" for name, file in files.items() if name not in parts[file]],
                 "unexpected": [f"{name} in {file}" for name, file in held.items() if name not in files]}
     if any(problems.values()):
-        raise ConversionError(f"{path} and its files do not agree:\n{report(problems)}")
+        raise ConversionError(f"{path} and its files do not agree:\n{format_mismatch(problems)}")
     return LazyTensors({name: parts[file].meta[name] for name, file in files.items()}, lambda name: parts[files[name]].read(name))
 
 
 def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, str] | None = None,
-                      progress: Progress | None = None) -> None:
+                      progress: ProgressCallback | None = None) -> None:
     """One tensor at a time, in the order of `tensors`; the layout in the file is that of `safetensors.save_file`."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -313,7 +313,7 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, s
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, stretches in counted(tensors, progress):
+        for name, stretches in with_progress(tensors, progress):
             file.seek(8 + len(text) + starts[name])
             for stretch in stretches:
                 file.write(byte_view(stretch))
@@ -321,7 +321,7 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, s
         file.truncate(8 + len(text) + end)
 
 
-def counted(tensors: LazyTensors, progress: Progress | None = None) -> Iterator[tuple[str, Iterator[Tensor]]]:
+def with_progress(tensors: LazyTensors, progress: ProgressCallback | None = None) -> Iterator[tuple[str, Iterator[Tensor]]]:
     """(name, contiguous stretches of the tensor) one after the other, checked against what was announced."""
     total, done = tensors.num_bytes, 0
 
@@ -354,7 +354,7 @@ def give_back(before: int, done: int) -> None:
 
 
 def megabytes(done: int, total: int) -> tuple[int, int]:
-    """Bytes as a Progress hears them: the last report says that all is done, even of less than a megabyte."""
+    """Bytes as a ProgressCallback hears them: the last report says that all is done, even of less than a megabyte."""
     whole = -(-total // MEGABYTE)
     return (whole if done >= total else done // MEGABYTE), whole
 

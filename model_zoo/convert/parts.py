@@ -27,7 +27,7 @@ from landiff.model_zoo.convert.formats import (
     release_tokenizer,
 )
 from landiff.model_zoo.convert.lazy import LazyTensors, converted
-from landiff.model_zoo.convert.rules import ConversionError, Rule, convert, report
+from landiff.model_zoo.convert.rules import ConversionError, Rule, apply_rules, format_mismatch
 
 MAIN, VAE, CONTROL, FOREIGN = "transformer.", "vae", "control", "foreign"
 
@@ -60,7 +60,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Something on disk that was recognised."""
 
     path: Path
@@ -78,14 +78,14 @@ def build_meta(kind: str, config: Config | Mapping[str, Any]) -> dict[str, Tenso
             from diffusers import AutoencoderKLCogVideoX
 
             return AutoencoderKLCogVideoX(**config).state_dict()
-        return _of_kind(kind, registry.build("diffusion" if kind == CONTROL else kind, config).state_dict())
+        return _of_kind(kind, registry.build_module("diffusion" if kind == CONTROL else kind, config).state_dict())
 
 
 def _of_kind(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if kind != CONTROL or not name.startswith(MAIN)}
 
 
-def fit(source: LazyTensors, kind: str, config: Config | Mapping[str, Any], rules: Sequence[Rule], what: str,
+def match_model(source: LazyTensors, kind: str, config: Config | Mapping[str, Any], rules: Sequence[Rule], what: str,
         allow_missing: Sequence[str] = ()) -> Part:
     """`source` as a part under our names.
 
@@ -107,7 +107,7 @@ def fit(source: LazyTensors, kind: str, config: Config | Mapping[str, Any], rule
     }
     if any(problems.values()):
         counts = ", ".join(f"{len(names)} {problem}" for problem, names in problems.items() if names)
-        raise ConversionError(f"{what} does not fit a {kind} of this config ({counts}):\n{report(problems)}\n"
+        raise ConversionError(f"{what} does not fit a {kind} of this config ({counts}):\n{format_mismatch(problems)}\n"
                               "Missing ones can be left to chance with --allow-missing PATTERN; a model of other sizes "
                               "needs its own --model")
     filler = fresh.only(allowed.__contains__).cast(source.dtype())
@@ -120,7 +120,7 @@ def _fresh(kind: str, config: Config | Mapping[str, Any]) -> LazyTensors:
         meta = build_meta(kind, config)
         return LazyTensors(meta, lambda name: torch.zeros(meta[name].shape))
     with torch.device("meta"):
-        model = registry.build("diffusion" if kind == CONTROL else kind, config)
+        model = registry.build_module("diffusion" if kind == CONTROL else kind, config)
 
     def read(name: str) -> Tensor:
         owner, _, attribute = name.rpartition(".")
@@ -180,4 +180,4 @@ def under_names_of(format: str, part: Part) -> LazyTensors:
 
 def expected_names(format: str, kind: str, config: Config) -> dict[str, Tensor]:
     """The names of a format, with shapes, for a model of this config; on the meta device."""
-    return convert(build_meta(kind, config), TABLES[format, kind], "to_theirs")
+    return apply_rules(build_meta(kind, config), TABLES[format, kind], "to_theirs")

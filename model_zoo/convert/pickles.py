@@ -23,16 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from landiff.configs.files import atomic_file
 from landiff.model_zoo.convert.lazy import (
     LazyTensors,
-    Progress,
+    ProgressCallback,
     Stored,
     byte_view,
-    counted,
     refuse_lfs_pointer,
+    with_progress,
 )
 from landiff.model_zoo.convert.rules import ConversionError
 
 
-class Ignored:
+class IgnoredObject:
     """Takes the place of an object that is of no use here."""
 
     def __init__(self, *_values: Any, **_named: Any) -> None: ...
@@ -63,7 +63,7 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    return replaced(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
+    return replace_leaves(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
 
 
 def load_pickle(path: Path, allowed: Mapping[str, Any], map_location: Any = "cpu") -> Any:
@@ -110,7 +110,7 @@ def check_plain_pickle(content: bytes, what: str) -> None:
 
 
 def _with_harmless(allowed: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict.fromkeys(HARMLESS, Ignored), **allowed}
+    return {**dict.fromkeys(HARMLESS, IgnoredObject), **allowed}
 
 
 def _check_exists(path: Path) -> None:
@@ -157,7 +157,7 @@ def tensors_of(content: Mapping[str, Any]) -> LazyTensors:
 
 
 def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[str, Tensor]], Any],
-                 progress: Progress | None = None, foreign: Mapping[str, type] | None = None) -> None:
+                 progress: ProgressCallback | None = None, foreign: Mapping[str, type] | None = None) -> None:
     """`torch.save(content(tensors), path)`, one tensor in memory at a time, or one stretch of it.
 
     `content` puts the tensors into the containers of the file; it gets stand-ins, whose bytes are filled in after.
@@ -175,7 +175,7 @@ def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[st
             reread = torch.load(file.name, map_location="cpu", weights_only=True)
         places = [leaf for leaf in _leaves(reread) if isinstance(leaf, FakeTensor)]
         order = {id(leaf): place for leaf, place in zip(_fakes(empty), places, strict=True)}
-        for name, stretches in counted(tensors, progress):
+        for name, stretches in with_progress(tensors, progress):
             file.seek(order[id(stand_ins[name])].untyped_storage()._checkpoint_offset)
             for stretch in stretches:
                 file.write(byte_view(stretch))
@@ -206,12 +206,12 @@ def _stored(fake: FakeTensor, path: Path) -> Stored:
     return Stored(path, fake.untyped_storage()._checkpoint_offset, fake.dtype, tuple(fake.shape), stride, fake.storage_offset())
 
 
-def replaced(node: Any, change: Callable[[Any], Any]) -> Any:
+def replace_leaves(node: Any, change: Callable[[Any], Any]) -> Any:
     """The same containers with other leaves; a torch.Size is a leaf."""
     if isinstance(node, Mapping):
-        return {key: replaced(value, change) for key, value in node.items()}
+        return {key: replace_leaves(value, change) for key, value in node.items()}
     if isinstance(node, list | tuple) and not isinstance(node, torch.Size):
-        return type(node)(replaced(value, change) for value in node) if type(node) in (list, tuple) else node
+        return type(node)(replace_leaves(value, change) for value in node) if type(node) in (list, tuple) else node
     return change(node)
 
 

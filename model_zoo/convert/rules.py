@@ -61,7 +61,7 @@ class Group:
         return changed
 
 
-def groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> list[Group]:
+def rule_groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> list[Group]:
     """What `rules` make of these names. Raises ConversionError for names no rule takes and for incomplete groups."""
     left = dict.fromkeys(names)
     found: list[Group] = []
@@ -82,17 +82,17 @@ def groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> list[
             for name in group:
                 left.pop(name, None)
     if left or missing:
-        raise ConversionError(report({"unexpected": list(left), "missing": missing}))
+        raise ConversionError(format_mismatch({"unexpected": list(left), "missing": missing}))
     return found
 
 
-def convert(state: Mapping[str, Tensor], rules: Sequence[Rule], direction: str) -> dict[str, Tensor]:
+def apply_rules(state: Mapping[str, Tensor], rules: Sequence[Rule], direction: str) -> dict[str, Tensor]:
     """Apply `rules` to a flat state dict. Raises ConversionError for keys no rule takes and for incomplete groups.
 
     Tensors are looked up one group at a time, so a lazy mapping stays lazy until a group is needed.
     """
     result: dict[str, Tensor] = {}
-    for group in groups(state, rules, direction):
+    for group in rule_groups(state, rules, direction):
         result.update(zip(group.targets, group.apply([state[name] for name in group.sources]), strict=True))
     return result
 
@@ -109,7 +109,7 @@ def check_against(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[i
         ],
     }
     if any(problems.values()):
-        raise ConversionError(f"{what} does not fit the model:\n{report(problems)}")
+        raise ConversionError(f"{what} does not fit the model:\n{format_mismatch(problems)}")
 
 
 def all_of(actions: Iterable[Callable[[], T]]) -> list[T]:
@@ -126,7 +126,7 @@ def all_of(actions: Iterable[Callable[[], T]]) -> list[T]:
     return results
 
 
-def report(problems: Mapping[str, Sequence[str]]) -> str:
+def format_mismatch(problems: Mapping[str, Sequence[str]]) -> str:
     """Problems grouped by pattern (numbers folded to *), with counts."""
     lines = []
     for kind, keys in problems.items():

@@ -38,7 +38,7 @@ from landiff.model_zoo.config import DiffusionConfig, LMConfig, ScheduleConfig, 
 from landiff.model_zoo.convert.formats import diffusers_folder, diffusers_transformer
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import CONTROL, Part
-from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec
 from landiff.model_zoo.frozen.config import FlanT5Config, T5V11Config
@@ -113,7 +113,7 @@ class LanDiffTransformer(_Shell):
     @classmethod
     def from_stock(cls, stock: CogVideoXTransformer3DModel) -> LanDiffTransformer:
         sizes = diffusers_transformer.config_from_diffusers(dict(stock.config))
-        return cls.of(sizes, convert(stock.state_dict(), diffusers_transformer.RULES, "to_ours"))
+        return cls.of(sizes, apply_rules(stock.state_dict(), diffusers_transformer.RULES, "to_ours"))
 
 
 class ControlParts(nn.Module):

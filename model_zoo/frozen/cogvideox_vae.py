@@ -27,7 +27,7 @@ from landiff.configs.base import ConfigError
 from landiff.model_zoo.convert.formats.release_vae import num_levels, read_release, to_diffusers
 from landiff.model_zoo.convert.rules import check_against
 from landiff.model_zoo.frozen.config import CogVideoXVaeConfig
-from landiff.model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
+from landiff.model_zoo.frozen.weights import encoder_fingerprint, local_or_hub, unreadable
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -128,7 +128,7 @@ def wrap(network: AutoencoderKLCogVideoX, dtype: str) -> CogVideoXCodec:
     tensors = dict(network.named_parameters())
     options = {"dtype": dtype, "scale": network.config.scaling_factor, "encode": "one pass", "decode": "3 then pairs",
                "time": network.config.temporal_compression_ratio, "eps": network.config.norm_eps}
-    mark = fingerprint(CogVideoXCodec.name, options, tensors)
+    mark = encoder_fingerprint(CogVideoXCodec.name, options, tensors)
     return CogVideoXCodec(network.to(getattr(torch, dtype)), mark)
 
 

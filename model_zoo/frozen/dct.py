@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from landiff.model_zoo.frozen.base import NO_VARIANCE
 from landiff.model_zoo.frozen.config import DctConfig
-from landiff.model_zoo.frozen.weights import fingerprint
+from landiff.model_zoo.frozen.weights import encoder_fingerprint
 
 # channel: first latent frame (colour, v, u, mean, std), later ones (time, colour, v, u, mean, std)
 TABLE = (
@@ -120,7 +120,7 @@ class DctCodec(nn.Module):
         for name, column in (("first", 0), ("later", 1)):
             self.register_buffer(f"{name}_mean", torch.tensor([row[column][-2] for row in TABLE]))
             self.register_buffer(f"{name}_std", torch.tensor([row[column][-1] for row in TABLE]))
-        self.fingerprint = fingerprint(self.name, {"table": TABLE, "colours": COLOURS, "space": SPACE, "time": TIME}, {})
+        self.fingerprint = encoder_fingerprint(self.name, {"table": TABLE, "colours": COLOURS, "space": SPACE, "time": TIME}, {})
 
     @torch.no_grad()
     def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:

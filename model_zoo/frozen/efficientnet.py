@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from landiff.model_zoo.frozen.checks import package_folders
 from landiff.model_zoo.frozen.config import EfficientNetConfig
-from landiff.model_zoo.frozen.weights import fingerprint
+from landiff.model_zoo.frozen.weights import encoder_fingerprint
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -70,5 +70,5 @@ def build(config: EfficientNetConfig, device: str | torch.device) -> EfficientNe
     network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)
-    mark = fingerprint(config.kind, {"mean": MEAN, "std": STD, "blocks": NUM_BLOCKS, "standardised": True}, state)
+    mark = encoder_fingerprint(config.kind, {"mean": MEAN, "std": STD, "blocks": NUM_BLOCKS, "standardised": True}, state)
     return EfficientNetFeatures(network, mark).to(device)

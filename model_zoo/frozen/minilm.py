@@ -19,7 +19,7 @@ from landiff.configs.files import sha256_file
 from landiff.model_zoo.convert.lazy import load_safetensors
 from landiff.model_zoo.frozen.checks import package_folders
 from landiff.model_zoo.frozen.config import MiniLMConfig
-from landiff.model_zoo.frozen.weights import fingerprint
+from landiff.model_zoo.frozen.weights import encoder_fingerprint
 
 PAD_ID = 0
 
@@ -76,5 +76,5 @@ def build(config: MiniLMConfig, device: str | torch.device) -> MiniLMText:
         "padded": config.padded,
         "tokenizer": sha256_file(folder / "tokenizer.json"),
     }
-    mark = fingerprint(config.kind, options, state)
+    mark = encoder_fingerprint(config.kind, options, state)
     return MiniLMText(network, tokenizer, config, mark).to(device)

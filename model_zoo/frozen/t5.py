@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.frozen.config import FlanT5Config, T5V11Config
-from landiff.model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
+from landiff.model_zoo.frozen.weights import encoder_fingerprint, local_or_hub, unreadable
 
 
 class T5Text(nn.Module):
@@ -99,5 +99,5 @@ def build(config: FlanT5Config | T5V11Config, device: str | torch.device) -> T5T
         "dtype": config.dtype,
         "vocabulary": sorted(tokenizer.get_vocab().items()),
     }
-    mark = fingerprint(config.kind, options, dict(network.named_parameters()))
+    mark = encoder_fingerprint(config.kind, options, dict(network.named_parameters()))
     return T5Text(network, tokenizer, config, mark).to(device)

@@ -28,7 +28,7 @@ from transformers import ViTConfig, ViTModel
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.convert.lazy import load_safetensors
 from landiff.model_zoo.frozen.config import TheiaConfig
-from landiff.model_zoo.frozen.weights import fingerprint, local_or_hub, unreadable
+from landiff.model_zoo.frozen.weights import encoder_fingerprint, local_or_hub, unreadable
 
 PAD_VALUE = 127
 PREFIXES = ("backbone.model.", "vit.", "model.", "")
@@ -119,7 +119,7 @@ def from_tensors(tensors: dict[str, Tensor], config: TheiaConfig) -> TheiaFeatur
         raise ConfigError(f"theia: the weights of path = {config.path!r} do not fill a ViT: {problems}")
     options = {"pad": PAD_VALUE, "scale": 127.5, "eps": LAYER_NORM_EPS, "positions": "bicubic to the grid size",
                "num_heads": config.num_heads, "dtype": config.dtype}
-    return TheiaFeatures(network, config, fingerprint(config.kind, options, state))
+    return TheiaFeatures(network, config, encoder_fingerprint(config.kind, options, state))
 
 
 def build(config: TheiaConfig, device: str | torch.device) -> TheiaFeatures:

@@ -14,10 +14,10 @@ from landiff.configs.base import ConfigError
 from landiff.model_zoo.frozen.checks import local_or_hub, package_folder
 from landiff.model_zoo.health import require_finite
 
-__all__ = ["fingerprint", "local_or_hub", "package_folder", "unreadable"]
+__all__ = ["encoder_fingerprint", "local_or_hub", "package_folder", "unreadable"]
 
 
-def fingerprint(kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def encoder_fingerprint(kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """16 hex digits over all that changes an encoder's output, the same on every machine.
 
     The kind, the options and constants in `preprocessing` (JSON values), and name, dtype, shape and bytes of

@@ -16,7 +16,7 @@ from landiff.data_pipeline.format.schema import (
     RawSample,
     ShardEntry,
     column_stem,
-    fingerprint,
+    content_fingerprint,
 )
 from landiff.data_pipeline.format.shards import (
     ShardWriter,
@@ -48,7 +48,7 @@ def write_raw(data: Path, sizes: list[int], mark: str = "raw") -> Manifest:
             for key in keys_of(shard, samples):
                 writer.add(key, {"mp4": VIDEO, "json": raw_sample(key, source=mark).model_dump_json().encode()})
         entries.append(writer.sidecar.entry)
-    manifest = Manifest(fingerprint=fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
+    manifest = Manifest(fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
     write_manifest(data, manifest)
     return manifest
 

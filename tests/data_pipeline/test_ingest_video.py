@@ -13,7 +13,7 @@ from landiff.data_pipeline.format.schema import RAW, RawSample
 from landiff.data_pipeline.format.shards import ShardError, read_sidecar
 from landiff.data_pipeline.ingest.config import Bucket
 from landiff.data_pipeline.ingest.job import make_shards
-from landiff.data_pipeline.ingest.plan.planned_shard import Span, Unit
+from landiff.data_pipeline.ingest.plan.planned_shard import PlannedShard, Span
 from landiff.data_pipeline.video.codec import ClipDecoder, VideoFile
 from tests.data_pipeline.test_ingest import config
 from tests.data_pipeline.test_video import barcodes, encode
@@ -107,7 +107,7 @@ def test_conversion_can_be_refused_and_belongs_to_the_folder(source: Path, tmp_p
         make_shards(config(source, max_spans=1), tmp_path)
 
 
-def unit(*conversions: str) -> Unit:
+def unit(*conversions: str) -> PlannedShard:
     span = Span(
         "a" * 40,
         "a.mp4",
@@ -120,7 +120,7 @@ def unit(*conversions: str) -> Unit:
         (),
         conversions,
     )
-    return Unit("000000", Bucket(num_frames=9, height=32, width=32), "", [span])
+    return PlannedShard("000000", Bucket(num_frames=9, height=32, width=32), "", [span])
 
 
 def test_shards_of_progressive_sdr_keep_their_fingerprint_and_others_have_a_new_one() -> None:

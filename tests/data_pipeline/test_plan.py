@@ -17,10 +17,10 @@ from landiff.data_pipeline.ingest.plan import rows as plan_rows
 from landiff.data_pipeline.ingest.plan.layout import Repeats, lay
 from landiff.data_pipeline.ingest.plan.probes import look_at_all
 from landiff.data_pipeline.ingest.plan.rows import chunks, read_rows, videos_of, write_rows
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan, path_of, write
+from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan, path_of, write
 from landiff.data_pipeline.ingest.shots import Look
 from landiff.data_pipeline.ingest.sources.listing import Listing, SourceClip, list_source
-from landiff.data_pipeline.video.codec import Failure, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 from tests.data_pipeline.test_ingest import config
 
 CONFIG = config("made up", max_spans=2, samples_per_shard=16)
@@ -35,17 +35,17 @@ def rows(count: int) -> Iterator[SourceClip]:
 def look(video: VideoFile) -> Look:
     number = int(video.path.stem)
     if number % 11 == 0:
-        return Look(failure=Failure("invalid_data"))
+        return Look(failure=DecodeFailure("invalid_data"))
     return Look(f"content {number % 40}" if number % 7 == 0 else video.path.stem, 1.2 + number % 3)
 
 
-def planned(folder: Path, listing: Listing) -> Plan:
+def planned(folder: Path, listing: Listing) -> ShardPlan:
     path = path_of(CONFIG, folder, listing)
     written = write_rows(CONFIG, listing, path)
     with ThreadPoolExecutor(1) as pool:
         look_at_all(CONFIG, written, (0, 1), pool, look, None)
     write(CONFIG, path, lay(CONFIG, written))
-    return Plan(path)
+    return ShardPlan(path)
 
 
 def test_every_row_is_a_span_or_set_aside_and_the_first_of_equals_stays(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_folders_are_read_in_the_order_of_whole_paths(tmp_path: Path) -> None:
 
 def test_rows_keep_all_that_is_known_of_a_clip(tmp_path: Path) -> None:
     clips = [SourceClip("a", VideoFile(Path("a\udcff.mp4"), 512, 99), "Ünï\nœ", 1.5, 2.5), SourceClip("b", VideoFile(Path("b")), "x" * 30_000),
-             SourceClip("c", VideoFile(Path("c")), "", failure=Failure("truncated", "why"))]
+             SourceClip("c", VideoFile(Path("c")), "", failure=DecodeFailure("truncated", "why"))]
     listing = Listing(lambda: iter(clips))
     found = [row.clip for row in read_rows(write_rows(CONFIG, listing, path_of(CONFIG, tmp_path, listing)))]
     assert found[0] == clips[0]

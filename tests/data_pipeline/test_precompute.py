@@ -19,7 +19,7 @@ from safetensors.torch import load as load_safetensors
 
 from landiff.configs import Config, ConfigError, load
 from landiff.configs.ownership import OwnedError, take
-from landiff.data_pipeline.format.schema import RAW, Manifest, fingerprint
+from landiff.data_pipeline.format.schema import RAW, Manifest, content_fingerprint
 from landiff.data_pipeline.format.shards import (
     ShardError,
     ShardWriter,
@@ -32,8 +32,8 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader, require_encoder
 from landiff.data_pipeline.precompute import producers as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import Job
-from landiff.data_pipeline.precompute.producers import TooManyRejects
+from landiff.data_pipeline.precompute.job import PrecomputeJob
+from landiff.data_pipeline.precompute.producers import TooManyColumnRejects
 from landiff.data_pipeline.precompute.units import ColumnCard
 from landiff.data_pipeline.video.codec import ClipDecoder, encode_clip
 from landiff.model_zoo import frozen, registry
@@ -78,7 +78,7 @@ def write_clips(data: Path, sizes: list[int] = SIZES, odd: dict[int, np.ndarray]
                 writer.add(meta.key, {"mp4": clip, "json": meta.model_dump_json().encode()})
                 number += 1
         entries.append(writer.sidecar.entry)
-    manifest = Manifest(fingerprint=fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
+    manifest = Manifest(fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
     write_manifest(data, manifest)
     return manifest
 
@@ -90,7 +90,7 @@ def key_of(number: int) -> str:
 def export_tokenizer(zoo: Path, seed: int) -> registry.ZooEntry:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = registry.build("tokenizer", TOKENIZER).train()
+        tokenizer = registry.build_module("tokenizer", TOKENIZER).train()
         tokenizer(torch.randn(8, 5, 112, 4, 4))  # k-means fills the codebook
     return registry.export(zoo, "tokenizer", "tokenizer", TOKENIZER, tokenizer.state_dict(), {})
 
@@ -272,7 +272,7 @@ class TwoAtATime:
 
 def test_batches_are_encoded_at_the_same_time_and_written_meanwhile_in_order(clips, data, zoo):
     mine = config(data, zoo, ["latents"], batch_size=1, encode_threads=2)
-    summary = Job(mine, read_manifest(data), (0, 1), lambda names, bench: {"latents": TwoAtATime(data / "latents")}).run()
+    summary = PrecomputeJob(mine, read_manifest(data), (0, 1), lambda names, bench: {"latents": TwoAtATime(data / "latents")}).run()
     assert summary.columns["latents"].made == 3
     keys = [key for entry in read_manifest(data).shards for key, _ in read_sidecar(data / "latents" / f"{entry.name}.tar").index]
     assert keys == [key_of(i) for i in range(NUM_CLIPS)]
@@ -296,7 +296,7 @@ def encoded_captions(settings: PrecomputeConfig) -> list[str]:
         made["text-minilm"].encoder = lambda captions: (seen.extend(captions), encoder(captions))[1]
         return made
 
-    Job(settings, read_manifest(settings.data), (0, 1), counting).run()
+    PrecomputeJob(settings, read_manifest(settings.data), (0, 1), counting).run()
     return sorted(seen)
 
 
@@ -480,7 +480,7 @@ def test_tokens_leave_out_what_the_features_column_left_out(odd_data, zoo):
 
 
 def test_too_many_bad_clips_stop_the_job_and_name_the_reasons(odd_data, zoo):
-    with pytest.raises(TooManyRejects, match=r"'latents': 2 of 15 clips were set aside \(.*damaged 1.*max_bad_fraction = 0.1\."):
+    with pytest.raises(TooManyColumnRejects, match=r"'latents': 2 of 15 clips were set aside \(.*damaged 1.*max_bad_fraction = 0.1\."):
         precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.1))
     assert not (odd_data / "latents" / "000002.json").exists()
     precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.2))

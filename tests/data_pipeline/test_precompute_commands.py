@@ -27,7 +27,7 @@ from landiff.data_pipeline.format.shards import (
 )
 from landiff.data_pipeline.format.tensors import pack_tensor
 from landiff.data_pipeline.precompute import producers as precompute
-from landiff.data_pipeline.precompute.status import array_expression, table
+from landiff.data_pipeline.precompute.status import array_expression, format_table
 from landiff.data_pipeline.precompute.units import ColumnFolder, UnitWriter, owner
 from landiff.launchers.cli import main
 from landiff.launchers.jobs import parse_share, parse_task
@@ -83,7 +83,7 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
     assert (failed.running, failed.failed, failed.samples_left) == (0, 1, 4)
     assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(8)  # 5 clips in 10 s; 4 are left
     assert failed.bytes == sum(folder.sidecar(e).entry.bytes for e in entries[1:])
-    text = table([failed])
+    text = format_table([failed])
     assert "000000: RuntimeError: the card fell out" in text and "0:08" in text
     precompute.run(latents(data, zoo))
     (done,) = precompute.status(latents(data, zoo))
@@ -94,7 +94,7 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
 def test_status_says_by_name_what_makes_a_column_stale(data, zoo):
     changed = config(data, zoo, {"latents": {"encoder": {"kind": "dct"}, "sample_seed": 4}})
     (row,) = precompute.status(changed)
-    assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in table([row])
+    assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in format_table([row])
     assert (row.done, row.left, row.stale) == (0, 3, 3)
 
 
@@ -107,7 +107,7 @@ def test_status_and_retry_know_a_tokenizer_that_was_trained_anew(data, tmp_path)
     new = export_tokenizer(zoo, 1)
     (row,) = precompute.status(tokens)
     assert (row.done, row.left, row.stale) == (0, 3, 3)
-    assert row.changed == f"tokenizer was {old.reference}, is {new.reference}" and "redo=[tokens]" in table([row])
+    assert row.changed == f"tokenizer was {old.reference}, is {new.reference}" and "redo=[tokens]" in format_table([row])
     assert precompute.retry(tokens, 1) == {"tokens": "0"}
 
 
@@ -119,7 +119,7 @@ def test_a_task_without_a_shard_loads_no_encoder(data, zoo):
 
 def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
     write_clips(tmp_path, [2, 2], odd={2: pan(2, frames=16)})
-    with pytest.raises(precompute.TooManyRejects):
+    with pytest.raises(precompute.TooManyColumnRejects):
         precompute.run(latents(tmp_path, zoo))
     (row,) = precompute.status(latents(tmp_path, zoo))
     assert (row.done, row.failed) == (1, 1) and "frame_count 1" in row.errors[0]

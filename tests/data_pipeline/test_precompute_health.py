@@ -14,7 +14,7 @@ from landiff.configs.loader import find
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_part, read_sidecar
 from landiff.data_pipeline.precompute import producers as precompute
 from landiff.data_pipeline.precompute.job import CollapsedTokens
-from landiff.data_pipeline.precompute.status import table
+from landiff.data_pipeline.precompute.status import format_table
 from landiff.data_pipeline.precompute.units import ColumnCard, owner
 from landiff.launchers.cli import main
 from landiff.model_zoo import registry
@@ -178,7 +178,7 @@ def test_captions_that_are_cut_are_counted_in_sidecar_manifest_summary_and_statu
     assert again.columns["text-short"].truncated == 5
     rows = precompute.status(settings)
     assert [row.truncated for row in rows] == [5, 0]
-    assert "cut: 5 captions are longer than the encoder takes" in table(rows)
+    assert "cut: 5 captions are longer than the encoder takes" in format_table(rows)
     precompute.finalize(settings)
     found = read_manifest(tmp_path).columns
     assert (found["text-short"].truncated, found["text-minilm"].truncated) == (5, 0)

@@ -14,7 +14,7 @@ import pytest
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.plan.rows import unusable
-from landiff.data_pipeline.ingest.sources.entries import Ignored, TarFile
+from landiff.data_pipeline.ingest.sources.entries import IgnoredFiles, TarFile
 from landiff.data_pipeline.ingest.sources.listing import list_source
 from landiff.data_pipeline.ingest.sources.report import summarize_source
 from tests.data_pipeline.test_ingest import config
@@ -29,7 +29,7 @@ def listed(source: Path | str, **changes: object) -> tuple[dict[str, list[str]],
     clips, rejected, ignored = {}, {}, {}
     for entry in listing.entries():
         for one in listing.members(entry) if isinstance(entry, TarFile) else [entry]:
-            if isinstance(one, Ignored):
+            if isinstance(one, IgnoredFiles):
                 ignored[one.name] = one.kind
                 continue
             failure = unusable(settings, one)

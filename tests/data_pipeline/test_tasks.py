@@ -13,8 +13,8 @@ from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_sidecar
 from landiff.data_pipeline.ingest.job import Status, finalize, make_shards, make_share, status
 from landiff.data_pipeline.ingest.plan import rows as plan_rows
-from landiff.data_pipeline.ingest.plan.shard_plan import Plan
-from landiff.data_pipeline.ingest.shard_maker import TooManyRejects
+from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan
+from landiff.data_pipeline.ingest.shard_maker import TooManyRejectedClips
 from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
 from landiff.data_pipeline.video.codec import write_mp4
 from tests.data_pipeline.test_ingest import ROOT, config, contents
@@ -135,9 +135,9 @@ def test_nothing_planned_can_not_be_finalized(videos: Path, tmp_path: Path) -> N
 # ----------------------------------------------------------------------------------------------------- the plan
 
 
-def plan_of(data: Path) -> Plan:
+def plan_of(data: Path) -> ShardPlan:
     path, = (path for path in (data / "plan").glob("*.json"))
-    return Plan(path)
+    return ShardPlan(path)
 
 
 def looks(data: Path) -> dict[str, int]:
@@ -269,7 +269,7 @@ def test_quarantine_has_a_limit_and_can_be_off(mixed: Path, tmp_path: Path) -> N
 
 
 def test_too_many_damaged_clips_stop_the_job(mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(TooManyRejects, match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. Fix the cause, or raise"):
+    with pytest.raises(TooManyRejectedClips, match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. Fix the cause, or raise"):
         make_shards(config(mixed), tmp_path / "data")
     assert not list((tmp_path / "data" / "raw").glob("*.tar"))
     make_shards(config(mixed, max_bad_fraction=0.5), tmp_path / "data")  # the limit is not part of the content
@@ -284,7 +284,7 @@ def test_clips_that_turn_out_damaged_while_made_stop_the_job_too(tmp_path: Path)
         start = data.find(b"mdat") + 60
         data[start : len(data) - 10] = bytes(len(data) - 10 - start)
         path.write_bytes(data)
-    with pytest.raises(TooManyRejects, match="of 24 clips"):
+    with pytest.raises(TooManyRejectedClips, match="of 24 clips"):
         make_shards(config(source, max_spans=1), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
     notes = []

@@ -17,7 +17,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from landiff.data_pipeline.video.codec import (
     ClipDamaged,
     ClipDecoder,
-    Failure,
+    DecodeFailure,
     SafeDecoder,
     VideoFile,
     Wanted,
@@ -113,7 +113,7 @@ def test_what_is_known_of_damage_depends_on_the_group_alone(tmp_path: Path) -> N
     path.write_bytes(data)
 
     def refused(decoder: SafeDecoder, *starts: float) -> list[bool]:
-        return [isinstance(decoder.decode(VideoFile(path), [start], wanted)[0], Failure) for start in starts]
+        return [isinstance(decoder.decode(VideoFile(path), [start], wanted)[0], DecodeFailure) for start in starts]
 
     with SafeDecoder() as one, SafeDecoder(recycle=2) as recycled:
         assert refused(one, 0.5, 2.0, 20.0, 41.3) == [False, True, True, True]
@@ -173,7 +173,7 @@ def test_rotation_tag_is_applied(decoder: SafeDecoder, turn: str, quarters: int,
 def test_spans_that_the_video_does_not_hold_are_too_short(decoder: SafeDecoder) -> None:
     data = encode(barcodes(60), **FOREIGN["h264 closed GOP mp4"])  # 2.5 s
     spans = decoder.decode(data, [0.0, 0.49, 0.51, 9.0], Wanted(17, 8.0, HEIGHT, WIDTH))
-    assert [span.reason if isinstance(span, Failure) else "" for span in spans] == ["", "", "too_short", "too_short"]
+    assert [span.reason if isinstance(span, DecodeFailure) else "" for span in spans] == ["", "", "too_short", "too_short"]
     assert "2.5" in spans[2].detail
 
 
@@ -420,7 +420,7 @@ def test_no_damage_inside_pictures_is_missed_where_the_stream_lets_one_see_it(de
     data = encode(smooth_colors(HEIGHT, WIDTH, 72) // 2 + barcodes(72) // 8, **spec)
     wanted, starts = Wanted(3, 24.0, HEIGHT, WIDTH), [k / 8 for k in range(24)]
     reference = decoder.decode(data, starts, wanted)
-    assert not any(isinstance(span, Failure) for span in reference)  # no false alarm
+    assert not any(isinstance(span, DecodeFailure) for span in reference)  # no false alarm
     with av.open(io.BytesIO(data)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size > 100]
     generator, noticed = np.random.default_rng(4), 0
@@ -429,8 +429,8 @@ def test_no_damage_inside_pictures_is_missed_where_the_stream_lets_one_see_it(de
         for place in generator.integers(position + 30, position + size, 3):
             broken[place] ^= 1 << int(generator.integers(8))
         spans = decoder.decode(bytes(broken), starts, wanted)
-        noticed += any(isinstance(span, Failure) for span in spans)
-        assert all(isinstance(span, Failure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
+        noticed += any(isinstance(span, DecodeFailure) for span in spans)
+        assert all(isinstance(span, DecodeFailure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
     assert noticed >= 10
 
 
@@ -442,8 +442,8 @@ def test_packets_lost_on_the_way_are_noticed(decoder: SafeDecoder, name: str) ->
     places = [at for at in range(0, len(data), 188) if data[at + 1] & 0x1F == 1 and data[at + 2] == 0]  # PID 256: video
     for at in np.random.default_rng(3).choice(places[2:], 10, replace=False):
         spans = decoder.decode(data[:at] + data[at + 188 :], starts, wanted)
-        assert any(isinstance(span, Failure) for span in spans)
-        assert all(isinstance(span, Failure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
+        assert any(isinstance(span, DecodeFailure) for span in spans)
+        assert all(isinstance(span, DecodeFailure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
 
 
 def test_mutated_files_never_hurt_the_parent(good: bytes) -> None:
@@ -459,7 +459,7 @@ def test_mutated_files_never_hurt_the_parent(good: bytes) -> None:
                 for place in generator.integers(low, high, 1 + number // 3):
                     data[place] = generator.integers(256)
             found = decoder.decode(bytes(data), [0.0], Wanted(9, 8.0, 32, 32))[0]
-            seen.add(found.reason if isinstance(found, Failure) else "frames")
+            seen.add(found.reason if isinstance(found, DecodeFailure) else "frames")
         assert isinstance(decoder.decode(good, [0.0], Wanted(9, 8.0, 32, 32))[0], np.ndarray)
     assert {"invalid_data", "corrupt_frame", "frames"} <= seen
 
@@ -470,7 +470,7 @@ def test_playlist_cannot_open_other_files(decoder: SafeDecoder, tmp_path: Path, 
     for text in (f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n",
                  f"ffconcat version 1.0\nfile 'file:{tmp_path}/secret.mp4'\n"):
         playlist.write_text(text)
-        assert isinstance(decoder.decode(VideoFile(playlist), [0.0], Wanted(1, 8.0, 32, 32))[0], Failure)
+        assert isinstance(decoder.decode(VideoFile(playlist), [0.0], Wanted(1, 8.0, 32, 32))[0], DecodeFailure)
 
 
 def test_range_of_bytes_is_a_video(decoder: SafeDecoder, tmp_path: Path, good: bytes) -> None:
@@ -486,7 +486,7 @@ def test_decoder_that_dies_hangs_or_is_used_up_is_replaced(good: bytes) -> None:
     with SafeDecoder(timeout_s=2, recycle=4) as decoder:
         decoder.process._start()
         os.kill(decoder.process.pid, signal.SIGKILL)
-        assert decoder.decode(good, [0.0], wanted)[0] == Failure("decoder_died", "SIGKILL")
+        assert decoder.decode(good, [0.0], wanted)[0] == DecodeFailure("decoder_died", "SIGKILL")
         reference = decoder.decode(good, [0.0], wanted)[0]
         os.kill(decoder.process.pid, signal.SIGKILL)  # not by what it is asked for now
         assert np.array_equal(decoder.decode(good, [0.0], wanted)[0], reference)
@@ -501,7 +501,7 @@ def test_memory_limit_costs_the_video_only(good: bytes) -> None:
     large = encode(np.zeros((2, 2160, 3840, 3), np.uint8), container="mp4", codec="libx264", options={"preset": "ultrafast"})
     with SafeDecoder(memory_limit=20 << 20) as decoder:
         assert isinstance(decoder.decode(good, [0.0], Wanted(2, 8.0, 32, 32))[0], np.ndarray)
-        assert isinstance(decoder.decode(large, [0.0], Wanted(1, 8.0, 32, 32))[0], Failure)
+        assert isinstance(decoder.decode(large, [0.0], Wanted(1, 8.0, 32, 32))[0], DecodeFailure)
         assert isinstance(decoder.decode(good, [0.0], Wanted(2, 8.0, 32, 32))[0], np.ndarray)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from landiff.data_pipeline.video.codec import DecodedSpan, Failure, SafeDecoder, VideoFile, Wanted
+from landiff.data_pipeline.video.codec import DecodedSpan, DecodeFailure, SafeDecoder, VideoFile, Wanted
 from tests.data_pipeline.test_video import HEIGHT, WIDTH, barcodes, encode, numbers
 from tests.data_pipeline.test_video import X264 as X264_BARCODES
 from tests.data_pipeline.video_kinds import (
@@ -211,7 +211,7 @@ def test_dolby_vision_without_a_base_layer_is_refused(decoder: SafeDecoder) -> N
     for color, reason in ((profile_5, "dolby_vision"), (profile_8, None)):
         data = color_video(color, **x265).replace(b"hev1", b"dvh1")
         found = decoder.probe(data)
-        assert (found.reason if isinstance(found, Failure) else None) == reason
+        assert (found.reason if isinstance(found, DecodeFailure) else None) == reason
 
 
 def test_hdr_and_interlaced_are_refused_where_the_config_says_so() -> None:

@@ -22,7 +22,7 @@ from landiff.model_zoo.convert.formats.release_diffusion import (
     semantic_rules,
     split,
 )
-from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.layers import sinusoid
 from landiff.model_zoo.sample.latents import (
@@ -139,7 +139,7 @@ def test_semantic_upsampler(case: Case):
         num_res_blocks=sizes["num_res_blocks"], out_channels=sizes["out_ch"],
     )
     model = SemanticCondition(config, sizes["target_dim"]).eval()
-    model.load_state_dict(convert(case.weights, semantic_rules("", ""), "to_ours"), strict=True)
+    model.load_state_dict(apply_rules(case.weights, semantic_rules("", ""), "to_ours"), strict=True)
     features = case.inputs["features"]
     close(model.upsample(features), case.outputs["upsampled"])
     close(model(features[:, None])[:, 0], case.outputs["latent"])
@@ -200,7 +200,7 @@ def test_loss(case: Case):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
         torch.testing.assert_close(norm, outputs.pop(f"{prefix}grad_norm")[0], atol=1e-5, rtol=1e-4)
-        theirs = convert(gradients, diffusion_rules(), "to_theirs")
+        theirs = apply_rules(gradients, diffusion_rules(), "to_theirs")
         for name in [name for name in outputs if name.startswith(f"{prefix}grad.")]:
             torch.testing.assert_close(theirs[name.removeprefix(f"{prefix}grad.")], outputs.pop(name), atol=1e-5, rtol=1e-3)
     close(schedule.signal(timesteps).flatten(), outputs.pop("alphas_cumprod_sqrt"), 5e-7)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from landiff.model_zoo.convert.formats.release_vae import to_diffusers, to_release
+from landiff.model_zoo.convert.formats.release_vae import to_diffusers, vae_to_release
 from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec, network_of, wrap
 from landiff.model_zoo.frozen.config import TheiaConfig
 from landiff.model_zoo.frozen.theia import (
@@ -51,7 +51,7 @@ def test_vae_encodes_in_one_pass_and_decodes_three_then_pairs(case):
 
 @pytest.mark.golden("vae")
 def test_vae_conversion_is_two_way(case):
-    back = to_release(to_diffusers(case.weights))
+    back = vae_to_release(to_diffusers(case.weights))
     assert back.keys() == case.weights.keys()
     assert all(torch.equal(back[k], v) for k, v in case.weights.items())
 

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
 from landiff.model_zoo.convert.formats.release_lm import RULES
-from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.layers import sinusoid
 from landiff.model_zoo.lm import LanguageModel, MicroConditions
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
@@ -23,7 +23,7 @@ def model_of(case) -> LanguageModel:
         micro_hidden_size=sizes["micro_hidden_dim"], micro_frequency_dim=sizes["freq_dim"],
     )
     model = LanguageModel(config).eval().requires_grad_(False)
-    model.load_state_dict(convert(case.weights, RULES, "to_ours"))
+    model.load_state_dict(apply_rules(case.weights, RULES, "to_ours"))
     layout = model.layout
     assert sizes["vocab"] == {
         "EOS": layout.eos, "BOS": layout.bos, "START_OF_IFrame": layout.start_iframe, "END_OF_IFrame": layout.end_iframe,
@@ -76,7 +76,7 @@ def test_micro_conditions(case):
     assert sizes["order"] == ["frames", "motion_score"]
     conditions = MicroConditions(sizes["out_dim"], sizes["hidden"], sizes["freq_dim"])
     rules = [rule for rule in RULES if "micro" in rule.ours]
-    ours = convert(case.weights, rules, "to_ours")
+    ours = apply_rules(case.weights, rules, "to_ours")
     conditions.load_state_dict({name.removeprefix("micro."): tensor for name, tensor in ours.items()})
     close(sinusoid(given["frames"], sizes["freq_dim"]), wanted["sinusoid_frames"], 1e-5)
     close(sinusoid(given["motion_score"], sizes["freq_dim"]), wanted["sinusoid_motion"], 1e-5)

@@ -14,9 +14,9 @@ from landiff.configs import load
 from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.release_lm import RULES
-from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.token_layout import TokenLayout
-from landiff.training.lm.batch import Row, pack
+from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
@@ -51,7 +51,7 @@ def samples_of(case: Case) -> tuple[Sample, ...]:
     )
 
 
-def packed_case(case: Case, config: LMTrainConfig) -> Row:
+def packed_case(case: Case, config: LMTrainConfig) -> LMRow:
     """All samples of the case in one row, by the trainer's own packing."""
     row = pack(samples_of(case), config, TokenLayout.of(config.model))
     assert torch.equal(row.frames_S, case.inputs["frames"].float())
@@ -70,7 +70,7 @@ def forward(world: Any, folder: Path, parallel: dict[str, Any]) -> dict[str, Ten
     case = Case(folder)
     config = train_config(case, parallel)
     engine = MegatronEngine(config)
-    engine.load_weights(convert(case.weights, RULES, "to_ours"))
+    engine.load_weights(apply_rules(case.weights, RULES, "to_ours"))
     with megatron_device(), torch.no_grad():
         row = packed_case(case, config)
         found = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.convert.formats.release_tokenizer import RULES
-from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.frame_spans import decoder_mask, encoder_mask
 from landiff.model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput, sequence_angles
 from landiff.training.tokenizer.engine import COLUMN, TokenizerEngine
@@ -43,7 +43,7 @@ def tokenizer_config(sizes: dict[str, Any], num_frames: int) -> TokenizerConfig:
 
 def load_tokenizer(sizes: dict[str, Any], weights: dict[str, Tensor], num_frames: int) -> SemanticTokenizer:
     model = SemanticTokenizer(tokenizer_config(sizes, num_frames))
-    model.load_state_dict(convert(weights, RULES, "to_ours"), strict=True)
+    model.load_state_dict(apply_rules(weights, RULES, "to_ours"), strict=True)
     return model
 
 
@@ -125,7 +125,7 @@ def test_train_step(case: Case, tmp_path: Path):
     optim = {"lr": 1e-30, "weight_decay": 0.0, "clip_grad": 0.0}
     engine = TokenizerEngine(tiny.config(tmp_path, tokenizer_config(case.config, num_frames), data=data, optim=optim), alone())
     model = engine.tokenizer
-    model.load_state_dict(convert(case.weights, RULES, "to_ours"), strict=True)
+    model.load_state_dict(apply_rules(case.weights, RULES, "to_ours"), strict=True)
     seen: list[TokenizerOutput] = []
     values: list[Tensor] = []
     model.register_forward_hook(lambda _m, _i, out: seen.append(out))
@@ -140,8 +140,8 @@ def test_train_step(case: Case, tmp_path: Path):
     close(result.decoded, outputs["recon_features"])
     close(values[0], outputs["quantized"])
     assert torch.equal(result.indices, outputs["indices"])
-    gradients = convert({name: p.grad for name, p in model.named_parameters()}, RULES, "to_theirs")
-    after = convert(model.state_dict(), RULES, "to_theirs")
+    gradients = apply_rules({name: p.grad for name, p in model.named_parameters()}, RULES, "to_theirs")
+    after = apply_rules(model.state_dict(), RULES, "to_theirs")
     compared = {"total_loss", "commit_loss", "recon_loss", "recon_features", "quantized", "indices"}
     for name, expected in outputs.items():
         if name.startswith("grad."):

@@ -17,7 +17,7 @@ from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, check_processes, count_gpus
 from landiff.launchers.cli import main
 from landiff.launchers.slurm.stage_jobs import config_class
-from landiff.launchers.weights.request import Request, check_request
+from landiff.launchers.weights.request import ConvertRequest, check_request
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
@@ -349,7 +349,7 @@ def test_processes_fit_the_machine(tmp_path):
 
 def test_all_options_of_convert_are_checked_together(world):
     Path("out").mkdir()
-    request = Request(
+    request = ConvertRequest(
         ("lm", "gone", "runs/gone"),
         to="diffusers",
         out=Path("out"),
@@ -369,7 +369,7 @@ def test_all_options_of_convert_are_checked_together(world):
         assert each in text, text
     assert len(text.splitlines()) == 6
     assert "'a/b' must be non-empty" in str(
-        check_request(Request(("lm",), name="a/b"), Launch())[0]
+        check_request(ConvertRequest(("lm",), name="a/b"), Launch())[0]
     )
 
 

@@ -13,7 +13,7 @@ from landiff.configs.ownership import take
 from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
 from landiff.launchers.local.children import PARENT, environment
-from landiff.launchers.pipeline import walk
+from landiff.launchers.pipeline import pipeline_stages
 from tests.training.tokenizer.tiny import config, write_data
 
 
@@ -56,14 +56,14 @@ def test_an_argument_that_is_no_override_is_refused(capsys):
 
 def test_dry_run_prints_the_resolved_config_names_what_is_missing_and_makes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for stage in walk("nano", 2):
+    for stage in pipeline_stages("nano", 2):
         if "--config" in stage.command:
             code, out, err = run(capsys, *stage.command, "--dry-run")
             assert "# would" in out, err
             assert code == (0 if stage.name == "shards" else 2), err
             assert stage.name in ("shards", "sample") or "data/manifest.json does not exist" in err
     code, out, _ = run(capsys, "quickstart", "--dry-run", "--out", "here")
-    assert code == 0 and out.count("landiff ") == len(walk("nano", 2))
+    assert code == 0 and out.count("landiff ") == len(pipeline_stages("nano", 2))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,7 +96,7 @@ def test_config_lists_and_prints(capsys):
 
 def test_stages_come_after_what_they_wait_for():
     seen: set[str] = set()
-    for stage in walk("nano", 2, ["a prompt"]):
+    for stage in pipeline_stages("nano", 2, ["a prompt"]):
         assert set(stage.after) <= seen, stage
         seen.add(stage.name)
 

@@ -22,7 +22,7 @@ from landiff.training.checkpoint.store import (
     STATE,
     CheckpointState,
     FileList,
-    describe,
+    describe_file,
     versions,
 )
 from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
@@ -51,7 +51,7 @@ def tokenizer_run(folder: Path, step: int) -> Path:
                             world_size=1, versions=versions())
     (checkpoint / STATE).write_text(state.model_dump_json())
     (checkpoint / CONFIG).write_text(yaml.safe_dump({"model": MODELS.tokenizer.model_dump(mode="json"), "data": {"manifest": "gone"}}))
-    entries = [describe(checkpoint, name) for name in ("model.safetensors", STATE, CONFIG)]
+    entries = [describe_file(checkpoint, name) for name in ("model.safetensors", STATE, CONFIG)]
     (checkpoint / FILES).write_text(FileList(files=entries).model_dump_json())
     return checkpoint
 
@@ -314,7 +314,7 @@ def test_a_diverged_checkpoint_is_not_exported_and_an_unhealthy_one_passed_over(
 
 
 def relist(checkpoint: Path) -> None:
-    entries = [describe(checkpoint, name) for name in ("model.safetensors", STATE, CONFIG)]
+    entries = [describe_file(checkpoint, name) for name in ("model.safetensors", STATE, CONFIG)]
     (checkpoint / FILES).write_text(FileList(files=entries).model_dump_json())
 
 

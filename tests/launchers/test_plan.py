@@ -11,7 +11,7 @@ from landiff.configs import ConfigError, load
 from landiff.launchers.budget.models import GIB, make_plan
 from landiff.launchers.budget.plan import GPUS, changed, search
 from landiff.launchers.cli import main
-from landiff.model_zoo.registry import build
+from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
@@ -40,7 +40,7 @@ def test_lm_flops_are_what_torch_counts():
     model, layout = config.model, TokenLayout.of(config.model)
     length = layout.sequence_length(model.segment_frames, 64)
     ids = torch.from_numpy(layout.build([0] * layout.num_codes(model.segment_frames), 64))[None]
-    counted = flops(build("lm", model), ids, torch.zeros(1, 64, model.text_dim), torch.zeros(1), torch.zeros(1))
+    counted = flops(build_module("lm", model), ids, torch.zeros(1, 64, model.text_dim), torch.zeros(1), torch.zeros(1))
     planned = make_plan(config, 1).model_flops / 3
     attention = 2 * model.num_layers * length**2 * model.hidden_size  # torch does not count the CPU's attention kernel
     assert planned - attention == pytest.approx(counted, rel=0.01)  # the micro-conditions' small layers are left out
@@ -50,7 +50,7 @@ def test_diffusion_flops_are_what_torch_counts():
     config = load(DiffusionTrainConfig, "nano/diffusion-main", ["data.global_batch_size=1", "data.micro_batch_size=1"])
     sizes = config.model.transformer
     with torch.device("meta"):
-        module = build("transformer", sizes)
+        module = build_module("transformer", sizes)
         counted = flops(module, torch.zeros(1, sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width),
                         torch.zeros(1), torch.zeros(1, sizes.text_length, sizes.text_dim))
     assert make_plan(config, 1).model_flops / 3 == pytest.approx(counted, rel=0.01)  # the time embedding's two small layers are left out
@@ -65,7 +65,7 @@ def test_activations_are_what_autograd_keeps():
         seen[tensor.untyped_storage().data_ptr(), tensor.shape] = tensor.numel() * 4
         return tensor
 
-    module = build("transformer", sizes)
+    module = build_module("transformer", sizes)
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(torch.zeros(1, sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width),

@@ -18,8 +18,8 @@ from landiff.launchers.local.children import environment
 from landiff.launchers.run.status import RunStatus, show_logs, statuses
 from landiff.launchers.slurm.client import Slurm
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.script import Job
-from landiff.launchers.slurm.stage_jobs import Planned
+from landiff.launchers.slurm.script import BatchJob
+from landiff.launchers.slurm.stage_jobs import PlannedJob
 from landiff.launchers.slurm.submit import stop
 
 HERE = Path(__file__).resolve().parent
@@ -222,13 +222,13 @@ def test_landiff_stop_and_logs_know_a_training_that_was_not_submitted(tmp_path, 
     assert "nothing of it is running" in stop(run, restart=False)
 
 
-def submitted(run: Path, config: Path) -> Planned:
+def submitted(run: Path, config: Path) -> PlannedJob:
     """The training as a job of `landiff submit --cluster local`; its snapshot of the code holds no tests."""
     python = run.with_name("python")
     python.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{HERE} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     resources = LOCAL.resources("lm").model_copy(update={"tasks_per_node": 2})
-    job = Job(
+    job = BatchJob(
         "lm",
         run,
         run.parent,
@@ -238,7 +238,7 @@ def submitted(run: Path, config: Path) -> Planned:
         trainer=True,
         python=str(python),
     )
-    return Planned("lm", job, None, steps=STEPS)
+    return PlannedJob("lm", job, None, steps=STEPS)
 
 
 def test_a_submitted_training_restarts_after_a_crash_and_ends_with_each_of_its_shells(tmp_path):

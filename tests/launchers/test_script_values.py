@@ -12,7 +12,7 @@ import pytest
 from landiff.configs import ConfigError, load
 from landiff.launchers.cli import main
 from landiff.launchers.slurm.cluster_config import ClusterConfig, ContainerConfig, Resources
-from landiff.launchers.slurm.script import Job, options, sbatch_text
+from landiff.launchers.slurm.script import BatchJob, options, sbatch_text
 from landiff.launchers.slurm.script_values import sbatch_option
 
 BASH = shutil.which("bash") or "bash"
@@ -32,7 +32,7 @@ def site(**values) -> ClusterConfig:
     return ClusterConfig.model_validate({"preflight": False, "restart": "none", **values})
 
 
-def job(folder: Path, cluster: ClusterConfig, **values) -> Job:
+def job(folder: Path, cluster: ClusterConfig, **values) -> BatchJob:
     defaults = {
         "name": "hostile",
         "run": folder / "runs" / "hostile",
@@ -42,7 +42,7 @@ def job(folder: Path, cluster: ClusterConfig, **values) -> Job:
         "resources": cluster.resources("sample"),
         "trainer": False,
     }
-    return Job(**defaults | values)
+    return BatchJob(**defaults | values)
 
 
 def run(script: str, folder: Path) -> dict[str, list[str]]:

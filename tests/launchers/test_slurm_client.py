@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from landiff.configs import ConfigError
-from landiff.launchers.slurm.client import Answer, Slurm, SlurmAway, SlurmError, run_command
+from landiff.launchers.slurm.client import Answer, Slurm, SlurmAway, SlurmError, run_slurm_command
 
 AWAY = Answer(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
 
@@ -72,4 +72,4 @@ def test_without_accounting_there_is_no_history():
 
 def test_a_machine_without_slurm_says_what_to_do():
     with pytest.raises(SlurmAway, match="--cluster local"):
-        run_command(["sbatch-that-is-not-there", "--version"])
+        run_slurm_command(["sbatch-that-is-not-there", "--version"])

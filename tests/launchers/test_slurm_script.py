@@ -18,13 +18,13 @@ from landiff.launchers.slurm.cluster_config import (
     Resources,
     seconds,
 )
-from landiff.launchers.slurm.script import Job, options, sbatch_text
+from landiff.launchers.slurm.script import BatchJob, options, sbatch_text
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def job(cluster: ClusterConfig, stage: str = "lm", **more) -> Job:
+def job(cluster: ClusterConfig, stage: str = "lm", **more) -> BatchJob:
     trainer = stage in ("tokenizer", "lm", "diffusion")
     values = {
         "name": stage, "run": Path("/data/walk/runs") / stage, "workdir": Path("/data/walk"), "trainer": trainer,
@@ -32,7 +32,7 @@ def job(cluster: ClusterConfig, stage: str = "lm", **more) -> Job:
         "arguments": (f"/data/walk/runs/{stage}/job/config.yaml",) if trainer else (stage, "--config", f"/data/walk/runs/{stage}/job/config.yaml"),
         "resources": cluster.resources(stage), "made_by": f"landiff submit {stage} --config landiff/{stage} --cluster site.yaml", "python": "/opt/venv/bin/python",
     }
-    return Job(**values | more)
+    return BatchJob(**values | more)
 
 
 def site(**more) -> ClusterConfig:

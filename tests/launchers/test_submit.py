@@ -23,9 +23,9 @@ from landiff.launchers.run.status import growth, statuses
 from landiff.launchers.slurm import snapshot
 from landiff.launchers.slurm.client import Answer, Slurm
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.script import Job
-from landiff.launchers.slurm.stage_jobs import Planned
-from landiff.launchers.slurm.submit import prepare, queue, read_record, run_here
+from landiff.launchers.slurm.script import BatchJob
+from landiff.launchers.slurm.stage_jobs import PlannedJob
+from landiff.launchers.slurm.submit import prepare_run, queue, read_record, run_here
 
 LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 STAGES = {
@@ -55,7 +55,7 @@ def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothi
 
 def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepare(one_process(tmp_path / "runs" / "lm", "pass"), LOCAL)  # what a run left is left alone too
+    prepare_run(one_process(tmp_path / "runs" / "lm", "pass"), LOCAL)  # what a run left is left alone too
     before = {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")}
     _, out, _ = say(capsys, "submit", "pipeline", "--cluster", "sandbox", "--dry-run", "lm.loop.steps=3")
     assert {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")} == before
@@ -214,10 +214,10 @@ def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     assert "with changes" in line and "+changed = True" in difference
 
 
-def one_process(run: Path, code: str, name: str = "task", after: tuple[str, ...] = ()) -> Planned:
+def one_process(run: Path, code: str, name: str = "task", after: tuple[str, ...] = ()) -> PlannedJob:
     """A job that runs a few lines of Python, here: timeit is a module that takes them as an argument."""
-    job = Job(name, run, run.parent, "timeit", ("-n", "1", "-r", "1", code), LOCAL.resources("shards"), trainer=False, python=sys.executable)
-    return Planned("shards", job, None, after)
+    job = BatchJob(name, run, run.parent, "timeit", ("-n", "1", "-r", "1", code), LOCAL.resources("shards"), trainer=False, python=sys.executable)
+    return PlannedJob("shards", job, None, after)
 
 
 def test_a_job_here_restarts_after_a_crash_and_is_skipped_when_done(tmp_path, capfd):
@@ -245,7 +245,7 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
         asked.append(list(words))
         return Answer(0, f"{len(asked)}\n" if "--parsable" in words else "", "")
 
-    def walk(code: str) -> list[Planned]:
+    def walk(code: str) -> list[PlannedJob]:
         return [one_process(tmp_path / "first", "pass", "first"), one_process(tmp_path / "second", code, "second", ("first",)),
                 one_process(tmp_path / "third", "pass", "third", ("second",)), one_process(tmp_path / "other", "pass", "other")]
 
@@ -266,10 +266,10 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
 
 
 def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
-    def trainer(code: str) -> list[Planned]:
+    def trainer(code: str) -> list[PlannedJob]:
         return [replace(one_process(tmp_path / "lm", code), steps=3)]
 
-    prepare(trainer("pass")[0], LOCAL)
+    prepare_run(trainer("pass")[0], LOCAL)
     (tmp_path / "lm" / "done").write_text("3\n")
     assert run_here(trainer("pass"), LOCAL) == 0 and "done already\n" in capsys.readouterr().out
     assert run_here(trainer("1"), LOCAL) == 0 and "another run=" in capsys.readouterr().out
@@ -305,7 +305,7 @@ def read(path: Path) -> bytes:
 
 def test_status_reads_run_folders_with_slurm_away(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
-    prepare(plan, LOCAL)
+    prepare_run(plan, LOCAL)
     record = read_record(plan.job.run) | {"job_ids": ["7"], "steps": 100}
     (plan.job.folder / "job.json").write_text(json.dumps(record))
     (plan.job.folder / "state").write_text("crashes=1 stalls=0 from= phase=running\n")
@@ -337,7 +337,7 @@ def test_logs_show_the_failing_rank_first(tmp_path, capsys):
 
 def test_the_cluster_file_in_the_run_folder_is_the_one_used(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
-    prepare(plan, LOCAL)
+    prepare_run(plan, LOCAL)
     assert yaml.safe_load((plan.job.folder / "cluster.yaml").read_text())["scheduler"] == "local"
 
 

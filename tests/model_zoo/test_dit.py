@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from landiff.model_zoo.config import DiffusionConfig, SemanticConditionConfig, TransformerConfig
 from landiff.model_zoo.convert.formats import diffusers_transformer, release_diffusion
-from landiff.model_zoo.convert.rules import ConversionError, check_against, convert
+from landiff.model_zoo.convert.rules import ConversionError, apply_rules, check_against
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer, position_table_numel
 from landiff.model_zoo.registry import export, load_model
 
@@ -107,7 +107,7 @@ def test_release_size_has_the_released_counts(full_size):
 
 
 def test_release_keys_are_exactly_the_released_ones(full_size):
-    state = convert(full_size.state_dict(), release_diffusion.diffusion_rules(), "to_theirs")
+    state = apply_rules(full_size.state_dict(), release_diffusion.diffusion_rules(), "to_theirs")
     keys = {
         k: v
         for k, v in released("diffusion.json").items()
@@ -128,14 +128,14 @@ def test_cogvideox_keys_are_exactly_the_released_ones(full_size):
     expected = released("cogvideox2b.json", container="module")
     expected = {k: v for k, v in expected.items() if k.startswith(release_diffusion.COGVIDEOX)}
     rules = release_diffusion.main_rules("", release_diffusion.COGVIDEOX)
-    state = convert(full_size.transformer.state_dict(), rules, "to_theirs")
+    state = apply_rules(full_size.transformer.state_dict(), rules, "to_theirs")
     del expected[release_diffusion.COGVIDEOX + release_diffusion.POSITION_TABLE]
     check_against(state, expected, "the converted transformer")
 
 
 def test_release_conversion_there_and_back_is_bit_equal():
     state = diffusion().state_dict()
-    file = release_diffusion.to_release(state, TINY)
+    file = release_diffusion.diffusion_to_release(state, TINY)
     assert file[release_diffusion.MAIN + release_diffusion.POSITION_TABLE].shape == (
         1,
         5 + 3 * 2 * 3,
@@ -157,7 +157,7 @@ def test_cogvideox_conversion_there_and_back_is_bit_equal():
 
 def test_release_file_is_read_tolerantly_but_unknown_names_are_reported():
     state = diffusion().state_dict()
-    file = release_diffusion.to_release(state, TINY)
+    file = release_diffusion.diffusion_to_release(state, TINY)
     file |= dict.fromkeys((k for k in file if k.startswith(release_diffusion.MAIN)), None)
     file |= {
         "conditioner.t5.weight": torch.zeros(1),
@@ -318,7 +318,7 @@ def theirs() -> CogVideoXTransformer3DModel:
 
 def test_diffusers_model_agrees_on_converted_weights(theirs):
     ours = DiffusionTransformer(TINY.transformer).eval()
-    ours.load_state_dict(convert(theirs.state_dict(), diffusers_transformer.RULES, "to_ours"))
+    ours.load_state_dict(apply_rules(theirs.state_dict(), diffusers_transformer.RULES, "to_ours"))
     batch = plain(inputs())
     with torch.no_grad():
         expected = theirs(
@@ -331,11 +331,11 @@ def test_diffusers_model_agrees_on_converted_weights(theirs):
 
 def test_diffusers_conversion_there_and_back_is_bit_equal(theirs):
     state = theirs.state_dict()
-    ours = convert(state, diffusers_transformer.RULES, "to_ours")
-    back = convert(ours, diffusers_transformer.RULES, "to_theirs")
+    ours = apply_rules(state, diffusers_transformer.RULES, "to_ours")
+    back = apply_rules(ours, diffusers_transformer.RULES, "to_theirs")
     assert set(back) == set(state)
     assert all(torch.equal(back[k], state[k]) for k in state)
-    again = convert(back, diffusers_transformer.RULES, "to_ours")
+    again = apply_rules(back, diffusers_transformer.RULES, "to_ours")
     assert all(torch.equal(again[k], v) for k, v in ours.items())
 
 
@@ -346,7 +346,7 @@ def test_diffusers_defaults_are_our_defaults():
     assert diffusers_transformer.config_from_diffusers(dict(theirs.config)) == TransformerConfig()
     arguments = diffusers_transformer.diffusers_config(TransformerConfig())
     assert {k: theirs.config[k] for k in arguments} == arguments
-    converted = convert(ours.state_dict(), diffusers_transformer.RULES, "to_theirs")
+    converted = apply_rules(ours.state_dict(), diffusers_transformer.RULES, "to_theirs")
     check_against(
         converted, {k: v.shape for k, v in theirs.state_dict().items()}, "the converted transformer"
     )

@@ -13,7 +13,7 @@ from landiff.configs.base import ConfigError
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import LMConfig, ModelConfig
 from landiff.model_zoo.convert.formats.release_lm import RULES
-from landiff.model_zoo.convert.rules import ConversionError, check_against, convert
+from landiff.model_zoo.convert.rules import ConversionError, apply_rules, check_against
 from landiff.model_zoo.layers import rotary_table, rotate
 from landiff.model_zoo.lm import LanguageModel, TextProjection
 
@@ -71,14 +71,14 @@ def test_every_release_key_maps_to_ours_and_back():
     ours = on_meta(LMConfig()).state_dict()
     assert len(shapes) == 185
     check_against(
-        convert(theirs, RULES, "to_ours"), {k: v.shape for k, v in ours.items()}, "release"
+        apply_rules(theirs, RULES, "to_ours"), {k: v.shape for k, v in ours.items()}, "release"
     )
-    check_against(convert(ours, RULES, "to_theirs"), shapes, "ours")
+    check_against(apply_rules(ours, RULES, "to_theirs"), shapes, "ours")
 
 
 def test_an_unknown_release_key_is_named():
     with pytest.raises(ConversionError, match=r"unexpected: transformer\.blocks\.\*\.wq\.weight"):
-        convert({"transformer.blocks.0.wq.weight": torch.empty(1)}, RULES, "to_ours")
+        apply_rules({"transformer.blocks.0.wq.weight": torch.empty(1)}, RULES, "to_ours")
 
 
 def test_a_model_built_on_meta_and_loaded_equals_the_original():

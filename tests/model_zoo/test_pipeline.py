@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
             tokenizer.save_pretrained(path / name)
         AutoencoderKLCogVideoX(**VAE_CONFIG).save_pretrained(path / "vae")
         for kind, config in (("lm", TINY.lm), ("tokenizer", TINY.tokenizer), ("diffusion", TINY.diffusion)):
-            state = registry.build(kind, config).state_dict() if kind != "tokenizer" else weights(kind)
+            state = registry.build_module(kind, config).state_dict() if kind != "tokenizer" else weights(kind)
             state = {n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for n, t in state.items()}
             registry.export(path / "zoo", kind, kind, config, state, {})
     return path

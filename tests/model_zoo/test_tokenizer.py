@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.convert.formats.release_tokenizer import RULES
-from landiff.model_zoo.convert.rules import check_against, convert
+from landiff.model_zoo.convert.rules import apply_rules, check_against
 from landiff.model_zoo.frame_spans import decoder_spans, dense_mask, encoder_spans, span_attention
 from landiff.model_zoo.registry import export, load_model
 from landiff.model_zoo.tokenizer import Quantizer, SemanticTokenizer
@@ -64,7 +64,7 @@ def test_release_size_has_the_released_counts():
 def test_release_keys_are_exactly_the_released_ones():
     with torch.device("meta"):
         model = SemanticTokenizer(TokenizerConfig())
-    released = convert(model.state_dict(), RULES, "to_theirs")
+    released = apply_rules(model.state_dict(), RULES, "to_theirs")
     check_against(
         released,
         {k: v["shape"] for k, v in json.loads(KEYS.read_text()).items()},
@@ -74,7 +74,7 @@ def test_release_keys_are_exactly_the_released_ones():
 
 def test_conversion_there_and_back_is_bit_equal(tokenizer):
     state = tokenizer.state_dict()
-    back = convert(convert(state, RULES, "to_theirs"), RULES, "to_ours")
+    back = apply_rules(apply_rules(state, RULES, "to_theirs"), RULES, "to_ours")
     assert set(back) == set(state)
     assert all(torch.equal(back[k], state[k]) and back[k].dtype == state[k].dtype for k in state)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.script import Job
-from landiff.launchers.slurm.stage_jobs import Planned
-from landiff.launchers.slurm.submit import prepare, submit_one
+from landiff.launchers.slurm.script import BatchJob
+from landiff.launchers.slurm.stage_jobs import PlannedJob
+from landiff.launchers.slurm.submit import prepare_run, submit_one
 from tests.slurm.conftest import HERE, Sandbox
 
 
@@ -27,21 +27,21 @@ def cluster(*options: str, nodes: int = 2, partition: str | None = None, time: s
 CLUSTER = cluster("--exclude=node3,node4")  # those two die and are fought for
 
 
-def light(run: Path, steps: int = 40, fault: str | None = None, site: ClusterConfig = CLUSTER, here: bool = False) -> Planned:
+def light(run: Path, steps: int = 40, fault: str | None = None, site: ClusterConfig = CLUSTER, here: bool = False) -> PlannedJob:
     """A trainer of `steps` steps of 0.1 s, which may break on purpose."""
-    job = Job(name=run.name, run=run, workdir=run.parent, module="light", arguments=(str(run), str(steps), *([fault] if fault else [])),
+    job = BatchJob(name=run.name, run=run, workdir=run.parent, module="light", arguments=(str(run), str(steps), *([fault] if fault else [])),
               resources=site.resources("lm"), trainer=True, python=sys.executable, here=here)
-    return Planned("lm", job, None, steps=steps)
+    return PlannedJob("lm", job, None, steps=steps)
 
 
-def ready(plan: Planned, site: ClusterConfig = CLUSTER) -> Path:
-    script = prepare(plan, site)
+def ready(plan: PlannedJob, site: ClusterConfig = CLUSTER) -> Path:
+    script = prepare_run(plan, site)
     for name in ("light.py", "light_task.py"):
         shutil.copy(HERE / name, plan.job.folder / "code" / name)
     return script
 
 
-def start(sandbox: Sandbox, plan: Planned, site: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()) -> str:
+def start(sandbox: Sandbox, plan: PlannedJob, site: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()) -> str:
     """Queue it; returns the id of its last job."""
     return submit_one(plan, site, sandbox.slurm, ready(plan, site), after)[-1]
 

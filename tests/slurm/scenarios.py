@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from landiff.launchers.run.status import statuses
-from landiff.launchers.slurm.script import Job
-from landiff.launchers.slurm.stage_jobs import Planned
+from landiff.launchers.slurm.script import BatchJob
+from landiff.launchers.slurm.stage_jobs import PlannedJob
 from landiff.launchers.slurm.submit import stop
 from tests.slurm.conftest import HERE, Sandbox, full, until
 from tests.slurm.jobs import cluster, light, ready, start
@@ -99,8 +99,8 @@ def array_of_tasks(sandbox: Sandbox, run: Path) -> str:
     """An array of tasks that are no trainers; number 3 is killed once, number 5 gives up."""
     site = cluster("--exclude=node3,node4", max_restarts=1)
     resources = site.resources("precompute").model_copy(update={"array": 8, "nodes": 1})
-    job = Job("array", run, run.parent, "light_task", (str(run),), resources, trainer=False, array=True, python=light(run).job.python)
-    return start(sandbox, Planned("precompute", job, None), site)
+    job = BatchJob("array", run, run.parent, "light_task", (str(run),), resources, trainer=False, array=True, python=light(run).job.python)
+    return start(sandbox, PlannedJob("precompute", job, None), site)
 
 
 def full_disk(sandbox: Sandbox, run: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from landiff.configs.files import write_text
-from landiff.training.checkpoint.store import FILES, FileList, describe, list_files
+from landiff.training.checkpoint.store import FILES, FileList, describe_file, list_files
 
 MARK = "hacked"  # the file in the working directory that exists once a payload ran
 
@@ -56,5 +56,5 @@ def with_payload(path: Path) -> None:
 
 def list_again(checkpoint: Path) -> None:
     """Recompute files.json, as anybody can who gives a run folder away."""
-    entries = [describe(checkpoint, name) for name in list_files(checkpoint) if name != FILES]
+    entries = [describe_file(checkpoint, name) for name in list_files(checkpoint) if name != FILES]
     write_text(checkpoint / FILES, FileList(files=entries).model_dump_json())

@@ -19,7 +19,7 @@ from landiff.training.checkpoint.store import (
     CheckpointStore,
     FileList,
     committed_steps,
-    describe,
+    describe_file,
     latest_whole,
     list_files,
     step_folder,
@@ -211,7 +211,7 @@ def test_a_damaged_document_of_a_checkpoint_is_named_with_the_way_out(tmp_path, 
     folder = tmp_path / "checkpoints" / "step_00000001"
     (folder / name).write_bytes(b'{"step": \xff' if name == "config.yaml" else b'{"step": 1,')
     listed = FileList.model_validate_json((folder / "files.json").read_bytes())
-    files = [describe(folder, entry.path) for entry in listed.files]
+    files = [describe_file(folder, entry.path) for entry in listed.files]
     (folder / "files.json").write_text(FileList(files=files).model_dump_json())
     with pytest.raises(ConfigError, match=says) as error:
         store(settings).load_latest(ToyEngine(settings, alone()), ToyLoader(settings, alone()))

@@ -19,7 +19,7 @@ from landiff.training.checkpoint.store import (
     CheckpointStore,
     FileList,
     committed_steps,
-    describe,
+    describe_file,
     latest_whole,
     step_folder,
 )
@@ -149,7 +149,7 @@ def rewrite(folder, name, data):
     """Replace a file of a checkpoint and its entry in files.json."""
     (folder / name).write_bytes(data)
     listed = FileList.model_validate_json((folder / FILES).read_bytes())
-    entries = [describe(folder, entry.path) for entry in listed.files]
+    entries = [describe_file(folder, entry.path) for entry in listed.files]
     (folder / FILES).write_text(FileList(files=entries).model_dump_json())
 
 

@@ -14,7 +14,7 @@ from landiff.data_pipeline.loading.loader import Batch
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.metrics import (
     Metrics,
-    Progress,
+    StepProgress,
     cut,
     duration,
     gif,
@@ -97,7 +97,7 @@ def test_the_line_says_step_loss_rate_speed_and_time_left(tmp_path):
 
 def test_a_terminal_gets_one_live_line():
     stream = Terminal()
-    progress = Progress(stream)
+    progress = StepProgress(stream)
     progress.show("a long line")
     progress.show("short")
     progress.end()

@@ -157,7 +157,7 @@ class CheckpointStore:
             failure, entries = "", []
             paths = world.broadcast(list_files(temporary) if world.rank == 0 else None)
             try:
-                entries = [describe(temporary, path).model_dump() for path in _share(world, paths)]
+                entries = [describe_file(temporary, path).model_dump() for path in _share(world, paths)]
             except OSError as error:
                 failure = _explain(error)
             failures = _failures(world, failure)
@@ -298,7 +298,7 @@ def list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def describe(folder: Path, path: str) -> FileEntry:
+def describe_file(folder: Path, path: str) -> FileEntry:
     size = (folder / path).stat().st_size
     return FileEntry(path=path, bytes=size, sha256=sha256_file(folder / path) if size <= HASH_LIMIT else None)
 
@@ -307,7 +307,7 @@ def seal(folder: Path, document: CheckpointState, config: Config, entries: Seque
     """Add our own documents to an engine's files, which `entries` describe; the list of files last."""
     write_text(folder / STATE, document.model_dump_json(indent=1))
     write_config(folder / CONFIG, config)
-    own = [describe(folder, name) for name in (STATE, CONFIG)]
+    own = [describe_file(folder, name) for name in (STATE, CONFIG)]
     write_text(folder / FILES, FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(indent=1))
 
 

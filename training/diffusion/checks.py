@@ -6,7 +6,7 @@ from landiff.configs.problems import Problem
 from landiff.model_zoo.config import ScheduleConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.training.checks import Launch, check_trainer, different_fields, find_entry
-from landiff.training.diffusion.columns import check_columns, check_tokenizer
+from landiff.training.diffusion.columns import check_diffusion_columns, check_diffusion_tokenizer
 from landiff.training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
 
 
@@ -25,9 +25,9 @@ def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
         tokenizer, found = find_entry("tokenizer", config.zoo, config.tokenizer, "tokenizer")
         problems += found
         if tokenizer is not None:
-            problems += check_tokenizer(config, tokenizer)
+            problems += check_diffusion_tokenizer(config, tokenizer)
     if manifests:
-        problems += check_columns(manifests[0], config, tokenizer)
+        problems += check_diffusion_columns(manifests[0], config, tokenizer)
     return problems
 
 

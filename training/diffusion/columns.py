@@ -14,7 +14,7 @@ from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
-def check_columns(
+def check_diffusion_columns(
     manifest: Manifest, config: DiffusionTrainConfig, tokenizer: ZooEntry | None
 ) -> list[Problem]:
     """Columns of another shape, or (unless data.adopt) of another tokenizer than `tokenizer`."""
@@ -96,7 +96,7 @@ def _check_origin(column: Column, entry: ZooEntry, config: DiffusionTrainConfig)
     ]
 
 
-def check_tokenizer(config: DiffusionTrainConfig, entry: ZooEntry) -> list[Problem]:
+def check_diffusion_tokenizer(config: DiffusionTrainConfig, entry: ZooEntry) -> list[Problem]:
     """Whether the features that a tokenizer decodes have the size of the semantic condition."""
     tokenizer, model = entry.config, config.model
     scale = 2 ** (len(model.semantic.channel_multipliers) - 1)

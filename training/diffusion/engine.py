@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.model_zoo.convert.formats.deepspeed import SHARDS, Layout, read_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed import SHARDS, ZeroLayout, read_deepspeed
 from landiff.model_zoo.convert.rules import check_against
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.diffusion.model import build_model, load_tokenizer
+from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.preview import Previewer
 from landiff.training.diffusion.step import Objective
 from landiff.training.distributed import World
@@ -34,12 +34,12 @@ class DeepSpeedEngine:
         self.world = world
         self.guard = Guard(world)
         self.objective = objective
-        zero.prepare()
+        zero.prepare_deepspeed()
         optimizer = adamw(module.parameters(), config.optim)
         self.zero = zero.initialize(module, optimizer, zero.deepspeed_config(config, world), world.device)
         self.previewer = Previewer(config, objective) if config.preview_codec is not None else None
         self.last_sample: Sample | None = None
-        self.layout = Layout(
+        self.layout = ZeroLayout(
             zero_stage=config.zero.stage, world_size=world.size, precision=config.precision, phase=config.phase,
             model=config.model, shapes=zero.full_shapes(module),
         )
@@ -81,7 +81,7 @@ class DeepSpeedEngine:
 
         Raises ConfigError for a checkpoint of another phase or model.
         """
-        found = Layout.read(folder)
+        found = ZeroLayout.read(folder)
         if found.phase != self.layout.phase:
             raise ConfigError(f"{folder} is a checkpoint of phase = {found.phase}, this run is phase = {self.layout.phase}; "
                               "choose another run folder (run=...)")
@@ -113,4 +113,4 @@ class DeepSpeedEngine:
 def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
     """The engine that `config` describes. Collective; the process group exists (`landiff.training.distributed.start`)."""
     objective = Objective(config, world.device, load_tokenizer(config, world.device))
-    return DeepSpeedEngine(config, world, build_model(config), objective)
+    return DeepSpeedEngine(config, world, build_phase_model(config), objective)

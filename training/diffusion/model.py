@@ -11,7 +11,7 @@ from landiff.training import rng
 from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
-def build_model(config: DiffusionTrainConfig) -> nn.Module:
+def build_phase_model(config: DiffusionTrainConfig) -> nn.Module:
     """float32, whole on the CPU of each rank (8 GB at paper size; ZeRO cuts it afterwards).
 
     Phase main: the main transformer. Phase control: everything, main frozen.
@@ -22,7 +22,7 @@ def build_model(config: DiffusionTrainConfig) -> nn.Module:
     kind = "transformer" if config.phase == "main" else "diffusion"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(config.loop.seed, "weights", config.phase == "control"))
-        model = registry.build(kind, config.model.transformer if config.phase == "main" else config.model)
+        model = registry.build_module(kind, config.model.transformer if config.phase == "main" else config.model)
     model.recompute = config.recompute
     if config.init_from is not None:
         entry = registry.resolve(config.zoo, config.init_from, kind="transformer")

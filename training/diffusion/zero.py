@@ -25,7 +25,7 @@ from landiff.training.distributed import World
 from landiff.training.replace import replaced
 
 
-def prepare() -> None:
+def prepare_deepspeed() -> None:
     """Ready DeepSpeed for ranks that have joined already (`landiff.training.distributed.start`). Call before `initialize`.
 
     On the CPU DeepSpeed compiles a shared-memory all-reduce at start-up, a minute of work that needs a compiler

@@ -21,7 +21,7 @@ from landiff.training.lm.config import LMTrainConfig
 
 
 @dataclass(frozen=True)
-class Row:
+class LMRow:
     """One micro-batch. Condition positions of `ids_N` hold `IGNORE`; the shift by one is done in `targets_N`."""
 
     ids_N: Tensor
@@ -39,7 +39,7 @@ class Row:
     motion_at_S: Tensor
     num_tokens: int  # without padding
 
-    def to(self, device: torch.device) -> Row:
+    def to(self, device: torch.device) -> LMRow:
         """A copy of the row with all tensors on `device`."""
         moved: dict[str, Any] = {}
         for field in fields(self):
@@ -69,7 +69,7 @@ def motion_condition(motion_score: float) -> float:
     return float(motion_score)
 
 
-def pack(samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, *, train: bool = True) -> Row:
+def pack(samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, *, train: bool = True) -> LMRow:
     """One row of all `samples`, with text dropout if `train`, padded with a sequence of its own to a multiple of what the layout asks for.
 
     Raises ValueError with the sample's key for codes of another tokenizer, text of another width, or too long.
@@ -92,7 +92,7 @@ def pack(samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, 
         parts = [torch.from_numpy(getattr(row, name)) for row in rows]
         return torch.cat([*parts, torch.full((padding,), fill, dtype=parts[0].dtype)])
 
-    return Row(
+    return LMRow(
         ids_N=joined("input_ids", layout.pad), targets_N=joined("targets", layout.pad),
         weights_N=joined("loss_weights", 0), positions_N=joined("positions", 0),
         cu_seqlens=torch.tensor(starts + [length + padding] * (padding > 0), dtype=torch.int32),

@@ -90,7 +90,7 @@ def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-def load(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
+def load_checkpoint(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
     """Collective. Restore what `save` wrote, into any number of tensor, pipeline and data-parallel ranks.
 
     The weights are cast from the optimizer's float32 copies where it keeps them; with the distributed
@@ -188,7 +188,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def prepare(optimizer: MegatronOptimizer) -> None:
+def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
     """Once, before the first save or load. 1. `state_dict` asserts that a step exists. 2. The loader asks the file for
     the step of each parameter."""
     for part in _parts(optimizer):

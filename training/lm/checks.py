@@ -15,7 +15,7 @@ from landiff.training.checks import (
     different_fields,
     find_entry,
 )
-from landiff.training.lm.columns import check_columns, check_tokenizer
+from landiff.training.lm.columns import check_lm_columns, check_lm_tokenizer
 from landiff.training.lm.config import MUST_MATCH, LMTrainConfig
 
 # fields of the model that decide the shapes of its weights
@@ -42,13 +42,13 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     tokenizer, found = find_entry("tokenizer", config.zoo, config.tokenizer, "tokenizer")
     problems += found
     if tokenizer is not None:
-        problems += check_tokenizer(config, tokenizer)
+        problems += check_lm_tokenizer(config, tokenizer)
     start, found = find_entry("init_from", config.zoo, config.init_from, "lm")
     problems += found
     if start is not None:
         problems += different_fields("model", config.model, start, SHAPES)
     if manifests:
-        problems += check_columns(manifests[0], config, tokenizer)
+        problems += check_lm_columns(manifests[0], config, tokenizer)
     return problems
 
 

@@ -10,7 +10,7 @@ from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.config import LMTrainConfig
 
 
-def check_tokenizer(config: LMTrainConfig, entry: ZooEntry) -> list[Problem]:
+def check_lm_tokenizer(config: LMTrainConfig, entry: ZooEntry) -> list[Problem]:
     """Whether the tokens of a tokenizer are those the model is for."""
     layout = TokenLayout.of(config.model)
     if TokenLayout.of(entry.config) == layout:
@@ -25,7 +25,7 @@ def check_tokenizer(config: LMTrainConfig, entry: ZooEntry) -> list[Problem]:
     ]
 
 
-def check_columns(
+def check_lm_columns(
     manifest: Manifest, config: LMTrainConfig, entry: ZooEntry | None
 ) -> list[Problem]:
     """Whether tokens and text states were made for this model.

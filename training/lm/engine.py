@@ -26,7 +26,7 @@ from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
 from landiff.training.lm import checkpoint
-from landiff.training.lm.batch import Row, pack
+from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel
 from landiff.training.lm.model import InitialWeights, MegatronLM
@@ -91,7 +91,7 @@ class MegatronEngine:
             # as `landiff.training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
             {ParamKey(predicate=ParamPredicate("vector", _is_vector)): {"wd_mult": 0.0}},
         )
-        checkpoint.prepare(optimizer)
+        checkpoint.prepare_optimizer(optimizer)
         return optimizer
 
     def train_step(self, batch: Batch) -> StepResult:
@@ -135,10 +135,10 @@ class MegatronEngine:
             totals = self._run(self._rows(batch, train=False), train=False)
         return float(totals[0] / totals[1])
 
-    def _rows(self, batch: Batch, *, train: bool) -> list[Row]:
+    def _rows(self, batch: Batch, *, train: bool) -> list[LMRow]:
         return [pack(micro, self.config, self.layout, train=train).to(self.device) for micro in batch.micro_batches]
 
-    def _run(self, rows: Sequence[Row], *, train: bool) -> Tensor:
+    def _run(self, rows: Sequence[LMRow], *, train: bool) -> Tensor:
         """Megatron's schedule over all micro-batches -> float64 [loss sum, targets, tokens] of the global batch."""
         reports: list[Tensor] = self._forward_backward(
             forward_step_func=_forward_step, data_iterator=iter(rows), model=[self.ddp],
@@ -174,7 +174,7 @@ class MegatronEngine:
         one step old in part; their float32 copies are right.
         """
         with megatron_device():
-            checkpoint.load(folder, self.model, self.optimizer)
+            checkpoint.load_checkpoint(folder, self.model, self.optimizer)
             self._gather_weights()
 
     def _gather_weights(self) -> None:
@@ -210,9 +210,9 @@ def _is_vector(parameter: nn.Parameter) -> bool:
     return parameter.ndim < 2
 
 
-def _forward_step(rows: Iterator[Row], model: nn.Module) -> tuple[Tensor, Callable]:
+def _forward_step(rows: Iterator[LMRow], model: nn.Module) -> tuple[Tensor, Callable]:
     """What Megatron's schedule calls for each micro-batch: the output, and the function that makes a loss of it."""
-    row: Row = next(rows)
+    row: LMRow = next(rows)
 
     def loss(token_loss_1N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = (token_loss_1N[0].float() * row.weights_N).sum()

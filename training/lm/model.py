@@ -24,7 +24,7 @@ from landiff.model_zoo.layers import rotary_table
 from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training import rng
-from landiff.training.lm.batch import Row, pad_to
+from landiff.training.lm.batch import LMRow, pad_to
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.layers import PackedRow, block_spec, transformer_config
 
@@ -61,7 +61,7 @@ class MegatronLM(GPTModel):
             self.text = text.to(device, core.params_dtype)
             self.micro = micro.to(device, core.params_dtype)
 
-    def embed(self, row: Row) -> Tensor:
+    def embed(self, row: LMRow) -> Tensor:
         """Token embeddings, with the condition vectors at their positions.
 
         Returns [N, 1, D], under sequence parallelism this rank's part of the N positions.
@@ -77,7 +77,7 @@ class MegatronLM(GPTModel):
             mixed_N1D = tensor_parallel.scatter_to_sequence_parallel_region(mixed_N1D)
         return mixed_N1D
 
-    def forward(self, row: Row, *, logits: bool = False) -> Tensor:
+    def forward(self, row: LMRow, *, logits: bool = False) -> Tensor:
         """Loss of each token, [1, N].
 
         With `logits` it returns logits instead, float32 [N, vocabulary], complete on all

@@ -40,7 +40,7 @@ class Metrics:
         self.tensorboard = folder / "tensorboard"
         self.total_steps = total_steps
         self.world = world
-        self.progress = Progress(stream)
+        self.progress = StepProgress(stream)
         self._writer: EventFile | None = None
         self._reset()
 
@@ -82,7 +82,7 @@ class Metrics:
             file.write(json.dumps({"step": state.step, "time": time.time(), **scalars}) + "\n")
         for tag, value in scalars.items():
             self._open_writer.add_scalar(tag, value, state.step)
-        self.progress.show(describe(state.step, self.total_steps, scalars), final=state.step >= self.total_steps)
+        self.progress.show(format_metrics(state.step, self.total_steps, scalars), final=state.step >= self.total_steps)
         self._reset()
 
     def add_videos(self, state: TrainState, videos: Mapping[str, Tensor], fps: float = 8.0) -> None:
@@ -109,7 +109,7 @@ class Metrics:
         self._waited_s = 0.0
 
 
-class Progress:
+class StepProgress:
     """One line that rewrites itself on a terminal; elsewhere a line now and then."""
 
     def __init__(self, stream: TextIO, every_s: float = PRINT_EVERY_S) -> None:
@@ -136,7 +136,7 @@ class Progress:
             self._width = 0
 
 
-def describe(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
+def format_metrics(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
     """The progress line."""
     steps_per_s = scalars["throughput/steps_per_s"]
     speed = f"{scalars['throughput/samples_per_s']:.1f} samples/s"

@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 from landiff.data_pipeline.format.schema import Reject
 from landiff.data_pipeline.ingest.config import Bucket, ShardsConfig
-from landiff.data_pipeline.ingest.plan.planned_shard import STAGE, SetAside, Span, Unit
+from landiff.data_pipeline.ingest.plan.planned_shard import STAGE, PlannedShard, SetAside, Span
 from landiff.data_pipeline.ingest.plan.probes import seen
-from landiff.data_pipeline.ingest.plan.rows import Row
+from landiff.data_pipeline.ingest.plan.rows import SourceRow
 from landiff.data_pipeline.ingest.shots import Look
 from landiff.data_pipeline.ingest.sources.entries import SourceClip
 
@@ -28,9 +28,9 @@ BYTES_PER_FILE = 32 << 20  # of rows whose keys are in memory together
 MOST_FILES = 256
 
 
-def lay(config: ShardsConfig, rows: Path) -> Iterator[Unit]:
+def lay(config: ShardsConfig, rows: Path) -> Iterator[PlannedShard]:
     """All units of a source, each when it is complete: not in the order of their names."""
-    layout = Layout(config)
+    layout = ShardLayout(config)
     files = min(MOST_FILES, 1 + rows.stat().st_size // BYTES_PER_FILE)
     with Repeats(rows.parent, files) as repeats:
         for row, look in seen(config, rows):
@@ -63,14 +63,14 @@ def lay(config: ShardsConfig, rows: Path) -> Iterator[Unit]:
     yield from layout.rest()
 
 
-class Layout:
+class ShardLayout:
     """Puts spans and rejects into units. A shard is full or it is the last of its shape."""
 
     def __init__(self, config: ShardsConfig) -> None:
         self.config = config
         self._begun = 0
-        self._open: dict[str, Unit] = {}  # the last of each shape
-        self._complete: list[Unit] = []
+        self._open: dict[str, PlannedShard] = {}  # the last of each shape
+        self._complete: list[PlannedShard] = []
         self._last = config.shapes[0]  # where rejects go
 
     def add(self, span: Span, shape: Bucket) -> None:
@@ -80,22 +80,22 @@ class Layout:
             unit = self._begin(shape)
         unit.spans.append(span)
 
-    def reject(self, row: Row, reason: str, detail: str = "") -> None:
+    def reject(self, row: SourceRow, reason: str, detail: str = "") -> None:
         unit = self._open.get(self._last.name) or self._begin(self._last)
         unit.aside.append(SetAside(Reject(key=row.clip.name, stage=STAGE, reason=reason, detail=detail), row.clip.video, row.offset))
 
-    def complete(self) -> list[Unit]:
+    def complete(self) -> list[PlannedShard]:
         """Units that nothing more comes to, each told once."""
         complete, self._complete = self._complete, []
         return complete
 
-    def rest(self) -> list[Unit]:
+    def rest(self) -> list[PlannedShard]:
         return [*self.complete(), *self._open.values()]
 
-    def _begin(self, shape: Bucket) -> Unit:
+    def _begin(self, shape: Bucket) -> PlannedShard:
         if shape.name in self._open:
             self._complete.append(self._open[shape.name])
-        unit = self._open[shape.name] = Unit(f"{self._begun:06d}", shape, shape.name if self.config.buckets else "")
+        unit = self._open[shape.name] = PlannedShard(f"{self._begun:06d}", shape, shape.name if self.config.buckets else "")
         self._begun += 1
         return unit
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from landiff.data_pipeline.format.schema import Reject, fingerprint
+from landiff.data_pipeline.format.schema import Reject, content_fingerprint
 from landiff.data_pipeline.ingest.config import Bucket, ShardsConfig
-from landiff.data_pipeline.ingest.plan.rows import Row
+from landiff.data_pipeline.ingest.plan.rows import SourceRow
 from landiff.data_pipeline.video.codec import VideoFile
 
 STAGE = "shards"
@@ -53,7 +53,7 @@ class SetAside:
 
 
 @dataclass
-class Unit:
+class PlannedShard:
     """One future shard."""
 
     name: str
@@ -73,7 +73,7 @@ class Unit:
         converted = [(span.key, span.conversions) for span in self.spans if span.conversions]
         if converted:
             parts.append(converted)
-        return fingerprint(*parts)
+        return content_fingerprint(*parts)
 
     def as_json(self) -> dict[str, Any]:
         """Without what the rows say."""
@@ -84,7 +84,7 @@ class Unit:
         }
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any], rows: BinaryIO) -> Unit:
+    def from_json(cls, plain: dict[str, Any], rows: BinaryIO) -> PlannedShard:
         """`rows`: the open file of rows."""
         unit = cls(plain["name"], Bucket(**plain["shape"]), plain["bucket"])
         for key, sha256, start, crop, offset, conversions in plain["spans"]:
@@ -100,6 +100,6 @@ class Unit:
         return unit
 
 
-def _row(rows: BinaryIO, offset: int) -> Row:
+def _row(rows: BinaryIO, offset: int) -> SourceRow:
     rows.seek(offset)
-    return Row.from_json(rows.readline(), offset)
+    return SourceRow.from_json(rows.readline(), offset)

@@ -23,18 +23,18 @@ from pathlib import Path
 from landiff.configs.documents import parse_line
 from landiff.configs.files import write_text
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.plan.rows import Row, chunks, damage_of, read_rows, videos_of
+from landiff.data_pipeline.ingest.plan.rows import SourceRow, chunks, damage_of, read_rows, videos_of
 from landiff.data_pipeline.ingest.shots import Look, Looker
-from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
+from landiff.data_pipeline.ingest.sources.content_kinds import describe_file_content
 from landiff.data_pipeline.ingest.sources.entries import hint_for_missing
-from landiff.data_pipeline.video.codec import Failure, SafeDecoder, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, SafeDecoder, VideoFile
 
-Progress = Callable[[int, int, str], None]  # (done, of all, what is being done)
+ProgressCallback = Callable[[int, int, str], None]  # (done, of all, what is being done)
 Borrow = Callable[[], AbstractContextManager[SafeDecoder]]
 
 
 def look_at_all(config: ShardsConfig, rows: Path, task: tuple[int, int], executor: Executor, look: Callable[[VideoFile], Look],
-                progress: Progress | None) -> None:
+                progress: ProgressCallback | None) -> None:
     """Have a file of looks for each chunk of `rows`."""
     pieces = [piece for piece, _ in chunks(config, rows)]
     total, done, (number, of) = sum(piece.videos for piece in pieces), 0, task
@@ -52,7 +52,7 @@ def look_at_all(config: ShardsConfig, rows: Path, task: tuple[int, int], executo
         done += piece.videos
 
 
-def seen(config: ShardsConfig, rows: Path) -> Iterator[tuple[Row, Look]]:
+def seen(config: ShardsConfig, rows: Path) -> Iterator[tuple[SourceRow, Look]]:
     """All rows in order, each with what was seen of its video: an empty look where it is unusable."""
     nothing = Look()
     for piece, members in chunks(config, rows):
@@ -70,14 +70,14 @@ def inspect(looker: Looker, video: VideoFile, borrow: Borrow) -> Look:
     try:
         sha256 = sha256_of(video)
     except ValueError as error:  # a name with a null byte
-        return Look(failure=Failure("unreadable_file", str(error)))
+        return Look(failure=DecodeFailure("unreadable_file", str(error)))
     except FileNotFoundError as error:
-        return Look(failure=Failure("unreadable_file", f"{error.strerror}{hint_for_missing(video.path)}"))
+        return Look(failure=DecodeFailure("unreadable_file", f"{error.strerror}{hint_for_missing(video.path)}"))
     except OSError as error:
-        return Look(failure=Failure("unreadable_file", error.strerror or str(error)))
+        return Look(failure=DecodeFailure("unreadable_file", error.strerror or str(error)))
     with borrow() as decoder:
         found = looker.look(decoder, video, sha256)
-    kind = describe_file(video.path, video.offset, video.size) if found.failure else None
+    kind = describe_file_content(video.path, video.offset, video.size) if found.failure else None
     if kind:
         found = replace(found, failure=replace(found.failure, detail=f"it is {kind}; {found.failure.detail}"))
     return found

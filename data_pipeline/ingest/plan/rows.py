@@ -23,12 +23,12 @@ from typing import Any, BinaryIO
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import parse_line, read_json
 from landiff.configs.files import atomic_file, write_text
-from landiff.data_pipeline.format.schema import fingerprint
+from landiff.data_pipeline.format.schema import content_fingerprint
 from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.sources.entries import Ignored, SourceClip, Tally, TarFile
+from landiff.data_pipeline.ingest.sources.entries import IgnoredFiles, SourceClip, Tally, TarFile
 from landiff.data_pipeline.ingest.sources.listing import Listing
-from landiff.data_pipeline.video.codec import Failure, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 LOOKS_VERSION = 2  # of what is seen of a video
 TARS_VERSION = 2  # of what is read from a tar: 2 splits names at the last dot
@@ -38,7 +38,7 @@ ROWS_PER_VIDEO = 16  # of a chunk, at most
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One row of the source. What makes it unusable before its video is opened is its clip's `failure`."""
 
     clip: SourceClip
@@ -63,12 +63,12 @@ class Row:
         return [clip.name, os.fspath(video.path), video.offset, video.size, captions, clip.start_s, end_s, failure, *self.stamp]
 
     @classmethod
-    def from_json(cls, line: bytes, offset: int) -> Row:
+    def from_json(cls, line: bytes, offset: int) -> SourceRow:
         fields = parse_line(line, "a row of the plan")
         name, path, start, size, (caption, *more), start_s, end_s, failure, *rest = fields
         number = rest[2] if len(rest) > 2 else 0
         clip = SourceClip(name, VideoFile(Path(path), start, size), caption, start_s, math.inf if end_s is None else end_s,
-                          Failure(*failure) if failure else None, tuple(more), number)
+                          DecodeFailure(*failure) if failure else None, tuple(more), number)
         return cls(clip, tuple(rest[:2]), offset, offset + len(line))
 
 
@@ -101,14 +101,14 @@ class SourceState:
     ignored: Tally
 
 
-def read_state(config: ShardsConfig, listing: Listing) -> SourceState:
+def read_plan_state(config: ShardsConfig, listing: Listing) -> SourceState:
     """Lists the whole source, without opening tars. Raises ConfigError when a row can't be read."""
     return _read_source(config, listing, None, Tally())
 
 
 def plan_path(config: ShardsConfig, data: Path, folder: str, listing: Listing) -> Path:
     """The path of the plan of this source as it is now. Raises ConfigError when a row can't be read."""
-    return data / folder / f"{read_state(config, listing).mark}.json"
+    return data / folder / f"{read_plan_state(config, listing).mark}.json"
 
 
 def rows_path(plan: Path) -> Path:
@@ -144,10 +144,10 @@ def write_rows(config: ShardsConfig, listing: Listing, plan: Path) -> Path:
 
 def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, members: Tally) -> SourceState:
     """The state of a source. Where `file` is given, the rows go to it, and `members` counts what tars hold besides."""
-    digest = hashlib.sha256(fingerprint(LOOKS_VERSION, config.identity(), config.columns.recorded()).encode())
+    digest = hashlib.sha256(content_fingerprint(LOOKS_VERSION, config.identity(), config.columns.recorded()).encode())
     ignored, stamps = Tally(), _Stamps()
     for entry in listing.entries():
-        if isinstance(entry, Ignored):
+        if isinstance(entry, IgnoredFiles):
             ignored.add(entry.kind, entry.name)
         elif isinstance(entry, SourceClip):
             row = _row_of(config, entry, stamps)
@@ -164,7 +164,7 @@ def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, 
 def _write_members(config: ShardsConfig, listing: Listing, tar: TarFile, stamps: _Stamps, file: BinaryIO,
                    members: Tally) -> None:
     for entry in listing.members(tar):
-        if isinstance(entry, Ignored):
+        if isinstance(entry, IgnoredFiles):
             members.add(entry.kind, entry.name)
         else:
             file.write(_row_of(config, entry, stamps).as_json().encode() + b"\n")
@@ -184,11 +184,11 @@ class _Stamps:
         return self._stamp
 
 
-def _row_of(config: ShardsConfig, clip: SourceClip, stamps: _Stamps) -> Row:
+def _row_of(config: ShardsConfig, clip: SourceClip, stamps: _Stamps) -> SourceRow:
     failure = unusable(config, clip)
     if failure:
         clip = replace(clip, caption="", more_captions=(), failure=failure)
-    return Row(clip, stamps.of(clip.video.path))
+    return SourceRow(clip, stamps.of(clip.video.path))
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
@@ -199,29 +199,29 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return (found.st_size, found.st_mtime_ns)
 
 
-def unusable(config: ShardsConfig, clip: SourceClip) -> Failure | None:
+def unusable(config: ShardsConfig, clip: SourceClip) -> DecodeFailure | None:
     """What is wrong with a row before its video is opened."""
     if clip.failure:
         return clip.failure
     if not clip.caption:
-        return Failure("empty_caption")
+        return DecodeFailure("empty_caption")
     longest = max(map(len, (clip.caption, *clip.more_captions)))
     if longest > config.max_caption:
-        return Failure("long_caption", f"{longest} characters, more than max_caption = {config.max_caption}")
+        return DecodeFailure("long_caption", f"{longest} characters, more than max_caption = {config.max_caption}")
     return None
 
 
-def read_rows(path: Path, offset: int = 0, end: float = math.inf) -> Iterator[Row]:
+def read_rows(path: Path, offset: int = 0, end: float = math.inf) -> Iterator[SourceRow]:
     with damage_of(path), open(path, "rb") as file:
         file.seek(offset)
         while offset < end and (line := file.readline()):
-            yield Row.from_json(line, offset)
+            yield SourceRow.from_json(line, offset)
             offset += len(line)
 
 
-def chunks(config: ShardsConfig, path: Path) -> Iterator[tuple[Chunk, list[Row]]]:
+def chunks(config: ShardsConfig, path: Path) -> Iterator[tuple[Chunk, list[SourceRow]]]:
     """The rows in pieces that are cut where the names say so: a new video changes one piece only."""
-    rows: list[Row] = []
+    rows: list[SourceRow] = []
     videos: dict[VideoFile, None] = {}
     full = False
     for row in read_rows(path):
@@ -238,16 +238,16 @@ def chunks(config: ShardsConfig, path: Path) -> Iterator[tuple[Chunk, list[Row]]
         yield _chunk(config, rows), rows
 
 
-def videos_of(rows: Sequence[Row]) -> dict[VideoFile, tuple[int, int]]:
+def videos_of(rows: Sequence[SourceRow]) -> dict[VideoFile, tuple[int, int]]:
     """The videos that are to be looked at, each once, in order; with their stamps."""
     return {row.clip.video: row.stamp for row in rows if not row.clip.failure}
 
 
-def _chunk(config: ShardsConfig, rows: Sequence[Row]) -> Chunk:
+def _chunk(config: ShardsConfig, rows: Sequence[SourceRow]) -> Chunk:
     videos = videos_of(rows)
     shots = config.shots.model_dump(mode="json") if config.shots else None
     marks = [(repr(os.fspath(video.path)), video.offset, video.size, *stamp) for video, stamp in videos.items()]
     video = config.video.model_dump(mode="json")
     letterbox = config.filters.letterbox
-    mark = fingerprint(LOOKS_VERSION, config.max_pixels, video, shots, letterbox, marks)
+    mark = content_fingerprint(LOOKS_VERSION, config.max_pixels, video, shots, letterbox, marks)
     return Chunk(rows[0].offset, rows[-1].end, f"looks-{mark}.jsonl", len(videos))

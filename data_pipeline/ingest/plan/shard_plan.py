@@ -23,8 +23,8 @@ from landiff.configs.documents import MAX_INDEX_BYTES, parse_line, read_json
 from landiff.configs.files import atomic_file, write_text
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.plan.layout import lay
-from landiff.data_pipeline.ingest.plan.planned_shard import Unit
-from landiff.data_pipeline.ingest.plan.probes import Borrow, Progress, inspect, look_at_all
+from landiff.data_pipeline.ingest.plan.planned_shard import PlannedShard
+from landiff.data_pipeline.ingest.plan.probes import Borrow, ProgressCallback, inspect, look_at_all
 from landiff.data_pipeline.ingest.plan.rows import damage_of, plan_path, rows_path, write_rows
 from landiff.data_pipeline.ingest.shots import Looker
 from landiff.data_pipeline.ingest.sources.listing import Listing
@@ -45,7 +45,7 @@ class Line:
     bad: int
 
 
-class Plan:
+class ShardPlan:
     """A committed plan. Reading a unit costs as much as the unit is long."""
 
     def __init__(self, path: Path) -> None:
@@ -54,11 +54,11 @@ class Plan:
             units = read_json(path, limit=MAX_INDEX_BYTES)["units"]
             self.lines = [Line(*line) for line in units]
 
-    def unit(self, line: Line) -> Unit:
+    def unit(self, line: Line) -> PlannedShard:
         units = self.path.with_suffix(".jsonl")
         with damage_of(units), open(units, "rb") as file, open(rows_path(self.path), "rb") as rows:
             text = os.pread(file.fileno(), line.size, line.offset)
-            return Unit.from_json(parse_line(text, str(units)), rows)
+            return PlannedShard.from_json(parse_line(text, str(units)), rows)
 
     def share(self, task: tuple[int, int]) -> list[Line]:
         """The units of task (number, of): in the order of their hashes every of-th, so that shares are even and mixed."""
@@ -67,14 +67,14 @@ class Plan:
 
 
 def make(config: ShardsConfig, path: Path, listing: Listing, task: tuple[int, int], executor: Executor, borrow: Borrow,
-         progress: Progress | None) -> Plan:
+         progress: ProgressCallback | None) -> ShardPlan:
     """The plan at `path`, made where it isn't there; its work is shared with the other tasks."""
     if not path.exists():
         looker = Looker(config)
         rows = write_rows(config, listing, path)
         look_at_all(config, rows, task, executor, lambda video: inspect(looker, video, borrow), progress)
         write(config, path, lay(config, rows))
-    return Plan(path)
+    return ShardPlan(path)
 
 
 def path_of(config: ShardsConfig, data: Path, listing: Listing) -> Path:
@@ -82,7 +82,7 @@ def path_of(config: ShardsConfig, data: Path, listing: Listing) -> Path:
     return plan_path(config, data, PLAN, listing)
 
 
-def write(config: ShardsConfig, path: Path, units: Iterable[Unit]) -> None:
+def write(config: ShardsConfig, path: Path, units: Iterable[PlannedShard]) -> None:
     """Commit a plan."""
     lines: list[Line] = []
     with atomic_file(path.with_suffix(".jsonl")) as file:

@@ -48,7 +48,7 @@ def describe_content(head: bytes) -> str | None:
     return None
 
 
-def describe_file(path: Path, offset: int = 0, size: int = -1) -> str | None:
+def describe_file_content(path: Path, offset: int = 0, size: int = -1) -> str | None:
     """`describe_content` of a file, or of `size` bytes of it; None also where it cannot be read."""
     if size == 0:
         return describe_content(b"")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from landiff.data_pipeline.video.codec import Failure, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 VIDEO_SUFFIXES = frozenset(
     (
@@ -50,7 +50,7 @@ class SourceClip:
     caption: str
     start_s: float = 0.0  # counted from the first frame
     end_s: float = math.inf
-    failure: Failure | None = None  # what is known to be wrong with it before it is opened
+    failure: DecodeFailure | None = None  # what is known to be wrong with it before it is opened
     more_captions: tuple[str, ...] = ()  # where the row has several
     line: int = 0  # of its table, counted from 1; 0 where there is no table
 
@@ -63,7 +63,7 @@ class TarFile:
 
 
 @dataclass(frozen=True)
-class Ignored:
+class IgnoredFiles:
     """A file of a source that no clip uses."""
 
     kind: str  # its suffix, such as ".part", or a word, such as "link_loop"

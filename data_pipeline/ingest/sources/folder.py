@@ -16,7 +16,7 @@ from landiff.data_pipeline.ingest.config import ColumnsConfig
 from landiff.data_pipeline.ingest.sources.entries import (
     CAPTION_SUFFIXES,
     VIDEO_SUFFIXES,
-    Ignored,
+    IgnoredFiles,
     SourceClip,
     TarFile,
     is_apple_double,
@@ -29,7 +29,7 @@ from landiff.data_pipeline.ingest.sources.text_files import (
     captions_beside,
     read_caption_file,
 )
-from landiff.data_pipeline.video.codec import Failure, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 
 @dataclass(slots=True)
@@ -73,11 +73,11 @@ class FolderFile:
         return f"{self.folder.path}/{self.name}"
 
 
-def walk(root: Path) -> Iterator[FolderFile | SourceClip | Ignored]:
+def walk(root: Path) -> Iterator[FolderFile | SourceClip | IgnoredFiles]:
     """All files below a folder, in the order of their whole paths.
 
     A folder that cannot be read is a SourceClip that has failed, a link that is not followed is
-    Ignored.
+    IgnoredFiles.
     Raises OSError where `root` itself cannot be read.
     """
     followed = {os.path.realpath(root)}
@@ -92,12 +92,12 @@ def walk(root: Path) -> Iterator[FolderFile | SourceClip | Ignored]:
             folder, relative, path = found.folder, found.relative, found.path.removesuffix("/")
             problem = _link_problem(folder, path, followed) if found.name in folder.links else ""
             if problem:
-                yield Ignored(problem, printable(relative))
+                yield IgnoredFiles(problem, printable(relative))
                 continue
             try:
                 stack.append(iter_folder(_read_folder(path, relative)))
             except OSError as error:
-                failure = Failure("unreadable_folder", error.strerror or str(error))
+                failure = DecodeFailure("unreadable_folder", error.strerror or str(error))
                 yield SourceClip(printable(relative), VideoFile(Path(path)), "", failure=failure)
 
 
@@ -157,7 +157,7 @@ def _link_problem(folder: Folder, path: str, followed: set[str]) -> str:
 # ------------------------------------------------------------------------------------------ clips
 
 
-def folder_entries(root: Path, columns: ColumnsConfig) -> Iterator[SourceClip | TarFile | Ignored]:
+def folder_entries(root: Path, columns: ColumnsConfig) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
     """What is below a folder without a table: videos with captions beside them, and tars."""
     for found in walk(root):
         if isinstance(found, FolderFile):
@@ -168,18 +168,18 @@ def folder_entries(root: Path, columns: ColumnsConfig) -> Iterator[SourceClip | 
 
 def _file_entries(
     file: FolderFile, columns: ColumnsConfig
-) -> Iterator[SourceClip | TarFile | Ignored]:
+) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
     stem, suffix = split_name(file.name)
     clip_or_tar = (suffix in VIDEO_SUFFIXES or suffix == ".tar") and not is_apple_double(file.name)
     if clip_or_tar and file.problem:
-        failure = Failure("unreadable_file", file.problem)
+        failure = DecodeFailure("unreadable_file", file.problem)
         yield SourceClip(printable(file.relative), VideoFile(Path(file.path)), "", failure=failure)
     elif clip_or_tar and suffix == ".tar":
         yield TarFile(Path(file.path))
     elif clip_or_tar:
         yield from _video(file, stem, columns)
     elif suffix not in CAPTION_SUFFIXES or not _videos(file.folder.siblings(stem)):
-        yield Ignored(_kind(file), printable(file.relative))
+        yield IgnoredFiles(_kind(file), printable(file.relative))
 
 
 def _kind(file: FolderFile) -> str:
@@ -192,7 +192,7 @@ def _videos(siblings: list[tuple[str, str]]) -> list[str]:
     return [name for name, suffix in siblings if suffix in VIDEO_SUFFIXES]
 
 
-def _video(file: FolderFile, stem: str, columns: ColumnsConfig) -> Iterator[SourceClip | Ignored]:
+def _video(file: FolderFile, stem: str, columns: ColumnsConfig) -> Iterator[SourceClip | IgnoredFiles]:
     """One video, and the caption files beside it that are not used."""
     folder = file.folder
     siblings = folder.siblings(stem)
@@ -207,7 +207,7 @@ def _video(file: FolderFile, stem: str, columns: ColumnsConfig) -> Iterator[Sour
         texts = ((printable(name), read_caption_file(f"{folder.path}/{name}")) for name in files)
         captions, used, detail = captions_beside(texts, columns.caption)
         if detail:
-            failure = Failure("empty_caption", detail)
+            failure = DecodeFailure("empty_caption", detail)
     except TextError as error:
         failure = error.failure
     yield SourceClip(
@@ -221,4 +221,4 @@ def _video(file: FolderFile, stem: str, columns: ColumnsConfig) -> Iterator[Sour
         unused += [name for name in files if printable(name) != used]
     if unused and file.name == _videos(siblings)[0]:
         for name in unused:
-            yield Ignored(kind_of(name), printable(folder.prefix + name))
+            yield IgnoredFiles(kind_of(name), printable(folder.prefix + name))

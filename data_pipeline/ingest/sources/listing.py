@@ -16,11 +16,11 @@ import braceexpand
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.config import ColumnsConfig, ShardsConfig
-from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
+from landiff.data_pipeline.ingest.sources.content_kinds import describe_file_content
 from landiff.data_pipeline.ingest.sources.entries import (
     COMPRESSIONS,
     VIDEO_SUFFIXES,
-    Ignored,
+    IgnoredFiles,
     SourceClip,
     Tally,
     TarFile,
@@ -38,7 +38,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 ARCHIVES = frozenset((".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar"))
 MAX_TARS = 1_000_000  # that one pattern may name
 
-Entry = SourceClip | TarFile | Ignored
+Entry = SourceClip | TarFile | IgnoredFiles
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Listing:
     entries: Callable[[], Iterator[Entry]]  # in an order that depends on the source alone
     columns: ColumnsConfig = ColumnsConfig()
 
-    def members(self, tar: TarFile) -> Iterator[SourceClip | Ignored]:
+    def members(self, tar: TarFile) -> Iterator[SourceClip | IgnoredFiles]:
         """What a tar of `entries` holds."""
         return tar_entries(tar.path, self.columns)
 
@@ -132,7 +132,7 @@ def _check_table(path: Path) -> None:
         )
     if suffix in TABLE_SUFFIXES:
         return
-    kind = describe_file(path)
+    kind = describe_file_content(path)
     raise ConfigError(
         f"source = {str(path)!r} is neither a .csv, .tsv or .jsonl with captions nor a .tar of clips"
         f"{f'; it is {kind}' if kind else ''}; for single videos give the folder that they lie in, "
@@ -144,7 +144,7 @@ def _check_not_empty(config: ShardsConfig, listing: Listing, table: Path | None)
     """Raise ConfigError where a source has no clip, not even one that failed."""
     ignored = Tally()
     for entry in listing.entries():
-        if not isinstance(entry, Ignored):
+        if not isinstance(entry, IgnoredFiles):
             return
         ignored.add(entry.kind, entry.name)
     held = f"; it holds {ignored}" if ignored.counts else ""

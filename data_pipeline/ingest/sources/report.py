@@ -10,7 +10,7 @@ from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
 from landiff.data_pipeline.ingest.plan.rows import NO_STAMP, stamp_of, unusable
 from landiff.data_pipeline.ingest.shard_maker import tally_rejects
 from landiff.data_pipeline.ingest.sources.entries import (
-    Ignored,
+    IgnoredFiles,
     SourceClip,
     Tally,
     TarFile,
@@ -46,8 +46,8 @@ def summarize_source(config: ShardsConfig) -> SourceSummary:
     return summary
 
 
-def _count(config: ShardsConfig, summary: SourceSummary, entry: SourceClip | Ignored) -> None:
-    if isinstance(entry, Ignored):
+def _count(config: ShardsConfig, summary: SourceSummary, entry: SourceClip | IgnoredFiles) -> None:
+    if isinstance(entry, IgnoredFiles):
         summary.ignored.add(entry.kind, entry.name)
         return
     failure = unusable(config, entry)

@@ -23,7 +23,7 @@ from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.config import ColumnsConfig
 from landiff.data_pipeline.ingest.sources.entries import (
     VIDEO_SUFFIXES,
-    Ignored,
+    IgnoredFiles,
     SourceClip,
     kind_of,
     printable,
@@ -39,7 +39,7 @@ from landiff.data_pipeline.ingest.sources.text_files import (
     parse_object,
     table_lines,
 )
-from landiff.data_pipeline.video.codec import Failure, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 DELIMITERS = (",", "\t", ";", "|")
@@ -87,7 +87,7 @@ def table_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
 
 def folder_table_entries(
     folder: Path, table: Path, columns: ColumnsConfig
-) -> Iterator[SourceClip | Ignored]:
+) -> Iterator[SourceClip | IgnoredFiles]:
     """The clips of the table of a folder, then the files that the table does not name.
 
     8 bytes for each row are kept in memory.
@@ -104,7 +104,7 @@ def folder_table_entries(
             value = hash(os.path.normpath(found.path))
             at = int(np.searchsorted(hashes, value))
             if at == len(hashes) or hashes[at] != value:
-                yield Ignored(_kind_beside(found), printable(found.relative))
+                yield IgnoredFiles(_kind_beside(found), printable(found.relative))
 
 
 def _kind_beside(file: FolderFile) -> str:
@@ -249,7 +249,7 @@ def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterat
             f"{path.name}:{line}",
             VideoFile(path.parent),
             line,
-            Failure("no_file_name", detail),
+            DecodeFailure("no_file_name", detail),
         )
         return
     video = VideoFile(path.parent / file)
@@ -262,7 +262,7 @@ def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterat
             file,
             video,
             line,
-            Failure(error.failure.reason, f"line {line}: {error.failure.detail}"),
+            DecodeFailure(error.failure.reason, f"line {line}: {error.failure.detail}"),
         )
         return
     if times is None:
@@ -294,7 +294,7 @@ def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterat
         )
 
 
-def _failed(path: Path, name: str, video: VideoFile, line: int, failure: Failure) -> SourceClip:
+def _failed(path: Path, name: str, video: VideoFile, line: int, failure: DecodeFailure) -> SourceClip:
     return SourceClip(name=printable(name), video=video, caption="", failure=failure, line=line)
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from landiff.data_pipeline.ingest.config import ColumnsConfig
-from landiff.data_pipeline.ingest.sources.content_kinds import describe_file
+from landiff.data_pipeline.ingest.sources.content_kinds import describe_file_content
 from landiff.data_pipeline.ingest.sources.entries import (
     CAPTION_SUFFIXES,
     VIDEO_SUFFIXES,
-    Ignored,
+    IgnoredFiles,
     SourceClip,
     is_apple_double,
     kind_of,
@@ -30,7 +30,7 @@ from landiff.data_pipeline.ingest.sources.text_files import (
     TextError,
     captions_beside,
 )
-from landiff.data_pipeline.video.codec import Failure, VideoFile
+from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 MAX_HEADER_BYTES = 1 << 20  # of one member: extended headers and long names included
 MAX_PADDING = (
@@ -73,7 +73,7 @@ class BoundedReader:
         return self._file.tell()
 
 
-def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | Ignored]:
+def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | IgnoredFiles]:
     """The clips of one tar, in the order of their keys, and its members that no clip uses.
 
     A member's key is its name up to the last dot. Of a tar that is damaged, what lies before the
@@ -84,9 +84,9 @@ def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | Ign
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 yield from _TarListing(path, file, columns).entries()
             else:
-                yield _failed(path, path.name, Failure("unreadable_file", "not a regular file"))
+                yield _failed(path, path.name, DecodeFailure("unreadable_file", "not a regular file"))
     except OSError as error:
-        yield _failed(path, path.name, Failure("unreadable_file", error.strerror or str(error)))
+        yield _failed(path, path.name, DecodeFailure("unreadable_file", error.strerror or str(error)))
 
 
 class _TarListing:
@@ -99,9 +99,9 @@ class _TarListing:
         self.links: dict[
             tuple[str, str], str
         ] = {}  # (key, suffix) -> name of the member that it leads to
-        self.failed: list[tuple[str, Failure]] = []  # videos that cannot be used: (member, why)
+        self.failed: list[tuple[str, DecodeFailure]] = []  # videos that cannot be used: (member, why)
 
-    def entries(self) -> Iterator[SourceClip | Ignored]:
+    def entries(self) -> Iterator[SourceClip | IgnoredFiles]:
         """All clips and ignored members."""
         damage, members = None, 0
         try:
@@ -109,10 +109,10 @@ class _TarListing:
                 members += 1
                 yield from self._add(member)
         except DAMAGE as error:
-            damage = Failure("damaged_tar", printable(f"{type(error).__name__}: {error}")[:160])
-            kind = None if members else describe_file(self.path)
+            damage = DecodeFailure("damaged_tar", printable(f"{type(error).__name__}: {error}")[:160])
+            kind = None if members else describe_file_content(self.path)
             if kind:
-                damage = Failure("not_a_tar", f"it is {kind}")
+                damage = DecodeFailure("not_a_tar", f"it is {kind}")
         yield from self._resolve_links()
         for key, places in self.samples.items():
             yield from self._clips(key, places)
@@ -121,9 +121,9 @@ class _TarListing:
         if damage:
             yield _failed(self.path, self.path.name, damage)
         elif not members:
-            yield Ignored("empty_tar", printable(self.path.name))
+            yield IgnoredFiles("empty_tar", printable(self.path.name))
 
-    def _add(self, member: tarfile.TarInfo) -> Iterator[Ignored]:
+    def _add(self, member: tarfile.TarInfo) -> Iterator[IgnoredFiles]:
         """Note one member; gives it back where no clip can use it."""
         name = member.name
         key, suffix = split_name(name)
@@ -139,7 +139,7 @@ class _TarListing:
             yield from self._refuse(
                 suffix,
                 name,
-                Failure("duplicate_name", "the tar holds this name twice; the first is used"),
+                DecodeFailure("duplicate_name", "the tar holds this name twice; the first is used"),
             )
         elif member.islnk() or member.issym():
             target = member.linkname
@@ -149,28 +149,28 @@ class _TarListing:
             self.links[key, suffix] = target
         elif not member.isreg() or member.issparse():
             what = "it is stored as a sparse file" if member.issparse() else "not a regular file"
-            yield from self._refuse(suffix, name, Failure("unreadable_member", what))
+            yield from self._refuse(suffix, name, DecodeFailure("unreadable_member", what))
         else:
             places[suffix] = (member.offset_data, member.size)
 
-    def _refuse(self, suffix: str, name: str, failure: Failure) -> Iterator[Ignored]:
+    def _refuse(self, suffix: str, name: str, failure: DecodeFailure) -> Iterator[IgnoredFiles]:
         """A video becomes a clip that failed, a caption is ignored."""
         if suffix in VIDEO_SUFFIXES:
             self.failed.append((name, failure))
         else:
             yield self._ignored(failure.reason, name)
 
-    def _ignored(self, kind: str, name: str) -> Ignored:
-        return Ignored(kind, printable(f"{self.path.name}:{name}"))
+    def _ignored(self, kind: str, name: str) -> IgnoredFiles:
+        return IgnoredFiles(kind, printable(f"{self.path.name}:{name}"))
 
-    def _resolve_links(self) -> Iterator[Ignored]:
+    def _resolve_links(self) -> Iterator[IgnoredFiles]:
         """Give links the places of the members that they lead to."""
         for (key, suffix), target in self.links.items():
             place = self._find(target)
             if place == NOWHERE:
                 del self.samples[key][suffix]
                 detail = f"a link to {printable(target)!r}, which the tar does not hold"
-                yield from self._refuse(suffix, key + suffix, Failure("unreadable_member", detail))
+                yield from self._refuse(suffix, key + suffix, DecodeFailure("unreadable_member", detail))
             else:
                 self.samples[key][suffix] = place
 
@@ -184,7 +184,7 @@ class _TarListing:
                 return place
         return NOWHERE
 
-    def _clips(self, key: str, places: dict[str, Place]) -> Iterator[SourceClip | Ignored]:
+    def _clips(self, key: str, places: dict[str, Place]) -> Iterator[SourceClip | IgnoredFiles]:
         """The videos of one key, each with the key's captions."""
         videos = [suffix for suffix in places if suffix in VIDEO_SUFFIXES]
         texts = {key + suffix: places[suffix] for suffix in CAPTION_SUFFIXES if suffix in places}
@@ -194,14 +194,14 @@ class _TarListing:
                 files = ((name, self._read(place)) for name, place in texts.items())
                 captions, used, detail = captions_beside(files, self.columns.caption)
                 if detail:
-                    failure = Failure("empty_caption", detail)
+                    failure = DecodeFailure("empty_caption", detail)
             except TextError as error:
-                failure = Failure(error.failure.reason, printable(error.failure.detail))
+                failure = DecodeFailure(error.failure.reason, printable(error.failure.detail))
         for number, suffix in enumerate(videos):
             name = key + suffix if number else key  # a second video of the same key has its suffix
             place = places[suffix]
             cut = (
-                Failure("truncated", "the tar ends within it") if sum(place) > self.length else None
+                DecodeFailure("truncated", "the tar ends within it") if sum(place) > self.length else None
             )
             yield SourceClip(
                 name=printable(f"{self.path.name}:{name}"),
@@ -222,7 +222,7 @@ class _TarListing:
         return os.pread(self.file.fileno(), min(size, MAX_TEXT_BYTES + 1), offset)
 
 
-def _failed(path: Path, name: str, failure: Failure) -> SourceClip:
+def _failed(path: Path, name: str, failure: DecodeFailure) -> SourceClip:
     return SourceClip(printable(name), VideoFile(path), "", failure=failure)
 
 

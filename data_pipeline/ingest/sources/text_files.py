@@ -17,7 +17,7 @@ from typing import Any
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.sources.content_kinds import HEAD_BYTES, describe_content
 from landiff.data_pipeline.ingest.sources.entries import printable
-from landiff.data_pipeline.video.codec import Failure
+from landiff.data_pipeline.video.codec import DecodeFailure
 
 MAX_TEXT_BYTES = 16 << 20  # of one caption file, or of one line of a table
 MAX_LITERAL = (
@@ -38,7 +38,7 @@ class TextError(ValueError):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.failure = Failure(reason, detail)
+        self.failure = DecodeFailure(reason, detail)
 
 
 # ------------------------------------------------------------------------------------------ captions

@@ -31,7 +31,7 @@ from landiff.configs.files import write_text
 from landiff.configs.loader import read_json_as
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
 from landiff.model_zoo.convert.lazy import LazyTensors, Stored
-from landiff.model_zoo.convert.pickles import Ignored, read_pickle, replaced
+from landiff.model_zoo.convert.pickles import IgnoredObject, read_pickle, replace_leaves
 from landiff.model_zoo.convert.rules import check_against
 
 LAYOUT = "layout.json"  # in a checkpoint folder of training/diffusion ...
@@ -41,7 +41,7 @@ OPTIMIZER_FILE = r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Layout(Config):
+class ZeroLayout(Config):
     """What training/diffusion says about its checkpoint: how it is cut, and of which model."""
 
     zero_stage: int  # 0: whole weights without an optimizer
@@ -60,9 +60,9 @@ class Layout(Config):
         write_text(folder / LAYOUT, self.model_dump_json(indent=1))
 
     @staticmethod
-    def read(folder: Path) -> Layout:
+    def read(folder: Path) -> ZeroLayout:
         try:
-            return read_json_as(Layout, folder / LAYOUT)
+            return read_json_as(ZeroLayout, folder / LAYOUT)
         except FileNotFoundError:
             raise ConfigError(f"{folder} is not a checkpoint of the diffusion trainer: it has no {LAYOUT}") from None
         except ConfigError as error:
@@ -262,7 +262,7 @@ def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:
     Phase main gives the "transformer", phase control the whole "diffusion" model. All in float32, which is what
     trained weights are kept in; weights that start a run have the dtype they were written with.
     """
-    layout = Layout.read(folder)
+    layout = ZeroLayout.read(folder)
     tensors = exported(read_deepspeed(folder / SHARDS))
     check_against(tensors.meta, layout.shapes, f"checkpoint {folder}")
     return *layout.part, tensors
@@ -425,6 +425,6 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     def foreign(node: Any) -> bool:
         if isinstance(node, Mapping | list | tuple):
             return any(map(foreign, node.values() if isinstance(node, Mapping) else node))
-        return isinstance(node, Ignored)
+        return isinstance(node, IgnoredObject)
 
-    return {key: replaced(value, _read) for key, value in values.items() if not foreign(value)}
+    return {key: replace_leaves(value, _read) for key, value in values.items() if not foreign(value)}

@@ -25,14 +25,14 @@ from landiff.model_zoo.convert.formats.deepspeed import (
     START,
     DeepSpeedState,
     FragmentAddress,
-    Layout,
     LossScaler,
     OptimizerGroup,
     Scattered,
+    ZeroLayout,
     ZeroStage,
 )
-from landiff.model_zoo.convert.lazy import LazyTensors, Progress, megabytes
-from landiff.model_zoo.convert.pickles import replaced, write_pickle
+from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, megabytes
+from landiff.model_zoo.convert.pickles import replace_leaves, write_pickle
 from landiff.model_zoo.health import require_finite
 
 ALIGNMENT = 2  # elements: ZeRO 1 and 2 pad a group to a multiple of this and the ranks
@@ -48,7 +48,7 @@ class Cut:
     dtype: torch.dtype | None = None  # of what the module computes with; None: as it is
 
 
-def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: Progress | None = None) -> None:
+def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: ProgressCallback | None = None) -> None:
     """Write all of `state` as `cut.world_size` ranks of ZeRO `cut.stage` would save it.
 
     Raises UnhealthyError for weights or moments with NaN or infinity.
@@ -72,13 +72,13 @@ def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: Pro
         file.write(folder / name, progress and _shifted(progress, sum(sizes[:number]), sum(sizes)))
 
 
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
+def _shifted(progress: ProgressCallback, before: int, total: int) -> ProgressCallback:
     """One file's counts as those of all files."""
     return lambda done, _own_total: progress(before + done, total)
 
 
 def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerConfig, tensors: LazyTensors,
-                progress: Progress | None = None, cut: Cut | None = None) -> None:
+                progress: ProgressCallback | None = None, cut: Cut | None = None) -> None:
     """Weights that start a run; our own engine reads them at any stage and world size. DeepSpeed itself:
 
         engine.load_checkpoint(folder, tag="zero", load_module_only=True)                                  ZeRO 1, 2, any world size
@@ -103,7 +103,7 @@ def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerCo
         _model_of_stage_2(replace(state, rest=_with_stage(state.rest, 0)), Cut(1, 1)).write(folder / SHARDS / START, progress)
     whole = config if control else DiffusionConfig(transformer=config, control_layers=min(15, config.num_layers))
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[tensors.dtype()]
-    Layout(zero_stage=0, world_size=1, precision=precision, phase="control" if control else "main",
+    ZeroLayout(zero_stage=0, world_size=1, precision=precision, phase="control" if control else "main",
            model=whole, shapes={name: list(tensor.shape) for name, tensor in tensors.meta.items()}).write(folder)
 
 
@@ -180,9 +180,9 @@ class _File:
     def tensors(self) -> LazyTensors:
         return LazyTensors(self.meta, lambda name: torch.cat([t.flatten() for t in self.makers[name]()]), lambda name: self.makers[name]())
 
-    def write(self, path: Path, progress: Progress | None) -> None:
+    def write(self, path: Path, progress: ProgressCallback | None) -> None:
         def content(fakes: Mapping[str, Tensor]) -> Any:
-            return replaced(self.content, lambda leaf: fakes[leaf.name] if isinstance(leaf, _Key) else leaf)
+            return replace_leaves(self.content, lambda leaf: fakes[leaf.name] if isinstance(leaf, _Key) else leaf)
 
         write_pickle(path, self.tensors, content, progress, CLASSES)
 
@@ -225,7 +225,7 @@ def _around(file: _File, state: DeepSpeedState, world_size: int, module: Mapping
             frozen: Sequence[str] | None, fragments: Mapping[str, Any] | None) -> None:
     shapes = state.shapes
     file.content = {
-        **replaced(state.rest, file.small), "module": module, "buffer_names": list(state.buffers), "optimizer": None,
+        **replace_leaves(state.rest, file.small), "module": module, "buffer_names": list(state.buffers), "optimizer": None,
         "param_shapes": [OrderedDict((name, shapes[name]) for name in names) for names in groups],
         "frozen_param_shapes": None if frozen is None else OrderedDict((name, shapes[name]) for name in frozen),
         "frozen_param_fragments": None if frozen is None else OrderedDict(fragments), "shared_params": {}, "dp_world_size": world_size,
@@ -324,7 +324,7 @@ def _of_adam(file: _File, state: DeepSpeedState, stretches: Sequence[_Stretch]) 
     if not state.moment_places:
         return {}  # before its first step
     numbers = state.numbers or {"step": torch.tensor(float(state.optimizer_steps))}
-    return {**replaced(numbers, file.small), **{key: file.vector(places, stretches, torch.float32) for key, places in state.moment_places.items()}}
+    return {**replace_leaves(numbers, file.small), **{key: file.vector(places, stretches, torch.float32) for key, places in state.moment_places.items()}}
 
 
 def _torch_state(state: DeepSpeedState, moments: Sequence[Mapping[str, Any]], numbers: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -338,5 +338,5 @@ def _optimizer_around(file: _File, state: DeepSpeedState, content: Mapping[str, 
     common = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, **state.optimizer}
     # ZeRO 1 and 2 clip at what the file says, ZeRO 3, which doesn't write it, at what its config says
     common.setdefault("clip_grad", state.rest["ds_config"].get("gradient_clipping", 0.0))
-    file.content = {"optimizer_state_dict": {**common, **replaced(content, file.small)}, "ds_config": state.rest["ds_config"],
+    file.content = {"optimizer_state_dict": {**common, **replace_leaves(content, file.small)}, "ds_config": state.rest["ds_config"],
                     "ds_version": state.rest["ds_version"]}

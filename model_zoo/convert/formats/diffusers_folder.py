@@ -28,7 +28,7 @@ from landiff.model_zoo.convert.formats.diffusers_transformer import (
 )
 from landiff.model_zoo.convert.lazy import (
     LazyTensors,
-    Progress,
+    ProgressCallback,
     read_safetensors,
     write_safetensors,
 )
@@ -38,11 +38,11 @@ from landiff.model_zoo.convert.parts import (
     TABLES,
     VAE,
     Part,
-    Source,
+    WeightSource,
     control_of,
-    fit,
     joined,
     main_of,
+    match_model,
     under_names_of,
 )
 from landiff.model_zoo.convert.rules import ConversionError, all_of
@@ -84,13 +84,13 @@ def model_folders(path: Path) -> list[Path]:
     return [path / name for name in FOLDERS.values() if class_of(path / name)]
 
 
-def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> Source:
+def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> WeightSource:
     folders = model_folders(path)
     parts = {part.kind: part for part in all_of(partial(read_model, folder, allow_missing) for folder in folders)}
     if CONTROL in parts and "transformer" in parts:
         parts["diffusion"] = joined(parts.pop(CONTROL), parts.pop("transformer"))
     found = sorted({class_of(folder) for folder in folders})
-    return Source(path, "transformers" if found == ["LanDiffLM"] else "diffusers", ", ".join(found), tuple(parts.values()),
+    return WeightSource(path, "transformers" if found == ["LanDiffLM"] else "diffusers", ", ".join(found), tuple(parts.values()),
                   provenance={"classes": found})
 
 
@@ -107,12 +107,12 @@ def read_model(folder: Path, allow_missing: Sequence[str] = ()) -> Part:
             raise ConversionError(
                 f"{folder / 'config.json'} does not describe a transformer of ours: {error}"
             ) from None
-        return fit(state, kind, config, TABLES["diffusers", kind], str(folder), allow_missing)
+        return match_model(state, kind, config, TABLES["diffusers", kind], str(folder), allow_missing)
     if kind == VAE:
         config = {key: value for key, value in data.items() if not key.startswith("_")}
-        return fit(state, kind, config, PLAIN, str(folder), allow_missing)
+        return match_model(state, kind, config, PLAIN, str(folder), allow_missing)
     config = validate(CONFIGS[kind], data.get("landiff"), f"{folder / 'config.json'}: landiff")
-    return fit(state, kind, config, TABLES["transformers", "lm"] if kind == "lm" else PLAIN, str(folder), allow_missing)
+    return match_model(state, kind, config, TABLES["transformers", "lm"] if kind == "lm" else PLAIN, str(folder), allow_missing)
 
 
 def _weights(folder: Path) -> LazyTensors:
@@ -149,7 +149,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- writing
 
 
-def write_diffusers(folder: Path, parts: Sequence[Part], progress: Progress | None = None) -> None:
+def write_diffusers(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None = None) -> None:
     """Each part in its sub-folder."""
     by_kind = {part.kind: part for part in parts}
     if "diffusion" in by_kind:
@@ -159,7 +159,7 @@ def write_diffusers(folder: Path, parts: Sequence[Part], progress: Progress | No
         write_model(folder / FOLDERS[kind], part, progress)
 
 
-def write_model(folder: Path, part: Part, progress: Progress | None = None) -> None:
+def write_model(folder: Path, part: Part, progress: ProgressCallback | None = None) -> None:
     """One model's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if part.kind == "lm":

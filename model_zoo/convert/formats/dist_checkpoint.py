@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from landiff.configs.files import atomic_file
-from landiff.model_zoo.convert.lazy import LazyTensors, Progress, give_back, megabytes
-from landiff.model_zoo.convert.pickles import Ignored, write_pickle
+from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, give_back, megabytes
+from landiff.model_zoo.convert.pickles import IgnoredObject, write_pickle
 from landiff.model_zoo.convert.rules import ConversionError
 
 METADATA = ".metadata"
@@ -50,7 +50,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if name in KNOWN.get(module, ()):
             return super().find_class(module, name)
         if PASSED_OVER.fullmatch(f"{module}.{name}"):
-            return Ignored
+            return IgnoredObject
         raise ConversionError(f"{self.path} is refused: it holds {module}.{name}, which no checkpoint of this format does, and "
                               "unpickling a foreign type can run any code")
 
@@ -58,7 +58,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(folder: Path) -> Metadata:
     """`.metadata` of a checkpoint folder, unpickled with the allow-list. Raises ConversionError.
 
-    Objects that are of no use here (paths, Megatron's own notes) come back as `Ignored`.
+    Objects that are of no use here (paths, Megatron's own notes) come back as `IgnoredObject`.
     """
     path = folder / METADATA
     if not path.is_file():
@@ -150,7 +150,7 @@ class _Window(io.RawIOBase):
         return self.file.readinto(memoryview(buffer)[: max(0, self.length - self.tell())])
 
 
-def write_dist(folder: Path, tensors: LazyTensors, objects: Mapping[str, Any], progress: Progress | None = None) -> None:
+def write_dist(folder: Path, tensors: LazyTensors, objects: Mapping[str, Any], progress: ProgressCallback | None = None) -> None:
     """Whole tensors, for any layout to load, and small objects beside them.
 
     A file for each tensor, filled as it is made. torch's own writer would hold several at a time, and wraps whatever interrupts it.

@@ -25,8 +25,8 @@ from landiff.configs.documents import read_yaml
 from landiff.configs.files import atomic_file, write_text
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader, write_dist
-from landiff.model_zoo.convert.lazy import LazyTensors, Progress, converted
-from landiff.model_zoo.convert.rules import ConversionError, Rule, check_against, convert
+from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, converted
+from landiff.model_zoo.convert.rules import ConversionError, Rule, apply_rules, check_against
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
 
@@ -53,7 +53,7 @@ class Padded:
     heads: int
 
 
-def rules(config: LMConfig, padded: Padded) -> list[Rule]:
+def megatron_rules(config: LMConfig, padded: Padded) -> list[Rule]:
     """The table."""
     vocab, heads = TokenLayout.of(config).vocab_size, config.num_heads
     head_dim = config.hidden_size // heads
@@ -111,12 +111,12 @@ def to_megatron(source: Mapping[str, Tensor], config: LMConfig, padded: Padded,
     prefixes = ["token_embedding.", "text.", "micro."] if first else []
     prefixes += [f"blocks.{i}." for i in layers]
     prefixes += ["final_norm.", "head."] if last else []
-    table = rules(config, padded)
+    table = megatron_rules(config, padded)
     for prefix in prefixes:
         part = {name: source[name] for name in source if name.startswith(prefix)}
         if not part:
             raise ConversionError(f"the weights have no {prefix}*; they are not of a language model with this config")
-        yield from convert(part, table, "to_theirs").items()
+        yield from apply_rules(part, table, "to_theirs").items()
 
 
 def shard(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
@@ -207,13 +207,13 @@ def padding_of(theirs: LazyTensors, config: LMConfig, folder: Path) -> Padded:
 def under_our_names(theirs: LazyTensors, config: LMConfig, padded: Padded, what: str) -> LazyTensors:
     """One tensor for every weight: the weights themselves, or what an optimizer keeps for each of them."""
     check_against(theirs.meta, _shapes(config, padded), what)
-    return converted(theirs, rules(config, padded), "to_ours")
+    return converted(theirs, megatron_rules(config, padded), "to_ours")
 
 
 def _shapes(config: LMConfig, padded: Padded) -> dict[str, torch.Size]:
     with torch.device("meta"):
         ours = LanguageModel(config).state_dict()
-        return {name: tensor.shape for name, tensor in convert(ours, rules(config, padded), "to_theirs").items()}
+        return {name: tensor.shape for name, tensor in apply_rules(ours, megatron_rules(config, padded), "to_theirs").items()}
 
 
 # ---------------------------------------------------------------- writing
@@ -231,7 +231,7 @@ def default_padding(config: LMConfig, vocab_multiple: int = 128, head_multiple: 
 
 
 def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded: Padded | None = None,
-                   progress: Progress | None = None) -> None:
+                   progress: ProgressCallback | None = None) -> None:
     """`tensors` (our names) as weights that `megatron.core.dist_checkpointing` loads into any tensor- and pipeline-parallel
     layout: such a folder stores whole tensors, so one serves all.
 
@@ -239,13 +239,13 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
     There is no optimizer state: it starts a run, it does not resume one. Our own trainer starts
     from zoo entries (`init_from`) and does the same cutting itself.
     """
-    theirs = converted(tensors, rules(config, padded or default_padding(config)), "to_theirs")
+    theirs = converted(tensors, megatron_rules(config, padded or default_padding(config)), "to_theirs")
     write_dist(folder, theirs, extra_states(config), progress)
     write_documents(folder, {"checkpoint_version": 3.0, "iteration": 0})
-    write_config(folder, config)
+    write_megatron_config(folder, config)
 
 
-def write_config(folder: Path, config: LMConfig) -> None:
+def write_megatron_config(folder: Path, config: LMConfig) -> None:
     """What `stored_config` reads."""
     write_text(folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False))
 

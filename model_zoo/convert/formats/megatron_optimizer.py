@@ -25,13 +25,13 @@ from landiff.model_zoo.convert.formats.megatron import (
     Padded,
     extra_states,
     layers_apart,
+    megatron_rules,
     padding_of,
-    rules,
     under_our_names,
     write_documents,
 )
-from landiff.model_zoo.convert.lazy import LazyTensors, Progress, Stored, converted
-from landiff.model_zoo.convert.pickles import read_pickle, replaced
+from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, Stored, converted
+from landiff.model_zoo.convert.pickles import read_pickle, replace_leaves
 from landiff.model_zoo.convert.rules import ConversionError
 
 STATE = "optimizer.state."
@@ -72,7 +72,7 @@ def has_optimizer(folder: Path) -> bool:
     return _whole(entries)
 
 
-def words_of(folder: Path) -> str:
+def describe_changes(folder: Path) -> str:
     """What `has_optimizer` finds, for people."""
     entries = DistReader(folder).entries
     return "optimizer's state by rank" if _by_rank(entries) else "with the optimizer" if _whole(entries) else "no optimizer"
@@ -112,7 +112,7 @@ def read_state(folder: Path, config: LMConfig) -> MegatronState:
 
 def _torch_optimizer(folder: Path) -> tuple[Mapping[str, Any], bool]:
     """Groups and count of steps out of common.pt, and whether the optimizer is distributed."""
-    common = replaced(read_pickle(folder / COMMON), lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf)
+    common = replace_leaves(read_pickle(folder / COMMON), lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf)
     outer = common.get("optimizer")
     inner = outer.get("optimizer", outer) if isinstance(outer, Mapping) else None
     if not isinstance(inner, Mapping) or "param_groups" not in inner:
@@ -123,13 +123,13 @@ def _torch_optimizer(folder: Path) -> tuple[Mapping[str, Any], bool]:
     return inner, distributed
 
 
-def write_state(folder: Path, config: LMConfig, state: MegatronState, cut: MegatronCut, progress: Progress | None = None) -> None:
+def write_state(folder: Path, config: LMConfig, state: MegatronState, cut: MegatronCut, progress: ProgressCallback | None = None) -> None:
     """`state` as a run of `cut` would have saved it, for any tensor, pipeline and data parallel layout.
 
     The weights are cast from the float32 ones, also where `state` has some of the right precision: those of a
     checkpoint that an older version wrote with `parallel.overlap` can be one step old.
     """
-    table = rules(config, cut.padded)
+    table = megatron_rules(config, cut.padded)
     tensors = converted(state.masters.cast(cut.dtype), table, "to_theirs")
     beside = dict(state.moments)
     if cut.distributed or cut.dtype != torch.float32:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
-from landiff.model_zoo.convert.rules import Rule, convert
+from landiff.model_zoo.convert.rules import Rule, apply_rules
 from landiff.model_zoo.dit import position_table
 
 MAIN = "model.main_model.diffusion_model."
@@ -119,25 +119,25 @@ def split(state: Mapping[str, Tensor | None]) -> ReleaseParts:
 def from_release(state: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Our names for main transformer (where present), control branch and semantic condition."""
     parts = split(state)
-    return convert({**parts.main, **parts.control}, diffusion_rules(), "to_ours")
+    return apply_rules({**parts.main, **parts.control}, diffusion_rules(), "to_ours")
 
 
-def to_release(state: Mapping[str, Tensor], config: DiffusionConfig) -> dict[str, Tensor]:
+def diffusion_to_release(state: Mapping[str, Tensor], config: DiffusionConfig) -> dict[str, Tensor]:
     """The release's names for a ControlledDiffusion, position tables included, without a tokenizer copy."""
     table = release_position_table(config.transformer)
     tables = {MAIN + POSITION_TABLE: table, CONTROL + POSITION_TABLE: table.clone()}
-    return {**tables, **convert(state, diffusion_rules(), "to_theirs")}
+    return {**tables, **apply_rules(state, diffusion_rules(), "to_theirs")}
 
 
 def cogvideox_from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A DiffusionTransformer's weights from the public CogVideoX-2B file (`transformer/1000/...`, `module`)."""
     kept = {k: v for k, v in state.items() if k.startswith(COGVIDEOX) and not k.endswith(POSITION_TABLE)}
-    return convert(kept, main_rules("", COGVIDEOX), "to_ours")
+    return apply_rules(kept, main_rules("", COGVIDEOX), "to_ours")
 
 
 def cogvideox_to_release(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
     table = {COGVIDEOX + POSITION_TABLE: release_position_table(config)}
-    return {**table, **convert(state, main_rules("", COGVIDEOX), "to_theirs")}
+    return {**table, **apply_rules(state, main_rules("", COGVIDEOX), "to_theirs")}
 
 
 def release_position_table(config: TransformerConfig) -> Tensor:

@@ -23,7 +23,7 @@ from landiff.model_zoo.convert.formats import release_diffusion, release_vae
 from landiff.model_zoo.convert.formats.diffusers_folder import CLASSES, named_class
 from landiff.model_zoo.convert.lazy import (
     LazyTensors,
-    Progress,
+    ProgressCallback,
     converted,
     read_safetensors,
     write_safetensors,
@@ -33,10 +33,10 @@ from landiff.model_zoo.convert.parts import (
     TABLES,
     VAE,
     Part,
-    Source,
+    WeightSource,
     control_of,
-    fit,
     main_of,
+    match_model,
     under_names_of,
 )
 from landiff.model_zoo.convert.pickles import read_pickle, tensors_of, write_pickle
@@ -75,7 +75,7 @@ def _iteration(folder: Path) -> list[Path]:
     return shards
 
 
-def open_release(path: Path, models: ModelConfig, allow_missing: Sequence[str] = ()) -> Source:
+def open_release(path: Path, models: ModelConfig, allow_missing: Sequence[str] = ()) -> WeightSource:
     """Raises ConversionError where a file is none of the release's, or does not fit `models`."""
     files = find_files(path)
     parts: list[Part] = []
@@ -83,7 +83,7 @@ def open_release(path: Path, models: ModelConfig, allow_missing: Sequence[str] =
         if part.kind == "tokenizer" and any(other.kind == "tokenizer" for other in parts):
             continue  # the file of its own comes first; this is the copy inside the diffusion file
         parts.append(part)
-    return Source(path, "release", f"LanDiff release, {len(files)} file{'s' if len(files) > 1 else ''}", tuple(parts),
+    return WeightSource(path, "release", f"LanDiff release, {len(files)} file{'s' if len(files) > 1 else ''}", tuple(parts),
                   provenance={"files": [str(file) for file in files]})
 
 
@@ -107,7 +107,7 @@ def _read(file: Path, models: ModelConfig, allow_missing: Sequence[str]) -> list
     def part(kind: str, tensors: LazyTensors) -> Part:
         if kind == VAE:
             return _vae(tensors, file, allow_missing)
-        return fit(tensors, kind, configs[kind], TABLES["release", kind], str(file), allow_missing)
+        return match_model(tensors, kind, configs[kind], TABLES["release", kind], str(file), allow_missing)
 
     return all_of(partial(part, kind, tensors) for kind, tensors in known.items())
 
@@ -141,15 +141,15 @@ def _sorted_by_kind(state: LazyTensors) -> dict[str, LazyTensors]:
 def _vae(state: LazyTensors, file: Path, allow_missing: Sequence[str]) -> Part:
     from landiff.model_zoo.frozen.cogvideox_vae import sizes_of
 
-    table = release_vae.rules(release_vae.num_levels(state.meta))
+    table = release_vae.release_vae_rules(release_vae.num_levels(state.meta))
     config = sizes_of(release_vae.to_diffusers(state.meta))
-    return fit(state, VAE, config, table, str(file), allow_missing)
+    return match_model(state, VAE, config, table, str(file), allow_missing)
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write_release(folder: Path, parts: Sequence[Part], progress: Progress | None = None) -> None:
+def write_release(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None = None) -> None:
     """The parts as a set of the release's files in `folder`."""
     by_kind = {part.kind: part for part in parts}
     if "diffusion" in by_kind:
@@ -173,11 +173,11 @@ def write_release(folder: Path, parts: Sequence[Part], progress: Progress | None
         _write_iteration(folder / COGVIDEOX, ITERATIONS[COGVIDEOX], state, progress)
     if VAE in by_kind:
         tensors = by_kind[VAE].tensors
-        state = converted(tensors, release_vae.rules(release_vae.num_levels(tensors.meta)), "to_theirs")
+        state = converted(tensors, release_vae.release_vae_rules(release_vae.num_levels(tensors.meta)), "to_theirs")
         write_pickle(folder / VAE_FILE, state, lambda fakes: {"state_dict": dict(fakes)}, progress)
 
 
-def _write_iteration(folder: Path, iteration: str, state: LazyTensors, progress: Progress | None) -> None:
+def _write_iteration(folder: Path, iteration: str, state: LazyTensors, progress: ProgressCallback | None) -> None:
     write_pickle(folder / iteration / SHARD, state, lambda fakes: {"module": dict(fakes), "iteration": int(iteration)}, progress)
     write_text(folder / "latest", iteration)
 

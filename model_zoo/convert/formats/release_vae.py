@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from landiff.model_zoo.convert.lazy import load_safetensors
-from landiff.model_zoo.convert.rules import ConversionError, Rule, convert
+from landiff.model_zoo.convert.rules import ConversionError, Rule, apply_rules
 
 # parts of a ResNet block whose names are the same on both sides
 _BLOCK_PARTS = ("norm1", "conv1", "norm2", "conv2")
 
 
-def rules(levels: int) -> list[Rule]:
+def release_vae_rules(levels: int) -> list[Rule]:
     """The table for an auto-encoder of `levels` resolutions (four in the release)."""
     table = [Rule(f"{side}.{part}.{{rest*}}", f"{side}.{part}.{{rest*}}")
              for side in ("encoder", "decoder") for part in ("conv_in", "norm_out", "conv_out")]
@@ -54,12 +54,12 @@ def num_levels(state: Mapping[str, Any]) -> int:
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Release keys -> diffusers keys; `loss*` is dropped. Raises ConversionError for keys no rule knows."""
     kept = {k: v for k, v in state.items() if not k.startswith("loss")}
-    return convert(kept, rules(num_levels(kept)), "to_ours")
+    return apply_rules(kept, release_vae_rules(num_levels(kept)), "to_ours")
 
 
-def to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def vae_to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """diffusers keys -> release keys."""
-    return convert(state, rules(num_levels(state)), "to_theirs")
+    return apply_rules(state, release_vae_rules(num_levels(state)), "to_theirs")
 
 
 def read_release(path: Path) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ from landiff.model_zoo.convert.formats.megatron import Padded, write_megatron
 from landiff.model_zoo.convert.formats.megatron_optimizer import read_state
 from landiff.model_zoo.convert.known_formats import (
     Options,
-    describe,
-    fingerprint,
+    describe_source,
     open_source,
+    source_fingerprint,
     write_target,
 )
 from landiff.model_zoo.convert.lazy import LazyTensors
@@ -126,7 +126,7 @@ def starts(tmp_path_factory):
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            expected[phase] = {name: t + torch.randn_like(t) for name, t in registry.build(kind, config).state_dict().items()}
+            expected[phase] = {name: t + torch.randn_like(t) for name, t in registry.build_module(kind, config).state_dict().items()}
         parts = [Part(kind, config, LazyTensors.of(expected[phase]))]
         write_target(folder / phase, "deepspeed", parts, {})
         for size in (1, 2):
@@ -202,6 +202,6 @@ def test_layers_that_stock_megatron_stacks_come_in_with_their_optimizer(tmp_path
         assert first.cut == second.cut and first.groups == second.groups and first.steps == second.steps == 1
         for ones, others in ((first.weights, second.weights), (first.masters, second.masters), *zip(first.moments.values(), second.moments.values(), strict=True)):
             assert same(dict(ones), dict(others))
-        text = describe(open_source(stacked, options))
-        assert "format       megatron" in text and "with the optimizer" in text and f"fingerprint {fingerprint(open_source(apart, options).parts[0])}" in text
+        text = describe_source(open_source(stacked, options))
+        assert "format       megatron" in text and "with the optimizer" in text and f"fingerprint {source_fingerprint(open_source(apart, options).parts[0])}" in text
         assert same(dict(open_source(stacked, options).parts[0].tensors), dict(first.masters))

@@ -422,18 +422,18 @@ def test_progress_counts_up_to_all_of_it(tmp_path):
 
 def test_verify_sees_a_flipped_bit_and_a_changed_header(tmp_path):
     entry, = export_to_zoo(tmp_path, {"lm": "lm"}, [part("lm")], {"source": "here"})
-    registry.verify(entry)
+    registry.verify_entry(entry)
     assert entry.provenance["source"] == "here" and len(entry.provenance["weights_sha256"]) == 64
     file = entry.path / registry.WEIGHTS
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
     with pytest.raises(registry.ZooError, match="damaged"):
-        registry.verify(entry)
+        registry.verify_entry(entry)
     data[-5] ^= 1
     file.write_bytes(data.replace(b'"format":"pt"', b'"format":"np"'))
     with pytest.raises(registry.ZooError, match="not the file that was written"):
-        registry.verify(entry)
+        registry.verify_entry(entry)
 
 
 def test_memory_stays_near_the_largest_tensor():

@@ -12,10 +12,10 @@ from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
 from landiff.model_zoo.convert.formats.megatron import (
     Padded,
     export_lm,
+    megatron_rules,
     module_name,
     read_lm,
     read_megatron,
-    rules,
     shard,
     to_megatron,
 )
@@ -28,7 +28,7 @@ from landiff.model_zoo.convert.formats.megatron_optimizer import (
     write_state,
 )
 from landiff.model_zoo.convert.lazy import LazyTensors
-from landiff.model_zoo.convert.rules import ConversionError, convert
+from landiff.model_zoo.convert.rules import ConversionError, apply_rules
 from landiff.model_zoo.health import UnhealthyError
 from landiff.model_zoo.lm import LanguageModel
 from tests.model_zoo.convert.tiny import same
@@ -47,7 +47,7 @@ def weights(seed=0, config=CONFIG):
 
 
 def theirs(config=CONFIG, padded=PADDED, **names):
-    return convert(weights(config=config), rules(config, padded), "to_theirs")
+    return apply_rules(weights(config=config), megatron_rules(config, padded), "to_theirs")
 
 
 def write(folder, state):
@@ -57,7 +57,7 @@ def write(folder, state):
 @pytest.mark.parametrize("padded", [Padded(27, 3), PADDED])
 def test_there_and_back_is_the_same(padded):
     ours = weights()
-    back = convert(theirs(padded=padded), rules(CONFIG, padded), "to_ours")
+    back = apply_rules(theirs(padded=padded), megatron_rules(CONFIG, padded), "to_ours")
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
 

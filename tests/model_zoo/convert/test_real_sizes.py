@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from landiff.configs import load
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.convert.formats.megatron import Padded, rules
+from landiff.model_zoo.convert.formats.megatron import Padded, megatron_rules
 from landiff.model_zoo.convert.formats.release_diffusion import (
     MAIN,
     OTHER_MODELS,
@@ -28,12 +28,12 @@ from landiff.model_zoo.convert.parts import (
     VAE,
     Part,
     build_meta,
-    fit,
     joined,
+    match_model,
     under_names_of,
 )
 from landiff.model_zoo.convert.pickles import tensors_of
-from landiff.model_zoo.convert.rules import convert
+from landiff.model_zoo.convert.rules import apply_rules
 from tests.model_zoo.convert.tiny import DTYPES
 
 KEYS = Path(__file__).parents[2] / "golden" / "keys"
@@ -60,7 +60,7 @@ def described(tensors: LazyTensors) -> dict[str, tuple[torch.Size, torch.dtype]]
 
 
 def there_and_back(kind: str, state: LazyTensors) -> None:
-    part = fit(state, kind, CONFIGS[kind], TABLES["release", kind], "the release")
+    part = match_model(state, kind, CONFIGS[kind], TABLES["release", kind], "the release")
     assert described(under_names_of("release", part)) == described(state)
 
 
@@ -132,7 +132,7 @@ def test_parameter_counts_of_the_specification():
 
 def registry_parameters(kind: str) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        return dict(registry.build(kind, CONFIGS[kind]).named_parameters())
+        return dict(registry.build_module(kind, CONFIGS[kind]).named_parameters())
 
 
 def test_the_other_formats_take_the_real_sizes():
@@ -142,7 +142,7 @@ def test_the_other_formats_take_the_real_sizes():
     assert {n: m.shape for n, m in under_names_of("diffusers", real("transformer")).meta.items()} == stock
     assert {n: m.shape for n, m in build_meta(VAE, {}).items()} == vae
     lm = build_meta("lm", MODELS.lm)
-    table = rules(MODELS.lm, Padded(2176, 16))
-    theirs = convert(lm, table, "to_theirs")
+    table = megatron_rules(MODELS.lm, Padded(2176, 16))
+    theirs = apply_rules(lm, table, "to_theirs")
     assert theirs["decoder.layers.23.mlp.linear_fc1.weight"].shape == (2 * 11008, 2048) and theirs["output_layer.weight"].shape == (2176, 2048)
-    assert {n: m.shape for n, m in convert(theirs, table, "to_ours").items()} == {n: m.shape for n, m in lm.items()}
+    assert {n: m.shape for n, m in apply_rules(theirs, table, "to_ours").items()} == {n: m.shape for n, m in lm.items()}

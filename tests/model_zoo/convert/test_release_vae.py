@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from landiff.model_zoo.convert.formats.release_vae import read_release, to_diffusers, to_release
+from landiff.model_zoo.convert.formats.release_vae import read_release, to_diffusers, vae_to_release
 from landiff.model_zoo.convert.rules import ConversionError, check_against
 from landiff.model_zoo.frozen.cogvideox_vae import network_of
 
@@ -28,7 +28,7 @@ def test_every_released_tensor_fills_a_tensor_of_the_class_defaults(release):
         derived = {k: v.shape for k, v in network_of(state).state_dict().items()}
     check_against(state, expected, "the release")
     assert derived == expected
-    assert to_release(state).keys() == release.keys()
+    assert vae_to_release(state).keys() == release.keys()
 
 
 def test_loss_tensors_are_dropped_and_unknown_ones_refused(release):

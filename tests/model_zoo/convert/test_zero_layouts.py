@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def build(world: Any, stage: int, precision: str, seed: int) -> Any:
-    zero.prepare()
+    zero.prepare_deepspeed()
     net = Net(seed)
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1}, {"params": [p for p in trained if p.ndim < 2]}]

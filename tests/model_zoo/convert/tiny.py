@@ -68,7 +68,7 @@ def parts(dtype: torch.dtype = torch.float32) -> list[Part]:
 
 def outputs(kind: str, tensors: dict[str, Tensor]) -> Tensor:
     """What a model of these weights computes from fixed inputs, in float32."""
-    model = registry.build(kind, CONFIGS[kind]).eval().requires_grad_(False)
+    model = registry.build_module(kind, CONFIGS[kind]).eval().requires_grad_(False)
     model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
     generator = torch.Generator().manual_seed(1)
     if kind == "lm":

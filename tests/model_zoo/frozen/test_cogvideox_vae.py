@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from landiff.configs import ConfigError
-from landiff.model_zoo.convert.formats.release_vae import to_release
+from landiff.model_zoo.convert.formats.release_vae import vae_to_release
 from landiff.model_zoo.frozen import build
 from landiff.model_zoo.frozen.base import LatentCodec, posterior_mean, posterior_sample
 from landiff.model_zoo.frozen.config import CogVideoXVaeConfig
@@ -81,7 +81,7 @@ def test_lengths_that_would_not_come_back_are_refused(codec):
 
 
 def test_the_released_file_gives_the_same_codec_as_the_diffusers_folder(codec, network, tmp_path):
-    torch.save({"state_dict": to_release(network.state_dict())}, tmp_path / "3d-vae.pt")
+    torch.save({"state_dict": vae_to_release(network.state_dict())}, tmp_path / "3d-vae.pt")
     other = build(CogVideoXVaeConfig(path=str(tmp_path / "3d-vae.pt"), dtype="float32"))
     assert other.fingerprint == codec.fingerprint
     video = moving_blobs(num_frames=9, height=16, width=16)[None]

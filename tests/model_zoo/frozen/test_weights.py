@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from landiff.configs import ConfigError
-from landiff.model_zoo.frozen.weights import fingerprint, package_folder
+from landiff.model_zoo.frozen.weights import encoder_fingerprint, package_folder
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
-MARK = fingerprint("kind", {"length": 3}, TENSORS)
+MARK = encoder_fingerprint("kind", {"length": 3}, TENSORS)
 
 
 def test_fingerprint_is_the_same_everywhere():
     assert MARK == "7da68eee4bd839e1"
-    assert fingerprint("kind", {"length": 3}, {"b": TENSORS["b"], "a": TENSORS["a"].T.contiguous().T}) == MARK
+    assert encoder_fingerprint("kind", {"length": 3}, {"b": TENSORS["b"], "a": TENSORS["a"].T.contiguous().T}) == MARK
 
 
 @pytest.mark.parametrize(("kind", "options", "tensors"), [
@@ -25,7 +25,7 @@ def test_fingerprint_is_the_same_everywhere():
     ("kind", {"length": 3}, {"a": TENSORS["a"]}),
 ])
 def test_fingerprint_changes_with(kind, options, tensors):
-    assert fingerprint(kind, options, tensors) != MARK
+    assert encoder_fingerprint(kind, options, tensors) != MARK
 
 
 def test_a_missing_package_comes_with_its_pip_command():

@@ -13,9 +13,9 @@ from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.model_zoo import registry
 from landiff.training.checks import Launch
 from landiff.training.diffusion.checks import check
-from landiff.training.diffusion.columns import check_columns
+from landiff.training.diffusion.columns import check_diffusion_columns
 from landiff.training.diffusion.engine import DeepSpeedEngine
-from landiff.training.diffusion.model import build_model
+from landiff.training.diffusion.model import build_phase_model
 from landiff.training.diffusion.step import Objective
 from tests.training.diffusion.tiny import TOKENIZER, config, make_zoo, write_data
 from tests.training.toy import alone
@@ -55,12 +55,12 @@ def test_a_global_batch_that_ranks_do_not_divide_is_refused(tmp_path):
 
 def test_columns_of_another_shape_are_refused(tmp_path):
     settings = config(tmp_path)
-    assert check_columns(manifest(), settings, None) == []
-    (problem,) = check_columns(manifest(**{"text-tiny": column([5, 6])}), settings, None)
+    assert check_diffusion_columns(manifest(), settings, None) == []
+    (problem,) = check_diffusion_columns(manifest(**{"text-tiny": column([5, 6])}), settings, None)
     assert "has shape [5, 6], but model.transformer wants [3, 6]" in str(problem)
     moments = manifest(latents=column([3, 96, 4, 4], moments=True))  # mean and log-variance
-    assert check_columns(moments, settings, None) == []
-    (problem,) = check_columns(manifest(latents=column([3, 96, 4, 4])), settings, None)
+    assert check_diffusion_columns(moments, settings, None) == []
+    (problem,) = check_diffusion_columns(manifest(latents=column([3, 96, 4, 4])), settings, None)
     assert "column latents" in str(problem) and "has shape [3, 96, 4, 4]" in str(problem)
 
 
@@ -79,18 +79,18 @@ def test_tokens_of_another_tokenizer_are_refused_unless_adopted(tmp_path):
     make_zoo(tmp_path)
     settings = config(tmp_path, "control")
     own = registry.resolve(tmp_path / "zoo", "tokenizer")
-    assert check_columns(manifest(tokens=column([5], own.reference)), settings, own) == []
+    assert check_diffusion_columns(manifest(tokens=column([5], own.reference)), settings, own) == []
     foreign = manifest(tokens=column([5], "tokenizer@0123456789abcdef"))
-    (problem,) = check_columns(foreign, settings, own)
+    (problem,) = check_diffusion_columns(foreign, settings, own)
     assert f"was made by tokenizer@0123456789abcdef, but tokenizer = tokenizer is {own.reference}" in str(problem)
-    assert check_columns(foreign, config(tmp_path, "control", data__adopt="true"), own) == []
+    assert check_diffusion_columns(foreign, config(tmp_path, "control", data__adopt="true"), own) == []
 
 
 def test_tokens_of_another_length_are_refused_even_where_adopted(tmp_path):
     make_zoo(tmp_path)
     own = registry.resolve(tmp_path / "zoo", "tokenizer")
     settings = config(tmp_path, "control", data__adopt="true")
-    (problem,) = check_columns(manifest(tokens=column([4], own.reference)), settings, own)
+    (problem,) = check_diffusion_columns(manifest(tokens=column([4], own.reference)), settings, own)
     assert "4 tokens are 2 semantic frames, but model.transformer.latent_frames = 3" in str(problem)
 
 
@@ -105,7 +105,7 @@ def test_a_start_and_a_tokenizer_of_another_size_are_refused_with_the_difference
 
 def test_phase_control_starts_as_the_main_transformer(tmp_path):
     make_zoo(tmp_path)
-    model = build_model(config(tmp_path, "control"))
+    model = build_phase_model(config(tmp_path, "control"))
     main = registry.load_model(registry.resolve(tmp_path / "zoo", "main"))
     assert torch.equal(model.control.blocks[0].qkv.weight, main.blocks[0].qkv.weight)
     draw = torch.Generator().manual_seed(0)
@@ -119,6 +119,6 @@ def test_phase_control_starts_as_the_main_transformer(tmp_path):
 
 
 def test_weights_are_a_function_of_the_seed(tmp_path):
-    first, same, other = (build_model(config(tmp_path, loop__seed=seed)).state_dict() for seed in (1, 1, 2))
+    first, same, other = (build_phase_model(config(tmp_path, loop__seed=seed)).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["input.text.weight"], other["input.text.weight"])

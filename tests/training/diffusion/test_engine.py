@@ -15,7 +15,7 @@ from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import export_diffusion, read_deepspeed
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.engine import build_engine
-from landiff.training.diffusion.model import build_model, load_tokenizer
+from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
 from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from tests.distributed import run_distributed
@@ -51,7 +51,7 @@ def frozen(engine):
 
 def plain_torch(settings, steps):
     """The same training without DeepSpeed: [(loss, gradient norm)]."""
-    model = build_model(settings)
+    model = build_phase_model(settings)
     objective = Objective(settings, torch.device("cpu"), load_tokenizer(settings, torch.device("cpu")))
     optimizer = adamw(model.parameters(), settings.optim)
     found = []
@@ -247,4 +247,4 @@ def test_export_equals_the_live_weights_and_loads(folder, trained):
                 assert set(live) == set(tensors)
                 for name, tensor in tensors.items():
                     assert tensor.dtype == torch.float32 and torch.equal(tensor, live[name]), name
-                registry.build(kind, settings).load_state_dict(tensors, strict=True)
+                registry.build_module(kind, settings).load_state_dict(tensors, strict=True)

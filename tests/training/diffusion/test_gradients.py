@@ -14,7 +14,7 @@ from torch.nn import functional
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import build_engine
-from landiff.training.diffusion.model import build_model, load_tokenizer
+from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
 from landiff.training.distributed import World
 from landiff.training.replace import replaced
@@ -52,7 +52,7 @@ def engine_gradients(world: World, folder: Path) -> dict[int, Gradients]:
 def plain_gradients(folder: Path, micro: int, dtype: torch.dtype, linear: Any = functional.linear) -> Gradients:
     """Gradients without DeepSpeed: computed in `dtype` at the bfloat16 weights, summed in float64."""
     chosen = settings(folder, 1, micro)
-    model = build_model(chosen).to(torch.bfloat16).to(dtype)
+    model = build_phase_model(chosen).to(torch.bfloat16).to(dtype)
     objective = Objective(chosen, torch.device("cpu"), load_tokenizer(chosen, torch.device("cpu")))
     sums = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
     micro_batches = batch(chosen, 0).micro_batches

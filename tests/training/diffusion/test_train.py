@@ -71,4 +71,4 @@ def test_both_phases_learn_and_the_second_starts_from_the_first(tmp_path):
     assert kind == "diffusion"
     for name, tensor in entry.load().items():
         assert tensors[f"transformer.{name}"].equal(tensor), name
-    registry.build(kind, model).load_state_dict(tensors, strict=True)
+    registry.build_module(kind, model).load_state_dict(tensors, strict=True)

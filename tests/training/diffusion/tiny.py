@@ -53,7 +53,7 @@ def make_zoo(folder: Path) -> None:
     model = DiffusionConfig.model_validate(MODEL)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        main, tokenizer = registry.build("transformer", model.transformer), registry.build("tokenizer", TOKENIZER)
+        main, tokenizer = registry.build_module("transformer", model.transformer), registry.build_module("tokenizer", TOKENIZER)
         state = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in main.state_dict().items()}
         registry.export(folder / "zoo", "main", "transformer", model.transformer, state, {})
         state = tokenizer.state_dict()

@@ -10,7 +10,7 @@ from landiff.model_zoo import registry
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training.lm.batch import pack, pad_to, text_is_dropped
-from landiff.training.lm.columns import check_columns, check_tokenizer
+from landiff.training.lm.columns import check_lm_columns, check_lm_tokenizer
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_config, tiny_sample
 
@@ -92,9 +92,9 @@ def test_samples_of_another_encoder_are_refused(config, column, tensor, message)
 def test_columns_of_another_encoder_are_refused_before_training(tmp_path):
     config = tiny_config(tmp_path)
     manifest = write_data_set(tmp_path / "data", config.model, [3], 3)
-    assert check_columns(manifest, config, None) == []
+    assert check_lm_columns(manifest, config, None) == []
     other = tiny_config(tmp_path, model={"pframe_tokens": 5, "text_dim": 24})
-    codes, width = map(str, reversed(check_columns(manifest, other, None)))
+    codes, width = map(str, reversed(check_lm_columns(manifest, other, None)))
     assert "column tokens was made by test: 17 codes are no whole number of frames" in codes
     assert "states of width 20, the model takes model.text_dim = 24" in width
 
@@ -102,7 +102,7 @@ def test_columns_of_another_encoder_are_refused_before_training(tmp_path):
 def test_tokens_that_exceed_the_positions_are_refused_before_training(tmp_path):
     config = tiny_config(tmp_path, model={"max_positions": 20})
     manifest = write_data_set(tmp_path / "data", config.model, [3], 3)
-    (problem,) = check_columns(manifest, config, None)
+    (problem,) = check_lm_columns(manifest, config, None)
     assert "17 tokens for each clip" in str(problem) and "more than model.max_positions = 20" in str(problem)
 
 
@@ -111,11 +111,11 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     config = tiny_config(tmp_path, tokenizer="mine")
     entry = registry.export(config.zoo, "mine", "tokenizer", TokenizerConfig(**sizes), {"a": torch.zeros(1)}, {})
     manifest = write_data_set(tmp_path / "data", config.model, [3], 3)
-    (problem,) = check_columns(manifest, config, entry)
+    (problem,) = check_lm_columns(manifest, config, entry)
     assert f"column 'tokens' was made by test 1111222233334444, but tokenizer = mine@{entry.fingerprint}" in str(problem)
     adopting = config.model_copy(update={"data": config.data.model_copy(update={"adopt": True})})
-    assert check_columns(manifest, adopting, entry) == [] and check_tokenizer(config, entry) == []
+    assert check_lm_columns(manifest, adopting, entry) == [] and check_lm_tokenizer(config, entry) == []
     sizes["codebook_size"] = 41
     other = registry.export(config.zoo, "mine", "tokenizer", TokenizerConfig(**sizes), {"a": torch.zeros(1)}, {})
-    (problem,) = check_tokenizer(config, other)
+    (problem,) = check_lm_tokenizer(config, other)
     assert "set model.codebook_size, iframe_tokens" in str(problem)

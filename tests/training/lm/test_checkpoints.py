@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from landiff.launchers.cli import main
-from landiff.model_zoo.convert.formats.megatron import write_config
+from landiff.model_zoo.convert.formats.megatron import write_megatron_config
 from landiff.training.lm.device import megatron_device  # noqa: F401 - imports core once for all ranks
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
@@ -133,7 +133,7 @@ def test_stale_weights_are_restored_by_a_conversion(healed, tmp_path, precision,
     folder, _ = healed
     stale = folder / precision / "stale"
     if not (stale / "config.yaml").exists():
-        write_config(stale, tiny_config(folder).model)
+        write_megatron_config(stale, tiny_config(folder).model)
     words = ["--to", "megatron", "--out", str(tmp_path / "next"), f"parallel.distributed_optimizer={str(distributed).lower()}"]
     assert main(["convert", str(stale), *words]) == 0
     converted, right = tensors_of(tmp_path / "next"), tensors_of(folder / precision / "right")
