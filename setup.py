@@ -42,9 +42,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    packages=find_packages(
-        include=["landiff", "landiff.*"]
-    ),
+    packages=find_packages(include=["landiff", "landiff.*"]),
     package_data={"landiff.configs": ["**/*.yaml"], "landiff.data_pipeline": ["assets/**/*"]},
     install_requires=[
         "torch>=2.8",

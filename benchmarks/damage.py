@@ -21,11 +21,26 @@ from landiff.data_pipeline.video.codec import DecodeFailure, SafeDecoder, Wanted
 LENGTH, HEIGHT, WIDTH, RATE = 72, 96, 160, 24
 X264 = {"preset": "veryfast", "g": "24", "x264-params": "threads=1"}
 CODECS = {
-    "h264": ("mp4", "libx264", X264), "hevc": ("mp4", "libx265", {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=none"}),
-    "mpeg4": ("avi", "mpeg4", {"bf": "2", "q": "4", "g": "24"}), "mpeg2": ("mpegts", "mpeg2video", {"bf": "2", "q": "4", "g": "24"}),
-    "mjpeg": ("avi", "mjpeg", {"q": "4"}), "vp8": ("webm", "libvpx", {"b": "800k", "deadline": "realtime", "cpu-used": "8", "g": "24"}),
-    "vp9": ("webm", "libvpx-vp9", {"b": "800k", "deadline": "realtime", "cpu-used": "8", "g": "24"}),
-    "hevc with hashes": ("mp4", "libx265", {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=none:hash=1"}),
+    "h264": ("mp4", "libx264", X264),
+    "hevc": (
+        "mp4",
+        "libx265",
+        {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=none"},
+    ),
+    "mpeg4": ("avi", "mpeg4", {"bf": "2", "q": "4", "g": "24"}),
+    "mpeg2": ("mpegts", "mpeg2video", {"bf": "2", "q": "4", "g": "24"}),
+    "mjpeg": ("avi", "mjpeg", {"q": "4"}),
+    "vp8": ("webm", "libvpx", {"b": "800k", "deadline": "realtime", "cpu-used": "8", "g": "24"}),
+    "vp9": (
+        "webm",
+        "libvpx-vp9",
+        {"b": "800k", "deadline": "realtime", "cpu-used": "8", "g": "24"},
+    ),
+    "hevc with hashes": (
+        "mp4",
+        "libx265",
+        {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=none:hash=1"},
+    ),
     "av1": ("mp4", "libsvtav1", {"preset": "12", "crf": "35", "g": "24"}),
 }
 
@@ -41,7 +56,11 @@ def encode(frames: np.ndarray, container: str, codec: str, options: dict[str, st
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=RATE, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = (
+            WIDTH,
+            HEIGHT,
+            "yuvj420p" if codec == "mjpeg" else "yuv420p",
+        )
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, RATE)
@@ -68,7 +87,11 @@ def measure(decoder: SafeDecoder, data: bytes, files: int) -> tuple[int, int, in
         for number_of_span, (span, good) in enumerate(zip(spans, reference, strict=True)):
             seen = truth[3 * number_of_span :][:3] if isinstance(span, DecodeFailure) else span
             wrong = len(seen) < 3 or cv2.PSNR(seen, good) < 30
-            counts[(3 if isinstance(span, DecodeFailure) else 4) if wrong else (2 if isinstance(span, DecodeFailure) else 1)] += 1
+            counts[
+                (3 if isinstance(span, DecodeFailure) else 4)
+                if wrong
+                else (2 if isinstance(span, DecodeFailure) else 1)
+            ] += 1
     return tuple(counts)
 
 
@@ -85,12 +108,17 @@ def unchecked(data: bytes) -> np.ndarray:
 
 
 def main(files: int) -> None:
-    print(f"{'codec':<18}{'refused whole':>15}{'right, kept':>13}{'right, refused':>16}{'wrong, refused':>16}{'wrong, kept':>13}")
+    print(
+        f"{'codec':<18}{'refused whole':>15}{'right, kept':>13}{'right, refused':>16}{'wrong, refused':>16}{'wrong, kept':>13}"
+    )
     clip = scene()
     with SafeDecoder() as decoder:
         for name, spec in CODECS.items():
             counts = measure(decoder, encode(clip, *spec), files)
-            print(f"{name:<18}{counts[0]:>15}{counts[1]:>13}{counts[2]:>16}{counts[3]:>16}{counts[4]:>13}", flush=True)
+            print(
+                f"{name:<18}{counts[0]:>15}{counts[1]:>13}{counts[2]:>16}{counts[3]:>16}{counts[4]:>13}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ from landiff.training.lm.config import LMTrainConfig
 from landiff.training.observe.metrics import read_metrics
 
 PASSES = 4  # over the data in one measurement, so that opening is what it is in a long run
-SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)}  # of the paper's clips
+SHAPES = {
+    "tokens": (1218,),
+    "latents": (13, 16, 60, 90),
+    "text-t5": (226, 4096),
+}  # of the paper's clips
 
 
 @dataclass(frozen=True)
@@ -70,27 +74,44 @@ def write_raw(data: Path, clips: list[list[tuple[RawSample, bytes]]]) -> Manifes
             for meta, clip in members:
                 writer.add(meta.key, {"mp4": clip, "json": meta.model_dump_json().encode()})
         entries.append(writer.sidecar.entry)
-    manifest = Manifest(fingerprint=content_fingerprint([e.sha256 for e in entries]), config={}, shards=entries)
+    manifest = Manifest(
+        fingerprint=content_fingerprint([e.sha256 for e in entries]), config={}, shards=entries
+    )
     write_manifest(data, manifest)
     return manifest
 
 
 def meta_of(number: int, clip: bytes, frames: int, size: int) -> RawSample:
-    return RawSample(key=f"clip{number:06d}", caption=f"a picture that moves, number {number}", source="generated",
-                     source_sha256="0" * 64, start_s=0, fps=8, num_frames=frames, height=size, width=size, motion_score=0.1,
-                     video_sha256=hashlib.sha256(clip).hexdigest())
+    return RawSample(
+        key=f"clip{number:06d}",
+        caption=f"a picture that moves, number {number}",
+        source="generated",
+        source_sha256="0" * 64,
+        start_s=0,
+        fps=8,
+        num_frames=frames,
+        height=size,
+        width=size,
+        motion_score=0.1,
+        video_sha256=hashlib.sha256(clip).hexdigest(),
+    )
 
 
 def write_large_columns(data: Path, shards: int, samples: int) -> None:
     """Columns of paper size with random content."""
-    raw = [[(meta_of(s * samples + i, b"", 49, 480), b"") for i in range(samples)] for s in range(shards)]
+    raw = [
+        [(meta_of(s * samples + i, b"", 49, 480), b"") for i in range(samples)]
+        for s in range(shards)
+    ]
     manifest = write_raw(data, raw)
     draw = torch.Generator().manual_seed(0)
     columns = {}
     for name, shape in SHAPES.items():
         stem, entries = column_stem(name), []
         for entry, members in zip(manifest.shards, raw, strict=True):
-            with ShardWriter(data / name, entry.name, fingerprint=name, raw_sha256=entry.sha256) as writer:
+            with ShardWriter(
+                data / name, entry.name, fingerprint=name, raw_sha256=entry.sha256
+            ) as writer:
                 for meta, _ in members:
                     if stem == "tokens":
                         tensor = torch.randint(0, 2048, shape, generator=draw).to(torch.uint16)
@@ -98,7 +119,14 @@ def write_large_columns(data: Path, shards: int, samples: int) -> None:
                         tensor = torch.randn(shape, generator=draw).bfloat16()
                     writer.add(meta.key, {f"{stem}.safetensors": pack_tensor(stem, tensor)})
             entries.append(writer.sidecar.entry)
-        columns[name] = Column(dtype=str(tensor.dtype), shape=list(shape), encoder="random", fingerprint=name, config={}, shards=entries)
+        columns[name] = Column(
+            dtype=str(tensor.dtype),
+            shape=list(shape),
+            encoder="random",
+            fingerprint=name,
+            config={},
+            shards=entries,
+        )
     write_manifest(data, manifest.model_copy(update={"columns": columns}))
 
 
@@ -129,7 +157,11 @@ def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> li
     tars = {name: sorted((folder / name).glob("*.tar")) for name in SHAPES}
     for path in (path for paths in tars.values() for path in paths):
         forget_cached(path)
-    total, batch_size, size = shards * samples, 8, sum(t.stat().st_size for paths in tars.values() for t in paths)
+    total, batch_size, size = (
+        shards * samples,
+        8,
+        sum(t.stat().st_size for paths in tars.values() for t in paths),
+    )
     largest = max(t.stat().st_size for paths in tars.values() for t in paths)
     buffer = memoryview(np.empty(largest, np.uint8))
 
@@ -141,28 +173,58 @@ def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> li
                         pass
 
     def read_webdataset() -> None:
-        streams = [iter(webdataset.WebDataset([str(p) for p in paths] * PASSES, shardshuffle=False)) for paths in tars.values()]
+        streams = [
+            iter(webdataset.WebDataset([str(p) for p in paths] * PASSES, shardshuffle=False))
+            for paths in tars.values()
+        ]
         kept = []
         for together in zip(*streams, strict=True):
             kept = kept[-batch_size + 1 :]  # as many as a batch of the loader keeps in memory
-            kept.append([load_safetensors(sample[f"{column_stem(name)}.safetensors"])
-                         for name, sample in zip(SHAPES, together, strict=True)])
+            kept.append(
+                [
+                    load_safetensors(sample[f"{column_stem(name)}.safetensors"])
+                    for name, sample in zip(SHAPES, together, strict=True)
+                ]
+            )
 
     def read_loader(ahead: int, **how: object) -> None:
-        config = DataConfig(manifest=folder, global_batch_size=batch_size, shuffle_window=shards, prefetch_batches=ahead, **how)
+        config = DataConfig(
+            manifest=folder,
+            global_batch_size=batch_size,
+            shuffle_window=shards,
+            prefetch_batches=ahead,
+            **how,
+        )
         with Loader(config, list(SHAPES), dp_rank=0, dp_size=1) as loader:
-            for _ in range(PASSES * total // batch_size - ahead):  # those that nobody takes are read too
+            for _ in range(
+                PASSES * total // batch_size - ahead
+            ):  # those that nobody takes are read too
                 loader.next_batch()
 
-    works = {"reading the bytes": read_bytes, "webdataset": read_webdataset,
-             "loader": lambda: read_loader(0), "loader, reading ahead": lambda: read_loader(1),
-             "loader, 2 threads": lambda: read_loader(1, read_threads=2),
-             "loader, checksum": lambda: read_loader(0, checksum=True)}
-    rates = {what: PASSES * total / seconds for what, seconds in zip(works, best_cpu_s([*works.values()], repeats), strict=True)}
+    works = {
+        "reading the bytes": read_bytes,
+        "webdataset": read_webdataset,
+        "loader": lambda: read_loader(0),
+        "loader, reading ahead": lambda: read_loader(1),
+        "loader, 2 threads": lambda: read_loader(1, read_threads=2),
+        "loader, checksum": lambda: read_loader(0, checksum=True),
+    }
+    rates = {
+        what: PASSES * total / seconds
+        for what, seconds in zip(works, best_cpu_s([*works.values()], repeats), strict=True)
+    }
     bytes_only, plain = list(rates.values())[:2]
-    return [Row(what, rate, rate * size / total / 1e6,
-                f"{rate / bytes_only:.2f}x of reading the bytes (asked: 0.5x), {rate / plain:.2f}x of webdataset (3x)" if what.startswith("loader") else "")
-            for what, rate in rates.items()]
+    return [
+        Row(
+            what,
+            rate,
+            rate * size / total / 1e6,
+            f"{rate / bytes_only:.2f}x of reading the bytes (asked: 0.5x), {rate / plain:.2f}x of webdataset (3x)"
+            if what.startswith("loader")
+            else "",
+        )
+        for what, rate in rates.items()
+    ]
 
 
 def write_nano(folder: Path, clips: int) -> None:
@@ -171,13 +233,25 @@ def write_nano(folder: Path, clips: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = registry.build_module("tokenizer", config).train()
-        tokenizer(torch.randn(64, config.segment_frames, config.feature_channels, config.grid_height, config.grid_width))
+        tokenizer(
+            torch.randn(
+                64,
+                config.segment_frames,
+                config.feature_channels,
+                config.grid_height,
+                config.grid_width,
+            )
+        )
     registry.export(folder / "zoo", "tokenizer", "tokenizer", config, tokenizer.state_dict(), {})
     draw = np.random.default_rng(0)
     members = []
     for number in range(clips):
         wide = np.kron(draw.integers(0, 255, (8, 16, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-        clip = encode_clip(np.stack([np.roll(wide, -2 * t, axis=1)[:, :64] for t in range(17)]), 8, preset="ultrafast")
+        clip = encode_clip(
+            np.stack([np.roll(wide, -2 * t, axis=1)[:, :64] for t in range(17)]),
+            8,
+            preset="ultrafast",
+        )
         members.append((meta_of(number, clip, 17, 64), clip))
     write_raw(folder / "data", [members[at : at + 32] for at in range(0, clips, 32)])
 
@@ -202,8 +276,16 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
     idle machine these are its cores times the wall clock, on a busy one the time of others is left out.
     """
     write_nano(folder, clips)
-    config = load(PrecomputeConfig, "nano/precompute", [f"data={folder / 'data'}", f"zoo={folder / 'zoo'}", f"device={device}",
-                                                        f"batch_size={batch_size}"])
+    config = load(
+        PrecomputeConfig,
+        "nano/precompute",
+        [
+            f"data={folder / 'data'}",
+            f"zoo={folder / 'zoo'}",
+            f"device={device}",
+            f"batch_size={batch_size}",
+        ],
+    )
     loading = np.zeros(3)
 
     def build(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
@@ -218,44 +300,90 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
     wall, used, idle = Clock().since(begin) - loading
     precompute.finalize(config)
     # the two text columns share their stage, and each column is written
-    counts = {"decode": clips, "features": clips, "tokens": clips, "latents": clips, "text": 2 * clips, "write": 4 * clips}
+    counts = {
+        "decode": clips,
+        "features": clips,
+        "tokens": clips,
+        "latents": clips,
+        "text": 2 * clips,
+        "write": 4 * clips,
+    }
     on_cpu = job.bench.device.type == "cpu"
     spent = summary.cpu_seconds if on_cpu else summary.stage_seconds
     rows = [Row(f"precompute: {stage}", count / spent[stage]) for stage, count in counts.items()]
     if on_cpu:
-        note = (f"{sum(spent[stage] for stage in counts) / (used + idle):.2f}x of its stages' CPU seconds over the cores (asked: 0.9x); "
-                f"cores idle {idle / wall:.2f}, used {used / wall:.2f}")
+        note = (
+            f"{sum(spent[stage] for stage in counts) / (used + idle):.2f}x of its stages' CPU seconds over the cores (asked: 0.9x); "
+            f"cores idle {idle / wall:.2f}, used {used / wall:.2f}"
+        )
     else:
-        slowest = max(spent[stage] / (config.decode_threads if stage == "decode" else 1) for stage in counts)
+        slowest = max(
+            spent[stage] / (config.decode_threads if stage == "decode" else 1) for stage in counts
+        )
         note = f"{slowest / wall:.2f}x of its slowest stage (asked: 0.9x)"
-    return [*rows, Row("precompute, whole", clips / wall, None, f"{note}; encoders loaded in {loading[0]:.1f} s before")]
+    return [
+        *rows,
+        Row(
+            "precompute, whole",
+            clips / wall,
+            None,
+            f"{note}; encoders loaded in {loading[0]:.1f} s before",
+        ),
+    ]
 
 
 def measure_waits(steps: int, folder: Path) -> list[Row]:
     """How long the trainers of the nano preset wait for their data, behind the first logged steps."""
     rows = []
-    for name, config_class, changes in (("lm", LMTrainConfig, []), ("diffusion", DiffusionTrainConfig, ["loop.preview_every=0"])):
+    for name, config_class, changes in (
+        ("lm", LMTrainConfig, []),
+        ("diffusion", DiffusionTrainConfig, ["loop.preview_every=0"]),
+    ):
         preset = {"lm": "nano/lm", "diffusion": "nano/diffusion-main"}[name]
         run = folder / name
-        config = load(config_class, preset, [f"run={run}", f"zoo={folder / 'zoo'}", f"data.manifest={folder / 'data'}",
-                                             f"loop.steps={steps}", f"loop.save_every={steps}", *changes])
+        config = load(
+            config_class,
+            preset,
+            [
+                f"run={run}",
+                f"zoo={folder / 'zoo'}",
+                f"data.manifest={folder / 'data'}",
+                f"loop.steps={steps}",
+                f"loop.save_every={steps}",
+                *changes,
+            ],
+        )
         run.mkdir()
         (run / "resolved.yaml").write_text(dump(config))
         processes = 2 if name == "lm" else 1
         with local.own_run(config, name, processes, "benchmarks.data") as owned:
-            code = local.run_trainer(f"landiff.training.{name}", run / "resolved.yaml", run, processes, owned)
+            code = local.run_trainer(
+                f"landiff.training.{name}", run / "resolved.yaml", run, processes, owned
+            )
         assert code == 0, f"the {name} trainer ended with {code}"
         lines = read_metrics(run / "metrics.jsonl")[1:]
-        rate = config.data.global_batch_size / np.mean([1 / line["throughput/steps_per_s"] for line in lines])
-        rows.append(Row(f"{name} trainer", float(rate), None, f"waits for data {np.mean([line['data/wait_fraction'] for line in lines]):.2%} of the step "
-                        "(asked: 2 % at most)"))
+        rate = config.data.global_batch_size / np.mean(
+            [1 / line["throughput/steps_per_s"] for line in lines]
+        )
+        rows.append(
+            Row(
+                f"{name} trainer",
+                float(rate),
+                None,
+                f"waits for data {np.mean([line['data/wait_fraction'] for line in lines]):.2%} of the step "
+                "(asked: 2 % at most)",
+            )
+        )
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
     lines = [f"{'what':<24} {'samples/s':>10} {'MB/s':>8}"]
     for row in rows:
-        numbers = [f"{row.samples_per_s:.1f}", "-" if row.megabytes_per_s is None else f"{row.megabytes_per_s:.0f}"]
+        numbers = [
+            f"{row.samples_per_s:.1f}",
+            "-" if row.megabytes_per_s is None else f"{row.megabytes_per_s:.0f}",
+        ]
         lines.append(f"{row.what:<24} {numbers[0]:>10} {numbers[1]:>8}  {row.note}".rstrip())
     return "\n".join(lines)
 
@@ -263,18 +391,31 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--shards", type=int, default=4, help="of the loader's data set; on disk 4.1 MB * shards * samples")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        default=4,
+        help="of the loader's data set; on disk 4.1 MB * shards * samples",
+    )
     parser.add_argument("--samples", type=int, default=16, help="in a shard, a multiple of 8")
     parser.add_argument("--clips", type=int, default=256, help="that precompute works on")
     parser.add_argument("--batch-size", type=int, default=8, help="of precompute")
     parser.add_argument("--steps", type=int, default=60, help="of the trainers")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--folder", type=Path, help="where to write the data; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to write the data; default: the system's temporary folder",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         (Path(name) / "nano").mkdir()
-        rows = measure_reading(options.shards, options.samples, options.repeats, Path(name) / "reading")
-        rows += measure_precompute(options.clips, options.device, options.batch_size, Path(name) / "nano")
+        rows = measure_reading(
+            options.shards, options.samples, options.repeats, Path(name) / "reading"
+        )
+        rows += measure_precompute(
+            options.clips, options.device, options.batch_size, Path(name) / "nano"
+        )
         rows += measure_waits(options.steps, Path(name) / "nano")
     print(table(rows))
     print(f"load average: {os.getloadavg()[0]:.1f}, cores: {len(os.sched_getaffinity(0))}")

@@ -49,10 +49,17 @@ def film(height: int, width: int) -> bytes:
     large = cv2.resize(small, (width * 3 // 2, height * 3 // 2), interpolation=cv2.INTER_CUBIC)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
-        stream = output.add_stream("libx264", rate=RATE, options={"preset": "medium", "crf": "23", "threads": "1"})
+        stream = output.add_stream(
+            "libx264", rate=RATE, options={"preset": "medium", "crf": "23", "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(int(RATE * SECONDS)):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(large[number : number + height, 2 * number : 2 * number + width]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(
+                    large[number : number + height, 2 * number : 2 * number + width]
+                ),
+                format="rgb24",
+            )
             frame.pts, frame.time_base = number, Fraction(1, RATE)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
@@ -65,7 +72,11 @@ def bare(path: Path, size: tuple[int, int] | None) -> int:
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        picture = Picture(Video(container, stream, stream.codec_context), *size, max_pixels=1 << 30) if size else None
+        picture = (
+            Picture(Video(container, stream, stream.codec_context), *size, max_pixels=1 << 30)
+            if size
+            else None
+        )
         for number, frame in enumerate(container.decode(stream)):
             if picture and number in times:
                 picture(frame)
@@ -89,7 +100,14 @@ print(least)
 
 def bare_decord(path: Path, rounds: int) -> float:
     """CPU seconds, in a process of its own: two FFmpegs do not go together."""
-    return float(subprocess.run([sys.executable, "-c", BARE_DECORD, str(path), str(rounds)], check=True, capture_output=True, text=True).stdout)
+    return float(
+        subprocess.run(
+            [sys.executable, "-c", BARE_DECORD, str(path), str(rounds)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
 
 
 def bare_clip(clip: bytes) -> np.ndarray:
@@ -97,7 +115,9 @@ def bare_clip(clip: bytes) -> np.ndarray:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         context = stream.codec_context
-        picture = Picture(Video(container, stream, context), context.height, context.width, max_pixels=1 << 30)
+        picture = Picture(
+            Video(container, stream, context), context.height, context.width, max_pixels=1 << 30
+        )
         return np.stack([picture(frame) for frame in container.decode(stream)])
 
 
@@ -111,11 +131,15 @@ def cpu_seconds(work: Callable[[], object], child: DecoderProcess | None = None)
 def main(rounds: int) -> None:
     foreign(rounds)
     ours(rounds)
-    print(f"peak memory of a child: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB")
+    print(
+        f"peak memory of a child: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB"
+    )
 
 
 def foreign(rounds: int) -> None:
-    print(f"{'foreign video':<24}{'bare ms':>9}{'+ resize':>10}{'safe':>8}{'frames/s':>10}{'speed':>7}")
+    print(
+        f"{'foreign video':<24}{'bare ms':>9}{'+ resize':>10}{'safe':>8}{'frames/s':>10}{'speed':>7}"
+    )
     with tempfile.TemporaryDirectory() as folder, SafeDecoder() as decoder:
         for name, shape in SIZES.items():
             path = Path(folder) / f"{name}.mp4"
@@ -123,32 +147,71 @@ def foreign(rounds: int) -> None:
             for wish, size in WANTED.items():
                 wanted = Wanted(NUM_FRAMES, FPS, *size)
                 decoder.decode(VideoFile(path), [0.0], wanted)  # starts the child
-                measured = np.array([[
-                    cpu_seconds(lambda path=path: bare(path, None)),
-                    cpu_seconds(lambda path=path, size=size: bare(path, size)),
-                    cpu_seconds(lambda path=path, wanted=wanted: decoder.decode(VideoFile(path), [0.0], wanted), decoder.process),
-                ] for _ in range(rounds)]).min(0)
+                measured = np.array(
+                    [
+                        [
+                            cpu_seconds(lambda path=path: bare(path, None)),
+                            cpu_seconds(lambda path=path, size=size: bare(path, size)),
+                            cpu_seconds(
+                                lambda path=path, wanted=wanted: decoder.decode(
+                                    VideoFile(path), [0.0], wanted
+                                ),
+                                decoder.process,
+                            ),
+                        ]
+                        for _ in range(rounds)
+                    ]
+                ).min(0)
                 milliseconds = measured * 1000
-                print(f"{name + ' -> ' + wish:<24}{milliseconds[0]:>9.0f}{milliseconds[1]:>10.0f}{milliseconds[2]:>8.0f}"
-                      f"{NUM_FRAMES / measured[2]:>10.0f}{measured[1] / measured[2]:>7.2f}", flush=True)
+                print(
+                    f"{name + ' -> ' + wish:<24}{milliseconds[0]:>9.0f}{milliseconds[1]:>10.0f}{milliseconds[2]:>8.0f}"
+                    f"{NUM_FRAMES / measured[2]:>10.0f}{measured[1] / measured[2]:>7.2f}",
+                    flush=True,
+                )
 
 
 def ours(rounds: int) -> None:
-    print(f"{'our clips, 49 frames':<24}{'bare ms':>9}{'':>10}{'safe':>8}{'frames/s':>10}{'speed':>7}")
+    print(
+        f"{'our clips, 49 frames':<24}{'bare ms':>9}{'':>10}{'safe':>8}{'frames/s':>10}{'speed':>7}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for height, width in ((128, 128), (480, 720)):
-            wide = np.kron(np.random.default_rng(0).integers(0, 255, (height // 8, width // 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-            clip = encode_clip(np.stack([cv2.blur(wide, (5, 5))[:, 2 * k : 2 * k + width] for k in range(NUM_FRAMES)]), FPS)
+            wide = np.kron(
+                np.random.default_rng(0).integers(0, 255, (height // 8, width // 4, 3)),
+                np.ones((8, 8, 1)),
+            ).astype(np.uint8)
+            clip = encode_clip(
+                np.stack(
+                    [cv2.blur(wide, (5, 5))[:, 2 * k : 2 * k + width] for k in range(NUM_FRAMES)]
+                ),
+                FPS,
+            )
             path, digest = Path(folder) / "clip.mp4", hashlib.sha256(clip).hexdigest()
             path.write_bytes(clip)
             for backend in ("decord", "pyav"):
                 with ClipDecoder(backend) as decoder:
                     decoder.decode(clip)  # starts the child
-                    pairs = [((bare_decord(path, 1) if backend == "decord" else cpu_seconds(lambda clip=clip: bare_clip(clip))),
-                              cpu_seconds(lambda clip=clip, decoder=decoder, digest=digest: decoder.decode(clip, sha256=digest), decoder.process))
-                             for _ in range(rounds)]
+                    pairs = [
+                        (
+                            (
+                                bare_decord(path, 1)
+                                if backend == "decord"
+                                else cpu_seconds(lambda clip=clip: bare_clip(clip))
+                            ),
+                            cpu_seconds(
+                                lambda clip=clip, decoder=decoder, digest=digest: decoder.decode(
+                                    clip, sha256=digest
+                                ),
+                                decoder.process,
+                            ),
+                        )
+                        for _ in range(rounds)
+                    ]
                     before, after = np.array(pairs).min(0)
-                print(f"{f'{backend} {width}x{height}':<24}{before * 1000:>9.1f}{'':>10}{after * 1000:>8.1f}{NUM_FRAMES / after:>10.0f}{before / after:>7.2f}", flush=True)
+                print(
+                    f"{f'{backend} {width}x{height}':<24}{before * 1000:>9.1f}{'':>10}{after * 1000:>8.1f}{NUM_FRAMES / after:>10.0f}{before / after:>7.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -44,18 +44,27 @@ class Here(Executor):
 def rows(count: int) -> Iterator[SourceClip]:
     for number in range(count):
         name = f"part{number // 1000:05d}/{hashlib.md5(str(number).encode()).hexdigest()}.mp4"
-        yield SourceClip(name, VideoFile(Path("/videos") / name), f"A caption of about a hundred characters, as they are found under videos on the web, number {number}.")
+        yield SourceClip(
+            name,
+            VideoFile(Path("/videos") / name),
+            f"A caption of about a hundred characters, as they are found under videos on the web, number {number}.",
+        )
 
 
 def look(video: VideoFile) -> Look:
     number = int.from_bytes(hashlib.sha256(os.fspath(video.path).encode()).digest()[:8], "big")
     if number % 50 == 0:
         return Look(failure=DecodeFailure("invalid_data", "made up"))
-    return Look(hashlib.sha256(str(number if number % 10 else number % 100_000).encode()).hexdigest(), 4.0 + number % 5)
+    return Look(
+        hashlib.sha256(str(number if number % 10 else number % 100_000).encode()).hexdigest(),
+        4.0 + number % 5,
+    )
 
 
 def measure(count: int, folder: Path) -> str:
-    config = load(ShardsConfig, {"source": "made up", "fps": 8, "num_frames": 17, "height": 64, "width": 64})
+    config = load(
+        ShardsConfig, {"source": "made up", "fps": 8, "num_frames": 17, "height": 64, "width": 64}
+    )
     listing = Listing(lambda: rows(count))
     before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [time.process_time()]
     path = path_of(config, folder, listing)
@@ -77,7 +86,10 @@ def measure(count: int, folder: Path) -> str:
 
 
 def main(counts: list[int]) -> None:
-    print(f"{'rows':>10}{'spans':>10}{'shards':>8}{'RAM MB':>9}{'disk MB':>9}{'mark s':>9}{'rows s':>9}{'looks s':>9}{'lay s':>9}{'open s':>9}", flush=True)
+    print(
+        f"{'rows':>10}{'spans':>10}{'shards':>8}{'RAM MB':>9}{'disk MB':>9}{'mark s':>9}{'rows s':>9}{'looks s':>9}{'lay s':>9}{'open s':>9}",
+        flush=True,
+    )
     for count in counts:
         subprocess.run([sys.executable, "-m", "benchmarks.plan", "--one", str(count)], check=True)
 

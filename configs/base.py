@@ -16,7 +16,9 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """Typed, frozen, and strict about unknown keys (see `landiff.configs.loader.load`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
+    )
 
 
 LENIENT = {"lenient": True}  # validation context of `landiff.configs.loader.load_leniently`

@@ -15,7 +15,9 @@ FULL_WORDS = ("No space left on device", "Disk quota exceeded")  # of libraries 
 REFUSED_WORDS = ("Permission denied", "Operation not permitted")
 READ_ONLY_WORDS = ("Read-only file system",)
 TORCH_WRITER = "inline_container"  # in the message of its failed writes
-NEARLY_FULL = 16 << 20  # free bytes below which a library's unexplained failure is put down to space
+NEARLY_FULL = (
+    16 << 20
+)  # free bytes below which a library's unexplained failure is put down to space
 
 FREE_SPACE = "free some space or raise the quota"
 PERMISSIONS = "check owner, permissions and attributes (lsattr) of the file and of its folder"

@@ -14,4 +14,6 @@ def size(count: float) -> str:
     while count >= 1000 and len(units) > 1:
         count /= 1000
         del units[0]
-    return f"{count:.0f} {units[0]}" if count >= 10 or units[0] == "B" else f"{count:.1f} {units[0]}"
+    return (
+        f"{count:.0f} {units[0]}" if count >= 10 or units[0] == "B" else f"{count:.1f} {units[0]}"
+    )

@@ -58,8 +58,10 @@ def find(name: str, relative_to: Path | None = None) -> Path:
         return path
     path = PACKAGED / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"no packaged config is called {name!r}{_nearest(name, packaged_names())}; "
-                          f"a file of your own must end in .yaml. Known: {', '.join(packaged_names())}")
+        raise ConfigError(
+            f"no packaged config is called {name!r}{_nearest(name, packaged_names())}; "
+            f"a file of your own must end in .yaml. Known: {', '.join(packaged_names())}"
+        )
     return path
 
 
@@ -137,9 +139,7 @@ def read_json_as(
         return parse_json_as(cls, read_bytes(path, limit), path, any_text=any_text)
 
 
-def parse_json_as(
-    cls: type[C], data: bytes, origin: Path | str, *, any_text: bool = False
-) -> C:
+def parse_json_as(cls: type[C], data: bytes, origin: Path | str, *, any_text: bool = False) -> C:
     """A JSON document as a `cls`; see `read_json_as`. `origin` names the document in errors."""
     if len(data) <= MAX_JSON_BYTES:
         document = parse_json(data, str(origin), any_text=any_text)
@@ -152,7 +152,9 @@ def parse_json_as(
 
 def dump(config: Config) -> str:
     """The resolved config as YAML text that `load` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
+    )
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -161,7 +163,9 @@ def write_config(path: Path, config: Config) -> None:
     write_text(path, text, PUBLIC if redact(text) == text else PRIVATE)
 
 
-def _resolve_references(cls: type[BaseModel], data: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+def _resolve_references(
+    cls: type[BaseModel], data: dict[str, Any], folder: Path | None
+) -> dict[str, Any]:
     resolved = dict(data)
     for name, field in cls.model_fields.items():
         section = _section_class(field.annotation)
@@ -174,7 +178,9 @@ def _resolve_references(cls: type[BaseModel], data: dict[str, Any], folder: Path
             value, inner = read(path), path.parent
             for key in filter(None, part.split(".")):
                 if not isinstance(value, dict) or key not in value:
-                    raise ConfigError(f"{name}: {resolved[name]!r} names the section {part!r}, which {path} does not have")
+                    raise ConfigError(
+                        f"{name}: {resolved[name]!r} names the section {part!r}, which {path} does not have"
+                    )
                 value = value[key]
         if isinstance(value, dict):
             resolved[name] = _resolve_references(section, value, inner)
@@ -191,7 +197,9 @@ def _apply(cls: type[BaseModel], data: dict[str, Any], override: str) -> None:
         owner = _known(owner, part, ".".join(parents[: depth + 1]))
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section"
+            )
     _known(owner, last, key)
     node[last] = parse_yaml(text, f"override {shown(redact(override))}")
 
@@ -201,7 +209,9 @@ def _known(owner: type[BaseModel] | None, part: str, dotted: str) -> type[BaseMo
     if owner is None:
         return None
     if part not in owner.model_fields:
-        raise ConfigError(f"unknown config key {dotted!r}{_nearest(part, list(owner.model_fields))}")
+        raise ConfigError(
+            f"unknown config key {dotted!r}{_nearest(part, list(owner.model_fields))}"
+        )
     return _section_class(owner.model_fields[part].annotation)
 
 
@@ -229,7 +239,11 @@ def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
     if error["type"] == "extra_forbidden":
         owner: type[BaseModel] | None = cls
         for part in location[:-1]:
-            owner = _section_class(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
+            owner = (
+                _section_class(owner.model_fields[part].annotation)
+                if owner and part in owner.model_fields
+                else None
+            )
         return f"{origin}: unknown config key {dotted!r}{_nearest(location[-1], list(owner.model_fields) if owner else [])}"
     if error["type"] == "missing":
         return f"{origin}: {dotted} is required and not set"
@@ -263,4 +277,8 @@ def _explain_tag(dotted: str, context: Mapping[str, str]) -> str:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else (f"; known here: {', '.join(sorted(known))}" if known and len(known) < 25 else "")
+    return (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else (f"; known here: {', '.join(sorted(known))}" if known and len(known) < 25 else "")
+    )

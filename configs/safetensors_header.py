@@ -62,7 +62,9 @@ def read_header(path: Path) -> Header:
     entries, metadata = parse_header(data, origin)
     expected = 8 + length + filled_bytes(entries, origin)
     if expected != size:
-        raise DocumentError(f"{path} has {size} bytes, its header describes {expected}; it is damaged")
+        raise DocumentError(
+            f"{path} has {size} bytes, its header describes {expected}; it is damaged"
+        )
     return Header(entries, metadata, 8 + length)
 
 
@@ -115,6 +117,8 @@ def filled_bytes(entries: dict[str, HeaderEntry], origin: str) -> int:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             fault = "overlaps the tensor before it" if entry.begin < position else "leaves a gap"
-            raise DocumentError(f"{origin}, tensor {shown(name)}: its byte range {fault}; the file is damaged")
+            raise DocumentError(
+                f"{origin}, tensor {shown(name)}: its byte range {fault}; the file is damaged"
+            )
         position = entry.end
     return position

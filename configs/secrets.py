@@ -30,14 +30,21 @@ _PARAMETER = (
 # (pattern, replacement), applied in this order
 VALUES: tuple[tuple[re.Pattern[str], str], ...] = (
     (
-        re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL),
+        re.compile(
+            r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*-----|\Z)", re.DOTALL
+        ),
         REDACTED,
     ),
     # user:password@ and token@ in a URL; a password may hold an @ of its own
     (re.compile(r"(?<=://)[^\s/?#'\"]+@(?=[^\s@/?#'\"]+)"), f"{REDACTED}@"),
-    (re.compile(r"(?i)([?&](?:[\w.-]*[-_.])?(?:sig|" + _PARAMETER + r")=)[^&\s'\"#]+"), rf"\1{REDACTED}"),
     (
-        re.compile(r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic|token|digest)\s+)?[^\s'\",]+"),
+        re.compile(r"(?i)([?&](?:[\w.-]*[-_.])?(?:sig|" + _PARAMETER + r")=)[^&\s'\"#]+"),
+        rf"\1{REDACTED}",
+    ),
+    (
+        re.compile(
+            r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic|token|digest)\s+)?[^\s'\",]+"
+        ),
         rf"\1{REDACTED}",
     ),
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{16,}"), rf"\1 {REDACTED}"),
@@ -50,10 +57,15 @@ VALUES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\bxox[abeprs]-[A-Za-z0-9-]{10,}"), REDACTED),
     # NAME=value, --name value and "name: value", where the whole name is that of a secret
     (
-        re.compile(r"(?i)((?:\b|_|--)" + _PARAMETER + r"['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s'\",;&]+)"),
+        re.compile(
+            r"(?i)((?:\b|_|--)" + _PARAMETER + r"['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s'\",;&]+)"
+        ),
         rf"\1{REDACTED}",
     ),
-    (re.compile(r"(?i)(--(?:[\w-]+-)?" + _PARAMETER + r"\s+)('[^']*'|\"[^\"]*\"|[^\s'\"-]\S*)"), rf"\1{REDACTED}"),
+    (
+        re.compile(r"(?i)(--(?:[\w-]+-)?" + _PARAMETER + r"\s+)('[^']*'|\"[^\"]*\"|[^\s'\"-]\S*)"),
+        rf"\1{REDACTED}",
+    ),
 )
 
 

@@ -154,7 +154,7 @@ def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
     if launch.inputs_exist and is_path and not Path(config.source).exists():
         problems.append(
             Problem(
-                f'source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a '
+                f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a "
                 '.tar, or "packaged"'
             )
         )

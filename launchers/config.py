@@ -41,7 +41,9 @@ class SampleConfig(Config):
     motion_score: NonNegativeFloat | None = None  # None: 0.1
     tokens: TokenSamplingConfig = TokenSamplingConfig()
     steps: PositiveInt = 50  # of the diffusion sampler
-    guidance: NonNegativeFloat = 6.0  # of the diffusion model: the scale moves between 1 and 1 + guidance
+    guidance: NonNegativeFloat = (
+        6.0  # of the diffusion model: the scale moves between 1 and 1 + guidance
+    )
     clean_frames: NonNegativeInt = 7  # latents that a chunk of a long video keeps of the one before
     seed: NonNegativeInt = 42
     # fp32: the weights as they are. bf16: as the release samples (§4.5, §5.11); norms, head and quantiser stay float32

@@ -48,7 +48,9 @@ def checked(
 
     Raises one ConfigError with all problems that can be known before the job starts, `problems` among them.
     """
-    config, found = load_checked(stage, config_class(stage), args.config, args.overrides, launch or Launch(), values)
+    config, found = load_checked(
+        stage, config_class(stage), args.config, args.overrides, launch or Launch(), values
+    )
     if args.dry_run:
         show(config, plan(config))
     require_none([*problems, *found])
@@ -86,23 +88,33 @@ def shards_job(args: argparse.Namespace) -> int:
             others = ingest.other_shards(config.content, config.data)
             print(f"shards: nothing is planned in {config.data} for this source and config{others}")
         elif not found.shards:
-            print(f"shards: {found.looked_at} of {found.videos} videos were looked at; no shard of {config.data} is planned yet")
+            print(
+                f"shards: {found.looked_at} of {found.videos} videos were looked at; no shard of {config.data} is planned yet"
+            )
         else:
-            print(f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.in_finished} of {found.clips} clips; "
-                  f"the plan set {found.set_aside} aside")
+            print(
+                f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.in_finished} of {found.clips} clips; "
+                f"the plan set {found.set_aside} aside"
+            )
         if found is not None and found.ignored.counts:
             print(f"shards: ignored: {found.ignored}")
         return 0
     task = parse_task(args.task)
     if args.action == "run":
-        share = ingest.make_share(config.content, config.data, task, progress=Progress("shards", "clips"))
+        share = ingest.make_share(
+            config.content, config.data, task, progress=Progress("shards", "clips")
+        )
         if task != (0, 1):
-            print(f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
-                  f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize")
+            print(
+                f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
+                f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize"
+            )
             print_lines("shards", source_report.result_lines(share.rejected, share.ignored))
             return 0
     manifest = ingest.finalize(config.content, config.data)
-    print(f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}")
+    print(
+        f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of {config.data}; set aside: {counted(manifest.reject_counts)}"
+    )
     print_lines("shards", source_report.manifest_lines(manifest))
     return 0
 
@@ -116,8 +128,11 @@ def print_lines(command: str, lines: list[str]) -> None:
 def precompute_job(args: argparse.Namespace) -> int:
     if args.action in ("run", "estimate", "verify"):
         config = checked(
-            args, "precompute",
-            lambda config: f"would compute {', '.join(config.columns)} for the shards of {config.data}",
+            args,
+            "precompute",
+            lambda config: (
+                f"would compute {', '.join(config.columns)} for the shards of {config.data}"
+            ),
             problems=problems_of(lambda: parse_task(args.task, args.tasks)),
         )
         if config is None:
@@ -125,27 +140,38 @@ def precompute_job(args: argparse.Namespace) -> int:
     else:
         config = load(config_class("precompute"), args.config, args.overrides)
         if args.dry_run:
-            return show(config, f"would {args.action} the columns {', '.join(config.columns)} of {config.data}")
+            return show(
+                config,
+                f"would {args.action} the columns {', '.join(config.columns)} of {config.data}",
+            )
     from landiff.data_pipeline.precompute import producers as precompute
 
     if args.action in ("status", "retry", "verify", "estimate"):
         return precompute_question(args, config)
     task = parse_task(args.task, args.tasks)
     if args.action == "run":
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: units in work leave nothing behind
-        summary = precompute.run(config, task=task, progress=Progress("precompute", "clips", every_s=60.0))
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # as Ctrl-C: units in work leave nothing behind
+        summary = precompute.run(
+            config, task=task, progress=Progress("precompute", "clips", every_s=60.0)
+        )
         print(f"precompute: {summary}")
     if args.action == "finalize" or (task == (0, 1) and not args.no_finalize):
         manifest = precompute.finalize(config)
-        print(f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}")
+        print(
+            f"precompute: manifest of {config.data} has the columns {', '.join(manifest.columns)}; set aside: {counted(manifest.reject_counts)}"
+        )
         if "latents" in config.columns:
             from landiff.launchers.results.preview import codec_round_trip
 
             try:
                 codec_round_trip(config, Path("runs/precompute"))
             except OSError as error:
-                print(f"precompute: the columns are finished; their preview in runs/precompute could not be written: {error.strerror or error}",
-                      file=sys.stderr)
+                print(
+                    f"precompute: the columns are finished; their preview in runs/precompute could not be written: {error.strerror or error}",
+                    file=sys.stderr,
+                )
     return 0
 
 
@@ -160,7 +186,9 @@ def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> i
         print(precompute.estimate(config, args.clips))
     elif args.action == "retry":
         if not args.tasks:
-            raise ConfigError("landiff precompute retry needs --tasks N: of how many tasks the array was")
+            raise ConfigError(
+                "landiff precompute retry needs --tasks N: of how many tasks the array was"
+            )
         for column, expression in precompute.retry(config, args.tasks).items():
             print(f"{column:<24}{f'--array={expression}' if expression else 'nothing is missing'}")
     else:
@@ -199,7 +227,9 @@ def train_job(args: argparse.Namespace) -> int:
         write_config(resolved, config)
         code = run_trainer(f"landiff.training.{args.stage}", resolved, config.run, processes, owned)
     if code:
-        raise (ConfigError if code == 2 else JobFailed)(f"{config.run} failed: {explain_exit(config.run, code)}")
+        raise (ConfigError if code == 2 else JobFailed)(
+            f"{config.run} failed: {explain_exit(config.run, code)}"
+        )
     return 0
 
 
@@ -243,8 +273,17 @@ def zoo_job(args: argparse.Namespace) -> int:
     elif args.action == "list":
         print(entry_line(entry))
     else:
-        print(json.dumps({"kind": entry.kind, "path": str(entry.path), "config": entry.config.model_dump(mode="json"),
-                          "provenance": entry.provenance}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "kind": entry.kind,
+                    "path": str(entry.path),
+                    "config": entry.config.model_dump(mode="json"),
+                    "provenance": entry.provenance,
+                },
+                indent=1,
+            )
+        )
     return 0
 
 
@@ -268,19 +307,30 @@ def every_entry(zoo: Path, action: str) -> int:
 def entry_line(entry: ZooEntry) -> str:
     """Kind, reference, and where it comes from."""
     made = entry.provenance
-    origin = ", ".join(source.get("path", "?") for source in made.get("sources", ())) or "unknown origin"
-    return f"{entry.kind:<14}{entry.reference}  " + (f"step {made['step']}, " if made.get("step") is not None else "") + f"from {origin}"
+    origin = (
+        ", ".join(source.get("path", "?") for source in made.get("sources", ())) or "unknown origin"
+    )
+    return (
+        f"{entry.kind:<14}{entry.reference}  "
+        + (f"step {made['step']}, " if made.get("step") is not None else "")
+        + f"from {origin}"
+    )
 
 
 def sample_job(args: argparse.Namespace) -> int:
     values = {"prompts": args.prompts} if args.prompts else None
     try:
         config = checked(
-            args, "sample", lambda config: f"would sample {len(config.prompts)} video(s) into {config.out}", values=values
+            args,
+            "sample",
+            lambda config: f"would sample {len(config.prompts)} video(s) into {config.out}",
+            values=values,
         )
     except ConfigError as error:
         if any(" " in override for override in args.overrides):
-            raise ConfigError(f"{error}\n(a prompt that begins with KEY= stands behind --)") from None
+            raise ConfigError(
+                f"{error}\n(a prompt that begins with KEY= stands behind --)"
+            ) from None
         raise
     if config is None:
         return 0
@@ -292,8 +342,11 @@ def sample_job(args: argparse.Namespace) -> int:
 
 def evaluate_job(args: argparse.Namespace) -> int:
     config = checked(
-        args, "evaluate",
-        lambda config: f"would evaluate {config.lm} and {config.diffusion} on {config.samples} samples",
+        args,
+        "evaluate",
+        lambda config: (
+            f"would evaluate {config.lm} and {config.diffusion} on {config.samples} samples"
+        ),
     )
     if config is None:
         return 0
@@ -393,7 +446,9 @@ def parse_task(text: str | None, tasks: int | None = None) -> tuple[int, int]:
         text = f"{os.environ['SLURM_ARRAY_TASK_ID']}/{tasks}"
     if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
         first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+        return int(os.environ["SLURM_ARRAY_TASK_ID"]) - first, int(
+            os.environ["SLURM_ARRAY_TASK_COUNT"]
+        )
     if text is None:
         return 0, 1
     index, _, count = text.partition("/")

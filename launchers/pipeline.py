@@ -44,7 +44,9 @@ class StageResult:
     look: str = ""
 
 
-def pipeline_stages(preset: str, processes: int, prompts: Sequence[str] = ()) -> list[PipelineStage]:
+def pipeline_stages(
+    preset: str, processes: int, prompts: Sequence[str] = ()
+) -> list[PipelineStage]:
     """The whole walk (architecture §1) with the packaged configs of a preset, in an order that can be run."""
 
     def train(stage: str, config: str) -> tuple[str, ...]:
@@ -55,19 +57,96 @@ def pipeline_stages(preset: str, processes: int, prompts: Sequence[str] = ()) ->
 
     behind = ("--", *prompts) if prompts else ()
     return [
-        PipelineStage("shards", "clips -> raw shards", ("shards", "--config", f"{preset}/shards"), look="data/manifest.json"),
-        PipelineStage("features", "vision features", ("precompute", "--config", f"{preset}/features"), ("shards",), look="data/features"),
-        PipelineStage("tokenizer", "semantic tokenizer, torch DDP", train("tokenizer", "tokenizer"), ("features",), "runs/tokenizer", "runs/tokenizer"),
-        PipelineStage("export tokenizer", "checkpoint -> zoo", convert("tokenizer", "tokenizer"), ("tokenizer",), look="zoo/tokenizer"),
-        PipelineStage("columns", "tokens, latents, text states", ("precompute", "--config", f"{preset}/precompute"), ("export tokenizer",), look="runs/precompute"),
-        PipelineStage("lm", "language model, Megatron-core", train("lm", "lm"), ("columns",), "runs/lm", "runs/lm"),
-        PipelineStage("diffusion main", "main transformer, DeepSpeed ZeRO", train("diffusion", "diffusion-main"), ("columns",), "runs/diffusion-main", "runs/diffusion-main"),
-        PipelineStage("export main", "checkpoint -> zoo", convert("diffusion-main", "main"), ("diffusion main",), look="zoo/main"),
-        PipelineStage("diffusion control", "control branch, main frozen", train("diffusion", "diffusion-control"), ("export main",), "runs/diffusion-control", "runs/diffusion-control"),
-        PipelineStage("export lm", "checkpoint -> zoo", convert("lm", "lm"), ("lm",), look="zoo/lm"),
-        PipelineStage("export diffusion", "checkpoint -> zoo", convert("diffusion-control", "diffusion"), ("diffusion control",), look="zoo/diffusion"),
-        PipelineStage("evaluate", "are the conditions used?", ("evaluate", "--config", f"{preset}/evaluate"), ("export lm", "export diffusion"), look="evaluation.json"),
-        PipelineStage("sample", "prompts -> mp4", ("sample", "--config", f"{preset}/sample", *behind), ("export lm", "export diffusion"), look="samples"),
+        PipelineStage(
+            "shards",
+            "clips -> raw shards",
+            ("shards", "--config", f"{preset}/shards"),
+            look="data/manifest.json",
+        ),
+        PipelineStage(
+            "features",
+            "vision features",
+            ("precompute", "--config", f"{preset}/features"),
+            ("shards",),
+            look="data/features",
+        ),
+        PipelineStage(
+            "tokenizer",
+            "semantic tokenizer, torch DDP",
+            train("tokenizer", "tokenizer"),
+            ("features",),
+            "runs/tokenizer",
+            "runs/tokenizer",
+        ),
+        PipelineStage(
+            "export tokenizer",
+            "checkpoint -> zoo",
+            convert("tokenizer", "tokenizer"),
+            ("tokenizer",),
+            look="zoo/tokenizer",
+        ),
+        PipelineStage(
+            "columns",
+            "tokens, latents, text states",
+            ("precompute", "--config", f"{preset}/precompute"),
+            ("export tokenizer",),
+            look="runs/precompute",
+        ),
+        PipelineStage(
+            "lm",
+            "language model, Megatron-core",
+            train("lm", "lm"),
+            ("columns",),
+            "runs/lm",
+            "runs/lm",
+        ),
+        PipelineStage(
+            "diffusion main",
+            "main transformer, DeepSpeed ZeRO",
+            train("diffusion", "diffusion-main"),
+            ("columns",),
+            "runs/diffusion-main",
+            "runs/diffusion-main",
+        ),
+        PipelineStage(
+            "export main",
+            "checkpoint -> zoo",
+            convert("diffusion-main", "main"),
+            ("diffusion main",),
+            look="zoo/main",
+        ),
+        PipelineStage(
+            "diffusion control",
+            "control branch, main frozen",
+            train("diffusion", "diffusion-control"),
+            ("export main",),
+            "runs/diffusion-control",
+            "runs/diffusion-control",
+        ),
+        PipelineStage(
+            "export lm", "checkpoint -> zoo", convert("lm", "lm"), ("lm",), look="zoo/lm"
+        ),
+        PipelineStage(
+            "export diffusion",
+            "checkpoint -> zoo",
+            convert("diffusion-control", "diffusion"),
+            ("diffusion control",),
+            look="zoo/diffusion",
+        ),
+        PipelineStage(
+            "evaluate",
+            "are the conditions used?",
+            ("evaluate", "--config", f"{preset}/evaluate"),
+            ("export lm", "export diffusion"),
+            look="evaluation.json",
+        ),
+        PipelineStage(
+            "sample",
+            "prompts -> mp4",
+            ("sample", "--config", f"{preset}/sample", *behind),
+            ("export lm", "export diffusion"),
+            look="samples",
+        ),
     ]
 
 
@@ -88,20 +167,29 @@ def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
         results.append(result)
         write_summary(out, results, time.monotonic() - started)
         if result.exit_code:
-            print(f"\nlandiff quickstart: stage {stage.name!r} failed with exit code {result.exit_code}; its own message is above. "
-                  f"Run the same command again to go on from here.", file=sys.stderr)
+            print(
+                f"\nlandiff quickstart: stage {stage.name!r} failed with exit code {result.exit_code}; its own message is above. "
+                f"Run the same command again to go on from here.",
+                file=sys.stderr,
+            )
             return result.exit_code
     print_table(results, time.monotonic() - started)
-    print(f"\nlook next:  {out}/samples/*.mp4\n            tensorboard --logdir {out}/runs\n            {out}/summary.json")
+    print(
+        f"\nlook next:  {out}/samples/*.mp4\n            tensorboard --logdir {out}/runs\n            {out}/summary.json"
+    )
     return 0
 
 
 def run_stage(stage: PipelineStage, out: Path) -> StageResult:
     """One stage as its own `landiff` process in `out`; its lines go straight to the person."""
     started = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", *stage.command], cwd=out, env=environment()).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "landiff.launchers.cli", *stage.command], cwd=out, env=environment()
+    ).returncode
     first, last = losses(out / stage.run) if stage.run else (None, None)
-    return StageResult(stage.name, round(time.monotonic() - started, 1), code, first, last, stage.look)
+    return StageResult(
+        stage.name, round(time.monotonic() - started, 1), code, first, last, stage.look
+    )
 
 
 def losses(run: Path, points: int = 5) -> tuple[float | None, float | None]:

@@ -80,7 +80,9 @@ class ZooEntry:
         try:
             return read_json(self.path / PROVENANCE)
         except (OSError, ConfigError) as error:
-            raise ZooError(f"{self.path} is damaged: {PROVENANCE} cannot be read ({error})") from None
+            raise ZooError(
+                f"{self.path} is damaged: {PROVENANCE} cannot be read ({error})"
+            ) from None
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors by the names of our own modules. Raises ConfigError for damage, NaN and infinity."""
@@ -119,7 +121,9 @@ def build_module(kind: str, config: Config) -> nn.Module:
     raise ZooError(f"unknown model kind {kind!r}; known: {', '.join(KINDS)}")
 
 
-def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(
+    entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> nn.Module:
     """The entry's module with its weights, in eval mode, gradients off."""
     import torch
 
@@ -131,7 +135,10 @@ def load_model(entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch
 
 
 def weights_fingerprint(
-    kind: str, config: Config | Mapping[str, Any], tensors: Mapping[str, Tensor], progress: ProgressCallback | None = None
+    kind: str,
+    config: Config | Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    progress: ProgressCallback | None = None,
 ) -> str:
     """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere.
 
@@ -157,8 +164,15 @@ def weights_fingerprint(
     return digest.hexdigest()[:16]
 
 
-def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str, Tensor],
-           provenance: Mapping[str, Any], progress: ProgressCallback | None = None) -> ZooEntry:
+def export(
+    zoo: Path,
+    name: str,
+    kind: str,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    progress: ProgressCallback | None = None,
+) -> ZooEntry:
     """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
 
     Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
@@ -173,8 +187,15 @@ def export(zoo: Path, name: str, kind: str, config: Config, tensors: Mapping[str
         return _export(zoo, name, kind, config, lazy, provenance, progress)
 
 
-def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
-            provenance: Mapping[str, Any], progress: ProgressCallback | None) -> ZooEntry:
+def _export(
+    zoo: Path,
+    name: str,
+    kind: str,
+    config: Config,
+    lazy: LazyTensors,
+    provenance: Mapping[str, Any],
+    progress: ProgressCallback | None,
+) -> ZooEntry:
     """`export` for the owner of the name."""
     from landiff.model_zoo.convert.lazy import read_safetensors, write_safetensors
 
@@ -193,8 +214,18 @@ def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
             raise non_finite_error(bad, f"the {kind} to be exported as {name}")
         final = zoo / name / mark
         if not final.exists():
-            write_text(temporary / "config.json", json.dumps(
-                {"kind": kind, "name": name, "fingerprint": mark, "config": config.model_dump(mode="json")}, indent=1))
+            write_text(
+                temporary / "config.json",
+                json.dumps(
+                    {
+                        "kind": kind,
+                        "name": name,
+                        "fingerprint": mark,
+                        "config": config.model_dump(mode="json"),
+                    },
+                    indent=1,
+                ),
+            )
             made = {**provenance, "weights_sha256": sha256_file(temporary / WEIGHTS)}
             write_text(temporary / PROVENANCE, json.dumps(made, indent=1, sort_keys=True))
             commit_dir(temporary, final)
@@ -207,7 +238,9 @@ def _export(zoo: Path, name: str, kind: str, config: Config, lazy: LazyTensors,
 def check_name(name: str) -> None:
     """Raise ZooError for what cannot be the name of an entry."""
     if not name or "@" in name or "/" in name or name.startswith("."):
-        raise ZooError(f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot")
+        raise ZooError(
+            f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot"
+        )
 
 
 def read_entry(path: Path) -> ZooEntry:
@@ -222,7 +255,11 @@ def read_entry(path: Path) -> ZooEntry:
 def entry_folders(zoo: Path) -> list[Path]:
     """Where committed entries lie, by name; whole or not."""
     folders = [path for path in zoo.glob("*/*") if path.is_dir() and not path.name.startswith(".")]
-    return sorted(folder for folder in folders if (folder / "config.json").is_file() or (folder / WEIGHTS).is_file())
+    return sorted(
+        folder
+        for folder in folders
+        if (folder / "config.json").is_file() or (folder / WEIGHTS).is_file()
+    )
 
 
 def entries(zoo: Path) -> list[ZooEntry]:
@@ -239,8 +276,12 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
         folder = zoo / name
         names = sorted(p.name for p in zoo.iterdir() if p.is_dir()) if zoo.is_dir() else []
         if not folder.is_dir():
-            raise ZooError(f"the zoo {zoo} has no {name!r}; it has: {', '.join(names) or 'nothing yet'}")
-        marks = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+            raise ZooError(
+                f"the zoo {zoo} has no {name!r}; it has: {', '.join(names) or 'nothing yet'}"
+            )
+        marks = sorted(
+            p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
+        )
         if not prefix:
             try:
                 prefix = read_text(folder / "newest", MAX_NAME_BYTES).strip()
@@ -248,7 +289,9 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
                 raise ZooError(f"{folder} holds no committed entry; export again") from None
         found = [m for m in marks if m.startswith(prefix)]
         if len(found) != 1:
-            raise ZooError(f"{reference!r} matches {len(found)} entries of {folder}; there are: {', '.join(marks) or 'none'}")
+            raise ZooError(
+                f"{reference!r} matches {len(found)} entries of {folder}; there are: {', '.join(marks) or 'none'}"
+            )
         entry = read_entry(folder / found[0])
     if kind is not None and entry.kind != kind:
         raise ZooError(f"{entry.reference} is a {entry.kind}, where a {kind} is needed")
@@ -293,7 +336,9 @@ def _verify_content(entry: ZooEntry) -> None:
     mark, bad = _examine(entry.kind, entry.stored_config, entry.lazy())
     if mark != entry.fingerprint:
         expected = entry.fingerprint
-        raise ZooError(f"{entry.path} is damaged: its weights give {mark}, its name says {expected}")
+        raise ZooError(
+            f"{entry.path} is damaged: its weights give {mark}, its name says {expected}"
+        )
     if bad:
         from landiff.model_zoo.health import non_finite_error
 
@@ -301,7 +346,10 @@ def _verify_content(entry: ZooEntry) -> None:
 
 
 def _examine(
-    kind: str, config: Mapping[str, Any], tensors: LazyTensors, progress: ProgressCallback | None = None
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: LazyTensors,
+    progress: ProgressCallback | None = None,
 ) -> tuple[str, list[str]]:
     """Fingerprint and the names of tensors with NaN or infinity; each tensor is read once."""
     from landiff.model_zoo.convert.lazy import LazyTensors

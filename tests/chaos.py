@@ -52,9 +52,11 @@ from tests.distributed import Nursery, RankError, nursery
 
 TIMING = ("time", "throughput/", "data/", "memory/")  # what differs between equal runs
 # After one operation is before the next, but for renames of one rank that others may see.
-MOMENTS = {"write": ("within",), "rename": ("before", "after"), "replace": ("before", "after")} | dict.fromkeys(
-    ("open", "fsync", "mkdir", "unlink", "remove", "rmdir"), ("before",)
-)
+MOMENTS = {
+    "write": ("within",),
+    "rename": ("before", "after"),
+    "replace": ("before", "after"),
+} | dict.fromkeys(("open", "fsync", "mkdir", "unlink", "remove", "rmdir"), ("before",))
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,16 @@ class Trainer:
     """What is put to the test."""
 
     main: str  # "landiff.training.tokenizer.__main__:main", called with the path of a config
-    write_config: Callable[[Path], Path]  # run folder -> config file, the same but for the run folder
+    write_config: Callable[
+        [Path], Path
+    ]  # run folder -> config file, the same but for the run folder
     world_size: int
-    loader: str = "landiff.data_pipeline.loading.loader:Loader"  # whose next_batch shows the order of samples
-    read: Callable[[Path], Mapping[str, Any]] | None = None  # checkpoint folder -> what must be equal; default: file hashes
+    loader: str = (
+        "landiff.data_pipeline.loading.loader:Loader"  # whose next_batch shows the order of samples
+    )
+    read: Callable[[Path], Mapping[str, Any]] | None = (
+        None  # checkpoint folder -> what must be equal; default: file hashes
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,15 @@ class Report:
         return f"{len(kinds)} kills ({counts}), {self.points} places in a save, {self.runs} runs, {self.seconds:.0f} s"
 
 
-def prove_kill_safety(trainer: Trainer, folder: Path, module: str, *, kills: int, seed: int = 0, timeout_s: float = 120.0) -> Report:
+def prove_kill_safety(
+    trainer: Trainer,
+    folder: Path,
+    module: str,
+    *,
+    kills: int,
+    seed: int = 0,
+    timeout_s: float = 120.0,
+) -> Report:
     """Run `trainer` undisturbed and with `kills` kills, and compare. `module`: the test module, which imports the trainer.
 
     A run that is over before all kills were delivered is compared, and another one begun. Raises AssertionError
@@ -105,7 +121,9 @@ def prove_kill_safety(trainer: Trainer, folder: Path, module: str, *, kills: int
     ranks = nursery(module)
     begin, straight = time.monotonic(), folder / "straight"
     _attempt(trainer, ranks, straight, Plan("none"), timeout_s)
-    plans = Planner(straight, trainer.world_size, time.monotonic() - begin, kills, random.Random(seed))
+    plans = Planner(
+        straight, trainer.world_size, time.monotonic() - begin, kills, random.Random(seed)
+    )
     report = Report(points=len(plans.points))
     while len(report.plans) < kills:
         report.runs += 1
@@ -125,18 +143,25 @@ def prove_kill_safety(trainer: Trainer, folder: Path, module: str, *, kills: int
 class Planner:
     """Seeded choice of the next kill."""
 
-    def __init__(self, straight: Path, world_size: int, duration_s: float, kills: int, random_: random.Random) -> None:
+    def __init__(
+        self, straight: Path, world_size: int, duration_s: float, kills: int, random_: random.Random
+    ) -> None:
         self.world_size = world_size
         self.duration_s = duration_s
         self.random = random_
-        operations = [json.loads(line) for path in sorted(_beside(straight).glob("operations_*")) for line in path.read_text().splitlines()]
+        operations = [
+            json.loads(line)
+            for path in sorted(_beside(straight).glob("operations_*"))
+            for line in path.read_text().splitlines()
+        ]
         steps = sorted({operation["step"] for operation in operations if operation["step"]})
         assert len(steps) >= 4, f"only {len(steps)} saves; the run is too short to be killed"
         self.steps = steps
         full = steps[-2]  # with an old checkpoint to delete
         self.points = [
             (operation["rank"], operation["index"], moment)
-            for operation in operations if operation["step"] == full
+            for operation in operations
+            if operation["step"] == full
             for moment in MOMENTS[operation["kind"]]
         ]
         self.starts = [(o["rank"], o["index"]) for o in operations if not o["step"]]
@@ -156,10 +181,21 @@ class Planner:
         kind = self._kinds.pop() if self._kinds else "save"
         everybody = self.random.random() < 0.5
         if kind == "clock":
-            return Plan("clock", self.random.randrange(self.world_size), delay_s=self.random.uniform(0, self.duration_s), everybody=everybody)
+            return Plan(
+                "clock",
+                self.random.randrange(self.world_size),
+                delay_s=self.random.uniform(0, self.duration_s),
+                everybody=everybody,
+            )
         if kind == "start":
             rank, index = self.random.choice(self.starts)
-            return Plan("start", rank, index=index, moment=self.random.choice(("before", "after")), everybody=everybody)
+            return Plan(
+                "start",
+                rank,
+                index=index,
+                moment=self.random.choice(("before", "after")),
+                everybody=everybody,
+            )
         if not self._queue:
             self._queue = list(self.points)
             self.random.shuffle(self._queue)
@@ -177,7 +213,10 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
     folder = _beside(run)
     folder.mkdir(parents=True, exist_ok=True)
     children = ranks.start(
-        tormented, trainer.world_size, (trainer.main, str(config), trainer.loader, str(run.resolve()), plan), folder=folder,
+        tormented,
+        trainer.world_size,
+        (trainer.main, str(config), trainer.loader, str(run.resolve()), plan),
+        folder=folder,
         environment={"PYTHONHASHSEED": "0"},
     )
     if plan.kind == "clock":
@@ -194,7 +233,9 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
     if any(codes) and not killed:
         raise RankError(f"{plan}: exit codes {codes}\n{children.output()}")
     if plan.kind == "none" and (killed or finished_step(run) is None):
-        raise RankError(f"the undisturbed run did not finish: exit codes {codes}\n{children.output()}")
+        raise RankError(
+            f"the undisturbed run did not finish: exit codes {codes}\n{children.output()}"
+        )
     return killed
 
 
@@ -209,7 +250,9 @@ def _check_checkpoints(run: Path, before: int) -> int:
         assert not problems, f"{path} is committed, but {problems}"
     newest = steps[-1] if steps else 0
     assert newest >= before, f"the checkpoint of step {before} was lost; left: {steps}"
-    assert not list(folder.glob("*.damaged")), f"a checkpoint was found damaged: {list(folder.iterdir())}"
+    assert not list(folder.glob("*.damaged")), (
+        f"a checkpoint was found damaged: {list(folder.iterdir())}"
+    )
     return newest
 
 
@@ -221,7 +264,10 @@ def _compare(trainer: Trainer, straight: Path, killed: Path) -> None:
     assert final[0].keys() == final[1].keys()
     different = [name for name in final[0] if not _equal(final[0][name], final[1][name])]
     assert not different, f"after the kills, these differ in the last checkpoint: {different}"
-    lines = [[_timeless(line) for line in read_metrics(run / "metrics.jsonl")] for run in (straight, killed)]
+    lines = [
+        [_timeless(line) for line in read_metrics(run / "metrics.jsonl")]
+        for run in (straight, killed)
+    ]
     for expected, found in zip(*lines, strict=True):
         assert found == expected, f"metrics differ: {found} instead of {expected}"
     expected_order, found_order = (_read_order(run) for run in (straight, killed))
@@ -230,8 +276,15 @@ def _compare(trainer: Trainer, straight: Path, killed: Path) -> None:
 
 def file_hashes(checkpoint: Path) -> dict[str, str]:
     """sha256 of the engine's files."""
-    names = [path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (STATE, CONFIG, FILES)]
-    return {str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+    names = [
+        path
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name not in (STATE, CONFIG, FILES)
+    ]
+    return {
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in names
+    }
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -243,13 +296,15 @@ def _timeless(line: Mapping[str, float]) -> dict[str, float]:
 
 
 def _read_order(run: Path) -> dict[str, str]:
-    """"rank/step" -> indices of its samples; a step that was done again must have had the same."""
+    """ "rank/step" -> indices of its samples; a step that was done again must have had the same."""
     order: dict[str, str] = {}
     for path in sorted(_beside(run).glob("order_*")):
         for line in path.read_text().splitlines():
             step, indices = line.split(":")
             key = f"{path.name}/{step}"
-            assert order.setdefault(key, indices) == indices, f"{key} saw {indices}, before {order[key]}"
+            assert order.setdefault(key, indices) == indices, (
+                f"{key} saw {indices}, before {order[key]}"
+            )
     return order
 
 
@@ -298,7 +353,9 @@ class Hooks:
         self.pid = os.getpid()
         self.step = 0  # of the save that is going on or was last
         self.index = 0  # of the next operation of that save (or of the start, while step is 0)
-        self.record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if plan.kind == "none" else None
+        self.record = (
+            os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if plan.kind == "none" else None
+        )
 
     def install(self) -> None:
         for name in ("fsync", "rename", "replace", "mkdir", "unlink", "remove", "rmdir"):
@@ -315,10 +372,21 @@ class Hooks:
         elif self.step and not found:
             return False  # logs between two saves
         if self.record is not None:
-            document = {"rank": self.rank, "step": self.step, "index": self.index, "kind": kind, "path": path.removeprefix(self.run)}
+            document = {
+                "rank": self.rank,
+                "step": self.step,
+                "index": self.index,
+                "kind": kind,
+                "path": path.removeprefix(self.run),
+            }
             os.write(self.record, (json.dumps(document) + "\n").encode())
         plan = self.plan
-        now = (plan.kind, plan.rank, plan.step, plan.index) == ("save" if self.step else "start", self.rank, self.step, self.index)
+        now = (plan.kind, plan.rank, plan.step, plan.index) == (
+            "save" if self.step else "start",
+            self.rank,
+            self.step,
+            self.index,
+        )
         self.index += 1
         if now and plan.moment == "before":
             self._die()
@@ -388,7 +456,15 @@ class Hooks:
                     hooks._die()
                 return len(view)
 
-        def open_(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None, newline: Any = None, **named: Any) -> Any:
+        def open_(
+            file: Any,
+            mode: str = "r",
+            buffering: int = -1,
+            encoding: Any = None,
+            errors: Any = None,
+            newline: Any = None,
+            **named: Any,
+        ) -> Any:
             path = hooks._mine(file) if isinstance(file, str | os.PathLike) else None
             if path is None or not set(mode) & set("wax") or "+" in mode:
                 return original(file, mode, buffering, encoding, errors, newline, **named)
@@ -396,6 +472,10 @@ class Hooks:
             writer = CountedWriter(io.FileIO(path, mode.replace("b", "").replace("t", ""), **named))
             if dying:
                 hooks._die()
-            return writer if "b" in mode else io.TextIOWrapper(writer, encoding, errors, newline, write_through=True)
+            return (
+                writer
+                if "b" in mode
+                else io.TextIOWrapper(writer, encoding, errors, newline, write_through=True)
+            )
 
         return open_

@@ -38,7 +38,9 @@ class RankError(AssertionError):
     """A rank raised, died or hung; the message holds every rank's traceback and output."""
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+) -> list[Any]:
     """`function(world, *args)` in `world_size` processes inside `landiff.training.distributed.start()`; results by rank.
 
     `function` lies at module level; arguments and results pickle. Raises RankError.
@@ -69,10 +71,17 @@ class Nursery:
     def __init__(self, package: str, module: str) -> None:
         self.package = package
         ours, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.distributed", module, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], env=environment, cwd=os.getcwd(),
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            cwd=os.getcwd(),
         )
         theirs.close()
         self.file = ours.makefile("rwb")
@@ -81,8 +90,14 @@ class Nursery:
             raise RankError(f"could not import {module} in a process of its own")
 
     def start(
-        self, function: Callable[..., Any], world_size: int, args: Sequence[Any], *,
-        started: bool = False, environment: Mapping[str, str] | None = None, folder: Path | None = None,
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        args: Sequence[Any],
+        *,
+        started: bool = False,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> Ranks:
         """Fork `world_size` ranks that call `function(*args)`, or with `started` `function(world, *args)`.
 
@@ -91,7 +106,18 @@ class Nursery:
         folder = Path(tempfile.mkdtemp(prefix="ranks-")) if folder is None else folder
         folder.mkdir(parents=True, exist_ok=True)
         target = (function.__module__, function.__name__)
-        pickle.dump((target, world_size, tuple(args), started, dict(environment or {}), str(folder), os.getcwd()), self.file)
+        pickle.dump(
+            (
+                target,
+                world_size,
+                tuple(args),
+                started,
+                dict(environment or {}),
+                str(folder),
+                os.getcwd(),
+            ),
+            self.file,
+        )
         self.file.flush()
         return Ranks(self, pickle.load(self.file), folder)
 
@@ -114,7 +140,9 @@ class Ranks:
     pids: list[int]
     folder: Path  # rank_<n>.out (text) and rank_<n>.pickle (result)
 
-    def wait(self, timeout_s: float, *, grace_s: float = 10.0, ended: Sequence[tuple[int, int]] = ()) -> list[int]:
+    def wait(
+        self, timeout_s: float, *, grace_s: float = 10.0, ended: Sequence[tuple[int, int]] = ()
+    ) -> list[int]:
         """Exit codes by rank (-n: killed by signal n).
 
         When one fails, the others get `grace_s` to notice. Ranks still alive after that or after `timeout_s` are
@@ -150,7 +178,10 @@ class Ranks:
         codes = self.wait(timeout_s)
         if any(codes):
             raise RankError(f"exit codes by rank: {codes}\n{self.output()}")
-        return [pickle.loads((self.folder / f"rank_{rank}.pickle").read_bytes()) for rank in range(len(self.pids))]
+        return [
+            pickle.loads((self.folder / f"rank_{rank}.pickle").read_bytes())
+            for rank in range(len(self.pids))
+        ]
 
 
 # -------------------------------------------------------------------- inside the nursery
@@ -205,8 +236,15 @@ def _reap(alive: set[int], timeout_s: float, wakeup: int) -> tuple[int, int] | N
 
 
 def _fork(
-    rank: int, port: int, target: tuple[str, str], world_size: int, args: Sequence[Any], started: bool,
-    environment: Mapping[str, str], folder: str, cwd: str,
+    rank: int,
+    port: int,
+    target: tuple[str, str],
+    world_size: int,
+    args: Sequence[Any],
+    started: bool,
+    environment: Mapping[str, str],
+    folder: str,
+    cwd: str,
 ) -> int:
     pid = os.fork()
     if pid:
@@ -220,10 +258,20 @@ def _fork(
         os.dup2(output, 2)
         os.chdir(cwd)
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            **environment,
         )
-        _call(getattr(importlib.import_module(target[0]), target[1]), args, started, Path(folder) / f"rank_{rank}.pickle")
+        _call(
+            getattr(importlib.import_module(target[0]), target[1]),
+            args,
+            started,
+            Path(folder) / f"rank_{rank}.pickle",
+        )
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -233,7 +281,9 @@ def _fork(
         os._exit(code)
 
 
-def _call(function: Callable[..., Any], args: Sequence[Any], started: bool, result_path: Path) -> None:
+def _call(
+    function: Callable[..., Any], args: Sequence[Any], started: bool, result_path: Path
+) -> None:
     import torch
 
     torch.set_num_threads(1)

@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ["configs", "model_zoo", "data_pipeline", "training", "launchers"]
 """In the order of the layers: a package imports itself and the packages before it."""
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-ALL_FILES = sorted(
-    [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-)
+ALL_FILES = sorted([*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 READS_ENVIRONMENT = {"training/distributed.py", "configs/ownership.py"}
 """Beside launchers. The owner of a lock is a process with the SLURM job around it."""
 MOST_MODULES = 14  # in one folder
@@ -126,7 +124,9 @@ def test_the_public_api_is_there_and_loads_no_torch():
 
 
 def test_config_files_load_without_torch():
-    names = [relative(path)[:-3].replace("/", ".") for path in FILES if path.stem.endswith("config")]
+    names = [
+        relative(path)[:-3].replace("/", ".") for path in FILES if path.stem.endswith("config")
+    ]
     modules = [f"landiff.{name}" for name in names]
     assert len(modules) >= 7
     code = (

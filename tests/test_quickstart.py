@@ -24,9 +24,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def quickstart(out: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "landiff.launchers.cli", "quickstart", "--out", str(out), "--prompt", PROMPT]
+    command = [
+        sys.executable,
+        "-m",
+        "landiff.launchers.cli",
+        "quickstart",
+        "--out",
+        str(out),
+        "--prompt",
+        PROMPT,
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(
+        command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=1500
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,9 @@ def walked(tmp_path_factory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("walk") / "quickstart"
     done = quickstart(out)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    return SimpleNamespace(out=out, text=done.stdout, summary=json.loads((out / "summary.json").read_text()))
+    return SimpleNamespace(
+        out=out, text=done.stdout, summary=json.loads((out / "summary.json").read_text())
+    )
 
 
 def stage(walked, name: str) -> dict:
@@ -43,7 +56,9 @@ def stage(walked, name: str) -> dict:
 
 @pytest.mark.timeout(1600)
 def test_every_stage_of_the_walk_ran_and_is_in_the_table(walked):
-    assert [s["name"] for s in walked.summary["stages"]] == [s.name for s in pipeline_stages("nano", 2)]
+    assert [s["name"] for s in walked.summary["stages"]] == [
+        s.name for s in pipeline_stages("nano", 2)
+    ]
     table = walked.text[walked.text.rindex("first loss") :]
     for s in walked.summary["stages"]:
         assert s["exit_code"] == 0 and s["name"] in table
@@ -56,7 +71,10 @@ def test_clips_that_cannot_be_used_are_set_aside_and_counted(walked):
     assert "1 shards/empty_caption" in walked.text
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("tokenizer", 0.8), ("lm", 0.1), ("diffusion main", 0.8), ("diffusion control", 0.95)])
+@pytest.mark.parametrize(
+    ("name", "at_most"),
+    [("tokenizer", 0.8), ("lm", 0.1), ("diffusion main", 0.8), ("diffusion control", 0.95)],
+)
 def test_every_loss_falls_clearly(walked, name, at_most):
     """`at_most`: mean of the last five logged losses over that of the first five. The control branch starts where the
     trained main transformer ended: it has less to gain."""
@@ -83,7 +101,10 @@ def test_the_control_branch_listens_to_tokens(walked):
 
 
 def test_a_clean_prefix_helps_the_later_frames(walked):
-    assert all(row["diffusion, later frames after a clean prefix"] < row["diffusion, later frames"] for row in rows(walked))
+    assert all(
+        row["diffusion, later frames after a clean prefix"] < row["diffusion, later frames"]
+        for row in rows(walked)
+    )
 
 
 def test_the_video_plays_everywhere(walked):
@@ -91,11 +112,17 @@ def test_the_video_plays_everywhere(walked):
     assert [f"samples/{video.name}"] == walked.summary["videos"]
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == (
+            "h264",
+            "yuv420p",
+            8,
+        )
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) == 17 and frames[0].shape == (64, 64, 3)
     assert all(frame.std() > 5 for frame in frames), "a sample is flat"
-    assert video.read_bytes().index(b"moov") < video.read_bytes().index(b"mdat")  # starts before it is loaded
+    assert video.read_bytes().index(b"moov") < video.read_bytes().index(
+        b"mdat"
+    )  # starts before it is loaded
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -117,8 +144,13 @@ def test_tensorboard_has_videos(walked):
     found = {}
     for run in ("precompute", "sample"):
         accumulator = events(walked.out / "runs" / run / "tensorboard")
-        found |= {tag: accumulator.Images(tag)[0].encoded_image_string for tag in accumulator.Tags()["images"]}
-    assert {"codec/input", "codec/round trip"} <= set(found) and [t for t in found if t.startswith("sample/")]
+        found |= {
+            tag: accumulator.Images(tag)[0].encoded_image_string
+            for tag in accumulator.Tags()["images"]
+        }
+    assert {"codec/input", "codec/round trip"} <= set(found) and [
+        t for t in found if t.startswith("sample/")
+    ]
     for tag, data in found.items():
         image = Image.open(io.BytesIO(data))
         assert image.format == "GIF" and image.n_frames == 17, tag
@@ -126,7 +158,11 @@ def test_tensorboard_has_videos(walked):
 
 def digests(out: Path) -> dict[str, str]:
     """Everything that was made, but for logs that only ever grow."""
-    kept = [p for p in sorted(out.rglob("*")) if p.is_file() and p.suffix in {".tar", ".safetensors", ".jsonl", ".distcp", ".pt"}]
+    kept = [
+        p
+        for p in sorted(out.rglob("*"))
+        if p.is_file() and p.suffix in {".tar", ".safetensors", ".jsonl", ".distcp", ".pt"}
+    ]
     assert len(kept) > 20
     return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 

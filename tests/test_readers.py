@@ -88,7 +88,9 @@ class Reader:
 
 
 def yaml_reader(cls: type, name: str) -> Reader:
-    return Reader("x.yaml", dump(load(cls, name)).encode(), lambda folder: load(cls, folder / "x.yaml"))
+    return Reader(
+        "x.yaml", dump(load(cls, name)).encode(), lambda folder: load(cls, folder / "x.yaml")
+    )
 
 
 def megatron_config(folder: Path) -> object:
@@ -102,18 +104,35 @@ def with_config(folder: Path) -> Path:
 
 
 SIDECAR = Sidecar(
-    entry=ShardEntry("000000", 2, 3072, "a" * 64), fingerprint="f" * 16, index=[("a", {"json": (512, 10)}), ("b", {"json": (1536, 10)})]
+    entry=ShardEntry("000000", 2, 3072, "a" * 64),
+    fingerprint="f" * 16,
+    index=[("a", {"json": (512, 10)}), ("b", {"json": (1536, 10)})],
 )
 MANIFEST = Manifest(fingerprint="f" * 16, config={"seed": 1}, shards=[SIDECAR.entry])
-STATE = CheckpointState(step=3, kind="LMTrainConfig", loader={"epoch": 0}, manifest="m", columns={"a": "b"}, world_size=1, versions={"torch": "2"})
+STATE = CheckpointState(
+    step=3,
+    kind="LMTrainConfig",
+    loader={"epoch": 0},
+    manifest="m",
+    columns={"a": "b"},
+    world_size=1,
+    versions={"torch": "2"},
+)
 FILES = FileList.model_validate({"files": [{"path": "a", "bytes": 1, "sha256": "0"}]})
 RECORD = {"name": "lm", "stage": "lm", "job_ids": ["1"], "steps": 3}
 LM = load(ModelConfig, "nano/model").lm.model_dump(mode="json")
 ENTRY = {"kind": "lm", "name": "lm", "fingerprint": "0" * 16, "config": LM}
-CARD_OF_COLUMN = {"encoder": "e", "fingerprint": "f", "parts": {"encoders": {"a": "b"}}, "column": {}}
+CARD_OF_COLUMN = {
+    "encoder": "e",
+    "fingerprint": "f",
+    "parts": {"encoders": {"a": "b"}},
+    "column": {},
+}
 DIFFUSERS = diffusers_config(TransformerConfig()) | {"_class_name": "CogVideoXTransformer3DModel"}
 INDEX = {"metadata": {"total_size": 4}, "weight_map": {"a": "x.safetensors"}}
-METRICS = "".join(json.dumps({"step": step, "time": float(step), "train/loss": 1.5}) + "\n" for step in range(4))
+METRICS = "".join(
+    json.dumps({"step": step, "time": float(step), "train/loss": 1.5}) + "\n" for step in range(4)
+)
 TENSORS = save({"a": torch.arange(4.0), "b": torch.ones(2, 3)}, {"format": "pt"})
 PACKED = pack_tensor("x", torch.arange(6).reshape(2, 3))
 
@@ -144,24 +163,54 @@ READERS = {
     "data config": yaml_reader(PrecomputeConfig, "nano/precompute"),
     "sample config": yaml_reader(SampleConfig, "nano/sample"),
     "cluster file": yaml_reader(ClusterConfig, "cluster/example"),
-    "config of a checkpoint": Reader("config.yaml", dump(load(LMTrainConfig, "nano/lm")).encode(), megatron_config),
-    "state.json": Reader("state.json", text(STATE.model_dump()), lambda folder: read_json_as(CheckpointState, folder / "state.json")),
-    "state.json for convert": Reader("state.json", text(STATE.model_dump()), lambda folder: formats._run(with_config(folder))),
+    "config of a checkpoint": Reader(
+        "config.yaml", dump(load(LMTrainConfig, "nano/lm")).encode(), megatron_config
+    ),
+    "state.json": Reader(
+        "state.json",
+        text(STATE.model_dump()),
+        lambda folder: read_json_as(CheckpointState, folder / "state.json"),
+    ),
+    "state.json for convert": Reader(
+        "state.json", text(STATE.model_dump()), lambda folder: formats._run(with_config(folder))
+    ),
     "files.json": Reader("step_00000001/files.json", text(FILES.model_dump()), latest_whole),
     "layout.json": Reader(deepspeed.LAYOUT, text({"zero_stage": 1}), deepspeed.ZeroLayout.read),
     "manifest": Reader("manifest.json", MANIFEST.model_dump_json(indent=1).encode(), read_manifest),
-    "sidecar": Reader("x.json", SIDECAR.model_dump_json().encode(), lambda folder: read_sidecar(folder / "x.tar")),
-    "head of a sidecar": Reader("x.json", SIDECAR.model_dump_json().encode(), lambda folder: read_sidecar(folder / "x.tar", index=False)),
-    "column card": Reader(f"x/{CARD}", text(CARD_OF_COLUMN), lambda folder: ColumnFolder(folder, "x").card()),
-    "plan": Reader("x.json", text({"units": [["000000", "f", 0, 10, 1, 0, 0]]}), lambda folder: ShardPlan(folder / "x.json")),
+    "sidecar": Reader(
+        "x.json", SIDECAR.model_dump_json().encode(), lambda folder: read_sidecar(folder / "x.tar")
+    ),
+    "head of a sidecar": Reader(
+        "x.json",
+        SIDECAR.model_dump_json().encode(),
+        lambda folder: read_sidecar(folder / "x.tar", index=False),
+    ),
+    "column card": Reader(
+        f"x/{CARD}", text(CARD_OF_COLUMN), lambda folder: ColumnFolder(folder, "x").card()
+    ),
+    "plan": Reader(
+        "x.json",
+        text({"units": [["000000", "f", 0, 10, 1, 0, 0]]}),
+        lambda folder: ShardPlan(folder / "x.json"),
+    ),
     "zoo entry": Reader("config.json", text(ENTRY), read_entry),
-    "diffusers folder": Reader("config.json", text(DIFFUSERS), lambda folder: diffusers_folder.open_diffusers(folder)),
+    "diffusers folder": Reader(
+        "config.json", text(DIFFUSERS), lambda folder: diffusers_folder.open_diffusers(folder)
+    ),
     "job record": Reader("job/job.json", text(RECORD), read_record),
     "done": Reader("done", b"12\n", finished_step),
-    "metrics": Reader("metrics.jsonl", METRICS.encode(), lambda folder: read_metrics(folder / "metrics.jsonl")),
-    "metrics of status": Reader("metrics.jsonl", METRICS.encode(), lambda folder: last_metrics(folder / "metrics.jsonl")),
-    "safetensors": Reader("x.safetensors", TENSORS, lambda folder: dict(read_safetensors(folder / "x.safetensors"))),
-    "safetensors index": Reader("x.index.json", text(INDEX), lambda folder: read_safetensors(folder / "x.index.json")),
+    "metrics": Reader(
+        "metrics.jsonl", METRICS.encode(), lambda folder: read_metrics(folder / "metrics.jsonl")
+    ),
+    "metrics of status": Reader(
+        "metrics.jsonl", METRICS.encode(), lambda folder: last_metrics(folder / "metrics.jsonl")
+    ),
+    "safetensors": Reader(
+        "x.safetensors", TENSORS, lambda folder: dict(read_safetensors(folder / "x.safetensors"))
+    ),
+    "safetensors index": Reader(
+        "x.index.json", text(INDEX), lambda folder: read_safetensors(folder / "x.index.json")
+    ),
     "tensor of a sample": Reader("x", PACKED, parse_packed),
 }
 
@@ -186,11 +235,19 @@ def test_a_damaged_document_gives_an_answer_or_one_clear_error(tmp_path, name):
             message = str(error)
             assert message.strip() and len(message) < 20_000, (seed, message[:1000])
         except Exception as error:
-            raise AssertionError(f"{name}, seed {seed}: {type(error).__name__}: {error}\n{data[:3000]!r}") from error
+            raise AssertionError(
+                f"{name}, seed {seed}: {type(error).__name__}: {error}\n{data[:3000]!r}"
+            ) from error
     assert (answers == MUTATIONS) == (name in SKIP_WHAT_IS_DAMAGED)
 
 
-@pytest.mark.parametrize("name", sorted(set(READERS) - {"state.json for convert", "layout.json", "diffusers folder", "safetensors index"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        set(READERS)
+        - {"state.json for convert", "layout.json", "diffusers folder", "safetensors index"}
+    ),
+)
 def test_a_sound_document_is_read(tmp_path, name):
     reader = READERS[name]
     path = tmp_path / reader.file
@@ -268,6 +325,8 @@ def test_a_sound_safetensors_file_is_read_whole(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(TENSORS)
     for tensors in (read_safetensors(path), load_safetensors(path)):
-        assert torch.equal(tensors["a"], torch.arange(4.0)) and torch.equal(tensors["b"], torch.ones(2, 3))
+        assert torch.equal(tensors["a"], torch.arange(4.0)) and torch.equal(
+            tensors["b"], torch.ones(2, 3)
+        )
     path.write_bytes(save({"empty": torch.empty(0, 3), "scalar": torch.tensor(2)}))
     assert read_safetensors(path)["empty"].shape == (0, 3) and read_safetensors(path)["scalar"] == 2

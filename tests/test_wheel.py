@@ -19,25 +19,41 @@ def installed(tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     source = folder / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(source)], check=True
+    )
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True
+    )
     return folder / "site"
 
 
 def landiff(installed: Path, workdir: Path, *words: str) -> str:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "PYTHONPATH": str(installed)
+    }
     code = (
         "import sys; from landiff.launchers import cli; "
         "assert cli.__file__.startswith(sys.argv.pop(1)); sys.exit(cli.main())"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code, str(installed), *words], cwd=workdir, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(installed), *words],
+        cwd=workdir,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_the_wheel_holds_configs_clips_and_attribution(installed):
-    assert (installed / "landiff" / "data_pipeline" / "assets" / "ATTRIBUTION.txt").read_text().count("Blender Foundation")
+    assert (
+        (installed / "landiff" / "data_pipeline" / "assets" / "ATTRIBUTION.txt")
+        .read_text()
+        .count("Blender Foundation")
+    )
     assert len(list((installed / "landiff" / "data_pipeline" / "assets").rglob("*.mp4"))) >= 40
     assert not (installed / "tests").exists()
 

@@ -103,12 +103,16 @@ def check_manifest(
     if not manifest.num_samples:
         return [Problem("it holds no clips; see reject_counts in its manifest")]
     problems = problems_of(
-        lambda: check_column_fingerprints(manifest, [name for name in columns if name not in manifest.columns])
+        lambda: check_column_fingerprints(
+            manifest, [name for name in columns if name not in manifest.columns]
+        )
     )
     for name in columns:
         if name not in manifest.columns:
             continue
-        problems += problems_of(lambda name=name: check_column_fingerprints(manifest, [name], adopt=adopt))
+        problems += problems_of(
+            lambda name=name: check_column_fingerprints(manifest, [name], adopt=adopt)
+        )
         shards = manifest.columns[name].shards
         if (
             folder is not None

@@ -13,14 +13,18 @@ class LoopConfig(Config):
     """The loop: how long, how often."""
 
     steps: PositiveInt
-    seed: NonNegativeInt = 0  # of weights, noise, dropout; the order of samples has its own (data.seed)
+    seed: NonNegativeInt = (
+        0  # of weights, noise, dropout; the order of samples has its own (data.seed)
+    )
     log_every: PositiveInt = 10
     save_every: PositiveInt = 1000
     preview_every: NonNegativeInt = 0  # videos to TensorBoard; 0 = never
     keep_last: PositiveInt = 2  # checkpoints
     keep_every: NonNegativeInt = 0  # and every m-th step for good; 0 = none
     on_save_failure: Literal["warn", "retry", "fatal"] = "retry"
-    hang_timeout_s: NonNegativeFloat = 1800.0  # without a step or a save: dump all stacks and end; 0 = wait for ever
+    hang_timeout_s: NonNegativeFloat = (
+        1800.0  # without a step or a save: dump all stacks and end; 0 = wait for ever
+    )
 
     @property
     def collective_timeout_s(self) -> float:

@@ -105,7 +105,9 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
     local_rank = _variable("LOCAL_RANK", 0)
     if not 0 <= rank < size:
         raise ConfigError(f"RANK = {rank} does not fit WORLD_SIZE = {size}; the launcher sets both")
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))  # libraries look there
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank)
+    )  # libraries look there
     _set_up_logging(rank)
     _limit_threads()
     device = _device(local_rank)
@@ -113,7 +115,9 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
     world = World(rank, size, local_rank, device, backend)
     owned: AbstractContextManager[object] = nullcontext()
     if run is not None and rank == 0:
-        owned = ownership.take(run / OWNER, f"run folder {run}", inherited=os.environ.get(ownership.TOKEN, ""))
+        owned = ownership.take(
+            run / OWNER, f"run folder {run}", inherited=os.environ.get(ownership.TOKEN, "")
+        )
     with owned:
         yield from _joined(world, run, timeout_s)
 
@@ -145,7 +149,9 @@ def _variable(name: str, default: int) -> int:
     try:
         return int(text) if text else default
     except ValueError:
-        raise ConfigError(f"environment variable {name} = {text!r} is not a number; the launcher sets it") from None
+        raise ConfigError(
+            f"environment variable {name} = {text!r} is not a number; the launcher sets it"
+        ) from None
 
 
 def _device(local_rank: int) -> torch.device:
@@ -154,7 +160,9 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
-        raise ConfigError(f"LOCAL_RANK = {local_rank}, but this node has {count} CUDA devices; launch at most {count} ranks a node")
+        raise ConfigError(
+            f"LOCAL_RANK = {local_rank}, but this node has {count} CUDA devices; launch at most {count} ranks a node"
+        )
     device = torch.device("cuda", local_rank if count > 1 else 0)
     torch.cuda.set_device(device)
     return device
@@ -173,7 +181,9 @@ def _set_up_logging(rank: int) -> None:
 def _limit_threads() -> None:
     """Share the cores that this process may use with the other ranks of the node, unless told otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _variable("LOCAL_WORLD_SIZE", 1)))
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // _variable("LOCAL_WORLD_SIZE", 1))
+        )
 
 
 def _remember_signals(world: World) -> dict[int, Any]:
@@ -186,11 +196,22 @@ def _remember_signals(world: World) -> dict[int, Any]:
 def _join(world: World, timeout: timedelta) -> None:
     device_id = world.device if world.backend == "nccl" else None
     if world.size == 1 and "MASTER_ADDR" not in os.environ:  # alone: no port needed
-        dist.init_process_group(world.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        dist.init_process_group(
+            world.backend,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timeout,
+            device_id=device_id,
+        )
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} not set, but WORLD_SIZE = {world.size}; launch with torchrun or `landiff train`")
-    dist.init_process_group(world.backend, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id)
+        raise ConfigError(
+            f"{' and '.join(missing)} not set, but WORLD_SIZE = {world.size}; launch with torchrun or `landiff train`"
+        )
+    dist.init_process_group(
+        world.backend, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
+    )
     if world.size > 1:
         world.control = dist.new_group(backend="gloo", timeout=timeout)

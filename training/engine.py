@@ -21,10 +21,14 @@ from landiff.data_pipeline.loading.loader import Batch
 class StepResult:
     """What one optimizer step has to say. Tensors stay on the device: `metrics.log` is the loop's only sync."""
 
-    loss: Tensor | float  # mean over the global batch, equal on all ranks (rank 0 logs it, whatever its pipeline stage)
+    loss: (
+        Tensor | float
+    )  # mean over the global batch, equal on all ranks (rank 0 logs it, whatever its pipeline stage)
     grad_norm: Tensor | float
     lr: float
-    metrics: dict[str, Tensor | float] = field(default_factory=dict)  # more scalars, by TensorBoard tag
+    metrics: dict[str, Tensor | float] = field(
+        default_factory=dict
+    )  # more scalars, by TensorBoard tag
     tokens: int = 0  # model tokens of the global batch that were trained on, for throughput
 
 

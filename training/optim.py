@@ -22,7 +22,9 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     if config.decay == "constant":
         return config.lr
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (
+        1 + math.cos(math.pi * min(1.0, done))
+    )
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict]:

@@ -1,10 +1,10 @@
 """The run folder: what one training job reads and leaves.
 
-    config.yaml      resolved config           metrics.jsonl   one line per logged step
-    checkpoints/     see training/checkpoint   tensorboard/    scalars and videos
-    errors/          one file per failed rank  done            the final step; only when finished
-    heartbeat/       one file per rank   hangs/          stacks of ranks that stood still
-    stop             put there by whoever wants the run to save and end
+config.yaml      resolved config           metrics.jsonl   one line per logged step
+checkpoints/     see training/checkpoint   tensorboard/    scalars and videos
+errors/          one file per failed rank  done            the final step; only when finished
+heartbeat/       one file per rank   hangs/          stacks of ranks that stood still
+stop             put there by whoever wants the run to save and end
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from landiff.training.observe.metrics import Metrics
 class Run:
     """One run folder in the hands of this process. Built by all ranks together."""
 
-    def __init__(self, folder: Path, config: Config, world: World, must_match: Sequence[str] = ("model",)) -> None:
+    def __init__(
+        self, folder: Path, config: Config, world: World, must_match: Sequence[str] = ("model",)
+    ) -> None:
         """`config` has a `loop` section; a checkpoint may not differ from it in the sections `must_match`."""
         loop: LoopConfig = config.loop
         self.folder = folder
@@ -38,7 +40,9 @@ class Run:
             (folder / "stop").unlink(missing_ok=True)  # it was meant for a process that is gone
             if (finished_step(folder) or 0) < loop.steps:
                 (folder / "done").unlink(missing_ok=True)  # the run was made longer
-        self.checkpoints = CheckpointStore(folder / "checkpoints", config, loop, world, must_match=must_match)
+        self.checkpoints = CheckpointStore(
+            folder / "checkpoints", config, loop, world, must_match=must_match
+        )
         self.heartbeat = Heartbeat(folder, world.rank, loop.hang_timeout_s, world_size=world.size)
         self.metrics = Metrics(folder, loop.steps, world)
 

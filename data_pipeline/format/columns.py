@@ -79,11 +79,27 @@ def _fill(file: _File, offset: int, memory: np.ndarray) -> int:
 class FolderReader:
     """Reads one part of each sample of a folder of shards: the JSON of `raw/`, or the tensor of a column."""
 
-    def __init__(self, data: Path, name: str, part: str, shards: Sequence[ShardEntry], *, column: Column | None = None,
-                 raw_shards: Sequence[ShardEntry] = (), adopt: bool = False, keep: int = 64, checksum: bool = False,
-                 remote: Remote | None = None) -> None:
+    def __init__(
+        self,
+        data: Path,
+        name: str,
+        part: str,
+        shards: Sequence[ShardEntry],
+        *,
+        column: Column | None = None,
+        raw_shards: Sequence[ShardEntry] = (),
+        adopt: bool = False,
+        keep: int = 64,
+        checksum: bool = False,
+        remote: Remote | None = None,
+    ) -> None:
         """`keep` shards' indices stay in memory. `column` and `raw_shards` are what a column must agree with."""
-        self.folder, self.name, self.part, self.stem = data / name, name, part, part.split(".", 1)[0]
+        self.folder, self.name, self.part, self.stem = (
+            data / name,
+            name,
+            part,
+            part.split(".", 1)[0],
+        )
         self.checksum, self.remote = checksum, remote
         self.shards, self.column, self.raw_shards, self.adopt = shards, column, raw_shards, adopt
         # the most recently used stay; two threads may make the same one at once, and none waits for another's
@@ -107,7 +123,9 @@ class FolderReader:
         found = memory[:100].tobytes().rstrip(b"\0")
         if count < size or found != member:
             what = f"ends after {count} bytes" if count < size else f"holds {found[:60]!r}"
-            raise DamagedSample(f"{index.path} is damaged: where {member.decode()} should be, {size} bytes long, it {what}; {self.redo()}")
+            raise DamagedSample(
+                f"{index.path} is damaged: where {member.decode()} should be, {size} bytes long, it {what}; {self.redo()}"
+            )
         return memory[TAR_BLOCK:]
 
     def read_tensor(self, shard: int, slot: int, memory: np.ndarray | None = None) -> Tensor:
@@ -116,12 +134,18 @@ class FolderReader:
             return parse_tensor(part, self.stem, checksum=self.checksum)
         except ValueError as error:
             index = self.index(shard)
-            raise ShardError(f"{index.path}, sample {index.keys[slot]}: {error}; {self.redo()}") from None
+            raise ShardError(
+                f"{index.path}, sample {index.keys[slot]}: {error}; {self.redo()}"
+            ) from None
 
     def fetch(self, shard: int) -> Path:
         """Where the tar of a shard is on this machine, brought here where it is remote. Raises ShardError."""
         entry = self.shards[shard]
-        return self.folder / f"{entry.name}.tar" if self.remote is None else self.remote.fetch(self.name, entry, self.part)
+        return (
+            self.folder / f"{entry.name}.tar"
+            if self.remote is None
+            else self.remote.fetch(self.name, entry, self.part)
+        )
 
     def _read_bytes(self, shard: int, index: _Index, offset: int, memory: np.ndarray) -> int:
         try:
@@ -141,33 +165,50 @@ class FolderReader:
         stored = self.fetch(shard)
         sidecar = read_sidecar(tar)
         if sidecar is None:
-            raise ShardError(f"{sidecar_path(tar)} does not exist, but the manifest lists it; {self.redo()}")
+            raise ShardError(
+                f"{sidecar_path(tar)} does not exist, but the manifest lists it; {self.redo()}"
+            )
         if sidecar.entry.sha256 != entry.sha256:
-            raise ShardError(f"{tar} is not the shard that the manifest lists (sha256 {sidecar.entry.sha256[:16]}, there "
-                             f"{entry.sha256[:16]}): it was made again since; run `landiff precompute finalize`")
+            raise ShardError(
+                f"{tar} is not the shard that the manifest lists (sha256 {sidecar.entry.sha256[:16]}, there "
+                f"{entry.sha256[:16]}): it was made again since; run `landiff precompute finalize`"
+            )
         try:
             size = stored.stat().st_size
         except OSError as error:
             raise ShardError(f"{tar}: {error}; {self.redo()}") from error
         if size != entry.bytes:
-            raise ShardError(f"{tar} is damaged: it has {size} bytes, its sidecar says {entry.bytes}; {self.redo()}")
+            raise ShardError(
+                f"{tar} is damaged: it has {size} bytes, its sidecar says {entry.bytes}; {self.redo()}"
+            )
         if len(sidecar.index) != entry.samples:
-            raise ShardError(f"{sidecar_path(tar)} lists {len(sidecar.index)} samples, the manifest {entry.samples}; {self.redo()}")
+            raise ShardError(
+                f"{sidecar_path(tar)} lists {len(sidecar.index)} samples, the manifest {entry.samples}; {self.redo()}"
+            )
         if self.column is not None and not self.adopt:
             self._check_origin(tar, sidecar, shard)
         try:
             places = [parts[self.part] for _, parts in sidecar.index]
         except KeyError:
             raise ShardError(f"{tar}: a sample has no part {self.part!r}; {self.redo()}") from None
-        return _Index(stored, [key for key, _ in sidecar.index], [p[0] for p in places], [p[1] for p in places])
+        return _Index(
+            stored,
+            [key for key, _ in sidecar.index],
+            [p[0] for p in places],
+            [p[1] for p in places],
+        )
 
     def _check_origin(self, tar: Path, sidecar: Sidecar, shard: int) -> None:
         if sidecar.fingerprint != self.column.fingerprint:
-            raise ShardError(f"{tar} was made with fingerprint {sidecar.fingerprint}, the rest of column {self.name!r} with "
-                             f"{self.column.fingerprint}; {self.redo()}, or set data.adopt=true to take it as it is")
+            raise ShardError(
+                f"{tar} was made with fingerprint {sidecar.fingerprint}, the rest of column {self.name!r} with "
+                f"{self.column.fingerprint}; {self.redo()}, or set data.adopt=true to take it as it is"
+            )
         if sidecar.raw_sha256 != self.raw_shards[shard].sha256:
-            raise ShardError(f"{tar} was made from a raw shard with sha256 {sidecar.raw_sha256[:16]}, which is now "
-                             f"{self.raw_shards[shard].sha256[:16]}; {self.redo()}, or set data.adopt=true to take it as it is")
+            raise ShardError(
+                f"{tar} was made from a raw shard with sha256 {sidecar.raw_sha256[:16]}, which is now "
+                f"{self.raw_shards[shard].sha256[:16]}; {self.redo()}, or set data.adopt=true to take it as it is"
+            )
 
     def redo(self) -> str:
         """What to do about a damaged shard, for the end of a message."""
@@ -181,7 +222,9 @@ class _Rows:
 
     keys: list[str]
     slots: list[list[int]]  # by folder, raw first
-    sizes: list[list[int]]  # the same: bytes of memory for the part and the tar block in front of it, aligned
+    sizes: list[
+        list[int]
+    ]  # the same: bytes of memory for the part and the tar block in front of it, aligned
 
     def size(self, slot: int) -> int:
         return sum([sizes[slot] for sizes in self.sizes])
@@ -190,8 +233,17 @@ class _Rows:
 class AlignedColumns:
     """Samples of a data set with the wanted columns; clips that any of them set aside do not take part."""
 
-    def __init__(self, data: Path, manifest: Manifest, columns: Sequence[str], *, adopt: bool = False, keep: int = 64,
-                 checksum: bool = False, remote: Remote | None = None) -> None:
+    def __init__(
+        self,
+        data: Path,
+        manifest: Manifest,
+        columns: Sequence[str],
+        *,
+        adopt: bool = False,
+        keep: int = 64,
+        checksum: bool = False,
+        remote: Remote | None = None,
+    ) -> None:
         """`keep`: indices of so many shards stay in memory. Raises ShardError where a column is missing or stale."""
         check_column_fingerprints(manifest, columns, adopt=adopt)
         self.manifest, self.columns, self.remote = manifest, tuple(columns), remote
@@ -199,8 +251,18 @@ class AlignedColumns:
         self._readers: dict[str, FolderReader] = {}
         for name in columns:
             column = manifest.columns[name]
-            self._readers[name] = FolderReader(data, name, f"{column_stem(name)}.safetensors", column.shards, column=column,
-                                               raw_shards=manifest.shards, adopt=adopt, keep=keep, checksum=checksum, remote=remote)
+            self._readers[name] = FolderReader(
+                data,
+                name,
+                f"{column_stem(name)}.safetensors",
+                column.shards,
+                column=column,
+                raw_shards=manifest.shards,
+                adopt=adopt,
+                keep=keep,
+                checksum=checksum,
+                remote=remote,
+            )
         # {shard: raw positions left out}, and each column's own, for the shards where there are any
         self._excluded: dict[int, list[int]] = {}
         for shard, raw in enumerate(manifest.shards):
@@ -208,8 +270,10 @@ class AlignedColumns:
             for name in columns:
                 entry = manifest.columns[name].shards[shard]
                 if entry.samples + len(entry.missing) != raw.samples:
-                    raise ShardError(f"column {name!r}, shard {entry.name}: {entry.samples} samples and {len(entry.missing)} set "
-                                     f"aside are not the {raw.samples} of its raw shard; run `landiff precompute` again")
+                    raise ShardError(
+                        f"column {name!r}, shard {entry.name}: {entry.samples} samples and {len(entry.missing)} set "
+                        f"aside are not the {raw.samples} of its raw shard; run `landiff precompute` again"
+                    )
                 missing.update(entry.missing)
             if missing:
                 self._excluded[shard] = sorted(missing)
@@ -227,12 +291,16 @@ class AlignedColumns:
         """Bytes of memory that `read` wants for sample `slot` of those of a shard that take part. Raises ShardError."""
         return self._rows(shard).size(slot)
 
-    def read(self, shard: int, slot: int, memory: np.ndarray) -> tuple[RawSample, dict[str, Tensor]]:
+    def read(
+        self, shard: int, slot: int, memory: np.ndarray
+    ) -> tuple[RawSample, dict[str, Tensor]]:
         """That sample, its tensors in `memory` (uint8, of its `size` or longer). Raises ShardError with file and key."""
         rows = self._rows(shard)
         meta = self._read_meta(shard, rows.slots[0][slot], rows.keys[slot], memory)
         at, tensors = rows.sizes[0][slot], {}
-        for (name, reader), slots, sizes in zip(self._readers.items(), rows.slots[1:], rows.sizes[1:], strict=True):
+        for (name, reader), slots, sizes in zip(
+            self._readers.items(), rows.slots[1:], rows.sizes[1:], strict=True
+        ):
             tensors[name] = reader.read_tensor(shard, slots[slot], memory[at:])
             at += sizes[slot]
         return meta, tensors
@@ -242,24 +310,38 @@ class AlignedColumns:
         try:
             meta = RawSample.model_validate_json(text.tobytes())
         except ValidationError as error:
-            raise ShardError(f"{self._raw.index(shard).path}, sample {key}: its JSON is not a raw sample: {error}") from None
+            raise ShardError(
+                f"{self._raw.index(shard).path}, sample {key}: its JSON is not a raw sample: {error}"
+            ) from None
         if meta.key != key:
-            raise ShardError(f"{self._raw.index(shard).path}, sample {key}: its JSON is that of {meta.key}; {self._raw.redo()}")
+            raise ShardError(
+                f"{self._raw.index(shard).path}, sample {key}: its JSON is that of {meta.key}; {self._raw.redo()}"
+            )
         return meta
 
     def _align(self, shard: int) -> _Rows:
         raw = self._raw.index(shard)
         excluded = set(self._excluded.get(shard, ()))
         positions = [position for position in range(len(raw.keys)) if position not in excluded]
-        rows = _Rows([raw.keys[position] for position in positions], [positions], [_sizes(raw, positions)])
+        rows = _Rows(
+            [raw.keys[position] for position in positions], [positions], [_sizes(raw, positions)]
+        )
         for name, reader in self._readers.items():
-            index, missing = reader.index(shard), set(self.manifest.columns[name].shards[shard].missing)
-            own = {position: slot for slot, position in enumerate(p for p in range(len(raw.keys)) if p not in missing)}
+            index, missing = (
+                reader.index(shard),
+                set(self.manifest.columns[name].shards[shard].missing),
+            )
+            own = {
+                position: slot
+                for slot, position in enumerate(p for p in range(len(raw.keys)) if p not in missing)
+            }
             slots = [own[position] for position in positions]
             for slot, key in zip(slots, rows.keys, strict=True):
                 if index.keys[slot] != key:
-                    raise ShardError(f"{index.path} is not aligned with {raw.path}: sample {slot} is {index.keys[slot]}, where {key} "
-                                     "should be; delete it and run `landiff precompute` again")
+                    raise ShardError(
+                        f"{index.path} is not aligned with {raw.path}: sample {slot} is {index.keys[slot]}, where {key} "
+                        "should be; delete it and run `landiff precompute` again"
+                    )
             rows.slots.append(slots)
             rows.sizes.append(_sizes(index, slots))
         return rows

@@ -30,7 +30,11 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            log.warning("%s knows no file locks (%s): do not run two tasks on the same share", folder, error.strerror)
+            log.warning(
+                "%s knows no file locks (%s): do not run two tasks on the same share",
+                folder,
+                error.strerror,
+            )
         yield
     finally:
         os.close(fd)

@@ -59,7 +59,9 @@ class RawSample(Config):
     num_frames: PositiveInt
     height: PositiveInt
     width: PositiveInt
-    motion_score: float  # mean optical flow in frame heights per second (data_pipeline/video/motion.py)
+    motion_score: (
+        float  # mean optical flow in frame heights per second (data_pipeline/video/motion.py)
+    )
     motion_p95: float = 0.0  # the score's parts, in the same unit
     motion_residual: float = 0.0
     motion_camera: tuple[float, float] = (0.0, 0.0)
@@ -95,10 +97,14 @@ class Sidecar(Config):
     fingerprint: str  # of the encoder + its inputs (`fingerprint`); raw: of the shards config
     raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
     dtype: str = ""  # columns: of the tensors in this tar
-    shape: list[NonNegativeInt] = Field(default_factory=list)  # columns: of one sample; 0 where samples differ
+    shape: list[NonNegativeInt] = Field(
+        default_factory=list
+    )  # columns: of one sample; 0 where samples differ
     truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
     value_range: tuple[int, int] | None = None  # tokens: the least and the largest code
-    index: list[tuple[str, dict[str, tuple[int, int]]]]  # [(key, {part: (offset, size)})] in order; last, so that it can be left out
+    index: list[
+        tuple[str, dict[str, tuple[int, int]]]
+    ]  # [(key, {part: (offset, size)})] in order; last, so that it can be left out
 
 
 class Column(Config):
@@ -108,7 +114,9 @@ class Column(Config):
     shape: list[int]  # of one sample; 0 where samples differ (text rows)
     encoder: str  # human name, e.g. "efficientnet-lite0" or "tokenizer@3f2a..."
     fingerprint: str
-    config: dict[str, Any]  # the resolved column config; "encoders" holds {name: fingerprint} of what made it
+    config: dict[
+        str, Any
+    ]  # the resolved column config; "encoders" holds {name: fingerprint} of what made it
     raw_fingerprint: str = ""  # `Manifest.fingerprint` of the raw shards it was made from
     truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
     shards: list[ShardEntry]
@@ -124,8 +132,12 @@ class Manifest(Config):
     columns: dict[str, Column] = Field(default_factory=dict)
     rejects: list[Reject] = Field(default_factory=list)
     reject_counts: dict[str, int] = Field(default_factory=dict)  # "stage/reason" -> clips
-    ignored_counts: dict[str, int] = Field(default_factory=dict)  # kind -> files of the source that no clip uses
-    ignored_examples: dict[str, list[str]] = Field(default_factory=dict)  # kind -> names of the first few
+    ignored_counts: dict[str, int] = Field(
+        default_factory=dict
+    )  # kind -> files of the source that no clip uses
+    ignored_examples: dict[str, list[str]] = Field(
+        default_factory=dict
+    )  # kind -> names of the first few
 
     @property
     def num_samples(self) -> int:

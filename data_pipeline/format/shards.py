@@ -35,11 +35,13 @@ class ShardError(ConfigError):
 class ShardWriter:
     """Write one tar and its sidecar; leaving the `with` block commits both, an exception leaves nothing.
 
-        with ShardWriter(folder, "000000", fingerprint=...) as writer:
-            writer.add(key, {"mp4": clip, "json": text})
+    with ShardWriter(folder, "000000", fingerprint=...) as writer:
+        writer.add(key, {"mp4": clip, "json": text})
     """
 
-    def __init__(self, folder: Path, name: str, *, fingerprint: str, raw_sha256: str = "", bucket: str = "") -> None:
+    def __init__(
+        self, folder: Path, name: str, *, fingerprint: str, raw_sha256: str = "", bucket: str = ""
+    ) -> None:
         self.path = folder / f"{name}.tar"
         self.name = name
         self.fingerprint = fingerprint
@@ -63,7 +65,9 @@ class ShardWriter:
     def add(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Append one sample. `key` holds no dot or slash; part names are file extensions without the first dot."""
         if not key or "." in key or "/" in key:
-            raise ShardError(f"sample key {key!r} must be non-empty and hold no dot or slash: WebDataset cuts names there")
+            raise ShardError(
+                f"sample key {key!r} must be non-empty and hold no dot or slash: WebDataset cuts names there"
+            )
         places = {}
         for part, data in parts.items():
             info = tarfile.TarInfo(f"{key}.{part}")
@@ -75,13 +79,20 @@ class ShardWriter:
             places[part] = (end - padded, len(data))
         self._index.append((key, places))
 
-    def reject(self, key: str, stage: str, reason: str, detail: str = "", position: int | None = None) -> None:
+    def reject(
+        self, key: str, stage: str, reason: str, detail: str = "", position: int | None = None
+    ) -> None:
         """Set a clip aside; it is counted in the sidecar and the manifest. A column gives the clip's raw position."""
         if position is not None:
             self.missing.append(position)
         self.rejects.append(Reject(key=key, stage=stage, reason=reason, detail=detail))
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if kind is None:
                 self._tar.close()
@@ -99,11 +110,20 @@ class ShardWriter:
         if kind is None:
             self.sidecar = Sidecar(
                 entry=ShardEntry(
-                    name=self.name, samples=len(self._index), bytes=self._temporary.stat().st_size,
-                    sha256=sha256_file(self._temporary), bucket=self.bucket, missing=tuple(sorted(self.missing)),
+                    name=self.name,
+                    samples=len(self._index),
+                    bytes=self._temporary.stat().st_size,
+                    sha256=sha256_file(self._temporary),
+                    bucket=self.bucket,
+                    missing=tuple(sorted(self.missing)),
                 ),
-                index=self._index, rejects=self.rejects, fingerprint=self.fingerprint, raw_sha256=self.raw_sha256,
-                dtype=self.dtype, shape=self.shape, truncated=self.truncated,
+                index=self._index,
+                rejects=self.rejects,
+                fingerprint=self.fingerprint,
+                raw_sha256=self.raw_sha256,
+                dtype=self.dtype,
+                shape=self.shape,
+                truncated=self.truncated,
                 value_range=self.value_range,
             )
             self.commit()
@@ -137,7 +157,9 @@ def read_sidecar(tar: Path, *, index: bool = True) -> Sidecar | None:
     except FileNotFoundError:
         return None
     except ConfigError as error:
-        raise ShardError(f"{path} is not a shard sidecar: {error}; delete it and run the command again") from None
+        raise ShardError(
+            f"{path} is not a shard sidecar: {error}; delete it and run the command again"
+        ) from None
     _check_places(path, sidecar)
     return sidecar
 
@@ -171,7 +193,9 @@ def read_manifest(data: Path) -> Manifest:
     try:
         document = read_bytes(path, MAX_INDEX_BYTES)
     except FileNotFoundError:
-        raise ShardError(f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns") from None
+        raise ShardError(
+            f"{path} does not exist; run `landiff shards` first, and `landiff precompute` for its columns"
+        ) from None
     return parse_manifest(document, path)
 
 
@@ -207,7 +231,7 @@ def write_manifest(data: Path, manifest: Manifest) -> None:
 
 
 def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
-    """"stage/reason" -> number of clips."""
+    """ "stage/reason" -> number of clips."""
     counts: dict[str, int] = {}
     for reject in rejects:
         name = f"{reject.stage}/{reject.reason}"

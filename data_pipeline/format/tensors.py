@@ -18,9 +18,19 @@ from landiff.configs.safetensors_header import parse_header
 
 BUFFER_SLACK = 1 << 20
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # safetensors' names
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BEFORE_CRC = b'{"__metadata__":{"crc32":"'  # how `pack_tensor` begins a header
@@ -32,9 +42,17 @@ def pack_tensor(name: str, tensor: Tensor) -> bytes:
     """One tensor as a safetensors file whose bytes depend on nothing else."""
     tensor = tensor.detach().cpu().contiguous()
     data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    header = json.dumps({"__metadata__": {"crc32": f"{zlib.crc32(data):08x}"},
-                         name: {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [0, len(data)]}},
-                        separators=(",", ":")).encode()
+    header = json.dumps(
+        {
+            "__metadata__": {"crc32": f"{zlib.crc32(data):08x}"},
+            name: {
+                "dtype": CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [0, len(data)],
+            },
+        },
+        separators=(",", ":"),
+    ).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + data
 
@@ -66,18 +84,24 @@ def parse_tensor(part: np.ndarray, name: str, *, checksum: bool = False) -> Tens
         header, written = header[: CRC.start] + header[CRC.stop :], header[CRC]
     layout = _parse_header(header, name)
     if layout.end > size - 8 - length:
-        raise ValueError(f"the safetensors header gives {layout.dtype} {list(layout.shape)} the bytes {layout.begin}..{layout.end} "
-                         f"of {size - 8 - length}")
+        raise ValueError(
+            f"the safetensors header gives {layout.dtype} {list(layout.shape)} the bytes {layout.begin}..{layout.end} "
+            f"of {size - 8 - length}"
+        )
     begin, end = 8 + length + layout.begin, 8 + length + layout.end
     if checksum and (expected := written.decode("latin-1") or layout.crc32):
         found = f"{zlib.crc32(part[begin:end]):08x}"
         if found != expected:
-            raise ValueError(f"the tensor's bytes have CRC-32 {found}, they were written with {expected}")
+            raise ValueError(
+                f"the tensor's bytes have CRC-32 {found}, they were written with {expected}"
+            )
     if begin == end:
         return torch.empty(layout.shape, dtype=layout.dtype)
     if begin % layout.dtype.itemsize:  # only where another writer left its header unpadded
         part, begin, end = part[begin:end].copy(), 0, end - begin
-    return torch.frombuffer(part, dtype=layout.dtype, count=(end - begin) // layout.dtype.itemsize, offset=begin).view(layout.shape)
+    return torch.frombuffer(
+        part, dtype=layout.dtype, count=(end - begin) // layout.dtype.itemsize, offset=begin
+    ).view(layout.shape)
 
 
 @lru_cache(HEADERS_KEPT)
@@ -106,8 +130,14 @@ class Buffers:
     def take(self, size: int) -> np.ndarray:
         """uint8 [size or more]; every array and tensor that shares its memory keeps it from being taken again."""
         with self._lock:
-            free = [at for at in range(len(self._arrays)) if sys.getrefcount(self._arrays[at]) == self._unused]
-            fitting = [at for at in free if size <= self._arrays[at].size <= 2 * size + BUFFER_SLACK]
+            free = [
+                at
+                for at in range(len(self._arrays))
+                if sys.getrefcount(self._arrays[at]) == self._unused
+            ]
+            fitting = [
+                at for at in free if size <= self._arrays[at].size <= 2 * size + BUFFER_SLACK
+            ]
             if fitting:
                 return self._arrays[min(fitting, key=lambda at: self._arrays[at].size)]
             array = np.empty(size + size // 8 + BUFFER_SLACK // 16, np.uint8)

@@ -17,7 +17,9 @@ from pydantic import (
 from landiff.configs.base import Config
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
+Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
+]
 
 
 class DecoderJobConfig(Config):
@@ -35,7 +37,9 @@ class ColumnsConfig(Config):
     caption: str = "caption"
     start_s: str = "start_s"  # optional in the file
     end_s: str = "end_s"  # optional in the file
-    timestamp: str = "timestamp"  # optional in the file: a list of [start, end], one for each caption of a list
+    timestamp: str = (
+        "timestamp"  # optional in the file: a list of [start, end], one for each caption of a list
+    )
 
     def recorded(self) -> dict[str, str]:
         """The names, those of columns that came later only where they are set, so that older data stays what it is."""
@@ -46,7 +50,9 @@ class ColumnsConfig(Config):
 class EncodingConfig(Config):
     """x264 settings of the clips in the shards."""
 
-    crf: NonNegativeInt = 14  # lower is better; at 14 the loss is small against that of halving the chroma
+    crf: NonNegativeInt = (
+        14  # lower is better; at 14 the loss is small against that of halving the chroma
+    )
     preset: Preset = "slow"
 
 
@@ -73,7 +79,9 @@ class ShotsConfig(Config):
     """Where videos are cut before spans are laid, so that no clip holds two shots."""
 
     detector: Literal["scenedetect", "transnetv2"] = "scenedetect"
-    threshold: PositiveFloat | None = None  # the detector's own when not given (scenedetect 3.0, transnetv2 0.5)
+    threshold: PositiveFloat | None = (
+        None  # the detector's own when not given (scenedetect 3.0, transnetv2 0.5)
+    )
     margin_s: NonNegativeFloat = 0.0  # left out on both sides of a cut: fades
 
 
@@ -85,7 +93,9 @@ class FiltersConfig(Config):
     brightness_min: Fraction | None = None  # mean luma, 0 black, 1 white
     brightness_max: Fraction | None = None
     static_max: Fraction | None = None  # share of frames that repeat the one before
-    text_area_max: Fraction | None = None  # share of the picture under recognised text; needs the extra [text]
+    text_area_max: Fraction | None = (
+        None  # share of the picture under recognised text; needs the extra [text]
+    )
     letterbox: bool = False  # find black bars and crop them away
 
 
@@ -135,11 +145,17 @@ class ShardsConfig(Config):
 
     @model_validator(mode="after")
     def _one_shape_or_buckets(self) -> ShardsConfig:
-        given = [name for name in ("num_frames", "height", "width") if getattr(self, name) is not None]
+        given = [
+            name for name in ("num_frames", "height", "width") if getattr(self, name) is not None
+        ]
         if self.buckets and given:
-            raise ValueError(f"{', '.join(given)} and buckets exclude each other; put the shape into the list of buckets")
+            raise ValueError(
+                f"{', '.join(given)} and buckets exclude each other; put the shape into the list of buckets"
+            )
         if not self.buckets and len(given) < 3:
-            raise ValueError("num_frames, height and width are required, or a list of buckets that have them")
+            raise ValueError(
+                "num_frames, height and width are required, or a list of buckets that have them"
+            )
         if len(set(self.buckets)) < len(self.buckets):
             raise ValueError("buckets holds the same shape twice")
         return self
@@ -153,14 +169,20 @@ class ShardsConfig(Config):
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:
-        return self.buckets or (Bucket(num_frames=self.num_frames, height=self.height, width=self.width),)
+        return self.buckets or (
+            Bucket(num_frames=self.num_frames, height=self.height, width=self.width),
+        )
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to write into one folder.
 
         The keys that came later count where they are used only, so that older folders stay what they are.
         """
-        unused = {name for name, value in self.resting().items() if self.model_dump(mode="json", include={name})[name] == value}
+        unused = {
+            name
+            for name, value in self.resting().items()
+            if self.model_dump(mode="json", include={name})[name] == value
+        }
         return self.model_dump(mode="json", exclude={*NO_CONTENT, "source", "columns", *unused})
 
     def resting(self) -> dict[str, Any]:

@@ -70,14 +70,18 @@ from landiff.data_pipeline.precompute.units import ColumnFolder
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
-CAPTIONS = ("captions are read from a captions.jsonl or captions.csv in the folder, from .txt files beside the videos, or from the "
-            "txt, caption or json parts of a tar")
+CAPTIONS = (
+    "captions are read from a captions.jsonl or captions.csv in the folder, from .txt files beside the videos, or from the "
+    "txt, caption or json parts of a tar"
+)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
 
 Task = tuple[int, int]  # (number, of)
 
 
-def make_shards(config: ShardsConfig, data: Path, progress: ProgressCallback | None = None) -> Manifest:
+def make_shards(
+    config: ShardsConfig, data: Path, progress: ProgressCallback | None = None
+) -> Manifest:
     """Fill `<data>/raw` and write `<data>/manifest.json`; go on where an earlier call stopped.
 
     Raises ConfigError when the source is unusable or `data` was made with another config, ShardError when
@@ -87,13 +91,17 @@ def make_shards(config: ShardsConfig, data: Path, progress: ProgressCallback | N
     return finalize(config, data)
 
 
-def make_share(config: ShardsConfig, data: Path, task: Task, progress: ProgressCallback | None = None) -> TaskPart:
+def make_share(
+    config: ShardsConfig, data: Path, task: Task, progress: ProgressCallback | None = None
+) -> TaskPart:
     """Make the shards of one task; the plan is made by all of them together.
 
     Raises as `make_shards`, and OwnedError where another process works on this task.
     """
     if not 0 <= task[0] < task[1]:
-        raise ConfigError(f"task {task[0]}/{task[1]}: the number must lie between 0 and {task[1] - 1}")
+        raise ConfigError(
+            f"task {task[0]}/{task[1]}: the number must lie between 0 and {task[1] - 1}"
+        )
     listing, filters = list_source(config), Filters(config.filters)
     state = read_plan_state(config, listing)
     path = data / PLAN / f"{state.mark}.json"
@@ -112,7 +120,10 @@ def make_share(config: ShardsConfig, data: Path, task: Task, progress: ProgressC
 
 def _check_planned(config: ShardsConfig, plan: ShardPlan) -> None:
     """Raise TooManyRejectedClips where the plan rejects more clips than the config allows."""
-    bad, seen = sum(line.bad for line in plan.lines), sum(line.spans + line.aside for line in plan.lines)
+    bad, seen = (
+        sum(line.bad for line in plan.lines),
+        sum(line.spans + line.aside for line in plan.lines),
+    )
     try:
         check_bad(config, bad, seen)
     except TooManyRejectedClips:
@@ -128,7 +139,9 @@ class Status:
     looked_at: int  # of them
     shards: int = 0
     finished: int = 0  # of them
-    clips: int = 0  # in all shards, but for those that turn out damaged or unwanted when they are made
+    clips: int = (
+        0  # in all shards, but for those that turn out damaged or unwanted when they are made
+    )
     in_finished: int = 0  # of them
     set_aside: int = 0  # by the plan
     ignored: Tally = field(default_factory=Tally)  # files of the source that no clip uses
@@ -141,15 +154,27 @@ def status(config: ShardsConfig, data: Path) -> Status | None:
     rows = rows_path(path)
     if not rows.exists():
         return None
-    pieces = [(piece.videos, rows.with_name(piece.looks).exists()) for piece, _ in chunks(config, rows)]
+    pieces = [
+        (piece.videos, rows.with_name(piece.looks).exists()) for piece, _ in chunks(config, rows)
+    ]
     ignored = state.ignored + read_ignored_members(path)
-    looked = Status(sum(videos for videos, _ in pieces), sum(videos for videos, there in pieces if there), ignored=ignored)
+    looked = Status(
+        sum(videos for videos, _ in pieces),
+        sum(videos for videos, there in pieces if there),
+        ignored=ignored,
+    )
     if not path.exists():
         return looked
     lines = ShardPlan(path).lines
     finished = [line for line in lines if sidecar_path(data / RAW / f"{line.name}.tar").exists()]
-    return replace(looked, shards=len(lines), finished=len(finished), clips=sum(line.spans for line in lines),
-                   in_finished=sum(line.spans for line in finished), set_aside=sum(line.aside for line in lines))
+    return replace(
+        looked,
+        shards=len(lines),
+        finished=len(finished),
+        clips=sum(line.spans for line in lines),
+        in_finished=sum(line.spans for line in finished),
+        set_aside=sum(line.aside for line in lines),
+    )
 
 
 def finalize(config: ShardsConfig, data: Path) -> Manifest:
@@ -157,7 +182,9 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
     state = read_plan_state(config, list_source(config))
     path = data / PLAN / f"{state.mark}.json"
     if not path.exists():
-        raise ShardError(f"nothing is planned in {data} for this source and config; run `landiff shards` first{other_shards(config, data)}")
+        raise ShardError(
+            f"nothing is planned in {data} for this source and config; run `landiff shards` first{other_shards(config, data)}"
+        )
     plan, raw = ShardPlan(path), data / RAW
     ignored = state.ignored + read_ignored_members(path)
     shards, rejects, missing = [], [], []
@@ -173,12 +200,18 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
         if tar.stem not in planned and read_sidecar(tar) is not None:
             raise foreign(tar)
     if missing:
-        raise ShardError(f"{raw} lacks {len(missing)} of {len(planned)} shards: {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. "
-                         "Run the tasks of `landiff shards` that make them, then finalize again")
+        raise ShardError(
+            f"{raw} lacks {len(missing)} of {len(planned)} shards: {', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. "
+            "Run the tasks of `landiff shards` that make them, then finalize again"
+        )
     if not sum(shard.samples for shard in shards):
         unused = f"; ignored: {ignored}" if ignored.counts else ""
-        hint = f"; {CAPTIONS}" if all(reject.reason == "empty_caption" for reject in rejects) else ""
-        raise ShardError(f"no clip of {config.source!r} could be used: {tally_rejects(rejects)}{hint}{unused}")
+        hint = (
+            f"; {CAPTIONS}" if all(reject.reason == "empty_caption" for reject in rejects) else ""
+        )
+        raise ShardError(
+            f"no clip of {config.source!r} could be used: {tally_rejects(rejects)}{hint}{unused}"
+        )
     seen = len(rejects) + sum(shard.samples for shard in shards)
     check_bad(config, count_bad(rejects), seen, tally_rejects(rejects), last=True)
     mark = content_fingerprint(config.identity(), [shard.sha256 for shard in shards])
@@ -188,9 +221,16 @@ def finalize(config: ShardsConfig, data: Path) -> Manifest:
         if old.fingerprint == mark:
             columns = old.columns
             rejects += [reject for reject in old.rejects if reject.stage != STAGE]
-    manifest = Manifest(fingerprint=mark, config=config.recorded(), shards=shards, columns=columns, rejects=rejects,
-                        reject_counts=count_rejects(rejects), ignored_counts=dict(sorted(ignored.counts.items())),
-                        ignored_examples=dict(sorted(ignored.examples.items())))
+    manifest = Manifest(
+        fingerprint=mark,
+        config=config.recorded(),
+        shards=shards,
+        columns=columns,
+        rejects=rejects,
+        reject_counts=count_rejects(rejects),
+        ignored_counts=dict(sorted(ignored.counts.items())),
+        ignored_examples=dict(sorted(ignored.examples.items())),
+    )
     with _explained(data):
         write_manifest(data, manifest)
         _remove_leftovers(data)
@@ -208,7 +248,9 @@ def other_shards(config: ShardsConfig, data: Path) -> str:
     if not path.exists():
         return ""
     old, new = read_yaml(path), json.loads(json.dumps(config.recorded()))
-    differing = [f"{key} = {new.get(key)!r} (there: {old[key]!r})" for key in old if new.get(key) != old[key]]
+    differing = [
+        f"{key} = {new.get(key)!r} (there: {old[key]!r})" for key in old if new.get(key) != old[key]
+    ]
     why = "from other videos or captions than the source holds now, or by an earlier version"
     if differing:
         why = f"with another config: {'; '.join(differing)}"
@@ -240,10 +282,16 @@ def _claim(config: ShardsConfig, raw: Path) -> None:
     # as plain values: a config of another version may not fit today's class
     old = read_yaml(path, advice=f"delete {raw.parent} to begin anew")
     new = json.loads(json.dumps(config.identity()))
-    differing = [f"{key} = {new.get(key)!r} (there: {old.get(key)!r})" for key in _compared(config, old, new) if new.get(key) != old.get(key)]
+    differing = [
+        f"{key} = {new.get(key)!r} (there: {old.get(key)!r})"
+        for key in _compared(config, old, new)
+        if new.get(key) != old.get(key)
+    ]
     if differing:
-        raise ConfigError(f"{raw} was made with another config: {'; '.join(differing)}. Use the old values, or another output folder; "
-                          f"or delete {raw.parent} to begin anew")
+        raise ConfigError(
+            f"{raw} was made with another config: {'; '.join(differing)}. Use the old values, or another output folder; "
+            f"or delete {raw.parent} to begin anew"
+        )
 
 
 def _compared(config: ShardsConfig, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -56,7 +56,12 @@ class Quarantine:
                 return
             size = video.size if video.size >= 0 else video.path.stat().st_size - video.offset
             if size > self.left:
-                log.info("%s is not kept in %s: %d bytes are more than is left of quarantine.max_mb", reject.key, REJECTED, size)
+                log.info(
+                    "%s is not kept in %s: %d bytes are more than is left of quarantine.max_mb",
+                    reject.key,
+                    REJECTED,
+                    size,
+                )
                 return
             with open(video.path, "rb") as file:
                 data = os.pread(file.fileno(), size, video.offset)
@@ -64,7 +69,13 @@ class Quarantine:
             return
         suffix = video.path.suffix.lower().lstrip(".") if video.size < 0 else ""
         suffix = suffix if suffix.isalnum() and suffix.isascii() else "video"
-        kept = Kept(key=reject.key, reason=reject.reason, detail=reject.detail, path=repr(os.fspath(video.path))[1:-1], offset=video.offset)
+        kept = Kept(
+            key=reject.key,
+            reason=reject.reason,
+            detail=reject.detail,
+            path=repr(os.fspath(video.path))[1:-1],
+            offset=video.offset,
+        )
         self._put(name, suffix, data, kept)
 
     def keep(self, key: str, reason: str, suffix: str, data: bytes, detail: str) -> None:
@@ -76,8 +87,15 @@ class Quarantine:
         self.left -= len(data)
         self._entries[name] = (suffix, data, kept)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None and self._entries:
-            with ShardWriter(self.data / REJECTED, self.name, fingerprint=self.fingerprint) as writer:
+            with ShardWriter(
+                self.data / REJECTED, self.name, fingerprint=self.fingerprint
+            ) as writer:
                 for name, (suffix, data, kept) in self._entries.items():
                     writer.add(name, {suffix: data, "json": kept.model_dump_json().encode()})

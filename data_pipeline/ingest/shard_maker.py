@@ -25,7 +25,13 @@ from landiff.data_pipeline.ingest.plan.shard_plan import Line, ShardPlan
 from landiff.data_pipeline.ingest.quarantine import Quarantine
 from landiff.data_pipeline.ingest.sources.entries import Tally, printable
 from landiff.data_pipeline.ingest.sources.text_files import TEXT_REASONS
-from landiff.data_pipeline.video.codec import DecodedSpan, DecodeFailure, SafeDecoder, Wanted, encode_clip
+from landiff.data_pipeline.video.codec import (
+    DecodedSpan,
+    DecodeFailure,
+    SafeDecoder,
+    Wanted,
+    encode_clip,
+)
 from landiff.data_pipeline.video.motion import Motion, motion
 
 BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
@@ -75,14 +81,22 @@ class Maker:
                 for reject in sidecar.rejects:
                     rejected.add(*_named(reject))
                 bad += count_bad(sidecar.rejects)
-        total, seen = sum(line.spans for line in lines), sum(line.spans + line.aside for line in lines)
+        total, seen = (
+            sum(line.spans for line in lines),
+            sum(line.spans + line.aside for line in lines),
+        )
         done = total - sum(line.spans for line in todo)
-        clips: queue.SimpleQueue[Reject | None] = queue.SimpleQueue()  # of each that is done why it was rejected
+        clips: queue.SimpleQueue[Reject | None] = (
+            queue.SimpleQueue()
+        )  # of each that is done why it was rejected
         waiting, running, stop = iter(todo), set(), Event()
         try:
             if progress and total:
                 progress(done, total, _note(rejected.counts))
-            while running := running | {self._submit(line, clips, stop) for line in islice(waiting, 2 * self.config.job.workers - len(running))}:
+            while running := running | {
+                self._submit(line, clips, stop)
+                for line in islice(waiting, 2 * self.config.job.workers - len(running))
+            }:
                 finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in finished:
                     for reject in future.result():
@@ -101,8 +115,13 @@ class Maker:
             stop.set()
             for future in running:
                 future.cancel()
-        return TaskPart(made=len(todo), there=len(lines) - len(todo), planned=len(self.plan.lines),
-                     set_aside=dict(sorted(rejected.counts.items())), rejected=rejected)
+        return TaskPart(
+            made=len(todo),
+            there=len(lines) - len(todo),
+            planned=len(self.plan.lines),
+            set_aside=dict(sorted(rejected.counts.items())),
+            rejected=rejected,
+        )
 
     def _submit(self, line: Line, clips: queue.SimpleQueue, stop: Event) -> Future:
         return self.pool.submit(self._make_shard, line, clips, stop)
@@ -111,22 +130,33 @@ class Maker:
         """-> what the plan rejected."""
         unit, raw = self.plan.unit(line), self.data / RAW
         # the quarantine is left, and written, before the shard is committed
-        with ShardWriter(raw, unit.name, fingerprint=line.fingerprint, bucket=unit.bucket) as writer, \
-                Quarantine(self.data, unit.name, line.fingerprint, self.config.quarantine) as quarantine, \
-                borrowed(self.decoders) as decoder:
+        with (
+            ShardWriter(raw, unit.name, fingerprint=line.fingerprint, bucket=unit.bucket) as writer,
+            Quarantine(
+                self.data, unit.name, line.fingerprint, self.config.quarantine
+            ) as quarantine,
+            borrowed(self.decoders) as decoder,
+        ):
             for aside in unit.aside:
                 writer.rejects.append(aside.reject)
                 if aside.is_bad and aside.reject.reason not in TEXT_REASONS:
                     quarantine.keep_source(aside.reject, aside.video)
             for span, decoded in _decoded(self.config, unit, decoder):
                 if stop.is_set():
-                    raise InterruptedError(f"shard {unit.name} was left unfinished, because another one failed")
+                    raise InterruptedError(
+                        f"shard {unit.name} was left unfinished, because another one failed"
+                    )
                 if isinstance(decoded, DecodeFailure):
                     failure = decoded
                 else:
                     failure = self._add(writer, quarantine, unit, span, decoded)
                 if failure:
-                    writer.reject(span.key, STAGE, failure.reason, f"{span.source} at {span.start_s:g} s: {failure.detail}")
+                    writer.reject(
+                        span.key,
+                        STAGE,
+                        failure.reason,
+                        f"{span.source} at {span.start_s:g} s: {failure.detail}",
+                    )
                     if failure is decoded:
                         quarantine.keep_source(writer.rejects[-1], span.video)
                 clips.put(writer.rejects[-1] if failure else None)
@@ -147,9 +177,20 @@ class Maker:
         failure = self.filters.refuse(frames, moving)
         if failure and not self.config.quarantine.filtered:
             return failure
-        clip = encode_clip(frames, self.config.fps, crf=self.config.encoding.crf, preset=self.config.encoding.preset)
+        clip = encode_clip(
+            frames,
+            self.config.fps,
+            crf=self.config.encoding.crf,
+            preset=self.config.encoding.preset,
+        )
         if failure:
-            quarantine.keep(span.key, failure.reason, "mp4", clip, f"{span.source} at {span.start_s:g} s: {failure.detail}")
+            quarantine.keep(
+                span.key,
+                failure.reason,
+                "mp4",
+                clip,
+                f"{span.source} at {span.start_s:g} s: {failure.detail}",
+            )
         else:
             meta = _meta(self.config, unit, span, moving, clip, decoded.conversions)
             writer.add(span.key, {"mp4": clip, "json": meta})
@@ -181,10 +222,23 @@ def _meta(
 ) -> bytes:
     shape = unit.shape
     sample = RawSample(
-        key=span.key, caption=span.caption, more_captions=span.more_captions, source=span.source, source_sha256=span.source_sha256,
-        start_s=span.start_s, fps=config.fps, num_frames=shape.num_frames, height=shape.height, width=shape.width,
-        motion_score=moving.mean, motion_p95=moving.p95, motion_residual=moving.residual, motion_camera=moving.camera,
-        cuts=moving.cuts, video_sha256=hashlib.sha256(clip).hexdigest(), conversions=conversions,
+        key=span.key,
+        caption=span.caption,
+        more_captions=span.more_captions,
+        source=span.source,
+        source_sha256=span.source_sha256,
+        start_s=span.start_s,
+        fps=config.fps,
+        num_frames=shape.num_frames,
+        height=shape.height,
+        width=shape.width,
+        motion_score=moving.mean,
+        motion_p95=moving.p95,
+        motion_residual=moving.residual,
+        motion_camera=moving.camera,
+        cuts=moving.cuts,
+        video_sha256=hashlib.sha256(clip).hexdigest(),
+        conversions=conversions,
     )
     # Without conversions the bytes are those of versions that knew none.
     absent = set() if conversions else {"conversions"}
@@ -194,7 +248,9 @@ def _meta(
 def _note(reasons: Counter[str]) -> str:
     """What the progress says beside the numbers."""
     most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    counts = [f"{count} {reason}" for reason, count in most[:REASONS_ON_SCREEN]] + ["..."] * (len(most) > REASONS_ON_SCREEN)
+    counts = [f"{count} {reason}" for reason, count in most[:REASONS_ON_SCREEN]] + ["..."] * (
+        len(most) > REASONS_ON_SCREEN
+    )
     return f"clips; set aside: {', '.join(counts)}" if counts else "clips"
 
 
@@ -209,7 +265,9 @@ def count_bad(rejects: list[Reject]) -> int:
 def _named(reject: Reject) -> tuple[str, str]:
     """(reason, which clip and why) of a rejected clip."""
     name = printable(reject.key)
-    return reject.reason, f"{name}: {printable(reject.detail)}"[:MAX_EXAMPLE] if reject.detail else name
+    return reject.reason, f"{name}: {printable(reject.detail)}"[
+        :MAX_EXAMPLE
+    ] if reject.detail else name
 
 
 def tally_rejects(rejects: Iterable[Reject]) -> Tally:
@@ -220,7 +278,9 @@ def tally_rejects(rejects: Iterable[Reject]) -> Tally:
     return tally
 
 
-def check_bad(config: ShardsConfig, bad: int, seen: int, rejected: Tally | None = None, *, last: bool = False) -> None:
+def check_bad(
+    config: ShardsConfig, bad: int, seen: int, rejected: Tally | None = None, *, last: bool = False
+) -> None:
     """Raise TooManyRejectedClips where more clips are damaged than the config allows. `rejected`: what to name."""
     if bad > config.max_bad_fraction * seen and (last or seen >= FEW):
         counts = f". Rejected: {rejected}" if rejected else ""
@@ -240,9 +300,11 @@ def sidecar_of(raw: Path, line: Line) -> Sidecar | None:
 
 
 def foreign(tar: Path) -> ShardError:
-    return ShardError(f"{tar} was made from other videos or captions than the source holds now, or before HDR "
-                      "and interlaced video were converted; restore them, use another "
-                      f"output folder, or delete {tar} and {sidecar_path(tar)} to make the shard again (its columns become stale)")
+    return ShardError(
+        f"{tar} was made from other videos or captions than the source holds now, or before HDR "
+        "and interlaced video were converted; restore them, use another "
+        f"output folder, or delete {tar} and {sidecar_path(tar)} to make the shard again (its columns become stale)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the decoders
@@ -254,10 +316,16 @@ def decoders(config: ShardsConfig) -> Iterator[queue.SimpleQueue]:
     idle: queue.SimpleQueue[SafeDecoder] = queue.SimpleQueue()
     with ExitStack() as stack:
         for _ in range(config.job.workers):
-            idle.put(stack.enter_context(SafeDecoder(
-                timeout_s=config.job.timeout_s, memory_limit=config.job.memory_limit_mb << 20, max_pixels=config.max_pixels,
-                **config.video.model_dump(),
-            )))
+            idle.put(
+                stack.enter_context(
+                    SafeDecoder(
+                        timeout_s=config.job.timeout_s,
+                        memory_limit=config.job.memory_limit_mb << 20,
+                        max_pixels=config.max_pixels,
+                        **config.video.model_dump(),
+                    )
+                )
+            )
         yield idle
 
 

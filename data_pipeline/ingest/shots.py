@@ -53,19 +53,24 @@ class Look:
     failure: DecodeFailure | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"shots": [(first, None if math.isinf(last) else last) for first, last in self.shots]}
+        return asdict(self) | {
+            "shots": [(first, None if math.isinf(last) else last) for first, last in self.shots]
+        }
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Look:
         shots = tuple((first, math.inf if last is None else last) for first, last in plain["shots"])
         failure = DecodeFailure(**plain["failure"]) if plain["failure"] else None
         conversions = tuple(plain["conversions"])
-        return cls(**plain | {
-            "shots": shots,
-            "crop": tuple(plain["crop"]),
-            "conversions": conversions,
-            "failure": failure,
-        })
+        return cls(
+            **plain
+            | {
+                "shots": shots,
+                "crop": tuple(plain["crop"]),
+                "conversions": conversions,
+                "failure": failure,
+            }
+        )
 
 
 class Looker:
@@ -98,7 +103,9 @@ class Looker:
                 aspect *= (1 - crop[0] - crop[2]) / (1 - crop[1] - crop[3])
         return Look(sha256, info.duration_s, aspect, shots, crop, info.conversions)
 
-    def _shots(self, batches: Iterator[Scanned], config: ShotsConfig | None) -> tuple[tuple[float, float], ...]:
+    def _shots(
+        self, batches: Iterator[Scanned], config: ShotsConfig | None
+    ) -> tuple[tuple[float, float], ...]:
         if config is None:
             for _ in batches:
                 pass
@@ -126,28 +133,41 @@ def find_shots(batches: Iterator[Scanned], config: ShotsConfig) -> tuple[tuple[f
     return tuple(found)
 
 
-def _shots_by_scenedetect(batches: Iterator[Scanned], config: ShotsConfig) -> tuple[list[float], list[tuple[int, int]]]:
+def _shots_by_scenedetect(
+    batches: Iterator[Scanned], config: ShotsConfig
+) -> tuple[list[float], list[tuple[int, int]]]:
     """Times of all frames; (first frame, frame after the last) of each shot."""
     scenedetect = _package(config)
-    detector = scenedetect.detectors.AdaptiveDetector(adaptive_threshold=config.threshold or SCENEDETECT_THRESHOLD, min_scene_len=1)
+    detector = scenedetect.detectors.AdaptiveDetector(
+        adaptive_threshold=config.threshold or SCENEDETECT_THRESHOLD, min_scene_len=1
+    )
     times: list[float] = []
     cuts: list[int] = []
     for batch in batches:
         for time, frame in zip(batch.times, batch.frames, strict=True):
-            number = scenedetect.FrameTimecode(len(times), fps=24.0)  # it counts frames; the rate means nothing
-            cuts += [cut.frame_num for cut in detector.process_frame(number, np.ascontiguousarray(frame[..., ::-1]))]
+            number = scenedetect.FrameTimecode(
+                len(times), fps=24.0
+            )  # it counts frames; the rate means nothing
+            cuts += [
+                cut.frame_num
+                for cut in detector.process_frame(number, np.ascontiguousarray(frame[..., ::-1]))
+            ]
             times.append(time)
     edges = [0, *cuts, len(times)]
     return times, [(first, end) for first, end in itertools.pairwise(edges) if first < end]
 
 
-def _shots_by_transnet(batches: Iterator[Scanned], config: ShotsConfig) -> tuple[list[float], list[tuple[int, int]]]:
+def _shots_by_transnet(
+    batches: Iterator[Scanned], config: ShotsConfig
+) -> tuple[list[float], list[tuple[int, int]]]:
     """The same; frames within gradual transitions belong to no shot."""
     times: list[float] = []
     small: list[np.ndarray] = []
     for batch in batches:
         times += batch.times
-        small += [cv2.resize(frame, TRANSNET_SIZE, interpolation=cv2.INTER_AREA) for frame in batch.frames]
+        small += [
+            cv2.resize(frame, TRANSNET_SIZE, interpolation=cv2.INTER_AREA) for frame in batch.frames
+        ]
     if not small:
         return [], []
     changes = _transnet_changes(np.stack(small), config) > (config.threshold or TRANSNET_THRESHOLD)
@@ -198,8 +218,10 @@ def _package(config: ShotsConfig) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"shots.detector = {config.detector} needs the package {name} ({error}); "
-                          f"pip install 'landiff-pretrain[{EXTRAS[config.detector]}]', or set shots=null") from None
+        raise ConfigError(
+            f"shots.detector = {config.detector} needs the package {name} ({error}); "
+            f"pip install 'landiff-pretrain[{EXTRAS[config.detector]}]', or set shots=null"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------- the borders
@@ -214,7 +236,9 @@ class Border:
     def watch(self, batches: Iterator[Scanned]) -> Iterator[Scanned]:
         for batch in batches:
             brightest = batch.frames.max((0, 3))
-            self.brightest = brightest if self.brightest is None else np.maximum(self.brightest, brightest)
+            self.brightest = (
+                brightest if self.brightest is None else np.maximum(self.brightest, brightest)
+            )
             yield batch
 
     def crop(self) -> Crop:
@@ -232,5 +256,7 @@ def _bars(brightness: Sequence[float]) -> tuple[float, float]:
     count = len(brightness)
     if not len(bright) or (bright[-1] + 1 - bright[0]) / count < LEAST_PICTURE:
         return 0.0, 0.0
-    return tuple(round((size + 1) / count, 9) if size / count >= SMALLEST_BAR else 0.0
-                 for size in (int(bright[0]), int(count - 1 - bright[-1])))
+    return tuple(
+        round((size + 1) / count, 9) if size / count >= SMALLEST_BAR else 0.0
+        for size in (int(bright[0]), int(count - 1 - bright[-1]))
+    )

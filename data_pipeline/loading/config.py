@@ -13,9 +13,15 @@ class SourceConfig(Config):
     """One data set."""
 
     manifest: Path  # data folder, or its manifest.json; with `remote`, the folder that caches what was fetched
-    remote: str = ""  # fsspec URL of the data folder, e.g. s3://bucket/train; "": `manifest` holds everything
-    cache_gigabytes: PositiveFloat = 100.0  # of shards in `manifest` that `remote` may fill; the least recently used go
-    weight: PositiveFloat = 1.0  # how often a sample comes in an epoch: 1 exactly once, 0.5 every second epoch, 2 twice
+    remote: str = (
+        ""  # fsspec URL of the data folder, e.g. s3://bucket/train; "": `manifest` holds everything
+    )
+    cache_gigabytes: PositiveFloat = (
+        100.0  # of shards in `manifest` that `remote` may fill; the least recently used go
+    )
+    weight: PositiveFloat = (
+        1.0  # how often a sample comes in an epoch: 1 exactly once, 0.5 every second epoch, 2 twice
+    )
 
 
 class DataConfig(SourceConfig):
@@ -24,10 +30,16 @@ class DataConfig(SourceConfig):
     blend: tuple[SourceConfig, ...] = ()  # further data sets, mixed evenly with the first
     global_batch_size: PositiveInt  # samples of one optimizer step over all ranks
     micro_batch_size: PositiveInt = 1  # samples of one forward on one rank
-    seed: NonNegativeInt = 0  # of the order; the global order is a function of (manifest, seed, epoch)
+    seed: NonNegativeInt = (
+        0  # of the order; the global order is a function of (manifest, seed, epoch)
+    )
     shuffle_window: PositiveInt = 16  # shards whose samples are mixed
-    prefetch_batches: NonNegativeInt = 2  # read ahead in the background; 0 = in the trainer's own thread
-    read_threads: PositiveInt = Field(default=1, le=64)  # that share the reading of each batch, and as many to fetch; more for remote data
+    prefetch_batches: NonNegativeInt = (
+        2  # read ahead in the background; 0 = in the trainer's own thread
+    )
+    read_threads: PositiveInt = Field(
+        default=1, le=64
+    )  # that share the reading of each batch, and as many to fetch; more for remote data
     checksum: bool = False  # compare every tensor with the CRC-32 it was written with (0.15 s a GB); without, names and sizes only
     adopt: bool = False  # accept columns whose fingerprints don't fit; the one way past the refusal
 

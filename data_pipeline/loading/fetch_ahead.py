@@ -25,13 +25,24 @@ class FetchAhead:
     loader, which says so when it comes there.
     """
 
-    def __init__(self, sets: Sequence[AlignedColumns], rooms: Sequence[int], order: BatchOrder, positions: np.ndarray, threads: int) -> None:
+    def __init__(
+        self,
+        sets: Sequence[AlignedColumns],
+        rooms: Sequence[int],
+        order: BatchOrder,
+        positions: np.ndarray,
+        threads: int,
+    ) -> None:
         """`rooms`: for each data set the bytes of its cache that shards in use or fetched ahead may take; 0 where it is local."""
         self._sets, self._rooms, self._order, self._positions = sets, rooms, order, positions
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
         self._moved = threading.Condition()
-        self._step = self._walked = 0  # what the loader reads next; the first step that was not looked at
-        self._until: dict[ShardKey, int] = {}  # the last step so far that wants a shard, of those not yet past
+        self._step = self._walked = (
+            0  # what the loader reads next; the first step that was not looked at
+        )
+        self._until: dict[
+            ShardKey, int
+        ] = {}  # the last step so far that wants a shard, of those not yet past
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fetch ahead", daemon=True)
         self._thread.start()
@@ -56,8 +67,13 @@ class FetchAhead:
     def _run(self) -> None:
         try:
             while new := self._next_shards():
-                start = int(self._positions[0]) % len(new)  # ranks that share a cache begin with different shards
-                for fetched in [self._pool.submit(self._sets[source].fetch, shard) for source, shard in new[start:] + new[:start]]:
+                start = int(self._positions[0]) % len(
+                    new
+                )  # ranks that share a cache begin with different shards
+                for fetched in [
+                    self._pool.submit(self._sets[source].fetch, shard)
+                    for source, shard in new[start:] + new[:start]
+                ]:
                     fetched.result()
         except ShardError as error:
             if not self._closed:
@@ -74,7 +90,11 @@ class FetchAhead:
                     self._moved.wait()
                     continue
                 sources, places = self._order.locate(self._walked, self._positions)
-                wanted = [place for place in zip(sources.tolist(), places.shard.tolist(), strict=True) if self._rooms[place[0]]]
+                wanted = [
+                    place
+                    for place in zip(sources.tolist(), places.shard.tolist(), strict=True)
+                    if self._rooms[place[0]]
+                ]
                 new = [place for place in dict.fromkeys(wanted) if place not in self._until]
                 if new and self._walked > self._step and not self._has_room(new):
                     self._moved.wait()

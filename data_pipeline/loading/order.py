@@ -77,7 +77,9 @@ class _Epoch:
 class Order:
     """The endless stream of samples: epoch after epoch, each holding every sample once."""
 
-    def __init__(self, counts: Sequence[int] | Ints, *, seed: int, window: int, name: str = "") -> None:
+    def __init__(
+        self, counts: Sequence[int] | Ints, *, seed: int, window: int, name: str = ""
+    ) -> None:
         """`counts` samples per shard; `window` shards whose samples are mixed. Orders of other names differ."""
         self.counts = np.asarray(counts, dtype=np.int64)
         self.num_samples = int(self.counts.sum())
@@ -112,9 +114,16 @@ class Order:
         table = self._epochs.get(epoch)
         if table is None:
             num_shards = len(self.counts)
-            shards = Permutation(num_shards, f"{self._key}/{epoch}/shards").take(np.arange(num_shards))
+            shards = Permutation(num_shards, f"{self._key}/{epoch}/shards").take(
+                np.arange(num_shards)
+            )
             shard_ends = np.cumsum(self.counts[shards])
-            last = np.minimum(np.arange(self.window, num_shards + self.window, self.window), num_shards) - 1
+            last = (
+                np.minimum(
+                    np.arange(self.window, num_shards + self.window, self.window), num_shards
+                )
+                - 1
+            )
             table = _Epoch(shards, shard_ends, shard_ends[last])
             self._epochs[epoch] = table
             while len(self._epochs) > EPOCHS_KEPT:
@@ -180,7 +189,9 @@ class BatchOrder:
     source) runs through its own epochs, each sample once in each.
     """
 
-    def __init__(self, sources: Sequence[BlendSource], *, seed: int, window: int, batch_size: int) -> None:
+    def __init__(
+        self, sources: Sequence[BlendSource], *, seed: int, window: int, batch_size: int
+    ) -> None:
         self.batch_size = batch_size
         self._buckets: list[list[_Part]] = []
         for bucket in sorted({bucket for source in sources for bucket in source.buckets}):
@@ -189,9 +200,13 @@ class BatchOrder:
                 shards = np.flatnonzero(np.array([b == bucket for b in source.buckets], dtype=bool))
                 samples = int(source.counts[shards].sum())
                 if samples:
-                    name = "/".join([f"source {number}"] * bool(number) + [f"bucket {bucket}"] * bool(bucket))
+                    name = "/".join(
+                        [f"source {number}"] * bool(number) + [f"bucket {bucket}"] * bool(bucket)
+                    )
                     order = Order(source.counts[shards], seed=seed, window=window, name=name)
-                    parts.append(_Part(number, shards, order, max(1, round(samples * source.weight))))
+                    parts.append(
+                        _Part(number, shards, order, max(1, round(samples * source.weight)))
+                    )
             if parts:
                 self._buckets.append(parts)
         self._shares = [sum(part.share for part in parts) for parts in self._buckets]
@@ -201,7 +216,10 @@ class BatchOrder:
         """(source, places) of the samples at `positions` of global batch `step`."""
         (bucket,), (turn,) = interleave(np.array([step], dtype=np.int64), self._shares)
         parts = self._buckets[bucket]
-        which, within = interleave(turn * self.batch_size + np.asarray(positions, dtype=np.int64), [part.share for part in parts])
+        which, within = interleave(
+            turn * self.batch_size + np.asarray(positions, dtype=np.int64),
+            [part.share for part in parts],
+        )
         places = Places(np.empty_like(within), np.empty_like(within), np.empty_like(within))
         source = np.empty_like(within)
         for number, chosen in _groups(which):

@@ -85,13 +85,17 @@ class Remote:
     def check_room(self, bytes_of_window: int) -> None:
         """Raise ShardError where the cache cannot hold the shards that are read at the same time."""
         if bytes_of_window > self.max_bytes:
-            raise ShardError(f"data.cache_gigabytes = {self.max_bytes / 1e9:g}, but {bytes_of_window / 1e9:.3g} GB of shards are read "
-                             "at the same time; raise it, or lower data.shuffle_window")
+            raise ShardError(
+                f"data.cache_gigabytes = {self.max_bytes / 1e9:g}, but {bytes_of_window / 1e9:.3g} GB of shards are read "
+                "at the same time; raise it, or lower data.shuffle_window"
+            )
 
     def _sidecar(self, tar: Path, folder: str, entry: ShardEntry) -> Sidecar:
         sidecar = read_sidecar(tar)
         if sidecar is None or sidecar.entry.sha256 != entry.sha256:
-            data = self._again(f"{folder}/{entry.name}.json", lambda path: self._files.cat_file(path))
+            data = self._again(
+                f"{folder}/{entry.name}.json", lambda path: self._files.cat_file(path)
+            )
             with atomic_file(tar.with_suffix(".json")) as file:
                 file.write(data)
             tar.unlink(missing_ok=True)
@@ -106,16 +110,22 @@ class Remote:
             with self._files.open(path, "rb") as source, atomic_file(target) as file:
                 while data := source.read(BLOCK):
                     if self.closed:
-                        raise ShardError(f"{self.url}/{folder}/{entry.name}.tar is no longer wanted")
+                        raise ShardError(
+                            f"{self.url}/{folder}/{entry.name}.tar is no longer wanted"
+                        )
                     digest.update(data)
                     file.write(data)
                 if digest.hexdigest() != entry.sha256:
-                    raise ShardError(f"{self.url}/{folder}/{entry.name}.tar has sha256 {digest.hexdigest()[:16]}, the manifest says "
-                                     f"{entry.sha256[:16]}; it is damaged, or was made again since: run `landiff precompute finalize` there")
+                    raise ShardError(
+                        f"{self.url}/{folder}/{entry.name}.tar has sha256 {digest.hexdigest()[:16]}, the manifest says "
+                        f"{entry.sha256[:16]}; it is damaged, or was made again since: run `landiff precompute finalize` there"
+                    )
 
         self._again(f"{folder}/{entry.name}.tar", attempt)
 
-    def _fetch_parts(self, target: Path, folder: str, entry: ShardEntry, sidecar: Sidecar, part: str) -> None:
+    def _fetch_parts(
+        self, target: Path, folder: str, entry: ShardEntry, sidecar: Sidecar, part: str
+    ) -> None:
         places = [parts[part] for _, parts in sidecar.index if part in parts]
         starts = [offset - TAR_BLOCK for offset, _ in places]
         ends = [offset + size for offset, size in places]

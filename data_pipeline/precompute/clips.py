@@ -61,7 +61,9 @@ class ClipReader:
     happens there costs a clip.
     """
 
-    def __init__(self, data: Path, shards: Sequence[ShardEntry], *, decoder: Backend, threads: int) -> None:
+    def __init__(
+        self, data: Path, shards: Sequence[ShardEntry], *, decoder: Backend, threads: int
+    ) -> None:
         self.threads = threads
         self.decode_s = self.decode_cpu_s = 0.0  # of all threads and their children together
         self._shards = shards
@@ -82,13 +84,19 @@ class ClipReader:
         Decoding goes on over the ends of shards, and `plan` is asked as far ahead.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        ahead: deque[tuple[int, list[Clip], list[Future[tuple[Clip, float, float]]] | list[Clip], bool]] = deque()
+        ahead: deque[
+            tuple[int, list[Clip], list[Future[tuple[Clip, float, float]]] | list[Clip], bool]
+        ] = deque()
         try:
             for shard, with_frames in plan:
                 clips = self.clips(shard)
                 parts = [clips[at : at + size] for at in range(0, len(clips), size)] or [[]]
                 for number, part in enumerate(parts):
-                    work = [pool.submit(self._decode, shard, clip) for clip in part] if with_frames else part
+                    work = (
+                        [pool.submit(self._decode, shard, clip) for clip in part]
+                        if with_frames
+                        else part
+                    )
                     ahead.append((shard, clips, work, number == len(parts) - 1))
                     if len(ahead) > BATCHES_AHEAD:
                         yield self._ready(*ahead.popleft())
@@ -128,25 +136,41 @@ class ClipReader:
         try:
             begin, cpu = time.perf_counter(), time.thread_time() + decoder.process.cpu_s
             frames = self._frames(decoder, shard, clip)
-            seconds, cpu = time.perf_counter() - begin, time.thread_time() + decoder.process.cpu_s - cpu
+            seconds, cpu = (
+                time.perf_counter() - begin,
+                time.thread_time() + decoder.process.cpu_s - cpu,
+            )
         finally:
             self._idle.put(decoder)
-        return replace(clip, problem=frames) if isinstance(frames, ClipProblem) else replace(clip, frames=frames), seconds, cpu
+        return (
+            replace(clip, problem=frames)
+            if isinstance(frames, ClipProblem)
+            else replace(clip, frames=frames),
+            seconds,
+            cpu,
+        )
 
     def _frames(self, decoder: ClipDecoder, shard: int, clip: Clip) -> np.ndarray | ClipProblem:
         try:
-            frames = decoder.decode(self._mp4.read(shard, clip.position).tobytes(), sha256=clip.meta.video_sha256)
+            frames = decoder.decode(
+                self._mp4.read(shard, clip.position).tobytes(), sha256=clip.meta.video_sha256
+            )
         except DamagedSample as error:
             return ClipProblem("damaged", str(error))
         except ClipDamaged as error:
             return ClipProblem(error.failure.reason, error.failure.detail)
         if len(frames) != clip.meta.num_frames:
-            return ClipProblem("frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}")
+            return ClipProblem(
+                "frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}"
+            )
         return frames
 
 
-def by_shape(clips: Sequence[Clip], prepare: Callable[[Clip], np.ndarray | Tensor | ClipProblem],
-             compute: Callable[[list, list[str]], Tensor]) -> list[Result]:
+def by_shape(
+    clips: Sequence[Clip],
+    prepare: Callable[[Clip], np.ndarray | Tensor | ClipProblem],
+    compute: Callable[[list, list[str]], Tensor],
+) -> list[Result]:
     """`compute(inputs, keys)` once for all clips whose prepared input has the same shape.
 
     A clip that cannot be prepared, or whose output is not finite, gives a ClipProblem in its place.
@@ -168,5 +192,7 @@ def by_shape(clips: Sequence[Clip], prepare: Callable[[Clip], np.ndarray | Tenso
 
 def finite(tensor: Tensor) -> Result:
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        return ClipProblem("not_finite", f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values")
+        return ClipProblem(
+            "not_finite", f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values"
+        )
     return tensor

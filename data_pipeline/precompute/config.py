@@ -28,7 +28,9 @@ class FeaturesColumn(Config):
 
     kind: Literal["features"] = "features"
     encoder: VisionConfig
-    frame_stride: PositiveInt = 4  # video frames per semantic frame after the first: the codec's compression
+    frame_stride: PositiveInt = (
+        4  # video frames per semantic frame after the first: the codec's compression
+    )
 
 
 class TokensColumn(Config):
@@ -55,13 +57,17 @@ class LatentsColumn(Config):
 
     kind: Literal["latents"] = "latents"
     encoder: CodecConfig
-    sample_seed: NonNegativeInt | None = None  # None: the mean; else noise keyed by (seed, clip key)
+    sample_seed: NonNegativeInt | None = (
+        None  # None: the mean; else noise keyed by (seed, clip key)
+    )
     moments: bool = False  # [T, 2C, H, W]: the mean, then the log-variance
 
     @model_validator(mode="after")
     def _one_of_them(self) -> LatentsColumn:
         if self.moments and self.sample_seed is not None:
-            raise ValueError(f"moments = true stores mean and log-variance, sample_seed = {self.sample_seed} one sample of them; leave one out")
+            raise ValueError(
+                f"moments = true stores mean and log-variance, sample_seed = {self.sample_seed} one sample of them; leave one out"
+            )
         return self
 
 
@@ -70,10 +76,14 @@ class TextColumn(Config):
 
     kind: Literal["text"] = "text"
     encoder: TextConfig
-    caption: NonNegativeInt = 0  # which of a clip's captions, counted from 0; a clip with fewer gives its last
+    caption: NonNegativeInt = (
+        0  # which of a clip's captions, counted from 0; a clip with fewer gives its last
+    )
 
 
-ColumnConfig = Annotated[FeaturesColumn | TokensColumn | LatentsColumn | TextColumn, Field(discriminator="kind")]
+ColumnConfig = Annotated[
+    FeaturesColumn | TokensColumn | LatentsColumn | TextColumn, Field(discriminator="kind")
+]
 KINDS = ("features", "tokens", "latents", "text")
 
 
@@ -85,10 +95,16 @@ class PrecomputeConfig(Config):
     columns: dict[str, ColumnConfig]
     device: str = "auto"  # "auto": the GPU where there is one; else "cpu", "cuda:1", ...
     batch_size: PositiveInt = 8  # clips that go through an encoder together
-    decoder: Literal["decord", "pyav"] = "decord"  # of the clips in raw shards; part of the fingerprint of what it feeds
+    decoder: Literal["decord", "pyav"] = (
+        "decord"  # of the clips in raw shards; part of the fingerprint of what it feeds
+    )
     decode_threads: PositiveInt = 2
-    encode_threads: PositiveInt | None = None  # batches that are encoded at once; None: 1 on a GPU; on a CPU as many as torch has threads, 8 at most
-    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)  # of the clips of a column; more set aside stop the job
+    encode_threads: PositiveInt | None = (
+        None  # batches that are encoded at once; None: 1 on a GPU; on a CPU as many as torch has threads, 8 at most
+    )
+    max_bad_fraction: float = Field(
+        default=0.05, ge=0, le=1
+    )  # of the clips of a column; more set aside stop the job
     redo: tuple[str, ...] = ()  # columns to make anew where another encoder made what is there
 
     @field_validator("columns", mode="before")
@@ -99,25 +115,43 @@ class PrecomputeConfig(Config):
         for name in map(str, columns):
             if column_stem(name) not in KINDS:
                 near = difflib.get_close_matches(column_stem(name), KINDS, n=1, cutoff=0.5)
-                meant = f"did you mean {name.replace(column_stem(name), near[0], 1)!r}? " if near else ""
+                meant = (
+                    f"did you mean {name.replace(column_stem(name), near[0], 1)!r}? "
+                    if near
+                    else ""
+                )
                 raise ValueError(
                     f"columns.{name}: the name of a column begins with what it holds, "
                     f"{', '.join(KINDS)}, and a dash "
                     f"where more follows; {meant}e.g. text-minilm, latents-vae"
                 )
-        return {name: {"kind": column_stem(str(name)), **column} if isinstance(column, dict) else column
-                for name, column in columns.items()}
+        return {
+            name: {"kind": column_stem(str(name)), **column} if isinstance(column, dict) else column
+            for name, column in columns.items()
+        }
 
     @model_validator(mode="after")
     def _names(self) -> PrecomputeConfig:
         if not self.columns:
-            raise ValueError("columns is empty: name at least one of features, tokens, latents, text-<encoder>")
+            raise ValueError(
+                "columns is empty: name at least one of features, tokens, latents, text-<encoder>"
+            )
         for name, column in self.columns.items():
             if column.kind != column_stem(name):
-                raise ValueError(f"columns.{name} is of kind {column.kind}; its name must begin with {column.kind!r}")
-            if name == RAW or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-                raise ValueError(f"columns.{name}: a column names a folder; use letters, digits, dash, dot and underscore")
+                raise ValueError(
+                    f"columns.{name} is of kind {column.kind}; its name must begin with {column.kind!r}"
+                )
+            if (
+                name == RAW
+                or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+                or name.startswith(".")
+            ):
+                raise ValueError(
+                    f"columns.{name}: a column names a folder; use letters, digits, dash, dot and underscore"
+                )
         unknown = sorted(set(self.redo) - set(self.columns))
         if unknown:
-            raise ValueError(f"redo names {', '.join(unknown)}; columns has {', '.join(self.columns)}")
+            raise ValueError(
+                f"redo names {', '.join(unknown)}; columns has {', '.join(self.columns)}"
+            )
         return self

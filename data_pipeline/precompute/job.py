@@ -28,7 +28,9 @@ from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, sha
 from landiff.data_pipeline.precompute.write import ColumnUnit, Stages, WriterThread
 from landiff.model_zoo.device import pick_device
 
-ProgressCallback = Callable[[int, int, str], None]  # (clips done, clips of this task, which columns go through together)
+ProgressCallback = Callable[
+    [int, int, str], None
+]  # (clips done, clips of this task, which columns go through together)
 FEW = 8  # clips; of fewer, equal tokens are no sign of a collapsed codebook before the end
 SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
 MOST_ENCODE_THREADS = 8  # on a CPU, unless the config says otherwise; each holds a batch of frames
@@ -63,17 +65,29 @@ class Summary:
     def __str__(self) -> str:
         parts = []
         for name, column in self.columns.items():
-            bad = f", {sum(column.rejects.values())} set aside ({format_reject_counts(column.rejects)})" if column.rejects else ""
+            bad = (
+                f", {sum(column.rejects.values())} set aside ({format_reject_counts(column.rejects)})"
+                if column.rejects
+                else ""
+            )
             cut = ""
             if column.truncated:
                 cut = f", {column.truncated} captions cut to the encoder's length"
             made = f"{column.clips} clips in {column.made} shards, {column.found} shards were done"
             parts.append(f"{name}: {made}{bad}{cut}")
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.stage_seconds.items())
-        return "; ".join(parts) + f"; {self.wall_s:.1f} s" + (f" (seconds by stage: {stages})" if stages else "")
+        stages = ", ".join(
+            f"{stage} {seconds:.1f}" for stage, seconds in self.stage_seconds.items()
+        )
+        return (
+            "; ".join(parts)
+            + f"; {self.wall_s:.1f} s"
+            + (f" (seconds by stage: {stages})" if stages else "")
+        )
 
 
-Encode = Callable[[Sequence[Clip]], list[Result]]  # a batch of one shard's clips -> their tensors; from several threads
+Encode = Callable[
+    [Sequence[Clip]], list[Result]
+]  # a batch of one shard's clips -> their tensors; from several threads
 
 
 class Producer(Protocol):
@@ -126,7 +140,9 @@ def column_groups(config: PrecomputeConfig) -> list[list[str]]:
     """Columns that go through together: each text column alone, so that one big encoder is in memory at a time;
     those that need frames at once, so that each clip is decoded once."""
     texts = [[name] for name, column in config.columns.items() if isinstance(column, TextColumn)]
-    with_frames = [name for name, column in config.columns.items() if not isinstance(column, TextColumn)]
+    with_frames = [
+        name for name, column in config.columns.items() if not isinstance(column, TextColumn)
+    ]
     return [*texts, with_frames] if with_frames else texts
 
 
@@ -174,14 +190,23 @@ def threads_of_torch(bench: Bench) -> Iterator[None]:
 class PrecomputeJob:
     """One task's run over its shards."""
 
-    def __init__(self, config: PrecomputeConfig, manifest: Manifest, task: tuple[int, int], build: Build, progress: ProgressCallback | None = None) -> None:
+    def __init__(
+        self,
+        config: PrecomputeConfig,
+        manifest: Manifest,
+        task: tuple[int, int],
+        build: Build,
+        progress: ProgressCallback | None = None,
+    ) -> None:
         self.config, self.manifest, self.build = config, manifest, build
         self.bench = Bench.of(config)
         self.stages = self.bench.stages
         self.shards = share(manifest.shards, task)
         self.folders = {name: ColumnFolder(config.data, name) for name in config.columns}
         self.summaries = {name: ColumnSummary() for name in config.columns}
-        self.seen: Counter[str] = Counter()  # clips by column, those of units found finished included
+        self.seen: Counter[str] = (
+            Counter()
+        )  # clips by column, those of units found finished included
         self.done: Counter[str] = Counter()  # clips by column, for the progress line
         self.codes: dict[str, CodeCount] = {}  # of the columns of tokens, of units made here
         self._open: list[OpenShard] = []  # begun, not yet handed over to be committed
@@ -190,7 +215,9 @@ class PrecomputeJob:
         self._names: Sequence[str] = ()  # columns that go through now
         self._producers: Mapping[str, Producer] = {}  # of these columns
         self._began = (time.perf_counter(), {"decode": 0.0})  # of the columns that go through now
-        self._reader = ClipReader(config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads)
+        self._reader = ClipReader(
+            config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads
+        )
 
     def run(self) -> Summary:
         begin = time.perf_counter()
@@ -200,8 +227,12 @@ class PrecomputeJob:
                     self._run_columns(names)
         finally:
             self._reader.close()
-        return Summary(self.summaries, {"decode": self._reader.decode_s, **self.stages.seconds},
-                       {"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds}, time.perf_counter() - begin)
+        return Summary(
+            self.summaries,
+            {"decode": self._reader.decode_s, **self.stages.seconds},
+            {"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds},
+            time.perf_counter() - begin,
+        )
 
     def _run_columns(self, names: Sequence[str]) -> None:
         if not self.shards:  # no reason to load an encoder
@@ -214,7 +245,10 @@ class PrecomputeJob:
             self.folders[name].claim(producer.card, redo=name in self.config.redo)
         self._producers = producers
         left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
-        self._began = (time.perf_counter(), {"decode": self._reader.decode_s, **self.stages.seconds})
+        self._began = (
+            time.perf_counter(),
+            {"decode": self._reader.decode_s, **self.stages.seconds},
+        )
         self._report()
         self._make(left, producers)
         for name in names:
@@ -227,7 +261,9 @@ class PrecomputeJob:
         shard: OpenShard | None = None
         ahead: deque[tuple[OpenShard, Piece, Future[dict[str, list[Result]]]]] = deque()
         try:
-            for piece in self._timed(self._reader.stream(self._plan(left, producers), self.config.batch_size)):
+            for piece in self._timed(
+                self._reader.stream(self._plan(left, producers), self.config.batch_size)
+            ):
                 if shard is None:
                     shard = self._begin(piece, producers)
                 ahead.append((shard, piece, encoders.submit(shard.encode_all, piece.batch)))
@@ -248,15 +284,30 @@ class PrecomputeJob:
                 for unit in shard.units.values():
                     unit.give_up(error or RuntimeError("its task stopped"))
 
-    def _plan(self, left: Sequence[int], producers: Mapping[str, Producer]) -> Iterator[tuple[int, bool]]:
+    def _plan(
+        self, left: Sequence[int], producers: Mapping[str, Producer]
+    ) -> Iterator[tuple[int, bool]]:
         for shard in left:
             if not self._find_finished(shard, producers):  # a twin of this task was faster
                 entry = self.manifest.shards[shard]
-                yield shard, any([producer.needs_frames(entry) for name, producer in producers.items() if (name, shard) not in self._found])
+                yield (
+                    shard,
+                    any(
+                        [
+                            producer.needs_frames(entry)
+                            for name, producer in producers.items()
+                            if (name, shard) not in self._found
+                        ]
+                    ),
+                )
 
     def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> OpenShard:
         entry = self.manifest.shards[piece.shard]
-        wanted = {name: producer for name, producer in producers.items() if (name, piece.shard) not in self._found}
+        wanted = {
+            name: producer
+            for name, producer in producers.items()
+            if (name, piece.shard) not in self._found
+        }
         units: dict[str, ColumnUnit] = {}
         try:
             for name, producer in wanted.items():
@@ -265,16 +316,28 @@ class PrecomputeJob:
             for unit in units.values():
                 unit.give_up(error)
             raise
-        shard = OpenShard(units, {name: producer.begin(entry, piece.clips) for name, producer in wanted.items()})
+        shard = OpenShard(
+            units, {name: producer.begin(entry, piece.clips) for name, producer in wanted.items()}
+        )
         self._open.append(shard)
         return shard
 
-    def _hand_over(self, shard: OpenShard, piece: Piece, encoded: Future[dict[str, list[Result]]], writer: WriterThread, *, last: int) -> None:
+    def _hand_over(
+        self,
+        shard: OpenShard,
+        piece: Piece,
+        encoded: Future[dict[str, list[Result]]],
+        writer: WriterThread,
+        *,
+        last: int,
+    ) -> None:
         """What was encoded to the writer; with the last batch of a shard, its units to be committed."""
         with self.stages("wait for the encoders"):
             results = encoded.result()
         for name, unit in shard.units.items():
-            shard.rejects[name].update(result.reason for result in results[name] if isinstance(result, ClipProblem))
+            shard.rejects[name].update(
+                result.reason for result in results[name] if isinstance(result, ClipProblem)
+            )
             self._count_codes(name, results[name])
             writer.submit(unit.write, piece.batch, results[name])
             self.done[name] += len(piece.batch)
@@ -314,14 +377,23 @@ class PrecomputeJob:
             yield piece
 
     def _count(
-        self, name: str, rejects: Counter[str], clips: int, *,
-        made: int = 0, found: int = 0, truncated: int = 0,
+        self,
+        name: str,
+        rejects: Counter[str],
+        clips: int,
+        *,
+        made: int = 0,
+        found: int = 0,
+        truncated: int = 0,
     ) -> None:
         old = self.summaries[name]
         self.seen[name] += clips
         self.summaries[name] = ColumnSummary(
-            made=old.made + made, found=old.found + found, clips=old.clips + (clips if made else 0),
-            rejects=dict(Counter(old.rejects) + rejects), truncated=old.truncated + truncated,
+            made=old.made + made,
+            found=old.found + found,
+            clips=old.clips + (clips if made else 0),
+            rejects=dict(Counter(old.rejects) + rejects),
+            truncated=old.truncated + truncated,
         )
 
     def _count_codes(self, name: str, results: Sequence[Result]) -> None:
@@ -354,7 +426,11 @@ class PrecomputeJob:
         if self._progress is not None:
             total = sum(self.manifest.shards[s].samples for s in self.shards)
             note = f"clips ({', '.join(self._names)})"
-            self._progress(sum(self.done[name] for name in self._names) // len(self._names), total, "; ".join([note, *self._busy()]))
+            self._progress(
+                sum(self.done[name] for name in self._names) // len(self._names),
+                total,
+                "; ".join([note, *self._busy()]),
+            )
 
     def _busy(self) -> list[str]:
         """How busy the threads of each stage were since these columns began."""
@@ -364,10 +440,19 @@ class PrecomputeJob:
             return []
         threads = {"decode": self.config.decode_threads, "write": 1}
         spent = {"decode": self._reader.decode_s, **self.stages.seconds}
-        shares = {stage: (seconds - before.get(stage, 0.0)) / wall / threads.get(stage, self.bench.encode_threads)
-                  for stage, seconds in spent.items() if not stage.startswith(("wait", "load"))}
-        return [f"busy: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items() if share >= 0.005)}"]
+        shares = {
+            stage: (seconds - before.get(stage, 0.0))
+            / wall
+            / threads.get(stage, self.bench.encode_threads)
+            for stage, seconds in spent.items()
+            if not stage.startswith(("wait", "load"))
+        }
+        return [
+            f"busy: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items() if share >= 0.005)}"
+        ]
 
 
 def format_reject_counts(rejects: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1]))
+    return ", ".join(
+        f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1])
+    )

@@ -53,7 +53,16 @@ from landiff.model_zoo import frozen, health, keyed_random, registry
 from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from landiff.model_zoo.frozen.config import semantic_frame_indices
 
-__all__ = ["TooManyColumnRejects", "estimate", "finalize", "retry", "run", "share", "status", "verify"]
+__all__ = [
+    "TooManyColumnRejects",
+    "estimate",
+    "finalize",
+    "retry",
+    "run",
+    "share",
+    "status",
+    "verify",
+]
 
 
 class FeaturesProducer:
@@ -61,8 +70,12 @@ class FeaturesProducer:
 
     def __init__(self, column: FeaturesColumn, encoder: VisionFeatures, bench: Bench) -> None:
         self.stride, self.encoder, self.bench = column.frame_stride, encoder, bench
-        parts = {"encoders": {encoder.name: encoder.fingerprint}, "decoder": bench.config.decoder,
-                 "frame_stride": self.stride, "dtype": "float16"}
+        parts = {
+            "encoders": {encoder.name: encoder.fingerprint},
+            "decoder": bench.config.decoder,
+            "frame_stride": self.stride,
+            "dtype": "float16",
+        }
         self.card = ColumnCard.of(encoder.name, parts, column.model_dump(mode="json"))
         self._own = threading.local()
 
@@ -84,7 +97,11 @@ class FeaturesProducer:
         return encode
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
-        return {"bad_values": float((~tensor.isfinite()).sum()), "mean": float(tensor.float().mean()), "std": float(tensor.float().std())}
+        return {
+            "bad_values": float((~tensor.isfinite()).sum()),
+            "mean": float(tensor.float().mean()),
+            "std": float(tensor.float().std()),
+        }
 
     def collapse(self, counts: np.ndarray) -> str:
         return ""
@@ -96,7 +113,9 @@ class FeaturesProducer:
         if (length - 1) % self.stride:
             return ClipProblem("frame_count", f"{length} frames are not 1 + {self.stride}k")
         if height % self.encoder.cell or width % self.encoder.cell:
-            return ClipProblem("frame_size", f"{height}x{width} does not divide into cells of {self.encoder.cell}")
+            return ClipProblem(
+                "frame_size", f"{height}x{width} does not divide into cells of {self.encoder.cell}"
+            )
         return clip.frames[semantic_frame_indices(length, 1 + (length - 1) // self.stride)]
 
     def _compute(self, frames: list[np.ndarray], keys: list[str]) -> Tensor:
@@ -110,12 +129,17 @@ class TokensProducer:
     def __init__(self, column: TokensColumn, features: FeaturesProducer, bench: Bench) -> None:
         entry = registry.resolve(bench.config.zoo, column.tokenizer, kind="tokenizer")
         if entry.config.codebook_size > 1 << 16:
-            raise ConfigError(f"columns: {entry.reference} has a codebook of {entry.config.codebook_size}; tokens are uint16")
+            raise ConfigError(
+                f"columns: {entry.reference} has a codebook of {entry.config.codebook_size}; tokens are uint16"
+            )
         self.tokenizer = registry.load_model(entry, bench.device)
         self.sizes = entry.config
         self.features, self.bench = features, bench
-        parts = {**features.card.parts, "encoders": {entry.name: entry.fingerprint, **features.card.parts["encoders"]},
-                 "dtype": "uint16"}
+        parts = {
+            **features.card.parts,
+            "encoders": {entry.name: entry.fingerprint, **features.card.parts["encoders"]},
+            "dtype": "uint16",
+        }
         self.precision = column.precision
         # float32 columns keep the fingerprint they had before there was a choice
         if column.precision != "fp32":
@@ -124,7 +148,9 @@ class TokensProducer:
         self._planned: dict[str, Sidecar | None] = {}  # shard -> its features, where they are there
 
     def needs_frames(self, entry: ShardEntry) -> bool:
-        sidecar = ColumnFolder(self.bench.config.data, "features").finished(entry, self.features.card.fingerprint)
+        sidecar = ColumnFolder(self.bench.config.data, "features").finished(
+            entry, self.features.card.fingerprint
+        )
         self._planned[entry.name] = sidecar
         return sidecar is None
 
@@ -146,18 +172,31 @@ class TokensProducer:
         return health.collapse(counts)
 
     def _stored(self, sidecar: Sidecar) -> Encode:
-        reader = FolderReader(self.bench.config.data, "features", "features.safetensors", [sidecar.entry])
+        reader = FolderReader(
+            self.bench.config.data, "features", "features.safetensors", [sidecar.entry]
+        )
         slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
 
         def read(batch: Sequence[Clip]) -> list[Result]:
-            return [reader.read_tensor(0, slots[clip.key]) if clip.key in slots else ClipProblem("no_features", "set aside in column 'features'")
-                    for clip in batch]
+            return [
+                reader.read_tensor(0, slots[clip.key])
+                if clip.key in slots
+                else ClipProblem("no_features", "set aside in column 'features'")
+                for clip in batch
+            ]
 
         return read
 
     def _fitting(self, features_TChw: Tensor) -> Result:
-        found, wanted = list(features_TChw.shape[1:]), [self.sizes.feature_channels, self.sizes.grid_height, self.sizes.grid_width]
-        return features_TChw if found == wanted else ClipProblem("feature_size", f"features {found}, the tokenizer takes {wanted}")
+        found, wanted = (
+            list(features_TChw.shape[1:]),
+            [self.sizes.feature_channels, self.sizes.grid_height, self.sizes.grid_width],
+        )
+        return (
+            features_TChw
+            if found == wanted
+            else ClipProblem("feature_size", f"features {found}, the tokenizer takes {wanted}")
+        )
 
     def _compute(self, features: list[Tensor], keys: list[str]) -> Tensor:
         with self.bench.stages("tokens"):
@@ -174,9 +213,19 @@ class LatentsProducer:
     """bfloat16 [T, C, H, W], scaled; [T, 2C, H, W] where it is mean and log-variance."""
 
     def __init__(self, column: LatentsColumn, codec: LatentCodec, bench: Bench) -> None:
-        self.codec, self.seed, self.moments, self.bench = codec, column.sample_seed, column.moments, bench
-        parts = {"encoders": {codec.name: codec.fingerprint}, "decoder": bench.config.decoder, "sample_seed": self.seed,
-                 "moments": self.moments, "dtype": "bfloat16"}
+        self.codec, self.seed, self.moments, self.bench = (
+            codec,
+            column.sample_seed,
+            column.moments,
+            bench,
+        )
+        parts = {
+            "encoders": {codec.name: codec.fingerprint},
+            "decoder": bench.config.decoder,
+            "sample_seed": self.seed,
+            "moments": self.moments,
+            "dtype": "bfloat16",
+        }
         self.card = ColumnCard.of(codec.name, parts, column.model_dump(mode="json"))
 
     def needs_frames(self, entry: ShardEntry) -> bool:
@@ -187,9 +236,14 @@ class LatentsProducer:
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         """Decodes the latents back: "psnr" against the clip, in dB."""
-        measured = {"bad_values": float((~tensor.isfinite()).sum()), "std": float(tensor.float().std())}
+        measured = {
+            "bad_values": float((~tensor.isfinite()).sum()),
+            "std": float(tensor.float().std()),
+        }
         if clip.frames is not None and not measured["bad_values"]:
-            latents = posterior_mean(tensor.float()[None].to(self.bench.device), self.codec.channels)
+            latents = posterior_mean(
+                tensor.float()[None].to(self.bench.device), self.codec.channels
+            )
             shown = self.codec.decode(latents)[0].cpu()
             error = (shown.float() - torch.from_numpy(clip.frames).float()).square().mean()
             measured["psnr"] = float(10 * torch.log10(255**2 / error.clamp(min=1e-10)))
@@ -205,7 +259,9 @@ class LatentsProducer:
         if (length - 1) % self.codec.time:
             return ClipProblem("frame_count", f"{length} frames are not 1 + {self.codec.time}k")
         if height % self.codec.space or width % self.codec.space:
-            return ClipProblem("frame_size", f"{height}x{width} does not divide into cells of {self.codec.space}")
+            return ClipProblem(
+                "frame_size", f"{height}x{width} does not divide into cells of {self.codec.space}"
+            )
         return clip.frames
 
     def _compute(self, videos: list[np.ndarray], keys: list[str]) -> Tensor:
@@ -215,8 +271,15 @@ class LatentsProducer:
             length, height, width = videos[0].shape[:3]
             noise = None
             if self.seed is not None:
-                shape = (1 + (length - 1) // self.codec.time, self.codec.channels, height // self.codec.space, width // self.codec.space)
-                noise = torch.stack([clip_noise(self.seed, key, shape) for key in keys]).to(self.bench.device)
+                shape = (
+                    1 + (length - 1) // self.codec.time,
+                    self.codec.channels,
+                    height // self.codec.space,
+                    width // self.codec.space,
+                )
+                noise = torch.stack([clip_noise(self.seed, key, shape) for key in keys]).to(
+                    self.bench.device
+                )
             return self.codec.encode(self.bench.stack(videos), noise).bfloat16().cpu()
 
 
@@ -226,14 +289,21 @@ class TextProducer:
     def __init__(self, column: TextColumn, encoder: TextEncoder, bench: Bench) -> None:
         self.encoder, self.bench, self.number = encoder, bench, column.caption
         self.cut_off = encoder.cut_off
-        self.card = ColumnCard.of(encoder.name, {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"},
-                                  column.model_dump(mode="json"))
+        self.card = ColumnCard.of(
+            encoder.name,
+            {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"},
+            column.model_dump(mode="json"),
+        )
 
     def needs_frames(self, entry: ShardEntry) -> bool:
         return False
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
-        captions = {clip.position: clip.meta.caption_number(self.number).strip() for clip in clips if clip.meta is not None}
+        captions = {
+            clip.position: clip.meta.caption_number(self.number).strip()
+            for clip in clips
+            if clip.meta is not None
+        }
         return ShardCaptions(captions, self._states, self.cut_off)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
@@ -246,7 +316,10 @@ class TextProducer:
         with self.bench.stages("text"):
             states_BLD, lengths_B = self.encoder(captions)
             states_BLD = states_BLD.bfloat16().cpu()
-            return [states[:length].clone() for states, length in zip(states_BLD, lengths_B.tolist(), strict=True)]
+            return [
+                states[:length].clone()
+                for states, length in zip(states_BLD, lengths_B.tolist(), strict=True)
+            ]
 
 
 class ShardCaptions:
@@ -256,7 +329,9 @@ class ShardCaptions:
     """
 
     def __init__(
-        self, captions: Mapping[int, str], encode: Callable[[list[str]], list[Tensor]],
+        self,
+        captions: Mapping[int, str],
+        encode: Callable[[list[str]], list[Tensor]],
         cut_off: Callable[[list[str]], list[str]],
     ) -> None:
         """`captions` by the clip's position in the shard; `cut_off`: what the encoder leaves out."""
@@ -319,18 +394,24 @@ def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
 def producers(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
     """What makes the columns `names` of the config; encoders are built here."""
     made: dict[str, Producer] = {}
-    vision: dict[FeaturesColumn, FeaturesProducer] = {}  # one for all columns that take the same features
+    vision: dict[
+        FeaturesColumn, FeaturesProducer
+    ] = {}  # one for all columns that take the same features
     for name in names:
         match column := bench.config.columns[name]:
             case FeaturesColumn() | TokensColumn():
                 features = FeaturesColumn(encoder=column.encoder, frame_stride=column.frame_stride)
                 if features not in vision:
-                    vision[features] = FeaturesProducer(features, frozen.build(column.encoder, bench.device), bench)
+                    vision[features] = FeaturesProducer(
+                        features, frozen.build(column.encoder, bench.device), bench
+                    )
                 made[name] = vision[features]
                 if isinstance(column, TokensColumn):
                     made[name] = TokensProducer(column, vision[features], bench)
             case LatentsColumn():
-                made[name] = LatentsProducer(column, frozen.build(column.encoder, bench.device), bench)
+                made[name] = LatentsProducer(
+                    column, frozen.build(column.encoder, bench.device), bench
+                )
             case TextColumn():
                 made[name] = TextProducer(column, frozen.build(column.encoder, bench.device), bench)
     return made
@@ -342,7 +423,9 @@ def tokenizers(config: PrecomputeConfig) -> dict[str, str]:
     for name, column in config.columns.items():
         if isinstance(column, TokensColumn):
             try:
-                found[name] = registry.resolve(config.zoo, column.tokenizer, kind="tokenizer").reference
+                found[name] = registry.resolve(
+                    config.zoo, column.tokenizer, kind="tokenizer"
+                ).reference
             except ConfigError:
                 found[name] = f"{column.tokenizer}, which is not in {config.zoo}"
     return found
@@ -351,7 +434,11 @@ def tokenizers(config: PrecomputeConfig) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ commands
 
 
-def run(config: PrecomputeConfig, task: tuple[int, int] = (0, 1), progress: ProgressCallback | None = None) -> Summary:
+def run(
+    config: PrecomputeConfig,
+    task: tuple[int, int] = (0, 1),
+    progress: ProgressCallback | None = None,
+) -> Summary:
     """Compute the columns of this task's shards; units that are finished stay as they are.
 
     Raises ConfigError where a folder holds another encoder's column, TooManyColumnRejects above `max_bad_fraction`.
@@ -366,7 +453,9 @@ def status(config: PrecomputeConfig) -> list[ColumnStatus]:
 
 def retry(config: PrecomputeConfig, tasks: int) -> dict[str, str]:
     """{column: SLURM array expression of the tasks, of so many, that have work left}."""
-    return precompute_status.retry_arrays(config, read_manifest(config.data), tasks, tokenizers(config))
+    return precompute_status.retry_arrays(
+        config, read_manifest(config.data), tasks, tokenizers(config)
+    )
 
 
 def finalize(config: PrecomputeConfig) -> Manifest:

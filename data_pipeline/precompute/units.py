@@ -56,12 +56,19 @@ class ColumnCard(Config):
 
     encoder: str  # human name
     fingerprint: str  # of `parts`
-    parts: dict[str, Any]  # all that decides the content: {"encoders": {name: fingerprint}, "decoder": ..., ...}
+    parts: dict[
+        str, Any
+    ]  # all that decides the content: {"encoders": {name: fingerprint}, "decoder": ..., ...}
     column: dict[str, Any]  # the resolved column config, for people
 
     @classmethod
     def of(cls, encoder: str, parts: Mapping[str, Any], column: Mapping[str, Any]) -> ColumnCard:
-        return cls(encoder=encoder, fingerprint=content_fingerprint(FORMAT_VERSION, parts), parts=dict(parts), column=dict(column))
+        return cls(
+            encoder=encoder,
+            fingerprint=content_fingerprint(FORMAT_VERSION, parts),
+            parts=dict(parts),
+            column=dict(column),
+        )
 
 
 class UnitFailure(Config):
@@ -105,7 +112,9 @@ class ColumnFolder:
         except FileNotFoundError:
             return None
         except ConfigError as error:
-            raise ShardError(f"{path} does not say what made this column: {error}; delete the folder and run again") from None
+            raise ShardError(
+                f"{path} does not say what made this column: {error}; delete the folder and run again"
+            ) from None
 
     def claim(self, card: ColumnCard, *, redo: bool) -> None:
         """Make the folder this card's. Raises ConfigError where it is another encoder's, unless `redo`."""
@@ -147,7 +156,12 @@ class ColumnFolder:
 
     def fail(self, entry: ShardEntry, error: BaseException) -> None:
         """Leave word why this unit was given up."""
-        failure = UnitFailure(error=f"{type(error).__name__}: {error}", machine=os.uname().nodename, process=os.getpid(), time=time.time())
+        failure = UnitFailure(
+            error=f"{type(error).__name__}: {error}",
+            machine=os.uname().nodename,
+            process=os.getpid(),
+            time=time.time(),
+        )
         write_text(self._failure(entry.name), failure.model_dump_json())
 
     def forgive(self, entry: ShardEntry) -> None:
@@ -204,24 +218,45 @@ def finalize_columns(data: Path, columns: Sequence[str]) -> Manifest:
     for name in columns:
         folder = ColumnFolder(data, name)
         card = folder.card()
-        sidecars = folder.survey(manifest.shards, card.fingerprint) if card else [None] * len(manifest.shards)
-        left = [entry.name for entry, sidecar in zip(manifest.shards, sidecars, strict=True) if sidecar is None]
+        sidecars = (
+            folder.survey(manifest.shards, card.fingerprint)
+            if card
+            else [None] * len(manifest.shards)
+        )
+        left = [
+            entry.name
+            for entry, sidecar in zip(manifest.shards, sidecars, strict=True)
+            if sidecar is None
+        ]
         if left:
-            missing.append(f"column {name!r} lacks {len(left)} of {len(manifest.shards)} shards: {', '.join(left[:20])}"
-                           f"{', ...' if len(left) > 20 else ''}")
+            missing.append(
+                f"column {name!r} lacks {len(left)} of {len(manifest.shards)} shards: {', '.join(left[:20])}"
+                f"{', ...' if len(left) > 20 else ''}"
+            )
             continue
         require_codes(name, sidecars)
         folder.remove_leftovers()
         made[name] = _merge(manifest, card, sidecars)
         rejects += [reject for sidecar in sidecars for reject in sidecar.rejects]
     if missing:
-        raise ShardError("; ".join(missing) + ". Run `landiff precompute` once more; `landiff precompute retry --tasks N` names the tasks of an array that have work left. Then finalize again")
+        raise ShardError(
+            "; ".join(missing)
+            + ". Run `landiff precompute` once more; `landiff precompute retry --tasks N` names the tasks of an array that have work left. Then finalize again"
+        )
     with locked(data):
         now = read_manifest(data)
         if now.fingerprint != manifest.fingerprint:
-            raise ShardError(f"the raw shards of {data} changed while their columns were being entered; run `landiff precompute` again")
+            raise ShardError(
+                f"the raw shards of {data} changed while their columns were being entered; run `landiff precompute` again"
+            )
         rejects = [r for r in now.rejects if r.stage not in columns] + rejects
-        now = now.model_copy(update={"columns": {**now.columns, **made}, "rejects": rejects, "reject_counts": count_rejects(rejects)})
+        now = now.model_copy(
+            update={
+                "columns": {**now.columns, **made},
+                "rejects": rejects,
+                "reject_counts": count_rejects(rejects),
+            }
+        )
         write_manifest(data, now)
         remove_abandoned(data, MANIFEST)
     return now
@@ -231,8 +266,12 @@ def _merge(manifest: Manifest, card: ColumnCard, sidecars: Sequence[Sidecar]) ->
     shapes = [tuple(s.shape) for s in sidecars if s.entry.samples]
     return Column(
         dtype=next((s.dtype for s in sidecars if s.entry.samples), ""),
-        shape=list(common_shape(shapes)), encoder=card.encoder, fingerprint=card.fingerprint,
-        config={**card.parts, "column": card.column}, raw_fingerprint=manifest.fingerprint, shards=[s.entry for s in sidecars],
+        shape=list(common_shape(shapes)),
+        encoder=card.encoder,
+        fingerprint=card.fingerprint,
+        config={**card.parts, "column": card.column},
+        raw_fingerprint=manifest.fingerprint,
+        shards=[s.entry for s in sidecars],
         truncated=sum(s.truncated for s in sidecars),
     )
 
@@ -263,12 +302,21 @@ def common_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     flat_old, flat_new = _flatten(old), _flatten(new)
-    names = [k for k in sorted(flat_old.keys() | flat_new.keys()) if flat_old.get(k) != flat_new.get(k)]
-    return ", ".join(f"{k} ({flat_old.get(k)} there, {flat_new.get(k)} here)" for k in names) or "the format version"
+    names = [
+        k for k in sorted(flat_old.keys() | flat_new.keys()) if flat_old.get(k) != flat_new.get(k)
+    ]
+    return (
+        ", ".join(f"{k} ({flat_old.get(k)} there, {flat_new.get(k)} here)" for k in names)
+        or "the format version"
+    )
 
 
 def _flatten(parts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in parts.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat

@@ -136,7 +136,9 @@ class ColumnUnit:
     def give_up(self, error: BaseException) -> None:
         """Leave nothing but word of why."""
         self._given_up = True
-        if isinstance(error, OSError) and error.filename is None:  # a full disk says not of which file
+        if (
+            isinstance(error, OSError) and error.filename is None
+        ):  # a full disk says not of which file
             error.filename = str(self.folder.folder / f"{self.entry.name}.tar")
         with suppress(OSError):  # a full disk may refuse the closing and the word; `error` tells
             if self._writer is not None:

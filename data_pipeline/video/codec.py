@@ -64,7 +64,12 @@ class Wanted:
     fps: float
     height: int
     width: int
-    crop: Crop = (0.0, 0.0, 0.0, 0.0)  # share of the picture to cut off first: left, top, right, bottom
+    crop: Crop = (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )  # share of the picture to cut off first: left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,9 @@ class SafeDecoder:
         self.max_pixels = max_pixels
         self.handling = {"hdr": hdr, "interlaced": interlaced}
         self._group = 0
-        self.process = DecoderProcess("pyav", timeout_s=timeout_s, memory_limit=memory_limit, recycle=recycle)
+        self.process = DecoderProcess(
+            "pyav", timeout_s=timeout_s, memory_limit=memory_limit, recycle=recycle
+        )
 
     def __enter__(self) -> SafeDecoder:
         return self
@@ -136,7 +143,9 @@ class SafeDecoder:
         response, _ = self.process.ask(self._request(video))
         return response.failure or response.info
 
-    def decode(self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted) -> list[np.ndarray | DecodeFailure]:
+    def decode(
+        self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted
+    ) -> list[np.ndarray | DecodeFailure]:
         """The frames that `decode_spans` returns, without their conversions."""
         spans = self.decode_spans(video, starts_s, wanted)
         return [span.frames if isinstance(span, DecodedSpan) else span for span in spans]
@@ -149,7 +158,9 @@ class SafeDecoder:
         Calls for later and later parts of one file decode it once, up to `begin`. The memory of all
         spans is freed with the last of them.
         """
-        response, frames = self.process.ask(self._request(video, kind="decode", starts_s=tuple(starts_s), **asdict(wanted)))
+        response, frames = self.process.ask(
+            self._request(video, kind="decode", starts_s=tuple(starts_s), **asdict(wanted))
+        )
         if response.failure:
             return [response.failure] * len(starts_s)
         spans: list[DecodedSpan | DecodeFailure] = []
@@ -161,7 +172,11 @@ class SafeDecoder:
         """Small pictures of all frames, in order, a batch at a time. Raises ScanFailed."""
         first, ended = 0, False
         while not ended:
-            response, frames = self.process.ask(self._request(video, kind="scan", first=first, count=SCAN_BATCH, keyframes=keyframes))
+            response, frames = self.process.ask(
+                self._request(
+                    video, kind="scan", first=first, count=SCAN_BATCH, keyframes=keyframes
+                )
+            )
             if response.failure:
                 raise ScanFailed(response.failure)
             if response.times:
@@ -173,7 +188,11 @@ class SafeDecoder:
             self.process.put(video)
             source = {"path": "", "size": len(video)}
         else:
-            source = {"path": os.fspath(video.path.absolute()), "offset": video.offset, "size": video.size}
+            source = {
+                "path": os.fspath(video.path.absolute()),
+                "offset": video.offset,
+                "size": video.size,
+            }
         return DecodeRequest(
             **source,
             max_pixels=self.max_pixels,
@@ -187,13 +206,17 @@ class SafeDecoder:
 # ------------------------------------------------------------------------------------------ our own clips
 
 
-def encode_clip(frames_THWC: np.ndarray, fps: float, *, crf: float = 14, preset: str = "slow") -> bytes:
+def encode_clip(
+    frames_THWC: np.ndarray, fps: float, *, crf: float = 14, preset: str = "slow"
+) -> bytes:
     """uint8 [T, H, W, 3], even sizes -> MP4 bytes: H.264, yuv420p, BT.709, one closed GOP.
 
     Equal frames give equal bytes: one thread, no clock, no banner. `crf` is x264's quality, lower is better.
     """
     if frames_THWC.shape[1] % 2 or frames_THWC.shape[2] % 2:
-        raise ValueError(f"yuv420p wants even sizes; the frames are {frames_THWC.shape[1]}x{frames_THWC.shape[2]}")
+        raise ValueError(
+            f"yuv420p wants even sizes; the frames are {frames_THWC.shape[1]}x{frames_THWC.shape[2]}"
+        )
     buffer = io.BytesIO()
     _write_h264(buffer, frames_THWC, fps, {"crf": str(crf), "preset": preset}, faststart=False)
     return buffer.getvalue()
@@ -213,8 +236,17 @@ class ClipDecoder:
     decord is the faster one; PyAV's colours are the more exact. They never share a process: each has its own FFmpeg.
     """
 
-    def __init__(self, backend: Backend = "decord", *, timeout_s: float = TIMEOUT_S, memory_limit: int = MEMORY_LIMIT, recycle: int = RECYCLE) -> None:
-        self.process = DecoderProcess(backend, timeout_s=timeout_s, memory_limit=memory_limit, recycle=recycle)
+    def __init__(
+        self,
+        backend: Backend = "decord",
+        *,
+        timeout_s: float = TIMEOUT_S,
+        memory_limit: int = MEMORY_LIMIT,
+        recycle: int = RECYCLE,
+    ) -> None:
+        self.process = DecoderProcess(
+            backend, timeout_s=timeout_s, memory_limit=memory_limit, recycle=recycle
+        )
 
     def __enter__(self) -> ClipDecoder:
         return self
@@ -231,24 +263,51 @@ class ClipDecoder:
         Raises ClipDamaged: when `sha256` (RawSample.video_sha256) is given and differs, and when the decoder fails.
         """
         if sha256 is not None and (found := hashlib.sha256(clip).hexdigest()) != sha256:
-            raise ClipDamaged(DecodeFailure("damaged", f"the clip has sha256 {found[:16]}..., its sample says {sha256[:16]}...; the shard is damaged"))
+            raise ClipDamaged(
+                DecodeFailure(
+                    "damaged",
+                    f"the clip has sha256 {found[:16]}..., its sample says {sha256[:16]}...; the shard is damaged",
+                )
+            )
         self.process.put(clip)
-        response, frames = self.process.ask(DecodeRequest(kind="clip", size=len(clip), timeout_s=self.process.timeout_s))
+        response, frames = self.process.ask(
+            DecodeRequest(kind="clip", size=len(clip), timeout_s=self.process.timeout_s)
+        )
         if frames is None:
             raise ClipDamaged(response.failure or DecodeFailure("damaged", "no frames"))
         return frames
 
 
-def _write_h264(target: io.BytesIO | str, frames_THWC: np.ndarray, fps: float, options: dict[str, str], *, faststart: bool) -> None:
-    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or not len(frames_THWC):
-        raise ValueError(f"frames must be uint8 [T, H, W, 3]; got {frames_THWC.dtype} {list(frames_THWC.shape)}")
+def _write_h264(
+    target: io.BytesIO | str,
+    frames_THWC: np.ndarray,
+    fps: float,
+    options: dict[str, str],
+    *,
+    faststart: bool,
+) -> None:
+    if (
+        frames_THWC.dtype != np.uint8
+        or frames_THWC.ndim != 4
+        or frames_THWC.shape[-1] != 3
+        or not len(frames_THWC)
+    ):
+        raise ValueError(
+            f"frames must be uint8 [T, H, W, 3]; got {frames_THWC.dtype} {list(frames_THWC.shape)}"
+        )
     rate = Fraction(fps).limit_denominator(1001)
     flags = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if faststart else {})
     with av.open(target, "w", format="mp4", options=flags) as container:
         length, height, width = frames_THWC.shape[:3]
-        stream = container.add_stream("libx264", rate=rate, options={
-            **options, "x264-params": f"open-gop=0:keyint={length}:scenecut=0:{X264_EXACT}", "flags": "+bitexact",
-        })
+        stream = container.add_stream(
+            "libx264",
+            rate=rate,
+            options={
+                **options,
+                "x264-params": f"open-gop=0:keyint={length}:scenecut=0:{X264_EXACT}",
+                "flags": "+bitexact",
+            },
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = context_base = 1 / rate
         context = stream.codec_context
@@ -262,7 +321,9 @@ def _write_h264(target: io.BytesIO | str, frames_THWC: np.ndarray, fps: float, o
         for index, picture in enumerate([*frames_THWC, None]):
             frame = None
             if picture is not None:
-                graph.push(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
+                graph.push(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                )
                 frame = graph.pull()
                 frame.pts, frame.time_base = index, context_base
             for packet in stream.encode(frame):
@@ -274,7 +335,10 @@ def _to_yuv(width: int, height: int, time_base: Fraction) -> av.filter.Graph:
     graph = av.filter.Graph()
     chain = [
         graph.add_buffer(width=width, height=height, format="rgb24", time_base=time_base),
-        graph.add("scale", "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact:out_color_matrix=bt709:out_range=tv"),
+        graph.add(
+            "scale",
+            "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact:out_color_matrix=bt709:out_range=tv",
+        ),
         graph.add("format", "yuv420p"),
         graph.add("buffersink"),
     ]

@@ -11,7 +11,13 @@ import ctypes
 import decord
 import numpy as np
 
-from landiff.data_pipeline.video.protocol import DecodeFailure, DecodeRequest, DecodeResponse, Output, serve
+from landiff.data_pipeline.video.protocol import (
+    DecodeFailure,
+    DecodeRequest,
+    DecodeResponse,
+    Output,
+    serve,
+)
 
 
 class DecordServer:
@@ -34,8 +40,13 @@ class DecordServer:
                 np.add(picture, (picture - np.uint8(1)) < 254, out=place)
             return DecodeResponse(shape=out.shape)
         except decord.DECORDError as error:
-            return DecodeResponse(failure=DecodeFailure("damaged", f"decord cannot read the clip (it also refuses widths of 8, 16, 24, 48 and 72): "
-                                                       f"{str(error).splitlines()[0]}; the other choice is pyav"))
+            return DecodeResponse(
+                failure=DecodeFailure(
+                    "damaged",
+                    f"decord cannot read the clip (it also refuses widths of 8, 16, 24, 48 and 72): "
+                    f"{str(error).splitlines()[0]}; the other choice is pyav",
+                )
+            )
         except MemoryError as error:
             return DecodeResponse(failure=DecodeFailure("out_of_memory", str(error)))
 

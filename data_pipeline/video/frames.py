@@ -29,10 +29,21 @@ from landiff.data_pipeline.video.protocol import DecodeFailure, Refused, VideoIn
 
 # What PyAV raises on damaged files besides its own errors (measured on mutated files). Anything else ends
 # the process, and the parent reports `decoder_died`.
-DECODER_ERRORS = (av.error.FFmpegError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError,
-                  OSError, TypeError, ValueError)
+DECODER_ERRORS = (
+    av.error.FFmpegError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 LARGEST_CLOCK_ERROR_S = 1e-3
-LOGGING_CODECS = frozenset(("hevc", "mjpeg", "libvpx", "libvpx-vp9", "vp8", "vp9", "av1", "libdav1d"))
+LOGGING_CODECS = frozenset(
+    ("hevc", "mjpeg", "libvpx", "libvpx-vp9", "vp8", "vp9", "av1", "libdav1d")
+)
 # libvpx refuses pictures whose data end too early or too late; FFmpeg's own decoders show what comes out.
 # It costs 1.2 times their CPU.
 STRICT = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
@@ -192,7 +203,9 @@ def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> V
     Raises Refused, or one of DECODER_ERRORS.
     """
     # No protocol may be opened from inside a file: playlists would read other files and the network.
-    container = av.open(file, mode="r", container_options={"protocol_whitelist": "none"}, metadata_errors="replace")
+    container = av.open(
+        file, mode="r", container_options={"protocol_whitelist": "none"}, metadata_errors="replace"
+    )
     if not container.streams.video:
         raise Refused("no_video_stream")
     pictures = av.stream.Disposition.attached_pic
@@ -216,7 +229,10 @@ def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> V
     for one in {context, stream.codec_context}:
         # The picture may be larger than the container says. HEVC may bring checksums of its pictures.
         one.options = {"max_pixels": str(max_pixels), "err_detect": "crccheck"}
-        one.thread_count, one.thread_type = 1, "NONE"  # frame threads would blur where damage begins
+        one.thread_count, one.thread_type = (
+            1,
+            "NONE",
+        )  # frame threads would blur where damage begins
     video = Video(container, stream, context, tags=tags_of(stream.codec_context))
     video.find_clock()
     return video
@@ -308,7 +324,9 @@ class SeekFailed(Exception):
     """A seek came out behind the wanted place."""
 
 
-def timed_frames(video: Video, skip_to_s: float = 0.0) -> Iterator[tuple[float, av.VideoFrame | None]]:
+def timed_frames(
+    video: Video, skip_to_s: float = 0.0
+) -> Iterator[tuple[float, av.VideoFrame | None]]:
     """(seconds since the first frame, frame) in order; ends with (end of the last frame, None).
 
     `skip_to_s`: leave out most of what comes before, but for the first frame. Raises SeekFailed.
@@ -326,13 +344,17 @@ def timed_frames(video: Video, skip_to_s: float = 0.0) -> Iterator[tuple[float, 
     landed = skip_to_s <= 0
     for frame in video.frames():
         if not landed:
-            landed = frame.pts is not None and float(frame.pts * stream.time_base) - origin <= skip_to_s
+            landed = (
+                frame.pts is not None and float(frame.pts * stream.time_base) - origin <= skip_to_s
+            )
             if not landed:
                 raise SeekFailed
         stamp = float(frame.pts * stream.time_base) if frame.pts is not None else None
         if origin is None:
             origin, now = stamp or 0.0, 0.0
-        elif stamp is None or stamp - origin <= now:  # no clock, or one that runs backwards: count frames
+        elif (
+            stamp is None or stamp - origin <= now
+        ):  # no clock, or one that runs backwards: count frames
             now += length
         else:
             now = stamp - origin
@@ -343,14 +365,19 @@ def timed_frames(video: Video, skip_to_s: float = 0.0) -> Iterator[tuple[float, 
         yield now + length, None
 
 
-def marked_frames(video: Video, frames: Iterator[tuple[float, av.VideoFrame | None]]) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
+def marked_frames(
+    video: Video, frames: Iterator[tuple[float, av.VideoFrame | None]]
+) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
     """The same with: whether container or decoder noticed damage.
 
     libavcodec conceals damage. `is_corrupt` is its trace in H.264, MPEG-1, -2 and -4; other decoders leave none
     but a line in the log, when they notice at all (measured: benchmarks/damage.py).
     """
     if video.context.name not in LOGGING_CODECS:
-        yield from ((now, frame, frame is not None and (frame.is_corrupt or video.lacks)) for now, frame in frames)
+        yield from (
+            (now, frame, frame is not None and (frame.is_corrupt or video.lacks))
+            for now, frame in frames
+        )
         return
     doubted = 0
     while True:
@@ -359,13 +386,17 @@ def marked_frames(video: Video, frames: Iterator[tuple[float, av.VideoFrame | No
         if item is None:
             return
         if any(level <= av.logging.ERROR for level, _, _ in lines):
-            doubted = REORDERED  # the line comes when a picture is decoded, the picture some frames later
+            doubted = (
+                REORDERED  # the line comes when a picture is decoded, the picture some frames later
+            )
         now, frame = item
         yield now, frame, frame is not None and (frame.is_corrupt or video.lacks or doubted > 0)
         doubted = max(0, doubted - 1)
 
 
-def judged_frames(frames: Iterator[tuple[float, av.VideoFrame | None, bool]]) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
+def judged_frames(
+    frames: Iterator[tuple[float, av.VideoFrame | None, bool]],
+) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
     """The same, with damage where it spreads to: everything after it, and the B-frames just before it.
 
     A key frame is no new beginning: of files with damage that was noticed, one in four has more that was not.
@@ -384,7 +415,11 @@ def failure_of(error: BaseException) -> DecodeFailure:
     """The short code of what a decoder raised."""
     if isinstance(error, Refused):
         return error.failure
-    codes = {MemoryError: "out_of_memory", EOFError: "truncated", av.error.InvalidDataError: "invalid_data"}
+    codes = {
+        MemoryError: "out_of_memory",
+        EOFError: "truncated",
+        av.error.InvalidDataError: "invalid_data",
+    }
     reason = next((code for kind, code in codes.items() if isinstance(error, kind)), "undecodable")
     text = str(error)
     if isinstance(error, av.error.FFmpegError):

@@ -37,10 +37,16 @@ def motion(frames_THWC: np.ndarray, fps: float) -> Motion:
     # DIS cuts a frame in as many stripes as there are threads: more than one, and the score depends on the machine
     cv2.setNumThreads(1)
     rate = min(RATE, fps)
-    picked = [int(k * fps / rate + 1e-6) for k in range(int((len(frames_THWC) - 1) * rate / fps + 1e-6) + 1)]
+    picked = [
+        int(k * fps / rate + 1e-6)
+        for k in range(int((len(frames_THWC) - 1) * rate / fps + 1e-6) + 1)
+    ]
     grays = [_gray(frames_THWC[index]) for index in picked]
     flow_of = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    pairs = [(before, after, flow_of.calc(before, after, None)) for before, after in itertools.pairwise(grays)]
+    pairs = [
+        (before, after, flow_of.calc(before, after, None))
+        for before, after in itertools.pairwise(grays)
+    ]
     flows = [flow for before, after, flow in pairs if not is_cut(before, after, flow)]
     if not flows:
         return Motion(0.0, 0.0, (0.0, 0.0), 0.0, len(pairs))
@@ -48,10 +54,16 @@ def motion(frames_THWC: np.ndarray, fps: float) -> Motion:
     medians = [np.median(flow.reshape(-1, 2), axis=0) for flow in flows]
     means = [_length(flow) * unit for flow in flows]
     camera = np.mean(medians, axis=0) * unit
-    residual = np.mean([_length(flow - median) for flow, median in zip(flows, medians, strict=True)]) * unit
+    residual = (
+        np.mean([_length(flow - median) for flow, median in zip(flows, medians, strict=True)])
+        * unit
+    )
     return Motion(
-        mean=_rounded(np.mean(means)), p95=_rounded(np.percentile(means, 95)), camera=(_rounded(camera[0]), _rounded(camera[1])),
-        residual=_rounded(residual), cuts=len(pairs) - len(flows),
+        mean=_rounded(np.mean(means)),
+        p95=_rounded(np.percentile(means, 95)),
+        camera=(_rounded(camera[0]), _rounded(camera[1])),
+        residual=_rounded(residual),
+        cuts=len(pairs) - len(flows),
     )
 
 
@@ -59,7 +71,9 @@ def is_cut(before: np.ndarray, after: np.ndarray, flow: np.ndarray) -> bool:
     """Whether two gray frames [h, w] come from different shots: the flow between them explains little."""
     height, width = before.shape
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    moved = cv2.remap(after, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    moved = cv2.remap(
+        after, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
     flat = float(before.std()) == 0.0 or float(moved.std()) == 0.0
     correlation = float(np.corrcoef(before.ravel(), moved.ravel())[0, 1]) if not flat else 0.0
     histograms = [cv2.calcHist([gray], [0], None, [32], [0, 256]) for gray in (before, after)]
@@ -72,7 +86,13 @@ def _gray(frame_HWC: np.ndarray) -> np.ndarray:
     height, width = gray.shape
     factor = SHORT_SIDE / min(height, width)
     size = (max(SHORT_SIDE, round(width * factor)), max(SHORT_SIDE, round(height * factor)))
-    return gray if factor == 1 else cv2.resize(gray, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    return (
+        gray
+        if factor == 1
+        else cv2.resize(
+            gray, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+        )
+    )
 
 
 def _length(flow: np.ndarray) -> float:

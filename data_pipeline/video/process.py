@@ -18,7 +18,13 @@ from typing import Literal
 import numpy as np
 
 from landiff.configs.paths import IMPORT_ROOT
-from landiff.data_pipeline.video.protocol import DecodeFailure, DecodeRequest, DecodeResponse, receive, send
+from landiff.data_pipeline.video.protocol import (
+    DecodeFailure,
+    DecodeRequest,
+    DecodeResponse,
+    receive,
+    send,
+)
 
 Backend = Literal["pyav", "decord"]
 START_TIMEOUT_S = 60.0
@@ -65,8 +71,15 @@ class DecoderProcess:
     ends with its parent. Not for use by two threads at once.
     """
 
-    def __init__(self, backend: Backend, *, timeout_s: float, memory_limit: int, recycle: int) -> None:
-        self.backend, self.timeout_s, self.memory_limit, self.recycle = backend, timeout_s, memory_limit, recycle
+    def __init__(
+        self, backend: Backend, *, timeout_s: float, memory_limit: int, recycle: int
+    ) -> None:
+        self.backend, self.timeout_s, self.memory_limit, self.recycle = (
+            backend,
+            timeout_s,
+            memory_limit,
+            recycle,
+        )
         self.starts = 0  # children started so far
         self.cpu_s = 0.0  # processor time of all answers
         self.shared = SharedMemory()
@@ -102,7 +115,9 @@ class DecoderProcess:
         memory = self.shared.take()
         try:
             response = self._ask(request, memory)
-            if self._served > 1 and any(failure and failure.reason in AGE for failure in (response.failure, *response.spans)):
+            if self._served > 1 and any(
+                failure and failure.reason in AGE for failure in (response.failure, *response.spans)
+            ):
                 self._stop()
                 response = self._ask(request, memory)
         except BaseException:
@@ -128,11 +143,17 @@ class DecoderProcess:
             message, _ = receive(self._connection, time.monotonic() + self.timeout_s)
         except TimeoutError:
             self._stop()
-            return DecodeResponse(failure=DecodeFailure("timeout", f"more than {self.timeout_s:g} s"))
+            return DecodeResponse(
+                failure=DecodeFailure("timeout", f"more than {self.timeout_s:g} s")
+            )
         except (EOFError, ConnectionError):
             code = self._child.wait()
             self._stop()
-            return DecodeResponse(failure=DecodeFailure("decoder_died", signal.Signals(-code).name if code < 0 else f"exit {code}"))
+            return DecodeResponse(
+                failure=DecodeFailure(
+                    "decoder_died", signal.Signals(-code).name if code < 0 else f"exit {code}"
+                )
+            )
         return DecodeResponse.from_json(message)
 
     def _start(self) -> None:
@@ -143,8 +164,13 @@ class DecoderProcess:
         code = f"import sys; sys.path.append({str(IMPORT_ROOT)!r}); from {module} import main; main{numbers}"
         command = [sys.executable, "-P", "-c", code]
         # what a library prints goes nowhere
-        self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       pass_fds=(theirs.fileno(), self._input))
+        self._child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), self._input),
+        )
         theirs.close()
         self._connection, self._served = ours, 0
         self.starts += 1
@@ -152,8 +178,10 @@ class DecoderProcess:
             receive(ours, time.monotonic() + START_TIMEOUT_S)
         except (EOFError, ConnectionError, TimeoutError):
             self._stop()
-            raise RuntimeError(f"the decoder process does not start; to see why, run: {sys.executable} -P -c "
-                               f"'import sys; sys.path.append({str(IMPORT_ROOT)!r}); import {module}'") from None
+            raise RuntimeError(
+                f"the decoder process does not start; to see why, run: {sys.executable} -P -c "
+                f"'import sys; sys.path.append({str(IMPORT_ROOT)!r}); import {module}'"
+            ) from None
 
     def _stop(self) -> None:
         child, self._child = self._child, None

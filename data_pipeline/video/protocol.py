@@ -44,7 +44,12 @@ class DecodeRequest:
     fps: float = 0.0
     height: int = 0
     width: int = 0
-    crop: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # share of the shown picture to cut off: left, top, right, bottom
+    crop: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )  # share of the shown picture to cut off: left, top, right, bottom
     first: int = 0  # scan: number of the first frame
     count: int = 0  # scan: frames at most
     keyframes: bool = False  # scan: key frames only
@@ -88,7 +93,9 @@ class Refused(ValueError):
 class DecodeResponse:
     failure: DecodeFailure | None = None  # of the whole file
     info: VideoInfo | None = None
-    spans: tuple[DecodeFailure | None, ...] = field(default=())  # decode; None: its frames lie in the shared memory
+    spans: tuple[DecodeFailure | None, ...] = field(
+        default=()
+    )  # decode; None: its frames lie in the shared memory
     conversions: tuple[tuple[str, ...], ...] = ()  # decode: those that each span went through
     times: tuple[float, ...] = ()  # scan: when the frames in the shared memory are shown
     shape: tuple[int, ...] = ()  # of the frames in the shared memory
@@ -100,14 +107,17 @@ class DecodeResponse:
         info = plain["info"]
         if info:
             info = VideoInfo(**info | {"conversions": tuple(info["conversions"])})
-        return cls(**plain | {
-            "failure": plain["failure"] and DecodeFailure(**plain["failure"]),
-            "info": info,
-            "spans": tuple(failure and DecodeFailure(**failure) for failure in plain["spans"]),
-            "conversions": tuple(map(tuple, plain["conversions"])),
-            "times": tuple(plain["times"]),
-            "shape": tuple(plain["shape"]),
-        })
+        return cls(
+            **plain
+            | {
+                "failure": plain["failure"] and DecodeFailure(**plain["failure"]),
+                "info": info,
+                "spans": tuple(failure and DecodeFailure(**failure) for failure in plain["spans"]),
+                "conversions": tuple(map(tuple, plain["conversions"])),
+                "times": tuple(plain["times"]),
+                "shape": tuple(plain["shape"]),
+            }
+        )
 
 
 # --------------------------------------------------------------------------------------------------- messages
@@ -170,7 +180,12 @@ class Output:
         return np.frombuffer(memory, np.uint8).reshape(shape)
 
 
-def serve(answer: Callable[[DecodeRequest, Output], DecodeResponse], parent: int, memory_limit: int, connection_fd: int) -> None:
+def serve(
+    answer: Callable[[DecodeRequest, Output], DecodeResponse],
+    parent: int,
+    memory_limit: int,
+    connection_fd: int,
+) -> None:
     """Answer requests until the connection closes or the process `parent` is gone; no call takes more memory or time."""
     watching = threading.Event()
     threading.Thread(target=_end_with, args=(parent, watching), daemon=True).start()
@@ -188,9 +203,16 @@ def serve(answer: Callable[[DecodeRequest, Output], DecodeResponse], parent: int
             message, fds = receive(connection)
         except EOFError:
             return
-        request = DecodeRequest(**{name: tuple(value) if isinstance(value, list) else value for name, value in message.items()})
+        request = DecodeRequest(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in message.items()
+            }
+        )
         began = time.process_time()
-        signal.alarm(math.ceil(request.timeout_s) + GRACE_S)  # kills a hung decoder even when nobody is left to do it
+        signal.alarm(
+            math.ceil(request.timeout_s) + GRACE_S
+        )  # kills a hung decoder even when nobody is left to do it
         response = answer(request, Output(fds[0]))
         signal.alarm(0)
         for fd in fds:

@@ -43,11 +43,24 @@ from landiff.data_pipeline.video.protocol import (
 
 SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"))
 SEEK_FROM_S = 30.0  # nearer places are decoded to
-PREROLL_S = 10.0  # decoded before the place itself: what an open group of pictures lacks is long past
+PREROLL_S = (
+    10.0  # decoded before the place itself: what an open group of pictures lacks is long past
+)
 SCAN_SIDE = 256  # of the pictures of a scan, at most
 SAME_SESSION = (
-    "group", "kind", "path", "offset", "size", "fps", "height", "width", "crop", "keyframes",
-    "hdr", "interlaced", "max_pixels",
+    "group",
+    "kind",
+    "path",
+    "offset",
+    "size",
+    "fps",
+    "height",
+    "width",
+    "crop",
+    "keyframes",
+    "hdr",
+    "interlaced",
+    "max_pixels",
 )
 
 
@@ -73,14 +86,25 @@ class Session:
         self.before = self.shown = self.upcoming = None
         try:
             # only FFmpeg's own decoders can leave out all but key frames
-            self.video = open_video(ByteRange(self.raw, request.offset, request.size), request.max_pixels, strict=not request.keyframes)
+            self.video = open_video(
+                ByteRange(self.raw, request.offset, request.size),
+                request.max_pixels,
+                strict=not request.keyframes,
+            )
             if request.keyframes:
                 self.video.context.skip_frame = "NONKEY"
             frame_rate(self.video)  # a stream without a clock is refused
             # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
-            self.tolerance = min(float(self.video.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
-            far = skip_to_s + PREROLL_S >= SEEK_FROM_S and self.video.container.format.name in SEEKABLE
-            self.frames = judged_frames(marked_frames(self.video, timed_frames(self.video, skip_to_s if far else 0.0)))
+            self.tolerance = (
+                min(float(self.video.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
+            )
+            far = (
+                skip_to_s + PREROLL_S >= SEEK_FROM_S
+                and self.video.container.format.name in SEEKABLE
+            )
+            self.frames = judged_frames(
+                marked_frames(self.video, timed_frames(self.video, skip_to_s if far else 0.0))
+            )
             self.picture = Picture(
                 self.video,
                 request.height,
@@ -117,7 +141,9 @@ class Session:
     def goes_on_to(self, request: DecodeRequest) -> bool:
         """Whether `request` can be answered from here on."""
         old = self.request
-        if not request.path or any(getattr(old, name) != getattr(request, name) for name in SAME_SESSION):
+        if not request.path or any(
+            getattr(old, name) != getattr(request, name) for name in SAME_SESSION
+        ):
             return False
         if request.kind == "scan":
             return request.first == self.number
@@ -130,19 +156,30 @@ class Session:
         """
         failures: list[DecodeFailure | None] = [None] * len(request.starts_s)
         conversions: list[set[str]] = [set() for _ in request.starts_s]
-        targets = sorted((start + k / request.fps, span, k)
-                         for span, start in enumerate(request.starts_s) for k in range(request.num_frames))
+        targets = sorted(
+            (start + k / request.fps, span, k)
+            for span, start in enumerate(request.starts_s)
+            for k in range(request.num_frames)
+        )
         pixels: np.ndarray | None = None
         for target, span, place in targets:
-            while self.failure is None and self.upcoming[1] is not None and self.upcoming[0] <= target + self.tolerance:
+            while (
+                self.failure is None
+                and self.upcoming[1] is not None
+                and self.upcoming[0] <= target + self.tolerance
+            ):
                 self.advance()
                 pixels = None
             if self.failure is None and self.upcoming[0] <= target + self.tolerance:
-                failures[span] = failures[span] or DecodeFailure("too_short", f"ends after {self.upcoming[0]:.3f} s")
+                failures[span] = failures[span] or DecodeFailure(
+                    "too_short", f"ends after {self.upcoming[0]:.3f} s"
+                )
             elif self.failure is not None or self.shown is None:
                 failures[span] = failures[span] or self.failure or DecodeFailure("too_short")
             elif self._is_suspect():
-                failures[span] = failures[span] or DecodeFailure("corrupt_frame", f"frame {self.number - 1} at {self.shown[0]:.3f} s")
+                failures[span] = failures[span] or DecodeFailure(
+                    "corrupt_frame", f"frame {self.number - 1} at {self.shown[0]:.3f} s"
+                )
             elif failures[span] is None:
                 try:
                     pixels = self._shown_picture() if pixels is None else pixels
@@ -195,12 +232,18 @@ class Session:
         if self.failure is not None and self.failure.reason == "out_of_memory":
             return DecodeResponse(failure=self.failure)  # what follows may be sound
         ended = self.failure is not None or self.upcoming[1] is None
-        return DecodeResponse(times=tuple(times), shape=(len(times), self.picture.height, self.picture.width, 3), ended=ended)
+        return DecodeResponse(
+            times=tuple(times),
+            shape=(len(times), self.picture.height, self.picture.width, 3),
+            ended=ended,
+        )
 
 
 def scan_size(aspect: float) -> tuple[int, int]:
     """Height and width of a scan's pictures: the long side is SCAN_SIDE, both are even."""
-    height, width = (SCAN_SIDE / aspect, SCAN_SIDE) if aspect >= 1 else (SCAN_SIDE, SCAN_SIDE * aspect)
+    height, width = (
+        (SCAN_SIDE / aspect, SCAN_SIDE) if aspect >= 1 else (SCAN_SIDE, SCAN_SIDE * aspect)
+    )
     return max(8, round(height / 2) * 2), max(8, round(width / 2) * 2)
 
 
@@ -221,13 +264,19 @@ class PyAVServer:
                     return DecodeResponse(info=info)
             if request.kind == "clip":
                 with self._open(request) as raw:
-                    return DecodeResponse(shape=whole_clip(ByteRange(raw, request.offset, request.size), request.max_pixels, output))
+                    return DecodeResponse(
+                        shape=whole_clip(
+                            ByteRange(raw, request.offset, request.size), request.max_pixels, output
+                        )
+                    )
             if self.session is None or not self.session.goes_on_to(request):
                 self.forget()
                 self.session = Session(self._open(request), request)
             if request.kind == "scan":
                 return self.session.scan(request, output)
-            out = output.array((len(request.starts_s), request.num_frames, request.height, request.width, 3))
+            out = output.array(
+                (len(request.starts_s), request.num_frames, request.height, request.width, 3)
+            )
             return self.session.decode(request, out)
         except FileNotFoundError:
             return DecodeResponse(failure=DecodeFailure("missing_file", request.path))

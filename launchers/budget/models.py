@@ -34,7 +34,10 @@ GIB = 1 << 30
 RUNTIME_BYTES = int(1.2 * GIB)  # CUDA context, cuBLAS and NCCL buffers
 TEXT_TOKENS = 64  # of a caption on the language model's side, where real rows alone are kept
 # What autograd keeps of a block, in widths per token: (not split by tensor parallel, split)
-KEPT_LM, KEPT_LM_FFN = (4, 4), 3  # both norms' and both matrices' inputs | q k v, attention out; 3 ffn widths
+KEPT_LM, KEPT_LM_FFN = (
+    (4, 4),
+    3,
+)  # both norms' and both matrices' inputs | q k v, attention out; 3 ffn widths
 KEPT_DIT, KEPT_DIT_FROZEN = 22, 14
 KEPT_TOKENIZER = 18
 
@@ -103,33 +106,64 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     split = sum(linear.weight.numel() for block in module.blocks for linear in block.linears)
     conditions = count(module.text) + count(module.micro)
     norms = count(module.blocks) - split
-    ends = [vocabulary * width // tensor + conditions, vocabulary * width // tensor + count(module.final_norm)]
+    ends = [
+        vocabulary * width // tensor + conditions,
+        vocabulary * width // tensor + count(module.final_norm),
+    ]
     own = (split // tensor + norms) // pipeline + (sum(ends) if pipeline == 1 else max(ends))
 
     bf16 = config.precision == "bf16"
     shared = copies if parallel.distributed_optimizer else 1
     element = 2 if bf16 else 4
-    kept = (KEPT_LM[0] * width / (tensor if parallel.sequence else 1) + (KEPT_LM[1] * width + KEPT_LM_FFN * model.ffn_size) / tensor) * element
+    kept = (
+        KEPT_LM[0] * width / (tensor if parallel.sequence else 1)
+        + (KEPT_LM[1] * width + KEPT_LM_FFN * model.ffn_size) / tensor
+    ) * element
     inputs = width * element / (tensor if parallel.sequence else 1)
     in_flight = min(pipeline, micro_batches)
-    per_row = inputs * layers / pipeline * in_flight + kept if config.recompute else kept * layers / pipeline * in_flight
+    per_row = (
+        inputs * layers / pipeline * in_flight + kept
+        if config.recompute
+        else kept * layers / pipeline * in_flight
+    )
     memory = {
-        "weights": own * element, "gradients": own * 4,
+        "weights": own * element,
+        "gradients": own * 4,
         "optimizer": own * (12 if bf16 else 8) // shared,
-        "activations": int(rows * per_row), "logits": rows * vocabulary // tensor * (4 + 4 + element), "runtime": RUNTIME_BYTES,
+        "activations": int(rows * per_row),
+        "logits": rows * vocabulary // tensor * (4 + 4 + element),
+        "runtime": RUNTIME_BYTES,
     }
-    forward = (2 * length * (split + layout.vocab_size * width) + 2 * text * count_weights(module.text)
-               + layers * 2 * length**2 * width)
+    forward = (
+        2 * length * (split + layout.vocab_size * width)
+        + 2 * text * count_weights(module.text)
+        + layers * 2 * length**2 * width
+    )
     batch = config.data.global_batch_size
     bubble = (pipeline - 1) / (micro_batches + pipeline - 1)
     return BudgetPlan(
-        "lm", gpus, f"tensor {tensor} x pipeline {pipeline} x data {copies}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
+        "lm",
+        gpus,
+        f"tensor {tensor} x pipeline {pipeline} x data {copies}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
         + (", recompute" if config.recompute else ""),
-        {"all": count(module), "per GPU": own}, memory, 3.0 * forward * batch, (4.0 if config.recompute else 3.0) * forward * batch, batch, batch * length,
+        {"all": count(module), "per GPU": own},
+        memory,
+        3.0 * forward * batch,
+        (4.0 if config.recompute else 3.0) * forward * batch,
+        batch,
+        batch * length,
         # gradients in float32, all-reduced; or scattered, and the parameters gathered
-        copies=copies, gradient_bytes=own * (4 + (element if parallel.distributed_optimizer else 4)) if copies > 1 else 0, overlap=parallel.overlap,
-        layer_bytes=4 * layers // pipeline * micro_batches * rows * width * element if tensor > 1 else 0,
-        tensor=tensor, bubble=bubble, notes=(f"{length} tokens a clip, {text} of them text",),
+        copies=copies,
+        gradient_bytes=own * (4 + (element if parallel.distributed_optimizer else 4))
+        if copies > 1
+        else 0,
+        overlap=parallel.overlap,
+        layer_bytes=4 * layers // pipeline * micro_batches * rows * width * element
+        if tensor > 1
+        else 0,
+        tensor=tensor,
+        bubble=bubble,
+        notes=(f"{length} tokens a clip, {text} of them text",),
     )
 
 
@@ -146,7 +180,10 @@ def dit_forward(config: TransformerConfig, layers: int) -> tuple[int, float]:
     grid = (config.latent_height // config.patch_size) * (config.latent_width // config.patch_size)
     tokens = config.latent_frames * grid + config.text_length
     width, patch = config.hidden_size, config.latent_channels * config.patch_size**2
-    ends = 2 * config.text_length * config.text_dim * width + 2 * (tokens - config.text_length) * 2 * patch * width
+    ends = (
+        2 * config.text_length * config.text_dim * width
+        + 2 * (tokens - config.text_length) * 2 * patch * width
+    )
     modulation = 2 * config.time_embed_dim * 12 * width
     return tokens, ends + layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width + modulation)
 
@@ -154,7 +191,14 @@ def dit_forward(config: TransformerConfig, layers: int) -> tuple[int, float]:
 def semantic_cost(module: nn.Module, transformer: TransformerConfig) -> tuple[float, int]:
     """(FLOPs, elements that autograd keeps) of one clip through the upsampler, measured without memory."""
     scale, channels = module.scale, module.config.feature_channels
-    features = torch.empty(1, transformer.latent_frames, channels, transformer.latent_height // scale, transformer.latent_width // scale, device="meta")
+    features = torch.empty(
+        1,
+        transformer.latent_frames,
+        channels,
+        transformer.latent_height // scale,
+        transformer.latent_width // scale,
+        device="meta",
+    )
     kept = 0
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,7 +206,10 @@ def semantic_cost(module: nn.Module, transformer: TransformerConfig) -> tuple[fl
         kept += 0 if isinstance(tensor, nn.Parameter) else tensor.numel()
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         module(features)
     return counter.get_total_flops(), kept
 
@@ -190,10 +237,16 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
     micro_batches = check_batch(config, gpus)
     module = on_meta("diffusion", config.model)
     tokens, forward = dit_forward(sizes, sizes.num_layers)
-    frozen, trained = (count(module.transformer), count(module.control) + count(module.semantic)) if control else (0, count(module.transformer))
+    frozen, trained = (
+        (count(module.transformer), count(module.control) + count(module.semantic))
+        if control
+        else (0, count(module.transformer))
+    )
     rows, element = config.data.micro_batch_size * tokens, 2 if config.precision == "bf16" else 4
     width = sizes.hidden_size * element
-    blocks = sizes.num_layers * (KEPT_DIT_FROZEN if control else KEPT_DIT) + (config.model.control_layers * (KEPT_DIT + 2) if control else 0)
+    blocks = sizes.num_layers * (KEPT_DIT_FROZEN if control else KEPT_DIT) + (
+        config.model.control_layers * (KEPT_DIT + 2) if control else 0
+    )
     layers = sizes.num_layers + (config.model.control_layers if control else 0)
     semantic_flops, semantic_kept = semantic_cost(module.semantic, sizes) if control else (0.0, 0)
     _, branch = dit_forward(sizes, config.model.control_layers) if control else (0, 0.0)
@@ -205,7 +258,10 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
         "gradients": trained * 4 // (gpus if stage >= 2 else 1),  # summed in float32
         "optimizer": trained * (12 if element == 2 else 8) // gpus,
         "buckets": zero_buckets(config.zero, trained, element) if gpus > 1 else 0,
-        "activations": int(rows * width * (layers + KEPT_DIT + 2 if config.recompute else blocks) + config.data.micro_batch_size * semantic_kept * element),
+        "activations": int(
+            rows * width * (layers + KEPT_DIT + 2 if config.recompute else blocks)
+            + config.data.micro_batch_size * semantic_kept * element
+        ),
         "runtime": RUNTIME_BYTES,
     }
     again = 1 if config.recompute else 0
@@ -215,11 +271,21 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
     model_flops = batch * (3 * (learned + semantic_flops) + 2 * still)
     hardware = model_flops + batch * again * (learned + still)
     return BudgetPlan(
-        f"diffusion {config.phase}", gpus, f"ZeRO-{stage} over {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
+        f"diffusion {config.phase}",
+        gpus,
+        f"ZeRO-{stage} over {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
         + (", recompute" if config.recompute else ""),
-        {"all": frozen + trained, "trained": trained}, memory, model_flops, hardware, batch, batch * tokens,
-        copies=gpus, overlap=config.zero.overlap_communication,
-        gradient_bytes=zero_traffic(stage, trained, frozen, micro_batches, element) if gpus > 1 else 0,
+        {"all": frozen + trained, "trained": trained},
+        memory,
+        model_flops,
+        hardware,
+        batch,
+        batch * tokens,
+        copies=gpus,
+        overlap=config.zero.overlap_communication,
+        gradient_bytes=zero_traffic(stage, trained, frozen, micro_batches, element)
+        if gpus > 1
+        else 0,
         notes=(f"{tokens} tokens a clip, {sizes.text_length} of them text",),
     )
 
@@ -236,16 +302,39 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> BudgetPlan:
     codes = sizes.iframe_tokens + (sizes.segment_frames - 1) * sizes.pframe_tokens
     tokens, width, layers = visual + codes, sizes.hidden_size, 2 * sizes.num_layers
     rows = config.data.micro_batch_size * tokens
-    element = 4 if config.precision == "fp32" else 3  # autocast: norms and the residual stream stay float32
-    forward = layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width / 2)  # a frame attends about half of the others
+    element = (
+        4 if config.precision == "fp32" else 3
+    )  # autocast: norms and the residual stream stay float32
+    forward = layers * (
+        2 * tokens * 12 * width**2 + 4 * tokens**2 * width / 2
+    )  # a frame attends about half of the others
     batch = config.data.global_batch_size
     again = 1 if config.recompute else 0
     memory = {
-        "weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 8 * parameters,
-        "activations": int(rows * width * element * (layers + KEPT_TOKENIZER if config.recompute else layers * KEPT_TOKENIZER)), "runtime": RUNTIME_BYTES,
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * parameters,
+        "activations": int(
+            rows
+            * width
+            * element
+            * (layers + KEPT_TOKENIZER if config.recompute else layers * KEPT_TOKENIZER)
+        ),
+        "runtime": RUNTIME_BYTES,
     }
     return BudgetPlan(
-        "tokenizer", gpus, f"data {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}" + (", recompute" if config.recompute else ""),
-        {"all": parameters}, memory, 3.0 * forward * batch, (3.0 + again) * forward * batch, batch, batch * codes,
-        copies=gpus, gradient_bytes=8 * parameters if gpus > 1 else 0, overlap=True, notes=(f"{visual} visual and {codes} code tokens a clip",),
+        "tokenizer",
+        gpus,
+        f"data {gpus}, {micro_batches} micro-batch(es) of {config.data.micro_batch_size}"
+        + (", recompute" if config.recompute else ""),
+        {"all": parameters},
+        memory,
+        3.0 * forward * batch,
+        (3.0 + again) * forward * batch,
+        batch,
+        batch * codes,
+        copies=gpus,
+        gradient_bytes=8 * parameters if gpus > 1 else 0,
+        overlap=True,
+        notes=(f"{visual} visual and {codes} code tokens a clip",),
     )

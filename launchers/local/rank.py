@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
         os.register_at_fork(after_in_child=end_with_parent)  # helpers that save or load
     signal.signal(signal.SIGUSR1, end_gently)
     log = arguments[0] if arguments[0] in ("--own-log", "--shared-log") else ""
-    folder, module, *rest = arguments[bool(log):]
+    folder, module, *rest = arguments[bool(log) :]
     run, task = Path(folder), os.environ.get("SLURM_ARRAY_TASK_ID")
     rank = int(os.environ.get("RANK") or task or 0)
     if log:
@@ -80,7 +80,9 @@ def end_gently(number: int, frame: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_module(run: Path, rank: int, task: str | None, log: str, module: str, rest: list[str]) -> None:
+def run_module(
+    run: Path, rank: int, task: str | None, log: str, module: str, rest: list[str]
+) -> None:
     """Run the module; record how it failed."""
     error_path(run, rank).unlink(missing_ok=True)
     sys.argv = [module, *rest]
@@ -151,7 +153,9 @@ def log_to(path: Path, *, shared: bool) -> None:
     terminals: list[TextIO] = []
     if shared:
         for number in (1, 2):
-            terminals.append(os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace"))
+            terminals.append(
+                os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace")
+            )
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -177,7 +181,9 @@ def mark_refused(run: Path, task: str | None, text: str) -> None:
     """For the batch script of this job alone: the run folder is another's."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID") or "here"
     if (run / JOB_FOLDER).is_dir():
-        write_text(run / JOB_FOLDER / (f"{REFUSED}.{job}" + (f".{task}" if task else "")), text + "\n")
+        write_text(
+            run / JOB_FOLDER / (f"{REFUSED}.{job}" + (f".{task}" if task else "")), text + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -30,10 +30,24 @@ def log_videos(folder: Path, step: int, videos_THWC: Mapping[str, Tensor], fps: 
 def codec_round_trip(config: PrecomputeConfig, folder: Path, clips: int = 4) -> None:
     """The first clips as they went in, and as their latents decode."""
     codec = frozen.build(config.columns["latents"].encoder, torch.device("cpu"))
-    loader = Loader(DataConfig(manifest=config.data, global_batch_size=1), ["latents"], dp_rank=0, dp_size=1)
+    loader = Loader(
+        DataConfig(manifest=config.data, global_batch_size=1), ["latents"], dp_rank=0, dp_size=1
+    )
     with ClipDecoder(config.decoder) as decoder:
         for number in range(min(clips, loader.num_samples)):
             sample = next(loader.next_batch().samples)
-            frames = torch.from_numpy(decoder.decode(read_part(config.data, loader.manifest, sample.key, "mp4"), sha256=sample.meta.video_sha256))
-            decoded = codec.decode(posterior_mean(sample.tensors["latents"][None].float(), codec.channels))[0]
-            log_videos(folder / "tensorboard", number, {"codec/input": frames, "codec/round trip": decoded}, sample.meta.fps)
+            frames = torch.from_numpy(
+                decoder.decode(
+                    read_part(config.data, loader.manifest, sample.key, "mp4"),
+                    sha256=sample.meta.video_sha256,
+                )
+            )
+            decoded = codec.decode(
+                posterior_mean(sample.tensors["latents"][None].float(), codec.channels)
+            )[0]
+            log_videos(
+                folder / "tensorboard",
+                number,
+                {"codec/input": frames, "codec/round trip": decoded},
+                sample.meta.fps,
+            )

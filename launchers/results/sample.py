@@ -24,15 +24,29 @@ from landiff.model_zoo.schedule import NoiseSchedule
 def load_models(config: SampleConfig, device: torch.device) -> Models:
     """The models and encoders of `config` on `device`, with a line of progress for each."""
     zoo, encoders = config.zoo, (config.lm_text, config.diffusion_text, config.codec)
-    parts = [partial(load_part, zoo, getattr(config, kind), kind, device) for kind in ("lm", "tokenizer", "diffusion")]
+    parts = [
+        partial(load_part, zoo, getattr(config, kind), kind, device)
+        for kind in ("lm", "tokenizer", "diffusion")
+    ]
     parts += [partial(frozen.build, encoder, device) for encoder in encoders]
     names = [config.lm, config.tokenizer, config.diffusion, *(encoder.kind for encoder in encoders)]
-    lm, tokenizer, diffusion, lm_text, diffusion_text, codec = load_all("sample loads", names, parts)
+    lm, tokenizer, diffusion, lm_text, diffusion_text, codec = load_all(
+        "sample loads", names, parts
+    )
     if config.precision == "bf16":
-        lm, tokenizer, diffusion = lm.to_inference(torch.bfloat16), tokenizer.bfloat16(), diffusion.bfloat16()
+        lm, tokenizer, diffusion = (
+            lm.to_inference(torch.bfloat16),
+            tokenizer.bfloat16(),
+            diffusion.bfloat16(),
+        )
     return Models(
-        lm=lm, tokenizer=tokenizer, diffusion=diffusion, schedule=NoiseSchedule(config.schedule), lm_text=lm_text,
-        diffusion_text=diffusion_text, codec=codec,
+        lm=lm,
+        tokenizer=tokenizer,
+        diffusion=diffusion,
+        schedule=NoiseSchedule(config.schedule),
+        lm_text=lm_text,
+        diffusion_text=diffusion_text,
+        codec=codec,
     )
 
 
@@ -64,19 +78,35 @@ def sample_videos(config: SampleConfig) -> list[str]:
     count = len(config.prompts)
     seeds = [config.seed + 1000 * i for i in range(count)]
     sampler = SamplerOptions(num_steps=config.steps, guidance=config.guidance)
-    per_pass = 1 if config.tokens.predict_end else count  # videos that end where they like are made one by one
+    per_pass = (
+        1 if config.tokens.predict_end else count
+    )  # videos that end where they like are made one by one
     videos: list[torch.Tensor] = []
     for first in range(0, count, per_pass):
         some = slice(first, first + per_pass)
-        generated = generate(models, config.prompts[some], config.num_latent_frames, config.tokens, sampler, seeds[some],
-                             config.motion_score, config.clean_frames, progress)
+        generated = generate(
+            models,
+            config.prompts[some],
+            config.num_latent_frames,
+            config.tokens,
+            sampler,
+            seeds[some],
+            config.motion_score,
+            config.clean_frames,
+            progress,
+        )
         videos += generated.frames_BFHWC.cpu()
     names = []
     for number, (prompt, frames) in enumerate(zip(config.prompts, videos, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
         path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
         write_mp4(path, frames.numpy(), config.fps)
-        log_videos(config.out.parent / "runs" / "sample" / "tensorboard", 0, {f"sample/{number:02d} {prompt[:60]}": frames}, config.fps)
+        log_videos(
+            config.out.parent / "runs" / "sample" / "tensorboard",
+            0,
+            {f"sample/{number:02d} {prompt[:60]}": frames},
+            config.fps,
+        )
         print(f"sample: {path}")
         names.append(path.name)
     return names

@@ -28,7 +28,9 @@ class RunStatus:
 
     run: str
     stage: str
-    state: str  # done, running, pending, stopped, failed, cancelled, interrupted, not running, unknown
+    state: (
+        str  # done, running, pending, stopped, failed, cancelled, interrupted, not running, unknown
+    )
     jobs: str = ""  # "12 RUNNING on node[1-2]"
     step: int | None = None
     steps: int | None = None
@@ -43,7 +45,9 @@ class RunStatus:
 
 def find_runs(root: Path) -> list[Path]:
     """Run folders below `root`: what was submitted or trained there."""
-    found = {path.parent.parent for path in root.glob(f"*/{JOB_FOLDER}/job.json")} | {path.parent for path in root.glob("*/config.yaml")}
+    found = {path.parent.parent for path in root.glob(f"*/{JOB_FOLDER}/job.json")} | {
+        path.parent for path in root.glob("*/config.yaml")
+    }
     return sorted(found)
 
 
@@ -66,14 +70,24 @@ def statuses(runs: Sequence[Path], slurm: Slurm) -> tuple[list[RunStatus], str]:
 def status_of(run: Path, record: dict, queued: Sequence[QueuedJob], away: bool) -> RunStatus:
     """What is known of one run."""
     mine = [job for job in queued if job.id.split("_")[0] in record.get("job_ids", [])]
-    status = RunStatus(str(run), record.get("stage", "trainer"), "unknown", describe_jobs(mine), steps=record.get("steps"))
+    status = RunStatus(
+        str(run),
+        record.get("stage", "trainer"),
+        "unknown",
+        describe_jobs(mine),
+        steps=record.get("steps"),
+    )
     read_progress(run, status)
-    if record.get("launcher") != "train":  # which does not restart; logs of an earlier job may be there
+    if (
+        record.get("launcher") != "train"
+    ):  # which does not restart; logs of an earlier job may be there
         status.restarts = count_restarts(run)
     status.state = state_of(run, record, mine, away)
     if status.state != "running":
         status.steps_per_s = status.seconds_left = status.last_beat_s = None
-    status.error = "" if status.state in ("done", "running") and not status.restarts else last_error(run)
+    status.error = (
+        "" if status.state in ("done", "running") and not status.restarts else last_error(run)
+    )
     return status
 
 
@@ -82,9 +96,15 @@ def describe_jobs(jobs: Sequence[QueuedJob]) -> str:
     tasks = [job for job in jobs if "_" in job.id]
     if len(tasks) > 1:
         states = sorted({job.state for job in tasks})
-        return f"{tasks[0].id.split('_')[0]} array: " + ", ".join(f"{sum(t.state == state for t in tasks)} {state}" for state in states)
-    return "; ".join(f"{job.id} {job.state}" + (f" on {job.nodes}" if job.nodes else "") +
-                     (f" ({job.reason})" if job.state == "PENDING" and job.reason != "None" else "") for job in jobs)
+        return f"{tasks[0].id.split('_')[0]} array: " + ", ".join(
+            f"{sum(t.state == state for t in tasks)} {state}" for state in states
+        )
+    return "; ".join(
+        f"{job.id} {job.state}"
+        + (f" on {job.nodes}" if job.nodes else "")
+        + (f" ({job.reason})" if job.state == "PENDING" and job.reason != "None" else "")
+        for job in jobs
+    )
 
 
 def read_progress(run: Path, status: RunStatus) -> None:
@@ -125,7 +145,11 @@ def count_restarts(run: Path) -> int:
     """Of the last submission; of all tasks of an array together."""
     restarts = 0
     for path in (run / JOB_FOLDER / LOGS).glob("batch*.log"):
-        found = re.findall(r"^\S+ job \S+ restart (\d+) on", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
+        found = re.findall(
+            r"^\S+ job \S+ restart (\d+) on",
+            path.read_text(encoding="utf-8", errors="replace"),
+            flags=re.MULTILINE,
+        )
         restarts += int(found[-1]) if found else 0
     return restarts
 
@@ -171,7 +195,10 @@ def is_marked_done(run: Path, record: dict) -> bool:
 
 def last_error(run: Path) -> str:
     """What the first rank to fail had to say, in this attempt or an earlier one; and why the job gave up."""
-    cause, why = (next(filter(None, map(text_of, sorted((run / JOB_FOLDER).glob(f"{name}*")))), "") for name in ("last_error", "given_up"))
+    cause, why = (
+        next(filter(None, map(text_of, sorted((run / JOB_FOLDER).glob(f"{name}*")))), "")
+        for name in ("last_error", "given_up")
+    )
     path = first_error(run)
     if path is not None and not cause:
         cause = f"{path.stem}: {read_message(path)}"
@@ -188,12 +215,24 @@ def format_status_table(found: Sequence[RunStatus]) -> str:
     rows = [("run", "stage", "state", "step", "rate", "left", "restarts", "job", "last error")]
     for s in found:
         step = f"{s.step if s.step is not None else '-'}/{s.steps}" if s.steps else ""
-        rows.append((
-            s.run, s.stage, s.state, step, f"{s.steps_per_s:.2f}/s" if s.steps_per_s else "",
-            duration(s.seconds_left) if s.seconds_left is not None else "", str(s.restarts or ""), s.jobs, s.error.splitlines()[0][:200] if s.error else "",
-        ))
+        rows.append(
+            (
+                s.run,
+                s.stage,
+                s.state,
+                step,
+                f"{s.steps_per_s:.2f}/s" if s.steps_per_s else "",
+                duration(s.seconds_left) if s.seconds_left is not None else "",
+                str(s.restarts or ""),
+                s.jobs,
+                s.error.splitlines()[0][:200] if s.error else "",
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def show_status(run: str | None, as_json: bool, slurm: Slurm | None = None) -> int:
@@ -207,7 +246,10 @@ def show_status(run: str | None, as_json: bool, slurm: Slurm | None = None) -> i
         return 0
     print(format_status_table(found) if found else "no runs below runs/")
     if away:
-        print(f"(SLURM does not answer, so this is from the run folders alone: {away})", file=sys.stderr)
+        print(
+            f"(SLURM does not answer, so this is from the run folders alone: {away})",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -218,18 +260,26 @@ def show_logs(run: Path, rank: int | None, lines: int, follow: bool) -> int:
     """Print the end of a log: a rank's, or the batch script's after the last words of the rank that failed first."""
     folder = run / JOB_FOLDER / LOGS
     if not folder.is_dir():
-        raise ConfigError(f"{run} has no logs ({folder}); landiff status --all lists what was submitted")
+        raise ConfigError(
+            f"{run} has no logs ({folder}); landiff status --all lists what was submitted"
+        )
     if rank is not None:
         paths = logs_of(folder, rank)
         if not paths:
-            raise ConfigError(f"no log of rank {rank} in {folder}; there are {', '.join(sorted(p.name for p in folder.glob('*.log')))}")
+            raise ConfigError(
+                f"no log of rank {rank} in {folder}; there are {', '.join(sorted(p.name for p in folder.glob('*.log')))}"
+            )
     else:
         by_hand = read_record(run).get("launcher") == "train"  # without a batch script
         paths = logs_of(folder, 0) if by_hand else sorted(folder.glob("batch*.log"))
         failed = failing_rank(run)
         if failed is not None:
             print(f"==> first to fail: {last_error(run)} <==")
-            for log in [path for path in (error_path(run, failed), *logs_of(folder, failed)) if path.exists()]:
+            for log in [
+                path
+                for path in (error_path(run, failed), *logs_of(folder, failed))
+                if path.exists()
+            ]:
                 print(f"==> {log} <==\n{tail(log, lines)}")
     for path in paths:
         print(f"==> {path} <==\n{tail(path, lines)}", flush=True)
@@ -251,7 +301,11 @@ def failing_rank(run: Path) -> int | None:
 
 def logs_of(folder: Path, rank: int) -> list[Path]:
     """Of a rank, or of the task of an array with this number."""
-    return [path for path in (folder / f"rank_{rank:04d}.log", folder / f"task.{rank}.log") if path.exists()]
+    return [
+        path
+        for path in (folder / f"rank_{rank:04d}.log", folder / f"task.{rank}.log")
+        if path.exists()
+    ]
 
 
 def tail(path: Path, lines: int) -> str:

@@ -14,7 +14,13 @@ from pathlib import Path
 from landiff.configs.base import ConfigError
 
 Runner = Callable[[Sequence[str]], "Answer"]
-AWAY = ("Unable to contact", "Connection refused", "Socket timed out", "Connection timed out", "Zero Bytes were transmitted")
+AWAY = (
+    "Unable to contact",
+    "Connection refused",
+    "Socket timed out",
+    "Connection timed out",
+    "Zero Bytes were transmitted",
+)
 RETRY_WAITS_S = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -48,7 +54,17 @@ class QueuedJob:
 
     @property
     def active(self) -> bool:
-        return self.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING", "STOPPED")
+        return self.state in (
+            "PENDING",
+            "RUNNING",
+            "COMPLETING",
+            "CONFIGURING",
+            "SUSPENDED",
+            "REQUEUED",
+            "REQUEUE_HOLD",
+            "SIGNALING",
+            "STOPPED",
+        )
 
 
 def run_slurm_command(words: Sequence[str]) -> Answer:
@@ -56,7 +72,9 @@ def run_slurm_command(words: Sequence[str]) -> Answer:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
-        raise SlurmAway(f"{words[0]} is not installed here; submit from a login node of the cluster, or use --cluster local") from None
+        raise SlurmAway(
+            f"{words[0]} is not installed here; submit from a login node of the cluster, or use --cluster local"
+        ) from None
     except subprocess.TimeoutExpired:
         return Answer(1, "", f"{words[0]}: Unable to contact slurm controller (no answer in 120 s)")
     return Answer(done.returncode, done.stdout, done.stderr)
@@ -65,7 +83,9 @@ def run_slurm_command(words: Sequence[str]) -> Answer:
 class Slurm:
     """SLURM's commands. Raises SlurmError with what they said, SlurmAway when nobody answers."""
 
-    def __init__(self, runner: Runner = run_slurm_command, retry_waits_s: Sequence[float] = RETRY_WAITS_S) -> None:
+    def __init__(
+        self, runner: Runner = run_slurm_command, retry_waits_s: Sequence[float] = RETRY_WAITS_S
+    ) -> None:
         self.runner = runner
         self.retry_waits_s = tuple(retry_waits_s)
 
@@ -95,15 +115,32 @@ class Slurm:
     def submit(self, script: Path, after: Sequence[str] = (), kind: str = "afterok") -> str:
         """The id of the new job, which waits for the jobs `after`."""
         dependency = [f"--dependency={','.join(f'{kind}:{job}' for job in after)}"] if after else []
-        return self.ask("sbatch", "--parsable", *dependency, str(script)).strip().splitlines()[-1].split(";")[0]
+        return (
+            self.ask("sbatch", "--parsable", *dependency, str(script))
+            .strip()
+            .splitlines()[-1]
+            .split(";")[0]
+        )
 
     def queue(self, jobs: Sequence[str] = ()) -> list[QueuedJob]:
         """What squeue knows of these jobs (none given: of all of this user's). A finished job may be gone."""
         if jobs:
-            words = ["squeue", "-h", "-a", "-t", "all", "-o", "%i|%T|%r|%N|%L"]  # -j fails as a whole for one forgotten id
+            words = [
+                "squeue",
+                "-h",
+                "-a",
+                "-t",
+                "all",
+                "-o",
+                "%i|%T|%r|%N|%L",
+            ]  # -j fails as a whole for one forgotten id
         else:
             words = ["squeue", "-h", "-a", "--me", "-o", "%i|%T|%r|%N|%L"]
-        found = [QueuedJob(*(line.split("|") + [""] * 5)[:5]) for line in self.ask(*words).splitlines() if line]
+        found = [
+            QueuedJob(*(line.split("|") + [""] * 5)[:5])
+            for line in self.ask(*words).splitlines()
+            if line
+        ]
         return [job for job in found if not jobs or job.id.split("_")[0] in jobs]
 
     def accounting(self, jobs: Sequence[str]) -> list[QueuedJob]:
@@ -111,7 +148,9 @@ class Slurm:
         if not jobs:
             return []
         try:
-            text = self.ask("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode")
+            text = self.ask(
+                "sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,ExitCode"
+            )
         except SlurmError:
             return []
         rows = [line.split("|") for line in text.splitlines() if line]

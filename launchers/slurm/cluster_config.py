@@ -30,7 +30,9 @@ def seconds(time: str) -> int:
     if dash:  # D-HH[:MM[:SS]]
         hours, minutes, secs = (*parts, 0, 0)[:3]
     else:  # minutes, M:SS, H:MM:SS
-        hours, minutes, secs = (0, *parts, 0) if len(parts) == 1 else (0, *parts) if len(parts) == 2 else parts
+        hours, minutes, secs = (
+            (0, *parts, 0) if len(parts) == 1 else (0, *parts) if len(parts) == 2 else parts
+        )
     return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + secs
 
 
@@ -47,9 +49,13 @@ class Resources(Config):
 
     nodes: PositiveInt = 1
     gpus_per_node: NonNegativeInt = 0  # 0: a job of CPUs; trainers then use gloo
-    tasks_per_node: PositiveInt | None = None  # processes a trainer starts on a node; none = one per GPU, or 1
+    tasks_per_node: PositiveInt | None = (
+        None  # processes a trainer starts on a node; none = one per GPU, or 1
+    )
     cpus_per_task: PositiveInt = 1
-    memory: str | None = None  # of a node, as SLURM writes it: 64G; "0" = all of it; none = the site's default
+    memory: str | None = (
+        None  # of a node, as SLURM writes it: 64G; "0" = all of it; none = the site's default
+    )
     time: str = "04:00:00"  # limit of one attempt; a run that needs longer is requeued, with its checkpoints
     partition: str | None = None
     array: PositiveInt = 1  # shards, precompute: tasks that share the work
@@ -64,21 +70,27 @@ class Resources(Config):
     @classmethod
     def _is_an_amount(cls, memory: str | None) -> str | None:
         if memory is not None and not MEMORY.fullmatch(memory):
-            raise ValueError('memory is a number and a unit, as SLURM writes it: 64G, or "0" for all')
+            raise ValueError(
+                'memory is a number and a unit, as SLURM writes it: 64G, or "0" for all'
+            )
         return memory
 
     @field_validator("time")
     @classmethod
     def _is_a_time(cls, time: str) -> str:
         if not TIME.fullmatch(time):
-            raise ValueError("a time limit is minutes, M:SS, H:MM:SS or D-HH[:MM[:SS]], in quotes: \"04:00:00\"")
+            raise ValueError(
+                'a time limit is minutes, M:SS, H:MM:SS or D-HH[:MM[:SS]], in quotes: "04:00:00"'
+            )
         return time
 
     @model_validator(mode="after")
     def _one_task_per_gpu(self) -> Resources:
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
-            raise ValueError(f"tasks_per_node = {self.tasks_per_node} with gpus_per_node = {self.gpus_per_node}: "
-                             "a trainer has one process per GPU; leave tasks_per_node out")
+            raise ValueError(
+                f"tasks_per_node = {self.tasks_per_node} with gpus_per_node = {self.gpus_per_node}: "
+                "a trainer has one process per GPU; leave tasks_per_node out"
+            )
         return self
 
     @property
@@ -119,7 +131,9 @@ class ContainerConfig(Config):
         for mount in mounts:
             _one_line(mount)
             if "," in mount:
-                raise ValueError(f"{mount!r} holds a comma, which separates mounts; give each its own entry")
+                raise ValueError(
+                    f"{mount!r} holds a comma, which separates mounts; give each its own entry"
+                )
         return mounts
 
 
@@ -127,7 +141,9 @@ class ClusterConfig(Config):
     """One cluster, as one user uses it."""
 
     scheduler: Literal["slurm", "local"] = "slurm"  # local: run here and now, through torchrun
-    launcher: Literal["srun", "torchrun"] = "srun"  # srun: one task per GPU; torchrun: one task per node
+    launcher: Literal["srun", "torchrun"] = (
+        "srun"  # srun: one task per GPU; torchrun: one task per node
+    )
     default: Resources = Resources()
     stages: dict[str, StageResources] = Field(default={})
 
@@ -144,12 +160,20 @@ class ClusterConfig(Config):
     setup: tuple[str, ...] = ()  # shell lines before anything else runs
     env: dict[str, str] = Field(default={})  # NCCL_SOCKET_IFNAME, HF_HOME, ...
     container: ContainerConfig | None = None
-    python: str | None = None  # interpreter on the nodes; none = the one that submits, in a container its python3
+    python: str | None = (
+        None  # interpreter on the nodes; none = the one that submits, in a container its python3
+    )
 
-    restart: Literal["requeue", "chain", "none"] = "requeue"  # chain: for sites that forbid requeueing
+    restart: Literal["requeue", "chain", "none"] = (
+        "requeue"  # chain: for sites that forbid requeueing
+    )
     chain_length: PositiveInt = 4  # jobs queued one behind the other; restart = chain
-    max_restarts: NonNegativeInt = 5  # after crashes, or in a row without a new checkpoint; stops that saved are not counted
-    signal_margin_s: PositiveInt = Field(default=300, ge=10)  # the stop signal comes this long (up to 60 s more) before the limit
+    max_restarts: NonNegativeInt = (
+        5  # after crashes, or in a row without a new checkpoint; stops that saved are not counted
+    )
+    signal_margin_s: PositiveInt = Field(
+        default=300, ge=10
+    )  # the stop signal comes this long (up to 60 s more) before the limit
     kill_wait_s: PositiveInt = 60  # ranks left over when another has ended
     preflight: bool = True  # trainers: `landiff doctor --node` on every node before the ranks start
 
@@ -169,7 +193,12 @@ class ClusterConfig(Config):
             bad = [name for name in env if not VARIABLE.fullmatch(str(name))]
             if bad:
                 raise ValueError(f"{bad[0]!r} is no name of an environment variable")
-            return {name: str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value for name, value in env.items()}
+            return {
+                name: str(value)
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+                else value
+                for name, value in env.items()
+            }
         return env
 
     @field_validator("env")
@@ -220,8 +249,10 @@ class ClusterConfig(Config):
         for stage in STAGES:
             time = self.resources(stage).time
             if self.scheduler == "slurm" and seconds(time) <= self.signal_margin_s:
-                raise ValueError(f"signal_margin_s = {self.signal_margin_s} leaves nothing of time = {time!r} of {stage}; "
-                                 f"raise time to more than {-(-self.signal_margin_s // 60)} minutes, or lower the margin")
+                raise ValueError(
+                    f"signal_margin_s = {self.signal_margin_s} leaves nothing of time = {time!r} of {stage}; "
+                    f"raise time to more than {-(-self.signal_margin_s // 60)} minutes, or lower the margin"
+                )
         return self
 
     def resources(self, stage: str, nodes: int | None = None) -> Resources:

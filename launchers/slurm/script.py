@@ -67,12 +67,21 @@ def sbatch_text(job: BatchJob, cluster: ClusterConfig) -> str:
     if slurm:  # which drops a backslash from the name of a log file
         check_folder(job.run, "the run folder", separators="\\")
     parts = [
-        header(job, cluster), blocks.EARLY, site(cluster), names(job, cluster), "" if cluster.restart == "chain" else blocks.FRESH, blocks.BOOKKEEPING,
-        blocks.NEWEST_CHECKPOINT if job.trainer else blocks.NO_CHECKPOINTS, requeue(job, cluster),
-        blocks.STOP_TRAINER if job.trainer else blocks.STOP_OTHER, blocks.BEGIN,
-        blocks.HANGS if job.trainer else "", blocks.RENDEZVOUS if job.trainer and slurm else "",
+        header(job, cluster),
+        blocks.EARLY,
+        site(cluster),
+        names(job, cluster),
+        "" if cluster.restart == "chain" else blocks.FRESH,
+        blocks.BOOKKEEPING,
+        blocks.NEWEST_CHECKPOINT if job.trainer else blocks.NO_CHECKPOINTS,
+        requeue(job, cluster),
+        blocks.STOP_TRAINER if job.trainer else blocks.STOP_OTHER,
+        blocks.BEGIN,
+        blocks.HANGS if job.trainer else "",
+        blocks.RENDEZVOUS if job.trainer and slurm else "",
         preflight(job, cluster) if job.trainer and slurm and cluster.preflight else "",
-        blocks.RANKS % ranks(job, cluster), blocks.ENDING,
+        blocks.RANKS % ranks(job, cluster),
+        blocks.ENDING,
     ]
     return "\n".join(part.strip("\n") + "\n" for part in parts if part)
 
@@ -81,25 +90,43 @@ def options(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     """The #SBATCH options."""
     want = job.resources
     found = [
-        f"--job-name={job.name}", f"--chdir={job.workdir}",
-        f"--output={file_pattern(job.folder / LOGS)}/{'batch_%a.log' if job.array else 'batch.log'}", "--open-mode=append",
-        f"--nodes={want.nodes}", f"--ntasks-per-node={want.tasks if job.trainer else 1}",
-        f"--cpus-per-task={want.cpus_per_task}", f"--time={want.time}",
+        f"--job-name={job.name}",
+        f"--chdir={job.workdir}",
+        f"--output={file_pattern(job.folder / LOGS)}/{'batch_%a.log' if job.array else 'batch.log'}",
+        "--open-mode=append",
+        f"--nodes={want.nodes}",
+        f"--ntasks-per-node={want.tasks if job.trainer else 1}",
+        f"--cpus-per-task={want.cpus_per_task}",
+        f"--time={want.time}",
     ]
     if want.gpus_per_node:
-        count = f"{cluster.gpu_type}:{want.gpus_per_node}" if cluster.gpu_type else str(want.gpus_per_node)
-        found.append(f"--gres=gpu:{count}" if cluster.gpu_syntax == "gres" else f"--gpus-per-node={count}")
+        count = (
+            f"{cluster.gpu_type}:{want.gpus_per_node}"
+            if cluster.gpu_type
+            else str(want.gpus_per_node)
+        )
+        found.append(
+            f"--gres=gpu:{count}" if cluster.gpu_syntax == "gres" else f"--gpus-per-node={count}"
+        )
     if job.array:
         limit = f"%{want.array_limit}" if want.array_limit else ""
         found.append(f"--array=0-{want.array - 1}{limit}")
     for name, value in (
-        ("mem", want.memory), ("partition", want.partition), ("account", cluster.account), ("qos", cluster.qos),
-        ("constraint", cluster.constraint), ("reservation", cluster.reservation), ("exclude", cluster.exclude),
+        ("mem", want.memory),
+        ("partition", want.partition),
+        ("account", cluster.account),
+        ("qos", cluster.qos),
+        ("constraint", cluster.constraint),
+        ("reservation", cluster.reservation),
+        ("exclude", cluster.exclude),
     ):
         if value is not None:
             found.append(f"--{name}={value}")
-    found += ["--requeue" if cluster.restart == "requeue" else "--no-requeue", "--kill-on-invalid-dep=yes",
-              f"--signal=B:USR1@{cluster.signal_margin_s}"]
+    found += [
+        "--requeue" if cluster.restart == "requeue" else "--no-requeue",
+        "--kill-on-invalid-dep=yes",
+        f"--signal=B:USR1@{cluster.signal_margin_s}",
+    ]
     return [*found, *cluster.options]
 
 
@@ -107,7 +134,10 @@ def header(job: BatchJob, cluster: ClusterConfig) -> str:
     lines = ["#!/bin/bash", f"# Made by: {_comment(job.made_by)}", f"# Run folder: {job.run}"]
     if cluster.scheduler == "slurm" and not job.here:
         lines += [f"# Once more, by hand: sbatch {shlex.quote(str(job.folder / SCRIPT))}", "#"]
-        lines += [f"#SBATCH {option if option in cluster.options else sbatch_option(option)}" for option in options(job, cluster)]
+        lines += [
+            f"#SBATCH {option if option in cluster.options else sbatch_option(option)}"
+            for option in options(job, cluster)
+        ]
     else:
         lines += [f"# Once more, by hand: bash {shlex.quote(str(job.folder / SCRIPT))}"]
     return "\n".join(lines)
@@ -130,11 +160,19 @@ def names(job: BatchJob, cluster: ClusterConfig) -> str:
     """Constants of this job; `T` tells the tasks of an array apart."""
     quoted = shlex.quote
     # Here, without SLURM's word on it, the ranks share the cores out among themselves.
-    own = "here" if job.here or cluster.scheduler == "local" else "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
+    own = (
+        "here"
+        if job.here or cluster.scheduler == "local"
+        else "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
+    )
     errors = "$(printf 'rank_%04d.txt' \"$SLURM_ARRAY_TASK_ID\")" if job.array else "'rank_*.txt'"
     # What this script starts ends with it; under SLURM that is SLURM's task
     parent = f"export {PARENT}=$$\n" if cluster.scheduler == "local" else ""
-    threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{job.resources.cpus_per_task}}}\n" if cluster.scheduler == "slurm" else ""
+    threads = (
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{job.resources.cpus_per_task}}}\n"
+        if cluster.scheduler == "slurm"
+        else ""
+    )
     return f"""
 set -uo pipefail
 cd {quoted(str(job.workdir))} || exit 1
@@ -169,7 +207,16 @@ def python_command(job: BatchJob, cluster: ClusterConfig) -> list[str]:
         return [job.python]
     binds = [part for mount in mounts(job, container) for part in ("--bind", mount)]
     gpu = ["--nv"] if job.resources.gpus_per_node else []
-    return ["apptainer", "exec", *gpu, *binds, "--pwd", str(job.workdir), container.image, job.python]
+    return [
+        "apptainer",
+        "exec",
+        *gpu,
+        *binds,
+        "--pwd",
+        str(job.workdir),
+        container.image,
+        job.python,
+    ]
 
 
 def mounts(job: BatchJob, container: ContainerConfig) -> list[str]:
@@ -180,20 +227,42 @@ def mounts(job: BatchJob, container: ContainerConfig) -> list[str]:
     return [*(f"{folder}:{folder}" for folder in own), *container.mounts]
 
 
-def srun(job: BatchJob, cluster: ClusterConfig, per_node: int, nodes: int | None = None) -> list[str]:
+def srun(
+    job: BatchJob, cluster: ClusterConfig, per_node: int, nodes: int | None = None
+) -> list[str]:
     nodes = nodes or job.resources.nodes
     processes = job.resources.tasks if job.trainer else 1
-    cpus = job.resources.cpus_per_task * (processes // per_node)  # a single process of a node gets what all its ranks would
-    words = ["srun", "--kill-on-bad-exit=1", f"--wait={cluster.kill_wait_s}", f"--nodes={nodes}", f"--ntasks={nodes * per_node}",
-             f"--ntasks-per-node={per_node}", f"--cpus-per-task={cpus}"]
+    cpus = job.resources.cpus_per_task * (
+        processes // per_node
+    )  # a single process of a node gets what all its ranks would
+    words = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        f"--wait={cluster.kill_wait_s}",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes * per_node}",
+        f"--ntasks-per-node={per_node}",
+        f"--cpus-per-task={cpus}",
+    ]
     if cluster.container and cluster.container.runtime == "pyxis":
-        words += [f"--container-image={cluster.container.image}", f"--container-mounts={','.join(mounts(job, cluster.container))}", f"--container-workdir={job.workdir}"]
+        words += [
+            f"--container-image={cluster.container.image}",
+            f"--container-mounts={','.join(mounts(job, cluster.container))}",
+            f"--container-workdir={job.workdir}",
+        ]
     return words
 
 
 def preflight(job: BatchJob, cluster: ClusterConfig) -> str:
     """A look at every node before the ranks start; the bad one is named."""
-    command = [*srun(job, cluster, per_node=1), *python_command(job, cluster), "-m", "landiff.launchers.cli", "doctor", "--node"]
+    command = [
+        *srun(job, cluster, per_node=1),
+        *python_command(job, cluster),
+        "-m",
+        "landiff.launchers.cli",
+        "doctor",
+        "--node",
+    ]
     if job.resources.gpus_per_node:
         command += ["--gpus", str(job.resources.gpus_per_node)]
     return f"""
@@ -214,25 +283,35 @@ def ranks(job: BatchJob, cluster: ClusterConfig) -> str:
     target = ["landiff.launchers.local.rank", str(job.run), job.module, *job.arguments]
     python, tasks = python_command(job, cluster), job.resources.tasks
     own_words = ' 2>"$LOG/srun$T.log"'  # of srun: which rank ended first, and how
-    through_torchrun = job.trainer and (cluster.launcher == "torchrun" or cluster.scheduler == "local")
+    through_torchrun = job.trainer and (
+        cluster.launcher == "torchrun" or cluster.scheduler == "local"
+    )
     if through_torchrun:
         torchrun = [*python, "-m", "landiff.launchers.local.torchrun", f"--nproc-per-node={tasks}"]
         target.insert(1, "--own-log")
         if cluster.scheduler == "local":
-            command = shlex.join([*torchrun, "--standalone", "-m", *target]) + ' >>"$LOG/launch.log" 2>&1'
+            command = (
+                shlex.join([*torchrun, "--standalone", "-m", *target]) + ' >>"$LOG/launch.log" 2>&1'
+            )
         else:
             torchrun += [f"--nnodes={job.resources.nodes}", "--rdzv-backend=c10d"]
-            command = (f'{shlex.join(srun(job, cluster, per_node=1))} --output="${{LOG//%/%%}}/node_%4t.log" --open-mode=append \\\n'
-                       f'    {shlex.join(torchrun)} --rdzv-id="$SLURM_JOB_ID-$restart" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\\n'
-                       f'    -m {shlex.join(target)}')
+            command = (
+                f'{shlex.join(srun(job, cluster, per_node=1))} --output="${{LOG//%/%%}}/node_%4t.log" --open-mode=append \\\n'
+                f'    {shlex.join(torchrun)} --rdzv-id="$SLURM_JOB_ID-$restart" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \\\n'
+                f"    -m {shlex.join(target)}"
+            )
     elif cluster.scheduler == "local":
         command = f'{shlex.join([*python, "-m", *target])} >>"$LOG/rank_0000.log" 2>&1'
     elif job.trainer:
-        command = (f'{shlex.join(srun(job, cluster, per_node=tasks))} --output="${{LOG//%/%%}}/rank_%4t.log" --open-mode=append \\\n'
-                   f"    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={tasks}; exec \"$@\"' _ \\\n"
-                   f'    {shlex.join([*python, "-m", *target])}{own_words}')
+        command = (
+            f'{shlex.join(srun(job, cluster, per_node=tasks))} --output="${{LOG//%/%%}}/rank_%4t.log" --open-mode=append \\\n'
+            f"    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE={tasks}; exec \"$@\"' _ \\\n"
+            f"    {shlex.join([*python, '-m', *target])}{own_words}"
+        )
     else:
         log = "task$T.log" if job.array else "rank_0000.log"
-        command = (f'{shlex.join(srun(job, cluster, per_node=1, nodes=1))} --output="${{LOG//%/%%}}/{log}" --open-mode=append \\\n'
-                   f'    {shlex.join([*python, "-m", *target])}{own_words}')
+        command = (
+            f'{shlex.join(srun(job, cluster, per_node=1, nodes=1))} --output="${{LOG//%/%%}}/{log}" --open-mode=append \\\n'
+            f"    {shlex.join([*python, '-m', *target])}{own_words}"
+        )
     return command

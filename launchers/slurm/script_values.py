@@ -100,7 +100,9 @@ def check_job_ids(jobs: Sequence[str], what: str) -> None:
     """Raise ConfigError unless all are numbers of SLURM jobs, or of tasks of arrays (12_3)."""
     for job in jobs:
         if not JOB_ID.fullmatch(job):
-            raise ConfigError(f"{what} {job!r} is not the number of a SLURM job, e.g. 1234 or 1234_5")
+            raise ConfigError(
+                f"{what} {job!r} is not the number of a SLURM job, e.g. 1234 or 1234_5"
+            )
 
 
 def sbatch_option(option: str) -> str:

@@ -19,7 +19,19 @@ from landiff.configs.paths import IMPORT_ROOT
 from landiff.configs.secrets import redact_variables
 
 FOLDERS = ("landiff", "configs", "data_pipeline", "model_zoo", "training", "launchers")
-SHOWN = ("CUDA", "NCCL", "SLURM", "OMP", "HF_", "TORCH", "PYTHON", "PATH", "LD_", "VIRTUAL_ENV", "CONDA")
+SHOWN = (
+    "CUDA",
+    "NCCL",
+    "SLURM",
+    "OMP",
+    "HF_",
+    "TORCH",
+    "PYTHON",
+    "PATH",
+    "LD_",
+    "VIRTUAL_ENV",
+    "CONDA",
+)
 
 
 def copy_code(target: Path, root: Path = IMPORT_ROOT) -> None:
@@ -57,11 +69,21 @@ def environment_text() -> str:
     """Python, packages and the variables that matter, secrets redacted."""
     relevant = {name: value for name, value in os.environ.items() if name.startswith(SHOWN)}
     variables = [f"{name}={value}" for name, value in sorted(redact_variables(relevant).items())]
-    packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions())
-    return "\n".join([
-        f"host {socket.gethostname()}", f"python {platform.python_version()} {sys.executable}", f"platform {platform.platform()}",
-        "", *variables, "", *dict.fromkeys(packages), "",
-    ])
+    packages = sorted(
+        f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()
+    )
+    return "\n".join(
+        [
+            f"host {socket.gethostname()}",
+            f"python {platform.python_version()} {sys.executable}",
+            f"platform {platform.platform()}",
+            "",
+            *variables,
+            "",
+            *dict.fromkeys(packages),
+            "",
+        ]
+    )
 
 
 def package_version() -> str:
@@ -74,6 +96,8 @@ def package_version() -> str:
 def git(root: Path, *words: str) -> str:
     """Output of a git command, or "" where git has nothing to say."""
     try:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True
+        ).stdout
     except FileNotFoundError:
         return ""

@@ -55,7 +55,12 @@ class SubmitContext:
         return Launch(ranks, self.inputs_exist and self.cluster.container is None)
 
 
-def jobs_of(argv: Sequence[str], place: SubmitContext, name: str | None = None, overrides: Sequence[str] = ()) -> list[PlannedJob]:
+def jobs_of(
+    argv: Sequence[str],
+    place: SubmitContext,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[PlannedJob]:
     """The jobs of one stage, in order. `name` replaces the stage's own where one stage occurs twice.
 
     Raises ConfigError for what the stage itself would refuse.
@@ -65,7 +70,9 @@ def jobs_of(argv: Sequence[str], place: SubmitContext, name: str | None = None, 
     if args.command == "train":
         return [training_job(args, place, name)]
     if place.nodes not in (None, 1):
-        raise ConfigError(f"--nodes {place.nodes}: {args.command} runs on one node; a precompute job is spread by stages.precompute.array")
+        raise ConfigError(
+            f"--nodes {place.nodes}: {args.command} runs on one node; a precompute job is spread by stages.precompute.array"
+        )
     if args.command == "shards":
         return shards_jobs(args, place, name)
     if args.command == "precompute":
@@ -73,10 +80,17 @@ def jobs_of(argv: Sequence[str], place: SubmitContext, name: str | None = None, 
     if args.command == "convert":
         return [convert_stage_job(args, argv, place)]
     if args.command not in ("sample", "evaluate"):
-        raise ConfigError(f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}")
+        raise ConfigError(
+            f"{args.command} is no stage of its own; submit one of {', '.join(('shards', 'precompute', *TRAINERS, 'convert', 'sample', 'evaluate'))}"
+        )
     values = {"prompts": args.prompts} if getattr(args, "prompts", None) else None
     config, problems = load_checked(
-        args.command, config_class(args.command), args.config, args.overrides, place.launch(), values
+        args.command,
+        config_class(args.command),
+        args.config,
+        args.overrides,
+        place.launch(),
+        values,
     )
     job = single(args.command, place, name or args.command, (args.command,), config)
     return [replace(job, problems=tuple(problems))]
@@ -97,8 +111,13 @@ def config_class(stage: str) -> type[Config]:
     from landiff.training.tokenizer.config import TokenizerTrainConfig
 
     return {
-        "shards": config.ShardsJobConfig, "precompute": precompute_config.PrecomputeConfig, "tokenizer": TokenizerTrainConfig,
-        "lm": LMTrainConfig, "diffusion": DiffusionTrainConfig, "sample": config.SampleConfig, "evaluate": config.EvaluateConfig,
+        "shards": config.ShardsJobConfig,
+        "precompute": precompute_config.PrecomputeConfig,
+        "tokenizer": TokenizerTrainConfig,
+        "lm": LMTrainConfig,
+        "diffusion": DiffusionTrainConfig,
+        "sample": config.SampleConfig,
+        "evaluate": config.EvaluateConfig,
     }[stage]
 
 
@@ -113,27 +132,56 @@ def training_job(args: argparse.Namespace, place: SubmitContext, name: str | Non
     problems += check(args.stage, config, launch)
     run = place.workdir / config.run
     job = BatchJob(
-        name=name or run.name, run=run, workdir=place.workdir, module=f"landiff.training.{args.stage}", arguments=(str(run / "job" / CONFIG),),
-        resources=resources, trainer=True, made_by=place.made_by, python=place.python, here=place.here,
+        name=name or run.name,
+        run=run,
+        workdir=place.workdir,
+        module=f"landiff.training.{args.stage}",
+        arguments=(str(run / "job" / CONFIG),),
+        resources=resources,
+        trainer=True,
+        made_by=place.made_by,
+        python=place.python,
+        here=place.here,
     )
     return PlannedJob(args.stage, job, config, steps=config.loop.steps, problems=tuple(problems))
 
 
-def single(stage: str, place: SubmitContext, name: str, words: Sequence[str], config: Config | None, after: Sequence[str] = ()) -> PlannedJob:
+def single(
+    stage: str,
+    place: SubmitContext,
+    name: str,
+    words: Sequence[str],
+    config: Config | None,
+    after: Sequence[str] = (),
+) -> PlannedJob:
     """One process on one node, in the run folder runs/<name>."""
     run = place.workdir / "runs" / name
     arguments = (*words, "--config", str(run / "job" / CONFIG)) if config else tuple(words)
-    job = BatchJob(name=name, run=run, workdir=place.workdir, module="landiff.launchers.cli", arguments=arguments,
-              resources=place.cluster.resources(stage), trainer=False, made_by=place.made_by, python=place.python, here=place.here)
+    job = BatchJob(
+        name=name,
+        run=run,
+        workdir=place.workdir,
+        module="landiff.launchers.cli",
+        arguments=arguments,
+        resources=place.cluster.resources(stage),
+        trainer=False,
+        made_by=place.made_by,
+        python=place.python,
+        here=place.here,
+    )
     return PlannedJob(stage, job, config, tuple(after))
 
 
-def shards_jobs(args: argparse.Namespace, place: SubmitContext, name: str | None) -> list[PlannedJob]:
+def shards_jobs(
+    args: argparse.Namespace, place: SubmitContext, name: str | None
+) -> list[PlannedJob]:
     """One process, or an array and one job that writes the manifest."""
     launch = place.launch()
     if args.action != "run":
         launch = replace(launch, inputs_exist=False)
-    config, problems = load_checked("shards", config_class("shards"), args.config, args.overrides, launch)
+    config, problems = load_checked(
+        "shards", config_class("shards"), args.config, args.overrides, launch
+    )
     stem = name or "shards"
     if args.action != "run" or not is_array(place, "shards"):
         job = single("shards", place, stem, ("shards", args.action), config)
@@ -144,38 +192,67 @@ def shards_jobs(args: argparse.Namespace, place: SubmitContext, name: str | None
 
 
 def is_array(place: SubmitContext, stage: str) -> bool:
-    return place.cluster.scheduler == "slurm" and not place.here and place.cluster.resources(stage).array > 1
+    return (
+        place.cluster.scheduler == "slurm"
+        and not place.here
+        and place.cluster.resources(stage).array > 1
+    )
 
 
-def precompute_jobs(args: argparse.Namespace, place: SubmitContext, name: str | None) -> list[PlannedJob]:
+def precompute_jobs(
+    args: argparse.Namespace, place: SubmitContext, name: str | None
+) -> list[PlannedJob]:
     """An array for every column, side by side; then one job that merges what they made into the manifest."""
     launch = place.launch()
     if args.action == "finalize":
         launch = replace(launch, inputs_exist=False)
-    config, problems = load_checked("precompute", config_class("precompute"), args.config, args.overrides, launch)
+    config, problems = load_checked(
+        "precompute", config_class("precompute"), args.config, args.overrides, launch
+    )
     stem = name or "precompute"
     finalize = single("precompute", place, stem, ("precompute", "finalize"), config)
     if args.action == "finalize":
         return [finalize]
     planned = []
     for column in config.columns:
-        part = config.model_copy(update={"columns": {column: config.columns[column]}, "redo": tuple(c for c in config.redo if c == column)})
+        part = config.model_copy(
+            update={
+                "columns": {column: config.columns[column]},
+                "redo": tuple(c for c in config.redo if c == column),
+            }
+        )
         array = is_array(place, "precompute")
         # told, not taken from the array's size: some of its tasks may run again alone
         tasks = ("--tasks", str(place.cluster.resources("precompute").array)) if array else ()
-        one = single("precompute", place, f"{stem}-{column}", ("precompute", "run", "--no-finalize", *tasks), part)
+        one = single(
+            "precompute",
+            place,
+            f"{stem}-{column}",
+            ("precompute", "run", "--no-finalize", *tasks),
+            part,
+        )
         planned.append(replace(one, job=replace(one.job, array=array)))
     planned[0] = replace(planned[0], problems=tuple(problems))  # those of all columns
     return [*planned, replace(finalize, after=tuple(p.name for p in planned))]
 
 
-def convert_stage_job(args: argparse.Namespace, argv: Sequence[str], place: SubmitContext) -> PlannedJob:
+def convert_stage_job(
+    args: argparse.Namespace, argv: Sequence[str], place: SubmitContext
+) -> PlannedJob:
     """The command as it was typed, in a run folder named after what it makes."""
-    job = single("convert", place, f"export-{args.name}" if args.name else f"convert-to-{args.to}", argv, None)
+    job = single(
+        "convert",
+        place,
+        f"export-{args.name}" if args.name else f"convert-to-{args.to}",
+        argv,
+        None,
+    )
     return replace(job, problems=tuple(check_request(request_of(args), place.launch())))
 
 
-def pipeline_jobs(preset: str, prompts: Sequence[str], place: SubmitContext, overrides: Sequence[str]) -> list[PlannedJob]:
+def pipeline_jobs(
+    preset: str, prompts: Sequence[str], place: SubmitContext, overrides: Sequence[str]
+) -> list[PlannedJob]:
     """The whole walk. An override is `stage.key=value`, e.g. `lm.loop.steps=100`; stages are named as their jobs."""
     from landiff.launchers.pipeline import pipeline_stages
 
@@ -185,7 +262,9 @@ def pipeline_jobs(preset: str, prompts: Sequence[str], place: SubmitContext, ove
     for override in overrides:
         name, _, rest = override.partition(".")
         if name not in mine or not is_override(rest):
-            raise ConfigError(f"{override!r} is not of the form stage.key=value; the stages are {', '.join(mine)}")
+            raise ConfigError(
+                f"{override!r} is not of the form stage.key=value; the stages are {', '.join(mine)}"
+            )
         mine[name].append(rest)
     planned: list[PlannedJob] = []
     last: dict[str, tuple[str, ...]] = {}  # stage -> its last jobs, which the next stages wait for
@@ -195,9 +274,19 @@ def pipeline_jobs(preset: str, prompts: Sequence[str], place: SubmitContext, ove
         where = replace(place, inputs_exist=place.inputs_exist and not stage.after)
         jobs = columns_apart(jobs_of([*stage.command], where, name, mine[name]), place)
         waits = [job for before in stage.after for job in last[before]]
-        planned += [job if job.after else replace(job, after=needs(job, waits, last, entered)) for job in jobs]
-        entered |= {column: job.name for job in jobs if job.stage == "precompute" and job.after for column in job.config.columns}
-        last[stage.name] = tuple(job.name for job in jobs if not any(job.name in other.after for other in jobs))
+        planned += [
+            job if job.after else replace(job, after=needs(job, waits, last, entered))
+            for job in jobs
+        ]
+        entered |= {
+            column: job.name
+            for job in jobs
+            if job.stage == "precompute" and job.after
+            for column in job.config.columns
+        }
+        last[stage.name] = tuple(
+            job.name for job in jobs if not any(job.name in other.after for other in jobs)
+        )
     configs = {job.name: job.config for job in planned}
     planned[-1] = replace(planned[-1], problems=(*planned[-1].problems, *check_pipeline(configs)))
     return planned
@@ -208,13 +297,34 @@ def columns_apart(jobs: Sequence[PlannedJob], place: SubmitContext) -> list[Plan
     *arrays, _ = jobs
     if jobs[0].stage != "precompute" or len(arrays) < 2:
         return list(jobs)
-    return [job for one in arrays for column in one.config.columns for job in (
-        one, single("precompute", place, f"enter-{column}", ("precompute", "finalize"), one.config, (one.name,)))]
+    return [
+        job
+        for one in arrays
+        for column in one.config.columns
+        for job in (
+            one,
+            single(
+                "precompute",
+                place,
+                f"enter-{column}",
+                ("precompute", "finalize"),
+                one.config,
+                (one.name,),
+            ),
+        )
+    ]
 
 
-def needs(job: PlannedJob, waits: Sequence[str], last: Mapping[str, Sequence[str]], entered: Mapping[str, str]) -> tuple[str, ...]:
+def needs(
+    job: PlannedJob,
+    waits: Sequence[str],
+    last: Mapping[str, Sequence[str]],
+    entered: Mapping[str, str],
+) -> tuple[str, ...]:
     """What a job of the walk waits for: a column that needs no tokenizer for the raw shards, a trainer for what it reads."""
-    if job.stage == "precompute" and not any(column.kind == "tokens" for column in job.config.columns.values()):
+    if job.stage == "precompute" and not any(
+        column.kind == "tokens" for column in job.config.columns.values()
+    ):
         return tuple(last["shards"])
     if job.steps is None:
         return tuple(waits)

@@ -54,7 +54,15 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     cluster = load(ClusterConfig, cluster_name(args.cluster))
     check_job_ids(args.after or (), "--after")
     python = cluster.python or ("python3" if cluster.container else sys.executable)
-    place = SubmitContext(cluster, Path.cwd(), command_line(argv), python, args.nodes, args.here, inputs_exist=not args.after)
+    place = SubmitContext(
+        cluster,
+        Path.cwd(),
+        command_line(argv),
+        python,
+        args.nodes,
+        args.here,
+        inputs_exist=not args.after,
+    )
     if args.stage == "pipeline":
         planned = pipeline_jobs(args.preset, args.prompt or (), place, args.rest)
     else:
@@ -68,7 +76,9 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     require_none(problems)
     if args.dry_run:
         return 0
-    skip = args.stage == "pipeline"  # a stage that is asked for by name looks by itself what is left to do
+    skip = (
+        args.stage == "pipeline"
+    )  # a stage that is asked for by name looks by itself what is left to do
     if cluster.scheduler == "local" or args.here:
         return run_here(planned, cluster, skip, args.take_over)
     return queue(planned, cluster, slurm or Slurm(), args.after or (), skip, args.take_over)
@@ -88,11 +98,16 @@ def problems_of_plans(planned: Sequence[PlannedJob]) -> list[Problem]:
 
 def check_allocation(planned: Sequence[PlannedJob], environment: Mapping[str, str]) -> None:
     """--here needs an allocation of enough nodes around it. Raises ConfigError."""
-    nodes, most = int(environment.get("SLURM_JOB_NUM_NODES", "0")), max(planned, key=lambda plan: plan.job.resources.nodes)
+    nodes, most = (
+        int(environment.get("SLURM_JOB_NUM_NODES", "0")),
+        max(planned, key=lambda plan: plan.job.resources.nodes),
+    )
     wanted = most.job.resources.nodes
     if nodes < wanted:
         here = f"this one has {nodes}" if nodes else "this shell is in none"
-        raise ConfigError(f"--here runs {most.name} in an allocation of {wanted} node(s), and {here}; start with  salloc -N {wanted}, or leave --here out")
+        raise ConfigError(
+            f"--here runs {most.name} in an allocation of {wanted} node(s), and {here}; start with  salloc -N {wanted}, or leave --here out"
+        )
 
 
 def cluster_name(name: str) -> str:
@@ -106,9 +121,17 @@ def dry_run(planned: Sequence[PlannedJob], cluster: ClusterConfig) -> str:
     shown = cluster.redacted()
     for plan in planned:
         if plan.config is not None:
-            blocks.append(f"# ==== {plan.name}: resolved config, {plan.job.folder / CONFIG}\n{dump(plan.config)}")
-        blocks.append(f"# ==== {plan.name}: batch script, {plan.job.folder / SCRIPT}\n{sbatch_text(plan.job, shown)}")
-    blocks.append("# ==== plan\n" + "\n".join(f"# {line}" for line in plan_lines(planned)) + "\n# nothing was written, nothing submitted")
+            blocks.append(
+                f"# ==== {plan.name}: resolved config, {plan.job.folder / CONFIG}\n{dump(plan.config)}"
+            )
+        blocks.append(
+            f"# ==== {plan.name}: batch script, {plan.job.folder / SCRIPT}\n{sbatch_text(plan.job, shown)}"
+        )
+    blocks.append(
+        "# ==== plan\n"
+        + "\n".join(f"# {line}" for line in plan_lines(planned))
+        + "\n# nothing was written, nothing submitted"
+    )
     return redact("\n".join(blocks))
 
 
@@ -116,7 +139,11 @@ def plan_lines(planned: Sequence[PlannedJob]) -> list[str]:
     lines = []
     for plan in planned:
         want = plan.job.resources
-        size = f"array of {want.array}" if plan.job.array else f"{want.nodes} node(s) x {want.tasks if plan.job.trainer else 1} task(s)"
+        size = (
+            f"array of {want.array}"
+            if plan.job.array
+            else f"{want.nodes} node(s) x {want.tasks if plan.job.trainer else 1} task(s)"
+        )
         waits = f", after {', '.join(plan.after)}" if plan.after else ""
         lines.append(f"{plan.name}: {plan.stage}, {size}{waits}")
     return lines
@@ -127,8 +154,17 @@ def plan_lines(planned: Sequence[PlannedJob]) -> list[str]:
 
 def job_fingerprint(plan: PlannedJob) -> str:
     """Of what the job does. Where and with what resources is not part of it, nor how long a trainer trains."""
-    config = plan.config.model_dump(mode="json", exclude={"loop"} if plan.steps is not None else None) if plan.config else None
-    document = [plan.job.module, plan.job.arguments, config, plan.job.resources.array if plan.job.array else 1]
+    config = (
+        plan.config.model_dump(mode="json", exclude={"loop"} if plan.steps is not None else None)
+        if plan.config
+        else None
+    )
+    document = [
+        plan.job.module,
+        plan.job.arguments,
+        config,
+        plan.job.resources.array if plan.job.array else 1,
+    ]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
@@ -144,13 +180,21 @@ def is_done(plan: PlannedJob) -> bool:
 
 def nothing_left(plan: PlannedJob, skipped: Collection[str], skip: bool) -> bool:
     """A trainer that has its steps is done for good; anything else only while what it reads was not made anew."""
-    return is_done(plan) and (plan.steps is not None or (skip and all(name in skipped for name in plan.after)))
+    return is_done(plan) and (
+        plan.steps is not None or (skip and all(name in skipped for name in plan.after))
+    )
 
 
 def said_of_done(plan: PlannedJob) -> str:
     """A trainer's checkpoints stay what they are when its config is edited."""
-    edited = plan.steps is not None and read_record(plan.job.run).get("fingerprint", job_fingerprint(plan)) != job_fingerprint(plan)
-    return f"{plan.name}: done already" + (f"; its config was edited since, to train anew give another run= than {plan.job.run}" if edited else "")
+    edited = plan.steps is not None and read_record(plan.job.run).get(
+        "fingerprint", job_fingerprint(plan)
+    ) != job_fingerprint(plan)
+    return f"{plan.name}: done already" + (
+        f"; its config was edited since, to train anew give another run= than {plan.job.run}"
+        if edited
+        else ""
+    )
 
 
 def done_markers(plan: PlannedJob) -> list[Path]:
@@ -178,9 +222,19 @@ def record_jobs(plan: PlannedJob, job_ids: Sequence[str], **values: object) -> N
     """Into job.json: what was submitted, under which ids."""
     resources = plan.job.resources
     write_record(
-        plan.job.run, name=plan.name, stage=plan.stage, launcher="submit", job_ids=list(job_ids), command=plan.job.made_by,
-        fingerprint=job_fingerprint(plan), trainer=plan.job.trainer, steps=plan.steps, array=resources.array if plan.job.array else None,
-        ranks=resources.nodes * resources.tasks, workdir=str(plan.job.workdir), **values,
+        plan.job.run,
+        name=plan.name,
+        stage=plan.stage,
+        launcher="submit",
+        job_ids=list(job_ids),
+        command=plan.job.made_by,
+        fingerprint=job_fingerprint(plan),
+        trainer=plan.job.trainer,
+        steps=plan.steps,
+        array=resources.array if plan.job.array else None,
+        ranks=resources.nodes * resources.tasks,
+        workdir=str(plan.job.workdir),
+        **values,
     )
 
 
@@ -188,7 +242,12 @@ def record_jobs(plan: PlannedJob, job_ids: Sequence[str], **values: object) -> N
 
 
 def queue(
-    planned: Sequence[PlannedJob], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str] = (), skip: bool = True, take_over: bool = False,
+    planned: Sequence[PlannedJob],
+    cluster: ClusterConfig,
+    slurm: Slurm,
+    after: Sequence[str] = (),
+    skip: bool = True,
+    take_over: bool = False,
 ) -> int:
     """Submit what is not done yet; with `skip` = False all but finished trainers.
 
@@ -197,11 +256,22 @@ def queue(
     """
     with ExitStack() as locks:
         for folder in sorted({plan.job.folder for plan in planned}):
-            locks.enter_context(ownership.take(folder / SUBMISSION, f"the submission of {folder.parent}", take_over=take_over))
+            locks.enter_context(
+                ownership.take(
+                    folder / SUBMISSION, f"the submission of {folder.parent}", take_over=take_over
+                )
+            )
         return _queue(planned, cluster, slurm, after, skip, take_over)
 
 
-def _queue(planned: Sequence[PlannedJob], cluster: ClusterConfig, slurm: Slurm, after: Sequence[str], skip: bool, take_over: bool) -> int:
+def _queue(
+    planned: Sequence[PlannedJob],
+    cluster: ClusterConfig,
+    slurm: Slurm,
+    after: Sequence[str],
+    skip: bool,
+    take_over: bool,
+) -> int:
     known = [job for plan in planned for job in read_record(plan.job.run).get("job_ids", [])]
     active = {job.id.split("_")[0] for job in slurm.queue(known) if job.active} if known else set()
     skipped, ids = set(), {}
@@ -217,7 +287,9 @@ def _queue(planned: Sequence[PlannedJob], cluster: ClusterConfig, slurm: Slurm, 
             scripts[plan.name] = prepare_run(plan, cluster)
             slurm.check(scripts[plan.name])
     if len(planned) == 1 and ids:
-        raise ConfigError(f"{planned[0].job.run} has job {ids[planned[0].name]} in the queue already; landiff stop {planned[0].job.run} ends it")
+        raise ConfigError(
+            f"{planned[0].job.run} has job {ids[planned[0].name]} in the queue already; landiff stop {planned[0].job.run} ends it"
+        )
     for plan in planned:
         if plan.name in skipped:
             print(said_of_done(plan))
@@ -227,14 +299,22 @@ def _queue(planned: Sequence[PlannedJob], cluster: ClusterConfig, slurm: Slurm, 
             waits = [ids[name] for name in plan.after if name in ids] or list(after)
             jobs = submit_one(plan, cluster, slurm, scripts[plan.name], waits)
             ids[plan.name] = jobs[-1]
-            print(f"{plan.name}: job {' -> '.join(jobs)}" + (f", after {', '.join(waits)}" if waits else "") + f"; {plan.job.run}")
+            print(
+                f"{plan.name}: job {' -> '.join(jobs)}"
+                + (f", after {', '.join(waits)}" if waits else "")
+                + f"; {plan.job.run}"
+            )
     return 0
 
 
-def submit_one(plan: PlannedJob, cluster: ClusterConfig, slurm: Slurm, script: Path, after: Sequence[str]) -> list[str]:
+def submit_one(
+    plan: PlannedJob, cluster: ClusterConfig, slurm: Slurm, script: Path, after: Sequence[str]
+) -> list[str]:
     """The ids of the job, or of the chain of jobs, one behind the other."""
     jobs = [slurm.submit(script, after)]
-    for _ in range(cluster.chain_length - 1 if cluster.restart == "chain" and plan.job.trainer else 0):
+    for _ in range(
+        cluster.chain_length - 1 if cluster.restart == "chain" and plan.job.trainer else 0
+    ):
         jobs.append(slurm.submit(script, [jobs[-1]], kind="afterany"))
     if len(jobs) > 1:
         write_text(plan.job.folder / "chain", "\n".join(jobs) + "\n")
@@ -247,7 +327,12 @@ def own_submission(plan: PlannedJob, take_over: bool) -> ownership.Ownership:
     return ownership.take(plan.job.run / OWNER, f"run folder {plan.job.run}", take_over=take_over)
 
 
-def run_here(planned: Sequence[PlannedJob], cluster: ClusterConfig, skip: bool = True, take_over: bool = False) -> int:
+def run_here(
+    planned: Sequence[PlannedJob],
+    cluster: ClusterConfig,
+    skip: bool = True,
+    take_over: bool = False,
+) -> int:
     """One after the other, in this terminal. A failed job costs those that depend on it and nothing else."""
     failed: dict[str, int] = {}
     skipped = set()
@@ -272,7 +357,9 @@ def run_here(planned: Sequence[PlannedJob], cluster: ClusterConfig, skip: bool =
             return code
         if code:
             failed[plan.name] = code
-            print(f"{plan.name}: ended with {code}; see landiff logs {plan.job.run}", file=sys.stderr)
+            print(
+                f"{plan.name}: ended with {code}; see landiff logs {plan.job.run}", file=sys.stderr
+            )
     return next(iter(failed.values()), 0)
 
 
@@ -281,20 +368,35 @@ def run_script(script: Path, token: str) -> tuple[int, bool]:
 
     Its words go to the terminal and to batch.log. `token`: of the owner of its run folder.
     """
-    shell = ["bash", "-c", 'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"', "_", str(script.parent / LOGS / "batch.log"), str(script)]
-    child = subprocess.Popen([sys.executable, "-m", "landiff.launchers.local.children", *shell], env={**environment(), ownership.TOKEN: token},
-                             start_new_session=True)
+    shell = [
+        "bash",
+        "-c",
+        'exec > >(exec tee -a "$1") 2>&1; exec bash "$2"',
+        "_",
+        str(script.parent / LOGS / "batch.log"),
+        str(script),
+    ]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "landiff.launchers.local.children", *shell],
+        env={**environment(), ownership.TOKEN: token},
+        start_new_session=True,
+    )
     seen: set[int] = set()
 
     def forward(number: int, _frame: object) -> None:
         seen.add(number)
-        child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # the script handles the others
+        child.send_signal(
+            signal.SIGTERM if number == signal.SIGHUP else number
+        )  # the script handles the others
 
     previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         code = child.wait()
         if code < 0:  # it could not say so
-            write_text(script.parent / LAST_ERROR, f"the shell that runs {script} was ended by {signal.Signals(-code).name}\n")
+            write_text(
+                script.parent / LAST_ERROR,
+                f"the shell that runs {script} was ended by {signal.Signals(-code).name}\n",
+            )
         return (code if code >= 0 else 128 - code), code != 0 and bool(seen - {signal.SIGUSR1})
     finally:
         for number, handler in previous.items():
@@ -308,12 +410,18 @@ def stop(run: Path, restart: bool, slurm: Slurm | None = None) -> str:
     """Ask a run to save and end (or, with `restart`, to save and start again). Returns what was done."""
     record = read_record(run)
     if not record and not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is no run folder (it has no {JOB_FOLDER}/{RECORD} and no config.yaml); landiff status --all lists them")
+        raise ConfigError(
+            f"{run} is no run folder (it has no {JOB_FOLDER}/{RECORD} and no config.yaml); landiff status --all lists them"
+        )
     by_hand, jobs = record.get("launcher", "train") == "train", record.get("job_ids", [])
     if restart and by_hand:
-        raise ConfigError(f"{run} was not submitted, so that nothing would start it again; leave --restart out")
+        raise ConfigError(
+            f"{run} was not submitted, so that nothing would start it again; leave --restart out"
+        )
     owner = running_owner(run)
-    if owner is not None and (by_hand or not jobs):  # also inside an allocation, whose job is not the run's
+    if owner is not None and (
+        by_hand or not jobs
+    ):  # also inside an allocation, whose job is not the run's
         return stop_process(run, owner, restart, trainer=record.get("trainer", True))
     if jobs and not restart:  # for these jobs: one that is queued later is not meant
         write_text(run / JOB_FOLDER / STOPPED, "\n".join(jobs) + "\n")

@@ -47,7 +47,9 @@ def locate(reference: str | Path, zoo: Path) -> Path:
         return newest
     if not path.exists():
         if "/" in str(reference):
-            raise ConfigError(f"{path} does not exist, so it holds no whole checkpoint and no weights")
+            raise ConfigError(
+                f"{path} does not exist, so it holds no whole checkpoint and no weights"
+            )
         return registry.resolve(zoo, str(reference)).path
     require_whole(path)
     return path
@@ -60,10 +62,14 @@ def require_whole(path: Path) -> None:
             problems = differences(folder)
             if problems:
                 found = "; ".join(problems[:3])
-                raise ConfigError(f"{folder} is damaged: {found}; take another checkpoint of the run")
+                raise ConfigError(
+                    f"{folder} is damaged: {found}; take another checkpoint of the run"
+                )
 
 
-def find_source(reference: str | Path, zoo: Path, options: formats.Options | None = None) -> WeightSource:
+def find_source(
+    reference: str | Path, zoo: Path, options: formats.Options | None = None
+) -> WeightSource:
     """What lies there, ready to be read. Raises ConfigError."""
     return formats.open_source(locate(reference, zoo), options)
 
@@ -81,7 +87,11 @@ def open_all(request: ConvertRequest, paths: Sequence[Path]) -> list[WeightSourc
 def parts_of(sources: Sequence[WeightSource], dtype: str | None) -> list[Part]:
     import torch
 
-    return [part.cast(getattr(torch, dtype) if dtype else None) for source in sources for part in source.parts]
+    return [
+        part.cast(getattr(torch, dtype) if dtype else None)
+        for source in sources
+        for part in source.parts
+    ]
 
 
 def convert_weights(request: ConvertRequest) -> list[str]:
@@ -92,13 +102,20 @@ def convert_weights(request: ConvertRequest) -> list[str]:
     progress = Progress("convert", "MB")
     words = " + ".join(describe_request(source) for source in sources)
     if goes_on(request, paths):
-        return [f"{words} -> {request.out}, {relayout(sources[0].path, wish_of(request), made, progress)}"]
+        return [
+            f"{words} -> {request.out}, {relayout(sources[0].path, wish_of(request), made, progress)}"
+        ]
     parts = parts_of(sources, request.dtype)
     if request.to != "zoo":
-        formats.write_target(request.out, request.to, parts, made, progress, start_cut(request, parts))
+        formats.write_target(
+            request.out, request.to, parts, made, progress, start_cut(request, parts)
+        )
         return [f"{words} -> {request.out} ({request.to})"]
     names = zoo_names(parts, request.name)
-    return [f"{words} -> {entry.path}" for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)]
+    return [
+        f"{words} -> {entry.path}"
+        for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)
+    ]
 
 
 def plan(request: ConvertRequest) -> list[str]:
@@ -107,13 +124,25 @@ def plan(request: ConvertRequest) -> list[str]:
     sources = open_all(request, paths)
     target = str(request.out or f"{request.zoo}/{request.name or '*'}")
     if goes_on(request, paths):
-        return [f"would convert {describe_request(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"]
+        return [
+            f"would convert {describe_request(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"
+        ]
     start_cut(request, [part for source in sources for part in source.parts])
-    return [f"would convert {describe_request(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}" for source in sources]
+    return [
+        f"would convert {describe_request(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}"
+        for source in sources
+    ]
 
 
 def wish_of(request: ConvertRequest) -> Wish:
-    return Wish(request.to, request.out, request.overrides, request.dtype, request.world_size, load(ModelConfig, request.model).lm)
+    return Wish(
+        request.to,
+        request.out,
+        request.overrides,
+        request.dtype,
+        request.world_size,
+        load(ModelConfig, request.model).lm,
+    )
 
 
 def goes_on(request: ConvertRequest, paths: Sequence[Path]) -> bool:
@@ -122,20 +151,32 @@ def goes_on(request: ConvertRequest, paths: Sequence[Path]) -> bool:
         return False
     found = [path for path in paths if can_go_on(path, request.to)]
     if found and request.allow_missing:
-        raise ConfigError(f"{found[0]} is a checkpoint with its optimizer, which must be whole: --allow-missing goes with --weights-only")
+        raise ConfigError(
+            f"{found[0]} is a checkpoint with its optimizer, which must be whole: --allow-missing goes with --weights-only"
+        )
     if found and len(paths) > 1:
-        raise ConfigError(f"{found[0]} is a checkpoint with its optimizer, which nothing can be joined to; name it alone, or take --weights-only")
+        raise ConfigError(
+            f"{found[0]} is a checkpoint with its optimizer, which nothing can be joined to; name it alone, or take --weights-only"
+        )
     return bool(found)
 
 
-def start_cut(request: ConvertRequest, parts: Sequence[Part]) -> megatron.Padded | deepspeed_write.Cut | None:
+def start_cut(
+    request: ConvertRequest, parts: Sequence[Part]
+) -> megatron.Padded | deepspeed_write.Cut | None:
     """What weights that start a run must fit."""
     if request.to == "megatron" and request.overrides:
         asked = load(Padding, {}, request.overrides)
         sizes = next((part.config for part in parts if part.kind == "lm"), None)
-        return megatron.default_padding(sizes, asked.vocab_multiple, asked.head_multiple) if sizes else None
+        return (
+            megatron.default_padding(sizes, asked.vocab_multiple, asked.head_multiple)
+            if sizes
+            else None
+        )
     if request.to == "deepspeed" and (request.overrides or request.world_size):
-        return deepspeed_write.Cut(load(StartSettings, {}, request.overrides).zero.stage, request.world_size or 1)
+        return deepspeed_write.Cut(
+            load(StartSettings, {}, request.overrides).zero.stage, request.world_size or 1
+        )
     return None
 
 
@@ -154,14 +195,25 @@ def describe_request(source: WeightSource) -> str:
 
 def provenance(sources: Sequence[WeightSource], request: ConvertRequest) -> dict[str, Any]:
     """What made the weights: source, step, config, data fingerprints, versions."""
-    found = [{"path": str(source.path), "format": source.format, "layout": source.layout, "step": source.step,
-              **source.provenance} for source in sources]
+    found = [
+        {
+            "path": str(source.path),
+            "format": source.format,
+            "layout": source.layout,
+            "step": source.step,
+            **source.provenance,
+        }
+        for source in sources
+    ]
     for entry in found:
         if "config" in entry:
             entry["column_fingerprints"] = _columns(entry["config"])
     first = found[0] if len(found) == 1 else {}
     return {
-        "sources": found, "step": first.get("step"), "dtype": request.dtype, "model": request.model,
+        "sources": found,
+        "step": first.get("step"),
+        "dtype": request.dtype,
+        "model": request.model,
         "versions": versions() | {"landiff-pretrain": _own_version()},
     }
 

@@ -99,7 +99,9 @@ class Wish:
     out: Path
     overrides: tuple[str, ...] = ()  # key=value, as a trainer takes them
     dtype: str | None = None
-    world_size: int | None = None  # of the run that goes on from a DeepSpeed checkpoint; None: as it is
+    world_size: int | None = (
+        None  # of the run that goes on from a DeepSpeed checkpoint; None: as it is
+    )
     model: LMConfig | None = None  # of a Megatron folder that does not say it
 
     @property
@@ -107,7 +109,9 @@ class Wish:
         if self.dtype is None:
             return list(self.overrides)
         if self.dtype not in PRECISIONS:
-            raise ConfigError(f"--dtype {self.dtype}: the trainers compute in {' or '.join(PRECISIONS)}; weights alone (--weights-only) take any")
+            raise ConfigError(
+                f"--dtype {self.dtype}: the trainers compute in {' or '.join(PRECISIONS)}; weights alone (--weights-only) take any"
+            )
         return [*self.overrides, f"precision={PRECISIONS[self.dtype]}"]
 
 
@@ -119,11 +123,15 @@ def can_go_on(path: Path, to: str) -> bool:
     return shards is not None and not deepspeed.is_start(deepspeed.read_deepspeed(shards))
 
 
-def relayout(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None = None) -> str:
+def relayout(
+    path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None = None
+) -> str:
     """Write `wish.out`; returns what it is, in words. Raises ConfigError, and then there is no such folder."""
     if (path / STATE).is_file():
         return _run(path, wish, provenance, progress)
-    return (_bare_megatron if wish.to == "megatron" else _bare_deepspeed)(path, wish, provenance, progress)
+    return (_bare_megatron if wish.to == "megatron" else _bare_deepspeed)(
+        path, wish, provenance, progress
+    )
 
 
 def dry(path: Path, wish: Wish) -> str:
@@ -131,30 +139,54 @@ def dry(path: Path, wish: Wish) -> str:
     if (path / STATE).is_file():
         config = _config(path, wish)
         if isinstance(config, LMTrainConfig):
-            return (f"a run of precision {config.precision}, parallel.distributed_optimizer = {config.parallel.distributed_optimizer}, "
-                    f"vocab_multiple {config.vocab_multiple}, head_multiple {config.head_multiple}")
+            return (
+                f"a run of precision {config.precision}, parallel.distributed_optimizer = {config.parallel.distributed_optimizer}, "
+                f"vocab_multiple {config.vocab_multiple}, head_multiple {config.head_multiple}"
+            )
         return f"a run of precision {config.precision}, zero.stage {config.zero.stage}, {wish.world_size or deepspeed.ZeroLayout.read(path).world_size} ranks"
     cut = _megatron_cut(path, wish)[2] if wish.to == "megatron" else _zero_cut(path, wish)[1]
     return f"a bare checkpoint, {cut}"
 
 
-def _run(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None) -> str:
+def _run(
+    path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None
+) -> str:
     state = read_json_as(CheckpointState, path / STATE)
     config = _config(path, wish)
     if state.kind != type(config).__name__:
-        raise ConfigError(f"{path} was written by {state.kind}; --to {wish.to} goes on from a checkpoint of {type(config).__name__}")
+        raise ConfigError(
+            f"{path} was written by {state.kind}; --to {wish.to} goes on from a checkpoint of {type(config).__name__}"
+        )
     with new_folder(wish.out, provenance) as temporary:
         folder = step_folder(temporary / "checkpoints", state.step)
         folder.mkdir(parents=True)
         if isinstance(config, LMTrainConfig):
-            cut = MegatronCut(megatron.default_padding(config.model, config.vocab_multiple, config.head_multiple),
-                              config.parallel.distributed_optimizer, DTYPES[config.precision])
-            megatron_optimizer.write_state(folder, config.model, megatron_optimizer.read_state(path, config.model), cut, progress)
+            cut = MegatronCut(
+                megatron.default_padding(config.model, config.vocab_multiple, config.head_multiple),
+                config.parallel.distributed_optimizer,
+                DTYPES[config.precision],
+            )
+            megatron_optimizer.write_state(
+                folder,
+                config.model,
+                megatron_optimizer.read_state(path, config.model),
+                cut,
+                progress,
+            )
         else:
             layout = deepspeed.ZeroLayout.read(path)
-            own = {"zero_stage": config.zero.stage, "world_size": wish.world_size or layout.world_size, "precision": config.precision}
+            own = {
+                "zero_stage": config.zero.stage,
+                "world_size": wish.world_size or layout.world_size,
+                "precision": config.precision,
+            }
             cut = Cut(own["zero_stage"], own["world_size"], DTYPES[config.precision])
-            deepspeed_write.write_deepspeed(folder / deepspeed.SHARDS, deepspeed.read_deepspeed(path / deepspeed.SHARDS), cut, progress)
+            deepspeed_write.write_deepspeed(
+                folder / deepspeed.SHARDS,
+                deepspeed.read_deepspeed(path / deepspeed.SHARDS),
+                cut,
+                progress,
+            )
             layout.model_copy(update=own).write(folder)
             state = state.model_copy(update={"world_size": cut.world_size})
         seal(folder, state, config, [describe_file(folder, name) for name in list_files(folder)])
@@ -169,12 +201,16 @@ def _config(path: Path, wish: Wish) -> Any:
     before, after = load(TRAINERS[wish.to], stored).model_dump(), config.model_dump()
     changed = [key for key in FIXED if key in after and after[key] != before[key]]
     if changed:
-        raise ConfigError(f"{', '.join(changed)}: a conversion keeps the model. What it can change is vocab_multiple, head_multiple, "
-                          "parallel.*, zero.stage, precision, and what does not touch the checkpoint")
+        raise ConfigError(
+            f"{', '.join(changed)}: a conversion keeps the model. What it can change is vocab_multiple, head_multiple, "
+            "parallel.*, zero.stage, precision, and what does not touch the checkpoint"
+        )
     return config
 
 
-def _bare_megatron(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None) -> str:
+def _bare_megatron(
+    path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None
+) -> str:
     model, state, cut = _megatron_cut(path, wish)
     with new_folder(wish.out, provenance) as temporary:
         megatron_optimizer.write_state(temporary, model, state, cut, progress)
@@ -186,14 +222,28 @@ def _megatron_cut(path: Path, wish: Wish) -> tuple[LMConfig, MegatronState, Mega
     model = megatron.stored_config(path) if (path / megatron.CONFIG).is_file() else wish.model
     assert model is not None, wish
     state = megatron_optimizer.read_state(path, model)
-    asked = load(MegatronSettings, {"parallel": {"distributed_optimizer": state.cut.distributed}}, wish.words)
+    asked = load(
+        MegatronSettings, {"parallel": {"distributed_optimizer": state.cut.distributed}}, wish.words
+    )
     padded = megatron.default_padding(model, asked.vocab_multiple or 1, asked.head_multiple or 1)
-    padded = megatron.Padded(padded.vocab if asked.vocab_multiple else state.cut.padded.vocab,
-                             padded.heads if asked.head_multiple else state.cut.padded.heads)
-    return model, state, MegatronCut(padded, asked.parallel.distributed_optimizer, DTYPES.get(asked.precision, state.cut.dtype))
+    padded = megatron.Padded(
+        padded.vocab if asked.vocab_multiple else state.cut.padded.vocab,
+        padded.heads if asked.head_multiple else state.cut.padded.heads,
+    )
+    return (
+        model,
+        state,
+        MegatronCut(
+            padded,
+            asked.parallel.distributed_optimizer,
+            DTYPES.get(asked.precision, state.cut.dtype),
+        ),
+    )
 
 
-def _bare_deepspeed(path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None) -> str:
+def _bare_deepspeed(
+    path: Path, wish: Wish, provenance: Mapping[str, Any], progress: ProgressCallback | None
+) -> str:
     state, cut = _zero_cut(path, wish)
     tag = deepspeed.find_shards(path).name
     with new_folder(wish.out, provenance) as temporary:
@@ -207,4 +257,6 @@ def _zero_cut(path: Path, wish: Wish) -> tuple[DeepSpeedState, Cut]:
     assert shards is not None, path
     state = deepspeed.read_deepspeed(shards)
     asked = load(ZeroSettings, {"zero": {"stage": state.zero_stage}}, wish.words)
-    return state, Cut(asked.zero.stage, wish.world_size or state.world_size, DTYPES.get(asked.precision))
+    return state, Cut(
+        asked.zero.stage, wish.world_size or state.world_size, DTYPES.get(asked.precision)
+    )

@@ -32,9 +32,20 @@ from landiff.model_zoo.convert.formats import (
 )
 from landiff.model_zoo.convert.formats.megatron import model_section
 from landiff.model_zoo.convert.lazy import ProgressCallback, read_safetensors
-from landiff.model_zoo.convert.parts import FOREIGN, PLAIN, VAE, Part, WeightSource, assembled, match_model
+from landiff.model_zoo.convert.parts import (
+    FOREIGN,
+    PLAIN,
+    VAE,
+    Part,
+    WeightSource,
+    assembled,
+    match_model,
+)
 
-STATE, RUN_CONFIG = "state.json", "config.yaml"  # what the trainers add to a checkpoint (training/checkpoint/store.py)
+STATE, RUN_CONFIG = (
+    "state.json",
+    "config.yaml",
+)  # what the trainers add to a checkpoint (training/checkpoint/store.py)
 PROVENANCE = "provenance.json"
 
 
@@ -42,7 +53,9 @@ PROVENANCE = "provenance.json"
 class Options:
     """How to read what does not say everything by itself."""
 
-    models: ModelConfig = field(default_factory=ModelConfig)  # sizes of a release and of bare Megatron folders
+    models: ModelConfig = field(
+        default_factory=ModelConfig
+    )  # sizes of a release and of bare Megatron folders
     allow_missing: tuple[str, ...] = ()
 
 
@@ -55,16 +68,28 @@ class Format:
 
 
 def _is_entry(path: Path) -> bool:
-    return (path / registry.WEIGHTS).is_file() and (path / "provenance.json").is_file() and (path / "config.json").is_file() \
+    return (
+        (path / registry.WEIGHTS).is_file()
+        and (path / "provenance.json").is_file()
+        and (path / "config.json").is_file()
         and diffusers_folder.class_of(path) is None
+    )
 
 
 def _open_entry(path: Path, options: Options) -> WeightSource:
     entry = registry.read_entry(path)
     registry.require_intact(entry)
-    part = match_model(entry.lazy(), entry.kind, entry.config, PLAIN, str(path), options.allow_missing)
-    return WeightSource(path, "zoo", f"zoo entry {entry.reference}", (part,), entry.provenance.get("step"),
-                  {"entry": entry.reference, "made_of": entry.provenance})
+    part = match_model(
+        entry.lazy(), entry.kind, entry.config, PLAIN, str(path), options.allow_missing
+    )
+    return WeightSource(
+        path,
+        "zoo",
+        f"zoo entry {entry.reference}",
+        (part,),
+        entry.provenance.get("step"),
+        {"entry": entry.reference, "made_of": entry.provenance},
+    )
 
 
 def _is_tokenizer_checkpoint(path: Path) -> bool:
@@ -72,13 +97,24 @@ def _is_tokenizer_checkpoint(path: Path) -> bool:
 
 
 def _open_tokenizer(path: Path, options: Options) -> WeightSource:
-    config = validate(TokenizerConfig, model_section(_run_config(path), path), str(path / RUN_CONFIG))
-    part = match_model(read_safetensors(path / "model.safetensors"), "tokenizer", config, PLAIN, str(path), options.allow_missing)
+    config = validate(
+        TokenizerConfig, model_section(_run_config(path), path), str(path / RUN_CONFIG)
+    )
+    part = match_model(
+        read_safetensors(path / "model.safetensors"),
+        "tokenizer",
+        config,
+        PLAIN,
+        str(path),
+        options.allow_missing,
+    )
     return WeightSource(path, "tokenizer checkpoint", "plain torch", (part,), *_run(path))
 
 
 def _open_megatron(path: Path, options: Options) -> WeightSource:
-    config: LMConfig = megatron.stored_config(path) if (path / megatron.CONFIG).is_file() else options.models.lm
+    config: LMConfig = (
+        megatron.stored_config(path) if (path / megatron.CONFIG).is_file() else options.models.lm
+    )
     theirs = megatron.open_megatron(path)
     table = megatron.megatron_rules(config, megatron.padding_of(theirs, config, path))
     part = match_model(theirs, "lm", config, table, str(path), options.allow_missing)
@@ -96,8 +132,16 @@ def _open_deepspeed(path: Path, options: Options) -> WeightSource:
         return _open_foreign_deepspeed(path, options)
     layout = deepspeed.ZeroLayout.read(path)
     state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
-    part = match_model(deepspeed.exported(state), *layout.part, PLAIN, str(path), options.allow_missing)
-    return WeightSource(path, "deepspeed", f"{_zero_words(state)}, {layout.precision}, phase {layout.phase}", (part,), *_run(path))
+    part = match_model(
+        deepspeed.exported(state), *layout.part, PLAIN, str(path), options.allow_missing
+    )
+    return WeightSource(
+        path,
+        "deepspeed",
+        f"{_zero_words(state)}, {layout.precision}, phase {layout.phase}",
+        (part,),
+        *_run(path),
+    )
 
 
 def _open_foreign_deepspeed(path: Path, options: Options) -> WeightSource:
@@ -106,15 +150,42 @@ def _open_foreign_deepspeed(path: Path, options: Options) -> WeightSource:
     assert shards is not None, path
     state = deepspeed.read_deepspeed(shards)
     tensors = prepared(deepspeed.exported(state), str(shards))
-    configs = {"diffusion": options.models.diffusion, "transformer": options.models.diffusion.transformer}
-    kind = next((kind for kind, sign in (("diffusion", "control.blocks.0.qkv.weight"), ("transformer", "blocks.0.qkv.weight")) if sign in tensors), None)
-    part = match_model(tensors, kind, configs[kind], PLAIN, str(shards), options.allow_missing) if kind else Part(FOREIGN, {}, tensors)
-    return WeightSource(path, "deepspeed", f"{_zero_words(state)}, not of our trainer", (part,), state.rest.get("global_steps"))
+    configs = {
+        "diffusion": options.models.diffusion,
+        "transformer": options.models.diffusion.transformer,
+    }
+    kind = next(
+        (
+            kind
+            for kind, sign in (
+                ("diffusion", "control.blocks.0.qkv.weight"),
+                ("transformer", "blocks.0.qkv.weight"),
+            )
+            if sign in tensors
+        ),
+        None,
+    )
+    part = (
+        match_model(tensors, kind, configs[kind], PLAIN, str(shards), options.allow_missing)
+        if kind
+        else Part(FOREIGN, {}, tensors)
+    )
+    return WeightSource(
+        path,
+        "deepspeed",
+        f"{_zero_words(state)}, not of our trainer",
+        (part,),
+        state.rest.get("global_steps"),
+    )
 
 
 def _zero_words(state: deepspeed.DeepSpeedState) -> str:
     if deepspeed.is_start(state):
-        return "whole weights, no optimizer" if state.zero_stage == 0 else f"weights for ZeRO {state.zero_stage}, {_ranks(state.world_size)}, no optimizer"
+        return (
+            "whole weights, no optimizer"
+            if state.zero_stage == 0
+            else f"weights for ZeRO {state.zero_stage}, {_ranks(state.world_size)}, no optimizer"
+        )
     return f"ZeRO {state.zero_stage}, {_ranks(state.world_size)}, optimizer at its step {state.optimizer_steps}"
 
 
@@ -137,20 +208,47 @@ def _run(path: Path) -> tuple[int | None, dict[str, Any]]:
     if not isinstance(state.get("step"), int):
         raise ConfigError(f"{path / STATE} is damaged: it names no step")
     kept = ("step", "kind", "manifest", "columns", "world_size", "versions")
-    return state["step"], {**{key: state.get(key) for key in kept}, "config": _run_config(path),
-                           "checkpoint_state_sha256": hashlib.sha256((path / STATE).read_bytes()).hexdigest()}
+    return state["step"], {
+        **{key: state.get(key) for key in kept},
+        "config": _run_config(path),
+        "checkpoint_state_sha256": hashlib.sha256((path / STATE).read_bytes()).hexdigest(),
+    }
 
 
 FORMATS = (
-    Format("zoo", "zoo entry: model.safetensors, config.json, provenance.json", _is_entry, _open_entry),
-    Format("megatron", "Megatron dist checkpoint: .metadata, *.distcp", lambda p: (p / ".metadata").is_file(), _open_megatron),
-    Format("deepspeed", "DeepSpeed checkpoint: *_model_states.pt, *_optim_states.pt, or of the diffusion trainer: layout.json, zero/",
-           lambda p: (p / deepspeed.LAYOUT).is_file() or deepspeed.find_shards(p) is not None, _open_deepspeed),
-    Format("tokenizer checkpoint", "checkpoint of the tokenizer trainer", _is_tokenizer_checkpoint, _open_tokenizer),
-    Format("diffusers", "diffusers or transformers folder: config.json beside .safetensors",
-           lambda p: bool(diffusers_folder.model_folders(p)), lambda p, o: diffusers_folder.open_diffusers(p, o.allow_missing)),
-    Format("release", "LanDiff release: a set, a folder or a file of it",
-           lambda p: bool(release_set.find_files(p)), lambda p, o: release_set.open_release(p, o.models, o.allow_missing)),
+    Format(
+        "zoo", "zoo entry: model.safetensors, config.json, provenance.json", _is_entry, _open_entry
+    ),
+    Format(
+        "megatron",
+        "Megatron dist checkpoint: .metadata, *.distcp",
+        lambda p: (p / ".metadata").is_file(),
+        _open_megatron,
+    ),
+    Format(
+        "deepspeed",
+        "DeepSpeed checkpoint: *_model_states.pt, *_optim_states.pt, or of the diffusion trainer: layout.json, zero/",
+        lambda p: (p / deepspeed.LAYOUT).is_file() or deepspeed.find_shards(p) is not None,
+        _open_deepspeed,
+    ),
+    Format(
+        "tokenizer checkpoint",
+        "checkpoint of the tokenizer trainer",
+        _is_tokenizer_checkpoint,
+        _open_tokenizer,
+    ),
+    Format(
+        "diffusers",
+        "diffusers or transformers folder: config.json beside .safetensors",
+        lambda p: bool(diffusers_folder.model_folders(p)),
+        lambda p, o: diffusers_folder.open_diffusers(p, o.allow_missing),
+    ),
+    Format(
+        "release",
+        "LanDiff release: a set, a folder or a file of it",
+        lambda p: bool(release_set.find_files(p)),
+        lambda p, o: release_set.open_release(p, o.models, o.allow_missing),
+    ),
 )
 
 
@@ -168,15 +266,21 @@ def open_source(path: Path, options: Options | None = None) -> WeightSource:
 
 def describe_source(source: WeightSource) -> str:
     """The text of `landiff convert inspect`."""
-    lines = [f"{source.path}", f"  format       {source.format}", f"  layout       {source.layout}",
-             f"  step         {'-' if source.step is None else source.step}"]
+    lines = [
+        f"{source.path}",
+        f"  format       {source.format}",
+        f"  layout       {source.layout}",
+        f"  step         {'-' if source.step is None else source.step}",
+    ]
     for part in source.parts:
         counts: dict[str, int] = {}
         for tensor in part.tensors.meta.values():
             name = str(tensor.dtype).removeprefix("torch.")
             counts[name] = counts.get(name, 0) + tensor.numel()
         lines += [
-            f"  kind         {part.kind}", f"    model      {model_words(part)}", f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
+            f"  kind         {part.kind}",
+            f"    model      {model_words(part)}",
+            f"    parameters {part.tensors.num_elements:,} in {len(part.tensors)} tensors",
             f"    dtypes     {', '.join(f'{name} ({n:,})' for name, n in counts.items())}",
             f"    fingerprint {source_fingerprint(part)}",
         ]
@@ -186,9 +290,17 @@ def describe_source(source: WeightSource) -> str:
 
 def model_words(part: Part) -> str:
     """The sizes in a part's config; those of the models inside it come with their names."""
-    config = part.config.model_dump(mode="json") if isinstance(part.config, Config) else dict(part.config)
+    config = (
+        part.config.model_dump(mode="json")
+        if isinstance(part.config, Config)
+        else dict(part.config)
+    )
     words = [f"{key} {value}" for key, value in config.items() if not isinstance(value, dict)]
-    words += [f"{key} ({', '.join(f'{k} {v}' for k, v in value.items())})" for key, value in config.items() if isinstance(value, dict)]
+    words += [
+        f"{key} ({', '.join(f'{k} {v}' for k, v in value.items())})"
+        for key, value in config.items()
+        if isinstance(value, dict)
+    ]
     return ", ".join(words) or "unknown"
 
 
@@ -200,36 +312,59 @@ def source_fingerprint(part: Part) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def _write_megatron(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None, cut: megatron.Padded | None = None) -> None:
+def _write_megatron(
+    folder: Path,
+    parts: Sequence[Part],
+    progress: ProgressCallback | None,
+    cut: megatron.Padded | None = None,
+) -> None:
     part = _only(parts, ("lm",), "megatron")
     megatron.write_megatron(folder, part.config, part.tensors, cut, progress)
 
 
-def _write_deepspeed(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None, cut: deepspeed_write.Cut | None = None) -> None:
+def _write_deepspeed(
+    folder: Path,
+    parts: Sequence[Part],
+    progress: ProgressCallback | None,
+    cut: deepspeed_write.Cut | None = None,
+) -> None:
     whole = [part for part in parts if part.kind == "diffusion"]
     part = _only(whole or parts, ("diffusion", "transformer"), "deepspeed")
     deepspeed_write.write_start(folder, part.kind, part.config, part.tensors, progress, cut)
 
 
-def _write_transformers(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None) -> None:
+def _write_transformers(
+    folder: Path, parts: Sequence[Part], progress: ProgressCallback | None
+) -> None:
     diffusers_folder.write_model(folder, _only(parts, ("lm",), "transformers"), progress)
 
 
 def _only(parts: Sequence[Part], kinds: tuple[str, ...], format: str) -> Part:
     found = [part for part in parts if part.kind in kinds]
     if len(found) != 1:
-        raise ConfigError(f"--to {format} takes one {' or '.join(kinds)}; the source holds {', '.join(p.kind for p in parts) or 'nothing'}")
+        raise ConfigError(
+            f"--to {format} takes one {' or '.join(kinds)}; the source holds {', '.join(p.kind for p in parts) or 'nothing'}"
+        )
     return found[0]
 
 
 WRITERS: dict[str, Callable[..., None]] = {
-    "release": release_set.write_release, "diffusers": diffusers_folder.write_diffusers, "megatron": _write_megatron,
-    "deepspeed": _write_deepspeed, "transformers": _write_transformers,
+    "release": release_set.write_release,
+    "diffusers": diffusers_folder.write_diffusers,
+    "megatron": _write_megatron,
+    "deepspeed": _write_deepspeed,
+    "transformers": _write_transformers,
 }
 
 
-def write_target(target: Path, format: str, parts: Sequence[Part], provenance: dict[str, Any], progress: ProgressCallback | None = None,
-                 cut: megatron.Padded | deepspeed_write.Cut | None = None) -> None:
+def write_target(
+    target: Path,
+    format: str,
+    parts: Sequence[Part],
+    provenance: dict[str, Any],
+    progress: ProgressCallback | None = None,
+    cut: megatron.Padded | deepspeed_write.Cut | None = None,
+) -> None:
     """Write `parts` to the new folder `target`, which appears whole or not at all. Raises ConfigError if it exists.
 
     `cut` is for the run that starts from it: Megatron's padding, or DeepSpeed's stage and ranks.
@@ -237,7 +372,9 @@ def write_target(target: Path, format: str, parts: Sequence[Part], provenance: d
     """
     parts = [replace(part, tensors=part.tensors.checked(f"the {part.kind}")) for part in parts]
     with new_folder(target, provenance) as temporary:
-        WRITERS[format](temporary, assembled(parts, format), progress, **({"cut": cut} if cut else {}))
+        WRITERS[format](
+            temporary, assembled(parts, format), progress, **({"cut": cut} if cut else {})
+        )
 
 
 @contextmanager
@@ -269,14 +406,28 @@ def _filled(target: Path, provenance: Mapping[str, Any]) -> Iterator[Path]:
         raise
 
 
-def export_to_zoo(zoo: Path, names: dict[str, str], parts: Sequence[Part], provenance: dict[str, Any],
-                  progress: ProgressCallback | None = None) -> list[registry.ZooEntry]:
+def export_to_zoo(
+    zoo: Path,
+    names: dict[str, str],
+    parts: Sequence[Part],
+    provenance: dict[str, Any],
+    progress: ProgressCallback | None = None,
+) -> list[registry.ZooEntry]:
     """Every part as a zoo entry called `names[kind]`. The VAE has no place in the zoo and is passed over."""
     found = [part for part in assembled(parts, "zoo") if part.kind != VAE]
     if not found:
-        raise ConfigError("the source holds a VAE alone, which the zoo doesn't keep; use --to diffusers")
+        raise ConfigError(
+            "the source holds a VAE alone, which the zoo doesn't keep; use --to diffusers"
+        )
     return [
-        registry.export(zoo, names[part.kind], part.kind, part.config, part.tensors, {**provenance, "filled": list(part.filled)}, progress)
+        registry.export(
+            zoo,
+            names[part.kind],
+            part.kind,
+            part.config,
+            part.tensors,
+            {**provenance, "filled": list(part.filled)},
+            progress,
+        )
         for part in found
     ]
-

@@ -22,7 +22,13 @@ from torch import Tensor
 from landiff.configs.documents import DocumentError, read_json
 from landiff.configs.files import atomic_file, is_lfs_pointer
 from landiff.configs.safetensors_header import read_header
-from landiff.model_zoo.convert.rules import ConversionError, Group, Rule, format_mismatch, rule_groups
+from landiff.model_zoo.convert.rules import (
+    ConversionError,
+    Group,
+    Rule,
+    format_mismatch,
+    rule_groups,
+)
 from landiff.model_zoo.health import require_finite
 
 # (megabytes done, megabytes in all[, what is being done]); 0 done is the start of a count
@@ -30,8 +36,17 @@ ProgressCallback = Callable[..., None]
 
 # safetensors' names of dtypes; its files hold little-endian numbers, as all machines do that torch runs on
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
 }
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of sharded weights, with the variant that it lists
 MEGABYTE = 1 << 20
@@ -44,7 +59,9 @@ class LazyTensors(Mapping[str, Tensor]):
 
     meta: Mapping[str, Tensor]  # shape and dtype of each, on the meta device
     read: Callable[[str], Tensor]
-    pieces: Callable[[str], Iterator[Tensor]] | None = None  # the same in flat stretches, where a whole one is too large
+    pieces: Callable[[str], Iterator[Tensor]] | None = (
+        None  # the same in flat stretches, where a whole one is too large
+    )
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.meta:
@@ -78,40 +95,61 @@ class LazyTensors(Mapping[str, Tensor]):
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> LazyTensors:
         """Tensors that are in memory already."""
-        return LazyTensors({name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__)
+        return LazyTensors(
+            {name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__
+        )
 
     def only(self, keep: Callable[[str], bool]) -> LazyTensors:
-        return LazyTensors({name: meta for name, meta in self.meta.items() if keep(name)}, self.read, self.pieces)
+        return LazyTensors(
+            {name: meta for name, meta in self.meta.items() if keep(name)}, self.read, self.pieces
+        )
 
     def renamed(self, rename: Callable[[str], str]) -> LazyTensors:
         names = {rename(name): name for name in self.meta}
-        return LazyTensors({new: self.meta[old] for new, old in names.items()}, lambda new: self.read(names[new]),
-                           self.pieces and (lambda new: self.stretches(names[new])))
+        return LazyTensors(
+            {new: self.meta[old] for new, old in names.items()},
+            lambda new: self.read(names[new]),
+            self.pieces and (lambda new: self.stretches(names[new])),
+        )
 
     def with_prefix(self, prefix: str) -> LazyTensors:
         return self.renamed(lambda name: prefix + name)
 
     def without_prefix(self, prefix: str) -> LazyTensors:
-        return self.only(lambda name: name.startswith(prefix)).renamed(lambda name: name.removeprefix(prefix))
+        return self.only(lambda name: name.startswith(prefix)).renamed(
+            lambda name: name.removeprefix(prefix)
+        )
 
     def joined(self, other: LazyTensors) -> LazyTensors:
         """Both; where they share a name, the `other`'s."""
+
         def of(name: str) -> LazyTensors:
             return other if name in other.meta else self
 
-        return LazyTensors({**self.meta, **other.meta}, lambda name: of(name).read(name),
-                           (self.pieces or other.pieces) and (lambda name: of(name).stretches(name)))
+        return LazyTensors(
+            {**self.meta, **other.meta},
+            lambda name: of(name).read(name),
+            (self.pieces or other.pieces) and (lambda name: of(name).stretches(name)),
+        )
 
     def cast(self, dtype: torch.dtype | None) -> LazyTensors:
         """Floating-point tensors in `dtype`; None keeps them as they are."""
         if dtype is None:
             return self
-        meta = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.meta.items()}
-        return LazyTensors(meta, lambda name: self.read(name).to(meta[name].dtype),
-                           self.pieces and (lambda name: (stretch.to(meta[name].dtype) for stretch in self.stretches(name))))
+        meta = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.meta.items()
+        }
+        return LazyTensors(
+            meta,
+            lambda name: self.read(name).to(meta[name].dtype),
+            self.pieces
+            and (lambda name: (stretch.to(meta[name].dtype) for stretch in self.stretches(name))),
+        )
 
     def checked(self, what: str) -> LazyTensors:
         """The same, but reading NaN or infinity raises UnhealthyError with the name in `what`."""
+
         def read(name: str) -> Tensor:
             tensor = self.read(name)
             require_finite([(name, tensor)], what)
@@ -147,8 +185,14 @@ def converted(state: LazyTensors, rules: Sequence[Rule], direction: str) -> Lazy
     last = _LastGroup(state, makers)
 
     def read(name: str) -> Tensor:
-        tensor = last(name)  # may be a part of its source, which nobody who keeps it would want to keep
-        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize else tensor
+        tensor = last(
+            name
+        )  # may be a part of its source, which nobody who keeps it would want to keep
+        return (
+            tensor.clone()
+            if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.itemsize
+            else tensor
+        )
 
     def pieces(name: str) -> Iterator[Tensor]:
         if makers[name].end_to_end:
@@ -192,7 +236,11 @@ class Stored:
 
     def read(self) -> Tensor:
         """A fresh tensor; nothing else of the file enters memory. Raises ConversionError for a file that is too short."""
-        extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if self.stride is not None else 0
+        extent = (
+            1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+            if self.stride is not None
+            else 0
+        )
         numel = torch.Size(self.shape).numel()
         flat = torch.empty(extent if self.stride is not None and numel else numel, dtype=self.dtype)
         with open(self.path, "rb", buffering=0) as file:
@@ -244,7 +292,9 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def stored_tensors(stored: Mapping[str, Stored]) -> LazyTensors:
-    return LazyTensors({name: place.meta for name, place in stored.items()}, lambda name: stored[name].read())
+    return LazyTensors(
+        {name: place.meta for name, place in stored.items()}, lambda name: stored[name].read()
+    )
 
 
 def read_safetensors(path: Path) -> LazyTensors:
@@ -279,7 +329,9 @@ def _read_index(path: Path) -> LazyTensors:
     try:
         index = read_json(path)
     except DocumentError as error:
-        raise ConversionError(f"{path} is not an index of .safetensors files, or a damaged one: {error}") from None
+        raise ConversionError(
+            f"{path} is not an index of .safetensors files, or a damaged one: {error}"
+        ) from None
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
         raise ConversionError(f"{path} is not an index of .safetensors files: it has no weight_map")
@@ -291,24 +343,39 @@ def _read_index(path: Path) -> LazyTensors:
             raise ConversionError(f"{path} names the file {file!r}, which does not lie beside it")
         parts[file] = read_safetensors(path.with_name(file))
     held = {name: file for file, part in parts.items() for name in part}
-    problems = {"missing": [f"{name} in {file}" for name, file in files.items() if name not in parts[file]],
-                "unexpected": [f"{name} in {file}" for name, file in held.items() if name not in files]}
+    problems = {
+        "missing": [f"{name} in {file}" for name, file in files.items() if name not in parts[file]],
+        "unexpected": [f"{name} in {file}" for name, file in held.items() if name not in files],
+    }
     if any(problems.values()):
         raise ConversionError(f"{path} and its files do not agree:\n{format_mismatch(problems)}")
-    return LazyTensors({name: parts[file].meta[name] for name, file in files.items()}, lambda name: parts[files[name]].read(name))
+    return LazyTensors(
+        {name: parts[file].meta[name] for name, file in files.items()},
+        lambda name: parts[files[name]].read(name),
+    )
 
 
-def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, str] | None = None,
-                      progress: ProgressCallback | None = None) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: LazyTensors,
+    metadata: Mapping[str, str] | None = None,
+    progress: ProgressCallback | None = None,
+) -> None:
     """One tensor at a time, in the order of `tensors`; the layout in the file is that of `safetensors.save_file`."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}
     end = 0
-    for name in sorted(tensors, key=lambda name: (-tensors.meta[name].itemsize, name)):  # keeps all of them aligned
+    for name in sorted(
+        tensors, key=lambda name: (-tensors.meta[name].itemsize, name)
+    ):  # keeps all of them aligned
         meta = tensors.meta[name]
         starts[name], end = end, end + meta.numel() * meta.itemsize
-        header[name] = {"dtype": names[meta.dtype], "shape": list(meta.shape), "data_offsets": [starts[name], end]}
+        header[name] = {
+            "dtype": names[meta.dtype],
+            "shape": list(meta.shape),
+            "data_offsets": [starts[name], end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
@@ -321,7 +388,9 @@ def write_safetensors(path: Path, tensors: LazyTensors, metadata: Mapping[str, s
         file.truncate(8 + len(text) + end)
 
 
-def with_progress(tensors: LazyTensors, progress: ProgressCallback | None = None) -> Iterator[tuple[str, Iterator[Tensor]]]:
+def with_progress(
+    tensors: LazyTensors, progress: ProgressCallback | None = None
+) -> Iterator[tuple[str, Iterator[Tensor]]]:
     """(name, contiguous stretches of the tensor) one after the other, checked against what was announced."""
     total, done = tensors.num_bytes, 0
 
@@ -357,4 +426,3 @@ def megabytes(done: int, total: int) -> tuple[int, int]:
     """Bytes as a ProgressCallback hears them: the last report says that all is done, even of less than a megabyte."""
     whole = -(-total // MEGABYTE)
     return (whole if done >= total else done // MEGABYTE), whole
-

@@ -43,9 +43,15 @@ class IgnoredObject:
 # What SAT and DeepSpeed put beside the weights: command lines and states of random generators.
 HARMLESS = (
     "argparse.Namespace",
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "_codecs.encode",
-    "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "_codecs.encode",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
 )
 
@@ -59,11 +65,15 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
     _check_exists(path)
     lazy = zipfile.is_zipfile(path)
     with _allow_list(path, str(path), _with_harmless(allowed or {})):
-        if not lazy:  # the format of before torch 1.6: in memory, since its tensors cannot be found by offset
+        if (
+            not lazy
+        ):  # the format of before torch 1.6: in memory, since its tensors cannot be found by offset
             return torch.load(path, map_location="cpu", weights_only=True)
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    return replace_leaves(content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf)
+    return replace_leaves(
+        content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf
+    )
 
 
 def load_pickle(path: Path, allowed: Mapping[str, Any], map_location: Any = "cpu") -> Any:
@@ -131,7 +141,14 @@ def _allow_list(source: Path | io.BytesIO, what: str, known: Mapping[str, Any]) 
             f"{what} is refused: beside tensors and plain containers it holds {', '.join(foreign) or _first_line(error)}, and "
             f"unpickling a foreign type can run any code. If you trust the file, save its weights alone as .safetensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:  # whatever the bytes led to
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # whatever the bytes led to
         raise ConversionError(f"{what} is damaged: {_first_line(error)}") from None
 
 
@@ -151,27 +168,40 @@ def tensors_of(content: Mapping[str, Any]) -> LazyTensors:
     """The tensors of a mapping that `read_pickle` gave; entries of None and anything else are passed over."""
     stored = {name: value for name, value in content.items() if isinstance(value, Stored)}
     memory = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    meta = {name: value.meta if isinstance(value, Stored) else value.to("meta")
-            for name, value in content.items() if isinstance(value, Stored | Tensor)}
+    meta = {
+        name: value.meta if isinstance(value, Stored) else value.to("meta")
+        for name, value in content.items()
+        if isinstance(value, Stored | Tensor)
+    }
     return LazyTensors(meta, lambda name: stored[name].read() if name in stored else memory[name])
 
 
-def write_pickle(path: Path, tensors: LazyTensors, content: Callable[[Mapping[str, Tensor]], Any],
-                 progress: ProgressCallback | None = None, foreign: Mapping[str, type] | None = None) -> None:
+def write_pickle(
+    path: Path,
+    tensors: LazyTensors,
+    content: Callable[[Mapping[str, Tensor]], Any],
+    progress: ProgressCallback | None = None,
+    foreign: Mapping[str, type] | None = None,
+) -> None:
     """`torch.save(content(tensors), path)`, one tensor in memory at a time, or one stretch of it.
 
     `content` puts the tensors into the containers of the file; it gets stand-ins, whose bytes are filled in after.
     Instances of the classes in `foreign` (dotted class -> what stands in for it) are written as that class's.
     """
     with FakeTensorMode():
-        stand_ins = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in tensors.meta.items()}
+        stand_ins = {
+            name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in tensors.meta.items()
+        }
         empty = content(stand_ins)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(empty, file, pickle_module=_writer(foreign or {}))
         file.flush()
-        with FakeTensorMode(), _only_these([(stand_in, name) for name, stand_in in (foreign or {}).items()]):
+        with (
+            FakeTensorMode(),
+            _only_these([(stand_in, name) for name, stand_in in (foreign or {}).items()]),
+        ):
             reread = torch.load(file.name, map_location="cpu", weights_only=True)
         places = [leaf for leaf in _leaves(reread) if isinstance(leaf, FakeTensor)]
         order = {id(leaf): place for leaf, place in zip(_fakes(empty), places, strict=True)}
@@ -203,7 +233,14 @@ def _writer(foreign: Mapping[str, type]) -> types.ModuleType:
 
 def _stored(fake: FakeTensor, path: Path) -> Stored:
     stride = None if fake.is_contiguous() and fake.storage_offset() == 0 else tuple(fake.stride())
-    return Stored(path, fake.untyped_storage()._checkpoint_offset, fake.dtype, tuple(fake.shape), stride, fake.storage_offset())
+    return Stored(
+        path,
+        fake.untyped_storage()._checkpoint_offset,
+        fake.dtype,
+        tuple(fake.shape),
+        stride,
+        fake.storage_offset(),
+    )
 
 
 def replace_leaves(node: Any, change: Callable[[Any], Any]) -> Any:
@@ -211,7 +248,11 @@ def replace_leaves(node: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(node, Mapping):
         return {key: replace_leaves(value, change) for key, value in node.items()}
     if isinstance(node, list | tuple) and not isinstance(node, torch.Size):
-        return type(node)(replace_leaves(value, change) for value in node) if type(node) in (list, tuple) else node
+        return (
+            type(node)(replace_leaves(value, change) for value in node)
+            if type(node) in (list, tuple)
+            else node
+        )
     return change(node)
 
 

@@ -34,7 +34,9 @@ class Rule:
     theirs: str | tuple[str, ...]
     to_theirs: Change | None = None  # (our tensors in order) -> their tensors in order
     to_ours: Change | None = None
-    stacked: str | None = None  # "theirs" | "ours": the side with one tensor, which is the other's end to end
+    stacked: str | None = (
+        None  # "theirs" | "ours": the side with one tensor, which is the other's end to end
+    )
 
     def sides(self, direction: str) -> tuple[tuple[str, ...], tuple[str, ...], Change | None]:
         """Source patterns, target patterns and the change, for direction "to_ours" or "to_theirs"."""
@@ -53,7 +55,9 @@ class Group:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     change: Change | None
-    end_to_end: bool = False  # is the one target made of all elements of the sources, one source after the other?
+    end_to_end: bool = (
+        False  # is the one target made of all elements of the sources, one source after the other?
+    )
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         changed = list(tensors if self.change is None else self.change(*tensors))
@@ -78,7 +82,9 @@ def rule_groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> 
             missing += absent
             if not absent:
                 filled = tuple(_fill(target, match.groupdict()) for target in targets)
-                found.append(Group(group, filled, change, end_to_end=direction == f"to_{rule.stacked}"))
+                found.append(
+                    Group(group, filled, change, end_to_end=direction == f"to_{rule.stacked}")
+                )
             for name in group:
                 left.pop(name, None)
     if left or missing:
@@ -86,18 +92,24 @@ def rule_groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> 
     return found
 
 
-def apply_rules(state: Mapping[str, Tensor], rules: Sequence[Rule], direction: str) -> dict[str, Tensor]:
+def apply_rules(
+    state: Mapping[str, Tensor], rules: Sequence[Rule], direction: str
+) -> dict[str, Tensor]:
     """Apply `rules` to a flat state dict. Raises ConversionError for keys no rule takes and for incomplete groups.
 
     Tensors are looked up one group at a time, so a lazy mapping stays lazy until a group is needed.
     """
     result: dict[str, Tensor] = {}
     for group in rule_groups(state, rules, direction):
-        result.update(zip(group.targets, group.apply([state[name] for name in group.sources]), strict=True))
+        result.update(
+            zip(group.targets, group.apply([state[name] for name in group.sources]), strict=True)
+        )
     return result
 
 
-def check_against(state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], what: str) -> None:
+def check_against(
+    state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], what: str
+) -> None:
     """Raise one ConversionError with all missing, extra and misshapen keys of `state`."""
     problems = {
         "missing": [k for k in expected if k not in state],
@@ -134,14 +146,19 @@ def format_mismatch(problems: Mapping[str, Sequence[str]]) -> str:
         for key in keys:
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
             groups[pattern] = groups.get(pattern, 0) + 1
-        lines += [f"  {kind}: {pattern}" + (f"  (x{n})" if n > 1 else "") for pattern, n in sorted(groups.items())]
+        lines += [
+            f"  {kind}: {pattern}" + (f"  (x{n})" if n > 1 else "")
+            for pattern, n in sorted(groups.items())
+        ]
     return "\n".join(lines)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\{\w+\*?\})", pattern)
     text = "".join(
-        (f"(?P<{p[1:-2]}>.+)" if p.endswith("*}") else f"(?P<{p[1:-1]}>[^.]+)") if p.startswith("{") else re.escape(p)
+        (f"(?P<{p[1:-2]}>.+)" if p.endswith("*}") else f"(?P<{p[1:-1]}>[^.]+)")
+        if p.startswith("{")
+        else re.escape(p)
         for p in parts
     )
     return re.compile(text)

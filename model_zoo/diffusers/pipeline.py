@@ -95,8 +95,14 @@ class _Shell(ModelMixin, ConfigMixin):
         diffusers_folder.write_model(Path(save_directory), self.part())
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, subfolder: str | None = None,
-                        torch_dtype: torch.dtype | None = None, **_options: Any) -> _Shell:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **_options: Any,
+    ) -> _Shell:
         """Raises ConversionError for another model in the folder, UnhealthyError for NaN or infinity."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         part = diffusers_folder.read_model(folder)
@@ -113,7 +119,9 @@ class LanDiffTransformer(_Shell):
     @classmethod
     def from_stock(cls, stock: CogVideoXTransformer3DModel) -> LanDiffTransformer:
         sizes = diffusers_transformer.config_from_diffusers(dict(stock.config))
-        return cls.of(sizes, apply_rules(stock.state_dict(), diffusers_transformer.RULES, "to_ours"))
+        return cls.of(
+            sizes, apply_rules(stock.state_dict(), diffusers_transformer.RULES, "to_ours")
+        )
 
 
 class ControlParts(nn.Module):
@@ -165,7 +173,9 @@ class LanDiffLM(PreTrainedModel):
 
     def __init__(self, config: LanDiffLMConfig) -> None:
         super().__init__(config)
-        self.model = LanguageModel(LMConfig.model_validate(config.landiff)).eval().requires_grad_(False)
+        self.model = (
+            LanguageModel(LMConfig.model_validate(config.landiff)).eval().requires_grad_(False)
+        )
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -182,14 +192,29 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
     config_name = "scheduler_config.json"
 
     @register_to_config
-    def __init__(self, num_timesteps: int = 1000, linear_start: float = 0.00085, linear_end: float = 0.0120, shift_scale: float = 3.0,
-                 guidance_exponent: float = 5.0, dynamic: str = "timestep", clean_frames: int = 7) -> None:
-        self.schedule = NoiseSchedule(ScheduleConfig(
-            num_timesteps=num_timesteps, linear_start=linear_start, linear_end=linear_end, shift_scale=shift_scale,
-        ))
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        linear_start: float = 0.00085,
+        linear_end: float = 0.0120,
+        shift_scale: float = 3.0,
+        guidance_exponent: float = 5.0,
+        dynamic: str = "timestep",
+        clean_frames: int = 7,
+    ) -> None:
+        self.schedule = NoiseSchedule(
+            ScheduleConfig(
+                num_timesteps=num_timesteps,
+                linear_start=linear_start,
+                linear_end=linear_end,
+                shift_scale=shift_scale,
+            )
+        )
 
     def options(self, num_steps: int, guidance: float) -> SamplerOptions:
-        return SamplerOptions(num_steps, guidance, self.config.guidance_exponent, self.config.dynamic)
+        return SamplerOptions(
+            num_steps, guidance, self.config.guidance_exponent, self.config.dynamic
+        )
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -210,7 +235,9 @@ class LanDiffPipeline(DiffusionPipeline):
 
     _num_timesteps = 0
     _interrupt = False
-    model_cpu_offload_seq = "lm_text_encoder->lm->semantic_tokenizer->text_encoder->control->transformer->vae"
+    model_cpu_offload_seq = (
+        "lm_text_encoder->lm->semantic_tokenizer->text_encoder->control->transformer->vae"
+    )
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
@@ -231,8 +258,15 @@ class LanDiffPipeline(DiffusionPipeline):
         if isinstance(transformer, CogVideoXTransformer3DModel):
             transformer = LanDiffTransformer.from_stock(transformer)
         self.register_modules(
-            lm=lm, semantic_tokenizer=semantic_tokenizer, control=control, transformer=transformer, vae=vae,
-            lm_text_encoder=lm_text_encoder, lm_tokenizer=lm_tokenizer, text_encoder=text_encoder, tokenizer=tokenizer,
+            lm=lm,
+            semantic_tokenizer=semantic_tokenizer,
+            control=control,
+            transformer=transformer,
+            vae=vae,
+            lm_text_encoder=lm_text_encoder,
+            lm_tokenizer=lm_tokenizer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             scheduler=scheduler,
         )
         self._offload_device: torch.device | None = None
@@ -241,16 +275,32 @@ class LanDiffPipeline(DiffusionPipeline):
     def from_models(cls, models: Models, clean_frames: int = 7) -> LanDiffPipeline:
         """What `landiff sample` has loaded, as a pipeline that shares its weights. Raises ValueError for encoders that
         are no T5 and codecs that are no CogVideoX VAE."""
-        if not (isinstance(models.lm_text, T5Text) and isinstance(models.diffusion_text, T5Text) and isinstance(models.codec, CogVideoXCodec)):
-            raise ValueError("a LanDiffPipeline holds two T5 encoders and the CogVideoX VAE; others are for `landiff sample` alone")
-        whole, lm_config = models.diffusion, LanDiffLMConfig(models.lm.config.model_dump(mode="json"))
+        if not (
+            isinstance(models.lm_text, T5Text)
+            and isinstance(models.diffusion_text, T5Text)
+            and isinstance(models.codec, CogVideoXCodec)
+        ):
+            raise ValueError(
+                "a LanDiffPipeline holds two T5 encoders and the CogVideoX VAE; others are for `landiff sample` alone"
+            )
+        whole, lm_config = (
+            models.diffusion,
+            LanDiffLMConfig(models.lm.config.model_dump(mode="json")),
+        )
         with torch.device("meta"):
             lm, parts = LanDiffLM(lm_config), ControlParts(whole.config)
         lm.model, parts.control, parts.semantic = models.lm, whole.control, whole.semantic
         schedule = models.schedule.config
         return cls(
-            lm, LanDiffTokenizer(models.tokenizer), LanDiffControl(parts), LanDiffTransformer(whole.transformer), models.codec.network,
-            models.lm_text.network, models.lm_text.tokenizer, models.diffusion_text.network, models.diffusion_text.tokenizer,
+            lm,
+            LanDiffTokenizer(models.tokenizer),
+            LanDiffControl(parts),
+            LanDiffTransformer(whole.transformer),
+            models.codec.network,
+            models.lm_text.network,
+            models.lm_text.tokenizer,
+            models.diffusion_text.network,
+            models.diffusion_text.tokenizer,
             LanDiffScheduler(**schedule.model_dump(), clean_frames=clean_frames),
         )
 
@@ -293,32 +343,56 @@ class LanDiffPipeline(DiffusionPipeline):
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt = {num_videos_per_prompt} must be at least 1")
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
-        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
+        unknown = sorted(
+            set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        )
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs may hold {', '.join(self._callback_tensor_inputs)}, not {unknown}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may hold {', '.join(self._callback_tensor_inputs)}, not {unknown}"
+            )
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type = {output_type!r} must be one of {', '.join(OUTPUTS)}")
         time = int(self.vae.config.temporal_compression_ratio)
         if num_frames < 1 or (num_frames - 1) % (2 * time):
-            raise ValueError(f"num_frames = {num_frames} must be 1 + {2 * time} * k: the VAE gives back no other number")
-        models, count, clean = self._models(), 1 + (num_frames - 1) // time, self.scheduler.config.clean_frames
+            raise ValueError(
+                f"num_frames = {num_frames} must be 1 + {2 * time} * k: the VAE gives back no other number"
+            )
+        models, count, clean = (
+            self._models(),
+            1 + (num_frames - 1) // time,
+            self.scheduler.config.clean_frames,
+        )
         models.check()
         check_prompts(prompts)
         warn_of_cut_prompts(models.lm_text, prompts)
         warn_of_cut_prompts(models.diffusion_text, prompts)
         window = models.diffusion.config.transformer.latent_frames
-        shorter, longer = (1 + (length - 1) * time for length in stream_lengths(count, window, clean))
+        shorter, longer = (
+            1 + (length - 1) * time for length in stream_lengths(count, window, clean)
+        )
         if shorter != num_frames:
-            raise ValueError(f"num_frames = {num_frames} is no whole number of chunks of a stream; the nearest that are: {shorter} and {longer}")
+            raise ValueError(
+                f"num_frames = {num_frames} is no whole number of chunks of a stream; the nearest that are: {shorter} and {longer}"
+            )
         seeds = seeds_of(generator, len(prompts))
         self._interrupt, self._num_timesteps = False, num_inference_steps
 
         sampler = self.scheduler.options(num_inference_steps, guidance_scale)
         with self._resident("lm_text_encoder"):
             text = models.lm_text(prompts)
-        with self._resident("lm"), self.progress_bar(total=models.lm.layout.body_length(count)) as bar:
-            codes = draw_codes(models.lm, text, count, token_sampling or TokenSamplingConfig(), seeds, motion_score,
-                               lambda _what, done, _total: bar.update(done - bar.n))
+        with (
+            self._resident("lm"),
+            self.progress_bar(total=models.lm.layout.body_length(count)) as bar,
+        ):
+            codes = draw_codes(
+                models.lm,
+                text,
+                count,
+                token_sampling or TokenSamplingConfig(),
+                seeds,
+                motion_score,
+                lambda _what, done, _total: bar.update(done - bar.n),
+            )
         with self._resident("semantic_tokenizer"):
             features = models.tokenizer.decode(codes, models.lm.layout.num_frames(codes.shape[1]))
         with self._resident("text_encoder"):
@@ -328,9 +402,21 @@ class LanDiffPipeline(DiffusionPipeline):
             self._check_start(latents, models, states, features)
             steps = num_chunks(features.shape[1], window, clean) * num_inference_steps
             with self.progress_bar(total=steps) as bar:
-                on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, bar)
-                made = draw_latents(models.diffusion, models.schedule, states, features, sampler, seeds, clean,
-                                    on_step=on_step, stop=lambda: self._interrupt, start_BTCHW=latents)
+                on_step = self._on_step(
+                    callback_on_step_end, callback_on_step_end_tensor_inputs, bar
+                )
+                made = draw_latents(
+                    models.diffusion,
+                    models.schedule,
+                    states,
+                    features,
+                    sampler,
+                    seeds,
+                    clean,
+                    on_step=on_step,
+                    stop=lambda: self._interrupt,
+                    start_BTCHW=latents,
+                )
         frames: Any = made
         if output_type != "latent":
             with self._resident("vae"):
@@ -342,10 +428,13 @@ class LanDiffPipeline(DiffusionPipeline):
         lm_text = FlanT5Config(max_length=self.lm.model.config.max_text_tokens)
         diffusion_text = T5V11Config(max_length=self.transformer.sizes.text_length)
         return Models(
-            lm=self.lm.model, tokenizer=self.semantic_tokenizer.model, schedule=self.scheduler.schedule,
+            lm=self.lm.model,
+            tokenizer=self.semantic_tokenizer.model,
+            schedule=self.scheduler.schedule,
             diffusion=self.control.model.with_main(self.transformer.model),
             lm_text=T5Text(self.lm_text_encoder, self.lm_tokenizer, lm_text, ""),
-            diffusion_text=T5Text(self.text_encoder, self.tokenizer, diffusion_text, ""), codec=CogVideoXCodec(self.vae, ""),
+            diffusion_text=T5Text(self.text_encoder, self.tokenizer, diffusion_text, ""),
+            codec=CogVideoXCodec(self.vae, ""),
         )
 
     @property
@@ -357,14 +446,23 @@ class LanDiffPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def _check_start(self, latents: Tensor | None, models: Models, states: Tensor, features: Tensor) -> None:
+    def _check_start(
+        self, latents: Tensor | None, models: Models, states: Tensor, features: Tensor
+    ) -> None:
         if latents is None:
             return
         expected = latent_shape(models.diffusion, states, features)
-        if tuple(latents.shape) != expected or expected[1] > models.diffusion.config.transformer.latent_frames:
-            raise ValueError(f"latents of shape {list(latents.shape)} do not fit a video of one chunk, {list(expected)}")
+        if (
+            tuple(latents.shape) != expected
+            or expected[1] > models.diffusion.config.transformer.latent_frames
+        ):
+            raise ValueError(
+                f"latents of shape {list(latents.shape)} do not fit a video of one chunk, {list(expected)}"
+            )
 
-    def _on_step(self, callback: Callback | None, names: Sequence[str], bar: Any) -> Callable[[SamplerStep], Tensor | None]:
+    def _on_step(
+        self, callback: Callback | None, names: Sequence[str], bar: Any
+    ) -> Callable[[SamplerStep], Tensor | None]:
         def on_step(done: SamplerStep) -> Tensor | None:
             bar.update()
             if callback is None:
@@ -388,23 +486,32 @@ class LanDiffPipeline(DiffusionPipeline):
         """Also writes pipeline.py, by which diffusers finds this class: `DiffusionPipeline.from_pretrained(folder,
         custom_pipeline="pipeline", trust_remote_code=True)`."""
         super().save_pretrained(save_directory, **options)
-        write_text(Path(save_directory, "pipeline.py"), "from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline  # noqa: F401\n")
+        write_text(
+            Path(save_directory, "pipeline.py"),
+            "from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline  # noqa: F401\n",
+        )
 
     # ------------------------------------------------------------ memory
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+    def enable_model_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str = "cuda"
+    ) -> None:
         """Keep the components on the CPU, and each on `device` only while it works. Needs no accelerate.
 
         Our sampler calls modules inside the components, so hooks around their `forward` would not be heard.
         """
         target = torch.device(device, gpu_id) if gpu_id is not None else torch.device(device)
         if target.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("enable_model_cpu_offload() moves components between the CPU and a CUDA device, and there is none; leave it out")
+            raise RuntimeError(
+                "enable_model_cpu_offload() moves components between the CPU and a CUDA device, and there is none; leave it out"
+            )
         self.to("cpu")
         self._offload_device = target
 
     def enable_sequential_cpu_offload(self, *_args: Any, **_named: Any) -> None:
-        raise NotImplementedError("LanDiffPipeline offloads whole components: enable_model_cpu_offload()")
+        raise NotImplementedError(
+            "LanDiffPipeline offloads whole components: enable_model_cpu_offload()"
+        )
 
     def enable_vae_tiling(self) -> None:
         """Decode in overlapping tiles: less memory, slightly different pixels at the seams."""
@@ -434,17 +541,23 @@ class _Resident:
             module.to(device)
 
 
-LARGEST_SEED = 1 << 63  # a generator's own may be up to twice that, and the streams behind it count on from it
+LARGEST_SEED = (
+    1 << 63
+)  # a generator's own may be up to twice that, and the streams behind it count on from it
 
 
-def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, batch: int) -> list[int]:
+def seeds_of(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> list[int]:
     """Raises ValueError for another number of generators than prompts."""
     if generator is None:
         return torch.randint(0, 1 << 31, (batch,)).tolist()
     if isinstance(generator, torch.Generator):
         return [(generator.initial_seed() + 1000 * i) % LARGEST_SEED for i in range(batch)]
     if len(generator) != batch:
-        raise ValueError(f"{len(generator)} generators for {batch} prompts; give one, or one for each")
+        raise ValueError(
+            f"{len(generator)} generators for {batch} prompts; give one, or one for each"
+        )
     return [one.initial_seed() % LARGEST_SEED for one in generator]
 
 
@@ -457,6 +570,9 @@ def _images(frames_BFHWC: Tensor) -> list[list[Image.Image]]:
 
 
 OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
-    "np": lambda frames: _unit(frames).numpy(), "pt": lambda frames: _unit(frames).permute(0, 1, 4, 2, 3), "pil": _images,
-    "uint8": lambda frames: frames, "latent": lambda latents: latents,
+    "np": lambda frames: _unit(frames).numpy(),
+    "pt": lambda frames: _unit(frames).permute(0, 1, 4, 2, 3),
+    "pil": _images,
+    "uint8": lambda frames: frames,
+    "latent": lambda latents: latents,
 }

@@ -24,7 +24,9 @@ def wrong_partners(keys: Sequence[str]) -> list[int]:
     count = len(keys)
     partners = []
     for i in range(count):
-        others = [(i + step) % count for step in range(1, count) if keys[(i + step) % count] != keys[i]]
+        others = [
+            (i + step) % count for step in range(1, count) if keys[(i + step) % count] != keys[i]
+        ]
         if not others:
             raise ConfigError(
                 f"all {count} clips share {keys[i]!r}, so there is no other condition to compare with; evaluate on "
@@ -41,13 +43,18 @@ def frequency_baseline(codes_BK: np.ndarray, codebook_size: int) -> float:
 
 
 @torch.no_grad()
-def lm_code_loss(model: LanguageModel, codes: np.ndarray, text_LD: Tensor, num_frames: int, motion_score: float) -> float:
+def lm_code_loss(
+    model: LanguageModel, codes: np.ndarray, text_LD: Tensor, num_frames: int, motion_score: float
+) -> float:
     """Nats per code of one clip, structural tokens left out (they cost next to nothing and would flatter)."""
     layout = model.layout
     ids = torch.from_numpy(layout.build(codes, len(text_LD)))[None].to(text_LD.device)
     device = ids.device
     logits_SV = model(
-        ids, text_LD[None], torch.tensor([float(num_frames)], device=device), torch.tensor([motion_score], device=device)
+        ids,
+        text_LD[None],
+        torch.tensor([float(num_frames)], device=device),
+        torch.tensor([motion_score], device=device),
     )[0].float()
     is_code_S = (ids[0] >= 0) & (ids[0] < layout.codebook_size)
     is_code_S[0] = False  # nothing predicts the first position
@@ -56,9 +63,18 @@ def lm_code_loss(model: LanguageModel, codes: np.ndarray, text_LD: Tensor, num_f
 
 
 @torch.no_grad()
-def diffusion_loss(model: ControlledDiffusion, schedule: NoiseSchedule, latents_BTCHW: Tensor, text_BLD: Tensor,
-                   features_BTChw: Tensor, noise_BTCHW: Tensor, timestep_B: Tensor, *, prefix: int = 0,
-                   skip: int = 0) -> float:
+def diffusion_loss(
+    model: ControlledDiffusion,
+    schedule: NoiseSchedule,
+    latents_BTCHW: Tensor,
+    text_BLD: Tensor,
+    features_BTChw: Tensor,
+    noise_BTCHW: Tensor,
+    timestep_B: Tensor,
+    *,
+    prefix: int = 0,
+    skip: int = 0,
+) -> float:
     """Mean squared error of the velocity over latent frames `skip` and later; the first `prefix` are given clean."""
     noised = schedule.noised(latents_BTCHW, noise_BTCHW, timestep_B)
     if prefix:

@@ -14,16 +14,23 @@ if TYPE_CHECKING:
 
 
 @overload
-def build(config: configs.EfficientNetConfig | configs.TheiaConfig, device: str | torch.device = "cpu") -> VisionFeatures: ...
-@overload
-def build(config: configs.DctConfig | configs.CogVideoXVaeConfig, device: str | torch.device = "cpu") -> LatentCodec: ...
+def build(
+    config: configs.EfficientNetConfig | configs.TheiaConfig, device: str | torch.device = "cpu"
+) -> VisionFeatures: ...
 @overload
 def build(
-    config: configs.MiniLMConfig | configs.FlanT5Config | configs.T5V11Config, device: str | torch.device = "cpu"
+    config: configs.DctConfig | configs.CogVideoXVaeConfig, device: str | torch.device = "cpu"
+) -> LatentCodec: ...
+@overload
+def build(
+    config: configs.MiniLMConfig | configs.FlanT5Config | configs.T5V11Config,
+    device: str | torch.device = "cpu",
 ) -> TextEncoder: ...
 
 
-def build(config: configs.FrozenConfig, device: str | torch.device = "cpu") -> VisionFeatures | LatentCodec | TextEncoder:
+def build(
+    config: configs.FrozenConfig, device: str | torch.device = "cpu"
+) -> VisionFeatures | LatentCodec | TextEncoder:
     """The encoder behind `config`, on `device`, in eval mode and without gradients.
 
     Raises ConfigError where a package or the weights are missing; the message holds the way out.
@@ -42,5 +49,7 @@ def build(config: configs.FrozenConfig, device: str | torch.device = "cpu") -> V
         case configs.FlanT5Config() | configs.T5V11Config():
             from landiff.model_zoo.frozen.t5 import build as build_kind
         case _:
-            raise ConfigError(f"no frozen encoder is configured by {type(config).__name__}; see model_zoo/frozen/config.py")
+            raise ConfigError(
+                f"no frozen encoder is configured by {type(config).__name__}; see model_zoo/frozen/config.py"
+            )
     return build_kind(config, device)

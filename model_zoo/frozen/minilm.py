@@ -25,7 +25,9 @@ PAD_ID = 0
 
 
 class MiniLMText(nn.Module):
-    def __init__(self, network: BertModel, tokenizer: Tokenizer, config: MiniLMConfig, mark: str) -> None:
+    def __init__(
+        self, network: BertModel, tokenizer: Tokenizer, config: MiniLMConfig, mark: str
+    ) -> None:
         super().__init__()
         self.name = "minilm-padded" if config.padded else "minilm"
         self.fingerprint = mark
@@ -36,7 +38,9 @@ class MiniLMText(nn.Module):
         self.tokenizer = tokenizer
         self.tokenizer.enable_truncation(config.max_length)
         if config.padded:
-            self.tokenizer.enable_padding(pad_id=PAD_ID, pad_token="[PAD]", length=config.max_length)
+            self.tokenizer.enable_padding(
+                pad_id=PAD_ID, pad_token="[PAD]", length=config.max_length
+            )
         else:
             self.tokenizer.enable_padding(pad_id=PAD_ID, pad_token="[PAD]")
         self.eval().requires_grad_(False)
@@ -67,7 +71,9 @@ def build(config: MiniLMConfig, device: str | torch.device) -> MiniLMText:
     """Raises ConfigError without the package that holds the weights."""
     folder = package_folders("minilm")[0] / "model"
     state = load_safetensors(folder / "model.safetensors")
-    state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: stored by old versions, made anew by ours
+    state.pop(
+        "embeddings.position_ids", None
+    )  # 0, 1, 2, ...: stored by old versions, made anew by ours
     network = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith("pooler.")})
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

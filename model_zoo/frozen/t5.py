@@ -22,8 +22,13 @@ from landiff.model_zoo.frozen.weights import encoder_fingerprint, local_or_hub, 
 
 
 class T5Text(nn.Module):
-    def __init__(self, network: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, config: FlanT5Config | T5V11Config,
-                 mark: str) -> None:
+    def __init__(
+        self,
+        network: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: FlanT5Config | T5V11Config,
+        mark: str,
+    ) -> None:
         super().__init__()
         self.name = config.kind
         self.fingerprint = mark
@@ -55,14 +60,21 @@ class T5Text(nn.Module):
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """-> float32 states [B, L, D], lengths int64 [B]; rows at and past a length are zero."""
         tokens = self.tokenizer(
-            list(texts), max_length=self.max_length, truncation=True, add_special_tokens=True, return_tensors="pt",
-            padding="max_length" if self.padded else "longest", padding_side="right" if self.padded else "left",
+            list(texts),
+            max_length=self.max_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+            padding="max_length" if self.padded else "longest",
+            padding_side="right" if self.padded else "left",
         ).to(self.network.device)
         if self.padded:
             states_BLD = self.network(input_ids=tokens.input_ids).last_hidden_state.float()
             return states_BLD, torch.full((len(texts),), self.max_length, device=states_BLD.device)
         mask_BL = tokens.attention_mask
-        states_BLD = self.network(input_ids=tokens.input_ids, attention_mask=mask_BL).last_hidden_state.float()
+        states_BLD = self.network(
+            input_ids=tokens.input_ids, attention_mask=mask_BL
+        ).last_hidden_state.float()
         lengths_B = mask_BL.sum(1)
         fronted_BLD = torch.zeros_like(states_BLD)
         for row, length in enumerate(lengths_B.tolist()):
@@ -70,7 +82,9 @@ class T5Text(nn.Module):
         return fronted_BLD, lengths_B
 
 
-def _load_tokenizer(place: Path | str, config: FlanT5Config | T5V11Config) -> PreTrainedTokenizerBase:
+def _load_tokenizer(
+    place: Path | str, config: FlanT5Config | T5V11Config
+) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(place, subfolder=config.tokenizer_subfolder)
     except OSError as error:
@@ -88,12 +102,17 @@ def build(config: FlanT5Config | T5V11Config, device: str | torch.device) -> T5T
     tokenizer = _load_tokenizer(place, config)
     try:
         network, report = T5EncoderModel.from_pretrained(
-            place, subfolder=config.subfolder, dtype=getattr(torch, config.dtype), output_loading_info=True
+            place,
+            subfolder=config.subfolder,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
         )
     except OSError as error:
         raise unreadable(config.kind, config.path, error) from error
     if report["missing_keys"] or report["mismatched_keys"]:
-        raise ConfigError(f"{config.kind}: path = {config.path!r} lacks weights: {report['missing_keys'] or report['mismatched_keys']}")
+        raise ConfigError(
+            f"{config.kind}: path = {config.path!r} lacks weights: {report['missing_keys'] or report['mismatched_keys']}"
+        )
     options = {
         "max_length": config.max_length,
         "dtype": config.dtype,

@@ -68,11 +68,17 @@ class TheiaFeatures(nn.Module):
         """
         B, T, H, W, _ = frames_BTHWC.shape
         if H % self.cell or W % self.cell:
-            raise ValueError(f"frames of {H} x {W} pixels: height and width must be multiples of {self.cell}")
+            raise ValueError(
+                f"frames of {H} x {W} pixels: height and width must be multiples of {self.cell}"
+            )
         if frames_BTHWC.is_floating_point():
             frames_BTHWC = quantise(frames_BTHWC)
-        frames_NCHW = frames_BTHWC.to(self.network.device).reshape(B * T, H, W, 3).permute(0, 3, 1, 2)
-        features_NChw = torch.cat([self._features(f) for f in frames_NCHW.split(self.frames_per_pass)])
+        frames_NCHW = (
+            frames_BTHWC.to(self.network.device).reshape(B * T, H, W, 3).permute(0, 3, 1, 2)
+        )
+        features_NChw = torch.cat(
+            [self._features(f) for f in frames_NCHW.split(self.frames_per_pass)]
+        )
         return features_NChw.reshape(B, T, self.channels, H // self.cell, W // self.cell)
 
     def _features(self, frames_NCHW: Tensor) -> Tensor:
@@ -91,17 +97,26 @@ def from_tensors(tensors: dict[str, Tensor], config: TheiaConfig) -> TheiaFeatur
     marker = "embeddings.patch_embeddings.projection.weight"
     prefix = next((p for p in PREFIXES if p + marker in tensors), None)
     if prefix is None:
-        raise ConfigError(f"theia: path = {config.path!r} holds no ViT: no key ends {marker!r} after one of {PREFIXES}")
+        raise ConfigError(
+            f"theia: path = {config.path!r} holds no ViT: no key ends {marker!r} after one of {PREFIXES}"
+        )
     # the unused pooler and the other parts of Theia stay out of the network and of the fingerprint
-    state = {k.removeprefix(prefix): v for k, v in tensors.items()
-             if k.removeprefix(prefix).startswith(("embeddings.", "encoder.", "layernorm.")) and k.startswith(prefix)}
+    state = {
+        k.removeprefix(prefix): v
+        for k, v in tensors.items()
+        if k.removeprefix(prefix).startswith(("embeddings.", "encoder.", "layernorm."))
+        and k.startswith(prefix)
+    }
     hidden, _, patch, _ = state[marker].shape
     if hidden % config.num_heads:
-        raise ConfigError(f"theia: num_heads = {config.num_heads} does not divide the width {hidden} of the weights")
+        raise ConfigError(
+            f"theia: num_heads = {config.num_heads} does not divide the width {hidden} of the weights"
+        )
     table_side = int((state["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
     vit = ViTConfig(
         hidden_size=hidden,
-        num_hidden_layers=1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layer.")),
+        num_hidden_layers=1
+        + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.layer.")),
         num_attention_heads=config.num_heads,
         intermediate_size=state["encoder.layer.0.intermediate.dense.weight"].shape[0],
         hidden_act="gelu",
@@ -112,13 +127,25 @@ def from_tensors(tensors: dict[str, Tensor], config: TheiaConfig) -> TheiaFeatur
     )
     # from_pretrained, not load_state_dict: it knows today's names for the keys that ViT checkpoints hold
     network, report = ViTModel.from_pretrained(
-        None, config=vit, state_dict={k: v.float() for k, v in state.items()}, add_pooling_layer=False, output_loading_info=True
+        None,
+        config=vit,
+        state_dict={k: v.float() for k, v in state.items()},
+        add_pooling_layer=False,
+        output_loading_info=True,
     )
     problems = {k: sorted(map(str, v)) for k, v in report.items() if v}
     if problems:
-        raise ConfigError(f"theia: the weights of path = {config.path!r} do not fill a ViT: {problems}")
-    options = {"pad": PAD_VALUE, "scale": 127.5, "eps": LAYER_NORM_EPS, "positions": "bicubic to the grid size",
-               "num_heads": config.num_heads, "dtype": config.dtype}
+        raise ConfigError(
+            f"theia: the weights of path = {config.path!r} do not fill a ViT: {problems}"
+        )
+    options = {
+        "pad": PAD_VALUE,
+        "scale": 127.5,
+        "eps": LAYER_NORM_EPS,
+        "positions": "bicubic to the grid size",
+        "num_heads": config.num_heads,
+        "dtype": config.dtype,
+    }
     return TheiaFeatures(network, config, encoder_fingerprint(config.kind, options, state))
 
 
@@ -132,6 +159,8 @@ def build(config: TheiaConfig, device: str | torch.device) -> TheiaFeatures:
             raise unreadable(config.kind, config.path, error) from error
     files = sorted(place.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{config.kind}: path = {config.path!r} holds no *.safetensors; set path to a folder that does")
+        raise ConfigError(
+            f"{config.kind}: path = {config.path!r} holds no *.safetensors; set path to a folder that does"
+        )
     tensors = {name: tensor for file in files for name, tensor in load_safetensors(file).items()}
     return from_tensors(tensors, config).to(device)

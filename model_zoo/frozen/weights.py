@@ -17,7 +17,9 @@ from landiff.model_zoo.health import require_finite
 __all__ = ["encoder_fingerprint", "local_or_hub", "package_folder", "unreadable"]
 
 
-def encoder_fingerprint(kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def encoder_fingerprint(
+    kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> str:
     """16 hex digits over all that changes an encoder's output, the same on every machine.
 
     The kind, the options and constants in `preprocessing` (JSON values), and name, dtype, shape and bytes of

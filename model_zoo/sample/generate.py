@@ -49,7 +49,11 @@ class Models:
     def check(self) -> None:
         """Raise ConfigError where the parts were not made for each other."""
         sizes = Sizes(
-            self.lm.config, self.tokenizer.config, self.diffusion.config, self.lm_text.dim, self.diffusion_text.dim,
+            self.lm.config,
+            self.tokenizer.config,
+            self.diffusion.config,
+            self.lm_text.dim,
+            self.diffusion_text.dim,
             self.codec.channels,
         )
         wrong = sizes.differences()
@@ -90,10 +94,27 @@ def generate(
     check_length(num_latent_frames, models.diffusion.config.transformer.latent_frames, clean_frames)
     warn_of_cut_prompts(models.lm_text, prompts)
     warn_of_cut_prompts(models.diffusion_text, prompts)
-    codes_BK = draw_codes(models.lm, models.lm_text(list(prompts)), num_latent_frames, tokens, seeds, motion_score, progress)
+    codes_BK = draw_codes(
+        models.lm,
+        models.lm_text(list(prompts)),
+        num_latent_frames,
+        tokens,
+        seeds,
+        motion_score,
+        progress,
+    )
     features = models.tokenizer.decode(codes_BK, models.lm.layout.num_frames(codes_BK.shape[1]))
     states_BLD, _ = models.diffusion_text(list(prompts))
-    latents = draw_latents(models.diffusion, models.schedule, states_BLD, features, sampler, seeds, clean_frames, progress)
+    latents = draw_latents(
+        models.diffusion,
+        models.schedule,
+        states_BLD,
+        features,
+        sampler,
+        seeds,
+        clean_frames,
+        progress,
+    )
     return Generated(codes_BK, latents, models.codec.decode(latents))
 
 
@@ -104,7 +125,10 @@ def warn_of_cut_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
             log.warning(
                 "prompt %d is longer than the %d tokens that text encoder %s takes; this part has no "
                 "effect: %r",
-                number, encoder.max_length, encoder.name, cut,
+                number,
+                encoder.max_length,
+                encoder.name,
+                cut,
             )
 
 
@@ -113,16 +137,33 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise ConfigError("a prompt is empty; say what the video shows")
 
 
-def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames: int, tokens: TokenSamplingConfig,
-               seeds: Sequence[int], motion_score: float | None = None, progress: Note | None = None) -> Tensor:
+def draw_codes(
+    lm: LanguageModel,
+    text: tuple[Tensor, Tensor],
+    num_latent_frames: int,
+    tokens: TokenSamplingConfig,
+    seeds: Sequence[int],
+    motion_score: float | None = None,
+    progress: Note | None = None,
+) -> Tensor:
     """`text`: states and lengths of the language model's encoder -> codes_BK, of fewer frames where the video ends early."""
     text_BLD, lengths_B = text
     if tokens.predict_end and len(text_BLD) > 1:
-        raise ConfigError(f"predict_end = true lets each of the {len(text_BLD)} videos end where it likes; ask for one at a time")
+        raise ConfigError(
+            f"predict_end = true lets each of the {len(text_BLD)} videos end where it likes; ask for one at a time"
+        )
     device = next(lm.parameters()).device
-    motion_score_B = torch.full((len(text_BLD),), DEFAULT_MOTION_SCORE if motion_score is None else motion_score, device=device)
+    motion_score_B = torch.full(
+        (len(text_BLD),),
+        DEFAULT_MOTION_SCORE if motion_score is None else motion_score,
+        device=device,
+    )
     sampled = sample_tokens(
-        lm, Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device)), num_latent_frames, tokens, seeds=seeds,
+        lm,
+        Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device)),
+        num_latent_frames,
+        tokens,
+        seeds=seeds,
         progress=None if progress is None else lambda done, total: progress("tokens", done, total),
     )
     codes_BK = sampled.codes_BK[:, : lm.layout.num_codes(int(sampled.num_frames_B.max()))]
@@ -132,9 +173,19 @@ def draw_codes(lm: LanguageModel, text: tuple[Tensor, Tensor], num_latent_frames
     return codes_BK
 
 
-def draw_latents(diffusion: ControlledDiffusion, schedule: NoiseSchedule, states_BLD: Tensor, features_BTChw: Tensor,
-                 sampler: SamplerOptions, seeds: Sequence[int], clean_frames: int = 7, progress: Note | None = None,
-                 on_step: OnStep | None = None, stop: Stop | None = None, start_BTCHW: Tensor | None = None) -> Tensor:
+def draw_latents(
+    diffusion: ControlledDiffusion,
+    schedule: NoiseSchedule,
+    states_BLD: Tensor,
+    features_BTChw: Tensor,
+    sampler: SamplerOptions,
+    seeds: Sequence[int],
+    clean_frames: int = 7,
+    progress: Note | None = None,
+    on_step: OnStep | None = None,
+    stop: Stop | None = None,
+    start_BTCHW: Tensor | None = None,
+) -> Tensor:
     """`states`: of the diffusion model's text encoder -> latents_BTCHW. `start`: noise to begin with instead of the seeds'.
 
     `progress("latents", done, total)` is called after each sampler step; total is all steps of all chunks.
@@ -142,19 +193,35 @@ def draw_latents(diffusion: ControlledDiffusion, schedule: NoiseSchedule, states
     window = diffusion.config.transformer.latent_frames
     chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
     parts = []
-    drawn = seeded_noise([seed + 1 for seed in seeds])  # runs on from chunk to chunk; not the tokens' numbers
+    drawn = seeded_noise(
+        [seed + 1 for seed in seeds]
+    )  # runs on from chunk to chunk; not the tokens' numbers
 
     def noise(step: int, shape: tuple[int, ...]) -> Tensor:
         return drawn(step, shape) if step or start_BTCHW is None else start_BTCHW.float()
 
     def report(step: SamplerStep) -> Tensor | None:
         if progress is not None:
-            progress("latents", len(parts) * sampler.num_steps + step.step + 1, chunks * sampler.num_steps)
+            progress(
+                "latents",
+                len(parts) * sampler.num_steps + step.step + 1,
+                chunks * sampler.num_steps,
+            )
         return None if on_step is None else on_step(step)
 
     if progress is not None:
         progress("latents", 0, chunks * sampler.num_steps)
-    for part in stream_latents(diffusion, schedule, states_BLD.to(features_BTChw), features_BTChw, lambda _chunk: noise,
-                               sampler, window, clean_frames, report, stop):
+    for part in stream_latents(
+        diffusion,
+        schedule,
+        states_BLD.to(features_BTChw),
+        features_BTChw,
+        lambda _chunk: noise,
+        sampler,
+        window,
+        clean_frames,
+        report,
+        stop,
+    ):
         parts.append(part)
     return torch.cat(parts, dim=1)

@@ -66,7 +66,9 @@ def seeded_noise(seeds: Sequence[int]) -> Noise:
 
     def noise(_step: int, shape: tuple[int, ...]) -> Tensor:
         assert shape[0] == len(generators), (shape, len(generators))
-        return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
+        return torch.stack(
+            [torch.randn(shape[1:], generator=generator) for generator in generators]
+        )
 
     return noise
 
@@ -76,7 +78,10 @@ def reference_noise(generator: torch.Generator) -> Noise:
     for the first step. A seed then gives what it gives there, on the generator's device."""
 
     def noise(step: int, shape: tuple[int, ...]) -> Tensor:
-        drawn = [torch.randn(shape, generator=generator, device=generator.device) for _ in range(1 if step < 2 else 2)]
+        drawn = [
+            torch.randn(shape, generator=generator, device=generator.device)
+            for _ in range(1 if step < 2 else 2)
+        ]
         return drawn[-1]
 
     return noise
@@ -142,19 +147,37 @@ def stream_latents(
     for chunk in range(chunks):
         features = features_BTChw[:, chunk * stride : chunk * stride + window]
         prefix = None if last is None else last[:, -clean:] if clean else None
-        last = sample_latents(model, schedule, text_BLD, features, noise_of_chunk(chunk), options, prefix, on_step, stop)
+        last = sample_latents(
+            model,
+            schedule,
+            text_BLD,
+            features,
+            noise_of_chunk(chunk),
+            options,
+            prefix,
+            on_step,
+            stop,
+        )
         yield last if chunk == 0 else last[:, clean:]
         if stop is not None and stop():
             return
 
 
-def latent_shape(model: ControlledDiffusion, text_BLD: Tensor, features_BTChw: Tensor) -> tuple[int, ...]:
+def latent_shape(
+    model: ControlledDiffusion, text_BLD: Tensor, features_BTChw: Tensor
+) -> tuple[int, ...]:
     """[B, T, C, H, W] of the latents that these conditions call for."""
     batch, num_frames, _, rows, columns = features_BTChw.shape
     if len(text_BLD) != batch:
         raise ValueError(f"{len(text_BLD)} rows of text for {batch} clips of features")
     scale = model.semantic.scale
-    return (batch, num_frames, model.config.transformer.latent_channels, rows * scale, columns * scale)
+    return (
+        batch,
+        num_frames,
+        model.config.transformer.latent_channels,
+        rows * scale,
+        columns * scale,
+    )
 
 
 def fix_prefix(state_BTCHW: Tensor, prefix_BKCHW: Tensor | None) -> Tensor:
@@ -164,7 +187,9 @@ def fix_prefix(state_BTCHW: Tensor, prefix_BKCHW: Tensor | None) -> Tensor:
     kept = prefix_BKCHW.shape[1]
     expected = (len(state_BTCHW), kept, *state_BTCHW.shape[2:])
     if kept >= state_BTCHW.shape[1] or tuple(prefix_BKCHW.shape) != expected:
-        raise ValueError(f"a prefix {list(prefix_BKCHW.shape)} does not fit latents {list(state_BTCHW.shape)}")
+        raise ValueError(
+            f"a prefix {list(prefix_BKCHW.shape)} does not fit latents {list(state_BTCHW.shape)}"
+        )
     return torch.cat([prefix_BKCHW.to(state_BTCHW), state_BTCHW[:, kept:]], dim=1)
 
 
@@ -172,7 +197,9 @@ def fix_prefix(state_BTCHW: Tensor, prefix_BKCHW: Tensor | None) -> Tensor:
 _Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
-def _guided_denoiser(model: ControlledDiffusion, text_BLD: Tensor, semantic_BTCHW: Tensor) -> _Estimate:
+def _guided_denoiser(
+    model: ControlledDiffusion, text_BLD: Tensor, semantic_BTCHW: Tensor
+) -> _Estimate:
     both_text = torch.cat([torch.zeros_like(text_BLD), text_BLD])
     both_semantic = torch.cat([semantic_BTCHW, semantic_BTCHW])
 
@@ -205,7 +232,9 @@ def _solve(
         unconditional, conditional = (
             a * state - math.sqrt(1 - a**2) * velocity for velocity in estimate(state, timestep)
         )
-        denoised = unconditional + guidance_scale(options, step, timestep) * (conditional - unconditional)
+        denoised = unconditional + guidance_scale(options, step, timestep) * (
+            conditional - unconditional
+        )
         if step == options.num_steps - 1:
             state = denoised
         else:

@@ -13,10 +13,16 @@ from landiff.configs.files import atomic_file, write_text
 
 
 def test_a_full_disk_names_the_file(tmp_path):
-    with pytest.raises(OSError) as error, naming(tmp_path / "video.mp4"), open("/dev/full", "wb", buffering=0) as file:
+    with (
+        pytest.raises(OSError) as error,
+        naming(tmp_path / "video.mp4"),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
         file.write(b"x")
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "video.mp4"))
-    assert explain(error.value) == f"{tmp_path / 'video.mp4'}: No space left on device; {FREE_SPACE}"
+    assert (
+        explain(error.value) == f"{tmp_path / 'video.mp4'}: No space left on device; {FREE_SPACE}"
+    )
 
 
 def test_a_failed_write_names_the_file_and_not_its_temporary(tmp_path):
@@ -45,9 +51,15 @@ def test_the_way_out_depends_on_the_error_number(tmp_path, number, advice):
     wrapped = RuntimeError("a library failed")
     wrapped.__cause__ = error
     assert way_out(wrapped, tmp_path) == advice
-    assert way_out(RuntimeError(f"rank 3: {OSError(number, os.strerror(number))}"), tmp_path) == advice
+    assert (
+        way_out(RuntimeError(f"rank 3: {OSError(number, os.strerror(number))}"), tmp_path) == advice
+    )
 
 
 def test_a_library_that_says_nothing_is_judged_by_the_folder(tmp_path):
     assert way_out(RuntimeError("unexpected pos"), tmp_path) == ""
-    assert way_out(RuntimeError("unexpected pos"), Path("/proc/sys/landiff")) in (READ_ONLY, PERMISSIONS, FREE_SPACE)
+    assert way_out(RuntimeError("unexpected pos"), Path("/proc/sys/landiff")) in (
+        READ_ONLY,
+        PERMISSIONS,
+        FREE_SPACE,
+    )

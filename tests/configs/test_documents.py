@@ -50,7 +50,10 @@ REFUSED_YAML = [
     ("{", "line 1, column 2"),
     ("a: [1, 2", "line 1"),
     ("\ta: 1", "line 1, column 1"),
-    ("a: !!python/object/apply:os.system ['x']", "line 1: the tag '!!python/object/apply:os.system' is not allowed"),
+    (
+        "a: !!python/object/apply:os.system ['x']",
+        "line 1: the tag '!!python/object/apply:os.system' is not allowed",
+    ),
     ("a: !!python/name:os.system", "the tag"),
     ("a: !!set {b, c}", "the tag '!!set' is not allowed"),
     ("a: !!binary aGk=", "the tag '!!binary' is not allowed"),
@@ -85,8 +88,14 @@ REFUSED_JSON = [
     ("", "is empty"),
     ("  \n", "is empty"),
     ('{"a": ', "line 1, column 7"),
-    ('{"a": 1,\n "b": {"c": [1, "}"]},\n "a": 2}', "line 3: the key 'a' occurs twice, in lines 1 and 3"),
-    ('[{"a": 1}, {"\\"": "a", "b":\n1, "b": {"b": 1}}]', "line 2: the key 'b' occurs twice, in lines 1 and 2"),
+    (
+        '{"a": 1,\n "b": {"c": [1, "}"]},\n "a": 2}',
+        "line 3: the key 'a' occurs twice, in lines 1 and 3",
+    ),
+    (
+        '[{"a": 1}, {"\\"": "a", "b":\n1, "b": {"b": 1}}]',
+        "line 2: the key 'b' occurs twice, in lines 1 and 2",
+    ),
     ("[" * 100_000, "nested deeper than 64"),
     ("[" * 500 + "]" * 500, "nested deeper than 64"),
     ('{"a":' * 500 + "1" + "}" * 500, "nested deeper than 64"),
@@ -141,8 +150,14 @@ def test_aliases_share_no_object():
 
 
 def test_json_that_is_accepted():
-    assert parse_json('{"a": [1, 2.5, null, true, "\\ud83d\\ude00"]}', "x") == {"a": [1, 2.5, None, True, "😀"]}
-    assert parse_json(f"[{2**64}, 1e300, {'0.' + '1' * 30}]", "x") == [2**64, 1e300, float("0." + "1" * 30)]
+    assert parse_json('{"a": [1, 2.5, null, true, "\\ud83d\\ude00"]}', "x") == {
+        "a": [1, 2.5, None, True, "😀"]
+    }
+    assert parse_json(f"[{2**64}, 1e300, {'0.' + '1' * 30}]", "x") == [
+        2**64,
+        1e300,
+        float("0." + "1" * 30),
+    ]
     assert parse_json("[Infinity]", "x", allow_nonfinite=True) == [float("inf")]
     assert parse_json('"\\udcff"', "x", any_text=True) == "\udcff"
 
@@ -156,7 +171,9 @@ def test_json_that_is_accepted():
     (b'"text"', "holds a string"),
     (b"3", "holds a number"),
 ])  # fmt: skip
-def test_files_in_other_encodings_and_of_other_kinds_are_refused_by_name(tmp_path, read, data, says):
+def test_files_in_other_encodings_and_of_other_kinds_are_refused_by_name(
+    tmp_path, read, data, says
+):
     path = tmp_path / "document"
     path.write_bytes(data)
     with pytest.raises(DocumentError) as error:
@@ -220,7 +237,10 @@ class Whole(Config):
     two: Section = Section()
 
 
-@pytest.mark.parametrize("override", ["one={", "name=!!python/object:x {}", "one.width=" + "9" * 5000, "name=[" * 100, "name=\x07"])
+@pytest.mark.parametrize(
+    "override",
+    ["one={", "name=!!python/object:x {}", "one.width=" + "9" * 5000, "name=[" * 100, "name=\x07"],
+)
 def test_overrides_are_read_under_the_same_limits(override):
     with pytest.raises(ConfigError, match="override"):
         load(Whole, {}, [override])

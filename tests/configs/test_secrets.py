@@ -31,7 +31,18 @@ def test_names_of_secrets(name):
     assert is_secret_name(name) and redact_variables({name: "x"}) == {name: REDACTED}
 
 
-@pytest.mark.parametrize("name", ["PATH", "PWD", "NCCL_DEBUG", "CUDA_VISIBLE_DEVICES", "HF_HOME", "TOKENIZERS_PARALLELISM", "NCCL_IB_PKEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PATH",
+        "PWD",
+        "NCCL_DEBUG",
+        "CUDA_VISIBLE_DEVICES",
+        "HF_HOME",
+        "TOKENIZERS_PARALLELISM",
+        "NCCL_IB_PKEY",
+    ],
+)
 def test_names_that_are_none(name):
     assert redact_variables({name: "x"}) == {name: "x"}
 
@@ -75,7 +86,15 @@ def test_log_lines_and_tracebacks_hold_no_secret():
     try:
         raise ValueError(f"bad {TOKEN}")
     except ValueError as error:
-        record = logging.LogRecord("x", logging.INFO, "x", 1, "url %s", ("https://u:p@h",), (ValueError, error, error.__traceback__))
+        record = logging.LogRecord(
+            "x",
+            logging.INFO,
+            "x",
+            1,
+            "url %s",
+            ("https://u:p@h",),
+            (ValueError, error, error.__traceback__),
+        )
     line = RedactingFormatter("%(message)s").format(record)
     assert TOKEN not in line and "u:p@" not in line and "ValueError" in line
 
@@ -86,11 +105,14 @@ class Site(Config):
     count: int = 0
 
 
-@pytest.mark.parametrize(("data", "secret"), [
-    ({"env": {"HF_TOKEN": ["hunter2"]}}, "hunter2"),
-    ({"env": {"PROXY": ["https://u:hunter2@h"]}}, "hunter2"),
-    ({"count": TOKEN}, TOKEN),
-])
+@pytest.mark.parametrize(
+    ("data", "secret"),
+    [
+        ({"env": {"HF_TOKEN": ["hunter2"]}}, "hunter2"),
+        ({"env": {"PROXY": ["https://u:hunter2@h"]}}, "hunter2"),
+        ({"count": TOKEN}, TOKEN),
+    ],
+)
 def test_an_error_shows_no_secret(data, secret):
     with pytest.raises(ConfigError) as error:
         load(Site, data)

@@ -30,9 +30,19 @@ VIDEO = b"not looked at"
 
 
 def raw_sample(key: str, **changes: object) -> RawSample:
-    fields = {"key": key, "caption": f"a clip called {key}", "source": "film.mp4", "source_sha256": "0" * 64, "start_s": 0.0,
-              "fps": 8.0, "num_frames": 17, "height": 64, "width": 64, "motion_score": 0.05,
-              "video_sha256": hashlib.sha256(VIDEO).hexdigest()}
+    fields = {
+        "key": key,
+        "caption": f"a clip called {key}",
+        "source": "film.mp4",
+        "source_sha256": "0" * 64,
+        "start_s": 0.0,
+        "fps": 8.0,
+        "num_frames": 17,
+        "height": 64,
+        "width": 64,
+        "motion_score": 0.05,
+        "video_sha256": hashlib.sha256(VIDEO).hexdigest(),
+    }
     return RawSample(**(fields | changes))
 
 
@@ -46,9 +56,16 @@ def write_raw(data: Path, sizes: list[int], mark: str = "raw") -> Manifest:
     for shard, samples in enumerate(sizes):
         with ShardWriter(data / RAW, f"{shard:06d}", fingerprint=mark) as writer:
             for key in keys_of(shard, samples):
-                writer.add(key, {"mp4": VIDEO, "json": raw_sample(key, source=mark).model_dump_json().encode()})
+                writer.add(
+                    key,
+                    {"mp4": VIDEO, "json": raw_sample(key, source=mark).model_dump_json().encode()},
+                )
         entries.append(writer.sidecar.entry)
-    manifest = Manifest(fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
+    manifest = Manifest(
+        fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]),
+        config={},
+        shards=entries,
+    )
     write_manifest(data, manifest)
     return manifest
 
@@ -58,14 +75,23 @@ def value_of(key: str) -> Tensor:
     return torch.tensor(list(key.encode()), dtype=torch.uint16)
 
 
-def write_column(data: Path, name: str, *, bad: Collection[str] = (), mark: str = "column",
-                 value: Callable[[str], Tensor] = value_of, encoder: str = "1111222233334444") -> Manifest:
+def write_column(
+    data: Path,
+    name: str,
+    *,
+    bad: Collection[str] = (),
+    mark: str = "column",
+    value: Callable[[str], Tensor] = value_of,
+    encoder: str = "1111222233334444",
+) -> Manifest:
     """A column of `value(key)` for every clip that is not `bad`, entered in the manifest."""
     manifest = read_manifest(data)
     entries = []
     for entry in manifest.shards:
         raw = read_sidecar(data / RAW / f"{entry.name}.tar")
-        with ShardWriter(data / name, entry.name, fingerprint=mark, raw_sha256=entry.sha256) as writer:
+        with ShardWriter(
+            data / name, entry.name, fingerprint=mark, raw_sha256=entry.sha256
+        ) as writer:
             for position, (key, _) in enumerate(raw.index):
                 if key in bad:
                     writer.reject(key, name, "not_finite", position=position)
@@ -73,8 +99,15 @@ def write_column(data: Path, name: str, *, bad: Collection[str] = (), mark: str 
                     stem = column_stem(name)
                     writer.add(key, {f"{stem}.safetensors": pack_tensor(stem, value(key))})
         entries.append(writer.sidecar.entry)
-    column = Column(dtype="uint16", shape=[12], encoder="test", fingerprint=mark, config={"encoders": {"test": encoder}},
-                    raw_fingerprint=manifest.fingerprint, shards=entries)
+    column = Column(
+        dtype="uint16",
+        shape=[12],
+        encoder="test",
+        fingerprint=mark,
+        config={"encoders": {"test": encoder}},
+        raw_fingerprint=manifest.fingerprint,
+        shards=entries,
+    )
     manifest = manifest.model_copy(update={"columns": {**manifest.columns, name: column}})
     write_manifest(data, manifest)
     return manifest

@@ -15,12 +15,23 @@ import numpy as np
 
 from tests.data_pipeline.test_video import FOREIGN, X264, encode
 
-SUFFIXES = {"mp4": "mp4", "ismv": "mp4", "matroska": "mkv", "mpegts": "ts", "vob": "mpg", "avi": "avi", "flv": "flv", "webm": "webm"}
+SUFFIXES = {
+    "mp4": "mp4",
+    "ismv": "mp4",
+    "matroska": "mkv",
+    "mpegts": "ts",
+    "vob": "mpg",
+    "avi": "avi",
+    "flv": "flv",
+    "webm": "webm",
+}
 
 
 def textured(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     """Blocks of colour that move: frames of some bytes each."""
-    small = np.random.default_rng(seed).integers(0, 255, (height // 4, width // 2, 3), dtype=np.uint8)
+    small = np.random.default_rng(seed).integers(
+        0, 255, (height // 4, width // 2, 3), dtype=np.uint8
+    )
     large = small.repeat(8, 0).repeat(8, 1)
     return np.stack([large[k : k + height, 2 * k : 2 * k + width] for k in range(frames)])
 
@@ -34,7 +45,16 @@ def good_videos(frames: int = 36, height: int = 48, width: int = 64) -> list[tup
 def mutations(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
     """`count` damaged files: (name, bytes). The n-th is the same whatever the count."""
     bases = good_videos()
-    kinds: list[Callable[[bytearray, np.random.Generator], bytes]] = [flipped, flipped_head, cut, holed, repeated, swapped, sized, noise_in_front]
+    kinds: list[Callable[[bytearray, np.random.Generator], bytes]] = [
+        flipped,
+        flipped_head,
+        cut,
+        holed,
+        repeated,
+        swapped,
+        sized,
+        noise_in_front,
+    ]
     for number in range(count):
         generator = np.random.default_rng([seed, number])
         suffix, data = bases[number % len(bases)]
@@ -50,7 +70,9 @@ def flipped(data: bytearray, generator: np.random.Generator) -> bytes:
 
 def flipped_head(data: bytearray, generator: np.random.Generator) -> bytes:
     start = max(0, data.find(b"moov")) if generator.random() < 0.7 else 0
-    for place in generator.integers(start, min(len(data), start + 1000), 1 + int(generator.integers(12))):
+    for place in generator.integers(
+        start, min(len(data), start + 1000), 1 + int(generator.integers(12))
+    ):
         data[place] = generator.integers(256)
     return data
 
@@ -79,7 +101,9 @@ def swapped(data: bytearray, generator: np.random.Generator) -> bytes:
 def sized(data: bytearray, generator: np.random.Generator) -> bytes:
     """A 32 bit field becomes an extreme."""
     place = int(generator.integers(0, min(len(data), 4000) - 4))
-    data[place : place + 4] = struct.pack(">I", int(generator.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFF])))
+    data[place : place + 4] = struct.pack(
+        ">I", int(generator.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFF]))
+    )
     return data
 
 
@@ -92,28 +116,46 @@ def noise_in_front(data: bytearray, generator: np.random.Generator) -> bytes:
 
 def png_bomb(side: int) -> bytes:
     """A black picture of side x side in some kilobytes."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     packer = zlib.compressobj(9)
     row = bytes(1 + side // 8)
     rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
+    )
 
 
 def gif_of(width: int, height: int) -> bytes:
     """A GIF whose header claims this size."""
-    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6) + b"\x2c" + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x44\x01\x00\x3b"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", width, height, 0x80, 0, 0)
+        + bytes(6)
+        + b"\x2c"
+        + struct.pack("<HHHHB", 0, 0, width, height, 0)
+        + b"\x02\x02\x44\x01\x00\x3b"
+    )
 
 
 def compressed_header(claimed: int) -> bytes:
     """A QuickTime file with a zlib-compressed index that claims `claimed` bytes and unpacks to 64 MB of zeros."""
+
     def box(kind: bytes, *content: bytes) -> bytes:
         body = b"".join(content)
         return struct.pack(">I", len(body) + 8) + kind + body
 
     packed = struct.pack(">I", claimed) + zlib.compress(bytes(64 << 20), 9)
-    return box(b"ftyp", b"qt  ", bytes(4), b"qt  ") + box(b"moov", box(b"cmov", box(b"dcom", b"zlib"), box(b"cmvd", packed)))
+    return box(b"ftyp", b"qt  ", bytes(4), b"qt  ") + box(
+        b"moov", box(b"cmov", box(b"dcom", b"zlib"), box(b"cmvd", packed))
+    )
 
 
 def lying_container(width: int, height: int) -> bytes:
@@ -134,6 +176,7 @@ def million_samples() -> bytes:
 
 def hostile_tar(path: Path, good: bytes) -> None:
     """A tar with good and evil members."""
+
     def add(tar: tarfile.TarFile, name: str, data: bytes, **changes: object) -> None:
         info = tarfile.TarInfo(name)
         info.size = len(data)

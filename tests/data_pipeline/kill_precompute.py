@@ -34,12 +34,16 @@ from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.kills import Killer, contents, forked, killed
 
 TASKS = 4
-COLUMNS = {"latents": {"encoder": {"kind": "dct"}}, "latents-second": {"encoder": {"kind": "dct"}, "sample_seed": 1}}
+COLUMNS = {
+    "latents": {"encoder": {"kind": "dct"}},
+    "latents-second": {"encoder": {"kind": "dct"}, "sample_seed": 1},
+}
 LARGEST_PLAN = {"precompute": 160, "loader": 220}
 
 
 def started(plan: int, work: Callable[[], None]) -> int:
     """`work` in a fork; its process id."""
+
     def prepare(killer: Killer) -> None:
         killer.watch(os, "fsync", "replace", "unlink", "preadv")
         killer.watch(fcntl, "flock")
@@ -59,8 +63,21 @@ def one_task(config: PrecomputeConfig, number: int) -> None:
 def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
     raw = work / "raw-shards"
     write_moving_clips(raw)
-    config = {name: load(PrecomputeConfig, {"data": work / name, "zoo": work / "zoo", "columns": COLUMNS, "device": "cpu", "batch_size": 1,
-                                            "decode_threads": 1, "encode_threads": 2}) for name in ("expected", "data")}
+    config = {
+        name: load(
+            PrecomputeConfig,
+            {
+                "data": work / name,
+                "zoo": work / "zoo",
+                "columns": COLUMNS,
+                "device": "cpu",
+                "batch_size": 1,
+                "decode_threads": 1,
+                "encode_threads": 2,
+            },
+        )
+        for name in ("expected", "data")
+    }
     shutil.copytree(raw, work / "expected")
     for number in range(TASKS):
         assert not killed(started(0, lambda number=number: one_task(config["expected"], number)))
@@ -70,17 +87,31 @@ def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
         shutil.copytree(raw, work / "data")
         ended = False
         while not ended:
-            plans = [draw.randrange(2, LARGEST_PLAN["precompute"]) if done < kills and draw.random() < 0.75 else 0 for _ in range(TASKS)]
+            plans = [
+                draw.randrange(2, LARGEST_PLAN["precompute"])
+                if done < kills and draw.random() < 0.75
+                else 0
+                for _ in range(TASKS)
+            ]
             # a twin of task 0 now and then
             shares = [0, 1, 2, 3] if draw.random() < 0.7 else [0, 1, 2, 3, 0]
-            pids = [started(plan, lambda number=number: one_task(config["data"], number))
-                    for number, plan in zip(shares, [*plans, 0], strict=False)]
+            pids = [
+                started(plan, lambda number=number: one_task(config["data"], number))
+                for number, plan in zip(shares, [*plans, 0], strict=False)
+            ]
             deaths = sum([killed(pid) for pid in pids])
             done += deaths
             if not deaths:
-                ended = not killed(started(draw.randrange(2, 20) if done < kills else 0, lambda: precompute.finalize(config["data"])))
+                ended = not killed(
+                    started(
+                        draw.randrange(2, 20) if done < kills else 0,
+                        lambda: precompute.finalize(config["data"]),
+                    )
+                )
                 done += not ended
-        assert contents(work / "data") == expected, "what was killed and went on differs from what was not"
+        assert contents(work / "data") == expected, (
+            "what was killed and went on differs from what was not"
+        )
         shutil.rmtree(work / "data")
     return done
 
@@ -98,7 +129,9 @@ def train(data: Path, run: Path, steps: int) -> None:
     """Take batches, write what came, and save the state every other step, as a trainer does."""
     run.mkdir(exist_ok=True)
     remove_abandoned(run)
-    config = DataConfig(manifest=data, global_batch_size=5, shuffle_window=2, seed=3, checksum=True, read_threads=2)
+    config = DataConfig(
+        manifest=data, global_batch_size=5, shuffle_window=2, seed=3, checksum=True, read_threads=2
+    )
     with Loader(config, ["tokens"], dp_rank=0, dp_size=1) as loader:
         seen: list[list[str]] = []
         if (run / "state.json").exists():
@@ -108,7 +141,9 @@ def train(data: Path, run: Path, steps: int) -> None:
         while len(seen) < steps:
             seen.append([sample.key for sample in loader.next_batch().samples])
             if len(seen) % 2 == 0 or len(seen) == steps:
-                write_text(run / "state.json", json.dumps({"seen": seen, "loader": loader.state_dict()}))
+                write_text(
+                    run / "state.json", json.dumps({"seen": seen, "loader": loader.state_dict()})
+                )
 
 
 def kill_trainers(work: Path, kills: int, draw: random.Random) -> int:
@@ -118,11 +153,20 @@ def kill_trainers(work: Path, kills: int, draw: random.Random) -> int:
     assert not killed(started(0, lambda: train(work / "data", work / "expected", steps)))
     expected = contents(work / "expected")
     keys = [key for step in json.loads(expected["state.json"])["seen"] for key in step]
-    assert all(len(set(keys[at : at + 20])) == 20 for at in (0, 20, 40)), "each sample once an epoch"
+    assert all(len(set(keys[at : at + 20])) == 20 for at in (0, 20, 40)), (
+        "each sample once an epoch"
+    )
     while done < kills:
-        while killed(started(draw.randrange(2, LARGEST_PLAN["loader"]) if done < kills else 0, lambda: train(work / "data", work / "run", steps))):
+        while killed(
+            started(
+                draw.randrange(2, LARGEST_PLAN["loader"]) if done < kills else 0,
+                lambda: train(work / "data", work / "run", steps),
+            )
+        ):
             done += 1
-        assert contents(work / "run") == expected, "what was killed and went on differs from what was not"
+        assert contents(work / "run") == expected, (
+            "what was killed and went on differs from what was not"
+        )
         shutil.rmtree(work / "run")
     return done
 
@@ -132,7 +176,10 @@ def main(what: str, work: str, kills: str, seed: str) -> None:
     draw, folder = random.Random(int(seed)), Path(work)
     done = {"precompute": kill_tasks, "loader": kill_trainers}[what](folder, int(kills), draw)
     if what == "precompute":
-        assert read_manifest(folder / "expected").columns.keys() == COLUMNS.keys() and (folder / "expected" / RAW).is_dir()
+        assert (
+            read_manifest(folder / "expected").columns.keys() == COLUMNS.keys()
+            and (folder / "expected" / RAW).is_dir()
+        )
     print(done)
 
 

@@ -45,12 +45,24 @@ def ended(pids: Sequence[int], kill_after_s: float | None = None) -> bool:
     return not any([killed(pid) for pid in pids])
 
 
-def attempt(config: ShardsConfig, data: Path, plan: int, tasks: int, record: Path | None = None, kill_after_s: float | None = None) -> bool:
+def attempt(
+    config: ShardsConfig,
+    data: Path,
+    plan: int,
+    tasks: int,
+    record: Path | None = None,
+    kill_after_s: float | None = None,
+) -> bool:
     """Run the job with a kill planned for its first process (0: none). True when all of it came to its end."""
     if tasks == 1:
         return ended([forked(lambda: make_shards(config, data), plan, record)], kill_after_s)
     numbers = [0, *range(1, tasks), 0]
-    pids = [forked(lambda number=number: make_share_alone(config, data, (number, tasks)), 0 if at else plan) for at, number in enumerate(numbers)]
+    pids = [
+        forked(
+            lambda number=number: make_share_alone(config, data, (number, tasks)), 0 if at else plan
+        )
+        for at, number in enumerate(numbers)
+    ]
     if not ended(pids, kill_after_s):
         return False
     return ended([forked(lambda: finalize(config, data), plan)])
@@ -66,11 +78,17 @@ def check_committed(data: Path) -> None:
     """Whatever has its final name and a sidecar is whole."""
     for tar in (data / "raw").glob("[0-9]*.tar"):
         sidecar = read_sidecar(tar)
-        assert sidecar is None or sidecar.entry.sha256 == hashlib.sha256(tar.read_bytes()).hexdigest(), tar
+        assert (
+            sidecar is None or sidecar.entry.sha256 == hashlib.sha256(tar.read_bytes()).hexdigest()
+        ), tar
 
 
 def main(config_file: str, reference: str, work: str, number: str, tasks: str) -> None:
-    config, expected, data = load(ShardsConfig, Path(config_file)), contents(Path(reference)), Path(work) / "data"
+    config, expected, data = (
+        load(ShardsConfig, Path(config_file)),
+        contents(Path(reference)),
+        Path(work) / "data",
+    )
     record, chance = Path(work) / "operations", random.Random(int(tasks))
     assert attempt(config, data, 0, 1, record)
     assert contents(data) == expected
@@ -80,8 +98,12 @@ def main(config_file: str, reference: str, work: str, number: str, tasks: str) -
     done = 0
     for place in places[: int(number)]:
         by_clock = chance.uniform(0.0, 1.0) if done % 4 == 3 else None
-        while attempt(config, data, 0 if by_clock else place, int(tasks), kill_after_s=by_clock):  # little was left to do: compare, and start over
-            assert contents(data) == expected, "what was killed and went on differs from what was not"
+        while attempt(
+            config, data, 0 if by_clock else place, int(tasks), kill_after_s=by_clock
+        ):  # little was left to do: compare, and start over
+            assert contents(data) == expected, (
+                "what was killed and went on differs from what was not"
+            )
             shutil.rmtree(data)
             place = chance.randrange(2, place + 1)  # of several tasks each has less to do
             by_clock = by_clock and by_clock / 2

@@ -45,6 +45,7 @@ class Killer:
 
     def watch_tars(self) -> None:
         """Members of tars: a part of the header gets there."""
+
         def half(tar: tarfile.TarFile, info: tarfile.TarInfo, data: object) -> None:
             tar.fileobj.write(info.tobuf()[:300])
             tar.fileobj.flush()
@@ -66,7 +67,12 @@ class Killer:
         return operation
 
 
-def forked(work: Callable[[], object], killer: Killer, prepare: Callable[[Killer], None], record: Path | None = None) -> int:
+def forked(
+    work: Callable[[], object],
+    killer: Killer,
+    prepare: Callable[[Killer], None],
+    record: Path | None = None,
+) -> int:
     """`work` in a fork whose killer `prepare` sets up; -> its process id. `record` gets the number of operations."""
     pid = os.fork()
     if pid == 0:
@@ -86,11 +92,17 @@ def killed(pid: int) -> bool:
     """Wait for a process: True when it was killed, False when it came to its end. Nothing else may happen to it."""
     status = os.waitpid(pid, 0)[1]
     if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL, f"the job died of signal {os.WTERMSIG(status)}"
+        assert os.WTERMSIG(status) == signal.SIGKILL, (
+            f"the job died of signal {os.WTERMSIG(status)}"
+        )
         return True
     assert os.WEXITSTATUS(status) == 0, "the job failed by itself"
     return False
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -36,7 +36,13 @@ def drawn(order, steps: int) -> list[tuple[int, int, int, int]]:
     taken = []
     for step in range(steps):
         source, places = order.locate(step, np.arange(order.batch_size))
-        taken += zip(source.tolist(), places.epoch.tolist(), places.shard.tolist(), places.slot.tolist(), strict=True)
+        taken += zip(
+            source.tolist(),
+            places.epoch.tolist(),
+            places.shard.tolist(),
+            places.slot.tolist(),
+            strict=True,
+        )
     return taken
 
 
@@ -50,15 +56,28 @@ def test_at_weight_one_each_sample_of_each_data_set_comes_once_an_epoch():
     assert order.num_samples == 18
     taken = drawn(order, 9)  # three epochs
     for epoch in range(3):
-        part = [(source, shard, slot) for source, _, shard, slot in taken[epoch * 18 : epoch * 18 + 18]]
-        assert len(part) == len(set(part)) and set(part) == everything(0, first) | everything(1, second)
+        part = [
+            (source, shard, slot) for source, _, shard, slot in taken[epoch * 18 : epoch * 18 + 18]
+        ]
+        assert len(part) == len(set(part)) and set(part) == everything(0, first) | everything(
+            1, second
+        )
 
 
 def test_weights_say_how_often_samples_come_in_an_epoch():
     first, second, third = np.array([8, 4]), np.array([6]), np.array([4])
-    order = orders([BlendSource(first, [""] * 2), BlendSource(second, [""], 0.5), BlendSource(third, [""], 2.0)], batch_size=23)
+    order = orders(
+        [
+            BlendSource(first, [""] * 2),
+            BlendSource(second, [""], 0.5),
+            BlendSource(third, [""], 2.0),
+        ],
+        batch_size=23,
+    )
     assert order.num_samples == 12 + 3 + 8
-    counts = Counter((source, shard, slot) for source, _, shard, slot in drawn(order, 2))  # two epochs
+    counts = Counter(
+        (source, shard, slot) for source, _, shard, slot in drawn(order, 2)
+    )  # two epochs
     assert {counts[key] for key in everything(0, first)} == {2}
     assert {counts[key] for key in everything(1, second)} == {1}
     assert {counts[key] for key in everything(2, third)} == {4}
@@ -66,11 +85,19 @@ def test_weights_say_how_often_samples_come_in_an_epoch():
 
 def test_every_batch_is_of_one_bucket_and_every_bucket_is_read_evenly():
     counts, buckets = np.array([5, 7, 3, 6]), ["wide", "tall", "wide", "tall"]
-    order = orders([BlendSource(counts, buckets), BlendSource(np.array([4]), ["tall"])], batch_size=4)
+    order = orders(
+        [BlendSource(counts, buckets), BlendSource(np.array([4]), ["tall"])], batch_size=4
+    )
     total = order.num_samples
     assert total == 25
     taken = drawn(order, total)  # 25 batches of 4: each sample four times
-    by_batch = [{(["wide", "tall"][shard % 2] if source == 0 else "tall") for source, _, shard, _ in taken[at : at + 4]} for at in range(0, 100, 4)]
+    by_batch = [
+        {
+            (["wide", "tall"][shard % 2] if source == 0 else "tall")
+            for source, _, shard, _ in taken[at : at + 4]
+        }
+        for at in range(0, 100, 4)
+    ]
     assert all(len(found) == 1 for found in by_batch)
     assert sum(found == {"wide"} for found in by_batch) == 8
     assert set(Counter((source, shard, slot) for source, _, shard, slot in taken).values()) == {4}
@@ -79,7 +106,13 @@ def test_every_batch_is_of_one_bucket_and_every_bucket_is_read_evenly():
 def data_set(folder, sizes, mark, bucket=None, columns=("tokens",)):
     write_raw(folder, sizes, mark=mark)
     for name in columns:
-        write_column(folder, name, value=lambda key: torch.zeros(3 if key in keys_of(1, sizes[1]) else 2, dtype=torch.uint16))
+        write_column(
+            folder,
+            name,
+            value=lambda key: torch.zeros(
+                3 if key in keys_of(1, sizes[1]) else 2, dtype=torch.uint16
+            ),
+        )
     if bucket:
         manifest = read_manifest(folder)
         shards = [replace(s, bucket=bucket[i]) for i, s in enumerate(manifest.shards)]
@@ -91,12 +124,19 @@ def test_the_loader_blends_resumes_and_refuses_another_blend(tmp_path):
     one, two = data_set(tmp_path / "one", [4, 5], "one"), data_set(tmp_path / "two", [3, 3], "two")
 
     def loader(weight=1.0, rank=0, size=1):
-        config = DataConfig(manifest=one, blend=[{"manifest": two, "weight": weight}], global_batch_size=6, read_threads=2)
+        config = DataConfig(
+            manifest=one,
+            blend=[{"manifest": two, "weight": weight}],
+            global_batch_size=6,
+            read_threads=2,
+        )
         return Loader(config, ["tokens"], dp_rank=rank, dp_size=size)
 
     with loader() as straight:
         assert straight.num_samples == 15
-        expected = [[(s.meta.source, s.key) for s in straight.next_batch().samples] for _ in range(5)]
+        expected = [
+            [(s.meta.source, s.key) for s in straight.next_batch().samples] for _ in range(5)
+        ]
         assert set(Counter(key for batch in expected for key in batch).values()) == {2}
     ranks = [loader(rank=r, size=2) for r in range(2)]
     for one_rank in ranks:
@@ -105,7 +145,9 @@ def test_the_loader_blends_resumes_and_refuses_another_blend(tmp_path):
     state = ranks[0].state_dict()
     with loader() as resumed:
         resumed.load_state_dict(state)
-        assert [[(s.meta.source, s.key) for s in resumed.next_batch().samples] for _ in range(3)] == expected[2:]
+        assert [
+            [(s.meta.source, s.key) for s in resumed.next_batch().samples] for _ in range(3)
+        ] == expected[2:]
     with loader(weight=0.5) as other, pytest.raises(ConfigError, match="data = "):
         other.load_state_dict(state)
     for one_rank in ranks:
@@ -116,7 +158,10 @@ def test_a_blend_of_columns_of_other_encoders_is_refused(tmp_path):
     one, two = data_set(tmp_path / "one", [4, 5], "one"), data_set(tmp_path / "two", [3, 3], "two")
     write_column(two, "tokens", mark="other")
     config = {"manifest": one, "blend": [{"manifest": two}], "global_batch_size": 6}
-    with pytest.raises(ShardError, match=r"data.blend.0: its column 'tokens' was made by test \(fingerprint other\)"):
+    with pytest.raises(
+        ShardError,
+        match=r"data.blend.0: its column 'tokens' was made by test \(fingerprint other\)",
+    ):
         Loader(DataConfig(**config), ["tokens"], dp_rank=0, dp_size=1)
     Loader(DataConfig(**config, adopt=True), ["tokens"], dp_rank=0, dp_size=1).close()
 
@@ -127,5 +172,11 @@ def test_micro_batches_of_a_bucketed_data_set_have_one_shape_on_any_number_of_ra
         config = DataConfig(manifest=folder, global_batch_size=6, micro_batch_size=6 // ranks)
         for rank in range(ranks):
             with Loader(config, ["tokens"], dp_rank=rank, dp_size=ranks) as loader:
-                shapes = [{tuple(s.tensors["tokens"].shape) for s in micro} for _ in range(9) for micro in loader.next_batch().micro_batches]
-                assert all(len(found) == 1 for found in shapes) and len({min(s) for s in shapes}) == 2
+                shapes = [
+                    {tuple(s.tensors["tokens"].shape) for s in micro}
+                    for _ in range(9)
+                    for micro in loader.next_batch().micro_batches
+                ]
+                assert (
+                    all(len(found) == 1 for found in shapes) and len({min(s) for s in shapes}) == 2
+                )

@@ -23,14 +23,22 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
-def test_decoder_that_crashes_costs_one_clip_and_says_which_signal(raw: Path, backend: str, number: signal.Signals) -> None:
+def test_decoder_that_crashes_costs_one_clip_and_says_which_signal(
+    raw: Path, backend: str, number: signal.Signals
+) -> None:
     reader = ClipReader(raw, read_manifest(raw).shards, decoder=backend, threads=1)
     reader._decoders[0].process._start()
     os.kill(reader._decoders[0].process.pid, number)
-    clips = [clip for piece in reader.stream([(0, True), (1, True)], size=3) for clip in piece.batch]
+    clips = [
+        clip for piece in reader.stream([(0, True), (1, True)], size=3) for clip in piece.batch
+    ]
     reader.close()
-    assert [(clip.problem.reason, clip.problem.detail) for clip in clips if clip.problem] == [("decoder_died", number.name)]
+    assert [(clip.problem.reason, clip.problem.detail) for clip in clips if clip.problem] == [
+        ("decoder_died", number.name)
+    ]
     assert clips[0].problem and len(clips) == 8
     for at, clip in enumerate(clips):
-        assert clip.problem or np.abs(clip.frames.astype(int) - pan(at)).mean() < 20  # halved chroma; another clip is 80 off
+        assert (
+            clip.problem or np.abs(clip.frames.astype(int) - pan(at)).mean() < 20
+        )  # halved chroma; another clip is 80 off
     assert reader.decode_cpu_s > 0.0

@@ -34,25 +34,52 @@ FRAMES, SIDE = 9, 32
 
 
 def config(source: Path | str, **changes: object) -> ShardsConfig:
-    return load(ShardsConfig, {"source": str(source), "num_frames": FRAMES, "fps": 8, "height": SIDE, "width": SIDE, "max_spans": 2,
-                               "samples_per_shard": 4, "encoding": {"preset": "veryfast"}, **changes})
+    return load(
+        ShardsConfig,
+        {
+            "source": str(source),
+            "num_frames": FRAMES,
+            "fps": 8,
+            "height": SIDE,
+            "width": SIDE,
+            "max_spans": 2,
+            "samples_per_shard": 4,
+            "encoding": {"preset": "veryfast"},
+            **changes,
+        },
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six videos of two spans each, and everything that can be wrong with one."""
     folder = tmp_path_factory.mktemp("videos")
-    rows = [json.loads(line) for line in write_videos(folder, 6, num_frames=20, height=48, width=64).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in write_videos(folder, 6, num_frames=20, height=48, width=64)
+        .read_text()
+        .splitlines()
+    ]
     (folder / "text.mp4").write_text("no video at all")
     (folder / "empty.mp4").touch()
     shutil.copy(folder / "shape_00001.mp4", folder / "copy.mp4")
     write_mp4(folder / "short.mp4", moving_shape(9, num_frames=6, height=48, width=64).frames, 8)
-    rows[3:3] = [{"file": name, "caption": "something"} for name in ("text.mp4", "empty.mp4", "missing.mp4", "copy.mp4", "short.mp4")]
-    rows += [{"file": "shape_00000.mp4", "caption": " "}, {"file": "shape_00002.mp4", "caption": "a part", "start_s": 1.0, "end_s": 1.9}]
+    rows[3:3] = [
+        {"file": name, "caption": "something"}
+        for name in ("text.mp4", "empty.mp4", "missing.mp4", "copy.mp4", "short.mp4")
+    ]
+    rows += [
+        {"file": "shape_00000.mp4", "caption": " "},
+        {"file": "shape_00002.mp4", "caption": "a part", "start_s": 1.0, "end_s": 1.9},
+    ]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -67,10 +94,16 @@ def made(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_clips_are_cut_and_the_rest_is_set_aside_with_its_reason(made: Path) -> None:
     manifest = read_manifest(made)
     assert [shard.samples for shard in manifest.shards] == [4, 4, 4]
-    assert manifest.reject_counts == {"shards/duplicate": 2, "shards/empty_caption": 1, "shards/invalid_data": 2,
-                                      "shards/too_short": 2, "shards/unreadable_file": 1}
-    assert {(reject.key, reject.reason) for reject in manifest.rejects if reject.reason == "too_short"} == {
-        ("short.mp4", "too_short"), ("shape_00002.mp4", "too_short")}
+    assert manifest.reject_counts == {
+        "shards/duplicate": 2,
+        "shards/empty_caption": 1,
+        "shards/invalid_data": 2,
+        "shards/too_short": 2,
+        "shards/unreadable_file": 1,
+    }
+    assert {
+        (reject.key, reject.reason) for reject in manifest.rejects if reject.reason == "too_short"
+    } == {("short.mp4", "too_short"), ("shape_00002.mp4", "too_short")}
     sidecars = [read_sidecar(made / "raw" / f"{shard.name}.tar") for shard in manifest.shards]
     assert [sidecar.entry for sidecar in sidecars] == manifest.shards
     assert [reject for sidecar in sidecars for reject in sidecar.rejects] == manifest.rejects
@@ -93,7 +126,9 @@ def test_plain_webdataset_reads_the_shards(made: Path) -> None:
         drawn = moving_shape(number // 2, num_frames=20, height=48, width=64)
         assert meta.caption == drawn.caption
         centre = drawn.frames[(number % 2) * FRAMES :][:FRAMES, ::3, 8:56:3][:, :, : SIDE // 2]
-        assert np.abs(frames[:, ::2, ::2].astype(int)[:, :, : SIDE // 2] - centre).mean() < 12  # small shapes, halved chroma
+        assert (
+            np.abs(frames[:, ::2, ::2].astype(int)[:, :, : SIDE // 2] - centre).mean() < 12
+        )  # small shapes, halved chroma
         assert meta.motion_score > 0.001
 
 
@@ -118,16 +153,34 @@ def test_second_call_makes_nothing_again(videos: Path, made: Path) -> None:
     seen = []
     make_shards(config(videos), made, progress=lambda *state: seen.append(state))
     assert {path: path.stat().st_mtime_ns for path in (made / "raw").iterdir()} == before
-    assert seen[-1] == (12, 12, "clips; set aside: 2 duplicate, 2 invalid_data, 2 too_short, 1 empty_caption, ...")
+    assert seen[-1] == (
+        12,
+        12,
+        "clips; set aside: 2 duplicate, 2 invalid_data, 2 too_short, 1 empty_caption, ...",
+    )
 
 
-def test_columns_stay_in_the_manifest_while_raw_is_the_same(videos: Path, made: Path, tmp_path: Path) -> None:
+def test_columns_stay_in_the_manifest_while_raw_is_the_same(
+    videos: Path, made: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(made, data)
     manifest = read_manifest(data)
-    column = Column(dtype="uint16", shape=[28], encoder="tokenizer@1", fingerprint="1", config={}, shards=manifest.shards)
+    column = Column(
+        dtype="uint16",
+        shape=[28],
+        encoder="tokenizer@1",
+        fingerprint="1",
+        config={},
+        shards=manifest.shards,
+    )
     reject = Reject(key="k", stage="tokens", reason="not_finite")
-    write_manifest(data, manifest.model_copy(update={"columns": {"tokens": column}, "rejects": [*manifest.rejects, reject]}))
+    write_manifest(
+        data,
+        manifest.model_copy(
+            update={"columns": {"tokens": column}, "rejects": [*manifest.rejects, reject]}
+        ),
+    )
     again = make_shards(config(videos), data)
     assert again.columns == {"tokens": column}
     assert again.reject_counts["tokens/not_finite"] == 1
@@ -147,12 +200,16 @@ def test_other_videos_are_refused(videos: Path, made: Path, tmp_path: Path) -> N
         make_shards(config(tmp_path / "videos"), tmp_path / "data")
 
 
-def test_stale_temporaries_of_a_killed_run_are_removed(videos: Path, made: Path, tmp_path: Path) -> None:
+def test_stale_temporaries_of_a_killed_run_are_removed(
+    videos: Path, made: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(made, data)
     (data / "raw" / ".000001.tar.elsewhere.17.tmp").write_bytes(b"half a shard")
     (data / ".manifest.json.elsewhere.17.tmp").write_bytes(b"half a manifest")
-    young = data / "raw" / ".000002.tar.elsewhere.18.tmp"  # of another machine, perhaps still at work
+    young = (
+        data / "raw" / ".000002.tar.elsewhere.18.tmp"
+    )  # of another machine, perhaps still at work
     for path in data.rglob(".*.tmp"):
         os.utime(path, (0, 0))
     young.write_bytes(b"half a shard")
@@ -166,40 +223,69 @@ def test_stale_temporaries_of_a_killed_run_are_removed(videos: Path, made: Path,
 
 def samples_of(source: Path | str, data: Path, **changes: object) -> list[tuple[str, str, float]]:
     make_shards(config(source, **changes), data)
-    metas = [RawSample.model_validate_json(s["json"]) for s in webdataset.WebDataset(sorted(map(str, (data / "raw").glob("*.tar"))), shardshuffle=False)]
+    metas = [
+        RawSample.model_validate_json(s["json"])
+        for s in webdataset.WebDataset(
+            sorted(map(str, (data / "raw").glob("*.tar"))), shardshuffle=False
+        )
+    ]
     return [(meta.source, meta.caption, meta.start_s) for meta in metas]
 
 
 def test_csv_with_spans_and_other_column_names(videos: Path, tmp_path: Path) -> None:
     table = videos / "table.csv"
     with open(table, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["path", "text", "start_s", "end_s"], ["shape_00000.mp4", "whole, with a comma", "", ""],
-                                    ["shape_00000.mp4", "täil", "1.25", "2.4"]])
+        csv.writer(file).writerows(
+            [
+                ["path", "text", "start_s", "end_s"],
+                ["shape_00000.mp4", "whole, with a comma", "", ""],
+                ["shape_00000.mp4", "täil", "1.25", "2.4"],
+            ]
+        )
     columns = {"file": "path", "caption": "text"}
     assert samples_of(table, tmp_path / "a", columns=columns) == [
-        ("shape_00000.mp4", "whole, with a comma", 0.0), ("shape_00000.mp4", "whole, with a comma", 1.125), ("shape_00000.mp4", "täil", 1.25)]
-    with pytest.raises(ConfigError, match=r"table.csv, line 2: no column 'file', there are 'path'.*columns.file="):
+        ("shape_00000.mp4", "whole, with a comma", 0.0),
+        ("shape_00000.mp4", "whole, with a comma", 1.125),
+        ("shape_00000.mp4", "täil", 1.25),
+    ]
+    with pytest.raises(
+        ConfigError, match=r"table.csv, line 2: no column 'file', there are 'path'.*columns.file="
+    ):
         make_shards(config(table), tmp_path / "b")
     table.unlink()  # the other tests share the folder
 
 
 def test_folder_with_captions_beside_the_videos(videos: Path, tmp_path: Path) -> None:
-    for folder, caption in (("a", "first"), ("b.v1", "second")):  # equal names in two folders, a dot in one
+    for folder, caption in (
+        ("a", "first"),
+        ("b.v1", "second"),
+    ):  # equal names in two folders, a dot in one
         (tmp_path / "in" / folder).mkdir(parents=True)
-        shutil.copy(videos / f"shape_0000{len(folder)}.mp4", tmp_path / "in" / folder / "clip.one.mp4")
+        shutil.copy(
+            videos / f"shape_0000{len(folder)}.mp4", tmp_path / "in" / folder / "clip.one.mp4"
+        )
         (tmp_path / "in" / folder / "clip.one.txt").write_text(caption)
     (tmp_path / "in" / "notes.md").write_text("not a video")
     assert samples_of(tmp_path / "in", tmp_path / "data", max_spans=1) == [
-        ("a/clip.one.mp4", "first", 0.0), ("b.v1/clip.one.mp4", "second", 0.0)]
+        ("a/clip.one.mp4", "first", 0.0),
+        ("b.v1/clip.one.mp4", "second", 0.0),
+    ]
 
 
 def test_all_captions_of_a_clip_stay_with_it(videos: Path, tmp_path: Path) -> None:
-    rows = [{"file": str(videos / "shape_00000.mp4"), "caption": ["first", " ", "second"]}, {"file": str(videos / "shape_00001.mp4"), "caption": []}]
+    rows = [
+        {"file": str(videos / "shape_00000.mp4"), "caption": ["first", " ", "second"]},
+        {"file": str(videos / "shape_00001.mp4"), "caption": []},
+    ]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest = make_shards(config(tmp_path, max_spans=1), tmp_path / "data")
-    (sample,) = webdataset.WebDataset(sorted(map(str, (tmp_path / "data" / "raw").glob("*.tar"))), shardshuffle=False)
+    (sample,) = webdataset.WebDataset(
+        sorted(map(str, (tmp_path / "data" / "raw").glob("*.tar"))), shardshuffle=False
+    )
     meta = RawSample.model_validate_json(sample["json"])
-    assert (meta.caption, meta.more_captions) == ("first", ("second",)) and meta.caption_number(1) == meta.caption_number(5) == "second"
+    assert (meta.caption, meta.more_captions) == ("first", ("second",)) and meta.caption_number(
+        1
+    ) == meta.caption_number(5) == "second"
     assert manifest.reject_counts == {"shards/empty_caption": 1}
 
 
@@ -207,8 +293,14 @@ def test_webdataset_tars_of_clips(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(2):
         with tarfile.open(tmp_path / "in" / f"{number:02d}.tar", "w") as tar:
-            parts = {"mp4": (videos / f"shape_0000{number}.mp4").read_bytes(),
-                     **({"txt": b"from text"} if number else {"json": json.dumps({"caption": "from json"}).encode()})}
+            parts = {
+                "mp4": (videos / f"shape_0000{number}.mp4").read_bytes(),
+                **(
+                    {"txt": b"from text"}
+                    if number
+                    else {"json": json.dumps({"caption": "from json"}).encode()}
+                ),
+            }
             for part, data in parts.items():
                 info = tarfile.TarInfo(f"dir/clip{number}.{part}")
                 info.size = len(data)
@@ -236,10 +328,15 @@ def test_missing_source_and_empty_folder_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"file": "a.mp4"', "line 1 is not JSON"), ('["a.mp4"]', "line 1 holds a list"), ('{"file": "a.mp4"}', "no column 'caption'"),
-    ('{"file": "a.mp4", "caption": "b", "start_s": "soon"}', "start_s = 'soon' is not a time"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file": "a.mp4"', "line 1 is not JSON"),
+        ('["a.mp4"]', "line 1 holds a list"),
+        ('{"file": "a.mp4"}', "no column 'caption'"),
+        ('{"file": "a.mp4", "caption": "b", "start_s": "soon"}', "start_s = 'soon' is not a time"),
+    ],
+)
 def test_broken_caption_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "captions.jsonl").write_text(line + "\n")
     with pytest.raises(ConfigError, match=message):
@@ -253,13 +350,20 @@ def test_captions_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> None:
-    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": str(videos / "text.mp4"), "caption": "x"}) + "\n")
-    with pytest.raises(ShardError, match=r"no clip .* could be used: 1 invalid_data \(.*text\.mp4: .+\)$"):
+    (tmp_path / "captions.jsonl").write_text(
+        json.dumps({"file": str(videos / "text.mp4"), "caption": "x"}) + "\n"
+    )
+    with pytest.raises(
+        ShardError, match=r"no clip .* could be used: 1 invalid_data \(.*text\.mp4: .+\)$"
+    ):
         make_shards(config(tmp_path), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
     (tmp_path / "in").mkdir()
     shutil.copy(videos / "shape_00000.mp4", tmp_path / "in")
-    with pytest.raises(ShardError, match=r"1 empty_caption \(shape_00000\.mp4\); captions are read from a captions\.jsonl"):
+    with pytest.raises(
+        ShardError,
+        match=r"1 empty_caption \(shape_00000\.mp4\); captions are read from a captions\.jsonl",
+    ):
         make_shards(config(tmp_path / "in"), tmp_path / "silent")
 
 
@@ -275,12 +379,26 @@ make_shards(load(ShardsConfig, Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
-def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(videos: Path, made: Path, tmp_path: Path) -> None:
+def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(
+    videos: Path, made: Path, tmp_path: Path
+) -> None:
     file, data = tmp_path / "config.yaml", tmp_path / "data"
     file.write_text(config(videos).model_dump_json())
-    job = subprocess.run([sys.executable, "-c", ON_A_SMALL_DISK, str(file), str(data)], cwd=ROOT, capture_output=True, text=True, check=False)
+    job = subprocess.run(
+        [sys.executable, "-c", ON_A_SMALL_DISK, str(file), str(data)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert job.returncode == 1
-    assert job.stderr.strip().splitlines()[-1].startswith("OSError: [Errno 27] cannot write the shards: File too large; finished shards are kept.")
+    assert (
+        job.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "OSError: [Errno 27] cannot write the shards: File too large; finished shards are kept."
+        )
+    )
     assert [path.name for path in (data / "raw").iterdir()] == ["config.yaml"]
     make_shards(config(videos), data)
     assert contents(data) == contents(made)

@@ -9,7 +9,15 @@ import pytest
 
 
 def kills(what: str, work, number: int, seed: int) -> int:
-    command = [sys.executable, "-m", "tests.data_pipeline.kill_precompute", what, str(work), str(number), str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.data_pipeline.kill_precompute",
+        what,
+        str(work),
+        str(number),
+        str(seed),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return int(ended.stdout.split()[-1])

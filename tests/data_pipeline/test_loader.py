@@ -50,8 +50,13 @@ def loader(data: Path, rank: int = 0, size: int = 1, columns=COLUMNS, **config) 
 
 def take(source: Loader, steps: int) -> list[list[tuple]]:
     """What matters of the samples of `steps` batches."""
-    return [[(s.index, s.epoch, s.position, s.key, s.tensors["tokens"].tolist()) for s in source.next_batch().samples]
-            for _ in range(steps)]
+    return [
+        [
+            (s.index, s.epoch, s.position, s.key, s.tensors["tokens"].tolist())
+            for s in source.next_batch().samples
+        ]
+        for _ in range(steps)
+    ]
 
 
 def interleave(shares: list[list]) -> list:
@@ -70,7 +75,9 @@ def test_each_sample_once_per_epoch_and_equal_global_batches_on_any_number_of_ra
         assert [index for index, *_ in batch] == list(range(step * 30, step * 30 + 30))
         assert [position for _, _, position, *_ in batch] == list(range(30))
     for ranks in (2, 3, 5):
-        loaders = [loader(data, r, ranks, micro_batch_size={2: 5, 3: 2, 5: 3}[ranks]) for r in range(ranks)]
+        loaders = [
+            loader(data, r, ranks, micro_batch_size={2: 5, 3: 2, 5: 3}[ranks]) for r in range(ranks)
+        ]
         shares = [take(one, steps) for one in loaders]
         for step in range(steps):
             assert interleave([share[step] for share in shares]) == expected[step]
@@ -90,7 +97,10 @@ def test_a_sample_brings_its_own_columns_and_its_metadata(data):
 
 
 def test_micro_batches_cut_the_share_and_peers_get_equal_batches(data):
-    with loader(data, 1, 3, micro_batch_size=5) as one, loader(data, 1, 3, micro_batch_size=5) as peer:
+    with (
+        loader(data, 1, 3, micro_batch_size=5) as one,
+        loader(data, 1, 3, micro_batch_size=5) as peer,
+    ):
         batch = one.next_batch()
         assert [len(micro) for micro in batch.micro_batches] == [5, 5]
         assert [s.position for s in batch.samples] == list(range(1, 30, 3))
@@ -145,7 +155,9 @@ def test_seeds_and_windows_give_other_orders(data):
 
 @pytest.mark.parametrize(("size", "micro"), [(4, 1), (2, 4), (31, 1)])
 def test_a_global_batch_that_the_ranks_do_not_divide_is_refused(data, size, micro):
-    with pytest.raises(ConfigError, match=rf"global_batch_size = 30 is not a multiple .* = {size} \* {micro}"):
+    with pytest.raises(
+        ConfigError, match=rf"global_batch_size = 30 is not a multiple .* = {size} \* {micro}"
+    ):
         loader(data, 0, size, micro_batch_size=micro)
 
 
@@ -157,7 +169,9 @@ def test_a_state_of_another_order_is_refused_by_name(data, change):
         loader(data, **change).load_state_dict(state)
 
 
-def test_a_state_of_another_data_set_or_of_columns_that_set_other_clips_aside_is_refused(data, tmp_path):
+def test_a_state_of_another_data_set_or_of_columns_that_set_other_clips_aside_is_refused(
+    data, tmp_path
+):
     other = tmp_path / "other"
     write_raw(other, SIZES, mark="others")
     for name in COLUMNS:
@@ -175,7 +189,9 @@ def test_a_state_of_another_data_set_or_of_columns_that_set_other_clips_aside_is
 
 
 def test_a_missing_column_or_data_set_is_named_with_the_command_that_makes_it(data, tmp_path):
-    with pytest.raises(ShardError, match=r"no column 'latents'; it has: text-minilm, tokens.*landiff precompute"):
+    with pytest.raises(
+        ShardError, match=r"no column 'latents'; it has: text-minilm, tokens.*landiff precompute"
+    ):
         loader(data, columns=["tokens", "latents"])
     with pytest.raises(ShardError, match="landiff shards"):
         loader(tmp_path / "nowhere")
@@ -203,8 +219,12 @@ def test_a_shard_of_another_encoder_is_refused_naming_both_unless_adopted(data):
     manifest = read_manifest(data)
     mixed = write_column(data, "tokens", bad=BAD_TOKENS, mark="newer").columns["tokens"]
     mixed = mixed.model_copy(update={"fingerprint": "column"})
-    write_manifest(data, manifest.model_copy(update={"columns": {**manifest.columns, "tokens": mixed}}))
-    with pytest.raises(ShardError, match="fingerprint newer, the rest of column 'tokens' with column"):
+    write_manifest(
+        data, manifest.model_copy(update={"columns": {**manifest.columns, "tokens": mixed}})
+    )
+    with pytest.raises(
+        ShardError, match="fingerprint newer, the rest of column 'tokens' with column"
+    ):
         loader(data).next_batch()
     with loader(data, adopt=True) as source:
         assert source.next_batch()
@@ -221,7 +241,9 @@ def test_a_shard_made_again_behind_the_manifest_is_refused(data):
 def test_the_encoder_of_a_column_is_checked_against_the_trainers(data):
     manifest = read_manifest(data)
     require_encoder(manifest, "tokens", "1111222233334444", "model.tokenizer")
-    with pytest.raises(ShardError, match=r"'tokens' was made by test 1111222233334444, but model.tokenizer is feed"):
+    with pytest.raises(
+        ShardError, match=r"'tokens' was made by test 1111222233334444, but model.tokenizer is feed"
+    ):
         require_encoder(manifest, "tokens", "feed", "model.tokenizer")
     require_encoder(manifest, "tokens", "feed", "model.tokenizer", adopt=True)
 
@@ -250,7 +272,9 @@ def test_a_truncated_tar_is_named(data):
 def test_an_overwritten_member_is_named_with_its_key(data):
     key = keys_of(0, 7)[0]
     damage(data / "tokens" / "000000.tar", 0, 300)
-    with pytest.raises(ShardError, match=rf"tokens/000000.tar is damaged: where {key}.tokens.safetensors"):
+    with pytest.raises(
+        ShardError, match=rf"tokens/000000.tar is damaged: where {key}.tokens.safetensors"
+    ):
         all_of(data)
 
 
@@ -280,13 +304,20 @@ def test_a_missing_tar_is_named(data):
 def test_columns_that_are_not_aligned_are_refused_with_the_key(data):
     manifest = read_manifest(data)
     keys = keys_of(1, 5)
-    with ShardWriter(data / "tokens", "000001", fingerprint="column", raw_sha256=manifest.shards[1].sha256) as writer:
+    with ShardWriter(
+        data / "tokens", "000001", fingerprint="column", raw_sha256=manifest.shards[1].sha256
+    ) as writer:
         for key in [keys[1], keys[0], *keys[2:]]:
             writer.add(key, {"tokens.safetensors": pack_tensor("tokens", value_of(key))})
-    shards = [writer.sidecar.entry if i == 1 else s for i, s in enumerate(manifest.columns["tokens"].shards)]
+    shards = [
+        writer.sidecar.entry if i == 1 else s
+        for i, s in enumerate(manifest.columns["tokens"].shards)
+    ]
     column = manifest.columns["tokens"].model_copy(update={"shards": shards})
     write_manifest(data, manifest.model_copy(update={"columns": {"tokens": column}}))
-    with pytest.raises(ShardError, match=rf"(?s)tokens/000001.tar is not aligned.*({keys[0]}|{keys[1]})"):
+    with pytest.raises(
+        ShardError, match=rf"(?s)tokens/000001.tar is not aligned.*({keys[0]}|{keys[1]})"
+    ):
         all_of(data)
 
 
@@ -297,7 +328,12 @@ def test_flipped_bits_inside_a_tensor_are_noticed_with_checksum(data):
     content[offset + size - 1] ^= 16
     tar.write_bytes(content)
     all_of(data)  # names and sizes are as they should be
-    with loader(data, checksum=True) as source, pytest.raises(ShardError, match=rf"sample {keys_of(0, 7)[0]}: the tensor's bytes have CRC-32"):
+    with (
+        loader(data, checksum=True) as source,
+        pytest.raises(
+            ShardError, match=rf"sample {keys_of(0, 7)[0]}: the tensor's bytes have CRC-32"
+        ),
+    ):
         source.next_batch()
 
 
@@ -342,10 +378,17 @@ def test_a_sidecar_is_read_without_its_index_and_its_damage_noticed(data):
     whole, short = read_sidecar(tar), read_sidecar(tar, index=False)
     assert whole.index and short == whole.model_copy(update={"index": []})
     path = tar.with_suffix(".json")
-    reject = Reject(key="k", stage="tokens", reason="r", detail='a detail with ,"index":[ in it' * 1000)  # beyond the first block
+    reject = Reject(
+        key="k", stage="tokens", reason="r", detail='a detail with ,"index":[ in it' * 1000
+    )  # beyond the first block
     path.write_text(whole.model_copy(update={"rejects": [reject]}).model_dump_json())
-    assert read_sidecar(tar, index=False).rejects == [reject] and not read_sidecar(tar, index=False).index
-    path.write_text(json.dumps({name: value for name, value in reversed(whole.model_dump(mode="json").items())}))  # another order
+    assert (
+        read_sidecar(tar, index=False).rejects == [reject]
+        and not read_sidecar(tar, index=False).index
+    )
+    path.write_text(
+        json.dumps({name: value for name, value in reversed(whole.model_dump(mode="json").items())})
+    )  # another order
     assert read_sidecar(tar, index=False) == whole
     for cut in (30, 1):
         path.write_text(whole.model_dump_json()[:-cut])
@@ -362,7 +405,9 @@ def test_plain_webdataset_reads_the_column_tars(data):
     keys = [k for shard, n in enumerate(SIZES) for k in keys_of(shard, n) if k not in BAD_TOKENS]
     assert [s["__key__"] for s in samples] == keys
     for sample in samples:
-        assert load_safetensors(sample["tokens.safetensors"])["tokens"].equal(value_of(sample["__key__"]))
+        assert load_safetensors(sample["tokens.safetensors"])["tokens"].equal(
+            value_of(sample["__key__"])
+        )
     raw = list(webdataset.WebDataset([str(data / RAW / "000000.tar")], shardshuffle=False).decode())
     assert raw[0]["json"]["caption"] == f"a clip called {raw[0]['__key__']}"
 
@@ -371,5 +416,7 @@ def test_plain_webdataset_reads_the_column_tars(data):
 def test_our_tensor_files_and_those_of_safetensors_are_the_same_format(dtype):
     tensor = torch.arange(24).view(2, 3, 4).to(dtype)
     assert load_safetensors(pack_tensor("x", tensor))["x"].equal(tensor)
-    theirs = bytearray(save_safetensors({"other": torch.zeros(3), "x": tensor}, metadata={"a": "b"}))
+    theirs = bytearray(
+        save_safetensors({"other": torch.zeros(3), "x": tensor}, metadata={"a": "b"})
+    )
     assert parse_tensor(np.frombuffer(theirs, np.uint8), "x").equal(tensor)

@@ -9,7 +9,9 @@ from landiff.data_pipeline.video.motion import motion
 def texture() -> np.ndarray:
     """Smooth random picture, uint8 [256, 640, 3]."""
     noise = np.random.default_rng(0).normal(size=(256, 640, 3))
-    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 4), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 4), None, 0, 255, cv2.NORM_MINMAX).astype(
+        np.uint8
+    )
 
 
 def pan(picture: np.ndarray, step: int, size: int, frames: int = 9) -> np.ndarray:
@@ -20,7 +22,9 @@ def pan(picture: np.ndarray, step: int, size: int, frames: int = 9) -> np.ndarra
 def test_pan_of_known_speed_has_that_score(texture: np.ndarray, size: int, step: int) -> None:
     found = motion(pan(texture, step, size), fps=8)
     speed = step / size * 8
-    assert found.mean == pytest.approx(speed, rel=0.05)  # DIS at this preset is within 2 % on smooth texture
+    assert found.mean == pytest.approx(
+        speed, rel=0.05
+    )  # DIS at this preset is within 2 % on smooth texture
     assert found.camera[0] == pytest.approx(-speed, rel=0.05)
     assert abs(found.camera[1]) < 0.05 * speed
     assert found.residual < 0.15 * speed
@@ -54,7 +58,9 @@ def test_object_motion_is_residual_and_not_camera(texture: np.ndarray) -> None:
     assert found.residual == pytest.approx(found.mean, rel=0.05)
     assert np.abs(found.camera).max() < 0.15 * found.mean
     covered = 50 * 50 / 128**2
-    assert found.mean == pytest.approx(4 / 128 * 8 * covered, rel=0.35)  # flow bleeds over the object's rim
+    assert found.mean == pytest.approx(
+        4 / 128 * 8 * covered, rel=0.35
+    )  # flow bleeds over the object's rim
 
 
 def test_one_frame_has_no_motion(texture: np.ndarray) -> None:

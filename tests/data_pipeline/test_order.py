@@ -18,8 +18,23 @@ def test_permutation_reaches_every_value_once(n):
 
 def test_permutation_is_the_same_everywhere():
     """Resuming on another machine or numpy depends on these numbers: they must never change."""
-    assert Permutation(10, "0/0/shards").take(np.arange(10)).tolist() == [9, 8, 4, 0, 3, 1, 2, 5, 7, 6]
-    assert Permutation(10**12, "k").take(np.array([0, 1, 10**11])).tolist() == [77197082186, 370875781202, 450989077075]
+    assert Permutation(10, "0/0/shards").take(np.arange(10)).tolist() == [
+        9,
+        8,
+        4,
+        0,
+        3,
+        1,
+        2,
+        5,
+        7,
+        6,
+    ]
+    assert Permutation(10**12, "k").take(np.array([0, 1, 10**11])).tolist() == [
+        77197082186,
+        370875781202,
+        450989077075,
+    ]
 
 
 @pytest.mark.parametrize("n", [3, 12, 81])
@@ -42,7 +57,9 @@ def test_every_epoch_holds_each_sample_once_and_differs():
         places = order.locate(np.arange(epoch * n, (epoch + 1) * n))
         assert (places.epoch == epoch).all()
         epochs.append(list(zip(places.shard.tolist(), places.slot.tolist(), strict=True)))
-        assert sorted(epochs[-1]) == [(s, i) for s, count in enumerate(counts) for i in range(count)]
+        assert sorted(epochs[-1]) == [
+            (s, i) for s, count in enumerate(counts) for i in range(count)
+        ]
     assert epochs[0] != epochs[1] != epochs[2]
 
 
@@ -59,7 +76,10 @@ def test_a_place_does_not_depend_on_how_it_was_reached():
     for index in (599, 0, 200, 199, 401):
         one = Order([10] * 20, seed=0, window=4).locate(np.array([index]))
         assert (one.epoch[0], one.shard[0], one.slot[0]) == (
-            all_at_once.epoch[index], all_at_once.shard[index], all_at_once.slot[index])
+            all_at_once.epoch[index],
+            all_at_once.shard[index],
+            all_at_once.slot[index],
+        )
 
 
 def test_a_million_samples_over_a_thousand_ranks():

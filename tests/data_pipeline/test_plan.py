@@ -62,23 +62,41 @@ def test_every_row_is_a_span_or_set_aside_and_the_first_of_equals_stays(tmp_path
                 if (seen.sha256, start) not in came_before:
                     expected.append((clip.name, clip.caption, seen.sha256, start))
                 came_before.add((seen.sha256, start))
-    assert [(span.source, span.caption, span.source_sha256, span.start_s) for span in spans] == expected
+    assert [
+        (span.source, span.caption, span.source_sha256, span.start_s) for span in spans
+    ] == expected
     assert len({span.key for span in spans}) == len(spans)
-    repeated = [aside.reject for unit in units for aside in unit.aside if aside.reject.reason == "duplicate"]
+    repeated = [
+        aside.reject for unit in units for aside in unit.aside if aside.reject.reason == "duplicate"
+    ]
     firsts = {(span.source_sha256, span.start_s): span.source for span in spans}
     for reject in repeated:
         at = float(reject.detail.split()[2])
-        assert reject.detail.endswith(f"is that of {firsts[look(VideoFile(Path(reject.key))).sha256, at]}")
-    assert len({aside.reject.key for unit in units for aside in unit.aside} | {span.source for span in spans}) == 500
+        assert reject.detail.endswith(
+            f"is that of {firsts[look(VideoFile(Path(reject.key))).sha256, at]}"
+        )
+    assert (
+        len(
+            {aside.reject.key for unit in units for aside in unit.aside}
+            | {span.source for span in spans}
+        )
+        == 500
+    )
 
 
-def test_number_of_files_on_the_way_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_files_on_the_way_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = planned(tmp_path / "one", Listing(lambda: rows(300)))
     monkeypatch.setattr(plan_layout, "BYTES_PER_FILE", 1000)
     many = planned(tmp_path / "many", Listing(lambda: rows(300)))
     assert many.lines == one.lines
-    assert many.path.with_suffix(".jsonl").read_bytes() == one.path.with_suffix(".jsonl").read_bytes()
-    assert sorted(path.suffix for path in many.path.parent.iterdir()) == sorted(path.suffix for path in one.path.parent.iterdir())
+    assert (
+        many.path.with_suffix(".jsonl").read_bytes() == one.path.with_suffix(".jsonl").read_bytes()
+    )
+    assert sorted(path.suffix for path in many.path.parent.iterdir()) == sorted(
+        path.suffix for path in one.path.parent.iterdir()
+    )
 
 
 def test_repeats_come_in_order_with_the_name_of_the_first(tmp_path: Path) -> None:
@@ -86,11 +104,15 @@ def test_repeats_come_in_order_with_the_name_of_the_first(tmp_path: Path) -> Non
     with Repeats(tmp_path, 7) as repeats:
         for number, key in enumerate(keys):
             repeats.add(key, f"row {number}")
-        assert list(repeats.found()) == [(number, f"row {number % 90}") for number in range(90, 250)]
+        assert list(repeats.found()) == [
+            (number, f"row {number % 90}") for number in range(90, 250)
+        ]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 32)
     monkeypatch.setattr(plan_layout, "BYTES_PER_FILE", 20_000)
 
@@ -101,16 +123,27 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path, monkeypatch: pytes
         units = lay(CONFIG, plan_rows.rows_path(path))
         for _ in range(count // 16 // 4):
             next(units)
-        held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, "*/pathlib.py")])
+        held = tracemalloc.take_snapshot().filter_traces(
+            [tracemalloc.Filter(False, "*/pathlib.py")]
+        )
         tracemalloc.stop()
         return sum(trace.size for trace in held.traces)
 
-    assert held_half_way(2400) - held_half_way(400) < 2000 * 100  # a row and what is seen of it are 2000 and more
+    assert (
+        held_half_way(2400) - held_half_way(400) < 2000 * 100
+    )  # a row and what is seen of it are 2000 and more
 
 
-def test_chunks_hold_every_row_once_and_each_video_where_it_is_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_hold_every_row_once_and_each_video_where_it_is_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 4)
-    listing = Listing(lambda: (SourceClip(f"{number}", VideoFile(Path(f"{number // 3}.mp4")), "x", start_s=number % 3) for number in range(400)))
+    listing = Listing(
+        lambda: (
+            SourceClip(f"{number}", VideoFile(Path(f"{number // 3}.mp4")), "x", start_s=number % 3)
+            for number in range(400)
+        )
+    )
     path = write_rows(CONFIG, listing, path_of(CONFIG, tmp_path, listing))
     pieces = list(chunks(CONFIG, path))
     assert [row for _, members in pieces for row in members] == list(read_rows(path))
@@ -118,9 +151,16 @@ def test_chunks_hold_every_row_once_and_each_video_where_it_is_first(tmp_path: P
     videos = [video for _, members in pieces for video in videos_of(members)]
     assert len(videos) == len(set(videos)) == 134  # rows of one video stay together
     assert len(pieces) > 10
-    more = Listing(lambda: (clip for number, clip in enumerate(listing.clips()) if number // 3 != 50))
-    others = {piece.looks for piece, _ in chunks(CONFIG, write_rows(CONFIG, more, path_of(CONFIG, tmp_path, more)))}
-    assert len({piece.looks for piece, _ in pieces} - others) <= 2  # of the chunk it was in, at most of the next
+    more = Listing(
+        lambda: (clip for number, clip in enumerate(listing.clips()) if number // 3 != 50)
+    )
+    others = {
+        piece.looks
+        for piece, _ in chunks(CONFIG, write_rows(CONFIG, more, path_of(CONFIG, tmp_path, more)))
+    }
+    assert (
+        len({piece.looks for piece, _ in pieces} - others) <= 2
+    )  # of the chunk it was in, at most of the next
 
 
 def test_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
@@ -138,16 +178,26 @@ def test_folders_are_read_in_the_order_of_whole_paths(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "link").symlink_to(tmp_path / "b")  # a folder that is linked is not read twice
     names = [clip.name for clip in list_source(config(tmp_path)).clips()]
-    assert names == sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.mp4") if path.is_file())
+    assert names == sorted(
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.mp4") if path.is_file()
+    )
     assert len(names) == 9
 
 
 def test_rows_keep_all_that_is_known_of_a_clip(tmp_path: Path) -> None:
-    clips = [SourceClip("a", VideoFile(Path("a\udcff.mp4"), 512, 99), "Ünï\nœ", 1.5, 2.5), SourceClip("b", VideoFile(Path("b")), "x" * 30_000),
-             SourceClip("c", VideoFile(Path("c")), "", failure=DecodeFailure("truncated", "why"))]
+    clips = [
+        SourceClip("a", VideoFile(Path("a\udcff.mp4"), 512, 99), "Ünï\nœ", 1.5, 2.5),
+        SourceClip("b", VideoFile(Path("b")), "x" * 30_000),
+        SourceClip("c", VideoFile(Path("c")), "", failure=DecodeFailure("truncated", "why")),
+    ]
     listing = Listing(lambda: iter(clips))
-    found = [row.clip for row in read_rows(write_rows(CONFIG, listing, path_of(CONFIG, tmp_path, listing)))]
+    found = [
+        row.clip
+        for row in read_rows(write_rows(CONFIG, listing, path_of(CONFIG, tmp_path, listing)))
+    ]
     assert found[0] == clips[0]
     assert found[1].failure.reason == "long_caption" and found[1].caption == ""
     assert found[2] == clips[2]
-    assert json.loads(plan_rows.rows_path(path_of(CONFIG, tmp_path, listing)).read_text().splitlines()[0])[4] == ["Ünï\nœ"]
+    assert json.loads(
+        plan_rows.rows_path(path_of(CONFIG, tmp_path, listing)).read_text().splitlines()[0]
+    )[4] == ["Ünï\nœ"]

@@ -44,8 +44,20 @@ from tests.data_pipeline.data_sets import raw_sample
 SIZES = [4, 3, 5]
 NUM_CLIPS = sum(SIZES)
 TOKENIZER = TokenizerConfig(
-    feature_channels=112, grid_height=4, grid_width=4, hidden_size=32, num_heads=2, num_layers=1, token_size=16,
-    codebook_size=16, codebook_dim=4, iframe_tokens=12, pframe_tokens=4, segment_frames=5, kmeans_iterations=2)
+    feature_channels=112,
+    grid_height=4,
+    grid_width=4,
+    hidden_size=32,
+    num_heads=2,
+    num_layers=1,
+    token_size=16,
+    codebook_size=16,
+    codebook_dim=4,
+    iframe_tokens=12,
+    pframe_tokens=4,
+    segment_frames=5,
+    kmeans_iterations=2,
+)
 COLUMNS = {
     "features": {"encoder": {"kind": "efficientnet-lite0"}},
     "tokens": {"tokenizer": "tokenizer", "encoder": {"kind": "efficientnet-lite0"}},
@@ -61,10 +73,17 @@ def pan(seed: int, frames: int = 17, size: int = 64) -> np.ndarray:
     draw = np.random.default_rng(seed)
     coarse = draw.integers(0, 255, (8, 16, 3)).astype(np.float32)
     wide = np.kron(coarse, np.ones((size // 8, size // 8, 1), np.float32))
-    return np.stack([np.roll(wide, -2 * t, axis=1)[:, :size] for t in range(frames)]).astype(np.uint8)
+    return np.stack([np.roll(wide, -2 * t, axis=1)[:, :size] for t in range(frames)]).astype(
+        np.uint8
+    )
 
 
-def write_clips(data: Path, sizes: list[int] = SIZES, odd: dict[int, np.ndarray] | None = None, mark: str = "raw") -> Manifest:
+def write_clips(
+    data: Path,
+    sizes: list[int] = SIZES,
+    odd: dict[int, np.ndarray] | None = None,
+    mark: str = "raw",
+) -> Manifest:
     """Raw shards of real clips; `odd` replaces the frames of some."""
     entries, number = [], 0
     for shard, samples in enumerate(sizes):
@@ -72,13 +91,24 @@ def write_clips(data: Path, sizes: list[int] = SIZES, odd: dict[int, np.ndarray]
             for _ in range(samples):
                 frames = (odd or {}).get(number, pan(number))
                 clip = encode_clip(frames, 8.0, preset="ultrafast")
-                meta = raw_sample(key_of(number), caption=f"a picture that moves, number {number // 2}",
-                                  more_captions=(f"seen again, {number}",) if number < 3 else (), num_frames=len(frames),
-                                  height=frames.shape[1], width=frames.shape[2], source=mark, video_sha256=hashlib.sha256(clip).hexdigest())
+                meta = raw_sample(
+                    key_of(number),
+                    caption=f"a picture that moves, number {number // 2}",
+                    more_captions=(f"seen again, {number}",) if number < 3 else (),
+                    num_frames=len(frames),
+                    height=frames.shape[1],
+                    width=frames.shape[2],
+                    source=mark,
+                    video_sha256=hashlib.sha256(clip).hexdigest(),
+                )
                 writer.add(meta.key, {"mp4": clip, "json": meta.model_dump_json().encode()})
                 number += 1
         entries.append(writer.sidecar.entry)
-    manifest = Manifest(fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]), config={}, shards=entries)
+    manifest = Manifest(
+        fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]),
+        config={},
+        shards=entries,
+    )
     write_manifest(data, manifest)
     return manifest
 
@@ -125,12 +155,19 @@ def copied(clips: Path, data: Path) -> Path:
 
 def config(data: Path, zoo: Path, columns=COLUMNS, **fields) -> PrecomputeConfig:
     columns = columns if isinstance(columns, dict) else {name: COLUMNS[name] for name in columns}
-    return load(PrecomputeConfig, {"data": data, "zoo": zoo, "columns": columns, "device": "cpu", "batch_size": 3} | fields)
+    return load(
+        PrecomputeConfig,
+        {"data": data, "zoo": zoo, "columns": columns, "device": "cpu", "batch_size": 3} | fields,
+    )
 
 
 def contents(data: Path, columns=FAST) -> dict[str, bytes]:
     """All files of some columns, hidden ones included."""
-    return {str(p.relative_to(data)): p.read_bytes() for name in columns for p in sorted((data / name).iterdir())}
+    return {
+        str(p.relative_to(data)): p.read_bytes()
+        for name in columns
+        for p in sorted((data / name).iterdir())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -148,31 +185,50 @@ def whole(clips, zoo, tmp_path_factory):
 
 def test_columns_hold_what_the_encoders_give(whole, zoo):
     data, _, _ = whole
-    vision, codec = frozen.build(config(data, zoo).columns["features"].encoder), frozen.build(config(data, zoo).columns["latents"].encoder)
+    vision, codec = (
+        frozen.build(config(data, zoo).columns["features"].encoder),
+        frozen.build(config(data, zoo).columns["latents"].encoder),
+    )
     tokenizer = registry.load_model(registry.resolve(zoo, "tokenizer"))
-    text = {name: frozen.build(config(data, zoo).columns[name].encoder) for name in ("text-minilm", "text-minilm-padded")}
+    text = {
+        name: frozen.build(config(data, zoo).columns[name].encoder)
+        for name in ("text-minilm", "text-minilm-padded")
+    }
     manifest = read_manifest(data)
     assert {name: (c.dtype, c.shape) for name, c in manifest.columns.items()} == {
-        "features": ("float16", [5, 112, 4, 4]), "tokens": ("uint16", [28]), "latents": ("bfloat16", [5, 48, 8, 8]),
-        "text-minilm": ("bfloat16", manifest.columns["text-minilm"].shape), "text-minilm-padded": ("bfloat16", [32, 384]),
+        "features": ("float16", [5, 112, 4, 4]),
+        "tokens": ("uint16", [28]),
+        "latents": ("bfloat16", [5, 48, 8, 8]),
+        "text-minilm": ("bfloat16", manifest.columns["text-minilm"].shape),
+        "text-minilm-padded": ("bfloat16", [32, 384]),
     }
-    with Loader(DataConfig(manifest=data, global_batch_size=NUM_CLIPS), list(COLUMNS), dp_rank=0, dp_size=1) as loader:
+    with Loader(
+        DataConfig(manifest=data, global_batch_size=NUM_CLIPS), list(COLUMNS), dp_rank=0, dp_size=1
+    ) as loader:
         samples = list(loader.next_batch().samples)
     assert sorted(s.key for s in samples) == [key_of(i) for i in range(NUM_CLIPS)]
     with ClipDecoder() as decoder:
-        clips = [decoder.decode(read_part(data, manifest, sample.key, "mp4")) for sample in samples[:4]]
+        clips = [
+            decoder.decode(read_part(data, manifest, sample.key, "mp4")) for sample in samples[:4]
+        ]
     for sample, clip in zip(samples, clips, strict=False):
         frames = torch.from_numpy(clip)[None]
         # batches of other sizes may take another kernel: one unit in the last place of the stored dtype
         features = vision(frames[:, ::4])[0]
-        torch.testing.assert_close(sample.tensors["features"], features.half(), rtol=2**-9, atol=2e-3)
-        torch.testing.assert_close(sample.tensors["latents"], codec.encode(frames)[0].bfloat16(), rtol=2**-7, atol=1e-3)
+        torch.testing.assert_close(
+            sample.tensors["features"], features.half(), rtol=2**-9, atol=2e-3
+        )
+        torch.testing.assert_close(
+            sample.tensors["latents"], codec.encode(frames)[0].bfloat16(), rtol=2**-7, atol=1e-3
+        )
         codes = tokenizer.encode(sample.tensors["features"].float()[None])[0]
         assert sample.tensors["tokens"].equal(codes.to(torch.uint16))
         for name, encoder in text.items():
             states, lengths = encoder([sample.meta.caption])
             assert sample.tensors[name].shape == (int(lengths[0]), 384)
-            torch.testing.assert_close(sample.tensors[name], states[0, : lengths[0]].bfloat16(), rtol=2**-7, atol=1e-2)
+            torch.testing.assert_close(
+                sample.tensors[name], states[0, : lengths[0]].bfloat16(), rtol=2**-7, atol=1e-2
+            )
 
 
 def test_summary_progress_and_status_say_what_was_done(whole, zoo):
@@ -180,8 +236,19 @@ def test_summary_progress_and_status_say_what_was_done(whole, zoo):
     for name in COLUMNS:
         column = summary.columns[name]
         assert (column.made, column.found, column.clips, column.rejects) == (3, 0, NUM_CLIPS, {})
-    assert {"decode", "features", "tokens", "latents", "text", "write"} <= summary.stage_seconds.keys()
-    for note in ("clips (text-minilm)", "clips (text-minilm-padded)", "clips (features, tokens, latents)"):
+    assert {
+        "decode",
+        "features",
+        "tokens",
+        "latents",
+        "text",
+        "write",
+    } <= summary.stage_seconds.keys()
+    for note in (
+        "clips (text-minilm)",
+        "clips (text-minilm-padded)",
+        "clips (features, tokens, latents)",
+    ):
         done = [done for done, total, said in told if said.split(";")[0] == note]
         assert done == sorted(done) and (done[0], done[-1]) == (0, NUM_CLIPS)
     assert {total for _, total, _ in told} == {NUM_CLIPS}
@@ -212,7 +279,11 @@ def test_tokens_are_the_same_with_and_without_the_features_column(whole, data, z
     precompute.run(config(data, zoo, ["features"]))
     summary = precompute.run(config(data, zoo, ["tokens"]))
     assert contents(data, ["tokens"]) == contents(whole[0], ["tokens"])
-    assert summary.columns["tokens"].made == 1 and summary.stage_seconds["decode"] == 0 and "features" not in summary.stage_seconds
+    assert (
+        summary.columns["tokens"].made == 1
+        and summary.stage_seconds["decode"] == 0
+        and "features" not in summary.stage_seconds
+    )
 
 
 def test_the_manifest_tells_a_trainer_which_encoders_made_a_column(whole, zoo):
@@ -227,17 +298,27 @@ def test_the_manifest_tells_a_trainer_which_encoders_made_a_column(whole, zoo):
 def test_sampled_noise_depends_on_the_clip_alone():
     first = precompute.clip_noise(0, "a", (2, 3))
     assert first.equal(precompute.clip_noise(0, "a", (2, 3)))
-    assert not first.equal(precompute.clip_noise(0, "b", (2, 3))) and not first.equal(precompute.clip_noise(1, "a", (2, 3)))
+    assert not first.equal(precompute.clip_noise(0, "b", (2, 3))) and not first.equal(
+        precompute.clip_noise(1, "a", (2, 3))
+    )
 
 
 def test_latents_hold_mean_and_log_variance_where_they_are_asked_for(data, zoo, whole):
     both = {"latents": {"encoder": {"kind": "dct"}, "moments": True}}
     precompute.run(config(data, zoo, both))
     column = precompute.finalize(config(data, zoo, both)).columns["latents"]
-    assert column.shape == [5, 96, 8, 8] and column.fingerprint != read_manifest(whole[0]).columns["latents"].fingerprint
+    assert (
+        column.shape == [5, 96, 8, 8]
+        and column.fingerprint != read_manifest(whole[0]).columns["latents"].fingerprint
+    )
 
     def samples(folder: Path):
-        with Loader(DataConfig(manifest=folder, global_batch_size=NUM_CLIPS), ["latents"], dp_rank=0, dp_size=1) as loader:
+        with Loader(
+            DataConfig(manifest=folder, global_batch_size=NUM_CLIPS),
+            ["latents"],
+            dp_rank=0,
+            dp_size=1,
+        ) as loader:
             return {s.key: s.tensors["latents"] for s in loader.next_batch().samples}
 
     means = samples(whole[0])
@@ -272,9 +353,18 @@ class TwoAtATime:
 
 def test_batches_are_encoded_at_the_same_time_and_written_meanwhile_in_order(clips, data, zoo):
     mine = config(data, zoo, ["latents"], batch_size=1, encode_threads=2)
-    summary = PrecomputeJob(mine, read_manifest(data), (0, 1), lambda names, bench: {"latents": TwoAtATime(data / "latents")}).run()
+    summary = PrecomputeJob(
+        mine,
+        read_manifest(data),
+        (0, 1),
+        lambda names, bench: {"latents": TwoAtATime(data / "latents")},
+    ).run()
     assert summary.columns["latents"].made == 3
-    keys = [key for entry in read_manifest(data).shards for key, _ in read_sidecar(data / "latents" / f"{entry.name}.tar").index]
+    keys = [
+        key
+        for entry in read_manifest(data).shards
+        for key, _ in read_sidecar(data / "latents" / f"{entry.name}.tar").index
+    ]
     assert keys == [key_of(i) for i in range(NUM_CLIPS)]
 
 
@@ -305,7 +395,12 @@ def test_a_column_may_take_another_caption_of_each_clip(data, zoo):
     second = settings.columns["text-minilm"].model_copy(update={"caption": 1})
     found = encoded_captions(settings.model_copy(update={"columns": {"text-minilm": second}}))
     # clips 0 to 2 have two captions; the others give their only one
-    assert found == sorted([*(f"seen again, {i}" for i in range(3)), *(f"a picture that moves, number {k}" for k in (1, 2, 3, 3, 4, 5))])
+    assert found == sorted(
+        [
+            *(f"seen again, {i}" for i in range(3)),
+            *(f"a picture that moves, number {k}" for k in (1, 2, 3, 3, 4, 5)),
+        ]
+    )
 
 
 def test_a_caption_of_several_clips_is_encoded_once_for_its_shard(data, zoo):
@@ -368,7 +463,10 @@ def test_several_tasks_and_twins_on_one_folder_are_safe(clips, zoo, tmp_path):
     precompute.run(config(alone, zoo, FAST, batch_size=1))
     shared = copied(clips, tmp_path / "shared")
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run_task, args=(shared, zoo, *task)) for task in ((0, 2), (1, 2), (1, 2))]
+    processes = [
+        context.Process(target=run_task, args=(shared, zoo, *task))
+        for task in ((0, 2), (1, 2), (1, 2))
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -383,9 +481,14 @@ def test_a_unit_has_one_owner(clips, zoo, tmp_path):
     data = copied(clips, tmp_path / "data")
     (data / "latents").mkdir()
     first = read_manifest(data).shards[0].name
-    with take(data / "latents" / f".{first}.owner", "the unit"), pytest.raises(OwnedError) as refused:
+    with (
+        take(data / "latents" / f".{first}.owner", "the unit"),
+        pytest.raises(OwnedError) as refused,
+    ):
         precompute.run(config(data, zoo, FAST))
-    assert f"shard {first} of column 'latents' in {data} is in use by process {os.getpid()}" in str(refused.value)
+    assert f"shard {first} of column 'latents' in {data} is in use by process {os.getpid()}" in str(
+        refused.value
+    )
     precompute.run(config(data, zoo, FAST))
     assert not list(data.rglob("*.owner")) and not list(data.rglob("*.failed"))
 
@@ -406,7 +509,10 @@ def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(data, zo
     process = multiprocessing.get_context("fork").Process(target=int)
     process.start()
     process.join()
-    dead, alive = folder / f".000000.tar.{host}.{process.pid}.tmp", folder / f".000000.tar.{host}.{os.getppid()}.tmp"
+    dead, alive = (
+        folder / f".000000.tar.{host}.{process.pid}.tmp",
+        folder / f".000000.tar.{host}.{os.getppid()}.tmp",
+    )
     far, old = folder / ".000000.tar.elsewhere.7.tmp", folder / ".000001.tar.elsewhere.7.tmp"
     for path in (dead, alive, far, old):
         path.write_bytes(b"half")
@@ -419,7 +525,9 @@ def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(data, zo
 
 
 def test_finalize_lists_the_shards_that_are_missing(data, zoo):
-    with pytest.raises(ShardError, match=r"column 'features' lacks 3 of 3 shards: 000000, 000001, 000002"):
+    with pytest.raises(
+        ShardError, match=r"column 'features' lacks 3 of 3 shards: 000000, 000001, 000002"
+    ):
         precompute.finalize(config(data, zoo, FAST))
     precompute.run(config(data, zoo, FAST))
     (data / "latents" / "000001.json").unlink()
@@ -444,8 +552,13 @@ def odd_data(tmp_path):
     write_clips(tmp_path, [5, 5, 5], odd={1: pan(1, frames=16)})
     manifest = read_manifest(tmp_path)
     entry = manifest.shards[1]
-    parts = {n: (read_part(tmp_path, manifest, key_of(n), "mp4"), json.loads(read_part(tmp_path, manifest, key_of(n), "json")))
-             for n in range(5, 10)}
+    parts = {
+        n: (
+            read_part(tmp_path, manifest, key_of(n), "mp4"),
+            json.loads(read_part(tmp_path, manifest, key_of(n), "json")),
+        )
+        for n in range(5, 10)
+    }
     with ShardWriter(tmp_path / RAW, entry.name, fingerprint="raw") as writer:
         for number, (clip, meta) in parts.items():
             meta["caption"] = " " if number == 5 else meta["caption"]
@@ -462,15 +575,26 @@ def test_a_bad_clip_costs_itself_and_only_in_the_columns_that_cannot_take_it(odd
     manifest = precompute.finalize(config(odd_data, zoo, names, max_bad_fraction=0.2))
     assert summary.columns["latents"].rejects == {"frame_count": 1, "damaged": 1}
     assert manifest.reject_counts == {
-        "features/damaged": 1, "features/frame_count": 1, "latents/damaged": 1, "latents/frame_count": 1,
-        "text-minilm/empty_caption": 1, "tokens/damaged": 1, "tokens/frame_count": 1,
+        "features/damaged": 1,
+        "features/frame_count": 1,
+        "latents/damaged": 1,
+        "latents/frame_count": 1,
+        "text-minilm/empty_caption": 1,
+        "tokens/damaged": 1,
+        "tokens/frame_count": 1,
     }
     assert {(r.stage, r.key) for r in manifest.rejects} == {
-        *((name, key_of(n)) for name in names[:3] for n in (1, 9)), ("text-minilm", key_of(5))}
+        *((name, key_of(n)) for name in names[:3] for n in (1, 9)),
+        ("text-minilm", key_of(5)),
+    }
     assert [s.missing for s in manifest.columns["latents"].shards] == [(1,), (4,), ()]
-    with Loader(DataConfig(manifest=odd_data, global_batch_size=12), names, dp_rank=0, dp_size=1) as loader:
+    with Loader(
+        DataConfig(manifest=odd_data, global_batch_size=12), names, dp_rank=0, dp_size=1
+    ) as loader:
         assert loader.num_samples == 12
-        assert sorted(s.key for s in loader.next_batch().samples) == [key_of(n) for n in range(15) if n not in (1, 5, 9)]
+        assert sorted(s.key for s in loader.next_batch().samples) == [
+            key_of(n) for n in range(15) if n not in (1, 5, 9)
+        ]
 
 
 def test_tokens_leave_out_what_the_features_column_left_out(odd_data, zoo):
@@ -480,7 +604,10 @@ def test_tokens_leave_out_what_the_features_column_left_out(odd_data, zoo):
 
 
 def test_too_many_bad_clips_stop_the_job_and_name_the_reasons(odd_data, zoo):
-    with pytest.raises(TooManyColumnRejects, match=r"'latents': 2 of 15 clips were set aside \(.*damaged 1.*max_bad_fraction = 0.1\."):
+    with pytest.raises(
+        TooManyColumnRejects,
+        match=r"'latents': 2 of 15 clips were set aside \(.*damaged 1.*max_bad_fraction = 0.1\.",
+    ):
         precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.1))
     assert not (odd_data / "latents" / "000002.json").exists()
     precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.2))
@@ -504,13 +631,24 @@ def test_a_changed_encoder_is_refused_naming_both_until_told_to_redo(data, tmp_p
     new = export_tokenizer(zoo, 1)
     with pytest.raises(ConfigError) as refusal:
         precompute.run(config(data, zoo, ["tokens"]))
-    assert old.fingerprint in str(refusal.value) and new.fingerprint in str(refusal.value) and "redo=[tokens]" in str(refusal.value)
+    assert (
+        old.fingerprint in str(refusal.value)
+        and new.fingerprint in str(refusal.value)
+        and "redo=[tokens]" in str(refusal.value)
+    )
     assert contents(data, ["tokens"]) == before
     summary = precompute.run(config(data, zoo, ["tokens"], redo=["tokens"]))
     assert summary.columns["tokens"].made == 3
-    with pytest.raises(ShardError, match="precompute finalize"):  # the manifest still lists the old shards
-        Loader(DataConfig(manifest=data, global_batch_size=1), ["tokens"], dp_rank=0, dp_size=1).next_batch()
-    assert precompute.finalize(config(data, zoo, ["tokens"])).columns["tokens"].encoder == new.reference
+    with pytest.raises(
+        ShardError, match="precompute finalize"
+    ):  # the manifest still lists the old shards
+        Loader(
+            DataConfig(manifest=data, global_batch_size=1), ["tokens"], dp_rank=0, dp_size=1
+        ).next_batch()
+    assert (
+        precompute.finalize(config(data, zoo, ["tokens"])).columns["tokens"].encoder
+        == new.reference
+    )
     precompute.run(config(data, zoo, ["tokens"]))  # and from now on without being told
 
 
@@ -521,7 +659,12 @@ def test_an_interrupted_redo_leaves_no_mixture(data, tmp_path):
     export_tokenizer(zoo, 1)
     mine = config(data, zoo, ["tokens"], redo=["tokens"])
     shards = read_manifest(data).shards
-    some = next((n, of) for of in range(2, 99) for n in range(of) if 0 < len(precompute.share(shards, (n, of))) < 3)
+    some = next(
+        (n, of)
+        for of in range(2, 99)
+        for n in range(of)
+        if 0 < len(precompute.share(shards, (n, of))) < 3
+    )
     precompute.run(mine, task=some)
     (row,) = precompute.status(mine)
     assert row.left and row.stale == row.left
@@ -535,7 +678,9 @@ def test_units_of_raw_shards_that_changed_are_made_again(data, zoo):
     write_clips(data, odd={0: pan(99)})
     summary = precompute.run(config(data, zoo, ["latents"]))
     assert (summary.columns["latents"].made, summary.columns["latents"].found) == (1, 2)
-    changed = {name for name, content in contents(data, ["latents"]).items() if content != old[name]}
+    changed = {
+        name for name, content in contents(data, ["latents"]).items() if content != old[name]
+    }
     assert changed == {"latents/000000.tar", "latents/000000.json"}
 
 
@@ -549,15 +694,25 @@ def problem(columns: dict, **fields) -> str:
 
 
 def test_mistakes_in_the_config_are_named():
-    assert "columns.tokens" in problem({"tokens": {"encoder": {"kind": "efficientnet-lite0"}}}) and "columns is empty" in problem({})
+    assert "columns.tokens" in problem(
+        {"tokens": {"encoder": {"kind": "efficientnet-lite0"}}}
+    ) and "columns is empty" in problem({})
     assert "colums" in problem({"colums": {"encoder": {"kind": "dct"}}})
-    assert "leave one out" in problem({"latents": {"encoder": {"kind": "dct"}, "moments": True, "sample_seed": 1}})
+    assert "leave one out" in problem(
+        {"latents": {"encoder": {"kind": "dct"}, "moments": True, "sample_seed": 1}}
+    )
     assert "redo names latents" in problem({"features": COLUMNS["features"]}, redo=["latents"])
 
 
 def test_the_kind_of_a_column_follows_from_its_name(data, zoo):
     loaded = config(data, zoo)
-    assert [c.kind for c in loaded.columns.values()] == ["features", "tokens", "latents", "text", "text"]
+    assert [c.kind for c in loaded.columns.values()] == [
+        "features",
+        "tokens",
+        "latents",
+        "text",
+        "text",
+    ]
     assert all(isinstance(c, Config) for c in loaded.columns.values())
 
 

@@ -75,13 +75,21 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
     folder.fail(entries[0], RuntimeError("the card fell out"))
     (data / "latents" / f".{entries[0].name}.tar.{os.uname().nodename}.{os.getppid()}.tmp").touch()
     (running,) = precompute.status(latents(data, zoo))
-    assert (running.done, running.left, running.running, running.failed, running.samples) == (2, 1, 1, 0, 8)
+    assert (running.done, running.left, running.running, running.failed, running.samples) == (
+        2,
+        1,
+        1,
+        0,
+        8,
+    )
     next(folder.folder.glob(".*.tmp")).unlink()
     for entry, when in zip(entries[1:], (1000, 1010), strict=True):
         os.utime(folder.folder / f"{entry.name}.json", (when, when))
     (failed,) = precompute.status(latents(data, zoo))
     assert (failed.running, failed.failed, failed.samples_left) == (0, 1, 4)
-    assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(8)  # 5 clips in 10 s; 4 are left
+    assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(
+        8
+    )  # 5 clips in 10 s; 4 are left
     assert failed.bytes == sum(folder.sidecar(e).entry.bytes for e in entries[1:])
     text = format_table([failed])
     assert "000000: RuntimeError: the card fell out" in text and "0:08" in text
@@ -94,7 +102,9 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
 def test_status_says_by_name_what_makes_a_column_stale(data, zoo):
     changed = config(data, zoo, {"latents": {"encoder": {"kind": "dct"}, "sample_seed": 4}})
     (row,) = precompute.status(changed)
-    assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in format_table([row])
+    assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in format_table(
+        [row]
+    )
     assert (row.done, row.left, row.stale) == (0, 3, 3)
 
 
@@ -103,11 +113,16 @@ def test_status_and_retry_know_a_tokenizer_that_was_trained_anew(data, tmp_path)
     old = export_tokenizer(zoo, 0)
     tokens = config(data, zoo, ["tokens"])
     (row,) = precompute.status(tokens)
-    assert (row.done, row.stale, row.changed) == (3, 0, "") and precompute.retry(tokens, 1) == {"tokens": ""}
+    assert (row.done, row.stale, row.changed) == (3, 0, "") and precompute.retry(tokens, 1) == {
+        "tokens": ""
+    }
     new = export_tokenizer(zoo, 1)
     (row,) = precompute.status(tokens)
     assert (row.done, row.left, row.stale) == (0, 3, 3)
-    assert row.changed == f"tokenizer was {old.reference}, is {new.reference}" and "redo=[tokens]" in format_table([row])
+    assert (
+        row.changed == f"tokenizer was {old.reference}, is {new.reference}"
+        and "redo=[tokens]" in format_table([row])
+    )
     assert precompute.retry(tokens, 1) == {"tokens": "0"}
 
 
@@ -126,22 +141,33 @@ def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
     assert not list((tmp_path / "latents").glob(".*.tmp"))
 
 
-def test_columns_are_finished_where_their_preview_cannot_be_written(data, zoo, tmp_path, monkeypatch, capsys):
+def test_columns_are_finished_where_their_preview_cannot_be_written(
+    data, zoo, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "precompute").mkdir(parents=True)
     (tmp_path / "runs" / "precompute" / "tensorboard").touch()  # no folder
-    (tmp_path / "latents.yaml").write_text(f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}")
+    (tmp_path / "latents.yaml").write_text(
+        f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}"
+    )
     code = main(["precompute", "--config", "latents.yaml"])
     out, err = capsys.readouterr()
     assert code == 0 and "has the columns latents" in out
-    assert "precompute: the columns are finished; their preview in runs/precompute could not be written: File exists" in err
+    assert (
+        "precompute: the columns are finished; their preview in runs/precompute could not be written: File exists"
+        in err
+    )
 
 
 def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, tmp_path):
     for entry in read_manifest(data).shards:
         ColumnFolder(data, "latents").withdraw(entry)
-    (tmp_path / "latents.yaml").write_text(f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}")
-    task = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(["precompute", "--config", str(tmp_path / "latents.yaml")])))
+    (tmp_path / "latents.yaml").write_text(
+        f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}"
+    )
+    task = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(main(["precompute", "--config", str(tmp_path / "latents.yaml")]))
+    )
     with locked(data / "latents"):  # it cannot commit
         task.start()
         while not list((data / "latents").glob(".*.tar.*.tmp")):
@@ -165,7 +191,11 @@ def run_on_a_small_disk(data, zoo) -> None:
 
 
 def test_a_full_disk_is_one_clear_error_and_costs_what_did_not_fit(data, zoo):
-    expected = {name: content for name, content in contents(data, ["latents"]).items() if name.endswith((".tar", ".json"))}
+    expected = {
+        name: content
+        for name, content in contents(data, ["latents"]).items()
+        if name.endswith((".tar", ".json"))
+    }
     for entry in read_manifest(data).shards:
         ColumnFolder(data, "latents").withdraw(entry)
     task = multiprocessing.get_context("fork").Process(target=run_on_a_small_disk, args=(data, zoo))
@@ -174,9 +204,17 @@ def test_a_full_disk_is_one_clear_error_and_costs_what_did_not_fit(data, zoo):
     assert task.exitcode == 0
     assert not list((data / "latents").glob(".*.tmp"))
     (row,) = precompute.status(latents(data, zoo))
-    assert row.failed and row.failed == len(row.errors) and all("File too large" in error for error in row.errors)
+    assert (
+        row.failed
+        and row.failed == len(row.errors)
+        and all("File too large" in error for error in row.errors)
+    )
     precompute.run(latents(data, zoo))
-    assert {name: content for name, content in contents(data, ["latents"]).items() if name.endswith((".tar", ".json"))} == expected
+    assert {
+        name: content
+        for name, content in contents(data, ["latents"]).items()
+        if name.endswith((".tar", ".json"))
+    } == expected
 
 
 def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
@@ -207,7 +245,12 @@ def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):
     assert (back.shards, back.clips, back.equal, back.problems) == (3, NUM_CLIPS, NUM_CLIPS, [])
     assert min(back.measures["psnr"]) > 15 and "psnr" in str(back)
     assert (tokens.clips, tokens.equal, tokens.problems) == (NUM_CLIPS, NUM_CLIPS, [])
-    assert tokens.histogram.sum() == 28 * NUM_CLIPS and tokens.measures == {"bad_values": [0.0] * NUM_CLIPS} and tokens.histogram[16:].sum() == 0 and "codes in use" in str(tokens)
+    assert (
+        tokens.histogram.sum() == 28 * NUM_CLIPS
+        and tokens.measures == {"bad_values": [0.0] * NUM_CLIPS}
+        and tokens.histogram[16:].sum() == 0
+        and "codes in use" in str(tokens)
+    )
     assert precompute.verify(latents(data, zoo), sample=0.01)[0].shards == 1
 
 
@@ -215,12 +258,23 @@ def replace_unit(data, change) -> None:
     """Write shard 0 of the latents anew, sidecar and all, with the tensors `change` gives."""
     column, entry = ColumnFolder(data, "latents"), read_manifest(data).shards[0]
     old = column.sidecar(entry)
-    with ShardWriter(column.folder, entry.name, fingerprint=old.fingerprint, raw_sha256=entry.sha256) as writer:
+    with ShardWriter(
+        column.folder, entry.name, fingerprint=old.fingerprint, raw_sha256=entry.sha256
+    ) as writer:
         for key, _ in old.index:
-            writer.add(key, {"latents.safetensors": pack_tensor("latents", change(torch.zeros(5, 48, 8, 8)).bfloat16())})
+            writer.add(
+                key,
+                {
+                    "latents.safetensors": pack_tensor(
+                        "latents", change(torch.zeros(5, 48, 8, 8)).bfloat16()
+                    )
+                },
+            )
 
 
-def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_other_encoders(data, zoo, tmp_path):
+def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_other_encoders(
+    data, zoo, tmp_path
+):
     replace_unit(data, lambda zeros: zeros)
     assert "encoded again it differs by" in str(precompute.verify(latents(data, zoo), 1.0)[0])
     replace_unit(data, lambda zeros: zeros / zeros)
@@ -234,7 +288,9 @@ def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_o
     assert "sha256 of its sidecar" in found[0] and "CRC-32" in found[1]
     other = tmp_path / "zoo"
     export_tokenizer(other, 1)
-    assert "stale: made by tokenizer@" in str(precompute.verify(config(data, other, ["tokens"]), 1.0)[0])
+    assert "stale: made by tokenizer@" in str(
+        precompute.verify(config(data, other, ["tokens"]), 1.0)[0]
+    )
 
 
 def test_estimate_tells_disk_and_hours_from_a_few_clips_and_writes_nothing(data, zoo):
@@ -244,7 +300,9 @@ def test_estimate_tells_disk_and_hours_from_a_few_clips_and_writes_nothing(data,
     by_name = {row.column: row for row in estimate.columns}
     assert (by_name["latents"].clips_left, by_name["tokens"].clips_left) == (5, 0)
     size = read_sidecar(data / "latents" / "000000.tar").entry.bytes / 4
-    assert by_name["latents"].bytes == pytest.approx(5 * size, rel=0.2)  # but for the end of the tar
+    assert by_name["latents"].bytes == pytest.approx(
+        5 * size, rel=0.2
+    )  # but for the end of the tar
     assert by_name["latents"].seconds > 0 and estimate.decode_s > 0 and "latents" in str(estimate)
     assert contents(data, ["latents", "tokens"]) == before
 
@@ -266,7 +324,14 @@ def twin(data, value: int, barrier) -> None:
     folder, entry = ColumnFolder(data, "tokens"), read_manifest(data).shards[0]
     writer = UnitWriter(folder, entry, "mark")
     with writer:
-        writer.add("clip", {"tokens.safetensors": pack_tensor("tokens", torch.full((1000,), value, dtype=torch.int64))})
+        writer.add(
+            "clip",
+            {
+                "tokens.safetensors": pack_tensor(
+                    "tokens", torch.full((1000,), value, dtype=torch.int64)
+                )
+            },
+        )
         barrier.wait()
 
 
@@ -276,7 +341,9 @@ def test_twins_whose_encoders_disagree_leave_a_tar_and_a_sidecar_that_agree(tmp_
     entry = read_manifest(tmp_path).shards[0]
     for _ in range(10):
         barrier = context.Barrier(3)
-        twins = [context.Process(target=twin, args=(tmp_path, value, barrier)) for value in range(3)]
+        twins = [
+            context.Process(target=twin, args=(tmp_path, value, barrier)) for value in range(3)
+        ]
         for process in twins:
             process.start()
         for process in twins:
@@ -296,7 +363,9 @@ def test_a_finished_unit_of_a_twin_stays(tmp_path):
     folder = ColumnFolder(tmp_path, "tokens")
     with UnitWriter(folder, manifest.shards[0], "mark") as writer:
         writer.add("other", {"tokens.safetensors": b"other"})
-    assert {k: v for k, v in contents(tmp_path, ["tokens"]).items() if not k.endswith(".lock")} == before
+    assert {
+        k: v for k, v in contents(tmp_path, ["tokens"]).items() if not k.endswith(".lock")
+    } == before
     assert writer.sidecar == read_sidecar(tmp_path / "tokens" / "000000.tar")
 
 
@@ -310,11 +379,17 @@ def test_pyav_decodes_in_a_child_and_a_clip_that_it_cannot_take_costs_itself(tmp
     sidecar = read_sidecar(tar)
     with ShardWriter(other / RAW, "000000", fingerprint="raw") as writer:
         for number, (key, _) in enumerate(sidecar.index):
-            clip, meta = read_part(other, manifest, key, "mp4"), json.loads(read_part(other, manifest, key, "json"))
+            clip, meta = (
+                read_part(other, manifest, key, "mp4"),
+                json.loads(read_part(other, manifest, key, "json")),
+            )
             if number == 1:  # as written, but no video
                 clip = b"\\x00\\x00\\x00\\x20ftypisom" + bytes(range(256)) * 4
                 meta["video_sha256"] = hashlib.sha256(clip).hexdigest()
             writer.add(key, {"mp4": clip, "json": json.dumps(meta).encode()})
     write_manifest(other, manifest.model_copy(update={"shards": [writer.sidecar.entry]}))
     summary = precompute.run(latents(other, zoo, decoder="pyav", max_bad_fraction=0.5))
-    assert sum(summary.columns["latents"].rejects.values()) == 1 and summary.columns["latents"].clips == 3
+    assert (
+        sum(summary.columns["latents"].rejects.values()) == 1
+        and summary.columns["latents"].clips == 3
+    )

@@ -28,13 +28,24 @@ def data(tmp_path):
 
 
 def loader(manifest, remote="", **fields) -> Loader:
-    config = DataConfig(**({"manifest": manifest, "remote": remote, "global_batch_size": 8, "shuffle_window": 2} | fields))
+    config = DataConfig(
+        **(
+            {"manifest": manifest, "remote": remote, "global_batch_size": 8, "shuffle_window": 2}
+            | fields
+        )
+    )
     return Loader(config, ["tokens"], dp_rank=0, dp_size=1)
 
 
 def taken(source: Loader, steps: int) -> list:
     with source:
-        return [[(s.key, s.meta.caption, s.tensors["tokens"].tolist()) for s in source.next_batch().samples] for _ in range(steps)]
+        return [
+            [
+                (s.key, s.meta.caption, s.tensors["tokens"].tolist())
+                for s in source.next_batch().samples
+            ]
+            for _ in range(steps)
+        ]
 
 
 def upload(data, name: str) -> str:
@@ -55,7 +66,9 @@ def test_a_remote_data_set_gives_the_samples_of_a_local_one(data, tmp_path, wher
 def test_the_cache_stays_within_its_bound_and_evicted_shards_come_again(data, tmp_path):
     size = max(entry.bytes for entry in read_manifest(data).columns["tokens"].shards)
     bound = 3 * size
-    source = loader(tmp_path / "cache", f"file://{data}", cache_gigabytes=bound / 1e9, prefetch_batches=0)
+    source = loader(
+        tmp_path / "cache", f"file://{data}", cache_gigabytes=bound / 1e9, prefetch_batches=0
+    )
     reader = source._sets[0]._readers["tokens"]
     seen = []
     with source:
@@ -74,21 +87,36 @@ def test_raw_shards_are_fetched_without_their_clips(data, tmp_path):
     reader = FolderReader(tmp_path / "cache", RAW, "json", [entry], remote=remote)
     whole = FolderReader(data, RAW, "json", [entry])
     assert all(np.array_equal(reader.read(0, slot), whole.read(0, slot)) for slot in range(7))
-    assert not (tmp_path / "cache" / RAW / f"{entry.name}.tar").exists()  # nothing that looks like the whole shard
+    assert not (
+        tmp_path / "cache" / RAW / f"{entry.name}.tar"
+    ).exists()  # nothing that looks like the whole shard
 
 
 def test_shards_of_later_batches_come_while_earlier_ones_are_used(data, tmp_path):
     sizes = [entry.bytes for entry in read_manifest(data).columns["tokens"].shards]
-    with loader(tmp_path / "cache", f"file://{data}", prefetch_batches=1, global_batch_size=2) as source:
+    with loader(
+        tmp_path / "cache", f"file://{data}", prefetch_batches=1, global_batch_size=2
+    ) as source:
         first = [s.key for s in source.next_batch().samples]
         deadline = time.monotonic() + 20
-        while len(list((tmp_path / "cache" / "tokens").glob("*.tar"))) < len(SIZES) and time.monotonic() < deadline:
+        while (
+            len(list((tmp_path / "cache" / "tokens").glob("*.tar"))) < len(SIZES)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)  # the second window is fetched without being asked for
         assert len(list((tmp_path / "cache" / "tokens").glob("*.tar"))) == len(SIZES)
         state = source.state_dict()
         rest = taken(source, 3)
-    bound = max(a + b for a in sizes for b in sizes if a is not b) / 0.75  # no room beside one window
-    with loader(tmp_path / "small", f"file://{data}", prefetch_batches=1, global_batch_size=2, cache_gigabytes=bound / 1e9) as source:
+    bound = (
+        max(a + b for a in sizes for b in sizes if a is not b) / 0.75
+    )  # no room beside one window
+    with loader(
+        tmp_path / "small",
+        f"file://{data}",
+        prefetch_batches=1,
+        global_batch_size=2,
+        cache_gigabytes=bound / 1e9,
+    ) as source:
         assert [s.key for s in source.next_batch().samples] == first
         time.sleep(0.2)
         assert len(list((tmp_path / "small" / "tokens").glob("*.tar"))) <= 3
@@ -102,7 +130,9 @@ def test_a_loader_that_is_closed_does_not_wait_for_what_is_being_fetched(data, t
     remote, entry = source._sets[0].remote, read_manifest(data).shards[3]
     (tmp_path / "cache" / "tokens" / f"{entry.name}.tar").unlink(missing_ok=True)
     with pytest.raises(ShardError, match=r"tokens/000003.tar is no longer wanted"):
-        remote.fetch("tokens", read_manifest(data).columns["tokens"].shards[3], "tokens.safetensors")
+        remote.fetch(
+            "tokens", read_manifest(data).columns["tokens"].shards[3], "tokens.safetensors"
+        )
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 

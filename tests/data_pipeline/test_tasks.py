@@ -35,32 +35,72 @@ def made(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def test_tasks_on_one_folder_make_the_bytes_of_one_job(videos: Path, made: Path, tmp_path: Path) -> None:
+def test_tasks_on_one_folder_make_the_bytes_of_one_job(
+    videos: Path, made: Path, tmp_path: Path
+) -> None:
     data = tmp_path / "data"
-    (tmp_path / "job.json").write_text(json.dumps(json.loads(config(videos).model_dump_json()) | {"data": str(data)}))
+    (tmp_path / "job.json").write_text(
+        json.dumps(json.loads(config(videos).model_dump_json()) | {"data": str(data)})
+    )
     (tmp_path / "job.json").rename(tmp_path / "job.yaml")  # JSON is YAML
-    command = [sys.executable, "-m", "landiff.launchers.cli", "shards", "--config", str(tmp_path / "job.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "landiff.launchers.cli",
+        "shards",
+        "--config",
+        str(tmp_path / "job.yaml"),
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     tasks = [[*command, "--task", f"{number}/3"] for number in (0, 1, 2, 1)]  # one of them twice
-    running = [subprocess.Popen(task, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for task in tasks[:2] + tasks[3:]]
+    running = [
+        subprocess.Popen(task, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        for task in tasks[:2] + tasks[3:]
+    ]
     outputs = [process.communicate()[0] for process in running]
     first, *same = [process.returncode for process in running]
-    assert first == 0 and sorted(same) in ([0, 0], [0, 2])  # the second owner of a task is refused, unless the first was done
+    assert first == 0 and sorted(same) in (
+        [0, 0],
+        [0, 2],
+    )  # the second owner of a task is refused, unless the first was done
     assert "task 0/3 made 2 shards, 0 were there, of 6 in all; set aside: none" in outputs[0]
-    early = subprocess.run([*command, "finalize"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    early = subprocess.run(
+        [*command, "finalize"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert early.returncode == 2
     assert "lacks 2 of 6 shards" in early.stderr
-    array = environment | {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"}
+    array = environment | {
+        "SLURM_ARRAY_TASK_ID": "7",
+        "SLURM_ARRAY_TASK_MIN": "5",
+        "SLURM_ARRAY_TASK_COUNT": "3",
+    }
     subprocess.run(command, cwd=tmp_path, env=array, check=True, capture_output=True)
-    counted = subprocess.run([*command, "status"], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    counted = subprocess.run(
+        [*command, "status"],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert "6 of 6 shards" in counted.stdout
-    subprocess.run([*command, "finalize"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [*command, "finalize"], cwd=tmp_path, env=environment, check=True, capture_output=True
+    )
     assert contents(data) == contents(made)
 
 
 def test_a_task_has_one_owner(videos: Path, tmp_path: Path) -> None:
     with take(tmp_path / ".task-1-of-3.owner", "the task"):
-        with pytest.raises(OwnedError, match=rf"task 1/3 of the shards in {tmp_path} is in use by process {os.getpid()} of"):
+        with pytest.raises(
+            OwnedError,
+            match=rf"task 1/3 of the shards in {tmp_path} is in use by process {os.getpid()} of",
+        ):
             make_share(config(videos), tmp_path, (1, 3))
         assert make_share(config(videos), tmp_path, (0, 3)).made == 2  # the others go on
     assert make_share(config(videos), tmp_path, (1, 3)).made == 2
@@ -72,7 +112,9 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder, data = tmp_path_factory.mktemp("few"), tmp_path_factory.mktemp("few_made")
     rows = write_videos(folder, 5, num_frames=10, height=32, width=32).read_text()
     (folder / "bad.mp4").write_bytes(b"no video" * 1000)
-    (folder / "captions.jsonl").write_text(rows + json.dumps({"file": "bad.mp4", "caption": "bad"}) + "\n")
+    (folder / "captions.jsonl").write_text(
+        rows + json.dumps({"file": "bad.mp4", "caption": "bad"}) + "\n"
+    )
     make_shards(config(folder, samples_per_shard=2), data)
     return folder, data
 
@@ -81,12 +123,29 @@ LONG = (pytest.mark.long, pytest.mark.timeout(7200))
 
 
 # All: every place of one job; of three tasks, and by the clock, 200
-@pytest.mark.parametrize(("kills", "tasks"), [(12, 1), (8, 3), pytest.param(10_000, 1, marks=LONG), pytest.param(200, 3, marks=LONG)])
-def test_killed_inside_writes_fsyncs_links_and_renames_it_ends_with_the_same_bytes(few: tuple[Path, Path], tmp_path: Path, kills: int, tasks: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "tasks"),
+    [(12, 1), (8, 3), pytest.param(10_000, 1, marks=LONG), pytest.param(200, 3, marks=LONG)],
+)
+def test_killed_inside_writes_fsyncs_links_and_renames_it_ends_with_the_same_bytes(
+    few: tuple[Path, Path], tmp_path: Path, kills: int, tasks: int
+) -> None:
     folder, made = few
-    (tmp_path / "config.yaml").write_text(config(folder, samples_per_shard=2, job={"workers": 1}).model_dump_json())
-    command = ["-m", "tests.data_pipeline.kill_shards", str(tmp_path / "config.yaml"), str(made), str(tmp_path), str(kills), str(tasks)]
-    job = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    (tmp_path / "config.yaml").write_text(
+        config(folder, samples_per_shard=2, job={"workers": 1}).model_dump_json()
+    )
+    command = [
+        "-m",
+        "tests.data_pipeline.kill_shards",
+        str(tmp_path / "config.yaml"),
+        str(made),
+        str(tmp_path),
+        str(kills),
+        str(tasks),
+    ]
+    job = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert job.returncode == 0, job.stderr
     done, places = map(int, job.stdout.split())
     assert done == min(kills, places)
@@ -97,7 +156,9 @@ def test_shares_are_even_and_hold_every_shard_once(made: Path) -> None:
     whole = plan_of(made)
     for of in (1, 2, 4, 7):
         shares = [whole.share((number, of)) for number in range(of)]
-        assert sorted(line.name for share in shares for line in share) == [line.name for line in whole.lines]
+        assert sorted(line.name for share in shares for line in share) == [
+            line.name for line in whole.lines
+        ]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -106,7 +167,9 @@ def test_task_that_does_not_exist_is_refused(videos: Path, tmp_path: Path) -> No
         make_share(config(videos), tmp_path / "data", (3, 3))
 
 
-def test_status_tells_how_far_all_tasks_are(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_tells_how_far_all_tasks_are(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
     one, seen = config(videos), []
 
@@ -123,7 +186,9 @@ def test_status_tells_how_far_all_tasks_are(videos: Path, tmp_path: Path, monkey
     assert seen == [(number, 12, "look") for number in range(1, 6)]
     assert status(one, tmp_path) == Status(videos=12, looked_at=4)
     make_share(one, tmp_path, (0, 2))
-    assert status(one, tmp_path) == Status(videos=12, looked_at=12, shards=6, finished=3, clips=24, in_finished=12)
+    assert status(one, tmp_path) == Status(
+        videos=12, looked_at=12, shards=6, finished=3, clips=24, in_finished=12
+    )
 
 
 def test_nothing_planned_can_not_be_finalized(videos: Path, tmp_path: Path) -> None:
@@ -136,7 +201,7 @@ def test_nothing_planned_can_not_be_finalized(videos: Path, tmp_path: Path) -> N
 
 
 def plan_of(data: Path) -> ShardPlan:
-    path, = (path for path in (data / "plan").glob("*.json"))
+    (path,) = (path for path in (data / "plan").glob("*.json"))
     return ShardPlan(path)
 
 
@@ -156,7 +221,9 @@ def test_second_start_reads_no_video(videos: Path, made: Path, tmp_path: Path) -
     assert make_shards(config(source), data) == before
 
 
-def test_touched_video_is_looked_at_again_and_only_its_neighbours(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_touched_video_is_looked_at_again_and_only_its_neighbours(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, data = tmp_path / "videos", tmp_path / "data"
     shutil.copytree(videos, source)
     monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
@@ -189,7 +256,9 @@ def test_unit_is_read_without_the_others(made: Path, tmp_path: Path) -> None:
     data[line.offset + line.size :] = b""
     whole.path.with_suffix(".jsonl").write_bytes(data)
     assert whole.unit(line) == expected
-    assert [span.key for span in expected.spans] == [key for key, _ in read_sidecar(made / "raw" / "000003.tar").index]
+    assert [span.key for span in expected.spans] == [
+        key for key, _ in read_sidecar(made / "raw" / "000003.tar").index
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- buckets
@@ -197,35 +266,73 @@ def test_unit_is_read_without_the_others(made: Path, tmp_path: Path) -> None:
 
 def test_each_clip_goes_to_the_bucket_nearest_to_it_and_shards_hold_one(tmp_path: Path) -> None:
     source = tmp_path / "videos"
-    sizes = {"wide": (36, 64, 30), "tall": (64, 36, 30), "brief": (40, 40, 12), "square": (64, 64, 30)}
+    sizes = {
+        "wide": (36, 64, 30),
+        "tall": (64, 36, 30),
+        "brief": (40, 40, 12),
+        "square": (64, 64, 30),
+    }
     rows = []
     for number, (name, (height, width, frames)) in enumerate(sizes.items()):
-        write_mp4(source / f"{name}.mp4", moving_shape(number, num_frames=frames, height=height, width=width).frames, 8)
+        write_mp4(
+            source / f"{name}.mp4",
+            moving_shape(number, num_frames=frames, height=height, width=width).frames,
+            8,
+        )
         rows.append({"file": f"{name}.mp4", "caption": name})
     (source / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shapes = [(17, 36, 64), (17, 64, 36), (9, 36, 64), (9, 48, 48), (17, 48, 48)]
-    buckets = [{"num_frames": frames, "height": height, "width": width} for frames, height, width in shapes]
-    changes = {"num_frames": None, "height": None, "width": None, "buckets": buckets, "max_spans": 3}
+    buckets = [
+        {"num_frames": frames, "height": height, "width": width} for frames, height, width in shapes
+    ]
+    changes = {
+        "num_frames": None,
+        "height": None,
+        "width": None,
+        "buckets": buckets,
+        "max_spans": 3,
+    }
     manifest = make_shards(config(source, **changes), tmp_path / "data")
     found: dict[str, list[str]] = {}
     for entry in manifest.shards:
         sidecar = read_sidecar(tmp_path / "data" / "raw" / f"{entry.name}.tar")
         data = (tmp_path / "data" / "raw" / f"{entry.name}.tar").read_bytes()
-        metas = [RawSample.model_validate_json(data[p["json"][0] :][: p["json"][1]]) for _, p in sidecar.index]
+        metas = [
+            RawSample.model_validate_json(data[p["json"][0] :][: p["json"][1]])
+            for _, p in sidecar.index
+        ]
         assert {f"{meta.num_frames}x{meta.height}x{meta.width}" for meta in metas} == {entry.bucket}
         for meta in metas:
             found.setdefault(meta.caption, []).append(f"{entry.bucket} {meta.start_s:g}")
-    assert {name: sorted(places) for name, places in found.items()} == {  # the longest that fits, then a shorter one in what is left
-        "wide": ["17x36x64 0", "9x36x64 2.125"], "tall": ["17x64x36 0", "9x48x48 2.125"],
-        "square": ["17x48x48 0", "9x48x48 2.125"], "brief": ["9x48x48 0"],
+    assert {
+        name: sorted(places) for name, places in found.items()
+    } == {  # the longest that fits, then a shorter one in what is left
+        "wide": ["17x36x64 0", "9x36x64 2.125"],
+        "tall": ["17x64x36 0", "9x48x48 2.125"],
+        "square": ["17x48x48 0", "9x48x48 2.125"],
+        "brief": ["9x48x48 0"],
     }
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"buckets": [{"num_frames": 9, "height": 32, "width": 32}]}, "num_frames, height, width and buckets exclude each other"),
-    ({"height": None}, "num_frames, height and width are required, or a list of buckets"),
-    ({"num_frames": None, "height": None, "width": None, "buckets": [{"num_frames": 9, "height": 31, "width": 32}]}, "must be even"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"buckets": [{"num_frames": 9, "height": 32, "width": 32}]},
+            "num_frames, height, width and buckets exclude each other",
+        ),
+        ({"height": None}, "num_frames, height and width are required, or a list of buckets"),
+        (
+            {
+                "num_frames": None,
+                "height": None,
+                "width": None,
+                "buckets": [{"num_frames": 9, "height": 31, "width": 32}],
+            },
+            "must be even",
+        ),
+    ],
+)
 def test_shape_must_be_said_once(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config("packaged", **changes)
@@ -238,10 +345,17 @@ def test_shape_must_be_said_once(changes: dict, message: str) -> None:
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty good rows and seven damaged files, one of them twice."""
     folder = tmp_path_factory.mktemp("mixed")
-    rows = [json.loads(line) for line in write_videos(folder, 20, num_frames=10, height=32, width=32).read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in write_videos(folder, 20, num_frames=10, height=32, width=32)
+        .read_text()
+        .splitlines()
+    ]
     for number in range(7):
         (folder / f"bad{number}.mp4").write_bytes(b"not a video " * (400 + number))
-    rows[5:5] = [{"file": f"bad{number}.mp4", "caption": "x"} for number in (0, 1, 2, 3, 4, 5, 6, 0)]
+    rows[5:5] = [
+        {"file": f"bad{number}.mp4", "caption": "x"} for number in (0, 1, 2, 3, 4, 5, 6, 0)
+    ]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -251,9 +365,13 @@ def test_damaged_files_are_kept_with_their_reason(mixed: Path, tmp_path: Path) -
     assert manifest.reject_counts == {"shards/invalid_data": 8}
     sidecar = read_sidecar(tmp_path / "rejected" / "000001.tar")
     data = (tmp_path / "rejected" / "000001.tar").read_bytes()
-    kept = [(json.loads(data[p["json"][0] :][: p["json"][1]]), data[p["mp4"][0] :][: p["mp4"][1]]) for _, p in sidecar.index]
+    kept = [
+        (json.loads(data[p["json"][0] :][: p["json"][1]]), data[p["mp4"][0] :][: p["mp4"][1]])
+        for _, p in sidecar.index
+    ]
     assert {(meta["key"], meta["reason"], meta["path"]) for meta, _ in kept} == {
-        (f"bad{n}.mp4", "invalid_data", str(mixed / f"bad{n}.mp4")) for n in range(7)}
+        (f"bad{n}.mp4", "invalid_data", str(mixed / f"bad{n}.mp4")) for n in range(7)
+    }
     assert all(clip == (mixed / meta["key"]).read_bytes() for meta, clip in kept)
 
 
@@ -262,17 +380,28 @@ def test_quarantine_has_a_limit_and_can_be_off(mixed: Path, tmp_path: Path) -> N
     for path in mixed.iterdir():
         shutil.copy2(path, tmp_path / "videos")
     (tmp_path / "videos" / "bad3.mp4").write_bytes(bytes(2 << 20))
-    make_shards(config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 1}), tmp_path / "one")
+    make_shards(
+        config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 1}),
+        tmp_path / "one",
+    )
     assert len(read_sidecar(tmp_path / "one" / "rejected" / "000001.tar").index) == 6
-    make_shards(config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 0}), tmp_path / "none")
+    make_shards(
+        config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 0}),
+        tmp_path / "none",
+    )
     assert not (tmp_path / "none" / "rejected").exists()
 
 
 def test_too_many_damaged_clips_stop_the_job(mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(TooManyRejectedClips, match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. Fix the cause, or raise"):
+    with pytest.raises(
+        TooManyRejectedClips,
+        match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. Fix the cause, or raise",
+    ):
         make_shards(config(mixed), tmp_path / "data")
     assert not list((tmp_path / "data" / "raw").glob("*.tar"))
-    make_shards(config(mixed, max_bad_fraction=0.5), tmp_path / "data")  # the limit is not part of the content
+    make_shards(
+        config(mixed, max_bad_fraction=0.5), tmp_path / "data"
+    )  # the limit is not part of the content
 
 
 def test_clips_that_turn_out_damaged_while_made_stop_the_job_too(tmp_path: Path) -> None:
@@ -288,9 +417,15 @@ def test_clips_that_turn_out_damaged_while_made_stop_the_job_too(tmp_path: Path)
         make_shards(config(source, max_spans=1), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
     notes = []
-    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=1.0), tmp_path / "data", lambda done, total, note: notes.append((done, note)))
+    manifest = make_shards(
+        config(source, max_spans=1, max_bad_fraction=1.0),
+        tmp_path / "data",
+        lambda done, total, note: notes.append((done, note)),
+    )
     assert (manifest.num_samples, sum(manifest.reject_counts.values())) == (12, 12)
-    (counts,) = {name.removeprefix("shards/"): count for name, count in manifest.reject_counts.items()}.items()
+    (counts,) = {
+        name.removeprefix("shards/"): count for name, count in manifest.reject_counts.items()
+    }.items()
     assert notes[-1] == (24, f"clips; set aside: 12 {counts[0]}")
     assert [entry.samples for entry in manifest.shards] == [0, 0, 0, 4, 4, 4]
     assert len(list((tmp_path / "data" / "rejected").glob("*.tar"))) == 3

@@ -27,7 +27,9 @@ from landiff.data_pipeline.video.codec import (
 
 ROOT = Path(__file__).resolve().parents[2]
 HEIGHT, WIDTH = 96, 160
-CELLS = [(y, x) for y in (16, 48, 80) for x in (16, 48, 80, 112, 144)]  # centres of 15 squares that spell a number
+CELLS = [
+    (y, x) for y in (16, 48, 80) for x in (16, 48, 80, 112, 144)
+]  # centres of 15 squares that spell a number
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,16 @@ def numbers(frames: np.ndarray) -> list[int]:
     return (bits * (1 << np.arange(15))).sum(-1).tolist()
 
 
-def encode(frames: np.ndarray, *, container: str, codec: str, pixels: str = "yuv420p", ticks: list[int] | None = None,
-           base: Fraction = Fraction(1, 24), options: dict[str, str] | None = None) -> bytes:
+def encode(
+    frames: np.ndarray,
+    *,
+    container: str,
+    codec: str,
+    pixels: str = "yuv420p",
+    ticks: list[int] | None = None,
+    base: Fraction = Fraction(1, 24),
+    options: dict[str, str] | None = None,
+) -> bytes:
     """A foreign file: frame k is shown from ticks[k] * base on."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
@@ -64,22 +74,72 @@ def encode(frames: np.ndarray, *, container: str, codec: str, pixels: str = "yuv
     return buffer.getvalue()
 
 
-X264 = {"preset": "veryfast", "crf": "20", "g": "24", "x264-params": "threads=1:mbtree=0:cpu-independent=1"}  # always the same bytes
+X264 = {
+    "preset": "veryfast",
+    "crf": "20",
+    "g": "24",
+    "x264-params": "threads=1:mbtree=0:cpu-independent=1",
+}  # always the same bytes
 FOREIGN = {
     "h264 closed GOP mp4": {"container": "mp4", "codec": "libx264", "options": {**X264, "bf": "2"}},
-    "h264 open GOP mp4": {"container": "mp4", "codec": "libx264", "options": {**X264, "x264-params": "open-gop=1:bframes=4:b-pyramid=normal"}},
+    "h264 open GOP mp4": {
+        "container": "mp4",
+        "codec": "libx264",
+        "options": {**X264, "x264-params": "open-gop=1:bframes=4:b-pyramid=normal"},
+    },
     "h264 fragmented mp4": {"container": "ismv", "codec": "libx264", "options": X264},
-    "h264 10 bit mkv": {"container": "matroska", "codec": "libx264", "pixels": "yuv420p10le", "options": X264},
+    "h264 10 bit mkv": {
+        "container": "matroska",
+        "codec": "libx264",
+        "pixels": "yuv420p10le",
+        "options": X264,
+    },
     "h264 mpeg-ts": {"container": "mpegts", "codec": "libx264", "options": {**X264, "bf": "2"}},
-    "mpeg2 mpeg-ts": {"container": "mpegts", "codec": "mpeg2video", "options": {"bf": "2", "q": "4"}},
-    "mpeg2 program stream": {"container": "vob", "codec": "mpeg2video", "options": {"bf": "2", "q": "4"}},
-    "mpeg4 avi with B-frames": {"container": "avi", "codec": "mpeg4", "options": {"bf": "2", "q": "4"}},
-    "mjpeg avi": {"container": "avi", "codec": "mjpeg", "pixels": "yuvj420p", "options": {"q": "4"}},
+    "mpeg2 mpeg-ts": {
+        "container": "mpegts",
+        "codec": "mpeg2video",
+        "options": {"bf": "2", "q": "4"},
+    },
+    "mpeg2 program stream": {
+        "container": "vob",
+        "codec": "mpeg2video",
+        "options": {"bf": "2", "q": "4"},
+    },
+    "mpeg4 avi with B-frames": {
+        "container": "avi",
+        "codec": "mpeg4",
+        "options": {"bf": "2", "q": "4"},
+    },
+    "mjpeg avi": {
+        "container": "avi",
+        "codec": "mjpeg",
+        "pixels": "yuvj420p",
+        "options": {"q": "4"},
+    },
     "h264 flv": {"container": "flv", "codec": "libx264", "options": X264},
-    "hevc open GOP mp4": {"container": "mp4", "codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:open-gop=1:pools=none:frame-threads=1"}},
-    "vp9 webm": {"container": "webm", "codec": "libvpx-vp9", "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"}},
-    "av1 mp4": {"container": "mp4", "codec": "libsvtav1", "options": {"preset": "12", "crf": "35", "svtav1-params": "lp=1"}},
-    "vp8 webm": {"container": "webm", "codec": "libvpx", "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"}},
+    "hevc open GOP mp4": {
+        "container": "mp4",
+        "codec": "libx265",
+        "options": {
+            "preset": "ultrafast",
+            "x265-params": "log-level=none:keyint=24:open-gop=1:pools=none:frame-threads=1",
+        },
+    },
+    "vp9 webm": {
+        "container": "webm",
+        "codec": "libvpx-vp9",
+        "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"},
+    },
+    "av1 mp4": {
+        "container": "mp4",
+        "codec": "libsvtav1",
+        "options": {"preset": "12", "crf": "35", "svtav1-params": "lp=1"},
+    },
+    "vp8 webm": {
+        "container": "webm",
+        "codec": "libvpx",
+        "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"},
+    },
 }
 
 
@@ -92,15 +152,32 @@ def test_frame_is_the_one_shown_at_that_time(decoder: SafeDecoder, name: str) ->
         assert numbers(frames) == [int((start + k / 8) * 24 + 1e-3) for k in range(17)]
 
 
-@pytest.mark.parametrize("name", ["h264 closed GOP mp4", "h264 open GOP mp4", "h264 10 bit mkv", "h264 fragmented mp4", "hevc open GOP mp4", "vp9 webm", "mpeg2 mpeg-ts"])
-def test_far_place_has_the_frames_that_decoding_to_it_gives(decoder: SafeDecoder, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "h264 closed GOP mp4",
+        "h264 open GOP mp4",
+        "h264 10 bit mkv",
+        "h264 fragmented mp4",
+        "hevc open GOP mp4",
+        "vp9 webm",
+        "mpeg2 mpeg-ts",
+    ],
+)
+def test_far_place_has_the_frames_that_decoding_to_it_gives(
+    decoder: SafeDecoder, tmp_path: Path, name: str
+) -> None:
     path = tmp_path / "long.bin"
     path.write_bytes(encode(barcodes(1080), **FOREIGN[name]))
     wanted = Wanted(17, 8.0, HEIGHT, WIDTH)
-    far = decoder.decode(VideoFile(path), [41.3, 42.6], wanted)  # a seek, where the container has an index
+    far = decoder.decode(
+        VideoFile(path), [41.3, 42.6], wanted
+    )  # a seek, where the container has an index
     decoder.decode(VideoFile(path), [0.0], wanted)
     near = decoder.decode(VideoFile(path), [0.0, 41.3, 42.6], wanted)[1:]
-    assert [numbers(frames) for frames in far] == [[int((start + k / 8) * 24 + 1e-3) for k in range(17)] for start in (41.3, 42.6)]
+    assert [numbers(frames) for frames in far] == [
+        [int((start + k / 8) * 24 + 1e-3) for k in range(17)] for start in (41.3, 42.6)
+    ]
     assert np.array_equal(far, near)
 
 
@@ -108,12 +185,17 @@ def test_what_is_known_of_damage_depends_on_the_group_alone(tmp_path: Path) -> N
     path, wanted = tmp_path / "long.mp4", Wanted(9, 8.0, HEIGHT, WIDTH)
     data = bytearray(encode(barcodes(1080), **FOREIGN["h264 closed GOP mp4"]))
     with av.open(io.BytesIO(bytes(data))) as container:
-        packet = [packet for packet in container.demux(video=0) if packet.is_keyframe][2]  # shown at 2 s
+        packet = [packet for packet in container.demux(video=0) if packet.is_keyframe][
+            2
+        ]  # shown at 2 s
     data[packet.pos + packet.size // 2 : packet.pos + packet.size // 2 + 60] = bytes(60)
     path.write_bytes(data)
 
     def refused(decoder: SafeDecoder, *starts: float) -> list[bool]:
-        return [isinstance(decoder.decode(VideoFile(path), [start], wanted)[0], DecodeFailure) for start in starts]
+        return [
+            isinstance(decoder.decode(VideoFile(path), [start], wanted)[0], DecodeFailure)
+            for start in starts
+        ]
 
     with SafeDecoder() as one, SafeDecoder(recycle=2) as recycled:
         assert refused(one, 0.5, 2.0, 20.0, 41.3) == [False, True, True, True]
@@ -127,19 +209,33 @@ def test_what_is_known_of_damage_depends_on_the_group_alone(tmp_path: Path) -> N
 def test_variable_frame_rate_goes_by_time(decoder: SafeDecoder) -> None:
     gaps = np.random.default_rng(0).integers(5, 300, 80)  # milliseconds
     ticks = np.concatenate([[0], np.cumsum(gaps)[:-1]])
-    data = encode(barcodes(80), container="mp4", codec="libx264", options=X264, ticks=ticks.tolist(), base=Fraction(1, 1000))
+    data = encode(
+        barcodes(80),
+        container="mp4",
+        codec="libx264",
+        options=X264,
+        ticks=ticks.tolist(),
+        base=Fraction(1, 1000),
+    )
     frames = decoder.decode(data, [0.25], Wanted(33, 8.0, HEIGHT, WIDTH))[0]
     assert numbers(frames) == [int((ticks <= 250 + 125 * k).sum()) - 1 for k in range(33)]
 
 
 def test_cut_by_an_edit_list_starts_where_the_player_does(decoder: SafeDecoder) -> None:
     buffer = io.BytesIO()
-    with av.open(io.BytesIO(encode(barcodes(72), **FOREIGN["h264 closed GOP mp4"]))) as source, av.open(buffer, "w", format="mp4") as output:
+    with (
+        av.open(io.BytesIO(encode(barcodes(72), **FOREIGN["h264 closed GOP mp4"]))) as source,
+        av.open(buffer, "w", format="mp4") as output,
+    ):
         stream = output.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
                 hidden = int(30 / 24 / packet.time_base)
-                packet.pts, packet.dts, packet.stream = packet.pts - hidden, packet.dts - hidden, stream
+                packet.pts, packet.dts, packet.stream = (
+                    packet.pts - hidden,
+                    packet.dts - hidden,
+                    stream,
+                )
                 output.mux(packet)
     data = buffer.getvalue()
     assert decoder.probe(data).duration_s == pytest.approx(42 / 24, abs=1e-3)
@@ -155,30 +251,52 @@ def test_more_frames_than_the_source_repeats_them(decoder: SafeDecoder) -> None:
 
 @pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
 @pytest.mark.parametrize(("turn", "quarters"), [("90", -1), ("180", 2), ("270", 1)])
-def test_rotation_tag_is_applied(decoder: SafeDecoder, turn: str, quarters: int, codec: str) -> None:
+def test_rotation_tag_is_applied(
+    decoder: SafeDecoder, turn: str, quarters: int, codec: str
+) -> None:
     matrices = {"90": (0, 1, -1, 0), "180": (-1, 0, 0, -1), "270": (0, -1, 1, 0)}
     frames = barcodes(20)
-    data = bytearray(encode(frames, container="mp4", codec=codec, options=X264 if codec == "libx264" else FOREIGN["vp9 webm"]["options"]))
+    data = bytearray(
+        encode(
+            frames,
+            container="mp4",
+            codec=codec,
+            options=X264 if codec == "libx264" else FOREIGN["vp9 webm"]["options"],
+        )
+    )
     at = data.find(b"tkhd") + 4 + 40  # the matrix of a version 0 track header
     a, b, c, d = (value << 16 for value in matrices[turn])
-    data[at : at + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    data[at : at + 36] = b"".join(
+        v.to_bytes(4, "big", signed=True) for v in (a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    )
     upright = np.rot90(frames, quarters, (1, 2))
     found = decoder.decode(bytes(data), [0.0], Wanted(5, 24.0, *upright.shape[1:3]))[0]
     assert np.abs(found.astype(int) - upright[:5]).mean() < 4
     assert decoder.probe(bytes(data)).aspect == pytest.approx(upright.shape[2] / upright.shape[1])
     scanned = next(decoder.scan(bytes(data)))
-    assert scanned.frames.shape[1] / scanned.frames.shape[2] == pytest.approx(upright.shape[1] / upright.shape[2], rel=0.02)
+    assert scanned.frames.shape[1] / scanned.frames.shape[2] == pytest.approx(
+        upright.shape[1] / upright.shape[2], rel=0.02
+    )
 
 
 def test_spans_that_the_video_does_not_hold_are_too_short(decoder: SafeDecoder) -> None:
     data = encode(barcodes(60), **FOREIGN["h264 closed GOP mp4"])  # 2.5 s
     spans = decoder.decode(data, [0.0, 0.49, 0.51, 9.0], Wanted(17, 8.0, HEIGHT, WIDTH))
-    assert [span.reason if isinstance(span, DecodeFailure) else "" for span in spans] == ["", "", "too_short", "too_short"]
+    assert [span.reason if isinstance(span, DecodeFailure) else "" for span in spans] == [
+        "",
+        "",
+        "too_short",
+        "too_short",
+    ]
     assert "2.5" in spans[2].detail
 
 
-@pytest.mark.parametrize(("container", "duration"), [("mp4", 2.5), ("matroska", 2.5), ("mpegts", 2.5), ("avi", 2.5)])
-def test_probe_tells_size_rate_and_true_duration(decoder: SafeDecoder, container: str, duration: float) -> None:
+@pytest.mark.parametrize(
+    ("container", "duration"), [("mp4", 2.5), ("matroska", 2.5), ("mpegts", 2.5), ("avi", 2.5)]
+)
+def test_probe_tells_size_rate_and_true_duration(
+    decoder: SafeDecoder, container: str, duration: float
+) -> None:
     codec = "mpeg4" if container == "avi" else "libx264"
     info = decoder.probe(encode(barcodes(60), container=container, codec=codec))
     assert (info.width, info.height, info.fps) == (WIDTH, HEIGHT, 24.0)
@@ -201,21 +319,36 @@ def smooth_colors(height: int, width: int, frames: int = 3) -> np.ndarray:
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)[None].repeat(frames, 0)
 
 
-@pytest.mark.parametrize(("matrix", "full_range", "tagged", "height"), [
-    ("bt709", False, True, 96), ("bt601", False, True, 96), ("bt709", True, True, 96), ("bt601", False, False, 96),
-    ("bt709", False, False, 720),
-])
-def test_colors_are_right_whatever_the_file_says(decoder: SafeDecoder, matrix: str, full_range: bool, tagged: bool, height: int) -> None:
+@pytest.mark.parametrize(
+    ("matrix", "full_range", "tagged", "height"),
+    [
+        ("bt709", False, True, 96),
+        ("bt601", False, True, 96),
+        ("bt709", True, True, 96),
+        ("bt601", False, False, 96),
+        ("bt709", False, False, 720),
+    ],
+)
+def test_colors_are_right_whatever_the_file_says(
+    decoder: SafeDecoder, matrix: str, full_range: bool, tagged: bool, height: int
+) -> None:
     colors = smooth_colors(height, height * 16 // 9 // 2 * 2)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as output:
         stream = output.add_stream("libx264", rate=24, options={"crf": "4", "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = colors.shape[2], colors.shape[1], "yuv420p"
         if tagged:
-            stream.codec_context.colorspace = Colorspace.ITU709 if matrix == "bt709" else Colorspace.SMPTE170M
+            stream.codec_context.colorspace = (
+                Colorspace.ITU709 if matrix == "bt709" else Colorspace.SMPTE170M
+            )
             stream.codec_context.color_range = ColorRange.JPEG if full_range else ColorRange.MPEG
         for picture in colors:
-            yuv = rgb_to_yuv420(picture, 0.2126 if matrix == "bt709" else 0.299, 0.0722 if matrix == "bt709" else 0.114, full_range)
+            yuv = rgb_to_yuv420(
+                picture,
+                0.2126 if matrix == "bt709" else 0.299,
+                0.0722 if matrix == "bt709" else 0.114,
+                full_range,
+            )
             output.mux(stream.encode(av.VideoFrame.from_ndarray(yuv, format="yuv420p")))
         output.mux(stream.encode(None))
     found = decoder.decode(buffer.getvalue(), [0.0], Wanted(1, 24.0, *colors.shape[1:3]))[0]
@@ -229,7 +362,9 @@ def rgb_to_yuv420(rgb: np.ndarray, red: float, blue: float, full_range: bool) ->
     r, g, b = np.moveaxis(rgb.astype(float), -1, 0)
     luma = red * r + (1 - red - blue) * g + blue * b
     chroma = [(b - luma) / (2 - 2 * blue), (r - luma) / (2 - 2 * red)]
-    luma, chroma = (luma, chroma) if full_range else (16 + luma * 219 / 255, [c * 224 / 255 for c in chroma])
+    luma, chroma = (
+        (luma, chroma) if full_range else (16 + luma * 219 / 255, [c * 224 / 255 for c in chroma])
+    )
     small = [128 + c.reshape(c.shape[0] // 2, 2, c.shape[1] // 2, 2).mean((1, 3)) for c in chroma]
     planes = np.concatenate([luma.ravel(), *(c.ravel() for c in small)])
     return np.clip(np.round(planes), 0, 255).astype(np.uint8).reshape(-1, rgb.shape[1])
@@ -250,7 +385,9 @@ def test_our_clips_come_back_without_colour_bias(clips: ClipDecoder) -> None:
     found = clips.decode(encode_clip(frames, 8))
     error = found.astype(float) - frames
     assert found.shape == frames.shape
-    assert np.abs(error.mean((0, 1, 2))).max() < 0.7  # decord cuts fractions off, what remains is half a level of green
+    assert (
+        np.abs(error.mean((0, 1, 2))).max() < 0.7
+    )  # decord cuts fractions off, what remains is half a level of green
     assert 10 * np.log10(255**2 / (error**2).mean()) > 36
 
 
@@ -261,7 +398,9 @@ def test_our_clips_keep_every_frame_in_order(clips: ClipDecoder) -> None:
 def test_frames_stay_as_they_are_while_somebody_holds_them(clips: ClipDecoder) -> None:
     data = [encode_clip(barcodes(60)[first:][:5], 8) for first in range(0, 60, 5)]
     held = [clips.decode(clip)[1:4] for clip in data]  # views; the arrays themselves are gone
-    assert [numbers(frames) for frames in held] == [[first + 1, first + 2, first + 3] for first in range(0, 60, 5)]
+    assert [numbers(frames) for frames in held] == [
+        [first + 1, first + 2, first + 3] for first in range(0, 60, 5)
+    ]
     memories = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         del held[:]
@@ -288,7 +427,9 @@ def test_decoder_of_clips_that_dies_or_hangs_costs_one_clip(clips: ClipDecoder) 
 
 
 def test_memory_limit_costs_one_clip(clips: ClipDecoder) -> None:
-    large = encode_clip(np.zeros((120, 480, 640, 3), np.uint8), 8, preset="ultrafast")  # 110 MB of frames
+    large = encode_clip(
+        np.zeros((120, 480, 640, 3), np.uint8), 8, preset="ultrafast"
+    )  # 110 MB of frames
     with ClipDecoder(clips.process.backend, memory_limit=64 << 20) as decoder:
         with pytest.raises(ClipDamaged, match="out_of_memory|decoder_died"):
             decoder.decode(large)
@@ -296,13 +437,23 @@ def test_memory_limit_costs_one_clip(clips: ClipDecoder) -> None:
 
 
 def test_clips_are_decoded_in_another_process_and_not_kept_there(clips: ClipDecoder) -> None:
-    loaded = {path.rsplit("/", 1)[-1] for path in Path(f"/proc/{clips.process.pid}/maps").read_text().split() if "libav" in path}
-    assert len({name.split(".")[0].split("-")[0] for name in loaded}) == len(loaded), "two FFmpegs in one process"
-    large = encode_clip(np.zeros((120, 480, 640, 3), np.uint8), 8, preset="ultrafast")  # 110 MB of frames
+    loaded = {
+        path.rsplit("/", 1)[-1]
+        for path in Path(f"/proc/{clips.process.pid}/maps").read_text().split()
+        if "libav" in path
+    }
+    assert len({name.split(".")[0].split("-")[0] for name in loaded}) == len(loaded), (
+        "two FFmpegs in one process"
+    )
+    large = encode_clip(
+        np.zeros((120, 480, 640, 3), np.uint8), 8, preset="ultrafast"
+    )  # 110 MB of frames
     assert clips.decode(large).shape == (120, 480, 640, 3)
     clips.decode(encode_clip(barcodes(2), 8))
     time.sleep(0.5)  # a reader that is left idle decodes ahead
-    resident = int(Path(f"/proc/{clips.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    resident = int(Path(f"/proc/{clips.process.pid}/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
     assert resident < 200 << 20
 
 
@@ -323,7 +474,9 @@ def test_damaged_clips_never_hurt_the_parent(clips: ClipDecoder) -> None:
 
 def test_equal_frames_give_equal_bytes() -> None:
     noise = np.random.default_rng(0).normal(size=(17, 64, 64, 3))
-    blurred = cv2.normalize(np.stack([cv2.GaussianBlur(f, (0, 0), 2) for f in noise]), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    blurred = cv2.normalize(
+        np.stack([cv2.GaussianBlur(f, (0, 0), 2) for f in noise]), None, 0, 255, cv2.NORM_MINMAX
+    ).astype(np.uint8)
     assert len({encode_clip(blurred, 8) for _ in range(12)}) == 1
 
 
@@ -370,17 +523,26 @@ def test_written_video_plays_everywhere(tmp_path: Path, decoder: SafeDecoder) ->
 
 @pytest.fixture(scope="module")
 def good() -> bytes:
-    return encode(smooth_colors(HEIGHT, WIDTH, 72) + barcodes(72) // 8, **FOREIGN["h264 closed GOP mp4"])
+    return encode(
+        smooth_colors(HEIGHT, WIDTH, 72) + barcodes(72) // 8, **FOREIGN["h264 closed GOP mp4"]
+    )
 
 
 def test_bad_files_give_their_reason(decoder: SafeDecoder, good: bytes) -> None:
     silent = io.BytesIO()
     with av.open(silent, "w", format="wav") as output:
         stream = output.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), np.int16), format="s16", layout="mono"
+        )
         frame.sample_rate = 8000
         output.mux(stream.encode(frame))
-    wide = encode(np.zeros((1, 64, 8192, 3), np.uint8), container="mp4", codec="libx264", options={"preset": "ultrafast"})
+    wide = encode(
+        np.zeros((1, 64, 8192, 3), np.uint8),
+        container="mp4",
+        codec="libx264",
+        options={"preset": "ultrafast"},
+    )
     cases = {
         b"": "invalid_data",
         b"\0": "invalid_data",
@@ -401,28 +563,43 @@ def test_bad_files_give_their_reason(decoder: SafeDecoder, good: bytes) -> None:
 
 def test_damage_that_the_codec_would_hide_is_noticed(decoder: SafeDecoder, good: bytes) -> None:
     with av.open(io.BytesIO(good)) as container:
-        second = [packet for packet in container.demux(video=0) if packet.is_keyframe][1]  # shown at 1 s
+        second = [packet for packet in container.demux(video=0) if packet.is_keyframe][
+            1
+        ]  # shown at 1 s
         place = second.pos + second.size // 2
     broken = bytearray(good)
     broken[place : place + 60] = bytes(60)
     spans = decoder.decode(bytes(broken), [0.0, 0.9], Wanted(7, 8.0, 32, 32))
     assert isinstance(spans[0], np.ndarray)
     assert spans[1].reason == "corrupt_frame"
-    first, last = (decoder.decode(data, [0.0], Wanted(7, 8.0, 32, 32))[0] for data in (bytes(broken), good))
+    first, last = (
+        decoder.decode(data, [0.0], Wanted(7, 8.0, 32, 32))[0] for data in (bytes(broken), good)
+    )
     assert np.array_equal(first, last)  # frames before the damage are untouched
 
 
-HASHED = {"container": "mp4", "codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=none:frame-threads=1:hash=1"}}
+HASHED = {
+    "container": "mp4",
+    "codec": "libx265",
+    "options": {
+        "preset": "ultrafast",
+        "x265-params": "log-level=none:keyint=24:pools=none:frame-threads=1:hash=1",
+    },
+}
 
 
 @pytest.mark.parametrize("spec", [FOREIGN["vp9 webm"], HASHED], ids=["vp9", "hevc with hashes"])
-def test_no_damage_inside_pictures_is_missed_where_the_stream_lets_one_see_it(decoder: SafeDecoder, spec: dict) -> None:
+def test_no_damage_inside_pictures_is_missed_where_the_stream_lets_one_see_it(
+    decoder: SafeDecoder, spec: dict
+) -> None:
     data = encode(smooth_colors(HEIGHT, WIDTH, 72) // 2 + barcodes(72) // 8, **spec)
     wanted, starts = Wanted(3, 24.0, HEIGHT, WIDTH), [k / 8 for k in range(24)]
     reference = decoder.decode(data, starts, wanted)
     assert not any(isinstance(span, DecodeFailure) for span in reference)  # no false alarm
     with av.open(io.BytesIO(data)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size > 100]
+        packets = [
+            (packet.pos, packet.size) for packet in container.demux(video=0) if packet.size > 100
+        ]
     generator, noticed = np.random.default_rng(4), 0
     for position, size in [packets[k] for k in generator.integers(len(packets), size=12)]:
         broken = bytearray(data)
@@ -430,7 +607,10 @@ def test_no_damage_inside_pictures_is_missed_where_the_stream_lets_one_see_it(de
             broken[place] ^= 1 << int(generator.integers(8))
         spans = decoder.decode(bytes(broken), starts, wanted)
         noticed += any(isinstance(span, DecodeFailure) for span in spans)
-        assert all(isinstance(span, DecodeFailure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
+        assert all(
+            isinstance(span, DecodeFailure) or cv2.PSNR(span, good) > 40
+            for span, good in zip(spans, reference, strict=True)
+        )
     assert noticed >= 10
 
 
@@ -439,11 +619,16 @@ def test_packets_lost_on_the_way_are_noticed(decoder: SafeDecoder, name: str) ->
     data = encode(smooth_colors(HEIGHT, WIDTH, 72) // 2 + barcodes(72) // 8, **FOREIGN[name])
     wanted, starts = Wanted(3, 24.0, HEIGHT, WIDTH), [k / 8 for k in range(23)]
     reference = decoder.decode(data, starts, wanted)
-    places = [at for at in range(0, len(data), 188) if data[at + 1] & 0x1F == 1 and data[at + 2] == 0]  # PID 256: video
+    places = [
+        at for at in range(0, len(data), 188) if data[at + 1] & 0x1F == 1 and data[at + 2] == 0
+    ]  # PID 256: video
     for at in np.random.default_rng(3).choice(places[2:], 10, replace=False):
         spans = decoder.decode(data[:at] + data[at + 188 :], starts, wanted)
         assert any(isinstance(span, DecodeFailure) for span in spans)
-        assert all(isinstance(span, DecodeFailure) or cv2.PSNR(span, good) > 40 for span, good in zip(spans, reference, strict=True))
+        assert all(
+            isinstance(span, DecodeFailure) or cv2.PSNR(span, good) > 40
+            for span, good in zip(spans, reference, strict=True)
+        )
 
 
 def test_mutated_files_never_hurt_the_parent(good: bytes) -> None:
@@ -464,13 +649,19 @@ def test_mutated_files_never_hurt_the_parent(good: bytes) -> None:
     assert {"invalid_data", "corrupt_frame", "frames"} <= seen
 
 
-def test_playlist_cannot_open_other_files(decoder: SafeDecoder, tmp_path: Path, good: bytes) -> None:
+def test_playlist_cannot_open_other_files(
+    decoder: SafeDecoder, tmp_path: Path, good: bytes
+) -> None:
     (tmp_path / "secret.mp4").write_bytes(good)
     playlist = tmp_path / "clip.mp4"
-    for text in (f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n",
-                 f"ffconcat version 1.0\nfile 'file:{tmp_path}/secret.mp4'\n"):
+    for text in (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile 'file:{tmp_path}/secret.mp4'\n",
+    ):
         playlist.write_text(text)
-        assert isinstance(decoder.decode(VideoFile(playlist), [0.0], Wanted(1, 8.0, 32, 32))[0], DecodeFailure)
+        assert isinstance(
+            decoder.decode(VideoFile(playlist), [0.0], Wanted(1, 8.0, 32, 32))[0], DecodeFailure
+        )
 
 
 def test_range_of_bytes_is_a_video(decoder: SafeDecoder, tmp_path: Path, good: bytes) -> None:
@@ -478,7 +669,9 @@ def test_range_of_bytes_is_a_video(decoder: SafeDecoder, tmp_path: Path, good: b
     path.write_bytes(b"x" * 1000 + good + b"y" * 1000)
     video = VideoFile(path, 1000, len(good))
     wanted = Wanted(9, 8.0, 32, 32)
-    assert np.array_equal(decoder.decode(video, [0.0], wanted)[0], decoder.decode(good, [0.0], wanted)[0])
+    assert np.array_equal(
+        decoder.decode(video, [0.0], wanted)[0], decoder.decode(good, [0.0], wanted)[0]
+    )
 
 
 def test_decoder_that_dies_hangs_or_is_used_up_is_replaced(good: bytes) -> None:
@@ -498,7 +691,12 @@ def test_decoder_that_dies_hangs_or_is_used_up_is_replaced(good: bytes) -> None:
 
 
 def test_memory_limit_costs_the_video_only(good: bytes) -> None:
-    large = encode(np.zeros((2, 2160, 3840, 3), np.uint8), container="mp4", codec="libx264", options={"preset": "ultrafast"})
+    large = encode(
+        np.zeros((2, 2160, 3840, 3), np.uint8),
+        container="mp4",
+        codec="libx264",
+        options={"preset": "ultrafast"},
+    )
     with SafeDecoder(memory_limit=20 << 20) as decoder:
         assert isinstance(decoder.decode(good, [0.0], Wanted(2, 8.0, 32, 32))[0], np.ndarray)
         assert isinstance(decoder.decode(large, [0.0], Wanted(1, 8.0, 32, 32))[0], DecodeFailure)
@@ -506,9 +704,13 @@ def test_memory_limit_costs_the_video_only(good: bytes) -> None:
 
 
 def test_decoder_ends_with_its_parent() -> None:
-    script = ("import time\nfrom landiff.data_pipeline.video.codec import SafeDecoder\n"
-              "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder.process.pid, flush=True)\ntime.sleep(60)\n")
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+    script = (
+        "import time\nfrom landiff.data_pipeline.video.codec import SafeDecoder\n"
+        "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder.process.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
         child = int(parent.stdout.readline())
         parent.kill()
     until = time.monotonic() + 10

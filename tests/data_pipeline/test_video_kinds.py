@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from av.video.frame import PictureType
 
-from landiff.data_pipeline.video.codec import DecodedSpan, DecodeFailure, SafeDecoder, VideoFile, Wanted
+from landiff.data_pipeline.video.codec import (
+    DecodedSpan,
+    DecodeFailure,
+    SafeDecoder,
+    VideoFile,
+    Wanted,
+)
 from tests.data_pipeline.test_video import HEIGHT, WIDTH, barcodes, encode, numbers
 from tests.data_pipeline.test_video import X264 as X264_BARCODES
 from tests.data_pipeline.video_kinds import (

@@ -25,7 +25,9 @@ class Case:
     def config(self) -> dict[str, Any]:
         config = json.loads((self.path / "config.json").read_text())
         # half precision would need other tolerances
-        assert config.get("dtype", "float32") == "float32", f"{self.path}: the cases are in float32, not {config['dtype']}"
+        assert config.get("dtype", "float32") == "float32", (
+            f"{self.path}: the cases are in float32, not {config['dtype']}"
+        )
         return config
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
@@ -35,7 +37,10 @@ class Case:
     @property
     def weights(self) -> dict[str, Tensor]:
         """float32, under the reference's own key names."""
-        return {k: v.float() if v.is_floating_point() else v for k, v in self._tensors("weights").items()}
+        return {
+            k: v.float() if v.is_floating_point() else v
+            for k, v in self._tensors("weights").items()
+        }
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -57,10 +62,19 @@ def served_by(name: str, prefixes: set[str]) -> str | None:
 
 # Every name that some test under tests/golden serves. A test may serve several; several may serve one.
 PREFIXES = {
-    "tokenizer_masks", "tokenizer_forward", "tokenizer_train_step",
-    "lm_teacher_forced", "lm_micro_condition", "lm_sampling",
-    "diffusion_control_forward", "diffusion_loss", "diffusion_sampling",
-    "semantic_upsampler", "noise_schedule", "vae", "feature_extractor",
+    "tokenizer_masks",
+    "tokenizer_forward",
+    "tokenizer_train_step",
+    "lm_teacher_forced",
+    "lm_micro_condition",
+    "lm_sampling",
+    "diffusion_control_forward",
+    "diffusion_loss",
+    "diffusion_sampling",
+    "semantic_upsampler",
+    "noise_schedule",
+    "vae",
+    "feature_extractor",
 }
 
 
@@ -68,6 +82,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("golden")
-    assert marker and set(marker.args) <= PREFIXES, f"{metafunc.definition.nodeid}: say which cases it serves"
-    folders = [p for p in case_folders(metafunc.config) if served_by(p.name, PREFIXES) in marker.args]
+    assert marker and set(marker.args) <= PREFIXES, (
+        f"{metafunc.definition.nodeid}: say which cases it serves"
+    )
+    folders = [
+        p for p in case_folders(metafunc.config) if served_by(p.name, PREFIXES) in marker.args
+    ]
     metafunc.parametrize("case", [Case(p) for p in folders], ids=[p.name for p in folders])

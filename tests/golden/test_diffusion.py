@@ -78,12 +78,16 @@ def load_diffusion(case: Case) -> ControlledDiffusion:
 def tokenizer_of(case: Case) -> SemanticTokenizer:
     """The case's copy of the tokenizer."""
     sizes = case.config
-    return load_tokenizer(sizes["tok"], split(case.weights).tokenizer, sizes["latent_frames"]).eval()
+    return load_tokenizer(
+        sizes["tok"], split(case.weights).tokenizer, sizes["latent_frames"]
+    ).eval()
 
 
 def semantic_features(case: Case) -> Tensor:
     """[1, T, C, h, w] of the case's tokens; one condition for the whole batch."""
-    return tokenizer_of(case).decode(case.inputs["semantic_tokens"][:, 0], case.config["latent_frames"])
+    return tokenizer_of(case).decode(
+        case.inputs["semantic_tokens"][:, 0], case.config["latent_frames"]
+    )
 
 
 def check_latents(case: Case, latents: Tensor) -> None:
@@ -109,7 +113,10 @@ def test_control_forward(case: Case):
     batch = len(inputs["x"])
     semantic = model.semantic(features)
     close(semantic, outputs["semantic_latent"])
-    close(model.semantic.upsample(features[0]), outputs["upsampled"].reshape(-1, *outputs["upsampled"].shape[-3:]))
+    close(
+        model.semantic.upsample(features[0]),
+        outputs["upsampled"].reshape(-1, *outputs["upsampled"].shape[-3:]),
+    )
     x, text, timesteps = inputs["x"], inputs["text"], inputs["timesteps"]
     close(model(x, timesteps, text, semantic_BTCHW=semantic.expand_as(x)), outputs["output"])
     close(model(x, timesteps, text, features.expand(batch, *features.shape[1:])), outputs["output"])
@@ -124,7 +131,10 @@ def test_embeddings(case: Case):
     inputs, outputs = case.inputs, case.outputs
     model = load_diffusion(case)
     close(sinusoid(inputs["timesteps"], case.config["hidden"]), outputs["timestep_sinusoid"])
-    close(model.control.input(inputs["x"], inputs["timesteps"], inputs["text"])[1], outputs["control_time_embed"])
+    close(
+        model.control.input(inputs["x"], inputs["timesteps"], inputs["text"])[1],
+        outputs["control_time_embed"],
+    )
     close(release_position_table(model.config.transformer), outputs["pos_embedding"], 5e-7)
 
 
@@ -133,10 +143,17 @@ def test_semantic_upsampler(case: Case):
     sizes = case.config
     # what else the reference's class can do and the released model does not
     assert sizes.get("upsample_type", "pixelshuffle") == "pixelshuffle"
-    assert not sizes.get("use_mid_attention") and not sizes.get("attn_resolutions") and not sizes.get("dropout")
+    assert (
+        not sizes.get("use_mid_attention")
+        and not sizes.get("attn_resolutions")
+        and not sizes.get("dropout")
+    )
     config = SemanticConditionConfig(
-        feature_channels=sizes["z_channels"], base_channels=sizes["ch"], channel_multipliers=sizes["ch_mult"],
-        num_res_blocks=sizes["num_res_blocks"], out_channels=sizes["out_ch"],
+        feature_channels=sizes["z_channels"],
+        base_channels=sizes["ch"],
+        channel_multipliers=sizes["ch_mult"],
+        num_res_blocks=sizes["num_res_blocks"],
+        out_channels=sizes["out_ch"],
     )
     model = SemanticCondition(config, sizes["target_dim"]).eval()
     model.load_state_dict(apply_rules(case.weights, semantic_rules("", ""), "to_ours"), strict=True)
@@ -150,7 +167,10 @@ def test_noise_schedule(case: Case):
     sizes, outputs = case.config, case.outputs
     schedule = NoiseSchedule(ScheduleConfig(**{k: sizes[k] for k in ScheduleConfig.model_fields}))
     torch.testing.assert_close(
-        schedule.shifted_alphas, outputs["alphas_cumprod_shifted_before_rescale"], atol=1e-12, rtol=0
+        schedule.shifted_alphas,
+        outputs["alphas_cumprod_shifted_before_rescale"],
+        atol=1e-12,
+        rtol=0,
     )
     close(schedule.alphas_sqrt, outputs["train_alphas_cumprod_sqrt"], 5e-7)
     close(-noise_level(schedule.alphas_sqrt), outputs["train_c_out"], 1e-6)
@@ -161,19 +181,34 @@ def test_noise_schedule(case: Case):
     for steps in sizes["sampler_steps"]:
         table = schedule.sampler_table(steps)
         assert table.timesteps == outputs[f"sampler_{steps}.timesteps"].tolist()
-        close(torch.tensor(table.alphas_sqrt), outputs[f"sampler_{steps}.alphas_cumprod_sqrt"], 5e-7)
+        close(
+            torch.tensor(table.alphas_sqrt), outputs[f"sampler_{steps}.alphas_cumprod_sqrt"], 5e-7
+        )
         snapped = torch.tensor(table.denoiser_alphas_sqrt)
         close(snapped, outputs[f"sampler_{steps}.denoiser_alphas_cumprod_sqrt"], 5e-7)
-        assert torch.equal(snapped, schedule.alphas_sqrt[outputs[f"sampler_{steps}.denoiser_table_index"]])
+        assert torch.equal(
+            snapped, schedule.alphas_sqrt[outputs[f"sampler_{steps}.denoiser_table_index"]]
+        )
 
 
 def objective(case: Case) -> Objective:
     """The trainer's, in phase control."""
-    config = load(DiffusionTrainConfig, {
-        "run": "run", "zoo": "zoo", "phase": "control", "init_from": "main", "tokenizer": "tokenizer", "text_column": "text",
-        "data": {"manifest": "data", "global_batch_size": 1}, "loop": {"steps": 1}, "optim": {"lr": 1e-3}, "precision": "fp32",
-        "model": diffusion_config(case.config).model_dump(),
-    })
+    config = load(
+        DiffusionTrainConfig,
+        {
+            "run": "run",
+            "zoo": "zoo",
+            "phase": "control",
+            "init_from": "main",
+            "tokenizer": "tokenizer",
+            "text_column": "text",
+            "data": {"manifest": "data", "global_batch_size": 1},
+            "loop": {"steps": 1},
+            "optim": {"lr": 1e-3},
+            "precision": "fp32",
+            "model": diffusion_config(case.config).model_dump(),
+        },
+    )
     return Objective(config, torch.device("cpu"), tokenizer_of(case))
 
 
@@ -187,10 +222,17 @@ def test_loss(case: Case):
     for fixed_frames in case.config["fixed_frames"]:
         model = load_diffusion(case).train().requires_grad_(True)
         freeze_main(model)
-        result = training.loss(model, Inputs(
-            latents_BTCHW=inputs["latents"], noise_BTCHW=inputs["noise"], timestep_B=timesteps,
-            prefix_B=torch.full_like(timesteps, fixed_frames), text_BLD=inputs["text"], features_BTchw=inputs["semantic_features"],
-        ))
+        result = training.loss(
+            model,
+            Inputs(
+                latents_BTCHW=inputs["latents"],
+                noise_BTCHW=inputs["noise"],
+                timestep_B=timesteps,
+                prefix_B=torch.full_like(timesteps, fixed_frames),
+                text_BLD=inputs["text"],
+                features_BTchw=inputs["semantic_features"],
+            ),
+        )
         result.loss.backward()
         prefix = f"fixed{fixed_frames}."
         close(result.noised, outputs.pop(f"{prefix}noised_input"), 2e-6)
@@ -202,7 +244,9 @@ def test_loss(case: Case):
         torch.testing.assert_close(norm, outputs.pop(f"{prefix}grad_norm")[0], atol=1e-5, rtol=1e-4)
         theirs = apply_rules(gradients, diffusion_rules(), "to_theirs")
         for name in [name for name in outputs if name.startswith(f"{prefix}grad.")]:
-            torch.testing.assert_close(theirs[name.removeprefix(f"{prefix}grad.")], outputs.pop(name), atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(
+                theirs[name.removeprefix(f"{prefix}grad.")], outputs.pop(name), atol=1e-5, rtol=1e-3
+            )
     close(schedule.signal(timesteps).flatten(), outputs.pop("alphas_cumprod_sqrt"), 5e-7)
     assert not outputs, f"not compared: {sorted(outputs)}"
 
@@ -216,8 +260,15 @@ def test_dynamic_guidance(case: Case):
             name = "cfg_scale{scale}_exp{exp}".format(**guidance)
             for kind, recorded in (("timestep", "dynamic"), ("step", "intended")):
                 options = SamplerOptions(steps, guidance["scale"], guidance["exp"], dynamic=kind)
-                scales = [guidance_scale(options, step, timestep) for step, timestep in enumerate(timesteps)]
-                close(torch.tensor(scales, dtype=torch.float64), outputs[f"sampler_{steps}.{recorded}_{name}"], 1e-9)
+                scales = [
+                    guidance_scale(options, step, timestep)
+                    for step, timestep in enumerate(timesteps)
+                ]
+                close(
+                    torch.tensor(scales, dtype=torch.float64),
+                    outputs[f"sampler_{steps}.{recorded}_{name}"],
+                    1e-9,
+                )
 
 
 @pytest.mark.golden("diffusion_sampling")

@@ -22,9 +22,16 @@ def _codec(case: Case) -> CogVideoXCodec:
     """The codec reads its sizes off the tensors; they are those that the case says."""
     sizes, state = case.config, to_diffusers(case.weights)
     downsamplings = len(sizes["ch_mult"]) - 1
-    network = network_of(state, scaling_factor=sizes["scale_factor"], temporal_compression_ratio=2 ** min(2, downsamplings))
+    network = network_of(
+        state,
+        scaling_factor=sizes["scale_factor"],
+        temporal_compression_ratio=2 ** min(2, downsamplings),
+    )
     assert network.config.block_out_channels == tuple(sizes["ch"] * m for m in sizes["ch_mult"])
-    assert (network.config.layers_per_block, network.config.latent_channels) == (sizes["res"], sizes["z_channels"])
+    assert (network.config.layers_per_block, network.config.latent_channels) == (
+        sizes["res"],
+        sizes["z_channels"],
+    )
     network.load_state_dict(state)
     codec = wrap(network, "float32")
     assert case.inputs["video"].shape[-2:] == (sizes["h"], sizes["w"])
@@ -61,16 +68,29 @@ def test_features_from_float_video_to_cropped_grid(case):
     video_BTHWC = case.inputs["video"].permute(0, 1, 3, 4, 2)
     sizes, frames = case.config, quantise(case.inputs["video"])
     assert (sizes["pad_value"], sizes["layer_norm_eps"]) == (PAD_VALUE, LAYER_NORM_EPS)
-    assert (sizes["qkv_bias"], sizes["hidden_act"]) == (True, "gelu")  # the only ViT there is: DeiT-base
+    assert (sizes["qkv_bias"], sizes["hidden_act"]) == (
+        True,
+        "gelu",
+    )  # the only ViT there is: DeiT-base
     assert frames.shape[-4:] == (sizes["frames"], 3, sizes["h"], sizes["w"])
     assert torch.equal(frames, case.outputs["frames_uint8"])
-    assert torch.equal(pad_to_square(frames.flatten(0, 1)), case.outputs["frames_padded_uint8"].flatten(0, 1))
-    encoder = from_tensors(case.weights, TheiaConfig(num_heads=case.config["heads"], dtype="float32"))
-    assert (encoder.channels, encoder.cell, encoder.network.config.num_hidden_layers) == (sizes["hidden"], sizes["patch_size"], sizes["layers"])
+    assert torch.equal(
+        pad_to_square(frames.flatten(0, 1)), case.outputs["frames_padded_uint8"].flatten(0, 1)
+    )
+    encoder = from_tensors(
+        case.weights, TheiaConfig(num_heads=case.config["heads"], dtype="float32")
+    )
+    assert (encoder.channels, encoder.cell, encoder.network.config.num_hidden_layers) == (
+        sizes["hidden"],
+        sizes["patch_size"],
+        sizes["layers"],
+    )
     side = max(frames.shape[-2:])
     embeddings = encoder.network.embeddings
     patches = embeddings.patch_embeddings(torch.zeros(1, 3, side, side))
-    table = embeddings.interpolate_pos_encoding(torch.cat([embeddings.cls_token, patches], 1), side, side)
+    table = embeddings.interpolate_pos_encoding(
+        torch.cat([embeddings.cls_token, patches], 1), side, side
+    )
     _close(table, case.outputs["interpolated_position_embeddings"])
     assert case.outputs["features"].shape[-2:] == tuple(sizes["output_shape"])
     _close(encoder(video_BTHWC), case.outputs["features"])

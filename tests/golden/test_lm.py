@@ -16,18 +16,32 @@ from landiff.model_zoo.token_layout import CODE, IGNORE
 def model_of(case) -> LanguageModel:
     sizes = case.config
     config = LMConfig(
-        codebook_size=sizes["codebook_size"], iframe_tokens=sizes["iframe_len"], pframe_tokens=sizes["pframe_len"],
-        segment_frames=sizes["segment_length"], hidden_size=sizes["hidden_dim"], num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"], ffn_size=sizes["mlp_dim"], rope_theta=sizes["rope_theta"],
-        max_positions=sizes["max_len"], text_dim=sizes["text_dim"], max_text_tokens=sizes["text_len"],
-        micro_hidden_size=sizes["micro_hidden_dim"], micro_frequency_dim=sizes["freq_dim"],
+        codebook_size=sizes["codebook_size"],
+        iframe_tokens=sizes["iframe_len"],
+        pframe_tokens=sizes["pframe_len"],
+        segment_frames=sizes["segment_length"],
+        hidden_size=sizes["hidden_dim"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        ffn_size=sizes["mlp_dim"],
+        rope_theta=sizes["rope_theta"],
+        max_positions=sizes["max_len"],
+        text_dim=sizes["text_dim"],
+        max_text_tokens=sizes["text_len"],
+        micro_hidden_size=sizes["micro_hidden_dim"],
+        micro_frequency_dim=sizes["freq_dim"],
     )
     model = LanguageModel(config).eval().requires_grad_(False)
     model.load_state_dict(apply_rules(case.weights, RULES, "to_ours"))
     layout = model.layout
     assert sizes["vocab"] == {
-        "EOS": layout.eos, "BOS": layout.bos, "START_OF_IFrame": layout.start_iframe, "END_OF_IFrame": layout.end_iframe,
-        "START_OF_PFrame": layout.start_pframe, "END_OF_PFrame": layout.end_pframe, "PAD": layout.pad,
+        "EOS": layout.eos,
+        "BOS": layout.bos,
+        "START_OF_IFrame": layout.start_iframe,
+        "END_OF_IFrame": layout.end_iframe,
+        "START_OF_PFrame": layout.start_pframe,
+        "END_OF_PFrame": layout.end_pframe,
+        "PAD": layout.pad,
     }
     assert layout.vocab_size == sizes["vocab_size"]
     return model
@@ -48,7 +62,9 @@ def test_teacher_forced(case):
     assert ids.shape[1] == case.config["sequence_length"]
     frames = [model.layout.num_frames(len(codes)) for codes in given["codes"]]
     assert frames == given["frames"].tolist()
-    masks = torch.stack([torch.from_numpy(model.layout.loss_mask(count, length)) for count in frames])
+    masks = torch.stack(
+        [torch.from_numpy(model.layout.loss_mask(count, length)) for count in frames]
+    )
     assert torch.equal(masks, wanted["loss_mask"].bool())
 
     scalars = given["frames"], given["motion_score"]
@@ -61,7 +77,10 @@ def test_teacher_forced(case):
     close(outputs[0], wanted["block0_output"])
     close(logits, wanted["logits"])
     everyone = torch.ones(len(ids), dtype=torch.bool)
-    close(model(ids, given["text_embeddings"], *scalars, drop_text_B=everyone), wanted["uncond_logits"])
+    close(
+        model(ids, given["text_embeddings"], *scalars, drop_text_B=everyone),
+        wanted["uncond_logits"],
+    )
 
     targets = torch.stack([torch.from_numpy(row.targets) for row in rows])
     weights = torch.stack([torch.from_numpy(row.loss_weights) for row in rows])
@@ -77,12 +96,16 @@ def test_micro_conditions(case):
     conditions = MicroConditions(sizes["out_dim"], sizes["hidden"], sizes["freq_dim"])
     rules = [rule for rule in RULES if "micro" in rule.ours]
     ours = apply_rules(case.weights, rules, "to_ours")
-    conditions.load_state_dict({name.removeprefix("micro."): tensor for name, tensor in ours.items()})
+    conditions.load_state_dict(
+        {name.removeprefix("micro."): tensor for name, tensor in ours.items()}
+    )
     close(sinusoid(given["frames"], sizes["freq_dim"]), wanted["sinusoid_frames"], 1e-5)
     close(sinusoid(given["motion_score"], sizes["freq_dim"]), wanted["sinusoid_motion"], 1e-5)
     close(conditions(given["frames"], given["motion_score"]), wanted["micro_condition"], 1e-5)
     count = len(given["frames"])
-    close(conditions(torch.ones(count), torch.zeros(count)), wanted["micro_condition_defaults"], 1e-5)
+    close(
+        conditions(torch.ones(count), torch.zeros(count)), wanted["micro_condition_defaults"], 1e-5
+    )
 
 
 class Replay:
@@ -105,17 +128,27 @@ def test_sampling(case):
     for run in case.config["runs"]:
         name, frames = run["name"], run["num_frames"]
         config = TokenSamplingConfig(
-            guidance=run.get("guidance_scale") or 1.0, temperature=run.get("temperature") or 1.0, top_k=run.get("top_k"),
-            top_p=run.get("top_p"), predict_end=run.get("predict_eos") or False, reference_behaviour=True,
+            guidance=run.get("guidance_scale") or 1.0,
+            temperature=run.get("temperature") or 1.0,
+            top_k=run.get("top_k"),
+            top_p=run.get("top_p"),
+            predict_end=run.get("predict_eos") or False,
+            reference_behaviour=True,
         )
         prompts = Prompts(text, given[f"{name}.motion_score"])
         replay = Replay(wanted[f"{name}.probs"], wanted[f"{name}.drawn"])
         sampled = sample_tokens(model, prompts, frames, config, draw=replay)
         assert replay.steps == run["steps"]
         found = int(sampled.num_frames_B)
-        assert found == frames or (config.predict_end and wanted[f"{name}.drawn"][-1] == model.layout.eos)
-        assert torch.equal(sampled.codes_BK[:, : model.layout.num_codes(found)], wanted[f"{name}.codes"])
-        if run.get("top_k") == 1 and not config.predict_end:  # no random numbers: any seed gives these codes
+        assert found == frames or (
+            config.predict_end and wanted[f"{name}.drawn"][-1] == model.layout.eos
+        )
+        assert torch.equal(
+            sampled.codes_BK[:, : model.layout.num_codes(found)], wanted[f"{name}.codes"]
+        )
+        if (
+            run.get("top_k") == 1 and not config.predict_end
+        ):  # no random numbers: any seed gives these codes
             greedy = sample_tokens(model, prompts, frames, config, seeds=[0])
             assert torch.equal(greedy.codes_BK, wanted[f"{name}.codes"])
 
@@ -127,5 +160,11 @@ def test_sampling(case):
         prompt_ids[0], prompt_ids[-1] = model.layout.bos, model.layout.start_iframe
         ids = torch.cat([prompt_ids, fed])[None]
         for row in range(raw.shape[1]):  # with text, then without
-            logits = model(ids, text, given[f"{name}.frames"], given[f"{name}.motion_score"], torch.tensor([row == 1]))
+            logits = model(
+                ids,
+                text,
+                given[f"{name}.frames"],
+                given[f"{name}.motion_score"],
+                torch.tensor([row == 1]),
+            )
             close(logits[0, start:], raw[:, row])

@@ -28,25 +28,51 @@ from tests.golden.conftest import Case
 def train_config(case: Case, parallel: dict[str, Any]) -> LMTrainConfig:
     sizes = case.config
     model = LMConfig(
-        codebook_size=sizes["codebook_size"], iframe_tokens=sizes["iframe_len"], pframe_tokens=sizes["pframe_len"],
-        segment_frames=sizes["segment_length"], hidden_size=sizes["hidden_dim"], num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"], ffn_size=sizes["mlp_dim"], rope_theta=sizes["rope_theta"],
-        max_positions=sizes["max_len"], text_dim=sizes["text_dim"], max_text_tokens=sizes["text_len"],
-        micro_hidden_size=sizes["micro_hidden_dim"], micro_frequency_dim=sizes["freq_dim"],
+        codebook_size=sizes["codebook_size"],
+        iframe_tokens=sizes["iframe_len"],
+        pframe_tokens=sizes["pframe_len"],
+        segment_frames=sizes["segment_length"],
+        hidden_size=sizes["hidden_dim"],
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        ffn_size=sizes["mlp_dim"],
+        rope_theta=sizes["rope_theta"],
+        max_positions=sizes["max_len"],
+        text_dim=sizes["text_dim"],
+        max_text_tokens=sizes["text_len"],
+        micro_hidden_size=sizes["micro_hidden_dim"],
+        micro_frequency_dim=sizes["freq_dim"],
     )
-    return load(LMTrainConfig, {
-        "run": "run", "zoo": "zoo", "data": {"manifest": "data", "global_batch_size": 2}, "loop": {"steps": 1},
-        "optim": {"lr": 1e-3}, "model": model.model_dump(), "parallel": parallel, "precision": "fp32",
-        "text_column": "text", "text_dropout": 0.0,
-        "head_multiple": parallel.get("tensor", 1), "vocab_multiple": 64 * parallel.get("tensor", 1),  # a case may have 3 heads
-    })
+    return load(
+        LMTrainConfig,
+        {
+            "run": "run",
+            "zoo": "zoo",
+            "data": {"manifest": "data", "global_batch_size": 2},
+            "loop": {"steps": 1},
+            "optim": {"lr": 1e-3},
+            "model": model.model_dump(),
+            "parallel": parallel,
+            "precision": "fp32",
+            "text_column": "text",
+            "text_dropout": 0.0,
+            "head_multiple": parallel.get("tensor", 1),
+            "vocab_multiple": 64 * parallel.get("tensor", 1),  # a case may have 3 heads
+        },
+    )
 
 
 def samples_of(case: Case) -> tuple[Sample, ...]:
     given = case.inputs
     return tuple(
-        Sample(key=str(i), epoch=0, index=i, position=i, meta=raw_sample(str(i), motion_score=float(given["motion_score"][i])),
-               tensors={"tokens": given["codes"][i], "text": given["text_embeddings"][i]})
+        Sample(
+            key=str(i),
+            epoch=0,
+            index=i,
+            position=i,
+            meta=raw_sample(str(i), motion_score=float(given["motion_score"][i])),
+            tensors={"tokens": given["codes"][i], "text": given["text_embeddings"][i]},
+        )
         for i in range(len(given["codes"]))
     )
 
@@ -75,7 +101,9 @@ def forward(world: Any, folder: Path, parallel: dict[str, Any]) -> dict[str, Ten
         row = packed_case(case, config)
         found = {
             "logits": engine.model(row, logits=True)[: row.num_tokens],
-            "uncond_logits": engine.model(replace(row, drop_text_M=torch.ones_like(row.drop_text_M)), logits=True)[: row.num_tokens],
+            "uncond_logits": engine.model(
+                replace(row, drop_text_M=torch.ones_like(row.drop_text_M)), logits=True
+            )[: row.num_tokens],
             "ids": row.ids_N[: row.num_tokens],
         }
     samples = samples_of(case)
@@ -84,7 +112,11 @@ def forward(world: Any, folder: Path, parallel: dict[str, Any]) -> dict[str, Ten
     return found
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence": True}], ids=["one", "tensor 2", "sequence"])
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"tensor": 2}, {"tensor": 2, "sequence": True}],
+    ids=["one", "tensor 2", "sequence"],
+)
 @pytest.mark.golden("lm_teacher_forced")
 def test_teacher_forced_through_megatron(case, parallel):
     wanted, parallel = case.outputs, layout_for(case, parallel)

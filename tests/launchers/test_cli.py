@@ -26,7 +26,20 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.mark.parametrize("command", [["shards"], ["precompute"], ["train", "lm"], ["convert"], ["zoo"], ["sample"], ["evaluate"], ["config"], ["quickstart"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["shards"],
+        ["precompute"],
+        ["train", "lm"],
+        ["convert"],
+        ["zoo"],
+        ["sample"],
+        ["evaluate"],
+        ["config"],
+        ["quickstart"],
+    ],
+)
 def test_every_command_explains_itself(capsys, command):
     code, out, _ = run(capsys, *command, "--help")
     assert code == 0 and "usage: landiff" in out
@@ -45,7 +58,9 @@ def test_a_mistyped_command_names_the_nearest(capsys):
 
 
 def test_an_override_may_follow_a_flag(capsys):
-    _, out, err = run(capsys, "train", "lm", "--config", "nano/lm", "--dry-run", "--adopt", "loop.steps=7")
+    _, out, err = run(
+        capsys, "train", "lm", "--config", "nano/lm", "--dry-run", "--adopt", "loop.steps=7"
+    )
     assert "steps: 7" in out and "adopt: true" in out, err
 
 
@@ -54,7 +69,9 @@ def test_an_argument_that_is_no_override_is_refused(capsys):
     assert code == 2 and "key=value" in err
 
 
-def test_dry_run_prints_the_resolved_config_names_what_is_missing_and_makes_nothing(capsys, tmp_path, monkeypatch):
+def test_dry_run_prints_the_resolved_config_names_what_is_missing_and_makes_nothing(
+    capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for stage in pipeline_stages("nano", 2):
         if "--config" in stage.command:
@@ -104,21 +121,36 @@ def test_stages_come_after_what_they_wait_for():
 @pytest.mark.parametrize("command", ["shards", "precompute"])
 def test_overrides_stand_beside_an_action_that_is_left_out(capsys, tmp_path, command):
     key = {"shards": "max_spans=7", "precompute": "batch_size=7"}[command]
-    code, out, err = run(capsys, "-C", str(tmp_path), command, "--config", f"nano/{command}", "--dry-run", key)
+    code, out, err = run(
+        capsys, "-C", str(tmp_path), command, "--config", f"nano/{command}", "--dry-run", key
+    )
     assert key.replace("=", ": ") in out and (code == 0) == (command == "shards"), err
 
 
 def test_all_mistakes_are_told_at_once_and_no_rank_starts(capfd, tmp_path):
-    words = ["train", "lm", "--config", "nano/lm", "--nproc", "3", "optim.min_lr=1", "optim.rl=3", "parallel.pipeline=3"]
+    words = [
+        "train",
+        "lm",
+        "--config",
+        "nano/lm",
+        "--nproc",
+        "3",
+        "optim.min_lr=1",
+        "optim.rl=3",
+        "parallel.pipeline=3",
+    ]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "lm").touch()
     code, out, err = run(capfd, "-C", str(tmp_path), *words)
     assert code == 2 and out == "" and "Traceback" not in err
     for text in (
-        "unknown config key 'optim.rl'; did you mean 'lr'?", "model.num_layers = 4 is not a multiple of parallel.pipeline = 3",
+        "unknown config key 'optim.rl'; did you mean 'lr'?",
+        "model.num_layers = 4 is not a multiple of parallel.pipeline = 3",
         "parallel.tensor * parallel.pipeline = 2 * 3 does not divide the 3 launched ranks",
-        "optim.min_lr = 1 is above optim.lr = 0.002", "run = runs/lm cannot be a folder: runs/lm is a file",
-        "data/manifest.json does not exist; run `landiff shards` first", "tokenizer = tokenizer: the zoo zoo has no 'tokenizer'",
+        "optim.min_lr = 1 is above optim.lr = 0.002",
+        "run = runs/lm cannot be a folder: runs/lm is a file",
+        "data/manifest.json does not exist; run `landiff shards` first",
+        "tokenizer = tokenizer: the zoo zoo has no 'tokenizer'",
     ):
         assert err.count(text) == 1, (text, err)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["lm", "runs"]
@@ -133,26 +165,45 @@ def test_checks_need_no_torch(tmp_path):
         "assert main(['convert', 'runs/lm', '--name', 'lm']) == 2\n"
         "assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("words", "prompts"), [
-    (["A rabbit", "seed=7", "E=mc2 on a wall"], ["A rabbit", "E=mc2 on a wall"]),
-    (["seed=7", "--", "seed=8 in red", "KEY=value", "--dry-run"], ["seed=8 in red", "KEY=value", "--dry-run"]),
-    (["seed=7", "a smiling 😀 robot", "一只兔子"], ["a smiling 😀 robot", "一只兔子"]),
-    (["seed=7", "prompts=[x]"], ["x"]),
-])
+@pytest.mark.parametrize(
+    ("words", "prompts"),
+    [
+        (["A rabbit", "seed=7", "E=mc2 on a wall"], ["A rabbit", "E=mc2 on a wall"]),
+        (
+            ["seed=7", "--", "seed=8 in red", "KEY=value", "--dry-run"],
+            ["seed=8 in red", "KEY=value", "--dry-run"],
+        ),
+        (["seed=7", "a smiling 😀 robot", "一只兔子"], ["a smiling 😀 robot", "一只兔子"]),
+        (["seed=7", "prompts=[x]"], ["x"]),
+    ],
+)
 def test_prompts_are_text(capsys, tmp_path, words, prompts):
-    _, out, _ = run(capsys, "-C", str(tmp_path), "sample", "--config", "nano/sample", "--dry-run", *words)
+    _, out, _ = run(
+        capsys, "-C", str(tmp_path), "sample", "--config", "nano/sample", "--dry-run", *words
+    )
     shown = yaml.safe_load(out)
     assert shown["prompts"] == prompts and shown["seed"] == 7
 
 
-@pytest.mark.parametrize(("word", "message"), [
-    ("sead=7", "did you mean 'seed'?"), ("KEY=value", "stands behind --"), ("seed=7 rabbits", "stands behind --"),
-    ("caf\udce9", "prompt 0, 'caf\\udce9', is not valid UTF-8 text"),
-])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("sead=7", "did you mean 'seed'?"),
+        ("KEY=value", "stands behind --"),
+        ("seed=7 rabbits", "stands behind --"),
+        ("caf\udce9", "prompt 0, 'caf\\udce9', is not valid UTF-8 text"),
+    ],
+)
 def test_a_word_that_may_be_a_mistyped_override_is_no_prompt(capsys, tmp_path, word, message):
     code, _, err = run(capsys, "-C", str(tmp_path), "sample", "--config", "nano/sample", word)
     assert code == 2 and message in err and "Traceback" not in err
@@ -163,7 +214,10 @@ def test_a_closed_pipe_and_a_closed_output_are_no_failure(tmp_path):
     env = environment()
     del env[PARENT]  # bash is the parent
     for script, codes in (
-        (f"set -o pipefail; {landiff} config nano/model | true; echo ${{PIPESTATUS[0]}}", ("0", "141")),
+        (
+            f"set -o pipefail; {landiff} config nano/model | true; echo ${{PIPESTATUS[0]}}",
+            ("0", "141"),
+        ),
         (f"{landiff} config nano/model >&-; echo $? >&2", ("0",)),
     ):
         done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
@@ -176,7 +230,9 @@ def test_paths_are_utf8_in_a_legacy_locale(tmp_path, locale):
     folder = tmp_path / "räume-兔"
     env = {**environment(), "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = ["-C", str(folder), "shards", "--config", "nano/shards", "--dry-run", "data=dätä"]
-    done = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", *words], env=env, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "landiff.launchers.cli", *words], env=env, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert "data: dätä" in done.stdout.decode() and folder.is_dir()
 
@@ -198,19 +254,41 @@ def test_a_mistake_that_only_the_ranks_can_find_is_told_once(capfd, tmp_path, mo
     run_folder = write_tokenizer_run(tmp_path)
     for path in (tmp_path / "data" / "features").glob("*.tar"):
         path.write_bytes(path.read_bytes()[:700])
-    code, _, err = run(capfd, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml", "--nproc", "2")
+    code, _, err = run(
+        capfd, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml", "--nproc", "2"
+    )
     assert code == 2 and len([line for line in err.splitlines() if ".tar" in line]) == 1, err
-    assert "Traceback" not in err and "Traceback" in (run_folder / "errors/rank_0001.txt").read_text()
+    assert (
+        "Traceback" not in err and "Traceback" in (run_folder / "errors/rank_0001.txt").read_text()
+    )
     assert list((tmp_path / "tmp").glob("torchelastic*")) == []
     code, out, _ = run(capfd, "-C", str(tmp_path), "status")
-    assert code == 0 and [line.split()[:3] for line in out.splitlines()[1:]] == [["runs/tokenizer", "tokenizer", "failed"]]
+    assert code == 0 and [line.split()[:3] for line in out.splitlines()[1:]] == [
+        ["runs/tokenizer", "tokenizer", "failed"]
+    ]
 
 
-@pytest.mark.parametrize("way, code, words", [("os.kill(os.getpid(), 9)", 137, "rank 0 was ended by SIGKILL"), ("sys.exit(7)", 7, "")])
+@pytest.mark.parametrize(
+    "way, code, words",
+    [("os.kill(os.getpid(), 9)", 137, "rank 0 was ended by SIGKILL"), ("sys.exit(7)", 7, "")],
+)
 def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
     (tmp_path / "dying.py").write_text(f"import os, sys; {way}")
-    done = subprocess.run([sys.executable, "-m", "landiff.launchers.local.torchrun", "--standalone", "--nproc-per-node=1", "-m", "dying"],
-                          env=environment() | {"PYTHONPATH": f"{IMPORT_ROOT}:{tmp_path}"}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "landiff.launchers.local.torchrun",
+            "--standalone",
+            "--nproc-per-node=1",
+            "-m",
+            "dying",
+        ],
+        env=environment() | {"PYTHONPATH": f"{IMPORT_ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stderr.strip()) == (code, words)
 
 
@@ -220,7 +298,9 @@ def test_stop_says_what_is_no_run_and_what_does_not_run(capsys, tmp_path):
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "config.yaml").touch()
     code, out, _ = run(capsys, "stop", str(tmp_path / "lm"))
-    assert code == 0 and "nothing of it is running" in out and not (tmp_path / "lm" / "stop").exists()
+    assert (
+        code == 0 and "nothing of it is running" in out and not (tmp_path / "lm" / "stop").exists()
+    )
     code, _, err = run(capsys, "stop", "--restart", str(tmp_path / "lm"))
     assert code == 2 and "was not submitted" in err
 
@@ -228,6 +308,8 @@ def test_stop_says_what_is_no_run_and_what_does_not_run(capsys, tmp_path):
 def test_a_second_training_of_a_run_folder_is_refused_before_any_rank_starts(capsys, tmp_path):
     write_tokenizer_run(tmp_path)
     with take(tmp_path / "runs" / "tokenizer" / ".owner", "the first"):
-        code, _, err = run(capsys, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml")
+        code, _, err = run(
+            capsys, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml"
+        )
     assert code == 2 and f"run folder runs/tokenizer is in use by process {os.getpid()} of" in err
     assert [path.name for path in (tmp_path / "runs" / "tokenizer").iterdir()] == []

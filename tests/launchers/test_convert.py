@@ -47,10 +47,21 @@ def tokenizer_run(folder: Path, step: int) -> Path:
     checkpoint = folder / "checkpoints" / f"step_{step:08d}"
     checkpoint.mkdir(parents=True)
     save_file(weights("tokenizer"), checkpoint / "model.safetensors")
-    state = CheckpointState(step=step, kind="TokenizerTrainConfig", loader={}, manifest="a" * 16, columns={"features": "b" * 16},
-                            world_size=1, versions=versions())
+    state = CheckpointState(
+        step=step,
+        kind="TokenizerTrainConfig",
+        loader={},
+        manifest="a" * 16,
+        columns={"features": "b" * 16},
+        world_size=1,
+        versions=versions(),
+    )
     (checkpoint / STATE).write_text(state.model_dump_json())
-    (checkpoint / CONFIG).write_text(yaml.safe_dump({"model": MODELS.tokenizer.model_dump(mode="json"), "data": {"manifest": "gone"}}))
+    (checkpoint / CONFIG).write_text(
+        yaml.safe_dump(
+            {"model": MODELS.tokenizer.model_dump(mode="json"), "data": {"manifest": "gone"}}
+        )
+    )
     entries = [describe_file(checkpoint, name) for name in ("model.safetensors", STATE, CONFIG)]
     (checkpoint / FILES).write_text(FileList(files=entries).model_dump_json())
     return checkpoint
@@ -63,11 +74,22 @@ def test_a_run_becomes_a_zoo_entry_with_its_origin(landiff, tmp_path):
     entry = registry.resolve(Path("zoo"), "semantic", "tokenizer")
     assert same(entry.load(), weights("tokenizer"))
     source = entry.provenance["sources"][0]
-    assert (entry.provenance["step"], source["manifest"], source["columns"]) == (7, "a" * 16, {"features": "b" * 16})
-    assert source["config"]["model"] == MODELS.tokenizer.model_dump(mode="json") and "torch" in entry.provenance["versions"]
+    assert (entry.provenance["step"], source["manifest"], source["columns"]) == (
+        7,
+        "a" * 16,
+        {"features": "b" * 16},
+    )
+    assert (
+        source["config"]["model"] == MODELS.tokenizer.model_dump(mode="json")
+        and "torch" in entry.provenance["versions"]
+    )
     code, out, _ = landiff("zoo", "show", "semantic")
     shown = json.loads(out)
-    assert code == 0 and shown["provenance"] == entry.provenance and len(shown["provenance"]["weights_sha256"]) == 64
+    assert (
+        code == 0
+        and shown["provenance"] == entry.provenance
+        and len(shown["provenance"]["weights_sha256"]) == 64
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_none_is_an_error(landiff, tmp_path):
@@ -86,34 +108,78 @@ def test_a_release_goes_to_the_zoo_and_back_by_the_command_line(landiff, tmp_pat
     write_target(tmp_path / "release", "release", parts(torch.float16), {})
     code, out, err = landiff("convert", "release", "--model", "tiny.yaml")
     assert code == 0, err
-    assert sorted(entry.kind for entry in registry.entries(Path("zoo"))) == ["diffusion", "lm", "tokenizer", "transformer"]
+    assert sorted(entry.kind for entry in registry.entries(Path("zoo"))) == [
+        "diffusion",
+        "lm",
+        "tokenizer",
+        "transformer",
+    ]
     assert out.splitlines()[-1].startswith("convert: release (release) -> zoo/")
-    code, out, err = landiff("convert", "lm", "tokenizer", "diffusion", "--to", "release", "--out", "again")
+    code, out, err = landiff(
+        "convert", "lm", "tokenizer", "diffusion", "--to", "release", "--out", "again"
+    )
     assert code == 0, err
-    for name in ("llm/model.safetensors", "diffusion/1/mp_rank_00_model_states.pt", "diffusion/latest"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "release" / name).read_bytes(), name
-    code, out, err = landiff("convert", "release", "--model", "tiny.yaml", "--to", "diffusers", "--out", "folder", "--dtype", "float32")
+    for name in (
+        "llm/model.safetensors",
+        "diffusion/1/mp_rank_00_model_states.pt",
+        "diffusion/latest",
+    ):
+        assert (tmp_path / "again" / name).read_bytes() == (
+            tmp_path / "release" / name
+        ).read_bytes(), name
+    code, out, err = landiff(
+        "convert",
+        "release",
+        "--model",
+        "tiny.yaml",
+        "--to",
+        "diffusers",
+        "--out",
+        "folder",
+        "--dtype",
+        "float32",
+    )
     assert code == 0, err
     found = {p.kind: p for p in open_source(tmp_path / "folder").parts}
     assert found.keys() == {"lm", "tokenizer", "diffusion", "vae"}
     half = weights("diffusion", torch.float16)
-    assert same(dict(found["diffusion"].tensors), {name: tensor.float() for name, tensor in half.items()})
-    code, out, err = landiff("convert", "release", "--model", "tiny.yaml", "--name", "old", "--dry-run")
-    assert code == 0 and "would convert release (release)" in out and not (tmp_path / "zoo" / "old-lm").exists()
+    assert same(
+        dict(found["diffusion"].tensors), {name: tensor.float() for name, tensor in half.items()}
+    )
+    code, out, err = landiff(
+        "convert", "release", "--model", "tiny.yaml", "--name", "old", "--dry-run"
+    )
+    assert (
+        code == 0
+        and "would convert release (release)" in out
+        and not (tmp_path / "zoo" / "old-lm").exists()
+    )
 
 
-@pytest.mark.parametrize(("format", "kind", "words"), [
-    ("release", "diffusion", ["LanDiff release, 2 files", "kind         control", "kind         transformer"]),
-    ("megatron", "lm", ["format       megatron", "any parallel layout", "float32"]),
-    ("deepspeed", "diffusion", ["format       deepspeed", "phase control"]),
-    ("diffusers", "transformer", ["format       diffusers", "CogVideoXTransformer3DModel"]),
-    ("transformers", "lm", ["format       transformers"]),
-])
+@pytest.mark.parametrize(
+    ("format", "kind", "words"),
+    [
+        (
+            "release",
+            "diffusion",
+            ["LanDiff release, 2 files", "kind         control", "kind         transformer"],
+        ),
+        ("megatron", "lm", ["format       megatron", "any parallel layout", "float32"]),
+        ("deepspeed", "diffusion", ["format       deepspeed", "phase control"]),
+        ("diffusers", "transformer", ["format       diffusers", "CogVideoXTransformer3DModel"]),
+        ("transformers", "lm", ["format       transformers"]),
+    ],
+)
 def test_inspect_recognises_every_format(landiff, tmp_path, format, kind, words):
     write_target(tmp_path / "it", format, [part(kind)], {})
     code, out, err = landiff("convert", "inspect", "it", "--model", "tiny.yaml")
     assert code == 0, err
-    for word in [*words, f"{sum(t.numel() for t in weights(kind).values()):,}" if format != "release" else "parameters"]:
+    for word in [
+        *words,
+        f"{sum(t.numel() for t in weights(kind).values()):,}"
+        if format != "release"
+        else "parameters",
+    ]:
         assert word in out, out
     zoo = registry.export(tmp_path / "zoo", "x", kind, part(kind).config, weights(kind), {})
     if format not in ("release",):
@@ -126,7 +192,11 @@ def test_inspect_tells_a_run_and_a_zoo_entry(landiff, tmp_path):
     assert code == 0 and "step         5" in out and "kind         tokenizer" in out
     landiff("convert", "run", "--name", "t")
     code, out, _ = landiff("convert", "inspect", "t")
-    assert code == 0 and "format       zoo" in out and registry.resolve(Path("zoo"), "t").fingerprint in out
+    assert (
+        code == 0
+        and "format       zoo" in out
+        and registry.resolve(Path("zoo"), "t").fingerprint in out
+    )
     code, _, err = landiff("convert", "inspect")
     assert code == 2 and "needs a path" in err
 
@@ -141,10 +211,16 @@ def test_missing_keys_pass_with_the_option_alone(landiff, tmp_path):
     save_file(state, file)
     command = ("convert", "release", "--model", "tiny.yaml", "--name", "lm")
     code, _, err = landiff(*command)
-    assert code == 2 and "missing: transformer.layer_norm.bias" in err and not (tmp_path / "zoo").exists()
+    assert (
+        code == 2
+        and "missing: transformer.layer_norm.bias" in err
+        and not (tmp_path / "zoo").exists()
+    )
     code, _, err = landiff(*command, "--allow-missing", "*layer_norm*")
     assert code == 0, err
-    assert registry.resolve(Path("zoo"), "lm").provenance["filled"] == ["transformer.layer_norm.bias"]
+    assert registry.resolve(Path("zoo"), "lm").provenance["filled"] == [
+        "transformer.layer_norm.bias"
+    ]
 
 
 def damage(entry: registry.ZooEntry, how: str) -> None:
@@ -158,7 +234,9 @@ def damage(entry: registry.ZooEntry, how: str) -> None:
     elif how == "other header":
         weights_file.write_bytes(data.replace(b'"format":"pt"', b'"format":"np"'))
     elif how == "other config":
-        config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
+        config.write_text(
+            config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0')
+        )
     elif how == "half a config":
         config.write_text(config.read_text()[:40])
     else:
@@ -166,8 +244,13 @@ def damage(entry: registry.ZooEntry, how: str) -> None:
 
 
 DAMAGES = {
-    "flipped bit": "its weights give", "cut": "model.safetensors has", "other header": "is not the file that was written", "other config": "its weights give",
-    "half a config": "is not a zoo entry", "config.json": "is not a zoo entry", "provenance.json": "provenance.json cannot be read",
+    "flipped bit": "its weights give",
+    "cut": "model.safetensors has",
+    "other header": "is not the file that was written",
+    "other config": "its weights give",
+    "half a config": "is not a zoo entry",
+    "config.json": "is not a zoo entry",
+    "provenance.json": "provenance.json cannot be read",
     registry.WEIGHTS: "model.safetensors is missing",
 }
 
@@ -175,7 +258,14 @@ DAMAGES = {
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damage_is_named_and_keeps_nobody_from_the_other_entries(landiff, tmp_path, how):
     for name in ("a", "b"):
-        registry.export(tmp_path / "zoo", name, "lm", MODELS.lm, weights("lm"), {"step": 7, "sources": [{"path": "runs/lm"}]})
+        registry.export(
+            tmp_path / "zoo",
+            name,
+            "lm",
+            MODELS.lm,
+            weights("lm"),
+            {"step": 7, "sources": [{"path": "runs/lm"}]},
+        )
     code, out, _ = landiff("zoo", "verify")
     assert code == 0 and out.count("step 7, from runs/lm  verified") == 2
     entry = registry.resolve(tmp_path / "zoo", "a")
@@ -184,20 +274,38 @@ def test_damage_is_named_and_keeps_nobody_from_the_other_entries(landiff, tmp_pa
     assert code == 2 and DAMAGES[how] in err and str(entry.path.relative_to(tmp_path)) in err, err
     code, out, _ = landiff("zoo", "verify")
     first, second = out.splitlines()
-    assert code == 2 and first.startswith("damaged") and f"a@{entry.fingerprint}" in first and DAMAGES[how] in first
+    assert (
+        code == 2
+        and first.startswith("damaged")
+        and f"a@{entry.fingerprint}" in first
+        and DAMAGES[how] in first
+    )
     assert second.startswith("lm") and second.endswith("verified")
 
 
 def test_list_says_what_there_is_and_where_it_comes_from(landiff, tmp_path):
     assert landiff("zoo", "list") == (0, "", "")
     for name in ("a", "b"):
-        registry.export(tmp_path / "zoo", name, "lm", MODELS.lm, weights("lm"), {"step": 7, "sources": [{"path": "runs/lm"}]})
+        registry.export(
+            tmp_path / "zoo",
+            name,
+            "lm",
+            MODELS.lm,
+            weights("lm"),
+            {"step": 7, "sources": [{"path": "runs/lm"}]},
+        )
     code, out, _ = landiff("zoo", "list")
     mark = registry.resolve(tmp_path / "zoo", "a").fingerprint
-    assert code == 0 and out.splitlines() == [f"lm            {name}@{mark}  step 7, from runs/lm" for name in ("a", "b")]
+    assert code == 0 and out.splitlines() == [
+        f"lm            {name}@{mark}  step 7, from runs/lm" for name in ("a", "b")
+    ]
     damage(registry.resolve(tmp_path / "zoo", "b"), "config.json")
     code, out, _ = landiff("zoo", "list")
-    assert code == 2 and out.splitlines()[0].startswith("lm") and out.splitlines()[1].startswith(f"damaged       b@{mark}")
+    assert (
+        code == 2
+        and out.splitlines()[0].startswith("lm")
+        and out.splitlines()[1].startswith(f"damaged       b@{mark}")
+    )
     assert landiff("zoo", "show")[0] == 2
 
 
@@ -211,19 +319,32 @@ def test_folders_that_transformers_and_diffusers_saved_in_several_files_are_told
     code, out, err = landiff("convert", "inspect", "it")
     assert code == 0, err
     mark = registry.export(tmp_path / "zoo", "x", "lm", MODELS.lm, weights("lm"), {}).fingerprint
-    assert "format       transformers" in out and f"fingerprint {mark}" in out and "hidden_size 32, num_layers 2, num_heads 4" in out
+    assert (
+        "format       transformers" in out
+        and f"fingerprint {mark}" in out
+        and "hidden_size 32, num_layers 2, num_heads 4" in out
+    )
     (tmp_path / "other").mkdir()
     save_file({"encoder.block.0.weight": torch.ones(1)}, tmp_path / "other" / "model.safetensors")
-    (tmp_path / "other" / "config.json").write_text(json.dumps({"architectures": ["T5EncoderModel"]}))
+    (tmp_path / "other" / "config.json").write_text(
+        json.dumps({"architectures": ["T5EncoderModel"]})
+    )
     code, _, err = landiff("convert", "inspect", "other")
-    assert code == 2 and "config.json beside it names T5EncoderModel; known are CogVideoXTransformer3DModel" in err
+    assert (
+        code == 2
+        and "config.json beside it names T5EncoderModel; known are CogVideoXTransformer3DModel"
+        in err
+    )
 
 
 def test_options_that_do_not_go_together_are_refused(landiff, tmp_path):
     registry.export(tmp_path / "zoo", "a", "lm", MODELS.lm, weights("lm"), {})
     assert "needs --out" in landiff("convert", "a", "--to", "megatron")[2]
     assert "--out goes with" in landiff("convert", "a", "--out", "x")[2]
-    assert "takes one diffusion or transformer" in landiff("convert", "a", "--to", "deepspeed", "--out", "x")[2]
+    assert (
+        "takes one diffusion or transformer"
+        in landiff("convert", "a", "--to", "deepspeed", "--out", "x")[2]
+    )
     assert "more than one lm" in landiff("convert", "a", "a", "--to", "release", "--out", "x")[2]
     assert not (tmp_path / "x").exists()
 
@@ -234,14 +355,24 @@ def bit_flipped(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("source", ["run/checkpoints/step_00000001", "run/checkpoints/step_00000001/model.safetensors"])
+@pytest.mark.parametrize(
+    "source", ["run/checkpoints/step_00000001", "run/checkpoints/step_00000001/model.safetensors"]
+)
 def test_a_checkpoint_named_by_path_is_held_against_its_list_of_files(landiff, tmp_path, source):
     checkpoint = tokenizer_run(tmp_path / "run", 1)
-    assert "is damaged" not in landiff("convert", source, "--model", "tiny.yaml", "--name", "good")[2]
+    assert (
+        "is damaged" not in landiff("convert", source, "--model", "tiny.yaml", "--name", "good")[2]
+    )
     bit_flipped(checkpoint / "model.safetensors")
-    for command in (("--name", "a"), ("--name", "a", "--dry-run"), ("--to", "release", "--out", "there")):
+    for command in (
+        ("--name", "a"),
+        ("--name", "a", "--dry-run"),
+        ("--to", "release", "--out", "there"),
+    ):
         code, _, err = landiff("convert", source, "--model", "tiny.yaml", *command)
-        assert code == 2 and "step_00000001 is damaged: model.safetensors has other content" in err, err
+        assert (
+            code == 2 and "step_00000001 is damaged: model.safetensors has other content" in err
+        ), err
     assert not (tmp_path / "zoo" / "a").exists() and not (tmp_path / "there").exists()
     (checkpoint / FILES).unlink()
     code, _, err = landiff("convert", source, "--name", "a")
@@ -254,7 +385,11 @@ def test_a_bit_flipped_entry_is_refused_by_convert_and_load(landiff, tmp_path):
     bit_flipped(entry.path / registry.WEIGHTS)
     for source in ("a", entry.path):
         code, _, err = landiff("convert", source, "--to", "transformers", "--out", "there")
-        assert code == 2 and "is damaged: its weights give" in err and not (tmp_path / "there").exists()
+        assert (
+            code == 2
+            and "is damaged: its weights give" in err
+            and not (tmp_path / "there").exists()
+        )
     with pytest.raises(registry.ZooError, match="is damaged"):
         entry.load()
     with pytest.raises(registry.ZooError, match="is damaged"):
@@ -270,8 +405,10 @@ def test_an_entry_of_a_config_with_fewer_keys_keeps_its_fingerprint(landiff, tmp
 
 
 POISONED = {
-    "lm": ("blocks.0.wo.weight", "transformers"), "tokenizer": ("encoder.embed.weight", "release"),
-    "transformer": ("blocks.1.qkv.weight", "diffusers"), "diffusion": ("control.blocks.0.qkv.weight", "deepspeed"),
+    "lm": ("blocks.0.wo.weight", "transformers"),
+    "tokenizer": ("encoder.embed.weight", "release"),
+    "transformer": ("blocks.1.qkv.weight", "diffusers"),
+    "diffusion": ("control.blocks.0.qkv.weight", "deepspeed"),
 }
 
 
@@ -310,7 +447,11 @@ def test_a_diverged_checkpoint_is_not_exported_and_an_unhealthy_one_passed_over(
     save_file(bad, checkpoint / "model.safetensors")
     relist(checkpoint)
     code, _, err = landiff("convert", "run", "--name", "b")
-    assert code == 2 and "NaN or infinity in encoder.embed.weight" in err and not list((tmp_path / "zoo" / "b").glob("[!.]*"))
+    assert (
+        code == 2
+        and "NaN or infinity in encoder.embed.weight" in err
+        and not list((tmp_path / "zoo" / "b").glob("[!.]*"))
+    )
 
 
 def relist(checkpoint: Path) -> None:

@@ -10,8 +10,15 @@ import pytest
 from landiff.launchers.cli import main
 from landiff.launchers.doctor import checks as doctor
 
-GOOD = {"torch": "2.13.0+cpu", "megatron-core": "0.16.1", "deepspeed": "0.19.8", "transformers": "5.23.0", "diffusers": "0.42.1",
-        "vector-quantize-pytorch": "1.32.0", "pydantic": "2.14.3"}
+GOOD = {
+    "torch": "2.13.0+cpu",
+    "megatron-core": "0.16.1",
+    "deepspeed": "0.19.8",
+    "transformers": "5.23.0",
+    "diffusers": "0.42.1",
+    "vector-quantize-pytorch": "1.32.0",
+    "pydantic": "2.14.3",
+}
 
 
 def test_this_machine_passes_the_quick_checks(tmp_path, monkeypatch, capsys):
@@ -19,13 +26,22 @@ def test_this_machine_passes_the_quick_checks(tmp_path, monkeypatch, capsys):
     report = tmp_path / "report"
     assert main(["doctor", "--node", "--report", str(report)]) == 0
     out = capsys.readouterr().out
-    assert all(check in out for check in ("python", "versions", "disk", "shared memory", "open files", "clock", "gpus"))
+    assert all(
+        check in out
+        for check in ("python", "versions", "disk", "shared memory", "open files", "clock", "gpus")
+    )
     assert [path.suffix for path in report.iterdir()] == [".ok"]
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"torch": "2.5.1"}, "torch 2.5.1"), ({"megatron-core": "0.17.0"}, "megatron-core 0.17.0"), ({"deepspeed": "0.20.1"}, "deepspeed 0.20.1"), ({"transformers": None}, "transformers is missing"),
-])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"torch": "2.5.1"}, "torch 2.5.1"),
+        ({"megatron-core": "0.17.0"}, "megatron-core 0.17.0"),
+        ({"deepspeed": "0.20.1"}, "deepspeed 0.20.1"),
+        ({"transformers": None}, "transformers is missing"),
+    ],
+)
 def test_versions_that_clash_are_named_with_the_way_out(change, says):
     installed = {name: version for name, version in (GOOD | change).items() if version}
     (finding,) = doctor.check_versions(installed)
@@ -40,13 +56,21 @@ def test_bad_gpus_are_named():
     text = "0, NVIDIA H100, 81559, 3, 0\n1, NVIDIA H100, 81559, 40000, 2\n"
     found = doctor.read_gpus(text, wanted=4)
     assert [f.level for f in found] == ["bad", "warn", "bad"]
-    assert "GPU 1" in found[0].text and "2 uncorrected" in found[0].text and "2 GPU(s), 4 are wanted" in found[2].text
-    assert [f.level for f in doctor.read_gpus("0, NVIDIA H100, 81559, 3, [N/A]\n", wanted=1)] == ["good"]
+    assert (
+        "GPU 1" in found[0].text
+        and "2 uncorrected" in found[0].text
+        and "2 GPU(s), 4 are wanted" in found[2].text
+    )
+    assert [f.level for f in doctor.read_gpus("0, NVIDIA H100, 81559, 3, [N/A]\n", wanted=1)] == [
+        "good"
+    ]
 
 
 def test_too_few_open_files_are_bad():
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert [f.level for f in doctor.check_open_files(soft + 1)] == ["bad"] and [f.level for f in doctor.check_open_files(soft)] == ["good"]
+    assert [f.level for f in doctor.check_open_files(soft + 1)] == ["bad"] and [
+        f.level for f in doctor.check_open_files(soft)
+    ] == ["good"]
 
 
 def test_a_full_disk_and_a_missing_one_are_bad(tmp_path):

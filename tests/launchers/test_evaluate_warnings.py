@@ -13,8 +13,13 @@ def test_a_column_with_cut_captions_is_named_with_their_number(caplog):
     columns = {}
     for name, truncated in (("text-a", 4), ("text-b", 0)):
         columns[name] = Column(
-            dtype="bfloat16", shape=[0, 8], encoder="minilm", fingerprint=name, config={},
-            truncated=truncated, shards=[shard],
+            dtype="bfloat16",
+            shape=[0, 8],
+            encoder="minilm",
+            fingerprint=name,
+            config={},
+            truncated=truncated,
+            shards=[shard],
         )
     manifest = Manifest(fingerprint="m", config={}, shards=[shard], columns=columns)
     config = EvaluateConfig.model_construct(
@@ -23,4 +28,7 @@ def test_a_column_with_cut_captions_is_named_with_their_number(caplog):
     with caplog.at_level(logging.WARNING):
         warn_of_cut_captions(manifest, config)
     [record] = caplog.records
-    assert "column text-a: 4 of 9 captions are longer than text encoder minilm takes" in record.getMessage()
+    assert (
+        "column text-a: 4 of 9 captions are longer than text encoder minilm takes"
+        in record.getMessage()
+    )

@@ -36,29 +36,68 @@ def flops(module: nn.Module, *inputs: torch.Tensor) -> float:
 
 
 def test_lm_flops_are_what_torch_counts():
-    config = load(LMTrainConfig, "nano/lm", ["data.global_batch_size=1", "data.micro_batch_size=1", "parallel.tensor=1"])
+    config = load(
+        LMTrainConfig,
+        "nano/lm",
+        ["data.global_batch_size=1", "data.micro_batch_size=1", "parallel.tensor=1"],
+    )
     model, layout = config.model, TokenLayout.of(config.model)
     length = layout.sequence_length(model.segment_frames, 64)
     ids = torch.from_numpy(layout.build([0] * layout.num_codes(model.segment_frames), 64))[None]
-    counted = flops(build_module("lm", model), ids, torch.zeros(1, 64, model.text_dim), torch.zeros(1), torch.zeros(1))
+    counted = flops(
+        build_module("lm", model),
+        ids,
+        torch.zeros(1, 64, model.text_dim),
+        torch.zeros(1),
+        torch.zeros(1),
+    )
     planned = make_plan(config, 1).model_flops / 3
-    attention = 2 * model.num_layers * length**2 * model.hidden_size  # torch does not count the CPU's attention kernel
-    assert planned - attention == pytest.approx(counted, rel=0.01)  # the micro-conditions' small layers are left out
+    attention = (
+        2 * model.num_layers * length**2 * model.hidden_size
+    )  # torch does not count the CPU's attention kernel
+    assert planned - attention == pytest.approx(
+        counted, rel=0.01
+    )  # the micro-conditions' small layers are left out
 
 
 def test_diffusion_flops_are_what_torch_counts():
-    config = load(DiffusionTrainConfig, "nano/diffusion-main", ["data.global_batch_size=1", "data.micro_batch_size=1"])
+    config = load(
+        DiffusionTrainConfig,
+        "nano/diffusion-main",
+        ["data.global_batch_size=1", "data.micro_batch_size=1"],
+    )
     sizes = config.model.transformer
     with torch.device("meta"):
         module = build_module("transformer", sizes)
-        counted = flops(module, torch.zeros(1, sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width),
-                        torch.zeros(1), torch.zeros(1, sizes.text_length, sizes.text_dim))
-    assert make_plan(config, 1).model_flops / 3 == pytest.approx(counted, rel=0.01)  # the time embedding's two small layers are left out
+        counted = flops(
+            module,
+            torch.zeros(
+                1,
+                sizes.latent_frames,
+                sizes.latent_channels,
+                sizes.latent_height,
+                sizes.latent_width,
+            ),
+            torch.zeros(1),
+            torch.zeros(1, sizes.text_length, sizes.text_dim),
+        )
+    assert make_plan(config, 1).model_flops / 3 == pytest.approx(
+        counted, rel=0.01
+    )  # the time embedding's two small layers are left out
 
 
 def test_activations_are_what_autograd_keeps():
     """The main transformer's blocks, with an attention that keeps no matrix of scores."""
-    config = load(DiffusionTrainConfig, "nano/diffusion-main", ["data.global_batch_size=1", "data.micro_batch_size=1", "precision=fp32", "recompute=false"])
+    config = load(
+        DiffusionTrainConfig,
+        "nano/diffusion-main",
+        [
+            "data.global_batch_size=1",
+            "data.micro_batch_size=1",
+            "precision=fp32",
+            "recompute=false",
+        ],
+    )
     sizes, seen = config.model.transformer, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,10 +107,21 @@ def test_activations_are_what_autograd_keeps():
     module = build_module("transformer", sizes)
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(torch.zeros(1, sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width),
-               torch.zeros(1), torch.zeros(1, sizes.text_length, sizes.text_dim))
+        module(
+            torch.zeros(
+                1,
+                sizes.latent_frames,
+                sizes.latent_channels,
+                sizes.latent_height,
+                sizes.latent_width,
+            ),
+            torch.zeros(1),
+            torch.zeros(1, sizes.text_length, sizes.text_dim),
+        )
     kept = sum(size for (pointer, _), size in seen.items() if pointer not in parameters)
-    assert make_plan(config, 1).memory["activations"] == pytest.approx(kept, rel=0.25)  # which views share memory is the kernel's affair
+    assert make_plan(config, 1).memory["activations"] == pytest.approx(
+        kept, rel=0.25
+    )  # which views share memory is the kernel's affair
 
 
 def test_more_gpus_share_what_can_be_shared(lm):
@@ -80,8 +130,13 @@ def test_more_gpus_share_what_can_be_shared(lm):
     assert shared.memory["weights"] < alone.memory["weights"] / 3
     assert shared.model_flops == alone.model_flops
     zero = load(DiffusionTrainConfig, "landiff/diffusion-main")
-    memory = {stage: make_plan(changed(zero, {"zero.stage": stage}), 64).memory for stage in (1, 2, 3)}
-    assert memory[1]["gradients"] > memory[2]["gradients"] and memory[2]["weights"] > memory[3]["weights"]
+    memory = {
+        stage: make_plan(changed(zero, {"zero.stage": stage}), 64).memory for stage in (1, 2, 3)
+    }
+    assert (
+        memory[1]["gradients"] > memory[2]["gradients"]
+        and memory[2]["weights"] > memory[3]["weights"]
+    )
 
 
 def test_diffusion_gradients_are_summed_and_sent_in_float32():
@@ -89,7 +144,10 @@ def test_diffusion_gradients_are_summed_and_sent_in_float32():
     control = load(DiffusionTrainConfig, "landiff/diffusion-control")
     plans = {stage: make_plan(changed(control, {"zero.stage": stage}), 64) for stage in (1, 2)}
     trained = plans[1].parameters["trained"]
-    assert plans[1].memory["gradients"] == 4 * trained and plans[2].memory["gradients"] == 4 * trained // 64
+    assert (
+        plans[1].memory["gradients"] == 4 * trained
+        and plans[2].memory["gradients"] == 4 * trained // 64
+    )
     assert plans[1].gradient_bytes == (4 + 2) * trained  # and the bfloat16 weights
     assert plans[2].gradient_bytes == (4 * 4 + 2) * trained
 
@@ -97,18 +155,29 @@ def test_diffusion_gradients_are_summed_and_sent_in_float32():
 def test_recompute_trades_memory_for_flops(lm):
     kept, again = (make_plan(changed(lm, {"recompute": value}), 8) for value in (False, True))
     assert again.memory["activations"] < kept.memory["activations"] / 5
-    assert again.hardware_flops == pytest.approx(kept.hardware_flops * 4 / 3) and again.model_flops == kept.model_flops
+    assert (
+        again.hardware_flops == pytest.approx(kept.hardware_flops * 4 / 3)
+        and again.model_flops == kept.model_flops
+    )
 
 
-@pytest.mark.parametrize(("gpus", "change", "near"), [
-    (30, {"data.global_batch_size": 512}, "480 or 540"), (7, {}, "6 or 8"), (8, {"data.global_batch_size": 100}, "96 or 112"),
-])
+@pytest.mark.parametrize(
+    ("gpus", "change", "near"),
+    [
+        (30, {"data.global_batch_size": 512}, "480 or 540"),
+        (7, {}, "6 or 8"),
+        (8, {"data.global_batch_size": 100}, "96 or 112"),
+    ],
+)
 def test_a_layout_that_does_not_divide_names_the_nearest(lm, gpus, change, near):
     with pytest.raises(ConfigError, match=near):
         make_plan(changed(lm, change), gpus)
 
 
-@pytest.mark.parametrize(("key", "value", "near"), [("parallel.tensor", 3, "2 and 4"), ("parallel.pipeline", 5, "4 and 6")])
+@pytest.mark.parametrize(
+    ("key", "value", "near"),
+    [("parallel.tensor", 3, "2 and 4"), ("parallel.pipeline", 5, "4 and 6")],
+)
 def test_a_config_that_does_not_divide_names_the_nearest(lm, key, value, near):
     with pytest.raises(ConfigError, match=f"{key} = {value}; the nearest that divide it: {near}"):
         changed(lm, {key: value})
@@ -120,11 +189,25 @@ def test_search_ranks_what_fits(lm):
     assert len(found) > 20 and seconds == sorted(seconds)
     assert all(plan.total_memory <= 0.9 * 80 * GIB for _, plan, _ in found)
     small = search(load(DiffusionTrainConfig, "landiff/diffusion-main"), 8, GPUS["l40s"], 0.4)
-    assert small and all(change["recompute"] for _, _, change in small[:1])  # 48 GiB do not hold all activations
+    assert small and all(
+        change["recompute"] for _, _, change in small[:1]
+    )  # 48 GiB do not hold all activations
 
 
 def test_the_command_prints_a_plan(capsys):
     assert main(["plan", "tokenizer", "--config", "nano/tokenizer", "--gpus", "2"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("parameters", "weights", "gradients", "optimizer", "activations", "FLOPs", "clips", "days"))
+    assert all(
+        word in text
+        for word in (
+            "parameters",
+            "weights",
+            "gradients",
+            "optimizer",
+            "activations",
+            "FLOPs",
+            "clips",
+            "days",
+        )
+    )
     assert isinstance(load(TokenizerTrainConfig, "nano/tokenizer"), TokenizerTrainConfig)

@@ -15,7 +15,11 @@ def test_a_log_gets_few_lines_and_the_last_one():
     for done in range(101):
         progress(done, 100)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and lines[0].startswith("shards: 0/100 clips") and lines[1].startswith("shards: 100/100 clips")
+    assert (
+        len(lines) == 2
+        and lines[0].startswith("shards: 0/100 clips")
+        and lines[1].startswith("shards: 100/100 clips")
+    )
 
 
 def test_a_new_count_has_its_own_rate_and_the_note_stands_behind():
@@ -27,7 +31,13 @@ def test_a_new_count_has_its_own_rate_and_the_note_stands_behind():
 
 
 def test_slow_work_has_a_rate_and_a_time_left():
-    assert [rate_text(rate) for rate in (1200.0, 3.21, 0.5, 0.08, 0.005)] == ["1200.0/s", "3.2/s", "0.5/s", "12.5 s each", "3:20 each"]
+    assert [rate_text(rate) for rate in (1200.0, 3.21, 0.5, 0.08, 0.005)] == [
+        "1200.0/s",
+        "3.2/s",
+        "0.5/s",
+        "12.5 s each",
+        "3:20 each",
+    ]
     stream = io.StringIO()
     progress = Progress("evaluate", "passes", stream, every_s=0)
     progress(0, 10)
@@ -36,4 +46,8 @@ def test_slow_work_has_a_rate_and_a_time_left():
     progress.started -= 160
     progress(10, 10)
     lines = [line.removesuffix(" ") for line in stream.getvalue().splitlines()]
-    assert lines == ["evaluate: 0/10 passes, 0:00", "evaluate: 2/10 passes, 20.0 s each, 0:40, 2:40 left", "evaluate: 10/10 passes, 20.0 s each, 3:20"]
+    assert lines == [
+        "evaluate: 0/10 passes, 0:00",
+        "evaluate: 2/10 passes, 20.0 s each, 0:40, 2:40 left",
+        "evaluate: 10/10 passes, 20.0 s each, 3:20",
+    ]

@@ -16,8 +16,17 @@ from landiff.launchers.slurm.script import BatchJob, options, sbatch_text
 from landiff.launchers.slurm.script_values import sbatch_option
 
 BASH = shutil.which("bash") or "bash"
-HOSTILE = "it's \"q\" $(touch PWN) `touch PWN` ; touch PWN # 50% %j !x é漢 &|<>*?[a] ~"
-CONTROL = ["x\ntouch PWN\n#", "x\rtouch PWN", "x\x00y", "x\x1b[2J", "x\x85y", "x\u2028y", "x\udcff", "x\x0by"]
+HOSTILE = 'it\'s "q" $(touch PWN) `touch PWN` ; touch PWN # 50% %j !x é漢 &|<>*?[a] ~'
+CONTROL = [
+    "x\ntouch PWN\n#",
+    "x\rtouch PWN",
+    "x\x00y",
+    "x\x1b[2J",
+    "x\x85y",
+    "x\u2028y",
+    "x\udcff",
+    "x\x0by",
+]
 LINES = ["account", "qos", "constraint", "reservation", "exclude", "python"]
 
 # A stand-in for python and srun: writes its arguments and a variable where the test finds them.
@@ -74,7 +83,13 @@ def test_a_hostile_folder_value_and_argument_reach_the_process_unchanged(tmp_pat
     made = job(folder, cluster, name=HOSTILE, arguments=arguments, made_by="landiff x\ntouch PWN")
     called = run(sbatch_text(made, cluster), folder)
     words = called["srun" if scheduler == "slurm" else "python3"]
-    target = ["-m", "landiff.launchers.local.rank", str(made.run), "landiff.launchers.cli", *arguments]
+    target = [
+        "-m",
+        "landiff.launchers.local.rank",
+        str(made.run),
+        "landiff.launchers.cli",
+        *arguments,
+    ]
     assert words[-len(target) :] == target
     assert (folder / "record" / "value").read_text(encoding="utf-8") == value
     assert (folder / "record" / "pwd").read_text(encoding="utf-8") == f"{folder}\n"
@@ -87,8 +102,12 @@ def test_a_hostile_folder_value_and_argument_reach_the_process_unchanged(tmp_pat
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 @pytest.mark.parametrize("restart", ["requeue", "chain", "none"])
 @pytest.mark.parametrize("scheduler", ["local", "slurm"])
-def test_bash_accepts_every_kind_of_trainer_in_a_hostile_folder(tmp_path, launcher, restart, scheduler):
-    cluster = site(scheduler=scheduler, launcher=launcher, restart=restart, preflight=True, python=HOSTILE)
+def test_bash_accepts_every_kind_of_trainer_in_a_hostile_folder(
+    tmp_path, launcher, restart, scheduler
+):
+    cluster = site(
+        scheduler=scheduler, launcher=launcher, restart=restart, preflight=True, python=HOSTILE
+    )
     made = job(tmp_path / HOSTILE, cluster, trainer=True, python=HOSTILE)
     script = sbatch_text(made, cluster)
     subprocess.run([BASH, "-n"], input=script, text=True, encoding="utf-8", check=True)
@@ -106,7 +125,12 @@ def test_a_backslash_is_kept_here_and_refused_where_slurm_would_drop_it(tmp_path
 @pytest.mark.parametrize("text", CONTROL)
 def test_control_characters_are_refused_in_names_and_folders(tmp_path, text):
     cluster = site()
-    for values in ({"name": text}, {"run": tmp_path / text}, {"workdir": tmp_path / text}, {"python": text}):
+    for values in (
+        {"name": text},
+        {"run": tmp_path / text},
+        {"workdir": tmp_path / text},
+        {"python": text},
+    ):
         with pytest.raises(ConfigError, match="holds"):
             job(tmp_path, cluster, **values)
 
@@ -141,17 +165,23 @@ def test_control_characters_are_refused_in_lists_and_sections(text):
             load(ClusterConfig, source)
 
 
-@pytest.mark.parametrize("setup", [["echo 'open"], ["if true; then"], ["cat <<END", "x"], ["x=$(echo"], ["}"], ["a\0b"]])
+@pytest.mark.parametrize(
+    "setup", [["echo 'open"], ["if true; then"], ["cat <<END", "x"], ["x=$(echo"], ["}"], ["a\0b"]]
+)
 def test_set_up_lines_that_would_take_in_the_script_are_refused(setup):
     with pytest.raises(ConfigError, match="setup"):
         load(ClusterConfig, {"setup": setup})
     assert load(ClusterConfig, {"setup": ["if true; then", "  ulimit -n 10", "fi"]})
 
 
-@pytest.mark.parametrize("text", [HOSTILE, "a'b", 'a"b', "a\\b", "a\\'b\\", "#a", "a #b", "plain", "n[1-2]"])
+@pytest.mark.parametrize(
+    "text", [HOSTILE, "a'b", 'a"b', "a\\b", "a\\'b\\", "#a", "a #b", "plain", "n[1-2]"]
+)
 def test_options_are_read_by_sbatch_as_they_were_meant(tmp_path, text):
     cluster = site(account=text, exclude=text, default={"partition": text})
-    read = [read_by_sbatch(sbatch_option(option)) for option in options(job(tmp_path, cluster), cluster)]
+    read = [
+        read_by_sbatch(sbatch_option(option)) for option in options(job(tmp_path, cluster), cluster)
+    ]
     assert {f"--account={text}", f"--exclude={text}", f"--partition={text}"} <= set(read)
     assert len(read) == len(options(job(tmp_path, cluster), cluster))
 
@@ -196,12 +226,15 @@ def test_amounts_of_memory_are_accepted_as_slurm_writes_them(memory):
     assert Resources(memory=memory).memory == memory
 
 
-@pytest.mark.parametrize("words", [
-    ["convert", "x", "--name", "x\ntouch PWN\n#"],
-    ["convert", "x", "--name", "../../x"],
-    ["lm", "--config", "nano/lm", "run=\"runs/a\\ntouch PWN\""],
-    ["lm", "--config", "nano/lm", "--after", "1,afterany:2"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "x", "--name", "x\ntouch PWN\n#"],
+        ["convert", "x", "--name", "../../x"],
+        ["lm", "--config", "nano/lm", 'run="runs/a\\ntouch PWN"'],
+        ["lm", "--config", "nano/lm", "--after", "1,afterany:2"],
+    ],
+)
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_submit_refuses_hostile_words_before_it_writes(tmp_path, monkeypatch, capsys, words, dry):
     monkeypatch.chdir(tmp_path)

@@ -27,7 +27,9 @@ class Cluster:
 def test_a_submission_names_its_dependencies_and_reads_the_id_of_a_federation():
     cluster = Cluster(Answer(0, "42;east\n", ""))
     assert Slurm(cluster).submit(Path("job.sbatch"), ["7", "8"]) == "42"
-    assert cluster.asked == [["sbatch", "--parsable", "--dependency=afterok:7,afterok:8", "job.sbatch"]]
+    assert cluster.asked == [
+        ["sbatch", "--parsable", "--dependency=afterok:7,afterok:8", "job.sbatch"]
+    ]
 
 
 def test_a_controller_that_is_away_is_asked_again():
@@ -48,7 +50,9 @@ def test_a_refusal_is_not_asked_again():
 
 
 def test_what_would_never_run_is_the_users_mistake():
-    cluster = Cluster(Answer(1, "", "allocation failure: Requested node configuration is not available"))
+    cluster = Cluster(
+        Answer(1, "", "allocation failure: Requested node configuration is not available")
+    )
     with pytest.raises(ConfigError, match="change the cluster file"):
         Slurm(cluster).check(Path("job.sbatch"))
     assert cluster.asked == [["sbatch", "--test-only", "job.sbatch"]]
@@ -58,7 +62,9 @@ def test_the_queue_is_read_with_arrays_and_other_peoples_jobs_left_out():
     lines = "12|RUNNING|None|node[1-2]|9:59\n13_[0-3]|PENDING|Dependency||10:00\n99|RUNNING|None|node3|1:00\n"
     found = Slurm(Cluster(Answer(0, lines, ""))).queue(["12", "13"])
     assert [(job.id, job.state, job.reason, job.nodes, job.active) for job in found] == [
-        ("12", "RUNNING", "None", "node[1-2]", True), ("13_[0-3]", "PENDING", "Dependency", "", True)]
+        ("12", "RUNNING", "None", "node[1-2]", True),
+        ("13_[0-3]", "PENDING", "Dependency", "", True),
+    ]
 
 
 def test_a_cancelled_job_is_cancelled_whoever_did_it():
@@ -67,7 +73,10 @@ def test_a_cancelled_job_is_cancelled_whoever_did_it():
 
 
 def test_without_accounting_there_is_no_history():
-    assert Slurm(Cluster(Answer(1, "", "Slurm accounting storage is disabled"))).accounting(["12"]) == []
+    assert (
+        Slurm(Cluster(Answer(1, "", "Slurm accounting storage is disabled"))).accounting(["12"])
+        == []
+    )
 
 
 def test_a_machine_without_slurm_says_what_to_do():

@@ -29,9 +29,14 @@ from landiff.launchers.slurm.submit import prepare_run, queue, read_record, run_
 
 LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 STAGES = {
-    "shards": ["--config", "nano/shards"], "precompute": ["--config", "nano/features"], "tokenizer": ["--config", "nano/tokenizer"],
-    "lm": ["--config", "nano/lm"], "diffusion": ["--config", "nano/diffusion-main"], "convert": ["runs/lm", "--name", "lm"],
-    "sample": ["--config", "nano/sample", "a rabbit"], "evaluate": ["--config", "nano/evaluate"],
+    "shards": ["--config", "nano/shards"],
+    "precompute": ["--config", "nano/features"],
+    "tokenizer": ["--config", "nano/tokenizer"],
+    "lm": ["--config", "nano/lm"],
+    "diffusion": ["--config", "nano/diffusion-main"],
+    "convert": ["runs/lm", "--name", "lm"],
+    "sample": ["--config", "nano/sample", "a rabbit"],
+    "evaluate": ["--config", "nano/evaluate"],
 }
 
 
@@ -42,11 +47,19 @@ def say(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothing(capsys, tmp_path, monkeypatch, stage):
+def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothing(
+    capsys, tmp_path, monkeypatch, stage
+):
     monkeypatch.chdir(tmp_path)
-    code, out, err = say(capsys, "submit", stage, "--cluster", "sandbox", "--dry-run", *STAGES[stage])
-    assert code == (0 if stage == "shards" else 2), err  # in an empty folder, the inputs of all others are missing
-    later = say(capsys, "submit", stage, "--cluster", "sandbox", "--dry-run", "--after", "7", *STAGES[stage])
+    code, out, err = say(
+        capsys, "submit", stage, "--cluster", "sandbox", "--dry-run", *STAGES[stage]
+    )
+    assert code == (0 if stage == "shards" else 2), (
+        err
+    )  # in an empty folder, the inputs of all others are missing
+    later = say(
+        capsys, "submit", stage, "--cluster", "sandbox", "--dry-run", "--after", "7", *STAGES[stage]
+    )
     assert later[0] == 0, later[2]  # another job makes them
     assert "#SBATCH --job-name=" in out and "# ==== plan" in out
     assert ("resolved config" in out) == (stage != "convert")
@@ -55,17 +68,39 @@ def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothi
 
 def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepare_run(one_process(tmp_path / "runs" / "lm", "pass"), LOCAL)  # what a run left is left alone too
-    before = {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")}
-    _, out, _ = say(capsys, "submit", "pipeline", "--cluster", "sandbox", "--dry-run", "lm.loop.steps=3")
-    assert {path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes()) for path in tmp_path.rglob("*")} == before
-    plan = dict(line.removeprefix("# ").split(": ", 1) for line in out.split("# ==== plan\n")[1].splitlines() if ": " in line)
-    assert plan["columns-tokens"].endswith("after export-tokenizer") and plan["columns-latents"].endswith("after shards")
+    prepare_run(
+        one_process(tmp_path / "runs" / "lm", "pass"), LOCAL
+    )  # what a run left is left alone too
+    before = {
+        path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
+        for path in tmp_path.rglob("*")
+    }
+    _, out, _ = say(
+        capsys, "submit", "pipeline", "--cluster", "sandbox", "--dry-run", "lm.loop.steps=3"
+    )
+    assert {
+        path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
+        for path in tmp_path.rglob("*")
+    } == before
+    plan = dict(
+        line.removeprefix("# ").split(": ", 1)
+        for line in out.split("# ==== plan\n")[1].splitlines()
+        if ": " in line
+    )
+    assert plan["columns-tokens"].endswith("after export-tokenizer") and plan[
+        "columns-latents"
+    ].endswith("after shards")
     assert plan["enter-tokens"].endswith("after columns-tokens")
-    assert plan["lm"].endswith("after enter-tokens, enter-text-minilm")  # side by side, each after what it reads
+    assert plan["lm"].endswith(
+        "after enter-tokens, enter-text-minilm"
+    )  # side by side, each after what it reads
     assert plan["diffusion-main"].endswith("after enter-latents, enter-text-minilm-padded")
-    assert plan["diffusion-control"].endswith("after export-main, enter-latents, enter-text-minilm-padded, enter-tokens")
-    assert "array of 2" in plan["columns-tokens"] and plan["sample"].endswith("after export-lm, export-diffusion")
+    assert plan["diffusion-control"].endswith(
+        "after export-main, enter-latents, enter-text-minilm-padded, enter-tokens"
+    )
+    assert "array of 2" in plan["columns-tokens"] and plan["sample"].endswith(
+        "after export-lm, export-diffusion"
+    )
     assert out.count("steps: 3\n") == 1
 
 
@@ -74,12 +109,19 @@ def test_the_walk_fits_this_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, out, err = say(capsys, "submit", "pipeline", "--cluster", "local", "--dry-run")
     assert code == 0, err
-    lm, = (line for line in out.splitlines() if "-m landiff.training.lm" in line or " landiff.training.lm " in line)
+    (lm,) = (
+        line
+        for line in out.splitlines()
+        if "-m landiff.training.lm" in line or " landiff.training.lm " in line
+    )
     assert "--nproc-per-node=2" in lm  # parallel.tensor = 2
 
 
 def test_of_two_submissions_at_once_the_second_is_refused_and_nothing_is_queued_twice(tmp_path):
-    plans = [one_process(tmp_path / "first", "pass", "first"), one_process(tmp_path / "second", "pass", "second", ("first",))]
+    plans = [
+        one_process(tmp_path / "first", "pass", "first"),
+        one_process(tmp_path / "second", "pass", "second", ("first",)),
+    ]
     submitted: list[str] = []
     refused: list[str] = []
 
@@ -93,26 +135,60 @@ def test_of_two_submissions_at_once_the_second_is_refused_and_nothing_is_queued_
 
     queue(plans, ClusterConfig(), Slurm(cluster))
     assert [Path(script).parent.parent.name for script in submitted] == ["first", "second"]
-    assert all(f"the submission of {tmp_path / 'first'} is in use by process {os.getpid()} of" in text for text in refused)
+    assert all(
+        f"the submission of {tmp_path / 'first'} is in use by process {os.getpid()} of" in text
+        for text in refused
+    )
 
 
 def test_a_run_folder_in_which_a_process_works_is_not_submitted(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
     with take(tmp_path / "task" / ".owner", "it"):
-        for start in (lambda: run_here([plan], LOCAL), lambda: queue([plan], ClusterConfig(), Slurm(lambda words: Answer(0, "", "")))):
-            with pytest.raises(OwnedError, match=f"run folder {tmp_path / 'task'} is in use by process {os.getpid()} of"):
+        for start in (
+            lambda: run_here([plan], LOCAL),
+            lambda: queue([plan], ClusterConfig(), Slurm(lambda words: Answer(0, "", ""))),
+        ):
+            with pytest.raises(
+                OwnedError,
+                match=f"run folder {tmp_path / 'task'} is in use by process {os.getpid()} of",
+            ):
                 start()
         assert not (tmp_path / "task" / "job" / "job.json").exists()
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["lm", "--config", "nano/lm", "--cluster", "sandbx"], "did you mean 'cluster/sandbox'"),
-    (["lm", "--config", "nano/lm", "--cluster", "sandbox", "optim.rl=1"], "did you mean 'lr'"),
-    (["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "3"], "the nearest that are"),
-    (["shards", "--config", "nano/shards", "--cluster", "sandbox", "--nodes", "2"], "runs on one node"),
-    (["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "2", "data.micro_batch_size=8", "--here"], "this one has 1; start with  salloc -N 2"),
-    (["pipeline", "--cluster", "sandbox", "lmm.loop.steps=1"], "the stages are shards, features"),
-])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["lm", "--config", "nano/lm", "--cluster", "sandbx"], "did you mean 'cluster/sandbox'"),
+        (["lm", "--config", "nano/lm", "--cluster", "sandbox", "optim.rl=1"], "did you mean 'lr'"),
+        (
+            ["lm", "--config", "nano/lm", "--cluster", "sandbox", "--nodes", "3"],
+            "the nearest that are",
+        ),
+        (
+            ["shards", "--config", "nano/shards", "--cluster", "sandbox", "--nodes", "2"],
+            "runs on one node",
+        ),
+        (
+            [
+                "lm",
+                "--config",
+                "nano/lm",
+                "--cluster",
+                "sandbox",
+                "--nodes",
+                "2",
+                "data.micro_batch_size=8",
+                "--here",
+            ],
+            "this one has 1; start with  salloc -N 2",
+        ),
+        (
+            ["pipeline", "--cluster", "sandbox", "lmm.loop.steps=1"],
+            "the stages are shards, features",
+        ),
+    ],
+)
 def test_mistakes_are_refused_before_anything_is_queued(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
@@ -122,24 +198,56 @@ def test_mistakes_are_refused_before_anything_is_queued(capsys, tmp_path, monkey
 
 def test_all_mistakes_of_a_pipeline_are_refused_at_submission(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    overrides = ["lm.optim.min_lr=1", "diffusion-main.data.micro_batch_size=7", "sample.steps=1", "shards.source=nowhere",
-                 "columns.columns.latents.encoder={kind: cogvideox-vae, path: gone}", "tokenizer.model.codebook_size=64"]
+    overrides = [
+        "lm.optim.min_lr=1",
+        "diffusion-main.data.micro_batch_size=7",
+        "sample.steps=1",
+        "shards.source=nowhere",
+        "columns.columns.latents.encoder={kind: cogvideox-vae, path: gone}",
+        "tokenizer.model.codebook_size=64",
+    ]
     for words in (["--dry-run"], []):
         code, _, err = say(capsys, "submit", "pipeline", "--cluster", "sandbox", *words, *overrides)
         assert code == 2 and list(tmp_path.iterdir()) == []
-        for text in ("lm: optim.min_lr = 1 is above", "diffusion-main: data.global_batch_size = 16", "sample: steps = 1",
-                     "shards: source = 'nowhere' does not exist", "columns.latents.encoder: cogvideox-vae: path = 'gone'",
-                     "codebook of the language model = 128, of the tokenizer = 64"):
+        for text in (
+            "lm: optim.min_lr = 1 is above",
+            "diffusion-main: data.global_batch_size = 16",
+            "sample: steps = 1",
+            "shards: source = 'nowhere' does not exist",
+            "columns.latents.encoder: cogvideox-vae: path = 'gone'",
+            "codebook of the language model = 128, of the tokenizer = 64",
+        ):
             assert err.count(text) == 1, (text, err)
         assert "does not exist; run `landiff shards`" not in err, "earlier jobs make it"
 
 
 def test_prompts_reach_the_sample_job_as_text(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["submit", "pipeline", "--cluster", "sandbox", "--dry-run", "--prompt", "seed=3 😀", "--prompt", "KEY=x"]
+    words = [
+        "submit",
+        "pipeline",
+        "--cluster",
+        "sandbox",
+        "--dry-run",
+        "--prompt",
+        "seed=3 😀",
+        "--prompt",
+        "KEY=x",
+    ]
     code, out, err = say(capsys, *words)
     assert code == 0 and "- seed=3 😀\n- KEY=x\n" in out, err
-    words = ["submit", "sample", "--cluster", "sandbox", "--dry-run", "--config", "nano/sample", "seed=4", "--", "seed=3 😀"]
+    words = [
+        "submit",
+        "sample",
+        "--cluster",
+        "sandbox",
+        "--dry-run",
+        "--config",
+        "nano/sample",
+        "seed=4",
+        "--",
+        "seed=3 😀",
+    ]
     _, out, _ = say(capsys, *words)
     assert "- seed=3 😀\n" in out and "seed: 4" in out
 
@@ -156,15 +264,32 @@ def test_a_snapshot_holds_the_code_its_origin_and_the_environment(tmp_path, monk
     assert not list(tmp_path.rglob("__pycache__"))
     assert (tmp_path / "code.txt").read_text().startswith(("git ", "installed "))
     environment = (tmp_path / "environment.txt").read_text()
-    assert "NCCL_DEBUG=INFO" in environment and "pydantic==" in environment and "very secret" not in environment
-    assert "HF_TOKEN=<redacted>" in environment and "HF_AUTH=<redacted>" in environment and "user:word" not in environment
+    assert (
+        "NCCL_DEBUG=INFO" in environment
+        and "pydantic==" in environment
+        and "very secret" not in environment
+    )
+    assert (
+        "HF_TOKEN=<redacted>" in environment
+        and "HF_AUTH=<redacted>" in environment
+        and "user:word" not in environment
+    )
     assert "HF_ENDPOINT=https://<redacted>@hub.example" in environment
     assert (tmp_path / "environment.txt").stat().st_mode & 0o777 == 0o600
     snapshot.write_snapshot(tmp_path)  # again: replaced, not added
-    assert {path.name for path in tmp_path.iterdir()} == {"code", "code.txt", "code.diff", "environment.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "code",
+        "code.txt",
+        "code.diff",
+        "environment.txt",
+    }
 
 
-SECRETS = {"HF_TOKEN": "hunter2", "PROXY": "http://me:hunter2@proxy:3128", "NAME": "sk-" + "hunter2" * 4}
+SECRETS = {
+    "HF_TOKEN": "hunter2",
+    "PROXY": "http://me:hunter2@proxy:3128",
+    "NAME": "sk-" + "hunter2" * 4,
+}
 
 
 def test_secrets_of_the_cluster_file_reach_the_job_and_nobody_else(tmp_path, monkeypatch, capsys):
@@ -178,7 +303,11 @@ def test_secrets_of_the_cluster_file_reach_the_job_and_nobody_else(tmp_path, mon
     assert code == 0 and "hunter2" not in out and "HF_TOKEN=<redacted>" in out
     code, out, err = say(capsys, "submit", *words)  # fails: no clip is usable
     assert code != 0 and "hunter2" not in out + err
-    told = {path.name for path in tmp_path.rglob("runs/**/*") if path.is_file() and b"hunter2" in path.read_bytes()}
+    told = {
+        path.name
+        for path in tmp_path.rglob("runs/**/*")
+        if path.is_file() and b"hunter2" in path.read_bytes()
+    }
     assert told == {"cluster.yaml", "job.sbatch"}
     for path in tmp_path.rglob("runs/shards/job/*"):
         if path.name in (*told, "environment.txt"):
@@ -187,7 +316,14 @@ def test_secrets_of_the_cluster_file_reach_the_job_and_nobody_else(tmp_path, mon
 
 def test_a_secret_on_the_command_line_is_not_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["tokenizer", "--config", "nano/tokenizer", "--cluster", "local", "data.remote=https://me:hunter2@host/data"]
+    words = [
+        "tokenizer",
+        "--config",
+        "nano/tokenizer",
+        "--cluster",
+        "local",
+        "data.remote=https://me:hunter2@host/data",
+    ]
     _, out, err = say(capsys, "submit", *words, "--dry-run")
     assert "hunter2" not in out + err and "https://<redacted>@host/data" in out
 
@@ -206,7 +342,11 @@ def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     for room in snapshot.FOLDERS:
         (repository / room).mkdir(parents=True)
         (repository / room / "__init__.py").write_text("")
-    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first"]):
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first"],
+    ):
         subprocess.run(["git", "-C", str(repository), *words], check=True)
     assert snapshot.describe_code(repository)[1] == ""
     (repository / "training" / "__init__.py").write_text("changed = True\n")
@@ -214,15 +354,29 @@ def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     assert "with changes" in line and "+changed = True" in difference
 
 
-def one_process(run: Path, code: str, name: str = "task", after: tuple[str, ...] = ()) -> PlannedJob:
+def one_process(
+    run: Path, code: str, name: str = "task", after: tuple[str, ...] = ()
+) -> PlannedJob:
     """A job that runs a few lines of Python, here: timeit is a module that takes them as an argument."""
-    job = BatchJob(name, run, run.parent, "timeit", ("-n", "1", "-r", "1", code), LOCAL.resources("shards"), trainer=False, python=sys.executable)
+    job = BatchJob(
+        name,
+        run,
+        run.parent,
+        "timeit",
+        ("-n", "1", "-r", "1", code),
+        LOCAL.resources("shards"),
+        trainer=False,
+        python=sys.executable,
+    )
     return PlannedJob("shards", job, None, after)
 
 
 def test_a_job_here_restarts_after_a_crash_and_is_skipped_when_done(tmp_path, capfd):
     tried = tmp_path / "tried"
-    plan = one_process(tmp_path / "task", f"from pathlib import Path; p = Path({str(tried)!r}); old = p.exists(); p.touch(); assert old, 'the first time'")
+    plan = one_process(
+        tmp_path / "task",
+        f"from pathlib import Path; p = Path({str(tried)!r}); old = p.exists(); p.touch(); assert old, 'the first time'",
+    )
     assert run_here([plan], LOCAL) == 0
     assert (tmp_path / "task" / "done").exists()
     assert (tmp_path / "task" / "job" / "log" / "batch.log").read_text().count(" restart ") == 2
@@ -231,10 +385,17 @@ def test_a_job_here_restarts_after_a_crash_and_is_skipped_when_done(tmp_path, ca
 
 
 def test_a_failed_job_here_costs_what_depends_on_it_and_nothing_else(tmp_path, capfd):
-    plans = [one_process(tmp_path / "bad", "raise RuntimeError('for good')", "bad"), one_process(tmp_path / "lost", "pass", "lost", ("bad",)),
-             one_process(tmp_path / "other", "pass", "other")]
+    plans = [
+        one_process(tmp_path / "bad", "raise RuntimeError('for good')", "bad"),
+        one_process(tmp_path / "lost", "pass", "lost", ("bad",)),
+        one_process(tmp_path / "other", "pass", "other"),
+    ]
     assert run_here(plans, LOCAL) != 0
-    assert [(tmp_path / name / "done").exists() for name in ("bad", "lost", "other")] == [False, False, True]
+    assert [(tmp_path / name / "done").exists() for name in ("bad", "lost", "other")] == [
+        False,
+        False,
+        True,
+    ]
     assert "lost: not run, bad failed" in capfd.readouterr().err
 
 
@@ -246,8 +407,12 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
         return Answer(0, f"{len(asked)}\n" if "--parsable" in words else "", "")
 
     def walk(code: str) -> list[PlannedJob]:
-        return [one_process(tmp_path / "first", "pass", "first"), one_process(tmp_path / "second", code, "second", ("first",)),
-                one_process(tmp_path / "third", "pass", "third", ("second",)), one_process(tmp_path / "other", "pass", "other")]
+        return [
+            one_process(tmp_path / "first", "pass", "first"),
+            one_process(tmp_path / "second", code, "second", ("first",)),
+            one_process(tmp_path / "third", "pass", "third", ("second",)),
+            one_process(tmp_path / "other", "pass", "other"),
+        ]
 
     site = ClusterConfig()
     queue(walk("pass"), site, Slurm(cluster))
@@ -277,9 +442,15 @@ def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
 
 def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
-    code = ("import pickle, sys; from landiff.launchers.slurm.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
-            "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))")
-    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(IMPORT_ROOT)}, stdin=subprocess.PIPE)
+    code = (
+        "import pickle, sys; from landiff.launchers.slurm.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
+        "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(IMPORT_ROOT)},
+        stdin=subprocess.PIPE,
+    )
     with child.stdin as pipe:
         pickle.dump([plan, one_process(tmp_path / "next", "pass", "next")], pipe)
     log = plan.job.folder / "log" / "rank_0000.log"
@@ -310,25 +481,47 @@ def test_status_reads_run_folders_with_slurm_away(tmp_path):
     (plan.job.folder / "job.json").write_text(json.dumps(record))
     (plan.job.folder / "state").write_text("crashes=1 stalls=0 from= phase=running\n")
     lines = [{"step": step, "time": 1000.0 + step, "train/loss": 2.0} for step in range(1, 51)]
-    (plan.job.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 51, "ti')
-    away = Slurm(lambda words: Answer(1, "", "Unable to contact slurm controller"), retry_waits_s=())
+    (plan.job.run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 51, "ti'
+    )
+    away = Slurm(
+        lambda words: Answer(1, "", "Unable to contact slurm controller"), retry_waits_s=()
+    )
     (status,), why = statuses([plan.job.run], away)
-    assert "Unable to contact" in why and status.state == "running, when last seen" and (status.step, status.steps, status.loss) == (50, 100, 2.0)
+    assert (
+        "Unable to contact" in why
+        and status.state == "running, when last seen"
+        and (status.step, status.steps, status.loss) == (50, 100, 2.0)
+    )
     running = Slurm(lambda words: Answer(0, "7|RUNNING|None|node1|1:00\n", ""))
     (status,), _ = statuses([plan.job.run], running)
-    assert status.state == "running" and status.steps_per_s == pytest.approx(1.0) and status.seconds_left == pytest.approx(50.0)
+    assert (
+        status.state == "running"
+        and status.steps_per_s == pytest.approx(1.0)
+        and status.seconds_left == pytest.approx(50.0)
+    )
 
 
 def test_logs_show_the_failing_rank_first(tmp_path, capsys):
     run = tmp_path / "run"
     (run / "job" / "log").mkdir(parents=True)
     (run / "errors").mkdir()
-    (run / "errors" / "rank_0003.txt").write_text("time: 2026-01-01T00:00:02\n\nRuntimeError: the cause\n")
-    (run / "errors" / "rank_0001.txt").write_text("time: 2026-01-01T00:00:03\n\nConnectionError: a consequence\n")
+    (run / "errors" / "rank_0003.txt").write_text(
+        "time: 2026-01-01T00:00:02\n\nRuntimeError: the cause\n"
+    )
+    (run / "errors" / "rank_0001.txt").write_text(
+        "time: 2026-01-01T00:00:03\n\nConnectionError: a consequence\n"
+    )
     (run / "job" / "log" / "rank_0003.log").write_text("the last words of rank 3\n")
     (run / "job" / "log" / "batch.log").write_text("ended with 143\n")
     code, out, _ = say(capsys, "logs", str(run))
-    assert code == 0 and out.index("the cause") < out.index("the last words of rank 3") < out.index("ended with 143") and "a consequence" not in out
+    assert (
+        code == 0
+        and out.index("the cause")
+        < out.index("the last words of rank 3")
+        < out.index("ended with 143")
+        and "a consequence" not in out
+    )
     code, out, _ = say(capsys, "logs", str(run), "--rank", "3")
     assert code == 0 and "the last words" in out and "the cause" not in out
     code, _, err = say(capsys, "logs", str(run), "--rank", "9")
@@ -356,4 +549,6 @@ def test_status_for_scripts_is_json(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     code, out, _ = say(capsys, "status", "--all", "--json")
     document = json.loads(out)
-    assert code == 0 and [(run["run"], run["state"], run["restarts"]) for run in document["runs"]] == [("runs/task", "done", 0)]
+    assert code == 0 and [
+        (run["run"], run["state"], run["restarts"]) for run in document["runs"]
+    ] == [("runs/task", "done", 0)]

@@ -59,16 +59,40 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -1.0) for word in WORDS)]
+        pieces = [
+            ("<pad>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", 0.0),
+            *(("▁" + word, -1.0) for word in WORDS),
+        ]
         tokenizer = T5Tokenizer(vocab=[*pieces, ("▁", -5.0)], extra_ids=0)
         for name in ("flan-t5", "t5"):
-            sizes = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+            sizes = T5Config(
+                vocab_size=32,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
             T5EncoderModel(sizes).save_pretrained(path / name)
             tokenizer.save_pretrained(path / name)
         AutoencoderKLCogVideoX(**VAE_CONFIG).save_pretrained(path / "vae")
-        for kind, config in (("lm", TINY.lm), ("tokenizer", TINY.tokenizer), ("diffusion", TINY.diffusion)):
-            state = registry.build_module(kind, config).state_dict() if kind != "tokenizer" else weights(kind)
-            state = {n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for n, t in state.items()}
+        for kind, config in (
+            ("lm", TINY.lm),
+            ("tokenizer", TINY.tokenizer),
+            ("diffusion", TINY.diffusion),
+        ):
+            state = (
+                registry.build_module(kind, config).state_dict()
+                if kind != "tokenizer"
+                else weights(kind)
+            )
+            state = {
+                n: t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t
+                for n, t in state.items()
+            }
             registry.export(path / "zoo", kind, kind, config, state, {})
     return path
 
@@ -80,9 +104,22 @@ def models(folder) -> Models:
 
 def sample_config(folder, dtype: str = "float32", **options) -> SampleConfig:
     return SampleConfig(
-        zoo=folder / "zoo", out=folder / "out", lm_text={"kind": "flan-t5", "path": str(folder / "flan-t5"), "dtype": dtype, "max_length": 16},
-        diffusion_text={"kind": "t5-v1.1", "path": str(folder / "t5"), "dtype": dtype, "max_length": 5},
-        codec={"kind": "cogvideox-vae", "path": str(folder / "vae"), "dtype": dtype}, **options,
+        zoo=folder / "zoo",
+        out=folder / "out",
+        lm_text={
+            "kind": "flan-t5",
+            "path": str(folder / "flan-t5"),
+            "dtype": dtype,
+            "max_length": 16,
+        },
+        diffusion_text={
+            "kind": "t5-v1.1",
+            "path": str(folder / "t5"),
+            "dtype": dtype,
+            "max_length": 5,
+        },
+        codec={"kind": "cogvideox-vae", "path": str(folder / "vae"), "dtype": dtype},
+        **options,
     )
 
 
@@ -94,7 +131,16 @@ def pipe(models) -> LanDiffPipeline:
 @pytest.fixture(scope="module")
 def expected(models):
     """`landiff sample`'s own call."""
-    return generate(models, PROMPTS, 3, TOKENS, SamplerOptions(num_steps=3), [SEED, SEED + 1000], 0.2, clean_frames=1)
+    return generate(
+        models,
+        PROMPTS,
+        3,
+        TOKENS,
+        SamplerOptions(num_steps=3),
+        [SEED, SEED + 1000],
+        0.2,
+        clean_frames=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,22 +152,50 @@ def saved(pipe, tmp_path_factory):
 
 def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected):
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
-    assert torch.equal(found.codes, expected.codes_BK) and torch.equal(found.frames, expected.frames_BFHWC)
+    assert torch.equal(found.codes, expected.codes_BK) and torch.equal(
+        found.frames, expected.frames_BFHWC
+    )
     latents = pipe(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL).frames
     assert torch.equal(latents, expected.latents_BTCHW)
-    assert expected.frames_BFHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BFHWC.float().std() > 1
+    assert (
+        expected.frames_BFHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BFHWC.float().std() > 1
+    )
 
 
 def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch, capsys):
     """All of `landiff sample` but the mp4 file itself, which loses a little."""
     written = []
-    monkeypatch.setattr(sample, "write_mp4", lambda _path, frames, _fps: written.append(torch.from_numpy(frames)))
-    sample.sample_videos(sample_config(folder, prompts=PROMPTS, num_latent_frames=5, steps=3, guidance=4.5, tokens=TOKENS,
-                                       motion_score=0.2, clean_frames=1, seed=SEED))
-    found = pipe(PROMPTS, guidance_scale=4.5, generator=seeded(SEED), output_type="uint8", **{**CALL, "num_frames": 17})
+    monkeypatch.setattr(
+        sample, "write_mp4", lambda _path, frames, _fps: written.append(torch.from_numpy(frames))
+    )
+    sample.sample_videos(
+        sample_config(
+            folder,
+            prompts=PROMPTS,
+            num_latent_frames=5,
+            steps=3,
+            guidance=4.5,
+            tokens=TOKENS,
+            motion_score=0.2,
+            clean_frames=1,
+            seed=SEED,
+        )
+    )
+    found = pipe(
+        PROMPTS,
+        guidance_scale=4.5,
+        generator=seeded(SEED),
+        output_type="uint8",
+        **{**CALL, "num_frames": 17},
+    )
     assert torch.equal(torch.stack(written), found.frames)
     shown = capsys.readouterr().out  # two chunks of three sampler steps
-    for words in ("sample loads: 0/6 models", "sample loads: 6/6 models", "sample latents: 0/6", "sample latents: 6/6"):
+    for words in (
+        "sample loads: 0/6 models",
+        "sample loads: 6/6 models",
+        "sample latents: 0/6",
+        "sample latents: 6/6",
+    ):
         assert words in shown, shown
 
 
@@ -130,7 +204,9 @@ def test_save_and_load_give_the_same_video(saved, expected):
     found = loaded(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
     assert torch.equal(found.frames, expected.frames_BFHWC)
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["lm"] == ["landiff.model_zoo.diffusers.pipeline", "LanDiffLM"] and index["vae"] == ["diffusers", "AutoencoderKLCogVideoX"]
+    assert index["lm"] == ["landiff.model_zoo.diffusers.pipeline", "LanDiffLM"] and index[
+        "vae"
+    ] == ["diffusers", "AutoencoderKLCogVideoX"]
 
 
 def test_a_folder_that_names_the_earlier_module_loads(saved, pipe, tmp_path):
@@ -145,11 +221,15 @@ def test_a_folder_that_names_the_earlier_module_loads(saved, pipe, tmp_path):
 
 
 def test_stock_classes_and_the_converter_read_the_folder(saved, pipe, tmp_path):
-    _, report = CogVideoXTransformer3DModel.from_pretrained(saved / "transformer", output_loading_info=True)
+    _, report = CogVideoXTransformer3DModel.from_pretrained(
+        saved / "transformer", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     parts = {part.kind: part for part in open_source(saved).parts}
     assert sorted(parts) == ["diffusion", "lm", "tokenizer", "vae"]
-    assert all(torch.equal(t, pipe.lm.model.state_dict()[n]) for n, t in parts["lm"].tensors.items())
+    assert all(
+        torch.equal(t, pipe.lm.model.state_dict()[n]) for n, t in parts["lm"].tensors.items()
+    )
     write_target(tmp_path / "converted", "diffusers", list(parts.values()), {})
     for name in ("transformer", "control", "semantic_tokenizer", "lm", "vae"):
         kind = type(getattr(pipe, name))
@@ -160,8 +240,13 @@ def test_stock_classes_and_the_converter_read_the_folder(saved, pipe, tmp_path):
 
 
 def test_a_stock_transformer_is_taken_as_a_component(saved, pipe, expected):
-    components = {**pipe.components, "transformer": CogVideoXTransformer3DModel.from_pretrained(saved / "transformer")}
-    found = LanDiffPipeline(**components)(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+    components = {
+        **pipe.components,
+        "transformer": CogVideoXTransformer3DModel.from_pretrained(saved / "transformer"),
+    }
+    found = LanDiffPipeline(**components)(
+        PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL
+    )
     assert torch.equal(found.frames, expected.frames_BFHWC)
 
 
@@ -184,7 +269,9 @@ def test_nothing_is_left_over_between_calls(pipe):
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(generator.get_state(), before)
     other = pipe(PROMPTS[0], generator=seeded(2), **CALL).frames
     assert not np.array_equal(first, other)
-    assert pipe(PROMPTS[0], generator=seeded(-1), **CALL).frames.shape == first.shape  # torch's largest seed
+    assert (
+        pipe(PROMPTS[0], generator=seeded(-1), **CALL).frames.shape == first.shape
+    )  # torch's largest seed
 
 
 def test_without_a_generator_every_call_is_another_and_follows_the_global_seed(pipe):
@@ -208,7 +295,11 @@ def test_output_types_hold_the_same_frames(pipe, expected):
     assert torch.equal(torch.from_numpy((array * 255).round().astype(np.uint8)), pixels)
     assert torch.equal(frames("pt"), torch.from_numpy(array).permute(0, 1, 4, 2, 3))
     images = frames("pil")
-    assert len(images) == 2 and len(images[0]) == 9 and np.array_equal(np.asarray(images[1][3]), pixels[1, 3].numpy())
+    assert (
+        len(images) == 2
+        and len(images[0]) == 9
+        and np.array_equal(np.asarray(images[1][3]), pixels[1, 3].numpy())
+    )
     as_tuple = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", return_dict=False, **CALL)
     assert torch.equal(as_tuple[0], pixels)
 
@@ -222,7 +313,13 @@ def test_callbacks_hear_every_step_and_may_change_the_latents(pipe):
         return given
 
     plain = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", **CALL).frames
-    listened = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", callback_on_step_end=listen, **CALL).frames
+    listened = pipe(
+        PROMPTS[0],
+        generator=seeded(SEED),
+        output_type="latent",
+        callback_on_step_end=listen,
+        **CALL,
+    ).frames
     assert torch.equal(listened, plain)
     assert [(step, timestep) for step, timestep, _ in heard] == [(0, 999), (1, 666), (2, 333)]
     assert torch.equal(heard[-1][2], plain)
@@ -230,45 +327,74 @@ def test_callbacks_hear_every_step_and_may_change_the_latents(pipe):
     def wipe(_owner, step, _timestep, given):
         return {"latents": torch.zeros_like(given["latents"])} if step == 2 else {}
 
-    wiped = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", callback_on_step_end=wipe, **CALL).frames
+    wiped = pipe(
+        PROMPTS[0], generator=seeded(SEED), output_type="latent", callback_on_step_end=wipe, **CALL
+    ).frames
     assert not wiped.any()
     with pytest.raises(ValueError, match="may hold latents"):
-        pipe(PROMPTS[0], callback_on_step_end=listen, callback_on_step_end_tensor_inputs=["noise"], **CALL)
+        pipe(
+            PROMPTS[0],
+            callback_on_step_end=listen,
+            callback_on_step_end_tensor_inputs=["noise"],
+            **CALL,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loads_and_runs_with_the_quantiser_in_float32(saved, dtype):
     half = LanDiffPipeline.from_pretrained(saved, torch_dtype=dtype)
-    floats = {name: {p.dtype for p in getattr(half, name).parameters()} for name in ("control", "transformer", "vae")}
+    floats = {
+        name: {p.dtype for p in getattr(half, name).parameters()}
+        for name in ("control", "transformer", "vae")
+    }
     assert all(found == {dtype} for found in floats.values()), floats
     kept = {name for name, p in half.lm.named_parameters() if p.dtype == torch.float32}
-    assert kept == {name for name, _ in half.lm.named_parameters() if "norm" in name or "head" in name}
+    assert kept == {
+        name for name, _ in half.lm.named_parameters() if "norm" in name or "head" in name
+    }
     assert {p.dtype for name, p in half.lm.named_parameters() if name not in kept} == {dtype}
-    assert {b.dtype for b in half.semantic_tokenizer.model.quantizer.buffers() if b.is_floating_point()} == {torch.float32}
+    assert {
+        b.dtype for b in half.semantic_tokenizer.model.quantizer.buffers() if b.is_floating_point()
+    } == {torch.float32}
     found = half(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL)
     assert found.frames.dtype == torch.float32 and torch.isfinite(found.frames).all()
 
 
 def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, saved, tmp_path):
     loaded = load_models(sample_config(folder, "bfloat16", precision="bf16"), torch.device("cpu"))
-    wanted = generate(loaded, PROMPTS, 3, TOKENS, SamplerOptions(num_steps=3), [SEED, SEED + 1000], 0.2, clean_frames=1)
+    wanted = generate(
+        loaded,
+        PROMPTS,
+        3,
+        TOKENS,
+        SamplerOptions(num_steps=3),
+        [SEED, SEED + 1000],
+        0.2,
+        clean_frames=1,
+    )
     half = LanDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
     half.save_pretrained(tmp_path)
     for pipe in (half, LanDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
         found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
-        assert torch.equal(found.codes, wanted.codes_BK) and torch.equal(found.frames, wanted.frames_BFHWC)
+        assert torch.equal(found.codes, wanted.codes_BK) and torch.equal(
+            found.frames, wanted.frames_BFHWC
+        )
 
 
 def test_all_components_follow_a_cast_and_come_back(saved):
     pipe = LanDiffPipeline.from_pretrained(saved)
-    assert pipe.components.keys() == set(inspect.signature(LanDiffPipeline.__init__).parameters) - {"self"}
+    assert pipe.components.keys() == set(inspect.signature(LanDiffPipeline.__init__).parameters) - {
+        "self"
+    }
     for dtype in (torch.float16, torch.float32):
         pipe.to(dtype=dtype)
         assert {c.dtype for c in pipe.components.values() if hasattr(c, "dtype")} == {dtype}
 
 
 def test_diffusers_finds_the_class_by_the_file_in_the_folder(saved, expected):
-    pipe = DiffusionPipeline.from_pretrained(saved, custom_pipeline="pipeline", trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(
+        saved, custom_pipeline="pipeline", trust_remote_code=True
+    )
     assert type(pipe) is LanDiffPipeline
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
     assert torch.equal(found.frames, expected.frames_BFHWC)
@@ -283,22 +409,45 @@ def test_the_code_in_the_documentation_runs(folder, tmp_path, monkeypatch):
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), names)
-    assert names["video"].shape == (49, 32, 48, 3) and names["pipe"].scheduler.config.clean_frames == 1
+    assert (
+        names["video"].shape == (49, 32, 48, 3) and names["pipe"].scheduler.config.clean_frames == 1
+    )
 
 
 def test_several_videos_of_one_prompt_are_those_of_their_seeds(pipe):
-    both = pipe(PROMPTS[1], generator=seeded(3, 4), num_videos_per_prompt=2, output_type="latent", **CALL)
+    both = pipe(
+        PROMPTS[1], generator=seeded(3, 4), num_videos_per_prompt=2, output_type="latent", **CALL
+    )
     listed = pipe([PROMPTS[1]] * 2, generator=seeded(3, 4), output_type="latent", **CALL)
-    assert torch.equal(both.frames, listed.frames) and not torch.equal(both.frames[0], both.frames[1])
+    assert torch.equal(both.frames, listed.frames) and not torch.equal(
+        both.frames[0], both.frames[1]
+    )
 
 
 def test_given_start_noise_takes_the_place_of_the_seed(pipe):
     shape = (1, 3, 4, 4, 6)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED + 1))
-    plain = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", **{**CALL, "num_inference_steps": 2})
+    plain = pipe(
+        PROMPTS[0],
+        generator=seeded(SEED),
+        output_type="latent",
+        **{**CALL, "num_inference_steps": 2},
+    )
     assert plain.frames.shape == shape
-    given = pipe(PROMPTS[0], generator=seeded(SEED), latents=noise, output_type="latent", **{**CALL, "num_inference_steps": 2})
-    other = pipe(PROMPTS[0], generator=seeded(SEED), latents=-noise, output_type="latent", **{**CALL, "num_inference_steps": 2})
+    given = pipe(
+        PROMPTS[0],
+        generator=seeded(SEED),
+        latents=noise,
+        output_type="latent",
+        **{**CALL, "num_inference_steps": 2},
+    )
+    other = pipe(
+        PROMPTS[0],
+        generator=seeded(SEED),
+        latents=-noise,
+        output_type="latent",
+        **{**CALL, "num_inference_steps": 2},
+    )
     assert torch.equal(given.codes, plain.codes) and not torch.equal(given.frames, other.frames)
     with pytest.raises(ValueError, match=r"latents of shape \[1, 2, 4, 4, 6\]"):
         pipe(PROMPTS[0], latents=noise[:, :2], **CALL)
@@ -312,10 +461,20 @@ def test_a_callback_may_interrupt_and_the_next_call_runs_whole(pipe):
         owner._interrupt = step == 1
         return {}
 
-    stopped = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", callback_on_step_end=stop_after_two, **CALL)
+    stopped = pipe(
+        PROMPTS[0],
+        generator=seeded(SEED),
+        output_type="latent",
+        callback_on_step_end=stop_after_two,
+        **CALL,
+    )
     assert pipe.interrupt and len(heard) == 2 and torch.equal(stopped.frames, heard[1])
     whole = pipe(PROMPTS[0], generator=seeded(SEED), output_type="latent", **CALL)
-    assert not pipe.interrupt and pipe.num_timesteps == 3 and not torch.equal(whole.frames, stopped.frames)
+    assert (
+        not pipe.interrupt
+        and pipe.num_timesteps == 3
+        and not torch.equal(whole.frames, stopped.frames)
+    )
 
 
 def test_a_video_of_several_chunks_and_one_that_ends_early(pipe, monkeypatch):
@@ -349,16 +508,23 @@ def test_offloading_and_tiling_change_where_not_what(saved, expected):
     tiled = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
     assert tiled.shape == found.shape
     pipe.disable_vae_tiling()
-    assert torch.equal(pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames, found)
+    assert torch.equal(
+        pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames, found
+    )
 
 
 def test_wrong_arguments_are_told_apart(pipe):
     for arguments, message in [
-        ({"prompt": " "}, "prompt is empty"), ({"prompt": "snow", "num_frames": 5}, r"1 \+ 8 \* k"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "snow", "num_frames": 5}, r"1 \+ 8 \* k"),
         ({"prompt": "snow", "output_type": "gif"}, "must be one of np, pt, pil"),
         ({"prompt": PROMPTS, "generator": seeded(1, 2, 3)}, "3 generators for 2 prompts"),
-        ({"prompt": "snow", "num_videos_per_prompt": 0}, "must be at least 1"), ({"prompt": []}, "prompt is empty"),
-        ({"prompt": PROMPTS, "token_sampling": TokenSamplingConfig(predict_end=True)}, "one at a time"),
+        ({"prompt": "snow", "num_videos_per_prompt": 0}, "must be at least 1"),
+        ({"prompt": []}, "prompt is empty"),
+        (
+            {"prompt": PROMPTS, "token_sampling": TokenSamplingConfig(predict_end=True)},
+            "one at a time",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             pipe(**{**CALL, **arguments})
@@ -367,7 +533,9 @@ def test_wrong_arguments_are_told_apart(pipe):
 def test_models_not_made_for_each_other_are_refused(pipe):
     whole = pipe.components
     sizes = T5Config(vocab_size=32, d_model=8, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="text width of the language model = 16, of its text encoder = 8"):
+    with pytest.raises(
+        ValueError, match="text width of the language model = 16, of its text encoder = 8"
+    ):
         LanDiffPipeline(**{**whole, "lm_text_encoder": T5EncoderModel(sizes)})("snow", **CALL)
 
 
@@ -382,7 +550,9 @@ def test_lengths_that_chunks_do_not_fill_are_refused_before_anything_runs(pipe, 
 
 def test_no_motion_score_is_the_default_one(pipe):
     heard = []
-    hook = pipe.lm.model.micro.register_forward_hook(lambda _module, given, _output: heard.append(given[1].tolist()))
+    hook = pipe.lm.model.micro.register_forward_hook(
+        lambda _module, given, _output: heard.append(given[1].tolist())
+    )
     pipe("snow", output_type="latent", **{**CALL, "motion_score": None})
     hook.remove()
     assert heard == [[pytest.approx(0.1)] * 2]  # with the text and without
@@ -391,34 +561,69 @@ def test_no_motion_score_is_the_default_one(pipe):
 def test_dynamic_guidance_is_the_expression_of_diffusers_pipeline():
     """The line of `CogVideoXPipeline.__call__`, taken from its source and run beside ours."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(CogVideoXPipeline.__call__)))
-    lines = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and "cos" in ast.dump(node.value)
-             and ast.unparse(node.targets[0]) == "self._guidance_scale"]
+    lines = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and "cos" in ast.dump(node.value)
+        and ast.unparse(node.targets[0]) == "self._guidance_scale"
+    ]
     assert len(lines) == 1
     for steps, scale in ((50, 6.0), (7, 3.5)):
-        for step, timestep in enumerate(NoiseSchedule(ScheduleConfig()).sampler_table(steps).timesteps):
-            names = {"math": math, "guidance_scale": scale, "num_inference_steps": steps, "t": torch.tensor(timestep)}
+        for step, timestep in enumerate(
+            NoiseSchedule(ScheduleConfig()).sampler_table(steps).timesteps
+        ):
+            names = {
+                "math": math,
+                "guidance_scale": scale,
+                "num_inference_steps": steps,
+                "t": torch.tensor(timestep),
+            }
             theirs = eval(ast.unparse(lines[0]), names)
-            assert guidance_scale(SamplerOptions(steps, scale), step, timestep) == pytest.approx(theirs, abs=1e-12)
+            assert guidance_scale(SamplerOptions(steps, scale), step, timestep) == pytest.approx(
+                theirs, abs=1e-12
+            )
 
 
 def test_the_scheduler_keeps_its_options(saved):
     scheduler = LanDiffScheduler.from_pretrained(saved / "scheduler")
-    assert scheduler.options(50, 6.0) == SamplerOptions(50, 6.0) and scheduler.schedule.config.shift_scale == 3.0
+    assert (
+        scheduler.options(50, 6.0) == SamplerOptions(50, 6.0)
+        and scheduler.schedule.config.shift_scale == 3.0
+    )
 
 
-def test_a_prompt_longer_than_an_encoder_takes_is_warned_about_with_the_cut_text(models, pipe, caplog):
+def test_a_prompt_longer_than_an_encoder_takes_is_warned_about_with_the_cut_text(
+    models, pipe, caplog
+):
     short, long = PROMPTS[0].split()[0], " ".join([PROMPTS[0].split()[0]] * 4 + ["snow", "hops"])
     sampler = SamplerOptions(num_steps=2)
     generate(models, [short, long], 3, TOKENS, sampler, [1, 2], clean_frames=1)
-    [warning] = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
-    assert warning == "prompt 1 is longer than the 5 tokens that text encoder t5-v1.1 takes; this part has no effect: 'snow hops'"
+    [warning] = [
+        record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()
+    ]
+    assert (
+        warning
+        == "prompt 1 is longer than the 5 tokens that text encoder t5-v1.1 takes; this part has no effect: 'snow hops'"
+    )
     caplog.clear()
-    pipe([short, long], generator=seeded(SEED), output_type="latent", **CALL | {"num_inference_steps": 2})
-    assert [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()] == [warning]
+    pipe(
+        [short, long],
+        generator=seeded(SEED),
+        output_type="latent",
+        **CALL | {"num_inference_steps": 2},
+    )
+    assert [
+        record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()
+    ] == [warning]
 
 
 def test_weights_that_are_not_finite_are_refused_before_sampling(folder, tmp_path):
-    for kind, name in (("lm", "blocks.0.wo.weight"), ("tokenizer", "decoder.head_out.weight"), ("diffusion", "control.blocks.0.qkv.weight")):
+    for kind, name in (
+        ("lm", "blocks.0.wo.weight"),
+        ("tokenizer", "decoder.head_out.weight"),
+        ("diffusion", "control.blocks.0.qkv.weight"),
+    ):
         zoo = tmp_path / kind
         shutil.copytree(folder / "zoo", zoo)
         entry = registry.resolve(zoo, kind)

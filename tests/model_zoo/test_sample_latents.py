@@ -38,7 +38,9 @@ def model() -> ControlledDiffusion:
 def conditions(batch: int = 1, num_frames: int = 3, seed: int = 5) -> tuple[Tensor, Tensor]:
     """(text_BLD, features_BTChw)"""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 5, 12, generator=generator), torch.randn(batch, num_frames, 8, 2, 3, generator=generator)
+    return torch.randn(batch, 5, 12, generator=generator), torch.randn(
+        batch, num_frames, 8, 2, 3, generator=generator
+    )
 
 
 def test_shape_comes_from_the_features(model):
@@ -60,7 +62,8 @@ def test_rows_of_a_batch_are_independent(model):
 def test_same_seed_same_latents_other_seed_others(model):
     text, features = conditions()
     first, again, other = (
-        sample_latents(model, SCHEDULE, text, features, seeded_noise([seed]), FEW) for seed in (1, 1, 2)
+        sample_latents(model, SCHEDULE, text, features, seeded_noise([seed]), FEW)
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-2)
@@ -100,7 +103,9 @@ class KnowsTheAnswer(ControlledDiffusion):
 
     x0_BTCHW: Tensor
 
-    def forward(self, latents_BTCHW: Tensor, timestep_B: Tensor, *_: object, **__: object) -> Tensor:
+    def forward(
+        self, latents_BTCHW: Tensor, timestep_B: Tensor, *_: object, **__: object
+    ) -> Tensor:
         a = SCHEDULE.signal(timestep_B.long())
         return (a * latents_BTCHW - self.x0_BTCHW) / (1 - a**2).sqrt()
 
@@ -109,13 +114,17 @@ def test_exact_network_leads_to_x0_whatever_the_noise():
     model = KnowsTheAnswer(TINY).eval()
     model.x0_BTCHW = torch.randn(1, 3, 4, 4, 6, generator=torch.Generator().manual_seed(3))
     for seed in (1, 2):
-        latents = sample_latents(model, SCHEDULE, *conditions(), seeded_noise([seed]), SamplerOptions(num_steps=20))
+        latents = sample_latents(
+            model, SCHEDULE, *conditions(), seeded_noise([seed]), SamplerOptions(num_steps=20)
+        )
         # as in the reference the answer is read at a level up to one timestep off the one that was asked
         torch.testing.assert_close(latents, model.x0_BTCHW, atol=5e-2, rtol=0)
 
 
 def test_noise_of_a_seed_is_the_references_in_its_order_and_number(model):
-    steps = json.loads((GOLDEN / "config.json").read_text())["randn_draws_per_step"]  # recorded from the reference
+    steps = json.loads((GOLDEN / "config.json").read_text())[
+        "randn_draws_per_step"
+    ]  # recorded from the reference
     taken = torch.Generator().manual_seed(5)
     used = []
 
@@ -127,8 +136,14 @@ def test_noise_of_a_seed_is_the_references_in_its_order_and_number(model):
     sample_latents(model, SCHEDULE, *conditions(), noise, SamplerOptions(num_steps=len(steps)))
     again = torch.Generator().manual_seed(5)
     expected = [torch.randn(used[0].shape, generator=again)]
-    expected += [[torch.randn(used[0].shape, generator=again) for _ in range(count)][-1] for count in steps if count]
-    assert len(used) == len(expected) and all(torch.equal(a, b) for a, b in zip(used, expected, strict=True))
+    expected += [
+        [torch.randn(used[0].shape, generator=again) for _ in range(count)][-1]
+        for count in steps
+        if count
+    ]
+    assert len(used) == len(expected) and all(
+        torch.equal(a, b) for a, b in zip(used, expected, strict=True)
+    )
     assert torch.equal(taken.get_state(), again.get_state())
 
 
@@ -153,7 +168,9 @@ def test_prefix_of_another_shape_is_refused(model, shape):
 
 def test_text_for_another_number_of_clips_is_refused(model):
     with pytest.raises(ValueError, match="2 rows of text for 1 clips"):
-        sample_latents(model, SCHEDULE, conditions(batch=2)[0], conditions()[1], seeded_noise([1]), FEW)
+        sample_latents(
+            model, SCHEDULE, conditions(batch=2)[0], conditions()[1], seeded_noise([1]), FEW
+        )
 
 
 def test_guidance_by_step_rises_and_constant_stays():
@@ -177,12 +194,20 @@ def test_clean_frames_must_leave_room():
 def test_stream_continues_each_chunk_from_the_last(model):
     text, features = conditions(num_frames=6)
     noises = [seeded_noise([seed]) for seed in (1, 2, 3)]
-    parts = list(stream_latents(model, SCHEDULE, text, features, lambda i: noises[i], FEW, window=4, clean=3))
+    parts = list(
+        stream_latents(model, SCHEDULE, text, features, lambda i: noises[i], FEW, window=4, clean=3)
+    )
     assert [part.shape[1] for part in parts] == [4, 1, 1]
     joined = torch.cat(parts, dim=1)
     for chunk in range(1, 3):
         expected = sample_latents(
-            model, SCHEDULE, text, features[:, chunk : chunk + 4], seeded_noise([chunk + 1]), FEW, joined[:, chunk : chunk + 3]
+            model,
+            SCHEDULE,
+            text,
+            features[:, chunk : chunk + 4],
+            seeded_noise([chunk + 1]),
+            FEW,
+            joined[:, chunk : chunk + 3],
         )
         assert torch.equal(joined[:, chunk : chunk + 4], expected)
 
@@ -190,11 +215,17 @@ def test_stream_continues_each_chunk_from_the_last(model):
 def test_stream_of_one_chunk_is_plain_sampling(model):
     text, features = conditions()
     (only,) = stream_latents(model, SCHEDULE, text, features, lambda _i: seeded_noise([1]), FEW)
-    assert torch.equal(only, sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW))
+    assert torch.equal(
+        only, sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW)
+    )
 
 
 def test_stream_without_clean_frames_makes_independent_chunks(model):
     text, features = conditions(num_frames=6)
-    parts = list(stream_latents(model, SCHEDULE, text, features, lambda i: seeded_noise([i]), FEW, window=3, clean=0))
+    parts = list(
+        stream_latents(
+            model, SCHEDULE, text, features, lambda i: seeded_noise([i]), FEW, window=3, clean=0
+        )
+    )
     alone = sample_latents(model, SCHEDULE, text, features[:, 3:], seeded_noise([1]), FEW)
     assert torch.equal(parts[1], alone)

@@ -34,7 +34,13 @@ class Sandbox:
 
     def command(self, *words: str) -> None:
         action, *rest = words
-        subprocess.run([str(SANDBOX), action, str(self.folder), *rest], check=True, capture_output=True, text=True, timeout=180)
+        subprocess.run(
+            [str(SANDBOX), action, str(self.folder), *rest],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
 
     def crash(self, node: str) -> None:
         """Power failure of a node, or of `slurmctld`."""
@@ -46,22 +52,31 @@ class Sandbox:
     def field(self, job: str, name: str) -> str:
         """A field of `scontrol show job`, e.g. JobState."""
         text = self.slurm.ask("scontrol", "show", "job", "-o", job)
-        return next(word.partition("=")[2] for word in text.splitlines()[0].split() if word.startswith(f"{name}="))
+        return next(
+            word.partition("=")[2]
+            for word in text.splitlines()[0].split()
+            if word.startswith(f"{name}=")
+        )
 
     def state(self, job: str) -> str:
         return self.field(job, "JobState")
 
     def wait(self, job: str, timeout_s: float = 240.0) -> str:
         """The final state of a job."""
-        until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), timeout_s, lambda: f"job {job} is {self.state(job)}")
+        until(
+            lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"),
+            timeout_s,
+            lambda: f"job {job} is {self.state(job)}",
+        )
         return self.state(job)
-
 
     def nodes(self) -> dict[str, int]:
         """The first process of every node that is up."""
         found = {}
         for path in (self.folder / "run").glob("node*.pid"):
-            children = Path(f"/proc/{path.read_text().strip()}/task/{path.read_text().strip()}/children")
+            children = Path(
+                f"/proc/{path.read_text().strip()}/task/{path.read_text().strip()}/children"
+            )
             found[path.stem] = int(children.read_text().split()[0])
         return found
 
@@ -69,14 +84,34 @@ class Sandbox:
         """Processes, listening ports and file locks on the nodes that are not slurmd's."""
         found = []
         for node, first in self.nodes().items():
-            inside = [pid for pid in pids() if link(f"/proc/{pid}/ns/pid") == link(f"/proc/{first}/ns/pid")]
-            own = {pid for pid in inside if pid == first or read(f"/proc/{pid}/comm").strip() == "slurmd"}
-            found += [f"{node}: process {read(f'/proc/{pid}/cmdline')[:300]}" for pid in inside if pid not in own]
+            inside = [
+                pid
+                for pid in pids()
+                if link(f"/proc/{pid}/ns/pid") == link(f"/proc/{first}/ns/pid")
+            ]
+            own = {
+                pid
+                for pid in inside
+                if pid == first or read(f"/proc/{pid}/comm").strip() == "slurmd"
+            }
+            found += [
+                f"{node}: process {read(f'/proc/{pid}/cmdline')[:300]}"
+                for pid in inside
+                if pid not in own
+            ]
             port = 17803 + int(node.removeprefix("node"))
-            rows = [line.split() for table in ("tcp", "tcp6") for line in read(f"/proc/{first}/net/{table}").splitlines()[1:]]
+            rows = [
+                line.split()
+                for table in ("tcp", "tcp6")
+                for line in read(f"/proc/{first}/net/{table}").splitlines()[1:]
+            ]
             listening = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
             found += [f"{node}: port {number}" for number in listening - {port}]
-            held = [line for line in read("/proc/locks").splitlines() if int(line.split()[4]) in set(inside) - own]
+            held = [
+                line
+                for line in read("/proc/locks").splitlines()
+                if int(line.split()[4]) in set(inside) - own
+            ]
             found += [f"{node}: lock {line}" for line in held]
         return found
 
@@ -85,7 +120,11 @@ class Sandbox:
         active = [job.id for job in self.slurm.queue() if job.active]
         for job in active:
             self.slurm.cancel(job)
-        until(lambda: not any(job.active for job in self.slurm.queue()), 120, lambda: f"jobs do not end: {self.slurm.queue()}")
+        until(
+            lambda: not any(job.active for job in self.slurm.queue()),
+            120,
+            lambda: f"jobs do not end: {self.slurm.queue()}",
+        )
 
 
 def pids() -> list[int]:
@@ -112,7 +151,10 @@ def full(disk: Path, leave: int = 0) -> Iterator[None]:
     """In the block no more than `leave` bytes are free."""
     filler = disk / "filler"
     try:
-        with open(filler, "wb", buffering=0) as file, suppress(OSError):  # no room is what is wanted
+        with (
+            open(filler, "wb", buffering=0) as file,
+            suppress(OSError),
+        ):  # no room is what is wanted
             while (room := shutil.disk_usage(disk).free - leave) > 0:
                 file.write(b"\0" * min(room, 1 << 20))
         yield
@@ -120,7 +162,11 @@ def full(disk: Path, leave: int = 0) -> Iterator[None]:
         filler.unlink()
 
 
-def until(condition: Callable[[], object], timeout_s: float = 120.0, otherwise: Callable[[], str] = lambda: "") -> None:
+def until(
+    condition: Callable[[], object],
+    timeout_s: float = 120.0,
+    otherwise: Callable[[], str] = lambda: "",
+) -> None:
     """Wait for `condition`; a timeout is a failure."""
     end = time.monotonic() + timeout_s
     while not condition():
@@ -135,17 +181,34 @@ def sandbox() -> Iterator[Sandbox]:
     disk = folder / "disk"
     disk.mkdir()
     # before the nodes start: they see the mounts of that moment
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "landiff-test", str(disk)], check=True)
-    environment = {**os.environ, "SANDBOX_NODES": "4", "SANDBOX_NODE_TIMEOUT": "6", "SANDBOX_CPUS": "64"}
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "landiff-test", str(disk)], check=True
+    )
+    environment = {
+        **os.environ,
+        "SANDBOX_NODES": "4",
+        "SANDBOX_NODE_TIMEOUT": "6",
+        "SANDBOX_CPUS": "64",
+    }
     try:
-        done = subprocess.run([str(SANDBOX), "start", str(folder / "c")], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [str(SANDBOX), "start", str(folder / "c")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, f"no SLURM here: {done.stderr}\nrun tests/slurm/install.sh"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SLURM_CONF", str(folder / "c" / "slurm.conf"))
             sandbox = Sandbox(folder / "c", Slurm(), disk)
             yield sandbox
             sandbox.cancel_all()
-            until(lambda: not sandbox.left_behind(), 60, lambda: f"left behind: {sandbox.left_behind()}")
+            until(
+                lambda: not sandbox.left_behind(),
+                60,
+                lambda: f"left behind: {sandbox.left_behind()}",
+            )
     finally:
         subprocess.run([str(SANDBOX), "stop", str(folder / "c")], check=True, timeout=120)
         subprocess.run(["umount", "--lazy", str(disk)], check=True)

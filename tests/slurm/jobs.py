@@ -16,21 +16,49 @@ from landiff.launchers.slurm.submit import prepare_run, submit_one
 from tests.slurm.conftest import HERE, Sandbox
 
 
-def cluster(*options: str, nodes: int = 2, partition: str | None = None, time: str = "10", **more: Any) -> ClusterConfig:
+def cluster(
+    *options: str, nodes: int = 2, partition: str | None = None, time: str = "10", **more: Any
+) -> ClusterConfig:
     """Two ranks a node, no pre-flight, and whatever a test wants besides."""
-    return ClusterConfig.model_validate({
-        "default": {"nodes": nodes, "tasks_per_node": 2, "memory": "1G", "time": time, "partition": partition},
-        "signal_margin_s": 30, "preflight": False, "options": options, **more,
-    })
+    return ClusterConfig.model_validate(
+        {
+            "default": {
+                "nodes": nodes,
+                "tasks_per_node": 2,
+                "memory": "1G",
+                "time": time,
+                "partition": partition,
+            },
+            "signal_margin_s": 30,
+            "preflight": False,
+            "options": options,
+            **more,
+        }
+    )
 
 
 CLUSTER = cluster("--exclude=node3,node4")  # those two die and are fought for
 
 
-def light(run: Path, steps: int = 40, fault: str | None = None, site: ClusterConfig = CLUSTER, here: bool = False) -> PlannedJob:
+def light(
+    run: Path,
+    steps: int = 40,
+    fault: str | None = None,
+    site: ClusterConfig = CLUSTER,
+    here: bool = False,
+) -> PlannedJob:
     """A trainer of `steps` steps of 0.1 s, which may break on purpose."""
-    job = BatchJob(name=run.name, run=run, workdir=run.parent, module="light", arguments=(str(run), str(steps), *([fault] if fault else [])),
-              resources=site.resources("lm"), trainer=True, python=sys.executable, here=here)
+    job = BatchJob(
+        name=run.name,
+        run=run,
+        workdir=run.parent,
+        module="light",
+        arguments=(str(run), str(steps), *([fault] if fault else [])),
+        resources=site.resources("lm"),
+        trainer=True,
+        python=sys.executable,
+        here=here,
+    )
     return PlannedJob("lm", job, None, steps=steps)
 
 
@@ -41,7 +69,9 @@ def ready(plan: PlannedJob, site: ClusterConfig = CLUSTER) -> Path:
     return script
 
 
-def start(sandbox: Sandbox, plan: PlannedJob, site: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()) -> str:
+def start(
+    sandbox: Sandbox, plan: PlannedJob, site: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()
+) -> str:
     """Queue it; returns the id of its last job."""
     return submit_one(plan, site, sandbox.slurm, ready(plan, site), after)[-1]
 

@@ -29,13 +29,18 @@ def main() -> None:
     meeting.mkdir(parents=True, exist_ok=True)
     saved = sorted((run / "checkpoints").glob("step_????????"))
     step, loss = json.loads((saved[-1] / "state.json").read_text()) if saved else (0, 1)
-    signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())  # as landiff.training.distributed: a wish, not an end
+    signal.signal(
+        signal.SIGTERM, lambda *_: (run / "stop").touch()
+    )  # as landiff.training.distributed: a wish, not an end
     if rank == 0:
         (run / "stop").unlink(missing_ok=True)
         cut_torn_line(run / "metrics.jsonl")
     image = Path("/image.txt").read_text() if Path("/image.txt").exists() else "none"
-    print(f"rank {rank} of {size} on {os.uname().nodename} starts at step {step}, master {os.environ.get('MASTER_ADDR')}, code {__file__}, "
-          f"image {image}, note {os.environ.get('NOTE')}", flush=True)
+    print(
+        f"rank {rank} of {size} on {os.uname().nodename} starts at step {step}, master {os.environ.get('MASTER_ADDR')}, code {__file__}, "
+        f"image {image}, note {os.environ.get('NOTE')}",
+        flush=True,
+    )
     meet(meeting, rank, size, step)
     with Heartbeat(run, rank, HANG_TIMEOUT_S, grace_s=2) as heartbeat:
         while step < steps:
@@ -44,14 +49,28 @@ def main() -> None:
             if fault and (rank, step) == (int(fault[0]), int(fault[1])):
                 break_down(run / f"broken_{rank}", meeting, fault[2])
             if rank == 0 and (run / "stop").exists():
-                (meeting / "stop_at").write_text(str(step))  # before the others can be through with this step
+                (meeting / "stop_at").write_text(
+                    str(step)
+                )  # before the others can be through with this step
             meet(meeting, rank, size, step)
             loss = zlib.crc32(f"{loss}:{step}".encode())
             heartbeat.beat(step)
-            stopping = (meeting / "stop_at").exists() and int((meeting / "stop_at").read_text()) == step
+            stopping = (meeting / "stop_at").exists() and int(
+                (meeting / "stop_at").read_text()
+            ) == step
             if rank == 0:
                 with open(run / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step, "time": time.time(), "train/loss": loss, "throughput/steps_per_s": 10.0}) + "\n")
+                    file.write(
+                        json.dumps(
+                            {
+                                "step": step,
+                                "time": time.time(),
+                                "train/loss": loss,
+                                "throughput/steps_per_s": 10.0,
+                            }
+                        )
+                        + "\n"
+                    )
                 if step % 10 == 0 or stopping or step == steps:
                     save(run, step, loss)
             if stopping:

@@ -19,10 +19,20 @@ from landiff.configs import ConfigError
 from landiff.launchers.run.status import statuses
 from landiff.launchers.slurm.submit import queue, read_record
 from tests.slurm.conftest import Sandbox, until
-from tests.slurm.jobs import CLUSTER, batch_log, cluster, light, losses, rank_log, start, undisturbed
+from tests.slurm.jobs import (
+    CLUSTER,
+    batch_log,
+    cluster,
+    light,
+    losses,
+    rank_log,
+    start,
+    undisturbed,
+)
 from tests.slurm.scenarios import FIRST, LONG, NOTE, SCENARIOS
 
 pytestmark = pytest.mark.slurm
+
 
 @dataclass
 class Runs:
@@ -45,14 +55,23 @@ class Runs:
 def runs(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     root = tmp_path_factory.mktemp("runs")
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
-        yield Runs(sandbox, root, {name: pool.submit(scenario, sandbox, root / name) for name, scenario in SCENARIOS.items()})
+        yield Runs(
+            sandbox,
+            root,
+            {
+                name: pool.submit(scenario, sandbox, root / name)
+                for name, scenario in SCENARIOS.items()
+            },
+        )
 
 
 def test_an_undisturbed_run_ends_well_on_two_nodes(runs):
     run, _, state = runs.ended("straight")
     assert state == "COMPLETED" and losses(run) == undisturbed(40)
     logs = [rank_log(run, rank) for rank in range(4)]
-    assert ["on node" in log and f"rank {rank} of 4" in log for rank, log in enumerate(logs)] == [True] * 4
+    assert ["on node" in log and f"rank {rank} of 4" in log for rank, log in enumerate(logs)] == [
+        True
+    ] * 4
     nodes = [log.split(" on ")[1].split()[0] for log in logs]
     assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
     assert all(f"master {nodes[0]}" in log for log in logs)
@@ -68,13 +87,18 @@ def test_a_failed_rank_costs_one_restart_and_no_step(runs, name, steps):
     run, job, state = runs.ended(name)
     assert state == "COMPLETED" and runs.restarts(job) == 1
     assert losses(run) == undisturbed(steps)
-    assert batch_log(run).count("requeueing") == 1 and "crashes=1" in (run / "job" / "state").read_text()
+    assert (
+        batch_log(run).count("requeueing") == 1
+        and "crashes=1" in (run / "job" / "state").read_text()
+    )
 
 
 def test_the_failing_rank_is_shown_first(runs):
     run, _, _ = runs.ended("crash")
     log = batch_log(run)
-    assert "first to fail: rank_0001: RuntimeError: exit: broken on purpose" in log and log.index("rank_0001.txt") < log.index("requeueing")
+    assert "first to fail: rank_0001: RuntimeError: exit: broken on purpose" in log and log.index(
+        "rank_0001.txt"
+    ) < log.index("requeueing")
 
 
 def test_a_rank_that_is_killed_is_named_though_it_could_not_say_so(runs):
@@ -93,13 +117,19 @@ def test_a_config_error_is_not_tried_again_and_costs_what_depends_on_it(runs):
     assert state == "FAILED" and runs.restarts(job) == 0
     assert runs.sandbox.field(job, "ExitCode") == "2:0"
     assert "data.manifest = gone" in (run / "job" / "given_up").read_text()
-    assert [runs.sandbox.wait(other) for other in (run / "dependents").read_text().split()] == ["CANCELLED", "CANCELLED"]
+    assert [runs.sandbox.wait(other) for other in (run / "dependents").read_text().split()] == [
+        "CANCELLED",
+        "CANCELLED",
+    ]
 
 
 def test_a_crash_that_comes_back_is_given_up(runs):
     run, job, state = runs.ended("always")
     assert state == "FAILED" and runs.restarts(job) == 1
-    assert "without a new checkpoint since the last crash (step_00000010)" in (run / "job" / "given_up").read_text()
+    assert (
+        "without a new checkpoint since the last crash (step_00000010)"
+        in (run / "job" / "given_up").read_text()
+    )
 
 
 def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
@@ -108,7 +138,9 @@ def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
     log = batch_log(run)
     assert "HangError: no step for 8 s after step 14" in log and "light.py" in log
     (kept,) = run.glob("hangs.*/rank_0000.txt")
-    assert "break_down" in kept.read_text() and len(list(run.glob("hangs.*/rank_*.txt"))) == 4  # all ranks waited
+    assert (
+        "break_down" in kept.read_text() and len(list(run.glob("hangs.*/rank_*.txt"))) == 4
+    )  # all ranks waited
 
 
 @pytest.mark.parametrize("name", ["signalled", "requeued", "preempted", "restarted"])
@@ -117,7 +149,9 @@ def test_a_wish_to_stop_saves_and_goes_on_with_the_next_step(runs, name):
     assert state == "COMPLETED" and runs.restarts(job) == 1
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = int((run / "done").read_text())
-    assert last == LONG and steps == list(range(1, last + 1)) and losses(run) == undisturbed(last)  # not one step was done twice
+    assert (
+        last == LONG and steps == list(range(1, last + 1)) and losses(run) == undisturbed(last)
+    )  # not one step was done twice
     assert "and leaves" in rank_log(run) and "crashes=0" in (run / "job" / "state").read_text()
 
 
@@ -148,14 +182,22 @@ def test_a_node_that_dies_costs_the_steps_since_the_checkpoint(runs):
 
 def test_a_full_disk_costs_no_checkpoint_and_is_given_up(runs):
     run, _, state = runs.ended("full")
-    assert json.loads((run / FIRST).read_text()) == ["FAILED", "1", ["step_00000010"]] and "No space left on device" in batch_log(run)
+    assert json.loads((run / FIRST).read_text()) == [
+        "FAILED",
+        "1",
+        ["step_00000010"],
+    ] and "No space left on device" in batch_log(run)
     assert state == "COMPLETED" and losses(run) == undisturbed(40)
 
 
 def test_a_disk_without_a_free_byte_ends_the_run_at_once_and_costs_no_checkpoint(runs):
     run, _, state = runs.ended("brimful")
     first, restarts, shown, saved = json.loads((run / FIRST).read_text())
-    assert (first, restarts, shown) == ("FAILED", "0", "failed")  # who cannot count must not start again for ever
+    assert (first, restarts, shown) == (
+        "FAILED",
+        "0",
+        "failed",
+    )  # who cannot count must not start again for ever
     assert saved and all(name == f"step_{step:08d}" for name, step in saved.items())
     assert state == "COMPLETED" and losses(runs.sandbox.disk / run.name) == undisturbed(LONG)
 
@@ -163,11 +205,19 @@ def test_a_disk_without_a_free_byte_ends_the_run_at_once_and_costs_no_checkpoint
 def test_a_container_holds_the_ranks_and_hides_nothing_of_them(runs):
     run, job, state = runs.ended("container")
     assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
-    assert all(f"rank {rank} of 4 on node" in rank_log(run, rank) and f"image of container, note {NOTE}" in rank_log(run, rank) for rank in range(4))
+    assert all(
+        f"rank {rank} of 4 on node" in rank_log(run, rank)
+        and f"image of container, note {NOTE}" in rank_log(run, rank)
+        for rank in range(4)
+    )
     assert "first to fail: rank_0001: RuntimeError: exit: broken on purpose" in batch_log(run)
     assert len(list((run / "job" / "preflight").glob("node*.ok"))) == 2
     run, job, state = runs.ended("container config")
-    assert state == "FAILED" and runs.sandbox.field(job, "ExitCode") == "2:0" and runs.restarts(job) == 0
+    assert (
+        state == "FAILED"
+        and runs.sandbox.field(job, "ExitCode") == "2:0"
+        and runs.restarts(job) == 0
+    )
 
 
 def test_a_failing_preflight_names_the_node_and_starts_no_rank(runs):
@@ -192,12 +242,22 @@ def test_a_chain_of_jobs_takes_the_place_of_requeueing(runs):
 
 
 def test_status_knows_all_endings(runs):
-    names = {"straight": "done", "config": "failed", "always": "failed", "cancelled": "cancelled", "killed": "done"}
+    names = {
+        "straight": "done",
+        "config": "failed",
+        "always": "failed",
+        "cancelled": "cancelled",
+        "killed": "done",
+    }
     folders = [runs.ended(name)[0] for name in names]
     found, away = statuses(folders, runs.sandbox.slurm)
     assert away == "" and {Path(s.run).name: s.state for s in found} == names
     by_name = {Path(s.run).name: s for s in found}
-    assert by_name["straight"].step == 40 and by_name["straight"].checkpoint == 40 and by_name["killed"].restarts == 1
+    assert (
+        by_name["straight"].step == 40
+        and by_name["straight"].checkpoint == 40
+        and by_name["killed"].restarts == 1
+    )
     assert "data.manifest = gone" in by_name["config"].error
 
 
@@ -211,9 +271,20 @@ def test_a_script_can_be_submitted_again_by_hand(runs):
 
 def test_tasks_of_an_array_restart_one_by_one(runs):
     run, _, _ = runs.ended("array")
-    until(lambda: sum((run / f"done.{task}").exists() for task in range(8)) == 7 and (run / "job" / "given_up.5").exists())
-    assert not (run / "done.5").exists() and "crashed 2 times" in (run / "job" / "given_up.5").read_text()
-    starts = {task: (run / "job" / "log" / f"batch_{task}.log").read_text().count(" restart ") for task in range(8)}
+    until(
+        lambda: (
+            sum((run / f"done.{task}").exists() for task in range(8)) == 7
+            and (run / "job" / "given_up.5").exists()
+        )
+    )
+    assert (
+        not (run / "done.5").exists()
+        and "crashed 2 times" in (run / "job" / "given_up.5").read_text()
+    )
+    starts = {
+        task: (run / "job" / "log" / f"batch_{task}.log").read_text().count(" restart ")
+        for task in range(8)
+    }
     assert starts == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 2, 6: 1, 7: 1}
 
 
@@ -241,11 +312,23 @@ def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
 
 def test_what_would_be_left_behind_is_seen(sandbox, tmp_path):
     code = f"import fcntl, socket, sys; fcntl.flock(f := open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX); s = socket.create_server(('', 4321)); sys.stdin.read()"
-    words = ["nsenter", "--target", str(sandbox.nodes()["node4"]), "--pid", "--mount", "--net", sys.executable, "-c", code]
+    words = [
+        "nsenter",
+        "--target",
+        str(sandbox.nodes()["node4"]),
+        "--pid",
+        "--mount",
+        "--net",
+        sys.executable,
+        "-c",
+        code,
+    ]
     with subprocess.Popen(words, stdin=subprocess.PIPE) as stray:
         until(lambda: any("node4: port 4321" in text for text in sandbox.left_behind()), 30)
         found = sandbox.left_behind()
-        assert any(text.startswith("node4: process") and "4321" in text for text in found) and any(text.startswith("node4: lock") for text in found)
+        assert any(text.startswith("node4: process") and "4321" in text for text in found) and any(
+            text.startswith("node4: lock") for text in found
+        )
         stray.stdin.close()
 
 

@@ -15,13 +15,31 @@ from tests.slurm.conftest import Sandbox
 from tests.slurm.walk import SMALL, exported_weights, landiff, last_job, write_site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(3600)]
-STEPS = ["tokenizer.loop.steps=12", "lm.loop.steps=12", "diffusion-main.loop.steps=6", "diffusion-control.loop.steps=6",
-         *(f"{stage}.loop.save_every=2" for stage in ("tokenizer", "lm", "diffusion-main", "diffusion-control"))]
+STEPS = [
+    "tokenizer.loop.steps=12",
+    "lm.loop.steps=12",
+    "diffusion-main.loop.steps=6",
+    "diffusion-control.loop.steps=6",
+    *(
+        f"{stage}.loop.save_every=2"
+        for stage in ("tokenizer", "lm", "diffusion-main", "diffusion-control")
+    ),
+]
 DISTURBANCES = 20
 
 
 def submit_walk(folder: Path, *more: str) -> str:
-    return landiff("submit", "pipeline", "--cluster", write_site(folder / "site.yaml"), "--prompt", "a rabbit", *SMALL, *STEPS, *more)
+    return landiff(
+        "submit",
+        "pipeline",
+        "--cluster",
+        write_site(folder / "site.yaml"),
+        "--prompt",
+        "a rabbit",
+        *SMALL,
+        *STEPS,
+        *more,
+    )
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -42,7 +60,17 @@ def undisturbed(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_the_walk_runs_as_a_graph(undisturbed):
     names = {run.name for run in run_folders(undisturbed)}
-    assert {"shards", "features", "columns-tokens", "columns-latents", "enter-latents", "lm", "diffusion-main", "export-diffusion", "sample"} <= names
+    assert {
+        "shards",
+        "features",
+        "columns-tokens",
+        "columns-latents",
+        "enter-latents",
+        "lm",
+        "diffusion-main",
+        "export-diffusion",
+        "sample",
+    } <= names
     assert len(list((undisturbed / "samples").glob("*.mp4"))) == 1
     assert set(exported_weights(undisturbed)) == {"tokenizer", "lm", "main", "diffusion"}
 
@@ -56,7 +84,9 @@ def test_submitting_again_skips_what_is_done(undisturbed, monkeypatch):
 def test_an_edited_stage_alone_runs_again(sandbox, undisturbed, monkeypatch):
     monkeypatch.chdir(undisturbed)
     again = submit_walk(undisturbed, "sample.seed=7")
-    assert again.count("done already") == len(run_folders(undisturbed)) - 1 and "sample: job" in again
+    assert (
+        again.count("done already") == len(run_folders(undisturbed)) - 1 and "sample: job" in again
+    )
     assert sandbox.wait(last_job(undisturbed / "runs" / "sample"), 600) == "COMPLETED"
 
 
@@ -67,10 +97,24 @@ def test_twenty_disturbances_end_in_the_same_weights(sandbox, undisturbed, tmp_p
     draw, said = random.Random(5), []
     submit_walk(tmp_path)
     while True:
-        running = [(run, job) for run in run_folders(tmp_path) for job in sandbox.slurm.queue(read_record(run)["job_ids"]) if job.state == "RUNNING"]
-        waiting = [job for run in run_folders(tmp_path) for job in sandbox.slurm.queue(read_record(run)["job_ids"]) if job.active]
+        running = [
+            (run, job)
+            for run in run_folders(tmp_path)
+            for job in sandbox.slurm.queue(read_record(run)["job_ids"])
+            if job.state == "RUNNING"
+        ]
+        waiting = [
+            job
+            for run in run_folders(tmp_path)
+            for job in sandbox.slurm.queue(read_record(run)["job_ids"])
+            if job.active
+        ]
         if not waiting:
-            if len(said) >= DISTURBANCES and exported_weights(tmp_path).keys() == exported_weights(undisturbed).keys() and (tmp_path / "samples").exists():
+            if (
+                len(said) >= DISTURBANCES
+                and exported_weights(tmp_path).keys() == exported_weights(undisturbed).keys()
+                and (tmp_path / "samples").exists()
+            ):
                 break
             if "; /" not in submit_walk(tmp_path):  # what was given up goes on from its checkpoint
                 break
@@ -81,14 +125,22 @@ def test_twenty_disturbances_end_in_the_same_weights(sandbox, undisturbed, tmp_p
             if kind:
                 said.append(f"{kind} {run.name}")
         time.sleep(draw.uniform(2, 8))
-    assert len(said) == DISTURBANCES and {kind.split()[0] for kind in said} == {"signal", "requeue", "kill", "node"}, said
+    assert len(said) == DISTURBANCES and {kind.split()[0] for kind in said} == {
+        "signal",
+        "requeue",
+        "kill",
+        "node",
+    }, said
     assert exported_weights(tmp_path) == exported_weights(undisturbed), said
 
 
 def disturb(sandbox: Sandbox, draw: random.Random, run: Path, job: str, nodes: str) -> str:
     """One disturbance of one running job; returns what it was, "" when the job had ended before it."""
     kind = draw.choice(["signal", "requeue", "kill", "kill", "node"])
-    commands = {"signal": ["scancel", "--batch", "--signal=USR1", job], "requeue": ["scontrol", "requeue", job]}
+    commands = {
+        "signal": ["scancel", "--batch", "--signal=USR1", job],
+        "requeue": ["scontrol", "requeue", job],
+    }
     if kind in commands:
         return kind if sandbox.slurm.runner(commands[kind]).code == 0 else ""
     if kind == "kill":
@@ -112,6 +164,11 @@ def processes_of(run: Path) -> list[int]:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"landiff.launchers.local.rank" in words and str(run).encode() in words and b"srun" not in words[0] and b"bash" not in words[0]:
+        if (
+            b"landiff.launchers.local.rank" in words
+            and str(run).encode() in words
+            and b"srun" not in words[0]
+            and b"bash" not in words[0]
+        ):
             found.append(int(path.parent.name))
     return found

@@ -11,7 +11,7 @@ from landiff.launchers.slurm.script_values import file_pattern, sbatch_option
 
 pytestmark = pytest.mark.slurm
 
-NAME = "it's \"q\" $(touch PWN) `touch PWN` #h 50% %j é漢"
+NAME = 'it\'s "q" $(touch PWN) `touch PWN` #h 50% %j é漢'
 
 
 def test_sbatch_and_srun_take_hostile_names_as_they_are(sandbox, tmp_path):

@@ -20,8 +20,15 @@ from landiff.launchers.cli import main
 
 SITE: dict[str, Any] = {
     "default": {"nodes": 1, "tasks_per_node": 2, "cpus_per_task": 1, "memory": "2G", "time": "60"},
-    "stages": {"precompute": {"array": 2}, "lm": {"nodes": 2, "tasks_per_node": 1}, "diffusion": {"nodes": 2, "tasks_per_node": 1}},
-    "env": {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}, "max_restarts": 3, "signal_margin_s": 30, "preflight": False,
+    "stages": {
+        "precompute": {"array": 2},
+        "lm": {"nodes": 2, "tasks_per_node": 1},
+        "diffusion": {"nodes": 2, "tasks_per_node": 1},
+    },
+    "env": {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""},
+    "max_restarts": 3,
+    "signal_margin_s": 30,
+    "preflight": False,
 }
 SMALL = ["sample.steps=2", "evaluate.samples=2", "evaluate.seeds=1"]
 
@@ -37,8 +44,20 @@ def landiff(*words: str) -> str:
 
 def landiff_process(folder: Path, *words: str) -> None:
     """The same in a process of its own, for what imports torch."""
-    environment = {**os.environ, "PYTHONPATH": str(IMPORT_ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "landiff.launchers.cli", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(IMPORT_ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "landiff.launchers.cli", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
@@ -61,10 +80,14 @@ def tree_hashes(folder: Path, skip: Sequence[str] = ()) -> Mapping[str, str]:
     """sha256 of every file below, by relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*")) if path.is_file() and not any(part in skip for part in path.parts)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part in skip for part in path.parts)
     }
 
 
 def exported_weights(folder: Path) -> Mapping[str, str]:
     """sha256 of the weights of every zoo entry, by name."""
-    return {path.parent.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "zoo").glob("*/*/model.safetensors"))}
+    return {
+        path.parent.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((folder / "zoo").glob("*/*/model.safetensors"))
+    }

@@ -43,8 +43,14 @@ PAYLOADS: dict[str, bytes] = {
     "a function": pickle.dumps(Payload()),
     # by way of modules whose classes occur in real files
     "through a module": b"\x80\x04" + called(as_global(CORE, "torch.os.system"), COMMAND) + b".",
-    "through an attribute": b"\x80\x04" + called(
-        called(called(as_global("pathlib", "attrgetter"), text("system")), as_global("pathlib", "os")), COMMAND) + b".",
+    "through an attribute": b"\x80\x04"
+    + called(
+        called(
+            called(as_global("pathlib", "attrgetter"), text("system")), as_global("pathlib", "os")
+        ),
+        COMMAND,
+    )
+    + b".",
 }
 
 

@@ -16,7 +16,9 @@ def write_config(run):
     return path
 
 
-TOY = Trainer("tests.training.toy:main", write_config, world_size=2, loader="tests.training.toy:ToyLoader")
+TOY = Trainer(
+    "tests.training.toy:main", write_config, world_size=2, loader="tests.training.toy:ToyLoader"
+)
 
 
 def test_killed_run_equals_uninterrupted(tmp_path):

@@ -55,14 +55,22 @@ class Cramped(ToyEngine):
 
 
 def store(settings, world=None):
-    return CheckpointStore(settings.run / "checkpoints", settings, settings.loop, world or alone(), retry_waits_s=(0, 0, 0))
+    return CheckpointStore(
+        settings.run / "checkpoints",
+        settings,
+        settings.loop,
+        world or alone(),
+        retry_waits_s=(0, 0, 0),
+    )
 
 
 def save(settings, step, failures=0, *, last=False, world=None):
     """Save as step `step`; returns (folder or None, how often the engine was asked)."""
     world = world or alone()
     engine = Cramped(settings, world, failures)
-    saved = store(settings, world).save(TrainState(step), engine, ToyLoader(settings, world), last=last)
+    saved = store(settings, world).save(
+        TrainState(step), engine, ToyLoader(settings, world), last=last
+    )
     return saved, engine.attempts
 
 
@@ -71,8 +79,15 @@ def test_a_checkpoint_lists_every_file_and_says_what_made_it(tmp_path):
     save(settings, 3)
     folder = tmp_path / "checkpoints" / "step_00000003"
     listed = FileList.model_validate_json((folder / "files.json").read_bytes()).files
-    assert [entry.path for entry in listed] == ["config.yaml", "rank_0.txt", "state.json", "toy.safetensors"]
-    assert all(entry.sha256 and entry.bytes == (folder / entry.path).stat().st_size for entry in listed)
+    assert [entry.path for entry in listed] == [
+        "config.yaml",
+        "rank_0.txt",
+        "state.json",
+        "toy.safetensors",
+    ]
+    assert all(
+        entry.sha256 and entry.bytes == (folder / entry.path).stat().st_size for entry in listed
+    )
     document = CheckpointState.model_validate_json((folder / "state.json").read_bytes())
     assert (document.step, document.kind, document.loader) == (3, "ToyConfig", {"step": 0})
     assert document.versions["torch"] == torch.__version__
@@ -124,7 +139,10 @@ def test_half_written_folders_of_dead_processes_are_removed_and_never_used(tmp_p
     train(config(tmp_path, 2), alone())
     checkpoints = tmp_path / "checkpoints"
     node = os.uname().nodename
-    dead = [checkpoints / f".step_00000004.{node}.4194305.tmp", checkpoints / ".step_00000004.another-node.1.tmp"]
+    dead = [
+        checkpoints / f".step_00000004.{node}.4194305.tmp",
+        checkpoints / ".step_00000004.another-node.1.tmp",
+    ]
     alive = checkpoints / f".step_00000004.{node}.1.tmp"
     for folder in (*dead, alive):
         shutil.copytree(checkpoints / "step_00000002", folder)
@@ -204,7 +222,9 @@ def test_a_failed_save_asks_for_space_only_where_space_is_missing(tmp_path, numb
     assert (FREE_SPACE in str(error.value)) == (advice == FREE_SPACE)
 
 
-@pytest.mark.parametrize(("name", "says"), [("state.json", "is not valid JSON"), ("config.yaml", "is not UTF-8")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("state.json", "is not valid JSON"), ("config.yaml", "is not UTF-8")]
+)
 def test_a_damaged_document_of_a_checkpoint_is_named_with_the_way_out(tmp_path, name, says):
     settings = config(tmp_path)
     save(settings, 1)
@@ -258,7 +278,9 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
 def test_another_learning_rate_is_allowed_and_said(tmp_path, caplog):
     train(config(tmp_path, 2), alone())
     with caplog.at_level(logging.INFO):
-        state, _ = train(config(tmp_path).model_copy(update={"optim": OptimConfig(lr=0.01)}), alone())
+        state, _ = train(
+            config(tmp_path).model_copy(update={"optim": OptimConfig(lr=0.01)}), alone()
+        )
     assert state.step == 6
     assert "optim.lr = 0.01 (checkpoint: 0.1)" in caplog.text
 
@@ -283,5 +305,12 @@ def test_ranks_agree_on_a_failed_save_and_on_damage(tmp_path):
         failed, after_failure, files, with_damage = said
         assert failed is None
         assert after_failure == ["step_00000001"]
-        assert files == ["config.yaml", "files.json", "rank_0.txt", "rank_1.txt", "state.json", "toy.safetensors"]
+        assert files == [
+            "config.yaml",
+            "files.json",
+            "rank_0.txt",
+            "rank_1.txt",
+            "state.json",
+            "toy.safetensors",
+        ]
         assert with_damage == [False, True]

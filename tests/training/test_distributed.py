@@ -29,8 +29,14 @@ def agree(world):
 def test_ranks_agree_on_flags_and_values():
     for rank, said in enumerate(run_distributed(agree, 2)):
         assert said == {
-            "any": True, "none": False, "all": True, "not all": False, "broadcast": {"from": 0},
-            "gather": ["x", "xxxx"], "group": (rank, 2, "gloo"), "world": (rank, 2, "cpu", "gloo"),
+            "any": True,
+            "none": False,
+            "all": True,
+            "not all": False,
+            "broadcast": {"from": 0},
+            "gather": ["x", "xxxx"],
+            "group": (rank, 2, "gloo"),
+            "world": (rank, 2, "cpu", "gloo"),
         }
 
 
@@ -73,7 +79,14 @@ def lone_rank(run):
         os.kill(os.getpid(), signal.SIGUSR1)
         total = torch.ones(2)
         dist.all_reduce(total)
-        found = (world.rank, world.size, world.any_says(False), world.gather(3), total.tolist(), world.stop_signalled)
+        found = (
+            world.rank,
+            world.size,
+            world.any_says(False),
+            world.gather(3),
+            total.tolist(),
+            world.stop_signalled,
+        )
     assert signal.getsignal(signal.SIGTERM) == before
     assert not dist.is_initialized()
     return found
@@ -86,11 +99,16 @@ def test_one_process_needs_no_launcher(tmp_path):
 
 @pytest.mark.parametrize(
     ("variables", "message"),
-    [({"RANK": "2"}, "RANK = 2 does not fit WORLD_SIZE = 2"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is not a number"),
-     ({"MASTER_PORT": ""}, "MASTER_PORT not set")],
+    [
+        ({"RANK": "2"}, "RANK = 2 does not fit WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' is not a number"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT not set"),
+    ],
 )
 def test_wrong_variables_are_named(monkeypatch, variables, message):
-    for name, value in ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"} | variables).items():
+    for name, value in (
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"} | variables
+    ).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message), distributed.start():
         pass

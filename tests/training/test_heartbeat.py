@@ -34,9 +34,17 @@ def test_all_ranks_leave_their_stacks_and_the_collective_that_hangs(tmp_path):
     stacks = [(tmp_path / "hangs" / f"rank_{rank:04d}.txt").read_text() for rank in range(2)]
     assert all("no step for 1 s after step 7" in text and "stand_still" in text for text in stacks)
     assert "all_reduce" in stacks[0] and "all_reduce" not in stacks[1]
-    records = [json.loads((tmp_path / "hangs" / f"gloo_rank_{rank}.json").read_text())["entries"] for rank in range(2)]
-    sizes = [[entry["input_sizes"] for entry in entries if entry["profiling_name"] == "gloo:all_reduce"] for entries in records]
-    assert sizes[0][-2:] == [[[3]], [[5]]] and sizes[1][-1] == [[3]]  # rank 0 is one collective ahead
+    records = [
+        json.loads((tmp_path / "hangs" / f"gloo_rank_{rank}.json").read_text())["entries"]
+        for rank in range(2)
+    ]
+    sizes = [
+        [entry["input_sizes"] for entry in entries if entry["profiling_name"] == "gloo:all_reduce"]
+        for entries in records
+    ]
+    assert sizes[0][-2:] == [[[3]], [[5]]] and sizes[1][-1] == [
+        [3]
+    ]  # rank 0 is one collective ahead
     assert "HangError" in first_error(tmp_path).read_text()
 
 
@@ -54,7 +62,9 @@ def test_a_stopped_rank_is_named_and_not_the_one_that_noticed(tmp_path):
     with pytest.raises(RankError):
         run_distributed(stop_one, 2, tmp_path)
     assert first_error(tmp_path) == error_path(tmp_path, 1)
-    assert read_message(error_path(tmp_path, 1)).startswith("RankLost: rank 1 stands still after step 7: no step for 1 s")
+    assert read_message(error_path(tmp_path, 1)).startswith(
+        "RankLost: rank 1 stands still after step 7: no step for 1 s"
+    )
     assert "HangError" in read_message(error_path(tmp_path, 0))
 
 
@@ -63,7 +73,9 @@ def test_a_slow_step_within_the_limit_is_no_hang(tmp_path):
         for step in range(3):
             time.sleep(0.3)
             heartbeat.beat(step)
-    assert not (tmp_path / "hangs").exists() and (tmp_path / "heartbeat" / "rank_0000").read_text().endswith("step 0\n")
+    assert not (tmp_path / "hangs").exists() and (
+        tmp_path / "heartbeat" / "rank_0000"
+    ).read_text().endswith("step 0\n")
 
 
 @pytest.mark.parametrize("hang_timeout_s", [0.0, 60.0, 7200.0])

@@ -65,7 +65,12 @@ class Interrupted(ToyEngine):
 
 def test_stop_file_saves_and_ends_and_the_next_run_goes_on(tmp_path):
     settings, world = config(tmp_path), alone()
-    state = fit(Interrupted(settings, world), ToyLoader(settings, world), Run(tmp_path, settings, world), settings.loop)
+    state = fit(
+        Interrupted(settings, world),
+        ToyLoader(settings, world),
+        Run(tmp_path, settings, world),
+        settings.loop,
+    )
     assert state.step == 3
     assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
     assert finished_step(tmp_path) is None
@@ -78,7 +83,14 @@ def stopped_by_signal(world, folder):
     for name in ("SIGTERM", "SIGUSR1"):
         settings = config(folder / name)
         run = Run(settings.run, settings, world)
-        steps.append(fit(Interrupted(settings, world, how=name), ToyLoader(settings, world), run, settings.loop).step)
+        steps.append(
+            fit(
+                Interrupted(settings, world, how=name),
+                ToyLoader(settings, world),
+                run,
+                settings.loop,
+            ).step
+        )
         world.stop_signalled = False
     return steps
 
@@ -99,7 +111,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert sorted(results[0][1] + results[1][1]) == straight.seen[12:]
     for step, _, weight in results:
         assert step == 6
-        torch.testing.assert_close(weight, straight.weight, rtol=1e-6, atol=0)  # another order of summation
+        torch.testing.assert_close(
+            weight, straight.weight, rtol=1e-6, atol=0
+        )  # another order of summation
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, []), (2, [2, 4, 6])])

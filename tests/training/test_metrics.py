@@ -34,7 +34,13 @@ def log(folder, first, last, total=10, stream=None):
     metrics.resume(TrainState(first - 1))
     for step in range(first, last + 1):
         batch = metrics.waiting(lambda step=step: Batch(step - 1, 4, ()))
-        result = StepResult(torch.tensor(1.0 / step), torch.tensor(2.0), 0.1, {"codebook/perplexity": 5.0}, tokens=100)
+        result = StepResult(
+            torch.tensor(1.0 / step),
+            torch.tensor(2.0),
+            0.1,
+            {"codebook/perplexity": 5.0},
+            tokens=100,
+        )
         metrics.count(batch, result)
         metrics.log(TrainState(step), result)
     metrics.close()
@@ -53,7 +59,9 @@ def test_a_logged_step_reaches_the_file_and_tensorboard_under_the_same_tags(tmp_
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step", "time"}
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([1.0, 0.5, 1 / 3])
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        [1.0, 0.5, 1 / 3]
+    )
 
 
 def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
@@ -76,7 +84,9 @@ def test_a_full_disk_is_told_to_whoever_writes(tmp_path):
         "except OSError as error: print(error.strerror)\n"
         "import os; os._exit(0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert (done.stdout, done.stderr) == ("File too large\n", "")
 
 
@@ -91,7 +101,17 @@ def test_the_line_says_step_loss_rate_speed_and_time_left(tmp_path):
     log(tmp_path, 1, 10, stream=stream)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2  # the first, and the last; the others came within ten seconds
-    for part in ("step 10/10", "loss 0.1000", "lr 1.00e-01", "grad 2.00", "samples/s", "tokens/s", "data wait", "GiB", "0:00 left"):
+    for part in (
+        "step 10/10",
+        "loss 0.1000",
+        "lr 1.00e-01",
+        "grad 2.00",
+        "samples/s",
+        "tokens/s",
+        "data wait",
+        "GiB",
+        "0:00 left",
+    ):
         assert part in lines[-1]
 
 
@@ -129,9 +149,19 @@ def test_a_gif_holds_the_frames_in_order():
 
 
 def test_scalars_of_any_kind_come_over_exactly():
-    values = {"a": torch.tensor(0.1), "b": 0.2, "c": torch.tensor(3), "d": torch.tensor([0.4], dtype=torch.bfloat16)}
+    values = {
+        "a": torch.tensor(0.1),
+        "b": 0.2,
+        "c": torch.tensor(3),
+        "d": torch.tensor([0.4], dtype=torch.bfloat16),
+    }
     found = read_scalars(values)
-    assert found == {"a": float(torch.tensor(0.1)), "b": 0.2, "c": 3.0, "d": float(torch.tensor(0.4, dtype=torch.bfloat16))}
+    assert found == {
+        "a": float(torch.tensor(0.1)),
+        "b": 0.2,
+        "c": 3.0,
+        "d": float(torch.tensor(0.4, dtype=torch.bfloat16)),
+    }
     assert json.loads(json.dumps(found)) == found
 
 

@@ -6,10 +6,18 @@ from landiff.training import rng
 
 
 def test_a_key_depends_on_every_part_and_on_nothing_else():
-    keys = [rng.key(0, "noise", 1, 2), rng.key(1, "noise", 1, 2), rng.key(0, "drop", 1, 2), rng.key(0, "noise", 2, 1), rng.key(0, "noise", 12)]
+    keys = [
+        rng.key(0, "noise", 1, 2),
+        rng.key(1, "noise", 1, 2),
+        rng.key(0, "drop", 1, 2),
+        rng.key(0, "noise", 2, 1),
+        rng.key(0, "noise", 12),
+    ]
     assert len(set(keys)) == 5
     assert all(0 <= key < 2**63 for key in keys)
-    assert rng.key(0, "noise", 1, 2) == 8206195150748915899  # runs resume across versions of this project
+    assert (
+        rng.key(0, "noise", 1, 2) == 8206195150748915899
+    )  # runs resume across versions of this project
 
 
 def test_equal_keys_draw_equally_whatever_was_drawn_before():

@@ -61,8 +61,17 @@ class ToyLoader:
 
 
 META = RawSample(
-    key="k", caption="c", source="s", source_sha256="", start_s=0, fps=8, num_frames=17, height=64, width=64,
-    motion_score=0.0, video_sha256="",
+    key="k",
+    caption="c",
+    source="s",
+    source_sha256="",
+    start_s=0,
+    fps=8,
+    num_frames=17,
+    height=64,
+    width=64,
+    motion_score=0.0,
+    video_sha256="",
 )
 
 
@@ -95,7 +104,9 @@ class ToyEngine:
 
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:
-            save_file({"weight": self.weight, "momentum": self.momentum}, folder / "toy.safetensors")
+            save_file(
+                {"weight": self.weight, "momentum": self.momentum}, folder / "toy.safetensors"
+            )
         (folder / f"rank_{self.world.rank}.txt").write_text(f"{self.world.rank}\n")
 
     def load(self, folder: Path) -> None:
@@ -111,7 +122,9 @@ class ToyEngine:
 
 def train(config: ToyConfig, world: World) -> tuple[TrainState, ToyEngine]:
     engine = ToyEngine(config, world)
-    return fit(engine, ToyLoader(config, world), Run(config.run, config, world), config.loop), engine
+    return fit(
+        engine, ToyLoader(config, world), Run(config.run, config, world), config.loop
+    ), engine
 
 
 def alone() -> World:

@@ -49,7 +49,9 @@ def write_cause(run: Path, rank: int, error: BaseException, step: int = 0) -> No
     now = datetime.now(UTC)
     first = first_error(run)
     when = _read_time(first) if first is not None else None
-    _write(run, rank, step, error, now if when is None else min(now, when - timedelta(microseconds=1)))
+    _write(
+        run, rank, step, error, now if when is None else min(now, when - timedelta(microseconds=1))
+    )
 
 
 def _write(run: Path, rank: int, step: int, error: BaseException, when: datetime) -> None:
@@ -65,7 +67,9 @@ def _write(run: Path, rank: int, step: int, error: BaseException, when: datetime
 
 def _read_time(path: Path) -> datetime | None:
     try:
-        found = datetime.fromisoformat(path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("time: "))
+        found = datetime.fromisoformat(
+            path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("time: ")
+        )
         return found.replace(tzinfo=found.tzinfo or UTC)
     except (OSError, ValueError):
         return None
@@ -88,4 +92,6 @@ def clear_errors(run: Path, rank: int, world_size: int) -> None:
 def first_error(run: Path) -> Path | None:
     """The file of the rank that failed first, or None."""
     paths = list((run / "errors").glob("rank_*.txt"))
-    return min(paths, key=lambda path: path.read_text(encoding="utf-8").partition("\n")[0], default=None)
+    return min(
+        paths, key=lambda path: path.read_text(encoding="utf-8").partition("\n")[0], default=None
+    )

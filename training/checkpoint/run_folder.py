@@ -20,7 +20,9 @@ def finished_step(folder: Path) -> int | None:
         return None
     text = read_text(path, MAX_DONE_BYTES).strip()
     if not (text.isascii() and text.isdigit()):
-        raise DocumentError(f"{path} holds {shown(text)} instead of a step; delete it and run again")
+        raise DocumentError(
+            f"{path} holds {shown(text)} instead of a step; delete it and run again"
+        )
     return int(text)
 
 
@@ -44,7 +46,9 @@ def parse_metrics(line: str) -> dict[str, float] | None:
         values = parse_json(line, "metrics.jsonl", allow_nonfinite=True)
     except DocumentError:
         return None
-    if not isinstance(values, dict) or not all(_is_number(values.get(key)) for key in ("step", "time")):
+    if not isinstance(values, dict) or not all(
+        _is_number(values.get(key)) for key in ("step", "time")
+    ):
         return None
     return values
 
@@ -61,4 +65,6 @@ def step_folder(folder: Path, step: int) -> Path:
 def committed_steps(folder: Path) -> list[int]:
     """Steps whose checkpoints were committed, rising."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name)))
+    return sorted(
+        int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name))
+    )

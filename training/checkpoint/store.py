@@ -61,9 +61,21 @@ from landiff.training.engine import BatchSource, Engine, TrainState
 log = logging.getLogger(__name__)
 
 HASH_LIMIT = 4 << 30  # bytes; above, reading a file back would hold a save up for seconds
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)  # what a full disk looks like
+DISK_ERRORS = (
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    CheckpointException,
+)  # what a full disk looks like
 RETRY_WAITS_S = (1.0, 10.0, 60.0)
-DISTRIBUTIONS = ("torch", "megatron-core", "deepspeed", "vector-quantize-pytorch", "safetensors", "numpy")
+DISTRIBUTIONS = (
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "vector-quantize-pytorch",
+    "safetensors",
+    "numpy",
+)
 
 
 class CheckpointState(Config):
@@ -99,8 +111,14 @@ class CheckpointStore:
     """The checkpoints of one run. Methods are collective unless they say otherwise."""
 
     def __init__(
-        self, folder: Path, config: Config, loop: LoopConfig, world: World, *,
-        must_match: Sequence[str] = ("model",), retry_waits_s: Sequence[float] = RETRY_WAITS_S,
+        self,
+        folder: Path,
+        config: Config,
+        loop: LoopConfig,
+        world: World,
+        *,
+        must_match: Sequence[str] = ("model",),
+        retry_waits_s: Sequence[float] = RETRY_WAITS_S,
     ) -> None:
         """`must_match`: sections of `config` in which a checkpoint may not differ. Removes what dead saves left."""
         self.folder = folder
@@ -112,12 +130,16 @@ class CheckpointStore:
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             restore_replaced(folder)
-            remove_abandoned(folder, foreign_after_s=0)  # a run folder has one owner, and that is this run
+            remove_abandoned(
+                folder, foreign_after_s=0
+            )  # a run folder has one owner, and that is this run
         world.barrier()
 
     # ---------------------------------------------------------------- save
 
-    def save(self, state: TrainState, engine: Engine, loader: BatchSource, *, last: bool = False) -> Path | None:
+    def save(
+        self, state: TrainState, engine: Engine, loader: BatchSource, *, last: bool = False
+    ) -> Path | None:
         """Commit a checkpoint of `state.step`; returns its folder.
 
         A failure leaves the older checkpoints alone and is handled as `loop.on_save_failure` says: go on
@@ -135,7 +157,12 @@ class CheckpointStore:
                 return step_folder(self.folder, state.step)
             text = f"checkpoint of step {state.step} in {self.folder} failed: {'; '.join(failures)}"
             if attempt < len(waits):
-                log.warning("%s; trying again in %g s (%d tries left)", text, waits[attempt], len(waits) - attempt)
+                log.warning(
+                    "%s; trying again in %g s (%d tries left)",
+                    text,
+                    waits[attempt],
+                    len(waits) - attempt,
+                )
                 time.sleep(waits[attempt])
         if self.loop.on_save_failure == "warn" and not last:
             log.warning("%s; going on, since loop.on_save_failure = warn", text)
@@ -157,13 +184,19 @@ class CheckpointStore:
             failure, entries = "", []
             paths = world.broadcast(list_files(temporary) if world.rank == 0 else None)
             try:
-                entries = [describe_file(temporary, path).model_dump() for path in _share(world, paths)]
+                entries = [
+                    describe_file(temporary, path).model_dump() for path in _share(world, paths)
+                ]
             except OSError as error:
                 failure = _explain(error)
             failures = _failures(world, failure)
             entries = [FileEntry(**entry) for part in world.gather(entries) for entry in part]
         if not failures:
-            failure = _attempt(lambda: self._commit(temporary, final, state, loader, entries)) if world.rank == 0 else ""
+            failure = (
+                _attempt(lambda: self._commit(temporary, final, state, loader, entries))
+                if world.rank == 0
+                else ""
+            )
             failures = _failures(world, failure)
         if failures:  # libraries do not always say that it was the disk
             failures.insert(0, world.broadcast(_room(self.folder) if world.rank == 0 else None))
@@ -172,11 +205,22 @@ class CheckpointStore:
         world.barrier()
         return failures
 
-    def _commit(self, temporary: Path, final: Path, state: TrainState, loader: BatchSource, entries: list[FileEntry]) -> None:
+    def _commit(
+        self,
+        temporary: Path,
+        final: Path,
+        state: TrainState,
+        loader: BatchSource,
+        entries: list[FileEntry],
+    ) -> None:
         """Rank 0: add our own documents, then rename."""
         document = CheckpointState(
-            step=state.step, kind=type(self.config).__name__, loader=loader.state_dict(),
-            manifest=loader.manifest.fingerprint, world_size=self.world.size, versions=versions(),
+            step=state.step,
+            kind=type(self.config).__name__,
+            loader=loader.state_dict(),
+            manifest=loader.manifest.fingerprint,
+            world_size=self.world.size,
+            versions=versions(),
             healthy=state.healthy,
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
@@ -197,7 +241,9 @@ class CheckpointStore:
             try:
                 remove_dir(step_folder(self.folder, step))
             except OSError as error:
-                log.warning("could not delete old checkpoint %s: %s", step_folder(self.folder, step), error)
+                log.warning(
+                    "could not delete old checkpoint %s: %s", step_folder(self.folder, step), error
+                )
 
     # ---------------------------------------------------------------- load
 
@@ -232,7 +278,11 @@ class CheckpointStore:
                 unhealthy += 1
                 log.warning("checkpoint %s has healthy = false; using the one before it", folder)
                 continue
-            log.warning("checkpoint %s is damaged (%s); using the one before it", folder, "; ".join(problems[:3]))
+            log.warning(
+                "checkpoint %s is damaged (%s); using the one before it",
+                folder,
+                "; ".join(problems[:3]),
+            )
             if self.world.rank == 0:
                 aside = folder.with_name(f"{folder.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -264,7 +314,11 @@ class CheckpointStore:
         if problem:
             return [problem]
         entries = {entry["path"]: FileEntry(**entry) for entry in paths}
-        problems = [text for path in _share(self.world, list(entries)) if (text := difference(folder, entries[path]))]
+        problems = [
+            text
+            for path in _share(self.world, list(entries))
+            if (text := difference(folder, entries[path]))
+        ]
         return [text for part in self.world.gather(problems) for text in part]
 
     def _require_finite(self, engine: Engine, what: str, consequence: str) -> None:
@@ -279,9 +333,7 @@ class CheckpointStore:
 
     def _check(self, folder: Path) -> CheckpointState:
         """state.json of a whole checkpoint that fits this run. Raises ConfigError with the keys that don't."""
-        advice = (
-            f"bring the file back, or remove {folder} so that training resumes from the checkpoint before it"
-        )
+        advice = f"bring the file back, or remove {folder} so that training resumes from the checkpoint before it"
         document = read_json_as(CheckpointState, folder / STATE, advice=advice)
         stored = read_yaml(folder / CONFIG, advice=advice)
         changed = changed_keys(folder, document.kind, stored, self.config, self.must_match)
@@ -300,15 +352,24 @@ def list_files(folder: Path) -> list[str]:
 
 def describe_file(folder: Path, path: str) -> FileEntry:
     size = (folder / path).stat().st_size
-    return FileEntry(path=path, bytes=size, sha256=sha256_file(folder / path) if size <= HASH_LIMIT else None)
+    return FileEntry(
+        path=path, bytes=size, sha256=sha256_file(folder / path) if size <= HASH_LIMIT else None
+    )
 
 
-def seal(folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]) -> None:
+def seal(
+    folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]
+) -> None:
     """Add our own documents to an engine's files, which `entries` describe; the list of files last."""
     write_text(folder / STATE, document.model_dump_json(indent=1))
     write_config(folder / CONFIG, config)
     own = [describe_file(folder, name) for name in (STATE, CONFIG)]
-    write_text(folder / FILES, FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(indent=1))
+    write_text(
+        folder / FILES,
+        FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(
+            indent=1
+        ),
+    )
 
 
 def difference(folder: Path, entry: FileEntry) -> str:
@@ -387,7 +448,11 @@ def _failures(world: World, failure: str) -> list[str]:
     ranks: dict[str, list[int]] = {}
     for rank, text in enumerate(world.gather(failure)):
         ranks.setdefault(text, []).append(rank)
-    return [f"rank {first}{f' and {len(others)} others' if others else ''}: {text}" for text, (first, *others) in ranks.items() if text]
+    return [
+        f"rank {first}{f' and {len(others)} others' if others else ''}: {text}"
+        for text, (first, *others) in ranks.items()
+        if text
+    ]
 
 
 def _room(folder: Path) -> str:

@@ -34,7 +34,8 @@ class ZeroConfig(Config):
     """What DeepSpeed partitions over the ranks, and the sizes of its buckets (in elements)."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        default=2, description="1: optimizer states; 2: and gradients; 3: and parameters. 0 is refused"
+        default=2,
+        description="1: optimizer states; 2: and gradients; 3: and parameters. 0 is refused",
     )
     reduce_bucket_size: PositiveInt = 500_000_000
     allgather_bucket_size: PositiveInt = 500_000_000
@@ -72,21 +73,28 @@ class DiffusionTrainConfig(Config):
     zero: ZeroConfig = ZeroConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
     init_from: str | None = None  # zoo reference of kind "transformer": the start of either phase
-    tokenizer: str | None = None  # zoo reference; decodes `tokens` to the features of the condition (control)
+    tokenizer: str | None = (
+        None  # zoo reference; decodes `tokens` to the features of the condition (control)
+    )
     latents_column: str = "latents"
     tokens_column: str = "tokens"
     text_column: str  # padded text states, e.g. text-t5-v1.1 or text-minilm-padded
     text_dropout: float = Field(default=0.1, ge=0.0, le=1.0)  # a sample's text states become zeros
     prefix: PrefixConfig = PrefixConfig()
     recompute: bool = False  # activation checkpointing: less memory, about a third more time
-    preview_codec: CodecConfig | None = None  # decodes sampled latents for TensorBoard; None = no preview
+    preview_codec: CodecConfig | None = (
+        None  # decodes sampled latents for TensorBoard; None = no preview
+    )
     preview_steps: PositiveInt = 20  # of the sampler
 
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> DiffusionTrainConfig:
         problems = []
         if self.phase == "control":
-            for name, what in (("init_from", "the frozen main transformer"), ("tokenizer", "the semantic tokenizer")):
+            for name, what in (
+                ("init_from", "the frozen main transformer"),
+                ("tokenizer", "the semantic tokenizer"),
+            ):
                 if getattr(self, name) is None:
                     problems.append(f"phase = control needs {name}, the zoo reference of {what}")
         if self.prefix.probability and self.prefix.frames >= self.model.transformer.latent_frames:

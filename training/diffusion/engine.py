@@ -27,21 +27,31 @@ from landiff.training.optim import adamw, learning_rate, set_learning_rate
 class DeepSpeedEngine:
     """Trains `module` on `objective` with ZeRO 1-3 and torch's AdamW. An `Engine`."""
 
-    def __init__(self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective) -> None:
+    def __init__(
+        self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective
+    ) -> None:
         """`module`: float32, the same on all ranks; parameters without gradient stay as they are, bit for bit."""
-        config.data.micro_batches(world.size)  # DeepSpeed is configured before the loader can say so
+        config.data.micro_batches(
+            world.size
+        )  # DeepSpeed is configured before the loader can say so
         self.config = config
         self.world = world
         self.guard = Guard(world)
         self.objective = objective
         zero.prepare_deepspeed()
         optimizer = adamw(module.parameters(), config.optim)
-        self.zero = zero.initialize(module, optimizer, zero.deepspeed_config(config, world), world.device)
+        self.zero = zero.initialize(
+            module, optimizer, zero.deepspeed_config(config, world), world.device
+        )
         self.previewer = Previewer(config, objective) if config.preview_codec is not None else None
         self.last_sample: Sample | None = None
         self.layout = ZeroLayout(
-            zero_stage=config.zero.stage, world_size=world.size, precision=config.precision, phase=config.phase,
-            model=config.model, shapes=zero.full_shapes(module),
+            zero_stage=config.zero.stage,
+            world_size=world.size,
+            precision=config.precision,
+            phase=config.phase,
+            model=config.model,
+            shapes=zero.full_shapes(module),
         )
 
     @property
@@ -83,8 +93,10 @@ class DeepSpeedEngine:
         """
         found = ZeroLayout.read(folder)
         if found.phase != self.layout.phase:
-            raise ConfigError(f"{folder} is a checkpoint of phase = {found.phase}, this run is phase = {self.layout.phase}; "
-                              "choose another run folder (run=...)")
+            raise ConfigError(
+                f"{folder} is a checkpoint of phase = {found.phase}, this run is phase = {self.layout.phase}; "
+                "choose another run folder (run=...)"
+            )
         with torch.device("meta"):
             expected = {name: torch.empty(shape) for name, shape in self.layout.shapes.items()}
         check_against(expected, found.shapes, f"checkpoint {folder}")
@@ -106,7 +118,9 @@ class DeepSpeedEngine:
     def _tokens(self) -> int:
         """Tokens of one sample in the transformer: text rows and latent patches."""
         model = self.config.model.transformer
-        patches = (model.latent_height // model.patch_size) * (model.latent_width // model.patch_size)
+        patches = (model.latent_height // model.patch_size) * (
+            model.latent_width // model.patch_size
+        )
         return model.text_length + model.latent_frames * patches
 
 

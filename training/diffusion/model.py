@@ -22,7 +22,9 @@ def build_phase_model(config: DiffusionTrainConfig) -> nn.Module:
     kind = "transformer" if config.phase == "main" else "diffusion"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(config.loop.seed, "weights", config.phase == "control"))
-        model = registry.build_module(kind, config.model.transformer if config.phase == "main" else config.model)
+        model = registry.build_module(
+            kind, config.model.transformer if config.phase == "main" else config.model
+        )
     model.recompute = config.recompute
     if config.init_from is not None:
         entry = registry.resolve(config.zoo, config.init_from, kind="transformer")
@@ -37,7 +39,9 @@ def build_phase_model(config: DiffusionTrainConfig) -> nn.Module:
 def freeze_main(model: ControlledDiffusion) -> None:
     """What phase control leaves as it is (§5.4)."""
     model.transformer.requires_grad_(False)
-    model.control.final_norm.requires_grad_(False)  # influences nothing; ZeRO would let weight decay shrink it
+    model.control.final_norm.requires_grad_(
+        False
+    )  # influences nothing; ZeRO would let weight decay shrink it
 
 
 def load_tokenizer(config: DiffusionTrainConfig, device: torch.device) -> nn.Module | None:
@@ -45,4 +49,6 @@ def load_tokenizer(config: DiffusionTrainConfig, device: torch.device) -> nn.Mod
     if config.phase == "main":
         return None
     entry = registry.resolve(config.zoo, config.tokenizer, kind="tokenizer")
-    return registry.load_model(entry, device, torch.bfloat16 if config.precision == "bf16" else None)
+    return registry.load_model(
+        entry, device, torch.bfloat16 if config.precision == "bf16" else None
+    )

@@ -38,11 +38,22 @@ class Previewer:
         """
         inputs = self._inputs(sample)
         model.eval()
-        videos = {"preview/denoised": self._side_by_side(inputs.latents_BTCHW, *self._denoise(model, inputs))}
+        videos = {
+            "preview/denoised": self._side_by_side(
+                inputs.latents_BTCHW, *self._denoise(model, inputs)
+            )
+        }
         if self.config.phase == "control":
             noise = seeded_noise([rng.key(self.config.loop.seed, "preview")])
             options = SamplerOptions(num_steps=self.config.preview_steps, guidance=0.0)
-            sampled = sample_latents(model, self.objective.schedule, inputs.text_BLD, inputs.features_BTchw, noise, options)
+            sampled = sample_latents(
+                model,
+                self.objective.schedule,
+                inputs.text_BLD,
+                inputs.features_BTchw,
+                noise,
+                options,
+            )
             videos["preview/sampled"] = self._side_by_side(inputs.latents_BTCHW, sampled)
         model.train()
         return videos
@@ -51,12 +62,18 @@ class Previewer:
         """The sample with its text, without a prefix, half-way up the schedule."""
         inputs = self.objective.inputs([sample])
         text = sample.tensors[self.config.text_column].float().to(self.objective.device)[None]
-        timestep = torch.full_like(inputs.timestep_B, int(TIMESTEP_SHARE * self.config.schedule.num_timesteps))
-        return replace(inputs, text_BLD=text, timestep_B=timestep, prefix_B=torch.zeros_like(inputs.prefix_B))
+        timestep = torch.full_like(
+            inputs.timestep_B, int(TIMESTEP_SHARE * self.config.schedule.num_timesteps)
+        )
+        return replace(
+            inputs, text_BLD=text, timestep_B=timestep, prefix_B=torch.zeros_like(inputs.prefix_B)
+        )
 
     def _denoise(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
         result = self.objective.loss(model, inputs)
-        return result.noised, self.objective.schedule.denoised(result.noised, result.velocity, inputs.timestep_B)
+        return result.noised, self.objective.schedule.denoised(
+            result.noised, result.velocity, inputs.timestep_B
+        )
 
     def _side_by_side(self, *latents_BTCHW: Tensor) -> Tensor:
         return torch.cat([self.codec.decode(latents)[0].cpu() for latents in latents_BTCHW], dim=2)

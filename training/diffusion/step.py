@@ -43,7 +43,8 @@ def timestep_block(position: int, global_batch_size: int, num_timesteps: int) ->
     """
     assert 0 <= position < global_batch_size, (position, global_batch_size)
     shared = next(
-        i for i in range(1, global_batch_size + 1)
+        i
+        for i in range(1, global_batch_size + 1)
         if global_batch_size % i == 0 and num_timesteps % (global_batch_size // i) == 0
     )
     width = num_timesteps // (global_batch_size // shared)
@@ -53,7 +54,9 @@ def timestep_block(position: int, global_batch_size: int, num_timesteps: int) ->
 
 def draw_timestep(seed: int, sample: Sample, global_batch_size: int, num_timesteps: int) -> int:
     low, high = timestep_block(sample.position, global_batch_size, num_timesteps)
-    return int(torch.randint(low, high, (), generator=rng.generator(seed, "timestep", sample.index)))
+    return int(
+        torch.randint(low, high, (), generator=rng.generator(seed, "timestep", sample.index))
+    )
 
 
 def happens(seed: int, purpose: str, sample: Sample, probability: float) -> bool:
@@ -64,7 +67,9 @@ def happens(seed: int, purpose: str, sample: Sample, probability: float) -> bool
 class Objective:
     """Samples -> inputs -> loss, for one config."""
 
-    def __init__(self, config: DiffusionTrainConfig, device: torch.device, tokenizer: nn.Module | None = None) -> None:
+    def __init__(
+        self, config: DiffusionTrainConfig, device: torch.device, tokenizer: nn.Module | None = None
+    ) -> None:
         """`tokenizer`: the frozen semantic tokenizer, on `device`; needed in phase control."""
         assert (tokenizer is not None) == (config.phase == "control"), config.phase
         self.config = config
@@ -78,9 +83,15 @@ class Objective:
         for sample in samples:
             self._check(sample)
         latents = [self._latents(s) for s in samples]
-        noise = [torch.randn(x.shape, generator=rng.generator(seed, "noise", s.index)) for s, x in zip(samples, latents, strict=True)]
+        noise = [
+            torch.randn(x.shape, generator=rng.generator(seed, "noise", s.index))
+            for s, x in zip(samples, latents, strict=True)
+        ]
         steps = [draw_timestep(seed, s, size, config.schedule.num_timesteps) for s in samples]
-        prefix = [config.prefix.frames * happens(seed, "prefix", s, config.prefix.probability) for s in samples]
+        prefix = [
+            config.prefix.frames * happens(seed, "prefix", s, config.prefix.probability)
+            for s in samples
+        ]
         text = [self._text(s) for s in samples]
         return Inputs(
             latents_BTCHW=torch.stack(latents).to(self.device, non_blocking=True),
@@ -102,7 +113,12 @@ class Objective:
             return model(noised_BTCHW, timestep_B, inputs.text_BLD, *conditions)
 
         return denoising_loss(
-            network, self.schedule, inputs.latents_BTCHW, inputs.noise_BTCHW, inputs.timestep_B, inputs.prefix_B
+            network,
+            self.schedule,
+            inputs.latents_BTCHW,
+            inputs.noise_BTCHW,
+            inputs.timestep_B,
+            inputs.prefix_B,
         )
 
     @torch.no_grad()
@@ -119,14 +135,22 @@ class Objective:
                     f"column {column} of clip {sample.key} holds token {int(tokens_N.max())}, but the tokenizer's codebook "
                     f"has {limit} codes; precompute the tokens with {self.config.tokenizer}"
                 )
-        return self.tokenizer.decode(tokens_BN.to(self.device), self.config.model.transformer.latent_frames).float()
+        return self.tokenizer.decode(
+            tokens_BN.to(self.device), self.config.model.transformer.latent_frames
+        ).float()
 
     def _latents(self, sample: Sample) -> Tensor:
         """As they are stored; of mean and log-variance, one sample that no other epoch sees."""
-        stored, channels = sample.tensors[self.config.latents_column].float(), self.config.model.transformer.latent_channels
+        stored, channels = (
+            sample.tensors[self.config.latents_column].float(),
+            self.config.model.transformer.latent_channels,
+        )
         if stored.shape[-3] == channels:
             return stored
-        noise = torch.randn(posterior_mean(stored, channels).shape, generator=rng.generator(self.config.loop.seed, "posterior", sample.index))
+        noise = torch.randn(
+            posterior_mean(stored, channels).shape,
+            generator=rng.generator(self.config.loop.seed, "posterior", sample.index),
+        )
         return posterior_sample(stored, noise)
 
     def _text(self, sample: Sample) -> Tensor:
@@ -138,9 +162,17 @@ class Objective:
 
     def _check(self, sample: Sample) -> None:
         model = self.config.model.transformer
-        frames, channels, *sides = model.latent_frames, model.latent_channels, model.latent_height, model.latent_width
+        frames, channels, *sides = (
+            model.latent_frames,
+            model.latent_channels,
+            model.latent_height,
+            model.latent_width,
+        )
         expected = {
-            self.config.latents_column: ((frames, channels, *sides), (frames, 2 * channels, *sides)),  # or mean and log-variance
+            self.config.latents_column: (
+                (frames, channels, *sides),
+                (frames, 2 * channels, *sides),
+            ),  # or mean and log-variance
             self.config.text_column: ((model.text_length, model.text_dim),),
         }
         for column, shapes in expected.items():

@@ -32,20 +32,28 @@ def prepare_deepspeed() -> None:
     and serves inference only; it is declared unavailable. On CUDA nothing here is compiled either, since the
     optimizer is torch's.
     """
-    logging.getLogger("DeepSpeed").addFilter(_worth_reading)  # before the import: that is where it starts to talk
+    logging.getLogger("DeepSpeed").addFilter(
+        _worth_reading
+    )  # before the import: that is where it starts to talk
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_init_required=False if deepspeed.comm.is_initialized() else None)
+    deepspeed.init_distributed(
+        dist_init_required=False if deepspeed.comm.is_initialized() else None
+    )
     warnings.filterwarnings(  # torch 2.13 says it about DeepSpeed's calls, dozens of times a step
-        "ignore", category=FutureWarning,
+        "ignore",
+        category=FutureWarning,
         message=r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     )
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING and "Setting accelerator to CPU" not in record.getMessage()
+    return (
+        record.levelno >= logging.WARNING
+        and "Setting accelerator to CPU" not in record.getMessage()
+    )
 
 
 def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, Any]:
@@ -80,17 +88,28 @@ def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, An
     }
 
 
-def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], device: torch.device) -> Any:
+def initialize(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any],
+    device: torch.device,
+) -> Any:
     """deepspeed.initialize on `device`, with `CheckpointFiles` for its checkpoints."""
     import deepspeed
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
-    place = SimpleNamespace(device_rank=device.index or 0)  # else LOCAL_RANK, wrong where each rank sees one device only
+    place = SimpleNamespace(
+        device_rank=device.index or 0
+    )  # else LOCAL_RANK, wrong where each rank sees one device only
     # With bfloat16 weights and float32 gradients DeepSpeed would take another optimizer for stage 1
     # than for stages 2 and 3, with files of its own. The one for stages 1 and 2 can do both.
     with replaced(DeepSpeedEngine, "_do_optimizer_sanity_check", lambda *_: ZERO_OPTIMIZATION):
         engine, _, _, _ = deepspeed.initialize(
-            args=place, model=module, optimizer=optimizer, config=dict(config), dist_init_required=False
+            args=place,
+            model=module,
+            optimizer=optimizer,
+            config=dict(config),
+            dist_init_required=False,
         )
     engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine)
     # The scripts DeepSpeed would copy beside its files do what model_zoo/convert/formats/deepspeed.py does.
@@ -115,7 +134,10 @@ class CheckpointFiles:
     def save(self, state_dict: Any, path: str) -> None:
         try:
             self.inner.save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's zip writer reports a full disk as RuntimeError
             self.failure = self.failure or error
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -139,7 +161,8 @@ def full_shapes(module: nn.Module) -> dict[str, list[int]]:
     """Shapes of all parameters and persistent buffers; ZeRO-3 hides those of its parameters."""
     parameters = dict(module.named_parameters())
     return {
-        name: list(getattr(parameters.get(name), "ds_shape", tensor.shape)) for name, tensor in module.state_dict().items()
+        name: list(getattr(parameters.get(name), "ds_shape", tensor.shape))
+        for name, tensor in module.state_dict().items()
     }
 
 
@@ -200,7 +223,9 @@ def _open_optimizer_state(engine: Any, steps: int) -> None:
     """AdamW makes its state at the first step; here it must be there before. One flat vector per group."""
     zero = engine.optimizer
     stage_3 = engine.zero_optimization_stage() == 3
-    for flat in zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups:
+    for flat in (
+        zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+    ):
         state = zero.optimizer.state[flat]
         for key in MOMENTS:
             if key not in state:
@@ -228,7 +253,10 @@ def _write_partitioned(parameter: nn.Parameter, value: Tensor, key: str | None) 
         return
     # DeepSpeed's full setter for ZeRO-3 reads past the end of a tensor that the ranks don't divide, so the
     # slice is cut here, zeros at its end as DeepSpeed pads.
-    numel, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+    numel, rank = (
+        parameter.ds_tensor.numel(),
+        torch.distributed.get_rank(parameter.ds_process_group),
+    )
     padded = value.new_zeros(numel * torch.distributed.get_world_size(parameter.ds_process_group))
     padded[: value.numel()] = value.flatten()
     local = padded[rank * numel : (rank + 1) * numel]

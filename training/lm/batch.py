@@ -69,23 +69,34 @@ def motion_condition(motion_score: float) -> float:
     return float(motion_score)
 
 
-def pack(samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, *, train: bool = True) -> LMRow:
+def pack(
+    samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, *, train: bool = True
+) -> LMRow:
     """One row of all `samples`, with text dropout if `train`, padded with a sequence of its own to a multiple of what the layout asks for.
 
     Raises ValueError with the sample's key for codes of another tokenizer, text of another width, or too long.
     """
     rows = [_training_row(sample, config, layout) for sample in samples]
     length = sum(map(len, rows))
-    padding = pad_to(length, config.row_multiple, config.parallel.tensor if config.parallel.sequence else 1) - length
+    padding = (
+        pad_to(
+            length, config.row_multiple, config.parallel.tensor if config.parallel.sequence else 1
+        )
+        - length
+    )
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
     texts = [sample.tensors[config.text_column] for sample in samples]
     behind = 1 + NUM_MICRO_CONDITIONS  # BOS, frames, motion score
-    at = [torch.arange(len(text)) + start + behind for text, start in zip(texts, starts, strict=False)]
+    at = [
+        torch.arange(len(text)) + start + behind for text, start in zip(texts, starts, strict=False)
+    ]
     dropout = config.text_dropout if train else 0.0
-    dropped = [torch.full((len(text),), text_is_dropped(config.loop.seed, sample.index, dropout))
-               for text, sample in zip(texts, samples, strict=True)]
+    dropped = [
+        torch.full((len(text),), text_is_dropped(config.loop.seed, sample.index, dropout))
+        for text, sample in zip(texts, samples, strict=True)
+    ]
     begins = torch.tensor(starts[:-1])
 
     def joined(name: str, fill: int) -> Tensor:
@@ -93,14 +104,21 @@ def pack(samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, 
         return torch.cat([*parts, torch.full((padding,), fill, dtype=parts[0].dtype)])
 
     return LMRow(
-        ids_N=joined("input_ids", layout.pad), targets_N=joined("targets", layout.pad),
-        weights_N=joined("loss_weights", 0), positions_N=joined("positions", 0),
+        ids_N=joined("input_ids", layout.pad),
+        targets_N=joined("targets", layout.pad),
+        weights_N=joined("loss_weights", 0),
+        positions_N=joined("positions", 0),
         cu_seqlens=torch.tensor(starts + [length + padding] * (padding > 0), dtype=torch.int32),
         max_seqlen=max(padding, *map(len, rows)),
-        text_MD=torch.cat(texts), text_at_M=torch.cat(at), drop_text_M=torch.cat(dropped),
-        frames_S=torch.tensor([float(layout.num_frames(s.tensors[config.tokens_column].numel())) for s in samples]),
+        text_MD=torch.cat(texts),
+        text_at_M=torch.cat(at),
+        drop_text_M=torch.cat(dropped),
+        frames_S=torch.tensor(
+            [float(layout.num_frames(s.tensors[config.tokens_column].numel())) for s in samples]
+        ),
         motion_score_S=torch.tensor([motion_condition(s.meta.motion_score) for s in samples]),
-        frames_at_S=begins + 1, motion_at_S=begins + 2,
+        frames_at_S=begins + 1,
+        motion_at_S=begins + 2,
         num_tokens=length,
     )
 
@@ -108,16 +126,22 @@ def pack(samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, 
 def _training_row(sample: Sample, config: LMTrainConfig, layout: TokenLayout) -> TrainingRow:
     text = sample.tensors[config.text_column]
     if text.ndim != 2 or text.shape[1] != config.model.text_dim:
-        raise ConfigError(f"sample {sample.key}: column {config.text_column} holds {tuple(text.shape)}, "
-                          f"the model takes rows of model.text_dim = {config.model.text_dim}")
+        raise ConfigError(
+            f"sample {sample.key}: column {config.text_column} holds {tuple(text.shape)}, "
+            f"the model takes rows of model.text_dim = {config.model.text_dim}"
+        )
     if len(text) > config.model.max_text_tokens:
-        raise ConfigError(f"sample {sample.key}: column {config.text_column} has {len(text)} rows, more than "
-                          f"model.max_text_tokens = {config.model.max_text_tokens}")
+        raise ConfigError(
+            f"sample {sample.key}: column {config.text_column} has {len(text)} rows, more than "
+            f"model.max_text_tokens = {config.model.max_text_tokens}"
+        )
     try:
         row = layout.training_row(sample.tensors[config.tokens_column].numpy(), len(text))
     except ValueError as error:
         raise ConfigError(f"sample {sample.key}, column {config.tokens_column}: {error}") from None
     if len(row) > config.model.max_positions:
-        raise ConfigError(f"sample {sample.key} has {len(row)} positions ({len(text)} of text), "
-                          f"more than model.max_positions = {config.model.max_positions}")
+        raise ConfigError(
+            f"sample {sample.key} has {len(row)} positions ({len(text)} of text), "
+            f"more than model.max_positions = {config.model.max_positions}"
+        )
     return row

@@ -55,11 +55,14 @@ def _layout() -> dict[str, Any]:
     }
 
 
-def _sharded_state(model: MegatronLM, optimizer: MegatronOptimizer, *, loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    model: MegatronLM, optimizer: MegatronOptimizer, *, loading: bool
+) -> dict[str, Any]:
     layout = _layout()
     weights = model.sharded_state_dict(metadata=layout)
     return {
-        "model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout),
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout),
         "distributed_optimizer": is_distributed(optimizer),
     }
 
@@ -79,7 +82,8 @@ def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
     sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     try:
         dcp.save(
-            mcore_to_pyt_state_dict(sharded, False), storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
+            mcore_to_pyt_state_dict(sharded, False),
+            storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
     except CheckpointException as error:
@@ -109,7 +113,9 @@ def load_checkpoint(folder: Path, model: MegatronLM, optimizer: MegatronOptimize
     reader.read_metadata()  # its errors are equal on all ranks, and not wrapped as those of collectives
     with replaced(core_torch_dist, "_get_filesystem_reader", lambda *_, **__: reader):
         try:
-            state = dist_checkpointing.load(_sharded_state(model, optimizer, loading=True), str(folder))
+            state = dist_checkpointing.load(
+                _sharded_state(model, optimizer, loading=True), str(folder)
+            )
         except CheckpointException as error:
             raise _explained(folder, error) from error
     _check_extra_states(folder, state["model"])
@@ -129,7 +135,9 @@ def _explained(folder: Path, error: CheckpointException) -> Exception:
         if isinstance(cause, ConfigError):
             return cause
         if isinstance(cause, pickle.UnpicklingError):
-            return ConversionError(f"{folder} is refused: it holds more than tensors ({str(cause).splitlines()[0]})")
+            return ConversionError(
+                f"{folder} is refused: it holds more than tensors ({str(cause).splitlines()[0]})"
+            )
     return error
 
 
@@ -192,13 +200,16 @@ def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
     """Once, before the first save or load. 1. `state_dict` asserts that a step exists. 2. The loader asks the file for
     the step of each parameter."""
     for part in _parts(optimizer):
-        if not isinstance(part, DistributedOptimizer) or not isinstance(part.optimizer, torch.optim.AdamW):
+        if not isinstance(part, DistributedOptimizer) or not isinstance(
+            part.optimizer, torch.optim.AdamW
+        ):
             continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 if not part.optimizer.state[parameter]:
                     part.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter.detach()),
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter.detach()),
                         "exp_avg_sq": torch.zeros_like(parameter.detach()),
                     }
         part._set_main_param_and_optimizer_states = _KeepingStep(part)
@@ -214,7 +225,9 @@ class _KeepingStep:
         group, order = self.part.model_param_group_index_map[model_param]
         main = self.part.optimizer.param_groups[group]["params"][order]
         step = self.part.optimizer.state[main]["step"]
-        DistributedOptimizer._set_main_param_and_optimizer_states(self.part, model_param, {"step": step, **tensors})
+        DistributedOptimizer._set_main_param_and_optimizer_states(
+            self.part, model_param, {"step": step, **tensors}
+        )
 
 
 def _give_each_its_own_step(optimizer: MegatronOptimizer) -> None:

@@ -21,18 +21,25 @@ class ParallelConfig(Config):
 
     tensor: PositiveInt = 1  # ranks that share each layer's matrices
     pipeline: PositiveInt = 1  # stages of whole layers
-    sequence: bool = False  # also share the activations between the layers' matrices; needs tensor > 1
+    sequence: bool = (
+        False  # also share the activations between the layers' matrices; needs tensor > 1
+    )
     distributed_optimizer: bool = False  # share the optimizer's state over the data-parallel copies
-    overlap: bool = False  # reduce gradients (and gather parameters) while the backward (forward) still runs
+    overlap: bool = (
+        False  # reduce gradients (and gather parameters) while the backward (forward) still runs
+    )
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> ParallelConfig:
         if self.sequence and self.tensor == 1:
-            refuse_values(info, [
-                "sequence = true shares activations among tensor ranks, and tensor is 1; raise it "
-                "or set "
-                "sequence = false"
-            ])
+            refuse_values(
+                info,
+                [
+                    "sequence = true shares activations among tensor ranks, and tensor is 1; raise it "
+                    "or set "
+                    "sequence = false"
+                ],
+            )
         return self
 
 
@@ -46,16 +53,28 @@ class LMTrainConfig(Config):
     optim: OptimConfig
     model: LMConfig
     parallel: ParallelConfig = ParallelConfig()
-    precision: Literal["fp32", "bf16"] = "bf16"  # of weights and activations; the optimizer's are float32
+    precision: Literal["fp32", "bf16"] = (
+        "bf16"  # of weights and activations; the optimizer's are float32
+    )
     recompute: bool = False  # keep one activation per layer, compute the rest again in the backward
-    layers: Literal["local", "te"] = "local"  # whose linear layers and norms: Megatron's own, or Transformer Engine's
+    layers: Literal["local", "te"] = (
+        "local"  # whose linear layers and norms: Megatron's own, or Transformer Engine's
+    )
     tokens_column: str = "tokens"
-    tokenizer: str | None = None  # zoo name of the one that must have made the tokens; none = look at sizes alone
+    tokenizer: str | None = (
+        None  # zoo name of the one that must have made the tokens; none = look at sizes alone
+    )
     text_column: str  # e.g. text-minilm
-    text_dropout: float = Field(default=0.1, ge=0, le=1)  # of a sample's whole text, for guidance (§4.3)
+    text_dropout: float = Field(
+        default=0.1, ge=0, le=1
+    )  # of a sample's whole text, for guidance (§4.3)
     row_multiple: PositiveInt = 8  # a packed row is padded to a multiple of it
-    vocab_multiple: PositiveInt = 128  # the vocabulary too; padded ids are masked in logits and loss
-    head_multiple: PositiveInt = 1  # the heads too, with heads of zeros; only where parallel.tensor doesn't divide them
+    vocab_multiple: PositiveInt = (
+        128  # the vocabulary too; padded ids are masked in logits and loss
+    )
+    head_multiple: PositiveInt = (
+        1  # the heads too, with heads of zeros; only where parallel.tensor doesn't divide them
+    )
     init_from: str | None = None  # zoo name of an LM to start from; none = fresh weights
 
     @property
@@ -73,7 +92,10 @@ class LMTrainConfig(Config):
                 f"{nearest_divisors(self.model.num_heads, tensor)}, or head_multiple = {tensor} "
                 "adds heads of zeros"
             )
-        for name, value in (("model.ffn_size", self.model.ffn_size), ("vocab_multiple", self.vocab_multiple)):
+        for name, value in (
+            ("model.ffn_size", self.model.ffn_size),
+            ("vocab_multiple", self.vocab_multiple),
+        ):
             if value % tensor:
                 problems.append(
                     f"{name} = {value} is not a multiple of parallel.tensor = {tensor}; "
@@ -92,7 +114,10 @@ class LMTrainConfig(Config):
 def nearest_divisors(number: int, asked: int) -> str:
     """The way out of a layout that does not divide: what does, on both sides of what was asked for."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    near = [max((d for d in divisors if d < asked), default=1), min((d for d in divisors if d > asked), default=number)]
+    near = [
+        max((d for d in divisors if d < asked), default=1),
+        min((d for d in divisors if d > asked), default=number),
+    ]
     return f"the nearest that divide it: {' and '.join(map(str, sorted(set(near))))}"
 
 

@@ -20,7 +20,9 @@ from landiff.training.replace import replaced
 class _CudaMeansCpu(TorchFunctionMode):
     """Reads `device="cuda"` as "cpu" in every torch call (core's optimizers, gradient norms and schedules)."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if kwargs:
             device = kwargs.get("device")
             if device is not None and str(device).startswith("cuda"):

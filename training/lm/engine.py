@@ -47,7 +47,10 @@ class MegatronEngine:
         self.dp_size = data_parallel_size(config.parallel, dist.get_world_size())
         with megatron_device() as self.device:
             parallel_state.initialize_model_parallel(
-                config.parallel.tensor, config.parallel.pipeline, distributed_timeout_minutes=round(config.loop.collective_timeout_s / 60))
+                config.parallel.tensor,
+                config.parallel.pipeline,
+                distributed_timeout_minutes=round(config.loop.collective_timeout_s / 60),
+            )
             self.dp_rank = parallel_state.get_data_parallel_rank()
             seed_tensor_parallel(config.loop.seed)
             self.model = MegatronLM(config)
@@ -71,8 +74,10 @@ class MegatronEngine:
         return DistributedDataParallel(
             self.model.config,
             DistributedDataParallelConfig(
-                use_distributed_optimizer=parallel.distributed_optimizer, overlap_grad_reduce=parallel.overlap,
-                overlap_param_gather=parallel.overlap and parallel.distributed_optimizer, grad_reduce_in_fp32=True,
+                use_distributed_optimizer=parallel.distributed_optimizer,
+                overlap_grad_reduce=parallel.overlap,
+                overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+                grad_reduce_in_fp32=True,
             ),
             self.model,
         )
@@ -81,11 +86,16 @@ class MegatronEngine:
         optim = self.config.optim
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam", lr=optim.lr, weight_decay=optim.weight_decay,
-                adam_beta1=optim.betas[0], adam_beta2=optim.betas[1], adam_eps=optim.eps,
+                optimizer="adam",
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
                 clip_grad=optim.clip_grad or math.inf,  # core would not report the norm at 0
                 use_distributed_optimizer=self.config.parallel.distributed_optimizer,
-                bf16=self.config.precision == "bf16", params_dtype=self.model.config.params_dtype,
+                bf16=self.config.precision == "bf16",
+                params_dtype=self.model.config.params_dtype,
             ),
             [self.ddp],
             # as `landiff.training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
@@ -108,8 +118,14 @@ class MegatronEngine:
             loss = loss_sum / num_targets
             grad_norm = self._update(loss)
         return StepResult(
-            loss=loss, grad_norm=grad_norm, lr=rate, tokens=int(num_tokens),
-            metrics={"data/padding": 1 - sum(row.num_tokens for row in rows) / sum(len(row.ids_N) for row in rows)},
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=rate,
+            tokens=int(num_tokens),
+            metrics={
+                "data/padding": 1
+                - sum(row.num_tokens for row in rows) / sum(len(row.ids_N) for row in rows)
+            },
         )
 
     def _optimizers(self) -> list[MegatronOptimizer]:
@@ -136,13 +152,21 @@ class MegatronEngine:
         return float(totals[0] / totals[1])
 
     def _rows(self, batch: Batch, *, train: bool) -> list[LMRow]:
-        return [pack(micro, self.config, self.layout, train=train).to(self.device) for micro in batch.micro_batches]
+        return [
+            pack(micro, self.config, self.layout, train=train).to(self.device)
+            for micro in batch.micro_batches
+        ]
 
     def _run(self, rows: Sequence[LMRow], *, train: bool) -> Tensor:
         """Megatron's schedule over all micro-batches -> float64 [loss sum, targets, tokens] of the global batch."""
         reports: list[Tensor] = self._forward_backward(
-            forward_step_func=_forward_step, data_iterator=iter(rows), model=[self.ddp],
-            num_microbatches=len(rows), seq_length=len(rows[0].ids_N), micro_batch_size=1, forward_only=not train,
+            forward_step_func=_forward_step,
+            data_iterator=iter(rows),
+            model=[self.ddp],
+            num_microbatches=len(rows),
+            seq_length=len(rows[0].ids_N),
+            micro_batch_size=1,
+            forward_only=not train,
         )
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
@@ -150,8 +174,11 @@ class MegatronEngine:
             totals[2] = sum(row.num_tokens for row in rows)
             dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         if self.config.parallel.pipeline > 1:
-            dist.broadcast(totals, parallel_state.get_pipeline_model_parallel_last_rank(),
-                           group=parallel_state.get_pipeline_model_parallel_group())
+            dist.broadcast(
+                totals,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
         return totals
 
     def load_weights(self, source: Mapping[str, Tensor]) -> None:

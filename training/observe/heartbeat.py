@@ -38,7 +38,14 @@ class HangError(RuntimeError):
 class Heartbeat:
     """Use as a context manager around the loop; `beat` after every step."""
 
-    def __init__(self, run: Path, rank: int, timeout_s: float, grace_s: float = PEERS_GRACE_S, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        run: Path,
+        rank: int,
+        timeout_s: float,
+        grace_s: float = PEERS_GRACE_S,
+        world_size: int = 1,
+    ) -> None:
         """`timeout_s` = 0 keeps the beat and switches the watch off."""
         self.world_size = world_size
         self.run, self.rank, self.timeout_s, self.grace_s = run, rank, timeout_s, grace_s
@@ -52,12 +59,19 @@ class Heartbeat:
         self._over.clear()
         self._last = time.monotonic()
         if self.timeout_s:
-            faulthandler.dump_traceback_later(self.timeout_s + SECOND_NET_S, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(
+                self.timeout_s + SECOND_NET_S, exit=True, file=sys.__stderr__
+            )
             self._watch = threading.Thread(target=self._look, name="heartbeat", daemon=True)
             self._watch.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._over.set()
         if self._watch is not None:
             self._watch.join()
@@ -70,7 +84,9 @@ class Heartbeat:
             return
         self._written = self._last
         if self.timeout_s:
-            faulthandler.dump_traceback_later(self.timeout_s + SECOND_NET_S, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(
+                self.timeout_s + SECOND_NET_S, exit=True, file=sys.__stderr__
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(f"{time.time():.1f} step {step}\n", encoding="utf-8")
@@ -92,7 +108,12 @@ class Heartbeat:
                 file.write(f"rank {self.rank} on {os.uname().nodename}: {silence}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
-            write_error(self.run, self.rank, self.step, HangError(f"{silence}; stacks of all ranks in {folder}"))
+            write_error(
+                self.run,
+                self.rank,
+                self.step,
+                HangError(f"{silence}; stacks of all ranks in {folder}"),
+            )
             for name, trace in flight_recorders().items():
                 (folder / name.format(rank=self.rank)).write_bytes(trace)
         finally:
@@ -103,11 +124,19 @@ class Heartbeat:
 
     def _blame_silent_ranks(self) -> None:
         for rank in range(self.world_size):
-            if not (self.run / "hangs" / f"rank_{rank:04d}.txt").exists() and not error_path(self.run, rank).exists():
-                write_cause(self.run, rank, RankLost(
-                    f"rank {rank} stands still after step {self.step}: no step for {self.timeout_s:g} s (loop.hang_timeout_s), and unlike "
-                    "the other ranks it could not write its stacks; its process was stopped, or its machine does not answer"
-                ), self.step)
+            if (
+                not (self.run / "hangs" / f"rank_{rank:04d}.txt").exists()
+                and not error_path(self.run, rank).exists()
+            ):
+                write_cause(
+                    self.run,
+                    rank,
+                    RankLost(
+                        f"rank {rank} stands still after step {self.step}: no step for {self.timeout_s:g} s (loop.hang_timeout_s), and unlike "
+                        "the other ranks it could not write its stacks; its process was stopped, or its machine does not answer"
+                    ),
+                    self.step,
+                )
 
 
 def flight_recorders() -> dict[str, bytes]:

@@ -35,7 +35,9 @@ GIB = 1 << 30
 class Metrics:
     """Counts what the loop does and says it every `log_every` steps."""
 
-    def __init__(self, folder: Path, total_steps: int, world: World, stream: TextIO = sys.stdout) -> None:
+    def __init__(
+        self, folder: Path, total_steps: int, world: World, stream: TextIO = sys.stdout
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self.tensorboard = folder / "tensorboard"
         self.total_steps = total_steps
@@ -68,9 +70,14 @@ class Metrics:
         """Write the numbers of this step. Waits for the device, once: all scalars come over in one copy."""
         if self.world.rank != 0:
             return
-        scalars = read_scalars({
-            "train/loss": result.loss, "train/lr": result.lr, "train/grad_norm": result.grad_norm, **result.metrics,
-        })
+        scalars = read_scalars(
+            {
+                "train/loss": result.loss,
+                "train/lr": result.lr,
+                "train/grad_norm": result.grad_norm,
+                **result.metrics,
+            }
+        )
         elapsed_s = time.perf_counter() - self._start
         scalars["throughput/steps_per_s"] = self._steps / elapsed_s
         scalars["throughput/samples_per_s"] = self._samples / elapsed_s
@@ -82,7 +89,10 @@ class Metrics:
             file.write(json.dumps({"step": state.step, "time": time.time(), **scalars}) + "\n")
         for tag, value in scalars.items():
             self._open_writer.add_scalar(tag, value, state.step)
-        self.progress.show(format_metrics(state.step, self.total_steps, scalars), final=state.step >= self.total_steps)
+        self.progress.show(
+            format_metrics(state.step, self.total_steps, scalars),
+            final=state.step >= self.total_steps,
+        )
         self._reset()
 
     def add_videos(self, state: TrainState, videos: Mapping[str, Tensor], fps: float = 8.0) -> None:
@@ -153,9 +163,20 @@ def format_metrics(step: int, total_steps: int, scalars: Mapping[str, float]) ->
 
 def read_scalars(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     """All values as floats, with one copy from the device for however many tensors there are."""
-    tensors = [value.detach().reshape(()).double() for value in values.values() if isinstance(value, Tensor)]
-    copied = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
-    return {tag: next(copied) if isinstance(value, Tensor) else float(value) for tag, value in values.items()}
+    tensors = [
+        value.detach().reshape(()).double()
+        for value in values.values()
+        if isinstance(value, Tensor)
+    ]
+    copied = iter(
+        torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist()
+        if tensors
+        else []
+    )
+    return {
+        tag: next(copied) if isinstance(value, Tensor) else float(value)
+        for tag, value in values.items()
+    }
 
 
 def cut(path: Path, step: int) -> None:
@@ -176,15 +197,21 @@ def memory(device: torch.device) -> dict[str, float]:
 def write_video(writer: EventFile, tag: str, video_THWC: Tensor, step: int, fps: float) -> None:
     """A video uint8 [T, H, W, 3] as an animated GIF in the image tab."""
     _, height, width, _ = video_THWC.shape
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(video_THWC, fps))
+    image = Summary.Image(
+        height=height, width=width, colorspace=3, encoded_image_string=gif(video_THWC, fps)
+    )
     writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def gif(video_THWC: Tensor, fps: float) -> bytes:
     """An endless animated GIF of a uint8 video [T, H, W, 3]."""
     if video_THWC.dtype != torch.uint8 or video_THWC.ndim != 4 or video_THWC.shape[-1] != 3:
-        raise ValueError(f"a video is uint8 [T, H, W, 3], not {video_THWC.dtype} {list(video_THWC.shape)}")
+        raise ValueError(
+            f"a video is uint8 [T, H, W, 3], not {video_THWC.dtype} {list(video_THWC.shape)}"
+        )
     first, *rest = [Image.fromarray(frame) for frame in video_THWC.cpu().numpy()]
     data = io.BytesIO()
-    first.save(data, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    first.save(
+        data, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0
+    )
     return data.getvalue()

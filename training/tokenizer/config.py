@@ -21,7 +21,9 @@ class TokenizerTrainConfig(Config):
     loop: LoopConfig
     optim: OptimConfig
     model: TokenizerConfig = TokenizerConfig()
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters and the quantiser stay float32
+    precision: Literal["fp32", "bf16"] = (
+        "fp32"  # bf16: autocast; parameters and the quantiser stay float32
+    )
     recompute: bool = False  # activations in backward instead of keeping them
 
     @property

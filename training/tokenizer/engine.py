@@ -62,7 +62,9 @@ class TokenizerEngine:
         config, size = self.config, self.config.model.codebook_size
         micro_batches = [(micro, self._features(micro)) for micro in batch.micro_batches]
         if batch.step == 0 and config.model.normalize_features:
-            self.tokenizer.set_feature_statistics(*self._statistics([features for _, features in micro_batches]))
+            self.tokenizer.set_feature_statistics(
+                *self._statistics([features for _, features in micro_batches])
+            )
         rate = learning_rate(config.optim, batch.step, config.loop.steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -70,8 +72,12 @@ class TokenizerEngine:
         counts = torch.zeros(size, device=self.world.device)
         for number, (micro, features_BTChw) in enumerate(micro_batches):
             self.sampling.place(batch.step, number, [sample.position for sample in micro])
-            output = self._forward_backward(features_BTChw, number + 1 == len(micro_batches), len(micro_batches))
-            losses += torch.stack([output.loss, output.reconstruction, output.commitment]).detach() / len(micro_batches)
+            output = self._forward_backward(
+                features_BTChw, number + 1 == len(micro_batches), len(micro_batches)
+            )
+            losses += torch.stack(
+                [output.loss, output.reconstruction, output.commitment]
+            ).detach() / len(micro_batches)
             counts += count_codes(output.indices, size)
         self._preview = features_BTChw[0]
         grad_norm = clip_gradients(self.tokenizer.parameters(), config.optim.clip_grad)
@@ -81,8 +87,10 @@ class TokenizerEngine:
         self.optimizer.step()
         perplexity, used = codebook_use(summed[3:])
         metrics = {
-            "train/reconstruction": reconstruction, "train/commitment": commitment,
-            "codebook/perplexity": perplexity, "codebook/used_fraction": used,
+            "train/reconstruction": reconstruction,
+            "train/commitment": commitment,
+            "codebook/perplexity": perplexity,
+            "codebook/used_fraction": used,
         }
         codes = output.indices.shape[1] * batch.global_batch_size
         return StepResult(loss, grad_norm, rate, metrics, tokens=codes)
@@ -104,7 +112,9 @@ class TokenizerEngine:
 
     def _statistics(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation per channel over global batch 0, [C] each."""
-        values_CM = torch.cat([part.transpose(0, 2).flatten(1) for part in features], dim=1).double()
+        values_CM = torch.cat(
+            [part.transpose(0, 2).flatten(1) for part in features], dim=1
+        ).double()
         count = values_CM.new_tensor([values_CM.shape[1]])
         sums = self._sum(torch.cat([count, values_CM.sum(1), values_CM.square().sum(1)]))
         mean, square = (sums[1:] / sums[0]).chunk(2)
@@ -121,7 +131,10 @@ class TokenizerEngine:
         """Rank 0 writes: all ranks hold the same."""
         if self.world.rank != 0:
             return
-        save_file({name: tensor.contiguous() for name, tensor in self.tokenizer.state_dict().items()}, folder / MODEL)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.tokenizer.state_dict().items()},
+            folder / MODEL,
+        )
         moments = {}
         for name, parameter in self.tokenizer.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -153,8 +166,6 @@ class TokenizerEngine:
         decoded_TChw = self.tokenizer(self._preview[None]).decoded[0].float()
         self.tokenizer.train()
         return {"preview/features_and_reconstruction": paint(self._preview, decoded_TChw)}
-
-
 
 
 def paint(features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIXELS) -> Tensor:

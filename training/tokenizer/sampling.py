@@ -51,14 +51,18 @@ class KeyedSampling:
         travels is [number, E], however many vectors there are.
         """
         per_clip = len(vectors_ME) // len(self._positions)
-        positions = sorted(position for part in self.world.gather(self._positions) for position in part)
+        positions = sorted(
+            position for part in self.world.gather(self._positions) for position in part
+        )
         total = len(positions) * per_clip
         generator = rng.generator(self.seed, purpose, *self._place)
         if number <= total:
             chosen = torch.randperm(total, generator=generator)[:number]
         else:
             chosen = torch.randint(total, (number,), generator=generator)
-        clip_of_slot = {positions.index(position): clip for clip, position in enumerate(self._positions)}
+        clip_of_slot = {
+            positions.index(position): clip for clip, position in enumerate(self._positions)
+        }
         rows, sources = [], []
         for row, index in enumerate(chosen.tolist()):
             slot, code = divmod(index, per_clip)

@@ -34,7 +34,11 @@ def lay(config: ShardsConfig, rows: Path) -> Iterator[PlannedShard]:
     files = min(MOST_FILES, 1 + rows.stat().st_size // BYTES_PER_FILE)
     with Repeats(rows.parent, files) as repeats:
         for row, look in seen(config, rows):
-            for start, shape in [] if row.clip.failure or look.failure else lay_spans(config, config.shapes, row.clip, look):
+            for start, shape in (
+                []
+                if row.clip.failure or look.failure
+                else lay_spans(config, config.shapes, row.clip, look)
+            ):
                 repeats.add(span_key(config, look.sha256, start, shape), row.clip.name)
         repeated = repeats.found()
         upcoming, number = next(repeated, None), 0
@@ -48,14 +52,28 @@ def lay(config: ShardsConfig, rows: Path) -> Iterator[PlannedShard]:
                 layout.reject(row, "too_short", _too_short(config, row.clip, look))
             for start, shape in spans:
                 if upcoming and upcoming[0] == number:
-                    unused = f"; the caption of line {row.clip.line} is not used" if row.clip.line else ""
-                    layout.reject(row, "duplicate", f"span at {start:g} s is that of {upcoming[1]}{unused}")
+                    unused = (
+                        f"; the caption of line {row.clip.line} is not used"
+                        if row.clip.line
+                        else ""
+                    )
+                    layout.reject(
+                        row, "duplicate", f"span at {start:g} s is that of {upcoming[1]}{unused}"
+                    )
                     upcoming = next(repeated, None)
                 else:
                     clip, key = row.clip, span_key(config, look.sha256, start, shape)
                     span = Span(
-                        key, clip.name, clip.video, clip.caption, look.sha256, start, look.crop,
-                        row.offset, clip.more_captions, look.conversions,
+                        key,
+                        clip.name,
+                        clip.video,
+                        clip.caption,
+                        look.sha256,
+                        start,
+                        look.crop,
+                        row.offset,
+                        clip.more_captions,
+                        look.conversions,
                     )
                     layout.add(span, shape)
                 number += 1
@@ -82,7 +100,13 @@ class ShardLayout:
 
     def reject(self, row: SourceRow, reason: str, detail: str = "") -> None:
         unit = self._open.get(self._last.name) or self._begin(self._last)
-        unit.aside.append(SetAside(Reject(key=row.clip.name, stage=STAGE, reason=reason, detail=detail), row.clip.video, row.offset))
+        unit.aside.append(
+            SetAside(
+                Reject(key=row.clip.name, stage=STAGE, reason=reason, detail=detail),
+                row.clip.video,
+                row.offset,
+            )
+        )
 
     def complete(self) -> list[PlannedShard]:
         """Units that nothing more comes to, each told once."""
@@ -95,7 +119,9 @@ class ShardLayout:
     def _begin(self, shape: Bucket) -> PlannedShard:
         if shape.name in self._open:
             self._complete.append(self._open[shape.name])
-        unit = self._open[shape.name] = PlannedShard(f"{self._begun:06d}", shape, shape.name if self.config.buckets else "")
+        unit = self._open[shape.name] = PlannedShard(
+            f"{self._begun:06d}", shape, shape.name if self.config.buckets else ""
+        )
         self._begun += 1
         return unit
 
@@ -116,7 +142,9 @@ class Repeats:
 
     def add(self, key: str, name: str) -> None:
         """Keys are counted from 0."""
-        self._files[int(key[:8], 16) % len(self._files)].write(json.dumps([key, self.number, name]).encode() + b"\n")
+        self._files[int(key[:8], 16) % len(self._files)].write(
+            json.dumps([key, self.number, name]).encode() + b"\n"
+        )
         self.number += 1
 
     def found(self) -> Iterator[tuple[int, str]]:
@@ -142,7 +170,9 @@ class Repeats:
         return self._stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
 
 
-def lay_spans(config: ShardsConfig, shapes: Sequence[Bucket], clip: SourceClip, look: Look) -> Iterator[tuple[float, Bucket]]:
+def lay_spans(
+    config: ShardsConfig, shapes: Sequence[Bucket], clip: SourceClip, look: Look
+) -> Iterator[tuple[float, Bucket]]:
     """(start, shape) of at most `max_spans` spans, one after the other, none of them across a cut."""
     left = config.max_spans
     end_s = min(clip.end_s, look.duration_s)
@@ -154,17 +184,29 @@ def lay_spans(config: ShardsConfig, shapes: Sequence[Bucket], clip: SourceClip, 
             left -= 1
 
 
-def best_shape(shapes: Sequence[Bucket], fps: float, aspect: float, length_s: float) -> Bucket | None:
+def best_shape(
+    shapes: Sequence[Bucket], fps: float, aspect: float, length_s: float
+) -> Bucket | None:
     """The bucket that a clip of this aspect and length goes to: the nearest aspect that is not too long, of those the longest."""
     fitting = [shape for shape in shapes if (shape.num_frames - 1) / fps < length_s - 1e-6]
     if len(shapes) == 1 or not fitting:
         return next(iter(fitting), None)
-    return min(fitting, key=lambda shape: (round(abs(math.log(shape.width / shape.height / aspect)), 6), -shape.num_frames, -shape.height, shape.width))
+    return min(
+        fitting,
+        key=lambda shape: (
+            round(abs(math.log(shape.width / shape.height / aspect)), 6),
+            -shape.num_frames,
+            -shape.height,
+            shape.width,
+        ),
+    )
 
 
 def span_key(config: ShardsConfig, source_sha256: str, start_s: float, shape: Bucket) -> str:
     """The sample's key: equal content and span, equal key."""
-    return hashlib.sha1(f"{source_sha256}/{start_s:.6f}/{shape.num_frames}/{config.fps:g}".encode()).hexdigest()
+    return hashlib.sha1(
+        f"{source_sha256}/{start_s:.6f}/{shape.num_frames}/{config.fps:g}".encode()
+    ).hexdigest()
 
 
 def _too_short(config: ShardsConfig, clip: SourceClip, look: Look) -> str:

@@ -12,11 +12,23 @@ from landiff.data_pipeline.video.codec import VideoFile
 
 STAGE = "shards"
 # What says nothing about the state of the clip
-HARMLESS = frozenset((
-    "empty_caption", "long_caption", "duplicate", "too_short", "too_large",
-    "hdr", "interlaced", "field_coded", "no_timestamps", "dolby_vision",
-    "unsupported_transfer", "unsupported_primaries", "unsupported_matrix",
-))
+HARMLESS = frozenset(
+    (
+        "empty_caption",
+        "long_caption",
+        "duplicate",
+        "too_short",
+        "too_large",
+        "hdr",
+        "interlaced",
+        "field_coded",
+        "no_timestamps",
+        "dolby_vision",
+        "unsupported_transfer",
+        "unsupported_primaries",
+        "unsupported_matrix",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,9 @@ class PlannedShard:
     def as_json(self) -> dict[str, Any]:
         """Without what the rows say."""
         return {
-            "name": self.name, "shape": self.shape.model_dump(), "bucket": self.bucket,
+            "name": self.name,
+            "shape": self.shape.model_dump(),
+            "bucket": self.bucket,
             "spans": [span.as_json() for span in self.spans],
             "aside": [(a.reject.reason, a.reject.detail, a.row) for a in self.aside],
         }
@@ -90,13 +104,27 @@ class PlannedShard:
         for key, sha256, start, crop, offset, conversions in plain["spans"]:
             clip = _row(rows, offset).clip
             span = Span(
-                key, clip.name, clip.video, clip.caption, sha256, start, tuple(crop), offset,
-                clip.more_captions, tuple(conversions),
+                key,
+                clip.name,
+                clip.video,
+                clip.caption,
+                sha256,
+                start,
+                tuple(crop),
+                offset,
+                clip.more_captions,
+                tuple(conversions),
             )
             unit.spans.append(span)
         for reason, detail, offset in plain["aside"]:
             clip = _row(rows, offset).clip
-            unit.aside.append(SetAside(Reject(key=clip.name, stage=STAGE, reason=reason, detail=detail), clip.video, offset))
+            unit.aside.append(
+                SetAside(
+                    Reject(key=clip.name, stage=STAGE, reason=reason, detail=detail),
+                    clip.video,
+                    offset,
+                )
+            )
         return unit
 
 

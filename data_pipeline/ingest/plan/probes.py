@@ -23,7 +23,13 @@ from pathlib import Path
 from landiff.configs.documents import parse_line
 from landiff.configs.files import write_text
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.plan.rows import SourceRow, chunks, damage_of, read_rows, videos_of
+from landiff.data_pipeline.ingest.plan.rows import (
+    SourceRow,
+    chunks,
+    damage_of,
+    read_rows,
+    videos_of,
+)
 from landiff.data_pipeline.ingest.shots import Look, Looker
 from landiff.data_pipeline.ingest.sources.content_kinds import describe_file_content
 from landiff.data_pipeline.ingest.sources.entries import hint_for_missing
@@ -33,18 +39,29 @@ ProgressCallback = Callable[[int, int, str], None]  # (done, of all, what is bei
 Borrow = Callable[[], AbstractContextManager[SafeDecoder]]
 
 
-def look_at_all(config: ShardsConfig, rows: Path, task: tuple[int, int], executor: Executor, look: Callable[[VideoFile], Look],
-                progress: ProgressCallback | None) -> None:
+def look_at_all(
+    config: ShardsConfig,
+    rows: Path,
+    task: tuple[int, int],
+    executor: Executor,
+    look: Callable[[VideoFile], Look],
+    progress: ProgressCallback | None,
+) -> None:
     """Have a file of looks for each chunk of `rows`."""
     pieces = [piece for piece, _ in chunks(config, rows)]
     total, done, (number, of) = sum(piece.videos for piece in pieces), 0, task
-    mine, others = pieces[number::of], [piece for at, piece in enumerate(pieces) if at % of != number]
+    mine, others = (
+        pieces[number::of],
+        [piece for at, piece in enumerate(pieces) if at % of != number],
+    )
     random.Random(number).shuffle(others)  # two that help out seldom choose the same
     for piece in mine + others:
         path = rows.with_name(piece.looks)
         if not path.exists():
             lines = []
-            for found in executor.map(look, videos_of(list(read_rows(rows, piece.offset, piece.end)))):
+            for found in executor.map(
+                look, videos_of(list(read_rows(rows, piece.offset, piece.end)))
+            ):
                 lines.append(json.dumps(found.as_json()) + "\n")
                 if progress:
                     progress(done + len(lines), total, "look")
@@ -72,14 +89,20 @@ def inspect(looker: Looker, video: VideoFile, borrow: Borrow) -> Look:
     except ValueError as error:  # a name with a null byte
         return Look(failure=DecodeFailure("unreadable_file", str(error)))
     except FileNotFoundError as error:
-        return Look(failure=DecodeFailure("unreadable_file", f"{error.strerror}{hint_for_missing(video.path)}"))
+        return Look(
+            failure=DecodeFailure(
+                "unreadable_file", f"{error.strerror}{hint_for_missing(video.path)}"
+            )
+        )
     except OSError as error:
         return Look(failure=DecodeFailure("unreadable_file", error.strerror or str(error)))
     with borrow() as decoder:
         found = looker.look(decoder, video, sha256)
     kind = describe_file_content(video.path, video.offset, video.size) if found.failure else None
     if kind:
-        found = replace(found, failure=replace(found.failure, detail=f"it is {kind}; {found.failure.detail}"))
+        found = replace(
+            found, failure=replace(found.failure, detail=f"it is {kind}; {found.failure.detail}")
+        )
     return found
 
 

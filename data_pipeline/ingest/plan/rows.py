@@ -42,7 +42,9 @@ class SourceRow:
     """One row of the source. What makes it unusable before its video is opened is its clip's `failure`."""
 
     clip: SourceClip
-    stamp: tuple[int, int]  # size in bytes and time of change in ns of the file; -1 when it isn't there
+    stamp: tuple[
+        int, int
+    ]  # size in bytes and time of change in ns of the file; -1 when it isn't there
     offset: int = 0  # of its line
     end: int = 0
 
@@ -60,15 +62,33 @@ class SourceRow:
         end_s = None if math.isinf(clip.end_s) else clip.end_s
         failure = clip.failure and (clip.failure.reason, clip.failure.detail)
         captions = [clip.caption, *clip.more_captions]
-        return [clip.name, os.fspath(video.path), video.offset, video.size, captions, clip.start_s, end_s, failure, *self.stamp]
+        return [
+            clip.name,
+            os.fspath(video.path),
+            video.offset,
+            video.size,
+            captions,
+            clip.start_s,
+            end_s,
+            failure,
+            *self.stamp,
+        ]
 
     @classmethod
     def from_json(cls, line: bytes, offset: int) -> SourceRow:
         fields = parse_line(line, "a row of the plan")
         name, path, start, size, (caption, *more), start_s, end_s, failure, *rest = fields
         number = rest[2] if len(rest) > 2 else 0
-        clip = SourceClip(name, VideoFile(Path(path), start, size), caption, start_s, math.inf if end_s is None else end_s,
-                          DecodeFailure(*failure) if failure else None, tuple(more), number)
+        clip = SourceClip(
+            name,
+            VideoFile(Path(path), start, size),
+            caption,
+            start_s,
+            math.inf if end_s is None else end_s,
+            DecodeFailure(*failure) if failure else None,
+            tuple(more),
+            number,
+        )
         return cls(clip, tuple(rest[:2]), offset, offset + len(line))
 
 
@@ -136,15 +156,21 @@ def write_rows(config: ShardsConfig, listing: Listing, plan: Path) -> Path:
         members = Tally()
         with atomic_file(path) as file:
             if _read_source(config, listing, file, members).mark != plan.stem:
-                raise ConfigError(f"source = {config.source!r} changed while it was read; run again when it is complete")
+                raise ConfigError(
+                    f"source = {config.source!r} changed while it was read; run again when it is complete"
+                )
             if members.counts:
                 write_text(ignored_path(plan), json.dumps(members.as_json()))
     return path
 
 
-def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, members: Tally) -> SourceState:
+def _read_source(
+    config: ShardsConfig, listing: Listing, file: BinaryIO | None, members: Tally
+) -> SourceState:
     """The state of a source. Where `file` is given, the rows go to it, and `members` counts what tars hold besides."""
-    digest = hashlib.sha256(content_fingerprint(LOOKS_VERSION, config.identity(), config.columns.recorded()).encode())
+    digest = hashlib.sha256(
+        content_fingerprint(LOOKS_VERSION, config.identity(), config.columns.recorded()).encode()
+    )
     ignored, stamps = Tally(), _Stamps()
     for entry in listing.entries():
         if isinstance(entry, IgnoredFiles):
@@ -155,14 +181,22 @@ def _read_source(config: ShardsConfig, listing: Listing, file: BinaryIO | None, 
             if file is not None:
                 file.write(row.as_json().encode() + b"\n")
         else:
-            digest.update(json.dumps([os.fspath(entry.path), stamp_of(entry.path), TARS_VERSION]).encode())
+            digest.update(
+                json.dumps([os.fspath(entry.path), stamp_of(entry.path), TARS_VERSION]).encode()
+            )
             if file is not None:
                 _write_members(config, listing, entry, stamps, file, members)
     return SourceState(digest.hexdigest()[:16], ignored)
 
 
-def _write_members(config: ShardsConfig, listing: Listing, tar: TarFile, stamps: _Stamps, file: BinaryIO,
-                   members: Tally) -> None:
+def _write_members(
+    config: ShardsConfig,
+    listing: Listing,
+    tar: TarFile,
+    stamps: _Stamps,
+    file: BinaryIO,
+    members: Tally,
+) -> None:
     for entry in listing.members(tar):
         if isinstance(entry, IgnoredFiles):
             members.add(entry.kind, entry.name)
@@ -207,7 +241,9 @@ def unusable(config: ShardsConfig, clip: SourceClip) -> DecodeFailure | None:
         return DecodeFailure("empty_caption")
     longest = max(map(len, (clip.caption, *clip.more_captions)))
     if longest > config.max_caption:
-        return DecodeFailure("long_caption", f"{longest} characters, more than max_caption = {config.max_caption}")
+        return DecodeFailure(
+            "long_caption", f"{longest} characters, more than max_caption = {config.max_caption}"
+        )
     return None
 
 
@@ -232,8 +268,13 @@ def chunks(config: ShardsConfig, path: Path) -> Iterator[tuple[Chunk, list[Sourc
         rows.append(row)
         if new:
             videos[row.clip.video] = None
-            name = hashlib.sha256(f"{os.fspath(row.clip.video.path)!r}:{row.clip.video.offset}".encode()).digest()
-            full = int.from_bytes(name[:8], "big") % VIDEOS_PER_CHUNK == 0 or len(videos) == 4 * VIDEOS_PER_CHUNK
+            name = hashlib.sha256(
+                f"{os.fspath(row.clip.video.path)!r}:{row.clip.video.offset}".encode()
+            ).digest()
+            full = (
+                int.from_bytes(name[:8], "big") % VIDEOS_PER_CHUNK == 0
+                or len(videos) == 4 * VIDEOS_PER_CHUNK
+            )
     if rows:
         yield _chunk(config, rows), rows
 
@@ -246,7 +287,10 @@ def videos_of(rows: Sequence[SourceRow]) -> dict[VideoFile, tuple[int, int]]:
 def _chunk(config: ShardsConfig, rows: Sequence[SourceRow]) -> Chunk:
     videos = videos_of(rows)
     shots = config.shots.model_dump(mode="json") if config.shots else None
-    marks = [(repr(os.fspath(video.path)), video.offset, video.size, *stamp) for video, stamp in videos.items()]
+    marks = [
+        (repr(os.fspath(video.path)), video.offset, video.size, *stamp)
+        for video, stamp in videos.items()
+    ]
     video = config.video.model_dump(mode="json")
     letterbox = config.filters.letterbox
     mark = content_fingerprint(LOOKS_VERSION, config.max_pixels, video, shots, letterbox, marks)

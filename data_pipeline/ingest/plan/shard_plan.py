@@ -63,16 +63,27 @@ class ShardPlan:
     def share(self, task: tuple[int, int]) -> list[Line]:
         """The units of task (number, of): in the order of their hashes every of-th, so that shares are even and mixed."""
         number, of = task
-        return sorted(self.lines, key=lambda line: hashlib.sha256(line.name.encode()).digest())[number::of]
+        return sorted(self.lines, key=lambda line: hashlib.sha256(line.name.encode()).digest())[
+            number::of
+        ]
 
 
-def make(config: ShardsConfig, path: Path, listing: Listing, task: tuple[int, int], executor: Executor, borrow: Borrow,
-         progress: ProgressCallback | None) -> ShardPlan:
+def make(
+    config: ShardsConfig,
+    path: Path,
+    listing: Listing,
+    task: tuple[int, int],
+    executor: Executor,
+    borrow: Borrow,
+    progress: ProgressCallback | None,
+) -> ShardPlan:
     """The plan at `path`, made where it isn't there; its work is shared with the other tasks."""
     if not path.exists():
         looker = Looker(config)
         rows = write_rows(config, listing, path)
-        look_at_all(config, rows, task, executor, lambda video: inspect(looker, video, borrow), progress)
+        look_at_all(
+            config, rows, task, executor, lambda video: inspect(looker, video, borrow), progress
+        )
         write(config, path, lay(config, rows))
     return ShardPlan(path)
 
@@ -89,7 +100,17 @@ def write(config: ShardsConfig, path: Path, units: Iterable[PlannedShard]) -> No
         for unit in units:
             text = json.dumps(unit.as_json()).encode() + b"\n"
             bad = sum(entry.is_bad for entry in unit.aside)
-            lines.append(Line(unit.name, unit.fingerprint(config), file.tell(), len(text), len(unit.spans), len(unit.aside), bad))
+            lines.append(
+                Line(
+                    unit.name,
+                    unit.fingerprint(config),
+                    file.tell(),
+                    len(text),
+                    len(unit.spans),
+                    len(unit.aside),
+                    bad,
+                )
+            )
             file.write(text)
     lines.sort(key=lambda line: int(line.name))
     write_text(path, json.dumps({"units": [astuple(line) for line in lines]}))

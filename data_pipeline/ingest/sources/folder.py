@@ -157,7 +157,9 @@ def _link_problem(folder: Folder, path: str, followed: set[str]) -> str:
 # ------------------------------------------------------------------------------------------ clips
 
 
-def folder_entries(root: Path, columns: ColumnsConfig) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
+def folder_entries(
+    root: Path, columns: ColumnsConfig
+) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
     """What is below a folder without a table: videos with captions beside them, and tars."""
     for found in walk(root):
         if isinstance(found, FolderFile):
@@ -192,7 +194,9 @@ def _videos(siblings: list[tuple[str, str]]) -> list[str]:
     return [name for name, suffix in siblings if suffix in VIDEO_SUFFIXES]
 
 
-def _video(file: FolderFile, stem: str, columns: ColumnsConfig) -> Iterator[SourceClip | IgnoredFiles]:
+def _video(
+    file: FolderFile, stem: str, columns: ColumnsConfig
+) -> Iterator[SourceClip | IgnoredFiles]:
     """One video, and the caption files beside it that are not used."""
     folder = file.folder
     siblings = folder.siblings(stem)

@@ -102,9 +102,7 @@ def _tars(source: str, columns: ColumnsConfig) -> Listing:
         if len(missing) > 3:
             first += ", ..."
         count = f"{len(missing)} of {len(names)} tars do" if len(names) > 1 else "the tar does"
-        raise ConfigError(
-            f"source = {source!r}: {count} not exist: {first}"
-        )
+        raise ConfigError(f"source = {source!r}: {count} not exist: {first}")
     return Listing(lambda: (TarFile(Path(name)) for name in names), columns)
 
 

@@ -294,7 +294,9 @@ def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterat
         )
 
 
-def _failed(path: Path, name: str, video: VideoFile, line: int, failure: DecodeFailure) -> SourceClip:
+def _failed(
+    path: Path, name: str, video: VideoFile, line: int, failure: DecodeFailure
+) -> SourceClip:
     return SourceClip(name=printable(name), video=video, caption="", failure=failure, line=line)
 
 

@@ -84,9 +84,13 @@ def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | Ign
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 yield from _TarListing(path, file, columns).entries()
             else:
-                yield _failed(path, path.name, DecodeFailure("unreadable_file", "not a regular file"))
+                yield _failed(
+                    path, path.name, DecodeFailure("unreadable_file", "not a regular file")
+                )
     except OSError as error:
-        yield _failed(path, path.name, DecodeFailure("unreadable_file", error.strerror or str(error)))
+        yield _failed(
+            path, path.name, DecodeFailure("unreadable_file", error.strerror or str(error))
+        )
 
 
 class _TarListing:
@@ -99,7 +103,9 @@ class _TarListing:
         self.links: dict[
             tuple[str, str], str
         ] = {}  # (key, suffix) -> name of the member that it leads to
-        self.failed: list[tuple[str, DecodeFailure]] = []  # videos that cannot be used: (member, why)
+        self.failed: list[
+            tuple[str, DecodeFailure]
+        ] = []  # videos that cannot be used: (member, why)
 
     def entries(self) -> Iterator[SourceClip | IgnoredFiles]:
         """All clips and ignored members."""
@@ -109,7 +115,9 @@ class _TarListing:
                 members += 1
                 yield from self._add(member)
         except DAMAGE as error:
-            damage = DecodeFailure("damaged_tar", printable(f"{type(error).__name__}: {error}")[:160])
+            damage = DecodeFailure(
+                "damaged_tar", printable(f"{type(error).__name__}: {error}")[:160]
+            )
             kind = None if members else describe_file_content(self.path)
             if kind:
                 damage = DecodeFailure("not_a_tar", f"it is {kind}")
@@ -170,7 +178,9 @@ class _TarListing:
             if place == NOWHERE:
                 del self.samples[key][suffix]
                 detail = f"a link to {printable(target)!r}, which the tar does not hold"
-                yield from self._refuse(suffix, key + suffix, DecodeFailure("unreadable_member", detail))
+                yield from self._refuse(
+                    suffix, key + suffix, DecodeFailure("unreadable_member", detail)
+                )
             else:
                 self.samples[key][suffix] = place
 
@@ -201,7 +211,9 @@ class _TarListing:
             name = key + suffix if number else key  # a second video of the same key has its suffix
             place = places[suffix]
             cut = (
-                DecodeFailure("truncated", "the tar ends within it") if sum(place) > self.length else None
+                DecodeFailure("truncated", "the tar ends within it")
+                if sum(place) > self.length
+                else None
             )
             yield SourceClip(
                 name=printable(f"{self.path.name}:{name}"),

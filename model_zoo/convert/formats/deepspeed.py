@@ -54,7 +54,11 @@ class ZeroLayout(Config):
     @property
     def part(self) -> tuple[str, DiffusionConfig | TransformerConfig]:
         """Kind and config of what is trained: phase main the transformer, phase control the whole model."""
-        return ("diffusion", self.model) if self.phase == "control" else ("transformer", self.model.transformer)
+        return (
+            ("diffusion", self.model)
+            if self.phase == "control"
+            else ("transformer", self.model.transformer)
+        )
 
     def write(self, folder: Path) -> None:
         write_text(folder / LAYOUT, self.model_dump_json(indent=1))
@@ -64,9 +68,13 @@ class ZeroLayout(Config):
         try:
             return read_json_as(ZeroLayout, folder / LAYOUT)
         except FileNotFoundError:
-            raise ConfigError(f"{folder} is not a checkpoint of the diffusion trainer: it has no {LAYOUT}") from None
+            raise ConfigError(
+                f"{folder} is not a checkpoint of the diffusion trainer: it has no {LAYOUT}"
+            ) from None
         except ConfigError as error:
-            raise ConfigError(f"{folder / LAYOUT} does not describe a diffusion checkpoint: {error}") from None
+            raise ConfigError(
+                f"{folder / LAYOUT} does not describe a diffusion checkpoint: {error}"
+            ) from None
 
 
 # These take the place of DeepSpeed's classes in a pickle and keep what it says about them.
@@ -127,7 +135,13 @@ class Scattered:
             if first < end:
                 found.append(piece.part(first, end - first))
             start -= size
-        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
+        return (
+            found[0]
+            if len(found) == 1
+            else torch.cat(found)
+            if found
+            else torch.empty(0, dtype=self.dtype)
+        )
 
     def read(self) -> Tensor:
         return self.part(0, self.shape.numel()).view(self.shape)
@@ -166,15 +180,25 @@ class DeepSpeedState:
 
     zero_stage: int  # 0: whole weights without an optimizer
     world_size: int
-    places: Mapping[str, Scattered]  # trainable ones fp32 (the masters), frozen ones and buffers as trained with
+    places: Mapping[
+        str, Scattered
+    ]  # trainable ones fp32 (the masters), frozen ones and buffers as trained with
     groups: tuple[OptimizerGroup, ...]
     buffers: tuple[str, ...]
     working: Mapping[str, torch.dtype]  # what the module computes with
-    moment_places: Mapping[str, Mapping[str, Scattered]]  # "exp_avg" | "exp_avg_sq" -> fp32 by name of trainable parameter
+    moment_places: Mapping[
+        str, Mapping[str, Scattered]
+    ]  # "exp_avg" | "exp_avg_sq" -> fp32 by name of trainable parameter
     optimizer_steps: int  # Adam's own count
-    numbers: Mapping[str, Any] = field(default_factory=dict)  # what the optimizer counts beside its vectors: step, as it counts it
-    optimizer: Mapping[str, Any] = field(default_factory=dict)  # what else the optimizer files say, equal on all ranks
-    rest: Mapping[str, Any] = field(default_factory=dict)  # what else the model file says: counts, schedules, the user's own
+    numbers: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what the optimizer counts beside its vectors: step, as it counts it
+    optimizer: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what else the optimizer files say, equal on all ranks
+    rest: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what else the model file says: counts, schedules, the user's own
 
     @property
     def weights(self) -> Assembled:
@@ -194,16 +218,28 @@ class DeepSpeedState:
 
 
 # What a model file says about tensors and layout; the rest of it is `DeepSpeedState.rest`.
-OF_TENSORS = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params", "optimizer",
-              "dp_world_size")
+OF_TENSORS = (
+    "module",
+    "buffer_names",
+    "param_shapes",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+    "shared_params",
+    "optimizer",
+    "dp_world_size",
+)
 
 
 def find_shards(path: Path) -> Path | None:
     """Where the files of a ZeRO optimizer lie: in a checkpoint of our trainer, in the folder that `latest` names, in `path` itself."""
     latest = path / "latest"
-    names = [SHARDS, "."] + ([latest.read_text(encoding="utf-8").strip()] if latest.is_file() else [])
+    names = [SHARDS, "."] + (
+        [latest.read_text(encoding="utf-8").strip()] if latest.is_file() else []
+    )
     for folder in (path / name for name in names):
-        if folder.is_dir() and any(re.fullmatch(OPTIMIZER_FILE, file.name) for file in folder.iterdir()):
+        if folder.is_dir() and any(
+            re.fullmatch(OPTIMIZER_FILE, file.name) for file in folder.iterdir()
+        ):
             return folder
     return None
 
@@ -211,9 +247,15 @@ def find_shards(path: Path) -> Path | None:
 def read_deepspeed(folder: Path) -> DeepSpeedState:
     """Everything a DeepSpeed checkpoint folder holds. Raises ConfigError when parts of it are missing or foreign."""
     optimizer_files = _by_rank(folder, OPTIMIZER_FILE)
-    other = [path.name for path in folder.iterdir() if re.search(r"mp_rank_(?!00)\d\d_|^layer_\d|^expp_rank_", path.name)]
+    other = [
+        path.name
+        for path in folder.iterdir()
+        if re.search(r"mp_rank_(?!00)\d\d_|^layer_\d|^expp_rank_", path.name)
+    ]
     if other:
-        raise ConfigError(f"{folder} is of a run with tensor, pipeline or expert parallelism ({sorted(other)[0]}), which is not read here")
+        raise ConfigError(
+            f"{folder} is of a run with tensor, pipeline or expert parallelism ({sorted(other)[0]}), which is not read here"
+        )
     if not optimizer_files and (folder / START).is_file():
         return _start(folder)
     if not optimizer_files:
@@ -223,35 +265,75 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
     counts = shards[0]["partition_count"]
     world_size = max(counts) if isinstance(counts, list) else int(counts)
     if world_size != len(shards):
-        raise ConfigError(f"{folder} was written by {world_size} ranks but holds the optimizer states of {len(shards)}")
+        raise ConfigError(
+            f"{folder} was written by {world_size} ranks but holds the optimizer states of {len(shards)}"
+        )
     if stage == 3:
         model_files = _by_rank(folder, r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
         if len(model_files) != world_size:
-            raise ConfigError(f"{folder} was written by {world_size} ranks but holds the model states of {len(model_files)}")
+            raise ConfigError(
+                f"{folder} was written by {world_size} ranks but holds the model states of {len(model_files)}"
+            )
     else:
         model_files = [folder / START]
     models = [_load(path) for path in model_files]
     if models[0].get("shared_params"):
-        raise ConfigError(f"{folder} ties parameters together ({', '.join(models[0]['shared_params'])}), which is not read here")
+        raise ConfigError(
+            f"{folder} ties parameters together ({', '.join(models[0]['shared_params'])}), which is not read here"
+        )
     if (_zero_config(models[0]) or {}).get("round_robin_gradients"):
-        raise ConfigError(f"{folder} was written with zero_optimization.round_robin_gradients = true, which is not read here")
-    shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in models[0]["param_shapes"]]
+        raise ConfigError(
+            f"{folder} was written with zero_optimization.round_robin_gradients = true, which is not read here"
+        )
+    shapes = [
+        {name: torch.Size(shape) for name, shape in group.items()}
+        for group in models[0]["param_shapes"]
+    ]
     trainable = frozenset(name for group in shapes for name in group)
     states = [_optimizer(shard, stage, folder) for shard in shards]
-    flat = [shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] for shard in shards]
+    flat = [
+        shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+        for shard in shards
+    ]
     still = _frozen_of_stage_3(models) if stage == 3 else _frozen_of_stage_2(models[0], trainable)
     pieces = _pieces_of_stage_3 if stage == 3 else _pieces_of_stage_2
-    moments = {key: pieces(shapes, shards, [[state["state"][i][key] for i in sorted(state["state"])] for state in states])
-               for key in _moments(states[0])}
-    steps = {int(_read(entry["step"])) for state in states for entry in state["state"].values() if "step" in entry}
+    moments = {
+        key: pieces(
+            shapes,
+            shards,
+            [[state["state"][i][key] for i in sorted(state["state"])] for state in states],
+        )
+        for key in _moments(states[0])
+    }
+    steps = {
+        int(_read(entry["step"]))
+        for state in states
+        for entry in state["state"].values()
+        if "step" in entry
+    }
     if len(steps) > 1:
-        raise ConfigError(f"{folder} holds different Adam step counts, {sorted(steps)}: it mixes two checkpoints")
+        raise ConfigError(
+            f"{folder} holds different Adam step counts, {sorted(steps)}: it mixes two checkpoints"
+        )
     return DeepSpeedState(
-        zero_stage=stage, world_size=world_size, places={**still, **pieces(shapes, shards, flat)},
-        groups=_groups(shapes, states[0], stage), buffers=tuple(models[0]["buffer_names"]), moment_places=moments,
-        working={name: tensor.dtype for name, tensor in models[0]["module"].items() if isinstance(tensor, Stored)},
-        optimizer_steps=steps.pop() if steps else 0, numbers=_numbers(states[0]),
-        optimizer={key: shards[0][key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad") if key in shards[0]},
+        zero_stage=stage,
+        world_size=world_size,
+        places={**still, **pieces(shapes, shards, flat)},
+        groups=_groups(shapes, states[0], stage),
+        buffers=tuple(models[0]["buffer_names"]),
+        moment_places=moments,
+        working={
+            name: tensor.dtype
+            for name, tensor in models[0]["module"].items()
+            if isinstance(tensor, Stored)
+        },
+        optimizer_steps=steps.pop() if steps else 0,
+        numbers=_numbers(states[0]),
+        optimizer={
+            key: shards[0][key]
+            for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+            if key in shards[0]
+        },
         rest=_plain({key: value for key, value in models[0].items() if key not in OF_TENSORS}),
     )
 
@@ -271,11 +353,19 @@ def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:
 def exported(state: DeepSpeedState) -> LazyTensors:
     """All weights of a checkpoint; floating-point ones in float32, but of weights that start a run as they are stored."""
     start = is_start(state)
-    tensors = LazyTensors({name: torch.empty(place.shape, dtype=place.dtype, device="meta") for name, place in state.places.items()},
-                          lambda name: state.places[name].read())
+    tensors = LazyTensors(
+        {
+            name: torch.empty(place.shape, dtype=place.dtype, device="meta")
+            for name, place in state.places.items()
+        },
+        lambda name: state.places[name].read(),
+    )
     if not start:
         return tensors.cast(torch.float32)
-    meta = {name: tensor.to(state.working.get(name, tensor.dtype)) for name, tensor in tensors.meta.items()}
+    meta = {
+        name: tensor.to(state.working.get(name, tensor.dtype))
+        for name, tensor in tensors.meta.items()
+    }
     return LazyTensors(meta, lambda name: tensors.read(name).to(meta[name].dtype))
 
 
@@ -287,13 +377,22 @@ def is_start(state: DeepSpeedState) -> bool:
 def _start(folder: Path) -> DeepSpeedState:
     """Whole weights without an optimizer: what `write_start` writes, and DeepSpeed without ZeRO."""
     content = _load(folder / START)
-    weights = {name: value for name, value in content["module"].items() if isinstance(value, Stored)}
+    weights = {
+        name: value for name, value in content["module"].items() if isinstance(value, Stored)
+    }
     if any(isinstance(value, Tensor) for value in content["module"].values()):
-        raise ConfigError(f"{folder / START} is of before torch 1.6; save it again with a newer one")
+        raise ConfigError(
+            f"{folder / START} is of before torch 1.6; save it again with a newer one"
+        )
     groups = content["param_shapes"] or [weights]
     return DeepSpeedState(
-        zero_stage=0, world_size=1, places={name: _whole(stored) for name, stored in weights.items()}, buffers=(),
-        groups=tuple(OptimizerGroup(tuple(group), {}) for group in groups), moment_places={}, optimizer_steps=0,
+        zero_stage=0,
+        world_size=1,
+        places={name: _whole(stored) for name, stored in weights.items()},
+        buffers=(),
+        groups=tuple(OptimizerGroup(tuple(group), {}) for group in groups),
+        moment_places={},
+        optimizer_steps=0,
         working={name: stored.dtype for name, stored in weights.items()},
     )
 
@@ -306,9 +405,13 @@ def _load(path: Path) -> Any:
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    found = {int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(pattern, path.name))}
+    found = {
+        int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(pattern, path.name))
+    }
     if sorted(found) != list(range(len(found))):
-        raise ConfigError(f"{folder} holds the shards of ranks {sorted(found)} only: the checkpoint is not whole")
+        raise ConfigError(
+            f"{folder} holds the shards of ranks {sorted(found)} only: the checkpoint is not whole"
+        )
     return [found[rank] for rank in sorted(found)]
 
 
@@ -316,17 +419,27 @@ def _optimizer(shard: Mapping[str, Any], stage: int, folder: Path) -> Mapping[st
     """state and param_groups of torch's optimizer, over flat vectors."""
     state = shard["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
     if not isinstance(state, Mapping):
-        raise ConfigError(f"{folder} was written with zero_optimization.elastic_checkpoint = true, which is not read here")
+        raise ConfigError(
+            f"{folder} was written with zero_optimization.elastic_checkpoint = true, which is not read here"
+        )
     return state
 
 
 def _moments(state: Mapping[str, Any]) -> list[str]:
     """What the optimizer keeps for every weight."""
-    return [key for key, value in next(iter(state["state"].values()), {}).items() if isinstance(value, Stored) and len(value.shape) == 1]
+    return [
+        key
+        for key, value in next(iter(state["state"].values()), {}).items()
+        if isinstance(value, Stored) and len(value.shape) == 1
+    ]
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _read(value) for key, value in next(iter(state["state"].values()), {}).items() if not (isinstance(value, Stored) and value.shape)}
+    return {
+        key: _read(value)
+        for key, value in next(iter(state["state"].values()), {}).items()
+        if not (isinstance(value, Stored) and value.shape)
+    }
 
 
 def _zero_config(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -335,19 +448,29 @@ def _zero_config(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return config.get("zero_optimization") if isinstance(config, Mapping) else None
 
 
-def _groups(shapes: Sequence[Mapping[str, torch.Size]], state: Mapping[str, Any], stage: int) -> tuple[OptimizerGroup, ...]:
+def _groups(
+    shapes: Sequence[Mapping[str, torch.Size]], state: Mapping[str, Any], stage: int
+) -> tuple[OptimizerGroup, ...]:
     """ZeRO 3 may cut a group of the optimizer into several vectors, each with its own entry of `shapes`."""
     listed = state.get("param_groups") or [{"params": [i]} for i in range(len(shapes))]
     groups = []
     for group in listed:
         names = tuple(name for i in group["params"] for name in shapes[i])
-        groups.append(OptimizerGroup(names, {key: value for key, value in _plain(group).items() if key != "params"}))
+        groups.append(
+            OptimizerGroup(
+                names, {key: value for key, value in _plain(group).items() if key != "params"}
+            )
+        )
     return tuple(groups)
 
 
 def _frozen_of_stage_2(model: Mapping[str, Any], trainable: frozenset[str]) -> dict[str, Scattered]:
     """Frozen parameters and buffers, whole in the one model file."""
-    return {name: _whole(tensor) for name, tensor in model["module"].items() if name not in trainable and isinstance(tensor, Stored)}
+    return {
+        name: _whole(tensor)
+        for name, tensor in model["module"].items()
+        if name not in trainable and isinstance(tensor, Stored)
+    }
 
 
 def _frozen_of_stage_3(models: Sequence[Mapping[str, Any]]) -> dict[str, Scattered]:
@@ -355,7 +478,9 @@ def _frozen_of_stage_3(models: Sequence[Mapping[str, Any]]) -> dict[str, Scatter
     buffers = {name: _whole(models[0]["module"][name]) for name in models[0]["buffer_names"]}
     frozen = {}
     for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
-        frozen[name] = _joined(torch.Size(shape), [(model["frozen_param_fragments"][name], 0) for model in models])
+        frozen[name] = _joined(
+            torch.Size(shape), [(model["frozen_param_fragments"][name], 0) for model in models]
+        )
     return buffers | frozen
 
 
@@ -375,19 +500,31 @@ def _joined(shape: torch.Size, places: Sequence[tuple[Stored, int]]) -> Scattere
 
 
 def _flat(vector: Stored, start: int, numel: int) -> Stored:
-    assert len(vector.shape) == 1 and vector.stride in (None, (1,)), vector  # may be a view of a larger one, from its offset on
+    assert len(vector.shape) == 1 and vector.stride in (None, (1,)), (
+        vector
+    )  # may be a view of a larger one, from its offset on
     return Stored(vector.path, vector.start, vector.dtype, (numel,), (1,), vector.offset + start)
 
 
 Vectors = Sequence[Sequence[Stored]]  # by rank and group
 
 
-def _pieces_of_stage_2(shapes: Sequence[Mapping[str, torch.Size]], shards: Sequence[Mapping[str, Any]], vectors: Vectors) -> dict[str, Scattered]:
+def _pieces_of_stage_2(
+    shapes: Sequence[Mapping[str, torch.Size]],
+    shards: Sequence[Mapping[str, Any]],
+    vectors: Vectors,
+) -> dict[str, Scattered]:
     """ZeRO 1 and 2: each rank's file names its stretches; the ranks in order make up the parameter."""
     pieces: dict[str, list[Stored]] = {name: [] for group in shapes for name in group}
     for rank, shard in enumerate(shards):
-        if any(any(padding) for padding in shard.get("param_alignment_paddings") or [] if isinstance(padding, list)):
-            raise ConfigError("this checkpoint pads parameters inside its flat groups, which is not read here")
+        if any(
+            any(padding)
+            for padding in shard.get("param_alignment_paddings") or []
+            if isinstance(padding, list)
+        ):
+            raise ConfigError(
+                "this checkpoint pads parameters inside its flat groups, which is not read here"
+            )
         for group, mapping in enumerate(shard["param_slice_mappings"]):
             for name, address in mapping.items():
                 pieces[name].append(_flat(vectors[rank][group], address.start, address.numel))
@@ -399,7 +536,11 @@ def _pieces_of_stage_2(shapes: Sequence[Mapping[str, torch.Size]], shards: Seque
     return found
 
 
-def _pieces_of_stage_3(shapes: Sequence[Mapping[str, torch.Size]], shards: Sequence[Mapping[str, Any]], vectors: Vectors) -> dict[str, Scattered]:
+def _pieces_of_stage_3(
+    shapes: Sequence[Mapping[str, torch.Size]],
+    shards: Sequence[Mapping[str, Any]],
+    vectors: Vectors,
+) -> dict[str, Scattered]:
     """ZeRO 3: equal slices at the same place of every rank's vectors, which lie end to end; the last slice is padded."""
     index, start, found = 0, 0, {}  # of the vector, and of the slice in it
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
@@ -422,9 +563,12 @@ def _read(tensor: Stored | Tensor | float) -> Any:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what holds stood-in objects, whose content is gone; tensors are read, they are few and small."""
+
     def foreign(node: Any) -> bool:
         if isinstance(node, Mapping | list | tuple):
             return any(map(foreign, node.values() if isinstance(node, Mapping) else node))
         return isinstance(node, IgnoredObject)
 
-    return {key: replace_leaves(value, _read) for key, value in values.items() if not foreign(value)}
+    return {
+        key: replace_leaves(value, _read) for key, value in values.items() if not foreign(value)
+    }

@@ -48,7 +48,9 @@ class Cut:
     dtype: torch.dtype | None = None  # of what the module computes with; None: as it is
 
 
-def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: ProgressCallback | None = None) -> None:
+def write_deepspeed(
+    folder: Path, state: DeepSpeedState, cut: Cut, progress: ProgressCallback | None = None
+) -> None:
     """Write all of `state` as `cut.world_size` ranks of ZeRO `cut.stage` would save it.
 
     Raises UnhealthyError for weights or moments with NaN or infinity.
@@ -63,10 +65,18 @@ def write_deepspeed(folder: Path, state: DeepSpeedState, cut: Cut, progress: Pro
     files: dict[str, _File] = {}
     for rank in range(cut.world_size if cut.stage == 3 else 1):
         name = f"zero_pp_rank_{rank}_{START}" if cut.stage == 3 else START
-        files[name] = _model_of_stage_3(state, rank, cut.world_size) if cut.stage == 3 else _model_of_stage_2(state, cut)
+        files[name] = (
+            _model_of_stage_3(state, rank, cut.world_size)
+            if cut.stage == 3
+            else _model_of_stage_2(state, cut)
+        )
     for rank in range(cut.world_size):
         name = f"{'bf16_' * bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # the name that DeepSpeed looks for
-        files[name] = _optimizer_of_stage_3(state, rank, cut.world_size) if cut.stage == 3 else _optimizer_of_stage_2(state, rank, cut)
+        files[name] = (
+            _optimizer_of_stage_3(state, rank, cut.world_size)
+            if cut.stage == 3
+            else _optimizer_of_stage_2(state, rank, cut)
+        )
     sizes = [megabytes(0, file.tensors.num_bytes)[1] for file in files.values()]
     for number, (name, file) in enumerate(files.items()):
         file.write(folder / name, progress and _shifted(progress, sum(sizes[:number]), sum(sizes)))
@@ -77,8 +87,14 @@ def _shifted(progress: ProgressCallback, before: int, total: int) -> ProgressCal
     return lambda done, _own_total: progress(before + done, total)
 
 
-def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerConfig, tensors: LazyTensors,
-                progress: ProgressCallback | None = None, cut: Cut | None = None) -> None:
+def write_start(
+    folder: Path,
+    kind: str,
+    config: DiffusionConfig | TransformerConfig,
+    tensors: LazyTensors,
+    progress: ProgressCallback | None = None,
+    cut: Cut | None = None,
+) -> None:
     """Weights that start a run; our own engine reads them at any stage and world size. DeepSpeed itself:
 
         engine.load_checkpoint(folder, tag="zero", load_module_only=True)                                  ZeRO 1, 2, any world size
@@ -93,18 +109,41 @@ def write_start(folder: Path, kind: str, config: DiffusionConfig | TransformerCo
     trained = tuple(name for name in tensors.meta if not name.startswith(frozen))
     zero_3 = cut is not None and cut.stage == 3
     state = DeepSpeedState(
-        zero_stage=0, world_size=1, places={name: Made(tensors, name) for name in tensors.meta}, groups=(OptimizerGroup(trained, {}),),
-        buffers=(), working={name: meta.dtype for name, meta in tensors.meta.items()}, moment_places={}, optimizer_steps=0, rest={"start": True},
+        zero_stage=0,
+        world_size=1,
+        places={name: Made(tensors, name) for name in tensors.meta},
+        groups=(OptimizerGroup(trained, {}),),
+        buffers=(),
+        working={name: meta.dtype for name, meta in tensors.meta.items()},
+        moment_places={},
+        optimizer_steps=0,
+        rest={"start": True},
     )
     if zero_3:
         write_deepspeed(folder / SHARDS, state, cut, progress)
-        write_text(folder / "latest", SHARDS)  # where DeepSpeed looks for weights without an optimizer
+        write_text(
+            folder / "latest", SHARDS
+        )  # where DeepSpeed looks for weights without an optimizer
     else:
-        _model_of_stage_2(replace(state, rest=_with_stage(state.rest, 0)), Cut(1, 1)).write(folder / SHARDS / START, progress)
-    whole = config if control else DiffusionConfig(transformer=config, control_layers=min(15, config.num_layers))
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[tensors.dtype()]
-    ZeroLayout(zero_stage=0, world_size=1, precision=precision, phase="control" if control else "main",
-           model=whole, shapes={name: list(tensor.shape) for name, tensor in tensors.meta.items()}).write(folder)
+        _model_of_stage_2(replace(state, rest=_with_stage(state.rest, 0)), Cut(1, 1)).write(
+            folder / SHARDS / START, progress
+        )
+    whole = (
+        config
+        if control
+        else DiffusionConfig(transformer=config, control_layers=min(15, config.num_layers))
+    )
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
+        tensors.dtype()
+    ]
+    ZeroLayout(
+        zero_stage=0,
+        world_size=1,
+        precision=precision,
+        phase="control" if control else "main",
+        model=whole,
+        shapes={name: list(tensor.shape) for name, tensor in tensors.meta.items()},
+    ).write(folder)
 
 
 @dataclass(frozen=True)
@@ -130,16 +169,28 @@ def _working(state: DeepSpeedState, dtype: torch.dtype | None) -> dict[str, torc
     known = list(state.working.values())
     default = max(known, key=known.count, default=torch.float32)
     working = {name: state.working.get(name, default) for name in state.places}
-    return {name: dtype if dtype is not None and old.is_floating_point and name not in state.buffers else old
-            for name, old in working.items()}
+    return {
+        name: dtype
+        if dtype is not None and old.is_floating_point and name not in state.buffers
+        else old
+        for name, old in working.items()
+    }
 
 
 def _with_stage(rest: Mapping[str, Any], stage: int) -> dict[str, Any]:
     config = rest.get("ds_config")
     config = dict(config) if isinstance(config, Mapping) else {}
     config["zero_optimization"] = {**config.get("zero_optimization", {}), "stage": stage}
-    return {"ds_version": "0.19.8", "mp_world_size": 1, "lr_scheduler": None, "skipped_steps": 0, "global_steps": 0,
-            "global_samples": 0, **rest, "ds_config": config}
+    return {
+        "ds_version": "0.19.8",
+        "mp_world_size": 1,
+        "lr_scheduler": None,
+        "skipped_steps": 0,
+        "global_steps": 0,
+        "global_samples": 0,
+        **rest,
+        "ds_config": config,
+    }
 
 
 # ---------------------------------------------------------------- one file
@@ -153,10 +204,15 @@ class _File:
         self.makers: dict[str, Callable[[], Iterator[Tensor]]] = {}
         self.content: dict[Any, Any] = {}
 
-    def add(self, shape: Sequence[int], dtype: torch.dtype, stretches: Callable[[], Iterator[Tensor]]) -> _Key:
+    def add(
+        self, shape: Sequence[int], dtype: torch.dtype, stretches: Callable[[], Iterator[Tensor]]
+    ) -> _Key:
         """A tensor to come; the result holds its place in `content`."""
         key = _Key(str(len(self.meta)))
-        self.meta[key.name], self.makers[key.name] = torch.empty(tuple(shape), dtype=dtype, device="meta"), stretches
+        self.meta[key.name], self.makers[key.name] = (
+            torch.empty(tuple(shape), dtype=dtype, device="meta"),
+            stretches,
+        )
         return key
 
     def whole(self, place: Scattered, dtype: torch.dtype) -> _Key:
@@ -164,9 +220,15 @@ class _File:
 
     def small(self, value: Any) -> Any:
         """A tensor in memory; anything else stays what it is."""
-        return self.add(value.shape, value.dtype, lambda: iter([value])) if isinstance(value, Tensor) else value
+        return (
+            self.add(value.shape, value.dtype, lambda: iter([value]))
+            if isinstance(value, Tensor)
+            else value
+        )
 
-    def vector(self, places: Mapping[str, Scattered], stretches: Sequence[_Stretch], dtype: torch.dtype) -> _Key:
+    def vector(
+        self, places: Mapping[str, Scattered], stretches: Sequence[_Stretch], dtype: torch.dtype
+    ) -> _Key:
         def parts() -> Iterator[Tensor]:
             for stretch in stretches:
                 if stretch.numel:
@@ -178,11 +240,17 @@ class _File:
 
     @property
     def tensors(self) -> LazyTensors:
-        return LazyTensors(self.meta, lambda name: torch.cat([t.flatten() for t in self.makers[name]()]), lambda name: self.makers[name]())
+        return LazyTensors(
+            self.meta,
+            lambda name: torch.cat([t.flatten() for t in self.makers[name]()]),
+            lambda name: self.makers[name](),
+        )
 
     def write(self, path: Path, progress: ProgressCallback | None) -> None:
         def content(fakes: Mapping[str, Tensor]) -> Any:
-            return replace_leaves(self.content, lambda leaf: fakes[leaf.name] if isinstance(leaf, _Key) else leaf)
+            return replace_leaves(
+                self.content, lambda leaf: fakes[leaf.name] if isinstance(leaf, _Key) else leaf
+            )
 
         write_pickle(path, self.tensors, content, progress, CLASSES)
 
@@ -198,10 +266,19 @@ class _Key:
 def _model_of_stage_2(state: DeepSpeedState, cut: Cut) -> _File:
     """Everything whole. ZeRO 2 names the frozen parameters a second time; ZeRO 1 does not."""
     file = _File()
-    module = OrderedDict((name, file.whole(place, state.working[name])) for name, place in state.places.items())
+    module = OrderedDict(
+        (name, file.whole(place, state.working[name])) for name, place in state.places.items()
+    )
     frozen = _frozen(state) if cut.stage == 2 else None
-    _around(file, state, cut.world_size, module, [group.names for group in state.groups], frozen,
-            frozen and {name: module[name] for name in frozen})
+    _around(
+        file,
+        state,
+        cut.world_size,
+        module,
+        [group.names for group in state.groups],
+        frozen,
+        frozen and {name: module[name] for name in frozen},
+    )
     return file
 
 
@@ -209,26 +286,60 @@ def _model_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> _Fil
     """Of parameters the names alone; buffers whole; this rank's slices of frozen parameters."""
     file, frozen = _File(), _frozen(state)
     module = OrderedDict(
-        (name, file.whole(place, state.working[name]) if name in state.buffers else file.small(torch.empty(0, dtype=state.working[name])))
+        (
+            name,
+            file.whole(place, state.working[name])
+            if name in state.buffers
+            else file.small(torch.empty(0, dtype=state.working[name])),
+        )
         for name, place in state.places.items()
     )
-    fragments = {name: file.vector(state.places, [_slice(state, name, rank, world_size)], state.working[name]) for name in frozen}
-    _around(file, state, world_size, module, [names for vectors in _sub_groups(state, world_size) for names in vectors], frozen, fragments)
+    fragments = {
+        name: file.vector(
+            state.places, [_slice(state, name, rank, world_size)], state.working[name]
+        )
+        for name in frozen
+    }
+    _around(
+        file,
+        state,
+        world_size,
+        module,
+        [names for vectors in _sub_groups(state, world_size) for names in vectors],
+        frozen,
+        fragments,
+    )
     return file
 
 
 def _frozen(state: DeepSpeedState) -> list[str]:
-    return [name for name in state.places if name not in state.trainable and name not in state.buffers]
+    return [
+        name for name in state.places if name not in state.trainable and name not in state.buffers
+    ]
 
 
-def _around(file: _File, state: DeepSpeedState, world_size: int, module: Mapping[str, Any], groups: Sequence[Sequence[str]],
-            frozen: Sequence[str] | None, fragments: Mapping[str, Any] | None) -> None:
+def _around(
+    file: _File,
+    state: DeepSpeedState,
+    world_size: int,
+    module: Mapping[str, Any],
+    groups: Sequence[Sequence[str]],
+    frozen: Sequence[str] | None,
+    fragments: Mapping[str, Any] | None,
+) -> None:
     shapes = state.shapes
     file.content = {
-        **replace_leaves(state.rest, file.small), "module": module, "buffer_names": list(state.buffers), "optimizer": None,
+        **replace_leaves(state.rest, file.small),
+        "module": module,
+        "buffer_names": list(state.buffers),
+        "optimizer": None,
         "param_shapes": [OrderedDict((name, shapes[name]) for name in names) for names in groups],
-        "frozen_param_shapes": None if frozen is None else OrderedDict((name, shapes[name]) for name in frozen),
-        "frozen_param_fragments": None if frozen is None else OrderedDict(fragments), "shared_params": {}, "dp_world_size": world_size,
+        "frozen_param_shapes": None
+        if frozen is None
+        else OrderedDict((name, shapes[name]) for name in frozen),
+        "frozen_param_fragments": None if frozen is None else OrderedDict(fragments),
+        "shared_params": {},
+        "dp_world_size": world_size,
     }
 
 
@@ -255,18 +366,33 @@ def _optimizer_of_stage_2(state: DeepSpeedState, rank: int, cut: Cut) -> _File:
         paddings.append(padding)
         addresses, start = OrderedDict(), 0
         for stretch in stretches:
-            addresses[stretch.name], start = FragmentAddress(stretch.numel, start), start + stretch.numel
+            addresses[stretch.name], start = (
+                FragmentAddress(stretch.numel, start),
+                start + stretch.numel,
+            )
         mappings.append(addresses)
-    _optimizer_around(file, state, {
-        "base_optimizer_state": _torch_state(state, moments, [[i] for i in range(len(state.groups))]),
-        "single_partition_of_fp32_groups": masters, "zero_stage": ZeroStage(cut.stage), "group_paddings": paddings,
-        "param_alignment_paddings": [[0] * len(group.names) for group in state.groups],
-        "partition_count": [cut.world_size] * len(state.groups), "ds_version": state.rest["ds_version"], "param_slice_mappings": mappings,
-    })
+    _optimizer_around(
+        file,
+        state,
+        {
+            "base_optimizer_state": _torch_state(
+                state, moments, [[i] for i in range(len(state.groups))]
+            ),
+            "single_partition_of_fp32_groups": masters,
+            "zero_stage": ZeroStage(cut.stage),
+            "group_paddings": paddings,
+            "param_alignment_paddings": [[0] * len(group.names) for group in state.groups],
+            "partition_count": [cut.world_size] * len(state.groups),
+            "ds_version": state.rest["ds_version"],
+            "param_slice_mappings": mappings,
+        },
+    )
     return file
 
 
-def _part(state: DeepSpeedState, group: OptimizerGroup, rank: int, world_size: int) -> tuple[list[_Stretch], int]:
+def _part(
+    state: DeepSpeedState, group: OptimizerGroup, rank: int, world_size: int
+) -> tuple[list[_Stretch], int]:
     """This rank's stretches of the group's vector, and how many zeros pad them to the size of a part."""
     numels = {name: state.shapes[name].numel() for name in group.names}
     size = math.ceil(sum(numels.values()) / (ALIGNMENT * world_size)) * ALIGNMENT
@@ -288,10 +414,16 @@ def _optimizer_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> 
             stretches = [_slice(state, name, rank, world_size) for name in names]
             masters.append(file.vector(state.places, stretches, torch.float32))
             moments.append(_of_adam(file, state, stretches))
-    _optimizer_around(file, state, {
-        "zero_stage": ZeroStage(3), "partition_count": world_size,
-        "optimizer_state_dict": _torch_state(state, moments, numbers), "fp32_flat_groups": masters,
-    })
+    _optimizer_around(
+        file,
+        state,
+        {
+            "zero_stage": ZeroStage(3),
+            "partition_count": world_size,
+            "optimizer_state_dict": _torch_state(state, moments, numbers),
+            "fp32_flat_groups": masters,
+        },
+    )
     return file
 
 
@@ -324,19 +456,38 @@ def _of_adam(file: _File, state: DeepSpeedState, stretches: Sequence[_Stretch]) 
     if not state.moment_places:
         return {}  # before its first step
     numbers = state.numbers or {"step": torch.tensor(float(state.optimizer_steps))}
-    return {**replace_leaves(numbers, file.small), **{key: file.vector(places, stretches, torch.float32) for key, places in state.moment_places.items()}}
+    return {
+        **replace_leaves(numbers, file.small),
+        **{
+            key: file.vector(places, stretches, torch.float32)
+            for key, places in state.moment_places.items()
+        },
+    }
 
 
-def _torch_state(state: DeepSpeedState, moments: Sequence[Mapping[str, Any]], numbers: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _torch_state(
+    state: DeepSpeedState, moments: Sequence[Mapping[str, Any]], numbers: Sequence[Sequence[int]]
+) -> dict[str, Any]:
     return {
         "state": dict(enumerate(moments)) if state.moment_places else {},
-        "param_groups": [{**group.settings, "params": list(own)} for group, own in zip(state.groups, numbers, strict=True)],
+        "param_groups": [
+            {**group.settings, "params": list(own)}
+            for group, own in zip(state.groups, numbers, strict=True)
+        ],
     }
 
 
 def _optimizer_around(file: _File, state: DeepSpeedState, content: Mapping[str, Any]) -> None:
-    common = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False, **state.optimizer}
+    common = {
+        "loss_scaler": LossScaler(1.0),
+        "dynamic_loss_scale": False,
+        "overflow": False,
+        **state.optimizer,
+    }
     # ZeRO 1 and 2 clip at what the file says, ZeRO 3, which doesn't write it, at what its config says
     common.setdefault("clip_grad", state.rest["ds_config"].get("gradient_clipping", 0.0))
-    file.content = {"optimizer_state_dict": {**common, **replace_leaves(content, file.small)}, "ds_config": state.rest["ds_config"],
-                    "ds_version": state.rest["ds_version"]}
+    file.content = {
+        "optimizer_state_dict": {**common, **replace_leaves(content, file.small)},
+        "ds_config": state.rest["ds_config"],
+        "ds_version": state.rest["ds_version"],
+    }

@@ -48,15 +48,40 @@ from landiff.model_zoo.convert.parts import (
 from landiff.model_zoo.convert.rules import ConversionError, all_of
 
 FILE, LM_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
-FOLDERS = {"transformer": "transformer", CONTROL: "control", "tokenizer": "semantic_tokenizer", "lm": "lm", VAE: VAE}
-CLASSES = {
-    "CogVideoXTransformer3DModel": "transformer", "LanDiffTransformer": "transformer", "AutoencoderKLCogVideoX": VAE,
-    "LanDiffControl": CONTROL, "LanDiffTokenizer": "tokenizer", "LanDiffLM": "lm",
+FOLDERS = {
+    "transformer": "transformer",
+    CONTROL: "control",
+    "tokenizer": "semantic_tokenizer",
+    "lm": "lm",
+    VAE: VAE,
 }
-CONFIGS: dict[str, type[Config]] = {"lm": LMConfig, "tokenizer": TokenizerConfig, CONTROL: DiffusionConfig}
+CLASSES = {
+    "CogVideoXTransformer3DModel": "transformer",
+    "LanDiffTransformer": "transformer",
+    "AutoencoderKLCogVideoX": VAE,
+    "LanDiffControl": CONTROL,
+    "LanDiffTokenizer": "tokenizer",
+    "LanDiffLM": "lm",
+}
+CONFIGS: dict[str, type[Config]] = {
+    "lm": LMConfig,
+    "tokenizer": TokenizerConfig,
+    CONTROL: DiffusionConfig,
+}
 # what the class of each kind is called in the folders that we write
-WRITTEN = {"transformer": "CogVideoXTransformer3DModel", VAE: "AutoencoderKLCogVideoX", CONTROL: "LanDiffControl", "tokenizer": "LanDiffTokenizer"}
-VAE_SIZES = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "latent_channels")
+WRITTEN = {
+    "transformer": "CogVideoXTransformer3DModel",
+    VAE: "AutoencoderKLCogVideoX",
+    CONTROL: "LanDiffControl",
+    "tokenizer": "LanDiffTokenizer",
+}
+VAE_SIZES = (
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "latent_channels",
+)
 
 
 def named_class(folder: Path) -> str | None:
@@ -86,18 +111,28 @@ def model_folders(path: Path) -> list[Path]:
 
 def open_diffusers(path: Path, allow_missing: Sequence[str] = ()) -> WeightSource:
     folders = model_folders(path)
-    parts = {part.kind: part for part in all_of(partial(read_model, folder, allow_missing) for folder in folders)}
+    parts = {
+        part.kind: part
+        for part in all_of(partial(read_model, folder, allow_missing) for folder in folders)
+    }
     if CONTROL in parts and "transformer" in parts:
         parts["diffusion"] = joined(parts.pop(CONTROL), parts.pop("transformer"))
     found = sorted({class_of(folder) for folder in folders})
-    return WeightSource(path, "transformers" if found == ["LanDiffLM"] else "diffusers", ", ".join(found), tuple(parts.values()),
-                  provenance={"classes": found})
+    return WeightSource(
+        path,
+        "transformers" if found == ["LanDiffLM"] else "diffusers",
+        ", ".join(found),
+        tuple(parts.values()),
+        provenance={"classes": found},
+    )
 
 
 def read_model(folder: Path, allow_missing: Sequence[str] = ()) -> Part:
     """The model of one folder. Raises ConversionError for a class that we don't know."""
     if class_of(folder) is None:
-        raise ConversionError(f"{folder} holds a {named_class(folder) or 'folder without config.json'}, none of {', '.join(CLASSES)}")
+        raise ConversionError(
+            f"{folder} holds a {named_class(folder) or 'folder without config.json'}, none of {', '.join(CLASSES)}"
+        )
     kind, data = CLASSES[class_of(folder)], _read_json(folder / "config.json")
     state = _weights(folder)
     if kind == "transformer":
@@ -107,12 +142,21 @@ def read_model(folder: Path, allow_missing: Sequence[str] = ()) -> Part:
             raise ConversionError(
                 f"{folder / 'config.json'} does not describe a transformer of ours: {error}"
             ) from None
-        return match_model(state, kind, config, TABLES["diffusers", kind], str(folder), allow_missing)
+        return match_model(
+            state, kind, config, TABLES["diffusers", kind], str(folder), allow_missing
+        )
     if kind == VAE:
         config = {key: value for key, value in data.items() if not key.startswith("_")}
         return match_model(state, kind, config, PLAIN, str(folder), allow_missing)
     config = validate(CONFIGS[kind], data.get("landiff"), f"{folder / 'config.json'}: landiff")
-    return match_model(state, kind, config, TABLES["transformers", "lm"] if kind == "lm" else PLAIN, str(folder), allow_missing)
+    return match_model(
+        state,
+        kind,
+        config,
+        TABLES["transformers", "lm"] if kind == "lm" else PLAIN,
+        str(folder),
+        allow_missing,
+    )
 
 
 def _weights(folder: Path) -> LazyTensors:
@@ -128,7 +172,9 @@ def _weights(folder: Path) -> LazyTensors:
     if found:
         return read_safetensors(found[0])
     refuse_adapter_folder(folder)
-    raise ConversionError(f"{folder} holds no {FILE}; a folder with pytorch_model.bin must be saved again with safe_serialization=True")
+    raise ConversionError(
+        f"{folder} holds no {FILE}; a folder with pytorch_model.bin must be saved again with safe_serialization=True"
+    )
 
 
 def _variants(folder: Path) -> list[Path]:
@@ -137,7 +183,9 @@ def _variants(folder: Path) -> list[Path]:
     for stem in (FILE, LM_FILE):
         name = stem.removesuffix(".safetensors")
         indices = sorted(folder.glob(f"{stem}.index.*.json"))
-        single = [path for path in sorted(folder.glob(f"{name}.*.safetensors")) if "-of-" not in path.name]
+        single = [
+            path for path in sorted(folder.glob(f"{name}.*.safetensors")) if "-of-" not in path.name
+        ]
         found += indices + single
     return found
 
@@ -149,7 +197,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- writing
 
 
-def write_diffusers(folder: Path, parts: Sequence[Part], progress: ProgressCallback | None = None) -> None:
+def write_diffusers(
+    folder: Path, parts: Sequence[Part], progress: ProgressCallback | None = None
+) -> None:
     """Each part in its sub-folder."""
     by_kind = {part.kind: part for part in parts}
     if "diffusion" in by_kind:
@@ -164,8 +214,12 @@ def write_model(folder: Path, part: Part, progress: ProgressCallback | None = No
     folder.mkdir(parents=True, exist_ok=True)
     if part.kind == "lm":
         tensors, file = under_names_of("transformers", part), LM_FILE
-        config = {"model_type": "landiff-lm", "architectures": ["LanDiffLM"], "dtype": str(tensors.dtype()).removeprefix("torch."),
-                  "landiff": part.config.model_dump(mode="json")}
+        config = {
+            "model_type": "landiff-lm",
+            "architectures": ["LanDiffLM"],
+            "dtype": str(tensors.dtype()).removeprefix("torch."),
+            "landiff": part.config.model_dump(mode="json"),
+        }
     else:
         tensors, file = part.tensors, FILE
         config = {"_class_name": WRITTEN[part.kind]}
@@ -182,4 +236,6 @@ def write_model(folder: Path, part: Part, progress: ProgressCallback | None = No
 
 def _plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     assert isinstance(config, Mapping), config
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in config.items()
+    }

@@ -104,9 +104,13 @@ def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
 def config_from_diffusers(theirs: dict[str, Any]) -> TransformerConfig:
     """Our config for a diffusers `config.json`. Raises ValueError for variants that ours does not compute."""
     if theirs.get("use_rotary_positional_embeddings"):
-        raise ValueError("use_rotary_positional_embeddings = true (CogVideoX-5B): only the sine-cosine table of 2B is supported")
+        raise ValueError(
+            "use_rotary_positional_embeddings = true (CogVideoX-5B): only the sine-cosine table of 2B is supported"
+        )
     if theirs["in_channels"] != theirs["out_channels"]:
-        raise ValueError(f"in_channels = {theirs['in_channels']} and out_channels = {theirs['out_channels']} must be equal")
+        raise ValueError(
+            f"in_channels = {theirs['in_channels']} and out_channels = {theirs['out_channels']} must be equal"
+        )
     return TransformerConfig(
         latent_channels=theirs["in_channels"],
         latent_frames=(theirs["sample_frames"] - 1) // theirs["temporal_compression_ratio"] + 1,

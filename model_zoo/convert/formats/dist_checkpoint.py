@@ -33,12 +33,24 @@ from landiff.model_zoo.convert.rules import ConversionError
 METADATA = ".metadata"
 DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 KNOWN = {
-    "torch.distributed.checkpoint.metadata": {"Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-                                              "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "BytesStorageMetadata",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.serialization": {"_get_layout"}, "torch": DTYPES | {"Size", "device"}, "collections": {"OrderedDict"},
+    "torch.serialization": {"_get_layout"},
+    "torch": DTYPES | {"Size", "device"},
+    "collections": {"OrderedDict"},
 }
-PASSED_OVER = re.compile(r"pathlib(\._local)?\.\w+|megatron\.core\.dist_checkpointing\.[\w.]+")  # where it was written; Megatron's notes
+PASSED_OVER = re.compile(
+    r"pathlib(\._local)?\.\w+|megatron\.core\.dist_checkpointing\.[\w.]+"
+)  # where it was written; Megatron's notes
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -51,8 +63,10 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if PASSED_OVER.fullmatch(f"{module}.{name}"):
             return IgnoredObject
-        raise ConversionError(f"{self.path} is refused: it holds {module}.{name}, which no checkpoint of this format does, and "
-                              "unpickling a foreign type can run any code")
+        raise ConversionError(
+            f"{self.path} is refused: it holds {module}.{name}, which no checkpoint of this format does, and "
+            "unpickling a foreign type can run any code"
+        )
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -66,7 +80,14 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with open(path, "rb") as file:
             found = _MetadataUnpickler(file, path).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, LookupError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:
         raise ConversionError(f"{path} is damaged: {error!r}") from None
     if not isinstance(found, Metadata):
         raise ConversionError(f"{path} is damaged: it holds a {type(found).__name__}")
@@ -81,7 +102,9 @@ class DistReader:
         self.folder, found = folder, read_metadata(folder)
         self.places = found.storage_data
         self.entries = {
-            key: entry for key, entry in found.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+            key: entry
+            for key, entry in found.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
 
     def meta(self, key: str) -> Tensor:
@@ -99,7 +122,9 @@ class DistReader:
                 continue
             part = self._part(MetadataIndex(key, chunk.offsets))
             if part.shape != sizes:
-                raise ConversionError(f"{self.folder}: a part of {key} has the shape {tuple(part.shape)} instead of {tuple(sizes)}; it is damaged")
+                raise ConversionError(
+                    f"{self.folder}: a part of {key} has the shape {tuple(part.shape)} instead of {tuple(sizes)}; it is damaged"
+                )
             if layer is not None:
                 part, offsets, sizes = part[layer - offsets[0]], offsets[1:], sizes[1:]
             if sizes == shape:
@@ -107,23 +132,33 @@ class DistReader:
             whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = part
             done += part.numel()
         if done != whole.numel():
-            raise ConversionError(f"{self.folder} holds {done} of the {whole.numel()} elements of {key}; it is damaged")
+            raise ConversionError(
+                f"{self.folder} holds {done} of the {whole.numel()} elements of {key}; it is damaged"
+            )
         return whole
 
     def _part(self, index: MetadataIndex) -> Tensor:
         place = self.places.get(index)
         if place is None:
-            raise ConversionError(f"{self.folder / METADATA} does not say where {index.fqn} lies; it is damaged")
+            raise ConversionError(
+                f"{self.folder / METADATA} does not say where {index.fqn} lies; it is damaged"
+            )
         path = self.folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
-            raise ConversionError(f"{path} is compressed ({', '.join(place.transform_descriptors)}), which is not read here; save it without")
+            raise ConversionError(
+                f"{path} is compressed ({', '.join(place.transform_descriptors)}), which is not read here; save it without"
+            )
         try:
             with open(path, "rb", buffering=0) as file:
-                return torch.load(_Window(file, place.offset, place.length), map_location="cpu", weights_only=True)
+                return torch.load(
+                    _Window(file, place.offset, place.length), map_location="cpu", weights_only=True
+                )
         except FileNotFoundError:
             raise ConversionError(f"{path} is missing: the checkpoint is not whole") from None
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConversionError(f"{path} is damaged where {index.fqn} lies: {str(error).splitlines()[0]}") from None
+            raise ConversionError(
+                f"{path} is damaged where {index.fqn} lies: {str(error).splitlines()[0]}"
+            ) from None
 
 
 class _Window(io.RawIOBase):
@@ -150,7 +185,12 @@ class _Window(io.RawIOBase):
         return self.file.readinto(memoryview(buffer)[: max(0, self.length - self.tell())])
 
 
-def write_dist(folder: Path, tensors: LazyTensors, objects: Mapping[str, Any], progress: ProgressCallback | None = None) -> None:
+def write_dist(
+    folder: Path,
+    tensors: LazyTensors,
+    objects: Mapping[str, Any],
+    progress: ProgressCallback | None = None,
+) -> None:
     """Whole tensors, for any layout to load, and small objects beside them.
 
     A file for each tensor, filled as it is made. torch's own writer would hold several at a time, and wraps whatever interrupts it.
@@ -163,15 +203,26 @@ def write_dist(folder: Path, tensors: LazyTensors, objects: Mapping[str, Any], p
             start = file.tell()
             torch.save(value, buffer := io.BytesIO())
             file.write(buffer.getbuffer())
-            entries[key], places[MetadataIndex(key)] = BytesStorageMetadata(), _StorageInfo(first, start, file.tell() - start)
+            entries[key], places[MetadataIndex(key)] = (
+                BytesStorageMetadata(),
+                _StorageInfo(first, start, file.tell() - start),
+            )
     done = 0
     if progress is not None:
         progress(*megabytes(done, tensors.num_bytes))
     for number, (key, meta) in enumerate(tensors.meta.items(), 1):
         path = folder / f"__0_{number}.distcp"
-        write_pickle(path, LazyTensors({key: meta}, tensors.read, tensors.pieces), lambda fakes, key=key: fakes[key])
+        write_pickle(
+            path,
+            LazyTensors({key: meta}, tensors.read, tensors.pieces),
+            lambda fakes, key=key: fakes[key],
+        )
         start = torch.Size([0] * meta.ndim)
-        entries[key] = TensorStorageMetadata(TensorProperties(dtype=meta.dtype), meta.shape, [ChunkStorageMetadata(start, meta.shape)])
+        entries[key] = TensorStorageMetadata(
+            TensorProperties(dtype=meta.dtype),
+            meta.shape,
+            [ChunkStorageMetadata(start, meta.shape)],
+        )
         places[MetadataIndex(key, start)] = _StorageInfo(path.name, 0, path.stat().st_size)
         before, done = done, done + meta.numel() * meta.itemsize
         give_back(before, done)

@@ -65,12 +65,16 @@ def megatron_rules(config: LMConfig, padded: Padded) -> list[Rule]:
     def cut(weight: Tensor) -> tuple[Tensor]:
         return (weight[:vocab].clone(),)
 
-    def by_head(weight: Tensor) -> tuple[Tensor]:  # rows [q heads | k heads | v heads] -> per head q, k, v
+    def by_head(
+        weight: Tensor,
+    ) -> tuple[Tensor]:  # rows [q heads | k heads | v heads] -> per head q, k, v
         per_head = weight.unflatten(0, (3, heads, head_dim)).transpose(0, 1)
         return (functional.pad(per_head, (0,) * 7 + (padded.heads - heads,)).flatten(0, 2),)
 
     def by_matrix(weight: Tensor) -> tuple[Tensor]:
-        return (weight.unflatten(0, (padded.heads, 3, head_dim))[:heads].transpose(0, 1).flatten(0, 2),)
+        return (
+            weight.unflatten(0, (padded.heads, 3, head_dim))[:heads].transpose(0, 1).flatten(0, 2),
+        )
 
     def pad_columns(weight: Tensor) -> tuple[Tensor]:
         return (functional.pad(weight, (0, (padded.heads - heads) * head_dim)),)
@@ -85,10 +89,20 @@ def megatron_rules(config: LMConfig, padded: Padded) -> list[Rule]:
         Rule("micro.{rest*}", "micro.{rest*}"),
         Rule(block + "norm0.weight", layer + "self_attention.linear_qkv.layer_norm_weight"),
         Rule(block + "wqkv.weight", layer + "self_attention.linear_qkv.weight", by_head, by_matrix),
-        Rule(block + "wo.weight", layer + "self_attention.linear_proj.weight", pad_columns, cut_columns),
+        Rule(
+            block + "wo.weight",
+            layer + "self_attention.linear_proj.weight",
+            pad_columns,
+            cut_columns,
+        ),
         Rule(block + "norm1.weight", layer + "mlp.linear_fc1.layer_norm_weight"),
-        Rule((block + "w1.weight", block + "w3.weight"), (layer + "mlp.linear_fc1.weight",),
-             lambda gate, up: (torch.cat([gate, up]),), lambda both: both.chunk(2), stacked="theirs"),
+        Rule(
+            (block + "w1.weight", block + "w3.weight"),
+            (layer + "mlp.linear_fc1.weight",),
+            lambda gate, up: (torch.cat([gate, up]),),
+            lambda both: both.chunk(2),
+            stacked="theirs",
+        ),
         Rule(block + "w2.weight", layer + "mlp.linear_fc2.weight"),
         Rule("final_norm.{kind}", "decoder.final_layernorm.{kind}"),
         Rule("head.weight", "output_layer.weight", pad, cut),
@@ -102,8 +116,14 @@ def module_name(theirs: str) -> str:
     return theirs
 
 
-def to_megatron(source: Mapping[str, Tensor], config: LMConfig, padded: Padded,
-                layers: range, first: bool, last: bool) -> Iterator[tuple[str, Tensor]]:
+def to_megatron(
+    source: Mapping[str, Tensor],
+    config: LMConfig,
+    padded: Padded,
+    layers: range,
+    first: bool,
+    last: bool,
+) -> Iterator[tuple[str, Tensor]]:
     """(their name, whole tensor) of one pipeline stage: `layers` of the model, counted from 0 over all stages.
 
     A block at a time, so a lazy `source` is never whole in memory. Raises ConversionError where one lacks keys.
@@ -115,7 +135,9 @@ def to_megatron(source: Mapping[str, Tensor], config: LMConfig, padded: Padded,
     for prefix in prefixes:
         part = {name: source[name] for name in source if name.startswith(prefix)}
         if not part:
-            raise ConversionError(f"the weights have no {prefix}*; they are not of a language model with this config")
+            raise ConversionError(
+                f"the weights have no {prefix}*; they are not of a language model with this config"
+            )
         yield from apply_rules(part, table, "to_theirs").items()
 
 
@@ -138,7 +160,9 @@ def open_megatron(folder: Path) -> LazyTensors:
     reader = DistReader(folder)
     wanted = {key: key for key in reader.entries if not key.startswith("optimizer.")}
     for prefix in MAIN_WEIGHTS:
-        wanted |= {key.removeprefix(prefix): key for key in reader.entries if key.startswith(prefix)}
+        wanted |= {
+            key.removeprefix(prefix): key for key in reader.entries if key.startswith(prefix)
+        }
     return layers_apart(reader, wanted)
 
 
@@ -151,7 +175,10 @@ def layers_apart(reader: DistReader, wanted: Mapping[str, str]) -> LazyTensors:
         stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", name)
         if stacked:
             for i in range(len(whole)):
-                meta[f"decoder.layers.{i}.{stacked[1]}"], places[f"decoder.layers.{i}.{stacked[1]}"] = whole[i], (key, i)
+                (
+                    meta[f"decoder.layers.{i}.{stacked[1]}"],
+                    places[f"decoder.layers.{i}.{stacked[1]}"],
+                ) = whole[i], (key, i)
         else:
             meta[name], places[name] = whole, (key, None)
     return LazyTensors(meta, lambda name: reader.read(*places[name]))
@@ -167,7 +194,9 @@ def stored_config(folder: Path) -> LMConfig:
     """What the trainer and `write_megatron` put beside the weights. Raises ConversionError without it."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ConversionError(f"{folder} is not a checkpoint of a run: it has no {path.name}; say with --model which one it is of")
+        raise ConversionError(
+            f"{folder} is not a checkpoint of a run: it has no {path.name}; say with --model which one it is of"
+        )
     return validate(LMConfig, model_section(read_yaml(path), path), str(path))
 
 
@@ -192,7 +221,10 @@ def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
 
 def padding_of(theirs: LazyTensors, config: LMConfig, folder: Path) -> Padded:
     """The sizes that a checkpoint's weights have. Raises ConversionError for those of another model."""
-    head_rows = max(len(theirs.meta.get(name, ())) for name in ("output_layer.weight", "embedding.word_embeddings.weight"))
+    head_rows = max(
+        len(theirs.meta.get(name, ()))
+        for name in ("output_layer.weight", "embedding.word_embeddings.weight")
+    )
     qkv_rows = len(theirs.meta.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
     padded = Padded(vocab=head_rows, heads=qkv_rows // (3 * config.hidden_size // config.num_heads))
     vocab = TokenLayout.of(config).vocab_size
@@ -204,7 +236,9 @@ def padding_of(theirs: LazyTensors, config: LMConfig, folder: Path) -> Padded:
     return padded
 
 
-def under_our_names(theirs: LazyTensors, config: LMConfig, padded: Padded, what: str) -> LazyTensors:
+def under_our_names(
+    theirs: LazyTensors, config: LMConfig, padded: Padded, what: str
+) -> LazyTensors:
     """One tensor for every weight: the weights themselves, or what an optimizer keeps for each of them."""
     check_against(theirs.meta, _shapes(config, padded), what)
     return converted(theirs, megatron_rules(config, padded), "to_ours")
@@ -213,25 +247,48 @@ def under_our_names(theirs: LazyTensors, config: LMConfig, padded: Padded, what:
 def _shapes(config: LMConfig, padded: Padded) -> dict[str, torch.Size]:
     with torch.device("meta"):
         ours = LanguageModel(config).state_dict()
-        return {name: tensor.shape for name, tensor in apply_rules(ours, megatron_rules(config, padded), "to_theirs").items()}
+        return {
+            name: tensor.shape
+            for name, tensor in apply_rules(
+                ours, megatron_rules(config, padded), "to_theirs"
+            ).items()
+        }
 
 
 # ---------------------------------------------------------------- writing
 
+
 def extra_states(config: LMConfig) -> dict[str, Any]:
     """What Megatron stores beside each linear layer: the state of its FP8 scaling, which is none."""
-    layers = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-    return {f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None] for i in range(config.num_layers) for layer in layers}
+    layers = (
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    )
+    return {
+        f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None]
+        for i in range(config.num_layers)
+        for layer in layers
+    }
 
 
 def default_padding(config: LMConfig, vocab_multiple: int = 128, head_multiple: int = 1) -> Padded:
     """Megatron pads the vocabulary to a multiple of 128 rows, and no heads."""
     vocab = TokenLayout.of(config).vocab_size
-    return Padded(-(-vocab // vocab_multiple) * vocab_multiple, -(-config.num_heads // head_multiple) * head_multiple)
+    return Padded(
+        -(-vocab // vocab_multiple) * vocab_multiple,
+        -(-config.num_heads // head_multiple) * head_multiple,
+    )
 
 
-def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded: Padded | None = None,
-                   progress: ProgressCallback | None = None) -> None:
+def write_megatron(
+    folder: Path,
+    config: LMConfig,
+    tensors: LazyTensors,
+    padded: Padded | None = None,
+    progress: ProgressCallback | None = None,
+) -> None:
     """`tensors` (our names) as weights that `megatron.core.dist_checkpointing` loads into any tensor- and pipeline-parallel
     layout: such a folder stores whole tensors, so one serves all.
 
@@ -239,7 +296,9 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
     There is no optimizer state: it starts a run, it does not resume one. Our own trainer starts
     from zoo entries (`init_from`) and does the same cutting itself.
     """
-    theirs = converted(tensors, megatron_rules(config, padded or default_padding(config)), "to_theirs")
+    theirs = converted(
+        tensors, megatron_rules(config, padded or default_padding(config)), "to_theirs"
+    )
     write_dist(folder, theirs, extra_states(config), progress)
     write_documents(folder, {"checkpoint_version": 3.0, "iteration": 0})
     write_megatron_config(folder, config)
@@ -247,13 +306,23 @@ def write_megatron(folder: Path, config: LMConfig, tensors: LazyTensors, padded:
 
 def write_megatron_config(folder: Path, config: LMConfig) -> None:
     """What `stored_config` reads."""
-    write_text(folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False))
+    write_text(
+        folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False)
+    )
 
 
 def write_documents(folder: Path, common: Mapping[str, Any]) -> None:
     """What Megatron keeps beside the tensors."""
     with atomic_file(folder / COMMON) as file:
         torch.save(dict(common), file)
-    write_text(folder / "metadata.json", json.dumps({
-        "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
-    }))
+    write_text(
+        folder / "metadata.json",
+        json.dumps(
+            {
+                "sharded_backend": "torch_dist",
+                "sharded_backend_version": 1,
+                "common_backend": "torch",
+                "common_backend_version": 1,
+            }
+        ),
+    )

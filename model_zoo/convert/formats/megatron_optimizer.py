@@ -75,7 +75,13 @@ def has_optimizer(folder: Path) -> bool:
 def describe_changes(folder: Path) -> str:
     """What `has_optimizer` finds, for people."""
     entries = DistReader(folder).entries
-    return "optimizer's state by rank" if _by_rank(entries) else "with the optimizer" if _whole(entries) else "no optimizer"
+    return (
+        "optimizer's state by rank"
+        if _by_rank(entries)
+        else "with the optimizer"
+        if _whole(entries)
+        else "no optimizer"
+    )
 
 
 def _by_rank(entries: Iterable[str]) -> list[str]:
@@ -89,41 +95,80 @@ def _whole(entries: Iterable[str]) -> bool:
 def read_state(folder: Path, config: LMConfig) -> MegatronState:
     """Everything but objects in memory. Raises ConversionError for what is missing, of another model or of an unknown form."""
     reader = DistReader(folder)
-    theirs = layers_apart(reader, {key: key for key in reader.entries if not key.startswith("optimizer.")})
+    theirs = layers_apart(
+        reader, {key: key for key in reader.entries if not key.startswith("optimizer.")}
+    )
     padded = padding_of(theirs, config, folder)
 
     def kept(what: str) -> LazyTensors | None:
         prefix = f"{STATE}{what}."
-        found = layers_apart(reader, {key.removeprefix(prefix): key for key in reader.entries if key.startswith(prefix)})
-        return under_our_names(found, config, padded, f"{folder}, {prefix}*") if len(found) else None
+        found = layers_apart(
+            reader,
+            {key.removeprefix(prefix): key for key in reader.entries if key.startswith(prefix)},
+        )
+        return (
+            under_our_names(found, config, padded, f"{folder}, {prefix}*") if len(found) else None
+        )
 
     weights = under_our_names(theirs, config, padded, str(folder))
     inner, distributed = _torch_optimizer(folder)
     masters, moments = kept(MASTERS[distributed]), {moment: kept(moment) for moment in MOMENTS}
-    if None in moments.values() or (masters is None and (distributed or weights.dtype() != torch.float32)):
-        raise ConversionError(f"{folder} holds no whole state of the optimizer; --weights-only takes its weights")
+    if None in moments.values() or (
+        masters is None and (distributed or weights.dtype() != torch.float32)
+    ):
+        raise ConversionError(
+            f"{folder} holds no whole state of the optimizer; --weights-only takes its weights"
+        )
     groups = inner["param_groups"]
-    steps = {float(step) for step in ([group["step"] for group in groups] if distributed else [inner["state"]["common_step"]])}
+    steps = {
+        float(step)
+        for step in (
+            [group["step"] for group in groups] if distributed else [inner["state"]["common_step"]]
+        )
+    }
     if len(steps) != 1:
-        raise ConversionError(f"{folder} counts different steps in the groups of its optimizer: {sorted(steps)}")
-    settings = tuple({key: value for key, value in group.items() if key != "step"} for group in groups)
-    return MegatronState(MegatronCut(padded, distributed, weights.dtype()), weights, masters or weights, moments, steps.pop(), settings)
+        raise ConversionError(
+            f"{folder} counts different steps in the groups of its optimizer: {sorted(steps)}"
+        )
+    settings = tuple(
+        {key: value for key, value in group.items() if key != "step"} for group in groups
+    )
+    return MegatronState(
+        MegatronCut(padded, distributed, weights.dtype()),
+        weights,
+        masters or weights,
+        moments,
+        steps.pop(),
+        settings,
+    )
 
 
 def _torch_optimizer(folder: Path) -> tuple[Mapping[str, Any], bool]:
     """Groups and count of steps out of common.pt, and whether the optimizer is distributed."""
-    common = replace_leaves(read_pickle(folder / COMMON), lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf)
+    common = replace_leaves(
+        read_pickle(folder / COMMON), lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf
+    )
     outer = common.get("optimizer")
     inner = outer.get("optimizer", outer) if isinstance(outer, Mapping) else None
     if not isinstance(inner, Mapping) or "param_groups" not in inner:
-        raise ConversionError(f"{folder / COMMON} describes no single optimizer with param_groups; --weights-only takes the weights")
+        raise ConversionError(
+            f"{folder / COMMON} describes no single optimizer with param_groups; --weights-only takes the weights"
+        )
     distributed = "param_state_sharding_type" in outer
     if not distributed and "common_step" not in inner.get("state", {}):
-        raise ConversionError(f"{folder / COMMON} does not say how many steps the optimizer has made; --weights-only takes the weights")
+        raise ConversionError(
+            f"{folder / COMMON} does not say how many steps the optimizer has made; --weights-only takes the weights"
+        )
     return inner, distributed
 
 
-def write_state(folder: Path, config: LMConfig, state: MegatronState, cut: MegatronCut, progress: ProgressCallback | None = None) -> None:
+def write_state(
+    folder: Path,
+    config: LMConfig,
+    state: MegatronState,
+    cut: MegatronCut,
+    progress: ProgressCallback | None = None,
+) -> None:
     """`state` as a run of `cut` would have saved it, for any tensor, pipeline and data parallel layout.
 
     The weights are cast from the float32 ones, also where `state` has some of the right precision: those of a
@@ -137,12 +182,22 @@ def write_state(folder: Path, config: LMConfig, state: MegatronState, cut: Megat
     for name, kept in beside.items():
         tensors = tensors.joined(converted(kept, table, "to_theirs").with_prefix(f"{STATE}{name}."))
     write_dist(folder, tensors.checked("the checkpoint"), extra_states(config), progress)
-    write_documents(folder, {"optimizer": _common(state, cut), "distributed_optimizer": cut.distributed})
+    write_documents(
+        folder, {"optimizer": _common(state, cut), "distributed_optimizer": cut.distributed}
+    )
 
 
 def _common(state: MegatronState, cut: MegatronCut) -> dict[str, Any]:
     if cut.distributed:
         groups = [{**group, "step": state.steps} for group in state.groups]
-        return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
-    inner = {"state": {"common_step": torch.tensor(state.steps)}, "param_groups": [dict(group) for group in state.groups]}
-    return inner if cut.dtype == torch.float32 else {"optimizer": inner}  # the optimizer of bfloat16 weights wraps torch's
+        return {
+            "optimizer": {"param_groups": groups},
+            "param_state_sharding_type": "fully_reshardable",
+        }
+    inner = {
+        "state": {"common_step": torch.tensor(state.steps)},
+        "param_groups": [dict(group) for group in state.groups],
+    }
+    return (
+        inner if cut.dtype == torch.float32 else {"optimizer": inner}
+    )  # the optimizer of bfloat16 weights wraps torch's

@@ -19,7 +19,9 @@ from landiff.model_zoo.dit import position_table
 
 MAIN = "model.main_model.diffusion_model."
 CONTROL = "model.control_model.diffusion_model."
-COGVIDEOX = "model.diffusion_model."  # the public CogVideoX-2B file, which holds the main transformer alone
+COGVIDEOX = (
+    "model.diffusion_model."  # the public CogVideoX-2B file, which holds the main transformer alone
+)
 SEMANTIC = CONTROL + "semantic_conditioner."
 TOKENIZER = SEMANTIC + "semantic_model.model."
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
@@ -30,7 +32,11 @@ _KINDS = ("weight", "bias")
 
 def _transformer_rules(ours: str, theirs: str) -> list[Rule]:
     """What main transformer and control branch share."""
-    block, layer, mixins = f"{ours}blocks.{{i}}", f"{theirs}transformer.layers.{{i}}", f"{theirs}mixins."
+    block, layer, mixins = (
+        f"{ours}blocks.{{i}}",
+        f"{theirs}transformer.layers.{{i}}",
+        f"{theirs}mixins.",
+    )
     names = {
         f"{ours}input.patch": f"{mixins}patch_embed.proj",
         f"{ours}input.text": f"{mixins}patch_embed.text_proj",
@@ -76,13 +82,21 @@ def semantic_rules(ours: str = "semantic.", theirs: str = SEMANTIC) -> list[Rule
         f"{ours}middle.1": f"{upsampler}mid.block_2",
         f"{ours}levels.{{i}}.blocks.{{j}}": f"{upsampler}up.{{i}}.block.{{j}}",
     }
-    inside = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "shortcut": "nin_shortcut"}
+    inside = {
+        "norm1": "norm1",
+        "conv1": "conv1",
+        "norm2": "norm2",
+        "conv2": "conv2",
+        "shortcut": "nin_shortcut",
+    }
     names |= {f"{a}.{x}": f"{b}.{y}" for a, b in blocks.items() for x, y in inside.items()}
     return [Rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in names.items() for kind in _KINDS]
 
 
 def control_rules(ours: str = "control.", theirs: str = CONTROL) -> list[Rule]:
-    zero = Rule(f"{ours}projections.{{i}}.weight", f"{theirs}mixins.adaln_layer.zero_linears.{{i}}.weight")
+    zero = Rule(
+        f"{ours}projections.{{i}}.weight", f"{theirs}mixins.adaln_layer.zero_linears.{{i}}.weight"
+    )
     return [*_transformer_rules(ours, theirs), zero]
 
 
@@ -131,18 +145,27 @@ def diffusion_to_release(state: Mapping[str, Tensor], config: DiffusionConfig) -
 
 def cogvideox_from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A DiffusionTransformer's weights from the public CogVideoX-2B file (`transformer/1000/...`, `module`)."""
-    kept = {k: v for k, v in state.items() if k.startswith(COGVIDEOX) and not k.endswith(POSITION_TABLE)}
+    kept = {
+        k: v for k, v in state.items() if k.startswith(COGVIDEOX) and not k.endswith(POSITION_TABLE)
+    }
     return apply_rules(kept, main_rules("", COGVIDEOX), "to_ours")
 
 
-def cogvideox_to_release(state: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+def cogvideox_to_release(
+    state: Mapping[str, Tensor], config: TransformerConfig
+) -> dict[str, Tensor]:
     table = {COGVIDEOX + POSITION_TABLE: release_position_table(config)}
     return {**table, **apply_rules(state, main_rules("", COGVIDEOX), "to_theirs")}
 
 
 def release_position_table(config: TransformerConfig) -> Tensor:
     """float32 [1, text_length + video tokens, hidden_size]; zeros for the text."""
-    rows, columns = config.latent_height // config.patch_size, config.latent_width // config.patch_size
-    table = position_table(config.latent_frames, rows, columns, config.hidden_size, config.spatial_interpolation)
+    rows, columns = (
+        config.latent_height // config.patch_size,
+        config.latent_width // config.patch_size,
+    )
+    table = position_table(
+        config.latent_frames, rows, columns, config.hidden_size, config.spatial_interpolation
+    )
     text = torch.zeros(config.text_length, config.hidden_size)
     return torch.cat([text, table.flatten(0, 2)])[None]

@@ -22,18 +22,32 @@ _BLOCK_PARTS = ("norm1", "conv1", "norm2", "conv2")
 
 def release_vae_rules(levels: int) -> list[Rule]:
     """The table for an auto-encoder of `levels` resolutions (four in the release)."""
-    table = [Rule(f"{side}.{part}.{{rest*}}", f"{side}.{part}.{{rest*}}")
-             for side in ("encoder", "decoder") for part in ("conv_in", "norm_out", "conv_out")]
+    table = [
+        Rule(f"{side}.{part}.{{rest*}}", f"{side}.{part}.{{rest*}}")
+        for side in ("encoder", "decoder")
+        for part in ("conv_in", "norm_out", "conv_out")
+    ]
     for side in ("encoder", "decoder"):
-        table += [_resnet(f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}", part)
-                  for i in (0, 1) for part in _BLOCK_PARTS]
+        table += [
+            _resnet(f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}", part)
+            for i in (0, 1)
+            for part in _BLOCK_PARTS
+        ]
     for i in range(levels):
         for ours, theirs, resample in (
             (f"encoder.down_blocks.{i}", f"encoder.down.{i}", "downsample"),
             (f"decoder.up_blocks.{levels - 1 - i}", f"decoder.up.{i}", "upsample"),
         ):
-            table += [_resnet(f"{ours}.resnets.{{j}}", f"{theirs}.block.{{j}}", part) for part in _BLOCK_PARTS]
-            table.append(Rule(f"{ours}.resnets.{{j}}.conv_shortcut.{{rest*}}", f"{theirs}.block.{{j}}.nin_shortcut.{{rest*}}"))
+            table += [
+                _resnet(f"{ours}.resnets.{{j}}", f"{theirs}.block.{{j}}", part)
+                for part in _BLOCK_PARTS
+            ]
+            table.append(
+                Rule(
+                    f"{ours}.resnets.{{j}}.conv_shortcut.{{rest*}}",
+                    f"{theirs}.block.{{j}}.nin_shortcut.{{rest*}}",
+                )
+            )
             table.append(Rule(f"{ours}.{resample}rs.0.{{rest*}}", f"{theirs}.{resample}.{{rest*}}"))
     return table
 
@@ -48,7 +62,9 @@ def num_levels(state: Mapping[str, Any]) -> int:
         found = {int(k.split(".")[2]) for k in state if k.startswith(prefix)}
         if found:
             return max(found) + 1
-    raise ConversionError("no key starts with encoder.down. or encoder.down_blocks.: this is no CogVideoX VAE")
+    raise ConversionError(
+        "no key starts with encoder.down. or encoder.down_blocks.: this is no CogVideoX VAE"
+    )
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

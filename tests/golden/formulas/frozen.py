@@ -14,7 +14,9 @@ Sizes = dict[str, Any]
 Caches = dict[str, Tensor]
 
 
-def causal(w: Weights, key: str, x_BCTHW: Tensor, width: int, caches: Caches, kernel: int = 3) -> Tensor:
+def causal(
+    w: Weights, key: str, x_BCTHW: Tensor, width: int, caches: Caches, kernel: int = 3
+) -> Tensor:
     """In time only the past is seen: the first frame repeated, or what was there before this chunk."""
     before = caches[key] if key in caches else x_BCTHW[:, :, :1].repeat(1, 1, kernel - 1, 1, 1)
     x = torch.cat([before, x_BCTHW], dim=2)
@@ -31,16 +33,26 @@ def first_apart(x: Tensor) -> list[Tensor]:
 def norm(w: Weights, key: str, x: Tensor, latent: Tensor | None, caches: Caches) -> Tensor:
     if latent is None:
         return w.group_norm(key, x)
-    parts = zip(first_apart(latent) if x.shape[2] > 1 and x.shape[2] % 2 else [latent], first_apart(x), strict=True)
+    parts = zip(
+        first_apart(latent) if x.shape[2] > 1 and x.shape[2] % 2 else [latent],
+        first_apart(x),
+        strict=True,
+    )
     z = torch.cat([F.interpolate(a, size=b.shape[-3:], mode="nearest") for a, b in parts], dim=2)
-    scale, shift = (causal(w, f"{key}.{name}", z, x.shape[1], caches, kernel=1) for name in ("conv_y", "conv_b"))
+    scale, shift = (
+        causal(w, f"{key}.{name}", z, x.shape[1], caches, kernel=1) for name in ("conv_y", "conv_b")
+    )
     return w.group_norm(f"{key}.norm_layer", x) * scale + shift
 
 
-def res_block(w: Weights, key: str, x: Tensor, width: int, latent: Tensor | None, caches: Caches) -> Tensor:
+def res_block(
+    w: Weights, key: str, x: Tensor, width: int, latent: Tensor | None, caches: Caches
+) -> Tensor:
     y = causal(w, f"{key}.conv1", swish(norm(w, f"{key}.norm1", x, latent, caches)), width, caches)
     y = causal(w, f"{key}.conv2", swish(norm(w, f"{key}.norm2", y, latent, caches)), width, caches)
-    return (w.convolution(f"{key}.nin_shortcut", x, width, 1, 1, 1) if x.shape[1] != width else x) + y
+    return (
+        w.convolution(f"{key}.nin_shortcut", x, width, 1, 1, 1) if x.shape[1] != width else x
+    ) + y
 
 
 def each_frame(w: Weights, key: str, x: Tensor, **options: int) -> Tensor:
@@ -55,15 +67,31 @@ def encode(w: Weights, sizes: Sizes, video_BCTHW: Tensor) -> Tensor:
     x = causal(w, "encoder.conv_in", video_BCTHW, sizes["ch"], caches)
     for level, multiplier in enumerate(sizes["ch_mult"]):
         for number in range(sizes["res"]):
-            x = res_block(w, f"encoder.down.{level}.block.{number}", x, sizes["ch"] * multiplier, None, caches)
+            x = res_block(
+                w, f"encoder.down.{level}.block.{number}", x, sizes["ch"] * multiplier, None, caches
+            )
         if level < levels - 1:
             if level < 2:  # time too: the first frame stays, the others are averaged in pairs
                 parts = first_apart(x) if x.shape[2] > 1 else []
-                x = torch.cat([*parts[:-1], *[p.unflatten(2, (-1, 2)).mean(3) for p in parts[-1:]]], dim=2) if parts else x
-            x = each_frame(w, f"encoder.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
+                x = (
+                    torch.cat(
+                        [*parts[:-1], *[p.unflatten(2, (-1, 2)).mean(3) for p in parts[-1:]]], dim=2
+                    )
+                    if parts
+                    else x
+                )
+            x = each_frame(
+                w, f"encoder.down.{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2
+            )
     for name in ("block_1", "block_2"):
         x = res_block(w, f"encoder.mid.{name}", x, x.shape[1], None, caches)
-    return causal(w, "encoder.conv_out", swish(w.group_norm("encoder.norm_out", x)), 2 * sizes["z_channels"], caches)
+    return causal(
+        w,
+        "encoder.conv_out",
+        swish(w.group_norm("encoder.norm_out", x)),
+        2 * sizes["z_channels"],
+        caches,
+    )
 
 
 def decode(w: Weights, sizes: Sizes, latent: Tensor, caches: Caches) -> Tensor:
@@ -74,14 +102,25 @@ def decode(w: Weights, sizes: Sizes, latent: Tensor, caches: Caches) -> Tensor:
     levels = len(sizes["ch_mult"])
     for level in reversed(range(levels)):
         for number in range(sizes["res"] + 1):
-            x = res_block(w, f"decoder.up.{level}.block.{number}", x, sizes["ch"] * sizes["ch_mult"][level], latent, caches)
+            x = res_block(
+                w,
+                f"decoder.up.{level}.block.{number}",
+                x,
+                sizes["ch"] * sizes["ch_mult"][level],
+                latent,
+                caches,
+            )
         if level:
-            if levels - 1 - level < 2 and x.shape[2] > 1:  # time too: the first of an odd number stays one frame
+            if (
+                levels - 1 - level < 2 and x.shape[2] > 1
+            ):  # time too: the first of an odd number stays one frame
                 parts = first_apart(x)
                 x = torch.cat([*parts[:-1], parts[-1].repeat_interleave(2, dim=2)], dim=2)
             x = x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
             x = each_frame(w, f"decoder.up.{level}.upsample.conv", x, padding=1)
-    return causal(w, "decoder.conv_out", swish(norm(w, "decoder.norm_out", x, latent, caches)), 3, caches)
+    return causal(
+        w, "decoder.conv_out", swish(norm(w, "decoder.norm_out", x, latent, caches)), 3, caches
+    )
 
 
 def vae(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,9 +129,16 @@ def vae(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> dict[str, Tensor
     sample = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * inputs["posterior_noise"]
     latents, caches = inputs["latent_scaled"] / sizes["scale_factor"], {}
     ends = [min(3, latents.shape[2]), *range(5, latents.shape[2] + 1, 2)]
-    chunks = [decode(w, sizes, latents[:, :, start:end], caches) for start, end in zip([0, *ends], ends, strict=False)]
-    return {"encoder_moments": moments, "encoded_scaled_latent": sizes["scale_factor"] * sample,
-            "decoded_chunked": torch.cat(chunks, dim=2), "decoded_whole": decode(w, sizes, latents, {})}
+    chunks = [
+        decode(w, sizes, latents[:, :, start:end], caches)
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    return {
+        "encoder_moments": moments,
+        "encoded_scaled_latent": sizes["scale_factor"] * sample,
+        "decoded_chunked": torch.cat(chunks, dim=2),
+        "decoded_whole": decode(w, sizes, latents, {}),
+    }
 
 
 def feature_extractor(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,10 +151,14 @@ def feature_extractor(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> di
     padded[..., :height, :columns] = frames
     pixels = (padded.flatten(0, 1).float() - 127.5) / 127.5
     grid = side // patch
-    patches = w.convolution(f"{prefix}embeddings.patch_embeddings.projection", pixels, width, patch, patch, stride=patch)
+    patches = w.convolution(
+        f"{prefix}embeddings.patch_embeddings.projection", pixels, width, patch, patch, stride=patch
+    )
     table = w.take(f"{prefix}embeddings.position_embeddings", 1, 1 + 14 * 14, width)
     places = table[:, 1:].reshape(1, 14, 14, width).permute(0, 3, 1, 2)
-    places = F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False).flatten(2).mT
+    places = (
+        F.interpolate(places, size=(grid, grid), mode="bicubic", align_corners=False).flatten(2).mT
+    )
     places = torch.cat([table[:, :1], places], dim=1)
     cls = w.take(f"{prefix}embeddings.cls_token", 1, 1, width).expand(len(pixels), -1, -1)
     x = torch.cat([cls, patches.flatten(2).mT], dim=1) + places
@@ -116,12 +166,25 @@ def feature_extractor(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> di
     for layer in range(sizes["layers"]):
         key = f"{prefix}encoder.layer.{layer}"
         y = w.layer_norm(f"{key}.layernorm_before", x, eps)
-        q, k, v = (heads(w.linear(f"{key}.attention.attention.{name}", y, width), sizes["heads"]) for name in ("query", "key", "value"))
+        q, k, v = (
+            heads(w.linear(f"{key}.attention.attention.{name}", y, width), sizes["heads"])
+            for name in ("query", "key", "value")
+        )
         x = x + w.linear(f"{key}.attention.output.dense", softmax_attention(q, k, v), width)
-        y = gelu_exact(w.linear(f"{key}.intermediate.dense", w.layer_norm(f"{key}.layernorm_after", x, eps), 4 * width))
+        y = gelu_exact(
+            w.linear(
+                f"{key}.intermediate.dense",
+                w.layer_norm(f"{key}.layernorm_after", x, eps),
+                4 * width,
+            )
+        )
         x = x + w.linear(f"{key}.output.dense", y, width)
     x = w.layer_norm(f"{prefix}layernorm", x, eps)[:, 1:]
     features = x.reshape(*video.shape[:2], grid, grid, width).permute(0, 1, 4, 2, 3)
     rows, cells = sizes["output_shape"]
-    return {"frames_uint8": frames, "frames_padded_uint8": padded, "interpolated_position_embeddings": places,
-            "features": features[..., :rows, :cells]}
+    return {
+        "frames_uint8": frames,
+        "frames_padded_uint8": padded,
+        "interpolated_position_embeddings": places,
+        "features": features[..., :rows, :cells],
+    }

@@ -23,7 +23,15 @@ Sizes = dict[str, Any]
 
 
 def ids_of(sizes: Sizes) -> dict[str, int]:
-    names = ("EOS", "BOS", "START_OF_IFrame", "END_OF_IFrame", "START_OF_PFrame", "END_OF_PFrame", "PAD")
+    names = (
+        "EOS",
+        "BOS",
+        "START_OF_IFrame",
+        "END_OF_IFrame",
+        "START_OF_PFrame",
+        "END_OF_PFrame",
+        "PAD",
+    )
     return {name: sizes["codebook_size"] + i for i, name in enumerate(names)}
 
 
@@ -45,11 +53,17 @@ def num_codes(sizes: Sizes, num_frames: int) -> int:
     return body(sizes, num_frames).count(-1)
 
 
-def micro_condition(w: Weights, frequency_dim: int, hidden: int, width: int, frames: Tensor, motion_score: Tensor) -> Tensor:
+def micro_condition(
+    w: Weights, frequency_dim: int, hidden: int, width: int, frames: Tensor, motion_score: Tensor
+) -> Tensor:
     vectors = []
     for name, values in (("frames", frames), ("motion_score", motion_score)):
         key = f"micro_condition.mlps.{name}"
-        vectors.append(w.linear(f"{key}.2", swish(w.linear(f"{key}.0", waves(values, frequency_dim), hidden)), width))
+        vectors.append(
+            w.linear(
+                f"{key}.2", swish(w.linear(f"{key}.0", waves(values, frequency_dim), hidden)), width
+            )
+        )
     return torch.stack(vectors, dim=1)
 
 
@@ -64,13 +78,28 @@ def block(w: Weights, layer: int, sizes: Sizes, x: Tensor) -> Tensor:
     q, k, v = (heads(part, count) for part in qkv.split(width, dim=-1))
     turned = turns(torch.arange(x.shape[1]), width // count, sizes["rope_theta"])
     causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-    x = x + w.linear(f"{key}.wo", softmax_attention(rotated(q, turned), rotated(k, turned), v, causal), width, bias=False)
+    x = x + w.linear(
+        f"{key}.wo",
+        softmax_attention(rotated(q, turned), rotated(k, turned), v, causal),
+        width,
+        bias=False,
+    )
     y = rms(w, f"{key}.norm1", x)
-    gate, value = (w.linear(f"{key}.mlp.{name}", y, sizes["mlp_dim"], bias=False) for name in ("w1", "w3"))
+    gate, value = (
+        w.linear(f"{key}.mlp.{name}", y, sizes["mlp_dim"], bias=False) for name in ("w1", "w3")
+    )
     return x + w.linear(f"{key}.mlp.w2", gelu_tanh(gate) * value, width, bias=False)
 
 
-def run(w: Weights, sizes: Sizes, text_BLT: Tensor, frames: Tensor, motion: Tensor, ids_BN: Tensor, null: bool = False) -> dict[str, Tensor]:
+def run(
+    w: Weights,
+    sizes: Sizes,
+    text_BLT: Tensor,
+    frames: Tensor,
+    motion: Tensor,
+    ids_BN: Tensor,
+    null: bool = False,
+) -> dict[str, Tensor]:
     """`ids` from the first SI on."""
     batch, width = len(text_BLT), sizes["hidden_dim"]
     table = w.take("visual_embedding_model.tok_emb_code.weight", sizes["codebook_size"] + 7, width)
@@ -85,12 +114,24 @@ def run(w: Weights, sizes: Sizes, text_BLT: Tensor, frames: Tensor, motion: Tens
     for layer in range(sizes["num_layers"]):
         x = block(w, layer, sizes, x)
         blocks.append(x)
-    logits = w.linear("transformer.head", w.layer_norm("transformer.layer_norm", x, 1e-5), sizes["codebook_size"] + 7, bias=False)
-    return {"input_features": features, "block0_output": blocks[0], "logits": logits, "micro_condition": micro}
+    logits = w.linear(
+        "transformer.head",
+        w.layer_norm("transformer.layer_norm", x, 1e-5),
+        sizes["codebook_size"] + 7,
+        bias=False,
+    )
+    return {
+        "input_features": features,
+        "block0_output": blocks[0],
+        "logits": logits,
+        "micro_condition": micro,
+    }
 
 
 def teacher_forced(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    text, codes, frames, motion = (inputs[k] for k in ("text_embeddings", "codes", "frames", "motion_score"))
+    text, codes, frames, motion = (
+        inputs[k] for k in ("text_embeddings", "codes", "frames", "motion_score")
+    )
     batch, length, _ = text.shape
     ids = torch.tensor([body(sizes, sizes["num_frames"], row) for row in codes.tolist()])
     outputs = run(w, sizes, text, frames, motion, ids)
@@ -102,7 +143,10 @@ def teacher_forced(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> dict[
     log_p = outputs["logits"].log_softmax(-1)[:, start - 1 : -1]
     losses = -log_p.gather(-1, ids[..., None])[..., 0]
     return outputs | {
-        "tokens": tokens, "loss_mask": mask.to(torch.uint8), "loss_per_sample": losses.mean(1), "loss_packed": losses.mean()[None],
+        "tokens": tokens,
+        "loss_mask": mask.to(torch.uint8),
+        "loss_per_sample": losses.mean(1),
+        "loss_packed": losses.mean()[None],
         "uncond_logits": run(w, sizes, text, frames, motion, ids, null=True)["logits"],
     }
 
@@ -111,9 +155,12 @@ def micro_conditions(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> dic
     frames, motion = inputs["frames"], inputs["motion_score"]
     widths = sizes["freq_dim"], sizes["hidden"], sizes["out_dim"]
     return {
-        "sinusoid_frames": waves(frames, widths[0]), "sinusoid_motion": waves(motion, widths[0]),
+        "sinusoid_frames": waves(frames, widths[0]),
+        "sinusoid_motion": waves(motion, widths[0]),
         "micro_condition": micro_condition(w, *widths, frames, motion),
-        "micro_condition_defaults": micro_condition(w, *widths, torch.ones_like(frames), torch.zeros_like(motion)),
+        "micro_condition_defaults": micro_condition(
+            w, *widths, torch.ones_like(frames), torch.zeros_like(motion)
+        ),
     }
 
 
@@ -132,7 +179,9 @@ def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     return logits
 
 
-def sample(w: Weights, sizes: Sizes, text: Tensor, options: dict[str, Any], draws: Tensor | None = None) -> tuple[dict[str, Tensor], float]:
+def sample(
+    w: Weights, sizes: Sizes, text: Tensor, options: dict[str, Any], draws: Tensor | None = None
+) -> tuple[dict[str, Tensor], float]:
     """One run of §4.7. `draws`: ids to go on with; drawn by `options["rng"]` where None. Also the smallest distance of
     a decision that rounding could turn: between the two best logits of a greedy run."""
     v, num_frames = ids_of(sizes), options["num_frames"]
@@ -144,7 +193,10 @@ def sample(w: Weights, sizes: Sizes, text: Tensor, options: dict[str, Any], draw
     fed, raw, probabilities, drawn, gaps = [template[0]], [], [], [], []
     for place in range(1, len(template)):
         ids = torch.tensor([fed])
-        rows = [run(w, sizes, text, frames, motion, ids, null=null)["logits"][0, -1] for null in ((False, True) if guidance != 1 else (False,))]
+        rows = [
+            run(w, sizes, text, frames, motion, ids, null=null)["logits"][0, -1]
+            for null in ((False, True) if guidance != 1 else (False,))
+        ]
         raw.append(torch.stack(rows))
         logits = rows[0] if guidance == 1 else rows[1] + guidance * (rows[0] - rows[1])
         logits = logits / (options.get("temperature") or 1.0)
@@ -161,15 +213,32 @@ def sample(w: Weights, sizes: Sizes, text: Tensor, options: dict[str, Any], draw
             logits = filtered(logits, options.get("top_k"), options.get("top_p"))
         probability = logits.softmax(-1)
         probabilities.append(probability)
-        chosen = int(torch.multinomial(probability, 1, generator=generator) if draws is None else draws[place - 1])
+        chosen = int(
+            torch.multinomial(probability, 1, generator=generator)
+            if draws is None
+            else draws[place - 1]
+        )
         drawn.append(chosen)
         if options.get("top_k") == 1 and not starts:
-            best = (rows[0] if guidance == 1 else rows[1] + guidance * (rows[0] - rows[1])).topk(2).values
+            best = (
+                (rows[0] if guidance == 1 else rows[1] + guidance * (rows[0] - rows[1]))
+                .topk(2)
+                .values
+            )
             gaps.append(float(best[0] - best[1]))
         if may_end and chosen == v["EOS"] and options.get("predict_eos"):
             break
         fed.append(chosen if wanted == -1 else wanted)
     fed = fed[1:] if len(fed) < len(template) else fed[1:-1]
-    codes = [min(token, sizes["codebook_size"] - 1) for token, wanted in zip(fed, template[1:], strict=False) if wanted == -1]
-    return {"raw_logits": torch.stack(raw), "probs": torch.stack(probabilities), "drawn": torch.tensor(drawn),
-            "fed_tokens": torch.tensor(fed), "codes": torch.tensor([codes])}, min(gaps, default=math.inf)
+    codes = [
+        min(token, sizes["codebook_size"] - 1)
+        for token, wanted in zip(fed, template[1:], strict=False)
+        if wanted == -1
+    ]
+    return {
+        "raw_logits": torch.stack(raw),
+        "probs": torch.stack(probabilities),
+        "drawn": torch.tensor(drawn),
+        "fed_tokens": torch.tensor(fed),
+        "codes": torch.tensor([codes]),
+    }, min(gaps, default=math.inf)

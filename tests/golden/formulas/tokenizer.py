@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.golden.formulas.weights import Weights, gelu_exact, heads, rotated, softmax_attention, turns
+from tests.golden.formulas.weights import (
+    Weights,
+    gelu_exact,
+    heads,
+    rotated,
+    softmax_attention,
+    turns,
+)
 
 Sizes = dict[str, Any]
 
@@ -42,17 +49,24 @@ def rotary(sizes: Sizes, T: int) -> Tensor:
     return torch.cat([turns(p, part, 10000.0) for p, part in parts], dim=1)
 
 
-def block(w: Weights, key: str, x: Tensor, num_heads: int, visible: Tensor, turned: Tensor) -> Tensor:
+def block(
+    w: Weights, key: str, x: Tensor, num_heads: int, visible: Tensor, turned: Tensor
+) -> Tensor:
     width = x.shape[-1]
     y = w.layer_norm(f"{key}.ln_1", x, 1e-5)
-    q, k, v = (heads(w.linear(f"{key}.attn.{name}", y, width, bias=False), num_heads) for name in ("wq", "wk", "wv"))
+    q, k, v = (
+        heads(w.linear(f"{key}.attn.{name}", y, width, bias=False), num_heads)
+        for name in ("wq", "wk", "wv")
+    )
     attended = softmax_attention(rotated(q, turned), rotated(k, turned), v, visible)
     x = x + w.linear(f"{key}.attn.wo", attended, width, bias=False)
     y = gelu_exact(w.linear(f"{key}.mlp.c_fc", w.layer_norm(f"{key}.ln_2", x, 1e-5), 4 * width))
     return x + w.linear(f"{key}.mlp.c_proj", y, width)
 
 
-def stack(w: Weights, side: str, sizes: Sizes, x: Tensor, visible: Tensor, turned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def stack(
+    w: Weights, side: str, sizes: Sizes, x: Tensor, visible: Tensor, turned: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(after ln_pre, after block 0, after the last block)."""
     first = x = w.layer_norm(f"{side}.ln_pre", x, 1e-5)
     outputs = []
@@ -66,7 +80,11 @@ def encode(w: Weights, sizes: Sizes, features_BTChw: Tensor) -> dict[str, Tensor
     batch, T, _, rows, columns = features_BTChw.shape
     width = sizes["width"]
     patches = w.convolution("encoder.patch_embed", features_BTChw.flatten(0, 1), width, 1, 1)
-    visual = patches.unflatten(0, (batch, T)).permute(0, 1, 3, 4, 2).reshape(batch, T * rows * columns, width)
+    visual = (
+        patches.unflatten(0, (batch, T))
+        .permute(0, 1, 3, 4, 2)
+        .reshape(batch, T * rows * columns, width)
+    )
     i_table = w.take("encoder.IFrame_latent_tokens", sizes["iframe_tokens"], width)
     p_table = w.take("encoder.PFrame_latent_tokens", sizes["pframe_tokens"], width)
     queries = torch.cat([i_table, *[p_table] * (T - 1)])
@@ -75,8 +93,12 @@ def encode(w: Weights, sizes: Sizes, features_BTChw: Tensor) -> dict[str, Tensor
     before, block0, x = stack(w, "encoder", sizes, x, visible, rotary(sizes, T))
     latents = w.layer_norm("encoder.ln_post", x[:, T * rows * columns :], 1e-5)
     latents = w.linear("encoder.proj_out", latents, sizes["token_size"])
-    return {"enc_ln_pre": before, "enc_block0": block0, "encoder_latent": latents,
-            "project_in": w.linear("quantizer.project_in", latents, sizes["codebook_dim"])}
+    return {
+        "enc_ln_pre": before,
+        "enc_block0": block0,
+        "encoder_latent": latents,
+        "project_in": w.linear("quantizer.project_in", latents, sizes["codebook_dim"]),
+    }
 
 
 def book(w: Weights, sizes: Sizes) -> Tensor:
@@ -107,7 +129,9 @@ def decode(w: Weights, sizes: Sizes, quantized_BNz: Tensor, T: int) -> dict[str,
     visible = decoder_mask(T, rows * columns, sizes["iframe_tokens"], sizes["pframe_tokens"])
     before, block0, x = stack(w, "decoder", sizes, x, visible, rotary(sizes, T))
     x = w.layer_norm("decoder.ln_post", x[:, : T * rows * columns], 1e-5)
-    x = w.linear("decoder.ffn.2", torch.tanh(w.linear("decoder.ffn.0", x, 2 * width)), sizes["channels"])
+    x = w.linear(
+        "decoder.ffn.2", torch.tanh(w.linear("decoder.ffn.0", x, 2 * width)), sizes["channels"]
+    )
     decoded = x.reshape(batch, T, rows, columns, -1).permute(0, 1, 4, 2, 3)
     return {"dec_ln_pre": before, "dec_block0": block0, "decoded": decoded}
 
@@ -119,7 +143,12 @@ def detokenize(w: Weights, sizes: Sizes, indices_BN: Tensor, T: int) -> Tensor:
 def masks(sizes: Sizes) -> dict[str, Tensor]:
     outputs = {}
     for combo in sizes["combos"]:
-        place = combo["T"], combo["tokens_per_frame"], combo["iframe_tokens"], combo["pframe_tokens"]
+        place = (
+            combo["T"],
+            combo["tokens_per_frame"],
+            combo["iframe_tokens"],
+            combo["pframe_tokens"],
+        )
         name = "T{}_n{}_I{}_P{}".format(*place)
         outputs |= {f"enc_{name}": encoder_mask(*place), f"dec_{name}": decoder_mask(*place)}
     return {name: mask.to(torch.uint8) for name, mask in outputs.items()}
@@ -143,24 +172,51 @@ def forward(w: Weights, sizes: Sizes, inputs: dict[str, Tensor]) -> tuple[dict[s
             outputs["denormalised_decoded"] = found["decoded"] * std + mean
         if T == 1:
             found["decoded"] = found["decoded"][:, 0]
-        layout = (T, sizes["grid"][0] * sizes["grid"][1], sizes["iframe_tokens"], sizes["pframe_tokens"])
-        found |= {"enc_mask": encoder_mask(*layout).to(torch.uint8), "dec_mask": decoder_mask(*layout).to(torch.uint8),
-                  "rope_cis": torch.view_as_real(rotary(sizes, T))}
+        layout = (
+            T,
+            sizes["grid"][0] * sizes["grid"][1],
+            sizes["iframe_tokens"],
+            sizes["pframe_tokens"],
+        )
+        found |= {
+            "enc_mask": encoder_mask(*layout).to(torch.uint8),
+            "dec_mask": decoder_mask(*layout).to(torch.uint8),
+            "rope_cis": torch.view_as_real(rotary(sizes, T)),
+        }
         outputs |= {f"{name}_T{T}": tensor for name, tensor in found.items()}
         gaps.append(gap)
     return outputs, min(gaps)
 
 
-GRADIENTS = ("encoder.patch_embed.weight", "encoder.IFrame_latent_tokens", "encoder.transformer.0.attn.wq.weight",
-             "quantizer.project_in.weight", "quantizer.project_out.weight", "decoder.mask_token", "decoder.ffn.2.weight")
+GRADIENTS = (
+    "encoder.patch_embed.weight",
+    "encoder.IFrame_latent_tokens",
+    "encoder.transformer.0.attn.wq.weight",
+    "quantizer.project_in.weight",
+    "quantizer.project_out.weight",
+    "decoder.mask_token",
+    "decoder.ffn.2.weight",
+)
 
 
-def train_step(w: Weights, sizes: Sizes, features: Tensor, gradients_of: tuple[str, ...] = GRADIENTS) -> tuple[dict[str, Tensor], float]:
+def train_step(
+    w: Weights, sizes: Sizes, features: Tensor, gradients_of: tuple[str, ...] = GRADIENTS
+) -> tuple[dict[str, Tensor], float]:
     """Outputs of a `tokenizer_train_step` case and the smallest gap between codes."""
     w.take("mean", sizes["channels"]), w.take("std", sizes["channels"], around=1.0, scale=0.2)
     with torch.no_grad():  # the first pass draws what is missing
-        detokenize(w, sizes, nearest(w, sizes, encode(w, sizes, features)["project_in"])[0], features.shape[1])
-    live = Weights({k: t.clone().requires_grad_(t.is_floating_point() and "_codebook" not in k) for k, t in w.items()})
+        detokenize(
+            w,
+            sizes,
+            nearest(w, sizes, encode(w, sizes, features)["project_in"])[0],
+            features.shape[1],
+        )
+    live = Weights(
+        {
+            k: t.clone().requires_grad_(t.is_floating_point() and "_codebook" not in k)
+            for k, t in w.items()
+        }
+    )
     p = encode(live, sizes, features)["project_in"]
     indices, gap = nearest(live, sizes, p)
     q = book(live, sizes)[indices]
@@ -177,7 +233,9 @@ def train_step(w: Weights, sizes: Sizes, features: Tensor, gradients_of: tuple[s
     decoded = decode(live, sizes, quantized, features.shape[1])["decoded"]
     reconstruction = (decoded - features).square().mean()
     total = commitment + reconstruction
-    found = dict(zip(gradients_of, torch.autograd.grad(total, [live[k] for k in gradients_of]), strict=True))
+    found = dict(
+        zip(gradients_of, torch.autograd.grad(total, [live[k] for k in gradients_of]), strict=True)
+    )
 
     one_hot = torch.nn.functional.one_hot(indices.flatten(), sizes["codebook_size"]).float()
     counts, sums = one_hot.sum(0), one_hot.T @ p.detach().flatten(0, 1)
@@ -187,8 +245,14 @@ def train_step(w: Weights, sizes: Sizes, features: Tensor, gradients_of: tuple[s
     smoothed = (cluster + 1e-5) / (cluster.sum() + sizes["codebook_size"] * 1e-5) * cluster.sum()
     assert cluster.min() >= 2, "a code dies: what replaces it is chance"
     outputs = {
-        "total_loss": total[None], "commit_loss": commitment[None], "recon_loss": reconstruction[None], "recon_features": decoded,
-        "indices": indices, "quantized": quantized, f"after.{key}cluster_size": cluster, f"after.{key}embed_avg": average,
+        "total_loss": total[None],
+        "commit_loss": commitment[None],
+        "recon_loss": reconstruction[None],
+        "recon_features": decoded,
+        "indices": indices,
+        "quantized": quantized,
+        f"after.{key}cluster_size": cluster,
+        f"after.{key}embed_avg": average,
         f"after.{key}embed": average / smoothed[..., None],
     }
     outputs |= {f"grad.{name}": gradient for name, gradient in found.items()}

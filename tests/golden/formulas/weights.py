@@ -18,7 +18,9 @@ from torch import Tensor
 class Weights(dict[str, Tensor]):
     """Tensors by key. With a seed, one that is missing is drawn at the shape that a formula asks for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor] | None = None, seed: int | None = None
+    ) -> None:
         super().__init__(tensors or {})
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
@@ -34,26 +36,38 @@ class Weights(dict[str, Tensor]):
         weight = self.take(f"{key}.weight", width, inner, scale=inner**-0.5)
         return F.linear(x, weight, self.take(f"{key}.bias", width, scale=0.3) if bias else None)
 
-    def convolution(self, key: str, x: Tensor, width: int, *kernel: int, padding: int = 0, stride: int = 1) -> Tensor:
+    def convolution(
+        self, key: str, x: Tensor, width: int, *kernel: int, padding: int = 0, stride: int = 1
+    ) -> Tensor:
         """In as many dimensions as `kernel` has."""
         inner = x.shape[1]
-        weight = self.take(f"{key}.weight", width, inner, *kernel, scale=(inner * math.prod(kernel)) ** -0.5)
+        weight = self.take(
+            f"{key}.weight", width, inner, *kernel, scale=(inner * math.prod(kernel)) ** -0.5
+        )
         operation = F.conv2d if len(kernel) == 2 else F.conv3d
-        return operation(x, weight, self.take(f"{key}.bias", width, scale=0.3), padding=padding, stride=stride)
+        return operation(
+            x, weight, self.take(f"{key}.bias", width, scale=0.3), padding=padding, stride=stride
+        )
 
     def layer_norm(self, key: str, x: Tensor, eps: float) -> Tensor:
         scale, shift = self.affine(key, x.shape[-1])
         mean = x.mean(-1, keepdim=True)
-        return (x - mean) / ((x - mean).square().mean(-1, keepdim=True) + eps).sqrt() * scale + shift
+        return (x - mean) / (
+            (x - mean).square().mean(-1, keepdim=True) + eps
+        ).sqrt() * scale + shift
 
     def group_norm(self, key: str, x: Tensor, eps: float = 1e-6) -> Tensor:
         return F.group_norm(x, 32, *self.affine(key, x.shape[1]), eps)
 
     def affine(self, key: str, width: int) -> tuple[Tensor, Tensor]:
-        return self.take(f"{key}.weight", width, scale=0.2, around=1.0), self.take(f"{key}.bias", width, scale=0.3)
+        return self.take(f"{key}.weight", width, scale=0.2, around=1.0), self.take(
+            f"{key}.bias", width, scale=0.3
+        )
 
 
-def softmax_attention(q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, visible: Tensor | None = None) -> Tensor:
+def softmax_attention(
+    q_BHSd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, visible: Tensor | None = None
+) -> Tensor:
     """[B, S, H * d]. `visible` [S, S]: true where the row may attend to the column."""
     scores = q_BHSd @ k_BHSd.mT / math.sqrt(q_BHSd.shape[-1])
     if visible is not None:

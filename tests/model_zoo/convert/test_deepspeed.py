@@ -22,7 +22,11 @@ from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.health import UnhealthyError
 
 RANKS = 3
-WEIGHTS = {"a.weight": torch.arange(35.0).view(5, 7), "a.bias": torch.arange(4.0) + 100, "b": torch.tensor(7.0)}
+WEIGHTS = {
+    "a.weight": torch.arange(35.0).view(5, 7),
+    "a.bias": torch.arange(4.0) + 100,
+    "b": torch.tensor(7.0),
+}
 SHAPES = [{name: tensor.shape for name, tensor in WEIGHTS.items()}]
 FROZEN = torch.arange(10.0).view(2, 5).bfloat16()
 BUFFER = torch.tensor([True, False])
@@ -41,16 +45,27 @@ def slices(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def adam(vectors: list[torch.Tensor], steps: int) -> dict:
-    return {"state": {i: {"step": torch.tensor(float(steps)), "exp_avg": 2 * v, "exp_avg_sq": 3 * v} for i, v in enumerate(vectors)}}
+    return {
+        "state": {
+            i: {"step": torch.tensor(float(steps)), "exp_avg": 2 * v, "exp_avg_sq": 3 * v}
+            for i, v in enumerate(vectors)
+        }
+    }
 
 
 def write(folder: Path, rank: int, stage: int, optimizer: dict, model: dict | None) -> None:
     folder.mkdir(exist_ok=True)
     optimizer |= {"zero_stage": ZeroStageEnum(stage), "loss_scaler": LossScaler(1)}
-    torch.save({"optimizer_state_dict": optimizer}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    torch.save(
+        {"optimizer_state_dict": optimizer},
+        folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+    )
     if model is not None:
         name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
-        torch.save({"param_shapes": SHAPES, "buffer_names": ["mask"], **model}, folder / f"{name}_model_states.pt")
+        torch.save(
+            {"param_shapes": SHAPES, "buffer_names": ["mask"], **model},
+            folder / f"{name}_model_states.pt",
+        )
 
 
 def write_stage_2(folder: Path, steps: tuple[int, ...] = (5, 5, 5)) -> Path:
@@ -63,32 +78,69 @@ def write_stage_2(folder: Path, steps: tuple[int, ...] = (5, 5, 5)) -> Path:
             if first < last:
                 mapping[name] = fragment_address(start=first - rank * size, numel=last - first)
             start += tensor.numel()
-        held = part[: sum(address.numel for address in mapping.values())]  # DeepSpeed drops the padding of weights only
-        write(folder, rank, 2, {
-            "single_partition_of_fp32_groups": [held], "base_optimizer_state": adam([part], steps[rank]),
-            "param_slice_mappings": [mapping], "partition_count": [RANKS], "param_alignment_paddings": [[0, 0, 0]],
-        }, {"module": {**{n: t.bfloat16() for n, t in WEIGHTS.items()}, "frozen": FROZEN, "mask": BUFFER}} if rank == 0 else None)
+        held = part[
+            : sum(address.numel for address in mapping.values())
+        ]  # DeepSpeed drops the padding of weights only
+        write(
+            folder,
+            rank,
+            2,
+            {
+                "single_partition_of_fp32_groups": [held],
+                "base_optimizer_state": adam([part], steps[rank]),
+                "param_slice_mappings": [mapping],
+                "partition_count": [RANKS],
+                "param_alignment_paddings": [[0, 0, 0]],
+            },
+            {
+                "module": {
+                    **{n: t.bfloat16() for n, t in WEIGHTS.items()},
+                    "frozen": FROZEN,
+                    "mask": BUFFER,
+                }
+            }
+            if rank == 0
+            else None,
+        )
     return folder
 
 
 def write_stage_3(folder: Path) -> Path:
     for rank in range(RANKS):
-        groups = [slices(WEIGHTS["a.weight"])[rank], torch.cat([slices(WEIGHTS[n])[rank] for n in ("a.bias", "b")])]
-        write(folder, rank, 3, {
-            "fp32_flat_groups": groups, "optimizer_state_dict": adam(groups, 5), "partition_count": RANKS,
-        }, {
-            "module": {"mask": BUFFER, "frozen": torch.empty(0)}, "frozen_param_shapes": {"frozen": FROZEN.shape},
-            "frozen_param_fragments": {"frozen": slices(FROZEN.float())[rank].bfloat16()},
-        })
+        groups = [
+            slices(WEIGHTS["a.weight"])[rank],
+            torch.cat([slices(WEIGHTS[n])[rank] for n in ("a.bias", "b")]),
+        ]
+        write(
+            folder,
+            rank,
+            3,
+            {
+                "fp32_flat_groups": groups,
+                "optimizer_state_dict": adam(groups, 5),
+                "partition_count": RANKS,
+            },
+            {
+                "module": {"mask": BUFFER, "frozen": torch.empty(0)},
+                "frozen_param_shapes": {"frozen": FROZEN.shape},
+                "frozen_param_fragments": {"frozen": slices(FROZEN.float())[rank].bfloat16()},
+            },
+        )
     return folder
 
 
 @pytest.mark.parametrize("layout", [write_stage_2, write_stage_3])
 def test_tensors_come_back_whole_from_three_ranks(tmp_path, layout):
     state = read_deepspeed(layout(tmp_path))
-    assert (state.world_size, state.optimizer_steps, state.trainable) == (RANKS, 5, frozenset(WEIGHTS))
+    assert (state.world_size, state.optimizer_steps, state.trainable) == (
+        RANKS,
+        5,
+        frozenset(WEIGHTS),
+    )
     assert state.shapes == {"frozen": FROZEN.shape, "mask": BUFFER.shape, **SHAPES[0]}
-    assert torch.equal(state.weights["frozen"], FROZEN) and torch.equal(state.weights["mask"], BUFFER)
+    assert torch.equal(state.weights["frozen"], FROZEN) and torch.equal(
+        state.weights["mask"], BUFFER
+    )
     for name, tensor in WEIGHTS.items():
         assert torch.equal(state.weights[name], tensor)
         assert torch.equal(state.moments["exp_avg"][name], 2 * tensor)
@@ -98,22 +150,39 @@ def test_tensors_come_back_whole_from_three_ranks(tmp_path, layout):
 def test_classes_of_others_are_refused_by_name(tmp_path):
     write_stage_2(tmp_path)
     path = tmp_path / "mp_rank_00_model_states.pt"
-    torch.save({"param_shapes": SHAPES, "module": {"path": collections.Counter("a")}, "x": Path}, path)
-    with pytest.raises(ConfigError, match=r"mp_rank_00_model_states\.pt is refused: .* pathlib\.Path"):
+    torch.save(
+        {"param_shapes": SHAPES, "module": {"path": collections.Counter("a")}, "x": Path}, path
+    )
+    with pytest.raises(
+        ConfigError, match=r"mp_rank_00_model_states\.pt is refused: .* pathlib\.Path"
+    ):
         read_deepspeed(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_2_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "zero_pp_rank_2_mp_rank_00_optim_states.pt",
+        "mp_rank_00_model_states.pt",
+    ],
+)
 def test_a_missing_file_is_named(tmp_path, name):
     (write_stage_2(tmp_path) / name).unlink()
-    with pytest.raises(ConfigError, match=r"ranks \[0, 2\] only|written by 3 ranks but holds the optimizer states of 2|mp_rank_00_model_states.pt is missing"):
+    with pytest.raises(
+        ConfigError,
+        match=r"ranks \[0, 2\] only|written by 3 ranks but holds the optimizer states of 2|mp_rank_00_model_states.pt is missing",
+    ):
         read_deepspeed(tmp_path)
 
 
 def test_a_cut_file_is_called_damaged(tmp_path):
     path = write_stage_2(tmp_path) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"rank_1_mp_rank_00_optim_states\.pt is damaged|refused: an unreadable pickle"):
+    with pytest.raises(
+        ConfigError,
+        match=r"rank_1_mp_rank_00_optim_states\.pt is damaged|refused: an unreadable pickle",
+    ):
         read_deepspeed(tmp_path)
 
 
@@ -125,23 +194,35 @@ def test_shards_of_two_checkpoints_are_refused(tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no ZeRO checkpoint"):
         read_deepspeed(tmp_path)
-    with pytest.raises(ConfigError, match=r"is not a checkpoint of the diffusion trainer: it has no layout\.json"):
+    with pytest.raises(
+        ConfigError, match=r"is not a checkpoint of the diffusion trainer: it has no layout\.json"
+    ):
         export_diffusion(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor, pipeline or expert parallelism"), ("layer_00-model_states.pt", "tensor, pipeline"),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor, pipeline or expert parallelism"),
+        ("layer_00-model_states.pt", "tensor, pipeline"),
+    ],
+)
 def test_other_kinds_of_parallelism_are_refused(tmp_path, name, words):
     (write_stage_2(tmp_path) / name).touch()
     with pytest.raises(ConfigError, match=words):
         read_deepspeed(tmp_path)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"ds_config": {"zero_optimization": {"round_robin_gradients": True}}}, "round_robin_gradients = true"),
-    ({"shared_params": {"head": "a.weight"}}, r"ties parameters together \(head\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"ds_config": {"zero_optimization": {"round_robin_gradients": True}}},
+            "round_robin_gradients = true",
+        ),
+        ({"shared_params": {"head": "a.weight"}}, r"ties parameters together \(head\)"),
+    ],
+)
 def test_what_would_be_read_wrong_is_refused(tmp_path, change, words):
     path = write_stage_2(tmp_path) / "mp_rank_00_model_states.pt"
     torch.save(torch.load(path) | change, path)
@@ -151,7 +232,17 @@ def test_what_would_be_read_wrong_is_refused(tmp_path, change, words):
 
 def test_an_elastic_checkpoint_is_refused(tmp_path):
     write_stage_2(tmp_path)
-    write(tmp_path, 0, 2, {"base_optimizer_state": [], "partition_count": [RANKS], "single_partition_of_fp32_groups": []}, None)
+    write(
+        tmp_path,
+        0,
+        2,
+        {
+            "base_optimizer_state": [],
+            "partition_count": [RANKS],
+            "single_partition_of_fp32_groups": [],
+        },
+        None,
+    )
     with pytest.raises(ConfigError, match="elastic_checkpoint = true"):
         read_deepspeed(tmp_path)
 
@@ -165,12 +256,20 @@ def test_a_step_that_is_a_number_stays_one_and_sub_groups_are_as_the_config_has_
             entry["step"] = 5
         torch.save(content, path)
     path = tmp_path / "mp_rank_00_model_states.pt"
-    torch.save(torch.load(path) | {"ds_config": {"zero_optimization": {"sub_group_size": 17}}}, path)
+    torch.save(
+        torch.load(path) | {"ds_config": {"zero_optimization": {"sub_group_size": 17}}}, path
+    )
     write_deepspeed(tmp_path / "out", read_deepspeed(tmp_path), Cut(3, 2))
-    optimizer = torch.load(tmp_path / "out" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", weights_only=False)["optimizer_state_dict"]
+    optimizer = torch.load(
+        tmp_path / "out" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", weights_only=False
+    )["optimizer_state_dict"]
     state = optimizer["optimizer_state_dict"]
-    assert [len(vector) for vector in optimizer["fp32_flat_groups"]] == [18, 3] and state["param_groups"][0]["params"] == [0, 1]
-    assert [entry["step"] for entry in state["state"].values()] == [5, 5] and type(state["state"][0]["step"]) is int
+    assert [len(vector) for vector in optimizer["fp32_flat_groups"]] == [18, 3] and state[
+        "param_groups"
+    ][0]["params"] == [0, 1]
+    assert [entry["step"] for entry in state["state"].values()] == [5, 5] and type(
+        state["state"][0]["step"]
+    ) is int
 
 
 @pytest.mark.parametrize("what", ["weights", "exp_avg_sq"])

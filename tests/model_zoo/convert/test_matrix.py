@@ -40,7 +40,9 @@ def reopened(path: Path, kind: str) -> Part:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("format", "kind"), [(format, kind) for format, kinds in CELLS.items() for kind in kinds])
+@pytest.mark.parametrize(
+    ("format", "kind"), [(format, kind) for format, kinds in CELLS.items() for kind in kinds]
+)
 def test_our_export_goes_there_and_comes_back_bit_equal(tmp_path, format, kind, dtype):
     original = weights(kind, DTYPES[dtype])
     write_target(tmp_path / "out", format, [part(kind, DTYPES[dtype])], {})
@@ -56,17 +58,29 @@ def test_a_release_goes_through_our_export_and_comes_back_bit_equal(tmp_path, dt
     write_target(tmp_path / "release", "release", parts(DTYPES[dtype]), {})
     source = open_source(tmp_path / "release", OPTIONS)
     entries = export_to_zoo(tmp_path / "zoo", {k: k for k in registry.KINDS}, source.parts, {})
-    assert sorted(entry.kind for entry in entries) == ["diffusion", "lm", "tokenizer", "transformer"]
+    assert sorted(entry.kind for entry in entries) == [
+        "diffusion",
+        "lm",
+        "tokenizer",
+        "transformer",
+    ]
     again = [open_source(entry.path).parts[0] for entry in entries]
     vae = [part for part in source.parts if part.kind == VAE]
     write_target(tmp_path / "again", "release", again + vae, {})
-    names = sorted(str(p.relative_to(tmp_path / "release")) for p in (tmp_path / "release").rglob("*") if p.is_file())
+    names = sorted(
+        str(p.relative_to(tmp_path / "release"))
+        for p in (tmp_path / "release").rglob("*")
+        if p.is_file()
+    )
     assert len(names) == 8
     for name in names:
         first, second = tmp_path / "release" / name, tmp_path / "again" / name
         if name.endswith(".pt"):
             one, two = torch.load(first, weights_only=True), torch.load(second, weights_only=True)
-            one, two = one.get("module", one.get("state_dict")), two.get("module", two.get("state_dict"))
+            one, two = (
+                one.get("module", one.get("state_dict")),
+                two.get("module", two.get("state_dict")),
+            )
             assert same(two, one) and all(t.dtype == DTYPES[dtype] for t in one.values()), name
         elif name.endswith(".safetensors"):
             assert same(load_file(second), load_file(first)), name
@@ -74,11 +88,22 @@ def test_a_release_goes_through_our_export_and_comes_back_bit_equal(tmp_path, dt
 
 # every cell of the matrix that is not our export's: first -> second -> first
 PAIRS = [
-    ("release", "megatron", "lm"), ("release", "deepspeed", "diffusion"), ("release", "deepspeed", "transformer"),
-    ("release", "diffusers", "diffusion"), ("release", "diffusers", "tokenizer"), ("release", "diffusers", "lm"), ("release", "diffusers", VAE),
-    ("megatron", "transformers", "lm"), ("megatron", "release", "lm"), ("megatron", "megatron", "lm"),
-    ("deepspeed", "diffusers", "diffusion"), ("deepspeed", "diffusers", "transformer"), ("deepspeed", "release", "diffusion"),
-    ("diffusers", "release", "transformer"), ("diffusers", "release", "diffusion"), ("diffusers", "deepspeed", "transformer"),
+    ("release", "megatron", "lm"),
+    ("release", "deepspeed", "diffusion"),
+    ("release", "deepspeed", "transformer"),
+    ("release", "diffusers", "diffusion"),
+    ("release", "diffusers", "tokenizer"),
+    ("release", "diffusers", "lm"),
+    ("release", "diffusers", VAE),
+    ("megatron", "transformers", "lm"),
+    ("megatron", "release", "lm"),
+    ("megatron", "megatron", "lm"),
+    ("deepspeed", "diffusers", "diffusion"),
+    ("deepspeed", "diffusers", "transformer"),
+    ("deepspeed", "release", "diffusion"),
+    ("diffusers", "release", "transformer"),
+    ("diffusers", "release", "diffusion"),
+    ("diffusers", "deepspeed", "transformer"),
 ]
 
 
@@ -90,10 +115,16 @@ def content(folder: Path) -> dict[str, torch.Tensor]:
         found |= {key: reader.read(key) for key in reader.entries}
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors":
-            found |= {f"{path.relative_to(folder)} {key}": tensor for key, tensor in load_file(path).items()}
+            found |= {
+                f"{path.relative_to(folder)} {key}": tensor
+                for key, tensor in load_file(path).items()
+            }
         elif path.suffix == ".pt" and path.name != "common.pt":
             state = torch.load(path, weights_only=True)
-            found |= {f"{path.relative_to(folder)} {key}": tensor for key, tensor in state.get("module", state.get("state_dict")).items()}
+            found |= {
+                f"{path.relative_to(folder)} {key}": tensor
+                for key, tensor in state.get("module", state.get("state_dict")).items()
+            }
     assert found
     return found
 
@@ -112,17 +143,28 @@ def test_diffusers_classes_load_what_is_written_and_agree(tmp_path):
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
     write_target(tmp_path / "out", "diffusers", parts(), {})
-    theirs, report = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer", output_loading_info=True)
+    theirs, report = CogVideoXTransformer3DModel.from_pretrained(
+        tmp_path / "out" / "transformer", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     theirs.norm_out.norm.eps = 1e-6
-    main = {name.removeprefix("transformer."): t for name, t in weights("diffusion").items() if name.startswith("transformer.")}
+    main = {
+        name.removeprefix("transformer."): t
+        for name, t in weights("diffusion").items()
+        if name.startswith("transformer.")
+    }
     generator = torch.Generator().manual_seed(1)
-    latents, text = torch.randn(2, 3, 4, 4, 6, generator=generator), torch.randn(2, 5, 12, generator=generator)
+    latents, text = (
+        torch.randn(2, 3, 4, 4, 6, generator=generator),
+        torch.randn(2, 5, 12, generator=generator),
+    )
     with torch.no_grad():
         found = theirs(latents, text, torch.tensor([10, 700]), return_dict=False)[0]
     # float32 sums in another order
     torch.testing.assert_close(found, outputs("transformer", main), atol=2e-5, rtol=1e-5)
-    _, report = AutoencoderKLCogVideoX.from_pretrained(tmp_path / "out" / "vae", output_loading_info=True)
+    _, report = AutoencoderKLCogVideoX.from_pretrained(
+        tmp_path / "out" / "vae", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
@@ -149,7 +191,9 @@ def test_a_control_branch_alone_takes_its_main_transformer_from_another_source(t
         export_to_zoo(tmp_path / "zoo", {}, control.parts, {})
     both = [*control.parts, *open_source(tmp_path / "main").parts]
     whole = {p.kind: p for p in assembled(both, "zoo")}["diffusion"]
-    expected = weights("diffusion") | {f"transformer.{name}": t for name, t in weights("transformer").items()}
+    expected = weights("diffusion") | {
+        f"transformer.{name}": t for name, t in weights("transformer").items()
+    }
     assert same(dict(whole.tensors), expected)
 
 
@@ -182,4 +226,6 @@ assert not {{"megatron", "deepspeed"}} & set(sys.modules), "an engine was import
 assert not torch.distributed.is_initialized()
 assert not torch.cuda.is_initialized()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[3])
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[3]
+    )

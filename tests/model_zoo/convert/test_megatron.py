@@ -34,8 +34,17 @@ from landiff.model_zoo.lm import LanguageModel
 from tests.model_zoo.convert.tiny import same
 
 CONFIG = LMConfig(
-    codebook_size=20, iframe_tokens=4, pframe_tokens=2, segment_frames=3, hidden_size=12, num_layers=2, num_heads=3, ffn_size=10,
-    text_dim=6, micro_hidden_size=4, micro_frequency_dim=4,
+    codebook_size=20,
+    iframe_tokens=4,
+    pframe_tokens=2,
+    segment_frames=3,
+    hidden_size=12,
+    num_layers=2,
+    num_heads=3,
+    ffn_size=10,
+    text_dim=6,
+    micro_hidden_size=4,
+    micro_frequency_dim=4,
 )
 PADDED = Padded(vocab=32, heads=4)
 
@@ -87,15 +96,29 @@ def test_padded_vocabulary_rows_are_zero():
 
 
 def test_norms_stand_beside_megatrons_own_linear_layers():
-    assert module_name("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight") == "decoder.layers.3.input_layernorm.weight"
-    assert module_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight") == "decoder.layers.3.pre_mlp_layernorm.weight"
-    assert module_name("decoder.layers.3.mlp.linear_fc1.weight") == "decoder.layers.3.mlp.linear_fc1.weight"
+    assert (
+        module_name("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight")
+        == "decoder.layers.3.input_layernorm.weight"
+    )
+    assert (
+        module_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight")
+        == "decoder.layers.3.pre_mlp_layernorm.weight"
+    )
+    assert (
+        module_name("decoder.layers.3.mlp.linear_fc1.weight")
+        == "decoder.layers.3.mlp.linear_fc1.weight"
+    )
 
 
 def test_a_stage_gets_its_layers_only():
-    names = [name for name, _ in to_megatron(weights(), CONFIG, PADDED, range(1, 2), first=False, last=True)]
+    names = [
+        name
+        for name, _ in to_megatron(weights(), CONFIG, PADDED, range(1, 2), first=False, last=True)
+    ]
     assert "output_layer.weight" in names and "decoder.layers.1.mlp.linear_fc2.weight" in names
-    assert not [name for name in names if "layers.0." in name or "embedding" in name or "text" in name]
+    assert not [
+        name for name in names if "layers.0." in name or "embedding" in name or "text" in name
+    ]
 
 
 def test_weights_without_a_layer_are_refused():
@@ -108,7 +131,9 @@ def test_reads_layers_stacked_or_apart(tmp_path):
     state = theirs()
     stacked = {name: tensor for name, tensor in state.items() if "layers." not in name}
     for name in [name.removeprefix("decoder.layers.0.") for name in state if "layers.0." in name]:
-        stacked[f"decoder.layers.{name}"] = torch.stack([state[f"decoder.layers.{i}.{name}"] for i in range(2)])
+        stacked[f"decoder.layers.{name}"] = torch.stack(
+            [state[f"decoder.layers.{i}.{name}"] for i in range(2)]
+        )
     write(tmp_path / "stacked", stacked)
     write(tmp_path / "apart", state)
     for folder in ("stacked", "apart"):
@@ -138,11 +163,14 @@ def test_export_takes_the_config_that_lies_in_the_checkpoint(tmp_path):
     assert state.keys() == weights().keys()
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"codebook_size": 40}, "a vocabulary of 32 and 4 heads; the config has 47"),
-    ({"num_layers": 3}, r"missing: decoder\.layers\.\*\.self_attention"),
-    ({"ffn_size": 12}, r"wrong shape: decoder\.layers\.\*\.mlp"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebook_size": 40}, "a vocabulary of 32 and 4 heads; the config has 47"),
+        ({"num_layers": 3}, r"missing: decoder\.layers\.\*\.self_attention"),
+        ({"ffn_size": 12}, r"wrong shape: decoder\.layers\.\*\.mlp"),
+    ],
+)
 def test_checkpoint_of_another_model_is_refused(tmp_path, changes, message):
     write(tmp_path, theirs())
     with pytest.raises(ConversionError, match=message):
@@ -156,30 +184,56 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- with the optimizer
 
-CUTS = [MegatronCut(padded, distributed, dtype) for padded in (Padded(27, 3), PADDED) for distributed in (False, True)
-        for dtype in (torch.float32, torch.bfloat16)]
+CUTS = [
+    MegatronCut(padded, distributed, dtype)
+    for padded in (Padded(27, 3), PADDED)
+    for distributed in (False, True)
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 
 def state() -> MegatronState:
     """Masters that bfloat16 cannot hold, moments of their own, two groups."""
     lazy = [LazyTensors.of(weights(seed)) for seed in range(3)]
-    return MegatronState(CUTS[0], lazy[0], lazy[0], dict(zip(MOMENTS, lazy[1:], strict=True)), 7.0, ({"lr": 0.1, "wd_mult": 1.0}, {"lr": 0.1, "wd_mult": 0.0}))
+    return MegatronState(
+        CUTS[0],
+        lazy[0],
+        lazy[0],
+        dict(zip(MOMENTS, lazy[1:], strict=True)),
+        7.0,
+        ({"lr": 0.1, "wd_mult": 1.0}, {"lr": 0.1, "wd_mult": 0.0}),
+    )
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_padding_precision_and_kind_of_optimizer_change_and_come_back(tmp_path, cut):
     original = state()
-    for folder, source, target in (("first", original, CUTS[0]), ("other", None, cut), ("back", None, CUTS[0])):
+    for folder, source, target in (
+        ("first", original, CUTS[0]),
+        ("other", None, cut),
+        ("back", None, CUTS[0]),
+    ):
         (tmp_path / folder).mkdir()
-        source = source or read_state(tmp_path / {"other": "first", "back": "other"}[folder], CONFIG)
+        source = source or read_state(
+            tmp_path / {"other": "first", "back": "other"}[folder], CONFIG
+        )
         write_state(tmp_path / folder, CONFIG, source, target)
     found = read_state(tmp_path / "other", CONFIG)
     assert found.cut == cut and found.steps == 7 and found.groups == original.groups
-    assert same(dict(found.masters), weights()) and same(dict(found.weights), {name: tensor.to(cut.dtype) for name, tensor in weights().items()})
-    assert all(same(dict(found.moments[moment]), weights(seed)) for seed, moment in enumerate(MOMENTS, 1))
+    assert same(dict(found.masters), weights()) and same(
+        dict(found.weights), {name: tensor.to(cut.dtype) for name, tensor in weights().items()}
+    )
+    assert all(
+        same(dict(found.moments[moment]), weights(seed)) for seed, moment in enumerate(MOMENTS, 1)
+    )
     first, back = (DistReader(tmp_path / folder) for folder in ("first", "back"))
-    assert same({key: back.read(key) for key in back.entries}, {key: first.read(key) for key in first.entries})
-    assert torch.load(tmp_path / "back" / "common.pt") == torch.load(tmp_path / "first" / "common.pt")
+    assert same(
+        {key: back.read(key) for key in back.entries},
+        {key: first.read(key) for key in first.entries},
+    )
+    assert torch.load(tmp_path / "back" / "common.pt") == torch.load(
+        tmp_path / "first" / "common.pt"
+    )
     assert same(dict(read_lm(tmp_path / "other", CONFIG)), weights())
 
 
@@ -187,8 +241,14 @@ def test_an_optimizer_state_by_rank_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "out").mkdir()
     write_state(tmp_path / "out", CONFIG, state(), CUTS[0])
     assert has_optimizer(tmp_path / "out")
-    write(tmp_path / "ranks", {**theirs(), "optimizer.distributed.dp_group_idx_0.gbuf_idx_0": torch.ones(3)})
-    with pytest.raises(ConversionError, match=r"by rank \(optimizer\.distributed.*fully_reshardable(.|\n)*--weights-only"):
+    write(
+        tmp_path / "ranks",
+        {**theirs(), "optimizer.distributed.dp_group_idx_0.gbuf_idx_0": torch.ones(3)},
+    )
+    with pytest.raises(
+        ConversionError,
+        match=r"by rank \(optimizer\.distributed.*fully_reshardable(.|\n)*--weights-only",
+    ):
         has_optimizer(tmp_path / "ranks")
     write(tmp_path / "weights", theirs())
     assert not has_optimizer(tmp_path / "weights")

@@ -17,7 +17,11 @@ KEYS = Path(__file__).parents[2] / "golden" / "keys" / "cogvideox2b.json"
 @pytest.fixture(scope="module")
 def release():
     entries = json.loads(KEYS.read_text())
-    return {k: torch.empty(v["shape"], device="meta") for k, v in entries.items() if v["file"] == "vae/3d-vae.pt"}
+    return {
+        k: torch.empty(v["shape"], device="meta")
+        for k, v in entries.items()
+        if v["file"] == "vae/3d-vae.pt"
+    }
 
 
 def test_every_released_tensor_fills_a_tensor_of_the_class_defaults(release):
@@ -32,7 +36,10 @@ def test_every_released_tensor_fills_a_tensor_of_the_class_defaults(release):
 
 
 def test_loss_tensors_are_dropped_and_unknown_ones_refused(release):
-    assert to_diffusers(release | {"loss.logvar": torch.zeros(())}).keys() == to_diffusers(release).keys()
+    assert (
+        to_diffusers(release | {"loss.logvar": torch.zeros(())}).keys()
+        == to_diffusers(release).keys()
+    )
     with pytest.raises(ConversionError, match=r"unexpected: encoder\.attention\.weight"):
         to_diffusers(release | {"encoder.attention.weight": torch.zeros(1)})
     with pytest.raises(ConversionError, match="no CogVideoX VAE"):

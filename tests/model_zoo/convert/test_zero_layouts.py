@@ -39,20 +39,33 @@ class Net(nn.Module):
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.frozen(torch.relu(self.first(x))))) * self.scale + self.shift.to(x.dtype)
+        return self.last(
+            torch.tanh(self.frozen(torch.relu(self.first(x))))
+        ) * self.scale + self.shift.to(x.dtype)
 
 
 def build(world: Any, stage: int, precision: str, seed: int) -> Any:
     zero.prepare_deepspeed()
     net = Net(seed)
     trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1}, {"params": [p for p in trained if p.ndim < 2]}]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim < 2]},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.0)
-    return zero.initialize(net, optimizer, {
-        "train_batch_size": 4, "train_micro_batch_size_per_gpu": 4 // world.size, "gradient_clipping": 0.3,
-        "bf16": {"enabled": precision == "bf16"}, "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }, world.device)
+    return zero.initialize(
+        net,
+        optimizer,
+        {
+            "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": 4 // world.size,
+            "gradient_clipping": 0.3,
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+        world.device,
+    )
 
 
 def go(engine: Any, world: Any, first: int, steps: int) -> list[float]:
@@ -84,7 +97,12 @@ def train(world: Any, folder: Path) -> dict[str, list[float]]:
             engine = build(world, stage, precision, seed=1)
             go(engine, world, 0, BEFORE)
             place = name(stage, world.size, precision)
-            engine.save_checkpoint(str(folder / place), tag="zero", save_latest=False, client_state={"note": [1, "two", torch.arange(3)]})
+            engine.save_checkpoint(
+                str(folder / place),
+                tag="zero",
+                save_latest=False,
+                client_state={"note": [1, "two", torch.arange(3)]},
+            )
             found[place] = go(engine, world, BEFORE, AFTER)
     return found
 
@@ -100,8 +118,12 @@ def resume(world: Any, folder: Path, jobs: list[tuple[str, str, str, int]]) -> d
         zero.restore(ours, read_deepspeed(folder / source / "zero"))
         buffers = {key: buffer.clone() for key, buffer in theirs.module.named_buffers()}
         found[converted] = {
-            "note": client["note"], "steps": theirs.global_steps, "buffers": buffers, "theirs": go(theirs, world, BEFORE, AFTER),
-            "ours": go(ours, world, BEFORE, AFTER), "weights": {key: zero.read_full(p) for key, p in theirs.module.named_parameters()},
+            "note": client["note"],
+            "steps": theirs.global_steps,
+            "buffers": buffers,
+            "theirs": go(theirs, world, BEFORE, AFTER),
+            "ours": go(ours, world, BEFORE, AFTER),
+            "weights": {key: zero.read_full(p) for key, p in theirs.module.named_parameters()},
             "other weights": {key: zero.read_full(p) for key, p in ours.module.named_parameters()},
         }
     return found
@@ -126,38 +148,73 @@ def test_deepspeed_alone_goes_on_from_another_layout(trained, size):
     folder, losses = trained
     jobs = []
     for saved, precision, stage in MOVES:
-        source, target = name(saved, 3 - size, precision), f"{name(saved, 3 - size, precision)}-to-{stage}-{size}"
+        source, target = (
+            name(saved, 3 - size, precision),
+            f"{name(saved, 3 - size, precision)}-to-{stage}-{size}",
+        )
         convert(folder / source, folder / target, Cut(stage, size))
         jobs.append((source, target, precision, stage))
     for result in run_distributed(resume, size, folder, jobs):
         for source, target, precision, _ in jobs:
             found = result[target]
-            assert found["theirs"] == found["ours"], target  # bit for bit what a restore by name makes of the source
-            assert all(torch.equal(found["other weights"][key], tensor) for key, tensor in found["weights"].items())
+            assert found["theirs"] == found["ours"], (
+                target
+            )  # bit for bit what a restore by name makes of the source
+            assert all(
+                torch.equal(found["other weights"][key], tensor)
+                for key, tensor in found["weights"].items()
+            )
             # float32 sums in another order; bfloat16 has 8 bits
-            assert found["theirs"] == pytest.approx(losses[source], rel=1e-5 if precision == "fp32" else 2e-2)
-            assert found["steps"] == BEFORE and found["note"][:2] == [1, "two"] and torch.equal(found["note"][2], torch.arange(3))
-            assert torch.equal(found["buffers"]["shift"], Net(1).shift) and int(found["buffers"]["count"]) == 1
+            assert found["theirs"] == pytest.approx(
+                losses[source], rel=1e-5 if precision == "fp32" else 2e-2
+            )
+            assert (
+                found["steps"] == BEFORE
+                and found["note"][:2] == [1, "two"]
+                and torch.equal(found["note"][2], torch.arange(3))
+            )
+            assert (
+                torch.equal(found["buffers"]["shift"], Net(1).shift)
+                and int(found["buffers"]["count"]) == 1
+            )
 
 
 def equal(first: DeepSpeedState, second: DeepSpeedState) -> None:
-    assert first.groups == second.groups and first.working == second.working and first.buffers == second.buffers
+    assert (
+        first.groups == second.groups
+        and first.working == second.working
+        and first.buffers == second.buffers
+    )
     assert first.optimizer_steps == second.optimizer_steps == BEFORE
-    pairs = [(first.weights, second.weights), *((first.moments[key], second.moments[key]) for key in ("exp_avg", "exp_avg_sq"))]
+    pairs = [
+        (first.weights, second.weights),
+        *((first.moments[key], second.moments[key]) for key in ("exp_avg", "exp_avg_sq")),
+    ]
     for ones, others in pairs:
         assert ones.keys() == others.keys()
         for key, tensor in ones.items():
             assert tensor.dtype == others[key].dtype and torch.equal(tensor, others[key]), key
 
 
-@pytest.mark.parametrize(("stage", "size", "precision"), [
-    (1, 1, "bf16"), (1, 2, "fp32"), (2, 1, "fp32"), (2, 2, "bf16"), (3, 1, "fp32"), (3, 2, "bf16"), (3, 2, "fp32"),
-])
+@pytest.mark.parametrize(
+    ("stage", "size", "precision"),
+    [
+        (1, 1, "bf16"),
+        (1, 2, "fp32"),
+        (2, 1, "fp32"),
+        (2, 2, "bf16"),
+        (3, 1, "fp32"),
+        (3, 2, "bf16"),
+        (3, 2, "fp32"),
+    ],
+)
 def test_there_and_back_is_bit_equal(tmp_path, trained, stage, size, precision, monkeypatch):
     source = trained[0] / name(stage, size, precision)
     for number, cut in enumerate((Cut(1, 3), Cut(2, 7), Cut(3, 5))):
         if cut.stage == 3:
-            monkeypatch.setattr(deepspeed_write, "SUB_GROUP", 4)  # several vectors in a group, as of a large model
+            monkeypatch.setattr(
+                deepspeed_write, "SUB_GROUP", 4
+            )  # several vectors in a group, as of a large model
         convert(source, tmp_path / f"there-{number}", cut)
         monkeypatch.undo()
         there = read_deepspeed(tmp_path / f"there-{number}" / "zero")
@@ -166,7 +223,11 @@ def test_there_and_back_is_bit_equal(tmp_path, trained, stage, size, precision, 
         convert(tmp_path / f"there-{number}", tmp_path / f"back-{number}", Cut(stage, size))
         equal(read_deepspeed(tmp_path / f"back-{number}" / "zero"), read_deepspeed(source / "zero"))
         for file in (source / "zero").iterdir():
-            alike(torch.load(tmp_path / f"back-{number}" / "zero" / file.name, weights_only=False), torch.load(file, weights_only=False), file.name)
+            alike(
+                torch.load(tmp_path / f"back-{number}" / "zero" / file.name, weights_only=False),
+                torch.load(file, weights_only=False),
+                file.name,
+            )
 
 
 def alike(found: Any, expected: Any, place: str) -> None:
@@ -184,7 +245,9 @@ def alike(found: Any, expected: Any, place: str) -> None:
         for one, other in zip(found, expected, strict=True):
             alike(one, other, place)
     else:
-        assert type(found) is type(expected) and getattr(found, "__dict__", found) == getattr(expected, "__dict__", expected), place
+        assert type(found) is type(expected) and getattr(found, "__dict__", found) == getattr(
+            expected, "__dict__", expected
+        ), place
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
@@ -194,4 +257,7 @@ def test_the_precision_changes_and_the_masters_stay(tmp_path, trained, before, a
     old, new = read_deepspeed(source / "zero"), read_deepspeed(tmp_path / "out" / "zero")
     assert {new.working[key] for key in new.trainable} == {DTYPES[after]}
     assert all(torch.equal(new.weights[key], old.weights[key]) for key in old.trainable)
-    assert new.weights["frozen.weight"].dtype == DTYPES[after] and new.weights["shift"].dtype == torch.float32
+    assert (
+        new.weights["frozen.weight"].dtype == DTYPES[after]
+        and new.weights["shift"].dtype == torch.float32
+    )

@@ -42,12 +42,17 @@ def moving_blobs(num_frames: int, height: int, width: int, seed: int = 0) -> Ten
     x = torch.linspace(0, 1, width)[None, :, None]
     base = 0.3 + 0.3 * y + 0.2 * x * torch.tensor([1.0, 0.5, 0.0])
     frames = []
-    starts, speeds = torch.rand(4, 2, generator=generator), torch.rand(4, 2, generator=generator) * 0.02
+    starts, speeds = (
+        torch.rand(4, 2, generator=generator),
+        torch.rand(4, 2, generator=generator) * 0.02,
+    )
     colours = torch.rand(4, 3, generator=generator) - 0.5
     for t in range(num_frames):
         image = base.clone()
         for (sy, sx), (vy, vx), colour in zip(starts, speeds, colours, strict=True):
-            image = image + colour * torch.exp(-((y - sy - vy * t) ** 2 + (x - sx - vx * t) ** 2) / 0.02)
+            image = image + colour * torch.exp(
+                -((y - sy - vy * t) ** 2 + (x - sx - vx * t) ** 2) / 0.02
+            )
         frames.append(image)
     return (torch.stack(frames).clamp(0, 1) * 255).round().to(torch.uint8)
 

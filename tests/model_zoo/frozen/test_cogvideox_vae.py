@@ -15,7 +15,9 @@ from tests.model_zoo.frozen.clips import moving_blobs
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return AutoencoderKLCogVideoX(block_out_channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=4).eval()
+    return AutoencoderKLCogVideoX(
+        block_out_channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=4
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,13 @@ def test_geometry_and_values_are_those_of_one_whole_pass(codec, network):
     assert (latents.shape, latents.dtype) == ((1, 5, 4, 2, 3), torch.float32)
     with torch.no_grad():
         moments, _ = network.encoder(video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
-        chunked = network.encode(video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).latent_dist.mode()
+        chunked = network.encode(
+            video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        ).latent_dist.mode()
     torch.testing.assert_close(latents.transpose(1, 2), moments[:, :4] * 1.15258426)
-    assert (latents.transpose(1, 2) / 1.15258426 - chunked).abs().max() > 1e-3  # diffusers' own chunks differ
+    assert (
+        latents.transpose(1, 2) / 1.15258426 - chunked
+    ).abs().max() > 1e-3  # diffusers' own chunks differ
     decoded = codec.decode(latents)
     assert (decoded.shape, decoded.dtype) == ((1, 17, 16, 24, 3), torch.uint8)
     levels = (codec.decode_pixels(latents).permute(0, 2, 3, 4, 1) + 1) * 127.5
@@ -90,21 +96,31 @@ def test_the_released_file_gives_the_same_codec_as_the_diffusers_folder(codec, n
 
 def test_fingerprint_follows_weights_and_dtype_but_not_the_folder(codec, folder, network, tmp_path):
     network.save_pretrained(tmp_path / "elsewhere")
-    assert build(CogVideoXVaeConfig(path=str(tmp_path / "elsewhere"), dtype="float32")).fingerprint == codec.fingerprint
+    assert (
+        build(CogVideoXVaeConfig(path=str(tmp_path / "elsewhere"), dtype="float32")).fingerprint
+        == codec.fingerprint
+    )
     assert build(CogVideoXVaeConfig(path=str(folder))).fingerprint != codec.fingerprint
     changed = AutoencoderKLCogVideoX.from_pretrained(folder / "vae")
     with torch.no_grad():
         changed.decoder.conv_out.conv.bias[0] += 1e-3
     changed.save_pretrained(tmp_path / "changed")
-    assert build(CogVideoXVaeConfig(path=str(tmp_path / "changed"), dtype="float32")).fingerprint != codec.fingerprint
+    assert (
+        build(CogVideoXVaeConfig(path=str(tmp_path / "changed"), dtype="float32")).fingerprint
+        != codec.fingerprint
+    )
 
 
 def test_bfloat16_stays_near_float32(codec, folder):
     video = moving_blobs(num_frames=9, height=16, width=16)[None]
     half = build(CogVideoXVaeConfig(path=str(folder)))
     latents = half.encode(video)
-    assert latents.dtype == torch.float32 and next(half.network.parameters()).dtype == torch.bfloat16
-    torch.testing.assert_close(latents, codec.encode(video), atol=0.05, rtol=0.05)  # 8 bits of mantissa, 20 layers
+    assert (
+        latents.dtype == torch.float32 and next(half.network.parameters()).dtype == torch.bfloat16
+    )
+    torch.testing.assert_close(
+        latents, codec.encode(video), atol=0.05, rtol=0.05
+    )  # 8 bits of mantissa, 20 layers
 
 
 def test_a_folder_without_the_model_says_which_path_to_set(tmp_path):

@@ -27,19 +27,28 @@ class _Encoders(Config):
 
 
 def test_kind_chooses_the_config_class():
-    config = load(_Encoders, {"vision": {"kind": "theia", "path": "x/y"}, "codec": {"kind": "dct"},
-                              "text": {"kind": "minilm", "max_length": 32, "padded": True}})
+    config = load(
+        _Encoders,
+        {
+            "vision": {"kind": "theia", "path": "x/y"},
+            "codec": {"kind": "dct"},
+            "text": {"kind": "minilm", "max_length": 32, "padded": True},
+        },
+    )
     assert isinstance(config.vision, TheiaConfig) and config.vision.path == "x/y"
     assert (config.codec.kind, config.text.max_length, config.text.padded) == ("dct", 32, True)
 
 
-@pytest.mark.parametrize(("section", "value"), [
-    ("vision", {"kind": "dct"}),  # a codec where vision features are wanted
-    ("vision", {"kind": "clip"}),
-    ("vision", {}),
-    ("text", {"kind": "minilm", "max_length": 513}),  # the network has 512 positions
-    ("text", {"kind": "minilm", "path": "x/y"}),  # not an option of this kind
-])
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("vision", {"kind": "dct"}),  # a codec where vision features are wanted
+        ("vision", {"kind": "clip"}),
+        ("vision", {}),
+        ("text", {"kind": "minilm", "max_length": 513}),  # the network has 512 positions
+        ("text", {"kind": "minilm", "path": "x/y"}),  # not an option of this kind
+    ],
+)
 def test_wrong_kind_or_option_is_refused_by_dotted_name(section, value):
     good = {"vision": {"kind": "theia"}, "codec": {"kind": "dct"}, "text": {"kind": "minilm"}}
     with pytest.raises(ConfigError, match=section):
@@ -52,16 +61,22 @@ def test_missing_weights_say_which_path_to_set(config_class, tmp_path):
         build(config_class(path=str(tmp_path / "nowhere")))
 
 
-@pytest.mark.parametrize("config_class", [TheiaConfig, CogVideoXVaeConfig, FlanT5Config, T5V11Config])
+@pytest.mark.parametrize(
+    "config_class", [TheiaConfig, CogVideoXVaeConfig, FlanT5Config, T5V11Config]
+)
 def test_a_hub_id_without_network_ends_in_a_message_with_the_way_out(config_class, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"(?s)no-such-owner/no-such-model.*without a network, set path to"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)no-such-owner/no-such-model.*without a network, set path to"
+    ):
         build(config_class(path="no-such-owner/no-such-model"))
 
 
 def test_configs_and_build_import_no_torch():
     code = "import sys, landiff.model_zoo.frozen, landiff.model_zoo.frozen.config; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "False"
 
 

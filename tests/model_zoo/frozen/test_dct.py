@@ -39,13 +39,19 @@ def test_basis_is_orthonormal_and_names_no_coefficient_twice(column, num_frames)
     rows = [row[column][:-2] for row in TABLE]
     assert len(set(rows)) == len(rows) == 48
     matrix = basis([(0, *r) if column == 0 else r for r in rows], num_frames)
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(48), atol=1e-5, rtol=0)  # sums of up to 768 float32 products
+    torch.testing.assert_close(
+        matrix @ matrix.T, torch.eye(48), atol=1e-5, rtol=0
+    )  # sums of up to 768 float32 products
 
 
 def test_decode_inverts_encode_for_latents_of_a_video_already_decoded_once(codec):
-    once = codec.decode(codec.encode(64 + moving_blobs(num_frames=9, height=64, width=64)[None] // 2))  # never clipped
+    once = codec.decode(
+        codec.encode(64 + moving_blobs(num_frames=9, height=64, width=64)[None] // 2)
+    )  # never clipped
     twice = codec.decode(codec.encode(once))
-    assert (once.int() - twice.int()).abs().max() <= 1  # rounding to uint8 leaves the kept subspace a little
+    assert (
+        once.int() - twice.int()
+    ).abs().max() <= 1  # rounding to uint8 leaves the kept subspace a little
 
 
 def test_flat_colour_comes_back_exactly(codec):

@@ -12,7 +12,15 @@ from landiff.model_zoo.frozen.config import FlanT5Config, T5V11Config
 WORDS = ["a", "rabbit", "hops", "over", "the", "grass", "snow"]
 TEXTS = ["a rabbit hops over the grass", "snow"]
 PAD, END = 0, 1
-SIZES = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+SIZES = T5Config(
+    vocab_size=64,
+    d_model=16,
+    d_kv=8,
+    d_ff=32,
+    num_layers=2,
+    num_heads=2,
+    feed_forward_proj="gated-gelu",
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +30,9 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     T5ForConditionalGeneration(SIZES).save_pretrained(path)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + w, -1.0) for w in WORDS)]
-    T5Tokenizer(vocab=pieces + [(c, -5.0) for c in "abcdefghijklmnopqrstuvwxyz▁"], extra_ids=0).save_pretrained(path)
+    T5Tokenizer(
+        vocab=pieces + [(c, -5.0) for c in "abcdefghijklmnopqrstuvwxyz▁"], extra_ids=0
+    ).save_pretrained(path)
     return path
 
 
@@ -48,7 +58,9 @@ def ids(text: str) -> list[int]:
 def test_flan_returns_real_tokens_at_the_front_of_each_row(flan, direct):
     assert isinstance(flan, TextEncoder)
     states, lengths = flan(TEXTS)
-    assert states.shape == (2, 7, 16) and states.dtype == torch.float32 and lengths.tolist() == [7, 2]
+    assert (
+        states.shape == (2, 7, 16) and states.dtype == torch.float32 and lengths.tolist() == [7, 2]
+    )
     assert (states[1, 2:] == 0).all()
     for row, text in enumerate(TEXTS):
         with torch.no_grad():
@@ -63,7 +75,9 @@ def test_v11_attends_its_pads_without_a_mask(padded, direct):
     rows = [ids(t) + [PAD] * (12 - len(ids(t))) for t in TEXTS]
     with torch.no_grad():
         expected = direct(input_ids=torch.tensor(rows)).last_hidden_state
-        masked = direct(input_ids=torch.tensor(rows), attention_mask=torch.tensor(rows).ne(PAD).long()).last_hidden_state
+        masked = direct(
+            input_ids=torch.tensor(rows), attention_mask=torch.tensor(rows).ne(PAD).long()
+        ).last_hidden_state
     torch.testing.assert_close(states, expected, atol=1e-6, rtol=0)
     assert (states[1, :2] - masked[1, :2]).abs().max() > 1e-3
 
@@ -88,8 +102,15 @@ def test_weights_and_activations_have_the_configured_dtype(folder, flan):
 def test_a_pipelines_subfolders_are_read(folder, padded, tmp_path):
     T5EncoderModel.from_pretrained(folder).save_pretrained(tmp_path / "text_encoder")
     T5Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "tokenizer")
-    other = build(T5V11Config(path=str(tmp_path), subfolder="text_encoder", tokenizer_subfolder="tokenizer",
-                              dtype="float32", max_length=12))
+    other = build(
+        T5V11Config(
+            path=str(tmp_path),
+            subfolder="text_encoder",
+            tokenizer_subfolder="tokenizer",
+            dtype="float32",
+            max_length=12,
+        )
+    )
     assert other.fingerprint == padded.fingerprint
     assert torch.equal(other(TEXTS)[0], padded(TEXTS)[0])
 

@@ -31,9 +31,12 @@ def vit_tensors() -> dict[str, torch.Tensor]:
     }
     for i in range(LAYERS):
         for part, rows, columns in (
-            ("attention.attention.query", HIDDEN, HIDDEN), ("attention.attention.key", HIDDEN, HIDDEN),
-            ("attention.attention.value", HIDDEN, HIDDEN), ("attention.output.dense", HIDDEN, HIDDEN),
-            ("intermediate.dense", MLP, HIDDEN), ("output.dense", HIDDEN, MLP),
+            ("attention.attention.query", HIDDEN, HIDDEN),
+            ("attention.attention.key", HIDDEN, HIDDEN),
+            ("attention.attention.value", HIDDEN, HIDDEN),
+            ("attention.output.dense", HIDDEN, HIDDEN),
+            ("intermediate.dense", MLP, HIDDEN),
+            ("output.dense", HIDDEN, MLP),
         ):
             tensors[f"encoder.layer.{i}.{part}.weight"] = draw(rows, columns)
             tensors[f"encoder.layer.{i}.{part}.bias"] = draw(rows)
@@ -45,8 +48,10 @@ def vit_tensors() -> dict[str, torch.Tensor]:
 
 def write(folder, tensors, prefix):
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({prefix + k: v for k, v in tensors.items()} | {"translator.head.weight": torch.ones(3)},
-              folder / "model.safetensors")
+    save_file(
+        {prefix + k: v for k, v in tensors.items()} | {"translator.head.weight": torch.ones(3)},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -67,14 +72,22 @@ def encoder(folder):
 def test_features_equal_a_direct_vit_on_the_padded_square_cropped(encoder, tmp_path):
     assert isinstance(encoder, VisionFeatures) and (encoder.channels, encoder.cell) == (HIDDEN, 16)
     save_file(vit_tensors(), tmp_path / "model.safetensors")
-    ViTConfig(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=MLP,
-              layer_norm_eps=1e-12, image_size=16 * TABLE).save_pretrained(tmp_path)
+    ViTConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=MLP,
+        layer_norm_eps=1e-12,
+        image_size=16 * TABLE,
+    ).save_pretrained(tmp_path)
     direct = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
     frames = moving_blobs(num_frames=3, height=48, width=80)
     square = torch.full((3, 80, 80, 3), 127, dtype=torch.uint8)
     square[:, :48] = frames
     with torch.no_grad():
-        states = direct((square.permute(0, 3, 1, 2).float() - 127.5) / 127.5, interpolate_pos_encoding=True).last_hidden_state
+        states = direct(
+            (square.permute(0, 3, 1, 2).float() - 127.5) / 127.5, interpolate_pos_encoding=True
+        ).last_hidden_state
     expected = states[:, 1:].reshape(3, 5, 5, HIDDEN)[:, :3].permute(0, 3, 1, 2)
     features = encoder(frames[None])
     assert features.shape == (1, 3, HIDDEN, 3, 5)
@@ -92,7 +105,9 @@ def test_frames_are_independent_of_how_many_run_at_once(encoder, folder):
     frames = moving_blobs(num_frames=5, height=32, width=32)[None]
     one_by_one = build(config(folder, frames_per_pass=1))
     assert one_by_one.fingerprint == encoder.fingerprint
-    torch.testing.assert_close(one_by_one(frames), encoder(frames), atol=1e-5, rtol=0)  # other matrix shapes
+    torch.testing.assert_close(
+        one_by_one(frames), encoder(frames), atol=1e-5, rtol=0
+    )  # other matrix shapes
 
 
 @pytest.mark.parametrize("prefix", ["", "vit.", "model."])
@@ -114,7 +129,10 @@ def test_autocast_is_near_float32_and_has_another_fingerprint(encoder, folder):
 def test_fingerprint_follows_a_single_weight(encoder, tmp_path):
     tensors = vit_tensors()
     tensors["encoder.layer.1.output.dense.bias"][3] += 1e-4
-    assert build(config(write(tmp_path, tensors, "backbone.model."))).fingerprint != encoder.fingerprint
+    assert (
+        build(config(write(tmp_path, tensors, "backbone.model."))).fingerprint
+        != encoder.fingerprint
+    )
 
 
 def test_files_that_are_no_vit_are_refused(tmp_path):

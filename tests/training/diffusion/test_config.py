@@ -22,7 +22,9 @@ from tests.training.toy import alone
 
 
 def column(shape, encoder="test", **made):
-    return Column(dtype="bfloat16", shape=shape, encoder=encoder, fingerprint="f", config=made, shards=[])
+    return Column(
+        dtype="bfloat16", shape=shape, encoder=encoder, fingerprint="f", config=made, shards=[]
+    )
 
 
 def manifest(**columns):
@@ -49,8 +51,13 @@ def test_a_prefix_leaves_something_to_learn(tmp_path):
 
 def test_a_global_batch_that_ranks_do_not_divide_is_refused(tmp_path):
     settings = config(tmp_path, data__global_batch_size=5)
-    with pytest.raises(ConfigError, match=r"global_batch_size = 5 is not a multiple of data-parallel ranks \* data.micro_batch_size = 1 \* 2"):
-        DeepSpeedEngine(settings, alone(), torch.nn.Linear(1, 1), Objective(settings, torch.device("cpu")))
+    with pytest.raises(
+        ConfigError,
+        match=r"global_batch_size = 5 is not a multiple of data-parallel ranks \* data.micro_batch_size = 1 \* 2",
+    ):
+        DeepSpeedEngine(
+            settings, alone(), torch.nn.Linear(1, 1), Objective(settings, torch.device("cpu"))
+        )
 
 
 def test_columns_of_another_shape_are_refused(tmp_path):
@@ -68,9 +75,16 @@ def test_a_missing_column_is_refused(tmp_path):
     make_zoo(tmp_path)
     write_data(tmp_path)
     stored = read_manifest(tmp_path)
-    write_manifest(tmp_path, stored.model_copy(update={"columns": {
-        name: column for name, column in stored.columns.items() if name != "tokens"
-    }}))
+    write_manifest(
+        tmp_path,
+        stored.model_copy(
+            update={
+                "columns": {
+                    name: column for name, column in stored.columns.items() if name != "tokens"
+                }
+            }
+        ),
+    )
     (problem,) = check(config(tmp_path, "control"), Launch(2))
     assert "no column 'tokens'; it has: latents, text-tiny" in str(problem)
 
@@ -82,8 +96,13 @@ def test_tokens_of_another_tokenizer_are_refused_unless_adopted(tmp_path):
     assert check_diffusion_columns(manifest(tokens=column([5], own.reference)), settings, own) == []
     foreign = manifest(tokens=column([5], "tokenizer@0123456789abcdef"))
     (problem,) = check_diffusion_columns(foreign, settings, own)
-    assert f"was made by tokenizer@0123456789abcdef, but tokenizer = tokenizer is {own.reference}" in str(problem)
-    assert check_diffusion_columns(foreign, config(tmp_path, "control", data__adopt="true"), own) == []
+    assert (
+        f"was made by tokenizer@0123456789abcdef, but tokenizer = tokenizer is {own.reference}"
+        in str(problem)
+    )
+    assert (
+        check_diffusion_columns(foreign, config(tmp_path, "control", data__adopt="true"), own) == []
+    )
 
 
 def test_tokens_of_another_length_are_refused_even_where_adopted(tmp_path):
@@ -97,9 +116,15 @@ def test_tokens_of_another_length_are_refused_even_where_adopted(tmp_path):
 def test_a_start_and_a_tokenizer_of_another_size_are_refused_with_the_differences(tmp_path):
     make_zoo(tmp_path)
     write_data(tmp_path)
-    changes = {"model__transformer__num_layers": 5, "model__semantic__feature_channels": 7, "data__adopt": "true"}
+    changes = {
+        "model__transformer__num_layers": 5,
+        "model__semantic__feature_channels": 7,
+        "data__adopt": "true",
+    }
     start, channels = map(str, check(config(tmp_path, "control", **changes), Launch(2)))
-    assert re.search(r"main@[0-9a-f]{16} is another model: model\.transformer\.num_layers = 5 \(there 2\)", start)
+    assert re.search(
+        r"main@[0-9a-f]{16} is another model: model\.transformer\.num_layers = 5 \(there 2\)", start
+    )
     assert "model.semantic.feature_channels = 7, but the tokenizer tokenizer@" in channels
 
 
@@ -109,16 +134,25 @@ def test_phase_control_starts_as_the_main_transformer(tmp_path):
     main = registry.load_model(registry.resolve(tmp_path / "zoo", "main"))
     assert torch.equal(model.control.blocks[0].qkv.weight, main.blocks[0].qkv.weight)
     draw = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 3, 48, 4, 4, generator=draw), torch.randn(2, 3, 6, generator=draw)
+    latents, text = (
+        torch.randn(2, 3, 48, 4, 4, generator=draw),
+        torch.randn(2, 3, 6, generator=draw),
+    )
     features = torch.randn(2, 3, TOKENIZER.feature_channels, 2, 2, generator=draw)
     timestep = torch.tensor([1, 900])
     assert torch.equal(model(latents, timestep, text, features), main(latents, timestep, text))
-    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name.split(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert trained == {"control", "semantic"}
     assert not any(p.requires_grad for p in model.control.final_norm.parameters())
 
 
 def test_weights_are_a_function_of_the_seed(tmp_path):
-    first, same, other = (build_phase_model(config(tmp_path, loop__seed=seed)).state_dict() for seed in (1, 1, 2))
+    first, same, other = (
+        build_phase_model(config(tmp_path, loop__seed=seed)).state_dict() for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["input.text.weight"], other["input.text.weight"])

@@ -46,13 +46,19 @@ def weights(engine):
 
 
 def frozen(engine):
-    return {name: zero.read_full(p) for name, p in engine.module.named_parameters() if not p.requires_grad}
+    return {
+        name: zero.read_full(p)
+        for name, p in engine.module.named_parameters()
+        if not p.requires_grad
+    }
 
 
 def plain_torch(settings, steps):
     """The same training without DeepSpeed: [(loss, gradient norm)]."""
     model = build_phase_model(settings)
-    objective = Objective(settings, torch.device("cpu"), load_tokenizer(settings, torch.device("cpu")))
+    objective = Objective(
+        settings, torch.device("cpu"), load_tokenizer(settings, torch.device("cpu"))
+    )
     optimizer = adamw(model.parameters(), settings.optim)
     found = []
     for step in range(steps):
@@ -92,8 +98,11 @@ def train_and_save(world, folder):
             saved = weights(engine)
             curve += go(engine, world, BEFORE, AFTER)
             results[phase, stage] = {
-                "curve": curve, "saved": saved, "layout": engine.layout,
-                "still": still, "still_after": frozen(engine),
+                "curve": curve,
+                "saved": saved,
+                "layout": engine.layout,
+                "still": still,
+                "still_after": frozen(engine),
             }
     settings = config(folder, "control", zero__stage=2, data__micro_batch_size=1)
     results["micro 1"] = go(build_engine(settings, world), world, 0, BEFORE + AFTER)
@@ -103,12 +112,22 @@ def train_and_save(world, folder):
         save(engine, world, checkpoint(folder, "control", stage, world.size, "bf16"))
         results["bf16", stage] = curve + go(engine, world, BEFORE, AFTER)
     for phase, stage in (("main", 2), ("control", 3)):
-        engine = build_engine(config(folder, phase, zero__stage=stage, preview_codec__kind="dct", preview_steps=2), world)
+        engine = build_engine(
+            config(folder, phase, zero__stage=stage, preview_codec__kind="dct", preview_steps=2),
+            world,
+        )
         before = engine.preview()
         go(engine, world, 0, 1)
-        results["preview", phase] = before, {tag: (video.dtype, tuple(video.shape)) for tag, video in engine.preview().items()}
+        results["preview", phase] = (
+            before,
+            {tag: (video.dtype, tuple(video.shape)) for tag, video in engine.preview().items()},
+        )
     results["generator left alone"] = torch.equal(generator_state, torch.get_rng_state())
-    results["plain"] = {phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES} if world.size == 1 else None
+    results["plain"] = (
+        {phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES}
+        if world.size == 1
+        else None
+    )
     return results
 
 
@@ -117,9 +136,13 @@ def resume(world, folder, jobs):
     results = {}
     for job in jobs:
         phase, stage, size, precision, own = job
-        engine = build_engine(config(folder, phase, zero__stage=own, precision=precision, loop__seed=4), world)
+        engine = build_engine(
+            config(folder, phase, zero__stage=own, precision=precision, loop__seed=4), world
+        )
         engine.load(checkpoint(folder, phase, stage, size, precision))
-        engine.objective.config = engine.config = config(folder, phase, zero__stage=own, precision=precision)
+        engine.objective.config = engine.config = config(
+            folder, phase, zero__stage=own, precision=precision
+        )
         held = weights(engine) if precision == "fp32" else None
         results[job] = {"held": held, "curve": go(engine, world, BEFORE, AFTER)}
     return results
@@ -127,13 +150,17 @@ def resume(world, folder, jobs):
 
 def same_layout(size):
     """(phase, stage, size, precision, stage to load in)"""
-    return [("control", stage, size, "fp32", stage) for stage in STAGES] + [("control", 2, size, "bf16", 2)]
+    return [("control", stage, size, "fp32", stage) for stage in STAGES] + [
+        ("control", 2, size, "bf16", 2)
+    ]
 
 
 def other_layout(size):
     """Two ranks' checkpoints of ZeRO-2 at one rank in ZeRO-1 and 3, and the other way."""
     moves = [(2, 1), (2, 3)] if size == 1 else [(1, 2), (3, 2)]
-    return [("control", stage, 3 - size, "fp32", own) for stage, own in moves] + [("control", 2, 3 - size, "bf16", 3)]
+    return [("control", stage, 3 - size, "fp32", own) for stage, own in moves] + [
+        ("control", 2, 3 - size, "bf16", 3)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +178,10 @@ def trained(folder):
 
 @pytest.fixture(scope="module")
 def resumed(folder, trained):
-    return {size: run_distributed(resume, size, folder, same_layout(size) + other_layout(size))[0] for size in (1, 2)}
+    return {
+        size: run_distributed(resume, size, folder, same_layout(size) + other_layout(size))[0]
+        for size in (1, 2)
+    }
 
 
 def assert_close(found, expected, tolerance=CLOSE):
@@ -191,19 +221,28 @@ def test_previews_show_the_clip_and_what_the_model_makes_of_it(trained):
     for size in (1, 2):
         videos = {"preview/denoised": (torch.uint8, (9, 32, 3 * 32, 3))}
         assert trained[size]["preview", "main"] == ({}, videos)
-        assert trained[size]["preview", "control"] == ({}, videos | {"preview/sampled": (torch.uint8, (9, 32, 2 * 32, 3))})
+        assert trained[size]["preview", "control"] == (
+            {},
+            videos | {"preview/sampled": (torch.uint8, (9, 32, 2 * 32, 3))},
+        )
 
 
 def test_bf16_follows_fp32(trained):
     for size in (1, 2):
         for stage in STAGES:
             assert_close(trained[size]["bf16", stage], trained[1]["bf16", 1], CLOSE_BF16)
-            for (loss, _), (exact, _) in zip(trained[size]["bf16", stage], trained[1]["control", 1]["curve"], strict=True):
+            for (loss, _), (exact, _) in zip(
+                trained[size]["bf16", stage], trained[1]["control", 1]["curve"], strict=True
+            ):
                 assert loss == pytest.approx(exact, rel=2e-2)
 
 
 def curve(trained, phase, stage, size, precision):
-    return trained[size]["bf16", stage] if precision == "bf16" else trained[size][phase, stage]["curve"]
+    return (
+        trained[size]["bf16", stage]
+        if precision == "bf16"
+        else trained[size][phase, stage]["curve"]
+    )
 
 
 def test_resume_on_the_same_layout_is_bit_equal(trained, resumed):
@@ -219,8 +258,14 @@ def test_a_checkpoint_goes_on_at_another_world_size_and_stage(trained, resumed):
             result = resumed[size][job]
             if precision == "fp32":
                 for name, tensor in trained[source][phase, stage]["saved"].items():
-                    assert torch.equal(result["held"][name], tensor), name  # frozen ones too, in an engine of another seed
-            assert_close(result["curve"], curve(trained, *job[:4])[BEFORE:], CLOSE_BF16 if precision == "bf16" else CLOSE)
+                    assert torch.equal(result["held"][name], tensor), (
+                        name
+                    )  # frozen ones too, in an engine of another seed
+            assert_close(
+                result["curve"],
+                curve(trained, *job[:4])[BEFORE:],
+                CLOSE_BF16 if precision == "bf16" else CLOSE,
+            )
 
 
 def test_moments_and_step_count_of_all_layouts_agree(folder, trained):
@@ -229,12 +274,18 @@ def test_moments_and_step_count_of_all_layouts_agree(folder, trained):
     for stage in STAGES:
         for size in (1, 2):
             state = read_deepspeed(checkpoint(folder, "control", stage, size) / "zero")
-            assert (state.zero_stage, state.world_size, state.optimizer_steps) == (stage, size, BEFORE)
+            assert (state.zero_stage, state.world_size, state.optimizer_steps) == (
+                stage,
+                size,
+                BEFORE,
+            )
             assert state.trainable == reference.trainable
             for moment, tensors in reference.moments.items():
                 for name, tensor in tensors.items():
                     # gradients of about 1e-2 summed in another order
-                    torch.testing.assert_close(state.moments[moment][name], tensor, rtol=1e-3, atol=1e-6)
+                    torch.testing.assert_close(
+                        state.moments[moment][name], tensor, rtol=1e-3, atol=1e-6
+                    )
 
 
 def test_export_equals_the_live_weights_and_loads(folder, trained):

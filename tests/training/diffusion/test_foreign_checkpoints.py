@@ -19,7 +19,10 @@ from tests.distributed import nursery, run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo, write_data
 from tests.training.payload import MARK, list_again, with_payload
 
-MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+MODEL_FILE, OPTIMIZER_FILE = (
+    "mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)
 LAYOUTS = [(1, "bf16"), (2, "fp32"), (3, "bf16")]
 
 
@@ -59,7 +62,9 @@ def load_all(world, folder: Path) -> dict[tuple[int, str, str], str]:
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[int, str, str], str]]:
+def refused(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[tuple[int, str, str], str]]:
     folder = tmp_path_factory.mktemp("foreign")
     make_zoo(folder)
     return folder, run_distributed(load_all, 1, folder)[0]
@@ -68,7 +73,9 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_payload_is_refused_and_does_not_run(refused, attack):
     folder, errors = refused
-    assert f"{attack[2]} is refused" in errors[attack] and "system" in errors[attack], errors[attack]
+    assert f"{attack[2]} is refused" in errors[attack] and "system" in errors[attack], errors[
+        attack
+    ]
     assert not (folder / MARK).exists()
 
 
@@ -81,8 +88,15 @@ def test_a_trainer_refuses_a_run_folder_with_a_payload(tmp_path, monkeypatch):
     make_zoo(tmp_path)
     write_data(tmp_path / "data")
     for steps, code in ((2, 0), (4, 1)):
-        settings = config(tmp_path, run=tmp_path / "run", data__manifest=tmp_path / "data", data__adopt="true",
-                          zero__stage=2, loop__steps=steps, loop__log_every=1)
+        settings = config(
+            tmp_path,
+            run=tmp_path / "run",
+            data__manifest=tmp_path / "data",
+            data__adopt="true",
+            zero__stage=2,
+            loop__steps=steps,
+            loop__log_every=1,
+        )
         write_text(tmp_path / "run.yaml", dump(settings))
         assert nursery(__name__).start(train, 1, [str(tmp_path / "run.yaml")]).wait(120) == [code]
         checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"

@@ -28,8 +28,16 @@ Gradients = dict[str, torch.Tensor]
 
 
 def settings(folder: Path, stage: int, micro: int) -> DiffusionTrainConfig:
-    return config(folder, "main", zero__stage=stage, precision="bf16", optim__clip_grad=0,
-                  data__global_batch_size=SAMPLES, data__micro_batch_size=micro, init_from="main")
+    return config(
+        folder,
+        "main",
+        zero__stage=stage,
+        precision="bf16",
+        optim__clip_grad=0,
+        data__global_batch_size=SAMPLES,
+        data__micro_batch_size=micro,
+        init_from="main",
+    )
 
 
 def engine_gradients(world: World, folder: Path) -> dict[int, Gradients]:
@@ -49,7 +57,9 @@ def engine_gradients(world: World, folder: Path) -> dict[int, Gradients]:
     return found
 
 
-def plain_gradients(folder: Path, micro: int, dtype: torch.dtype, linear: Any = functional.linear) -> Gradients:
+def plain_gradients(
+    folder: Path, micro: int, dtype: torch.dtype, linear: Any = functional.linear
+) -> Gradients:
     """Gradients without DeepSpeed: computed in `dtype` at the bfloat16 weights, summed in float64."""
     chosen = settings(folder, 1, micro)
     model = build_phase_model(chosen).to(torch.bfloat16).to(dtype)
@@ -70,7 +80,9 @@ def relative_error(found: Gradients, expected: Gradients) -> float:
     """|found - expected| / |expected| over all parameters."""
     assert found.keys() == expected.keys()
     difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
-    return float(difference.norm() / torch.cat([tensor.flatten() for tensor in expected.values()]).norm())
+    return float(
+        difference.norm() / torch.cat([tensor.flatten() for tensor in expected.values()]).norm()
+    )
 
 
 @pytest.fixture(scope="module")

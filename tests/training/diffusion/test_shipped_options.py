@@ -19,10 +19,26 @@ from landiff.training.distributed import World
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo
 
-NAMES = ["landiff/diffusion-main", "landiff/diffusion-control", "nano/diffusion-main", "nano/diffusion-control"]
+NAMES = [
+    "landiff/diffusion-main",
+    "landiff/diffusion-control",
+    "nano/diffusion-main",
+    "nano/diffusion-control",
+]
 STEPS = 2  # before the checkpoint; one more follows
 # tiny, or of the machine
-KEPT = {"run", "zoo", "data", "loop", "model", "text_column", "init_from", "tokenizer", "prefix", "preview_codec"}
+KEPT = {
+    "run",
+    "zoo",
+    "data",
+    "loop",
+    "model",
+    "text_column",
+    "init_from",
+    "tokenizer",
+    "prefix",
+    "preview_codec",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,9 @@ def shipped_config(folder: Path, name: str) -> DiffusionTrainConfig:
     """The options of a packaged config with the tiny model and data."""
     shipped = load(DiffusionTrainConfig, name)
     fields = [key for key in DiffusionTrainConfig.model_fields if key not in KEPT]
-    return config(folder, shipped.phase).model_copy(update={key: getattr(shipped, key) for key in fields})
+    return config(folder, shipped.phase).model_copy(
+        update={key: getattr(shipped, key) for key in fields}
+    )
 
 
 def train(engine: DeepSpeedEngine, world: World, first: int, end: int) -> tuple[float, float]:
@@ -104,7 +122,9 @@ def test_resume_is_bit_equal(trained, name):
     folder, ranks = trained
     for found in ranks:
         assert found[name].resumed == found[name].straight
-    before, after, resumed = (read_deepspeed(folder / name / step / SHARDS) for step in ("before", "after", "resumed"))
+    before, after, resumed = (
+        read_deepspeed(folder / name / step / SHARDS) for step in ("before", "after", "resumed")
+    )
     parts = [(after.weights, resumed.weights)]
     parts += [(after.moments[key], resumed.moments[key]) for key in after.moments]
     for expected, other in parts:

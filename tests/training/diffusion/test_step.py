@@ -25,11 +25,23 @@ def control(tmp_path):
 
 
 def test_strata_are_equal_blocks_that_cover_the_schedule():
-    assert [timestep_block(p, 4, 1000) for p in range(4)] == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    assert [timestep_block(p, 4, 1000) for p in range(4)] == [
+        (0, 250),
+        (250, 500),
+        (500, 750),
+        (750, 1000),
+    ]
     # 1000 is no multiple of 16: 8 blocks, two samples each
-    assert [timestep_block(p, 16, 1000) for p in (0, 1, 2, 15)] == [(0, 125), (0, 125), (125, 250), (875, 1000)]
+    assert [timestep_block(p, 16, 1000) for p in (0, 1, 2, 15)] == [
+        (0, 125),
+        (0, 125),
+        (125, 250),
+        (875, 1000),
+    ]
     assert timestep_block(6, 7, 1000) == (0, 1000)
-    assert {timestep_block(p, 256, 1000)[1] - timestep_block(p, 256, 1000)[0] for p in range(256)} == {125}
+    assert {
+        timestep_block(p, 256, 1000)[1] - timestep_block(p, 256, 1000)[0] for p in range(256)
+    } == {125}
 
 
 def test_timesteps_fill_their_block():
@@ -67,13 +79,21 @@ def test_of_mean_and_log_variance_each_epoch_draws_another_sample(control):
     def stored(index: int, log_variance: float):
         one = sample(index, 4)
         mean = one.tensors["latents"]
-        return replace(one, tensors=one.tensors | {"latents": torch.cat([mean, torch.full_like(mean, log_variance)], dim=1)})
+        return replace(
+            one,
+            tensors=one.tensors
+            | {"latents": torch.cat([mean, torch.full_like(mean, log_variance)], dim=1)},
+        )
 
     mean = control.inputs([sample(1, 4)]).latents_BTCHW
-    first, again, second = (control.inputs([stored(index, -2.0)]).latents_BTCHW for index in (1, 1, 9))
+    first, again, second = (
+        control.inputs([stored(index, -2.0)]).latents_BTCHW for index in (1, 1, 9)
+    )
     assert torch.equal(first, again) and not torch.equal(first, second)
     drawn = torch.cat([first - mean, second - mean])
-    assert abs(float(drawn.std()) / 2.718281828**-1 - 1) < 0.05  # 4 608 draws: 0.01 is one standard deviation
+    assert (
+        abs(float(drawn.std()) / 2.718281828**-1 - 1) < 0.05
+    )  # 4 608 draws: 0.01 is one standard deviation
     assert torch.equal(control.inputs([stored(1, NO_VARIANCE)]).latents_BTCHW, mean)
 
 
@@ -82,7 +102,11 @@ def test_dropped_text_is_zeros(tmp_path):
     texts = [objective.inputs([sample(i, 4)]).text_BLD for i in range(32)]
     dropped = [not text.any() for text in texts]
     assert 0 < sum(dropped) < 32
-    assert all(torch.equal(text[0], sample(i, 4).tensors["text-tiny"].float()) for i, text in enumerate(texts) if not dropped[i])
+    assert all(
+        torch.equal(text[0], sample(i, 4).tensors["text-tiny"].float())
+        for i, text in enumerate(texts)
+        if not dropped[i]
+    )
 
 
 def test_prefix_frames_enter_clean_and_are_not_in_the_loss(tmp_path):
@@ -96,7 +120,9 @@ def test_prefix_frames_enter_clean_and_are_not_in_the_loss(tmp_path):
     result = objective.loss(network, inputs)
     assert torch.equal(result.noised[0, 0], inputs.latents_BTCHW[0, 0])
     assert not torch.equal(result.noised[1, 0], inputs.latents_BTCHW[1, 0])
-    velocity = NoiseSchedule(objective.config.schedule).velocity(inputs.latents_BTCHW, inputs.noise_BTCHW, inputs.timestep_B)
+    velocity = NoiseSchedule(objective.config.schedule).velocity(
+        inputs.latents_BTCHW, inputs.noise_BTCHW, inputs.timestep_B
+    )
     torch.testing.assert_close(result.per_sample[0], velocity[0, 1:].square().mean())
     torch.testing.assert_close(result.per_sample[1], velocity[1].square().mean())
 
@@ -104,7 +130,9 @@ def test_prefix_frames_enter_clean_and_are_not_in_the_loss(tmp_path):
 def test_samples_that_do_not_fit_are_refused_by_key(control, tmp_path):
     wrong = sample(0, 4)
     wrong.tensors["tokens"][2] = 16
-    with pytest.raises(ConfigError, match=r"clip 0000 holds token 16, but the tokenizer's codebook has 16 codes"):
+    with pytest.raises(
+        ConfigError, match=r"clip 0000 holds token 16, but the tokenizer's codebook has 16 codes"
+    ):
         control.inputs([sample(1, 4), wrong])
     wrong = sample(3, 4)
     wrong.tensors["latents"] = wrong.tensors["latents"][:2]

@@ -25,7 +25,12 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
         make_zoo(folder)
         write_data(folder / "data")
     settings = config(
-        folder, phase, run=run, data__manifest=folder / "data", data__adopt="true", zero__stage=2,
+        folder,
+        phase,
+        run=run,
+        data__manifest=folder / "data",
+        data__adopt="true",
+        zero__stage=2,
         **{"loop__steps": steps, "loop__log_every": 1, "loop__save_every": 2} | changes,
     )
     path = run.with_name(f"{run.name}.yaml")
@@ -59,13 +64,22 @@ def run_main(path):
 
 def test_both_phases_learn_and_the_second_starts_from_the_first(tmp_path):
     ranks = nursery(__name__)
-    path = write_config(tmp_path / "first", "main", steps=60, optim__lr=0.01, loop__save_every=60, prefix__probability=0.0)
+    path = write_config(
+        tmp_path / "first",
+        "main",
+        steps=60,
+        optim__lr=0.01,
+        loop__save_every=60,
+        prefix__probability=0.0,
+    )
     assert ranks.start(run_main, 2, [path]).wait(120) == [0, 0]
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "first" / "metrics.jsonl")]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     kind, model, tensors = export_diffusion(tmp_path / "first" / "checkpoints" / "step_00000060")
     entry = registry.export(tmp_path / "zoo", "second", kind, model, tensors, {})
-    path = write_config(tmp_path / "next", "control", steps=4, init_from="second", loop__save_every=4)
+    path = write_config(
+        tmp_path / "next", "control", steps=4, init_from="second", loop__save_every=4
+    )
     assert ranks.start(run_main, 2, [path]).wait(120) == [0, 0]
     kind, model, tensors = export_diffusion(tmp_path / "next" / "checkpoints" / "step_00000004")
     assert kind == "diffusion"

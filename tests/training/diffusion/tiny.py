@@ -21,15 +21,39 @@ from tests.training.toy import META
 
 MODEL = {
     "transformer": {
-        "latent_channels": 48, "latent_frames": 3, "latent_height": 4, "latent_width": 4, "hidden_size": 32, "num_layers": 2,
-        "num_heads": 2, "time_embed_dim": 16, "text_length": 3, "text_dim": 6,
+        "latent_channels": 48,
+        "latent_frames": 3,
+        "latent_height": 4,
+        "latent_width": 4,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "time_embed_dim": 16,
+        "text_length": 3,
+        "text_dim": 6,
     },
     "control_layers": 1,
-    "semantic": {"feature_channels": 6, "base_channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "out_channels": 8},
+    "semantic": {
+        "feature_channels": 6,
+        "base_channels": 32,
+        "channel_multipliers": [1, 1],
+        "num_res_blocks": 1,
+        "out_channels": 8,
+    },
 }
 TOKENIZER = TokenizerConfig(
-    feature_channels=6, grid_height=2, grid_width=2, hidden_size=32, num_heads=2, num_layers=1, token_size=16, codebook_size=16,
-    codebook_dim=4, iframe_tokens=3, pframe_tokens=1, segment_frames=3,
+    feature_channels=6,
+    grid_height=2,
+    grid_width=2,
+    hidden_size=32,
+    num_heads=2,
+    num_layers=1,
+    token_size=16,
+    codebook_size=16,
+    codebook_dim=4,
+    iframe_tokens=3,
+    pframe_tokens=1,
+    segment_frames=3,
 )
 NUM_CLIPS = 8
 
@@ -37,15 +61,25 @@ NUM_CLIPS = 8
 def config(folder: Path, phase: str = "main", **changes: Any) -> DiffusionTrainConfig:
     """A config of `phase`; `changes` are dotted keys with __ for the dot: zero__stage=3."""
     data: dict[str, Any] = {
-        "run": str(folder / "run"), "zoo": str(folder / "zoo"), "phase": phase,
-        "data": {"manifest": str(folder), "global_batch_size": 4, "micro_batch_size": 2}, "loop": {"steps": 100, "seed": 3},
-        "optim": {"lr": 3e-3, "warmup_steps": 2, "clip_grad": 0.5}, "model": MODEL, "precision": "fp32",
-        "zero": {"stage": 1, "parameter_persistence_threshold": 0}, "text_column": "text-tiny",
+        "run": str(folder / "run"),
+        "zoo": str(folder / "zoo"),
+        "phase": phase,
+        "data": {"manifest": str(folder), "global_batch_size": 4, "micro_batch_size": 2},
+        "loop": {"steps": 100, "seed": 3},
+        "optim": {"lr": 3e-3, "warmup_steps": 2, "clip_grad": 0.5},
+        "model": MODEL,
+        "precision": "fp32",
+        "zero": {"stage": 1, "parameter_persistence_threshold": 0},
+        "text_column": "text-tiny",
         "prefix": {"frames": 1, "probability": 0.3},
     }
     if phase == "control":
         data |= {"init_from": "main", "tokenizer": "tokenizer"}
-    return load(DiffusionTrainConfig, data, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    return load(
+        DiffusionTrainConfig,
+        data,
+        [f"{key.replace('__', '.')}={value}" for key, value in changes.items()],
+    )
 
 
 def make_zoo(folder: Path) -> None:
@@ -53,8 +87,14 @@ def make_zoo(folder: Path) -> None:
     model = DiffusionConfig.model_validate(MODEL)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
-        main, tokenizer = registry.build_module("transformer", model.transformer), registry.build_module("tokenizer", TOKENIZER)
-        state = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in main.state_dict().items()}
+        main, tokenizer = (
+            registry.build_module("transformer", model.transformer),
+            registry.build_module("tokenizer", TOKENIZER),
+        )
+        state = {
+            name: tensor + 0.05 * torch.randn_like(tensor)
+            for name, tensor in main.state_dict().items()
+        }
         registry.export(folder / "zoo", "main", "transformer", model.transformer, state, {})
         state = tokenizer.state_dict()
         for name in state:
@@ -69,11 +109,18 @@ def sample(index: int, global_batch_size: int) -> Sample:
     """The sample at place `index` of the stream: clip `index` modulo the few there are."""
     clip = index % NUM_CLIPS
     draw = rng.generator(0, "clip", clip)
-    return Sample(f"{clip:04d}", index // NUM_CLIPS, index, index % global_batch_size, META, {
-        "latents": torch.randn(3, 48, 4, 4, generator=draw).to(torch.bfloat16),
-        "text-tiny": torch.randn(3, 6, generator=draw).to(torch.bfloat16),
-        "tokens": torch.randint(0, 16, (5,), generator=draw).to(torch.uint16),
-    })
+    return Sample(
+        f"{clip:04d}",
+        index // NUM_CLIPS,
+        index,
+        index % global_batch_size,
+        META,
+        {
+            "latents": torch.randn(3, 48, 4, 4, generator=draw).to(torch.bfloat16),
+            "text-tiny": torch.randn(3, 6, generator=draw).to(torch.bfloat16),
+            "tokens": torch.randint(0, 16, (5,), generator=draw).to(torch.uint16),
+        },
+    )
 
 
 def write_data(data: Path) -> None:
@@ -81,10 +128,16 @@ def write_data(data: Path) -> None:
     write_raw(data, [NUM_CLIPS // 2, NUM_CLIPS - NUM_CLIPS // 2])
     keys = [key for shard in range(2) for key in keys_of(shard, NUM_CLIPS // 2)]
     for column, shape in (("latents", [3, 48, 4, 4]), ("text-tiny", [3, 6]), ("tokens", [5])):
-        write_column(data, column, value=lambda key, column=column: sample(keys.index(key), 4).tensors[column])
+        write_column(
+            data,
+            column,
+            value=lambda key, column=column: sample(keys.index(key), 4).tensors[column],
+        )
         manifest = read_manifest(data)
         entered = manifest.columns[column].model_copy(update={"shape": shape})
-        write_manifest(data, manifest.model_copy(update={"columns": {**manifest.columns, column: entered}}))
+        write_manifest(
+            data, manifest.model_copy(update={"columns": {**manifest.columns, column: entered}})
+        )
 
 
 def batch(config: DiffusionTrainConfig, step: int, world: World | None = None) -> Batch:
@@ -92,4 +145,6 @@ def batch(config: DiffusionTrainConfig, step: int, world: World | None = None) -
     size, micro = config.data.global_batch_size, config.data.micro_batch_size
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     samples = [sample(step * size + position, size) for position in range(rank, size, ranks)]
-    return Batch(step, size, tuple(tuple(samples[i : i + micro]) for i in range(0, len(samples), micro)))
+    return Batch(
+        step, size, tuple(tuple(samples[i : i + micro]) for i in range(0, len(samples), micro))
+    )

@@ -40,8 +40,11 @@ class Options:
 
     def config(self, folder: Path) -> LMTrainConfig:
         parallel = {
-            "tensor": self.tensor, "pipeline": self.pipeline, "sequence": self.tensor > 1,
-            "distributed_optimizer": self.distributed, "overlap": self.overlap,
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "sequence": self.tensor > 1,
+            "distributed_optimizer": self.distributed,
+            "overlap": self.overlap,
         }
         return tiny_config(folder, parallel, precision="bf16" if self.bf16 else "fp32")
 
@@ -57,9 +60,9 @@ def shipped_config(folder: Path, name: str) -> LMTrainConfig:
     shipped = load(LMTrainConfig, name)
     tiny = tiny_config(folder)
     kept = {"run", "zoo", "data", "loop", "model", "text_column", "tokenizer"}
-    return tiny.model_copy(update={
-        key: getattr(shipped, key) for key in LMTrainConfig.model_fields if key not in kept
-    })
+    return tiny.model_copy(
+        update={key: getattr(shipped, key) for key in LMTrainConfig.model_fields if key not in kept}
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,9 @@ def save_and_resume(config: LMTrainConfig, folder: Path) -> Found:
 
 def all_of(world: Any, folder: Path, combinations: list[Options]) -> list[Found]:
     """`save_and_resume` for each of them in one set of processes."""
-    return [save_and_resume(options.config(folder), folder / str(options)) for options in combinations]
+    return [
+        save_and_resume(options.config(folder), folder / str(options)) for options in combinations
+    ]
 
 
 def all_shipped(world: Any, folder: Path, names: list[str]) -> list[Found]:
@@ -170,7 +175,11 @@ def stale_weights(tensors: dict[str, torch.Tensor]) -> list[str]:
         prefix = f"{STATE}{name}."
         masters |= {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
     assert not masters or sorted(masters) == sorted(weights)
-    return [key for key in masters if not torch.equal(tensors[masters[key]].to(tensors[key].dtype), tensors[key])]
+    return [
+        key
+        for key in masters
+        if not torch.equal(tensors[masters[key]].to(tensors[key].dtype), tensors[key])
+    ]
 
 
 def assert_weights_are_cast_masters(tensors: dict[str, torch.Tensor]) -> None:

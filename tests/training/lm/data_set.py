@@ -30,22 +30,31 @@ def write_data_set(data: Path, config: LMConfig, sizes: list[int], num_frames: i
     def tokens(key: str) -> Tensor:
         own = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16)
         draw = rng.generator(0, "test-tokens", own)
-        plain = torch.randint(0, layout.codebook_size, (count,), generator=rng.generator(0, "test-topic", topic(key)))
+        plain = torch.randint(
+            0, layout.codebook_size, (count,), generator=rng.generator(0, "test-topic", topic(key))
+        )
         noise = torch.randint(0, layout.codebook_size, (count,), generator=draw)
         return torch.where(torch.rand(count, generator=draw) < 0.2, noise, plain).to(torch.uint16)
 
     def text(key: str) -> Tensor:
         own = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16)
         draw = rng.generator(0, "test-text", own)
-        direction = torch.randn(config.text_dim, generator=rng.generator(0, "test-direction", topic(key)))
-        return (direction + 0.5 * torch.randn(3 + own % 6, config.text_dim, generator=draw)).to(torch.bfloat16)
+        direction = torch.randn(
+            config.text_dim, generator=rng.generator(0, "test-direction", topic(key))
+        )
+        return (direction + 0.5 * torch.randn(3 + own % 6, config.text_dim, generator=draw)).to(
+            torch.bfloat16
+        )
 
     write_raw(data, sizes)
     write_column(data, "tokens", value=tokens)
     write_column(data, "text-minilm", value=text)
     manifest = read_manifest(data)
     shapes = {"tokens": [count], "text-minilm": [0, config.text_dim]}
-    columns = {name: column.model_copy(update={"shape": shapes[name]}) for name, column in manifest.columns.items()}
+    columns = {
+        name: column.model_copy(update={"shape": shapes[name]})
+        for name, column in manifest.columns.items()
+    }
     manifest = manifest.model_copy(update={"columns": columns})
     write_manifest(data, manifest)
     return manifest

@@ -15,19 +15,46 @@ from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.config import LMTrainConfig
 
 MODEL = {
-    "codebook_size": 40, "iframe_tokens": 9, "pframe_tokens": 4, "segment_frames": 4, "hidden_size": 48, "num_layers": 2,
-    "num_heads": 4, "ffn_size": 80, "max_positions": 512, "text_dim": 20, "max_text_tokens": 16,
-    "micro_hidden_size": 24, "micro_frequency_dim": 16,
+    "codebook_size": 40,
+    "iframe_tokens": 9,
+    "pframe_tokens": 4,
+    "segment_frames": 4,
+    "hidden_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "ffn_size": 80,
+    "max_positions": 512,
+    "text_dim": 20,
+    "max_text_tokens": 16,
+    "micro_hidden_size": 24,
+    "micro_frequency_dim": 16,
 }
 
 
-def tiny_config(folder: Path, parallel: dict[str, Any] | None = None, **changes: Any) -> LMTrainConfig:
-    data = {"manifest": folder / "data", "global_batch_size": 4, "micro_batch_size": 2} | changes.pop("data", {})
-    return load(LMTrainConfig, {
-        "run": folder / "run", "zoo": folder / "zoo", "data": data, "loop": changes.pop("loop", {"steps": 5, "seed": 7}),
-        "optim": {"lr": 3e-3, "weight_decay": 0.1}, "model": MODEL | changes.pop("model", {}), "parallel": parallel or {},
-        "precision": "fp32", "text_column": "text-minilm", "vocab_multiple": 8, **changes,
-    })
+def tiny_config(
+    folder: Path, parallel: dict[str, Any] | None = None, **changes: Any
+) -> LMTrainConfig:
+    data = {
+        "manifest": folder / "data",
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+    } | changes.pop("data", {})
+    return load(
+        LMTrainConfig,
+        {
+            "run": folder / "run",
+            "zoo": folder / "zoo",
+            "data": data,
+            "loop": changes.pop("loop", {"steps": 5, "seed": 7}),
+            "optim": {"lr": 3e-3, "weight_decay": 0.1},
+            "model": MODEL | changes.pop("model", {}),
+            "parallel": parallel or {},
+            "precision": "fp32",
+            "text_column": "text-minilm",
+            "vocab_multiple": 8,
+            **changes,
+        },
+    )
 
 
 def tiny_sample(config: LMTrainConfig, index: int, position: int = 0) -> Sample:
@@ -35,14 +62,31 @@ def tiny_sample(config: LMTrainConfig, index: int, position: int = 0) -> Sample:
     random = torch.Generator().manual_seed(1000 + index)
     layout = TokenLayout.of(config.model)
     frames, words = 1 + index % 4, 1 + index % 6
-    tokens = torch.randint(0, layout.codebook_size, (layout.num_codes(frames),), generator=random).to(torch.uint16)
+    tokens = torch.randint(
+        0, layout.codebook_size, (layout.num_codes(frames),), generator=random
+    ).to(torch.uint16)
     text = torch.randn(words, config.model.text_dim, generator=random).to(torch.bfloat16)
     meta = RawSample(
-        key=f"{index:06d}", caption="a", source="s", source_sha256="", start_s=0.0, fps=8, num_frames=4 * frames - 3, height=8,
-        width=8, motion_score=0.1 * (index % 7), video_sha256="",
+        key=f"{index:06d}",
+        caption="a",
+        source="s",
+        source_sha256="",
+        start_s=0.0,
+        fps=8,
+        num_frames=4 * frames - 3,
+        height=8,
+        width=8,
+        motion_score=0.1 * (index % 7),
+        video_sha256="",
     )
-    return Sample(key=meta.key, epoch=0, index=index, position=position, meta=meta,
-                  tensors={config.tokens_column: tokens, config.text_column: text})
+    return Sample(
+        key=meta.key,
+        epoch=0,
+        index=index,
+        position=position,
+        meta=meta,
+        tensors={config.tokens_column: tokens, config.text_column: text},
+    )
 
 
 def longest_sample(config: LMTrainConfig) -> Sample:
@@ -51,12 +95,17 @@ def longest_sample(config: LMTrainConfig) -> Sample:
     tokens = torch.zeros(layout.num_codes(config.model.segment_frames), dtype=torch.uint16)
     text = torch.zeros(config.model.max_text_tokens, config.model.text_dim, dtype=torch.bfloat16)
     meta = sample.meta.model_copy(update={"num_frames": 4 * config.model.segment_frames - 3})
-    return replace(sample, meta=meta, tensors={config.tokens_column: tokens, config.text_column: text})
+    return replace(
+        sample, meta=meta, tensors={config.tokens_column: tokens, config.text_column: text}
+    )
 
 
 def tiny_batch(config: LMTrainConfig, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
     """This rank's share of global batch `step`; the union over ranks is always the same."""
     size, micro = config.data.global_batch_size, config.data.micro_batch_size
     mine = [tiny_sample(config, step * size + p, p) for p in range(size)][dp_rank::dp_size]
-    return Batch(step=step, global_batch_size=size,
-                 micro_batches=tuple(tuple(mine[i : i + micro]) for i in range(0, len(mine), micro)))
+    return Batch(
+        step=step,
+        global_batch_size=size,
+        micro_batches=tuple(tuple(mine[i : i + micro]) for i in range(0, len(mine), micro)),
+    )

@@ -24,7 +24,10 @@ def test_samples_lie_end_to_end_and_positions_restart(config):
     layout = TokenLayout.of(config.model)
     samples = [tiny_sample(config, index) for index in (3, 4, 5)]
     row = pack(samples, config, layout)
-    rows = [layout.training_row(s.tensors["tokens"].numpy(), len(s.tensors["text-minilm"])) for s in samples]
+    rows = [
+        layout.training_row(s.tensors["tokens"].numpy(), len(s.tensors["text-minilm"]))
+        for s in samples
+    ]
     lengths = [len(r) for r in rows]
     assert row.num_tokens == sum(lengths) and len(row.ids_N) == pad_to(sum(lengths), 8)
     assert row.cu_seqlens.tolist() == [0, *np.cumsum(lengths).tolist(), len(row.ids_N)]
@@ -40,7 +43,9 @@ def test_samples_lie_end_to_end_and_positions_restart(config):
 
 
 def test_every_condition_position_gets_exactly_one_vector(config):
-    row = pack([tiny_sample(config, index) for index in range(4)], config, TokenLayout.of(config.model))
+    row = pack(
+        [tiny_sample(config, index) for index in range(4)], config, TokenLayout.of(config.model)
+    )
     places = torch.cat([row.frames_at_S, row.motion_at_S, row.text_at_M])
     assert sorted(places.tolist()) == (row.ids_N == IGNORE).nonzero().flatten().tolist()
     assert row.frames_at_S.tolist() == [start + 1 for start in row.cu_seqlens.tolist()[:4]]
@@ -63,7 +68,9 @@ def test_text_is_dropped_whole_by_place_in_the_run_and_not_by_row(config):
 def test_text_dropout_has_its_probability():
     dropped = sum(text_is_dropped(7, index, 0.1) for index in range(4000))
     assert 340 < dropped < 460  # 3 standard deviations of a binomial around 400
-    assert [text_is_dropped(8, i, 0.1) for i in range(100)] != [text_is_dropped(7, i, 0.1) for i in range(100)]
+    assert [text_is_dropped(8, i, 0.1) for i in range(100)] != [
+        text_is_dropped(7, i, 0.1) for i in range(100)
+    ]
 
 
 def test_sequence_parallel_rows_divide_by_the_ranks(tmp_path):
@@ -76,17 +83,34 @@ def changed(sample: Sample, column: str, tensor: torch.Tensor) -> Sample:
     return Sample(sample.key, 0, sample.index, 0, sample.meta, {**sample.tensors, column: tensor})
 
 
-@pytest.mark.parametrize(("column", "tensor", "message"), [
-    ("tokens", torch.tensor([1] * 12 + [40]), "sample 000000, column tokens: code 40 at index 12 is outside the codebook of 40"),
-    ("tokens", torch.tensor([1] * 12), "12 codes are no whole number of frames"),
-    ("text-minilm", torch.zeros(3, 21), r"column text-minilm holds \(3, 21\), the model takes rows of model.text_dim = 20"),
-    ("text-minilm", torch.zeros(17, 20), r"has 17 rows, more than model\.max_text_tokens = 16"),
-    ("text-minilm", torch.zeros(0, 20), "a prompt has at least one token"),
-    ("tokens", torch.ones(9 + 4 * 3, dtype=torch.int64).repeat(25), r"more than model\.max_positions = 512"),
-])
+@pytest.mark.parametrize(
+    ("column", "tensor", "message"),
+    [
+        (
+            "tokens",
+            torch.tensor([1] * 12 + [40]),
+            "sample 000000, column tokens: code 40 at index 12 is outside the codebook of 40",
+        ),
+        ("tokens", torch.tensor([1] * 12), "12 codes are no whole number of frames"),
+        (
+            "text-minilm",
+            torch.zeros(3, 21),
+            r"column text-minilm holds \(3, 21\), the model takes rows of model.text_dim = 20",
+        ),
+        ("text-minilm", torch.zeros(17, 20), r"has 17 rows, more than model\.max_text_tokens = 16"),
+        ("text-minilm", torch.zeros(0, 20), "a prompt has at least one token"),
+        (
+            "tokens",
+            torch.ones(9 + 4 * 3, dtype=torch.int64).repeat(25),
+            r"more than model\.max_positions = 512",
+        ),
+    ],
+)
 def test_samples_of_another_encoder_are_refused(config, column, tensor, message):
     with pytest.raises(ConfigError, match=message):
-        pack([changed(tiny_sample(config, 0), column, tensor)], config, TokenLayout.of(config.model))
+        pack(
+            [changed(tiny_sample(config, 0), column, tensor)], config, TokenLayout.of(config.model)
+        )
 
 
 def test_columns_of_another_encoder_are_refused_before_training(tmp_path):
@@ -103,19 +127,31 @@ def test_tokens_that_exceed_the_positions_are_refused_before_training(tmp_path):
     config = tiny_config(tmp_path, model={"max_positions": 20})
     manifest = write_data_set(tmp_path / "data", config.model, [3], 3)
     (problem,) = check_lm_columns(manifest, config, None)
-    assert "17 tokens for each clip" in str(problem) and "more than model.max_positions = 20" in str(problem)
+    assert "17 tokens for each clip" in str(
+        problem
+    ) and "more than model.max_positions = 20" in str(problem)
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     sizes = {"codebook_size": 40, "iframe_tokens": 9, "pframe_tokens": 4, "segment_frames": 4}
     config = tiny_config(tmp_path, tokenizer="mine")
-    entry = registry.export(config.zoo, "mine", "tokenizer", TokenizerConfig(**sizes), {"a": torch.zeros(1)}, {})
+    entry = registry.export(
+        config.zoo, "mine", "tokenizer", TokenizerConfig(**sizes), {"a": torch.zeros(1)}, {}
+    )
     manifest = write_data_set(tmp_path / "data", config.model, [3], 3)
     (problem,) = check_lm_columns(manifest, config, entry)
-    assert f"column 'tokens' was made by test 1111222233334444, but tokenizer = mine@{entry.fingerprint}" in str(problem)
+    assert (
+        f"column 'tokens' was made by test 1111222233334444, but tokenizer = mine@{entry.fingerprint}"
+        in str(problem)
+    )
     adopting = config.model_copy(update={"data": config.data.model_copy(update={"adopt": True})})
-    assert check_lm_columns(manifest, adopting, entry) == [] and check_lm_tokenizer(config, entry) == []
+    assert (
+        check_lm_columns(manifest, adopting, entry) == []
+        and check_lm_tokenizer(config, entry) == []
+    )
     sizes["codebook_size"] = 41
-    other = registry.export(config.zoo, "mine", "tokenizer", TokenizerConfig(**sizes), {"a": torch.zeros(1)}, {})
+    other = registry.export(
+        config.zoo, "mine", "tokenizer", TokenizerConfig(**sizes), {"a": torch.zeros(1)}, {}
+    )
     (problem,) = check_lm_tokenizer(config, other)
     assert "set model.codebook_size, iframe_tokens" in str(problem)

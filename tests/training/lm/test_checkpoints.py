@@ -74,7 +74,9 @@ def test_weights_are_the_cast_masters_and_resume_is_bit_equal(tmp_path, world_si
 
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_weights_are_the_cast_masters_and_resume_is_bit_equal_in_all_combinations(tmp_path, world_size):
+def test_weights_are_the_cast_masters_and_resume_is_bit_equal_in_all_combinations(
+    tmp_path, world_size
+):
     check(tmp_path, ALL, world_size)
 
 
@@ -93,7 +95,9 @@ def heal(world, folder: Path) -> dict[str, tuple[float, float]]:
     """A checkpoint as older versions wrote it, loaded with and without overlap. (loss, norm) of the next step."""
     found = {}
     for precision in ("fp32", "bf16"):
-        overlap = tiny_config(folder, {"distributed_optimizer": True, "overlap": True}, precision=precision)
+        overlap = tiny_config(
+            folder, {"distributed_optimizer": True, "overlap": True}, precision=precision
+        )
         plain = tiny_config(folder, {"distributed_optimizer": True}, precision=precision)
         engine = MegatronEngine(overlap)
         train(engine, 0, STEPS)
@@ -124,7 +128,9 @@ def test_stale_weights_are_restored_from_the_masters_on_resume(healed, precision
     assert_weights_are_cast_masters(right)
     for name in ("overlap", "no overlap"):
         assert_equal(tensors_of(folder / precision / name), right)
-        assert [found[precision, name] for found in ranks] == [found[precision, "straight"] for found in ranks]
+        assert [found[precision, name] for found in ranks] == [
+            found[precision, "straight"] for found in ranks
+        ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -134,7 +140,13 @@ def test_stale_weights_are_restored_by_a_conversion(healed, tmp_path, precision,
     stale = folder / precision / "stale"
     if not (stale / "config.yaml").exists():
         write_megatron_config(stale, tiny_config(folder).model)
-    words = ["--to", "megatron", "--out", str(tmp_path / "next"), f"parallel.distributed_optimizer={str(distributed).lower()}"]
+    words = [
+        "--to",
+        "megatron",
+        "--out",
+        str(tmp_path / "next"),
+        f"parallel.distributed_optimizer={str(distributed).lower()}",
+    ]
     assert main(["convert", str(stale), *words]) == 0
     converted, right = tensors_of(tmp_path / "next"), tensors_of(folder / precision / "right")
     assert_weights_are_cast_masters(converted)

@@ -17,15 +17,34 @@ def test_packaged_configs_load(name):
     assert data_parallel_size(config.parallel, 8) == 4
 
 
-@pytest.mark.parametrize(("parallel", "changes", "message"), [
-    ({"tensor": 3}, {}, r"model\.num_heads = 4 is not a multiple of parallel\.tensor = 3; .* or head_multiple = 3"),
-    ({"tensor": 3}, {"head_multiple": 3}, r"model\.ffn_size = 80 is not a multiple of parallel\.tensor = 3"),
-    ({"tensor": 2}, {"vocab_multiple": 1}, r"vocab_multiple = 1 is not a multiple of parallel\.tensor = 2"),
-    ({"pipeline": 3}, {}, r"model\.num_layers = 2 is not a multiple of parallel\.pipeline = 3"),
-    ({"sequence": True}, {}, "sequence = true shares activations among tensor ranks, and tensor is 1"),
-    ({"tensr": 2}, {}, r"unknown config key 'parallel\.tensr'; did you mean 'tensor'"),
-    ({}, {"text_dropout": 1.5}, r"text_dropout = 1\.5"),
-])
+@pytest.mark.parametrize(
+    ("parallel", "changes", "message"),
+    [
+        (
+            {"tensor": 3},
+            {},
+            r"model\.num_heads = 4 is not a multiple of parallel\.tensor = 3; .* or head_multiple = 3",
+        ),
+        (
+            {"tensor": 3},
+            {"head_multiple": 3},
+            r"model\.ffn_size = 80 is not a multiple of parallel\.tensor = 3",
+        ),
+        (
+            {"tensor": 2},
+            {"vocab_multiple": 1},
+            r"vocab_multiple = 1 is not a multiple of parallel\.tensor = 2",
+        ),
+        ({"pipeline": 3}, {}, r"model\.num_layers = 2 is not a multiple of parallel\.pipeline = 3"),
+        (
+            {"sequence": True},
+            {},
+            "sequence = true shares activations among tensor ranks, and tensor is 1",
+        ),
+        ({"tensr": 2}, {}, r"unknown config key 'parallel\.tensr'; did you mean 'tensor'"),
+        ({}, {"text_dropout": 1.5}, r"text_dropout = 1\.5"),
+    ],
+)
 def test_bad_values_name_the_key_and_the_way_out(parallel, changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(Path("."), parallel, **changes)
@@ -34,5 +53,8 @@ def test_bad_values_name_the_key_and_the_way_out(parallel, changes, message):
 def test_ranks_that_do_not_come_out_even_are_refused():
     parallel = ParallelConfig(tensor=2, pipeline=2)
     assert data_parallel_size(parallel, 12) == 3
-    with pytest.raises(ConfigError, match=r"parallel\.tensor \* parallel\.pipeline = 2 \* 2 does not divide the 6 launched ranks; launch a multiple of 4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"parallel\.tensor \* parallel\.pipeline = 2 \* 2 does not divide the 6 launched ranks; launch a multiple of 4",
+    ):
         data_parallel_size(parallel, 6)

@@ -8,8 +8,10 @@ from landiff.training.lm.config import LMTrainConfig  # noqa: F401 - importing t
 from landiff.training.lm.device import megatron_device
 
 PATCHED = [
-    (torch.cuda, "current_device"), (torch.cuda, "synchronize"),
-    (core_random, "_get_cuda_rng_state"), (core_random, "_set_cuda_rng_state"),
+    (torch.cuda, "current_device"),
+    (torch.cuda, "synchronize"),
+    (core_random, "_get_cuda_rng_state"),
+    (core_random, "_set_cuda_rng_state"),
 ]
 
 

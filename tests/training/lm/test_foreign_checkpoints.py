@@ -41,7 +41,9 @@ def replace_entry(folder: Path, value: object, *, is_object: bool) -> None:
     """Append `value` to a data file and let the first object, or tensor, of the checkpoint lie there."""
     metadata = read_metadata(folder)
     entries = metadata.state_dict_metadata.items()
-    key = next(key for key, entry in entries if isinstance(entry, BytesStorageMetadata) == is_object)
+    key = next(
+        key for key, entry in entries if isinstance(entry, BytesStorageMetadata) == is_object
+    )
     [index] = [index for index in metadata.storage_data if index.fqn == key]
     path = folder / metadata.storage_data[index].relative_path
     start = path.stat().st_size
@@ -69,7 +71,10 @@ def in_extra_state(folder: Path) -> None:
 
 ATTACKS: dict[str, Callable[[Path], None]] = {
     **{f".metadata: {payload}": in_metadata(payload) for payload in PAYLOADS},
-    "common.pt": in_common, "an object": in_object, "a tensor": in_tensor, "an extra state": in_extra_state,
+    "common.pt": in_common,
+    "an object": in_object,
+    "a tensor": in_tensor,
+    "an extra state": in_extra_state,
 }
 
 

@@ -39,7 +39,9 @@ def plain_loss(model: LanguageModel, batch: Batch, config: LMTrainConfig) -> tor
         row = model.layout.training_row(sample.tensors[config.tokens_column].numpy(), len(text))
         frames = model.layout.num_frames(sample.tensors[config.tokens_column].numel())
         logits = model(
-            torch.from_numpy(row.input_ids)[None], text[None], torch.tensor([float(frames)]),
+            torch.from_numpy(row.input_ids)[None],
+            text[None],
+            torch.tensor([float(frames)]),
             torch.tensor([motion_condition(sample.meta.motion_score)]),
             torch.tensor([text_is_dropped(config.loop.seed, sample.index, config.text_dropout)]),
         )[0]
@@ -54,7 +56,9 @@ def train_plain(config: LMTrainConfig) -> list[float]:
     optimizer = optim.adamw(model.parameters(), config.optim)
     losses = []
     for step in range(STEPS):
-        optim.set_learning_rate(optimizer, optim.learning_rate(config.optim, step, config.loop.steps))
+        optim.set_learning_rate(
+            optimizer, optim.learning_rate(config.optim, step, config.loop.steps)
+        )
         optimizer.zero_grad()
         loss = plain_loss(model, tiny_batch(config, step), config)
         loss.backward()
@@ -66,18 +70,29 @@ def train_plain(config: LMTrainConfig) -> list[float]:
 
 def kept_by_autograd(world, folder: Path) -> tuple[int, int]:
     """(bytes that Megatron's forward leaves for its backward, what `landiff plan` says)."""
-    sizes = {"hidden_size": 192, "num_layers": 3, "ffn_size": 512, "segment_frames": 8, "max_text_tokens": 64}
+    sizes = {
+        "hidden_size": 192,
+        "num_layers": 3,
+        "ffn_size": 512,
+        "segment_frames": 8,
+        "max_text_tokens": 64,
+    }
     config = tiny_config(folder, data={"global_batch_size": 2, "micro_batch_size": 2}, model=sizes)
     engine, kept = MegatronEngine(config), {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in engine.model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage().data_ptr()
-        kept[storage] = max(kept.get(storage, 0), 0 if storage in weights else tensor.numel() * tensor.element_size())
+        kept[storage] = max(
+            kept.get(storage, 0),
+            0 if storage in weights else tensor.numel() * tensor.element_size(),
+        )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.train_step(Batch(step=0, global_batch_size=2, micro_batches=((longest_sample(config),) * 2,)))
+        engine.train_step(
+            Batch(step=0, global_batch_size=2, micro_batches=((longest_sample(config),) * 2,))
+        )
     engine.close()
     memory = make_plan(config, 1).memory
     return sum(kept.values()), memory["activations"] + memory["logits"]
@@ -96,24 +111,36 @@ def train(config: LMTrainConfig) -> list[float]:
 
 
 def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in engine.model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in engine.model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def all_checks(world: Any, folder: Path) -> dict[str, Any]:
     """Everything below, in one process; tests look at the parts."""
     config = tiny_config(folder)
     found: dict[str, Any] = {
-        "plain": train_plain(config), "megatron": train(config),
+        "plain": train_plain(config),
+        "megatron": train(config),
         "micro 1": train(tiny_config(folder, data={"micro_batch_size": 1})),
         "micro 4": train(tiny_config(folder, data={"micro_batch_size": 4})),
         "recompute": train(tiny_config(folder, recompute=True)),
         "padded": train(tiny_config(folder, row_multiple=64, vocab_multiple=128, head_multiple=3)),
-        "distributed optimizer": train(tiny_config(folder, {"distributed_optimizer": True, "overlap": True})),
+        "distributed optimizer": train(
+            tiny_config(folder, {"distributed_optimizer": True, "overlap": True})
+        ),
         "bf16": train(tiny_config(folder, precision="bf16")),
     }
     engine = MegatronEngine(tiny_config(folder, vocab_multiple=128))
     batch = tiny_batch(config, 0)
-    found["evaluated"] = engine.evaluate(batch), plain_loss(plain_model(config), batch, config.model_copy(update={"text_dropout": 0.0})).item()
+    found["evaluated"] = (
+        engine.evaluate(batch),
+        plain_loss(
+            plain_model(config), batch, config.model_copy(update={"text_dropout": 0.0})
+        ).item(),
+    )
     found |= logits_checks(engine, batch, config)
     engine.close()
     found |= checkpoint_checks(folder)
@@ -143,7 +170,13 @@ def logits_checks(engine: MegatronEngine, batch: Batch, config: LMTrainConfig) -
     unpadded = config.model_copy(update={"row_multiple": 1})
     rows = [pack((sample,), unpadded, engine.layout) for sample in samples]
     expected = [
-        plain(single.ids_N[None], single.text_MD.float()[None], single.frames_S, single.motion_score_S, single.drop_text_M[:1])[0]
+        plain(
+            single.ids_N[None],
+            single.text_MD.float()[None],
+            single.frames_S,
+            single.motion_score_S,
+            single.drop_text_M[:1],
+        )[0]
         for single in rows
     ]
     length = row.num_tokens
@@ -159,7 +192,9 @@ def checkpoint_checks(folder: Path) -> dict[str, Any]:
     """Train 3 steps, save, 2 more; go on from the file. In both kinds of optimizer and both precisions."""
     found = {}
     for name, changes in {
-        "fp32": {}, "bf16": {"precision": "bf16"}, "distributed": {"parallel": {"distributed_optimizer": True}},
+        "fp32": {},
+        "bf16": {"precision": "bf16"},
+        "distributed": {"parallel": {"distributed_optimizer": True}},
         "padded": {"vocab_multiple": 128, "head_multiple": 3},
     }.items():
         config = tiny_config(folder, **changes)
@@ -199,7 +234,9 @@ def test_training_follows_the_plain_torch_model_through_five_steps(found):
     assert found["plain"][0] - found["plain"][-1] > 0.05
 
 
-@pytest.mark.parametrize("changed", ["micro 1", "micro 4", "recompute", "padded", "distributed optimizer"])
+@pytest.mark.parametrize(
+    "changed", ["micro 1", "micro 4", "recompute", "padded", "distributed optimizer"]
+)
 def test_losses_do_not_depend_on_how_the_batch_is_computed(found, changed):
     assert found[changed] == pytest.approx(found["megatron"], abs=2e-6)
 

@@ -25,7 +25,9 @@ def write_config(run: Path) -> Path:
     folder = run.parent
     if not (folder / "data").exists():
         write_data_set(folder / "data", tiny_config(folder).model, [7, 6], 3)
-    config = tiny_config(folder, {"tensor": 2}, loop={"steps": 12, "seed": 7, "log_every": 1, "save_every": 2})
+    config = tiny_config(
+        folder, {"tensor": 2}, loop={"steps": 12, "seed": 7, "log_every": 1, "save_every": 2}
+    )
     path = run.with_name(f"{run.name}.yaml")
     write_text(path, dump(config.model_copy(update={"run": run})))
     return path
@@ -36,7 +38,8 @@ def all_tensors(checkpoint: Path) -> dict[str, Any]:
     reader = dcp.FileSystemReader(checkpoint)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     common = torch.load(checkpoint / "common.pt", weights_only=False)

@@ -25,12 +25,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data 2": {},
     "data 2, overlap": {"overlap": True},
     "data 2, distributed optimizer": {"distributed_optimizer": True},
-    "tensor 2, sequence, distributed optimizer": {"tensor": 2, "sequence": True, "distributed_optimizer": True},
+    "tensor 2, sequence, distributed optimizer": {
+        "tensor": 2,
+        "sequence": True,
+        "distributed_optimizer": True,
+    },
 }
 MOVES = [  # saved as, loaded as
-    ("one", "tensor 2"), ("one", "tensor 2, sequence"), ("one", "pipeline 2"), ("one", "data 2"),
-    ("tensor 2", "tensor 2"), ("tensor 2", "pipeline 2"), ("tensor 2", "data 2"),
-    ("pipeline 2", "tensor 2, sequence"), ("pipeline 2", "pipeline 2"),
+    ("one", "tensor 2"),
+    ("one", "tensor 2, sequence"),
+    ("one", "pipeline 2"),
+    ("one", "data 2"),
+    ("tensor 2", "tensor 2"),
+    ("tensor 2", "pipeline 2"),
+    ("tensor 2", "data 2"),
+    ("pipeline 2", "tensor 2, sequence"),
+    ("pipeline 2", "pipeline 2"),
     ("data 2, distributed optimizer", "tensor 2, sequence, distributed optimizer"),
     ("data 2, distributed optimizer", "data 2, distributed optimizer"),
     ("tensor 2, sequence, distributed optimizer", "data 2, distributed optimizer"),
@@ -46,7 +56,9 @@ class Trained:
 
     def steps(self, first: int, end: int) -> list[tuple[float, float]]:
         results = [
-            self.engine.train_step(tiny_batch(self.config, step, self.engine.dp_rank, self.engine.dp_size))
+            self.engine.train_step(
+                tiny_batch(self.config, step, self.engine.dp_rank, self.engine.dp_size)
+            )
             for step in range(first, end)
         ]
         assert all(result.tokens > 0 for result in results)
@@ -62,7 +74,8 @@ class Trained:
     def condition_gradients(self) -> dict[str, torch.Tensor]:
         """Summed over all copies. The distributed optimizer leaves each rank with its own part, so none there."""
         return {
-            name: parameter.grad.clone() for name, parameter in self.engine.model.named_parameters()
+            name: parameter.grad.clone()
+            for name, parameter in self.engine.model.named_parameters()
             if name.startswith(("text.", "micro.")) and parameter.grad is not None
         }
 
@@ -83,7 +96,9 @@ def two_processes(world: Any, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": {}, "gradients": {}, "evaluated": {}, "moved": {}}
     for layout in LAYOUTS:
         run = Trained(folder, layout)
-        found["evaluated"][layout] = run.engine.evaluate(tiny_batch(run.config, 0, run.engine.dp_rank, run.engine.dp_size))
+        found["evaluated"][layout] = run.engine.evaluate(
+            tiny_batch(run.config, 0, run.engine.dp_rank, run.engine.dp_size)
+        )
         run.save(folder / "first" / layout)
         losses = run.steps(0, 1)
         found["gradients"][layout] = run.condition_gradients()
@@ -98,7 +113,11 @@ def two_processes(world: Any, folder: Path) -> dict[str, Any]:
         found["moved"][saved, loaded] = run.steps(3, STEPS)
         run.engine.close()
     with pytest.raises(ConfigError, match=r"3 \* 1 does not divide the 2 launched ranks"):
-        MegatronEngine(tiny_config(folder, {"tensor": 3}, head_multiple=3, model={"ffn_size": 81}, vocab_multiple=9))
+        MegatronEngine(
+            tiny_config(
+                folder, {"tensor": 3}, head_multiple=3, model={"ffn_size": 81}, vocab_multiple=9
+            )
+        )
     return found
 
 
@@ -135,7 +154,9 @@ def test_evaluation_is_the_same_in_every_layout(ranks):
 def test_gradients_of_the_condition_modules_are_right_and_equal_on_all_ranks(one, ranks, layout):
     first, second = (rank["gradients"][layout] for rank in ranks)
     assert first.keys() == one["gradients"].keys() and len(first) == 13
-    assert second.keys() == (set() if layout == "pipeline 2" else first.keys())  # only the first stage has them
+    assert second.keys() == (
+        set() if layout == "pipeline 2" else first.keys()
+    )  # only the first stage has them
     for name, gradient in first.items():
         torch.testing.assert_close(gradient, one["gradients"][name], atol=1e-6, rtol=1e-4, msg=name)
         assert name not in second or torch.equal(gradient, second[name]), name
@@ -148,10 +169,15 @@ def test_checkpoints_go_on_in_another_layout(one, ranks, saved, loaded):
     if saved == loaded:
         assert moved == straight
     else:
-        assert [loss for loss, _ in moved] == pytest.approx([loss for loss, _ in straight], abs=1e-5)
+        assert [loss for loss, _ in moved] == pytest.approx(
+            [loss for loss, _ in straight], abs=1e-5
+        )
 
 
 def test_checkpoints_of_the_same_weights_export_to_the_same_bytes(folder, one, ranks):
     config = tiny_config(folder).model
-    marks = {weights_fingerprint("lm", config, read_lm(folder / "first" / name, config)) for name in ["one", *LAYOUTS]}
+    marks = {
+        weights_fingerprint("lm", config, read_lm(folder / "first" / name, config))
+        for name in ["one", *LAYOUTS]
+    }
     assert marks == {weights_fingerprint("lm", config, InitialWeights(config, 7))}

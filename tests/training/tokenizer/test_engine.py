@@ -23,12 +23,17 @@ def train(engine, steps, world=None, micro_batches=1):
     found = []
     for step in steps:
         result = engine.train_step(batch(step, world.rank, world.size, micro_batches))
-        found.append(read_scalars({"loss": result.loss, "grad_norm": result.grad_norm, **result.metrics}))
+        found.append(
+            read_scalars({"loss": result.loss, "grad_norm": result.grad_norm, **result.metrics})
+        )
     return found
 
 
 def test_loss_falls_and_the_codebook_is_used(tmp_path):
-    scalars = train(TokenizerEngine(config(tmp_path, optim={"lr": 1e-2, "warmup_steps": 5}), alone()), range(130))
+    scalars = train(
+        TokenizerEngine(config(tmp_path, optim={"lr": 1e-2, "warmup_steps": 5}), alone()),
+        range(130),
+    )
     assert scalars[-1]["loss"] < 0.5 * scalars[0]["loss"]
     assert scalars[-1]["codebook/used_fraction"] > 0.5
     assert 1 < scalars[-1]["codebook/perplexity"] <= MODEL.codebook_size
@@ -71,7 +76,13 @@ def test_two_ranks_follow_one_and_share_one_codebook(tmp_path, normalize):
     for name, tensor in state.items():
         assert torch.equal(state0[name], state1[name]), name
         # float32 sums in another order, through ten AdamW steps
-        torch.testing.assert_close(state0[name], tensor, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            state0[name],
+            tensor,
+            rtol=1e-3,
+            atol=2e-4,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
     for ours, theirs in zip(scalars, scalars0, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)
 
@@ -95,7 +106,9 @@ def trained_state(folder):
 
 
 def test_bf16_autocast_trains_and_keeps_float32_parameters(tmp_path):
-    engine = TokenizerEngine(config(tmp_path, optim={"lr": 1e-2}, precision="bf16", recompute=True), alone())
+    engine = TokenizerEngine(
+        config(tmp_path, optim={"lr": 1e-2}, precision="bf16", recompute=True), alone()
+    )
     scalars = train(engine, range(60))
     assert scalars[-1]["loss"] < 0.9 * scalars[0]["loss"]
     assert {tensor.dtype for tensor in engine.tokenizer.parameters()} == {torch.float32}
@@ -119,7 +132,9 @@ def test_equal_features_are_painted_equally():
 
 
 def test_features_of_another_size_are_refused_naming_both(tmp_path):
-    column = Column(dtype="float16", shape=[3, 16, 2, 2], encoder="theia", fingerprint="f", config={}, shards=[])
+    column = Column(
+        dtype="float16", shape=[3, 16, 2, 2], encoder="theia", fingerprint="f", config={}, shards=[]
+    )
     manifest = Manifest(fingerprint="m", config={}, shards=[], columns={"features": column})
     (problem,) = check_features(config(tmp_path), manifest)
     assert re.search(r"\[8, 2, 2\].*theia.*\[16, 2, 2\]", str(problem))
@@ -128,9 +143,9 @@ def test_features_of_another_size_are_refused_naming_both(tmp_path):
 def shipped_config(folder, name):
     """The options of a packaged config with the tiny model and data."""
     shipped = load(TokenizerTrainConfig, name)
-    return config(folder).model_copy(update={
-        key: getattr(shipped, key) for key in ("optim", "precision", "recompute")
-    })
+    return config(folder).model_copy(
+        update={key: getattr(shipped, key) for key in ("optim", "precision", "recompute")}
+    )
 
 
 def save_and_resume(world, folder, name):
@@ -146,14 +161,20 @@ def save_and_resume(world, folder, name):
     for parameter in resumed.tokenizer.parameters():
         torch.nn.init.zeros_(parameter)
     resumed.load(folder / name)
-    return [(train(each, range(3, 5), world), each.tokenizer.state_dict()) for each in (engine, resumed)]
+    return [
+        (train(each, range(3, 5), world), each.tokenizer.state_dict()) for each in (engine, resumed)
+    ]
 
 
 @pytest.mark.parametrize("name", ["landiff/tokenizer", "nano/tokenizer"])
 def test_shipped_options_resume_bit_for_bit_on_two_ranks(tmp_path, name):
-    for (scalars, state), (resumed_scalars, resumed_state) in run_distributed(save_and_resume, 2, tmp_path, name):
+    for (scalars, state), (resumed_scalars, resumed_state) in run_distributed(
+        save_and_resume, 2, tmp_path, name
+    ):
         assert resumed_scalars == scalars
         for key, tensor in state.items():
             assert torch.equal(resumed_state[key], tensor), key
     weights = load_file(tmp_path / name / "model.safetensors")
-    assert {tensor.dtype for key, tensor in weights.items() if tensor.is_floating_point()} == {torch.float32}
+    assert {tensor.dtype for key, tensor in weights.items() if tensor.is_floating_point()} == {
+        torch.float32
+    }

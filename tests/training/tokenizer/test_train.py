@@ -55,8 +55,16 @@ def test_one_and_two_processes_train_the_same_tokenizer(tmp_path):
     lines = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(*lines, strict=True):
-        for name in ("train/loss", "train/reconstruction", "train/commitment", "codebook/perplexity", "codebook/used_fraction"):
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-3)  # float32 sums in another order
+        for name in (
+            "train/loss",
+            "train/reconstruction",
+            "train/commitment",
+            "codebook/perplexity",
+            "codebook/used_fraction",
+        ):
+            assert theirs[name] == pytest.approx(
+                ours[name], rel=1e-3
+            )  # float32 sums in another order
     assert finished_step(tmp_path / "two") == 6
 
 
@@ -72,7 +80,9 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     write_data(tmp_path / "data")
     first = write_config(tmp_path / "run", loop={"steps": 2})
     nursery(__name__).start(main, 1, (str(first),)).results(60)
-    other = write_config(tmp_path / "run", loop={"steps": 4}, model=MODEL.model_copy(update={"codebook_size": 32}))
+    other = write_config(
+        tmp_path / "run", loop={"steps": 4}, model=MODEL.model_copy(update={"codebook_size": 32})
+    )
     assert nursery(__name__).start(main, 1, (str(other),)).wait(60) == [1]
     assert "model.codebook_size = 32 (checkpoint: 16)" in first_error(tmp_path / "run").read_text()
 
