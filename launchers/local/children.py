@@ -10,8 +10,6 @@ import os
 import signal
 import sys
 
-from landiff.configs.paths import IMPORT_ROOT
-
 PARENT = "LANDIFF_PARENT"  # id of the process that starts the next one
 
 
@@ -21,6 +19,9 @@ def environment() -> dict[str, str]:
     It imports this very project, whatever packages the working folder holds, and ends with this
     process.
     """
+    # loads pydantic, which `landiff --version` does without
+    from landiff.configs.paths import IMPORT_ROOT
+
     env = dict(os.environ)
     env.setdefault("PYTHONUNBUFFERED", "1")
     roots = [str(IMPORT_ROOT), *filter(None, [env.get("PYTHONPATH")])]

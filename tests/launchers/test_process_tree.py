@@ -31,16 +31,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from landiff.launchers.local.children import follow_parent
-from landiff.launchers.local.start import explain, own, run_trainer
+from landiff.launchers.local.start import explain_exit, own_run, run_trainer
 follow_parent()
 run, config_file = map(Path, sys.argv[1:])
 config = SimpleNamespace(run=run, loop=SimpleNamespace(steps=60))
 try:
-    with own(config, "lm", 2, "landiff train lm") as owned:
+    with own_run(config, "lm", 2, "landiff train lm") as owned:
         code = run_trainer("light_trainer", config_file, run, 2, owned)
 except ValueError as error:
     sys.exit(str(error))
-sys.exit(f"{run} failed: {explain(run, code)}" if code else 0)
+sys.exit(f"{run} failed: {explain_exit(run, code)}" if code else 0)
 """
 SUBMIT = """
 import sys

@@ -254,7 +254,7 @@ def test_the_report_is_of_all_files_and_parts_of_a_set(tmp_path):
     with pytest.raises(ConversionError) as error:
         paths = [tmp_path / "out" / "llm", tmp_path / "out" / "tokenizer"]
         words = tuple(str(path) for path in paths)
-        request = landiff.launchers.weights.convert.Request(
+        request = landiff.launchers.weights.request.ConvertRequest(
             words, model=str(write_models(tmp_path))
         )
         landiff.launchers.weights.convert.open_all(request, paths)
