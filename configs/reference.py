@@ -1,10 +1,12 @@
-"""Name, type, default and meaning of config keys, read from the config classes. Torch-free.
+"""Describes config keys from their classes: name, type, default and meaning. Torch-free.
 
-The configuration page of the documentation is made from it (docs/hooks/pages.py).
+Used by the configuration page of the documentation (docs/hooks/pages.py) and by
+`landiff config explain`.
 """
 
 from __future__ import annotations
 
+import builtins
 import json
 import types
 import typing
@@ -35,17 +37,17 @@ SectionText = Callable[[type[Config]], str]
 
 @dataclass(frozen=True)
 class ConfigKey:
-    """One key of a config class."""
+    """One key of a config class, as text."""
 
     name: str
-    type: str  # in words, with its limits
-    default: str  # as written in YAML; "required" where there is none
-    meaning: str  # the field's description; "" where it has none
-    sections: tuple[type[Config], ...]  # classes of the sections below the key
+    type: str  # in words, with limits
+    default: str  # as written in YAML; "required" if there is none
+    meaning: str  # description of the field; "" if it has none
+    sections: tuple[builtins.type[Config], ...]  # classes of the sections below the key
 
 
 def config_keys(cls: type[Config], section_text: SectionText | None = None) -> list[ConfigKey]:
-    """The keys of `cls` itself, in order. `section_text` formats the names of section classes."""
+    """The keys of `cls`, in order. `section_text` formats the names of section classes."""
     name_of = section_text or section_name
     keys = []
     for name, field in cls.model_fields.items():
@@ -143,7 +145,7 @@ def _is_item(part: str, parents: Sequence[tuple[type[Config], ConfigKey]]) -> bo
 
 
 def all_sections(roots: Sequence[type[Config]]) -> list[type[Config]]:
-    """Every section class below `roots`, each once, in the order in which they are found."""
+    """All section classes below `roots`, each once, breadth first."""
     found: list[type[Config]] = []
     waiting = list(roots)
     while waiting:
@@ -161,7 +163,7 @@ def section_name(cls: type[Config]) -> str:
 
 
 def section_classes(annotation: Any) -> Iterator[type[Config]]:
-    """Config classes inside a type annotation, those of unions, lists and mappings included."""
+    """Config classes in a type annotation, including those in unions, lists and mappings."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
         return
@@ -170,9 +172,10 @@ def section_classes(annotation: Any) -> Iterator[type[Config]]:
 
 
 def type_text(annotation: Any, metadata: Sequence[Any], name_of: SectionText) -> str:
-    """A type in words: "integer > 0", "list of text", the values of a Literal, a section's name.
+    """A type in words: "integer > 0", "list of text", values of a Literal, name of a section.
 
-    `metadata` holds the limits of a number as pydantic stores them.
+    `metadata` holds the bounds of a number, as pydantic stores them. Raises TypeError for a type
+    without such words.
     """
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return name_of(annotation)
@@ -212,7 +215,7 @@ def limits(metadata: Sequence[Any]) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default as it would stand in YAML."""
+    """The default as written in YAML."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

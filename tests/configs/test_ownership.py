@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def write_lock(path: Path, **changes: object) -> ownership.Owner:
     """A lock as another process left it; by default of a process that is gone."""
     owner = replace(this_process(), token="theirs", pid=gone(), started="1", **changes)
-    path.write_text(json.dumps(asdict(owner)))
+    written = path.with_name("written")
+    written.write_text(json.dumps(asdict(owner)))
+    written.rename(path)  # a reader never sees half a record
     return owner
 
 
@@ -64,7 +66,8 @@ def test_the_second_owner_is_refused_and_told_who_the_first_is(lock):
     with take(lock, "run folder runs/lm") as first:
         with pytest.raises(
             OwnedError,
-            match=rf"run folder runs/lm is in use by process {os.getpid()} of \w+ on {os.uname().nodename}, since 20",
+            match=rf"run folder runs/lm is in use by process {os.getpid()} of \w+ "
+            rf"on {os.uname().nodename}, since 20",
         ):
             take(lock, "run folder runs/lm")
         with pytest.raises(OwnedError):  # one that runs is not taken over
