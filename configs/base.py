@@ -1,7 +1,7 @@
 """Base class of all config classes, and the error for mistakes of the user.
 
-Config classes are defined beside the code they configure, in modules that do not import torch, so that
-the command line checks a config in milliseconds. They are frozen.
+Config classes are defined beside the code they configure, in modules that do not import torch, so
+that the command line checks a config in milliseconds. They are frozen.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 class Config(BaseModel):
-    """Typed, frozen section of a config; unknown keys are errors (`landiff.configs.loader.load`)."""
+    """Typed, frozen section of a config; unknown keys are errors (see `load`)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=()

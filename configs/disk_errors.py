@@ -1,4 +1,4 @@
-"""Explains failed writes: adds the path, and tells a full disk from missing permissions. Torch-free."""
+"""Explains failed writes: the path, and whether the disk is full or read-only. Torch-free."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _at(path: Path, error: OSError) -> OSError:
 def way_out(error: BaseException, folder: Path) -> str:
     """Advice for a failed write below `folder`; empty if the disk is not the cause.
 
-    Decided by the error numbers of `error` and of the errors that caused it. For a library error that
-    does not give a reason, the state of the folder decides.
+    Decided by the error numbers of `error` and of the errors that caused it. For a library error
+    that does not give a reason, the state of the folder decides.
     """
     chain: list[BaseException] = []
     following: BaseException | None = error
@@ -77,7 +77,7 @@ def way_out(error: BaseException, folder: Path) -> str:
 
 
 def way_out_of(folder: Path) -> str:
-    """Advice from the state of `folder`: read-only, not permitted, nearly full. Empty if writable."""
+    """Advice from the state of `folder` (read-only, not permitted, nearly full), or ""."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if os.statvfs(folder).f_flag & os.ST_RDONLY:

@@ -1,10 +1,10 @@
 """Bounded readers for the YAML and JSON documents of the project.
 
 Documents that a user or another program may have changed, or that may be damaged, are read here:
-configs, overrides, cluster files, and the state of runs, shard sets and the zoo. Size, nesting depth
-and the size after expansion of YAML aliases are limited, so reading takes bounded time and memory. A
-duplicate key is an error. Every fault raises `DocumentError` with the file, the line and, if the caller
-gives one, the way out. Torch-free.
+configs, overrides, cluster files, and the state of runs, shard sets and the zoo. Size, nesting
+depth and the size after expansion of YAML aliases are limited, so reading takes bounded time and
+memory. A duplicate key is an error. Every fault raises `DocumentError` with the file, the line
+and, if the caller gives one, the way out. Torch-free.
 """
 
 from __future__ import annotations
@@ -151,11 +151,11 @@ def shown(text: str) -> str:
 def parse_yaml(text: str, origin: str) -> Any:
     """The value of one YAML document: dict, list, str, int, float, bool or None.
 
-    Differs from YAML 1.1: `1e-4` is a number, and dates stay strings. Merge keys (`<<`) and aliases
-    are resolved by copying, so no object occurs in two places. Raises DocumentError for bad syntax,
-    tags other than those of plain values, keys that are not strings or occur twice, NaN, infinity,
-    integers beyond 64 bits, control characters, and documents that are too large, nested too deeply or
-    expand too far.
+    Differs from YAML 1.1: `1e-4` is a number, and dates stay strings. Merge keys (`<<`) and
+    aliases are resolved by copying, so no object occurs in two places. Raises DocumentError for
+    bad syntax, tags other than those of plain values, keys that are not strings or occur twice,
+    NaN, infinity, integers beyond 64 bits, control characters, and documents that are too large,
+    nested too deeply or expand too far.
     """
     if len(text) > MAX_YAML_BYTES:
         raise DocumentError(f"{origin} is longer than {MAX_YAML_BYTES} characters, the limit")
@@ -258,7 +258,8 @@ class _YamlReader(yaml.SafeLoader):
             if key in lines:
                 self.fail(
                     key_node,
-                    f"the key {shown(key)} occurs twice, in lines {lines[key]} and {line}; keep one",
+                    f"the key {shown(key)} occurs twice, in lines {lines[key]} and {line}; "
+                    "keep one",
                 )
             lines[key] = line
             if is_merge:
@@ -359,10 +360,10 @@ def parse_json(
 ) -> Any:
     """The value of one JSON document.
 
-    `allow_nonfinite` accepts NaN and Infinity (metrics). `any_text` accepts null characters and lone
-    surrogates in strings (names and captions of a source). Raises DocumentError for bad syntax, keys
-    that occur twice, integers beyond 64 bits, null characters in strings, and nesting deeper than
-    `MAX_DEPTH`.
+    `allow_nonfinite` accepts NaN and Infinity (metrics). `any_text` accepts null characters and
+    lone surrogates in strings (names and captions of a source). Raises DocumentError for bad
+    syntax, keys that occur twice, integers beyond 64 bits, null characters in strings, and nesting
+    deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):
         text = decode(text, origin)
@@ -386,7 +387,8 @@ def parse_json(
 def parse_line(text: str | bytes, origin: str) -> Any:
     """The value of one line of a JSONL file that this project writes.
 
-    Such files may have millions of lines, so only syntax and nesting are checked. Raises DocumentError.
+    Such files may have millions of lines, so only syntax and nesting are checked. Raises
+    DocumentError.
     """
     try:
         return json.loads(text)
@@ -416,8 +418,8 @@ class _JsonReader:
             return found
         key, first, second = _repeated_key(self.text)
         raise DocumentError(
-            f"{self.origin}, line {second}: the key {shown(key)} occurs twice, in lines {first} and "
-            f"{second}; keep one"
+            f"{self.origin}, line {second}: the key {shown(key)} occurs twice, in lines "
+            f"{first} and {second}; keep one"
         )
 
     def build_integer(self, text: str) -> int:

@@ -70,8 +70,9 @@ def remove_abandoned(folder: Path, of: str = "", *, foreign_after_s: float = ABA
 def is_abandoned(path: Path, foreign_after_s: float = ABANDONED_S) -> bool:
     """Whether the writer of a temporary file or folder (see `temporary_name`) is dead.
 
-    A writer on this machine is looked up by its process id and start time. A writer on another machine
-    counts as dead if nothing was written for `foreign_after_s` seconds, on the file system's clock.
+    A writer on this machine is looked up by its process id and start time. A writer on another
+    machine counts as dead if nothing was written for `foreign_after_s` seconds, on the file
+    system's clock.
     """
     front, _, writer = path.name.removesuffix(".tmp").rpartition(".")
     pid, _, started = writer.partition("-")
@@ -151,8 +152,9 @@ def commit_dir(temporary: Path, final: Path) -> None:
 def replace_dir(temporary: Path, final: Path) -> None:
     """`commit_dir` that replaces an existing folder `final`.
 
-    The old folder is renamed first and deleted last. If the commit fails, it gets its name back; after
-    a kill, `restore_replaced` does that. Files that cannot be deleted stay under a temporary name.
+    The old folder is renamed first and deleted last. If the commit fails, it gets its name back;
+    after a kill, `restore_replaced` does that. Files that cannot be deleted stay under a temporary
+    name.
     """
     old = _other_name(final, REPLACED)
     if final.exists():

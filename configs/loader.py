@@ -2,9 +2,9 @@
 
 A config file holds only what differs from the defaults of its class. Two rules extend plain YAML:
 
-* In place of a section, a string refers to another file or to a section of one: `model: nano/model#lm`.
-  A name without a suffix is a packaged file (`configs/nano/model.yaml`). A name that ends in .yaml or
-  .yml is a path relative to the file that refers to it.
+* In place of a section, a string refers to another file or to a section of one: `model:
+  nano/model#lm`. A name without a suffix is a packaged file (`configs/nano/model.yaml`). A name
+  that ends in .yaml or .yml is a path relative to the file that refers to it.
 * Overrides have the form `dotted.key=value` with the value in YAML, for instance `optim.lr=3e-4
   model.num_layers=6`. They are applied after the references are resolved.
 """
@@ -78,8 +78,8 @@ def read(path: Path) -> dict[str, Any]:
 def load(cls: type[C], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> C:
     """Read `source` (packaged name, path or mapping), apply `overrides` and validate it as a `cls`.
 
-    Raises one ConfigError with all problems of the file and of the overrides. Each names the dotted key,
-    the value and the nearest known name.
+    Raises one ConfigError with all problems of the file and of the overrides. Each names the
+    dotted key, the value and the nearest known name.
     """
     config, problems = load_leniently(cls, source, overrides)
     require_none(problems)
@@ -95,9 +95,9 @@ def load_leniently(
 ) -> tuple[C | None, list[Problem]]:
     """Like `load`, but returns (config, problems) instead of raising the problems.
 
-    The config is returned if every value has its type, even if some values contradict each other, so
-    that further checks can report their problems too. `values` replaces top-level keys by Python
-    values. Raises ConfigError if the file cannot be read.
+    The config is returned if every value has its type, even if some values contradict each other,
+    so that further checks can report their problems too. `values` replaces top-level keys by
+    Python values. Raises ConfigError if the file cannot be read.
     """
     if isinstance(source, Mapping):
         origin = "config"
@@ -138,9 +138,9 @@ def read_json_as(
 ) -> C:
     """The JSON file `path` as a `cls`; `advice` says what to do about a damaged file.
 
-    `any_text` is that of `parse_json`. Files above `MAX_JSON_BYTES`, which only programs write, are
-    checked by pydantic alone, which is four times as fast. Raises DocumentError, or OSError if the file
-    cannot be opened.
+    `any_text` is that of `parse_json`. Files above `MAX_JSON_BYTES`, which only programs write,
+    are checked by pydantic alone, which is four times as fast. Raises DocumentError, or OSError if
+    the file cannot be opened.
     """
     with advised(advice):
         return parse_json_as(cls, read_bytes(path, limit), path, any_text=any_text)
@@ -165,7 +165,7 @@ def dump(config: Config) -> str:
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write `dump(config)`. A config with a secret, e.g. in a URL, is readable only by its owner."""
+    """Write `dump(config)`; with a secret in it, e.g. in a URL, only its owner can read it."""
     text = dump(config)
     holds_secret = redact(text) != text
     write_text(path, text, PRIVATE if holds_secret else PUBLIC)
@@ -195,7 +195,7 @@ def _resolve_references(
 
 
 def _follow_reference(key: str, reference: str, folder: Path | None) -> tuple[Path, Any]:
-    """(file, value) of a reference such as `nano/model#lm`. Raises ConfigError without such a section."""
+    """(file, value) of a reference such as `nano/model#lm`. Raises ConfigError."""
     file, _, section = reference.partition("#")
     path = find(file, folder)
     value: Any = read(path)

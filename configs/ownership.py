@@ -3,25 +3,25 @@
     with ownership.take(folder / OWNER, f"run folder {folder}"):
         ...
 
-The lock is a small JSON file that describes its owner: machine, process id and start time, user and
-SLURM job. It is created with link(2), which is atomic on NFS too. The owner renews its modification
-time every `BEAT_S` seconds. A second process gets an error that names the owner, unless the owner has
-ended. It has ended if one of these is true:
+The lock is a small JSON file that describes its owner: machine, process id and start time, user
+and SLURM job. It is created with link(2), which is atomic on NFS too. The owner renews its
+modification time every `BEAT_S` seconds. A second process gets an error that names the owner,
+unless the owner has ended. It has ended if one of these is true:
 
 * It ran on this machine, and there is no process with its id and start time.
 * It ran in a SLURM job that is no longer in the queue, or in an earlier attempt of this job.
 * Neither can be determined, and the lock was not renewed for `LEASE_S` seconds on the clock of the
   file system.
 
-If several processes take over a lock at the same time, exactly one succeeds. Each links its record to
-`<lock>.after-<token of the old owner>`, a name that only one of them can create. That process renames
-its record to the lock and then deletes the name. A process that creates the name later sees that the
-lock has changed, and fails.
+If several processes take over a lock at the same time, exactly one succeeds. Each links its record
+to `<lock>.after-<token of the old owner>`, a name that only one of them can create. That process
+renames its record to the lock and then deletes the name. A process that creates the name later
+sees that the lock has changed, and fails.
 
 `landiff.data_pipeline.format.locks` is a different kind of lock, for a few statements: its callers
-wait for each other, and it uses flock, which the kernel releases. Ownership lasts for hours. It must
-name its owner, work on file systems without flock, pass to child processes, and end with the SLURM job
-even if the owner's machine is unreachable.
+wait for each other, and it uses flock, which the kernel releases. Ownership lasts for hours. It
+must name its owner, work on file systems without flock, pass to child processes, and end with the
+SLURM job even if the owner's machine is unreachable.
 """
 
 from __future__ import annotations
@@ -186,10 +186,10 @@ def take(
         path: The lock file.
         what: Description of the owned thing for error messages, e.g. "run folder runs/lm".
         inherited: Token of an ancestor process whose ownership is shared.
-        take_over: Do not wait for the lease to end if it is unknown whether the owner runs. An owner
-            that is known to run is never replaced.
-        on_lost: Called in a thread with the reason if another process takes the lock away. By default,
-            this process ends.
+        take_over: Do not wait for the lease to end if it is unknown whether the owner runs. An
+            owner that is known to run is never replaced.
+        on_lost: Called in a thread with the reason if another process takes the lock away. By
+            default, this process ends.
 
     Raises:
         OwnedError: Another process is the owner. Raised without waiting.

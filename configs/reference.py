@@ -65,9 +65,10 @@ def config_keys(cls: type[Config], section_text: SectionText | None = None) -> l
 def explain(cls: type[Config], dotted_key: str) -> str:
     """Text about one key of `cls`, e.g. "loop.keep_every": its type, default and meaning.
 
-    The keys of a section are listed. Where a section is one of several classes, the key is explained
-    for each class that has it. Names in a mapping and positions in a list may stand between the keys
-    ("columns.features.kind"). Raises ConfigError, with the nearest name, for an unknown key.
+    The keys of a section are listed. Where a section is one of several classes, the key is
+    explained for each class that has it. Names in a mapping and positions in a list may stand
+    between the keys ("columns.features.kind"). Raises ConfigError, with the nearest name, for an
+    unknown key.
     """
     found = find_key(cls, dotted_key)
     texts = []
@@ -134,7 +135,7 @@ def _sections_below(matches: Sequence[tuple[type[Config], ConfigKey]]) -> list[t
 
 
 def _is_item(part: str, parents: Sequence[tuple[type[Config], ConfigKey]]) -> bool:
-    """Whether `part` may be a name in a mapping, or a position in a list, that a parent key holds."""
+    """Whether `part` may be a name in a mapping, or a position in a list, of a parent key."""
     for owner, key in parents:
         annotation = owner.model_fields[key.name].annotation
         for member in [annotation, *typing.get_args(annotation)]:

@@ -1,8 +1,8 @@
 """Bounded reader for the header of a safetensors file. Torch-free.
 
-A file consists of 8 bytes (length of the header, little-endian), the header (a JSON object that maps
-names to dtype, shape and byte range) and the bytes of the tensors. The header is checked completely
-before memory is allocated for tensors.
+A file consists of 8 bytes (length of the header, little-endian), the header (a JSON object that
+maps names to dtype, shape and byte range) and the bytes of the tensors. The header is checked
+completely before memory is allocated for tensors.
 """
 
 from __future__ import annotations

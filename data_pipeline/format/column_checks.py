@@ -1,4 +1,4 @@
-"""Checks that the columns of a data set exist and were computed by the expected encoders. Torch-free."""
+"""Checks that columns exist and were computed by the expected encoders. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def check_column_fingerprints(
         wanted = ", ".join(map(repr, absent))
         available = ", ".join(sorted(manifest.columns)) or "none"
         raise ShardError(
-            f"the data set has no column {wanted}; it has: {available}. Run `landiff precompute` with "
-            "it in `columns`, then `landiff precompute finalize`"
+            f"the data set has no column {wanted}; it has: {available}. Run `landiff precompute` "
+            "with it in `columns`, then `landiff precompute finalize`"
         )
     for name in columns:
         column = manifest.columns[name]
@@ -32,9 +32,9 @@ def check_column_fingerprints(
             )
         if column.raw_fingerprint not in ("", manifest.fingerprint) and not adopt:
             raise ShardError(
-                f"column {name!r} was made from raw shards {column.raw_fingerprint}, the data set now "
-                f"is {manifest.fingerprint}; run `landiff precompute` again, or set data.adopt=true "
-                "to use it anyway"
+                f"column {name!r} was made from raw shards {column.raw_fingerprint}, the data set "
+                f"now is {manifest.fingerprint}; run `landiff precompute` again, or set "
+                "data.adopt=true to use it anyway"
             )
 
 
@@ -46,7 +46,7 @@ def encoders(column: Column) -> Mapping[str, str]:
 def require_encoder(
     manifest: Manifest, column: str, fingerprint: str, what: str, *, adopt: bool = False
 ) -> None:
-    """Raise ShardError unless `column` was computed by the encoder `fingerprint`, alone or with others.
+    """Raise ShardError unless the encoder `fingerprint` computed `column`, alone or with others.
 
     `what` describes that encoder for the user, e.g. "model.tokenizer = tokenizer@3f2a...".
     """
@@ -57,8 +57,8 @@ def require_encoder(
     known = ", ".join(f"{name} {its_fingerprint}" for name, its_fingerprint in made_by.items())
     raise ShardError(
         f"column {column!r} was made by {known or manifest.columns[column].encoder}, but {what} is "
-        f"{fingerprint}; run `landiff precompute` with it, or set data.adopt=true to use the column "
-        "anyway"
+        f"{fingerprint}; run `landiff precompute` with it, or set data.adopt=true to use the "
+        "column anyway"
     )
 
 

@@ -1,12 +1,12 @@
 """Random access to samples: raw metadata and any columns, aligned by key and checked.
 
-A read is one `preadv` of the tar header block and the part after it, directly into the memory that the
-tensor then shares with its batch. Nothing is decoded or copied. A file that becomes shorter or a disk
-that fails raises an error; with a memory map, it would be a SIGBUS that ends the trainer.
+A read is one `preadv` of the tar header block and the part after it, directly into the memory that
+the tensor then shares with its batch. Nothing is decoded or copied. A file that becomes shorter or
+a disk that fails raises an error; with a memory map, it would be a SIGBUS that ends the trainer.
 
-Detected without `checksum`: a different size, a different member name, a tensor header that does not
-parse or fit. With `checksum`: any change of the tensor's bytes (CRC-32). `landiff precompute verify`
-compares whole shards.
+Detected without `checksum`: a different size, a different member name, a tensor header that does
+not parse or fit. With `checksum`: any change of the tensor's bytes (CRC-32). `landiff precompute
+verify` compares whole shards.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _File:
 
 
 def _fill(file: _File, offset: int, memory: np.ndarray) -> int:
-    """Read into `memory` (uint8) from `offset`. Returns the bytes read, fewer at the end of the file."""
+    """Read into `memory` (uint8). Returns the bytes read, fewer than its size at the file's end."""
     done = os.preadv(file.fd, [memory.data], offset)
     while 0 < done < memory.size:
         count = os.preadv(file.fd, [memory[done:].data], offset + done)
@@ -86,7 +86,7 @@ def _fill(file: _File, offset: int, memory: np.ndarray) -> int:
 
 
 class FolderReader:
-    """Reads one part of each sample in a folder of shards: the JSON of `raw/`, or a column's tensor."""
+    """Reads one part of the samples in a folder of shards: JSON of `raw/`, tensors of a column."""
 
     def __init__(
         self,
@@ -204,8 +204,8 @@ class FolderReader:
         if sidecar.entry.sha256 != entry.sha256:
             raise ShardError(
                 f"{tar} is not the shard that the manifest lists (sha256 "
-                f"{sidecar.entry.sha256[:16]}, there {entry.sha256[:16]}): it was made again since; "
-                "run `landiff precompute finalize`"
+                f"{sidecar.entry.sha256[:16]}, there {entry.sha256[:16]}): it was made again "
+                "since; run `landiff precompute finalize`"
             )
         try:
             size = stored.stat().st_size
@@ -235,25 +235,26 @@ class FolderReader:
         )
 
     def _check_origin(self, tar: Path, sidecar: Sidecar, column: Column, raw: ShardEntry) -> None:
-        """Raise ShardError if a shard was not computed by the column's encoder from the raw shard."""
+        """Raise ShardError unless the column's encoder computed a shard from the raw shard."""
         if sidecar.fingerprint != column.fingerprint:
             raise ShardError(
                 f"{tar} was made with fingerprint {sidecar.fingerprint}, the rest of column "
-                f"{self.name!r} with {column.fingerprint}; {self.redo()}, or set data.adopt=true to "
-                "use it anyway"
+                f"{self.name!r} with {column.fingerprint}; {self.redo()}, or set data.adopt=true "
+                "to use it anyway"
             )
         if sidecar.raw_sha256 != raw.sha256:
             raise ShardError(
-                f"{tar} was made from a raw shard with sha256 {sidecar.raw_sha256[:16]}, which is now "
-                f"{raw.sha256[:16]}; {self.redo()}, or set data.adopt=true to use it anyway"
+                f"{tar} was made from a raw shard with sha256 {sidecar.raw_sha256[:16]}, which is "
+                f"now {raw.sha256[:16]}; {self.redo()}, or set data.adopt=true to use it anyway"
             )
 
 
 @dataclass(frozen=True)
 class _AlignedShard:
-    """The clips of one shard that have all columns. Lists by folder: raw first, then the columns."""
+    """The clips of one shard that have all columns."""
 
     keys: list[str]
+    # By folder: raw first, then the columns.
     slots: list[list[int]]  # position of each clip in the shard of that folder
     sizes: list[list[int]]  # aligned bytes of memory for its part and the tar header block
 
@@ -322,7 +323,8 @@ class AlignedColumns:
     ) -> tuple[RawSample, dict[str, Tensor]]:
         """Metadata and tensors (by column) of sample `slot` of a shard, without rejected clips.
 
-        `memory`: uint8 [`size` or more], which the tensors share. Raises ShardError with file and key.
+        `memory`: uint8 [`size` or more], which the tensors share. Raises ShardError with file and
+        key.
         """
         aligned = self._aligned(shard)
         meta = self._read_meta(shard, aligned.slots[0][slot], aligned.keys[slot], memory)
@@ -402,8 +404,8 @@ def _excluded_positions(manifest: Manifest, columns: Sequence[str]) -> dict[int,
             if entry.samples + len(entry.missing) != raw.samples:
                 raise ShardError(
                     f"column {name!r}, shard {entry.name}: {entry.samples} samples and "
-                    f"{len(entry.missing)} rejected clips are not the {raw.samples} of its raw shard; "
-                    "run `landiff precompute` again"
+                    f"{len(entry.missing)} rejected clips are not the {raw.samples} of its raw "
+                    "shard; run `landiff precompute` again"
                 )
             missing.update(entry.missing)
         if missing:

@@ -1,8 +1,8 @@
 """Kernel lock of a folder for short critical sections, such as a commit.
 
 `landiff.configs.ownership` is a different kind of lock. It lasts for hours, names its owner, fails
-instead of waiting, and does not need flock. Here, processes wait for each other, nobody needs to know
-who holds the lock, and the kernel releases it with the holder's file descriptor.
+instead of waiting, and does not need flock. Here, processes wait for each other, nobody needs to
+know who holds the lock, and the kernel releases it with the holder's file descriptor.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 def locked(folder: Path) -> Iterator[None]:
     """Context manager that holds the lock of `folder`; waits while another process holds it.
 
-    The kernel releases the lock when its holder ends. On a file system without locks (Lustre without
-    `-o flock`), a warning is logged and nothing is locked.
+    The kernel releases the lock when its holder ends. On a file system without locks (Lustre
+    without `-o flock`), a warning is logged and nothing is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

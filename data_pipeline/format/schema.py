@@ -1,23 +1,25 @@
 """The on-disk format of a data set.
 
-    <data>/manifest.json          the document that trainers read first; its size grows with the shards
-    <data>/raw/000000.tar         raw samples: <key>.mp4 and <key>.json (`RawSample`)
-    <data>/raw/000000.json        sidecar of that tar (`Sidecar`): offsets, checksum, rejects
-    <data>/<column>/000000.tar    one folder per column, with the shard names, keys and order of raw;
-                                  members are <key>.<stem>.safetensors with stem `column_stem(column)`;
-                                  the safetensors metadata contain "crc32" of the tensor's bytes
-    <data>/<column>/000000.json   sidecar of that tar
+    <data>/manifest.json         the document that trainers read first: shards and columns
+    <data>/raw/000000.tar        raw samples: <key>.mp4 and <key>.json (`RawSample`)
+    <data>/raw/000000.json       sidecar of that tar (`Sidecar`): offsets, checksum, rejects
+    <data>/<column>/000000.tar   a folder per column, with the shard names, keys and order of raw
+    <data>/<column>/000000.json  sidecar of that tar
 
-A shard is committed when its sidecar exists. The sidecar is written after the tar, both with an atomic
-rename. All documents are JSON and all arrays safetensors; nothing is pickled. Plain `webdataset` reads
-every tar.
+A tar of a column has members <key>.<stem>.safetensors with stem `column_stem(column)`. Their
+metadata contain "crc32" of the tensor's bytes.
+
+A shard is committed when its sidecar exists. The sidecar is written after the tar, both with an
+atomic rename. All documents are JSON and all arrays safetensors; nothing is pickled. Plain
+`webdataset` reads every tar.
 
 Columns and their tensors (one tensor per sample, named by the stem):
 
     features        float16  [T, C, h, w]    vision features of the semantic frames
-    tokens          uint16   [I + (T-1)*P]   semantic tokens, flat; I and P: tokens of an I and a P frame
-    latents         bfloat16 [T, C, H, W]    scaled latents; or [T, 2C, H, W], their mean and log-variance
-    text-<encoder>  bfloat16 [L, D]          text states; real rows, or all rows of a padded encoder
+    tokens          uint16   [I + (T-1)*P]   semantic tokens, I of an I frame, P of a P frame
+    latents         bfloat16 [T, C, H, W]    scaled latents
+                             [T, 2C, H, W]   or their mean and log-variance
+    text-<encoder>  bfloat16 [L, D]          text states; real rows, or all rows if padded
 
 Keys contain no dots, because WebDataset cuts a name at the first dot.
 """

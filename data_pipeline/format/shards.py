@@ -1,7 +1,7 @@
 """Tar shards: written atomically, read by offset.
 
-The bytes of a tar depend only on its samples (they contain no time, user or process), so equal input
-gives equal shards.
+The bytes of a tar depend only on its samples (they contain no time, user or process), so equal
+input gives equal shards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ShardError(ConfigError):
 
 
 class ShardWriter:
-    """Writes one tar and its sidecar. The end of the `with` block commits both; an error discards them.
+    """Writes a tar and its sidecar. The end of the `with` block commits them; errors discard them.
 
     with ShardWriter(folder, "000000", fingerprint=...) as writer:
         writer.add(key, {"mp4": clip, "json": text})
@@ -72,8 +72,8 @@ class ShardWriter:
         """
         if not key or "." in key or "/" in key:
             raise ShardError(
-                f"sample key {key!r} must be non-empty and without dots or slashes: WebDataset cuts "
-                "names there"
+                f"sample key {key!r} must be non-empty and without dots or slashes: WebDataset "
+                "cuts names there"
             )
         places = {}
         for part, data in parts.items():
@@ -190,7 +190,8 @@ def _check_places(path: Path, sidecar: Sidecar) -> None:
             if offset < tarfile.BLOCKSIZE or size < 0 or offset + size > sidecar.entry.bytes:
                 raise ShardError(
                     f"{path} is damaged: it says that {key}.{part} has {size} bytes at {offset}, "
-                    f"its tar has {sidecar.entry.bytes} bytes; delete both and run the command again"
+                    f"its tar has {sidecar.entry.bytes} bytes; delete both and run the command "
+                    "again"
                 )
 
 
@@ -210,7 +211,7 @@ def _before_index(file: BinaryIO) -> bytes:
 
 
 def read_manifest(data: Path) -> Manifest:
-    """The manifest of a data folder, or of the file itself. Raises ShardError if missing or damaged."""
+    """The manifest of a data folder, or in that file. Raises ShardError if missing or damaged."""
     path = data if data.suffix == ".json" else data / MANIFEST
     try:
         document = read_bytes(path, MAX_INDEX_BYTES)

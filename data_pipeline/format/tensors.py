@@ -73,8 +73,9 @@ class _TensorEntry:
 def parse_tensor(part: np.ndarray, name: str, *, checksum: bool = False) -> Tensor:
     """The tensor `name` of a safetensors file in memory, which it shares.
 
-    `part`: uint8 [size], writable, at an address that is a multiple of 8. Raises ValueError if it is not
-    such a file, or with `checksum` if the bytes of the tensor have changed since they were written.
+    `part`: uint8 [size], writable, at an address that is a multiple of 8. Raises ValueError if it
+    is not such a file, or with `checksum` if the bytes of the tensor have changed since they were
+    written.
     """
     size = part.size
     if size < 8:

@@ -13,7 +13,7 @@ from landiff.configs import ConfigError
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, write_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.loading.order import BatchOrder, BlendSource, interleave
+from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset, interleave
 from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 
 
@@ -52,7 +52,7 @@ def everything(source: int, counts) -> set[tuple[int, int, int]]:
 
 def test_at_weight_one_each_sample_of_each_data_set_comes_once_an_epoch():
     first, second = np.array([5, 4, 6]), np.array([2, 1])
-    order = orders([BlendSource(first, [""] * 3), BlendSource(second, [""] * 2)])
+    order = orders([OrderedDataset(first, [""] * 3), OrderedDataset(second, [""] * 2)])
     assert order.num_samples == 18
     taken = drawn(order, 9)  # three epochs
     for epoch in range(3):
@@ -68,9 +68,9 @@ def test_weights_say_how_often_samples_come_in_an_epoch():
     first, second, third = np.array([8, 4]), np.array([6]), np.array([4])
     order = orders(
         [
-            BlendSource(first, [""] * 2),
-            BlendSource(second, [""], 0.5),
-            BlendSource(third, [""], 2.0),
+            OrderedDataset(first, [""] * 2),
+            OrderedDataset(second, [""], 0.5),
+            OrderedDataset(third, [""], 2.0),
         ],
         batch_size=23,
     )
@@ -86,7 +86,7 @@ def test_weights_say_how_often_samples_come_in_an_epoch():
 def test_every_batch_is_of_one_bucket_and_every_bucket_is_read_evenly():
     counts, buckets = np.array([5, 7, 3, 6]), ["wide", "tall", "wide", "tall"]
     order = orders(
-        [BlendSource(counts, buckets), BlendSource(np.array([4]), ["tall"])], batch_size=4
+        [OrderedDataset(counts, buckets), OrderedDataset(np.array([4]), ["tall"])], batch_size=4
     )
     total = order.num_samples
     assert total == 25

@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from landiff.data_pipeline.loading.order import Order, Permutation
+from landiff.data_pipeline.loading.order import Permutation, SampleOrder
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 64, 65, 1000, 4097])
@@ -50,7 +50,7 @@ def test_permutations_send_each_value_everywhere_equally_often(n):
 
 def test_every_epoch_holds_each_sample_once_and_differs():
     counts = [5, 0, 7, 1, 12, 3, 9]
-    order = Order(counts, seed=3, window=2)
+    order = SampleOrder(counts, seed=3, window=2)
     n = order.num_samples
     epochs = []
     for epoch in range(3):
@@ -64,17 +64,17 @@ def test_every_epoch_holds_each_sample_once_and_differs():
 
 
 def test_samples_are_mixed_inside_windows_of_shards_only():
-    order = Order([10] * 20, seed=0, window=4)
+    order = SampleOrder([10] * 20, seed=0, window=4)
     shard = order.locate(np.arange(200)).shard.reshape(5, 40)
     assert all(len(set(window)) == 4 for window in shard)
     assert all(len(set(window[:10])) > 1 for window in shard)
 
 
 def test_a_place_does_not_depend_on_how_it_was_reached():
-    order = Order([10] * 20, seed=0, window=4)
+    order = SampleOrder([10] * 20, seed=0, window=4)
     all_at_once = order.locate(np.arange(600))
     for index in (599, 0, 200, 199, 401):
-        one = Order([10] * 20, seed=0, window=4).locate(np.array([index]))
+        one = SampleOrder([10] * 20, seed=0, window=4).locate(np.array([index]))
         assert (one.epoch[0], one.shard[0], one.slot[0]) == (
             all_at_once.epoch[index],
             all_at_once.shard[index],
@@ -88,7 +88,7 @@ def test_a_million_samples_over_a_thousand_ranks():
     ranks, size = 1024, 4096
     step = 100  # of 244 in an epoch
     shares = []
-    order = Order(counts, seed=1, window=16)
+    order = SampleOrder(counts, seed=1, window=16)
     for rank in range(ranks):
         places = order.locate(step * size + np.arange(rank, size, ranks))
         shares.append(places.shard * 1000 + places.slot)
@@ -98,7 +98,7 @@ def test_a_million_samples_over_a_thousand_ranks():
     assert (np.stack(shares, axis=1).reshape(-1) == whole.shard * 1000 + whole.slot).all()
 
     tracemalloc.start()
-    fresh = Order(counts, seed=1, window=16)
+    fresh = SampleOrder(counts, seed=1, window=16)
     begin = time.process_time()
     fresh.locate(np.arange(777_777_777, 777_777_777 + 4))
     seek_s = time.process_time() - begin

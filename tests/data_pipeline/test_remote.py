@@ -127,9 +127,9 @@ def test_shards_of_later_batches_come_while_earlier_ones_are_used(data, tmp_path
 def test_a_loader_that_is_closed_does_not_wait_for_what_is_being_fetched(data, tmp_path):
     source = loader(tmp_path / "cache", f"file://{data}", prefetch_batches=1, global_batch_size=2)
     source.close()
-    remote, entry = source._sets[0].remote, read_manifest(data).shards[3]
+    remote, entry = source._remotes[0], read_manifest(data).shards[3]
     (tmp_path / "cache" / "tokens" / f"{entry.name}.tar").unlink(missing_ok=True)
-    with pytest.raises(ShardError, match=r"tokens/000003.tar is no longer wanted"):
+    with pytest.raises(ShardError, match=r"tokens/000003.tar is no longer needed"):
         remote.fetch(
             "tokens", read_manifest(data).columns["tokens"].shards[3], "tokens.safetensors"
         )
