@@ -1,4 +1,4 @@
-"""One owner at a time, and who counts as gone."""
+"""Exclusive ownership, and when an owner counts as ended."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tools = tmp_path / "tools"
     tools.mkdir()
     queue = tools / "queue"
-    for name, line in {
+    scripts = {
         "squeue": f"cat {queue}",
         "scontrol": "echo 'ClusterName             = here'",
-    }.items():
+    }
+    for name, line in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{line}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -173,9 +174,8 @@ def test_who_died_while_taking_over_is_followed_in_turn(lock):
     write_lock(successor)
     successor.write_text(successor.read_text().replace('"theirs"', '"second"'))
     with take(lock, "it") as mine:
-        assert json.loads(lock.read_text())["token"] == mine.token and list(
-            lock.parent.iterdir()
-        ) == [lock]
+        assert json.loads(lock.read_text())["token"] == mine.token
+        assert list(lock.parent.iterdir()) == [lock]
 
 
 def race(lock: Path, barrier, results) -> None:
