@@ -323,7 +323,8 @@ def _age_s(file: Path) -> float:
 def _chain(path: Path) -> list[tuple[Path, Owner]]:
     """The lock and the records of processes that take it over, in order. The last is the owner."""
     found = []
-    file, owner = path, _read(path)
+    file = path
+    owner = _read(path)
     while owner is not None:
         found.append((file, owner))
         file = _successor(path, owner)

@@ -94,7 +94,7 @@ def find_key(cls: type[Config], dotted_key: str) -> list[tuple[type[Config], Con
         if not matches and _is_item(part, found):
             continue
         if not matches:
-            known = [name for owner in owners for name in owner.model_fields]
+            known = [key.name for key in _all_keys(owners)]
             unknown = ".".join(parts[: depth + 1])
             raise ConfigError(f"unknown config key {unknown!r}{nearest_name(part, known)}")
         found = matches
@@ -116,12 +116,21 @@ def key_text(title: str, key: ConfigKey) -> str:
 
 
 def _keys_named(name: str, owners: Sequence[type[Config]]) -> list[tuple[type[Config], ConfigKey]]:
+    """(class, key) for each class in `owners` that has a key of that name."""
     found = []
     for owner in owners:
         for key in config_keys(owner):
             if key.name == name:
                 found.append((owner, key))
     return found
+
+
+def _all_keys(owners: Sequence[type[Config]]) -> list[ConfigKey]:
+    """Keys of all classes in `owners`."""
+    keys: list[ConfigKey] = []
+    for owner in owners:
+        keys += config_keys(owner)
+    return keys
 
 
 def _sections_below(matches: Sequence[tuple[type[Config], ConfigKey]]) -> list[type[Config]]:

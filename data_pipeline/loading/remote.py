@@ -121,7 +121,10 @@ class Remote:
         def download(path: str) -> None:
             digest = hashlib.sha256()
             with self._files.open(path, "rb") as source, atomic_file(target) as file:
-                while data := source.read(BLOCK):
+                while True:
+                    data = source.read(BLOCK)
+                    if not data:
+                        break
                     if self.closed:
                         raise ShardError(f"{self.url}/{name} is no longer needed")
                     digest.update(data)
