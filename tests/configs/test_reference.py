@@ -1,9 +1,10 @@
-"""Config keys as the reference page shows them."""
+"""Config keys as the reference page and `landiff config explain` show them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from landiff.configs.reference import (
     explain,
     section_name,
 )
+from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.stage_jobs import config_class
 
@@ -118,6 +120,24 @@ def test_every_key_of_every_command_has_words():
         assert all(key.type for key in config_keys(cls)), cls
     names = [section_name(cls) for cls in all_sections(roots)]
     assert len(set(names)) == len(names)
+
+
+def undescribed(classes: Sequence[type[Config]]) -> list[str]:
+    """Fields without a description, as "Class.field"."""
+    found = []
+    for cls in classes:
+        found += [f"{cls.__name__}.{key.name}" for key in config_keys(cls) if not key.meaning]
+    return found
+
+
+def test_every_field_of_the_data_config_is_described():
+    assert not undescribed([SourceConfig, DataConfig])
+
+
+def test_every_field_of_every_command_is_described():
+    roots = [*map(config_class, STAGES), ClusterConfig]
+    missing = undescribed([*roots, *all_sections(roots)])
+    assert not missing, "give these fields a description: " + ", ".join(missing)
 
 
 def test_reading_the_keys_needs_no_torch():
