@@ -23,7 +23,7 @@ import numpy as np
 from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import Column, Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
-from landiff.data_pipeline.loading.order import BatchOrder, BlendSource
+from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset
 
 COLUMNS = {"tokens": 4_000, "latents": 2_247_000, "text-t5": 1_852_000}  # bytes of a sample
 
@@ -99,7 +99,7 @@ def main() -> None:
         watch("opening: read the manifest", f"{size / 1e6:.0f} MB of JSON")
         columns = AlignedColumns(folder, manifest, list(COLUMNS))
         order = BatchOrder(
-            [BlendSource(columns.counts, [s.bucket for s in manifest.shards])],
+            [OrderedDataset(columns.counts, [s.bucket for s in manifest.shards])],
             seed=0,
             window=options.window,
             batch_size=batch,

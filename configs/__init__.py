@@ -1,4 +1,4 @@
-"""Configuration: a strict typed base class, the loader, and the packaged YAML files."""
+"""Configuration: typed base class, loader, and packaged YAML files."""
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.loader import dump, find, load, validate

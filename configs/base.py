@@ -1,7 +1,7 @@
-"""The base class of every configuration in the project, and the one error a user can cause with it.
+"""Base class of all config classes, and the error for mistakes of the user.
 
-Configuration classes live beside the code they configure, in files that never import torch, so that the
-command line can check a config in milliseconds. They are frozen: a resolved config is a value.
+Config classes are defined beside the code they configure, in modules that do not import torch, so
+that the command line checks a config in milliseconds. They are frozen.
 """
 
 from collections.abc import Sequence
@@ -10,24 +10,28 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo
 
 
 class ConfigError(ValueError):
-    """Something the user wrote is wrong: the message holds the dotted name, the value and the way out."""
+    """A mistake in the user's input.
+
+    The message names the dotted key, the value and the way out.
+    """
 
 
 class Config(BaseModel):
-    """Typed, frozen, and strict about unknown keys (see `landiff.configs.loader.load`)."""
+    """Typed, frozen section of a config; unknown keys are errors (see `load`)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
     )
 
 
-LENIENT = {"lenient": True}  # validation context of `landiff.configs.loader.load_leniently`
+LENIENT = {"lenient": True}
+"""Validation context of `landiff.configs.loader.load_leniently`."""
 
 
 def refuse_values(info: ValidationInfo, messages: Sequence[str]) -> None:
-    """Raises the messages of a validator that compares fields as one ValueError.
+    """Raise one ValueError with the messages of a validator that compares fields.
 
-    In a lenient validation, whose result only serves to find further problems, nothing is raised.
+    Nothing is raised in a lenient validation, whose result only serves to find further problems.
     """
     if messages and info.context != LENIENT:
         raise ValueError("; ".join(messages))

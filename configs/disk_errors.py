@@ -1,4 +1,4 @@
-"""What a failed write means: names the path and tells a full disk from a refused one. Torch-free."""
+"""Explains failed writes: the path, and whether the disk is full or read-only. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 REFUSED = frozenset({errno.EACCES, errno.EPERM})
-FULL_WORDS = ("No space left on device", "Disk quota exceeded")  # of libraries that wrap the error
+# Texts of libraries that wrap the OSError.
+FULL_WORDS = ("No space left on device", "Disk quota exceeded")
 REFUSED_WORDS = ("Permission denied", "Operation not permitted")
 READ_ONLY_WORDS = ("Read-only file system",)
-TORCH_WRITER = "inline_container"  # in the message of its failed writes
-NEARLY_FULL = (
-    16 << 20
-)  # free bytes below which a library's unexplained failure is put down to space
+TORCH_WRITER = "inline_container"
+"""Part of the message of torch's zip writer when a write fails."""
+
+NEARLY_FULL = 16 << 20
+"""Free bytes below which an unexplained failure of a library counts as a full disk."""
 
 FREE_SPACE = "free some space or raise the quota"
 PERMISSIONS = "check owner, permissions and attributes (lsattr) of the file and of its folder"
@@ -26,10 +28,10 @@ READ_ONLY = "choose a folder on a file system that is not mounted read-only"
 
 @contextmanager
 def naming(path: Path, *temporaries: Path) -> Iterator[None]:
-    """Disk errors of the body that name no file, or one of `temporaries`, name `path`.
+    """Context manager that adds `path` to disk errors that name no file, or one of `temporaries`.
 
-    A write that fails says only that the disk is full, not which file it was; torch's zip writer reports
-    it as a RuntimeError. Raises OSError with the error number of the cause.
+    The error of a failed write does not name the file, and torch's zip writer raises a RuntimeError
+    instead. Raises OSError with the error number of the cause.
     """
     try:
         yield
@@ -47,23 +49,24 @@ def naming(path: Path, *temporaries: Path) -> Iterator[None]:
 
 
 def _at(path: Path, error: OSError) -> OSError:
+    """A copy of `error` that names `path`."""
     return OSError(error.errno, error.strerror or os.strerror(error.errno or 0), str(path))
 
 
 def way_out(error: BaseException, folder: Path) -> str:
-    """What to do about a failed write below `folder`; empty where the cause is not the disk.
+    """Advice for a failed write below `folder`; empty if the disk is not the cause.
 
-    Reads the error number, also of the errors that caused `error`. A library that reports a failed
-    write without saying why is judged by the state of the folder.
+    Decided by the error numbers of `error` and of the errors that caused it. For a library error
+    that does not give a reason, the state of the folder decides.
     """
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
         chain.append(following)
         following = following.__cause__ or following.__context__
-    for one in chain:
-        number = one.errno if isinstance(one, OSError) else None
-        text = str(one)
+    for cause in chain:
+        number = cause.errno if isinstance(cause, OSError) else None
+        text = str(cause)
         if number in FULL or any(words in text for words in FULL_WORDS):
             return FREE_SPACE
         if number == errno.EROFS or any(words in text for words in READ_ONLY_WORDS):
@@ -74,7 +77,7 @@ def way_out(error: BaseException, folder: Path) -> str:
 
 
 def way_out_of(folder: Path) -> str:
-    """What keeps files from being written below `folder`; empty where nothing is found."""
+    """Advice from the state of `folder` (read-only, not permitted, nearly full), or ""."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if os.statvfs(folder).f_flag & os.ST_RDONLY:
@@ -89,6 +92,9 @@ def way_out_of(folder: Path) -> str:
 def explain(error: OSError) -> str:
     """One line for the user: path, cause and way out."""
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-    cause = error.strerror or str(error) or type(error).__name__
     folder = Path(name).parent if name else Path.cwd()
-    return ": ".join(filter(None, [name, "; ".join(filter(None, [cause, way_out(error, folder)]))]))
+    text = error.strerror or str(error) or type(error).__name__
+    advice = way_out(error, folder)
+    if advice:
+        text = f"{text}; {advice}"
+    return f"{name}: {text}" if name else text

@@ -1,10 +1,10 @@
 """Bounded readers for the YAML and JSON documents of the project.
 
-Every document that a user, another program or a damaged disk may have changed is read here: configs,
-overrides, cluster files, and the state that runs, shard sets and the zoo keep. Size, nesting depth and
-the size after expansion of YAML aliases are limited, so reading takes bounded time and memory. A key
-that occurs twice is an error. Every fault raises `DocumentError` with the file, the line and, where the
-caller gives one, the way out. Torch-free.
+Documents that a user or another program may have changed, or that may be damaged, are read here:
+configs, overrides, cluster files, and the state of runs, shard sets and the zoo. Size, nesting
+depth and the size after expansion of YAML aliases are limited, so reading takes bounded time and
+memory. A duplicate key is an error. Every fault raises `DocumentError` with the file, the line
+and, if the caller gives one, the way out. Torch-free.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ import yaml
 
 from landiff.configs.base import ConfigError
 
-MAX_YAML_BYTES = 1 << 20  # about 4 s
-YAML_NODE_COST = 8  # characters that each value counts for, besides its text
+MAX_YAML_BYTES = 1 << 20  # takes about 4 s to parse
+YAML_NODE_COST = 8  # characters that each value counts for, in addition to its text
 MAX_JSON_BYTES = 16 << 20
-MAX_INDEX_BYTES = 1 << 30  # manifests, sidecars, plans: an entry for each of up to 10^7 things
+MAX_INDEX_BYTES = 1 << 30  # manifests, sidecars and shard plans, with up to 10^7 entries
 MAX_DEPTH = 64
-MAX_INTEGER = 1 << 64  # largest magnitude; anything beyond cannot be a size, a seed or an offset
+MAX_INTEGER = 1 << 64  # largest magnitude; no size, seed or offset is larger
 MAX_NUMBER_LENGTH = 100  # characters
 SHOWN_LENGTH = 60  # characters of a value in an error message
 TAG = "tag:yaml.org,2002:"
 CONTAINERS = (dict, list)
 SURROGATE = re.compile("[\ud800-\udfff]")
-LARGE_NUMBER = re.compile(r"\d{19}|\d[eE]\+?\d\d")  # in JSON: may be beyond 64 bits or infinite
+LARGE_NUMBER = re.compile(
+    r"\d{19}|\d[eE]\+?\d\d"
+)  # JSON number that may exceed 64 bits or be infinite
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],\n]')
 
 
 class DocumentError(ConfigError):
-    """A document cannot be read: the message names the file, the line and the cause."""
+    """A document cannot be read. The message names the file, the line and the cause."""
 
 
 # -------------------------------------------------------------------- files and text
@@ -47,10 +49,9 @@ class DocumentError(ConfigError):
 def read_bytes(path: Path, limit: int) -> bytes:
     """Content of a regular file of at most `limit` bytes.
 
-    Raises DocumentError for anything that is not a regular file or is larger, OSError where it cannot
-    be opened.
+    Raises DocumentError if it is not a regular file or is larger, OSError if it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without it, opening a pipe blocks
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -88,8 +89,8 @@ def read_text(path: Path, limit: int = MAX_YAML_BYTES) -> str:
 def read_yaml(path: Path, *, advice: str = "") -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
-    `advice` is appended to every error: what to do about a damaged file of this kind.
-    Raises DocumentError, OSError where the file cannot be opened.
+    `advice` is appended to every error and says what to do about a damaged file of this kind.
+    Raises DocumentError, or OSError if the file cannot be opened.
     """
     with advised(advice):
         document = parse_yaml(read_text(path), str(path))
@@ -101,7 +102,7 @@ def read_json(
 ) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes; `advice` as in `read_yaml`.
 
-    Raises DocumentError, OSError where the file cannot be opened.
+    Raises DocumentError, or OSError if the file cannot be opened.
     """
     with advised(advice):
         text = read_text(path, limit)
@@ -116,7 +117,7 @@ class advised:
         self.advice = advice
 
     def __enter__(self) -> None:
-        """Nothing to set up."""
+        """Do nothing."""
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Raise DocumentError with the advice instead of a ConfigError."""
@@ -125,12 +126,14 @@ class advised:
 
 
 def _mapping(document: Any, origin: str) -> dict[str, Any]:
+    """`document` if it is a mapping. Raises DocumentError otherwise."""
     if not isinstance(document, dict):
         raise DocumentError(f"{origin} holds a {_kind_of(document)}; a mapping of keys is expected")
     return document
 
 
 def _kind_of(value: Any) -> str:
+    """Name of a value's type for error messages."""
     names = {list: "list", str: "string", type(None): "null", bool: "boolean"}
     return names.get(type(value), "number")
 
@@ -148,10 +151,11 @@ def shown(text: str) -> str:
 def parse_yaml(text: str, origin: str) -> Any:
     """The value of one YAML document: dict, list, str, int, float, bool or None.
 
-    Beyond YAML 1.1, `1e-4` is a number. Dates stay strings. Merge keys (`<<`) and aliases are resolved
-    by copying, so no two places share an object. Raises DocumentError for bad syntax, a tag that makes
-    anything but plain values, keys that are not strings or occur twice, NaN, infinity, integers beyond
-    64 bits, control characters, and documents that are too large, too deep or expand too far.
+    Differs from YAML 1.1: `1e-4` is a number, and dates stay strings. Merge keys (`<<`) and
+    aliases are resolved by copying, so no object occurs in two places. Raises DocumentError for
+    bad syntax, tags other than those of plain values, keys that are not strings or occur twice,
+    NaN, infinity, integers beyond 64 bits, control characters, and documents that are too large,
+    nested too deeply or expand too far.
     """
     if len(text) > MAX_YAML_BYTES:
         raise DocumentError(f"{origin} is longer than {MAX_YAML_BYTES} characters, the limit")
@@ -168,15 +172,21 @@ def parse_yaml(text: str, origin: str) -> Any:
             "which is not allowed"
         ) from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = ", ".join(filter(None, [error.context, error.problem]))
-        raise DocumentError(f"{origin} is not valid YAML: {place}{problem}") from None
+        raise DocumentError(f"{origin} is not valid YAML: {_describe(error)}") from None
     except (ValueError, OverflowError):
         raise DocumentError(
             f"{origin} is not valid YAML: an escape or a version number is too large"
         ) from None
     return None if node is None else reader.build(node, 1)
+
+
+def _describe(error: yaml.MarkedYAMLError) -> str:
+    """Place and problem of a YAML syntax error."""
+    problem = ", ".join(filter(None, [error.context, error.problem]))
+    mark = error.problem_mark or error.context_mark
+    if mark is None:
+        return problem
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 class _YamlReader(yaml.SafeLoader):
@@ -185,16 +195,16 @@ class _YamlReader(yaml.SafeLoader):
     def __init__(self, text: str, origin: str) -> None:
         self.origin = origin
         self.depth = 0
-        self.size = 0  # characters and values of the document, aliases expanded
-        self.sizes: dict[str, int] = {}  # of what each anchor names
+        self.size = 0  # of the document with aliases expanded, in characters and node costs
+        self.sizes: dict[str, int] = {}  # size of each anchored node
         super().__init__(text)
 
     def fail(self, node: yaml.Node | yaml.Event, problem: str) -> NoReturn:
-        """Raise DocumentError for the place of `node`."""
+        """Raise DocumentError with the line of `node`."""
         raise DocumentError(f"{self.origin}, line {node.start_mark.line + 1}: {problem}")
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """Override: counts the expanded size and the depth while composing."""
+        """Compose a node; checks the expanded size and the depth on the way."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self.sizes:
@@ -214,12 +224,13 @@ class _YamlReader(yaml.SafeLoader):
         return node
 
     def _grow(self, event: yaml.Event, count: int) -> None:
+        """Add to the size of the document. Raises DocumentError above the limit."""
         self.size += count
         if self.size > MAX_YAML_BYTES:
-            self.fail(event, "too many values for one document, counting what aliases expand to")
+            self.fail(event, "too many values for one document, with aliases expanded")
 
     def build(self, node: yaml.Node, depth: int) -> Any:
-        """The plain value of a node at `depth` levels."""
+        """The plain value of a node that is nested `depth` levels deep."""
         if depth > MAX_DEPTH:
             self.fail(node, f"nested deeper than {MAX_DEPTH} levels")
         if isinstance(node, yaml.MappingNode) and node.tag == TAG + "map":
@@ -231,10 +242,12 @@ class _YamlReader(yaml.SafeLoader):
         return self._refuse_tag(node)
 
     def _refuse_tag(self, node: yaml.Node) -> NoReturn:
+        """Raise DocumentError for a node whose tag is not that of a plain value."""
         tag = node.tag.replace(TAG, "!!")
         self.fail(node, f"the tag {shown(tag)} is not allowed; a document holds plain values only")
 
     def _build_mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
+        """The dict of a mapping node. Its own keys win over merged ones."""
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         lines: dict[str, int] = {}
@@ -245,7 +258,8 @@ class _YamlReader(yaml.SafeLoader):
             if key in lines:
                 self.fail(
                     key_node,
-                    f"the key {shown(key)} occurs twice, in lines {lines[key]} and {line}; keep one",
+                    f"the key {shown(key)} occurs twice, in lines {lines[key]} and {line}; "
+                    "keep one",
                 )
             lines[key] = line
             if is_merge:
@@ -255,6 +269,7 @@ class _YamlReader(yaml.SafeLoader):
         return {**merged, **own}
 
     def _build_key(self, node: yaml.Node) -> str:
+        """A key of a mapping, which must be a string."""
         if not isinstance(node, yaml.ScalarNode):
             self.fail(node, "a list or a mapping cannot be a key")
         key = self._build_scalar(node)
@@ -263,7 +278,7 @@ class _YamlReader(yaml.SafeLoader):
         return key
 
     def _build_merge(self, node: yaml.Node, depth: int) -> dict[str, Any]:
-        """The mapping that `<<: *name` or `<<: [*name, *other]` adds; the first name wins."""
+        """The mapping that `<<: *name` or `<<: [*name, *other]` adds; the first alias wins."""
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         merged: dict[str, Any] = {}
         for source in sources:
@@ -274,6 +289,7 @@ class _YamlReader(yaml.SafeLoader):
         return merged
 
     def _build_scalar(self, node: yaml.ScalarNode) -> Any:
+        """The string, number, boolean or None of a scalar node."""
         name = node.tag.removeprefix(TAG)
         convert = SCALARS.get(name)
         if convert is None:
@@ -292,11 +308,12 @@ class _YamlReader(yaml.SafeLoader):
         return value
 
     def _whole_text(self, node: yaml.ScalarNode, text: str) -> str:
+        """`text` with surrogate pairs joined. Raises DocumentError for null and lone surrogates."""
         if "\0" in text:
             self.fail(node, "a string holds a null character")
         if SURROGATE.search(text) is None:
             return text
-        try:  # JSON writes characters beyond U+FFFF as two escapes
+        try:  # JSON escapes a character beyond U+FFFF as a surrogate pair
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
             self.fail(node, "a string holds half of a surrogate pair")
@@ -310,6 +327,7 @@ _YamlReader.add_implicit_resolver(
 
 
 def _as_written(_reader: _YamlReader, node: yaml.ScalarNode) -> str:
+    """The text of a scalar, without conversion."""
     return node.value
 
 
@@ -317,7 +335,7 @@ SCALARS: dict[str, Callable[[_YamlReader, yaml.ScalarNode], Any]] = {
     "str": _as_written,
     "timestamp": _as_written,
     "value": _as_written,  # a plain =
-    "merge": _as_written,  # << where it is no key
+    "merge": _as_written,  # a << that is not a key
     "null": _YamlReader.construct_yaml_null,
     "bool": _YamlReader.construct_yaml_bool,
     "int": _YamlReader.construct_yaml_int,
@@ -326,7 +344,7 @@ SCALARS: dict[str, Callable[[_YamlReader, yaml.ScalarNode], Any]] = {
 
 
 def number_problem(value: Any) -> str:
-    """Why a number is not allowed in a document; empty where it is, or is no number."""
+    """Why a number is not allowed in a document; empty if it is allowed or `value` is no number."""
     if isinstance(value, float) and not math.isfinite(value):
         return "is not a finite number"
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
@@ -342,9 +360,10 @@ def parse_json(
 ) -> Any:
     """The value of one JSON document.
 
-    `allow_nonfinite` accepts NaN and Infinity (metrics), `any_text` null characters and lone
-    surrogates in strings (names and captions of a source). Raises DocumentError for bad syntax, keys that occur twice, integers
-    beyond 64 bits, null characters in strings, and nesting deeper than `MAX_DEPTH`.
+    `allow_nonfinite` accepts NaN and Infinity (metrics). `any_text` accepts null characters and
+    lone surrogates in strings (names and captions of a source). Raises DocumentError for bad
+    syntax, keys that occur twice, integers beyond 64 bits, null characters in strings, and nesting
+    deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):
         text = decode(text, origin)
@@ -366,9 +385,10 @@ def parse_json(
 
 
 def parse_line(text: str | bytes, origin: str) -> Any:
-    """The value of one line of a JSONL file that this project writes, of which there may be millions.
+    """The value of one line of a JSONL file that this project writes.
 
-    Checks syntax and nesting alone. Raises DocumentError.
+    Such files may have millions of lines, so only syntax and nesting are checked. Raises
+    DocumentError.
     """
     try:
         return json.loads(text)
@@ -392,24 +412,24 @@ class _JsonReader:
         )
 
     def build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """A dict of pairs whose keys differ."""
+        """A dict from the pairs of an object. Raises DocumentError for a duplicate key."""
         found = dict(pairs)
         if len(found) == len(pairs):
             return found
         key, first, second = _repeated_key(self.text)
         raise DocumentError(
-            f"{self.origin}, line {second}: the key {shown(key)} occurs twice, in lines {first} and "
-            f"{second}; keep one"
+            f"{self.origin}, line {second}: the key {shown(key)} occurs twice, in lines "
+            f"{first} and {second}; keep one"
         )
 
     def build_integer(self, text: str) -> int:
-        """An integer of at most 64 bits."""
+        """An integer. Raises DocumentError beyond 64 bits."""
         if len(text) > MAX_NUMBER_LENGTH or number_problem(int(text)):
             raise DocumentError(f"{self.origin}: {shown(text)} is an integer beyond 64 bits")
         return int(text)
 
     def build_float(self, text: str) -> float:
-        """A float; NaN, Infinity and what overflows to it only where allowed."""
+        """A float. Raises DocumentError for NaN and infinity, unless they are allowed."""
         value = float(text)
         if not self.allow_nonfinite and not math.isfinite(value):
             raise DocumentError(f"{self.origin}: {shown(text)} is not a finite number")
@@ -417,7 +437,7 @@ class _JsonReader:
 
 
 def _repeated_key(text: str) -> tuple[str, int, int]:
-    """(key, its first line, its second line) of the first key that occurs twice in one object."""
+    """The first key that occurs twice in one object, with both lines: (key, first, second)."""
     line = 1
     levels: list[dict[str, int] | None] = []  # keys of the open objects; None for a list
     expects_key = False
@@ -459,14 +479,14 @@ def _check_depth(document: Any, origin: str) -> None:
 
 def _check_strings(document: Any, origin: str) -> None:
     """Raise DocumentError for null characters and lone surrogates in keys and values."""
-    left = [document]
-    while left:
-        value = left.pop()
+    pending = [document]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
-            left.extend(value.keys())
-            left.extend(value.values())
+            pending.extend(value.keys())
+            pending.extend(value.values())
         elif isinstance(value, list):
-            left.extend(value)
+            pending.extend(value)
         elif isinstance(value, str):
             if "\0" in value:
                 raise DocumentError(f"{origin}: a string holds a null character")

@@ -1,4 +1,8 @@
-"""Writing files that others read: temporary name beside the final one, fsync, rename, fsync of the folder."""
+"""Atomic writes: temporary name in the same folder, fsync, rename, fsync of the folder.
+
+The name of a temporary file contains its writer (machine, process and its start time), so that the
+temporaries of dead writers can be deleted.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,8 @@ from landiff.configs.disk_errors import naming
 from landiff.configs.processes import is_running, start_time
 
 ABANDONED_S = 24 * 3600.0  # age at which temporaries of other machines are removed
-PRIVATE = 0o600  # permissions of files that may hold secrets: the owner alone reads them
-PUBLIC = 0o666  # before the umask
+PRIVATE = 0o600  # permissions of files that may hold secrets
+PUBLIC = 0o666  # permissions of other files, before the umask
 REPLACED = "replaced"  # part of the name of a folder that is being replaced
 
 
@@ -31,6 +35,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
+    """Make the content of a file durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -39,16 +44,16 @@ def fsync_file(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """The name of `path` while this process writes it; no other process uses the same."""
+    """Temporary name of `path`, unique to this process, under which it is written."""
     pid = os.getpid()
     return path.with_name(f".{path.name}.{os.uname().nodename}.{pid}-{start_time(pid)}.tmp")
 
 
 def remove_abandoned(folder: Path, of: str = "", *, foreign_after_s: float = ABANDONED_S) -> int:
-    """Delete temporaries in `folder` whose writers are gone. Returns how many.
+    """Delete temporaries in `folder` whose writers are dead. Returns their number.
 
-    `of`: name of the file or folder whose temporaries are meant; "" means all. `foreign_after_s`:
-    see `is_abandoned`; 0 where the caller owns the folder alone.
+    `of` limits this to temporaries of the file or folder of that name. For `foreign_after_s` see
+    `is_abandoned`; 0 is for callers that own the folder.
     """
     removed = 0
     for path in folder.glob(f".{glob.escape(of)}*.tmp"):
@@ -63,10 +68,11 @@ def remove_abandoned(folder: Path, of: str = "", *, foreign_after_s: float = ABA
 
 
 def is_abandoned(path: Path, foreign_after_s: float = ABANDONED_S) -> bool:
-    """Whether the writer of a temporary file or folder (see `temporary_name`) is gone.
+    """Whether the writer of a temporary file or folder (see `temporary_name`) is dead.
 
-    On this machine its process is looked up. On another one it counts as gone when nothing was
-    written for `foreign_after_s` seconds, on the file system's own clock.
+    A writer on this machine is looked up by its process id and start time. A writer on another
+    machine counts as dead if nothing was written for `foreign_after_s` seconds, on the file
+    system's clock.
     """
     front, _, writer = path.name.removesuffix(".tmp").rpartition(".")
     pid, _, started = writer.partition("-")
@@ -75,8 +81,8 @@ def is_abandoned(path: Path, foreign_after_s: float = ABANDONED_S) -> bool:
     if not foreign_after_s:
         return True
     try:
-        newest = max([path.stat().st_mtime, *(below.stat().st_mtime for below in path.rglob("*"))])
-    except FileNotFoundError:  # finished or removed just now
+        newest = max(file.stat().st_mtime for file in [path, *path.rglob("*")])
+    except FileNotFoundError:  # its writer has just finished or removed it
         return False
     return file_system_time(path.parent) - newest > foreign_after_s
 
@@ -84,7 +90,7 @@ def is_abandoned(path: Path, foreign_after_s: float = ABANDONED_S) -> bool:
 def file_system_time(folder: Path) -> float:
     """Seconds since 1970 on the clock of the file system of `folder`, which other machines share.
 
-    Where the folder cannot be written, on this machine's clock.
+    Uses the clock of this machine if the folder cannot be written.
     """
     probe = temporary_name(folder / f"clock-{threading.get_ident()}")
     try:
@@ -101,14 +107,14 @@ def file_system_time(folder: Path) -> float:
 
 @contextmanager
 def atomic_file(path: Path, mode: str = "wb", permissions: int = PUBLIC) -> Iterator:
-    """A file that appears under its final name whole, or not at all.
+    """Open a file that appears under its final name complete, or not at all.
 
-    It has `permissions` from its creation on (less the umask). Raises whatever the body or the disk
-    raises, after the temporary file is gone; an OSError names `path`.
+    The file is created with `permissions`, less the umask. Errors of the body and of the disk are
+    raised after the temporary file is deleted; an OSError names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    temporary.unlink(missing_ok=True)  # of a dead process with this number, with its permissions
+    temporary.unlink(missing_ok=True)  # left by an earlier process, with its permissions
 
     def create(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_EXCL, permissions)
@@ -128,13 +134,13 @@ def atomic_file(path: Path, mode: str = "wb", permissions: int = PUBLIC) -> Iter
 
 
 def write_text(path: Path, text: str, permissions: int = PUBLIC) -> None:
-    """Write a file as `atomic_file` does."""
+    """Write a text file with `atomic_file`."""
     with atomic_file(path, "w", permissions) as file:
         file.write(text)
 
 
 def commit_dir(temporary: Path, final: Path) -> None:
-    """Rename a finished folder to its final name: every file fsynced first, the parent after."""
+    """Rename a finished folder to its final name, after fsync of everything in it."""
     for folder, _, names in os.walk(temporary):
         for name in names:
             fsync_file(Path(folder) / name)
@@ -144,11 +150,11 @@ def commit_dir(temporary: Path, final: Path) -> None:
 
 
 def replace_dir(temporary: Path, final: Path) -> None:
-    """`commit_dir` that replaces the folder `final` if there is one.
+    """`commit_dir` that replaces an existing folder `final`.
 
-    The old folder is renamed before and deleted after the new one has its name, and gets its name back
-    if that fails; after a kill in between, `restore_replaced` gives it back.
-    What cannot be deleted is left under a temporary name.
+    The old folder is renamed first and deleted last. If the commit fails, it gets its name back;
+    after a kill, `restore_replaced` does that. Files that cannot be deleted stay under a temporary
+    name.
     """
     old = _other_name(final, REPLACED)
     if final.exists():
@@ -164,7 +170,7 @@ def replace_dir(temporary: Path, final: Path) -> None:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Give the folders in `folder` their names back whose replacement by `replace_dir` was killed halfway."""
+    """Undo replacements by `replace_dir` in `folder` that were killed before the commit."""
     for old in folder.glob(f".*.{REPLACED}.*.tmp"):
         final = folder / old.name[1:].partition(f".{REPLACED}.")[0]
         if not final.exists():
@@ -172,7 +178,7 @@ def restore_replaced(folder: Path) -> None:
 
 
 def remove_dir(folder: Path) -> None:
-    """Delete a committed folder in two steps, so that a kill in between never leaves half of it behind its name."""
+    """Delete a committed folder; it is renamed first, so that a kill never leaves a part of it."""
     doomed = _other_name(folder, "deleted")
     shutil.rmtree(doomed, ignore_errors=True)  # left by an earlier deletion
     os.rename(folder, doomed)
@@ -180,11 +186,12 @@ def remove_dir(folder: Path) -> None:
 
 
 def _other_name(folder: Path, why: str) -> Path:
-    """A temporary name of `folder` that is not `temporary_name(folder)`, where its replacement may lie."""
+    """A temporary name other than `temporary_name(folder)`, which its replacement may have."""
     return temporary_name(folder.with_name(f"{folder.name}.{why}"))
 
 
 def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -193,6 +200,6 @@ LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether `path` is the text that git puts in the place of a file which git-lfs has not downloaded."""
+    """Whether `path` is a placeholder of a file that git-lfs has not downloaded."""
     with open(path, "rb") as file:
         return file.read(len(LFS_HEADER)) == LFS_HEADER

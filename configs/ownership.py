@@ -1,21 +1,27 @@
-"""One owner at a time: of a run folder, a shard task, a precompute unit, a zoo entry being written.
+"""Exclusive ownership of a run folder, a shard task, a precompute unit or a zoo entry.
 
     with ownership.take(folder / OWNER, f"run folder {folder}"):
         ...
 
-The lock is a small JSON file that names its owner: machine, process and its start time, user,
-SLURM job. It is created by link(2), which is atomic on NFS as well, and its time is renewed every
-`BEAT_S` seconds. A second process is refused with the owner's name, unless the owner is gone:
+The lock is a small JSON file that describes its owner: machine, process id and start time, user
+and SLURM job. It is created with link(2), which is atomic on NFS too. The owner renews its
+modification time every `BEAT_S` seconds. A second process gets an error that names the owner,
+unless the owner has ended. It has ended if one of these is true:
 
-* it ran on this machine, and no process with this id and start time does now;
-* it ran in a SLURM job that is not in the queue any more, or in an earlier attempt of this job;
-* neither can be told, and the lock was not renewed for `LEASE_S` seconds on the clock of the file
-  system.
+* It ran on this machine, and there is no process with its id and start time.
+* It ran in a SLURM job that is no longer in the queue, or in an earlier attempt of this job.
+* Neither can be determined, and the lock was not renewed for `LEASE_S` seconds on the clock of the
+  file system.
 
-When several processes take over a lock at once, one wins. Each links its record to
-`<lock>.after-<token of the old owner>`, a name that only one of them can create. The winner
-renames its record to the lock itself and then removes that name. A process that creates the name
-after that finds that the lock has changed, and has lost.
+If several processes take over a lock at the same time, exactly one succeeds. Each links its record
+to `<lock>.after-<token of the old owner>`, a name that only one of them can create. That process
+renames its record to the lock and then deletes the name. A process that creates the name later
+sees that the lock has changed, and fails.
+
+`landiff.data_pipeline.format.locks` is a different kind of lock, for a few statements: its callers
+wait for each other, and it uses flock, which the kernel releases. Ownership lasts for hours. It
+must name its owner, work on file systems without flock, pass to child processes, and end with the
+SLURM job even if the owner's machine is unreachable.
 """
 
 from __future__ import annotations
@@ -43,18 +49,20 @@ from landiff.configs.processes import is_running, machine, start_time
 
 log = logging.getLogger(__name__)
 
-OWNER = ".owner"  # the lock of a folder
-TOKEN = "LANDIFF_OWNER"  # environment variable: token of the owner that a process belongs to
+OWNER = ".owner"  # file name of a folder's lock
+TOKEN = (
+    "LANDIFF_OWNER"  # environment variable with the token of the owner that a process belongs to
+)
 LEASE_S = 60.0
 BEAT_S = 15.0
-TRIES = 20  # each lost to another process that took over at the same moment
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that have none
+TRIES = 20  # attempts to take a lock, each of which another process may win
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without hard links
 SQUEUE_TIMEOUT_S = 30.0
 State = Literal["running", "gone", "silent", "unknown"]
 
 
 class OwnedError(ConfigError):
-    """Another process owns what this one wanted to write."""
+    """Another process owns the folder or file that this one was to write."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +74,25 @@ class Owner:
     started: str  # start time of the process, in ticks since boot
     user: str
     since: str  # UTC
-    token: str  # differs between any two owners
-    job: str = ""  # SLURM job id, of an array its task's own
-    attempt: int = 0  # how often SLURM restarted that job before
-    cluster: str = ""  # SLURM's name of the cluster
+    token: str  # unique to this owner
+    job: str = ""  # SLURM job id; for an array, that of the task
+    attempt: int = 0  # number of restarts of the job by SLURM
+    cluster: str = ""  # cluster name in SLURM
 
     @property
     def host(self) -> str:
-        """Name of the machine."""
+        """Host name of the machine."""
         return self.machine.partition("/")[0]
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
-        user, host = self.user or "an unknown user", self.host or "an unknown machine"
+        user = self.user or "an unknown user"
+        host = self.host or "an unknown machine"
         return f"process {self.pid} of {user} on {host}{job}, since {self.since or 'unknown'}"
 
 
 def this_process() -> Owner:
-    """An owner's record for the calling process."""
+    """The record of the calling process."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without an entry for this user
@@ -103,12 +112,12 @@ def this_process() -> Owner:
 
 
 class Ownership:
-    """A lock that is held. Use as a context manager, or call `release`."""
+    """A lock that this process holds. Use it as a context manager, or call `release`."""
 
     def __init__(
         self, path: Path, owner: Owner, *, inherited: bool, on_lost: Callable[[str], None]
     ) -> None:
-        """`inherited`: an ancestor holds the lock; it renews and releases it."""
+        """`inherited`: an ancestor process holds the lock, renews and releases it."""
         self.path = path
         self.owner = owner
         self.inherited = inherited
@@ -123,11 +132,11 @@ class Ownership:
 
     @property
     def token(self) -> str:
-        """What a child process passes as `inherited` to share this ownership."""
+        """Token that a child process passes as `inherited` to share this ownership."""
         return self.owner.token
 
     def release(self) -> None:
-        """Remove the lock if it still is this owner's."""
+        """Remove the lock if it still belongs to this owner."""
         if self.inherited or self._released.is_set():
             return
         self._released.set()
@@ -138,6 +147,7 @@ class Ownership:
             self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> Ownership:
+        """Return this object."""
         return self
 
     def __exit__(
@@ -146,9 +156,11 @@ class Ownership:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Release the lock."""
         self.release()
 
     def _renew_until_released(self) -> None:
+        """Renew the lock every `BEAT_S` seconds; call `on_lost` if another process has taken it."""
         while not self._released.wait(BEAT_S):
             try:
                 current = _read(self.path)
@@ -168,12 +180,19 @@ def take(
     take_over: bool = False,
     on_lost: Callable[[str], None] | None = None,
 ) -> Ownership:
-    """Own `what`, whose lock is the file `path`. Raises OwnedError at once where another does.
+    """Become the owner of `what`, whose lock is the file `path`.
 
-    `inherited`: token of an ancestor whose ownership is shared. `take_over`: do not wait for the
-    lease of an owner of which it cannot be told whether it runs; one that runs is never taken
-    over. `on_lost` is called in a thread when another process has taken the lock away; by default
-    this process ends.
+    Args:
+        path: The lock file.
+        what: Description of the owned thing for error messages, e.g. "run folder runs/lm".
+        inherited: Token of an ancestor process whose ownership is shared.
+        take_over: Do not wait for the lease to end if it is unknown whether the owner runs. An
+            owner that is known to run is never replaced.
+        on_lost: Called in a thread with the reason if another process takes the lock away. By
+            default, this process ends.
+
+    Raises:
+        OwnedError: Another process is the owner. Raised without waiting.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lost = on_lost or end_process
@@ -183,16 +202,17 @@ def take(
         if chain and inherited and chain[-1][1].token == inherited:
             return Ownership(path, chain[-1][1], inherited=True, on_lost=lost)
         if chain:
-            _refuse_unless_gone(*chain[-1], what=what, take_over=take_over)
+            file, owner = chain[-1]
+            _refuse_unless_gone(file, owner, what=what, take_over=take_over)
         if _append(path, chain, me):
             return Ownership(path, me, inherited=False, on_lost=lost)
     raise OwnedError(
-        f"{what}: {TRIES} other processes took it over in a row; start one of them only"
+        f"{what}: {TRIES} other processes took it over in a row; start only one of them"
     )
 
 
 def holder(path: Path) -> tuple[Owner, State] | None:
-    """Who owns the lock `path`, and what is known of that process; None where nobody does."""
+    """The owner of the lock `path` and the state of its process; None if there is no owner."""
     chain = _chain(path)
     if not chain:
         return None
@@ -201,7 +221,7 @@ def holder(path: Path) -> tuple[Owner, State] | None:
 
 
 def remove_abandoned_locks(folder: Path) -> None:
-    """Remove the locks in `folder` that processes left which are gone."""
+    """Remove the locks in `folder` whose owners have ended."""
     for path in folder.glob(f".*{OWNER}"):
         found = holder(path)
         if found is not None and found[1] in ("gone", "silent"):
@@ -213,19 +233,20 @@ def remove_abandoned_locks(folder: Path) -> None:
 
 
 def end_process(why: str) -> None:
-    """Exit at once: two owners must not write one folder."""
+    """End this process immediately, so that two owners never write the same folder."""
     sys.stderr.write(f"landiff: {why}; this process ends\n")
     sys.stderr.flush()
     os._exit(1)
 
 
-# -------------------------------------------------------------------- is the owner gone?
+# -------------------------------------------------------------------- state of an owner
 
 
 def _refuse_unless_gone(file: Path, owner: Owner, *, what: str, take_over: bool) -> None:
+    """Raise OwnedError unless the owner has ended, or may be replaced with `take_over`."""
     state = _state(file, owner)
     if state in ("gone", "silent"):
-        log.warning("taking over %s from %s, which is gone", what, owner)
+        log.warning("taking over %s from %s, which has ended", what, owner)
     elif state == "running":
         raise OwnedError(
             f"{what} is in use by {owner}; wait for it, stop it, or choose another folder"
@@ -233,16 +254,17 @@ def _refuse_unless_gone(file: Path, owner: Owner, *, what: str, take_over: bool)
     elif not take_over:
         raise OwnedError(
             f"{what} is in use by {owner}, which renewed its lock less than {LEASE_S:g} s ago; "
-            f"if that process is gone, try again in {LEASE_S:g} s, or pass --take-over to a command that has it"
+            f"if that process has ended, try again in {LEASE_S:g} s, or pass --take-over if the "
+            "command has that option"
         )
     else:
         log.warning("taking over %s from %s", what, owner)
 
 
 def _state(file: Path, owner: Owner) -> State:
-    """State of an owner: running or gone where that can be told, else unknown until the lease ends.
+    """State of an owner: "running" or "gone" if that can be determined.
 
-    After that it is silent.
+    Otherwise "unknown" until the lease ends, and "silent" after that.
     """
     if owner.machine == machine():
         return "running" if is_running(owner.pid, owner.started) else "gone"
@@ -257,23 +279,22 @@ def _state(file: Path, owner: Owner) -> State:
 
 
 def _is_queued(owner: Owner) -> bool | None:
-    """Whether the owner's job is in SLURM's queue; None where SLURM cannot be asked."""
+    """Whether the job of the owner is in the SLURM queue; None if SLURM does not answer."""
     if owner.cluster:
-        named = [
-            line.partition("=")[2].strip()
-            for line in (_ask("scontrol", "show", "config") or "").splitlines()
-            if line.partition("=")[0].strip() == "ClusterName"
-        ]
-        if named != [owner.cluster]:
+        names = []
+        for line in (_ask("scontrol", "show", "config") or "").splitlines():
+            key, _, value = line.partition("=")
+            if key.strip() == "ClusterName":
+                names.append(value.strip())
+        if names != [owner.cluster]:
             return None
-    queue = _ask(
-        "squeue", "-h", "-a", "-o", "%A"
-    )  # jobs that have not ended; -j fails for an id that SLURM forgot
+    # All jobs that have not ended; with -j, squeue fails for an id that SLURM no longer knows.
+    queue = _ask("squeue", "-h", "-a", "-o", "%A")
     return None if queue is None else owner.job in queue.split()
 
 
 def _ask(*words: str) -> str | None:
-    """Standard output of a SLURM command; None where there is no SLURM or it does not answer."""
+    """Standard output of a SLURM command; None if there is no SLURM or it does not answer."""
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=SQUEUE_TIMEOUT_S, check=False
@@ -287,9 +308,9 @@ def _age_s(file: Path) -> float:
     """Seconds since the lock was renewed, on the clock of its file system."""
     now = file_system_time(file.parent)
     try:
-        descriptor = os.open(file, os.O_RDONLY)  # opening it brings NFS's cached times up to date
+        descriptor = os.open(file, os.O_RDONLY)  # on NFS, this updates cached times
     except FileNotFoundError:
-        return 0.0  # released just now
+        return 0.0  # it has just been released
     try:
         return now - os.fstat(descriptor).st_mtime
     finally:
@@ -300,9 +321,10 @@ def _age_s(file: Path) -> float:
 
 
 def _chain(path: Path) -> list[tuple[Path, Owner]]:
-    """The lock and the records of those that are taking it over, in order; the last is the owner."""
+    """The lock and the records of processes that take it over, in order. The last is the owner."""
     found = []
-    file, owner = path, _read(path)
+    file = path
+    owner = _read(path)
     while owner is not None:
         found.append((file, owner))
         file = _successor(path, owner)
@@ -311,11 +333,12 @@ def _chain(path: Path) -> list[tuple[Path, Owner]]:
 
 
 def _successor(path: Path, owner: Owner) -> Path:
+    """The file that a process creates to take over the lock `path` from `owner`."""
     return path.with_name(f"{path.name}.after-{owner.token}")
 
 
 def _read(path: Path) -> Owner | None:
-    """The record in a lock; None where there is none. One that is not written yet names nobody."""
+    """The record in a lock; None without a lock. An incomplete one gives a record without names."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -332,7 +355,7 @@ def _read(path: Path) -> Owner | None:
 
 
 def _append(path: Path, chain: list[tuple[Path, Owner]], me: Owner) -> bool:
-    """Become the owner behind `chain`. False where another process was faster."""
+    """Become the owner after `chain`. Returns False if another process was faster."""
     temporary = temporary_name(path.with_name(f"{path.name}.{me.token}"))
     try:
         _write(temporary, me)
@@ -342,11 +365,9 @@ def _append(path: Path, chain: list[tuple[Path, Owner]], me: Owner) -> bool:
         if not chain:
             fsync_dir(path.parent)
             return True
-        if [owner.token for _, owner in _chain(path)] != [
-            *(owner.token for _, owner in chain),
-            me.token,
-        ]:
-            name.unlink(missing_ok=True)  # it had been taken over before we came
+        expected = [owner.token for _, owner in chain] + [me.token]
+        if [owner.token for _, owner in _chain(path)] != expected:
+            name.unlink(missing_ok=True)  # another process had already taken over
             return False
         os.replace(temporary, path)
         mine = _successor(path, me).name
@@ -360,6 +381,7 @@ def _append(path: Path, chain: list[tuple[Path, Owner]], me: Owner) -> bool:
 
 
 def _write(path: Path, owner: Owner) -> None:
+    """Write a record and fsync it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         os.write(descriptor, json.dumps(asdict(owner)).encode())
@@ -369,12 +391,12 @@ def _write(path: Path, owner: Owner) -> None:
 
 
 def _create(name: Path, temporary: Path, me: Owner) -> bool:
-    """Give the written file the new name `name`. False where that name exists."""
+    """Give the written file the additional name `name`. Returns False if that name exists."""
     try:
         os.link(temporary, name)
         return True
     except FileExistsError:
-        return os.stat(temporary).st_nlink > 1  # NFS: linked, and the answer was lost
+        return os.stat(temporary).st_nlink > 1  # on NFS, a repeated request fails after success
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise

@@ -1,4 +1,4 @@
-"""Where the running code lies: the source checkout, an installed wheel, or a copy made for a job."""
+"""Location of the running code: a source checkout, an installed wheel, or a copy made for a job."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from pathlib import Path
 import landiff
 
 IMPORT_ROOT = Path(landiff.__file__).resolve().parent.parent
-"""The folder that must be on a child process's PYTHONPATH so that it imports this code."""
+"""Folder that must be on the PYTHONPATH of a child process for it to import this code."""

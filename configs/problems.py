@@ -1,4 +1,4 @@
-"""Problems found before a job starts: collected, so that a user reads all of them at once."""
+"""Problems found before a job starts, collected so that they are reported together."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from landiff.configs.base import ConfigError
 
-SHOWN_PROBLEMS = 20  # of one message
-LONGEST_NAME = 255  # bytes, of one part of a path on all common file systems
+SHOWN_PROBLEMS = 20  # at most, in one message
+LONGEST_NAME = 255  # bytes of one part of a path, on all common file systems
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ def problems_of(action: Callable[[], object]) -> list[Problem]:
 
 
 def require_none(problems: Sequence[Problem]) -> None:
-    """Raises one ConfigError with all `problems`, each once; returns if there are none.
+    """Raise one ConfigError with all `problems`, without duplicates, if there are any.
 
-    Of more than `SHOWN_PROBLEMS`, the rest is counted.
+    At most `SHOWN_PROBLEMS` are listed; the rest is counted.
     """
     texts = list(dict.fromkeys(problem.text for problem in problems))
     if len(texts) == 1:
@@ -53,15 +53,13 @@ def require_none(problems: Sequence[Problem]) -> None:
 
 
 def check_writable(key: str, folder: Path) -> list[Problem]:
-    """Whether files can be created in `folder`, which a job makes where it does not exist yet."""
-    place = folder
+    """Problems with creating files in `folder`, or with creating it. `key` is its config key."""
+    where = f"{key} = {folder}"
     if any(len(os.fsencode(part)) > LONGEST_NAME for part in folder.parts):
         return [
-            Problem(
-                f"{key} = {folder} has a name of more than {LONGEST_NAME} bytes; name another "
-                "folder"
-            )
+            Problem(f"{where} has a name of more than {LONGEST_NAME} bytes; name another folder")
         ]
+    place = folder
     try:
         while not os.path.lexists(place) and place != place.parent:
             place = place.parent
@@ -70,14 +68,13 @@ def check_writable(key: str, folder: Path) -> list[Problem]:
         read_only = bool(os.statvfs(place).f_flag & os.ST_RDONLY)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return [Problem(f"{key} = {folder} cannot be used: {reason}; name another folder")]
+        return [Problem(f"{where} cannot be used: {reason}; name another folder")]
     if not is_folder:
-        return [
-            Problem(f"{key} = {folder} cannot be a folder: {place} is a file; name another folder")
-        ]
-    if read_only or not writable:
-        reason = "is on a read-only file system" if read_only else "is not writable for this user"
-        return [
-            Problem(f"{key} = {folder} cannot be written: {place} {reason}; name another folder")
-        ]
-    return []
+        return [Problem(f"{where} cannot be a folder: {place} is a file; name another folder")]
+    if read_only:
+        reason = "is on a read-only file system"
+    elif not writable:
+        reason = "is not writable for this user"
+    else:
+        return []
+    return [Problem(f"{where} cannot be written: {place} {reason}; name another folder")]

@@ -1,10 +1,12 @@
-"""Name, type, default and meaning of config keys, read from the config classes. Torch-free.
+"""Describes config keys from their classes: name, type, default and meaning. Torch-free.
 
-The configuration page of the documentation is made from it (docs/hooks/pages.py).
+Used by the configuration page of the documentation (docs/hooks/pages.py) and by
+`landiff config explain`.
 """
 
 from __future__ import annotations
 
+import builtins
 import json
 import types
 import typing
@@ -16,7 +18,8 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from landiff.configs.base import Config
+from landiff.configs.base import Config, ConfigError
+from landiff.configs.loader import nearest_name
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -34,17 +37,17 @@ SectionText = Callable[[type[Config]], str]
 
 @dataclass(frozen=True)
 class ConfigKey:
-    """One key of a config class."""
+    """One key of a config class, as text."""
 
     name: str
-    type: str  # in words, with its limits
-    default: str  # as written in YAML; "required" where there is none
-    meaning: str  # the field's description; "" where it has none
-    sections: tuple[type[Config], ...]  # classes of the sections below the key
+    type: str  # in words, with limits
+    default: str  # as written in YAML; "required" if there is none
+    meaning: str  # description of the field; "" if it has none
+    sections: tuple[builtins.type[Config], ...]  # classes of the sections below the key
 
 
 def config_keys(cls: type[Config], section_text: SectionText | None = None) -> list[ConfigKey]:
-    """The keys of `cls` itself, in order. `section_text` formats the names of section classes."""
+    """The keys of `cls`, in order. `section_text` formats the names of section classes."""
     name_of = section_text or section_name
     keys = []
     for name, field in cls.model_fields.items():
@@ -59,8 +62,100 @@ def config_keys(cls: type[Config], section_text: SectionText | None = None) -> l
     return keys
 
 
+def explain(cls: type[Config], dotted_key: str) -> str:
+    """Text about one key of `cls`, e.g. "loop.keep_every": its type, default and meaning.
+
+    The keys of a section are listed. Where a section is one of several classes, the key is
+    explained for each class that has it. Names in a mapping and positions in a list may stand
+    between the keys ("columns.features.kind"). Raises ConfigError, with the nearest name, for an
+    unknown key.
+    """
+    found = find_key(cls, dotted_key)
+    texts = []
+    for owner, key in found:
+        title = dotted_key
+        if len(found) > 1:
+            title = f"{dotted_key} ({section_name(owner)})"
+        texts.append(key_text(title, key))
+    return "\n\n".join(texts)
+
+
+def find_key(cls: type[Config], dotted_key: str) -> list[tuple[type[Config], ConfigKey]]:
+    """The key at a dotted path below `cls`, with the class that it belongs to.
+
+    Several results where a section on the path is one of several classes. Raises ConfigError for an
+    unknown key.
+    """
+    owners = [cls]
+    found: list[tuple[type[Config], ConfigKey]] = []
+    parts = dotted_key.split(".")
+    for depth, part in enumerate(parts):
+        matches = _keys_named(part, owners)
+        if not matches and _is_item(part, found):
+            continue
+        if not matches:
+            known = [key.name for key in _all_keys(owners)]
+            unknown = ".".join(parts[: depth + 1])
+            raise ConfigError(f"unknown config key {unknown!r}{nearest_name(part, known)}")
+        found = matches
+        owners = _sections_below(matches)
+    return found
+
+
+def key_text(title: str, key: ConfigKey) -> str:
+    """Lines about one key for a terminal; a section's keys are named."""
+    lines = [
+        title,
+        f"  type:    {key.type}".replace("`", ""),
+        f"  default: {key.default}".replace("`", ""),
+        f"  meaning: {key.meaning or 'not described'}",
+    ]
+    for section in key.sections:
+        lines.append(f"  keys of {section_name(section)}: {', '.join(section.model_fields)}")
+    return "\n".join(lines)
+
+
+def _keys_named(name: str, owners: Sequence[type[Config]]) -> list[tuple[type[Config], ConfigKey]]:
+    """(class, key) for each class in `owners` that has a key of that name."""
+    found = []
+    for owner in owners:
+        for key in config_keys(owner):
+            if key.name == name:
+                found.append((owner, key))
+    return found
+
+
+def _all_keys(owners: Sequence[type[Config]]) -> list[ConfigKey]:
+    """Keys of all classes in `owners`."""
+    keys: list[ConfigKey] = []
+    for owner in owners:
+        keys += config_keys(owner)
+    return keys
+
+
+def _sections_below(matches: Sequence[tuple[type[Config], ConfigKey]]) -> list[type[Config]]:
+    """Section classes of the matched keys, each once, in order."""
+    sections: list[type[Config]] = []
+    for _, key in matches:
+        for section in key.sections:
+            if section not in sections:
+                sections.append(section)
+    return sections
+
+
+def _is_item(part: str, parents: Sequence[tuple[type[Config], ConfigKey]]) -> bool:
+    """Whether `part` may be a name in a mapping, or a position in a list, of a parent key."""
+    for owner, key in parents:
+        annotation = owner.model_fields[key.name].annotation
+        for member in [annotation, *typing.get_args(annotation)]:
+            origin = typing.get_origin(member)
+            if origin is dict or (origin in (list, tuple) and part.isdigit()):
+                return True
+    return False
+
+
 def all_sections(roots: Sequence[type[Config]]) -> list[type[Config]]:
-    """Every section class below `roots`, each once, in the order in which they are found."""
+    """All section classes below `roots`, each once, breadth first."""
     found: list[type[Config]] = []
     waiting = list(roots)
     while waiting:
@@ -78,7 +173,7 @@ def section_name(cls: type[Config]) -> str:
 
 
 def section_classes(annotation: Any) -> Iterator[type[Config]]:
-    """Config classes inside a type annotation, those of unions, lists and mappings included."""
+    """Config classes in a type annotation, including those in unions, lists and mappings."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         yield annotation
         return
@@ -87,9 +182,10 @@ def section_classes(annotation: Any) -> Iterator[type[Config]]:
 
 
 def type_text(annotation: Any, metadata: Sequence[Any], name_of: SectionText) -> str:
-    """A type in words: "integer > 0", "list of text", the values of a Literal, a section's name.
+    """A type in words: "integer > 0", "list of text", values of a Literal, name of a section.
 
-    `metadata` holds the limits of a number as pydantic stores them.
+    `metadata` holds the bounds of a number, as pydantic stores them. Raises TypeError for a type
+    without such words.
     """
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return name_of(annotation)
@@ -129,7 +225,7 @@ def limits(metadata: Sequence[Any]) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default as it would stand in YAML."""
+    """The default as written in YAML."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)

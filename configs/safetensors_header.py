@@ -1,7 +1,8 @@
-"""The header of a safetensors file, read under limits. Torch-free.
+"""Bounded reader for the header of a safetensors file. Torch-free.
 
-A file is 8 bytes (length of the header, little-endian), the header (a JSON object of name -> dtype, shape
-and byte range) and the tensors' bytes. Everything in the header is checked before anything is allocated.
+A file consists of 8 bytes (length of the header, little-endian), the header (a JSON object that
+maps names to dtype, shape and byte range) and the bytes of the tensors. The header is checked
+completely before memory is allocated for tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ITEM_BITS = {
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """One tensor of a file; its bytes are [begin, end) behind the header."""
+    """One tensor of a file; its bytes are [begin, end) after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,7 +36,7 @@ class HeaderEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds. `data_start` is the position of the first tensor's bytes."""
+    """Header of a safetensors file. `data_start` is the position of the first tensor's bytes."""
 
     entries: dict[str, HeaderEntry]
     metadata: dict[str, str]
@@ -52,8 +53,8 @@ def read_header(path: Path) -> Header:
             raise DocumentError(f"{path} is not a safetensors file, or a damaged one")
         if length > size - 8:
             raise DocumentError(
-                f"{path} is not a safetensors file, or a damaged one: its header would have {length} bytes, "
-                f"the file has {size}"
+                f"{path} is not a safetensors file, or a damaged one: its header would have "
+                f"{length} bytes, the file has {size}"
             )
         if length > MAX_HEADER:
             raise DocumentError(f"{path} has a header of {length} bytes, more than {MAX_HEADER}")
@@ -69,7 +70,7 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(data: bytes, origin: str) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
-    """(entries by name, metadata) of a header's bytes. Raises DocumentError."""
+    """The header in `data` as (entries by name, metadata). Raises DocumentError."""
     document = parse_json(data, origin)
     if not isinstance(document, dict):
         raise DocumentError(f"{origin} is not an object of tensors")
@@ -81,7 +82,7 @@ def parse_header(data: bytes, origin: str) -> tuple[dict[str, HeaderEntry], dict
 
 
 def _entry(name: str, entry: Any, origin: str) -> HeaderEntry:
-    """One entry whose dtype, shape and byte range agree. Raises DocumentError."""
+    """A checked entry. Raises DocumentError if its dtype, shape and byte range do not agree."""
     where = f"{origin}, tensor {shown(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise DocumentError(f"{where} has no dtype, shape and data_offsets")
@@ -98,8 +99,8 @@ def _entry(name: str, entry: Any, origin: str) -> HeaderEntry:
     begin, end = offsets
     if end - begin != size:
         raise DocumentError(
-            f"{where}: {dtype} {shown(str(shape))} has {size} bytes, its data_offsets {begin}..{end} have "
-            f"{end - begin}"
+            f"{where}: {dtype} {shown(str(shape))} has {size} bytes, its data_offsets "
+            f"{begin}..{end} have {end - begin}"
         )
     return HeaderEntry(dtype, tuple(shape), begin, end)
 
@@ -112,7 +113,7 @@ def _are_counts(values: Any) -> bool:
 
 
 def filled_bytes(entries: dict[str, HeaderEntry], origin: str) -> int:
-    """Bytes that the tensors take. Raises DocumentError where their ranges overlap or leave a gap."""
+    """Total bytes of the tensors. Raises DocumentError if their ranges overlap or leave a gap."""
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:

@@ -1,7 +1,7 @@
-"""Recognises secrets by the name that holds them and by their value, and replaces them in text.
+"""Finds secrets by the name of their variable and by their form, and redacts them in text.
 
-Used wherever a text leaves the process: files that describe a run, `--dry-run`, logs and error messages.
-Files that hold real environment values are readable by their owner alone (`landiff.configs.files.PRIVATE`).
+Used for all text that leaves the process: files that describe a run, `--dry-run`, logs and error
+messages. Files with real environment values have the permissions `landiff.configs.files.PRIVATE`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from collections.abc import Mapping
 
 REDACTED = "<redacted>"
 
-# Parts of upper-cased variable names. PWD and OLDPWD alone are folders; KEY alone says nothing.
+# Parts of upper-cased variable names.
 SECRET_NAME = re.compile(
     "TOKEN|KEY|SECRET|PASS|PWD|CREDENTIAL|JWT|AUTH|COOKIE|PRIVATE|SIGNATURE|BEARER|DSN|SESSION"
     "|CONNECTION_STRING|SAS_|_SAS|NETRC|WEBHOOK"
 )
+# PWD and OLDPWD are folders, and the name KEY is too general.
 HARMLESS_NAMES = frozenset(
     {"KEY", "PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "HF_TOKEN_PATH", "NCCL_IB_PKEY"}
 )
 ASSIGNMENT = re.compile(r"\b([A-Z][A-Z0-9_]+)=('[^']*'|\"[^\"]*\"|[^\s'\";]+)")
 
 _PARAMETER = (
-    r"(?:access[-_]?|auth[-_]?|api[-_]?|secret[-_]?|client[-_]?|private[-_]?|refresh[-_]?|hf[-_]?|sas[-_]?)*"
+    r"(?:access[-_]?|auth[-_]?|api[-_]?|secret[-_]?|client[-_]?|private[-_]?|refresh[-_]?"
+    r"|hf[-_]?|sas[-_]?)*"
     r"(?:token|secret|password|passwd|passphrase|credentials?|api[-_]?key|access[-_]?key(?:[-_]?id)?"
     r"|secret[-_]?key|private[-_]?key|pwd|signature|jwt)"
 )
@@ -35,7 +37,7 @@ VALUES: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         REDACTED,
     ),
-    # user:password@ and token@ in a URL; a password may hold an @ of its own
+    # user:password@ and token@ in a URL; a password may contain an @
     (re.compile(r"(?<=://)[^\s/?#'\"]+@(?=[^\s@/?#'\"]+)"), f"{REDACTED}@"),
     (
         re.compile(r"(?i)([?&](?:[\w.-]*[-_.])?(?:sig|" + _PARAMETER + r")=)[^&\s'\"#]+"),
@@ -43,7 +45,8 @@ VALUES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (
         re.compile(
-            r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic|token|digest)\s+)?[^\s'\",]+"
+            r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?)"
+            r"(?:(?:bearer|basic|token|digest)\s+)?[^\s'\",]+"
         ),
         rf"\1{REDACTED}",
     ),
@@ -55,7 +58,7 @@ VALUES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(?:AKIA|ASIA|AGPA|AIDA|AROA)[A-Z0-9]{12,}"), REDACTED),
     (re.compile(r"\bAIza[A-Za-z0-9_-]{30,}"), REDACTED),
     (re.compile(r"\bxox[abeprs]-[A-Za-z0-9-]{10,}"), REDACTED),
-    # NAME=value, --name value and "name: value", where the whole name is that of a secret
+    # NAME=value, --name value and "name: value", where the name is that of a secret
     (
         re.compile(
             r"(?i)((?:\b|_|--)" + _PARAMETER + r"['\"]?\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s'\",;&]+)"
@@ -76,18 +79,21 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """`text` with `REDACTED` in place of everything that has the form of a secret."""
+    """`text` with everything that has the form of a secret replaced by `REDACTED`."""
     for pattern, replacement in VALUES:
         text = pattern.sub(replacement, text)
     return ASSIGNMENT.sub(_redact_assignment, text)
 
 
 def _redact_assignment(match: re.Match[str]) -> str:
-    return f"{match[1]}={REDACTED}" if is_secret_name(match[1]) else match[0]
+    """A matched NAME=value, without the value if the name is that of a secret."""
+    if is_secret_name(match[1]):
+        return f"{match[1]}={REDACTED}"
+    return match[0]
 
 
 def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables for display: by name the whole value, otherwise the secret parts of it."""
+    """Environment variables for display, without the values or parts of values that are secret."""
     shown = {}
     for name, value in variables.items():
         shown[name] = REDACTED if is_secret_name(name) and value else redact(value)
@@ -95,8 +101,8 @@ def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log formatter whose lines, tracebacks included, hold no secrets."""
+    """Log formatter that redacts secrets, also in tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The formatted record after `redact`."""
+        """The formatted record, redacted."""
         return redact(super().format(record))

@@ -1,0 +1,1 @@
+"""Data pipeline: ingest of videos, precomputed columns, and loading."""

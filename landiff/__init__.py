@@ -1,4 +1,4 @@
-"""Pretraining framework for LanDiff text-to-video models. Importing it loads no torch."""
+"""Pretraining framework for LanDiff text-to-video models. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LAZY = {
     "load_config": ("landiff.configs", "load"),
     "zoo": ("landiff.model_zoo.registry", ""),
 }
-"""Name -> (module, attribute); an empty attribute is the module itself."""
+"""Public names with their (module, attribute). An empty attribute stands for the module itself."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name at its first use. Raises AttributeError for an unknown name."""
+    """Import a public name when it is first used. Raises AttributeError for an unknown name."""
     if name not in _LAZY:
         raise AttributeError(f"module 'landiff' has no attribute {name!r}")
     module_name, attribute = _LAZY[name]
@@ -41,4 +41,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """All names, including those that are not imported yet."""
     return sorted({*globals(), *_LAZY})

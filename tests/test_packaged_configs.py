@@ -1,4 +1,4 @@
-"""Every packaged YAML loads as the class its name says, and the paper-size models have the paper-size counts."""
+"""Packaged YAML files load as their classes; paper-size models have the paper's parameters."""
 
 from __future__ import annotations
 
@@ -42,42 +42,22 @@ def test_packaged_config_loads_and_dumps(name, tmp_path):
 
 
 def test_the_paper_size_has_what_the_release_tells_of_training_and_sampling():
-    """Specification §3.6, §4.3, §4.7, §5.4-§5.7; batch sizes and rates it does not tell."""
-    lm, diffusion, sample = (
-        load(cls, f"landiff/{name}")
-        for cls, name in (
-            (LMTrainConfig, "lm"),
-            (DiffusionTrainConfig, "diffusion-control"),
-            (SampleConfig, "sample"),
-        )
-    )
-    assert (lm.text_dropout, diffusion.text_dropout, diffusion.prefix.frames, diffusion.phase) == (
-        0.1,
-        0.1,
-        7,
-        "control",
-    )
-    assert (
-        sample.tokens.guidance,
-        sample.tokens.temperature,
-        sample.tokens.top_k,
-        sample.tokens.top_p,
-    ) == (7.5, 1.0, None, None)
-    assert not sample.tokens.predict_end and not sample.tokens.reference_behaviour
-    assert (sample.steps, sample.guidance, sample.motion_score, sample.seed, sample.precision) == (
-        50,
-        6.0,
-        0.1,
-        42,
-        "bf16",
-    )
-    assert (sample.num_latent_frames, sample.clean_frames, sample.fps) == (13, 7, 8.0)
+    """docs/specification.md §3.6, §4.3, §4.7, §5.4-§5.7; it gives no batch sizes and rates."""
+    lm = load(LMTrainConfig, "landiff/lm")
+    diffusion = load(DiffusionTrainConfig, "landiff/diffusion-control")
+    sample = load(SampleConfig, "landiff/sample")
     tokenizer = load(TokenizerTrainConfig, "landiff/tokenizer").model
-    assert (
-        tokenizer.codebook_decay,
-        tokenizer.dead_code_threshold,
-        tokenizer.kmeans_iterations,
-    ) == (0.8, 2.0, 10)
+    assert lm.text_dropout == diffusion.text_dropout == 0.1
+    assert (diffusion.prefix.frames, diffusion.phase) == (7, "control")
+    tokens = sample.tokens
+    assert (tokens.guidance, tokens.temperature) == (7.5, 1.0)
+    assert tokens.top_k is None and tokens.top_p is None
+    assert not tokens.predict_end and not tokens.reference_behaviour
+    assert (sample.steps, sample.guidance, sample.motion_score) == (50, 6.0, 0.1)
+    assert (sample.seed, sample.precision) == (42, "bf16")
+    assert (sample.num_latent_frames, sample.clean_frames, sample.fps) == (13, 7, 8.0)
+    assert (tokenizer.codebook_decay, tokenizer.dead_code_threshold) == (0.8, 2.0)
+    assert tokenizer.kmeans_iterations == 10
     assert tokenizer.commitment_weight == 1.0 and not tokenizer.normalize_features
     latents = load(PrecomputeConfig, "landiff/precompute").columns["latents"]
     assert latents.sample_seed is not None, "latents are samples of the posterior, not its mean"
@@ -95,9 +75,9 @@ def numel(model: torch.nn.Module) -> int:
 def test_paper_size_models_have_the_counts_of_the_specification():
     config = load(ModelConfig, "landiff/model")
     with torch.device("meta"):
-        tokenizer, lm, diffusion = (
-            build_module(kind, getattr(config, kind)) for kind in ("tokenizer", "lm", "diffusion")
-        )
+        tokenizer = build_module("tokenizer", config.tokenizer)
+        lm = build_module("lm", config.lm)
+        diffusion = build_module("diffusion", config.diffusion)
     table = position_table_numel(config.diffusion.transformer)
     assert numel(lm) == 2_049_321_984
     assert numel(tokenizer) == 174_511_120
@@ -107,10 +87,8 @@ def test_paper_size_models_have_the_counts_of_the_specification():
 
 
 def test_what_a_paper_size_trainer_is_made_of_fits_together():
-    lm, control = (
-        load(LMTrainConfig, "landiff/lm"),
-        load(DiffusionTrainConfig, "landiff/diffusion-control"),
-    )
+    lm = load(LMTrainConfig, "landiff/lm")
+    control = load(DiffusionTrainConfig, "landiff/diffusion-control")
     tokenizer = load(TokenizerTrainConfig, "landiff/tokenizer")
     for key in ("codebook_size", "iframe_tokens", "pframe_tokens", "segment_frames"):
         assert getattr(lm.model, key) == getattr(tokenizer.model, key)

@@ -1,6 +1,6 @@
-"""Mutated documents through every reader of the product: an answer, or one clear error.
+"""Mutated documents in every reader of the project: a result, or one clear error.
 
-The mutations are drawn from fixed seeds, so a failure repeats.
+The mutations are drawn from fixed seeds, so failures are reproducible.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ from landiff.training.lm.config import LMTrainConfig
 
 MUTATIONS = 60  # of each document
 NASTY = [
-    b"\x00", b"\xff\xfe", b"\x80", b"\xef\xbb\xbf", b"[" * 200, b"{" * 200, b"&a [*a]", b"*a", b"!!python/object:x {}", b"NaN", b"-Infinity",
-    b"1e999", b"9" * 5000, b"-1", b"null", b"true", b"''", b'""', b"[]", b"{}", b"[null]", b'{"a": 1, "a": 2}', b"\n", b"\t", b": ", b"- ",
-    b"2024-13-45", b"\\ud800", b'"\\u0000"', b"../../../etc/passwd", b"%", b"'", b'"', b",", b"1099511627776", b"\xe6\xbc\xa2", b"!", b"|", b"<<: 1",
+    b"\x00", b"\xff\xfe", b"\x80", b"\xef\xbb\xbf", b"[" * 200, b"{" * 200, b"&a [*a]", b"*a",
+    b"!!python/object:x {}", b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"-1", b"null", b"true",
+    b"''", b'""', b"[]", b"{}", b"[null]", b'{"a": 1, "a": 2}', b"\n", b"\t", b": ", b"- ",
+    b"2024-13-45", b"\\ud800", b'"\\u0000"', b"../../../etc/passwd", b"%", b"'", b'"', b",",
+    b"1099511627776", b"\xe6\xbc\xa2", b"!", b"|", b"<<: 1",
 ]  # fmt: skip
 
 
@@ -69,7 +71,7 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
 
 
 def replace_value(data: bytes, draw: random.Random) -> bytes:
-    """`data` with another value behind one of its colons: what still parses gets further."""
+    """`data` with another value after one of its colons, so that more of the documents parse."""
     colons = [at for at, byte in enumerate(data) if byte == ord(":")]
     if not colons:
         return data
@@ -80,7 +82,7 @@ def replace_value(data: bytes, draw: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader of the product: the name of its file, a sound document, and the call. `folder` holds the file."""
+    """A reader: the name of its file, a valid document, and the call with the file's folder."""
 
     file: str
     sound: bytes
@@ -138,7 +140,7 @@ PACKED = pack_tensor("x", torch.arange(6).reshape(2, 3))
 
 
 def text(value: object) -> bytes:
-    """A document as the product writes it."""
+    """A document as the project writes it."""
     return json.dumps(value, indent=1).encode()
 
 
@@ -283,8 +285,14 @@ HEADERS = {
     "no json": (file_of(b"{'a': 1}", 0), "not valid JSON"),
     "no utf-8": (file_of(b'{"\xff": 1}', 0), "not UTF-8"),
     "huge shape": (file_of(one(shape=[HUGE, HUGE]), 8), "has 4835703278458516698824704 bytes"),
-    "huge shape and offsets": (file_of(one(shape=[HUGE], offsets=[0, 4 * HUGE]), 8), "its header describes"),
-    "overflow to the right size": (file_of(one(shape=[1 << 62, 4, 2], offsets=[0, 0]), 0), "data_offsets 0..0 have 0"),
+    "huge shape and offsets": (
+        file_of(one(shape=[HUGE], offsets=[0, 4 * HUGE]), 8),
+        "its header describes",
+    ),
+    "overflow to the right size": (
+        file_of(one(shape=[1 << 62, 4, 2], offsets=[0, 0]), 0),
+        "data_offsets 0..0 have 0",
+    ),
     "negative shape": (file_of(one(shape=[-2]), 8), "has the shape"),
     "float shape": (file_of(one(shape=[2.0]), 8), "has the shape"),
     "boolean shape": (file_of(one(shape=[True]), 4), "has the shape"),
@@ -297,11 +305,17 @@ HEADERS = {
     "bytes behind": (file_of(one(), 80), "its header describes"),
     "unknown dtype": (file_of(one(dtype="F4"), 8), "unknown dtype 'F4'"),
     "list for a dtype": (file_of(one(dtype=["F32"]), 8), "unknown dtype"),
-    "unsupported dtype": (file_of(one(dtype="F8_E4M3", offsets=[0, 2]), 2), "quantised weights, such as a (F8_E4M3)"),
+    "unsupported dtype": (
+        file_of(one(dtype="F8_E4M3", offsets=[0, 2]), 2),
+        "quantised weights, such as a (F8_E4M3)",
+    ),
     "entry is a list": (file_of(b'{"a": [1]}', 0), "has no dtype"),
     "metadata is a list": (file_of(b'{"__metadata__": []}', 0), "__metadata__ is not an object"),
     "twice": (file_of(b'{"a": 1, "a": 2}', 0), "occurs twice"),
-    "overlap": (file_of(json.dumps({"a": entry(), "b": entry(offsets=(4, 12))}).encode(), 12), "overlaps"),
+    "overlap": (
+        file_of(json.dumps({"a": entry(), "b": entry(offsets=(4, 12))}).encode(), 12),
+        "overlaps",
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""On-disk format of data sets: shards, columns and manifests."""

@@ -1,7 +1,4 @@
-"""Whether the columns of a data set are there and were made by the expected encoders.
-
-Torch-free.
-"""
+"""Checks that columns exist and were computed by the expected encoders. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,66 +11,67 @@ from landiff.data_pipeline.format.shards import ShardError
 def check_column_fingerprints(
     manifest: Manifest, columns: Sequence[str], *, adopt: bool = False
 ) -> None:
-    """Raise ShardError unless every column exists and belongs to the manifest's raw shards."""
+    """Raise ShardError unless every column exists and belongs to the raw shards of the manifest.
+
+    With `adopt`, the fingerprint of the raw shards may differ.
+    """
     absent = [name for name in columns if name not in manifest.columns]
     if absent:
+        wanted = ", ".join(map(repr, absent))
+        available = ", ".join(sorted(manifest.columns)) or "none"
         raise ShardError(
-            f"the data set has no column {', '.join(map(repr, absent))}; it has: "
-            f"{', '.join(sorted(manifest.columns)) or 'none'}. Run `landiff "
-            "precompute` with it in `columns`, "
-            "then `landiff precompute finalize`"
+            f"the data set has no column {wanted}; it has: {available}. Run `landiff precompute` "
+            "with it in `columns`, then `landiff precompute finalize`"
         )
     for name in columns:
         column = manifest.columns[name]
-        if [s.name for s in column.shards] != [s.name for s in manifest.shards]:
+        if [shard.name for shard in column.shards] != [shard.name for shard in manifest.shards]:
             raise ShardError(
-                f"column {name!r} has {len(column.shards)} shards, the raw data {len(manifest.shards)}, or under "
-                "other names; run `landiff precompute` again"
+                f"column {name!r} has {len(column.shards)} shards, the raw data "
+                f"{len(manifest.shards)}, or under other names; run `landiff precompute` again"
             )
         if column.raw_fingerprint not in ("", manifest.fingerprint) and not adopt:
             raise ShardError(
-                f"column {name!r} was made from raw shards {column.raw_fingerprint}, the data set now is "
-                f"{manifest.fingerprint}; run `landiff precompute` again, or set data.adopt=true to take it as it is"
+                f"column {name!r} was made from raw shards {column.raw_fingerprint}, the data set "
+                f"now is {manifest.fingerprint}; run `landiff precompute` again, or set "
+                "data.adopt=true to use it anyway"
             )
 
 
 def encoders(column: Column) -> Mapping[str, str]:
-    """{name: fingerprint} of the encoders that made a column."""
+    """Fingerprints of the encoders that computed a column, by name."""
     return column.config.get("encoders", {})
 
 
 def require_encoder(
     manifest: Manifest, column: str, fingerprint: str, what: str, *, adopt: bool = False
 ) -> None:
-    """Raise ShardError unless `column` was made by the encoder `fingerprint` (with others, perhaps).
+    """Raise ShardError unless the encoder `fingerprint` computed `column`, alone or with others.
 
-    `what` names that encoder as the user knows it, e.g. "model.tokenizer = tokenizer@3f2a...".
+    `what` describes that encoder for the user, e.g. "model.tokenizer = tokenizer@3f2a...".
     """
     check_column_fingerprints(manifest, [column], adopt=adopt)
     made_by = encoders(manifest.columns[column])
-    if fingerprint not in made_by.values() and not adopt:
-        known = (
-            ", ".join(f"{name} {mark}" for name, mark in made_by.items())
-            or manifest.columns[column].encoder
-        )
-        raise ShardError(
-            f"column {column!r} was made by {known}, but {what} is {fingerprint}; run `landiff precompute` with "
-            "it, or set data.adopt=true to take the column as it is"
-        )
+    if fingerprint in made_by.values() or adopt:
+        return
+    known = ", ".join(f"{name} {its_fingerprint}" for name, its_fingerprint in made_by.items())
+    raise ShardError(
+        f"column {column!r} was made by {known or manifest.columns[column].encoder}, but {what} is "
+        f"{fingerprint}; run `landiff precompute` with it, or set data.adopt=true to use the "
+        "column anyway"
+    )
 
 
 def check_blend(manifests: Sequence[Manifest], columns: Sequence[str]) -> None:
-    """Raise ShardError where the data sets of a blend have columns of different encoders."""
+    """Raise ShardError if the data sets of a blend have columns of different encoders."""
     for number, manifest in enumerate(manifests[1:]):
         for name in columns:
-            first, other = manifests[0].columns[name], manifest.columns[name]
+            first = manifests[0].columns[name]
+            other = manifest.columns[name]
             if first.fingerprint != other.fingerprint:
                 raise ShardError(
                     f"data.blend.{number}: its column {name!r} was made by {other.encoder} "
-                    "(fingerprint "
-                    f"{other.fingerprint}), that of the first data set by {first.encoder} "
-                    "(fingerprint "
-                    f"{first.fingerprint}); run `landiff precompute` with one of them on both, or "
-                    "set "
-                    "data.adopt=true to mix them"
+                    f"(fingerprint {other.fingerprint}), that of the first data set by "
+                    f"{first.encoder} (fingerprint {first.fingerprint}); run `landiff precompute` "
+                    "with one of them on both, or set data.adopt=true to mix them"
                 )

@@ -1,11 +1,12 @@
-"""Reading samples by offset: raw metadata and any columns, aligned by key, checked on the way.
+"""Random access to samples: raw metadata and any columns, aligned by key and checked.
 
-A read is one `preadv` of the tar block header and the part behind it, straight into the memory that the
-tensor then shares with its batch: no decoding, no copy after the kernel's, and a file that shrinks or a disk
-that fails is an error here (with a memory map it would be a SIGBUS that ends the trainer).
+A read is one `preadv` of the tar header block and the part after it, directly into the memory that
+the tensor then shares with its batch. Nothing is decoded or copied. A file that becomes shorter or
+a disk that fails raises an error; with a memory map, it would be a SIGBUS that ends the trainer.
 
-What is noticed without `checksum`: another size, another member name, a tensor header that does not parse or fit.
-With it: any change of the tensor's bytes (CRC-32). `landiff precompute verify` compares whole shards.
+Detected without `checksum`: a different size, a different member name, a tensor header that does
+not parse or fit. With `checksum`: any change of the tensor's bytes (CRC-32). `landiff precompute
+verify` compares whole shards.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from pydantic import ValidationError
@@ -33,20 +35,27 @@ from landiff.data_pipeline.format.schema import (
 )
 from landiff.data_pipeline.format.shards import ShardError, read_sidecar, sidecar_path
 from landiff.data_pipeline.format.tensors import parse_tensor
-from landiff.data_pipeline.loading.remote import Remote
 
 TAR_BLOCK = 512
 OPEN_FILES = 256
-ALIGNMENT = 64  # of parts in memory; safetensors' headers keep tensors on 8 from there
+ALIGNMENT = 64  # bytes, of parts in memory; safetensors headers keep tensors at multiples of 8
 
 
 class DamagedSample(ShardError):
-    """One sample of a shard cannot be read; the others may."""
+    """One sample of a shard cannot be read; the others may be readable."""
+
+
+class RemoteShards(Protocol):
+    """Source of shards that are not on this machine; see `landiff.data_pipeline.loading.remote`."""
+
+    def fetch(self, folder: str, entry: ShardEntry, part: str) -> Path:
+        """Download a shard if necessary. Returns its local path. Raises ShardError."""
+        ...
 
 
 @dataclass(frozen=True)
-class _Index:
-    """One shard of one folder: keys in order, and where the part that we read lies."""
+class _ShardIndex:
+    """Keys of one shard in order, and the positions of the part that is read."""
 
     path: Path
     keys: list[str]
@@ -55,7 +64,7 @@ class _Index:
 
 
 class _File:
-    """An open file, closed when the last user lets go of it."""
+    """An open file that is closed when its last user releases it."""
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -66,10 +75,10 @@ class _File:
 
 
 def _fill(file: _File, offset: int, memory: np.ndarray) -> int:
-    """Read from `offset` until `memory` (uint8) is full; the bytes read, fewer at the end of the file."""
-    done = os.preadv(file.fd, [memory], offset)
+    """Read into `memory` (uint8). Returns the bytes read, fewer than its size at the file's end."""
+    done = os.preadv(file.fd, [memory.data], offset)
     while 0 < done < memory.size:
-        count = os.preadv(file.fd, [memory[done:]], offset + done)
+        count = os.preadv(file.fd, [memory[done:].data], offset + done)
         if not count:
             break
         done += count
@@ -77,7 +86,7 @@ def _fill(file: _File, offset: int, memory: np.ndarray) -> int:
 
 
 class FolderReader:
-    """Reads one part of each sample of a folder of shards: the JSON of `raw/`, or the tensor of a column."""
+    """Reads one part of the samples in a folder of shards: JSON of `raw/`, tensors of a column."""
 
     def __init__(
         self,
@@ -91,29 +100,45 @@ class FolderReader:
         adopt: bool = False,
         keep: int = 64,
         checksum: bool = False,
-        remote: Remote | None = None,
+        remote: RemoteShards | None = None,
     ) -> None:
-        """`keep` shards' indices stay in memory. `column` and `raw_shards` are what a column must agree with."""
-        self.folder, self.name, self.part, self.stem = (
-            data / name,
-            name,
-            part,
-            part.split(".", 1)[0],
-        )
-        self.checksum, self.remote = checksum, remote
-        self.shards, self.column, self.raw_shards, self.adopt = shards, column, raw_shards, adopt
-        # the most recently used stay; two threads may make the same one at once, and none waits for another's
-        self.index = lru_cache(keep)(self._read_index)  # of a shard
+        """Opens nothing yet.
+
+        Args:
+            data: The data folder.
+            name: Name of the folder in it.
+            part: Extension of the members to read, e.g. "tokens.safetensors".
+            shards: The shards of the folder.
+            column: The manifest's entry of the column, which the shards must agree with.
+            raw_shards: The raw shards that the column must have been computed from.
+            adopt: Accept shards that do not agree with `column` and `raw_shards`.
+            keep: Number of shards whose index stays in memory.
+            checksum: Compare tensors with their CRC-32.
+            remote: Source of shards that are not in `data`.
+        """
+        self.folder = data / name
+        self.name = name
+        self.part = part
+        self.stem = part.split(".", 1)[0]
+        self.shards = shards
+        self.column = column
+        self.raw_shards = raw_shards
+        self.adopt = adopt
+        self.checksum = checksum
+        self.remote = remote
+        # Two threads may read the same index at the same time, but none waits for another.
+        self.index = lru_cache(keep)(self._read_index)
         self._file = lru_cache(OPEN_FILES)(_File)
 
     def read(self, shard: int, slot: int, memory: np.ndarray | None = None) -> np.ndarray:
-        """The part of sample `slot` of a shard, uint8 [size], in `memory` (uint8, `TAR_BLOCK` more or longer) where it is given.
+        """The part of sample `slot` of a shard: uint8 [size], in `memory` if that is given.
 
-        Raises ShardError with the file and the key.
+        `memory`: uint8 [TAR_BLOCK + size or more]. Raises ShardError with the file and the key.
         """
         index = self.index(shard)
-        size, key = TAR_BLOCK + index.sizes[slot], index.keys[slot]
-        # 512 in front hold the tar's own header of this member: its name says whether index and tar agree
+        key = index.keys[slot]
+        size = TAR_BLOCK + index.sizes[slot]
+        # The tar header of the member is read too: its name shows whether index and tar agree.
         memory = np.empty(size, np.uint8) if memory is None else memory[:size]
         try:
             count = self._read_bytes(shard, index, index.offsets[slot] - TAR_BLOCK, memory)
@@ -124,11 +149,13 @@ class FolderReader:
         if count < size or found != member:
             what = f"ends after {count} bytes" if count < size else f"holds {found[:60]!r}"
             raise DamagedSample(
-                f"{index.path} is damaged: where {member.decode()} should be, {size} bytes long, it {what}; {self.redo()}"
+                f"{index.path} is damaged: where {member.decode()} should be, {size} bytes long, "
+                f"it {what}; {self.redo()}"
             )
         return memory[TAR_BLOCK:]
 
     def read_tensor(self, shard: int, slot: int, memory: np.ndarray | None = None) -> Tensor:
+        """The tensor of sample `slot` of a shard; `memory` as in `read`. Raises ShardError."""
         part = self.read(shard, slot, memory)
         try:
             return parse_tensor(part, self.stem, checksum=self.checksum)
@@ -139,27 +166,33 @@ class FolderReader:
             ) from None
 
     def fetch(self, shard: int) -> Path:
-        """Where the tar of a shard is on this machine, brought here where it is remote. Raises ShardError."""
+        """The local tar of a shard, downloaded if it is remote. Raises ShardError."""
         entry = self.shards[shard]
-        return (
-            self.folder / f"{entry.name}.tar"
-            if self.remote is None
-            else self.remote.fetch(self.name, entry, self.part)
-        )
+        if self.remote is None:
+            return self.folder / f"{entry.name}.tar"
+        return self.remote.fetch(self.name, entry, self.part)
 
-    def _read_bytes(self, shard: int, index: _Index, offset: int, memory: np.ndarray) -> int:
+    def close(self) -> None:
+        """Close all files."""
+        self._file.cache_clear()
+
+    def redo(self) -> str:
+        """Advice for a damaged shard, for the end of a message."""
+        command = "landiff shards" if self.name == RAW else "landiff precompute"
+        return f"delete {self.folder.name}'s tar and sidecar of that name and run `{command}` again"
+
+    def _read_bytes(self, shard: int, index: _ShardIndex, offset: int, memory: np.ndarray) -> int:
+        """Read into `memory` from `offset` of a shard. Returns the bytes read. Raises OSError."""
         try:
             return _fill(self._file(index.path), offset, memory)
         except FileNotFoundError:
             if self.remote is None:
                 raise
-            self.fetch(shard)  # it had to make room in the cache
+            self.fetch(shard)  # it was deleted from the cache for other shards
             return _fill(self._file(index.path), offset, memory)
 
-    def close(self) -> None:
-        self._file.cache_clear()
-
-    def _read_index(self, shard: int) -> _Index:
+    def _read_index(self, shard: int) -> _ShardIndex:
+        """The index of a shard that agrees with the manifest. Raises ShardError."""
         entry = self.shards[shard]
         tar = self.folder / f"{entry.name}.tar"
         stored = self.fetch(shard)
@@ -170,8 +203,9 @@ class FolderReader:
             )
         if sidecar.entry.sha256 != entry.sha256:
             raise ShardError(
-                f"{tar} is not the shard that the manifest lists (sha256 {sidecar.entry.sha256[:16]}, there "
-                f"{entry.sha256[:16]}): it was made again since; run `landiff precompute finalize`"
+                f"{tar} is not the shard that the manifest lists (sha256 "
+                f"{sidecar.entry.sha256[:16]}, there {entry.sha256[:16]}): it was made again "
+                "since; run `landiff precompute finalize`"
             )
         try:
             size = stored.stat().st_size
@@ -179,59 +213,61 @@ class FolderReader:
             raise ShardError(f"{tar}: {error}; {self.redo()}") from error
         if size != entry.bytes:
             raise ShardError(
-                f"{tar} is damaged: it has {size} bytes, its sidecar says {entry.bytes}; {self.redo()}"
+                f"{tar} is damaged: it has {size} bytes, its sidecar says {entry.bytes}; "
+                f"{self.redo()}"
             )
         if len(sidecar.index) != entry.samples:
             raise ShardError(
-                f"{sidecar_path(tar)} lists {len(sidecar.index)} samples, the manifest {entry.samples}; {self.redo()}"
+                f"{sidecar_path(tar)} lists {len(sidecar.index)} samples, the manifest "
+                f"{entry.samples}; {self.redo()}"
             )
         if self.column is not None and not self.adopt:
-            self._check_origin(tar, sidecar, shard)
+            self._check_origin(tar, sidecar, self.column, self.raw_shards[shard])
         try:
             places = [parts[self.part] for _, parts in sidecar.index]
         except KeyError:
             raise ShardError(f"{tar}: a sample has no part {self.part!r}; {self.redo()}") from None
-        return _Index(
-            stored,
-            [key for key, _ in sidecar.index],
-            [p[0] for p in places],
-            [p[1] for p in places],
+        return _ShardIndex(
+            path=stored,
+            keys=[key for key, _ in sidecar.index],
+            offsets=[offset for offset, _ in places],
+            sizes=[size for _, size in places],
         )
 
-    def _check_origin(self, tar: Path, sidecar: Sidecar, shard: int) -> None:
-        if sidecar.fingerprint != self.column.fingerprint:
+    def _check_origin(self, tar: Path, sidecar: Sidecar, column: Column, raw: ShardEntry) -> None:
+        """Raise ShardError unless the column's encoder computed a shard from the raw shard."""
+        if sidecar.fingerprint != column.fingerprint:
             raise ShardError(
-                f"{tar} was made with fingerprint {sidecar.fingerprint}, the rest of column {self.name!r} with "
-                f"{self.column.fingerprint}; {self.redo()}, or set data.adopt=true to take it as it is"
+                f"{tar} was made with fingerprint {sidecar.fingerprint}, the rest of column "
+                f"{self.name!r} with {column.fingerprint}; {self.redo()}, or set data.adopt=true "
+                "to use it anyway"
             )
-        if sidecar.raw_sha256 != self.raw_shards[shard].sha256:
+        if sidecar.raw_sha256 != raw.sha256:
             raise ShardError(
-                f"{tar} was made from a raw shard with sha256 {sidecar.raw_sha256[:16]}, which is now "
-                f"{self.raw_shards[shard].sha256[:16]}; {self.redo()}, or set data.adopt=true to take it as it is"
+                f"{tar} was made from a raw shard with sha256 {sidecar.raw_sha256[:16]}, which is "
+                f"now {raw.sha256[:16]}; {self.redo()}, or set data.adopt=true to use it anyway"
             )
-
-    def redo(self) -> str:
-        """What to do about a damaged shard, for the end of a message."""
-        command = "landiff shards" if self.name == RAW else "landiff precompute"
-        return f"delete {self.folder.name}'s tar and sidecar of that name and run `{command}` again"
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The clips of one shard that take part, and where each lies in `raw` and in every column."""
+class _AlignedShard:
+    """The clips of one shard that have all columns."""
 
     keys: list[str]
-    slots: list[list[int]]  # by folder, raw first
-    sizes: list[
-        list[int]
-    ]  # the same: bytes of memory for the part and the tar block in front of it, aligned
+    # By folder: raw first, then the columns.
+    slots: list[list[int]]  # position of each clip in the shard of that folder
+    sizes: list[list[int]]  # aligned bytes of memory for its part and the tar header block
 
     def size(self, slot: int) -> int:
+        """Bytes of memory for all parts of one clip."""
         return sum([sizes[slot] for sizes in self.sizes])
 
 
 class AlignedColumns:
-    """Samples of a data set with the wanted columns; clips that any of them set aside do not take part."""
+    """Samples of a data set with some columns, without the clips that any of them rejected.
+
+    `counts`: int64 [shards], number of these samples per shard.
+    """
 
     def __init__(
         self,
@@ -242,11 +278,15 @@ class AlignedColumns:
         adopt: bool = False,
         keep: int = 64,
         checksum: bool = False,
-        remote: Remote | None = None,
+        remote: RemoteShards | None = None,
     ) -> None:
-        """`keep`: indices of so many shards stay in memory. Raises ShardError where a column is missing or stale."""
+        """For the keyword arguments see `FolderReader`.
+
+        Raises ShardError if a column is missing or stale.
+        """
         check_column_fingerprints(manifest, columns, adopt=adopt)
-        self.manifest, self.columns, self.remote = manifest, tuple(columns), remote
+        self.manifest = manifest
+        self.columns = tuple(columns)
         self._raw = FolderReader(data, RAW, "json", manifest.shards, keep=keep, remote=remote)
         self._readers: dict[str, FolderReader] = {}
         for name in columns:
@@ -263,102 +303,117 @@ class AlignedColumns:
                 checksum=checksum,
                 remote=remote,
             )
-        # {shard: raw positions left out}, and each column's own, for the shards where there are any
-        self._excluded: dict[int, list[int]] = {}
-        for shard, raw in enumerate(manifest.shards):
-            missing: set[int] = set()
-            for name in columns:
-                entry = manifest.columns[name].shards[shard]
-                if entry.samples + len(entry.missing) != raw.samples:
-                    raise ShardError(
-                        f"column {name!r}, shard {entry.name}: {entry.samples} samples and {len(entry.missing)} set "
-                        f"aside are not the {raw.samples} of its raw shard; run `landiff precompute` again"
-                    )
-                missing.update(entry.missing)
-            if missing:
-                self._excluded[shard] = sorted(missing)
-        self._rows = lru_cache(keep)(self._align)  # of a shard
-        self.counts = np.array([s.samples for s in manifest.shards], dtype=np.int64)
-        for shard, missing_positions in self._excluded.items():
-            self.counts[shard] -= len(missing_positions)
+        self._excluded = _excluded_positions(manifest, columns)
+        self._aligned = lru_cache(keep)(self._align)
+        self.counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
+        for number, positions in self._excluded.items():
+            self.counts[number] -= len(positions)
 
     @property
     def exclusions(self) -> str:
-        """Fingerprint of the clips that don't take part."""
+        """Fingerprint of the clips that are left out."""
         return content_fingerprint(sorted(self._excluded.items()))
 
     def size(self, shard: int, slot: int) -> int:
-        """Bytes of memory that `read` wants for sample `slot` of those of a shard that take part. Raises ShardError."""
-        return self._rows(shard).size(slot)
+        """Bytes of memory that `read` needs for this sample. Raises ShardError."""
+        return self._aligned(shard).size(slot)
 
     def read(
         self, shard: int, slot: int, memory: np.ndarray
     ) -> tuple[RawSample, dict[str, Tensor]]:
-        """That sample, its tensors in `memory` (uint8, of its `size` or longer). Raises ShardError with file and key."""
-        rows = self._rows(shard)
-        meta = self._read_meta(shard, rows.slots[0][slot], rows.keys[slot], memory)
-        at, tensors = rows.sizes[0][slot], {}
-        for (name, reader), slots, sizes in zip(
-            self._readers.items(), rows.slots[1:], rows.sizes[1:], strict=True
-        ):
-            tensors[name] = reader.read_tensor(shard, slots[slot], memory[at:])
-            at += sizes[slot]
+        """Metadata and tensors (by column) of sample `slot` of a shard, without rejected clips.
+
+        `memory`: uint8 [`size` or more], which the tensors share. Raises ShardError with file and
+        key.
+        """
+        aligned = self._aligned(shard)
+        meta = self._read_meta(shard, aligned.slots[0][slot], aligned.keys[slot], memory)
+        tensors: dict[str, Tensor] = {}
+        offset = aligned.sizes[0][slot]
+        for number, (name, reader) in enumerate(self._readers.items(), start=1):
+            tensors[name] = reader.read_tensor(shard, aligned.slots[number][slot], memory[offset:])
+            offset += aligned.sizes[number][slot]
         return meta, tensors
 
-    def _read_meta(self, shard: int, position: int, key: str, memory: np.ndarray) -> RawSample:
-        text = self._raw.read(shard, position, memory)
-        try:
-            meta = RawSample.model_validate_json(text.tobytes())
-        except ValidationError as error:
-            raise ShardError(
-                f"{self._raw.index(shard).path}, sample {key}: its JSON is not a raw sample: {error}"
-            ) from None
-        if meta.key != key:
-            raise ShardError(
-                f"{self._raw.index(shard).path}, sample {key}: its JSON is that of {meta.key}; {self._raw.redo()}"
-            )
-        return meta
-
-    def _align(self, shard: int) -> _Rows:
-        raw = self._raw.index(shard)
-        excluded = set(self._excluded.get(shard, ()))
-        positions = [position for position in range(len(raw.keys)) if position not in excluded]
-        rows = _Rows(
-            [raw.keys[position] for position in positions], [positions], [_sizes(raw, positions)]
-        )
-        for name, reader in self._readers.items():
-            index, missing = (
-                reader.index(shard),
-                set(self.manifest.columns[name].shards[shard].missing),
-            )
-            own = {
-                position: slot
-                for slot, position in enumerate(p for p in range(len(raw.keys)) if p not in missing)
-            }
-            slots = [own[position] for position in positions]
-            for slot, key in zip(slots, rows.keys, strict=True):
-                if index.keys[slot] != key:
-                    raise ShardError(
-                        f"{index.path} is not aligned with {raw.path}: sample {slot} is {index.keys[slot]}, where {key} "
-                        "should be; delete it and run `landiff precompute` again"
-                    )
-            rows.slots.append(slots)
-            rows.sizes.append(_sizes(index, slots))
-        return rows
-
     def fetch(self, shard: int) -> None:
-        """Have a remote shard here before it is read. Raises ShardError."""
+        """Download a remote shard before it is read. Raises ShardError."""
         for reader in (self._raw, *self._readers.values()):
             reader.fetch(shard)
 
     def bytes_of(self, shard: int) -> int:
-        """What the columns of a shard take in a cache; of `raw`, the JSON alone is fetched."""
+        """Bytes of the columns of a shard in a cache. Of `raw`, only the JSON is downloaded."""
         return sum(reader.shards[shard].bytes for reader in self._readers.values())
 
     def close(self) -> None:
+        """Close all files."""
         for reader in (self._raw, *self._readers.values()):
             reader.close()
 
+    def _read_meta(self, shard: int, position: int, key: str, memory: np.ndarray) -> RawSample:
+        """The metadata of the clip at a raw position, which must have the given key."""
+        text = self._raw.read(shard, position, memory)
+        try:
+            meta = RawSample.model_validate_json(text.tobytes())
+        except ValidationError as error:
+            path = self._raw.index(shard).path
+            raise ShardError(
+                f"{path}, sample {key}: its JSON is not a raw sample: {error}"
+            ) from None
+        if meta.key != key:
+            path = self._raw.index(shard).path
+            raise ShardError(
+                f"{path}, sample {key}: its JSON is that of {meta.key}; {self._raw.redo()}"
+            )
+        return meta
 
-def _sizes(index: _Index, slots: Sequence[int]) -> list[int]:
-    return [-(-(TAR_BLOCK + index.sizes[slot]) // ALIGNMENT) * ALIGNMENT for slot in slots]
+    def _align(self, shard: int) -> _AlignedShard:
+        """The clips of a shard that have all columns. Raises ShardError if keys do not agree."""
+        raw = self._raw.index(shard)
+        excluded = set(self._excluded.get(shard, ()))
+        positions = [position for position in range(len(raw.keys)) if position not in excluded]
+        keys = [raw.keys[position] for position in positions]
+        aligned = _AlignedShard(keys, [positions], [_aligned_sizes(raw, positions)])
+        for name, reader in self._readers.items():
+            index = reader.index(shard)
+            missing = set(self.manifest.columns[name].shards[shard].missing)
+            present = [position for position in range(len(raw.keys)) if position not in missing]
+            slot_of = {position: slot for slot, position in enumerate(present)}
+            slots = [slot_of[position] for position in positions]
+            for slot, key in zip(slots, keys, strict=True):
+                if index.keys[slot] != key:
+                    raise ShardError(
+                        f"{index.path} is not aligned with {raw.path}: sample {slot} is "
+                        f"{index.keys[slot]}, where {key} should be; delete it and run "
+                        "`landiff precompute` again"
+                    )
+            aligned.slots.append(slots)
+            aligned.sizes.append(_aligned_sizes(index, slots))
+        return aligned
+
+
+def _excluded_positions(manifest: Manifest, columns: Sequence[str]) -> dict[int, list[int]]:
+    """Raw positions of the clips that a column rejected, for the shards that have any.
+
+    Raises ShardError if a column's counts do not agree with the raw shard.
+    """
+    excluded: dict[int, list[int]] = {}
+    for number, raw in enumerate(manifest.shards):
+        missing: set[int] = set()
+        for name in columns:
+            entry = manifest.columns[name].shards[number]
+            if entry.samples + len(entry.missing) != raw.samples:
+                raise ShardError(
+                    f"column {name!r}, shard {entry.name}: {entry.samples} samples and "
+                    f"{len(entry.missing)} rejected clips are not the {raw.samples} of its raw "
+                    "shard; run `landiff precompute` again"
+                )
+            missing.update(entry.missing)
+        if missing:
+            excluded[number] = sorted(missing)
+    return excluded
+
+
+def _aligned_sizes(index: _ShardIndex, slots: Sequence[int]) -> list[int]:
+    """Bytes of each part with its tar header block, rounded up to `ALIGNMENT`."""
+    blocks = [-(-(TAR_BLOCK + index.sizes[slot]) // ALIGNMENT) for slot in slots]
+    return [count * ALIGNMENT for count in blocks]

@@ -1,4 +1,9 @@
-"""One process at a time, for the moment of a commit."""
+"""Kernel lock of a folder for short critical sections, such as a commit.
+
+`landiff.configs.ownership` is a different kind of lock. It lasts for hours, names its owner, fails
+instead of waiting, and does not need flock. Here, processes wait for each other, nobody needs to
+know who holds the lock, and the kernel releases it with the holder's file descriptor.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +17,16 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # stays in the folder, empty: a lock file that is deleted locks nothing
+LOCK = ".lock"  # never deleted: two processes could then lock two different files
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`. The kernel frees it when its holder dies, on whatever machine.
+    """Context manager that holds the lock of `folder`; waits while another process holds it.
 
-    Where a file system knows no locks (Lustre without `-o flock`), work goes on without, and says so.
+    The kernel releases the lock when its holder ends. On a file system without locks (Lustre
+    without `-o flock`), a warning is logged and nothing is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -31,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno not in UNSUPPORTED:
                 raise
             log.warning(
-                "%s knows no file locks (%s): do not run two tasks on the same share",
+                "%s does not support file locks (%s): do not run two tasks on it at once",
                 folder,
                 error.strerror,
             )

@@ -1,24 +1,27 @@
-"""THE shard contract: what a data set looks like on disk.
+"""The on-disk format of a data set.
 
-    <data>/manifest.json            one document per shard set, O(shards) long; what trainers open first
-    <data>/raw/000000.tar           raw samples: <key>.mp4 + <key>.json (`RawSample`)
-    <data>/raw/000000.json          sidecar of that tar (`Sidecar`): index by offset, checksum, rejects
-    <data>/<column>/000000.tar      one folder per column; same shard names, same keys, same order as raw;
-                                    members <key>.<stem>.safetensors, where stem is `column_stem(column)`;
-                                    the safetensors metadata hold "crc32" of the tensor's bytes
-    <data>/<column>/000000.json     sidecar
+    <data>/manifest.json         the document that trainers read first: shards and columns
+    <data>/raw/000000.tar        raw samples: <key>.mp4 and <key>.json (`RawSample`)
+    <data>/raw/000000.json       sidecar of that tar (`Sidecar`): offsets, checksum, rejects
+    <data>/<column>/000000.tar   a folder per column, with the shard names, keys and order of raw
+    <data>/<column>/000000.json  sidecar of that tar
 
-A shard is committed when its sidecar exists; the sidecar is written after the tar, both by rename. All
-documents are JSON, all arrays safetensors; nothing is pickled. Plain `webdataset` reads every tar.
+A tar of a column has members <key>.<stem>.safetensors with stem `column_stem(column)`. Their
+metadata contain "crc32" of the tensor's bytes.
+
+A shard is committed when its sidecar exists. The sidecar is written after the tar, both with an
+atomic rename. All documents are JSON and all arrays safetensors; nothing is pickled. Plain
+`webdataset` reads every tar.
 
 Columns and their tensors (one tensor per sample, named by the stem):
 
-    features        float16 [T, C, h, w]     vision features of the semantic frames
-    tokens          uint16  [I + (T-1)*P]    semantic tokens, flat
-    latents         bfloat16 [T, C, H, W]    scaled latents, or [T, 2C, H, W] their mean and log-variance
-    text-<encoder>  bfloat16 [L, D]          text states; real rows only, or all rows of a padded encoder
+    features        float16  [T, C, h, w]    vision features of the semantic frames
+    tokens          uint16   [I + (T-1)*P]   semantic tokens, I of an I frame, P of a P frame
+    latents         bfloat16 [T, C, H, W]    scaled latents
+                             [T, 2C, H, W]   or their mean and log-variance
+    text-<encoder>  bfloat16 [L, D]          text states; real rows, or all rows if padded
 
-Keys hold no dots, since WebDataset cuts a name at the first dot.
+Keys contain no dots, because WebDataset cuts a name at the first dot.
 """
 
 from __future__ import annotations
@@ -32,124 +35,158 @@ from pydantic.dataclasses import dataclass
 
 from landiff.configs.base import Config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 RAW = "raw"
 
 
 class Reject(Config):
-    """A clip that was set aside: what, where from, why."""
+    """A rejected clip, with the stage and the reason."""
 
-    key: str  # clip key, or the source path where no key exists yet
-    stage: str  # "shards", or the name of a column
-    reason: str  # short, countable: "empty_caption", "too_short", "corrupt_frame", ...
-    detail: str = ""
+    key: str = Field(description="Key of the clip, or the path of its source if it has no key yet.")
+    stage: str = Field(description='"shards", or the name of a column.')
+    reason: str = Field(description='Countable reason, such as "empty_caption" or "too_short".')
+    detail: str = Field(default="", description="Further details for a human reader.")
 
 
 class RawSample(Config):
-    """The JSON part of a raw sample. The clip beside it has exactly these frames."""
+    """The JSON part of a raw sample. The clip in the same tar has exactly these frames."""
 
-    key: str
-    caption: str
-    more_captions: tuple[str, ...] = ()  # where the source has several
-    source: str  # path or id of the video it was cut from
-    source_sha256: str
-    start_s: float  # where the span starts in the source
-    fps: PositiveFloat
-    num_frames: PositiveInt
-    height: PositiveInt
-    width: PositiveInt
-    motion_score: (
-        float  # mean optical flow in frame heights per second (data_pipeline/video/motion.py)
+    key: str = Field(description="Key of the sample, unique in the data set.")
+    caption: str = Field(description="Text of the clip.")
+    more_captions: tuple[str, ...] = Field(
+        default=(), description="Further captions, if the source has several."
     )
-    motion_p95: float = 0.0  # the score's parts, in the same unit
-    motion_residual: float = 0.0
-    motion_camera: tuple[float, float] = (0.0, 0.0)
-    # of the source, absent where there were none: "smpte2084/bt2020" (its colours), "bwdif"
-    conversions: tuple[str, ...] = ()
-    cuts: NonNegativeInt = 0  # frame pairs that were left out of the score
-    video_sha256: str  # of the clip's bytes in this tar
+    source: str = Field(description="Path or id of the video that the clip was cut from.")
+    source_sha256: str = Field(description="SHA-256 of that video.")
+    start_s: float = Field(description="Start of the span in the source, in seconds.")
+    fps: PositiveFloat = Field(description="Frames per second of the clip.")
+    num_frames: PositiveInt = Field(description="Number of frames of the clip.")
+    height: PositiveInt = Field(description="Height in pixels.")
+    width: PositiveInt = Field(description="Width in pixels.")
+    motion_score: float = Field(
+        description="Mean optical flow in frame heights per second (data_pipeline/video/motion.py)."
+    )
+    motion_p95: float = Field(
+        default=0.0, description="95th percentile over frame pairs, in frame heights per second."
+    )
+    motion_residual: float = Field(
+        default=0.0, description="Mean flow minus camera motion, in frame heights per second."
+    )
+    motion_camera: tuple[float, float] = Field(
+        default=(0.0, 0.0), description="Camera motion (x, y), in frame heights per second."
+    )
+    conversions: tuple[str, ...] = Field(
+        default=(),
+        description='Conversions of the source, e.g. its colours "smpte2084/bt2020" or "bwdif".',
+    )
+    cuts: NonNegativeInt = Field(
+        default=0, description="Frame pairs across a cut, which the motion score leaves out."
+    )
+    video_sha256: str = Field(description="SHA-256 of the clip's bytes in this tar.")
 
     def caption_number(self, number: int) -> str:
-        """0 is `caption`; a clip with fewer gives its last."""
+        """Caption `number`; 0 is `caption`. A clip with fewer captions returns its last."""
         captions = (self.caption, *self.more_captions)
         return captions[min(number, len(captions) - 1)]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class ShardEntry:
-    """One committed tar as the manifest lists it. Slots, since a large data set has 10^5 of them for each column."""
+    """One committed tar in the manifest.
+
+    Has slots, because a large data set has 10^5 entries per column.
+    """
 
     name: str  # "000000"; the tar is <folder>/<name>.tar
     samples: NonNegativeInt
     bytes: NonNegativeInt
     sha256: str
-    bucket: str = ""  # raw: frames, height, width of all its clips, e.g. "17x64x64"; a global batch is of one. "": one shape in all
-    missing: tuple[NonNegativeInt, ...] = ()  # columns: raw positions of clips set aside here
+    bucket: str = ""  # raw: frames, height, width of its clips, "17x64x64"; "" for a single shape
+    missing: tuple[NonNegativeInt, ...] = ()  # columns: raw positions of clips rejected here
 
 
 class Sidecar(Config):
-    """What commits one tar: its entry, where each part lies, what was set aside, and what made it."""
+    """The document that commits one tar."""
 
-    format: Literal[1] = FORMAT_VERSION
-    entry: ShardEntry
-    rejects: list[Reject] = Field(default_factory=list)
-    fingerprint: str  # of the encoder + its inputs (`fingerprint`); raw: of the shards config
-    raw_sha256: str = ""  # columns: sha256 of the raw tar it was made from
-    dtype: str = ""  # columns: of the tensors in this tar
+    format: Literal[1] = Field(default=FORMAT_VERSION, description="Version of the format.")
+    entry: ShardEntry = Field(description="Entry of this tar in the manifest.")
+    rejects: list[Reject] = Field(default_factory=list, description="Clips rejected in this shard.")
+    fingerprint: str = Field(
+        description="Raw: fingerprint of the shards config. Columns: of the encoder and its inputs."
+    )
+    raw_sha256: str = Field(
+        default="", description="Columns: SHA-256 of the raw tar it was computed from."
+    )
+    dtype: str = Field(default="", description="Columns: data type of the tensors in this tar.")
     shape: list[NonNegativeInt] = Field(
-        default_factory=list
-    )  # columns: of one sample; 0 where samples differ
-    truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
-    value_range: tuple[int, int] | None = None  # tokens: the least and the largest code
-    index: list[
-        tuple[str, dict[str, tuple[int, int]]]
-    ]  # [(key, {part: (offset, size)})] in order; last, so that it can be left out
+        default_factory=list,
+        description="Columns: shape of one sample's tensor; 0 for dimensions that differ.",
+    )
+    truncated: NonNegativeInt = Field(
+        default=0, description="Text: clips whose caption is longer than the encoder accepts."
+    )
+    value_range: tuple[int, int] | None = Field(
+        default=None, description="Tokens: the smallest and the largest code."
+    )
+    # The last field, so that a reader can skip it.
+    index: list[tuple[str, dict[str, tuple[int, int]]]] = Field(
+        description="(key, {part: (offset, size)}) of each sample, in order."
+    )
 
 
 class Column(Config):
-    """One column of the manifest."""
+    """One column in the manifest."""
 
-    dtype: str
-    shape: list[int]  # of one sample; 0 where samples differ (text rows)
-    encoder: str  # human name, e.g. "efficientnet-lite0" or "tokenizer@3f2a..."
-    fingerprint: str
-    config: dict[
-        str, Any
-    ]  # the resolved column config; "encoders" holds {name: fingerprint} of what made it
-    raw_fingerprint: str = ""  # `Manifest.fingerprint` of the raw shards it was made from
-    truncated: NonNegativeInt = 0  # text: clips whose caption is longer than the encoder takes
-    shards: list[ShardEntry]
+    dtype: str = Field(description="Data type of the tensors.")
+    shape: list[int] = Field(
+        description="Shape of one sample's tensor; 0 for dimensions that differ (text rows)."
+    )
+    encoder: str = Field(description='Name, e.g. "efficientnet-lite0" or "tokenizer@3f2a...".')
+    fingerprint: str = Field(description="Fingerprint of the encoder and its inputs.")
+    config: dict[str, Any] = Field(
+        description='Resolved config of the column; "encoders" maps names to fingerprints.'
+    )
+    raw_fingerprint: str = Field(
+        default="", description="Fingerprint of the raw shards it was computed from."
+    )
+    truncated: NonNegativeInt = Field(
+        default=0, description="Text: clips whose caption is longer than the encoder accepts."
+    )
+    shards: list[ShardEntry] = Field(description="Its shards, in the order of the raw shards.")
 
 
 class Manifest(Config):
-    """The one document that trainers read."""
+    """Contents of a data folder: the document that trainers read first."""
 
-    format: Literal[1] = FORMAT_VERSION
-    fingerprint: str  # of the raw shards: config + every raw sha256
-    config: dict[str, Any]  # resolved config of `landiff shards`
-    shards: list[ShardEntry]
-    columns: dict[str, Column] = Field(default_factory=dict)
-    rejects: list[Reject] = Field(default_factory=list)
-    reject_counts: dict[str, int] = Field(default_factory=dict)  # "stage/reason" -> clips
+    format: Literal[1] = Field(default=FORMAT_VERSION, description="Version of the format.")
+    fingerprint: str = Field(description="Fingerprint of the config and all raw SHA-256 sums.")
+    config: dict[str, Any] = Field(description="Resolved config of `landiff shards`.")
+    shards: list[ShardEntry] = Field(description="The raw shards, in order.")
+    columns: dict[str, Column] = Field(default_factory=dict, description="Columns by name.")
+    rejects: list[Reject] = Field(default_factory=list, description="Rejected clips.")
+    reject_counts: dict[str, int] = Field(
+        default_factory=dict, description='Number of rejected clips by "stage/reason".'
+    )
     ignored_counts: dict[str, int] = Field(
-        default_factory=dict
-    )  # kind -> files of the source that no clip uses
+        default_factory=dict, description="Number of ignored files of the source, by kind."
+    )
     ignored_examples: dict[str, list[str]] = Field(
-        default_factory=dict
-    )  # kind -> names of the first few
+        default_factory=dict, description="Names of the first ignored files, by kind."
+    )
 
     @property
     def num_samples(self) -> int:
+        """Number of raw samples."""
         return sum(shard.samples for shard in self.shards)
 
 
 def column_stem(column: str) -> str:
-    """Part name and tensor name of a column: "text-minilm" -> "text"; a stem has no dash."""
+    """Part and tensor name of a column, up to its first dash: "text-minilm" -> "text"."""
     return column.split("-", 1)[0]
 
 
 def content_fingerprint(*parts: Any) -> str:
-    """16 hex digits over any JSON-able values; equal values give equal fingerprints."""
+    """16 hex digits of a hash over JSON values. Equal values give equal fingerprints."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

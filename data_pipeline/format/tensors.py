@@ -1,4 +1,4 @@
-"""One tensor in one safetensors file, in bytes and in memory without a copy; and memory that is used again."""
+"""Tensors as safetensors files in memory, without copies, and reusable buffers for batches."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ DTYPES: dict[str, torch.dtype] = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # safetensors' names
+}
+"""torch data types by their names in safetensors."""
+
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BEFORE_CRC = b'{"__metadata__":{"crc32":"'  # how `pack_tensor` begins a header
-CRC = slice(len(BEFORE_CRC), len(BEFORE_CRC) + 8)
-HEADERS_KEPT = 4096  # parsed ones; of a column whose samples differ in length, one for each length
+BEFORE_CRC = b'{"__metadata__":{"crc32":"'  # start of a header that `pack_tensor` writes
+CRC = slice(len(BEFORE_CRC), len(BEFORE_CRC) + 8)  # position of the CRC in such a header
+HEADERS_KEPT = 4096  # parsed headers in memory; a column needs one per length of its samples
 
 
 def pack_tensor(name: str, tensor: Tensor) -> bytes:
-    """One tensor as a safetensors file whose bytes depend on nothing else."""
+    """One tensor as the bytes of a safetensors file, which depend only on name and tensor."""
     tensor = tensor.detach().cpu().contiguous()
     data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     header = json.dumps(
@@ -58,88 +60,107 @@ def pack_tensor(name: str, tensor: Tensor) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What a safetensors header says of one tensor."""
+class _TensorEntry:
+    """One tensor in a safetensors header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int  # in the bytes behind the header
+    begin: int  # position of its bytes after the header
     end: int
-    crc32: str  # of the tensor's bytes, "" where the header has none
+    crc32: str  # of the tensor's bytes; "" if the header has none
 
 
 def parse_tensor(part: np.ndarray, name: str, *, checksum: bool = False) -> Tensor:
-    """The tensor `name` of a safetensors file in memory (uint8 [size], writable, its address a multiple of 8); shares its memory.
+    """The tensor `name` of a safetensors file in memory, which it shares.
 
-    Raises ValueError where the bytes are no such file, or with `checksum` where they are not those that were written.
+    `part`: uint8 [size], writable, at an address that is a multiple of 8. Raises ValueError if it
+    is not such a file, or with `checksum` if the bytes of the tensor have changed since they were
+    written.
     """
     size = part.size
     if size < 8:
-        raise ValueError(f"{size} bytes are no safetensors file")
-    (length,) = struct.unpack_from("<Q", part)
+        raise ValueError(f"{size} bytes are not a safetensors file")
+    length = int.from_bytes(part[:8].tobytes(), "little")
     if length > size - 8:
         raise ValueError(f"the safetensors header claims {length} bytes of {size}")
-    header, written = part[8 : 8 + length].tobytes(), b""
-    if header.startswith(BEFORE_CRC):  # all else of it is the same for all samples of a shape
-        header, written = header[: CRC.start] + header[CRC.stop :], header[CRC]
-    layout = _parse_header(header, name)
-    if layout.end > size - 8 - length:
+    header = part[8 : 8 + length].tobytes()
+    written = b""
+    if header.startswith(BEFORE_CRC):
+        # Without its CRC, the header is the same for all samples of a shape, and is parsed once.
+        written = header[CRC]
+        header = header[: CRC.start] + header[CRC.stop :]
+    entry = _parse_header(header, name)
+    if entry.end > size - 8 - length:
         raise ValueError(
-            f"the safetensors header gives {layout.dtype} {list(layout.shape)} the bytes {layout.begin}..{layout.end} "
-            f"of {size - 8 - length}"
+            f"the safetensors header gives {entry.dtype} {list(entry.shape)} the bytes "
+            f"{entry.begin}..{entry.end} of {size - 8 - length}"
         )
-    begin, end = 8 + length + layout.begin, 8 + length + layout.end
-    if checksum and (expected := written.decode("latin-1") or layout.crc32):
-        found = f"{zlib.crc32(part[begin:end]):08x}"
-        if found != expected:
-            raise ValueError(
-                f"the tensor's bytes have CRC-32 {found}, they were written with {expected}"
-            )
+    begin = 8 + length + entry.begin
+    end = 8 + length + entry.end
+    if checksum:
+        _check_crc(part[begin:end], written.decode("latin-1") or entry.crc32)
     if begin == end:
-        return torch.empty(layout.shape, dtype=layout.dtype)
-    if begin % layout.dtype.itemsize:  # only where another writer left its header unpadded
-        part, begin, end = part[begin:end].copy(), 0, end - begin
-    return torch.frombuffer(
-        part, dtype=layout.dtype, count=(end - begin) // layout.dtype.itemsize, offset=begin
-    ).view(layout.shape)
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    count = (end - begin) // entry.dtype.itemsize
+    if begin % entry.dtype.itemsize:  # another program wrote its header without padding
+        part = part[begin:end].copy()
+        begin = 0
+    flat = torch.frombuffer(part, dtype=entry.dtype, count=count, offset=begin)
+    return flat.view(entry.shape)
+
+
+def _check_crc(data: np.ndarray, expected: str) -> None:
+    """Raise ValueError if the CRC-32 of `data` is not `expected`; "" is not checked."""
+    if not expected:
+        return
+    found = f"{zlib.crc32(data.data):08x}"
+    if found != expected:
+        raise ValueError(
+            f"the tensor's bytes have CRC-32 {found}, they were written with {expected}"
+        )
 
 
 @lru_cache(HEADERS_KEPT)
-def _parse_header(header: bytes, name: str) -> _Layout:
-    """Raises ValueError where it does not describe a tensor `name`."""
+def _parse_header(header: bytes, name: str) -> _TensorEntry:
+    """The entry of tensor `name`. Raises ValueError if there is none."""
     entries, metadata = parse_header(header, "the safetensors header")
     entry = entries.get(name)
     if entry is None or entry.dtype not in DTYPES:
         raise ValueError(f"the safetensors header holds no readable tensor {name!r}")
-    return _Layout(
-        DTYPES[entry.dtype], entry.shape, entry.begin, entry.end, metadata.get("crc32", "")
+    return _TensorEntry(
+        dtype=DTYPES[entry.dtype],
+        shape=entry.shape,
+        begin=entry.begin,
+        end=entry.end,
+        crc32=metadata.get("crc32", ""),
     )
 
 
 class Buffers:
-    """Memory of batches, taken again when nobody holds a tensor in it any more: fresh pages cost as much as the read."""
+    """Memory for batches, reused when no array or tensor refers to it.
+
+    Allocating fresh pages costs as much as reading the data.
+    """
 
     def __init__(self, kept: int) -> None:
-        """Up to `kept` that are free or in use are remembered."""
+        """`kept`: maximum number of buffers, free or in use, that are reused."""
         self._kept = kept
         self._arrays: list[np.ndarray] = []
         self._lock = threading.Lock()
         probe = [np.empty(0, np.uint8)]
-        self._unused = sys.getrefcount(probe[0])  # of an array that only a list knows
+        self._unused = sys.getrefcount(probe[0])  # of an array that only a list refers to
 
     def take(self, size: int) -> np.ndarray:
-        """uint8 [size or more]; every array and tensor that shares its memory keeps it from being taken again."""
+        """A buffer: uint8 [at least size], in use until nothing refers to its memory."""
         with self._lock:
-            free = [
-                at
-                for at in range(len(self._arrays))
-                if sys.getrefcount(self._arrays[at]) == self._unused
-            ]
-            fitting = [
-                at for at in free if size <= self._arrays[at].size <= 2 * size + BUFFER_SLACK
-            ]
+            free = []
+            for index in range(len(self._arrays)):
+                if sys.getrefcount(self._arrays[index]) == self._unused:
+                    free.append(index)
+            largest = 2 * size + BUFFER_SLACK
+            fitting = [index for index in free if size <= self._arrays[index].size <= largest]
             if fitting:
-                return self._arrays[min(fitting, key=lambda at: self._arrays[at].size)]
+                return self._arrays[min(fitting, key=lambda index: self._arrays[index].size)]
             array = np.empty(size + size // 8 + BUFFER_SLACK // 16, np.uint8)
             if len(self._arrays) >= self._kept and free:
                 self._arrays[free[0]] = array

@@ -1,0 +1,1 @@
+"""Loads samples of a data set in a global order."""

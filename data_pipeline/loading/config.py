@@ -1,4 +1,4 @@
-"""Configs of the data side. Torch-free."""
+"""Config of the data that a trainer reads. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,61 +12,91 @@ from landiff.configs.base import Config, ConfigError
 class SourceConfig(Config):
     """One data set."""
 
-    manifest: Path  # data folder, or its manifest.json; with `remote`, the folder that caches what was fetched
-    remote: str = (
-        ""  # fsspec URL of the data folder, e.g. s3://bucket/train; "": `manifest` holds everything
+    manifest: Path = Field(
+        description="Data folder, or its manifest.json. With `remote`, the folder that caches "
+        "downloaded shards."
     )
-    cache_gigabytes: PositiveFloat = (
-        100.0  # of shards in `manifest` that `remote` may fill; the least recently used go
+    remote: str = Field(
+        default="",
+        description="fsspec URL of the data folder, e.g. s3://bucket/train. Empty if the data are "
+        "local, in `manifest`.",
     )
-    weight: PositiveFloat = (
-        1.0  # how often a sample comes in an epoch: 1 exactly once, 0.5 every second epoch, 2 twice
+    cache_gigabytes: PositiveFloat = Field(
+        default=100.0,
+        description="Maximum size of the cache of a remote data folder in GB (10^9 bytes). The "
+        "least recently used shards are deleted first.",
+    )
+    weight: PositiveFloat = Field(
+        default=1.0,
+        description="How often each sample occurs in an epoch of the blend: 1 is once, 0.5 every "
+        "second epoch, 2 twice.",
     )
 
 
 class DataConfig(SourceConfig):
-    """What a trainer reads, and how it is cut into batches."""
+    """What a trainer reads, and how it is divided into batches."""
 
-    blend: tuple[SourceConfig, ...] = ()  # further data sets, mixed evenly with the first
-    global_batch_size: PositiveInt  # samples of one optimizer step over all ranks
-    micro_batch_size: PositiveInt = 1  # samples of one forward on one rank
-    seed: NonNegativeInt = (
-        0  # of the order; the global order is a function of (manifest, seed, epoch)
+    blend: tuple[SourceConfig, ...] = Field(
+        default=(), description="Further data sets, mixed evenly with the first by weight."
     )
-    shuffle_window: PositiveInt = 16  # shards whose samples are mixed
-    prefetch_batches: NonNegativeInt = (
-        2  # read ahead in the background; 0 = in the trainer's own thread
+    global_batch_size: PositiveInt = Field(
+        description="Samples of one optimizer step over all ranks."
+    )
+    micro_batch_size: PositiveInt = Field(
+        default=1, description="Samples of one forward pass on one rank."
+    )
+    seed: NonNegativeInt = Field(
+        default=0,
+        description="Seed of the sample order, which depends only on manifest, seed and epoch.",
+    )
+    shuffle_window: PositiveInt = Field(
+        default=16, description="Number of shards whose samples are mixed."
+    )
+    prefetch_batches: NonNegativeInt = Field(
+        default=2,
+        description="Batches that are read ahead in background threads. 0 reads in the trainer's "
+        "thread.",
     )
     read_threads: PositiveInt = Field(
-        default=1, le=64
-    )  # that share the reading of each batch, and as many to fetch; more for remote data
-    checksum: bool = False  # compare every tensor with the CRC-32 it was written with (0.15 s a GB); without, names and sizes only
-    adopt: bool = False  # accept columns whose fingerprints don't fit; the one way past the refusal
+        default=1,
+        le=64,
+        description="Threads that read each batch together, and as many that download shards. "
+        "Remote data need more.",
+    )
+    checksum: bool = Field(
+        default=False,
+        description="Compare every tensor with its stored CRC-32 (0.15 s per GB). Without it, only "
+        "names and sizes are checked.",
+    )
+    adopt: bool = Field(
+        default=False, description="Use columns even if their fingerprints do not agree."
+    )
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """All data sets, the first one first."""
+        """All data sets, this one first."""
         return (self, *self.blend)
 
     def micro_batches(self, copies: int) -> int:
-        """Micro-batches of one data-parallel copy in one step.
+        """Micro-batches per step of each of `copies` data-parallel ranks.
 
-        Raises ConfigError where the global batch does not divide, with the nearest sizes and copies that do.
+        Raises ConfigError, with the nearest valid numbers, if the global batch does not divide.
         """
-        batch, micro = self.global_batch_size, self.micro_batch_size
+        batch = self.global_batch_size
+        micro = self.micro_batch_size
         unit = micro * copies
         if batch % unit == 0:
             return batch // unit
         below = batch // unit * unit
         sizes = [below, below + unit] if below else [unit]
-        fit = [number for number in range(1, batch // micro + 1) if batch % (micro * number) == 0]
-        fewer = [number for number in fit if number < copies]
-        more = [number for number in fit if number > copies]
+        valid = [number for number in range(1, batch // micro + 1) if batch % (micro * number) == 0]
+        fewer = [number for number in valid if number < copies]
+        more = [number for number in valid if number > copies]
         others = [*fewer[-1:], *more[:1]]
         text = (
             f"data.global_batch_size = {batch} is not a multiple of data-parallel ranks * "
-            "data.micro_batch_size = "
-            f"{copies} * {micro}; the nearest that are: {' or '.join(map(str, sizes))}"
+            f"data.micro_batch_size = {copies} * {micro}; the nearest that are: "
+            f"{' or '.join(map(str, sizes))}"
         )
         if others:
             text += f"; or run {' or '.join(map(str, others))} data-parallel ranks"

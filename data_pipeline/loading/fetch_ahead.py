@@ -1,4 +1,7 @@
-"""Remote shards come before they are wanted: at the end of a window of shards, all of the next one's are new."""
+"""Downloads remote shards before the loader needs them.
+
+At the end of a window of shards, all shards of the next window are new.
+"""
 
 from __future__ import annotations
 
@@ -15,98 +18,118 @@ from landiff.data_pipeline.loading.order import BatchOrder
 
 log = logging.getLogger(__name__)
 
-ShardKey = tuple[int, int]  # data set, shard
+ShardKey = tuple[int, int]  # (data set, shard)
 
 
 class FetchAhead:
-    """Walks ahead of a loader through its order and fetches the shards that its rank will read.
+    """Downloads the shards that this rank will read, in the order of a loader, in the background.
 
-    As far as the caches have room beside what is read now, at most an epoch. What cannot be fetched is left to the
-    loader, which says so when it comes there.
+    It stays at most one epoch ahead, and within the part of each cache that it may use. Shards that
+    cannot be downloaded are left to the loader, which raises the error when it needs them.
     """
 
     def __init__(
         self,
         sets: Sequence[AlignedColumns],
-        rooms: Sequence[int],
+        cache_bytes: Sequence[int],
         order: BatchOrder,
         positions: np.ndarray,
+        *,
         threads: int,
     ) -> None:
-        """`rooms`: for each data set the bytes of its cache that shards in use or fetched ahead may take; 0 where it is local."""
-        self._sets, self._rooms, self._order, self._positions = sets, rooms, order, positions
+        """Start the background threads.
+
+        Args:
+            sets: The data sets of the loader.
+            cache_bytes: For each data set, the bytes of its cache for shards in use or downloaded
+                ahead; 0 for a local data set.
+            order: The order of the loader.
+            positions: Positions of this rank in a global batch.
+            threads: Number of simultaneous downloads.
+        """
+        self._sets = sets
+        self._cache_bytes = cache_bytes
+        self._order = order
+        self._positions = positions
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
-        self._moved = threading.Condition()
-        self._step = self._walked = (
-            0  # what the loader reads next; the first step that was not looked at
-        )
-        self._until: dict[
-            ShardKey, int
-        ] = {}  # the last step so far that wants a shard, of those not yet past
+        self._changed = threading.Condition()
+        self._step = 0  # that the loader reads next
+        self._planned = 0  # first step whose shards are not known yet
+        self._last_use: dict[ShardKey, int] = {}  # last planned step that reads a shard
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fetch ahead", daemon=True)
         self._thread.start()
 
     def reached(self, step: int) -> None:
-        """The loader goes on with `step`: the next one, or where a checkpoint sent it."""
-        with self._moved:
-            if not self._step <= step <= self._walked:
-                self._walked = step
-                self._until.clear()
+        """Continue from `step`: the next step of the loader, or that of a loaded checkpoint."""
+        with self._changed:
+            if not self._step <= step <= self._planned:
+                self._planned = step
+                self._last_use.clear()
             self._step = step
-            self._until = {place: last for place, last in self._until.items() if last >= step}
-            self._moved.notify()
+            self._last_use = {shard: last for shard, last in self._last_use.items() if last >= step}
+            self._changed.notify()
 
     def close(self) -> None:
-        with self._moved:
+        """End the background threads; downloads in progress are waited for."""
+        with self._changed:
             self._closed = True
-            self._moved.notify()
+            self._changed.notify()
         self._pool.shutdown(cancel_futures=True)
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            while new := self._next_shards():
-                start = int(self._positions[0]) % len(
-                    new
-                )  # ranks that share a cache begin with different shards
-                for fetched in [
-                    self._pool.submit(self._sets[source].fetch, shard)
-                    for source, shard in new[start:] + new[:start]
-                ]:
-                    fetched.result()
+            while True:
+                shards = self._next_shards()
+                if not shards:
+                    return
+                self._fetch(shards)
         except ShardError as error:
             if not self._closed:
-                log.warning("no more shards are fetched ahead: %s", error)
+                log.warning("no more shards are downloaded ahead: %s", error)
         except (CancelledError, RuntimeError):  # the pool was shut down
             if not self._closed:
                 raise
 
+    def _fetch(self, shards: list[ShardKey]) -> None:
+        """Download shards. Raises ShardError."""
+        # Ranks that share a cache start with different shards.
+        start = int(self._positions[0]) % len(shards)
+        downloads = []
+        for source, shard in shards[start:] + shards[:start]:
+            downloads.append(self._pool.submit(self._sets[source].fetch, shard))
+        for download in downloads:
+            download.result()
+
     def _next_shards(self) -> list[ShardKey]:
-        """Those that come into use at the next step where any do, when there is room for them. [] at the end."""
-        with self._moved:
+        """New shards of the next step that needs any; waits for space. Empty after `close`."""
+        epoch_steps = self._order.num_samples // self._order.batch_size
+        with self._changed:
             while not self._closed:
-                if self._walked - self._step > self._order.num_samples // self._order.batch_size:
-                    self._moved.wait()
+                if self._planned - self._step > epoch_steps:
+                    self._changed.wait()
                     continue
-                sources, places = self._order.locate(self._walked, self._positions)
-                wanted = [
-                    place
-                    for place in zip(sources.tolist(), places.shard.tolist(), strict=True)
-                    if self._rooms[place[0]]
-                ]
-                new = [place for place in dict.fromkeys(wanted) if place not in self._until]
-                if new and self._walked > self._step and not self._has_room(new):
-                    self._moved.wait()
+                used = self._remote_shards(self._planned)
+                new = [shard for shard in dict.fromkeys(used) if shard not in self._last_use]
+                if new and self._planned > self._step and not self._fits(new):
+                    self._changed.wait()
                     continue
-                self._until.update(dict.fromkeys(wanted, self._walked))
-                self._walked += 1
+                self._last_use.update(dict.fromkeys(used, self._planned))
+                self._planned += 1
                 if new:
                     return new
         return []
 
-    def _has_room(self, new: Sequence[ShardKey]) -> bool:
-        used = [0] * len(self._rooms)
-        for source, shard in [*self._until, *new]:
-            used[source] += self._sets[source].bytes_of(shard)
-        return all(size <= room for size, room in zip(used, self._rooms, strict=True))
+    def _remote_shards(self, step: int) -> list[ShardKey]:
+        """The remote shard of each sample that this rank reads in a step."""
+        sources, places = self._order.locate(step, self._positions)
+        shards = zip(sources.tolist(), places.shard.tolist(), strict=True)
+        return [(source, shard) for source, shard in shards if self._cache_bytes[source]]
+
+    def _fits(self, new: Sequence[ShardKey]) -> bool:
+        """Whether the caches hold the shards in use and `new`."""
+        sizes = [0] * len(self._cache_bytes)
+        for source, shard in [*self._last_use, *new]:
+            sizes[source] += self._sets[source].bytes_of(shard)
+        return all(size <= limit for size, limit in zip(sizes, self._cache_bytes, strict=True))

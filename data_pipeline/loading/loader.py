@@ -1,15 +1,18 @@
-"""Samples in a global order that depends on (manifest, seed, epoch) alone, with exact resume.
+"""Loads samples in a global order that depends only on (manifest, seed, epoch), with exact resume.
 
-Global batch k is samples k * G .. (k + 1) * G - 1 of the endless stream (order.py), whatever the number of
-ranks; rank r of n takes every n-th of them, so micro-batch m of all ranks together is one stretch of the
-global batch. What must survive a restart is one number: how many samples were handed out.
+Global batch k holds samples k * G .. (k + 1) * G - 1 of the endless stream (order.py), for any
+number of ranks. Rank r of n reads every n-th sample from the r-th on, so that micro-batch m of all
+ranks together is a contiguous part of the global batch. A checkpoint stores one number: the
+samples that were returned.
 
-A blend of data sets and buckets of shapes change what global batch k holds (`order.BatchOrder`), nothing else.
-The tensors of a batch share memory that is used again when the last of them is gone.
+A blend of data sets, and buckets of clip shapes, change only the content of global batch k
+(`order.BatchOrder`). The tensors of a batch share memory that is reused when the last of them is
+freed.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,20 +35,20 @@ from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.data_pipeline.format.tensors import Buffers
 from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
 from landiff.data_pipeline.loading.fetch_ahead import FetchAhead
-from landiff.data_pipeline.loading.order import BatchOrder, BlendSource
+from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset
 from landiff.data_pipeline.loading.position import check_position
-from landiff.data_pipeline.loading.remote import ROOM, open_remote
+from landiff.data_pipeline.loading.remote import RANK_PART, Remote, data_folder, open_remote
 
 __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip's columns. `index` is its place in the endless stream of samples: step * global batch + position."""
+    """Columns of one clip."""
 
     key: str
     epoch: int
-    index: int
+    index: int  # in the endless stream: step * global batch size + position
     position: int  # in the global batch
     meta: RawSample
     tensors: dict[str, Tensor]  # by column name, e.g. "tokens", "text-minilm"
@@ -53,7 +56,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """This data-parallel rank's share of global batch `step` (0-based), cut into micro-batches."""
+    """The part of global batch `step` (from 0) that this data-parallel rank reads."""
 
     step: int
     global_batch_size: int
@@ -61,78 +64,71 @@ class Batch:
 
     @property
     def samples(self) -> Iterator[Sample]:
-        return (sample for micro in self.micro_batches for sample in micro)
+        """The samples of all micro-batches, in order."""
+        return itertools.chain.from_iterable(self.micro_batches)
 
 
 class Loader:
-    """Hands out this rank's share of one global batch after another, for ever.
+    """Returns this rank's part of one global batch after another, without end.
 
-    Tensor- and pipeline-parallel peers pass the same `dp_rank` and get equal batches.
+    Tensor- and pipeline-parallel ranks with the same `dp_rank` get equal batches.
     """
 
     def __init__(
         self, config: DataConfig, columns: Sequence[str], *, dp_rank: int, dp_size: int
     ) -> None:
-        """Raises ConfigError where the ranks don't divide the global batch, ShardError where the data don't fit."""
+        """Open the data sets for data-parallel rank `dp_rank` of `dp_size`.
+
+        Raises ConfigError if the ranks do not divide the global batch, ShardError if the data do
+        not agree with the config.
+        """
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         config.micro_batches(dp_size)
         self.config = config
-        self._sets = [_open(source, config, columns) for source in config.sources]
+        self._remotes: list[Remote | None] = []
+        self._sets: list[AlignedColumns] = []
+        for source in config.sources:
+            remote = open_remote(source)
+            self._remotes.append(remote)
+            self._sets.append(_open(source, remote, config, columns))
         self.manifest = self._sets[0].manifest
         if not config.adopt:
-            check_blend([one.manifest for one in self._sets], columns)
-        sources = [
-            BlendSource(one.counts, [s.bucket for s in one.manifest.shards], source.weight)
-            for one, source in zip(self._sets, config.sources, strict=True)
-        ]
+            check_blend([dataset.manifest for dataset in self._sets], columns)
         self._order = BatchOrder(
-            sources,
+            self._ordered_datasets(),
             seed=config.seed,
             window=config.shuffle_window,
             batch_size=config.global_batch_size,
         )
         if not self.num_samples:
             raise ShardError(
-                f"{config.manifest} holds no clip that has all of {', '.join(columns) or 'raw'}; see reject_counts in its manifest"
+                f"{config.manifest} holds no clip that has all of {', '.join(columns) or 'raw'}; "
+                "see reject_counts in its manifest"
             )
         self._positions = np.arange(dp_rank, config.global_batch_size, dp_size)
-        self._pool = (
-            ThreadPoolExecutor(config.read_threads, thread_name_prefix="loader")
-            if config.prefetch_batches
-            else None
-        )
         self._buffers = Buffers((config.prefetch_batches + 3) * config.read_threads)
         self._ahead: deque[list[Future[list[Sample]]]] = deque()
         self._step = 0
-        rooms = [
-            int(ROOM * one.remote.max_bytes) if one.remote is not None else 0 for one in self._sets
-        ]
-        self._fetch_ahead = (
-            FetchAhead(self._sets, rooms, self._order, self._positions, config.read_threads)
-            if any(rooms) and self._pool
-            else None
-        )
+        self._pool: ThreadPoolExecutor | None = None
+        self._fetch_ahead: FetchAhead | None = None
+        if config.prefetch_batches:
+            self._pool = ThreadPoolExecutor(config.read_threads, thread_name_prefix="loader")
+            self._fetch_ahead = self._start_fetch_ahead()
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch: clips that every wanted column has, times their data sets' weights."""
+        """Samples of one epoch: clips that have all columns, times their data set's weight."""
         return self._order.num_samples
 
     def next_batch(self) -> Batch:
-        """This rank's share of the next global batch. Raises ShardError with file and key of a damaged sample."""
+        """This rank's part of the next global batch.
+
+        Raises ShardError with file and key of a damaged sample.
+        """
         if self._pool is None:
             samples = self._read(self._step, self._positions)
         else:
-            while len(self._ahead) <= self.config.prefetch_batches:
-                step = self._step + len(self._ahead)
-                self._ahead.append(
-                    [self._pool.submit(self._read, step, some) for some in self._shares()]
-                )
-            try:
-                samples = [sample for some in self._ahead.popleft() for sample in some.result()]
-            except BaseException:
-                self._forget_ahead()
-                raise
+            samples = self._next_prefetched(self._pool)
         size = self.config.micro_batch_size
         micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
         batch = Batch(self._step, self.config.global_batch_size, micro_batches)
@@ -142,7 +138,7 @@ class Loader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What was handed out, and of what: JSON-able, equal on all ranks."""
+        """Position in the data and their identity: JSON values, equal on all ranks."""
         return {
             "format": FORMAT_VERSION,
             "consumed_samples": self._step * self.config.global_batch_size,
@@ -150,84 +146,123 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the last batch of `state`, on any number of ranks.
+        """Continue after the last batch of `state`, on any number of ranks.
 
-        Raises ConfigError where the state is of another data set, seed or batch size.
+        Raises ConfigError if the state belongs to another data set, seed or batch size.
         """
         check_position(state, self._identity())
         step, rest = divmod(state["consumed_samples"], self.config.global_batch_size)
         if rest:
             raise ConfigError(
-                f"consumed_samples = {state['consumed_samples']} is not a multiple of data.global_batch_size = "
-                f"{self.config.global_batch_size}; the checkpoint's loader state is damaged"
+                f"consumed_samples = {state['consumed_samples']} is not a multiple of "
+                f"data.global_batch_size = {self.config.global_batch_size}; the checkpoint's "
+                "loader state is damaged"
             )
-        self._forget_ahead()
+        self._cancel_prefetch()
         self._step = step
         if self._fetch_ahead is not None:
             self._fetch_ahead.reached(step)
 
     def close(self) -> None:
         """End the background threads and close the files."""
-        for one in self._sets:
-            if one.remote is not None:
-                one.remote.closed = True
-        self._forget_ahead()
+        for remote in self._remotes:
+            if remote is not None:
+                remote.closed = True
+        self._cancel_prefetch()
         if self._fetch_ahead is not None:
             self._fetch_ahead.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
-        for one in self._sets:
-            one.close()
+        for dataset in self._sets:
+            dataset.close()
 
     def __enter__(self) -> Loader:
+        """Return this loader."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the loader."""
         self.close()
 
+    def _ordered_datasets(self) -> list[OrderedDataset]:
+        datasets = []
+        for dataset, source in zip(self._sets, self.config.sources, strict=True):
+            buckets = [shard.bucket for shard in dataset.manifest.shards]
+            datasets.append(OrderedDataset(dataset.counts, buckets, source.weight))
+        return datasets
+
+    def _start_fetch_ahead(self) -> FetchAhead | None:
+        """Start downloads if any data set is remote."""
+        cache_bytes = []
+        for remote in self._remotes:
+            cache_bytes.append(int(RANK_PART * remote.max_bytes) if remote is not None else 0)
+        if not any(cache_bytes):
+            return None
+        return FetchAhead(
+            self._sets,
+            cache_bytes,
+            self._order,
+            self._positions,
+            threads=self.config.read_threads,
+        )
+
     def _identity(self) -> dict[str, Any]:
+        """What determines the order of samples; must be the same after a restart."""
+        data = self.manifest.fingerprint
+        exclusions = self._sets[0].exclusions
+        if len(self._sets) > 1:
+            pairs = zip(self._sets, self.config.sources, strict=True)
+            parts = [(dataset.manifest.fingerprint, source.weight) for dataset, source in pairs]
+            data = content_fingerprint(*parts)
+            exclusions = content_fingerprint(*[dataset.exclusions for dataset in self._sets])
         return {
-            "data": self.manifest.fingerprint
-            if len(self._sets) == 1
-            else content_fingerprint(*self._identities()),
+            "data": data,
             "num_samples": self.num_samples,
-            "exclusions": self._sets[0].exclusions
-            if len(self._sets) == 1
-            else content_fingerprint(*(one.exclusions for one in self._sets)),
+            "exclusions": exclusions,
             "seed": self.config.seed,
             "shuffle_window": self.config.shuffle_window,
             "global_batch_size": self.config.global_batch_size,
         }
 
-    def _identities(self) -> list[tuple[str, float]]:
-        return [
-            (one.manifest.fingerprint, source.weight)
-            for one, source in zip(self._sets, self.config.sources, strict=True)
-        ]
+    def _next_prefetched(self, pool: ThreadPoolExecutor) -> list[Sample]:
+        """Samples of the next batch; keeps the queue of the following batches full."""
+        while len(self._ahead) <= self.config.prefetch_batches:
+            step = self._step + len(self._ahead)
+            reads = [pool.submit(self._read, step, part) for part in self._thread_positions()]
+            self._ahead.append(reads)
+        samples: list[Sample] = []
+        try:
+            for read in self._ahead.popleft():
+                samples += read.result()
+        except BaseException:
+            self._cancel_prefetch()
+            raise
+        return samples
 
-    def _forget_ahead(self) -> None:
-        for futures in self._ahead:
-            for future in futures:
-                future.cancel()
+    def _cancel_prefetch(self) -> None:
+        for reads in self._ahead:
+            for read in reads:
+                read.cancel()
         self._ahead.clear()
 
-    def _shares(self) -> list[np.ndarray]:
-        """This rank's positions, for each thread a stretch of them."""
-        return [
-            some for some in np.array_split(self._positions, self.config.read_threads) if some.size
-        ]
+    def _thread_positions(self) -> list[np.ndarray]:
+        """This rank's positions in a global batch, in a contiguous part for each thread."""
+        parts = np.array_split(self._positions, self.config.read_threads)
+        return [part for part in parts if part.size]
 
     def _read(self, step: int, positions: np.ndarray) -> list[Sample]:
-        """Samples of global batch `step`, all in one piece of memory."""
+        """Samples at `positions` of global batch `step`, all in one block of memory."""
         sources, places = self._order.locate(step, positions)
-        where = list(
+        located = list(
             zip(sources.tolist(), places.shard.tolist(), places.slot.tolist(), strict=True)
         )
-        sizes = [self._sets[source].size(shard, slot) for source, shard, slot in where]
-        memory, begin, samples = self._buffers.take(sum(sizes)), 0, []
+        sizes = [self._sets[source].size(shard, slot) for source, shard, slot in located]
+        memory = self._buffers.take(sum(sizes))
+        begin = 0
+        samples = []
         first = step * self.config.global_batch_size
         for (source, shard, slot), size, epoch, position in zip(
-            where, sizes, places.epoch.tolist(), positions.tolist(), strict=True
+            located, sizes, places.epoch.tolist(), positions.tolist(), strict=True
         ):
             meta, tensors = self._sets[source].read(shard, slot, memory[begin:])
             samples.append(
@@ -245,17 +280,18 @@ class Loader:
 
 
 def open_manifest(config: DataConfig) -> Manifest:
-    """The manifest of the first data set, fetched where it is remote."""
+    """The manifest of the first data set, downloaded if it is remote."""
     open_remote(config)
     return read_manifest(config.manifest)
 
 
-def _open(source: SourceConfig, config: DataConfig, columns: Sequence[str]) -> AlignedColumns:
-    remote = open_remote(source)
+def _open(
+    source: SourceConfig, remote: Remote | None, config: DataConfig, columns: Sequence[str]
+) -> AlignedColumns:
+    """Open one data set. Raises ShardError if its cache is too small for a window of shards."""
     manifest = read_manifest(source.manifest)
-    data = source.manifest.parent if source.manifest.suffix == ".json" else source.manifest
     opened = AlignedColumns(
-        data,
+        data_folder(source),
         manifest,
         columns,
         adopt=config.adopt,
@@ -264,11 +300,9 @@ def _open(source: SourceConfig, config: DataConfig, columns: Sequence[str]) -> A
         remote=remote,
     )
     if remote is not None:
-        largest = [
-            sorted((s.bytes for s in manifest.columns[name].shards), reverse=True)[
-                : config.shuffle_window
-            ]
-            for name in columns
-        ]
-        remote.check_room(sum(map(sum, largest)))
+        window_bytes = 0
+        for name in columns:
+            sizes = sorted((shard.bytes for shard in manifest.columns[name].shards), reverse=True)
+            window_bytes += sum(sizes[: config.shuffle_window])
+        remote.check_cache_size(window_bytes)
     return opened

@@ -1,7 +1,7 @@
-"""The global order of samples: a pure function of (shard sizes, seed, epoch), with no table of samples.
+"""Global sample order: a pure function of (shard sizes, seed, epoch) without a table of samples.
 
-Shards are permuted, and the samples of every window of consecutive shards are permuted among themselves:
-reads stay near a few files, and any place of any epoch is found without walking there. Cost of a seek:
+Shards are permuted, and the samples of every window of consecutive shards are permuted among
+themselves. Reads therefore stay in a few files, and any position of any epoch is found directly:
 one table of the shards per epoch, then a binary search.
 """
 
@@ -16,16 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-ROUNDS = 6  # of the Feistel network; 4 already pass for large n, small n want a few more
-MIN_BITS = 3  # of half a number: a network over less than 64 values favours some orders
-EPOCHS_KEPT = 2  # a global batch may straddle two
+ROUNDS = 6  # of the Feistel network; 4 suffice for large n, small n needs more
+MIN_BITS = 3  # of half a number; with fewer, a network over 64 values favours some orders
+EPOCHS_KEPT = 2  # a global batch may span two epochs
 
 
 class Permutation:
-    """A keyed permutation of range(n) that needs no memory: Feistel network over a power of four, walking
-    the cycle until it is back inside the range."""
+    """Keyed permutation of range(n) in constant memory.
+
+    A Feistel network over a power of four, applied repeatedly until the result is in the range.
+    """
 
     def __init__(self, n: int, key: str) -> None:
+        """Permutation of range(n), determined by `key`."""
         assert 0 <= n < 2**62, n
         self.n = n
         self._bits = np.uint64(max(MIN_BITS, ((n - 1).bit_length() + 1) // 2))
@@ -34,7 +37,7 @@ class Permutation:
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
     def take(self, indices: Ints) -> Ints:
-        """Where each of `indices` (all in [0, n), at least one-dimensional) goes."""
+        """Images of `indices`, an array of at least one dimension with values in [0, n)."""
         values = self._network(np.asarray(indices).astype(np.uint64))
         outside = np.flatnonzero(values >= self.n)
         while outside.size:
@@ -43,14 +46,15 @@ class Permutation:
         return values.astype(np.int64)
 
     def _network(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = values >> self._bits, values & self._mask
+        left = values >> self._bits
+        right = values & self._mask
         for key in self._keys:
             left, right = right, left ^ (_mix(right ^ key) & self._mask)
         return (left << self._bits) | right
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    """Finalizer of splitmix64: every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -58,46 +62,55 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True)
 class Places:
-    """Where some samples of the stream lie: parallel arrays."""
+    """Locations of samples, as parallel arrays."""
 
     epoch: Ints
     shard: Ints  # position in the manifest's list of shards
-    slot: Ints  # among the samples of that shard that take part
+    slot: Ints  # position in the shard, without rejected clips
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The shards of one epoch in their order, and where they and their windows end."""
+    """The shards of one epoch in order, and the ends of shards and windows in samples."""
 
     shards: Ints
     shard_ends: Ints
     window_ends: Ints
 
 
-class Order:
-    """The endless stream of samples: epoch after epoch, each holding every sample once."""
+class SampleOrder:
+    """Endless stream of the samples of one data set: epochs in which every sample occurs once."""
 
     def __init__(
         self, counts: Sequence[int] | Ints, *, seed: int, window: int, name: str = ""
     ) -> None:
-        """`counts` samples per shard; `window` shards whose samples are mixed. Orders of other names differ."""
+        """Order of the samples of shards.
+
+        Args:
+            counts: Samples per shard.
+            seed: Seed of the order.
+            window: Number of shards whose samples are mixed.
+            name: Part of the random key: orders with different names differ.
+        """
         self.counts = np.asarray(counts, dtype=np.int64)
         self.num_samples = int(self.counts.sum())
-        self._key = f"{seed}{name and '/'}{name}"
+        self._key = f"{seed}/{name}" if name else str(seed)
         self.window = window
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def locate(self, indices: Ints) -> Places:
-        """The places of samples `indices` of the stream (index i is sample i mod n of epoch i div n)."""
+        """Places of samples in the stream. Index i is sample i mod n of epoch i div n."""
         assert self.num_samples > 0
         indices = np.asarray(indices, dtype=np.int64)
         epochs, within = np.divmod(indices, self.num_samples)
-        shard, slot = np.empty_like(indices), np.empty_like(indices)
+        shard = np.empty_like(indices)
+        slot = np.empty_like(indices)
         for epoch, chosen in _groups(epochs):
             shard[chosen], slot[chosen] = self._locate(epoch, within[chosen])
         return Places(epochs, shard, slot)
 
     def _locate(self, epoch: int, within: Ints) -> tuple[Ints, Ints]:
+        """(shard, slot) of the samples at the positions `within` one epoch."""
         table = self._epoch(epoch)
         windows = np.searchsorted(table.window_ends, within, side="right")
         mixed = np.empty_like(within)
@@ -111,28 +124,27 @@ class Order:
         return shard, mixed - (table.shard_ends[place] - self.counts[shard])
 
     def _epoch(self, epoch: int) -> _Epoch:
+        """The table of one epoch; the latest ones are kept."""
         table = self._epochs.get(epoch)
         if table is None:
-            num_shards = len(self.counts)
-            shards = Permutation(num_shards, f"{self._key}/{epoch}/shards").take(
-                np.arange(num_shards)
-            )
-            shard_ends = np.cumsum(self.counts[shards])
-            last = (
-                np.minimum(
-                    np.arange(self.window, num_shards + self.window, self.window), num_shards
-                )
-                - 1
-            )
-            table = _Epoch(shards, shard_ends, shard_ends[last])
+            table = self._make_epoch(epoch)
             self._epochs[epoch] = table
             while len(self._epochs) > EPOCHS_KEPT:
                 self._epochs.popitem(last=False)
         return table
 
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        num_shards = len(self.counts)
+        permutation = Permutation(num_shards, f"{self._key}/{epoch}/shards")
+        shards = permutation.take(np.arange(num_shards))
+        shard_ends = np.cumsum(self.counts[shards])
+        ends = np.arange(self.window, num_shards + self.window, self.window)
+        last_shards = np.minimum(ends, num_shards) - 1  # of each window
+        return _Epoch(shards, shard_ends, shard_ends[last_shards])
+
 
 def _groups(values: Ints) -> Iterator[tuple[int, Ints | slice]]:
-    """Each of `values` once, and where it stands. A batch mostly lies in one epoch and one window."""
+    """Each distinct value with its positions. Fast for one value, as in most batches."""
     if values.size and (values == values[0]).all():
         yield int(values[0]), slice(None)
         return
@@ -141,30 +153,35 @@ def _groups(values: Ints) -> Iterator[tuple[int, Ints | slice]]:
 
 
 def interleave(indices: Ints, counts: Sequence[int]) -> tuple[Ints, Ints]:
-    """Merge endless streams evenly: (which stream, index in it) for each of `indices`.
+    """Merge endless streams evenly: (stream, index in that stream) for each of `indices`.
 
-    Of every sum(counts) in a row, counts[i] come from stream i, each stream in its own order.
+    Any sum(counts) consecutive items contain counts[i] items of stream i. Each stream keeps its
+    order.
     """
-    which, within = np.zeros_like(indices), np.array(indices)
+    which = np.zeros_like(indices)
+    within = np.array(indices)
     if len(counts) == 1:
         return which, within
-    rest, total = np.array(indices), sum(counts)
+    rest = np.array(indices)
+    total = sum(counts)
     undecided = np.ones(len(indices), dtype=bool)
     for stream, count in enumerate(counts):
-        periods, at = np.divmod(rest, total)
-        before = at * count // total
-        mine = undecided & ((at + 1) * count // total > before)
-        which[mine], within[mine] = stream, (periods * count + before)[mine]
-        undecided &= ~mine
-        rest, total = rest - periods * count - before, total - count
+        periods, position = np.divmod(rest, total)
+        before = position * count // total
+        chosen = undecided & ((position + 1) * count // total > before)
+        which[chosen] = stream
+        within[chosen] = (periods * count + before)[chosen]
+        undecided &= ~chosen
+        rest = rest - periods * count - before
+        total -= count
         if not undecided.any():
             break
     return which, within
 
 
 @dataclass(frozen=True)
-class BlendSource:
-    """One data set as the order sees it."""
+class OrderedDataset:
+    """One data set as the order needs it."""
 
     counts: Ints  # samples per shard
     buckets: Sequence[str]  # of each shard
@@ -173,58 +190,78 @@ class BlendSource:
 
 @dataclass(frozen=True)
 class _Part:
-    """The shards of one bucket of one source."""
+    """The shards of one bucket of one data set."""
 
     source: int
     shards: Ints
-    order: Order
-    share: int  # samples an epoch
+    order: SampleOrder
+    epoch_samples: int  # in an epoch of the blend
 
 
 class BatchOrder:
-    """Global batch k of several data sets with several buckets.
+    """Global batches from several data sets with several buckets.
 
-    Each batch is of one bucket, so that every micro-batch of every rank has one shape; buckets take turns by their
-    number of samples. Within a bucket, sources are mixed evenly by weight * number of samples. Each (bucket,
-    source) runs through its own epochs, each sample once in each.
+    Each batch is of one bucket, so that every micro-batch of every rank has the same shape.
+    Buckets alternate by their number of samples. Within a bucket, data sets are mixed evenly by
+    weight * number of samples. Each pair (bucket, data set) has its own epochs, in which every
+    sample occurs once.
     """
 
     def __init__(
-        self, sources: Sequence[BlendSource], *, seed: int, window: int, batch_size: int
+        self, sources: Sequence[OrderedDataset], *, seed: int, window: int, batch_size: int
     ) -> None:
+        """`window` is that of `SampleOrder`; `batch_size` counts the samples of a global batch."""
         self.batch_size = batch_size
         self._buckets: list[list[_Part]] = []
-        for bucket in sorted({bucket for source in sources for bucket in source.buckets}):
-            parts = []
-            for number, source in enumerate(sources):
-                shards = np.flatnonzero(np.array([b == bucket for b in source.buckets], dtype=bool))
-                samples = int(source.counts[shards].sum())
-                if samples:
-                    name = "/".join(
-                        [f"source {number}"] * bool(number) + [f"bucket {bucket}"] * bool(bucket)
-                    )
-                    order = Order(source.counts[shards], seed=seed, window=window, name=name)
-                    parts.append(
-                        _Part(number, shards, order, max(1, round(samples * source.weight)))
-                    )
+        buckets: set[str] = set()
+        for source in sources:
+            buckets.update(source.buckets)
+        for bucket in sorted(buckets):
+            parts = _parts_of(bucket, sources, seed=seed, window=window)
             if parts:
                 self._buckets.append(parts)
-        self._shares = [sum(part.share for part in parts) for parts in self._buckets]
-        self.num_samples = sum(self._shares)
+        self._bucket_samples = [
+            sum(part.epoch_samples for part in parts) for parts in self._buckets
+        ]
+        self.num_samples = sum(self._bucket_samples)
 
     def locate(self, step: int, positions: Ints) -> tuple[Ints, Places]:
-        """(source, places) of the samples at `positions` of global batch `step`."""
-        (bucket,), (turn,) = interleave(np.array([step], dtype=np.int64), self._shares)
-        parts = self._buckets[bucket]
+        """(data set, places) of the samples at `positions` of global batch `step`."""
+        buckets, turns = interleave(np.array([step], dtype=np.int64), self._bucket_samples)
+        parts = self._buckets[int(buckets[0])]
         which, within = interleave(
-            turn * self.batch_size + np.asarray(positions, dtype=np.int64),
-            [part.share for part in parts],
+            turns[0] * self.batch_size + np.asarray(positions, dtype=np.int64),
+            [part.epoch_samples for part in parts],
         )
-        places = Places(np.empty_like(within), np.empty_like(within), np.empty_like(within))
         source = np.empty_like(within)
+        places = Places(np.empty_like(within), np.empty_like(within), np.empty_like(within))
         for number, chosen in _groups(which):
             part = parts[number]
             found = part.order.locate(within[chosen])
-            source[chosen], places.epoch[chosen] = part.source, found.epoch
-            places.shard[chosen], places.slot[chosen] = part.shards[found.shard], found.slot
+            source[chosen] = part.source
+            places.epoch[chosen] = found.epoch
+            places.shard[chosen] = part.shards[found.shard]
+            places.slot[chosen] = found.slot
         return source, places
+
+
+def _parts_of(
+    bucket: str, sources: Sequence[OrderedDataset], *, seed: int, window: int
+) -> list[_Part]:
+    """The shards of one bucket in all data sets that have any samples in it."""
+    parts = []
+    for number, source in enumerate(sources):
+        is_in_bucket = np.array([name == bucket for name in source.buckets], dtype=bool)
+        shards = np.flatnonzero(is_in_bucket)
+        samples = int(source.counts[shards].sum())
+        if not samples:
+            continue
+        names = []  # the first data set and the unnamed bucket add nothing to the random key
+        if number:
+            names.append(f"source {number}")
+        if bucket:
+            names.append(f"bucket {bucket}")
+        order = SampleOrder(source.counts[shards], seed=seed, window=window, name="/".join(names))
+        epoch_samples = max(1, round(samples * source.weight))
+        parts.append(_Part(number, shards, order, epoch_samples))
+    return parts

@@ -1,4 +1,4 @@
-"""The position of a loader in its data, as a checkpoint stores it. Torch-free."""
+"""Checks the position of a loader in its data, as stored in a checkpoint. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import Any
 
 from landiff.configs.base import ConfigError
 
+_OTHER_CLIPS = "the columns reject other clips now; restore them, or start a new run"
 _WAY_OUT = {
-    "data": "point data.manifest at the data set the run began with, or start a new run",
-    "num_samples": "the columns it reads set other clips aside now; restore them or start a new run",
-    "exclusions": "the columns it reads set other clips aside now; restore them or start a new run",
+    "data": "point data.manifest at the data set that the run began with, or start a new run",
+    "num_samples": _OTHER_CLIPS,
+    "exclusions": _OTHER_CLIPS,
     "seed": "set data.seed back, or start a new run",
     "shuffle_window": "set data.shuffle_window back, or start a new run",
-    "global_batch_size": "set data.global_batch_size back (ranks and micro-batches may change), or start a new run",
+    "global_batch_size": "set data.global_batch_size back (ranks and micro-batches may change), or "
+    "start a new run",
 }
 
 
 def check_position(state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a stored position is of another data order than `identity`."""
+    """Raise ConfigError if the stored `state` belongs to another sample order than `identity`."""
     for name, value in identity.items():
         if state.get(name) != value:
             raise ConfigError(

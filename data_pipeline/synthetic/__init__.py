@@ -1,0 +1,1 @@
+"""Synthetic videos for tests and benchmarks."""

@@ -1,10 +1,11 @@
-"""Small labelled videos made from numbers: coloured shapes that move over a plain ground, and say so.
+"""Small synthetic videos with captions: coloured shapes that move over a plain background.
 
-For tests and benchmarks. A video is a function of (seed, index) and its size; nothing is random besides.
+For tests and benchmarks. A video is a function of (seed, index) and its size.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ SPEEDS = {"slowly": 0.15, "quickly": 0.5}  # frame heights per second
 
 @dataclass(frozen=True)
 class LabelledVideo:
-    """uint8 frames [T, H, W, 3] and what they show."""
+    """RGB frames, uint8 [T, H, W, 3], and a caption."""
 
     frames: np.ndarray
     fps: float
@@ -42,12 +43,12 @@ class LabelledVideo:
 def moving_shape(
     index: int, *, num_frames: int, height: int, width: int, fps: float = 8.0, seed: int = 0
 ) -> LabelledVideo:
-    """One shape that moves at an even speed and comes back on the other side, as on a torus."""
+    """A shape that moves at constant speed and wraps around at the borders."""
     generator = np.random.default_rng([seed, index])
     ground, color = generator.choice(sorted(COLORS), 2, replace=False)
-    shape, direction, speed = (
-        generator.choice(sorted(names)) for names in (SHAPES, DIRECTIONS, SPEEDS)
-    )
+    shape = generator.choice(sorted(SHAPES))
+    direction = generator.choice(sorted(DIRECTIONS))
+    speed = generator.choice(sorted(SPEEDS))
     x, y = generator.uniform(0.0, 1.0, 2) * (width, height)
     radius = generator.uniform(0.15, 0.25) * min(height, width)
     step = np.array(DIRECTIONS[direction]) * SPEEDS[speed] * height / fps
@@ -55,8 +56,8 @@ def moving_shape(
     for number, frame in enumerate(frames):
         frame[:] = COLORS[ground]
         center = (np.array([x, y]) + number * step) % (width, height)
-        for copy in ((dx, dy) for dx in (-width, 0, width) for dy in (-height, 0, height)):
-            _draw(frame, shape, center + copy, radius, COLORS[color])
+        for offset in itertools.product((-width, 0, width), (-height, 0, height)):
+            _draw(frame, shape, center + offset, radius, COLORS[color])
     return LabelledVideo(
         frames, fps, f"A {color} {shape} moves {direction} {speed} over a {ground} ground."
     )
@@ -72,7 +73,7 @@ def write_videos(
     fps: float = 8.0,
     seed: int = 0,
 ) -> Path:
-    """Write `count` MP4 files and their captions.jsonl into `folder`; -> the captions file."""
+    """Write `count` MP4 files and their captions.jsonl to `folder`. Returns the captions file."""
     rows = []
     for index in range(count):
         video = moving_shape(
@@ -88,7 +89,8 @@ def write_videos(
 def _draw(
     frame: np.ndarray, shape: str, center: np.ndarray, radius: float, color: tuple[int, int, int]
 ) -> None:
-    shift = 4  # bits of a pixel's fraction, so that slow shapes move evenly
+    """Draw a shape of a radius in pixels around `center` (x, y) into a frame."""
+    shift = 4  # fractional bits of coordinates, so that slow shapes move smoothly
     if shape == "circle":
         x, y = np.round(center * 2**shift).astype(int).tolist()
         cv2.circle(frame, (x, y), round(radius * 2**shift), color, cv2.FILLED, cv2.LINE_AA, shift)

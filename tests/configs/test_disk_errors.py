@@ -1,4 +1,4 @@
-"""Failed writes name their file, and say free space only where space is what is missing."""
+"""Messages for failed writes: the file, and advice that fits the cause."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def test_an_error_that_names_another_file_keeps_it(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "advice"), [
-    (errno.ENOSPC, FREE_SPACE), (errno.EDQUOT, FREE_SPACE), (errno.EACCES, PERMISSIONS), (errno.EPERM, PERMISSIONS),
-    (errno.EROFS, READ_ONLY), (errno.EIO, ""), (errno.ENOENT, ""), (errno.EFBIG, ""),
+    (errno.ENOSPC, FREE_SPACE), (errno.EDQUOT, FREE_SPACE), (errno.EROFS, READ_ONLY),
+    (errno.EACCES, PERMISSIONS), (errno.EPERM, PERMISSIONS),
+    (errno.EIO, ""), (errno.ENOENT, ""), (errno.EFBIG, ""),
 ])  # fmt: skip
 def test_the_way_out_depends_on_the_error_number(tmp_path, number, advice):
     error = OSError(number, "it failed", str(tmp_path / "x"))

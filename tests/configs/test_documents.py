@@ -1,4 +1,4 @@
-"""Documents that are hostile, damaged or in another encoding: one clear error each, under limits."""
+"""Hostile and damaged documents, and other encodings: one clear error each, within limits."""
 
 from __future__ import annotations
 
@@ -130,10 +130,14 @@ def test_json_that_is_refused_says_where_and_why(text, says):
     ("", None),
     ("a: 2024-13-45", {"a": "2024-13-45"}),
     ("a: 2024-01-01 25:61:61", {"a": "2024-01-01 25:61:61"}),
-    ("[1e-4, 1.5, 3E5, 1_000, .5, 0o7, 017, 0x1F, -3]", [1e-4, 1.5, 3e5, 1000, 0.5, "0o7", 15, 31, -3]),
+    ("[1e-4, 1.5, 3E5, 1_000, .5]", [1e-4, 1.5, 3e5, 1000, 0.5]),
+    ("[0o7, 017, 0x1F, -3]", ["0o7", 15, 31, -3]),
     ("[yes, no, on, off, true, ~, null, '']", [True, False, True, False, True, None, None, ""]),
     ("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}}),
-    ("a: &a {x: 1}\nb: &b {x: 2, z: 3}\nc: {<<: [*a, *b]}", {"a": {"x": 1}, "b": {"x": 2, "z": 3}, "c": {"x": 1, "z": 3}}),
+    (
+        "a: &a {x: 1}\nb: &b {x: 2, z: 3}\nc: {<<: [*a, *b]}",
+        {"a": {"x": 1}, "b": {"x": 2, "z": 3}, "c": {"x": 1, "z": 3}},
+    ),
     ('"\\ud83d\\ude00 😀"', "😀 😀"),
     ("[=, <<]", ["=", "<<"]),
     (str(2**64), 2**64),

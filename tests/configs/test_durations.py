@@ -1,4 +1,4 @@
-"""Times and sizes as people read them."""
+"""Durations and sizes as text."""
 
 from __future__ import annotations
 

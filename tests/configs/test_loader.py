@@ -1,4 +1,4 @@
-"""YAML + overrides -> typed config, and what a user reads when it is wrong."""
+"""Typed configs from YAML and overrides, and error messages for mistakes."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""One owner at a time, and who counts as gone."""
+"""Exclusive ownership, and when an owner counts as ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def write_lock(path: Path, **changes: object) -> ownership.Owner:
     """A lock as another process left it; by default of a process that is gone."""
     owner = replace(this_process(), token="theirs", pid=gone(), started="1", **changes)
-    path.write_text(json.dumps(asdict(owner)))
+    written = path.with_name("written")
+    written.write_text(json.dumps(asdict(owner)))
+    written.rename(path)  # a reader never sees half a record
     return owner
 
 
@@ -50,10 +52,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tools = tmp_path / "tools"
     tools.mkdir()
     queue = tools / "queue"
-    for name, line in {
+    scripts = {
         "squeue": f"cat {queue}",
         "scontrol": "echo 'ClusterName             = here'",
-    }.items():
+    }
+    for name, line in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{line}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -64,7 +67,8 @@ def test_the_second_owner_is_refused_and_told_who_the_first_is(lock):
     with take(lock, "run folder runs/lm") as first:
         with pytest.raises(
             OwnedError,
-            match=rf"run folder runs/lm is in use by process {os.getpid()} of \w+ on {os.uname().nodename}, since 20",
+            match=rf"run folder runs/lm is in use by process {os.getpid()} of \w+ "
+            rf"on {os.uname().nodename}, since 20",
         ):
             take(lock, "run folder runs/lm")
         with pytest.raises(OwnedError):  # one that runs is not taken over
@@ -170,9 +174,8 @@ def test_who_died_while_taking_over_is_followed_in_turn(lock):
     write_lock(successor)
     successor.write_text(successor.read_text().replace('"theirs"', '"second"'))
     with take(lock, "it") as mine:
-        assert json.loads(lock.read_text())["token"] == mine.token and list(
-            lock.parent.iterdir()
-        ) == [lock]
+        assert json.loads(lock.read_text())["token"] == mine.token
+        assert list(lock.parent.iterdir()) == [lock]
 
 
 def race(lock: Path, barrier, results) -> None:

@@ -1,18 +1,26 @@
-"""Config keys as the reference page shows them."""
+"""Config keys as the reference page and `landiff config explain` show them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from landiff.configs.base import Config
+from landiff.configs.base import Config, ConfigError
 from landiff.configs.paths import IMPORT_ROOT
-from landiff.configs.reference import ConfigKey, all_sections, config_keys, section_name
+from landiff.configs.reference import (
+    ConfigKey,
+    all_sections,
+    config_keys,
+    explain,
+    section_name,
+)
+from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.stage_jobs import config_class
 
@@ -75,6 +83,36 @@ def test_sections_are_found_at_any_depth_and_once():
     assert all_sections([OuterConfig]) == [InnerConfig, OtherConfig]
 
 
+def test_a_key_is_explained_with_type_default_and_meaning():
+    assert explain(OuterConfig, "share").splitlines() == [
+        "share",
+        "  type:    number ≥ 0 and ≤ 1",
+        "  default: 0.5",
+        "  meaning: not described",
+    ]
+    assert "  meaning: where results are written" in explain(OuterConfig, "folder")
+
+
+def test_a_section_is_explained_with_its_keys():
+    assert explain(OuterConfig, "single").splitlines()[-1] == "  keys of Inner: kind, size"
+    assert explain(OuterConfig, "single.size").splitlines()[2] == "  default: 3"
+
+
+def test_keys_of_several_classes_are_explained_for_each():
+    text = explain(OuterConfig, "either.first.kind")
+    assert "either.first.kind (Inner)" in text
+    assert "either.first.kind (Other)" in text
+    assert explain(OuterConfig, "either.first.deeper.size").startswith("either.first.deeper.size\n")
+    assert explain(OuterConfig, "either.first").startswith("either.first\n  type:    mapping")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"'single\.sise'; did you mean 'size'"):
+        explain(OuterConfig, "single.sise")
+    with pytest.raises(ConfigError, match=r"unknown config key 'rate\.x'"):
+        explain(OuterConfig, "rate.x")
+
+
 def test_every_key_of_every_command_has_words():
     roots = [*map(config_class, STAGES), ClusterConfig]
     classes = [*roots, *all_sections(roots)]
@@ -82,6 +120,24 @@ def test_every_key_of_every_command_has_words():
         assert all(key.type for key in config_keys(cls)), cls
     names = [section_name(cls) for cls in all_sections(roots)]
     assert len(set(names)) == len(names)
+
+
+def undescribed(classes: Sequence[type[Config]]) -> list[str]:
+    """Fields without a description, as "Class.field"."""
+    found = []
+    for cls in classes:
+        found += [f"{cls.__name__}.{key.name}" for key in config_keys(cls) if not key.meaning]
+    return found
+
+
+def test_every_field_of_the_data_config_is_described():
+    assert not undescribed([SourceConfig, DataConfig])
+
+
+def test_every_field_of_every_command_is_described():
+    roots = [*map(config_class, STAGES), ClusterConfig]
+    missing = undescribed([*roots, *all_sections(roots)])
+    assert not missing, "give these fields a description: " + ", ".join(missing)
 
 
 def test_reading_the_keys_needs_no_torch():

@@ -26,10 +26,11 @@ from landiff.data_pipeline.format.shards import (
 )
 from landiff.data_pipeline.format.tensors import pack_tensor
 
-VIDEO = b"not looked at"
+VIDEO = b"not a video"
 
 
 def raw_sample(key: str, **changes: object) -> RawSample:
+    """Metadata of a clip."""
     fields = {
         "key": key,
         "caption": f"a clip called {key}",
@@ -47,19 +48,18 @@ def raw_sample(key: str, **changes: object) -> RawSample:
 
 
 def keys_of(shard: int, samples: int) -> list[str]:
+    """Keys of the samples of a shard that `write_raw` writes."""
     return [hashlib.sha1(f"{shard}/{i}".encode()).hexdigest()[:12] for i in range(samples)]
 
 
 def write_raw(data: Path, sizes: list[int], mark: str = "raw") -> Manifest:
-    """Raw shards of `sizes` samples and their manifest."""
+    """Write raw shards of `sizes` samples and their manifest. `mark` is their fingerprint."""
     entries: list[ShardEntry] = []
     for shard, samples in enumerate(sizes):
         with ShardWriter(data / RAW, f"{shard:06d}", fingerprint=mark) as writer:
             for key in keys_of(shard, samples):
-                writer.add(
-                    key,
-                    {"mp4": VIDEO, "json": raw_sample(key, source=mark).model_dump_json().encode()},
-                )
+                meta = raw_sample(key, source=mark).model_dump_json().encode()
+                writer.add(key, {"mp4": VIDEO, "json": meta})
         entries.append(writer.sidecar.entry)
     manifest = Manifest(
         fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]),
@@ -71,7 +71,7 @@ def write_raw(data: Path, sizes: list[int], mark: str = "raw") -> Manifest:
 
 
 def value_of(key: str) -> Tensor:
-    """A tensor that says which clip it belongs to."""
+    """A tensor that identifies its clip."""
     return torch.tensor(list(key.encode()), dtype=torch.uint16)
 
 
@@ -84,7 +84,7 @@ def write_column(
     value: Callable[[str], Tensor] = value_of,
     encoder: str = "1111222233334444",
 ) -> Manifest:
-    """A column of `value(key)` for every clip that is not `bad`, entered in the manifest."""
+    """Write a column of `value(key)` for clips that are not `bad`, and add it to the manifest."""
     manifest = read_manifest(data)
     entries = []
     for entry in manifest.shards:

@@ -1,7 +1,8 @@
-"""Blends of data sets and buckets of shapes: what a global batch holds, and how often a sample comes."""
+"""Blends of data sets and buckets: content of global batches, and how often samples occur."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -13,14 +14,15 @@ from landiff.configs import ConfigError
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, write_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.loading.order import BatchOrder, BlendSource, interleave
+from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset, interleave
 from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 
 
 @pytest.mark.parametrize("counts", [[1], [3, 7], [1, 1, 1], [5, 0, 2], [10**9, 3, 10**8]])
 def test_interleaving_takes_every_place_of_every_stream_once_and_evenly(counts):
-    total, number = sum(counts), min(sum(counts) * 4, 4000)
-    start = 5 * total  # a whole number of periods in
+    total = sum(counts)
+    number = min(total * 4, 4000)
+    start = 5 * total  # a whole number of periods
     which, within = interleave(np.arange(start, start + number), counts)
     for stream, count in enumerate(counts):
         mine = within[which == stream]
@@ -47,37 +49,38 @@ def drawn(order, steps: int) -> list[tuple[int, int, int, int]]:
 
 
 def everything(source: int, counts) -> set[tuple[int, int, int]]:
-    return {(source, shard, slot) for shard, count in enumerate(counts) for slot in range(count)}
+    """(data set, shard, slot) of all samples of one data set."""
+    found = set()
+    for shard, count in enumerate(counts):
+        found |= {(source, shard, slot) for slot in range(count)}
+    return found
 
 
 def test_at_weight_one_each_sample_of_each_data_set_comes_once_an_epoch():
     first, second = np.array([5, 4, 6]), np.array([2, 1])
-    order = orders([BlendSource(first, [""] * 3), BlendSource(second, [""] * 2)])
+    order = orders([OrderedDataset(first, [""] * 3), OrderedDataset(second, [""] * 2)])
     assert order.num_samples == 18
     taken = drawn(order, 9)  # three epochs
     for epoch in range(3):
-        part = [
-            (source, shard, slot) for source, _, shard, slot in taken[epoch * 18 : epoch * 18 + 18]
-        ]
-        assert len(part) == len(set(part)) and set(part) == everything(0, first) | everything(
-            1, second
-        )
+        part = taken[epoch * 18 : epoch * 18 + 18]
+        places = [(source, shard, slot) for source, _, shard, slot in part]
+        assert len(places) == len(set(places))
+        assert set(places) == everything(0, first) | everything(1, second)
 
 
 def test_weights_say_how_often_samples_come_in_an_epoch():
     first, second, third = np.array([8, 4]), np.array([6]), np.array([4])
     order = orders(
         [
-            BlendSource(first, [""] * 2),
-            BlendSource(second, [""], 0.5),
-            BlendSource(third, [""], 2.0),
+            OrderedDataset(first, [""] * 2),
+            OrderedDataset(second, [""], 0.5),
+            OrderedDataset(third, [""], 2.0),
         ],
         batch_size=23,
     )
     assert order.num_samples == 12 + 3 + 8
-    counts = Counter(
-        (source, shard, slot) for source, _, shard, slot in drawn(order, 2)
-    )  # two epochs
+    two_epochs = drawn(order, 2)
+    counts = Counter((source, shard, slot) for source, _, shard, slot in two_epochs)
     assert {counts[key] for key in everything(0, first)} == {2}
     assert {counts[key] for key in everything(1, second)} == {1}
     assert {counts[key] for key in everything(2, third)} == {4}
@@ -86,38 +89,39 @@ def test_weights_say_how_often_samples_come_in_an_epoch():
 def test_every_batch_is_of_one_bucket_and_every_bucket_is_read_evenly():
     counts, buckets = np.array([5, 7, 3, 6]), ["wide", "tall", "wide", "tall"]
     order = orders(
-        [BlendSource(counts, buckets), BlendSource(np.array([4]), ["tall"])], batch_size=4
+        [OrderedDataset(counts, buckets), OrderedDataset(np.array([4]), ["tall"])], batch_size=4
     )
     total = order.num_samples
     assert total == 25
     taken = drawn(order, total)  # 25 batches of 4: each sample four times
-    by_batch = [
-        {
-            (["wide", "tall"][shard % 2] if source == 0 else "tall")
-            for source, _, shard, _ in taken[at : at + 4]
-        }
-        for at in range(0, 100, 4)
-    ]
+    bucket_of = [buckets, ["tall"]]
+    by_batch = []
+    for first in range(0, 100, 4):
+        batch = taken[first : first + 4]
+        by_batch.append({bucket_of[source][shard] for source, _, shard, _ in batch})
     assert all(len(found) == 1 for found in by_batch)
     assert sum(found == {"wide"} for found in by_batch) == 8
     assert set(Counter((source, shard, slot) for source, _, shard, slot in taken).values()) == {4}
 
 
-def data_set(folder, sizes, mark, bucket=None, columns=("tokens",)):
+def data_set(folder, sizes, mark, bucket=None):
+    """Raw shards with a column of tokens: 3 per sample in the second shard, 2 in the others."""
+
+    def tokens_of(key: str) -> torch.Tensor:
+        return torch.zeros(3 if key in keys_of(1, sizes[1]) else 2, dtype=torch.uint16)
+
     write_raw(folder, sizes, mark=mark)
-    for name in columns:
-        write_column(
-            folder,
-            name,
-            value=lambda key: torch.zeros(
-                3 if key in keys_of(1, sizes[1]) else 2, dtype=torch.uint16
-            ),
-        )
+    write_column(folder, "tokens", value=tokens_of)
     if bucket:
         manifest = read_manifest(folder)
         shards = [replace(s, bucket=bucket[i]) for i, s in enumerate(manifest.shards)]
         write_manifest(folder, manifest.model_copy(update={"shards": shards}))
     return folder
+
+
+def taken_from(loader: Loader) -> list[tuple[str, str]]:
+    """(source, key) of the samples of the next batch."""
+    return [(sample.meta.source, sample.key) for sample in loader.next_batch().samples]
 
 
 def test_the_loader_blends_resumes_and_refuses_another_blend(tmp_path):
@@ -134,10 +138,8 @@ def test_the_loader_blends_resumes_and_refuses_another_blend(tmp_path):
 
     with loader() as straight:
         assert straight.num_samples == 15
-        expected = [
-            [(s.meta.source, s.key) for s in straight.next_batch().samples] for _ in range(5)
-        ]
-        assert set(Counter(key for batch in expected for key in batch).values()) == {2}
+        expected = [taken_from(straight) for _ in range(5)]
+        assert set(Counter(itertools.chain.from_iterable(expected)).values()) == {2}
     ranks = [loader(rank=r, size=2) for r in range(2)]
     for one_rank in ranks:
         for _ in range(2):
@@ -145,9 +147,7 @@ def test_the_loader_blends_resumes_and_refuses_another_blend(tmp_path):
     state = ranks[0].state_dict()
     with loader() as resumed:
         resumed.load_state_dict(state)
-        assert [
-            [(s.meta.source, s.key) for s in resumed.next_batch().samples] for _ in range(3)
-        ] == expected[2:]
+        assert [taken_from(resumed) for _ in range(3)] == expected[2:]
     with loader(weight=0.5) as other, pytest.raises(ConfigError, match="data = "):
         other.load_state_dict(state)
     for one_rank in ranks:
@@ -172,11 +172,9 @@ def test_micro_batches_of_a_bucketed_data_set_have_one_shape_on_any_number_of_ra
         config = DataConfig(manifest=folder, global_batch_size=6, micro_batch_size=6 // ranks)
         for rank in range(ranks):
             with Loader(config, ["tokens"], dp_rank=rank, dp_size=ranks) as loader:
-                shapes = [
-                    {tuple(s.tensors["tokens"].shape) for s in micro}
-                    for _ in range(9)
-                    for micro in loader.next_batch().micro_batches
-                ]
-                assert (
-                    all(len(found) == 1 for found in shapes) and len({min(s) for s in shapes}) == 2
-                )
+                shapes = []
+                for _ in range(9):
+                    for micro in loader.next_batch().micro_batches:
+                        shapes.append({tuple(s.tensors["tokens"].shape) for s in micro})
+                assert all(len(found) == 1 for found in shapes)
+                assert len({min(found) for found in shapes}) == 2

@@ -1,7 +1,8 @@
-"""The loader over real shards: order, resume, refusals."""
+"""The loader on real shards: order, resume, errors."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections import Counter
@@ -49,18 +50,28 @@ def loader(data: Path, rank: int = 0, size: int = 1, columns=COLUMNS, **config) 
 
 
 def take(source: Loader, steps: int) -> list[list[tuple]]:
-    """What matters of the samples of `steps` batches."""
-    return [
-        [
-            (s.index, s.epoch, s.position, s.key, s.tensors["tokens"].tolist())
-            for s in source.next_batch().samples
-        ]
-        for _ in range(steps)
-    ]
+    """Position, key and tokens of the samples of `steps` batches."""
+    batches = []
+    for _ in range(steps):
+        batch = []
+        for sample in source.next_batch().samples:
+            tokens = sample.tensors["tokens"].tolist()
+            batch.append((sample.index, sample.epoch, sample.position, sample.key, tokens))
+        batches.append(batch)
+    return batches
 
 
-def interleave(shares: list[list]) -> list:
-    return [sample for together in zip(*shares, strict=True) for sample in together]
+def interleave(parts: list[list]) -> list:
+    """Global batch of the parts that ranks read."""
+    return list(itertools.chain.from_iterable(zip(*parts, strict=True)))
+
+
+def all_keys() -> list[str]:
+    """Keys of all raw samples, in order."""
+    keys = []
+    for shard, samples in enumerate(SIZES):
+        keys += keys_of(shard, samples)
+    return keys
 
 
 def test_each_sample_once_per_epoch_and_equal_global_batches_on_any_number_of_ranks(data):
@@ -69,7 +80,7 @@ def test_each_sample_once_per_epoch_and_equal_global_batches_on_any_number_of_ra
         expected = take(alone, steps)
         assert alone.num_samples == NUM_GOOD
     seen = Counter((epoch, key) for batch in expected for _, epoch, _, key, _ in batch)
-    good = {k for shard, n in enumerate(SIZES) for k in keys_of(shard, n)} - BAD_TOKENS - BAD_TEXT
+    good = set(all_keys()) - BAD_TOKENS - BAD_TEXT
     assert seen == Counter({(epoch, key): 1 for epoch in range(15) for key in good})
     for step, batch in enumerate(expected):
         assert [index for index, *_ in batch] == list(range(step * 30, step * 30 + 30))
@@ -78,9 +89,9 @@ def test_each_sample_once_per_epoch_and_equal_global_batches_on_any_number_of_ra
         loaders = [
             loader(data, r, ranks, micro_batch_size={2: 5, 3: 2, 5: 3}[ranks]) for r in range(ranks)
         ]
-        shares = [take(one, steps) for one in loaders]
+        parts = [take(one, steps) for one in loaders]
         for step in range(steps):
-            assert interleave([share[step] for share in shares]) == expected[step]
+            assert interleave([part[step] for part in parts]) == expected[step]
         for one in loaders:
             one.close()
 
@@ -96,7 +107,7 @@ def test_a_sample_brings_its_own_columns_and_its_metadata(data):
                 assert tensor.dtype == torch.uint16 and tensor.equal(value_of(sample.key))
 
 
-def test_micro_batches_cut_the_share_and_peers_get_equal_batches(data):
+def test_micro_batches_divide_the_part_of_a_rank_and_peers_get_equal_batches(data):
     with (
         loader(data, 1, 3, micro_batch_size=5) as one,
         loader(data, 1, 3, micro_batch_size=5) as peer,
@@ -118,11 +129,11 @@ def test_resume_in_the_middle_on_another_number_of_ranks_equals_the_straight_run
     for ranks in (1, 3, 5):
         loaders = [loader(data, r, ranks) for r in range(ranks)]
         for one in loaders:
-            one.next_batch()  # a loader that already runs forgets what it read ahead
+            one.next_batch()  # a running loader discards what it read ahead
             one.load_state_dict(states[0])
-        shares = [take(one, 4) for one in loaders]
+        parts = [take(one, 4) for one in loaders]
         for step in range(4):
-            assert interleave([share[step] for share in shares]) == expected[3 + step]
+            assert interleave([part[step] for part in parts]) == expected[3 + step]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 5])
@@ -150,7 +161,7 @@ def test_seeds_and_windows_give_other_orders(data):
     assert len(keys) == 3
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# -------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(("size", "micro"), [(4, 1), (2, 4), (31, 1)])
@@ -169,9 +180,7 @@ def test_a_state_of_another_order_is_refused_by_name(data, change):
         loader(data, **change).load_state_dict(state)
 
 
-def test_a_state_of_another_data_set_or_of_columns_that_set_other_clips_aside_is_refused(
-    data, tmp_path
-):
+def test_a_state_of_another_data_set_or_of_columns_with_other_rejects_is_refused(data, tmp_path):
     other = tmp_path / "other"
     write_raw(other, SIZES, mark="others")
     for name in COLUMNS:
@@ -248,7 +257,7 @@ def test_the_encoder_of_a_column_is_checked_against_the_trainers(data):
     require_encoder(manifest, "tokens", "feed", "model.tokenizer", adopt=True)
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# -------------------------------------------------------------------- damage
 
 
 def damage(path: Path, at: int, size: int) -> None:
@@ -309,10 +318,8 @@ def test_columns_that_are_not_aligned_are_refused_with_the_key(data):
     ) as writer:
         for key in [keys[1], keys[0], *keys[2:]]:
             writer.add(key, {"tokens.safetensors": pack_tensor("tokens", value_of(key))})
-    shards = [
-        writer.sidecar.entry if i == 1 else s
-        for i, s in enumerate(manifest.columns["tokens"].shards)
-    ]
+    shards = list(manifest.columns["tokens"].shards)
+    shards[1] = writer.sidecar.entry
     column = manifest.columns["tokens"].model_copy(update={"shards": shards})
     write_manifest(data, manifest.model_copy(update={"columns": {"tokens": column}}))
     with pytest.raises(
@@ -337,18 +344,18 @@ def test_flipped_bits_inside_a_tensor_are_noticed_with_checksum(data):
         source.next_batch()
 
 
-def test_memory_is_used_again_only_when_no_tensor_of_its_batch_is_left():
+def test_memory_is_reused_only_when_no_tensor_of_its_batch_is_left():
     buffers = Buffers(2)
     first = buffers.take(5 << 20)
     tensor = torch.frombuffer(first[100:200], dtype=torch.bfloat16).view(10, 5)[2:]
     tensor.fill_(3)
-    at = first.ctypes.data
+    address = first.ctypes.data
     del first
     second = buffers.take(5 << 20)
     second[:] = 0
-    assert second.ctypes.data != at and tensor.eq(3).all()
+    assert second.ctypes.data != address and tensor.eq(3).all()
     del tensor
-    assert buffers.take(5 << 20).ctypes.data == at
+    assert buffers.take(5 << 20).ctypes.data == address
 
 
 @pytest.mark.parametrize("threads", [2, 7])
@@ -378,17 +385,13 @@ def test_a_sidecar_is_read_without_its_index_and_its_damage_noticed(data):
     whole, short = read_sidecar(tar), read_sidecar(tar, index=False)
     assert whole.index and short == whole.model_copy(update={"index": []})
     path = tar.with_suffix(".json")
-    reject = Reject(
-        key="k", stage="tokens", reason="r", detail='a detail with ,"index":[ in it' * 1000
-    )  # beyond the first block
+    detail = 'a detail with ,"index":[ in it' * 1000  # longer than the first read
+    reject = Reject(key="k", stage="tokens", reason="r", detail=detail)
     path.write_text(whole.model_copy(update={"rejects": [reject]}).model_dump_json())
-    assert (
-        read_sidecar(tar, index=False).rejects == [reject]
-        and not read_sidecar(tar, index=False).index
-    )
-    path.write_text(
-        json.dumps({name: value for name, value in reversed(whole.model_dump(mode="json").items())})
-    )  # another order
+    assert read_sidecar(tar, index=False).rejects == [reject]
+    assert not read_sidecar(tar, index=False).index
+    reversed_fields = dict(reversed(whole.model_dump(mode="json").items()))
+    path.write_text(json.dumps(reversed_fields))
     assert read_sidecar(tar, index=False) == whole
     for cut in (30, 1):
         path.write_text(whole.model_dump_json()[:-cut])
@@ -396,18 +399,17 @@ def test_a_sidecar_is_read_without_its_index_and_its_damage_noticed(data):
             read_sidecar(tar, index=False)
 
 
-# ------------------------------------------------------------------------------------------------ formats
+# -------------------------------------------------------------------- formats
 
 
 def test_plain_webdataset_reads_the_column_tars(data):
     urls = sorted(str(p) for p in (data / "tokens").glob("*.tar"))
     samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
-    keys = [k for shard, n in enumerate(SIZES) for k in keys_of(shard, n) if k not in BAD_TOKENS]
+    keys = [key for key in all_keys() if key not in BAD_TOKENS]
     assert [s["__key__"] for s in samples] == keys
     for sample in samples:
-        assert load_safetensors(sample["tokens.safetensors"])["tokens"].equal(
-            value_of(sample["__key__"])
-        )
+        tensors = load_safetensors(sample["tokens.safetensors"])
+        assert tensors["tokens"].equal(value_of(sample["__key__"]))
     raw = list(webdataset.WebDataset([str(data / RAW / "000000.tar")], shardshuffle=False).decode())
     assert raw[0]["json"]["caption"] == f"a clip called {raw[0]['__key__']}"
 
