@@ -10,6 +10,7 @@ import builtins
 import os
 import signal
 import tarfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +89,8 @@ def forked(
             if record:
                 record.write_text(str(killer.count))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid

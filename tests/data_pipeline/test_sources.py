@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.ingest.plan.rows import unusable
+from landiff.data_pipeline.ingest.plan.rows import failure_before_opening
 from landiff.data_pipeline.ingest.sources.entries import IgnoredFiles, TarFile
 from landiff.data_pipeline.ingest.sources.listing import list_source
 from landiff.data_pipeline.ingest.sources.report import summarize_source
@@ -25,7 +25,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 def listed(
     source: Path | str, **changes: object
 ) -> tuple[dict[str, list[str]], dict[str, str], dict[str, str]]:
-    """({name: captions} of clips, {name: reason} of rejected ones, {name: kind} of ignored files)."""
+    """By name: captions of clips, reasons of rejected clips, kinds of ignored files."""
     settings = shards_config(source, **changes)
     listing = list_source(settings)
     clips, rejected, ignored = {}, {}, {}
@@ -34,7 +34,7 @@ def listed(
             if isinstance(one, IgnoredFiles):
                 ignored[one.name] = one.kind
                 continue
-            failure = unusable(settings, one)
+            failure = failure_before_opening(settings, one)
             if failure:
                 rejected[one.name] = failure.reason
             else:
@@ -66,11 +66,11 @@ def detail_of(source: Path | str, name: str) -> str:
     settings = shards_config(source)
     for clip in list_source(settings).clips():
         if clip.name == name:
-            return unusable(settings, clip).detail
+            return failure_before_opening(settings, clip).detail
     raise AssertionError(name)
 
 
-# ------------------------------------------------------------------------------------------ folders
+# ----------------------------------------------------------------------------------------- folders
 
 
 def test_files_that_no_clip_uses_are_ignored_by_kind(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_clips_beside_tars_are_used(tmp_path: Path) -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------ encodings
+# --------------------------------------------------------------------------------------- encodings
 
 
 @pytest.mark.parametrize(
@@ -335,8 +335,13 @@ def test_damaged_csv_is_refused_with_its_line(tmp_path: Path, text: str, message
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
 def test_csv_with_other_delimiters_is_read(tmp_path: Path, delimiter: str) -> None:
-    text = f'\ufefffile{delimiter} caption{delimiter}\r\na.mp4{delimiter}"one, two; three"{delimiter}\r\n\r\nb.mp4{delimiter}"two\nlines"\r\n'
-    text = text.replace('lines"\r\n', f'lines"{delimiter}\r\n')
+    rows = (
+        "\ufefffile| caption|\r\n",
+        'a.mp4|"one, two; three"|\r\n',
+        "\r\n",
+        'b.mp4|"two\nlines"|\r\n',
+    )
+    text = "".join(rows).replace("|", delimiter)
     assert listed(table(tmp_path / "t.csv", text))[0] == {
         "a.mp4": ["one, two; three"],
         "b.mp4": ["two\nlines"],
@@ -428,7 +433,8 @@ def test_rows_of_panda_70m_give_a_clip_for_each_span(tmp_path: Path) -> None:
     path = table(
         tmp_path / "t.csv",
         "videoID,url,timestamp,caption,matching_score\n"
-        "v.mp4,http,\"[['0:00:01.500', '0:00:08.900'], ['0:01:00.000', '0:01:02.000']]\",\"['A man, walking.', \"\"It's a dog.\"\"]\",\"[0.4, 0.5]\"\n"
+        "v.mp4,http,\"[['0:00:01.500', '0:00:08.900'], ['0:01:00.000', '0:01:02.000']]\","
+        '"[\'A man, walking.\', ""It\'s a dog.""]","[0.4, 0.5]"\n'
         "w.mp4,http,2020-01-01,\"['only one']\",[0.1]\n",
     )
     clips = list(list_source(shards_config(path, columns={"file": "videoID"})).clips())
@@ -485,8 +491,8 @@ def test_missing_targets_are_named_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "v0.mp4").touch()
     summary = str(summarize_source(shards_config(path)))
     assert summary == (
-        "1 clips; rejected: 5 unreadable_file (v0: no such file; there is v0.mp4: give names of files with their suffix; "
-        "v1: no such file; v2: no such file; ...); ignored: none"
+        "1 clips; rejected: 5 unreadable_file (v0: no such file; there is v0.mp4: give names of "
+        "files with their suffix; v1: no such file; v2: no such file; ...); ignored: none"
     )
 
 
@@ -518,7 +524,7 @@ def test_missing_tars_are_counted_and_named(tmp_path: Path) -> None:
         listed(f"{tmp_path}/{{0..9}}.tar")
 
 
-# ------------------------------------------------------------------------------------------ tars
+# -------------------------------------------------------------------------------------------- tars
 
 
 def test_keys_of_tars_end_at_the_last_dot(tmp_path: Path) -> None:
