@@ -23,11 +23,11 @@ from pathlib import Path
 
 from landiff.configs.loader import load
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.plan.layout import lay
-from landiff.data_pipeline.ingest.plan.probes import look_at_all
-from landiff.data_pipeline.ingest.plan.rows import write_rows
-from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan, path_of, write
-from landiff.data_pipeline.ingest.shots import Look
+from landiff.data_pipeline.ingest.plan.layout import plan_shards
+from landiff.data_pipeline.ingest.plan.probes import probe_all
+from landiff.data_pipeline.ingest.plan.rows import read_source_state, write_rows
+from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan, plan_path, write_plan
+from landiff.data_pipeline.ingest.shots import VideoProbe
 from landiff.data_pipeline.ingest.sources.listing import Listing, SourceClip
 from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
@@ -51,11 +51,11 @@ def rows(count: int) -> Iterator[SourceClip]:
         )
 
 
-def look(video: VideoFile) -> Look:
+def probe(video: VideoFile) -> VideoProbe:
     number = int.from_bytes(hashlib.sha256(os.fspath(video.path).encode()).digest()[:8], "big")
     if number % 50 == 0:
-        return Look(failure=DecodeFailure("invalid_data", "made up"))
-    return Look(
+        return VideoProbe(failure=DecodeFailure("invalid_data", "made up"))
+    return VideoProbe(
         hashlib.sha256(str(number if number % 10 else number % 100_000).encode()).hexdigest(),
         4.0 + number % 5,
     )
@@ -67,22 +67,22 @@ def measure(count: int, folder: Path) -> str:
     )
     listing = Listing(lambda: rows(count))
     before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [time.process_time()]
-    path = path_of(config, folder, listing)
+    path = plan_path(folder, read_source_state(config, listing))
     times.append(time.process_time())
     written = write_rows(config, listing, path)
     times.append(time.process_time())
-    look_at_all(config, written, (0, 1), Here(), look, None)
+    probe_all(config, written, task=(0, 1), executor=Here(), probe=probe, progress=None)
     times.append(time.process_time())
-    write(config, path, lay(config, written))
+    write_plan(config, path, plan_shards(config, written))
     times.append(time.process_time())
     plan = ShardPlan(path)
-    spans = sum(line.spans for line in plan.lines)
-    assert plan.unit(plan.lines[len(plan.lines) // 2]).spans
+    spans = sum(entry.spans for entry in plan.entries)
+    assert plan.read_shard(plan.entries[len(plan.entries) // 2]).spans
     times.append(time.process_time())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     disk = sum(path.stat().st_size for path in path.parent.iterdir()) / 1e6
     seconds = "".join(f"{after - begin:>9.1f}" for begin, after in itertools.pairwise(times))
-    return f"{count:>10}{spans:>10}{len(plan.lines):>8}{grown:>9.0f}{disk:>9.0f}{seconds}"
+    return f"{count:>10}{spans:>10}{len(plan.entries):>8}{grown:>9.0f}{disk:>9.0f}{seconds}"
 
 
 def main(counts: list[int]) -> None:

@@ -89,27 +89,27 @@ def shards_job(args: argparse.Namespace) -> int:
             print(f"shards: nothing is planned in {config.data} for this source and config{others}")
         elif not found.shards:
             print(
-                f"shards: {found.looked_at} of {found.videos} videos were looked at; no shard of {config.data} is planned yet"
+                f"shards: {found.probed} of {found.videos} videos were looked at; no shard of {config.data} is planned yet"
             )
         else:
             print(
-                f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.in_finished} of {found.clips} clips; "
-                f"the plan set {found.set_aside} aside"
+                f"shards: {found.finished} of {found.shards} shards of {config.data} are finished, with {found.finished_clips} of {found.clips} clips; "
+                f"the plan set {found.rejected} aside"
             )
         if found is not None and found.ignored.counts:
             print(f"shards: ignored: {found.ignored}")
         return 0
     task = parse_task(args.task)
     if args.action == "run":
-        share = ingest.make_share(
+        summary = ingest.make_task_shards(
             config.content, config.data, task, progress=Progress("shards", "clips")
         )
         if task != (0, 1):
             print(
-                f"shards: task {task[0]}/{task[1]} made {share.made} shards, {share.there} were there, of {share.planned} in all; "
-                f"set aside: {counted(share.set_aside)}; when every task is done: landiff shards finalize"
+                f"shards: task {task[0]}/{task[1]} made {summary.made} shards, {summary.present} were there, of {summary.planned} in all; "
+                f"set aside: {counted(summary.reject_counts)}; when every task is done: landiff shards finalize"
             )
-            print_lines("shards", source_report.result_lines(share.rejected, share.ignored))
+            print_lines("shards", source_report.result_lines(summary.rejected, summary.ignored))
             return 0
     manifest = ingest.finalize(config.content, config.data)
     print(

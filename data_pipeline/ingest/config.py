@@ -1,4 +1,4 @@
-"""Config of `landiff shards`. Torch-free."""
+"""Config of `landiff shards`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,137 +20,257 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Preset = Literal[
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
 ]
+# Keys that do not change the content of the shards.
+NO_CONTENT = {"job", "quarantine", "max_bad_fraction"}
+
+
+def _require_even(value: int) -> int:
+    """Return `value`. Raises ValueError if it is odd: yuv420p stores chroma at half resolution."""
+    if value % 2:
+        raise ValueError("must be even (yuv420p)")
+    return value
 
 
 class DecoderJobConfig(Config):
-    """How the work is done. None of it changes a byte of the result."""
+    """Resources of a job. None of these values changes the resulting shards."""
 
-    workers: PositiveInt = 2  # threads, each with a decoder process
-    timeout_s: PositiveFloat = 120.0  # for one video
-    memory_limit_mb: PositiveInt = 3072  # of one decoder process
+    workers: PositiveInt = Field(
+        default=2, description="Number of threads. Each has its own decoder process."
+    )
+    timeout_s: PositiveFloat = Field(
+        default=120.0,
+        description="Seconds that one request to a decoder may take. A video that exceeds them is "
+        "rejected.",
+    )
+    memory_limit_mb: PositiveInt = Field(
+        default=3072, description="Memory limit of one decoder process in MiB."
+    )
 
 
 class ColumnsConfig(Config):
-    """Names of the columns of a CSV or the keys of a JSONL. `caption` is also the key in JSON caption files."""
+    """Names of the columns of a CSV file, or of the keys of a JSONL file."""
 
-    file: str = "file"
-    caption: str = "caption"
-    start_s: str = "start_s"  # optional in the file
-    end_s: str = "end_s"  # optional in the file
-    timestamp: str = (
-        "timestamp"  # optional in the file: a list of [start, end], one for each caption of a list
+    file: str = Field(
+        default="file", description="Column with the path of the video, relative to the table."
+    )
+    caption: str = Field(
+        default="caption",
+        description="Column with the caption or list of captions. Also the key of the caption in "
+        "JSON caption files.",
+    )
+    start_s: str = Field(
+        default="start_s",
+        description="Optional column with the start of the span, as seconds or h:m:s.",
+    )
+    end_s: str = Field(
+        default="end_s",
+        description="Optional column with the end of the span, as seconds or h:m:s.",
+    )
+    timestamp: str = Field(
+        default="timestamp",
+        description="Optional column with a list of [start, end], one for each caption of a list "
+        "of captions.",
     )
 
     def recorded(self) -> dict[str, str]:
-        """The names, those of columns that came later only where they are set, so that older data stays what it is."""
-        is_set = self.timestamp != type(self).model_fields["timestamp"].default
-        return self.model_dump(exclude=set() if is_set else {"timestamp"})
+        """The column names as data folders store them.
+
+        `timestamp` was added later and is stored only if it was changed, so that the stored value
+        of older folders stays equal.
+        """
+        is_default = self.timestamp == type(self).model_fields["timestamp"].default
+        return self.model_dump(exclude={"timestamp"} if is_default else set())
 
 
 class EncodingConfig(Config):
     """x264 settings of the clips in the shards."""
 
-    crf: NonNegativeInt = (
-        14  # lower is better; at 14 the loss is small against that of halving the chroma
+    crf: NonNegativeInt = Field(
+        default=14,
+        description="Constant rate factor of x264; lower is better. At 14 the loss is small "
+        "compared with that of chroma subsampling.",
     )
-    preset: Preset = "slow"
+    preset: Preset = Field(
+        default="slow", description="x264 preset: slower presets give smaller files."
+    )
 
 
 class Bucket(Config):
-    """One shape of clips."""
+    """One clip shape: frames, height and width."""
 
-    num_frames: PositiveInt
-    height: PositiveInt
-    width: PositiveInt
+    num_frames: PositiveInt = Field(description="Frames of a clip.")
+    height: PositiveInt = Field(description="Height of a clip in pixels. Must be even.")
+    width: PositiveInt = Field(description="Width of a clip in pixels. Must be even.")
 
     @field_validator("height", "width")
     @classmethod
     def _even(cls, value: int) -> int:
-        if value % 2:
-            raise ValueError("must be even (yuv420p)")
-        return value
+        return _require_even(value)
 
     @property
     def name(self) -> str:
+        """The shape as text, for example "17x64x64"."""
         return f"{self.num_frames}x{self.height}x{self.width}"
 
 
 class ShotsConfig(Config):
-    """Where videos are cut before spans are laid, so that no clip holds two shots."""
+    """Shot detection: videos are cut at shot boundaries, so that no clip contains two shots."""
 
-    detector: Literal["scenedetect", "transnetv2"] = "scenedetect"
-    threshold: PositiveFloat | None = (
-        None  # the detector's own when not given (scenedetect 3.0, transnetv2 0.5)
+    detector: Literal["scenedetect", "transnetv2"] = Field(
+        default="scenedetect",
+        description='Shot detector: "scenedetect" (PySceneDetect, AdaptiveDetector) or '
+        '"transnetv2" (a neural network that also finds gradual transitions).',
     )
-    margin_s: NonNegativeFloat = 0.0  # left out on both sides of a cut: fades
+    threshold: PositiveFloat | None = Field(
+        default=None,
+        description="Detection threshold; lower values find more cuts. null: the default of the "
+        "detector, 3.0 for scenedetect and 0.5 for transnetv2.",
+    )
+    margin_s: NonNegativeFloat = Field(
+        default=0.0, description="Seconds dropped on both sides of a cut, to exclude fades."
+    )
 
 
 class FiltersConfig(Config):
-    """What clips must be like. Nothing is asked for unless it is given."""
+    """Filters on clips. A filter is off while its threshold is null."""
 
-    motion_min: NonNegativeFloat | None = None  # motion score, frame heights per second
-    motion_max: NonNegativeFloat | None = None
-    brightness_min: Fraction | None = None  # mean luma, 0 black, 1 white
-    brightness_max: Fraction | None = None
-    static_max: Fraction | None = None  # share of frames that repeat the one before
-    text_area_max: Fraction | None = (
-        None  # share of the picture under recognised text; needs the extra [text]
+    motion_min: NonNegativeFloat | None = Field(
+        default=None,
+        description="Lowest motion score of a clip, in frame heights per second. null: no limit.",
     )
-    letterbox: bool = False  # find black bars and crop them away
+    motion_max: NonNegativeFloat | None = Field(
+        default=None,
+        description="Highest motion score of a clip, in frame heights per second. null: no limit.",
+    )
+    brightness_min: Fraction | None = Field(
+        default=None,
+        description="Lowest mean luma of a clip, from 0 (black) to 1 (white). null: no limit.",
+    )
+    brightness_max: Fraction | None = Field(
+        default=None,
+        description="Highest mean luma of a clip, from 0 (black) to 1 (white). null: no limit.",
+    )
+    static_max: Fraction | None = Field(
+        default=None,
+        description="Highest fraction of frames that repeat the frame before. null: no limit.",
+    )
+    text_area_max: Fraction | None = Field(
+        default=None,
+        description="Highest fraction of the picture that recognized text covers. Needs the extra "
+        "[text]. null: no limit.",
+    )
+    letterbox: bool = Field(
+        default=False, description="Detect black borders and crop them before resizing."
+    )
 
 
 class VideoConfig(Config):
-    """What happens to videos that are not progressive SDR."""
+    """Handling of videos that are not progressive SDR."""
 
-    hdr: Literal["convert", "reject"] = "convert"  # PQ, HLG, BT.2020 and P3: convert to SDR BT.709
-    interlaced: Literal["convert", "reject"] = "convert"  # convert: deinterlace with bwdif
+    hdr: Literal["convert", "reject"] = Field(
+        default="convert",
+        description="PQ, HLG, BT.2020 and P3 videos: convert to SDR BT.709, or reject.",
+    )
+    interlaced: Literal["convert", "reject"] = Field(
+        default="convert", description="Interlaced videos: deinterlace with bwdif, or reject."
+    )
 
 
 class QuarantineConfig(Config):
-    """Bytes of rejected clips that are kept in `<data>/rejected`, to be looked at."""
+    """Which bytes of rejected clips are kept in `<data>/rejected` for inspection."""
 
-    max_mb: NonNegativeInt = 64  # for each shard; 0: none
-    filtered: bool = False  # also clips that a filter refused, as they would have been in the shard
+    max_mb: NonNegativeInt = Field(
+        default=64, description="MiB of rejected bytes kept for each shard. 0 keeps none."
+    )
+    filtered: bool = Field(
+        default=False,
+        description="Also keep the clips that a filter rejects, encoded as they would have been "
+        "stored in the shard.",
+    )
 
 
 class ShardsConfig(Config):
     """Which videos become which clips.
 
-    `source` is "packaged" (the clips that come with the project), a folder (its captions.jsonl, captions.csv
-    or captions.tsv, else every video with a caption in the .txt beside it), a .csv, .tsv or .jsonl with
-    captions and spans, or WebDataset tars of clips (a .tar, a folder of them, or names with
-    {000000..000123}). A caption may be a list of captions; all of them stay with the clip.
+    `source` is "packaged" (the clips that come with the project), a folder (its captions.jsonl,
+    captions.csv or captions.tsv, else every video with a caption in the .txt beside it), a .csv,
+    .tsv or .jsonl with captions and spans, or WebDataset tars of clips (a .tar, a folder of them,
+    or names with {000000..000123}). A caption may be a list of captions; all of them stay with the
+    clip.
 
-    All clips have num_frames, height and width; or each has the nearest of `buckets` that it fits.
+    All clips have num_frames, height and width; or each clip has the nearest of `buckets` that it
+    fits.
     """
 
-    source: str
-    fps: PositiveFloat
-    num_frames: PositiveInt | None = None
-    height: PositiveInt | None = None
-    width: PositiveInt | None = None
-    buckets: tuple[Bucket, ...] = ()
-    max_spans: PositiveInt = 1  # clips cut from one video or span, one after the other
-    samples_per_shard: PositiveInt = 256
-    max_pixels: PositiveInt = 4096 * 2304  # of a frame of the source; larger ones are set aside
-    max_caption: PositiveInt = 20_000  # characters; clips with longer ones are set aside
-    video: VideoConfig = VideoConfig()
-    shots: ShotsConfig | None = None  # null: videos are single shots
-    filters: FiltersConfig = FiltersConfig()
-    max_bad_fraction: Fraction = 0.2  # of all clips; more damaged ones stop the job
-    columns: ColumnsConfig = ColumnsConfig()
-    encoding: EncodingConfig = EncodingConfig()
-    quarantine: QuarantineConfig = QuarantineConfig()
-    job: DecoderJobConfig = DecoderJobConfig()
+    source: str = Field(
+        description='Raw videos: "packaged", a folder, a .csv, .tsv or .jsonl table, or WebDataset '
+        "tars; see docs/sources.md."
+    )
+    fps: PositiveFloat = Field(description="Frames per second of the clips.")
+    num_frames: PositiveInt | None = Field(
+        default=None, description="Frames of a clip. Required unless buckets are given."
+    )
+    height: PositiveInt | None = Field(
+        default=None,
+        description="Height of a clip in pixels. Must be even. Required unless buckets are given.",
+    )
+    width: PositiveInt | None = Field(
+        default=None,
+        description="Width of a clip in pixels. Must be even. Required unless buckets are given.",
+    )
+    buckets: tuple[Bucket, ...] = Field(
+        default=(),
+        description="Clip shapes, instead of num_frames, height and width. A clip gets the shape "
+        "with the nearest aspect ratio that it is long enough for, and of those the longest.",
+    )
+    max_spans: PositiveInt = Field(
+        default=1,
+        description="Largest number of clips cut from one video or span, one after the other.",
+    )
+    samples_per_shard: PositiveInt = Field(
+        default=256, description="Largest number of clips in one shard."
+    )
+    max_pixels: PositiveInt = Field(
+        default=4096 * 2304,
+        description="Largest number of pixels of a source frame. Larger videos are rejected.",
+    )
+    max_caption: PositiveInt = Field(
+        default=20_000,
+        description="Largest number of characters of a caption. Clips with longer ones are "
+        "rejected.",
+    )
+    video: VideoConfig = Field(
+        default=VideoConfig(), description="Handling of HDR and interlaced videos."
+    )
+    shots: ShotsConfig | None = Field(
+        default=None, description="Shot detection. null: each video is treated as one shot."
+    )
+    filters: FiltersConfig = Field(default=FiltersConfig(), description="Filters on clips.")
+    max_bad_fraction: Fraction = Field(
+        default=0.2,
+        description="Largest fraction of all clips that may be damaged. More of them stop the job.",
+    )
+    columns: ColumnsConfig = Field(
+        default=ColumnsConfig(), description="Names of the columns of a table."
+    )
+    encoding: EncodingConfig = Field(
+        default=EncodingConfig(), description="x264 settings of the clips."
+    )
+    quarantine: QuarantineConfig = Field(
+        default=QuarantineConfig(), description="Which bytes of rejected clips are kept."
+    )
+    job: DecoderJobConfig = Field(
+        default=DecoderJobConfig(), description="Threads and limits of the decoders."
+    )
 
     @model_validator(mode="after")
     def _one_shape_or_buckets(self) -> ShardsConfig:
-        given = [
-            name for name in ("num_frames", "height", "width") if getattr(self, name) is not None
-        ]
+        names = ("num_frames", "height", "width")
+        given = [name for name in names if getattr(self, name) is not None]
         if self.buckets and given:
             raise ValueError(
-                f"{', '.join(given)} and buckets exclude each other; put the shape into the list of buckets"
+                f"{', '.join(given)} and buckets exclude each other; "
+                "put the shape into the list of buckets"
             )
         if not self.buckets and len(given) < 3:
             raise ValueError(
@@ -163,30 +283,31 @@ class ShardsConfig(Config):
     @field_validator("height", "width")
     @classmethod
     def _even(cls, value: int | None) -> int | None:
-        if value is not None and value % 2:
-            raise ValueError("must be even (yuv420p)")
-        return value
+        return None if value is None else _require_even(value)
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:
-        return self.buckets or (
-            Bucket(num_frames=self.num_frames, height=self.height, width=self.width),
-        )
+        """The clip shapes: `buckets`, or the only shape."""
+        if self.buckets:
+            return self.buckets
+        shape = (self.num_frames, self.height, self.width)
+        assert self.num_frames and self.height and self.width, shape  # checked by the validator
+        return (Bucket(num_frames=self.num_frames, height=self.height, width=self.width),)
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two runs to write into one folder.
+        """The values that must be equal for two runs to write into one folder.
 
-        The keys that came later count where they are used only, so that older folders stay what they are.
+        Keys that were added later are included only if they have an effect, so that the identity
+        of older folders stays equal.
         """
-        unused = {
-            name
-            for name, value in self.resting().items()
-            if self.model_dump(mode="json", include={name})[name] == value
-        }
+        unused = set()
+        for name, inactive in self.inactive_values().items():
+            if self.model_dump(mode="json", include={name})[name] == inactive:
+                unused.add(name)
         return self.model_dump(mode="json", exclude={*NO_CONTENT, "source", "columns", *unused})
 
-    def resting(self) -> dict[str, Any]:
-        """The later keys, with the values at which they change nothing."""
+    def inactive_values(self) -> dict[str, Any]:
+        """The keys that were added later, with the values at which they have no effect."""
         fields = type(self).model_fields
         return {
             "buckets": [],
@@ -197,10 +318,7 @@ class ShardsConfig(Config):
         }
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all but how the work was done, and later keys only where they are set."""
+        """The config as the manifest stores it: without the keys that do not change the content."""
         plain = self.model_dump(mode="json", exclude=NO_CONTENT)
         plain["columns"] = self.columns.recorded()
         return plain
-
-
-NO_CONTENT = {"job", "quarantine", "max_bad_fraction"}

@@ -1,9 +1,10 @@
-"""Bytes of clips that were set aside, kept so that somebody can look at them.
+"""Keeps the bytes of rejected clips for inspection.
 
-    <data>/rejected/000003.tar    <id>.<suffix> + <id>.json (`Kept`) of the rejects of raw shard 000003
+    <data>/rejected/000003.tar    <id>.<suffix> + <id>.json (`QuarantineEntry`) of the rejects of
+                                  raw shard 000003
 
-Written before the raw shard is committed, a function of the same plan: made again, it has the same bytes. A
-shard without such clips has no file here.
+The file is written before the raw shard is committed. Its content depends on the plan only, so a
+repeated run writes the same bytes. A shard without such clips has no file here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import logging
 import os
 from pathlib import Path
 from types import TracebackType
+
+from pydantic import Field
 
 from landiff.configs.base import Config
 from landiff.data_pipeline.format.schema import Reject
@@ -25,39 +28,48 @@ log = logging.getLogger(__name__)
 REJECTED = "rejected"
 
 
-class Kept(Config):
-    """Why bytes lie in the quarantine, and where they came from."""
+class QuarantineEntry(Config):
+    """The JSON beside quarantined bytes: why they were rejected and where they come from."""
 
-    key: str
-    reason: str
-    detail: str
-    path: str = ""  # of the source; "" for clips that a filter refused
-    offset: int = 0
+    key: str = Field(description="Key of the rejected clip, or the name of its video.")
+    reason: str = Field(description="Reason of the reject.")
+    detail: str = Field(description="Detail of the reject.")
+    path: str = Field(
+        default="",
+        description="Path of the source video; empty for clips that a filter rejected.",
+    )
+    offset: int = Field(default=0, description="Offset of the video in its file, in bytes.")
 
 
 class Quarantine:
-    """Collects what one shard sets aside, up to a number of bytes; leaving the `with` block writes it."""
+    """Collects bytes of the rejects of one shard, up to `config.max_mb`.
+
+    Use as a context manager: the file is written when the `with` block ends without an error.
+    """
 
     def __init__(self, data: Path, name: str, fingerprint: str, config: QuarantineConfig) -> None:
-        self.data, self.name, self.fingerprint = data, name, fingerprint
-        self.left = config.max_mb << 20
-        self._entries: dict[str, tuple[str, bytes, Kept]] = {}
+        self.data = data
+        self.name = name
+        self.fingerprint = fingerprint
+        self.bytes_left = config.max_mb << 20
+        self._entries: dict[str, tuple[str, bytes, QuarantineEntry]] = {}
 
     def __enter__(self) -> Quarantine:
         return self
 
     def keep_source(self, reject: Reject, video: VideoFile) -> None:
-        """Keep the bytes of a damaged video, once."""
-        name = hashlib.sha1(f"{os.fspath(video.path)!r}:{video.offset}".encode()).hexdigest()
+        """Keep the bytes of a damaged video. Bytes that are kept already are not added again."""
+        place = f"{os.fspath(video.path)!r}:{video.offset}"
+        name = hashlib.sha1(place.encode()).hexdigest()
         if name in self._entries:
             return
         try:
             if not video.path.is_file():
                 return
             size = video.size if video.size >= 0 else video.path.stat().st_size - video.offset
-            if size > self.left:
+            if size > self.bytes_left:
                 log.info(
-                    "%s is not kept in %s: %d bytes are more than is left of quarantine.max_mb",
+                    "%s is not kept in %s: its %d bytes exceed what is left of quarantine.max_mb",
                     reject.key,
                     REJECTED,
                     size,
@@ -65,27 +77,25 @@ class Quarantine:
                 return
             with open(video.path, "rb") as file:
                 data = os.pread(file.fileno(), size, video.offset)
-        except (OSError, ValueError):  # what can't be read can't be kept
+        except (OSError, ValueError):  # an unreadable video cannot be kept
             return
-        suffix = video.path.suffix.lower().lstrip(".") if video.size < 0 else ""
-        suffix = suffix if suffix.isalnum() and suffix.isascii() else "video"
-        kept = Kept(
+        entry = QuarantineEntry(
             key=reject.key,
             reason=reject.reason,
             detail=reject.detail,
             path=repr(os.fspath(video.path))[1:-1],
             offset=video.offset,
         )
-        self._put(name, suffix, data, kept)
+        self._put(name, _member_suffix(video), data, entry)
 
-    def keep(self, key: str, reason: str, suffix: str, data: bytes, detail: str) -> None:
-        """Keep a clip that a filter refused."""
-        if len(data) <= self.left:
-            self._put(key, suffix, data, Kept(key=key, reason=reason, detail=detail))
+    def keep_clip(self, key: str, reason: str, suffix: str, data: bytes, *, detail: str) -> None:
+        """Keep an encoded clip that a filter rejected."""
+        if len(data) <= self.bytes_left:
+            self._put(key, suffix, data, QuarantineEntry(key=key, reason=reason, detail=detail))
 
-    def _put(self, name: str, suffix: str, data: bytes, kept: Kept) -> None:
-        self.left -= len(data)
-        self._entries[name] = (suffix, data, kept)
+    def _put(self, name: str, suffix: str, data: bytes, entry: QuarantineEntry) -> None:
+        self.bytes_left -= len(data)
+        self._entries[name] = (suffix, data, entry)
 
     def __exit__(
         self,
@@ -93,9 +103,17 @@ class Quarantine:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and self._entries:
-            with ShardWriter(
-                self.data / REJECTED, self.name, fingerprint=self.fingerprint
-            ) as writer:
-                for name, (suffix, data, kept) in self._entries.items():
-                    writer.add(name, {suffix: data, "json": kept.model_dump_json().encode()})
+        if kind is not None or not self._entries:
+            return
+        folder = self.data / REJECTED
+        with ShardWriter(folder, self.name, fingerprint=self.fingerprint) as writer:
+            for name, (suffix, data, entry) in self._entries.items():
+                writer.add(name, {suffix: data, "json": entry.model_dump_json().encode()})
+
+
+def _member_suffix(video: VideoFile) -> str:
+    """Suffix of a video's tar member: that of the file, or "video" for members of tars."""
+    if video.size >= 0:
+        return "video"
+    suffix = video.path.suffix.lower().lstrip(".")
+    return suffix if suffix.isalnum() and suffix.isascii() else "video"

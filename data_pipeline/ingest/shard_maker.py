@@ -1,27 +1,29 @@
 """Makes the shards of a plan: decodes, filters and encodes their clips, in several threads.
 
-One shard is one unit of work. What becomes of a clip is known on screen while it is made.
+Each shard is made by one thread. Rejects are counted while shards are made, so that too many
+damaged clips stop a job early.
 """
 
 from __future__ import annotations
 
 import hashlib
 import queue
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from threading import Event
 
+from landiff.data_pipeline.format.progress import ProgressCallback
 from landiff.data_pipeline.format.schema import RAW, RawSample, Reject, Sidecar
 from landiff.data_pipeline.format.shards import ShardError, ShardWriter, read_sidecar, sidecar_path
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.filters import FILTERED, Filters
 from landiff.data_pipeline.ingest.plan.planned_shard import HARMLESS, STAGE, PlannedShard, Span
-from landiff.data_pipeline.ingest.plan.shard_plan import Line, ShardPlan
+from landiff.data_pipeline.ingest.plan.shard_plan import PlanEntry, ShardPlan
 from landiff.data_pipeline.ingest.quarantine import Quarantine
 from landiff.data_pipeline.ingest.sources.entries import Tally, printable
 from landiff.data_pipeline.ingest.sources.text_files import TEXT_REASONS
@@ -34,12 +36,15 @@ from landiff.data_pipeline.video.codec import (
 )
 from landiff.data_pipeline.video.motion import Motion, motion
 
-BYTES_PER_REQUEST = 256 << 20  # of decoded frames, so that a long video doesn't fill the memory
-FEW = 20  # clips: of fewer, one bad one says nothing about the rest
-REASONS_ON_SCREEN = 4
+BYTES_PER_REQUEST = 256 << 20  # of decoded frames: bounds the memory that a long video takes
+MIN_CLIPS_TO_STOP = 20  # with fewer clips, a few damaged ones say nothing about the rest
+REASONS_SHOWN = 4
 MAX_EXAMPLE = 200  # characters of a rejected clip's name and detail in a message
+POLL_S = 0.2
 
-ProgressCallback = Callable[[int, int, str], None]  # (clips done, clips in all, what is being done)
+DecoderQueue = queue.SimpleQueue[SafeDecoder]
+# One item per finished clip: its reject, or None if it became a sample.
+ClipQueue = queue.SimpleQueue[Reject | None]
 
 
 class TooManyRejectedClips(ShardError):
@@ -47,180 +52,222 @@ class TooManyRejectedClips(ShardError):
 
 
 @dataclass(frozen=True)
-class TaskPart:
-    """What one task has done."""
+class ShardTaskSummary:
+    """What one task of `landiff shards` has done."""
 
     made: int  # shards
-    there: int  # shards that were there before
+    present: int  # shards of this task that existed before
     planned: int  # shards of all tasks
-    set_aside: dict[str, int]  # reason -> clips, of the shards of this task
-    rejected: Tally = field(default_factory=Tally)  # the same, with the first of each reason
+    rejected: Tally = field(default_factory=Tally)  # clips of this task's shards, by reason
     ignored: Tally = field(default_factory=Tally)  # files of the source that no clip uses
+
+    @property
+    def reject_counts(self) -> dict[str, int]:
+        """Number of rejected clips by reason, sorted by reason."""
+        return dict(sorted(self.rejected.counts.items()))
+
+
+@dataclass
+class _TaskCounts:
+    """Clips of one task, counted while its shards are made."""
+
+    spans: int  # in the planned shards of the task
+    clips: int  # spans, and rejects of the plan
+    done: int = 0  # spans that became samples or were rejected
+    damaged: int = 0
+    rejected: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Makes units of a plan in several threads."""
+class _OpenShard:
+    """A shard that is being written."""
+
+    planned: PlannedShard
+    writer: ShardWriter
+    quarantine: Quarantine
+
+
+@dataclass(frozen=True)
+class ShardMaker:
+    """Makes the shards of a plan in several threads."""
 
     config: ShardsConfig
     data: Path
     plan: ShardPlan
     filters: Filters
-    decoders: queue.SimpleQueue
+    decoders: DecoderQueue
     pool: ThreadPoolExecutor
 
-    def make(self, lines: list[Line], progress: ProgressCallback | None) -> TaskPart:
-        """Make those of `lines` that aren't there. Raises ShardError, TooManyRejectedClips, OSError."""
-        todo, rejected, bad = [], Tally(), 0
-        for line in lines:
-            sidecar = sidecar_of(self.data / RAW, line)
-            if sidecar is None:
-                todo.append(line)
-                bad += line.bad
-            else:
-                for reject in sidecar.rejects:
-                    rejected.add(*_named(reject))
-                bad += count_bad(sidecar.rejects)
-        total, seen = (
-            sum(line.spans for line in lines),
-            sum(line.spans + line.aside for line in lines),
+    def make(self, entries: list[PlanEntry], progress: ProgressCallback | None) -> ShardTaskSummary:
+        """Make those of the planned shards that do not exist.
+
+        `progress` is called with numbers of clips. Raises ShardError, TooManyRejectedClips and
+        OSError.
+        """
+        counts = _TaskCounts(
+            spans=sum(entry.spans for entry in entries),
+            clips=sum(entry.spans + entry.rejects for entry in entries),
         )
-        done = total - sum(line.spans for line in todo)
-        clips: queue.SimpleQueue[Reject | None] = (
-            queue.SimpleQueue()
-        )  # of each that is done why it was rejected
-        waiting, running, stop = iter(todo), set(), Event()
+        missing = []
+        for entry in entries:
+            sidecar = finished_sidecar(self.data / RAW, entry)
+            if sidecar is None:
+                missing.append(entry)
+                counts.damaged += entry.damaged
+            else:
+                counts.done += entry.spans
+                counts.damaged += count_damaged(sidecar.rejects)
+                add_rejects(counts.rejected, sidecar.rejects)
+        self._make_missing(missing, counts, progress)
+        return ShardTaskSummary(
+            made=len(missing),
+            present=len(entries) - len(missing),
+            planned=len(self.plan.entries),
+            rejected=counts.rejected,
+        )
+
+    def _make_missing(
+        self, missing: list[PlanEntry], counts: _TaskCounts, progress: ProgressCallback | None
+    ) -> None:
+        """Make shards in the thread pool, and update `counts` with each clip."""
+        waiting = deque(missing)
+        running: set[Future[list[Reject]]] = set()
+        clips: ClipQueue = queue.SimpleQueue()
+        stop = Event()
+        if progress and counts.spans:
+            progress(counts.done, counts.spans, _progress_text(counts.rejected.counts))
         try:
-            if progress and total:
-                progress(done, total, _note(rejected.counts))
-            while running := running | {
-                self._submit(line, clips, stop)
-                for line in islice(waiting, 2 * self.config.job.workers - len(running))
-            }:
-                finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            while waiting or running:
+                while waiting and len(running) < 2 * self.config.job.workers:
+                    entry = waiting.popleft()
+                    running.add(self.pool.submit(self._make_shard, entry, clips, stop))
+                finished, running = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    for reject in future.result():
-                        rejected.add(*_named(reject))
-                before = done
-                while not clips.empty():
-                    done += 1
-                    reject = clips.get()
-                    if reject is not None:
-                        rejected.add(*_named(reject))
-                        bad += count_bad([reject])
-                check_bad(self.config, bad, seen, rejected)
-                if progress and done > before:
-                    progress(done, total, _note(rejected.counts))
+                    add_rejects(counts.rejected, future.result())
+                done_before = counts.done
+                _count_clips(clips, counts)
+                check_damaged(self.config, counts.damaged, counts.clips, counts.rejected)
+                if progress and counts.done > done_before:
+                    progress(counts.done, counts.spans, _progress_text(counts.rejected.counts))
         finally:
             stop.set()
             for future in running:
                 future.cancel()
-        return TaskPart(
-            made=len(todo),
-            there=len(lines) - len(todo),
-            planned=len(self.plan.lines),
-            set_aside=dict(sorted(rejected.counts.items())),
-            rejected=rejected,
-        )
 
-    def _submit(self, line: Line, clips: queue.SimpleQueue, stop: Event) -> Future:
-        return self.pool.submit(self._make_shard, line, clips, stop)
-
-    def _make_shard(self, line: Line, clips: queue.SimpleQueue, stop: Event) -> list[Reject]:
-        """-> what the plan rejected."""
-        unit, raw = self.plan.unit(line), self.data / RAW
-        # the quarantine is left, and written, before the shard is committed
+    def _make_shard(self, entry: PlanEntry, clips: ClipQueue, stop: Event) -> list[Reject]:
+        """Make one shard. Returns the rejects of the plan; those of clips go to `clips`."""
+        planned = self.plan.read_shard(entry)
+        # the quarantine is closed, and so written, before the shard is committed
         with (
-            ShardWriter(raw, unit.name, fingerprint=line.fingerprint, bucket=unit.bucket) as writer,
+            ShardWriter(
+                self.data / RAW,
+                planned.name,
+                fingerprint=entry.fingerprint,
+                bucket=planned.bucket,
+            ) as writer,
             Quarantine(
-                self.data, unit.name, line.fingerprint, self.config.quarantine
+                self.data, planned.name, entry.fingerprint, self.config.quarantine
             ) as quarantine,
-            borrowed(self.decoders) as decoder,
+            borrow_decoder(self.decoders) as decoder,
         ):
-            for aside in unit.aside:
-                writer.rejects.append(aside.reject)
-                if aside.is_bad and aside.reject.reason not in TEXT_REASONS:
-                    quarantine.keep_source(aside.reject, aside.video)
-            for span, decoded in _decoded(self.config, unit, decoder):
+            shard = _OpenShard(planned, writer, quarantine)
+            for rejected in planned.rejects:
+                writer.rejects.append(rejected.reject)
+                if rejected.is_damaged and rejected.reject.reason not in TEXT_REASONS:
+                    quarantine.keep_source(rejected.reject, rejected.video)
+            for span, decoded in _decode_spans(self.config, planned, decoder):
                 if stop.is_set():
                     raise InterruptedError(
-                        f"shard {unit.name} was left unfinished, because another one failed"
+                        f"shard {planned.name} was left unfinished, because another one failed"
                     )
-                if isinstance(decoded, DecodeFailure):
-                    failure = decoded
-                else:
-                    failure = self._add(writer, quarantine, unit, span, decoded)
-                if failure:
-                    writer.reject(
-                        span.key,
-                        STAGE,
-                        failure.reason,
-                        f"{span.source} at {span.start_s:g} s: {failure.detail}",
-                    )
-                    if failure is decoded:
-                        quarantine.keep_source(writer.rejects[-1], span.video)
-                clips.put(writer.rejects[-1] if failure else None)
-                del decoded  # the next ones take their memory
-        return [aside.reject for aside in unit.aside]
+                clips.put(self._add_clip(shard, span, decoded))
+                del decoded  # so that the next frames can take its memory
+        return [rejected.reject for rejected in planned.rejects]
 
-    def _add(
-        self,
-        writer: ShardWriter,
-        quarantine: Quarantine,
-        unit: PlannedShard,
-        span: Span,
-        decoded: DecodedSpan,
+    def _add_clip(
+        self, shard: _OpenShard, span: Span, decoded: DecodedSpan | DecodeFailure
+    ) -> Reject | None:
+        """Add one sample to a shard, or its reject, which is returned."""
+        writer = shard.writer
+        if isinstance(decoded, DecodeFailure):
+            detail = _reject_detail(span, decoded)
+            writer.reject(span.key, STAGE, decoded.reason, detail)
+            shard.quarantine.keep_source(writer.rejects[-1], span.video)
+            return writer.rejects[-1]
+        failure = self._write_sample(shard, span, decoded)
+        if failure is None:
+            return None
+        writer.reject(span.key, STAGE, failure.reason, _reject_detail(span, failure))
+        return writer.rejects[-1]
+
+    def _write_sample(
+        self, shard: _OpenShard, span: Span, decoded: DecodedSpan
     ) -> DecodeFailure | None:
-        """Write one sample, unless a filter refuses it."""
-        frames = decoded.frames
-        moving = motion(frames, self.config.fps)
-        failure = self.filters.refuse(frames, moving)
-        if failure and not self.config.quarantine.filtered:
+        """Encode and write one sample, unless a filter rejects it; returns why it did."""
+        config = self.config
+        clip_motion = motion(decoded.frames, config.fps)
+        failure = self.filters.refuse(decoded.frames, clip_motion)
+        if failure and not config.quarantine.filtered:
             return failure
         clip = encode_clip(
-            frames,
-            self.config.fps,
-            crf=self.config.encoding.crf,
-            preset=self.config.encoding.preset,
+            decoded.frames, config.fps, crf=config.encoding.crf, preset=config.encoding.preset
         )
         if failure:
-            quarantine.keep(
-                span.key,
-                failure.reason,
-                "mp4",
-                clip,
-                f"{span.source} at {span.start_s:g} s: {failure.detail}",
-            )
+            detail = _reject_detail(span, failure)
+            shard.quarantine.keep_clip(span.key, failure.reason, "mp4", clip, detail=detail)
         else:
-            meta = _meta(self.config, unit, span, moving, clip, decoded.conversions)
-            writer.add(span.key, {"mp4": clip, "json": meta})
+            metadata = _sample_json(
+                config,
+                shard.planned,
+                span,
+                clip_motion=clip_motion,
+                clip=clip,
+                conversions=decoded.conversions,
+            )
+            shard.writer.add(span.key, {"mp4": clip, "json": metadata})
         return failure
 
 
-def _decoded(
-    config: ShardsConfig, unit: PlannedShard, decoder: SafeDecoder
+def _count_clips(clips: ClipQueue, counts: _TaskCounts) -> None:
+    """Move the finished clips from the queue to the counts."""
+    while not clips.empty():
+        counts.done += 1
+        reject = clips.get()
+        if reject is not None:
+            add_rejects(counts.rejected, [reject])
+            counts.damaged += count_damaged([reject])
+
+
+def _decode_spans(
+    config: ShardsConfig, planned: PlannedShard, decoder: SafeDecoder
 ) -> Iterator[tuple[Span, DecodedSpan | DecodeFailure]]:
-    """Every span with its frames, in order; neighbours of one video are decoded in one go."""
-    shape = unit.shape
-    at_once = max(1, BYTES_PER_REQUEST // (shape.num_frames * shape.height * shape.width * 3))
-    for (video, crop), group in groupby(unit.spans, key=lambda span: (span.video, span.crop)):
-        same = list(group)
+    """Every span with its frames, in order.
+
+    Consecutive spans of one video are decoded with one request, up to `BYTES_PER_REQUEST`.
+    """
+    shape = planned.shape
+    bytes_per_span = shape.num_frames * shape.height * shape.width * 3
+    spans_per_request = max(1, BYTES_PER_REQUEST // bytes_per_span)
+    for (video, crop), group in groupby(planned.spans, key=lambda span: (span.video, span.crop)):
+        spans = list(group)
         wanted = Wanted(shape.num_frames, config.fps, shape.height, shape.width, crop)
-        for index in range(0, len(same), at_once):
-            part = same[index : index + at_once]
+        for index in range(0, len(spans), spans_per_request):
+            part = spans[index : index + spans_per_request]
             decoded = decoder.decode_spans(video, [span.start_s for span in part], wanted)
             yield from zip(part, decoded, strict=True)
 
 
-def _meta(
+def _sample_json(
     config: ShardsConfig,
-    unit: PlannedShard,
+    planned: PlannedShard,
     span: Span,
-    moving: Motion,
+    *,
+    clip_motion: Motion,
     clip: bytes,
     conversions: tuple[str, ...],
 ) -> bytes:
-    shape = unit.shape
+    """The JSON part of a sample."""
+    shape = planned.shape
     sample = RawSample(
         key=span.key,
         caption=span.caption,
@@ -232,106 +279,134 @@ def _meta(
         num_frames=shape.num_frames,
         height=shape.height,
         width=shape.width,
-        motion_score=moving.mean,
-        motion_p95=moving.p95,
-        motion_residual=moving.residual,
-        motion_camera=moving.camera,
-        cuts=moving.cuts,
+        motion_score=clip_motion.mean,
+        motion_p95=clip_motion.p95,
+        motion_residual=clip_motion.residual,
+        motion_camera=clip_motion.camera,
+        cuts=clip_motion.cuts,
         video_sha256=hashlib.sha256(clip).hexdigest(),
         conversions=conversions,
     )
-    # Without conversions the bytes are those of versions that knew none.
+    # Without conversions the bytes equal those of versions that had none.
     absent = set() if conversions else {"conversions"}
     return sample.model_dump_json(exclude=absent).encode()
 
 
-def _note(reasons: Counter[str]) -> str:
-    """What the progress says beside the numbers."""
-    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    counts = [f"{count} {reason}" for reason, count in most[:REASONS_ON_SCREEN]] + ["..."] * (
-        len(most) > REASONS_ON_SCREEN
-    )
-    return f"clips; set aside: {', '.join(counts)}" if counts else "clips"
+# ----------------------------------------------------------------------------------------- rejects
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
+def _reject_detail(span: Span, failure: DecodeFailure) -> str:
+    return f"{span.source} at {span.start_s:g} s: {failure.detail}"
 
 
-def count_bad(rejects: list[Reject]) -> int:
-    """How many of them are damaged, not merely unwanted."""
+def _progress_text(reject_counts: Counter[str]) -> str:
+    """Text of the progress line: the most frequent reasons of rejects."""
+    if not reject_counts:
+        return "clips"
+    by_count = sorted(reject_counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {reason}" for reason, count in by_count[:REASONS_SHOWN]]
+    if len(by_count) > REASONS_SHOWN:
+        shown.append("...")
+    return f"clips; rejected: {', '.join(shown)}"
+
+
+def count_damaged(rejects: Iterable[Reject]) -> int:
+    """Number of rejects that count towards `max_bad_fraction`: damaged, not merely unsuitable."""
     return sum(reject.reason not in HARMLESS | FILTERED for reject in rejects)
 
 
-def _named(reject: Reject) -> tuple[str, str]:
-    """(reason, which clip and why) of a rejected clip."""
-    name = printable(reject.key)
-    return reject.reason, f"{name}: {printable(reject.detail)}"[
-        :MAX_EXAMPLE
-    ] if reject.detail else name
+def add_rejects(tally: Tally, rejects: Iterable[Reject]) -> None:
+    """Count rejects by reason, with name and detail of the first few."""
+    for reject in rejects:
+        example = printable(reject.key)
+        if reject.detail:
+            example = f"{example}: {printable(reject.detail)}"[:MAX_EXAMPLE]
+        tally.add(reject.reason, example)
 
 
 def tally_rejects(rejects: Iterable[Reject]) -> Tally:
-    """How many clips were rejected for each reason, with the first few of each."""
+    """Number of rejects by reason, with name and detail of the first few."""
     tally = Tally()
-    for reject in rejects:
-        tally.add(*_named(reject))
+    add_rejects(tally, rejects)
     return tally
 
 
-def check_bad(
-    config: ShardsConfig, bad: int, seen: int, rejected: Tally | None = None, *, last: bool = False
+def check_damaged(
+    config: ShardsConfig,
+    damaged: int,
+    clips: int,
+    rejected: Tally | None = None,
+    *,
+    is_final: bool = False,
 ) -> None:
-    """Raise TooManyRejectedClips where more clips are damaged than the config allows. `rejected`: what to name."""
-    if bad > config.max_bad_fraction * seen and (last or seen >= FEW):
-        counts = f". Rejected: {rejected}" if rejected else ""
-        raise TooManyRejectedClips(
-            f"{bad} of {seen} clips of {config.source!r} are damaged, more than max_bad_fraction = {config.max_bad_fraction:g}. "
-            f"Fix the cause, or raise max_bad_fraction, and run again; finished shards stay{counts}"
-        )
+    """Raise TooManyRejectedClips if more clips are damaged than the config allows.
 
-
-def sidecar_of(raw: Path, line: Line) -> Sidecar | None:
-    """The sidecar of a finished unit, None of one that is left. Raises ShardError when it is that of another plan."""
-    tar = raw / f"{line.name}.tar"
-    sidecar = read_sidecar(tar)
-    if sidecar is not None and sidecar.fingerprint != line.fingerprint:
-        raise foreign(tar)
-    return sidecar
-
-
-def foreign(tar: Path) -> ShardError:
-    return ShardError(
-        f"{tar} was made from other videos or captions than the source holds now, or before HDR "
-        "and interlaced video were converted; restore them, use another "
-        f"output folder, or delete {tar} and {sidecar_path(tar)} to make the shard again (its columns become stale)"
+    Args:
+        config: `max_bad_fraction` is the limit.
+        damaged: Number of damaged clips.
+        clips: Number of all clips.
+        rejected: Rejects to name in the message.
+        is_final: Check also if there are fewer than `MIN_CLIPS_TO_STOP` clips.
+    """
+    if damaged <= config.max_bad_fraction * clips:
+        return
+    if clips < MIN_CLIPS_TO_STOP and not is_final:
+        return
+    counts = f". Rejected: {rejected}" if rejected else ""
+    raise TooManyRejectedClips(
+        f"{damaged} of {clips} clips of {config.source!r} are damaged, "
+        f"more than max_bad_fraction = {config.max_bad_fraction:g}. Fix the cause, or raise "
+        f"max_bad_fraction, and run again; finished shards are kept{counts}"
     )
 
 
-# ------------------------------------------------------------------------------------------------- the decoders
+# ------------------------------------------------------------------------------------------ shards
+
+
+def finished_sidecar(raw: Path, entry: PlanEntry) -> Sidecar | None:
+    """The sidecar of a planned shard, None if the shard is not finished.
+
+    Raises ShardError if the shard belongs to another plan.
+    """
+    tar = raw / f"{entry.name}.tar"
+    sidecar = read_sidecar(tar)
+    if sidecar is not None and sidecar.fingerprint != entry.fingerprint:
+        raise foreign_shard_error(tar)
+    return sidecar
+
+
+def foreign_shard_error(tar: Path) -> ShardError:
+    """The error for a shard that belongs to another plan."""
+    return ShardError(
+        f"{tar} was made from other videos or captions than the source holds now, or before HDR "
+        "and interlaced video were converted; restore them, use another output folder, or delete "
+        f"{tar} and {sidecar_path(tar)} to make the shard again (its columns become stale)"
+    )
+
+
+# ---------------------------------------------------------------------------------------- decoders
 
 
 @contextmanager
-def decoders(config: ShardsConfig) -> Iterator[queue.SimpleQueue]:
-    """One decoder for each worker."""
-    idle: queue.SimpleQueue[SafeDecoder] = queue.SimpleQueue()
+def open_decoders(config: ShardsConfig) -> Iterator[DecoderQueue]:
+    """A queue with one decoder for each worker."""
+    idle: DecoderQueue = queue.SimpleQueue()
     with ExitStack() as stack:
         for _ in range(config.job.workers):
-            idle.put(
-                stack.enter_context(
-                    SafeDecoder(
-                        timeout_s=config.job.timeout_s,
-                        memory_limit=config.job.memory_limit_mb << 20,
-                        max_pixels=config.max_pixels,
-                        **config.video.model_dump(),
-                    )
-                )
+            decoder = SafeDecoder(
+                timeout_s=config.job.timeout_s,
+                memory_limit=config.job.memory_limit_mb << 20,
+                max_pixels=config.max_pixels,
+                hdr=config.video.hdr,
+                interlaced=config.video.interlaced,
             )
+            idle.put(stack.enter_context(decoder))
         yield idle
 
 
 @contextmanager
-def borrowed(decoders: queue.SimpleQueue) -> Iterator[SafeDecoder]:
-    """A decoder that remembers nothing."""
+def borrow_decoder(decoders: DecoderQueue) -> Iterator[SafeDecoder]:
+    """Take a decoder from the queue, without its state, and put it back afterwards."""
     decoder = decoders.get()
     try:
         decoder.begin()

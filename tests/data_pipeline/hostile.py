@@ -1,4 +1,4 @@
-"""Files that hurt: seeded mutations of good videos in many codecs, and single specimens of each kind of malice."""
+"""Malicious and damaged files: seeded mutations of videos in many codecs, and single specimens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUFFIXES = {
 
 
 def textured(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Blocks of colour that move: frames of some bytes each."""
+    """Frames of moving blocks of color, uint8 [frames, height, width, 3]."""
     small = np.random.default_rng(seed).integers(
         0, 255, (height // 4, width // 2, 3), dtype=np.uint8
     )
@@ -37,13 +37,13 @@ def textured(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def good_videos(frames: int = 36, height: int = 48, width: int = 64) -> list[tuple[str, bytes]]:
-    """(suffix, file) of every codec and container that we know."""
+    """(suffix, file) of every codec and container in `FOREIGN`."""
     clip = textured(frames, height, width)
     return [(SUFFIXES[spec["container"]], encode(clip, **spec)) for spec in FOREIGN.values()]
 
 
 def mutations(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` damaged files: (name, bytes). The n-th is the same whatever the count."""
+    """(name, bytes) of `count` damaged files. The n-th does not depend on the count."""
     bases = good_videos()
     kinds: list[Callable[[bytearray, np.random.Generator], bytes]] = [
         flipped,
@@ -63,12 +63,14 @@ def mutations(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
 
 
 def flipped(data: bytearray, generator: np.random.Generator) -> bytes:
+    """Overwrite random bytes."""
     for place in generator.integers(0, len(data), 1 << int(generator.integers(10))):
         data[place] = generator.integers(256)
     return data
 
 
 def flipped_head(data: bytearray, generator: np.random.Generator) -> bytes:
+    """Overwrite random bytes of the index or the start."""
     start = max(0, data.find(b"moov")) if generator.random() < 0.7 else 0
     for place in generator.integers(
         start, min(len(data), start + 1000), 1 + int(generator.integers(12))
@@ -78,10 +80,12 @@ def flipped_head(data: bytearray, generator: np.random.Generator) -> bytes:
 
 
 def cut(data: bytearray, generator: np.random.Generator) -> bytes:
+    """Cut the file at a random place."""
     return data[: generator.integers(len(data))]
 
 
 def holed(data: bytearray, generator: np.random.Generator) -> bytes:
+    """Overwrite a random range with zeros."""
     start = int(generator.integers(len(data)))
     end = min(len(data), start + int(generator.integers(1, 3000)))
     data[start:end] = bytes(end - start)
@@ -89,17 +93,19 @@ def holed(data: bytearray, generator: np.random.Generator) -> bytes:
 
 
 def repeated(data: bytearray, generator: np.random.Generator) -> bytes:
+    """Repeat or remove a random range."""
     start, end = sorted(map(int, generator.integers(0, len(data), 2)))
     return data[:end] + data[start:]
 
 
 def swapped(data: bytearray, generator: np.random.Generator) -> bytes:
+    """Move a random range to the front."""
     first, second = sorted(map(int, generator.integers(0, len(data), 2)))
     return data[second:] + data[first:second] + data[:first]
 
 
 def sized(data: bytearray, generator: np.random.Generator) -> bytes:
-    """A 32 bit field becomes an extreme."""
+    """Set 32 bits to an extreme value."""
     place = int(generator.integers(0, min(len(data), 4000) - 4))
     data[place : place + 4] = struct.pack(
         ">I", int(generator.choice([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFF]))
@@ -108,10 +114,11 @@ def sized(data: bytearray, generator: np.random.Generator) -> bytes:
 
 
 def noise_in_front(data: bytearray, generator: np.random.Generator) -> bytes:
+    """Put random bytes in front."""
     return generator.bytes(int(generator.integers(1, 2000))) + data
 
 
-# ----------------------------------------------------------------------------------------------------- specimens
+# --------------------------------------------------------------------------------------- specimens
 
 
 def png_bomb(side: int) -> bytes:
@@ -146,7 +153,7 @@ def gif_of(width: int, height: int) -> bytes:
 
 
 def compressed_header(claimed: int) -> bytes:
-    """A QuickTime file with a zlib-compressed index that claims `claimed` bytes and unpacks to 64 MB of zeros."""
+    """A QuickTime file whose zlib-compressed index claims `claimed` bytes and unpacks to 64 MiB."""
 
     def box(kind: bytes, *content: bytes) -> bytes:
         body = b"".join(content)
@@ -175,7 +182,7 @@ def million_samples() -> bytes:
 
 
 def hostile_tar(path: Path, good: bytes) -> None:
-    """A tar with good and evil members."""
+    """Write a tar with good and malicious members."""
 
     def add(tar: tarfile.TarFile, name: str, data: bytes, **changes: object) -> None:
         info = tarfile.TarInfo(name)
@@ -206,12 +213,12 @@ def hostile_tar(path: Path, good: bytes) -> None:
     data = bytearray(path.read_bytes().rstrip(b"\0") + bytes(512))
     data = data[: -(len(data) % 512) or None]
     info = tarfile.TarInfo("huge.mp4")
-    info.size = 1 << 40  # a terabyte that isn't there
+    info.size = 1 << 40  # a terabyte that the tar does not hold
     path.write_bytes(data + info.tobuf(tarfile.GNU_FORMAT) + b"only this")
 
 
 def special_files(folder: Path) -> None:
-    """What is no file, under names of videos."""
+    """Create special files and links with names of videos."""
     os.mkfifo(folder / "pipe.mp4")
     (folder / "folder.mp4").mkdir()
     (folder / "nowhere.mp4").symlink_to("not_there.mp4")

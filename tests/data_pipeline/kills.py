@@ -1,7 +1,7 @@
-"""Jobs in forks of this process that die inside what they do to the disk, and how they ended.
+"""Runs jobs in forks of this process that are killed at a chosen operation on the disk.
 
-Operations are counted in twos: at an even number a process dies before the operation or half way through it, at
-an odd one after it.
+Each operation counts twice: at an even number a process is killed before the operation or half way
+through it, at an odd number after it.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ import builtins
 import os
 import signal
 import tarfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 
 class Killer:
-    """Counts operations of this process; dies before, within or after the planned one (0: never)."""
+    """Counts operations of this process, and kills it at number `plan` (0: never)."""
 
     def __init__(self, plan: int) -> None:
-        self.plan, self.count = plan, 0
+        self.plan = plan
+        self.count = 0
 
     def watch(self, module: ModuleType, *names: str) -> None:
+        """Count calls of these functions of a module."""
         for name in names:
             setattr(module, name, self._watched(getattr(module, name)))
 
     def watch_writes(self) -> None:
-        """Those of files that are opened for writing by a `Path`: half of the data gets there."""
+        """Count writes to files opened by a `Path`; a kill lets half of the data through."""
         plain_open = builtins.open
 
         def watched_open(file: object, mode: str = "r", *args: object, **named: object) -> object:
@@ -44,7 +47,7 @@ class Killer:
         builtins.open = watched_open
 
     def watch_tars(self) -> None:
-        """Members of tars: a part of the header gets there."""
+        """Count members added to tars; a kill lets a part of the header through."""
 
         def half(tar: tarfile.TarFile, info: tarfile.TarInfo, data: object) -> None:
             tar.fileobj.write(info.tobuf()[:300])
@@ -73,7 +76,10 @@ def forked(
     prepare: Callable[[Killer], None],
     record: Path | None = None,
 ) -> int:
-    """`work` in a fork whose killer `prepare` sets up; -> its process id. `record` gets the number of operations."""
+    """Start `work` in a fork with the killer that `prepare` sets up. Returns its process id.
+
+    The number of operations is written to `record`.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -83,13 +89,15 @@ def forked(
             if record:
                 record.write_text(str(killer.count))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid
 
 
 def killed(pid: int) -> bool:
-    """Wait for a process: True when it was killed, False when it came to its end. Nothing else may happen to it."""
+    """Wait for a process. True if it was killed, False if it ended without an error."""
     status = os.waitpid(pid, 0)[1]
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL, (
@@ -101,8 +109,9 @@ def killed(pid: int) -> bool:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    """Path below the folder -> bytes, of every file in it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found

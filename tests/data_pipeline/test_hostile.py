@@ -1,4 +1,3 @@
-import json
 import os
 import resource
 import shutil
@@ -9,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from landiff.data_pipeline.format.schema import Manifest, RawSample
-from landiff.data_pipeline.format.shards import read_sidecar
 from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
 from tests.data_pipeline import hostile
-from tests.data_pipeline.test_ingest import config, contents
+from tests.data_pipeline.ingest_helpers import contents, raw_samples, shards_config, write_rows
 from tests.data_pipeline.test_video import X264, encode, numbers
 
 KNOWN = {
@@ -50,21 +47,9 @@ def peak_mb(who: int = resource.RUSAGE_SELF) -> float:
     return resource.getrusage(who).ru_maxrss / 1024
 
 
-def metas(data: Path, manifest: Manifest) -> list[RawSample]:
-    found = []
-    for entry in manifest.shards:
-        tar = (data / "raw" / f"{entry.name}.tar").read_bytes()
-        index = read_sidecar(data / "raw" / f"{entry.name}.tar").index
-        found += [
-            RawSample.model_validate_json(tar[p["json"][0] :][: p["json"][1]]) for _, p in index
-        ]
-    return found
-
-
 def captioned(folder: Path, rows: list[tuple[str, str]]) -> Path:
-    (folder / "captions.jsonl").write_text(
-        "".join(json.dumps({"file": name, "caption": caption}) + "\n" for name, caption in rows)
-    )
+    captions = [{"file": name, "caption": caption} for name, caption in rows]
+    write_rows(folder / "captions.jsonl", captions)
     return folder
 
 
@@ -86,19 +71,19 @@ def test_mutated_files_cost_themselves_only(tmp_path: Path, good: bytes, count: 
         "max_spans": 1,
         "samples_per_shard": 64,
     }
-    manifest = make_shards(config(source, **job), tmp_path / "data")
+    manifest = make_shards(shards_config(source, **job), tmp_path / "data")
     reasons = Counter(reject.reason for reject in manifest.rejects)
-    assert manifest.num_samples + len(manifest.rejects) == len(
-        rows
-    )  # each is a sample or set aside, none is lost
-    assert sum(meta.caption == "good" for meta in metas(tmp_path / "data", manifest)) == count // 50
+    # each is a sample or a reject, none is lost
+    assert manifest.num_samples + len(manifest.rejects) == len(rows)
+    assert sum(meta.caption == "good" for meta in raw_samples(tmp_path / "data")) == count // 50
     assert set(reasons) <= KNOWN
     assert {"invalid_data", "corrupt_frame", "too_short"} <= set(reasons)
     assert len(manifest.rejects) > count / 4
     assert peak_mb() - before < GROWTH_MB
-    if count <= 200:  # what is noticed does not depend on who looks
+    if count <= 200:  # what is found does not depend on the worker
         again = make_shards(
-            config(source, **job | {"job": {"workers": 1, "timeout_s": 20}}), tmp_path / "again"
+            shards_config(source, **job | {"job": {"workers": 1, "timeout_s": 20}}),
+            tmp_path / "again",
         )
         assert again == manifest
 
@@ -107,10 +92,10 @@ def test_tar_of_evil_members_gives_its_good_ones(tmp_path: Path, good: bytes) ->
     before = peak_mb()
     hostile.hostile_tar(tmp_path / "evil.tar", good)
     manifest = make_shards(
-        config(tmp_path / "evil.tar", max_spans=1, max_bad_fraction=1.0), tmp_path / "data"
+        shards_config(tmp_path / "evil.tar", max_spans=1, max_bad_fraction=1.0), tmp_path / "data"
     )
     reasons = {reject.key: reject.reason for reject in manifest.rejects}
-    assert [meta.source for meta in metas(tmp_path / "data", manifest)] == [
+    assert [meta.source for meta in raw_samples(tmp_path / "data")] == [
         "evil.tar:a/b.c/clip",
         "evil.tar:gefährlich/日本",
         "evil.tar:../../escape",
@@ -133,7 +118,7 @@ def test_truncated_tar_gives_what_is_whole(tmp_path: Path, good: bytes) -> None:
     data = (tmp_path / "evil.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(good) + 4000])
     manifest = make_shards(
-        config(tmp_path / "cut.tar", max_spans=1, max_bad_fraction=1.0), tmp_path / "data"
+        shards_config(tmp_path / "cut.tar", max_spans=1, max_bad_fraction=1.0), tmp_path / "data"
     )
     assert manifest.num_samples == 1
     (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(5000))
@@ -141,7 +126,7 @@ def test_truncated_tar_gives_what_is_whole(tmp_path: Path, good: bytes) -> None:
     for name in ("cut.tar", "noise.tar"):
         shutil.copy(tmp_path / name, tmp_path / "both")
     both = make_shards(
-        config(tmp_path / "both", max_spans=1, max_bad_fraction=1.0), tmp_path / "two"
+        shards_config(tmp_path / "both", max_spans=1, max_bad_fraction=1.0), tmp_path / "two"
     )
     assert both.num_samples == 1
     assert {"noise.tar": "damaged_tar"}.items() <= {
@@ -172,11 +157,11 @@ def test_names_and_captions_of_every_kind(tmp_path: Path, good: bytes) -> None:
             file.write(good + bytes(100 + number))
         with open(raw + b".txt", "wb") as file:
             file.write(b"caption \xff latin" if number else b"caption")
-    manifest = make_shards(config(source, max_spans=1), tmp_path / "data")
+    manifest = make_shards(shards_config(source, max_spans=1), tmp_path / "data")
     assert [(reject.key, reject.reason) for reject in manifest.rejects] == [
         ("latin.mp4", "caption_encoding")
     ]
-    found = {meta.source: meta.caption for meta in metas(tmp_path / "data", manifest)}
+    found = {meta.source: meta.caption for meta in raw_samples(tmp_path / "data")}
     assert found == {name: f"caption {number}" for number, name in enumerate(names)} | {
         "not\\udcffutf8.mp4": "caption"
     }
@@ -198,13 +183,13 @@ def test_captions_of_every_length(tmp_path: Path, good: bytes) -> None:
     source = captioned(
         tmp_path / "in", [(f"{name}.mp4", caption) for name, caption in captions.items()]
     )
-    manifest = make_shards(config(source, max_spans=1), tmp_path / "data")
+    manifest = make_shards(shards_config(source, max_spans=1), tmp_path / "data")
     assert {reject.key: (reject.reason, reject.detail) for reject in manifest.rejects} == {
         "none.mp4": ("empty_caption", ""),
         "blank.mp4": ("empty_caption", ""),
         "long.mp4": ("long_caption", "100000 characters, more than max_caption = 20000"),
     }
-    assert {meta.source: meta.caption for meta in metas(tmp_path / "data", manifest)} == {
+    assert {meta.source: meta.caption for meta in raw_samples(tmp_path / "data")} == {
         "most.mp4": "y" * 20_000,
         "null.mp4": "a\0b",
         "half.mp4": "\\ud83d",
@@ -212,7 +197,7 @@ def test_captions_of_every_length(tmp_path: Path, good: bytes) -> None:
     }
 
 
-def test_specimens_are_set_aside_one_by_one(tmp_path: Path, good: bytes) -> None:
+def test_specimens_are_rejected_one_by_one(tmp_path: Path, good: bytes) -> None:
     source, before = tmp_path / "in", peak_mb()
     source.mkdir()
     hostile.special_files(source)
@@ -233,9 +218,11 @@ def test_specimens_are_set_aside_one_by_one(tmp_path: Path, good: bytes) -> None
         (source / f"{name}.mp4").write_bytes(data)
     names = [*specimens, "pipe", "folder", "nowhere", "itself", "zero", "null\0byte"]
     captioned(source, [(f"{name}.mp4", name) for name in names])
-    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=1.0), tmp_path / "data")
+    manifest = make_shards(
+        shards_config(source, max_spans=1, max_bad_fraction=1.0), tmp_path / "data"
+    )
     reasons = {reject.key: reject.reason for reject in manifest.rejects}
-    kept = {meta.caption for meta in metas(tmp_path / "data", manifest)}
+    kept = {meta.caption for meta in raw_samples(tmp_path / "data")}
     assert "good" in kept <= {"good", "lying", "million"}  # what the picture itself says may count
     assert {
         name: reasons[f"{name}.mp4"]
@@ -256,7 +243,7 @@ def test_specimens_are_set_aside_one_by_one(tmp_path: Path, good: bytes) -> None
     assert peak_mb() - before < GROWTH_MB
 
 
-def test_picture_too_large_for_the_memory_limit_is_set_aside(tmp_path: Path) -> None:
+def test_picture_too_large_for_the_memory_limit_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "bomb.mp4"
     path.write_bytes(hostile.png_bomb(12288))
     with SafeDecoder(max_pixels=1 << 30, memory_limit=12 << 20) as decoder:
@@ -294,7 +281,7 @@ def test_clip_of_ten_thousand_frames(tmp_path: Path) -> None:
     )
     captioned(source, [("long.mp4", "long")])
     manifest = make_shards(
-        config(source, max_spans=10_000, samples_per_shard=50), tmp_path / "data"
+        shards_config(source, max_spans=10_000, samples_per_shard=50), tmp_path / "data"
     )
     assert (manifest.num_samples, manifest.rejects) == (int((10_000 / 24 - 1) / 1.125) + 1, [])
     assert peak_mb() - before < GROWTH_MB
@@ -319,7 +306,7 @@ def test_read_only_folder_is_one_clear_error(tmp_path: Path, good: bytes) -> Non
                 if os.geteuid() == 0:
                     os.seteuid(65534)  # root may write everywhere
                 try:
-                    make_shards(config("packaged"), data)
+                    make_shards(shards_config("packaged"), data)
                 except OSError as error:
                     file.write(str(error))
         finally:

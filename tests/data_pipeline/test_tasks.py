@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -11,13 +12,26 @@ from landiff.configs.base import ConfigError
 from landiff.configs.ownership import OwnedError, take
 from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_sidecar
-from landiff.data_pipeline.ingest.job import Status, finalize, make_shards, make_share, status
+from landiff.data_pipeline.ingest.job import (
+    ShardsStatus,
+    finalize,
+    make_shards,
+    make_task_shards,
+    status,
+)
 from landiff.data_pipeline.ingest.plan import rows as plan_rows
 from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan
 from landiff.data_pipeline.ingest.shard_maker import TooManyRejectedClips
 from landiff.data_pipeline.synthetic.shapes import moving_shape, write_videos
 from landiff.data_pipeline.video.codec import write_mp4
-from tests.data_pipeline.test_ingest import ROOT, config, contents
+from tests.data_pipeline.ingest_helpers import (
+    ROOT,
+    contents,
+    parts_of,
+    read_rows,
+    shards_config,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +45,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("made")
-    make_shards(config(videos), data)
+    make_shards(shards_config(videos), data)
     return data
 
 
@@ -39,9 +53,8 @@ def test_tasks_on_one_folder_make_the_bytes_of_one_job(
     videos: Path, made: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    (tmp_path / "job.json").write_text(
-        json.dumps(json.loads(config(videos).model_dump_json()) | {"data": str(data)})
-    )
+    job = shards_config(videos).model_dump(mode="json") | {"data": str(data)}
+    (tmp_path / "job.json").write_text(json.dumps(job))
     (tmp_path / "job.json").rename(tmp_path / "job.yaml")  # JSON is YAML
     command = [
         sys.executable,
@@ -52,17 +65,16 @@ def test_tasks_on_one_folder_make_the_bytes_of_one_job(
         str(tmp_path / "job.yaml"),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    tasks = [[*command, "--task", f"{number}/3"] for number in (0, 1, 2, 1)]  # one of them twice
+    tasks = [[*command, "--task", f"{number}/3"] for number in (0, 1, 2, 1)]  # task 1 twice
     running = [
         subprocess.Popen(task, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
         for task in tasks[:2] + tasks[3:]
     ]
     outputs = [process.communicate()[0] for process in running]
     first, *same = [process.returncode for process in running]
-    assert first == 0 and sorted(same) in (
-        [0, 0],
-        [0, 2],
-    )  # the second owner of a task is refused, unless the first was done
+    assert first == 0
+    # the second owner of a task is refused, unless the first was done
+    assert sorted(same) in ([0, 0], [0, 2])
     assert "task 0/3 made 2 shards, 0 were there, of 6 in all; set aside: none" in outputs[0]
     early = subprocess.run(
         [*command, "finalize"],
@@ -101,9 +113,11 @@ def test_a_task_has_one_owner(videos: Path, tmp_path: Path) -> None:
             OwnedError,
             match=rf"task 1/3 of the shards in {tmp_path} is in use by process {os.getpid()} of",
         ):
-            make_share(config(videos), tmp_path, (1, 3))
-        assert make_share(config(videos), tmp_path, (0, 3)).made == 2  # the others go on
-    assert make_share(config(videos), tmp_path, (1, 3)).made == 2
+            make_task_shards(shards_config(videos), tmp_path, (1, 3))
+        assert (
+            make_task_shards(shards_config(videos), tmp_path, (0, 3)).made == 2
+        )  # the others work
+    assert make_task_shards(shards_config(videos), tmp_path, (1, 3)).made == 2
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +129,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (folder / "captions.jsonl").write_text(
         rows + json.dumps({"file": "bad.mp4", "caption": "bad"}) + "\n"
     )
-    make_shards(config(folder, samples_per_shard=2), data)
+    make_shards(shards_config(folder, samples_per_shard=2), data)
     return folder, data
 
 
@@ -132,7 +146,7 @@ def test_killed_inside_writes_fsyncs_links_and_renames_it_ends_with_the_same_byt
 ) -> None:
     folder, made = few
     (tmp_path / "config.yaml").write_text(
-        config(folder, samples_per_shard=2, job={"workers": 1}).model_dump_json()
+        shards_config(folder, samples_per_shard=2, job={"workers": 1}).model_dump_json()
     )
     command = [
         "-m",
@@ -152,26 +166,26 @@ def test_killed_inside_writes_fsyncs_links_and_renames_it_ends_with_the_same_byt
     assert places > 80
 
 
-def test_shares_are_even_and_hold_every_shard_once(made: Path) -> None:
-    whole = plan_of(made)
+def test_parts_of_tasks_are_even_and_hold_every_shard_once(made: Path) -> None:
+    plan = plan_of(made)
     for of in (1, 2, 4, 7):
-        shares = [whole.share((number, of)) for number in range(of)]
-        assert sorted(line.name for share in shares for line in share) == [
-            line.name for line in whole.lines
-        ]
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        parts = [plan.entries_of((number, of)) for number in range(of)]
+        names = [entry.name for entry in itertools.chain(*parts)]
+        assert sorted(names) == [entry.name for entry in plan.entries]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_task_that_does_not_exist_is_refused(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="task 3/3: the number must lie between 0 and 2"):
-        make_share(config(videos), tmp_path / "data", (3, 3))
+        make_task_shards(shards_config(videos), tmp_path / "data", (3, 3))
 
 
 def test_status_tells_how_far_all_tasks_are(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
-    one, seen = config(videos), []
+    settings = shards_config(videos)
+    seen = []
 
     class Stopped(Exception):
         pass
@@ -182,57 +196,59 @@ def test_status_tells_how_far_all_tasks_are(
             raise Stopped
 
     with pytest.raises(Stopped):
-        make_share(one, tmp_path, (0, 1), stop)
-    assert seen == [(number, 12, "look") for number in range(1, 6)]
-    assert status(one, tmp_path) == Status(videos=12, looked_at=4)
-    make_share(one, tmp_path, (0, 2))
-    assert status(one, tmp_path) == Status(
-        videos=12, looked_at=12, shards=6, finished=3, clips=24, in_finished=12
+        make_task_shards(settings, tmp_path, (0, 1), stop)
+    assert seen == [(number, 12, "probing videos") for number in range(1, 6)]
+    assert status(settings, tmp_path) == ShardsStatus(videos=12, probed=4)
+    make_task_shards(settings, tmp_path, (0, 2))
+    assert status(settings, tmp_path) == ShardsStatus(
+        videos=12, probed=12, shards=6, finished=3, clips=24, finished_clips=12
     )
 
 
 def test_nothing_planned_can_not_be_finalized(videos: Path, tmp_path: Path) -> None:
-    assert status(config(videos), tmp_path) is None
+    assert status(shards_config(videos), tmp_path) is None
     with pytest.raises(ShardError, match="nothing is planned"):
-        finalize(config(videos), tmp_path)
+        finalize(shards_config(videos), tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- the plan
+# ---------------------------------------------------------------------------------------- the plan
 
 
 def plan_of(data: Path) -> ShardPlan:
-    (path,) = (path for path in (data / "plan").glob("*.json"))
+    (path,) = (data / "plan").glob("*.json")
     return ShardPlan(path)
 
 
-def looks(data: Path) -> dict[str, int]:
+def probe_files(data: Path) -> dict[str, int]:
+    """Name -> modification time of the files of probes."""
     return {path.name: path.stat().st_mtime_ns for path in (data / "plan").glob("looks-*")}
 
 
 def test_second_start_reads_no_video(videos: Path, made: Path, tmp_path: Path) -> None:
     source, data = tmp_path / "videos", tmp_path / "data"
     shutil.copytree(videos, source)
-    make_shards(config(source), data)
+    make_shards(shards_config(source), data)
     before = read_manifest(data)
-    for path in source.glob("*.mp4"):  # same size, same time of change, no video any more
+    for path in source.glob("*.mp4"):  # same size and modification time, but no video any more
         found = path.stat()
         path.write_bytes(bytes(found.st_size))
         os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
-    assert make_shards(config(source), data) == before
+    assert make_shards(shards_config(source), data) == before
 
 
-def test_touched_video_is_looked_at_again_and_only_its_neighbours(
+def test_touched_video_is_probed_again_and_only_its_neighbours(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, data = tmp_path / "videos", tmp_path / "data"
     shutil.copytree(videos, source)
     monkeypatch.setattr(plan_rows, "VIDEOS_PER_CHUNK", 1)
-    make_shards(config(source), data)
-    before, manifest = looks(data), read_manifest(data)
+    make_shards(shards_config(source), data)
+    before = probe_files(data)
+    manifest = read_manifest(data)
     assert len(before) == 12
     os.utime(source / "shape_00003.mp4", (1, 1))
-    assert make_shards(config(source), data).shards == manifest.shards
-    after = looks(data)
+    assert make_shards(shards_config(source), data).shards == manifest.shards
+    after = probe_files(data)
     assert len(after) == 13
     assert after.items() > before.items()
 
@@ -243,25 +259,26 @@ def test_half_of_a_plan_is_made_again(videos: Path, made: Path, tmp_path: Path) 
     whole = plan_of(data)
     whole.path.unlink()
     whole.path.with_suffix(".jsonl").write_bytes(b"half a li")
-    make_shards(config(videos), data)
+    make_shards(shards_config(videos), data)
     assert contents(data) == contents(made)
 
 
-def test_unit_is_read_without_the_others(made: Path, tmp_path: Path) -> None:
+def test_planned_shard_is_read_without_the_others(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "plan", tmp_path / "plan")
-    whole = plan_of(tmp_path)
-    line, data = whole.lines[3], bytearray(whole.path.with_suffix(".jsonl").read_bytes())
-    expected = whole.unit(line)
-    data[: line.offset] = bytes(line.offset)
-    data[line.offset + line.size :] = b""
-    whole.path.with_suffix(".jsonl").write_bytes(data)
-    assert whole.unit(line) == expected
-    assert [span.key for span in expected.spans] == [
-        key for key, _ in read_sidecar(made / "raw" / "000003.tar").index
-    ]
+    plan = plan_of(tmp_path)
+    entry = plan.entries[3]
+    path = plan.path.with_suffix(".jsonl")
+    data = bytearray(path.read_bytes())
+    expected = plan.read_shard(entry)
+    data[: entry.offset] = bytes(entry.offset)
+    data[entry.offset + entry.size :] = b""
+    path.write_bytes(data)
+    assert plan.read_shard(entry) == expected
+    keys = [span.key for span in expected.spans]
+    assert keys == list(parts_of(made / "raw" / "000003.tar"))
 
 
-# ------------------------------------------------------------------------------------------------------- buckets
+# ----------------------------------------------------------------------------------------- buckets
 
 
 def test_each_clip_goes_to_the_bucket_nearest_to_it_and_shards_hold_one(tmp_path: Path) -> None:
@@ -280,7 +297,7 @@ def test_each_clip_goes_to_the_bucket_nearest_to_it_and_shards_hold_one(tmp_path
             8,
         )
         rows.append({"file": f"{name}.mp4", "caption": name})
-    (source / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(source / "captions.jsonl", rows)
     shapes = [(17, 36, 64), (17, 64, 36), (9, 36, 64), (9, 48, 48), (17, 48, 48)]
     buckets = [
         {"num_frames": frames, "height": height, "width": width} for frames, height, width in shapes
@@ -292,21 +309,15 @@ def test_each_clip_goes_to_the_bucket_nearest_to_it_and_shards_hold_one(tmp_path
         "buckets": buckets,
         "max_spans": 3,
     }
-    manifest = make_shards(config(source, **changes), tmp_path / "data")
+    manifest = make_shards(shards_config(source, **changes), tmp_path / "data")
     found: dict[str, list[str]] = {}
     for entry in manifest.shards:
-        sidecar = read_sidecar(tmp_path / "data" / "raw" / f"{entry.name}.tar")
-        data = (tmp_path / "data" / "raw" / f"{entry.name}.tar").read_bytes()
-        metas = [
-            RawSample.model_validate_json(data[p["json"][0] :][: p["json"][1]])
-            for _, p in sidecar.index
-        ]
-        assert {f"{meta.num_frames}x{meta.height}x{meta.width}" for meta in metas} == {entry.bucket}
-        for meta in metas:
+        for parts in parts_of(tmp_path / "data" / "raw" / f"{entry.name}.tar").values():
+            meta = RawSample.model_validate_json(parts["json"])
+            assert f"{meta.num_frames}x{meta.height}x{meta.width}" == entry.bucket
             found.setdefault(meta.caption, []).append(f"{entry.bucket} {meta.start_s:g}")
-    assert {
-        name: sorted(places) for name, places in found.items()
-    } == {  # the longest that fits, then a shorter one in what is left
+    # the longest that fits, then a shorter one in what is left
+    assert {name: sorted(places) for name, places in found.items()} == {
         "wide": ["17x36x64 0", "9x36x64 2.125"],
         "tall": ["17x64x36 0", "9x48x48 2.125"],
         "square": ["17x48x48 0", "9x48x48 2.125"],
@@ -335,44 +346,35 @@ def test_each_clip_goes_to_the_bucket_nearest_to_it_and_shards_hold_one(tmp_path
 )
 def test_shape_must_be_said_once(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config("packaged", **changes)
+        shards_config("packaged", **changes)
 
 
-# --------------------------------------------------------------------------------------- quarantine and refusals
+# ------------------------------------------------------------------------- quarantine and refusals
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty good rows and seven damaged files, one of them twice."""
     folder = tmp_path_factory.mktemp("mixed")
-    rows = [
-        json.loads(line)
-        for line in write_videos(folder, 20, num_frames=10, height=32, width=32)
-        .read_text()
-        .splitlines()
-    ]
+    rows = read_rows(write_videos(folder, 20, num_frames=10, height=32, width=32))
     for number in range(7):
         (folder / f"bad{number}.mp4").write_bytes(b"not a video " * (400 + number))
     rows[5:5] = [
         {"file": f"bad{number}.mp4", "caption": "x"} for number in (0, 1, 2, 3, 4, 5, 6, 0)
     ]
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "captions.jsonl", rows)
     return folder
 
 
 def test_damaged_files_are_kept_with_their_reason(mixed: Path, tmp_path: Path) -> None:
-    manifest = make_shards(config(mixed, max_bad_fraction=1.0), tmp_path)
+    manifest = make_shards(shards_config(mixed, max_bad_fraction=1.0), tmp_path)
     assert manifest.reject_counts == {"shards/invalid_data": 8}
-    sidecar = read_sidecar(tmp_path / "rejected" / "000001.tar")
-    data = (tmp_path / "rejected" / "000001.tar").read_bytes()
-    kept = [
-        (json.loads(data[p["json"][0] :][: p["json"][1]]), data[p["mp4"][0] :][: p["mp4"][1]])
-        for _, p in sidecar.index
-    ]
-    assert {(meta["key"], meta["reason"], meta["path"]) for meta, _ in kept} == {
-        (f"bad{n}.mp4", "invalid_data", str(mixed / f"bad{n}.mp4")) for n in range(7)
-    }
-    assert all(clip == (mixed / meta["key"]).read_bytes() for meta, clip in kept)
+    found = set()
+    for parts in parts_of(tmp_path / "rejected" / "000001.tar").values():
+        entry = json.loads(parts["json"])
+        found.add((entry["key"], entry["reason"], entry["path"]))
+        assert parts["mp4"] == (mixed / entry["key"]).read_bytes()
+    assert found == {(f"bad{n}.mp4", "invalid_data", str(mixed / f"bad{n}.mp4")) for n in range(7)}
 
 
 def test_quarantine_has_a_limit_and_can_be_off(mixed: Path, tmp_path: Path) -> None:
@@ -381,12 +383,12 @@ def test_quarantine_has_a_limit_and_can_be_off(mixed: Path, tmp_path: Path) -> N
         shutil.copy2(path, tmp_path / "videos")
     (tmp_path / "videos" / "bad3.mp4").write_bytes(bytes(2 << 20))
     make_shards(
-        config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 1}),
+        shards_config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 1}),
         tmp_path / "one",
     )
     assert len(read_sidecar(tmp_path / "one" / "rejected" / "000001.tar").index) == 6
     make_shards(
-        config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 0}),
+        shards_config(tmp_path / "videos", max_bad_fraction=1.0, quarantine={"max_mb": 0}),
         tmp_path / "none",
     )
     assert not (tmp_path / "none" / "rejected").exists()
@@ -395,13 +397,13 @@ def test_quarantine_has_a_limit_and_can_be_off(mixed: Path, tmp_path: Path) -> N
 def test_too_many_damaged_clips_stop_the_job(mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(
         TooManyRejectedClips,
-        match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. Fix the cause, or raise",
+        match=r"8 of 28 clips .* are damaged, more than max_bad_fraction = 0\.2\. "
+        r"Fix the cause, or raise",
     ):
-        make_shards(config(mixed), tmp_path / "data")
+        make_shards(shards_config(mixed), tmp_path / "data")
     assert not list((tmp_path / "data" / "raw").glob("*.tar"))
-    make_shards(
-        config(mixed, max_bad_fraction=0.5), tmp_path / "data"
-    )  # the limit is not part of the content
+    # the limit is not part of the content
+    make_shards(shards_config(mixed, max_bad_fraction=0.5), tmp_path / "data")
 
 
 def test_clips_that_turn_out_damaged_while_made_stop_the_job_too(tmp_path: Path) -> None:
@@ -414,18 +416,16 @@ def test_clips_that_turn_out_damaged_while_made_stop_the_job_too(tmp_path: Path)
         data[start : len(data) - 10] = bytes(len(data) - 10 - start)
         path.write_bytes(data)
     with pytest.raises(TooManyRejectedClips, match="of 24 clips"):
-        make_shards(config(source, max_spans=1), tmp_path / "data")
+        make_shards(shards_config(source, max_spans=1), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
     notes = []
     manifest = make_shards(
-        config(source, max_spans=1, max_bad_fraction=1.0),
+        shards_config(source, max_spans=1, max_bad_fraction=1.0),
         tmp_path / "data",
         lambda done, total, note: notes.append((done, note)),
     )
     assert (manifest.num_samples, sum(manifest.reject_counts.values())) == (12, 12)
-    (counts,) = {
-        name.removeprefix("shards/"): count for name, count in manifest.reject_counts.items()
-    }.items()
-    assert notes[-1] == (24, f"clips; set aside: 12 {counts[0]}")
+    (reason,) = manifest.reject_counts
+    assert notes[-1] == (24, f"clips; rejected: 12 {reason.removeprefix('shards/')}")
     assert [entry.samples for entry in manifest.shards] == [0, 0, 0, 4, 4, 4]
     assert len(list((tmp_path / "data" / "rejected").glob("*.tar"))) == 3

@@ -1,7 +1,7 @@
-"""Spans and rejects in the order of the source become shards to be.
+"""Divides the spans and rejects of a source, in the order of its rows, into planned shards.
 
-Equal content and span means equal key, and the first row that has a key keeps it. Which ones came before is found
-on disk: keys are spread over files, and only one of those is in memory at a time.
+Spans of equal content have equal keys, and the first span of a key is kept. Duplicates are found on
+disk: keys are distributed over files, and only one of those files is in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,199 +18,240 @@ from typing import BinaryIO
 
 from landiff.data_pipeline.format.schema import Reject
 from landiff.data_pipeline.ingest.config import Bucket, ShardsConfig
-from landiff.data_pipeline.ingest.plan.planned_shard import STAGE, PlannedShard, SetAside, Span
-from landiff.data_pipeline.ingest.plan.probes import seen
+from landiff.data_pipeline.ingest.plan.planned_shard import STAGE, PlannedShard, RejectedRow, Span
+from landiff.data_pipeline.ingest.plan.probes import read_probes
 from landiff.data_pipeline.ingest.plan.rows import SourceRow
-from landiff.data_pipeline.ingest.shots import Look
+from landiff.data_pipeline.ingest.shots import VideoProbe
 from landiff.data_pipeline.ingest.sources.entries import SourceClip
 
 BYTES_PER_FILE = 32 << 20  # of rows whose keys are in memory together
-MOST_FILES = 256
+MAX_FILES = 256
 
 
-def lay(config: ShardsConfig, rows: Path) -> Iterator[PlannedShard]:
-    """All units of a source, each when it is complete: not in the order of their names."""
+def plan_shards(config: ShardsConfig, rows: Path) -> Iterator[PlannedShard]:
+    """All planned shards of a source, each as soon as it is complete: not in order of their names.
+
+    `rows` is the file of rows; the probes of its videos must exist.
+    """
     layout = ShardLayout(config)
-    files = min(MOST_FILES, 1 + rows.stat().st_size // BYTES_PER_FILE)
-    with Repeats(rows.parent, files) as repeats:
-        for row, look in seen(config, rows):
-            for start, shape in (
-                []
-                if row.clip.failure or look.failure
-                else lay_spans(config, config.shapes, row.clip, look)
-            ):
-                repeats.add(span_key(config, look.sha256, start, shape), row.clip.name)
-        repeated = repeats.found()
-        upcoming, number = next(repeated, None), 0
-        for row, look in seen(config, rows):
-            failure = row.clip.failure or look.failure
+    num_files = min(MAX_FILES, 1 + rows.stat().st_size // BYTES_PER_FILE)
+    with DuplicateFinder(rows.parent, num_files) as finder:
+        for row, probe in read_probes(config, rows):
+            if row.clip.failure or probe.failure:
+                continue
+            for start_s, shape in plan_spans(config, row.clip, probe):
+                finder.add(span_key(config, probe.sha256, start_s, shape), row.clip.name)
+        duplicates = finder.duplicates()
+        duplicate = next(duplicates, None)
+        number = 0
+        for row, probe in read_probes(config, rows):
+            failure = row.clip.failure or probe.failure
             if failure:
                 layout.reject(row, failure.reason, failure.detail)
                 continue
-            spans = list(lay_spans(config, config.shapes, row.clip, look))
+            spans = list(plan_spans(config, row.clip, probe))
             if not spans:
-                layout.reject(row, "too_short", _too_short(config, row.clip, look))
-            for start, shape in spans:
-                if upcoming and upcoming[0] == number:
-                    unused = (
-                        f"; the caption of line {row.clip.line} is not used"
-                        if row.clip.line
-                        else ""
-                    )
-                    layout.reject(
-                        row, "duplicate", f"span at {start:g} s is that of {upcoming[1]}{unused}"
-                    )
-                    upcoming = next(repeated, None)
+                layout.reject(row, "too_short", _too_short(config, row.clip, probe))
+            for start_s, shape in spans:
+                if duplicate is not None and duplicate[0] == number:
+                    detail = _duplicate_detail(row.clip, start_s, first_name=duplicate[1])
+                    layout.reject(row, "duplicate", detail)
+                    duplicate = next(duplicates, None)
                 else:
-                    clip, key = row.clip, span_key(config, look.sha256, start, shape)
-                    span = Span(
-                        key,
-                        clip.name,
-                        clip.video,
-                        clip.caption,
-                        look.sha256,
-                        start,
-                        look.crop,
-                        row.offset,
-                        clip.more_captions,
-                        look.conversions,
-                    )
-                    layout.add(span, shape)
+                    layout.add(_make_span(config, row, probe, start_s, shape), shape)
                 number += 1
-            yield from layout.complete()
-    yield from layout.rest()
+            yield from layout.take_complete()
+    yield from layout.take_rest()
+
+
+def _make_span(
+    config: ShardsConfig, row: SourceRow, probe: VideoProbe, start_s: float, shape: Bucket
+) -> Span:
+    clip = row.clip
+    return Span(
+        key=span_key(config, probe.sha256, start_s, shape),
+        source=clip.name,
+        video=clip.video,
+        caption=clip.caption,
+        source_sha256=probe.sha256,
+        start_s=start_s,
+        crop=probe.crop,
+        row=row.offset,
+        more_captions=clip.more_captions,
+        conversions=probe.conversions,
+    )
 
 
 class ShardLayout:
-    """Puts spans and rejects into units. A shard is full or it is the last of its shape."""
+    """Divides spans and rejects into planned shards.
+
+    A shard is full, or it is the last one of its shape.
+    """
 
     def __init__(self, config: ShardsConfig) -> None:
         self.config = config
-        self._begun = 0
-        self._open: dict[str, PlannedShard] = {}  # the last of each shape
+        self._num_shards = 0
+        self._open: dict[str, PlannedShard] = {}  # the last shard of each shape
         self._complete: list[PlannedShard] = []
-        self._last = config.shapes[0]  # where rejects go
+        self._last_shape = config.shapes[0]  # rejects go to the shard of this shape
 
     def add(self, span: Span, shape: Bucket) -> None:
-        self._last = shape
-        unit = self._open.get(shape.name)
-        if unit is None or len(unit.spans) == self.config.samples_per_shard:
-            unit = self._begin(shape)
-        unit.spans.append(span)
+        """Add a span to the open shard of its shape."""
+        self._last_shape = shape
+        shard = self._open.get(shape.name)
+        if shard is None or len(shard.spans) == self.config.samples_per_shard:
+            shard = self._begin_shard(shape)
+        shard.spans.append(span)
 
     def reject(self, row: SourceRow, reason: str, detail: str = "") -> None:
-        unit = self._open.get(self._last.name) or self._begin(self._last)
-        unit.aside.append(
-            SetAside(
-                Reject(key=row.clip.name, stage=STAGE, reason=reason, detail=detail),
-                row.clip.video,
-                row.offset,
-            )
-        )
+        """Add a reject to the shard that got the last span."""
+        shard = self._open.get(self._last_shape.name) or self._begin_shard(self._last_shape)
+        reject = Reject(key=row.clip.name, stage=STAGE, reason=reason, detail=detail)
+        shard.rejects.append(RejectedRow(reject, row.clip.video, row.offset))
 
-    def complete(self) -> list[PlannedShard]:
-        """Units that nothing more comes to, each told once."""
-        complete, self._complete = self._complete, []
+    def take_complete(self) -> list[PlannedShard]:
+        """Remove and return the complete shards."""
+        complete = self._complete
+        self._complete = []
         return complete
 
-    def rest(self) -> list[PlannedShard]:
-        return [*self.complete(), *self._open.values()]
+    def take_rest(self) -> list[PlannedShard]:
+        """Return the complete shards and the open ones. Call once, at the end."""
+        return [*self.take_complete(), *self._open.values()]
 
-    def _begin(self, shape: Bucket) -> PlannedShard:
+    def _begin_shard(self, shape: Bucket) -> PlannedShard:
         if shape.name in self._open:
             self._complete.append(self._open[shape.name])
-        unit = self._open[shape.name] = PlannedShard(
-            f"{self._begun:06d}", shape, shape.name if self.config.buckets else ""
-        )
-        self._begun += 1
-        return unit
+        bucket = shape.name if self.config.buckets else ""
+        shard = PlannedShard(f"{self._num_shards:06d}", shape, bucket)
+        self._open[shape.name] = shard
+        self._num_shards += 1
+        return shard
 
 
-class Repeats:
-    """Finds which of many keys came before."""
+class DuplicateFinder:
+    """Finds the keys that occurred before, among more keys than fit into memory.
 
-    def __init__(self, folder: Path, files: int) -> None:
-        self.folder, self.number = folder, 0
+    Use as a context manager: add all keys, then read `duplicates`. The temporary files have no
+    names, so they are deleted when the process ends.
+    """
+
+    def __init__(self, folder: Path, num_files: int) -> None:
+        self.folder = folder
+        self.num_keys = 0
         self._stack = ExitStack()
-        self._files = [self._temporary() for _ in range(files)]
+        self._files = [self._open_temporary() for _ in range(num_files)]
 
-    def __enter__(self) -> Repeats:
+    def __enter__(self) -> DuplicateFinder:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def add(self, key: str, name: str) -> None:
-        """Keys are counted from 0."""
-        self._files[int(key[:8], 16) % len(self._files)].write(
-            json.dumps([key, self.number, name]).encode() + b"\n"
-        )
-        self.number += 1
+        """Add the next key, a hexadecimal number, with the name of its clip."""
+        file = self._files[int(key[:8], 16) % len(self._files)]
+        file.write(json.dumps([key, self.num_keys, name]).encode() + b"\n")
+        self.num_keys += 1
 
-    def found(self) -> Iterator[tuple[int, str]]:
-        """(number of a key that is there already, name of the first that had it), in order of the numbers."""
-        files = [self._repeats_of(keys) for keys in self._files]
-        return heapq.merge(*(map(tuple, map(json.loads, file)) for file in files))
+    def duplicates(self) -> Iterator[tuple[int, str]]:
+        """(number of the key, name of the first clip with this key), in order of the numbers.
 
-    def _repeats_of(self, keys: BinaryIO) -> BinaryIO:
-        """Those of one file, in a file. A key is in one file only, and in each file the numbers rise."""
-        first: dict[str, str] = {}
-        found = self._temporary()
+        Keys are numbered from 0 in the order in which they were added.
+        """
+        files = [self._write_duplicates(keys) for keys in self._files]
+        return heapq.merge(*[_read_duplicates(file) for file in files])
+
+    def _write_duplicates(self, keys: BinaryIO) -> BinaryIO:
+        """Write the duplicates of one file to a new file, in order of their numbers.
+
+        Equal keys are in one file, and numbers increase within each file.
+        """
+        first_names: dict[str, str] = {}
+        found = self._open_temporary()
         keys.seek(0)
-        for key, number, name in map(json.loads, keys):
-            if key in first:
-                found.write(json.dumps([number, first[key]]).encode() + b"\n")
+        for line in keys:
+            key, number, name = json.loads(line)
+            if key in first_names:
+                found.write(json.dumps([number, first_names[key]]).encode() + b"\n")
             else:
-                first[key] = name
+                first_names[key] = name
         found.seek(0)
         return found
 
-    def _temporary(self) -> BinaryIO:
-        """A file without a name: it is gone when this process is."""
+    def _open_temporary(self) -> BinaryIO:
         return self._stack.enter_context(tempfile.TemporaryFile(dir=self.folder))
 
 
-def lay_spans(
-    config: ShardsConfig, shapes: Sequence[Bucket], clip: SourceClip, look: Look
+def _read_duplicates(file: BinaryIO) -> Iterator[tuple[int, str]]:
+    for line in file:
+        number, first_name = json.loads(line)
+        yield number, first_name
+
+
+def plan_spans(
+    config: ShardsConfig, clip: SourceClip, probe: VideoProbe
 ) -> Iterator[tuple[float, Bucket]]:
-    """(start, shape) of at most `max_spans` spans, one after the other, none of them across a cut."""
-    left = config.max_spans
-    end_s = min(clip.end_s, look.duration_s)
-    for first, last in look.shots or ((0.0, math.inf),):
-        begin, until, at = max(clip.start_s, first), min(end_s, last), 0.0
-        while left and (shape := best_shape(shapes, config.fps, look.aspect, until - begin - at)):
-            yield round(begin + at, 6), shape
-            at += shape.num_frames / config.fps
-            left -= 1
+    """(start in s, shape) of at most `max_spans` spans, one after the other, none across a cut."""
+    shapes = config.shapes
+    spans_left = config.max_spans
+    end_s = min(clip.end_s, probe.duration_s)
+    for shot_start_s, shot_end_s in probe.shots or ((0.0, math.inf),):
+        begin_s = max(clip.start_s, shot_start_s)
+        until_s = min(end_s, shot_end_s)
+        at_s = 0.0
+        while spans_left:
+            shape = best_shape(
+                shapes, fps=config.fps, aspect=probe.aspect, length_s=until_s - begin_s - at_s
+            )
+            if shape is None:
+                break
+            yield round(begin_s + at_s, 6), shape
+            at_s += shape.num_frames / config.fps
+            spans_left -= 1
 
 
 def best_shape(
-    shapes: Sequence[Bucket], fps: float, aspect: float, length_s: float
+    shapes: Sequence[Bucket], *, fps: float, aspect: float, length_s: float
 ) -> Bucket | None:
-    """The bucket that a clip of this aspect and length goes to: the nearest aspect that is not too long, of those the longest."""
+    """The shape of a clip of this aspect ratio and length; None if the clip is too short for all.
+
+    Of the shapes that are short enough, those with the nearest aspect ratio, and of those the
+    longest.
+    """
     fitting = [shape for shape in shapes if (shape.num_frames - 1) / fps < length_s - 1e-6]
-    if len(shapes) == 1 or not fitting:
-        return next(iter(fitting), None)
-    return min(
-        fitting,
-        key=lambda shape: (
-            round(abs(math.log(shape.width / shape.height / aspect)), 6),
-            -shape.num_frames,
-            -shape.height,
-            shape.width,
-        ),
-    )
+    if not fitting:
+        return None
+    if len(shapes) == 1:
+        return fitting[0]
+
+    def preference(shape: Bucket) -> tuple[float, int, int, int]:
+        distance = abs(math.log(shape.width / shape.height / aspect))
+        return round(distance, 6), -shape.num_frames, -shape.height, shape.width
+
+    return min(fitting, key=preference)
 
 
 def span_key(config: ShardsConfig, source_sha256: str, start_s: float, shape: Bucket) -> str:
-    """The sample's key: equal content and span, equal key."""
-    return hashlib.sha1(
-        f"{source_sha256}/{start_s:.6f}/{shape.num_frames}/{config.fps:g}".encode()
-    ).hexdigest()
+    """The key of a sample. Equal content and equal spans give equal keys."""
+    text = f"{source_sha256}/{start_s:.6f}/{shape.num_frames}/{config.fps:g}"
+    return hashlib.sha1(text.encode()).hexdigest()
 
 
-def _too_short(config: ShardsConfig, clip: SourceClip, look: Look) -> str:
-    lasts = max(0.0, min(clip.end_s, look.duration_s) - clip.start_s)
+def _duplicate_detail(clip: SourceClip, start_s: float, *, first_name: str) -> str:
+    detail = f"span at {start_s:g} s is that of {first_name}"
+    if clip.line:
+        detail += f"; the caption of line {clip.line} is not used"
+    return detail
+
+
+def _too_short(config: ShardsConfig, clip: SourceClip, probe: VideoProbe) -> str:
+    """Detail of a reject: how long the clip is, and how long it must be."""
+    length_s = max(0.0, min(clip.end_s, probe.duration_s) - clip.start_s)
     frames = min(shape.num_frames for shape in config.shapes)
-    shots = f" in {len(look.shots)} shots" if look.shots else ""
-    return f"{lasts:.3f} s{shots}; {frames} frames at {config.fps:g} fps need more than {(frames - 1) / config.fps:.3f} s"
+    needed_s = (frames - 1) / config.fps
+    shots = f" in {len(probe.shots)} shots" if probe.shots else ""
+    return (
+        f"{length_s:.3f} s{shots}; {frames} frames at {config.fps:g} fps need more than "
+        f"{needed_s:.3f} s"
+    )

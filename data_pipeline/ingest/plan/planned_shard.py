@@ -1,4 +1,4 @@
-"""One shard to be: which spans of which videos it will hold, and what was set aside on the way."""
+"""A planned shard: the spans that become its clips, and the rejects that it records."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, BinaryIO
 from landiff.data_pipeline.format.schema import Reject, content_fingerprint
 from landiff.data_pipeline.ingest.config import Bucket, ShardsConfig
 from landiff.data_pipeline.ingest.plan.rows import SourceRow
-from landiff.data_pipeline.video.codec import VideoFile
+from landiff.data_pipeline.video.codec import Crop, VideoFile
 
 STAGE = "shards"
-# What says nothing about the state of the clip
+# Reasons that do not mean that a clip is damaged; they do not count towards `max_bad_fraction`.
 HARMLESS = frozenset(
     (
         "empty_caption",
@@ -33,7 +33,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Span:
-    """One future sample."""
+    """A part of a video that becomes one sample."""
 
     key: str
     source: str
@@ -41,93 +41,92 @@ class Span:
     caption: str
     source_sha256: str
     start_s: float
-    crop: tuple[float, float, float, float]
-    row: int  # where its row begins in the file of rows
+    crop: Crop
+    row: int  # offset of its row in the file of rows
     more_captions: tuple[str, ...] = ()
-    conversions: tuple[str, ...] = ()  # what the video needs to be progressive SDR
+    conversions: tuple[str, ...] = ()  # those that make the video progressive SDR
 
     def as_json(self) -> tuple[Any, ...]:
-        """Without what the row says."""
+        """The values that are not in the row of the span."""
         return (self.key, self.source_sha256, self.start_s, self.crop, self.row, self.conversions)
 
 
 @dataclass(frozen=True)
-class SetAside:
-    """A clip that won't be in a shard, and where its bytes are."""
+class RejectedRow:
+    """A reject of the plan, with the place of its bytes."""
 
     reject: Reject
     video: VideoFile
-    row: int
+    row: int  # offset of its row in the file of rows
 
     @property
-    def is_bad(self) -> bool:
+    def is_damaged(self) -> bool:
+        """Whether the reject counts towards `max_bad_fraction`."""
         return self.reject.reason not in HARMLESS
 
 
 @dataclass
 class PlannedShard:
-    """One future shard."""
+    """One shard of a plan, before it is made."""
 
     name: str
     shape: Bucket
-    bucket: str  # of the shard's entry: the shape's name, "" where all shards have one shape
+    bucket: str  # name of the shape; "" if all shards have one shape
     spans: list[Span] = field(default_factory=list)
-    aside: list[SetAside] = field(default_factory=list)
+    rejects: list[RejectedRow] = field(default_factory=list)
 
     def fingerprint(self, config: ShardsConfig) -> str:
-        """Of everything the shard is made from."""
+        """Fingerprint of everything that the shard is made from."""
         parts: list[Any] = [
             config.identity(),
             [(span.key, span.caption, *span.more_captions) for span in self.spans],
-            [(entry.reject.key, entry.reject.reason) for entry in self.aside],
+            [(rejected.reject.key, rejected.reject.reason) for rejected in self.rejects],
         ]
-        # Without conversions the fingerprint is that of versions that knew none.
+        # Without conversions the fingerprint equals that of versions that had none.
         converted = [(span.key, span.conversions) for span in self.spans if span.conversions]
         if converted:
             parts.append(converted)
         return content_fingerprint(*parts)
 
     def as_json(self) -> dict[str, Any]:
-        """Without what the rows say."""
+        """Plain values, without those that are in the rows."""
+        aside = []
+        for rejected in self.rejects:
+            aside.append((rejected.reject.reason, rejected.reject.detail, rejected.row))
         return {
             "name": self.name,
             "shape": self.shape.model_dump(),
             "bucket": self.bucket,
             "spans": [span.as_json() for span in self.spans],
-            "aside": [(a.reject.reason, a.reject.detail, a.row) for a in self.aside],
+            "aside": aside,
         }
 
     @classmethod
     def from_json(cls, plain: dict[str, Any], rows: BinaryIO) -> PlannedShard:
-        """`rows`: the open file of rows."""
-        unit = cls(plain["name"], Bucket(**plain["shape"]), plain["bucket"])
-        for key, sha256, start, crop, offset, conversions in plain["spans"]:
-            clip = _row(rows, offset).clip
+        """Inverse of `as_json`. `rows` is the open file of rows."""
+        shard = cls(plain["name"], Bucket(**plain["shape"]), plain["bucket"])
+        for key, sha256, start_s, (left, top, right, bottom), offset, conversions in plain["spans"]:
+            clip = _read_row(rows, offset).clip
             span = Span(
-                key,
-                clip.name,
-                clip.video,
-                clip.caption,
-                sha256,
-                start,
-                tuple(crop),
-                offset,
-                clip.more_captions,
-                tuple(conversions),
+                key=key,
+                source=clip.name,
+                video=clip.video,
+                caption=clip.caption,
+                source_sha256=sha256,
+                start_s=start_s,
+                crop=(left, top, right, bottom),
+                row=offset,
+                more_captions=clip.more_captions,
+                conversions=tuple(conversions),
             )
-            unit.spans.append(span)
+            shard.spans.append(span)
         for reason, detail, offset in plain["aside"]:
-            clip = _row(rows, offset).clip
-            unit.aside.append(
-                SetAside(
-                    Reject(key=clip.name, stage=STAGE, reason=reason, detail=detail),
-                    clip.video,
-                    offset,
-                )
-            )
-        return unit
+            clip = _read_row(rows, offset).clip
+            reject = Reject(key=clip.name, stage=STAGE, reason=reason, detail=detail)
+            shard.rejects.append(RejectedRow(reject, clip.video, offset))
+        return shard
 
 
-def _row(rows: BinaryIO, offset: int) -> SourceRow:
+def _read_row(rows: BinaryIO, offset: int) -> SourceRow:
     rows.seek(offset)
     return SourceRow.from_json(rows.readline(), offset)

@@ -1,11 +1,11 @@
-"""The rows of a source, written down once: what the steps of planning read again and again, a piece at a time.
+"""The rows of a source on disk, which the steps of planning read several times, a chunk at a time.
 
-    <data>/plan/<mark>.rows.jsonl      one line for each row of the source, in its order
-    <data>/plan/<mark>.ignored.json    how many members of its tars no clip uses, by kind
+    <data>/plan/<fingerprint>.rows.jsonl      one line for each row of the source, in its order
+    <data>/plan/<fingerprint>.ignored.json    number of tar members that no clip uses, by kind
 
-A row is a video or a span of one, its caption, and size and time of change of its file. The mark is of all of
-them and of the config, so a source that changed has other rows, and one that did not is never read twice.
-However long the source, no more of it is in memory than one chunk.
+A row is a video or a span of one, its caption, and size and modification time of its file. The
+fingerprint covers all rows and the config: a source that changed gets other files, and one that did
+not change is never written again. No more than one chunk of rows is in memory at a time.
 """
 
 from __future__ import annotations
@@ -30,162 +30,179 @@ from landiff.data_pipeline.ingest.sources.entries import IgnoredFiles, SourceCli
 from landiff.data_pipeline.ingest.sources.listing import Listing
 from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
-LOOKS_VERSION = 2  # of what is seen of a video
-TARS_VERSION = 2  # of what is read from a tar: 2 splits names at the last dot
-NO_STAMP = (-1, -1)  # of a file that isn't there
-VIDEOS_PER_CHUNK = 128  # on average; what a task that is killed has to look at again
+PROBES_VERSION = 2  # of the content of probes
+TARS_VERSION = 2  # of how tars are listed; since 2, member names are split at the last dot
+NO_STAMP = (-1, -1)  # of a file that does not exist
+VIDEOS_PER_CHUNK = 128  # on average: the videos that a killed task has to probe again
 ROWS_PER_VIDEO = 16  # of a chunk, at most
+
+Stamp = tuple[int, int]  # size in bytes and modification time in ns
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row of the source. What makes it unusable before its video is opened is its clip's `failure`."""
+    """One row of the source.
+
+    What is known to be wrong with it before its video is opened is the `failure` of its clip.
+    """
 
     clip: SourceClip
-    stamp: tuple[
-        int, int
-    ]  # size in bytes and time of change in ns of the file; -1 when it isn't there
-    offset: int = 0  # of its line
-    end: int = 0
+    stamp: Stamp  # of its file; NO_STAMP if the file does not exist
+    offset: int = 0  # of its line, in bytes
+    end: int = 0  # of its line, in bytes
 
     def as_json(self) -> str:
-        """One line of JSON, with the line of the clip's table at the end, where it has one."""
-        line = [self.clip.line] if self.clip.line else []
-        return json.dumps(self._values() + line)
+        """One line of JSON; the last value is the line of the clip in its table, if it has one."""
+        values = self._values()
+        if self.clip.line:
+            values.append(self.clip.line)
+        return json.dumps(values)
 
-    def content(self) -> str:
-        """What the mark of the rows is of: all but the line, so that comments and blank lines do not count."""
+    def fingerprinted_json(self) -> str:
+        """The values that the fingerprint covers.
+
+        The line number is left out, so that comments and blank lines do not change it.
+        """
         return json.dumps(self._values())
 
     def _values(self) -> list[Any]:
-        clip, video = self.clip, self.clip.video
-        end_s = None if math.isinf(clip.end_s) else clip.end_s
-        failure = clip.failure and (clip.failure.reason, clip.failure.detail)
-        captions = [clip.caption, *clip.more_captions]
+        clip = self.clip
+        failure = (clip.failure.reason, clip.failure.detail) if clip.failure else None
         return [
             clip.name,
-            os.fspath(video.path),
-            video.offset,
-            video.size,
-            captions,
+            os.fspath(clip.video.path),
+            clip.video.offset,
+            clip.video.size,
+            [clip.caption, *clip.more_captions],
             clip.start_s,
-            end_s,
+            None if math.isinf(clip.end_s) else clip.end_s,
             failure,
             *self.stamp,
         ]
 
     @classmethod
     def from_json(cls, line: bytes, offset: int) -> SourceRow:
-        fields = parse_line(line, "a row of the plan")
-        name, path, start, size, (caption, *more), start_s, end_s, failure, *rest = fields
-        number = rest[2] if len(rest) > 2 else 0
+        """Inverse of `as_json`. `offset` is that of the line in the file of rows."""
+        values = parse_line(line, "a row of the plan")
+        name, path, start, size, (caption, *more), start_s, end_s, failure, *rest = values
+        file_size, file_time, *line_number = rest
         clip = SourceClip(
-            name,
-            VideoFile(Path(path), start, size),
-            caption,
-            start_s,
-            math.inf if end_s is None else end_s,
-            DecodeFailure(*failure) if failure else None,
-            tuple(more),
-            number,
+            name=name,
+            video=VideoFile(Path(path), start, size),
+            caption=caption,
+            start_s=start_s,
+            end_s=math.inf if end_s is None else end_s,
+            failure=DecodeFailure(*failure) if failure else None,
+            more_captions=tuple(more),
+            line=line_number[0] if line_number else 0,
         )
-        return cls(clip, tuple(rest[:2]), offset, offset + len(line))
+        return cls(clip, (file_size, file_time), offset, offset + len(line))
 
 
 @contextmanager
-def damage_of(path: Path) -> Iterator[None]:
-    """Turn what a damaged file of a plan causes into one ShardError."""
+def explain_damage(path: Path) -> Iterator[None]:
+    """Convert the errors that a damaged file of a plan causes into one ShardError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(
-            f"{path} is damaged ({error}); delete the folder {path.parent} and run the command again"
+            f"{path} is damaged ({error}); "
+            f"delete the folder {path.parent} and run the command again"
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Rows that follow each other, as a range of bytes; their videos are looked at together."""
+class RowChunk:
+    """Consecutive rows, as a range of bytes of the file of rows.
+
+    Their videos are probed together.
+    """
 
     offset: int
     end: int
-    looks: str  # name of the file of what was seen
+    probes_file: str  # name of the file with the probes of its videos
     videos: int
 
 
 @dataclass(frozen=True)
 class SourceState:
-    """A source as it is now, tars closed."""
+    """A source as it is now, without the members of its tars."""
 
-    mark: str
+    fingerprint: str
     ignored: Tally
 
 
-def read_plan_state(config: ShardsConfig, listing: Listing) -> SourceState:
-    """Lists the whole source, without opening tars. Raises ConfigError when a row can't be read."""
+def read_source_state(config: ShardsConfig, listing: Listing) -> SourceState:
+    """List a whole source without opening its tars. Raises ConfigError if a row cannot be read."""
     return _read_source(config, listing, None, Tally())
 
 
-def plan_path(config: ShardsConfig, data: Path, folder: str, listing: Listing) -> Path:
-    """The path of the plan of this source as it is now. Raises ConfigError when a row can't be read."""
-    return data / folder / f"{read_plan_state(config, listing).mark}.json"
-
-
 def rows_path(plan: Path) -> Path:
+    """The file of rows of a plan."""
     return plan.with_suffix(".rows.jsonl")
 
 
 def ignored_path(plan: Path) -> Path:
-    """Where the counts of the members of tars are that no clip uses; there is no such file where all are used."""
+    """The file with the counts of tar members that no clip uses. Missing if all are used."""
     return plan.with_suffix(".ignored.json")
 
 
 def read_ignored_members(plan: Path) -> Tally:
-    """The members of the source's tars that no clip uses, as `write_rows` found them."""
+    """The tar members that no clip uses, as `write_rows` counted them."""
+    path = ignored_path(plan)
     try:
-        with damage_of(ignored_path(plan)):
-            return Tally.from_json(read_json(ignored_path(plan)))
+        with explain_damage(path):
+            return Tally.from_json(read_json(path))
     except FileNotFoundError:
         return Tally()
 
 
 def write_rows(config: ShardsConfig, listing: Listing, plan: Path) -> Path:
-    """Write the rows that belong to `plan`, unless they are there. Raises ConfigError when the source changes meanwhile."""
+    """Write the rows of the plan at `plan` unless they exist, and return their path.
+
+    Raises ConfigError if the source changed since the path of the plan was computed.
+    """
     path = rows_path(plan)
-    if not path.exists():
-        members = Tally()
-        with atomic_file(path) as file:
-            if _read_source(config, listing, file, members).mark != plan.stem:
-                raise ConfigError(
-                    f"source = {config.source!r} changed while it was read; run again when it is complete"
-                )
-            if members.counts:
-                write_text(ignored_path(plan), json.dumps(members.as_json()))
+    if path.exists():
+        return path
+    members = Tally()
+    with atomic_file(path) as file:
+        state = _read_source(config, listing, file, members)
+        if state.fingerprint != plan.stem:
+            raise ConfigError(
+                f"source = {config.source!r} changed while it was read; "
+                "run again when it is complete"
+            )
+        if members.counts:
+            write_text(ignored_path(plan), json.dumps(members.as_json()))
     return path
 
 
 def _read_source(
     config: ShardsConfig, listing: Listing, file: BinaryIO | None, members: Tally
 ) -> SourceState:
-    """The state of a source. Where `file` is given, the rows go to it, and `members` counts what tars hold besides."""
-    digest = hashlib.sha256(
-        content_fingerprint(LOOKS_VERSION, config.identity(), config.columns.recorded()).encode()
-    )
-    ignored, stamps = Tally(), _Stamps()
+    """The state of a source.
+
+    If `file` is given, the rows are written to it, and `members` counts the tar members that no
+    clip uses.
+    """
+    base = content_fingerprint(PROBES_VERSION, config.identity(), config.columns.recorded())
+    digest = hashlib.sha256(base.encode())
+    ignored = Tally()
+    stamps = _StampCache()
     for entry in listing.entries():
         if isinstance(entry, IgnoredFiles):
             ignored.add(entry.kind, entry.name)
         elif isinstance(entry, SourceClip):
-            row = _row_of(config, entry, stamps)
-            digest.update(row.content().encode() + b"\n")
+            row = _make_row(config, entry, stamps)
+            digest.update(row.fingerprinted_json().encode() + b"\n")
             if file is not None:
                 file.write(row.as_json().encode() + b"\n")
         else:
-            digest.update(
-                json.dumps([os.fspath(entry.path), stamp_of(entry.path), TARS_VERSION]).encode()
-            )
+            values = [os.fspath(entry.path), stamp_of(entry.path), TARS_VERSION]
+            digest.update(json.dumps(values).encode())
             if file is not None:
-                _write_members(config, listing, entry, stamps, file, members)
+                _write_members(config, listing, entry, stamps=stamps, file=file, members=members)
     return SourceState(digest.hexdigest()[:16], ignored)
 
 
@@ -193,48 +210,52 @@ def _write_members(
     config: ShardsConfig,
     listing: Listing,
     tar: TarFile,
-    stamps: _Stamps,
+    *,
+    stamps: _StampCache,
     file: BinaryIO,
     members: Tally,
 ) -> None:
+    """Write the rows of one tar, and count the members that no clip uses."""
     for entry in listing.members(tar):
         if isinstance(entry, IgnoredFiles):
             members.add(entry.kind, entry.name)
         else:
-            file.write(_row_of(config, entry, stamps).as_json().encode() + b"\n")
+            file.write(_make_row(config, entry, stamps).as_json().encode() + b"\n")
 
 
-class _Stamps:
-    """Sizes and times of change of files; the last one is kept, since rows of one file follow each other."""
+class _StampCache:
+    """Stamps of files. Keeps the last one, because rows of one file follow each other."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._stamp = NO_STAMP
 
-    def of(self, path: Path) -> tuple[int, int]:
+    def stamp_of(self, path: Path) -> Stamp:
+        """`stamp_of` a file, from the cache if it is the same file as before."""
         if path != self._path:
             self._path = path
             self._stamp = stamp_of(path)
         return self._stamp
 
 
-def _row_of(config: ShardsConfig, clip: SourceClip, stamps: _Stamps) -> SourceRow:
-    failure = unusable(config, clip)
+def _make_row(config: ShardsConfig, clip: SourceClip, stamps: _StampCache) -> SourceRow:
+    failure = failure_before_opening(config, clip)
     if failure:
         clip = replace(clip, caption="", more_captions=(), failure=failure)
-    return SourceRow(clip, stamps.of(clip.video.path))
+    return SourceRow(clip, stamps.stamp_of(clip.video.path))
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path) -> Stamp:
+    """Size and modification time of a file; NO_STAMP if it does not exist."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):  # a name with a null byte
+    except (OSError, ValueError):  # ValueError: a name with a null byte
         return NO_STAMP
     return (found.st_size, found.st_mtime_ns)
 
 
-def unusable(config: ShardsConfig, clip: SourceClip) -> DecodeFailure | None:
-    """What is wrong with a row before its video is opened."""
+def failure_before_opening(config: ShardsConfig, clip: SourceClip) -> DecodeFailure | None:
+    """What is wrong with a clip, as far as it can be told without opening its video."""
     if clip.failure:
         return clip.failure
     if not clip.caption:
@@ -248,50 +269,66 @@ def unusable(config: ShardsConfig, clip: SourceClip) -> DecodeFailure | None:
 
 
 def read_rows(path: Path, offset: int = 0, end: float = math.inf) -> Iterator[SourceRow]:
-    with damage_of(path), open(path, "rb") as file:
+    """The rows whose lines begin from `offset` on and before `end`. Raises ShardError on damage."""
+    with explain_damage(path), open(path, "rb") as file:
         file.seek(offset)
-        while offset < end and (line := file.readline()):
+        while offset < end:
+            line = file.readline()
+            if not line:
+                return
             yield SourceRow.from_json(line, offset)
             offset += len(line)
 
 
-def chunks(config: ShardsConfig, path: Path) -> Iterator[tuple[Chunk, list[SourceRow]]]:
-    """The rows in pieces that are cut where the names say so: a new video changes one piece only."""
+def iter_chunks(config: ShardsConfig, path: Path) -> Iterator[tuple[RowChunk, list[SourceRow]]]:
+    """The rows, divided into chunks.
+
+    Chunks end at videos whose names hash to certain values. So a new video changes the chunk that
+    it is in and no other.
+    """
     rows: list[SourceRow] = []
-    videos: dict[VideoFile, None] = {}
-    full = False
+    videos: set[VideoFile] = set()
+    is_full = False
     for row in read_rows(path):
-        new = not row.clip.failure and row.clip.video not in videos
-        if (full and new) or len(rows) == ROWS_PER_VIDEO * VIDEOS_PER_CHUNK:
-            yield _chunk(config, rows), rows
-            rows, videos, full, new = [], {}, False, not row.clip.failure
+        is_new = not row.clip.failure and row.clip.video not in videos
+        if (is_full and is_new) or len(rows) == ROWS_PER_VIDEO * VIDEOS_PER_CHUNK:
+            yield _make_chunk(config, rows), rows
+            rows = []
+            videos = set()
+            is_full = False
+            is_new = not row.clip.failure
         rows.append(row)
-        if new:
-            videos[row.clip.video] = None
-            name = hashlib.sha256(
-                f"{os.fspath(row.clip.video.path)!r}:{row.clip.video.offset}".encode()
-            ).digest()
-            full = (
-                int.from_bytes(name[:8], "big") % VIDEOS_PER_CHUNK == 0
-                or len(videos) == 4 * VIDEOS_PER_CHUNK
-            )
+        if is_new:
+            videos.add(row.clip.video)
+            is_full = _ends_chunk(row.clip.video) or len(videos) == 4 * VIDEOS_PER_CHUNK
     if rows:
-        yield _chunk(config, rows), rows
+        yield _make_chunk(config, rows), rows
 
 
-def videos_of(rows: Sequence[SourceRow]) -> dict[VideoFile, tuple[int, int]]:
-    """The videos that are to be looked at, each once, in order; with their stamps."""
+def _ends_chunk(video: VideoFile) -> bool:
+    """Whether a chunk ends after this video, by the hash of its name."""
+    name = f"{os.fspath(video.path)!r}:{video.offset}"
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % VIDEOS_PER_CHUNK == 0
+
+
+def videos_of(rows: Sequence[SourceRow]) -> dict[VideoFile, Stamp]:
+    """The videos to probe with their stamps, each once, in order."""
     return {row.clip.video: row.stamp for row in rows if not row.clip.failure}
 
 
-def _chunk(config: ShardsConfig, rows: Sequence[SourceRow]) -> Chunk:
+def _make_chunk(config: ShardsConfig, rows: Sequence[SourceRow]) -> RowChunk:
     videos = videos_of(rows)
-    shots = config.shots.model_dump(mode="json") if config.shots else None
-    marks = [
-        (repr(os.fspath(video.path)), video.offset, video.size, *stamp)
-        for video, stamp in videos.items()
-    ]
-    video = config.video.model_dump(mode="json")
-    letterbox = config.filters.letterbox
-    mark = content_fingerprint(LOOKS_VERSION, config.max_pixels, video, shots, letterbox, marks)
-    return Chunk(rows[0].offset, rows[-1].end, f"looks-{mark}.jsonl", len(videos))
+    stamped = []
+    for video, stamp in videos.items():
+        stamped.append((repr(os.fspath(video.path)), video.offset, video.size, *stamp))
+    fingerprint = content_fingerprint(
+        PROBES_VERSION,
+        config.max_pixels,
+        config.video.model_dump(mode="json"),
+        config.shots.model_dump(mode="json") if config.shots else None,
+        config.filters.letterbox,
+        stamped,
+    )
+    # "looks" is an earlier word for probes; data folders hold files of this name
+    return RowChunk(rows[0].offset, rows[-1].end, f"looks-{fingerprint}.jsonl", len(videos))

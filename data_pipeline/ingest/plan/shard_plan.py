@@ -1,12 +1,12 @@
-"""The plan of a shard set: which spans of which videos become which shard. Made before any shard is.
+"""The plan of a shard set: which spans of which videos become which shard.
 
-    <data>/plan/<mark>.rows.jsonl      the rows of the source (plan_rows.py)
-    <data>/plan/looks-<mark>.jsonl     what was seen of their videos (plan_looks.py)
-    <data>/plan/<mark>.jsonl           one line for each shard to be: its spans and what was set aside (plan_layout.py)
-    <data>/plan/<mark>.json            where each line lies; commits the plan
+    <data>/plan/<fingerprint>.rows.jsonl     the rows of the source (rows.py)
+    <data>/plan/looks-<fingerprint>.jsonl    probes of their videos (probes.py)
+    <data>/plan/<fingerprint>.jsonl          one line per planned shard: its spans and rejects
+    <data>/plan/<fingerprint>.json           offset and size of each line; commits the plan
 
-All tasks write the same bytes. Nothing here grows in memory with the number of clips, but for some hundred bytes
-for each shard to be.
+The plan is complete before any shard is made, and all tasks write the same bytes. Memory does not
+grow with the number of clips, except for a few hundred bytes per planned shard.
 """
 
 from __future__ import annotations
@@ -21,96 +21,119 @@ from pathlib import Path
 
 from landiff.configs.documents import MAX_INDEX_BYTES, parse_line, read_json
 from landiff.configs.files import atomic_file, write_text
+from landiff.data_pipeline.format.progress import ProgressCallback
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.plan.layout import lay
+from landiff.data_pipeline.ingest.plan.layout import plan_shards
 from landiff.data_pipeline.ingest.plan.planned_shard import PlannedShard
-from landiff.data_pipeline.ingest.plan.probes import Borrow, ProgressCallback, inspect, look_at_all
-from landiff.data_pipeline.ingest.plan.rows import damage_of, plan_path, rows_path, write_rows
-from landiff.data_pipeline.ingest.shots import Looker
+from landiff.data_pipeline.ingest.plan.probes import BorrowDecoder, probe_all, probe_video
+from landiff.data_pipeline.ingest.plan.rows import (
+    SourceState,
+    explain_damage,
+    rows_path,
+    write_rows,
+)
+from landiff.data_pipeline.ingest.shots import VideoProber
 from landiff.data_pipeline.ingest.sources.listing import Listing
 
 PLAN = "plan"
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """What the index says of one unit."""
+class PlanEntry:
+    """The index entry of one planned shard. It is stored as a list in this order."""
 
     name: str
     fingerprint: str
-    offset: int
-    size: int
+    offset: int  # of its line, in bytes
+    size: int  # of its line, in bytes
     spans: int
-    aside: int
-    bad: int
+    rejects: int
+    damaged: int  # of the rejects
 
 
 class ShardPlan:
-    """A committed plan. Reading a unit costs as much as the unit is long."""
+    """A committed plan. Only the index is in memory; planned shards are read one at a time."""
 
     def __init__(self, path: Path) -> None:
+        """Read the index. Raises ShardError if it is damaged."""
         self.path = path
-        with damage_of(path):
-            units = read_json(path, limit=MAX_INDEX_BYTES)["units"]
-            self.lines = [Line(*line) for line in units]
+        with explain_damage(path):
+            entries = read_json(path, limit=MAX_INDEX_BYTES)["units"]
+            self.entries = [PlanEntry(*entry) for entry in entries]
 
-    def unit(self, line: Line) -> PlannedShard:
-        units = self.path.with_suffix(".jsonl")
-        with damage_of(units), open(units, "rb") as file, open(rows_path(self.path), "rb") as rows:
-            text = os.pread(file.fileno(), line.size, line.offset)
-            return PlannedShard.from_json(parse_line(text, str(units)), rows)
+    def read_shard(self, entry: PlanEntry) -> PlannedShard:
+        """Read one planned shard. Raises ShardError if the plan is damaged."""
+        path = self.path.with_suffix(".jsonl")
+        with (
+            explain_damage(path),
+            open(path, "rb") as file,
+            open(rows_path(self.path), "rb") as rows,
+        ):
+            text = os.pread(file.fileno(), entry.size, entry.offset)
+            return PlannedShard.from_json(parse_line(text, str(path)), rows)
 
-    def share(self, task: tuple[int, int]) -> list[Line]:
-        """The units of task (number, of): in the order of their hashes every of-th, so that shares are even and mixed."""
+    def entries_of(self, task: tuple[int, int]) -> list[PlanEntry]:
+        """The planned shards of task (number, of).
+
+        These are every of-th in the order of the hashes of their names, so that the parts of the
+        tasks are equally large and cover the source evenly.
+        """
         number, of = task
-        return sorted(self.lines, key=lambda line: hashlib.sha256(line.name.encode()).digest())[
-            number::of
-        ]
+        ordered = sorted(self.entries, key=_name_hash)
+        return ordered[number::of]
 
 
-def make(
+def _name_hash(entry: PlanEntry) -> bytes:
+    return hashlib.sha256(entry.name.encode()).digest()
+
+
+def plan_path(data: Path, state: SourceState) -> Path:
+    """The path of the plan of a source."""
+    return data / PLAN / f"{state.fingerprint}.json"
+
+
+def make_plan(
     config: ShardsConfig,
     path: Path,
     listing: Listing,
+    *,
     task: tuple[int, int],
     executor: Executor,
-    borrow: Borrow,
+    borrow_decoder: BorrowDecoder,
     progress: ProgressCallback | None,
 ) -> ShardPlan:
-    """The plan at `path`, made where it isn't there; its work is shared with the other tasks."""
+    """Read the plan at `path`, or make it together with the other tasks."""
     if not path.exists():
-        looker = Looker(config)
+        prober = VideoProber(config)
         rows = write_rows(config, listing, path)
-        look_at_all(
-            config, rows, task, executor, lambda video: inspect(looker, video, borrow), progress
+        probe_all(
+            config,
+            rows,
+            task=task,
+            executor=executor,
+            probe=lambda video: probe_video(prober, video, borrow_decoder),
+            progress=progress,
         )
-        write(config, path, lay(config, rows))
+        write_plan(config, path, plan_shards(config, rows))
     return ShardPlan(path)
 
 
-def path_of(config: ShardsConfig, data: Path, listing: Listing) -> Path:
-    """Where the plan of this source, as it is now, lies or will lie. Raises ConfigError when a row can't be read."""
-    return plan_path(config, data, PLAN, listing)
-
-
-def write(config: ShardsConfig, path: Path, units: Iterable[PlannedShard]) -> None:
-    """Commit a plan."""
-    lines: list[Line] = []
+def write_plan(config: ShardsConfig, path: Path, shards: Iterable[PlannedShard]) -> None:
+    """Write and commit a plan."""
+    entries: list[PlanEntry] = []
     with atomic_file(path.with_suffix(".jsonl")) as file:
-        for unit in units:
-            text = json.dumps(unit.as_json()).encode() + b"\n"
-            bad = sum(entry.is_bad for entry in unit.aside)
-            lines.append(
-                Line(
-                    unit.name,
-                    unit.fingerprint(config),
-                    file.tell(),
-                    len(text),
-                    len(unit.spans),
-                    len(unit.aside),
-                    bad,
-                )
+        for shard in shards:
+            text = json.dumps(shard.as_json()).encode() + b"\n"
+            entry = PlanEntry(
+                name=shard.name,
+                fingerprint=shard.fingerprint(config),
+                offset=file.tell(),
+                size=len(text),
+                spans=len(shard.spans),
+                rejects=len(shard.rejects),
+                damaged=sum(rejected.is_damaged for rejected in shard.rejects),
             )
+            entries.append(entry)
             file.write(text)
-    lines.sort(key=lambda line: int(line.name))
-    write_text(path, json.dumps({"units": [astuple(line) for line in lines]}))
+    entries.sort(key=lambda entry: int(entry.name))
+    write_text(path, json.dumps({"units": [astuple(entry) for entry in entries]}))

@@ -1,4 +1,4 @@
-"""What a file really is, told from its first bytes, for messages about files with a wrong name."""
+"""Tells the kind of a file from its first bytes, for messages about files with a wrong name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MARKUP = (
 
 
 def describe_content(head: bytes) -> str | None:
-    """What a file is whose first `HEAD_BYTES` bytes are `head`; None where they do not tell."""
+    """The kind of a file whose first `HEAD_BYTES` bytes are `head`; None if it is not known."""
     if not head:
         return "an empty file"
     for magic, kind in MAGIC_NUMBERS:
@@ -49,12 +49,16 @@ def describe_content(head: bytes) -> str | None:
 
 
 def describe_file_content(path: Path, offset: int = 0, size: int = -1) -> str | None:
-    """`describe_content` of a file, or of `size` bytes of it; None also where it cannot be read."""
+    """`describe_content` of a file, or of `size` bytes of it from `offset` on.
+
+    None also if the file cannot be read. A negative `size` means up to the end.
+    """
     if size == 0:
         return describe_content(b"")
     try:
         with open(path, "rb") as file:
             file.seek(offset)
-            return describe_content(file.read(min(size, HEAD_BYTES) if size > 0 else HEAD_BYTES))
+            head_size = min(size, HEAD_BYTES) if size > 0 else HEAD_BYTES
+            return describe_content(file.read(head_size))
     except (OSError, ValueError):
         return None

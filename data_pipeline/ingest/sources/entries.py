@@ -1,4 +1,4 @@
-"""What a source consists of: clips, tars of clips, and files that are not used."""
+"""The entries of a source: clips, tars of clips, and files that are not used."""
 
 from __future__ import annotations
 
@@ -33,31 +33,32 @@ VIDEO_SUFFIXES = frozenset(
         ".y4m",
     )
 )
-CAPTION_SUFFIXES = (".txt", ".caption", ".json")  # the first of them that holds a caption is used
+# In order of preference: the first file that holds a caption is used.
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 COMPRESSIONS = frozenset((".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma"))
-MAX_KINDS = 50
-MAX_EXAMPLES = 3
-KINDS_SHOWN = 12
-MAX_SUFFIX = 12
+MAX_KINDS = 50  # that a tally tells apart
+MAX_EXAMPLES = 3  # of each kind
+KINDS_SHOWN = 12  # in a message
+MAX_SUFFIX = 12  # characters; longer suffixes are of the kind "other"
 
 
 @dataclass(frozen=True)
 class SourceClip:
-    """One row of the input: a video, or a span of one, and its caption ("" where it has none)."""
+    """One row of the input: a video, or a span of one, and its caption ("" if it has none)."""
 
-    name: str  # shown to users and kept in the shard's JSON: path below the source, or tar:key
+    name: str  # in messages and in the JSON of samples: path below the source, or tar:key
     video: VideoFile
     caption: str
     start_s: float = 0.0  # counted from the first frame
     end_s: float = math.inf
-    failure: DecodeFailure | None = None  # what is known to be wrong with it before it is opened
-    more_captions: tuple[str, ...] = ()  # where the row has several
-    line: int = 0  # of its table, counted from 1; 0 where there is no table
+    failure: DecodeFailure | None = None  # known before the video is opened
+    more_captions: tuple[str, ...] = ()  # if the row has several
+    line: int = 0  # in its table, counted from 1; 0 if there is no table
 
 
 @dataclass(frozen=True)
 class TarFile:
-    """A tar of clips. Its members are listed only where they are needed."""
+    """A tar of clips. Its members are listed only when they are needed."""
 
     path: Path
 
@@ -66,19 +67,19 @@ class TarFile:
 class IgnoredFiles:
     """A file of a source that no clip uses."""
 
-    kind: str  # its suffix, such as ".part", or a word, such as "link_loop"
+    kind: str  # its suffix, such as ".part", or a name, such as "link_loop"
     name: str
 
 
 @dataclass
 class Tally:
-    """How many things there are of each kind, with the names of the first few."""
+    """Counts by kind, with the names of the first few of each kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, name: str) -> None:
-        """Count one. Kinds beyond the first `MAX_KINDS` are counted as "other"."""
+        """Count one item. Kinds after the first `MAX_KINDS` are counted as "other"."""
         if kind not in self.counts and len(self.counts) >= MAX_KINDS:
             kind = "other"
         self.counts[kind] += 1
@@ -115,30 +116,31 @@ class Tally:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Tally:
+        """Inverse of `as_json`."""
         return cls(Counter(plain["counts"]), dict(plain["examples"]))
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can hold.
+    """Text that can be encoded as UTF-8; what cannot be encoded is escaped.
 
-    File names may have bytes, and JSON halves of surrogate pairs, that it cannot.
+    File names may contain undecodable bytes, and JSON may contain lone surrogates.
     """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """("a/clip 2.0", ".mp4") of "a/clip 2.0.MP4". A leading dot starts no suffix."""
+    """Split "a/clip 2.0.MP4" into ("a/clip 2.0", ".mp4"). A leading dot starts no suffix."""
     stem, suffix = os.path.splitext(name)
     return stem, suffix.lower()
 
 
 def is_apple_double(name: str) -> bool:
-    """Whether a path is one of the `._` files in which macOS keeps attributes of other files."""
+    """Whether a path is one of the `._` files in which macOS stores attributes of other files."""
     return name.rpartition("/")[2].startswith("._")
 
 
 def kind_of(name: str) -> str:
-    """Under which kind a file is counted that no clip uses."""
+    """The kind under which an ignored file is counted."""
     if is_apple_double(name):
         return "macos_metadata"
     stem, suffix = split_name(name.rpartition("/")[2])
@@ -152,7 +154,7 @@ def kind_of(name: str) -> str:
 
 
 def hint_for_missing(path: Path) -> str:
-    """The end of a message: which file a name without suffix may mean, "" where there is none."""
+    """The end of a message: the file that a name without suffix may mean; "" if there is none."""
     for suffix in sorted(VIDEO_SUFFIXES):
         candidate = path.with_name(path.name + suffix) if path.name else path
         if os.path.isfile(candidate):  # False also for a name that is too long

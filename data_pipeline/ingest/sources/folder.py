@@ -1,4 +1,4 @@
-"""Lists folders of videos: every file below a folder, one folder in memory at a time.
+"""Lists folders of videos: every file below a folder, with one folder in memory at a time.
 
 Links to folders are followed, unless they lead to a folder that is listed anyway.
 """
@@ -37,13 +37,13 @@ class Folder:
     """The names in one folder."""
 
     path: str
-    prefix: str  # of its names below the source: "" or "a/b/"
-    names: list[str]  # sorted; those of folders end in "/"
-    problems: dict[str, str]  # names of what is no regular file, and what it is
+    prefix: str  # path below the source: "" or "a/b/"
+    names: list[str]  # sorted; names of folders end in "/"
+    problems: dict[str, str]  # name -> why it is not a regular file
     links: set[str]  # names of folders that are links
 
     def siblings(self, stem: str) -> list[tuple[str, str]]:
-        """(name, suffix) of the files whose names are `stem` and one suffix."""
+        """(name, suffix) of the files whose names consist of `stem` and one suffix."""
         start = f"{stem}."
         found = []
         for at in range(bisect_left(self.names, start), len(self.names)):
@@ -61,7 +61,7 @@ class FolderFile:
 
     folder: Folder
     name: str  # in its folder
-    problem: str  # why it cannot be read; "" for a regular file
+    problem: str  # why it cannot be read; "" if it is a regular file
 
     @property
     def relative(self) -> str:
@@ -70,15 +70,15 @@ class FolderFile:
 
     @property
     def path(self) -> str:
+        """Path that can be opened."""
         return f"{self.folder.path}/{self.name}"
 
 
-def walk(root: Path) -> Iterator[FolderFile | SourceClip | IgnoredFiles]:
+def list_files(root: Path) -> Iterator[FolderFile | SourceClip | IgnoredFiles]:
     """All files below a folder, in the order of their whole paths.
 
-    A folder that cannot be read is a SourceClip that has failed, a link that is not followed is
-    IgnoredFiles.
-    Raises OSError where `root` itself cannot be read.
+    A folder that cannot be read is a SourceClip with a failure. A link that is not followed is
+    IgnoredFiles. Raises OSError if `root` itself cannot be read.
     """
     followed = {os.path.realpath(root)}
     stack = [iter_folder(_read_folder(os.fspath(root), ""))]
@@ -89,8 +89,11 @@ def walk(root: Path) -> Iterator[FolderFile | SourceClip | IgnoredFiles]:
         elif not found.name.endswith("/"):
             yield found
         else:
-            folder, relative, path = found.folder, found.relative, found.path.removesuffix("/")
-            problem = _link_problem(folder, path, followed) if found.name in folder.links else ""
+            relative = found.relative
+            path = found.path.removesuffix("/")
+            problem = ""
+            if found.name in found.folder.links:
+                problem = _link_problem(found.folder, path, followed)
             if problem:
                 yield IgnoredFiles(problem, printable(relative))
                 continue
@@ -102,19 +105,20 @@ def walk(root: Path) -> Iterator[FolderFile | SourceClip | IgnoredFiles]:
 
 
 def iter_folder(folder: Folder) -> Iterator[FolderFile]:
-    """The entries of one folder, subfolders among them."""
+    """The entries of one folder, including its subfolders."""
     for name in folder.names:
         yield FolderFile(folder, name, folder.problems.get(name, ""))
 
 
 def _read_folder(path: str, prefix: str) -> Folder:
+    """Read the names in a folder. Raises OSError."""
     folder = Folder(path, prefix, [], {}, set())
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
             if entry.is_symlink():
                 name = _add_link(folder, entry)
-            # with its slash, "a-b/x" comes before "a/x", as among whole paths
+            # with the slash, "a-b/x" is sorted before "a/x", as whole paths are
             elif entry.is_dir(follow_symlinks=False):
                 name += "/"
             elif not entry.is_file(follow_symlinks=False):
@@ -125,7 +129,7 @@ def _read_folder(path: str, prefix: str) -> Folder:
 
 
 def _add_link(folder: Folder, entry: os.DirEntry[str]) -> str:
-    """Note where a link leads; returns its name among the folder's."""
+    """Record what a link leads to. Returns its name in `folder.names`."""
     try:
         mode = os.stat(entry.path).st_mode
     except OSError as error:
@@ -140,8 +144,9 @@ def _add_link(folder: Folder, entry: os.DirEntry[str]) -> str:
 
 
 def _link_problem(folder: Folder, path: str, followed: set[str]) -> str:
-    """Why a link to a folder is not followed, "" where it is; its target is then in `followed`."""
-    here, target = os.path.realpath(folder.path), os.path.realpath(path)
+    """Why a link to a folder is not followed; "" if it is. Its target is then in `followed`."""
+    here = os.path.realpath(folder.path)
+    target = os.path.realpath(path)
     if f"{here}/".startswith(f"{target.rstrip('/')}/"):
         return "link_loop"
     above = target
@@ -154,14 +159,14 @@ def _link_problem(folder: Folder, path: str, followed: set[str]) -> str:
     return "repeated_link"
 
 
-# ------------------------------------------------------------------------------------------ clips
+# ------------------------------------------------------------------------------------------- clips
 
 
 def folder_entries(
     root: Path, columns: ColumnsConfig
 ) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
-    """What is below a folder without a table: videos with captions beside them, and tars."""
-    for found in walk(root):
+    """The entries of a folder without a table: videos with captions beside them, and tars."""
+    for found in list_files(root):
         if isinstance(found, FolderFile):
             yield from _file_entries(found, columns)
         else:
@@ -171,6 +176,7 @@ def folder_entries(
 def _file_entries(
     file: FolderFile, columns: ColumnsConfig
 ) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
+    """The clips, tars and ignored files that one file stands for."""
     stem, suffix = split_name(file.name)
     clip_or_tar = (suffix in VIDEO_SUFFIXES or suffix == ".tar") and not is_apple_double(file.name)
     if clip_or_tar and file.problem:
@@ -185,28 +191,32 @@ def _file_entries(
 
 
 def _kind(file: FolderFile) -> str:
+    """The kind under which an unused file is counted."""
     if "link" in file.problem:
         return "dangling_link"
     return "special_file" if file.problem else kind_of(file.name)
 
 
 def _videos(siblings: list[tuple[str, str]]) -> list[str]:
+    """Names of the videos among the results of `Folder.siblings`."""
     return [name for name, suffix in siblings if suffix in VIDEO_SUFFIXES]
 
 
 def _video(
     file: FolderFile, stem: str, columns: ColumnsConfig
 ) -> Iterator[SourceClip | IgnoredFiles]:
-    """One video, and the caption files beside it that are not used."""
+    """One video, and the unused caption files beside it."""
     folder = file.folder
     siblings = folder.siblings(stem)
     files: list[str] = []
     unused: list[str] = []
     for suffix in CAPTION_SUFFIXES:
         names = [name for name, found in siblings if found == suffix]
-        files += names[-1:]  # .txt comes after .TXT
+        files += names[-1:]  # .txt is sorted after .TXT
         unused += names[:-1]
-    captions, used, failure = [""], "", None
+    captions = [""]
+    used = ""
+    failure: DecodeFailure | None = None
     try:
         texts = ((printable(name), read_caption_file(f"{folder.path}/{name}")) for name in files)
         captions, used, detail = captions_beside(texts, columns.caption)

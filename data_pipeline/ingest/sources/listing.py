@@ -1,7 +1,7 @@
-"""Where raw videos come from: lists of clips out of folders, tables and WebDataset tars.
+"""Lists the clips of a source: a folder, a table or WebDataset tars.
 
-Only names, captions and spans are read here; the videos themselves stay closed. Everything in a source
-is a clip, a clip with a failure, or ignored and counted by kind (docs/sources.md).
+Only names, captions and spans are read; no video is opened. Everything in a source is a clip, a
+clip with a failure, or ignored and counted by kind (docs/sources.md).
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ Entry = SourceClip | TarFile | IgnoredFiles
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds, read anew each time, so that a long source is never in memory."""
+    """The entries of a source. They are read again on each call, and never all in memory."""
 
     entries: Callable[[], Iterator[Entry]]  # in an order that depends on the source alone
     columns: ColumnsConfig = ColumnsConfig()
 
     def members(self, tar: TarFile) -> Iterator[SourceClip | IgnoredFiles]:
-        """What a tar of `entries` holds."""
+        """The clips and ignored members of a tar."""
         return tar_entries(tar.path, self.columns)
 
     def clips(self) -> Iterator[SourceClip]:
-        """All clips, those of tars included."""
+        """All clips, including those in tars."""
         for entry in self.entries():
             found = self.members(entry) if isinstance(entry, TarFile) else [entry]
             for one in found:
@@ -62,16 +62,20 @@ class Listing:
 
 
 def list_source(config: ShardsConfig) -> Listing:
-    """Raises ConfigError when the source is missing, holds nothing, or lacks a column."""
-    path = ASSETS / "captions.jsonl" if config.source == "packaged" else Path(config.source)
+    """The listing of `config.source`.
+
+    Raises ConfigError if the source is missing, has no clips, or lacks a column.
+    """
     columns = config.columns
-    if not path.is_dir() and path.suffix.lower() == ".tar":
+    path = Path(config.source)
+    if config.source == "packaged":
+        path = ASSETS / "captions.jsonl"
+    suffix = path.suffix.lower()
+    if not path.is_dir() and suffix == ".tar":
         return _tars(config.source, columns)
-    if not path.is_dir() and (
-        path.suffix.lower() in COMPRESSIONS or path.suffix.lower() in ARCHIVES
-    ):
+    if not path.is_dir() and (suffix in COMPRESSIONS or suffix in ARCHIVES):
         raise ConfigError(
-            f"source: {str(path)!r} is compressed; videos gain nothing by it, "
+            f"source: {str(path)!r} is compressed, which does not make videos smaller; "
             "unpack it to a folder or a plain .tar"
         )
     if not os.path.lexists(path):
@@ -91,10 +95,11 @@ def list_source(config: ShardsConfig) -> Listing:
 
 
 def _tars(source: str, columns: ColumnsConfig) -> Listing:
+    """The listing of tars that a pattern names. Raises ConfigError if one does not exist."""
     names = list(islice(braceexpand.braceexpand(source), MAX_TARS + 1))
     if len(names) > MAX_TARS:
         raise ConfigError(
-            f"source = {source!r} names more than {MAX_TARS} tars; give the folder that they lie in"
+            f"source = {source!r} names more than {MAX_TARS} tars; give the folder that holds them"
         )
     missing = [name for name in names if not os.path.isfile(name)]
     if missing:
@@ -107,6 +112,7 @@ def _tars(source: str, columns: ColumnsConfig) -> Listing:
 
 
 def _table_in(folder: Path) -> Path | None:
+    """`table_in`. Raises ConfigError also if the folder cannot be read."""
     try:
         return table_in(folder)
     except OSError as error:
@@ -116,6 +122,7 @@ def _table_in(folder: Path) -> Path | None:
 
 
 def _folder(folder: Path, table: Path | None, columns: ColumnsConfig) -> Listing:
+    """The listing of a folder, which `table` describes if it has one."""
     if table is not None:
         return Listing(lambda: folder_table_entries(folder, table, columns), columns)
     return Listing(lambda: folder_entries(folder, columns), columns)
@@ -131,15 +138,16 @@ def _check_table(path: Path) -> None:
     if suffix in TABLE_SUFFIXES:
         return
     kind = describe_file_content(path)
+    what = f"; it is {kind}" if kind else ""
     raise ConfigError(
-        f"source = {str(path)!r} is neither a .csv, .tsv or .jsonl with captions nor a .tar of clips"
-        f"{f'; it is {kind}' if kind else ''}; for single videos give the folder that they lie in, "
-        "with captions in a captions.jsonl, or in a .txt beside each"
+        f"source = {str(path)!r} is neither a .csv, .tsv or .jsonl with captions nor a .tar of "
+        f"clips{what}; for single videos give the folder that holds them, with captions in a "
+        "captions.jsonl, or in a .txt beside each"
     )
 
 
 def _check_not_empty(config: ShardsConfig, listing: Listing, table: Path | None) -> None:
-    """Raise ConfigError where a source has no clip, not even one that failed."""
+    """Raise ConfigError if a source has no clip, not even one with a failure."""
     ignored = Tally()
     for entry in listing.entries():
         if not isinstance(entry, IgnoredFiles):

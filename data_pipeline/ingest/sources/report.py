@@ -1,4 +1,4 @@
-"""What `landiff shards` says of a source: before anything is made, and beside its results."""
+"""What `landiff shards` reports about a source: before anything is made, and with its results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
-from landiff.data_pipeline.ingest.plan.rows import NO_STAMP, stamp_of, unusable
+from landiff.data_pipeline.ingest.plan.rows import NO_STAMP, failure_before_opening, stamp_of
 from landiff.data_pipeline.ingest.shard_maker import tally_rejects
 from landiff.data_pipeline.ingest.sources.entries import (
     IgnoredFiles,
@@ -21,9 +21,9 @@ from landiff.data_pipeline.ingest.sources.listing import list_source
 
 @dataclass
 class SourceSummary:
-    """What a source holds, told without opening a video."""
+    """What a source holds, as far as it can be told without opening a video."""
 
-    clips: int = 0  # that nothing is known to be wrong with
+    clips: int = 0  # without a known failure
     tars: int = 0
     rejected: Tally = field(default_factory=Tally)  # by reason
     ignored: Tally = field(default_factory=Tally)  # by kind
@@ -34,8 +34,12 @@ class SourceSummary:
 
 
 def summarize_source(config: ShardsConfig) -> SourceSummary:
-    """Lists a whole source, the members of its tars included. Raises ConfigError."""
-    listing, summary = list_source(config), SourceSummary()
+    """List a whole source, including the members of its tars.
+
+    Raises ConfigError if the source cannot be read.
+    """
+    listing = list_source(config)
+    summary = SourceSummary()
     for entry in listing.entries():
         if isinstance(entry, TarFile):
             summary.tars += 1
@@ -47,24 +51,23 @@ def summarize_source(config: ShardsConfig) -> SourceSummary:
 
 
 def _count(config: ShardsConfig, summary: SourceSummary, entry: SourceClip | IgnoredFiles) -> None:
+    """Add one entry to the summary."""
     if isinstance(entry, IgnoredFiles):
         summary.ignored.add(entry.kind, entry.name)
         return
-    failure = unusable(config, entry)
+    failure = failure_before_opening(config, entry)
     if failure:
-        summary.rejected.add(
-            failure.reason, f"{entry.name}: {failure.detail}" if failure.detail else entry.name
-        )
+        example = f"{entry.name}: {failure.detail}" if failure.detail else entry.name
+        summary.rejected.add(failure.reason, example)
     elif stamp_of(entry.video.path) == NO_STAMP:
-        summary.rejected.add(
-            "unreadable_file", f"{entry.name}: no such file{hint_for_missing(entry.video.path)}"
-        )
+        example = f"{entry.name}: no such file{hint_for_missing(entry.video.path)}"
+        summary.rejected.add("unreadable_file", example)
     else:
         summary.clips += 1
 
 
 def result_lines(rejected: Tally, ignored: Tally) -> list[str]:
-    """What was not used: a line for rejected clips and one for ignored files, where there are any."""
+    """One line for rejected clips and one for ignored files, if there are any."""
     lines = []
     if rejected.counts:
         lines.append(f"rejected: {rejected}")
@@ -74,9 +77,7 @@ def result_lines(rejected: Tally, ignored: Tally) -> list[str]:
 
 
 def manifest_lines(manifest: Manifest) -> list[str]:
-    """`result_lines` of a manifest, without what columns rejected."""
+    """`result_lines` of a manifest, without the clips that columns rejected."""
     rejected = tally_rejects(reject for reject in manifest.rejects if reject.stage == STAGE)
-    return result_lines(
-        rejected,
-        Tally.from_json({"counts": manifest.ignored_counts, "examples": manifest.ignored_examples}),
-    )
+    counts = {"counts": manifest.ignored_counts, "examples": manifest.ignored_examples}
+    return result_lines(rejected, Tally.from_json(counts))

@@ -1,7 +1,7 @@
-"""Lists tables of captions: CSV (with commas, tabs or semicolons) and JSONL.
+"""Lists tables of captions: CSV (with commas, tabs, semicolons or bars) and JSONL.
 
-A table whose structure is damaged is a ConfigError that names the line: nothing after the damage can
-be trusted. A row that cannot be used is a clip that is rejected.
+A table whose structure is damaged raises a ConfigError that names the line, because nothing after
+the damage can be trusted. A row that cannot be used is a rejected clip.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from landiff.data_pipeline.ingest.sources.entries import (
     printable,
     split_name,
 )
-from landiff.data_pipeline.ingest.sources.folder import FolderFile, walk
+from landiff.data_pipeline.ingest.sources.folder import FolderFile, list_files
 from landiff.data_pipeline.ingest.sources.text_files import (
     MAX_TEXT_BYTES,
     TextError,
@@ -43,16 +43,17 @@ from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 DELIMITERS = (",", "\t", ";", "|")
-MAX_CAPTIONS = 100  # of one clip, from rows that follow each other
+MAX_CAPTIONS = 100  # of one clip, from consecutive rows
 MAX_NAMES = 10  # of columns, in messages
+MAX_MESSAGE = 300  # characters of a message with a value of a row
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]  # column -> value
 
 
 def table_in(folder: Path) -> Path | None:
-    """The table of captions of a folder. Raises ConfigError where there are several."""
-    wanted = [f"captions{suffix}" for suffix in TABLE_SUFFIXES]
-    tables = sorted(name for name in os.listdir(folder) if name.lower() in wanted)
+    """The table of captions of a folder. Raises ConfigError if there are several."""
+    known = [f"captions{suffix}" for suffix in TABLE_SUFFIXES]
+    tables = sorted(name for name in os.listdir(folder) if name.lower() in known)
     tables = [name for name in tables if (folder / name).is_file()]
     if len(tables) > 1:
         raise ConfigError(
@@ -65,19 +66,18 @@ def table_in(folder: Path) -> Path | None:
 def table_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip]:
     """The clips of a table.
 
-    Rows of the same span that follow each other are one clip with several captions.
-    Raises ConfigError with the line.
+    Consecutive rows of the same span are one clip with several captions. Raises ConfigError that
+    names the line.
     """
     rows = _jsonl_rows(path) if path.suffix.lower() == ".jsonl" else _csv_rows(path, columns)
-    last = None
+    last: SourceClip | None = None
     for line, row in rows:
         for clip in _clips_of(path, line, row, columns):
             if last is None:
                 last = clip
             elif _is_same_span(last, clip):
-                last = replace(
-                    last, more_captions=(*last.more_captions, clip.caption, *clip.more_captions)
-                )
+                captions = (*last.more_captions, clip.caption, *clip.more_captions)
+                last = replace(last, more_captions=captions)
             else:
                 yield last
                 last = clip
@@ -90,59 +90,60 @@ def folder_table_entries(
 ) -> Iterator[SourceClip | IgnoredFiles]:
     """The clips of the table of a folder, then the files that the table does not name.
 
-    8 bytes for each row are kept in memory.
+    Takes 8 bytes of memory for each row.
     """
     listed = array("q")
     for clip in table_entries(table, columns):
         listed.append(hash(os.path.normpath(clip.video.path)))
         yield clip
     hashes = np.unique(np.frombuffer(listed, np.int64)) if listed else np.zeros(0, np.int64)
-    for found in walk(folder):
+    for found in list_files(folder):
         if not isinstance(found, FolderFile):
             yield found
         elif found.path != os.fspath(table):
             value = hash(os.path.normpath(found.path))
-            at = int(np.searchsorted(hashes, value))
-            if at == len(hashes) or hashes[at] != value:
+            index = int(np.searchsorted(hashes, value))
+            if index == len(hashes) or hashes[index] != value:
                 yield IgnoredFiles(_kind_beside(found), printable(found.relative))
 
 
 def _kind_beside(file: FolderFile) -> str:
+    """The kind under which a file that the table does not name is counted."""
     suffix = split_name(file.name)[1]
     if file.problem:
         return "dangling_link" if "link" in file.problem else "special_file"
     return "unlisted_video" if suffix in VIDEO_SUFFIXES else kind_of(file.name)
 
 
-# ------------------------------------------------------------------------------------------ rows
+# -------------------------------------------------------------------------------------------- rows
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, TableRow]]:
+    """(line, row) of a JSONL file. Raises ConfigError that names the line."""
     for number, text in enumerate(table_lines(path), start=1):
         if not text.strip():
             continue
         try:
             row = parse_object(text)
         except ValueError as error:
-            cut = (
-                ""
-                if text.endswith(("\n", "\r"))
-                else "; the file ends within this line, so it may be cut off"
-            )
-            raise ConfigError(f"{path}, line {number} {error}{cut}") from None
+            message = f"{path}, line {number} {error}"
+            if not text.endswith(("\n", "\r")):
+                message += "; the file ends within this line, so it may be cut off"
+            raise ConfigError(message) from None
         yield number, row
 
 
-def _csv_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[int, TableRow]]:
+    """(first line, row) of a CSV file. Raises ConfigError that names the line."""
     lines = table_lines(path)
-    first = []  # up to the header
+    head = []  # blank lines and the header
     for text in lines:
-        first.append(text)
+        head.append(text)
         if text.strip():
             break
-    delimiter = _delimiter(first[-1] if first else "", columns)
+    delimiter = _delimiter(head[-1] if head else "", columns)
     csv.field_size_limit(MAX_TEXT_BYTES)
-    reader = csv.reader(chain(first, lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -151,9 +152,8 @@ def _csv_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[int, Row]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise ConfigError(
-                f"{path}, line {line}: {_csv_problem(error, reader.line_num - line)}"
-            ) from None
+            problem = _csv_problem(error, reader.line_num - line)
+            raise ConfigError(f"{path}, line {line}: {problem}") from None
         if not fields:
             continue
         if names is None:
@@ -165,17 +165,18 @@ def _csv_rows(path: Path, columns: ColumnsConfig) -> Iterator[tuple[int, Row]]:
 
 
 def _delimiter(header: str, columns: ColumnsConfig) -> str:
-    """The delimiter under which the header has both columns, else that of the most columns."""
-    found = {
-        one: [name.strip().strip('"') for name in header.strip().split(one)] for one in DELIMITERS
-    }
-    for one, names in found.items():
+    """The delimiter that gives the header both columns, else the one that gives it most columns."""
+    counts = {}
+    for delimiter in DELIMITERS:
+        names = [name.strip().strip('"') for name in header.strip().split(delimiter)]
         if columns.file in names and columns.caption in names:
-            return one
-    return max(DELIMITERS, key=lambda one: len(found[one]))
+            return delimiter
+        counts[delimiter] = len(names)
+    return max(DELIMITERS, key=lambda delimiter: counts[delimiter])
 
 
 def _check_header(path: Path, names: list[str]) -> None:
+    """Raise ConfigError if two columns have the same name."""
     for name in names:
         if name and names.count(name) > 1:
             raise ConfigError(
@@ -186,24 +187,27 @@ def _check_header(path: Path, names: list[str]) -> None:
 def _check_fields(
     path: Path, line: int, names: list[str], fields: list[str], delimiter: str
 ) -> None:
-    """Raise ConfigError where a row does not have the fields that the header names."""
+    """Raise ConfigError if a row does not have the fields that the header names.
+
+    Empty fields after the last column are removed from `fields`.
+    """
     while len(fields) > len(names) and not fields[-1].strip():
         fields.pop()
     if len(fields) != len(names):
         raise ConfigError(
             f"{path}, line {line} has {len(fields)} fields, the header names {len(names)} columns; "
-            f"a text that holds {delimiter!r} must stand in double quotes"
+            f"a text that contains {delimiter!r} must be in double quotes"
         )
     for field in fields:
         if ("\n" in field or "\r" in field) and _holds_rows(field, delimiter):
             raise ConfigError(
-                f"{path}, line {line}: a quoted text spans lines that are rows of their own; close its "
-                "double quote, or write a double quote within a text twice"
+                f"{path}, line {line}: a quoted text spans lines that are rows of their own; "
+                "close its double quote, or write a double quote within a text twice"
             )
 
 
 def _holds_rows(field: str, delimiter: str) -> bool:
-    """Whether a line of a text begins with the name of a video and a delimiter."""
+    """Whether a line of a text, after the first, begins with a video name and a delimiter."""
     for text in field.splitlines()[1:]:
         name, found, _ = text.partition(delimiter)
         if found and split_name(name.strip().strip('"'))[1] in VIDEO_SUFFIXES:
@@ -212,62 +216,48 @@ def _holds_rows(field: str, delimiter: str) -> bool:
 
 
 def _csv_problem(error: csv.Error, lines_after: int) -> str:
+    """What is wrong with a row that began `lines_after` lines before the error."""
     if "unexpected end of data" in str(error):
         after = f"the file ends {lines_after} lines later"
         return f"a double quote is opened here and never closed ({after})"
     if "field larger than" in str(error):
         return (
-            f"a text has more than {MAX_TEXT_BYTES} characters; perhaps a double quote is opened here "
-            "and never closed"
+            f"a text has more than {MAX_TEXT_BYTES} characters; perhaps a double quote is opened "
+            "here and never closed"
         )
     if "expected after" in str(error):
         within = f" (found {lines_after} lines later)" if lines_after > 0 else ""
         return (
-            f"a closing double quote is followed by text{within}; write a double quote within a text "
-            "twice"
+            f"a closing double quote is followed by text{within}; write a double quote within a "
+            "text twice"
         )
     return f"not a CSV that can be read: {error}"
 
 
-# ------------------------------------------------------------------------------------------ clips
+# ------------------------------------------------------------------------------------------- clips
 
 
-def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterator[SourceClip]:
-    """The clips of one row: one, or one for each time stamp where it has a list of them."""
-    for key, column in (("file", columns.file), ("caption", columns.caption)):
-        if column not in row:
-            names = ", ".join(map(repr, list(row)[:MAX_NAMES]))
-            raise ConfigError(
-                f"{path}, line {line}: no column {column!r}, there are {names}; "
-                f"name it with columns.{key}=..."
-            )
+def _clips_of(path: Path, line: int, row: TableRow, columns: ColumnsConfig) -> Iterator[SourceClip]:
+    """The clips of one row: one, or one for each span if it has a list of them."""
+    place = f"{path}, line {line}"
+    _check_columns_of_row(place, row, columns)
     file = row[columns.file]
     if not isinstance(file, str) or not file.strip():
         detail = f"line {line}: {describe(file)} is not the name of a file"
-        yield _failed(
-            path,
-            f"{path.name}:{line}",
-            VideoFile(path.parent),
-            line,
-            DecodeFailure("no_file_name", detail),
-        )
+        failure = DecodeFailure("no_file_name", detail)
+        yield _failed(f"{path.name}:{line}", VideoFile(path.parent), line, failure)
         return
     video = VideoFile(path.parent / file)
-    times = _time_stamps(path, line, row, columns)
+    times = _time_stamps(place, row, columns)
     try:
         captions = captions_of(row[columns.caption])
     except TextError as error:
-        yield _failed(
-            path,
-            file,
-            video,
-            line,
-            DecodeFailure(error.failure.reason, f"line {line}: {error.failure.detail}"),
-        )
+        detail = f"line {line}: {error.failure.detail}"
+        yield _failed(file, video, line, DecodeFailure(error.failure.reason, detail))
         return
     if times is None:
-        start_s = _seconds(row.get(columns.start_s), columns.start_s, 0.0, path, line)
-        end_s = _seconds(row.get(columns.end_s), columns.end_s, math.inf, path, line)
+        start_s = _seconds(place, columns.start_s, row.get(columns.start_s), default=0.0)
+        end_s = _seconds(place, columns.end_s, row.get(columns.end_s), default=math.inf)
         yield SourceClip(
             name=printable(file),
             video=video,
@@ -280,7 +270,7 @@ def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterat
         return
     if len(times) != len(captions):
         raise ConfigError(
-            f"{path}, line {line}: {columns.timestamp} has {len(times)} spans, "
+            f"{place}: {columns.timestamp} has {len(times)} spans, "
             f"{columns.caption} {len(captions)} captions; each span needs one"
         )
     for (start_s, end_s), caption in zip(times, captions, strict=True):
@@ -294,9 +284,18 @@ def _clips_of(path: Path, line: int, row: Row, columns: ColumnsConfig) -> Iterat
         )
 
 
-def _failed(
-    path: Path, name: str, video: VideoFile, line: int, failure: DecodeFailure
-) -> SourceClip:
+def _check_columns_of_row(place: str, row: TableRow, columns: ColumnsConfig) -> None:
+    """Raise ConfigError if a row has no file or no caption."""
+    for key, column in (("file", columns.file), ("caption", columns.caption)):
+        if column not in row:
+            names = ", ".join(map(repr, list(row)[:MAX_NAMES]))
+            raise ConfigError(
+                f"{place}: no column {column!r}, there are {names}; name it with columns.{key}=..."
+            )
+
+
+def _failed(name: str, video: VideoFile, line: int, failure: DecodeFailure) -> SourceClip:
+    """A row that is rejected."""
     return SourceClip(name=printable(name), video=video, caption="", failure=failure, line=line)
 
 
@@ -311,9 +310,12 @@ def _is_same_span(one: SourceClip, other: SourceClip) -> bool:
 
 
 def _time_stamps(
-    path: Path, line: int, row: Row, columns: ColumnsConfig
+    place: str, row: TableRow, columns: ColumnsConfig
 ) -> list[tuple[float, float]] | None:
-    """The spans of a row that has a list of [start, end], as in Panda-70M; else None."""
+    """(start, end) in s of each span of a row that has a list of them, as in Panda-70M; else None.
+
+    Raises ConfigError that names the `place` of the row.
+    """
     value = row.get(columns.timestamp)
     if isinstance(value, str):
         value = list_literal(value)
@@ -324,16 +326,18 @@ def _time_stamps(
     times = []
     for pair in value:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ConfigError(
-                f"{path}, line {line}: {columns.timestamp} must be a list of [start, end]"
-            )
-        start_s = _seconds(pair[0], columns.timestamp, 0.0, path, line)
-        times.append((start_s, _seconds(pair[1], columns.timestamp, math.inf, path, line)))
+            raise ConfigError(f"{place}: {columns.timestamp} must be a list of [start, end]")
+        start_s = _seconds(place, columns.timestamp, pair[0], default=0.0)
+        end_s = _seconds(place, columns.timestamp, pair[1], default=math.inf)
+        times.append((start_s, end_s))
     return times
 
 
-def _seconds(value: Any, column: str, default: float, path: Path, line: int) -> float:
-    """Seconds, as a number or as [[hours:]minutes:]seconds. Raises ConfigError."""
+def _seconds(place: str, column: str, value: Any, *, default: float) -> float:
+    """The seconds that a value stands for: a number or [[hours:]minutes:]seconds.
+
+    None and "" stand for the default. Raises ConfigError that names the `place` of the row.
+    """
     if value is None or value == "":
         return default
     seconds = math.nan
@@ -347,7 +351,5 @@ def _seconds(value: Any, column: str, default: float, path: Path, line: int) -> 
         except (ValueError, OverflowError):
             seconds = math.nan
     if math.isnan(seconds) or seconds < 0:
-        raise ConfigError(
-            f"{path}, line {line}: {column} = {value!r} is not a time in seconds"[:300]
-        )
+        raise ConfigError(f"{place}: {column} = {value!r} is not a time in seconds"[:MAX_MESSAGE])
     return seconds

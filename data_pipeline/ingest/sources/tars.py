@@ -1,6 +1,7 @@
-"""Lists the members of WebDataset tars of clips: names, places and captions.
+"""Lists the members of WebDataset tars of clips: names, offsets and captions.
 
-Only headers are read, a bounded number of bytes for each member, whatever the tar claims.
+Only headers and captions are read. The number of bytes read for a member is bounded, whatever its
+header claims.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from landiff.data_pipeline.ingest.sources.text_files import (
 )
 from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
-MAX_HEADER_BYTES = 1 << 20  # of one member: extended headers and long names included
-MAX_PADDING = (
-    1 << 20
-)  # zeros after the end of a tar, in which another tar that was appended is found
+MAX_HEADER_BYTES = 1 << 20  # of one member, including extended headers and long names
+MAX_PADDING = 1 << 20  # bytes after the end of a tar that are searched for an appended tar
+MAX_DETAIL = 160  # characters of the detail of a damaged tar
+# Errors that tarfile raises for damaged tars.
 DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, EOFError, RecursionError)
 
 Place = tuple[int, int]  # (offset, size) of a member's data
@@ -47,14 +48,14 @@ class HeaderTooLarge(tarfile.ReadError):
 
 
 class BoundedReader:
-    """A file of which tarfile may read a limited number of bytes for one member."""
+    """A file from which tarfile can read a limited number of bytes for each member."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._left = MAX_HEADER_BYTES
 
     def begin(self) -> None:
-        """Allow `MAX_HEADER_BYTES` from here."""
+        """Allow reading `MAX_HEADER_BYTES` from now on."""
         self._left = MAX_HEADER_BYTES
 
     def read(self, size: int) -> bytes:
@@ -65,59 +66,57 @@ class BoundedReader:
         return self._file.read(size)
 
     def seek(self, offset: int) -> int:
-        """Go to a byte of the file."""
+        """Set the offset of the next read."""
         return self._file.seek(offset)
 
     def tell(self) -> int:
-        """The byte that is read next."""
+        """The offset of the next read."""
         return self._file.tell()
 
 
 def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | IgnoredFiles]:
-    """The clips of one tar, in the order of their keys, and its members that no clip uses.
+    """The clips of one tar, in the order of their keys, and its ignored members.
 
-    A member's key is its name up to the last dot. Of a tar that is damaged, what lies before the
-    damage; the rest is one clip that failed.
+    The key of a member is its name up to the last dot. Of a damaged tar, what lies before the
+    damage is used, and the rest is one clip with a failure.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 yield from _TarListing(path, file, columns).entries()
             else:
-                yield _failed(
-                    path, path.name, DecodeFailure("unreadable_file", "not a regular file")
-                )
+                failure = DecodeFailure("unreadable_file", "not a regular file")
+                yield _failed(path, path.name, failure)
     except OSError as error:
-        yield _failed(
-            path, path.name, DecodeFailure("unreadable_file", error.strerror or str(error))
-        )
+        failure = DecodeFailure("unreadable_file", error.strerror or str(error))
+        yield _failed(path, path.name, failure)
 
 
 class _TarListing:
-    """Reads one open tar."""
+    """Lists one open tar."""
 
     def __init__(self, path: Path, file: BinaryIO, columns: ColumnsConfig) -> None:
-        self.path, self.file, self.columns = path, file, columns
+        self.path = path
+        self.file = file
+        self.columns = columns
         self.length = os.fstat(file.fileno()).st_size
         self.samples: dict[str, dict[str, Place]] = {}  # key -> suffix -> place
-        self.links: dict[
-            tuple[str, str], str
-        ] = {}  # (key, suffix) -> name of the member that it leads to
-        self.failed: list[
-            tuple[str, DecodeFailure]
-        ] = []  # videos that cannot be used: (member, why)
+        # (key, suffix) -> name of the member that the link leads to
+        self.links: dict[tuple[str, str], str] = {}
+        # (name of a video that cannot be used, why)
+        self.failed: list[tuple[str, DecodeFailure]] = []
 
     def entries(self) -> Iterator[SourceClip | IgnoredFiles]:
         """All clips and ignored members."""
-        damage, members = None, 0
+        damage: DecodeFailure | None = None
+        members = 0
         try:
             for member in _members(self.file, self.length):
                 members += 1
                 yield from self._add(member)
         except DAMAGE as error:
-            damage = DecodeFailure(
-                "damaged_tar", printable(f"{type(error).__name__}: {error}")[:160]
-            )
+            detail = printable(f"{type(error).__name__}: {error}")[:MAX_DETAIL]
+            damage = DecodeFailure("damaged_tar", detail)
             kind = None if members else describe_file_content(self.path)
             if kind:
                 damage = DecodeFailure("not_a_tar", f"it is {kind}")
@@ -132,23 +131,19 @@ class _TarListing:
             yield IgnoredFiles("empty_tar", printable(self.path.name))
 
     def _add(self, member: tarfile.TarInfo) -> Iterator[IgnoredFiles]:
-        """Note one member; gives it back where no clip can use it."""
+        """Record one member. Yields it if no clip can use it."""
         name = member.name
         key, suffix = split_name(name)
         if member.isdir():
             return
-        if (suffix not in VIDEO_SUFFIXES and suffix not in CAPTION_SUFFIXES) or is_apple_double(
-            name
-        ):
+        is_known = suffix in VIDEO_SUFFIXES or suffix in CAPTION_SUFFIXES
+        if not is_known or is_apple_double(name):
             yield self._ignored(kind_of(name), name)
             return
         places = self.samples.setdefault(key, {})
         if suffix in places:
-            yield from self._refuse(
-                suffix,
-                name,
-                DecodeFailure("duplicate_name", "the tar holds this name twice; the first is used"),
-            )
+            detail = "the tar holds this name twice; the first is used"
+            yield from self._refuse(suffix, name, DecodeFailure("duplicate_name", detail))
         elif member.islnk() or member.issym():
             target = member.linkname
             if member.issym():
@@ -156,13 +151,13 @@ class _TarListing:
             places[suffix] = NOWHERE
             self.links[key, suffix] = target
         elif not member.isreg() or member.issparse():
-            what = "it is stored as a sparse file" if member.issparse() else "not a regular file"
-            yield from self._refuse(suffix, name, DecodeFailure("unreadable_member", what))
+            detail = "it is stored as a sparse file" if member.issparse() else "not a regular file"
+            yield from self._refuse(suffix, name, DecodeFailure("unreadable_member", detail))
         else:
             places[suffix] = (member.offset_data, member.size)
 
     def _refuse(self, suffix: str, name: str, failure: DecodeFailure) -> Iterator[IgnoredFiles]:
-        """A video becomes a clip that failed, a caption is ignored."""
+        """Record a video as a clip with a failure, or yield a caption as ignored."""
         if suffix in VIDEO_SUFFIXES:
             self.failed.append((name, failure))
         else:
@@ -172,20 +167,19 @@ class _TarListing:
         return IgnoredFiles(kind, printable(f"{self.path.name}:{name}"))
 
     def _resolve_links(self) -> Iterator[IgnoredFiles]:
-        """Give links the places of the members that they lead to."""
+        """Set the places of links to those of their targets. Yields captions without a target."""
         for (key, suffix), target in self.links.items():
             place = self._find(target)
             if place == NOWHERE:
                 del self.samples[key][suffix]
                 detail = f"a link to {printable(target)!r}, which the tar does not hold"
-                yield from self._refuse(
-                    suffix, key + suffix, DecodeFailure("unreadable_member", detail)
-                )
+                failure = DecodeFailure("unreadable_member", detail)
+                yield from self._refuse(suffix, key + suffix, failure)
             else:
                 self.samples[key][suffix] = place
 
     def _find(self, target: str) -> Place:
-        """The place of a member by its name."""
+        """The place of a member by its name; NOWHERE if the tar does not hold it."""
         normal = posixpath.normpath(target)
         for name in (target, normal, f"./{normal}"):
             key, suffix = split_name(name)
@@ -198,7 +192,9 @@ class _TarListing:
         """The videos of one key, each with the key's captions."""
         videos = [suffix for suffix in places if suffix in VIDEO_SUFFIXES]
         texts = {key + suffix: places[suffix] for suffix in CAPTION_SUFFIXES if suffix in places}
-        captions, used, failure = [""], "", None
+        captions = [""]
+        used = ""
+        failure: DecodeFailure | None = None
         if videos:
             try:
                 files = ((name, self._read(place)) for name, place in texts.items())
@@ -210,16 +206,14 @@ class _TarListing:
         for number, suffix in enumerate(videos):
             name = key + suffix if number else key  # a second video of the same key has its suffix
             place = places[suffix]
-            cut = (
-                DecodeFailure("truncated", "the tar ends within it")
-                if sum(place) > self.length
-                else None
-            )
+            truncated: DecodeFailure | None = None
+            if sum(place) > self.length:
+                truncated = DecodeFailure("truncated", "the tar ends within it")
             yield SourceClip(
                 name=printable(f"{self.path.name}:{name}"),
                 video=VideoFile(self.path, *place),
                 caption=captions[0],
-                failure=cut or failure,
+                failure=truncated or failure,
                 more_captions=tuple(captions[1:]),
             )
         if used or not videos:
@@ -228,6 +222,7 @@ class _TarListing:
                     yield self._ignored(kind_of(name), name)
 
     def _read(self, place: Place) -> bytes:
+        """The bytes of a member, at most one more than `MAX_TEXT_BYTES`. Raises TextError."""
         offset, size = place
         if offset + size > self.length:
             raise TextError("truncated", "the tar ends within it")
@@ -235,16 +230,19 @@ class _TarListing:
 
 
 def _failed(path: Path, name: str, failure: DecodeFailure) -> SourceClip:
+    """A rejected clip of a tar."""
     return SourceClip(printable(name), VideoFile(path), "", failure=failure)
 
 
 def _members(file: BinaryIO, length: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, and of tars that were appended to it. Raises tarfile's errors on damage.
+    """The members of a tar, and of tars that were appended to it.
 
-    tarfile's own iteration keeps every member in memory and takes a damaged header for the end.
+    Raises the errors in `DAMAGE` if the tar is damaged. The iteration of tarfile itself keeps every
+    member in memory and treats a damaged header as the end.
     """
     reader = BoundedReader(file)
-    tar = tarfile.TarFile(fileobj=reader, mode="r")  # reads the first header
+    # Reads the first header. A tar that is read is neither written nor closed through `fileobj`.
+    tar = tarfile.TarFile(fileobj=reader, mode="r")  # type: ignore[arg-type]
     tar.offset = 0
     while True:
         reader.begin()
@@ -252,11 +250,11 @@ def _members(file: BinaryIO, length: int) -> Iterator[tarfile.TarInfo]:
         reader.seek(begin)
         try:
             member = tarfile.TarInfo.fromtarfile(tar)
-        except tarfile.EmptyHeaderError:
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]  # not in typeshed
             if begin == 0:
                 raise
             return  # the file ends without the zeros that mark the end
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # not in typeshed
             appended = _next_block(file, begin)
             if appended is None:
                 return
@@ -274,7 +272,9 @@ def _members(file: BinaryIO, length: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _next_block(file: BinaryIO, begin: int) -> int | None:
-    """Where the first block lies that holds anything but zeros; None where there is none."""
+    """Offset of the first block from `begin` on that is not all zeros; None if there is none."""
     data = os.pread(file.fileno(), MAX_PADDING, begin)
-    left = len(data.lstrip(b"\0"))
-    return begin + (len(data) - left) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if left else None
+    zeros = len(data) - len(data.lstrip(b"\0"))
+    if zeros == len(data):
+        return None
+    return begin + zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
