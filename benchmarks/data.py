@@ -40,9 +40,11 @@ from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, writ
 from landiff.data_pipeline.format.tensors import pack_tensor
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import Bench, PrecomputeJob, Producer
+from landiff.data_pipeline.precompute.interface import Bench, Producer
+from landiff.data_pipeline.precompute.job import PrecomputeJob
+from landiff.data_pipeline.precompute.producers import build_producers
 from landiff.data_pipeline.video.codec import encode_clip
 from landiff.launchers.local import start as local
 from landiff.model_zoo import registry
@@ -291,7 +293,7 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
     def build(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
         nonlocal loading
         begin = Clock()
-        made = precompute.producers(names, bench)
+        made = build_producers(names, bench)
         loading += Clock().since(begin)
         return made
 

@@ -28,7 +28,7 @@ from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.kills import Killer, contents, forked, killed
@@ -117,7 +117,7 @@ def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
 
 
 def write_moving_clips(data: Path) -> None:
-    from tests.data_pipeline.test_precompute import write_clips
+    from tests.data_pipeline.precompute_data import write_clips
 
     write_clips(data, [2, 1, 2, 0, 1, 2])
 

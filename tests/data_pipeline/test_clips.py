@@ -11,7 +11,7 @@ import pytest
 
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.precompute.clips import ClipReader
-from tests.data_pipeline.test_precompute import pan, write_clips
+from tests.data_pipeline.precompute_data import pan, write_clips
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
 from tests.data_pipeline import hostile
 from tests.data_pipeline.test_ingest import config, contents
-from tests.data_pipeline.test_video import X264, encode, numbers
+from tests.data_pipeline.video_files import X264, encode, numbers
 
 KNOWN = {
     "invalid_data",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -17,9 +16,9 @@ import torch
 import webdataset
 from safetensors.torch import load as load_safetensors
 
-from landiff.configs import Config, ConfigError, load
+from landiff.configs import Config, ConfigError
 from landiff.configs.ownership import OwnedError, take
-from landiff.data_pipeline.format.schema import RAW, Manifest, content_fingerprint
+from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.format.shards import (
     ShardError,
     ShardWriter,
@@ -30,99 +29,26 @@ from landiff.data_pipeline.format.shards import (
 )
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader, require_encoder
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import PrecomputeJob
-from landiff.data_pipeline.precompute.producers import TooManyColumnRejects
-from landiff.data_pipeline.precompute.units import ColumnCard
-from landiff.data_pipeline.video.codec import ClipDecoder, encode_clip
+from landiff.data_pipeline.precompute.job import PrecomputeJob, TooManyColumnRejects
+from landiff.data_pipeline.precompute.producers import build_producers, clip_noise
+from landiff.data_pipeline.precompute.units import ColumnCard, shards_of_task
+from landiff.data_pipeline.video.codec import ClipDecoder
 from landiff.model_zoo import frozen, registry
-from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.frozen.base import NO_VARIANCE
-from tests.data_pipeline.data_sets import raw_sample
-
-SIZES = [4, 3, 5]
-NUM_CLIPS = sum(SIZES)
-TOKENIZER = TokenizerConfig(
-    feature_channels=112,
-    grid_height=4,
-    grid_width=4,
-    hidden_size=32,
-    num_heads=2,
-    num_layers=1,
-    token_size=16,
-    codebook_size=16,
-    codebook_dim=4,
-    iframe_tokens=12,
-    pframe_tokens=4,
-    segment_frames=5,
-    kmeans_iterations=2,
+from tests.data_pipeline.precompute_data import (
+    COLUMNS,
+    FAST,
+    NUM_CLIPS,
+    config,
+    contents,
+    copied,
+    export_tokenizer,
+    key_of,
+    pan,
+    write_clips,
 )
-COLUMNS = {
-    "features": {"encoder": {"kind": "efficientnet-lite0"}},
-    "tokens": {"tokenizer": "tokenizer", "encoder": {"kind": "efficientnet-lite0"}},
-    "latents": {"encoder": {"kind": "dct"}},
-    "text-minilm": {"encoder": {"kind": "minilm"}},
-    "text-minilm-padded": {"encoder": {"kind": "minilm", "padded": True, "max_length": 32}},
-}
-FAST = ["features", "latents"]  # columns that need no text encoder
-
-
-def pan(seed: int, frames: int = 17, size: int = 64) -> np.ndarray:
-    """A smooth random picture moving sideways, uint8 [T, H, W, 3]."""
-    draw = np.random.default_rng(seed)
-    coarse = draw.integers(0, 255, (8, 16, 3)).astype(np.float32)
-    wide = np.kron(coarse, np.ones((size // 8, size // 8, 1), np.float32))
-    return np.stack([np.roll(wide, -2 * t, axis=1)[:, :size] for t in range(frames)]).astype(
-        np.uint8
-    )
-
-
-def write_clips(
-    data: Path,
-    sizes: list[int] = SIZES,
-    odd: dict[int, np.ndarray] | None = None,
-    mark: str = "raw",
-) -> Manifest:
-    """Raw shards of real clips; `odd` replaces the frames of some."""
-    entries, number = [], 0
-    for shard, samples in enumerate(sizes):
-        with ShardWriter(data / RAW, f"{shard:06d}", fingerprint=mark) as writer:
-            for _ in range(samples):
-                frames = (odd or {}).get(number, pan(number))
-                clip = encode_clip(frames, 8.0, preset="ultrafast")
-                meta = raw_sample(
-                    key_of(number),
-                    caption=f"a picture that moves, number {number // 2}",
-                    more_captions=(f"seen again, {number}",) if number < 3 else (),
-                    num_frames=len(frames),
-                    height=frames.shape[1],
-                    width=frames.shape[2],
-                    source=mark,
-                    video_sha256=hashlib.sha256(clip).hexdigest(),
-                )
-                writer.add(meta.key, {"mp4": clip, "json": meta.model_dump_json().encode()})
-                number += 1
-        entries.append(writer.sidecar.entry)
-    manifest = Manifest(
-        fingerprint=content_fingerprint(mark, [e.sha256 for e in entries]),
-        config={},
-        shards=entries,
-    )
-    write_manifest(data, manifest)
-    return manifest
-
-
-def key_of(number: int) -> str:
-    return f"clip{number:04d}"
-
-
-def export_tokenizer(zoo: Path, seed: int) -> registry.ZooEntry:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        tokenizer = registry.build_module("tokenizer", TOKENIZER).train()
-        tokenizer(torch.randn(8, 5, 112, 4, 4))  # k-means fills the codebook
-    return registry.export(zoo, "tokenizer", "tokenizer", TOKENIZER, tokenizer.state_dict(), {})
 
 
 @pytest.fixture(scope="module")
@@ -143,31 +69,6 @@ def clips(tmp_path_factory):
 @pytest.fixture
 def data(clips, tmp_path):
     return copied(clips, tmp_path / "data")
-
-
-def copied(clips: Path, data: Path) -> Path:
-    for path in clips.rglob("*.*"):
-        target = data / path.relative_to(clips)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    return data
-
-
-def config(data: Path, zoo: Path, columns=COLUMNS, **fields) -> PrecomputeConfig:
-    columns = columns if isinstance(columns, dict) else {name: COLUMNS[name] for name in columns}
-    return load(
-        PrecomputeConfig,
-        {"data": data, "zoo": zoo, "columns": columns, "device": "cpu", "batch_size": 3} | fields,
-    )
-
-
-def contents(data: Path, columns=FAST) -> dict[str, bytes]:
-    """All files of some columns, hidden ones included."""
-    return {
-        str(p.relative_to(data)): p.read_bytes()
-        for name in columns
-        for p in sorted((data / name).iterdir())
-    }
 
 
 @pytest.fixture(scope="module")
@@ -296,10 +197,10 @@ def test_the_manifest_tells_a_trainer_which_encoders_made_a_column(whole, zoo):
 
 
 def test_sampled_noise_depends_on_the_clip_alone():
-    first = precompute.clip_noise(0, "a", (2, 3))
-    assert first.equal(precompute.clip_noise(0, "a", (2, 3)))
-    assert not first.equal(precompute.clip_noise(0, "b", (2, 3))) and not first.equal(
-        precompute.clip_noise(1, "a", (2, 3))
+    first = clip_noise(0, "a", (2, 3))
+    assert first.equal(clip_noise(0, "a", (2, 3)))
+    assert not first.equal(clip_noise(0, "b", (2, 3))) and not first.equal(
+        clip_noise(1, "a", (2, 3))
     )
 
 
@@ -336,13 +237,13 @@ class TwoAtATime:
     def __init__(self, folder: Path) -> None:
         self.folder, self.together = folder, threading.Barrier(2)
 
-    def needs_frames(self, entry) -> bool:
+    def prepare(self, entry) -> bool:
         return True
 
     def begin(self, entry, clips):
         return self.encode
 
-    def encode(self, batch):
+    def encode(self, batch, cache):
         self.together.wait(timeout=60)
         deadline = time.monotonic() + 60
         while batch[0].position >= 2 and not list(self.folder.glob(".*.tar.*.tmp")):
@@ -381,7 +282,7 @@ def encoded_captions(settings: PrecomputeConfig) -> list[str]:
     seen = []
 
     def counting(names, bench):
-        made = precompute.producers(names, bench)
+        made = build_producers(names, bench)
         encoder = made["text-minilm"].encoder
         made["text-minilm"].encoder = lambda captions: (seen.extend(captions), encoder(captions))[1]
         return made
@@ -496,10 +397,10 @@ def test_a_unit_has_one_owner(clips, zoo, tmp_path):
 def test_each_shard_belongs_to_one_task(clips):
     shards = read_manifest(clips).shards
     for tasks in (1, 2, 3, 7):
-        owned = [i for task in range(tasks) for i in precompute.share(shards, (task, tasks))]
+        owned = [i for task in range(tasks) for i in shards_of_task(shards, (task, tasks))]
         assert sorted(owned) == [0, 1, 2]
     with pytest.raises(ConfigError, match="task 3/3"):
-        precompute.share(shards, (3, 3))
+        shards_of_task(shards, (3, 3))
 
 
 def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(data, zoo):
@@ -606,7 +507,7 @@ def test_tokens_leave_out_what_the_features_column_left_out(odd_data, zoo):
 def test_too_many_bad_clips_stop_the_job_and_name_the_reasons(odd_data, zoo):
     with pytest.raises(
         TooManyColumnRejects,
-        match=r"'latents': 2 of 15 clips were set aside \(.*damaged 1.*max_bad_fraction = 0.1\.",
+        match=r"'latents': 2 of 15 clips were rejected \(.*damaged 1.*max_bad_fraction = 0.1\.",
     ):
         precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.1))
     assert not (odd_data / "latents" / "000002.json").exists()
@@ -663,7 +564,7 @@ def test_an_interrupted_redo_leaves_no_mixture(data, tmp_path):
         (n, of)
         for of in range(2, 99)
         for n in range(of)
-        if 0 < len(precompute.share(shards, (n, of))) < 3
+        if 0 < len(shards_of_task(shards, (n, of))) < 3
     )
     precompute.run(mine, task=some)
     (row,) = precompute.status(mine)

@@ -26,13 +26,19 @@ from landiff.data_pipeline.format.shards import (
     write_manifest,
 )
 from landiff.data_pipeline.format.tensors import pack_tensor
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
+from landiff.data_pipeline.precompute.job import TooManyColumnRejects
 from landiff.data_pipeline.precompute.status import array_expression, format_table
-from landiff.data_pipeline.precompute.units import ColumnFolder, UnitWriter, owner
+from landiff.data_pipeline.precompute.units import (
+    ColumnFolder,
+    UnitWriter,
+    shards_of_task,
+    task_of_shard,
+)
 from landiff.launchers.cli import main
 from landiff.launchers.jobs import parse_share, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
-from tests.data_pipeline.test_precompute import (
+from tests.data_pipeline.precompute_data import (
     NUM_CLIPS,
     config,
     contents,
@@ -128,13 +134,13 @@ def test_status_and_retry_know_a_tokenizer_that_was_trained_anew(data, tmp_path)
 
 def test_a_task_without_a_shard_loads_no_encoder(data, zoo):
     shards = read_manifest(data).shards
-    idle = next(number for number in range(50) if not precompute.share(shards, (number, 50)))
+    idle = next(number for number in range(50) if not shards_of_task(shards, (number, 50)))
     assert precompute.run(latents(data, zoo), task=(idle, 50)).stage_seconds == {"decode": 0.0}
 
 
 def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
     write_clips(tmp_path, [2, 2], odd={2: pan(2, frames=16)})
-    with pytest.raises(precompute.TooManyColumnRejects):
+    with pytest.raises(TooManyColumnRejects):
         precompute.run(latents(tmp_path, zoo))
     (row,) = precompute.status(latents(tmp_path, zoo))
     assert (row.done, row.failed) == (1, 1) and "frame_count 1" in row.errors[0]
@@ -222,7 +228,7 @@ def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
     assert precompute.retry(latents(data, zoo), 50) == {"latents": ""}
     for entry in entries[:2]:
         ColumnFolder(data, "latents").withdraw(entry)
-    expected = sorted({owner(entry, 50) for entry in entries[:2]})
+    expected = sorted({task_of_shard(entry, 50) for entry in entries[:2]})
     assert precompute.retry(latents(data, zoo), 50) == {"latents": array_expression(expected)}
     for task in expected:
         precompute.run(latents(data, zoo), task=(task, 50))
@@ -276,7 +282,7 @@ def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_o
     data, zoo, tmp_path
 ):
     replace_unit(data, lambda zeros: zeros)
-    assert "encoded again it differs by" in str(precompute.verify(latents(data, zoo), 1.0)[0])
+    assert "its relative error is" in str(precompute.verify(latents(data, zoo), 1.0)[0])
     replace_unit(data, lambda zeros: zeros / zeros)
     assert "values out of range or not finite" in str(precompute.verify(latents(data, zoo), 1.0)[0])
     tar = data / "tokens" / "000001.tar"
@@ -288,7 +294,7 @@ def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_o
     assert "sha256 of its sidecar" in found[0] and "CRC-32" in found[1]
     other = tmp_path / "zoo"
     export_tokenizer(other, 1)
-    assert "stale: made by tokenizer@" in str(
+    assert "stale: computed with tokenizer@" in str(
         precompute.verify(config(data, other, ["tokens"]), 1.0)[0]
     )
 

@@ -26,7 +26,7 @@ from landiff.data_pipeline.video.codec import (
 )
 from landiff.data_pipeline.video.motion import motion
 from tests.data_pipeline.test_ingest import config
-from tests.data_pipeline.test_video import barcodes, encode, numbers
+from tests.data_pipeline.video_files import barcodes, encode, numbers
 
 X264 = {"preset": "veryfast", "crf": "18"}
 

@@ -19,8 +19,8 @@ from landiff.data_pipeline.video.codec import (
     VideoFile,
     Wanted,
 )
-from tests.data_pipeline.test_video import HEIGHT, WIDTH, barcodes, encode, numbers
-from tests.data_pipeline.test_video import X264 as X264_BARCODES
+from tests.data_pipeline.video_files import HEIGHT, WIDTH, barcodes, encode, numbers
+from tests.data_pipeline.video_files import X264 as X264_BARCODES
 from tests.data_pipeline.video_kinds import (
     PATCHES,
     Color,
