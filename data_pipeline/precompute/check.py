@@ -63,6 +63,7 @@ class Estimate:
     load_s: float  # to build the encoders, once per task
 
     def __str__(self) -> str:
+        """Format the estimate as a table."""
         time_title = f"{self.device} time"
         lines = [f"{'column':<22}{'clips left':>12}{'disk':>10}{time_title:>14}  rejected"]
         for row in self.columns:
@@ -210,6 +211,7 @@ class ColumnCheck:
     histogram: np.ndarray | None = None  # counts of token values
 
     def __str__(self) -> str:
+        """Format the result as one line, and one more for each problem."""
         parts = [
             f"{self.column}: {self.clips} clips of {self.shards} shards read, "
             f"{self.equal} bit-equal when computed again"

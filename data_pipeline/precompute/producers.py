@@ -141,6 +141,7 @@ class TokensProducer:
             read_features = self._stored(sidecar)
 
         def encode(batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+            """Compute the tokens of a batch."""
             features: dict[int, Result] = {}
             for clip, result in zip(batch, read_features(batch, cache), strict=True):
                 features[clip.position] = self._checked(result)
@@ -164,6 +165,7 @@ class TokensProducer:
         slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
 
         def read(batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+            """Read the features of a batch."""
             results: list[Result] = []
             for clip in batch:
                 if clip.key in slots:

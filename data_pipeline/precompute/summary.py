@@ -17,6 +17,7 @@ class ColumnSummary:
     truncated: int = 0  # clips of all units whose text is longer than the encoder accepts
 
     def __str__(self) -> str:
+        """Format the counts as text."""
         parts = [f"{self.clips} clips in {self.made} shards, {self.found} shards were finished"]
         if self.rejects:
             reasons = format_reject_counts(self.rejects)
@@ -36,6 +37,7 @@ class Summary:
     wall_s: float
 
     def __str__(self) -> str:
+        """Format the summary as one line."""
         parts = [f"{name}: {column}" for name, column in self.columns.items()]
         time = f"{self.wall_s:.1f} s"
         if self.stage_seconds:

@@ -60,7 +60,7 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Raw shards, made once; tests copy them by hard links."""
+    """Raw shards that tests copy."""
     folder = tmp_path_factory.mktemp("clips")
     write_clips(folder)
     return folder
@@ -81,19 +81,17 @@ def whole(clips, zoo, tmp_path_factory):
     return data, summary, told
 
 
-# ------------------------------------------------------------------------------------------------ content
+# ----------------------------------------------------------------------------------------- content
 
 
 def test_columns_hold_what_the_encoders_give(whole, zoo):
     data, _, _ = whole
-    vision, codec = (
-        frozen.build(config(data, zoo).columns["features"].encoder),
-        frozen.build(config(data, zoo).columns["latents"].encoder),
-    )
+    columns = config(data, zoo).columns
+    vision = frozen.build(columns["features"].encoder)
+    codec = frozen.build(columns["latents"].encoder)
     tokenizer = registry.load_model(registry.resolve(zoo, "tokenizer"))
     text = {
-        name: frozen.build(config(data, zoo).columns[name].encoder)
-        for name in ("text-minilm", "text-minilm-padded")
+        name: frozen.build(columns[name].encoder) for name in ("text-minilm", "text-minilm-padded")
     }
     manifest = read_manifest(data)
     assert {name: (c.dtype, c.shape) for name, c in manifest.columns.items()} == {
@@ -114,7 +112,7 @@ def test_columns_hold_what_the_encoders_give(whole, zoo):
         ]
     for sample, clip in zip(samples, clips, strict=False):
         frames = torch.from_numpy(clip)[None]
-        # batches of other sizes may take another kernel: one unit in the last place of the stored dtype
+        # other batch sizes may use another kernel: one unit in the last place of the stored dtype
         features = vision(frames[:, ::4])[0]
         torch.testing.assert_close(
             sample.tensors["features"], features.half(), rtol=2**-9, atol=2e-3
@@ -230,12 +228,16 @@ def test_latents_hold_mean_and_log_variance_where_they_are_asked_for(data, zoo, 
 
 
 class TwoAtATime:
-    """A producer whose batches end in pairs only, and those in the middle of a shard when earlier ones are on disk."""
+    """A producer whose batches finish only in pairs.
+
+    Batches in the middle of a shard finish once earlier ones are on disk.
+    """
 
     card = ColumnCard.of("two at a time", {"encoders": {}, "dtype": "uint8"}, {})
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.together = folder, threading.Barrier(2)
+        self.folder = folder
+        self.together = threading.Barrier(2)
 
     def prepare(self, entry) -> bool:
         return True
@@ -261,11 +263,10 @@ def test_batches_are_encoded_at_the_same_time_and_written_meanwhile_in_order(cli
         lambda names, bench: {"latents": TwoAtATime(data / "latents")},
     ).run()
     assert summary.columns["latents"].made == 3
-    keys = [
-        key
-        for entry in read_manifest(data).shards
-        for key, _ in read_sidecar(data / "latents" / f"{entry.name}.tar").index
-    ]
+    keys = []
+    for entry in read_manifest(data).shards:
+        sidecar = read_sidecar(data / "latents" / f"{entry.name}.tar")
+        keys += [key for key, _ in sidecar.index]
     assert keys == [key_of(i) for i in range(NUM_CLIPS)]
 
 
@@ -284,7 +285,12 @@ def encoded_captions(settings: PrecomputeConfig) -> list[str]:
     def counting(names, bench):
         made = build_producers(names, bench)
         encoder = made["text-minilm"].encoder
-        made["text-minilm"].encoder = lambda captions: (seen.extend(captions), encoder(captions))[1]
+
+        def encode(captions):
+            seen.extend(captions)
+            return encoder(captions)
+
+        made["text-minilm"].encoder = encode
         return made
 
     PrecomputeJob(settings, read_manifest(settings.data), (0, 1), counting).run()
@@ -310,14 +316,20 @@ def test_a_caption_of_several_clips_is_encoded_once_for_its_shard(data, zoo):
     assert seen == sorted(f"a picture that moves, number {k}" for k in (0, 1, 2, 3, 3, 4, 5))
 
 
-# ------------------------------------------------------------------------------------------------ restarts and tasks
+# ------------------------------------------------------------------------------ restarts and tasks
+
+
+def modification_times(data: Path) -> dict[Path, int]:
+    """Modification time of each file of the columns FAST, in ns."""
+    paths = [path for path in data.glob("*/*") if path.parent.name in FAST]
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 def test_finished_units_are_never_made_again(data, zoo):
     precompute.run(config(data, zoo, FAST))
-    before = {p: p.stat().st_mtime_ns for name in FAST for p in (data / name).iterdir()}
+    before = modification_times(data)
     summary = precompute.run(config(data, zoo, FAST))
-    assert {p: p.stat().st_mtime_ns for name in FAST for p in (data / name).iterdir()} == before
+    assert modification_times(data) == before
     assert all((c.made, c.found) == (0, 3) for c in summary.columns.values())
 
 
@@ -397,7 +409,9 @@ def test_a_unit_has_one_owner(clips, zoo, tmp_path):
 def test_each_shard_belongs_to_one_task(clips):
     shards = read_manifest(clips).shards
     for tasks in (1, 2, 3, 7):
-        owned = [i for task in range(tasks) for i in shards_of_task(shards, (task, tasks))]
+        owned = []
+        for task in range(tasks):
+            owned += shards_of_task(shards, (task, tasks))
         assert sorted(owned) == [0, 1, 2]
     with pytest.raises(ConfigError, match="task 3/3"):
         shards_of_task(shards, (3, 3))
@@ -410,11 +424,10 @@ def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(data, zo
     process = multiprocessing.get_context("fork").Process(target=int)
     process.start()
     process.join()
-    dead, alive = (
-        folder / f".000000.tar.{host}.{process.pid}.tmp",
-        folder / f".000000.tar.{host}.{os.getppid()}.tmp",
-    )
-    far, old = folder / ".000000.tar.elsewhere.7.tmp", folder / ".000001.tar.elsewhere.7.tmp"
+    dead = folder / f".000000.tar.{host}.{process.pid}.tmp"
+    alive = folder / f".000000.tar.{host}.{os.getppid()}.tmp"
+    far = folder / ".000000.tar.elsewhere.7.tmp"
+    old = folder / ".000001.tar.elsewhere.7.tmp"
     for path in (dead, alive, far, old):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
@@ -422,7 +435,7 @@ def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(data, zo
     assert sorted(folder.glob(".*.tmp")) == sorted([alive, far])
 
 
-# ------------------------------------------------------------------------------------------------ finalize
+# ---------------------------------------------------------------------------------------- finalize
 
 
 def test_finalize_lists_the_shards_that_are_missing(data, zoo):
@@ -444,12 +457,12 @@ def test_finalize_adds_to_the_columns_that_are_there(data, zoo):
     assert set(manifest.columns) == set(FAST) and manifest == read_manifest(data)
 
 
-# ------------------------------------------------------------------------------------------------ bad clips
+# --------------------------------------------------------------------------------------- bad clips
 
 
 @pytest.fixture
 def odd_data(tmp_path):
-    """Clip 1 has 16 frames, clip 5 an empty caption in its JSON, clip 9 damaged bytes; 12 others are good."""
+    """Of 15 clips, clip 1 has 16 frames, clip 5 an empty caption, clip 9 damaged bytes."""
     write_clips(tmp_path, [5, 5, 5], odd={1: pan(1, frames=16)})
     manifest = read_manifest(tmp_path)
     entry = manifest.shards[1]
@@ -485,7 +498,8 @@ def test_a_bad_clip_costs_itself_and_only_in_the_columns_that_cannot_take_it(odd
         "tokens/frame_count": 1,
     }
     assert {(r.stage, r.key) for r in manifest.rejects} == {
-        *((name, key_of(n)) for name in names[:3] for n in (1, 9)),
+        *((name, key_of(1)) for name in names[:3]),
+        *((name, key_of(9)) for name in names[:3]),
         ("text-minilm", key_of(5)),
     }
     assert [s.missing for s in manifest.columns["latents"].shards] == [(1,), (4,), ()]
@@ -520,7 +534,7 @@ def test_features_that_do_not_fit_the_tokenizer_are_set_aside_by_size(tmp_path, 
     assert summary.columns["tokens"].rejects == {"feature_size": 1}
 
 
-# ------------------------------------------------------------------------------------------------ stale columns
+# ----------------------------------------------------------------------------------- stale columns
 
 
 def test_a_changed_encoder_is_refused_naming_both_until_told_to_redo(data, tmp_path):
@@ -560,13 +574,11 @@ def test_an_interrupted_redo_leaves_no_mixture(data, tmp_path):
     export_tokenizer(zoo, 1)
     mine = config(data, zoo, ["tokens"], redo=["tokens"])
     shards = read_manifest(data).shards
-    some = next(
-        (n, of)
-        for of in range(2, 99)
-        for n in range(of)
-        if 0 < len(shards_of_task(shards, (n, of))) < 3
-    )
-    precompute.run(mine, task=some)
+    all_tasks = []
+    for tasks in range(2, 99):
+        all_tasks += [(number, tasks) for number in range(tasks)]
+    task = next(task for task in all_tasks if 0 < len(shards_of_task(shards, task)) < 3)
+    precompute.run(mine, task=task)
     (row,) = precompute.status(mine)
     assert row.left and row.stale == row.left
     with pytest.raises(ShardError, match="lacks"):
@@ -585,7 +597,7 @@ def test_units_of_raw_shards_that_changed_are_made_again(data, zoo):
     assert changed == {"latents/000000.tar", "latents/000000.json"}
 
 
-# ------------------------------------------------------------------------------------------------ config
+# ------------------------------------------------------------------------------------------ config
 
 
 def problem(columns: dict, **fields) -> str:

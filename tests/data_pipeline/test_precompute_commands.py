@@ -1,4 +1,4 @@
-"""status, retry, verify and estimate of precompute, over real units; two finalizes and twins at the same moment."""
+"""status, retry, verify and estimate of precompute on real units, and concurrent tasks."""
 
 from __future__ import annotations
 
@@ -74,6 +74,18 @@ def latents(data, zoo, **fields):
     return config(data, zoo, ["latents"], **fields)
 
 
+def write_latents_yaml(path, data, zoo) -> None:
+    """Write a config of the column latents with batches of one clip."""
+    settings = {
+        "data": str(data),
+        "zoo": str(zoo),
+        "columns": {"latents": {"encoder": {"kind": "dct"}}},
+        "device": "cpu",
+        "batch_size": 1,
+    }
+    path.write_text(json.dumps(settings))
+
+
 def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left(data, zoo):
     folder = ColumnFolder(data, "latents")
     entries = read_manifest(data).shards
@@ -93,9 +105,8 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
         os.utime(folder.folder / f"{entry.name}.json", (when, when))
     (failed,) = precompute.status(latents(data, zoo))
     assert (failed.running, failed.failed, failed.samples_left) == (0, 1, 4)
-    assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(
-        8
-    )  # 5 clips in 10 s; 4 are left
+    assert failed.rate == pytest.approx(0.5)  # 5 clips in 10 s
+    assert failed.left_s == pytest.approx(8)  # 4 clips are left
     assert failed.bytes == sum(folder.sidecar(e).entry.bytes for e in entries[1:])
     text = format_table([failed])
     assert "000000: RuntimeError: the card fell out" in text and "0:08" in text
@@ -153,24 +164,18 @@ def test_columns_are_finished_where_their_preview_cannot_be_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "precompute").mkdir(parents=True)
     (tmp_path / "runs" / "precompute" / "tensorboard").touch()  # no folder
-    (tmp_path / "latents.yaml").write_text(
-        f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}"
-    )
+    write_latents_yaml(tmp_path / "latents.yaml", data, zoo)
     code = main(["precompute", "--config", "latents.yaml"])
     out, err = capsys.readouterr()
     assert code == 0 and "has the columns latents" in out
-    assert (
-        "precompute: the columns are finished; their preview in runs/precompute could not be written: File exists"
-        in err
-    )
+    assert "the columns are finished; their preview in runs/precompute" in err
+    assert "could not be written: File exists" in err
 
 
 def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, tmp_path):
     for entry in read_manifest(data).shards:
         ColumnFolder(data, "latents").withdraw(entry)
-    (tmp_path / "latents.yaml").write_text(
-        f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}"
-    )
+    write_latents_yaml(tmp_path / "latents.yaml", data, zoo)
     task = multiprocessing.get_context("fork").Process(
         target=lambda: sys.exit(main(["precompute", "--config", str(tmp_path / "latents.yaml")]))
     )
@@ -306,9 +311,8 @@ def test_estimate_tells_disk_and_hours_from_a_few_clips_and_writes_nothing(data,
     by_name = {row.column: row for row in estimate.columns}
     assert (by_name["latents"].clips_left, by_name["tokens"].clips_left) == (5, 0)
     size = read_sidecar(data / "latents" / "000000.tar").entry.bytes / 4
-    assert by_name["latents"].bytes == pytest.approx(
-        5 * size, rel=0.2
-    )  # but for the end of the tar
+    # the end of the tar is not counted
+    assert by_name["latents"].bytes == pytest.approx(5 * size, rel=0.2)
     assert by_name["latents"].seconds > 0 and estimate.decode_s > 0 and "latents" in str(estimate)
     assert contents(data, ["latents", "tokens"]) == before
 

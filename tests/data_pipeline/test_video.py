@@ -70,14 +70,12 @@ def test_far_place_has_the_frames_that_decoding_to_it_gives(
     path = tmp_path / "long.bin"
     path.write_bytes(encode(barcodes(1080), **FOREIGN[name]))
     wanted = Wanted(17, 8.0, HEIGHT, WIDTH)
-    far = decoder.decode(
-        VideoFile(path), [41.3, 42.6], wanted
-    )  # a seek, where the container has an index
+    # with a seek if the container has an index
+    far = decoder.decode(VideoFile(path), [41.3, 42.6], wanted)
     decoder.decode(VideoFile(path), [0.0], wanted)
     near = decoder.decode(VideoFile(path), [0.0, 41.3, 42.6], wanted)[1:]
-    assert [numbers(frames) for frames in far] == [
-        [int((start + k / 8) * 24 + 1e-3) for k in range(17)] for start in (41.3, 42.6)
-    ]
+    for start, frames in zip((41.3, 42.6), far, strict=True):
+        assert numbers(frames) == [int((start + k / 8) * 24 + 1e-3) for k in range(17)]
     assert np.array_equal(far, near)
 
 
@@ -211,7 +209,7 @@ def test_crop_keeps_the_centre(decoder: SafeDecoder) -> None:
     assert np.abs(frame[:, 2:-2].astype(int) - 200).max() < 8
 
 
-# ------------------------------------------------------------------------------------------------------ colour
+# ------------------------------------------------------------------------------------------ colour
 
 
 def smooth_colors(height: int, width: int, frames: int = 3) -> np.ndarray:
@@ -270,7 +268,7 @@ def rgb_to_yuv420(rgb: np.ndarray, red: float, blue: float, full_range: bool) ->
     return np.clip(np.round(planes), 0, 255).astype(np.uint8).reshape(-1, rgb.shape[1])
 
 
-# ---------------------------------------------------------------------------------------------------- our clips
+# --------------------------------------------------------------------------------------- our clips
 
 
 @pytest.fixture(scope="module", params=["decord", "pyav"])
@@ -418,7 +416,7 @@ def test_written_video_plays_everywhere(tmp_path: Path, decoder: SafeDecoder) ->
     assert np.abs(found.astype(int) - frames).mean() < 2
 
 
-# -------------------------------------------------------------------------------------------------- hostile input
+# ----------------------------------------------------------------------------------- hostile input
 
 
 @pytest.fixture(scope="module")
@@ -605,8 +603,12 @@ def test_memory_limit_costs_the_video_only(good: bytes) -> None:
 
 def test_decoder_ends_with_its_parent() -> None:
     script = (
-        "import time\nfrom landiff.data_pipeline.video.codec import SafeDecoder\n"
-        "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder.process.pid, flush=True)\ntime.sleep(60)\n"
+        "import time\n"
+        "from landiff.data_pipeline.video.codec import SafeDecoder\n"
+        "decoder = SafeDecoder()\n"
+        "decoder.probe(b'')\n"
+        "print(decoder.process.pid, flush=True)\n"
+        "time.sleep(60)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
