@@ -22,10 +22,10 @@ from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.interface import (
     BatchCache,
-    Bench,
     BuildProducers,
     Encode,
     Producer,
+    ProducerContext,
     column_groups,
     prepare_shard,
 )
@@ -109,7 +109,7 @@ def estimate_cost(
     config: PrecomputeConfig, manifest: Manifest, build: BuildProducers, clips: int
 ) -> Estimate:
     """Run `clips` clips of the first shards through all encoders and extrapolate."""
-    bench = Bench.of(config)
+    context = ProducerContext.of(config)
     reader = ClipReader(
         config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads
     )
@@ -119,7 +119,7 @@ def estimate_cost(
     try:
         for names in column_groups(config):
             begin = time.perf_counter()
-            producers = build(names, bench)
+            producers = build(names, context)
             load_s += time.perf_counter() - begin
             tried, trials = _try_clips(config, manifest, reader, producers, clips)
             for name, producer in producers.items():
@@ -128,7 +128,7 @@ def estimate_cost(
         reader.close()
     left_with_frames = [row.clips_left for row in rows if not row.column.startswith("text")]
     decode_s = reader.decode_s / max(1, tried) * max(left_with_frames, default=0)
-    return Estimate(bench.device.type, tried, tuple(rows), decode_s, load_s)
+    return Estimate(context.device.type, tried, tuple(rows), decode_s, load_s)
 
 
 def _try_clips(
@@ -255,7 +255,7 @@ def verify_columns(
 
     The choice of shards is the same every time.
     """
-    bench = Bench.of(config)
+    context = ProducerContext.of(config)
     reader = ClipReader(
         config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads
     )
@@ -263,7 +263,7 @@ def verify_columns(
     try:
         with torch.inference_mode():
             for names in column_groups(config):
-                producers = build(names, bench)
+                producers = build(names, context)
                 for name in names:
                     verification = _Verification(
                         config=config,

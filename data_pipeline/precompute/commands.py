@@ -23,7 +23,7 @@ from landiff.data_pipeline.precompute.check import (
     verify_columns,
 )
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import PrecomputeJob, Summary
+from landiff.data_pipeline.precompute.job import PrecomputeTask, Summary
 from landiff.data_pipeline.precompute.producers import build_producers, tokenizer_references
 from landiff.data_pipeline.precompute.status import ColumnStatus, column_status, retry_arrays
 from landiff.data_pipeline.precompute.units import finalize_columns
@@ -40,7 +40,7 @@ def run(
     encoder, and TooManyColumnRejects if more than `max_bad_fraction` of the clips are rejected.
     """
     manifest = read_manifest(config.data)
-    return PrecomputeJob(config, manifest, task, build_producers, progress).run()
+    return PrecomputeTask(config, manifest, task, build_producers, progress).run()
 
 
 def status(config: PrecomputeConfig) -> list[ColumnStatus]:

@@ -1,4 +1,4 @@
-"""Interface between the precompute job and the producers of columns."""
+"""Interface between precompute tasks and the producers of columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from landiff.data_pipeline.format.schema import ShardEntry
 from landiff.data_pipeline.precompute.clips import Clip, Result
 from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn
 from landiff.data_pipeline.precompute.units import ColumnCard
-from landiff.data_pipeline.precompute.write import Stages
+from landiff.data_pipeline.precompute.write import StageTimer
 from landiff.model_zoo.device import pick_device
 
 MAX_ENCODE_THREADS = 8  # default limit on a CPU; each thread holds a batch of frames
@@ -87,29 +87,29 @@ def prepare_shard(producers: Iterable[Producer], entry: ShardEntry) -> bool:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Config, device and timers that all producers of a job share."""
+class ProducerContext:
+    """Config, device and timer that all producers of a task use."""
 
     config: PrecomputeConfig
     device: torch.device
-    stages: Stages
+    timer: StageTimer
     encode_threads: int  # batches that are encoded at the same time
 
     @classmethod
-    def of(cls, config: PrecomputeConfig) -> Bench:
+    def of(cls, config: PrecomputeConfig) -> ProducerContext:
         """Choose the device and the number of encoding threads for a config."""
         device = pick_device(config.device)
         threads = 1  # a GPU runs one batch after another
         if device.type == "cpu":
             threads = min(torch.get_num_threads(), MAX_ENCODE_THREADS)
-        return cls(config, device, Stages(), config.encode_threads or threads)
+        return cls(config, device, StageTimer(), config.encode_threads or threads)
 
     def stack(self, videos: list[np.ndarray]) -> Tensor:
         """Stack videos of one shape into a uint8 tensor [B, T, H, W, 3] on the device."""
         return torch.from_numpy(np.stack(videos)).to(self.device)
 
 
-BuildProducers = Callable[[Sequence[str], Bench], Mapping[str, Producer]]
+BuildProducers = Callable[[Sequence[str], ProducerContext], Mapping[str, Producer]]
 
 
 def column_groups(config: PrecomputeConfig) -> list[list[str]]:

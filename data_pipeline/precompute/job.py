@@ -26,11 +26,11 @@ from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.interface import (
     BatchCache,
-    Bench,
     BuildProducers,
     CountsTruncated,
     Encode,
     Producer,
+    ProducerContext,
     column_groups,
     prepare_shard,
 )
@@ -40,7 +40,7 @@ from landiff.data_pipeline.precompute.summary import (
     format_reject_counts,
 )
 from landiff.data_pipeline.precompute.units import ColumnFolder, shards_of_task
-from landiff.data_pipeline.precompute.write import ColumnUnit, WriterThread
+from landiff.data_pipeline.precompute.write import UnitWrite, WriterThread
 
 # Before the last shard, a column is judged only on enough clips.
 MIN_CLIPS_COLLAPSED = 8  # equal tokens in fewer clips do not prove a collapsed codebook
@@ -58,7 +58,7 @@ class CollapsedTokens(ShardError):
 class OpenShard:
     """A shard in progress: its units and their encoders, by column."""
 
-    def __init__(self, units: dict[str, ColumnUnit], encoders: dict[str, Encode]) -> None:
+    def __init__(self, units: dict[str, UnitWrite], encoders: dict[str, Encode]) -> None:
         self.units = units
         self.encoders = encoders
         self.rejects: dict[str, Counter[str]] = {name: Counter() for name in units}
@@ -98,18 +98,18 @@ class CodeCount:
 
 
 @contextmanager
-def limited_torch_threads(bench: Bench) -> Iterator[None]:
+def limited_torch_threads(context: ProducerContext) -> Iterator[None]:
     """Divide the torch threads of a CPU among the encoding threads."""
     before = torch.get_num_threads()
-    if bench.device.type == "cpu":
-        torch.set_num_threads(max(1, before // bench.encode_threads))
+    if context.device.type == "cpu":
+        torch.set_num_threads(max(1, before // context.encode_threads))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-class PrecomputeJob:
+class PrecomputeTask:
     """Computes the columns of one task's shards."""
 
     def __init__(
@@ -123,8 +123,8 @@ class PrecomputeJob:
         self.config = config
         self.manifest = manifest
         self.build = build
-        self.bench = Bench.of(config)
-        self.stages = self.bench.stages
+        self.context = ProducerContext.of(config)
+        self.timer = self.context.timer
         self.shards = shards_of_task(manifest.shards, task)
         self.folders = {name: ColumnFolder(config.data, name) for name in config.columns}
         self.summaries = {name: ColumnSummary() for name in config.columns}
@@ -145,7 +145,7 @@ class PrecomputeJob:
         """Compute all missing units of this task."""
         begin = time.perf_counter()
         try:
-            with limited_torch_threads(self.bench):
+            with limited_torch_threads(self.context):
                 for names in column_groups(self.config):
                     self._run_columns(names)
         finally:
@@ -153,7 +153,7 @@ class PrecomputeJob:
         return Summary(
             columns=self.summaries,
             stage_seconds=self._seconds_by_stage(),
-            cpu_seconds={"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds},
+            cpu_seconds={"decode": self._reader.decode_cpu_s, **self.timer.cpu_seconds},
             wall_s=time.perf_counter() - begin,
         )
 
@@ -161,8 +161,8 @@ class PrecomputeJob:
         """Compute one group of columns."""
         if not self.shards:  # then no encoder needs to be loaded
             return
-        with self.stages("load encoders"):
-            producers = self.build(names, self.bench)
+        with self.timer("load encoders"):
+            producers = self.build(names, self.context)
         for name, producer in producers.items():
             self.folders[name].remove_leftovers()
             self.folders[name].claim(producer.card, redo=name in self.config.redo)
@@ -177,8 +177,8 @@ class PrecomputeJob:
 
     def _compute(self, left: Sequence[int]) -> None:
         """Decode, encode and write the shards `left`."""
-        pool = ThreadPoolExecutor(self.bench.encode_threads, thread_name_prefix="encode")
-        writer = WriterThread(self.stages)
+        pool = ThreadPoolExecutor(self.context.encode_threads, thread_name_prefix="encode")
+        writer = WriterThread(self.timer)
         shard: OpenShard | None = None
         ahead: deque[EncodingBatch] = deque()
         pieces = self._reader.stream(self._plan(left), self.config.batch_size)
@@ -190,7 +190,7 @@ class PrecomputeJob:
                 ahead.append(EncodingBatch(shard, piece, results))
                 if piece.last:
                     shard = None
-                while len(ahead) > self.bench.encode_threads:
+                while len(ahead) > self.context.encode_threads:
                     self._hand_over(ahead.popleft(), writer, last=left[-1])
             while ahead:
                 self._hand_over(ahead.popleft(), writer, last=left[-1])
@@ -205,7 +205,7 @@ class PrecomputeJob:
         if error is None:
             error = RuntimeError("its task stopped")
         elif isinstance(error, KeyboardInterrupt):
-            error = RuntimeError("its task was told to stop")
+            error = RuntimeError("its task was interrupted")
         for shard in self._open:
             for unit in shard.units.values():
                 unit.give_up(error)
@@ -230,10 +230,10 @@ class PrecomputeJob:
         """Create the units and encoders of a shard."""
         entry = self.manifest.shards[piece.shard]
         producers = self._missing_producers(piece.shard)
-        units: dict[str, ColumnUnit] = {}
+        units: dict[str, UnitWrite] = {}
         try:
             for name, producer in producers.items():
-                units[name] = ColumnUnit(self.folders[name], entry, producer.card)
+                units[name] = UnitWrite(self.folders[name], entry, producer.card)
         except BaseException as error:
             for unit in units.values():
                 unit.give_up(error)
@@ -253,7 +253,7 @@ class PrecomputeJob:
         """
         shard = batch.shard
         piece = batch.piece
-        with self.stages("wait for the encoders"):
+        with self.timer("wait for the encoders"):
             results = batch.results.result()
         for name, unit in shard.units.items():
             self._count_results(shard, name, results[name])
@@ -289,7 +289,7 @@ class PrecomputeJob:
     def _timed(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Yield pieces. Waiting for them is added to the stage "wait for clips"."""
         while True:
-            with self.stages("wait for clips"):
+            with self.timer("wait for clips"):
                 piece = next(pieces, None)
             if piece is None:
                 return
@@ -373,11 +373,11 @@ class PrecomputeJob:
             if stage.startswith(("wait", "load")):
                 continue
             spent = seconds - self._group_seconds.get(stage, 0.0)
-            fraction = spent / wall / threads.get(stage, self.bench.encode_threads)
+            fraction = spent / wall / threads.get(stage, self.context.encode_threads)
             if fraction >= 0.005:
                 parts.append(f"{stage} {fraction:.0%}")
         return ", ".join(parts)
 
     def _seconds_by_stage(self) -> dict[str, float]:
         """Wall-clock seconds of all stages so far, decoding included."""
-        return {"decode": self._reader.decode_s, **self.stages.seconds}
+        return {"decode": self._reader.decode_s, **self.timer.seconds}

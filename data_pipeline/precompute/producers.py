@@ -23,7 +23,7 @@ from landiff.data_pipeline.precompute.config import (
     TextColumn,
     TokensColumn,
 )
-from landiff.data_pipeline.precompute.interface import BatchCache, Bench, Encode, Producer
+from landiff.data_pipeline.precompute.interface import BatchCache, Encode, Producer, ProducerContext
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder
 from landiff.model_zoo import frozen, health, keyed_random, registry
 from landiff.model_zoo.config import TokenizerConfig
@@ -37,13 +37,15 @@ if TYPE_CHECKING:
 class FeaturesProducer:
     """Computes vision features of the semantic frames, float16 [T, C, h, w]."""
 
-    def __init__(self, column: FeaturesColumn, encoder: VisionFeatures, bench: Bench) -> None:
+    def __init__(
+        self, column: FeaturesColumn, encoder: VisionFeatures, context: ProducerContext
+    ) -> None:
         self.stride = column.frame_stride
         self.encoder = encoder
-        self.bench = bench
+        self.context = context
         parts = {
             "encoders": {encoder.name: encoder.fingerprint},
-            "decoder": bench.config.decoder,
+            "decoder": context.config.decoder,
             "frame_stride": self.stride,
             "dtype": "float16",
         }
@@ -90,8 +92,8 @@ class FeaturesProducer:
 
     def _compute(self, frames: list[np.ndarray], keys: list[str]) -> Tensor:
         """Encode videos of one shape, float16 [B, T, C, h, w] on the CPU."""
-        with self.bench.stages("features"):
-            return self.encoder(self.bench.stack(frames)).half().cpu()
+        with self.context.timer("features"):
+            return self.encoder(self.context.stack(frames)).half().cpu()
 
 
 class TokensProducer:
@@ -101,18 +103,20 @@ class TokensProducer:
     Both give the same tokens.
     """
 
-    def __init__(self, column: TokensColumn, features: FeaturesProducer, bench: Bench) -> None:
-        entry = registry.resolve(bench.config.zoo, column.tokenizer, kind="tokenizer")
+    def __init__(
+        self, column: TokensColumn, features: FeaturesProducer, context: ProducerContext
+    ) -> None:
+        entry = registry.resolve(context.config.zoo, column.tokenizer, kind="tokenizer")
         assert isinstance(entry.config, TokenizerConfig), type(entry.config)
         if entry.config.codebook_size > 1 << 16:
             raise ConfigError(
                 f"columns: {entry.reference} has a codebook of {entry.config.codebook_size} codes; "
                 f"tokens are uint16, so use a tokenizer with at most {1 << 16}"
             )
-        self.tokenizer = cast("SemanticTokenizer", registry.load_model(entry, bench.device))
+        self.tokenizer = cast("SemanticTokenizer", registry.load_model(entry, context.device))
         self.sizes = entry.config
         self.features = features
-        self.bench = bench
+        self.context = context
         self.precision = column.precision
         parts = {
             **features.card.parts,
@@ -128,7 +132,7 @@ class TokensProducer:
 
     def prepare(self, entry: ShardEntry) -> bool:
         """Use the stored features of a shard if they are finished, else its frames."""
-        folder = ColumnFolder(self.bench.config.data, "features")
+        folder = ColumnFolder(self.context.config.data, "features")
         sidecar = folder.finished(entry, self.features.card.fingerprint)
         self._stored_features[entry.name] = sidecar
         return sidecar is None
@@ -160,7 +164,7 @@ class TokensProducer:
     def _stored(self, sidecar: Sidecar) -> Encode:
         """Return a reader of one shard's stored features."""
         reader = FolderReader(
-            self.bench.config.data, "features", "features.safetensors", [sidecar.entry]
+            self.context.config.data, "features", "features.safetensors", [sidecar.entry]
         )
         slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
 
@@ -191,12 +195,12 @@ class TokensProducer:
 
     def _compute(self, features: list[Tensor], keys: list[str]) -> Tensor:
         """Encode features of one shape, uint16 [B, N] on the CPU."""
-        with self.bench.stages("tokens"):
-            features_BTChw = torch.stack(features).float().to(self.bench.device)
+        with self.context.timer("tokens"):
+            features_BTChw = torch.stack(features).float().to(self.context.device)
             # longer clips are encoded segment by segment (docs/specification.md §4.2)
             segments = features_BTChw.split(self.sizes.segment_frames, dim=1)
             bf16 = self.precision == "bf16"
-            with torch.autocast(self.bench.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(self.context.device.type, torch.bfloat16, enabled=bf16):
                 tokens = [self.tokenizer.encode(segment) for segment in segments]
             return torch.cat(tokens, dim=1).cpu().to(torch.uint16)
 
@@ -207,14 +211,14 @@ class LatentsProducer:
     With `moments`, stores mean and log-variance, [T, 2C, H, W].
     """
 
-    def __init__(self, column: LatentsColumn, codec: LatentCodec, bench: Bench) -> None:
+    def __init__(self, column: LatentsColumn, codec: LatentCodec, context: ProducerContext) -> None:
         self.codec = codec
         self.seed = column.sample_seed
         self.moments = column.moments
-        self.bench = bench
+        self.context = context
         parts = {
             "encoders": {codec.name: codec.fingerprint},
-            "decoder": bench.config.decoder,
+            "decoder": context.config.decoder,
             "sample_seed": self.seed,
             "moments": self.moments,
             "dtype": "bfloat16",
@@ -243,7 +247,7 @@ class LatentsProducer:
             "std": float(tensor.float().std()),
         }
         if clip.frames is not None and not measured["bad_values"]:
-            stored = tensor.float()[None].to(self.bench.device)
+            stored = tensor.float()[None].to(self.context.device)
             latents = posterior_mean(stored, self.codec.channels)
             decoded = self.codec.decode(latents)[0].cpu()
             error = (decoded.float() - torch.from_numpy(clip.frames).float()).square().mean()
@@ -269,8 +273,8 @@ class LatentsProducer:
 
     def _compute(self, videos: list[np.ndarray], keys: list[str]) -> Tensor:
         """Encode videos of one shape, bfloat16 on the CPU."""
-        with self.bench.stages("latents"):
-            video_BTHWC = self.bench.stack(videos)
+        with self.context.timer("latents"):
+            video_BTHWC = self.context.stack(videos)
             if self.moments:
                 return self.codec.encode_moments(video_BTHWC).bfloat16().cpu()
             noise = None
@@ -288,15 +292,15 @@ class LatentsProducer:
             width // self.codec.space,
         )
         noise = torch.stack([clip_noise(seed, key, shape) for key in keys])
-        return noise.to(self.bench.device)
+        return noise.to(self.context.device)
 
 
 class TextProducer:
     """Computes the text states of each caption, bfloat16 [L, D]."""
 
-    def __init__(self, column: TextColumn, encoder: TextEncoder, bench: Bench) -> None:
+    def __init__(self, column: TextColumn, encoder: TextEncoder, context: ProducerContext) -> None:
         self.encoder = encoder
-        self.bench = bench
+        self.context = context
         self.caption = column.caption
         self.cut_off = encoder.cut_off
         parts = {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"}
@@ -324,7 +328,7 @@ class TextProducer:
 
     def _states(self, captions: list[str]) -> list[Tensor]:
         """Encode captions to text states, one [L, D] for each."""
-        with self.bench.stages("text"):
+        with self.context.timer("text"):
             states_BLD, lengths_B = self.encoder(captions)
             states_BLD = states_BLD.bfloat16().cpu()
             lengths = lengths_B.tolist()
@@ -419,29 +423,29 @@ def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=keyed_random.generator(seed, "latents", key))
 
 
-def build_producers(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
+def build_producers(names: Sequence[str], context: ProducerContext) -> dict[str, Producer]:
     """Build the encoders and producers of the columns `names` of the config."""
     built: dict[str, Producer] = {}
     # one producer for all columns that use the same features
     vision: dict[FeaturesColumn, FeaturesProducer] = {}
     for name in names:
-        column = bench.config.columns[name]
+        column = context.config.columns[name]
         match column:
             case FeaturesColumn() | TokensColumn():
                 key = FeaturesColumn(encoder=column.encoder, frame_stride=column.frame_stride)
                 if key not in vision:
-                    encoder = frozen.build(column.encoder, bench.device)
-                    vision[key] = FeaturesProducer(key, encoder, bench)
+                    encoder = frozen.build(column.encoder, context.device)
+                    vision[key] = FeaturesProducer(key, encoder, context)
                 if isinstance(column, TokensColumn):
-                    built[name] = TokensProducer(column, vision[key], bench)
+                    built[name] = TokensProducer(column, vision[key], context)
                 else:
                     built[name] = vision[key]
             case LatentsColumn():
-                codec = frozen.build(column.encoder, bench.device)
-                built[name] = LatentsProducer(column, codec, bench)
+                codec = frozen.build(column.encoder, context.device)
+                built[name] = LatentsProducer(column, codec, context)
             case TextColumn():
-                text_encoder = frozen.build(column.encoder, bench.device)
-                built[name] = TextProducer(column, text_encoder, bench)
+                text_encoder = frozen.build(column.encoder, context.device)
+                built[name] = TextProducer(column, text_encoder, context)
     return built
 
 

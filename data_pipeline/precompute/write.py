@@ -1,4 +1,4 @@
-"""Writing of encoded units in a background thread, and timers of the job's stages."""
+"""Writing of encoded units in a background thread, and a timer of the task's stages."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ WRITES_AHEAD = 4  # batches that may wait for the writer thread
 
 
 @dataclass
-class Stages:
+class StageTimer:
     """Wall-clock and CPU seconds by stage, summed over all threads.
 
-    with stages("encode"):
+    with timer("encode"):
         ...
     """
 
@@ -67,15 +67,15 @@ class WriterThread:
     An error of a call is raised by the next `submit` that has to wait, or by `drain`.
     """
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+    def __init__(self, timer: StageTimer) -> None:
+        self._timer = timer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._waiting: list[Future[None]] = []
 
     def submit(self, call: Callable[..., None], *arguments: object) -> None:
         """Queue a call. Blocks while `WRITES_AHEAD` calls are waiting."""
         while len(self._waiting) >= WRITES_AHEAD:
-            with self._stages("wait for the writer"):
+            with self._timer("wait for the writer"):
                 self._waiting.pop(0).result()
         self._waiting.append(self._pool.submit(self._timed, call, *arguments))
 
@@ -90,11 +90,11 @@ class WriterThread:
 
     def _timed(self, call: Callable[..., None], *arguments: object) -> None:
         """Run a call and add its time to the stage "write"."""
-        with self._stages("write"):
+        with self._timer("write"):
             call(*arguments)
 
 
-class ColumnUnit:
+class UnitWrite:
     """Writes one column of one shard. All methods but the constructor run in the writer thread.
 
     The constructor raises OwnedError if another process computes this unit.

@@ -31,7 +31,7 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader, require_encoder
 from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import PrecomputeJob, TooManyColumnRejects
+from landiff.data_pipeline.precompute.job import PrecomputeTask, TooManyColumnRejects
 from landiff.data_pipeline.precompute.producers import build_producers, clip_noise
 from landiff.data_pipeline.precompute.units import ColumnCard, shards_of_task
 from landiff.data_pipeline.video.codec import ClipDecoder
@@ -73,12 +73,12 @@ def data(clips, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(clips, zoo, tmp_path_factory):
-    """A data set with all columns, the summary of making them, and what progress was told."""
+    """A data set with all columns, the summary of the run, and the calls of `progress`."""
     data = copied(clips, tmp_path_factory.mktemp("whole"))
-    told = []
-    summary = precompute.run(config(data, zoo), progress=lambda *args: told.append(args))
+    calls = []
+    summary = precompute.run(config(data, zoo), progress=lambda *args: calls.append(args))
     precompute.finalize(config(data, zoo))
-    return data, summary, told
+    return data, summary, calls
 
 
 # ----------------------------------------------------------------------------------------- content
@@ -131,7 +131,7 @@ def test_columns_hold_what_the_encoders_give(whole, zoo):
 
 
 def test_summary_progress_and_status_say_what_was_done(whole, zoo):
-    data, summary, told = whole
+    data, summary, calls = whole
     for name in COLUMNS:
         column = summary.columns[name]
         assert (column.made, column.found, column.clips, column.rejects) == (3, 0, NUM_CLIPS, {})
@@ -148,10 +148,10 @@ def test_summary_progress_and_status_say_what_was_done(whole, zoo):
         "clips (text-minilm-padded)",
         "clips (features, tokens, latents)",
     ):
-        done = [done for done, total, said in told if said.split(";")[0] == note]
+        done = [done for done, total, what in calls if what.split(";")[0] == note]
         assert done == sorted(done) and (done[0], done[-1]) == (0, NUM_CLIPS)
-    assert {total for _, total, _ in told} == {NUM_CLIPS}
-    assert "decode" in told[-1][2] and "write" in told[-1][2] and "%" in told[-1][2]
+    assert {total for _, total, _ in calls} == {NUM_CLIPS}
+    assert "decode" in calls[-1][2] and "write" in calls[-1][2] and "%" in calls[-1][2]
     for row in precompute.status(config(data, zoo)):
         assert (row.done, row.left, row.stale, row.samples, row.rejects) == (3, 0, 0, NUM_CLIPS, 0)
     assert f"latents: {NUM_CLIPS} clips in 3 shards" in str(summary)
@@ -256,11 +256,11 @@ class TwoAtATime:
 
 def test_batches_are_encoded_at_the_same_time_and_written_meanwhile_in_order(clips, data, zoo):
     mine = config(data, zoo, ["latents"], batch_size=1, encode_threads=2)
-    summary = PrecomputeJob(
+    summary = PrecomputeTask(
         mine,
         read_manifest(data),
         (0, 1),
-        lambda names, bench: {"latents": TwoAtATime(data / "latents")},
+        lambda names, context: {"latents": TwoAtATime(data / "latents")},
     ).run()
     assert summary.columns["latents"].made == 3
     keys = []
@@ -282,8 +282,8 @@ def encoded_captions(settings: PrecomputeConfig) -> list[str]:
     """What the text encoder of the column text-minilm is asked for, sorted."""
     seen = []
 
-    def counting(names, bench):
-        made = build_producers(names, bench)
+    def counting(names, context):
+        made = build_producers(names, context)
         encoder = made["text-minilm"].encoder
 
         def encode(captions):
@@ -293,7 +293,7 @@ def encoded_captions(settings: PrecomputeConfig) -> list[str]:
         made["text-minilm"].encoder = encode
         return made
 
-    PrecomputeJob(settings, read_manifest(settings.data), (0, 1), counting).run()
+    PrecomputeTask(settings, read_manifest(settings.data), (0, 1), counting).run()
     return sorted(seen)
 
 
@@ -371,7 +371,7 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_bytes(clips, zoo,
     assert contents(killed) == contents(straight)  # no temporaries either
 
 
-def test_several_tasks_and_twins_on_one_folder_are_safe(clips, zoo, tmp_path):
+def test_several_tasks_and_duplicates_on_one_folder_are_safe(clips, zoo, tmp_path):
     alone = copied(clips, tmp_path / "alone")
     precompute.run(config(alone, zoo, FAST, batch_size=1))
     shared = copied(clips, tmp_path / "shared")
@@ -417,7 +417,7 @@ def test_each_shard_belongs_to_one_task(clips):
         shards_of_task(shards, (3, 3))
 
 
-def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(data, zoo):
+def test_temporaries_of_dead_processes_are_deleted_and_those_of_running_ones_kept(data, zoo):
     folder = data / "latents"
     folder.mkdir()
     host = os.uname().nodename
@@ -528,7 +528,7 @@ def test_too_many_bad_clips_stop_the_job_and_name_the_reasons(odd_data, zoo):
     precompute.run(config(odd_data, zoo, ["latents"], max_bad_fraction=0.2))
 
 
-def test_features_that_do_not_fit_the_tokenizer_are_set_aside_by_size(tmp_path, zoo):
+def test_features_that_do_not_fit_the_tokenizer_are_rejected_by_size(tmp_path, zoo):
     write_clips(tmp_path, [2], odd={1: pan(1, size=128)})
     summary = precompute.run(config(tmp_path, zoo, ["tokens"], max_bad_fraction=0.5))
     assert summary.columns["tokens"].rejects == {"feature_size": 1}
@@ -564,7 +564,7 @@ def test_a_changed_encoder_is_refused_naming_both_until_told_to_redo(data, tmp_p
         precompute.finalize(config(data, zoo, ["tokens"])).columns["tokens"].encoder
         == new.reference
     )
-    precompute.run(config(data, zoo, ["tokens"]))  # and from now on without being told
+    precompute.run(config(data, zoo, ["tokens"]))  # later runs need no redo
 
 
 def test_an_interrupted_redo_leaves_no_mixture(data, tmp_path):
