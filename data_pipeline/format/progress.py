@@ -1,7 +1,9 @@
-"""Type of the progress callbacks of long-running commands."""
+"""Type of the progress callbacks of the data pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-ProgressCallback = Callable[[int, int, str], None]  # called with (done, total, what is counted)
+# Called as `progress(done, total, what)`: items finished, items in total (of this task), and a short
+# text for the progress line, such as the stage or the counts of rejected clips.
+ProgressCallback = Callable[[int, int, str], None]
