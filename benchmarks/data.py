@@ -40,9 +40,11 @@ from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, writ
 from landiff.data_pipeline.format.tensors import pack_tensor
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import Bench, PrecomputeJob, Producer
+from landiff.data_pipeline.precompute.interface import Producer, ProducerContext
+from landiff.data_pipeline.precompute.job import PrecomputeTask
+from landiff.data_pipeline.precompute.producers import build_producers
 from landiff.data_pipeline.video.codec import encode_clip
 from landiff.launchers.local import start as local
 from landiff.model_zoo import registry
@@ -288,14 +290,14 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
     )
     loading = np.zeros(3)
 
-    def build(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
+    def build(names: Sequence[str], context: ProducerContext) -> dict[str, Producer]:
         nonlocal loading
         begin = Clock()
-        made = precompute.producers(names, bench)
+        made = build_producers(names, context)
         loading += Clock().since(begin)
         return made
 
-    begin, job = Clock(), PrecomputeJob(config, read_manifest(config.data), (0, 1), build)
+    begin, job = Clock(), PrecomputeTask(config, read_manifest(config.data), (0, 1), build)
     summary = job.run()
     wall, used, idle = Clock().since(begin) - loading
     precompute.finalize(config)
@@ -308,7 +310,7 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
         "text": 2 * clips,
         "write": 4 * clips,
     }
-    on_cpu = job.bench.device.type == "cpu"
+    on_cpu = job.context.device.type == "cpu"
     spent = summary.cpu_seconds if on_cpu else summary.stage_seconds
     rows = [Row(f"precompute: {stage}", count / spent[stage]) for stage, count in counts.items()]
     if on_cpu:

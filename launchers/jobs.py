@@ -144,7 +144,7 @@ def precompute_job(args: argparse.Namespace) -> int:
                 config,
                 f"would {args.action} the columns {', '.join(config.columns)} of {config.data}",
             )
-    from landiff.data_pipeline.precompute import producers as precompute
+    from landiff.data_pipeline.precompute import commands as precompute
 
     if args.action in ("status", "retry", "verify", "estimate"):
         return precompute_question(args, config)
@@ -177,7 +177,7 @@ def precompute_job(args: argparse.Namespace) -> int:
 
 def precompute_question(args: argparse.Namespace, config: PrecomputeConfig) -> int:
     """status, retry, verify, estimate: what changes nothing."""
-    from landiff.data_pipeline.precompute import producers as precompute
+    from landiff.data_pipeline.precompute import commands as precompute
     from landiff.data_pipeline.precompute.status import format_table
 
     if args.action == "status":

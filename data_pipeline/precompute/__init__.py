@@ -1,0 +1,1 @@
+"""Columns computed from raw shards: `landiff precompute`."""

@@ -1,9 +1,10 @@
-"""`landiff precompute estimate` before the work, `landiff precompute verify` after it. Neither writes anything."""
+"""`landiff precompute estimate` and `landiff precompute verify`. Neither writes anything."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,331 +18,404 @@ from landiff.data_pipeline.format.columns import FolderReader
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry, column_stem
 from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.format.tensors import pack_tensor
-from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader, Result
+from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader, Piece, Result
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.data_pipeline.precompute.job import FEW, Bench, Build, Producer, column_groups
+from landiff.data_pipeline.precompute.interface import (
+    BatchCache,
+    BuildProducers,
+    Encode,
+    Producer,
+    ProducerContext,
+    column_groups,
+    prepare_shard,
+)
+from landiff.data_pipeline.precompute.job import MIN_CLIPS_COLLAPSED
+from landiff.data_pipeline.precompute.summary import format_reject_counts
 from landiff.data_pipeline.precompute.units import ColumnFolder, single_code
 
-TAR_BLOCK = 512
-SAME_TOKENS = 0.99  # of re-encoded tokens; other kernels may tip a code that lay on the edge
-LARGEST_ERROR = (
-    1e-2  # of re-encoded floats: root mean square of the difference, over that of the values
-)
+TAR_BLOCK = 512  # bytes
+MIN_EQUAL_TOKENS = 0.99  # fraction; other kernels may change a code at a decision boundary
+MAX_RELATIVE_ERROR = 1e-2  # root mean square of the difference over that of the values
 
 
-# ------------------------------------------------------------------------------------------------ estimate
+# --------------------------------------------------------------------------------------- estimate
 
 
 @dataclass(frozen=True)
 class ColumnEstimate:
+    """Estimated cost of a column's missing units."""
+
     column: str
     clips_left: int
-    seconds: float  # of this device alone, encoder only
+    seconds: float  # on one device, encoder only
     bytes: float
-    rejects: dict[str, int]  # reason -> of the clips that were tried
+    rejects: dict[str, int]  # clips by reason, of the clips that were tried
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """Estimated cost of all missing units."""
+
     device: str
-    clips: int  # that were tried
+    clips: int  # clips that were tried
     columns: tuple[ColumnEstimate, ...]
-    decode_s: float  # of one core
-    load_s: float  # to build the encoders, once a task
+    decode_s: float  # on one core
+    load_s: float  # to build the encoders, once per task
 
     def __str__(self) -> str:
-        lines = [
-            f"{'column':<22}{'clips left':>12}{'disk':>10}{self.device + ' time':>14}  would be set aside"
-        ]
+        """Format the estimate as a table."""
+        time_title = f"{self.device} time"
+        lines = [f"{'column':<22}{'clips left':>12}{'disk':>10}{time_title:>14}  rejected"]
         for row in self.columns:
-            bad = ", ".join(f"{reason} {count}" for reason, count in row.rejects.items())
+            rejects = format_reject_counts(row.rejects) or "none"
             lines.append(
-                f"{row.column:<22}{row.clips_left:>12}{size(row.bytes):>10}{duration(row.seconds):>14}  {bad or 'none'} (of {self.clips})"
+                f"{row.column:<22}{row.clips_left:>12}{size(row.bytes):>10}"
+                f"{duration(row.seconds):>14}  {rejects} (of {self.clips})"
             )
         lines.append(
-            f"{'decode':<22}{'':>12}{'':>10}{duration(self.decode_s):>14}  (on one core; it goes on beside the encoders)"
+            f"{'decode':<22}{'':>12}{'':>10}{duration(self.decode_s):>14}"
+            "  (on one core, in parallel with the encoders)"
         )
-        disk, seconds = (
-            sum(row.bytes for row in self.columns),
-            sum(row.seconds for row in self.columns),
-        )
+        disk = sum(row.bytes for row in self.columns)
+        seconds = sum(row.seconds for row in self.columns)
         lines.append(
-            f"{'all':<22}{'':>12}{size(disk):>10}{duration(seconds):>14}  = {seconds / 3600:.2f} {self.device} hours, from {self.clips} clips; "
-            f"encoders load in {self.load_s:.0f} s a task"
+            f"{'all':<22}{'':>12}{size(disk):>10}{duration(seconds):>14}"
+            f"  = {seconds / 3600:.2f} {self.device} hours, estimated from {self.clips} clips; "
+            f"each task loads its encoders in {self.load_s:.0f} s"
         )
         return "\n".join(lines)
 
 
+@dataclass
+class _Trial:
+    """Measured cost of one column for the clips that were tried."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    rejects: Counter[str] = field(default_factory=Counter)
+
+    def add(self, stem: str, results: Sequence[Result], seconds: float) -> None:
+        """Add the results of one batch."""
+        self.seconds += seconds
+        for result in results:
+            if isinstance(result, ClipProblem):
+                self.rejects[result.reason] += 1
+            else:
+                blocks = -(-len(pack_tensor(stem, result)) // TAR_BLOCK)
+                self.bytes += TAR_BLOCK + blocks * TAR_BLOCK  # the first block is the header
+
+
 def estimate_cost(
-    config: PrecomputeConfig, manifest: Manifest, build: Build, clips: int
+    config: PrecomputeConfig, manifest: Manifest, build: BuildProducers, clips: int
 ) -> Estimate:
-    """Runs a few clips of the first shards through everything, and multiplies."""
-    bench = Bench.of(config)
+    """Run `clips` clips of the first shards through all encoders and extrapolate."""
+    context = ProducerContext.of(config)
     reader = ClipReader(
         config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads
     )
-    rows, tried, load_s = [], 0, 0.0
+    rows: list[ColumnEstimate] = []
+    tried = 0
+    load_s = 0.0
     try:
         for names in column_groups(config):
             begin = time.perf_counter()
-            producers = build(names, bench)
+            producers = build(names, context)
             load_s += time.perf_counter() - begin
-            tried, some = _try(manifest, reader, producers, clips, config)
-            rows += some
+            tried, trials = _try_clips(config, manifest, reader, producers, clips)
+            for name, producer in producers.items():
+                rows.append(_extrapolate(config, manifest, name, producer, trials[name], tried))
     finally:
         reader.close()
-    with_frames = max(
-        (row.clips_left for row in rows if not row.column.startswith("text")), default=0
-    )
-    decode = reader.decode_s / max(1, tried) * with_frames
-    return Estimate(bench.device.type, tried, tuple(rows), decode, load_s)
+    left_with_frames = [row.clips_left for row in rows if not row.column.startswith("text")]
+    decode_s = reader.decode_s / max(1, tried) * max(left_with_frames, default=0)
+    return Estimate(context.device.type, tried, tuple(rows), decode_s, load_s)
 
 
-def _try(
+def _try_clips(
+    config: PrecomputeConfig,
     manifest: Manifest,
     reader: ClipReader,
     producers: Mapping[str, Producer],
     clips: int,
-    config: PrecomputeConfig,
-) -> tuple[int, list[ColumnEstimate]]:
-    seconds, sizes = dict.fromkeys(producers, 0.0), dict.fromkeys(producers, 0)
-    rejects: dict[str, dict[str, int]] = {name: {} for name in producers}
-    tried, shard, encoders = 0, -1, {}
+) -> tuple[int, dict[str, _Trial]]:
+    """Encode at least `clips` clips. Returns their number, and the cost by column."""
+    trials = {name: _Trial() for name in producers}
+    encoders: dict[str, Encode] = {}
+    tried = 0
+    shard = -1
     with torch.inference_mode():
         plan = (
-            (i, any([p.needs_frames(entry) for p in producers.values()]))
-            for i, entry in enumerate(manifest.shards)
+            (index, prepare_shard(producers.values(), entry))
+            for index, entry in enumerate(manifest.shards)
         )
         for piece in reader.stream(plan, min(config.batch_size, clips)):
             if piece.shard != shard:
-                if shard < 0:  # the first call pays for what later ones don't
-                    for producer in producers.values():
-                        producer.begin(manifest.shards[piece.shard], piece.clips)(piece.batch)
-                        producer.needs_frames(manifest.shards[piece.shard])
+                entry = manifest.shards[piece.shard]
+                if shard < 0:
+                    _warm_up(producers, entry, piece)
                 encoders = {
-                    name: producer.begin(manifest.shards[piece.shard], piece.clips)
-                    for name, producer in producers.items()
+                    name: producer.begin(entry, piece.clips) for name, producer in producers.items()
                 }
                 shard = piece.shard
+            cache: BatchCache = {}
             for name, encode in encoders.items():
                 begin = time.perf_counter()
-                results = encode(piece.batch)
-                seconds[name] += time.perf_counter() - begin
-                for result in results:
-                    if isinstance(result, ClipProblem):
-                        rejects[name][result.reason] = rejects[name].get(result.reason, 0) + 1
-                    else:
-                        sizes[name] += (
-                            TAR_BLOCK
-                            + -(-len(pack_tensor(column_stem(name), result)) // TAR_BLOCK)
-                            * TAR_BLOCK
-                        )
+                results = encode(piece.batch, cache)
+                trials[name].add(column_stem(name), results, time.perf_counter() - begin)
             tried += len(piece.batch)
             if tried >= clips:
                 break
     if not tried:
-        raise ShardError(f"{config.data} holds no clip to estimate from")
-    rows = []
-    for name, producer in producers.items():
-        folder = ColumnFolder(config.data, name)
-        found = folder.survey(manifest.shards, producer.card.fingerprint)
-        left = sum(
-            entry.samples
-            for entry, sidecar in zip(manifest.shards, found, strict=True)
-            if sidecar is None
-        )
-        rows.append(
-            ColumnEstimate(
-                name, left, seconds[name] / tried * left, sizes[name] / tried * left, rejects[name]
-            )
-        )
-    return tried, rows
+        raise ShardError(f"{config.data} holds no clips to estimate from; run `landiff shards`")
+    return tried, trials
 
 
-# ------------------------------------------------------------------------------------------------ verify
+def _warm_up(producers: Mapping[str, Producer], entry: ShardEntry, piece: Piece) -> None:
+    """Encode a batch without timing: the first call of an encoder is slower than later ones."""
+    for producer in producers.values():
+        producer.begin(entry, piece.clips)(piece.batch, {})
+        producer.prepare(entry)  # for the timed `begin`
+
+
+def _extrapolate(
+    config: PrecomputeConfig,
+    manifest: Manifest,
+    name: str,
+    producer: Producer,
+    trial: _Trial,
+    tried: int,
+) -> ColumnEstimate:
+    """Scale the cost of the clips that were tried to the column's missing units."""
+    sidecars = ColumnFolder(config.data, name).survey(manifest.shards, producer.card.fingerprint)
+    left = 0
+    for entry, sidecar in zip(manifest.shards, sidecars, strict=True):
+        if sidecar is None:
+            left += entry.samples
+    seconds = trial.seconds / tried * left
+    return ColumnEstimate(name, left, seconds, trial.bytes / tried * left, dict(trial.rejects))
+
+
+# ----------------------------------------------------------------------------------------- verify
 
 
 @dataclass
 class ColumnCheck:
-    """What `verify` found of one column."""
+    """What `verify` found in one column."""
 
     column: str
     shards: int = 0
     clips: int = 0
-    equal: int = 0  # clips whose stored tensor is what encoding them again gives, bit for bit
+    equal: int = 0  # clips whose recomputed tensor is bit-equal to the stored one
     problems: list[str] = field(default_factory=list)
-    measures: dict[str, list[float]] = field(default_factory=dict)  # per clip
-    histogram: np.ndarray | None = None  # of token values
+    measures: dict[str, list[float]] = field(default_factory=dict)  # by name, one per clip
+    histogram: np.ndarray | None = None  # counts of token values
 
     def __str__(self) -> str:
+        """Format the result as one line, and one more for each problem."""
         parts = [
-            f"{self.column}: {self.clips} clips of {self.shards} shards read again, {self.equal} encoded again bit-equal"
+            f"{self.column}: {self.clips} clips of {self.shards} shards read, "
+            f"{self.equal} bit-equal when computed again"
         ]
         for name, values in self.measures.items():
             if name != "bad_values":
-                parts.append(f"{name} {np.mean(values):.2f} (least {min(values):.2f})")
+                parts.append(f"{name} {np.mean(values):.2f} (minimum {min(values):.2f})")
         if self.histogram is not None and self.histogram.sum():
-            share = self.histogram[self.histogram > 0] / self.histogram.sum()
-            used = np.flatnonzero(self.histogram)
-            parts.append(
-                f"{len(share)} codes in use, {used[0]} to {used[-1]}, as if {np.exp(-(share * np.log(share)).sum()):.0f} were used evenly; "
-                f"the most frequent makes {share.max():.1%}"
-            )
+            parts.append(_describe_codes(self.histogram))
         return "; ".join(parts) + "".join(f"\n  WRONG: {problem}" for problem in self.problems)
 
 
+def _describe_codes(histogram: np.ndarray) -> str:
+    """Describe how evenly the codes of a tokens column are used."""
+    used = np.flatnonzero(histogram)
+    fractions = histogram[used] / histogram.sum()
+    perplexity = np.exp(-(fractions * np.log(fractions)).sum())
+    return (
+        f"{len(used)} codes in use, {used[0]} to {used[-1]}, perplexity {perplexity:.0f}; "
+        f"the most frequent code has {fractions.max():.1%} of the tokens"
+    )
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """What the checks of all shards of a column need."""
+
+    config: PrecomputeConfig
+    manifest: Manifest
+    reader: ClipReader
+    name: str
+    producer: Producer
+    folder: ColumnFolder
+    check: ColumnCheck  # filled by the checks
+
+
 def verify_columns(
-    config: PrecomputeConfig, manifest: Manifest, build: Build, sample: float
+    config: PrecomputeConfig, manifest: Manifest, build: BuildProducers, sample: float
 ) -> list[ColumnCheck]:
-    """At least one finished shard of each column, and `sample` of them all, the same ones every time."""
-    bench = Bench.of(config)
+    """Check the fraction `sample` of each column's finished shards, at least one.
+
+    The choice of shards is the same every time.
+    """
+    context = ProducerContext.of(config)
     reader = ClipReader(
         config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads
     )
-    checks = []
+    checks: list[ColumnCheck] = []
     try:
         with torch.inference_mode():
             for names in column_groups(config):
-                producers = build(names, bench)
-                checks += [
-                    _verify_column(config, manifest, reader, name, producers[name], sample)
-                    for name in names
-                ]
+                producers = build(names, context)
+                for name in names:
+                    verification = _Verification(
+                        config=config,
+                        manifest=manifest,
+                        reader=reader,
+                        name=name,
+                        producer=producers[name],
+                        folder=ColumnFolder(config.data, name),
+                        check=ColumnCheck(name),
+                    )
+                    _verify_column(verification, sample)
+                    checks.append(verification.check)
     finally:
         reader.close()
     return checks
 
 
-def _verify_column(
-    config: PrecomputeConfig,
-    manifest: Manifest,
-    reader: ClipReader,
-    name: str,
-    producer: Producer,
-    sample: float,
-) -> ColumnCheck:
-    check = ColumnCheck(name)
-    folder = ColumnFolder(config.data, name)
-    card = folder.card()
+def _verify_column(verification: _Verification, sample: float) -> None:
+    """Check the card of a column and a sample of its shards."""
+    check = verification.check
+    name = verification.name
+    shards = verification.manifest.shards
+    expected = verification.producer.card
+    card = verification.folder.card()
     if card is None:
-        check.problems.append("not one shard of it is there; run `landiff precompute`")
-        return check
-    if card.fingerprint != producer.card.fingerprint:
+        check.problems.append("no shard of it is finished; run `landiff precompute`")
+        return
+    if card.fingerprint != expected.fingerprint:
         check.problems.append(
-            f"stale: made by {card.encoder} (fingerprint {card.fingerprint}), the config makes it with "
-            f"{producer.card.encoder} (fingerprint {producer.card.fingerprint})"
+            f"stale: computed with {card.encoder} (fingerprint {card.fingerprint}), but the config "
+            f"computes it with {expected.encoder} (fingerprint {expected.fingerprint})"
         )
-        return check
-    finished = [
-        i
-        for i, sidecar in enumerate(folder.survey(manifest.shards, card.fingerprint))
-        if sidecar is not None
-    ]
-    if len(finished) < len(manifest.shards):
+        return
+    sidecars = verification.folder.survey(shards, card.fingerprint)
+    finished = [index for index, sidecar in enumerate(sidecars) if sidecar is not None]
+    if len(finished) < len(shards):
         check.problems.append(
-            f"{len(manifest.shards) - len(finished)} of {len(manifest.shards)} shards are missing, damaged or stale"
+            f"{len(shards) - len(finished)} of {len(shards)} shards are missing, damaged or stale"
         )
-    for shard in _chosen(finished, manifest.shards, sample):
+    for shard in _sampled_shards(finished, shards, sample):
         check.shards += 1
-        _verify_shard(config, manifest.shards[shard], shard, reader, name, producer, check)
-    sidecars = folder.survey([manifest.shards[shard] for shard in finished], card.fingerprint)
+        _verify_shard(verification, shard)
     problem = single_code([sidecar for sidecar in sidecars if sidecar is not None])
-    if not problem and check.histogram is not None and check.clips >= FEW:
-        problem = producer.collapse(check.histogram)
+    if not problem and check.histogram is not None and check.clips >= MIN_CLIPS_COLLAPSED:
+        problem = verification.producer.collapse(check.histogram)
     if problem:
-        way_out = f"train the tokenizer anew, then run with redo=[{name}]"
-        check.problems.append(f"column {name!r}: {problem}; {way_out}")
-    return check
+        check.problems.append(
+            f"column {name!r}: {problem}; train the tokenizer again, then run with redo=[{name}]"
+        )
 
 
-def _chosen(finished: Sequence[int], shards: Sequence[ShardEntry], sample: float) -> list[int]:
-    """By hash of the raw shard: so many more than 1 as the share says."""
-    ranked = sorted(
-        finished, key=lambda i: hashlib.sha256(f"verify/{shards[i].sha256}".encode()).digest()
-    )
+def _sampled_shards(
+    finished: Sequence[int], shards: Sequence[ShardEntry], sample: float
+) -> list[int]:
+    """Choose the fraction `sample` of the finished shards, at least one, by hash."""
+
+    def rank(shard: int) -> bytes:
+        return hashlib.sha256(f"verify/{shards[shard].sha256}".encode()).digest()
+
+    ranked = sorted(finished, key=rank)
     return sorted(ranked[: max(1, round(sample * len(finished)))])
 
 
-def _verify_shard(
-    config: PrecomputeConfig,
-    raw: ShardEntry,
-    shard: int,
-    reader: ClipReader,
-    name: str,
-    producer: Producer,
-    check: ColumnCheck,
-) -> None:
-    folder = ColumnFolder(config.data, name)
-    sidecar = folder.sidecar(raw)
-    tar = folder.folder / f"{raw.name}.tar"
+def _verify_shard(verification: _Verification, shard: int) -> None:
+    """Compare the stored tensors of one shard with a recomputation."""
+    config = verification.config
+    name = verification.name
+    producer = verification.producer
+    check = verification.check
+    raw = verification.manifest.shards[shard]
+    tar = verification.folder.folder / f"{raw.name}.tar"
+    sidecar = verification.folder.sidecar(raw)
+    if sidecar is None:
+        check.problems.append(f"{tar} lost its sidecar during the check; run it again")
+        return
     if sha256_file(tar) != sidecar.entry.sha256:
         check.problems.append(
-            f"{tar} does not have the sha256 of its sidecar; delete both and run `landiff precompute` again"
+            f"{tar} does not have the sha256 of its sidecar; "
+            "delete both and run `landiff precompute` again"
         )
-    stored = FolderReader(
-        config.data, name, f"{column_stem(name)}.safetensors", [sidecar.entry], checksum=True
-    )
+    part = f"{column_stem(name)}.safetensors"
+    stored = FolderReader(config.data, name, part, [sidecar.entry], checksum=True)
     slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
-    encode = None
-    for piece in reader.stream([(shard, True)], config.batch_size):
+    encode: Encode | None = None
+    for piece in verification.reader.stream([(shard, True)], config.batch_size):
         if encode is None:
-            producer.needs_frames(raw)
+            producer.prepare(raw)
             encode = producer.begin(raw, piece.clips)
-        for clip, again in zip(piece.batch, encode(piece.batch), strict=True):
+        for clip, again in zip(piece.batch, encode(piece.batch, {}), strict=True):
             check.clips += 1
+            tensor: Tensor | None = None
             try:
-                tensor = stored.read_tensor(0, slots[clip.key]) if clip.key in slots else None
+                if clip.key in slots:
+                    tensor = stored.read_tensor(0, slots[clip.key])
             except ShardError as error:
                 check.problems.append(str(error))
                 continue
             problem = _compare(tensor, again)
-            check.equal += problem == ""
-            if problem not in ("", "close"):
+            if problem == "":
+                check.equal += 1
+            elif problem != "close":
                 check.problems.append(f"{tar}, sample {clip.key}: {problem}")
             if tensor is not None:
-                _measure(check, clip, tensor, producer, tar.name)
+                _measure(verification, clip, tensor, tar.name)
     stored.close()
 
 
-def _measure(
-    check: ColumnCheck, clip: Clip, tensor: Tensor, producer: Producer, where: str
-) -> None:
-    measured = producer.examine(clip, tensor)
+def _measure(verification: _Verification, clip: Clip, tensor: Tensor, tar: str) -> None:
+    """Add the measures of a stored tensor to the check."""
+    check = verification.check
+    measured = verification.producer.examine(clip, tensor)
     if measured["bad_values"]:
         check.problems.append(
-            f"{where}, sample {clip.key}: {measured['bad_values']:.0f} values out of range or not finite"
+            f"{tar}, sample {clip.key}: {measured['bad_values']:.0f} values out of range or "
+            "not finite"
         )
     for measure, value in measured.items():
         check.measures.setdefault(measure, []).append(value)
     if tensor.dtype == torch.uint16:
         counts = np.bincount(tensor.numpy(), minlength=1 << 16)
-        check.histogram = counts if check.histogram is None else check.histogram + counts
+        if check.histogram is not None:
+            counts = check.histogram + counts
+        check.histogram = counts
 
 
 def _compare(stored: Tensor | None, again: Result) -> str:
-    """ "" where equal, "close" where within tolerance, else what is wrong."""
-    if stored is None or isinstance(again, ClipProblem):
-        reason = (
-            f"set aside as {again.reason}" if isinstance(again, ClipProblem) else "encoded well"
-        )
-        here = "set aside" if stored is None else "stored"
-        return (
-            ""
-            if stored is None and isinstance(again, ClipProblem)
-            else f"it is {here}, but now it is {reason}"
-        )
+    """Compare a stored tensor with a recomputed one.
+
+    `stored` is None if the clip was rejected. Returns "" if both are equal, "close" if they are
+    within tolerance, and else a description of the difference.
+    """
+    if isinstance(again, ClipProblem):
+        if stored is None:
+            return ""
+        return f"it is stored, but is now rejected as {again.reason}"
+    if stored is None:
+        return "it is rejected, but can now be encoded"
     if stored.shape != again.shape or stored.dtype != again.dtype:
-        return f"it is {stored.dtype} {list(stored.shape)}, encoded again {again.dtype} {list(again.shape)}"
+        return (
+            f"it is {stored.dtype} {list(stored.shape)}, but computed again it is "
+            f"{again.dtype} {list(again.shape)}"
+        )
     if stored.equal(again):
         return ""
     if not stored.is_floating_point():
-        same = float((stored.int() == again.int()).float().mean())
-        return "close" if same >= SAME_TOKENS else f"{same:.1%} of its tokens come out again"
-    error = (
-        stored.float() - again.float()
-    ).square().mean().sqrt() / again.float().square().mean().sqrt().clamp(min=1e-12)
-    return (
-        "close"
-        if float(error) <= LARGEST_ERROR
-        else f"encoded again it differs by {float(error):.2g} of its size"
-    )
+        equal = float((stored.int() == again.int()).float().mean())
+        if equal >= MIN_EQUAL_TOKENS:
+            return "close"
+        return f"only {equal:.1%} of its tokens are the same when computed again"
+    difference = (stored.float() - again.float()).square().mean().sqrt()
+    values = again.float().square().mean().sqrt().clamp(min=1e-12)
+    error = float(difference / values)
+    if error <= MAX_RELATIVE_ERROR:
+        return "close"
+    return f"its relative error is {error:.2g} when computed again"

@@ -1,4 +1,4 @@
-"""Clips of raw shards on their way through the encoders: read, decoded ahead, grouped by shape."""
+"""Reading of raw shards for the encoders: clips are decoded ahead and grouped by shape."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -19,14 +20,14 @@ from landiff.data_pipeline.format.schema import RAW, RawSample, ShardEntry
 from landiff.data_pipeline.video.codec import ClipDamaged, ClipDecoder
 from landiff.data_pipeline.video.process import Backend
 
-BATCHES_AHEAD = 2
+BATCHES_AHEAD = 2  # batches that are decoded before the caller takes them
 
 
 @dataclass(frozen=True)
 class ClipProblem:
     """Why a clip has no tensor in a column."""
 
-    reason: str  # short, countable
+    reason: str  # short code; rejects are counted by it
     detail: str = ""
 
 
@@ -35,7 +36,7 @@ Result = Tensor | ClipProblem
 
 @dataclass(frozen=True)
 class Clip:
-    """One raw sample. `problem` says why `meta` or `frames` is not there."""
+    """One raw sample. `problem` says why `meta` or `frames` is None."""
 
     position: int  # in its raw shard
     key: str
@@ -43,84 +44,111 @@ class Clip:
     frames: np.ndarray | None = None  # uint8 [T, H, W, 3]
     problem: ClipProblem | None = None
 
+    def required_problem(self) -> ClipProblem:
+        """The problem of a clip that could not be read or decoded."""
+        assert self.problem is not None, f"clip {self.key} has neither content nor a problem"
+        return self.problem
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A batch of one shard's clips on its way; `last` of its shard, and empty where the shard is."""
+    """One batch of a shard's clips. An empty shard has one piece with an empty batch."""
 
     shard: int
     clips: list[Clip]  # all of the shard, without frames
     batch: list[Clip]
+    last: bool  # whether this is the shard's last batch
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """A clip with the time that reading and decoding it took."""
+
+    clip: Clip
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this thread and of the decoder process
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """A batch whose clips may still be decoded in the background."""
+
+    shard: int
+    clips: list[Clip]
+    work: list[DecodedClip | Future[DecodedClip]]
     last: bool
 
 
 class ClipReader:
-    """Reads raw shards; threads decode up to two batches ahead of the caller.
+    """Reads raw shards. Threads decode up to two batches ahead of the caller.
 
-    Each thread has a decoder process, which sees only bytes whose checksum says that we wrote them. Whatever
-    happens there costs a clip.
+    Each thread has its own decoder process, which receives only bytes whose checksum is correct.
+    If the process crashes or hangs, only that clip is lost.
     """
 
     def __init__(
         self, data: Path, shards: Sequence[ShardEntry], *, decoder: Backend, threads: int
     ) -> None:
         self.threads = threads
-        self.decode_s = self.decode_cpu_s = 0.0  # of all threads and their children together
+        self.decode_s = 0.0  # wall-clock seconds, summed over all threads
+        self.decode_cpu_s = 0.0  # CPU seconds of all threads and decoder processes
         self._shards = shards
         self._json = FolderReader(data, RAW, "json", shards, keep=4)
         self._mp4 = FolderReader(data, RAW, "mp4", shards, keep=4)
         self._decoders = [ClipDecoder(decoder) for _ in range(threads)]
         self._idle: queue.SimpleQueue[ClipDecoder] = queue.SimpleQueue()
-        for one in self._decoders:
-            self._idle.put(one)
+        for clip_decoder in self._decoders:
+            self._idle.put(clip_decoder)
 
     def clips(self, shard: int) -> list[Clip]:
         """All clips of a shard, without frames."""
         return [self._meta(shard, position) for position in range(self._shards[shard].samples)]
 
     def stream(self, plan: Iterable[tuple[int, bool]], size: int) -> Iterator[Piece]:
-        """The clips of the shards of `plan`, in order and batches; (shard, True) asks for their frames.
+        """Yield the clips of the planned shards in order, in batches of at most `size`.
 
-        Decoding goes on over the ends of shards, and `plan` is asked as far ahead.
+        `plan` yields (shard, whether its frames are needed). Decoding continues over the ends of
+        shards, so `plan` is read ahead by up to two batches.
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        ahead: deque[
-            tuple[int, list[Clip], list[Future[tuple[Clip, float, float]]] | list[Clip], bool]
-        ] = deque()
+        ahead: deque[PendingBatch] = deque()
         try:
             for shard, with_frames in plan:
                 clips = self.clips(shard)
-                parts = [clips[at : at + size] for at in range(0, len(clips), size)] or [[]]
-                for number, part in enumerate(parts):
-                    work = (
-                        [pool.submit(self._decode, shard, clip) for clip in part]
-                        if with_frames
-                        else part
-                    )
-                    ahead.append((shard, clips, work, number == len(parts) - 1))
+                for start in range(0, max(1, len(clips)), size):
+                    work: list[DecodedClip | Future[DecodedClip]] = []
+                    for clip in clips[start : start + size]:
+                        if with_frames:
+                            work.append(pool.submit(self._decode, shard, clip))
+                        else:
+                            work.append(DecodedClip(clip))
+                    ahead.append(PendingBatch(shard, clips, work, start + size >= len(clips)))
                     if len(ahead) > BATCHES_AHEAD:
-                        yield self._ready(*ahead.popleft())
+                        yield self._finish(ahead.popleft())
             while ahead:
-                yield self._ready(*ahead.popleft())
+                yield self._finish(ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
+        """Close all files and stop the decoder processes."""
         self._json.close()
         self._mp4.close()
         for decoder in self._decoders:
             decoder.close()
 
-    def _ready(self, shard: int, clips: list[Clip], work: list, last: bool) -> Piece:
-        batch = []
-        for item in work:
-            clip, seconds, cpu = item.result() if isinstance(item, Future) else (item, 0.0, 0.0)
-            self.decode_s += seconds
-            self.decode_cpu_s += cpu
-            batch.append(clip)
-        return Piece(shard, clips, batch, last)
+    def _finish(self, pending: PendingBatch) -> Piece:
+        """Wait until a batch is decoded and add up its decoding time."""
+        batch: list[Clip] = []
+        for item in pending.work:
+            decoded = item.result() if isinstance(item, Future) else item
+            self.decode_s += decoded.seconds
+            self.decode_cpu_s += decoded.cpu_seconds
+            batch.append(decoded.clip)
+        return Piece(pending.shard, pending.clips, batch, pending.last)
 
     def _meta(self, shard: int, position: int) -> Clip:
+        """Read the metadata of one clip."""
         key = self._json.index(shard).keys[position]
         try:
             meta = RawSample.model_validate_json(self._json.read(shard, position).tobytes())
@@ -128,40 +156,37 @@ class ClipReader:
             return Clip(position, key, None, problem=ClipProblem("damaged", str(error)))
         return Clip(position, key, meta)
 
-    def _decode(self, shard: int, clip: Clip) -> tuple[Clip, float, float]:
-        """With the seconds it took, and those of processor time, the child's included."""
+    def _decode(self, shard: int, clip: Clip) -> DecodedClip:
+        """Read and decode one clip in a free decoder process."""
         if clip.meta is None:
-            return clip, 0.0, 0.0
+            return DecodedClip(clip)
         decoder = self._idle.get()
         try:
-            begin, cpu = time.perf_counter(), time.thread_time() + decoder.process.cpu_s
-            frames = self._frames(decoder, shard, clip)
-            seconds, cpu = (
-                time.perf_counter() - begin,
-                time.thread_time() + decoder.process.cpu_s - cpu,
-            )
+            begin = time.perf_counter()
+            cpu_begin = time.thread_time() + decoder.process.cpu_s
+            frames = self._frames(decoder, shard, clip, clip.meta)
+            seconds = time.perf_counter() - begin
+            cpu_seconds = time.thread_time() + decoder.process.cpu_s - cpu_begin
         finally:
             self._idle.put(decoder)
-        return (
-            replace(clip, problem=frames)
-            if isinstance(frames, ClipProblem)
-            else replace(clip, frames=frames),
-            seconds,
-            cpu,
-        )
+        if isinstance(frames, ClipProblem):
+            return DecodedClip(replace(clip, problem=frames), seconds, cpu_seconds)
+        return DecodedClip(replace(clip, frames=frames), seconds, cpu_seconds)
 
-    def _frames(self, decoder: ClipDecoder, shard: int, clip: Clip) -> np.ndarray | ClipProblem:
+    def _frames(
+        self, decoder: ClipDecoder, shard: int, clip: Clip, meta: RawSample
+    ) -> np.ndarray | ClipProblem:
+        """Decode one clip and check its number of frames."""
         try:
-            frames = decoder.decode(
-                self._mp4.read(shard, clip.position).tobytes(), sha256=clip.meta.video_sha256
-            )
+            video = self._mp4.read(shard, clip.position).tobytes()
+            frames = decoder.decode(video, sha256=meta.video_sha256)
         except DamagedSample as error:
             return ClipProblem("damaged", str(error))
         except ClipDamaged as error:
             return ClipProblem(error.failure.reason, error.failure.detail)
-        if len(frames) != clip.meta.num_frames:
+        if len(frames) != meta.num_frames:
             return ClipProblem(
-                "frame_count", f"{len(frames)} frames, its JSON says {clip.meta.num_frames}"
+                "frame_count", f"{len(frames)} frames, but its metadata says {meta.num_frames}"
             )
         return frames
 
@@ -169,30 +194,33 @@ class ClipReader:
 def by_shape(
     clips: Sequence[Clip],
     prepare: Callable[[Clip], np.ndarray | Tensor | ClipProblem],
-    compute: Callable[[list, list[str]], Tensor],
+    compute: Callable[[list[Any], list[str]], Tensor],
 ) -> list[Result]:
-    """`compute(inputs, keys)` once for all clips whose prepared input has the same shape.
+    """Run `compute(inputs, keys)` once for each group of clips with the same input shape.
 
-    A clip that cannot be prepared, or whose output is not finite, gives a ClipProblem in its place.
+    `prepare` returns a clip's input. The result of a clip is a ClipProblem if it cannot be
+    prepared or if its output is not finite.
     """
-    results: list[Result | None] = [None] * len(clips)
+    results: dict[int, Result] = {}
     groups: dict[tuple[int, ...], list[tuple[int, np.ndarray | Tensor]]] = {}
-    for at, clip in enumerate(clips):
+    for index, clip in enumerate(clips):
         value = prepare(clip)
         if isinstance(value, ClipProblem):
-            results[at] = value
+            results[index] = value
         else:
-            groups.setdefault(tuple(value.shape), []).append((at, value))
+            groups.setdefault(tuple(value.shape), []).append((index, value))
     for members in groups.values():
-        outputs = compute([value for _, value in members], [clips[at].key for at, _ in members])
-        for (at, _), output in zip(members, outputs, strict=True):
-            results[at] = finite(output)
-    return results
+        inputs = [value for _, value in members]
+        keys = [clips[index].key for index, _ in members]
+        outputs = compute(inputs, keys)
+        for (index, _), output in zip(members, outputs, strict=True):
+            results[index] = finite(output)
+    return [results[index] for index in range(len(clips))]
 
 
 def finite(tensor: Tensor) -> Result:
+    """Return the tensor, or a ClipProblem if it holds NaN or infinity."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        return ClipProblem(
-            "not_finite", f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values"
-        )
+        bad_values = int((~tensor.isfinite()).sum())
+        return ClipProblem("not_finite", f"{bad_values} of {tensor.numel()} values")
     return tensor

@@ -1,4 +1,4 @@
-"""Config of `landiff precompute`. Torch-free.
+"""Config of `landiff precompute`. Imports no torch.
 
     data: data
     zoo: zoo
@@ -7,7 +7,7 @@
       latents: {encoder: {kind: dct}}
       text-minilm: {encoder: {kind: minilm}}
 
-What a column holds follows from its name up to the first dash: features, tokens, latents or text.
+The name of a column up to the first dash is its kind: features, tokens, latents or text.
 """
 
 from __future__ import annotations
@@ -26,47 +26,77 @@ from landiff.model_zoo.frozen.config import CodecConfig, TextConfig, VisionConfi
 class FeaturesColumn(Config):
     """Vision features of the semantic frames."""
 
-    kind: Literal["features"] = "features"
-    encoder: VisionConfig
-    frame_stride: PositiveInt = (
-        4  # video frames per semantic frame after the first: the codec's compression
+    kind: Literal["features"] = Field(
+        default="features",
+        description="Kind of the column. It follows from the column's name and need not be set.",
+    )
+    encoder: VisionConfig = Field(description="Frozen vision encoder that computes the features.")
+    frame_stride: PositiveInt = Field(
+        default=4,
+        description="Video frames per semantic frame after the first. "
+        "Set it to the temporal compression of the codec.",
     )
 
 
 class TokensColumn(Config):
-    """Semantic tokens: vision features through a tokenizer of the zoo.
+    """Semantic tokens: vision features encoded by a tokenizer of the zoo.
 
-    The column `features` is used instead of the videos where it comes from the same encoder.
+    Stored features are used instead of the videos if the column `features` is there and has the
+    same encoder.
     """
 
-    kind: Literal["tokens"] = "tokens"
-    tokenizer: str  # zoo reference: name, name@fingerprint or path
-    encoder: VisionConfig
-    frame_stride: PositiveInt = 4
+    kind: Literal["tokens"] = Field(
+        default="tokens",
+        description="Kind of the column. It follows from the column's name and need not be set.",
+    )
+    tokenizer: str = Field(
+        description="Tokenizer as a zoo reference: NAME, NAME@FINGERPRINT or a path."
+    )
+    encoder: VisionConfig = Field(
+        description="Frozen vision encoder that the tokenizer was trained with."
+    )
+    frame_stride: PositiveInt = Field(
+        default=4,
+        description="Video frames per semantic frame after the first. "
+        "Set it to the temporal compression of the codec.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="of the tokenizer; bf16: float32 weights under autocast, as in the release",
+        description="Precision of the tokenizer. bf16 runs float32 weights under autocast, "
+        "as the released model does.",
     )
 
 
 class LatentsColumn(Config):
-    """Latents of the whole clip: the codec's mean, one fixed sample of its posterior, or its mean and log-variance.
+    """Latents of the whole clip.
 
-    Of mean and log-variance the trainer draws another sample in every epoch; they take twice the room.
+    Stores the codec's posterior mean, one fixed sample of the posterior, or mean and log-variance.
+    From mean and log-variance the trainer draws a new sample in every epoch; they take twice the
+    disk space.
     """
 
-    kind: Literal["latents"] = "latents"
-    encoder: CodecConfig
-    sample_seed: NonNegativeInt | None = (
-        None  # None: the mean; else noise keyed by (seed, clip key)
+    kind: Literal["latents"] = Field(
+        default="latents",
+        description="Kind of the column. It follows from the column's name and need not be set.",
     )
-    moments: bool = False  # [T, 2C, H, W]: the mean, then the log-variance
+    encoder: CodecConfig = Field(description="Frozen codec that computes the latents.")
+    sample_seed: NonNegativeInt | None = Field(
+        default=None,
+        description="Seed of one fixed posterior sample per clip, with noise keyed by seed and "
+        "clip. null stores the posterior mean.",
+    )
+    moments: bool = Field(
+        default=False,
+        description="Store posterior mean and log-variance, [T, 2C, H, W], instead of latents.",
+    )
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> LatentsColumn:
+    def _mean_sample_or_moments(self) -> LatentsColumn:
+        """Reject `moments` together with `sample_seed`."""
         if self.moments and self.sample_seed is not None:
             raise ValueError(
-                f"moments = true stores mean and log-variance, sample_seed = {self.sample_seed} one sample of them; leave one out"
+                "moments = true stores mean and log-variance, "
+                f"sample_seed = {self.sample_seed} stores one sample; leave one out"
             )
         return self
 
@@ -74,10 +104,15 @@ class LatentsColumn(Config):
 class TextColumn(Config):
     """Text states of the captions: real rows only, or all rows of a padded encoder."""
 
-    kind: Literal["text"] = "text"
-    encoder: TextConfig
-    caption: NonNegativeInt = (
-        0  # which of a clip's captions, counted from 0; a clip with fewer gives its last
+    kind: Literal["text"] = Field(
+        default="text",
+        description="Kind of the column. It follows from the column's name and need not be set.",
+    )
+    encoder: TextConfig = Field(description="Frozen text encoder that computes the text states.")
+    caption: NonNegativeInt = Field(
+        default=0,
+        description="Index of the caption to encode, counted from 0. "
+        "The last caption is used for clips that have fewer.",
     )
 
 
@@ -88,50 +123,65 @@ KINDS = ("features", "tokens", "latents", "text")
 
 
 class PrecomputeConfig(Config):
-    """Which columns to compute for the raw shards of `data`, and how."""
+    """Columns to compute for the raw shards of a data folder."""
 
-    data: Path
-    zoo: Path
-    columns: dict[str, ColumnConfig]
-    device: str = "auto"  # "auto": the GPU where there is one; else "cpu", "cuda:1", ...
-    batch_size: PositiveInt = 8  # clips that go through an encoder together
-    decoder: Literal["decord", "pyav"] = (
-        "decord"  # of the clips in raw shards; part of the fingerprint of what it feeds
+    data: Path = Field(description="Data folder with the raw shards. Columns are written to it.")
+    zoo: Path = Field(description="Folder of zoo entries in which tokenizers are looked up.")
+    columns: dict[str, ColumnConfig] = Field(
+        description="Columns to compute, by name. A name starts with the kind of the column: "
+        "features, tokens, latents or text, with a suffix after a dash, such as text-minilm."
     )
-    decode_threads: PositiveInt = 2
-    encode_threads: PositiveInt | None = (
-        None  # batches that are encoded at once; None: 1 on a GPU; on a CPU as many as torch has threads, 8 at most
+    device: str = Field(
+        default="auto",
+        description='Device of the encoders, such as "cpu" or "cuda:1". '
+        '"auto" uses a GPU if there is one.',
+    )
+    batch_size: PositiveInt = Field(default=8, description="Clips per batch of an encoder.")
+    decoder: Literal["decord", "pyav"] = Field(
+        default="decord",
+        description="Library that decodes the clips of raw shards. "
+        "It is part of the fingerprint of columns computed from frames.",
+    )
+    decode_threads: PositiveInt = Field(
+        default=2, description="Clips that are decoded at the same time."
+    )
+    encode_threads: PositiveInt | None = Field(
+        default=None,
+        description="Batches that are encoded at the same time. null means 1 on a GPU, and on a "
+        "CPU the number of torch threads, at most 8.",
     )
     max_bad_fraction: float = Field(
-        default=0.05, ge=0, le=1
-    )  # of the clips of a column; more set aside stop the job
-    redo: tuple[str, ...] = ()  # columns to make anew where another encoder made what is there
+        default=0.05,
+        ge=0,
+        le=1,
+        description="Largest fraction of a column's clips that may be rejected. "
+        "The job stops if more are.",
+    )
+    redo: tuple[str, ...] = Field(
+        default=(),
+        description="Columns that are computed again if another encoder computed them before. "
+        "Other columns are never replaced.",
+    )
 
     @field_validator("columns", mode="before")
     @classmethod
     def _kind_from_name(cls, columns: Any) -> Any:
+        """Set the kind of each column from its name."""
         if not isinstance(columns, dict):
             return columns
-        for name in map(str, columns):
-            if column_stem(name) not in KINDS:
-                near = difflib.get_close_matches(column_stem(name), KINDS, n=1, cutoff=0.5)
-                meant = (
-                    f"did you mean {name.replace(column_stem(name), near[0], 1)!r}? "
-                    if near
-                    else ""
-                )
-                raise ValueError(
-                    f"columns.{name}: the name of a column begins with what it holds, "
-                    f"{', '.join(KINDS)}, and a dash "
-                    f"where more follows; {meant}e.g. text-minilm, latents-vae"
-                )
-        return {
-            name: {"kind": column_stem(str(name)), **column} if isinstance(column, dict) else column
-            for name, column in columns.items()
-        }
+        with_kinds = {}
+        for name, column in columns.items():
+            kind = column_stem(str(name))
+            if kind not in KINDS:
+                raise ValueError(_unknown_kind(str(name), kind))
+            if isinstance(column, dict):
+                column = {"kind": kind, **column}
+            with_kinds[name] = column
+        return with_kinds
 
     @model_validator(mode="after")
     def _names(self) -> PrecomputeConfig:
+        """Check that column names match their kinds and can be folder names."""
         if not self.columns:
             raise ValueError(
                 "columns is empty: name at least one of features, tokens, latents, text-<encoder>"
@@ -139,15 +189,14 @@ class PrecomputeConfig(Config):
         for name, column in self.columns.items():
             if column.kind != column_stem(name):
                 raise ValueError(
-                    f"columns.{name} is of kind {column.kind}; its name must begin with {column.kind!r}"
+                    f"columns.{name} is of kind {column.kind}; "
+                    f"its name must begin with {column.kind!r}"
                 )
-            if (
-                name == RAW
-                or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-                or name.startswith(".")
-            ):
+            letters = name.replace("-", "").replace("_", "").replace(".", "")
+            if name == RAW or name.startswith(".") or not letters.isalnum():
                 raise ValueError(
-                    f"columns.{name}: a column names a folder; use letters, digits, dash, dot and underscore"
+                    f"columns.{name}: the name of a column is a folder name; "
+                    "use letters, digits, dash, dot and underscore"
                 )
         unknown = sorted(set(self.redo) - set(self.columns))
         if unknown:
@@ -155,3 +204,15 @@ class PrecomputeConfig(Config):
                 f"redo names {', '.join(unknown)}; columns has {', '.join(self.columns)}"
             )
         return self
+
+
+def _unknown_kind(name: str, kind: str) -> str:
+    """Error message for a column whose name does not begin with a kind."""
+    suggestion = ""
+    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)
+    if near:
+        suggestion = f"did you mean {name.replace(kind, near[0], 1)!r}? "
+    return (
+        f"columns.{name}: the name of a column begins with its kind, {', '.join(KINDS)}, "
+        f"with a dash before any suffix; {suggestion}e.g. text-minilm, latents-vae"
+    )

@@ -1,8 +1,8 @@
-"""One task of `landiff precompute`: clips decoded, encoded and written at the same time.
+"""One task of `landiff precompute`: clips are decoded, encoded and written at the same time.
 
-Threads decode ahead, others run the encoders (one on a GPU, one a core on a CPU), another one writes, hashes and
-commits: whatever is slowest is always busy, and the progress line says how busy each is. What a unit holds does
-not depend on how many threads there are.
+Some threads decode ahead, others run the encoders (one on a GPU, one per core on a CPU), and one
+writes, hashes and commits. So the slowest stage is always busy; the progress line says how busy
+each stage is. The content of a unit does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -10,156 +10,78 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from landiff.data_pipeline.format.progress import ProgressCallback
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader, Piece, Result
-from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn
-from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, share
-from landiff.data_pipeline.precompute.write import ColumnUnit, Stages, WriterThread
-from landiff.model_zoo.device import pick_device
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.interface import (
+    BatchCache,
+    BuildProducers,
+    CountsTruncated,
+    Encode,
+    Producer,
+    ProducerContext,
+    column_groups,
+    prepare_shard,
+)
+from landiff.data_pipeline.precompute.summary import (
+    ColumnSummary,
+    Summary,
+    format_reject_counts,
+)
+from landiff.data_pipeline.precompute.units import ColumnFolder, shards_of_task
+from landiff.data_pipeline.precompute.write import UnitWrite, WriterThread
 
-ProgressCallback = Callable[
-    [int, int, str], None
-]  # (clips done, clips of this task, which columns go through together)
-FEW = 8  # clips; of fewer, equal tokens are no sign of a collapsed codebook before the end
-SMALL = 100  # clips; of fewer, one bad clip is no fraction to stop for before the end
-MOST_ENCODE_THREADS = 8  # on a CPU, unless the config says otherwise; each holds a batch of frames
+# Before the last shard, a column is judged only on enough clips.
+MIN_CLIPS_COLLAPSED = 8  # equal tokens in fewer clips do not prove a collapsed codebook
+MIN_CLIPS_REJECTED = 100  # in fewer clips, one reject may already exceed `max_bad_fraction`
 
 
 class TooManyColumnRejects(ShardError):
-    """More clips were set aside than `max_bad_fraction` allows."""
+    """More clips of a column were rejected than `max_bad_fraction` allows."""
 
 
 class CollapsedTokens(ShardError):
-    """The tokenizer gives one code for everything."""
-
-
-@dataclass(frozen=True)
-class ColumnSummary:
-    made: int = 0  # units of this run
-    found: int = 0  # units that were finished before
-    clips: int = 0  # of this run, those set aside included
-    rejects: dict[str, int] = field(default_factory=dict)  # reason -> clips, of both
-    truncated: int = 0  # clips of both whose text is longer than the encoder takes
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What one task did."""
-
-    columns: dict[str, ColumnSummary]
-    stage_seconds: dict[str, float]  # each of all its threads together
-    cpu_seconds: dict[str, float]  # the same of processor time, that of decoder processes included
-    wall_s: float
-
-    def __str__(self) -> str:
-        parts = []
-        for name, column in self.columns.items():
-            bad = (
-                f", {sum(column.rejects.values())} set aside ({format_reject_counts(column.rejects)})"
-                if column.rejects
-                else ""
-            )
-            cut = ""
-            if column.truncated:
-                cut = f", {column.truncated} captions cut to the encoder's length"
-            made = f"{column.clips} clips in {column.made} shards, {column.found} shards were done"
-            parts.append(f"{name}: {made}{bad}{cut}")
-        stages = ", ".join(
-            f"{stage} {seconds:.1f}" for stage, seconds in self.stage_seconds.items()
-        )
-        return (
-            "; ".join(parts)
-            + f"; {self.wall_s:.1f} s"
-            + (f" (seconds by stage: {stages})" if stages else "")
-        )
-
-
-Encode = Callable[
-    [Sequence[Clip]], list[Result]
-]  # a batch of one shard's clips -> their tensors; from several threads
-
-
-class Producer(Protocol):
-    """Clips -> tensors of one column."""
-
-    card: ColumnCard
-
-    def needs_frames(self, entry: ShardEntry) -> bool:
-        """Asked ahead, in the order of `begin`."""
-        ...
-
-    def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
-        """What encodes this shard. Its batches begin in order; a batch may end before another that began earlier."""
-        ...
-
-    def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
-        """What `landiff precompute verify` wants to know of a stored tensor; "bad_values" above 0 is a fault."""
-        ...
-
-    def collapse(self, counts: np.ndarray) -> str:
-        """What is wrong with a histogram of the column's codes, "" for nothing and for other columns."""
-        ...
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What producers work with."""
-
-    config: PrecomputeConfig
-    device: torch.device
-    stages: Stages
-    encode_threads: int  # batches that are encoded at the same time
-
-    @classmethod
-    def of(cls, config: PrecomputeConfig) -> Bench:
-        device = pick_device(config.device)
-        # a GPU does one batch after another; of a CPU each gets one of the cores that torch would take for one
-        threads = min(torch.get_num_threads(), MOST_ENCODE_THREADS) if device.type == "cpu" else 1
-        return cls(config, device, Stages(), config.encode_threads or threads)
-
-    def stack(self, videos: list[np.ndarray]) -> Tensor:
-        """uint8 [B, T, H, W, 3] on the device."""
-        return torch.from_numpy(np.stack(videos)).to(self.device)
-
-
-Build = Callable[[Sequence[str], Bench], dict[str, Producer]]
-
-
-def column_groups(config: PrecomputeConfig) -> list[list[str]]:
-    """Columns that go through together: each text column alone, so that one big encoder is in memory at a time;
-    those that need frames at once, so that each clip is decoded once."""
-    texts = [[name] for name, column in config.columns.items() if isinstance(column, TextColumn)]
-    with_frames = [
-        name for name, column in config.columns.items() if not isinstance(column, TextColumn)
-    ]
-    return [*texts, with_frames] if with_frames else texts
+    """The tokenizer gives almost the same code for everything."""
 
 
 class OpenShard:
-    """A shard whose clips are on their way: its units, and what encodes them."""
+    """A shard in progress: its units and their encoders, by column."""
 
-    def __init__(self, units: dict[str, ColumnUnit], encoders: dict[str, Encode]) -> None:
-        self.units, self.encoders = units, encoders
+    def __init__(self, units: dict[str, UnitWrite], encoders: dict[str, Encode]) -> None:
+        self.units = units
+        self.encoders = encoders
         self.rejects: dict[str, Counter[str]] = {name: Counter() for name in units}
 
     def truncated(self, name: str) -> int:
-        """Clips whose caption was cut in column `name`; after the last batch. 0 for other columns."""
-        return getattr(self.encoders[name], "truncated", 0)
+        """Clips with a truncated caption in a column, valid after the last batch."""
+        encoder = self.encoders[name]
+        return encoder.truncated if isinstance(encoder, CountsTruncated) else 0
 
     def encode_all(self, batch: Sequence[Clip]) -> dict[str, list[Result]]:
+        """Encode a batch for every column. Results are by column."""
+        cache: BatchCache = {}
         with torch.inference_mode():
-            return {name: encode(batch) for name, encode in self.encoders.items()}
+            return {name: encode(batch, cache) for name, encode in self.encoders.items()}
+
+
+@dataclass(frozen=True)
+class EncodingBatch:
+    """A batch that is being encoded in the background."""
+
+    shard: OpenShard
+    piece: Piece
+    results: Future[dict[str, list[Result]]]
 
 
 class CodeCount:
@@ -176,283 +98,286 @@ class CodeCount:
 
 
 @contextmanager
-def threads_of_torch(bench: Bench) -> Iterator[None]:
-    """Share the cores among the threads that encode."""
+def limited_torch_threads(context: ProducerContext) -> Iterator[None]:
+    """Divide the torch threads of a CPU among the encoding threads."""
     before = torch.get_num_threads()
-    if bench.device.type == "cpu":
-        torch.set_num_threads(max(1, before // bench.encode_threads))
+    if context.device.type == "cpu":
+        torch.set_num_threads(max(1, before // context.encode_threads))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-class PrecomputeJob:
-    """One task's run over its shards."""
+class PrecomputeTask:
+    """Computes the columns of one task's shards."""
 
     def __init__(
         self,
         config: PrecomputeConfig,
         manifest: Manifest,
         task: tuple[int, int],
-        build: Build,
+        build: BuildProducers,
         progress: ProgressCallback | None = None,
     ) -> None:
-        self.config, self.manifest, self.build = config, manifest, build
-        self.bench = Bench.of(config)
-        self.stages = self.bench.stages
-        self.shards = share(manifest.shards, task)
+        self.config = config
+        self.manifest = manifest
+        self.build = build
+        self.context = ProducerContext.of(config)
+        self.timer = self.context.timer
+        self.shards = shards_of_task(manifest.shards, task)
         self.folders = {name: ColumnFolder(config.data, name) for name in config.columns}
         self.summaries = {name: ColumnSummary() for name in config.columns}
-        self.seen: Counter[str] = (
-            Counter()
-        )  # clips by column, those of units found finished included
+        self.seen: Counter[str] = Counter()  # clips by column, of units found and computed
         self.done: Counter[str] = Counter()  # clips by column, for the progress line
-        self.codes: dict[str, CodeCount] = {}  # of the columns of tokens, of units made here
-        self._open: list[OpenShard] = []  # begun, not yet handed over to be committed
+        self.codes: dict[str, CodeCount] = {}  # by column of tokens, of units computed here
+        self._open: list[OpenShard] = []  # shards that are not yet submitted for commit
         self._found: set[tuple[str, int]] = set()  # (column, shard) that were finished before
         self._progress = progress
-        self._names: Sequence[str] = ()  # columns that go through now
-        self._producers: Mapping[str, Producer] = {}  # of these columns
-        self._began = (time.perf_counter(), {"decode": 0.0})  # of the columns that go through now
+        self._producers: Mapping[str, Producer] = {}  # of the current group of columns
+        self._group_began = time.perf_counter()
+        self._group_seconds: dict[str, float] = {}  # seconds by stage when the group began
         self._reader = ClipReader(
             config.data, manifest.shards, decoder=config.decoder, threads=config.decode_threads
         )
 
     def run(self) -> Summary:
+        """Compute all missing units of this task."""
         begin = time.perf_counter()
         try:
-            with threads_of_torch(self.bench):
+            with limited_torch_threads(self.context):
                 for names in column_groups(self.config):
                     self._run_columns(names)
         finally:
             self._reader.close()
         return Summary(
-            self.summaries,
-            {"decode": self._reader.decode_s, **self.stages.seconds},
-            {"decode": self._reader.decode_cpu_s, **self.stages.cpu_seconds},
-            time.perf_counter() - begin,
+            columns=self.summaries,
+            stage_seconds=self._seconds_by_stage(),
+            cpu_seconds={"decode": self._reader.decode_cpu_s, **self.timer.cpu_seconds},
+            wall_s=time.perf_counter() - begin,
         )
 
     def _run_columns(self, names: Sequence[str]) -> None:
-        if not self.shards:  # no reason to load an encoder
+        """Compute one group of columns."""
+        if not self.shards:  # then no encoder needs to be loaded
             return
-        self._names = names
-        with self.stages("load encoders"):
-            producers = self.build(names, self.bench)
+        with self.timer("load encoders"):
+            producers = self.build(names, self.context)
         for name, producer in producers.items():
             self.folders[name].remove_leftovers()
             self.folders[name].claim(producer.card, redo=name in self.config.redo)
         self._producers = producers
-        left = [shard for shard in self.shards if not self._find_finished(shard, producers)]
-        self._began = (
-            time.perf_counter(),
-            {"decode": self._reader.decode_s, **self.stages.seconds},
-        )
+        left = [shard for shard in self.shards if not self._find_finished(shard)]
+        self._group_began = time.perf_counter()
+        self._group_seconds = self._seconds_by_stage()
         self._report()
-        self._make(left, producers)
+        self._compute(left)
         for name in names:
-            self._stop_if_too_many(name, last=True)
+            self._stop_if_too_many_rejects(name, last=True)
 
-    def _make(self, left: Sequence[int], producers: Mapping[str, Producer]) -> None:
+    def _compute(self, left: Sequence[int]) -> None:
         """Decode, encode and write the shards `left`."""
-        encoders = ThreadPoolExecutor(self.bench.encode_threads, thread_name_prefix="encode")
-        writer = WriterThread(self.stages)
+        pool = ThreadPoolExecutor(self.context.encode_threads, thread_name_prefix="encode")
+        writer = WriterThread(self.timer)
         shard: OpenShard | None = None
-        ahead: deque[tuple[OpenShard, Piece, Future[dict[str, list[Result]]]]] = deque()
+        ahead: deque[EncodingBatch] = deque()
+        pieces = self._reader.stream(self._plan(left), self.config.batch_size)
         try:
-            for piece in self._timed(
-                self._reader.stream(self._plan(left, producers), self.config.batch_size)
-            ):
+            for piece in self._timed(pieces):
                 if shard is None:
-                    shard = self._begin(piece, producers)
-                ahead.append((shard, piece, encoders.submit(shard.encode_all, piece.batch)))
+                    shard = self._begin(piece)
+                results = pool.submit(shard.encode_all, piece.batch)
+                ahead.append(EncodingBatch(shard, piece, results))
                 if piece.last:
                     shard = None
-                while len(ahead) > self.bench.encode_threads:
-                    self._hand_over(*ahead.popleft(), writer, last=left[-1])
+                while len(ahead) > self.context.encode_threads:
+                    self._hand_over(ahead.popleft(), writer, last=left[-1])
             while ahead:
-                self._hand_over(*ahead.popleft(), writer, last=left[-1])
+                self._hand_over(ahead.popleft(), writer, last=left[-1])
             writer.drain()
         finally:
-            encoders.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             writer.close()
-            error = sys.exc_info()[1]
-            if isinstance(error, KeyboardInterrupt):
-                error = RuntimeError("its task was told to stop")
-            for shard in self._open:
-                for unit in shard.units.values():
-                    unit.give_up(error or RuntimeError("its task stopped"))
+            self._give_up_open_shards(sys.exc_info()[1])
 
-    def _plan(
-        self, left: Sequence[int], producers: Mapping[str, Producer]
-    ) -> Iterator[tuple[int, bool]]:
+    def _give_up_open_shards(self, error: BaseException | None) -> None:
+        """Record why the units that are not committed were given up."""
+        if error is None:
+            error = RuntimeError("its task stopped")
+        elif isinstance(error, KeyboardInterrupt):
+            error = RuntimeError("its task was interrupted")
+        for shard in self._open:
+            for unit in shard.units.values():
+                unit.give_up(error)
+
+    def _plan(self, left: Sequence[int]) -> Iterator[tuple[int, bool]]:
+        """Yield each shard that is still missing, and whether its frames are needed."""
         for shard in left:
-            if not self._find_finished(shard, producers):  # a twin of this task was faster
-                entry = self.manifest.shards[shard]
-                yield (
-                    shard,
-                    any(
-                        [
-                            producer.needs_frames(entry)
-                            for name, producer in producers.items()
-                            if (name, shard) not in self._found
-                        ]
-                    ),
-                )
+            # a duplicate of this task may have finished the shard in the meantime
+            if not self._find_finished(shard):
+                producers = self._missing_producers(shard)
+                yield shard, prepare_shard(producers.values(), self.manifest.shards[shard])
 
-    def _begin(self, piece: Piece, producers: Mapping[str, Producer]) -> OpenShard:
+    def _missing_producers(self, shard: int) -> dict[str, Producer]:
+        """Producers of the columns of the current group that a shard lacks."""
+        missing = {}
+        for name, producer in self._producers.items():
+            if (name, shard) not in self._found:
+                missing[name] = producer
+        return missing
+
+    def _begin(self, piece: Piece) -> OpenShard:
+        """Create the units and encoders of a shard."""
         entry = self.manifest.shards[piece.shard]
-        wanted = {
-            name: producer
-            for name, producer in producers.items()
-            if (name, piece.shard) not in self._found
-        }
-        units: dict[str, ColumnUnit] = {}
+        producers = self._missing_producers(piece.shard)
+        units: dict[str, UnitWrite] = {}
         try:
-            for name, producer in wanted.items():
-                units[name] = ColumnUnit(self.folders[name], entry, producer.card)
+            for name, producer in producers.items():
+                units[name] = UnitWrite(self.folders[name], entry, producer.card)
         except BaseException as error:
             for unit in units.values():
                 unit.give_up(error)
             raise
-        shard = OpenShard(
-            units, {name: producer.begin(entry, piece.clips) for name, producer in wanted.items()}
-        )
+        encoders = {
+            name: producer.begin(entry, piece.clips) for name, producer in producers.items()
+        }
+        shard = OpenShard(units, encoders)
         self._open.append(shard)
         return shard
 
-    def _hand_over(
-        self,
-        shard: OpenShard,
-        piece: Piece,
-        encoded: Future[dict[str, list[Result]]],
-        writer: WriterThread,
-        *,
-        last: int,
-    ) -> None:
-        """What was encoded to the writer; with the last batch of a shard, its units to be committed."""
-        with self.stages("wait for the encoders"):
-            results = encoded.result()
+    def _hand_over(self, batch: EncodingBatch, writer: WriterThread, *, last: int) -> None:
+        """Wait for an encoded batch and submit it to the writer.
+
+        After the last batch of a shard, its units are submitted for commit. `last` is the last
+        shard of this task.
+        """
+        shard = batch.shard
+        piece = batch.piece
+        with self.timer("wait for the encoders"):
+            results = batch.results.result()
         for name, unit in shard.units.items():
-            shard.rejects[name].update(
-                result.reason for result in results[name] if isinstance(result, ClipProblem)
-            )
-            self._count_codes(name, results[name])
+            self._count_results(shard, name, results[name])
             writer.submit(unit.write, piece.batch, results[name])
             self.done[name] += len(piece.batch)
         self._report()
-        if piece.last:
-            # before units are committed, so that they are made again when the cause of too many rejects is mended
-            for name, unit in shard.units.items():
-                unit.truncated = shard.truncated(name)
-                clips = unit.entry.samples
-                self._count(name, shard.rejects[name], clips, made=1, truncated=unit.truncated)
-                self._stop_if_too_many(name, last=piece.shard == last)
-                self._stop_if_collapsed(name, last=piece.shard == last)
-            for unit in shard.units.values():
-                writer.submit(unit.commit)
-            self._open.remove(shard)
+        if not piece.last:
+            return
+        # The checks come before any commit. So the units are computed again once the cause of
+        # the rejects is fixed.
+        is_last = piece.shard == last
+        for name, unit in shard.units.items():
+            unit.truncated = shard.truncated(name)
+            self._count_unit(name, unit.entry, shard.rejects[name], unit.truncated, found=False)
+            self._stop_if_too_many_rejects(name, last=is_last)
+            self._stop_if_collapsed(name, last=is_last)
+        for unit in shard.units.values():
+            writer.submit(unit.commit)
+        self._open.remove(shard)
 
-    def _find_finished(self, shard: int, producers: Mapping[str, Producer]) -> bool:
-        """Count the shard's units that are finished; True if they all are."""
+    def _find_finished(self, shard: int) -> bool:
+        """Count the finished units of a shard. Returns whether all of them are finished."""
         entry = self.manifest.shards[shard]
-        for name, producer in producers.items():
-            if (name, shard) in self._found:
-                continue
+        for name, producer in self._missing_producers(shard).items():
             sidecar = self.folders[name].finished(entry, producer.card.fingerprint, index=False)
             if sidecar is not None:
                 self._found.add((name, shard))
                 self.done[name] += entry.samples
-                reasons = Counter(r.reason for r in sidecar.rejects)
-                self._count(name, reasons, entry.samples, found=1, truncated=sidecar.truncated)
-        return all((name, shard) in self._found for name in producers)
+                reasons = Counter(reject.reason for reject in sidecar.rejects)
+                self._count_unit(name, entry, reasons, sidecar.truncated, found=True)
+        return not self._missing_producers(shard)
 
     def _timed(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Yield pieces. Waiting for them is added to the stage "wait for clips"."""
         while True:
-            with self.stages("wait for clips"):
+            with self.timer("wait for clips"):
                 piece = next(pieces, None)
             if piece is None:
                 return
             yield piece
 
-    def _count(
-        self,
-        name: str,
-        rejects: Counter[str],
-        clips: int,
-        *,
-        made: int = 0,
-        found: int = 0,
-        truncated: int = 0,
+    def _count_unit(
+        self, name: str, entry: ShardEntry, rejects: Counter[str], truncated: int, *, found: bool
     ) -> None:
+        """Add a unit to the summary of its column."""
+        self.seen[name] += entry.samples
         old = self.summaries[name]
-        self.seen[name] += clips
-        self.summaries[name] = ColumnSummary(
-            made=old.made + made,
-            found=old.found + found,
-            clips=old.clips + (clips if made else 0),
+        summary = replace(
+            old,
             rejects=dict(Counter(old.rejects) + rejects),
             truncated=old.truncated + truncated,
         )
+        if found:
+            summary = replace(summary, found=old.found + 1)
+        else:
+            summary = replace(summary, made=old.made + 1, clips=old.clips + entry.samples)
+        self.summaries[name] = summary
 
-    def _count_codes(self, name: str, results: Sequence[Result]) -> None:
+    def _count_results(self, shard: OpenShard, name: str, results: Sequence[Result]) -> None:
+        """Count the rejects and the tokens of a batch."""
         for result in results:
-            if isinstance(result, Tensor) and result.dtype == torch.uint16:
+            if isinstance(result, ClipProblem):
+                shard.rejects[name][result.reason] += 1
+            elif result.dtype == torch.uint16:
                 self.codes.setdefault(name, CodeCount()).add(result)
 
     def _stop_if_collapsed(self, name: str, *, last: bool) -> None:
-        """Raise CollapsedTokens before the unit is committed."""
+        """Raise CollapsedTokens before a unit of a collapsed tokenizer is committed."""
         codes = self.codes.get(name)
-        if codes is None or codes.clips < (2 if last else FEW):
+        if codes is None or codes.clips < (2 if last else MIN_CLIPS_COLLAPSED):
             return
         problem = self._producers[name].collapse(codes.counts)
         if problem:
             raise CollapsedTokens(
-                f"column {name!r}, {codes.clips} clips: {problem}. Train the tokenizer anew or choose "
-                f"another in columns.{name}.tokenizer; the unit is not written"
+                f"column {name!r}, {codes.clips} clips: {problem}. Train the tokenizer again or "
+                f"choose another in columns.{name}.tokenizer; the unit is not written"
             )
 
-    def _stop_if_too_many(self, name: str, *, last: bool) -> None:
-        rejects, seen = self.summaries[name].rejects, self.seen[name]
-        bad = sum(rejects.values())
-        if bad > self.config.max_bad_fraction * seen and (last or seen >= SMALL):
+    def _stop_if_too_many_rejects(self, name: str, *, last: bool) -> None:
+        """Raise TooManyColumnRejects if more clips are rejected than the config allows."""
+        rejects = self.summaries[name].rejects
+        seen = self.seen[name]
+        count = sum(rejects.values())
+        is_certain = last or seen >= MIN_CLIPS_REJECTED
+        if is_certain and count > self.config.max_bad_fraction * seen:
             raise TooManyColumnRejects(
-                f"column {name!r}: {bad} of {seen} clips were set aside ({format_reject_counts(rejects)}), more than max_bad_fraction = "
-                f"{self.config.max_bad_fraction:g}. Mend the cause, or raise max_bad_fraction, and run again; finished shards stay"
+                f"column {name!r}: {count} of {seen} clips were rejected "
+                f"({format_reject_counts(rejects)}), more than max_bad_fraction = "
+                f"{self.config.max_bad_fraction:g}. Fix the cause, or raise max_bad_fraction, and "
+                "run the same command again; finished shards are kept"
             )
 
     def _report(self) -> None:
-        if self._progress is not None:
-            total = sum(self.manifest.shards[s].samples for s in self.shards)
-            note = f"clips ({', '.join(self._names)})"
-            self._progress(
-                sum(self.done[name] for name in self._names) // len(self._names),
-                total,
-                "; ".join([note, *self._busy()]),
-            )
+        """Report progress in clips, averaged over the columns of the group."""
+        if self._progress is None:
+            return
+        names = list(self._producers)
+        total = sum(self.manifest.shards[shard].samples for shard in self.shards)
+        done = sum(self.done[name] for name in names) // len(names)
+        what = f"clips ({', '.join(names)})"
+        busy = self._busy()
+        if busy is not None:
+            what += f"; busy: {busy}"
+        self._progress(done, total, what)
 
-    def _busy(self) -> list[str]:
-        """How busy the threads of each stage were since these columns began."""
-        began, before = self._began
-        wall = time.perf_counter() - began
+    def _busy(self) -> str | None:
+        """How busy the threads of each stage were since the group of columns began.
+
+        None right after the beginning.
+        """
+        wall = time.perf_counter() - self._group_began
         if wall < 1e-3:
-            return []
+            return None
         threads = {"decode": self.config.decode_threads, "write": 1}
-        spent = {"decode": self._reader.decode_s, **self.stages.seconds}
-        shares = {
-            stage: (seconds - before.get(stage, 0.0))
-            / wall
-            / threads.get(stage, self.bench.encode_threads)
-            for stage, seconds in spent.items()
-            if not stage.startswith(("wait", "load"))
-        }
-        return [
-            f"busy: {', '.join(f'{stage} {share:.0%}' for stage, share in shares.items() if share >= 0.005)}"
-        ]
+        parts = []
+        for stage, seconds in self._seconds_by_stage().items():
+            if stage.startswith(("wait", "load")):
+                continue
+            spent = seconds - self._group_seconds.get(stage, 0.0)
+            fraction = spent / wall / threads.get(stage, self.context.encode_threads)
+            if fraction >= 0.005:
+                parts.append(f"{stage} {fraction:.0%}")
+        return ", ".join(parts)
 
-
-def format_reject_counts(rejects: Mapping[str, int]) -> str:
-    return ", ".join(
-        f"{reason} {count}" for reason, count in sorted(rejects.items(), key=lambda item: -item[1])
-    )
+    def _seconds_by_stage(self) -> dict[str, float]:
+        """Wall-clock seconds of all stages so far, decoding included."""
+        return {"decode": self._reader.decode_s, **self.timer.seconds}

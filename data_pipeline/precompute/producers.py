@@ -1,15 +1,4 @@
-"""`landiff precompute`: columns from raw shards.
-
-    run(config, task=(0, 1))      compute what is missing of this task's shards
-    status(config)                per column, what is done, running, failed and left, how fast
-    retry(config, tasks)          which tasks of an array have work left
-    finalize(config)              enter finished columns into the manifest
-    estimate(config, clips)       disk and hours of what is left, from a few clips
-    verify(config, sample)        read a share of it again, and make it again
-
-A unit is one column of one shard (units.py). It depends on its raw shard and the config alone, so tasks may
-share a folder, die and be started again. This file knows the encoders; precompute_job.py runs them.
-"""
+"""Producers of the four kinds of columns: features, tokens, latents and text states."""
 
 from __future__ import annotations
 
@@ -17,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -24,11 +14,7 @@ from torch import Tensor
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.columns import FolderReader
-from landiff.data_pipeline.format.schema import Manifest, ShardEntry, Sidecar
-from landiff.data_pipeline.format.shards import read_manifest
-from landiff.data_pipeline.precompute import check as precompute_check
-from landiff.data_pipeline.precompute import status as precompute_status
-from landiff.data_pipeline.precompute.check import ColumnCheck, Estimate
+from landiff.data_pipeline.format.schema import ShardEntry, Sidecar
 from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, Result, by_shape, finite
 from landiff.data_pipeline.precompute.config import (
     FeaturesColumn,
@@ -37,66 +23,50 @@ from landiff.data_pipeline.precompute.config import (
     TextColumn,
     TokensColumn,
 )
-from landiff.data_pipeline.precompute.job import (
-    Bench,
-    Encode,
-    PrecomputeJob,
-    Producer,
-    ProgressCallback,
-    Summary,
-    TooManyColumnRejects,
-)
-from landiff.data_pipeline.precompute.status import ColumnStatus
-from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder, share
-from landiff.data_pipeline.precompute.units import finalize_columns as finalize_units
+from landiff.data_pipeline.precompute.interface import BatchCache, Encode, Producer, ProducerContext
+from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder
 from landiff.model_zoo import frozen, health, keyed_random, registry
+from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
 from landiff.model_zoo.frozen.config import semantic_frame_indices
 
-__all__ = [
-    "TooManyColumnRejects",
-    "estimate",
-    "finalize",
-    "retry",
-    "run",
-    "share",
-    "status",
-    "verify",
-]
+if TYPE_CHECKING:
+    from landiff.model_zoo.tokenizer import SemanticTokenizer
 
 
 class FeaturesProducer:
-    """float16 [T, C, h, w] of the semantic frames."""
+    """Computes vision features of the semantic frames, float16 [T, C, h, w]."""
 
-    def __init__(self, column: FeaturesColumn, encoder: VisionFeatures, bench: Bench) -> None:
-        self.stride, self.encoder, self.bench = column.frame_stride, encoder, bench
+    def __init__(
+        self, column: FeaturesColumn, encoder: VisionFeatures, context: ProducerContext
+    ) -> None:
+        self.stride = column.frame_stride
+        self.encoder = encoder
+        self.context = context
         parts = {
             "encoders": {encoder.name: encoder.fingerprint},
-            "decoder": bench.config.decoder,
+            "decoder": context.config.decoder,
             "frame_stride": self.stride,
             "dtype": "float16",
         }
         self.card = ColumnCard.of(encoder.name, parts, column.model_dump(mode="json"))
-        self._own = threading.local()
 
-    def needs_frames(self, entry: ShardEntry) -> bool:
+    def prepare(self, entry: ShardEntry) -> bool:
+        """Features are always computed from frames."""
         return True
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
-        self._own.last = (None, [])
+        """Return the encoder, which is the same for all shards."""
+        return self.encode
 
-        def encode(batch: Sequence[Clip]) -> list[Result]:
-            """The tokens of the same batch ask again, in the same thread."""
-            wanted = (entry.sha256, [clip.position for clip in batch])
-            known, results = getattr(self._own, "last", (None, []))
-            if known != wanted:
-                results = by_shape(batch, self._frames, self._compute)
-                self._own.last = (wanted, results)
-            return results
-
-        return encode
+    def encode(self, batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+        """Compute the features of a batch once, although a tokens column may use them too."""
+        if self.card.fingerprint not in cache:
+            cache[self.card.fingerprint] = by_shape(batch, self._frames, self._compute)
+        return cache[self.card.fingerprint]
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
+        """Count non-finite values and measure mean and standard deviation."""
         return {
             "bad_values": float((~tensor.isfinite()).sum()),
             "mean": float(tensor.float().mean()),
@@ -104,11 +74,13 @@ class FeaturesProducer:
         }
 
     def collapse(self, counts: np.ndarray) -> str:
+        """Features have no codes."""
         return ""
 
     def _frames(self, clip: Clip) -> np.ndarray | ClipProblem:
+        """Select the semantic frames of a clip, uint8 [T, H, W, 3]."""
         if clip.frames is None:
-            return clip.problem
+            return clip.required_problem()
         length, height, width = clip.frames.shape[:3]
         if (length - 1) % self.stride:
             return ClipProblem("frame_count", f"{length} frames are not 1 + {self.stride}k")
@@ -119,142 +91,177 @@ class FeaturesProducer:
         return clip.frames[semantic_frame_indices(length, 1 + (length - 1) // self.stride)]
 
     def _compute(self, frames: list[np.ndarray], keys: list[str]) -> Tensor:
-        with self.bench.stages("features"):
-            return self.encoder(self.bench.stack(frames)).half().cpu()
+        """Encode videos of one shape, float16 [B, T, C, h, w] on the CPU."""
+        with self.context.timer("features"):
+            return self.encoder(self.context.stack(frames)).half().cpu()
 
 
 class TokensProducer:
-    """uint16 [N]: codes of the features as float16 holds them, whether they come from their column or from frames."""
+    """Computes semantic tokens, uint16 [N], from features rounded to float16.
 
-    def __init__(self, column: TokensColumn, features: FeaturesProducer, bench: Bench) -> None:
-        entry = registry.resolve(bench.config.zoo, column.tokenizer, kind="tokenizer")
+    Features are read from their column if it is finished for a shard, and computed otherwise.
+    Both give the same tokens.
+    """
+
+    def __init__(
+        self, column: TokensColumn, features: FeaturesProducer, context: ProducerContext
+    ) -> None:
+        entry = registry.resolve(context.config.zoo, column.tokenizer, kind="tokenizer")
+        assert isinstance(entry.config, TokenizerConfig), type(entry.config)
         if entry.config.codebook_size > 1 << 16:
             raise ConfigError(
-                f"columns: {entry.reference} has a codebook of {entry.config.codebook_size}; tokens are uint16"
+                f"columns: {entry.reference} has a codebook of {entry.config.codebook_size} codes; "
+                f"tokens are uint16, so use a tokenizer with at most {1 << 16}"
             )
-        self.tokenizer = registry.load_model(entry, bench.device)
+        self.tokenizer = cast("SemanticTokenizer", registry.load_model(entry, context.device))
         self.sizes = entry.config
-        self.features, self.bench = features, bench
+        self.features = features
+        self.context = context
+        self.precision = column.precision
         parts = {
             **features.card.parts,
             "encoders": {entry.name: entry.fingerprint, **features.card.parts["encoders"]},
             "dtype": "uint16",
         }
-        self.precision = column.precision
-        # float32 columns keep the fingerprint they had before there was a choice
+        # columns computed before `precision` existed are float32 and keep their fingerprint
         if column.precision != "fp32":
             parts["precision"] = column.precision
         self.card = ColumnCard.of(entry.reference, parts, column.model_dump(mode="json"))
-        self._planned: dict[str, Sidecar | None] = {}  # shard -> its features, where they are there
+        # by shard: sidecar of its finished features, None if they have to be computed
+        self._stored_features: dict[str, Sidecar | None] = {}
 
-    def needs_frames(self, entry: ShardEntry) -> bool:
-        sidecar = ColumnFolder(self.bench.config.data, "features").finished(
-            entry, self.features.card.fingerprint
-        )
-        self._planned[entry.name] = sidecar
+    def prepare(self, entry: ShardEntry) -> bool:
+        """Use the stored features of a shard if they are finished, else its frames."""
+        folder = ColumnFolder(self.context.config.data, "features")
+        sidecar = folder.finished(entry, self.features.card.fingerprint)
+        self._stored_features[entry.name] = sidecar
         return sidecar is None
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
-        sidecar = self._planned.pop(entry.name)
-        features = self.features.begin(entry, clips) if sidecar is None else self._stored(sidecar)
+        """Return an encoder that uses the features chosen by `prepare`."""
+        sidecar = self._stored_features.pop(entry.name)
+        read_features: Encode = self.features.begin(entry, clips)
+        if sidecar is not None:
+            read_features = self._stored(sidecar)
 
-        def encode(batch: Sequence[Clip]) -> list[Result]:
-            known = [f if isinstance(f, ClipProblem) else self._fitting(f) for f in features(batch)]
-            by_position = {clip.position: f for clip, f in zip(batch, known, strict=True)}
-            return by_shape(batch, lambda clip: by_position[clip.position], self._compute)
+        def encode(batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+            """Compute the tokens of a batch."""
+            features: dict[int, Result] = {}
+            for clip, result in zip(batch, read_features(batch, cache), strict=True):
+                features[clip.position] = self._checked(result)
+            return by_shape(batch, lambda clip: features[clip.position], self._compute)
 
         return encode
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
+        """Count tokens that are not in the codebook."""
         return {"bad_values": float((tensor.int() >= self.sizes.codebook_size).sum())}
 
     def collapse(self, counts: np.ndarray) -> str:
+        """Describe a histogram of codes that shows a collapsed codebook, "" for any other."""
         return health.collapse(counts)
 
     def _stored(self, sidecar: Sidecar) -> Encode:
+        """Return a reader of one shard's stored features."""
         reader = FolderReader(
-            self.bench.config.data, "features", "features.safetensors", [sidecar.entry]
+            self.context.config.data, "features", "features.safetensors", [sidecar.entry]
         )
         slots = {key: slot for slot, (key, _) in enumerate(sidecar.index)}
 
-        def read(batch: Sequence[Clip]) -> list[Result]:
-            return [
-                reader.read_tensor(0, slots[clip.key])
-                if clip.key in slots
-                else ClipProblem("no_features", "set aside in column 'features'")
-                for clip in batch
-            ]
+        def read(batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+            """Read the features of a batch."""
+            results: list[Result] = []
+            for clip in batch:
+                if clip.key in slots:
+                    results.append(reader.read_tensor(0, slots[clip.key]))
+                else:
+                    results.append(ClipProblem("no_features", "rejected in column 'features'"))
+            return results
 
         return read
 
-    def _fitting(self, features_TChw: Tensor) -> Result:
-        found, wanted = (
-            list(features_TChw.shape[1:]),
-            [self.sizes.feature_channels, self.sizes.grid_height, self.sizes.grid_width],
-        )
-        return (
-            features_TChw
-            if found == wanted
-            else ClipProblem("feature_size", f"features {found}, the tokenizer takes {wanted}")
-        )
+    def _checked(self, features: Result) -> Result:
+        """Return features [T, C, h, w], or a ClipProblem if the tokenizer cannot encode them."""
+        if isinstance(features, ClipProblem):
+            return features
+        sizes = self.sizes
+        found = list(features.shape[1:])
+        expected = [sizes.feature_channels, sizes.grid_height, sizes.grid_width]
+        if found != expected:
+            return ClipProblem(
+                "feature_size", f"features {found}, the tokenizer is built for {expected}"
+            )
+        return features
 
     def _compute(self, features: list[Tensor], keys: list[str]) -> Tensor:
-        with self.bench.stages("tokens"):
-            features_BTChw = torch.stack(features).float().to(self.bench.device)
-            # each segment on its own, as the grammar of longer clips has it
-            parts = features_BTChw.split(self.sizes.segment_frames, dim=1)
+        """Encode features of one shape, uint16 [B, N] on the CPU."""
+        with self.context.timer("tokens"):
+            features_BTChw = torch.stack(features).float().to(self.context.device)
+            # longer clips are encoded segment by segment (docs/specification.md §4.2)
+            segments = features_BTChw.split(self.sizes.segment_frames, dim=1)
             bf16 = self.precision == "bf16"
-            with torch.autocast(self.bench.device.type, torch.bfloat16, enabled=bf16):
-                segments = [self.tokenizer.encode(part) for part in parts]
-            return torch.cat(segments, dim=1).cpu().to(torch.uint16)
+            with torch.autocast(self.context.device.type, torch.bfloat16, enabled=bf16):
+                tokens = [self.tokenizer.encode(segment) for segment in segments]
+            return torch.cat(tokens, dim=1).cpu().to(torch.uint16)
 
 
 class LatentsProducer:
-    """bfloat16 [T, C, H, W], scaled; [T, 2C, H, W] where it is mean and log-variance."""
+    """Computes scaled latents, bfloat16 [T, C, H, W].
 
-    def __init__(self, column: LatentsColumn, codec: LatentCodec, bench: Bench) -> None:
-        self.codec, self.seed, self.moments, self.bench = (
-            codec,
-            column.sample_seed,
-            column.moments,
-            bench,
-        )
+    With `moments`, stores mean and log-variance, [T, 2C, H, W].
+    """
+
+    def __init__(self, column: LatentsColumn, codec: LatentCodec, context: ProducerContext) -> None:
+        self.codec = codec
+        self.seed = column.sample_seed
+        self.moments = column.moments
+        self.context = context
         parts = {
             "encoders": {codec.name: codec.fingerprint},
-            "decoder": bench.config.decoder,
+            "decoder": context.config.decoder,
             "sample_seed": self.seed,
             "moments": self.moments,
             "dtype": "bfloat16",
         }
         self.card = ColumnCard.of(codec.name, parts, column.model_dump(mode="json"))
 
-    def needs_frames(self, entry: ShardEntry) -> bool:
+    def prepare(self, entry: ShardEntry) -> bool:
+        """Latents are always computed from frames."""
         return True
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
-        return lambda batch: by_shape(batch, self._frames, self._compute)
+        """Return the encoder, which is the same for all shards."""
+        return self.encode
+
+    def encode(self, batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+        """Compute the latents of a batch."""
+        return by_shape(batch, self._frames, self._compute)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
-        """Decodes the latents back: "psnr" against the clip, in dB."""
+        """Count non-finite values, measure the standard deviation and decode the latents.
+
+        "psnr" compares the decoded video with the clip, in dB.
+        """
         measured = {
             "bad_values": float((~tensor.isfinite()).sum()),
             "std": float(tensor.float().std()),
         }
         if clip.frames is not None and not measured["bad_values"]:
-            latents = posterior_mean(
-                tensor.float()[None].to(self.bench.device), self.codec.channels
-            )
-            shown = self.codec.decode(latents)[0].cpu()
-            error = (shown.float() - torch.from_numpy(clip.frames).float()).square().mean()
+            stored = tensor.float()[None].to(self.context.device)
+            latents = posterior_mean(stored, self.codec.channels)
+            decoded = self.codec.decode(latents)[0].cpu()
+            error = (decoded.float() - torch.from_numpy(clip.frames).float()).square().mean()
             measured["psnr"] = float(10 * torch.log10(255**2 / error.clamp(min=1e-10)))
         return measured
 
     def collapse(self, counts: np.ndarray) -> str:
+        """Latents have no codes."""
         return ""
 
     def _frames(self, clip: Clip) -> np.ndarray | ClipProblem:
+        """Return the frames of a clip that the codec can encode, uint8 [T, H, W, 3]."""
         if clip.frames is None:
-            return clip.problem
+            return clip.required_problem()
         length, height, width = clip.frames.shape[:3]
         if (length - 1) % self.codec.time:
             return ClipProblem("frame_count", f"{length} frames are not 1 + {self.codec.time}k")
@@ -265,67 +272,76 @@ class LatentsProducer:
         return clip.frames
 
     def _compute(self, videos: list[np.ndarray], keys: list[str]) -> Tensor:
-        with self.bench.stages("latents"):
+        """Encode videos of one shape, bfloat16 on the CPU."""
+        with self.context.timer("latents"):
+            video_BTHWC = self.context.stack(videos)
             if self.moments:
-                return self.codec.encode_moments(self.bench.stack(videos)).bfloat16().cpu()
-            length, height, width = videos[0].shape[:3]
+                return self.codec.encode_moments(video_BTHWC).bfloat16().cpu()
             noise = None
             if self.seed is not None:
-                shape = (
-                    1 + (length - 1) // self.codec.time,
-                    self.codec.channels,
-                    height // self.codec.space,
-                    width // self.codec.space,
-                )
-                noise = torch.stack([clip_noise(self.seed, key, shape) for key in keys]).to(
-                    self.bench.device
-                )
-            return self.codec.encode(self.bench.stack(videos), noise).bfloat16().cpu()
+                noise = self._noise(self.seed, keys, video_BTHWC)
+            return self.codec.encode(video_BTHWC, noise).bfloat16().cpu()
+
+    def _noise(self, seed: int, keys: list[str], video_BTHWC: Tensor) -> Tensor:
+        """Draw the noise of each clip's posterior sample, [B, T, C, H, W] of latents."""
+        length, height, width = video_BTHWC.shape[1:4]
+        shape = (
+            1 + (length - 1) // self.codec.time,
+            self.codec.channels,
+            height // self.codec.space,
+            width // self.codec.space,
+        )
+        noise = torch.stack([clip_noise(seed, key, shape) for key in keys])
+        return noise.to(self.context.device)
 
 
 class TextProducer:
-    """bfloat16 [L, D]: the rows of each caption."""
+    """Computes the text states of each caption, bfloat16 [L, D]."""
 
-    def __init__(self, column: TextColumn, encoder: TextEncoder, bench: Bench) -> None:
-        self.encoder, self.bench, self.number = encoder, bench, column.caption
+    def __init__(self, column: TextColumn, encoder: TextEncoder, context: ProducerContext) -> None:
+        self.encoder = encoder
+        self.context = context
+        self.caption = column.caption
         self.cut_off = encoder.cut_off
-        self.card = ColumnCard.of(
-            encoder.name,
-            {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"},
-            column.model_dump(mode="json"),
-        )
+        parts = {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"}
+        self.card = ColumnCard.of(encoder.name, parts, column.model_dump(mode="json"))
 
-    def needs_frames(self, entry: ShardEntry) -> bool:
+    def prepare(self, entry: ShardEntry) -> bool:
+        """Text states need no frames."""
         return False
 
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
-        captions = {
-            clip.position: clip.meta.caption_number(self.number).strip()
-            for clip in clips
-            if clip.meta is not None
-        }
+        """Return the encoder of a shard's captions."""
+        captions: dict[int, str] = {}
+        for clip in clips:
+            if clip.meta is not None:
+                captions[clip.position] = clip.meta.caption_number(self.caption).strip()
         return ShardCaptions(captions, self._states, self.cut_off)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
+        """Count non-finite values and text rows."""
         return {"bad_values": float((~tensor.isfinite()).sum()), "rows": float(tensor.shape[0])}
 
     def collapse(self, counts: np.ndarray) -> str:
+        """Text states have no codes."""
         return ""
 
     def _states(self, captions: list[str]) -> list[Tensor]:
-        with self.bench.stages("text"):
+        """Encode captions to text states, one [L, D] for each."""
+        with self.context.timer("text"):
             states_BLD, lengths_B = self.encoder(captions)
             states_BLD = states_BLD.bfloat16().cpu()
-            return [
-                states[:length].clone()
-                for states, length in zip(states_BLD, lengths_B.tolist(), strict=True)
-            ]
+            lengths = lengths_B.tolist()
+            pairs = zip(states_BLD, lengths, strict=True)
+            return [states_LD[:length].clone() for states_LD, length in pairs]
 
 
 class ShardCaptions:
-    """Encodes each caption of a shard once, with the batch of the first clip that has it; later ones wait for that.
+    """Encodes each distinct caption of a shard once.
 
-    Not once for all shards: a unit's bytes must not depend on what its task made before.
+    A caption is encoded with the batch of the first clip that has it; later batches wait for the
+    result. Results are not kept across shards, because the bytes of a unit must not depend on what
+    its task computed before.
     """
 
     def __init__(
@@ -334,39 +350,49 @@ class ShardCaptions:
         encode: Callable[[list[str]], list[Tensor]],
         cut_off: Callable[[list[str]], list[str]],
     ) -> None:
-        """`captions` by the clip's position in the shard; `cut_off`: what the encoder leaves out."""
-        self._captions, self._encode, self._cut_off = captions, encode, cut_off
-        self._truncated: set[str] = set()  # captions of which it leaves something out
+        """`captions` are by the clip's position; `cut_off` returns the ends that are truncated."""
+        self._captions = captions
+        self._encode = encode
+        self._cut_off = cut_off
+        self._truncated: set[str] = set()  # captions longer than the encoder accepts
         self._states: dict[str, Future[Tensor]] = {}
-        self._new: dict[int, str] = {}  # position of the first clip that has it
-        self._left: Counter[str] = Counter()  # clips that still want it
+        self._new: dict[int, str] = {}  # caption by position of the first clip that has it
+        self._users: Counter[str] = Counter()  # clips that still need the caption
         self._lock = threading.Lock()
         for position, caption in captions.items():
-            if caption:
-                if caption not in self._states:
-                    self._states[caption] = Future()
-                    self._new[position] = caption
-                self._left[caption] += 1
+            if not caption:
+                continue
+            if caption not in self._states:
+                self._states[caption] = Future()
+                self._new[position] = caption
+            self._users[caption] += 1
 
-    def __call__(self, batch: Sequence[Clip]) -> list[Result]:
+    def __call__(self, batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+        """Return the text states of a batch's captions."""
         new = [self._new[clip.position] for clip in batch if clip.position in self._new]
         if new:
-            self._make(new)
+            self._encode_captions(new)
         results = [self._result(clip) for clip in batch]
         with self._lock:
-            for caption in (self._captions.get(clip.position) for clip in batch):
-                if caption in self._states:
-                    self._left[caption] -= 1
-                    if not self._left[caption]:
-                        del self._states[caption]
+            for clip in batch:
+                self._release(self._captions.get(clip.position))
         return results
 
     @property
     def truncated(self) -> int:
-        """Clips whose caption is longer than the encoder takes; after the last batch."""
+        """Clips whose caption is longer than the encoder accepts, valid after the last batch."""
         return sum(caption in self._truncated for caption in self._captions.values())
 
-    def _make(self, captions: list[str]) -> None:
+    def _release(self, caption: str | None) -> None:
+        """Free the states of a caption after its last clip."""
+        if caption is None or caption not in self._states:
+            return
+        self._users[caption] -= 1
+        if not self._users[caption]:
+            del self._states[caption]
+
+    def _encode_captions(self, captions: list[str]) -> None:
+        """Encode new captions and publish their states, or the error, to waiting batches."""
         try:
             for caption, end in zip(captions, self._cut_off(captions), strict=True):
                 if end:
@@ -380,94 +406,59 @@ class ShardCaptions:
             self._states[caption].set_result(state)
 
     def _result(self, clip: Clip) -> Result:
+        """Wait for the states of one clip's caption."""
         if clip.meta is None:
-            return clip.problem
+            return clip.required_problem()
         states = self._states.get(self._captions[clip.position])
-        return ClipProblem("empty_caption") if states is None else finite(states.result())
+        if states is None:
+            return ClipProblem("empty_caption")
+        return finite(states.result())
 
 
 def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise keyed by the clip, the same in every task and batch. Drawn on the CPU."""
+    """Standard normal noise keyed by seed and clip, independent of task and batch.
+
+    Drawn on the CPU, so that all devices give the same values.
+    """
     return torch.randn(shape, generator=keyed_random.generator(seed, "latents", key))
 
 
-def producers(names: Sequence[str], bench: Bench) -> dict[str, Producer]:
-    """What makes the columns `names` of the config; encoders are built here."""
-    made: dict[str, Producer] = {}
-    vision: dict[
-        FeaturesColumn, FeaturesProducer
-    ] = {}  # one for all columns that take the same features
+def build_producers(names: Sequence[str], context: ProducerContext) -> dict[str, Producer]:
+    """Build the encoders and producers of the columns `names` of the config."""
+    built: dict[str, Producer] = {}
+    # one producer for all columns that use the same features
+    vision: dict[FeaturesColumn, FeaturesProducer] = {}
     for name in names:
-        match column := bench.config.columns[name]:
+        column = context.config.columns[name]
+        match column:
             case FeaturesColumn() | TokensColumn():
-                features = FeaturesColumn(encoder=column.encoder, frame_stride=column.frame_stride)
-                if features not in vision:
-                    vision[features] = FeaturesProducer(
-                        features, frozen.build(column.encoder, bench.device), bench
-                    )
-                made[name] = vision[features]
+                key = FeaturesColumn(encoder=column.encoder, frame_stride=column.frame_stride)
+                if key not in vision:
+                    encoder = frozen.build(column.encoder, context.device)
+                    vision[key] = FeaturesProducer(key, encoder, context)
                 if isinstance(column, TokensColumn):
-                    made[name] = TokensProducer(column, vision[features], bench)
+                    built[name] = TokensProducer(column, vision[key], context)
+                else:
+                    built[name] = vision[key]
             case LatentsColumn():
-                made[name] = LatentsProducer(
-                    column, frozen.build(column.encoder, bench.device), bench
-                )
+                codec = frozen.build(column.encoder, context.device)
+                built[name] = LatentsProducer(column, codec, context)
             case TextColumn():
-                made[name] = TextProducer(column, frozen.build(column.encoder, bench.device), bench)
-    return made
+                text_encoder = frozen.build(column.encoder, context.device)
+                built[name] = TextProducer(column, text_encoder, context)
+    return built
 
 
-def tokenizers(config: PrecomputeConfig) -> dict[str, str]:
-    """{tokens column: name@fingerprint of the tokenizer that makes it now}."""
-    found = {}
+def tokenizer_references(config: PrecomputeConfig) -> dict[str, str]:
+    """Map each tokens column to the name@fingerprint that its tokenizer resolves to now."""
+    references = {}
     for name, column in config.columns.items():
-        if isinstance(column, TokensColumn):
-            try:
-                found[name] = registry.resolve(
-                    config.zoo, column.tokenizer, kind="tokenizer"
-                ).reference
-            except ConfigError:
-                found[name] = f"{column.tokenizer}, which is not in {config.zoo}"
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ commands
-
-
-def run(
-    config: PrecomputeConfig,
-    task: tuple[int, int] = (0, 1),
-    progress: ProgressCallback | None = None,
-) -> Summary:
-    """Compute the columns of this task's shards; units that are finished stay as they are.
-
-    Raises ConfigError where a folder holds another encoder's column, TooManyColumnRejects above `max_bad_fraction`.
-    """
-    return PrecomputeJob(config, read_manifest(config.data), task, producers, progress).run()
-
-
-def status(config: PrecomputeConfig) -> list[ColumnStatus]:
-    """What is done, running, failed and left of each column of the config; builds no encoder."""
-    return precompute_status.column_status(config, read_manifest(config.data), tokenizers(config))
-
-
-def retry(config: PrecomputeConfig, tasks: int) -> dict[str, str]:
-    """{column: SLURM array expression of the tasks, of so many, that have work left}."""
-    return precompute_status.retry_arrays(
-        config, read_manifest(config.data), tasks, tokenizers(config)
-    )
-
-
-def finalize(config: PrecomputeConfig) -> Manifest:
-    """Enter the config's columns into the manifest. Raises ShardError listing the shards that are missing."""
-    return finalize_units(config.data, list(config.columns))
-
-
-def estimate(config: PrecomputeConfig, clips: int = 16) -> Estimate:
-    """Disk and hours of what is left, from a few clips; writes nothing."""
-    return precompute_check.estimate_cost(config, read_manifest(config.data), producers, clips)
-
-
-def verify(config: PrecomputeConfig, sample: float = 0.01) -> list[ColumnCheck]:
-    """Read a share of the finished shards again, and make them again, in memory."""
-    return precompute_check.verify_columns(config, read_manifest(config.data), producers, sample)
+        if not isinstance(column, TokensColumn):
+            continue
+        try:
+            entry = registry.resolve(config.zoo, column.tokenizer, kind="tokenizer")
+        except ConfigError:
+            references[name] = f"{column.tokenizer}, which is not in {config.zoo}"
+        else:
+            references[name] = entry.reference
+    return references

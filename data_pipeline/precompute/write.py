@@ -1,4 +1,4 @@
-"""What was encoded, on its way to disk: a thread that writes, the units it writes, and the seconds that stages take."""
+"""Writing of encoded units in a background thread, and a timer of the task's stages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +24,16 @@ from landiff.data_pipeline.precompute.units import (
     common_shape,
 )
 
-WRITES_AHEAD = 4  # batches that wait for the writer
+WRITES_AHEAD = 4  # batches that may wait for the writer thread
 
 
 @dataclass
-class Stages:
-    """Seconds by stage, and processor seconds of the threads that worked on it; of all threads together."""
+class StageTimer:
+    """Wall-clock and CPU seconds by stage, summed over all threads.
+
+    with timer("encode"):
+        ...
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
@@ -37,65 +41,80 @@ class Stages:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        begin, cpu = time.perf_counter(), time.thread_time()
+        """Add the time spent in the `with` block to `stage`."""
+        begin = time.perf_counter()
+        cpu_begin = time.thread_time()
         yield
-        seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
+        seconds = time.perf_counter() - begin
+        cpu_seconds = time.thread_time() - cpu_begin
         with self._lock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-            self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + cpu
+            self.cpu_seconds[stage] = self.cpu_seconds.get(stage, 0.0) + cpu_seconds
 
 
-def widened(found: tuple[int, int] | None, codes: Tensor) -> tuple[int, int]:
-    """`found` (the least and the largest value so far), widened to hold uint16 codes too."""
+def widened(value_range: tuple[int, int] | None, codes: Tensor) -> tuple[int, int]:
+    """Extend (smallest, largest value so far) to include uint16 codes."""
     values = codes.int()
     low, high = int(values.min()), int(values.max())
-    return (low, high) if found is None else (min(found[0], low), max(found[1], high))
+    if value_range is None:
+        return low, high
+    return min(value_range[0], low), max(value_range[1], high)
 
 
 class WriterThread:
-    """Runs calls one after another in a thread of its own. An error comes out of the next `submit`, or of `drain`."""
+    """Runs calls in submission order in one background thread.
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+    An error of a call is raised by the next `submit` that has to wait, or by `drain`.
+    """
+
+    def __init__(self, timer: StageTimer) -> None:
+        self._timer = timer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._waiting: list[Future[None]] = []
 
     def submit(self, call: Callable[..., None], *arguments: object) -> None:
+        """Queue a call. Blocks while `WRITES_AHEAD` calls are waiting."""
         while len(self._waiting) >= WRITES_AHEAD:
-            with self._stages("wait for the writer"):
+            with self._timer("wait for the writer"):
                 self._waiting.pop(0).result()
         self._waiting.append(self._pool.submit(self._timed, call, *arguments))
 
     def drain(self) -> None:
+        """Wait for all submitted calls. Raises the first error."""
         while self._waiting:
             self._waiting.pop(0).result()
 
     def close(self) -> None:
-        """Wait for what was submitted; errors that nobody asked for are in the units' failure records."""
+        """Wait for all submitted calls and stop the thread. Errors are in the failure records."""
         self._pool.shutdown(wait=True)
 
     def _timed(self, call: Callable[..., None], *arguments: object) -> None:
-        with self._stages("write"):
+        """Run a call and add its time to the stage "write"."""
+        with self._timer("write"):
             call(*arguments)
 
 
-class ColumnUnit:
-    """One column of one shard that is being written. All but the constructor runs in the writer's thread.
+class UnitWrite:
+    """Writes one column of one shard. All methods but the constructor run in the writer thread.
 
-    The constructor raises OwnedError where another process makes this unit.
+    The constructor raises OwnedError if another process computes this unit.
     """
 
     def __init__(self, folder: ColumnFolder, entry: ShardEntry, card: ColumnCard) -> None:
-        self.folder, self.entry, self.card = folder, entry, card
+        self.folder = folder
+        self.entry = entry
+        self.card = card
+        self.truncated = 0  # clips whose text was truncated; set before `commit`
         what = f"shard {entry.name} of column {folder.name!r} in {folder.folder.parent}"
         self._lock = ownership.take(folder.folder / f".{entry.name}{OWNER}", what)
         self._writer: UnitWriter | None = None
+        self._open_files = ExitStack()  # closing it commits the unit
         self._shapes: list[tuple[int, ...]] = []
         self._value_range: tuple[int, int] | None = None
         self._given_up = False
-        self.truncated = 0  # clips whose text was cut; set before `commit`
 
     def write(self, clips: Sequence[Clip], results: Sequence[Result]) -> None:
+        """Append a batch. Gives up the unit on an error and raises it."""
         if self._given_up:
             return
         try:
@@ -105,43 +124,47 @@ class ColumnUnit:
             raise
 
     def _write(self, clips: Sequence[Clip], results: Sequence[Result]) -> None:
+        """Append tensors and rejects to the temporary tar, which the first batch creates."""
         if self._writer is None:
-            self._writer = UnitWriter(self.folder, self.entry, self.card.fingerprint)
-            self._writer.__enter__()
+            writer = UnitWriter(self.folder, self.entry, self.card.fingerprint)
+            self._open_files.enter_context(writer)
+            self._writer = writer
         name = self.folder.name
+        stem = column_stem(name)
         for clip, result in zip(clips, results, strict=True):
             if isinstance(result, ClipProblem):
                 self._writer.reject(clip.key, name, result.reason, result.detail, clip.position)
                 continue
-            stem = column_stem(name)
             self._writer.add(clip.key, {f"{stem}.safetensors": pack_tensor(stem, result)})
             self._shapes.append(tuple(result.shape))
             if result.dtype == torch.uint16:
                 self._value_range = widened(self._value_range, result)
 
     def commit(self) -> None:
+        """Commit tar and sidecar after the last batch. Gives up the unit on an error."""
         if self._given_up:
             return
+        assert self._writer is not None, f"unit {self.entry.name} is committed before its batches"
         self._writer.dtype = self.card.parts["dtype"]
         self._writer.shape = list(common_shape(self._shapes))
         self._writer.truncated = self.truncated
         self._writer.value_range = self._value_range
         try:
-            self._writer.__exit__(None, None, None)
+            self._open_files.close()
         except BaseException as error:
             self.give_up(error)
             raise
         self._lock.release()
 
     def give_up(self, error: BaseException) -> None:
-        """Leave nothing but word of why."""
+        """Delete what was written and record the error."""
         self._given_up = True
-        if (
-            isinstance(error, OSError) and error.filename is None
-        ):  # a full disk says not of which file
+        if isinstance(error, OSError) and error.filename is None:
+            # the error of a full disk does not name the file
             error.filename = str(self.folder.folder / f"{self.entry.name}.tar")
-        with suppress(OSError):  # a full disk may refuse the closing and the word; `error` tells
+        self._open_files.pop_all()  # without running its callbacks: nothing may be committed now
+        with suppress(OSError):  # on a full disk this may fail too; the caller raises `error`
             if self._writer is not None:
-                self._writer.__exit__(type(error), error, error.__traceback__)
+                self._writer.abort()
             self.folder.fail(self.entry, error)
         self._lock.release()

@@ -1,4 +1,4 @@
-"""Display times of frames where the container stamps packets in decoding order."""
+"""Display times of frames in containers that stamp packets in decoding order."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from collections import deque
 
 import av
 
-LARGEST_DEPTH = 32  # packets between decoding and display: twice what H.264 and HEVC allow
+MAX_DEPTH = 32  # packets between decoding and display: twice the limit of H.264 and HEVC
 
 
 class DisplaySlots:
     """Display times of a stream whose packets are stamped in decoding order.
 
-    The n-th frame that is shown has the n-th smallest timestamp. A packet without a frame (damaged,
-    or a picture whose references were cut off) leaves an unused timestamp. It is dropped as soon as
-    it is too old for the current frame, since no frame is shown more than `depth` pictures before
-    its own place. A timestamp smaller than the previous one proves that timestamps are display
-    times: from then on frames keep their own.
+    The n-th frame in display order has the n-th smallest timestamp. A packet without a frame (a
+    damaged one, or one whose reference pictures are missing) leaves an unused timestamp. It is
+    dropped once it is too old for the current frame: a frame is displayed at most `depth` pictures
+    before its place in decoding order.
+
+    A timestamp that is smaller than the previous one proves that timestamps are display times.
+    From then on frames keep their own.
     """
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
-        self._slots: list[int] = []
-        # Timestamps of the last packets, in their order.
-        self._recent: deque[int] = deque(maxlen=LARGEST_DEPTH)
+        self._slots: list[int] = []  # heap of unused timestamps
+        self._recent: deque[int] = deque(maxlen=MAX_DEPTH)  # timestamps of the last packets
         self._in_decoding_order = True
 
     def clear(self) -> None:
@@ -33,7 +34,7 @@ class DisplaySlots:
         self._recent.clear()
 
     def displayed(self, packet: av.Packet, frames: list[av.VideoFrame]) -> list[av.VideoFrame]:
-        """The frames that came out of `packet`, with their display times."""
+        """Set the display times of the frames that were decoded from `packet`."""
         is_stamped = packet.pts is not None and not packet.is_discard
         if is_stamped and self._recent and packet.pts < self._recent[-1]:
             self._in_decoding_order = False
@@ -50,8 +51,8 @@ class DisplaySlots:
                 frame.pts = heapq.heappop(self._slots)
         return frames
 
-    def _earliest(self, own: int | None) -> int:
-        """The timestamp `depth` packets before that of the frame's own packet."""
-        if own not in self._recent:
-            return self._recent[0] if self._recent else 0
-        return self._recent[max(0, self._recent.index(own) - self.depth)]
+    def _earliest(self, pts: int | None) -> int:
+        """Timestamp `depth` packets before the packet that is stamped `pts`."""
+        if pts is not None and pts in self._recent:
+            return self._recent[max(0, self._recent.index(pts) - self.depth)]
+        return self._recent[0] if self._recent else 0

@@ -1,7 +1,8 @@
-"""The only decoder and encoder of video files.
+"""Decoding and encoding of video files. No other module calls a video library's codecs.
 
-Foreign videos are decoded by `SafeDecoder`, exact by time; the clips that `encode_clip` made by `ClipDecoder`.
-Both work in child processes. Frames are uint8 [T, H, W, 3], RGB.
+`SafeDecoder` decodes source videos, exact in time. `encode_clip` writes the clips of raw shards and
+`ClipDecoder` decodes them. Both decoders work in child processes. Frames are uint8 [T, H, W, 3],
+RGB.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -23,28 +24,38 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from landiff.configs.files import atomic_file
 from landiff.data_pipeline.video.process import Backend, DecoderProcess
-from landiff.data_pipeline.video.protocol import DecodeFailure, DecodeRequest, VideoInfo
+from landiff.data_pipeline.video.protocol import (
+    NO_CROP,
+    DecodeFailure,
+    DecodeRequest,
+    VideoInfo,
+)
 
-Crop = tuple[float, float, float, float]
+Crop = tuple[float, float, float, float]  # fractions cut off: left, top, right, bottom
 Handling = Literal["convert", "reject"]
-TIMEOUT_S = 60.0  # for one request
-MEMORY_LIMIT = 3 << 30  # of a child
-RECYCLE = 2000  # requests of one child
-SCAN_BATCH = 128  # pictures of a scan at once
-# Equal frames, equal bytes. x264's macroblock tree reads stale memory in small frames: the same call gave
-# up to three different streams. cpu-independent keeps the choice of SIMD code out of the result.
+TIMEOUT_S = 60.0  # of one request
+MEMORY_LIMIT = 3 << 30  # bytes of a child process
+RECYCLE = 2000  # requests after which a child process is replaced
+MAX_PIXELS = 4096 * 2304  # of a source frame
+SCAN_BATCH = 128  # pictures of one scan request
+# Options with which equal frames give equal bytes. x264's macroblock tree reads uninitialized
+# memory for small frames: the same call gave up to three different streams. cpu-independent makes
+# the result independent of the SIMD code that x264 selects.
 X264_EXACT = "threads=1:mbtree=0:cpu-independent=1"
 
 
 class ClipDamaged(ValueError):
-    """A normalised clip has no frames: it is not what was written, or its decoder died or hung."""
+    """A clip of a raw shard has no frames.
+
+    Its bytes are not those that were written, or its decoder failed, died or hung.
+    """
 
     def __init__(self, failure: DecodeFailure) -> None:
         super().__init__(f"{failure.reason}: {failure.detail}")
         self.failure = failure
 
 
-# ------------------------------------------------------------------------------------------ foreign videos
+# ---------------------------------------------------------------------------------- source videos
 
 
 @dataclass(frozen=True)
@@ -58,38 +69,33 @@ class VideoFile:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted from a video: spans of `num_frames` frames, each shown at start + k / fps."""
+    """Format of decoded spans: `num_frames` frames, displayed at start + k / fps."""
 
     num_frames: int
     fps: float
     height: int
     width: int
-    crop: Crop = (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )  # share of the picture to cut off first: left, top, right, bottom
+    crop: Crop = NO_CROP  # applied before scaling
 
 
 @dataclass(frozen=True)
 class DecodedSpan:
-    """The frames of a span, and what was done to them."""
+    """Frames of a span and the conversions applied to them."""
 
     frames: np.ndarray  # uint8 [num_frames, height, width, 3]
-    conversions: tuple[str, ...] = ()  # "smpte2084/bt2020": from these colours; "bwdif"
+    conversions: tuple[str, ...] = ()  # "bwdif", or source colours such as "smpte2084/bt2020"
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """Some frames of a video, small."""
+    """A batch of small pictures from a scan."""
 
     times: tuple[float, ...]  # s since the first frame
     frames: np.ndarray  # uint8 [len(times), H, W, 3]
 
 
 class ScanFailed(ValueError):
-    """A video that can't be looked through."""
+    """A video cannot be scanned."""
 
     def __init__(self, failure: DecodeFailure) -> None:
         super().__init__(f"{failure.reason}: {failure.detail}")
@@ -97,11 +103,11 @@ class ScanFailed(ValueError):
 
 
 class SafeDecoder:
-    """Decodes files that may crash, hang or eat memory: PyAV in a child process (`DecoderProcess`) does it.
+    """Decodes files that may crash a decoder, hang it or exhaust its memory.
 
-    `hdr` tells what happens to HDR and wide-gamut video, `interlaced` to interlaced video:
-    "convert" makes SDR BT.709 and progressive frames, "reject" gives a DecodeFailure. Not for use by two
-    threads at once.
+    PyAV decodes in a child process (`DecoderProcess`). `hdr` applies to HDR and wide-gamut video,
+    `interlaced` to interlaced video: "convert" gives progressive SDR BT.709 frames, "reject" gives
+    a DecodeFailure. Not thread-safe.
     """
 
     def __init__(
@@ -109,13 +115,14 @@ class SafeDecoder:
         *,
         timeout_s: float = TIMEOUT_S,
         memory_limit: int = MEMORY_LIMIT,
-        max_pixels: int = 4096 * 2304,
+        max_pixels: int = MAX_PIXELS,
         recycle: int = RECYCLE,
         hdr: Handling = "convert",
         interlaced: Handling = "convert",
     ) -> None:
         self.max_pixels = max_pixels
-        self.handling = {"hdr": hdr, "interlaced": interlaced}
+        self.hdr = hdr
+        self.interlaced = interlaced
         self._group = 0
         self.process = DecoderProcess(
             "pyav", timeout_s=timeout_s, memory_limit=memory_limit, recycle=recycle
@@ -128,112 +135,134 @@ class SafeDecoder:
         self.close()
 
     def close(self) -> None:
+        """Stop the child process."""
         self.process.close()
 
     def begin(self) -> None:
         """Forget the file that was decoded last.
 
-        What comes then depends on nothing before: else a file that goes on would be known as damaged by the one that
-        saw its beginning, and not by another.
+        Results after this call do not depend on earlier requests. Otherwise damage at the start of
+        a file would be known to a decoder that has seen the start, and not to others.
         """
         self._group += 1
 
     def probe(self, video: VideoFile | bytes) -> VideoInfo | DecodeFailure:
-        """Size, rate, codec and true duration, without decoding."""
+        """Read size, rate, codec and true duration without decoding."""
         response, _ = self.process.ask(self._request(video))
-        return response.failure or response.info
+        if response.failure is not None:
+            return response.failure
+        assert response.info is not None, response
+        return response.info
 
     def decode(
         self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted
     ) -> list[np.ndarray | DecodeFailure]:
-        """The frames that `decode_spans` returns, without their conversions."""
-        spans = self.decode_spans(video, starts_s, wanted)
-        return [span.frames if isinstance(span, DecodedSpan) else span for span in spans]
+        """Decode spans like `decode_spans`. Returns only frames, without conversions."""
+        results: list[np.ndarray | DecodeFailure] = []
+        for span in self.decode_spans(video, starts_s, wanted):
+            results.append(span.frames if isinstance(span, DecodedSpan) else span)
+        return results
 
     def decode_spans(
         self, video: VideoFile | bytes, starts_s: Sequence[float], wanted: Wanted
     ) -> list[DecodedSpan | DecodeFailure]:
-        """One entry for each start: its frames, or why there are none.
+        """Decode one span for each start time, in seconds since the first frame.
 
-        Calls for later and later parts of one file decode it once, up to `begin`. The memory of all
-        spans is freed with the last of them.
+        Returns the frames of each span, or why there are none. Successive calls for later parts of
+        one file decode it only once, up to the next `begin`. All spans of a call share one block of
+        memory, which is freed when the last of them is deleted.
         """
-        response, frames = self.process.ask(
-            self._request(video, kind="decode", starts_s=tuple(starts_s), **asdict(wanted))
+        request = replace(
+            self._request(video), kind="decode", starts_s=tuple(starts_s), **asdict(wanted)
         )
-        if response.failure:
+        response, frames = self.process.ask(request)
+        if response.failure is not None:
             return [response.failure] * len(starts_s)
         spans: list[DecodedSpan | DecodeFailure] = []
-        for number, failure in enumerate(response.spans):
-            spans.append(failure or DecodedSpan(frames[number], response.conversions[number]))
+        for index, failure in enumerate(response.spans):
+            if failure is not None:
+                spans.append(failure)
+            else:
+                assert frames is not None, response
+                spans.append(DecodedSpan(frames[index], response.conversions[index]))
         return spans
 
     def scan(self, video: VideoFile | bytes, *, keyframes: bool = False) -> Iterator[Scanned]:
-        """Small pictures of all frames, in order, a batch at a time. Raises ScanFailed."""
-        first, ended = 0, False
+        """Yield small pictures of all frames in order, in batches. Raises ScanFailed.
+
+        With `keyframes`, only key frames are decoded.
+        """
+        first = 0
+        ended = False
         while not ended:
-            response, frames = self.process.ask(
-                self._request(
-                    video, kind="scan", first=first, count=SCAN_BATCH, keyframes=keyframes
-                )
+            request = replace(
+                self._request(video),
+                kind="scan",
+                first=first,
+                count=SCAN_BATCH,
+                keyframes=keyframes,
             )
-            if response.failure:
+            response, frames = self.process.ask(request)
+            if response.failure is not None:
                 raise ScanFailed(response.failure)
             if response.times:
+                assert frames is not None, response
                 yield Scanned(response.times, frames)
-            first, ended = first + len(response.times), response.ended
+            first += len(response.times)
+            ended = response.ended
 
-    def _request(self, video: VideoFile | bytes, **wanted: object) -> DecodeRequest:
-        if isinstance(video, bytes):
-            self.process.put(video)
-            source = {"path": "", "size": len(video)}
-        else:
-            source = {
-                "path": os.fspath(video.path.absolute()),
-                "offset": video.offset,
-                "size": video.size,
-            }
-        return DecodeRequest(
-            **source,
+    def _request(self, video: VideoFile | bytes) -> DecodeRequest:
+        """Build a probe request. Bytes are passed to the child."""
+        request = DecodeRequest(
+            hdr=self.hdr,
+            interlaced=self.interlaced,
+            group=self._group,
             max_pixels=self.max_pixels,
             timeout_s=self.process.timeout_s,
-            group=self._group,
-            **self.handling,
-            **wanted,
         )
+        if isinstance(video, bytes):
+            self.process.put(video)
+            return replace(request, size=len(video))
+        path = os.fspath(video.path.absolute())
+        return replace(request, path=path, offset=video.offset, size=video.size)
 
 
-# ------------------------------------------------------------------------------------------ our own clips
+# --------------------------------------------------------------------------- clips of raw shards
 
 
 def encode_clip(
     frames_THWC: np.ndarray, fps: float, *, crf: float = 14, preset: str = "slow"
 ) -> bytes:
-    """uint8 [T, H, W, 3], even sizes -> MP4 bytes: H.264, yuv420p, BT.709, one closed GOP.
+    """Encode uint8 [T, H, W, 3] of even size as MP4: H.264, yuv420p, BT.709, one closed GOP.
 
-    Equal frames give equal bytes: one thread, no clock, no banner. `crf` is x264's quality, lower is better.
+    Equal frames give equal bytes: one thread, no time stamps, no encoder banner. A lower `crf` of
+    x264 gives higher quality. Raises ValueError for other shapes.
     """
-    if frames_THWC.shape[1] % 2 or frames_THWC.shape[2] % 2:
-        raise ValueError(
-            f"yuv420p wants even sizes; the frames are {frames_THWC.shape[1]}x{frames_THWC.shape[2]}"
-        )
+    height, width = frames_THWC.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"yuv420p needs an even height and width; the frames are {height}x{width}")
     buffer = io.BytesIO()
     _write_h264(buffer, frames_THWC, fps, {"crf": str(crf), "preset": preset}, faststart=False)
     return buffer.getvalue()
 
 
 def write_mp4(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: float = 18) -> None:
-    """Write an MP4 that plays everywhere: H.264 High, yuv420p, index first; odd sizes get a repeated edge."""
+    """Write an MP4 that all players support: H.264 High, yuv420p, index first.
+
+    For odd sizes, the last row or column is repeated.
+    """
     height, width = frames_THWC.shape[1:3]
     even = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with atomic_file(path) as file:  # by name: moving the index to the front needs to read it again
+    with atomic_file(path) as file:
+        # by name, because the muxer reads the file again to move the index to the front
         _write_h264(file.name, even, fps, {"crf": str(crf), "preset": "medium"}, faststart=True)
 
 
 class ClipDecoder:
-    """Decodes bytes of `encode_clip`, in a child process (`DecoderProcess`). Not for use by two threads at once.
+    """Decodes clips written by `encode_clip` in a child process (`DecoderProcess`).
 
-    decord is the faster one; PyAV's colours are the more exact. They never share a process: each has its own FFmpeg.
+    decord is faster, the colours of PyAV are more exact. They never share a process, because each
+    has its own FFmpeg. Not thread-safe.
     """
 
     def __init__(
@@ -255,24 +284,26 @@ class ClipDecoder:
         self.close()
 
     def close(self) -> None:
+        """Stop the child process."""
         self.process.close()
 
     def decode(self, clip: bytes, *, sha256: str | None = None) -> np.ndarray:
-        """All frames, uint8 [T, H, W, 3].
+        """Decode all frames, uint8 [T, H, W, 3].
 
-        Raises ClipDamaged: when `sha256` (RawSample.video_sha256) is given and differs, and when the decoder fails.
+        Raises ClipDamaged if the clip does not have the checksum `sha256`
+        (RawSample.video_sha256), or if its decoder fails.
         """
-        if sha256 is not None and (found := hashlib.sha256(clip).hexdigest()) != sha256:
-            raise ClipDamaged(
-                DecodeFailure(
-                    "damaged",
-                    f"the clip has sha256 {found[:16]}..., its sample says {sha256[:16]}...; the shard is damaged",
+        if sha256 is not None:
+            found = hashlib.sha256(clip).hexdigest()
+            if found != sha256:
+                detail = (
+                    f"the clip has sha256 {found[:16]}..., but its sample says {sha256[:16]}...; "
+                    "the shard is damaged"
                 )
-            )
+                raise ClipDamaged(DecodeFailure("damaged", detail))
         self.process.put(clip)
-        response, frames = self.process.ask(
-            DecodeRequest(kind="clip", size=len(clip), timeout_s=self.process.timeout_s)
-        )
+        request = DecodeRequest(kind="clip", size=len(clip), timeout_s=self.process.timeout_s)
+        response, frames = self.process.ask(request)
         if frames is None:
             raise ClipDamaged(response.failure or DecodeFailure("damaged", "no frames"))
         return frames
@@ -286,59 +317,64 @@ def _write_h264(
     *,
     faststart: bool,
 ) -> None:
-    if (
-        frames_THWC.dtype != np.uint8
-        or frames_THWC.ndim != 4
-        or frames_THWC.shape[-1] != 3
-        or not len(frames_THWC)
-    ):
+    """Write frames of even size as H.264 in MP4. `options` are x264's."""
+    is_rgb = frames_THWC.ndim == 4 and frames_THWC.shape[-1] == 3
+    if frames_THWC.dtype != np.uint8 or not is_rgb or not len(frames_THWC):
         raise ValueError(
             f"frames must be uint8 [T, H, W, 3]; got {frames_THWC.dtype} {list(frames_THWC.shape)}"
         )
+    length, height, width = frames_THWC.shape[:3]
     rate = Fraction(fps).limit_denominator(1001)
-    flags = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if faststart else {})
-    with av.open(target, "w", format="mp4", options=flags) as container:
-        length, height, width = frames_THWC.shape[:3]
-        stream = container.add_stream(
-            "libx264",
-            rate=rate,
-            options={
-                **options,
-                "x264-params": f"open-gop=0:keyint={length}:scenecut=0:{X264_EXACT}",
-                "flags": "+bitexact",
-            },
-        )
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.time_base = context_base = 1 / rate
+    time_base = 1 / rate
+    container_options = {"fflags": "+bitexact"}
+    if faststart:
+        container_options["movflags"] = "+faststart"
+    stream_options = {
+        **options,
+        "x264-params": f"open-gop=0:keyint={length}:scenecut=0:{X264_EXACT}",
+        "flags": "+bitexact",
+    }
+    with av.open(target, "w", format="mp4", options=container_options) as container:
+        stream = container.add_stream("libx264", rate=rate, options=stream_options)
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = time_base
         context = stream.codec_context
-        context.time_base, context.thread_count = context_base, 1
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        graph = _to_yuv(width, height, context_base)
+        context.time_base = time_base
+        context.thread_count = 1
+        context.colorspace = Colorspace.ITU709
+        context.color_range = ColorRange.MPEG
+        context.color_primaries = ColorPrimaries.BT709
+        context.color_trc = ColorTrc.BT709
+        graph = _rgb_to_yuv(width, height, time_base)
         container.start_encoding()
-        # the banner (SEI) of x264 is larger than a small clip's picture data, and names the build
+        # The banner of x264, an SEI message, is larger than the pictures of a small clip, and it
+        # names the build.
         without_banner = BitStreamFilterContext("filter_units=remove_types=6", stream)
-        for index, picture in enumerate([*frames_THWC, None]):
-            frame = None
-            if picture is not None:
-                graph.push(
-                    av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                )
+        for index in range(length + 1):
+            frame = None  # flushes the encoder
+            if index < length:
+                picture = np.ascontiguousarray(frames_THWC[index])
+                graph.push(av.VideoFrame.from_ndarray(picture, format="rgb24"))
                 frame = graph.pull()
-                frame.pts, frame.time_base = index, context_base
+                frame.pts = index
+                frame.time_base = time_base
             for packet in stream.encode(frame):
                 for kept in without_banner.filter(packet):
                     container.mux(kept)
 
 
-def _to_yuv(width: int, height: int, time_base: Fraction) -> av.filter.Graph:
+def _rgb_to_yuv(width: int, height: int, time_base: Fraction) -> av.filter.Graph:
+    """Build the filter graph from RGB to yuv420p, BT.709."""
+    scale_options = (
+        "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+        ":out_color_matrix=bt709:out_range=tv"
+    )
     graph = av.filter.Graph()
     chain = [
         graph.add_buffer(width=width, height=height, format="rgb24", time_base=time_base),
-        graph.add(
-            "scale",
-            "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact:out_color_matrix=bt709:out_range=tv",
-        ),
+        graph.add("scale", scale_options),
         graph.add("format", "yuv420p"),
         graph.add("buffersink"),
     ]

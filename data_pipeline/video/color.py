@@ -1,7 +1,7 @@
-"""Colour of source video: its tags, and the conversion of HDR and wide gamut to SDR BT.709.
+"""Colour tags of source video, and conversion of HDR and wide gamut to SDR BT.709.
 
 Tags are code points of ITU-T H.273. swscale applies the YUV matrix and range of every video. This
-module converts the resulting R'G'B' where transfer or primaries are not those of SDR BT.709:
+module converts the resulting R'G'B' if its transfer or primaries are not those of SDR BT.709:
 
 - PQ (SMPTE ST 2084) is display light in nits. HLG becomes display light through the OOTF of BT.2100
   at 1000 nits.
@@ -11,8 +11,9 @@ module converts the resulting R'G'B' where transfer or primaries are not those o
 - SDR is display light by BT.1886 (gamma 2.4). SDR with wide primaries keeps its own transfer curve,
   so greys keep their values.
 
-The primaries of SD video (SMPTE 170M, BT.470BG, ...) are near those of BT.709 and not converted.
-What cannot be converted is refused by the name of its transfer, primaries or matrix.
+The primaries of SD video (SMPTE 170M, BT.470BG, ...) are close to those of BT.709 and are not
+converted. Video that cannot be converted is rejected; the message names its transfer, primaries or
+matrix.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ from landiff.data_pipeline.video.protocol import Refused
 UNSPECIFIED = 2
 RESERVED = frozenset((0, 3))  # of primaries and transfers
 REFERENCE_WHITE_NITS = 203.0  # BT.2408
-HLG_PEAK_NITS, HLG_SYSTEM_GAMMA = 1000.0, 1.2  # BT.2100
-PQ, HLG = 16, 18
-RGB_MATRIX, BT2020_MATRIX = 0, 9
+HLG_PEAK_NITS = 1000.0  # BT.2100
+HLG_SYSTEM_GAMMA = 1.2  # BT.2100, at the peak above
+PQ = 16  # transfer
+HLG = 18  # transfer
+RGB_MATRIX = 0
+BT2020_MATRIX = 9
+BT2020_PRIMARIES = 9
 
 TRANSFERS = {
     1: "bt709",
@@ -67,7 +72,9 @@ PRIMARIES = {
     22: "ebu3213",
 }
 NEAR_BT709 = frozenset((1, 2, 5, 6, 7, 22))
-D65, ILLUMINANT_C, DCI_WHITE = (0.3127, 0.3290), (0.310, 0.316), (0.314, 0.351)
+D65 = (0.3127, 0.3290)
+ILLUMINANT_C = (0.310, 0.316)
+DCI_WHITE = (0.314, 0.351)
 # x, y of red, green, blue and white (ITU-T H.273, table 2)
 CHROMATICITIES = {
     1: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060), D65),
@@ -101,8 +108,8 @@ MATRICES = {
     16: "ycgco-re",
     17: "ycgco-ro",
 }
-UNSUPPORTED_MATRICES = frozenset((8, *range(10, 256)))  # swscale would take BT.601 for them
-ROWS_AT_ONCE = 16  # of a picture, so that what is between lookups stays in the cache
+UNSUPPORTED_MATRICES = frozenset((8, *range(10, 256)))  # swscale would use BT.601 for them
+ROWS_AT_ONCE = 16  # rows converted at once, so that intermediate values stay in the cache
 DOLBY_VISION_TAGS = frozenset(("dvh1", "dvhe", "dva1", "dvav", "dav1"))
 
 
@@ -115,7 +122,7 @@ class ColorTags:
     matrix: int = UNSPECIFIED
 
     def or_else(self, other: ColorTags) -> ColorTags:
-        """These tags; those of `other` where these are unspecified."""
+        """Return these tags, with those of `other` where these are unspecified."""
         return ColorTags(
             _specified(self.primaries, other.primaries),
             _specified(self.transfer, other.transfer),
@@ -124,13 +131,14 @@ class ColorTags:
 
 
 def tags_of(described: av.VideoFrame | av.video.codeccontext.VideoCodecContext) -> ColorTags:
-    """What a frame or a stream says of its colours."""
+    """Colour tags of a frame or a stream."""
     return ColorTags(
         int(described.color_primaries), int(described.color_trc), int(described.colorspace)
     )
 
 
 def _specified(value: int, other: int) -> int:
+    """`value`, or `other` if it is unspecified or reserved."""
     if value != UNSPECIFIED and value not in RESERVED:
         return value
     return UNSPECIFIED if other in RESERVED else other
@@ -138,11 +146,11 @@ def _specified(value: int, other: int) -> int:
 
 @dataclass(frozen=True)
 class ColorConversion:
-    """What turns R'G'B' of a video into SDR BT.709."""
+    """Conversion of the R'G'B' of a video to SDR BT.709."""
 
     transfer: int
     primaries: int
-    unspecified_matrix: bool  # the file does not name its YUV matrix; it is that of BT.2020
+    unspecified_matrix: bool  # the file names no YUV matrix, which then is that of BT.2020
 
     @property
     def name(self) -> str:
@@ -151,10 +159,10 @@ class ColorConversion:
 
 
 def find_conversion(tags: ColorTags) -> ColorConversion | None:
-    """The conversion that a video needs; None for SDR whose primaries are (nearly) those of BT.709.
+    """Return the conversion that a video needs.
 
-    Raises Refused for what cannot be converted: unsupported_transfer, unsupported_primaries,
-    unsupported_matrix.
+    None for SDR with primaries equal or close to those of BT.709. Raises Refused with the reason
+    unsupported_transfer, unsupported_primaries or unsupported_matrix if it cannot be converted.
     """
     if tags.transfer not in TRANSFERS or tags.transfer in UNSUPPORTED_TRANSFERS:
         name = TRANSFERS.get(tags.transfer, f"number {tags.transfer}")
@@ -167,22 +175,23 @@ def find_conversion(tags: ColorTags) -> ColorConversion | None:
         raise Refused("unsupported_matrix", f"YUV matrix {name} cannot be converted to RGB")
     primaries = tags.primaries
     if primaries == UNSPECIFIED and (tags.transfer in (PQ, HLG) or tags.matrix == BT2020_MATRIX):
-        primaries = 9
+        primaries = BT2020_PRIMARIES
     if tags.transfer not in (PQ, HLG) and primaries in NEAR_BT709:
         return None
-    return ColorConversion(tags.transfer, primaries, tags.matrix == UNSPECIFIED and primaries == 9)
+    unspecified_matrix = tags.matrix == UNSPECIFIED and primaries == BT2020_PRIMARIES
+    return ColorConversion(tags.transfer, primaries, unspecified_matrix)
 
 
 def hdr_detail(conversion: ColorConversion) -> str:
-    """Why a video is refused where HDR is not wanted."""
+    """Detail of the rejection of a video if `video.hdr` is "reject"."""
     return f"transfer and primaries are {conversion.name}, and video.hdr = reject"
 
 
 def refuse_dolby_vision(codec_tag: str, has_metadata: bool, tags: ColorTags) -> None:
-    """Raise Refused (dolby_vision) when only Dolby Vision's own metadata say what the colours are.
+    """Raise Refused (dolby_vision) if only Dolby Vision's own metadata describe the colours.
 
-    That is profile 5 (IPTPQc2), which leaves the tags unspecified. Other profiles have a base layer
-    in PQ, HLG or SDR, which is tagged as such and converted like any other.
+    That is the case for profile 5 (IPTPQc2), which leaves the tags unspecified. Other profiles have
+    a base layer in PQ, HLG or SDR, which is tagged as such and converted like any other video.
     """
     if not has_metadata and codec_tag not in DOLBY_VISION_TAGS:
         return
@@ -194,7 +203,7 @@ def refuse_dolby_vision(codec_tag: str, has_metadata: bool, tags: ColorTags) -> 
 
 
 class SdrConverter:
-    """Converts R'G'B' pictures to SDR BT.709 by lookup tables and one matrix.
+    """Converts R'G'B' pictures to SDR BT.709 with lookup tables and one matrix.
 
     `white` is the value of the largest nominal signal (1.0) in the pictures.
     """
@@ -202,7 +211,7 @@ class SdrConverter:
     def __init__(self, conversion: ColorConversion, white: int) -> None:
         signal = np.minimum(np.arange(65536) / white, 1.0)
         self.to_linear = _linear_light(signal, conversion.transfer).astype(np.float32)
-        # indexed by the square root of linear light, whose steps near black are fine enough
+        # indexed by the square root of linear light, which has fine enough steps near black
         code = _encoded(np.linspace(0.0, 1.0, 65536) ** 2, conversion.transfer)
         self.to_code = np.round(code * 255).astype(np.uint8)
         self.luminance = rgb_to_xyz(conversion.primaries)[1].round(6).astype(np.float32)
@@ -213,20 +222,19 @@ class SdrConverter:
             self.display_gain = (gain * (HLG_PEAK_NITS / REFERENCE_WHITE_NITS)).astype(np.float32)
 
     def __call__(self, rgb_HWC: np.ndarray) -> np.ndarray:
-        """uint16 [H, W, 3] -> uint8 [H, W, 3]."""
+        """Convert a picture, uint16 [H, W, 3] -> uint8 [H, W, 3]."""
         out_HWC = np.empty(rgb_HWC.shape, np.uint8)
         for top in range(0, len(rgb_HWC), ROWS_AT_ONCE):
             rows = slice(top, top + ROWS_AT_ONCE)
-            out_HWC[rows] = self._convert(rgb_HWC[rows].reshape(-1, 3).T).T.reshape(
-                out_HWC[rows].shape
-            )
+            sdr_CN = self._convert(rgb_HWC[rows].reshape(-1, 3).T)
+            out_HWC[rows] = sdr_CN.T.reshape(out_HWC[rows].shape)
         return out_HWC
 
     def _convert(self, rgb_CN: np.ndarray) -> np.ndarray:
-        """uint16 [3, N] -> uint8 [3, N].
+        """Convert pixels, uint16 [3, N] -> uint8 [3, N].
 
-        All operations are exactly rounded, so results are equal on every processor. Those of BLAS
-        and of powers are not.
+        All operations are exactly rounded, so results are equal on every processor. BLAS and powers
+        would not guarantee that.
         """
         linear_CN = self.to_linear[np.ascontiguousarray(rgb_CN)]
         if self.display_gain is not None:
@@ -243,22 +251,26 @@ def _weighted(planes_CN: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _root_index(linear: np.ndarray) -> np.ndarray:
-    """Index into a table over the square root of linear light, which is clipped to 0 ... 1."""
+    """Table index of the square root of linear light, clipped to 0 ... 1."""
     root = np.sqrt(np.clip(linear, np.float32(0), np.float32(1)))
     return (root * np.float32(65535) + np.float32(0.5)).astype(np.uint16)
 
 
 def _linear_light(signal: np.ndarray, transfer: int) -> np.ndarray:
-    """Linear light of a signal in 0 ... 1; SDR white is 1. For HLG: scene light, at most 1."""
+    """Linear light of a signal in 0 ... 1. SDR white is 1. For HLG: scene light, at most 1."""
     if transfer == PQ:
-        m1, m2 = 2610 / 16384, 2523 / 4096 * 128
-        c1, c2, c3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
+        m1 = 2610 / 16384
+        m2 = 2523 / 4096 * 128
+        c1 = 3424 / 4096
+        c2 = 2413 / 4096 * 32
+        c3 = 2392 / 4096 * 32
         root = signal ** (1 / m2)
-        return (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1) * (
-            10000 / REFERENCE_WHITE_NITS
-        )
+        light = (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1)  # 1: 10000 nits
+        return light * (10000 / REFERENCE_WHITE_NITS)
     if transfer == HLG:
-        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        a = 0.17883277
+        b = 0.28466892
+        c = 0.55991073
         return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
     if transfer == 13:
         return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
@@ -266,19 +278,23 @@ def _linear_light(signal: np.ndarray, transfer: int) -> np.ndarray:
 
 
 def _encoded(linear: np.ndarray, transfer: int) -> np.ndarray:
-    """SDR signal of linear light, both 0 ... 1: by the source's curve if SDR, else by BT.1886."""
+    """SDR signal of linear light, both in 0 ... 1.
+
+    Uses the curve of the source if that is SDR, else BT.1886.
+    """
     if transfer == 13:
         return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
     return linear ** (1 / _gamma(transfer))
 
 
 def _gamma(transfer: int) -> float:
+    """Display gamma of an SDR transfer."""
     return {4: 2.2, 5: 2.8}.get(transfer, 2.4)
 
 
 @functools.cache
 def rgb_to_xyz(primaries: int) -> np.ndarray:
-    """Matrix [3, 3] from linear RGB with these primaries to CIE XYZ; white has Y = 1."""
+    """Matrix [3, 3] from linear RGB with these primaries to CIE XYZ. White has Y = 1."""
     *corners, white = CHROMATICITIES[primaries]
     columns = np.array([_xyz(x, y) for x, y in corners]).T
     return columns * np.linalg.solve(columns, _xyz(*white))
@@ -293,10 +309,12 @@ def to_bt709(primaries: int) -> np.ndarray:
     bradford = np.array(
         [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
     )
-    source, target = (bradford @ _xyz(*CHROMATICITIES[number][3]) for number in (primaries, 1))
+    source = bradford @ _xyz(*CHROMATICITIES[primaries][3])
+    target = bradford @ _xyz(*CHROMATICITIES[1][3])
     adaptation = np.linalg.inv(bradford) @ np.diag(target / source) @ bradford
     return np.linalg.inv(rgb_to_xyz(1)) @ adaptation @ rgb_to_xyz(primaries)
 
 
 def _xyz(x: float, y: float) -> np.ndarray:
+    """CIE XYZ of chromaticity coordinates, with Y = 1."""
     return np.array([x / y, 1.0, (1 - x - y) / y])

@@ -1,7 +1,7 @@
-"""Foreign video through PyAV: opened, looked at, its frames in order with their times, and as pictures.
+"""Access to source videos through PyAV: opening, probing, and their frames in display order.
 
-Everything here runs in a child process (`landiff.data_pipeline.video.pyav_child`). It imports av, numpy and the standard
-library alone.
+Everything here runs in a child process (`landiff.data_pipeline.video.pyav_child`). It imports only
+av, numpy and the standard library.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from landiff.data_pipeline.video.color import (
 )
 from landiff.data_pipeline.video.protocol import DecodeFailure, Refused, VideoInfo
 
-# What PyAV raises on damaged files besides its own errors (measured on mutated files). Anything else ends
-# the process, and the parent reports `decoder_died`.
+# Errors that PyAV raises on damaged files, its own and others (measured on mutated files). Any
+# other error ends the process, and the parent reports `decoder_died`.
 DECODER_ERRORS = (
     av.error.FFmpegError,
     ArithmeticError,
@@ -40,45 +40,55 @@ DECODER_ERRORS = (
     TypeError,
     ValueError,
 )
-LARGEST_CLOCK_ERROR_S = 1e-3
+MAX_CLOCK_ERROR_S = 1e-3
+# decoders that report damage only in their log
 LOGGING_CODECS = frozenset(
     ("hevc", "mjpeg", "libvpx", "libvpx-vp9", "vp8", "vp9", "av1", "libdav1d")
 )
-# libvpx refuses pictures whose data end too early or too late; FFmpeg's own decoders show what comes out.
-# It costs 1.2 times their CPU.
-STRICT = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-REORDERED = 5  # frames between decoding and showing, at most, as encoders set it
-MOST_B_FRAMES = 17  # in a row, of x264 and x265
-NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS, a flag of containers: raw streams
-DISPLAY_STAMPED = frozenset(("mpegts", "mpeg"))  # their timestamps are display times by definition
-CLOCK_PACKETS = 64  # read to find out whether timestamps are display times
+# libvpx rejects pictures whose data ends too early or too late, where FFmpeg's own decoders return
+# damaged frames. It takes 1.2 times the CPU time.
+STRICT_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+MAX_REORDERED = 5  # frames between decoding and display, as encoders set it
+MAX_B_FRAMES = 17  # in a row, of x264 and x265
+NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS, a flag of raw stream formats
+DISPLAY_STAMPED = frozenset(("mpegts", "mpeg"))  # formats whose timestamps are display times
+CLOCK_PACKETS = 64  # packets that are read to find out whether timestamps are display times
 DEINTERLACER = "bwdif"
 DOLBY_VISION = frozenset((SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER))
+
+TimedFrame = tuple[float, av.VideoFrame | None]  # display time in s; None: the end of the video
+JudgedFrame = tuple[float, av.VideoFrame | None, bool]  # with whether the frame may be damaged
 
 
 class ByteRange(io.RawIOBase):
     """The bytes [offset, offset + size) of a file, as a file."""
 
     def __init__(self, file: io.RawIOBase, offset: int, size: int) -> None:
-        self.file, self.offset = file, offset
+        self.file = file
+        self.offset = offset
         self.size = size if size >= 0 else file.seek(0, os.SEEK_END) - offset
         self.position = 0
 
     def readable(self) -> bool:
+        """Whether the file can be read."""
         return True
 
     def seekable(self) -> bool:
+        """Whether the file supports `seek`."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position in the range."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         self.position = max(0, base + offset)
         return self.position
 
     def tell(self) -> int:
+        """Return the position in the range."""
         return self.position
 
     def read(self, count: int = -1) -> bytes:
+        """Read up to `count` bytes, all that are left if it is negative."""
         left = max(0, self.size - self.position)
         count = left if count < 0 else min(count, left)
         data = os.pread(self.file.fileno(), count, self.offset + self.position)
@@ -88,16 +98,16 @@ class ByteRange(io.RawIOBase):
 
 @dataclass
 class Video:
-    """An open container, its first real video stream, and the decoder for it."""
+    """An open container with its first real video stream and the decoder for it."""
 
     container: av.container.InputContainer
     stream: av.video.stream.VideoStream
     context: av.video.codeccontext.VideoCodecContext
-    turn: int | None = None  # degrees, where the frames of `context` don't say
-    lacks: bool = False  # the container itself saw that something is missing: a lost packet of MPEG-TS, a file cut off
+    rotation: int | None = None  # degrees, if the frames of `context` do not carry it
+    is_incomplete: bool = False  # the container reports missing data, e.g. lost MPEG-TS packets
     tags: ColorTags = ColorTags()  # of the container; frames may have their own
-    slots: DisplaySlots | None = None  # where the container's timestamps are in decoding order
-    _packets: Iterator[av.Packet] | None = None  # those that were looked at, and what follows them
+    slots: DisplaySlots | None = None  # if the container's timestamps are in decoding order
+    _packets: Iterator[av.Packet] | None = None  # all packets, if some were already read
 
     def __enter__(self) -> Video:
         return self
@@ -106,24 +116,28 @@ class Video:
         self.container.close()
 
     def frames(self) -> Iterator[av.VideoFrame]:
-        """From where the container stands, in the order of showing. Raises one of DECODER_ERRORS."""
+        """Yield frames in display order, from the current position of the container.
+
+        Raises one of DECODER_ERRORS.
+        """
         for packet in self.packets():
-            self.lacks = self.lacks or packet.is_corrupt
-            if self.turn is None and self.context is not self.stream.codec_context:
-                picture = first_picture(packet)  # the stream's own decoder is told how it is turned
-                self.turn = picture and round(picture.rotation) % 360
+            self.is_incomplete = self.is_incomplete or packet.is_corrupt
+            if self.rotation is None and self.context is not self.stream.codec_context:
+                # only the stream's own decoder receives the rotation
+                self.rotation = self._rotation_in(packet)
             if self.slots is None:
                 yield from self.context.decode(packet)
             else:
                 yield from self.slots.displayed(packet, self.context.decode(packet))
 
     def packets(self) -> Iterator[av.Packet]:
-        """From where the container stands, in the order of decoding."""
-        packets, self._packets = self._packets, None
+        """Yield packets in decoding order, from the current position of the container."""
+        packets = self._packets
+        self._packets = None
         yield from packets or self.container.demux(self.stream)
 
     def find_clock(self) -> None:
-        """Set `slots` if timestamps only rise, as in AVI, although frames are reordered."""
+        """Set `slots` if frames are reordered although timestamps only rise, as in AVI."""
         depth = self.stream.codec_context.reorder_depth
         if not depth or self.container.format.name in DISPLAY_STAMPED:
             return
@@ -144,7 +158,7 @@ class Video:
             self.slots = DisplaySlots(depth)
 
     def seek(self, pts: int) -> None:
-        """Go to a key frame that is not shown later than `pts`. Raises SeekFailed."""
+        """Seek to a key frame that is not displayed later than `pts`. Raises SeekFailed."""
         self._packets = None
         if self.slots is not None:
             self.slots.clear()
@@ -156,21 +170,25 @@ class Video:
             self.context.flush_buffers()
 
     def conversion_of(self, frame: av.VideoFrame) -> ColorConversion | None:
-        """What turns the colours of a frame into SDR BT.709. Raises Refused when nothing does."""
+        """Return the conversion of a frame to SDR BT.709, None if it needs none.
+
+        Raises Refused if its colours cannot be converted.
+        """
         tags = tags_of(frame).or_else(self.tags)
         has_metadata = any(data.type in DOLBY_VISION for data in frame.side_data)
         refuse_dolby_vision(self.stream.codec_context.codec_tag, has_metadata, tags)
         return find_conversion(tags)
 
     def is_interlaced(self, frame: av.VideoFrame) -> bool:
-        """Whether a frame is made of fields. In PNG the flag means the order of the pixels."""
+        """Whether a frame consists of fields."""
+        # in PNG the flag stands for the order of pixels in the file
         return frame.interlaced_frame and self.context.name not in ("png", "apng")
 
     def check_interlaced(self, frame: av.VideoFrame, handling: str) -> bool:
         """Whether a frame has to be deinterlaced.
 
-        Raises Refused: field_coded where that is not possible, interlaced where `handling` is
-        "reject".
+        Raises Refused with the reason field_coded if that is not possible, and with the reason
+        interlaced if `handling` is "reject".
         """
         if not self.is_interlaced(frame):
             return False
@@ -180,38 +198,49 @@ class Video:
             raise Refused("interlaced", "its frames hold two fields, and video.interlaced = reject")
         return True
 
-    def turn_of(self, frame: av.VideoFrame) -> int:
-        """By how many degrees the frame is shown turned."""
-        return round(frame.rotation) % 360 if self.turn is None else self.turn
+    def rotation_of(self, frame: av.VideoFrame) -> int:
+        """Rotation with which a frame is displayed, in degrees."""
+        return round(frame.rotation) % 360 if self.rotation is None else self.rotation
 
-    def pixel_aspect(self, turn: int) -> tuple[float, float]:
-        """(height, width) of a pixel as shown, the other way round for a video that is turned by a quarter."""
+    def pixel_size(self, rotation: int) -> tuple[float, float]:
+        """Relative (height, width) of a pixel as displayed."""
         aspect = float(self.stream.codec_context.sample_aspect_ratio or 1) or 1.0
-        return (aspect, 1.0) if turn % 180 else (1.0, aspect)
+        return (aspect, 1.0) if rotation % 180 else (1.0, aspect)
 
-    def shown_aspect(self, frame: av.VideoFrame) -> float:
+    def display_aspect(self, frame: av.VideoFrame) -> float:
         """Width / height of the picture as a player shows it."""
-        turn = self.turn_of(frame)
-        height, width = (frame.width, frame.height) if turn % 180 else (frame.height, frame.width)
-        pixel = self.pixel_aspect(turn)
-        return width * pixel[1] / (height * pixel[0])
+        rotation = self.rotation_of(frame)
+        height, width = frame.height, frame.width
+        if rotation % 180:
+            height, width = width, height
+        pixel_height, pixel_width = self.pixel_size(rotation)
+        return width * pixel_width / (height * pixel_height)
+
+    def _rotation_in(self, packet: av.Packet) -> int | None:
+        """Rotation of a packet's first frame, None if the packet gives no frame."""
+        frame, is_damaged = first_picture(packet)
+        if is_damaged:
+            return 0
+        return None if frame is None else round(frame.rotation) % 360
 
 
 def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> Video:
-    """The first real video stream of a file, to be decoded by the decoder that notices most damage, or else by the usual one.
+    """Open the first real video stream of a file.
 
-    Raises Refused, or one of DECODER_ERRORS.
+    `strict` selects the decoder that reports the most damage. Raises Refused, or one of
+    DECODER_ERRORS.
     """
-    # No protocol may be opened from inside a file: playlists would read other files and the network.
+    # A file must not open a protocol: playlists would read other files and the network.
     container = av.open(
         file, mode="r", container_options={"protocol_whitelist": "none"}, metadata_errors="replace"
     )
     if not container.streams.video:
         raise Refused("no_video_stream")
-    pictures = av.stream.Disposition.attached_pic
-    stream = next((s for s in container.streams.video if not s.disposition & pictures), None)
-    if stream is None:
+    cover_art = av.stream.Disposition.attached_pic
+    streams = [one for one in container.streams.video if not one.disposition & cover_art]
+    if not streams:
         raise Refused("cover_art_only")
+    stream = streams[0]
     context = stream.codec_context
     if context is None:
         raise Refused("unknown_codec")
@@ -219,71 +248,93 @@ def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> V
         raise Refused("no_dimensions")
     if context.width * context.height > max_pixels:
         raise Refused("too_large", f"{context.width}x{context.height}")
-    # PyAV's libvpx does not decode pictures of more than 8 bits.
-    other = None
+    strict_name = None
+    # PyAV's libvpx does not decode pictures of more than 8 bits
     if strict and context.format is not None and context.format.components[0].bits == 8:
-        other = STRICT.get(context.name)
-    if other in av.codec.codecs_available:
-        context = av.codec.CodecContext.create(other, "r")
+        strict_name = STRICT_DECODERS.get(context.name)
+    if strict_name in av.codec.codecs_available:
+        context = av.codec.CodecContext.create(strict_name, "r")
         context.extradata = stream.codec_context.extradata
     for one in {context, stream.codec_context}:
-        # The picture may be larger than the container says. HEVC may bring checksums of its pictures.
+        # A picture may be larger than the container says. HEVC may carry checksums of pictures.
         one.options = {"max_pixels": str(max_pixels), "err_detect": "crccheck"}
-        one.thread_count, one.thread_type = (
-            1,
-            "NONE",
-        )  # frame threads would blur where damage begins
+        # with frame threads it would be unclear which frame is damaged
+        one.thread_count = 1
+        one.thread_type = "NONE"
     video = Video(container, stream, context, tags=tags_of(stream.codec_context))
     video.find_clock()
     return video
 
 
 def probe(file: io.RawIOBase, max_pixels: int, hdr: str, interlaced: str) -> VideoInfo:
-    """Size, rate and duration of a video, and the conversions that its first picture needs.
+    """Read size, rate and duration of a video, and the conversions that its first picture needs.
 
     Only the first picture is decoded. Raises Refused, or one of DECODER_ERRORS.
     """
     with open_video(file, max_pixels, strict=False) as video:
-        context, base = video.context, video.stream.time_base
+        context = video.context
+        time_base = video.stream.time_base
         rate = frame_rate(video)
-        aspect = context.width * video.pixel_aspect(0)[1] / context.height
+        frame_ticks = 1 / (rate * time_base) if rate else 0.0
+        aspect = context.width * video.pixel_size(0)[1] / context.height
         conversions: tuple[str, ...] = ()
-        first = last = picture = None
-        unstamped = 0.0  # in ticks: what packets without a timestamp last
+        searching = True  # for the first picture
+        extent = PacketExtent()
         for packet in video.packets():
             if packet.is_discard:
                 continue
-            length = packet.duration or (1 / (rate * base) if rate else 0)
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if stamp is None:
-                if packet.size:  # the last packet is empty: it flushes the decoder
-                    unstamped += length
-            else:
-                first = stamp if first is None else min(first, stamp)
-                last = stamp + length if last is None else max(last, stamp + length)
-            if picture is None:
-                picture = first_picture(packet)
-                if picture:
-                    aspect = video.shown_aspect(picture)
+            extent.add(packet, default_ticks=frame_ticks)
+            if searching:
+                picture, is_damaged = first_picture(packet)
+                searching = picture is None and not is_damaged
+                if picture is not None:
+                    aspect = video.display_aspect(picture)
                     conversions = needed_conversions(video, picture, hdr, interlaced)
-        ticks = unstamped if first is None else last - first
         return VideoInfo(
-            context.width,
-            context.height,
-            rate,
-            context.name,
-            float(ticks * base),
-            aspect,
-            conversions,
+            width=context.width,
+            height=context.height,
+            fps=rate,
+            codec=context.name,
+            duration_s=float(extent.ticks * time_base),
+            aspect=aspect,
+            conversions=conversions,
         )
 
 
+@dataclass
+class PacketExtent:
+    """Time span that packets cover, in ticks of their time base."""
+
+    first: float | None = None  # start of the earliest packet
+    last: float = 0.0  # end of the latest packet
+    unstamped: float = 0.0  # total duration of packets without a timestamp
+
+    def add(self, packet: av.Packet, default_ticks: float) -> None:
+        """Include a packet. `default_ticks` is its duration if it has none."""
+        duration = packet.duration or default_ticks
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if stamp is None:
+            if packet.size:  # the last packet is empty, it flushes the decoder
+                self.unstamped += duration
+        elif self.first is None:
+            self.first = stamp
+            self.last = stamp + duration
+        else:
+            self.first = min(self.first, stamp)
+            self.last = max(self.last, stamp + duration)
+
+    @property
+    def ticks(self) -> float:
+        """Length of the span. Without any timestamp, the sum of the durations."""
+        return self.unstamped if self.first is None else self.last - self.first
+
+
 def frame_rate(video: Video) -> float:
-    """Frames per second as the file says, 0.0 where it doesn't. Raises Refused (no_timestamps)."""
+    """Frames per second according to the file, 0.0 if unknown. Raises Refused (no_timestamps)."""
     stream = video.stream
     if not video.container.format.flags & NO_TIMESTAMPS:
         return float(stream.average_rate or stream.guessed_rate or 0)
-    # libavformat takes 25 for a raw stream whatever the stream says
+    # libavformat assumes 25 for a raw stream, whatever the stream says
     rate = stream.codec_context.framerate
     if not rate:
         raise Refused(
@@ -299,7 +350,7 @@ def needed_conversions(
 ) -> tuple[str, ...]:
     """Names of the conversions that a frame needs.
 
-    Raises Refused for what is not possible, or where `hdr` or `interlaced` is "reject".
+    Raises Refused for a conversion that is not possible, or that `hdr` or `interlaced` rejects.
     """
     names = []
     conversion = video.conversion_of(frame)
@@ -312,117 +363,119 @@ def needed_conversions(
     return tuple(names)
 
 
-def first_picture(packet: av.Packet) -> av.VideoFrame | bool | None:
-    """A frame by the stream's own decoder, None when it needs more packets, False when the packet is damaged: decoding will tell."""
+def first_picture(packet: av.Packet) -> tuple[av.VideoFrame | None, bool]:
+    """Decode a packet with the stream's own decoder.
+
+    Returns the first frame, None if the decoder needs more packets, and whether the packet is
+    damaged.
+    """
     try:
-        return next(iter(packet.decode()), None)
+        return next(iter(packet.decode()), None), False
     except DECODER_ERRORS:
-        return False
+        return None, True
 
 
 class SeekFailed(Exception):
-    """A seek came out behind the wanted place."""
+    """A seek ended after the requested time."""
 
 
-def timed_frames(
-    video: Video, skip_to_s: float = 0.0
-) -> Iterator[tuple[float, av.VideoFrame | None]]:
-    """(seconds since the first frame, frame) in order; ends with (end of the last frame, None).
+def timed_frames(video: Video, skip_to_s: float = 0.0) -> Iterator[TimedFrame]:
+    """Yield (seconds since the first frame, frame) in order, then (end of the last frame, None).
 
-    `skip_to_s`: leave out most of what comes before, but for the first frame. Raises SeekFailed.
+    With `skip_to_s`, most frames before that time are skipped, but not the first one. Raises
+    SeekFailed.
     """
     stream = video.stream
-    length = 1 / float(stream.average_rate or stream.guessed_rate or 24)
-    origin = now = None
+    duration = 1 / float(stream.average_rate or stream.guessed_rate or 24)  # of the current frame
+    origin: float | None = None  # timestamp of the first frame
+    now = 0.0
     if skip_to_s > 0:
         first = next(video.frames(), None)
         if first is None or first.pts is None:
             raise SeekFailed
-        origin, now = float(first.pts * stream.time_base), 0.0
+        origin = float(first.pts * stream.time_base)
         yield now, first
         video.seek(first.pts + int(skip_to_s / stream.time_base))
-    landed = skip_to_s <= 0
+    has_landed = skip_to_s <= 0
     for frame in video.frames():
-        if not landed:
-            landed = (
-                frame.pts is not None and float(frame.pts * stream.time_base) - origin <= skip_to_s
-            )
-            if not landed:
+        stamp = None if frame.pts is None else float(frame.pts * stream.time_base)
+        if not has_landed:
+            if origin is None or stamp is None or stamp - origin > skip_to_s:
                 raise SeekFailed
-        stamp = float(frame.pts * stream.time_base) if frame.pts is not None else None
+            has_landed = True
         if origin is None:
-            origin, now = stamp or 0.0, 0.0
-        elif (
-            stamp is None or stamp - origin <= now
-        ):  # no clock, or one that runs backwards: count frames
-            now += length
+            origin = stamp or 0.0
+        elif stamp is None or stamp - origin <= now:
+            now += duration  # without a valid timestamp, frames are counted
         else:
             now = stamp - origin
         if frame.duration:
-            length = float(frame.duration * stream.time_base)
+            duration = float(frame.duration * stream.time_base)
         yield now, frame
-    if now is not None:
-        yield now + length, None
+    if origin is not None:
+        yield now + duration, None
 
 
-def marked_frames(
-    video: Video, frames: Iterator[tuple[float, av.VideoFrame | None]]
-) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
-    """The same with: whether container or decoder noticed damage.
+def flag_damage(video: Video, frames: Iterator[TimedFrame]) -> Iterator[JudgedFrame]:
+    """Add to each frame whether the container or the decoder reported damage.
 
-    libavcodec conceals damage. `is_corrupt` is its trace in H.264, MPEG-1, -2 and -4; other decoders leave none
-    but a line in the log, when they notice at all (measured: benchmarks/damage.py).
+    libavcodec conceals damage. The decoders of H.264 and MPEG-1, -2 and -4 set `is_corrupt`. The
+    others write at most a line to the log (measured: benchmarks/damage.py).
     """
     if video.context.name not in LOGGING_CODECS:
-        yield from (
-            (now, frame, frame is not None and (frame.is_corrupt or video.lacks))
-            for now, frame in frames
-        )
+        for now, frame in frames:
+            yield now, frame, frame is not None and (frame.is_corrupt or video.is_incomplete)
         return
-    doubted = 0
+    suspect_frames = 0  # frames to come that a logged error may be about
     while True:
         with av.logging.Capture(True) as lines:
             item = next(frames, None)
         if item is None:
             return
         if any(level <= av.logging.ERROR for level, _, _ in lines):
-            doubted = (
-                REORDERED  # the line comes when a picture is decoded, the picture some frames later
-            )
+            # the error is logged when a picture is decoded, some frames before it is displayed
+            suspect_frames = MAX_REORDERED
         now, frame = item
-        yield now, frame, frame is not None and (frame.is_corrupt or video.lacks or doubted > 0)
-        doubted = max(0, doubted - 1)
+        is_damaged = frame is not None and (
+            frame.is_corrupt or video.is_incomplete or suspect_frames > 0
+        )
+        yield now, frame, is_damaged
+        suspect_frames = max(0, suspect_frames - 1)
 
 
-def judged_frames(
-    frames: Iterator[tuple[float, av.VideoFrame | None, bool]],
-) -> Iterator[tuple[float, av.VideoFrame | None, bool]]:
-    """The same, with damage where it spreads to: everything after it, and the B-frames just before it.
+def spread_damage(frames: Iterator[JudgedFrame]) -> Iterator[JudgedFrame]:
+    """Extend damage to all frames that it may affect.
 
-    A key frame is no new beginning: of files with damage that was noticed, one in four has more that was not.
+    These are all later frames, and the B-frames just before the damaged frame. A key frame does not
+    end the damage: one in four files with reported damage has further damage that is not reported.
     """
-    group: list[tuple[float, av.VideoFrame | None]] = []
-    suspect = False
-    for now, frame, corrupt in frames:
+    group: list[TimedFrame] = []
+    is_suspect = False
+    for now, frame, is_damaged in frames:
         group.append((now, frame))
-        suspect = suspect or corrupt
-        if frame is None or frame.pict_type != PictureType.B or len(group) == MOST_B_FRAMES:
-            yield from ((when, member, suspect) for when, member in group)
+        is_suspect = is_suspect or is_damaged
+        if frame is None or frame.pict_type != PictureType.B or len(group) == MAX_B_FRAMES:
+            for time, member in group:
+                yield time, member, is_suspect
             group = []
 
 
 def failure_of(error: BaseException) -> DecodeFailure:
-    """The short code of what a decoder raised."""
+    """Convert an error of a decoder to a failure with a short reason."""
     if isinstance(error, Refused):
         return error.failure
-    codes = {
+    reasons = {
         MemoryError: "out_of_memory",
         EOFError: "truncated",
         av.error.InvalidDataError: "invalid_data",
     }
-    reason = next((code for kind, code in codes.items() if isinstance(error, kind)), "undecodable")
+    reason = "undecodable"
+    for kind, kind_reason in reasons.items():
+        if isinstance(error, kind):
+            reason = kind_reason
+            break
     text = str(error)
     if isinstance(error, av.error.FFmpegError):
-        # str(error) ends with the last line of FFmpeg's log, which depends on how its threads ran
+        # str(error) ends with the last line of FFmpeg's log, which depends on thread timing
         text = f"[Errno {error.errno}] {error.strerror}"
     return DecodeFailure(reason, " ".join(f"{type(error).__name__}: {text}".split())[:160])

@@ -1,4 +1,4 @@
-"""A decoder in a child process, as its parent sees it: started, asked, replaced when it dies or hangs."""
+"""A decoder in a child process, as seen from its parent: starts it, sends requests, replaces it."""
 
 from __future__ import annotations
 
@@ -28,62 +28,68 @@ from landiff.data_pipeline.video.protocol import (
 
 Backend = Literal["pyav", "decord"]
 START_TIMEOUT_S = 60.0
-AGE = frozenset(("decoder_died", "out_of_memory"))  # may be due to what came before
-MOST_SPARE = 4  # shared memories that wait for their next use
+# failures that earlier requests of the same child may have caused
+RETRIED_FAILURES = frozenset(("decoder_died", "out_of_memory"))
+MAX_SPARE = 4  # shared memory files kept for reuse
 
 
 class SharedMemory:
-    """Memory files that children write and this process reads, used again when nobody holds their frames any more."""
+    """Memory files that children write and this process reads.
+
+    A file is reused once no array refers to it.
+    """
 
     def __init__(self) -> None:
         self._spare: deque[int] = deque()
-        self._room = MOST_SPARE
+        self._max_spare = MAX_SPARE
 
     def take(self) -> int:
+        """Return the file descriptor of an unused memory file."""
         try:
             return self._spare.pop()
         except IndexError:
             return os.memfd_create("landiff-frames")
 
     def give_back(self, fd: int) -> None:
-        if len(self._spare) < self._room:
+        """Keep a memory file for reuse, or close it."""
+        if len(self._spare) < self._max_spare:
             self._spare.append(fd)
         else:
             os.close(fd)
 
     def frames(self, fd: int, shape: Sequence[int]) -> np.ndarray:
-        """The file as uint8 of this shape; it is given back when the last view of the array is gone."""
+        """View a file as a uint8 array. The file is given back when its last view is deleted."""
         memory = mmap.mmap(fd, int(np.prod(shape)))
         weakref.finalize(memory, self.give_back, fd).atexit = False
         return np.frombuffer(memory, np.uint8).reshape(shape)
 
     def close(self) -> None:
-        self._room = 0
+        """Close unused files now, and the others once they are given back."""
+        self._max_spare = 0
         while self._spare:
             os.close(self._spare.pop())
 
 
 class DecoderProcess:
-    """One long-lived child that decodes.
+    """A long-lived child process that decodes.
 
-    It is replaced when it dies, exceeds `timeout_s`, and every `recycle` requests, between groups. What an old child died of, or
-    had no memory for, is asked of a new one: so the answer is the file's, and not what other files left behind. It
-    ends with its parent. Not for use by two threads at once.
+    The child is replaced when it dies, when it exceeds `timeout_s`, and after `recycle` requests,
+    but not within a group of requests. If a child that has answered other requests dies or runs out
+    of memory, a new child answers the request again, so that the answer depends on the file alone.
+    The child ends with its parent. Not thread-safe.
     """
 
     def __init__(
         self, backend: Backend, *, timeout_s: float, memory_limit: int, recycle: int
     ) -> None:
-        self.backend, self.timeout_s, self.memory_limit, self.recycle = (
-            backend,
-            timeout_s,
-            memory_limit,
-            recycle,
-        )
+        self.backend = backend
+        self.timeout_s = timeout_s
+        self.memory_limit = memory_limit
+        self.recycle = recycle
         self.starts = 0  # children started so far
-        self.cpu_s = 0.0  # processor time of all answers
+        self.cpu_s = 0.0  # CPU time of all answers
         self.shared = SharedMemory()
-        self._served = 0  # requests of this child
+        self._served = 0  # requests sent to the current child
         self._group = 0  # of the last request
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
@@ -91,11 +97,11 @@ class DecoderProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the child, where one runs."""
+        """Process ID of the child, None if none is running."""
         return self._child.pid if self._child else None
 
     def close(self) -> None:
-        """End the child and free the shared memory that nobody holds."""
+        """Stop the child and free unused shared memory."""
         self._stop()
         self.shared.close()
         if self._input >= 0:
@@ -103,7 +109,7 @@ class DecoderProcess:
         self._input = -1
 
     def put(self, video: bytes) -> None:
-        """The bytes that the next request without a path is about."""
+        """Store the bytes of a video. The next request without a path is about them."""
         os.ftruncate(self._input, len(video))
         view = memoryview(video)
         written = 0
@@ -111,13 +117,11 @@ class DecoderProcess:
             written += os.pwrite(self._input, view[written:], written)
 
     def ask(self, request: DecodeRequest) -> tuple[DecodeResponse, np.ndarray | None]:
-        """The answer, and the frames that belong to it: uint8 of `DecodeResponse.shape`."""
+        """Return the answer to a request and its frames, uint8 of `DecodeResponse.shape`."""
         memory = self.shared.take()
         try:
             response = self._ask(request, memory)
-            if self._served > 1 and any(
-                failure and failure.reason in AGE for failure in (response.failure, *response.spans)
-            ):
+            if self._served > 1 and _may_succeed_in_new_child(response):
                 self._stop()
                 response = self._ask(request, memory)
         except BaseException:
@@ -130,62 +134,78 @@ class DecoderProcess:
         return response, None
 
     def _ask(self, request: DecodeRequest, memory: int) -> DecodeResponse:
-        # not within a group: a new child would look for the place, and see less of the damage before it
-        goes_on = request.path and request.group == self._group
-        if self._child is None or (self._served >= self.recycle and not goes_on):
-            self._stop()
-            self._start()
+        """Send a request to the child and wait for its answer."""
+        child, connection = self._child_for(request)
         self._served += 1
         self._group = request.group
         try:
-            self._connection.settimeout(self.timeout_s)
-            send(self._connection, asdict(request), (memory,))
-            message, _ = receive(self._connection, time.monotonic() + self.timeout_s)
+            connection.settimeout(self.timeout_s)
+            send(connection, asdict(request), (memory,))
+            message, _ = receive(connection, time.monotonic() + self.timeout_s)
         except TimeoutError:
             self._stop()
-            return DecodeResponse(
-                failure=DecodeFailure("timeout", f"more than {self.timeout_s:g} s")
-            )
+            failure = DecodeFailure("timeout", f"more than {self.timeout_s:g} s")
+            return DecodeResponse(failure=failure)
         except (EOFError, ConnectionError):
-            code = self._child.wait()
+            code = child.wait()
             self._stop()
-            return DecodeResponse(
-                failure=DecodeFailure(
-                    "decoder_died", signal.Signals(-code).name if code < 0 else f"exit {code}"
-                )
-            )
+            detail = signal.Signals(-code).name if code < 0 else f"exit {code}"
+            return DecodeResponse(failure=DecodeFailure("decoder_died", detail))
         return DecodeResponse.from_json(message)
 
+    def _child_for(self, request: DecodeRequest) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Return the child that answers a request, started or replaced if necessary."""
+        # A child is not replaced within a group: a new one would seek to the place, and notice
+        # less of the damage before it.
+        in_group = request.path and request.group == self._group
+        if self._served >= self.recycle and not in_group:
+            self._stop()
+        if self._child is None:
+            self._start()
+        assert self._child is not None and self._connection is not None
+        return self._child, self._connection
+
     def _start(self) -> None:
+        """Start a child and wait until it is ready."""
         ours, theirs = socket.socketpair()
-        numbers = (os.getpid(), self.memory_limit, theirs.fileno(), self._input)
-        # the root comes last, so that nothing of the project shadows a package; -P: nor does the working folder
+        arguments = (os.getpid(), self.memory_limit, theirs.fileno(), self._input)
+        # IMPORT_ROOT is last in sys.path, so that no module of the project shadows a package. With
+        # -P, none of the working directory does either.
+        add_path = f"import sys; sys.path.append({str(IMPORT_ROOT)!r})"
         module = f"landiff.data_pipeline.video.{self.backend}_child"
-        code = f"import sys; sys.path.append({str(IMPORT_ROOT)!r}); from {module} import main; main{numbers}"
-        command = [sys.executable, "-P", "-c", code]
-        # what a library prints goes nowhere
+        code = f"{add_path}; from {module} import main; main{arguments}"
         self._child = subprocess.Popen(
-            command,
+            [sys.executable, "-P", "-c", code],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # libraries print to it
             stderr=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), self._input),
         )
         theirs.close()
-        self._connection, self._served = ours, 0
+        self._connection = ours
+        self._served = 0
         self.starts += 1
         try:
             receive(ours, time.monotonic() + START_TIMEOUT_S)
         except (EOFError, ConnectionError, TimeoutError):
             self._stop()
             raise RuntimeError(
-                f"the decoder process does not start; to see why, run: {sys.executable} -P -c "
-                f"'import sys; sys.path.append({str(IMPORT_ROOT)!r}); import {module}'"
+                "the decoder process does not start; to see the error, run: "
+                f"{sys.executable} -P -c '{add_path}; import {module}'"
             ) from None
 
     def _stop(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            child.kill()
-            child.wait()
+        """Kill the child, if one is running."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        if self._connection is not None:
             self._connection.close()
+        self._child = None
+        self._connection = None
+
+
+def _may_succeed_in_new_child(response: DecodeResponse) -> bool:
+    """Whether a failure may be due to earlier requests of the same child."""
+    failures = [response.failure, *response.spans]
+    return any(failure is not None and failure.reason in RETRIED_FAILURES for failure in failures)

@@ -1,10 +1,13 @@
-"""How a process asks another one for frames, and what the other one does to be harmless.
+"""Protocol between a process and its decoder process, and the server loop of the latter.
 
-A decoder may crash, hang or eat memory, whatever is told about its input. So each works in a child process
-(`landiff.data_pipeline.video.process` starts it), which serves one request after the other: a JSON message in
-(`DecodeRequest`), a JSON message out (`DecodeResponse`), over a pair of sockets. The bytes of a video that has no path lie
-in a shared memory file; frames come back in another one, which travels with the request. Imports numpy and the
-standard library alone: children start in a fraction of a second.
+A decoder may crash, hang or exhaust memory, whatever its input claims to be. So each decoder runs
+in a child process (started by `landiff.data_pipeline.video.process`), which answers one request
+after the other: a JSON message in (`DecodeRequest`), a JSON message out (`DecodeResponse`), over a
+socket pair. The bytes of a video without a path lie in a shared memory file. Frames are returned in
+another one, whose file descriptor is sent with the request.
+
+Imports only numpy and the standard library, so that child processes start in a fraction of a
+second.
 """
 
 from __future__ import annotations
@@ -20,69 +23,82 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
-HEADER = struct.Struct("<Q")  # bytes of the message that follows
-GRACE_S = 5  # beyond the time limit: then the child ends by itself
+HEADER = struct.Struct("<Q")  # size in bytes of the message that follows
+GRACE_S = 5  # after the time limit, before the child ends itself
+NO_CROP = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """One video and what is wanted from it.
+    """A request about one video.
 
-    "probe": a look; "decode": spans of frames by time; "scan": small pictures of all frames; "clip": all frames.
+    `kind` is one of:
+        probe: size, rate and duration, without frames
+        decode: spans of frames by time
+        scan: small pictures of all frames
+        clip: all frames
     """
 
     kind: str = "probe"
     path: str = ""  # "": the bytes lie in the shared input file
-    offset: int = 0  # first byte of the video inside the file
+    offset: int = 0  # first byte of the video in the file
     size: int = -1  # bytes; -1: up to the end of the file
-    starts_s: tuple[float, ...] = ()  # where spans start, counted from the first frame
+    starts_s: tuple[float, ...] = ()  # start times of the spans, relative to the first frame
     num_frames: int = 0  # of each span
     fps: float = 0.0
     height: int = 0
     width: int = 0
-    crop: tuple[float, float, float, float] = (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )  # share of the shown picture to cut off: left, top, right, bottom
-    first: int = 0  # scan: number of the first frame
-    count: int = 0  # scan: frames at most
+    crop: tuple[float, float, float, float] = NO_CROP  # fractions cut off: left, top, right, bottom
+    first: int = 0  # scan: index of the first frame
+    count: int = 0  # scan: maximum number of frames
     keyframes: bool = False  # scan: key frames only
-    hdr: str = "convert"  # or "reject": what happens to HDR and wide-gamut video
+    hdr: str = "convert"  # or "reject": handling of HDR and wide-gamut video
     interlaced: str = "convert"  # or "reject"
-    group: int = 0  # requests of one group go on in a file where the one before ended
+    group: int = 0  # requests of one group continue in a file where the previous one ended
     max_pixels: int = 4096 * 2304
     timeout_s: float = 60.0
+
+    @classmethod
+    def from_json(cls, message: dict[str, Any]) -> DecodeRequest:
+        """Build a request from its JSON message, in which tuples are lists."""
+        values = dict(message)
+        for name, value in message.items():
+            if isinstance(value, list):
+                values[name] = tuple(value)
+        return cls(**values)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the container says, but `duration_s`, which is counted from the packets (containers lie)."""
+    """Properties of a video according to its container.
+
+    `duration_s` is computed from the packets, because containers are often wrong about it.
+    """
 
     width: int
     height: int
     fps: float
     codec: str
     duration_s: float
-    aspect: float = 0.0  # width / height as shown: turned, pixels square
-    conversions: tuple[str, ...] = ()  # that its first frame needs: "smpte2084/bt2020", "bwdif"
+    aspect: float = 0.0  # width / height as displayed: rotated, with square pixels
+    conversions: tuple[str, ...] = ()  # needed by the first frame: "smpte2084/bt2020", "bwdif"
 
 
 @dataclass(frozen=True)
 class DecodeFailure:
-    """Why there are no frames: a short code that can be counted, and the detail."""
+    """Why there are no frames."""
 
-    reason: str
+    reason: str  # short code; failures are counted by it
     detail: str = ""
 
 
 class Refused(ValueError):
-    """A video that is understood and not wanted."""
+    """A video that can be decoded but is not accepted."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -91,83 +107,102 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class DecodeResponse:
+    """The answer to a request. Its frames lie in the shared memory of the request."""
+
     failure: DecodeFailure | None = None  # of the whole file
-    info: VideoInfo | None = None
-    spans: tuple[DecodeFailure | None, ...] = field(
-        default=()
-    )  # decode; None: its frames lie in the shared memory
-    conversions: tuple[tuple[str, ...], ...] = ()  # decode: those that each span went through
-    times: tuple[float, ...] = ()  # scan: when the frames in the shared memory are shown
-    shape: tuple[int, ...] = ()  # of the frames in the shared memory
-    ended: bool = False  # scan: these were the last
-    cpu_s: float = 0.0  # processor time that the answer took
+    info: VideoInfo | None = None  # probe
+    spans: tuple[DecodeFailure | None, ...] = ()  # decode: None where there are frames
+    conversions: tuple[tuple[str, ...], ...] = ()  # decode: applied to each span
+    times: tuple[float, ...] = ()  # scan: display times of the frames
+    shape: tuple[int, ...] = ()  # of the frames in shared memory
+    ended: bool = False  # scan: whether these are the last frames
+    cpu_s: float = 0.0  # CPU time of the answer
 
     @classmethod
-    def from_json(cls, plain: dict) -> DecodeResponse:
-        info = plain["info"]
+    def from_json(cls, message: dict[str, Any]) -> DecodeResponse:
+        """Build a response from its JSON message."""
+        info = message["info"]
         if info:
-            info = VideoInfo(**info | {"conversions": tuple(info["conversions"])})
-        return cls(
-            **plain
-            | {
-                "failure": plain["failure"] and DecodeFailure(**plain["failure"]),
-                "info": info,
-                "spans": tuple(failure and DecodeFailure(**failure) for failure in plain["spans"]),
-                "conversions": tuple(map(tuple, plain["conversions"])),
-                "times": tuple(plain["times"]),
-                "shape": tuple(plain["shape"]),
-            }
-        )
+            info = VideoInfo(**{**info, "conversions": tuple(info["conversions"])})
+        values = {
+            **message,
+            "failure": _failure_from_json(message["failure"]),
+            "info": info,
+            "spans": tuple(_failure_from_json(failure) for failure in message["spans"]),
+            "conversions": tuple(tuple(names) for names in message["conversions"]),
+            "times": tuple(message["times"]),
+            "shape": tuple(message["shape"]),
+        }
+        return cls(**values)
 
 
-# --------------------------------------------------------------------------------------------------- messages
+def _failure_from_json(message: dict[str, str] | None) -> DecodeFailure | None:
+    """Build a failure from its JSON message."""
+    return DecodeFailure(**message) if message else None
 
 
-def send(connection: socket.socket, message: dict, fds: tuple[int, ...] = ()) -> None:
+# --------------------------------------------------------------------------------------- messages
+
+
+def send(connection: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    """Send a JSON message, with open files."""
     data = json.dumps(message).encode()
     socket.send_fds(connection, [HEADER.pack(len(data))], fds)
     connection.sendall(data)
 
 
-def receive(connection: socket.socket, until: float | None = None) -> tuple[dict, list[int]]:
-    """A message and the files that came with it. Raises EOFError at the end, TimeoutError when the clock shows `until`."""
-    _wait_until(connection, until)
+def receive(
+    connection: socket.socket, deadline: float | None = None
+) -> tuple[dict[str, Any], list[int]]:
+    """Receive a JSON message and the open files that were sent with it.
+
+    `deadline` is a time of `time.monotonic`. Raises EOFError if the connection is closed, and
+    TimeoutError after the deadline.
+    """
+    _set_timeout(connection, deadline)
     header, fds, _, _ = socket.recv_fds(connection, HEADER.size, 1)
     data = b""
-    left = HEADER.size - len(header)
-    if header and not left:
-        left = HEADER.unpack(header)[0]
-        while left and (part := _part(connection, left, until)):
-            data += part
-            left -= len(part)
-    if left or not header:
+    complete = False
+    if len(header) == HEADER.size:
+        size = HEADER.unpack(header)[0]
+        data = _receive_bytes(connection, size, deadline)
+        complete = len(data) == size
+    if not complete:
         for fd in fds:
             os.close(fd)
         raise EOFError
     return json.loads(data), fds
 
 
-def _part(connection: socket.socket, size: int, until: float | None) -> bytes:
-    _wait_until(connection, until)
-    return connection.recv(size)
+def _receive_bytes(connection: socket.socket, size: int, deadline: float | None) -> bytes:
+    """Receive `size` bytes, fewer if the connection is closed."""
+    data = b""
+    while len(data) < size:
+        _set_timeout(connection, deadline)
+        part = connection.recv(size - len(data))
+        if not part:
+            break
+        data += part
+    return data
 
 
-def _wait_until(connection: socket.socket, until: float | None) -> None:
-    if until is not None:
-        connection.settimeout(max(1e-3, until - time.monotonic()))
+def _set_timeout(connection: socket.socket, deadline: float | None) -> None:
+    """Let the next call on the connection wait until the deadline at most."""
+    if deadline is not None:
+        connection.settimeout(max(1e-3, deadline - time.monotonic()))
 
 
-# -------------------------------------------------------------------------------------------------- the child
+# ------------------------------------------------------------------------------------ child process
 
 
 class Output:
-    """The shared memory that a request brought along."""
+    """The shared memory that was sent with a request."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
-        """uint8 of this shape, for the parent to see. Raises MemoryError."""
+        """Map a uint8 array of this shape that the parent can read. Raises MemoryError."""
         size = math.prod(shape)
         if os.fstat(self.fd).st_size < size:
             os.ftruncate(self.fd, size)
@@ -186,16 +221,21 @@ def serve(
     memory_limit: int,
     connection_fd: int,
 ) -> None:
-    """Answer requests until the connection closes or the process `parent` is gone; no call takes more memory or time."""
-    watching = threading.Event()
-    threading.Thread(target=_end_with, args=(parent, watching), daemon=True).start()
-    watching.wait()  # a new thread maps memory of its own, twice as much as it keeps
+    """Answer requests until the connection closes or the process `parent` ends.
+
+    A request may use at most `memory_limit` bytes beyond what the process uses now, and
+    `DecodeRequest.timeout_s` seconds plus `GRACE_S`.
+    """
+    started = threading.Event()
+    threading.Thread(target=_end_with_parent, args=(parent, started), daemon=True).start()
+    started.wait()  # the new thread maps its memory before the limit is computed
     with open("/proc/self/statm", encoding="ascii") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_limit, mapped + memory_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # shared memory counts as a file
+    # shared memory counts as a file
+    max_file_size = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     connection = socket.socket(fileno=connection_fd)
     send(connection, {})
     while True:
@@ -203,16 +243,10 @@ def serve(
             message, fds = receive(connection)
         except EOFError:
             return
-        request = DecodeRequest(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in message.items()
-            }
-        )
+        request = DecodeRequest.from_json(message)
         began = time.process_time()
-        signal.alarm(
-            math.ceil(request.timeout_s) + GRACE_S
-        )  # kills a hung decoder even when nobody is left to do it
+        # ends a hung decoder even if its parent is gone
+        signal.alarm(math.ceil(request.timeout_s) + GRACE_S)
         response = answer(request, Output(fds[0]))
         signal.alarm(0)
         for fd in fds:
@@ -220,8 +254,9 @@ def serve(
         send(connection, asdict(replace(response, cpu_s=time.process_time() - began)))
 
 
-def _end_with(parent: int, watching: threading.Event) -> None:
-    watching.set()
+def _end_with_parent(parent: int, started: threading.Event) -> None:
+    """End this process once its parent has ended."""
+    started.set()
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,11 +1,13 @@
-"""The process that opens foreign videos: whatever a file does to a decoder, it happens here.
+"""Child process that decodes source videos with PyAV.
 
-Requests of one group for later parts of the same video go on where the one before ended: a long video is decoded once.
+Requests of one group for later parts of the same video continue where the previous one ended, so
+that a long video is decoded only once.
 
-Which frame: the one that is shown at the wanted time, i.e. the last frame whose timestamp is not later than
-it. All frames from the first to the last wanted one are decoded in order, because that is exact for every
-container (open GOP, variable frame rate, edit lists, MPEG-TS); seeking is not. Only in containers with a true
-index, and only to some seconds before a far place, is a seek exact: it is checked where it arrived.
+The frame of a time is the one that is displayed then: the last frame whose timestamp is not later.
+All frames from the first to the last requested one are decoded in order, which is exact for every
+container (open GOP, variable frame rate, edit lists, MPEG-TS). Seeking is not exact in general. It
+is used only for containers with a true index, to a few seconds before a distant time, and the
+position after the seek is checked.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ from landiff.data_pipeline.video.deinterlace import Deinterlacer
 from landiff.data_pipeline.video.frames import (
     DECODER_ERRORS,
     DEINTERLACER,
-    LARGEST_CLOCK_ERROR_S,
+    MAX_CLOCK_ERROR_S,
     ByteRange,
+    JudgedFrame,
     SeekFailed,
     failure_of,
+    flag_damage,
     frame_rate,
-    judged_frames,
-    marked_frames,
     open_video,
     probe,
+    spread_damage,
     timed_frames,
 )
 from landiff.data_pipeline.video.picture import Picture
@@ -41,13 +44,12 @@ from landiff.data_pipeline.video.protocol import (
     serve,
 )
 
-SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"))
-SEEK_FROM_S = 30.0  # nearer places are decoded to
-PREROLL_S = (
-    10.0  # decoded before the place itself: what an open group of pictures lacks is long past
-)
-SCAN_SIDE = 256  # of the pictures of a scan, at most
-SAME_SESSION = (
+SEEKABLE = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"))  # formats with a true index
+SEEK_FROM_S = 30.0  # earlier times are reached by decoding
+PREROLL_S = 10.0  # decoded before the requested time, so that open GOPs at the seek are over
+SCAN_SIDE = 256  # long side of scanned pictures
+# fields that must be equal for a request to continue in an open session
+SESSION_FIELDS = (
     "group",
     "kind",
     "path",
@@ -65,16 +67,20 @@ SAME_SESSION = (
 
 
 class Session:
-    """One video, open at one place."""
+    """A video that is open at one position.
+
+    `shown` is the current frame, `before` and `upcoming` are its neighbours. `upcoming` has no
+    frame at the end of the video.
+    """
 
     def __init__(self, raw: io.RawIOBase, request: DecodeRequest) -> None:
         self.raw = raw
         self.request = request
         self.failure: DecodeFailure | None = None  # of everything from here on
-        self.before: av.VideoFrame | None = None  # the one before the one that is shown
-        self.shown: tuple[float, av.VideoFrame | None, bool] | None = None
-        self.upcoming: tuple[float, av.VideoFrame | None, bool] | None = None
-        self.number = 0  # frames taken so far
+        self.before: av.VideoFrame | None = None
+        self.shown: JudgedFrame | None = None
+        self.upcoming: JudgedFrame | None = None
+        self.number = 0  # frames passed so far
         try:
             self._open(skip_to_s=min(request.starts_s, default=0.0) - PREROLL_S)
         except SeekFailed:
@@ -82,55 +88,56 @@ class Session:
             self._open(skip_to_s=0.0)
 
     def _open(self, skip_to_s: float) -> None:
+        """Open the video and read its first frame, or the frame at `skip_to_s`."""
         request = self.request
-        self.before = self.shown = self.upcoming = None
+        self.before = None
+        self.shown = None
+        self.upcoming = None
         try:
-            # only FFmpeg's own decoders can leave out all but key frames
             self.video = open_video(
                 ByteRange(self.raw, request.offset, request.size),
                 request.max_pixels,
+                # only FFmpeg's own decoders can skip all but key frames
                 strict=not request.keyframes,
             )
             if request.keyframes:
                 self.video.context.skip_frame = "NONKEY"
-            frame_rate(self.video)  # a stream without a clock is refused
-            # timestamps are rounded to ticks: a frame that is at most half a tick late counts as shown
-            self.tolerance = (
-                min(float(self.video.stream.time_base) / 2, LARGEST_CLOCK_ERROR_S) + 1e-6
-            )
-            far = (
-                skip_to_s + PREROLL_S >= SEEK_FROM_S
-                and self.video.container.format.name in SEEKABLE
-            )
-            self.frames = judged_frames(
-                marked_frames(self.video, timed_frames(self.video, skip_to_s if far else 0.0))
-            )
+            frame_rate(self.video)  # rejects a stream without timestamps
+            # Timestamps are rounded to ticks: a frame at most half a tick late counts as displayed.
+            half_tick = float(self.video.stream.time_base) / 2
+            self.tolerance = min(half_tick, MAX_CLOCK_ERROR_S) + 1e-6
+            is_seekable = self.video.container.format.name in SEEKABLE
+            seeks = is_seekable and skip_to_s + PREROLL_S >= SEEK_FROM_S
+            timed = timed_frames(self.video, skip_to_s if seeks else 0.0)
+            self.frames = spread_damage(flag_damage(self.video, timed))
             self.picture = Picture(
                 self.video,
                 request.height,
                 request.width,
                 request.max_pixels,
-                request.crop,
-                request.hdr,
+                crop=request.crop,
+                hdr=request.hdr,
             )
             self.deinterlacer = Deinterlacer(self.video.stream.time_base)
         except BaseException:
             self.close()
             raise
         self.advance()
-        if far:  # past the first frame, to where the seek came out
+        if seeks:  # past the first frame, to the position after the seek
             self.advance()
 
     def close(self) -> None:
+        """Close the container and the file."""
         if hasattr(self, "video"):
             self.video.container.close()
         self.raw.close()
 
     def advance(self) -> None:
-        """Go on by one frame; errors and the end are remembered."""
+        """Advance by one frame. Errors and the end of the video are stored in `failure`."""
         self.before = self.shown[1] if self.shown else None
         self.shown = self.upcoming
-        self.number += self.shown is not None
+        if self.shown is not None:
+            self.number += 1
         try:
             self.upcoming = next(self.frames, None)
             if self.upcoming is None:
@@ -138,75 +145,97 @@ class Session:
         except DECODER_ERRORS as error:
             self.failure = failure_of(error)
 
-    def goes_on_to(self, request: DecodeRequest) -> bool:
-        """Whether `request` can be answered from here on."""
-        old = self.request
-        if not request.path or any(
-            getattr(old, name) != getattr(request, name) for name in SAME_SESSION
-        ):
+    def can_continue_with(self, request: DecodeRequest) -> bool:
+        """Whether a request can be answered from the current position."""
+        if not request.path:
             return False
+        for name in SESSION_FIELDS:
+            if getattr(self.request, name) != getattr(request, name):
+                return False
         if request.kind == "scan":
             return request.first == self.number
         return self.shown is None or min(request.starts_s) + self.tolerance >= self.shown[0]
 
     def decode(self, request: DecodeRequest, out: np.ndarray) -> DecodeResponse:
-        """Fill `out`, uint8 [spans, num_frames, height, width, 3].
-
-        Returns for each span None or a DecodeFailure, and the conversions of its frames.
-        """
+        """Decode spans into `out`, uint8 [spans, num_frames, height, width, 3]."""
         failures: list[DecodeFailure | None] = [None] * len(request.starts_s)
         conversions: list[set[str]] = [set() for _ in request.starts_s]
-        targets = sorted(
-            (start + k / request.fps, span, k)
-            for span, start in enumerate(request.starts_s)
-            for k in range(request.num_frames)
-        )
-        pixels: np.ndarray | None = None
-        for target, span, place in targets:
-            while (
-                self.failure is None
-                and self.upcoming[1] is not None
-                and self.upcoming[0] <= target + self.tolerance
-            ):
-                self.advance()
+        targets: list[tuple[float, int, int]] = []  # (time, span, index in the span)
+        for span, start in enumerate(request.starts_s):
+            targets += [(start + k / request.fps, span, k) for k in range(request.num_frames)]
+        pixels: np.ndarray | None = None  # of the current frame
+        for target, span, index in sorted(targets):
+            if self._advance_to(target):
                 pixels = None
-            if self.failure is None and self.upcoming[0] <= target + self.tolerance:
-                failures[span] = failures[span] or DecodeFailure(
-                    "too_short", f"ends after {self.upcoming[0]:.3f} s"
-                )
-            elif self.failure is not None or self.shown is None:
-                failures[span] = failures[span] or self.failure or DecodeFailure("too_short")
-            elif self._is_suspect():
-                failures[span] = failures[span] or DecodeFailure(
-                    "corrupt_frame", f"frame {self.number - 1} at {self.shown[0]:.3f} s"
-                )
-            elif failures[span] is None:
+            failure = self._failure_at(target)
+            if failure is None and failures[span] is None:
                 try:
-                    pixels = self._shown_picture() if pixels is None else pixels
+                    if pixels is None:
+                        pixels = self._current_picture()
                 except DECODER_ERRORS as error:
-                    self.failure = failures[span] = failure_of(error)
+                    failure = failure_of(error)
+                    self.failure = failure
                 else:
-                    out[span, place] = pixels
+                    out[span, index] = pixels
                     conversions[span].update(self._conversions())
+            failures[span] = failures[span] or failure
         return DecodeResponse(
             spans=tuple(failures),
             conversions=tuple(tuple(sorted(names)) for names in conversions),
             shape=out.shape,
         )
 
-    def _is_suspect(self) -> bool:
-        """Whether damage is in the shown frame, or would be when it is deinterlaced."""
-        return self.shown[2] or (self.video.is_interlaced(self.shown[1]) and self.upcoming[2])
+    def _advance_to(self, target: float) -> bool:
+        """Advance until the frame of time `target` is shown. Returns whether any frame passed."""
+        has_moved = False
+        while self._next_frame() is not None and self._is_due(target):
+            self.advance()
+            has_moved = True
+        return has_moved
 
-    def _shown_picture(self) -> np.ndarray:
-        """uint8 [height, width, 3]. Raises Refused, or one of DECODER_ERRORS."""
+    def _next_frame(self) -> av.VideoFrame | None:
+        """The upcoming frame, None at the end of the video or after a failure."""
+        if self.failure is not None or self.upcoming is None:
+            return None
+        return self.upcoming[1]
+
+    def _is_due(self, target: float) -> bool:
+        """Whether the upcoming frame, or the end of the video, is reached at time `target`."""
+        assert self.upcoming is not None
+        return self.upcoming[0] <= target + self.tolerance
+
+    def _failure_at(self, target: float) -> DecodeFailure | None:
+        """Why there is no frame for time `target`, None if the current frame can be used."""
+        if self.failure is not None:
+            return self.failure
+        assert self.upcoming is not None
+        if self._is_due(target):
+            return DecodeFailure("too_short", f"ends after {self.upcoming[0]:.3f} s")
+        if self.shown is None:
+            return DecodeFailure("too_short")
+        if self._is_suspect(self.shown, self.upcoming):
+            detail = f"frame {self.number - 1} at {self.shown[0]:.3f} s"
+            return DecodeFailure("corrupt_frame", detail)
+        return None
+
+    def _is_suspect(self, shown: JudgedFrame, upcoming: JudgedFrame) -> bool:
+        """Whether the current frame may be damaged, or would be after deinterlacing."""
+        return shown[2] or (self.video.is_interlaced(shown[1]) and upcoming[2])
+
+    def _current_picture(self) -> np.ndarray:
+        """Convert the current frame to uint8 [height, width, 3].
+
+        Raises Refused, or one of DECODER_ERRORS.
+        """
+        assert self.shown is not None and self.upcoming is not None
         frame = self.shown[1]
         if self.video.check_interlaced(frame, self.request.interlaced):
             frame = self.deinterlacer(self.before, frame, self.upcoming[1])
         return self.picture(frame)
 
     def _conversions(self) -> list[str]:
-        """What was done to the shown frame."""
+        """Names of the conversions applied to the current frame."""
+        assert self.shown is not None
         names = []
         if self.picture.conversion is not None:
             names.append(self.picture.conversion.name)
@@ -215,69 +244,71 @@ class Session:
         return names
 
     def scan(self, request: DecodeRequest, output: Output) -> DecodeResponse:
-        """The next small pictures. Damaged frames show what the decoder made of them."""
+        """Return the next small pictures. Damaged frames are shown as the decoder returns them."""
         times: list[float] = []
         out: np.ndarray | None = None
-        while self.number < request.first and self.failure is None and self.upcoming[1] is not None:
+        while self.number < request.first and self._next_frame() is not None:
             self.advance()
-        while len(times) < request.count and self.failure is None and self.upcoming[1] is not None:
-            when, frame, _ = self.upcoming
+        while len(times) < request.count:
+            frame = self._next_frame()
+            if frame is None:
+                break
+            assert self.upcoming is not None
             if not self.picture.height:
-                self.picture.height, self.picture.width = scan_size(self.video.shown_aspect(frame))
+                height, width = scan_size(self.video.display_aspect(frame))
+                self.picture.height = height
+                self.picture.width = width
             if out is None:
                 out = output.array((request.count, self.picture.height, self.picture.width, 3))
             out[len(times)] = self.picture(frame)
-            times.append(when)
+            times.append(self.upcoming[0])
             self.advance()
         if self.failure is not None and self.failure.reason == "out_of_memory":
-            return DecodeResponse(failure=self.failure)  # what follows may be sound
-        ended = self.failure is not None or self.upcoming[1] is None
+            return DecodeResponse(failure=self.failure)  # the rest may be readable in a new child
         return DecodeResponse(
             times=tuple(times),
             shape=(len(times), self.picture.height, self.picture.width, 3),
-            ended=ended,
+            ended=self._next_frame() is None,
         )
 
 
 def scan_size(aspect: float) -> tuple[int, int]:
-    """Height and width of a scan's pictures: the long side is SCAN_SIDE, both are even."""
-    height, width = (
-        (SCAN_SIDE / aspect, SCAN_SIDE) if aspect >= 1 else (SCAN_SIDE, SCAN_SIDE * aspect)
-    )
+    """Even height and width of scanned pictures, with a long side of SCAN_SIDE.
+
+    `aspect` is width / height.
+    """
+    height = float(SCAN_SIDE)
+    width = float(SCAN_SIDE)
+    if aspect >= 1:
+        height = SCAN_SIDE / aspect
+    else:
+        width = SCAN_SIDE * aspect
     return max(8, round(height / 2) * 2), max(8, round(width / 2) * 2)
 
 
 class PyAVServer:
-    """Answers requests; keeps the last video open."""
+    """Answers requests. The last video stays open."""
 
     def __init__(self, input_fd: int) -> None:
         self.input_fd = input_fd
         self.session: Session | None = None
 
     def answer(self, request: DecodeRequest, output: Output) -> DecodeResponse:
-        """Do one request; every way in which a file can be bad becomes a DecodeFailure."""
+        """Answer a request. All errors of damaged files become a DecodeFailure."""
         try:
             if request.kind == "probe":
-                with self._open(request) as raw:
-                    file = ByteRange(raw, request.offset, request.size)
-                    info = probe(file, request.max_pixels, request.hdr, request.interlaced)
-                    return DecodeResponse(info=info)
+                return self._probe(request)
             if request.kind == "clip":
-                with self._open(request) as raw:
-                    return DecodeResponse(
-                        shape=whole_clip(
-                            ByteRange(raw, request.offset, request.size), request.max_pixels, output
-                        )
-                    )
-            if self.session is None or not self.session.goes_on_to(request):
+                return self._decode_clip(request, output)
+            session = self.session
+            if session is None or not session.can_continue_with(request):
                 self.forget()
-                self.session = Session(self._open(request), request)
+                session = Session(self._open(request), request)
+                self.session = session
             if request.kind == "scan":
-                return self.session.scan(request, output)
-            out = output.array(
-                (len(request.starts_s), request.num_frames, request.height, request.width, 3)
-            )
-            return self.session.decode(request, out)
+                return session.scan(request, output)
+            shape = (len(request.starts_s), request.num_frames, request.height, request.width, 3)
+            return session.decode(request, output.array(shape))
         except FileNotFoundError:
             return DecodeResponse(failure=DecodeFailure("missing_file", request.path))
         except PermissionError:
@@ -287,29 +318,49 @@ class PyAVServer:
             return DecodeResponse(failure=failure_of(error))
 
     def forget(self) -> None:
+        """Close the open video."""
         if self.session is not None:
             self.session.close()
         self.session = None
 
-    def _open(self, request: DecodeRequest) -> io.RawIOBase:
+    def _probe(self, request: DecodeRequest) -> DecodeResponse:
+        """Read the properties of a video."""
+        with self._open(request) as raw:
+            file = ByteRange(raw, request.offset, request.size)
+            info = probe(file, request.max_pixels, request.hdr, request.interlaced)
+            return DecodeResponse(info=info)
+
+    def _decode_clip(self, request: DecodeRequest, output: Output) -> DecodeResponse:
+        """Decode all frames of a clip."""
+        with self._open(request) as raw:
+            file = ByteRange(raw, request.offset, request.size)
+            return DecodeResponse(shape=whole_clip(file, request.max_pixels, output))
+
+    def _open(self, request: DecodeRequest) -> io.FileIO:
+        """Open the file of a request, or the shared input file."""
         return open(request.path or os.dup(self.input_fd), "rb", buffering=0)
 
 
 def whole_clip(file: io.RawIOBase, max_pixels: int, output: Output) -> tuple[int, ...]:
-    """All frames of a clip into the shared memory, as large as they are; -> their shape. Raises Refused."""
+    """Decode all frames of a clip to shared memory, in their own size.
+
+    Returns the shape of the frames. Raises Refused.
+    """
     with open_video(file, max_pixels) as video:
-        count, height, width = 0, video.context.height, video.context.width
+        height, width = video.context.height, video.context.width
         out = output.array((video.stream.frames, height, width, 3))
         picture = Picture(video, height, width, max_pixels)
-        for count, frame in enumerate(video.frames(), start=1):
-            if count > len(out):
+        count = 0
+        for frame in video.frames():
+            if count == len(out):
                 raise Refused("damaged", f"more frames than the {len(out)} of its index")
-            out[count - 1] = picture(frame)
+            out[count] = picture(frame)
+            count += 1
     return (count, *out.shape[1:])
 
 
 def main(parent: int, memory_limit: int, connection_fd: int, input_fd: int) -> None:
-    """Serve requests until the connection closes or the parent is gone."""
+    """Serve requests until the connection closes or the parent process ends."""
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     serve(PyAVServer(input_fd).answer, parent, memory_limit, connection_fd)

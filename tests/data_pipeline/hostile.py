@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.data_pipeline.test_video import FOREIGN, X264, encode
+from tests.data_pipeline.video_files import FOREIGN, X264, encode
 
 SUFFIXES = {
     "mp4": "mp4",

@@ -1,10 +1,10 @@
-"""Kill tasks of precompute, or a trainer that reads, inside their writes, fsyncs, renames, locks and reads.
+"""Kill precompute tasks or a reading trainer inside writes, fsyncs, renames, locks and reads.
 
     python -m tests.data_pipeline.kill_precompute precompute WORK KILLS SEED
     python -m tests.data_pipeline.kill_precompute loader WORK KILLS SEED
 
-Both run in forks of this process, so that a kill costs a fraction of a second. Four tasks share one folder, and
-three of four carry a planned kill. Prints kills and what was compared.
+Both run in forks of this process, so that a kill costs a fraction of a second. Four tasks share one
+folder, and three of four have a planned kill. Prints the number of kills.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.kills import Killer, contents, forked, killed
+from tests.data_pipeline.precompute_data import write_clips
 
 TASKS = 4
 COLUMNS = {
@@ -52,7 +53,7 @@ def started(plan: int, work: Callable[[], None]) -> int:
     return forked(work, Killer(plan), prepare)
 
 
-# ------------------------------------------------------------------------------------------------ precompute
+# -------------------------------------------------------------------------------------- precompute
 
 
 def one_task(config: PrecomputeConfig, number: int) -> None:
@@ -62,7 +63,7 @@ def one_task(config: PrecomputeConfig, number: int) -> None:
 
 def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
     raw = work / "raw-shards"
-    write_moving_clips(raw)
+    write_clips(raw, [2, 1, 2, 0, 1, 2])
     config = {
         name: load(
             PrecomputeConfig,
@@ -87,17 +88,15 @@ def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
         shutil.copytree(raw, work / "data")
         ended = False
         while not ended:
-            plans = [
-                draw.randrange(2, LARGEST_PLAN["precompute"])
-                if done < kills and draw.random() < 0.75
-                else 0
-                for _ in range(TASKS)
-            ]
-            # a twin of task 0 now and then
-            shares = [0, 1, 2, 3] if draw.random() < 0.7 else [0, 1, 2, 3, 0]
+            plans = [0] * TASKS
+            for number in range(TASKS):
+                if done < kills and draw.random() < 0.75:
+                    plans[number] = draw.randrange(2, LARGEST_PLAN["precompute"])
+            # sometimes with a duplicate of task 0
+            numbers = [0, 1, 2, 3] if draw.random() < 0.7 else [0, 1, 2, 3, 0]
             pids = [
                 started(plan, lambda number=number: one_task(config["data"], number))
-                for number, plan in zip(shares, [*plans, 0], strict=False)
+                for number, plan in zip(numbers, [*plans, 0], strict=False)
             ]
             deaths = sum([killed(pid) for pid in pids])
             done += deaths
@@ -110,19 +109,13 @@ def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
                 )
                 done += not ended
         assert contents(work / "data") == expected, (
-            "what was killed and went on differs from what was not"
+            "the result of killed processes differs from that of others"
         )
         shutil.rmtree(work / "data")
     return done
 
 
-def write_moving_clips(data: Path) -> None:
-    from tests.data_pipeline.test_precompute import write_clips
-
-    write_clips(data, [2, 1, 2, 0, 1, 2])
-
-
-# ------------------------------------------------------------------------------------------------ a trainer's loader
+# ------------------------------------------------------------------------------ a trainer's loader
 
 
 def train(data: Path, run: Path, steps: int) -> None:
@@ -152,7 +145,9 @@ def kill_trainers(work: Path, kills: int, draw: random.Random) -> int:
     steps, done = 12, 0  # 60 samples: three epochs of 20
     assert not killed(started(0, lambda: train(work / "data", work / "expected", steps)))
     expected = contents(work / "expected")
-    keys = [key for step in json.loads(expected["state.json"])["seen"] for key in step]
+    keys = []
+    for step in json.loads(expected["state.json"])["seen"]:
+        keys += step
     assert all(len(set(keys[at : at + 20])) == 20 for at in (0, 20, 40)), (
         "each sample once an epoch"
     )
@@ -165,7 +160,7 @@ def kill_trainers(work: Path, kills: int, draw: random.Random) -> int:
         ):
             done += 1
         assert contents(work / "run") == expected, (
-            "what was killed and went on differs from what was not"
+            "the result of killed processes differs from that of others"
         )
         shutil.rmtree(work / "run")
     return done

@@ -12,7 +12,7 @@ from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
 from tests.data_pipeline import hostile
 from tests.data_pipeline.ingest_helpers import contents, raw_samples, shards_config, write_rows
-from tests.data_pipeline.test_video import X264, encode, numbers
+from tests.data_pipeline.video_files import X264, encode, numbers
 
 KNOWN = {
     "invalid_data",

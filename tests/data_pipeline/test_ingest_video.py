@@ -16,7 +16,7 @@ from landiff.data_pipeline.ingest.job import make_shards
 from landiff.data_pipeline.ingest.plan.planned_shard import PlannedShard, Span
 from landiff.data_pipeline.video.codec import ClipDecoder, VideoFile
 from tests.data_pipeline.ingest_helpers import parts_of, shards_config
-from tests.data_pipeline.test_video import barcodes, encode
+from tests.data_pipeline.video_files import barcodes, encode
 from tests.data_pipeline.video_kinds import (
     Color,
     color_video,

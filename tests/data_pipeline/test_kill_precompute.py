@@ -1,4 +1,4 @@
-"""Killed inside every write, fsync, rename, lock and read, and started again: the same bytes, nothing left behind."""
+"""Processes killed inside writes, fsyncs, renames, locks and reads leave the same bytes."""
 
 from __future__ import annotations
 

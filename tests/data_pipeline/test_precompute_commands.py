@@ -1,4 +1,4 @@
-"""status, retry, verify and estimate of precompute, over real units; two finalizes and twins at the same moment."""
+"""status, retry, verify and estimate of precompute on real units, and concurrent tasks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,19 @@ from landiff.data_pipeline.format.shards import (
     write_manifest,
 )
 from landiff.data_pipeline.format.tensors import pack_tensor
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
+from landiff.data_pipeline.precompute.job import TooManyColumnRejects
 from landiff.data_pipeline.precompute.status import array_expression, format_table
-from landiff.data_pipeline.precompute.units import ColumnFolder, UnitWriter, owner
+from landiff.data_pipeline.precompute.units import (
+    ColumnFolder,
+    UnitWriter,
+    shards_of_task,
+    task_of_shard,
+)
 from landiff.launchers.cli import main
 from landiff.launchers.jobs import parse_share, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
-from tests.data_pipeline.test_precompute import (
+from tests.data_pipeline.precompute_data import (
     NUM_CLIPS,
     config,
     contents,
@@ -68,11 +74,23 @@ def latents(data, zoo, **fields):
     return config(data, zoo, ["latents"], **fields)
 
 
-def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left(data, zoo):
+def write_latents_yaml(path, data, zoo) -> None:
+    """Write a config of the column latents with batches of one clip."""
+    settings = {
+        "data": str(data),
+        "zoo": str(zoo),
+        "columns": {"latents": {"encoder": {"kind": "dct"}}},
+        "device": "cpu",
+        "batch_size": 1,
+    }
+    path.write_text(json.dumps(settings))
+
+
+def test_status_counts_done_running_failed_and_left_with_rate_and_time_left(data, zoo):
     folder = ColumnFolder(data, "latents")
     entries = read_manifest(data).shards
     folder.withdraw(entries[0])
-    folder.fail(entries[0], RuntimeError("the card fell out"))
+    folder.fail(entries[0], RuntimeError("no device"))
     (data / "latents" / f".{entries[0].name}.tar.{os.uname().nodename}.{os.getppid()}.tmp").touch()
     (running,) = precompute.status(latents(data, zoo))
     assert (running.done, running.left, running.running, running.failed, running.samples) == (
@@ -87,19 +105,18 @@ def test_status_tells_done_running_failed_and_left_apart_with_rate_and_time_left
         os.utime(folder.folder / f"{entry.name}.json", (when, when))
     (failed,) = precompute.status(latents(data, zoo))
     assert (failed.running, failed.failed, failed.samples_left) == (0, 1, 4)
-    assert failed.rate == pytest.approx(0.5) and failed.left_s == pytest.approx(
-        8
-    )  # 5 clips in 10 s; 4 are left
+    assert failed.rate == pytest.approx(0.5)  # 5 clips in 10 s
+    assert failed.left_s == pytest.approx(8)  # 4 clips are left
     assert failed.bytes == sum(folder.sidecar(e).entry.bytes for e in entries[1:])
     text = format_table([failed])
-    assert "000000: RuntimeError: the card fell out" in text and "0:08" in text
+    assert "000000: RuntimeError: no device" in text and "0:08" in text
     precompute.run(latents(data, zoo))
     (done,) = precompute.status(latents(data, zoo))
     assert (done.done, done.failed, done.errors) == (3, 0, ())
     assert not list(folder.folder.glob(".*.failed"))
 
 
-def test_status_says_by_name_what_makes_a_column_stale(data, zoo):
+def test_status_names_the_setting_that_makes_a_column_stale(data, zoo):
     changed = config(data, zoo, {"latents": {"encoder": {"kind": "dct"}, "sample_seed": 4}})
     (row,) = precompute.status(changed)
     assert row.changed == "sample_seed was None, is 4" and "sample_seed was None" in format_table(
@@ -108,7 +125,7 @@ def test_status_says_by_name_what_makes_a_column_stale(data, zoo):
     assert (row.done, row.left, row.stale) == (0, 3, 3)
 
 
-def test_status_and_retry_know_a_tokenizer_that_was_trained_anew(data, tmp_path):
+def test_status_and_retry_detect_a_tokenizer_that_was_trained_again(data, tmp_path):
     zoo = tmp_path / "zoo"
     old = export_tokenizer(zoo, 0)
     tokens = config(data, zoo, ["tokens"])
@@ -128,13 +145,13 @@ def test_status_and_retry_know_a_tokenizer_that_was_trained_anew(data, tmp_path)
 
 def test_a_task_without_a_shard_loads_no_encoder(data, zoo):
     shards = read_manifest(data).shards
-    idle = next(number for number in range(50) if not precompute.share(shards, (number, 50)))
+    idle = next(number for number in range(50) if not shards_of_task(shards, (number, 50)))
     assert precompute.run(latents(data, zoo), task=(idle, 50)).stage_seconds == {"decode": 0.0}
 
 
-def test_a_unit_that_cannot_be_made_leaves_word_and_nothing_else(tmp_path, zoo):
+def test_a_unit_that_fails_leaves_only_a_failure_record(tmp_path, zoo):
     write_clips(tmp_path, [2, 2], odd={2: pan(2, frames=16)})
-    with pytest.raises(precompute.TooManyColumnRejects):
+    with pytest.raises(TooManyColumnRejects):
         precompute.run(latents(tmp_path, zoo))
     (row,) = precompute.status(latents(tmp_path, zoo))
     assert (row.done, row.failed) == (1, 1) and "frame_count 1" in row.errors[0]
@@ -147,24 +164,18 @@ def test_columns_are_finished_where_their_preview_cannot_be_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "precompute").mkdir(parents=True)
     (tmp_path / "runs" / "precompute" / "tensorboard").touch()  # no folder
-    (tmp_path / "latents.yaml").write_text(
-        f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}"
-    )
+    write_latents_yaml(tmp_path / "latents.yaml", data, zoo)
     code = main(["precompute", "--config", "latents.yaml"])
     out, err = capsys.readouterr()
     assert code == 0 and "has the columns latents" in out
-    assert (
-        "precompute: the columns are finished; their preview in runs/precompute could not be written: File exists"
-        in err
-    )
+    assert "the columns are finished; their preview in runs/precompute" in err
+    assert "could not be written: File exists" in err
 
 
-def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, tmp_path):
+def test_an_interrupted_task_records_the_failure_and_leaves_no_temporaries(data, zoo, tmp_path):
     for entry in read_manifest(data).shards:
         ColumnFolder(data, "latents").withdraw(entry)
-    (tmp_path / "latents.yaml").write_text(
-        f"{{data: {data}, zoo: {zoo}, columns: {{latents: {{encoder: {{kind: dct}}}}}}, device: cpu, batch_size: 1}}"
-    )
+    write_latents_yaml(tmp_path / "latents.yaml", data, zoo)
     task = multiprocessing.get_context("fork").Process(
         target=lambda: sys.exit(main(["precompute", "--config", str(tmp_path / "latents.yaml")]))
     )
@@ -180,7 +191,7 @@ def test_a_task_that_is_told_to_stop_leaves_word_and_no_temporaries(data, zoo, t
     assert not list((data / "latents").glob(".*.tmp"))
     (row,) = precompute.status(latents(data, zoo))
     assert row.running == 0 and (row.errors or not row.left)
-    assert all("its task was told to stop" in error for error in row.errors)
+    assert all("its task was interrupted" in error for error in row.errors)
 
 
 def run_on_a_small_disk(data, zoo) -> None:
@@ -222,7 +233,7 @@ def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
     assert precompute.retry(latents(data, zoo), 50) == {"latents": ""}
     for entry in entries[:2]:
         ColumnFolder(data, "latents").withdraw(entry)
-    expected = sorted({owner(entry, 50) for entry in entries[:2]})
+    expected = sorted({task_of_shard(entry, 50) for entry in entries[:2]})
     assert precompute.retry(latents(data, zoo), 50) == {"latents": array_expression(expected)}
     for task in expected:
         precompute.run(latents(data, zoo), task=(task, 50))
@@ -230,7 +241,7 @@ def test_retry_names_the_tasks_whose_shards_are_missing(data, zoo):
     assert array_expression([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
-def test_a_part_of_an_array_does_its_own_share(monkeypatch):
+def test_a_task_of_an_array_takes_its_number_from_slurm(monkeypatch):
     for name, value in {"ID": "7", "MIN": "3", "COUNT": "2"}.items():  # sbatch --array=3,7
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert parse_task(None, 50) == (7, 50)
@@ -255,7 +266,7 @@ def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):
 
 
 def replace_unit(data, change) -> None:
-    """Write shard 0 of the latents anew, sidecar and all, with the tensors `change` gives."""
+    """Replace shard 0 of the latents and its sidecar by the tensors that `change` returns."""
     column, entry = ColumnFolder(data, "latents"), read_manifest(data).shards[0]
     old = column.sidecar(entry)
     with ShardWriter(
@@ -276,7 +287,7 @@ def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_o
     data, zoo, tmp_path
 ):
     replace_unit(data, lambda zeros: zeros)
-    assert "encoded again it differs by" in str(precompute.verify(latents(data, zoo), 1.0)[0])
+    assert "its relative error is" in str(precompute.verify(latents(data, zoo), 1.0)[0])
     replace_unit(data, lambda zeros: zeros / zeros)
     assert "values out of range or not finite" in str(precompute.verify(latents(data, zoo), 1.0)[0])
     tar = data / "tokens" / "000001.tar"
@@ -288,21 +299,20 @@ def test_verify_names_other_values_values_that_are_not_finite_flipped_bits_and_o
     assert "sha256 of its sidecar" in found[0] and "CRC-32" in found[1]
     other = tmp_path / "zoo"
     export_tokenizer(other, 1)
-    assert "stale: made by tokenizer@" in str(
+    assert "stale: computed with tokenizer@" in str(
         precompute.verify(config(data, other, ["tokens"]), 1.0)[0]
     )
 
 
-def test_estimate_tells_disk_and_hours_from_a_few_clips_and_writes_nothing(data, zoo):
+def test_estimate_gives_disk_and_hours_from_a_few_clips_and_writes_nothing(data, zoo):
     ColumnFolder(data, "latents").withdraw(read_manifest(data).shards[2])
     before = contents(data, ["latents", "tokens"])
     estimate = precompute.estimate(config(data, zoo, ["latents", "tokens"]), clips=4)
     by_name = {row.column: row for row in estimate.columns}
     assert (by_name["latents"].clips_left, by_name["tokens"].clips_left) == (5, 0)
     size = read_sidecar(data / "latents" / "000000.tar").entry.bytes / 4
-    assert by_name["latents"].bytes == pytest.approx(
-        5 * size, rel=0.2
-    )  # but for the end of the tar
+    # the end of the tar is not counted
+    assert by_name["latents"].bytes == pytest.approx(5 * size, rel=0.2)
     assert by_name["latents"].seconds > 0 and estimate.decode_s > 0 and "latents" in str(estimate)
     assert contents(data, ["latents", "tokens"]) == before
 
@@ -320,7 +330,7 @@ def test_two_finalizes_at_the_same_moment_both_count(data, zoo):
     assert set(read_manifest(data).columns) == {"latents", "tokens"}
 
 
-def twin(data, value: int, barrier) -> None:
+def write_duplicate(data, value: int, barrier) -> None:
     folder, entry = ColumnFolder(data, "tokens"), read_manifest(data).shards[0]
     writer = UnitWriter(folder, entry, "mark")
     with writer:
@@ -335,18 +345,19 @@ def twin(data, value: int, barrier) -> None:
         barrier.wait()
 
 
-def test_twins_whose_encoders_disagree_leave_a_tar_and_a_sidecar_that_agree(tmp_path):
+def test_duplicate_tasks_whose_encoders_disagree_leave_a_matching_tar_and_sidecar(tmp_path):
     write_raw(tmp_path, [1])
     context = multiprocessing.get_context("fork")
     entry = read_manifest(tmp_path).shards[0]
     for _ in range(10):
         barrier = context.Barrier(3)
-        twins = [
-            context.Process(target=twin, args=(tmp_path, value, barrier)) for value in range(3)
+        processes = [
+            context.Process(target=write_duplicate, args=(tmp_path, value, barrier))
+            for value in range(3)
         ]
-        for process in twins:
+        for process in processes:
             process.start()
-        for process in twins:
+        for process in processes:
             process.join()
         folder = ColumnFolder(tmp_path, "tokens")
         content = (folder.folder / f"{entry.name}.tar").read_bytes()
@@ -356,7 +367,7 @@ def test_twins_whose_encoders_disagree_leave_a_tar_and_a_sidecar_that_agree(tmp_
         folder.withdraw(entry)
 
 
-def test_a_finished_unit_of_a_twin_stays(tmp_path):
+def test_a_finished_unit_of_a_duplicate_task_is_kept(tmp_path):
     write_raw(tmp_path, [1])
     manifest = write_column(tmp_path, "tokens", mark="mark")
     before = contents(tmp_path, ["tokens"])

@@ -1,4 +1,4 @@
-"""Precompute of tokens and text states: precision, collapsed codebooks, non-finite weights, captions that are cut."""
+"""Precompute of tokens and text states: precision, collapsed codebooks, truncated captions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from safetensors.torch import load as load_safetensors
 
 from landiff.configs.loader import find
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_part, read_sidecar
-from landiff.data_pipeline.precompute import producers as precompute
+from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.job import CollapsedTokens
 from landiff.data_pipeline.precompute.status import format_table
-from landiff.data_pipeline.precompute.units import ColumnCard, owner
+from landiff.data_pipeline.precompute.units import ColumnCard, task_of_shard
 from landiff.launchers.cli import main
 from landiff.model_zoo import registry
 from landiff.model_zoo.health import UnhealthyError
-from tests.data_pipeline.test_precompute import config, export_tokenizer, key_of, write_clips
+from tests.data_pipeline.precompute_data import config, export_tokenizer, key_of, write_clips
 from tests.model_zoo.zoo_entries import write_entry
 
 EMBED = "quantizer._codebook.embed"
@@ -56,9 +56,8 @@ def test_a_collapsed_codebook_is_refused_and_no_unit_is_written(zoo, tmp_path):
         CollapsedTokens, match=r"column 'tokens', .* clips: all of \d+ tokens are code 0"
     ):
         precompute.run(settings)
-    assert (
-        len(list((tmp_path / "data" / "tokens").glob("*.tar"))) <= 1
-    )  # shards before the last may be too small to tell
+    # shards before the last may be too small for a decision
+    assert len(list((tmp_path / "data" / "tokens").glob("*.tar"))) <= 1
     with pytest.raises(ShardError):
         precompute.finalize(settings)
 
@@ -67,11 +66,10 @@ def test_tasks_too_small_to_notice_are_refused_by_finalize_and_verify(zoo, tmp_p
     data = tmp_path / "data"
     manifest = write_clips(data, [1, 1])
     settings = config(data, changed_zoo(zoo, tmp_path, collapsed), ["tokens"])
-    tasks = next(
-        n for n in range(2, 99) if len({owner(entry, n) for entry in manifest.shards}) == 2
-    )
+    first, second = manifest.shards
+    tasks = next(n for n in range(2, 99) if task_of_shard(first, n) != task_of_shard(second, n))
     for entry in manifest.shards:
-        precompute.run(settings, task=(owner(entry, tasks), tasks))
+        precompute.run(settings, task=(task_of_shard(entry, tasks), tasks))
     sidecar = read_sidecar(data / "tokens" / "000000.tar")
     assert sidecar.value_range is not None and len(set(sidecar.value_range)) == 1
     with pytest.raises(ShardError, match="column 'tokens': all tokens of 2 clips are code"):
@@ -171,14 +169,14 @@ def test_captions_that_are_cut_are_counted_in_sidecar_manifest_summary_and_statu
         and summary.columns["text-minilm"].truncated == 0
     )
     assert (
-        "5 captions cut to the encoder's length" in str(summary)
-        and str(summary).count("cut to") == 1
+        "5 captions truncated to the encoder's length" in str(summary)
+        and str(summary).count("truncated to") == 1
     )
     again = precompute.run(settings)
     assert again.columns["text-short"].truncated == 5
     rows = precompute.status(settings)
     assert [row.truncated for row in rows] == [5, 0]
-    assert "cut: 5 captions are longer than the encoder takes" in format_table(rows)
+    assert "truncated: 5 captions are longer than the encoder accepts" in format_table(rows)
     precompute.finalize(settings)
     found = read_manifest(tmp_path).columns
     assert (found["text-short"].truncated, found["text-minilm"].truncated) == (5, 0)

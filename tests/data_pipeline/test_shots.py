@@ -29,7 +29,7 @@ from landiff.data_pipeline.video.codec import (
 )
 from landiff.data_pipeline.video.motion import motion
 from tests.data_pipeline.ingest_helpers import decoded_samples, shards_config, write_rows
-from tests.data_pipeline.test_video import barcodes, encode, numbers
+from tests.data_pipeline.video_files import barcodes, encode, numbers
 
 X264 = {"preset": "veryfast", "crf": "18"}
 

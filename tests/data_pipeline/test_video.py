@@ -24,123 +24,23 @@ from landiff.data_pipeline.video.codec import (
     encode_clip,
     write_mp4,
 )
+from tests.data_pipeline.video_files import (
+    FOREIGN,
+    HEIGHT,
+    WIDTH,
+    X264,
+    barcodes,
+    encode,
+    numbers,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-HEIGHT, WIDTH = 96, 160
-CELLS = [
-    (y, x) for y in (16, 48, 80) for x in (16, 48, 80, 112, 144)
-]  # centres of 15 squares that spell a number
 
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[SafeDecoder]:
     with SafeDecoder(timeout_s=20) as decoder:
         yield decoder
-
-
-def barcodes(count: int) -> np.ndarray:
-    """Frames whose squares are the bits of their number, uint8 [count, 96, 160, 3]."""
-    bits = (np.arange(count)[:, None] >> np.arange(15)) & 1
-    small = bits.reshape(count, 3, 5).astype(np.uint8) * 219 + 16
-    return small.repeat(32, 1).repeat(32, 2)[..., None].repeat(3, -1)
-
-
-def numbers(frames: np.ndarray) -> list[int]:
-    bits = np.stack([frames[:, y, x].mean(-1) > 128 for y, x in CELLS], -1)
-    return (bits * (1 << np.arange(15))).sum(-1).tolist()
-
-
-def encode(
-    frames: np.ndarray,
-    *,
-    container: str,
-    codec: str,
-    pixels: str = "yuv420p",
-    ticks: list[int] | None = None,
-    base: Fraction = Fraction(1, 24),
-    options: dict[str, str] | None = None,
-) -> bytes:
-    """A foreign file: frame k is shown from ticks[k] * base on."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=24, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pixels
-        stream.codec_context.time_base = base
-        for k, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = (ticks[k] if ticks else k), base
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return buffer.getvalue()
-
-
-X264 = {
-    "preset": "veryfast",
-    "crf": "20",
-    "g": "24",
-    "x264-params": "threads=1:mbtree=0:cpu-independent=1",
-}  # always the same bytes
-FOREIGN = {
-    "h264 closed GOP mp4": {"container": "mp4", "codec": "libx264", "options": {**X264, "bf": "2"}},
-    "h264 open GOP mp4": {
-        "container": "mp4",
-        "codec": "libx264",
-        "options": {**X264, "x264-params": "open-gop=1:bframes=4:b-pyramid=normal"},
-    },
-    "h264 fragmented mp4": {"container": "ismv", "codec": "libx264", "options": X264},
-    "h264 10 bit mkv": {
-        "container": "matroska",
-        "codec": "libx264",
-        "pixels": "yuv420p10le",
-        "options": X264,
-    },
-    "h264 mpeg-ts": {"container": "mpegts", "codec": "libx264", "options": {**X264, "bf": "2"}},
-    "mpeg2 mpeg-ts": {
-        "container": "mpegts",
-        "codec": "mpeg2video",
-        "options": {"bf": "2", "q": "4"},
-    },
-    "mpeg2 program stream": {
-        "container": "vob",
-        "codec": "mpeg2video",
-        "options": {"bf": "2", "q": "4"},
-    },
-    "mpeg4 avi with B-frames": {
-        "container": "avi",
-        "codec": "mpeg4",
-        "options": {"bf": "2", "q": "4"},
-    },
-    "mjpeg avi": {
-        "container": "avi",
-        "codec": "mjpeg",
-        "pixels": "yuvj420p",
-        "options": {"q": "4"},
-    },
-    "h264 flv": {"container": "flv", "codec": "libx264", "options": X264},
-    "hevc open GOP mp4": {
-        "container": "mp4",
-        "codec": "libx265",
-        "options": {
-            "preset": "ultrafast",
-            "x265-params": "log-level=none:keyint=24:open-gop=1:pools=none:frame-threads=1",
-        },
-    },
-    "vp9 webm": {
-        "container": "webm",
-        "codec": "libvpx-vp9",
-        "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"},
-    },
-    "av1 mp4": {
-        "container": "mp4",
-        "codec": "libsvtav1",
-        "options": {"preset": "12", "crf": "35", "svtav1-params": "lp=1"},
-    },
-    "vp8 webm": {
-        "container": "webm",
-        "codec": "libvpx",
-        "options": {"b": "800k", "deadline": "realtime", "cpu-used": "8"},
-    },
-}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -170,14 +70,12 @@ def test_far_place_has_the_frames_that_decoding_to_it_gives(
     path = tmp_path / "long.bin"
     path.write_bytes(encode(barcodes(1080), **FOREIGN[name]))
     wanted = Wanted(17, 8.0, HEIGHT, WIDTH)
-    far = decoder.decode(
-        VideoFile(path), [41.3, 42.6], wanted
-    )  # a seek, where the container has an index
+    # with a seek if the container has an index
+    far = decoder.decode(VideoFile(path), [41.3, 42.6], wanted)
     decoder.decode(VideoFile(path), [0.0], wanted)
     near = decoder.decode(VideoFile(path), [0.0, 41.3, 42.6], wanted)[1:]
-    assert [numbers(frames) for frames in far] == [
-        [int((start + k / 8) * 24 + 1e-3) for k in range(17)] for start in (41.3, 42.6)
-    ]
+    for start, frames in zip((41.3, 42.6), far, strict=True):
+        assert numbers(frames) == [int((start + k / 8) * 24 + 1e-3) for k in range(17)]
     assert np.array_equal(far, near)
 
 
@@ -311,7 +209,7 @@ def test_crop_keeps_the_centre(decoder: SafeDecoder) -> None:
     assert np.abs(frame[:, 2:-2].astype(int) - 200).max() < 8
 
 
-# ------------------------------------------------------------------------------------------------------ colour
+# ------------------------------------------------------------------------------------------ colour
 
 
 def smooth_colors(height: int, width: int, frames: int = 3) -> np.ndarray:
@@ -370,7 +268,7 @@ def rgb_to_yuv420(rgb: np.ndarray, red: float, blue: float, full_range: bool) ->
     return np.clip(np.round(planes), 0, 255).astype(np.uint8).reshape(-1, rgb.shape[1])
 
 
-# ---------------------------------------------------------------------------------------------------- our clips
+# --------------------------------------------------------------------------------------- our clips
 
 
 @pytest.fixture(scope="module", params=["decord", "pyav"])
@@ -518,7 +416,7 @@ def test_written_video_plays_everywhere(tmp_path: Path, decoder: SafeDecoder) ->
     assert np.abs(found.astype(int) - frames).mean() < 2
 
 
-# -------------------------------------------------------------------------------------------------- hostile input
+# ----------------------------------------------------------------------------------- hostile input
 
 
 @pytest.fixture(scope="module")
@@ -705,8 +603,12 @@ def test_memory_limit_costs_the_video_only(good: bytes) -> None:
 
 def test_decoder_ends_with_its_parent() -> None:
     script = (
-        "import time\nfrom landiff.data_pipeline.video.codec import SafeDecoder\n"
-        "decoder = SafeDecoder()\ndecoder.probe(b'')\nprint(decoder.process.pid, flush=True)\ntime.sleep(60)\n"
+        "import time\n"
+        "from landiff.data_pipeline.video.codec import SafeDecoder\n"
+        "decoder = SafeDecoder()\n"
+        "decoder.probe(b'')\n"
+        "print(decoder.process.pid, flush=True)\n"
+        "time.sleep(60)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True

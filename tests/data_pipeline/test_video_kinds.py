@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -19,8 +20,8 @@ from landiff.data_pipeline.video.codec import (
     VideoFile,
     Wanted,
 )
-from tests.data_pipeline.test_video import HEIGHT, WIDTH, barcodes, encode, numbers
-from tests.data_pipeline.test_video import X264 as X264_BARCODES
+from tests.data_pipeline.video_files import HEIGHT, WIDTH, barcodes, encode, numbers
+from tests.data_pipeline.video_files import X264 as X264_BARCODES
 from tests.data_pipeline.video_kinds import (
     PATCHES,
     Color,
@@ -54,17 +55,15 @@ def errors(frames: np.ndarray, patches: tuple = PATCHES) -> np.ndarray:
     expected = np.stack([quadrants(channel, height, width) for channel in np.array(patches).T], -1)
     difference = np.abs(frames.astype(int) - expected)
     margin_y, margin_x = height // 8, width // 8
-    inner = [
-        difference[
-            :, y + margin_y : y + height // 2 - margin_y, x + margin_x : x + width // 2 - margin_x
-        ]
-        for y in (0, height // 2)
-        for x in (0, width // 2)
-    ]
-    return np.array([part.max() for part in inner])
+    largest = []
+    for top, left in itertools.product((0, height // 2), (0, width // 2)):
+        rows = slice(top + margin_y, top + height // 2 - margin_y)
+        columns = slice(left + margin_x, left + width // 2 - margin_x)
+        largest.append(difference[:, rows, columns].max())
+    return np.array(largest)
 
 
-# ------------------------------------------------------------------------------------------- colour
+# ------------------------------------------------------------------------------------------ colour
 
 CONVERTED = {
     "PQ 10 bit 4:2:0": (Color(16), "smpte2084/bt2020"),
@@ -233,7 +232,7 @@ def test_hdr_and_interlaced_are_refused_where_the_config_says_so() -> None:
         assert errors(decoded(strict, color_video(SDR["BT.709"])).frames).max() <= 4
 
 
-# --------------------------------------------------------------------------------------- interlaced
+# -------------------------------------------------------------------------------------- interlaced
 
 INTERLACED = {
     "h264 tff": {},
@@ -364,7 +363,7 @@ def test_hdr_interlaced_and_turned_video_is_all_of_it(decoder: SafeDecoder) -> N
     assert errors(span.frames).max() <= 4
 
 
-# ------------------------------------------------------------------------------------------- clocks
+# ------------------------------------------------------------------------------------------ clocks
 
 REORDERED = {
     "bf=3, pyramid": {**X264_BARCODES, "bf": "3"},
@@ -415,11 +414,9 @@ X265_RAW = "log-level=none:bframes=2:pools=none:frame-threads=1"
 def test_stamps_in_decoding_order_are_understood_in_other_containers(
     decoder: SafeDecoder, container: str, codec: str
 ) -> None:
-    options = (
-        REORDERED["bf=3, pyramid"]
-        if codec == "libx264"
-        else {"preset": "ultrafast", "x265-params": X265_RAW}
-    )
+    options = {"preset": "ultrafast", "x265-params": X265_RAW}
+    if codec == "libx264":
+        options = REORDERED["bf=3, pyramid"]
     buffer = io.BytesIO()
     source = io.BytesIO(encode(barcodes(1080), container="mp4", codec=codec, options=options))
     with av.open(source) as right, av.open(buffer, "w", format=container) as output:

@@ -378,7 +378,7 @@ def test_all_options_of_convert_are_checked_together(world):
     [
         (
             "captions",
-            "columns.captions: the name of a column begins with what it holds, features, tokens, "
+            "columns.captions: the name of a column begins with its kind, features, tokens, "
             "latents, text",
         ),
         ("latnts", "did you mean 'latents'?"),
