@@ -286,9 +286,9 @@ def test_sampling(case: Case):
         inputs["text"],
         features,
         lambda step, _shape: drawn[step],
-        SamplerOptions(sizes["steps"], sizes["cfg_scale"], sizes["cfg_exp"]),
-        prefix,
-        seen.append,
+        options=SamplerOptions(sizes["steps"], sizes["cfg_scale"], sizes["cfg_exp"]),
+        prefix_BTCHW=prefix,
+        on_step=seen.append,
     )
     # the reference allows 1e-3: guidance multiplies rounding by up to 7
     assert [done.timestep for done in seen] == outputs["network_timesteps"].tolist()
