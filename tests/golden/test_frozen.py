@@ -11,7 +11,7 @@ from landiff.model_zoo.frozen.theia import (
     PAD_VALUE,
     from_tensors,
     pad_to_square,
-    quantise,
+    quantize,
 )
 from tests.golden.conftest import Case
 
@@ -66,7 +66,7 @@ def test_vae_conversion_is_two_way(case):
 @pytest.mark.golden("feature_extractor")
 def test_features_from_float_video_to_cropped_grid(case):
     video_BTHWC = case.inputs["video"].permute(0, 1, 3, 4, 2)
-    sizes, frames = case.config, quantise(case.inputs["video"])
+    sizes, frames = case.config, quantize(case.inputs["video"])
     assert (sizes["pad_value"], sizes["layer_norm_eps"]) == (PAD_VALUE, LAYER_NORM_EPS)
     assert (sizes["qkv_bias"], sizes["hidden_act"]) == (
         True,
