@@ -1,7 +1,7 @@
 """Peak memory and speed of `landiff convert` on a synthetic checkpoint, one process per conversion.
 
     python benchmarks/convert.py                      256 MB, seconds
-    python benchmarks/convert.py --megabytes 4096     size of the released language model in bfloat16
+    python benchmarks/convert.py --megabytes 4096     size of the released LM in bfloat16
 
 Growth is the peak resident memory of the process above that after converting a model of 1 MB. It
 should stay near the largest tensor and the parts that it is made of. `--check` fails beyond four
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 Ways = tuple[tuple[str, str], ...]
 # Every conversion (source, target). The source "numbers" is generated while it is written. A
-# checkpoint "with optimizer" also contains moments, so its model has a third of the size; converting
-# it to itself reshards it: the other kind of optimizer, another ZeRO stage and number of ranks.
+# checkpoint "with optimizer" also contains moments, so its model has a third of the size.
+# Converting it to itself reshards it: the other kind of optimizer, another ZeRO stage and number of
+# ranks.
 MODELS: dict[str, Ways] = {
     "lm": (
         ("numbers", "zoo"),
@@ -107,7 +108,7 @@ def main() -> None:
 
 
 def quick(folder: Path, megabytes: int, kinds: dict[str, Ways]) -> None:
-    """Runs all conversions in this process, whose peak can only rise. Exits if it rises too much."""
+    """Runs all conversions in this process, whose peak only rises. Exits if it rises too much."""
     for kind, ways in kinds.items():
         convert_all(kind, ways, folder / f"1-{kind}", 1)  # imports and caches
     for kind, ways in kinds.items():

@@ -235,7 +235,7 @@ def measure_reading(shards: int, samples: int, repeats: int, folder: Path) -> li
 
 
 def write_nano(folder: Path, clips: int) -> None:
-    """Writes shards of generated clips for the nano preset, and a zoo with an untrained tokenizer."""
+    """Writes generated clips for the nano preset, and a zoo with an untrained tokenizer."""
     config = load(ModelConfig, "nano/model").tokenizer
     grid = (config.grid_height, config.grid_width)
     with torch.random.fork_rng():
@@ -273,9 +273,9 @@ class Clock:
 def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -> list[Row]:
     """The rate that each stage of the nano preset would reach alone, and the rate of the whole job.
 
-    On a CPU the CPU seconds of all stages are divided by those that the job used or left idle. On an
-    idle machine these are cores times wall clock; on a busy one the time of other processes is left
-    out.
+    On a CPU the CPU seconds of all stages are divided by those that the job used or left idle. On
+    an idle machine these are cores times wall clock; on a busy one the time of other processes is
+    left out.
     """
     write_nano(folder, clips)
     overrides = [
