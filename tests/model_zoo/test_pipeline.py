@@ -1,4 +1,4 @@
-"""LanDiffPipeline by the conventions of diffusers' own pipeline tests, at tiny size, and against `landiff sample`."""
+"""LanDiffPipeline at tiny size: like diffusers' own pipeline tests, and against `landiff sample`."""
 
 from __future__ import annotations
 
@@ -534,7 +534,8 @@ def test_a_video_of_several_chunks_and_one_that_ends_early(pipe, monkeypatch):
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda x_BSD: logits(x_BSD) + wants_to_end)
     ended = pipe(PROMPTS[0], generator=seeded(SEED), output_type="uint8", **early)
-    # it may end behind the first frame of the second segment at the soonest; a fourth latent frame fills no chunk
+    # The earliest end is after the first frame of the second segment. A fourth latent frame is no
+    # whole chunk.
     assert model.layout.num_frames(ended.codes.shape[1]) == 4 and ended.frames.shape[1] == 9
 
 
@@ -649,9 +650,9 @@ def test_a_prompt_longer_than_an_encoder_takes_is_warned_about_with_the_cut_text
     [warning] = [
         record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()
     ]
-    assert (
-        warning
-        == "prompt 1 is longer than the 5 tokens that text encoder t5-v1.1 takes; this part has no effect: 'snow hops'"
+    assert warning == (
+        "prompt 1 is longer than the 5 tokens that text encoder t5-v1.1 takes; "
+        "this part has no effect: 'snow hops'"
     )
     caplog.clear()
     pipe(

@@ -21,7 +21,7 @@ from landiff.model_zoo.sample.latents import (
 )
 from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.schedule import NoiseSchedule
-from tests.model_zoo.test_dit import TINY, randomize
+from tests.model_zoo.tiny_diffusion import TINY, randomize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "diffusion_sampling"
 SCHEDULE = NoiseSchedule(ScheduleConfig())
@@ -121,7 +121,7 @@ def test_exact_network_leads_to_x0_whatever_the_noise():
             seeded_noise([seed]),
             options=SamplerOptions(num_steps=20),
         )
-        # as in the reference the answer is read at a level up to one timestep off the one that was asked
+        # As in the reference, the noise level of the answer is up to one timestep off.
         torch.testing.assert_close(latents, model.x0_BTCHW, atol=5e-2, rtol=0)
 
 
