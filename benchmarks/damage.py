@@ -20,7 +20,10 @@ import numpy as np
 
 from landiff.data_pipeline.video.codec import DecodeFailure, SafeDecoder, Wanted
 
-LENGTH, HEIGHT, WIDTH, RATE = 72, 96, 160, 24
+LENGTH = 72  # frames
+HEIGHT = 96
+WIDTH = 160
+RATE = 24
 X264 = {"preset": "veryfast", "g": "24", "x264-params": "threads=1"}
 CODECS = {
     "h264": ("mp4", "libx264", X264),

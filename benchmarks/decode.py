@@ -41,10 +41,12 @@ from landiff.data_pipeline.video.frames import Video
 from landiff.data_pipeline.video.picture import Picture
 from landiff.data_pipeline.video.process import DecoderProcess
 
-RATE, SECONDS = 24, 6.5
+RATE = 24
+SECONDS = 6.5
 SIZES = {"720p": (720, 1280), "360p": (360, 640)}
 WANTED = {"128x128": (128, 128), "480x720": (480, 720)}
-NUM_FRAMES, FPS = 49, 8.0
+NUM_FRAMES = 49
+FPS = 8.0
 
 
 def film(height: int, width: int) -> bytes:
@@ -168,7 +170,9 @@ def foreign_seconds(
     wanted = Wanted(NUM_FRAMES, FPS, *size)
     video = VideoFile(path)
     decoder.decode(video, [0.0], wanted)  # starts the child
-    plain, resized, safe = [], [], []
+    plain = []
+    resized = []
+    safe = []
     for _ in range(rounds):
         plain.append(cpu_seconds(lambda: bare(path, None)))
         resized.append(cpu_seconds(lambda: bare(path, size)))
@@ -207,7 +211,8 @@ def clip_seconds(backend: str, path: Path, rounds: int) -> tuple[float, float]:
     """CPU seconds of bare decoding and of `ClipDecoder`."""
     clip = path.read_bytes()
     digest = hashlib.sha256(clip).hexdigest()
-    plain, safe = [], []
+    plain = []
+    safe = []
     with ClipDecoder(backend) as decoder:
         decoder.decode(clip)  # starts the child
         for _ in range(rounds):

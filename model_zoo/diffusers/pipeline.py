@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5EncoderMode
 
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import TokenSamplingConfig
+from landiff.model_zoo.diffusers.arguments import repeated, seeds_of
 from landiff.model_zoo.diffusers.components import (
     EARLIER_MODULES,
     PUBLIC_MODULE,
@@ -71,9 +72,6 @@ EARLIER_NAMES = (
     PreTrainedModel,
     SchedulerMixin,
 )
-
-# A seed of torch.Generator can be up to twice as large, and chunks count on from a seed.
-LARGEST_SEED = 1 << 63
 
 
 # callback(pipe, step, timestep, {"latents": ...}) returns {} or {"latents": replacement}.
@@ -217,7 +215,7 @@ class LanDiffPipeline(DiffusionPipeline):
         self._check_arguments(
             num_videos_per_prompt, callback_on_step_end_tensor_inputs, output_type
         )
-        prompts = _repeated(prompt, num_videos_per_prompt)
+        prompts = repeated(prompt, num_videos_per_prompt)
         num_latent_frames = self._num_latent_frames(num_frames)
         models = self._models()
         models.check()
@@ -465,35 +463,6 @@ class LanDiffPipeline(DiffusionPipeline):
         finally:
             for component in components:
                 component.to("cpu")
-
-
-def seeds_of(
-    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
-) -> list[int]:
-    """Seeds of the videos of a batch.
-
-    Raises ValueError for several generators whose number is not the size of the batch.
-    """
-    if generator is None:
-        return torch.randint(0, 1 << 31, (batch,)).tolist()
-    if isinstance(generator, torch.Generator):
-        first = generator.initial_seed()
-        return [(first + 1000 * index) % LARGEST_SEED for index in range(batch)]
-    if len(generator) != batch:
-        raise ValueError(
-            f"{len(generator)} generators for {batch} prompts; give one, or one for each"
-        )
-    return [one.initial_seed() % LARGEST_SEED for one in generator]
-
-
-def _repeated(prompt: str | Sequence[str], count: int) -> list[str]:
-    """A list with each prompt `count` times in a row."""
-    if isinstance(prompt, str):
-        return [prompt] * count
-    repeated: list[str] = []
-    for one in prompt:
-        repeated += [one] * count
-    return repeated
 
 
 def _check_start(

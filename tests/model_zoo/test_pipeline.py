@@ -1,4 +1,4 @@
-"""LanDiffPipeline at tiny size: like diffusers' own pipeline tests, and against `landiff sample`."""
+"""LanDiffPipeline at tiny size, like diffusers' own pipeline tests and as `landiff sample`."""
 
 from __future__ import annotations
 
