@@ -2,9 +2,9 @@
 
     python -m benchmarks.plan [rows ...]
 
-The rows are a generator's, what would be seen of the videos is made up (every tenth has the content of an earlier
-one, every fiftieth is damaged); everything else is what `landiff shards` does. Growth of the peak memory counts from
-before the first row, in a process of its own for each number of rows.
+The rows come from a generator and the probes are made up: every tenth video has the content of an
+earlier one, every fiftieth is damaged. Everything else is `landiff shards`. The growth of the peak
+memory is counted from before the first row, in one process per number of rows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 from landiff.configs.loader import load
 from landiff.data_pipeline.ingest.config import ShardsConfig
@@ -33,40 +34,45 @@ from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 
 class Here(Executor):
-    """Does work where it is asked for."""
+    """Runs work at once, in the calling thread."""
 
-    def submit(self, function, /, *args, **named) -> Future:
+    def submit(self, function: Callable, /, *args: Any, **named: Any) -> Future:
+        """Calls the function. Returns a finished future."""
         future: Future = Future()
         future.set_result(function(*args, **named))
         return future
 
 
 def rows(count: int) -> Iterator[SourceClip]:
+    """Made-up rows of a source."""
     for number in range(count):
         name = f"part{number // 1000:05d}/{hashlib.md5(str(number).encode()).hexdigest()}.mp4"
-        yield SourceClip(
-            name,
-            VideoFile(Path("/videos") / name),
-            f"A caption of about a hundred characters, as they are found under videos on the web, number {number}.",
+        caption = (
+            "A caption of about a hundred characters, as they are found under videos on the web, "
+            f"number {number}."
         )
+        yield SourceClip(name, VideoFile(Path("/videos") / name), caption)
 
 
 def probe(video: VideoFile) -> VideoProbe:
+    """A made-up probe of a video."""
     number = int.from_bytes(hashlib.sha256(os.fspath(video.path).encode()).digest()[:8], "big")
     if number % 50 == 0:
         return VideoProbe(failure=DecodeFailure("invalid_data", "made up"))
-    return VideoProbe(
-        hashlib.sha256(str(number if number % 10 else number % 100_000).encode()).hexdigest(),
-        4.0 + number % 5,
-    )
+    content = number
+    if number % 10 == 0:
+        content = number % 100_000
+    return VideoProbe(hashlib.sha256(str(content).encode()).hexdigest(), 4.0 + number % 5)
 
 
 def measure(count: int, folder: Path) -> str:
+    """Plans `count` rows. Returns a line of the table."""
     config = load(
         ShardsConfig, {"source": "made up", "fps": 8, "num_frames": 17, "height": 64, "width": 64}
     )
     listing = Listing(lambda: rows(count))
-    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [time.process_time()]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = [time.process_time()]
     path = plan_path(folder, read_source_state(config, listing))
     times.append(time.process_time())
     written = write_rows(config, listing, path)
@@ -86,8 +92,11 @@ def measure(count: int, folder: Path) -> str:
 
 
 def main(counts: list[int]) -> None:
+    """Prints the table, with one process per line."""
+    header = ("id s", "rows s", "probe s", "layout s", "open s")
     print(
-        f"{'rows':>10}{'spans':>10}{'shards':>8}{'RAM MB':>9}{'disk MB':>9}{'mark s':>9}{'rows s':>9}{'looks s':>9}{'lay s':>9}{'open s':>9}",
+        f"{'rows':>10}{'spans':>10}{'shards':>8}{'RAM MB':>9}{'disk MB':>9}"
+        + "".join(f"{name:>9}" for name in header),
         flush=True,
     )
     for count in counts:

@@ -1,26 +1,25 @@
-"""Speed of the token sampler: key/value cache against recomputing everything, and against the memory's speed.
+"""Speed of token sampling: with key/value cache, without it, and relative to memory bandwidth.
 
     python -m benchmarks.sample_lm --preset nano
     python -m benchmarks.sample_lm --preset landiff --device cuda
 
-A token is one drawn code of one prompt; guidance doubles the rows that a token costs. Every step of the
-cached sampler reads all matmul weights and the cache so far once: those bytes per second, next to what a
-plain copy reaches on the same device, say how far the sampler is from its limit. A model that fits into the
-processor's caches can exceed the copy. Recomputing is timed at evenly spaced lengths and averaged.
+A token is one drawn code of one prompt; with guidance it costs two rows. Every cached step reads
+all matmul weights and the cache so far once. These bytes per second, relative to a plain copy on
+the same device, show how far the sampler is from its limit. A model that fits into the CPU's caches
+can exceed the copy. Sampling without cache is timed at evenly spaced lengths and averaged.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from landiff.configs import load
-from landiff.model_zoo.config import LMConfig, ModelConfig, TokenSamplingConfig
+from benchmarks.support.models import device_name, load_preset, timed
+from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
 
@@ -28,25 +27,37 @@ COPY_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
+class Case:
+    """What is sampled. frames: semantic frames of a video."""
+
+    batch: int
+    frames: int
+    text_length: int
+    guidance: float
+    repeats: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the model, twice the batch under guidance."""
+        if self.guidance == 1:
+            return self.batch
+        return 2 * self.batch
+
+
+@dataclass(frozen=True)
 class Row:
+    """Row of the table. bytes_per_step is None if the step is not bound by memory."""
+
     method: str
     batch: int
     tokens_per_s: float
     step_ms: float
-    bytes_per_step: float | None  # None: the work, not the memory, is what counts
+    bytes_per_step: float | None
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median wall time of `work`, after one run to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+    """Median seconds of `work` after one warm-up run."""
+    times = [timed(work, device) for _ in range(repeats + 1)]
     return statistics.median(times[1:])
 
 
@@ -58,6 +69,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def build(config: LMConfig, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """An untrained model for inference."""
     with torch.device("meta"):
         model = LanguageModel(config).to_inference(dtype)
     model.to_empty(device=device)
@@ -66,76 +78,65 @@ def build(config: LMConfig, device: torch.device, dtype: torch.dtype) -> Languag
 
 
 def step_bytes(model: LanguageModel, rows: int, positions: float) -> float:
-    """What one step has to read: weights of blocks and head, and keys and values of `positions` positions."""
-    weights = sum(
-        p.numel() * p.element_size()
-        for m in (model.blocks, model.final_norm, model.head)
-        for p in m.parameters()
-    )
+    """Bytes that a step reads: weights of blocks and head, keys and values of `positions`."""
+    weights = 0
+    for module in (model.blocks, model.final_norm, model.head):
+        weights += sum(
+            parameter.numel() * parameter.element_size() for parameter in module.parameters()
+        )
     config = model.config
     element = model.blocks[0].wqkv.weight.element_size()
     return weights + 2 * config.num_layers * rows * positions * config.hidden_size * element
 
 
-def measure_cached(
-    model: LanguageModel, batch: int, frames: int, text_length: int, guidance: float, repeats: int
-) -> Row:
+def measure_cached(model: LanguageModel, case: Case) -> Row:
+    """Samples whole videos with the cache."""
     device = model.head.weight.device
     prompts = Prompts(
-        torch.randn(batch, text_length, model.config.text_dim, device=device),
-        torch.full((batch,), 0.1),
+        torch.randn(case.batch, case.text_length, model.config.text_dim, device=device),
+        torch.full((case.batch,), 0.1),
     )
-    config = TokenSamplingConfig(guidance=guidance)
-    seeds = list(range(batch))
-    time_s = seconds(
-        lambda: sample_tokens(model, prompts, frames, config, seeds=seeds), device, repeats
-    )
-    steps = model.layout.num_codes(frames)
-    mean_positions = (
-        model.layout.first_start(text_length) + model.layout.sequence_length(frames, text_length)
-    ) / 2
-    rows = batch if guidance == 1 else 2 * batch
+    config = TokenSamplingConfig(guidance=case.guidance)
+    seeds = list(range(case.batch))
+
+    def sample() -> object:
+        return sample_tokens(model, prompts, case.frames, config, seeds=seeds)
+
+    time_s = seconds(sample, device, case.repeats)
+    steps = model.layout.num_codes(case.frames)
+    first = model.layout.first_start(case.text_length)
+    last = model.layout.sequence_length(case.frames, case.text_length)
     return Row(
-        "cache",
-        batch,
-        batch * steps / time_s,
-        1e3 * time_s / steps,
-        step_bytes(model, rows, mean_positions),
+        method="cache",
+        batch=case.batch,
+        tokens_per_s=case.batch * steps / time_s,
+        step_ms=1e3 * time_s / steps,
+        bytes_per_step=step_bytes(model, case.rows, (first + last) / 2),
     )
 
 
 @torch.no_grad()
-def measure_recomputing(
-    model: LanguageModel,
-    batch: int,
-    frames: int,
-    text_length: int,
-    guidance: float,
-    repeats: int,
-    lengths: int,
-) -> Row:
+def measure_recomputing(model: LanguageModel, case: Case, lengths: int) -> Row:
+    """Times single steps without cache at `lengths` evenly spaced lengths."""
     weight = model.blocks[0].wqkv.weight
-    rows = batch if guidance == 1 else 2 * batch
-    first, last = (
-        model.layout.first_start(text_length),
-        model.layout.sequence_length(frames, text_length),
-    )
+    first = model.layout.first_start(case.text_length)
+    last = model.layout.sequence_length(case.frames, case.text_length)
     times = []
     for index in range(lengths):
         length = first + (last - first) * (2 * index + 1) // (2 * lengths)
-        x_RSD = torch.randn(
-            rows, length, model.config.hidden_size, device=weight.device, dtype=weight.dtype
-        )
-        times.append(
-            seconds(
-                lambda x=x_RSD: model.logits(model.transform(x)[:, -1:]), weight.device, repeats
-            )
-        )
+        shape = (case.rows, length, model.config.hidden_size)
+        x_RSD = torch.randn(shape, device=weight.device, dtype=weight.dtype)
+
+        def step(x_RSD: torch.Tensor = x_RSD) -> object:
+            return model.logits(model.transform(x_RSD)[:, -1:])
+
+        times.append(seconds(step, weight.device, case.repeats))
     step_s = statistics.mean(times)
-    return Row("recompute", batch, batch / step_s, 1e3 * step_s, None)
+    return Row("recompute", case.batch, case.batch / step_s, 1e3 * step_s, None)
 
 
 def table(rows: list[Row], bandwidth: float) -> str:
+    """The printed table. bandwidth is that of the copy."""
     lines = [
         f"{'method':<10} {'batch':>5} {'tokens/s':>10} {'ms/step':>9} {'GB/s':>8} {'of copy':>8}"
     ]
@@ -149,50 +150,54 @@ def table(rows: list[Row], bandwidth: float) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Options of the command line."""
+    default_device = "cpu"
+    if torch.cuda.is_available():
+        default_device = "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--preset", default="nano", help="nano, landiff, or a model YAML of your own"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--preset", default="nano", help="nano, landiff, or a model YAML file")
+    parser.add_argument("--device", default=default_device)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="default: bfloat16 on CUDA, else float32",
     )
     parser.add_argument("--frames", type=int, help="semantic frames; default: one segment")
-    parser.add_argument("--text-length", type=int, default=32)
+    parser.add_argument("--text-length", type=int, default=32, help="text tokens of a prompt")
     parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--lengths", type=int, default=8, help="lengths at which recomputing is timed"
+        "--lengths", type=int, default=8, help="lengths at which steps without cache are timed"
     )
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Measures and prints the table."""
+    options = parse_arguments()
     device = torch.device(options.device)
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    source = (
-        options.preset if options.preset.endswith((".yaml", ".yml")) else f"{options.preset}/model"
-    )
-    config = load(ModelConfig, source).lm
+    dtype = torch.float32
+    if options.dtype:
+        dtype = getattr(torch, options.dtype)
+    elif device.type == "cuda":
+        dtype = torch.bfloat16
+    config = load_preset(options.preset).lm
     frames = options.frames or config.segment_frames
     model = build(config, device, dtype)
     bandwidth = copy_bandwidth(device)
     rows = []
     for batch in options.batches:
-        shape = (batch, frames, options.text_length, options.guidance, options.repeats)
-        rows += [measure_cached(model, *shape), measure_recomputing(model, *shape, options.lengths)]
+        case = Case(batch, frames, options.text_length, options.guidance, options.repeats)
+        rows.append(measure_cached(model, case))
+        rows.append(measure_recomputing(model, case, options.lengths))
 
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{options.preset}: {parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')}, {frames} frames, "
-        f"{options.text_length} text tokens, guidance {options.guidance:g}; {name}; copy {bandwidth / 1e9:.1f} GB/s"
+        f"{options.preset}: {parameters / 1e6:.1f} M parameters, "
+        f"{str(dtype).removeprefix('torch.')}, {frames} frames, {options.text_length} text tokens, "
+        f"guidance {options.guidance:g}; {device_name(device)}; copy {bandwidth / 1e9:.1f} GB/s"
     )
     print(table(rows, bandwidth))
 

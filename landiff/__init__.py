@@ -14,25 +14,40 @@ if TYPE_CHECKING:
 
 __all__ = ["LanDiffPipeline", "__version__", "load_config", "zoo"]
 
+_COMPONENTS = "landiff.model_zoo.diffusers.components"
 _PIPELINE = "landiff.model_zoo.diffusers.pipeline"
 _LAZY = {
-    "LanDiffControl": (_PIPELINE, "LanDiffControl"),
-    "LanDiffLM": (_PIPELINE, "LanDiffLM"),
+    # model_index.json of a saved pipeline names its components as classes of this module.
+    "LanDiffControl": (_COMPONENTS, "LanDiffControl"),
+    "LanDiffLM": (_COMPONENTS, "LanDiffLM"),
+    "LanDiffLMConfig": (_COMPONENTS, "LanDiffLMConfig"),
     "LanDiffPipeline": (_PIPELINE, "LanDiffPipeline"),
-    "LanDiffScheduler": (_PIPELINE, "LanDiffScheduler"),
-    "LanDiffTokenizer": (_PIPELINE, "LanDiffTokenizer"),
-    "LanDiffTransformer": (_PIPELINE, "LanDiffTransformer"),
+    "LanDiffScheduler": (_COMPONENTS, "LanDiffScheduler"),
+    "LanDiffTokenizer": (_COMPONENTS, "LanDiffTokenizer"),
+    "LanDiffTransformer": (_COMPONENTS, "LanDiffTransformer"),
     "load_config": ("landiff.configs", "load"),
     "zoo": ("landiff.model_zoo.registry", ""),
 }
 """Public names with their (module, attribute). An empty attribute stands for the module itself."""
 
+_BASE_CLASSES = {
+    "ModelMixin": ("diffusers", "ModelMixin"),
+    "PreTrainedModel": ("transformers", "PreTrainedModel"),
+    "SchedulerMixin": ("diffusers", "SchedulerMixin"),
+}
+"""Base classes of the components.
+
+diffusers looks them up in the module that model_index.json names, to know how a component is
+loaded. They are not part of the public interface.
+"""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used. Raises AttributeError for an unknown name."""
-    if name not in _LAZY:
+    target = _LAZY.get(name) or _BASE_CLASSES.get(name)
+    if target is None:
         raise AttributeError(f"module 'landiff' has no attribute {name!r}")
-    module_name, attribute = _LAZY[name]
+    module_name, attribute = target
     value = importlib.import_module(module_name)
     if attribute:
         value = getattr(value, attribute)

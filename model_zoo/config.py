@@ -189,7 +189,7 @@ class TokenSamplingConfig(Config):
                 f"top_k = {self.top_k} and top_p = {self.top_p} exclude each other; set one to null"
             )
         if self.top_p is not None and self.top_p > 1:
-            problems.append(f"top_p = {self.top_p} is a share of the probability mass: at most 1")
+            problems.append(f"top_p = {self.top_p} is a probability: at most 1")
         refuse_values(info, problems)
         return self
 

@@ -1,4 +1,4 @@
-"""Which device a job without ranks runs on; trainers get theirs from training/distributed.py."""
+"""Device of a job without ranks. Trainers get theirs from training/distributed.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one, else the CPU."""
+    """Device of a name. `auto` is the first GPU, or the CPU if there is none."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
     return torch.device(name)

@@ -39,6 +39,7 @@ def position_table(
     columns: int,
     dim: int,
     spatial_interpolation: float,
+    *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Sines and cosines of the position of each patch, float32 [T, rows, columns, dim].
@@ -97,9 +98,8 @@ class TransformerInput(nn.Module):
         rows, columns = patches.shape[-2:]
         # [B · T, D, rows, columns] -> [B, T, rows, columns, D]
         patches = patches.unflatten(0, (batch, num_frames)).permute(0, 1, 3, 4, 2)
-        table = position_table(
-            num_frames, rows, columns, size, self.config.spatial_interpolation, patches.device
-        )
+        scale = self.config.spatial_interpolation
+        table = position_table(num_frames, rows, columns, size, scale, device=patches.device)
         video_BND = (patches + table.to(patches.dtype)).flatten(1, 3)
         time_BD = sinusoid(timestep_B, size).to(dtype)
         time_BE = self.time_out(functional.silu(self.time_in(time_BD)))

@@ -1,7 +1,8 @@
-"""Are these numbers usable? The one check for non-finite weights and for collapsed semantic tokens.
+"""Checks for weights that are not finite and for semantic tokens of a collapsed codebook.
 
-Training asks before a checkpoint is written, the zoo and `landiff convert` before weights are used or
-exported, `landiff precompute` before tokens are committed, and sampling before codes become a video.
+Trainers use them before a checkpoint is written, the zoo and `landiff convert` before weights are
+used or exported, `landiff precompute` before tokens are committed, and sampling before codes are
+decoded.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from landiff.configs.base import ConfigError
 from landiff.model_zoo.evaluate.codebook import codebook_use
 
 NAMES_SHOWN = 5
-# A trained codebook has hundreds; one of NaN or equal vectors gives one code for everything.
+# A trained codebook has hundreds. One with NaN or equal vectors gives a single code.
 MIN_EFFECTIVE_CODES = 1.5
 
 
 class UnhealthyError(ConfigError):
-    """Weights with NaN or infinity, or tokens of a collapsed codebook; names the tensor or column."""
+    """Raised for weights with NaN or infinity and for tokens of a collapsed codebook."""
 
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the floating-point tensors that hold NaN or infinity.
 
-    A finite sum proves that all summands are finite, so each tensor is read once and nothing of its
-    size is allocated. A sum that is not finite may have overflowed; only such a tensor is examined
-    element by element. The sums of device tensors come to the host in one copy; of tensors in host
-    memory one at a time is held, so `tensors` may read them from disk.
+    If a sum is finite, all summands are, so each tensor is read once and nothing of its size is
+    allocated. A sum that is not finite may have overflowed, and only such a tensor is checked
+    element by element. The sums of device tensors are copied to the host at once. Of tensors in
+    host memory only one is held at a time, so `tensors` may read them from disk.
     """
     names: list[str] = []
     on_device: list[tuple[str, Tensor, Tensor]] = []
@@ -41,18 +42,22 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         total = _sum(tensor.detach())
         if tensor.device.type != "cpu":
             on_device.append((name, tensor, total))
-        elif not math.isfinite(total) and not bool(tensor.isfinite().all()):
+        elif not math.isfinite(total) and not _all_finite(tensor):
             names.append(name)
     if on_device:
         totals = torch.stack([total for _, _, total in on_device]).tolist()
         for (name, tensor, _), total in zip(on_device, totals, strict=True):
-            if not math.isfinite(total) and not bool(tensor.isfinite().all()):
+            if not math.isfinite(total) and not _all_finite(tensor):
                 names.append(name)
     return names
 
 
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
 def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
-    """Raise UnhealthyError where a tensor of `what` holds NaN or infinity."""
+    """Raises UnhealthyError if one of the tensors of `what` contains NaN or infinity."""
     names = non_finite(tensors)
     if names:
         raise non_finite_error(names, what)
@@ -61,40 +66,44 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 def non_finite_error(names: Sequence[str], what: str) -> UnhealthyError:
     """The error for the tensors `names` of `what`."""
     return UnhealthyError(
-        f"{what} holds NaN or infinity in {listed(names)}: the training that wrote it has diverged, or it "
-        "does not fit the dtype; use an earlier checkpoint or another dtype"
+        f"{what} holds NaN or infinity in {listed(names)}: the training that wrote it has "
+        "diverged, or it does not fit the dtype; use an earlier checkpoint or another dtype"
     )
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of further ones."""
     shown = ", ".join(names[:NAMES_SHOWN])
     more = len(names) - NAMES_SHOWN
-    return f"{shown} and {more} more tensors" if more > 0 else shown
+    if more > 0:
+        return f"{shown} and {more} more tensors"
+    return shown
 
 
 def effective_codes(counts: np.ndarray) -> float:
-    """Perplexity of a histogram: the number of codes in use, where rare codes count less."""
+    """Perplexity of a histogram: the number of codes in use, in which rare codes count less."""
     perplexity, _used = codebook_use(torch.tensor(counts, dtype=torch.float64))
     return float(perplexity)
 
 
 def collapse(counts: np.ndarray) -> str:
-    """What is wrong with a histogram of semantic tokens, "" where nothing is.
+    """Description of a collapsed codebook, "" for a healthy one.
 
-    `counts`: occurrences of each code over several clips.
+    counts: occurrences of each code over several clips.
     """
     total = int(counts.sum())
     if total < 2 or effective_codes(counts) >= MIN_EFFECTIVE_CODES:
         return ""
     code = int(counts.argmax())
-    share = counts[code] / total
-    text = "all" if share == 1 else f"{share:.1%}"
+    fraction = counts[code] / total
+    text = f"{fraction:.1%}"
+    if fraction == 1:
+        text = "all"
     return f"{text} of {total} tokens are code {code}: the codebook has collapsed"
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """float32 sum of a tensor; float8 types have no sum of their own."""
+    """float32 sum of a tensor. torch has no sum for float8 dtypes."""
     if tensor.itemsize == 1:
         tensor = tensor.float()
     return tensor.sum(dtype=torch.float32)

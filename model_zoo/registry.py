@@ -1,8 +1,10 @@
-"""The zoo on disk: `<zoo>/<name>/<fingerprint>/` holds model.safetensors, config.json and provenance.json.
+"""The zoo: a folder of exported weights, through which jobs exchange models.
 
-An entry is committed by rename and never changes. A reference is `name` (the newest entry of that name),
-`name@fingerprint` (a prefix is enough) or the path of an entry folder. It is all that jobs share besides
-shards. Importing this module does not import torch, so that references can be checked before a job starts.
+An entry `<zoo>/<name>/<fingerprint>/` contains model.safetensors, config.json and provenance.json.
+It is committed by rename and never changes. A reference to an entry is `name` (the newest entry of
+that name), `name@fingerprint` (a prefix is enough) or the path of its folder.
+
+Importing this module does not import torch, so that references can be checked before a job starts.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from landiff.configs import Config, ConfigError, ownership, validate
 from landiff.configs.documents import read_json, read_text
@@ -36,47 +40,58 @@ if TYPE_CHECKING:
 
     from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback
 
-WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
+WEIGHTS = "model.safetensors"
+PROVENANCE = "provenance.json"
+MAX_NAME_BYTES = 1 << 10  # of the file `newest`
 
-# kind -> config class. "transformer" is the main diffusion transformer alone; "diffusion" holds the main
-# transformer, the control branch and the semantic condition.
-MAX_NAME_BYTES = 1 << 10
 KINDS: dict[str, type[Config]] = {
     "tokenizer": TokenizerConfig,
     "lm": LMConfig,
     "transformer": TransformerConfig,
     "diffusion": DiffusionConfig,
 }
+"""Kind of a model -> its config class.
+
+"transformer" is the main transformer alone, "diffusion" the main transformer with control branch
+and semantic condition.
+"""
 
 
 class ZooError(ConfigError):
-    """A zoo reference that leads nowhere, or an entry of the wrong kind."""
+    """Raised for references without an entry, damaged entries and entries of a wrong kind."""
 
 
 class EntryCard(Config):
     """config.json of an entry."""
 
-    kind: str
-    name: str
-    fingerprint: str
-    config: dict[str, Any]
+    kind: str = Field(description="Kind of the model: tokenizer, lm, transformer or diffusion.")
+    name: str = Field(description="Name of the entry.")
+    fingerprint: str = Field(description="Fingerprint of config and weights, 16 hex digits.")
+    config: dict[str, Any] = Field(description="Config of the model.")
 
 
 @dataclass(frozen=True)
 class ZooEntry:
+    """One committed entry.
+
+    stored_config: the config as config.json contains it, which the fingerprint was computed from.
+    """
+
     path: Path
     name: str
     kind: str
     fingerprint: str
     config: Config
-    stored_config: Mapping[str, Any]  # as config.json holds it: the fingerprint is of this
+    stored_config: Mapping[str, Any]
 
     @property
     def reference(self) -> str:
+        """Reference to exactly this entry."""
         return f"{self.name}@{self.fingerprint}"
 
     @property
     def provenance(self) -> dict[str, Any]:
+        """Where the weights come from. Raises ZooError if the file cannot be read."""
         try:
             return read_json(self.path / PROVENANCE)
         except (OSError, ConfigError) as error:
@@ -85,14 +100,20 @@ class ZooEntry:
             ) from None
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """All tensors by the names of our own modules. Raises ConfigError for damage, NaN and infinity."""
+        """All tensors, by the names of model_zoo's modules.
+
+        Raises ConfigError for damaged files, NaN and infinity.
+        """
         from landiff.model_zoo.convert.lazy import load_safetensors
 
         require_intact(self)
         return load_safetensors(self.path / WEIGHTS, str(device))
 
     def lazy(self) -> LazyTensors:
-        """The same, read when asked for and not verified."""
+        """The same tensors, each read when it is used and not verified.
+
+        Raises ZooError if the file is missing.
+        """
         if not (self.path / WEIGHTS).is_file():
             raise ZooError(f"{self.path} is damaged: {WEIGHTS} is missing")
         from landiff.model_zoo.convert.lazy import read_safetensors
@@ -101,37 +122,47 @@ class ZooEntry:
 
 
 def build_module(kind: str, config: Config) -> nn.Module:
-    """An uninitialised-or-default module of that kind (import here: the models import torch layers)."""
-    if kind == "tokenizer":
+    """Builds an untrained module of a kind.
+
+    Imports the models here, because they import torch. Raises ZooError for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ZooError(f"unknown model kind {kind!r}; known: {', '.join(KINDS)}")
+    assert isinstance(config, KINDS[kind]), (kind, type(config))
+    if isinstance(config, TokenizerConfig):
         from landiff.model_zoo.tokenizer import SemanticTokenizer
 
         return SemanticTokenizer(config)
-    if kind == "lm":
+    if isinstance(config, LMConfig):
         from landiff.model_zoo.lm import LanguageModel
 
         return LanguageModel(config)
-    if kind == "transformer":
+    if isinstance(config, TransformerConfig):
         from landiff.model_zoo.dit import DiffusionTransformer
 
         return DiffusionTransformer(config)
-    if kind == "diffusion":
-        from landiff.model_zoo.dit import ControlledDiffusion
+    assert isinstance(config, DiffusionConfig), (kind, type(config))
+    from landiff.model_zoo.dit import ControlledDiffusion
 
-        return ControlledDiffusion(config)
-    raise ZooError(f"unknown model kind {kind!r}; known: {', '.join(KINDS)}")
+    return ControlledDiffusion(config)
 
 
 def load_model(
     entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """The entry's module with its weights, in eval mode, gradients off."""
+    """Builds the module of an entry with its weights, in eval mode and without gradients.
+
+    Raises ConfigError for damaged files, NaN and infinity.
+    """
     import torch
 
     with torch.device("meta"):
         model = build_module(entry.kind, entry.config)
     model.load_state_dict(entry.load(device), strict=True, assign=True)
     model.requires_grad_(False).eval()
-    return model.to(dtype) if dtype is not None else model
+    if dtype is not None:
+        model.to(dtype)
+    return model
 
 
 def weights_fingerprint(
@@ -140,23 +171,33 @@ def weights_fingerprint(
     tensors: Mapping[str, Tensor],
     progress: ProgressCallback | None = None,
 ) -> str:
-    """16 hex digits over kind, config, names, dtypes, shapes and bytes: equal weights have equal names anywhere.
+    """16 hex digits over the kind, the config and all tensors, equal on every machine.
 
-    `progress` is called with the megabytes that were hashed; it needs lazy tensors, which know their sizes.
+    Hashes name, dtype, shape and bytes of each tensor.
+
+    progress: called with the megabytes that are hashed. Requires LazyTensors, whose sizes are known
+        before they are read.
     """
     import torch
 
-    from landiff.model_zoo.convert.lazy import megabytes
+    from landiff.model_zoo.convert.lazy import LazyTensors, megabytes
 
+    total = 0
+    if progress is not None:
+        assert isinstance(tensors, LazyTensors), type(tensors)
+        total = tensors.num_bytes
     done = 0
-    sizes = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
+    if isinstance(config, Config):
+        sizes = config.model_dump(mode="json")
+    else:
+        sizes = dict(config)
     digest = hashlib.sha256(json.dumps([kind, sizes], sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         if progress is not None:
-            progress(*megabytes(done, tensors.num_bytes), "hashing")
+            progress(*megabytes(done, total), "hashing")
         done += tensor.numel() * tensor.itemsize
         del tensor  # before the next one is read
     if progress is not None:
@@ -173,70 +214,69 @@ def export(
     provenance: Mapping[str, Any],
     progress: ProgressCallback | None = None,
 ) -> ZooEntry:
-    """Commit weights to the zoo. Exporting the same weights again returns the entry that is there.
+    """Commits weights to the zoo. Exporting the same weights again returns the existing entry.
 
-    Lazy tensors are read and written one at a time, then hashed from the file. Raises UnhealthyError
-    for NaN or infinity, OwnedError where another process writes an entry of this name.
+    Tensors are read and written one at a time, then hashed from the file.
+
+    Raises UnhealthyError for NaN or infinity, OwnedError if another process is writing an entry of
+    this name.
     """
     from landiff.model_zoo.convert.lazy import LazyTensors
 
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     check_name(name)
-    lazy = tensors if isinstance(tensors, LazyTensors) else LazyTensors.of(tensors)
+    if not isinstance(tensors, LazyTensors):
+        tensors = LazyTensors.of(tensors)
+    card = EntryCard(kind=kind, name=name, fingerprint="", config=config.model_dump(mode="json"))
     with ownership.take(zoo / name / OWNER, f"zoo entry {name} in {zoo}"):
-        return _export(zoo, name, kind, config, lazy, provenance, progress)
+        return _export(zoo, card, tensors, provenance, progress)
 
 
 def _export(
     zoo: Path,
-    name: str,
-    kind: str,
-    config: Config,
-    lazy: LazyTensors,
+    card: EntryCard,
+    tensors: LazyTensors,
     provenance: Mapping[str, Any],
     progress: ProgressCallback | None,
 ) -> ZooEntry:
-    """`export` for the owner of the name."""
+    """`export` by the owner of the name. The fingerprint of the card is still empty."""
     from landiff.model_zoo.convert.lazy import read_safetensors, write_safetensors
 
-    remove_abandoned(zoo / name, "export")
-    temporary = temporary_name(zoo / name / "export")
+    folder = zoo / card.name
+    remove_abandoned(folder, "export")
+    temporary = temporary_name(folder / "export")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     fsync_dir(zoo)
     try:
-        write_safetensors(temporary / WEIGHTS, lazy, {"format": "pt", "kind": kind}, progress)
+        metadata = {"format": "pt", "kind": card.kind}
+        write_safetensors(temporary / WEIGHTS, tensors, metadata, progress)
         written = read_safetensors(temporary / WEIGHTS)
-        mark, bad = _examine(kind, config.model_dump(mode="json"), written, progress)
+        fingerprint, bad = _examine(card.kind, card.config, written, progress)
         if bad:
             from landiff.model_zoo.health import non_finite_error
 
-            raise non_finite_error(bad, f"the {kind} to be exported as {name}")
-        final = zoo / name / mark
+            raise non_finite_error(bad, f"the {card.kind} to be exported as {card.name}")
+        final = folder / fingerprint
         if not final.exists():
-            write_text(
-                temporary / "config.json",
-                json.dumps(
-                    {
-                        "kind": kind,
-                        "name": name,
-                        "fingerprint": mark,
-                        "config": config.model_dump(mode="json"),
-                    },
-                    indent=1,
-                ),
-            )
-            made = {**provenance, "weights_sha256": sha256_file(temporary / WEIGHTS)}
-            write_text(temporary / PROVENANCE, json.dumps(made, indent=1, sort_keys=True))
+            content = {
+                "kind": card.kind,
+                "name": card.name,
+                "fingerprint": fingerprint,
+                "config": card.config,
+            }
+            write_text(temporary / "config.json", json.dumps(content, indent=1))
+            source = {**provenance, "weights_sha256": sha256_file(temporary / WEIGHTS)}
+            write_text(temporary / PROVENANCE, json.dumps(source, indent=1, sort_keys=True))
             commit_dir(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    write_text(zoo / name / "newest", mark + "\n")
+    write_text(folder / "newest", fingerprint + "\n")
     return read_entry(final)
 
 
 def check_name(name: str) -> None:
-    """Raise ZooError for what cannot be the name of an entry."""
+    """Raises ZooError for a text that cannot be the name of an entry."""
     if not name or "@" in name or "/" in name or name.startswith("."):
         raise ZooError(
             f"zoo name {name!r} must be non-empty, without '@' or '/', and not start with a dot"
@@ -244,6 +284,7 @@ def check_name(name: str) -> None:
 
 
 def read_entry(path: Path) -> ZooEntry:
+    """Reads the entry of a folder, without its weights. Raises ZooError if it is not one."""
     try:
         card = read_json_as(EntryCard, path / "config.json")
         config = validate(KINDS[card.kind], card.config, str(path / "config.json"))
@@ -253,53 +294,67 @@ def read_entry(path: Path) -> ZooEntry:
 
 
 def entry_folders(zoo: Path) -> list[Path]:
-    """Where committed entries lie, by name; whole or not."""
-    folders = [path for path in zoo.glob("*/*") if path.is_dir() and not path.name.startswith(".")]
-    return sorted(
-        folder
-        for folder in folders
-        if (folder / "config.json").is_file() or (folder / WEIGHTS).is_file()
-    )
+    """Folders of committed entries, damaged ones included, sorted by name."""
+    folders = []
+    for path in zoo.glob("*/*"):
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        if (path / "config.json").is_file() or (path / WEIGHTS).is_file():
+            folders.append(path)
+    return sorted(folders)
 
 
 def entries(zoo: Path) -> list[ZooEntry]:
-    """All committed entries, by name."""
+    """All committed entries, sorted by name. Raises ZooError if one is damaged."""
     return [read_entry(folder) for folder in entry_folders(zoo)]
 
 
 def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
-    """The entry behind `name`, `name@prefix` or a path. Raises ZooError that says what there is."""
+    """The entry of a reference: `name`, `name@prefix` or a path.
+
+    Raises ZooError if there is none, or several, or if it is not of this kind. The message lists
+    the existing ones.
+    """
     if "/" in reference:
         entry = read_entry(Path(reference))
     else:
-        name, _, prefix = reference.partition("@")
-        folder = zoo / name
-        names = sorted(p.name for p in zoo.iterdir() if p.is_dir()) if zoo.is_dir() else []
-        if not folder.is_dir():
-            raise ZooError(
-                f"the zoo {zoo} has no {name!r}; it has: {', '.join(names) or 'nothing yet'}"
-            )
-        marks = sorted(
-            p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
-        )
-        if not prefix:
-            try:
-                prefix = read_text(folder / "newest", MAX_NAME_BYTES).strip()
-            except FileNotFoundError:
-                raise ZooError(f"{folder} holds no committed entry; export again") from None
-        found = [m for m in marks if m.startswith(prefix)]
-        if len(found) != 1:
-            raise ZooError(
-                f"{reference!r} matches {len(found)} entries of {folder}; there are: {', '.join(marks) or 'none'}"
-            )
-        entry = read_entry(folder / found[0])
+        entry = read_entry(_entry_folder(zoo, reference))
     if kind is not None and entry.kind != kind:
         raise ZooError(f"{entry.reference} is a {entry.kind}, where a {kind} is needed")
     return entry
 
 
+def _entry_folder(zoo: Path, reference: str) -> Path:
+    """Folder of the entry that `name` or `name@prefix` refers to."""
+    name, _, prefix = reference.partition("@")
+    folder = zoo / name
+    if not folder.is_dir():
+        names: list[str] = []
+        if zoo.is_dir():
+            names = sorted(path.name for path in zoo.iterdir() if path.is_dir())
+        raise ZooError(
+            f"the zoo {zoo} has no {name!r}; it has: {', '.join(names) or 'nothing yet'}"
+        )
+    if not prefix:
+        try:
+            prefix = read_text(folder / "newest", MAX_NAME_BYTES).strip()
+        except FileNotFoundError:
+            raise ZooError(f"{folder} holds no committed entry; export again") from None
+    fingerprints = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            fingerprints.append(path.name)
+    matching = [fingerprint for fingerprint in fingerprints if fingerprint.startswith(prefix)]
+    if len(matching) != 1:
+        raise ZooError(
+            f"{reference!r} matches {len(matching)} entries of {folder}; there are: "
+            f"{', '.join(fingerprints) or 'none'}"
+        )
+    return folder / matching[0]
+
+
 def verify_entry(entry: ZooEntry) -> None:
-    """Raise ConfigError unless config and weights are finite and those that were written.
+    """Raises ConfigError unless the weights are finite and the files are those that were written.
 
     Compares the fingerprint and the hash of the file.
     """
@@ -309,35 +364,37 @@ def verify_entry(entry: ZooEntry) -> None:
 
 
 def require_intact(entry: ZooEntry) -> None:
-    """Raise ConfigError unless config and weights are finite and those that were written.
+    """Raises ConfigError unless config and weights are finite and those that were written.
 
     Called whenever an entry is used. Each process verifies an entry once, and again when the size,
-    time or inode of its files change. Nothing is remembered on disk: a file whose bytes decayed keeps
-    its time, the zoo may be read-only, and the use reads all weights anyway (the second read comes
-    from the page cache).
+    time or inode of its files change. The result is not stored on disk: a file with flipped bits
+    keeps its time, the zoo may be read-only, and all weights are read anyway, the second time from
+    the page cache.
     """
     files = [entry.path / "config.json", entry.path / WEIGHTS]
     stamps = []
     for path in files:
         try:
-            found = path.stat()
+            status = path.stat()
         except FileNotFoundError:
             raise ZooError(f"{entry.path} is damaged: {path.name} is missing") from None
-        stamps.append((found.st_size, found.st_mtime_ns, found.st_ino))
+        stamps.append((status.st_size, status.st_mtime_ns, status.st_ino))
     _verify_once(entry.path.resolve(), tuple(stamps))
 
 
 @lru_cache(256)
 def _verify_once(path: Path, stamps: tuple[tuple[int, int, int], ...]) -> None:
+    """Verifies an entry, once per process for the same path and stamps of its files."""
     _verify_content(read_entry(path))
 
 
 def _verify_content(entry: ZooEntry) -> None:
-    mark, bad = _examine(entry.kind, entry.stored_config, entry.lazy())
-    if mark != entry.fingerprint:
-        expected = entry.fingerprint
+    """Raises ConfigError for another fingerprint, NaN or infinity."""
+    fingerprint, bad = _examine(entry.kind, entry.stored_config, entry.lazy())
+    if fingerprint != entry.fingerprint:
         raise ZooError(
-            f"{entry.path} is damaged: its weights give {mark}, its name says {expected}"
+            f"{entry.path} is damaged: its weights give the fingerprint {fingerprint}, "
+            f"not {entry.fingerprint}"
         )
     if bad:
         from landiff.model_zoo.health import non_finite_error
@@ -351,7 +408,7 @@ def _examine(
     tensors: LazyTensors,
     progress: ProgressCallback | None = None,
 ) -> tuple[str, list[str]]:
-    """Fingerprint and the names of tensors with NaN or infinity; each tensor is read once."""
+    """Fingerprint, and names of tensors with NaN or infinity. Reads each tensor once."""
     from landiff.model_zoo.convert.lazy import LazyTensors
     from landiff.model_zoo.health import non_finite
 
@@ -362,5 +419,5 @@ def _examine(
         bad.extend(non_finite([(name, tensor)]))
         return tensor
 
-    mark = weights_fingerprint(kind, config, LazyTensors(tensors.meta, read), progress)
-    return mark, bad
+    fingerprint = weights_fingerprint(kind, config, LazyTensors(tensors.meta, read), progress)
+    return fingerprint, bad

@@ -145,6 +145,7 @@ def denoising_loss(
     x0_BTCHW: Tensor,
     noise_BTCHW: Tensor,
     timestep_B: Tensor,
+    *,
     fixed_frames: int | Tensor = 0,
 ) -> DenoisingLoss:
     """Mean squared error of the velocity (docs/specification.md §5.6).

@@ -218,7 +218,10 @@ class TokenLayout:
         pframe = [self.start_pframe, *[CODE] * self.pframe_tokens, self.end_pframe]
         body = []
         for frame in range(num_frames):
-            body += pframe if frame % self.segment_frames else iframe
+            if frame % self.segment_frames == 0:
+                body += iframe
+            else:
+                body += pframe
         body.append(self.eos)
         return np.array(body, dtype=np.int64)
 

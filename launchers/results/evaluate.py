@@ -181,7 +181,14 @@ def diffusion_row(
 
     def loss(features, **prefix) -> float:
         result = conditions.diffusion_loss(
-            diffusion, schedule, latents, text, features, noise, timesteps, **prefix
+            diffusion,
+            schedule,
+            latents,
+            text,
+            features,
+            noise_BTCHW=noise,
+            timestep_B=timesteps,
+            **prefix,
         )
         progress()
         return result

@@ -90,12 +90,12 @@ def sample_videos(config: SampleConfig) -> list[str]:
             config.num_latent_frames,
             config.tokens,
             sampler,
-            seeds[some],
-            config.motion_score,
-            config.clean_frames,
-            progress,
+            seeds=seeds[some],
+            motion_score=config.motion_score,
+            clean_frames=config.clean_frames,
+            progress=progress,
         )
-        videos += generated.frames_BFHWC.cpu()
+        videos += generated.frames_BTHWC.cpu()
     names = []
     for number, (prompt, frames) in enumerate(zip(config.prompts, videos, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"

@@ -1,6 +1,8 @@
-"""Do the models use what they are told? The loss with the right condition against the loss with a wrong one.
+"""Effect of the conditions: losses with the right condition and with one of another clip.
 
-Letters: B clips, K codes of a clip, T latent frames, C H W latent sizes, L text rows, D text width, V vocabulary.
+Shape letters (docs/glossary.md): B batch, S positions of a sequence, K codes of a clip, T latent
+frames, C channels, H, W height and width in latent cells, h, w height and width in feature cells,
+L text rows, D width of text states, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,46 +22,53 @@ from landiff.model_zoo.schedule import NoiseSchedule
 
 
 def wrong_partners(keys: Sequence[str]) -> list[int]:
-    """For each clip another one that differs in `keys` (its caption, its video). Raises ConfigError if there is none."""
+    """For each clip the index of another clip with another key.
+
+    keys: what the condition is made from, the caption or the hash of the video.
+
+    Raises ConfigError if all keys are the same.
+    """
     count = len(keys)
     partners = []
-    for i in range(count):
-        others = [
-            (i + step) % count for step in range(1, count) if keys[(i + step) % count] != keys[i]
-        ]
+    for index, key in enumerate(keys):
+        following = [(index + step) % count for step in range(1, count)]
+        others = [other for other in following if keys[other] != key]
         if not others:
             raise ConfigError(
-                f"all {count} clips share {keys[i]!r}, so there is no other condition to compare with; evaluate on "
-                "clips of at least two videos with different captions"
+                f"all {count} clips have {key!r}, so there is no other condition to compare with; "
+                "evaluate on clips of at least two videos with different captions"
             )
         partners.append(others[len(others) // 2])
     return partners
 
 
 def frequency_baseline(codes_BK: np.ndarray, codebook_size: int) -> float:
-    """Nats per code of the best predictor that knows only how often each code occurs in these clips."""
+    """Nats per code of the best predictor that knows only how often each code occurs."""
     codes = torch.from_numpy(codes_BK.astype(np.int64))
     return float(code_entropy(count_codes(codes, codebook_size).double()))
 
 
 @torch.no_grad()
 def lm_code_loss(
-    model: LanguageModel, codes: np.ndarray, text_LD: Tensor, num_frames: int, motion_score: float
+    model: LanguageModel,
+    codes_K: np.ndarray,
+    text_LD: Tensor,
+    num_frames: int,
+    motion_score: float,
 ) -> float:
-    """Nats per code of one clip, structural tokens left out (they cost next to nothing and would flatter)."""
+    """Cross-entropy of the codes of one clip, in nats per code.
+
+    Structural tokens are left out: they are nearly certain and would lower the mean.
+    """
     layout = model.layout
-    ids = torch.from_numpy(layout.build(codes, len(text_LD)))[None].to(text_LD.device)
-    device = ids.device
-    logits_SV = model(
-        ids,
-        text_LD[None],
-        torch.tensor([float(num_frames)], device=device),
-        torch.tensor([motion_score], device=device),
-    )[0].float()
+    ids = torch.from_numpy(layout.build(codes_K, len(text_LD)))[None].to(text_LD.device)
+    frames_B = torch.tensor([float(num_frames)], device=ids.device)
+    motion_score_B = torch.tensor([motion_score], device=ids.device)
+    logits_SV = model(ids, text_LD[None], frames_B, motion_score_B)[0].float()
     is_code_S = (ids[0] >= 0) & (ids[0] < layout.codebook_size)
     is_code_S[0] = False  # nothing predicts the first position
-    places = is_code_S.nonzero().squeeze(1)
-    return functional.cross_entropy(logits_SV[places - 1], ids[0, places]).item()
+    positions = is_code_S.nonzero().squeeze(1)
+    return functional.cross_entropy(logits_SV[positions - 1], ids[0, positions]).item()
 
 
 @torch.no_grad()
@@ -69,16 +78,21 @@ def diffusion_loss(
     latents_BTCHW: Tensor,
     text_BLD: Tensor,
     features_BTChw: Tensor,
+    *,
     noise_BTCHW: Tensor,
     timestep_B: Tensor,
-    *,
     prefix: int = 0,
     skip: int = 0,
 ) -> float:
-    """Mean squared error of the velocity over latent frames `skip` and later; the first `prefix` are given clean."""
-    noised = schedule.noised(latents_BTCHW, noise_BTCHW, timestep_B)
+    """Mean squared error of the velocity over the latent frames from `skip` on.
+
+    prefix: number of latent frames at the start that the model receives without noise.
+    """
+    noised_BTCHW = schedule.noised(latents_BTCHW, noise_BTCHW, timestep_B)
     if prefix:
-        noised = torch.cat([latents_BTCHW[:, :prefix], noised[:, prefix:]], dim=1)
-    velocity = model(noised, timestep_B, text_BLD, features_BTChw)
-    target = schedule.velocity(latents_BTCHW, noise_BTCHW, timestep_B)
-    return functional.mse_loss(velocity[:, skip:].float(), target[:, skip:]).item()
+        parts = [latents_BTCHW[:, :prefix], noised_BTCHW[:, prefix:]]
+        noised_BTCHW = torch.cat(parts, dim=1)
+    velocity_BTCHW = model(noised_BTCHW, timestep_B, text_BLD, features_BTChw)
+    target_BTCHW = schedule.velocity(latents_BTCHW, noise_BTCHW, timestep_B)
+    error = functional.mse_loss(velocity_BTCHW[:, skip:].float(), target_BTCHW[:, skip:])
+    return error.item()

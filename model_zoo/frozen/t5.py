@@ -1,11 +1,12 @@
 """T5 encoders as text encoders: Flan-T5 of the language model, T5 v1.1 of the diffusion model.
 
-Letters: B batch, L tokens, D width.
+Flan-T5 (docs/specification.md §4.3) pads on the left to the longest text, with an attention mask,
+and returns only the states of real tokens, moved to the start of their row. T5 v1.1 (§5.10) pads to
+max_length without a mask and returns all rows. Both append `</s>` and cut longer texts. Weights and
+activations have the configured dtype (bfloat16 in the release) without autocast; the returned
+states are float32.
 
-flan-t5 (specification §4.3): left padding to the longest text, truncation, attention mask; returned are the
-real tokens only, moved to the front of their row. t5-v1.1 (§5.10): padded to max_length, no mask, all rows
-returned. `</s>` is appended in both. Weights and activations have the configured dtype (bf16 in the release),
-without autocast; states are handed out as float32.
+Shape letters (docs/glossary.md): B batch, L text rows, D width of text states.
 """
 
 from __future__ import annotations
@@ -22,27 +23,29 @@ from landiff.model_zoo.frozen.weights import encoder_fingerprint, local_or_hub, 
 
 
 class T5Text(nn.Module):
+    """`TextEncoder` around a T5 encoder. It is padded if the config is that of T5 v1.1."""
+
     def __init__(
         self,
         network: T5EncoderModel,
         tokenizer: PreTrainedTokenizerBase,
         config: FlanT5Config | T5V11Config,
-        mark: str,
+        fingerprint: str,
     ) -> None:
         super().__init__()
-        self.name = config.kind
-        self.fingerprint = mark
+        self.name: str = config.kind
+        self.fingerprint = fingerprint
         self.dim: int = network.config.d_model
-        self.max_length = config.max_length
+        self.max_length: int = config.max_length
         self.padded = isinstance(config, T5V11Config)
         self.network = network
         self.tokenizer = tokenizer
         self.eval().requires_grad_(False)
 
     def cut_off(self, texts: list[str]) -> list[str]:
-        """The end of each text that `max_length` tokens leave out, "" where nothing is."""
+        """The end of each text after its first `max_length` tokens, "" for shorter texts."""
         kept = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        fast = self.tokenizer.is_fast
+        fast = self.tokenizer.is_fast  # only fast tokenizers know the position of tokens in a text
         ends = []
         for text in texts:
             tokens = self.tokenizer(
@@ -58,28 +61,32 @@ class T5Text(nn.Module):
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """-> float32 states [B, L, D], lengths int64 [B]; rows at and past a length are zero."""
+        """Returns states, float32 [B, L, D], and lengths, int64 [B]. Other rows are zero."""
+        padding = "longest"
+        side = "left"
+        if self.padded:
+            padding = "max_length"
+            side = "right"
         tokens = self.tokenizer(
             list(texts),
             max_length=self.max_length,
             truncation=True,
             add_special_tokens=True,
             return_tensors="pt",
-            padding="max_length" if self.padded else "longest",
-            padding_side="right" if self.padded else "left",
+            padding=padding,
+            padding_side=side,
         ).to(self.network.device)
         if self.padded:
             states_BLD = self.network(input_ids=tokens.input_ids).last_hidden_state.float()
             return states_BLD, torch.full((len(texts),), self.max_length, device=states_BLD.device)
         mask_BL = tokens.attention_mask
-        states_BLD = self.network(
-            input_ids=tokens.input_ids, attention_mask=mask_BL
-        ).last_hidden_state.float()
+        output = self.network(input_ids=tokens.input_ids, attention_mask=mask_BL)
+        states_BLD = output.last_hidden_state.float()
         lengths_B = mask_BL.sum(1)
-        fronted_BLD = torch.zeros_like(states_BLD)
+        moved_BLD = torch.zeros_like(states_BLD)
         for row, length in enumerate(lengths_B.tolist()):
-            fronted_BLD[row, :length] = states_BLD[row, -length:]
-        return fronted_BLD, lengths_B
+            moved_BLD[row, :length] = states_BLD[row, -length:]
+        return moved_BLD, lengths_B
 
 
 def _load_tokenizer(
@@ -91,13 +98,13 @@ def _load_tokenizer(
         raise unreadable(config.kind, config.path, error) from error
     except (ImportError, ValueError) as error:
         raise ConfigError(
-            f"{config.kind}: the tokenizer of path = {config.path!r} cannot be built ({error}); where the repository "
-            "holds only spiece.model, pip install sentencepiece"
+            f"{config.kind}: the tokenizer of path = {config.path!r} cannot be built ({error}); if "
+            "the repository holds only spiece.model, pip install sentencepiece"
         ) from error
 
 
 def build(config: FlanT5Config | T5V11Config, device: str | torch.device) -> T5Text:
-    """Raises ConfigError where `config.path` can't be read."""
+    """Loads the encoder. Raises ConfigError if `config.path` cannot be read or is incomplete."""
     place = local_or_hub(config.kind, config.path)
     tokenizer = _load_tokenizer(place, config)
     try:
@@ -109,14 +116,13 @@ def build(config: FlanT5Config | T5V11Config, device: str | torch.device) -> T5T
         )
     except OSError as error:
         raise unreadable(config.kind, config.path, error) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise ConfigError(
-            f"{config.kind}: path = {config.path!r} lacks weights: {report['missing_keys'] or report['mismatched_keys']}"
-        )
+    missing = report["missing_keys"] or report["mismatched_keys"]
+    if missing:
+        raise ConfigError(f"{config.kind}: path = {config.path!r} lacks weights: {missing}")
     options = {
         "max_length": config.max_length,
         "dtype": config.dtype,
         "vocabulary": sorted(tokenizer.get_vocab().items()),
     }
-    mark = encoder_fingerprint(config.kind, options, dict(network.named_parameters()))
-    return T5Text(network, tokenizer, config, mark).to(device)
+    fingerprint = encoder_fingerprint(config.kind, options, dict(network.named_parameters()))
+    return T5Text(network, tokenizer, config, fingerprint).to(device)

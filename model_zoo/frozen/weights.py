@@ -1,4 +1,4 @@
-"""Where weights come from, and the fingerprint of an encoder."""
+"""Sources of the frozen encoders' weights, and the fingerprint of an encoder."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["encoder_fingerprint", "local_or_hub", "package_folder", "unreadable"
 def encoder_fingerprint(
     kind: str, preprocessing: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> str:
-    """16 hex digits over all that changes an encoder's output, the same on every machine.
+    """16 hex digits over everything that affects an encoder's output, equal on every machine.
 
-    The kind, the options and constants in `preprocessing` (JSON values), and name, dtype, shape and bytes of
-    every tensor, hashed one tensor at a time. How the weights were split into files doesn't matter.
+    Hashes the kind, the options and constants in `preprocessing` (JSON values), and name, dtype,
+    shape and bytes of each tensor in turn. The division of the weights into files has no effect.
     Raises UnhealthyError for weights with NaN or infinity.
     """
     require_finite(tensors.items(), f"the frozen encoder {kind}")
@@ -36,8 +36,9 @@ def encoder_fingerprint(
 
 
 def unreadable(kind: str, path: str, error: Exception) -> ConfigError:
-    """What to raise when `path` could not be loaded."""
+    """The error for a `path` that could not be loaded."""
     return ConfigError(
-        f"{kind}: path = {path!r} cannot be loaded ({error}). It is read as a local folder where one exists, "
-        "otherwise as a hub id; without a network, set path to a folder that holds the downloaded repository"
+        f"{kind}: path = {path!r} cannot be loaded ({error}). It is read as a local folder if that "
+        "exists, otherwise as a hub id; without a network, set path to a folder with the "
+        "downloaded repository"
     )

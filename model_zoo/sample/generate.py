@@ -1,6 +1,8 @@
-"""Prompts -> video frames: language model, tokenizer decoder, control diffusion, latent codec, in that order.
+"""Videos from prompts: language model, tokenizer decoder, diffusion model and codec, in this order.
 
-Letters: B prompts, K codes, T latent frames, F video frames, C H W latent sizes, H W pixels.
+Shape letters (docs/glossary.md): B batch (one video per prompt), K codes of a clip, T frames (RGB
+frames of videos, latent frames of latents and features), C channels, H, W height and width of RGB
+frames or latents, h, w height and width in feature cells, L text rows, D width of text states.
 """
 
 from __future__ import annotations
@@ -33,10 +35,15 @@ from landiff.model_zoo.tokenizer import SemanticTokenizer
 
 log = logging.getLogger(__name__)
 
+DEFAULT_MOTION_SCORE = 0.1  # as in the release's command line
+
+# progress(what, done, total) with "tokens" or "latents".
+SampleProgress = Callable[[str, int, int], None]
+
 
 @dataclass(frozen=True)
 class Models:
-    """The parts that make a video, all on one device."""
+    """Models and frozen encoders that generate a video together, all on one device."""
 
     lm: LanguageModel
     tokenizer: SemanticTokenizer
@@ -47,30 +54,27 @@ class Models:
     codec: LatentCodec
 
     def check(self) -> None:
-        """Raise ConfigError where the parts were not made for each other."""
+        """Raises ConfigError if sizes of the models do not fit each other."""
         sizes = Sizes(
-            self.lm.config,
-            self.tokenizer.config,
-            self.diffusion.config,
-            self.lm_text.dim,
-            self.diffusion_text.dim,
-            self.codec.channels,
+            lm=self.lm.config,
+            tokenizer=self.tokenizer.config,
+            diffusion=self.diffusion.config,
+            lm_text_width=self.lm_text.dim,
+            diffusion_text_width=self.diffusion_text.dim,
+            codec_channels=self.codec.channels,
         )
-        wrong = sizes.differences()
-        if wrong:
-            raise ConfigError(f"these models were not made for each other: {'; '.join(wrong)}")
+        differences = sizes.differences()
+        if differences:
+            raise ConfigError(f"the models do not fit each other: {'; '.join(differences)}")
 
 
 @dataclass(frozen=True)
 class Generated:
+    """Videos with the codes and latents that they were decoded from. The frames are uint8."""
+
     codes_BK: Tensor
     latents_BTCHW: Tensor
-    frames_BFHWC: Tensor  # uint8
-
-
-DEFAULT_MOTION_SCORE = 0.1  # the release's command line's
-
-Note = Callable[[str, int, int], None]  # ("tokens" or "latents", how many are done, of how many)
+    frames_BTHWC: Tensor
 
 
 @torch.no_grad()
@@ -80,14 +84,23 @@ def generate(
     num_latent_frames: int,
     tokens: TokenSamplingConfig,
     sampler: SamplerOptions,
+    *,
     seeds: Sequence[int],
     motion_score: float | None = None,
     clean_frames: int = 7,
-    progress: Note | None = None,
+    progress: SampleProgress | None = None,
 ) -> Generated:
-    """One video per prompt. Videos longer than the diffusion model's window are streamed in chunks that keep
-    `clean_frames` latents of the one before; one that ends early (`tokens.predict_end`) keeps its whole chunks.
-    Raises ConfigError for an empty prompt, a length that chunks don't make, or models that don't fit.
+    """Generates one video per prompt.
+
+    Videos longer than the window of the diffusion model are generated in chunks, each of which
+    continues the last `clean_frames` latent frames of the one before. A video that the language
+    model ends early (`tokens.predict_end`) has the whole chunks before its end.
+
+    seeds: one per prompt.
+    motion_score: in frame heights per second; None means DEFAULT_MOTION_SCORE.
+
+    Raises ConfigError for an empty prompt, a length that is not a whole number of chunks, or models
+    that do not fit each other; UnhealthyError if the codes have collapsed.
     """
     models.check()
     check_prompts(prompts)
@@ -99,32 +112,33 @@ def generate(
         models.lm_text(list(prompts)),
         num_latent_frames,
         tokens,
-        seeds,
-        motion_score,
-        progress,
+        seeds=seeds,
+        motion_score=motion_score,
+        progress=progress,
     )
-    features = models.tokenizer.decode(codes_BK, models.lm.layout.num_frames(codes_BK.shape[1]))
-    states_BLD, _ = models.diffusion_text(list(prompts))
-    latents = draw_latents(
+    num_frames = models.lm.layout.num_frames(codes_BK.shape[1])
+    features_BTChw = models.tokenizer.decode(codes_BK, num_frames)
+    text_BLD, _ = models.diffusion_text(list(prompts))
+    latents_BTCHW = draw_latents(
         models.diffusion,
         models.schedule,
-        states_BLD,
-        features,
+        text_BLD,
+        features_BTChw,
         sampler,
-        seeds,
-        clean_frames,
-        progress,
+        seeds=seeds,
+        clean_frames=clean_frames,
+        progress=progress,
     )
-    return Generated(codes_BK, latents, models.codec.decode(latents))
+    return Generated(codes_BK, latents_BTCHW, models.codec.decode(latents_BTCHW))
 
 
 def warn_of_cut_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
-    """Warn about prompts that are longer than the text encoder takes, with the text that is cut."""
+    """Warns about prompts that are too long for the text encoder, with the text that is cut."""
     for number, cut in enumerate(encoder.cut_off(list(prompts))):
         if cut:
             log.warning(
-                "prompt %d is longer than the %d tokens that text encoder %s takes; this part has no "
-                "effect: %r",
+                "prompt %d is longer than the %d tokens that text encoder %s takes; this part "
+                "has no effect: %r",
                 number,
                 encoder.max_length,
                 encoder.name,
@@ -133,8 +147,9 @@ def warn_of_cut_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises ConfigError for an empty prompt, or if there is none."""
     if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise ConfigError("a prompt is empty; say what the video shows")
+        raise ConfigError("a prompt is empty; describe what the video shows")
 
 
 def draw_codes(
@@ -142,31 +157,45 @@ def draw_codes(
     text: tuple[Tensor, Tensor],
     num_latent_frames: int,
     tokens: TokenSamplingConfig,
+    *,
     seeds: Sequence[int],
     motion_score: float | None = None,
-    progress: Note | None = None,
+    progress: SampleProgress | None = None,
 ) -> Tensor:
-    """`text`: states and lengths of the language model's encoder -> codes_BK, of fewer frames where the video ends early."""
+    """Samples the codes of the videos, int64 [B, K]. K is smaller if the video ends early.
+
+    text: states and lengths from the text encoder of the language model.
+    progress: `progress("tokens", done, total)` is called after each draw.
+
+    Raises ConfigError if several videos may end early, UnhealthyError if nearly all codes are the
+    same.
+    """
     text_BLD, lengths_B = text
-    if tokens.predict_end and len(text_BLD) > 1:
+    batch = len(text_BLD)
+    if tokens.predict_end and batch > 1:
         raise ConfigError(
-            f"predict_end = true lets each of the {len(text_BLD)} videos end where it likes; ask for one at a time"
+            f"with predict_end = true each of the {batch} videos may end at another frame; sample "
+            "them one at a time"
         )
+    if motion_score is None:
+        motion_score = DEFAULT_MOTION_SCORE
     device = next(lm.parameters()).device
-    motion_score_B = torch.full(
-        (len(text_BLD),),
-        DEFAULT_MOTION_SCORE if motion_score is None else motion_score,
-        device=device,
-    )
+    motion_score_B = torch.full((batch,), motion_score, device=device)
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("tokens", done, total)
+
     sampled = sample_tokens(
         lm,
         Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device)),
         num_latent_frames,
         tokens,
         seeds=seeds,
-        progress=None if progress is None else lambda done, total: progress("tokens", done, total),
+        progress=report,
     )
-    codes_BK = sampled.codes_BK[:, : lm.layout.num_codes(int(sampled.num_frames_B.max()))]
+    num_codes = lm.layout.num_codes(int(sampled.num_frames_B.max()))
+    codes_BK = sampled.codes_BK[:, :num_codes]
     problem = collapse(torch.bincount(codes_BK.flatten()).cpu().numpy())
     if problem:
         raise UnhealthyError(f"samples of the language model: {problem}; use another checkpoint")
@@ -176,52 +205,58 @@ def draw_codes(
 def draw_latents(
     diffusion: ControlledDiffusion,
     schedule: NoiseSchedule,
-    states_BLD: Tensor,
+    text_BLD: Tensor,
     features_BTChw: Tensor,
     sampler: SamplerOptions,
+    *,
     seeds: Sequence[int],
     clean_frames: int = 7,
-    progress: Note | None = None,
+    progress: SampleProgress | None = None,
     on_step: OnStep | None = None,
     stop: Stop | None = None,
     start_BTCHW: Tensor | None = None,
 ) -> Tensor:
-    """`states`: of the diffusion model's text encoder -> latents_BTCHW. `start`: noise to begin with instead of the seeds'.
+    """Samples the latents of the videos, float32 [B, T, C, H, W].
 
-    `progress("latents", done, total)` is called after each sampler step; total is all steps of all chunks.
+    text_BLD: states from the text encoder of the diffusion model.
+    progress: `progress("latents", done, total)` is called after each sampling step; `total` counts
+        the steps of all chunks.
+    on_step, stop: as in `sample_latents`.
+    start_BTCHW: noise to start from, instead of noise drawn with the seeds.
     """
     window = diffusion.config.transformer.latent_frames
     chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
-    parts = []
-    drawn = seeded_noise(
-        [seed + 1 for seed in seeds]
-    )  # runs on from chunk to chunk; not the tokens' numbers
+    total = chunks * sampler.num_steps
+    parts: list[Tensor] = []
+    # One sequence of numbers for all chunks, and not the one that the tokens were drawn with.
+    seeded = seeded_noise([seed + 1 for seed in seeds])
 
     def noise(step: int, shape: tuple[int, ...]) -> Tensor:
-        return drawn(step, shape) if step or start_BTCHW is None else start_BTCHW.float()
+        if step == 0 and start_BTCHW is not None:
+            return start_BTCHW.float()
+        return seeded(step, shape)
 
     def report(step: SamplerStep) -> Tensor | None:
         if progress is not None:
-            progress(
-                "latents",
-                len(parts) * sampler.num_steps + step.step + 1,
-                chunks * sampler.num_steps,
-            )
-        return None if on_step is None else on_step(step)
+            progress("latents", len(parts) * sampler.num_steps + step.step + 1, total)
+        if on_step is None:
+            return None
+        return on_step(step)
 
     if progress is not None:
-        progress("latents", 0, chunks * sampler.num_steps)
-    for part in stream_latents(
+        progress("latents", 0, total)
+    stream = stream_latents(
         diffusion,
         schedule,
-        states_BLD.to(features_BTChw),
+        text_BLD.to(features_BTChw),
         features_BTChw,
         lambda _chunk: noise,
-        sampler,
-        window,
-        clean_frames,
-        report,
-        stop,
-    ):
-        parts.append(part)
+        options=sampler,
+        window=window,
+        clean=clean_frames,
+        on_step=report,
+        stop=stop,
+    )
+    for part_BTCHW in stream:
+        parts.append(part_BTCHW)
     return torch.cat(parts, dim=1)

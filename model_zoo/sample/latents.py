@@ -1,9 +1,12 @@
-"""Latents from text and semantic features: SDE DPM-Solver++ (2M) with dynamic guidance, and its streaming form.
+"""Sampling of latents from text and semantic features, for single chunks and for long videos.
 
-Letters: B batch, T latent frames, C channels, H W latent height and width, K clean prefix frames, L text rows,
-D text width, h w feature rows and columns.
+The solver is SDE DPM-Solver++ (2M) with dynamic guidance (docs/specification.md §5.7).
 
-Source: the sampler of CogVideoX/SAT as LanDiff uses it (arXiv 2503.04606); DPM-Solver++: arXiv 2211.01095.
+Shape letters (docs/glossary.md): B batch, T latent frames, C channels, H, W height and width in
+latent cells, h, w height and width in feature cells, L text rows, D width of text states.
+
+Source: the sampler of CogVideoX/SAT as LanDiff uses it (arXiv 2503.04606); DPM-Solver++ (arXiv
+2211.01095).
 """
 
 from __future__ import annotations
@@ -18,71 +21,89 @@ from torch import Tensor
 
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.sample.sizes import num_chunks
-from landiff.model_zoo.schedule import NoiseSchedule
+from landiff.model_zoo.schedule import NoiseSchedule, SamplerTable
 
-# noise(step, shape) -> float32: step 0 is the start of the sampling, step j = 1, 2, ... what sampler step j adds
-# (the last step adds none). Give one that replays recorded tensors to repeat a run elsewhere.
+# noise(step, shape) returns float32 standard normal numbers. Step 0 is the start of the sampling,
+# step j = 1, 2, ... the noise that sampling step j adds; the last step adds none. A function that
+# returns recorded tensors repeats a run of another implementation.
 Noise = Callable[[int, tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """How to sample. With `dynamic` guidance the scale moves between 1 and 1 + `guidance`."""
+    """Options of the sampler.
+
+    num_steps: sampling steps.
+    guidance: the scale of dynamic guidance varies between 1 and 1 + `guidance`.
+    guidance_exponent: exponent in the formula of `guidance_scale`.
+    dynamic: what the scale is a function of. "timestep" (999 ... 19) is what the reference and
+        diffusers' CogVideoX pipeline compute: the scale jumps between its bounds. "step" (the steps
+        left, n ... 1) rises smoothly, as the formula was meant. "constant" is 1 + `guidance`.
+    """
 
     num_steps: int = 50
     guidance: float = 6.0
     guidance_exponent: float = 5.0
-    # What the dynamic scale is a function of. "timestep" (999 ... 19) is what the reference and diffusers' CogVideoX
-    # pipeline compute: the scale jumps between its bounds. "step" (the steps left, n ... 1) rises smoothly, as the
-    # formula was meant. "constant" is plain guidance by 1 + `guidance`.
     dynamic: Literal["timestep", "step", "constant"] = "timestep"
 
 
 @dataclass(frozen=True)
 class SamplerStep:
-    step: int  # 0-based
+    """One finished step of the sampler.
+
+    step: counted from 0.
+    denoised: estimate of the clean latents [B, T, C, H, W], with guidance.
+    state: latents [B, T, C, H, W] after the step, before the prefix replaces their first frames.
+    """
+
+    step: int
     timestep: int
-    denoised: Tensor  # guided estimate of x0
-    state: Tensor  # after this step, before the prefix is put back
+    denoised: Tensor
+    state: Tensor
 
 
 OnStep = Callable[[SamplerStep], Tensor | None]
-Stop = Callable[[], bool]  # asked after each step: true ends the sampling with the state as it is
+Stop = Callable[[], bool]
 
 
 def guidance_scale(options: SamplerOptions, step: int, timestep: int) -> float:
-    """Scale s of d = u + s * (c - u) at one step."""
+    """Scale s of one step in u + s · (c - u), with unconditional u and conditional c."""
     if options.dynamic == "constant":
         return 1 + options.guidance
-    counter = timestep if options.dynamic == "timestep" else options.num_steps - step
+    counter = options.num_steps - step
+    if options.dynamic == "timestep":
+        counter = timestep
     base = (options.num_steps - counter) / options.num_steps
     return 1 + options.guidance * (1 - math.cos(math.pi * base**options.guidance_exponent)) / 2
 
 
 def seeded_noise(seeds: Sequence[int]) -> Noise:
-    """One CPU generator per row of the batch: a row's numbers depend on its own seed, not on its neighbours or
-    the device. The generators run on from one sampling to the next (the chunks of a stream)."""
+    """Noise from one CPU generator per row of the batch.
+
+    The numbers of a row depend on its own seed, not on other rows or the device. They are not
+    repeated when the function is used again, for the next chunk of a long video.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def noise(_step: int, shape: tuple[int, ...]) -> Tensor:
         assert shape[0] == len(generators), (shape, len(generators))
-        return torch.stack(
-            [torch.randn(shape[1:], generator=generator) for generator in generators]
-        )
+        rows = [torch.randn(shape[1:], generator=generator) for generator in generators]
+        return torch.stack(rows)
 
     return noise
 
 
 def reference_noise(generator: torch.Generator) -> Noise:
-    """Draws in the reference's number and order: two a step, of which the second counts, but one for the start and
-    for the first step. A seed then gives what it gives there, on the generator's device."""
+    """Noise in the number and order of the reference's draws.
+
+    The reference draws once for the start and for the first step, and twice for each further step,
+    where the second draw counts. On the same device a seed gives the reference's numbers.
+    """
 
     def noise(step: int, shape: tuple[int, ...]) -> Tensor:
-        drawn = [
+        if step >= 2:
             torch.randn(shape, generator=generator, device=generator.device)
-            for _ in range(1 if step < 2 else 2)
-        ]
-        return drawn[-1]
+        return torch.randn(shape, generator=generator, device=generator.device)
 
     return noise
 
@@ -93,16 +114,22 @@ def sample_latents(
     text_BLD: Tensor,
     features_BTChw: Tensor,
     noise: Noise,
+    *,
     options: SamplerOptions | None = None,
-    prefix_BKCHW: Tensor | None = None,
+    prefix_BTCHW: Tensor | None = None,
     on_step: OnStep | None = None,
     stop: Stop | None = None,
 ) -> Tensor:
-    """float32 [B, T, C, H, W] scaled latents; T is the features' number of frames.
+    """Samples scaled latents, float32 [B, T, C, H, W] with T of the features.
 
-    The unconditional branch sees text of zeros and the same features. The first K frames of the result are the
-    prefix, which is put back before every step. `on_step` hears of each step and may give another state to go on
-    from. Raises ValueError where shapes do not fit.
+    The unconditional branch receives zeros as text, and the same features.
+
+    prefix_BTCHW: the first latent frames of the result, with a T of its own. They replace the first
+        frames of the state before every step.
+    on_step: called after each step. If it returns a tensor, sampling continues from that state.
+    stop: called after each step. If it returns true, sampling ends with the state so far.
+
+    Raises ValueError for shapes that do not fit.
     """
     options = options or SamplerOptions()
     shape = latent_shape(model, text_BLD, features_BTChw)
@@ -110,14 +137,18 @@ def sample_latents(
     with torch.no_grad():
         start = noise(0, shape).to(features_BTChw.device, torch.float32)
         assert start.shape == shape, (start.shape, shape)
-        state = fix_prefix(start, prefix_BKCHW)
+        state = fix_prefix(start, prefix_BTCHW)
         semantic = model.semantic(features_BTChw)
         estimate = _guided_denoiser(model, text_BLD, semantic)
-        for done in _solve(estimate, schedule, state, noise, options, prefix_BKCHW, on_step):
-            result = done.state
+        table = schedule.sampler_table(options.num_steps)
+        steps = _solve(
+            estimate, table, state, noise, options=options, prefix=prefix_BTCHW, on_step=on_step
+        )
+        for step in steps:
+            result = step.state
             if stop is not None and stop():
                 break
-    return fix_prefix(result, prefix_BKCHW)
+    return fix_prefix(result, prefix_BTCHW)
 
 
 def stream_latents(
@@ -126,80 +157,92 @@ def stream_latents(
     text_BLD: Tensor,
     features_BTChw: Tensor,
     noise_of_chunk: Callable[[int], Noise],
+    *,
     options: SamplerOptions | None = None,
     window: int = 13,
     clean: int = 7,
     on_step: OnStep | None = None,
     stop: Stop | None = None,
 ) -> Iterator[Tensor]:
-    """Latents of a long clip, chunk by chunk: first `window` frames, then `window - clean` new ones each time.
+    """Samples the latents of a long video and yields the new frames of each chunk.
 
-    `features` are those of all segments, joined over time. Chunk i sees the frames i * (window - clean) onwards
-    and continues from the last `clean` latents, reused as they are. N chunks give window + (N - 1) * (window -
-    clean) latents (13 and 6: 49 + 24 (N - 1) frames of video); features past the last whole chunk are not
-    used, see `num_chunks`. Joined over time the parts are the clip. The reference has no such loop; the window
-    arithmetic is its streaming interface's.
+    The first chunk has `window` frames, each further one `window - clean` new ones after the last
+    `clean` frames of the chunk before, which are kept as they are. With 13 and 7, N chunks are
+    49 + 24 (N - 1) frames of video. The reference contains no such loop, but this is the arithmetic
+    of its streaming interface.
+
+    features_BTChw: features of the whole video. Those after the last whole chunk are not used, see
+        `num_chunks`.
+
+    Other arguments and errors are those of `sample_latents`.
     """
     total = features_BTChw.shape[1]
-    chunks, window = num_chunks(total, window, clean), min(window, total)
+    chunks = num_chunks(total, window, clean)
+    window = min(window, total)
     stride = window - clean
-    last: Tensor | None = None
+    prefix: Tensor | None = None
     for chunk in range(chunks):
-        features = features_BTChw[:, chunk * stride : chunk * stride + window]
-        prefix = None if last is None else last[:, -clean:] if clean else None
-        last = sample_latents(
+        start = chunk * stride
+        latents = sample_latents(
             model,
             schedule,
             text_BLD,
-            features,
+            features_BTChw[:, start : start + window],
             noise_of_chunk(chunk),
-            options,
-            prefix,
-            on_step,
-            stop,
+            options=options,
+            prefix_BTCHW=prefix,
+            on_step=on_step,
+            stop=stop,
         )
-        yield last if chunk == 0 else last[:, clean:]
+        if chunk == 0:
+            yield latents
+        else:
+            yield latents[:, clean:]
         if stop is not None and stop():
             return
+        if clean:
+            prefix = latents[:, -clean:]
 
 
 def latent_shape(
     model: ControlledDiffusion, text_BLD: Tensor, features_BTChw: Tensor
 ) -> tuple[int, ...]:
-    """[B, T, C, H, W] of the latents that these conditions call for."""
+    """Shape [B, T, C, H, W] of the latents for these conditions.
+
+    Raises ValueError if text and features differ in B.
+    """
     batch, num_frames, _, rows, columns = features_BTChw.shape
     if len(text_BLD) != batch:
         raise ValueError(f"{len(text_BLD)} rows of text for {batch} clips of features")
     scale = model.semantic.scale
-    return (
-        batch,
-        num_frames,
-        model.config.transformer.latent_channels,
-        rows * scale,
-        columns * scale,
-    )
+    channels = model.config.transformer.latent_channels
+    return batch, num_frames, channels, rows * scale, columns * scale
 
 
-def fix_prefix(state_BTCHW: Tensor, prefix_BKCHW: Tensor | None) -> Tensor:
-    """`state` with its first frames replaced by the prefix."""
-    if prefix_BKCHW is None:
+def fix_prefix(state_BTCHW: Tensor, prefix_BTCHW: Tensor | None) -> Tensor:
+    """`state_BTCHW` with its first frames replaced by those of the prefix.
+
+    Raises ValueError for a prefix of another shape, or one that replaces all frames.
+    """
+    if prefix_BTCHW is None:
         return state_BTCHW
-    kept = prefix_BKCHW.shape[1]
-    expected = (len(state_BTCHW), kept, *state_BTCHW.shape[2:])
-    if kept >= state_BTCHW.shape[1] or tuple(prefix_BKCHW.shape) != expected:
+    length = prefix_BTCHW.shape[1]
+    expected = (len(state_BTCHW), length, *state_BTCHW.shape[2:])
+    if length >= state_BTCHW.shape[1] or tuple(prefix_BTCHW.shape) != expected:
         raise ValueError(
-            f"a prefix {list(prefix_BKCHW.shape)} does not fit latents {list(state_BTCHW.shape)}"
+            f"a prefix {list(prefix_BTCHW.shape)} does not fit latents {list(state_BTCHW.shape)}"
         )
-    return torch.cat([prefix_BKCHW.to(state_BTCHW), state_BTCHW[:, kept:]], dim=1)
+    return torch.cat([prefix_BTCHW.to(state_BTCHW), state_BTCHW[:, length:]], dim=1)
 
 
-# estimate(state, timestep) -> velocities (unconditional, conditional) in float32
+# estimate(state_BTCHW, timestep) returns the unconditional and the conditional velocity, float32.
 _Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _guided_denoiser(
     model: ControlledDiffusion, text_BLD: Tensor, semantic_BTCHW: Tensor
 ) -> _Estimate:
+    """The model with its conditions, run once on a batch of both branches."""
     both_text = torch.cat([torch.zeros_like(text_BLD), text_BLD])
     both_semantic = torch.cat([semantic_BTCHW, semantic_BTCHW])
 
@@ -215,50 +258,77 @@ def _guided_denoiser(
 
 def _solve(
     estimate: _Estimate,
-    schedule: NoiseSchedule,
+    table: SamplerTable,
     state: Tensor,
     noise: Noise,
+    *,
     options: SamplerOptions,
     prefix: Tensor | None,
     on_step: OnStep | None,
 ) -> Iterator[SamplerStep]:
-    """The solver's steps. Scalars are float64, the state float32."""
-    table = schedule.sampler_table(options.num_steps)
-    log_snr = [_half_log_snr(a) for a in table.alphas_sqrt]
+    """The steps of the solver. Scalars are float64, the state is float32."""
     previous: Tensor | None = None
     for step, timestep in enumerate(table.timesteps):
         state = fix_prefix(state, prefix)
         a = table.denoiser_alphas_sqrt[step]
-        unconditional, conditional = (
-            a * state - math.sqrt(1 - a**2) * velocity for velocity in estimate(state, timestep)
-        )
-        denoised = unconditional + guidance_scale(options, step, timestep) * (
-            conditional - unconditional
-        )
+        b = math.sqrt(1 - a**2)
+        unconditional_velocity, conditional_velocity = estimate(state, timestep)
+        unconditional = a * state - b * unconditional_velocity
+        conditional = a * state - b * conditional_velocity
+        scale = guidance_scale(options, step, timestep)
+        denoised = unconditional + scale * (conditional - unconditional)
         if step == options.num_steps - 1:
             state = denoised
         else:
-            direction = denoised
-            h = log_snr[step + 1] - log_snr[step]
-            if previous is not None:
-                # infinite after the first step, which starts from no signal at all: then the weight is 0
-                weight = h / (2 * (log_snr[step] - log_snr[step - 1]))
-                direction = (1 + weight) * denoised - weight * previous
-            a, a_next = table.alphas_sqrt[step], table.alphas_sqrt[step + 1]
-            b_next = math.sqrt(1 - a_next**2)
-            keep = b_next / math.sqrt(1 - a**2) * math.exp(-h)
-            fresh = b_next * math.sqrt(-math.expm1(-2 * h))
             drawn = noise(step + 1, tuple(state.shape)).to(state)
-            state = keep * state - math.expm1(-2 * h) * a_next * direction + fresh * drawn
+            state = _next_state(
+                table, step, state, denoised=denoised, previous=previous, drawn=drawn
+            )
         previous = denoised
         done = SamplerStep(step=step, timestep=timestep, denoised=denoised, state=state)
-        replaced = None if on_step is None else on_step(done)
+        replaced = None
+        if on_step is not None:
+            replaced = on_step(done)
         if replaced is not None:
-            state, done = replaced, replace(done, state=replaced)
+            state = replaced
+            done = replace(done, state=replaced)
         yield done
 
 
+def _next_state(
+    table: SamplerTable,
+    step: int,
+    state: Tensor,
+    *,
+    denoised: Tensor,
+    previous: Tensor | None,
+    drawn: Tensor,
+) -> Tensor:
+    """State after a step that is not the last.
+
+    previous: `denoised` of the step before, None in the first step.
+    drawn: the noise to add.
+    """
+    a = table.alphas_sqrt[step]
+    a_next = table.alphas_sqrt[step + 1]
+    log_snr = _half_log_snr(a)
+    h = _half_log_snr(a_next) - log_snr
+    direction = denoised
+    if previous is not None:
+        # The first step starts without any signal, so its h is infinite and the weight 0.
+        h_previous = log_snr - _half_log_snr(table.alphas_sqrt[step - 1])
+        weight = h / (2 * h_previous)
+        direction = (1 + weight) * denoised - weight * previous
+    b_next = math.sqrt(1 - a_next**2)
+    keep = b_next / math.sqrt(1 - a**2) * math.exp(-h)
+    fresh = b_next * math.sqrt(-math.expm1(-2 * h))
+    return keep * state - math.expm1(-2 * h) * a_next * direction + fresh * drawn
+
+
 def _half_log_snr(alpha_sqrt: float) -> float:
-    if alpha_sqrt in (0.0, 1.0):
-        return -math.inf if alpha_sqrt == 0.0 else math.inf
+    """Half the logarithm of the signal-to-noise ratio, infinite at pure signal and pure noise."""
+    if alpha_sqrt == 0.0:
+        return -math.inf
+    if alpha_sqrt == 1.0:
+        return math.inf
     return math.log(alpha_sqrt / math.sqrt(1 - alpha_sqrt**2))

@@ -1,8 +1,9 @@
-"""Runs every golden case of a folder through the test that its name calls for.
+"""Runs every golden case of a folder in the tests for its name.
 
-A test takes the fixture `case` and says which names it serves: `@pytest.mark.golden("lm_teacher_forced")`.
-Cases are found by the beginning of their names, the longest wins. `test_every_case_is_known` fails on a
-case that no test serves, and on an empty folder.
+A test takes the fixture `case` and names the cases that it is for:
+`@pytest.mark.golden("lm_teacher_forced")`. These are prefixes of names of cases, and the longest
+one counts. `test_every_case_is_known` fails for a case that no test is for, and for an empty
+folder.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
+    """Folder of one case."""
+
     path: Path
 
     @property
     def config(self) -> dict[str, Any]:
+        """Sizes and options of the case."""
         config = json.loads((self.path / "config.json").read_text())
-        # half precision would need other tolerances
+        # Half precision would need other tolerances.
         assert config.get("dtype", "float32") == "float32", (
             f"{self.path}: the cases are in float32, not {config['dtype']}"
         )
@@ -32,35 +36,45 @@ class Case:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         path = self.path / f"{name}.safetensors"
-        return load_file(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        return load_file(path)
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """float32, under the reference's own key names."""
-        return {
-            k: v.float() if v.is_floating_point() else v
-            for k, v in self._tensors("weights").items()
-        }
+        """Weights in float32, with the key names of the reference."""
+        weights = self._tensors("weights")
+        for name, tensor in weights.items():
+            if tensor.is_floating_point():
+                weights[name] = tensor.float()
+        return weights
 
     @property
     def inputs(self) -> dict[str, Tensor]:
+        """Recorded inputs."""
         return self._tensors("inputs")
 
     @property
     def outputs(self) -> dict[str, Tensor]:
+        """Recorded outputs."""
         return self._tensors("outputs")
 
 
 def case_folders(config: pytest.Config) -> list[Path]:
+    """Folders of all cases."""
     root: Path = config.getoption("--golden-root")
-    return sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir())
 
 
 def served_by(name: str, prefixes: set[str]) -> str | None:
+    """The longest prefix of a case's name."""
     return max((p for p in prefixes if name.startswith(p)), key=len, default=None)
 
 
-# Every name that some test under tests/golden serves. A test may serve several; several may serve one.
+# All prefixes in the marks of tests under tests/golden. A test may have several, and several tests
+# the same.
 PREFIXES = {
     "tokenizer_masks",
     "tokenizer_forward",
@@ -79,6 +93,7 @@ PREFIXES = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrizes tests with their cases."""
     if "case" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("golden")

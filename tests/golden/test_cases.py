@@ -1,4 +1,4 @@
-"""The runner itself: no case may go unserved."""
+"""There is a test for every case."""
 
 from tests.golden.conftest import PREFIXES, case_folders, served_by
 

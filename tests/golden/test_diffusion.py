@@ -1,4 +1,4 @@
-"""The diffusion model, its schedule, loss and sampler against the reference's numbers."""
+"""Diffusion model, schedule, loss and sampler against numbers of the reference."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.model import freeze_main
 from landiff.training.diffusion.step import Inputs, Objective
 from tests.golden.conftest import Case
-from tests.golden.test_tokenizer import load_tokenizer
-
-TOLERANCE = 5e-5  # the reference allows 1e-4; measured: below 2e-5
+from tests.golden.released_models import close, load_tokenizer
 
 
 def diffusion_config(sizes: dict[str, Any]) -> DiffusionConfig:
@@ -91,13 +89,9 @@ def semantic_features(case: Case) -> Tensor:
 
 
 def check_latents(case: Case, latents: Tensor) -> None:
-    """The sizes are those of the config; what of it the inputs say themselves (batch, timesteps) is read off them."""
+    """Latents have the sizes of the config."""
     names = ("latent_frames", "latent_channels", "latent_h", "latent_w")
     assert latents.shape[1:] == tuple(case.config[name] for name in names)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.golden("diffusion_control_forward")
@@ -174,7 +168,8 @@ def test_noise_schedule(case: Case):
     )
     close(schedule.alphas_sqrt, outputs["train_alphas_cumprod_sqrt"], 5e-7)
     close(-noise_level(schedule.alphas_sqrt), outputs["train_c_out"], 1e-6)
-    # 1e-6 is less than one float32 step where the weight reaches 400; a last bit of a is 1.2e-7 / (1 - a^2) of the weight
+    # Where the weight reaches 400, 1e-6 is less than one float32 step. The last bit of a changes
+    # the weight by 1.2e-7 / (1 - a^2).
     weight = schedule.loss_weight(torch.arange(sizes["num_timesteps"]))
     off_by = (weight - outputs["train_loss_weight"]).abs() / outputs["train_loss_weight"]
     assert bool((off_by <= 1e-6 + 1.3e-7 * outputs["train_loss_weight"]).all()), off_by.max()
@@ -286,9 +281,9 @@ def test_sampling(case: Case):
         inputs["text"],
         features,
         lambda step, _shape: drawn[step],
-        SamplerOptions(sizes["steps"], sizes["cfg_scale"], sizes["cfg_exp"]),
-        prefix,
-        seen.append,
+        options=SamplerOptions(sizes["steps"], sizes["cfg_scale"], sizes["cfg_exp"]),
+        prefix_BTCHW=prefix,
+        on_step=seen.append,
     )
     # the reference allows 1e-3: guidance multiplies rounding by up to 7
     assert [done.timestep for done in seen] == outputs["network_timesteps"].tolist()

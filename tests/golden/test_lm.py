@@ -1,60 +1,22 @@
-"""The language model against the reference implementation's numbers."""
+"""The language model against numbers of the reference implementation."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
+from landiff.model_zoo.config import TokenSamplingConfig
 from landiff.model_zoo.convert.formats.release_lm import RULES
 from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.layers import sinusoid
-from landiff.model_zoo.lm import LanguageModel, MicroConditions
+from landiff.model_zoo.lm import MicroConditions
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
 from landiff.model_zoo.token_layout import CODE, IGNORE
-
-
-def model_of(case) -> LanguageModel:
-    sizes = case.config
-    config = LMConfig(
-        codebook_size=sizes["codebook_size"],
-        iframe_tokens=sizes["iframe_len"],
-        pframe_tokens=sizes["pframe_len"],
-        segment_frames=sizes["segment_length"],
-        hidden_size=sizes["hidden_dim"],
-        num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"],
-        ffn_size=sizes["mlp_dim"],
-        rope_theta=sizes["rope_theta"],
-        max_positions=sizes["max_len"],
-        text_dim=sizes["text_dim"],
-        max_text_tokens=sizes["text_len"],
-        micro_hidden_size=sizes["micro_hidden_dim"],
-        micro_frequency_dim=sizes["freq_dim"],
-    )
-    model = LanguageModel(config).eval().requires_grad_(False)
-    model.load_state_dict(apply_rules(case.weights, RULES, "to_ours"))
-    layout = model.layout
-    assert sizes["vocab"] == {
-        "EOS": layout.eos,
-        "BOS": layout.bos,
-        "START_OF_IFrame": layout.start_iframe,
-        "END_OF_IFrame": layout.end_iframe,
-        "START_OF_PFrame": layout.start_pframe,
-        "END_OF_PFrame": layout.end_pframe,
-        "PAD": layout.pad,
-    }
-    assert layout.vocab_size == sizes["vocab_size"]
-    return model
-
-
-def close(found, expected, tolerance=5e-5):
-    """Twice as tight as the README asks: float32 implementations differ by 1e-6 to 1e-5, wider models by more."""
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+from tests.golden.released_models import close, load_lm
 
 
 @pytest.mark.golden("lm_teacher_forced")
 def test_teacher_forced(case):
-    model, given, wanted = model_of(case), case.inputs, case.outputs
+    model, given, wanted = load_lm(case), case.inputs, case.outputs
     length = given["text_embeddings"].shape[1]
     rows = [model.layout.training_row(codes, length) for codes in given["codes"].numpy()]
     ids = torch.stack([torch.from_numpy(row.input_ids) for row in rows])
@@ -109,10 +71,12 @@ def test_micro_conditions(case):
 
 
 class Replay:
-    """Checks the probabilities of each step and goes on with the id that was recorded there."""
+    """Checks the probabilities of each step and continues with the recorded id."""
 
     def __init__(self, probabilities, drawn):
-        self.probabilities, self.drawn, self.steps = probabilities, drawn, 0
+        self.probabilities = probabilities
+        self.drawn = drawn
+        self.steps = 0
 
     def __call__(self, probabilities_BV, step):
         assert step == self.steps
@@ -123,7 +87,7 @@ class Replay:
 
 @pytest.mark.golden("lm_sampling")
 def test_sampling(case):
-    model, given, wanted = model_of(case), case.inputs, case.outputs
+    model, given, wanted = load_lm(case), case.inputs, case.outputs
     text = given["text_embeddings"]
     for run in case.config["runs"]:
         name, frames = run["name"], run["num_frames"]
@@ -146,9 +110,8 @@ def test_sampling(case):
         assert torch.equal(
             sampled.codes_BK[:, : model.layout.num_codes(found)], wanted[f"{name}.codes"]
         )
-        if (
-            run.get("top_k") == 1 and not config.predict_end
-        ):  # no random numbers: any seed gives these codes
+        if run.get("top_k") == 1 and not config.predict_end:
+            # Greedy sampling uses no random numbers: any seed gives these codes.
             greedy = sample_tokens(model, prompts, frames, config, seeds=[0])
             assert torch.equal(greedy.codes_BK, wanted[f"{name}.codes"])
 
@@ -157,7 +120,8 @@ def test_sampling(case):
         assert torch.equal(fed[template != CODE], template[template != CODE])
         start = model.layout.first_start(text.shape[1])
         prompt_ids = torch.full((start + 1,), IGNORE)
-        prompt_ids[0], prompt_ids[-1] = model.layout.bos, model.layout.start_iframe
+        prompt_ids[0] = model.layout.bos
+        prompt_ids[-1] = model.layout.start_iframe
         ids = torch.cat([prompt_ids, fed])[None]
         for row in range(raw.shape[1]):  # with text, then without
             logits = model(

@@ -1,4 +1,4 @@
-"""The language model through Megatron against the reference implementation's numbers, on 1 and 2 processes."""
+"""The language model in Megatron against numbers of the reference, on 1 and 2 processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from landiff.configs import load
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.release_lm import RULES
 from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.token_layout import TokenLayout
@@ -23,26 +22,11 @@ from landiff.training.lm.engine import MegatronEngine
 from tests.data_pipeline.data_sets import raw_sample
 from tests.distributed import run_distributed
 from tests.golden.conftest import Case
+from tests.golden.released_models import close, lm_config
 
 
 def train_config(case: Case, parallel: dict[str, Any]) -> LMTrainConfig:
-    sizes = case.config
-    model = LMConfig(
-        codebook_size=sizes["codebook_size"],
-        iframe_tokens=sizes["iframe_len"],
-        pframe_tokens=sizes["pframe_len"],
-        segment_frames=sizes["segment_length"],
-        hidden_size=sizes["hidden_dim"],
-        num_layers=sizes["num_layers"],
-        num_heads=sizes["num_heads"],
-        ffn_size=sizes["mlp_dim"],
-        rope_theta=sizes["rope_theta"],
-        max_positions=sizes["max_len"],
-        text_dim=sizes["text_dim"],
-        max_text_tokens=sizes["text_len"],
-        micro_hidden_size=sizes["micro_hidden_dim"],
-        micro_frequency_dim=sizes["freq_dim"],
-    )
+    model = lm_config(case.config)
     return load(
         LMTrainConfig,
         {
@@ -78,14 +62,14 @@ def samples_of(case: Case) -> tuple[Sample, ...]:
 
 
 def packed_case(case: Case, config: LMTrainConfig) -> LMRow:
-    """All samples of the case in one row, by the trainer's own packing."""
+    """All samples of the case in one row, packed by the trainer."""
     row = pack(samples_of(case), config, TokenLayout.of(config.model))
     assert torch.equal(row.frames_S, case.inputs["frames"].float())
     return row
 
 
 def layout_for(case: Case, parallel: dict[str, Any]) -> dict[str, Any]:
-    """`parallel` over as many ranks as the case's MLP can be cut into."""
+    """`parallel` with as many ranks as divide the MLP of the case."""
     if "tensor" not in parallel:
         return parallel
     ranks = next((n for n in (2, 3) if case.config["mlp_dim"] % n == 0), 1)
@@ -123,6 +107,5 @@ def test_teacher_forced_through_megatron(case, parallel):
     for found in run_distributed(forward, parallel.get("tensor", 1), case.path, parallel):
         assert torch.equal(found["ids"], wanted["tokens"].flatten())
         for name in ("logits", "uncond_logits"):
-            # float32 implementations differ by 1e-6 to 1e-5, wider models by more; the README of the cases asks for 1e-4
-            torch.testing.assert_close(found[name], wanted[name].flatten(0, 1), atol=5e-5, rtol=0)
+            close(found[name], wanted[name].flatten(0, 1))
         assert found["loss"] == pytest.approx(float(wanted["loss_packed"]), abs=1e-5)

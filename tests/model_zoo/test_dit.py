@@ -11,49 +11,14 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from landiff.model_zoo.config import DiffusionConfig, SemanticConditionConfig, TransformerConfig
+from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
 from landiff.model_zoo.convert.formats import diffusers_transformer, release_diffusion
 from landiff.model_zoo.convert.rules import ConversionError, apply_rules, check_against
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer, position_table_numel
 from landiff.model_zoo.registry import export, load_model
+from tests.model_zoo.tiny_diffusion import TINY, randomize
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
-TINY = DiffusionConfig(
-    transformer=TransformerConfig(
-        latent_channels=4,
-        latent_frames=3,
-        latent_height=4,
-        latent_width=6,
-        hidden_size=32,
-        num_layers=3,
-        num_heads=2,
-        time_embed_dim=16,
-        text_length=5,
-        text_dim=12,
-    ),
-    control_layers=2,
-    semantic=SemanticConditionConfig(
-        feature_channels=8,
-        base_channels=32,
-        channel_multipliers=(1, 2),
-        num_res_blocks=1,
-        out_channels=16,
-    ),
-)
-
-
-def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Fill every parameter, those that start at zero or one too."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(values * parameter.shape[-1] ** -0.5)
-            elif "norm" in name:
-                parameter.copy_(values * 0.1 + 1)
-            else:
-                parameter.copy_(values * 0.1)
 
 
 def diffusion(seed: int = 0) -> ControlledDiffusion:

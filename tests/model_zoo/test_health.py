@@ -1,4 +1,4 @@
-"""The check for non-finite weights and collapsed tokens: every dtype, and no false alarm for large numbers."""
+"""Checks for weights that are not finite and for collapsed tokens."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""LanDiffPipeline by the conventions of diffusers' own pipeline tests, at tiny size, and against `landiff sample`."""
+"""LanDiffPipeline at tiny size, like diffusers' own pipeline tests and as `landiff sample`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+import landiff
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample
 from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.convert.known_formats import open_source, write_target
-from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline, LanDiffScheduler
+from landiff.model_zoo.diffusers import pipeline
+from landiff.model_zoo.diffusers.components import EARLIER_MODULES, LanDiffScheduler
+from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline
 from landiff.model_zoo.health import UnhealthyError
 from landiff.model_zoo.sample.generate import Models, draw_codes, generate
 from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
@@ -137,8 +140,8 @@ def expected(models):
         3,
         TOKENS,
         SamplerOptions(num_steps=3),
-        [SEED, SEED + 1000],
-        0.2,
+        seeds=[SEED, SEED + 1000],
+        motion_score=0.2,
         clean_frames=1,
     )
 
@@ -153,12 +156,12 @@ def saved(pipe, tmp_path_factory):
 def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected):
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
     assert torch.equal(found.codes, expected.codes_BK) and torch.equal(
-        found.frames, expected.frames_BFHWC
+        found.frames, expected.frames_BTHWC
     )
     latents = pipe(PROMPTS, generator=seeded(SEED), output_type="latent", **CALL).frames
     assert torch.equal(latents, expected.latents_BTCHW)
     assert (
-        expected.frames_BFHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BFHWC.float().std() > 1
+        expected.frames_BTHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BTHWC.float().std() > 1
     )
 
 
@@ -202,22 +205,64 @@ def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch
 def test_save_and_load_give_the_same_video(saved, expected):
     loaded = LanDiffPipeline.from_pretrained(saved)
     found = loaded(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
-    assert torch.equal(found.frames, expected.frames_BFHWC)
+    assert torch.equal(found.frames, expected.frames_BTHWC)
     index = json.loads((saved / "model_index.json").read_text())
-    assert index["lm"] == ["landiff.model_zoo.diffusers.pipeline", "LanDiffLM"] and index[
-        "vae"
-    ] == ["diffusers", "AutoencoderKLCogVideoX"]
+    components = {name: value for name, value in index.items() if not name.startswith("_")}
+    assert components == {
+        "control": ["landiff", "LanDiffControl"],
+        "lm": ["landiff", "LanDiffLM"],
+        "lm_text_encoder": ["transformers", "T5EncoderModel"],
+        "lm_tokenizer": ["transformers", "T5Tokenizer"],
+        "scheduler": ["landiff", "LanDiffScheduler"],
+        "semantic_tokenizer": ["landiff", "LanDiffTokenizer"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["landiff", "LanDiffTransformer"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
 
 
-def test_a_folder_that_names_the_earlier_module_loads(saved, pipe, tmp_path):
+def test_component_classes_are_found_where_they_say_they_are(pipe):
+    for component in (pipe, *pipe.components.values()):
+        kind = type(component)
+        if kind.__name__.startswith("LanDiff"):
+            assert kind.__module__ == "landiff"
+            assert getattr(landiff, kind.__name__) is kind
+    assert landiff.LanDiffLMConfig is type(pipe.lm.config)
+
+
+def name_module(folder: Path, module: str) -> None:
+    """Makes model_index.json name `module` for our components, as earlier versions did."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    ours = [name for name, value in index.items() if value[0] == "landiff"]
+    assert len(ours) == 5
+    for name in ours:
+        index[name][0] = module
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("module", EARLIER_MODULES)
+def test_a_folder_that_names_an_earlier_module_loads(saved, pipe, tmp_path, module):
     shutil.copytree(saved, tmp_path / "old")
-    index = (tmp_path / "old" / "model_index.json").read_text()
-    index = index.replace("landiff.model_zoo.diffusers.pipeline", "model_zoo.pipeline")
-    assert index.count("model_zoo.pipeline") >= 4
-    (tmp_path / "old" / "model_index.json").write_text(index)
+    name_module(tmp_path / "old", module)
     loaded = LanDiffPipeline.from_pretrained(tmp_path / "old")
     ours = pipe.lm.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.lm.state_dict().items())
+
+
+def test_diffusers_loads_a_folder_that_names_the_earlier_module(saved, expected, tmp_path):
+    """As a folder saved before the module was `landiff`, with its own pipeline.py."""
+    shutil.copytree(saved, tmp_path / "old")
+    name_module(tmp_path / "old", pipeline.__name__)
+    (tmp_path / "old" / "pipeline.py").write_text(
+        f"from {pipeline.__name__} import LanDiffPipeline  # noqa: F401\n"
+    )
+    loaded = DiffusionPipeline.from_pretrained(
+        tmp_path / "old", custom_pipeline="pipeline", trust_remote_code=True
+    )
+    found = loaded(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
+    assert torch.equal(found.frames, expected.frames_BTHWC)
 
 
 def test_stock_classes_and_the_converter_read_the_folder(saved, pipe, tmp_path):
@@ -247,7 +292,7 @@ def test_a_stock_transformer_is_taken_as_a_component(saved, pipe, expected):
     found = LanDiffPipeline(**components)(
         PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL
     )
-    assert torch.equal(found.frames, expected.frames_BFHWC)
+    assert torch.equal(found.frames, expected.frames_BTHWC)
 
 
 def test_a_batch_gives_what_single_prompts_give(pipe):
@@ -289,7 +334,7 @@ def test_output_types_hold_the_same_frames(pipe, expected):
     def frames(kind: str):
         return pipe(PROMPTS, generator=seeded(SEED), output_type=kind, **CALL).frames
 
-    pixels = expected.frames_BFHWC
+    pixels = expected.frames_BTHWC
     array = frames("np")
     assert array.dtype == np.float32 and array.shape == (2, 9, 32, 48, 3)
     assert torch.equal(torch.from_numpy((array * 255).round().astype(np.uint8)), pixels)
@@ -368,8 +413,8 @@ def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, sa
         3,
         TOKENS,
         SamplerOptions(num_steps=3),
-        [SEED, SEED + 1000],
-        0.2,
+        seeds=[SEED, SEED + 1000],
+        motion_score=0.2,
         clean_frames=1,
     )
     half = LanDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
@@ -377,7 +422,7 @@ def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, sa
     for pipe in (half, LanDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
         found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
         assert torch.equal(found.codes, wanted.codes_BK) and torch.equal(
-            found.frames, wanted.frames_BFHWC
+            found.frames, wanted.frames_BTHWC
         )
 
 
@@ -397,7 +442,7 @@ def test_diffusers_finds_the_class_by_the_file_in_the_folder(saved, expected):
     )
     assert type(pipe) is LanDiffPipeline
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
-    assert torch.equal(found.frames, expected.frames_BFHWC)
+    assert torch.equal(found.frames, expected.frames_BTHWC)
 
 
 def test_the_code_in_the_documentation_runs(folder, tmp_path, monkeypatch):
@@ -489,7 +534,8 @@ def test_a_video_of_several_chunks_and_one_that_ends_early(pipe, monkeypatch):
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda x_BSD: logits(x_BSD) + wants_to_end)
     ended = pipe(PROMPTS[0], generator=seeded(SEED), output_type="uint8", **early)
-    # it may end behind the first frame of the second segment at the soonest; a fourth latent frame fills no chunk
+    # The earliest end is after the first frame of the second segment. A fourth latent frame is no
+    # whole chunk.
     assert model.layout.num_frames(ended.codes.shape[1]) == 4 and ended.frames.shape[1] == 9
 
 
@@ -502,7 +548,7 @@ def test_offloading_and_tiling_change_where_not_what(saved, expected):
             pipe.enable_model_cpu_offload()
     pipe.enable_model_cpu_offload(device="cpu")
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
-    assert torch.equal(found, expected.frames_BFHWC)
+    assert torch.equal(found, expected.frames_BTHWC)
     pipe.enable_vae_tiling()
     assert pipe.vae.use_tiling
     tiled = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
@@ -545,7 +591,9 @@ def test_lengths_that_chunks_do_not_fill_are_refused_before_anything_runs(pipe, 
         pipe("snow", **{**CALL, "num_frames": 17})
     pipe.scheduler.register_to_config(clean_frames=1)
     with pytest.raises(ValueError, match="4 latent frames .* nearest that are: 3 and 5"):
-        generate(models, ["snow"], 4, TOKENS, SamplerOptions(num_steps=2), [0], clean_frames=1)
+        generate(
+            models, ["snow"], 4, TOKENS, SamplerOptions(num_steps=2), seeds=[0], clean_frames=1
+        )
 
 
 def test_no_motion_score_is_the_default_one(pipe):
@@ -598,13 +646,13 @@ def test_a_prompt_longer_than_an_encoder_takes_is_warned_about_with_the_cut_text
 ):
     short, long = PROMPTS[0].split()[0], " ".join([PROMPTS[0].split()[0]] * 4 + ["snow", "hops"])
     sampler = SamplerOptions(num_steps=2)
-    generate(models, [short, long], 3, TOKENS, sampler, [1, 2], clean_frames=1)
+    generate(models, [short, long], 3, TOKENS, sampler, seeds=[1, 2], clean_frames=1)
     [warning] = [
         record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()
     ]
-    assert (
-        warning
-        == "prompt 1 is longer than the 5 tokens that text encoder t5-v1.1 takes; this part has no effect: 'snow hops'"
+    assert warning == (
+        "prompt 1 is longer than the 5 tokens that text encoder t5-v1.1 takes; "
+        "this part has no effect: 'snow hops'"
     )
     caplog.clear()
     pipe(
@@ -643,4 +691,4 @@ def test_samples_of_one_code_alone_are_refused(models):
         lm.head.weight[3] = 100.0
     text = models.lm_text(PROMPTS)
     with pytest.raises(UnhealthyError, match=r"all of \d+ tokens are code 3"):
-        draw_codes(lm, text, 3, TOKENS, [1, 2])
+        draw_codes(lm, text, 3, TOKENS, seeds=[1, 2])

@@ -21,7 +21,7 @@ from landiff.model_zoo.sample.latents import (
 )
 from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.schedule import NoiseSchedule
-from tests.model_zoo.test_dit import TINY, randomize
+from tests.model_zoo.tiny_diffusion import TINY, randomize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "diffusion_sampling"
 SCHEDULE = NoiseSchedule(ScheduleConfig())
@@ -45,7 +45,7 @@ def conditions(batch: int = 1, num_frames: int = 3, seed: int = 5) -> tuple[Tens
 
 def test_shape_comes_from_the_features(model):
     text, features = conditions(batch=2, num_frames=4)
-    latents = sample_latents(model, SCHEDULE, text, features, seeded_noise([1, 2]), FEW)
+    latents = sample_latents(model, SCHEDULE, text, features, seeded_noise([1, 2]), options=FEW)
     assert latents.shape == (2, 4, 4, 4, 6)
     assert latents.dtype == torch.float32
     assert not latents.requires_grad
@@ -53,8 +53,8 @@ def test_shape_comes_from_the_features(model):
 
 def test_rows_of_a_batch_are_independent(model):
     text, features = conditions(batch=2)
-    together = sample_latents(model, SCHEDULE, text, features, seeded_noise([1, 2]), FEW)
-    alone = sample_latents(model, SCHEDULE, text[1:], features[1:], seeded_noise([2]), FEW)
+    together = sample_latents(model, SCHEDULE, text, features, seeded_noise([1, 2]), options=FEW)
+    alone = sample_latents(model, SCHEDULE, text[1:], features[1:], seeded_noise([2]), options=FEW)
     # other shapes of the matrix products round differently; guidance multiplies it
     torch.testing.assert_close(together[1:], alone, atol=1e-3, rtol=0)
 
@@ -62,7 +62,7 @@ def test_rows_of_a_batch_are_independent(model):
 def test_same_seed_same_latents_other_seed_others(model):
     text, features = conditions()
     first, again, other = (
-        sample_latents(model, SCHEDULE, text, features, seeded_noise([seed]), FEW)
+        sample_latents(model, SCHEDULE, text, features, seeded_noise([seed]), options=FEW)
         for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
@@ -72,9 +72,9 @@ def test_same_seed_same_latents_other_seed_others(model):
 def test_text_and_features_both_count(model):
     text, features = conditions()
     other_text, other_features = conditions(seed=6)
-    base = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW)
+    base = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), options=FEW)
     for changed in ((other_text, features), (text, other_features)):
-        latents = sample_latents(model, SCHEDULE, *changed, seeded_noise([1]), FEW)
+        latents = sample_latents(model, SCHEDULE, *changed, seeded_noise([1]), options=FEW)
         assert not torch.allclose(latents, base, atol=1e-4)
 
 
@@ -86,14 +86,14 @@ def test_last_step_adds_no_noise(model):
         asked.append(step)
         return replay(step, shape)
 
-    sample_latents(model, SCHEDULE, *conditions(), noise, SamplerOptions(num_steps=4))
+    sample_latents(model, SCHEDULE, *conditions(), noise, options=SamplerOptions(num_steps=4))
     assert asked == [0, 1, 2, 3]
 
 
 def test_features_are_upsampled_once(model):
     calls: list[int] = []
     handle = model.semantic.register_forward_hook(lambda *_: calls.append(1))
-    sample_latents(model, SCHEDULE, *conditions(), seeded_noise([1]), FEW)
+    sample_latents(model, SCHEDULE, *conditions(), seeded_noise([1]), options=FEW)
     handle.remove()
     assert calls == [1]
 
@@ -115,9 +115,13 @@ def test_exact_network_leads_to_x0_whatever_the_noise():
     model.x0_BTCHW = torch.randn(1, 3, 4, 4, 6, generator=torch.Generator().manual_seed(3))
     for seed in (1, 2):
         latents = sample_latents(
-            model, SCHEDULE, *conditions(), seeded_noise([seed]), SamplerOptions(num_steps=20)
+            model,
+            SCHEDULE,
+            *conditions(),
+            seeded_noise([seed]),
+            options=SamplerOptions(num_steps=20),
         )
-        # as in the reference the answer is read at a level up to one timestep off the one that was asked
+        # As in the reference, the noise level of the answer is up to one timestep off.
         torch.testing.assert_close(latents, model.x0_BTCHW, atol=5e-2, rtol=0)
 
 
@@ -133,7 +137,9 @@ def test_noise_of_a_seed_is_the_references_in_its_order_and_number(model):
         return used[-1]
 
     replay = reference_noise(taken)
-    sample_latents(model, SCHEDULE, *conditions(), noise, SamplerOptions(num_steps=len(steps)))
+    sample_latents(
+        model, SCHEDULE, *conditions(), noise, options=SamplerOptions(num_steps=len(steps))
+    )
     again = torch.Generator().manual_seed(5)
     expected = [torch.randn(used[0].shape, generator=again)]
     expected += [
@@ -152,24 +158,33 @@ def test_prefix_is_returned_untouched_and_guides_the_rest(model):
     prefix = torch.randn(1, 2, 4, 4, 6, generator=torch.Generator().manual_seed(8))
     seen: list[Tensor] = []
     handle = model.register_forward_pre_hook(lambda _m, args: seen.append(args[0][:, :2]))
-    latents = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW, prefix)
+    latents = sample_latents(
+        model, SCHEDULE, text, features, seeded_noise([1]), options=FEW, prefix_BTCHW=prefix
+    )
     handle.remove()
     assert torch.equal(latents[:, :2], prefix)
     assert len(seen) == 3 and all(torch.equal(x, prefix.expand(2, -1, -1, -1, -1)) for x in seen)
-    without = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW)
+    without = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), options=FEW)
     assert not torch.allclose(latents[:, 2:], without[:, 2:], atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4, 6), (1, 1, 4, 4, 4), (2, 1, 4, 4, 6)])
 def test_prefix_of_another_shape_is_refused(model, shape):
     with pytest.raises(ValueError, match=r"a prefix .* does not fit latents \[1, 3, 4, 4, 6\]"):
-        sample_latents(model, SCHEDULE, *conditions(), seeded_noise([1]), FEW, torch.zeros(shape))
+        sample_latents(
+            model,
+            SCHEDULE,
+            *conditions(),
+            seeded_noise([1]),
+            options=FEW,
+            prefix_BTCHW=torch.zeros(shape),
+        )
 
 
 def test_text_for_another_number_of_clips_is_refused(model):
     with pytest.raises(ValueError, match="2 rows of text for 1 clips"):
         sample_latents(
-            model, SCHEDULE, conditions(batch=2)[0], conditions()[1], seeded_noise([1]), FEW
+            model, SCHEDULE, conditions(batch=2)[0], conditions()[1], seeded_noise([1]), options=FEW
         )
 
 
@@ -195,7 +210,9 @@ def test_stream_continues_each_chunk_from_the_last(model):
     text, features = conditions(num_frames=6)
     noises = [seeded_noise([seed]) for seed in (1, 2, 3)]
     parts = list(
-        stream_latents(model, SCHEDULE, text, features, lambda i: noises[i], FEW, window=4, clean=3)
+        stream_latents(
+            model, SCHEDULE, text, features, lambda i: noises[i], options=FEW, window=4, clean=3
+        )
     )
     assert [part.shape[1] for part in parts] == [4, 1, 1]
     joined = torch.cat(parts, dim=1)
@@ -206,17 +223,19 @@ def test_stream_continues_each_chunk_from_the_last(model):
             text,
             features[:, chunk : chunk + 4],
             seeded_noise([chunk + 1]),
-            FEW,
-            joined[:, chunk : chunk + 3],
+            options=FEW,
+            prefix_BTCHW=joined[:, chunk : chunk + 3],
         )
         assert torch.equal(joined[:, chunk : chunk + 4], expected)
 
 
 def test_stream_of_one_chunk_is_plain_sampling(model):
     text, features = conditions()
-    (only,) = stream_latents(model, SCHEDULE, text, features, lambda _i: seeded_noise([1]), FEW)
+    (only,) = stream_latents(
+        model, SCHEDULE, text, features, lambda _i: seeded_noise([1]), options=FEW
+    )
     assert torch.equal(
-        only, sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), FEW)
+        only, sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), options=FEW)
     )
 
 
@@ -224,8 +243,15 @@ def test_stream_without_clean_frames_makes_independent_chunks(model):
     text, features = conditions(num_frames=6)
     parts = list(
         stream_latents(
-            model, SCHEDULE, text, features, lambda i: seeded_noise([i]), FEW, window=3, clean=0
+            model,
+            SCHEDULE,
+            text,
+            features,
+            lambda i: seeded_noise([i]),
+            options=FEW,
+            window=3,
+            clean=0,
         )
     )
-    alone = sample_latents(model, SCHEDULE, text, features[:, 3:], seeded_noise([1]), FEW)
+    alone = sample_latents(model, SCHEDULE, text, features[:, 3:], seeded_noise([1]), options=FEW)
     assert torch.equal(parts[1], alone)

@@ -19,7 +19,7 @@ from landiff.model_zoo.sample.tokens import (
 )
 from landiff.model_zoo.token_layout import CODE, IGNORE
 from tests.golden.conftest import Case
-from tests.golden.test_lm import model_of
+from tests.golden.released_models import load_lm
 
 GOLDEN = Case(Path(__file__).parents[1] / "golden" / "data" / "lm_sampling")
 CONFIG = LMConfig(
@@ -207,9 +207,7 @@ def test_a_seed_gives_in_reference_behaviour_what_the_reference_drew_with_it(run
     prompts = Prompts(
         GOLDEN.inputs["text_embeddings"], GOLDEN.inputs[f"{run['name']}.motion_score"]
     )
-    sampled = sample_tokens(
-        model_of(GOLDEN), prompts, run["num_frames"], config, seeds=[run["rng"]]
-    )
+    sampled = sample_tokens(load_lm(GOLDEN), prompts, run["num_frames"], config, seeds=[run["rng"]])
     assert torch.equal(sampled.codes_BK, GOLDEN.outputs[f"{run['name']}.codes"])
 
 

@@ -49,7 +49,7 @@ def test_perfect_network_has_no_loss():
     x0 = latents(0)
     noise = latents(1)
     result = denoising_loss(
-        lambda x, t: SCHEDULE.velocity(x0, noise, t), SCHEDULE, x0, noise, TIMESTEPS, 2
+        lambda x, t: SCHEDULE.velocity(x0, noise, t), SCHEDULE, x0, noise, TIMESTEPS, fixed_frames=2
     )
     assert result.loss == 0
 
@@ -76,12 +76,17 @@ def test_every_sample_may_have_its_own_number_of_fixed_frames():
     answer = latents(2)
     fixed = [0, 3, 1]
     together = denoising_loss(
-        lambda x, t: answer, SCHEDULE, x0, noise, TIMESTEPS, torch.tensor(fixed)
+        lambda x, t: answer, SCHEDULE, x0, noise, TIMESTEPS, fixed_frames=torch.tensor(fixed)
     )
     for i, frames in enumerate(fixed):
         one = slice(i, i + 1)
         alone = denoising_loss(
-            lambda x, t, one=one: answer[one], SCHEDULE, x0[one], noise[one], TIMESTEPS[one], frames
+            lambda x, t, one=one: answer[one],
+            SCHEDULE,
+            x0[one],
+            noise[one],
+            TIMESTEPS[one],
+            fixed_frames=frames,
         )
         assert torch.equal(together.noised[one], alone.noised)
         torch.testing.assert_close(together.per_sample[one], alone.per_sample)
@@ -92,7 +97,9 @@ def test_fixed_frames_must_leave_a_frame(fixed_frames):
     with pytest.raises(
         ValueError, match=f"fixed_frames = {fixed_frames} must leave a frame of the 4"
     ):
-        denoising_loss(lambda x, t: x, SCHEDULE, latents(0), latents(1), TIMESTEPS, fixed_frames)
+        denoising_loss(
+            lambda x, t: x, SCHEDULE, latents(0), latents(1), TIMESTEPS, fixed_frames=fixed_frames
+        )
 
 
 def test_half_precision_latents_are_noised_in_float32():

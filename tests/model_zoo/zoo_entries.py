@@ -1,4 +1,4 @@
-"""Zoo entries that `registry.export` would refuse, as an older version or a damaged training left them."""
+"""Zoo entries that `registry.export` rejects, from an older version or a diverged training."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ def write_entry(
     weights: Mapping[str, Tensor],
     stored: Mapping[str, Any] | None = None,
 ) -> registry.ZooEntry:
-    """An entry whose fingerprint and hash are right, whatever its weights are; `stored`: its config on disk, if another."""
-    sizes = config.model_dump(mode="json") if stored is None else dict(stored)
-    mark = registry.weights_fingerprint(kind, sizes, weights)
-    folder = zoo / name / mark
+    """Writes an entry with the right fingerprint and hash for any weights.
+
+    stored: config on disk, if it differs from `config`.
+    """
+    if stored is None:
+        stored = config.model_dump(mode="json")
+    sizes = dict(stored)
+    fingerprint = registry.weights_fingerprint(kind, sizes, weights)
+    folder = zoo / name / fingerprint
     folder.mkdir(parents=True)
     save_file(dict(weights), folder / registry.WEIGHTS)
     (folder / "config.json").write_text(
-        json.dumps({"kind": kind, "name": name, "fingerprint": mark, "config": sizes})
+        json.dumps({"kind": kind, "name": name, "fingerprint": fingerprint, "config": sizes})
     )
-    made = {"weights_sha256": sha256_file(folder / registry.WEIGHTS)}
-    (folder / registry.PROVENANCE).write_text(json.dumps(made))
-    (zoo / name / "newest").write_text(f"{mark}\n")
+    provenance = {"weights_sha256": sha256_file(folder / registry.WEIGHTS)}
+    (folder / registry.PROVENANCE).write_text(json.dumps(provenance))
+    (zoo / name / "newest").write_text(f"{fingerprint}\n")
     return registry.read_entry(folder)

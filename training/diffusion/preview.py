@@ -52,7 +52,7 @@ class Previewer:
                 inputs.text_BLD,
                 inputs.features_BTchw,
                 noise,
-                options,
+                options=options,
             )
             videos["preview/sampled"] = self._side_by_side(inputs.latents_BTCHW, sampled)
         model.train()

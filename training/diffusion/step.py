@@ -118,7 +118,7 @@ class Objective:
             inputs.latents_BTCHW,
             inputs.noise_BTCHW,
             inputs.timestep_B,
-            inputs.prefix_B,
+            fixed_frames=inputs.prefix_B,
         )
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Golden cases of sizes that no released file holds: `python -m tests.golden.formulas.cases FOLDER`.
+"""Golden cases of other sizes: `python -m tests.golden.formulas.cases FOLDER`.
 
-The layout is that of tests/golden/data. Numbers come from the formulas of this folder, weights and inputs from a
-seed. Where rounding could turn a choice (the nearest code, the best token) the next seed is taken.
+The format is that of tests/golden/data. Numbers come from the formulas of this folder, weights and
+inputs from a seed. If rounding could change a choice (the nearest code, the best token), the next
+seed is used.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def write(folder: Path, sizes: Sizes, **files: Tensors) -> None:
         )
 
 
-# ---------------------------------------------------------------- one writer per kind: (folder, sizes, seed)
+# One writer per kind of case: (folder, sizes, seed).
 
 
 def tokenizer_masks(folder: Path, sizes: Sizes, _seed: int) -> None:

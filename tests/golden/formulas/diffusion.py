@@ -1,4 +1,4 @@
-"""The controlled diffusion transformer, its schedule, loss and sampler in formulas (specification §5)."""
+"""Diffusion transformer with control branch, schedule, loss and sampler in formulas (§5)."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def condition(w: Weights, sizes: Sizes, features_BTChw: Tensor) -> tuple[Tensor,
 
 
 def features_of(w: Weights, sizes: Sizes, tokens_11n: Tensor) -> Tensor:
-    """What the case's copy of the tokenizer makes of its tokens. Encoder weights are drawn too: a copy is whole."""
+    """Decoded features of the case's tokens. Encoder weights are drawn too, for a complete copy."""
     prefix, tok = f"{CONTROL}{TOKENIZER}", sizes["tok"]
     inner = Weights({k.removeprefix(prefix): t for k, t in w.items() if k.startswith(prefix)})
     inner.generator = w.generator

@@ -17,7 +17,7 @@ Caches = dict[str, Tensor]
 def causal(
     w: Weights, key: str, x_BCTHW: Tensor, width: int, caches: Caches, kernel: int = 3
 ) -> Tensor:
-    """In time only the past is seen: the first frame repeated, or what was there before this chunk."""
+    """Pads time with the past only: the first frame repeated, or the end of the chunk before."""
     before = caches[key] if key in caches else x_BCTHW[:, :, :1].repeat(1, 1, kernel - 1, 1, 1)
     x = torch.cat([before, x_BCTHW], dim=2)
     caches[key] = x[:, :, x.shape[2] - (kernel - 1) :]

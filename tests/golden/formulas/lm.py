@@ -182,8 +182,11 @@ def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 def sample(
     w: Weights, sizes: Sizes, text: Tensor, options: dict[str, Any], draws: Tensor | None = None
 ) -> tuple[dict[str, Tensor], float]:
-    """One run of §4.7. `draws`: ids to go on with; drawn by `options["rng"]` where None. Also the smallest distance of
-    a decision that rounding could turn: between the two best logits of a greedy run."""
+    """One run of §4.7, and the smallest difference of the two best logits in a greedy run.
+
+    Rounding could change a choice with a small difference. draws: ids to continue with; None draws
+    them with the seed `options["rng"]`.
+    """
     v, num_frames = ids_of(sizes), options["num_frames"]
     guidance = options.get("guidance_scale") or 1.0
     template = body(sizes, num_frames)

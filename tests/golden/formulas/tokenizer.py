@@ -39,7 +39,7 @@ def decoder_mask(T: int, n: int, num_i: int, num_p: int) -> Tensor:
 
 
 def rotary(sizes: Sizes, T: int) -> Tensor:
-    """complex [L, head width / 2]: time, row, column in parts of 1/4, 3/8, 3/8; latents at (m, m, m) from 0 on."""
+    """complex [L, head width / 2]: 1/4 time, 3/8 row, 3/8 column; latent m at (m, m, m)."""
     rows, columns = sizes["grid"]
     width = sizes["width"] // sizes["num_heads"]
     places = [(t, y, x) for t in range(T) for y in range(rows) for x in range(columns)]

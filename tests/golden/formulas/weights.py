@@ -1,8 +1,8 @@
 """Weights under the reference's own key names, and the layers that all formulas use.
 
-The formulas of this folder say what the specification says, a second time: plain, slow, one function per
-sentence, and without a line of model_zoo. They are checked against the golden cases, and then make cases of
-other sizes (cases.py), which no released file holds.
+The formulas of this folder are a second implementation of the specification: plain, slow, one
+function per sentence, and without code of model_zoo. They are checked against the golden cases, and
+generate cases of other sizes (cases.py), for which there are no recorded ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Weights(dict[str, Tensor]):
-    """Tensors by key. With a seed, one that is missing is drawn at the shape that a formula asks for."""
+    """Tensors by key. With a seed, missing tensors are drawn in the shape that a formula needs."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor] | None = None, seed: int | None = None

@@ -12,7 +12,10 @@ CLIPS = Path(data_pipeline.__file__).parent / "assets" / "clips"
 
 
 def shipped_clip(path: Path, num_frames: int, side: int = 64) -> Tensor:
-    """The first frames of a shipped 24 fps clip at 8 fps, area-scaled and centre-cropped, uint8 [T, side, side, 3]."""
+    """First frames of an included 24 fps clip at 8 fps, uint8 [T, side, side, 3].
+
+    They are resized by area and cropped at the centre.
+    """
     frames = []
     with av.open(path) as container:
         video = container.streams.video[0]
@@ -42,10 +45,8 @@ def moving_blobs(num_frames: int, height: int, width: int, seed: int = 0) -> Ten
     x = torch.linspace(0, 1, width)[None, :, None]
     base = 0.3 + 0.3 * y + 0.2 * x * torch.tensor([1.0, 0.5, 0.0])
     frames = []
-    starts, speeds = (
-        torch.rand(4, 2, generator=generator),
-        torch.rand(4, 2, generator=generator) * 0.02,
-    )
+    starts = torch.rand(4, 2, generator=generator)
+    speeds = torch.rand(4, 2, generator=generator) * 0.02
     colours = torch.rand(4, 3, generator=generator) - 0.5
     for t in range(num_frames):
         image = base.clone()

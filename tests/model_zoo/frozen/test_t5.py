@@ -25,7 +25,7 @@ SIZES = T5Config(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A whole T5, decoder included, with its tokenizer beside it: what google/flan-t5-xxl looks like."""
+    """A T5 with decoder and tokenizer in one folder, like google/flan-t5-xxl."""
     path = tmp_path_factory.mktemp("flan-t5")
     torch.manual_seed(0)
     T5ForConditionalGeneration(SIZES).save_pretrained(path)
