@@ -20,7 +20,7 @@ from landiff.model_zoo.convert.formats.release_diffusion import (
     POSITION_TABLE,
     TOKENIZER,
 )
-from landiff.model_zoo.convert.formats.release_set import _sorted_by_kind
+from landiff.model_zoo.convert.formats.release_set import split_by_kind
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import (
     CONTROL,
@@ -79,7 +79,7 @@ def there_and_back(kind: str, state: LazyTensors) -> None:
 def test_language_model_and_tokenizer(file, kind, count, dtype):
     state = lazily(metas(entries(file), DTYPES[dtype]))
     assert len(state) == count
-    known = _sorted_by_kind(state)
+    known = split_by_kind(state)
     assert list(known) == [kind]
     there_and_back(kind, known[kind])
 
@@ -101,7 +101,7 @@ def test_diffusion(frozen, table, dtype):
             for name, t in state.items()
             if frozen == "None" or not name.startswith(MAIN)
         }
-    known = _sorted_by_kind(lazily(state))
+    known = split_by_kind(lazily(state))
     whole = "diffusion" if frozen == "whole" else CONTROL
     assert set(known) == {whole, "tokenizer"} and len(known["tokenizer"]) == 319
     there_and_back(whole, known[whole])
@@ -113,12 +113,12 @@ def test_diffusion(frozen, table, dtype):
 def test_cogvideox_and_its_vae(dtype):
     found = entries("cogvideox2b")
     main = metas({n: e for n, e in found.items() if e["container"] == "module"}, DTYPES[dtype])
-    known = _sorted_by_kind(lazily(main))
+    known = split_by_kind(lazily(main))
     assert list(known) == ["transformer"] and len(known["transformer"]) == 556
     there_and_back("transformer", known["transformer"])
     vae = metas({n: e for n, e in found.items() if e["file"] == "vae/3d-vae.pt"}, DTYPES[dtype])
     assert (
-        list(_sorted_by_kind(lazily(vae))) == [VAE]
+        list(split_by_kind(lazily(vae))) == [VAE]
         and sum(t.numel() for t in vae.values()) == 215_583_907
     )
 
