@@ -224,7 +224,7 @@ def with_optimizer(kind: str, source: str, target: Path, megabytes: int) -> Path
     target.mkdir(parents=True)
     (part,) = synthetic(kind, megabytes)
     if kind == "lm":
-        plain = megatron_optimizer.MegatronCut(
+        plain = megatron_optimizer.MegatronLayout(
             megatron.default_padding(part.config), False, part.tensors.dtype()
         )
         if source == "numbers":
@@ -234,18 +234,20 @@ def with_optimizer(kind: str, source: str, target: Path, megabytes: int) -> Path
             )
         else:
             state = megatron_optimizer.read_state(Path(source), part.config)
-        cut = (
+        layout = (
             plain
             if source == "numbers"
             else replace(
                 plain, distributed=True, padded=megatron.default_padding(part.config, 1024)
             )
         )
-        megatron_optimizer.write_state(target, part.config, state, cut)
+        megatron_optimizer.write_state(target, part.config, state, layout)
         megatron.write_megatron_config(target, part.config)
         return target
     if source == "numbers":
-        places = {name: deepspeed_write.Made(part.tensors, name) for name in part.tensors}
+        places = {
+            name: deepspeed_write.LazyTensorPlace(part.tensors, name) for name in part.tensors
+        }
         groups = (deepspeed.OptimizerGroup(tuple(places), {"lr": 1e-3}),)
         state = deepspeed.DeepSpeedState(
             2, 1, places, groups, (), {}, dict.fromkeys(deepspeed.MOMENTS, places), 5
@@ -255,7 +257,9 @@ def with_optimizer(kind: str, source: str, target: Path, megabytes: int) -> Path
     deepspeed_write.write_deepspeed(
         target,
         state,
-        deepspeed_write.Cut(2, 1) if source == "numbers" else deepspeed_write.Cut(3, 4),
+        deepspeed_write.ZeroPartition(2, 1)
+        if source == "numbers"
+        else deepspeed_write.ZeroPartition(3, 4),
     )
     return target
 

@@ -80,9 +80,7 @@ def open_tokenizer_checkpoint(
     tensors = read_safetensors(path / TOKENIZER_WEIGHTS)
     part = match_model(tensors, "tokenizer", config, PLAIN, str(path), allow_missing)
     step, provenance = run_provenance(path)
-    return WeightSource(
-        path, "tokenizer checkpoint", "plain torch", (part,), step, provenance
-    )
+    return WeightSource(path, "tokenizer checkpoint", "plain torch", (part,), step, provenance)
 
 
 # ---------------------------------------------------------------- Megatron
@@ -138,9 +136,7 @@ def open_deepspeed_checkpoint(
     layout = deepspeed.ZeroLayout.read(path)
     state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
     kind, config = layout.part
-    part = match_model(
-        deepspeed.exported(state), kind, config, PLAIN, str(path), allow_missing
-    )
+    part = match_model(deepspeed.exported(state), kind, config, PLAIN, str(path), allow_missing)
     step, provenance = run_provenance(path)
     text = f"{_describe_zero(state)}, {layout.precision}, phase {layout.phase}"
     return WeightSource(path, "deepspeed", text, (part,), step, provenance)

@@ -10,8 +10,8 @@
     release                names and keys of its files          yes    yes
 
 `SOURCE_FORMATS` and `WRITERS` are the tables behind this. `open_source` returns the models at a
-path, `write_target` writes models in a format. Neither needs a process group or an engine: the files
-of Megatron and DeepSpeed are read and written as files.
+path, `write_target` writes models in a format. Neither needs a process group or an engine: the
+files of Megatron and DeepSpeed are read and written as files.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def _has_diffusers_models(path: Path) -> bool:
     return bool(diffusers_folder.model_folders(path))
 
 
-def _open_diffusers(
-    path: Path, _models: ModelConfig, allow_missing: Sequence[str]
-) -> WeightSource:
+def _open_diffusers(path: Path, _models: ModelConfig, allow_missing: Sequence[str]) -> WeightSource:
     return diffusers_folder.open_diffusers(path, allow_missing)
 
 
@@ -76,8 +74,8 @@ def _has_release_files(path: Path) -> bool:
     return bool(release_set.find_files(path))
 
 
-# The first format that detects a path reads it. The order matters: a zoo entry and a checkpoint also
-# hold a model.safetensors, which the release would detect.
+# The first format that detects a path reads it. The order matters: a zoo entry and a checkpoint
+# also hold a model.safetensors, which the release would detect.
 SOURCE_FORMATS = (
     SourceFormat(
         "zoo",

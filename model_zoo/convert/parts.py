@@ -244,4 +244,3 @@ def control_of(diffusion: Part) -> Part:
 def under_names_of(format: str, part: Part) -> LazyTensors:
     """The tensors of a part under the names of another format."""
     return converted(part.tensors, TABLES[format, part.kind], "to_theirs")
-

@@ -20,7 +20,6 @@ The few DeepSpeed classes in the pickles are replaced by placeholders; all other
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ from landiff.configs.files import write_text
 from landiff.configs.loader import read_json_as
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
 from landiff.model_zoo.convert.formats.zero_partitions import (
-    ScatteredTensor,
     frozen_of_stage_2,
     frozen_of_stage_3,
     trainable_of_stage_2,

@@ -105,10 +105,11 @@ def _state_by_rank(entries: Iterable[str]) -> list[str]:
 
 def _has_all_moments(entries: Iterable[str]) -> bool:
     keys = list(entries)
-    for moment in MOMENTS:
-        if not any(key.startswith(f"{STATE}{moment}.") for key in keys):
-            return False
-    return True
+
+    def is_stored(moment: str) -> bool:
+        return any(key.startswith(f"{STATE}{moment}.") for key in keys)
+
+    return all(is_stored(moment) for moment in MOMENTS)
 
 
 def read_state(folder: Path, config: LMConfig) -> MegatronState:

@@ -1,15 +1,15 @@
 """The files of the LanDiff release (docs/specification.md §6): a set, a folder or a file of it.
 
-    llm/model.safetensors
-        language model
-    tokenizer/model.safetensors
-        tokenizer
-    diffusion/1/mp_rank_00_model_states.pt
-        control branch, and a copy of the tokenizer
-    CogVideoX-2b-sat/transformer/1000/mp_rank_00_model_states.pt
-        main transformer
-    CogVideoX-2b-sat/vae/3d-vae.pt
-        VAE
+llm/model.safetensors
+    language model
+tokenizer/model.safetensors
+    tokenizer
+diffusion/1/mp_rank_00_model_states.pt
+    control branch, and a copy of the tokenizer
+CogVideoX-2b-sat/transformer/1000/mp_rank_00_model_states.pt
+    main transformer
+CogVideoX-2b-sat/vae/3d-vae.pt
+    VAE
 """
 
 from __future__ import annotations

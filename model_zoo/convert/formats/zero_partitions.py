@@ -58,9 +58,7 @@ def whole(stored: Stored) -> ScatteredTensor:
     return ScatteredTensor(torch.Size(stored.shape), (stored,))
 
 
-def frozen_of_stage_2(
-    model: Mapping[str, Any], trainable: Set[str]
-) -> dict[str, ScatteredTensor]:
+def frozen_of_stage_2(model: Mapping[str, Any], trainable: Set[str]) -> dict[str, ScatteredTensor]:
     """Frozen parameters and buffers in ZeRO 1 and 2, whole in the single model file."""
     found = {}
     for name, tensor in model["module"].items():
@@ -161,6 +159,4 @@ def _concatenated(shape: torch.Size, vectors: Sequence[Stored]) -> ScatteredTens
 def _part_of_vector(vector: Stored, start: int, numel: int) -> Stored:
     """Elements [start, start + numel) of a vector, which may be a view of a larger one."""
     assert len(vector.shape) == 1 and vector.stride in (None, (1,)), vector
-    return Stored(
-        vector.path, vector.start, vector.dtype, (numel,), (1,), vector.offset + start
-    )
+    return Stored(vector.path, vector.start, vector.dtype, (numel,), (1,), vector.offset + start)

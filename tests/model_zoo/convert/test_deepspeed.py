@@ -17,7 +17,11 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.convert.formats.deepspeed import export_diffusion, read_deepspeed
-from landiff.model_zoo.convert.formats.deepspeed_write import Cut, Made, write_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed_write import (
+    LazyTensorPlace,
+    ZeroPartition,
+    write_deepspeed,
+)
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.health import UnhealthyError
 
@@ -259,7 +263,7 @@ def test_a_step_that_is_a_number_stays_one_and_sub_groups_are_as_the_config_has_
     torch.save(
         torch.load(path) | {"ds_config": {"zero_optimization": {"sub_group_size": 17}}}, path
     )
-    write_deepspeed(tmp_path / "out", read_deepspeed(tmp_path), Cut(3, 2))
+    write_deepspeed(tmp_path / "out", read_deepspeed(tmp_path), ZeroPartition(3, 2))
     optimizer = torch.load(
         tmp_path / "out" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", weights_only=False
     )["optimizer_state_dict"]
@@ -277,10 +281,10 @@ def test_a_checkpoint_with_nan_is_not_resharded(tmp_path, what):
     state = read_deepspeed(write_stage_2(tmp_path / "theirs"))
     places = dict(state.places if what == "weights" else state.moment_places[what])
     bad = torch.full(places["b"].shape, float("nan"))
-    places["b"] = Made(LazyTensors.of({"b": bad}), "b")
+    places["b"] = LazyTensorPlace(LazyTensors.of({"b": bad}), "b")
     if what == "weights":
         state = replace(state, places=places)
     else:
         state = replace(state, moment_places={**state.moment_places, what: places})
     with pytest.raises(UnhealthyError, match="NaN or infinity in b"):
-        write_deepspeed(tmp_path / "ours", state, Cut(1, 2))
+        write_deepspeed(tmp_path / "ours", state, ZeroPartition(1, 2))

@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.convert.formats.deepspeed_write import Cut
+from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
 from landiff.model_zoo.convert.formats.megatron import Padded, write_megatron
 from landiff.model_zoo.convert.formats.megatron_optimizer import read_state
@@ -173,7 +173,9 @@ def starts(tmp_path_factory):
         parts = [Part(kind, config, LazyTensors.of(expected[phase]))]
         write_target(folder / phase, "deepspeed", parts, {})
         for size in (1, 2):
-            write_target(folder / f"{phase}-3-{size}", "deepspeed", parts, {}, cut=Cut(3, size))
+            write_target(
+                folder / f"{phase}-3-{size}", "deepspeed", parts, {}, layout=ZeroPartition(3, size)
+            )
     return folder, expected
 
 
@@ -213,7 +215,7 @@ def test_weights_for_zero_3_come_back_and_serve_our_engine_at_any_stage_and_worl
         assert same(dict(open_source(folder / f"{phase}-3-2").parts[0].tensors), expected[phase])
     for dtype in (torch.bfloat16, torch.float16):
         part = open_source(folder / "control").parts[0].cast(dtype)
-        write_target(tmp_path / str(dtype), "deepspeed", [part], {}, cut=Cut(3, 2))
+        write_target(tmp_path / str(dtype), "deepspeed", [part], {}, layout=ZeroPartition(3, 2))
         assert same(
             dict(open_source(tmp_path / str(dtype)).parts[0].tensors),
             {name: t.to(dtype) for name, t in expected["control"].items()},
@@ -266,7 +268,7 @@ def test_layers_that_stock_megatron_stacks_come_in_with_their_optimizer(tmp_path
         assert "decoder.layers.mlp.linear_fc1.weight" in DistReader(stacked).entries
         first, second = read_state(stacked, config), read_state(apart, config)
         assert (
-            first.cut == second.cut
+            first.layout == second.layout
             and first.groups == second.groups
             and first.steps == second.steps == 1
         )

@@ -120,7 +120,7 @@ def test_a_variant_is_read_and_several_are_refused(folder):
     save_file(state, folder / "diffusion_pytorch_model.ema.safetensors")
     with pytest.raises(
         ConfigError,
-        match=r"variants .*\.ema\.safetensors, .*\.fp16\.safetensors .*keep the one you mean",
+        match=r"variants .*\.ema\.safetensors, .*\.fp16\.safetensors .*keep only the variant",
     ):
         open_source(folder)
 

@@ -152,7 +152,7 @@ def test_a_megatron_folder_with_a_lost_or_cut_file_says_so(tmp_path):
     write_target(tmp_path / "out", "megatron", [part("lm")], {})
     files = sorted((tmp_path / "out").glob("*.distcp"), key=lambda path: -path.stat().st_size)
     files[0].write_bytes(files[0].read_bytes()[:-50])
-    with pytest.raises(ConversionError, match=rf"{files[0].name} is damaged where [a-z]"):
+    with pytest.raises(ConversionError, match=rf"{files[0].name} is damaged at [a-z]"):
         dict(open_source(tmp_path / "out", OPTIONS).parts[0].tensors)
     files[0].unlink()
     with pytest.raises(ConversionError, match=rf"{files[0].name} is missing"):
@@ -254,7 +254,7 @@ def test_the_report_is_of_all_files_and_parts_of_a_set(tmp_path):
     with pytest.raises(ConversionError) as error:
         paths = [tmp_path / "out" / "llm", tmp_path / "out" / "tokenizer"]
         words = tuple(str(path) for path in paths)
-        request = landiff.launchers.weights.convert.Request(
+        request = landiff.launchers.weights.convert.ConvertRequest(
             words, model=str(write_models(tmp_path))
         )
         landiff.launchers.weights.convert.open_all(request, paths)
@@ -339,9 +339,9 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     for bad, words in (
         (
             good | {names[0]: "../elsewhere.safetensors"},
-            "names the file '../elsewhere.safetensors', which does not lie beside it",
+            "names the file '../elsewhere.safetensors', which is not in its folder",
         ),
-        (good | {names[0]: "model-00003-of-00003.safetensors"}, "does not lie beside it"),
+        (good | {names[0]: "model-00003-of-00003.safetensors"}, "is not in its folder"),
         (
             good | {names[0]: "model-00002-of-00002.safetensors"},
             r"missing: model\.blocks\.\*\.norm0\.weight in model-00002",

@@ -15,7 +15,7 @@ import landiff.training.lm.engine
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.launchers.cli import main
-from landiff.launchers.weights.relayout import Wish, relayout
+from landiff.launchers.weights.reshard import ReshardRequest, reshard
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
@@ -276,7 +276,7 @@ def test_a_deepspeed_folder_of_another_model_is_told_and_cut_anew_but_goes_nowhe
     )
     assert main(["convert", "theirs", "--name", "x"]) == 2
     assert (
-        "a model that is none of ours (its keys start with a, b, frozen, mask)"
+        "a model of unknown architecture (its keys start with a, b, frozen, mask)"
         in capsys.readouterr().err
         and not Path("zoo").exists()
     )
@@ -310,7 +310,7 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
         ),
         (
             ["main", "--to", "diffusers", "--out", "x", "--world-size", "2"],
-            "--world-size 2: the ranks of a --to deepspeed",
+            "--world-size 2: this is the number of ranks for --to deepspeed",
         ),
         (["main", "--to", "deepspeed", "--out", "x", "--world-size", "0"], "at least 1"),
         (["main", "--to", "deepspeed", "--out", "x", "zero.stag=3"], "zero.stag"),
@@ -321,11 +321,11 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
         ),
         (
             ["theirs", "main", "--to", "deepspeed", "--out", "x"],
-            "name it alone, or take --weights-only",
+            "name it alone, or use --weights-only",
         ),
         (
             ["theirs", "--to", "deepspeed", "--out", "x", "--allow-missing", "*"],
-            "must be whole: --allow-missing goes with --weights-only",
+            "must be complete: use --allow-missing with --weights-only",
         ),
         (["main", "--to", "diffusers", "--out", "x", "--name", "y"], "--name goes with --to zoo"),
         (
@@ -348,7 +348,7 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
         "--dry-run",
     )
     assert (
-        "with its optimizer, to x: a bare checkpoint, Cut(stage=1, world_size=8"
+        "with its optimizer, to x: a checkpoint without a run, ZeRO 1, world size 8"
         in capsys.readouterr().out
     )
     assert not Path("x").exists()
@@ -365,5 +365,7 @@ def test_an_interrupted_one_leaves_nothing(tmp_path):
         raise Stop
 
     with pytest.raises(Stop):
-        relayout(tmp_path / "theirs", Wish("deepspeed", tmp_path / "x", world_size=2), {}, stop)
+        reshard(
+            tmp_path / "theirs", ReshardRequest("deepspeed", tmp_path / "x", world_size=2), {}, stop
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
