@@ -1,4 +1,4 @@
-"""`landiff convert RUN --to megatron|deepspeed`: real trainers go on from what it makes, as if nothing had happened."""
+"""`landiff convert RUN --to megatron|deepspeed`: trainers resume from the result unchanged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all forked ranks
+# Slow to import, so imported once before ranks are forked.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pytest
 import torch
 import yaml
@@ -23,8 +24,8 @@ from landiff.training.diffusion.__main__ import main as train_diffusion
 from landiff.training.lm.__main__ import main as train_lm
 from landiff.training.observe.metrics import read_metrics
 from tests.distributed import nursery
-from tests.model_zoo.convert.test_deepspeed import write_stage_2
 from tests.model_zoo.convert.tiny import same
+from tests.model_zoo.convert.zero_files import write_stage_2
 from tests.training.diffusion import tiny as diffusion
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_config
@@ -53,7 +54,7 @@ def landiff(*words: object) -> None:
 
 
 def close(found: dict[int, float], straight: dict[int, float], tolerance: float) -> None:
-    """The converted run makes the steps behind its checkpoint, and they are those of the run that was never converted."""
+    """Check the losses of a resharded run against those of the run that continued unchanged."""
     assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
     # float32 sums in another order; bfloat16 has 8 bits
     assert list(found.values()) == pytest.approx([straight[step] for step in found], rel=tolerance)
@@ -245,7 +246,7 @@ def test_the_diffusion_model_goes_on(
 # ---------------------------------------------------------------- not of our trainers
 
 
-def test_a_deepspeed_folder_of_another_model_is_told_and_cut_anew_but_goes_nowhere_else(
+def test_a_deepspeed_folder_of_another_model_is_inspected_and_resharded_only(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -306,7 +307,8 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
     for words, message in (
         (
             ["main", "--name", "x", "zero.stage=3"],
-            "zero.stage=3 is for a run that continues from the result, so for --to megatron or deepspeed",
+            "zero.stage=3 is for a run that continues from the result, so for --to megatron or "
+            "deepspeed",
         ),
         (
             ["main", "--to", "diffusers", "--out", "x", "--world-size", "2"],

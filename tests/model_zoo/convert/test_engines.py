@@ -1,4 +1,4 @@
-"""What is written without an engine is read by the real ones, in every layout, bit for bit; and what they save comes back."""
+"""Engines load converted folders in every layout, bit for bit, and what they save is read back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lm_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_megatron(world: Any, folder: Path) -> list[str]:
-    """Every layout of this world size loads the converted folder with Megatron's own loader. -> what each saved."""
+    """Load the converted folder with Megatron in every layout; returns the folders saved then."""
     written = []
     for number, parallel in enumerate(LAYOUTS[world.size]):
         engine = MegatronEngine(tiny_config(folder, parallel))
@@ -123,7 +123,7 @@ def load_deepspeed(
 
 
 def load_by_deepspeed_alone(world: Any, folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """DeepSpeed's own loader of weights: one folder for ZeRO 1 and 2, one of this world size for ZeRO 3."""
+    """DeepSpeed's loader of weights: one folder for ZeRO 1 and 2, one per world size for ZeRO 3."""
     found = {}
     for phase in ("main", "control"):
         for stage in (1, 2, 3):
@@ -236,7 +236,7 @@ def load_cut_for_two(world: Any, folder: Path) -> list[dict[str, Tensor]]:
 
 
 def save_as_stock_megatron(world: Any, folder: Path) -> None:
-    """Trained a little, saved twice: as core cuts state by default, all layers in one stack; and as our trainer does, layers apart."""
+    """Train one step and save twice: layers stacked, Megatron's default, and separate, as ours."""
     for distributed in (False, True):
         engine = MegatronEngine(
             tiny_config(

@@ -1,4 +1,4 @@
-"""Preset `landiff` at real size, on the meta device: every released key and shape maps in both directions, in every dtype."""
+"""Preset `landiff` at real size: all released keys and shapes convert in both directions."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_language_model_and_tokenizer(file, kind, count, dtype):
     [("whole", True, "fp32"), ("None", False, "fp16"), ("absent", True, "bf16")],
 )
 def test_diffusion(frozen, table, dtype):
-    """Main transformer there, saved as None or left out; with or without position tables; other models passed over."""
+    """Main transformer present, None or absent, with or without position tables."""
     state: dict[str, torch.Tensor | None] = dict(metas(entries("diffusion"), DTYPES[dtype]))
     others = [name for name in state if name.startswith(OTHER_MODELS)]
     assert len(others) == 220 + 436

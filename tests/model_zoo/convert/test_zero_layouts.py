@@ -1,7 +1,7 @@
-"""A DeepSpeed checkpoint of any stage and world size becomes one of any other, from which DeepSpeed alone goes on.
+"""DeepSpeed resumes from checkpoints that were resharded to any stage and world size.
 
-The model is none of ours: two groups of the optimizer, frozen parameters, buffers, sizes that no number of ranks
-divides.
+The model is none of ours: two groups of the optimizer, frozen parameters, buffers, and sizes that
+no number of ranks divides.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
+# Slow to import (3 s), so imported once before ranks are forked.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pytest
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def train(world: Any, folder: Path) -> dict[str, list[float]]:
 
 
 def resume(world: Any, folder: Path, jobs: list[tuple[str, str, str, int]]) -> dict[str, Any]:
-    """Engines of another seed: DeepSpeed's own loader on what was converted, our restore on what was not."""
+    """Load converted folders with DeepSpeed and their sources with our restore, then train."""
     found = {}
     for source, converted, precision, stage in jobs:
         theirs = build(world, stage, precision, seed=2)
@@ -235,8 +236,11 @@ def test_there_and_back_is_bit_equal(tmp_path, trained, stage, size, precision, 
 
 
 def alike(found: Any, expected: Any, place: str) -> None:
-    """The same objects in the same containers. But what DeepSpeed pads slices with in ZeRO 3 is whatever the memory held (as far
-    as slices hold parameters, `equal` has seen them), and such a checkpoint may say at what norm to clip."""
+    """Check for the same objects in the same containers.
+
+    In ZeRO 3, DeepSpeed pads slices with uninitialized memory (`equal` compares the parameters in
+    them), and a converted checkpoint may have the additional entry `clip_grad`.
+    """
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype and found.shape == expected.shape, place
         assert ("zero_pp" in place and found.ndim == 1) or torch.equal(found, expected), place
