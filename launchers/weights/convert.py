@@ -118,7 +118,9 @@ def convert_weights(request: ConvertRequest) -> list[str]:
     parts = parts_of(sources, request.dtype)
     if request.to != "zoo":
         layout = start_layout(request, parts)
-        known_formats.write_target(out_folder(request), request.to, parts, origin, progress, layout)
+        known_formats.write_target(
+            out_folder(request), request.to, parts, origin, progress, layout=layout
+        )
         return [f"{names} -> {request.out} ({request.to})"]
     zoo_name_of = zoo_names(parts, request.name)
     entries = known_formats.export_to_zoo(request.zoo, zoo_name_of, parts, origin, progress)

@@ -52,7 +52,9 @@ def open_zoo_entry(
     """The model of a zoo entry, whose fingerprint is verified. Raises ConfigError."""
     entry = registry.read_entry(path)
     registry.require_intact(entry)
-    part = match_model(entry.lazy(), entry.kind, entry.config, PLAIN, str(path), allow_missing)
+    part = match_model(
+        entry.lazy(), entry.kind, entry.config, PLAIN, str(path), allow_missing=allow_missing
+    )
     return WeightSource(
         path,
         format="zoo",
@@ -78,7 +80,7 @@ def open_tokenizer_checkpoint(
     section = megatron.model_section(_run_config(path), path)
     config = validate(TokenizerConfig, section, str(path / RUN_CONFIG))
     tensors = read_safetensors(path / TOKENIZER_WEIGHTS)
-    part = match_model(tensors, "tokenizer", config, PLAIN, str(path), allow_missing)
+    part = match_model(tensors, "tokenizer", config, PLAIN, str(path), allow_missing=allow_missing)
     step, provenance = run_provenance(path)
     return WeightSource(path, "tokenizer checkpoint", "plain torch", (part,), step, provenance)
 
@@ -103,7 +105,7 @@ def open_megatron_checkpoint(
         config = megatron.stored_config(path)
     theirs = megatron.open_megatron(path)
     rules = megatron.megatron_rules(config, megatron.padding_of(theirs, config, path))
-    part = match_model(theirs, "lm", config, rules, str(path), allow_missing)
+    part = match_model(theirs, "lm", config, rules, str(path), allow_missing=allow_missing)
     step, provenance = run_provenance(path)
     layout = "dist_checkpointing: whole tensors, for any parallel layout"
     parallel = provenance.get("config", {}).get("parallel")
@@ -136,7 +138,9 @@ def open_deepspeed_checkpoint(
     layout = deepspeed.ZeroLayout.read(path)
     state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
     kind, config = layout.part
-    part = match_model(deepspeed.exported(state), kind, config, PLAIN, str(path), allow_missing)
+    part = match_model(
+        deepspeed.exported(state), kind, config, PLAIN, str(path), allow_missing=allow_missing
+    )
     step, provenance = run_provenance(path)
     text = f"{_describe_zero(state)}, {layout.precision}, phase {layout.phase}"
     return WeightSource(path, "deepspeed", text, (part,), step, provenance)
@@ -167,10 +171,12 @@ def _match_by_names(
 ) -> Part:
     """The kind of model that the names imply; a foreign one for unknown names."""
     if "control.blocks.0.qkv.weight" in tensors:
-        return match_model(tensors, "diffusion", models.diffusion, PLAIN, what, allow_missing)
+        return match_model(
+            tensors, "diffusion", models.diffusion, PLAIN, what, allow_missing=allow_missing
+        )
     if "blocks.0.qkv.weight" in tensors:
         config = models.diffusion.transformer
-        return match_model(tensors, "transformer", config, PLAIN, what, allow_missing)
+        return match_model(tensors, "transformer", config, PLAIN, what, allow_missing=allow_missing)
     return Part(FOREIGN, {}, tensors)
 
 

@@ -239,7 +239,9 @@ def _write_deepspeed(
     whole = [part for part in parts if part.kind == "diffusion"]  # includes a main transformer
     part = _single_part(whole or parts, ("diffusion", "transformer"), "deepspeed")
     assert isinstance(part.config, DiffusionConfig | TransformerConfig), part.config
-    deepspeed_write.write_start(folder, part.kind, part.config, part.tensors, progress, layout)
+    deepspeed_write.write_start(
+        folder, part.kind, part.config, part.tensors, progress, partition=layout
+    )
 
 
 def _single_part(parts: Sequence[Part], kinds: tuple[str, ...], format: str) -> Part:
@@ -266,6 +268,7 @@ def write_target(
     parts: Sequence[Part],
     provenance: Mapping[str, Any],
     progress: ProgressCallback | None = None,
+    *,
     layout: StartLayout | None = None,
 ) -> None:
     """Write `parts` in a format to the new folder `target`, which appears complete or not at all.

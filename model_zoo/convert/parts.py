@@ -124,6 +124,7 @@ def match_model(
     config: Config | Mapping[str, Any],
     rules: Sequence[Rule],
     what: str,
+    *,
     allow_missing: Sequence[str] = (),
 ) -> Part:
     """Match the tensors of a source with a model and return them as a part under our names.

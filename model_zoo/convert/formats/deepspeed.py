@@ -21,10 +21,9 @@ The few DeepSpeed classes in the pickles are replaced by placeholders; all other
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -34,13 +33,14 @@ from landiff.configs import Config, ConfigError
 from landiff.configs.files import write_text
 from landiff.configs.loader import read_json_as
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
-from landiff.model_zoo.convert.formats.zero_partitions import (
+from landiff.model_zoo.convert.formats.zero.partitions import (
     frozen_of_stage_2,
     frozen_of_stage_3,
     trainable_of_stage_2,
     trainable_of_stage_3,
     whole,
 )
+from landiff.model_zoo.convert.formats.zero.state import CLASSES, DeepSpeedState, OptimizerGroup
 from landiff.model_zoo.convert.lazy import LazyTensors, Stored
 from landiff.model_zoo.convert.pickles import IgnoredObject, read_pickle, replace_leaves
 from landiff.model_zoo.convert.rules import check_against
@@ -97,153 +97,6 @@ class ZeroLayout(Config):
             ) from None
 
 
-# ---------------------------------------------------------------- placeholders of DeepSpeed classes
-
-
-class LossScaler:
-    """Placeholder for DeepSpeed's static loss scaler."""
-
-    def __init__(self, scale: float) -> None:
-        """Keep the scale under DeepSpeed's names."""
-        self.cur_scale = scale
-        self.dynamic = False
-
-
-class DynamicLossScaler:
-    """Placeholder for DeepSpeed's dynamic loss scaler, with whatever attributes it has."""
-
-
-class FragmentAddress:
-    """Placeholder for the location of a parameter's fragment in a rank's flat vector."""
-
-    def __init__(self, numel: int, start: int) -> None:
-        """Keep the number of elements and the first element."""
-        self.numel = numel
-        self.start = start
-
-
-class ZeroStage:
-    """Placeholder for DeepSpeed's enumeration of ZeRO stages."""
-
-    def __init__(self, stage: int) -> None:
-        """Keep the stage as an integer."""
-        self.stage = stage
-
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        """Pickle as a call with the stage, as an enumeration does."""
-        return ZeroStage, (self.stage,)
-
-
-# Class in the pickle -> its placeholder. All other classes are refused.
-CLASSES: dict[str, type] = {
-    "deepspeed.runtime.zero.config.ZeroStageEnum": ZeroStage,
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler": LossScaler,
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": DynamicLossScaler,
-    "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
-}
-
-
-# ---------------------------------------------------------------- the checkpoint by parameter name
-
-
-class TensorPlace(Protocol):
-    """A tensor that can be read whole or in part."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the tensor."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the tensor."""
-        ...
-
-    def part(self, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor."""
-        ...
-
-    def read(self) -> Tensor:
-        """The whole tensor."""
-        ...
-
-
-@dataclass(frozen=True)
-class TensorsByName(Mapping[str, Tensor]):
-    """Mapping of tensors that are read on access and not cached."""
-
-    places: Mapping[str, TensorPlace]
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read the tensor `name`."""
-        return self.places[name].read()
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor `name`. Mapping's own method would read it."""
-        return name in self.places
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        """The number of tensors."""
-        return len(self.places)
-
-
-@dataclass(frozen=True)
-class OptimizerGroup:
-    """A parameter group of the optimizer."""
-
-    names: tuple[str, ...]  # in the order of the flat vectors
-    settings: Mapping[str, Any]  # lr, betas, ...
-
-
-@dataclass(frozen=True)
-class DeepSpeedState:
-    """A checkpoint by parameter name, independent of ZeRO stage and world size."""
-
-    zero_stage: int  # 0: whole weights without an optimizer
-    world_size: int
-    # Trainable parameters as float32 master weights; frozen parameters and buffers as stored.
-    places: Mapping[str, TensorPlace]
-    groups: tuple[OptimizerGroup, ...]
-    buffers: tuple[str, ...]
-    working: Mapping[str, torch.dtype]  # dtype of each parameter and buffer in the module
-    # "exp_avg" | "exp_avg_sq" -> float32 moments by name of trainable parameter
-    moment_places: Mapping[str, Mapping[str, TensorPlace]]
-    optimizer_steps: int  # Adam's own step count
-    # State of the optimizer per vector that is not a vector itself: the step, in its stored form.
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    # Other entries of the optimizer files, equal on all ranks.
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
-    # Other entries of the model file: step counts, schedules, the user's client state.
-    rest: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> TensorsByName:
-        """All parameters and buffers, read on access."""
-        return TensorsByName(self.places)
-
-    @property
-    def moments(self) -> dict[str, TensorsByName]:
-        """The moments of the optimizer, read on access."""
-        return {key: TensorsByName(places) for key, places in self.moment_places.items()}
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shapes of all parameters and buffers."""
-        return {name: place.shape for name, place in self.places.items()}
-
-    @property
-    def trainable(self) -> frozenset[str]:
-        """Names of the parameters that the optimizer trains."""
-        names: set[str] = set()
-        for group in self.groups:
-            names.update(group.names)
-        return frozenset(names)
-
-
 # Entries of a model file about tensors and layout. All others become `DeepSpeedState.rest`.
 TENSOR_ENTRIES = (
     "module",
@@ -298,7 +151,7 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
     model = models[0]
     _refuse_unsupported(folder, model)
     shapes = _shapes_by_group(model)
-    trainable = {name for group in shapes for name in group}
+    trainable: set[str] = set().union(*shapes)
     states = [_torch_optimizer_state(shard, stage, folder) for shard in shards]
     if stage == 3:
         places = frozen_of_stage_3(models)

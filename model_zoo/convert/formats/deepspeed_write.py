@@ -9,30 +9,27 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
-from landiff.model_zoo.convert.formats.deepspeed import (
-    CLASSES,
-    SHARDS,
-    START,
+from landiff.model_zoo.convert.formats.deepspeed import SHARDS, START, ZeroLayout
+from landiff.model_zoo.convert.formats.zero.file import Fragment, TensorKey, ZeroFile
+from landiff.model_zoo.convert.formats.zero.state import (
     DeepSpeedState,
     FragmentAddress,
+    LazyTensorPlace,
     LossScaler,
     OptimizerGroup,
-    TensorPlace,
-    ZeroLayout,
     ZeroStage,
 )
 from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, megabytes
-from landiff.model_zoo.convert.pickles import replace_leaves, write_pickle
+from landiff.model_zoo.convert.pickles import replace_leaves
 from landiff.model_zoo.health import require_finite
 
 # ZeRO 1 and 2 pad a group to a multiple of this many elements times the number of ranks.
@@ -54,32 +51,6 @@ class ZeroPartition:
         """Human-readable text."""
         text = f"ZeRO {self.stage}, world size {self.world_size}"
         return text if self.dtype is None else f"{text}, {str(self.dtype).removeprefix('torch.')}"
-
-
-@dataclass(frozen=True)
-class LazyTensorPlace:
-    """A tensor of a lazy mapping, as a `TensorPlace`."""
-
-    tensors: LazyTensors
-    name: str
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of the tensor."""
-        return self.tensors.meta[self.name].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the tensor."""
-        return self.tensors.meta[self.name].dtype
-
-    def part(self, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor."""
-        return self.read().reshape(-1)[start : start + numel]
-
-    def read(self) -> Tensor:
-        """The whole tensor."""
-        return self.tensors.read(self.name)
 
 
 def write_deepspeed(
@@ -118,6 +89,7 @@ def write_start(
     config: DiffusionConfig | TransformerConfig,
     tensors: LazyTensors,
     progress: ProgressCallback | None = None,
+    *,
     partition: ZeroPartition | None = None,
 ) -> None:
     """Write weights without an optimizer, from which a run starts.
@@ -203,98 +175,10 @@ def _with_stage(rest: Mapping[str, Any], stage: int) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- one file
-
-
-@dataclass(frozen=True)
-class _TensorKey:
-    """Stands for a tensor in the content of a file until the file is written."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Fragment:
-    """Elements [start, start + numel) of a parameter, followed by `zeros` elements of padding."""
-
-    name: str
-    start: int
-    numel: int
-    zeros: int = 0
-
-
-class _File:
-    """The content of a file in memory, except for its tensors, which are read when written."""
-
-    def __init__(self) -> None:
-        self.meta: dict[str, Tensor] = {}
-        self.readers: dict[str, Callable[[], Iterator[Tensor]]] = {}
-        self.content: dict[Any, Any] = {}
-
-    def add(
-        self, shape: Sequence[int], dtype: torch.dtype, read: Callable[[], Iterator[Tensor]]
-    ) -> _TensorKey:
-        """Add a tensor whose elements `read` yields in order; returns its key for `content`."""
-        key = _TensorKey(str(len(self.meta)))
-        self.meta[key.name] = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        self.readers[key.name] = read
-        return key
-
-    def add_whole(self, place: TensorPlace, dtype: torch.dtype) -> _TensorKey:
-        """Add a tensor in another dtype."""
-        return self.add(place.shape, dtype, lambda: iter([place.read().to(dtype)]))
-
-    def add_value(self, value: Any) -> Any:
-        """Add a tensor that is in memory. Any other value is returned unchanged."""
-        if not isinstance(value, Tensor):
-            return value
-        return self.add(value.shape, value.dtype, lambda: iter([value]))
-
-    def add_vector(
-        self,
-        places: Mapping[str, TensorPlace],
-        fragments: Sequence[_Fragment],
-        dtype: torch.dtype,
-    ) -> _TensorKey:
-        """Add a flat vector that consists of fragments of parameters."""
-
-        def read() -> Iterator[Tensor]:
-            for fragment in fragments:
-                if fragment.numel:
-                    part = places[fragment.name].part(fragment.start, fragment.numel)
-                    yield part.to(dtype)
-                    del part  # frees it before the next one is read
-                if fragment.zeros:
-                    yield torch.zeros(fragment.zeros, dtype=dtype)
-
-        numel = sum(fragment.numel + fragment.zeros for fragment in fragments)
-        return self.add((numel,), dtype, read)
-
-    @property
-    def tensors(self) -> LazyTensors:
-        """All tensors of the file by key."""
-
-        def read(name: str) -> Tensor:
-            return torch.cat([part.flatten() for part in self.readers[name]()])
-
-        return LazyTensors(self.meta, read, lambda name: self.readers[name]())
-
-    def write(self, path: Path, progress: ProgressCallback | None) -> None:
-        """Write the file."""
-
-        def content(fakes: Mapping[str, Tensor]) -> Any:
-            def with_tensor(leaf: Any) -> Any:
-                return fakes[leaf.name] if isinstance(leaf, _TensorKey) else leaf
-
-            return replace_leaves(self.content, with_tensor)
-
-        write_pickle(path, self.tensors, content, progress, CLASSES)
-
-
 # ---------------------------------------------------------------- model files
 
 
-def _model_files(state: DeepSpeedState, partition: ZeroPartition) -> dict[str, _File]:
+def _model_files(state: DeepSpeedState, partition: ZeroPartition) -> dict[str, ZeroFile]:
     """Model files by name: a single one in ZeRO 1 and 2, one for each rank in ZeRO 3."""
     if partition.stage != 3:
         return {START: _model_of_stage_2(state, partition)}
@@ -305,12 +189,12 @@ def _model_files(state: DeepSpeedState, partition: ZeroPartition) -> dict[str, _
     return files
 
 
-def _model_of_stage_2(state: DeepSpeedState, partition: ZeroPartition) -> _File:
+def _model_of_stage_2(state: DeepSpeedState, partition: ZeroPartition) -> ZeroFile:
     """The model file of ZeRO 1 and 2: all tensors whole.
 
     ZeRO 2 lists the frozen parameters a second time, ZeRO 1 does not.
     """
-    file = _File()
+    file = ZeroFile()
     module = OrderedDict()
     for name, place in state.places.items():
         module[name] = file.add_whole(place, state.working[name])
@@ -318,17 +202,19 @@ def _model_of_stage_2(state: DeepSpeedState, partition: ZeroPartition) -> _File:
     if partition.stage == 2:
         fragments = OrderedDict((name, module[name]) for name in _frozen(state))
     groups = [group.names for group in state.groups]
-    file.content = _model_content(file, state, partition.world_size, module, groups, fragments)
+    file.content = _model_content(
+        file, state, partition.world_size, module=module, groups=groups, fragments=fragments
+    )
     return file
 
 
-def _model_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> _File:
+def _model_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> ZeroFile:
     """The model file of one rank in ZeRO 3.
 
     Buffers are whole, frozen parameters are the slices of this rank, and of trainable parameters
     only the names are stored.
     """
-    file = _File()
+    file = ZeroFile()
     module = OrderedDict()
     for name, place in state.places.items():
         dtype = state.working[name]
@@ -343,7 +229,9 @@ def _model_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> _Fil
     groups: list[list[str]] = []
     for vectors in _sub_groups(state, world_size):
         groups += vectors
-    file.content = _model_content(file, state, world_size, module, groups, fragments)
+    file.content = _model_content(
+        file, state, world_size, module=module, groups=groups, fragments=fragments
+    )
     return file
 
 
@@ -354,9 +242,10 @@ def _frozen(state: DeepSpeedState) -> list[str]:
 
 
 def _model_content(
-    file: _File,
+    file: ZeroFile,
     state: DeepSpeedState,
     world_size: int,
+    *,
     module: Mapping[str, Any],
     groups: Sequence[Sequence[str]],
     fragments: Mapping[str, Any] | None,
@@ -385,7 +274,7 @@ def _model_content(
 # ---------------------------------------------------------------- optimizer files
 
 
-def _optimizer_files(state: DeepSpeedState, partition: ZeroPartition) -> dict[str, _File]:
+def _optimizer_files(state: DeepSpeedState, partition: ZeroPartition) -> dict[str, ZeroFile]:
     """Optimizer files by name, one for each rank."""
     is_bf16 = torch.bfloat16 in {state.working[name] for name in state.trainable}
     prefix = "bf16_" if is_bf16 else ""  # DeepSpeed looks for this name
@@ -399,20 +288,20 @@ def _optimizer_files(state: DeepSpeedState, partition: ZeroPartition) -> dict[st
     return files
 
 
-def _optimizer_of_stage_2(state: DeepSpeedState, rank: int, partition: ZeroPartition) -> _File:
+def _optimizer_of_stage_2(state: DeepSpeedState, rank: int, partition: ZeroPartition) -> ZeroFile:
     """The optimizer file of one rank in ZeRO 1 and 2: its equal part of every group's vector.
 
     As in DeepSpeed, moments are stored with the padding of the last parts, weights without it.
     """
-    file = _File()
-    masters: list[_TensorKey] = []
+    file = ZeroFile()
+    masters: list[TensorKey] = []
     moments: list[dict[str, Any]] = []
     paddings: list[int] = []
     mappings: list[OrderedDict[str, FragmentAddress]] = []
     for group in state.groups:
         fragments, padding = _part_of_group(state, group, rank, partition.world_size)
         masters.append(file.add_vector(state.places, fragments, torch.float32))
-        padded = [*fragments, _Fragment("", 0, 0, padding)]
+        padded = [*fragments, Fragment("", 0, 0, padding)]
         moments.append(_adam_state(file, state, padded))
         paddings.append(padding)
         mappings.append(_addresses(fragments))
@@ -431,7 +320,7 @@ def _optimizer_of_stage_2(state: DeepSpeedState, rank: int, partition: ZeroParti
     return file
 
 
-def _addresses(fragments: Sequence[_Fragment]) -> OrderedDict[str, FragmentAddress]:
+def _addresses(fragments: Sequence[Fragment]) -> OrderedDict[str, FragmentAddress]:
     """Where each fragment lies in a vector of them."""
     addresses = OrderedDict()
     start = 0
@@ -443,7 +332,7 @@ def _addresses(fragments: Sequence[_Fragment]) -> OrderedDict[str, FragmentAddre
 
 def _part_of_group(
     state: DeepSpeedState, group: OptimizerGroup, rank: int, world_size: int
-) -> tuple[list[_Fragment], int]:
+) -> tuple[list[Fragment], int]:
     """This rank's fragments of a group's vector, and the number of zeros that pad them."""
     numels = {name: state.shapes[name].numel() for name in group.names}
     size = math.ceil(sum(numels.values()) / (ALIGNMENT * world_size)) * ALIGNMENT
@@ -453,15 +342,15 @@ def _part_of_group(
         first = max(start, rank * size)
         end = min(start + numel, (rank + 1) * size)
         if first < end:
-            fragments.append(_Fragment(name, first - start, end - first))
+            fragments.append(Fragment(name, first - start, end - first))
         start += numel
     return fragments, size - sum(fragment.numel for fragment in fragments)
 
 
-def _optimizer_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> _File:
+def _optimizer_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> ZeroFile:
     """The optimizer file of one rank in ZeRO 3: its slices of all parameters, concatenated."""
-    file = _File()
-    masters: list[_TensorKey] = []
+    file = ZeroFile()
+    masters: list[TensorKey] = []
     moments: list[dict[str, Any]] = []
     params: list[list[int]] = []  # numbers of the vectors of each group
     for vectors in _sub_groups(state, world_size):
@@ -480,13 +369,13 @@ def _optimizer_of_stage_3(state: DeepSpeedState, rank: int, world_size: int) -> 
     return file
 
 
-def _slice(state: DeepSpeedState, name: str, rank: int, world_size: int) -> _Fragment:
+def _slice(state: DeepSpeedState, name: str, rank: int, world_size: int) -> Fragment:
     """This rank's slice of a parameter in ZeRO 3, padded to the size of all slices."""
     numel = state.shapes[name].numel()
     size = math.ceil(numel / world_size)
     start = min(rank * size, numel)
     held = min(size, numel - start)
-    return _Fragment(name, start, held, size - held)
+    return Fragment(name, start, held, size - held)
 
 
 def _sub_groups(state: DeepSpeedState, world_size: int) -> list[list[list[str]]]:
@@ -506,7 +395,7 @@ def _sub_groups(state: DeepSpeedState, world_size: int) -> list[list[list[str]]]
 
 
 def _adam_state(
-    file: _File, state: DeepSpeedState, fragments: Sequence[_Fragment]
+    file: ZeroFile, state: DeepSpeedState, fragments: Sequence[Fragment]
 ) -> dict[str, Any]:
     """The state of Adam for one vector; empty before the first step.
 
@@ -535,7 +424,7 @@ def _torch_optimizer_state(
 
 
 def _optimizer_content(
-    file: _File, state: DeepSpeedState, content: Mapping[str, Any]
+    file: ZeroFile, state: DeepSpeedState, content: Mapping[str, Any]
 ) -> dict[Any, Any]:
     """The entries of an optimizer file, with those that do not depend on the ZeRO stage."""
     common = {

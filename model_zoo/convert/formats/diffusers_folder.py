@@ -144,7 +144,9 @@ def read_model(folder: Path, allow_missing: Sequence[str] = ()) -> Part:
         rules = list(TABLES["diffusers", kind])
     elif kind == "lm":
         rules = list(TABLES["transformers", kind])
-    return match_model(_weights(folder), kind, config, rules, str(folder), allow_missing)
+    return match_model(
+        _weights(folder), kind, config, rules, str(folder), allow_missing=allow_missing
+    )
 
 
 def _read_config(kind: str, path: Path) -> Config | dict[str, Any]:

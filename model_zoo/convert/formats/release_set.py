@@ -140,7 +140,9 @@ def _read(file: Path, models: ModelConfig, allow_missing: Sequence[str]) -> list
         if kind == VAE:
             return _match_vae(tensors, file, allow_missing)
         rules = TABLES["release", kind]
-        return match_model(tensors, kind, configs[kind], rules, str(file), allow_missing)
+        return match_model(
+            tensors, kind, configs[kind], rules, str(file), allow_missing=allow_missing
+        )
 
     return all_of(partial(part, kind, tensors) for kind, tensors in tensors_by_kind.items())
 
@@ -206,7 +208,7 @@ def _match_vae(state: LazyTensors, file: Path, allow_missing: Sequence[str]) -> 
 
     rules = release_vae.release_vae_rules(release_vae.num_levels(state.meta))
     config = sizes_of(release_vae.to_diffusers(state.meta))
-    return match_model(state, VAE, config, rules, str(file), allow_missing)
+    return match_model(state, VAE, config, rules, str(file), allow_missing=allow_missing)
 
 
 # ---------------------------------------------------------------- writing

@@ -14,11 +14,8 @@ import torch
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.convert.formats.deepspeed import export_diffusion, read_deepspeed
-from landiff.model_zoo.convert.formats.deepspeed_write import (
-    LazyTensorPlace,
-    ZeroPartition,
-    write_deepspeed,
-)
+from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition, write_deepspeed
+from landiff.model_zoo.convert.formats.zero.state import LazyTensorPlace
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.health import UnhealthyError
 from tests.model_zoo.convert.zero_files import (

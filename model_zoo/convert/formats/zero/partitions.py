@@ -1,56 +1,22 @@
 """Where the elements of each tensor lie in the flat vectors of a ZeRO checkpoint.
 
-The layout of the vectors is described in `deepspeed`.
+The layout of the vectors is described in `formats.deepspeed`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from landiff.configs import ConfigError
+from landiff.model_zoo.convert.formats.zero.state import ScatteredTensor
 from landiff.model_zoo.convert.lazy import Stored
 
 Vectors = Sequence[Sequence[Stored]]  # flat vectors by rank and group
 Shapes = Sequence[Mapping[str, torch.Size]]  # shapes of trainable parameters by group and name
-
-
-@dataclass(frozen=True)
-class ScatteredTensor:
-    """A tensor whose elements lie in several places, in order."""
-
-    shape: torch.Size
-    pieces: tuple[Stored, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of all pieces."""
-        return self.pieces[0].dtype
-
-    def part(self, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor; nothing else is read."""
-        found = []
-        for piece in self.pieces:
-            size = torch.Size(piece.shape).numel()
-            first = max(start, 0)
-            end = min(start + numel, size)
-            if first < end:
-                found.append(piece.part(first, end - first))
-            start -= size
-        if not found:
-            return torch.empty(0, dtype=self.dtype)
-        if len(found) == 1:
-            return found[0]
-        return torch.cat(found)
-
-    def read(self) -> Tensor:
-        """The whole tensor."""
-        return self.part(0, self.shape.numel()).view(self.shape)
 
 
 def whole(stored: Stored) -> ScatteredTensor:
