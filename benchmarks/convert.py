@@ -252,7 +252,7 @@ def write_megatron(part: Part, source: str, target: Path) -> None:
     from landiff.model_zoo.convert.formats import megatron, megatron_optimizer
 
     dtype = part.tensors.dtype()
-    cut = megatron_optimizer.MegatronCut(megatron.default_padding(part.config), False, dtype)
+    cut = megatron_optimizer.MegatronLayout(megatron.default_padding(part.config), False, dtype)
     if source == "numbers":
         moments = dict.fromkeys(megatron_optimizer.MOMENTS, part.tensors)
         state = megatron_optimizer.MegatronState(
@@ -271,15 +271,17 @@ def write_deepspeed(part: Part, source: str, target: Path) -> None:
     from landiff.model_zoo.convert.formats import deepspeed, deepspeed_write
 
     if source == "numbers":
-        places = {name: deepspeed_write.Made(part.tensors, name) for name in part.tensors}
+        places = {
+            name: deepspeed_write.LazyTensorPlace(part.tensors, name) for name in part.tensors
+        }
         groups = (deepspeed.OptimizerGroup(tuple(places), {"lr": 1e-3}),)
         state = deepspeed.DeepSpeedState(
             2, 1, places, groups, (), {}, dict.fromkeys(deepspeed.MOMENTS, places), 5
         )
-        cut = deepspeed_write.Cut(2, 1)
+        cut = deepspeed_write.ZeroPartition(2, 1)
     else:
         state = deepspeed.read_deepspeed(Path(source))
-        cut = deepspeed_write.Cut(3, 4)
+        cut = deepspeed_write.ZeroPartition(3, 4)
     deepspeed_write.write_deepspeed(target, state, cut)
 
 

@@ -30,7 +30,7 @@ from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.submit import read_record
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, TransformerConfig
-from landiff.model_zoo.convert import known_formats as formats
+from landiff.model_zoo.convert.checkpoints import run_provenance
 from landiff.model_zoo.convert.formats import deepspeed, diffusers_folder, megatron
 from landiff.model_zoo.convert.formats.diffusers_transformer import diffusers_config
 from landiff.model_zoo.convert.lazy import load_safetensors, read_safetensors
@@ -174,7 +174,7 @@ READERS = {
         lambda folder: read_json_as(CheckpointState, folder / "state.json"),
     ),
     "state.json for convert": Reader(
-        "state.json", text(STATE.model_dump()), lambda folder: formats._run(with_config(folder))
+        "state.json", text(STATE.model_dump()), lambda folder: run_provenance(with_config(folder))
     ),
     "files.json": Reader("step_00000001/files.json", text(FILES.model_dump()), latest_whole),
     "layout.json": Reader(deepspeed.LAYOUT, text({"zero_stage": 1}), deepspeed.ZeroLayout.read),

@@ -1,4 +1,4 @@
-"""`landiff convert`: weights from one format to another, and the newest whole checkpoint of a run -> the zoo."""
+"""`landiff convert`: weights from one format to another, and checkpoints of runs to the zoo."""
 
 from __future__ import annotations
 
@@ -11,38 +11,41 @@ from typing import Any
 from landiff.configs import ConfigError, load
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.launchers.progress import Progress
-from landiff.launchers.weights.relayout import (
-    TRAINERS,
-    Padding,
-    StartSettings,
-    Wish,
-    can_go_on,
-    dry,
-    relayout,
-)
 from landiff.launchers.weights.request import ConvertRequest
+from landiff.launchers.weights.reshard import (
+    TRAINERS,
+    MegatronStartOverrides,
+    ReshardRequest,
+    ZeroStartOverrides,
+    describe_reshard,
+    has_optimizer_state,
+    reshard,
+)
 from landiff.model_zoo import registry
-from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.convert import known_formats as formats
-from landiff.model_zoo.convert.formats import deepspeed_write, megatron
+from landiff.model_zoo.config import LMConfig, ModelConfig
+from landiff.model_zoo.convert import known_formats
+from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
+from landiff.model_zoo.convert.formats.megatron import default_padding
 from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
 from landiff.model_zoo.convert.rules import all_of
 from landiff.training.checkpoint.store import CONFIG, STATE, differences, latest_whole, versions
 
+# ---------------------------------------------------------------- sources
+
 
 def locate(reference: str | Path, zoo: Path) -> Path:
-    """A run folder's newest whole and healthy checkpoint, another path as it is, or a zoo entry.
+    """The path of a source: the newest checkpoint of a run, a zoo entry, or the path itself.
 
-    Raises ConfigError, also for a checkpoint of a run, or a file in one, that files.json does not
-    describe.
+    Of a run, this is the newest checkpoint that is complete and healthy. Raises ConfigError if
+    there is none, and for a checkpoint, or a file in one, that does not match its files.json.
     """
     path = Path(reference)
     if (path / "checkpoints").is_dir() and not (path / STATE).is_file():
         newest = latest_whole(path / "checkpoints")
         if newest is None:
             raise ConfigError(
-                f"{path} holds no whole and healthy checkpoint; it must be a run folder (runs/lm) or a "
-                "checkpoint in it"
+                f"{path} holds no whole and healthy checkpoint; it must be a run folder (runs/lm) "
+                "or a checkpoint in it"
             )
         return newest
     if not path.exists():
@@ -56,7 +59,7 @@ def locate(reference: str | Path, zoo: Path) -> Path:
 
 
 def require_whole(path: Path) -> None:
-    """Raise ConfigError where `path` is, or lies in, a damaged checkpoint of a run."""
+    """Raise ConfigError if `path` is a damaged checkpoint of a run, or lies in one."""
     for folder in (path, path.parent, path.parent.parent):
         if (folder / STATE).is_file() and (folder / CONFIG).is_file():
             problems = differences(folder)
@@ -68,158 +71,191 @@ def require_whole(path: Path) -> None:
 
 
 def find_source(
-    reference: str | Path, zoo: Path, options: formats.Options | None = None
+    reference: str | Path, zoo: Path, options: known_formats.Options | None = None
 ) -> WeightSource:
-    """What lies there, ready to be read. Raises ConfigError."""
-    return formats.open_source(locate(reference, zoo), options)
+    """The models of a source. Only headers are read. Raises ConfigError."""
+    return known_formats.open_source(locate(reference, zoo), options)
 
 
 def locate_all(request: ConvertRequest) -> list[Path]:
-    """Where the sources lie; their files are verified here, once."""
+    """The paths of all sources. Checkpoints of runs are verified. Raises ConfigError."""
     return all_of(partial(locate, source, request.zoo) for source in request.sources)
 
 
 def open_all(request: ConvertRequest, paths: Sequence[Path]) -> list[WeightSource]:
-    options = formats.Options(load(ModelConfig, request.model), request.allow_missing)
-    return all_of(partial(formats.open_source, path, options) for path in paths)
+    """The models of all sources. Raises ConfigError with the problems of all of them."""
+    options = known_formats.Options(load(ModelConfig, request.model), request.allow_missing)
+    return all_of(partial(known_formats.open_source, path, options) for path in paths)
 
 
 def parts_of(sources: Sequence[WeightSource], dtype: str | None) -> list[Part]:
+    """The parts of all sources, cast to `dtype` unless None."""
     import torch
 
-    return [
-        part.cast(getattr(torch, dtype) if dtype else None)
-        for source in sources
-        for part in source.parts
-    ]
+    parts = []
+    for source in sources:
+        for part in source.parts:
+            parts.append(part.cast(getattr(torch, dtype) if dtype else None))
+    return parts
+
+
+# ---------------------------------------------------------------- conversion
 
 
 def convert_weights(request: ConvertRequest) -> list[str]:
-    """Do it; returns what was written, one line each. Raises ConfigError, and then nothing is left under a final name."""
+    """Run the conversion. Returns one line for each folder written.
+
+    Raises ConfigError. Nothing is left under a final name then.
+    """
     paths = locate_all(request)
     sources = open_all(request, paths)
-    made = provenance(sources, request)
+    origin = provenance(sources, request)
     progress = Progress("convert", "MB")
-    words = " + ".join(describe_request(source) for source in sources)
-    if goes_on(request, paths):
-        return [
-            f"{words} -> {request.out}, {relayout(sources[0].path, wish_of(request), made, progress)}"
-        ]
+    names = " + ".join(describe_request(source) for source in sources)
+    if keeps_optimizer(request, paths):
+        result = reshard(sources[0].path, reshard_request(request), origin, progress)
+        return [f"{names} -> {request.out}, {result}"]
     parts = parts_of(sources, request.dtype)
     if request.to != "zoo":
-        formats.write_target(
-            request.out, request.to, parts, made, progress, start_cut(request, parts)
+        layout = start_layout(request, parts)
+        known_formats.write_target(
+            out_folder(request), request.to, parts, origin, progress, layout=layout
         )
-        return [f"{words} -> {request.out} ({request.to})"]
-    names = zoo_names(parts, request.name)
-    return [
-        f"{words} -> {entry.path}"
-        for entry in formats.export_to_zoo(request.zoo, names, parts, made, progress)
-    ]
+        return [f"{names} -> {request.out} ({request.to})"]
+    zoo_name_of = zoo_names(parts, request.name)
+    entries = known_formats.export_to_zoo(request.zoo, zoo_name_of, parts, origin, progress)
+    return [f"{names} -> {entry.path}" for entry in entries]
 
 
 def plan(request: ConvertRequest) -> list[str]:
-    """What `convert` would do, one line for each source; headers and options are checked as there."""
+    """What `convert_weights` would do, as text. Headers and options are checked as there."""
     paths = locate_all(request)
     sources = open_all(request, paths)
     target = str(request.out or f"{request.zoo}/{request.name or '*'}")
-    if goes_on(request, paths):
-        return [
-            f"would convert {describe_request(sources[0])} with its optimizer, to {target}: {dry(sources[0].path, wish_of(request))}"
-        ]
-    start_cut(request, [part for source in sources for part in source.parts])
-    return [
-        f"would convert {describe_request(source)}: {', '.join(part.kind for part in source.parts)}, to {request.to} {target}"
-        for source in sources
-    ]
+    if keeps_optimizer(request, paths):
+        result = describe_reshard(sources[0].path, reshard_request(request))
+        source = describe_request(sources[0])
+        return [f"would convert {source} with its optimizer, to {target}: {result}"]
+    parts: list[Part] = []
+    lines = []
+    for weight_source in sources:
+        parts += weight_source.parts
+        kinds = ", ".join(part.kind for part in weight_source.parts)
+        source = describe_request(weight_source)
+        lines.append(f"would convert {source}: {kinds}, to {request.to} {target}")
+    start_layout(request, parts)
+    return lines
 
 
-def wish_of(request: ConvertRequest) -> Wish:
-    return Wish(
-        request.to,
-        request.out,
-        request.overrides,
-        request.dtype,
-        request.world_size,
-        load(ModelConfig, request.model).lm,
+def out_folder(request: ConvertRequest) -> Path:
+    """The folder of --out, which `check_request` requires for all formats but the zoo."""
+    assert request.out is not None, request
+    return request.out
+
+
+def reshard_request(request: ConvertRequest) -> ReshardRequest:
+    """The part of a request that concerns a checkpoint with its optimizer."""
+    return ReshardRequest(
+        to=request.to,
+        out=out_folder(request),
+        overrides=request.overrides,
+        dtype=request.dtype,
+        world_size=request.world_size,
+        model=load(ModelConfig, request.model).lm,
     )
 
 
-def goes_on(request: ConvertRequest, paths: Sequence[Path]) -> bool:
-    """Is a checkpoint with its optimizer asked for, and is there one?"""
+def keeps_optimizer(request: ConvertRequest, paths: Sequence[Path]) -> bool:
+    """Whether the source is a checkpoint that is converted with its optimizer.
+
+    Raises ConfigError if this contradicts other options or sources.
+    """
     if request.to not in TRAINERS or request.weights_only:
         return False
-    found = [path for path in paths if can_go_on(path, request.to)]
+    found = [path for path in paths if has_optimizer_state(path, request.to)]
     if found and request.allow_missing:
         raise ConfigError(
-            f"{found[0]} is a checkpoint with its optimizer, which must be whole: --allow-missing goes with --weights-only"
+            f"{found[0]} is a checkpoint with its optimizer, which must be complete: use "
+            "--allow-missing with --weights-only"
         )
     if found and len(paths) > 1:
         raise ConfigError(
-            f"{found[0]} is a checkpoint with its optimizer, which nothing can be joined to; name it alone, or take --weights-only"
+            f"{found[0]} is a checkpoint with its optimizer, which cannot be combined with other "
+            "sources; name it alone, or use --weights-only"
         )
     return bool(found)
 
 
-def start_cut(
+def start_layout(
     request: ConvertRequest, parts: Sequence[Part]
-) -> megatron.Padded | deepspeed_write.Cut | None:
-    """What weights that start a run must fit."""
+) -> known_formats.StartLayout | None:
+    """The layout of the run that starts from the weights, from overrides and --world-size.
+
+    None stands for the default of the format. Raises ConfigError.
+    """
     if request.to == "megatron" and request.overrides:
-        asked = load(Padding, {}, request.overrides)
-        sizes = next((part.config for part in parts if part.kind == "lm"), None)
-        return (
-            megatron.default_padding(sizes, asked.vocab_multiple, asked.head_multiple)
-            if sizes
-            else None
-        )
+        asked = load(MegatronStartOverrides, {}, request.overrides)
+        for part in parts:
+            if part.kind == "lm":
+                config = part.config_as(LMConfig)
+                return default_padding(config, asked.vocab_multiple, asked.head_multiple)
     if request.to == "deepspeed" and (request.overrides or request.world_size):
-        return deepspeed_write.Cut(
-            load(StartSettings, {}, request.overrides).zero.stage, request.world_size or 1
-        )
+        stage = load(ZeroStartOverrides, {}, request.overrides).zero.stage
+        return ZeroPartition(stage, request.world_size or 1)
     return None
 
 
 def zoo_names(parts: Sequence[Part], name: str | None) -> dict[str, str]:
-    """kind -> name: NAME where one part is exported, NAME-kind where several are, the kind where no name is given."""
+    """Names of zoo entries by kind, for the option --name NAME.
+
+    NAME for a single part, NAME-kind for several, and the kind without the option.
+    """
     kinds = [part.kind for part in assembled(parts, "zoo") if part.kind != VAE]
-    if len(kinds) == 1 and name:
+    if not name:
+        return {kind: kind for kind in kinds}
+    if len(kinds) == 1:
         return {kinds[0]: name}
-    return {kind: f"{name}-{kind}" if name else kind for kind in kinds}
+    return {kind: f"{name}-{kind}" for kind in kinds}
+
+
+# ---------------------------------------------------------------- provenance
 
 
 def describe_request(source: WeightSource) -> str:
+    """Format, step and path of a source as text."""
     step = "" if source.step is None else f" step {source.step}"
     return f"{source.format}{step} ({source.path})"
 
 
 def provenance(sources: Sequence[WeightSource], request: ConvertRequest) -> dict[str, Any]:
-    """What made the weights: source, step, config, data fingerprints, versions."""
-    found = [
-        {
+    """Where the weights come from: sources, step, config, data fingerprints and versions."""
+    entries = []
+    for source in sources:
+        entry = {
             "path": str(source.path),
             "format": source.format,
             "layout": source.layout,
             "step": source.step,
             **source.provenance,
         }
-        for source in sources
-    ]
-    for entry in found:
         if "config" in entry:
-            entry["column_fingerprints"] = _columns(entry["config"])
-    first = found[0] if len(found) == 1 else {}
+            entry["column_fingerprints"] = _column_fingerprints(entry["config"])
+        entries.append(entry)
+    step = entries[0]["step"] if len(entries) == 1 else None
     return {
-        "sources": found,
-        "step": first.get("step"),
+        "sources": entries,
+        "step": step,
         "dtype": request.dtype,
         "model": request.model,
         "versions": versions() | {"landiff-pretrain": _own_version()},
     }
 
 
-def _columns(config: dict[str, Any]) -> dict[str, str]:
-    """Fingerprints of the columns that a run was trained on; none where the data has gone, its manifest's mark remains."""
+def _column_fingerprints(config: dict[str, Any]) -> dict[str, str]:
+    """Fingerprints of the columns that a run was trained on; empty if its data is gone.
+
+    The manifest's own fingerprint is part of the checkpoint's state.
+    """
     try:
         manifest = read_manifest(Path(config["data"]["manifest"]))
     except ShardError:

@@ -1,6 +1,6 @@
-"""One call of `landiff convert`, and what is wrong with it before any weights are opened.
+"""One call of `landiff convert`, and the checks before any weights are opened.
 
-Torch-free.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from landiff.model_zoo.config import ModelConfig
 from landiff.training.checkpoint.run_folder import STATE, committed_steps
 from landiff.training.checks import Launch
 
-ENGINES = ("megatron", "deepspeed")  # targets that a trainer resumes or starts from
+ENGINES = ("megatron", "deepspeed")  # formats from which a run resumes or starts
 
 
 @dataclass(frozen=True)
@@ -26,43 +26,43 @@ class ConvertRequest:
     sources: tuple[str, ...]  # paths and zoo references
     zoo: Path = Path("zoo")
     to: str = "zoo"
-    name: str | None = None  # --to zoo
-    out: Path | None = None  # any other format
-    model: str = "landiff/model"  # sizes of a release and of bare Megatron folders
+    name: str | None = None  # for --to zoo
+    out: Path | None = None  # for all other formats
+    model: str = "landiff/model"  # sizes of a release and of Megatron folders without a config
     dtype: str | None = None  # None: as in the source
     allow_missing: tuple[str, ...] = ()
-    weights_only: bool = False  # leave the optimizer of a checkpoint behind
-    world_size: int | None = None  # --to deepspeed
-    overrides: tuple[
-        str, ...
-    ] = ()  # --to megatron, deepspeed: key=value, as in the config of the run that resumes
+    weights_only: bool = False  # convert a checkpoint without its optimizer
+    world_size: int | None = None  # for --to deepspeed
+    # For --to megatron and deepspeed: key=value, as in the config of the run that uses the result.
+    overrides: tuple[str, ...] = ()
 
 
 def request_of(args: argparse.Namespace) -> ConvertRequest:
     """The request of a parsed command line."""
     return ConvertRequest(
-        tuple(args.sources),
-        Path(args.zoo),
-        args.to,
-        args.name,
-        Path(args.out) if args.out else None,
-        args.model,
-        args.dtype,
-        tuple(args.allow_missing),
-        args.weights_only,
-        args.world_size,
-        tuple(args.overrides),
+        sources=tuple(args.sources),
+        zoo=Path(args.zoo),
+        to=args.to,
+        name=args.name,
+        out=Path(args.out) if args.out else None,
+        model=args.model,
+        dtype=args.dtype,
+        allow_missing=tuple(args.allow_missing),
+        weights_only=args.weights_only,
+        world_size=args.world_size,
+        overrides=tuple(args.overrides),
     )
 
 
 def check_request(request: ConvertRequest, launch: Launch) -> list[Problem]:
-    """All problems that are known without opening the weights: options, names, paths."""
-    problems = [Problem(text) for text in _options(request)]
+    """All problems that can be found without opening the weights: options, names and paths."""
+    problems = [Problem(text) for text in _option_conflicts(request)]
     problems += problems_of(lambda: load(ModelConfig, request.model))
+    name = request.name
     if request.to == "zoo":
         problems += check_writable("--zoo", request.zoo)
-        if request.name is not None:
-            problems += problems_of(lambda: registry.check_name(request.name))
+        if name is not None:
+            problems += problems_of(lambda: registry.check_name(name))
     elif request.out is not None:
         problems += check_writable("--out", request.out.parent)
         if request.out.exists():
@@ -73,8 +73,8 @@ def check_request(request: ConvertRequest, launch: Launch) -> list[Problem]:
     return problems
 
 
-def _options(request: ConvertRequest) -> list[str]:
-    """Options that do not go together."""
+def _option_conflicts(request: ConvertRequest) -> list[str]:
+    """Messages about options that contradict each other."""
     texts = []
     if request.to == "zoo" and request.out is not None:
         texts.append(
@@ -91,15 +91,14 @@ def _options(request: ConvertRequest) -> list[str]:
         )
     if request.world_size is not None and (request.to != "deepspeed" or request.world_size < 1):
         texts.append(
-            f"--world-size {request.world_size}: the ranks of a --to deepspeed, at least 1; other "
-            "formats serve any "
-            "number"
+            f"--world-size {request.world_size}: this is the number of ranks for --to deepspeed, "
+            "at least 1; other formats fit any number"
         )
     return texts
 
 
 def check_source(source: str, zoo: Path) -> list[Problem]:
-    """Whether a source is there: a run with a checkpoint, another path, or a zoo entry."""
+    """Check that a source exists: a run with a checkpoint, another path, or a zoo entry."""
     path = Path(source)
     try:
         exists = path.exists()
@@ -111,11 +110,9 @@ def check_source(source: str, zoo: Path) -> list[Problem]:
                 Problem(f"{path} does not exist, so it holds no whole checkpoint and no weights")
             ]
         return problems_of(lambda: registry.resolve(zoo, source))
-    if (
-        (path / "checkpoints").is_dir()
-        and not (path / STATE).is_file()
-        and not committed_steps(path / "checkpoints")
-    ):
+    checkpoints = path / "checkpoints"
+    is_run = checkpoints.is_dir() and not (path / STATE).is_file()
+    if is_run and not committed_steps(checkpoints):
         return [
             Problem(
                 f"{path} holds no whole checkpoint; it must be a run folder (runs/lm) or a "

@@ -1,7 +1,8 @@
-"""torch's .pt files, read safely and written lazily: plain containers and tensors that stay on disk.
+"""Safe reading and lazy writing of the .pt files of torch.
 
-A pickle can run any code. Only what torch's own weights-only unpickler knows and `HARMLESS` below is let in; those
-classes are stood in for and forgotten, since a converter needs weights alone.
+Unpickling can run arbitrary code. Only what torch's weights-only unpickler accepts and the classes
+in `HARMLESS` are allowed here; instances of the latter are replaced by placeholders, because a
+conversion needs only the weights. Tensors stay in the file until they are read.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ from landiff.model_zoo.convert.rules import ConversionError
 
 
 class IgnoredObject:
-    """Takes the place of an object that is of no use here."""
+    """Placeholder for an unpickled object that conversions do not need."""
 
-    def __init__(self, *_values: Any, **_named: Any) -> None: ...
+    def __init__(self, *_values: Any, **_named: Any) -> None:
+        """Ignore all arguments."""
 
-    def __setstate__(self, _state: Any) -> None: ...
+    def __setstate__(self, _state: Any) -> None:
+        """Ignore the state."""
 
 
-# What SAT and DeepSpeed put beside the weights: command lines and states of random generators.
+# SAT and DeepSpeed store command lines and states of random generators beside the weights.
 HARMLESS = (
     "argparse.Namespace",
     "numpy.core.multiarray._reconstruct",
@@ -55,31 +58,37 @@ HARMLESS = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
 )
 
+# Errors that the unpickler raises for damaged bytes.
+DAMAGE_ERRORS = (EOFError, ValueError, LookupError, AttributeError, TypeError)
+
 
 def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
-    """What `torch.save` wrote into `path`, with `Stored` in the place of tensors, so nothing large is read.
+    """The content of a file written by `torch.save`, with `Stored` in place of tensors.
 
-    `allowed` (dotted class -> what stands in for it) widens the allow-list. Raises ConversionError that names
-    the foreign types of a file that holds others.
+    Files in the format before torch 1.6 are read into memory instead, because the locations of
+    their tensors are not known in advance.
+
+    `allowed` (dotted name of a class -> its placeholder) extends the allow-list. Raises
+    ConversionError for damaged files and for files with other types, which it names.
     """
     _check_exists(path)
-    lazy = zipfile.is_zipfile(path)
     with _allow_list(path, str(path), _with_harmless(allowed or {})):
-        if (
-            not lazy
-        ):  # the format of before torch 1.6: in memory, since its tensors cannot be found by offset
+        if not zipfile.is_zipfile(path):  # written before torch 1.6
             return torch.load(path, map_location="cpu", weights_only=True)
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    return replace_leaves(
-        content, lambda leaf: _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf
-    )
+
+    def stored(leaf: Any) -> Any:
+        return _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf
+
+    return replace_leaves(content, stored)
 
 
 def load_pickle(path: Path, allowed: Mapping[str, Any], map_location: Any = "cpu") -> Any:
-    """What `torch.save` wrote into `path`, tensors in memory: for engines that read their own files.
+    """The content of a file written by `torch.save`, with tensors in memory.
 
-    `allowed` and errors are those of `read_pickle`; `map_location` is that of `torch.load`.
+    For engines that read their own checkpoints. `allowed` and the errors are those of
+    `read_pickle`; `map_location` is that of `torch.load`.
     """
     _check_exists(path)
     with _allow_list(path, str(path), _with_harmless(allowed)):
@@ -87,9 +96,9 @@ def load_pickle(path: Path, allowed: Mapping[str, Any], map_location: Any = "cpu
 
 
 def check_pickle(content: io.BytesIO, what: str) -> None:
-    """Raises ConversionError if `content`, written by `torch.save`, holds more than tensors and plain containers.
+    """Check that `content`, written by `torch.save`, holds only tensors and plain containers.
 
-    Leaves `content` at its start. `what` names it in the message.
+    Rewinds `content`. Raises ConversionError, whose message names it `what`.
     """
     with _allow_list(content, what, {"_io.BytesIO": io.BytesIO}):
         torch.load(content, map_location="cpu", weights_only=True)
@@ -97,25 +106,26 @@ def check_pickle(content: io.BytesIO, what: str) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows no classes and functions at all."""
+    """Unpickler that accepts no classes and functions."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Raise UnpicklingError with the dotted name."""
         raise pickle.UnpicklingError(f"{module}.{name}")
 
 
 def check_plain_pickle(content: bytes, what: str) -> None:
-    """Raises ConversionError if `content`, written by `pickle.dump`, holds more than plain containers.
+    """Check that `content`, written by `pickle.dump`, holds only plain containers.
 
-    `what` names it in the message.
+    Raises ConversionError, whose message names it `what`.
     """
     try:
         _PlainUnpickler(io.BytesIO(content)).load()
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{what} is refused: beside plain containers it holds {_first_line(error)}, and unpickling a foreign "
-            "type can run any code"
+            f"{what} is refused: beside plain containers it holds {_first_line(error)}, and "
+            "unpickling an unknown type can run arbitrary code"
         ) from None
-    except (EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except DAMAGE_ERRORS as error:
         raise ConversionError(f"{what} is damaged: {_first_line(error)}") from None
 
 
@@ -131,49 +141,57 @@ def _check_exists(path: Path) -> None:
 
 @contextlib.contextmanager
 def _allow_list(source: Path | io.BytesIO, what: str, known: Mapping[str, Any]) -> Iterator[None]:
-    """Limits `torch.load(source, weights_only=True)` to tensors, plain containers and `known`. Raises ConversionError."""
+    """Limit `torch.load(source, weights_only=True)` to tensors, plain containers and `known`.
+
+    Raises ConversionError for other types and for damaged files.
+    """
     try:
-        with _only_these([(stand_in, name) for name, stand_in in known.items()]):
+        with _safe_globals(known):
             yield
     except pickle.UnpicklingError as error:
-        foreign = _foreign(source, set(known), str(error))
+        unknown = ", ".join(_unknown_types(source, set(known), str(error)))
         raise ConversionError(
-            f"{what} is refused: beside tensors and plain containers it holds {', '.join(foreign) or _first_line(error)}, and "
-            f"unpickling a foreign type can run any code. If you trust the file, save its weights alone as .safetensors"
+            f"{what} is refused: beside tensors and plain containers it holds "
+            f"{unknown or _first_line(error)}, and unpickling an unknown type can run arbitrary "
+            "code. If you trust the file, save its weights alone as .safetensors"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:  # whatever the bytes led to
+    except (RuntimeError, *DAMAGE_ERRORS) as error:
         raise ConversionError(f"{what} is damaged: {_first_line(error)}") from None
 
 
 @contextlib.contextmanager
-def _only_these(stand_ins: list[tuple[Any, str]]) -> Iterator[None]:
-    """Unpickling knows these stand-ins alone: what other libraries allowed in this process would win over them."""
+def _safe_globals(placeholders: Mapping[str, Any]) -> Iterator[None]:
+    """Make `placeholders` the only classes that torch's weights-only unpickler accepts.
+
+    Classes that other libraries allowed in this process would take precedence over them.
+    """
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        allowed: list[Any] = [(placeholder, name) for name, placeholder in placeholders.items()]
+        with torch.serialization.safe_globals(allowed):
             yield
     finally:
         torch.serialization.add_safe_globals(others)
 
 
 def tensors_of(content: Mapping[str, Any]) -> LazyTensors:
-    """The tensors of a mapping that `read_pickle` gave; entries of None and anything else are passed over."""
-    stored = {name: value for name, value in content.items() if isinstance(value, Stored)}
-    memory = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    meta = {
-        name: value.meta if isinstance(value, Stored) else value.to("meta")
-        for name, value in content.items()
-        if isinstance(value, Stored | Tensor)
-    }
-    return LazyTensors(meta, lambda name: stored[name].read() if name in stored else memory[name])
+    """The tensors in a mapping returned by `read_pickle`. All other values are ignored."""
+    meta: dict[str, Tensor] = {}
+    stored: dict[str, Stored] = {}
+    in_memory: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if isinstance(value, Stored):
+            stored[name] = value
+            meta[name] = value.meta
+        elif isinstance(value, Tensor):
+            in_memory[name] = value
+            meta[name] = value.to("meta")
+
+    def read(name: str) -> Tensor:
+        return stored[name].read() if name in stored else in_memory[name]
+
+    return LazyTensors(meta, read)
 
 
 def write_pickle(
@@ -183,76 +201,95 @@ def write_pickle(
     progress: ProgressCallback | None = None,
     foreign: Mapping[str, type] | None = None,
 ) -> None:
-    """`torch.save(content(tensors), path)`, one tensor in memory at a time, or one stretch of it.
+    """Write what `torch.save(content(tensors), path)` would, with one tensor in memory at a time.
 
-    `content` puts the tensors into the containers of the file; it gets stand-ins, whose bytes are filled in after.
-    Instances of the classes in `foreign` (dotted class -> what stands in for it) are written as that class's.
+    `content` places tensors into the containers of the file. It is called with fake tensors; their
+    bytes are filled in afterwards, part by part for tensors with `pieces`.
+
+    `foreign` maps dotted names of classes to their placeholders: instances of a placeholder are
+    written as instances of that class.
     """
+    foreign = foreign or {}
     with FakeTensorMode():
-        stand_ins = {
-            name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in tensors.meta.items()
-        }
-        empty = content(stand_ins)
+        fakes = {}
+        for name, meta in tensors.meta.items():
+            fakes[name] = torch.empty(meta.shape, dtype=meta.dtype)
+        empty = content(fakes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(empty, file, pickle_module=_writer(foreign or {}))
+            torch.save(empty, file, pickle_module=_pickle_module(foreign))
         file.flush()
-        with (
-            FakeTensorMode(),
-            _only_these([(stand_in, name) for name, stand_in in (foreign or {}).items()]),
-        ):
+        # Reading the file back tells where the bytes of each tensor belong.
+        with FakeTensorMode(), _safe_globals(foreign):
             reread = torch.load(file.name, map_location="cpu", weights_only=True)
-        places = [leaf for leaf in _leaves(reread) if isinstance(leaf, FakeTensor)]
-        order = {id(leaf): place for leaf, place in zip(_fakes(empty), places, strict=True)}
+        written = zip(_fake_tensors(empty), _fake_tensors(reread), strict=True)
+        location_of = {id(fake): _file_offset(location) for fake, location in written}
         for name, stretches in with_progress(tensors, progress):
-            file.seek(order[id(stand_ins[name])].untyped_storage()._checkpoint_offset)
+            file.seek(location_of[id(fakes[name])])
             for stretch in stretches:
                 file.write(byte_view(stretch))
-                del stretch  # before the next one is read
+                del stretch  # frees it before the next one is read
         file.seek(0, 2)
 
 
-def _writer(foreign: Mapping[str, type]) -> types.ModuleType:
-    """A pickle module for torch.save. Python's own pickler, since C's imports a class before it writes its name."""
-    names = {stand_in: name for name, stand_in in foreign.items()}
+def _pickle_module(foreign: Mapping[str, type]) -> types.ModuleType:
+    """A pickle module for `torch.save` that writes placeholders under the names of their classes.
 
-    class Pickler(pickle._Pickler):
+    It uses the pickler in Python, because the one in C imports a class before writing its name.
+    """
+    name_of = {placeholder: name for name, placeholder in foreign.items()}
+    python_pickler: Any = pickle._Pickler
+
+    class Pickler(python_pickler):
+        """Pickler that replaces the names of placeholders."""
+
         def save_global(self, obj: Any, name: str | None = None) -> None:
-            if obj not in names:
+            """Write a reference to a class or function."""
+            if obj not in name_of:
                 super().save_global(obj, name)
                 return
-            module, _, attribute = names[obj].rpartition(".")
+            module, _, attribute = name_of[obj].rpartition(".")
             self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
             self.memoize(obj)
 
-    module = types.ModuleType("pickle_with_foreign_names")
+    module: Any = types.ModuleType("pickle_with_foreign_names")
     module.Pickler = Pickler
     return module
 
 
 def _stored(fake: FakeTensor, path: Path) -> Stored:
-    stride = None if fake.is_contiguous() and fake.storage_offset() == 0 else tuple(fake.stride())
+    """The location of a fake tensor that was loaded from `path`."""
+    offset = int(fake.storage_offset())
+    contiguous = fake.is_contiguous() and offset == 0
     return Stored(
         path,
-        fake.untyped_storage()._checkpoint_offset,
-        fake.dtype,
-        tuple(fake.shape),
-        stride,
-        fake.storage_offset(),
+        start=_file_offset(fake),
+        dtype=fake.dtype,
+        shape=tuple(fake.shape),
+        stride=None if contiguous else tuple(fake.stride()),
+        offset=offset,
     )
 
 
+def _file_offset(fake: FakeTensor) -> int:
+    """The byte offset of a loaded fake tensor's storage in its file."""
+    offset = fake.untyped_storage()._checkpoint_offset
+    assert offset is not None, fake
+    return offset
+
+
 def replace_leaves(node: Any, change: Callable[[Any], Any]) -> Any:
-    """The same containers with other leaves; a torch.Size is a leaf."""
+    """Copy nested containers with every leaf replaced by `change(leaf)`. A torch.Size is a leaf.
+
+    Other subclasses of list and tuple are kept as they are.
+    """
     if isinstance(node, Mapping):
         return {key: replace_leaves(value, change) for key, value in node.items()}
+    if type(node) in (list, tuple):
+        return type(node)(replace_leaves(value, change) for value in node)
     if isinstance(node, list | tuple) and not isinstance(node, torch.Size):
-        return (
-            type(node)(replace_leaves(value, change) for value in node)
-            if type(node) in (list, tuple)
-            else node
-        )
+        return node
     return change(node)
 
 
@@ -267,12 +304,15 @@ def _leaves(node: Any) -> Iterator[Any]:
         yield node
 
 
-def _fakes(node: Any) -> list[FakeTensor]:
+def _fake_tensors(node: Any) -> list[FakeTensor]:
     return [leaf for leaf in _leaves(node) if isinstance(leaf, FakeTensor)]
 
 
-def _foreign(source: Path | io.BytesIO, known: set[str], error: str) -> list[str]:
-    """Names of the types that are not `known`; of a file of before torch 1.6 the first one, from torch's message."""
+def _unknown_types(source: Path | io.BytesIO, known: set[str], error: str) -> list[str]:
+    """Names of the types in a file that are not `known`.
+
+    Of a file written before torch 1.6, only the first one is known, from torch's message.
+    """
     if not zipfile.is_zipfile(source):
         return re.findall(r"GLOBAL ([\w.]+)", error)[:1]
     if isinstance(source, io.BytesIO):
@@ -281,4 +321,5 @@ def _foreign(source: Path | io.BytesIO, known: set[str], error: str) -> list[str
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,20 @@
-"""Tables of two-way rules that turn one checkpoint's keys and tensors into another's.
+"""Tables of two-way rules between the keys and tensors of two checkpoint formats.
 
-A rule maps a group of our keys to a group of their keys. `{name}` in a pattern stands for one path part
-(`[^.]+`), `{name*}` for any rest; the same names must appear on both sides. Tensors change by a pair of
-functions that are each other's inverse; where they are left out the group is a pure rename.
+A rule maps a group of our keys to a group of keys of another format ("theirs"). In a pattern,
+`{name}` matches one part of a dotted key (`[^.]+`) and `{name*}` matches any non-empty rest. Both
+sides of a rule use the same names.
+
+A rule with functions also changes the tensors; the two functions
+are inverses of each other. A rule without functions only renames.
 
     Rule("blocks.{i}.wo.weight", "transformer.blocks.{i}.wo.weight")
-    Rule(("q", "k", "v"), ("qkv",), to_theirs=lambda q, k, v: (torch.cat([q, k, v]),), to_ours=lambda x: x.chunk(3), stacked="theirs")
+    Rule(
+        ("q", "k", "v"),
+        ("qkv",),
+        to_theirs=lambda q, k, v: (torch.cat([q, k, v]),),
+        to_ours=lambda qkv: qkv.chunk(3),
+        stacked="theirs",
+    )
 """
 
 from __future__ import annotations
@@ -13,33 +22,35 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from landiff.configs.base import ConfigError
 
-
-class ConversionError(ConfigError):
-    """Keys or shapes that do not fit; the message lists all of them, grouped by pattern."""
-
-
 T = TypeVar("T")
 Change = Callable[..., Sequence[Tensor]]
+Direction = Literal["to_ours", "to_theirs"]
+
+
+class ConversionError(ConfigError):
+    """Keys, shapes or files that cannot be converted. The message lists all problems, grouped."""
 
 
 @dataclass(frozen=True)
 class Rule:
+    """A two-way mapping between groups of keys; see the module docstring."""
+
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
-    to_theirs: Change | None = None  # (our tensors in order) -> their tensors in order
+    # Called with the tensors of one side in order; returns those of the other side in order.
+    to_theirs: Change | None = None
     to_ours: Change | None = None
-    stacked: str | None = (
-        None  # "theirs" | "ours": the side with one tensor, which is the other's end to end
-    )
+    # The side that has a single tensor: the tensors of the other side, concatenated along dim 0.
+    stacked: Literal["ours", "theirs"] | None = None
 
-    def sides(self, direction: str) -> tuple[tuple[str, ...], tuple[str, ...], Change | None]:
-        """Source patterns, target patterns and the change, for direction "to_ours" or "to_theirs"."""
+    def sides(self, direction: Direction) -> tuple[tuple[str, ...], tuple[str, ...], Change | None]:
+        """Source patterns, target patterns and the change for one direction."""
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
         theirs = (self.theirs,) if isinstance(self.theirs, str) else self.theirs
         if direction == "to_ours":
@@ -50,82 +61,86 @@ class Rule:
 
 @dataclass(frozen=True)
 class Group:
-    """One application of a rule: these tensors become those."""
+    """One application of a rule: the keys it reads and the keys it produces."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     change: Change | None
-    end_to_end: bool = (
-        False  # is the one target made of all elements of the sources, one source after the other?
-    )
+    # True if the single target consists of all elements of the sources, in the order of `sources`.
+    end_to_end: bool = False
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The target tensors for the source tensors, both in the order of their keys."""
         changed = list(tensors if self.change is None else self.change(*tensors))
         assert len(changed) == len(self.targets), (self.targets, len(changed))
         return changed
 
 
-def rule_groups(names: Iterable[str], rules: Sequence[Rule], direction: str) -> list[Group]:
-    """What `rules` make of these names. Raises ConversionError for names no rule takes and for incomplete groups."""
-    left = dict.fromkeys(names)
+def rule_groups(names: Iterable[str], rules: Sequence[Rule], direction: Direction) -> list[Group]:
+    """Match keys against rules, in the order of the rules.
+
+    Raises ConversionError for keys that match no rule and for groups with missing keys.
+    """
+    remaining = dict.fromkeys(names)
     found: list[Group] = []
     missing: list[str] = []
     for rule in rules:
         sources, targets, change = rule.sides(direction)
         patterns = [_compile(source) for source in sources]
-        for key in list(left):
-            match = next((m for pattern in patterns if (m := pattern.fullmatch(key))), None)
-            if match is None or key not in left:
+        for key in list(remaining):
+            if key not in remaining:  # matched above as another key of the same group
                 continue
-            group = tuple(_fill(source, match.groupdict()) for source in sources)
-            absent = [name for name in group if name not in left]
+            values = _first_match(patterns, key)
+            if values is None:
+                continue
+            group = tuple(_fill(source, values) for source in sources)
+            absent = [name for name in group if name not in remaining]
             missing += absent
             if not absent:
-                filled = tuple(_fill(target, match.groupdict()) for target in targets)
-                found.append(
-                    Group(group, filled, change, end_to_end=direction == f"to_{rule.stacked}")
-                )
+                filled = tuple(_fill(target, values) for target in targets)
+                end_to_end = direction == f"to_{rule.stacked}"
+                found.append(Group(group, filled, change, end_to_end))
             for name in group:
-                left.pop(name, None)
-    if left or missing:
-        raise ConversionError(format_mismatch({"unexpected": list(left), "missing": missing}))
+                remaining.pop(name, None)
+    if remaining or missing:
+        raise ConversionError(format_mismatch({"unexpected": list(remaining), "missing": missing}))
     return found
 
 
 def apply_rules(
-    state: Mapping[str, Tensor], rules: Sequence[Rule], direction: str
+    state: Mapping[str, Tensor], rules: Sequence[Rule], direction: Direction
 ) -> dict[str, Tensor]:
-    """Apply `rules` to a flat state dict. Raises ConversionError for keys no rule takes and for incomplete groups.
+    """Apply rules to a flat state dict.
 
-    Tensors are looked up one group at a time, so a lazy mapping stays lazy until a group is needed.
+    Tensors are looked up one group at a time, so a lazy mapping is read group by group. Raises
+    ConversionError for keys that match no rule and for groups with missing keys.
     """
     result: dict[str, Tensor] = {}
     for group in rule_groups(state, rules, direction):
-        result.update(
-            zip(group.targets, group.apply([state[name] for name in group.sources]), strict=True)
-        )
+        changed = group.apply([state[name] for name in group.sources])
+        result.update(zip(group.targets, changed, strict=True))
     return result
 
 
 def check_against(
     state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]], what: str
 ) -> None:
-    """Raise one ConversionError with all missing, extra and misshapen keys of `state`."""
+    """Raise one ConversionError with all missing, unexpected and misshapen keys of `state`."""
     problems = {
-        "missing": [k for k in expected if k not in state],
-        "unexpected": [k for k in state if k not in expected],
-        "wrong shape": [
-            f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k])}"
-            for k in expected
-            if k in state and tuple(state[k].shape) != tuple(expected[k])
-        ],
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "wrong shape": [],
     }
+    for name, shape in expected.items():
+        if name in state and tuple(state[name].shape) != tuple(shape):
+            found = tuple(state[name].shape)
+            problems["wrong shape"].append(f"{name} {found} instead of {tuple(shape)}")
     if any(problems.values()):
         raise ConversionError(f"{what} does not fit the model:\n{format_mismatch(problems)}")
 
 
 def all_of(actions: Iterable[Callable[[], T]]) -> list[T]:
-    """Results of all actions; where some raise ConversionError, one error that says all they say."""
+    """The results of all actions. All ConversionErrors that they raise are joined into one."""
     results: list[T] = []
     problems: list[str] = []
     for action in actions:
@@ -139,30 +154,41 @@ def all_of(actions: Iterable[Callable[[], T]]) -> list[T]:
 
 
 def format_mismatch(problems: Mapping[str, Sequence[str]]) -> str:
-    """Problems grouped by pattern (numbers folded to *), with counts."""
+    """Problems as text. Keys that differ only in numbers are shown once, with `*` and a count."""
     lines = []
     for kind, keys in problems.items():
-        groups: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for key in keys:
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
-            groups[pattern] = groups.get(pattern, 0) + 1
-        lines += [
-            f"  {kind}: {pattern}" + (f"  (x{n})" if n > 1 else "")
-            for pattern, n in sorted(groups.items())
-        ]
+            counts[pattern] = counts.get(pattern, 0) + 1
+        for pattern, count in sorted(counts.items()):
+            times = f"  (x{count})" if count > 1 else ""
+            lines.append(f"  {kind}: {pattern}{times}")
     return "\n".join(lines)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    parts = re.split(r"(\{\w+\*?\})", pattern)
-    text = "".join(
-        (f"(?P<{p[1:-2]}>.+)" if p.endswith("*}") else f"(?P<{p[1:-1]}>[^.]+)")
-        if p.startswith("{")
-        else re.escape(p)
-        for p in parts
-    )
+    """The regular expression of a pattern, with a named group for each `{name}`."""
+    text = ""
+    for part in re.split(r"(\{\w+\*?\})", pattern):
+        if part.endswith("*}"):
+            text += f"(?P<{part[1:-2]}>.+)"
+        elif part.startswith("{"):
+            text += f"(?P<{part[1:-1]}>[^.]+)"
+        else:
+            text += re.escape(part)
     return re.compile(text)
 
 
-def _fill(pattern: str, names: Mapping[str, str]) -> str:
-    return re.sub(r"\{(\w+)\*?\}", lambda m: names[m.group(1)], pattern)
+def _first_match(patterns: Sequence[re.Pattern[str]], key: str) -> dict[str, str] | None:
+    """The values of the names in the first pattern that matches the whole key."""
+    for pattern in patterns:
+        match = pattern.fullmatch(key)
+        if match:
+            return match.groupdict()
+    return None
+
+
+def _fill(pattern: str, values: Mapping[str, str]) -> str:
+    """The key of a pattern whose names have these values."""
+    return re.sub(r"\{(\w+)\*?\}", lambda match: values[match.group(1)], pattern)

@@ -1,70 +1,90 @@
-"""DeepSpeed ZeRO checkpoints -> tensors by parameter name, wherever their elements lie; with torch.load alone.
+"""DeepSpeed ZeRO checkpoints: their files, and reading them by parameter name without DeepSpeed.
 
-What DeepSpeed writes (0.19, ZeRO 1-3, no tensor or pipeline parallelism) into one folder:
+DeepSpeed (0.19, ZeRO 1-3, no tensor or pipeline parallelism) writes into one folder:
 
-    mp_rank_00_model_states.pt                    ZeRO 1, 2: every parameter in the working dtype, buffers
-    zero_pp_rank_<r>_mp_rank_00_model_states.pt   ZeRO 3: buffers, this rank's slices of frozen parameters
-    [bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt   this rank's slice of fp32 weights and Adam moments
+    mp_rank_00_model_states.pt
+        ZeRO 1, 2: all parameters in the working dtype, buffers
+    zero_pp_rank_<r>_mp_rank_00_model_states.pt
+        ZeRO 3: buffers, this rank's slices of frozen parameters
+    [bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt
+        this rank's part of the float32 weights and of the Adam moments
 
-In ZeRO 1 and 2 the trainable parameters of a group lie end to end in one flat vector, cut into equal parts
-over the ranks; each file says which stretch of which parameter it holds. In ZeRO 3 every parameter is cut
-over the ranks by itself, padded to a multiple of their number, and a rank's slices lie end to end.
+In ZeRO 1 and 2, the trainable parameters of a group are concatenated to one flat vector, which is
+divided into equal parts, one for each rank. Each file lists the fragments of parameters that it
+holds. In ZeRO 3, each parameter is divided over the ranks by itself, padded to a multiple of their
+number, and the slices of a rank are concatenated.
 
-No process group, no DeepSpeed: the few DeepSpeed classes in the pickles are stood in for, any other class
-is refused by name. deepspeed_write.py writes such folders.
+The few DeepSpeed classes in the pickles are replaced by placeholders; all others are refused.
+`deepspeed_write` writes such folders.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from landiff.configs import Config, ConfigError
 from landiff.configs.files import write_text
 from landiff.configs.loader import read_json_as
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
+from landiff.model_zoo.convert.formats.zero.partitions import (
+    frozen_of_stage_2,
+    frozen_of_stage_3,
+    trainable_of_stage_2,
+    trainable_of_stage_3,
+    whole,
+)
+from landiff.model_zoo.convert.formats.zero.state import CLASSES, DeepSpeedState, OptimizerGroup
 from landiff.model_zoo.convert.lazy import LazyTensors, Stored
 from landiff.model_zoo.convert.pickles import IgnoredObject, read_pickle, replace_leaves
 from landiff.model_zoo.convert.rules import check_against
 
-LAYOUT = "layout.json"  # in a checkpoint folder of training/diffusion ...
-SHARDS = "zero"  # ... beside the folder of DeepSpeed's own files
+LAYOUT = "layout.json"  # written by the diffusion trainer into a checkpoint folder
+SHARDS = "zero"  # subfolder of a checkpoint with the files of DeepSpeed
 START = "mp_rank_00_model_states.pt"
 OPTIMIZER_FILE = r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt"
+STAGE_3_MODEL_FILE = r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt"
+OTHER_PARALLELISM = r"mp_rank_(?!00)\d\d_|^layer_\d|^expp_rank_"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroLayout(Config):
-    """What training/diffusion says about its checkpoint: how it is cut, and of which model."""
+    """The description of a checkpoint of the diffusion trainer (`layout.json`)."""
 
-    zero_stage: int  # 0: whole weights without an optimizer
-    world_size: int
-    precision: str
-    phase: str  # "main" | "control"
-    model: DiffusionConfig
-    shapes: dict[str, list[int]]  # of every parameter and persistent buffer
+    zero_stage: int = Field(
+        description="ZeRO stage of the checkpoint; 0 for whole weights without an optimizer."
+    )
+    world_size: int = Field(description="Number of ranks that the checkpoint is divided over.")
+    precision: str = Field(description="Dtype of the module: fp32, bf16 or fp16.")
+    phase: str = Field(description="Training phase: main or control.")
+    model: DiffusionConfig = Field(description="Sizes of the diffusion model.")
+    shapes: dict[str, list[int]] = Field(
+        description="Shape of every parameter and persistent buffer, by name."
+    )
 
     @property
     def part(self) -> tuple[str, DiffusionConfig | TransformerConfig]:
-        """Kind and config of what is trained: phase main the transformer, phase control the whole model."""
-        return (
-            ("diffusion", self.model)
-            if self.phase == "control"
-            else ("transformer", self.model.transformer)
-        )
+        """Kind and config of the trained model.
+
+        Phase main trains the main transformer, phase control the whole diffusion model.
+        """
+        if self.phase == "control":
+            return "diffusion", self.model
+        return "transformer", self.model.transformer
 
     def write(self, folder: Path) -> None:
+        """Write the description into a checkpoint folder."""
         write_text(folder / LAYOUT, self.model_dump_json(indent=1))
 
     @staticmethod
     def read(folder: Path) -> ZeroLayout:
+        """Read the description in a checkpoint folder. Raises ConfigError."""
         try:
             return read_json_as(ZeroLayout, folder / LAYOUT)
         except FileNotFoundError:
@@ -77,148 +97,8 @@ class ZeroLayout(Config):
             ) from None
 
 
-# These take the place of DeepSpeed's classes in a pickle and keep what it says about them.
-
-
-class LossScaler:
-    def __init__(self, scale: float) -> None:
-        self.cur_scale, self.dynamic = scale, False
-
-
-class DynamicLossScaler:
-    """Of float16; whatever it holds."""
-
-
-class FragmentAddress:
-    """Where a stretch of a parameter lies in a rank's flat vector."""
-
-    def __init__(self, numel: int, start: int) -> None:
-        self.numel, self.start = numel, start
-
-
-class ZeroStage:
-    """An enumeration, there."""
-
-    def __init__(self, stage: int) -> None:
-        self.stage = stage
-
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return ZeroStage, (self.stage,)
-
-
-# Class in the pickle -> what stands in for it. torch's weights_only unpickler refuses every other.
-CLASSES: dict[str, type] = {
-    "deepspeed.runtime.zero.config.ZeroStageEnum": ZeroStage,
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler": LossScaler,
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": DynamicLossScaler,
-    "deepspeed.utils.tensor_fragment.fragment_address": FragmentAddress,
-}
-
-
-@dataclass(frozen=True)
-class Scattered:
-    """A tensor whose elements lie end to end in several places."""
-
-    shape: torch.Size
-    pieces: tuple[Stored, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.pieces[0].dtype
-
-    def part(self, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor; nothing else is read."""
-        found = []
-        for piece in self.pieces:
-            size = torch.Size(piece.shape).numel()
-            first, end = max(start, 0), min(start + numel, size)
-            if first < end:
-                found.append(piece.part(first, end - first))
-            start -= size
-        return (
-            found[0]
-            if len(found) == 1
-            else torch.cat(found)
-            if found
-            else torch.empty(0, dtype=self.dtype)
-        )
-
-    def read(self) -> Tensor:
-        return self.part(0, self.shape.numel()).view(self.shape)
-
-
-@dataclass(frozen=True)
-class Assembled(Mapping[str, Tensor]):
-    """Tensors that are put together when asked for: one at a time stays in memory."""
-
-    places: Mapping[str, Scattered]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.places[name].read()
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would make the tensor
-        return name in self.places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-
-@dataclass(frozen=True)
-class OptimizerGroup:
-    """Parameters that are trained alike."""
-
-    names: tuple[str, ...]  # in the order of the flat vectors
-    settings: Mapping[str, Any]  # lr, betas, ...
-
-
-@dataclass(frozen=True)
-class DeepSpeedState:
-    """A checkpoint by parameter name, whatever its layout."""
-
-    zero_stage: int  # 0: whole weights without an optimizer
-    world_size: int
-    places: Mapping[
-        str, Scattered
-    ]  # trainable ones fp32 (the masters), frozen ones and buffers as trained with
-    groups: tuple[OptimizerGroup, ...]
-    buffers: tuple[str, ...]
-    working: Mapping[str, torch.dtype]  # what the module computes with
-    moment_places: Mapping[
-        str, Mapping[str, Scattered]
-    ]  # "exp_avg" | "exp_avg_sq" -> fp32 by name of trainable parameter
-    optimizer_steps: int  # Adam's own count
-    numbers: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what the optimizer counts beside its vectors: step, as it counts it
-    optimizer: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what else the optimizer files say, equal on all ranks
-    rest: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what else the model file says: counts, schedules, the user's own
-
-    @property
-    def weights(self) -> Assembled:
-        return Assembled(self.places)
-
-    @property
-    def moments(self) -> dict[str, Assembled]:
-        return {key: Assembled(places) for key, places in self.moment_places.items()}
-
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: place.shape for name, place in self.places.items()}
-
-    @property
-    def trainable(self) -> frozenset[str]:
-        return frozenset(name for group in self.groups for name in group.names)
-
-
-# What a model file says about tensors and layout; the rest of it is `DeepSpeedState.rest`.
-OF_TENSORS = (
+# Entries of a model file about tensors and layout. All others become `DeepSpeedState.rest`.
+TENSOR_ENTRIES = (
     "module",
     "buffer_names",
     "param_shapes",
@@ -228,121 +108,83 @@ OF_TENSORS = (
     "optimizer",
     "dp_world_size",
 )
+# Entries of an optimizer file that are kept as `DeepSpeedState.optimizer`.
+OPTIMIZER_ENTRIES = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 
 
 def find_shards(path: Path) -> Path | None:
-    """Where the files of a ZeRO optimizer lie: in a checkpoint of our trainer, in the folder that `latest` names, in `path` itself."""
+    """The folder with the files of a ZeRO optimizer.
+
+    Searched are the subfolder `zero` of a checkpoint of our trainer, `path` itself and the folder
+    that the file `latest` names.
+    """
+    names = [SHARDS, "."]
     latest = path / "latest"
-    names = [SHARDS, "."] + (
-        [latest.read_text(encoding="utf-8").strip()] if latest.is_file() else []
-    )
-    for folder in (path / name for name in names):
-        if folder.is_dir() and any(
-            re.fullmatch(OPTIMIZER_FILE, file.name) for file in folder.iterdir()
-        ):
+    if latest.is_file():
+        names.append(latest.read_text(encoding="utf-8").strip())
+    for name in names:
+        folder = path / name
+        if folder.is_dir() and _has_optimizer_file(folder):
             return folder
     return None
 
 
+def _has_optimizer_file(folder: Path) -> bool:
+    return any(re.fullmatch(OPTIMIZER_FILE, file.name) for file in folder.iterdir())
+
+
 def read_deepspeed(folder: Path) -> DeepSpeedState:
-    """Everything a DeepSpeed checkpoint folder holds. Raises ConfigError when parts of it are missing or foreign."""
-    optimizer_files = _by_rank(folder, OPTIMIZER_FILE)
-    other = [
-        path.name
-        for path in folder.iterdir()
-        if re.search(r"mp_rank_(?!00)\d\d_|^layer_\d|^expp_rank_", path.name)
-    ]
-    if other:
-        raise ConfigError(
-            f"{folder} is of a run with tensor, pipeline or expert parallelism ({sorted(other)[0]}), which is not read here"
-        )
+    """Read a folder with the files of DeepSpeed; tensors stay in the files.
+
+    Raises ConfigError if files are missing or the checkpoint uses features that are not supported.
+    """
+    optimizer_files = _files_by_rank(folder, OPTIMIZER_FILE)
+    _refuse_other_parallelism(folder)
     if not optimizer_files and (folder / START).is_file():
-        return _start(folder)
+        return _read_start(folder)
     if not optimizer_files:
         raise ConfigError(f"{folder} holds no ZeRO checkpoint (no *_optim_states.pt)")
     shards = [_load(path)["optimizer_state_dict"] for path in optimizer_files]
     stage = shards[0]["zero_stage"].stage
-    counts = shards[0]["partition_count"]
-    world_size = max(counts) if isinstance(counts, list) else int(counts)
-    if world_size != len(shards):
-        raise ConfigError(
-            f"{folder} was written by {world_size} ranks but holds the optimizer states of {len(shards)}"
-        )
+    world_size = _world_size(folder, shards)
+    models = [_load(path) for path in _model_files(folder, stage, world_size)]
+    model = models[0]
+    _refuse_unsupported(folder, model)
+    shapes = _shapes_by_group(model)
+    trainable: set[str] = set().union(*shapes)
+    states = [_torch_optimizer_state(shard, stage, folder) for shard in shards]
     if stage == 3:
-        model_files = _by_rank(folder, r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
-        if len(model_files) != world_size:
-            raise ConfigError(
-                f"{folder} was written by {world_size} ranks but holds the model states of {len(model_files)}"
-            )
+        places = frozen_of_stage_3(models)
+        find_trainable = trainable_of_stage_3
+        masters = [shard["fp32_flat_groups"] for shard in shards]
     else:
-        model_files = [folder / START]
-    models = [_load(path) for path in model_files]
-    if models[0].get("shared_params"):
-        raise ConfigError(
-            f"{folder} ties parameters together ({', '.join(models[0]['shared_params'])}), which is not read here"
-        )
-    if (_zero_config(models[0]) or {}).get("round_robin_gradients"):
-        raise ConfigError(
-            f"{folder} was written with zero_optimization.round_robin_gradients = true, which is not read here"
-        )
-    shapes = [
-        {name: torch.Size(shape) for name, shape in group.items()}
-        for group in models[0]["param_shapes"]
-    ]
-    trainable = frozenset(name for group in shapes for name in group)
-    states = [_optimizer(shard, stage, folder) for shard in shards]
-    flat = [
-        shard["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
-        for shard in shards
-    ]
-    still = _frozen_of_stage_3(models) if stage == 3 else _frozen_of_stage_2(models[0], trainable)
-    pieces = _pieces_of_stage_3 if stage == 3 else _pieces_of_stage_2
-    moments = {
-        key: pieces(
-            shapes,
-            shards,
-            [[state["state"][i][key] for i in sorted(state["state"])] for state in states],
-        )
-        for key in _moments(states[0])
-    }
-    steps = {
-        int(_read(entry["step"]))
-        for state in states
-        for entry in state["state"].values()
-        if "step" in entry
-    }
-    if len(steps) > 1:
-        raise ConfigError(
-            f"{folder} holds different Adam step counts, {sorted(steps)}: it mixes two checkpoints"
-        )
+        places = frozen_of_stage_2(model, trainable)
+        find_trainable = trainable_of_stage_2
+        masters = [shard["single_partition_of_fp32_groups"] for shard in shards]
+    moments = {}
+    for key in _moment_names(states[0]):
+        vectors = [_vectors_of_moment(state, key) for state in states]
+        moments[key] = find_trainable(shapes, shards, vectors)
     return DeepSpeedState(
         zero_stage=stage,
         world_size=world_size,
-        places={**still, **pieces(shapes, shards, flat)},
-        groups=_groups(shapes, states[0], stage),
-        buffers=tuple(models[0]["buffer_names"]),
+        places={**places, **find_trainable(shapes, shards, masters)},
+        groups=_optimizer_groups(shapes, states[0]),
+        buffers=tuple(model["buffer_names"]),
         moment_places=moments,
-        working={
-            name: tensor.dtype
-            for name, tensor in models[0]["module"].items()
-            if isinstance(tensor, Stored)
-        },
-        optimizer_steps=steps.pop() if steps else 0,
+        working=_working_dtypes(model["module"]),
+        optimizer_steps=_optimizer_steps(folder, states),
         numbers=_numbers(states[0]),
-        optimizer={
-            key: shards[0][key]
-            for key in ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
-            if key in shards[0]
-        },
-        rest=_plain({key: value for key, value in models[0].items() if key not in OF_TENSORS}),
+        optimizer={key: shards[0][key] for key in OPTIMIZER_ENTRIES if key in shards[0]},
+        rest=_plain({key: value for key, value in model.items() if key not in TENSOR_ENTRIES}),
     )
 
 
 def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:
-    """A checkpoint of training/diffusion as a zoo entry: (kind, config, tensors under our names, read when asked for).
+    """Kind, config and tensors of a checkpoint of the diffusion trainer, read on access.
 
-    Phase main gives the "transformer", phase control the whole "diffusion" model. All in float32, which is what
-    trained weights are kept in; weights that start a run have the dtype they were written with.
+    Phase main gives the kind "transformer", phase control the kind "diffusion". Trained weights are
+    float32; weights that start a run keep the dtype they were written with.
     """
     layout = ZeroLayout.read(folder)
     tensors = exported(read_deepspeed(folder / SHARDS))
@@ -351,224 +193,224 @@ def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:
 
 
 def exported(state: DeepSpeedState) -> LazyTensors:
-    """All weights of a checkpoint; floating-point ones in float32, but of weights that start a run as they are stored."""
-    start = is_start(state)
-    tensors = LazyTensors(
-        {
-            name: torch.empty(place.shape, dtype=place.dtype, device="meta")
-            for name, place in state.places.items()
-        },
-        lambda name: state.places[name].read(),
-    )
-    if not start:
+    """All weights of a checkpoint.
+
+    Floating-point weights of a training run are float32; weights that start a run keep their dtype.
+    """
+    meta = {}
+    for name, place in state.places.items():
+        meta[name] = torch.empty(place.shape, dtype=place.dtype, device="meta")
+    tensors = LazyTensors(meta, lambda name: state.places[name].read())
+    if not is_start(state):
         return tensors.cast(torch.float32)
-    meta = {
-        name: tensor.to(state.working.get(name, tensor.dtype))
-        for name, tensor in tensors.meta.items()
-    }
-    return LazyTensors(meta, lambda name: tensors.read(name).to(meta[name].dtype))
+    working = {}
+    for name, tensor in meta.items():
+        working[name] = tensor.to(state.working.get(name, tensor.dtype))
+    return LazyTensors(working, lambda name: tensors.read(name).to(working[name].dtype))
 
 
 def is_start(state: DeepSpeedState) -> bool:
-    """Weights without an optimizer, as `deepspeed_write.write_start` puts them down."""
+    """Whether the checkpoint holds weights without an optimizer, as `write_start` writes them."""
     return state.zero_stage == 0 or bool(state.rest.get("start"))
 
 
-def _start(folder: Path) -> DeepSpeedState:
-    """Whole weights without an optimizer: what `write_start` writes, and DeepSpeed without ZeRO."""
+def _read_start(folder: Path) -> DeepSpeedState:
+    """Whole weights without an optimizer, from `write_start` or from DeepSpeed without ZeRO."""
     content = _load(folder / START)
-    weights = {
-        name: value for name, value in content["module"].items() if isinstance(value, Stored)
-    }
-    if any(isinstance(value, Tensor) for value in content["module"].values()):
+    module = content["module"]
+    if any(isinstance(value, Tensor) for value in module.values()):
         raise ConfigError(
-            f"{folder / START} is of before torch 1.6; save it again with a newer one"
+            f"{folder / START} was written by torch before 1.6; save it again with a newer version"
         )
+    weights = {name: value for name, value in module.items() if isinstance(value, Stored)}
     groups = content["param_shapes"] or [weights]
     return DeepSpeedState(
         zero_stage=0,
         world_size=1,
-        places={name: _whole(stored) for name, stored in weights.items()},
+        places={name: whole(stored) for name, stored in weights.items()},
         buffers=(),
         groups=tuple(OptimizerGroup(tuple(group), {}) for group in groups),
         moment_places={},
         optimizer_steps=0,
-        working={name: stored.dtype for name, stored in weights.items()},
+        working=_working_dtypes(module),
     )
 
 
+# ---------------------------------------------------------------- files
+
+
 def _load(path: Path) -> Any:
-    """Unpickle with the allow-list, tensors left in the file."""
+    """Unpickle a file with the allow-list; tensors stay in the file."""
     if not path.is_file():
-        raise ConfigError(f"{path} is missing: the checkpoint is not whole")
+        raise ConfigError(f"{path} is missing: the checkpoint is incomplete")
     return read_pickle(path, CLASSES)
 
 
-def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    found = {
-        int(m[1]): path for path in folder.iterdir() if (m := re.fullmatch(pattern, path.name))
-    }
+def _files_by_rank(folder: Path, pattern: str) -> list[Path]:
+    """The files that match `pattern`, in the order of the rank in their names."""
+    found: dict[int, Path] = {}
+    for path in folder.iterdir():
+        match = re.fullmatch(pattern, path.name)
+        if match:
+            found[int(match[1])] = path
     if sorted(found) != list(range(len(found))):
         raise ConfigError(
-            f"{folder} holds the shards of ranks {sorted(found)} only: the checkpoint is not whole"
+            f"{folder} holds the shards of ranks {sorted(found)} only: the checkpoint is incomplete"
         )
     return [found[rank] for rank in sorted(found)]
 
 
-def _optimizer(shard: Mapping[str, Any], stage: int, folder: Path) -> Mapping[str, Any]:
-    """state and param_groups of torch's optimizer, over flat vectors."""
+def _model_files(folder: Path, stage: int, world_size: int) -> list[Path]:
+    """One model file in ZeRO 1 and 2, one for each rank in ZeRO 3."""
+    if stage != 3:
+        return [folder / START]
+    found = _files_by_rank(folder, STAGE_3_MODEL_FILE)
+    if len(found) != world_size:
+        raise ConfigError(
+            f"{folder} was written by {world_size} ranks but holds the model states of {len(found)}"
+        )
+    return found
+
+
+def _world_size(folder: Path, shards: Sequence[Mapping[str, Any]]) -> int:
+    """The number of ranks that wrote the checkpoint. Raises ConfigError if shards are missing."""
+    counts = shards[0]["partition_count"]
+    world_size = max(counts) if isinstance(counts, list) else int(counts)
+    if world_size != len(shards):
+        raise ConfigError(
+            f"{folder} was written by {world_size} ranks but holds the optimizer states of "
+            f"{len(shards)}"
+        )
+    return world_size
+
+
+def _refuse_other_parallelism(folder: Path) -> None:
+    names = [path.name for path in folder.iterdir() if re.search(OTHER_PARALLELISM, path.name)]
+    if names:
+        raise ConfigError(
+            f"{folder} was written with tensor, pipeline or expert parallelism ({min(names)}), "
+            "which is not supported"
+        )
+
+
+def _refuse_unsupported(folder: Path, model: Mapping[str, Any]) -> None:
+    """Raise ConfigError for tied parameters and for round_robin_gradients."""
+    if model.get("shared_params"):
+        tied = ", ".join(model["shared_params"])
+        raise ConfigError(f"{folder} ties parameters together ({tied}), which is not supported")
+    config = model.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    if zero and zero.get("round_robin_gradients"):
+        raise ConfigError(
+            f"{folder} was written with zero_optimization.round_robin_gradients = true, which is "
+            "not supported"
+        )
+
+
+def _shapes_by_group(model: Mapping[str, Any]) -> list[dict[str, torch.Size]]:
+    """Shapes of the trainable parameters of each group of flat vectors."""
+    shapes = []
+    for group in model["param_shapes"]:
+        shapes.append({name: torch.Size(shape) for name, shape in group.items()})
+    return shapes
+
+
+def _working_dtypes(module: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    return {name: value.dtype for name, value in module.items() if isinstance(value, Stored)}
+
+
+# ---------------------------------------------------------------- state of torch's optimizer
+
+
+def _torch_optimizer_state(shard: Mapping[str, Any], stage: int, folder: Path) -> Mapping[str, Any]:
+    """`state` and `param_groups` of torch's optimizer, whose parameters are flat vectors."""
     state = shard["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
     if not isinstance(state, Mapping):
         raise ConfigError(
-            f"{folder} was written with zero_optimization.elastic_checkpoint = true, which is not read here"
+            f"{folder} was written with zero_optimization.elastic_checkpoint = true, which is not "
+            "supported"
         )
     return state
 
 
-def _moments(state: Mapping[str, Any]) -> list[str]:
-    """What the optimizer keeps for every weight."""
-    return [
-        key
-        for key, value in next(iter(state["state"].values()), {}).items()
-        if isinstance(value, Stored) and len(value.shape) == 1
-    ]
+def _first_entry(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The optimizer state of the first flat vector; empty before the first step."""
+    return next(iter(state["state"].values()), {})
+
+
+def _moment_names(state: Mapping[str, Any]) -> list[str]:
+    """The names of the values that the optimizer keeps for every weight."""
+    names = []
+    for key, value in _first_entry(state).items():
+        if isinstance(value, Stored) and len(value.shape) == 1:
+            names.append(key)
+    return names
+
+
+def _vectors_of_moment(state: Mapping[str, Any], key: str) -> list[Stored]:
+    """The flat vectors of one moment on one rank, in the order of the groups."""
+    entries = state["state"]
+    return [entries[index][key] for index in sorted(entries)]
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _read(value)
-        for key, value in next(iter(state["state"].values()), {}).items()
-        if not (isinstance(value, Stored) and value.shape)
-    }
+    """The values that the optimizer keeps for a whole vector, its step count for instance."""
+    found = {}
+    for key, value in _first_entry(state).items():
+        if not (isinstance(value, Stored) and value.shape):
+            found[key] = _read(value)
+    return found
 
 
-def _zero_config(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """zero_optimization of the DeepSpeed config that wrote a checkpoint."""
-    config = model.get("ds_config")
-    return config.get("zero_optimization") if isinstance(config, Mapping) else None
+def _optimizer_steps(folder: Path, states: Sequence[Mapping[str, Any]]) -> int:
+    """Adam's step count. Raises ConfigError if ranks or vectors disagree."""
+    steps = set()
+    for state in states:
+        for entry in state["state"].values():
+            if "step" in entry:
+                steps.add(int(_read(entry["step"])))
+    if len(steps) > 1:
+        raise ConfigError(
+            f"{folder} holds different Adam step counts, {sorted(steps)}: it mixes two checkpoints"
+        )
+    return steps.pop() if steps else 0
 
 
-def _groups(
-    shapes: Sequence[Mapping[str, torch.Size]], state: Mapping[str, Any], stage: int
+def _optimizer_groups(
+    shapes: Sequence[Mapping[str, torch.Size]], state: Mapping[str, Any]
 ) -> tuple[OptimizerGroup, ...]:
-    """ZeRO 3 may cut a group of the optimizer into several vectors, each with its own entry of `shapes`."""
-    listed = state.get("param_groups") or [{"params": [i]} for i in range(len(shapes))]
+    """Parameter groups by name.
+
+    ZeRO 3 may divide a group of the optimizer into several vectors, each with its own entry of
+    `shapes`.
+    """
+    listed = state.get("param_groups") or [{"params": [index]} for index in range(len(shapes))]
     groups = []
     for group in listed:
-        names = tuple(name for i in group["params"] for name in shapes[i])
-        groups.append(
-            OptimizerGroup(
-                names, {key: value for key, value in _plain(group).items() if key != "params"}
-            )
-        )
+        names: list[str] = []
+        for index in group["params"]:
+            names.extend(shapes[index])
+        settings = {key: value for key, value in _plain(group).items() if key != "params"}
+        groups.append(OptimizerGroup(tuple(names), settings))
     return tuple(groups)
 
 
-def _frozen_of_stage_2(model: Mapping[str, Any], trainable: frozenset[str]) -> dict[str, Scattered]:
-    """Frozen parameters and buffers, whole in the one model file."""
-    return {
-        name: _whole(tensor)
-        for name, tensor in model["module"].items()
-        if name not in trainable and isinstance(tensor, Stored)
-    }
-
-
-def _frozen_of_stage_3(models: Sequence[Mapping[str, Any]]) -> dict[str, Scattered]:
-    """Buffers whole in every model file, frozen parameters in equal slices, the last ones padded."""
-    buffers = {name: _whole(models[0]["module"][name]) for name in models[0]["buffer_names"]}
-    frozen = {}
-    for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
-        frozen[name] = _joined(
-            torch.Size(shape), [(model["frozen_param_fragments"][name], 0) for model in models]
-        )
-    return buffers | frozen
-
-
-def _whole(stored: Stored) -> Scattered:
-    return Scattered(torch.Size(stored.shape), (stored,))
-
-
-def _joined(shape: torch.Size, places: Sequence[tuple[Stored, int]]) -> Scattered:
-    """A tensor from (vector, first element in it), in order, each used to its end or as far as elements are missing."""
-    left, pieces = shape.numel(), []
-    for vector, start in places:
-        numel = min(left, torch.Size(vector.shape).numel() - start)
-        pieces.append(_flat(vector, start, numel))
-        left -= numel
-    assert left == 0, f"the shards hold {shape.numel() - left} of {shape.numel()} elements"
-    return Scattered(shape, tuple(pieces))
-
-
-def _flat(vector: Stored, start: int, numel: int) -> Stored:
-    assert len(vector.shape) == 1 and vector.stride in (None, (1,)), (
-        vector
-    )  # may be a view of a larger one, from its offset on
-    return Stored(vector.path, vector.start, vector.dtype, (numel,), (1,), vector.offset + start)
-
-
-Vectors = Sequence[Sequence[Stored]]  # by rank and group
-
-
-def _pieces_of_stage_2(
-    shapes: Sequence[Mapping[str, torch.Size]],
-    shards: Sequence[Mapping[str, Any]],
-    vectors: Vectors,
-) -> dict[str, Scattered]:
-    """ZeRO 1 and 2: each rank's file names its stretches; the ranks in order make up the parameter."""
-    pieces: dict[str, list[Stored]] = {name: [] for group in shapes for name in group}
-    for rank, shard in enumerate(shards):
-        if any(
-            any(padding)
-            for padding in shard.get("param_alignment_paddings") or []
-            if isinstance(padding, list)
-        ):
-            raise ConfigError(
-                "this checkpoint pads parameters inside its flat groups, which is not read here"
-            )
-        for group, mapping in enumerate(shard["param_slice_mappings"]):
-            for name, address in mapping.items():
-                pieces[name].append(_flat(vectors[rank][group], address.start, address.numel))
-    found = {}
-    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
-        held = sum(piece.shape[0] for piece in pieces[name])
-        assert held == shape.numel(), f"{name}: the shards hold {held} of {shape.numel()} elements"
-        found[name] = Scattered(shape, tuple(pieces[name]))
-    return found
-
-
-def _pieces_of_stage_3(
-    shapes: Sequence[Mapping[str, torch.Size]],
-    shards: Sequence[Mapping[str, Any]],
-    vectors: Vectors,
-) -> dict[str, Scattered]:
-    """ZeRO 3: equal slices at the same place of every rank's vectors, which lie end to end; the last slice is padded."""
-    index, start, found = 0, 0, {}  # of the vector, and of the slice in it
-    for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
-        size = math.ceil(shape.numel() / len(shards))
-        while start >= vectors[0][index].shape[0] and index + 1 < len(vectors[0]):
-            index, start = index + 1, 0
-        left, pieces = shape.numel(), []
-        for rank in vectors:
-            numel = min(size, left)
-            pieces.append(_flat(rank[index], start, numel))
-            left -= numel
-        found[name] = Scattered(shape, tuple(pieces))
-        start += size
-    return found
-
-
-def _read(tensor: Stored | Tensor | float) -> Any:
-    return tensor.read() if isinstance(tensor, Stored) else tensor
+def _read(value: Stored | Tensor | float) -> Any:
+    return value.read() if isinstance(value, Stored) else value
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what holds stood-in objects, whose content is gone; tensors are read, they are few and small."""
+    """The entries without placeholders of ignored objects. Tensors in them are read."""
+    plain = {}
+    for key, value in values.items():
+        if not _has_ignored(value):
+            plain[key] = replace_leaves(value, _read)
+    return plain
 
-    def foreign(node: Any) -> bool:
-        if isinstance(node, Mapping | list | tuple):
-            return any(map(foreign, node.values() if isinstance(node, Mapping) else node))
-        return isinstance(node, IgnoredObject)
 
-    return {
-        key: replace_leaves(value, _read) for key, value in values.items() if not foreign(value)
-    }
+def _has_ignored(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return any(map(_has_ignored, node.values()))
+    if isinstance(node, list | tuple):
+        return any(map(_has_ignored, node))
+    return isinstance(node, IgnoredObject)

@@ -1,7 +1,8 @@
-"""Our main diffusion transformer <-> diffusers' `CogVideoXTransformer3DModel`.
+"""Our main transformer and `CogVideoXTransformer3DModel` of diffusers: rules and configs.
 
-diffusers computes the output norm (`norm_out.norm`) with eps 1e-5, the release and we with 1e-6; outputs differ by
-about 1e-5 unless `model.norm_out.norm.eps` is set to 1e-6. Its position table is computed, not stored.
+diffusers computes the output norm (`norm_out.norm`) with eps 1e-5, the release and we with 1e-6.
+Outputs therefore differ by about 1e-5 unless `model.norm_out.norm.eps` is set to 1e-6. The position
+table is computed in diffusers, not stored.
 """
 
 from __future__ import annotations
@@ -14,23 +15,31 @@ from torch import Tensor
 from landiff.model_zoo.config import TransformerConfig
 from landiff.model_zoo.convert.rules import Rule
 
-OUTPUT_NORM_EPS = 1e-6  # to be set on norm_out.norm of the diffusers model for equal outputs
+# Set as norm_out.norm.eps of the diffusers model for equal outputs.
+OUTPUT_NORM_EPS = 1e-6
 
 _KINDS = ("weight", "bias")
 
 
 def _regroup(ours: Tensor) -> tuple[Tensor, Tensor]:
-    """12 row chunks (6 of video, 6 of text) -> the six of attention, the six of the MLP; each video, then text."""
+    """Divide a modulation in 12 row chunks between norm1 (attention) and norm2 (MLP).
+
+    Ours: attention and MLP of the video (3 + 3 chunks), then of the text. Theirs: one tensor for
+    each norm, with the video's chunks before the text's.
+    """
     chunks = ours.chunk(12)
     return torch.cat([*chunks[0:3], *chunks[6:9]]), torch.cat([*chunks[3:6], *chunks[9:12]])
 
 
 def _ungroup(attention: Tensor, mlp: Tensor) -> tuple[Tensor]:
-    a, m = attention.chunk(6), mlp.chunk(6)
+    """The inverse of `_regroup`."""
+    a = attention.chunk(6)
+    m = mlp.chunk(6)
     return (torch.cat([*a[:3], *m[:3], *a[3:], *m[3:]]),)
 
 
 def _rules() -> list[Rule]:
+    """The rules for all weights and biases."""
     block = "transformer_blocks.{i}"
     names = {
         "input.patch": "patch_embed.proj",
@@ -49,7 +58,9 @@ def _rules() -> list[Rule]:
         "output.modulation": "norm_out.linear",
         "output.linear": "proj_out",
     }
-    rules = [Rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in names.items() for kind in _KINDS]
+    rules = []
+    for ours, theirs in names.items():
+        rules += [Rule(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in _KINDS]
     for kind in _KINDS:
         rules += [
             Rule(
@@ -73,7 +84,7 @@ RULES: tuple[Rule, ...] = tuple(_rules())
 
 
 def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
-    """Arguments of `CogVideoXTransformer3DModel` (its `config.json`) for a transformer of ours."""
+    """The arguments of `CogVideoXTransformer3DModel` (its config.json) for our config."""
     return {
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.hidden_size // config.num_heads,
@@ -102,14 +113,16 @@ def diffusers_config(config: TransformerConfig) -> dict[str, Any]:
 
 
 def config_from_diffusers(theirs: dict[str, Any]) -> TransformerConfig:
-    """Our config for a diffusers `config.json`. Raises ValueError for variants that ours does not compute."""
+    """Our config for a config.json of diffusers. Raises ValueError for unsupported variants."""
     if theirs.get("use_rotary_positional_embeddings"):
         raise ValueError(
-            "use_rotary_positional_embeddings = true (CogVideoX-5B): only the sine-cosine table of 2B is supported"
+            "use_rotary_positional_embeddings = true (CogVideoX-5B): only the sine-cosine table of "
+            "2B is supported"
         )
     if theirs["in_channels"] != theirs["out_channels"]:
         raise ValueError(
-            f"in_channels = {theirs['in_channels']} and out_channels = {theirs['out_channels']} must be equal"
+            f"in_channels = {theirs['in_channels']} and out_channels = {theirs['out_channels']} "
+            "must be equal"
         )
     return TransformerConfig(
         latent_channels=theirs["in_channels"],

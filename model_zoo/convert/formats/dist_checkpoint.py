@@ -1,7 +1,8 @@
-"""Folders of torch.distributed.checkpoint (`.metadata`, `*.distcp`), read and written without a process group.
+"""Folders of torch.distributed.checkpoint, read and written without a process group.
 
-`.metadata` is a pickle that says which stretch of which file holds which part of which tensor; torch itself would unpickle
-whatever it holds. Here only the classes of the format are let in, and tensors are read part by part.
+The pickle `.metadata` says which byte range of which `*.distcp` file holds which part of which
+tensor. torch itself would unpickle anything in it; here, only the classes of the format are
+allowed. Tensors are read part by part.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from landiff.configs.files import atomic_file
-from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, give_back, megabytes
+from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, megabytes, trim_memory
 from landiff.model_zoo.convert.pickles import IgnoredObject, write_pickle
 from landiff.model_zoo.convert.rules import ConversionError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 METADATA = ".metadata"
 DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
@@ -48,31 +52,34 @@ KNOWN = {
     "torch": DTYPES | {"Size", "device"},
     "collections": {"OrderedDict"},
 }
-PASSED_OVER = re.compile(
-    r"pathlib(\._local)?\.\w+|megatron\.core\.dist_checkpointing\.[\w.]+"
-)  # where it was written; Megatron's notes
+# The path that the checkpoint was written to, and additional data of Megatron.
+IGNORED = re.compile(r"pathlib(\._local)?\.\w+|megatron\.core\.dist_checkpointing\.[\w.]+")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickler that accepts only the classes of the format."""
+
     def __init__(self, file: io.BufferedReader, path: Path) -> None:
         super().__init__(file)
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
+        """The class, a placeholder for an ignored one, or ConversionError."""
         if name in KNOWN.get(module, ()):
             return super().find_class(module, name)
-        if PASSED_OVER.fullmatch(f"{module}.{name}"):
+        if IGNORED.fullmatch(f"{module}.{name}"):
             return IgnoredObject
         raise ConversionError(
-            f"{self.path} is refused: it holds {module}.{name}, which no checkpoint of this format does, and "
-            "unpickling a foreign type can run any code"
+            f"{self.path} is refused: it holds {module}.{name}, which does not belong to this "
+            "format, and unpickling an unknown type can run arbitrary code"
         )
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """`.metadata` of a checkpoint folder, unpickled with the allow-list. Raises ConversionError.
+    """Unpickle `.metadata` of a checkpoint folder with the allow-list.
 
-    Objects that are of no use here (paths, Megatron's own notes) come back as `IgnoredObject`.
+    Objects that are not needed (paths, data of Megatron) become `IgnoredObject`. Raises
+    ConversionError.
     """
     path = folder / METADATA
     if not path.is_file():
@@ -95,77 +102,88 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class DistReader:
-    """Tensors of a folder, whole or one of a stack."""
+    """Reads tensors of a checkpoint folder, whole or one layer of a stacked tensor."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ConversionError where `folder` is no such checkpoint."""
-        self.folder, found = folder, read_metadata(folder)
-        self.places = found.storage_data
-        self.entries = {
-            key: entry
-            for key, entry in found.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        """Read the metadata. Raises ConversionError if `folder` is no such checkpoint."""
+        metadata = read_metadata(folder)
+        self.folder = folder
+        self.places = metadata.storage_data
+        self.entries: dict[str, TensorStorageMetadata] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.entries[key] = entry
 
     def meta(self, key: str) -> Tensor:
+        """Shape and dtype of a tensor, as a tensor on the meta device."""
         entry = self.entries[key]
         return torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
-        """The tensor; with `layer` that one of the stack that it is, and no other layer is read."""
+        """Read a tensor, or only `layer` of a tensor that stacks all layers in dim 0."""
         entry = self.entries[key]
         shape = entry.size if layer is None else entry.size[1:]
-        whole, done = torch.empty(shape, dtype=entry.properties.dtype), 0
+        whole = torch.empty(shape, dtype=entry.properties.dtype)
+        done = 0
         for chunk in entry.chunks:
-            offsets, sizes = chunk.offsets, chunk.sizes
+            offsets = chunk.offsets
+            sizes = chunk.sizes
             if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
                 continue
-            part = self._part(MetadataIndex(key, chunk.offsets))
+            part = self._read_chunk(MetadataIndex(key, chunk.offsets))
             if part.shape != sizes:
                 raise ConversionError(
-                    f"{self.folder}: a part of {key} has the shape {tuple(part.shape)} instead of {tuple(sizes)}; it is damaged"
+                    f"{self.folder}: a part of {key} has the shape {tuple(part.shape)} instead of "
+                    f"{tuple(sizes)}; it is damaged"
                 )
             if layer is not None:
-                part, offsets, sizes = part[layer - offsets[0]], offsets[1:], sizes[1:]
+                part = part[layer - offsets[0]]
+                offsets = offsets[1:]
+                sizes = sizes[1:]
             if sizes == shape:
                 return part.clone() if layer is not None else part
-            whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = part
+            ranges = zip(offsets, sizes, strict=True)
+            whole[tuple(slice(start, start + size) for start, size in ranges)] = part
             done += part.numel()
         if done != whole.numel():
             raise ConversionError(
-                f"{self.folder} holds {done} of the {whole.numel()} elements of {key}; it is damaged"
+                f"{self.folder} holds {done} of the {whole.numel()} elements of {key}; it is "
+                "damaged"
             )
         return whole
 
-    def _part(self, index: MetadataIndex) -> Tensor:
+    def _read_chunk(self, index: MetadataIndex) -> Tensor:
+        """Read one stored part of a tensor."""
         place = self.places.get(index)
         if place is None:
             raise ConversionError(
-                f"{self.folder / METADATA} does not say where {index.fqn} lies; it is damaged"
+                f"{self.folder / METADATA} has no location for {index.fqn}; it is damaged"
             )
         path = self.folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
+            transforms = ", ".join(place.transform_descriptors)
             raise ConversionError(
-                f"{path} is compressed ({', '.join(place.transform_descriptors)}), which is not read here; save it without"
+                f"{path} is compressed ({transforms}), which is not supported; save it uncompressed"
             )
         try:
             with open(path, "rb", buffering=0) as file:
-                return torch.load(
-                    _Window(file, place.offset, place.length), map_location="cpu", weights_only=True
-                )
+                window: Any = _Window(file, place.offset, place.length)
+                return torch.load(window, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            raise ConversionError(f"{path} is missing: the checkpoint is not whole") from None
+            raise ConversionError(f"{path} is missing: the checkpoint is incomplete") from None
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ConversionError(
-                f"{path} is damaged where {index.fqn} lies: {str(error).splitlines()[0]}"
+                f"{path} is damaged at {index.fqn}: {str(error).splitlines()[0]}"
             ) from None
 
 
 class _Window(io.RawIOBase):
     """Bytes [start, start + length) of a file, as a file."""
 
-    def __init__(self, file: io.RawIOBase, start: int, length: int) -> None:
-        self.file, self.start, self.length = file, start, length
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
+        self.file = file
+        self.start = start
+        self.length = length
         file.seek(start)
 
     def readable(self) -> bool:
@@ -181,8 +199,9 @@ class _Window(io.RawIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.length}[whence]
         return self.file.seek(self.start + base + offset) - self.start
 
-    def readinto(self, buffer: memoryview) -> int:
-        return self.file.readinto(memoryview(buffer)[: max(0, self.length - self.tell())])
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        remaining = max(0, self.length - self.tell())
+        return self.file.readinto(memoryview(buffer)[:remaining])
 
 
 def write_dist(
@@ -191,42 +210,43 @@ def write_dist(
     objects: Mapping[str, Any],
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Whole tensors, for any layout to load, and small objects beside them.
+    """Write whole tensors, which load into any parallel layout, and small objects.
 
-    A file for each tensor, filled as it is made. torch's own writer would hold several at a time, and wraps whatever interrupts it.
+    Each tensor gets a file of its own, which is filled while it is computed. torch's own writer
+    would hold several tensors in memory and wraps every exception that interrupts it.
     """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    first = "__0_0.distcp"
-    with atomic_file(folder / first) as file:
+    objects_file = "__0_0.distcp"
+    with atomic_file(folder / objects_file) as file:
         for key, value in objects.items():
             start = file.tell()
-            torch.save(value, buffer := io.BytesIO())
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
             file.write(buffer.getbuffer())
-            entries[key], places[MetadataIndex(key)] = (
-                BytesStorageMetadata(),
-                _StorageInfo(first, start, file.tell() - start),
-            )
+            entries[key] = BytesStorageMetadata()
+            places[MetadataIndex(key)] = _StorageInfo(objects_file, start, file.tell() - start)
     done = 0
     if progress is not None:
         progress(*megabytes(done, tensors.num_bytes))
     for number, (key, meta) in enumerate(tensors.meta.items(), 1):
         path = folder / f"__0_{number}.distcp"
-        write_pickle(
-            path,
-            LazyTensors({key: meta}, tensors.read, tensors.pieces),
-            lambda fakes, key=key: fakes[key],
-        )
-        start = torch.Size([0] * meta.ndim)
-        entries[key] = TensorStorageMetadata(
-            TensorProperties(dtype=meta.dtype),
-            meta.shape,
-            [ChunkStorageMetadata(start, meta.shape)],
-        )
-        places[MetadataIndex(key, start)] = _StorageInfo(path.name, 0, path.stat().st_size)
-        before, done = done, done + meta.numel() * meta.itemsize
-        give_back(before, done)
+        only_this = LazyTensors({key: meta}, tensors.read, tensors.pieces)
+        write_pickle(path, only_this, _content_of(key))
+        offsets = torch.Size([0] * meta.ndim)
+        chunk = ChunkStorageMetadata(offsets, meta.shape)
+        properties = TensorProperties(dtype=meta.dtype)
+        entries[key] = TensorStorageMetadata(properties, meta.shape, [chunk])
+        places[MetadataIndex(key, offsets)] = _StorageInfo(path.name, 0, path.stat().st_size)
+        before = done
+        done += meta.numel() * meta.itemsize
+        trim_memory(before, done)
         if progress is not None:
             progress(*megabytes(done, tensors.num_bytes))
     with atomic_file(folder / METADATA) as file:
         pickle.dump(Metadata(entries, storage_data=places, version="1.0.0"), file)
+
+
+def _content_of(key: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """The content of a file that holds the single tensor `key`."""
+    return lambda tensors: tensors[key]

@@ -1,9 +1,12 @@
-"""Our language model <-> Megatron-core's `GPTModel` (specification §6.4), and its checkpoints read without Megatron.
+"""Our language model and Megatron-core's `GPTModel` (docs/specification.md §6.4).
 
-"Theirs" are the names in a `dist_checkpointing` folder, which are also those of a model with Transformer Engine's
-layers: the norm before a linear layer belongs to that layer. A model with Megatron's own layers has the
-norms beside them; `module_name` tells where. Condition modules have no counterpart in Megatron and keep their
-names. Tensors are whole: `shard` cuts one for a tensor-parallel rank.
+The module holds the rules between both, and reads and writes checkpoints without Megatron.
+
+"Theirs" are the names in a `dist_checkpointing` folder. They are also those of a model with layers
+of Transformer Engine, in which a linear layer owns the norm before it. A model with Megatron's own
+layers has separate norms; `module_name` translates. The condition modules have no counterpart in
+Megatron and keep our names. All tensors are whole; `shard` returns the part of a tensor-parallel
+rank.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]  # the stubs are not a dependency
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,13 +33,15 @@ from landiff.model_zoo.convert.rules import ConversionError, Rule, apply_rules, 
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
 
-# Where the optimizer keeps the float32 weights of a bfloat16 model; the more exact ones, so they are read first.
-MAIN_WEIGHTS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+# Prefixes under which the two kinds of optimizer store float32 master weights. These are preferred
+# over the weights of the model, which may be bfloat16.
+MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 COMMON = "common.pt"
 CONFIG = "config.yaml"  # in a checkpoint folder; its section `model` is an LMConfig
 
-_BESIDE = {
+# Names of norms with Transformer Engine -> with Megatron's own layers
+_SEPARATE_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
@@ -44,9 +49,9 @@ _BESIDE = {
 
 @dataclass(frozen=True)
 class Padded:
-    """Sizes in Megatron, where they must divide by the tensor-parallel ranks. What is beyond the model's is zero.
+    """Sizes in Megatron, padded to multiples of the tensor-parallel size.
 
-    A head of zeros stays one in training: its output is zero, and so are all its gradients.
+    Padding is zero. Padded heads stay zero in training: their outputs and gradients are zero.
     """
 
     vocab: int
@@ -54,27 +59,27 @@ class Padded:
 
 
 def megatron_rules(config: LMConfig, padded: Padded) -> list[Rule]:
-    """The table."""
-    vocab, heads = TokenLayout.of(config).vocab_size, config.num_heads
+    """The rules between our names and Megatron's, for a model with these padded sizes."""
+    vocab = TokenLayout.of(config).vocab_size
+    heads = config.num_heads
     head_dim = config.hidden_size // heads
     assert padded.vocab >= vocab and padded.heads >= heads, (padded, vocab, heads)
 
-    def pad(weight: Tensor) -> tuple[Tensor]:
+    def pad_rows(weight: Tensor) -> tuple[Tensor]:
         return (functional.pad(weight, (0, 0, 0, padded.vocab - vocab)),)
 
-    def cut(weight: Tensor) -> tuple[Tensor]:
+    def cut_rows(weight: Tensor) -> tuple[Tensor]:
         return (weight[:vocab].clone(),)
 
-    def by_head(
-        weight: Tensor,
-    ) -> tuple[Tensor]:  # rows [q heads | k heads | v heads] -> per head q, k, v
+    def by_head(weight: Tensor) -> tuple[Tensor]:
+        """Rows [all q | all k | all v] -> rows [q, k, v] of each head."""
         per_head = weight.unflatten(0, (3, heads, head_dim)).transpose(0, 1)
         return (functional.pad(per_head, (0,) * 7 + (padded.heads - heads,)).flatten(0, 2),)
 
     def by_matrix(weight: Tensor) -> tuple[Tensor]:
-        return (
-            weight.unflatten(0, (padded.heads, 3, head_dim))[:heads].transpose(0, 1).flatten(0, 2),
-        )
+        """The inverse of `by_head`."""
+        per_head = weight.unflatten(0, (padded.heads, 3, head_dim))[:heads]
+        return (per_head.transpose(0, 1).flatten(0, 2),)
 
     def pad_columns(weight: Tensor) -> tuple[Tensor]:
         return (functional.pad(weight, (0, (padded.heads - heads) * head_dim)),)
@@ -82,37 +87,37 @@ def megatron_rules(config: LMConfig, padded: Padded) -> list[Rule]:
     def cut_columns(weight: Tensor) -> tuple[Tensor]:
         return (weight[:, : heads * head_dim].clone(),)
 
-    layer, block = "decoder.layers.{i}.", "blocks.{i}."
+    def stack_gate_and_up(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        return (torch.cat([gate, up]),)
+
+    ours = "blocks.{i}."
+    attention = "decoder.layers.{i}.self_attention."
+    mlp = "decoder.layers.{i}.mlp."
     return [
-        Rule("token_embedding.weight", "embedding.word_embeddings.weight", pad, cut),
+        Rule("token_embedding.weight", "embedding.word_embeddings.weight", pad_rows, cut_rows),
         Rule("text.{rest*}", "text.{rest*}"),
         Rule("micro.{rest*}", "micro.{rest*}"),
-        Rule(block + "norm0.weight", layer + "self_attention.linear_qkv.layer_norm_weight"),
-        Rule(block + "wqkv.weight", layer + "self_attention.linear_qkv.weight", by_head, by_matrix),
+        Rule(f"{ours}norm0.weight", f"{attention}linear_qkv.layer_norm_weight"),
+        Rule(f"{ours}wqkv.weight", f"{attention}linear_qkv.weight", by_head, by_matrix),
+        Rule(f"{ours}wo.weight", f"{attention}linear_proj.weight", pad_columns, cut_columns),
+        Rule(f"{ours}norm1.weight", f"{mlp}linear_fc1.layer_norm_weight"),
         Rule(
-            block + "wo.weight",
-            layer + "self_attention.linear_proj.weight",
-            pad_columns,
-            cut_columns,
-        ),
-        Rule(block + "norm1.weight", layer + "mlp.linear_fc1.layer_norm_weight"),
-        Rule(
-            (block + "w1.weight", block + "w3.weight"),
-            (layer + "mlp.linear_fc1.weight",),
-            lambda gate, up: (torch.cat([gate, up]),),
+            (f"{ours}w1.weight", f"{ours}w3.weight"),
+            (f"{mlp}linear_fc1.weight",),
+            stack_gate_and_up,
             lambda both: both.chunk(2),
             stacked="theirs",
         ),
-        Rule(block + "w2.weight", layer + "mlp.linear_fc2.weight"),
+        Rule(f"{ours}w2.weight", f"{mlp}linear_fc2.weight"),
         Rule("final_norm.{kind}", "decoder.final_layernorm.{kind}"),
-        Rule("head.weight", "output_layer.weight", pad, cut),
+        Rule("head.weight", "output_layer.weight", pad_rows, cut_rows),
     ]
 
 
 def module_name(theirs: str) -> str:
     """The name of a weight in a model with Megatron's own ("local") layers."""
-    for inside, beside in _BESIDE.items():
-        theirs = theirs.replace(inside, beside)
+    for fused, separate in _SEPARATE_NORMS.items():
+        theirs = theirs.replace(fused, separate)
     return theirs
 
 
@@ -124,78 +129,97 @@ def to_megatron(
     first: bool,
     last: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(their name, whole tensor) of one pipeline stage: `layers` of the model, counted from 0 over all stages.
+    """Iterate over (Megatron's name, whole tensor) of one pipeline-parallel stage.
 
-    A block at a time, so a lazy `source` is never whole in memory. Raises ConversionError where one lacks keys.
+    `layers` are those of the stage, counted over the whole model. `first` and `last` say whether it
+    is the first or the last stage. One block is converted at a time, so a lazy `source` is never
+    whole in memory. Raises ConversionError if weights are missing.
     """
-    prefixes = ["token_embedding.", "text.", "micro."] if first else []
-    prefixes += [f"blocks.{i}." for i in layers]
-    prefixes += ["final_norm.", "head."] if last else []
+    prefixes = [f"blocks.{i}." for i in layers]
+    if first:
+        prefixes = ["token_embedding.", "text.", "micro.", *prefixes]
+    if last:
+        prefixes += ["final_norm.", "head."]
     table = megatron_rules(config, padded)
     for prefix in prefixes:
-        part = {name: source[name] for name in source if name.startswith(prefix)}
-        if not part:
+        block = {name: source[name] for name in source if name.startswith(prefix)}
+        if not block:
             raise ConversionError(
                 f"the weights have no {prefix}*; they are not of a language model with this config"
             )
-        yield from apply_rules(part, table, "to_theirs").items()
+        yield from apply_rules(block, table, "to_theirs").items()
 
 
 def shard(whole: Tensor, dim: int, stride: int, rank: int, size: int) -> Tensor:
-    """The part of tensor-parallel rank `rank` of `size`. `stride` matrices are stacked in `dim`, each is cut alone."""
+    """The part of tensor-parallel rank `rank` of `size` ranks.
+
+    `stride` matrices are stacked in `dim`; each of them is divided by itself.
+    """
     parts = whole.chunk(stride * size, dim)
     return torch.cat(parts[rank::size], dim)
 
 
+# ---------------------------------------------------------------- reading
+
+
 def read_megatron(folder: Path) -> dict[str, Tensor]:
-    """All weights of a `dist_checkpointing` folder at once; see `open_megatron`."""
+    """All weights of a `dist_checkpointing` folder in memory; see `open_megatron`."""
     return dict(open_megatron(folder))
 
 
 def open_megatron(folder: Path) -> LazyTensors:
-    """The weights of a `dist_checkpointing` folder, whole, under their names, layers apart; float32 where kept.
+    """The weights of a `dist_checkpointing` folder under Megatron's names, read on access.
 
-    Needs neither Megatron nor a process group. Raises ConversionError where `folder` is no such checkpoint.
+    Tensors are whole and layers are separate. Master weights of the optimizer, which are float32,
+    replace the weights of the model. Raises ConversionError if `folder` is no such checkpoint.
     """
     reader = DistReader(folder)
-    wanted = {key: key for key in reader.entries if not key.startswith("optimizer.")}
-    for prefix in MAIN_WEIGHTS:
-        wanted |= {
-            key.removeprefix(prefix): key for key in reader.entries if key.startswith(prefix)
-        }
-    return layers_apart(reader, wanted)
+    key_of = {key: key for key in reader.entries if not key.startswith("optimizer.")}
+    for prefix in MASTER_PREFIXES:
+        for key in reader.entries:
+            if key.startswith(prefix):
+                key_of[key.removeprefix(prefix)] = key
+    return separate_layers(reader, key_of)
 
 
-def layers_apart(reader: DistReader, wanted: Mapping[str, str]) -> LazyTensors:
-    """name -> the tensor of its key; a name that stands for all layers, as Megatron stacks them unless told otherwise, becomes one for each."""
+def separate_layers(reader: DistReader, key_of: Mapping[str, str]) -> LazyTensors:
+    """The tensors of a checkpoint by name, one for each layer.
+
+    `key_of` gives the key in the checkpoint for each name. By default, Megatron stacks a weight of
+    all layers in one tensor, whose name has no layer number.
+    """
     meta: dict[str, Tensor] = {}
     places: dict[str, tuple[str, int | None]] = {}
-    for name, key in wanted.items():
+    for name, key in key_of.items():
         whole = reader.meta(key)
         stacked = re.fullmatch(r"decoder\.layers\.(?!\d+\.)(.+)", name)
-        if stacked:
-            for i in range(len(whole)):
-                (
-                    meta[f"decoder.layers.{i}.{stacked[1]}"],
-                    places[f"decoder.layers.{i}.{stacked[1]}"],
-                ) = whole[i], (key, i)
-        else:
-            meta[name], places[name] = whole, (key, None)
+        if not stacked:
+            meta[name] = whole
+            places[name] = (key, None)
+            continue
+        for layer in range(len(whole)):
+            layer_name = f"decoder.layers.{layer}.{stacked[1]}"
+            meta[layer_name] = whole[layer]
+            places[layer_name] = (key, layer)
     return LazyTensors(meta, lambda name: reader.read(*places[name]))
 
 
 def export_lm(folder: Path) -> tuple[LMConfig, LazyTensors]:
-    """Config and weights of one checkpoint of a run, the folder of a step; see `read_lm`."""
+    """Config and weights of a checkpoint of a run, the folder of a step; see `read_lm`."""
     config = stored_config(folder)
     return config, read_lm(folder, config)
 
 
 def stored_config(folder: Path) -> LMConfig:
-    """What the trainer and `write_megatron` put beside the weights. Raises ConversionError without it."""
+    """The config that the trainer and `write_megatron` store beside the weights.
+
+    Raises ConversionError if there is none.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ConversionError(
-            f"{folder} is not a checkpoint of a run: it has no {path.name}; say with --model which one it is of"
+            f"{folder} is not a checkpoint of a run: it has no {path.name}; name the model with "
+            "--model"
         )
     return validate(LMConfig, model_section(read_yaml(path), path), str(path))
 
@@ -209,10 +233,10 @@ def model_section(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
-    """The weights of a checkpoint of `config` under our names, ready for `LanguageModel` and the zoo; read when asked for.
+    """The weights of a checkpoint under our names, for `LanguageModel` and the zoo.
 
-    The same for every parallel layout it was trained with, and float32 wherever the optimizer kept float32.
-    Raises ConversionError when it is of another model.
+    They are read on access, do not depend on the parallel layout of the training, and are float32
+    where the optimizer kept float32. Raises ConversionError for a checkpoint of another model.
     """
     theirs = open_megatron(folder)
     padded = padding_of(theirs, config, folder)
@@ -220,65 +244,69 @@ def read_lm(folder: Path, config: LMConfig) -> LazyTensors:
 
 
 def padding_of(theirs: LazyTensors, config: LMConfig, folder: Path) -> Padded:
-    """The sizes that a checkpoint's weights have. Raises ConversionError for those of another model."""
-    head_rows = max(
-        len(theirs.meta.get(name, ()))
-        for name in ("output_layer.weight", "embedding.word_embeddings.weight")
-    )
-    qkv_rows = len(theirs.meta.get("decoder.layers.0.self_attention.linear_qkv.weight", ()))
-    padded = Padded(vocab=head_rows, heads=qkv_rows // (3 * config.hidden_size // config.num_heads))
+    """The padded sizes of the weights in a checkpoint.
+
+    Raises ConversionError for a checkpoint of another model.
+    """
+
+    def rows(name: str) -> int:
+        return len(theirs.meta.get(name, ()))
+
+    vocab_rows = max(rows("output_layer.weight"), rows("embedding.word_embeddings.weight"))
+    qkv_rows = rows("decoder.layers.0.self_attention.linear_qkv.weight")
+    heads = qkv_rows // (3 * config.hidden_size // config.num_heads)
     vocab = TokenLayout.of(config).vocab_size
-    if padded.vocab < vocab or padded.heads < config.num_heads:
+    if vocab_rows < vocab or heads < config.num_heads:
         raise ConversionError(
-            f"{folder} holds a vocabulary of {padded.vocab} and {padded.heads} heads; the config has {vocab} and "
-            f"{config.num_heads}: it is of another model"
+            f"{folder} holds a vocabulary of {vocab_rows} and {heads} heads; the config has "
+            f"{vocab} and {config.num_heads}: it is of another model"
         )
-    return padded
+    return Padded(vocab_rows, heads)
 
 
 def under_our_names(
     theirs: LazyTensors, config: LMConfig, padded: Padded, what: str
 ) -> LazyTensors:
-    """One tensor for every weight: the weights themselves, or what an optimizer keeps for each of them."""
+    """Weights, or the optimizer's values for each weight, under our names.
+
+    Raises ConversionError, in which they are called `what`, if keys or shapes do not fit.
+    """
     check_against(theirs.meta, _shapes(config, padded), what)
     return converted(theirs, megatron_rules(config, padded), "to_ours")
 
 
 def _shapes(config: LMConfig, padded: Padded) -> dict[str, torch.Size]:
+    """Shapes of all weights under Megatron's names."""
     with torch.device("meta"):
         ours = LanguageModel(config).state_dict()
-        return {
-            name: tensor.shape
-            for name, tensor in apply_rules(
-                ours, megatron_rules(config, padded), "to_theirs"
-            ).items()
-        }
+        theirs = apply_rules(ours, megatron_rules(config, padded), "to_theirs")
+    return {name: tensor.shape for name, tensor in theirs.items()}
 
 
 # ---------------------------------------------------------------- writing
 
 
 def extra_states(config: LMConfig) -> dict[str, Any]:
-    """What Megatron stores beside each linear layer: the state of its FP8 scaling, which is none."""
-    layers = (
+    """What Megatron stores for each linear layer: the state of its FP8 scaling, which is empty."""
+    names = (
         "self_attention.linear_qkv",
         "self_attention.linear_proj",
         "mlp.linear_fc1",
         "mlp.linear_fc2",
     )
-    return {
-        f"decoder.layers.{i}.{layer}._extra_state/shard_0_1": [None]
-        for i in range(config.num_layers)
-        for layer in layers
-    }
+    states: dict[str, Any] = {}
+    for layer in range(config.num_layers):
+        for name in names:
+            states[f"decoder.layers.{layer}.{name}._extra_state/shard_0_1"] = [None]
+    return states
 
 
 def default_padding(config: LMConfig, vocab_multiple: int = 128, head_multiple: int = 1) -> Padded:
-    """Megatron pads the vocabulary to a multiple of 128 rows, and no heads."""
+    """The padded sizes for these multiples; the defaults are those of Megatron."""
     vocab = TokenLayout.of(config).vocab_size
     return Padded(
-        -(-vocab // vocab_multiple) * vocab_multiple,
-        -(-config.num_heads // head_multiple) * head_multiple,
+        vocab=-(-vocab // vocab_multiple) * vocab_multiple,
+        heads=-(-config.num_heads // head_multiple) * head_multiple,
     )
 
 
@@ -289,40 +317,35 @@ def write_megatron(
     padded: Padded | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """`tensors` (our names) as weights that `megatron.core.dist_checkpointing` loads into any tensor- and pipeline-parallel
-    layout: such a folder stores whole tensors, so one serves all.
+    """Write weights (our names) that `megatron.core.dist_checkpointing` loads.
 
-    `padded` must be that of the model which loads them (vocabulary and heads, multiples of its tensor-parallel size).
-    There is no optimizer state: it starts a run, it does not resume one. Our own trainer starts
-    from zoo entries (`init_from`) and does the same cutting itself.
+    The folder stores whole tensors, so it loads into any tensor- and pipeline-parallel layout.
+    `padded` must be that of the model that loads it: vocabulary and heads, multiples of its
+    tensor-parallel size.
+
+    There is no optimizer state: a run can start from the folder, but not resume from it. Our own
+    trainer starts from zoo entries (`init_from`) instead.
     """
-    theirs = converted(
-        tensors, megatron_rules(config, padded or default_padding(config)), "to_theirs"
-    )
-    write_dist(folder, theirs, extra_states(config), progress)
+    rules = megatron_rules(config, padded or default_padding(config))
+    write_dist(folder, converted(tensors, rules, "to_theirs"), extra_states(config), progress)
     write_documents(folder, {"checkpoint_version": 3.0, "iteration": 0})
     write_megatron_config(folder, config)
 
 
 def write_megatron_config(folder: Path, config: LMConfig) -> None:
-    """What `stored_config` reads."""
-    write_text(
-        folder / CONFIG, yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False)
-    )
+    """Write the config file that `stored_config` reads."""
+    text = yaml.safe_dump({"model": config.model_dump(mode="json")}, sort_keys=False)
+    write_text(folder / CONFIG, text)
 
 
 def write_documents(folder: Path, common: Mapping[str, Any]) -> None:
-    """What Megatron keeps beside the tensors."""
+    """Write the files that Megatron keeps beside the tensors; `common` is its common state."""
     with atomic_file(folder / COMMON) as file:
         torch.save(dict(common), file)
-    write_text(
-        folder / "metadata.json",
-        json.dumps(
-            {
-                "sharded_backend": "torch_dist",
-                "sharded_backend_version": 1,
-                "common_backend": "torch",
-                "common_backend_version": 1,
-            }
-        ),
-    )
+    metadata = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    write_text(folder / "metadata.json", json.dumps(metadata))

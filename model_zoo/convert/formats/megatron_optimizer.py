@@ -1,12 +1,16 @@
-"""A Megatron checkpoint with its optimizer -> one for another padding, precision or kind of optimizer, file to file.
+"""Megatron checkpoints with their optimizer state, converted file to file.
 
-Tensor, pipeline and data parallel need nothing: the folder stores whole tensors, also of the optimizer. But the two kinds of
-optimizer keep their state in two forms, neither of which loads into the other:
+The padding, the precision and the kind of optimizer can change. Tensor, pipeline and data
+parallelism need no conversion, because the folder stores whole tensors, also of the optimizer. But
+the two kinds of optimizer store their state in different forms, and neither loads the other's:
 
-    plain          weights, with float32 ones beside them (`fp32_param`) where they are bfloat16; one count of steps in common.pt
-    distributed    weights, with float32 ones beside them (`param`) always; a count of steps in every group of common.pt
+    plain         float32 master weights (`fp32_param`) only for bfloat16 models;
+                  one step count in common.pt
+    distributed   float32 master weights (`param`) always;
+                  a step count in every parameter group of common.pt
 
-Both keep `exp_avg` and `exp_avg_sq` by parameter (`fully_reshardable`). What a rank-wise form holds is refused by name.
+Both store `exp_avg` and `exp_avg_sq` by parameter (`fully_reshardable`). Optimizer state that is
+stored by rank cannot be converted and is refused.
 """
 
 from __future__ import annotations
@@ -24,9 +28,9 @@ from landiff.model_zoo.convert.formats.megatron import (
     COMMON,
     Padded,
     extra_states,
-    layers_apart,
     megatron_rules,
     padding_of,
+    separate_layers,
     under_our_names,
     write_documents,
 )
@@ -35,160 +39,194 @@ from landiff.model_zoo.convert.pickles import read_pickle, replace_leaves
 from landiff.model_zoo.convert.rules import ConversionError
 
 STATE = "optimizer.state."
-MASTERS = {False: "fp32_param", True: "param"}  # by: is the optimizer distributed?
+MASTERS = {False: "fp32_param", True: "param"}  # name of the master weights by: is distributed
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class MegatronCut:
-    """What a checkpoint must have in common with the run that loads it."""
+class MegatronLayout:
+    """The properties in which a checkpoint must agree with the run that loads it."""
 
     padded: Padded
     distributed: bool  # parallel.distributed_optimizer
     dtype: torch.dtype  # of weights and activations
 
+    def __str__(self) -> str:
+        """Human-readable text."""
+        optimizer = "distributed" if self.distributed else "plain"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{optimizer} optimizer, {dtype}, vocabulary padded to {self.padded.vocab}, "
+            f"heads padded to {self.padded.heads}"
+        )
+
 
 @dataclass(frozen=True)
 class MegatronState:
-    """A checkpoint under our names."""
+    """A checkpoint with its optimizer state, under our names."""
 
-    cut: MegatronCut
-    weights: LazyTensors  # what the model computes with
+    layout: MegatronLayout
+    weights: LazyTensors  # those that the model computes with
     masters: LazyTensors  # float32
     moments: Mapping[str, LazyTensors]
-    steps: float  # Adam's own count
-    groups: tuple[Mapping[str, Any], ...]  # settings of the optimizer's groups
+    steps: float  # Adam's own step count
+    groups: tuple[Mapping[str, Any], ...]  # settings of the optimizer's parameter groups
 
 
 def has_optimizer(folder: Path) -> bool:
-    """Is there a state of the optimizer by parameter? Raises ConversionError where there is one by rank."""
+    """Whether a checkpoint holds optimizer state by parameter.
+
+    Raises ConversionError if it holds optimizer state by rank.
+    """
     entries = DistReader(folder).entries
-    by_rank = _by_rank(entries)
+    by_rank = _state_by_rank(entries)
     if by_rank:
         raise ConversionError(
-            f"{folder} keeps the optimizer's state by rank ({by_rank[0]}, ...); only distrib_optim_sharding_type = fully_reshardable "
-            "can be converted. Save it so, or take the weights alone (--weights-only)"
+            f"{folder} stores the optimizer's state by rank ({by_rank[0]}, ...); only "
+            "distrib_optim_sharding_type = fully_reshardable can be converted. Save it in this "
+            "form, or convert the weights alone (--weights-only)"
         )
-    return _whole(entries)
+    return _has_all_moments(entries)
 
 
-def describe_changes(folder: Path) -> str:
-    """What `has_optimizer` finds, for people."""
+def describe_optimizer(folder: Path) -> str:
+    """The optimizer state in a checkpoint as text."""
     entries = DistReader(folder).entries
-    return (
-        "optimizer's state by rank"
-        if _by_rank(entries)
-        else "with the optimizer"
-        if _whole(entries)
-        else "no optimizer"
-    )
+    if _state_by_rank(entries):
+        return "optimizer's state by rank"
+    if _has_all_moments(entries):
+        return "with the optimizer"
+    return "no optimizer"
 
 
-def _by_rank(entries: Iterable[str]) -> list[str]:
+def _state_by_rank(entries: Iterable[str]) -> list[str]:
     return [key for key in entries if key.startswith("optimizer.") and not key.startswith(STATE)]
 
 
-def _whole(entries: Iterable[str]) -> bool:
-    return all(any(key.startswith(f"{STATE}{moment}.") for key in entries) for moment in MOMENTS)
+def _has_all_moments(entries: Iterable[str]) -> bool:
+    keys = list(entries)
+
+    def is_stored(moment: str) -> bool:
+        return any(key.startswith(f"{STATE}{moment}.") for key in keys)
+
+    return all(is_stored(moment) for moment in MOMENTS)
 
 
 def read_state(folder: Path, config: LMConfig) -> MegatronState:
-    """Everything but objects in memory. Raises ConversionError for what is missing, of another model or of an unknown form."""
+    """Read a checkpoint with its optimizer state; tensors are read on access.
+
+    Raises ConversionError for a checkpoint that is incomplete, of another model or in an unknown
+    form.
+    """
     reader = DistReader(folder)
-    theirs = layers_apart(
-        reader, {key: key for key in reader.entries if not key.startswith("optimizer.")}
-    )
+    weight_keys = {key: key for key in reader.entries if not key.startswith("optimizer.")}
+    theirs = separate_layers(reader, weight_keys)
     padded = padding_of(theirs, config, folder)
 
-    def kept(what: str) -> LazyTensors | None:
-        prefix = f"{STATE}{what}."
-        found = layers_apart(
-            reader,
-            {key.removeprefix(prefix): key for key in reader.entries if key.startswith(prefix)},
-        )
-        return (
-            under_our_names(found, config, padded, f"{folder}, {prefix}*") if len(found) else None
-        )
+    def stored(value: str) -> LazyTensors | None:
+        """A value that the optimizer stores for every weight, or None."""
+        prefix = f"{STATE}{value}."
+        keys = [key for key in reader.entries if key.startswith(prefix)]
+        if not keys:
+            return None
+        found = separate_layers(reader, {key.removeprefix(prefix): key for key in keys})
+        return under_our_names(found, config, padded, f"{folder}, {prefix}*")
 
     weights = under_our_names(theirs, config, padded, str(folder))
-    inner, distributed = _torch_optimizer(folder)
-    masters, moments = kept(MASTERS[distributed]), {moment: kept(moment) for moment in MOMENTS}
-    if None in moments.values() or (
-        masters is None and (distributed or weights.dtype() != torch.float32)
-    ):
+    inner, is_distributed = _torch_optimizer(folder)
+    masters = stored(MASTERS[is_distributed])
+    moments = {}
+    for name in MOMENTS:
+        moment = stored(name)
+        if moment is not None:
+            moments[name] = moment
+    needs_masters = is_distributed or weights.dtype() != torch.float32
+    if len(moments) < len(MOMENTS) or (masters is None and needs_masters):
         raise ConversionError(
-            f"{folder} holds no whole state of the optimizer; --weights-only takes its weights"
+            f"{folder} holds no complete optimizer state; --weights-only converts its weights"
         )
-    groups = inner["param_groups"]
-    steps = {
-        float(step)
-        for step in (
-            [group["step"] for group in groups] if distributed else [inner["state"]["common_step"]]
-        )
-    }
-    if len(steps) != 1:
-        raise ConversionError(
-            f"{folder} counts different steps in the groups of its optimizer: {sorted(steps)}"
-        )
-    settings = tuple(
-        {key: value for key, value in group.items() if key != "step"} for group in groups
-    )
+    groups = []
+    for group in inner["param_groups"]:
+        groups.append({key: value for key, value in group.items() if key != "step"})
     return MegatronState(
-        MegatronCut(padded, distributed, weights.dtype()),
+        MegatronLayout(padded, is_distributed, weights.dtype()),
         weights,
         masters or weights,
         moments,
-        steps.pop(),
-        settings,
+        _step_count(folder, inner, is_distributed),
+        tuple(groups),
     )
 
 
 def _torch_optimizer(folder: Path) -> tuple[Mapping[str, Any], bool]:
-    """Groups and count of steps out of common.pt, and whether the optimizer is distributed."""
-    common = replace_leaves(
-        read_pickle(folder / COMMON), lambda leaf: leaf.read() if isinstance(leaf, Stored) else leaf
-    )
+    """The state of torch's optimizer in common.pt, and whether the optimizer is distributed."""
+
+    def loaded(leaf: Any) -> Any:
+        return leaf.read() if isinstance(leaf, Stored) else leaf
+
+    common = replace_leaves(read_pickle(folder / COMMON), loaded)
     outer = common.get("optimizer")
     inner = outer.get("optimizer", outer) if isinstance(outer, Mapping) else None
     if not isinstance(inner, Mapping) or "param_groups" not in inner:
         raise ConversionError(
-            f"{folder / COMMON} describes no single optimizer with param_groups; --weights-only takes the weights"
+            f"{folder / COMMON} describes no single optimizer with param_groups; --weights-only "
+            "converts the weights"
         )
-    distributed = "param_state_sharding_type" in outer
-    if not distributed and "common_step" not in inner.get("state", {}):
+    is_distributed = "param_state_sharding_type" in outer
+    if not is_distributed and "common_step" not in inner.get("state", {}):
         raise ConversionError(
-            f"{folder / COMMON} does not say how many steps the optimizer has made; --weights-only takes the weights"
+            f"{folder / COMMON} holds no step count of the optimizer; --weights-only converts the "
+            "weights"
         )
-    return inner, distributed
+    return inner, is_distributed
+
+
+def _step_count(folder: Path, inner: Mapping[str, Any], is_distributed: bool) -> float:
+    """Adam's step count. Raises ConversionError if parameter groups disagree."""
+    if is_distributed:
+        steps = {float(group["step"]) for group in inner["param_groups"]}
+    else:
+        steps = {float(inner["state"]["common_step"])}
+    if len(steps) != 1:
+        raise ConversionError(
+            f"{folder} has different step counts in the groups of its optimizer: {sorted(steps)}"
+        )
+    return steps.pop()
 
 
 def write_state(
     folder: Path,
     config: LMConfig,
     state: MegatronState,
-    cut: MegatronCut,
+    layout: MegatronLayout,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """`state` as a run of `cut` would have saved it, for any tensor, pipeline and data parallel layout.
+    """Write `state` as a run with this layout would have saved it.
 
-    The weights are cast from the float32 ones, also where `state` has some of the right precision: those of a
-    checkpoint that an older version wrote with `parallel.overlap` can be one step old.
+    The folder loads into any tensor, pipeline and data parallel layout.
+
+    Weights are always cast from the master weights, even if `state` has weights of the right dtype:
+    in checkpoints that an older version wrote with `parallel.overlap`, they can be one step old.
     """
-    table = megatron_rules(config, cut.padded)
-    tensors = converted(state.masters.cast(cut.dtype), table, "to_theirs")
-    beside = dict(state.moments)
-    if cut.distributed or cut.dtype != torch.float32:
-        beside[MASTERS[cut.distributed]] = state.masters
-    for name, kept in beside.items():
-        tensors = tensors.joined(converted(kept, table, "to_theirs").with_prefix(f"{STATE}{name}."))
+    rules = megatron_rules(config, layout.padded)
+    tensors = converted(state.masters.cast(layout.dtype), rules, "to_theirs")
+    optimizer_values = dict(state.moments)
+    if layout.distributed or layout.dtype != torch.float32:
+        optimizer_values[MASTERS[layout.distributed]] = state.masters
+    for name, values in optimizer_values.items():
+        theirs = converted(values, rules, "to_theirs")
+        tensors = tensors.joined(theirs.with_prefix(f"{STATE}{name}."))
     write_dist(folder, tensors.checked("the checkpoint"), extra_states(config), progress)
-    write_documents(
-        folder, {"optimizer": _common(state, cut), "distributed_optimizer": cut.distributed}
-    )
+    common = {
+        "optimizer": _optimizer_in_common(state, layout),
+        "distributed_optimizer": layout.distributed,
+    }
+    write_documents(folder, common)
 
 
-def _common(state: MegatronState, cut: MegatronCut) -> dict[str, Any]:
-    if cut.distributed:
+def _optimizer_in_common(state: MegatronState, layout: MegatronLayout) -> dict[str, Any]:
+    """The entry `optimizer` of common.pt."""
+    if layout.distributed:
         groups = [{**group, "step": state.steps} for group in state.groups]
         return {
             "optimizer": {"param_groups": groups},
@@ -198,6 +236,6 @@ def _common(state: MegatronState, cut: MegatronCut) -> dict[str, Any]:
         "state": {"common_step": torch.tensor(state.steps)},
         "param_groups": [dict(group) for group in state.groups],
     }
-    return (
-        inner if cut.dtype == torch.float32 else {"optimizer": inner}
-    )  # the optimizer of bfloat16 weights wraps torch's
+    if layout.dtype == torch.float32:
+        return inner
+    return {"optimizer": inner}  # Megatron's bfloat16 optimizer wraps torch's

@@ -1,8 +1,8 @@
-"""Our diffusion model <-> the release's DeepSpeed/SAT files, as flat dicts of tensors.
+"""Our diffusion model and the DeepSpeed/SAT files of the release, as flat dicts of tensors.
 
-`split` sorts a loaded file into main transformer, control branch with semantic condition, and the tokenizer copy
-that the release keeps inside the condition. The fixed position tables are dropped on the way in and computed
-again on the way out.
+`split` divides a loaded file into main transformer, control branch with semantic condition, and the
+copy of the tokenizer that the release keeps in the semantic condition. The fixed position tables
+are dropped when reading and computed again when writing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,30 @@ from landiff.model_zoo.dit import position_table
 
 MAIN = "model.main_model.diffusion_model."
 CONTROL = "model.control_model.diffusion_model."
-COGVIDEOX = (
-    "model.diffusion_model."  # the public CogVideoX-2B file, which holds the main transformer alone
-)
+# The public CogVideoX-2B file, which holds only the main transformer.
+COGVIDEOX = "model.diffusion_model."
 SEMANTIC = CONTROL + "semantic_conditioner."
 TOKENIZER = SEMANTIC + "semantic_model.model."
 POSITION_TABLE = "mixins.pos_embed.pos_embedding"
-OTHER_MODELS = ("conditioner.", "first_stage_model.")  # T5 and the VAE, which some files also hold
+# T5 and the VAE, which some files also hold.
+OTHER_MODELS = ("conditioner.", "first_stage_model.")
 
 _KINDS = ("weight", "bias")
 
 
+def _renames(names: Mapping[str, str]) -> list[Rule]:
+    """Rules that rename weight and bias of layers, given as ours -> theirs."""
+    rules = []
+    for ours, theirs in names.items():
+        rules += [Rule(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in _KINDS]
+    return rules
+
+
 def _transformer_rules(ours: str, theirs: str) -> list[Rule]:
-    """What main transformer and control branch share."""
-    block, layer, mixins = (
-        f"{ours}blocks.{{i}}",
-        f"{theirs}transformer.layers.{{i}}",
-        f"{theirs}mixins.",
-    )
+    """The layers that main transformer and control branch have in common."""
+    block = f"{ours}blocks.{{i}}"
+    layer = f"{theirs}transformer.layers.{{i}}"
+    mixins = f"{theirs}mixins."
     names = {
         f"{ours}input.patch": f"{mixins}patch_embed.proj",
         f"{ours}input.text": f"{mixins}patch_embed.text_proj",
@@ -53,22 +59,24 @@ def _transformer_rules(ours: str, theirs: str) -> list[Rule]:
         f"{block}.mlp_in": f"{layer}.mlp.dense_h_to_4h",
         f"{block}.mlp_out": f"{layer}.mlp.dense_4h_to_h",
     }
-    return [Rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in names.items() for kind in _KINDS]
+    return _renames(names)
 
 
 def main_rules(ours: str = "transformer.", theirs: str = MAIN) -> list[Rule]:
-    """Main transformer; `ours` = "" for a DiffusionTransformer by itself, `theirs` = COGVIDEOX for CogVideoX-2B."""
+    """The main transformer.
+
+    `ours` is "" for a DiffusionTransformer by itself; `theirs` is COGVIDEOX for CogVideoX-2B.
+    """
     output = {
         f"{ours}output.norm": f"{theirs}mixins.final_layer.norm_final",
         f"{ours}output.modulation": f"{theirs}mixins.final_layer.adaLN_modulation.1",
         f"{ours}output.linear": f"{theirs}mixins.final_layer.linear",
     }
-    extra = [Rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in output.items() for kind in _KINDS]
-    return _transformer_rules(ours, theirs) + extra
+    return _transformer_rules(ours, theirs) + _renames(output)
 
 
 def semantic_rules(ours: str = "semantic.", theirs: str = SEMANTIC) -> list[Rule]:
-    """Upsampler and projection of the semantic condition."""
+    """The upsampler and the projection of the semantic condition."""
     upsampler = f"{theirs}upsample_model."
     names = {
         f"{ours}projection": f"{theirs}conv_out",
@@ -82,18 +90,21 @@ def semantic_rules(ours: str = "semantic.", theirs: str = SEMANTIC) -> list[Rule
         f"{ours}middle.1": f"{upsampler}mid.block_2",
         f"{ours}levels.{{i}}.blocks.{{j}}": f"{upsampler}up.{{i}}.block.{{j}}",
     }
-    inside = {
+    layers = {
         "norm1": "norm1",
         "conv1": "conv1",
         "norm2": "norm2",
         "conv2": "conv2",
         "shortcut": "nin_shortcut",
     }
-    names |= {f"{a}.{x}": f"{b}.{y}" for a, b in blocks.items() for x, y in inside.items()}
-    return [Rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in names.items() for kind in _KINDS]
+    for our_block, their_block in blocks.items():
+        for our_layer, their_layer in layers.items():
+            names[f"{our_block}.{our_layer}"] = f"{their_block}.{their_layer}"
+    return _renames(names)
 
 
 def control_rules(ours: str = "control.", theirs: str = CONTROL) -> list[Rule]:
+    """The control branch, without the semantic condition."""
     zero = Rule(
         f"{ours}projections.{{i}}.weight", f"{theirs}mixins.adaln_layer.zero_linears.{{i}}.weight"
     )
@@ -101,22 +112,25 @@ def control_rules(ours: str = "control.", theirs: str = CONTROL) -> list[Rule]:
 
 
 def diffusion_rules() -> list[Rule]:
-    """A whole ControlledDiffusion."""
+    """A whole ControlledDiffusion, in the names of a file with both transformers."""
     return [*main_rules(), *control_rules(), *semantic_rules()]
 
 
 @dataclass(frozen=True)
 class ReleaseParts:
-    """Tensors of one release file under the release's names, the position tables left out."""
+    """The tensors of one release file under its names, without position tables."""
 
-    main: dict[str, Tensor]  # empty where the file does not hold the frozen main transformer
+    main: dict[str, Tensor]  # empty if the file does not hold the frozen main transformer
     control: dict[str, Tensor]  # with the semantic condition
     tokenizer: dict[str, Tensor]  # under the names of tokenizer/model.safetensors
 
 
 def split(state: Mapping[str, Tensor | None]) -> ReleaseParts:
-    """Sort a release file. Frozen weights that were saved as None and the other models' weights are passed over;
-    any other name lands in `control`, where the conversion reports it."""
+    """Divide the tensors of a release file.
+
+    Frozen weights that were saved as None and weights of other models are ignored. All remaining
+    names are put into `control`, where the conversion reports unknown ones.
+    """
     parts = ReleaseParts({}, {}, {})
     for name, tensor in state.items():
         if tensor is None or name.startswith(OTHER_MODELS) or name.endswith(POSITION_TABLE):
@@ -131,39 +145,45 @@ def split(state: Mapping[str, Tensor | None]) -> ReleaseParts:
 
 
 def from_release(state: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Our names for main transformer (where present), control branch and semantic condition."""
+    """Main transformer (if present), control branch and semantic condition under our names."""
     parts = split(state)
     return apply_rules({**parts.main, **parts.control}, diffusion_rules(), "to_ours")
 
 
 def diffusion_to_release(state: Mapping[str, Tensor], config: DiffusionConfig) -> dict[str, Tensor]:
-    """The release's names for a ControlledDiffusion, position tables included, without a tokenizer copy."""
+    """A ControlledDiffusion under the names of the release.
+
+    With position tables, without a copy of the tokenizer.
+    """
     table = release_position_table(config.transformer)
     tables = {MAIN + POSITION_TABLE: table, CONTROL + POSITION_TABLE: table.clone()}
     return {**tables, **apply_rules(state, diffusion_rules(), "to_theirs")}
 
 
 def cogvideox_from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A DiffusionTransformer's weights from the public CogVideoX-2B file (`transformer/1000/...`, `module`)."""
-    kept = {
-        k: v for k, v in state.items() if k.startswith(COGVIDEOX) and not k.endswith(POSITION_TABLE)
-    }
+    """The weights of a DiffusionTransformer from the entry `module` of the CogVideoX-2B file."""
+    kept = {}
+    for name, tensor in state.items():
+        if name.startswith(COGVIDEOX) and not name.endswith(POSITION_TABLE):
+            kept[name] = tensor
     return apply_rules(kept, main_rules("", COGVIDEOX), "to_ours")
 
 
 def cogvideox_to_release(
     state: Mapping[str, Tensor], config: TransformerConfig
 ) -> dict[str, Tensor]:
+    """A DiffusionTransformer under the names of the CogVideoX-2B file, with position table."""
     table = {COGVIDEOX + POSITION_TABLE: release_position_table(config)}
     return {**table, **apply_rules(state, main_rules("", COGVIDEOX), "to_theirs")}
 
 
 def release_position_table(config: TransformerConfig) -> Tensor:
-    """float32 [1, text_length + video tokens, hidden_size]; zeros for the text."""
-    rows, columns = (
-        config.latent_height // config.patch_size,
-        config.latent_width // config.patch_size,
-    )
+    """The position table as float32 [1, text_length + video tokens, hidden_size].
+
+    The rows of the text are zero.
+    """
+    rows = config.latent_height // config.patch_size
+    columns = config.latent_width // config.patch_size
     table = position_table(
         config.latent_frames, rows, columns, config.hidden_size, config.spatial_interpolation
     )

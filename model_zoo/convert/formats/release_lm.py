@@ -1,4 +1,7 @@
-"""Our language model <-> the release's `llm/model.safetensors` (specification §6.1). Every rule is a rename."""
+"""Our language model and `llm/model.safetensors` of the release (docs/specification.md §6.1).
+
+All rules are renames.
+"""
 
 from __future__ import annotations
 

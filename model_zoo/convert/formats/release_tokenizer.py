@@ -1,4 +1,4 @@
-"""Our tokenizer <-> `tokenizer/model.safetensors` of the LanDiff release."""
+"""Our tokenizer and `tokenizer/model.safetensors` of the LanDiff release."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from torch import Tensor
 
 from landiff.model_zoo.convert.rules import Rule
 
-_PAIRS = ("weight", "bias")
+_KINDS = ("weight", "bias")
+# Linear layers that are only renamed: ours -> theirs
+_LINEAR_LAYERS = {
+    "encoder.head": "encoder.proj_out",
+    "decoder.embed": "decoder.decoder_embed",
+    "decoder.head_in": "decoder.ffn.0",
+    "decoder.head_out": "decoder.ffn.2",
+    "quantizer.project_in": "quantizer.project_in",
+    "quantizer.project_out": "quantizer.project_out",
+}
 
 
-def _stack_rules(part: str) -> list[Rule]:
-    """Transformer of the encoder or of the decoder."""
-    ours, theirs = f"{part}.blocks.{{i}}", f"{part}.transformer.{{i}}"
+def _transformer_rules(part: str) -> list[Rule]:
+    """The transformer of the encoder or of the decoder."""
+    ours = f"{part}.blocks.{{i}}"
+    theirs = f"{part}.transformer.{{i}}"
     rules = [
         Rule(
             f"{ours}.qkv.weight",
@@ -23,7 +33,7 @@ def _stack_rules(part: str) -> list[Rule]:
         ),
         Rule(f"{ours}.out.weight", f"{theirs}.attn.wo.weight"),
     ]
-    for kind in _PAIRS:
+    for kind in _KINDS:
         rules += [
             Rule(f"{part}.norm_in.{kind}", f"{part}.ln_pre.{kind}"),
             Rule(f"{part}.norm_out.{kind}", f"{part}.ln_post.{kind}"),
@@ -35,11 +45,21 @@ def _stack_rules(part: str) -> list[Rule]:
     return rules
 
 
+def _linear_rules() -> list[Rule]:
+    """Linear layers outside the transformers."""
+    rules = []
+    for ours, theirs in _LINEAR_LAYERS.items():
+        rules += [Rule(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in _KINDS]
+    return rules
+
+
 def _as_flag(stored: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+    """The flag `initted` as we store it, a bool scalar."""
     return stored.reshape(()).bool(), embed
 
 
 def _as_float(flag: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+    """The flag `initted` as the release stores it, a float [1] in the dtype of the codebook."""
     return flag.reshape(1).to(embed.dtype), embed
 
 
@@ -48,7 +68,7 @@ RULES: tuple[Rule, ...] = (
     Rule("std", "std"),
     Rule("encoder.iframe_queries", "encoder.IFrame_latent_tokens"),
     Rule("encoder.pframe_queries", "encoder.PFrame_latent_tokens"),
-    # Ours is a linear layer, theirs a 1x1 convolution.
+    # Ours is a linear layer, the release's a 1x1 convolution.
     Rule(
         "encoder.embed.weight",
         "encoder.patch_embed.weight",
@@ -57,29 +77,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("encoder.embed.bias", "encoder.patch_embed.bias"),
     Rule("decoder.mask_token", "decoder.mask_token"),
-    *(
-        Rule(f"{ours}.{kind}", f"{theirs}.{kind}")
-        for ours, theirs in (
-            ("encoder.head", "encoder.proj_out"),
-            ("decoder.embed", "decoder.decoder_embed"),
-            ("decoder.head_in", "decoder.ffn.0"),
-            ("decoder.head_out", "decoder.ffn.2"),
-            ("quantizer.project_in", "quantizer.project_in"),
-            ("quantizer.project_out", "quantizer.project_out"),
-        )
-        for kind in _PAIRS
-    ),
-    *_stack_rules("encoder"),
-    *_stack_rules("decoder"),
-    # The release stores the flag as a float [1], in the dtype of the file; newer versions of the library hold a bool scalar.
+    *_linear_rules(),
+    *_transformer_rules("encoder"),
+    *_transformer_rules("decoder"),
+    # The release's version of the quantizer library stores the flag as a float [1], ours as a bool
+    # scalar. The codebook is part of the rule because it has the dtype of the file.
     Rule(
         ("quantizer._codebook.initted", "quantizer._codebook.embed"),
         ("quantizer._codebook.initted", "quantizer._codebook.embed"),
         to_theirs=_as_float,
         to_ours=_as_flag,
     ),
-    *(
-        Rule(f"quantizer._codebook.{name}", f"quantizer._codebook.{name}")
-        for name in ("cluster_size", "embed_avg")
-    ),
+    Rule("quantizer._codebook.cluster_size", "quantizer._codebook.cluster_size"),
+    Rule("quantizer._codebook.embed_avg", "quantizer._codebook.embed_avg"),
 )

@@ -1,7 +1,8 @@
-"""Released VAE (3d-vae.pt of CogVideoX-2b-sat) <-> diffusers `AutoencoderKLCogVideoX` (specification §6.3).
+"""The released VAE (3d-vae.pt of CogVideoX-2b-sat) and `AutoencoderKLCogVideoX` of diffusers.
 
-"Ours" is the diffusers side, since that is the model we run. Every rule is a rename: no tensor changes. The
-decoder's levels count the other way round: `.up.i.` is `.up_blocks.(levels - 1 - i).`.
+See docs/specification.md §6.3. "Ours" are the names of diffusers, whose class we run. All rules are
+renames. The levels of the decoder count in the opposite order: `.up.i.` is
+`.up_blocks.(levels - 1 - i).`.
 """
 
 from __future__ import annotations
@@ -16,70 +17,71 @@ from torch import Tensor
 from landiff.model_zoo.convert.lazy import load_safetensors
 from landiff.model_zoo.convert.rules import ConversionError, Rule, apply_rules
 
-# parts of a ResNet block whose names are the same on both sides
-_BLOCK_PARTS = ("norm1", "conv1", "norm2", "conv2")
+# Layers of a ResNet block that have the same names on both sides.
+_BLOCK_LAYERS = ("norm1", "conv1", "norm2", "conv2")
 
 
 def release_vae_rules(levels: int) -> list[Rule]:
-    """The table for an auto-encoder of `levels` resolutions (four in the release)."""
-    table = [
-        Rule(f"{side}.{part}.{{rest*}}", f"{side}.{part}.{{rest*}}")
-        for side in ("encoder", "decoder")
-        for part in ("conv_in", "norm_out", "conv_out")
-    ]
+    """The rules for an autoencoder with `levels` resolutions (4 in the release)."""
+    rules = []
     for side in ("encoder", "decoder"):
-        table += [
-            _resnet(f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}", part)
-            for i in (0, 1)
-            for part in _BLOCK_PARTS
-        ]
+        for layer in ("conv_in", "norm_out", "conv_out"):
+            rules.append(_rename(f"{side}.{layer}", f"{side}.{layer}"))
+    for side in ("encoder", "decoder"):
+        for i in (0, 1):
+            rules += _resnet(f"{side}.mid_block.resnets.{i}", f"{side}.mid.block_{i + 1}")
     for i in range(levels):
-        for ours, theirs, resample in (
-            (f"encoder.down_blocks.{i}", f"encoder.down.{i}", "downsample"),
-            (f"decoder.up_blocks.{levels - 1 - i}", f"decoder.up.{i}", "upsample"),
-        ):
-            table += [
-                _resnet(f"{ours}.resnets.{{j}}", f"{theirs}.block.{{j}}", part)
-                for part in _BLOCK_PARTS
-            ]
-            table.append(
-                Rule(
-                    f"{ours}.resnets.{{j}}.conv_shortcut.{{rest*}}",
-                    f"{theirs}.block.{{j}}.nin_shortcut.{{rest*}}",
-                )
-            )
-            table.append(Rule(f"{ours}.{resample}rs.0.{{rest*}}", f"{theirs}.{resample}.{{rest*}}"))
-    return table
+        rules += _level(f"encoder.down_blocks.{i}", f"encoder.down.{i}", "downsample")
+        rules += _level(f"decoder.up_blocks.{levels - 1 - i}", f"decoder.up.{i}", "upsample")
+    return rules
 
 
-def _resnet(ours: str, theirs: str, part: str) -> Rule:
-    return Rule(f"{ours}.{part}.{{rest*}}", f"{theirs}.{part}.{{rest*}}")
+def _level(ours: str, theirs: str, resample: str) -> list[Rule]:
+    """One resolution: its ResNet blocks and the layer that changes the resolution."""
+    return [
+        *_resnet(f"{ours}.resnets.{{j}}", f"{theirs}.block.{{j}}"),
+        _rename(f"{ours}.resnets.{{j}}.conv_shortcut", f"{theirs}.block.{{j}}.nin_shortcut"),
+        _rename(f"{ours}.{resample}rs.0", f"{theirs}.{resample}"),
+    ]
+
+
+def _resnet(ours: str, theirs: str) -> list[Rule]:
+    """The layers of a ResNet block that both sides call the same."""
+    return [_rename(f"{ours}.{layer}", f"{theirs}.{layer}") for layer in _BLOCK_LAYERS]
+
+
+def _rename(ours: str, theirs: str) -> Rule:
+    """All tensors below a name."""
+    return Rule(f"{ours}.{{rest*}}", f"{theirs}.{{rest*}}")
 
 
 def num_levels(state: Mapping[str, Any]) -> int:
-    """Resolutions of a release state dict, or of a diffusers one."""
+    """The number of resolutions, from the keys of the release or of diffusers."""
     for prefix in ("encoder.down.", "encoder.down_blocks."):
-        found = {int(k.split(".")[2]) for k in state if k.startswith(prefix)}
-        if found:
-            return max(found) + 1
+        levels = {int(name.split(".")[2]) for name in state if name.startswith(prefix)}
+        if levels:
+            return max(levels) + 1
     raise ConversionError(
         "no key starts with encoder.down. or encoder.down_blocks.: this is no CogVideoX VAE"
     )
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Release keys -> diffusers keys; `loss*` is dropped. Raises ConversionError for keys no rule knows."""
-    kept = {k: v for k, v in state.items() if not k.startswith("loss")}
+    """Keys of the release -> keys of diffusers. `loss*` is dropped.
+
+    Raises ConversionError for unknown keys.
+    """
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("loss")}
     return apply_rules(kept, release_vae_rules(num_levels(kept)), "to_ours")
 
 
 def vae_to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers keys -> release keys."""
+    """Keys of diffusers -> keys of the release."""
     return apply_rules(state, release_vae_rules(num_levels(state)), "to_theirs")
 
 
 def read_release(path: Path) -> dict[str, Tensor]:
-    """The tensors of 3d-vae.pt (a dict with `state_dict`) or of a .safetensors file with the same keys."""
+    """The tensors of 3d-vae.pt (a dict with `state_dict`) or of an equivalent .safetensors file."""
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     content = torch.load(path, map_location="cpu", weights_only=True)

@@ -11,122 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.convert.formats.deepspeed import export_diffusion, read_deepspeed
-from landiff.model_zoo.convert.formats.deepspeed_write import Cut, Made, write_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition, write_deepspeed
+from landiff.model_zoo.convert.formats.zero.state import LazyTensorPlace
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.health import UnhealthyError
-
-RANKS = 3
-WEIGHTS = {
-    "a.weight": torch.arange(35.0).view(5, 7),
-    "a.bias": torch.arange(4.0) + 100,
-    "b": torch.tensor(7.0),
-}
-SHAPES = [{name: tensor.shape for name, tensor in WEIGHTS.items()}]
-FROZEN = torch.arange(10.0).view(2, 5).bfloat16()
-BUFFER = torch.tensor([True, False])
-
-
-def cut(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """End to end, padded, in equal parts: a group of ZeRO 1 and 2."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    size = -(-len(flat) // RANKS)
-    return list(torch.cat([flat, torch.zeros(size * RANKS - len(flat))]).split(size))
-
-
-def slices(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """One parameter of ZeRO 3, padded, in equal parts."""
-    return cut([tensor])
-
-
-def adam(vectors: list[torch.Tensor], steps: int) -> dict:
-    return {
-        "state": {
-            i: {"step": torch.tensor(float(steps)), "exp_avg": 2 * v, "exp_avg_sq": 3 * v}
-            for i, v in enumerate(vectors)
-        }
-    }
-
-
-def write(folder: Path, rank: int, stage: int, optimizer: dict, model: dict | None) -> None:
-    folder.mkdir(exist_ok=True)
-    optimizer |= {"zero_stage": ZeroStageEnum(stage), "loss_scaler": LossScaler(1)}
-    torch.save(
-        {"optimizer_state_dict": optimizer},
-        folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
-    )
-    if model is not None:
-        name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
-        torch.save(
-            {"param_shapes": SHAPES, "buffer_names": ["mask"], **model},
-            folder / f"{name}_model_states.pt",
-        )
-
-
-def write_stage_2(folder: Path, steps: tuple[int, ...] = (5, 5, 5)) -> Path:
-    parts = cut(list(WEIGHTS.values()))
-    size = len(parts[0])
-    for rank, part in enumerate(parts):
-        mapping, start = collections.OrderedDict(), 0
-        for name, tensor in WEIGHTS.items():
-            first, last = max(start, rank * size), min(start + tensor.numel(), (rank + 1) * size)
-            if first < last:
-                mapping[name] = fragment_address(start=first - rank * size, numel=last - first)
-            start += tensor.numel()
-        held = part[
-            : sum(address.numel for address in mapping.values())
-        ]  # DeepSpeed drops the padding of weights only
-        write(
-            folder,
-            rank,
-            2,
-            {
-                "single_partition_of_fp32_groups": [held],
-                "base_optimizer_state": adam([part], steps[rank]),
-                "param_slice_mappings": [mapping],
-                "partition_count": [RANKS],
-                "param_alignment_paddings": [[0, 0, 0]],
-            },
-            {
-                "module": {
-                    **{n: t.bfloat16() for n, t in WEIGHTS.items()},
-                    "frozen": FROZEN,
-                    "mask": BUFFER,
-                }
-            }
-            if rank == 0
-            else None,
-        )
-    return folder
-
-
-def write_stage_3(folder: Path) -> Path:
-    for rank in range(RANKS):
-        groups = [
-            slices(WEIGHTS["a.weight"])[rank],
-            torch.cat([slices(WEIGHTS[n])[rank] for n in ("a.bias", "b")]),
-        ]
-        write(
-            folder,
-            rank,
-            3,
-            {
-                "fp32_flat_groups": groups,
-                "optimizer_state_dict": adam(groups, 5),
-                "partition_count": RANKS,
-            },
-            {
-                "module": {"mask": BUFFER, "frozen": torch.empty(0)},
-                "frozen_param_shapes": {"frozen": FROZEN.shape},
-                "frozen_param_fragments": {"frozen": slices(FROZEN.float())[rank].bfloat16()},
-            },
-        )
-    return folder
+from tests.model_zoo.convert.zero_files import (
+    BUFFER,
+    FROZEN,
+    RANKS,
+    SHAPES,
+    WEIGHTS,
+    write,
+    write_stage_2,
+    write_stage_3,
+)
 
 
 @pytest.mark.parametrize("layout", [write_stage_2, write_stage_3])
@@ -171,7 +72,8 @@ def test_a_missing_file_is_named(tmp_path, name):
     (write_stage_2(tmp_path) / name).unlink()
     with pytest.raises(
         ConfigError,
-        match=r"ranks \[0, 2\] only|written by 3 ranks but holds the optimizer states of 2|mp_rank_00_model_states.pt is missing",
+        match=r"ranks \[0, 2\] only|written by 3 ranks but holds the optimizer states of 2"
+        r"|mp_rank_00_model_states.pt is missing",
     ):
         read_deepspeed(tmp_path)
 
@@ -248,7 +150,7 @@ def test_an_elastic_checkpoint_is_refused(tmp_path):
 
 
 def test_a_step_that_is_a_number_stays_one_and_sub_groups_are_as_the_config_has_them(tmp_path):
-    """DeepSpeed's own Adam counts in integers; a run of sub_group_size 30 looks for vectors of that size."""
+    """DeepSpeed's own Adam counts in integers; sub_group_size limits the size of vectors."""
     write_stage_2(tmp_path)
     for path in tmp_path.glob("*optim_states.pt"):
         content = torch.load(path, weights_only=False)
@@ -259,7 +161,7 @@ def test_a_step_that_is_a_number_stays_one_and_sub_groups_are_as_the_config_has_
     torch.save(
         torch.load(path) | {"ds_config": {"zero_optimization": {"sub_group_size": 17}}}, path
     )
-    write_deepspeed(tmp_path / "out", read_deepspeed(tmp_path), Cut(3, 2))
+    write_deepspeed(tmp_path / "out", read_deepspeed(tmp_path), ZeroPartition(3, 2))
     optimizer = torch.load(
         tmp_path / "out" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", weights_only=False
     )["optimizer_state_dict"]
@@ -277,10 +179,10 @@ def test_a_checkpoint_with_nan_is_not_resharded(tmp_path, what):
     state = read_deepspeed(write_stage_2(tmp_path / "theirs"))
     places = dict(state.places if what == "weights" else state.moment_places[what])
     bad = torch.full(places["b"].shape, float("nan"))
-    places["b"] = Made(LazyTensors.of({"b": bad}), "b")
+    places["b"] = LazyTensorPlace(LazyTensors.of({"b": bad}), "b")
     if what == "weights":
         state = replace(state, places=places)
     else:
         state = replace(state, moment_places={**state.moment_places, what: places})
     with pytest.raises(UnhealthyError, match="NaN or infinity in b"):
-        write_deepspeed(tmp_path / "ours", state, Cut(1, 2))
+        write_deepspeed(tmp_path / "ours", state, ZeroPartition(1, 2))

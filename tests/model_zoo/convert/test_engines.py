@@ -1,4 +1,4 @@
-"""What is written without an engine is read by the real ones, in every layout, bit for bit; and what they save comes back."""
+"""Engines load converted folders in every layout, bit for bit, and what they save is read back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.convert.formats.deepspeed_write import Cut
+from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
 from landiff.model_zoo.convert.formats.megatron import Padded, write_megatron
 from landiff.model_zoo.convert.formats.megatron_optimizer import read_state
@@ -49,7 +49,7 @@ def lm_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_megatron(world: Any, folder: Path) -> list[str]:
-    """Every layout of this world size loads the converted folder with Megatron's own loader. -> what each saved."""
+    """Load the converted folder with Megatron in every layout; returns the folders saved then."""
     written = []
     for number, parallel in enumerate(LAYOUTS[world.size]):
         engine = MegatronEngine(tiny_config(folder, parallel))
@@ -123,7 +123,7 @@ def load_deepspeed(
 
 
 def load_by_deepspeed_alone(world: Any, folder: Path) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """DeepSpeed's own loader of weights: one folder for ZeRO 1 and 2, one of this world size for ZeRO 3."""
+    """DeepSpeed's loader of weights: one folder for ZeRO 1 and 2, one per world size for ZeRO 3."""
     found = {}
     for phase in ("main", "control"):
         for stage in (1, 2, 3):
@@ -173,7 +173,9 @@ def starts(tmp_path_factory):
         parts = [Part(kind, config, LazyTensors.of(expected[phase]))]
         write_target(folder / phase, "deepspeed", parts, {})
         for size in (1, 2):
-            write_target(folder / f"{phase}-3-{size}", "deepspeed", parts, {}, cut=Cut(3, size))
+            write_target(
+                folder / f"{phase}-3-{size}", "deepspeed", parts, {}, layout=ZeroPartition(3, size)
+            )
     return folder, expected
 
 
@@ -213,7 +215,7 @@ def test_weights_for_zero_3_come_back_and_serve_our_engine_at_any_stage_and_worl
         assert same(dict(open_source(folder / f"{phase}-3-2").parts[0].tensors), expected[phase])
     for dtype in (torch.bfloat16, torch.float16):
         part = open_source(folder / "control").parts[0].cast(dtype)
-        write_target(tmp_path / str(dtype), "deepspeed", [part], {}, cut=Cut(3, 2))
+        write_target(tmp_path / str(dtype), "deepspeed", [part], {}, layout=ZeroPartition(3, 2))
         assert same(
             dict(open_source(tmp_path / str(dtype)).parts[0].tensors),
             {name: t.to(dtype) for name, t in expected["control"].items()},
@@ -234,7 +236,7 @@ def load_cut_for_two(world: Any, folder: Path) -> list[dict[str, Tensor]]:
 
 
 def save_as_stock_megatron(world: Any, folder: Path) -> None:
-    """Trained a little, saved twice: as core cuts state by default, all layers in one stack; and as our trainer does, layers apart."""
+    """Train one step and save twice: layers stacked, Megatron's default, and separate, as ours."""
     for distributed in (False, True):
         engine = MegatronEngine(
             tiny_config(
@@ -266,7 +268,7 @@ def test_layers_that_stock_megatron_stacks_come_in_with_their_optimizer(tmp_path
         assert "decoder.layers.mlp.linear_fc1.weight" in DistReader(stacked).entries
         first, second = read_state(stacked, config), read_state(apart, config)
         assert (
-            first.cut == second.cut
+            first.layout == second.layout
             and first.groups == second.groups
             and first.steps == second.steps == 1
         )

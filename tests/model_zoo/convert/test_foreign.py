@@ -14,7 +14,11 @@ from landiff.model_zoo.convert.formats.diffusers_folder import FILE
 from landiff.model_zoo.convert.known_formats import Options, open_source, write_target
 from tests.model_zoo.convert.tiny import MODELS, part, same, weights
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 12345\n"
+)
 
 
 def ddp(name: str) -> str:
@@ -120,7 +124,7 @@ def test_a_variant_is_read_and_several_are_refused(folder):
     save_file(state, folder / "diffusion_pytorch_model.ema.safetensors")
     with pytest.raises(
         ConfigError,
-        match=r"variants .*\.ema\.safetensors, .*\.fp16\.safetensors .*keep the one you mean",
+        match=r"variants .*\.ema\.safetensors, .*\.fp16\.safetensors .*keep only the variant",
     ):
         open_source(folder)
 

@@ -21,7 +21,7 @@ from landiff.model_zoo.convert.formats.megatron import (
 )
 from landiff.model_zoo.convert.formats.megatron_optimizer import (
     MOMENTS,
-    MegatronCut,
+    MegatronLayout,
     MegatronState,
     has_optimizer,
     read_state,
@@ -184,8 +184,8 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 
 # ---------------------------------------------------------------- with the optimizer
 
-CUTS = [
-    MegatronCut(padded, distributed, dtype)
+LAYOUTS = [
+    MegatronLayout(padded, distributed, dtype)
     for padded in (Padded(27, 3), PADDED)
     for distributed in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
@@ -196,7 +196,7 @@ def state() -> MegatronState:
     """Masters that bfloat16 cannot hold, moments of their own, two groups."""
     lazy = [LazyTensors.of(weights(seed)) for seed in range(3)]
     return MegatronState(
-        CUTS[0],
+        LAYOUTS[0],
         lazy[0],
         lazy[0],
         dict(zip(MOMENTS, lazy[1:], strict=True)),
@@ -205,13 +205,13 @@ def state() -> MegatronState:
     )
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_padding_precision_and_kind_of_optimizer_change_and_come_back(tmp_path, cut):
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_padding_precision_and_kind_of_optimizer_change_and_come_back(tmp_path, layout):
     original = state()
     for folder, source, target in (
-        ("first", original, CUTS[0]),
-        ("other", None, cut),
-        ("back", None, CUTS[0]),
+        ("first", original, LAYOUTS[0]),
+        ("other", None, layout),
+        ("back", None, LAYOUTS[0]),
     ):
         (tmp_path / folder).mkdir()
         source = source or read_state(
@@ -219,9 +219,9 @@ def test_padding_precision_and_kind_of_optimizer_change_and_come_back(tmp_path, 
         )
         write_state(tmp_path / folder, CONFIG, source, target)
     found = read_state(tmp_path / "other", CONFIG)
-    assert found.cut == cut and found.steps == 7 and found.groups == original.groups
+    assert found.layout == layout and found.steps == 7 and found.groups == original.groups
     assert same(dict(found.masters), weights()) and same(
-        dict(found.weights), {name: tensor.to(cut.dtype) for name, tensor in weights().items()}
+        dict(found.weights), {name: tensor.to(layout.dtype) for name, tensor in weights().items()}
     )
     assert all(
         same(dict(found.moments[moment]), weights(seed)) for seed, moment in enumerate(MOMENTS, 1)
@@ -239,7 +239,7 @@ def test_padding_precision_and_kind_of_optimizer_change_and_come_back(tmp_path, 
 
 def test_an_optimizer_state_by_rank_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "out").mkdir()
-    write_state(tmp_path / "out", CONFIG, state(), CUTS[0])
+    write_state(tmp_path / "out", CONFIG, state(), LAYOUTS[0])
     assert has_optimizer(tmp_path / "out")
     write(
         tmp_path / "ranks",
@@ -268,4 +268,4 @@ def test_a_checkpoint_with_infinity_is_not_converted(tmp_path, what):
     else:
         source = replace(good, moments={**good.moments, what: bad})
     with pytest.raises(UnhealthyError, match=r"NaN or infinity in .*output_layer\.weight"):
-        write_state(tmp_path, CONFIG, source, CUTS[0])
+        write_state(tmp_path, CONFIG, source, LAYOUTS[0])

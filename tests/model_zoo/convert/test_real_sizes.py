@@ -1,4 +1,4 @@
-"""Preset `landiff` at real size, on the meta device: every released key and shape maps in both directions, in every dtype."""
+"""Preset `landiff` at real size: all released keys and shapes convert in both directions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from landiff.model_zoo.convert.formats.release_diffusion import (
     POSITION_TABLE,
     TOKENIZER,
 )
-from landiff.model_zoo.convert.formats.release_set import _sorted_by_kind
+from landiff.model_zoo.convert.formats.release_set import split_by_kind
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import (
     CONTROL,
@@ -79,7 +79,7 @@ def there_and_back(kind: str, state: LazyTensors) -> None:
 def test_language_model_and_tokenizer(file, kind, count, dtype):
     state = lazily(metas(entries(file), DTYPES[dtype]))
     assert len(state) == count
-    known = _sorted_by_kind(state)
+    known = split_by_kind(state)
     assert list(known) == [kind]
     there_and_back(kind, known[kind])
 
@@ -89,7 +89,7 @@ def test_language_model_and_tokenizer(file, kind, count, dtype):
     [("whole", True, "fp32"), ("None", False, "fp16"), ("absent", True, "bf16")],
 )
 def test_diffusion(frozen, table, dtype):
-    """Main transformer there, saved as None or left out; with or without position tables; other models passed over."""
+    """Main transformer present, None or absent, with or without position tables."""
     state: dict[str, torch.Tensor | None] = dict(metas(entries("diffusion"), DTYPES[dtype]))
     others = [name for name in state if name.startswith(OTHER_MODELS)]
     assert len(others) == 220 + 436
@@ -101,7 +101,7 @@ def test_diffusion(frozen, table, dtype):
             for name, t in state.items()
             if frozen == "None" or not name.startswith(MAIN)
         }
-    known = _sorted_by_kind(lazily(state))
+    known = split_by_kind(lazily(state))
     whole = "diffusion" if frozen == "whole" else CONTROL
     assert set(known) == {whole, "tokenizer"} and len(known["tokenizer"]) == 319
     there_and_back(whole, known[whole])
@@ -113,12 +113,12 @@ def test_diffusion(frozen, table, dtype):
 def test_cogvideox_and_its_vae(dtype):
     found = entries("cogvideox2b")
     main = metas({n: e for n, e in found.items() if e["container"] == "module"}, DTYPES[dtype])
-    known = _sorted_by_kind(lazily(main))
+    known = split_by_kind(lazily(main))
     assert list(known) == ["transformer"] and len(known["transformer"]) == 556
     there_and_back("transformer", known["transformer"])
     vae = metas({n: e for n, e in found.items() if e["file"] == "vae/3d-vae.pt"}, DTYPES[dtype])
     assert (
-        list(_sorted_by_kind(lazily(vae))) == [VAE]
+        list(split_by_kind(lazily(vae))) == [VAE]
         and sum(t.numel() for t in vae.values()) == 215_583_907
     )
 

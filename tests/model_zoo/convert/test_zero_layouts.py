@@ -1,7 +1,7 @@
-"""A DeepSpeed checkpoint of any stage and world size becomes one of any other, from which DeepSpeed alone goes on.
+"""DeepSpeed resumes from checkpoints that were resharded to any stage and world size.
 
-The model is none of ours: two groups of the optimizer, frozen parameters, buffers, sizes that no number of ranks
-divides.
+The model is none of ours: two groups of the optimizer, frozen parameters, buffers, and sizes that
+no number of ranks divides.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
+# Slow to import (3 s), so imported once before ranks are forked.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pytest
 import torch
 from torch import Tensor, nn
 
 from landiff.model_zoo.convert.formats import deepspeed_write
 from landiff.model_zoo.convert.formats.deepspeed import DeepSpeedState, read_deepspeed
-from landiff.model_zoo.convert.formats.deepspeed_write import Cut, write_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition, write_deepspeed
 from landiff.training.diffusion import zero
 from tests.distributed import run_distributed
 
@@ -108,7 +109,7 @@ def train(world: Any, folder: Path) -> dict[str, list[float]]:
 
 
 def resume(world: Any, folder: Path, jobs: list[tuple[str, str, str, int]]) -> dict[str, Any]:
-    """Engines of another seed: DeepSpeed's own loader on what was converted, our restore on what was not."""
+    """Load converted folders with DeepSpeed and their sources with our restore, then train."""
     found = {}
     for source, converted, precision, stage in jobs:
         theirs = build(world, stage, precision, seed=2)
@@ -138,9 +139,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, l
     return folder, losses
 
 
-def convert(source: Path, target: Path, cut: Cut) -> None:
+def convert(source: Path, target: Path, partition: ZeroPartition) -> None:
     (target / "zero").mkdir(parents=True)
-    write_deepspeed(target / "zero", read_deepspeed(source / "zero"), cut)
+    write_deepspeed(target / "zero", read_deepspeed(source / "zero"), partition)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -152,7 +153,7 @@ def test_deepspeed_alone_goes_on_from_another_layout(trained, size):
             name(saved, 3 - size, precision),
             f"{name(saved, 3 - size, precision)}-to-{stage}-{size}",
         )
-        convert(folder / source, folder / target, Cut(stage, size))
+        convert(folder / source, folder / target, ZeroPartition(stage, size))
         jobs.append((source, target, precision, stage))
     for result in run_distributed(resume, size, folder, jobs):
         for source, target, precision, _ in jobs:
@@ -210,17 +211,21 @@ def equal(first: DeepSpeedState, second: DeepSpeedState) -> None:
 )
 def test_there_and_back_is_bit_equal(tmp_path, trained, stage, size, precision, monkeypatch):
     source = trained[0] / name(stage, size, precision)
-    for number, cut in enumerate((Cut(1, 3), Cut(2, 7), Cut(3, 5))):
-        if cut.stage == 3:
+    for number, partition in enumerate(
+        (ZeroPartition(1, 3), ZeroPartition(2, 7), ZeroPartition(3, 5))
+    ):
+        if partition.stage == 3:
             monkeypatch.setattr(
                 deepspeed_write, "SUB_GROUP", 4
             )  # several vectors in a group, as of a large model
-        convert(source, tmp_path / f"there-{number}", cut)
+        convert(source, tmp_path / f"there-{number}", partition)
         monkeypatch.undo()
         there = read_deepspeed(tmp_path / f"there-{number}" / "zero")
-        assert (there.zero_stage, there.world_size) == (cut.stage, cut.world_size)
+        assert (there.zero_stage, there.world_size) == (partition.stage, partition.world_size)
         equal(there, read_deepspeed(source / "zero"))
-        convert(tmp_path / f"there-{number}", tmp_path / f"back-{number}", Cut(stage, size))
+        convert(
+            tmp_path / f"there-{number}", tmp_path / f"back-{number}", ZeroPartition(stage, size)
+        )
         equal(read_deepspeed(tmp_path / f"back-{number}" / "zero"), read_deepspeed(source / "zero"))
         for file in (source / "zero").iterdir():
             alike(
@@ -231,8 +236,11 @@ def test_there_and_back_is_bit_equal(tmp_path, trained, stage, size, precision, 
 
 
 def alike(found: Any, expected: Any, place: str) -> None:
-    """The same objects in the same containers. But what DeepSpeed pads slices with in ZeRO 3 is whatever the memory held (as far
-    as slices hold parameters, `equal` has seen them), and such a checkpoint may say at what norm to clip."""
+    """Check for the same objects in the same containers.
+
+    In ZeRO 3, DeepSpeed pads slices with uninitialized memory (`equal` compares the parameters in
+    them), and a converted checkpoint may have the additional entry `clip_grad`.
+    """
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype and found.shape == expected.shape, place
         assert ("zero_pp" in place and found.ndim == 1) or torch.equal(found, expected), place
@@ -253,7 +261,7 @@ def alike(found: Any, expected: Any, place: str) -> None:
 @pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
 def test_the_precision_changes_and_the_masters_stay(tmp_path, trained, before, after):
     source = trained[0] / name(2, 2, before)
-    convert(source, tmp_path / "out", Cut(3, 2, DTYPES[after]))
+    convert(source, tmp_path / "out", ZeroPartition(3, 2, DTYPES[after]))
     old, new = read_deepspeed(source / "zero"), read_deepspeed(tmp_path / "out" / "zero")
     assert {new.working[key] for key in new.trainable} == {DTYPES[after]}
     assert all(torch.equal(new.weights[key], old.weights[key]) for key in old.trainable)

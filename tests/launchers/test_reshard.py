@@ -1,4 +1,4 @@
-"""`landiff convert RUN --to megatron|deepspeed`: real trainers go on from what it makes, as if nothing had happened."""
+"""`landiff convert RUN --to megatron|deepspeed`: trainers resume from the result unchanged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all forked ranks
+# Slow to import, so imported once before ranks are forked.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pytest
 import torch
 import yaml
@@ -15,7 +16,7 @@ import landiff.training.lm.engine
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.launchers.cli import main
-from landiff.launchers.weights.relayout import Wish, relayout
+from landiff.launchers.weights.reshard import ReshardRequest, reshard
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
@@ -23,8 +24,8 @@ from landiff.training.diffusion.__main__ import main as train_diffusion
 from landiff.training.lm.__main__ import main as train_lm
 from landiff.training.observe.metrics import read_metrics
 from tests.distributed import nursery
-from tests.model_zoo.convert.test_deepspeed import write_stage_2
 from tests.model_zoo.convert.tiny import same
+from tests.model_zoo.convert.zero_files import write_stage_2
 from tests.training.diffusion import tiny as diffusion
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_config
@@ -53,7 +54,7 @@ def landiff(*words: object) -> None:
 
 
 def close(found: dict[int, float], straight: dict[int, float], tolerance: float) -> None:
-    """The converted run makes the steps behind its checkpoint, and they are those of the run that was never converted."""
+    """Check the losses of a resharded run against those of the run that continued unchanged."""
     assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
     # float32 sums in another order; bfloat16 has 8 bits
     assert list(found.values()) == pytest.approx([straight[step] for step in found], rel=tolerance)
@@ -245,7 +246,7 @@ def test_the_diffusion_model_goes_on(
 # ---------------------------------------------------------------- not of our trainers
 
 
-def test_a_deepspeed_folder_of_another_model_is_told_and_cut_anew_but_goes_nowhere_else(
+def test_a_deepspeed_folder_of_another_model_is_inspected_and_resharded_only(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -276,7 +277,7 @@ def test_a_deepspeed_folder_of_another_model_is_told_and_cut_anew_but_goes_nowhe
     )
     assert main(["convert", "theirs", "--name", "x"]) == 2
     assert (
-        "a model that is none of ours (its keys start with a, b, frozen, mask)"
+        "a model of unknown architecture (its keys start with a, b, frozen, mask)"
         in capsys.readouterr().err
         and not Path("zoo").exists()
     )
@@ -306,11 +307,12 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
     for words, message in (
         (
             ["main", "--name", "x", "zero.stage=3"],
-            "zero.stage=3 is for a run that continues from the result, so for --to megatron or deepspeed",
+            "zero.stage=3 is for a run that continues from the result, so for --to megatron or "
+            "deepspeed",
         ),
         (
             ["main", "--to", "diffusers", "--out", "x", "--world-size", "2"],
-            "--world-size 2: the ranks of a --to deepspeed",
+            "--world-size 2: this is the number of ranks for --to deepspeed",
         ),
         (["main", "--to", "deepspeed", "--out", "x", "--world-size", "0"], "at least 1"),
         (["main", "--to", "deepspeed", "--out", "x", "zero.stag=3"], "zero.stag"),
@@ -321,11 +323,11 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
         ),
         (
             ["theirs", "main", "--to", "deepspeed", "--out", "x"],
-            "name it alone, or take --weights-only",
+            "name it alone, or use --weights-only",
         ),
         (
             ["theirs", "--to", "deepspeed", "--out", "x", "--allow-missing", "*"],
-            "must be whole: --allow-missing goes with --weights-only",
+            "must be complete: use --allow-missing with --weights-only",
         ),
         (["main", "--to", "diffusers", "--out", "x", "--name", "y"], "--name goes with --to zoo"),
         (
@@ -348,7 +350,7 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(tmp_path, monkeyp
         "--dry-run",
     )
     assert (
-        "with its optimizer, to x: a bare checkpoint, Cut(stage=1, world_size=8"
+        "with its optimizer, to x: a checkpoint without a run, ZeRO 1, world size 8"
         in capsys.readouterr().out
     )
     assert not Path("x").exists()
@@ -365,5 +367,7 @@ def test_an_interrupted_one_leaves_nothing(tmp_path):
         raise Stop
 
     with pytest.raises(Stop):
-        relayout(tmp_path / "theirs", Wish("deepspeed", tmp_path / "x", world_size=2), {}, stop)
+        reshard(
+            tmp_path / "theirs", ReshardRequest("deepspeed", tmp_path / "x", world_size=2), {}, stop
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
