@@ -37,17 +37,16 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from landiff.training.checkpoint.store import (
+from landiff.training.checkpoint.files import FileList, difference
+from landiff.training.checkpoint.run_folder import (
     CONFIG,
     FILES,
     STATE,
-    FileList,
     committed_steps,
-    difference,
+    finished_step,
+    read_metrics,
     step_folder,
 )
-from landiff.training.observe.metrics import read_metrics
-from landiff.training.run import finished_step
 from tests.distributed import Nursery, RankError, nursery
 
 TIMING = ("time", "throughput/", "data/", "memory/")  # what differs between equal runs

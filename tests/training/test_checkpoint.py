@@ -14,16 +14,15 @@ from safetensors.torch import load_file
 from landiff.configs.base import ConfigError
 from landiff.configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
 from landiff.training.checkpoint.errors import CheckpointError
-from landiff.training.checkpoint.store import (
+from landiff.training.checkpoint.files import (
     CheckpointState,
-    CheckpointStore,
     FileList,
-    committed_steps,
     describe_file,
     latest_whole,
     list_files,
-    step_folder,
 )
+from landiff.training.checkpoint.run_folder import committed_steps, step_folder
+from landiff.training.checkpoint.store import CheckpointStore
 from landiff.training.config import LoopConfig, OptimConfig
 from landiff.training.engine import TrainState
 from tests.distributed import run_distributed
@@ -58,7 +57,6 @@ def store(settings, world=None):
     return CheckpointStore(
         settings.run / "checkpoints",
         settings,
-        settings.loop,
         world or alone(),
         retry_waits_s=(0, 0, 0),
     )
@@ -193,7 +191,7 @@ def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
     settings = config(tmp_path, on_save_failure="warn", keep_last=1)
     save(settings, 1)
     assert save(settings, 2, failures=1) == (None, 1)
-    assert "rank 0" in caplog.text and "going on" in caplog.text
+    assert "rank 0" in caplog.text and "training continues" in caplog.text
     assert list_folder(tmp_path) == ["step_00000001"]
     with pytest.raises(CheckpointError, match="older checkpoints are untouched"):
         save(settings, 2, failures=1, last=True)

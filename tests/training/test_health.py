@@ -14,21 +14,20 @@ from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.launchers.local.start import environment
 from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
-from landiff.training.checkpoint.store import (
+from landiff.training.checkpoint.files import FileList, describe_file, latest_whole
+from landiff.training.checkpoint.run_folder import (
     FILES,
-    CheckpointStore,
-    FileList,
     committed_steps,
-    describe_file,
-    latest_whole,
+    finished_step,
+    read_metrics,
     step_folder,
 )
+from landiff.training.checkpoint.store import CheckpointStore
 from landiff.training.config import LoopConfig
 from landiff.training.engine import TrainState
 from landiff.training.guard import Guard
 from landiff.training.loop import fit
-from landiff.training.observe.metrics import read_metrics
-from landiff.training.run import Run, finished_step
+from landiff.training.run import Run
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
 
@@ -115,7 +114,7 @@ def test_non_finite_weights_are_not_saved(tmp_path):
 
 
 def save(settings, step, healthy):
-    store = CheckpointStore(settings.run / "checkpoints", settings, settings.loop, alone())
+    store = CheckpointStore(settings.run / "checkpoints", settings, alone())
     store.save(
         TrainState(step, healthy=healthy),
         ToyEngine(settings, alone()),

@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from landiff.configs.durations import duration
 from landiff.data_pipeline.loading.loader import Batch
+from landiff.training.checkpoint.run_folder import read_metrics
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.metrics import (
     Metrics,
     StepProgress,
     cut,
-    duration,
-    gif,
-    read_metrics,
     read_scalars,
 )
+from landiff.training.observe.previews import gif
 from tests.training.toy import alone
 
 

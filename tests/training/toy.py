@@ -13,8 +13,9 @@ from landiff.configs.base import Config
 from landiff.configs.loader import load
 from landiff.data_pipeline.format.schema import Manifest, RawSample
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.training import distributed, rng
-from landiff.training.config import LoopConfig, OptimConfig
+from landiff.model_zoo import keyed_random
+from landiff.training import distributed
+from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.guard import Guard
@@ -27,7 +28,7 @@ class ToyModelConfig(Config):
     width: int = 3
 
 
-class ToyConfig(Config):
+class ToyConfig(TrainConfig):
     run: Path
     loop: LoopConfig
     model: ToyModelConfig = ToyModelConfig()
@@ -48,7 +49,7 @@ class ToyLoader:
         samples = []
         for position in range(self.world.rank, size, self.world.size):
             index = self.step * size + position
-            x = torch.randn(width, generator=rng.generator(0, "toy", index))
+            x = torch.randn(width, generator=keyed_random.generator(0, "toy", index))
             samples.append(Sample(f"{index:06d}", 0, index, position, META, {"x": x}))
         self.step += 1
         return Batch(self.step - 1, size, tuple((sample,) for sample in samples))

@@ -64,7 +64,7 @@ def test_columns_of_another_shape_are_refused(tmp_path):
     settings = config(tmp_path)
     assert check_diffusion_columns(manifest(), settings, None) == []
     (problem,) = check_diffusion_columns(manifest(**{"text-tiny": column([5, 6])}), settings, None)
-    assert "has shape [5, 6], but model.transformer wants [3, 6]" in str(problem)
+    assert "has shape [5, 6], but model.transformer needs [3, 6]" in str(problem)
     moments = manifest(latents=column([3, 96, 4, 4], moments=True))  # mean and log-variance
     assert check_diffusion_columns(moments, settings, None) == []
     (problem,) = check_diffusion_columns(manifest(latents=column([3, 96, 4, 4])), settings, None)

@@ -173,8 +173,8 @@ def logits_checks(engine: MegatronEngine, batch: Batch, config: LMTrainConfig) -
         plain(
             single.ids_N[None],
             single.text_MD.float()[None],
-            single.frames_S,
-            single.motion_score_S,
+            single.frames_B,
+            single.motion_score_B,
             single.drop_text_M[:1],
         )[0]
         for single in rows

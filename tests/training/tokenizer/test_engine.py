@@ -11,7 +11,8 @@ from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.training.observe.metrics import read_scalars
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
-from landiff.training.tokenizer.engine import TokenizerEngine, paint
+from landiff.training.tokenizer.engine import TokenizerEngine
+from landiff.training.tokenizer.preview import paint
 from tests.distributed import run_distributed
 from tests.training.tokenizer.tiny import MODEL, batch, config, features
 from tests.training.toy import alone
