@@ -27,7 +27,8 @@ from landiff.model_zoo.convert import known_formats as formats
 from landiff.model_zoo.convert.formats import deepspeed_write, megatron
 from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
 from landiff.model_zoo.convert.rules import all_of
-from landiff.training.checkpoint.store import CONFIG, STATE, differences, latest_whole, versions
+from landiff.training.checkpoint.files import differences, latest_whole, versions
+from landiff.training.checkpoint.run_folder import CONFIG, STATE
 
 
 def locate(reference: str | Path, zoo: Path) -> Path:
