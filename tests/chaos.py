@@ -1,20 +1,24 @@
-"""Prove that a trainer survives SIGKILL at any moment: the run that was killed again and again ends bit-equal to
-the one that never was.
+"""Check that a trainer survives SIGKILL at any moment.
 
-A nursery forks the ranks (tests/distributed.py). In each child the file operations on the run folder are
-counted: open for writing, write, fsync, rename, mkdir, unlink, rmdir, and whole files written by native code
-(safetensors, torch.save). A first, undisturbed run records them. Then the run is started over and over, each
-time with one planned kill:
+A run that is killed again and again must end bit-equal to one that never is.
 
-    save   a rank dies before, within or after the n-th operation of a save (within a write: half of it is done)
-    start  a rank dies at the n-th operation before its first save: cleaning up, cutting metrics, logging
+A nursery forks the ranks (tests/distributed.py). Each child counts its file operations on the run
+folder: open for writing, write, fsync, rename, mkdir, unlink, rmdir, and files written in one call
+by native code (safetensors, torch.save). A first, undisturbed run records them. Then the run is
+started repeatedly, each time with one planned kill:
+
+    save   a rank dies before, within or after the n-th operation of a save (within a write: half
+           of it is done)
+    start  a rank dies at the n-th operation before its first save: cleaning up, cutting metrics,
+           logging
     clock  the parent kills at a random moment
 
-In half of the cases the other ranks die at once too, in the other half they have to notice. The operations of
-a save are visited in a random order without repetition, so that enough kills visit them all. After every kill
-all committed checkpoints must be whole, and the newest never older than before.
+In half of the cases the other ranks die at once too, in the other half they have to notice. The
+operations of a save are visited in a random order without repetition, so that enough kills visit
+them all. After every kill all committed checkpoints must be intact, and the newest must not be
+older than before.
 
-The code under test is unchanged and knows nothing of this.
+The code under test is unchanged.
 """
 
 from __future__ import annotations
@@ -100,7 +104,10 @@ class Report:
     def __str__(self) -> str:
         kinds = [plan.kind for plan in self.plans]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("save", "start", "clock"))
-        return f"{len(kinds)} kills ({counts}), {self.points} places in a save, {self.runs} runs, {self.seconds:.0f} s"
+        return (
+            f"{len(kinds)} kills ({counts}), {self.points} places in a save, {self.runs} runs, "
+            f"{self.seconds:.0f} s"
+        )
 
 
 def prove_kill_safety(
@@ -112,10 +119,11 @@ def prove_kill_safety(
     seed: int = 0,
     timeout_s: float = 120.0,
 ) -> Report:
-    """Run `trainer` undisturbed and with `kills` kills, and compare. `module`: the test module, which imports the trainer.
+    """Run `trainer` undisturbed and with `kills` kills, and compare the results.
 
-    A run that is over before all kills were delivered is compared, and another one begun. Raises AssertionError
-    where one differs from the undisturbed run, or a committed checkpoint is not whole.
+    `module`: the test module, which imports the trainer. If a run ends before all kills were
+    delivered, it is compared, and another run is started. Raises AssertionError if a run differs
+    from the undisturbed one, or if a committed checkpoint is not intact.
     """
     ranks = nursery(module)
     begin, straight = time.monotonic(), folder / "straight"
@@ -204,7 +212,7 @@ class Planner:
 
 
 def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s: float) -> bool:
-    """Start the trainer with one kill planned. True when a rank was killed, False when it ended by itself.
+    """Start the trainer with one kill planned. Whether a rank was killed.
 
     Raises RankError when ranks failed for another reason.
     """
@@ -239,7 +247,7 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
 
 
 def _check_checkpoints(run: Path, before: int) -> int:
-    """All committed checkpoints are whole, and the newest is not older than `before`. Returns it."""
+    """Assert that checkpoints are intact and the newest is not older than `before`. Returns it."""
     folder = run / "checkpoints"
     steps = committed_steps(folder)
     for step in steps:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, never lost, never of another model."""
+"""Checkpoints: complete or absent, never lost, never of another model."""
 
 import errno
 import logging
@@ -35,7 +35,7 @@ def config(folder, steps=6, **loop):
 
 @dataclass
 class Cramped(ToyEngine):
-    """Cannot write more than a few bytes to a file, the next `failures` times: the system refuses, as on a full disk."""
+    """Fails the next `failures` saves as on a full disk: files are limited to a few bytes."""
 
     failures: int = 0
     attempts: int = 0
@@ -200,7 +200,7 @@ def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
 
 @dataclass
 class Refused(ToyEngine):
-    """Every save meets the system error `number`."""
+    """Every save fails with the system error `number`."""
 
     number: int = errno.EPERM
 
@@ -208,9 +208,16 @@ class Refused(ToyEngine):
         raise OSError(self.number, os.strerror(self.number), str(folder / "weights"))
 
 
-@pytest.mark.parametrize(("number", "advice"), [
-    (errno.EPERM, PERMISSIONS), (errno.EACCES, PERMISSIONS), (errno.EROFS, READ_ONLY), (errno.ENOSPC, FREE_SPACE), (errno.EDQUOT, FREE_SPACE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EPERM, PERMISSIONS),
+        (errno.EACCES, PERMISSIONS),
+        (errno.EROFS, READ_ONLY),
+        (errno.ENOSPC, FREE_SPACE),
+        (errno.EDQUOT, FREE_SPACE),
+    ],
+)
 def test_a_failed_save_asks_for_space_only_where_space_is_missing(tmp_path, number, advice):
     settings = config(tmp_path, on_save_failure="fatal")
     engine = Refused(settings, alone(), number)

@@ -1,4 +1,4 @@
-"""A rank that stands still: what it and the peers that wait for it leave behind."""
+"""A rank that hangs: the files that it and the other ranks write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: resumes exactly, stops when asked, does nothing twice."""
+"""The training loop: resumes exactly, stops on request, repeats no step."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a run says: a line, a file, TensorBoard; and the same again after a restart."""
+"""Metrics of a run: progress line, file and TensorBoard, also after a restart."""
 
 import io
 import json
@@ -77,7 +77,8 @@ def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
 
 def test_a_full_disk_is_told_to_whoever_writes(tmp_path):
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom landiff.training.observe.event_file import EventFile\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from landiff.training.observe.event_file import EventFile\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "file = EventFile(Path(sys.argv[1]))\n"
         "try:\n  for step in range(1000): file.add_scalar('loss', 1.0, step)\n"

@@ -1,4 +1,4 @@
-"""The smallest real engine and loader: a linear regression whose gradients are averaged over the ranks."""
+"""The smallest real engine and loader: linear regression with gradients averaged over ranks."""
 
 from __future__ import annotations
 

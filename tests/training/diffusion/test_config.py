@@ -53,7 +53,8 @@ def test_a_global_batch_that_ranks_do_not_divide_is_refused(tmp_path):
     settings = config(tmp_path, data__global_batch_size=5)
     with pytest.raises(
         ConfigError,
-        match=r"global_batch_size = 5 is not a multiple of data-parallel ranks \* data.micro_batch_size = 1 \* 2",
+        match=r"global_batch_size = 5 is not a multiple of data-parallel ranks \* "
+        r"data.micro_batch_size = 1 \* 2",
     ):
         DeepSpeedEngine(
             settings, alone(), torch.nn.Linear(1, 1), Objective(settings, torch.device("cpu"))

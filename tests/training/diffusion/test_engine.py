@@ -1,13 +1,14 @@
-"""The DeepSpeed engine: every layout trains the same model, and a checkpoint of one goes on in any other.
+"""The DeepSpeed engine: every layout trains the same model and loads checkpoints of all others.
 
-Two sets of processes, of one rank and of two, train and save; two more load each other's checkpoints.
+Two sets of processes, of one rank and of two, train and save. Two more load each other's
+checkpoints.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 import torch
 
@@ -25,7 +26,8 @@ STAGES = (1, 2, 3)
 PHASES = ("main", "control")
 BEFORE, AFTER = 2, 2  # steps, around the save
 
-# float32 sums in another order (ranks, buckets, micro-batches), through four AdamW steps; losses are about 2
+# float32 sums in another order (ranks, buckets, micro-batches), through four AdamW steps; losses
+# are about 2
 CLOSE = {"rel": 1e-5}
 # bfloat16 has 8 bits; what accumulates differs in the last one
 CLOSE_BF16 = {"rel": 5e-3}

@@ -1,4 +1,4 @@
-"""The smallest real diffusion trainer: a config, a zoo to start from, samples that are functions of their index."""
+"""The smallest real diffusion trainer: a config, a zoo, and samples as functions of their index."""
 
 from __future__ import annotations
 

@@ -23,7 +23,11 @@ def topic(key: str) -> int:
 
 
 def write_data_set(data: Path, config: LMConfig, sizes: list[int], num_frames: int) -> Manifest:
-    """Tokens: a sequence of the clip's topic, one code in five random. Text: 3 to 8 rows around the topic's direction."""
+    """Write tokens and text states.
+
+    Tokens: a sequence of the clip's topic, one code in five random. Text: 3 to 8 rows around the
+    topic's direction.
+    """
     layout = TokenLayout.of(config)
     count = layout.num_codes(num_frames)
 

@@ -141,8 +141,8 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     manifest = write_data_set(tmp_path / "data", config.model, [3], 3)
     (problem,) = check_lm_columns(manifest, config, entry)
     assert (
-        f"column 'tokens' was made by test 1111222233334444, but tokenizer = mine@{entry.fingerprint}"
-        in str(problem)
+        "column 'tokens' was made by test 1111222233334444, but tokenizer = "
+        f"mine@{entry.fingerprint}" in str(problem)
     )
     adopting = config.model_copy(update={"data": config.data.model_copy(update={"adopt": True})})
     assert (

@@ -1,4 +1,4 @@
-"""Two processes: every way to spread the model trains the same model, and checkpoints move between them."""
+"""Two processes: every layout trains the same model, and checkpoints move between layouts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Trained:
         dist.barrier()
 
     def condition_gradients(self) -> dict[str, torch.Tensor]:
-        """Summed over all copies. The distributed optimizer leaves each rank with its own part, so none there."""
+        """Summed over all copies. With the distributed optimizer a rank has only its part."""
         return {
             name: parameter.grad.clone()
             for name, parameter in self.engine.model.named_parameters()

@@ -150,7 +150,7 @@ def shipped_config(folder, name):
 
 
 def save_and_resume(world, folder, name):
-    """Two times (scalars of the steps after a checkpoint, state after them): trained on, and resumed."""
+    """(scalars of the steps after a checkpoint, state after them), trained on and resumed."""
     engine = TokenizerEngine(shipped_config(folder, name), world)
     train(engine, range(3), world)
     if world.rank == 0:

@@ -45,7 +45,7 @@ def config(run: Path, model: TokenizerConfig = MODEL, **changes: object) -> Toke
 
 
 def features(index: int, model: TokenizerConfig = MODEL) -> torch.Tensor:
-    """float16 [T, C, h, w]: one of four patterns, stronger or weaker; a pure function of the index."""
+    """float16 [T, C, h, w]: one of four patterns with a strength, a function of the index."""
     shape = (model.segment_frames, model.feature_channels, model.grid_height, model.grid_width)
     pattern = torch.randn(*shape, generator=keyed_random.generator(0, "pattern", index % 4))
     strength = 0.75 + 0.5 * torch.rand(1, generator=keyed_random.generator(0, "clip", index % 64))
