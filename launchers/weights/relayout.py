@@ -35,8 +35,15 @@ from landiff.model_zoo.convert.formats.deepspeed_write import Cut
 from landiff.model_zoo.convert.formats.megatron_optimizer import MegatronCut, MegatronState
 from landiff.model_zoo.convert.known_formats import new_folder
 from landiff.model_zoo.convert.lazy import ProgressCallback
-from landiff.training.checkpoint.files import CheckpointState, describe_file, list_files, seal
-from landiff.training.checkpoint.run_folder import CONFIG, STATE, step_folder
+from landiff.training.checkpoint.run_folder import step_folder
+from landiff.training.checkpoint.store import (
+    CONFIG,
+    STATE,
+    CheckpointState,
+    describe_file,
+    list_files,
+    seal,
+)
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 

@@ -19,9 +19,9 @@ from landiff.launchers.weights.relayout import Wish, relayout
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
-from landiff.training.checkpoint.run_folder import read_metrics
 from landiff.training.diffusion.__main__ import main as train_diffusion
 from landiff.training.lm.__main__ import main as train_lm
+from landiff.training.observe.metrics import read_metrics
 from tests.distributed import nursery
 from tests.model_zoo.convert.test_deepspeed import write_stage_2
 from tests.model_zoo.convert.tiny import same

@@ -14,9 +14,10 @@
     hangs/rank_0003.txt     stacks of a rank that hung
     stop                    request to save and end
     done                    final step; exists only if the run has finished
-    job/                    records of the launcher, see the constants below
+    job/                    records of what started the run (launchers/run)
 
-All other modules import these names.
+Other modules take the names from here. Those below job/ are defined by the launchers, which are the
+only ones to use them.
 """
 
 from __future__ import annotations
@@ -38,20 +39,6 @@ HEARTBEAT = "heartbeat"
 HANGS = "hangs"
 STOP = "stop"
 DONE = "done"
-
-JOB_FOLDER = "job"
-# Files in JOB_FOLDER. Of an array, some have the number of the task as a suffix.
-RECORD = "job.json"  # what was started
-SCRIPT = "job.sbatch"
-CODE = "code"  # snapshot of the source
-LOGS = "log"
-CURRENT = "current"  # id of the job that runs now
-CHAIN = "chain"  # ids of the jobs of a chain
-STOPPED = "stopped"  # ids of jobs that the user stopped, or "here"
-LAST_ERROR = "last_error"
-CONFIG_ERROR = "config_error"  # an error that the next attempt would meet again
-GIVEN_UP = "given_up"
-REFUSED = "refused"  # another job owns the run folder
 
 MAX_DONE_BYTES = 100
 

@@ -56,7 +56,7 @@ class Previewer:
                 inputs.text_BLD,
                 inputs.features_BTchw,
                 seeded_noise([keyed_random.key(self.config.loop.seed, "preview")]),
-                SamplerOptions(num_steps=self.config.preview_steps, guidance=0.0),
+                options=SamplerOptions(num_steps=self.config.preview_steps, guidance=0.0),
             )
             videos["preview/sampled"] = self._side_by_side(inputs.latents_BTCHW, sampled)
         model.train()
