@@ -57,7 +57,7 @@ class World:
     stop_signalled: bool = False
     control: dist.ProcessGroup | None = field(default=None, repr=False)
 
-    def any_says(self, flag: bool) -> bool:
+    def any_true(self, flag: bool) -> bool:
         """Whether `flag` is true on at least one rank. One all-reduce of 4 bytes between CPUs."""
         if self.size == 1:
             return flag
@@ -65,13 +65,13 @@ class World:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return bool(votes)
 
-    def all_agree(self, flag: bool) -> bool:
+    def all_true(self, flag: bool) -> bool:
         """Whether `flag` is true on all ranks."""
-        return not self.any_says(not flag)
+        return not self.any_true(not flag)
 
     def barrier(self) -> None:
         """Wait until all ranks have reached this call."""
-        self.any_says(False)
+        self.any_true(False)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on all ranks. It must be JSON-serializable."""

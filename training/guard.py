@@ -32,7 +32,7 @@ class Guard:
         diverged = not all(math.isfinite(value) for value in values.values())
         step = ""
         if self.world is not None:
-            diverged = self.world.any_says(diverged)
+            diverged = self.world.any_true(diverged)
             step = f" in step {self.world.step + 1}"
         if not diverged:
             return

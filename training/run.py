@@ -61,7 +61,7 @@ class Run:
         hundreds). It does not wait for the device.
         """
         file_exists = self.world.rank == 0 and self._stop_file.exists()
-        return self.world.any_says(self.world.stop_signalled or file_exists)
+        return self.world.any_true(self.world.stop_signalled or file_exists)
 
     def end(self, state: TrainState) -> None:
         """Close the metrics, remove the stop request, and write `done` after the last step."""

@@ -17,7 +17,7 @@ from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.metrics import (
     Metrics,
     StepProgress,
-    cut,
+    drop_later_lines,
     read_scalars,
 )
 from landiff.training.observe.previews import gif
@@ -91,8 +91,8 @@ def test_a_full_disk_is_told_to_whoever_writes(tmp_path):
     assert (done.stdout, done.stderr) == ("File too large\n", "")
 
 
-def test_cut_of_nothing_is_nothing(tmp_path):
-    cut(tmp_path / "metrics.jsonl", 3)
+def test_a_missing_file_stays_missing(tmp_path):
+    drop_later_lines(tmp_path / "metrics.jsonl", 3)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 

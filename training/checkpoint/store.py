@@ -310,7 +310,7 @@ class CheckpointStore:
     def _require_finite(self, engine: Engine, what: str, consequence: str) -> None:
         """Raise NonFiniteError on all ranks if the weights of one rank are not finite."""
         names = non_finite(engine.local_weights())
-        if not self.world.any_says(bool(names)):
+        if not self.world.any_true(bool(names)):
             return
         found: list[str] = []
         for part in self.world.gather(names[: NAMES_SHOWN + 1]):
@@ -351,7 +351,7 @@ def _attempt(action: Callable[[], object]) -> str:
 
 def _failures(world: World, failure: str) -> list[str]:
     """The failures of all ranks on all ranks. Equal ones are listed once."""
-    if not world.any_says(bool(failure)):
+    if not world.any_true(bool(failure)):
         return []
     ranks_by_text: dict[str, list[int]] = {}
     for rank, text in enumerate(world.gather(failure)):

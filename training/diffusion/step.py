@@ -103,7 +103,11 @@ class Objective:
         config = self.config
         seed = config.loop.seed
         batch_size = config.data.global_batch_size
-        latents, noise, timesteps, prefixes, texts = [], [], [], [], []
+        latents = []
+        noise = []
+        timesteps = []
+        prefixes = []
+        texts = []
         for sample in samples:
             self._check(sample)
             latents_TCHW = self._latents(sample)

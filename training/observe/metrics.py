@@ -48,7 +48,7 @@ class Metrics:
     def resume(self, state: TrainState) -> None:
         """Drop what was logged after `state.step`. Must precede the first `log`."""
         if self.world.rank == 0:
-            cut(self.path, state.step)
+            drop_later_lines(self.path, state.step)
             self._writer = EventFile(self.tensorboard, purge_step=state.step + 1)
         self._reset()
 
@@ -188,8 +188,8 @@ def read_scalars(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     return scalars
 
 
-def cut(path: Path, step: int) -> None:
-    """Drop truncated lines and those after `step` from a metrics.jsonl."""
+def drop_later_lines(path: Path, step: int) -> None:
+    """Remove the lines after `step` from a metrics.jsonl, and truncated ones."""
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
