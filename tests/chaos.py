@@ -64,19 +64,21 @@ MOMENTS = {
 
 @dataclass(frozen=True)
 class Trainer:
-    """What is put to the test."""
+    """The trainer under test.
 
-    main: str  # "landiff.training.tokenizer.__main__:main", called with the path of a config
-    write_config: Callable[
-        [Path], Path
-    ]  # run folder -> config file, the same but for the run folder
+    main: function that is called with the path of a config, for example
+        "landiff.training.tokenizer.__main__:main".
+    write_config: writes the config of a run folder and returns its path. Configs differ in the run
+        folder only.
+    loader: class whose `next_batch` shows the order of samples.
+    read: returns what must be equal in two checkpoints, by default hashes of the files.
+    """
+
+    main: str
+    write_config: Callable[[Path], Path]
     world_size: int
-    loader: str = (
-        "landiff.data_pipeline.loading.loader:Loader"  # whose next_batch shows the order of samples
-    )
-    read: Callable[[Path], Mapping[str, Any]] | None = (
-        None  # checkpoint folder -> what must be equal; default: file hashes
-    )
+    loader: str = "landiff.data_pipeline.loading.loader:Loader"
+    read: Callable[[Path], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Plan:
 
 @dataclass
 class Report:
-    """What happened."""
+    """Summary of a test."""
 
     plans: list[Plan] = field(default_factory=list)
     points: int = 0  # different places of a save where a rank can be killed
@@ -126,7 +128,8 @@ def prove_kill_safety(
     from the undisturbed one, or if a committed checkpoint is not intact.
     """
     ranks = nursery(module)
-    begin, straight = time.monotonic(), folder / "straight"
+    begin = time.monotonic()
+    straight = folder / "straight"
     _attempt(trainer, ranks, straight, Plan("none"), timeout_s)
     plans = Planner(
         straight, trainer.world_size, time.monotonic() - begin, kills, random.Random(seed)
@@ -134,7 +137,8 @@ def prove_kill_safety(
     report = Report(points=len(plans.points))
     while len(report.plans) < kills:
         report.runs += 1
-        killed, committed = folder / f"killed_{report.runs}", 0
+        killed = folder / f"killed_{report.runs}"
+        committed = 0
         while finished_step(killed) is None:
             plan = plans.next(committed) if len(report.plans) < kills else Plan("none")
             if _attempt(trainer, ranks, killed, plan, timeout_s):
@@ -156,21 +160,19 @@ class Planner:
         self.world_size = world_size
         self.duration_s = duration_s
         self.random = random_
-        operations = [
-            json.loads(line)
-            for path in sorted(_beside(straight).glob("operations_*"))
-            for line in path.read_text().splitlines()
-        ]
+        operations = []
+        for path in sorted(_beside(straight).glob("operations_*")):
+            for line in path.read_text().splitlines():
+                operations.append(json.loads(line))
         steps = sorted({operation["step"] for operation in operations if operation["step"]})
         assert len(steps) >= 4, f"only {len(steps)} saves; the run is too short to be killed"
         self.steps = steps
         full = steps[-2]  # with an old checkpoint to delete
-        self.points = [
-            (operation["rank"], operation["index"], moment)
-            for operation in operations
-            if operation["step"] == full
-            for moment in MOMENTS[operation["kind"]]
-        ]
+        self.points = []
+        for operation in operations:
+            if operation["step"] == full:
+                for moment in MOMENTS[operation["kind"]]:
+                    self.points.append((operation["rank"], operation["index"], moment))
         self.starts = [(o["rank"], o["index"]) for o in operations if not o["step"]]
         self.random.shuffle(self.points)
         self._queue = list(self.points)
@@ -180,7 +182,7 @@ class Planner:
         self.random.shuffle(self._kinds)
 
     def missed(self, plan: Plan) -> None:
-        """The run was over before that kill; it is due again."""
+        """Plan a kill again that came after the end of its run."""
         self._kinds.append(plan.kind)
 
     def next(self, committed: int) -> Plan:
@@ -229,10 +231,13 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
     if plan.kind == "clock":
         first = ranks.wait(plan.delay_s)
         early = [] if first is None else [first]
-        if first is None:
-            children.kill() if plan.everybody else os.kill(children.pids[plan.rank], signal.SIGKILL)
+        if first is None and plan.everybody:
+            children.kill()
+        elif first is None:
+            os.kill(children.pids[plan.rank], signal.SIGKILL)
     else:
-        early = [first] if (first := ranks.wait(timeout_s)) else []
+        first = ranks.wait(timeout_s)
+        early = [] if first is None else [first]
         if early and early[0][1] == -signal.SIGKILL and plan.everybody:
             children.kill({early[0][0]: 0})
     codes = children.wait(timeout_s, ended=early, grace_s=5.0)
@@ -253,8 +258,9 @@ def _check_checkpoints(run: Path, before: int) -> int:
     for step in steps:
         path = step_folder(folder, step)
         listed = FileList.model_validate_json((path / FILES).read_bytes())
-        problems = [text for entry in listed.files if (text := difference(path, entry))]
-        assert not problems, f"{path} is committed, but {problems}"
+        for entry in listed.files:
+            problem = difference(path, entry)
+            assert not problem, f"{path} is committed, but {problem}"
     newest = steps[-1] if steps else 0
     assert newest >= before, f"the checkpoint of step {before} was lost; left: {steps}"
     assert not list(folder.glob("*.damaged")), (
@@ -271,11 +277,11 @@ def _compare(trainer: Trainer, straight: Path, killed: Path) -> None:
     assert final[0].keys() == final[1].keys()
     different = [name for name in final[0] if not _equal(final[0][name], final[1][name])]
     assert not different, f"after the kills, these differ in the last checkpoint: {different}"
-    lines = [
-        [_timeless(line) for line in read_metrics(run / "metrics.jsonl")]
-        for run in (straight, killed)
-    ]
-    for expected, found in zip(*lines, strict=True):
+    expected_lines = read_metrics(straight / "metrics.jsonl")
+    found_lines = read_metrics(killed / "metrics.jsonl")
+    for expected_line, found_line in zip(expected_lines, found_lines, strict=True):
+        expected = _timeless(expected_line)
+        found = _timeless(found_line)
         assert found == expected, f"metrics differ: {found} instead of {expected}"
     expected_order, found_order = (_read_order(run) for run in (straight, killed))
     assert found_order == expected_order, "the order of samples differs"
@@ -372,10 +378,11 @@ class Hooks:
         torch.save = torch.serialization.save = self._whole_file(torch.save)
 
     def _enter(self, kind: str, path: str) -> bool:
-        """Count an operation. True when the rank is to die within it or after it."""
+        """Count an operation. Returns whether the rank must die within it or after it."""
         found = re.search(r"/checkpoints/\.?step_(\d+)", path)
         if found and kind in ("mkdir", "open") and int(found[1]) > self.step:
-            self.step, self.index = int(found[1]), 0
+            self.step = int(found[1])
+            self.index = 0
         elif self.step and not found:
             return False  # logs between two saves
         if self.record is not None:
@@ -479,10 +486,8 @@ class Hooks:
             writer = CountedWriter(io.FileIO(path, mode.replace("b", "").replace("t", ""), **named))
             if dying:
                 hooks._die()
-            return (
-                writer
-                if "b" in mode
-                else io.TextIOWrapper(writer, encoding, errors, newline, write_through=True)
-            )
+            if "b" in mode:
+                return writer
+            return io.TextIOWrapper(writer, encoding, errors, newline, write_through=True)
 
         return open_

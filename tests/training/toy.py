@@ -40,7 +40,8 @@ class ToyLoader:
     """Samples whose content is a pure function of their index."""
 
     def __init__(self, config: ToyConfig, world: World) -> None:
-        self.config, self.world = config, world
+        self.config = config
+        self.world = world
         self.manifest = Manifest(fingerprint="toy", config={}, shards=[])
         self.step = 0
 
@@ -123,9 +124,8 @@ class ToyEngine:
 
 def train(config: ToyConfig, world: World) -> tuple[TrainState, ToyEngine]:
     engine = ToyEngine(config, world)
-    return fit(
-        engine, ToyLoader(config, world), Run(config.run, config, world), config.loop
-    ), engine
+    run = Run(config.run, config, world)
+    return fit(engine, ToyLoader(config, world), run, config.loop), engine
 
 
 def alone() -> World:
@@ -134,7 +134,7 @@ def alone() -> World:
 
 
 def main(config_path: str) -> None:
-    """What a trainer's `__main__` does."""
+    """Train with a resolved config, as the `__main__` of a trainer does."""
     config = load(ToyConfig, config_path)
     with distributed.start(config.run) as world:
         train(config, world)

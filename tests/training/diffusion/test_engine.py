@@ -125,11 +125,11 @@ def train_and_save(world, folder):
             {tag: (video.dtype, tuple(video.shape)) for tag, video in engine.preview().items()},
         )
     results["generator left alone"] = torch.equal(generator_state, torch.get_rng_state())
-    results["plain"] = (
-        {phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES}
-        if world.size == 1
-        else None
-    )
+    results["plain"] = None
+    if world.size == 1:
+        results["plain"] = {
+            phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES
+        }
     return results
 
 
@@ -240,11 +240,9 @@ def test_bf16_follows_fp32(trained):
 
 
 def curve(trained, phase, stage, size, precision):
-    return (
-        trained[size]["bf16", stage]
-        if precision == "bf16"
-        else trained[size][phase, stage]["curve"]
-    )
+    if precision == "bf16":
+        return trained[size]["bf16", stage]
+    return trained[size][phase, stage]["curve"]
 
 
 def test_resume_on_the_same_layout_is_bit_equal(trained, resumed):

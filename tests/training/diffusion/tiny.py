@@ -125,7 +125,7 @@ def sample(index: int, global_batch_size: int) -> Sample:
 def write_data(data: Path) -> None:
     """A data set of `NUM_CLIPS` such clips on disk, in two shards."""
     write_raw(data, [NUM_CLIPS // 2, NUM_CLIPS - NUM_CLIPS // 2])
-    keys = [key for shard in range(2) for key in keys_of(shard, NUM_CLIPS // 2)]
+    keys = [*keys_of(0, NUM_CLIPS // 2), *keys_of(1, NUM_CLIPS // 2)]
     for column, shape in (("latents", [3, 48, 4, 4]), ("text-tiny", [3, 6]), ("tokens", [5])):
         write_column(
             data,
