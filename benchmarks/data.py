@@ -52,9 +52,9 @@ from landiff.data_pipeline.video.codec import encode_clip
 from landiff.launchers.local import start as local
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
+from landiff.training.checkpoint.run_folder import read_metrics
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
-from landiff.training.observe.metrics import read_metrics
 
 PASSES = 4  # over the data in one measurement, so that opening files counts as in a long run
 SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)}  # paper size

@@ -1,20 +1,24 @@
-"""Prove that a trainer survives SIGKILL at any moment: the run that was killed again and again ends bit-equal to
-the one that never was.
+"""Check that a trainer survives SIGKILL at any moment.
 
-A nursery forks the ranks (tests/distributed.py). In each child the file operations on the run folder are
-counted: open for writing, write, fsync, rename, mkdir, unlink, rmdir, and whole files written by native code
-(safetensors, torch.save). A first, undisturbed run records them. Then the run is started over and over, each
-time with one planned kill:
+A run that is killed again and again must end bit-equal to one that never is.
 
-    save   a rank dies before, within or after the n-th operation of a save (within a write: half of it is done)
-    start  a rank dies at the n-th operation before its first save: cleaning up, cutting metrics, logging
+A nursery forks the ranks (tests/distributed.py). Each child counts its file operations on the run
+folder: open for writing, write, fsync, rename, mkdir, unlink, rmdir, and files written in one call
+by native code (safetensors, torch.save). A first, undisturbed run records them. Then the run is
+started repeatedly, each time with one planned kill:
+
+    save   a rank dies before, within or after the n-th operation of a save (within a write: half
+           of it is done)
+    start  a rank dies at the n-th operation before its first save: cleaning up, cutting metrics,
+           logging
     clock  the parent kills at a random moment
 
-In half of the cases the other ranks die at once too, in the other half they have to notice. The operations of
-a save are visited in a random order without repetition, so that enough kills visit them all. After every kill
-all committed checkpoints must be whole, and the newest never older than before.
+In half of the cases the other ranks die at once too, in the other half they have to notice. The
+operations of a save are visited in a random order without repetition, so that enough kills visit
+them all. After every kill all committed checkpoints must be intact, and the newest must not be
+older than before.
 
-The code under test is unchanged and knows nothing of this.
+The code under test is unchanged.
 """
 
 from __future__ import annotations
@@ -37,17 +41,16 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from landiff.training.checkpoint.store import (
+from landiff.training.checkpoint.files import FileList, difference
+from landiff.training.checkpoint.run_folder import (
     CONFIG,
     FILES,
     STATE,
-    FileList,
     committed_steps,
-    difference,
+    finished_step,
+    read_metrics,
     step_folder,
 )
-from landiff.training.observe.metrics import read_metrics
-from landiff.training.run import finished_step
 from tests.distributed import Nursery, RankError, nursery
 
 TIMING = ("time", "throughput/", "data/", "memory/")  # what differs between equal runs
@@ -61,19 +64,21 @@ MOMENTS = {
 
 @dataclass(frozen=True)
 class Trainer:
-    """What is put to the test."""
+    """The trainer under test.
 
-    main: str  # "landiff.training.tokenizer.__main__:main", called with the path of a config
-    write_config: Callable[
-        [Path], Path
-    ]  # run folder -> config file, the same but for the run folder
+    main: function that is called with the path of a config, for example
+        "landiff.training.tokenizer.__main__:main".
+    write_config: writes the config of a run folder and returns its path. Configs differ in the run
+        folder only.
+    loader: class whose `next_batch` shows the order of samples.
+    read: returns what must be equal in two checkpoints, by default hashes of the files.
+    """
+
+    main: str
+    write_config: Callable[[Path], Path]
     world_size: int
-    loader: str = (
-        "landiff.data_pipeline.loading.loader:Loader"  # whose next_batch shows the order of samples
-    )
-    read: Callable[[Path], Mapping[str, Any]] | None = (
-        None  # checkpoint folder -> what must be equal; default: file hashes
-    )
+    loader: str = "landiff.data_pipeline.loading.loader:Loader"
+    read: Callable[[Path], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Plan:
 
 @dataclass
 class Report:
-    """What happened."""
+    """Summary of a test."""
 
     plans: list[Plan] = field(default_factory=list)
     points: int = 0  # different places of a save where a rank can be killed
@@ -101,7 +106,10 @@ class Report:
     def __str__(self) -> str:
         kinds = [plan.kind for plan in self.plans]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("save", "start", "clock"))
-        return f"{len(kinds)} kills ({counts}), {self.points} places in a save, {self.runs} runs, {self.seconds:.0f} s"
+        return (
+            f"{len(kinds)} kills ({counts}), {self.points} places in a save, {self.runs} runs, "
+            f"{self.seconds:.0f} s"
+        )
 
 
 def prove_kill_safety(
@@ -113,13 +121,15 @@ def prove_kill_safety(
     seed: int = 0,
     timeout_s: float = 120.0,
 ) -> Report:
-    """Run `trainer` undisturbed and with `kills` kills, and compare. `module`: the test module, which imports the trainer.
+    """Run `trainer` undisturbed and with `kills` kills, and compare the results.
 
-    A run that is over before all kills were delivered is compared, and another one begun. Raises AssertionError
-    where one differs from the undisturbed run, or a committed checkpoint is not whole.
+    `module`: the test module, which imports the trainer. If a run ends before all kills were
+    delivered, it is compared, and another run is started. Raises AssertionError if a run differs
+    from the undisturbed one, or if a committed checkpoint is not intact.
     """
     ranks = nursery(module)
-    begin, straight = time.monotonic(), folder / "straight"
+    begin = time.monotonic()
+    straight = folder / "straight"
     _attempt(trainer, ranks, straight, Plan("none"), timeout_s)
     plans = Planner(
         straight, trainer.world_size, time.monotonic() - begin, kills, random.Random(seed)
@@ -127,7 +137,8 @@ def prove_kill_safety(
     report = Report(points=len(plans.points))
     while len(report.plans) < kills:
         report.runs += 1
-        killed, committed = folder / f"killed_{report.runs}", 0
+        killed = folder / f"killed_{report.runs}"
+        committed = 0
         while finished_step(killed) is None:
             plan = plans.next(committed) if len(report.plans) < kills else Plan("none")
             if _attempt(trainer, ranks, killed, plan, timeout_s):
@@ -149,21 +160,19 @@ class Planner:
         self.world_size = world_size
         self.duration_s = duration_s
         self.random = random_
-        operations = [
-            json.loads(line)
-            for path in sorted(_beside(straight).glob("operations_*"))
-            for line in path.read_text().splitlines()
-        ]
+        operations = []
+        for path in sorted(_beside(straight).glob("operations_*")):
+            for line in path.read_text().splitlines():
+                operations.append(json.loads(line))
         steps = sorted({operation["step"] for operation in operations if operation["step"]})
         assert len(steps) >= 4, f"only {len(steps)} saves; the run is too short to be killed"
         self.steps = steps
         full = steps[-2]  # with an old checkpoint to delete
-        self.points = [
-            (operation["rank"], operation["index"], moment)
-            for operation in operations
-            if operation["step"] == full
-            for moment in MOMENTS[operation["kind"]]
-        ]
+        self.points = []
+        for operation in operations:
+            if operation["step"] == full:
+                for moment in MOMENTS[operation["kind"]]:
+                    self.points.append((operation["rank"], operation["index"], moment))
         self.starts = [(o["rank"], o["index"]) for o in operations if not o["step"]]
         self.random.shuffle(self.points)
         self._queue = list(self.points)
@@ -173,7 +182,7 @@ class Planner:
         self.random.shuffle(self._kinds)
 
     def missed(self, plan: Plan) -> None:
-        """The run was over before that kill; it is due again."""
+        """Plan a kill again that came after the end of its run."""
         self._kinds.append(plan.kind)
 
     def next(self, committed: int) -> Plan:
@@ -205,7 +214,7 @@ class Planner:
 
 
 def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s: float) -> bool:
-    """Start the trainer with one kill planned. True when a rank was killed, False when it ended by itself.
+    """Start the trainer with one kill planned. Whether a rank was killed.
 
     Raises RankError when ranks failed for another reason.
     """
@@ -222,10 +231,13 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
     if plan.kind == "clock":
         first = ranks.wait(plan.delay_s)
         early = [] if first is None else [first]
-        if first is None:
-            children.kill() if plan.everybody else os.kill(children.pids[plan.rank], signal.SIGKILL)
+        if first is None and plan.everybody:
+            children.kill()
+        elif first is None:
+            os.kill(children.pids[plan.rank], signal.SIGKILL)
     else:
-        early = [first] if (first := ranks.wait(timeout_s)) else []
+        first = ranks.wait(timeout_s)
+        early = [] if first is None else [first]
         if early and early[0][1] == -signal.SIGKILL and plan.everybody:
             children.kill({early[0][0]: 0})
     codes = children.wait(timeout_s, ended=early, grace_s=5.0)
@@ -240,14 +252,15 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
 
 
 def _check_checkpoints(run: Path, before: int) -> int:
-    """All committed checkpoints are whole, and the newest is not older than `before`. Returns it."""
+    """Assert that checkpoints are intact and the newest is not older than `before`. Returns it."""
     folder = run / "checkpoints"
     steps = committed_steps(folder)
     for step in steps:
         path = step_folder(folder, step)
         listed = FileList.model_validate_json((path / FILES).read_bytes())
-        problems = [text for entry in listed.files if (text := difference(path, entry))]
-        assert not problems, f"{path} is committed, but {problems}"
+        for entry in listed.files:
+            problem = difference(path, entry)
+            assert not problem, f"{path} is committed, but {problem}"
     newest = steps[-1] if steps else 0
     assert newest >= before, f"the checkpoint of step {before} was lost; left: {steps}"
     assert not list(folder.glob("*.damaged")), (
@@ -264,11 +277,11 @@ def _compare(trainer: Trainer, straight: Path, killed: Path) -> None:
     assert final[0].keys() == final[1].keys()
     different = [name for name in final[0] if not _equal(final[0][name], final[1][name])]
     assert not different, f"after the kills, these differ in the last checkpoint: {different}"
-    lines = [
-        [_timeless(line) for line in read_metrics(run / "metrics.jsonl")]
-        for run in (straight, killed)
-    ]
-    for expected, found in zip(*lines, strict=True):
+    expected_lines = read_metrics(straight / "metrics.jsonl")
+    found_lines = read_metrics(killed / "metrics.jsonl")
+    for expected_line, found_line in zip(expected_lines, found_lines, strict=True):
+        expected = _timeless(expected_line)
+        found = _timeless(found_line)
         assert found == expected, f"metrics differ: {found} instead of {expected}"
     expected_order, found_order = (_read_order(run) for run in (straight, killed))
     assert found_order == expected_order, "the order of samples differs"
@@ -365,10 +378,11 @@ class Hooks:
         torch.save = torch.serialization.save = self._whole_file(torch.save)
 
     def _enter(self, kind: str, path: str) -> bool:
-        """Count an operation. True when the rank is to die within it or after it."""
+        """Count an operation. Returns whether the rank must die within it or after it."""
         found = re.search(r"/checkpoints/\.?step_(\d+)", path)
         if found and kind in ("mkdir", "open") and int(found[1]) > self.step:
-            self.step, self.index = int(found[1]), 0
+            self.step = int(found[1])
+            self.index = 0
         elif self.step and not found:
             return False  # logs between two saves
         if self.record is not None:
@@ -472,10 +486,8 @@ class Hooks:
             writer = CountedWriter(io.FileIO(path, mode.replace("b", "").replace("t", ""), **named))
             if dying:
                 hooks._die()
-            return (
-                writer
-                if "b" in mode
-                else io.TextIOWrapper(writer, encoding, errors, newline, write_through=True)
-            )
+            if "b" in mode:
+                return writer
+            return io.TextIOWrapper(writer, encoding, errors, newline, write_through=True)
 
         return open_

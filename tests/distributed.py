@@ -1,8 +1,8 @@
 """Run a module-level function in several gloo processes, fast.
 
-Importing torch costs seconds, so one clean process per package of tests imports the test modules once and
-forks the ranks on demand (a `Nursery`). It never computes anything itself: forking after torch has started
-threads would hang the children.
+Importing torch costs seconds, so one clean process per package of tests imports the test modules
+once and forks the ranks on demand (a `Nursery`). It never computes anything itself: forking after
+torch has started threads would hang the children.
 
     def check_sum(world, number):
         ...
@@ -41,9 +41,10 @@ class RankError(AssertionError):
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
 ) -> list[Any]:
-    """`function(world, *args)` in `world_size` processes inside `landiff.training.distributed.start()`; results by rank.
+    """Run `function(world, *args)` in `world_size` processes. Returns the results by rank.
 
-    `function` lies at module level; arguments and results pickle. Raises RankError.
+    It runs inside `landiff.training.distributed.start()`. `function` is defined at module level,
+    and arguments and results can be pickled. Raises RankError.
     """
     ranks = nursery(function.__module__).start(function, world_size, args, started=True)
     return ranks.results(timeout_s)
@@ -66,7 +67,7 @@ def nursery(module: str) -> Nursery:
 
 
 class Nursery:
-    """A process that has imported some modules of one package and forks ranks that run their functions."""
+    """A process that has imported test modules of one package and forks ranks."""
 
     def __init__(self, package: str, module: str) -> None:
         self.package = package
@@ -99,7 +100,7 @@ class Nursery:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> Ranks:
-        """Fork `world_size` ranks that call `function(*args)`, or with `started` `function(world, *args)`.
+        """Fork `world_size` ranks that call `function(*args)`, with `started` also `world`.
 
         The children write into `folder`: rank_<n>.out, rank_<n>.pickle.
         """
@@ -145,8 +146,8 @@ class Ranks:
     ) -> list[int]:
         """Exit codes by rank (-n: killed by signal n).
 
-        When one fails, the others get `grace_s` to notice. Ranks still alive after that or after `timeout_s` are
-        killed. `ended`: what `Nursery.wait` already reported of them.
+        When one fails, the others get `grace_s` to notice. Ranks still alive after that or after
+        `timeout_s` are killed. `ended`: what `Nursery.wait` already reported of them.
         """
         codes = dict(ended)
         deadline = time.monotonic() + (grace_s if any(codes.values()) else timeout_s)

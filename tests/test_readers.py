@@ -35,8 +35,8 @@ from landiff.model_zoo.convert.formats import deepspeed, diffusers_folder, megat
 from landiff.model_zoo.convert.formats.diffusers_transformer import diffusers_config
 from landiff.model_zoo.convert.lazy import load_safetensors, read_safetensors
 from landiff.model_zoo.convert.rules import ConversionError
+from landiff.training.checkpoint.files import CheckpointState, FileList, latest_whole
 from landiff.training.checkpoint.run_folder import finished_step, read_metrics
-from landiff.training.checkpoint.store import CheckpointState, FileList, latest_whole
 from landiff.training.lm.config import LMTrainConfig
 
 MUTATIONS = 60  # of each document

@@ -1,8 +1,8 @@
-"""Checks of a trainer's config before its ranks start: what all trainers share. Torch-free.
+"""Checks of a trainer's config before its ranks start, common to all trainers. Torch-free.
 
-`check(config, launch)` of each trainer (training/<stage>/checks.py) returns all problems of its
-config. The command that starts the ranks calls it, and so do `--dry-run` and submission. A job of a
-pipeline is submitted before its data exist, so the first rank of every run calls it once more.
+`check(config, launch)` of each trainer (training/<trainer>/checks.py) returns all problems of its
+config. The command that starts the ranks calls it, and so do `--dry-run` and submission. A job of
+a pipeline is submitted before its data exist, so rank 0 of every run calls it again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from landiff.configs.base import Config, ConfigError
@@ -20,45 +21,44 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
 from landiff.model_zoo import registry
 from landiff.training.checkpoint.resume import check_resume
-from landiff.training.config import OptimConfig
+from landiff.training.config import OptimConfig, TrainConfig
 from landiff.training.layout import check_batch
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a job is started."""
+    """How a job is started.
+
+    inputs_exist: False if earlier jobs still have to write the data and zoo entries it reads.
+    """
 
     ranks: int = 1
-    inputs_exist: bool = (
-        True  # False: earlier jobs still have to write the data and zoo entries it reads
-    )
+    inputs_exist: bool = True
 
 
-def check_trainer(
-    config: Config, columns: Sequence[str], launch: Launch, must_match: Sequence[str]
-) -> tuple[list[Manifest], list[Problem]]:
-    """What all trainers share: layout, batch, rates, run folder, data.
+def check_trainer(config: TrainConfig, launch: Launch) -> tuple[list[Manifest], list[Problem]]:
+    """Checks that all trainers have in common: layout, batch, learning rate, run folder, data.
 
-    Returns the manifests of all data sets where every column is there, else none; and the problems.
+    Returns the manifests of all data sets, or none if a column is missing, and the problems.
     """
     problems = problems_of(lambda: check_batch(config, launch.ranks))
     problems += check_optim(config.optim)
     problems += check_writable("run", config.run)
-    problems += check_resume(config, must_match)
+    problems += check_resume(config)
     if not launch.inputs_exist:
         return [], problems
-    manifests, found = check_data(config.data, columns)
+    manifests, found = check_data(config.data, config.columns)
     return manifests, problems + found
 
 
 def check_optim(optim: OptimConfig) -> list[Problem]:
+    """Whether the values of the optimizer are in range and fit each other."""
     problems = []
     if optim.min_lr > optim.lr:
         problems.append(
             Problem(
                 f"optim.min_lr = {optim.min_lr:g} is above optim.lr = {optim.lr:g}; the rate falls "
-                "from lr to min_lr, "
-                "so lower min_lr or raise lr"
+                "from lr to min_lr, so lower min_lr or raise lr"
             )
         )
     for number, beta in enumerate(optim.betas):
@@ -70,22 +70,26 @@ def check_optim(optim: OptimConfig) -> list[Problem]:
 
 
 def check_data(data: DataConfig, columns: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
-    """Manifests of all data sets if every one has `columns`, else none; and the problems."""
+    """Whether all data sets can be read and have `columns`.
+
+    Returns the manifests of all data sets, or none if there is a problem, and the problems.
+    """
     manifests: list[Manifest] = []
     problems: list[Problem] = []
     for number, source in enumerate(data.sources):
         key = "data.manifest" if number == 0 else f"data.blend.{number - 1}.manifest"
         try:
-            manifests.append(find_manifest(source))
+            manifest = find_manifest(source)
         except ConfigError as error:
             problems.append(Problem(f"{key} = {source.remote or source.manifest}: {error}"))
             continue
         except OSError as error:
             problems.append(Problem(f"{key} = {source.manifest} cannot be read: {error.strerror}"))
             continue
+        manifests.append(manifest)
         folder = None if source.remote else data_folder(source)
-        found = check_manifest(manifests[-1], columns, folder, adopt=data.adopt)
-        problems += [Problem(f"{key} = {source.manifest}: {problem}") for problem in found]
+        for problem in check_manifest(manifest, columns, folder, adopt=data.adopt):
+            problems.append(Problem(f"{key} = {source.manifest}: {problem}"))
     if problems:
         return [], problems
     if not data.adopt:
@@ -98,32 +102,27 @@ def check_manifest(
 ) -> list[Problem]:
     """Whether a data set holds clips and the columns.
 
-    `folder` (None: remote) must hold the first shard of each column.
+    `folder`: the data folder, which must hold the first shard of each column. None if it is
+    remote.
     """
     if not manifest.num_samples:
         return [Problem("it holds no clips; see reject_counts in its manifest")]
-    problems = problems_of(
-        lambda: check_column_fingerprints(
-            manifest, [name for name in columns if name not in manifest.columns]
-        )
-    )
+    missing = [name for name in columns if name not in manifest.columns]
+    problems = problems_of(lambda: check_column_fingerprints(manifest, missing))
     for name in columns:
-        if name not in manifest.columns:
+        if name in missing:
             continue
-        problems += problems_of(
-            lambda name=name: check_column_fingerprints(manifest, [name], adopt=adopt)
-        )
+        check = partial(check_column_fingerprints, manifest, [name], adopt=adopt)
+        problems += problems_of(check)
         shards = manifest.columns[name].shards
-        if (
-            folder is not None
-            and shards
-            and not (folder / name / f"{shards[0].name}.tar").is_file()
-        ):
+        if folder is None or not shards:
+            continue
+        first = folder / name / f"{shards[0].name}.tar"
+        if not first.is_file():
             problems.append(
                 Problem(
-                    f"column {name!r} is in the manifest, but {folder / name / shards[0].name}.tar "
-                    "does not exist; "
-                    "run `landiff precompute` again, or point to the folder that holds the shards"
+                    f"column {name!r} is in the manifest, but {first} does not exist; run "
+                    "`landiff precompute` again, or point to the folder that holds the shards"
                 )
             )
     return problems
@@ -132,7 +131,7 @@ def check_manifest(
 def find_entry(
     key: str, zoo: Path, reference: str | None, kind: str
 ) -> tuple[registry.ZooEntry | None, list[Problem]]:
-    """The zoo entry that config key `key` refers to, or None; and the problem it has."""
+    """The zoo entry that config key `key` refers to, or None, and its problem, if any."""
     if reference is None:
         return None, []
     try:
@@ -151,8 +150,12 @@ def find_entry(
 def different_fields(
     key: str, wanted: Config, entry: registry.ZooEntry, fields: Sequence[str] | None = None
 ) -> list[Problem]:
-    """One problem with every field (of `fields`, or all) in which an entry differs from `key`."""
-    ours, theirs = wanted.model_dump(), entry.config.model_dump()
+    """One problem that names every field in which a zoo entry differs from section `key`.
+
+    `fields`: the fields to compare. None compares all.
+    """
+    ours = wanted.model_dump()
+    theirs = entry.config.model_dump()
     different = []
     for name in fields or ours:
         if ours[name] != theirs[name]:
@@ -168,7 +171,7 @@ def different_fields(
 
 
 def check_package(module: str, key: str, value: object, way_out: str) -> list[Problem]:
-    """Whether the Python package that a config key needs is installed, without importing it."""
+    """Whether the Python package that a config key needs is installed. Does not import it."""
     if importlib.util.find_spec(module) is not None:
         return []
     return [

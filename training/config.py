@@ -1,45 +1,128 @@
-"""Configs that all trainers share. Torch-free."""
+"""Configs that all trainers have in common. Torch-free."""
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from landiff.configs.base import Config
+from landiff.data_pipeline.loading.config import DataConfig
+
+HANG_MARGIN_S = 300.0
+NO_TIMEOUT_S = 86400.0
 
 
 class LoopConfig(Config):
-    """The loop: how long, how often."""
+    """Length of the training loop, and how often it logs, saves and previews."""
 
-    steps: PositiveInt
-    seed: NonNegativeInt = (
-        0  # of weights, noise, dropout; the order of samples has its own (data.seed)
+    steps: PositiveInt = Field(description="Number of optimizer steps of the whole run.")
+    seed: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Seed of initial weights, noise and dropout. "
+            "The order of samples has its own seed, `data.seed`."
+        ),
     )
-    log_every: PositiveInt = 10
-    save_every: PositiveInt = 1000
-    preview_every: NonNegativeInt = 0  # videos to TensorBoard; 0 = never
-    keep_last: PositiveInt = 2  # checkpoints
-    keep_every: NonNegativeInt = 0  # and every m-th step for good; 0 = none
-    on_save_failure: Literal["warn", "retry", "fatal"] = "retry"
-    hang_timeout_s: NonNegativeFloat = (
-        1800.0  # without a step or a save: dump all stacks and end; 0 = wait for ever
+    log_every: PositiveInt = Field(
+        default=10,
+        description="Steps between two lines in metrics.jsonl, TensorBoard and the terminal.",
+    )
+    save_every: PositiveInt = Field(
+        default=1000,
+        description="Steps between two checkpoints. The last step is always saved.",
+    )
+    preview_every: NonNegativeInt = Field(
+        default=0,
+        description="Steps between two previews in TensorBoard. 0 switches previews off.",
+    )
+    keep_last: PositiveInt = Field(
+        default=2,
+        description="Number of newest checkpoints to keep.",
+    )
+    keep_every: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Checkpoints of every this many steps are kept for good. 0 keeps none of them."
+        ),
+    )
+    on_save_failure: Literal["warn", "retry", "fatal"] = Field(
+        default="retry",
+        description=(
+            "What happens if a checkpoint cannot be written. `warn` logs it and continues, `retry` "
+            "tries again after 1, 10 and 60 s and then fails, `fatal` fails at once."
+        ),
+    )
+    hang_timeout_s: NonNegativeFloat = Field(
+        default=1800.0,
+        description=(
+            "Seconds without a finished step after which a rank writes its stacks and aborts. "
+            "0 waits forever."
+        ),
     )
 
     @property
     def collective_timeout_s(self) -> float:
-        """When torch itself gives a collective up: after the heartbeat, which shows what hangs."""
-        return self.hang_timeout_s + 300.0 if self.hang_timeout_s else 86400.0
+        """Seconds after which torch aborts a collective.
+
+        It is longer than the heartbeat's timeout, so that the heartbeat reports the hang first.
+        """
+        if self.hang_timeout_s:
+            return self.hang_timeout_s + HANG_MARGIN_S
+        return NO_TIMEOUT_S
 
 
 class OptimConfig(Config):
-    """AdamW with linear warmup, then constant or cosine."""
+    """AdamW with linear warmup, then a constant rate or cosine decay."""
 
-    lr: PositiveFloat
-    warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "cosine"] = "constant"
-    min_lr: NonNegativeFloat = 0.0  # where cosine ends, at loop.steps
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.01
-    clip_grad: NonNegativeFloat = Field(default=1.0, description="global norm; 0 = off")
+    lr: PositiveFloat = Field(description="Learning rate after warmup.")
+    warmup_steps: NonNegativeInt = Field(
+        default=0, description="Steps over which the learning rate rises linearly to `lr`."
+    )
+    decay: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description=(
+            "Learning rate after warmup: `constant`, or half a `cosine` that falls to `min_lr`."
+        ),
+    )
+    min_lr: NonNegativeFloat = Field(
+        default=0.0, description="Learning rate that cosine decay reaches at `loop.steps`."
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95),
+        description="Decay rates of the first and second moment of AdamW.",
+    )
+    eps: PositiveFloat = Field(
+        default=1e-8, description="Term added to the denominator of AdamW for stability."
+    )
+    weight_decay: NonNegativeFloat = Field(
+        default=0.01,
+        description=(
+            "Weight decay of tensors with two or more dimensions. Biases and norm scales have none."
+        ),
+    )
+    clip_grad: NonNegativeFloat = Field(
+        default=1.0,
+        description="Maximum global norm of the gradients. 0 switches clipping off.",
+    )
+
+
+class TrainConfig(Config):
+    """Base class of the trainers' configs: the sections that code for all trainers reads."""
+
+    must_match: ClassVar[tuple[str, ...]] = ("model",)
+    """Sections in which a run and the checkpoint it resumes from must be equal."""
+
+    # Declared for type checkers only. Each trainer defines the fields itself, because their order
+    # is that of the keys in its config.yaml.
+    if TYPE_CHECKING:
+        run: Path
+        data: DataConfig
+        loop: LoopConfig
+        optim: OptimConfig
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that the loader reads."""
+        raise NotImplementedError(f"{type(self).__name__} names no columns")

@@ -1,12 +1,12 @@
-"""Processes that train together: who am I, which device, and small talk between ranks.
+"""Processes that train together: rank, device, and small messages between ranks.
 
-This is the only file that reads environment variables of torchrun or srun: RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, and LANDIFF_OWNER of our launchers. With
-none of them set, there is one process.
+Within training/, only this file reads the environment variables of torchrun and srun: RANK,
+WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, and the
+launchers' LANDIFF_OWNER. If none is set, there is one process.
 
-Two process groups exist. The default one is for the engines' tensors (NCCL on CUDA, gloo otherwise).
-Flags and JSON travel over a gloo group of their own: reading them never waits for the device, and a rank
-that failed inside a collective of its engine can still be told apart from one that talks.
+There are two process groups. The default group carries the engines' tensors (NCCL on CUDA, else
+gloo). Flags and JSON travel over a separate gloo group: reading them does not wait for the device,
+and it works while an engine's collective hangs.
 """
 
 from __future__ import annotations
@@ -38,44 +38,57 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass
 class World:
-    """This process among its peers. Every method is collective: all ranks call it, in the same order."""
+    """This process and the other ranks.
+
+    All methods are collective: every rank calls them, in the same order.
+
+    backend: "nccl" or "gloo", of the default group.
+    step: finished optimizer steps, for the error file.
+    stop_signalled: whether this rank received SIGTERM or SIGUSR1.
+    control: the gloo group. None for a single process.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    backend: str  # "nccl" or "gloo"
-    step: int = 0  # finished optimizer steps, for the error file
-    stop_signalled: bool = False  # this rank saw SIGTERM or SIGUSR1
-    control: dist.ProcessGroup | None = field(default=None, repr=False)  # gloo; None when alone
+    backend: str
+    step: int = 0
+    stop_signalled: bool = False
+    control: dist.ProcessGroup | None = field(default=None, repr=False)
 
-    def any_says(self, flag: bool) -> bool:
-        """True on all ranks when `flag` is true on one. One all-reduce of 4 bytes between CPUs."""
+    def any_true(self, flag: bool) -> bool:
+        """Whether `flag` is true on at least one rank. One all-reduce of 4 bytes between CPUs."""
         if self.size == 1:
             return flag
         votes = torch.tensor(int(flag), dtype=torch.int32)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return bool(votes)
 
-    def all_agree(self, flag: bool) -> bool:
-        """True on all ranks when `flag` is true on all of them."""
-        return not self.any_says(not flag)
+    def all_true(self, flag: bool) -> bool:
+        """Whether `flag` is true on all ranks."""
+        return not self.any_true(not flag)
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
-        self.any_says(False)
+        """Wait until all ranks have reached this call."""
+        self.any_true(False)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` (JSON-able) on all ranks."""
+        """Rank 0's `value` on all ranks. It must be JSON-serializable."""
         return self.gather(value if self.rank == 0 else None)[0]
 
     def require_none(self, check: Callable[[], list[Problem]]) -> None:
-        """Raise the problems that `check` finds on rank 0 as one ConfigError on all ranks."""
-        texts = [problem.text for problem in check()] if self.rank == 0 else []
+        """Run `check` on rank 0 and raise its problems as one ConfigError on all ranks."""
+        texts = []
+        if self.rank == 0:
+            texts = [problem.text for problem in check()]
         require_none([Problem(text) for text in self.broadcast(texts)])
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (JSON-able) on all ranks, by rank. For small things: the longest sets the size."""
+        """The `value` of every rank on all ranks, ordered by rank.
+
+        Values must be JSON-serializable and small: all are padded to the longest.
+        """
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -86,28 +99,29 @@ class World:
         padded[: len(data)] = data
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded, group=self.control)
-        return [
-            json.loads(part[:size].numpy().tobytes())
-            for part, size in zip(gathered, sizes.tolist(), strict=True)
-        ]
+        values = []
+        for part, size in zip(gathered, sizes.tolist(), strict=True):
+            values.append(json.loads(part[:size].numpy().tobytes()))
+        return values
 
 
 @contextmanager
 def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]:
-    """Join the other ranks as the owner of the folder `run`; leave them at the end of the block.
+    """Join the process group, and on rank 0 take ownership of the run folder `run`.
 
-    Raises OwnedError in rank 0 where another process owns `run`.
+    The process group ends with the block. An exception inside the block is written to
+    `run/errors/rank_<n>.txt` and propagates. SIGTERM and SIGUSR1 no longer end the process. They
+    set `world.stop_signalled`, which the training loop reads after each step.
 
-    An exception inside the block is written to `run/errors/rank_<n>.txt` and goes on (exit code 1). SIGTERM
-    and SIGUSR1 no longer end the process: they set `world.stop_signalled`, which the loop looks at.
+    Raises OwnedError on rank 0 if another process owns `run`.
     """
-    rank, size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+    rank = _variable("RANK", 0)
+    size = _variable("WORLD_SIZE", 1)
     local_rank = _variable("LOCAL_RANK", 0)
     if not 0 <= rank < size:
         raise ConfigError(f"RANK = {rank} does not fit WORLD_SIZE = {size}; the launcher sets both")
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank)
-    )  # libraries look there
+    # Libraries read these variables.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     _set_up_logging(rank)
     _limit_threads()
     device = _device(local_rank)
@@ -115,16 +129,15 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
     world = World(rank, size, local_rank, device, backend)
     owned: AbstractContextManager[object] = nullcontext()
     if run is not None and rank == 0:
-        owned = ownership.take(
-            run / OWNER, f"run folder {run}", inherited=os.environ.get(ownership.TOKEN, "")
-        )
+        token = os.environ.get(ownership.TOKEN, "")
+        owned = ownership.take(run / OWNER, f"run folder {run}", inherited=token)
     with owned:
         yield from _joined(world, run, timeout_s)
 
 
 def _joined(world: World, run: Path | None, timeout_s: float) -> Iterator[World]:
-    """`start` for the owner of `run`."""
-    previous = _remember_signals(world)
+    """The part of `start` that runs as the owner of `run`."""
+    previous = _handle_stop_signals(world)
     if run is not None:
         clear_errors(run, world.rank, world.size)
     failed = True
@@ -139,15 +152,20 @@ def _joined(world: World, run: Path | None, timeout_s: float) -> Iterator[World]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        # After a failure NCCL would wait for peers that no longer answer; gloo's peers learn of it by the closed socket.
-        if dist.is_initialized() and not (failed and world.backend == "nccl"):
+        # After a failure NCCL would wait for ranks that no longer respond. With gloo the other
+        # ranks notice the closed socket.
+        abandon = failed and world.backend == "nccl"
+        if dist.is_initialized() and not abandon:
             dist.destroy_process_group()
 
 
 def _variable(name: str, default: int) -> int:
+    """An environment variable as a number. Raises ConfigError."""
     text = os.environ.get(name, "")
+    if not text:
+        return default
     try:
-        return int(text) if text else default
+        return int(text)
     except ValueError:
         raise ConfigError(
             f"environment variable {name} = {text!r} is not a number; the launcher sets it"
@@ -155,13 +173,17 @@ def _variable(name: str, default: int) -> int:
 
 
 def _device(local_rank: int) -> torch.device:
-    """The CUDA device of this rank, else the CPU. Where the launcher shows each rank one device, that one."""
+    """The CUDA device of this rank, or the CPU.
+
+    If the launcher makes one device visible to each rank, it is that one.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count > 1 and local_rank >= count:
         raise ConfigError(
-            f"LOCAL_RANK = {local_rank}, but this node has {count} CUDA devices; launch at most {count} ranks a node"
+            f"LOCAL_RANK = {local_rank}, but this node has {count} CUDA devices; launch at most "
+            f"{count} ranks a node"
         )
     device = torch.device("cuda", local_rank if count > 1 else 0)
     torch.cuda.set_device(device)
@@ -169,7 +191,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _set_up_logging(rank: int) -> None:
-    """Warnings of libraries from everybody; our own words from rank 0 alone, which speaks for what is agreed."""
+    """Log warnings of libraries on all ranks, and this project's messages on rank 0 only."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         RedactingFormatter(f"%(asctime)s [{rank}] %(levelname)s %(name)s: %(message)s")
@@ -179,14 +201,19 @@ def _set_up_logging(rank: int) -> None:
 
 
 def _limit_threads() -> None:
-    """Share the cores that this process may use with the other ranks of the node, unless told otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            max(1, len(os.sched_getaffinity(0)) // _variable("LOCAL_WORLD_SIZE", 1))
-        )
+    """Divide the cores of this process among the ranks of the node, unless OMP_NUM_THREADS is set.
+
+    A rank gets at least one thread.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // _variable("LOCAL_WORLD_SIZE", 1)))
 
 
-def _remember_signals(world: World) -> dict[int, Any]:
+def _handle_stop_signals(world: World) -> dict[int, Any]:
+    """Make the stop signals set `world.stop_signalled`. Returns the previous handlers."""
+
     def remember(number: int, frame: FrameType | None) -> None:
         world.stop_signalled = True
 
@@ -194,8 +221,9 @@ def _remember_signals(world: World) -> dict[int, Any]:
 
 
 def _join(world: World, timeout: timedelta) -> None:
+    """Initialize both process groups."""
     device_id = world.device if world.backend == "nccl" else None
-    if world.size == 1 and "MASTER_ADDR" not in os.environ:  # alone: no port needed
+    if world.size == 1 and "MASTER_ADDR" not in os.environ:  # a single process needs no port
         dist.init_process_group(
             world.backend,
             store=dist.HashStore(),
@@ -208,7 +236,8 @@ def _join(world: World, timeout: timedelta) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} not set, but WORLD_SIZE = {world.size}; launch with torchrun or `landiff train`"
+            f"{' and '.join(missing)} not set, but WORLD_SIZE = {world.size}; launch with torchrun "
+            "or `landiff train`"
         )
     dist.init_process_group(
         world.backend, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id

@@ -1,7 +1,7 @@
-"""The seam between the one loop and the three back ends: one whole optimizer step.
+"""Interface between the training loop and the three backends: one whole optimizer step.
 
-Megatron's schedule owns forward and backward, DeepSpeed's engine owns backward, clipping and step; what
-they share is this much and no more.
+The interface is no finer than a step, because Megatron's schedule runs forward and backward
+itself, and DeepSpeed's engine runs backward, clipping and update.
 """
 
 from __future__ import annotations
@@ -19,68 +19,81 @@ from landiff.data_pipeline.loading.loader import Batch
 
 @dataclass
 class StepResult:
-    """What one optimizer step has to say. Tensors stay on the device: `metrics.log` is the loop's only sync."""
+    """Results of one optimizer step.
 
-    loss: (
-        Tensor | float
-    )  # mean over the global batch, equal on all ranks (rank 0 logs it, whatever its pipeline stage)
+    Tensors stay on the device: `Metrics.log` is the only place where the loop waits for it.
+
+    loss: mean over the global batch, equal on all ranks and pipeline stages.
+    grad_norm: global norm before clipping.
+    lr: learning rate of the step.
+    metrics: further scalars by TensorBoard tag.
+    tokens: model tokens of the global batch that were trained on, for the throughput.
+    """
+
+    loss: Tensor | float
     grad_norm: Tensor | float
     lr: float
-    metrics: dict[str, Tensor | float] = field(
-        default_factory=dict
-    )  # more scalars, by TensorBoard tag
-    tokens: int = 0  # model tokens of the global batch that were trained on, for throughput
-
-
-class Engine(Protocol):
-    """A model with its optimizer, spread over some ranks."""
-
-    def train_step(self, batch: Batch) -> StepResult:
-        """Forward, backward, clip, step on this data-parallel rank's share of global batch `batch.step`."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Collective. Write everything that a restart needs into `folder` (exists, empty, on a shared disk).
-
-        A rank that cannot write raises after its last collective, or all ranks raise: peers must not be left
-        waiting. All files are closed on return.
-        """
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Collective. Restore what `save` wrote, possibly from another parallel layout."""
-        ...
-
-    def local_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """This rank's part of weights, buffers and float32 masters by name; not copied."""
-        ...
-
-    def preview(self) -> dict[str, Tensor]:
-        """Collective. uint8 videos [T, H, W, 3] by TensorBoard tag; empty where there is nothing to look at."""
-        ...
-
-
-class BatchSource(Protocol):
-    """What the loop asks of a loader (`landiff.data_pipeline.loading.loader.Loader` is one)."""
-
-    manifest: Manifest
-
-    def next_batch(self) -> Batch:
-        """This rank's share of the next global batch."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, JSON-able, equal on all ranks."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, also on another number of ranks."""
-        ...
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    tokens: int = 0
 
 
 @dataclass
 class TrainState:
-    """What the loop itself has to remember."""
+    """State of the loop itself.
 
-    step: int = 0  # finished optimizer steps
-    healthy: bool = True  # recorded in the checkpoint; False: do not resume from here
+    step: finished optimizer steps.
+    healthy: recorded in the checkpoint. False: a run must not resume from it.
+    """
+
+    step: int = 0
+    healthy: bool = True
+
+
+class Engine(Protocol):
+    """A model with its optimizer, distributed over ranks."""
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """Forward, loss, backward, clipping and update for global batch number `batch.step`.
+
+        `batch` holds the part of this data-parallel rank.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write everything that a restart needs into `folder`. Collective.
+
+        The folder exists, is empty and lies on a shared disk. A rank that cannot write raises
+        after its last collective, or all ranks raise, so that no rank is left waiting. All files
+        are closed on return.
+        """
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, possibly in another parallel layout. Collective."""
+        ...
+
+    def local_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """This rank's part of weights, buffers and float32 master weights by name, not copied."""
+        ...
+
+    def preview(self) -> dict[str, Tensor]:
+        """Videos uint8 [T, H, W, 3] by TensorBoard tag, or none. Collective."""
+        ...
+
+
+class BatchSource(Protocol):
+    """What the loop needs of a loader. `landiff.data_pipeline.loading.loader.Loader` is one."""
+
+    manifest: Manifest
+
+    def next_batch(self) -> Batch:
+        """This rank's part of the next global batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream, JSON-serializable and equal on all ranks."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position, possibly on another number of ranks."""
+        ...

@@ -1,18 +1,16 @@
-"""How ranks are divided into copies of a model, and a global batch into micro-batches.
-
-Torch-free.
-"""
+"""Division of ranks into model copies, and of a global batch into micro-batches. Torch-free."""
 
 from __future__ import annotations
 
 from landiff.configs import Config
+from landiff.training.config import TrainConfig
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 
 
 def model_copies(config: Config, ranks: int) -> int:
-    """Data-parallel copies of the model on `ranks` ranks.
+    """Number of data-parallel copies of the model on `ranks` ranks.
 
-    Raises ConfigError with the nearest numbers of ranks.
+    Raises ConfigError with the nearest valid numbers of ranks.
     """
     if isinstance(config, LMTrainConfig):
         return data_parallel_size(config.parallel, ranks)
@@ -20,15 +18,15 @@ def model_copies(config: Config, ranks: int) -> int:
 
 
 def copy_size(config: Config) -> int:
-    """Ranks that one copy of the model takes."""
-    if not isinstance(config, LMTrainConfig):
-        return 1
-    return config.parallel.tensor * config.parallel.pipeline
+    """Number of ranks that one copy of the model takes."""
+    if isinstance(config, LMTrainConfig):
+        return config.parallel.tensor * config.parallel.pipeline
+    return 1
 
 
-def check_batch(config: Config, ranks: int) -> int:
-    """Micro-batches of one rank in one step.
+def check_batch(config: TrainConfig, ranks: int) -> int:
+    """Number of micro-batches of one rank in one step.
 
-    Raises ConfigError where ranks, model and batch do not divide.
+    Raises ConfigError if ranks, model and batch do not divide evenly.
     """
     return config.data.micro_batches(model_copies(config, ranks))

@@ -1,4 +1,8 @@
-"""The one loop, for all trainers and back ends."""
+"""The training loop of all trainers and backends.
+
+`engine.train_step` computes the loss: see `training/tokenizer/engine.py`, `training/lm/engine.py`
+and `training/diffusion/engine.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +12,27 @@ from landiff.training.run import Run
 
 
 def due(step: int, every: int) -> bool:
-    """Is something that happens every `every` steps due after `step` steps? 0 = never."""
+    """Whether an action that repeats every `every` steps is due after `step` steps. 0 is never."""
     return every > 0 and step % every == 0
 
 
 def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> TrainState:
-    """Train until `config.steps` steps are finished, or a stop is requested: then save and return.
+    """Train until `config.steps` steps are finished or a stop is requested, then save and return.
 
-    Survives a restart: state, engine, loader. A run that already is at `config.steps` returns at once.
+    Checkpoints restore the returned state, `engine` and `loader`. A run that has already reached
+    `config.steps` returns at once.
     """
     with run.heartbeat as heartbeat:
-        state = run.checkpoints.load_latest(engine, loader) or TrainState()
-        run.metrics.resume(state)
+        state = run.resume(engine, loader)
         stopping = False
         while state.step < config.steps and not stopping:
             batch = run.metrics.waiting(loader.next_batch)
-            result = engine.train_step(batch)  # forward, backward, clip, step
+            result = engine.train_step(batch)  # forward, loss, backward, clip, update
             state.step += 1
             run.world.step = state.step  # for the error file
             heartbeat.beat(state.step)
             run.metrics.count(batch, result)
-            stopping = run.stop_requested()  # agreed across ranks
+            stopping = run.stop_requested()  # equal on all ranks
             last = stopping or state.step == config.steps
             if state.step == config.steps or due(state.step, config.log_every):
                 run.metrics.log(state, result)  # the loop's only device sync

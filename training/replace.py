@@ -1,4 +1,10 @@
-"""Temporary replacement of an attribute of a library."""
+"""Temporary replacement of an attribute of a library.
+
+Megatron-core and DeepSpeed offer no option for a few things that the trainers need: devices on a
+machine without CUDA (lm/device.py), reading checkpoints without running code in them
+(lm/checkpoint.py), and one optimizer for all ZeRO stages (diffusion/zero.py). Each replaces a
+function of the library while one block runs and says there why.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +15,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets `owner.name` to `value` inside the context and restores the original on exit.
+    """Set `owner.name` to `value` inside the block and restore the original on exit.
 
-    Raises AttributeError if `owner` has no such attribute: the library has changed.
+    Raises AttributeError if `owner` has no such attribute, which means that the library has
+    changed.
     """
     original = getattr(owner, name)
     setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""Keyed random numbers of the trainers: (seed, purpose, place in the data), never the rank."""
+"""Seeding of torch's global generator with the keys of `landiff.model_zoo.keyed_random`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
-from landiff.model_zoo.keyed_random import generator, key
-
-__all__ = ["generator", "key", "seeded"]
+from landiff.model_zoo import keyed_random
 
 
 @contextmanager
-def seeded(seed: int, purpose: str, *place: int) -> Iterator[None]:
-    """Seeds torch's global CPU generator inside the block and restores its state afterwards.
+def seeded(seed: int, purpose: str, *place: int | str) -> Iterator[None]:
+    """Seed torch's global CPU generator inside the block, and restore its state afterwards.
 
     For code that takes no generator, such as the initialization of modules. Build modules on the
-    CPU, then move them.
+    CPU and then move them.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, purpose, *place))
+        torch.manual_seed(keyed_random.key(seed, purpose, *place))
         yield

@@ -18,8 +18,8 @@ from landiff.launchers.results.sample import load_all, load_part
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate import conditions
 from landiff.model_zoo.frozen.base import posterior_mean
+from landiff.model_zoo.keyed_random import generator
 from landiff.model_zoo.schedule import NoiseSchedule
-from landiff.training.rng import generator
 
 log = logging.getLogger(__name__)
 DIFFUSION_PASSES = 4  # of one seed

@@ -17,7 +17,7 @@ from landiff.data_pipeline.video.codec import ClipDecoder
 from landiff.model_zoo import frozen
 from landiff.model_zoo.frozen.base import posterior_mean
 from landiff.training.observe.event_file import EventFile
-from landiff.training.observe.metrics import write_video
+from landiff.training.observe.previews import write_video
 
 
 def log_videos(folder: Path, step: int, videos_THWC: Mapping[str, Tensor], fps: float) -> None:

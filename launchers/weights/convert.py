@@ -28,7 +28,8 @@ from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.megatron import default_padding
 from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
 from landiff.model_zoo.convert.rules import all_of
-from landiff.training.checkpoint.store import CONFIG, STATE, differences, latest_whole, versions
+from landiff.training.checkpoint.files import differences, latest_whole, versions
+from landiff.training.checkpoint.run_folder import CONFIG, STATE
 
 # ---------------------------------------------------------------- sources
 

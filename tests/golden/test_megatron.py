@@ -64,7 +64,7 @@ def samples_of(case: Case) -> tuple[Sample, ...]:
 def packed_case(case: Case, config: LMTrainConfig) -> LMRow:
     """All samples of the case in one row, packed by the trainer."""
     row = pack(samples_of(case), config, TokenLayout.of(config.model))
-    assert torch.equal(row.frames_S, case.inputs["frames"].float())
+    assert torch.equal(row.frames_B, case.inputs["frames"].float())
     return row
 
 

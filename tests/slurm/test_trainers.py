@@ -16,8 +16,8 @@ import yaml
 
 from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.run.status import last_error
+from landiff.training.checkpoint.files import latest_whole
 from landiff.training.checkpoint.run_folder import committed_steps
-from landiff.training.checkpoint.store import latest_whole
 from tests.slurm.conftest import Sandbox, full, until
 from tests.slurm.jobs import batch_log
 from tests.slurm.test_pipeline import processes_of

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from landiff.configs.files import write_text
-from landiff.training.checkpoint.store import FILES, FileList, describe_file, list_files
+from landiff.training.checkpoint.files import FileList, describe_file, list_files
+from landiff.training.checkpoint.run_folder import FILES
 
 MARK = "hacked"  # the file in the working directory that exists once a payload ran
 

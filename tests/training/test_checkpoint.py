@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, never lost, never of another model."""
+"""Checkpoints: complete or absent, never lost, never of another model."""
 
 import errno
 import logging
@@ -14,16 +14,15 @@ from safetensors.torch import load_file
 from landiff.configs.base import ConfigError
 from landiff.configs.disk_errors import FREE_SPACE, PERMISSIONS, READ_ONLY
 from landiff.training.checkpoint.errors import CheckpointError
-from landiff.training.checkpoint.store import (
+from landiff.training.checkpoint.files import (
     CheckpointState,
-    CheckpointStore,
     FileList,
-    committed_steps,
     describe_file,
     latest_whole,
     list_files,
-    step_folder,
 )
+from landiff.training.checkpoint.run_folder import committed_steps, step_folder
+from landiff.training.checkpoint.store import CheckpointStore
 from landiff.training.config import LoopConfig, OptimConfig
 from landiff.training.engine import TrainState
 from tests.distributed import run_distributed
@@ -36,7 +35,7 @@ def config(folder, steps=6, **loop):
 
 @dataclass
 class Cramped(ToyEngine):
-    """Cannot write more than a few bytes to a file, the next `failures` times: the system refuses, as on a full disk."""
+    """Fails the next `failures` saves as on a full disk: files are limited to a few bytes."""
 
     failures: int = 0
     attempts: int = 0
@@ -58,7 +57,6 @@ def store(settings, world=None):
     return CheckpointStore(
         settings.run / "checkpoints",
         settings,
-        settings.loop,
         world or alone(),
         retry_waits_s=(0, 0, 0),
     )
@@ -193,7 +191,7 @@ def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
     settings = config(tmp_path, on_save_failure="warn", keep_last=1)
     save(settings, 1)
     assert save(settings, 2, failures=1) == (None, 1)
-    assert "rank 0" in caplog.text and "going on" in caplog.text
+    assert "rank 0" in caplog.text and "training continues" in caplog.text
     assert list_folder(tmp_path) == ["step_00000001"]
     with pytest.raises(CheckpointError, match="older checkpoints are untouched"):
         save(settings, 2, failures=1, last=True)
@@ -202,7 +200,7 @@ def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
 
 @dataclass
 class Refused(ToyEngine):
-    """Every save meets the system error `number`."""
+    """Every save fails with the system error `number`."""
 
     number: int = errno.EPERM
 
@@ -210,9 +208,16 @@ class Refused(ToyEngine):
         raise OSError(self.number, os.strerror(self.number), str(folder / "weights"))
 
 
-@pytest.mark.parametrize(("number", "advice"), [
-    (errno.EPERM, PERMISSIONS), (errno.EACCES, PERMISSIONS), (errno.EROFS, READ_ONLY), (errno.ENOSPC, FREE_SPACE), (errno.EDQUOT, FREE_SPACE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EPERM, PERMISSIONS),
+        (errno.EACCES, PERMISSIONS),
+        (errno.EROFS, READ_ONLY),
+        (errno.ENOSPC, FREE_SPACE),
+        (errno.EDQUOT, FREE_SPACE),
+    ],
+)
 def test_a_failed_save_asks_for_space_only_where_space_is_missing(tmp_path, number, advice):
     settings = config(tmp_path, on_save_failure="fatal")
     engine = Refused(settings, alone(), number)

@@ -15,10 +15,10 @@ from tests.distributed import RankError, nursery, run_distributed
 
 def agree(world):
     return {
-        "any": world.any_says(world.rank == 1),
-        "none": world.any_says(False),
-        "all": world.all_agree(True),
-        "not all": world.all_agree(world.rank == 0),
+        "any": world.any_true(world.rank == 1),
+        "none": world.any_true(False),
+        "all": world.all_true(True),
+        "not all": world.all_true(world.rank == 0),
         "broadcast": world.broadcast({"from": world.rank}),
         "gather": world.gather("x" * (1 + 3 * world.rank)),
         "group": (dist.get_rank(), dist.get_world_size(), dist.get_backend()),
@@ -82,7 +82,7 @@ def lone_rank(run):
         found = (
             world.rank,
             world.size,
-            world.any_says(False),
+            world.any_true(False),
             world.gather(3),
             total.tolist(),
             world.stop_signalled,

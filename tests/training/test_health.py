@@ -1,11 +1,10 @@
-"""A run that diverges stops on all ranks, writes no poisoned checkpoint and keeps the last healthy one."""
+"""A run that diverges stops on all ranks and keeps the last healthy checkpoint."""
 
 import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,39 +13,27 @@ from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.launchers.local.start import environment
 from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
-from landiff.training.checkpoint.store import (
+from landiff.training.checkpoint.files import FileList, describe_file, latest_whole
+from landiff.training.checkpoint.run_folder import (
     FILES,
-    CheckpointStore,
-    FileList,
     committed_steps,
-    describe_file,
-    latest_whole,
+    finished_step,
+    read_metrics,
     step_folder,
 )
+from landiff.training.checkpoint.store import CheckpointStore
 from landiff.training.config import LoopConfig
 from landiff.training.engine import TrainState
 from landiff.training.guard import Guard
 from landiff.training.loop import fit
-from landiff.training.observe.metrics import read_metrics
-from landiff.training.run import Run, finished_step
+from landiff.training.run import Run
 from tests.distributed import run_distributed
+from tests.training.diverging import Diverging
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
 
 
 def config(folder, steps=6, **loop):
     return ToyConfig(run=folder, loop=LoopConfig(steps=steps, log_every=1, **loop))
-
-
-@dataclass
-class Diverging(ToyEngine):
-    """Samples of step 4 hold a bad value on one rank."""
-
-    value: float = math.nan
-
-    def train_step(self, batch):
-        if batch.step == 4 and self.world.rank == self.world.size - 1:
-            batch.micro_batches[0][0].tensors["x"][0] = self.value
-        return super().train_step(batch)
 
 
 def diverge(world, folder, value=math.nan):
@@ -115,7 +102,7 @@ def test_non_finite_weights_are_not_saved(tmp_path):
 
 
 def save(settings, step, healthy):
-    store = CheckpointStore(settings.run / "checkpoints", settings, settings.loop, alone())
+    store = CheckpointStore(settings.run / "checkpoints", settings, alone())
     store.save(
         TrainState(step, healthy=healthy),
         ToyEngine(settings, alone()),
@@ -184,7 +171,8 @@ def test_the_rank_ends_with_one_line_and_code_1_and_is_not_restarted(tmp_path):
     (run / "job").mkdir(parents=True)
     write_text(tmp_path / "config.yaml", dump(config(run, save_every=2)))
     program = (
-        "import sys\nimport tests.training.toy as toy\nfrom tests.training.test_health import Diverging\n"
+        "import sys\nimport tests.training.toy as toy\n"
+        "from tests.training.diverging import Diverging\n"
         "toy.ToyEngine = Diverging\ntoy.main(sys.argv[1])\n"
     )
     (tmp_path / "diverging.py").write_text(program)

@@ -1,4 +1,4 @@
-"""The loop: resumes exactly, stops when asked, does nothing twice."""
+"""The training loop: resumes exactly, stops on request, repeats no step."""
 
 import os
 import signal
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from landiff.training.checkpoint.run_folder import finished_step, read_metrics
 from landiff.training.config import LoopConfig
 from landiff.training.loop import due, fit
-from landiff.training.observe.metrics import read_metrics
-from landiff.training.run import Run, finished_step
+from landiff.training.run import Run
 from tests.distributed import run_distributed
 from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone, train
 

@@ -1,4 +1,4 @@
-"""What a run says: a line, a file, TensorBoard; and the same again after a restart."""
+"""Metrics of a run: progress line, file and TensorBoard, also after a restart."""
 
 import io
 import json
@@ -10,17 +10,17 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from landiff.configs.durations import duration
 from landiff.data_pipeline.loading.loader import Batch
+from landiff.training.checkpoint.run_folder import read_metrics
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.metrics import (
     Metrics,
     StepProgress,
-    cut,
-    duration,
-    gif,
-    read_metrics,
+    drop_later_lines,
     read_scalars,
 )
+from landiff.training.observe.previews import gif
 from tests.training.toy import alone
 
 
@@ -77,7 +77,8 @@ def test_a_resumed_run_drops_what_was_logged_beyond_its_step(tmp_path):
 
 def test_a_full_disk_is_told_to_whoever_writes(tmp_path):
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom landiff.training.observe.event_file import EventFile\n"
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from landiff.training.observe.event_file import EventFile\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "file = EventFile(Path(sys.argv[1]))\n"
         "try:\n  for step in range(1000): file.add_scalar('loss', 1.0, step)\n"
@@ -90,8 +91,8 @@ def test_a_full_disk_is_told_to_whoever_writes(tmp_path):
     assert (done.stdout, done.stderr) == ("File too large\n", "")
 
 
-def test_cut_of_nothing_is_nothing(tmp_path):
-    cut(tmp_path / "metrics.jsonl", 3)
+def test_a_missing_file_stays_missing(tmp_path):
+    drop_later_lines(tmp_path / "metrics.jsonl", 3)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 

@@ -27,9 +27,10 @@ def test_matrices_decay_vectors_and_frozen_parameters_do_not():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3))
     model[2].requires_grad_(False)
     optimizer = adamw(model.parameters(), OptimConfig(lr=0.1, weight_decay=0.5))
-    decays = {
-        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-    }
+    decays = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            decays[id(parameter)] = group["weight_decay"]
     assert decays == {
         id(model[0].weight): 0.5,
         id(model[0].bias): 0.0,

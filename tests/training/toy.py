@@ -1,4 +1,4 @@
-"""The smallest real engine and loader: a linear regression whose gradients are averaged over the ranks."""
+"""The smallest real engine and loader: linear regression with gradients averaged over ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from landiff.configs.base import Config
 from landiff.configs.loader import load
 from landiff.data_pipeline.format.schema import Manifest, RawSample
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.training import distributed, rng
-from landiff.training.config import LoopConfig, OptimConfig
+from landiff.model_zoo import keyed_random
+from landiff.training import distributed
+from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.guard import Guard
@@ -27,7 +28,7 @@ class ToyModelConfig(Config):
     width: int = 3
 
 
-class ToyConfig(Config):
+class ToyConfig(TrainConfig):
     run: Path
     loop: LoopConfig
     model: ToyModelConfig = ToyModelConfig()
@@ -39,7 +40,8 @@ class ToyLoader:
     """Samples whose content is a pure function of their index."""
 
     def __init__(self, config: ToyConfig, world: World) -> None:
-        self.config, self.world = config, world
+        self.config = config
+        self.world = world
         self.manifest = Manifest(fingerprint="toy", config={}, shards=[])
         self.step = 0
 
@@ -48,7 +50,7 @@ class ToyLoader:
         samples = []
         for position in range(self.world.rank, size, self.world.size):
             index = self.step * size + position
-            x = torch.randn(width, generator=rng.generator(0, "toy", index))
+            x = torch.randn(width, generator=keyed_random.generator(0, "toy", index))
             samples.append(Sample(f"{index:06d}", 0, index, position, META, {"x": x}))
         self.step += 1
         return Batch(self.step - 1, size, tuple((sample,) for sample in samples))
@@ -122,9 +124,8 @@ class ToyEngine:
 
 def train(config: ToyConfig, world: World) -> tuple[TrainState, ToyEngine]:
     engine = ToyEngine(config, world)
-    return fit(
-        engine, ToyLoader(config, world), Run(config.run, config, world), config.loop
-    ), engine
+    run = Run(config.run, config, world)
+    return fit(engine, ToyLoader(config, world), run, config.loop), engine
 
 
 def alone() -> World:
@@ -133,7 +134,7 @@ def alone() -> World:
 
 
 def main(config_path: str) -> None:
-    """What a trainer's `__main__` does."""
+    """Train with a resolved config, as the `__main__` of a trainer does."""
     config = load(ToyConfig, config_path)
     with distributed.start(config.run) as world:
         train(config, world)

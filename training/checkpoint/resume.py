@@ -1,7 +1,4 @@
-"""Whether a run can resume from the checkpoints in its folder, as far as their documents tell.
-
-Torch-free.
-"""
+"""Check, from the documents of its checkpoints, whether a run can resume. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,21 +10,29 @@ from landiff.configs.base import Config, ConfigError
 from landiff.configs.documents import read_json, read_yaml
 from landiff.configs.problems import Problem, problems_of
 from landiff.data_pipeline.loading.position import check_position
-from landiff.training.checkpoint.run_folder import CONFIG, STATE, committed_steps, step_folder
+from landiff.training.checkpoint.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    STATE,
+    committed_steps,
+    step_folder,
+)
+from landiff.training.config import TrainConfig
 
-# what `landiff convert` and other frameworks write for Megatron and DeepSpeed
+# Files that `landiff convert` and other frameworks write for Megatron and DeepSpeed.
 FOREIGN_WEIGHTS = (".metadata", "common.pt", "layout.json", "zero", "latest", "provenance.json")
 
 
-def check_resume(config: Config, must_match: Sequence[str]) -> list[Problem]:
-    """Whether the newest checkpoint in `config.run` is one of this run.
+def check_resume(config: TrainConfig) -> list[Problem]:
+    """Whether the newest checkpoint in `config.run` belongs to this run.
 
-    Damaged documents are left to the ranks.
+    Damaged documents are not reported here: the ranks report them.
     """
-    steps = committed_steps(config.run / "checkpoints")
+    checkpoints = config.run / CHECKPOINTS
+    steps = committed_steps(checkpoints)
     if not steps:
         return check_no_other_weights(config.run)
-    folder = step_folder(config.run / "checkpoints", steps[-1])
+    folder = step_folder(checkpoints, steps[-1])
     try:
         state = read_json(folder / STATE)
         stored = read_yaml(folder / CONFIG)
@@ -35,9 +40,8 @@ def check_resume(config: Config, must_match: Sequence[str]) -> list[Problem]:
         return []
     if not isinstance(state, dict) or not isinstance(stored, dict):
         return []
-    problems = problems_of(
-        lambda: changed_keys(folder, state.get("kind", ""), stored, config, must_match)
-    )
+    kind = state.get("kind", "")
+    problems = problems_of(lambda: changed_keys(folder, kind, stored, config, config.must_match))
     if isinstance(state.get("loader"), dict):
         known = {
             "seed": config.data.seed,
@@ -60,9 +64,8 @@ def check_no_other_weights(run: Path) -> list[Problem]:
     return [
         Problem(
             f"run = {run} holds converted weights ({', '.join(found)}) and no checkpoints, so "
-            "training would ignore them; "
-            f"to start from them, run `landiff convert {run} --name NAME` and set init_from=NAME "
-            "with another run=..."
+            f"training would ignore them; to start from them, run `landiff convert {run} --name "
+            "NAME` and set init_from=NAME with another run=..."
         )
     ]
 
@@ -72,8 +75,8 @@ def changed_keys(
 ) -> list[str]:
     """Keys in which `config` differs from the `stored` config of a checkpoint, with both values.
 
-    Raises ConfigError where the checkpoint is of another trainer (`kind` names the class of its config), or where
-    a section in `must_match` differs.
+    Raises ConfigError if the checkpoint belongs to another trainer (`kind` is the class name of
+    its config), or if a section in `must_match` differs.
     """
     own = type(config).__name__
     if kind != own:
@@ -81,21 +84,22 @@ def changed_keys(
             f"{folder} was written by {kind}, this run is a {own}; choose another run folder "
             "(run=...)"
         )
-    before, after = _flat(stored), _flat(config.model_dump(mode="json"))
+    before = _flat(stored)
+    after = _flat(config.model_dump(mode="json"))
     changed = []
     refused = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
             continue
-        changed.append(f"{key} = {after.get(key)!r} (checkpoint: {before.get(key)!r})")
+        difference = f"{key} = {after.get(key)!r} (checkpoint: {before.get(key)!r})"
+        changed.append(difference)
         if key.partition(".")[0] in must_match:
-            refused.append(changed[-1])
+            refused.append(difference)
     if refused:
         raise ConfigError(
-            f"{folder} is a checkpoint of another model: {', '.join(refused)}; "
-            "set them back, or choose another run folder (run=...); what is not of the model "
-            "itself, such as "
-            "vocab_multiple, `landiff convert` can change (--to megatron or deepspeed)"
+            f"{folder} is a checkpoint of another model: {', '.join(refused)}; restore these "
+            "values, or choose another run folder (run=...). `landiff convert` (--to megatron or "
+            "deepspeed) can change what is not part of the model itself, such as vocab_multiple"
         )
     return changed
 

@@ -1,37 +1,36 @@
-"""Checkpoints that are whole or not there at all.
+"""Checkpoints that are complete or do not exist.
 
     <run>/checkpoints/step_00001000/
         ...            the engine's own files
         config.yaml    resolved config of the run
-        state.json     `CheckpointState`: step, loader position, versions, data fingerprint
-        files.json     every other file with size and sha256; written last
+        state.json     `CheckpointState`: step, loader position, versions, data fingerprints
+        files.json     size and sha256 of all other files; written last
 
-A save goes into a hidden folder beside the final name; after every rank has written, files are listed,
-hashed (the work is shared over the ranks; files above HASH_LIMIT are listed with their size alone),
-fsynced, and the folder is renamed. "Latest" is the highest step whose files still are as listed. A newest
-checkpoint that is damaged is set aside as `step_<n>.damaged` and the one before it is used.
+A save writes into a hidden folder beside the final name. After every rank has written, the files
+are listed, hashed and fsynced, and the folder is renamed. The ranks divide the hashing among them.
+Files above HASH_LIMIT are listed with their size only.
 
-Random numbers need no place here: they are keyed by (seed, purpose, place), so nothing remembers them.
+The newest checkpoint whose files match files.json is used to resume. A damaged one is renamed to
+`step_<n>.damaged`, and the one before it is used.
+
+No random state is saved: draws are keyed by (seed, purpose, place), see
+`landiff.model_zoo.keyed_random`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from pydantic import NonNegativeInt
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from landiff.configs.base import Config, ConfigError
+from landiff.configs.base import ConfigError
 from landiff.configs.disk_errors import way_out
 from landiff.configs.documents import read_yaml
 from landiff.configs.files import (
@@ -39,13 +38,23 @@ from landiff.configs.files import (
     remove_dir,
     replace_dir,
     restore_replaced,
-    sha256_file,
     temporary_name,
-    write_text,
 )
-from landiff.configs.loader import read_json_as, write_config
+from landiff.configs.loader import read_json_as
 from landiff.model_zoo.health import NAMES_SHOWN, non_finite
 from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
+from landiff.training.checkpoint.files import (
+    CheckpointState,
+    FileEntry,
+    FileList,
+    describe_file,
+    difference,
+    explain,
+    is_healthy,
+    list_files,
+    seal,
+    versions,
+)
 from landiff.training.checkpoint.resume import changed_keys
 from landiff.training.checkpoint.run_folder import (
     CONFIG,
@@ -54,85 +63,40 @@ from landiff.training.checkpoint.run_folder import (
     committed_steps,
     step_folder,
 )
-from landiff.training.config import LoopConfig
+from landiff.training.config import TrainConfig
 from landiff.training.distributed import World
 from landiff.training.engine import BatchSource, Engine, TrainState
 
 log = logging.getLogger(__name__)
 
-HASH_LIMIT = 4 << 30  # bytes; above, reading a file back would hold a save up for seconds
-DISK_ERRORS = (
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    CheckpointException,
-)  # what a full disk looks like
+# Errors that a full disk causes.
+DISK_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 RETRY_WAITS_S = (1.0, 10.0, 60.0)
-DISTRIBUTIONS = (
-    "torch",
-    "megatron-core",
-    "deepspeed",
-    "vector-quantize-pytorch",
-    "safetensors",
-    "numpy",
-)
-
-
-class CheckpointState(Config):
-    """state.json: what the loop needs to go on, and what made it."""
-
-    format: Literal[1] = 1
-    step: NonNegativeInt
-    kind: str  # name of the config class: which trainer
-    loader: dict[str, Any]
-    manifest: str  # fingerprint of the raw shards
-    columns: dict[str, str]  # fingerprints of the data's columns by name
-    world_size: int
-    versions: dict[str, str]
-    healthy: bool | None = None  # may be resumed from; None: written before this was recorded
-
-
-class FileEntry(Config):
-    """One file of a checkpoint."""
-
-    path: str  # relative
-    bytes: NonNegativeInt
-    sha256: str | None  # None above HASH_LIMIT
-
-
-class FileList(Config):
-    """files.json."""
-
-    format: Literal[1] = 1
-    files: list[FileEntry]
+PROBLEMS_SHOWN = 3  # of a damaged checkpoint
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Methods are collective unless they say otherwise."""
+    """The checkpoints of one run. All methods are collective unless they say otherwise."""
 
     def __init__(
         self,
         folder: Path,
-        config: Config,
-        loop: LoopConfig,
+        config: TrainConfig,
         world: World,
         *,
-        must_match: Sequence[str] = ("model",),
         retry_waits_s: Sequence[float] = RETRY_WAITS_S,
     ) -> None:
-        """`must_match`: sections of `config` in which a checkpoint may not differ. Removes what dead saves left."""
+        """Open the folder of checkpoints and remove what interrupted saves left there."""
         self.folder = folder
         self.config = config
-        self.loop = loop
+        self.loop = config.loop
         self.world = world
-        self.must_match = tuple(must_match)
         self.retry_waits_s = tuple(retry_waits_s)
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             restore_replaced(folder)
-            remove_abandoned(
-                folder, foreign_after_s=0
-            )  # a run folder has one owner, and that is this run
+            # A run folder has one owner, this run. No process on another machine writes to it.
+            remove_abandoned(folder, foreign_after_s=0)
         world.barrier()
 
     # ---------------------------------------------------------------- save
@@ -140,12 +104,14 @@ class CheckpointStore:
     def save(
         self, state: TrainState, engine: Engine, loader: BatchSource, *, last: bool = False
     ) -> Path | None:
-        """Commit a checkpoint of `state.step`; returns its folder.
+        """Commit a checkpoint of `state.step`. Returns its folder.
 
-        A failure leaves the older checkpoints alone and is handled as `loop.on_save_failure` says: go on
-        without (returns None), try again after 1, 10 and 60 s, or raise. When this is the `last` chance of
-        the process, "warn" raises too. Raises CheckpointError on all ranks, NonFiniteError (and writes
-        nothing) where weights hold NaN or infinity.
+        A failure leaves the older checkpoints untouched. `loop.on_save_failure` decides what
+        follows: continue without this checkpoint and return None, retry after 1, 10 and 60 s, or
+        raise. If this is the process's `last` save, "warn" raises too.
+
+        Raises CheckpointError on all ranks. Raises NonFiniteError and writes nothing if weights
+        hold NaN or infinity.
         """
         what = f"the weights after step {state.step} hold"
         self._require_finite(engine, what, "no checkpoint of them is written")
@@ -157,53 +123,64 @@ class CheckpointStore:
                 return step_folder(self.folder, state.step)
             text = f"checkpoint of step {state.step} in {self.folder} failed: {'; '.join(failures)}"
             if attempt < len(waits):
-                log.warning(
-                    "%s; trying again in %g s (%d tries left)",
-                    text,
-                    waits[attempt],
-                    len(waits) - attempt,
-                )
-                time.sleep(waits[attempt])
+                wait_s = waits[attempt]
+                left = len(waits) - attempt
+                log.warning("%s; trying again in %g s (%d tries left)", text, wait_s, left)
+                time.sleep(wait_s)
         if self.loop.on_save_failure == "warn" and not last:
-            log.warning("%s; going on, since loop.on_save_failure = warn", text)
+            log.warning("%s; training continues, since loop.on_save_failure = warn", text)
             return None
         advice = way_out(RuntimeError(text), self.folder) or "fix the cause"
         raise CheckpointError(
-            f"{text}; older checkpoints are untouched. To continue, {advice}, and run the same command again"
+            f"{text}; older checkpoints are untouched. To continue, {advice}, and run the same "
+            "command again"
         )
 
     def _try_save(self, state: TrainState, engine: Engine, loader: BatchSource) -> list[str]:
-        """What went wrong, by rank; empty when the checkpoint is committed. Equal on all ranks."""
-        world, final = self.world, step_folder(self.folder, state.step)
+        """Failures by rank, empty if the checkpoint was committed. Equal on all ranks."""
+        world = self.world
+        final = step_folder(self.folder, state.step)
         temporary = Path(world.broadcast(str(temporary_name(final))))
-        failure = _attempt(lambda: temporary.mkdir(parents=True)) if world.rank == 0 else ""
-        failures = _failures(world, failure)
+        failures = self._on_rank_0(lambda: temporary.mkdir(parents=True))
         if not failures:
             failures = _failures(world, _attempt(lambda: engine.save(temporary)))
         if not failures:
-            failure, entries = "", []
-            paths = world.broadcast(list_files(temporary) if world.rank == 0 else None)
-            try:
-                entries = [
-                    describe_file(temporary, path).model_dump() for path in _share(world, paths)
-                ]
-            except OSError as error:
-                failure = _explain(error)
-            failures = _failures(world, failure)
-            entries = [FileEntry(**entry) for part in world.gather(entries) for entry in part]
+            entries, failures = self._describe_files(temporary)
         if not failures:
-            failure = (
-                _attempt(lambda: self._commit(temporary, final, state, loader, entries))
-                if world.rank == 0
-                else ""
+            failures = self._on_rank_0(
+                lambda: self._commit(temporary, final, state, loader, entries)
             )
-            failures = _failures(world, failure)
-        if failures:  # libraries do not always say that it was the disk
-            failures.insert(0, world.broadcast(_room(self.folder) if world.rank == 0 else None))
+        if failures:
+            # Libraries do not always report that the disk was full.
+            free = _free_space(self.folder) if world.rank == 0 else None
+            failures.insert(0, world.broadcast(free))
             if world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
         world.barrier()
         return failures
+
+    def _on_rank_0(self, action: Callable[[], object]) -> list[str]:
+        """Run `action` on rank 0. Returns its failure, if any, on all ranks."""
+        failure = ""
+        if self.world.rank == 0:
+            failure = _attempt(action)
+        return _failures(self.world, failure)
+
+    def _describe_files(self, folder: Path) -> tuple[list[FileEntry], list[str]]:
+        """Size and hash of all files, and the failures. The ranks divide the hashing among them."""
+        paths = self.world.broadcast(list_files(folder) if self.world.rank == 0 else None)
+        own: list[dict[str, Any]] = []
+        failure = ""
+        try:
+            for path in _own_part(self.world, paths):
+                own.append(describe_file(folder, path).model_dump())
+        except OSError as error:
+            failure = explain(error)
+        failures = _failures(self.world, failure)
+        entries: list[FileEntry] = []
+        for part in self.world.gather(own):
+            entries.extend(FileEntry(**entry) for entry in part)
+        return entries, failures
 
     def _commit(
         self,
@@ -213,7 +190,7 @@ class CheckpointStore:
         loader: BatchSource,
         entries: list[FileEntry],
     ) -> None:
-        """Rank 0: add our own documents, then rename."""
+        """Add the documents and rename the folder. Rank 0 only."""
         document = CheckpointState(
             step=state.step,
             kind=type(self.config).__name__,
@@ -228,7 +205,11 @@ class CheckpointStore:
         replace_dir(temporary, final)
 
     def _prune(self, newest: int) -> None:
-        """Keep the last n, every m-th and the newest healthy one. A failure to delete does not stop the run."""
+        """Delete old checkpoints.
+
+        The newest ones (`loop.keep_last`), those of every `loop.keep_every` steps and the newest
+        healthy one are kept. A checkpoint that cannot be deleted does not stop the run.
+        """
         if self.world.rank != 0:
             return
         steps = [step for step in committed_steps(self.folder) if step <= newest]
@@ -238,233 +219,158 @@ class CheckpointStore:
                 continue
             if step in healthy[-1:]:
                 continue
+            folder = step_folder(self.folder, step)
             try:
-                remove_dir(step_folder(self.folder, step))
+                remove_dir(folder)
             except OSError as error:
-                log.warning(
-                    "could not delete old checkpoint %s: %s", step_folder(self.folder, step), error
-                )
+                log.warning("could not delete old checkpoint %s: %s", folder, error)
 
     # ---------------------------------------------------------------- load
 
     def load_latest(self, engine: Engine, loader: BatchSource) -> TrainState | None:
-        """Restore the newest whole and healthy checkpoint; None in a run without any.
+        """Restore the newest intact and healthy checkpoint. Returns None if the run has none.
 
-        Raises ConfigError for a checkpoint of another model, CheckpointError when none is whole and healthy, and
-        NonFiniteError where weights hold NaN or infinity.
+        Raises ConfigError for a checkpoint of another model, CheckpointError if no checkpoint is
+        intact and healthy, and NonFiniteError if weights hold NaN or infinity.
         """
-        found = self._newest_whole()
+        found = self._newest_intact()
         if found is None:
             return None
         document = self._check(found)
-        loader.load_state_dict(document.loader)  # refuses other data
+        loader.load_state_dict(document.loader)  # raises for other data
         engine.load(found)
-        way_out = "delete it to resume from an earlier one"
-        self._require_finite(engine, f"checkpoint {found} holds", way_out)
-        self._prune(document.step)  # a kill may have come between commit and deletion
+        advice = "delete it to resume from an earlier one"
+        self._require_finite(engine, f"checkpoint {found} holds", advice)
+        self._prune(document.step)  # the last save may have been killed between commit and deletion
         log.info("resumed from %s", found)
         return TrainState(step=document.step)
 
-    def _newest_whole(self) -> Path | None:
+    def _newest_intact(self) -> Path | None:
         steps = self.world.broadcast(committed_steps(self.folder) if self.world.rank == 0 else None)
         unhealthy = 0
         for step in reversed(steps):
             folder = step_folder(self.folder, step)
             problems = self.damage(folder)
-            healthy = self.world.rank == 0 and is_healthy(folder, unreadable=True)
-            if not problems and self.world.broadcast(healthy):
-                return folder  # `_check` reports a state.json that cannot be read
-            if not problems:
-                unhealthy += 1
-                log.warning("checkpoint %s has healthy = false; using the one before it", folder)
+            if problems:
+                self._rename_damaged(folder, problems)
                 continue
-            log.warning(
-                "checkpoint %s is damaged (%s); using the one before it",
-                folder,
-                "; ".join(problems[:3]),
-            )
-            if self.world.rank == 0:
-                aside = folder.with_name(f"{folder.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(folder, aside)
-            self.world.barrier()
+            # A state.json that cannot be read counts as healthy here: `_check` reports it.
+            healthy = self.world.rank == 0 and is_healthy(folder, unreadable=True)
+            if self.world.broadcast(healthy):
+                return folder
+            unhealthy += 1
+            log.warning("checkpoint %s has healthy = false; using the one before it", folder)
         if unhealthy:
             raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole and healthy: {unhealthy} of {len(steps)} are of a "
-                "diverged run (healthy = false in state.json). Delete them to begin at step 0, or choose "
-                "another run folder (run=...)"
+                f"no checkpoint in {self.folder} is intact and healthy: {unhealthy} of "
+                f"{len(steps)} are of a diverged run (healthy = false in state.json). Delete them "
+                "to start at step 0, or choose another run folder (run=...)"
             )
         if steps:
             raise CheckpointError(
-                f"none of the {len(steps)} checkpoints in {self.folder} is whole; they are kept as step_*.damaged. "
-                "Bring one back, or start the command once more to begin at step 0"
+                f"none of the {len(steps)} checkpoints in {self.folder} is intact; they are kept "
+                "as step_*.damaged. Restore one of them, or run the command again to start at "
+                "step 0"
             )
         return None
 
+    def _rename_damaged(self, folder: Path, problems: Sequence[str]) -> None:
+        """Rename a damaged checkpoint so that it is not used again."""
+        listed = "; ".join(problems[:PROBLEMS_SHOWN])
+        log.warning("checkpoint %s is damaged (%s); using the one before it", folder, listed)
+        if self.world.rank == 0:
+            damaged = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            os.rename(folder, damaged)
+        self.world.barrier()
+
     def damage(self, folder: Path) -> list[str]:
-        """What differs from files.json; empty for a whole checkpoint. Equal on all ranks; reading is shared."""
-        paths, problem = [], ""
+        """Differences from files.json, empty for an intact checkpoint. Equal on all ranks.
+
+        The ranks divide the reading among them.
+        """
+        listed: list[dict[str, Any]] = []
+        problem = ""
         if self.world.rank == 0:
             try:
-                listed = read_json_as(FileList, folder / FILES)
-                paths = [entry.model_dump() for entry in listed.files]
+                files = read_json_as(FileList, folder / FILES).files
+                listed = [entry.model_dump() for entry in files]
             except (OSError, ConfigError) as error:
-                problem = f"{FILES}: {_explain(error)}"
-        problem, paths = self.world.broadcast([problem, paths])
+                problem = f"{FILES}: {explain(error)}"
+        problem, listed = self.world.broadcast([problem, listed])
         if problem:
             return [problem]
-        entries = {entry["path"]: FileEntry(**entry) for entry in paths}
-        problems = [
-            text
-            for path in _share(self.world, list(entries))
-            if (text := difference(folder, entries[path]))
-        ]
-        return [text for part in self.world.gather(problems) for text in part]
+        entries = {entry["path"]: FileEntry(**entry) for entry in listed}
+        found = [difference(folder, entries[path]) for path in _own_part(self.world, list(entries))]
+        problems: list[str] = []
+        for part in self.world.gather([text for text in found if text]):
+            problems.extend(part)
+        return problems
 
     def _require_finite(self, engine: Engine, what: str, consequence: str) -> None:
-        """Raise NonFiniteError on all ranks where one rank's part of the weights is not finite."""
+        """Raise NonFiniteError on all ranks if the weights of one rank are not finite."""
         names = non_finite(engine.local_weights())
-        if self.world.any_says(bool(names)):
-            parts = self.world.gather(names[: NAMES_SHOWN + 1])
-            found = list(dict.fromkeys(name for part in parts for name in part))
-            shown = ", ".join(found[:NAMES_SHOWN])
-            others = " and others" if len(found) > NAMES_SHOWN else ""
-            raise NonFiniteError(f"{what} NaN or infinity in {shown}{others}; {consequence}")
+        if not self.world.any_true(bool(names)):
+            return
+        found: list[str] = []
+        for part in self.world.gather(names[: NAMES_SHOWN + 1]):
+            for name in part:
+                if name not in found:
+                    found.append(name)
+        shown = ", ".join(found[:NAMES_SHOWN])
+        others = " and others" if len(found) > NAMES_SHOWN else ""
+        raise NonFiniteError(f"{what} NaN or infinity in {shown}{others}; {consequence}")
 
     def _check(self, folder: Path) -> CheckpointState:
-        """state.json of a whole checkpoint that fits this run. Raises ConfigError with the keys that don't."""
-        advice = f"bring the file back, or remove {folder} so that training resumes from the checkpoint before it"
+        """state.json of an intact checkpoint.
+
+        Raises ConfigError with the keys in which the checkpoint does not fit this run.
+        """
+        advice = (
+            f"restore the file, or remove {folder} so that training resumes from the checkpoint "
+            "before it"
+        )
         document = read_json_as(CheckpointState, folder / STATE, advice=advice)
         stored = read_yaml(folder / CONFIG, advice=advice)
-        changed = changed_keys(folder, document.kind, stored, self.config, self.must_match)
+        must_match = self.config.must_match
+        changed = changed_keys(folder, document.kind, stored, self.config, must_match)
         if changed:
             log.info("resuming with a changed config: %s", ", ".join(changed))
         return document
 
 
-# -------------------------------------------------------------------- on disk (not collective)
-
-
-def list_files(folder: Path) -> list[str]:
-    """All files below `folder`, relative, sorted."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def describe_file(folder: Path, path: str) -> FileEntry:
-    size = (folder / path).stat().st_size
-    return FileEntry(
-        path=path, bytes=size, sha256=sha256_file(folder / path) if size <= HASH_LIMIT else None
-    )
-
-
-def seal(
-    folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]
-) -> None:
-    """Add our own documents to an engine's files, which `entries` describe; the list of files last."""
-    write_text(folder / STATE, document.model_dump_json(indent=1))
-    write_config(folder / CONFIG, config)
-    own = [describe_file(folder, name) for name in (STATE, CONFIG)]
-    write_text(
-        folder / FILES,
-        FileList(files=sorted([*entries, *own], key=lambda entry: entry.path)).model_dump_json(
-            indent=1
-        ),
-    )
-
-
-def difference(folder: Path, entry: FileEntry) -> str:
-    """What is wrong with one listed file, or ""."""
-    path = folder / entry.path
-    try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            return f"{entry.path} has {size} bytes instead of {entry.bytes}"
-        if entry.sha256 is not None and sha256_file(path) != entry.sha256:
-            return f"{entry.path} has other content than was written"
-    except OSError as error:
-        return f"{entry.path}: {_explain(error)}"
-    return ""
-
-
-def latest_whole(folder: Path) -> Path | None:
-    """The newest healthy checkpoint in `folder` whose files are as listed, for readers outside a run."""
-    for step in reversed(committed_steps(folder)):
-        path = step_folder(folder, step)
-        if not differences(path) and is_healthy(path):
-            return path
-    return None
-
-
-def differences(folder: Path) -> list[str]:
-    """What differs from files.json; empty for a whole checkpoint. `CheckpointStore.damage` shares this over ranks."""
-    try:
-        listed_files = read_json_as(FileList, folder / FILES)
-    except (OSError, ConfigError) as error:
-        return [f"{FILES}: {_explain(error)}"]
-    found = [difference(folder, entry) for entry in listed_files.files]
-    return [text for text in found if text]
-
-
-def is_healthy(folder: Path, *, unreadable: bool = False) -> bool:
-    """False where state.json says healthy = false; older checkpoints do not record it.
-
-    `unreadable` is the answer for a state.json that cannot be read.
-    """
-    try:
-        state = read_json_as(CheckpointState, folder / STATE)
-    except (OSError, ConfigError):
-        return unreadable
-    return state.healthy is not False
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries whose files a checkpoint holds."""
-    found = {"python": platform.python_version()}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found | {"torch": torch.__version__}
-
-
-# -------------------------------------------------------------------- small helpers
-
-
-def _attempt(action: Any) -> str:
-    """Run `action`; what the disk had to say against it, or ""."""
+def _attempt(action: Callable[[], object]) -> str:
+    """Run `action`. Returns its error, or an empty string."""
     try:
         action()
     except DISK_ERRORS as error:
         log.warning("saving failed", exc_info=error)
-        return _explain(error)
+        return explain(error)
     return ""
 
 
 def _failures(world: World, failure: str) -> list[str]:
-    """The failures of all ranks, on all ranks; what many say is said once."""
-    if not world.any_says(bool(failure)):
+    """The failures of all ranks on all ranks. Equal ones are listed once."""
+    if not world.any_true(bool(failure)):
         return []
-    ranks: dict[str, list[int]] = {}
+    ranks_by_text: dict[str, list[int]] = {}
     for rank, text in enumerate(world.gather(failure)):
-        ranks.setdefault(text, []).append(rank)
-    return [
-        f"rank {first}{f' and {len(others)} others' if others else ''}: {text}"
-        for text, (first, *others) in ranks.items()
-        if text
-    ]
+        if text:
+            ranks_by_text.setdefault(text, []).append(rank)
+    failures = []
+    for text, ranks in ranks_by_text.items():
+        others = f" and {len(ranks) - 1} others" if len(ranks) > 1 else ""
+        failures.append(f"rank {ranks[0]}{others}: {text}")
+    return failures
 
 
-def _room(folder: Path) -> str:
+def _free_space(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free >> 20} MiB were free on the disk"
     except OSError as error:
-        return f"no disk: {_explain(error)}"
+        return f"no disk: {explain(error)}"
 
 
-def _explain(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _share(world: World, paths: Sequence[str]) -> list[str]:
+def _own_part(world: World, paths: Sequence[str]) -> list[str]:
+    """The paths that this rank processes."""
     return list(paths[world.rank :: world.size])

@@ -1,4 +1,7 @@
-"""`python -m landiff.training.diffusion <resolved-config.yaml>`: one rank, under torchrun or alone."""
+"""Runs one rank of the diffusion trainer: `python -m landiff.training.diffusion CONFIG.yaml`.
+
+torchrun starts it on every rank. It also runs alone.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,20 @@ from landiff.data_pipeline.loading.loader import Loader
 from landiff.training import distributed
 from landiff.training.checks import Launch
 from landiff.training.diffusion.checks import check
-from landiff.training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import build_engine
 from landiff.training.loop import fit
 from landiff.training.run import Run
 
 
 def main(config_path: str) -> None:
+    """Train with a resolved config."""
     config = load(DiffusionTrainConfig, config_path)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = build_engine(config, world)
         loader = Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size)
-        fit(engine, loader, Run(config.run, config, world, must_match=MUST_MATCH), config.loop)
+        fit(engine, loader, Run(config.run, config, world), config.loop)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from landiff.model_zoo.config import ScheduleConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.training.checks import Launch, check_trainer, different_fields, find_entry
 from landiff.training.diffusion.columns import check_diffusion_columns, check_diffusion_tokenizer
-from landiff.training.diffusion.config import MUST_MATCH, DiffusionTrainConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
 def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
-    manifests, problems = check_trainer(config, config.columns, launch, MUST_MATCH)
+    manifests, problems = check_trainer(config, launch)
     problems += check_preview(config)
     if not launch.inputs_exist:
         return problems
@@ -37,7 +37,8 @@ def check_preview(config: DiffusionTrainConfig) -> list[Problem]:
         return []
     problems = check_steps("preview_steps", config.preview_steps, config.schedule)
     problems += check_encoder("preview_codec", config.preview_codec)
-    channels, latent = width_of(config.preview_codec), config.model.transformer.latent_channels
+    channels = width_of(config.preview_codec)
+    latent = config.model.transformer.latent_channels
     if channels is not None and channels != latent:
         problems.append(
             Problem(
@@ -50,13 +51,12 @@ def check_preview(config: DiffusionTrainConfig) -> list[Problem]:
 
 
 def check_steps(key: str, steps: int, schedule: ScheduleConfig) -> list[Problem]:
-    """A sampler takes at least 2 steps and at most those of the schedule."""
+    """Whether a sampler can take `steps` steps: at least 2, at most those of the schedule."""
     if 2 <= steps <= schedule.num_timesteps:
         return []
     return [
         Problem(
-            f"{key} = {steps}: a sampler takes at least 2 steps and at most schedule.num_timesteps "
-            "= "
-            f"{schedule.num_timesteps}"
+            f"{key} = {steps}: a sampler takes at least 2 steps and at most "
+            f"schedule.num_timesteps = {schedule.num_timesteps}"
         )
     ]

@@ -1,7 +1,4 @@
-"""Whether the columns of a data set, and the zoo entries it starts from, fit the diffusion model.
-
-Torch-free.
-"""
+"""Check whether a data set's columns and the zoo entries fit the diffusion model. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +14,10 @@ from landiff.training.diffusion.config import DiffusionTrainConfig
 def check_diffusion_columns(
     manifest: Manifest, config: DiffusionTrainConfig, tokenizer: ZooEntry | None
 ) -> list[Problem]:
-    """Columns of another shape, or (unless data.adopt) of another tokenizer than `tokenizer`."""
+    """Whether the columns have the model's shapes.
+
+    Unless data.adopt, the tokens must also come from `tokenizer`.
+    """
     model = config.model.transformer
     shapes = {
         config.latents_column: [
@@ -29,27 +29,31 @@ def check_diffusion_columns(
         config.text_column: [model.text_length, model.text_dim],
     }
     problems = []
-    for name, wanted in shapes.items():
+    for name, expected in shapes.items():
         column = manifest.columns[name]
         shape = column.shape
         if name == config.latents_column and len(shape) == 4 and column.config.get("moments"):
-            shape = [shape[0], shape[1] // 2, *shape[2:]]  # mean and log-variance
-        if shape != wanted:
+            shape = [shape[0], shape[1] // 2, *shape[2:]]  # it holds mean and log-variance
+        if shape != expected:
             problems.append(
                 Problem(
                     f"column {name} of {config.data.manifest} ({column.encoder}) has shape "
-                    f"{column.shape}, but "
-                    f"model.transformer wants {wanted}; precompute the column for this model, or "
-                    "choose the model that "
-                    "fits it"
+                    f"{column.shape}, but model.transformer needs {expected}; precompute the "
+                    "column for this model, or choose the model that fits it"
                 )
             )
     if config.phase == "control" and tokenizer is not None:
         column = manifest.columns[config.tokens_column]
-        problems += _check_tokens(column, tokenizer.config, config)
+        problems += _check_tokens(column, tokenizer_config(tokenizer), config)
         if not config.data.adopt:
             problems += _check_origin(column, tokenizer, config)
     return problems
+
+
+def tokenizer_config(entry: ZooEntry) -> TokenizerConfig:
+    """The config of a zoo entry of kind "tokenizer"."""
+    assert isinstance(entry.config, TokenizerConfig), entry.reference
+    return entry.config
 
 
 def _check_tokens(
@@ -57,70 +61,69 @@ def _check_tokens(
 ) -> list[Problem]:
     """Whether the tokens decode to the latents' number of frames.
 
-    A size of 0 stands for several sizes.
+    A size of 0 in the manifest means several sizes. They are not checked here.
     """
-    wanted = config.model.transformer.latent_frames
     if not column.shape or not column.shape[-1]:
         return []
+    expected = config.model.transformer.latent_frames
     try:
         frames = TokenLayout.of(tokenizer).num_frames(column.shape[-1])
-        if frames != wanted:
+        if frames != expected:
             raise ConfigError(
                 f"{column.shape[-1]} tokens are {frames} semantic frames, but "
-                f"model.transformer.latent_frames = {wanted}"
+                f"model.transformer.latent_frames = {expected}"
             )
     except ValueError as error:
         return [
             Problem(
                 f"column {config.tokens_column} of {config.data.manifest} ({column.encoder}): "
-                f"{error}; "
-                "precompute the tokens for this model, or choose the model that fits them"
+                f"{error}; precompute the tokens for this model, or choose the model that fits "
+                "them"
             )
         ]
     return []
 
 
 def _check_origin(column: Column, entry: ZooEntry, config: DiffusionTrainConfig) -> list[Problem]:
-    """Whether the tokens are of the tokenizer that decodes them."""
-    made_by = {column.encoder, *map(str, column.config.get("encoders", {}).values())}
+    """Whether the tokens come from the tokenizer that decodes them."""
+    made_by = {column.encoder}
+    for encoder in column.config.get("encoders", {}).values():
+        made_by.add(str(encoder))
     if any(entry.fingerprint in text for text in made_by):
         return []
     return [
         Problem(
             f"column {config.tokens_column} of {config.data.manifest} was made by "
-            f"{column.encoder}, but tokenizer = "
-            f"{config.tokenizer} is {entry.reference}; precompute the tokens with it, name the "
-            "other tokenizer, or "
-            "take the tokens as they are with data.adopt=true"
+            f"{column.encoder}, but tokenizer = {config.tokenizer} is {entry.reference}; "
+            "precompute the tokens with it, name the other tokenizer, or accept the tokens as "
+            "they are with data.adopt=true"
         )
     ]
 
 
 def check_diffusion_tokenizer(config: DiffusionTrainConfig, entry: ZooEntry) -> list[Problem]:
     """Whether the features that a tokenizer decodes have the size of the semantic condition."""
-    tokenizer, model = entry.config, config.model
+    tokenizer = tokenizer_config(entry)
+    model = config.model
     scale = 2 ** (len(model.semantic.channel_multipliers) - 1)
     problems = []
     if tokenizer.feature_channels != model.semantic.feature_channels:
         problems.append(
             Problem(
                 f"model.semantic.feature_channels = {model.semantic.feature_channels}, but the "
-                "tokenizer "
-                f"{entry.reference} decodes {tokenizer.feature_channels} channels; "
+                f"tokenizer {entry.reference} decodes {tokenizer.feature_channels} channels; "
                 "choose the tokenizer or the preset that fits"
             )
         )
     found = (tokenizer.grid_height * scale, tokenizer.grid_width * scale)
-    wanted = (model.transformer.latent_height, model.transformer.latent_width)
-    if found != wanted:
+    expected = (model.transformer.latent_height, model.transformer.latent_width)
+    if found != expected:
         problems.append(
             Problem(
-                f"model.transformer.latent_height x latent_width = {wanted[0]} x {wanted[1]}, but "
-                "the tokenizer "
-                f"{entry.reference} decodes a grid of {tokenizer.grid_height} x "
-                f"{tokenizer.grid_width}, which "
-                f"model.semantic.channel_multipliers upsamples to {found[0]} x {found[1]}; "
-                "choose the tokenizer or the preset that fits"
+                f"model.transformer.latent_height x latent_width = {expected[0]} x {expected[1]}, "
+                f"but the tokenizer {entry.reference} decodes a grid of {tokenizer.grid_height} x "
+                f"{tokenizer.grid_width}, which model.semantic.channel_multipliers upsamples to "
+                f"{found[0]} x {found[1]}; choose the tokenizer or the preset that fits"
             )
         )
     return problems

@@ -1,16 +1,16 @@
 """Config of the diffusion trainer. Torch-free.
 
-One trainer, two phases (specification §5.4):
+One trainer, two phases (docs/specification.md §5.4):
 
-* `main` pretrains the main transformer alone;
-* `control` freezes it and trains the control branch with its semantic condition. Its start is a zoo entry
-  of kind "transformer", whose first layers the control branch copies.
+* `main` pretrains the main transformer alone.
+* `control` freezes it and trains the control branch with its semantic condition. It starts from a
+  zoo entry of kind "transformer", whose first layers the control branch copies.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_validator
 
@@ -18,32 +18,46 @@ from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import DiffusionConfig, ScheduleConfig
 from landiff.model_zoo.frozen.config import CodecConfig
-from landiff.training.config import LoopConfig, OptimConfig
-
-# sections in which a checkpoint may not differ from its run
-MUST_MATCH = ("model", "schedule", "phase")
+from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
 
 STAGE_ZERO = (
-    "zero.stage = 0 is refused: in bf16 DeepSpeed's unpartitioned optimizer takes a step on zero gradients "
-    "before training starts (Adam counts from 1 and one full weight decay is applied), and in fp32 it reports "
-    "no gradient norm; zero.stage = 1 does the same work right, on one rank too"
+    "zero.stage = 0 is refused: in bf16 DeepSpeed's unpartitioned optimizer takes a step on zero "
+    "gradients before training starts (Adam counts from 1 and one full weight decay is applied), "
+    "and in fp32 it reports no gradient norm; zero.stage = 1 works correctly, on one rank too"
 )
 
 
 class ZeroConfig(Config):
-    """What DeepSpeed partitions over the ranks, and the sizes of its buckets (in elements)."""
+    """What DeepSpeed ZeRO partitions over the ranks, and the sizes of its buckets."""
 
     stage: Literal[0, 1, 2, 3] = Field(
         default=2,
-        description="1: optimizer states; 2: and gradients; 3: and parameters. 0 is refused",
+        description=(
+            "ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters. "
+            "0 is refused."
+        ),
     )
-    reduce_bucket_size: PositiveInt = 500_000_000
-    allgather_bucket_size: PositiveInt = 500_000_000
-    overlap_communication: bool = False
-    # stage 3 only
-    parameter_persistence_threshold: NonNegativeInt = 100_000  # smaller parameters are kept whole
-    prefetch_bucket_size: NonNegativeInt = 50_000_000
-    max_live_parameters: PositiveInt = 1_000_000_000
+    reduce_bucket_size: PositiveInt = Field(
+        default=500_000_000, description="Elements that are reduced at once."
+    )
+    allgather_bucket_size: PositiveInt = Field(
+        default=500_000_000, description="Elements that are gathered at once."
+    )
+    overlap_communication: bool = Field(
+        default=False, description="Reduce gradients while the backward pass is running."
+    )
+    parameter_persistence_threshold: NonNegativeInt = Field(
+        default=100_000,
+        description="Parameters with fewer elements are not partitioned. Stage 3 only.",
+    )
+    prefetch_bucket_size: NonNegativeInt = Field(
+        default=50_000_000,
+        description="Elements of parameters that are gathered ahead of use. Stage 3 only.",
+    )
+    max_live_parameters: PositiveInt = Field(
+        default=1_000_000_000,
+        description="Maximum number of gathered elements per rank. Stage 3 only.",
+    )
 
     @model_validator(mode="after")
     def _partitioned(self, info: ValidationInfo) -> ZeroConfig:
@@ -53,54 +67,103 @@ class ZeroConfig(Config):
 
 
 class PrefixConfig(Config):
-    """Streaming: the first latent frames of some samples stay clean, the loss is over the rest (§5.6)."""
+    """Training for streaming: the first latent frames of some samples stay clean (§5.6).
 
-    frames: PositiveInt = 7  # K of the 13
-    probability: float = Field(default=0.0, ge=0.0, le=1.0)  # of a sample to have a prefix
+    The loss covers the other frames.
+    """
 
-
-class DiffusionTrainConfig(Config):
-    """`python -m landiff.training.diffusion`."""
-
-    run: Path  # run folder
-    zoo: Path  # where `init_from` and `tokenizer` are looked up
-    phase: Literal["main", "control"]
-    data: DataConfig
-    loop: LoopConfig
-    optim: OptimConfig
-    model: DiffusionConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    zero: ZeroConfig = ZeroConfig()
-    precision: Literal["fp32", "bf16"] = "bf16"
-    init_from: str | None = None  # zoo reference of kind "transformer": the start of either phase
-    tokenizer: str | None = (
-        None  # zoo reference; decodes `tokens` to the features of the condition (control)
+    frames: PositiveInt = Field(default=7, description="Latent frames of a prefix.")
+    probability: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Probability that a sample has a prefix."
     )
-    latents_column: str = "latents"
-    tokens_column: str = "tokens"
-    text_column: str  # padded text states, e.g. text-t5-v1.1 or text-minilm-padded
-    text_dropout: float = Field(default=0.1, ge=0.0, le=1.0)  # a sample's text states become zeros
-    prefix: PrefixConfig = PrefixConfig()
-    recompute: bool = False  # activation checkpointing: less memory, about a third more time
-    preview_codec: CodecConfig | None = (
-        None  # decodes sampled latents for TensorBoard; None = no preview
+
+
+class DiffusionTrainConfig(TrainConfig):
+    """`landiff train diffusion`: main transformer or control branch (§5)."""
+
+    must_match: ClassVar[tuple[str, ...]] = ("model", "schedule", "phase")
+
+    run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
+    zoo: Path = Field(description="Zoo in which `init_from` and `tokenizer` are looked up.")
+    phase: Literal["main", "control"] = Field(
+        description=(
+            "`main` trains the main transformer. `control` freezes it and trains the control "
+            "branch."
+        )
     )
-    preview_steps: PositiveInt = 20  # of the sampler
+    data: DataConfig = Field(description="Data folder with the columns, and batch sizes.")
+    loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
+    optim: OptimConfig = Field(description="AdamW and its learning rate.")
+    model: DiffusionConfig = Field(description="Sizes of the diffusion model.")
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="Noise schedule of training."
+    )
+    zero: ZeroConfig = Field(default=ZeroConfig(), description="DeepSpeed ZeRO.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description="Precision of weights and activations. Master weights are float32.",
+    )
+    init_from: str | None = Field(
+        default=None,
+        description=(
+            "Zoo entry of kind `transformer` to start from. Required in phase `control`; null "
+            "draws initial weights."
+        ),
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description=(
+            "Zoo entry of the tokenizer that decodes tokens to the features of the semantic "
+            "condition. Required in phase `control`."
+        ),
+    )
+    latents_column: str = Field(default="latents", description="Column of the latents.")
+    tokens_column: str = Field(
+        default="tokens", description="Column of the semantic tokens. Phase `control` only."
+    )
+    text_column: str = Field(
+        description=(
+            "Column of padded text states, for example `text-t5-v1.1` or `text-minilm-padded`."
+        )
+    )
+    text_dropout: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description="Probability that a sample's text states are replaced by zeros.",
+    )
+    prefix: PrefixConfig = Field(
+        default=PrefixConfig(), description="Clean first frames, for streaming."
+    )
+    recompute: bool = Field(
+        default=False,
+        description=(
+            "Recompute activations in the backward pass instead of storing them. Saves memory and "
+            "takes about a third more time."
+        ),
+    )
+    preview_codec: CodecConfig | None = Field(
+        default=None,
+        description="Codec that decodes latents for previews in TensorBoard. null: no previews.",
+    )
+    preview_steps: PositiveInt = Field(default=20, description="Sampling steps of a preview.")
 
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> DiffusionTrainConfig:
         problems = []
         if self.phase == "control":
-            for name, what in (
-                ("init_from", "the frozen main transformer"),
-                ("tokenizer", "the semantic tokenizer"),
-            ):
-                if getattr(self, name) is None:
+            required = {
+                "the frozen main transformer": ("init_from", self.init_from),
+                "the semantic tokenizer": ("tokenizer", self.tokenizer),
+            }
+            for what, (name, value) in required.items():
+                if value is None:
                     problems.append(f"phase = control needs {name}, the zoo reference of {what}")
-        if self.prefix.probability and self.prefix.frames >= self.model.transformer.latent_frames:
+        latent_frames = self.model.transformer.latent_frames
+        if self.prefix.probability and self.prefix.frames >= latent_frames:
             problems.append(
                 f"prefix.frames = {self.prefix.frames} leaves nothing to learn of "
-                f"model.transformer.latent_frames = {self.model.transformer.latent_frames}; lower it"
+                f"model.transformer.latent_frames = {latent_frames}; lower it"
             )
         refuse_values(info, problems)
         return self
@@ -108,5 +171,6 @@ class DiffusionTrainConfig(Config):
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the loader reads."""
-        columns = (self.latents_column, self.text_column)
-        return (*columns, self.tokens_column) if self.phase == "control" else columns
+        if self.phase == "control":
+            return (self.latents_column, self.text_column, self.tokens_column)
+        return (self.latents_column, self.text_column)

@@ -1,4 +1,4 @@
-"""The diffusion trainer's back end: one DeepSpeed engine behind the seam of training/engine.py."""
+"""Engine of the diffusion trainer, on DeepSpeed."""
 
 from __future__ import annotations
 
@@ -25,25 +25,24 @@ from landiff.training.optim import adamw, learning_rate, set_learning_rate
 
 
 class DeepSpeedEngine:
-    """Trains `module` on `objective` with ZeRO 1-3 and torch's AdamW. An `Engine`."""
+    """Trains `module` on `objective` with ZeRO stage 1, 2 or 3 and torch's AdamW."""
 
     def __init__(
         self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective
     ) -> None:
-        """`module`: float32, the same on all ranks; parameters without gradient stay as they are, bit for bit."""
-        config.data.micro_batches(
-            world.size
-        )  # DeepSpeed is configured before the loader can say so
+        """`module`: float32, equal on all ranks. Parameters without gradient never change."""
+        config.data.micro_batches(world.size)  # raises before DeepSpeed does, with a better message
         self.config = config
         self.world = world
         self.guard = Guard(world)
         self.objective = objective
         zero.prepare_deepspeed()
         optimizer = adamw(module.parameters(), config.optim)
-        self.zero = zero.initialize(
-            module, optimizer, zero.deepspeed_config(config, world), world.device
-        )
-        self.previewer = Previewer(config, objective) if config.preview_codec is not None else None
+        settings = zero.deepspeed_config(config, world)
+        self.zero = zero.initialize(module, optimizer, settings, world.device)
+        self.previewer: Previewer | None = None
+        if config.preview_codec is not None:
+            self.previewer = Previewer(config, objective)
         self.last_sample: Sample | None = None
         self.layout = ZeroLayout(
             zero_stage=config.zero.stage,
@@ -56,46 +55,50 @@ class DeepSpeedEngine:
 
     @property
     def module(self) -> nn.Module:
-        """The module inside. In ZeRO-3 its parameters are cut up; read them with `zero.read_full`."""
+        """The trained module. ZeRO-3 partitions its parameters: read them with `zero.read_full`."""
         return self.zero.module
 
     def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step. The loss is that of the global batch."""
         rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
         set_learning_rate(self.zero.optimizer, rate)
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
         total = torch.zeros((), device=self.world.device)
         for samples in batch.micro_batches:
-            loss = self.objective.loss(self.zero, self.objective.inputs(samples)).loss
+            inputs = self.objective.inputs(samples)
+            loss = self.objective.loss(self.zero, inputs).loss  # squared error of the velocity
             self.zero.backward(loss)  # averages over micro-batches and ranks
-            self.zero.step()  # acts after the last micro-batch
+            self.zero.step()  # updates the weights after the last micro-batch
             total += loss.detach()
         mean = total / (len(batch.micro_batches) * self.world.size)
         dist.all_reduce(mean)
-        # DeepSpeed checks the norm inside its step: one that is not finite updates nothing and reads
-        # as infinite.
+        # DeepSpeed checks the norm inside its step. A norm that is not finite updates nothing and
+        # is reported as infinite.
         grad_norm = self.zero.get_global_grad_norm()
         self.guard.decide(mean, grad_norm)
         tokens = batch.global_batch_size * self._tokens()
         return StepResult(loss=mean, grad_norm=grad_norm, lr=rate, tokens=tokens)
 
     def save(self, folder: Path) -> None:
-        """Collective. DeepSpeed's shards, and a layout.json that says how they are cut."""
+        """Write DeepSpeed's shards, and layout.json with their division. Collective."""
         self.zero.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
         self.zero.checkpoint_engine.raise_failure()
         if self.world.rank == 0:
             self.layout.write(folder)
 
     def load(self, folder: Path) -> None:
-        """Collective. The same layout resumes bit for bit, another one from the fp32 weights and Adam's moments.
+        """Restore a checkpoint. Collective.
 
-        Raises ConfigError for a checkpoint of another phase or model.
+        In the same layout it resumes bit for bit. In another layout it is resharded from the
+        float32 weights and Adam's moments. Raises ConfigError for a checkpoint of another phase or
+        model.
         """
         found = ZeroLayout.read(folder)
         if found.phase != self.layout.phase:
             raise ConfigError(
-                f"{folder} is a checkpoint of phase = {found.phase}, this run is phase = {self.layout.phase}; "
-                "choose another run folder (run=...)"
+                f"{folder} is a checkpoint of phase = {found.phase}, this run is phase = "
+                f"{self.layout.phase}; choose another run folder (run=...)"
             )
         with torch.device("meta"):
             expected = {name: torch.empty(shape) for name, shape in self.layout.shapes.items()}
@@ -107,10 +110,14 @@ class DeepSpeedEngine:
             zero.restore(self.zero, read_deepspeed(folder / SHARDS))
 
     def local_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """This rank's part of parameters, buffers and float32 master weights."""
         return zero.local_weights(self.zero)
 
     def preview(self) -> dict[str, Tensor]:
-        """Collective. Videos of the first clip of this rank's last batch; none before the first step."""
+        """Videos of the first clip of this rank's last batch, none before the first step.
+
+        Collective.
+        """
         if self.previewer is None or self.last_sample is None:
             return {}
         return self.previewer(self.module, self.last_sample)
@@ -118,13 +125,12 @@ class DeepSpeedEngine:
     def _tokens(self) -> int:
         """Tokens of one sample in the transformer: text rows and latent patches."""
         model = self.config.model.transformer
-        patches = (model.latent_height // model.patch_size) * (
-            model.latent_width // model.patch_size
-        )
-        return model.text_length + model.latent_frames * patches
+        rows = model.latent_height // model.patch_size
+        columns = model.latent_width // model.patch_size
+        return model.text_length + model.latent_frames * rows * columns
 
 
 def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
-    """The engine that `config` describes. Collective; the process group exists (`landiff.training.distributed.start`)."""
+    """The engine of a config. Collective, after `landiff.training.distributed.start`."""
     objective = Objective(config, world.device, load_tokenizer(config, world.device))
     return DeepSpeedEngine(config, world, build_phase_model(config), objective)

@@ -1,10 +1,11 @@
-"""What one sample of a diffusion batch is trained on, and the loss.
+"""Inputs and loss of a diffusion micro-batch.
 
-Letters: B batch, T latent frames, C latent channels, H W latent height and width, L text rows, D text width,
-c h w channels, rows and columns of the semantic features, N semantic tokens.
+Shape letters (docs/glossary.md): B batch, T latent frames, C latent channels, H W latent height and
+width, L text rows, D width of a text state, c h w channels, rows and columns of the semantic
+features, N semantic tokens.
 
-All chance is keyed by (loop.seed, purpose, sample.index), so a sample sees the same noise, timestep, dropout
-and prefix whatever the micro-batches and ranks it is cut into.
+Random draws are keyed by (loop.seed, purpose, sample.index). A sample therefore gets the same
+noise, timestep, dropout and prefix for any division into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -17,60 +18,77 @@ from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.loader import Sample
+from landiff.model_zoo import keyed_random
 from landiff.model_zoo.frozen.base import posterior_mean, posterior_sample
 from landiff.model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
-from landiff.training import rng
+from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One micro-batch, on the device. float32, except where noted."""
+    """Inputs of one micro-batch, on the device. float32 unless noted.
 
-    latents_BTCHW: Tensor  # clean
+    latents_BTCHW: clean latents.
+    timestep_B: int64.
+    prefix_B: number of first frames that stay clean, int64.
+    features_BTchw: semantic features. None in phase main.
+    """
+
+    latents_BTCHW: Tensor
     noise_BTCHW: Tensor
-    timestep_B: Tensor  # int64
-    prefix_B: Tensor  # int64, number of first frames that stay clean
+    timestep_B: Tensor
+    prefix_B: Tensor
     text_BLD: Tensor
-    features_BTchw: Tensor | None  # None in phase main
+    features_BTchw: Tensor | None
 
 
 def timestep_block(position: int, global_batch_size: int, num_timesteps: int) -> tuple[int, int]:
-    """[low, high) of the timesteps that the sample at `position` of the global batch is drawn from.
+    """Range [low, high) of timesteps for the sample at `position` of the global batch.
 
-    The strata of specification §5.6, with the global batch in the place of the data-parallel ranks: the most
-    equal blocks of timesteps that divide both, samples of one block next to each other.
+    These are the strata of docs/specification.md §5.6, with the global batch in place of the
+    data-parallel ranks: as many blocks of equal size as divide both the timesteps and the batch.
+    Neighboring samples have the same block.
     """
     assert 0 <= position < global_batch_size, (position, global_batch_size)
-    shared = next(
-        i
-        for i in range(1, global_batch_size + 1)
-        if global_batch_size % i == 0 and num_timesteps % (global_batch_size // i) == 0
-    )
-    width = num_timesteps // (global_batch_size // shared)
-    low = position // shared * width
+    samples_per_block = 1
+    while not _divides(samples_per_block, global_batch_size, num_timesteps):
+        samples_per_block += 1
+    width = num_timesteps // (global_batch_size // samples_per_block)
+    low = position // samples_per_block * width
     return low, low + width
 
 
+def _divides(samples_per_block: int, global_batch_size: int, num_timesteps: int) -> bool:
+    """Whether blocks of this many samples divide the batch and the timesteps evenly."""
+    if global_batch_size % samples_per_block != 0:
+        return False
+    return num_timesteps % (global_batch_size // samples_per_block) == 0
+
+
 def draw_timestep(seed: int, sample: Sample, global_batch_size: int, num_timesteps: int) -> int:
+    """Timestep of a sample, drawn from its block."""
     low, high = timestep_block(sample.position, global_batch_size, num_timesteps)
-    return int(
-        torch.randint(low, high, (), generator=rng.generator(seed, "timestep", sample.index))
-    )
+    generator = keyed_random.generator(seed, "timestep", sample.index)
+    return int(torch.randint(low, high, (), generator=generator))
 
 
 def happens(seed: int, purpose: str, sample: Sample, probability: float) -> bool:
-    """A keyed coin."""
-    return float(torch.rand((), generator=rng.generator(seed, purpose, sample.index))) < probability
+    """Bernoulli draw keyed by (seed, purpose, sample index)."""
+    generator = keyed_random.generator(seed, purpose, sample.index)
+    return float(torch.rand((), generator=generator)) < probability
 
 
 class Objective:
-    """Samples -> inputs -> loss, for one config."""
+    """Computes the inputs of samples and their loss, for one config."""
 
     def __init__(
-        self, config: DiffusionTrainConfig, device: torch.device, tokenizer: nn.Module | None = None
+        self,
+        config: DiffusionTrainConfig,
+        device: torch.device,
+        tokenizer: SemanticTokenizer | None = None,
     ) -> None:
-        """`tokenizer`: the frozen semantic tokenizer, on `device`; needed in phase control."""
+        """`tokenizer`: frozen, on `device`. Phase control needs it, phase main has none."""
         assert (tokenizer is not None) == (config.phase == "control"), config.phase
         self.config = config
         self.device = device
@@ -78,34 +96,43 @@ class Objective:
         self.schedule = NoiseSchedule(config.schedule)
 
     def inputs(self, samples: Sequence[Sample]) -> Inputs:
-        """Raises ConfigError for a sample that does not fit the model, with its key."""
-        config, seed, size = self.config, self.config.loop.seed, self.config.data.global_batch_size
+        """Inputs of a micro-batch.
+
+        Raises ConfigError with the sample's key if a sample does not fit the model.
+        """
+        config = self.config
+        seed = config.loop.seed
+        batch_size = config.data.global_batch_size
+        latents = []
+        noise = []
+        timesteps = []
+        prefixes = []
+        texts = []
         for sample in samples:
             self._check(sample)
-        latents = [self._latents(s) for s in samples]
-        noise = [
-            torch.randn(x.shape, generator=rng.generator(seed, "noise", s.index))
-            for s, x in zip(samples, latents, strict=True)
-        ]
-        steps = [draw_timestep(seed, s, size, config.schedule.num_timesteps) for s in samples]
-        prefix = [
-            config.prefix.frames * happens(seed, "prefix", s, config.prefix.probability)
-            for s in samples
-        ]
-        text = [self._text(s) for s in samples]
+            latents_TCHW = self._latents(sample)
+            generator = keyed_random.generator(seed, "noise", sample.index)
+            timestep = draw_timestep(seed, sample, batch_size, config.schedule.num_timesteps)
+            has_prefix = happens(seed, "prefix", sample, config.prefix.probability)
+            latents.append(latents_TCHW)
+            noise.append(torch.randn(latents_TCHW.shape, generator=generator))
+            timesteps.append(timestep)
+            prefixes.append(config.prefix.frames if has_prefix else 0)
+            texts.append(self._text(sample))
         return Inputs(
             latents_BTCHW=torch.stack(latents).to(self.device, non_blocking=True),
             noise_BTCHW=torch.stack(noise).to(self.device, non_blocking=True),
-            timestep_B=torch.tensor(steps, device=self.device),
-            prefix_B=torch.tensor(prefix, device=self.device),
-            text_BLD=torch.stack(text).to(self.device, non_blocking=True),
+            timestep_B=torch.tensor(timesteps, device=self.device),
+            prefix_B=torch.tensor(prefixes, device=self.device),
+            text_BLD=torch.stack(texts).to(self.device, non_blocking=True),
             features_BTchw=self.features(samples),
         )
 
     def loss(self, model: nn.Module, inputs: Inputs) -> DenoisingLoss:
-        """Squared velocity error, mean over the samples, frames of a prefix left out (§5.6).
+        """Squared error of the velocity, averaged over samples, without prefix frames (§5.6).
 
-        `model` is the module or DeepSpeed's engine around it; it casts its inputs to its own dtype, the loss is float32.
+        `model`: the module, or DeepSpeed's engine around it. It casts its inputs to its own dtype.
+        The loss is float32.
         """
         conditions = () if inputs.features_BTchw is None else (inputs.features_BTchw,)
 
@@ -123,62 +150,60 @@ class Objective:
 
     @torch.no_grad()
     def features(self, samples: Sequence[Sample]) -> Tensor | None:
-        """float32 features_BTchw decoded from the samples' semantic tokens; None in phase main."""
+        """Features decoded from the tokens, float32 [B, T, c, h, w]. None in phase main."""
         if self.tokenizer is None:
             return None
         column = self.config.tokens_column
-        tokens_BN = torch.stack([s.tensors[column].to(torch.int64) for s in samples])
+        tokens_BN = torch.stack([sample.tensors[column].to(torch.int64) for sample in samples])
         limit = self.tokenizer.config.codebook_size
         for sample, tokens_N in zip(samples, tokens_BN, strict=True):
-            if int(tokens_N.max()) >= limit:
+            largest = int(tokens_N.max())
+            if largest >= limit:
                 raise ConfigError(
-                    f"column {column} of clip {sample.key} holds token {int(tokens_N.max())}, but the tokenizer's codebook "
-                    f"has {limit} codes; precompute the tokens with {self.config.tokenizer}"
+                    f"column {column} of clip {sample.key} holds token {largest}, but the "
+                    f"tokenizer's codebook has {limit} codes; precompute the tokens with "
+                    f"{self.config.tokenizer}"
                 )
-        return self.tokenizer.decode(
-            tokens_BN.to(self.device), self.config.model.transformer.latent_frames
-        ).float()
+        num_frames = self.config.model.transformer.latent_frames
+        return self.tokenizer.decode(tokens_BN.to(self.device), num_frames).float()
 
     def _latents(self, sample: Sample) -> Tensor:
-        """As they are stored; of mean and log-variance, one sample that no other epoch sees."""
-        stored, channels = (
-            sample.tensors[self.config.latents_column].float(),
-            self.config.model.transformer.latent_channels,
-        )
+        """Latents of a sample.
+
+        If the column holds mean and log-variance, they are drawn from this distribution, anew in
+        every epoch.
+        """
+        stored = sample.tensors[self.config.latents_column].float()
+        channels = self.config.model.transformer.latent_channels
         if stored.shape[-3] == channels:
             return stored
-        noise = torch.randn(
-            posterior_mean(stored, channels).shape,
-            generator=rng.generator(self.config.loop.seed, "posterior", sample.index),
-        )
+        generator = keyed_random.generator(self.config.loop.seed, "posterior", sample.index)
+        noise = torch.randn(posterior_mean(stored, channels).shape, generator=generator)
         return posterior_sample(stored, noise)
 
     def _text(self, sample: Sample) -> Tensor:
-        """Text states of one sample, zeros where they are dropped. Never for lack of a caption: that is set aside earlier."""
-        text = sample.tensors[self.config.text_column].float()
+        """Text states of a sample, zeros if dropout selects it. Clips always have a caption."""
+        text_LD = sample.tensors[self.config.text_column].float()
         if happens(self.config.loop.seed, "text_dropout", sample, self.config.text_dropout):
-            return torch.zeros_like(text)
-        return text
+            return torch.zeros_like(text_LD)
+        return text_LD
 
     def _check(self, sample: Sample) -> None:
+        """Raise ConfigError if a sample's tensors do not have the model's shapes."""
         model = self.config.model.transformer
-        frames, channels, *sides = (
-            model.latent_frames,
-            model.latent_channels,
-            model.latent_height,
-            model.latent_width,
-        )
+        frames = model.latent_frames
+        channels = model.latent_channels
+        sides = (model.latent_height, model.latent_width)
+        moments = (frames, 2 * channels, *sides)  # mean and log-variance
         expected = {
-            self.config.latents_column: (
-                (frames, channels, *sides),
-                (frames, 2 * channels, *sides),
-            ),  # or mean and log-variance
+            self.config.latents_column: ((frames, channels, *sides), moments),
             self.config.text_column: ((model.text_length, model.text_dim),),
         }
         for column, shapes in expected.items():
-            found, shape = tuple(sample.tensors[column].shape), shapes[0]
+            found = tuple(sample.tensors[column].shape)
             if found not in shapes:
                 raise ConfigError(
-                    f"column {column} of clip {sample.key} has shape {found}, but model.transformer wants {shape}; "
-                    "precompute the column for this model, or choose the model that fits it"
+                    f"column {column} of clip {sample.key} has shape {found}, but "
+                    f"model.transformer needs {shapes[0]}; precompute the column for this model, "
+                    "or choose the model that fits it"
                 )

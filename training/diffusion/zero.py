@@ -1,6 +1,10 @@
-"""DeepSpeed as a library: set up without compiling anything, and filled from a checkpoint of another layout.
+"""DeepSpeed as a library: set-up without compilation, and loading checkpoints of another layout.
 
-DeepSpeed is imported here and in engine.py alone.
+Only this file imports DeepSpeed. What it changes in DeepSpeed:
+
+* `prepare_deepspeed` declares the shared-memory all-reduce unavailable, and filters log messages.
+* `initialize` replaces the choice of the optimizer for one call, and the engine's checkpoint files
+  (`CheckpointFiles`) and recovery script for good.
 """
 
 from __future__ import annotations
@@ -26,39 +30,41 @@ from landiff.training.replace import replaced
 
 
 def prepare_deepspeed() -> None:
-    """Ready DeepSpeed for ranks that have joined already (`landiff.training.distributed.start`). Call before `initialize`.
+    """Set up DeepSpeed in a process group that exists already. Call before `initialize`.
 
-    On the CPU DeepSpeed compiles a shared-memory all-reduce at start-up, a minute of work that needs a compiler
-    and serves inference only; it is declared unavailable. On CUDA nothing here is compiled either, since the
-    optimizer is torch's.
+    On the CPU DeepSpeed compiles a shared-memory all-reduce at start-up. That takes a minute, needs
+    a compiler and is used in inference only, so it is declared unavailable. On CUDA nothing is
+    compiled here either, because the optimizer is torch's.
     """
-    logging.getLogger("DeepSpeed").addFilter(
-        _worth_reading
-    )  # before the import: that is where it starts to talk
+    # DeepSpeed logs during its import.
+    logging.getLogger("DeepSpeed").addFilter(_is_relevant)
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_init_required=False if deepspeed.comm.is_initialized() else None
-    )
-    warnings.filterwarnings(  # torch 2.13 says it about DeepSpeed's calls, dozens of times a step
+    initialized = deepspeed.comm.is_initialized()
+    deepspeed.init_distributed(dist_init_required=False if initialized else None)
+    # torch 2.13 warns about DeepSpeed's calls dozens of times a step.
+    warnings.filterwarnings(
         "ignore",
         category=FutureWarning,
-        message=r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+        message=(
+            r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+        ),
     )
 
 
-def _worth_reading(record: logging.LogRecord) -> bool:
-    return (
-        record.levelno >= logging.WARNING
-        and "Setting accelerator to CPU" not in record.getMessage()
-    )
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """Whether a log record of DeepSpeed is shown."""
+    if record.levelno < logging.WARNING:
+        return False
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, Any]:
-    """Our config in DeepSpeed's words. Gradient accumulation follows from the batch sizes."""
-    micro, zero = config.data.micro_batch_size, config.zero
+    """The trainer's config in DeepSpeed's format."""
+    micro_batch_size = config.data.micro_batch_size
+    zero = config.zero
     optimization: dict[str, Any] = {
         "stage": zero.stage,
         "reduce_bucket_size": zero.reduce_bucket_size,
@@ -72,10 +78,11 @@ def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, An
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_max_live_parameters": zero.max_live_parameters,
         }
+    samples_per_forward = micro_batch_size * world.size
     return {
         "train_batch_size": config.data.global_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": config.data.global_batch_size // (micro * world.size),
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": config.data.global_batch_size // samples_per_forward,
         "gradient_clipping": config.optim.clip_grad,
         "bf16": {"enabled": config.precision == "bf16"},
         # DeepSpeed's default for both is bfloat16 with bfloat16 weights: a relative error of 6e-3
@@ -94,107 +101,120 @@ def initialize(
     config: Mapping[str, Any],
     device: torch.device,
 ) -> Any:
-    """deepspeed.initialize on `device`, with `CheckpointFiles` for its checkpoints."""
+    """DeepSpeed's engine on `device`, with `CheckpointFiles` for its checkpoints."""
     import deepspeed
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
-    place = SimpleNamespace(
-        device_rank=device.index or 0
-    )  # else LOCAL_RANK, wrong where each rank sees one device only
-    # With bfloat16 weights and float32 gradients DeepSpeed would take another optimizer for stage 1
-    # than for stages 2 and 3, with files of its own. The one for stages 1 and 2 can do both.
+    # Without this DeepSpeed reads LOCAL_RANK, which is wrong if each rank sees one device only.
+    args = SimpleNamespace(device_rank=device.index or 0)
+    # With bfloat16 weights and float32 gradients DeepSpeed would choose another optimizer for stage
+    # 1 than for stages 2 and 3, with files of its own. ZeRO's optimizer handles both, so it is
+    # chosen for all stages.
     with replaced(DeepSpeedEngine, "_do_optimizer_sanity_check", lambda *_: ZERO_OPTIMIZATION):
         engine, _, _, _ = deepspeed.initialize(
-            args=place,
+            args=args,
             model=module,
             optimizer=optimizer,
             config=dict(config),
             dist_init_required=False,
         )
     engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine)
-    # The scripts DeepSpeed would copy beside its files do what model_zoo/convert/formats/deepspeed.py does.
+    # DeepSpeed would copy scripts beside its files that do what
+    # model_zoo/convert/formats/deepspeed.py does.
     engine._copy_recovery_script = lambda folder: None
     return engine
 
 
 class CheckpointFiles:
-    """Writes and reads DeepSpeed's checkpoint files.
+    """Writes and reads DeepSpeed's checkpoint files, in place of its `checkpoint_engine`.
 
-    A write that fails waits for `raise_failure` after the last collective, so that the ranks stay in step.
-    Files are unpickled with an allow-list; DeepSpeed itself would run any code in them.
+    A failure to write is kept until `raise_failure`, which is called after the last collective, so
+    that no rank is left waiting. Files are unpickled with an allow-list, whereas DeepSpeed would
+    run any code in them.
     """
 
     def __init__(self, inner: Any) -> None:
+        """`inner`: DeepSpeed's own checkpoint engine."""
         self.inner = inner
         self.failure: OSError | RuntimeError | None = None
 
     def __getattr__(self, name: str) -> Any:
+        """All other attributes are those of the inner engine."""
         return getattr(self.inner, name)
 
     def save(self, state_dict: Any, path: str) -> None:
+        """Write a file. The first failure is kept."""
         try:
             self.inner.save(state_dict, path)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's zip writer reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer reports a full disk as RuntimeError.
             self.failure = self.failure or error
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Raises ConversionError for a file that holds more than what DeepSpeed writes."""
+        """Read a file. Raises ConversionError if it holds more than what DeepSpeed writes."""
         classes = {name: _imported(name) for name in CLASSES}
         return load_pickle(Path(path), classes, map_location)
 
     def raise_failure(self) -> None:
-        failure, self.failure = self.failure, None
+        """Raise the failure that was kept, if any."""
+        failure = self.failure
+        self.failure = None
         if failure is not None:
             raise failure
 
 
 def _imported(name: str) -> Any:
-    """The object that a dotted name stands for."""
+    """The object with a dotted name."""
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
 
 def full_shapes(module: nn.Module) -> dict[str, list[int]]:
-    """Shapes of all parameters and persistent buffers; ZeRO-3 hides those of its parameters."""
+    """Complete shapes of all parameters and persistent buffers, also with ZeRO-3."""
     parameters = dict(module.named_parameters())
-    return {
-        name: list(getattr(parameters.get(name), "ds_shape", tensor.shape))
-        for name, tensor in module.state_dict().items()
-    }
+    shapes = {}
+    for name, tensor in module.state_dict().items():
+        shapes[name] = list(getattr(parameters.get(name), "ds_shape", tensor.shape))
+    return shapes
 
 
 @torch.no_grad()
 def restore(engine: Any, state: DeepSpeedState) -> None:
-    """Fill a DeepSpeed engine from a checkpoint of any world size and ZeRO stage.
+    """Load a checkpoint of any world size and ZeRO stage into a DeepSpeed engine.
 
-    Buffers and frozen parameters first (DeepSpeed's own universal checkpoints lose them), then the working
-    copies, the fp32 masters, Adam's moments and its step count of everything trainable, by name.
-    Raises ConversionError where names or shapes don't fit.
+    First buffers and frozen parameters, which DeepSpeed's own universal checkpoints lose, then the
+    working copies, float32 master weights, Adam's moments and its step count of all trainable
+    parameters, by name.
+
+    Raises ConversionError if names or shapes do not fit.
     """
     check_against(_shapes(state), full_shapes(engine.module), "the checkpoint")
     parameters = dict(engine.module.named_parameters())
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     assert state.trainable == set(trained), sorted(state.trainable ^ set(trained))
     buffers = dict(engine.module.named_buffers())
-    for name in state.weights:
+    weights = state.weights  # tensors are read on access
+    for name in weights:
         if name in buffers:
-            buffers[name].copy_(state.weights[name])
+            buffers[name].copy_(weights[name])
     for name, parameter in parameters.items():
-        _write_working_copy(parameter, state.weights[name])
-    moments = state.moments if state.optimizer_steps else {}  # none: weights that start a run
+        _write_working_copy(parameter, weights[name])
+    # A checkpoint without optimizer steps holds initial weights of a run, and no moments.
+    moments = state.moments if state.optimizer_steps else {}
     if moments:
-        _open_optimizer_state(engine, state.optimizer_steps)
+        _create_optimizer_state(engine, state.optimizer_steps)
     for name, parameter in trained.items():
-        _write_partitioned(parameter, state.weights[name], None)
-        for key in moments and MOMENTS:
-            _write_partitioned(parameter, moments[key][name], key)
+        _write_partitioned(parameter, weights[name], None)
+        if moments:
+            for key in MOMENTS:
+                _write_partitioned(parameter, moments[key][name], key)
 
 
 def read_full(parameter: nn.Parameter) -> Tensor:
-    """The fp32 master of a trained parameter, or a frozen one as it is. Collective in ZeRO-3."""
+    """The float32 master weights of a trained parameter, or a frozen parameter as it is.
+
+    Collective with ZeRO-3.
+    """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -205,38 +225,53 @@ def read_full(parameter: nn.Parameter) -> Tensor:
 
 
 def _shapes(state: DeepSpeedState) -> dict[str, Tensor]:
+    """Tensors without data, with the shapes of the checkpoint."""
     with torch.device("meta"):
         return {name: torch.empty(shape) for name, shape in state.shapes.items()}
 
 
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has partitioned a parameter. Otherwise it is complete on every rank."""
+    return hasattr(parameter, "ds_id")
+
+
 def _write_working_copy(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the weights that forward and backward use."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    if not hasattr(parameter, "ds_id"):  # whole on every rank
+    if not _is_partitioned(parameter):
         parameter.copy_(value)
         return
     with GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value)
 
 
-def _open_optimizer_state(engine: Any, steps: int) -> None:
-    """AdamW makes its state at the first step; here it must be there before. One flat vector per group."""
+def _master_weights(engine: Any) -> list[Tensor]:
+    """This rank's part of the float32 master weights, one flat vector per parameter group."""
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
+
+
+def _create_optimizer_state(engine: Any, steps: int) -> None:
+    """Create the state that AdamW creates in its first step, so that it can be filled now."""
     zero = engine.optimizer
-    stage_3 = engine.zero_optimization_stage() == 3
-    for flat in (
-        zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
-    ):
+    for flat in _master_weights(engine):
         state = zero.optimizer.state[flat]
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(flat)
         state["step"] = torch.tensor(float(steps))
-    if not stage_3:
-        zero._lazy_init_hp_params_optimizer_state()  # what its step() does first: names -> stretches of the vectors
+    if engine.zero_optimization_stage() != 3:
+        # The first thing that its step() does: it maps names to parts of the flat vectors.
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _write_partitioned(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-    """Set the fp32 master (`key` None) or a moment; every rank takes its own part of the full `value`."""
+    """Set the float32 master weights (`key` None) or a moment of a parameter.
+
+    `value` is complete. Every rank takes its own part.
+    """
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -245,35 +280,39 @@ def _write_partitioned(parameter: nn.Parameter, value: Tensor, key: str | None) 
     )
 
     value = value.to(parameter.device, torch.float32)
-    if not hasattr(parameter, "ds_id"):
+    if _is_partitioned(parameter):
+        local = _local_part(parameter, value)
         if key is None:
-            safe_set_full_fp32_param(parameter, value)
+            safe_set_local_fp32_param(parameter, local)
         else:
-            safe_set_full_optimizer_state(parameter, value, key)
-        return
-    # DeepSpeed's full setter for ZeRO-3 reads past the end of a tensor that the ranks don't divide, so the
-    # slice is cut here, zeros at its end as DeepSpeed pads.
-    numel, rank = (
-        parameter.ds_tensor.numel(),
-        torch.distributed.get_rank(parameter.ds_process_group),
-    )
-    padded = value.new_zeros(numel * torch.distributed.get_world_size(parameter.ds_process_group))
-    padded[: value.numel()] = value.flatten()
-    local = padded[rank * numel : (rank + 1) * numel]
-    if key is None:
-        safe_set_local_fp32_param(parameter, local)
+            safe_set_local_optimizer_state(parameter, local, key)
+    elif key is None:
+        safe_set_full_fp32_param(parameter, value)
     else:
-        safe_set_local_optimizer_state(parameter, local, key)
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _local_part(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a value of a parameter that ZeRO-3 has partitioned.
+
+    DeepSpeed's own setter reads past the end of a tensor whose size is not a multiple of the number
+    of ranks. Here the tensor is padded with zeros, as DeepSpeed pads its own.
+    """
+    numel = parameter.ds_tensor.numel()
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    size = torch.distributed.get_world_size(parameter.ds_process_group)
+    padded = value.new_zeros(numel * size)
+    padded[: value.numel()] = value.flatten()
+    return padded[rank * numel : (rank + 1) * numel]
 
 
 def local_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters (in ZeRO-3 this rank's slices), buffers and this rank's float32 masters; not copied."""
+    """Parameters, buffers and this rank's float32 master weights, not copied.
+
+    With ZeRO-3 the parameters are this rank's parts.
+    """
     for name, parameter in engine.module.named_parameters():
         yield name, getattr(parameter, "ds_tensor", parameter)
     yield from engine.module.named_buffers()
-    if engine.zero_optimization_stage() == 3:
-        masters = engine.optimizer.fp32_partitioned_groups_flat
-    else:
-        masters = engine.optimizer.single_partition_of_fp32_groups
-    for group, master in enumerate(masters):
+    for group, master in enumerate(_master_weights(engine)):
         yield f"float32 weights of parameter group {group}", master

@@ -1,4 +1,7 @@
-"""`python -m landiff.training.lm <resolved-config.yaml>`: one rank, under torchrun or alone."""
+"""Runs one rank of the language model trainer: `python -m landiff.training.lm CONFIG.yaml`.
+
+torchrun starts it on every rank. It also runs alone.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,33 @@ from landiff.training import distributed
 from landiff.training.checks import Launch
 from landiff.training.guard import Guard
 from landiff.training.lm.checks import check
-from landiff.training.lm.config import MUST_MATCH, LMTrainConfig
+from landiff.training.lm.config import LMTrainConfig
 from landiff.training.loop import fit
 from landiff.training.run import Run
 
 
 def main(config_path: str) -> None:
+    """Train with a resolved config."""
     config = load(LMTrainConfig, config_path)
-    # core says in every module that Transformer Engine and apex are not there, and gives advice for CUDA on the CPU;
-    # and of every layer that its MLP (our GatedMLP) is none of core's own
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    _silence_megatron()
     from landiff.training.lm.engine import MegatronEngine
 
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = MegatronEngine(config, Guard(world))
         loader = Loader(config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
-        fit(engine, loader, Run(config.run, config, world, must_match=MUST_MATCH), config.loop)
+        fit(engine, loader, Run(config.run, config, world), config.loop)
         engine.close()
+
+
+def _silence_megatron() -> None:
+    """Hide warnings that Megatron-core repeats in every module and layer. Call before its import.
+
+    They say that Transformer Engine and apex are missing, give advice for CUDA on the CPU, and
+    report that the layers' MLP (`GatedMLP`) is not one of Megatron-core's own.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Samples -> one packed row: sequences laid end to end, each with its own positions and its own attention.
+"""Packing of samples into one row for the language model.
 
-Letters: N tokens of the row, S samples in it, M text states of all of them, D width of a text state.
+The sequences of the samples are concatenated. Each has its own positions and its own attention.
+
+Shape letters (docs/glossary.md): N tokens of the row, B samples in it, M text rows of all samples,
+D width of a text state.
 """
 
 from __future__ import annotations
@@ -15,29 +18,44 @@ from torch import Tensor
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.loader import Sample
+from landiff.model_zoo import keyed_random
 from landiff.model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
-from landiff.training import rng
 from landiff.training.lm.config import LMTrainConfig
 
 
 @dataclass(frozen=True)
 class LMRow:
-    """One micro-batch. Condition positions of `ids_N` hold `IGNORE`; the shift by one is done in `targets_N`."""
+    """One micro-batch as a packed row.
+
+    ids_N: IGNORE at condition positions.
+    targets_N: the next token of each position, already shifted by one.
+    weights_N: 1 where the target counts in the loss, else 0, float32.
+    positions_N: from 0 in every sample.
+    cu_seqlens: start of each sample, followed by N, int32 [B + 1]. With padding at the end of the
+        row, the start of the padding comes before N: [B + 2].
+    max_seqlen: length of the longest sample, or of the padding.
+    text_at_M: positions of the text in the row.
+    drop_text_M: where the null vector replaces the text, bool.
+    frames_B: number of semantic frames, float32.
+    motion_score_B: float32.
+    frames_at_B, motion_at_B: positions of the micro-conditions in the row.
+    num_tokens: tokens without padding.
+    """
 
     ids_N: Tensor
     targets_N: Tensor
-    weights_N: Tensor  # float32: 1 where the target counts in the loss
-    positions_N: Tensor  # from 0 in every sample
-    cu_seqlens: Tensor  # int32 [S + 1], or one more where padding ends the row: where each sample starts, and N
+    weights_N: Tensor
+    positions_N: Tensor
+    cu_seqlens: Tensor
     max_seqlen: int
     text_MD: Tensor
-    text_at_M: Tensor  # places in the row
-    drop_text_M: Tensor  # bool: the null vector stands there instead
-    frames_S: Tensor  # float32, number of semantic frames
-    motion_score_S: Tensor  # float32
-    frames_at_S: Tensor
-    motion_at_S: Tensor
-    num_tokens: int  # without padding
+    text_at_M: Tensor
+    drop_text_M: Tensor
+    frames_B: Tensor
+    motion_score_B: Tensor
+    frames_at_B: Tensor
+    motion_at_B: Tensor
+    num_tokens: int
 
     def to(self, device: torch.device) -> LMRow:
         """A copy of the row with all tensors on `device`."""
@@ -50,21 +68,26 @@ class LMRow:
 
 
 def pad_to(size: int, *multiples: int) -> int:
-    """`size`, or the next number that all of `multiples` divide."""
+    """The smallest number, not below `size`, that is a multiple of all `multiples`."""
     multiple = math.lcm(*multiples)
     return -(-size // multiple) * multiple
 
 
 def text_is_dropped(seed: int, index: int, probability: float) -> bool:
-    """Whether the sample at place `index` of the run trains without its text. Never depends on ranks or rows."""
-    return bool(torch.rand((), generator=rng.generator(seed, "text-dropout", index)) < probability)
+    """Bernoulli draw of text dropout, keyed by seed and sample index.
+
+    `index`: number of the sample in the run. The draw does not depend on ranks or rows.
+    """
+    generator = keyed_random.generator(seed, "text-dropout", index)
+    return bool(torch.rand((), generator=generator) < probability)
 
 
 def motion_condition(motion_score: float) -> float:
-    """The number the model is told about a clip's motion: the score of `landiff.data_pipeline.video.motion` as it is.
+    """The model's micro-condition for a motion score: the score itself.
 
-    How the released model's scores were measured is unknown (§4.4); ours are flow in frame heights per second,
-    which for ordinary clips lie in the same range of 0 to 1.
+    How the scores of the released model were measured is unknown (§4.4). Those of
+    `landiff.data_pipeline.video.motion` are optical flow in frame heights per second, which for
+    ordinary clips lies in the same range of 0 to 1.
     """
     return float(motion_score)
 
@@ -72,34 +95,40 @@ def motion_condition(motion_score: float) -> float:
 def pack(
     samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, *, train: bool = True
 ) -> LMRow:
-    """One row of all `samples`, with text dropout if `train`, padded with a sequence of its own to a multiple of what the layout asks for.
+    """One row of all `samples`, with text dropout if `train`.
 
-    Raises ValueError with the sample's key for codes of another tokenizer, text of another width, or too long.
+    The row is padded to the multiple that the parallel layout needs. The padding is a sequence of
+    its own. Raises ConfigError with the sample's key for tokens of another tokenizer, text of
+    another width, or a sample that is too long.
     """
     rows = [_training_row(sample, config, layout) for sample in samples]
-    length = sum(map(len, rows))
-    padding = (
-        pad_to(
-            length, config.row_multiple, config.parallel.tensor if config.parallel.sequence else 1
-        )
-        - length
-    )
+    length = sum(len(row) for row in rows)
+    padding = _padded_length(length, config) - length
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
-    texts = [sample.tensors[config.text_column] for sample in samples]
-    behind = 1 + NUM_MICRO_CONDITIONS  # BOS, frames, motion score
-    at = [
-        torch.arange(len(text)) + start + behind for text, start in zip(texts, starts, strict=False)
-    ]
+    ends = list(starts)
+    if padding:
+        ends.append(length + padding)
+    text_offset = 1 + NUM_MICRO_CONDITIONS  # text comes after BOS, frames and motion score
     dropout = config.text_dropout if train else 0.0
-    dropped = [
-        torch.full((len(text),), text_is_dropped(config.loop.seed, sample.index, dropout))
-        for text, sample in zip(texts, samples, strict=True)
-    ]
-    begins = torch.tensor(starts[:-1])
+    texts = []
+    text_positions = []
+    dropped = []
+    num_frames = []
+    motion_scores = []
+    for sample, start in zip(samples, starts, strict=False):
+        text = sample.tensors[config.text_column]
+        drop = text_is_dropped(config.loop.seed, sample.index, dropout)
+        texts.append(text)
+        text_positions.append(torch.arange(len(text)) + start + text_offset)
+        dropped.append(torch.full((len(text),), drop))
+        num_frames.append(float(layout.num_frames(sample.tensors[config.tokens_column].numel())))
+        motion_scores.append(motion_condition(sample.meta.motion_score))
+    starts_B = torch.tensor(starts[:-1])
 
     def joined(name: str, fill: int) -> Tensor:
+        """An array of all samples, with the padding filled with `fill`."""
         parts = [torch.from_numpy(getattr(row, name)) for row in rows]
         return torch.cat([*parts, torch.full((padding,), fill, dtype=parts[0].dtype)])
 
@@ -108,22 +137,28 @@ def pack(
         targets_N=joined("targets", layout.pad),
         weights_N=joined("loss_weights", 0),
         positions_N=joined("positions", 0),
-        cu_seqlens=torch.tensor(starts + [length + padding] * (padding > 0), dtype=torch.int32),
-        max_seqlen=max(padding, *map(len, rows)),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+        max_seqlen=max(padding, *(len(row) for row in rows)),
         text_MD=torch.cat(texts),
-        text_at_M=torch.cat(at),
+        text_at_M=torch.cat(text_positions),
         drop_text_M=torch.cat(dropped),
-        frames_S=torch.tensor(
-            [float(layout.num_frames(s.tensors[config.tokens_column].numel())) for s in samples]
-        ),
-        motion_score_S=torch.tensor([motion_condition(s.meta.motion_score) for s in samples]),
-        frames_at_S=begins + 1,
-        motion_at_S=begins + 2,
+        frames_B=torch.tensor(num_frames),
+        motion_score_B=torch.tensor(motion_scores),
+        frames_at_B=starts_B + 1,
+        motion_at_B=starts_B + 2,
         num_tokens=length,
     )
 
 
+def _padded_length(length: int, config: LMTrainConfig) -> int:
+    """Length of a row of `length` tokens with padding."""
+    if config.parallel.sequence:
+        return pad_to(length, config.row_multiple, config.parallel.tensor)
+    return pad_to(length, config.row_multiple)
+
+
 def _training_row(sample: Sample, config: LMTrainConfig, layout: TokenLayout) -> TrainingRow:
+    """Inputs and targets of one sample. Raises ConfigError if it does not fit the model."""
     text = sample.tensors[config.text_column]
     if text.ndim != 2 or text.shape[1] != config.model.text_dim:
         raise ConfigError(

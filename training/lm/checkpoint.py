@@ -1,11 +1,11 @@
-"""Megatron's distributed checkpoints (`torch_dist`): weights and optimizer, whole, loadable in any layout.
+"""Megatron-core's distributed checkpoints (`torch_dist`): weights and optimizer in any layout.
 
-What differs from `megatron.core.dist_checkpointing.save`: the files are written by this process, through
-torch's own writer. Core writes with forked helpers and a spawned queue server; a helper that dies leaves the
-trainer waiting for ever, and a full disk must end in an exception on every rank. The format is the same.
+Unlike `megatron.core.dist_checkpointing.save`, this process writes the files itself, through
+torch's writer. Megatron-core writes with forked helpers and a queue server. If a helper dies, the
+trainer waits forever, but a full disk must raise an error on every rank. The format is the same.
 
-Loading never runs code from a checkpoint: the pickles in it (`.metadata`, common.pt, objects in *.distcp) are
-limited to the allow-lists of `landiff.model_zoo.convert`.
+Loading never runs code from a checkpoint: the pickles in it (`.metadata`, common.pt, objects in
+*.distcp) are limited to the allow-lists of `landiff.model_zoo.convert`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from landiff.model_zoo.convert.formats.dist_checkpoint import read_metadata
 from landiff.model_zoo.convert.formats.megatron import COMMON
 from landiff.model_zoo.convert.pickles import check_pickle, check_plain_pickle, read_pickle
 from landiff.model_zoo.convert.rules import ConversionError
+from landiff.training.lm.checks import other_optimizer
 from landiff.training.lm.model import MegatronLM
 from landiff.training.replace import replaced
 
 
 def _layout() -> dict[str, Any]:
-    """How core shall cut the state: layers under their own names, moments by parameter and not by rank."""
+    """How Megatron-core divides the state: layers by name, moments by parameter, not by rank."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -58,6 +59,7 @@ def _layout() -> dict[str, Any]:
 def _sharded_state(
     model: MegatronLM, optimizer: MegatronOptimizer, *, loading: bool
 ) -> dict[str, Any]:
+    """This rank's part of the state."""
     layout = _layout()
     weights = model.sharded_state_dict(metadata=layout)
     return {
@@ -67,16 +69,25 @@ def _sharded_state(
     }
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The parts of a chained optimizer, or the optimizer itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Does it spread its state over the data-parallel ranks? The two kinds of state differ on disk."""
+    """Whether the optimizer divides its state over the data-parallel ranks.
+
+    The two kinds of state differ on disk.
+    """
     return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
 
 
 def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
-    """Collective. Write everything into `folder`, which exists and is empty; the files are closed on return.
+    """Write model and optimizer into `folder`, which exists and is empty. Collective.
 
-    Raises OSError on all ranks when one of them cannot write (rank 0 alone for its two small documents, behind the
-    last collective).
+    The files are closed on return. Raises OSError on all ranks if one of them cannot write. The two
+    small documents are written after the last collective, and their errors are raised on rank 0
+    only.
     """
     sharded, common = save_preprocess(_sharded_state(model, optimizer, loading=False), True)
     sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -95,22 +106,21 @@ def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
 
 
 def load_checkpoint(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
-    """Collective. Restore what `save` wrote, into any number of tensor, pipeline and data-parallel ranks.
+    """Restore what `save` wrote, on any number of tensor, pipeline and data-parallel ranks.
 
-    The weights are cast from the optimizer's float32 copies where it keeps them; with the distributed
-    optimizer that is this rank's part, and the caller gathers the others.
+    Collective. The weights are cast from the optimizer's float32 copies if it keeps them. With the
+    distributed optimizer that is this rank's part, and the caller gathers the others.
 
-    Raises ConfigError where one of the two optimizers is distributed and the other is not, ConversionError for
+    Raises ConfigError if only one of the two optimizers is distributed, and ConversionError for
     files that hold more than this trainer writes.
     """
     stored = read_pickle(folder / COMMON).get("distributed_optimizer")
     if stored != is_distributed(optimizer):
-        raise ConfigError(
-            f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state cannot be read by the other kind; set it to "
-            f"{stored}, or let `landiff convert RUN --to megatron --out NEW_RUN parallel.distributed_optimizer={str(not stored).lower()}` make a run that goes on"
-        )
+        raise ConfigError(other_optimizer(folder, stored))
     reader = AllowListReader(folder)
-    reader.read_metadata()  # its errors are equal on all ranks, and not wrapped as those of collectives
+    # Raised here, its errors are equal on all ranks and not wrapped as those of collectives.
+    reader.read_metadata()
+    # Megatron-core has no option for the reader, and its own unpickles whatever a file holds.
     with replaced(core_torch_dist, "_get_filesystem_reader", lambda *_, **__: reader):
         try:
             state = dist_checkpointing.load(
@@ -125,10 +135,10 @@ def load_checkpoint(folder: Path, model: MegatronLM, optimizer: MegatronOptimize
         for part in _parts(optimizer):
             if isinstance(part, MixedPrecisionOptimizer):
                 part._copy_main_params_to_model_params()
-    _give_each_its_own_step(optimizer)
+    _separate_steps(optimizer)
 
 
-def _explained(folder: Path, error: CheckpointException) -> Exception:
+def _explained(folder: Path, error: CheckpointException) -> BaseException:
     """The error to raise for one that torch collected from the ranks."""
     causes = [failure[0] for failure in error.failures.values()]
     for cause in causes:
@@ -144,21 +154,25 @@ def _explained(folder: Path, error: CheckpointException) -> Exception:
 class AllowListReader(dcp.FileSystemReader):
     """Reads a checkpoint folder with its pickles limited to an allow-list. Raises ConversionError.
 
-    Takes the place of core's reader, which unpickles whatever a checkpoint holds.
+    It replaces Megatron-core's reader, which unpickles whatever a checkpoint holds.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        """Open a checkpoint folder."""
         super().__init__(folder)
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """The metadata, read once."""
         if self._metadata is None:
             self._metadata = read_metadata(Path(self.path))
             self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        return super().read_data(plan, _CheckedObjects(planner, Path(self.path)))
+        """Read tensors and objects, with each object checked before it is unpickled."""
+        checked: Any = _CheckedObjects(planner, Path(self.path))  # behaves like a LoadPlanner
+        return super().read_data(plan, checked)
 
 
 class _CheckedObjects:
@@ -169,15 +183,20 @@ class _CheckedObjects:
         self._folder = folder
 
     def __getattr__(self, name: str) -> Any:
+        """All other attributes are those of the inner planner."""
         return getattr(self._inner, name)
 
     def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
+        """Check an object and pass it on."""
         check_pickle(value, f"{self._folder}, object {item.storage_index.fqn}")
         self._inner.load_bytes(item, value)
 
 
 def _check_extra_states(folder: Path, weights: Mapping[str, Any]) -> None:
-    """Checks the states of FP8 scaling, which Transformer Engine unpickles itself. Raises ConversionError."""
+    """Check the states of FP8 scaling, which Transformer Engine unpickles itself.
+
+    Raises ConversionError.
+    """
     for name, value in weights.items():
         if not name.endswith("_extra_state"):
             continue
@@ -188,21 +207,20 @@ def _check_extra_states(folder: Path, weights: Mapping[str, Any]) -> None:
             check_plain_pickle(value.cpu().numpy().tobytes(), what)
 
 
-# Core's distributed optimizer expects the Adam of apex or Transformer Engine. With torch's, which it falls back to
-# where neither is installed, three things go wrong in 0.16.1; these are the cures.
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+# Megatron-core's distributed optimizer expects the Adam of apex or Transformer Engine. If neither
+# is installed it falls back to torch's, with which three things fail in version 0.16.1:
+#
+# 1. `state_dict` asserts that a step has been taken.
+# 2. The loader expects the step of each parameter in the file, where it is not.
+# 3. After loading, all parameters share one step tensor, which AdamW increments once for each.
 
 
 def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Once, before the first save or load. 1. `state_dict` asserts that a step exists. 2. The loader asks the file for
-    the step of each parameter."""
+    """Work around failures 1 and 2. Call once, before the first save or load."""
     for part in _parts(optimizer):
-        if not isinstance(part, DistributedOptimizer) or not isinstance(
-            part.optimizer, torch.optim.AdamW
-        ):
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        if not isinstance(part.optimizer, torch.optim.AdamW):
             continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -216,12 +234,16 @@ def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
 
 
 class _KeepingStep:
-    """Stands for `_set_main_param_and_optimizer_states` of one optimizer and gives it the step that it has already."""
+    """Replaces `_set_main_param_and_optimizer_states` of one optimizer.
+
+    It passes the step that the optimizer has already, instead of one from the file.
+    """
 
     def __init__(self, part: DistributedOptimizer) -> None:
         self.part = part
 
     def __call__(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        """Set master weights and moments of `model_param`."""
         group, order = self.part.model_param_group_index_map[model_param]
         main = self.part.optimizer.param_groups[group]["params"][order]
         step = self.part.optimizer.state[main]["step"]
@@ -230,8 +252,8 @@ class _KeepingStep:
         )
 
 
-def _give_each_its_own_step(optimizer: MegatronOptimizer) -> None:
-    """3. After a load all parameters share one step tensor, which AdamW then counts up once for each of them."""
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Work around failure 3: give each parameter a step tensor of its own. Call after loading."""
     for part in _parts(optimizer):
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):

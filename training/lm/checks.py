@@ -7,7 +7,12 @@ from pathlib import Path
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_yaml
 from landiff.configs.problems import Problem
-from landiff.training.checkpoint.run_folder import CONFIG, committed_steps, step_folder
+from landiff.training.checkpoint.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    committed_steps,
+    step_folder,
+)
 from landiff.training.checks import (
     Launch,
     check_package,
@@ -16,9 +21,9 @@ from landiff.training.checks import (
     find_entry,
 )
 from landiff.training.lm.columns import check_lm_columns, check_lm_tokenizer
-from landiff.training.lm.config import MUST_MATCH, LMTrainConfig
+from landiff.training.lm.config import LMTrainConfig
 
-# fields of the model that decide the shapes of its weights
+# Fields of the model that determine the shapes of its weights.
 SHAPES = (
     "codebook_size",
     "hidden_size",
@@ -33,7 +38,7 @@ SHAPES = (
 
 def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
-    manifests, problems = check_trainer(config, config.columns, launch, MUST_MATCH)
+    manifests, problems = check_trainer(config, launch)
     if config.layers == "te":
         problems += check_package("transformer_engine", "layers", "te", "use layers = local")
     problems += _check_optimizer(config)
@@ -54,27 +59,29 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
 
 def _check_optimizer(config: LMTrainConfig) -> list[Problem]:
     """Whether the newest checkpoint was written with the same kind of optimizer."""
-    steps = committed_steps(config.run / "checkpoints")
+    checkpoints = config.run / CHECKPOINTS
+    steps = committed_steps(checkpoints)
     if not steps:
         return []
-    folder = step_folder(config.run / "checkpoints", steps[-1])
+    folder = step_folder(checkpoints, steps[-1])
     stored = _stored_kind(folder)
     if stored is None or stored == config.parallel.distributed_optimizer:
         return []
-    return [
-        Problem(
-            f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state "
-            "cannot be read by the "
-            f"other kind; set it to {stored}, or let `landiff convert RUN --to megatron --out "
-            "NEW_RUN "
-            f"parallel.distributed_optimizer={str(not stored).lower()}` make a run that continues "
-            "it"
-        )
-    ]
+    return [Problem(other_optimizer(folder, stored))]
+
+
+def other_optimizer(folder: Path, stored: bool) -> str:
+    """Message for a checkpoint with `parallel.distributed_optimizer` = `stored`, unlike the run."""
+    own = str(not stored).lower()
+    return (
+        f"{folder} was written with parallel.distributed_optimizer = {stored}, and its state "
+        f"cannot be read by the other kind; set it to {stored}, or let `landiff convert RUN --to "
+        f"megatron --out NEW_RUN parallel.distributed_optimizer={own}` make a run that continues it"
+    )
 
 
 def _stored_kind(folder: Path) -> bool | None:
-    """`parallel.distributed_optimizer` of a checkpoint; None where it is not stored."""
+    """`parallel.distributed_optimizer` of a checkpoint, or None if it is not stored."""
     try:
         stored = read_yaml(folder / CONFIG)
         found = stored["parallel"]["distributed_optimizer"]

@@ -1,25 +1,27 @@
-"""Whether the columns of a data set fit the language model. Torch-free."""
+"""Check whether the columns of a data set fit the language model. Torch-free."""
 
 from __future__ import annotations
 
 from landiff.configs.problems import Problem, problems_of
 from landiff.data_pipeline.format.column_checks import require_encoder
-from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.format.schema import Column, Manifest
+from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.config import LMTrainConfig
 
 
 def check_lm_tokenizer(config: LMTrainConfig, entry: ZooEntry) -> list[Problem]:
-    """Whether the tokens of a tokenizer are those the model is for."""
+    """Whether a tokenizer has the token layout of the model."""
+    assert isinstance(entry.config, TokenizerConfig), entry.reference
     layout = TokenLayout.of(config.model)
-    if TokenLayout.of(entry.config) == layout:
+    found = TokenLayout.of(entry.config)
+    if found == layout:
         return []
     return [
         Problem(
-            f"tokenizer {entry.reference} makes tokens of {TokenLayout.of(entry.config)}, the "
-            f"model is for {layout}; "
-            "set model.codebook_size, iframe_tokens, pframe_tokens and segment_frames to the "
+            f"tokenizer {entry.reference} makes tokens of {found}, the model is for {layout}; set "
+            "model.codebook_size, iframe_tokens, pframe_tokens and segment_frames to the "
             "tokenizer's"
         )
     ]
@@ -30,11 +32,8 @@ def check_lm_columns(
 ) -> list[Problem]:
     """Whether tokens and text states were made for this model.
 
-    `entry`: the tokenizer named by the config, if any. Data with several numbers of frames has tokens of several
-    sizes, given as 0 in the manifest; `batch.pack` checks the size of every sample.
+    `entry`: the tokenizer that the config names, if any.
     """
-    model, layout = config.model, TokenLayout.of(config.model)
-    tokens, text = (manifest.columns[name] for name in config.columns)
     problems = []
     if entry is not None:
         what = f"tokenizer = {entry.reference}"
@@ -43,39 +42,62 @@ def check_lm_columns(
                 manifest, config.tokens_column, entry.fingerprint, what, adopt=config.data.adopt
             )
         )
-    if text.shape[-1] and text.shape[-1] != model.text_dim:
+    text = manifest.columns[config.text_column]
+    problems += _check_text(text, config)
+    problems += _check_length(manifest.columns[config.tokens_column], text, config)
+    return problems
+
+
+def _rows(text: Column) -> int:
+    """Rows of each clip's text states, 0 if clips differ."""
+    return text.shape[0] if len(text.shape) == 2 else 0
+
+
+def _check_text(text: Column, config: LMTrainConfig) -> list[Problem]:
+    """Whether the text states have the model's width and not too many rows."""
+    model = config.model
+    width = text.shape[-1]
+    problems = []
+    if width and width != model.text_dim:
         problems.append(
             Problem(
                 f"column {config.text_column} was made by {text.encoder} with states of width "
-                f"{text.shape[-1]}, "
-                f"the model takes model.text_dim = {model.text_dim}"
+                f"{width}, the model takes model.text_dim = {model.text_dim}"
             )
         )
-    rows = text.shape[0] if len(text.shape) == 2 else 0
+    rows = _rows(text)
     if rows > model.max_text_tokens:
         problems.append(
             Problem(
                 f"column {config.text_column} was made by {text.encoder} with {rows} rows for "
-                "every clip, more than "
-                f"model.max_text_tokens = {model.max_text_tokens}"
-            )
-        )
-    if not tokens.shape[-1]:
-        return problems
-    try:
-        length = layout.sequence_length(layout.num_frames(tokens.shape[-1]), max(rows, 1))
-    except ValueError as error:
-        problems.append(
-            Problem(f"column {config.tokens_column} was made by {tokens.encoder}: {error}")
-        )
-        return problems
-    if length > model.max_positions:
-        problems.append(
-            Problem(
-                f"column {config.tokens_column} holds {tokens.shape[-1]} tokens for each clip, "
-                f"which take {length} "
-                f"positions with {max(rows, 1)} of text, more than model.max_positions = "
-                f"{model.max_positions}"
+                f"every clip, more than model.max_text_tokens = {model.max_text_tokens}"
             )
         )
     return problems
+
+
+def _check_length(tokens: Column, text: Column, config: LMTrainConfig) -> list[Problem]:
+    """Whether tokens and text together fit into the model's positions.
+
+    Clips with different numbers of frames have different numbers of tokens, given as 0 in the
+    manifest. `batch.pack` checks these sample by sample.
+    """
+    num_tokens = tokens.shape[-1]
+    if not num_tokens:
+        return []
+    layout = TokenLayout.of(config.model)
+    rows = max(_rows(text), 1)
+    try:
+        length = layout.sequence_length(layout.num_frames(num_tokens), rows)
+    except ValueError as error:
+        text_of_problem = f"column {config.tokens_column} was made by {tokens.encoder}: {error}"
+        return [Problem(text_of_problem)]
+    if length <= config.model.max_positions:
+        return []
+    return [
+        Problem(
+            f"column {config.tokens_column} holds {num_tokens} tokens for each clip, which take "
+            f"{length} positions with {rows} of text, more than model.max_positions = "
+            f"{config.model.max_positions}"
+        )
+    ]

@@ -1,32 +1,44 @@
-"""Config of the language model's training. Torch-free."""
+"""Config of the language model trainer. Torch-free."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 
 from landiff.configs.base import Config, ConfigError, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import LMConfig
-from landiff.training.config import LoopConfig, OptimConfig
-
-# sections in which a checkpoint may not differ from its run
-MUST_MATCH = ("model", "precision", "vocab_multiple", "head_multiple")
+from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
 
 
 class ParallelConfig(Config):
-    """How one copy of the model is spread; whatever ranks are left over hold further copies (data parallel)."""
+    """Parallel layout of one copy of the model. The other ranks hold further copies."""
 
-    tensor: PositiveInt = 1  # ranks that share each layer's matrices
-    pipeline: PositiveInt = 1  # stages of whole layers
-    sequence: bool = (
-        False  # also share the activations between the layers' matrices; needs tensor > 1
+    tensor: PositiveInt = Field(
+        default=1, description="Tensor-parallel ranks, which divide the matrices of each layer."
     )
-    distributed_optimizer: bool = False  # share the optimizer's state over the data-parallel copies
-    overlap: bool = (
-        False  # reduce gradients (and gather parameters) while the backward (forward) still runs
+    pipeline: PositiveInt = Field(
+        default=1, description="Pipeline stages, which divide the layers."
+    )
+    sequence: bool = Field(
+        default=False,
+        description=(
+            "Sequence parallelism: tensor-parallel ranks also divide the activations between the "
+            "matrices. Needs `tensor` > 1."
+        ),
+    )
+    distributed_optimizer: bool = Field(
+        default=False,
+        description="Divide the optimizer's state over the data-parallel ranks.",
+    )
+    overlap: bool = Field(
+        default=False,
+        description=(
+            "Reduce gradients during the backward pass, and with `distributed_optimizer` gather "
+            "parameters during the forward pass."
+        ),
     )
 
     @model_validator(mode="after")
@@ -35,96 +47,139 @@ class ParallelConfig(Config):
             refuse_values(
                 info,
                 [
-                    "sequence = true shares activations among tensor ranks, and tensor is 1; raise it "
-                    "or set "
-                    "sequence = false"
+                    "sequence = true divides activations among tensor ranks, and tensor is 1; "
+                    "raise it or set sequence = false"
                 ],
             )
         return self
 
 
-class LMTrainConfig(Config):
-    """`landiff train lm`: Megatron-core GPT over semantic tokens (specification §4)."""
+class LMTrainConfig(TrainConfig):
+    """`landiff train lm`: a Megatron-core GPT over semantic tokens (docs/specification.md §4)."""
 
-    run: Path  # run folder
-    zoo: Path
-    data: DataConfig  # data.micro_batch_size samples are packed end to end into one row
-    loop: LoopConfig
-    optim: OptimConfig
-    model: LMConfig
-    parallel: ParallelConfig = ParallelConfig()
-    precision: Literal["fp32", "bf16"] = (
-        "bf16"  # of weights and activations; the optimizer's are float32
+    must_match: ClassVar[tuple[str, ...]] = (
+        "model",
+        "precision",
+        "vocab_multiple",
+        "head_multiple",
     )
-    recompute: bool = False  # keep one activation per layer, compute the rest again in the backward
-    layers: Literal["local", "te"] = (
-        "local"  # whose linear layers and norms: Megatron's own, or Transformer Engine's
+
+    run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
+    zoo: Path = Field(description="Zoo in which `init_from` and `tokenizer` are looked up.")
+    data: DataConfig = Field(
+        description=(
+            "Data folder with the columns, and batch sizes. The `micro_batch_size` samples of a "
+            "forward pass are packed into one row."
+        )
     )
-    tokens_column: str = "tokens"
-    tokenizer: str | None = (
-        None  # zoo name of the one that must have made the tokens; none = look at sizes alone
+    loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
+    optim: OptimConfig = Field(description="AdamW and its learning rate.")
+    model: LMConfig = Field(description="Sizes of the language model.")
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(), description="Division of the model over ranks."
     )
-    text_column: str  # e.g. text-minilm
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description="Precision of weights and activations. The optimizer's weights are float32.",
+    )
+    recompute: bool = Field(
+        default=False,
+        description=(
+            "Store one activation per layer and recompute the others in the backward pass. Saves "
+            "memory and costs time."
+        ),
+    )
+    layers: Literal["local", "te"] = Field(
+        default="local",
+        description=(
+            "Linear layers and norms: Megatron-core's own (`local`) or Transformer Engine's (`te`)."
+        ),
+    )
+    tokens_column: str = Field(default="tokens", description="Column of the semantic tokens.")
+    tokenizer: str | None = Field(
+        default=None,
+        description=(
+            "Zoo entry of the tokenizer that must have made the tokens. null checks sizes only."
+        ),
+    )
+    text_column: str = Field(description="Column of text states, for example `text-minilm`.")
     text_dropout: float = Field(
-        default=0.1, ge=0, le=1
-    )  # of a sample's whole text, for guidance (§4.3)
-    row_multiple: PositiveInt = 8  # a packed row is padded to a multiple of it
-    vocab_multiple: PositiveInt = (
-        128  # the vocabulary too; padded ids are masked in logits and loss
+        default=0.1,
+        ge=0,
+        le=1,
+        description=(
+            "Probability that all text states of a sample are replaced by the null vector, for "
+            "guidance."
+        ),
     )
-    head_multiple: PositiveInt = (
-        1  # the heads too, with heads of zeros; only where parallel.tensor doesn't divide them
+    row_multiple: PositiveInt = Field(
+        default=8, description="Packed rows are padded to a multiple of this many tokens."
     )
-    init_from: str | None = None  # zoo name of an LM to start from; none = fresh weights
+    vocab_multiple: PositiveInt = Field(
+        default=128,
+        description=(
+            "The vocabulary is padded to a multiple of this. Padded ids are masked in logits and "
+            "loss."
+        ),
+    )
+    head_multiple: PositiveInt = Field(
+        default=1,
+        description=(
+            "The number of heads is padded with heads of zeros to a multiple of this. Needed only "
+            "if `parallel.tensor` does not divide it."
+        ),
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="Zoo entry of a language model to start from. null draws initial weights.",
+    )
 
     @property
-    def columns(self) -> tuple[str, str]:
-        return self.tokens_column, self.text_column
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the loader reads."""
+        return (self.tokens_column, self.text_column)
 
     @model_validator(mode="after")
     def _layers_divide(self, info: ValidationInfo) -> LMTrainConfig:
-        tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
+        tensor = self.parallel.tensor
+        pipeline = self.parallel.pipeline
+        heads = self.model.num_heads
         problems = []
-        if self.model.num_heads % tensor and self.head_multiple % tensor:
+        if heads % tensor and self.head_multiple % tensor:
             problems.append(
-                f"model.num_heads = {self.model.num_heads} is not a multiple of parallel.tensor = "
-                f"{tensor}; "
-                f"{nearest_divisors(self.model.num_heads, tensor)}, or head_multiple = {tensor} "
-                "adds heads of zeros"
+                f"model.num_heads = {heads} is not a multiple of parallel.tensor = {tensor}; "
+                f"{nearest_divisors(heads, tensor)}, or head_multiple = {tensor} adds heads of "
+                "zeros"
             )
-        for name, value in (
-            ("model.ffn_size", self.model.ffn_size),
-            ("vocab_multiple", self.vocab_multiple),
-        ):
+        sizes = {"model.ffn_size": self.model.ffn_size, "vocab_multiple": self.vocab_multiple}
+        for name, value in sizes.items():
             if value % tensor:
                 problems.append(
                     f"{name} = {value} is not a multiple of parallel.tensor = {tensor}; "
                     f"{nearest_divisors(value, tensor)}"
                 )
-        if self.model.num_layers % pipeline:
+        num_layers = self.model.num_layers
+        if num_layers % pipeline:
             problems.append(
-                f"model.num_layers = {self.model.num_layers} is not a multiple of "
-                f"parallel.pipeline = {pipeline}; "
-                f"{nearest_divisors(self.model.num_layers, pipeline)}"
+                f"model.num_layers = {num_layers} is not a multiple of parallel.pipeline = "
+                f"{pipeline}; {nearest_divisors(num_layers, pipeline)}"
             )
         refuse_values(info, problems)
         return self
 
 
 def nearest_divisors(number: int, asked: int) -> str:
-    """The way out of a layout that does not divide: what does, on both sides of what was asked for."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    near = [
-        max((d for d in divisors if d < asked), default=1),
-        min((d for d in divisors if d > asked), default=number),
-    ]
-    return f"the nearest that divide it: {' and '.join(map(str, sorted(set(near))))}"
+    """The divisors of `number` next to `asked` on both sides, as a part of an error message."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    below = max((divisor for divisor in divisors if divisor < asked), default=1)
+    above = min((divisor for divisor in divisors if divisor > asked), default=number)
+    return f"the nearest that divide it: {' and '.join(map(str, sorted({below, above})))}"
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Copies of the model on `world_size` ranks.
+    """Number of copies of the model on `world_size` ranks.
 
-    Raises ConfigError where they do not divide, with numbers that do.
+    Raises ConfigError with the nearest valid numbers of ranks if they do not divide evenly.
     """
     ranks = parallel.tensor * parallel.pipeline
     if world_size % ranks:
@@ -132,9 +187,8 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
         near = [below, below + ranks] if below else [ranks]
         raise ConfigError(
             f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {parallel.pipeline} does "
-            "not divide the "
-            f"{world_size} launched ranks; launch a multiple of {ranks} or lower one of them; the "
-            "nearest numbers "
-            f"of ranks that do: {' or '.join(map(str, near))}"
+            f"not divide the {world_size} launched ranks; launch a multiple of {ranks} or lower "
+            "one of them; the nearest numbers of ranks that do: "
+            f"{' or '.join(map(str, near))}"
         )
     return world_size // ranks

@@ -1,4 +1,11 @@
-"""Megatron-core behind `landiff.training.engine.Engine`: its DDP, optimizer, schedules, gradient finish and checkpoints."""
+"""Engine of the language model, on Megatron-core.
+
+Megatron-core provides DDP, optimizer, pipeline schedules, gradient reduction and the format of
+checkpoints. Its schedule runs forward and backward and calls `forward_step` for each packed row,
+which computes the loss.
+
+Shape letters (docs/glossary.md): N tokens of a packed row.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +41,16 @@ from landiff.training.optim import learning_rate
 
 
 class MegatronEngine:
-    """One process's part of the language model and its optimizer. The process group exists already.
+    """This rank's part of the language model and its optimizer.
 
-    Raises ConfigError where the launched ranks do not fit `parallel`. `close()` frees Megatron's own groups.
+    The process group exists already. `close()` frees Megatron-core's own groups.
     """
 
     def __init__(self, config: LMTrainConfig, guard: Guard | None = None) -> None:
-        """`guard`: None where no other ranks must agree on stopping."""
+        """Build model and optimizer. Raises ConfigError if the ranks do not fit `parallel`.
+
+        `guard`: None if no other ranks must agree on stopping.
+        """
         self.config = config
         self.guard = guard or Guard()
         self.layout = TokenLayout.of(config.model)
@@ -64,6 +74,7 @@ class MegatronEngine:
             self._forward_backward = get_forward_backward_func()
 
     def _first_weights(self) -> Mapping[str, Tensor]:
+        """Weights before the first step."""
         if not self.config.init_from:
             return InitialWeights(self.config.model, self.config.loop.seed)
         entry = registry.resolve(self.config.zoo, self.config.init_from, kind="lm")
@@ -92,41 +103,47 @@ class MegatronEngine:
                 adam_beta1=optim.betas[0],
                 adam_beta2=optim.betas[1],
                 adam_eps=optim.eps,
-                clip_grad=optim.clip_grad or math.inf,  # core would not report the norm at 0
+                # With 0, Megatron-core would not compute the norm.
+                clip_grad=optim.clip_grad or math.inf,
                 use_distributed_optimizer=self.config.parallel.distributed_optimizer,
                 bf16=self.config.precision == "bf16",
                 params_dtype=self.model.config.params_dtype,
             ),
             [self.ddp],
-            # as `landiff.training.optim.parameter_groups`: matrices decay, vectors don't; core leaves this to its caller
+            # Matrices decay and vectors do not, as in `landiff.training.optim.parameter_groups`.
+            # Megatron-core leaves this to its caller.
             {ParamKey(predicate=ParamPredicate("vector", _is_vector)): {"wd_mult": 0.0}},
         )
         checkpoint.prepare_optimizer(optimizer)
         return optimizer
 
     def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step on this rank's share of global batch `batch.step`; the result is equal on all ranks."""
+        """One optimizer step. The result is equal on all ranks."""
         rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
         with megatron_device():
             rows = self._rows(batch, train=True)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-                group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
+            self._set_rate(rate)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
-            loss_sum, num_targets, num_tokens = self._run(rows, train=True).cpu().unbind()
+            totals = self._run(forward_step, rows, train=True)  # `forward_step` has the loss
+            loss_sum, num_targets, num_tokens = totals.cpu().unbind()
             loss = loss_sum / num_targets
             grad_norm = self._update(loss)
+        row_tokens = sum(row.num_tokens for row in rows)
+        row_length = sum(len(row.ids_N) for row in rows)
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
             lr=rate,
             tokens=int(num_tokens),
-            metrics={
-                "data/padding": 1
-                - sum(row.num_tokens for row in rows) / sum(len(row.ids_N) for row in rows)
-            },
+            metrics={"data/padding": 1 - row_tokens / row_length},
         )
+
+    def _set_rate(self, rate: float) -> None:
+        """Set learning rate and weight decay of all parameter groups."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
 
     def _optimizers(self) -> list[MegatronOptimizer]:
         """The parts of a chained optimizer, or the optimizer itself."""
@@ -134,7 +151,10 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> float:
-        """core's `optimizer.step()` with the guard before the update. Returns the norm before clipping."""
+        """Megatron-core's `optimizer.step()`, with the guard before the update.
+
+        Returns the gradient norm before clipping.
+        """
         found_inf = self.optimizer.prepare_grads()
         grad_norm = math.inf if found_inf else self.optimizer.get_grad_norm()
         self.guard.decide(loss, grad_norm)
@@ -146,21 +166,27 @@ class MegatronEngine:
         return grad_norm
 
     def evaluate(self, batch: Batch) -> float:
-        """Mean loss of the global batch with all text kept; nothing is trained. Collective."""
+        """Mean loss of the global batch without text dropout and without training. Collective."""
         with megatron_device(), torch.no_grad():
-            totals = self._run(self._rows(batch, train=False), train=False)
+            totals = self._run(forward_step, self._rows(batch, train=False), train=False)
         return float(totals[0] / totals[1])
 
     def _rows(self, batch: Batch, *, train: bool) -> list[LMRow]:
-        return [
-            pack(micro, self.config, self.layout, train=train).to(self.device)
-            for micro in batch.micro_batches
-        ]
+        """One packed row per micro-batch, on the device."""
+        rows = []
+        for samples in batch.micro_batches:
+            row = pack(samples, self.config, self.layout, train=train)
+            rows.append(row.to(self.device))
+        return rows
 
-    def _run(self, rows: Sequence[LMRow], *, train: bool) -> Tensor:
-        """Megatron's schedule over all micro-batches -> float64 [loss sum, targets, tokens] of the global batch."""
+    def _run(self, step: Callable, rows: Sequence[LMRow], *, train: bool) -> Tensor:
+        """Run Megatron-core's schedule, which calls `step` for each row.
+
+        With `train` it runs the backward pass too, and sums gradients over the ranks. Returns
+        float64 [sum of losses, targets, tokens] of the global batch on all ranks.
+        """
         reports: list[Tensor] = self._forward_backward(
-            forward_step_func=_forward_step,
+            forward_step_func=step,
             data_iterator=iter(rows),
             model=[self.ddp],
             num_microbatches=len(rows),
@@ -182,54 +208,65 @@ class MegatronEngine:
         return totals
 
     def load_weights(self, source: Mapping[str, Tensor]) -> None:
-        """Take whole weights under the names of `landiff.model_zoo.lm.LanguageModel`; the optimizer's state stays as it is."""
+        """Load complete weights with the names of `landiff.model_zoo.lm.LanguageModel`.
+
+        The optimizer's moments stay unchanged.
+        """
         with megatron_device():
             self.model.load_full(source)
             if hasattr(self, "optimizer"):
                 self.optimizer.reload_model_params()
 
     def save(self, folder: Path) -> None:
-        """Collective."""
+        """Write model and optimizer. Collective."""
         with megatron_device():
             self._gather_weights()
             checkpoint.save(folder, self.model, self.optimizer)
 
     def load(self, folder: Path) -> None:
-        """Collective. The weights come from the optimizer's float32 copies where it keeps them.
+        """Restore a checkpoint. Collective.
 
-        Checkpoints written with `overlap` by versions before `_gather_weights` hold weights that are
-        one step old in part; their float32 copies are right.
+        The weights come from the optimizer's float32 copies if it keeps them. In checkpoints that
+        were written with `overlap` before `_gather_weights` existed, some weights are one step old,
+        and their float32 copies are right.
         """
         with megatron_device():
             checkpoint.load_checkpoint(folder, self.model, self.optimizer)
             self._gather_weights()
 
     def _gather_weights(self) -> None:
-        """Complete the weights after an optimizer step. Collective over the data-parallel ranks.
+        """Complete the weights after an optimizer step. Collective over data-parallel ranks.
 
-        Each rank of the distributed optimizer updates its part of the weights. With `overlap` core
-        gathers the other parts at the start of the next forward, not in `step`.
+        Each rank of the distributed optimizer updates its part of the weights. With `overlap`
+        Megatron-core gathers the other parts at the start of the next forward, not in `step`.
         """
         if self.config.parallel.distributed_optimizer:
             self.ddp.start_param_sync(force_sync=True)
 
     def local_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's part of parameters, buffers and float32 master weights."""
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
         for number, part in enumerate(self._optimizers()):
             for group in part.optimizer.param_groups:
-                for index, master in enumerate(group["params"]):  # core keeps no names for them
+                for index, master in enumerate(group["params"]):  # they have no names
                     yield f"float32 weight {index} of optimizer {number}", master
 
     def preview(self) -> dict[str, Tensor]:
+        """Nothing: tokens have no picture without the other models."""
         return {}
 
     def close(self) -> None:
-        """Free Megatron's process groups, so that another engine can be built in this process. Collective."""
-        dist.barrier()  # no other rank needs a group any more
+        """Free Megatron-core's process groups, so that this process can build another engine.
+
+        Collective.
+        """
+        dist.barrier()  # until no other rank needs a group
         for group in getattr(parallel_state, "_global_process_group_list", None) or []:
-            if group is not None:  # None stands for the default group, which is not Megatron's
-                dist.destroy_process_group(group)  # core would drop it with its threads running
+            # None stands for the default group, which belongs to `landiff.training.distributed`.
+            if group is not None:
+                # Megatron-core would drop the group and leave its threads running.
+                dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
 
@@ -237,11 +274,16 @@ def _is_vector(parameter: nn.Parameter) -> bool:
     return parameter.ndim < 2
 
 
-def _forward_step(rows: Iterator[LMRow], model: nn.Module) -> tuple[Tensor, Callable]:
-    """What Megatron's schedule calls for each micro-batch: the output, and the function that makes a loss of it."""
-    row: LMRow = next(rows)
+def forward_step(rows: Iterator[LMRow], model: nn.Module) -> tuple[Tensor, Callable]:
+    """Forward of the next row, and the function that computes its loss from the output.
+
+    Megatron-core's schedule calls it for each micro-batch, and the loss function on the last
+    pipeline stage.
+    """
+    row = next(rows)
 
     def loss(token_loss_1N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the cross-entropies (`MegatronLM`), number of targets, and both for the report."""
         total = (token_loss_1N[0].float() * row.weights_N).sum()
         targets = row.weights_N.sum()
         return total, targets.to(torch.int), torch.stack([total.detach(), targets])

@@ -1,11 +1,10 @@
 """The language model as a Megatron-core GPT: packed rows in, loss of each token out.
 
-It computes the same as `landiff.model_zoo.lm.LanguageModel`, whose condition modules it uses, divided over
-tensor-parallel ranks and pipeline stages.
+It computes the same as `landiff.model_zoo.lm.LanguageModel`, whose condition modules it uses,
+divided over tensor-parallel ranks and pipeline stages.
 
-Shape letters (docs/glossary.md and batch.py): N tokens of a packed row, S samples in it, M text
-rows of all samples, D width of a vector (of text states or of the model), V vocabulary of this
-rank.
+Shape letters (docs/glossary.md): N tokens of a packed row, B samples in it, M text rows of all
+samples, D width of a vector (of text states or of the model), V vocabulary of this rank.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
+from landiff.model_zoo import keyed_random
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.megatron import Padded, module_name, shard, to_megatron
 from landiff.model_zoo.layers import rotary_table
 from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
-from landiff.training import rng
 from landiff.training.lm.batch import LMRow, pad_to
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.layers import PackedRow, block_spec, transformer_config
@@ -69,9 +68,9 @@ class MegatronLM(GPTModel):
         ids_1N = row.ids_N.masked_fill(row.ids_N == IGNORE, 0)[None]
         tokens_ND = self.embedding(input_ids=ids_1N, position_ids=None)[:, 0]
         text_MD = self.text(row.text_MD.to(tokens_ND.dtype), row.drop_text_M)
-        frames_SD, motion_SD = self.micro(row.frames_S, row.motion_score_S).unbind(1)
-        positions = torch.cat([row.text_at_M, row.frames_at_S, row.motion_at_S])
-        vectors = torch.cat([text_MD, frames_SD, motion_SD]).to(tokens_ND.dtype)
+        frames_BD, motion_BD = self.micro(row.frames_B, row.motion_score_B).unbind(1)
+        positions = torch.cat([row.text_at_M, row.frames_at_B, row.motion_at_B])
+        vectors = torch.cat([text_MD, frames_BD, motion_BD]).to(tokens_ND.dtype)
         mixed_N1D = tokens_ND.index_copy(0, positions, vectors)[:, None]
         if self.config.sequence_parallel:
             mixed_N1D = tensor_parallel.scatter_to_sequence_parallel_region(mixed_N1D)
@@ -171,8 +170,8 @@ class InitialWeights(Mapping[str, Tensor]):
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
         self._seed = seed
         text, micro = condition_modules(config)
-        text.init_weights(rng.generator(seed, "init/text"))
-        micro.init_weights(rng.generator(seed, "init/micro"))
+        text.init_weights(keyed_random.generator(seed, "init/text"))
+        micro.init_weights(keyed_random.generator(seed, "init/micro"))
         self._conditions = nn.ModuleDict({"text": text, "micro": micro}).state_dict()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -184,7 +183,7 @@ class InitialWeights(Mapping[str, Tensor]):
             if name.endswith(".bias"):
                 return torch.zeros(shape)
             return torch.ones(shape)
-        generator = rng.generator(self._seed, f"init/{name}")
+        generator = keyed_random.generator(self._seed, f"init/{name}")
         return torch.empty(shape).normal_(std=INIT_STD, generator=generator)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written in the thread that calls.
+"""Writer of TensorBoard event files, without a thread.
 
-torch's SummaryWriter writes in a thread of its own, which prints a traceback when the disk is
-full, and raises the error in a later, unrelated call. Here the call that writes raises it. The
+torch's SummaryWriter writes in a thread of its own. If the disk is full, that thread prints a
+traceback, and a later, unrelated call raises the error. Here the call that writes raises it. The
 files are the same.
 """
 
@@ -22,17 +22,16 @@ VERSION = "brain.Event:2"
 
 
 class EventFile:
-    """A new event file in a folder. Use as a context manager, or call `close`."""
+    """A new event file in a folder. Use it as a context manager, or call `close`."""
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        """Creates the file. Raises OSError.
+        """Create the file. Raises OSError.
 
-        `purge_step`: TensorBoard drops this step and later ones of older files in the folder.
+        `purge_step`: TensorBoard hides this step and later ones of older files in the folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"events.out.tfevents.{int(time.time()):010d}.{os.uname().nodename}.{os.getpid()}"
-        names = (folder / f"{stem}.{number}" for number in itertools.count())
-        self.path = next(path for path in names if not path.exists())
+        self.path = _unused_path(folder, stem)
         self._file = self.path.open("wb")
         self._records = RecordWriter(self._file)
         self._flushed = time.monotonic()
@@ -42,15 +41,15 @@ class EventFile:
         self.flush()
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """A point of a curve. Raises OSError."""
+        """Add a point of a curve. Raises OSError."""
         self.add_summary(Summary(value=[Summary.Value(tag=tag, simple_value=value)]), step)
 
     def add_summary(self, summary: Summary, step: int) -> None:
-        """Whatever a summary holds. Raises OSError."""
+        """Add any kind of summary. Raises OSError."""
         self._write(Event(step=step, summary=summary))
 
     def flush(self) -> None:
-        """Hand everything to the operating system. Raises OSError."""
+        """Pass all events to the operating system. Raises OSError."""
         self._file.flush()
         self._flushed = time.monotonic()
 
@@ -59,6 +58,7 @@ class EventFile:
         self._file.close()
 
     def __enter__(self) -> EventFile:
+        """The file itself."""
         return self
 
     def __exit__(
@@ -67,6 +67,7 @@ class EventFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close the file."""
         self.close()
 
     def _write(self, event: Event) -> None:
@@ -74,3 +75,12 @@ class EventFile:
         self._records.write(event.SerializeToString())
         if time.monotonic() - self._flushed > FLUSH_EVERY_S:
             self.flush()
+
+
+def _unused_path(folder: Path, stem: str) -> Path:
+    """The first of `stem`.0, `stem`.1, ... that does not exist in `folder`."""
+    for number in itertools.count():
+        path = folder / f"{stem}.{number}"
+        if not path.exists():
+            return path
+    raise AssertionError("unreachable")

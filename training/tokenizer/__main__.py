@@ -1,4 +1,7 @@
-"""`python -m landiff.training.tokenizer <resolved-config.yaml>`: one rank, under torchrun or alone."""
+"""Runs one rank of the tokenizer trainer: `python -m landiff.training.tokenizer CONFIG.yaml`.
+
+torchrun starts it on every rank. It also runs alone.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,19 @@ from landiff.training import distributed
 from landiff.training.checks import Launch
 from landiff.training.loop import fit
 from landiff.training.run import Run
-from landiff.training.tokenizer.checks import MUST_MATCH, check
+from landiff.training.tokenizer.checks import check
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 from landiff.training.tokenizer.engine import TokenizerEngine
 
 
 def main(config_path: str) -> None:
+    """Train with a resolved config."""
     config = load(TokenizerTrainConfig, config_path)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         with Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size) as loader:
             engine = TokenizerEngine(config, world)
-            fit(engine, loader, Run(config.run, config, world, must_match=MUST_MATCH), config.loop)
+            fit(engine, loader, Run(config.run, config, world), config.loop)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ from landiff.training.checks import Launch, check_trainer
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 
-MUST_MATCH = ("model",)  # sections in which a checkpoint may not differ from its run
-
 
 def check(config: TokenizerTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
-    manifests, problems = check_trainer(config, config.columns, launch, MUST_MATCH)
+    manifests, problems = check_trainer(config, launch)
     if manifests:
         problems += check_features(config, manifests[0])
     return problems

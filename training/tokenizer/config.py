@@ -1,31 +1,43 @@
-"""Config of the semantic tokenizer's training. Torch-free."""
+"""Config of the tokenizer trainer. Torch-free."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from landiff.configs.base import Config
+from pydantic import Field
+
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import TokenizerConfig
-from landiff.training.config import LoopConfig, OptimConfig
+from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
 
-COLUMN = "features"  # what it is trained on
+COLUMN = "features"  # the column it trains on
 
 
-class TokenizerTrainConfig(Config):
-    """`landiff train tokenizer`."""
+class TokenizerTrainConfig(TrainConfig):
+    """`landiff train tokenizer`: the semantic tokenizer on vision features."""
 
-    run: Path  # run folder
-    data: DataConfig
-    loop: LoopConfig
-    optim: OptimConfig
-    model: TokenizerConfig = TokenizerConfig()
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # bf16: autocast; parameters and the quantiser stay float32
+    run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
+    data: DataConfig = Field(description="Data folder with the `features` column, and batch sizes.")
+    loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
+    optim: OptimConfig = Field(description="AdamW and its learning rate.")
+    model: TokenizerConfig = Field(default=TokenizerConfig(), description="Sizes of the tokenizer.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description=(
+            "Precision of forward and backward. `bf16` is autocast: parameters and the quantizer "
+            "stay in float32."
+        ),
     )
-    recompute: bool = False  # activations in backward instead of keeping them
+    recompute: bool = Field(
+        default=False,
+        description=(
+            "Recompute activations in the backward pass instead of storing them. Saves memory and "
+            "costs time."
+        ),
+    )
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns that the loader reads."""
         return (COLUMN,)

@@ -1,11 +1,12 @@
-"""Semantic tokenizer on plain torch DDP.
+"""Engine of the semantic tokenizer, on plain torch DDP.
 
-Letters: B clips of a micro-batch, T semantic frames, C feature channels, h w feature rows and columns,
-N codes of a clip, E width of a code.
+Shape letters (docs/glossary.md): B clips of a micro-batch, T semantic frames, C feature channels,
+h w rows and columns of the grid, M all vectors of a micro-batch.
 
 A checkpoint holds `model.safetensors` (parameters, codebook and its moving averages) and
-`optimizer.safetensors` (exp_avg.<parameter>, exp_avg_sq.<parameter>, step). Nothing depends on the layout:
-ranks hold the same state, and every draw is keyed by its place in the global batch.
+`optimizer.safetensors` (exp_avg.<parameter>, exp_avg_sq.<parameter>, step.<parameter>). It does not
+depend on the number of ranks: they hold the same state, and every draw is keyed by its place in
+the global batch.
 """
 
 from __future__ import annotations
@@ -21,23 +22,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
-from landiff.model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
+from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
 from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
+from landiff.training.tokenizer.preview import paint
 from landiff.training.tokenizer.sampling import KeyedSampling
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-PREVIEW_PIXELS = 16  # side of a feature cell
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 class TokenizerEngine:
-    """Trains one `SemanticTokenizer`, data-parallel. Built after the process group exists."""
+    """Trains one `SemanticTokenizer`, data-parallel. The process group exists already."""
 
     def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
+        """Build the tokenizer with initial weights from `loop.seed`."""
         self.config = config
         self.world = world
         self.guard = Guard(world)
@@ -49,7 +52,7 @@ class TokenizerEngine:
         self.sampling.install(self.tokenizer)
         self.model = self._wrap()
         self.optimizer = adamw(self.tokenizer.parameters(), config.optim)
-        self._preview: Tensor | None = None  # features_TChw of the last batch's first clip
+        self._preview_TChw: Tensor | None = None  # features of a clip of the last batch
 
     def _wrap(self) -> torch.nn.Module:
         if self.world.size == 1:
@@ -58,35 +61,35 @@ class TokenizerEngine:
         return DistributedDataParallel(self.tokenizer, device_ids=ids, gradient_as_bucket_view=True)
 
     def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step. Loss and codebook use are those of the whole global batch."""
-        config, size = self.config, self.config.model.codebook_size
-        micro_batches = [(micro, self._features(micro)) for micro in batch.micro_batches]
+        """One optimizer step. Loss and codebook use are those of the global batch."""
+        config = self.config
+        number_of_parts = len(batch.micro_batches)
+        features = [self._features(samples) for samples in batch.micro_batches]
         if batch.step == 0 and config.model.normalize_features:
-            self.tokenizer.set_feature_statistics(
-                *self._statistics([features for _, features in micro_batches])
-            )
+            self.tokenizer.set_feature_statistics(*self._statistics(features))
         rate = learning_rate(config.optim, batch.step, config.loop.steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(3, device=self.world.device)
-        counts = torch.zeros(size, device=self.world.device)
-        for number, (micro, features_BTChw) in enumerate(micro_batches):
-            self.sampling.place(batch.step, number, [sample.position for sample in micro])
-            output = self._forward_backward(
-                features_BTChw, number + 1 == len(micro_batches), len(micro_batches)
-            )
-            losses += torch.stack(
-                [output.loss, output.reconstruction, output.commitment]
-            ).detach() / len(micro_batches)
-            counts += count_codes(output.indices, size)
-        self._preview = features_BTChw[0]
+        counts = torch.zeros(config.model.codebook_size, device=self.world.device)
+        for number, samples in enumerate(batch.micro_batches):
+            self.sampling.place(batch.step, number, [sample.position for sample in samples])
+            self._reduce_gradients(number + 1 == number_of_parts)
+            with self._autocast():
+                output = self.model(features[number])
+            # The loss: reconstruction + commitment_weight * commitment, see SemanticTokenizer.
+            (output.loss / number_of_parts).backward()
+            parts = torch.stack([output.loss, output.reconstruction, output.commitment])
+            losses += parts.detach() / number_of_parts
+            counts += count_codes(output.indices, config.model.codebook_size)
+        self._preview_TChw = features[-1][0]
         grad_norm = clip_gradients(self.tokenizer.parameters(), config.optim.clip_grad)
         summed = self._sum(torch.cat([losses, counts]))
         loss, reconstruction, commitment = summed[:3] / self.world.size
         self.guard.decide(loss, grad_norm)
         self.optimizer.step()
         perplexity, used = codebook_use(summed[3:])
-        metrics = {
+        metrics: dict[str, Tensor | float] = {
             "train/reconstruction": reconstruction,
             "train/commitment": commitment,
             "codebook/perplexity": perplexity,
@@ -95,32 +98,33 @@ class TokenizerEngine:
         codes = output.indices.shape[1] * batch.global_batch_size
         return StepResult(loss, grad_norm, rate, metrics, tokens=codes)
 
-    def _forward_backward(self, features_BTChw: Tensor, final: bool, parts: int) -> TokenizerOutput:
-        """One micro-batch of `parts`; gradients travel with the `final` one."""
+    def _reduce_gradients(self, enabled: bool) -> None:
+        """Whether the next backward reduces gradients over the ranks."""
         if isinstance(self.model, DistributedDataParallel):
-            self.model.require_backward_grad_sync = final
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16):
-            output = self.model(features_BTChw)
-        (output.loss / parts).backward()
-        return output
+            self.model.require_backward_grad_sync = enabled
+
+    def _autocast(self) -> torch.autocast:
+        """Autocast to bfloat16 if the config asks for it."""
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _features(self, samples: tuple[Sample, ...]) -> Tensor:
-        """features_BTChw float32 on the device."""
+        """Features of a micro-batch, float32 [B, T, C, h, w] on the device."""
         stacked = torch.stack([sample.tensors[COLUMN] for sample in samples])
         return stacked.to(self.world.device, non_blocking=True).float()
 
     def _statistics(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation per channel over global batch 0, [C] each."""
-        values_CM = torch.cat(
-            [part.transpose(0, 2).flatten(1) for part in features], dim=1
-        ).double()
+        """Mean and standard deviation of each channel over the global batch, [C] each."""
+        flat = [features_BTChw.transpose(0, 2).flatten(1) for features_BTChw in features]
+        values_CM = torch.cat(flat, dim=1).double()
         count = values_CM.new_tensor([values_CM.shape[1]])
         sums = self._sum(torch.cat([count, values_CM.sum(1), values_CM.square().sum(1)]))
-        mean, square = (sums[1:] / sums[0]).chunk(2)
-        return mean.float(), (square - mean.square()).clamp(min=0).sqrt().float()
+        mean_C, square_C = (sums[1:] / sums[0]).chunk(2)
+        deviation_C = (square_C - mean_C.square()).clamp(min=0).sqrt()
+        return mean_C.float(), deviation_C.float()
 
     def _sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
         if self.world.size > 1:
             dist.all_reduce(values)
         return values
@@ -128,13 +132,13 @@ class TokenizerEngine:
     # ------------------------------------------------------------ checkpoint
 
     def save(self, folder: Path) -> None:
-        """Rank 0 writes: all ranks hold the same."""
+        """Write the state from rank 0: all ranks hold the same."""
         if self.world.rank != 0:
             return
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.tokenizer.state_dict().items()},
-            folder / MODEL,
-        )
+        weights = {}
+        for name, tensor in self.tokenizer.state_dict().items():
+            weights[name] = tensor.contiguous()
+        save_file(weights, folder / MODEL)
         moments = {}
         for name, parameter in self.tokenizer.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -142,6 +146,7 @@ class TokenizerEngine:
         save_file(moments, folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, on any number of ranks."""
         device = str(self.world.device)
         self.tokenizer.load_state_dict(load_file(folder / MODEL, device=device))
         moments = load_file(folder / OPTIMIZER, device=device)
@@ -153,34 +158,20 @@ class TokenizerEngine:
             }
 
     def local_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """All weights and buffers."""
         return self.tokenizer.state_dict().items()
 
     # ------------------------------------------------------------ preview
 
     @torch.no_grad()
     def preview(self) -> dict[str, Tensor]:
-        """Features of one clip (left) and what the codes give back (right), coloured by their principal axes."""
-        if self._preview is None or self.world.rank != 0:
+        """Features of a clip (left) and their reconstruction from codes (right).
+
+        Empty before the first step, and on all ranks but rank 0.
+        """
+        if self._preview_TChw is None or self.world.rank != 0:
             return {}
         self.tokenizer.eval()
-        decoded_TChw = self.tokenizer(self._preview[None]).decoded[0].float()
+        decoded_TChw = self.tokenizer(self._preview_TChw[None]).decoded[0].float()
         self.tokenizer.train()
-        return {"preview/features_and_reconstruction": paint(self._preview, decoded_TChw)}
-
-
-def paint(features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIXELS) -> Tensor:
-    """uint8 [T, H, W, 3]: both side by side, the three first principal axes of `features_TChw` as colours."""
-    channels = features_TChw.shape[1]
-    flat_MC = features_TChw.transpose(0, 1).reshape(channels, -1).T
-    mean_C = flat_MC.mean(0)
-    centred_MC = flat_MC - mean_C
-    _, axes_CK = torch.linalg.eigh(centred_MC.T @ centred_MC)  # eigenvalues rise
-    axes_C3 = axes_CK[:, -3:].flip(-1)
-    scale_3 = 3 * (centred_MC @ axes_C3).std(0).clamp(min=1e-6)
-    images = []
-    for part_TChw in (features_TChw, decoded_TChw):
-        colour_Thw3 = (part_TChw.permute(0, 2, 3, 1) - mean_C) @ axes_C3 / scale_3
-        image = ((colour_Thw3 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        images.append(image.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2))
-    gap = torch.full_like(images[0][:, :, : max(1, pixels // 4)], 255)
-    return torch.cat([images[0], gap, images[1]], dim=2).cpu()
+        return {"preview/features_and_reconstruction": paint(self._preview_TChw, decoded_TChw)}

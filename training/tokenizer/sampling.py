@@ -1,9 +1,12 @@
-"""Which vectors become codes: at the start (k-means) and when dead codes are replaced.
+"""Keyed choice of the vectors that become codes, by k-means at the start and for dead codes.
 
-vector-quantize-pytorch draws them rank by rank from each rank's own generator, so the codebook would depend
-on the number of ranks and on everything drawn before. Here the choice is keyed by (seed, purpose, step,
-micro-batch) over the vectors of all ranks in the order of the global batch: the same vectors on any layout,
-and no generator to save.
+vector-quantize-pytorch draws them on each rank from that rank's generator. The codebook would
+depend on the number of ranks and on all earlier draws. Here the choice is keyed by (seed, purpose,
+step, micro-batch), over the vectors of all ranks in the order of the global batch. It is the same
+in every layout, and there is no generator to save.
+
+Shape letters: M vectors of this rank's micro-batch (clips x codes of a clip), E width of a code
+vector, N chosen vectors.
 """
 
 from __future__ import annotations
@@ -14,63 +17,72 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from landiff.model_zoo import keyed_random
 from landiff.model_zoo.tokenizer import SemanticTokenizer
-from landiff.training import rng
 from landiff.training.distributed import World
 
 
 class KeyedSampling:
-    """Stands in for the two sampling functions of the library's codebook."""
+    """Replaces the two sampling functions of the library's codebook."""
 
     def __init__(self, seed: int, world: World) -> None:
+        """`seed`: `loop.seed`."""
         self.seed = seed
         self.world = world
         self._place = (0, 0)
         self._positions: list[int] = []
 
     def install(self, tokenizer: SemanticTokenizer) -> None:
+        """Replace the sampling functions of `tokenizer`."""
         codebook = tokenizer.quantizer._codebook
         codebook.sample_fn = self._sampler("codebook start")
         codebook.replace_sample_fn = self._sampler("dead codes")
 
     def place(self, step: int, micro_batch: int, positions: Sequence[int]) -> None:
-        """Say before each forward which samples of the global batch this rank is about to see, in their order."""
+        """Set the key of the draws in the next forward. Call before each forward.
+
+        positions: of this rank's samples in the global batch, in the order of the micro-batch.
+        """
         self._place = (step, micro_batch)
         self._positions = list(positions)
 
     def _sampler(self, purpose: str) -> Callable[[Tensor, int], Tensor]:
+        """A sampling function as the library calls it, for one codebook."""
+
         def sample(vectors_1ME: Tensor, number: int) -> Tensor:
             return self._sample(purpose, vectors_1ME[0], int(number))[None]
 
         return sample
 
     def _sample(self, purpose: str, vectors_ME: Tensor, number: int) -> Tensor:
-        """`number` of all ranks' vectors, [number, E] on every rank; without repeats where there are enough.
+        """Choose `number` of all ranks' vectors, without repetition if there are enough.
 
-        M = clips of this rank x N. Every rank fills in the rows that it has, the sum is the whole: what
-        travels is [number, E], however many vectors there are.
+        Returns [N, E], equal on all ranks. Every rank fills in the rows it has, and the sum is
+        complete. The communication is [N, E] for any number of vectors.
         """
         per_clip = len(vectors_ME) // len(self._positions)
-        positions = sorted(
-            position for part in self.world.gather(self._positions) for position in part
-        )
+        gathered: list[int] = []
+        for part in self.world.gather(self._positions):
+            gathered.extend(part)
+        positions = sorted(gathered)
         total = len(positions) * per_clip
-        generator = rng.generator(self.seed, purpose, *self._place)
+        generator = keyed_random.generator(self.seed, purpose, *self._place)
         if number <= total:
             chosen = torch.randperm(total, generator=generator)[:number]
         else:
             chosen = torch.randint(total, (number,), generator=generator)
-        clip_of_slot = {
-            positions.index(position): clip for clip, position in enumerate(self._positions)
-        }
-        rows, sources = [], []
+        clip_of_slot = {}
+        for clip, position in enumerate(self._positions):
+            clip_of_slot[positions.index(position)] = clip
+        rows = []
+        sources = []
         for row, index in enumerate(chosen.tolist()):
             slot, code = divmod(index, per_clip)
             if slot in clip_of_slot:
                 rows.append(row)
                 sources.append(clip_of_slot[slot] * per_clip + code)
-        result_RE = vectors_ME.new_zeros(number, vectors_ME.shape[1])
-        result_RE[rows] = vectors_ME[sources]
+        result_NE = vectors_ME.new_zeros(number, vectors_ME.shape[1])
+        result_NE[rows] = vectors_ME[sources]
         if self.world.size > 1:
-            dist.all_reduce(result_RE)
-        return result_RE
+            dist.all_reduce(result_NE)
+        return result_NE

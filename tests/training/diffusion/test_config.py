@@ -53,7 +53,8 @@ def test_a_global_batch_that_ranks_do_not_divide_is_refused(tmp_path):
     settings = config(tmp_path, data__global_batch_size=5)
     with pytest.raises(
         ConfigError,
-        match=r"global_batch_size = 5 is not a multiple of data-parallel ranks \* data.micro_batch_size = 1 \* 2",
+        match=r"global_batch_size = 5 is not a multiple of data-parallel ranks \* "
+        r"data.micro_batch_size = 1 \* 2",
     ):
         DeepSpeedEngine(
             settings, alone(), torch.nn.Linear(1, 1), Objective(settings, torch.device("cpu"))
@@ -64,7 +65,7 @@ def test_columns_of_another_shape_are_refused(tmp_path):
     settings = config(tmp_path)
     assert check_diffusion_columns(manifest(), settings, None) == []
     (problem,) = check_diffusion_columns(manifest(**{"text-tiny": column([5, 6])}), settings, None)
-    assert "has shape [5, 6], but model.transformer wants [3, 6]" in str(problem)
+    assert "has shape [5, 6], but model.transformer needs [3, 6]" in str(problem)
     moments = manifest(latents=column([3, 96, 4, 4], moments=True))  # mean and log-variance
     assert check_diffusion_columns(moments, settings, None) == []
     (problem,) = check_diffusion_columns(manifest(latents=column([3, 96, 4, 4])), settings, None)

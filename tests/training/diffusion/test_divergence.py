@@ -1,8 +1,8 @@
-"""A bad latent on one rank stops the diffusion training on both, with the weights of the step before."""
+"""A bad latent on one rank stops the diffusion training on both before the update."""
 
 import math
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all ranks
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 import torch
 

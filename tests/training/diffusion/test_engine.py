@@ -1,13 +1,14 @@
-"""The DeepSpeed engine: every layout trains the same model, and a checkpoint of one goes on in any other.
+"""The DeepSpeed engine: every layout trains the same model and loads checkpoints of all others.
 
-Two sets of processes, of one rank and of two, train and save; two more load each other's checkpoints.
+Two sets of processes, of one rank and of two, train and save. Two more load each other's
+checkpoints.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 import torch
 
@@ -25,7 +26,8 @@ STAGES = (1, 2, 3)
 PHASES = ("main", "control")
 BEFORE, AFTER = 2, 2  # steps, around the save
 
-# float32 sums in another order (ranks, buckets, micro-batches), through four AdamW steps; losses are about 2
+# float32 sums in another order (ranks, buckets, micro-batches), through four AdamW steps; losses
+# are about 2
 CLOSE = {"rel": 1e-5}
 # bfloat16 has 8 bits; what accumulates differs in the last one
 CLOSE_BF16 = {"rel": 5e-3}
@@ -123,11 +125,11 @@ def train_and_save(world, folder):
             {tag: (video.dtype, tuple(video.shape)) for tag, video in engine.preview().items()},
         )
     results["generator left alone"] = torch.equal(generator_state, torch.get_rng_state())
-    results["plain"] = (
-        {phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES}
-        if world.size == 1
-        else None
-    )
+    results["plain"] = None
+    if world.size == 1:
+        results["plain"] = {
+            phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES
+        }
     return results
 
 
@@ -238,11 +240,9 @@ def test_bf16_follows_fp32(trained):
 
 
 def curve(trained, phase, stage, size, precision):
-    return (
-        trained[size]["bf16", stage]
-        if precision == "bf16"
-        else trained[size][phase, stage]["curve"]
-    )
+    if precision == "bf16":
+        return trained[size]["bf16", stage]
+    return trained[size][phase, stage]["curve"]
 
 
 def test_resume_on_the_same_layout_is_bit_equal(trained, resumed):

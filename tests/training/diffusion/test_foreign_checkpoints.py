@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all forked ranks
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 
 from landiff.configs import ConfigError
@@ -37,7 +37,7 @@ ATTACKS = [(*layout, name) for layout in LAYOUTS for name in files_of(*layout)]
 
 
 def load_all(world, folder: Path) -> dict[tuple[int, str, str], str]:
-    """Load every attacked copy of a checkpoint in the layout that wrote it -> the errors. The original loads."""
+    """Load every attacked copy of a checkpoint in its own layout. Returns the errors."""
     os.chdir(folder)
     found = {}
     for stage, precision in LAYOUTS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all forked ranks
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -60,7 +60,7 @@ def engine_gradients(world: World, folder: Path) -> dict[int, Gradients]:
 def plain_gradients(
     folder: Path, micro: int, dtype: torch.dtype, linear: Any = functional.linear
 ) -> Gradients:
-    """Gradients without DeepSpeed: computed in `dtype` at the bfloat16 weights, summed in float64."""
+    """Gradients without DeepSpeed, in `dtype` at the bfloat16 weights, summed in float64."""
     chosen = settings(folder, 1, micro)
     model = build_phase_model(chosen).to(torch.bfloat16).to(dtype)
     objective = Objective(chosen, torch.device("cpu"), load_tokenizer(chosen, torch.device("cpu")))
@@ -94,7 +94,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exact(folder: Path) -> dict[int, Gradients]:
-    """By stage, the mean of the micro-batches' bfloat16 gradients. ZeRO-3 rounds inside linear layers in its own way."""
+    """By stage, the mean of the micro-batches' bfloat16 gradients.
+
+    ZeRO-3 rounds differently inside linear layers.
+    """
     plain = plain_gradients(folder, 1, torch.bfloat16)
     return {1: plain, 2: plain, 3: plain_gradients(folder, 1, torch.bfloat16, zero3_linear_wrap)}
 

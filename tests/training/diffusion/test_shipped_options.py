@@ -1,11 +1,11 @@
-"""The packaged option sets at tiny size: checkpoints hold the last step's weights, and resume is bit-equal."""
+"""The packaged options at tiny size: checkpoints hold the last weights and resume bit-equal."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all forked ranks
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 import torch
 
@@ -74,7 +74,7 @@ def save(engine: DeepSpeedEngine, world: World, folder: Path) -> None:
 
 
 def save_and_resume(world: World, folder: Path) -> dict[str, Found]:
-    """For every name writes before, and one step later after (trained on) and resumed (from the file)."""
+    """For every name write before, and a step later after (trained on) and resumed (loaded)."""
     found = {}
     for name in NAMES:
         settings, place = shipped_config(folder, name), folder / name

@@ -1,4 +1,4 @@
-"""Chance and loss of a diffusion batch: keyed by the place of a sample, never by how the batch is cut."""
+"""Random draws and loss of a diffusion batch: keyed by sample, not by the division of the batch."""
 
 from __future__ import annotations
 

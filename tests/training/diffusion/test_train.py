@@ -1,10 +1,10 @@
-"""`python -m landiff.training.diffusion` on data from disk: both phases, under SIGKILL, and into the zoo."""
+"""The diffusion trainer on data from disk: both phases, under SIGKILL, and into the zoo."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - what `initialize` spends 3 s on: once for all forked ranks
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 
 from landiff.configs.files import write_text

@@ -1,4 +1,4 @@
-"""The smallest real diffusion trainer: a config, a zoo to start from, samples that are functions of their index."""
+"""The smallest real diffusion trainer: a config, a zoo, and samples as functions of their index."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import landiff.model_zoo.tokenizer  # noqa: F401 - slow to import: once for all 
 from landiff.configs import load
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.model_zoo import registry
+from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.config import DiffusionConfig, TokenizerConfig
-from landiff.training import rng
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.distributed import World
 from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
@@ -108,7 +107,7 @@ def make_zoo(folder: Path) -> None:
 def sample(index: int, global_batch_size: int) -> Sample:
     """The sample at place `index` of the stream: clip `index` modulo the few there are."""
     clip = index % NUM_CLIPS
-    draw = rng.generator(0, "clip", clip)
+    draw = keyed_random.generator(0, "clip", clip)
     return Sample(
         f"{clip:04d}",
         index // NUM_CLIPS,
@@ -126,7 +125,7 @@ def sample(index: int, global_batch_size: int) -> Sample:
 def write_data(data: Path) -> None:
     """A data set of `NUM_CLIPS` such clips on disk, in two shards."""
     write_raw(data, [NUM_CLIPS // 2, NUM_CLIPS - NUM_CLIPS // 2])
-    keys = [key for shard in range(2) for key in keys_of(shard, NUM_CLIPS // 2)]
+    keys = [*keys_of(0, NUM_CLIPS // 2), *keys_of(1, NUM_CLIPS // 2)]
     for column, shape in (("latents", [3, 48, 4, 4]), ("text-tiny", [3, 6]), ("tokens", [5])):
         write_column(
             data,

@@ -25,7 +25,7 @@ STEPS = 3  # before the checkpoint; one more follows
 
 @dataclass(frozen=True)
 class Options:
-    """What decides how weights are kept and written. `data` is the number of copies of the model."""
+    """How weights are stored and written. `data` is the number of copies of the model."""
 
     tensor: int
     pipeline: int
@@ -67,7 +67,7 @@ def shipped_config(folder: Path, name: str) -> LMTrainConfig:
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank saw of one combination: (loss, gradient norm) of the step after the checkpoint, and evaluations."""
+    """Results of one rank: (loss, gradient norm) of the step after the checkpoint, evaluations."""
 
     straight: tuple[float, float]
     resumed: tuple[float, float]
@@ -151,7 +151,7 @@ def all_shipped(world: Any, folder: Path, names: list[str]) -> list[Found]:
 
 
 def assert_whole_and_resumed(found: Found, folder: Path) -> None:
-    """Weights in the files are the cast masters, and the resumed run equals the straight one bit for bit."""
+    """Weights in the files are the cast masters, and the resumed run is bit-equal."""
     assert found.resumed == found.straight, (folder, found)
     assert found.evaluated == found.evaluated_from_file, (folder, found)
     before, after, resumed = (tensors_of(folder / name) for name in ("before", "after", "resumed"))

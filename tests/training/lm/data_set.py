@@ -10,9 +10,9 @@ from torch import Tensor
 
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
+from landiff.model_zoo import keyed_random
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.token_layout import TokenLayout
-from landiff.training import rng
 from tests.data_pipeline.data_sets import write_column, write_raw
 
 NUM_TOPICS = 6
@@ -23,24 +23,31 @@ def topic(key: str) -> int:
 
 
 def write_data_set(data: Path, config: LMConfig, sizes: list[int], num_frames: int) -> Manifest:
-    """Tokens: a sequence of the clip's topic, one code in five random. Text: 3 to 8 rows around the topic's direction."""
+    """Write tokens and text states.
+
+    Tokens: a sequence of the clip's topic, one code in five random. Text: 3 to 8 rows around the
+    topic's direction.
+    """
     layout = TokenLayout.of(config)
     count = layout.num_codes(num_frames)
 
     def tokens(key: str) -> Tensor:
         own = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16)
-        draw = rng.generator(0, "test-tokens", own)
+        draw = keyed_random.generator(0, "test-tokens", own)
         plain = torch.randint(
-            0, layout.codebook_size, (count,), generator=rng.generator(0, "test-topic", topic(key))
+            0,
+            layout.codebook_size,
+            (count,),
+            generator=keyed_random.generator(0, "test-topic", topic(key)),
         )
         noise = torch.randint(0, layout.codebook_size, (count,), generator=draw)
         return torch.where(torch.rand(count, generator=draw) < 0.2, noise, plain).to(torch.uint16)
 
     def text(key: str) -> Tensor:
         own = int(hashlib.sha1(key.encode()).hexdigest()[:8], 16)
-        draw = rng.generator(0, "test-text", own)
+        draw = keyed_random.generator(0, "test-text", own)
         direction = torch.randn(
-            config.text_dim, generator=rng.generator(0, "test-direction", topic(key))
+            config.text_dim, generator=keyed_random.generator(0, "test-direction", topic(key))
         )
         return (direction + 0.5 * torch.randn(3 + own % 6, config.text_dim, generator=draw)).to(
             torch.bfloat16

@@ -58,7 +58,7 @@ def tiny_config(
 
 
 def tiny_sample(config: LMTrainConfig, index: int, position: int = 0) -> Sample:
-    """Sample `index` of an endless stream: 1 to 4 frames, 1 to 6 text tokens, all numbers a function of `index`."""
+    """Sample `index` of an endless stream: 1 to 4 frames, 1 to 6 text rows, fixed by `index`."""
     random = torch.Generator().manual_seed(1000 + index)
     layout = TokenLayout.of(config.model)
     frames, words = 1 + index % 4, 1 + index % 6

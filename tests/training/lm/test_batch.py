@@ -46,11 +46,11 @@ def test_every_condition_position_gets_exactly_one_vector(config):
     row = pack(
         [tiny_sample(config, index) for index in range(4)], config, TokenLayout.of(config.model)
     )
-    places = torch.cat([row.frames_at_S, row.motion_at_S, row.text_at_M])
+    places = torch.cat([row.frames_at_B, row.motion_at_B, row.text_at_M])
     assert sorted(places.tolist()) == (row.ids_N == IGNORE).nonzero().flatten().tolist()
-    assert row.frames_at_S.tolist() == [start + 1 for start in row.cu_seqlens.tolist()[:4]]
-    assert row.frames_S.tolist() == [1, 2, 3, 4]
-    assert row.motion_score_S.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert row.frames_at_B.tolist() == [start + 1 for start in row.cu_seqlens.tolist()[:4]]
+    assert row.frames_B.tolist() == [1, 2, 3, 4]
+    assert row.motion_score_B.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
 def test_text_is_dropped_whole_by_place_in_the_run_and_not_by_row(config):
@@ -141,8 +141,8 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     manifest = write_data_set(tmp_path / "data", config.model, [3], 3)
     (problem,) = check_lm_columns(manifest, config, entry)
     assert (
-        f"column 'tokens' was made by test 1111222233334444, but tokenizer = mine@{entry.fingerprint}"
-        in str(problem)
+        "column 'tokens' was made by test 1111222233334444, but tokenizer = "
+        f"mine@{entry.fingerprint}" in str(problem)
     )
     adopting = config.model_copy(update={"data": config.data.model_copy(update={"adopt": True})})
     assert (

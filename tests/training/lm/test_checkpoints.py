@@ -1,4 +1,4 @@
-"""Checkpoints of every layout hold the weights of the last step, and training resumes from them bit for bit."""
+"""Checkpoints of every layout hold the last weights, and training resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from landiff.launchers.cli import main
 from landiff.model_zoo.convert.formats.megatron import write_megatron_config
-from landiff.training.lm.device import megatron_device  # noqa: F401 - imports core once for all ranks
+from landiff.training.lm.device import megatron_device  # noqa: F401 - imports Megatron once
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
 from tests.training.lm.checkpoints import (
@@ -46,7 +46,8 @@ def pairwise() -> list[Options]:
     return chosen
 
 
-# and what a missing gather shows in most clearly: all three options at once, on two copies of the model
+# and where a missing gather shows most clearly: all three options at once, on two copies of the
+# model
 QUICK = [*pairwise(), Options(1, 1, 2, True, True, True), Options(1, 1, 2, True, True, False)]
 SHIPPED = {"nano/lm": 2, "landiff/lm": 2}  # -> copies of the model
 
@@ -88,11 +89,11 @@ def test_shipped_options_checkpoint_and_resume_bit_for_bit(tmp_path, name):
         assert_whole_and_resumed(found, tmp_path / name)
 
 
-# ------------------------------------------------- checkpoints with weights that are partly one step old
+# ------------------------------------------ checkpoints with weights that are partly one step old
 
 
 def heal(world, folder: Path) -> dict[str, tuple[float, float]]:
-    """A checkpoint as older versions wrote it, loaded with and without overlap. (loss, norm) of the next step."""
+    """A checkpoint of older versions, loaded with and without overlap: (loss, norm) of a step."""
     found = {}
     for precision in ("fp32", "bf16"):
         overlap = tiny_config(

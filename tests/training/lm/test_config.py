@@ -23,7 +23,8 @@ def test_packaged_configs_load(name):
         (
             {"tensor": 3},
             {},
-            r"model\.num_heads = 4 is not a multiple of parallel\.tensor = 3; .* or head_multiple = 3",
+            r"model\.num_heads = 4 is not a multiple of parallel\.tensor = 3; .* "
+            r"or head_multiple = 3",
         ),
         (
             {"tensor": 3},
@@ -39,7 +40,7 @@ def test_packaged_configs_load(name):
         (
             {"sequence": True},
             {},
-            "sequence = true shares activations among tensor ranks, and tensor is 1",
+            "sequence = true divides activations among tensor ranks, and tensor is 1",
         ),
         ({"tensr": 2}, {}, r"unknown config key 'parallel\.tensr'; did you mean 'tensor'"),
         ({}, {"text_dropout": 1.5}, r"text_dropout = 1\.5"),
@@ -55,6 +56,7 @@ def test_ranks_that_do_not_come_out_even_are_refused():
     assert data_parallel_size(parallel, 12) == 3
     with pytest.raises(
         ConfigError,
-        match=r"parallel\.tensor \* parallel\.pipeline = 2 \* 2 does not divide the 6 launched ranks; launch a multiple of 4",
+        match=r"parallel\.tensor \* parallel\.pipeline = 2 \* 2 does not divide the 6 launched "
+        r"ranks; launch a multiple of 4",
     ):
         data_parallel_size(parallel, 6)

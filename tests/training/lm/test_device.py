@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as core_random
 
-from landiff.training.lm.config import LMTrainConfig  # noqa: F401 - importing the trainer patches nothing
+from landiff.training.lm.config import LMTrainConfig  # noqa: F401 - must replace nothing
 from landiff.training.lm.device import megatron_device
 
 PATCHED = [

@@ -1,4 +1,4 @@
-"""A bad text state on one rank stops the language model's training on both, with the weights of the step before."""
+"""A bad text state on one rank stops the language model's training on both before the update."""
 
 import math
 

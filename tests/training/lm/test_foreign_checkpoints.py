@@ -38,7 +38,7 @@ def in_common(folder: Path) -> None:
 
 
 def replace_entry(folder: Path, value: object, *, is_object: bool) -> None:
-    """Append `value` to a data file and let the first object, or tensor, of the checkpoint lie there."""
+    """Append `value` to a data file and point the first object or tensor to it."""
     metadata = read_metadata(folder)
     entries = metadata.state_dict_metadata.items()
     key = next(

@@ -1,4 +1,4 @@
-"""The Megatron model alone in its process: the same numbers as the plain torch model, packed or not."""
+"""The Megatron model in one process: equal to the plain torch model, packed or not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain_model(config: LMTrainConfig) -> LanguageModel:
 
 
 def plain_loss(model: LanguageModel, batch: Batch, config: LMTrainConfig) -> torch.Tensor:
-    """Mean over all tokens of the batch that count, one sample at a time: no packing, nothing of Megatron."""
+    """Mean loss over all targets, one sample at a time: without packing and Megatron."""
     total, count = torch.zeros(()), torch.zeros(())
     for sample in batch.samples:
         text = sample.tensors[config.text_column].float()
@@ -173,8 +173,8 @@ def logits_checks(engine: MegatronEngine, batch: Batch, config: LMTrainConfig) -
         plain(
             single.ids_N[None],
             single.text_MD.float()[None],
-            single.frames_S,
-            single.motion_score_S,
+            single.frames_B,
+            single.motion_score_B,
             single.drop_text_M[:1],
         )[0]
         for single in rows
@@ -189,7 +189,7 @@ def logits_checks(engine: MegatronEngine, batch: Batch, config: LMTrainConfig) -
 
 
 def checkpoint_checks(folder: Path) -> dict[str, Any]:
-    """Train 3 steps, save, 2 more; go on from the file. In both kinds of optimizer and both precisions."""
+    """Train 3 steps, save, 2 more, and resume. With both optimizers and both precisions."""
     found = {}
     for name, changes in {
         "fp32": {},

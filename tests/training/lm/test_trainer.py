@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-import landiff.training.lm.engine  # noqa: F401 - the nursery of this module imports it once for all ranks
+import landiff.training.lm.engine  # noqa: F401 - the nursery imports it once
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.model_zoo.convert.formats.megatron import export_lm
@@ -21,7 +21,7 @@ from tests.training.lm.samples import tiny_config
 
 
 def write_config(run: Path) -> Path:
-    """12 steps with a checkpoint after every second, tensor parallel; the data set lies beside the runs."""
+    """12 steps with a checkpoint after every second, tensor parallel, on data beside the runs."""
     folder = run.parent
     if not (folder / "data").exists():
         write_data_set(folder / "data", tiny_config(folder).model, [7, 6], 3)
@@ -34,7 +34,10 @@ def write_config(run: Path) -> Path:
 
 
 def all_tensors(checkpoint: Path) -> dict[str, Any]:
-    """Weights and moments, whole, and the optimizer's step. Not the files: torch's writer orders them as threads end."""
+    """Complete weights and moments, and the optimizer's step.
+
+    Not the files: torch's writer orders their contents as threads end.
+    """
     reader = dcp.FileSystemReader(checkpoint)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

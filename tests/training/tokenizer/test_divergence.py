@@ -1,4 +1,4 @@
-"""A bad feature on one rank stops the tokenizer's training on both, with the parameters of the step before."""
+"""A bad feature on one rank stops the tokenizer's training on both before the update."""
 
 import math
 

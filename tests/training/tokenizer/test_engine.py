@@ -11,7 +11,8 @@ from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.training.observe.metrics import read_scalars
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
-from landiff.training.tokenizer.engine import TokenizerEngine, paint
+from landiff.training.tokenizer.engine import TokenizerEngine
+from landiff.training.tokenizer.preview import paint
 from tests.distributed import run_distributed
 from tests.training.tokenizer.tiny import MODEL, batch, config, features
 from tests.training.toy import alone
@@ -149,7 +150,7 @@ def shipped_config(folder, name):
 
 
 def save_and_resume(world, folder, name):
-    """Two times (scalars of the steps after a checkpoint, state after them): trained on, and resumed."""
+    """(scalars of the steps after a checkpoint, state after them), trained on and resumed."""
     engine = TokenizerEngine(shipped_config(folder, name), world)
     train(engine, range(3), world)
     if world.rank == 0:

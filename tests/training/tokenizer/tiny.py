@@ -10,8 +10,8 @@ from landiff.data_pipeline.format.schema import Column, Manifest, RawSample
 from landiff.data_pipeline.format.shards import ShardWriter, write_manifest
 from landiff.data_pipeline.format.tensors import pack_tensor
 from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.model_zoo import keyed_random
 from landiff.model_zoo.config import TokenizerConfig
-from landiff.training import rng
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 from tests.training.toy import META
 
@@ -45,10 +45,10 @@ def config(run: Path, model: TokenizerConfig = MODEL, **changes: object) -> Toke
 
 
 def features(index: int, model: TokenizerConfig = MODEL) -> torch.Tensor:
-    """float16 [T, C, h, w]: one of four patterns, stronger or weaker; a pure function of the index."""
+    """float16 [T, C, h, w]: one of four patterns with a strength, a function of the index."""
     shape = (model.segment_frames, model.feature_channels, model.grid_height, model.grid_width)
-    pattern = torch.randn(*shape, generator=rng.generator(0, "pattern", index % 4))
-    strength = 0.75 + 0.5 * torch.rand(1, generator=rng.generator(0, "clip", index % 64))
+    pattern = torch.randn(*shape, generator=keyed_random.generator(0, "pattern", index % 4))
+    strength = 0.75 + 0.5 * torch.rand(1, generator=keyed_random.generator(0, "clip", index % 64))
     return (strength * pattern).half()
 
 

@@ -1,0 +1,166 @@
+"""Files of a checkpoint on disk: its documents, their writer and the check of all files.
+
+Nothing here is collective. training/checkpoint/store.py saves and loads checkpoints on all ranks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeInt
+
+from landiff.configs.base import Config, ConfigError
+from landiff.configs.files import sha256_file, write_text
+from landiff.configs.loader import read_json_as, write_config
+from landiff.training.checkpoint.run_folder import (
+    CONFIG,
+    FILES,
+    STATE,
+    committed_steps,
+    step_folder,
+)
+
+HASH_LIMIT = 4 << 30  # bytes; reading a larger file back would delay a save by seconds
+DISTRIBUTIONS = (
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "vector-quantize-pytorch",
+    "safetensors",
+    "numpy",
+)
+
+
+class CheckpointState(Config):
+    """state.json: the state of the loop, and what wrote the checkpoint.
+
+    kind: class name of the config, which tells the trainers apart.
+    loader: position in the stream of samples.
+    manifest: fingerprint of the raw shards.
+    columns: fingerprints of the data's columns by name.
+    healthy: whether a run may resume from it. None in checkpoints older than this field.
+    """
+
+    format: Literal[1] = 1
+    step: NonNegativeInt
+    kind: str
+    loader: dict[str, Any]
+    manifest: str
+    columns: dict[str, str]
+    world_size: int
+    versions: dict[str, str]
+    healthy: bool | None = None
+
+
+class FileEntry(Config):
+    """One file of a checkpoint.
+
+    path: relative to the checkpoint.
+    sha256: None for files above HASH_LIMIT.
+    """
+
+    path: str
+    bytes: NonNegativeInt
+    sha256: str | None
+
+
+class FileList(Config):
+    """files.json."""
+
+    format: Literal[1] = 1
+    files: list[FileEntry]
+
+
+def list_files(folder: Path) -> list[str]:
+    """All files below `folder` as sorted relative paths."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def describe_file(folder: Path, path: str) -> FileEntry:
+    """Size and hash of one file."""
+    size = (folder / path).stat().st_size
+    digest = sha256_file(folder / path) if size <= HASH_LIMIT else None
+    return FileEntry(path=path, bytes=size, sha256=digest)
+
+
+def seal(
+    folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]
+) -> None:
+    """Add state.json, config.yaml and then files.json to an engine's files.
+
+    `entries`: the engine's files.
+    """
+    write_text(folder / STATE, document.model_dump_json(indent=1))
+    write_config(folder / CONFIG, config)
+    own = [describe_file(folder, name) for name in (STATE, CONFIG)]
+    files = FileList(files=sorted([*entries, *own], key=lambda entry: entry.path))
+    write_text(folder / FILES, files.model_dump_json(indent=1))
+
+
+def difference(folder: Path, entry: FileEntry) -> str:
+    """How a file differs from its entry, or an empty string."""
+    path = folder / entry.path
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"{entry.path} has {size} bytes instead of {entry.bytes}"
+        if entry.sha256 is not None and sha256_file(path) != entry.sha256:
+            return f"{entry.path} differs from what was written"
+    except OSError as error:
+        return f"{entry.path}: {explain(error)}"
+    return ""
+
+
+def latest_whole(folder: Path) -> Path | None:
+    """The newest intact and healthy checkpoint in `folder`, for readers outside a run."""
+    for step in reversed(committed_steps(folder)):
+        path = step_folder(folder, step)
+        if not differences(path) and is_healthy(path):
+            return path
+    return None
+
+
+def differences(folder: Path) -> list[str]:
+    """Differences from files.json, empty for an intact checkpoint.
+
+    `CheckpointStore.damage` does the same on several ranks.
+    """
+    try:
+        listed = read_json_as(FileList, folder / FILES)
+    except (OSError, ConfigError) as error:
+        return [f"{FILES}: {explain(error)}"]
+    found = [difference(folder, entry) for entry in listed.files]
+    return [text for text in found if text]
+
+
+def is_healthy(folder: Path, *, unreadable: bool = False) -> bool:
+    """Whether a run may resume from a checkpoint: False if its state.json has healthy = false.
+
+    `unreadable`: the result if state.json cannot be read.
+    """
+    try:
+        state = read_json_as(CheckpointState, folder / STATE)
+    except (OSError, ConfigError):
+        return unreadable
+    return state.healthy is not False
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that write a checkpoint's files."""
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"torch": torch.__version__}
+
+
+def explain(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
