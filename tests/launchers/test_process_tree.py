@@ -1,4 +1,7 @@
-"""Each process of a training is killed in turn: nothing survives, what is reported is true, starting again resumes."""
+"""Each process of a training is killed in turn.
+
+Nothing survives, what is reported is true, and starting again resumes.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,11 @@ import pytest
 from landiff.configs.processes import is_running
 from landiff.launchers.local.children import environment
 from landiff.launchers.run.status import RunStatus, show_logs, statuses
+from landiff.launchers.run.stop import stop
 from landiff.launchers.slurm.client import Slurm
-from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.script import BatchJob
-from landiff.launchers.slurm.stage_jobs import PlannedJob
-from landiff.launchers.slurm.submit import stop
+from tests.launchers.local_jobs import HERE, STEPS, write_light_config
 
-HERE = Path(__file__).resolve().parent
-STEPS, SAVE_EVERY = 60, 5  # of the light trainer
-LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=3)
+SAVE_EVERY = 5  # steps of the light trainer
 # What `landiff train` does, with a light trainer in the place of a real one.
 TRAIN = """
 import sys
@@ -46,17 +45,12 @@ SUBMIT = """
 import sys
 from pathlib import Path
 from landiff.launchers.local.children import follow_parent
-from landiff.launchers.slurm.submit import run_here
-from tests.launchers.test_process_tree import LOCAL, submitted
+from landiff.launchers.slurm.run_here import run_here
+from tests.launchers.local_jobs import THREE_RESTARTS, light_training
 follow_parent()
-sys.exit(run_here([submitted(*map(Path, sys.argv[1:]))], LOCAL))
+run, config_file = map(Path, sys.argv[1:])
+sys.exit(run_here([light_training(run, config_file)], THREE_RESTARTS))
 """
-
-
-def write_config(run: Path) -> Path:
-    path = run.with_name(f"{run.name}.json")
-    path.write_text(json.dumps({"run": str(run), "steps": STEPS}))
-    return path
 
 
 def start(code: str, run: Path, config: Path) -> subprocess.Popen:
@@ -176,7 +170,7 @@ KILLS = {
 
 def test_a_training_ends_with_any_of_its_processes_and_the_next_resumes(tmp_path):
     run = tmp_path / "lm"
-    config = write_config(run)
+    config = write_light_config(run)
     for name, (code, state, error) in KILLS.items():
         command, pids = training(TRAIN, run, config)
         assert pids.keys() == {"command", "torchrun", "rank 0", "rank 1", "helper 0", "helper 1"}
@@ -199,7 +193,7 @@ def test_a_training_ends_with_any_of_its_processes_and_the_next_resumes(tmp_path
 
 def test_landiff_stop_and_logs_know_a_training_that_was_not_submitted(tmp_path, capsys):
     run = tmp_path / "lm"
-    command, pids = training(TRAIN, run, write_config(run))
+    command, pids = training(TRAIN, run, write_light_config(run))
     second = start(TRAIN, run, tmp_path / "lm.json")
     said = second.communicate(timeout=120)[0]
     assert (
@@ -222,28 +216,9 @@ def test_landiff_stop_and_logs_know_a_training_that_was_not_submitted(tmp_path, 
     assert "nothing of it is running" in stop(run, restart=False)
 
 
-def submitted(run: Path, config: Path) -> PlannedJob:
-    """The training as a job of `landiff submit --cluster local`; its snapshot of the code holds no tests."""
-    python = run.with_name("python")
-    python.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{HERE} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    resources = LOCAL.resources("lm").model_copy(update={"tasks_per_node": 2})
-    job = BatchJob(
-        "lm",
-        run,
-        run.parent,
-        "light_trainer",
-        (str(config),),
-        resources,
-        trainer=True,
-        python=str(python),
-    )
-    return PlannedJob("lm", job, None, steps=STEPS)
-
-
 def test_a_submitted_training_restarts_after_a_crash_and_ends_with_each_of_its_shells(tmp_path):
     run = tmp_path / "lm"
-    config = write_config(run)
+    config = write_light_config(run)
     command, pids = training(SUBMIT, run, config)
     assert pids.keys() == {
         "command",

@@ -1,4 +1,4 @@
-"""`landiff submit`: what it writes, what it refuses, what it leaves alone; and the same jobs without SLURM."""
+"""`landiff submit`: what it writes, rejects and leaves alone; and the same jobs without SLURM."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ import yaml
 from landiff.configs.ownership import OwnedError, take
 from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
-from landiff.launchers.run.status import growth, statuses
+from landiff.launchers.run.logs import growth
+from landiff.launchers.run.records import read_record
+from landiff.launchers.run.status import statuses
 from landiff.launchers.slurm import snapshot
 from landiff.launchers.slurm.client import Answer, Slurm
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.script import BatchJob
-from landiff.launchers.slurm.stage_jobs import PlannedJob
-from landiff.launchers.slurm.submit import prepare_run, queue, read_record, run_here
+from landiff.launchers.slurm.prepare import prepare_run
+from landiff.launchers.slurm.queueing import queue
+from landiff.launchers.slurm.run_here import run_here
+from landiff.launchers.slurm.stage_jobs import SubmitPlan
+from tests.launchers.local_jobs import ONE_RESTART, one_process
 
-LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 STAGES = {
     "shards": ["--config", "nano/shards"],
     "precompute": ["--config", "nano/features"],
@@ -66,10 +69,10 @@ def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
+def test_a_dry_run_of_the_pipeline_shows_the_graph(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_run(
-        one_process(tmp_path / "runs" / "lm", "pass"), LOCAL
+        one_process(tmp_path / "runs" / "lm", "pass"), ONE_RESTART
     )  # what a run left is left alone too
     before = {
         path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
@@ -104,7 +107,7 @@ def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     assert out.count("steps: 3\n") == 1
 
 
-def test_the_walk_fits_this_machine(capsys, tmp_path, monkeypatch):
+def test_the_pipeline_fits_this_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, out, err = say(capsys, "submit", "pipeline", "--cluster", "local", "--dry-run")
@@ -145,7 +148,7 @@ def test_a_run_folder_in_which_a_process_works_is_not_submitted(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
     with take(tmp_path / "task" / ".owner", "it"):
         for start in (
-            lambda: run_here([plan], LOCAL),
+            lambda: run_here([plan], ONE_RESTART),
             lambda: queue([plan], ClusterConfig(), Slurm(lambda words: Answer(0, "", ""))),
         ):
             with pytest.raises(
@@ -339,9 +342,9 @@ def test_a_damaged_job_record_says_what_to_do(tmp_path, monkeypatch, capsys):
 
 def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     repository = tmp_path / "repository"
-    for room in snapshot.FOLDERS:
-        (repository / room).mkdir(parents=True)
-        (repository / room / "__init__.py").write_text("")
+    for folder in snapshot.FOLDERS:
+        (repository / folder).mkdir(parents=True)
+        (repository / folder / "__init__.py").write_text("")
     for words in (
         ["init", "-q"],
         ["add", "-A"],
@@ -354,33 +357,17 @@ def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     assert "with changes" in line and "+changed = True" in difference
 
 
-def one_process(
-    run: Path, code: str, name: str = "task", after: tuple[str, ...] = ()
-) -> PlannedJob:
-    """A job that runs a few lines of Python, here: timeit is a module that takes them as an argument."""
-    job = BatchJob(
-        name,
-        run,
-        run.parent,
-        "timeit",
-        ("-n", "1", "-r", "1", code),
-        LOCAL.resources("shards"),
-        trainer=False,
-        python=sys.executable,
-    )
-    return PlannedJob("shards", job, None, after)
-
-
 def test_a_job_here_restarts_after_a_crash_and_is_skipped_when_done(tmp_path, capfd):
     tried = tmp_path / "tried"
     plan = one_process(
         tmp_path / "task",
-        f"from pathlib import Path; p = Path({str(tried)!r}); old = p.exists(); p.touch(); assert old, 'the first time'",
+        f"from pathlib import Path; path = Path({str(tried)!r}); old = path.exists(); "
+        "path.touch(); assert old, 'the first time'",
     )
-    assert run_here([plan], LOCAL) == 0
+    assert run_here([plan], ONE_RESTART) == 0
     assert (tmp_path / "task" / "done").exists()
     assert (tmp_path / "task" / "job" / "log" / "batch.log").read_text().count(" restart ") == 2
-    assert run_here([plan], LOCAL) == 0
+    assert run_here([plan], ONE_RESTART) == 0
     assert "task: done already" in capfd.readouterr().out
 
 
@@ -390,7 +377,7 @@ def test_a_failed_job_here_costs_what_depends_on_it_and_nothing_else(tmp_path, c
         one_process(tmp_path / "lost", "pass", "lost", ("bad",)),
         one_process(tmp_path / "other", "pass", "other"),
     ]
-    assert run_here(plans, LOCAL) != 0
+    assert run_here(plans, ONE_RESTART) != 0
     assert [(tmp_path / name / "done").exists() for name in ("bad", "lost", "other")] == [
         False,
         False,
@@ -406,7 +393,7 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
         asked.append(list(words))
         return Answer(0, f"{len(asked)}\n" if "--parsable" in words else "", "")
 
-    def walk(code: str) -> list[PlannedJob]:
+    def chain(code: str) -> list[SubmitPlan]:
         return [
             one_process(tmp_path / "first", "pass", "first"),
             one_process(tmp_path / "second", code, "second", ("first",)),
@@ -415,14 +402,14 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
         ]
 
     site = ClusterConfig()
-    queue(walk("pass"), site, Slurm(cluster))
-    for plan in walk("pass"):
+    queue(chain("pass"), site, Slurm(cluster))
+    for plan in chain("pass"):
         (plan.job.run / "done").touch()
     capsys.readouterr()
-    queue(walk("pass"), site, Slurm(cluster))
+    queue(chain("pass"), site, Slurm(cluster))
     assert capsys.readouterr().out.count("done already") == 4
     asked.clear()
-    queue(walk("1"), site, Slurm(cluster))
+    queue(chain("1"), site, Slurm(cluster))
     out = capsys.readouterr().out
     assert "first: done already" in out and "other: done already" in out and "second: job" in out
     submissions = [words for words in asked if "--parsable" in words]
@@ -431,20 +418,24 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
 
 
 def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
-    def trainer(code: str) -> list[PlannedJob]:
+    def trainer(code: str) -> list[SubmitPlan]:
         return [replace(one_process(tmp_path / "lm", code), steps=3)]
 
-    prepare_run(trainer("pass")[0], LOCAL)
+    prepare_run(trainer("pass")[0], ONE_RESTART)
     (tmp_path / "lm" / "done").write_text("3\n")
-    assert run_here(trainer("pass"), LOCAL) == 0 and "done already\n" in capsys.readouterr().out
-    assert run_here(trainer("1"), LOCAL) == 0 and "another run=" in capsys.readouterr().out
+    assert (
+        run_here(trainer("pass"), ONE_RESTART) == 0 and "done already\n" in capsys.readouterr().out
+    )
+    assert run_here(trainer("1"), ONE_RESTART) == 0 and "another run=" in capsys.readouterr().out
 
 
 def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
     code = (
-        "import pickle, sys; from landiff.launchers.slurm.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
-        "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))"
+        "import pickle, sys\n"
+        "from landiff.launchers.slurm.run_here import run_here\n"
+        "from tests.launchers.local_jobs import ONE_RESTART\n"
+        "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), ONE_RESTART))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -476,7 +467,7 @@ def read(path: Path) -> bytes:
 
 def test_status_reads_run_folders_with_slurm_away(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
-    prepare_run(plan, LOCAL)
+    prepare_run(plan, ONE_RESTART)
     record = read_record(plan.job.run) | {"job_ids": ["7"], "steps": 100}
     (plan.job.folder / "job.json").write_text(json.dumps(record))
     (plan.job.folder / "state").write_text("crashes=1 stalls=0 from= phase=running\n")
@@ -530,7 +521,7 @@ def test_logs_show_the_failing_rank_first(tmp_path, capsys):
 
 def test_the_cluster_file_in_the_run_folder_is_the_one_used(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
-    prepare_run(plan, LOCAL)
+    prepare_run(plan, ONE_RESTART)
     assert yaml.safe_load((plan.job.folder / "cluster.yaml").read_text())["scheduler"] == "local"
 
 
@@ -545,7 +536,7 @@ def test_a_followed_log_shows_what_is_appended(tmp_path):
 
 def test_status_for_scripts_is_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_here([one_process(tmp_path / "runs" / "task", "pass")], LOCAL) == 0
+    assert run_here([one_process(tmp_path / "runs" / "task", "pass")], ONE_RESTART) == 0
     capsys.readouterr()
     code, out, _ = say(capsys, "status", "--all", "--json")
     document = json.loads(out)

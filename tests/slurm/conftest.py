@@ -21,12 +21,15 @@ from landiff.launchers.slurm.client import Slurm
 
 HERE = Path(__file__).resolve().parent
 SANDBOX = HERE / "slurm_sandbox"
-DISK_MIB = 160  # room for the code and a few small checkpoints
+DISK_MIB = 160  # enough for the code and a few small checkpoints
 
 
 @dataclass
 class Sandbox:
-    """A running SLURM: four nodes, which can crash and come back, and a small disk that all of them see."""
+    """A running SLURM of four nodes that can crash and come back.
+
+    `disk` is a small disk that all nodes see.
+    """
 
     folder: Path
     slurm: Slurm
@@ -151,12 +154,11 @@ def full(disk: Path, leave: int = 0) -> Iterator[None]:
     """In the block no more than `leave` bytes are free."""
     filler = disk / "filler"
     try:
-        with (
-            open(filler, "wb", buffering=0) as file,
-            suppress(OSError),
-        ):  # no room is what is wanted
-            while (room := shutil.disk_usage(disk).free - leave) > 0:
-                file.write(b"\0" * min(room, 1 << 20))
+        with open(filler, "wb", buffering=0) as file, suppress(OSError):  # a full disk is the aim
+            surplus = shutil.disk_usage(disk).free - leave
+            while surplus > 0:
+                file.write(b"\0" * min(surplus, 1 << 20))
+                surplus = shutil.disk_usage(disk).free - leave
         yield
     finally:
         filler.unlink()

@@ -1,6 +1,6 @@
-"""What happens when: the disturbances of docs/disturbances.md on a real SLURM, with a trainer that is quick.
+"""The disturbances of docs/disturbances.md on a real SLURM, with a quick trainer.
 
-All jobs run side by side, each with a hand of its own that disturbs it; the tests look at how they ended.
+All jobs run side by side, each with its own disturbance. The tests check how they ended.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from landiff.configs import ConfigError
+from landiff.launchers.run.records import read_record
 from landiff.launchers.run.status import statuses
-from landiff.launchers.slurm.submit import queue, read_record
+from landiff.launchers.slurm.queueing import queue
 from tests.slurm.conftest import Sandbox, until
 from tests.slurm.jobs import (
     CLUSTER,
@@ -311,7 +312,11 @@ def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
 
 
 def test_what_would_be_left_behind_is_seen(sandbox, tmp_path):
-    code = f"import fcntl, socket, sys; fcntl.flock(f := open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX); s = socket.create_server(('', 4321)); sys.stdin.read()"
+    code = (
+        f"import fcntl, socket, sys; file = open({str(tmp_path / 'lock')!r}, 'w'); "
+        "fcntl.flock(file, fcntl.LOCK_EX); server = socket.create_server(('', 4321)); "
+        "sys.stdin.read()"
+    )
     words = [
         "nsenter",
         "--target",
@@ -340,7 +345,7 @@ def test_no_process_port_or_lock_is_left_on_any_node(runs):
 
 @pytest.mark.long
 def test_a_time_limit_saves_and_goes_on(sandbox, tmp_path):
-    """A minute is the shortest limit there is; SLURM sends its signals every 30 s, rather early than late."""
+    """A minute is the shortest limit. SLURM checks for signals every 30 s and is rather early."""
     site = cluster("--exclude=node3,node4", time="1")
     run = tmp_path / "limit"
     job = start(sandbox, light(run, 600, site=site), site)
