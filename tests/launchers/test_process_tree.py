@@ -18,7 +18,8 @@ import pytest
 
 from landiff.configs.processes import is_running
 from landiff.launchers.local.children import environment
-from landiff.launchers.run.status import RunStatus, show_logs, statuses
+from landiff.launchers.run.logs import show_logs
+from landiff.launchers.run.status import RunStatus, statuses
 from landiff.launchers.run.stop import stop
 from landiff.launchers.slurm.client import Slurm
 from tests.launchers.local_jobs import HERE, STEPS, write_light_config
