@@ -146,7 +146,7 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(
     assert logged_losses(run) == logged_losses(lm_here)
 
 
-def test_a_frozen_rank_is_found_by_its_peers_and_the_run_goes_on(sandbox, here, lm_here):
+def test_a_frozen_rank_is_found_by_its_peers_and_the_run_resumes(sandbox, here, lm_here):
     run, site = (
         here / "runs" / "lm-frozen",
         write_site(here / "frozen.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}}),
