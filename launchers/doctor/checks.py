@@ -55,8 +55,10 @@ class Requirement:
     reason: str
 
     def __str__(self) -> str:
-        upper = f",<{self.too_high}" if self.too_high else ""
-        return f"{self.name}>={self.lowest}{upper}"
+        text = f"{self.name}>={self.lowest}"
+        if self.too_high:
+            text += f",<{self.too_high}"
+        return text
 
     def accepts(self, version: str) -> bool:
         """Whether `version` is in the range."""
@@ -371,8 +373,8 @@ def doctor(folder: Path, gpus: int, node: bool, report: Path | None) -> int:
     `node`: only the quick checks, for the pre-flight of a job.
     """
     ranks = max(2, gpus)
-    if node:
-        ranks = gpus if gpus > 1 else 0
+    if node and gpus < 2:
+        ranks = 0
     demands = Demands(gpus=gpus, imports=not node, all_reduce_ranks=ranks)
     findings = examine(folder, demands)
     level = worst(findings)
@@ -380,8 +382,9 @@ def doctor(folder: Path, gpus: int, node: bool, report: Path | None) -> int:
     print(f"{name}: {level}\n{report_text(findings)}", flush=True)
     if report is not None:
         shown = findings
+        suffix = "ok"
         if level == "bad":
             shown = [found for found in findings if found.level == "bad"]
-        suffix = "bad" if level == "bad" else "ok"
+            suffix = "bad"
         write_text(report / f"{name}.{suffix}", f"{name}:\n{report_text(shown)}\n")
     return 1 if level == "bad" else 0

@@ -198,7 +198,9 @@ def state_of(
     if slurm_away:
         running = any(state.running for state in read_attempt_states(run))
         return "running, when last seen" if running else "unknown"
-    return "failed" if last_error(run) else "not running"
+    if last_error(run):
+        return "failed"
+    return "not running"
 
 
 def is_done(run: Path, record: dict[str, Any]) -> bool:
@@ -233,7 +235,7 @@ def format_status_table(found: Sequence[RunStatus]) -> str:
     """Human-readable table."""
     header = ("run", "stage", "state", "step", "rate", "left", "restarts", "job", "last error")
     rows = [header, *map(table_row, found)]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
@@ -244,8 +246,10 @@ def format_status_table(found: Sequence[RunStatus]) -> str:
 def table_row(status: RunStatus) -> tuple[str, ...]:
     """The cells of a run, in the order of the table's header."""
     step = rate = left = error = ""
-    if status.steps:
-        step = f"{'-' if status.step is None else status.step}/{status.steps}"
+    if status.steps and status.step is None:
+        step = f"-/{status.steps}"
+    elif status.steps:
+        step = f"{status.step}/{status.steps}"
     if status.steps_per_s:
         rate = f"{status.steps_per_s:.2f}/s"
     if status.seconds_left is not None:
@@ -276,7 +280,10 @@ def show_status(run: str | None, as_json: bool, slurm: Slurm | None = None) -> i
         document = {"slurm": problem or "ok", "runs": [asdict(status) for status in found]}
         print(json.dumps(document, indent=1))
         return 0
-    print(format_status_table(found) if found else "no runs below runs/")
+    if found:
+        print(format_status_table(found))
+    else:
+        print("no runs below runs/")
     if problem:
         print(
             f"(SLURM does not answer, so this is from the run folders alone: {problem})",

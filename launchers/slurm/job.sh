@@ -131,17 +131,17 @@ count_restart() { # count_restart crash|outside: outside is a dead node or a req
 }
 
 show_failure() { # Print and record the error of the rank that failed first.
-    local first told number hang cause=
+    local first srun_error number hang cause=
     # shellcheck disable=SC2086  # $ERRORS is a pattern
     first=$(grep -sH '^time:' "$RUN"/errors/$ERRORS | sort -t: -k3 | head -n 1 | cut -d: -f1)
-    told=$(grep -sm1 'srun: error: .*: task' "$LOG/srun$T.log")
+    srun_error=$(grep -sm1 'srun: error: .*: task' "$LOG/srun$T.log")
     if [ -n "$first" ]; then cause="$(basename "$first" .txt): $(tail -n 1 "$first")"; fi
-    case $told in
+    case $srun_error in
     '') ;;
-    *'Exited with exit code'*) cause=${cause:-$told} ;;
+    *'Exited with exit code'*) cause=${cause:-$srun_error} ;;
     *) # A rank that was killed has no error file, but srun reports it.
-        number=$(echo "${T#.}$told" | grep -oE '^[0-9]+|tasks? [0-9]+' | head -n 1 | tr -dc 0-9)
-        cause="$(printf 'rank_%04d' "$number"): $told"
+        number=$(echo "${T#.}$srun_error" | grep -oE '^[0-9]+|tasks? [0-9]+' | head -n 1 | tr -dc 0-9)
+        cause="$(printf 'rank_%04d' "$number"): $srun_error"
         ;;
     esac
     if [ -n "$cause" ]; then

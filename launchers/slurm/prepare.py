@@ -27,8 +27,9 @@ def job_fingerprint(plan: SubmitPlan) -> str:
     """
     config = None
     if plan.config is not None:
-        excluded = None if plan.steps is None else {"loop"}
-        config = plan.config.model_dump(mode="json", exclude=excluded)
+        config = plan.config.model_dump(mode="json")
+        if plan.steps is not None:
+            del config["loop"]
     tasks = plan.job.resources.array if plan.job.array else 1
     document = [plan.job.module, plan.job.arguments, config, tasks]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()

@@ -78,7 +78,9 @@ class BatchJob:
     @property
     def tasks_per_node(self) -> int:
         """Processes that the job runs on one node."""
-        return self.resources.tasks if self.trainer else 1
+        if self.trainer:
+            return self.resources.tasks
+        return 1
 
 
 def sbatch_text(job: BatchJob, cluster: ClusterConfig) -> str:
@@ -115,13 +117,11 @@ def section_names(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     names.append("threads" if slurm else "end-with-parent")
     if cluster.restart != "chain":
         names.append("fresh")
-    names.append("functions")
-    names.append("newest/checkpoint" if job.trainer else "newest/none")
-    names.append(f"again/{restart_variant(job, cluster)}")
-    names.append("stop/trainer" if job.trainer else "stop/other")
-    names.append("begin")
+    again = f"again/{restart_variant(job, cluster)}"
     if job.trainer:
-        names.append("hangs")
+        names += ["functions", "newest/checkpoint", again, "stop/trainer", "begin", "hangs"]
+    else:
+        names += ["functions", "newest/none", again, "stop/other", "begin"]
     if job.trainer and slurm:
         names.append("rendezvous")
     if has_preflight(job, cluster):
@@ -150,6 +150,9 @@ def section_values(job: BatchJob, cluster: ClusterConfig) -> dict[str, str]:
     errors = "'rank_*.txt'"
     if job.array:
         errors = "$(printf 'rank_%04d.txt' \"$SLURM_ARRAY_TASK_ID\")"
+    preflight = ""
+    if has_preflight(job, cluster):
+        preflight = preflight_command(job, cluster)
     return {
         "site": "\n".join(site_lines(cluster)),
         "workdir": shlex.quote(str(job.workdir)),
@@ -162,7 +165,7 @@ def section_values(job: BatchJob, cluster: ClusterConfig) -> dict[str, str]:
         "max_restarts": str(cluster.max_restarts),
         "parent_variable": PARENT,
         "cpus_per_task": str(job.resources.cpus_per_task),
-        "preflight": preflight_command(job, cluster) if has_preflight(job, cluster) else "",
+        "preflight": preflight,
         "ranks": ranks_command(job, cluster),
     }
 
@@ -209,8 +212,10 @@ def job_options(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     if resources.gpus_per_node:
         found.append(gpu_option(resources.gpus_per_node, cluster))
     if job.array:
-        limit = f"%{resources.array_limit}" if resources.array_limit else ""
-        found.append(f"--array=0-{resources.array - 1}{limit}")
+        tasks = f"0-{resources.array - 1}"
+        if resources.array_limit:
+            tasks += f"%{resources.array_limit}"
+        found.append(f"--array={tasks}")
     site = {
         "mem": resources.memory,
         "partition": resources.partition,
@@ -231,7 +236,9 @@ def job_options(job: BatchJob, cluster: ClusterConfig) -> list[str]:
 
 def gpu_option(gpus: int, cluster: ClusterConfig) -> str:
     """The option that requests `gpus` GPUs on each node."""
-    count = f"{cluster.gpu_type}:{gpus}" if cluster.gpu_type else str(gpus)
+    count = str(gpus)
+    if cluster.gpu_type:
+        count = f"{cluster.gpu_type}:{gpus}"
     if cluster.gpu_syntax == "gres":
         return f"--gres=gpu:{count}"
     return f"--gpus-per-node={count}"

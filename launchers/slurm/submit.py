@@ -69,8 +69,10 @@ def plan_jobs(
     )
     if args.stage == "pipeline":
         return plan_pipeline(args.preset, args.prompt or (), context, args.rest)
-    words = ["train", args.stage] if args.stage in TRAINERS else [args.stage]
-    return plan_stage([*words, *args.rest], context)
+    words = [args.stage, *args.rest]
+    if args.stage in TRAINERS:
+        words.insert(0, "train")
+    return plan_stage(words, context)
 
 
 def cluster_source(name: str) -> str:
@@ -85,8 +87,10 @@ def problems_of_plans(plans: Sequence[SubmitPlan]) -> list[Problem]:
     for plan in plans:
         if is_done(plan):
             continue
-        prefix = f"{plan.name}: " if len(plans) > 1 else ""
-        problems += [Problem(prefix + problem.text) for problem in plan.problems]
+        for problem in plan.problems:
+            if len(plans) > 1:
+                problem = Problem(f"{plan.name}: {problem.text}")
+            problems.append(problem)
     return problems
 
 
@@ -128,5 +132,7 @@ def plan_line(plan: SubmitPlan) -> str:
     size = f"{resources.nodes} node(s) x {plan.job.tasks_per_node} task(s)"
     if plan.job.array:
         size = f"array of {resources.array}"
-    after = f", after {', '.join(plan.after)}" if plan.after else ""
-    return f"{plan.name}: {plan.stage}, {size}{after}"
+    text = f"{plan.name}: {plan.stage}, {size}"
+    if plan.after:
+        text += f", after {', '.join(plan.after)}"
+    return text
