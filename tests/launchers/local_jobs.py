@@ -1,4 +1,4 @@
-"""Jobs that run on this machine, as `landiff submit --cluster local` plans them."""
+"""Commands and jobs that run on this machine, as `landiff submit --cluster local` plans them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
+from landiff.launchers.cli import main
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.script import BatchJob
 from landiff.launchers.slurm.stage_jobs import SubmitPlan
@@ -14,6 +17,13 @@ HERE = Path(__file__).resolve().parent
 STEPS = 60  # of the light trainer
 ONE_RESTART = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 THREE_RESTARTS = ONE_RESTART.model_copy(update={"max_restarts": 3})
+
+
+def landiff(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Run a `landiff` command. Returns exit code, standard output and standard error."""
+    code = main(list(words))
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 def one_process(
