@@ -25,6 +25,8 @@ from landiff.launchers.slurm.client import Slurm
 from tests.launchers.local_jobs import HERE, STEPS, write_light_config
 
 SAVE_EVERY = 5  # steps of the light trainer
+TORCHRUN = "landiff.launchers.local.torchrun"
+RANK = "landiff.launchers.local.rank"
 # What `landiff train` does, with a light trainer in the place of a real one.
 TRAIN = """
 import sys
@@ -67,7 +69,7 @@ def start(code: str, run: Path, config: Path) -> subprocess.Popen:
 
 
 def command_line(pid: int) -> str:
-    """ "" of a process that has ended."""
+    """Command line of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
@@ -75,7 +77,7 @@ def command_line(pid: int) -> str:
 
 
 def tree(parent: int) -> dict[str, int]:
-    """The processes below `parent` by what they are."""
+    """Ids of the processes below `parent`, by their role."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -92,37 +94,33 @@ def tree(parent: int) -> dict[str, int]:
 
 
 def name_of(pid: int) -> str:
-    """Of a rank and its helper the number of the rank belongs to it."""
+    """Role of a process: for a rank or its helper with the number of the rank."""
     words = command_line(pid)
-    if "landiff.launchers.local.torchrun" in words:
+    if TORCHRUN in words:
         return "torchrun"
-    if "landiff.launchers.local.rank" in words:
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        kind = (
-            "helper"
-            if "landiff.launchers.local.rank" in command_line(int(parent))
-            and "landiff.launchers.local.torchrun" not in command_line(int(parent))
-            else "rank"
-        )
-        rank = next(
-            word
-            for word in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-            if word.startswith("RANK=")
-        )
-        return f"{kind} {rank.removeprefix('RANK=')}"
-    return words.split(" ")[0]
+    if RANK not in words:
+        return words.split(" ")[0]
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    rank = next(word for word in variables if word.startswith("RANK=")).removeprefix("RANK=")
+    # The command line of torchrun holds that of the rank.
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    words = command_line(int(parent))
+    if RANK in words and TORCHRUN not in words:
+        return f"helper {rank}"
+    return f"rank {rank}"
 
 
 def steps_of(run: Path) -> list[int]:
+    """Steps in the complete lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
-    return (
-        [json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")]
-        if path.exists()
-        else []
-    )
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line)["step"] for line in lines]
 
 
 def until(condition: Callable[[], object], what: str = "") -> None:
+    """Wait for a condition."""
     end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end, what
@@ -131,15 +129,15 @@ def until(condition: Callable[[], object], what: str = "") -> None:
 
 def training(code: str, run: Path, config: Path) -> tuple[subprocess.Popen, dict[str, int]]:
     """A started training that has taken a few steps, and its processes."""
-    marks = [run / f"helper_{rank}" for rank in range(2)]
-    for mark in marks:
-        mark.unlink(missing_ok=True)
+    helpers = [run / f"helper_{rank}" for rank in range(2)]
+    for path in helpers:
+        path.unlink(missing_ok=True)
     newest = max(steps_of(run), default=0) // SAVE_EVERY * SAVE_EVERY
     command = start(code, run, config)
     until(
         lambda: (
             command.poll() is not None
-            or (all(mark.exists() for mark in marks) and max(steps_of(run), default=0) > newest)
+            or (all(path.exists() for path in helpers) and max(steps_of(run), default=0) > newest)
         ),
         "no step was taken",
     )
@@ -235,23 +233,22 @@ def test_a_submitted_training_restarts_after_a_crash_and_ends_with_each_of_its_s
     assert "in use by process" in second.communicate(timeout=120)[0] and second.returncode != 0
     os.kill(pids["torchrun"], signal.SIGKILL)
     until(lambda: "starting again" in (run / "job" / "log" / "batch.log").read_text())
-    until(
-        lambda: (
-            (newest := tree(command.pid)).get("torchrun", pids["torchrun"]) != pids["torchrun"]
-            and "rank 0" in newest
-        )
-    )
+
+    def has_restarted() -> bool:
+        newest = tree(command.pid)
+        return "rank 0" in newest and newest.get("torchrun") not in (None, pids["torchrun"])
+
+    until(has_restarted)
     none_left({name: pid for name, pid in pids.items() if name not in ("command", "bash", "tee")})
     assert status(run).state == "running"
     pids = tree(command.pid)
-    for name, code in {"bash": 137, "command": -9, "tee": None}.items():
+    endings = {"bash": (137, "failed"), "command": (-9, "interrupted"), "tee": (None, "done")}
+    for name, (code, state) in endings.items():
         os.kill(pids[name], signal.SIGKILL)
         command.communicate(timeout=120)
         none_left(pids)
         assert command.returncode == code or code is None
-        assert status(run).state == (
-            "interrupted" if name == "command" else "failed" if name == "bash" else "done"
-        )
+        assert status(run).state == state
         if name != "tee":
             command, pids = training(SUBMIT, run, config)
     assert steps_of(run) == list(range(1, STEPS + 1)) and not list(run.glob(".owner*"))

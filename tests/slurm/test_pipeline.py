@@ -101,19 +101,12 @@ def test_twenty_disturbances_end_in_the_same_weights(sandbox, undisturbed, tmp_p
     draw, said = random.Random(5), []
     submit_pipeline(tmp_path)
     while True:
-        running = [
-            (run, job)
-            for run in run_folders(tmp_path)
-            for job in sandbox.slurm.queue(read_record(run)["job_ids"])
-            if job.state == "RUNNING"
-        ]
-        waiting = [
-            job
-            for run in run_folders(tmp_path)
-            for job in sandbox.slurm.queue(read_record(run)["job_ids"])
-            if job.active
-        ]
-        if not waiting:
+        active = []
+        for run in run_folders(tmp_path):
+            jobs = sandbox.slurm.queue(read_record(run)["job_ids"])
+            active += [(run, job) for job in jobs if job.active]
+        running = [(run, job) for run, job in active if job.state == "RUNNING"]
+        if not active:
             if (
                 len(said) >= DISTURBANCES
                 and exported_weights(tmp_path).keys() == exported_weights(undisturbed).keys()
