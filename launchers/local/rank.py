@@ -1,16 +1,19 @@
-"""One process of a job: `python -m landiff.launchers.local.rank [--own-log | --shared-log] RUN MODULE ARGUMENTS...`
+"""One process of a job.
 
-The first process of a job owns the run folder (configs/ownership.py), unless the process that started the job
-does. A rank that torchrun started ends with torchrun, and its helpers end with it.
+    python -m landiff.launchers.local.rank [--own-log | --shared-log] RUN MODULE ARGUMENTS...
 
-Runs the module as `python -m` would, and leaves what the batch script has to know in the run folder, where no
-layer of srun or torchrun can swallow it: an error file for what failed before the module could write its own,
-and `job/config_error` for what the next attempt would meet again: a config error (exit code 2) or a
-run that diverged (exit code 1).
+The first process of a job owns the run folder (configs/ownership.py), unless the process that
+started the job does. A rank that torchrun started ends with torchrun, and its helper processes end
+with it.
 
-What a person can fix (that, and a full disk) is said without a traceback. With `--shared-log` output goes to the
-log of the rank and to the terminal, and such an error is not said here: all ranks meet it, and whoever started
-them reads the error file and says it once.
+The module runs as with `python -m`. What the batch script has to know is written to the run
+folder, since srun and torchrun may lose exit codes: an error file for failures before the module
+could write its own, and `job/config_error` for errors that a restart would meet again. These are
+config errors (exit code 2) and runs that diverged (exit code 1).
+
+Errors that a user can fix, and a full disk, are reported without a traceback. With `--shared-log`,
+output goes to the log of the rank and to the terminal, and such an error is not printed here: it is
+the same on all ranks, and the process that started them prints it once.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from landiff.configs import ownership
@@ -31,7 +36,7 @@ from landiff.configs.ownership import OWNER, OwnedError
 from landiff.configs.processes import end_with_parent
 from landiff.configs.secrets import redact
 from landiff.launchers.local.children import PARENT, follow_parent
-from landiff.launchers.slurm.script import JOB_FOLDER, LOGS
+from landiff.launchers.run.job_folder import CONFIG_ERROR, JOB_FOLDER, LOGS, REFUSED
 from landiff.training.checkpoint.errors import (
     CheckpointError,
     NonFiniteError,
@@ -39,77 +44,92 @@ from landiff.training.checkpoint.errors import (
     write_error,
 )
 
-CONFIG_ERROR = "config_error"
-REFUSED = "refused"  # the run folder is another job's: the batch script ends and leaves it alone
+OWN_LOG = "--own-log"
+SHARED_LOG = "--shared-log"
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where this process runs."""
+
+    run: Path
+    rank: int
+    task: str | None
+    """Number of the task of a SLURM array; None for other jobs."""
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the files of this task in the run folder."""
+        return f".{self.task}" if self.task else ""
 
 
 def main(arguments: list[str]) -> None:
-    """Run the module as the owner of the run folder; its exceptions are recorded and raised again."""
+    """Run a module as the owner of the run folder. Its exceptions are recorded and raised again."""
     if os.environ.get(PARENT):
         follow_parent()
         os.register_at_fork(after_in_child=end_with_parent)  # helpers that save or load
-    signal.signal(signal.SIGUSR1, end_gently)
-    log = arguments[0] if arguments[0] in ("--own-log", "--shared-log") else ""
-    folder, module, *rest = arguments[bool(log) :]
-    run, task = Path(folder), os.environ.get("SLURM_ARRAY_TASK_ID")
-    rank = int(os.environ.get("RANK") or task or 0)
+    signal.signal(signal.SIGUSR1, handle_stop)
+    log = arguments.pop(0) if arguments[0] in (OWN_LOG, SHARED_LOG) else ""
+    folder, module, *rest = arguments
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    rank = Rank(Path(folder), int(os.environ.get("RANK") or task or 0), task)
     if log:
-        log_to(run / JOB_FOLDER / LOGS / f"rank_{rank:04d}.log", shared=log == "--shared-log")
+        path = rank.run / JOB_FOLDER / LOGS / f"rank_{rank.rank:04d}.log"
+        log_to(path, shared=log == SHARED_LOG)
     try:
-        owned = own_run_folder(run, task, first=task is not None or rank == 0)
+        owned = own_run_folder(rank)
     except OwnedError as error:
         print(f"{module}: {error}", file=sys.stderr, flush=True)
-        mark_refused(run, task, str(error))
+        record_refusal(rank, str(error))
         sys.exit(2)
     with owned:
-        run_module(run, rank, task, log, module, rest)
+        run_module(rank, module, rest, print_errors=log != SHARED_LOG)
 
 
-def own_run_folder(run: Path, task: str | None, *, first: bool) -> AbstractContextManager[object]:
-    """Ownership of the run folder, or of a task of its array, for the `first` process. Raises OwnedError."""
-    if not first:
+def own_run_folder(rank: Rank) -> AbstractContextManager[object]:
+    """Ownership of the run folder for rank 0, or of a task of its array. Raises OwnedError."""
+    if rank.task is None and rank.rank != 0:
         return nullcontext()
-    path = run / (OWNER + (f".{task}" if task else ""))
-    owned = ownership.take(path, f"run folder {run}", inherited=os.environ.get(ownership.TOKEN, ""))
-    os.environ[ownership.TOKEN] = owned.token  # for the module, which would take it too
+    path = rank.run / f"{OWNER}{rank.suffix}"
+    inherited = os.environ.get(ownership.TOKEN, "")
+    owned = ownership.take(path, f"run folder {rank.run}", inherited=inherited)
+    os.environ[ownership.TOKEN] = owned.token  # for the module, which takes ownership too
     return owned
 
 
-def end_gently(number: int, frame: object) -> None:
-    """Handle SIGUSR1, which `landiff stop` sends, as SIGTERM, until a trainer sets its own handler."""
+def handle_stop(number: int, frame: FrameType | None) -> None:
+    """Handle SIGUSR1 of `landiff stop` as SIGTERM, until a trainer sets its own handler."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_module(
-    run: Path, rank: int, task: str | None, log: str, module: str, rest: list[str]
-) -> None:
-    """Run the module; record how it failed."""
-    error_path(run, rank).unlink(missing_ok=True)
-    sys.argv = [module, *rest]
+def run_module(rank: Rank, module: str, arguments: list[str], *, print_errors: bool) -> None:
+    """Run a module and record how it fails."""
+    error_path(rank.run, rank.rank).unlink(missing_ok=True)
+    sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except (ConfigError, CheckpointError, NonFiniteError) as error:
-        write_error_once(run, rank, error)
-        if log != "--shared-log":
+        write_error_once(rank, error)
+        if print_errors:
             print(redact(f"{module}: {error}"), file=sys.stderr, flush=True)
         if isinstance(error, CheckpointError):
             sys.exit(1)
-        # a run that diverged would diverge again in the same step
-        mark_config_error(run, task, str(error))
+        # A run that diverged would diverge again in the same step.
+        record_config_error(rank, str(error))
         sys.exit(1 if isinstance(error, NonFiniteError) else 2)
     except SystemExit as error:
-        if error.code == 2:  # `landiff` has told the person already
-            mark_config_error(run, task, f"see the log of {module} {' '.join(rest)}")
+        if error.code == 2:  # `landiff` has printed the error
+            record_config_error(rank, f"see the log of {module} {' '.join(arguments)}")
         raise
     except BaseException as error:
-        write_error_once(run, rank, error)
+        write_error_once(rank, error)
         raise
 
 
 class Tee:
-    """A text stream that writes to a file and to a terminal.
+    """Text stream that writes to a file and to a terminal.
 
-    Neither a full disk nor a terminal that is gone ends the run.
+    Neither a full disk nor a terminal that is closed ends the run.
     """
 
     def __init__(self, file: TextIO, terminal: TextIO) -> None:
@@ -118,21 +138,24 @@ class Tee:
         self._live = terminal.isatty()
 
     def write(self, text: str) -> int:
+        """Write to both. Returns the number of characters."""
         with suppress(OSError):
             self._file.write(text)
         self._show(lambda terminal: terminal.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """Flush both."""
         with suppress(OSError):
             self._file.flush()
         self._show(lambda terminal: terminal.flush())
 
     def isatty(self) -> bool:
+        """Whether the terminal is interactive."""
         return self._live
 
     def __getattr__(self, name: str) -> object:
-        """Everything else is the file's: what native code writes goes there too."""
+        """Other attributes of the file: native code writes to it as well."""
         return getattr(self._file, name)
 
     def _show(self, action: Callable[[TextIO], object]) -> None:
@@ -145,45 +168,43 @@ class Tee:
 
 
 def log_to(path: Path, *, shared: bool) -> None:
-    """Standard output and error go to a file of this rank, after what earlier attempts wrote.
+    """Append standard output and standard error of this process to a file.
 
-    `shared`: what Python writes is shown where it went before as well.
+    `shared`: what Python writes is also shown in the terminal.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     terminals: list[TextIO] = []
     if shared:
         for number in (1, 2):
-            terminals.append(
-                os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace")
-            )
+            copy = os.dup(number)
+            terminals.append(os.fdopen(copy, "w", buffering=1, encoding="utf-8", errors="replace"))
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
     if shared:
-        sys.stdout, sys.stderr = Tee(sys.stdout, terminals[0]), Tee(sys.stderr, terminals[1])
+        sys.stdout = Tee(sys.stdout, terminals[0])
+        sys.stderr = Tee(sys.stderr, terminals[1])
 
 
-def write_error_once(run: Path, rank: int, error: BaseException) -> None:
-    """An error file, unless the trainer wrote one, which knows the step."""
-    if not error_path(run, rank).exists():
-        write_error(run, rank, 0, error)
+def write_error_once(rank: Rank, error: BaseException) -> None:
+    """Write an error file, unless the trainer wrote one, which knows the step."""
+    if not error_path(rank.run, rank.rank).exists():
+        write_error(rank.run, rank.rank, 0, error)
 
 
-def mark_config_error(run: Path, task: str | None, text: str) -> None:
-    """For the batch script, where there is one."""
-    if (run / JOB_FOLDER).is_dir():
-        name = CONFIG_ERROR + (f".{task}" if task else "")
-        write_text(run / JOB_FOLDER / name, redact(text) + "\n")
+def record_config_error(rank: Rank, text: str) -> None:
+    """Tell the batch script, if there is one, that a restart would meet the same error."""
+    if (rank.run / JOB_FOLDER).is_dir():
+        path = rank.run / JOB_FOLDER / f"{CONFIG_ERROR}{rank.suffix}"
+        write_text(path, redact(text) + "\n")
 
 
-def mark_refused(run: Path, task: str | None, text: str) -> None:
-    """For the batch script of this job alone: the run folder is another's."""
+def record_refusal(rank: Rank, text: str) -> None:
+    """Tell the batch script of this job that another process owns the run folder."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID") or "here"
-    if (run / JOB_FOLDER).is_dir():
-        write_text(
-            run / JOB_FOLDER / (f"{REFUSED}.{job}" + (f".{task}" if task else "")), text + "\n"
-        )
+    if (rank.run / JOB_FOLDER).is_dir():
+        write_text(rank.run / JOB_FOLDER / f"{REFUSED}.{job}{rank.suffix}", text + "\n")
 
 
 if __name__ == "__main__":

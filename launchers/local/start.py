@@ -1,10 +1,10 @@
-"""Start a trainer's ranks on this machine, through torchrun, and end with their true exit code.
+"""Starts the ranks of a trainer on this machine through torchrun: `landiff train`.
 
-Ctrl-C, SIGTERM, SIGHUP or `landiff stop` asks the run to stop: a `stop` file in the run folder,
-which the ranks agree on at the end of a step; they checkpoint and leave. A second signal ends them
-at once. After Ctrl-C the command ends with exit code 130, so that `train && convert` does not export
-a half-trained model; after the others with 0. If this process is killed, the kernel ends torchrun and
-its ranks with it. Ranks write their logs to `job/log`, as those of a submitted run do.
+Ctrl-C, SIGTERM, SIGHUP and `landiff stop` ask the run to stop: they create the file `stop` in the
+run folder. The ranks agree on it at the end of a step, save a checkpoint and exit. A second signal
+kills them at once. After Ctrl-C the exit code is 130, so that `train && convert` does not export
+a half-trained model; after the others it is 0. If this process is killed, the kernel ends torchrun
+and its ranks. Ranks write logs to `job/log`, like those of a submitted run.
 """
 
 from __future__ import annotations
@@ -16,34 +16,56 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from landiff.configs import Config, ownership
 from landiff.configs.files import write_text
 from landiff.configs.ownership import OWNER, Ownership
 from landiff.launchers.checks import count_gpus
 from landiff.launchers.local.children import environment, stop_signals
-from landiff.launchers.run.records import LAST_ERROR, STOPPED, remove_markers, write_record
-from landiff.launchers.slurm.script import JOB_FOLDER
+from landiff.launchers.run.job_folder import JOB_FOLDER, LAST_ERROR, STOPPED
+from landiff.launchers.run.records import remove_markers, write_record
 from landiff.training.checkpoint.errors import first_error, read_message
+from landiff.training.config import LoopConfig
 from landiff.training.layout import copy_size
 
-ASK_AGAIN_S = 1.0  # ranks that are just starting take an old request away
+REPEAT_REQUEST_S = 1.0
+
+
+@runtime_checkable
+class TrainerConfig(Protocol):
+    """What launchers read in the config of any trainer."""
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+
+    @property
+    def loop(self) -> LoopConfig:
+        """Length of the training."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the loader reads."""
 
 
 def visible_gpus() -> int:
-    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves; known without torch."""
+    """Number of GPUs of this machine that CUDA_VISIBLE_DEVICES selects. Does not need torch."""
     return count_gpus(Path("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def default_processes(config: Config) -> int:
-    """One per GPU of this machine; without GPUs, as many as one copy of the model needs."""
+    """One process per GPU; on a machine without GPUs, those that one copy of the model needs."""
     return visible_gpus() or copy_size(config)
 
 
 def own_run(
-    config: Config, stage: str, processes: int, command: str, *, take_over: bool = False
+    config: TrainerConfig, stage: str, processes: int, command: str, *, take_over: bool = False
 ) -> Ownership:
-    """Own the config's run folder and record there what is started. Raises OwnedError."""
+    """Own the run folder of a config and record what is started there.
+
+    Errors and stack traces of earlier attempts are removed or renamed. Raises OwnedError.
+    """
     run = config.run
     owned = ownership.take(run / OWNER, f"run folder {run}", take_over=take_over)
     remove_markers(run)
@@ -67,87 +89,101 @@ def own_run(
 
 
 def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned: Ownership) -> int:
-    """Start the ranks and forward a request to stop; returns the exit code of the first failed rank, or 0.
+    """Start the ranks, wait for them and forward requests to stop.
 
-    Raises KeyboardInterrupt when Ctrl-C ended a run before its last step, with a checkpoint or without.
+    Returns the exit code of the rank that failed first, or 0. Raises KeyboardInterrupt if Ctrl-C
+    ended the run before its last step, with a checkpoint or without.
     """
-    stop = run / "stop"
-    env = environment() | {ownership.TOKEN: owned.token}
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    env.setdefault("OMP_NUM_THREADS", str(threads))  # unless the user chose
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "landiff.launchers.local.torchrun",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            "-m",
-            "landiff.launchers.local.rank",
-            "--shared-log",
-            str(run),
-            module,
-            str(config_file),
-        ],
-        env=env,
-        start_new_session=True,
-    )
-    asked = 0
-    ended = threading.Event()
-
-    def ask_to_stop() -> None:
-        write_text(run / JOB_FOLDER / STOPPED, "here\n")
-        while not ended.is_set():
-            stop.touch()
-            ended.wait(ASK_AGAIN_S)
-        stop.unlink(missing_ok=True)
-
-    asking = threading.Thread(target=ask_to_stop, name="stop", daemon=True)
-    interrupted = False
+    child = start_ranks(module, config_file, run, processes, owned)
+    request = StopRequest(run)
+    signals: list[int] = []
 
     def on_signal(number: int, _frame: object) -> None:
-        nonlocal asked, interrupted
-        asked += 1
-        interrupted = interrupted or number == signal.SIGINT
-        if asked == 1:
+        signals.append(number)
+        if len(signals) == 1:
             print(
                 f"landiff: signal {signal.Signals(number).name}: stopping after this step; "
                 "once more to end at once",
                 file=sys.stderr,
             )
-            asking.start()
-        elif number != signal.SIGUSR1:  # landiff stop, once more
+            request.start()
+        elif number != signal.SIGUSR1:  # `landiff stop` may be repeated
             os.killpg(child.pid, signal.SIGKILL)
 
-    previous = {s: signal.signal(s, on_signal) for s in stop_signals()}
+    previous = {number: signal.signal(number, on_signal) for number in stop_signals()}
     try:
         code = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        ended.set()
-        if asked:
-            asking.join()
-    if interrupted and (code == 0 or asked > 1) and not (run / "done").exists():
+        request.end()
+    killed = len(signals) > 1
+    finished = (run / "done").exists()
+    if signal.SIGINT in signals and (code == 0 or killed) and not finished:
         raise KeyboardInterrupt
     if code >= 0:
         return code
-    if asked < 2:
+    if not killed:
+        name = signal.Signals(-code).name
         write_text(
             run / JOB_FOLDER / LAST_ERROR,
-            f"torchrun, which starts the ranks, was ended by {signal.Signals(-code).name}\n",
+            f"torchrun, which starts the ranks, was ended by {name}\n",
         )
     return 128 - code
 
 
+def start_ranks(
+    module: str, config_file: Path, run: Path, processes: int, owned: Ownership
+) -> subprocess.Popen[bytes]:
+    """Start torchrun with the ranks in a process group of its own."""
+    env = environment() | {ownership.TOKEN: owned.token}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    env.setdefault("OMP_NUM_THREADS", str(threads))  # unless the user chose
+    torchrun = [sys.executable, "-m", "landiff.launchers.local.torchrun", "--standalone"]
+    rank = ["-m", "landiff.launchers.local.rank", "--shared-log", str(run)]
+    return subprocess.Popen(
+        [*torchrun, f"--nproc-per-node={processes}", *rank, module, str(config_file)],
+        env=env,
+        start_new_session=True,
+    )
+
+
+class StopRequest:
+    """Asks the ranks of a run to stop until they have ended.
+
+    The request is repeated, since ranks that are just starting remove an old one.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="stop", daemon=True)
+
+    def start(self) -> None:
+        """Ask the ranks to stop."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """The ranks have ended: remove the request, if there is one."""
+        self._ended.set()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
+
+    def _repeat(self) -> None:
+        write_text(self._run / JOB_FOLDER / STOPPED, "here\n")
+        stop = self._run / "stop"
+        while not self._ended.is_set():
+            stop.touch()
+            self._ended.wait(REPEAT_REQUEST_S)
+        stop.unlink(missing_ok=True)
+
+
 def explain_exit(run: Path, code: int) -> str:
-    """Why the ranks ended with this exit code: the error of the rank that failed first, if known."""
+    """Why the ranks ended: the error of the rank that failed first, or the exit code."""
     error = first_error(run)
     if error is not None:
-        return f"{read_message(error)}\n(the rank that failed first, in full: {error})"
+        return f"{read_message(error)}\n(full error of the rank that failed first: {error})"
     path = run / JOB_FOLDER / LAST_ERROR
-    return (
-        path.read_text(encoding="utf-8").strip()
-        if path.exists()
-        else f"its ranks ended with exit code {code}"
-    )
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    return f"its ranks ended with exit code {code}"

@@ -1,8 +1,9 @@
-"""torchrun without a traceback of its own: ranks say why they failed, this says how they ended.
+"""torchrun without a traceback of its own. Ranks report why they failed.
 
-`python -m landiff.launchers.local.torchrun TORCHRUN_OPTIONS... -m MODULE ARGUMENTS...`; the exit code is that of
-the rank that failed first, 128 + n where signal n ended it. It ends with the process that started
-it, and the ranks end with it.
+    python -m landiff.launchers.local.torchrun TORCHRUN_OPTIONS... -m MODULE ARGUMENTS...
+
+The exit code is that of the rank that failed first, or 128 + n if signal n ended it. The process
+ends with its parent, and the ranks end with it.
 """
 
 from __future__ import annotations
@@ -23,26 +24,28 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun; what it raises about itself goes on."""
+    """Run torchrun. Returns the exit code. Errors of torchrun itself are raised."""
     follow_parent()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     os.environ[PARENT] = str(os.getpid())  # of the ranks
-    # It would log a line for every rank that it ends, and leave a folder in the temporary directory.
+    # Otherwise torchrun logs a line for every rank that it ends.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
+        # Without a log folder, torchrun creates one in the temporary directory and leaves it there.
         torchrun([f"--log-dir={os.devnull}", *arguments])
     except ChildFailedError as error:
         rank, failure = first_failure(error.failures)
         if failure.exitcode >= 0:
             return failure.exitcode
-        said = f"rank {rank} was ended by {failure.signal_name()}"  # the rank could not say so
-        print(said, file=sys.stderr, flush=True)
+        # The rank could not report it itself.
+        message = f"rank {rank} was ended by {failure.signal_name()}"
+        print(message, file=sys.stderr, flush=True)
         run = run_folder(arguments)
         if run is not None:
-            write_cause(run, rank, RankLost(said))
+            write_cause(run, rank, RankLost(message))
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
@@ -50,10 +53,10 @@ def main(arguments: list[str]) -> int:
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """(rank, failure) that caused the others.
+    """Rank and failure that caused the other failures.
 
-    That is the first one; of several in the same second one that a signal ended, since its peers
-    fail because of it. torchrun itself ends the others with SIGTERM.
+    This is the first failure. Of several in the same second, it is one of a rank that a signal
+    killed, since its peers fail because of it. torchrun itself ends the others with SIGTERM.
     """
     when = min(failure.timestamp for failure in failures.values())  # in seconds
     first = {rank: failure for rank, failure in failures.items() if failure.timestamp == when}
@@ -66,7 +69,7 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessF
 
 
 def run_folder(arguments: list[str]) -> Path | None:
-    """Of the ranks that are started through landiff.launchers.local.rank."""
+    """Run folder of ranks that run through landiff.launchers.local.rank; None for others."""
     if "landiff.launchers.local.rank" not in arguments:
         return None
     words = arguments[arguments.index("landiff.launchers.local.rank") + 1 :]

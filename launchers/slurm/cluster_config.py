@@ -1,12 +1,13 @@
-"""What a site is like: the only place for partitions, accounts, GPU syntax, containers, NCCL variables. Torch-free.
+"""Cluster file: everything that is particular to a site, such as partitions and GPU syntax.
 
-Recipes (configs/nano, configs/landiff) hold none of it; `landiff submit --cluster FILE` brings the two together.
+Recipes (configs/nano, configs/landiff) hold nothing about a site; `landiff submit --cluster FILE`
+combines the two. Torch-free.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -24,54 +25,79 @@ GPU_TYPE = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
 def seconds(time: str) -> int:
-    """Of a time limit as SLURM writes it."""
+    """Seconds of a time limit in SLURM's notation.
+
+    The notations are minutes, M:SS, H:MM:SS and D-HH[:MM[:SS]].
+    """
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    if dash:  # D-HH[:MM[:SS]]
-        hours, minutes, secs = (*parts, 0, 0)[:3]
-    else:  # minutes, M:SS, H:MM:SS
-        hours, minutes, secs = (
-            (0, *parts, 0) if len(parts) == 1 else (0, *parts) if len(parts) == 2 else parts
-        )
-    return (int(days or 0) * 24 + hours) * 3600 + minutes * 60 + secs
+    if dash:
+        hours, minutes, secs = [*parts, 0, 0][:3]
+        return (int(days) * 24 + hours) * 3600 + minutes * 60 + secs
+    if len(parts) == 1:
+        return parts[0] * 60
+    if len(parts) == 2:
+        return parts[0] * 60 + parts[1]
+    return parts[0] * 3600 + parts[1] * 60 + parts[2]
 
 
-def _one_line(value: str | None) -> str | None:
-    """A value of an #SBATCH line or of a command in the script. Raises ValueError."""
-    problem = line_problem(value) if value is not None else ""
+def _one_line(value: str) -> str:
+    """Return `value`, for an #SBATCH line or a command. Raises ValueError unless it is one line."""
+    problem = line_problem(value)
     if problem:
         raise ValueError(problem)
     return value
 
 
 class Resources(Config):
-    """What one job asks for."""
+    """Resources of one job."""
 
-    nodes: PositiveInt = 1
-    gpus_per_node: NonNegativeInt = 0  # 0: a job of CPUs; trainers then use gloo
-    tasks_per_node: PositiveInt | None = (
-        None  # processes a trainer starts on a node; none = one per GPU, or 1
+    nodes: PositiveInt = Field(default=1, description="Number of nodes. --nodes overrides it.")
+    gpus_per_node: NonNegativeInt = Field(
+        default=0,
+        description="GPUs of each node. 0 is a job without GPUs, whose trainers use gloo.",
     )
-    cpus_per_task: PositiveInt = 1
-    memory: str | None = (
-        None  # of a node, as SLURM writes it: 64G; "0" = all of it; none = the site's default
+    tasks_per_node: PositiveInt | None = Field(
+        default=None,
+        description="Ranks of a trainer on each node. Not set, it is one per GPU, or one on a node "
+        "without GPUs.",
     )
-    time: str = "04:00:00"  # limit of one attempt; a run that needs longer is requeued, with its checkpoints
-    partition: str | None = None
-    array: PositiveInt = 1  # shards, precompute: tasks that share the work
-    array_limit: PositiveInt | None = None  # of them at once
+    cpus_per_task: PositiveInt = Field(
+        default=1, description="CPU cores of each rank, for its data loading too."
+    )
+    memory: str | None = Field(
+        default=None,
+        description='Main memory of each node in SLURM\'s notation, such as "64G". "0" is all of '
+        "it. Not set, the default of the site applies.",
+    )
+    time: str = Field(
+        default="04:00:00",
+        description="Time limit of one attempt: minutes, M:SS, H:MM:SS or D-HH[:MM[:SS]]. A run "
+        "that needs longer is requeued and resumes from its last checkpoint.",
+    )
+    partition: str | None = Field(
+        default=None, description="Partition. Not set, the default of the site applies."
+    )
+    array: PositiveInt = Field(
+        default=1, description="Tasks that share the work of shards or of a precompute column."
+    )
+    array_limit: PositiveInt | None = Field(
+        default=None,
+        description="Tasks of an array that run at the same time at most. Not set, there is no "
+        "limit.",
+    )
 
     @field_validator("partition")
     @classmethod
     def _is_one_line(cls, partition: str | None) -> str | None:
-        return _one_line(partition)
+        return None if partition is None else _one_line(partition)
 
     @field_validator("memory")
     @classmethod
     def _is_an_amount(cls, memory: str | None) -> str | None:
         if memory is not None and not MEMORY.fullmatch(memory):
             raise ValueError(
-                'memory is a number and a unit, as SLURM writes it: 64G, or "0" for all'
+                'memory is a number and a unit in SLURM\'s notation: 64G, or "0" for all'
             )
         return memory
 
@@ -88,8 +114,8 @@ class Resources(Config):
     def _one_task_per_gpu(self) -> Resources:
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ValueError(
-                f"tasks_per_node = {self.tasks_per_node} with gpus_per_node = {self.gpus_per_node}: "
-                "a trainer has one process per GPU; leave tasks_per_node out"
+                f"tasks_per_node = {self.tasks_per_node} with gpus_per_node = "
+                f"{self.gpus_per_node}: a trainer has one process per GPU; leave tasks_per_node out"
             )
         return self
 
@@ -99,30 +125,42 @@ class Resources(Config):
         return self.tasks_per_node or self.gpus_per_node or 1
 
 
-class StageResources(Config):
-    """Where one stage differs from `default`; the keys are those of `Resources`."""
+def _override(key: str) -> Any:
+    """A field that replaces `default.KEY` for one stage."""
+    return Field(default=None, description=f"Replaces `default.{key}` for this stage.")
 
-    nodes: PositiveInt | None = None
-    gpus_per_node: NonNegativeInt | None = None
-    tasks_per_node: PositiveInt | None = None
-    cpus_per_task: PositiveInt | None = None
-    memory: str | None = None
-    time: str | None = None
-    partition: str | None = None
-    array: PositiveInt | None = None
-    array_limit: PositiveInt | None = None
+
+class StageResources(Config):
+    """Resources of one stage where they differ from `default`."""
+
+    nodes: PositiveInt | None = _override("nodes")
+    gpus_per_node: NonNegativeInt | None = _override("gpus_per_node")
+    tasks_per_node: PositiveInt | None = _override("tasks_per_node")
+    cpus_per_task: PositiveInt | None = _override("cpus_per_task")
+    memory: str | None = _override("memory")
+    time: str | None = _override("time")
+    partition: str | None = _override("partition")
+    array: PositiveInt | None = _override("array")
+    array_limit: PositiveInt | None = _override("array_limit")
 
 
 class ContainerConfig(Config):
-    """The image that the ranks run in; the batch script itself runs on the node."""
+    """Container of the ranks. The batch script itself runs on the node."""
 
-    runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    image: str
-    mounts: tuple[str, ...] = ()  # host:container[:flags]; the working directory is always mounted
+    runtime: Literal["pyxis", "apptainer"] = Field(
+        default="pyxis",
+        description="What starts the container: `pyxis`, a plugin of srun, or `apptainer`.",
+    )
+    image: str = Field(description="Image, as the runtime names it.")
+    mounts: tuple[str, ...] = Field(
+        default=(),
+        description="More mounts, each as host:container[:flags]. The working directory and the "
+        "run folder are always mounted.",
+    )
 
     @field_validator("image")
     @classmethod
-    def _is_one_line(cls, image: str) -> str | None:
+    def _is_one_line(cls, image: str) -> str:
         return _one_line(image)
 
     @field_validator("mounts")
@@ -140,42 +178,91 @@ class ContainerConfig(Config):
 class ClusterConfig(Config):
     """One cluster, as one user uses it."""
 
-    scheduler: Literal["slurm", "local"] = "slurm"  # local: run here and now, through torchrun
-    launcher: Literal["srun", "torchrun"] = (
-        "srun"  # srun: one task per GPU; torchrun: one task per node
+    scheduler: Literal["slurm", "local"] = Field(
+        default="slurm",
+        description="`slurm` submits jobs. `local` runs them on this machine, one after the other.",
     )
-    default: Resources = Resources()
-    stages: dict[str, StageResources] = Field(default={})
-
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    reservation: str | None = None
-    exclude: str | None = None  # nodes not to use
-    gpu_syntax: Literal["gpus-per-node", "gres"] = "gpus-per-node"
-    gpu_type: str | None = None  # gpu:h100:8 instead of gpu:8
-    options: tuple[str, ...] = ()  # more sbatch options, as they are: --exclusive
-
-    modules: tuple[str, ...] = ()  # module load, in this order
-    setup: tuple[str, ...] = ()  # shell lines before anything else runs
-    env: dict[str, str] = Field(default={})  # NCCL_SOCKET_IFNAME, HF_HOME, ...
-    container: ContainerConfig | None = None
-    python: str | None = (
-        None  # interpreter on the nodes; none = the one that submits, in a container its python3
+    launcher: Literal["srun", "torchrun"] = Field(
+        default="srun",
+        description="What starts the ranks of a trainer: `srun` one task per rank, `torchrun` one "
+        "task per node. With scheduler = local it is always torchrun.",
+    )
+    default: Resources = Field(
+        default=Resources(), description="Resources of a job, unless `stages` replaces them."
+    )
+    stages: dict[str, StageResources] = Field(
+        default={}, description="Resources of single stages, by name of the stage."
     )
 
-    restart: Literal["requeue", "chain", "none"] = (
-        "requeue"  # chain: for sites that forbid requeueing
+    account: str | None = Field(default=None, description="Account (sbatch --account).")
+    qos: str | None = Field(default=None, description="Quality of service (sbatch --qos).")
+    constraint: str | None = Field(
+        default=None, description="Required features of nodes (sbatch --constraint)."
     )
-    chain_length: PositiveInt = 4  # jobs queued one behind the other; restart = chain
-    max_restarts: NonNegativeInt = (
-        5  # after crashes, or in a row without a new checkpoint; stops that saved are not counted
+    reservation: str | None = Field(default=None, description="Reservation (sbatch --reservation).")
+    exclude: str | None = Field(
+        default=None, description="Nodes that are not used, such as node[3,7] (sbatch --exclude)."
+    )
+    gpu_syntax: Literal["gpus-per-node", "gres"] = Field(
+        default="gpus-per-node",
+        description="The sbatch option that requests GPUs: --gpus-per-node=8 or --gres=gpu:8.",
+    )
+    gpu_type: str | None = Field(
+        default=None, description="Type of the GPUs: h100 requests gpu:h100:8 instead of gpu:8."
+    )
+    options: tuple[str, ...] = Field(
+        default=(), description="More sbatch options, used as they are: --exclusive."
+    )
+
+    modules: tuple[str, ...] = Field(
+        default=(), description="Environment modules that are loaded, in this order."
+    )
+    setup: tuple[str, ...] = Field(
+        default=(),
+        description="Lines of bash that run on the first node, after the modules are loaded.",
+    )
+    env: dict[str, str] = Field(
+        default={},
+        description="Environment variables of all ranks, such as NCCL_SOCKET_IFNAME. Values are "
+        "not expanded by bash.",
+    )
+    container: ContainerConfig | None = Field(
+        default=None, description="Container of the ranks. Not set, they run on the node."
+    )
+    python: str | None = Field(
+        default=None,
+        description="Python interpreter on the nodes. Not set, it is the one that submits; in a "
+        "container it is python3.",
+    )
+
+    restart: Literal["requeue", "chain", "none"] = Field(
+        default="requeue",
+        description="How a run that is not finished starts again: `requeue` requeues its job, "
+        "`chain` submits several jobs that wait for each other, `none` does not restart it.",
+    )
+    chain_length: PositiveInt = Field(
+        default=4, description="Jobs of a chain, which run one after the other."
+    )
+    max_restarts: NonNegativeInt = Field(
+        default=5,
+        description="Restarts after crashes at most, and restarts in a row without a new "
+        "checkpoint. Stops that saved a checkpoint are not counted.",
     )
     signal_margin_s: PositiveInt = Field(
-        default=300, ge=10
-    )  # the stop signal comes this long (up to 60 s more) before the limit
-    kill_wait_s: PositiveInt = 60  # ranks left over when another has ended
-    preflight: bool = True  # trainers: `landiff doctor --node` on every node before the ranks start
+        default=300,
+        ge=10,
+        description="Seconds before the time limit at which a run is asked to save and stop. SLURM "
+        "may send the signal up to 60 seconds earlier.",
+    )
+    kill_wait_s: PositiveInt = Field(
+        default=60,
+        description="Seconds after the end of the first rank until srun kills the others.",
+    )
+    preflight: bool = Field(
+        default=True,
+        description="Whether `landiff doctor --node` checks every node before the ranks of a "
+        "trainer start.",
+    )
 
     @field_validator("stages")
     @classmethod
@@ -188,18 +275,16 @@ class ClusterConfig(Config):
     @field_validator("env", mode="before")
     @classmethod
     def _text_values(cls, env: object) -> object:
-        """YAML reads `NCCL_DEBUG: 1` as a number; an environment variable is text."""
-        if isinstance(env, dict):
-            bad = [name for name in env if not VARIABLE.fullmatch(str(name))]
-            if bad:
-                raise ValueError(f"{bad[0]!r} is no name of an environment variable")
-            return {
-                name: str(value)
-                if isinstance(value, (int, float)) and not isinstance(value, bool)
-                else value
-                for name, value in env.items()
-            }
-        return env
+        """Numbers as text: YAML reads `NCCL_DEBUG: 1` as a number."""
+        if not isinstance(env, dict):
+            return env
+        found = {}
+        for name, value in env.items():
+            if not VARIABLE.fullmatch(str(name)):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            found[name] = str(value) if is_number else value
+        return found
 
     @field_validator("env")
     @classmethod
@@ -213,13 +298,13 @@ class ClusterConfig(Config):
     @field_validator("account", "qos", "constraint", "reservation", "exclude", "python")
     @classmethod
     def _is_one_line(cls, value: str | None) -> str | None:
-        return _one_line(value)
+        return None if value is None else _one_line(value)
 
     @field_validator("gpu_type")
     @classmethod
     def _is_a_gpu_type(cls, gpu_type: str | None) -> str | None:
         if gpu_type is not None and not GPU_TYPE.fullmatch(gpu_type):
-            raise ValueError("a GPU type is a word of letters, digits and _.+-, e.g. h100")
+            raise ValueError("a GPU type consists of letters, digits and _.+-, for example h100")
         return gpu_type
 
     @field_validator("modules")
@@ -249,21 +334,29 @@ class ClusterConfig(Config):
         for stage in STAGES:
             time = self.resources(stage).time
             if self.scheduler == "slurm" and seconds(time) <= self.signal_margin_s:
+                minutes = -(-self.signal_margin_s // 60)
                 raise ValueError(
-                    f"signal_margin_s = {self.signal_margin_s} leaves nothing of time = {time!r} of {stage}; "
-                    f"raise time to more than {-(-self.signal_margin_s // 60)} minutes, or lower the margin"
+                    f"signal_margin_s = {self.signal_margin_s} leaves nothing of time = {time!r} "
+                    f"of {stage}; raise time to more than {minutes} minutes, or lower the margin"
                 )
         return self
 
     def resources(self, stage: str, nodes: int | None = None) -> Resources:
-        """What a job of `stage` asks for. Raises ConfigError for combinations that make no sense."""
+        """Resources of a job of `stage`, on `nodes` nodes if given.
+
+        Raises ConfigError for values that contradict each other.
+        """
         merged = self.default.model_dump()
-        changed = self.stages[stage].model_dump(exclude_none=True) if stage in self.stages else {}
+        changed: dict[str, Any] = {}
+        if stage in self.stages:
+            changed = self.stages[stage].model_dump(exclude_none=True)
         if "gpus_per_node" in changed and "tasks_per_node" not in changed:
             merged["tasks_per_node"] = None
-        merged |= changed | ({"nodes": nodes} if nodes else {})
+        merged |= changed
+        if nodes:
+            merged["nodes"] = nodes
         return validate(Resources, merged, f"stages.{stage}")
 
     def redacted(self) -> ClusterConfig:
-        """The same without secrets in `env`, for display."""
+        """A copy without secrets in `env`, to be shown."""
         return self.model_copy(update={"env": redact_variables(self.env)})

@@ -1,4 +1,4 @@
-"""A trainer without torch: 0.05 s a step, ranks that go step by step together, a helper process of each.
+"""A trainer without torch: 0.05 s a step, ranks that go step by step together, each with a helper.
 
     light_trainer CONFIG      a JSON file with "run" and "steps"
 
@@ -30,9 +30,8 @@ def main() -> None:
     config = json.loads(Path(sys.argv[1]).read_text())
     run, steps = Path(config["run"]), config["steps"]
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # as in training: the ranks agree on a stop, they do not die of it
+    # As in training, SIGTERM does not end a rank.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(run, f"rank_{rank}").write_text(str(os.getpid()))
     process = multiprocessing.get_context("fork").Process(
         target=helper, args=(str(run),), daemon=True

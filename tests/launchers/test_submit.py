@@ -1,4 +1,4 @@
-"""`landiff submit`: what it writes, what it refuses, what it leaves alone; and the same jobs without SLURM."""
+"""`landiff submit`: what it writes, rejects and leaves alone; and the same jobs without SLURM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +17,15 @@ import yaml
 
 from landiff.configs.ownership import OwnedError, take
 from landiff.configs.paths import IMPORT_ROOT
-from landiff.launchers.cli import main
-from landiff.launchers.run.status import growth, statuses
 from landiff.launchers.slurm import snapshot
 from landiff.launchers.slurm.client import Answer, Slurm
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.script import BatchJob
-from landiff.launchers.slurm.stage_jobs import PlannedJob
-from landiff.launchers.slurm.submit import prepare_run, queue, read_record, run_here
+from landiff.launchers.slurm.prepare import prepare_run
+from landiff.launchers.slurm.queueing import queue
+from landiff.launchers.slurm.run_here import run_here
+from landiff.launchers.slurm.stage_jobs import SubmitPlan
+from tests.launchers.local_jobs import ONE_RESTART, landiff, one_process
 
-LOCAL = ClusterConfig(scheduler="local", launcher="torchrun", preflight=False, max_restarts=1)
 STAGES = {
     "shards": ["--config", "nano/shards"],
     "precompute": ["--config", "nano/features"],
@@ -40,24 +38,18 @@ STAGES = {
 }
 
 
-def say(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
-    code = main(list(words))
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothing(
     capsys, tmp_path, monkeypatch, stage
 ):
     monkeypatch.chdir(tmp_path)
-    code, out, err = say(
+    code, out, err = landiff(
         capsys, "submit", stage, "--cluster", "sandbox", "--dry-run", *STAGES[stage]
     )
     assert code == (0 if stage == "shards" else 2), (
         err
     )  # in an empty folder, the inputs of all others are missing
-    later = say(
+    later = landiff(
         capsys, "submit", stage, "--cluster", "sandbox", "--dry-run", "--after", "7", *STAGES[stage]
     )
     assert later[0] == 0, later[2]  # another job makes them
@@ -66,16 +58,16 @@ def test_a_dry_run_of_every_stage_shows_config_plan_and_script_and_touches_nothi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
+def test_a_dry_run_of_the_pipeline_shows_the_graph(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_run(
-        one_process(tmp_path / "runs" / "lm", "pass"), LOCAL
+        one_process(tmp_path / "runs" / "lm", "pass"), ONE_RESTART
     )  # what a run left is left alone too
     before = {
         path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
         for path in tmp_path.rglob("*")
     }
-    _, out, _ = say(
+    _, out, _ = landiff(
         capsys, "submit", "pipeline", "--cluster", "sandbox", "--dry-run", "lm.loop.steps=3"
     )
     assert {
@@ -104,10 +96,10 @@ def test_a_dry_run_of_the_walk_shows_the_graph(capsys, tmp_path, monkeypatch):
     assert out.count("steps: 3\n") == 1
 
 
-def test_the_walk_fits_this_machine(capsys, tmp_path, monkeypatch):
+def test_the_pipeline_fits_this_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    code, out, err = say(capsys, "submit", "pipeline", "--cluster", "local", "--dry-run")
+    code, out, err = landiff(capsys, "submit", "pipeline", "--cluster", "local", "--dry-run")
     assert code == 0, err
     (lm,) = (
         line
@@ -145,7 +137,7 @@ def test_a_run_folder_in_which_a_process_works_is_not_submitted(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
     with take(tmp_path / "task" / ".owner", "it"):
         for start in (
-            lambda: run_here([plan], LOCAL),
+            lambda: run_here([plan], ONE_RESTART),
             lambda: queue([plan], ClusterConfig(), Slurm(lambda words: Answer(0, "", ""))),
         ):
             with pytest.raises(
@@ -192,7 +184,7 @@ def test_a_run_folder_in_which_a_process_works_is_not_submitted(tmp_path):
 def test_mistakes_are_refused_before_anything_is_queued(capsys, tmp_path, monkeypatch, words, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
-    code, _, err = say(capsys, "submit", *words)
+    code, _, err = landiff(capsys, "submit", *words)
     assert code == 2 and says in err and list(tmp_path.iterdir()) == []
 
 
@@ -207,7 +199,9 @@ def test_all_mistakes_of_a_pipeline_are_refused_at_submission(capsys, tmp_path, 
         "tokenizer.model.codebook_size=64",
     ]
     for words in (["--dry-run"], []):
-        code, _, err = say(capsys, "submit", "pipeline", "--cluster", "sandbox", *words, *overrides)
+        code, _, err = landiff(
+            capsys, "submit", "pipeline", "--cluster", "sandbox", *words, *overrides
+        )
         assert code == 2 and list(tmp_path.iterdir()) == []
         for text in (
             "lm: optim.min_lr = 1 is above",
@@ -234,7 +228,7 @@ def test_prompts_reach_the_sample_job_as_text(capsys, tmp_path, monkeypatch):
         "--prompt",
         "KEY=x",
     ]
-    code, out, err = say(capsys, *words)
+    code, out, err = landiff(capsys, *words)
     assert code == 0 and "- seed=3 😀\n- KEY=x\n" in out, err
     words = [
         "submit",
@@ -248,7 +242,7 @@ def test_prompts_reach_the_sample_job_as_text(capsys, tmp_path, monkeypatch):
         "--",
         "seed=3 😀",
     ]
-    _, out, _ = say(capsys, *words)
+    _, out, _ = landiff(capsys, *words)
     assert "- seed=3 😀\n" in out and "seed: 4" in out
 
 
@@ -299,9 +293,9 @@ def test_secrets_of_the_cluster_file_reach_the_job_and_nobody_else(tmp_path, mon
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
     words = ["shards", "--cluster", "site.yaml", "source=videos", "--config", "nano/shards"]
-    code, out, _ = say(capsys, "submit", *words, "--dry-run")
+    code, out, _ = landiff(capsys, "submit", *words, "--dry-run")
     assert code == 0 and "hunter2" not in out and "HF_TOKEN=<redacted>" in out
-    code, out, err = say(capsys, "submit", *words)  # fails: no clip is usable
+    code, out, err = landiff(capsys, "submit", *words)  # fails: no clip is usable
     assert code != 0 and "hunter2" not in out + err
     told = {
         path.name
@@ -324,24 +318,15 @@ def test_a_secret_on_the_command_line_is_not_recorded(tmp_path, monkeypatch, cap
         "local",
         "data.remote=https://me:hunter2@host/data",
     ]
-    _, out, err = say(capsys, "submit", *words, "--dry-run")
+    _, out, err = landiff(capsys, "submit", *words, "--dry-run")
     assert "hunter2" not in out + err and "https://<redacted>@host/data" in out
-
-
-def test_a_damaged_job_record_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "runs" / "lm" / "job" / "job.json"
-    path.parent.mkdir(parents=True)
-    path.write_text('{"name": "lm", "job_ids": [')
-    code, _, err = say(capsys, "status", "runs/lm")
-    assert code == 2 and "job.json is not valid JSON" in err and "submit the run again" in err
 
 
 def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     repository = tmp_path / "repository"
-    for room in snapshot.FOLDERS:
-        (repository / room).mkdir(parents=True)
-        (repository / room / "__init__.py").write_text("")
+    for folder in snapshot.FOLDERS:
+        (repository / folder).mkdir(parents=True)
+        (repository / folder / "__init__.py").write_text("")
     for words in (
         ["init", "-q"],
         ["add", "-A"],
@@ -354,33 +339,17 @@ def test_the_diff_of_a_changed_working_tree_is_kept(tmp_path):
     assert "with changes" in line and "+changed = True" in difference
 
 
-def one_process(
-    run: Path, code: str, name: str = "task", after: tuple[str, ...] = ()
-) -> PlannedJob:
-    """A job that runs a few lines of Python, here: timeit is a module that takes them as an argument."""
-    job = BatchJob(
-        name,
-        run,
-        run.parent,
-        "timeit",
-        ("-n", "1", "-r", "1", code),
-        LOCAL.resources("shards"),
-        trainer=False,
-        python=sys.executable,
-    )
-    return PlannedJob("shards", job, None, after)
-
-
 def test_a_job_here_restarts_after_a_crash_and_is_skipped_when_done(tmp_path, capfd):
     tried = tmp_path / "tried"
     plan = one_process(
         tmp_path / "task",
-        f"from pathlib import Path; p = Path({str(tried)!r}); old = p.exists(); p.touch(); assert old, 'the first time'",
+        f"from pathlib import Path; path = Path({str(tried)!r}); old = path.exists(); "
+        "path.touch(); assert old, 'the first time'",
     )
-    assert run_here([plan], LOCAL) == 0
+    assert run_here([plan], ONE_RESTART) == 0
     assert (tmp_path / "task" / "done").exists()
     assert (tmp_path / "task" / "job" / "log" / "batch.log").read_text().count(" restart ") == 2
-    assert run_here([plan], LOCAL) == 0
+    assert run_here([plan], ONE_RESTART) == 0
     assert "task: done already" in capfd.readouterr().out
 
 
@@ -390,7 +359,7 @@ def test_a_failed_job_here_costs_what_depends_on_it_and_nothing_else(tmp_path, c
         one_process(tmp_path / "lost", "pass", "lost", ("bad",)),
         one_process(tmp_path / "other", "pass", "other"),
     ]
-    assert run_here(plans, LOCAL) != 0
+    assert run_here(plans, ONE_RESTART) != 0
     assert [(tmp_path / name / "done").exists() for name in ("bad", "lost", "other")] == [
         False,
         False,
@@ -406,7 +375,7 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
         asked.append(list(words))
         return Answer(0, f"{len(asked)}\n" if "--parsable" in words else "", "")
 
-    def walk(code: str) -> list[PlannedJob]:
+    def chain(code: str) -> list[SubmitPlan]:
         return [
             one_process(tmp_path / "first", "pass", "first"),
             one_process(tmp_path / "second", code, "second", ("first",)),
@@ -415,14 +384,14 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
         ]
 
     site = ClusterConfig()
-    queue(walk("pass"), site, Slurm(cluster))
-    for plan in walk("pass"):
+    queue(chain("pass"), site, Slurm(cluster))
+    for plan in chain("pass"):
         (plan.job.run / "done").touch()
     capsys.readouterr()
-    queue(walk("pass"), site, Slurm(cluster))
+    queue(chain("pass"), site, Slurm(cluster))
     assert capsys.readouterr().out.count("done already") == 4
     asked.clear()
-    queue(walk("1"), site, Slurm(cluster))
+    queue(chain("1"), site, Slurm(cluster))
     out = capsys.readouterr().out
     assert "first: done already" in out and "other: done already" in out and "second: job" in out
     submissions = [words for words in asked if "--parsable" in words]
@@ -431,20 +400,24 @@ def test_submitting_again_runs_what_was_edited_and_what_reads_it(tmp_path, capsy
 
 
 def test_a_finished_trainer_says_that_its_config_was_edited(tmp_path, capsys):
-    def trainer(code: str) -> list[PlannedJob]:
+    def trainer(code: str) -> list[SubmitPlan]:
         return [replace(one_process(tmp_path / "lm", code), steps=3)]
 
-    prepare_run(trainer("pass")[0], LOCAL)
+    prepare_run(trainer("pass")[0], ONE_RESTART)
     (tmp_path / "lm" / "done").write_text("3\n")
-    assert run_here(trainer("pass"), LOCAL) == 0 and "done already\n" in capsys.readouterr().out
-    assert run_here(trainer("1"), LOCAL) == 0 and "another run=" in capsys.readouterr().out
+    assert (
+        run_here(trainer("pass"), ONE_RESTART) == 0 and "done already\n" in capsys.readouterr().out
+    )
+    assert run_here(trainer("1"), ONE_RESTART) == 0 and "another run=" in capsys.readouterr().out
 
 
 def test_sigterm_ends_a_job_here_and_leaves_no_process(tmp_path):
     plan = one_process(tmp_path / "task", "import time\nprint('up', flush=True)\ntime.sleep(100)\n")
     code = (
-        "import pickle, sys; from landiff.launchers.slurm.submit import run_here; from tests.launchers.test_submit import LOCAL\n"
-        "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), LOCAL))"
+        "import pickle, sys\n"
+        "from landiff.launchers.slurm.run_here import run_here\n"
+        "from tests.launchers.local_jobs import ONE_RESTART\n"
+        "raise SystemExit(run_here(pickle.load(sys.stdin.buffer), ONE_RESTART))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -474,81 +447,7 @@ def read(path: Path) -> bytes:
         return b""
 
 
-def test_status_reads_run_folders_with_slurm_away(tmp_path):
-    plan = one_process(tmp_path / "task", "pass")
-    prepare_run(plan, LOCAL)
-    record = read_record(plan.job.run) | {"job_ids": ["7"], "steps": 100}
-    (plan.job.folder / "job.json").write_text(json.dumps(record))
-    (plan.job.folder / "state").write_text("crashes=1 stalls=0 from= phase=running\n")
-    lines = [{"step": step, "time": 1000.0 + step, "train/loss": 2.0} for step in range(1, 51)]
-    (plan.job.run / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 51, "ti'
-    )
-    away = Slurm(
-        lambda words: Answer(1, "", "Unable to contact slurm controller"), retry_waits_s=()
-    )
-    (status,), why = statuses([plan.job.run], away)
-    assert (
-        "Unable to contact" in why
-        and status.state == "running, when last seen"
-        and (status.step, status.steps, status.loss) == (50, 100, 2.0)
-    )
-    running = Slurm(lambda words: Answer(0, "7|RUNNING|None|node1|1:00\n", ""))
-    (status,), _ = statuses([plan.job.run], running)
-    assert (
-        status.state == "running"
-        and status.steps_per_s == pytest.approx(1.0)
-        and status.seconds_left == pytest.approx(50.0)
-    )
-
-
-def test_logs_show_the_failing_rank_first(tmp_path, capsys):
-    run = tmp_path / "run"
-    (run / "job" / "log").mkdir(parents=True)
-    (run / "errors").mkdir()
-    (run / "errors" / "rank_0003.txt").write_text(
-        "time: 2026-01-01T00:00:02\n\nRuntimeError: the cause\n"
-    )
-    (run / "errors" / "rank_0001.txt").write_text(
-        "time: 2026-01-01T00:00:03\n\nConnectionError: a consequence\n"
-    )
-    (run / "job" / "log" / "rank_0003.log").write_text("the last words of rank 3\n")
-    (run / "job" / "log" / "batch.log").write_text("ended with 143\n")
-    code, out, _ = say(capsys, "logs", str(run))
-    assert (
-        code == 0
-        and out.index("the cause")
-        < out.index("the last words of rank 3")
-        < out.index("ended with 143")
-        and "a consequence" not in out
-    )
-    code, out, _ = say(capsys, "logs", str(run), "--rank", "3")
-    assert code == 0 and "the last words" in out and "the cause" not in out
-    code, _, err = say(capsys, "logs", str(run), "--rank", "9")
-    assert code == 2 and "rank_0003.log" in err
-
-
 def test_the_cluster_file_in_the_run_folder_is_the_one_used(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
-    prepare_run(plan, LOCAL)
+    prepare_run(plan, ONE_RESTART)
     assert yaml.safe_load((plan.job.folder / "cluster.yaml").read_text())["scheduler"] == "local"
-
-
-def test_a_followed_log_shows_what_is_appended(tmp_path):
-    path = tmp_path / "batch.log"
-    path.write_text("old\n")
-    lines = growth(path, every_s=0.01)
-    writer = threading.Timer(0.2, lambda: path.open("a").write("new\n"))
-    writer.start()
-    assert next(lines) == "new\n"
-
-
-def test_status_for_scripts_is_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run_here([one_process(tmp_path / "runs" / "task", "pass")], LOCAL) == 0
-    capsys.readouterr()
-    code, out, _ = say(capsys, "status", "--all", "--json")
-    document = json.loads(out)
-    assert code == 0 and [
-        (run["run"], run["state"], run["restarts"]) for run in document["runs"]
-    ] == [("runs/task", "done", 0)]

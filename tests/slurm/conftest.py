@@ -21,12 +21,15 @@ from landiff.launchers.slurm.client import Slurm
 
 HERE = Path(__file__).resolve().parent
 SANDBOX = HERE / "slurm_sandbox"
-DISK_MIB = 160  # room for the code and a few small checkpoints
+DISK_MIB = 160  # enough for the code and a few small checkpoints
 
 
 @dataclass
 class Sandbox:
-    """A running SLURM: four nodes, which can crash and come back, and a small disk that all of them see."""
+    """A running SLURM of four nodes that can crash and come back.
+
+    `disk` is a small disk that all nodes see.
+    """
 
     folder: Path
     slurm: Slurm
@@ -52,11 +55,8 @@ class Sandbox:
     def field(self, job: str, name: str) -> str:
         """A field of `scontrol show job`, e.g. JobState."""
         text = self.slurm.ask("scontrol", "show", "job", "-o", job)
-        return next(
-            word.partition("=")[2]
-            for word in text.splitlines()[0].split()
-            if word.startswith(f"{name}=")
-        )
+        words = text.splitlines()[0].split()
+        return next(word for word in words if word.startswith(f"{name}=")).partition("=")[2]
 
     def state(self, job: str) -> str:
         return self.field(job, "JobState")
@@ -74,9 +74,8 @@ class Sandbox:
         """The first process of every node that is up."""
         found = {}
         for path in (self.folder / "run").glob("node*.pid"):
-            children = Path(
-                f"/proc/{path.read_text().strip()}/task/{path.read_text().strip()}/children"
-            )
+            pid = path.read_text().strip()
+            children = Path(f"/proc/{pid}/task/{pid}/children")
             found[path.stem] = int(children.read_text().split()[0])
         return found
 
@@ -84,35 +83,16 @@ class Sandbox:
         """Processes, listening ports and file locks on the nodes that are not slurmd's."""
         found = []
         for node, first in self.nodes().items():
-            inside = [
-                pid
-                for pid in pids()
-                if link(f"/proc/{pid}/ns/pid") == link(f"/proc/{first}/ns/pid")
-            ]
-            own = {
-                pid
-                for pid in inside
-                if pid == first or read(f"/proc/{pid}/comm").strip() == "slurmd"
-            }
-            found += [
-                f"{node}: process {read(f'/proc/{pid}/cmdline')[:300]}"
-                for pid in inside
-                if pid not in own
-            ]
+            strangers = []
+            for pid in pids_in_namespace(first):
+                if pid != first and read(f"/proc/{pid}/comm").strip() != "slurmd":
+                    strangers.append(pid)
+                    found.append(f"{node}: process {read(f'/proc/{pid}/cmdline')[:300]}")
             port = 17803 + int(node.removeprefix("node"))
-            rows = [
-                line.split()
-                for table in ("tcp", "tcp6")
-                for line in read(f"/proc/{first}/net/{table}").splitlines()[1:]
-            ]
-            listening = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
-            found += [f"{node}: port {number}" for number in listening - {port}]
-            held = [
-                line
-                for line in read("/proc/locks").splitlines()
-                if int(line.split()[4]) in set(inside) - own
-            ]
-            found += [f"{node}: lock {line}" for line in held]
+            found += [f"{node}: port {number}" for number in listening_ports(first) - {port}]
+            for line in read("/proc/locks").splitlines():
+                if int(line.split()[4]) in strangers:
+                    found.append(f"{node}: lock {line}")
         return found
 
     def cancel_all(self) -> None:
@@ -127,12 +107,26 @@ class Sandbox:
         )
 
 
-def pids() -> list[int]:
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+def pids_in_namespace(first: int) -> list[int]:
+    """Ids of the processes that share the process namespace of `first`."""
+    namespace = link(f"/proc/{first}/ns/pid")
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if link(f"/proc/{pid}/ns/pid") == namespace]
+
+
+def listening_ports(pid: int) -> set[int]:
+    """TCP ports that are listened on in the network namespace of a process."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in read(f"/proc/{pid}/net/{table}").splitlines()[1:]:
+            _, address, _, state, *_ = line.split()
+            if state == "0A":
+                found.add(int(address.rpartition(":")[2], 16))
+    return found
 
 
 def read(path: str) -> str:
-    """A file of /proc; "" when the process is gone."""
+    """Text of a file of /proc; empty if the process has ended."""
     try:
         return Path(path).read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -140,6 +134,7 @@ def read(path: str) -> str:
 
 
 def link(path: str) -> str:
+    """Target of a link in /proc; empty if the process has ended."""
     try:
         return os.readlink(path)
     except OSError:
@@ -151,12 +146,11 @@ def full(disk: Path, leave: int = 0) -> Iterator[None]:
     """In the block no more than `leave` bytes are free."""
     filler = disk / "filler"
     try:
-        with (
-            open(filler, "wb", buffering=0) as file,
-            suppress(OSError),
-        ):  # no room is what is wanted
-            while (room := shutil.disk_usage(disk).free - leave) > 0:
-                file.write(b"\0" * min(room, 1 << 20))
+        with open(filler, "wb", buffering=0) as file, suppress(OSError):  # a full disk is the aim
+            surplus = shutil.disk_usage(disk).free - leave
+            while surplus > 0:
+                file.write(b"\0" * min(surplus, 1 << 20))
+                surplus = shutil.disk_usage(disk).free - leave
         yield
     finally:
         filler.unlink()

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.launchers.slurm.prepare import prepare_run
+from landiff.launchers.slurm.queueing import submit_one
 from landiff.launchers.slurm.script import BatchJob
-from landiff.launchers.slurm.stage_jobs import PlannedJob
-from landiff.launchers.slurm.submit import prepare_run, submit_one
+from landiff.launchers.slurm.stage_jobs import SubmitPlan
 from tests.slurm.conftest import HERE, Sandbox
 
 
 def cluster(
     *options: str, nodes: int = 2, partition: str | None = None, time: str = "10", **more: Any
 ) -> ClusterConfig:
-    """Two ranks a node, no pre-flight, and whatever a test wants besides."""
+    """Two ranks a node, no pre-flight, and the options of a test."""
     return ClusterConfig.model_validate(
         {
             "default": {
@@ -37,7 +38,7 @@ def cluster(
     )
 
 
-CLUSTER = cluster("--exclude=node3,node4")  # those two die and are fought for
+CLUSTER = cluster("--exclude=node3,node4")  # tests crash and block those two
 
 
 def light(
@@ -46,7 +47,7 @@ def light(
     fault: str | None = None,
     site: ClusterConfig = CLUSTER,
     here: bool = False,
-) -> PlannedJob:
+) -> SubmitPlan:
     """A trainer of `steps` steps of 0.1 s, which may break on purpose."""
     job = BatchJob(
         name=run.name,
@@ -59,10 +60,10 @@ def light(
         python=sys.executable,
         here=here,
     )
-    return PlannedJob("lm", job, None, steps=steps)
+    return SubmitPlan("lm", job, None, steps=steps)
 
 
-def ready(plan: PlannedJob, site: ClusterConfig = CLUSTER) -> Path:
+def ready(plan: SubmitPlan, site: ClusterConfig = CLUSTER) -> Path:
     script = prepare_run(plan, site)
     for name in ("light.py", "light_task.py"):
         shutil.copy(HERE / name, plan.job.folder / "code" / name)
@@ -70,7 +71,7 @@ def ready(plan: PlannedJob, site: ClusterConfig = CLUSTER) -> Path:
 
 
 def start(
-    sandbox: Sandbox, plan: PlannedJob, site: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()
+    sandbox: Sandbox, plan: SubmitPlan, site: ClusterConfig = CLUSTER, after: tuple[str, ...] = ()
 ) -> str:
     """Queue it; returns the id of its last job."""
     return submit_one(plan, site, sandbox.slurm, ready(plan, site), after)[-1]
@@ -98,3 +99,21 @@ def batch_log(run: Path) -> str:
 def rank_log(run: Path, rank: int = 0) -> str:
     path = run / "job" / "log" / f"rank_{rank:04d}.log"
     return path.read_text() if path.exists() else ""
+
+
+def processes_of(run: Path) -> list[int]:
+    """Ranks of a run, on whatever node: a node's processes are seen from outside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if (
+            b"landiff.launchers.local.rank" in words
+            and str(run).encode() in words
+            and b"srun" not in words[0]
+            and b"bash" not in words[0]
+        ):
+            found.append(int(path.parent.name))
+    return found

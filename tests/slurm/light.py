@@ -1,9 +1,12 @@
-"""A trainer without torch, for what the launcher does around one: 0.1 s a step, a checkpoint every few.
+"""A trainer without torch, for tests of the launcher: 0.1 s a step, a checkpoint every few steps.
 
-Every step's loss follows from the one before, so a lost or repeated step shows. It reads `stop`, writes
-`checkpoints/`, `metrics.jsonl` and `done` as training/run.py does. Ranks go step by step together.
+Every step's loss follows from the one before, so a lost or repeated step shows. It reads `stop` and
+writes `checkpoints/`, `metrics.jsonl` and `done` as training/run.py does. Ranks go step by step
+together.
 
-    light.py RUN STEPS [FAULT]     FAULT: rank:step:kind, kind one of exit, config, kill, hang, always
+    light.py RUN STEPS [FAULT]
+
+FAULT is rank:step:kind; the kinds are exit, config, kill, hang and always.
 """
 
 import json
@@ -29,15 +32,15 @@ def main() -> None:
     meeting.mkdir(parents=True, exist_ok=True)
     saved = sorted((run / "checkpoints").glob("step_????????"))
     step, loss = json.loads((saved[-1] / "state.json").read_text()) if saved else (0, 1)
-    signal.signal(
-        signal.SIGTERM, lambda *_: (run / "stop").touch()
-    )  # as landiff.training.distributed: a wish, not an end
+    # As in landiff.training.distributed, SIGTERM asks for a stop.
+    signal.signal(signal.SIGTERM, lambda *_: (run / "stop").touch())
     if rank == 0:
         (run / "stop").unlink(missing_ok=True)
         cut_torn_line(run / "metrics.jsonl")
     image = Path("/image.txt").read_text() if Path("/image.txt").exists() else "none"
     print(
-        f"rank {rank} of {size} on {os.uname().nodename} starts at step {step}, master {os.environ.get('MASTER_ADDR')}, code {__file__}, "
+        f"rank {rank} of {size} on {os.uname().nodename} starts at step {step}, "
+        f"master {os.environ.get('MASTER_ADDR')}, code {__file__}, "
         f"image {image}, note {os.environ.get('NOTE')}",
         flush=True,
     )
@@ -49,9 +52,8 @@ def main() -> None:
             if fault and (rank, step) == (int(fault[0]), int(fault[1])):
                 break_down(run / f"broken_{rank}", meeting, fault[2])
             if rank == 0 and (run / "stop").exists():
-                (meeting / "stop_at").write_text(
-                    str(step)
-                )  # before the others can be through with this step
+                # Before the others can be through with this step
+                (meeting / "stop_at").write_text(str(step))
             meet(meeting, rank, size, step)
             loss = zlib.crc32(f"{loss}:{step}".encode())
             heartbeat.beat(step)

@@ -1,4 +1,4 @@
-"""A task of an array that is no trainer: number 3 is killed in its first attempt, number 5 fails in each."""
+"""A task of an array: number 3 is killed in its first attempt, number 5 fails in each."""
 
 import os
 import signal

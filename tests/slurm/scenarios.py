@@ -1,4 +1,7 @@
-"""Jobs with a quick trainer, and the hand that disturbs each: (sandbox, run folder) -> the id of its last job."""
+"""Jobs with a quick trainer, each with its disturbance.
+
+A scenario takes the sandbox and a run folder and returns the id of its last job.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from landiff.launchers.run.status import statuses
+from landiff.launchers.run.stop import stop
 from landiff.launchers.slurm.script import BatchJob
-from landiff.launchers.slurm.stage_jobs import PlannedJob
-from landiff.launchers.slurm.submit import stop
+from landiff.launchers.slurm.stage_jobs import SubmitPlan
 from tests.slurm.conftest import HERE, Sandbox, full, until
 from tests.slurm.jobs import cluster, light, ready, start
 
 Scenario = Callable[[Sandbox, Path], str]
-NODE_3, NODE_4 = (
-    cluster("--nodelist=node3", nodes=1),
-    cluster("--nodelist=node4", "--exclusive", nodes=1),
-)
+NODE_3 = cluster("--nodelist=node3", nodes=1)
+NODE_4 = cluster("--nodelist=node4", "--exclusive", nodes=1)
 NOTE = """two words, $HOME and 'a quote'"""
 FIRST = "first.json"  # what a scenario of two submissions saw of the first
-LONG = 150  # steps of 0.1 s: time enough for a hand
+LONG = 150  # steps of 0.1 s: time enough for a disturbance
 SPOT = cluster("--nodelist=node4", "--exclusive", nodes=1, partition="spot")
 
 
@@ -96,7 +97,8 @@ def early_signal(sandbox: Sandbox, run: Path) -> str:
         "--exclude=node3,node4",
         setup=[
             f"touch {loading}",
-            'until [ -n "$asked${SLURM_RESTART_COUNT:-}" ]; do sleep 0.1; done',  # loading lasts until the signal is there
+            # Loading lasts until the signal is there.
+            'until [ -n "$asked${SLURM_RESTART_COUNT:-}" ]; do sleep 0.1; done',
         ],
     )
     job = start(sandbox, light(run, 20, site=site), site)
@@ -115,17 +117,17 @@ def array_of_tasks(sandbox: Sandbox, run: Path) -> str:
     site = cluster("--exclude=node3,node4", max_restarts=1)
     resources = site.resources("precompute").model_copy(update={"array": 8, "nodes": 1})
     job = BatchJob(
-        "array",
-        run,
-        run.parent,
-        "light_task",
-        (str(run),),
-        resources,
+        name="array",
+        run=run,
+        workdir=run.parent,
+        module="light_task",
+        arguments=(str(run),),
+        resources=resources,
         trainer=False,
         array=True,
         python=light(run).job.python,
     )
-    return start(sandbox, PlannedJob("precompute", job, None), site)
+    return start(sandbox, SubmitPlan("precompute", job, None), site)
 
 
 def full_disk(sandbox: Sandbox, run: Path) -> str:
@@ -162,7 +164,7 @@ def brimful_disk(sandbox: Sandbox, run: Path) -> str:
 
 
 def by_hand(sandbox: Sandbox, run: Path) -> str:
-    """After a config error that was mended."""
+    """After a config error that was fixed."""
     first = start(sandbox, light(run, 20, "1:5:config"))
     sandbox.wait(first)
     (run / FIRST).write_text(json.dumps(first))
@@ -220,7 +222,8 @@ def failing_preflight(sandbox: Sandbox, run: Path) -> str:
     tools = run / "tools"
     tools.mkdir(parents=True)
     (tools / "nvidia-smi").write_text(
-        '#!/bin/sh\n[ "$(hostname)" = node2 ] && bad=7 || bad=0\necho "0, H100, 81559, 1, 0"\necho "1, H100, 81559, 1, $bad"\n'
+        '#!/bin/sh\n[ "$(hostname)" = node2 ] && bad=7 || bad=0\n'
+        'echo "0, H100, 81559, 1, 0"\necho "1, H100, 81559, 1, $bad"\n'
     )
     (tools / "nvidia-smi").chmod(0o755)
     site = cluster(

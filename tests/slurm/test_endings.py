@@ -1,6 +1,6 @@
-"""What happens when: the disturbances of docs/disturbances.md on a real SLURM, with a trainer that is quick.
+"""The disturbances of docs/disturbances.md on a real SLURM, with a quick trainer.
 
-All jobs run side by side, each with a hand of its own that disturbs it; the tests look at how they ended.
+All jobs run side by side, each with its own disturbance. The tests check how they ended.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from landiff.configs import ConfigError
+from landiff.launchers.run.records import read_record
 from landiff.launchers.run.status import statuses
-from landiff.launchers.slurm.submit import queue, read_record
+from landiff.launchers.slurm.queueing import queue
 from tests.slurm.conftest import Sandbox, until
 from tests.slurm.jobs import (
     CLUSTER,
@@ -132,7 +133,7 @@ def test_a_crash_that_comes_back_is_given_up(runs):
     )
 
 
-def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
+def test_a_hanging_rank_is_found_shown_and_restarted(runs):
     run, job, state = runs.ended("hang")
     assert state == "COMPLETED" and runs.restarts(job) == 1 and losses(run) == undisturbed(20)
     log = batch_log(run)
@@ -144,7 +145,7 @@ def test_a_rank_that_stands_still_is_found_shown_and_restarted(runs):
 
 
 @pytest.mark.parametrize("name", ["signalled", "requeued", "preempted", "restarted"])
-def test_a_wish_to_stop_saves_and_goes_on_with_the_next_step(runs, name):
+def test_a_stop_request_saves_and_resumes_at_the_next_step(runs, name):
     run, job, state = runs.ended(name)
     assert state == "COMPLETED" and runs.restarts(job) == 1
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -161,7 +162,7 @@ def test_a_signal_before_the_ranks_start_is_not_lost(runs):
     assert "ended with 75 after signal USR1" in batch_log(run)
 
 
-def test_landiff_stop_saves_and_ends_and_submitting_again_goes_on(runs):
+def test_landiff_stop_saves_and_ends_and_submitting_again_resumes(runs):
     run, _, state = runs.ended("stopped")
     assert json.loads((run / FIRST).read_text()) == ["FAILED", "75:0", "0", False]
     assert state == "COMPLETED" and losses(run) == undisturbed(LONG)
@@ -311,7 +312,11 @@ def test_a_run_that_is_queued_is_not_queued_twice(sandbox, tmp_path):
 
 
 def test_what_would_be_left_behind_is_seen(sandbox, tmp_path):
-    code = f"import fcntl, socket, sys; fcntl.flock(f := open({str(tmp_path / 'lock')!r}, 'w'), fcntl.LOCK_EX); s = socket.create_server(('', 4321)); sys.stdin.read()"
+    code = (
+        f"import fcntl, socket, sys; file = open({str(tmp_path / 'lock')!r}, 'w'); "
+        "fcntl.flock(file, fcntl.LOCK_EX); server = socket.create_server(('', 4321)); "
+        "sys.stdin.read()"
+    )
     words = [
         "nsenter",
         "--target",
@@ -339,8 +344,8 @@ def test_no_process_port_or_lock_is_left_on_any_node(runs):
 
 
 @pytest.mark.long
-def test_a_time_limit_saves_and_goes_on(sandbox, tmp_path):
-    """A minute is the shortest limit there is; SLURM sends its signals every 30 s, rather early than late."""
+def test_a_time_limit_saves_and_resumes(sandbox, tmp_path):
+    """A minute is the shortest limit. SLURM checks for signals every 30 s and is rather early."""
     site = cluster("--exclude=node3,node4", time="1")
     run = tmp_path / "limit"
     job = start(sandbox, light(run, 600, site=site), site)

@@ -1,4 +1,7 @@
-"""The nano walk as a graph of dependent jobs on a real SLURM: real trainers on two nodes, arrays, exports, a sample."""
+"""The nano pipeline as a graph of dependent jobs on a real SLURM.
+
+It has real trainers on two nodes, arrays, exports and a sample.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from landiff.launchers.slurm.submit import read_record
+from landiff.launchers.run.records import read_record
 from tests.slurm.conftest import Sandbox
-from tests.slurm.walk import SMALL, exported_weights, landiff, last_job, write_site
+from tests.slurm.jobs import processes_of
+from tests.slurm.pipeline import SMALL, exported_weights, landiff, last_job, write_site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long, pytest.mark.timeout(3600)]
 STEPS = [
@@ -28,7 +32,7 @@ STEPS = [
 DISTURBANCES = 20
 
 
-def submit_walk(folder: Path, *more: str) -> str:
+def submit_pipeline(folder: Path, *more: str) -> str:
     return landiff(
         "submit",
         "pipeline",
@@ -48,17 +52,17 @@ def run_folders(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The walk, run once without trouble."""
+    """The pipeline, run once without disturbance."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        submit_walk(folder)
+        submit_pipeline(folder)
         states = {run.name: sandbox.wait(last_job(run), 1800) for run in run_folders(folder)}
     assert set(states.values()) == {"COMPLETED"}, states
     return folder
 
 
-def test_the_walk_runs_as_a_graph(undisturbed):
+def test_the_pipeline_runs_as_a_graph(undisturbed):
     names = {run.name for run in run_folders(undisturbed)}
     assert {
         "shards",
@@ -77,13 +81,13 @@ def test_the_walk_runs_as_a_graph(undisturbed):
 
 def test_submitting_again_skips_what_is_done(undisturbed, monkeypatch):
     monkeypatch.chdir(undisturbed)
-    again = submit_walk(undisturbed)
+    again = submit_pipeline(undisturbed)
     assert again.count("done already") == len(run_folders(undisturbed)) and "; /" not in again
 
 
 def test_an_edited_stage_alone_runs_again(sandbox, undisturbed, monkeypatch):
     monkeypatch.chdir(undisturbed)
-    again = submit_walk(undisturbed, "sample.seed=7")
+    again = submit_pipeline(undisturbed, "sample.seed=7")
     assert (
         again.count("done already") == len(run_folders(undisturbed)) - 1 and "sample: job" in again
     )
@@ -92,31 +96,24 @@ def test_an_edited_stage_alone_runs_again(sandbox, undisturbed, monkeypatch):
 
 @pytest.mark.timeout(5400)
 def test_twenty_disturbances_end_in_the_same_weights(sandbox, undisturbed, tmp_path, monkeypatch):
-    """Signals, requeues, killed ranks and dead nodes, in an order drawn by seed, until the walk has ended."""
+    """Signals, requeues, killed ranks and dead nodes, in an order drawn by seed, until the end."""
     monkeypatch.chdir(tmp_path)
     draw, said = random.Random(5), []
-    submit_walk(tmp_path)
+    submit_pipeline(tmp_path)
     while True:
-        running = [
-            (run, job)
-            for run in run_folders(tmp_path)
-            for job in sandbox.slurm.queue(read_record(run)["job_ids"])
-            if job.state == "RUNNING"
-        ]
-        waiting = [
-            job
-            for run in run_folders(tmp_path)
-            for job in sandbox.slurm.queue(read_record(run)["job_ids"])
-            if job.active
-        ]
-        if not waiting:
+        active = []
+        for run in run_folders(tmp_path):
+            jobs = sandbox.slurm.queue(read_record(run)["job_ids"])
+            active += [(run, job) for job in jobs if job.active]
+        running = [(run, job) for run, job in active if job.state == "RUNNING"]
+        if not active:
             if (
                 len(said) >= DISTURBANCES
                 and exported_weights(tmp_path).keys() == exported_weights(undisturbed).keys()
                 and (tmp_path / "samples").exists()
             ):
                 break
-            if "; /" not in submit_walk(tmp_path):  # what was given up goes on from its checkpoint
+            if "; /" not in submit_pipeline(tmp_path):  # what was given up resumes
                 break
             continue
         if running and len(said) < DISTURBANCES:
@@ -135,7 +132,7 @@ def test_twenty_disturbances_end_in_the_same_weights(sandbox, undisturbed, tmp_p
 
 
 def disturb(sandbox: Sandbox, draw: random.Random, run: Path, job: str, nodes: str) -> str:
-    """One disturbance of one running job; returns what it was, "" when the job had ended before it."""
+    """One disturbance of a running job. Returns its kind, or "" if the job had ended before."""
     kind = draw.choice(["signal", "requeue", "kill", "kill", "node"])
     commands = {
         "signal": ["scancel", "--batch", "--signal=USR1", job],
@@ -154,21 +151,3 @@ def disturb(sandbox: Sandbox, draw: random.Random, run: Path, job: str, nodes: s
         sandbox.crash(node)
         sandbox.boot(node)
     return kind
-
-
-def processes_of(run: Path) -> list[int]:
-    """Ranks of a run, on whatever node: a node's processes are seen from outside."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if (
-            b"landiff.launchers.local.rank" in words
-            and str(run).encode() in words
-            and b"srun" not in words[0]
-            and b"bash" not in words[0]
-        ):
-            found.append(int(path.parent.name))
-    return found

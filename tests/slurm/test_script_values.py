@@ -1,4 +1,4 @@
-"""What sbatch and srun themselves make of names with quotes, blanks, percent signs and backslashes."""
+"""How sbatch and srun read names with quotes, blanks, percent signs and backslashes."""
 
 from __future__ import annotations
 

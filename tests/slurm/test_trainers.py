@@ -1,4 +1,7 @@
-"""Real trainers over several nodes: the same numbers as on one machine, also through restarts; arrays that are killed."""
+"""Real trainers over several nodes compute the same numbers as on one machine.
+
+Also through restarts, and with tasks of arrays that are killed.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,8 @@ from landiff.launchers.run.status import last_error
 from landiff.training.checkpoint.files import latest_whole
 from landiff.training.checkpoint.run_folder import committed_steps
 from tests.slurm.conftest import Sandbox, full, until
-from tests.slurm.jobs import batch_log
-from tests.slurm.test_pipeline import processes_of
-from tests.slurm.walk import (
+from tests.slurm.jobs import batch_log, processes_of
+from tests.slurm.pipeline import (
     landiff,
     landiff_process,
     last_job,
@@ -144,7 +146,7 @@ def test_a_signal_a_killed_rank_and_a_dead_node_leave_no_trace_in_the_losses(
     assert logged_losses(run) == logged_losses(lm_here)
 
 
-def test_a_frozen_rank_is_found_by_its_peers_and_the_run_goes_on(sandbox, here, lm_here):
+def test_a_frozen_rank_is_found_by_its_peers_and_the_run_resumes(sandbox, here, lm_here):
     run, site = (
         here / "runs" / "lm-frozen",
         write_site(here / "frozen.yaml", stages={"lm": {"nodes": 2, "tasks_per_node": 2}}),
@@ -175,7 +177,7 @@ def test_a_frozen_rank_is_found_by_its_peers_and_the_run_goes_on(sandbox, here, 
 def test_a_disk_that_fills_up_in_a_checkpoint_costs_no_earlier_one(
     sandbox, here, stage, words, leave
 ):
-    """About half a checkpoint fits. With room again the run goes on, bit by bit as if nothing had been."""
+    """About half a checkpoint fits. With a free disk the run resumes, bit by bit as undisturbed."""
     run, straight = sandbox.disk / stage, here / "runs" / f"{stage}-straight"
     site = write_site(
         here / "disk.yaml",

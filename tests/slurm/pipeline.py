@@ -1,4 +1,4 @@
-"""The nano walk, small enough for tests: commands, a site of two and four nodes, what came out."""
+"""The nano pipeline, small enough for tests: commands, a cluster file, results."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def landiff_process(folder: Path, *words: str) -> None:
 
 
 def write_site(path: Path, **changes: Any) -> str:
-    """A cluster file; returns its path as --cluster wants it."""
+    """Write a cluster file. Returns its path, for --cluster."""
     path.write_text(yaml.safe_dump(SITE | changes))
     return str(path)
 
