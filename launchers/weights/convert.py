@@ -10,7 +10,7 @@ from typing import Any
 
 from landiff.configs import ConfigError, load
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
-from landiff.launchers.progress import Progress
+from landiff.launchers.progress import ProgressLine
 from landiff.launchers.weights.relayout import (
     TRAINERS,
     Padding,
@@ -99,7 +99,7 @@ def convert_weights(request: ConvertRequest) -> list[str]:
     paths = locate_all(request)
     sources = open_all(request, paths)
     made = provenance(sources, request)
-    progress = Progress("convert", "MB")
+    progress = ProgressLine("convert", "MB")
     words = " + ".join(describe_request(source) for source in sources)
     if goes_on(request, paths):
         return [

@@ -30,7 +30,7 @@ from landiff.data_pipeline.precompute import producers as precompute
 from landiff.data_pipeline.precompute.status import array_expression, format_table
 from landiff.data_pipeline.precompute.units import ColumnFolder, UnitWriter, owner
 from landiff.launchers.cli import main
-from landiff.launchers.jobs import parse_share, parse_task
+from landiff.launchers.data.commands import parse_fraction, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.test_precompute import (
     NUM_CLIPS,
@@ -154,7 +154,7 @@ def test_columns_are_finished_where_their_preview_cannot_be_written(
     out, err = capsys.readouterr()
     assert code == 0 and "has the columns latents" in out
     assert (
-        "precompute: the columns are finished; their preview in runs/precompute could not be written: File exists"
+        "precompute: the columns are complete, but their preview in runs/precompute could not be written: File exists"
         in err
     )
 
@@ -234,10 +234,10 @@ def test_a_part_of_an_array_does_its_own_share(monkeypatch):
     for name, value in {"ID": "7", "MIN": "3", "COUNT": "2"}.items():  # sbatch --array=3,7
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert parse_task(None, 50) == (7, 50)
-    assert parse_share("1%") == 0.01 and parse_share("0.5") == 0.5
+    assert parse_fraction("1%") == 0.01 and parse_fraction("0.5") == 0.5
     for wrong in ("0", "200%", "few"):
         with pytest.raises(ConfigError, match="--sample"):
-            parse_share(wrong)
+            parse_fraction(wrong)
 
 
 def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):

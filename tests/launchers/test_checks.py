@@ -1,4 +1,4 @@
-"""What is refused before a job starts, all at once, on real data sets and zoo entries with the nano sizes."""
+"""Checks before a job starts, on real data folders and zoo entries with the nano sizes."""
 
 from __future__ import annotations
 
