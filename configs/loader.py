@@ -36,6 +36,7 @@ from landiff.configs.files import PRIVATE, PUBLIC, write_text
 from landiff.configs.problems import SHOWN_PROBLEMS, Problem, problems_of, require_none
 from landiff.configs.secrets import REDACTED, is_secret_name, redact
 
+MAX_LISTED_NAMES = 25  # more known names than that are not listed
 SHOWN_VALUE = 200  # characters of a value in an error message
 PACKAGED = Path(__file__).resolve().parent
 
@@ -59,7 +60,7 @@ def find(name: str, relative_to: Path | None = None) -> Path:
     path = PACKAGED / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(
-            f"no packaged config is called {name!r}{_nearest(name, packaged_names())}; "
+            f"no packaged config is called {name!r}{nearest_name(name, packaged_names())}; "
             f"a file of your own must end in .yaml. Known: {', '.join(packaged_names())}"
         )
     return path
@@ -210,7 +211,7 @@ def _known(owner: type[BaseModel] | None, part: str, dotted: str) -> type[BaseMo
         return None
     if part not in owner.model_fields:
         raise ConfigError(
-            f"unknown config key {dotted!r}{_nearest(part, list(owner.model_fields))}"
+            f"unknown config key {dotted!r}{nearest_name(part, list(owner.model_fields))}"
         )
     return _section_class(owner.model_fields[part].annotation)
 
@@ -244,7 +245,7 @@ def _explain(cls: type[BaseModel], origin: str, error: Any) -> str:
                 if owner and part in owner.model_fields
                 else None
             )
-        return f"{origin}: unknown config key {dotted!r}{_nearest(location[-1], list(owner.model_fields) if owner else [])}"
+        return f"{origin}: unknown config key {dotted!r}{nearest_name(location[-1], list(owner.model_fields) if owner else [])}"
     if error["type"] == "missing":
         return f"{origin}: {dotted} is required and not set"
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -275,10 +276,11 @@ def _explain_tag(dotted: str, context: Mapping[str, str]) -> str:
     return f"{key} = {context['tag']!r} is unknown; {meant}known here: {', '.join(known)}"
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """End of a message about an unknown name: the nearest known name, or a short list of all."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (
-        f"; did you mean {close[0]!r}?"
-        if close
-        else (f"; known here: {', '.join(sorted(known))}" if known and len(known) < 25 else "")
-    )
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    if known and len(known) < MAX_LISTED_NAMES:
+        return f"; known here: {', '.join(sorted(known))}"
+    return ""

@@ -16,7 +16,8 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from landiff.configs.base import Config
+from landiff.configs.base import Config, ConfigError
+from landiff.configs.loader import nearest_name
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -57,6 +58,88 @@ def config_keys(cls: type[Config], section_text: SectionText | None = None) -> l
         )
         keys.append(key)
     return keys
+
+
+def explain(cls: type[Config], dotted_key: str) -> str:
+    """Text about one key of `cls`, e.g. "loop.keep_every": its type, default and meaning.
+
+    The keys of a section are listed. Where a section is one of several classes, the key is explained
+    for each class that has it. Names in a mapping and positions in a list may stand between the keys
+    ("columns.features.kind"). Raises ConfigError, with the nearest name, for an unknown key.
+    """
+    found = find_key(cls, dotted_key)
+    texts = []
+    for owner, key in found:
+        title = dotted_key
+        if len(found) > 1:
+            title = f"{dotted_key} ({section_name(owner)})"
+        texts.append(key_text(title, key))
+    return "\n\n".join(texts)
+
+
+def find_key(cls: type[Config], dotted_key: str) -> list[tuple[type[Config], ConfigKey]]:
+    """The key at a dotted path below `cls`, with the class that it belongs to.
+
+    Several results where a section on the path is one of several classes. Raises ConfigError for an
+    unknown key.
+    """
+    owners = [cls]
+    found: list[tuple[type[Config], ConfigKey]] = []
+    parts = dotted_key.split(".")
+    for depth, part in enumerate(parts):
+        matches = _keys_named(part, owners)
+        if not matches and _is_item(part, found):
+            continue
+        if not matches:
+            known = [name for owner in owners for name in owner.model_fields]
+            unknown = ".".join(parts[: depth + 1])
+            raise ConfigError(f"unknown config key {unknown!r}{nearest_name(part, known)}")
+        found = matches
+        owners = _sections_below(matches)
+    return found
+
+
+def key_text(title: str, key: ConfigKey) -> str:
+    """Lines about one key for a terminal; a section's keys are named."""
+    lines = [
+        title,
+        f"  type:    {key.type}".replace("`", ""),
+        f"  default: {key.default}".replace("`", ""),
+        f"  meaning: {key.meaning or 'not described'}",
+    ]
+    for section in key.sections:
+        lines.append(f"  keys of {section_name(section)}: {', '.join(section.model_fields)}")
+    return "\n".join(lines)
+
+
+def _keys_named(name: str, owners: Sequence[type[Config]]) -> list[tuple[type[Config], ConfigKey]]:
+    found = []
+    for owner in owners:
+        for key in config_keys(owner):
+            if key.name == name:
+                found.append((owner, key))
+    return found
+
+
+def _sections_below(matches: Sequence[tuple[type[Config], ConfigKey]]) -> list[type[Config]]:
+    """Section classes of the matched keys, each once, in order."""
+    sections: list[type[Config]] = []
+    for _, key in matches:
+        for section in key.sections:
+            if section not in sections:
+                sections.append(section)
+    return sections
+
+
+def _is_item(part: str, parents: Sequence[tuple[type[Config], ConfigKey]]) -> bool:
+    """Whether `part` may be a name in a mapping, or a position in a list, that a parent key holds."""
+    for owner, key in parents:
+        annotation = owner.model_fields[key.name].annotation
+        for member in [annotation, *typing.get_args(annotation)]:
+            origin = typing.get_origin(member)
+            if origin is dict or (origin in (list, tuple) and part.isdigit()):
+                return True
+    return False
 
 
 def all_sections(roots: Sequence[type[Config]]) -> list[type[Config]]:

@@ -10,9 +10,15 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from landiff.configs.base import Config
+from landiff.configs.base import Config, ConfigError
 from landiff.configs.paths import IMPORT_ROOT
-from landiff.configs.reference import ConfigKey, all_sections, config_keys, section_name
+from landiff.configs.reference import (
+    ConfigKey,
+    all_sections,
+    config_keys,
+    explain,
+    section_name,
+)
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.stage_jobs import config_class
 
@@ -73,6 +79,36 @@ def test_the_meaning_is_the_description_on_one_line(keys):
 
 def test_sections_are_found_at_any_depth_and_once():
     assert all_sections([OuterConfig]) == [InnerConfig, OtherConfig]
+
+
+def test_a_key_is_explained_with_type_default_and_meaning():
+    assert explain(OuterConfig, "share").splitlines() == [
+        "share",
+        "  type:    number ≥ 0 and ≤ 1",
+        "  default: 0.5",
+        "  meaning: not described",
+    ]
+    assert "  meaning: where results are written" in explain(OuterConfig, "folder")
+
+
+def test_a_section_is_explained_with_its_keys():
+    assert explain(OuterConfig, "single").splitlines()[-1] == "  keys of Inner: kind, size"
+    assert explain(OuterConfig, "single.size").splitlines()[2] == "  default: 3"
+
+
+def test_keys_of_several_classes_are_explained_for_each():
+    text = explain(OuterConfig, "either.first.kind")
+    assert "either.first.kind (Inner)" in text
+    assert "either.first.kind (Other)" in text
+    assert explain(OuterConfig, "either.first.deeper.size").startswith("either.first.deeper.size\n")
+    assert explain(OuterConfig, "either.first").startswith("either.first\n  type:    mapping")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"'single\.sise'; did you mean 'size'"):
+        explain(OuterConfig, "single.sise")
+    with pytest.raises(ConfigError, match=r"unknown config key 'rate\.x'"):
+        explain(OuterConfig, "rate.x")
 
 
 def test_every_key_of_every_command_has_words():
