@@ -1,6 +1,6 @@
 """The `landiff` command: parses the command line, calls the command, turns errors into exit codes.
 
-Nothing heavy is imported before the command is known.
+Nothing heavy is imported before the command is known, not even pydantic, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 
 from landiff.launchers.arguments import build_parser, parse_command
-from landiff.launchers.local.children import follow_parent
 
 FAILED = 1
 CONFIG_ERROR = 2
@@ -33,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         use_utf8()
-    follow_parent()
     open_missing_streams()
-    parser = build_parser()
-    args = parse_command(parser, sys.argv[1:] if argv is None else argv)
+    args = parse_command(build_parser(), sys.argv[1:] if argv is None else argv)
 
     from landiff.configs.base import ConfigError
     from landiff.configs.disk_errors import explain
+    from landiff.launchers.local.children import follow_parent
 
+    follow_parent()
     try:
         if args.workdir:
             os.makedirs(args.workdir, exist_ok=True)

@@ -58,7 +58,7 @@ def explain_key(key: str, config_name: str | None = None) -> str:
         raise ConfigError(f"unknown config key {key!r}: it is no key of {', '.join(names)}")
     parts = []
     for text, found in configs_by_text.items():
-        parts.append(f"{text.rstrip()}\nKey of the configs: {', '.join(found)}")
+        parts.append(f"{text.rstrip()}\n  configs: {', '.join(found)}")
     return "\n\n".join(parts)
 
 

@@ -111,9 +111,9 @@ def test_the_zoo_says_what_it_has(capsys, tmp_path):
 def test_config_explains_a_key_with_the_configs_that_have_it(capsys):
     code, out, _ = run(capsys, "config", "explain", "loop.keep_every")
     assert code == 0 and "loop.keep_every" in out
-    assert "Key of the configs: tokenizer, lm, diffusion" in out
+    assert "configs: tokenizer, lm, diffusion" in out
     code, out, _ = run(capsys, "config", "explain", "parallel.tensor", "--config", "nano/lm")
-    assert code == 0 and "Key of the configs: lm" in out
+    assert code == 0 and "configs: lm" in out
     code, out, _ = run(capsys, "config", "explain", "seed", "--config", "nano/sample")
     assert code == 0 and "42" in out
 

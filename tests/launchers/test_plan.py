@@ -198,4 +198,4 @@ def test_the_command_prints_a_ranking(capsys):
     assert main([*command, "--top", "1"]) == 0
     title, line = capsys.readouterr().out.splitlines()
     assert title.split() == ["s/step", "GiB", "change"]
-    assert "recompute=false data.micro_batch_size=" in line
+    assert "data.micro_batch_size=" in line
