@@ -257,14 +257,14 @@ def test_an_optimizer_state_by_rank_is_refused_with_the_way_out(tmp_path):
         read_state(tmp_path / "out", CONFIG)
 
 
-@pytest.mark.parametrize("what", ["weights", "exp_avg"])
+@pytest.mark.parametrize("what", ["masters", "exp_avg"])
 def test_a_checkpoint_with_infinity_is_not_converted(tmp_path, what):
     good = state()
-    tensors = dict(good.weights if what == "weights" else good.moments[what])
+    tensors = dict(good.masters if what == "masters" else good.moments[what])
     tensors["head.weight"] = torch.full_like(tensors["head.weight"], float("inf"))
     bad = LazyTensors.of(tensors)
-    if what == "weights":
-        source = replace(good, weights=bad)
+    if what == "masters":
+        source = replace(good, masters=bad)
     else:
         source = replace(good, moments={**good.moments, what: bad})
     with pytest.raises(UnhealthyError, match=r"NaN or infinity in .*output_layer\.weight"):

@@ -1,0 +1,75 @@
+"""Every `landiff` command in the documentation parses, and every config key in it exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from landiff.configs.loader import load
+from landiff.launchers.arguments import build_parser, parse_command
+from landiff.launchers.slurm.stage_jobs import config_class
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(?:\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PLACEHOLDERS = ("…", "...", "STAGE", "SOURCE", "FORMAT", "COMMAND")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command line) of every line in a code block that starts with `landiff`."""
+    found = []
+    for page in PAGES:
+        for block in FENCE.findall(page.read_text(encoding="utf-8")):
+            text = block.replace("\\\n", " ")
+            for line in text.splitlines():
+                command = line.strip().removeprefix("$ ")
+                if not command.startswith("landiff "):
+                    continue
+                if any(word in command for word in PLACEHOLDERS):
+                    continue
+                found.append((page.name, command))
+    return found
+
+
+def test_there_are_commands():
+    assert len(commands()) > 40
+
+
+@pytest.mark.parametrize(("page", "command"), commands(), ids=lambda text: text[:60])
+def test_a_documented_command_parses_and_its_keys_exist(page, command):
+    words = shlex.split(command, comments=True)[1:]
+    if ">" in words:
+        words = words[: words.index(">")]
+    if words in (["--help"], ["--version"]):
+        return
+    args = parse_command(build_parser(), words)
+    stage = getattr(args, "stage", None) or args.command
+    config = getattr(args, "config", None)
+    if args.command == "submit":
+        inner = parse_command(build_parser(), submitted(args))
+        stage, config, args = inner_stage(inner), getattr(inner, "config", None), inner
+    if not config or not packaged(config):
+        return
+    assert load(config_class(stage), config, args.overrides)
+
+
+def submitted(args) -> list[str]:
+    """The command of the stage that a `submit` line runs."""
+    if args.stage == "pipeline":
+        return ["doctor"]
+    command = (
+        ["train", args.stage] if args.stage in ("tokenizer", "lm", "diffusion") else [args.stage]
+    )
+    return [*command, *args.rest]
+
+
+def inner_stage(args) -> str:
+    return getattr(args, "stage", None) or args.command
+
+
+def packaged(name: str) -> bool:
+    """Whether a config is one of the packaged ones; others do not exist here."""
+    return (ROOT / "configs" / f"{name}.yaml").is_file()
