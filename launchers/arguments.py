@@ -77,11 +77,10 @@ def parse_command(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     elif texts:
         args, unknown = parser.parse_known_args([*words, "--", *texts])
     takes_overrides = args.command == "convert" or getattr(args, "config", None) is not None
-    hint = "; overrides are written key=value" if takes_overrides else ""
-    if not takes_overrides:
-        unknown = unknown or overrides
-    if unknown:
-        parser.error(f"unrecognised argument {unknown[0]!r}{hint}")
+    if unknown and takes_overrides:
+        parser.error(f"unrecognised argument {unknown[0]!r}; overrides are written key=value")
+    if not takes_overrides and (unknown or overrides):
+        parser.error(f"unrecognised argument {[*unknown, *overrides][0]!r}")
     args.argv = list(argv)
     args.overrides = overrides
     return args
@@ -127,10 +126,12 @@ def split_prompts(parser: Parser, words: Sequence[str]) -> tuple[list[str], list
             prompts.append(word)
         else:
             nearest = difflib.get_close_matches(key, SampleConfig.model_fields, n=1, cutoff=0.5)
-            suggestion = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            problem = f"unknown config key {key!r} in {word!r}"
+            if nearest:
+                problem += f"; did you mean {nearest[0]!r}?"
             parser.error(
-                f"unknown config key {key!r} in {word!r}{suggestion} Write a prompt that begins "
-                f"with KEY= after --:  landiff sample --config ... -- {shlex.quote(word)}"
+                f"{problem} (Write a prompt that begins with KEY= after --:  "
+                f"landiff sample --config ... -- {shlex.quote(word)})"
             )
     return prompts, overrides
 

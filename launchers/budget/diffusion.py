@@ -164,16 +164,24 @@ def memory_by_part(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int)
     stage = config.zero.stage
     element = element_bytes(config)
     optimizer_bytes = 12 if config.precision == "bf16" else 8
+    # ZeRO 1 divides the optimizer over the GPUs, 2 also gradients, 3 also weights.
+    weight_parts = gpus if stage == 3 else 1
+    gradient_parts = gpus if stage >= 2 else 1
     clips = config.data.micro_batch_size
     rows = clips * num_tokens(config.model.transformer)
     # Recomputation keeps the input of every block, and all activations of the block in work.
-    widths = cost.num_layers + KEPT_CONTROL if config.recompute else cost.kept_widths
+    widths = cost.kept_widths
+    if config.recompute:
+        widths = cost.num_layers + KEPT_CONTROL
+    buckets = 0
+    if gpus > 1:
+        buckets = zero_buckets(config.zero, cost.trained, element)
     blocks = rows * config.model.transformer.hidden_size * element * widths
     return {
-        "weights": (cost.frozen + cost.trained) * element // (gpus if stage == 3 else 1),
-        "gradients": cost.trained * 4 // (gpus if stage >= 2 else 1),  # summed in float32
+        "weights": (cost.frozen + cost.trained) * element // weight_parts,
+        "gradients": cost.trained * 4 // gradient_parts,  # summed in float32
         "optimizer": cost.trained * optimizer_bytes // gpus,
-        "buckets": zero_buckets(config.zero, cost.trained, element) if gpus > 1 else 0,
+        "buckets": buckets,
         "activations": blocks + clips * cost.semantic_elements * element,
         "runtime": RUNTIME_BYTES,
     }

@@ -30,7 +30,6 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     rows = config.data.micro_batch_size * length  # tokens of a packed row
     own = parameters_of_fullest_rank(config, module)
     forward = forward_flops(module, length, text)
-    passes = 4.0 if config.recompute else 3.0
     batch = config.data.global_batch_size
     element = element_bytes(config)
 
@@ -55,7 +54,7 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
         parameters={"all": count_parameters(module), "per GPU": own},
         memory=memory_of_fullest_rank(config, own, rows, copies, micro_batches),
         model_flops=3.0 * forward * batch,
-        hardware_flops=passes * forward * batch,
+        hardware_flops=(4.0 if config.recompute else 3.0) * forward * batch,
         clips_per_step=batch,
         tokens_per_step=batch * length,
         copies=copies,
@@ -92,8 +91,10 @@ def parameters_of_fullest_rank(config: LMTrainConfig, module: LanguageModel) -> 
     embedding = padded_vocabulary(config) * config.model.hidden_size // tensor
     first = embedding + count_parameters(module.text) + count_parameters(module.micro)
     last = embedding + count_parameters(module.final_norm)
-    ends = first + last if pipeline == 1 else max(first, last)
-    return (matrices // tensor + norms) // pipeline + ends
+    layers = (matrices // tensor + norms) // pipeline
+    if pipeline == 1:
+        return layers + first + last
+    return layers + max(first, last)
 
 
 def memory_of_fullest_rank(

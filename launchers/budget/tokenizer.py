@@ -22,10 +22,16 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> BudgetPlan:
     layers = 2 * sizes.num_layers  # encoder and decoder
     # A frame attends to about half of the others.
     forward = layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width / 2)
-    passes = 4.0 if config.recompute else 3.0
     # Under autocast, norms and the residual stream stay float32.
     element = 4 if config.precision == "fp32" else 3
-    kept = layers + KEPT if config.recompute else layers * KEPT
+    passes = 3.0
+    kept = layers * KEPT
+    if config.recompute:
+        passes = 4.0
+        kept = layers + KEPT
+    gradient_bytes = 0
+    if gpus > 1:
+        gradient_bytes = 8 * parameters
     rows = config.data.micro_batch_size * tokens
     batch = config.data.global_batch_size
     return BudgetPlan(
@@ -47,7 +53,7 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> BudgetPlan:
         clips_per_step=batch,
         tokens_per_step=batch * codes,
         copies=gpus,
-        gradient_bytes=8 * parameters if gpus > 1 else 0,
+        gradient_bytes=gradient_bytes,
         overlap=True,
         notes=(f"{visual} visual and {codes} code tokens a clip",),
     )

@@ -232,8 +232,8 @@ def diffusion_losses(
             inputs.latents_BTCHW,
             inputs.text_BLD,
             features_BTChw,
-            inputs.noise_BTCHW,
-            inputs.timestep_B,
+            noise_BTCHW=inputs.noise_BTCHW,
+            timestep_B=inputs.timestep_B,
             prefix=prefix,
             skip=skip,
         )

@@ -57,21 +57,21 @@ def sample_videos(config: SampleConfig) -> list[str]:
     models = load_models(config, pick_device(config.device))
     config.out.mkdir(parents=True, exist_ok=True)
     seeds = [config.seed + SEED_STEP * i for i in range(len(config.prompts))]
-    videos_FHWC = generate_videos(models, config, seeds)
+    videos_THWC = generate_videos(models, config, seeds)
     names = []
-    for number, (prompt, video_FHWC) in enumerate(zip(config.prompts, videos_FHWC, strict=True)):
+    for number, (prompt, video_THWC) in enumerate(zip(config.prompts, videos_THWC, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:MAX_SLUG] or "prompt"
         path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
-        write_mp4(path, video_FHWC.numpy(), config.fps)
+        write_mp4(path, video_THWC.numpy(), config.fps)
         events = config.out.parent / "runs" / "sample" / "tensorboard"
-        log_videos(events, 0, {f"sample/{number:02d} {prompt[:MAX_TAG]}": video_FHWC}, config.fps)
+        log_videos(events, 0, {f"sample/{number:02d} {prompt[:MAX_TAG]}": video_THWC}, config.fps)
         print(f"sample: {path}")
         names.append(path.name)
     return names
 
 
 def generate_videos(models: Models, config: SampleConfig, seeds: list[int]) -> list[Tensor]:
-    """One uint8 video [F, H, W, 3] for each prompt, on the CPU."""
+    """One uint8 video [T, H, W, 3] for each prompt, on the CPU."""
     lines: dict[str, ProgressLine] = {}
 
     def progress(what: str, done: int, total: int) -> None:
@@ -82,7 +82,7 @@ def generate_videos(models: Models, config: SampleConfig, seeds: list[int]) -> l
     sampler = SamplerOptions(num_steps=config.steps, guidance=config.guidance)
     # Videos whose end the language model predicts differ in length, so they are generated alone.
     batch_size = 1 if config.tokens.predict_end else len(config.prompts)
-    videos_FHWC: list[Tensor] = []
+    videos_THWC: list[Tensor] = []
     for first in range(0, len(config.prompts), batch_size):
         batch = slice(first, first + batch_size)
         generated = generate(
@@ -96,5 +96,5 @@ def generate_videos(models: Models, config: SampleConfig, seeds: list[int]) -> l
             clean_frames=config.clean_frames,
             progress=progress,
         )
-        videos_FHWC.extend(generated.frames_BFHWC.cpu())
-    return videos_FHWC
+        videos_THWC.extend(generated.frames_BFHWC.cpu())
+    return videos_THWC

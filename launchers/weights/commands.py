@@ -101,6 +101,6 @@ def describe_entry(entry: ZooEntry) -> str:
     provenance = entry.provenance
     paths = [source.get("path", "?") for source in provenance.get("sources", ())]
     origin = ", ".join(paths) or "unknown origin"
-    step = provenance.get("step")
-    step_text = f"step {step}, " if step is not None else ""
-    return f"{entry.kind:<14}{entry.reference}  {step_text}from {origin}"
+    if provenance.get("step") is not None:
+        return f"{entry.kind:<14}{entry.reference}  step {provenance['step']}, from {origin}"
+    return f"{entry.kind:<14}{entry.reference}  from {origin}"
