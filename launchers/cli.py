@@ -1,4 +1,7 @@
-"""`landiff`: one command for every step. Imports nothing heavy before a command is known."""
+"""The `landiff` command: parses the command line, calls the command, turns errors into exit codes.
+
+Nothing heavy is imported before the command is known, not even pydantic, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,37 @@ import argparse
 import locale
 import os
 import sys
+from collections.abc import Callable
 
 from landiff.launchers.arguments import build_parser, parse_command
-from landiff.launchers.local.children import follow_parent
 
+FAILED = 1
+CONFIG_ERROR = 2
+DISK_ERROR = 3
+INTERRUPTED = 130  # what a shell reports of a command that SIGINT ended
 PIPE_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
-READERS = (
-    "config",
-    "completion",
-    "zoo",
-    "status",
-    "logs",
-    "plan",
-    "doctor",
-)  # nothing is lost when nobody reads on
+READ_ONLY_COMMANDS = ("config", "completion", "zoo", "status", "logs", "plan", "doctor")
+"""Commands that only print: a closed standard output loses no work."""
+
+Handler = Callable[[argparse.Namespace], int]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command and returns its exit code.
 
-    Returns its exit code. A mistake is reported as one clear line: code 2 for the user's, 3 for the
-    disk's, else 1; 141 where standard output was closed.
+    Errors are reported as one message. Exit codes: 1 job failed, 2 mistake in config or arguments,
+    3 disk or file error, 130 interrupted, 141 standard output closed.
     """
     if argv is None:
         use_utf8()
-    follow_parent()
     open_missing_streams()
-    parser = build_parser()
-    args = parse_command(parser, sys.argv[1:] if argv is None else argv)
+    args = parse_command(build_parser(), sys.argv[1:] if argv is None else argv)
 
     from landiff.configs.base import ConfigError
     from landiff.configs.disk_errors import explain
-    from landiff.configs.secrets import redact
+    from landiff.launchers.local.children import follow_parent
 
+    follow_parent()
     try:
         if args.workdir:
             os.makedirs(args.workdir, exist_ok=True)
@@ -48,47 +49,91 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ConfigError as error:
         sys.stdout.flush()
-        print(redact(f"landiff {args.command}: {error}"), file=sys.stderr)
-        return 2
+        return report(args, str(error), CONFIG_ERROR)
     except BrokenPipeError:
         silence_stdout()
-        if args.command not in READERS:
-            print(
-                f"landiff {args.command}: standard output was closed, so the command ended; "
-                "redirect it to a file and run "
+        if args.command not in READ_ONLY_COMMANDS:
+            report(
+                args,
+                "standard output was closed, so the command ended; redirect it to a file and run "
                 "the same command again",
-                file=sys.stderr,
+                PIPE_CLOSED,
             )
         return PIPE_CLOSED
     except OSError as error:
-        print(redact(f"landiff {args.command}: {explain(error)}"), file=sys.stderr)
-        return 3
+        return report(args, explain(error), DISK_ERROR)
     except KeyboardInterrupt:
-        print(
-            f"landiff {args.command}: interrupted; run the same command again to resume",
-            file=sys.stderr,
-        )
-        return 130
+        return report(args, "interrupted; run the same command again to resume", INTERRUPTED)
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Exit code of a parsed command; failures of jobs and of SLURM are reported here."""
-    from landiff.configs.secrets import redact
-    from landiff.launchers import jobs
+    """Runs a parsed command and returns its exit code. Reports failures of jobs and of SLURM."""
+    from landiff.launchers.commands import JobFailed
     from landiff.launchers.slurm.client import SlurmError
 
+    handler = find_handler(args.command)
     try:
-        return jobs.run(args)
-    except (jobs.JobFailed, SlurmError) as error:
+        return handler(args)
+    except JobFailed as error:
         sys.stdout.flush()
-        print(redact(f"landiff {args.command}: {error}"), file=sys.stderr)
-        return 1 if isinstance(error, jobs.JobFailed) else 2
+        return report(args, str(error), FAILED)
+    except SlurmError as error:
+        sys.stdout.flush()
+        return report(args, str(error), CONFIG_ERROR)
+
+
+def find_handler(command: str) -> Handler:
+    """The function behind a command. Imports only the modules of that command."""
+    match command:
+        case "shards":
+            from landiff.launchers.data.commands import shards_command as handler
+        case "precompute":
+            from landiff.launchers.data.commands import precompute_command as handler
+        case "train":
+            from landiff.launchers.local.train import train_command as handler
+        case "convert":
+            from landiff.launchers.weights.commands import convert_command as handler
+        case "zoo":
+            from landiff.launchers.weights.commands import zoo_command as handler
+        case "sample":
+            from landiff.launchers.results.commands import sample_command as handler
+        case "evaluate":
+            from landiff.launchers.results.commands import evaluate_command as handler
+        case "config":
+            from landiff.launchers.show_config import config_command as handler
+        case "completion":
+            from landiff.launchers.completion import completion_command as handler
+        case "quickstart":
+            from landiff.launchers.pipeline import quickstart_command as handler
+        case "submit":
+            from landiff.launchers.slurm.commands import submit_command as handler
+        case "status":
+            from landiff.launchers.slurm.commands import status_command as handler
+        case "logs":
+            from landiff.launchers.slurm.commands import logs_command as handler
+        case "stop":
+            from landiff.launchers.slurm.commands import stop_command as handler
+        case "doctor":
+            from landiff.launchers.slurm.commands import doctor_command as handler
+        case "plan":
+            from landiff.launchers.budget.plan import plan_command as handler
+        case _:
+            raise AssertionError(f"no handler for the command {command!r}")
+    return handler
+
+
+def report(args: argparse.Namespace, message: str, code: int) -> int:
+    """Prints an error message without secrets to standard error. Returns `code`."""
+    from landiff.configs.secrets import redact
+
+    print(redact(f"landiff {args.command}: {message}"), file=sys.stderr)
+    return code
 
 
 def use_utf8() -> None:
-    """Starts this process again in Python's UTF-8 mode where the locale has another encoding.
+    """Restarts this process in Python's UTF-8 mode if the locale has another encoding.
 
-    Paths, prompts and configs are UTF-8; in a C or Latin-1 locale they could not be read or printed.
+    Paths, prompts and configs are UTF-8. A C or Latin-1 locale cannot read or print all of them.
     """
     encoding = locale.getencoding().lower().replace("-", "")
     if sys.flags.utf8_mode or encoding == "utf8" or not sys.executable:
@@ -98,19 +143,19 @@ def use_utf8() -> None:
 
 
 def open_missing_streams() -> None:
-    """Sends output nowhere where the descriptor was closed before Python started."""
+    """Opens the null device for a standard stream that was closed before Python started."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until exit
             setattr(sys, name, stream)
 
 
 def silence_stdout() -> None:
-    """What is still buffered goes nowhere, so that the interpreter does not fail on it at exit."""
+    """Discards buffered output, so that the interpreter does not fail on it at exit."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until exit
 
 
 if __name__ == "__main__":

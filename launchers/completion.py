@@ -1,4 +1,4 @@
-"""Shell completion for `landiff`, generated from its argument parser. Torch-free."""
+"""The command `landiff completion`: shell completion from the argument parser. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Literal
 import shtab
 
 from landiff.configs.loader import packaged_names
-from landiff.launchers.arguments import all_options
+from landiff.launchers.arguments import all_options, build_parser
 
 Shell = Literal["bash", "zsh", "fish"]
 
 CLUSTER = "cluster/"  # packaged configs below it are cluster files
+CONFIG_OPTIONS = {"config", "explained_config"}
 FOLDER_OPTIONS = {"workdir", "zoo", "out", "run", "report"}
 CONFIG_FUNCTION = "_landiff_config_names"
 CLUSTER_FUNCTION = "_landiff_cluster_names"
+
+
+def completion_command(args: argparse.Namespace) -> int:
+    """Prints the completion script of the shell `args.shell`. Returns the exit code."""
+    print(completion_script(build_parser(), args.shell), end="")
+    return 0
 
 
 def completion_script(parser: argparse.ArgumentParser, shell: Shell) -> str:
@@ -24,14 +31,9 @@ def completion_script(parser: argparse.ArgumentParser, shell: Shell) -> str:
     Completes commands, options and their choices, packaged config names, files and folders.
     """
     for option in all_options(parser):
-        if option.dest == "config":
-            option.complete = calls(CONFIG_FUNCTION)
-        elif option.dest == "cluster":
-            option.complete = calls(CLUSTER_FUNCTION)
-        elif option.dest in FOLDER_OPTIONS:
-            option.complete = shtab.DIRECTORY
-        elif option.dest == "sources":
-            option.complete = shtab.FILE
+        completer = completer_of(option)
+        if completer is not None:
+            vars(option)["complete"] = completer  # the attribute that shtab reads
     names = packaged_names()
     stages = [name for name in names if not name.startswith(CLUSTER)]
     clusters = [name.removeprefix(CLUSTER) for name in names if name.startswith(CLUSTER)]
@@ -40,6 +42,19 @@ def completion_script(parser: argparse.ArgumentParser, shell: Shell) -> str:
         names_or_files(CLUSTER_FUNCTION, clusters, shell),
     ]
     return shtab.complete(parser, shell, preamble={shell: "\n".join(functions)})
+
+
+def completer_of(option: argparse.Action) -> dict[str, str] | None:
+    """How each shell completes the values of an option; None for shtab's default."""
+    if option.dest in CONFIG_OPTIONS:
+        return calls(CONFIG_FUNCTION)
+    if option.dest == "cluster":
+        return calls(CLUSTER_FUNCTION)
+    if option.dest in FOLDER_OPTIONS:
+        return shtab.DIRECTORY
+    if option.dest == "sources":
+        return shtab.FILE
+    return None
 
 
 def calls(function: str) -> dict[str, str]:

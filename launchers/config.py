@@ -1,11 +1,18 @@
-"""Configs of the jobs that join several rooms. Torch-free."""
+"""Configs of the commands that combine several packages. Torch-free."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from landiff.configs.base import Config
 from landiff.data_pipeline.ingest.config import ShardsConfig
@@ -14,68 +21,130 @@ from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
 
 
 class ShardsJobConfig(ShardsConfig):
-    """`landiff shards`: what is cut, which decides the bytes of the shards, and where they go, which does not."""
+    """`landiff shards`: the content of the shards, and the folder they are written to."""
 
-    data: Path
+    data: Path = Field(
+        description="Data folder. Shards go to its subfolder `raw`, the manifest to "
+        "`manifest.json`. Does not affect the bytes of the shards."
+    )
 
     @property
     def content(self) -> ShardsConfig:
+        """The part of the config that determines the bytes of the shards."""
         return ShardsConfig.model_validate(self.model_dump(exclude={"data"}))
 
 
 class SampleConfig(Config):
-    """Prompts -> tokens -> latents -> mp4."""
+    """`landiff sample`: from prompts to tokens, latents and mp4 files."""
 
-    zoo: Path
-    out: Path  # folder of the mp4 files
-    lm: str = "lm"  # zoo references
-    tokenizer: str = "tokenizer"
-    diffusion: str = "diffusion"
-    lm_text: TextConfig
-    diffusion_text: TextConfig
-    codec: CodecConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    prompts: tuple[str, ...] = ()
-    num_latent_frames: PositiveInt = 13
-    fps: PositiveFloat = 8.0
-    motion_score: NonNegativeFloat | None = None  # None: 0.1
-    tokens: TokenSamplingConfig = TokenSamplingConfig()
-    steps: PositiveInt = 50  # of the diffusion sampler
-    guidance: NonNegativeFloat = (
-        6.0  # of the diffusion model: the scale moves between 1 and 1 + guidance
+    zoo: Path = Field(description="Zoo folder with the three models.")
+    out: Path = Field(description="Folder of the mp4 files.")
+    lm: str = Field(
+        default="lm",
+        description="Zoo reference of the language model: name, name@fingerprint or path.",
     )
-    clean_frames: NonNegativeInt = 7  # latents that a chunk of a long video keeps of the one before
-    seed: NonNegativeInt = 42
-    # fp32: the weights as they are. bf16: as the release samples (§4.5, §5.11); norms, head and quantiser stay float32
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str = "auto"
+    tokenizer: str = Field(default="tokenizer", description="Zoo reference of the tokenizer.")
+    diffusion: str = Field(
+        default="diffusion",
+        description="Zoo reference of the diffusion model, control branch included.",
+    )
+    lm_text: TextConfig = Field(description="Text encoder of the language model.")
+    diffusion_text: TextConfig = Field(
+        description="Text encoder of the diffusion model. Must be padded."
+    )
+    codec: CodecConfig = Field(description="Codec that decodes latents to frames.")
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="Noise schedule of the diffusion model."
+    )
+    prompts: tuple[str, ...] = Field(
+        default=(),
+        description="One video is sampled for each prompt. Prompts on the command line replace "
+        "them.",
+    )
+    num_latent_frames: PositiveInt = Field(
+        default=13,
+        description="Length of each video in latent frames: one chunk, or one chunk and whole "
+        "strides of further chunks.",
+    )
+    fps: PositiveFloat = Field(default=8.0, description="Frames per second of the mp4 files.")
+    motion_score: NonNegativeFloat | None = Field(
+        default=None,
+        description="Motion score for the language model, in frame heights per second; null "
+        "means 0.1.",
+    )
+    tokens: TokenSamplingConfig = Field(
+        default=TokenSamplingConfig(),
+        description="How the language model draws semantic tokens.",
+    )
+    steps: PositiveInt = Field(
+        default=50, description="Sampling steps of the diffusion model for each chunk, at least 2."
+    )
+    guidance: NonNegativeFloat = Field(
+        default=6.0,
+        description="Guidance of the diffusion model. The scale varies between 1 and "
+        "1 + `guidance` over the sampling steps.",
+    )
+    clean_frames: NonNegativeInt = Field(
+        default=7,
+        description="Latent frames that each further chunk of a long video takes from the end of "
+        "the chunk before, as its clean prefix.",
+    )
+    seed: NonNegativeInt = Field(
+        default=42, description="Random seed of the first prompt; prompt i uses seed + 1000 i."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="`fp32` uses the weights as they are stored. `bf16` samples as the release "
+        "does (§4.5, §5.11): norms, output head and quantizer stay float32.",
+    )
+    device: str = Field(
+        default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
+    )
 
     @field_validator("prompts")
     @classmethod
-    def _no_empty_prompt(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        """Rejects empty prompts, and those with lone surrogates, which cannot be encoded."""
         for i, prompt in enumerate(prompts):
             if not prompt.strip():
-                raise ValueError(f"prompt {i} is empty; say what the video shows")
+                raise ValueError(f"prompt {i} is empty; describe what the video shows")
             if any("\ud800" <= letter <= "\udfff" for letter in prompt):
                 raise ValueError(
-                    f"prompt {i}, {prompt!a}, is not valid UTF-8 text; check the encoding of the terminal or file"
+                    f"prompt {i}, {prompt!a}, is not valid UTF-8 text; check the encoding of the "
+                    "terminal or file"
                 )
         return prompts
 
 
 class EvaluateConfig(Config):
-    """Losses with the right and with wrong conditions, on a sample of the data set."""
+    """`landiff evaluate`: losses under right and wrong conditions, on clips of a data folder."""
 
-    zoo: Path
-    data: Path
-    out: Path  # the JSON file of results
-    lm: str = "lm"
-    tokenizer: str = "tokenizer"
-    diffusion: str = "diffusion"
-    schedule: ScheduleConfig = ScheduleConfig()
-    lm_text_column: str
-    diffusion_text_column: str
-    prefix_frames: PositiveInt
-    samples: PositiveInt = 32
-    seeds: PositiveInt = 5  # each draws other clips, wrong partners, noise and timesteps
-    device: str = "auto"
+    zoo: Path = Field(description="Zoo folder with the three models.")
+    data: Path = Field(description="Data folder with the columns named below, tokens and latents.")
+    out: Path = Field(description="JSON file of the results.")
+    lm: str = Field(default="lm", description="Zoo reference of the language model.")
+    tokenizer: str = Field(default="tokenizer", description="Zoo reference of the tokenizer.")
+    diffusion: str = Field(
+        default="diffusion",
+        description="Zoo reference of the diffusion model, control branch included.",
+    )
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="Noise schedule of the diffusion model."
+    )
+    lm_text_column: str = Field(description="Column of text states for the language model.")
+    diffusion_text_column: str = Field(description="Column of text states for the diffusion model.")
+    prefix_frames: PositiveInt = Field(
+        description="Latent frames of the clean prefix in the prefix test; the loss is compared "
+        "on the later frames."
+    )
+    samples: PositiveInt = Field(
+        default=32, description="Clips for each seed, at most the whole data set; at least 2."
+    )
+    seeds: PositiveInt = Field(
+        default=5,
+        description="Number of repetitions. Each draws its own clips, wrong conditions, noise and "
+        "timesteps.",
+    )
+    device: str = Field(
+        default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
+    )

@@ -1,12 +1,14 @@
-"""The walk as a graph of stages, and the quickstart that runs it here, one stage after the other.
+"""The pipeline as a graph of stages, and `landiff quickstart`, which runs it on this machine.
 
-A stage is a `landiff` command line with the names of the stages it waits for; nothing in it is special to
-the quickstart. Every command goes on from where it was, so running the graph again continues it.
+A stage is a `landiff` command line with the names of the stages it waits for. Every command resumes
+where it stopped, so running the graph again continues it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -16,147 +18,187 @@ from pathlib import Path
 from statistics import fmean
 
 from landiff.configs.documents import read_json
+from landiff.configs.durations import duration
 from landiff.configs.files import write_text
 from landiff.launchers.local.children import environment
-from landiff.launchers.progress import duration
 from landiff.training.checkpoint.run_folder import read_metrics
+
+QUICKSTART_PROCESSES = 2  # of each trainer; nano/lm divides its model over two ranks
 
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """One command of the walk. `run` is the run folder whose losses belong to it, if it trains."""
+    """One command of the pipeline."""
 
     name: str
     title: str
-    command: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    run: str | None = None
-    look: str = ""  # where a person finds the result
+    command: tuple[str, ...]  # words after `landiff`
+    after: tuple[str, ...] = ()  # names of the stages it waits for
+    run: str | None = None  # run folder of a trainer, whose losses belong to the stage
+    output: str = ""  # the main result, relative to the working folder
 
 
 @dataclass
 class StageResult:
+    """Time, exit code and losses of a stage that was run. One entry of `summary.json`."""
+
     name: str
     seconds: float
     exit_code: int
     first_loss: float | None = None
     last_loss: float | None = None
-    look: str = ""
+    look: str = ""  # PipelineStage.output
 
 
-def pipeline_stages(
-    preset: str, processes: int, prompts: Sequence[str] = ()
-) -> list[PipelineStage]:
-    """The whole walk (architecture §1) with the packaged configs of a preset, in an order that can be run."""
+def quickstart_command(args: argparse.Namespace) -> int:
+    """Runs the nano pipeline. Returns the exit code."""
+    return quickstart(Path(args.out), args.prompt or (), args.dry_run)
 
-    def train(stage: str, config: str) -> tuple[str, ...]:
-        return ("train", stage, "--config", f"{preset}/{config}", "--nproc", str(processes))
 
-    def convert(run: str, name: str) -> tuple[str, ...]:
-        return ("convert", f"runs/{run}", "--name", name)
-
-    behind = ("--", *prompts) if prompts else ()
+def data_stages(preset: str, processes: int) -> list[PipelineStage]:
+    """Raw shards, the tokenizer, and all columns."""
     return [
         PipelineStage(
             "shards",
             "clips -> raw shards",
             ("shards", "--config", f"{preset}/shards"),
-            look="data/manifest.json",
+            output="data/manifest.json",
         ),
         PipelineStage(
             "features",
             "vision features",
             ("precompute", "--config", f"{preset}/features"),
-            ("shards",),
-            look="data/features",
+            after=("shards",),
+            output="data/features",
         ),
         PipelineStage(
             "tokenizer",
             "semantic tokenizer, torch DDP",
-            train("tokenizer", "tokenizer"),
-            ("features",),
-            "runs/tokenizer",
-            "runs/tokenizer",
+            train_words("tokenizer", f"{preset}/tokenizer", processes),
+            after=("features",),
+            run="runs/tokenizer",
+            output="runs/tokenizer",
         ),
         PipelineStage(
             "export tokenizer",
             "checkpoint -> zoo",
-            convert("tokenizer", "tokenizer"),
-            ("tokenizer",),
-            look="zoo/tokenizer",
+            export_words("runs/tokenizer", "tokenizer"),
+            after=("tokenizer",),
+            output="zoo/tokenizer",
         ),
         PipelineStage(
             "columns",
             "tokens, latents, text states",
             ("precompute", "--config", f"{preset}/precompute"),
-            ("export tokenizer",),
-            look="runs/precompute",
-        ),
-        PipelineStage(
-            "lm",
-            "language model, Megatron-core",
-            train("lm", "lm"),
-            ("columns",),
-            "runs/lm",
-            "runs/lm",
-        ),
-        PipelineStage(
-            "diffusion main",
-            "main transformer, DeepSpeed ZeRO",
-            train("diffusion", "diffusion-main"),
-            ("columns",),
-            "runs/diffusion-main",
-            "runs/diffusion-main",
-        ),
-        PipelineStage(
-            "export main",
-            "checkpoint -> zoo",
-            convert("diffusion-main", "main"),
-            ("diffusion main",),
-            look="zoo/main",
-        ),
-        PipelineStage(
-            "diffusion control",
-            "control branch, main frozen",
-            train("diffusion", "diffusion-control"),
-            ("export main",),
-            "runs/diffusion-control",
-            "runs/diffusion-control",
-        ),
-        PipelineStage(
-            "export lm", "checkpoint -> zoo", convert("lm", "lm"), ("lm",), look="zoo/lm"
-        ),
-        PipelineStage(
-            "export diffusion",
-            "checkpoint -> zoo",
-            convert("diffusion-control", "diffusion"),
-            ("diffusion control",),
-            look="zoo/diffusion",
-        ),
-        PipelineStage(
-            "evaluate",
-            "are the conditions used?",
-            ("evaluate", "--config", f"{preset}/evaluate"),
-            ("export lm", "export diffusion"),
-            look="evaluation.json",
-        ),
-        PipelineStage(
-            "sample",
-            "prompts -> mp4",
-            ("sample", "--config", f"{preset}/sample", *behind),
-            ("export lm", "export diffusion"),
-            look="samples",
+            after=("export tokenizer",),
+            output="runs/precompute",
         ),
     ]
 
 
+def model_stages(preset: str, processes: int) -> list[PipelineStage]:
+    """Training and export of the language model and the diffusion model."""
+    return [
+        PipelineStage(
+            "lm",
+            "language model, Megatron-core",
+            train_words("lm", f"{preset}/lm", processes),
+            after=("columns",),
+            run="runs/lm",
+            output="runs/lm",
+        ),
+        PipelineStage(
+            "diffusion main",
+            "main transformer, DeepSpeed ZeRO",
+            train_words("diffusion", f"{preset}/diffusion-main", processes),
+            after=("columns",),
+            run="runs/diffusion-main",
+            output="runs/diffusion-main",
+        ),
+        PipelineStage(
+            "export main",
+            "checkpoint -> zoo",
+            export_words("runs/diffusion-main", "main"),
+            after=("diffusion main",),
+            output="zoo/main",
+        ),
+        PipelineStage(
+            "diffusion control",
+            "control branch, main frozen",
+            train_words("diffusion", f"{preset}/diffusion-control", processes),
+            after=("export main",),
+            run="runs/diffusion-control",
+            output="runs/diffusion-control",
+        ),
+        PipelineStage(
+            "export lm",
+            "checkpoint -> zoo",
+            export_words("runs/lm", "lm"),
+            after=("lm",),
+            output="zoo/lm",
+        ),
+        PipelineStage(
+            "export diffusion",
+            "checkpoint -> zoo",
+            export_words("runs/diffusion-control", "diffusion"),
+            after=("diffusion control",),
+            output="zoo/diffusion",
+        ),
+    ]
+
+
+def result_stages(preset: str, prompts: Sequence[str]) -> list[PipelineStage]:
+    """Evaluation and samples."""
+    prompt_words = ("--", *prompts) if prompts else ()
+    return [
+        PipelineStage(
+            "evaluate",
+            "are the conditions used?",
+            ("evaluate", "--config", f"{preset}/evaluate"),
+            after=("export lm", "export diffusion"),
+            output="evaluation.json",
+        ),
+        PipelineStage(
+            "sample",
+            "prompts -> mp4",
+            ("sample", "--config", f"{preset}/sample", *prompt_words),
+            after=("export lm", "export diffusion"),
+            output="samples",
+        ),
+    ]
+
+
+def train_words(stage: str, config: str, processes: int) -> tuple[str, ...]:
+    """Words of a `landiff train` command."""
+    return ("train", stage, "--config", config, "--nproc", str(processes))
+
+
+def export_words(run: str, name: str) -> tuple[str, ...]:
+    """Words of the `landiff convert` command that exports a run to the zoo entry `name`."""
+    return ("convert", run, "--name", name)
+
+
+def pipeline_stages(
+    preset: str, processes: int, prompts: Sequence[str] = ()
+) -> list[PipelineStage]:
+    """The whole pipeline with the packaged configs of `preset`, in an order that can be run.
+
+    `processes` is the number of processes of each trainer.
+    """
+    return [
+        *data_stages(preset, processes),
+        *model_stages(preset, processes),
+        *result_stages(preset, prompts),
+    ]
+
+
 def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
-    """Run the nano walk in `out`. Returns the exit code of the first stage that fails, or 0."""
-    stages = pipeline_stages("nano", processes=2, prompts=prompts)
+    """Runs the nano pipeline in `out`. Returns the exit code of the first failed stage, or 0."""
+    stages = pipeline_stages("nano", QUICKSTART_PROCESSES, prompts)
     if dry_run:
         print(f"cd {out}")
         for stage in stages:
-            print("landiff " + " ".join(repr(c) if " " in c else c for c in stage.command))
+            print(f"landiff {shlex.join(stage.command)}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -168,53 +210,71 @@ def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
         write_summary(out, results, time.monotonic() - started)
         if result.exit_code:
             print(
-                f"\nlandiff quickstart: stage {stage.name!r} failed with exit code {result.exit_code}; its own message is above. "
-                f"Run the same command again to go on from here.",
+                f"\nlandiff quickstart: stage {stage.name!r} failed with exit code "
+                f"{result.exit_code}; its error message is above. Run the same command again to "
+                "resume from this stage.",
                 file=sys.stderr,
             )
             return result.exit_code
     print_table(results, time.monotonic() - started)
-    print(
-        f"\nlook next:  {out}/samples/*.mp4\n            tensorboard --logdir {out}/runs\n            {out}/summary.json"
-    )
+    print(f"\nnext steps:  play {out}/samples/*.mp4")
+    print(f"             tensorboard --logdir {out}/runs")
+    print(f"             read {out}/summary.json")
     return 0
 
 
 def run_stage(stage: PipelineStage, out: Path) -> StageResult:
-    """One stage as its own `landiff` process in `out`; its lines go straight to the person."""
+    """Runs one stage as a `landiff` process in `out`. Its output goes to the terminal."""
     started = time.monotonic()
-    code = subprocess.run(
-        [sys.executable, "-m", "landiff.launchers.cli", *stage.command], cwd=out, env=environment()
-    ).returncode
-    first, last = losses(out / stage.run) if stage.run else (None, None)
-    return StageResult(
-        stage.name, round(time.monotonic() - started, 1), code, first, last, stage.look
+    command = [sys.executable, "-m", "landiff.launchers.cli", *stage.command]
+    done = subprocess.run(command, cwd=out, env=environment())
+    result = StageResult(
+        name=stage.name,
+        seconds=round(time.monotonic() - started, 1),
+        exit_code=done.returncode,
+        look=stage.output,
     )
+    if stage.run is not None:
+        result.first_loss, result.last_loss = first_and_last_loss(out / stage.run)
+    return result
 
 
-def losses(run: Path, points: int = 5) -> tuple[float | None, float | None]:
-    """Mean over the first and over the last `points` logged losses of a run: a single batch says little."""
-    path = run / "metrics.jsonl"
-    values = [line["train/loss"] for line in read_metrics(path) if "train/loss" in line]
-    return (fmean(values[:points]), fmean(values[-points:])) if values else (None, None)
+def first_and_last_loss(run: Path, points: int = 5) -> tuple[float | None, float | None]:
+    """Mean of the first and of the last `points` logged losses of a run, to average out noise."""
+    values = []
+    for line in read_metrics(run / "metrics.jsonl"):
+        if "train/loss" in line:
+            values.append(line["train/loss"])
+    if not values:
+        return None, None
+    return fmean(values[:points]), fmean(values[-points:])
 
 
 def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> None:
-    """`summary.json`: the table, plus the evaluation and the videos once they are there."""
+    """Writes `summary.json`: the results of all stages, the evaluation and the names of videos."""
     evaluation = out / "evaluation.json"
     document = {
         "seconds": round(seconds, 1),
-        "stages": [vars(r) for r in results],
-        "evaluation": read_json(evaluation, allow_nonfinite=True) if evaluation.exists() else None,
-        "videos": sorted(str(p.relative_to(out)) for p in (out / "samples").glob("*.mp4")),
+        "stages": [vars(result) for result in results],
+        "evaluation": None,
+        "videos": sorted(str(path.relative_to(out)) for path in out.glob("samples/*.mp4")),
     }
+    if evaluation.exists():
+        document["evaluation"] = read_json(evaluation, allow_nonfinite=True)
     write_text(out / "summary.json", json.dumps(document, indent=1))
 
 
 def print_table(results: Sequence[StageResult], seconds: float) -> None:
-    print(f"\n{'stage':<20}{'time':>8}{'first loss':>13}{'last loss':>12}  look at")
-    for r in results:
-        first = f"{r.first_loss:.4f}" if r.first_loss is not None else ""
-        last = f"{r.last_loss:.4f}" if r.last_loss is not None else ""
-        print(f"{r.name:<20}{duration(r.seconds):>8}{first:>13}{last:>12}  {r.look}")
+    """Prints time, losses and output of each stage."""
+    print(f"\n{'stage':<20}{'time':>8}{'first loss':>13}{'last loss':>12}  output")
+    for result in results:
+        first = format_loss(result.first_loss)
+        last = format_loss(result.last_loss)
+        time_text = duration(result.seconds)
+        print(f"{result.name:<20}{time_text:>8}{first:>13}{last:>12}  {result.look}")
     print(f"{'all':<20}{duration(seconds):>8}")
+
+
+def format_loss(loss: float | None) -> str:
+    """A loss with four decimals; "" if there is none."""
+    return "" if loss is None else f"{loss:.4f}"

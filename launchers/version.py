@@ -1,3 +1,3 @@
-"""The version of the project. setup.py, `landiff --version` and exports read it here."""
+"""The version of the project, read by setup.py, `landiff --version` and exported weights."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The product's main job in small, run once as a new user would, and looked at from all sides."""
+"""`landiff quickstart`, run once as a new user would run it, and checks of everything it writes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def quickstart(out: Path) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "landiff.launchers.cli",
-        "quickstart",
-        "--out",
-        str(out),
-        "--prompt",
-        PROMPT,
-    ]
+    words = ["quickstart", "--out", str(out), "--prompt", PROMPT]
+    command = [sys.executable, "-m", "landiff.launchers.cli", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=1500
@@ -41,8 +33,8 @@ def quickstart(out: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory) -> SimpleNamespace:
-    out = tmp_path_factory.mktemp("walk") / "quickstart"
+def finished(tmp_path_factory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("pipeline") / "quickstart"
     done = quickstart(out)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return SimpleNamespace(
@@ -50,79 +42,79 @@ def walked(tmp_path_factory) -> SimpleNamespace:
     )
 
 
-def stage(walked, name: str) -> dict:
-    return next(s for s in walked.summary["stages"] if s["name"] == name)
+def stage(finished, name: str) -> dict:
+    return next(result for result in finished.summary["stages"] if result["name"] == name)
 
 
 @pytest.mark.timeout(1600)
-def test_every_stage_of_the_walk_ran_and_is_in_the_table(walked):
-    assert [s["name"] for s in walked.summary["stages"]] == [
-        s.name for s in pipeline_stages("nano", 2)
-    ]
-    table = walked.text[walked.text.rindex("first loss") :]
-    for s in walked.summary["stages"]:
-        assert s["exit_code"] == 0 and s["name"] in table
-    assert "look next" in walked.text
+def test_every_stage_of_the_pipeline_ran_and_is_in_the_table(finished):
+    results = finished.summary["stages"]
+    stages = pipeline_stages("nano", 2)
+    assert [result["name"] for result in results] == [stage.name for stage in stages]
+    table = finished.text[finished.text.rindex("first loss") :]
+    for result in results:
+        assert result["exit_code"] == 0 and result["name"] in table
+    assert "next steps" in finished.text
 
 
-def test_clips_that_cannot_be_used_are_set_aside_and_counted(walked):
-    counts = read_manifest(walked.out / "data").reject_counts
+def test_clips_that_cannot_be_used_are_rejected_and_counted(finished):
+    counts = read_manifest(finished.out / "data").reject_counts
     assert counts == {"shards/empty_caption": 1, "shards/too_short": 1}
-    assert "1 shards/empty_caption" in walked.text
+    assert "1 shards/empty_caption" in finished.text
 
 
 @pytest.mark.parametrize(
     ("name", "at_most"),
     [("tokenizer", 0.8), ("lm", 0.1), ("diffusion main", 0.8), ("diffusion control", 0.95)],
 )
-def test_every_loss_falls_clearly(walked, name, at_most):
-    """`at_most`: mean of the last five logged losses over that of the first five. The control branch starts where the
-    trained main transformer ended: it has less to gain."""
-    trained = stage(walked, name)
+def test_every_loss_falls_clearly(finished, name, at_most):
+    """`at_most` bounds the mean of the last five logged losses, relative to that of the first five.
+
+    The control branch starts from the trained main transformer, so its loss falls less.
+    """
+    trained = stage(finished, name)
     assert trained["last_loss"] < at_most * trained["first_loss"]
 
 
-def rows(walked) -> list[dict]:
-    found = walked.summary["evaluation"]["rows"]
+def rows(finished) -> list[dict]:
+    found = finished.summary["evaluation"]["rows"]
     assert len(found) == 5
     return found
 
 
-def test_the_language_model_beats_token_frequencies(walked):
-    assert all(row["lm"] < 0.8 * row["token frequencies alone"] for row in rows(walked))
+def test_the_language_model_beats_token_frequencies(finished):
+    assert all(row["lm"] < 0.8 * row["token frequencies alone"] for row in rows(finished))
 
 
-def test_the_language_model_listens_to_captions(walked):
-    assert all(row["lm, another clip's caption"] > row["lm"] for row in rows(walked))
+def test_the_language_model_uses_captions(finished):
+    assert all(row["lm, another clip's caption"] > row["lm"] for row in rows(finished))
 
 
-def test_the_control_branch_listens_to_tokens(walked):
-    assert all(row["diffusion, another clip's tokens"] > row["diffusion"] for row in rows(walked))
+def test_the_control_branch_uses_tokens(finished):
+    assert all(row["diffusion, another clip's tokens"] > row["diffusion"] for row in rows(finished))
 
 
-def test_a_clean_prefix_helps_the_later_frames(walked):
+def test_a_clean_prefix_helps_the_later_frames(finished):
     assert all(
         row["diffusion, later frames after a clean prefix"] < row["diffusion, later frames"]
-        for row in rows(walked)
+        for row in rows(finished)
     )
 
 
-def test_the_video_plays_everywhere(walked):
-    (video,) = (walked.out / "samples").glob("*.mp4")
-    assert [f"samples/{video.name}"] == walked.summary["videos"]
+def test_the_video_plays_everywhere(finished):
+    (video,) = (finished.out / "samples").glob("*.mp4")
+    assert [f"samples/{video.name}"] == finished.summary["videos"]
     with av.open(str(video)) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == (
-            "h264",
-            "yuv420p",
-            8,
-        )
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.average_rate == 8
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) == 17 and frames[0].shape == (64, 64, 3)
     assert all(frame.std() > 5 for frame in frames), "a sample is flat"
-    assert video.read_bytes().index(b"moov") < video.read_bytes().index(
-        b"mdat"
-    )  # starts before it is loaded
+    data = video.read_bytes()
+    # Players can start before the whole file is loaded.
+    assert data.index(b"moov") < data.index(b"mdat")
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -132,44 +124,41 @@ def events(folder: Path) -> EventAccumulator:
 
 
 @pytest.mark.parametrize("run", ["tokenizer", "lm", "diffusion-main", "diffusion-control"])
-def test_tensorboard_has_the_curves_of(walked, run):
-    tags = events(walked.out / "runs" / run / "tensorboard").Tags()["scalars"]
+def test_tensorboard_has_the_curves_of(finished, run):
+    tags = events(finished.out / "runs" / run / "tensorboard").Tags()["scalars"]
     for word in ("loss", "lr", "grad_norm", "throughput", "wait", "memory"):
-        assert [t for t in tags if word in t], f"no {word} among {tags}"
+        assert any(word in tag for tag in tags), f"no {word} among {tags}"
     if run == "tokenizer":
-        assert [t for t in tags if "codebook" in t]
+        assert any("codebook" in tag for tag in tags)
 
 
-def test_tensorboard_has_videos(walked):
+def test_tensorboard_has_videos(finished):
     found = {}
     for run in ("precompute", "sample"):
-        accumulator = events(walked.out / "runs" / run / "tensorboard")
-        found |= {
-            tag: accumulator.Images(tag)[0].encoded_image_string
-            for tag in accumulator.Tags()["images"]
-        }
-    assert {"codec/input", "codec/round trip"} <= set(found) and [
-        t for t in found if t.startswith("sample/")
-    ]
+        accumulator = events(finished.out / "runs" / run / "tensorboard")
+        for tag in accumulator.Tags()["images"]:
+            found[tag] = accumulator.Images(tag)[0].encoded_image_string
+    assert {"codec/input", "codec/round trip"} <= set(found)
+    assert any(tag.startswith("sample/") for tag in found)
     for tag, data in found.items():
         image = Image.open(io.BytesIO(data))
         assert image.format == "GIF" and image.n_frames == 17, tag
 
 
 def digests(out: Path) -> dict[str, str]:
-    """Everything that was made, but for logs that only ever grow."""
-    kept = [
-        p
-        for p in sorted(out.rglob("*"))
-        if p.is_file() and p.suffix in {".tar", ".safetensors", ".jsonl", ".distcp", ".pt"}
-    ]
-    assert len(kept) > 20
-    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+    """SHA-256 of all data, weights, checkpoints and metrics, by path."""
+    suffixes = {".tar", ".safetensors", ".jsonl", ".distcp", ".pt"}
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.suffix in suffixes:
+            found[str(path.relative_to(out))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert len(found) > 20
+    return found
 
 
 @pytest.mark.timeout(600)
-def test_running_it_again_makes_nothing_anew(walked):
-    before = digests(walked.out)
-    again = quickstart(walked.out)
+def test_a_second_run_changes_nothing(finished):
+    before = digests(finished.out)
+    again = quickstart(finished.out)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert digests(walked.out) == before
+    assert digests(finished.out) == before

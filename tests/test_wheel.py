@@ -61,5 +61,5 @@ def test_the_wheel_cuts_its_own_clips(installed, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_the_wheel_runs_the_quickstart(installed, tmp_path):
-    assert "look next" in landiff(installed, tmp_path, "quickstart", "--out", "here")
+    assert "next steps" in landiff(installed, tmp_path, "quickstart", "--out", "here")
     assert list((tmp_path / "here" / "samples").glob("*.mp4"))

@@ -1,112 +1,130 @@
-"""`landiff evaluate`: joins the data set, the zoo and the condition tests of model_zoo/evaluate."""
+"""Runs the condition tests of `landiff evaluate` (model_zoo/evaluate) on clips of a data folder.
+
+Letters: B clips, T latent frames, C channels, H W latent sizes, h w feature cells, L text rows,
+D text width, K codes of a clip.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from landiff.configs.files import write_text
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader, Sample
 from landiff.launchers.config import EvaluateConfig
-from landiff.launchers.progress import Progress
-from landiff.launchers.results.sample import load_all, load_part
+from landiff.launchers.progress import ProgressLine
+from landiff.launchers.results.loading import ModelLoader
 from landiff.model_zoo.device import pick_device
+from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.evaluate import conditions
 from landiff.model_zoo.frozen.base import posterior_mean
 from landiff.model_zoo.keyed_random import generator
+from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.schedule import NoiseSchedule
+from landiff.model_zoo.tokenizer import SemanticTokenizer
 
 log = logging.getLogger(__name__)
-DIFFUSION_PASSES = 4  # of one seed
+
+DIFFUSION_PASSES = 4  # for each seed
+TABLE_TITLE = "nats per code (lm), squared error (diffusion)"
 
 
-def evaluate_conditions(config: EvaluateConfig) -> dict:
-    """Compare losses under right and wrong conditions for every seed; print a table, write `config.out`."""
+def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
+    """Compares losses under right and wrong conditions, once for each seed.
+
+    Prints a table, writes the results to `config.out`, and returns them.
+    """
     device = pick_device(config.device)
-    kinds = ("lm", "tokenizer", "diffusion")
-    loads = [partial(load_part, config.zoo, getattr(config, kind), kind, device) for kind in kinds]
-    lm, tokenizer, diffusion = load_all(
-        "evaluate loads", [config.lm, config.tokenizer, config.diffusion], loads
-    )
-    schedule = NoiseSchedule(config.schedule)
-    progress = Passes(Progress("evaluate", "passes"), config)
-    rows = []
+    loader = ModelLoader("evaluate loads", 3, config.zoo, device)
+    lm = loader.lm(config.lm)
+    tokenizer = loader.tokenizer(config.tokenizer)
+    diffusion = loader.diffusion(config.diffusion)
+    progress = PassCounter(ProgressLine("evaluate", "passes"), config)
+    rows: list[dict[str, float]] = []
+    num_samples = 0
     for seed in range(config.seeds):
-        samples = draw(config, seed)
-        rows.append(
-            {
-                "seed": seed,
-                **lm_row(config, lm, samples, device, progress),
-                **diffusion_row(
-                    config, diffusion, tokenizer, schedule, samples, device, seed, progress
-                ),
-            }
+        samples = draw_samples(config, seed)
+        num_samples = len(samples)
+        row: dict[str, float] = {"seed": seed}
+        row |= lm_losses(config, lm, samples, device, progress)
+        inputs = diffusion_inputs(
+            config,
+            samples,
+            tokenizer,
+            latent_channels=diffusion.config.transformer.latent_channels,
+            device=device,
+            seed=seed,
         )
+        row |= diffusion_losses(config, diffusion, inputs, progress)
+        rows.append(row)
         progress.finish_seed(seed)
-    write_text(config.out, json.dumps({"samples": len(samples), "rows": rows}, indent=1))
-    names = [name for name in rows[0] if name != "seed"]
-    print(
-        f"{'nats per code (lm), squared error (diffusion)':<48}"
-        + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows)
-    )
-    for name in names:
-        print(f"{name:<48}" + "".join(f"{row[name]:>10.4f}" for row in rows))
+    write_text(config.out, json.dumps({"samples": num_samples, "rows": rows}, indent=1))
+    print_table(rows)
     return {"rows": rows}
 
 
-class Passes:
-    """Counts forward passes over all seeds: two for each clip of the language model, four of the diffusion model."""
+def print_table(rows: Sequence[dict[str, float]]) -> None:
+    """Prints a line for each loss and a column for each seed."""
+    titles = [f"{'seed ' + str(row['seed']):>10}" for row in rows]
+    print(f"{TABLE_TITLE:<48}{''.join(titles)}")
+    for name in rows[0]:
+        if name != "seed":
+            values = [f"{row[name]:>10.4f}" for row in rows]
+            print(f"{name:<48}{''.join(values)}")
 
-    def __init__(self, progress: Progress, config: EvaluateConfig) -> None:
+
+class PassCounter:
+    """Counts forward passes over all seeds.
+
+    Each seed takes two passes of the language model for each clip and four of the diffusion model.
+    """
+
+    def __init__(self, progress: ProgressLine, config: EvaluateConfig) -> None:
         self.progress = progress
-        self.each = (
-            2 * config.samples + DIFFUSION_PASSES
-        )  # of one seed; fewer where the data set has fewer clips
-        self.total = config.seeds * self.each
+        # For one seed; fewer if the data set has fewer clips.
+        self.passes_per_seed = 2 * config.samples + DIFFUSION_PASSES
+        self.total = config.seeds * self.passes_per_seed
         self.done = 0
         self.progress(0, self.total)
 
     def __call__(self) -> None:
-        """One more pass is done."""
+        """Counts one more pass."""
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
     def finish_seed(self, seed: int) -> None:
-        """All passes of a seed are done, however few clips it had."""
-        done = (seed + 1) * self.each
+        """Counts all passes of a seed as done, however few clips it had."""
+        done = (seed + 1) * self.passes_per_seed
         if self.done < done:
             self.done = done
             self.progress(self.done, self.total)
 
 
-def draw(config: EvaluateConfig, seed: int) -> list[Sample]:
-    """Clips in an order of this seed's own; at most the whole data set once."""
+def draw_samples(config: EvaluateConfig, seed: int) -> list[Sample]:
+    """Clips in an order that depends on the seed; at most the whole data set once."""
     columns = ["tokens", "latents", config.lm_text_column, config.diffusion_text_column]
-    first = Loader(
-        DataConfig(manifest=config.data, global_batch_size=1, seed=seed),
-        columns,
-        dp_rank=0,
-        dp_size=1,
-    )
+    data = DataConfig(manifest=config.data, global_batch_size=1, seed=seed)
+    first = Loader(data, columns, dp_rank=0, dp_size=1)
     if seed == 0:
         warn_of_cut_captions(first.manifest, config)
     size = min(config.samples, first.num_samples)
-    loader = Loader(
-        DataConfig(manifest=config.data, global_batch_size=size, micro_batch_size=size, seed=seed),
-        columns,
-        dp_rank=0,
-        dp_size=1,
+    data = DataConfig(
+        manifest=config.data, global_batch_size=size, micro_batch_size=size, seed=seed
     )
+    loader = Loader(data, columns, dp_rank=0, dp_size=1)
     return list(loader.next_batch().samples)
 
 
 def warn_of_cut_captions(manifest: Manifest, config: EvaluateConfig) -> None:
-    """Warn about text columns for which captions were cut to the encoder's length."""
+    """Warns about text columns for which captions were cut to the encoder's length."""
     for name in dict.fromkeys((config.lm_text_column, config.diffusion_text_column)):
         column = manifest.columns[name]
         if column.truncated:
@@ -120,83 +138,113 @@ def warn_of_cut_captions(manifest: Manifest, config: EvaluateConfig) -> None:
             )
 
 
-def lm_row(
-    config: EvaluateConfig, lm, samples: list[Sample], device: torch.device, progress: Passes
+def lm_losses(
+    config: EvaluateConfig,
+    lm: LanguageModel,
+    samples: Sequence[Sample],
+    device: torch.device,
+    progress: Callable[[], None],
 ) -> dict[str, float]:
-    wrong = conditions.wrong_partners([s.meta.caption for s in samples])
-    texts = [s.tensors[config.lm_text_column].float().to(device) for s in samples]
-    codes = [s.tensors["tokens"].to(torch.int64).numpy() for s in samples]
+    """Nats per code with the clips' own captions, with those of other clips, and without any."""
+    wrong = conditions.wrong_partners([sample.meta.caption for sample in samples])
+    texts_LD = [sample.tensors[config.lm_text_column].float().to(device) for sample in samples]
+    codes_K = [sample.tensors["tokens"].to(torch.int64) for sample in samples]
 
-    def loss(text_of) -> float:
+    def mean_loss(text_of: Sequence[int]) -> float:
+        """Mean over clips, clip i with the text of clip `text_of[i]`."""
         total = 0.0
         for i, sample in enumerate(samples):
             total += conditions.lm_code_loss(
                 lm,
-                codes[i],
-                texts[text_of(i)],
-                lm.layout.num_frames(len(codes[i])),
+                codes_K[i].numpy(),
+                texts_LD[text_of[i]],
+                lm.layout.num_frames(len(codes_K[i])),
                 sample.meta.motion_score,
             )
             progress()
         return total / len(samples)
 
-    baseline = conditions.frequency_baseline(
-        torch.tensor([c.tolist() for c in codes]).numpy(), lm.layout.codebook_size
-    )
+    codes_BK = torch.stack(codes_K).numpy()
+    baseline = conditions.frequency_baseline(codes_BK, lm.layout.codebook_size)
     return {
-        "lm": loss(lambda i: i),
-        "lm, another clip's caption": loss(lambda i: wrong[i]),
+        "lm": mean_loss(range(len(samples))),
+        "lm, another clip's caption": mean_loss(wrong),
         "token frequencies alone": baseline,
     }
 
 
-def diffusion_row(
+@dataclass(frozen=True, kw_only=True)
+class DiffusionInputs:
+    """A batch of clips for the diffusion model, with the noise and timesteps of one seed."""
+
+    latents_BTCHW: Tensor
+    text_BLD: Tensor
+    features_BTChw: Tensor  # decoded from the clips' own tokens
+    wrong_features_BTChw: Tensor  # decoded from the tokens of other videos
+    noise_BTCHW: Tensor
+    timestep_B: Tensor
+
+
+@torch.no_grad()
+def diffusion_inputs(
     config: EvaluateConfig,
-    diffusion,
-    tokenizer,
-    schedule: NoiseSchedule,
-    samples: list[Sample],
+    samples: Sequence[Sample],
+    tokenizer: SemanticTokenizer,
+    *,
+    latent_channels: int,
     device: torch.device,
     seed: int,
-    progress: Passes,
-) -> dict[str, float]:
-    channels = diffusion.config.transformer.latent_channels
-    latents = (
-        torch.stack([posterior_mean(s.tensors["latents"], channels) for s in samples])
-        .float()
-        .to(device)
-    )
-    text = (
-        torch.stack([s.tensors[config.diffusion_text_column] for s in samples]).float().to(device)
-    )
-    tokens = torch.stack([s.tensors["tokens"].to(torch.int64) for s in samples]).to(device)
-    with torch.no_grad():
-        features = tokenizer.decode(tokens, latents.shape[1])
-    wrong = features[conditions.wrong_partners([s.meta.source_sha256 for s in samples])]
+) -> DiffusionInputs:
+    """Inputs of the diffusion model for `samples`, with noise and timesteps drawn from the seed."""
+    columns = [sample.tensors for sample in samples]
+    latents = [posterior_mean(column["latents"], latent_channels) for column in columns]
+    latents_BTCHW = torch.stack(latents).float().to(device)
+    text_BLD = torch.stack([column[config.diffusion_text_column] for column in columns])
+    tokens_BK = torch.stack([column["tokens"].to(torch.int64) for column in columns])
+    features_BTChw = tokenizer.decode(tokens_BK.to(device), latents_BTCHW.shape[1])
+    wrong = conditions.wrong_partners([sample.meta.source_sha256 for sample in samples])
     draw = generator(seed, "evaluate")
-    noise = torch.randn(latents.shape, generator=draw).to(device)
-    timesteps = torch.randint(0, config.schedule.num_timesteps, (len(samples),), generator=draw).to(
-        device
+    noise_BTCHW = torch.randn(latents_BTCHW.shape, generator=draw)
+    timestep_B = torch.randint(0, config.schedule.num_timesteps, (len(samples),), generator=draw)
+    return DiffusionInputs(
+        latents_BTCHW=latents_BTCHW,
+        text_BLD=text_BLD.float().to(device),
+        features_BTChw=features_BTChw,
+        wrong_features_BTChw=features_BTChw[wrong],
+        noise_BTCHW=noise_BTCHW.to(device),
+        timestep_B=timestep_B.to(device),
     )
 
-    def loss(features, **prefix) -> float:
+
+def diffusion_losses(
+    config: EvaluateConfig,
+    diffusion: ControlledDiffusion,
+    inputs: DiffusionInputs,
+    progress: Callable[[], None],
+) -> dict[str, float]:
+    """Squared errors with right and wrong features, and with and without a clean prefix."""
+    schedule = NoiseSchedule(config.schedule)
+
+    def loss(features_BTChw: Tensor, *, prefix: int = 0, skip: int = 0) -> float:
         result = conditions.diffusion_loss(
             diffusion,
             schedule,
-            latents,
-            text,
-            features,
-            noise_BTCHW=noise,
-            timestep_B=timesteps,
-            **prefix,
+            inputs.latents_BTCHW,
+            inputs.text_BLD,
+            features_BTChw,
+            noise_BTCHW=inputs.noise_BTCHW,
+            timestep_B=inputs.timestep_B,
+            prefix=prefix,
+            skip=skip,
         )
         progress()
         return result
 
-    k = config.prefix_frames
+    frames = config.prefix_frames
+    right = inputs.features_BTChw
     return {
-        "diffusion": loss(features),
-        "diffusion, another clip's tokens": loss(wrong),
-        "diffusion, later frames": loss(features, skip=k),
-        "diffusion, later frames after a clean prefix": loss(features, prefix=k, skip=k),
+        "diffusion": loss(right),
+        "diffusion, another clip's tokens": loss(inputs.wrong_features_BTChw),
+        "diffusion, later frames": loss(right, skip=frames),
+        "diffusion, later frames after a clean prefix": loss(right, prefix=frames, skip=frames),
     }

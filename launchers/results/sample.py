@@ -1,44 +1,43 @@
-"""`landiff sample`: joins the zoo, the frozen encoders and the video writer."""
+"""Generates the videos of `landiff sample` with models from the zoo and frozen encoders."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from landiff.data_pipeline.video.codec import write_mp4
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.progress import Progress
+from landiff.launchers.progress import ProgressLine
+from landiff.launchers.results.loading import ModelLoader
 from landiff.launchers.results.preview import log_videos
-from landiff.model_zoo import frozen, registry
+from landiff.model_zoo import frozen
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.sample.generate import Models, generate
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.schedule import NoiseSchedule
 
+SEED_STEP = 1000  # between the seeds of two prompts
+MAX_SLUG = 40  # characters of a prompt in the name of its mp4 file
+MAX_TAG = 60  # characters of a prompt in its TensorBoard tag
+
 
 def load_models(config: SampleConfig, device: torch.device) -> Models:
-    """The models and encoders of `config` on `device`, with a line of progress for each."""
-    zoo, encoders = config.zoo, (config.lm_text, config.diffusion_text, config.codec)
-    parts = [
-        partial(load_part, zoo, getattr(config, kind), kind, device)
-        for kind in ("lm", "tokenizer", "diffusion")
-    ]
-    parts += [partial(frozen.build, encoder, device) for encoder in encoders]
-    names = [config.lm, config.tokenizer, config.diffusion, *(encoder.kind for encoder in encoders)]
-    lm, tokenizer, diffusion, lm_text, diffusion_text, codec = load_all(
-        "sample loads", names, parts
+    """The models and encoders of `config` on `device`, with progress."""
+    loader = ModelLoader("sample loads", 6, config.zoo, device)
+    lm = loader.lm(config.lm)
+    tokenizer = loader.tokenizer(config.tokenizer)
+    diffusion = loader.diffusion(config.diffusion)
+    lm_text = loader.load(config.lm_text.kind, lambda: frozen.build(config.lm_text, device))
+    diffusion_text = loader.load(
+        config.diffusion_text.kind, lambda: frozen.build(config.diffusion_text, device)
     )
+    codec = loader.load(config.codec.kind, lambda: frozen.build(config.codec, device))
     if config.precision == "bf16":
-        lm, tokenizer, diffusion = (
-            lm.to_inference(torch.bfloat16),
-            tokenizer.bfloat16(),
-            diffusion.bfloat16(),
-        )
+        lm = lm.to_inference(torch.bfloat16)
+        tokenizer = tokenizer.bfloat16()
+        diffusion = diffusion.bfloat16()
     return Models(
         lm=lm,
         tokenizer=tokenizer,
@@ -50,63 +49,52 @@ def load_models(config: SampleConfig, device: torch.device) -> Models:
     )
 
 
-def load_part(zoo: Path, reference: str, kind: str, device: torch.device) -> torch.nn.Module:
-    """The model that a zoo reference names, on `device`."""
-    return registry.load_model(registry.resolve(zoo, reference, kind), device)
-
-
-def load_all(title: str, names: Sequence[str], loads: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The results of all `loads`, one after the other; the line of progress says which one is being loaded."""
-    progress = Progress(title, "models", every_s=0.0)
-    results = []
-    for number, (name, load) in enumerate(zip(names, loads, strict=True)):
-        progress(number, len(loads), name)
-        results.append(load())
-    progress(len(loads), len(loads))
-    return results
-
-
 def sample_videos(config: SampleConfig) -> list[str]:
-    """Write one mp4 per prompt into `config.out`; returns their names. Prompt i has the seed `config.seed` + 1000 i."""
+    """Writes one mp4 for each prompt into `config.out`. Returns the file names.
+
+    Prompt i has the seed `config.seed` + 1000 i.
+    """
     models = load_models(config, pick_device(config.device))
     config.out.mkdir(parents=True, exist_ok=True)
-    bars: dict[str, Progress] = {}
+    seeds = [config.seed + SEED_STEP * i for i in range(len(config.prompts))]
+    videos_THWC = generate_videos(models, config, seeds)
+    names = []
+    for number, (prompt, video_THWC) in enumerate(zip(config.prompts, videos_THWC, strict=True)):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:MAX_SLUG] or "prompt"
+        path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
+        write_mp4(path, video_THWC.numpy(), config.fps)
+        events = config.out.parent / "runs" / "sample" / "tensorboard"
+        log_videos(events, 0, {f"sample/{number:02d} {prompt[:MAX_TAG]}": video_THWC}, config.fps)
+        print(f"sample: {path}")
+        names.append(path.name)
+    return names
+
+
+def generate_videos(models: Models, config: SampleConfig, seeds: list[int]) -> list[Tensor]:
+    """One uint8 video [T, H, W, 3] for each prompt, on the CPU."""
+    lines: dict[str, ProgressLine] = {}
 
     def progress(what: str, done: int, total: int) -> None:
-        bars.setdefault(what, Progress(f"sample {what}"))(done, total)
+        if what not in lines:
+            lines[what] = ProgressLine(f"sample {what}")
+        lines[what](done, total)
 
-    count = len(config.prompts)
-    seeds = [config.seed + 1000 * i for i in range(count)]
     sampler = SamplerOptions(num_steps=config.steps, guidance=config.guidance)
-    per_pass = (
-        1 if config.tokens.predict_end else count
-    )  # videos that end where they like are made one by one
-    videos: list[torch.Tensor] = []
-    for first in range(0, count, per_pass):
-        some = slice(first, first + per_pass)
+    # Videos whose end the language model predicts differ in length, so they are generated alone.
+    batch_size = 1 if config.tokens.predict_end else len(config.prompts)
+    videos_THWC: list[Tensor] = []
+    for first in range(0, len(config.prompts), batch_size):
+        batch = slice(first, first + batch_size)
         generated = generate(
             models,
-            config.prompts[some],
-            config.num_latent_frames,
-            config.tokens,
-            sampler,
-            seeds=seeds[some],
+            prompts=config.prompts[batch],
+            num_latent_frames=config.num_latent_frames,
+            tokens=config.tokens,
+            sampler=sampler,
+            seeds=seeds[batch],
             motion_score=config.motion_score,
             clean_frames=config.clean_frames,
             progress=progress,
         )
-        videos += generated.frames_BTHWC.cpu()
-    names = []
-    for number, (prompt, frames) in enumerate(zip(config.prompts, videos, strict=True)):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "prompt"
-        path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
-        write_mp4(path, frames.numpy(), config.fps)
-        log_videos(
-            config.out.parent / "runs" / "sample" / "tensorboard",
-            0,
-            {f"sample/{number:02d} {prompt[:60]}": frames},
-            config.fps,
-        )
-        print(f"sample: {path}")
-        names.append(path.name)
-    return names
+        videos_THWC.extend(generated.frames_BTHWC.cpu())
+    return videos_THWC

@@ -10,7 +10,7 @@ from typing import Any
 
 from landiff.configs import ConfigError, load
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
-from landiff.launchers.progress import Progress
+from landiff.launchers.progress import ProgressLine
 from landiff.launchers.weights.request import ConvertRequest
 from landiff.launchers.weights.reshard import (
     TRAINERS,
@@ -111,7 +111,7 @@ def convert_weights(request: ConvertRequest) -> list[str]:
     paths = locate_all(request)
     sources = open_all(request, paths)
     origin = provenance(sources, request)
-    progress = Progress("convert", "MB")
+    progress = ProgressLine("convert", "MB")
     names = " + ".join(describe_request(source) for source in sources)
     if keeps_optimizer(request, paths):
         result = reshard(sources[0].path, reshard_request(request), origin, progress)

@@ -36,7 +36,7 @@ from landiff.data_pipeline.precompute.units import (
     task_of_shard,
 )
 from landiff.launchers.cli import main
-from landiff.launchers.jobs import parse_share, parse_task
+from landiff.launchers.data.commands import parse_fraction, parse_task
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.precompute_data import (
     NUM_CLIPS,
@@ -168,7 +168,7 @@ def test_columns_are_finished_where_their_preview_cannot_be_written(
     code = main(["precompute", "--config", "latents.yaml"])
     out, err = capsys.readouterr()
     assert code == 0 and "has the columns latents" in out
-    assert "the columns are finished; their preview in runs/precompute" in err
+    assert "the columns are complete, but their preview in runs/precompute" in err
     assert "could not be written: File exists" in err
 
 
@@ -245,10 +245,10 @@ def test_a_task_of_an_array_takes_its_number_from_slurm(monkeypatch):
     for name, value in {"ID": "7", "MIN": "3", "COUNT": "2"}.items():  # sbatch --array=3,7
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert parse_task(None, 50) == (7, 50)
-    assert parse_share("1%") == 0.01 and parse_share("0.5") == 0.5
+    assert parse_fraction("1%") == 0.01 and parse_fraction("0.5") == 0.5
     for wrong in ("0", "200%", "few"):
         with pytest.raises(ConfigError, match="--sample"):
-            parse_share(wrong)
+            parse_fraction(wrong)
 
 
 def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):

@@ -1,4 +1,4 @@
-"""What is refused before a job starts, all at once, on real data sets and zoo entries with the nano sizes."""
+"""Checks before a job starts, on real data folders and zoo entries with the nano sizes."""
 
 from __future__ import annotations
 
@@ -337,7 +337,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path):
 def test_processes_fit_the_machine(tmp_path):
     assert check_processes(1, 0) == check_processes(8, 8) == check_processes(4, 0) == []
     assert "at least one" in str(check_processes(0, 0)[0])
-    assert "this machine shows 2 GPUs" in str(check_processes(3, 2)[0])
+    assert "this machine has 2 GPUs" in str(check_processes(3, 2)[0])
     assert count_gpus(tmp_path, None) == count_gpus(tmp_path, "0,1") == 0
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).touch()

@@ -1,4 +1,4 @@
-"""What a person types and reads."""
+"""The `landiff` command: arguments, error messages, exit codes."""
 
 import os
 import subprocess
@@ -11,7 +11,9 @@ import yaml
 from landiff.configs.loader import dump
 from landiff.configs.ownership import take
 from landiff.configs.paths import IMPORT_ROOT
-from landiff.launchers.cli import main
+from landiff.launchers import help_texts
+from landiff.launchers.arguments import build_parser
+from landiff.launchers.cli import find_handler, main
 from landiff.launchers.local.children import PARENT, environment
 from landiff.launchers.pipeline import pipeline_stages
 from tests.training.tokenizer.tiny import config, write_data
@@ -26,23 +28,25 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["shards"],
-        ["precompute"],
-        ["train", "lm"],
-        ["convert"],
-        ["zoo"],
-        ["sample"],
-        ["evaluate"],
-        ["config"],
-        ["quickstart"],
-    ],
-)
-def test_every_command_explains_itself(capsys, command):
-    code, out, _ = run(capsys, *command, "--help")
-    assert code == 0 and "usage: landiff" in out
+def command_names() -> list[str]:
+    """Names of all commands of the parser."""
+    for action in build_parser()._actions:
+        if action.dest == "command":
+            return list(action.choices)
+    raise AssertionError("the parser has no commands")
+
+
+@pytest.mark.parametrize("command", command_names())
+def test_every_command_has_a_help_text_and_a_handler(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and f"usage: landiff {command}" in out
+    assert callable(find_handler(command))
+
+
+def test_help_texts_fit_on_a_line_of_100_columns():
+    for name, text in vars(help_texts).items():
+        if name.isupper() and isinstance(text, str) and name != "TAKE_OVER":
+            assert all(len(line) <= 100 for line in text.splitlines()), name
 
 
 def test_a_typo_names_the_nearest_key(capsys):
@@ -104,6 +108,27 @@ def test_the_zoo_says_what_it_has(capsys, tmp_path):
     assert code == 2 and "nothing yet" in err
 
 
+def test_config_explains_a_key_with_the_configs_that_have_it(capsys):
+    code, out, _ = run(capsys, "config", "explain", "loop.keep_every")
+    assert code == 0 and "loop.keep_every" in out
+    assert "configs: tokenizer, lm, diffusion" in out
+    code, out, _ = run(capsys, "config", "explain", "parallel.tensor", "--config", "nano/lm")
+    assert code == 0 and "configs: lm" in out
+    code, out, _ = run(capsys, "config", "explain", "seed", "--config", "nano/sample")
+    assert code == 0 and "42" in out
+
+
+def test_config_explains_nothing_for_an_unknown_key(capsys):
+    code, _, err = run(capsys, "config", "explain", "loop.keep_evry", "--config", "nano/lm")
+    assert code == 2 and "did you mean 'keep_every'?" in err
+    code, _, err = run(capsys, "config", "explain", "loop.keep_evry")
+    assert code == 2 and "unknown config key 'loop.keep_evry'" in err
+    code, _, err = run(capsys, "config", "explain")
+    assert code == 2 and "needs a key" in err
+    code, _, err = run(capsys, "config", "nano/lm", "loop.keep_every")
+    assert code == 2 and "landiff config explain KEY" in err
+
+
 def test_config_lists_and_prints(capsys):
     code, out, _ = run(capsys, "config")
     assert code == 0 and "nano/lm" in out.splitlines()
@@ -157,12 +182,19 @@ def test_all_mistakes_are_told_at_once_and_no_rank_starts(capfd, tmp_path):
 
 
 def test_checks_need_no_torch(tmp_path):
+    commands = [
+        ["train", "lm", "--config", "nano/lm"],
+        ["train", "diffusion", "--config", "nano/diffusion-control"],
+        ["train", "tokenizer", "--config", "nano/tokenizer"],
+        ["precompute", "--config", "nano/precompute"],
+        ["sample", "--config", "nano/sample"],
+        ["evaluate", "--config", "nano/evaluate"],
+        ["convert", "runs/lm", "--name", "lm"],
+    ]
     code = (
         "import sys; from landiff.launchers.cli import main\n"
-        "for words in (['train', 'lm'], ['train', 'diffusion'], ['train', 'tokenizer'], ['precompute'], ['sample'], ['evaluate']):\n"
-        "    name = {'lm': 'lm', 'diffusion': 'diffusion-control', 'tokenizer': 'tokenizer'}.get(words[-1], words[-1])\n"
-        "    assert main([*words, '--config', f'nano/{name}']) == 2\n"
-        "assert main(['convert', 'runs/lm', '--name', 'lm']) == 2\n"
+        f"for words in {commands!r}:\n"
+        "    assert main(words) == 2, words\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
@@ -199,8 +231,8 @@ def test_prompts_are_text(capsys, tmp_path, words, prompts):
     ("word", "message"),
     [
         ("sead=7", "did you mean 'seed'?"),
-        ("KEY=value", "stands behind --"),
-        ("seed=7 rabbits", "stands behind --"),
+        ("KEY=value", "with KEY= after --"),
+        ("seed=7 rabbits", "with KEY= after --"),
         ("caf\udce9", "prompt 0, 'caf\\udce9', is not valid UTF-8 text"),
     ],
 )
@@ -258,9 +290,8 @@ def test_a_mistake_that_only_the_ranks_can_find_is_told_once(capfd, tmp_path, mo
         capfd, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml", "--nproc", "2"
     )
     assert code == 2 and len([line for line in err.splitlines() if ".tar" in line]) == 1, err
-    assert (
-        "Traceback" not in err and "Traceback" in (run_folder / "errors/rank_0001.txt").read_text()
-    )
+    assert "Traceback" not in err
+    assert "Traceback" in (run_folder / "errors/rank_0001.txt").read_text()
     assert list((tmp_path / "tmp").glob("torchelastic*")) == []
     code, out, _ = run(capfd, "-C", str(tmp_path), "status")
     assert code == 0 and [line.split()[:3] for line in out.splitlines()[1:]] == [
@@ -298,9 +329,8 @@ def test_stop_says_what_is_no_run_and_what_does_not_run(capsys, tmp_path):
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "config.yaml").touch()
     code, out, _ = run(capsys, "stop", str(tmp_path / "lm"))
-    assert (
-        code == 0 and "nothing of it is running" in out and not (tmp_path / "lm" / "stop").exists()
-    )
+    assert code == 0 and "nothing of it is running" in out
+    assert not (tmp_path / "lm" / "stop").exists()
     code, _, err = run(capsys, "stop", "--restart", str(tmp_path / "lm"))
     assert code == 2 and "was not submitted" in err
 

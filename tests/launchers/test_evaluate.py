@@ -18,7 +18,16 @@ from tests.data_pipeline.data_sets import keys_of, raw_sample, write_column
 from tests.model_zoo.convert.tiny import CONFIGS, weights
 
 SHAPES = {"tokens": [5], "latents": [3, 4, 4, 6], "text-a": [4, 20], "text-b": [5, 12]}
-CONFIG = "{zoo: zoo, data: data, out: found.json, lm_text_column: text-a, diffusion_text_column: text-b, prefix_frames: 1, samples: 4, seeds: 2}"
+CONFIG = """\
+zoo: zoo
+data: data
+out: found.json
+lm_text_column: text-a
+diffusion_text_column: text-b
+prefix_frames: 1
+samples: 4
+seeds: 2
+"""
 
 
 def write_data(data: Path, *, one_video: bool) -> None:
@@ -41,14 +50,13 @@ def write_data(data: Path, *, one_video: bool) -> None:
         write_column(data, name, value=lambda key, name=name: value(name, key))
         manifest = read_manifest(data)
         column = manifest.columns[name].model_copy(update={"shape": shape})
-        write_manifest(
-            data, manifest.model_copy(update={"columns": {**manifest.columns, name: column}})
-        )
+        columns = {**manifest.columns, name: column}
+        write_manifest(data, manifest.model_copy(update={"columns": columns}))
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A folder with a zoo and the config."""
+    """A folder with a zoo and the config; the working folder."""
     monkeypatch.chdir(tmp_path)
     for kind in ("lm", "tokenizer", "diffusion"):
         registry.export(Path("zoo"), kind, kind, CONFIGS[kind], weights(kind), {})
@@ -77,8 +85,6 @@ def test_clips_of_one_video_have_no_wrong_condition(folder, capsys):
     write_data(Path("data"), one_video=True)
     assert main(["evaluate", "--config", "evaluate.yaml"]) == 2
     err = capsys.readouterr().err
-    assert (
-        "all 4 clips share" in err
-        and "clips of at least two videos" in err
-        and not Path("found.json").exists()
-    )
+    assert "all 4 clips share" in err
+    assert "clips of at least two videos" in err
+    assert not Path("found.json").exists()

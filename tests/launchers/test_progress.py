@@ -1,8 +1,8 @@
-"""The line a person sees while something runs."""
+"""The progress line of a command."""
 
 import io
 
-from landiff.launchers.progress import Progress, duration, rate_text
+from landiff.launchers.progress import ProgressLine, duration, rate_text
 
 
 def test_duration_is_readable():
@@ -11,21 +11,19 @@ def test_duration_is_readable():
 
 def test_a_log_gets_few_lines_and_the_last_one():
     stream = io.StringIO()
-    progress = Progress("shards", "clips", stream, every_s=1000)
+    progress = ProgressLine("shards", "clips", stream, every_s=1000)
     for done in range(101):
         progress(done, 100)
     lines = stream.getvalue().splitlines()
-    assert (
-        len(lines) == 2
-        and lines[0].startswith("shards: 0/100 clips")
-        and lines[1].startswith("shards: 100/100 clips")
-    )
+    assert len(lines) == 2
+    assert lines[0].startswith("shards: 0/100 clips")
+    assert lines[1].startswith("shards: 100/100 clips")
 
 
 def test_a_new_count_has_its_own_rate_and_the_note_stands_behind():
     stream = io.StringIO()
-    progress = Progress("shards", "clips", stream, every_s=0)
-    progress(40, 40, "looking")
+    progress = ProgressLine("shards", "clips", stream, every_s=0)
+    progress(40, 40, "probing")
     progress(3, 10, "cutting")
     assert stream.getvalue().splitlines()[1] == "shards: 3/10 clips, 0:00  (cutting)"
 
@@ -39,7 +37,7 @@ def test_slow_work_has_a_rate_and_a_time_left():
         "3:20 each",
     ]
     stream = io.StringIO()
-    progress = Progress("evaluate", "passes", stream, every_s=0)
+    progress = ProgressLine("evaluate", "passes", stream, every_s=0)
     progress(0, 10)
     progress.started -= 40
     progress(2, 10)

@@ -1,0 +1,43 @@
+"""Memory, FLOPs and traffic of a training config on a number of GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+RUNTIME_BYTES = int(1.2 * GIB)  # CUDA context, buffers of cuBLAS and NCCL
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPlan:
+    """What one optimizer step of a config takes on `gpus` GPUs."""
+
+    trainer: str
+    gpus: int
+    layout: str  # human-readable parallel layout
+    parameters: dict[str, int]
+    memory: dict[str, int]  # bytes on the fullest GPU, by part
+    model_flops: float  # of one optimizer step on all GPUs, without recomputation
+    hardware_flops: float  # the same, with recomputation
+    clips_per_step: int
+    tokens_per_step: int
+    copies: int  # data-parallel copies of the model
+    gradient_bytes: int  # sent by a data-parallel rank in one step
+    overlap: bool  # gradients are sent during the backward pass
+    layer_bytes: int = 0  # sent by a tensor-parallel rank in one step
+    tensor: int = 1  # tensor-parallel size
+    bubble: float = 0.0  # idle fraction of pipeline parallelism
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes on the fullest GPU."""
+        return sum(self.memory.values())
+
+
+def layout_text(layout: str, micro_batches: int, micro_batch_size: int, recompute: bool) -> str:
+    """The parallel layout of a plan, with micro-batches and recomputation."""
+    text = f"{layout}, {micro_batches} micro-batch(es) of {micro_batch_size}"
+    if recompute:
+        text += ", recompute"
+    return text

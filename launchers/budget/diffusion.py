@@ -1,0 +1,209 @@
+"""Cost of training the diffusion model with DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from landiff.launchers.budget.budget_plan import RUNTIME_BYTES, BudgetPlan, layout_text
+from landiff.launchers.budget.meta import count_parameters, diffusion_on_meta
+from landiff.model_zoo.config import TransformerConfig
+from landiff.model_zoo.semantic_condition import SemanticCondition
+from landiff.training.diffusion.config import DiffusionTrainConfig, ZeroConfig
+from landiff.training.layout import check_batch
+
+# What autograd keeps of a block for each token, in model widths.
+KEPT = 22
+KEPT_FROZEN = 14
+KEPT_CONTROL = KEPT + 2  # with the projection to the main transformer
+
+
+@dataclass(frozen=True)
+class DiffusionCost:
+    """Cost of a training phase, for one clip where it depends on the number of clips."""
+
+    trained: int  # parameters
+    frozen: int  # parameters
+    trained_flops: float  # forward pass of trained weights, without the semantic condition
+    frozen_flops: float  # forward pass of frozen weights
+    semantic_flops: float  # forward pass of the semantic condition
+    semantic_elements: int  # that autograd keeps of the semantic condition
+    num_layers: int  # of all transformers
+    kept_widths: int  # that autograd keeps of all blocks for each token, without recomputation
+
+
+def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
+    """The cost of `config` on `gpus` GPUs. Raises ConfigError if they do not divide."""
+    transformer = config.model.transformer
+    micro_batches = check_batch(config, gpus)
+    tokens = num_tokens(transformer)
+    cost = control_cost(config) if config.phase == "control" else main_cost(config)
+    batch = config.data.global_batch_size
+    # A pass through frozen weights still computes gradients of their inputs.
+    trained_passes = 3 * (cost.trained_flops + cost.semantic_flops)
+    model_flops = batch * (trained_passes + 2 * cost.frozen_flops)
+    hardware_flops = model_flops
+    if config.recompute:
+        hardware_flops += batch * (cost.trained_flops + cost.frozen_flops)
+    gradient_bytes = 0
+    if gpus > 1:
+        gradient_bytes = zero_traffic(config, cost, micro_batches)
+    return BudgetPlan(
+        trainer=f"diffusion {config.phase}",
+        gpus=gpus,
+        layout=layout_text(
+            f"ZeRO-{config.zero.stage} over {gpus}",
+            micro_batches,
+            config.data.micro_batch_size,
+            config.recompute,
+        ),
+        parameters={"all": cost.frozen + cost.trained, "trained": cost.trained},
+        memory=memory_by_part(config, cost, gpus),
+        model_flops=model_flops,
+        hardware_flops=hardware_flops,
+        clips_per_step=batch,
+        tokens_per_step=batch * tokens,
+        copies=gpus,
+        gradient_bytes=gradient_bytes,
+        overlap=config.zero.overlap_communication,
+        notes=(f"{tokens} tokens a clip, {transformer.text_length} of them text",),
+    )
+
+
+def main_cost(config: DiffusionTrainConfig) -> DiffusionCost:
+    """Cost of phase `main`, which trains the main transformer."""
+    module = diffusion_on_meta(config.model)
+    transformer = config.model.transformer
+    return DiffusionCost(
+        trained=count_parameters(module.transformer),
+        frozen=0,
+        trained_flops=forward_flops(transformer, transformer.num_layers),
+        frozen_flops=0.0,
+        semantic_flops=0.0,
+        semantic_elements=0,
+        num_layers=transformer.num_layers,
+        kept_widths=transformer.num_layers * KEPT,
+    )
+
+
+def control_cost(config: DiffusionTrainConfig) -> DiffusionCost:
+    """Cost of phase `control`, which trains the control branch and the semantic condition."""
+    module = diffusion_on_meta(config.model)
+    transformer = config.model.transformer
+    layers = config.model.control_layers
+    projections = 2 * num_tokens(transformer) * layers * transformer.hidden_size**2
+    semantic_flops, semantic_elements = semantic_cost(module.semantic, transformer)
+    return DiffusionCost(
+        trained=count_parameters(module.control) + count_parameters(module.semantic),
+        frozen=count_parameters(module.transformer),
+        trained_flops=forward_flops(transformer, layers) + projections,
+        frozen_flops=forward_flops(transformer, transformer.num_layers),
+        semantic_flops=semantic_flops,
+        semantic_elements=semantic_elements,
+        num_layers=transformer.num_layers + layers,
+        kept_widths=transformer.num_layers * KEPT_FROZEN + layers * KEPT_CONTROL,
+    )
+
+
+def num_tokens(config: TransformerConfig) -> int:
+    """Latent and text tokens of one clip."""
+    rows = config.latent_height // config.patch_size
+    columns = config.latent_width // config.patch_size
+    return config.latent_frames * rows * columns + config.text_length
+
+
+def forward_flops(config: TransformerConfig, num_layers: int) -> float:
+    """FLOPs of the forward pass of one clip through a transformer with `num_layers` blocks."""
+    tokens = num_tokens(config)
+    width = config.hidden_size
+    patch = config.latent_channels * config.patch_size**2
+    text_input = 2 * config.text_length * config.text_dim * width
+    video_ends = 2 * (tokens - config.text_length) * 2 * patch * width  # input and output
+    modulation = 2 * config.time_embed_dim * 12 * width
+    block = 2 * tokens * 12 * width**2 + 4 * tokens**2 * width + modulation
+    return text_input + video_ends + num_layers * block
+
+
+def semantic_cost(module: SemanticCondition, transformer: TransformerConfig) -> tuple[float, int]:
+    """(FLOPs of the forward pass, elements that autograd keeps) of one clip.
+
+    Measured by running the semantic condition on the meta device.
+    """
+    features_BTChw = torch.empty(
+        1,
+        transformer.latent_frames,
+        module.config.feature_channels,
+        transformer.latent_height // module.scale,
+        transformer.latent_width // module.scale,
+        device="meta",
+    )
+    num_elements = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal num_elements
+        if not isinstance(tensor, nn.Parameter):
+            num_elements += tensor.numel()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
+        module(features_BTChw)
+    return counter.get_total_flops(), num_elements
+
+
+def element_bytes(config: DiffusionTrainConfig) -> int:
+    """Bytes of one weight or activation."""
+    return 2 if config.precision == "bf16" else 4
+
+
+def memory_by_part(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int) -> dict[str, int]:
+    """Bytes on one GPU, by part."""
+    stage = config.zero.stage
+    element = element_bytes(config)
+    optimizer_bytes = 12 if config.precision == "bf16" else 8
+    # ZeRO 1 divides the optimizer over the GPUs, 2 also gradients, 3 also weights.
+    weight_parts = gpus if stage == 3 else 1
+    gradient_parts = gpus if stage >= 2 else 1
+    clips = config.data.micro_batch_size
+    rows = clips * num_tokens(config.model.transformer)
+    # Recomputation keeps the input of every block, and all activations of the block in work.
+    widths = cost.kept_widths
+    if config.recompute:
+        widths = cost.num_layers + KEPT_CONTROL
+    buckets = 0
+    if gpus > 1:
+        buckets = zero_buckets(config.zero, cost.trained, element)
+    blocks = rows * config.model.transformer.hidden_size * element * widths
+    return {
+        "weights": (cost.frozen + cost.trained) * element // weight_parts,
+        "gradients": cost.trained * 4 // gradient_parts,  # summed in float32
+        "optimizer": cost.trained * optimizer_bytes // gpus,
+        "buckets": buckets,
+        "activations": blocks + clips * cost.semantic_elements * element,
+        "runtime": RUNTIME_BYTES,
+    }
+
+
+def zero_traffic(config: DiffusionTrainConfig, cost: DiffusionCost, micro_batches: int) -> int:
+    """Bytes that a rank sends in one step: gradients in float32, weights in their own precision.
+
+    Stages 2 and 3 reduce gradients after every micro-batch. Stage 3 gathers weights for each pass.
+    """
+    element = element_bytes(config)
+    gradients = 4 * cost.trained
+    weights = element * cost.trained
+    if config.zero.stage == 3:
+        return micro_batches * (gradients + 2 * weights + 2 * element * cost.frozen)
+    if config.zero.stage == 2:
+        gradients *= micro_batches
+    return gradients + weights
+
+
+def zero_buckets(zero: ZeroConfig, trained: int, element: int) -> int:
+    """Bytes of communication buffers: gradients in float32, weights in `element` bytes."""
+    reduced = min(trained, zero.reduce_bucket_size)
+    gathered = min(trained, zero.allgather_bucket_size)
+    return 4 * reduced + element * gathered

@@ -1,0 +1,142 @@
+"""Cost of training the language model with Megatron-core."""
+
+from __future__ import annotations
+
+import math
+
+from landiff.launchers.budget.budget_plan import RUNTIME_BYTES, BudgetPlan, layout_text
+from landiff.launchers.budget.meta import count_linear_weights, count_parameters, lm_on_meta
+from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.layout import check_batch, model_copies
+from landiff.training.lm.config import LMTrainConfig
+
+TEXT_TOKENS = 64  # assumed length of a caption; only real text rows are kept
+# What autograd keeps of a block for each token, in model widths.
+KEPT = 4  # not divided by tensor parallelism: inputs of both norms and of both projections
+KEPT_DIVIDED = 4  # divided: queries, keys, values, output of attention
+KEPT_FFN = 3  # divided, in widths of the feed-forward layer
+
+
+def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
+    """The cost of `config` on `gpus` GPUs. Raises ConfigError if they do not divide."""
+    model = config.model
+    parallel = config.parallel
+    copies = model_copies(config, gpus)
+    micro_batches = check_batch(config, gpus)
+    module = lm_on_meta(model)
+    text = min(TEXT_TOKENS, model.max_text_tokens)
+    length = TokenLayout.of(model).sequence_length(model.segment_frames, text)
+    rows = config.data.micro_batch_size * length  # tokens of a packed row
+    own = parameters_of_fullest_rank(config, module)
+    forward = forward_flops(module, length, text)
+    batch = config.data.global_batch_size
+    element = element_bytes(config)
+
+    gradient_bytes = 0
+    if copies > 1:
+        # Gradients are all-reduced in float32, or reduce-scattered and the parameters all-gathered.
+        gathered = element if parallel.distributed_optimizer else 4
+        gradient_bytes = own * (4 + gathered)
+    layer_bytes = 0
+    if parallel.tensor > 1:
+        layers = 4 * model.num_layers // parallel.pipeline
+        layer_bytes = layers * micro_batches * rows * model.hidden_size * element
+    return BudgetPlan(
+        trainer="lm",
+        gpus=gpus,
+        layout=layout_text(
+            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {copies}",
+            micro_batches,
+            config.data.micro_batch_size,
+            config.recompute,
+        ),
+        parameters={"all": count_parameters(module), "per GPU": own},
+        memory=memory_of_fullest_rank(config, own, rows, copies, micro_batches),
+        model_flops=3.0 * forward * batch,
+        hardware_flops=(4.0 if config.recompute else 3.0) * forward * batch,
+        clips_per_step=batch,
+        tokens_per_step=batch * length,
+        copies=copies,
+        gradient_bytes=gradient_bytes,
+        overlap=parallel.overlap,
+        layer_bytes=layer_bytes,
+        tensor=parallel.tensor,
+        bubble=(parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1),
+        notes=(f"{length} tokens a clip, {text} of them text",),
+    )
+
+
+def element_bytes(config: LMTrainConfig) -> int:
+    """Bytes of one weight or activation."""
+    return 2 if config.precision == "bf16" else 4
+
+
+def padded_vocabulary(config: LMTrainConfig) -> int:
+    """Vocabulary size of embedding and head, rounded up to `vocab_multiple`."""
+    size = TokenLayout.of(config.model).vocab_size
+    return math.ceil(size / config.vocab_multiple) * config.vocab_multiple
+
+
+def parameters_of_fullest_rank(config: LMTrainConfig, module: LanguageModel) -> int:
+    """Parameters on the rank that holds the most.
+
+    Tensor parallelism divides all matrices, pipeline parallelism the layers. The first stage holds
+    embedding and conditions, the last one the head.
+    """
+    tensor = config.parallel.tensor
+    pipeline = config.parallel.pipeline
+    matrices = count_linear_weights(module.blocks)
+    norms = count_parameters(module.blocks) - matrices
+    embedding = padded_vocabulary(config) * config.model.hidden_size // tensor
+    first = embedding + count_parameters(module.text) + count_parameters(module.micro)
+    last = embedding + count_parameters(module.final_norm)
+    layers = (matrices // tensor + norms) // pipeline
+    if pipeline == 1:
+        return layers + first + last
+    return layers + max(first, last)
+
+
+def memory_of_fullest_rank(
+    config: LMTrainConfig, own: int, rows: int, copies: int, micro_batches: int
+) -> dict[str, int]:
+    """Bytes by part, on the rank that holds `own` parameters; `rows` tokens in a packed row."""
+    parallel = config.parallel
+    element = element_bytes(config)
+    optimizer_bytes = 12 if config.precision == "bf16" else 8
+    optimizer_parts = copies if parallel.distributed_optimizer else 1
+    logits = rows * padded_vocabulary(config) // parallel.tensor
+    return {
+        "weights": own * element,
+        "gradients": own * 4,
+        "optimizer": own * optimizer_bytes // optimizer_parts,
+        "activations": int(rows * activations_per_token(config, micro_batches)),
+        "logits": logits * (4 + 4 + element),
+        "runtime": RUNTIME_BYTES,
+    }
+
+
+def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
+    """Bytes of activations that a rank keeps for each token of a packed row."""
+    model = config.model
+    tensor = config.parallel.tensor
+    pipeline = config.parallel.pipeline
+    element = element_bytes(config)
+    sequence_parts = tensor if config.parallel.sequence else 1
+    divided = KEPT_DIVIDED * model.hidden_size + KEPT_FFN * model.ffn_size
+    block = (KEPT * model.hidden_size / sequence_parts + divided / tensor) * element
+    in_flight = min(pipeline, micro_batches)
+    if not config.recompute:
+        return block * model.num_layers / pipeline * in_flight
+    block_input = model.hidden_size * element / sequence_parts
+    return block_input * model.num_layers / pipeline * in_flight + block
+
+
+def forward_flops(module: LanguageModel, length: int, text: int) -> float:
+    """FLOPs of the forward pass of one clip with `length` tokens, `text` of them text."""
+    model = module.config
+    head = module.layout.vocab_size * model.hidden_size
+    linear = 2 * length * (count_linear_weights(module.blocks) + head)
+    text_projection = 2 * text * count_linear_weights(module.text)
+    attention = model.num_layers * 2 * length**2 * model.hidden_size
+    return linear + text_projection + attention

@@ -1,0 +1,57 @@
+"""Shared by the functions behind the commands: checked configs, dry runs, printed results."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from landiff.configs import Config, dump
+from landiff.configs.problems import Problem, require_none
+from landiff.configs.secrets import redact
+from landiff.launchers.checks import load_checked
+from landiff.training.checks import Launch
+
+C = TypeVar("C", bound=Config)
+
+
+class JobFailed(RuntimeError):
+    """A job ended without doing its work. The message says why and what to do."""
+
+
+def load_for_job(
+    args: argparse.Namespace,
+    cls: type[C],
+    describe: Callable[[C], str],
+    *,
+    values: Mapping[str, Any] | None = None,
+    problems: Sequence[Problem] = (),
+) -> C | None:
+    """Loads the config of a command and checks everything that can be known before the job starts.
+
+    With --dry-run, prints the config and `describe(config)`, and returns None if the checks pass.
+    Raises one ConfigError with all problems, those in `problems` included. `values` replace
+    top-level keys of the config without being parsed as YAML.
+    """
+    stage = args.command
+    config, found = load_checked(stage, cls, args.config, args.overrides, Launch(), values)
+    if args.dry_run:
+        print_dry_run(config, describe(config))
+    require_none([*problems, *found])
+    return None if args.dry_run else config
+
+
+def print_dry_run(config: Config, plan: str) -> None:
+    """Prints the resolved config and what the command would do, without secrets."""
+    print(redact(f"{dump(config)}\n# {plan}"))
+
+
+def print_lines(command: str, lines: Iterable[str]) -> None:
+    """Prints result lines of a command, each after the command's name."""
+    for line in lines:
+        print(f"{command}: {line}")
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Counts as text, for example `1 empty_caption, 2 too_short`."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"

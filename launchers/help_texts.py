@@ -1,0 +1,97 @@
+"""Longer texts of `landiff --help` and `landiff COMMAND --help`. Line width: 100 columns."""
+
+from __future__ import annotations
+
+PIPELINE = """\
+The pipeline, in order. Each command can be run alone, interrupted, and run again:
+
+  landiff shards     --config nano/shards                     clips and captions -> raw shards
+  landiff precompute --config nano/features                   vision features
+  landiff train tokenizer --config nano/tokenizer             semantic tokenizer (torch DDP)
+  landiff convert    runs/tokenizer --name tokenizer          checkpoint -> zoo
+  landiff precompute --config nano/precompute                 tokens, latents, text states
+  landiff train lm   --config nano/lm                         language model (Megatron-core)
+  landiff convert    runs/lm --name lm                        checkpoint -> zoo
+  landiff train diffusion --config nano/diffusion-main        main transformer (DeepSpeed)
+  landiff convert    runs/diffusion-main --name main          checkpoint -> zoo
+  landiff train diffusion --config nano/diffusion-control     control branch, main frozen
+  landiff convert    runs/diffusion-control --name diffusion  checkpoint -> zoo
+  landiff evaluate   --config nano/evaluate                   do the models use their conditions?
+  landiff sample     --config nano/sample "a rabbit runs"     prompts -> mp4
+
+  landiff quickstart --out runs/quickstart                    all of it on packaged clips, on a CPU
+"""
+
+OVERRIDES = """\
+Any config key can be set after the options, for example:  {example}
+An unknown key is an error that names the nearest known key.
+"""
+
+PROMPTS = """
+Write a prompt that could be taken for an option or an override after --, where nothing is parsed:
+
+  landiff sample --config nano/sample seed=7 -- "seed=7 is written on a wall" "--- a dashed line"
+"""
+
+TRAINERS = {
+    "tokenizer": "Semantic tokenizer (torch DDP).",
+    "lm": "Language model over semantic tokens (Megatron-core: tensor, pipeline, sequence and data "
+    "parallel).",
+    "diffusion": "Diffusion model (DeepSpeed ZeRO): the main transformer, then its control branch.",
+}
+
+TAKE_OVER = (
+    "take the run folder from its owner at once, instead of waiting until the lock of an owner on "
+    "another machine, which may be dead, expires"
+)
+
+CONVERT = """\
+  landiff convert runs/lm --name lm                           newest checkpoint of a run -> zoo
+  landiff convert inspect weights/LanDiff                     describe a file or folder of weights
+  landiff convert weights/LanDiff                             the LanDiff release -> zoo entries lm,
+                                                              tokenizer, transformer, diffusion
+  landiff convert lm --to megatron --out start/lm             zoo entry -> Megatron checkpoint for
+                                                              any parallel layout
+  landiff convert main --to diffusers --out CogVideoX-ours    main transformer -> a diffusers
+                                                              CogVideoXTransformer3DModel
+  landiff convert diffusion tokenizer lm --to release --out out    zoo -> files of the release
+
+Resharding a checkpoint with its optimizer: `landiff train` resumes from the result with
+--config OUT/config.yaml. Changes are written as overrides of the run's config:
+
+  landiff convert runs/lm --to megatron --out runs/lm-2 \\
+      parallel.distributed_optimizer=true parallel.tensor=2 vocab_multiple=256
+  landiff convert runs/diffusion-main --to deepspeed --out runs/main-2 --world-size 16 zero.stage=3
+
+Other tensor, pipeline and data parallel sizes of Megatron need no conversion, nor do other ZeRO
+stages and world sizes of this project's diffusion trainer. DeepSpeed alone needs it. Weights that
+start a run accept vocab_multiple, head_multiple and zero.stage as overrides too.
+"""
+
+COMPLETION = """\
+Install the script once for each shell that you use:
+
+  bash   landiff completion bash > ~/.local/share/bash-completion/completions/landiff
+  zsh    landiff completion zsh  > a file named _landiff in a folder of your $fpath
+  fish   landiff completion fish > ~/.config/fish/completions/landiff.fish
+
+New shells complete commands, options, choices, packaged config names and paths.
+"""
+
+CONFIG = """\
+  landiff config                                            names of the packaged configs
+  landiff config nano/lm                                    contents of a config file
+  landiff config explain loop.keep_every                    type, default and meaning of a key
+  landiff config explain loop.keep_every --config nano/lm   the same, for the class of one config
+"""
+
+SUBMIT = """\
+All other arguments are those of the stage itself:
+
+  landiff submit lm --config landiff/lm --cluster my-site.yaml --nodes 4 optim.lr=2e-4
+  landiff submit precompute --config landiff/precompute --cluster my-site.yaml
+  landiff submit convert runs/lm --name lm --cluster my-site.yaml
+  landiff submit pipeline --preset nano --cluster my-site.yaml lm.loop.steps=100
+
+Submitting again skips finished jobs and resumes unfinished ones. See docs/cluster.md.
+"""
