@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]  # the stubs are not a dependency
+import yaml
 from torch import Tensor
 from torch.nn import functional
 
