@@ -78,7 +78,7 @@ def test_clips_of_one_video_have_no_wrong_condition(folder, capsys):
     assert main(["evaluate", "--config", "evaluate.yaml"]) == 2
     err = capsys.readouterr().err
     assert (
-        "all 4 clips share" in err
+        "all 4 clips have" in err
         and "clips of at least two videos" in err
         and not Path("found.json").exists()
     )
