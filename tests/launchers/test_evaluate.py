@@ -85,6 +85,6 @@ def test_clips_of_one_video_have_no_wrong_condition(folder, capsys):
     write_data(Path("data"), one_video=True)
     assert main(["evaluate", "--config", "evaluate.yaml"]) == 2
     err = capsys.readouterr().err
-    assert "all 4 clips share" in err
+    assert "all 4 clips have" in err
     assert "clips of at least two videos" in err
     assert not Path("found.json").exists()
