@@ -21,7 +21,7 @@ from landiff.configs.documents import read_json
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
 from landiff.launchers.local.children import environment
-from landiff.training.checkpoint.run_folder import read_metrics
+from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 QUICKSTART_PROCESSES = 2  # of each trainer; nano/lm divides its model over two ranks
 
@@ -242,7 +242,7 @@ def run_stage(stage: PipelineStage, out: Path) -> StageResult:
 def first_and_last_loss(run: Path, points: int = 5) -> tuple[float | None, float | None]:
     """Mean of the first and of the last `points` logged losses of a run, to average out noise."""
     values = []
-    for line in read_metrics(run / "metrics.jsonl"):
+    for line in read_metrics(run / METRICS):
         if "train/loss" in line:
             values.append(line["train/loss"])
     if not values:

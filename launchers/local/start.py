@@ -25,7 +25,8 @@ from landiff.launchers.checks import count_gpus
 from landiff.launchers.local.children import environment, stop_signals
 from landiff.launchers.run.job_folder import JOB_FOLDER, LAST_ERROR, STOPPED
 from landiff.launchers.run.records import remove_markers, write_record
-from landiff.training.checkpoint.errors import first_error, read_message
+from landiff.training.checkpoint.errors import error_paths, first_error, read_message
+from landiff.training.checkpoint.run_folder import DONE, HANGS, STOP
 from landiff.training.config import LoopConfig
 from landiff.training.layout import copy_size
 
@@ -69,10 +70,10 @@ def own_run(
     run = config.run
     owned = ownership.take(run / OWNER, f"run folder {run}", take_over=take_over)
     remove_markers(run)
-    for path in (run / "errors").glob("rank_*.txt"):
+    for path in error_paths(run):
         path.unlink()
-    if (run / "hangs").is_dir():
-        (run / "hangs").rename(run / f"hangs.{datetime.now(UTC):%Y%m%dT%H%M%S}")
+    if (run / HANGS).is_dir():
+        (run / HANGS).rename(run / f"{HANGS}.{datetime.now(UTC):%Y%m%dT%H%M%S}")
     write_record(
         run,
         name=run.name,
@@ -118,7 +119,7 @@ def run_trainer(module: str, config_file: Path, run: Path, processes: int, owned
             signal.signal(number, handler)
         request.end()
     killed = len(signals) > 1
-    finished = (run / "done").exists()
+    finished = (run / DONE).exists()
     if signal.SIGINT in signals and (code == 0 or killed) and not finished:
         raise KeyboardInterrupt
     if code >= 0:
@@ -171,7 +172,7 @@ class StopRequest:
 
     def _repeat(self) -> None:
         write_text(self._run / JOB_FOLDER / STOPPED, "here\n")
-        stop = self._run / "stop"
+        stop = self._run / STOP
         while not self._ended.is_set():
             stop.touch()
             self._ended.wait(REPEAT_REQUEST_S)

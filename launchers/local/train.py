@@ -21,6 +21,7 @@ from landiff.launchers.local.start import (
 )
 from landiff.launchers.slurm.stage_jobs import command_line
 from landiff.launchers.stages import TRAINERS
+from landiff.training.checkpoint.run_folder import RESOLVED
 from landiff.training.checks import Launch
 
 
@@ -45,7 +46,7 @@ def train_command(args: argparse.Namespace) -> int:
         return 0
     command = command_line(args.argv)
     with own_run(config, args.stage, processes, command, take_over=args.take_over) as owned:
-        config_file = config.run / "resolved.yaml"
+        config_file = config.run / RESOLVED
         write_config(config_file, config)
         code = run_trainer(trainer.module, config_file, config.run, processes, owned)
     if code == 0:

@@ -16,6 +16,7 @@ from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.video.codec import ClipDecoder
 from landiff.model_zoo import frozen
 from landiff.model_zoo.frozen.base import LatentCodec, posterior_mean
+from landiff.training.checkpoint.run_folder import TENSORBOARD
 from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.previews import write_video
 
@@ -41,4 +42,4 @@ def codec_round_trip(config: PrecomputeConfig, folder: Path, clips: int = 4) -> 
             moments_1tChw = sample.tensors["latents"][None].float()
             decoded_1THWC = codec.decode(posterior_mean(moments_1tChw, codec.channels))
             videos_THWC = {"codec/input": frames_THWC, "codec/round trip": decoded_1THWC[0]}
-            log_videos(folder / "tensorboard", number, videos_THWC, sample.meta.fps)
+            log_videos(folder / TENSORBOARD, number, videos_THWC, sample.meta.fps)

@@ -17,6 +17,7 @@ from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.sample.generate import Models, generate
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.schedule import NoiseSchedule
+from landiff.training.checkpoint.run_folder import TENSORBOARD
 
 SEED_STEP = 1000  # between the seeds of two prompts
 MAX_SLUG = 40  # characters of a prompt in the name of its mp4 file
@@ -63,7 +64,7 @@ def sample_videos(config: SampleConfig) -> list[str]:
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:MAX_SLUG] or "prompt"
         path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
         write_mp4(path, video_THWC.numpy(), config.fps)
-        events = config.out.parent / "runs" / "sample" / "tensorboard"
+        events = config.out.parent / "runs" / "sample" / TENSORBOARD
         log_videos(events, 0, {f"sample/{number:02d} {prompt[:MAX_TAG]}": video_THWC}, config.fps)
         print(f"sample: {path}")
         names.append(path.name)

@@ -28,10 +28,11 @@ from landiff.launchers.run.job_folder import (
     RECORD,
     STATE,
 )
+from landiff.training.checkpoint.run_folder import STOP
 
 # Files of earlier attempts in the run folder that are not results
 OLD_MARKERS = (
-    "stop",
+    STOP,
     "job/stopped",
     "job/state*",
     "job/given_up*",

@@ -22,7 +22,15 @@ from landiff.launchers.run.records import (
 )
 from landiff.launchers.slurm.client import QueuedJob, Slurm, SlurmError
 from landiff.training.checkpoint.errors import first_error, read_message
-from landiff.training.checkpoint.run_folder import committed_steps, finished_step, parse_metrics
+from landiff.training.checkpoint.run_folder import (
+    CHECKPOINTS,
+    DONE,
+    HEARTBEAT,
+    METRICS,
+    committed_steps,
+    finished_step,
+    parse_metrics,
+)
 
 TAIL_BYTES = 64 << 10  # read from the end of a metrics.jsonl of any length
 RECENT_LINES = 20  # logged steps that the rate is computed from
@@ -126,12 +134,12 @@ def describe_job(job: QueuedJob) -> str:
 
 def read_progress(run: Path, status: RunStatus) -> None:
     """Set checkpoint, step, loss, rate, time left and heartbeat of `status`."""
-    checkpoints = committed_steps(run / "checkpoints")
+    checkpoints = committed_steps(run / CHECKPOINTS)
     if checkpoints:
         status.checkpoint = checkpoints[-1]
     if status.steps is not None:
         status.step = finished_step(run)
-    lines = last_metrics(run / "metrics.jsonl")
+    lines = last_metrics(run / METRICS)
     if not lines:
         return
     last = lines[-1]
@@ -142,7 +150,7 @@ def read_progress(run: Path, status: RunStatus) -> None:
         status.steps_per_s = (last["step"] - first["step"]) / (last["time"] - first["time"])
         if status.steps:
             status.seconds_left = (status.steps - last["step"]) / status.steps_per_s
-    beats = [time.time() - path.stat().st_mtime for path in (run / "heartbeat").glob("rank_*")]
+    beats = [time.time() - path.stat().st_mtime for path in (run / HEARTBEAT).glob("rank_*")]
     status.last_beat_s = max(beats, default=None)
 
 
@@ -207,7 +215,7 @@ def is_done(run: Path, record: dict[str, Any]) -> bool:
     """Whether the run, or all tasks of its array, finished."""
     if record.get("array"):
         return all((run / f"done.{task}").exists() for task in range(record["array"]))
-    if not (run / "done").exists():
+    if not (run / DONE).exists():
         return False
     return record.get("steps") is None or (finished_step(run) or 0) >= record["steps"]
 

@@ -13,6 +13,7 @@ from landiff.configs.processes import machine
 from landiff.launchers.run.job_folder import JOB_FOLDER, RECORD, STOPPED
 from landiff.launchers.run.records import read_record, running_owner
 from landiff.launchers.slurm.client import Slurm
+from landiff.training.checkpoint.run_folder import CONFIG, STOP
 
 NOTHING = "nothing of it is running or in the queue"
 
@@ -23,7 +24,7 @@ def stop(run: Path, restart: bool, slurm: Slurm | None = None) -> str:
     Returns what was done. Raises ConfigError if the run cannot be asked.
     """
     record = read_record(run)
-    if not record and not (run / "config.yaml").is_file():
+    if not record and not (run / CONFIG).is_file():
         raise ConfigError(
             f"{run} is not a run folder: it has neither {JOB_FOLDER}/{RECORD} nor config.yaml; "
             "landiff status --all lists the run folders"
@@ -72,5 +73,5 @@ def stop_process(run: Path, owner: Owner, *, restart: bool, trainer: bool) -> st
     if here:
         os.kill(owner.pid, signal.SIGUSR1)
     else:
-        write_text(run / "stop", "")
+        write_text(run / STOP, "")
     return f"{run}: asked {owner} to save and {'start again' if restart else 'end'}"

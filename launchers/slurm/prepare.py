@@ -17,7 +17,7 @@ from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.script import sbatch_text
 from landiff.launchers.slurm.snapshot import write_snapshot
 from landiff.launchers.slurm.stage_jobs import SubmitPlan
-from landiff.training.checkpoint.run_folder import finished_step
+from landiff.training.checkpoint.run_folder import DONE, finished_step
 
 
 def job_fingerprint(plan: SubmitPlan) -> str:
@@ -75,7 +75,7 @@ def done_markers(plan: SubmitPlan) -> list[Path]:
     """Files that exist when the job, or each task of its array, has finished."""
     if plan.job.array:
         return [plan.job.run / f"done.{task}" for task in range(plan.job.resources.array)]
-    return [plan.job.run / "done"]
+    return [plan.job.run / DONE]
 
 
 def own_run_folder(plan: SubmitPlan, *, take_over: bool) -> ownership.Ownership:
@@ -93,7 +93,7 @@ def prepare_run(plan: SubmitPlan, cluster: ClusterConfig) -> Path:
         write_config(folder / CONFIG, plan.config)
     write_text(folder / CLUSTER, dump(cluster), PRIVATE)  # env may hold secrets
     write_text(folder / SCRIPT, script, PRIVATE)
-    done = "done*" if plan.steps is None else "done"
+    done = f"{DONE}*" if plan.steps is None else DONE
     remove_markers(plan.job.run, [done, *OLD_MARKERS])
     record_jobs(plan, [], code=origin)
     return folder / SCRIPT

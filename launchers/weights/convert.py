@@ -29,7 +29,7 @@ from landiff.model_zoo.convert.formats.megatron import default_padding
 from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
 from landiff.model_zoo.convert.rules import all_of
 from landiff.training.checkpoint.files import differences, latest_whole, versions
-from landiff.training.checkpoint.run_folder import CONFIG, STATE
+from landiff.training.checkpoint.run_folder import CHECKPOINTS, CONFIG, STATE
 
 # ---------------------------------------------------------------- sources
 
@@ -41,8 +41,8 @@ def locate(reference: str | Path, zoo: Path) -> Path:
     there is none, and for a checkpoint, or a file in one, that does not match its files.json.
     """
     path = Path(reference)
-    if (path / "checkpoints").is_dir() and not (path / STATE).is_file():
-        newest = latest_whole(path / "checkpoints")
+    if (path / CHECKPOINTS).is_dir() and not (path / STATE).is_file():
+        newest = latest_whole(path / CHECKPOINTS)
         if newest is None:
             raise ConfigError(
                 f"{path} holds no whole and healthy checkpoint; it must be a run folder (runs/lm) "

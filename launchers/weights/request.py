@@ -13,7 +13,7 @@ from landiff.configs import load
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
-from landiff.training.checkpoint.run_folder import STATE, committed_steps
+from landiff.training.checkpoint.run_folder import CHECKPOINTS, STATE, committed_steps
 from landiff.training.checks import Launch
 
 ENGINES = ("megatron", "deepspeed")  # formats from which a run resumes or starts
@@ -110,7 +110,7 @@ def check_source(source: str, zoo: Path) -> list[Problem]:
                 Problem(f"{path} does not exist, so it holds no whole checkpoint and no weights")
             ]
         return problems_of(lambda: registry.resolve(zoo, source))
-    checkpoints = path / "checkpoints"
+    checkpoints = path / CHECKPOINTS
     is_run = checkpoints.is_dir() and not (path / STATE).is_file()
     if is_run and not committed_steps(checkpoints):
         return [

@@ -36,7 +36,7 @@ from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.megatron_optimizer import MegatronLayout, MegatronState
 from landiff.model_zoo.convert.lazy import ProgressCallback
 from landiff.model_zoo.convert.output_folder import new_folder
-from landiff.training.checkpoint.run_folder import step_folder
+from landiff.training.checkpoint.run_folder import CHECKPOINTS, step_folder
 from landiff.training.checkpoint.store import (
     CONFIG,
     STATE,
@@ -223,7 +223,7 @@ def _reshard_run(
             f"{type(config).__name__}"
         )
     with new_folder(request.out, provenance) as temporary:
-        folder = step_folder(temporary / "checkpoints", state.step)
+        folder = step_folder(temporary / CHECKPOINTS, state.step)
         folder.mkdir(parents=True)
         if isinstance(config, LMTrainConfig):
             _write_megatron_engine(path, folder, config, progress)
