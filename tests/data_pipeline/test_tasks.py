@@ -63,7 +63,9 @@ def test_tasks_on_one_folder_make_the_bytes_of_one_job(
         [0, 0],
         [0, 2],
     )  # the second owner of a task is refused, unless the first was done
-    assert "task 0/3 made 2 shards, 0 were finished before, of 6 in all; rejected: none" in outputs[0]
+    assert (
+        "task 0/3 made 2 shards, 0 were finished before, of 6 in all; rejected: none" in outputs[0]
+    )
     early = subprocess.run(
         [*command, "finalize"],
         cwd=tmp_path,
