@@ -32,6 +32,8 @@ slurm:
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Builds the documentation site in site/. Broken links and pages missing from the nav are errors.
 # No --quiet: it would hide warnings from --strict.

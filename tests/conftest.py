@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-# One thread everywhere: sums come in one order in a forked child and in its parent alike, and tests of several
-# processes don't fight for the cores.
+# One thread everywhere: a forked child sums in the same order as its parent, and tests with several
+# processes do not compete for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest

@@ -1,7 +1,8 @@
-"""`pytest tests/golden --golden-root DIR`: cases by the beginning of their names, sizes from their configs, nothing unserved.
+"""The runner behind `pytest tests/golden --golden-root DIR`.
 
-The cases of other sizes come from tests/golden/formulas, a second implementation of the specification that shares no
-line with the models; that it says what the reference says is tested here on the released cases.
+Cases are found by the beginning of their names, take their sizes from their configs, and all of
+them are checked. The cases of other sizes come from tests/golden/formulas, a second implementation
+of the specification that shares no line with the models; it is compared with the released cases.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def golden(root: Path, *select: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-# ---------------------------------------------------------------- the formulas against the reference
+# ------------------------------------------------------- the formulas against the reference
 
 
 def gradients_in(outputs: dict[str, Tensor], prefix: str) -> tuple[str, ...]:
