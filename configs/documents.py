@@ -201,15 +201,17 @@ class _YamlReader(yaml.SafeLoader):
 
     def fail(self, node: yaml.Node | yaml.Event, problem: str) -> NoReturn:
         """Raise DocumentError with the line of `node`."""
+        assert node.start_mark is not None, "PyYAML marks every node and event that it reads"
         raise DocumentError(f"{self.origin}, line {node.start_mark.line + 1}: {problem}")
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node; checks the expanded size and the depth on the way."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor in self.anchors and event.anchor not in self.sizes:
-                self.fail(event, f"the alias *{event.anchor} refers to a node that contains it")
-            self._grow(event, self.sizes.get(event.anchor, 0))
+            anchor = event.anchor or ""
+            if anchor in self.anchors and anchor not in self.sizes:
+                self.fail(event, f"the alias *{anchor} refers to a node that contains it")
+            self._grow(event, self.sizes.get(anchor, 0))
             return super().compose_node(parent, index)
         before = self.size
         text = event.value if isinstance(event, yaml.ScalarEvent) else ""
