@@ -133,7 +133,7 @@ def test_what_fits_has_no_problems(world, stage):
         (
             "diffusion",
             ["init_from=gone", "model.transformer.text_length=16"],
-            ["init_from = gone: the zoo", "wants [16, 384]"],
+            ["init_from = gone: the zoo", "needs [16, 384]"],
         ),
         (
             "diffusion",
@@ -149,7 +149,7 @@ def test_what_fits_has_no_problems(world, stage):
             [
                 "decodes 48 channels, but model.transformer.latent_channels = 16",
                 "model.transformer.latent_channels = 16 (there 48)",
-                "wants [5, 16, 8, 8]",
+                "needs [5, 16, 8, 8]",
             ],
         ),
         ("diffusion", ["model.semantic.channel_multipliers=[1]"], ["upsamples to 4 x 4"]),
