@@ -371,7 +371,8 @@ def test_a_checkpoint_named_by_path_is_held_against_its_list_of_files(landiff, t
     ):
         code, _, err = landiff("convert", source, "--model", "tiny.yaml", *command)
         assert (
-            code == 2 and "step_00000001 is damaged: model.safetensors differs from what was written" in err
+            code == 2
+            and "step_00000001 is damaged: model.safetensors differs from what was written" in err
         ), err
     assert not (tmp_path / "zoo" / "a").exists() and not (tmp_path / "there").exists()
     (checkpoint / FILES).unlink()
