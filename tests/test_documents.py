@@ -111,3 +111,39 @@ def test_the_citation_names_the_software_and_the_paper():
     paper = citation["preferred-citation"]
     assert paper["url"].endswith("2503.04606")
     assert {"type", "title", "authors"} <= set(paper)
+
+
+def test_the_architecture_page_lists_the_packages():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = text.split("## Packages", 1)[1].split("```")[1]
+    listed = set()
+    parent = ""
+    for line in tree.splitlines():
+        found = re.match(r"( *)([a-z_]+)/", line)
+        if found is None:
+            continue
+        if not found[1]:
+            parent = found[2]
+        listed.add(parent if not found[1] else f"{parent}/{found[2]}")
+    present = {"benchmarks", "tests", "docs"}
+    for package in ("configs", "model_zoo", "data_pipeline", "training", "launchers"):
+        present.add(package)
+        for init in (ROOT / package).glob("*/__init__.py"):
+            present.add(f"{package}/{init.parent.name}")
+    assert listed == present
+
+
+def test_the_names_in_the_glossary_exist():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    table = text.split("## Shared names in the code", 1)[1].split("\n## ", 1)[0]
+    names = re.findall(r"`([A-Za-z_]+)`", table)
+    source = ""
+    for package in ("configs", "model_zoo", "data_pipeline", "training", "launchers"):
+        for path in (ROOT / package).rglob("*.py"):
+            source += path.read_text(encoding="utf-8")
+    missing = []
+    for name in names:
+        defined = re.search(rf"(class|def) {name}\b|^{name} = ", source, re.MULTILINE)
+        if name != "landiff" and not defined:
+            missing.append(name)
+    assert len(names) > 20 and not missing
