@@ -44,17 +44,23 @@ def explain_key(key: str, config_name: str | None = None) -> str:
     """
     names = list(EXPLAINED) if config_name is None else class_names_of(config_name)
     configs_by_text: dict[str, list[str]] = {}
-    first_error: ConfigError | None = None
+    section = key.partition(".")[0]
+    errors: list[ConfigError] = []
+    near_errors: list[ConfigError] = []  # of configs that have the first part of the key
     for name in names:
         try:
             text = explain(EXPLAINED[name], key)
         except ConfigError as error:
-            first_error = first_error or error
+            errors.append(error)
+            if section in EXPLAINED[name].model_fields:
+                near_errors.append(error)
         else:
             configs_by_text.setdefault(text, []).append(name)
     if not configs_by_text:
-        if len(names) == 1 and first_error is not None:
-            raise first_error
+        if near_errors:
+            raise near_errors[0]
+        if len(errors) == 1:
+            raise errors[0]
         raise ConfigError(f"unknown config key {key!r}: it is no key of {', '.join(names)}")
     parts = []
     for text, found in configs_by_text.items():

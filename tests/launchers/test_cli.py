@@ -122,7 +122,7 @@ def test_config_explains_nothing_for_an_unknown_key(capsys):
     code, _, err = run(capsys, "config", "explain", "loop.keep_evry", "--config", "nano/lm")
     assert code == 2 and "did you mean 'keep_every'?" in err
     code, _, err = run(capsys, "config", "explain", "loop.keep_evry")
-    assert code == 2 and "unknown config key 'loop.keep_evry'" in err
+    assert code == 2 and "did you mean 'keep_every'?" in err
     code, _, err = run(capsys, "config", "explain")
     assert code == 2 and "needs a key" in err
     code, _, err = run(capsys, "config", "nano/lm", "loop.keep_every")
