@@ -35,9 +35,10 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,8 @@ TOKEN = (
 )
 LEASE_S = 60.0
 BEAT_S = 15.0
+CLEANUP_TIMEOUT_S = 10.0  # for a process that removes an abandoned lock
+CLEANUP_POLL_S = 0.02
 TRIES = 20  # attempts to take a lock, each of which another process may win
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without hard links
 SQUEUE_TIMEOUT_S = 30.0
@@ -78,6 +81,7 @@ class Owner:
     job: str = ""  # SLURM job id; for an array, that of the task
     attempt: int = 0  # number of restarts of the job by SLURM
     cluster: str = ""  # cluster name in SLURM
+    is_cleanup: bool = False  # holds the abandoned lock only to remove it
 
     @property
     def host(self) -> str:
@@ -178,6 +182,7 @@ def take(
     *,
     inherited: str = "",
     take_over: bool = False,
+    is_cleanup: bool = False,
     on_lost: Callable[[str], None] | None = None,
 ) -> Ownership:
     """Become the owner of `what`, whose lock is the file `path`.
@@ -188,17 +193,20 @@ def take(
         inherited: Token of an ancestor process whose ownership is shared.
         take_over: Do not wait for the lease to end if it is unknown whether the owner runs. An
             owner that is known to run is never replaced.
+        is_cleanup: The lock is abandoned and taken only to remove it. Other processes wait for
+            that instead of being refused.
         on_lost: Called in a thread with the reason if another process takes the lock away. By
             default, this process ends.
 
     Raises:
-        OwnedError: Another process is the owner. Raised without waiting.
+        OwnedError: Another process is the owner. Raised without waiting, unless that process is
+            about to remove the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lost = on_lost or end_process
-    me = this_process()
+    me = replace(this_process(), is_cleanup=is_cleanup)
     for _ in range(TRIES):
-        chain = _chain(path)
+        chain = _wait_for_cleanup(path)
         if chain and inherited and chain[-1][1].token == inherited:
             return Ownership(path, chain[-1][1], inherited=True, on_lost=lost)
         if chain:
@@ -226,10 +234,23 @@ def remove_abandoned_locks(folder: Path) -> None:
         found = holder(path)
         if found is not None and found[1] in ("gone", "silent"):
             with contextlib.suppress(OwnedError):  # another process was faster
-                take(path, str(path)).release()
+                take(path, str(path), is_cleanup=True).release()
     for path in folder.glob(f".*{OWNER}.after-*"):
         if not path.with_name(path.name.rpartition(".after-")[0]).exists():
             path.unlink(missing_ok=True)
+
+
+def _wait_for_cleanup(path: Path) -> list[tuple[Path, Owner]]:
+    """The owners of the lock `path`, once no process holds it only to remove it."""
+    deadline = time.monotonic() + CLEANUP_TIMEOUT_S
+    while True:
+        chain = _chain(path)
+        if not chain or not chain[-1][1].is_cleanup or time.monotonic() > deadline:
+            return chain
+        file, owner = chain[-1]
+        if _state(file, owner) != "running":
+            return chain
+        time.sleep(CLEANUP_POLL_S)
 
 
 def end_process(why: str) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -219,6 +220,15 @@ def test_an_owner_that_lost_its_lock_hears_of_it(lock, monkeypatch):
     assert "taken over by process" in heard[0] and "elsewhere" in heard[0]
     mine.release()
     assert lock.exists()  # it is another's
+
+
+def test_a_process_that_removes_an_abandoned_lock_is_waited_for(lock):
+    write_lock(lock)
+    cleanup = take(lock, "it", is_cleanup=True)
+    threading.Timer(0.3, cleanup.release).start()
+    with take(lock, "it") as owned:
+        found = holder(lock)
+        assert found is not None and found[0].token == owned.token
 
 
 def test_a_lock_is_renewed(lock, monkeypatch):
