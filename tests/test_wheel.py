@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """Folder with the unpacked wheel; its dependencies are those of this environment."""
+    """Folder with the unpacked wheel, beside packages named `configs` and `training`.
+
+    Its dependencies are those of this environment.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     source = folder / "source"
@@ -26,6 +29,10 @@ def installed(tmp_path_factory) -> Path:
     subprocess.run(
         [*pip, "install", "--no-deps", "--target", str(folder / "site"), str(wheel)], check=True
     )
+    for name in ("configs", "training"):  # other distributions with our folders' names
+        package = folder / "site" / name
+        package.mkdir()
+        (package / "__init__.py").write_text(f"raise ImportError('{name} of another project')\n")
     return folder / "site"
 
 
