@@ -10,7 +10,7 @@ import pytest
 
 from landiff.configs.loader import load
 from landiff.launchers.arguments import build_parser, parse_command
-from landiff.launchers.slurm.stage_jobs import config_class
+from landiff.launchers.stages import STAGE_CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,7 +53,7 @@ def test_a_documented_command_parses_and_its_keys_exist(page, command):
         stage, config, args = inner_stage(inner), getattr(inner, "config", None), inner
     if not config or not packaged(config):
         return
-    assert load(config_class(stage), config, args.overrides)
+    assert load(STAGE_CONFIGS[stage], config, args.overrides)
 
 
 def submitted(args) -> list[str]:

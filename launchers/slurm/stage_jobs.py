@@ -13,11 +13,13 @@ from landiff.configs.problems import Problem
 from landiff.configs.secrets import redact
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.arguments import build_parser, parse_command
-from landiff.launchers.checks import check, load_checked, load_with_problems
+from landiff.launchers.checks import load_checked, load_with_problems
+from landiff.launchers.config import ShardsJobConfig
 from landiff.launchers.local.start import TrainerConfig, default_processes
 from landiff.launchers.run.job_folder import CONFIG, JOB_FOLDER
 from landiff.launchers.slurm.cluster_config import STAGES, ClusterConfig
 from landiff.launchers.slurm.script import BatchJob
+from landiff.launchers.stages import STAGE_CONFIGS, TRAINERS
 from landiff.launchers.weights.request import check_request, request_of
 from landiff.training.checks import Launch
 
@@ -94,7 +96,7 @@ def plan_stage(
         values = {"prompts": args.prompts}
     config, problems = load_checked(
         args.command,
-        config_class(args.command),
+        STAGE_CONFIGS[args.command],
         args.config,
         args.overrides,
         context.launch(),
@@ -102,25 +104,6 @@ def plan_stage(
     )
     job = plan_process(args.command, context, name or args.command, (args.command,), config)
     return [replace(job, problems=tuple(problems))]
-
-
-def config_class(stage: str) -> type[Config]:
-    """The config class of a stage. Its imports are free of torch."""
-    from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
-    from landiff.training.diffusion.config import DiffusionTrainConfig
-    from landiff.training.lm.config import LMTrainConfig
-    from landiff.training.tokenizer.config import TokenizerTrainConfig
-
-    classes: dict[str, type[Config]] = {
-        "shards": ShardsJobConfig,
-        "precompute": PrecomputeConfig,
-        "tokenizer": TokenizerTrainConfig,
-        "lm": LMTrainConfig,
-        "diffusion": DiffusionTrainConfig,
-        "sample": SampleConfig,
-        "evaluate": EvaluateConfig,
-    }
-    return classes[stage]
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -133,7 +116,8 @@ def command_line(words: Sequence[str]) -> str:
 
 def plan_training(args: argparse.Namespace, context: SubmitContext, name: str | None) -> SubmitPlan:
     """The job of a trainer, in the run folder of its config."""
-    cls = config_class(args.stage)
+    trainer = TRAINERS[args.stage]
+    cls = trainer.config_class
     config, problems = load_with_problems(cls, args.config, args.overrides)
     assert isinstance(config, TrainerConfig), cls
     resources = context.cluster.resources(args.stage, context.nodes)
@@ -141,13 +125,13 @@ def plan_training(args: argparse.Namespace, context: SubmitContext, name: str | 
         processes = default_processes(config)
         resources = resources.model_copy(update={"tasks_per_node": processes})
     launch = context.launch(resources.nodes * resources.tasks)
-    problems += check(args.stage, config, launch)
+    problems += trainer.check(config, launch)
     run = context.workdir / config.run
     job = BatchJob(
         name=name or run.name,
         run=run,
         workdir=context.workdir,
-        module=f"landiff.training.{args.stage}",
+        module=trainer.module,
         arguments=(str(run / JOB_FOLDER / CONFIG),),
         resources=resources,
         trainer=True,
@@ -207,9 +191,7 @@ def plan_shards(
     launch = context.launch()
     if args.action != "run":
         launch = replace(launch, inputs_exist=False)
-    config, problems = load_checked(
-        "shards", config_class("shards"), args.config, args.overrides, launch
-    )
+    config, problems = load_checked("shards", ShardsJobConfig, args.config, args.overrides, launch)
     name = name or "shards"
     if args.action != "run" or not is_array(context, "shards"):
         job = plan_process("shards", context, name, ("shards", args.action), config)

@@ -22,7 +22,7 @@ from landiff.configs.reference import (
 )
 from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
 from landiff.launchers.slurm.cluster_config import ClusterConfig
-from landiff.launchers.slurm.stage_jobs import config_class
+from landiff.launchers.stages import STAGE_CONFIGS
 
 STAGES = ["shards", "precompute", "tokenizer", "lm", "diffusion", "sample", "evaluate"]
 
@@ -114,7 +114,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name():
 
 
 def test_every_key_of_every_command_has_words():
-    roots = [*map(config_class, STAGES), ClusterConfig]
+    roots = [*map(STAGE_CONFIGS.__getitem__, STAGES), ClusterConfig]
     classes = [*roots, *all_sections(roots)]
     for cls in classes:
         assert all(key.type for key in config_keys(cls)), cls
@@ -135,7 +135,7 @@ def test_every_field_of_the_data_config_is_described():
 
 
 def test_every_field_of_every_command_is_described():
-    roots = [*map(config_class, STAGES), ClusterConfig]
+    roots = [*map(STAGE_CONFIGS.__getitem__, STAGES), ClusterConfig]
     missing = undescribed([*roots, *all_sections(roots)])
     assert not missing, "give these fields a description: " + ", ".join(missing)
 

@@ -16,7 +16,7 @@ from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, check_processes, count_gpus
 from landiff.launchers.cli import main
-from landiff.launchers.slurm.stage_jobs import config_class
+from landiff.launchers.stages import STAGE_CONFIGS
 from landiff.launchers.weights.request import ConvertRequest, check_request
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
@@ -80,7 +80,7 @@ def change_column(manifest: Manifest, name: str, **changes: object) -> None:
 
 
 def problems(stage: str, *overrides: str, launch: Launch | None = None) -> list[str]:
-    config = load(config_class(stage), f"nano/{STAGES[stage]}", overrides)
+    config = load(STAGE_CONFIGS[stage], f"nano/{STAGES[stage]}", overrides)
     return [str(problem) for problem in check(stage, config, launch or Launch(2))]
 
 
