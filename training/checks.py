@@ -42,7 +42,7 @@ def check_trainer(config: TrainConfig, launch: Launch) -> tuple[list[Manifest], 
     Returns the manifests of all data sets, or none if a column is missing, and the problems.
     """
     problems = problems_of(lambda: check_batch(config, launch.ranks))
-    problems += check_optim(config.optim)
+    problems += check_optim(config.optim, config.loop.steps)
     problems += check_writable("run", config.run)
     problems += check_resume(config)
     if not launch.inputs_exist:
@@ -51,9 +51,9 @@ def check_trainer(config: TrainConfig, launch: Launch) -> tuple[list[Manifest], 
     return manifests, problems + found
 
 
-def check_optim(optim: OptimConfig) -> list[Problem]:
-    """Whether the values of the optimizer are in range and fit each other."""
-    problems = []
+def check_optim(optim: OptimConfig, total_steps: int) -> list[Problem]:
+    """Whether the values of the optimizer are in range and fit each other and `loop.steps`."""
+    problems = check_decay(optim, total_steps)
     if optim.min_lr > optim.lr:
         problems.append(
             Problem(
@@ -67,6 +67,35 @@ def check_optim(optim: OptimConfig) -> list[Problem]:
                 Problem(f"optim.betas.{number} = {beta:g} must be at least 0 and below 1")
             )
     return problems
+
+
+def check_decay(optim: OptimConfig, total_steps: int) -> list[Problem]:
+    """Whether `optim.decay_steps` is set where it is needed, and leaves steps for warmup."""
+    steps = optim.decay_steps
+    if optim.decay == "constant" and steps is not None:
+        return [
+            Problem(
+                f"optim.decay_steps = {steps} has no effect with optim.decay = constant; set decay "
+                "to wsd, linear or cosine, or remove decay_steps"
+            )
+        ]
+    if optim.decay != "wsd":
+        return []
+    if steps is None:
+        return [
+            Problem(
+                "optim.decay = wsd needs optim.decay_steps, the number of last steps over which "
+                "the rate falls; a tenth to a fifth of loop.steps is usual"
+            )
+        ]
+    if optim.warmup_steps + steps > total_steps:
+        return [
+            Problem(
+                f"optim.warmup_steps + decay_steps = {optim.warmup_steps} + {steps} is more than "
+                f"loop.steps = {total_steps}; lower one of them or raise loop.steps"
+            )
+        ]
+    return []
 
 
 def check_data(data: DataConfig, columns: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:

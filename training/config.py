@@ -74,20 +74,37 @@ class LoopConfig(Config):
 
 
 class OptimConfig(Config):
-    """AdamW with linear warmup, then a constant rate or cosine decay."""
+    """AdamW and its learning rate: linear warmup, then a constant or a falling rate."""
 
     lr: PositiveFloat = Field(description="Learning rate after warmup.")
     warmup_steps: NonNegativeInt = Field(
         default=0, description="Steps over which the learning rate rises linearly to `lr`."
     )
-    decay: Literal["constant", "cosine"] = Field(
+    decay: Literal["constant", "linear", "cosine", "wsd"] = Field(
         default="constant",
         description=(
-            "Learning rate after warmup: `constant`, or half a `cosine` that falls to `min_lr`."
+            "Learning rate after warmup: `constant`; `linear` or half a `cosine` down to `min_lr`; "
+            "or `wsd` (warmup, stable, decay), which is constant until the last `decay_steps` of "
+            "the run."
+        ),
+    )
+    decay_steps: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Steps over which the learning rate falls: with `linear` and `cosine` the first ones "
+            "after warmup, null until `loop.steps`; with `wsd` the last ones before `loop.steps`, "
+            "required."
+        ),
+    )
+    decay_shape: Literal["linear", "cosine", "sqrt"] = Field(
+        default="linear",
+        description=(
+            "Shape of the fall of `wsd`; `sqrt` is 1 minus the square root of the part that is "
+            "done, which falls fastest at its start."
         ),
     )
     min_lr: NonNegativeFloat = Field(
-        default=0.0, description="Learning rate that cosine decay reaches at `loop.steps`."
+        default=0.0, description="Learning rate at the end of the decay."
     )
     betas: tuple[float, float] = Field(
         default=(0.9, 0.95),

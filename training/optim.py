@@ -16,16 +16,30 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step number `step` (from 0) of `total_steps`.
 
     A pure function, so there is no scheduler state to save. Warmup is linear, with
-    (step + 1) / warmup_steps of the full rate. After it the rate is constant, or half a cosine
-    that would reach min_lr at step `total_steps`.
+    (step + 1) / warmup_steps of the full rate. After it the rate is constant or falls, and would
+    reach min_lr in the step after the last one of the decay.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return config.lr
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return config.min_lr + (config.lr - config.min_lr) * cosine
+    first = config.warmup_steps  # step of the decay
+    length = config.decay_steps or total_steps - first
+    shape: str = config.decay
+    if config.decay == "wsd":
+        first = max(first, total_steps - length)
+        shape = config.decay_shape
+    done = min(1.0, max(0, step - first) / max(1, length))
+    return config.min_lr + (config.lr - config.min_lr) * _remaining(shape, done)
+
+
+def _remaining(shape: str, done: float) -> float:
+    """Part of the distance to min_lr that remains after the part `done` of the decay."""
+    if shape == "linear":
+        return 1 - done
+    if shape == "sqrt":
+        return 1 - math.sqrt(done)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def parameter_groups(

@@ -108,6 +108,17 @@ def test_what_fits_has_no_problems(world, stage):
             ["optim.betas=[0.9, 1]"],
             ["optim.betas.1 = 1 must be at least 0 and below 1"],
         ),
+        ("lm", ["optim.decay=wsd"], ["optim.decay = wsd needs optim.decay_steps"]),
+        (
+            "lm",
+            ["optim.decay=wsd", "optim.decay_steps=9999"],
+            ["optim.warmup_steps + decay_steps = 30 + 9999 is more than loop.steps ="],
+        ),
+        (
+            "lm",
+            ["optim.decay=constant", "optim.decay_steps=5"],
+            ["optim.decay_steps = 5 has no effect with optim.decay = constant"],
+        ),
         ("lm", ["text_column=text-t5"], ["no column 'text-t5'; it has: features, latents"]),
         (
             "lm",

@@ -1,5 +1,7 @@
 """Learning rate and AdamW."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,44 @@ def test_cosine_ends_at_the_minimum_and_passes_the_middle_half_way():
     assert learning_rate(config, 60, 110) == pytest.approx(0.6)
     assert learning_rate(config, 110, 110) == pytest.approx(0.2)
     assert learning_rate(config, 500, 110) == pytest.approx(0.2)
+
+
+def test_linear_decay_ends_after_its_steps_or_with_the_run():
+    config = OptimConfig(lr=1.0, warmup_steps=10, decay="linear", min_lr=0.2)
+    assert learning_rate(config, 60, 110) == pytest.approx(0.6)
+    short = config.model_copy(update={"decay_steps": 20})
+    rates = [learning_rate(short, step, 110) for step in (10, 20, 30, 100)]
+    assert rates == pytest.approx([1.0, 0.6, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "quarter"), [("linear", 0.8), ("cosine", 0.882843), ("sqrt", 0.6)]
+)
+def test_wsd_is_stable_until_its_last_steps(shape, quarter):
+    config = OptimConfig(
+        lr=1.0, warmup_steps=10, decay="wsd", decay_steps=40, decay_shape=shape, min_lr=0.2
+    )
+    rates = [learning_rate(config, step, 110) for step in (4, 10, 70, 80, 110)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, quarter, 0.2])
+    longer = [learning_rate(config, step, 1110) for step in (70, 1070, 1080)]
+    assert longer == pytest.approx([1.0, 1.0, quarter])  # more steps move only the decay
+
+
+def test_a_constant_or_cosine_rate_is_that_of_earlier_versions_to_the_bit():
+    def earlier(config: OptimConfig, step: int, total_steps: int) -> float:
+        if step < config.warmup_steps:
+            return config.lr * (step + 1) / config.warmup_steps
+        if config.decay == "constant":
+            return config.lr
+        done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return config.min_lr + (config.lr - config.min_lr) * cosine
+
+    for decay in ("constant", "cosine"):
+        config = OptimConfig(lr=3e-4, warmup_steps=7, decay=decay, min_lr=3e-5)
+        for total in (5, 7, 8, 1000):
+            for step in range(1010):
+                assert learning_rate(config, step, total) == earlier(config, step, total)
 
 
 def test_matrices_decay_vectors_and_frozen_parameters_do_not():
