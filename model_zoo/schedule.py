@@ -44,12 +44,14 @@ class DenoisingLoss:
 
     loss: scalar, the mean of `per_sample`.
     per_sample: float32 [B].
+    per_frame: squared error of each latent frame, prefix included, float32 [B, T].
     noised: input of the network, float32 [B, T, C, H, W].
     velocity: prediction of the network, float32 [B, T, C, H, W].
     """
 
     loss: Tensor
     per_sample: Tensor
+    per_frame: Tensor
     noised: Tensor
     velocity: Tensor
 
@@ -147,6 +149,7 @@ def denoising_loss(
     timestep_B: Tensor,
     *,
     fixed_frames: int | Tensor = 0,
+    fixed_BTCHW: Tensor | None = None,
 ) -> DenoisingLoss:
     """Mean squared error of the velocity (docs/specification.md §5.6).
 
@@ -155,6 +158,7 @@ def denoising_loss(
     fixed_frames: number of latent frames at the start that the network receives without noise and
         that do not count in the loss, one int or int64 [B] with a number per sample. All frames
         have the same timestep. This trains a chunk that continues finished frames (§5.8).
+    fixed_BTCHW: latents of which the network receives those first frames; `x0_BTCHW` by default.
 
     The loss equals the weighted squared error of x0, without its cancellation at small timesteps.
     Raises ValueError where `fixed_frames` leaves no frame to denoise.
@@ -168,11 +172,16 @@ def denoising_loss(
     denoised_BT = torch.arange(num_frames, device=x0_BTCHW.device) >= fixed_B[:, None]
     noised_BTCHW = schedule.noised(x0_BTCHW, noise_BTCHW, timestep_B)
     is_noisy = denoised_BT[:, :, None, None, None]
-    noised_BTCHW = torch.where(is_noisy, noised_BTCHW, x0_BTCHW.float())
+    given_BTCHW = x0_BTCHW if fixed_BTCHW is None else fixed_BTCHW
+    noised_BTCHW = torch.where(is_noisy, noised_BTCHW, given_BTCHW.float())
     velocity_BTCHW = network(noised_BTCHW, timestep_B).float()
     error_BTCHW = velocity_BTCHW - schedule.velocity(x0_BTCHW, noise_BTCHW, timestep_B)
     error_BT = error_BTCHW.square().mean(dim=(2, 3, 4))
     loss_B = (error_BT * denoised_BT).sum(dim=1) / denoised_BT.sum(dim=1)
     return DenoisingLoss(
-        loss=loss_B.mean(), per_sample=loss_B, noised=noised_BTCHW, velocity=velocity_BTCHW
+        loss=loss_B.mean(),
+        per_sample=loss_B,
+        per_frame=error_BT,
+        noised=noised_BTCHW,
+        velocity=velocity_BTCHW,
     )

@@ -48,7 +48,7 @@ def test_the_paper_size_has_what_the_release_tells_of_training_and_sampling():
     sample = load(SampleConfig, "landiff/sample")
     tokenizer = load(TokenizerTrainConfig, "landiff/tokenizer").model
     assert lm.text_dropout == diffusion.text_dropout == 0.1
-    assert (diffusion.prefix.frames, diffusion.phase) == (7, "control")
+    assert (max(diffusion.prefix.lengths), diffusion.phase) == (7, "control")
     tokens = sample.tokens
     assert (tokens.guidance, tokens.temperature) == (7.5, 1.0)
     assert tokens.top_k is None and tokens.top_p is None

@@ -26,7 +26,8 @@ class StepResult:
     loss: mean over the global batch, equal on all ranks and pipeline stages.
     grad_norm: global norm before clipping.
     lr: learning rate of the step.
-    metrics: further scalars by TensorBoard tag.
+    metrics: further scalars by TensorBoard tag. NaN is a metric without a value in this step, which
+        is not logged.
     tokens: model tokens of the global batch that were trained on, for the throughput.
     """
 

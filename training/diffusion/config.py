@@ -12,7 +12,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
 from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
@@ -72,10 +79,37 @@ class PrefixConfig(Config):
     The loss covers the other frames.
     """
 
-    frames: PositiveInt = Field(default=7, description="Latent frames of a prefix.")
+    frames: PositiveInt | tuple[PositiveInt, ...] = Field(
+        default=7,
+        description=(
+            "Latent frames of a prefix, or a list from which each sample with a prefix draws its "
+            "length. A number that the list holds twice is drawn twice as often."
+        ),
+    )
     probability: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Probability that a sample has a prefix."
     )
+    noise: NonNegativeFloat = Field(
+        default=0.0,
+        description=(
+            "Largest standard deviation of noise on the latents of a prefix. Each sample draws a "
+            "level from 0 to this one, which the model is not told, so that it learns to continue "
+            "frames with the errors of its own samples. 0: prefixes are clean."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _some_length(self, info: ValidationInfo) -> PrefixConfig:
+        if not self.lengths:
+            refuse_values(info, ["prefix.frames is empty; name at least one number of frames"])
+        return self
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that a prefix can have."""
+        if isinstance(self.frames, int):
+            return (self.frames,)
+        return self.frames
 
 
 class DiffusionTrainConfig(TrainConfig):
@@ -160,9 +194,10 @@ class DiffusionTrainConfig(TrainConfig):
                 if value is None:
                     problems.append(f"phase = control needs {name}, the zoo reference of {what}")
         latent_frames = self.model.transformer.latent_frames
-        if self.prefix.probability and self.prefix.frames >= latent_frames:
+        longest = max(self.prefix.lengths)
+        if self.prefix.probability and longest >= latent_frames:
             problems.append(
-                f"prefix.frames = {self.prefix.frames} leaves nothing to learn of "
+                f"prefix.frames = {longest} leaves nothing to learn of "
                 f"model.transformer.latent_frames = {latent_frames}; lower it"
             )
         refuse_values(info, problems)

@@ -16,6 +16,7 @@ from landiff.model_zoo.convert.rules import check_against
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.model import build_phase_model, load_tokenizer
+from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer
 from landiff.training.diffusion.step import Objective
 from landiff.training.distributed import World
@@ -65,12 +66,15 @@ class DeepSpeedEngine:
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
         total = torch.zeros((), device=self.world.device)
+        after_prefix = PrefixLosses(self.config, self.world)
         for samples in batch.micro_batches:
             inputs = self.objective.inputs(samples)
-            loss = self.objective.loss(self.zero, inputs).loss  # squared error of the velocity
+            result = self.objective.loss(self.zero, inputs)
+            loss = result.loss  # squared error of the velocity
             self.zero.backward(loss)  # averages over micro-batches and ranks
             self.zero.step()  # updates the weights after the last micro-batch
             total += loss.detach()
+            after_prefix.add(result, inputs.prefix_B)
         mean = total / (len(batch.micro_batches) * self.world.size)
         dist.all_reduce(mean)
         # DeepSpeed checks the norm inside its step. A norm that is not finite updates nothing and
@@ -78,7 +82,9 @@ class DeepSpeedEngine:
         grad_norm = self.zero.get_global_grad_norm()
         self.guard.decide(mean, grad_norm)
         tokens = batch.global_batch_size * self._tokens()
-        return StepResult(loss=mean, grad_norm=grad_norm, lr=rate, tokens=tokens)
+        return StepResult(
+            loss=mean, grad_norm=grad_norm, lr=rate, metrics=after_prefix.metrics(), tokens=tokens
+        )
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's shards, and layout.json with their division. Collective."""

@@ -22,7 +22,7 @@ from landiff.model_zoo import keyed_random
 from landiff.model_zoo.frozen.base import posterior_mean, posterior_sample
 from landiff.model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
 from landiff.model_zoo.tokenizer import SemanticTokenizer
-from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig, PrefixConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Inputs:
 
     latents_BTCHW: clean latents.
     timestep_B: int64.
-    prefix_B: number of first frames that stay clean, int64.
+    prefix_B: number of first frames that the model receives without noise, int64.
+    prefix_BTCHW: latents of which the prefix frames are taken: the clean ones, or with prefix.noise
+        those with a little noise.
     features_BTchw: semantic features. None in phase main.
     """
 
@@ -39,6 +41,7 @@ class Inputs:
     noise_BTCHW: Tensor
     timestep_B: Tensor
     prefix_B: Tensor
+    prefix_BTCHW: Tensor
     text_BLD: Tensor
     features_BTchw: Tensor | None
 
@@ -79,6 +82,29 @@ def happens(seed: int, purpose: str, sample: Sample, probability: float) -> bool
     return float(torch.rand((), generator=generator)) < probability
 
 
+def draw_prefix(seed: int, sample: Sample, config: PrefixConfig) -> int:
+    """Latent frames of a sample's prefix, 0 without one."""
+    if not happens(seed, "prefix", sample, config.probability):
+        return 0
+    if len(config.lengths) == 1:
+        return config.lengths[0]
+    generator = keyed_random.generator(seed, "prefix_frames", sample.index)
+    return config.lengths[int(torch.randint(len(config.lengths), (), generator=generator))]
+
+
+def prefix_latents(seed: int, sample: Sample, config: PrefixConfig, latents_TCHW: Tensor) -> Tensor:
+    """Latents whose first frames are given as the prefix.
+
+    With `config.noise` they have normal noise of a level that is uniform between 0 and
+    `config.noise`.
+    """
+    if not config.noise:
+        return latents_TCHW
+    generator = keyed_random.generator(seed, "prefix_noise", sample.index)
+    level = config.noise * torch.rand((), generator=generator)
+    return latents_TCHW + level * torch.randn(latents_TCHW.shape, generator=generator)
+
+
 class Objective:
     """Computes the inputs of samples and their loss, for one config."""
 
@@ -107,23 +133,29 @@ class Objective:
         noise = []
         timesteps = []
         prefixes = []
+        given = []
         texts = []
         for sample in samples:
             self._check(sample)
             latents_TCHW = self._latents(sample)
             generator = keyed_random.generator(seed, "noise", sample.index)
             timestep = draw_timestep(seed, sample, batch_size, config.schedule.num_timesteps)
-            has_prefix = happens(seed, "prefix", sample, config.prefix.probability)
             latents.append(latents_TCHW)
             noise.append(torch.randn(latents_TCHW.shape, generator=generator))
             timesteps.append(timestep)
-            prefixes.append(config.prefix.frames if has_prefix else 0)
+            prefixes.append(draw_prefix(seed, sample, config.prefix))
+            given.append(prefix_latents(seed, sample, config.prefix, latents_TCHW))
             texts.append(self._text(sample))
+        latents_BTCHW = torch.stack(latents).to(self.device, non_blocking=True)
+        prefix_BTCHW = latents_BTCHW
+        if config.prefix.noise:
+            prefix_BTCHW = torch.stack(given).to(self.device, non_blocking=True)
         return Inputs(
-            latents_BTCHW=torch.stack(latents).to(self.device, non_blocking=True),
+            latents_BTCHW=latents_BTCHW,
             noise_BTCHW=torch.stack(noise).to(self.device, non_blocking=True),
             timestep_B=torch.tensor(timesteps, device=self.device),
             prefix_B=torch.tensor(prefixes, device=self.device),
+            prefix_BTCHW=prefix_BTCHW,
             text_BLD=torch.stack(texts).to(self.device, non_blocking=True),
             features_BTchw=self.features(samples),
         )
@@ -146,6 +178,7 @@ class Objective:
             inputs.noise_BTCHW,
             inputs.timestep_B,
             fixed_frames=inputs.prefix_B,
+            fixed_BTCHW=inputs.prefix_BTCHW,
         )
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ both to the step it resumes from, so that a killed run and an undisturbed one le
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -77,6 +78,9 @@ class Metrics:
                 **result.metrics,
             }
         )
+        for tag in result.metrics:
+            if math.isnan(scalars[tag]):
+                del scalars[tag]
         elapsed_s = time.perf_counter() - self._start
         scalars["throughput/steps_per_s"] = self._steps / elapsed_s
         scalars["throughput/samples_per_s"] = self._samples / elapsed_s

@@ -47,6 +47,10 @@ def test_phase_control_names_what_it_needs(tmp_path, missing):
 def test_a_prefix_leaves_something_to_learn(tmp_path):
     with pytest.raises(ConfigError, match=r"prefix\.frames = 3 leaves nothing"):
         config(tmp_path, prefix__frames=3)
+    with pytest.raises(ConfigError, match=r"prefix\.frames = 4 leaves nothing"):
+        config(tmp_path, prefix__frames=[1, 4, 2])
+    with pytest.raises(ConfigError, match=r"prefix\.frames is empty"):
+        config(tmp_path, prefix__frames=[])
 
 
 def test_a_global_batch_that_ranks_do_not_divide_is_refused(tmp_path):

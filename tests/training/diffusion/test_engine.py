@@ -119,7 +119,8 @@ def train_and_save(world, folder):
             world,
         )
         before = engine.preview()
-        go(engine, world, 0, 1)
+        step = engine.train_step(batch(engine.config, 0, world))
+        results["after prefix", phase] = {tag: float(v) for tag, v in step.metrics.items()}
         results["preview", phase] = (
             before,
             {tag: (video.dtype, tuple(video.shape)) for tag, video in engine.preview().items()},
@@ -213,6 +214,13 @@ def test_frozen_parameters_stay_bit_identical(trained):
             assert any(name.startswith("transformer.") for name in result["still"])
             for name, tensor in result["still"].items():
                 assert torch.equal(tensor, result["still_after"][name]), name
+
+
+def test_the_loss_after_a_prefix_is_that_of_the_global_batch(trained):
+    for phase in PHASES:
+        expected = trained[1]["after prefix", phase]
+        assert set(expected) == {"train/loss_after_prefix_1", "train/loss_after_prefix_2"}
+        assert trained[2]["after prefix", phase] == pytest.approx(expected, **CLOSE)
 
 
 def test_training_leaves_the_global_generator_alone(trained):

@@ -11,7 +11,14 @@ from landiff.configs.base import ConfigError
 from landiff.model_zoo.frozen.base import NO_VARIANCE
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.training.diffusion.model import load_tokenizer
-from landiff.training.diffusion.step import Objective, draw_timestep, happens, timestep_block
+from landiff.training.diffusion.prefix import losses_after_prefix
+from landiff.training.diffusion.step import (
+    Objective,
+    draw_prefix,
+    draw_timestep,
+    happens,
+    timestep_block,
+)
 from tests.training.diffusion.tiny import config, make_zoo, sample
 
 CPU = torch.device("cpu")
@@ -20,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def control(tmp_path):
     make_zoo(tmp_path)
-    settings = config(tmp_path, "control")
+    settings = config(tmp_path, "control", prefix__frames=[1, 2], prefix__noise=0.5)
     return Objective(settings, CPU, load_tokenizer(settings, CPU))
 
 
@@ -125,6 +132,55 @@ def test_prefix_frames_enter_clean_and_are_not_in_the_loss(tmp_path):
     )
     torch.testing.assert_close(result.per_sample[0], velocity[0, 1:].square().mean())
     torch.testing.assert_close(result.per_sample[1], velocity[1].square().mean())
+
+
+def test_a_prefix_draws_its_length_from_the_list(tmp_path):
+    one = config(tmp_path).prefix
+    several = config(tmp_path, prefix__frames=[1, 2]).prefix
+    samples = [sample(index, 4) for index in range(200)]
+    fixed = [draw_prefix(3, each, one) for each in samples]
+    drawn = [draw_prefix(3, each, several) for each in samples]
+    assert set(drawn) == {0, 1, 2}
+    # which samples have a prefix does not depend on its length
+    assert [length > 0 for length in drawn] == [length > 0 for length in fixed]
+
+
+def test_noise_on_the_prefix_has_a_level_of_its_own_for_each_sample(tmp_path):
+    def inputs(**changes):
+        settings = config(tmp_path, prefix__probability=1.0, **changes)
+        objective = Objective(settings, CPU)
+        return objective, objective.inputs([sample(i, 4) for i in range(8)])
+
+    _, clean = inputs()
+    objective, noisy = inputs(prefix__noise=0.5)
+    assert torch.equal(clean.prefix_BTCHW, clean.latents_BTCHW)
+    for name in ("latents_BTCHW", "noise_BTCHW", "timestep_B", "prefix_B", "text_BLD"):
+        assert torch.equal(getattr(clean, name), getattr(noisy, name)), name
+    levels = (noisy.prefix_BTCHW - noisy.latents_BTCHW).std(dim=(1, 2, 3, 4))
+    assert len(set(levels.tolist())) == 8
+    assert levels.min() > 0 and levels.max() < 0.52  # 2304 draws: std is known to 1.5 %
+
+    def network(noised, timestep, text):
+        return torch.zeros_like(noised)
+
+    result = objective.loss(network, noisy)
+    assert torch.equal(result.noised[:, :1], noisy.prefix_BTCHW[:, :1])
+    assert torch.equal(result.loss, objective.loss(network, clean).loss)  # targets are clean
+
+
+def test_the_loss_is_reported_by_distance_from_the_prefix(tmp_path):
+    objective = Objective(config(tmp_path), CPU)
+    inputs = objective.inputs([sample(i, 4) for i in range(3)])
+    inputs = replace(inputs, prefix_B=torch.tensor([1, 0, 2]))
+
+    def network(noised, timestep, text):
+        return torch.zeros_like(noised)
+
+    result = objective.loss(network, inputs)
+    sums, counts = losses_after_prefix(result, inputs.prefix_B, 2)
+    frames = result.per_frame
+    assert counts.tolist() == [2, 1]
+    assert sums.tolist() == [float(frames[0, 1] + frames[2, 2]), float(frames[0, 2])]
 
 
 def test_samples_that_do_not_fit_are_refused_by_key(control, tmp_path):
