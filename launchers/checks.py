@@ -53,6 +53,7 @@ def load_checked(
     cls: type[C],
     source: str,
     overrides: Sequence[str],
+    *,
     launch: Launch,
     values: Mapping[str, Any] | None = None,
 ) -> tuple[C, list[Problem]]:

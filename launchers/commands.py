@@ -34,7 +34,9 @@ def load_for_job(
     top-level keys of the config without being parsed as YAML.
     """
     stage = args.command
-    config, found = load_checked(stage, cls, args.config, args.overrides, Launch(), values)
+    config, found = load_checked(
+        stage, cls, args.config, args.overrides, launch=Launch(), values=values
+    )
     if args.dry_run:
         print_dry_run(config, describe(config))
     require_none([*problems, *found])

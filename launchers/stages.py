@@ -21,7 +21,8 @@ from landiff.training.lm.config import LMTrainConfig
 from landiff.training.tokenizer.checks import check as check_tokenizer
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 
-TrainerConfig = TokenizerTrainConfig | LMTrainConfig | DiffusionTrainConfig
+AnyTrainConfig = TokenizerTrainConfig | LMTrainConfig | DiffusionTrainConfig
+"""The config of any of the three trainers."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from landiff.launchers.budget.budget_plan import BudgetPlan
 from landiff.launchers.budget.diffusion import plan_diffusion
 from landiff.launchers.budget.lm import plan_lm
 from landiff.launchers.budget.tokenizer import plan_tokenizer
-from landiff.launchers.stages import TrainerConfig
+from landiff.launchers.stages import AnyTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 
-def make_plan(config: TrainerConfig, gpus: int) -> BudgetPlan:
+def make_plan(config: AnyTrainConfig, gpus: int) -> BudgetPlan:
     """The cost of `config` on `gpus` GPUs.
 
     Raises ConfigError if ranks, model and batch do not divide; the message names the nearest sizes

@@ -11,7 +11,7 @@ from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
 from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.search import format_candidates, search
 from landiff.launchers.budget.step_time import GPUS, fits, step_seconds
-from landiff.launchers.stages import TRAINERS, TrainerConfig
+from landiff.launchers.stages import TRAINERS, AnyTrainConfig
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -22,7 +22,7 @@ def plan_command(args: argparse.Namespace) -> int:
             f"--gpus {args.gpus} --mfu {args.mfu:g} --steps {args.steps}: give at least one GPU, "
             "at least one step, and a fraction of the peak above 0 and at most 1"
         )
-    config: TrainerConfig = load(TRAINERS[args.stage].config_class, args.config, args.overrides)
+    config: AnyTrainConfig = load(TRAINERS[args.stage].config_class, args.config, args.overrides)
     if args.search:
         found = search(config, args.gpus, GPUS[args.gpu], args.mfu)
         if not found:

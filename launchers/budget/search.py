@@ -10,7 +10,7 @@ from landiff.configs import Config, ConfigError, validate
 from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
 from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.step_time import Gpu, fits, step_seconds
-from landiff.launchers.stages import TrainerConfig
+from landiff.launchers.stages import AnyTrainConfig
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 
@@ -30,7 +30,7 @@ class Candidate:
     change: Change
 
 
-def search(config: TrainerConfig, gpus: int, gpu: Gpu, mfu: float) -> list[Candidate]:
+def search(config: AnyTrainConfig, gpus: int, gpu: Gpu, mfu: float) -> list[Candidate]:
     """The layouts that fit, fastest first. Of equally fast ones, the one with less memory first."""
     found = []
     for change in choices(config, gpus):
@@ -44,7 +44,7 @@ def search(config: TrainerConfig, gpus: int, gpu: Gpu, mfu: float) -> list[Candi
     return found
 
 
-def choices(config: TrainerConfig, gpus: int) -> Iterator[Change]:
+def choices(config: AnyTrainConfig, gpus: int) -> Iterator[Change]:
     """Changes to try: recomputation, micro-batch size, and the parallel layout of the trainer."""
     for recompute in (False, True):
         for size in MICRO_BATCH_SIZES:
@@ -55,7 +55,7 @@ def choices(config: TrainerConfig, gpus: int) -> Iterator[Change]:
                 yield common | layout
 
 
-def layouts(config: TrainerConfig, gpus: int) -> Iterator[Change]:
+def layouts(config: AnyTrainConfig, gpus: int) -> Iterator[Change]:
     """Parallel layouts to try; one empty change for torch DDP, which has no choice."""
     if isinstance(config, LMTrainConfig):
         for tensor in PARALLEL_SIZES:

@@ -16,7 +16,6 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from landiff.configs import Config, ownership
 from landiff.configs.files import write_text
@@ -27,27 +26,10 @@ from landiff.launchers.run.job_folder import JOB_FOLDER, LAST_ERROR, STOPPED
 from landiff.launchers.run.records import remove_markers, write_record
 from landiff.training.checkpoint.errors import error_paths, first_error, read_message
 from landiff.training.checkpoint.run_folder import DONE, HANGS, STOP
-from landiff.training.config import LoopConfig
+from landiff.training.config import TrainConfig
 from landiff.training.layout import copy_size
 
 REPEAT_REQUEST_S = 1.0
-
-
-@runtime_checkable
-class TrainerConfig(Protocol):
-    """What launchers read in the config of any trainer."""
-
-    @property
-    def run(self) -> Path:
-        """The run folder."""
-
-    @property
-    def loop(self) -> LoopConfig:
-        """Length of the training."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns that the loader reads."""
 
 
 def visible_gpus() -> int:
@@ -61,7 +43,7 @@ def default_processes(config: Config) -> int:
 
 
 def own_run(
-    config: TrainerConfig, stage: str, processes: int, command: str, *, take_over: bool = False
+    config: TrainConfig, stage: str, processes: int, command: str, *, take_over: bool = False
 ) -> Ownership:
     """Own the run folder of a config and record what is started there.
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from landiff.configs import ConfigError
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check_pipeline
-from landiff.launchers.local.start import TrainerConfig
 from landiff.launchers.slurm.stage_jobs import SubmitContext, SubmitPlan, plan_process, plan_stage
+from landiff.training.config import TrainConfig
 
 
 def plan_pipeline(
@@ -102,7 +102,7 @@ def dependencies(
     """
     if plan.stage == "precompute" and not needs_tokenizer(plan):
         return tuple(shards_jobs)
-    if not isinstance(plan.config, TrainerConfig):
+    if not isinstance(plan.config, TrainConfig):
         return tuple(previous)
     found = [name for name in previous if name not in column_jobs.values()]
     found += [column_jobs[column] for column in plan.config.columns if column in column_jobs]

@@ -15,13 +15,14 @@ from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
 from landiff.launchers.config import ShardsJobConfig
-from landiff.launchers.local.start import TrainerConfig, default_processes
+from landiff.launchers.local.start import default_processes
 from landiff.launchers.run.job_folder import CONFIG, JOB_FOLDER
 from landiff.launchers.slurm.cluster_config import STAGES, ClusterConfig
 from landiff.launchers.slurm.script import BatchJob
 from landiff.launchers.stages import STAGE_CONFIGS, TRAINERS
 from landiff.launchers.weights.request import check_request, request_of
 from landiff.training.checks import Launch
+from landiff.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,10 @@ def plan_stage(
     values = None
     if getattr(args, "prompts", None):
         values = {"prompts": args.prompts}
+    cls = STAGE_CONFIGS[args.command]
+    launch = context.launch()
     config, problems = load_checked(
-        args.command,
-        STAGE_CONFIGS[args.command],
-        args.config,
-        args.overrides,
-        context.launch(),
-        values,
+        args.command, cls, args.config, args.overrides, launch=launch, values=values
     )
     job = plan_process(args.command, context, name or args.command, (args.command,), config)
     return [replace(job, problems=tuple(problems))]
@@ -119,7 +117,7 @@ def plan_training(args: argparse.Namespace, context: SubmitContext, name: str | 
     trainer = TRAINERS[args.stage]
     cls = trainer.config_class
     config, problems = load_with_problems(cls, args.config, args.overrides)
-    assert isinstance(config, TrainerConfig), cls
+    assert isinstance(config, TrainConfig), cls
     resources = context.cluster.resources(args.stage, context.nodes)
     if context.cluster.scheduler == "local" and resources.tasks_per_node is None:
         processes = default_processes(config)
@@ -191,7 +189,9 @@ def plan_shards(
     launch = context.launch()
     if args.action != "run":
         launch = replace(launch, inputs_exist=False)
-    config, problems = load_checked("shards", ShardsJobConfig, args.config, args.overrides, launch)
+    config, problems = load_checked(
+        "shards", ShardsJobConfig, args.config, args.overrides, launch=launch
+    )
     name = name or "shards"
     if args.action != "run" or not is_array(context, "shards"):
         job = plan_process("shards", context, name, ("shards", args.action), config)
@@ -210,7 +210,7 @@ def plan_precompute(
     if args.action == "finalize":
         launch = replace(launch, inputs_exist=False)
     config, problems = load_checked(
-        "precompute", PrecomputeConfig, args.config, args.overrides, launch
+        "precompute", PrecomputeConfig, args.config, args.overrides, launch=launch
     )
     name = name or "precompute"
     finalize = plan_process("precompute", context, name, ("precompute", "finalize"), config)
