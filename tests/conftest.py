@@ -17,3 +17,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=Path(__file__).parent / "golden" / "data",
         help="folder of golden cases to run tests/golden against",
     )
+
+
+# Files whose tests take longest start first, so that no worker is left alone with one of them.
+LONGEST = ("tests/slurm/", "tests/test_quickstart.py", "tests/golden/", "tests/training/lm/")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file on one worker, and all tests of SLURM, which share one cluster."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        group = "slurm" if file.startswith("tests/slurm/") else file
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: _rank(item.nodeid))
+
+
+def _rank(nodeid: str) -> int:
+    """Position of a test among `LONGEST`; later for all others."""
+    for position, start in enumerate(LONGEST):
+        if nodeid.startswith(start):
+            return position
+    return len(LONGEST)

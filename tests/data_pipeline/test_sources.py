@@ -499,7 +499,7 @@ def test_missing_targets_are_named_with_a_hint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("t.csv", gzip.compress(b"file,caption\n"), "t.csv is a gzip archive"),
+        ("t.csv", gzip.compress(b"file,caption\n", mtime=0), "t.csv is a gzip archive"),
         ("t.jsonl", b"<!DOCTYPE html><html>", "t.jsonl is an HTML page"),
         ("t.csv", b"version https://git-lfs.github.com/spec/v1\n", "t.csv is a Git LFS pointer"),
         ("t.csv", b"", "holds no videos"),
@@ -622,7 +622,7 @@ def test_links_and_special_members_of_a_tar(tmp_path: Path) -> None:
     ("data", "reason", "detail"),
     [
         (b"<!doctype html><html>" + b" " * 2000, "not_a_tar", "it is an HTML page"),
-        (gzip.compress(b"x" * 9000), "not_a_tar", "it is a gzip archive"),
+        (gzip.compress(b"x" * 9000, mtime=0), "not_a_tar", "it is a gzip archive"),
         (b"", "not_a_tar", "it is an empty file"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
