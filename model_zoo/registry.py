@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -309,8 +309,10 @@ def entries(zoo: Path) -> list[ZooEntry]:
     return [read_entry(folder) for folder in entry_folders(zoo)]
 
 
-def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
+def resolve(zoo: Path, reference: str, kind: str | Sequence[str] | None = None) -> ZooEntry:
     """The entry of a reference: `name`, `name@prefix` or a path.
+
+    `kind`: the kind that it must have, or several that it may have.
 
     Raises ZooError if there is none, or several, or if it is not of this kind. The message lists
     the existing ones.
@@ -319,8 +321,10 @@ def resolve(zoo: Path, reference: str, kind: str | None = None) -> ZooEntry:
         entry = read_entry(Path(reference))
     else:
         entry = read_entry(_entry_folder(zoo, reference))
-    if kind is not None and entry.kind != kind:
-        raise ZooError(f"{entry.reference} is a {entry.kind}, where a {kind} is needed")
+    kinds = [kind] if isinstance(kind, str) else kind
+    if kinds is not None and entry.kind not in kinds:
+        needed = " or ".join(kinds)
+        raise ZooError(f"{entry.reference} is a {entry.kind}, where a {needed} is needed")
     return entry
 
 

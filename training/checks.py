@@ -158,7 +158,7 @@ def check_manifest(
 
 
 def find_entry(
-    key: str, zoo: Path, reference: str | None, kind: str
+    key: str, zoo: Path, reference: str | None, kind: str | Sequence[str]
 ) -> tuple[registry.ZooEntry | None, list[Problem]]:
     """The zoo entry that config key `key` refers to, or None, and its problem, if any."""
     if reference is None:
@@ -177,14 +177,21 @@ def find_entry(
 
 
 def different_fields(
-    key: str, wanted: Config, entry: registry.ZooEntry, fields: Sequence[str] | None = None
+    key: str,
+    wanted: Config,
+    entry: registry.ZooEntry,
+    fields: Sequence[str] | None = None,
+    section: str | None = None,
 ) -> list[Problem]:
     """One problem that names every field in which a zoo entry differs from section `key`.
 
-    `fields`: the fields to compare. None compares all.
+    `fields`: the fields to compare. None compares all. `section`: the section of the entry's config
+    that is compared with `wanted`. None compares the whole config.
     """
     ours = wanted.model_dump()
     theirs = entry.config.model_dump()
+    if section is not None:
+        theirs = theirs[section]
     different = []
     for name in fields or ours:
         if ours[name] != theirs[name]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from landiff.configs import load
 from landiff.model_zoo.config import (
     DiffusionConfig,
+    ModelConfig,
     ScheduleConfig,
     SemanticConditionConfig,
     TransformerConfig,
@@ -22,6 +24,8 @@ from landiff.model_zoo.convert.formats.release_diffusion import (
     semantic_rules,
     split,
 )
+from landiff.model_zoo.convert.formats.release_set import SHARD
+from landiff.model_zoo.convert.known_formats import Options, export_to_zoo, open_source
 from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.layers import sinusoid
@@ -35,10 +39,10 @@ from landiff.model_zoo.schedule import NoiseSchedule, noise_level
 from landiff.model_zoo.semantic_condition import SemanticCondition
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.diffusion.model import freeze_main
+from landiff.training.diffusion.model import build_phase_model, freeze_main
 from landiff.training.diffusion.step import Inputs, Objective
 from tests.golden.conftest import Case
-from tests.golden.released_models import close, load_tokenizer
+from tests.golden.released_models import close, load_tokenizer, tokenizer_config
 
 
 def diffusion_config(sizes: dict[str, Any]) -> DiffusionConfig:
@@ -186,15 +190,14 @@ def test_noise_schedule(case: Case):
         )
 
 
-def objective(case: Case) -> Objective:
-    """The trainer's, in phase control."""
-    config = load(
+def train_config(case: Case, zoo: str = "zoo", phase: str = "control") -> DiffusionTrainConfig:
+    return load(
         DiffusionTrainConfig,
         {
             "run": "run",
-            "zoo": "zoo",
-            "phase": "control",
-            "init_from": "main",
+            "zoo": zoo,
+            "phase": phase,
+            "init_from": "diffusion",
             "tokenizer": "tokenizer",
             "text_column": "text",
             "data": {"manifest": "data", "global_batch_size": 1},
@@ -204,7 +207,44 @@ def objective(case: Case) -> Objective:
             "model": diffusion_config(case.config).model_dump(),
         },
     )
-    return Objective(config, torch.device("cpu"), tokenizer_of(case))
+
+
+def objective(case: Case) -> Objective:
+    """The trainer's, in phase control."""
+    return Objective(train_config(case), torch.device("cpu"), tokenizer_of(case))
+
+
+@pytest.mark.golden("diffusion_loss")
+def test_training_starts_at_the_loss_of_the_released_model(case: Case, tmp_path: Path):
+    """From a file of the release to the zoo, and from there to step 0 of phase control."""
+    shard = tmp_path / "LanDiff" / "diffusion" / "1" / SHARD
+    shard.parent.mkdir(parents=True)
+    torch.save({"module": case.weights}, shard)
+    models = ModelConfig(
+        tokenizer=tokenizer_config(case.config["tok"], case.config["latent_frames"]),
+        diffusion=diffusion_config(case.config),
+    )
+    released = open_source(tmp_path / "LanDiff", Options(models))
+    zoo_names = {part.kind: part.kind for part in released.parts} | {"diffusion": "diffusion"}
+    export_to_zoo(tmp_path / "zoo", zoo_names, released.parts, {})
+    inputs = case.inputs
+    model = build_phase_model(train_config(case, str(tmp_path / "zoo")))
+    for fixed_frames in case.config["fixed_frames"]:
+        start = Inputs(
+            latents_BTCHW=inputs["latents"],
+            noise_BTCHW=inputs["noise"],
+            timestep_B=inputs["timesteps"],
+            prefix_B=torch.full_like(inputs["timesteps"], fixed_frames),
+            prefix_BTCHW=inputs["latents"],
+            text_BLD=inputs["text"],
+            features_BTchw=inputs["semantic_features"],
+        )
+        loss = objective(case).loss(model, start).loss
+        close(loss, case.outputs[f"fixed{fixed_frames}.loss"][0], 1e-5)
+    main = build_phase_model(train_config(case, str(tmp_path / "zoo"), "main")).state_dict()
+    assert isinstance(model, ControlledDiffusion)
+    for name, tensor in model.transformer.state_dict().items():
+        assert torch.equal(main[name], tensor), name
 
 
 @pytest.mark.golden("diffusion_loss")
@@ -224,6 +264,7 @@ def test_loss(case: Case):
                 noise_BTCHW=inputs["noise"],
                 timestep_B=timesteps,
                 prefix_B=torch.full_like(timesteps, fixed_frames),
+                prefix_BTCHW=inputs["latents"],
                 text_BLD=inputs["text"],
                 features_BTchw=inputs["semantic_features"],
             ),

@@ -295,15 +295,54 @@ def test_a_run_that_cannot_resume_is_refused(world):
     assert "was written by LMTrainConfig, this run is a TokenizerTrainConfig" in problem
 
 
-@pytest.mark.parametrize("name", [".metadata", "layout.json", "latest", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".metadata",
+        "layout.json",
+        "model.safetensors",
+        "global_step5/mp_rank_00_model_states.pt",
+        "checkpoints/step_00000000/pytorch_model.bin",
+    ],
+)
 def test_converted_weights_in_a_run_folder_are_never_ignored(world, capsys, name):
     write_text(Path("runs/x") / name, "")
     code = main(["train", "lm", "--config", "nano/lm", "--nproc", "2", "run=runs/x"])
-    assert (
-        code == 2
-        and f"run = runs/x holds converted weights ({name}) and no checkpoints"
-        in capsys.readouterr().err
-    )
+    found = name.replace("/", ": ") if name.count("/") == 1 else ": ".join(name.rsplit("/", 1))
+    text = capsys.readouterr().err
+    assert code == 2 and f"run = runs/x holds converted weights ({found}) and no" in text, text
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "text"),
+    [
+        ("diffusion", ["init_from=diffusion"], []),
+        ("diffusion", ["phase=main", "init_from=diffusion"], []),
+        (
+            "diffusion",
+            ["phase=main", "init_from=diffusion", "model.transformer.num_layers=3"],
+            ["model.transformer.num_layers = 3 (there 4)"],
+        ),
+        (
+            "diffusion",
+            ["init_from=diffusion", "model.control_layers=1"],
+            ["model.control_layers = 1 (there 2)"],
+        ),
+        ("diffusion", ["init_from=lm"], ["is a lm, where a transformer or diffusion is needed"]),
+        ("tokenizer", ["init_from=tokenizer"], []),
+        ("tokenizer", ["init_from=lm"], ["is a lm, where a tokenizer is needed"]),
+        (
+            "tokenizer",
+            ["init_from=tokenizer", "model.codebook_size=64"],
+            ["model.codebook_size = 64 (there 128)"],
+        ),
+    ],
+)
+def test_a_start_from_the_zoo_must_fit(world, stage, overrides, text):
+    found = problems(stage, *overrides)
+    assert len(found) == len(text), found
+    for problem, wanted in zip(found, text, strict=True):
+        assert wanted in problem
 
 
 def test_encoder_files_are_checked(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from landiff.model_zoo.convert.known_formats import open_source, write_target
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import Part
 from landiff.model_zoo.health import UnhealthyError
+from landiff.training.checkpoint.resume import check_no_other_weights
 from landiff.training.checkpoint.store import (
     CONFIG,
     FILES,
@@ -90,6 +92,29 @@ def test_a_run_becomes_a_zoo_entry_with_its_origin(landiff, tmp_path):
         and shown["provenance"] == entry.provenance
         and len(shown["provenance"]["weights_sha256"]) == 64
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "out"),
+    [
+        ("lm", "megatron", "runs/x"),
+        ("diffusion", "deepspeed", "runs/x"),
+        ("diffusion", "deepspeed", "runs/x/checkpoints/step_00000000"),
+        ("diffusion", "diffusers", "runs/x"),
+        ("tokenizer", "release", "runs/x"),
+    ],
+)
+def test_a_start_folder_under_run_is_refused_and_the_way_out_works(
+    landiff, tmp_path, kind, to, out
+):
+    registry.export(Path("zoo"), kind, kind, getattr(MODELS, kind), weights(kind), {})
+    assert landiff("convert", kind, "--to", to, "--out", out)[0] == 0
+    (problem,) = check_no_other_weights(Path("runs/x"))
+    command = re.search(r"run `landiff (convert \S+ --name) NAME` and set init_from", str(problem))
+    assert command, problem
+    code, _, err = landiff(*command[1].split(), "start", "--model", "tiny.yaml")
+    assert code == 0, err
+    assert registry.resolve(Path("zoo"), "start", kind).kind == kind
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_none_is_an_error(landiff, tmp_path):

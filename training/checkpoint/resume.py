@@ -13,14 +13,33 @@ from landiff.data_pipeline.loading.position import check_position
 from landiff.training.checkpoint.run_folder import (
     CHECKPOINTS,
     CONFIG,
+    DAMAGED,
+    FILES,
     STATE,
     committed_steps,
     step_folder,
 )
 from landiff.training.config import TrainConfig
 
-# Files that `landiff convert` and other frameworks write for Megatron and DeepSpeed.
-FOREIGN_WEIGHTS = (".metadata", "common.pt", "layout.json", "zero", "latest", "provenance.json")
+# Names of weights and of the documents beside them, as `landiff convert` and other programs write
+# them: zoo, Megatron, DeepSpeed, diffusers, transformers, peft, plain torch.
+FOREIGN_WEIGHTS = (
+    ".metadata",
+    "layout.json",
+    "latest",
+    "latest_checkpointed_iteration.txt",
+    "provenance.json",
+    "adapter_config.json",
+    "model_index.json",
+    "*.safetensors",
+    "*.index.json",
+    "*.distcp",
+    "*.pt",
+    "*.pth",
+    "*.bin",
+    "*.ckpt",
+)
+NAMES_SHOWN = 4  # of weights in a run folder
 
 
 def check_resume(config: TrainConfig) -> list[Problem]:
@@ -30,7 +49,7 @@ def check_resume(config: TrainConfig) -> list[Problem]:
     """
     checkpoints = config.run / CHECKPOINTS
     steps = committed_steps(checkpoints)
-    if not steps:
+    if not any(is_checkpoint(step_folder(checkpoints, step)) for step in steps):
         return check_no_other_weights(config.run)
     folder = step_folder(checkpoints, steps[-1])
     try:
@@ -52,22 +71,51 @@ def check_resume(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a trainer wrote the folder, possibly damaged since."""
+    return (folder / STATE).exists() or (folder / FILES).exists()
+
+
 def check_no_other_weights(run: Path) -> list[Problem]:
-    """Whether the folder holds converted weights, which a trainer would ignore."""
+    """Whether a run folder without checkpoints holds weights, which a trainer would ignore.
+
+    Searched are the folder itself, its folder of checkpoints, and the folders in both.
+    """
+    checkpoints = run / CHECKPOINTS
+    folders = [run]
     try:
-        found = [name for name in FOREIGN_WEIGHTS if (run / name).exists()]
-        found += sorted(path.name for path in run.glob("*.safetensors"))
+        for parent in (run, checkpoints):
+            if parent.is_dir():
+                folders += sorted(path for path in parent.iterdir() if path.is_dir())
+        found = {folder: foreign_weights(folder) for folder in folders}
     except OSError:
         return []  # reported as a folder that cannot be written
-    if not found:
+    holders = [folder for folder in folders if found[folder]]
+    if not holders:
         return []
+    holder = holders[0]
+    source = holder
+    if holder.parent == run and holder != checkpoints:
+        source = run  # the folder of one part of several
+    where = "" if holder == run else f"{holder.relative_to(run)}: "
     return [
         Problem(
-            f"run = {run} holds converted weights ({', '.join(found)}) and no checkpoints, so "
-            f"training would ignore them; to start from them, run `landiff convert {run} --name "
-            "NAME` and set init_from=NAME with another run=..."
+            f"run = {run} holds converted weights ({where}{', '.join(found[holder])}) and no "
+            "checkpoints, so training would ignore them; to start from them, run `landiff convert "
+            f"{source} --name NAME` and set init_from=NAME with another run=..."
         )
     ]
+
+
+def foreign_weights(folder: Path) -> list[str]:
+    """Names in `folder`, without its subfolders, that belong to weights. Few of many."""
+    if folder.name.endswith(DAMAGED):
+        return []
+    names = []
+    for path in sorted(folder.iterdir()):
+        if any(path.match(pattern) for pattern in FOREIGN_WEIGHTS):
+            names.append(path.name)
+    return names[:NAMES_SHOWN]
 
 
 def changed_keys(

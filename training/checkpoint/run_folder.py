@@ -30,6 +30,7 @@ from landiff.configs.documents import DocumentError, parse_json, read_text, show
 CONFIG = "config.yaml"  # in the run folder and in each checkpoint
 RESOLVED = "resolved.yaml"
 CHECKPOINTS = "checkpoints"
+DAMAGED = ".damaged"  # end of the name of a rejected checkpoint
 STATE = "state.json"
 FILES = "files.json"
 METRICS = "metrics.jsonl"

@@ -58,6 +58,7 @@ from landiff.training.checkpoint.files import (
 from landiff.training.checkpoint.resume import changed_keys
 from landiff.training.checkpoint.run_folder import (
     CONFIG,
+    DAMAGED,
     FILES,
     STATE,
     committed_steps,
@@ -279,7 +280,7 @@ class CheckpointStore:
         listed = "; ".join(problems[:PROBLEMS_SHOWN])
         log.warning("checkpoint %s is damaged (%s); using the one before it", folder, listed)
         if self.world.rank == 0:
-            damaged = folder.with_name(f"{folder.name}.damaged")
+            damaged = folder.with_name(f"{folder.name}{DAMAGED}")
             shutil.rmtree(damaged, ignore_errors=True)
             os.rename(folder, damaged)
         self.world.barrier()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from landiff.configs.problems import Problem
 from landiff.model_zoo.config import ScheduleConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
+from landiff.model_zoo.registry import ZooEntry
 from landiff.training.checks import Launch, check_trainer, different_fields, find_entry
 from landiff.training.diffusion.columns import check_diffusion_columns, check_diffusion_tokenizer
-from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
 
 
 def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
@@ -16,10 +17,10 @@ def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
     problems += check_preview(config)
     if not launch.inputs_exist:
         return problems
-    start, found = find_entry("init_from", config.zoo, config.init_from, "transformer")
+    start, found = find_entry("init_from", config.zoo, config.init_from, START_KINDS)
     problems += found
     if start is not None:
-        problems += different_fields("model.transformer", config.model.transformer, start)
+        problems += check_start(config, start)
     tokenizer = None
     if config.phase == "control":
         tokenizer, found = find_entry("tokenizer", config.zoo, config.tokenizer, "tokenizer")
@@ -29,6 +30,17 @@ def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
     if manifests:
         problems += check_diffusion_columns(manifests[0], config, tokenizer)
     return problems
+
+
+def check_start(config: DiffusionTrainConfig, start: ZooEntry) -> list[Problem]:
+    """Whether the entry `init_from` has the sizes of the parts that are loaded from it."""
+    if start.kind == "transformer":
+        return different_fields("model.transformer", config.model.transformer, start)
+    if config.phase == "main":
+        return different_fields(
+            "model.transformer", config.model.transformer, start, section="transformer"
+        )
+    return different_fields("model", config.model, start)
 
 
 def check_preview(config: DiffusionTrainConfig) -> list[Problem]:

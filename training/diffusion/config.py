@@ -4,7 +4,8 @@ One trainer, two phases (docs/specification.md §5.4):
 
 * `main` pretrains the main transformer alone.
 * `control` freezes it and trains the control branch with its semantic condition. It starts from a
-  zoo entry of kind "transformer", whose first layers the control branch copies.
+  zoo entry of kind "transformer", whose first layers the control branch copies, or from one of kind
+  "diffusion", whose control branch and semantic condition it continues.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import DiffusionConfig, ScheduleConfig
 from landiff.model_zoo.frozen.config import CodecConfig
 from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
+
+START_KINDS = ("transformer", "diffusion")  # of the zoo entry `init_from`
 
 STAGE_ZERO = (
     "zero.stage = 0 is refused: in bf16 DeepSpeed's unpartitioned optimizer takes a step on zero "
@@ -140,8 +143,10 @@ class DiffusionTrainConfig(TrainConfig):
     init_from: str | None = Field(
         default=None,
         description=(
-            "Zoo entry of kind `transformer` to start from. Required in phase `control`; null "
-            "draws initial weights."
+            "Zoo entry to start from, of kind `transformer` or `diffusion`. Phase `main` takes the "
+            "main transformer of it. Phase `control` requires it: with a `transformer` the control "
+            "branch starts as a copy of its first layers, with a `diffusion` all parts start from "
+            "the entry. null draws initial weights."
         ),
     )
     tokenizer: str | None = Field(

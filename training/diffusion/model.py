@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from landiff.model_zoo import registry
+from landiff.model_zoo.convert.parts import MAIN
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
+from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
-from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
 
 
 def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | ControlledDiffusion:
@@ -17,8 +19,9 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
     It takes 8 GB at the paper's size. ZeRO partitions it afterwards.
 
     Phase main: the main transformer. Phase control: the whole model with the main transformer
-    frozen. The control branch starts as a copy of the first main blocks, and its zero projections
-    leave the output unchanged at first.
+    frozen. If `init_from` is a main transformer, the control branch starts as a copy of its first
+    blocks, and its zero projections leave the output unchanged at first. If it is a whole diffusion
+    model, all parts start from it.
 
     The weights are a function of loop.seed and `init_from`. Raises ZooError.
     """
@@ -31,13 +34,26 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
             model = DiffusionTransformer(config.model.transformer)
     model.recompute = config.recompute
     if config.init_from is not None:
-        entry = registry.resolve(config.zoo, config.init_from, kind="transformer")
-        main = model.transformer if isinstance(model, ControlledDiffusion) else model
-        main.load_state_dict(entry.load(), strict=True)
+        load_start(model, registry.resolve(config.zoo, config.init_from, kind=START_KINDS))
     if isinstance(model, ControlledDiffusion):
-        model.copy_main_to_control()
         freeze_main(model)
     return model
+
+
+def load_start(model: DiffusionTransformer | ControlledDiffusion, entry: ZooEntry) -> None:
+    """Set the weights before the first step from a main transformer or a whole diffusion model."""
+    weights = entry.load()
+    if entry.kind == "diffusion" and isinstance(model, DiffusionTransformer):
+        main = {}
+        for name, tensor in weights.items():
+            if name.startswith(MAIN):
+                main[name.removeprefix(MAIN)] = tensor
+        model.load_state_dict(main, strict=True)
+    elif entry.kind == "transformer" and isinstance(model, ControlledDiffusion):
+        model.transformer.load_state_dict(weights, strict=True)
+        model.copy_main_to_control()
+    else:
+        model.load_state_dict(weights, strict=True)
 
 
 def freeze_main(model: ControlledDiffusion) -> None:

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from landiff.configs.problems import Problem
-from landiff.training.checks import Launch, check_trainer
+from landiff.training.checks import Launch, check_trainer, different_fields, find_entry
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
+
+# Fields of the model that determine shapes and meaning of its weights.
+SHAPES = (
+    "feature_channels",
+    "grid_height",
+    "grid_width",
+    "hidden_size",
+    "num_heads",
+    "num_layers",
+    "token_size",
+    "codebook_size",
+    "codebook_dim",
+    "iframe_tokens",
+    "pframe_tokens",
+    "segment_frames",
+    "normalize_features",
+)
 
 
 def check(config: TokenizerTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
     manifests, problems = check_trainer(config, launch)
+    if launch.inputs_exist:
+        start, found = find_entry("init_from", config.zoo, config.init_from, "tokenizer")
+        problems += found
+        if start is not None:
+            problems += different_fields("model", config.model, start, SHAPES)
     if manifests:
         problems += check_features(config, manifests[0])
     return problems

@@ -18,6 +18,9 @@ class TokenizerTrainConfig(TrainConfig):
     """`landiff train tokenizer`: the semantic tokenizer on vision features."""
 
     run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
+    zoo: Path = Field(
+        default=Path("zoo"), description="Zoo in which `init_from` is looked up. Read only for it."
+    )
     data: DataConfig = Field(description="Data folder with the `features` column, and batch sizes.")
     loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
@@ -34,6 +37,14 @@ class TokenizerTrainConfig(TrainConfig):
         description=(
             "Recompute activations in the backward pass instead of storing them. Saves memory and "
             "costs time."
+        ),
+    )
+
+    init_from: str | None = Field(
+        default=None,
+        description=(
+            "Zoo entry of a tokenizer to start from, with its codebook and feature statistics. "
+            "null draws initial weights."
         ),
     )
 

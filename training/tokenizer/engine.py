@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.model_zoo import registry
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
@@ -40,12 +41,15 @@ class TokenizerEngine:
     """Trains one `SemanticTokenizer`, data-parallel. The process group exists already."""
 
     def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
-        """Build the tokenizer with initial weights from `loop.seed`."""
+        """Build the tokenizer with initial weights from `loop.seed` or `init_from`."""
         self.config = config
         self.world = world
         self.guard = Guard(world)
         with rng.seeded(config.loop.seed, "weights"):
             self.tokenizer = SemanticTokenizer(config.model)
+        if config.init_from is not None:
+            entry = registry.resolve(config.zoo, config.init_from, kind="tokenizer")
+            self.tokenizer.load_state_dict(entry.load(), strict=True)
         self.tokenizer.set_recompute(config.recompute)
         self.tokenizer.to(world.device).train()
         self.sampling = KeyedSampling(config.loop.seed, world)
@@ -65,7 +69,8 @@ class TokenizerEngine:
         config = self.config
         number_of_parts = len(batch.micro_batches)
         features = [self._features(samples) for samples in batch.micro_batches]
-        if batch.step == 0 and config.model.normalize_features:
+        # A start from the zoo keeps its statistics: its decoder predicts features in their units.
+        if batch.step == 0 and config.model.normalize_features and config.init_from is None:
             self.tokenizer.set_feature_statistics(*self._statistics(features))
         rate = learning_rate(config.optim, batch.step, config.loop.steps)
         set_learning_rate(self.optimizer, rate)

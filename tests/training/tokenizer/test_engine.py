@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from landiff.configs import load
 from landiff.data_pipeline.format.schema import Column, Manifest
+from landiff.model_zoo import registry
 from landiff.training.observe.metrics import read_scalars
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
@@ -60,6 +61,22 @@ def test_training_leaves_the_global_generator_alone(tmp_path):
     before = torch.get_rng_state()
     train(TokenizerEngine(config(tmp_path), alone()), range(3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_start_from_the_zoo_keeps_weights_codebook_and_statistics(tmp_path):
+    model = MODEL.model_copy(update={"normalize_features": True})
+    first = TokenizerEngine(config(tmp_path, model), alone())
+    train(first, range(5))
+    state = first.tokenizer.state_dict()
+    registry.export(tmp_path / "zoo", "tokenizer", "tokenizer", model, state, {})
+    settings = config(tmp_path, model, zoo=tmp_path / "zoo", init_from="tokenizer")
+    start = TokenizerEngine(settings, alone())
+    statistics = start.tokenizer.mean.clone()
+    assert float(statistics.abs().max()) > 0
+    expected = train(TokenizerEngine(settings, alone()), [5])[0]["loss"]
+    assert expected == train(first, [5])[0]["loss"]
+    train(start, [0])  # step 0 of a run would otherwise measure the statistics of its batch
+    assert torch.equal(start.tokenizer.mean, statistics)
 
 
 def train_on(world, folder, normalize):
