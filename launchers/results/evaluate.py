@@ -60,6 +60,7 @@ def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
             samples,
             tokenizer,
             latent_channels=diffusion.config.transformer.latent_channels,
+            latent_frames=diffusion.config.transformer.latent_frames,
             device=device,
             seed=seed,
         )
@@ -192,16 +193,22 @@ def diffusion_inputs(
     tokenizer: SemanticTokenizer,
     *,
     latent_channels: int,
+    latent_frames: int,
     device: torch.device,
     seed: int,
 ) -> DiffusionInputs:
-    """Inputs of the diffusion model for `samples`, with noise and timesteps drawn from the seed."""
+    """Inputs of the diffusion model for `samples`, with noise and timesteps drawn from the seed.
+
+    Of longer clips, the first `latent_frames` frames are used.
+    """
     columns = [sample.tensors for sample in samples]
     latents = [posterior_mean(column["latents"], latent_channels) for column in columns]
     latents_BTCHW = torch.stack(latents).float().to(device)
     text_BLD = torch.stack([column[config.diffusion_text_column] for column in columns])
     tokens_BK = torch.stack([column["tokens"].to(torch.int64) for column in columns])
     features_BTChw = tokenizer.decode(tokens_BK.to(device), latents_BTCHW.shape[1])
+    features_BTChw = features_BTChw[:, :latent_frames]
+    latents_BTCHW = latents_BTCHW[:, :latent_frames]
     wrong = conditions.wrong_partners([sample.meta.source_sha256 for sample in samples])
     draw = generator(seed, "evaluate")
     noise_BTCHW = torch.randn(latents_BTCHW.shape, generator=draw)

@@ -14,7 +14,7 @@ from landiff.training.diffusion.config import DiffusionTrainConfig
 def check_diffusion_columns(
     manifest: Manifest, config: DiffusionTrainConfig, tokenizer: ZooEntry | None
 ) -> list[Problem]:
-    """Whether the columns have the model's shapes.
+    """Whether the columns have the model's shapes. Clips may have more latent frames.
 
     Unless data.adopt, the tokens must also come from `tokenizer`.
     """
@@ -34,6 +34,8 @@ def check_diffusion_columns(
         shape = column.shape
         if name == config.latents_column and len(shape) == 4 and column.config.get("moments"):
             shape = [shape[0], shape[1] // 2, *shape[2:]]  # it holds mean and log-variance
+        if name == config.latents_column and _is_long_enough(shape, model.latent_frames):
+            shape = [model.latent_frames, *shape[1:]]
         if shape != expected:
             problems.append(
                 Problem(
@@ -44,10 +46,15 @@ def check_diffusion_columns(
             )
     if config.phase == "control" and tokenizer is not None:
         column = manifest.columns[config.tokens_column]
-        problems += _check_tokens(column, tokenizer_config(tokenizer), config)
+        problems += _check_tokens(manifest, tokenizer_config(tokenizer), config)
         if not config.data.adopt:
             problems += _check_origin(column, tokenizer, config)
     return problems
+
+
+def _is_long_enough(shape: list[int], frames: int) -> bool:
+    """Whether windows of `frames` frames can be used. A size of 0 means several sizes."""
+    return len(shape) > 0 and (shape[0] == 0 or shape[0] >= frames)
 
 
 def tokenizer_config(entry: ZooEntry) -> TokenizerConfig:
@@ -57,21 +64,23 @@ def tokenizer_config(entry: ZooEntry) -> TokenizerConfig:
 
 
 def _check_tokens(
-    column: Column, tokenizer: TokenizerConfig, config: DiffusionTrainConfig
+    manifest: Manifest, tokenizer: TokenizerConfig, config: DiffusionTrainConfig
 ) -> list[Problem]:
     """Whether the tokens decode to the latents' number of frames.
 
     A size of 0 in the manifest means several sizes. They are not checked here.
     """
+    column = manifest.columns[config.tokens_column]
     if not column.shape or not column.shape[-1]:
         return []
-    expected = config.model.transformer.latent_frames
+    latents = manifest.columns[config.latents_column]
+    expected = latents.shape[0]
     try:
         frames = TokenLayout.of(tokenizer).num_frames(column.shape[-1])
         if frames != expected:
             raise ConfigError(
-                f"{column.shape[-1]} tokens are {frames} semantic frames, but "
-                f"model.transformer.latent_frames = {expected}"
+                f"{column.shape[-1]} tokens are {frames} semantic frames, but column "
+                f"{config.latents_column} holds {expected} latent frames"
             )
     except ValueError as error:
         return [

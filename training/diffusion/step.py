@@ -92,6 +92,18 @@ def draw_prefix(seed: int, sample: Sample, config: PrefixConfig) -> int:
     return config.lengths[int(torch.randint(len(config.lengths), (), generator=generator))]
 
 
+def draw_window(seed: int, sample: Sample, clip_frames: int, frames: int, prefix: int) -> int:
+    """First of the `frames` latent frames that are used of a clip of `clip_frames`.
+
+    Without a prefix the window starts with the clip, as the first chunk of a video does. With one
+    it starts anywhere, as a later chunk does.
+    """
+    if not prefix or clip_frames == frames:
+        return 0
+    generator = keyed_random.generator(seed, "window", sample.index)
+    return int(torch.randint(clip_frames - frames + 1, (), generator=generator))
+
+
 def prefix_latents(seed: int, sample: Sample, config: PrefixConfig, latents_TCHW: Tensor) -> Tensor:
     """Latents whose first frames are given as the prefix.
 
@@ -129,7 +141,9 @@ class Objective:
         config = self.config
         seed = config.loop.seed
         batch_size = config.data.global_batch_size
+        frames = config.model.transformer.latent_frames
         latents = []
+        windows = []
         noise = []
         timesteps = []
         prefixes = []
@@ -137,13 +151,17 @@ class Objective:
         texts = []
         for sample in samples:
             self._check(sample)
-            latents_TCHW = self._latents(sample)
+            clip_TCHW = self._latents(sample)
+            prefix = draw_prefix(seed, sample, config.prefix)
+            start = draw_window(seed, sample, len(clip_TCHW), frames, prefix)
+            latents_TCHW = clip_TCHW[start : start + frames]
             generator = keyed_random.generator(seed, "noise", sample.index)
             timestep = draw_timestep(seed, sample, batch_size, config.schedule.num_timesteps)
             latents.append(latents_TCHW)
+            windows.append(start)
             noise.append(torch.randn(latents_TCHW.shape, generator=generator))
             timesteps.append(timestep)
-            prefixes.append(draw_prefix(seed, sample, config.prefix))
+            prefixes.append(prefix)
             given.append(prefix_latents(seed, sample, config.prefix, latents_TCHW))
             texts.append(self._text(sample))
         latents_BTCHW = torch.stack(latents).to(self.device, non_blocking=True)
@@ -157,7 +175,7 @@ class Objective:
             prefix_B=torch.tensor(prefixes, device=self.device),
             prefix_BTCHW=prefix_BTCHW,
             text_BLD=torch.stack(texts).to(self.device, non_blocking=True),
-            features_BTchw=self.features(samples),
+            features_BTchw=self.features(samples, windows),
         )
 
     def loss(self, model: nn.Module, inputs: Inputs) -> DenoisingLoss:
@@ -182,8 +200,11 @@ class Objective:
         )
 
     @torch.no_grad()
-    def features(self, samples: Sequence[Sample]) -> Tensor | None:
-        """Features decoded from the tokens, float32 [B, T, c, h, w]. None in phase main."""
+    def features(self, samples: Sequence[Sample], starts: Sequence[int]) -> Tensor | None:
+        """Features decoded from the tokens, float32 [B, T, c, h, w]. None in phase main.
+
+        starts: first latent frame that is used of each sample.
+        """
         if self.tokenizer is None:
             return None
         column = self.config.tokens_column
@@ -197,8 +218,11 @@ class Objective:
                     f"tokenizer's codebook has {limit} codes; precompute the tokens with "
                     f"{self.config.tokenizer}"
                 )
-        num_frames = self.config.model.transformer.latent_frames
-        return self.tokenizer.decode(tokens_BN.to(self.device), num_frames).float()
+        clip_frames = len(samples[0].tensors[self.config.latents_column])
+        features_BTchw = self.tokenizer.decode(tokens_BN.to(self.device), clip_frames).float()
+        frames = self.config.model.transformer.latent_frames
+        pairs = zip(features_BTchw, starts, strict=True)
+        return torch.stack([clip_Tchw[start : start + frames] for clip_Tchw, start in pairs])
 
     def _latents(self, sample: Sample) -> Tensor:
         """Latents of a sample.
@@ -228,6 +252,10 @@ class Objective:
         channels = model.latent_channels
         sides = (model.latent_height, model.latent_width)
         moments = (frames, 2 * channels, *sides)  # mean and log-variance
+        clip_frames = len(sample.tensors[self.config.latents_column])
+        if clip_frames > frames:  # a window of it is used
+            moments = (clip_frames, *moments[1:])
+            frames = clip_frames
         expected = {
             self.config.latents_column: ((frames, channels, *sides), moments),
             self.config.text_column: ((model.text_length, model.text_dim),),

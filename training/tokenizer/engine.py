@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.model_zoo import registry
+from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
@@ -115,8 +115,18 @@ class TokenizerEngine:
 
     def _features(self, samples: tuple[Sample, ...]) -> Tensor:
         """Features of a micro-batch, float32 [B, T, C, h, w] on the device."""
-        stacked = torch.stack([sample.tensors[COLUMN] for sample in samples])
+        stacked = torch.stack([self._segment(sample) for sample in samples])
         return stacked.to(self.world.device, non_blocking=True).float()
+
+    def _segment(self, sample: Sample) -> Tensor:
+        """Features of a sample [T, C, h, w]: of a longer clip, a segment that starts anywhere."""
+        features_TChw = sample.tensors[COLUMN]
+        frames = self.config.model.segment_frames
+        if len(features_TChw) <= frames:
+            return features_TChw
+        generator = keyed_random.generator(self.config.loop.seed, "segment", sample.index)
+        start = int(torch.randint(len(features_TChw) - frames + 1, (), generator=generator))
+        return features_TChw[start : start + frames]
 
     def _statistics(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel over the global batch, [C] each."""

@@ -110,12 +110,26 @@ def test_tokens_of_another_tokenizer_are_refused_unless_adopted(tmp_path):
     )
 
 
+def test_clips_may_be_longer_than_the_model(tmp_path):
+    make_zoo(tmp_path)
+    own = registry.resolve(tmp_path / "zoo", "tokenizer")
+    settings = config(tmp_path, "control")
+    for frames, tokens in ((5, 9), (0, 0)):  # 0: several lengths
+        columns = {"latents": column([frames, 48, 4, 4]), "tokens": column([tokens], own.reference)}
+        assert check_diffusion_columns(manifest(**columns), settings, own) == []
+    short = manifest(latents=column([2, 48, 4, 4]), tokens=column([4], own.reference))
+    (problem,) = check_diffusion_columns(short, settings, own)
+    assert "has shape [2, 48, 4, 4], but model.transformer needs [3, 48, 4, 4]" in str(problem)
+
+
 def test_tokens_of_another_length_are_refused_even_where_adopted(tmp_path):
     make_zoo(tmp_path)
     own = registry.resolve(tmp_path / "zoo", "tokenizer")
     settings = config(tmp_path, "control", data__adopt="true")
     (problem,) = check_diffusion_columns(manifest(tokens=column([4], own.reference)), settings, own)
-    assert "4 tokens are 2 semantic frames, but model.transformer.latent_frames = 3" in str(problem)
+    assert "4 tokens are 2 semantic frames, but column latents holds 3 latent frames" in str(
+        problem
+    )
 
 
 def test_a_start_and_a_tokenizer_of_another_size_are_refused_with_the_differences(tmp_path):

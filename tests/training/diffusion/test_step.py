@@ -183,6 +183,34 @@ def test_the_loss_is_reported_by_distance_from_the_prefix(tmp_path):
     assert sums.tolist() == [float(frames[0, 1] + frames[2, 2]), float(frames[0, 2])]
 
 
+def test_longer_clips_give_windows_that_start_with_the_clip_unless_they_have_a_prefix(control):
+    def longer(index):
+        """The sample with five frames in two segments."""
+        draw = torch.Generator().manual_seed(index)
+        one = sample(index, 4)
+        tensors = {
+            "latents": torch.randn(5, 48, 4, 4, generator=draw),
+            "tokens": torch.randint(0, 16, (9,), generator=draw).to(torch.uint16),
+        }
+        return replace(one, tensors=one.tensors | tensors)
+
+    samples = [longer(index) for index in range(32)]
+    inputs = control.inputs(samples)
+    starts = set()
+    for place, each in enumerate(samples):
+        windows = each.tensors["latents"].unfold(0, 3, 1).movedim(-1, 1)
+        matches = [torch.equal(window, inputs.latents_BTCHW[place]) for window in windows]
+        start = matches.index(True)
+        if not inputs.prefix_B[place]:
+            assert start == 0
+        starts.add(start)
+        tokens = each.tensors["tokens"].long()[None]
+        features = control.tokenizer.decode(tokens, 5)[0, start : start + 3]
+        # a batched matmul rounds otherwise
+        torch.testing.assert_close(inputs.features_BTchw[place], features, rtol=1e-5, atol=1e-6)
+    assert starts == {0, 1, 2}
+
+
 def test_samples_that_do_not_fit_are_refused_by_key(control, tmp_path):
     wrong = sample(0, 4)
     wrong.tensors["tokens"][2] = 16

@@ -1,6 +1,7 @@
 """The tokenizer engine: learns, resumes exactly, and doesn't depend on the number of ranks."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,18 @@ def test_bf16_autocast_trains_and_keeps_float32_parameters(tmp_path):
     scalars = train(engine, range(60))
     assert scalars[-1]["loss"] < 0.9 * scalars[0]["loss"]
     assert {tensor.dtype for tensor in engine.tokenizer.parameters()} == {torch.float32}
+
+
+def test_longer_clips_give_one_segment_that_starts_anywhere(tmp_path):
+    engine = TokenizerEngine(config(tmp_path), alone())
+    longer = torch.randn(5, 8, 2, 2).half()
+    starts = set()
+    for sample in batch(0).samples:
+        sample = replace(sample, tensors={"features": longer})
+        (segment,) = engine._features((sample,))
+        windows = longer.float().unfold(0, MODEL.segment_frames, 1).movedim(-1, 1)
+        starts.add([torch.equal(window, segment) for window in windows].index(True))
+    assert starts == {0, 1, 2}
 
 
 def test_preview_shows_a_clip_beside_its_reconstruction(tmp_path):
