@@ -13,6 +13,11 @@ from landiff.data_pipeline.loading.config import DataConfig
 HANG_MARGIN_S = 300.0
 NO_TIMEOUT_S = 86400.0
 
+PARENT_DESCRIPTION = (
+    "Checkpoint of another run that this run begins with, or a run folder for its newest one. "
+    "Weights, optimizer state, step number and position in the data continue."
+)
+
 
 class LoopConfig(Config):
     """Length of the training loop, and how often it logs, saves and previews."""
@@ -135,6 +140,7 @@ class TrainConfig(Config):
     # is that of the keys in its config.yaml.
     if TYPE_CHECKING:
         run: Path
+        parent: Path | None
         data: DataConfig
         loop: LoopConfig
         optim: OptimConfig

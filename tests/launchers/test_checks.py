@@ -295,6 +295,14 @@ def test_a_run_that_cannot_resume_is_refused(world):
     assert "was written by LMTrainConfig, this run is a TokenizerTrainConfig" in problem
 
 
+def test_a_parent_that_does_not_fit_is_refused(world):
+    (problem,) = problems("lm", "parent=runs/gone")
+    assert "parent = runs/gone holds no healthy checkpoint" in problem
+    checkpoint(load(LMTrainConfig, "nano/lm", ["run=runs/old"]))
+    (problem,) = problems("lm", "parent=runs/old", "data.seed=3")
+    assert "runs/old/checkpoints/step_00000100 is damaged (FileNotFoundError: " in problem
+
+
 @pytest.mark.parametrize(
     "name",
     [

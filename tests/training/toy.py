@@ -30,6 +30,7 @@ class ToyModelConfig(Config):
 
 class ToyConfig(TrainConfig):
     run: Path
+    parent: Path | None = None
     loop: LoopConfig
     model: ToyModelConfig = ToyModelConfig()
     optim: OptimConfig = OptimConfig(lr=0.1)

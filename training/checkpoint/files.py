@@ -1,6 +1,7 @@
 """Files of a checkpoint on disk: its documents, their writer and the check of all files.
 
-Nothing here is collective. training/checkpoint/store.py saves and loads checkpoints on all ranks.
+Nothing here is collective, and the import is torch-free. training/checkpoint/store.py saves and
+loads checkpoints on all ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import NonNegativeInt
 
 from landiff.configs.base import Config, ConfigError
@@ -152,6 +152,8 @@ def is_healthy(folder: Path, *, unreadable: bool = False) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that write a checkpoint's files."""
+    import torch  # here, since checks before the start read this module's documents without torch
+
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:

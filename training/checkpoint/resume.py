@@ -10,6 +10,7 @@ from landiff.configs.base import Config, ConfigError
 from landiff.configs.documents import read_json, read_yaml
 from landiff.configs.problems import Problem, problems_of
 from landiff.data_pipeline.loading.position import check_position
+from landiff.training.checkpoint.parent import find_parent
 from landiff.training.checkpoint.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -43,15 +44,25 @@ NAMES_SHOWN = 4  # of weights in a run folder
 
 
 def check_resume(config: TrainConfig) -> list[Problem]:
-    """Whether the newest checkpoint in `config.run` belongs to this run.
+    """Whether the newest checkpoint in `config.run`, or else that of its parent, fits this run.
 
     Damaged documents are not reported here: the ranks report them.
     """
     checkpoints = config.run / CHECKPOINTS
     steps = committed_steps(checkpoints)
-    if not any(is_checkpoint(step_folder(checkpoints, step)) for step in steps):
-        return check_no_other_weights(config.run)
-    folder = step_folder(checkpoints, steps[-1])
+    if any(is_checkpoint(step_folder(checkpoints, step)) for step in steps):
+        return check_checkpoint(step_folder(checkpoints, steps[-1]), config)
+    problems = check_no_other_weights(config.run)
+    if config.parent is None:
+        return problems
+    try:
+        return problems + check_checkpoint(find_parent(config), config)
+    except ConfigError as error:
+        return [*problems, Problem(str(error))]
+
+
+def check_checkpoint(folder: Path, config: TrainConfig) -> list[Problem]:
+    """Whether a run with `config` can continue from the checkpoint `folder`."""
     try:
         state = read_json(folder / STATE)
         stored = read_yaml(folder / CONFIG)

@@ -7,6 +7,7 @@
             config.yaml     config of the run at this step
             state.json      state of the loop
             files.json      size and sha256 of the other files
+    parent.json             checkpoint of another run that this run began with
     metrics.jsonl           one line per logged step
     tensorboard/            scalars and videos
     errors/rank_0003.txt    why a rank failed
@@ -33,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = ".damaged"  # end of the name of a rejected checkpoint
 STATE = "state.json"
 FILES = "files.json"
+PARENT = "parent.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 ERRORS = "errors"

@@ -55,6 +55,7 @@ from landiff.training.checkpoint.files import (
     seal,
     versions,
 )
+from landiff.training.checkpoint.parent import find_parent, write_parent
 from landiff.training.checkpoint.resume import changed_keys
 from landiff.training.checkpoint.run_folder import (
     CONFIG,
@@ -229,12 +230,16 @@ class CheckpointStore:
     # ---------------------------------------------------------------- load
 
     def load_latest(self, engine: Engine, loader: BatchSource) -> TrainState | None:
-        """Restore the newest intact and healthy checkpoint. Returns None if the run has none.
+        """Restore the newest intact and healthy checkpoint, or that of the run's parent.
 
-        Raises ConfigError for a checkpoint of another model, CheckpointError if no checkpoint is
-        intact and healthy, and NonFiniteError if weights hold NaN or infinity.
+        Returns None if the run has neither. Raises ConfigError for a checkpoint of another model,
+        CheckpointError if no checkpoint is intact and healthy, and NonFiniteError if weights hold
+        NaN or infinity.
         """
         found = self._newest_intact()
+        own = found is not None
+        if found is None:
+            found = self._parent_checkpoint()
         if found is None:
             return None
         document = self._check(found)
@@ -242,6 +247,8 @@ class CheckpointStore:
         engine.load(found)
         advice = "delete it to resume from an earlier one"
         self._require_finite(engine, f"checkpoint {found} holds", advice)
+        if not own and self.world.rank == 0:
+            write_parent(self.config.run, found, document.step)
         self._prune(document.step)  # the last save may have been killed between commit and deletion
         log.info("resumed from %s", found)
         return TrainState(step=document.step)
@@ -274,6 +281,30 @@ class CheckpointStore:
                 "step 0"
             )
         return None
+
+    def _parent_checkpoint(self) -> Path | None:
+        """The checkpoint of another run that this run begins with, or None if it names none."""
+        if self.config.parent is None:
+            return None
+        path = ""
+        error = ""
+        if self.world.rank == 0:
+            try:
+                path = str(find_parent(self.config))
+            except ConfigError as raised:
+                error = str(raised)
+        path, error = self.world.broadcast([path, error])
+        if error:
+            raise ConfigError(error)
+        folder = Path(path)
+        problems = self.damage(folder)
+        if problems:
+            listed = "; ".join(problems[:PROBLEMS_SHOWN])
+            raise CheckpointError(
+                f"parent = {self.config.parent}: checkpoint {folder} is damaged ({listed}); "
+                "restore it, or name another one"
+            )
+        return folder
 
     def _rename_damaged(self, folder: Path, problems: Sequence[str]) -> None:
         """Rename a damaged checkpoint so that it is not used again."""

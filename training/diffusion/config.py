@@ -26,7 +26,7 @@ from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import DiffusionConfig, ScheduleConfig
 from landiff.model_zoo.frozen.config import CodecConfig
-from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
+from landiff.training.config import PARENT_DESCRIPTION, LoopConfig, OptimConfig, TrainConfig
 
 START_KINDS = ("transformer", "diffusion")  # of the zoo entry `init_from`
 
@@ -121,6 +121,7 @@ class DiffusionTrainConfig(TrainConfig):
     must_match: ClassVar[tuple[str, ...]] = ("model", "schedule", "phase")
 
     run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
+    parent: Path | None = Field(default=None, description=PARENT_DESCRIPTION)
     zoo: Path = Field(description="Zoo in which `init_from` and `tokenizer` are looked up.")
     phase: Literal["main", "control"] = Field(
         description=(

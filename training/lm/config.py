@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 from landiff.configs.base import Config, ConfigError, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import LMConfig
-from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
+from landiff.training.config import PARENT_DESCRIPTION, LoopConfig, OptimConfig, TrainConfig
 
 
 class ParallelConfig(Config):
@@ -65,6 +65,7 @@ class LMTrainConfig(TrainConfig):
     )
 
     run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
+    parent: Path | None = Field(default=None, description=PARENT_DESCRIPTION)
     zoo: Path = Field(description="Zoo in which `init_from` and `tokenizer` are looked up.")
     data: DataConfig = Field(
         description=(

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import TokenizerConfig
-from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
+from landiff.training.config import PARENT_DESCRIPTION, LoopConfig, OptimConfig, TrainConfig
 
 COLUMN = "features"  # the column it trains on
 
@@ -18,6 +18,7 @@ class TokenizerTrainConfig(TrainConfig):
     """`landiff train tokenizer`: the semantic tokenizer on vision features."""
 
     run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
+    parent: Path | None = Field(default=None, description=PARENT_DESCRIPTION)
     zoo: Path = Field(
         default=Path("zoo"), description="Zoo in which `init_from` is looked up. Read only for it."
     )
