@@ -1,37 +1,16 @@
-"""Every `landiff` command in the documentation parses, and every config key in it exists."""
+"""Every `landiff` command in the documentation parses, and every config key in it exists.
+
+tests/test_quickstart.py runs them.
+"""
 
 from __future__ import annotations
-
-import re
-import shlex
-from pathlib import Path
 
 import pytest
 
 from landiff.configs.loader import load
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.stages import STAGE_CONFIGS
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(?:\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PLACEHOLDERS = ("…", "...", "STAGE", "SOURCE", "FORMAT", "COMMAND")
-
-
-def commands() -> list[tuple[str, str]]:
-    """(page, command line) of every line in a code block that starts with `landiff`."""
-    found = []
-    for page in PAGES:
-        for block in FENCE.findall(page.read_text(encoding="utf-8")):
-            text = block.replace("\\\n", " ")
-            for line in text.splitlines():
-                command = line.strip().removeprefix("$ ")
-                if not command.startswith("landiff "):
-                    continue
-                if any(word in command for word in PLACEHOLDERS):
-                    continue
-                found.append((page.name, command))
-    return found
+from tests.docs_commands import ROOT, commands, words_of
 
 
 def test_there_are_commands():
@@ -40,9 +19,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda text: text[:60])
 def test_a_documented_command_parses_and_its_keys_exist(page, command):
-    words = shlex.split(command, comments=True)[1:]
-    if ">" in words:
-        words = words[: words.index(">")]
+    words = words_of(command)
     if words in (["--help"], ["--version"]):
         return
     args = parse_command(build_parser(), words)

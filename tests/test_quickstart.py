@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from landiff.data_pipeline.format.shards import read_manifest
+from landiff.launchers.cli import main
 from landiff.launchers.pipeline import pipeline_stages
+from tests.docs_commands import commands, words_of
 
 PROMPT = "A white rabbit with black dots looks around on a green meadow."
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,3 +165,74 @@ def test_a_second_run_changes_nothing(finished):
     again = quickstart(finished.out)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert digests(finished.out) == before
+
+
+# What commands in the documentation need that this folder does not have, by the error they give.
+# The start of a command that is listed first decides. "" is success.
+MISSING_INPUTS = {
+    "landiff shards --config nano/shards source=": "exist",  # the reader's videos
+    'landiff shards --config nano/shards "source=': "exist",
+    "landiff shards --config landiff/": "exist",
+    "landiff shards --dry-run": "exist",
+    "landiff convert inspect weights/": "exist",  # the released weights
+    "landiff convert weights/": "exist",
+    "landiff precompute --config landiff/precompute --task": "",  # this task has no shards
+    "landiff precompute status --config landiff/": "",
+    "landiff precompute retry": "",
+    "landiff precompute finalize --config landiff/": "column",
+    "landiff precompute estimate --config landiff/": "offline",  # encoders of the landiff preset
+    "landiff precompute verify --config landiff/": "offline",
+    "landiff precompute --config landiff/": "offline",
+    "landiff train lm --config landiff/": "tokenizer",  # data of the landiff preset
+    "landiff submit lm --config landiff/": "tokenizer",
+    "landiff submit pipeline --preset landiff": "videos",
+    "landiff train diffusion --config landiff/": "column",
+    "landiff train diffusion --config runs/main-2": "ranks",  # made for 16 of them
+    "landiff logs runs/lm": "no logs",  # the quickstart does not submit
+    "landiff stop --restart": "not submitted",
+}
+
+
+def expected_error(command: str) -> str:
+    """Text in the error that a documented command gives here, empty if it must succeed."""
+    for start, text in MISSING_INPUTS.items():
+        if command.startswith(start):
+            return text
+    return ""
+
+
+@pytest.mark.timeout(900)
+def test_documented_commands_run(finished, monkeypatch, capsys):
+    """In the folder of the quickstart, whose paths the documentation uses.
+
+    Trainings and submissions run with --dry-run. Commands for inputs that are not here, such as
+    the released weights, must say what is missing.
+    """
+    monkeypatch.chdir(finished.out)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copy(ROOT / "configs" / "cluster" / "example.yaml", "my-site.yaml")
+    wrong = []
+    for command in dict.fromkeys(line for _page, line in commands()):
+        words = words_of(command)
+        if words[0] == "-C":
+            words = words[2:]
+        if words[0] in ("train", "submit") and "--dry-run" not in words:
+            words.insert(2, "--dry-run")
+        if words[0] == "logs":
+            words = [word for word in words if word != "--follow"]
+        code, text = run_command(words, capsys)
+        expected = expected_error(command)
+        succeeded = code == 0
+        if succeeded == bool(expected) or expected not in text:
+            wrong.append(f"{command}: exit code {code}, {text[-300:]}")
+    assert not wrong, "\n\n".join(wrong)
+
+
+def run_command(words: list[str], capsys) -> tuple[int, str]:
+    """Exit code and output of a `landiff` command."""
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
