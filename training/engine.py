@@ -15,6 +15,7 @@ from torch import Tensor
 
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.loader import Batch
+from landiff.training.observe.previews import Preview
 
 
 @dataclass
@@ -77,8 +78,8 @@ class Engine(Protocol):
         """This rank's part of weights, buffers and float32 master weights by name, not copied."""
         ...
 
-    def preview(self) -> dict[str, Tensor]:
-        """Videos uint8 [T, H, W, 3] by TensorBoard tag, or none. Collective."""
+    def preview(self) -> list[Preview]:
+        """Videos for TensorBoard, or none. Collective; those of rank 0 are shown."""
         ...
 
 

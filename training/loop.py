@@ -37,7 +37,7 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
             if state.step == config.steps or due(state.step, config.log_every):
                 run.metrics.log(state, result)  # the loop's only device sync
             if due(state.step, config.preview_every):
-                run.metrics.add_videos(state, engine.preview())
+                run.metrics.add_previews(state, engine.preview())
             if last or due(state.step, config.save_every):
                 run.checkpoints.save(state, engine, loader, last=last)
         run.end(state)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.schedule import NoiseSchedule, SamplerTable
 
@@ -61,6 +61,11 @@ class SamplerStep:
     denoised: Tensor
     state: Tensor
 
+
+# estimate(state_BTCHW, timestep) returns the unconditional and the conditional velocity, float32.
+_Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# network(state_BTCHW, timestep_B, text_BLD) returns the velocity.
+_Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 OnStep = Callable[[SamplerStep], Tensor | None]
 Stop = Callable[[], bool]
@@ -131,15 +136,70 @@ def sample_latents(
 
     Raises ValueError for shapes that do not fit.
     """
-    options = options or SamplerOptions()
     shape = latent_shape(model, text_BLD, features_BTChw)
+    with torch.no_grad():
+        semantic_BTCHW = model.semantic(features_BTChw)
+    both_BTCHW = torch.cat([semantic_BTCHW, semantic_BTCHW])
+
+    def network(state_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+        return model(state_BTCHW.to(model.dtype), timestep_B, text_BLD, semantic_BTCHW=both_BTCHW)
+
+    return _sample(
+        _guided_denoiser(network, text_BLD),
+        schedule,
+        shape,
+        noise,
+        device=features_BTChw.device,
+        options=options or SamplerOptions(),
+        prefix_BTCHW=prefix_BTCHW,
+        on_step=on_step,
+        stop=stop,
+    )
+
+
+def sample_main_latents(
+    model: DiffusionTransformer,
+    schedule: NoiseSchedule,
+    text_BLD: Tensor,
+    noise: Noise,
+    *,
+    options: SamplerOptions | None = None,
+) -> Tensor:
+    """Samples scaled latents from text with the main transformer alone, float32 [B, T, C, H, W]."""
+    config = model.config
+
+    def network(state_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+        return model(state_BTCHW.to(model.dtype), timestep_B, text_BLD)
+
+    sides = (config.latent_height, config.latent_width)
+    return _sample(
+        _guided_denoiser(network, text_BLD),
+        schedule,
+        (len(text_BLD), config.latent_frames, config.latent_channels, *sides),
+        noise,
+        device=text_BLD.device,
+        options=options or SamplerOptions(),
+    )
+
+
+def _sample(
+    estimate: _Estimate,
+    schedule: NoiseSchedule,
+    shape: tuple[int, ...],
+    noise: Noise,
+    *,
+    device: torch.device,
+    options: SamplerOptions,
+    prefix_BTCHW: Tensor | None = None,
+    on_step: OnStep | None = None,
+    stop: Stop | None = None,
+) -> Tensor:
+    """The sampler: from noise to the last state, [B, T, C, H, W]."""
     result = torch.empty(0)
     with torch.no_grad():
-        start = noise(0, shape).to(features_BTChw.device, torch.float32)
+        start = noise(0, shape).to(device, torch.float32)
         assert start.shape == shape, (start.shape, shape)
         state = fix_prefix(start, prefix_BTCHW)
-        semantic = model.semantic(features_BTChw)
-        estimate = _guided_denoiser(model, text_BLD, semantic)
         table = schedule.sampler_table(options.num_steps)
         steps = _solve(
             estimate, table, state, noise, options=options, prefix=prefix_BTCHW, on_step=on_step
@@ -235,21 +295,14 @@ def fix_prefix(state_BTCHW: Tensor, prefix_BTCHW: Tensor | None) -> Tensor:
     return torch.cat([prefix_BTCHW.to(state_BTCHW), state_BTCHW[:, length:]], dim=1)
 
 
-# estimate(state_BTCHW, timestep) returns the unconditional and the conditional velocity, float32.
-_Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
-
-def _guided_denoiser(
-    model: ControlledDiffusion, text_BLD: Tensor, semantic_BTCHW: Tensor
-) -> _Estimate:
-    """The model with its conditions, run once on a batch of both branches."""
+def _guided_denoiser(network: _Network, text_BLD: Tensor) -> _Estimate:
+    """The network with text, run once on a batch of both branches."""
     both_text = torch.cat([torch.zeros_like(text_BLD), text_BLD])
-    both_semantic = torch.cat([semantic_BTCHW, semantic_BTCHW])
 
     def estimate(state_BTCHW: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        state = torch.cat([state_BTCHW, state_BTCHW]).to(model.dtype)
+        state = torch.cat([state_BTCHW, state_BTCHW])
         timesteps = torch.full((len(state),), float(timestep), device=state.device)
-        velocity = model(state, timesteps, both_text, semantic_BTCHW=both_semantic).float()
+        velocity = network(state, timesteps, both_text).float()
         unconditional, conditional = velocity.chunk(2)
         return unconditional, conditional
 

@@ -16,6 +16,7 @@ from landiff.model_zoo.sample.latents import (
     guidance_scale,
     reference_noise,
     sample_latents,
+    sample_main_latents,
     seeded_noise,
     stream_latents,
 )
@@ -49,6 +50,15 @@ def test_shape_comes_from_the_features(model):
     assert latents.shape == (2, 4, 4, 4, 6)
     assert latents.dtype == torch.float32
     assert not latents.requires_grad
+
+
+def test_the_main_transformer_samples_alone_what_it_samples_below_a_control_branch_of_zeros():
+    model = ControlledDiffusion(TINY).eval()
+    randomize(model.transformer)
+    text, features = conditions()
+    controlled = sample_latents(model, SCHEDULE, text, features, seeded_noise([1]), options=FEW)
+    alone = sample_main_latents(model.transformer, SCHEDULE, text, seeded_noise([1]), options=FEW)
+    assert torch.equal(alone, controlled) and float(alone.std()) > 0.1
 
 
 def test_rows_of_a_batch_are_independent(model):

@@ -20,8 +20,10 @@ from landiff.training.observe.metrics import (
     drop_later_lines,
     read_scalars,
 )
-from landiff.training.observe.previews import gif
+from landiff.training.observe.previews import Preview, gif, with_legend
 from tests.training.toy import alone
+
+BLACK = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
 
 
 class Terminal(io.StringIO):
@@ -131,9 +133,27 @@ def test_only_rank_0_writes(tmp_path):
     metrics = Metrics(tmp_path, 1, world, io.StringIO())
     metrics.resume(TrainState())
     metrics.log(TrainState(1), StepResult(1.0, 1.0, 0.1))
-    metrics.add_videos(TrainState(1), {"v": torch.zeros(1, 2, 2, 3, dtype=torch.uint8)})
+    metrics.add_previews(TrainState(1), [Preview("v", {"a": BLACK}, "a prompt")])
     metrics.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preview_has_titles_above_its_panels_and_its_prompt_as_text(tmp_path):
+    metrics = Metrics(tmp_path, 1, alone(), io.StringIO())
+    metrics.resume(TrainState())
+    white = torch.full_like(BLACK, 255)
+    preview = Preview("preview/clip", {"source": BLACK, "prediction": white}, "A rabbit.")
+    metrics.add_previews(TrainState(3), [preview])
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (text,) = events.Tensors("preview/clip/text")
+    assert text.step == 3 and text.tensor_proto.string_val == [b"A rabbit."]
+    (image,) = events.Images("preview/clip")
+    assert (image.width, image.height) == (2 * 160, 22 + 160)  # enlarged, below the titles
+    video = with_legend(preview.panels)
+    left, right = video[:, :22, :160], video[:, :22, 160:]
+    assert (left > 0).any() and (right > 0).any() and not torch.equal(left, right)
+    assert not video[:, 22:, :160].any() and bool((video[:, 22:, 160:] == 255).all())
 
 
 def test_a_gif_holds_the_frames_in_order():

@@ -20,6 +20,7 @@ from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.guard import Guard
 from landiff.training.loop import fit
+from landiff.training.observe.previews import Preview
 from landiff.training.optim import learning_rate
 from landiff.training.run import Run
 
@@ -119,8 +120,8 @@ class ToyEngine:
     def local_weights(self) -> list[tuple[str, torch.Tensor]]:
         return [("weight", self.weight)]
 
-    def preview(self) -> dict[str, torch.Tensor]:
-        return {"preview/noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)}
+    def preview(self) -> list[Preview]:
+        return [Preview("preview/noise", {"noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)})]
 
 
 def train(config: ToyConfig, world: World) -> tuple[TrainState, ToyEngine]:

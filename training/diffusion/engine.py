@@ -22,6 +22,7 @@ from landiff.training.diffusion.step import Objective
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
+from landiff.training.observe.previews import Preview
 from landiff.training.optim import adamw, learning_rate, set_learning_rate
 
 
@@ -119,14 +120,14 @@ class DeepSpeedEngine:
         """This rank's part of parameters, buffers and float32 master weights."""
         return zero.local_weights(self.zero)
 
-    def preview(self) -> dict[str, Tensor]:
+    def preview(self) -> list[Preview]:
         """Videos of the first clip of this rank's last batch, none before the first step.
 
         Collective.
         """
         if self.previewer is None or self.last_sample is None:
-            return {}
-        return self.previewer(self.module, self.last_sample)
+            return []
+        return [self.previewer(self.module, self.last_sample, "preview/clip")]
 
     def _tokens(self) -> int:
         """Tokens of one sample in the transformer: text rows and latent patches."""

@@ -13,13 +13,20 @@ from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.loader import Sample
 from landiff.model_zoo import keyed_random
-from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.frozen import build
-from landiff.model_zoo.sample.latents import SamplerOptions, sample_latents, seeded_noise
+from landiff.model_zoo.sample.latents import (
+    SamplerOptions,
+    sample_latents,
+    sample_main_latents,
+    seeded_noise,
+)
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.step import Inputs, Objective
+from landiff.training.observe.previews import Preview
 
 TIMESTEP_FRACTION = 0.5  # of the schedule, for the one-step estimate
+PREVIEW_SEED = 0  # of the noise, instead of loop.seed: previews of different runs can be compared
 
 
 class Previewer:
@@ -37,30 +44,41 @@ class Previewer:
         self.codec = build(config.preview_codec, objective.device)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, sample: Sample) -> dict[str, Tensor]:
-        """Videos uint8 [T, H, W, 3] by tag, their parts side by side.
+    def __call__(self, model: nn.Module, sample: Sample, tag: str) -> Preview:
+        """The clip as the codec returns it, and what the model makes of it.
 
-        `preview/denoised`: the clip, the clip with noise of the middle timestep, and the one-step
-        estimate of the clip. Phase control also has `preview/sampled`: the clip, and a sample from
-        its text and tokens without guidance.
+        At the middle timestep: the clip with noise, and the one-step estimate of the clip. From
+        pure noise: a sample with the clip's text, and in phase control with its tokens, without
+        guidance.
         """
         inputs = self._inputs(sample)
         model.eval()
-        denoised = self._side_by_side(inputs.latents_BTCHW, *self._denoise(model, inputs))
-        videos = {"preview/denoised": denoised}
-        if inputs.features_BTchw is not None:
-            assert isinstance(model, ControlledDiffusion), type(model)
-            sampled = sample_latents(
-                model,
-                self.objective.schedule,
-                inputs.text_BLD,
-                inputs.features_BTchw,
-                seeded_noise([keyed_random.key(self.config.loop.seed, "preview")]),
-                options=SamplerOptions(num_steps=self.config.preview_steps, guidance=0.0),
-            )
-            videos["preview/sampled"] = self._side_by_side(inputs.latents_BTCHW, sampled)
+        noised, estimate = self._denoise(model, inputs)
+        sampled = self._sample(model, inputs, sample.key)
         model.train()
-        return videos
+        return Preview(
+            tag=tag,
+            panels={
+                "codec round trip": self._decode(inputs.latents_BTCHW),
+                f"with noise, t = {int(inputs.timestep_B)}": self._decode(noised),
+                "one-step estimate": self._decode(estimate),
+                "sample from noise": self._decode(sampled),
+            },
+            text=sample.meta.caption,
+        )
+
+    def _sample(self, model: nn.Module, inputs: Inputs, key: str) -> Tensor:
+        """Latents from the text, and from the features in phase control. `key` fixes the noise."""
+        noise = seeded_noise([keyed_random.key(PREVIEW_SEED, "preview", key)])
+        options = SamplerOptions(num_steps=self.config.preview_steps, guidance=0.0)
+        schedule = self.objective.schedule
+        if inputs.features_BTchw is None:
+            assert isinstance(model, DiffusionTransformer), type(model)
+            return sample_main_latents(model, schedule, inputs.text_BLD, noise, options=options)
+        assert isinstance(model, ControlledDiffusion), type(model)
+        return sample_latents(
+            model, schedule, inputs.text_BLD, inputs.features_BTchw, noise, options=options
+        )
 
     def _inputs(self, sample: Sample) -> Inputs:
         """Inputs of a sample at the middle timestep, with its text and without a prefix."""
@@ -82,7 +100,6 @@ class Previewer:
         )
         return result.noised, estimate
 
-    def _side_by_side(self, *latents_BTCHW: Tensor) -> Tensor:
-        """Decoded latents of the first clip, beside each other in one video."""
-        videos = [self.codec.decode(latents)[0].cpu() for latents in latents_BTCHW]
-        return torch.cat(videos, dim=2)
+    def _decode(self, latents_BTCHW: Tensor) -> Tensor:
+        """Video uint8 [T, H, W, 3] of the first clip."""
+        return self.codec.decode(latents_BTCHW)[0].cpu()

@@ -150,8 +150,9 @@ class Objective:
         given = []
         texts = []
         for sample in samples:
-            self._check(sample)
-            clip_TCHW = self._latents(sample)
+            self.check(sample)
+            posterior = keyed_random.generator(seed, "posterior", sample.index)
+            clip_TCHW = self.latents(sample, posterior)
             prefix = draw_prefix(seed, sample, config.prefix)
             start = draw_window(seed, sample, len(clip_TCHW), frames, prefix)
             latents_TCHW = clip_TCHW[start : start + frames]
@@ -224,17 +225,16 @@ class Objective:
         pairs = zip(features_BTchw, starts, strict=True)
         return torch.stack([clip_Tchw[start : start + frames] for clip_Tchw, start in pairs])
 
-    def _latents(self, sample: Sample) -> Tensor:
-        """Latents of a sample.
+    def latents(self, sample: Sample, generator: torch.Generator) -> Tensor:
+        """Latents of a sample, [T, C, H, W].
 
-        If the column holds mean and log-variance, they are drawn from this distribution, anew in
-        every epoch.
+        If the column holds mean and log-variance, they are drawn from this distribution with
+        `generator`.
         """
         stored = sample.tensors[self.config.latents_column].float()
         channels = self.config.model.transformer.latent_channels
         if stored.shape[-3] == channels:
             return stored
-        generator = keyed_random.generator(self.config.loop.seed, "posterior", sample.index)
         noise = torch.randn(posterior_mean(stored, channels).shape, generator=generator)
         return posterior_sample(stored, noise)
 
@@ -245,7 +245,7 @@ class Objective:
             return torch.zeros_like(text_LD)
         return text_LD
 
-    def _check(self, sample: Sample) -> None:
+    def check(self, sample: Sample) -> None:
         """Raise ConfigError if a sample's tensors do not have the model's shapes."""
         model = self.config.model.transformer
         frames = model.latent_frames

@@ -37,6 +37,7 @@ from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel
 from landiff.training.lm.model import InitialWeights, MegatronLM
+from landiff.training.observe.previews import Preview
 from landiff.training.optim import learning_rate
 
 
@@ -252,9 +253,9 @@ class MegatronEngine:
                 for index, master in enumerate(group["params"]):  # they have no names
                     yield f"float32 weight {index} of optimizer {number}", master
 
-    def preview(self) -> dict[str, Tensor]:
+    def preview(self) -> list[Preview]:
         """Nothing: tokens have no picture without the other models."""
-        return {}
+        return []
 
     def close(self) -> None:
         """Free Megatron-core's process groups, so that this process can build another engine.

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +25,7 @@ from landiff.training.checkpoint.run_folder import METRICS, TENSORBOARD, read_me
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.event_file import EventFile
-from landiff.training.observe.previews import write_video
+from landiff.training.observe.previews import Preview, write_preview
 
 PRINT_EVERY_S = 10.0  # if the output is a file and not a terminal
 GIB = 1 << 30
@@ -96,12 +96,14 @@ class Metrics:
         self.progress.show(text, final=state.step >= self.total_steps)
         self._reset()
 
-    def add_videos(self, state: TrainState, videos: Mapping[str, Tensor], fps: float = 8.0) -> None:
-        """Write videos uint8 [T, H, W, 3] under their tags."""
+    def add_previews(
+        self, state: TrainState, previews: Sequence[Preview], fps: float = 8.0
+    ) -> None:
+        """Write previews with their legends and texts."""
         if self.world.rank != 0:
             return
-        for tag, video_THWC in videos.items():
-            write_video(self._open_writer, tag, video_THWC, state.step, fps)
+        for preview in previews:
+            write_preview(self._open_writer, preview, state.step, fps)
         self._open_writer.flush()
 
     def close(self) -> None:

@@ -1,15 +1,85 @@
-"""Videos in TensorBoard, as animated GIFs in its image tab."""
+"""Previews in TensorBoard: animated GIFs with a legend in its image tab, and their texts."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.text import metadata as text_plugin
 from torch import Tensor
+from torch.nn import functional
 
 from landiff.training.observe.event_file import EventFile
+
+MIN_PANEL_PIXELS = 160  # width of a panel: the titles must fit
+MAX_PANEL_PIXELS = 400  # an event file holds all previews of a run
+TITLE_PIXELS = 22  # height of the legend
+FONT_PIXELS = 13
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Videos of one clip or prompt that belong together.
+
+    tag: in TensorBoard.
+    panels: videos uint8 [T, H, W, 3] of equal T and H by title, for example "source", "codec round
+        trip" and "prediction". They are shown side by side.
+    text: the prompt or caption.
+    """
+
+    tag: str
+    panels: Mapping[str, Tensor]
+    text: str = ""
+
+
+def write_preview(writer: EventFile, preview: Preview, step: int, fps: float) -> None:
+    """Write a preview: the video under its tag, and its text under "<tag>/text". Raises OSError."""
+    write_video(writer, preview.tag, with_legend(preview.panels), step, fps)
+    if preview.text:
+        write_text(writer, f"{preview.tag}/text", preview.text, step)
+
+
+def with_legend(panels: Mapping[str, Tensor]) -> Tensor:
+    """The panels side by side below their titles, uint8 [T, H, W, 3].
+
+    Small panels are enlarged so that the titles fit, large ones are reduced.
+    """
+    columns = []
+    for title, video_THWC in panels.items():
+        video_THWC = _resized(video_THWC.cpu())
+        header_HWC = _title(title, video_THWC.shape[2])
+        header_THWC = header_HWC.expand(len(video_THWC), *header_HWC.shape)
+        columns.append(torch.cat([header_THWC, video_THWC], dim=1))
+    return torch.cat(columns, dim=2)
+
+
+def _resized(video_THWC: Tensor) -> Tensor:
+    """The video with a width between the limits, enlarged or reduced by a whole number."""
+    width = video_THWC.shape[2]
+    if width < MIN_PANEL_PIXELS:
+        scale = -(-MIN_PANEL_PIXELS // width)
+        return video_THWC.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    if width > MAX_PANEL_PIXELS:
+        scale = -(-width // MAX_PANEL_PIXELS)
+        pooled_TCHW = functional.avg_pool2d(video_THWC.movedim(-1, 1).float(), scale)
+        return pooled_TCHW.round().to(torch.uint8).movedim(1, -1)
+    return video_THWC
+
+
+def _title(text: str, width: int) -> Tensor:
+    """White text on black, uint8 [H, `width`, 3]."""
+    image = Image.new("RGB", (width, TITLE_PIXELS))
+    font = ImageFont.load_default(FONT_PIXELS)
+    ImageDraw.Draw(image).text((4, 3), text, fill="white", font=font)
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(TITLE_PIXELS, width, 3)
 
 
 def write_video(writer: EventFile, tag: str, video_THWC: Tensor, step: int, fps: float) -> None:
@@ -19,6 +89,18 @@ def write_video(writer: EventFile, tag: str, video_THWC: Tensor, step: int, fps:
         height=height, width=width, colorspace=3, encoded_image_string=gif(video_THWC, fps)
     )
     writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def write_text(writer: EventFile, tag: str, text: str, step: int) -> None:
+    """Write a text under `tag`, for TensorBoard's text tab. Raises OSError."""
+    tensor = TensorProto(
+        dtype=DT_STRING,
+        string_val=[text.encode()],
+        tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+    )
+    metadata = text_plugin.create_summary_metadata(tag, "")
+    value = Summary.Value(tag=tag, metadata=metadata, tensor=tensor)
+    writer.add_summary(Summary(value=[value]), step)
 
 
 def gif(video_THWC: Tensor, fps: float) -> bytes:

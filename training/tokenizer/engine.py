@@ -28,6 +28,7 @@ from landiff.training import rng
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
+from landiff.training.observe.previews import Preview
 from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.preview import paint
@@ -179,14 +180,16 @@ class TokenizerEngine:
     # ------------------------------------------------------------ preview
 
     @torch.no_grad()
-    def preview(self) -> dict[str, Tensor]:
-        """Features of a clip (left) and their reconstruction from codes (right).
+    def preview(self) -> list[Preview]:
+        """Features of a clip, and their reconstruction from codes.
 
         Empty before the first step, and on all ranks but rank 0.
         """
         if self._preview_TChw is None or self.world.rank != 0:
-            return {}
+            return []
         self.tokenizer.eval()
         decoded_TChw = self.tokenizer(self._preview_TChw[None]).decoded[0].float()
         self.tokenizer.train()
-        return {"preview/features_and_reconstruction": paint(self._preview_TChw, decoded_TChw)}
+        features, reconstruction = paint(self._preview_TChw, decoded_TChw)
+        panels = {"features": features, "reconstruction": reconstruction}
+        return [Preview("preview/features_and_reconstruction", panels)]

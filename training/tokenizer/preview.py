@@ -12,8 +12,10 @@ from torch import Tensor
 PREVIEW_PIXELS = 16  # height and width of a feature cell
 
 
-def paint(features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIXELS) -> Tensor:
-    """Both maps side by side, uint8 [T, H, W, 3].
+def paint(
+    features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIXELS
+) -> tuple[Tensor, Tensor]:
+    """Both maps as videos, uint8 [T, H, W, 3].
 
     Red, green and blue are the first three principal components of `features_TChw`.
     """
@@ -28,6 +30,5 @@ def paint(features_TChw: Tensor, decoded_TChw: Tensor, pixels: int = PREVIEW_PIX
     for part_TChw in (features_TChw, decoded_TChw):
         color_Thw3 = (part_TChw.permute(0, 2, 3, 1) - mean_C) @ axes_C3 / scale_3
         image = ((color_Thw3 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        images.append(image.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2))
-    gap = torch.full_like(images[0][:, :, : max(1, pixels // 4)], 255)
-    return torch.cat([images[0], gap, images[1]], dim=2).cpu()
+        images.append(image.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2).cpu())
+    return images[0], images[1]

@@ -147,19 +147,20 @@ def test_longer_clips_give_one_segment_that_starts_anywhere(tmp_path):
 
 def test_preview_shows_a_clip_beside_its_reconstruction(tmp_path):
     engine = TokenizerEngine(config(tmp_path), alone())
-    assert engine.preview() == {}
+    assert engine.preview() == []
     train(engine, range(1))
-    (video,) = engine.preview().values()
-    assert video.dtype == torch.uint8
-    assert video.shape == (3, 2 * 16, 2 * 2 * 16 + 4, 3)
+    (preview,) = engine.preview()
+    assert list(preview.panels) == ["features", "reconstruction"]
+    for video in preview.panels.values():
+        assert video.dtype == torch.uint8 and video.shape == (3, 2 * 16, 2 * 16, 3)
     assert engine.tokenizer.training
 
 
 def test_equal_features_are_painted_equally():
     clip = features(0).float()
-    video = paint(clip, clip, pixels=1)
-    assert torch.equal(video[:, :, :2], video[:, :, -2:])
-    assert len(video[:, :, :2].reshape(-1, 3).unique(dim=0)) > 3
+    video, other = paint(clip, clip, pixels=1)
+    assert torch.equal(video, other)
+    assert len(video.reshape(-1, 3).unique(dim=0)) > 3
 
 
 def test_features_of_another_size_are_refused_naming_both(tmp_path):
