@@ -130,6 +130,31 @@ class OptimConfig(Config):
     )
 
 
+class EmaConfig(Config):
+    """Exponential moving average of the weights, for validation, previews and export."""
+
+    decay: float = Field(
+        default=0.9999,
+        gt=0,
+        lt=1,
+        description=(
+            "Part of the average that is kept per step. The average covers about the last "
+            "1 / (1 - decay) steps."
+        ),
+    )
+    every: PositiveInt = Field(
+        default=1,
+        description=(
+            "Steps between two updates of the average. An update keeps decay ** every of it, so "
+            "that `decay` means the same for all values."
+        ),
+    )
+    from_step: NonNegativeInt = Field(
+        default=0,
+        description="Step up to which the average is a copy of the weights.",
+    )
+
+
 class TrainConfig(Config):
     """Base class of the trainers' configs: the sections that code for all trainers reads."""
 
@@ -144,6 +169,7 @@ class TrainConfig(Config):
         data: DataConfig
         loop: LoopConfig
         optim: OptimConfig
+        ema: EmaConfig | None
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ itself, and DeepSpeed's engine runs backward, clipping and update.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +77,14 @@ class Engine(Protocol):
 
     def local_weights(self) -> Iterable[tuple[str, Tensor]]:
         """This rank's part of weights, buffers and float32 master weights by name, not copied."""
+        ...
+
+    def weights(self, ema: bool) -> AbstractContextManager[None]:
+        """Context in which forward passes read the moving average, or with False the weights.
+
+        For validation and previews: no training step, save or load belongs in it. Everything is
+        bit-equal afterwards. Collective. True needs `ema` in the config.
+        """
         ...
 
     def preview(self) -> list[Preview]:

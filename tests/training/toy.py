@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,10 @@ class ToyEngine:
 
     def local_weights(self) -> list[tuple[str, torch.Tensor]]:
         return [("weight", self.weight)]
+
+    def weights(self, ema: bool) -> AbstractContextManager[None]:
+        assert not ema
+        return nullcontext()
 
     def preview(self) -> list[Preview]:
         return [Preview("preview/noise", {"noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)})]

@@ -26,7 +26,13 @@ from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import DiffusionConfig, ScheduleConfig
 from landiff.model_zoo.frozen.config import CodecConfig
-from landiff.training.config import PARENT_DESCRIPTION, LoopConfig, OptimConfig, TrainConfig
+from landiff.training.config import (
+    PARENT_DESCRIPTION,
+    EmaConfig,
+    LoopConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 START_KINDS = ("transformer", "diffusion")  # of the zoo entry `init_from`
 
@@ -132,6 +138,9 @@ class DiffusionTrainConfig(TrainConfig):
     data: DataConfig = Field(description="Data folder with the columns, and batch sizes.")
     loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
+    ema: EmaConfig | None = Field(
+        default=None, description="Moving average of the weights. null: none."
+    )
     model: DiffusionConfig = Field(description="Sizes of the diffusion model.")
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="Noise schedule of training."

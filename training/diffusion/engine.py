@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.model_zoo.convert.formats.deepspeed import SHARDS, ZeroLayout, read_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed import EMA, SHARDS, ZeroLayout, read_deepspeed
 from landiff.model_zoo.convert.rules import check_against
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -20,6 +21,7 @@ from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer
 from landiff.training.diffusion.step import Objective
 from landiff.training.distributed import World
+from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
 from landiff.training.observe.previews import Preview
@@ -42,6 +44,7 @@ class DeepSpeedEngine:
         optimizer = adamw(module.parameters(), config.optim)
         settings = zero.deepspeed_config(config, world)
         self.zero = zero.initialize(module, optimizer, settings, world.device)
+        self.ema = Ema(config.ema, zero.master_weights(self.zero))
         self.previewer: Previewer | None = None
         if config.preview_codec is not None:
             self.previewer = Previewer(config, objective)
@@ -82,6 +85,7 @@ class DeepSpeedEngine:
         # is reported as infinite.
         grad_norm = self.zero.get_global_grad_norm()
         self.guard.decide(mean, grad_norm)
+        self.ema.update(batch.step + 1)
         tokens = batch.global_batch_size * self._tokens()
         return StepResult(
             loss=mean, grad_norm=grad_norm, lr=rate, metrics=after_prefix.metrics(), tokens=tokens
@@ -89,7 +93,8 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's shards, and layout.json with their division. Collective."""
-        self.zero.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+        with zero.averages_in_optimizer(self.zero, self.ema.averages):
+            self.zero.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
         self.zero.checkpoint_engine.raise_failure()
         if self.world.rank == 0:
             self.layout.write(folder)
@@ -113,12 +118,21 @@ class DeepSpeedEngine:
         if found == self.layout:
             path, _ = self.zero.load_checkpoint(str(folder), tag=SHARDS)
             assert path is not None, folder
+            has_averages = zero.take_averages(self.zero, self.ema.averages)
         else:
-            zero.restore(self.zero, read_deepspeed(folder / SHARDS))
+            state = read_deepspeed(folder / SHARDS)
+            zero.restore(self.zero, state, self.ema.averages)
+            has_averages = EMA in state.moment_places
+        self.ema.loaded(folder, found=has_averages)
 
     def local_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """This rank's part of parameters, buffers and float32 master weights."""
-        return zero.local_weights(self.zero)
+        """This rank's part of parameters, buffers, float32 master weights and moving averages."""
+        yield from zero.local_weights(self.zero)
+        yield from self.ema.named()
+
+    def weights(self, ema: bool) -> AbstractContextManager[None]:
+        """Context in which forward passes read the moving averages, or the weights. Collective."""
+        return self.ema.applied(ema, lambda: zero.publish_weights(self.zero))
 
     def preview(self) -> list[Preview]:
         """Videos of the first clip of this rank's last batch, none before the first step.
@@ -127,7 +141,8 @@ class DeepSpeedEngine:
         """
         if self.previewer is None or self.last_sample is None:
             return []
-        return [self.previewer(self.module, self.last_sample, "preview/clip")]
+        with self.weights(self.ema.enabled):
+            return [self.previewer(self.module, self.last_sample, "preview/clip")]
 
     def _tokens(self) -> int:
         """Tokens of one sample in the transformer: text rows and latent patches."""

@@ -13,7 +13,8 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landiff.model_zoo.convert.formats.deepspeed import CLASSES, MOMENTS, DeepSpeedState
+from landiff.model_zoo.convert.formats.deepspeed import CLASSES, EMA, MOMENTS, DeepSpeedState
 from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -179,12 +180,13 @@ def full_shapes(module: nn.Module) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def restore(engine: Any, state: DeepSpeedState) -> None:
+def restore(engine: Any, state: DeepSpeedState, averages: Sequence[Tensor] = ()) -> None:
     """Load a checkpoint of any world size and ZeRO stage into a DeepSpeed engine.
 
     First buffers and frozen parameters, which DeepSpeed's own universal checkpoints lose, then the
     working copies, float32 master weights, Adam's moments and its step count of all trainable
-    parameters, by name.
+    parameters, by name. With them `averages`, the moving averages of `master_weights`, if the
+    checkpoint has some.
 
     Raises ConversionError if names or shapes do not fit.
     """
@@ -200,13 +202,18 @@ def restore(engine: Any, state: DeepSpeedState) -> None:
     for name, parameter in parameters.items():
         _write_working_copy(parameter, weights[name])
     # A checkpoint without optimizer steps holds initial weights of a run, and no moments.
-    moments = state.moments if state.optimizer_steps else {}
-    if moments:
+    keys = list(MOMENTS) if state.optimizer_steps else []
+    if keys:
         _create_optimizer_state(engine, state.optimizer_steps)
-    for name, parameter in trained.items():
-        _write_partitioned(parameter, weights[name], None)
-        if moments:
-            for key in MOMENTS:
+    if averages and EMA in state.moment_places:
+        keys.append(EMA)
+    moments = state.moments
+    with averages_in_optimizer(engine, averages):
+        if keys:
+            _link_optimizer_state(engine)
+        for name, parameter in trained.items():
+            _write_partitioned(parameter, weights[name], None)
+            for key in keys:
                 _write_partitioned(parameter, moments[key][name], key)
 
 
@@ -246,7 +253,7 @@ def _write_working_copy(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def _master_weights(engine: Any) -> list[Tensor]:
+def master_weights(engine: Any) -> list[Tensor]:
     """This rank's part of the float32 master weights, one flat vector per parameter group."""
     if engine.zero_optimization_stage() == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
@@ -256,15 +263,71 @@ def _master_weights(engine: Any) -> list[Tensor]:
 def _create_optimizer_state(engine: Any, steps: int) -> None:
     """Create the state that AdamW creates in its first step, so that it can be filled now."""
     zero = engine.optimizer
-    for flat in _master_weights(engine):
+    for flat in master_weights(engine):
         state = zero.optimizer.state[flat]
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(flat)
         state["step"] = torch.tensor(float(steps))
+
+
+def _link_optimizer_state(engine: Any) -> None:
+    """Map parameters to parts of all values in the optimizer's state, for `_write_partitioned`.
+
+    ZeRO 1 and 2 do this themselves in their first step only.
+    """
     if engine.zero_optimization_stage() != 3:
-        # The first thing that its step() does: it maps names to parts of the flat vectors.
-        zero._lazy_init_hp_params_optimizer_state()
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def averages_in_optimizer(engine: Any, averages: Sequence[Tensor]) -> Iterator[None]:
+    """Context in which the optimizer's state holds `averages` as a further moment, EMA.
+
+    DeepSpeed saves it then with Adam's moments. `averages`: of `master_weights`, or none.
+    """
+    states = engine.optimizer.optimizer.state
+    masters = master_weights(engine)
+    if averages:
+        for master, average in zip(masters, averages, strict=True):
+            states[master][EMA] = average
+    try:
+        yield
+    finally:
+        for master in masters:
+            states.get(master, {}).pop(EMA, None)
+
+
+@torch.no_grad()
+def take_averages(engine: Any, averages: Sequence[Tensor]) -> bool:
+    """Move moving averages that DeepSpeed has loaded to `averages`, which may be none.
+
+    Returns whether the checkpoint had some.
+    """
+    states = engine.optimizer.optimizer.state
+    stored = [states.get(master, {}).pop(EMA, None) for master in master_weights(engine)]
+    found = [average for average in stored if average is not None]
+    if found and averages:
+        torch._foreach_copy_(list(averages), found)
+    return bool(found)
+
+
+@torch.no_grad()
+def publish_weights(engine: Any) -> None:
+    """Cast the float32 master weights to the weights that forward passes read. Collective.
+
+    The same as at the end of DeepSpeed's step.
+    """
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() != 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def _write_partitioned(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
@@ -314,5 +377,5 @@ def local_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in engine.module.named_parameters():
         yield name, getattr(parameter, "ds_tensor", parameter)
     yield from engine.module.named_buffers()
-    for group, master in enumerate(_master_weights(engine)):
+    for group, master in enumerate(master_weights(engine)):
         yield f"float32 weights of parameter group {group}", master

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer, MixedPrecisionOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -36,9 +36,10 @@ from torch.futures import Future
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.convert.formats.dist_checkpoint import read_metadata
-from landiff.model_zoo.convert.formats.megatron import COMMON
+from landiff.model_zoo.convert.formats.megatron import COMMON, EMA_PREFIX
 from landiff.model_zoo.convert.pickles import check_pickle, check_plain_pickle, read_pickle
 from landiff.model_zoo.convert.rules import ConversionError
+from landiff.training.lm.averages import ShardedAverages, copy_to_model, parts_of
 from landiff.training.lm.checks import other_optimizer
 from landiff.training.lm.model import MegatronLM
 from landiff.training.replace import replaced
@@ -57,21 +58,23 @@ def _layout() -> dict[str, Any]:
 
 
 def _sharded_state(
-    model: MegatronLM, optimizer: MegatronOptimizer, *, loading: bool
+    model: MegatronLM,
+    optimizer: MegatronOptimizer,
+    averages: ShardedAverages | None,
+    *,
+    loading: bool,
 ) -> dict[str, Any]:
     """This rank's part of the state."""
     layout = _layout()
     weights = model.sharded_state_dict(metadata=layout)
-    return {
+    state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout),
         "distributed_optimizer": is_distributed(optimizer),
     }
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The parts of a chained optimizer, or the optimizer itself."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    if averages is not None:
+        state["averages"] = averages.state(weights, loading=loading)
+    return state
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
@@ -79,17 +82,21 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 
     The two kinds of state differ on disk.
     """
-    return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+    return any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
 
 
-def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
-    """Write model and optimizer into `folder`, which exists and is empty. Collective.
+def save(
+    folder: Path, model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages
+) -> None:
+    """Write model, optimizer and averages into `folder`, which exists and is empty. Collective.
 
     The files are closed on return. Raises OSError on all ranks if one of them cannot write. The two
     small documents are written after the last collective, and their errors are raised on rank 0
     only.
     """
-    sharded, common = save_preprocess(_sharded_state(model, optimizer, loading=False), True)
+    sharded, common = save_preprocess(
+        _sharded_state(model, optimizer, averages, loading=False), True
+    )
     sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     try:
         dcp.save(
@@ -105,11 +112,14 @@ def save(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-def load_checkpoint(folder: Path, model: MegatronLM, optimizer: MegatronOptimizer) -> None:
+def load_checkpoint(
+    folder: Path, model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages
+) -> bool:
     """Restore what `save` wrote, on any number of tensor, pipeline and data-parallel ranks.
 
     Collective. The weights are cast from the optimizer's float32 copies if it keeps them. With the
-    distributed optimizer that is this rank's part, and the caller gathers the others.
+    distributed optimizer that is this rank's part, and the caller gathers the others. Returns
+    whether the checkpoint has moving averages; they are loaded if the run has some too.
 
     Raises ConfigError if only one of the two optimizers is distributed, and ConversionError for
     files that hold more than this trainer writes.
@@ -119,12 +129,14 @@ def load_checkpoint(folder: Path, model: MegatronLM, optimizer: MegatronOptimize
         raise ConfigError(other_optimizer(folder, stored))
     reader = AllowListReader(folder)
     # Raised here, its errors are equal on all ranks and not wrapped as those of collectives.
-    reader.read_metadata()
+    keys = reader.read_metadata().state_dict_metadata
+    has_averages = any(key.startswith(EMA_PREFIX) for key in keys)
     # Megatron-core has no option for the reader, and its own unpickles whatever a file holds.
     with replaced(core_torch_dist, "_get_filesystem_reader", lambda *_, **__: reader):
         try:
+            wanted = averages if has_averages else None
             state = dist_checkpointing.load(
-                _sharded_state(model, optimizer, loading=True), str(folder)
+                _sharded_state(model, optimizer, wanted, loading=True), str(folder)
             )
         except CheckpointException as error:
             raise _explained(folder, error) from error
@@ -132,10 +144,11 @@ def load_checkpoint(folder: Path, model: MegatronLM, optimizer: MegatronOptimize
     model.load_state_dict(state["model"])
     with torch.no_grad():  # the distributed optimizer copies into views of leaves
         optimizer.load_state_dict(state["optimizer"])
-        for part in _parts(optimizer):
-            if isinstance(part, MixedPrecisionOptimizer):
-                part._copy_main_params_to_model_params()
+    copy_to_model(optimizer)
     _separate_steps(optimizer)
+    if has_averages:
+        averages.load(model.sharded_state_dict(metadata=_layout()), state["averages"])
+    return has_averages
 
 
 def _explained(folder: Path, error: CheckpointException) -> BaseException:
@@ -217,7 +230,7 @@ def _check_extra_states(folder: Path, weights: Mapping[str, Any]) -> None:
 
 def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
     """Work around failures 1 and 2. Call once, before the first save or load."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         if not isinstance(part, DistributedOptimizer):
             continue
         if not isinstance(part.optimizer, torch.optim.AdamW):
@@ -254,7 +267,7 @@ class _KeepingStep:
 
 def _separate_steps(optimizer: MegatronOptimizer) -> None:
     """Work around failure 3: give each parameter a step tensor of its own. Call after loading."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

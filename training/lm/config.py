@@ -10,7 +10,13 @@ from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 from landiff.configs.base import Config, ConfigError, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import LMConfig
-from landiff.training.config import PARENT_DESCRIPTION, LoopConfig, OptimConfig, TrainConfig
+from landiff.training.config import (
+    PARENT_DESCRIPTION,
+    EmaConfig,
+    LoopConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 
 class ParallelConfig(Config):
@@ -75,6 +81,9 @@ class LMTrainConfig(TrainConfig):
     )
     loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
+    ema: EmaConfig | None = Field(
+        default=None, description="Moving average of the weights. null: none."
+    )
     model: LMConfig = Field(description="Sizes of the language model.")
     parallel: ParallelConfig = Field(
         default=ParallelConfig(), description="Division of the model over ranks."

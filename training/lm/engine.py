@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,9 +31,11 @@ from torch import Tensor, nn
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.model_zoo import registry
 from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
 from landiff.training.lm import checkpoint
+from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_weights, parts_of
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel
@@ -68,6 +71,11 @@ class MegatronEngine:
             self.load_weights(self._first_weights())
             self.ddp = self._build_ddp()
             self.optimizer = self._build_optimizer()
+            masters = master_weights(self.optimizer)
+            self.ema = Ema(config.ema, [master.weight for master in masters])
+            self.averages = ShardedAverages(
+                self.ema, masters, divided=config.parallel.distributed_optimizer
+            )
             self.model.config.finalize_model_grads_func = finalize_model_grads
             self.model.config.grad_scale_func = self.optimizer.scale_loss
             if config.parallel.overlap:
@@ -130,6 +138,7 @@ class MegatronEngine:
             loss_sum, num_targets, num_tokens = totals.cpu().unbind()
             loss = loss_sum / num_targets
             grad_norm = self._update(loss)
+            self.ema.update(batch.step + 1)
         row_tokens = sum(row.num_tokens for row in rows)
         row_length = sum(len(row.ids_N) for row in rows)
         return StepResult(
@@ -146,10 +155,6 @@ class MegatronEngine:
             group["lr"] = rate
             group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
 
-    def _optimizers(self) -> list[MegatronOptimizer]:
-        """The parts of a chained optimizer, or the optimizer itself."""
-        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
-
     @torch.no_grad()
     def _update(self, loss: Tensor) -> float:
         """Megatron-core's `optimizer.step()`, with the guard before the update.
@@ -159,7 +164,7 @@ class MegatronEngine:
         found_inf = self.optimizer.prepare_grads()
         grad_norm = math.inf if found_inf else self.optimizer.get_grad_norm()
         self.guard.decide(loss, grad_norm)
-        for part in self._optimizers():
+        for part in parts_of(self.optimizer):
             parameters = part.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
@@ -211,18 +216,19 @@ class MegatronEngine:
     def load_weights(self, source: Mapping[str, Tensor]) -> None:
         """Load complete weights with the names of `landiff.model_zoo.lm.LanguageModel`.
 
-        The optimizer's moments stay unchanged.
+        The optimizer's moments stay unchanged. The moving average starts from these weights.
         """
         with megatron_device():
             self.model.load_full(source)
             if hasattr(self, "optimizer"):
                 self.optimizer.reload_model_params()
+                self.ema.restart()
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer. Collective."""
         with megatron_device():
             self._gather_weights()
-            checkpoint.save(folder, self.model, self.optimizer)
+            checkpoint.save(folder, self.model, self.optimizer, self.averages)
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.
@@ -232,7 +238,8 @@ class MegatronEngine:
         and their float32 copies are right.
         """
         with megatron_device():
-            checkpoint.load_checkpoint(folder, self.model, self.optimizer)
+            found = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self.averages)
+            self.ema.loaded(folder, found=found)
             self._gather_weights()
 
     def _gather_weights(self) -> None:
@@ -244,14 +251,28 @@ class MegatronEngine:
         if self.config.parallel.distributed_optimizer:
             self.ddp.start_param_sync(force_sync=True)
 
+    @contextmanager
+    def weights(self, ema: bool) -> Iterator[None]:
+        """Context in which forward passes read the moving averages, or the weights. Collective."""
+        with megatron_device():
+            self._gather_weights()  # also waits for a gather that `overlap` has started
+            with self.ema.applied(ema, self._publish_weights):
+                yield
+
+    def _publish_weights(self) -> None:
+        """Cast the float32 weights to those of the model, and gather them."""
+        copy_to_model(self.optimizer)
+        self._gather_weights()
+
     def local_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of parameters, buffers and float32 master weights."""
+        """This rank's part of parameters, buffers, float32 master weights and moving averages."""
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
-        for number, part in enumerate(self._optimizers()):
+        for number, part in enumerate(parts_of(self.optimizer)):
             for group in part.optimizer.param_groups:
                 for index, master in enumerate(group["params"]):  # they have no names
                     yield f"float32 weight {index} of optimizer {number}", master
+        yield from self.ema.named()
 
     def preview(self) -> list[Preview]:
         """Nothing: tokens have no picture without the other models."""

@@ -9,7 +9,13 @@ from pydantic import Field
 
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import TokenizerConfig
-from landiff.training.config import PARENT_DESCRIPTION, LoopConfig, OptimConfig, TrainConfig
+from landiff.training.config import (
+    PARENT_DESCRIPTION,
+    EmaConfig,
+    LoopConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 COLUMN = "features"  # the column it trains on
 
@@ -25,6 +31,9 @@ class TokenizerTrainConfig(TrainConfig):
     data: DataConfig = Field(description="Data folder with the `features` column, and batch sizes.")
     loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
+    ema: EmaConfig | None = Field(
+        default=None, description="Moving average of the weights. null: none."
+    )
     model: TokenizerConfig = Field(default=TokenizerConfig(), description="Sizes of the tokenizer.")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

@@ -3,15 +3,16 @@
 Shape letters (docs/glossary.md): B clips of a micro-batch, T semantic frames, C feature channels,
 h w rows and columns of the grid, M all vectors of a micro-batch.
 
-A checkpoint holds `model.safetensors` (parameters, codebook and its moving averages) and
-`optimizer.safetensors` (exp_avg.<parameter>, exp_avg_sq.<parameter>, step.<parameter>). It does not
-depend on the number of ranks: they hold the same state, and every draw is keyed by its place in
-the global batch.
+A checkpoint holds `model.safetensors` (parameters, codebook and its moving averages),
+`optimizer.safetensors` (exp_avg.<parameter>, exp_avg_sq.<parameter>, step.<parameter>), and with
+`ema` in the config `ema.safetensors` (moving averages of the parameters). It does not depend on the
+number of ranks: they hold the same state, and every draw is keyed by its place in the global batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
 from landiff.training.distributed import World
+from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
 from landiff.training.observe.previews import Preview
@@ -36,6 +38,7 @@ from landiff.training.tokenizer.sampling import KeyedSampling
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+EMA = "ema.safetensors"
 
 
 class TokenizerEngine:
@@ -57,6 +60,7 @@ class TokenizerEngine:
         self.sampling.install(self.tokenizer)
         self.model = self._wrap()
         self.optimizer = adamw(self.tokenizer.parameters(), config.optim)
+        self.ema = Ema(config.ema, list(self.tokenizer.parameters()))
         self._preview_TChw: Tensor | None = None  # features of a clip of the last batch
 
     def _wrap(self) -> torch.nn.Module:
@@ -94,6 +98,7 @@ class TokenizerEngine:
         loss, reconstruction, commitment = summed[:3] / self.world.size
         self.guard.decide(loss, grad_norm)
         self.optimizer.step()
+        self.ema.update(batch.step + 1)
         perplexity, used = codebook_use(summed[3:])
         metrics: dict[str, Tensor | float] = {
             "train/reconstruction": reconstruction,
@@ -160,6 +165,9 @@ class TokenizerEngine:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{key}.{name}"] = value
         save_file(moments, folder / OPTIMIZER)
+        if self.ema.enabled:
+            names = [name for name, _ in self.tokenizer.named_parameters()]
+            save_file(dict(zip(names, self.ema.averages, strict=True)), folder / EMA)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, on any number of ranks."""
@@ -172,10 +180,29 @@ class TokenizerEngine:
                 "exp_avg": moments[f"exp_avg.{name}"],
                 "exp_avg_sq": moments[f"exp_avg_sq.{name}"],
             }
+        self._load_averages(folder, device)
+
+    def _load_averages(self, folder: Path, device: str) -> None:
+        """Restore the moving averages if checkpoint and config have them."""
+        found = (folder / EMA).is_file()
+        if found and self.ema.enabled:
+            stored = load_file(folder / EMA, device=device)
+            names = [name for name, _ in self.tokenizer.named_parameters()]
+            for name, average in zip(names, self.ema.averages, strict=True):
+                average.copy_(stored[name])
+        self.ema.loaded(folder, found=found)
 
     def local_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """All weights and buffers."""
-        return self.tokenizer.state_dict().items()
+        """All weights, buffers and moving averages."""
+        yield from self.tokenizer.state_dict().items()
+        yield from self.ema.named()
+
+    def weights(self, ema: bool) -> AbstractContextManager[None]:
+        """Context in which the tokenizer holds the moving averages of its parameters, or not.
+
+        The quantizer's buffers stay as they are.
+        """
+        return self.ema.applied(ema, lambda: None)
 
     # ------------------------------------------------------------ preview
 
@@ -188,7 +215,8 @@ class TokenizerEngine:
         if self._preview_TChw is None or self.world.rank != 0:
             return []
         self.tokenizer.eval()
-        decoded_TChw = self.tokenizer(self._preview_TChw[None]).decoded[0].float()
+        with self.weights(self.ema.enabled):
+            decoded_TChw = self.tokenizer(self._preview_TChw[None]).decoded[0].float()
         self.tokenizer.train()
         features, reconstruction = paint(self._preview_TChw, decoded_TChw)
         panels = {"features": features, "reconstruction": reconstruction}

@@ -52,6 +52,7 @@ OPTIMIZER_FILE = r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt"
 STAGE_3_MODEL_FILE = r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt"
 OTHER_PARALLELISM = r"mp_rank_(?!00)\d\d_|^layer_\d|^expp_rank_"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"  # name of the moving averages of the weights, stored like a moment
 
 
 class ZeroLayout(Config):

@@ -37,6 +37,9 @@ from landiff.model_zoo.token_layout import TokenLayout
 # over the weights of the model, which may be bfloat16.
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
+# Prefix under which our trainer stores the moving averages of the weights.
+EMA_PREFIX = "optimizer.state.ema."
+
 COMMON = "common.pt"
 CONFIG = "config.yaml"  # in a checkpoint folder; its section `model` is an LMConfig
 

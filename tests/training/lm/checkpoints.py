@@ -115,7 +115,7 @@ def save(engine: MegatronEngine, folder: Path) -> None:
 def save_unsynchronized(engine: MegatronEngine, folder: Path) -> None:
     """As older versions did, which left the weights of the last step ungathered with `overlap`."""
     with megatron_device():
-        checkpoint.save(make_folder(folder), engine.model, engine.optimizer)
+        checkpoint.save(make_folder(folder), engine.model, engine.optimizer, engine.averages)
     dist.barrier()
 
 

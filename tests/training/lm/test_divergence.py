@@ -8,6 +8,7 @@ import torch
 from landiff.model_zoo.health import non_finite
 from landiff.training.checkpoint.errors import NonFiniteError
 from landiff.training.guard import Guard
+from landiff.training.lm.averages import parts_of
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
 from tests.training.lm.samples import tiny_batch, tiny_config
@@ -29,7 +30,7 @@ def masters(engine):
     """The tensors that the optimizer updates."""
     return [
         parameter
-        for part in engine._optimizers()
+        for part in parts_of(engine.optimizer)
         for group in part.optimizer.param_groups
         for parameter in group["params"]
     ]

@@ -1,0 +1,131 @@
+"""Moving averages of Megatron-core's float32 weights in its distributed checkpoints.
+
+On disk they look like one of Adam's moments: whole tensors of the shape of each parameter,
+`optimizer.state.ema.<name>`. They load into any parallel layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+    MixedPrecisionOptimizer,
+)
+from torch import Tensor, nn
+
+from landiff.model_zoo.convert.formats.megatron import EMA_PREFIX
+from landiff.training.ema import Ema
+
+
+@dataclass(frozen=True)
+class MasterWeight:
+    """A float32 tensor that the optimizer updates, and which part of a parameter it is."""
+
+    parameter: nn.Parameter
+    weight: Tensor  # the parameter, a copy of it, or a flat part with the distributed optimizer
+    start: int = 0  # first element of the flattened parameter
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The parts of a chained optimizer, or the optimizer itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def master_weights(optimizer: MegatronOptimizer) -> list[MasterWeight]:
+    """This rank's part of the float32 weights that the optimizer updates."""
+    found: list[MasterWeight] = []
+    for part in parts_of(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            found += _divided_weights(part)
+        elif isinstance(part, Float16OptimizerWithFloat16Params):
+            pairs = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+            for parameters, weights in pairs:
+                found += map(MasterWeight, parameters, weights)
+            for parameters in part.fp32_from_fp32_groups:
+                found += map(MasterWeight, parameters, parameters)
+        else:
+            parameters = part.get_parameters()
+            found += map(MasterWeight, parameters, parameters)
+    return found
+
+
+def _divided_weights(part: DistributedOptimizer) -> Iterator[MasterWeight]:
+    """The weights of one rank of the distributed optimizer: parts of some parameters."""
+    groups = part.optimizer.param_groups
+    for parameter, (group, order) in part.model_param_group_index_map.items():
+        start = part._get_model_param_range_map(parameter)["param"].start
+        yield MasterWeight(parameter, groups[group]["params"][order], start)
+
+
+@torch.no_grad()
+def copy_to_model(optimizer: MegatronOptimizer) -> None:
+    """Cast the float32 weights to those of the model; if they are divided, this rank's part."""
+    for part in parts_of(optimizer):
+        if isinstance(part, MixedPrecisionOptimizer):
+            part._copy_main_params_to_model_params()
+
+
+class ShardedAverages:
+    """The moving averages of an optimizer's float32 weights, as entries of a sharded state."""
+
+    def __init__(self, ema: Ema, masters: Sequence[MasterWeight], *, divided: bool) -> None:
+        """`masters`: in the order of `ema.weights`. divided: over the data-parallel ranks."""
+        self.ema = ema
+        self.divided = divided
+        self.held: dict[nn.Parameter, tuple[int, Tensor]] = {}  # start and average
+        for master, average in zip(masters, ema.averages, strict=ema.enabled):
+            self.held[master.parameter] = (master.start, average.view(-1))
+
+    @torch.no_grad()
+    def state(self, weights: Mapping[str, Any], *, loading: bool) -> dict[str, Any]:
+        """Entries for the averages of all parameters in the sharded state `weights`.
+
+        Empty without averages. If they are divided, parts of other ranks are added to zeros, as
+        integers, so that each bit is kept. Collective unless `loading`.
+        """
+        if not self.ema.enabled:
+            return {}
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        sharded = {}
+        for entry in _parameters(weights):
+            device = "cpu" if loading else entry.data.device
+            whole = torch.zeros(entry.data.shape, dtype=torch.float32, device=device)
+            if not loading:
+                if entry.data in self.held:
+                    self._held_part(entry.data, whole).copy_(self.held[entry.data][1])
+                if self.divided:
+                    torch.distributed.all_reduce(whole.view(torch.int32), group=group)
+            prefix = EMA_PREFIX.removesuffix(".")
+            sharded[entry.key] = make_sharded_optimizer_tensor(entry, whole.cpu(), prefix)
+        return sharded
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Any], whole: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of the averages in `whole`, which have the keys of `state`."""
+        for entry in _parameters(weights):
+            if entry.data in self.held:
+                part = self._held_part(entry.data, whole[entry.key])
+                self.held[entry.data][1].copy_(part)
+
+    def _held_part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """The elements of a whole tensor that this rank averages, as a view."""
+        start, average = self.held[parameter]
+        return whole.view(-1)[start : start + average.numel()]
+
+
+def _parameters(weights: Mapping[str, Any]) -> Iterator[Any]:
+    """The entries of a sharded state that are parameters; all ranks iterate in the same order."""
+    entries, _ = extract_sharded_tensors_and_factories(dict(weights))
+    for entry in nested_values(entries):
+        if isinstance(entry.data, nn.Parameter):
+            yield entry
