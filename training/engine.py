@@ -17,6 +17,7 @@ from torch import Tensor
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.training.observe.previews import Preview
+from landiff.training.observe.step_times import StepTimes
 
 
 @dataclass
@@ -31,6 +32,8 @@ class StepResult:
     metrics: further scalars by TensorBoard tag. NaN is a metric without a value in this step, which
         is not logged.
     tokens: model tokens of the global batch that were trained on, for the throughput.
+    flops: model FLOPs of the global batch (training/observe/flops.py).
+    times: of the step on this rank.
     """
 
     loss: Tensor | float
@@ -38,6 +41,8 @@ class StepResult:
     lr: float
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
     tokens: int = 0
+    flops: float = 0.0
+    times: StepTimes | None = None
 
 
 @dataclass

@@ -26,7 +26,8 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
         state = run.resume(engine, loader)
         stopping = False
         while state.step < config.steps and not stopping:
-            batch = run.metrics.waiting(loader.next_batch)
+            with run.metrics.timing("data"):
+                batch = loader.next_batch()
             result = engine.train_step(batch)  # forward, loss, backward, clip, update
             state.step += 1
             run.world.step = state.step  # for the error file
@@ -37,8 +38,10 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
             if state.step == config.steps or due(state.step, config.log_every):
                 run.metrics.log(state, result)  # the loop's only device sync
             if due(state.step, config.preview_every):
-                run.metrics.add_previews(state, engine.preview())
+                with run.metrics.timing("preview"):
+                    run.metrics.add_previews(state, engine.preview())
             if last or due(state.step, config.save_every):
-                run.checkpoints.save(state, engine, loader, last=last)
+                with run.metrics.timing("checkpoint"):
+                    run.checkpoints.save(state, engine, loader, last=last)
         run.end(state)
     return state

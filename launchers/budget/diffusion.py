@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from landiff.launchers.budget.budget_plan import RUNTIME_BYTES, BudgetPlan, layout_text
 from landiff.launchers.budget.meta import count_parameters, diffusion_on_meta
@@ -14,6 +13,13 @@ from landiff.model_zoo.config import TransformerConfig
 from landiff.model_zoo.semantic_condition import SemanticCondition
 from landiff.training.diffusion.config import DiffusionTrainConfig, ZeroConfig
 from landiff.training.layout import check_batch
+from landiff.training.observe.flops import (
+    Flops,
+    control_flops,
+    main_flops,
+    num_tokens,
+    semantic_flops,
+)
 
 # What autograd keeps of a block for each token, in model widths.
 KEPT = 22
@@ -27,9 +33,8 @@ class DiffusionCost:
 
     trained: int  # parameters
     frozen: int  # parameters
-    trained_flops: float  # forward pass of trained weights, without the semantic condition
-    frozen_flops: float  # forward pass of frozen weights
-    semantic_flops: float  # forward pass of the semantic condition
+    flops: Flops
+    recomputed_flops: float  # forward pass of what `recompute` runs again
     semantic_elements: int  # that autograd keeps of the semantic condition
     num_layers: int  # of all transformers
     kept_widths: int  # that autograd keeps of all blocks for each token, without recomputation
@@ -42,12 +47,7 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
     tokens = num_tokens(transformer)
     cost = control_cost(config) if config.phase == "control" else main_cost(config)
     batch = config.data.global_batch_size
-    # A pass through frozen weights still computes gradients of their inputs.
-    trained_passes = 3 * (cost.trained_flops + cost.semantic_flops)
-    model_flops = batch * (trained_passes + 2 * cost.frozen_flops)
-    hardware_flops = model_flops
-    if config.recompute:
-        hardware_flops += batch * (cost.trained_flops + cost.frozen_flops)
+    recomputed = cost.recomputed_flops if config.recompute else 0.0
     gradient_bytes = 0
     if gpus > 1:
         gradient_bytes = zero_traffic(config, cost, micro_batches)
@@ -62,8 +62,8 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
         ),
         parameters={"all": cost.frozen + cost.trained, "trained": cost.trained},
         memory=memory_by_part(config, cost, gpus),
-        model_flops=model_flops,
-        hardware_flops=hardware_flops,
+        model_flops=batch * cost.flops.total,
+        hardware_flops=batch * (cost.flops.total + recomputed),
         clips_per_step=batch,
         tokens_per_step=batch * tokens,
         copies=gpus,
@@ -77,12 +77,12 @@ def main_cost(config: DiffusionTrainConfig) -> DiffusionCost:
     """Cost of phase `main`, which trains the main transformer."""
     module = diffusion_on_meta(config.model)
     transformer = config.model.transformer
+    flops = main_flops(transformer)
     return DiffusionCost(
         trained=count_parameters(module.transformer),
         frozen=0,
-        trained_flops=forward_flops(transformer, transformer.num_layers),
-        frozen_flops=0.0,
-        semantic_flops=0.0,
+        flops=flops,
+        recomputed_flops=flops.forward,
         semantic_elements=0,
         num_layers=transformer.num_layers,
         kept_widths=transformer.num_layers * KEPT,
@@ -94,43 +94,22 @@ def control_cost(config: DiffusionTrainConfig) -> DiffusionCost:
     module = diffusion_on_meta(config.model)
     transformer = config.model.transformer
     layers = config.model.control_layers
-    projections = 2 * num_tokens(transformer) * layers * transformer.hidden_size**2
-    semantic_flops, semantic_elements = semantic_cost(module.semantic, transformer)
+    flops = control_flops(config.model)
     return DiffusionCost(
         trained=count_parameters(module.control) + count_parameters(module.semantic),
         frozen=count_parameters(module.transformer),
-        trained_flops=forward_flops(transformer, layers) + projections,
-        frozen_flops=forward_flops(transformer, transformer.num_layers),
-        semantic_flops=semantic_flops,
-        semantic_elements=semantic_elements,
+        flops=flops,
+        recomputed_flops=flops.forward - semantic_flops(config.model.semantic, transformer).forward,
+        semantic_elements=semantic_elements(module.semantic, transformer),
         num_layers=transformer.num_layers + layers,
         kept_widths=transformer.num_layers * KEPT_FROZEN + layers * KEPT_CONTROL,
     )
 
 
-def num_tokens(config: TransformerConfig) -> int:
-    """Latent and text tokens of one clip."""
-    rows = config.latent_height // config.patch_size
-    columns = config.latent_width // config.patch_size
-    return config.latent_frames * rows * columns + config.text_length
+def semantic_elements(module: SemanticCondition, transformer: TransformerConfig) -> int:
+    """Elements that autograd keeps of one clip.
 
-
-def forward_flops(config: TransformerConfig, num_layers: int) -> float:
-    """FLOPs of the forward pass of one clip through a transformer with `num_layers` blocks."""
-    tokens = num_tokens(config)
-    width = config.hidden_size
-    patch = config.latent_channels * config.patch_size**2
-    text_input = 2 * config.text_length * config.text_dim * width
-    video_ends = 2 * (tokens - config.text_length) * 2 * patch * width  # input and output
-    modulation = 2 * config.time_embed_dim * 12 * width
-    block = 2 * tokens * 12 * width**2 + 4 * tokens**2 * width + modulation
-    return text_input + video_ends + num_layers * block
-
-
-def semantic_cost(module: SemanticCondition, transformer: TransformerConfig) -> tuple[float, int]:
-    """(FLOPs of the forward pass, elements that autograd keeps) of one clip.
-
-    Measured by running the semantic condition on the meta device.
+    Counted by running the semantic condition on the meta device.
     """
     features_BTChw = torch.empty(
         1,
@@ -148,10 +127,9 @@ def semantic_cost(module: SemanticCondition, transformer: TransformerConfig) -> 
             num_elements += tensor.numel()
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, hooks:
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         module(features_BTChw)
-    return counter.get_total_flops(), num_elements
+    return num_elements
 
 
 def element_bytes(config: DiffusionTrainConfig) -> int:

@@ -10,6 +10,7 @@ from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.layout import check_batch, model_copies
 from landiff.training.lm.config import LMTrainConfig
+from landiff.training.observe.flops import lm_flops
 
 TEXT_TOKENS = 64  # assumed length of a caption; only real text rows are kept
 # What autograd keeps of a block for each token, in model widths.
@@ -29,7 +30,7 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     length = TokenLayout.of(model).sequence_length(model.segment_frames, text)
     rows = config.data.micro_batch_size * length  # tokens of a packed row
     own = parameters_of_fullest_rank(config, module)
-    forward = forward_flops(module, length, text)
+    clip = lm_flops(model, length, text)
     batch = config.data.global_batch_size
     element = element_bytes(config)
 
@@ -53,8 +54,8 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
         ),
         parameters={"all": count_parameters(module), "per GPU": own},
         memory=memory_of_fullest_rank(config, own, rows, copies, micro_batches),
-        model_flops=3.0 * forward * batch,
-        hardware_flops=(4.0 if config.recompute else 3.0) * forward * batch,
+        model_flops=batch * clip.total,
+        hardware_flops=batch * (clip.total + config.recompute * clip.forward),
         clips_per_step=batch,
         tokens_per_step=batch * length,
         copies=copies,
@@ -130,13 +131,3 @@ def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
         return block * model.num_layers / pipeline * in_flight
     block_input = model.hidden_size * element / sequence_parts
     return block_input * model.num_layers / pipeline * in_flight + block
-
-
-def forward_flops(module: LanguageModel, length: int, text: int) -> float:
-    """FLOPs of the forward pass of one clip with `length` tokens, `text` of them text."""
-    model = module.config
-    head = module.layout.vocab_size * model.hidden_size
-    linear = 2 * length * (count_linear_weights(module.blocks) + head)
-    text_projection = 2 * text * count_linear_weights(module.text)
-    attention = model.num_layers * 2 * length**2 * model.hidden_size
-    return linear + text_projection + attention

@@ -7,8 +7,7 @@ the sizes:
   parallel layout;
 * activations: what autograd keeps of each block, in multiples of the model width, with
   memory-efficient attention. With `recompute`, the input of each block and all activations of one;
-* FLOPs: 2 per weight and row, 4 S^2 D for attention over S positions (half of it if causal). The
-  backward pass costs twice the forward pass, or once for frozen weights.
+* FLOPs: of all matrix products, see `landiff.training.observe.flops`.
 
 Allocator fragmentation and library workspaces are not included. Keep a tenth of a GPU free for
 them.

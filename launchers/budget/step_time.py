@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
+from landiff.training.observe.flops import PEAK_TFLOPS
 
 USABLE = 0.9  # of the memory; the rest is for fragmentation of the allocator
 NETWORK_GB_S = 40.0  # bandwidth of a GPU to other nodes, one direction
@@ -22,11 +23,11 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu(memory_gib=80, peak_tflops=312, link_gb_s=300),
-    "h100": Gpu(memory_gib=80, peak_tflops=989, link_gb_s=450),
-    "h200": Gpu(memory_gib=141, peak_tflops=989, link_gb_s=450),
-    "b200": Gpu(memory_gib=180, peak_tflops=2250, link_gb_s=900),
-    "l40s": Gpu(memory_gib=48, peak_tflops=362, link_gb_s=32),
+    "a100": Gpu(memory_gib=80, peak_tflops=PEAK_TFLOPS["A100"], link_gb_s=300),
+    "h100": Gpu(memory_gib=80, peak_tflops=PEAK_TFLOPS["H100"], link_gb_s=450),
+    "h200": Gpu(memory_gib=141, peak_tflops=PEAK_TFLOPS["H200"], link_gb_s=450),
+    "b200": Gpu(memory_gib=180, peak_tflops=PEAK_TFLOPS["B200"], link_gb_s=900),
+    "l40s": Gpu(memory_gib=48, peak_tflops=PEAK_TFLOPS["L40S"], link_gb_s=32),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from landiff.launchers.budget.budget_plan import RUNTIME_BYTES, BudgetPlan, layout_text
 from landiff.launchers.budget.meta import count_parameters, tokenizer_on_meta
 from landiff.training.layout import check_batch
+from landiff.training.observe.flops import tokenizer_flops
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 KEPT = 18  # what autograd keeps of a block for each token, in model widths
@@ -20,14 +21,11 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> BudgetPlan:
     tokens = visual + codes
     width = sizes.hidden_size
     layers = 2 * sizes.num_layers  # encoder and decoder
-    # A frame attends to about half of the others.
-    forward = layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width / 2)
+    clip = tokenizer_flops(sizes, sizes.segment_frames)
     # Under autocast, norms and the residual stream stay float32.
     element = 4 if config.precision == "fp32" else 3
-    passes = 3.0
     kept = layers * KEPT
     if config.recompute:
-        passes = 4.0
         kept = layers + KEPT
     gradient_bytes = 0
     if gpus > 1:
@@ -48,8 +46,8 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> BudgetPlan:
             "activations": rows * width * element * kept,
             "runtime": RUNTIME_BYTES,
         },
-        model_flops=3.0 * forward * batch,
-        hardware_flops=passes * forward * batch,
+        model_flops=batch * clip.total,
+        hardware_flops=batch * (clip.total + config.recompute * clip.forward),
         clips_per_step=batch,
         tokens_per_step=batch * codes,
         copies=gpus,

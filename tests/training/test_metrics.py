@@ -21,6 +21,8 @@ from landiff.training.observe.metrics import (
     read_scalars,
 )
 from landiff.training.observe.previews import Preview, gif, with_legend
+from landiff.training.observe.step_times import RankTimes, StepTimes, StragglerWatch
+from tests.distributed import run_distributed
 from tests.training.toy import alone
 
 BLACK = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
@@ -35,13 +37,16 @@ def log(folder, first, last, total=10, stream=None):
     metrics = Metrics(folder, total, alone(), stream or io.StringIO())
     metrics.resume(TrainState(first - 1))
     for step in range(first, last + 1):
-        batch = metrics.waiting(lambda step=step: Batch(step - 1, 4, ()))
+        with metrics.timing("data"):
+            batch = Batch(step - 1, 4, ())
         result = StepResult(
             torch.tensor(1.0 / step),
             torch.tensor(2.0),
             0.1,
             {"codebook/perplexity": 5.0},
             tokens=100,
+            flops=3e9,
+            times=StepTimes(0.0, 0.1, 0.3, 0.6, 1.0),
         )
         metrics.count(batch, result)
         metrics.log(TrainState(step), result)
@@ -58,6 +63,12 @@ def test_a_logged_step_reaches_the_file_and_tensorboard_under_the_same_tags(tmp_
     assert rates == pytest.approx(25)
     assert 0 <= lines[0]["data/wait_fraction"] <= 1
     assert lines[0]["memory/host_gib"] > 0.01
+    line = lines[1]
+    assert line["time/forward_backward_s"] == pytest.approx(0.6)
+    assert line["time/optimizer_s"] == pytest.approx(0.4)
+    flops_per_s = line["throughput/tflops_per_device"] * 1e12
+    assert flops_per_s * line["time/step_s"] == pytest.approx(3e9)
+    assert line["time/data_s"] / line["time/step_s"] == pytest.approx(line["data/wait_fraction"])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step", "time"}
@@ -127,15 +138,34 @@ def test_a_terminal_gets_one_live_line():
     assert stream.getvalue() == "\ra long line\rshort      \n"
 
 
-def test_only_rank_0_writes(tmp_path):
-    world = alone()
-    world.rank, world.size = 1, 2
-    metrics = Metrics(tmp_path, 1, world, io.StringIO())
+def logged_on(world, folder):
+    metrics = Metrics(folder / str(world.rank), 1, world, io.StringIO())
     metrics.resume(TrainState())
-    metrics.log(TrainState(1), StepResult(1.0, 1.0, 0.1))
+    result = StepResult(1.0, 1.0, 0.1, times=StepTimes(0.0, 0.0, 2.0 + world.rank, 9.0, 9.0))
+    metrics.count(Batch(0, 4, ()), result)
+    metrics.log(TrainState(1), result)
     metrics.add_previews(TrainState(1), [Preview("v", {"a": BLACK}, "a prompt")])
     metrics.close()
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_rank_0_writes_and_names_the_slowest_rank(tmp_path):
+    run_distributed(logged_on, 2, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    (line,) = read_metrics(tmp_path / "0" / "metrics.jsonl")
+    assert (line["time/straggler_rank"], line["time/straggler_lag_s"]) == (1, pytest.approx(1.0))
+
+
+def test_a_rank_that_stays_behind_is_reported_once_by_name(caplog):
+    watch = StragglerWatch()
+    ranks = [RankTimes(f"node{rank}", own_s=0.1, data_s=0.0) for rank in range(4)]
+    even = watch.find(ranks, step_s=1.0)
+    assert even["time/straggler_lag_s"] == 0 and watch.find(ranks[:1], step_s=1.0) == {}
+    ranks[2] = RankTimes("node2", own_s=0.5, data_s=0.4)
+    for _ in range(4):
+        found = watch.find(ranks, step_s=1.0)
+        assert found == {"time/straggler_rank": 2, "time/straggler_lag_s": pytest.approx(0.4)}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("rank 2 on node2 is slow: 0.500 s a step")
 
 
 def test_a_preview_has_titles_above_its_panels_and_its_prompt_as_text(tmp_path):

@@ -143,8 +143,8 @@ def changed_keys(
             f"{folder} was written by {kind}, this run is a {own}; choose another run folder "
             "(run=...)"
         )
-    before = _flat(stored)
-    after = _flat(config.model_dump(mode="json"))
+    before = flat_keys(stored)
+    after = flat_keys(config.model_dump(mode="json"))
     changed = []
     refused = []
     for key in sorted(before.keys() | after.keys()):
@@ -163,12 +163,12 @@ def changed_keys(
     return changed
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_keys(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -9,7 +9,8 @@
             files.json      size and sha256 of the other files
     parent.json             checkpoint of another run that this run began with
     metrics.jsonl           one line per logged step
-    tensorboard/            scalars and videos
+    tensorboard/            scalars, videos, traces of the profiler
+    trackers.json           ids of the run in other trackers, and the last step sent
     errors/rank_0003.txt    why a rank failed
     heartbeat/rank_0003     progress of a rank
     hangs/rank_0003.txt     stacks of a rank that hung
@@ -37,6 +38,7 @@ FILES = "files.json"
 PARENT = "parent.json"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers.json"
 ERRORS = "errors"
 HEARTBEAT = "heartbeat"
 HANGS = "hangs"

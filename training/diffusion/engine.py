@@ -24,7 +24,9 @@ from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
+from landiff.training.observe.flops import control_flops, main_flops, num_tokens
 from landiff.training.observe.previews import Preview
+from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import adamw, learning_rate, set_learning_rate
 
 
@@ -43,6 +45,7 @@ class DeepSpeedEngine:
         zero.prepare_deepspeed()
         optimizer = adamw(module.parameters(), config.optim)
         settings = zero.deepspeed_config(config, world)
+        self.clock = StepClock(world.device, module)
         self.zero = zero.initialize(module, optimizer, settings, world.device)
         self.ema = Ema(config.ema, zero.master_weights(self.zero))
         self.previewer: Previewer | None = None
@@ -66,16 +69,19 @@ class DeepSpeedEngine:
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step. The loss is that of the global batch."""
         rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
+        self.clock.start()
         set_learning_rate(self.zero.optimizer, rate)
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
         total = torch.zeros((), device=self.world.device)
         after_prefix = PrefixLosses(self.config, self.world)
-        for samples in batch.micro_batches:
+        for number, samples in enumerate(batch.micro_batches, 1):
             inputs = self.objective.inputs(samples)
             result = self.objective.loss(self.zero, inputs)
             loss = result.loss  # squared error of the velocity
             self.zero.backward(loss)  # averages over micro-batches and ranks
+            if number == len(batch.micro_batches):
+                self.clock.update()
             self.zero.step()  # updates the weights after the last micro-batch
             total += loss.detach()
             after_prefix.add(result, inputs.prefix_B)
@@ -86,9 +92,15 @@ class DeepSpeedEngine:
         grad_norm = self.zero.get_global_grad_norm()
         self.guard.decide(mean, grad_norm)
         self.ema.update(batch.step + 1)
-        tokens = batch.global_batch_size * self._tokens()
+        clips = batch.global_batch_size
         return StepResult(
-            loss=mean, grad_norm=grad_norm, lr=rate, metrics=after_prefix.metrics(), tokens=tokens
+            loss=mean,
+            grad_norm=grad_norm,
+            lr=rate,
+            metrics=after_prefix.metrics(),
+            tokens=clips * num_tokens(self.config.model.transformer),
+            flops=clips * self._clip_flops(),
+            times=self.clock.stop(),
         )
 
     def save(self, folder: Path) -> None:
@@ -144,12 +156,12 @@ class DeepSpeedEngine:
         with self.weights(self.ema.enabled):
             return [self.previewer(self.module, self.last_sample, "preview/clip")]
 
-    def _tokens(self) -> int:
-        """Tokens of one sample in the transformer: text rows and latent patches."""
-        model = self.config.model.transformer
-        rows = model.latent_height // model.patch_size
-        columns = model.latent_width // model.patch_size
-        return model.text_length + model.latent_frames * rows * columns
+    def _clip_flops(self) -> float:
+        """Model FLOPs of one clip."""
+        model = self.config.model
+        if self.config.phase == "control":
+            return control_flops(model).total
+        return main_flops(model.transformer).total
 
 
 def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:

@@ -21,6 +21,7 @@ from landiff.data_pipeline.loading.loader import Sample
 from landiff.model_zoo import keyed_random
 from landiff.model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
 from landiff.training.lm.config import LMTrainConfig
+from landiff.training.observe.flops import lm_flops
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LMRow:
     motion_score_B: float32.
     frames_at_B, motion_at_B: positions of the micro-conditions in the row.
     num_tokens: tokens without padding.
+    flops: model FLOPs of the samples.
     """
 
     ids_N: Tensor
@@ -56,6 +58,7 @@ class LMRow:
     frames_at_B: Tensor
     motion_at_B: Tensor
     num_tokens: int
+    flops: float
 
     def to(self, device: torch.device) -> LMRow:
         """A copy of the row with all tensors on `device`."""
@@ -117,7 +120,8 @@ def pack(
     dropped = []
     num_frames = []
     motion_scores = []
-    for sample, start in zip(samples, starts, strict=False):
+    flops = 0.0
+    for sample, row, start in zip(samples, rows, starts, strict=False):
         text = sample.tensors[config.text_column]
         drop = text_is_dropped(config.loop.seed, sample.index, dropout)
         texts.append(text)
@@ -125,6 +129,7 @@ def pack(
         dropped.append(torch.full((len(text),), drop))
         num_frames.append(float(layout.num_frames(sample.tensors[config.tokens_column].numel())))
         motion_scores.append(motion_condition(sample.meta.motion_score))
+        flops += lm_flops(config.model, len(row), len(text)).total
     starts_B = torch.tensor(starts[:-1])
 
     def joined(name: str, fill: int) -> Tensor:
@@ -147,6 +152,7 @@ def pack(
         frames_at_B=starts_B + 1,
         motion_at_B=starts_B + 2,
         num_tokens=length,
+        flops=flops,
     )
 
 

@@ -41,6 +41,7 @@ from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel
 from landiff.training.lm.model import InitialWeights, MegatronLM
 from landiff.training.observe.previews import Preview
+from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import learning_rate
 
 
@@ -68,6 +69,7 @@ class MegatronEngine:
             self.dp_rank = parallel_state.get_data_parallel_rank()
             seed_tensor_parallel(config.loop.seed)
             self.model = MegatronLM(config)
+            self.clock = StepClock(self.device, self.model)
             self.load_weights(self._first_weights())
             self.ddp = self._build_ddp()
             self.optimizer = self._build_optimizer()
@@ -129,13 +131,14 @@ class MegatronEngine:
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step. The result is equal on all ranks."""
         rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
+        self.clock.start()
         with megatron_device():
             rows = self._rows(batch, train=True)
             self._set_rate(rate)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             totals = self._run(forward_step, rows, train=True)  # `forward_step` has the loss
-            loss_sum, num_targets, num_tokens = totals.cpu().unbind()
+            loss_sum, num_targets, num_tokens, flops = totals.cpu().unbind()
             loss = loss_sum / num_targets
             grad_norm = self._update(loss)
             self.ema.update(batch.step + 1)
@@ -146,6 +149,8 @@ class MegatronEngine:
             grad_norm=grad_norm,
             lr=rate,
             tokens=int(num_tokens),
+            flops=float(flops),
+            times=self.clock.stop(),
             metrics={"data/padding": 1 - row_tokens / row_length},
         )
 
@@ -164,6 +169,7 @@ class MegatronEngine:
         found_inf = self.optimizer.prepare_grads()
         grad_norm = math.inf if found_inf else self.optimizer.get_grad_norm()
         self.guard.decide(loss, grad_norm)
+        self.clock.update()
         for part in parts_of(self.optimizer):
             parameters = part.get_parameters()
             if parameters:
@@ -189,7 +195,7 @@ class MegatronEngine:
         """Run Megatron-core's schedule, which calls `step` for each row.
 
         With `train` it runs the backward pass too, and sums gradients over the ranks. Returns
-        float64 [sum of losses, targets, tokens] of the global batch on all ranks.
+        float64 [sum of losses, targets, tokens, FLOPs] of the global batch on all ranks.
         """
         reports: list[Tensor] = self._forward_backward(
             forward_step_func=step,
@@ -200,10 +206,11 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=not train,
         )
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             totals[:2] = torch.stack(reports).double().sum(0)
             totals[2] = sum(row.num_tokens for row in rows)
+            totals[3] = sum(row.flops for row in rows)
             dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         if self.config.parallel.pipeline > 1:
             dist.broadcast(

@@ -2,18 +2,25 @@
 
 metrics.jsonl holds one object per logged step, keyed by TensorBoard tag. A resumed run truncates
 both to the step it resumes from, so that a killed run and an undisturbed one leave the same lines.
+
+Rates and times are means over the steps since the last logged one. `time/…` are seconds a step of
+rank 0, by part; previews, checkpoints and validation come after the line of their step, so they
+count in the next one.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
@@ -25,10 +32,14 @@ from landiff.training.checkpoint.run_folder import METRICS, TENSORBOARD, read_me
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.event_file import EventFile
+from landiff.training.observe.flops import peak_flops
 from landiff.training.observe.previews import Preview, write_preview
+from landiff.training.observe.step_times import RankTimes, StepTimes, StragglerWatch
 
 PRINT_EVERY_S = 10.0  # if the output is a file and not a terminal
 GIB = 1 << 30
+Part = Literal["data", "preview", "checkpoint", "validation"]
+"""A part of the loop beside training steps."""
 
 
 class Metrics:
@@ -43,6 +54,10 @@ class Metrics:
         self.total_steps = total_steps
         self.world = world
         self.progress = StepProgress(stream)
+        self.peak_flops: float | None = None
+        if world.device.type == "cuda":
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(world.device))
+        self._stragglers = StragglerWatch()
         self._writer: EventFile | None = None
         self._reset()
 
@@ -53,22 +68,31 @@ class Metrics:
             self._writer = EventFile(self.tensorboard, purge_step=state.step + 1)
         self._reset()
 
-    def waiting(self, next_batch: Callable[[], Batch]) -> Batch:
-        """Call `next_batch` and measure how long this rank waits for data."""
+    @contextmanager
+    def timing(self, part: Part) -> Iterator[None]:
+        """Measure how long this rank takes for a part of the loop: the body of the context."""
         start = time.perf_counter()
-        batch = next_batch()
-        self._waited_s += time.perf_counter() - start
-        return batch
+        yield
+        self._parts_s[part] = self._parts_s.get(part, 0.0) + time.perf_counter() - start
 
     def count(self, batch: Batch, result: StepResult) -> None:
         """Add one step to the throughput."""
         self._steps += 1
         self._samples += batch.global_batch_size
         self._tokens += result.tokens
+        self._flops += result.flops
+        if result.times is not None:
+            self._times.append(result.times)
 
     def log(self, state: TrainState, result: StepResult) -> None:
-        """Write the numbers of a step. Waits for the device once, to copy all scalars together."""
+        """Write the numbers of a step. Collective.
+
+        Waits for the device once, to copy all scalars together. The ranks exchange their times and
+        memory over the control group.
+        """
+        ranks = self._gather_ranks()
         if self.world.rank != 0:
+            self._reset()
             return
         scalars = read_scalars(
             {
@@ -86,8 +110,12 @@ class Metrics:
         scalars["throughput/samples_per_s"] = self._samples / elapsed_s
         if self._tokens:
             scalars["throughput/tokens_per_s"] = self._tokens / elapsed_s
-        scalars["data/wait_fraction"] = self._waited_s / elapsed_s
-        scalars |= memory(self.world.device)
+        scalars |= self._utilization(elapsed_s)
+        scalars["data/wait_fraction"] = self._parts_s.get("data", 0.0) / elapsed_s
+        scalars |= self._times_by_part(elapsed_s)
+        times = [RankTimes(**rank["times"]) for rank in ranks]
+        scalars |= self._stragglers.find(times, elapsed_s / self._steps)
+        scalars |= largest([rank["memory"] for rank in ranks])
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.step, "time": time.time(), **scalars}) + "\n")
         for tag, value in scalars.items():
@@ -117,13 +145,43 @@ class Metrics:
         assert self._writer is not None, "Metrics.resume must precede the first log"
         return self._writer
 
+    def _gather_ranks(self) -> list[dict[str, Any]]:
+        """Times and memory of all ranks. Collective."""
+        data_s = self._parts_s.get("data", 0.0) / self._steps
+        forward_s = mean([times.first_forward_s for times in self._times])
+        times = RankTimes(os.uname().nodename, own_s=data_s + forward_s, data_s=data_s)
+        return self.world.gather({"times": asdict(times), "memory": memory(self.world.device)})
+
+    def _utilization(self, elapsed_s: float) -> dict[str, float]:
+        """Model FLOP/s of a device, and their fraction of the peak if that is known."""
+        if not self._flops:
+            return {}
+        flops_per_s = self._flops / elapsed_s / self.world.size
+        found = {"throughput/tflops_per_device": flops_per_s / 1e12}
+        if self.peak_flops is not None:
+            found["throughput/mfu"] = flops_per_s / self.peak_flops
+        return found
+
+    def _times_by_part(self, elapsed_s: float) -> dict[str, float]:
+        """Seconds a step by part, and of what is left in `time/other_s`."""
+        parts = {f"time/{part}_s": total / self._steps for part, total in self._parts_s.items()}
+        if self._times:
+            parts["time/forward_backward_s"] = mean([t.forward_backward_s for t in self._times])
+            parts["time/optimizer_s"] = mean([t.optimizer_s for t in self._times])
+        step_s = elapsed_s / self._steps
+        # On CUDA the host prepares the next step while the device updates weights.
+        parts["time/other_s"] = max(0.0, step_s - sum(parts.values()))
+        return {"time/step_s": step_s, **parts}
+
     def _reset(self) -> None:
         """Start a new measurement."""
         self._start = time.perf_counter()
         self._steps = 0
         self._samples = 0
         self._tokens = 0
-        self._waited_s = 0.0
+        self._flops = 0.0
+        self._parts_s: dict[str, float] = {}
+        self._times: list[StepTimes] = []
 
 
 class StepProgress:
@@ -167,6 +225,10 @@ def format_metrics(step: int, total_steps: int, scalars: Mapping[str, float]) ->
     ]
     if "throughput/tokens_per_s" in scalars:
         parts.append(f"{scalars['throughput/tokens_per_s']:.0f} tokens/s")
+    if "throughput/mfu" in scalars:
+        parts.append(f"MFU {scalars['throughput/mfu']:.1%}")
+    elif "throughput/tflops_per_device" in scalars:
+        parts.append(f"{scalars['throughput/tflops_per_device']:.3g} TFLOP/s")
     gib = scalars.get("memory/device_gib", scalars["memory/host_gib"])
     left = duration((total_steps - step) / steps_per_s) if steps_per_s else "?"
     parts.append(f"data wait {scalars['data/wait_fraction']:.0%}")
@@ -202,9 +264,24 @@ def drop_later_lines(path: Path, step: int) -> None:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Peak GiB since the process started: resident on the host, allocated on the device."""
+    """Peak GiB of this process: resident on the host; allocated and reserved on the device."""
     resident_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"memory/host_gib": resident_kib * 1024 / GIB}
     if device.type == "cuda":
         found["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+        found["memory/device_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
     return found
+
+
+def largest(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest value of all ranks by tag."""
+    found: dict[str, float] = {}
+    for values in ranks:
+        for tag, value in values.items():
+            found[tag] = max(value, found.get(tag, value))
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, or 0 of no values."""
+    return sum(values) / len(values) if values else 0.0

@@ -30,7 +30,9 @@ from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
+from landiff.training.observe.flops import tokenizer_flops
 from landiff.training.observe.previews import Preview
+from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.preview import paint
@@ -58,6 +60,7 @@ class TokenizerEngine:
         self.tokenizer.to(world.device).train()
         self.sampling = KeyedSampling(config.loop.seed, world)
         self.sampling.install(self.tokenizer)
+        self.clock = StepClock(world.device, self.tokenizer)
         self.model = self._wrap()
         self.optimizer = adamw(self.tokenizer.parameters(), config.optim)
         self.ema = Ema(config.ema, list(self.tokenizer.parameters()))
@@ -72,6 +75,7 @@ class TokenizerEngine:
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step. Loss and codebook use are those of the global batch."""
         config = self.config
+        self.clock.start()
         number_of_parts = len(batch.micro_batches)
         features = [self._features(samples) for samples in batch.micro_batches]
         # A start from the zoo keeps its statistics: its decoder predicts features in their units.
@@ -97,6 +101,7 @@ class TokenizerEngine:
         summed = self._sum(torch.cat([losses, counts]))
         loss, reconstruction, commitment = summed[:3] / self.world.size
         self.guard.decide(loss, grad_norm)
+        self.clock.update()
         self.optimizer.step()
         self.ema.update(batch.step + 1)
         perplexity, used = codebook_use(summed[3:])
@@ -106,8 +111,16 @@ class TokenizerEngine:
             "codebook/perplexity": perplexity,
             "codebook/used_fraction": used,
         }
-        codes = output.indices.shape[1] * batch.global_batch_size
-        return StepResult(loss, grad_norm, rate, metrics, tokens=codes)
+        clips = batch.global_batch_size
+        return StepResult(
+            loss,
+            grad_norm,
+            rate,
+            metrics,
+            tokens=clips * output.indices.shape[1],
+            flops=clips * tokenizer_flops(config.model, features[0].shape[1]).total,
+            times=self.clock.stop(),
+        )
 
     def _reduce_gradients(self, enabled: bool) -> None:
         """Whether the next backward reduces gradients over the ranks."""

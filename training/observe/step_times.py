@@ -1,0 +1,165 @@
+"""Times within optimizer steps, and the rank that the others wait for.
+
+On CUDA the times are those of device events, which are read at logged steps only: measuring waits
+for the device no more often than logging does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+Mark = float | torch.cuda.Event
+"""A point in time: seconds of the host's clock, or an event in the stream of the device."""
+
+WARN_FRACTION = 0.2  # of a step: a rank that is slower than the median by more is reported
+
+
+def mark(device: torch.device) -> Mark:
+    """The present point in time of the host, or on CUDA of the device's stream."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Seconds from `start` to `end`. Waits until the device has reached `end`."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float), (start, end)
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+@dataclass
+class StepTimes:
+    """Points in time of one step on this rank.
+
+    start, end: of the whole step.
+    forward_start, forward_end: of the first forward pass through the model. It is the longest part
+        of a step in which most parallel layouts wait for no other rank.
+    update: after forward and backward passes, before the optimizer's update.
+    """
+
+    start: Mark
+    forward_start: Mark
+    forward_end: Mark
+    update: Mark
+    end: Mark
+
+    @property
+    def forward_backward_s(self) -> float:
+        """Seconds from the start to the update."""
+        return seconds_between(self.start, self.update)
+
+    @property
+    def optimizer_s(self) -> float:
+        """Seconds of the update."""
+        return seconds_between(self.update, self.end)
+
+    @property
+    def first_forward_s(self) -> float:
+        """Seconds of the first forward pass."""
+        return seconds_between(self.forward_start, self.forward_end)
+
+
+class StepClock:
+    """Takes the times of an engine's steps.
+
+    An engine calls `start`, then `update` before the optimizer's update, then `stop`.
+    """
+
+    def __init__(self, device: torch.device, module: nn.Module) -> None:
+        """`module`: the model, whose forward passes are observed between `start` and `stop`."""
+        self.device = device
+        self._marks: list[Mark] = []
+        module.register_forward_pre_hook(self._before_forward)
+        module.register_forward_hook(self._after_forward)
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._marks = [mark(self.device)]
+
+    def update(self) -> None:
+        """Note that the optimizer's update begins."""
+        self._marks.append(mark(self.device))
+
+    def stop(self) -> StepTimes:
+        """End a step. Returns its times. A step without update has one of no length."""
+        end = mark(self.device)
+        if len(self._marks) == 3:
+            self._marks.append(end)
+        assert len(self._marks) == 4, f"{len(self._marks)} marks: no forward pass was observed"
+        times = StepTimes(*self._marks, end=end)
+        self._marks = []
+        return times
+
+    def _before_forward(self, *_: Any) -> None:
+        if len(self._marks) == 1:
+            self._marks.append(mark(self.device))
+
+    def _after_forward(self, *_: Any) -> None:
+        if len(self._marks) == 2:
+            self._marks.append(mark(self.device))
+
+
+@dataclass
+class RankTimes:
+    """Times of one rank in a window of steps, as ranks exchange them.
+
+    own_s: seconds a step that the rank spends on its own: waiting for data and in the first forward
+        pass. The times of whole steps are equal on all ranks, since the fast ones wait.
+    """
+
+    host: str
+    own_s: float
+    data_s: float
+
+
+class StragglerWatch:
+    """Finds the slowest rank of each window, and warns of one that stays behind."""
+
+    def __init__(self) -> None:
+        self._suspect: int | None = None  # behind in the last window
+        self._reported: int | None = None
+
+    def find(self, ranks: Sequence[RankTimes], step_s: float) -> dict[str, float]:
+        """The slowest rank, and the seconds a step by which it exceeds the median, by tag.
+
+        `ranks`: by rank. `step_s`: seconds of a step. Empty if there is one rank.
+        """
+        if len(ranks) < 2:
+            return {}
+        order = sorted(range(len(ranks)), key=lambda rank: ranks[rank].own_s)
+        slowest = order[-1]
+        median = ranks[order[(len(order) - 1) // 2]]
+        lag_s = ranks[slowest].own_s - median.own_s
+        if lag_s <= WARN_FRACTION * step_s:
+            self._suspect = None
+            self._reported = None
+        elif self._suspect != slowest:
+            self._suspect = slowest
+        elif self._reported != slowest:
+            self._reported = slowest
+            log.warning(
+                "rank %d on %s is slow: %.3f s a step before it meets the other ranks (%.3f s of "
+                "it waiting for data), the median is %.3f s (%.3f s); a step takes %.3f s",
+                slowest,
+                ranks[slowest].host,
+                ranks[slowest].own_s,
+                ranks[slowest].data_s,
+                median.own_s,
+                median.data_s,
+                step_s,
+            )
+        return {"time/straggler_rank": float(slowest), "time/straggler_lag_s": lag_s}
