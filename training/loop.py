@@ -26,6 +26,7 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
         state = run.resume(engine, loader)
         stopping = False
         while state.step < config.steps and not stopping:
+            run.profiler.begin(state.step + 1)
             with run.metrics.timing("data"):
                 batch = loader.next_batch()
             result = engine.train_step(batch)  # forward, loss, backward, clip, update

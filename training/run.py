@@ -23,6 +23,8 @@ from landiff.training.distributed import World
 from landiff.training.engine import BatchSource, Engine, TrainState
 from landiff.training.observe.heartbeat import Heartbeat
 from landiff.training.observe.metrics import Metrics
+from landiff.training.observe.profiling import Profiler
+from landiff.training.observe.trackers import Trackers
 
 
 class Run:
@@ -42,7 +44,11 @@ class Run:
         self.heartbeat = Heartbeat(
             folder, world.rank, config.loop.hang_timeout_s, world_size=world.size
         )
-        self.metrics = Metrics(folder, self.total_steps, world)
+        self.profiler = Profiler(folder, config.loop.profile, world)
+        trackers = None
+        if world.rank == 0 and config.trackers:
+            trackers = Trackers(folder, config)
+        self.metrics = Metrics(folder, self.total_steps, world, trackers=trackers)
 
     @property
     def _stop_file(self) -> Path:
@@ -64,7 +70,8 @@ class Run:
         return self.world.any_true(self.world.stop_signalled or file_exists)
 
     def end(self, state: TrainState) -> None:
-        """Close the metrics, remove the stop request, and write `done` after the last step."""
+        """Close profile and metrics, remove the stop request, write `done` after the last step."""
+        self.profiler.close()
         self.metrics.close()
         if self.world.rank == 0:
             self._stop_file.unlink(missing_ok=True)

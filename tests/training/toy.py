@@ -21,6 +21,7 @@ from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.guard import Guard
 from landiff.training.loop import fit
+from landiff.training.observe.config import TrackerConfig
 from landiff.training.observe.previews import Preview
 from landiff.training.optim import learning_rate
 from landiff.training.run import Run
@@ -36,6 +37,7 @@ class ToyConfig(TrainConfig):
     loop: LoopConfig
     model: ToyModelConfig = ToyModelConfig()
     optim: OptimConfig = OptimConfig(lr=0.1)
+    trackers: tuple[TrackerConfig, ...] = ()
     global_batch_size: int = 4
 
 

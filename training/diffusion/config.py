@@ -33,6 +33,7 @@ from landiff.training.config import (
     OptimConfig,
     TrainConfig,
 )
+from landiff.training.observe.config import TrackerConfig
 
 START_KINDS = ("transformer", "diffusion")  # of the zoo entry `init_from`
 
@@ -140,6 +141,9 @@ class DiffusionTrainConfig(TrainConfig):
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
     ema: EmaConfig | None = Field(
         default=None, description="Moving average of the weights. null: none."
+    )
+    trackers: tuple[TrackerConfig, ...] = Field(
+        default=(), description="Experiment trackers that get the metrics beside TensorBoard."
     )
     model: DiffusionConfig = Field(description="Sizes of the diffusion model.")
     schedule: ScheduleConfig = Field(

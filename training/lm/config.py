@@ -17,6 +17,7 @@ from landiff.training.config import (
     OptimConfig,
     TrainConfig,
 )
+from landiff.training.observe.config import TrackerConfig
 
 
 class ParallelConfig(Config):
@@ -83,6 +84,9 @@ class LMTrainConfig(TrainConfig):
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
     ema: EmaConfig | None = Field(
         default=None, description="Moving average of the weights. null: none."
+    )
+    trackers: tuple[TrackerConfig, ...] = Field(
+        default=(), description="Experiment trackers that get the metrics beside TensorBoard."
     )
     model: LMConfig = Field(description="Sizes of the language model.")
     parallel: ParallelConfig = Field(

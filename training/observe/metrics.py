@@ -35,6 +35,7 @@ from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.flops import peak_flops
 from landiff.training.observe.previews import Preview, write_preview
 from landiff.training.observe.step_times import RankTimes, StepTimes, StragglerWatch
+from landiff.training.observe.trackers import Trackers
 
 PRINT_EVERY_S = 10.0  # if the output is a file and not a terminal
 GIB = 1 << 30
@@ -46,13 +47,19 @@ class Metrics:
     """Measures the training loop and writes the numbers of logged steps."""
 
     def __init__(
-        self, folder: Path, total_steps: int, world: World, stream: TextIO = sys.stdout
+        self,
+        folder: Path,
+        total_steps: int,
+        world: World,
+        stream: TextIO = sys.stdout,
+        trackers: Trackers | None = None,
     ) -> None:
         """`folder`: the run folder. `stream`: output of the progress line."""
         self.path = folder / METRICS
         self.tensorboard = folder / TENSORBOARD
         self.total_steps = total_steps
         self.world = world
+        self.trackers = trackers
         self.progress = StepProgress(stream)
         self.peak_flops: float | None = None
         if world.device.type == "cuda":
@@ -120,6 +127,8 @@ class Metrics:
             file.write(json.dumps({"step": state.step, "time": time.time(), **scalars}) + "\n")
         for tag, value in scalars.items():
             self._open_writer.add_scalar(tag, value, state.step)
+        if self.trackers is not None:
+            self.trackers.log(state.step, scalars)
         text = format_metrics(state.step, self.total_steps, scalars)
         self.progress.show(text, final=state.step >= self.total_steps)
         self._reset()
@@ -135,8 +144,10 @@ class Metrics:
         self._open_writer.flush()
 
     def close(self) -> None:
-        """End the progress line and close the event file."""
+        """End the progress line, the trackers and the event file."""
         self.progress.end()
+        if self.trackers is not None:
+            self.trackers.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -100,7 +100,8 @@ class StepClock:
         if len(self._marks) == 3:
             self._marks.append(end)
         assert len(self._marks) == 4, f"{len(self._marks)} marks: no forward pass was observed"
-        times = StepTimes(*self._marks, end=end)
+        start, forward_start, forward_end, update = self._marks
+        times = StepTimes(start, forward_start, forward_end, update, end)
         self._marks = []
         return times
 

@@ -16,6 +16,7 @@ from landiff.training.config import (
     OptimConfig,
     TrainConfig,
 )
+from landiff.training.observe.config import TrackerConfig
 
 COLUMN = "features"  # the column it trains on
 
@@ -33,6 +34,9 @@ class TokenizerTrainConfig(TrainConfig):
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
     ema: EmaConfig | None = Field(
         default=None, description="Moving average of the weights. null: none."
+    )
+    trackers: tuple[TrackerConfig, ...] = Field(
+        default=(), description="Experiment trackers that get the metrics beside TensorBoard."
     )
     model: TokenizerConfig = Field(default=TokenizerConfig(), description="Sizes of the tokenizer.")
     precision: Literal["fp32", "bf16"] = Field(
