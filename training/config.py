@@ -28,6 +28,34 @@ PARENT_DESCRIPTION = (
 )
 
 
+class SpikeConfig(Config):
+    """Detection of steps whose loss or gradient norm lies far above that of recent steps."""
+
+    window: int = Field(
+        default=128,
+        ge=8,
+        description=(
+            "Number of recent steps whose median and median absolute deviation a step is compared "
+            "with. Spikes are looked for when half of the window is filled."
+        ),
+    )
+    threshold: PositiveFloat = Field(
+        default=10.0,
+        description=(
+            "Robust z-score above which a step is a spike: the distance from the median, in "
+            "standard deviations estimated from the median absolute deviation."
+        ),
+    )
+    action: Literal["report", "skip", "rollback"] = Field(
+        default="report",
+        description=(
+            "What happens in a step with a spike. `report` trains on it and records it, `skip` "
+            "leaves it without an update, `rollback` also returns to the last healthy checkpoint "
+            "and continues with the next batch."
+        ),
+    )
+
+
 class LoopConfig(Config):
     """Length of the training loop, and how often it logs, saves and previews."""
 
@@ -67,6 +95,32 @@ class LoopConfig(Config):
             "What happens if a checkpoint cannot be written. `warn` logs it and continues, `retry` "
             "tries again after 1, 10 and 60 s and then fails, `fatal` fails at once."
         ),
+    )
+    on_nonfinite: Literal["skip", "stop", "rollback"] = Field(
+        default="skip",
+        description=(
+            "What happens in a step whose loss or gradient norm is NaN or infinite. Its update is "
+            "never made. `skip` continues with the next batch, `stop` ends the run, `rollback` "
+            "returns to the weights of the last healthy checkpoint and continues with the next "
+            "batch."
+        ),
+    )
+    max_skips_in_a_row: NonNegativeInt = Field(
+        default=3,
+        description="Steps in a row that may be skipped. One more ends the run with an error.",
+    )
+    max_skipped_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description=(
+            "Fraction of `steps` that may be skipped, but at least `max_skips_in_a_row` steps. One "
+            "more ends the run with an error."
+        ),
+    )
+    spikes: SpikeConfig | None = Field(
+        default=None,
+        description="Detection of spikes of loss and gradient norm. null switches it off.",
     )
     hang_timeout_s: NonNegativeFloat = Field(
         default=1800.0,

@@ -45,6 +45,8 @@ class World:
     backend: "nccl" or "gloo", of the default group.
     step: finished optimizer steps, for the error file.
     stop_signalled: whether this rank received SIGTERM or SIGUSR1.
+    stop_file: a request to stop if it exists; rank 0 looks for it.
+    stopping: whether a rank was asked to stop, as the last `agree` found. Equal on all ranks.
     control: the gloo group. None for a single process.
     """
 
@@ -55,6 +57,8 @@ class World:
     backend: str
     step: int = 0
     stop_signalled: bool = False
+    stop_file: Path | None = None
+    stopping: bool = False
     control: dist.ProcessGroup | None = field(default=None, repr=False)
 
     def any_true(self, flag: bool) -> bool:
@@ -64,6 +68,20 @@ class World:
         votes = torch.tensor(int(flag), dtype=torch.int32)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return bool(votes)
+
+    def agree(self, number: int) -> int:
+        """The largest `number` of all ranks; also sets `stopping`.
+
+        One all-reduce of 8 bytes between CPUs (0.1 ms on one node, about 1 ms over hundreds).
+        """
+        file_exists = self.rank == 0 and self.stop_file is not None and self.stop_file.exists()
+        stop = self.stop_signalled or file_exists
+        if self.size > 1:
+            votes = torch.tensor([number, int(stop)], dtype=torch.int32)
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+            number, stop = int(votes[0]), bool(votes[1])
+        self.stopping = stop
+        return number
 
     def all_true(self, flag: bool) -> bool:
         """Whether `flag` is true on all ranks."""
@@ -111,7 +129,7 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
 
     The process group ends with the block. An exception inside the block is written to
     `run/errors/rank_<n>.txt` and propagates. SIGTERM and SIGUSR1 no longer end the process. They
-    set `world.stop_signalled`, which the training loop reads after each step.
+    set `world.stop_signalled`, which the ranks share in each step (`World.agree`).
 
     Raises OwnedError on rank 0 if another process owns `run`.
     """

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.loader import Batch
+from landiff.training.checkpoint.guard_state import GuardState
+from landiff.training.guard import Guard
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepTimes
 
@@ -34,6 +36,7 @@ class StepResult:
     tokens: model tokens of the global batch that were trained on, for the throughput.
     flops: model FLOPs of the global batch (training/observe/flops.py).
     times: of the step on this rank.
+    skipped: whether the guard refused the update.
     """
 
     loss: Tensor | float
@@ -43,6 +46,7 @@ class StepResult:
     tokens: int = 0
     flops: float = 0.0
     times: StepTimes | None = None
+    skipped: bool = False
 
 
 @dataclass
@@ -50,20 +54,29 @@ class TrainState:
     """State of the loop itself.
 
     step: finished optimizer steps.
-    healthy: recorded in the checkpoint. False: a run must not resume from it.
+    healthy: False while steps are skipped or spike. Recorded in the checkpoint: a run resumes from
+        and rolls back to healthy ones.
+    guard: counts and windows of the guard.
     """
 
     step: int = 0
     healthy: bool = True
+    guard: GuardState = field(default_factory=GuardState)
 
 
 class Engine(Protocol):
-    """A model with its optimizer, distributed over ranks."""
+    """A model with its optimizer, distributed over ranks.
+
+    guard: decides in `train_step`, between gradient norm and update, whether to update.
+    """
+
+    guard: Guard
 
     def train_step(self, batch: Batch) -> StepResult:
         """Forward, loss, backward, clipping and update for global batch number `batch.step`.
 
-        `batch` holds the part of this data-parallel rank.
+        `batch` holds the part of this data-parallel rank. If `guard.decide(loss, grad_norm)` is
+        False there is no update, and the state of the engine is that before the call.
         """
         ...
 

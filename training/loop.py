@@ -29,10 +29,11 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
             run.profiler.begin(state.step + 1)
             with run.metrics.timing("data"):
                 batch = loader.next_batch()
-            result = engine.train_step(batch)  # forward, loss, backward, clip, update
+            result = engine.train_step(batch)  # forward, loss, backward, clip, guard, update
             state.step += 1
             run.world.step = state.step  # for the error file
             heartbeat.beat(state.step)
+            run.settle(state, engine, result)  # records a skipped step, rolls back if need be
             run.metrics.count(batch, result)
             stopping = run.stop_requested()  # equal on all ranks
             last = stopping or state.step == config.steps

@@ -12,7 +12,7 @@ import torch
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.launchers.local.start import environment
-from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
+from landiff.training.checkpoint.errors import NonFiniteError
 from landiff.training.checkpoint.files import FileList, describe_file, latest_whole
 from landiff.training.checkpoint.run_folder import (
     FILES,
@@ -38,7 +38,7 @@ def config(folder, steps=6, **loop):
 
 def diverge(world, folder, value=math.nan):
     """Returns (message, weights, step of the loop)."""
-    settings = config(folder, save_every=2, keep_last=1)
+    settings = config(folder, save_every=2, keep_last=1, on_nonfinite="stop")
     engine = Diverging(settings, world, value)
     run = Run(settings.run, settings, world)
     with pytest.raises(NonFiniteError) as caught:
@@ -71,13 +71,15 @@ def test_all_ranks_stop_in_the_same_step(tmp_path):
 
 def decide(world):
     bad = math.nan if world.rank == 1 else 1.0
-    Guard(world).decide(torch.tensor(1.0), 2.0)
+    skipping = Guard(LoopConfig(steps=10), world)
+    assert skipping.decide(torch.tensor(1.0), 2.0)
+    assert not skipping.decide(torch.tensor(1.0), bad)
     with pytest.raises(NonFiniteError):
-        Guard(world).decide(torch.tensor(1.0), bad)
+        Guard(LoopConfig(steps=10, on_nonfinite="stop"), world).decide(torch.tensor(1.0), bad)
     return True
 
 
-def test_one_rank_with_a_bad_norm_stops_the_others():
+def test_one_rank_with_a_bad_norm_decides_for_the_others():
     assert run_distributed(decide, 2) == [True, True]
 
 
@@ -123,12 +125,11 @@ def test_retention_and_latest_respect_the_last_healthy_checkpoint(tmp_path):
     assert committed_steps(folder) == [2, 4, 5]
 
 
-def test_a_run_with_only_unhealthy_checkpoints_says_so(tmp_path):
-    store = save(config(tmp_path), 1, False)
-    with pytest.raises(CheckpointError, match="1 of 1 are of a diverged run"):
-        store.load_latest(
-            ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone())
-        )
+def test_a_run_with_only_unhealthy_checkpoints_resumes_from_the_newest(tmp_path):
+    save(config(tmp_path), 1, False)
+    store = save(config(tmp_path), 2, False)
+    engine, loader = ToyEngine(config(tmp_path), alone()), ToyLoader(config(tmp_path), alone())
+    assert store.load_latest(engine, loader) == TrainState(step=2, healthy=False)
     assert latest_whole(tmp_path / "checkpoints") is None
 
 
@@ -169,7 +170,7 @@ def test_a_poisoned_checkpoint_of_an_old_run_is_named(tmp_path):
 def test_the_rank_ends_with_one_line_and_code_1_and_is_not_restarted(tmp_path):
     run = tmp_path / "run"
     (run / "job").mkdir(parents=True)
-    write_text(tmp_path / "config.yaml", dump(config(run, save_every=2)))
+    write_text(tmp_path / "config.yaml", dump(config(run, save_every=2, on_nonfinite="stop")))
     program = (
         "import sys\nimport tests.training.toy as toy\n"
         "from tests.training.diverging import Diverging\n"

@@ -93,7 +93,7 @@ class ToyEngine:
         self.weight = torch.zeros(self.config.model.width)
         self.momentum = torch.zeros(self.config.model.width)
         self.seen: list[int] = []
-        self.guard = Guard(self.world)
+        self.guard = Guard(self.config.loop, self.world)
 
     def train_step(self, batch: Batch) -> StepResult:
         self.seen += [sample.index for sample in batch.samples]
@@ -103,11 +103,13 @@ class ToyEngine:
         if self.world.size > 1:
             dist.all_reduce(sums)
         gradient, loss = sums[:-1] / batch.global_batch_size, sums[-1] / batch.global_batch_size
-        self.guard.decide(loss, gradient.norm())
         lr = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
-        self.momentum = 0.9 * self.momentum + gradient
-        self.weight = self.weight - lr * self.momentum
-        return StepResult(loss, gradient.norm(), lr, {"train/extra": 2.0}, tokens=7)
+        updating = self.guard.decide(loss, gradient.norm())
+        if updating:
+            self.momentum = 0.9 * self.momentum + gradient
+            self.weight = self.weight - lr * self.momentum
+        metrics = {"train/extra": 2.0}
+        return StepResult(loss, gradient.norm(), lr, metrics, tokens=7, skipped=not updating)
 
     def save(self, folder: Path) -> None:
         if self.world.rank == 0:

@@ -17,6 +17,7 @@ from pydantic import NonNegativeInt
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.files import sha256_file, write_text
 from landiff.configs.loader import read_json_as, write_config
+from landiff.training.checkpoint.guard_state import GuardState
 from landiff.training.checkpoint.run_folder import (
     CONFIG,
     FILES,
@@ -43,7 +44,10 @@ class CheckpointState(Config):
     loader: position in the stream of samples.
     manifest: fingerprint of the raw shards.
     columns: fingerprints of the data's columns by name.
-    healthy: whether a run may resume from it. None in checkpoints older than this field.
+    healthy: False if steps were skipped or had a spike when it was written. Runs roll back to
+        healthy checkpoints only, and resume from them if there are any. None in checkpoints older
+        than this field.
+    guard: state of the guard. None in checkpoints older than this field.
     """
 
     format: Literal[1] = 1
@@ -55,6 +59,7 @@ class CheckpointState(Config):
     world_size: int
     versions: dict[str, str]
     healthy: bool | None = None
+    guard: GuardState | None = None
 
 
 class FileEntry(Config):
@@ -139,7 +144,7 @@ def differences(folder: Path) -> list[str]:
 
 
 def is_healthy(folder: Path, *, unreadable: bool = False) -> bool:
-    """Whether a run may resume from a checkpoint: False if its state.json has healthy = false.
+    """Whether a checkpoint is healthy: False if its state.json has healthy = false.
 
     `unreadable`: the result if state.json cannot be read.
     """

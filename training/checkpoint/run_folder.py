@@ -9,6 +9,7 @@
             files.json      size and sha256 of the other files
     parent.json             checkpoint of another run that this run began with
     metrics.jsonl           one line per logged step
+    events.jsonl            skipped steps, spikes, rollbacks and alarms (training/observe/events.py)
     tensorboard/            scalars, videos, traces of the profiler
     trackers.json           ids of the run in other trackers, and the last step sent
     errors/rank_0003.txt    why a rank failed
@@ -37,6 +38,7 @@ STATE = "state.json"
 FILES = "files.json"
 PARENT = "parent.json"
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
 TRACKERS = "trackers.json"
 ERRORS = "errors"

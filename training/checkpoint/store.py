@@ -24,6 +24,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from landiff.training.checkpoint.files import (
     seal,
     versions,
 )
+from landiff.training.checkpoint.guard_state import GuardState
 from landiff.training.checkpoint.parent import find_parent, write_parent
 from landiff.training.checkpoint.resume import changed_keys
 from landiff.training.checkpoint.run_folder import (
@@ -115,13 +117,18 @@ class CheckpointStore:
         Raises CheckpointError on all ranks. Raises NonFiniteError and writes nothing if weights
         hold NaN or infinity.
         """
+        if state.healthy and state.step % self.loop.save_every == 0:
+            # A checkpoint of a stop request is no anchor, so that an interrupted run rolls back
+            # to the same checkpoint as an undisturbed one.
+            state.guard.anchor = state.step
+            state.guard.anchor_rollbacks = 0
         what = f"the weights after step {state.step} hold"
         self._require_finite(engine, what, "no checkpoint of them is written")
         waits = self.retry_waits_s if self.loop.on_save_failure == "retry" else ()
         for attempt in range(len(waits) + 1):
             failures = self._try_save(state, engine, loader)
             if not failures:
-                self._prune(state.step)
+                self._prune(state)
                 return step_folder(self.folder, state.step)
             text = f"checkpoint of step {state.step} in {self.folder} failed: {'; '.join(failures)}"
             if attempt < len(waits):
@@ -201,25 +208,27 @@ class CheckpointStore:
             world_size=self.world.size,
             versions=versions(),
             healthy=state.healthy,
+            guard=state.guard,
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         seal(temporary, document, self.config, entries)
         replace_dir(temporary, final)
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, state: TrainState) -> None:
         """Delete old checkpoints.
 
-        The newest ones (`loop.keep_last`), those of every `loop.keep_every` steps and the newest
-        healthy one are kept. A checkpoint that cannot be deleted does not stop the run.
+        The newest ones (`loop.keep_last`), those of every `loop.keep_every` steps, the newest
+        healthy one and the one that a rollback returns to are kept. A checkpoint that cannot be
+        deleted does not stop the run.
         """
         if self.world.rank != 0:
             return
-        steps = [step for step in committed_steps(self.folder) if step <= newest]
+        steps = [step for step in committed_steps(self.folder) if step <= state.step]
         healthy = [step for step in steps if is_healthy(step_folder(self.folder, step))]
         for step in steps[: -self.loop.keep_last]:
             if self.loop.keep_every and step % self.loop.keep_every == 0:
                 continue
-            if step in healthy[-1:]:
+            if step in healthy[-1:] or step == state.guard.anchor:
                 continue
             folder = step_folder(self.folder, step)
             try:
@@ -232,11 +241,20 @@ class CheckpointStore:
     def load_latest(self, engine: Engine, loader: BatchSource) -> TrainState | None:
         """Restore the newest intact and healthy checkpoint, or that of the run's parent.
 
-        Returns None if the run has neither. Raises ConfigError for a checkpoint of another model,
-        CheckpointError if no checkpoint is intact and healthy, and NonFiniteError if weights hold
-        NaN or infinity.
+        Returns None if the run has neither. If no intact checkpoint is healthy, the newest one is
+        used: the guard continues to count where it stood.
+
+        Raises ConfigError for a checkpoint of another model, CheckpointError if no checkpoint is
+        intact, and NonFiniteError if weights hold NaN or infinity.
         """
-        found = self._newest_intact()
+        steps = self._committed()
+        found = self._newest_intact(steps)
+        if found is None and steps:
+            raise CheckpointError(
+                f"none of the {len(steps)} checkpoints in {self.folder} is intact; they are kept "
+                "as step_*.damaged. Restore one of them, or run the command again to start at "
+                "step 0"
+            )
         own = found is not None
         if found is None:
             found = self._parent_checkpoint()
@@ -244,43 +262,87 @@ class CheckpointStore:
             return None
         document = self._check(found)
         loader.load_state_dict(document.loader)  # raises for other data
-        engine.load(found)
-        advice = "delete it to resume from an earlier one"
-        self._require_finite(engine, f"checkpoint {found} holds", advice)
-        if not own and self.world.rank == 0:
-            write_parent(self.config.run, found, document.step)
-        self._prune(document.step)  # the last save may have been killed between commit and deletion
+        self._load(engine, found)
+        # Checkpoints that are older than the guard had an update in every step.
+        guard = document.guard or GuardState(updates=document.step)
+        if not own:
+            guard = replace(guard, anchor=None, anchor_rollbacks=0)
+            if self.world.rank == 0:
+                write_parent(self.config.run, found, document.step)
+        state = TrainState(document.step, document.healthy is not False, guard)
+        self._prune(state)  # the last save may have been killed between commit and deletion
         log.info("resumed from %s", found)
-        return TrainState(step=document.step)
+        return state
 
-    def _newest_intact(self) -> Path | None:
-        steps = self.world.broadcast(committed_steps(self.folder) if self.world.rank == 0 else None)
-        unhealthy = 0
+    def roll_back(self, state: TrainState, engine: Engine) -> int | None:
+        """Load weights and optimizer of the last healthy checkpoint, and count that in `state`.
+
+        Returns the step of the checkpoint. Returns None, with a warning, if there is none yet: the
+        weights stay as they are.
+
+        Raises NonFiniteError if the run returns to the same checkpoint too often.
+        """
+        guard = state.guard
+        steps = [step for step in self._committed() if step <= state.step]
+        if guard.anchor in steps:
+            steps = [step for step in steps if step < guard.anchor] + [guard.anchor]
+        found = self._newest_intact(steps, healthy_only=True)
+        if found is None:
+            log.warning("no healthy checkpoint to roll back to yet; the step is only skipped")
+            return None
+        document = self._check(found)
+        self._load(engine, found)
+        if document.step != guard.anchor:
+            guard.anchor = document.step
+            guard.anchor_rollbacks = 0
+        guard.anchor_rollbacks += 1
+        guard.rollbacks += 1
+        updates = document.guard.updates if document.guard else document.step
+        guard.undone += guard.updates - updates
+        guard.updates = updates
+        if guard.anchor_rollbacks > max(1, self.loop.max_skips_in_a_row):
+            raise NonFiniteError(
+                f"the run has returned to the checkpoint of step {document.step} "
+                f"{guard.anchor_rollbacks} times without reaching the next one, the last time in "
+                f"step {state.step}: training has diverged. Resume from an earlier checkpoint "
+                "(move the later ones away), with a lower optim.lr or other data"
+            )
+        return document.step
+
+    def _load(self, engine: Engine, folder: Path) -> None:
+        """Load a checkpoint into the engine and check its weights."""
+        engine.load(folder)
+        advice = "delete it to resume from an earlier one"
+        self._require_finite(engine, f"checkpoint {folder} holds", advice)
+
+    def _committed(self) -> list[int]:
+        """Steps of the committed checkpoints, as rank 0 sees them."""
+        return self.world.broadcast(committed_steps(self.folder) if self.world.rank == 0 else None)
+
+    def _newest_intact(self, steps: Sequence[int], *, healthy_only: bool = False) -> Path | None:
+        """The newest healthy checkpoint of `steps` that is intact.
+
+        If there is none, the newest intact one, unless `healthy_only`.
+        """
+        unhealthy = None
         for step in reversed(steps):
             folder = step_folder(self.folder, step)
+            # A state.json that cannot be read counts as healthy here: `_check` reports it.
+            healthy = self.world.rank == 0 and is_healthy(folder, unreadable=True)
+            healthy = self.world.broadcast(healthy)
+            if not healthy and (healthy_only or unhealthy is not None):
+                continue
             problems = self.damage(folder)
             if problems:
                 self._rename_damaged(folder, problems)
-                continue
-            # A state.json that cannot be read counts as healthy here: `_check` reports it.
-            healthy = self.world.rank == 0 and is_healthy(folder, unreadable=True)
-            if self.world.broadcast(healthy):
+            elif healthy:
                 return folder
-            unhealthy += 1
-            log.warning("checkpoint %s has healthy = false; using the one before it", folder)
-        if unhealthy:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is intact and healthy: {unhealthy} of "
-                f"{len(steps)} are of a diverged run (healthy = false in state.json). Delete them "
-                "to start at step 0, or choose another run folder (run=...)"
-            )
-        if steps:
-            raise CheckpointError(
-                f"none of the {len(steps)} checkpoints in {self.folder} is intact; they are kept "
-                "as step_*.damaged. Restore one of them, or run the command again to start at "
-                "step 0"
-            )
-        return None
+            else:
+                unhealthy = folder
+        if unhealthy is None:
+            return None
+        log.warning("no checkpoint in %s is healthy; using %s", self.folder, unhealthy)
+        return unhealthy
 
     def _parent_checkpoint(self) -> Path | None:
         """The checkpoint of another run that this run begins with, or None if it names none."""

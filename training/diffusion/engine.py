@@ -40,13 +40,15 @@ class DeepSpeedEngine:
         config.data.micro_batches(world.size)  # raises before DeepSpeed does, with a better message
         self.config = config
         self.world = world
-        self.guard = Guard(world)
+        self.guard = Guard(config.loop, world)
         self.objective = objective
         zero.prepare_deepspeed()
         optimizer = adamw(module.parameters(), config.optim)
         settings = zero.deepspeed_config(config, world)
         self.clock = StepClock(world.device, module)
         self.zero = zero.initialize(module, optimizer, settings, world.device)
+        zero.ask_before_update(self.zero, self._decide)
+        self._total = torch.zeros((), device=world.device)  # losses of this rank in this step
         self.ema = Ema(config.ema, zero.master_weights(self.zero))
         self.previewer: Previewer | None = None
         if config.preview_codec is not None:
@@ -73,35 +75,40 @@ class DeepSpeedEngine:
         set_learning_rate(self.zero.optimizer, rate)
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
-        total = torch.zeros((), device=self.world.device)
+        self._total.zero_()
         after_prefix = PrefixLosses(self.config, self.world)
         for number, samples in enumerate(batch.micro_batches, 1):
             inputs = self.objective.inputs(samples)
             result = self.objective.loss(self.zero, inputs)
             loss = result.loss  # squared error of the velocity
             self.zero.backward(loss)  # averages over micro-batches and ranks
+            self._total += loss.detach()
+            after_prefix.add(result, inputs.prefix_B)
             if number == len(batch.micro_batches):
                 self.clock.update()
-            self.zero.step()  # updates the weights after the last micro-batch
-            total += loss.detach()
-            after_prefix.add(result, inputs.prefix_B)
-        mean = total / (len(batch.micro_batches) * self.world.size)
-        dist.all_reduce(mean)
-        # DeepSpeed checks the norm inside its step. A norm that is not finite updates nothing and
-        # is reported as infinite.
-        grad_norm = self.zero.get_global_grad_norm()
-        self.guard.decide(mean, grad_norm)
-        self.ema.update(batch.step + 1)
+            # After the last micro-batch: gradient norm, `_decide`, update.
+            self.zero.step()
+        if self._updated:
+            self.ema.update(batch.step + 1)
         clips = batch.global_batch_size
         return StepResult(
-            loss=mean,
-            grad_norm=grad_norm,
+            loss=self._loss,
+            grad_norm=self._grad_norm,
             lr=rate,
             metrics=after_prefix.metrics(),
             tokens=clips * num_tokens(self.config.model.transformer),
             flops=clips * self._clip_flops(),
             times=self.clock.stop(),
+            skipped=not self._updated,
         )
+
+    def _decide(self, grad_norm: Tensor) -> bool:
+        """Ask the guard, with the loss of the global batch. DeepSpeed calls it in its `step`."""
+        self._loss = self._total / (self.zero.gradient_accumulation_steps() * self.world.size)
+        dist.all_reduce(self._loss)
+        self._grad_norm = grad_norm
+        self._updated = self.guard.decide(self._loss, grad_norm)
+        return self._updated
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's shards, and layout.json with their division. Collective."""

@@ -5,15 +5,17 @@ Only this file imports DeepSpeed. What it changes in DeepSpeed:
 * `prepare_deepspeed` declares the shared-memory all-reduce unavailable, and filters log messages.
 * `initialize` replaces the choice of the optimizer for one call, and the engine's checkpoint files
   (`CheckpointFiles`) and recovery script for good.
+* `ask_before_update` puts a question between gradient norm and update.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +126,43 @@ def initialize(
     # model_zoo/convert/formats/deepspeed.py does.
     engine._copy_recovery_script = lambda folder: None
     return engine
+
+
+def ask_before_update(engine: Any, allow: Callable[[Tensor], bool]) -> None:
+    """Let `allow(grad_norm)` decide in each step of `engine` whether it updates the weights.
+
+    DeepSpeed's `step` computes the norm of the gradients and updates the weights unless the norm is
+    not finite. The functions that compute the norm are replaced by ones that ask `allow`, and
+    return an infinite norm if it says no. DeepSpeed then takes its own way out of such a step: it
+    clears the gradients and changes nothing else. So the decision is made at the only place where
+    the norm is known and the weights are old, in all stages and precisions.
+
+    grad_norm: of all ranks, infinite if gradients are NaN or infinite. `allow` is called once in a
+    step on every rank and may use collectives.
+    """
+    from deepspeed.runtime.utils import combine_grad_norm_groups
+
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        norms_of_groups = optimizer._get_norm_groups
+
+        def norms_after_asking() -> list[Tensor]:
+            norms = norms_of_groups()
+            norm = combine_grad_norm_groups(norms)  # infinite if a norm of `norms` is not finite
+            return norms if allow(norm) else [torch.full_like(norm, math.inf)]
+
+        optimizer._get_norm_groups = norms_after_asking
+        return
+    global_norm = optimizer.scaled_global_norm
+
+    def norm_after_asking() -> Tensor:
+        norm = global_norm()
+        return norm if allow(norm) else torch.full_like(norm, math.inf)
+
+    optimizer.scaled_global_norm = norm_after_asking
+    # With bfloat16 DeepSpeed would look for infinities before it computes the norm, which says the
+    # same: one pass over the gradients and one collective less.
+    optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 class CheckpointFiles:

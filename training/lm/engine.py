@@ -57,7 +57,7 @@ class MegatronEngine:
         `guard`: None if no other ranks must agree on stopping.
         """
         self.config = config
-        self.guard = guard or Guard()
+        self.guard = guard or Guard(config.loop)
         self.layout = TokenLayout.of(config.model)
         self.dp_size = data_parallel_size(config.parallel, dist.get_world_size())
         with megatron_device() as self.device:
@@ -140,8 +140,9 @@ class MegatronEngine:
             totals = self._run(forward_step, rows, train=True)  # `forward_step` has the loss
             loss_sum, num_targets, num_tokens, flops = totals.cpu().unbind()
             loss = loss_sum / num_targets
-            grad_norm = self._update(loss)
-            self.ema.update(batch.step + 1)
+            grad_norm, updated = self._update(loss)
+            if updated:
+                self.ema.update(batch.step + 1)
         row_tokens = sum(row.num_tokens for row in rows)
         row_length = sum(len(row.ids_N) for row in rows)
         return StepResult(
@@ -151,6 +152,7 @@ class MegatronEngine:
             tokens=int(num_tokens),
             flops=float(flops),
             times=self.clock.stop(),
+            skipped=not updated,
             metrics={"data/padding": 1 - row_tokens / row_length},
         )
 
@@ -161,21 +163,23 @@ class MegatronEngine:
             group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
 
     @torch.no_grad()
-    def _update(self, loss: Tensor) -> float:
+    def _update(self, loss: Tensor) -> tuple[float, bool]:
         """Megatron-core's `optimizer.step()`, with the guard before the update.
 
-        Returns the gradient norm before clipping.
+        Returns the gradient norm before clipping, and whether the guard allowed the update.
         """
         found_inf = self.optimizer.prepare_grads()
         grad_norm = math.inf if found_inf else self.optimizer.get_grad_norm()
-        self.guard.decide(loss, grad_norm)
+        updating = self.guard.decide(loss, grad_norm)
         self.clock.update()
+        if not updating:
+            return grad_norm, False
         for part in parts_of(self.optimizer):
             parameters = part.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
-        return grad_norm
+        return grad_norm, True
 
     def evaluate(self, batch: Batch) -> float:
         """Mean loss of the global batch without text dropout and without training. Collective."""

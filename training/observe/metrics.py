@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
-from torch import Tensor
 
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
@@ -34,6 +33,7 @@ from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.flops import peak_flops
 from landiff.training.observe.previews import Preview, write_preview
+from landiff.training.observe.scalars import read_scalars
 from landiff.training.observe.step_times import RankTimes, StepTimes, StragglerWatch
 from landiff.training.observe.trackers import Trackers
 
@@ -246,25 +246,6 @@ def format_metrics(step: int, total_steps: int, scalars: Mapping[str, float]) ->
     parts.append(f"{gib:.1f} GiB")
     parts.append(f"{left} left")
     return "  ".join(parts)
-
-
-def read_scalars(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """All values as floats. One copy from the device for any number of tensors."""
-    scalars: dict[str, float] = {}
-    tags = []
-    tensors: list[Tensor] = []
-    for tag, value in values.items():
-        if isinstance(value, Tensor):
-            scalars[tag] = 0.0  # keeps the order; replaced below
-            tags.append(tag)
-            tensors.append(value.detach().reshape(()).double())
-        else:
-            scalars[tag] = float(value)
-    if tensors:
-        device = tensors[0].device
-        copied = torch.stack([tensor.to(device) for tensor in tensors]).tolist()
-        scalars.update(zip(tags, copied, strict=True))
-    return scalars
 
 
 def drop_later_lines(path: Path, step: int) -> None:

@@ -11,7 +11,7 @@ number of ranks: they hold the same state, and every draw is keyed by its place 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class TokenizerEngine:
         """Build the tokenizer with initial weights from `loop.seed` or `init_from`."""
         self.config = config
         self.world = world
-        self.guard = Guard(world)
+        self.guard = Guard(config.loop, world)
         with rng.seeded(config.loop.seed, "weights"):
             self.tokenizer = SemanticTokenizer(config.model)
         if config.init_from is not None:
@@ -78,8 +78,10 @@ class TokenizerEngine:
         self.clock.start()
         number_of_parts = len(batch.micro_batches)
         features = [self._features(samples) for samples in batch.micro_batches]
+        buffers = self._copy_buffers()
         # A start from the zoo keeps its statistics: its decoder predicts features in their units.
-        if batch.step == 0 and config.model.normalize_features and config.init_from is None:
+        measured = config.model.normalize_features and config.init_from is None
+        if measured and not self.optimizer.state:  # no update yet
             self.tokenizer.set_feature_statistics(*self._statistics(features))
         rate = learning_rate(config.optim, batch.step, config.loop.steps)
         set_learning_rate(self.optimizer, rate)
@@ -100,10 +102,13 @@ class TokenizerEngine:
         grad_norm = clip_gradients(self.tokenizer.parameters(), config.optim.clip_grad)
         summed = self._sum(torch.cat([losses, counts]))
         loss, reconstruction, commitment = summed[:3] / self.world.size
-        self.guard.decide(loss, grad_norm)
+        updating = self.guard.decide(loss, grad_norm)
         self.clock.update()
-        self.optimizer.step()
-        self.ema.update(batch.step + 1)
+        if updating:
+            self.optimizer.step()
+            self.ema.update(batch.step + 1)
+        else:
+            self._restore_buffers(buffers)
         perplexity, used = codebook_use(summed[3:])
         metrics: dict[str, Tensor | float] = {
             "train/reconstruction": reconstruction,
@@ -120,7 +125,17 @@ class TokenizerEngine:
             tokens=clips * output.indices.shape[1],
             flops=clips * tokenizer_flops(config.model, features[0].shape[1]).total,
             times=self.clock.stop(),
+            skipped=not updating,
         )
+
+    def _copy_buffers(self) -> list[Tensor]:
+        """Copies of codebook, its moving averages and feature statistics, which forward changes."""
+        return [buffer.clone() for buffer in self.tokenizer.buffers()]
+
+    def _restore_buffers(self, copies: Sequence[Tensor]) -> None:
+        """Undo the changes of a forward pass whose step is skipped."""
+        for buffer, copy in zip(self.tokenizer.buffers(), copies, strict=True):
+            buffer.copy_(copy)
 
     def _reduce_gradients(self, enabled: bool) -> None:
         """Whether the next backward reduces gradients over the ranks."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from landiff.configs import load
 from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.model_zoo import registry
-from landiff.training.observe.metrics import read_scalars
+from landiff.training.observe.scalars import read_scalars
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 from landiff.training.tokenizer.engine import TokenizerEngine
