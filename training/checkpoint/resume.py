@@ -119,8 +119,11 @@ def check_no_other_weights(run: Path) -> list[Problem]:
 
 
 def foreign_weights(folder: Path) -> list[str]:
-    """Names in `folder`, without its subfolders, that belong to weights. Few of many."""
-    if folder.name.endswith(DAMAGED):
+    """Names in `folder`, without its subfolders, that belong to weights. Few of many.
+
+    Damaged checkpoints, and checkpoints that a killed run left half-written, do not count.
+    """
+    if folder.name.endswith(DAMAGED) or folder.name.startswith("."):
         return []
     names = []
     for path in sorted(folder.iterdir()):
