@@ -47,10 +47,21 @@ def check_trainer(config: TrainConfig, launch: Launch) -> tuple[list[Manifest], 
     problems += check_trackers(config)
     problems += check_writable("run", config.run)
     problems += check_resume(config)
+    if config.loop.val_every and config.data.validation is None:
+        problems.append(
+            Problem(
+                f"loop.val_every = {config.loop.val_every} validates on held-out clips, but "
+                "data.validation is null; set data.validation.fraction, for example 0.01, or "
+                "loop.val_every = 0"
+            )
+        )
     if not launch.inputs_exist:
         return [], problems
     manifests, found = check_data(config.data, config.columns)
-    return manifests, problems + found
+    problems += found
+    if manifests:
+        problems += check_validation(config.data, config.columns, manifests[0])
+    return manifests, problems
 
 
 def check_profile(config: TrainConfig, ranks: int) -> list[Problem]:
@@ -123,15 +134,17 @@ def check_decay(optim: OptimConfig, total_steps: int) -> list[Problem]:
     return []
 
 
-def check_data(data: DataConfig, columns: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
-    """Whether all data sets can be read and have `columns`.
+def check_data(
+    data: DataConfig, columns: Sequence[str], first: str = "data.manifest"
+) -> tuple[list[Manifest], list[Problem]]:
+    """Whether all data sets can be read and have `columns`. `first`: key of the first.
 
     Returns the manifests of all data sets, or none if there is a problem, and the problems.
     """
     manifests: list[Manifest] = []
     problems: list[Problem] = []
     for number, source in enumerate(data.sources):
-        key = "data.manifest" if number == 0 else f"data.blend.{number - 1}.manifest"
+        key = first if number == 0 else f"data.blend.{number - 1}.manifest"
         try:
             manifest = find_manifest(source)
         except ConfigError as error:
@@ -149,6 +162,26 @@ def check_data(data: DataConfig, columns: Sequence[str]) -> tuple[list[Manifest]
     if not data.adopt:
         problems += problems_of(lambda: check_blend(manifests, columns))
     return manifests, problems
+
+
+def check_validation(data: DataConfig, columns: Sequence[str], manifest: Manifest) -> list[Problem]:
+    """Whether the file or the data set of held-out clips can be read and fits the training data.
+
+    `manifest`: of the training data. Which clips are held out is only known when they are read.
+    """
+    if data.validation is None:
+        return []
+    source = data.validation.data_set
+    if source is None:
+        return problems_of(data.validation.read_clips)
+    key = "data.validation.data_set"
+    own = data.model_copy(
+        update={**source.model_dump(), "manifest": source.manifest, "blend": (), "validation": None}
+    )
+    found, problems = check_data(own, columns, f"{key}.manifest")
+    if found and not data.adopt:
+        problems += problems_of(lambda: check_blend([manifest, *found], columns, key))
+    return problems
 
 
 def check_manifest(

@@ -79,6 +79,11 @@ class LoopConfig(Config):
         default=0,
         description="Steps between two previews in TensorBoard. 0 switches previews off.",
     )
+    val_every: NonNegativeInt = Field(
+        default=0,
+        description="Steps between two validations on the clips of `data.validation`. The last "
+        "step is always validated. 0 switches validation off.",
+    )
     keep_last: PositiveInt = Field(
         default=2,
         description="Number of newest checkpoints to keep.",

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from landiff.configs import ownership
 from landiff.configs.base import ConfigError
@@ -94,6 +95,12 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on all ranks. It must be JSON-serializable."""
         return self.gather(value if self.rank == 0 else None)[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of CPU tensors over all ranks, in place. One all-reduce between CPUs."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
 
     def require_none(self, check: Callable[[], list[Problem]]) -> None:
         """Run `check` on rank 0 and raise its problems as one ConfigError on all ranks."""

@@ -6,7 +6,7 @@ itself, and DeepSpeed's engine runs backward, clipping and update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from landiff.data_pipeline.format.schema import Manifest
-from landiff.data_pipeline.loading.loader import Batch
+from landiff.data_pipeline.loading.held_out import HeldOutClips
+from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch
 from landiff.training.checkpoint.guard_state import GuardState
 from landiff.training.guard import Guard
 from landiff.training.observe.previews import Preview
@@ -105,6 +106,23 @@ class Engine(Protocol):
         """
         ...
 
+    def validate(self, batch: HeldOutBatch) -> dict[str, Tensor]:
+        """Sums over the counted samples of one micro-batch of held-out clips. Collective.
+
+        Returns float64 tensors of any shape, with equal names and shapes in every call and on all
+        ranks. Ranks that hold the same samples as another rank (tensor-parallel ranks after the
+        first, pipeline stages before the last) return zeros. Draws are keyed by the samples'
+        `index`. Weights, optimizer and random state stay unchanged.
+        """
+        ...
+
+    def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics by name, from the sums of `validate` over all batches and ranks.
+
+        The name "loss" is that of the validation loss. The trackers add the prefix "val/".
+        """
+        ...
+
     def preview(self) -> list[Preview]:
         """Videos for TensorBoard, or none. Collective; those of rank 0 are shown."""
         ...
@@ -114,6 +132,7 @@ class BatchSource(Protocol):
     """What the loop needs of a loader. `landiff.data_pipeline.loading.loader.Loader` is one."""
 
     manifest: Manifest
+    held_out: HeldOutClips
 
     def next_batch(self) -> Batch:
         """This rank's part of the next global batch."""

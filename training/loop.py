@@ -9,11 +9,23 @@ from __future__ import annotations
 from landiff.training.config import LoopConfig
 from landiff.training.engine import BatchSource, Engine, TrainState
 from landiff.training.run import Run
+from landiff.training.validation import validate
 
 
 def due(step: int, every: int) -> bool:
     """Whether an action that repeats every `every` steps is due after `step` steps. 0 is never."""
     return every > 0 and step % every == 0
+
+
+def validation_due(step: int, config: LoopConfig) -> bool:
+    """Whether to validate after `step` steps: every `val_every` steps, and after the last."""
+    return due(step, config.val_every) or (config.val_every > 0 and step == config.steps)
+
+
+def log_due(step: int, config: LoopConfig) -> bool:
+    """Whether to log step `step`: every `log_every` steps, after a validation, and the last."""
+    every = due(step, config.log_every)
+    return every or validation_due(step, config) or step == config.steps
 
 
 def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> TrainState:
@@ -37,7 +49,10 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
             run.metrics.count(batch, result)
             stopping = run.stop_requested()  # equal on all ranks
             last = stopping or state.step == config.steps
-            if state.step == config.steps or due(state.step, config.log_every):
+            if validation_due(state.step, config):
+                with run.metrics.timing("validation"):
+                    run.metrics.add_validation(validate(engine, loader, run))
+            if log_due(state.step, config):
                 run.metrics.log(state, result)  # the loop's only device sync
             if due(state.step, config.preview_every):
                 with run.metrics.timing("preview"):

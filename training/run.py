@@ -42,6 +42,7 @@ class Run:
         self.folder = folder
         self.world = world
         self.total_steps = config.loop.steps
+        self.has_ema = config.ema is not None
         if world.rank == 0:
             write_config(folder / CONFIG, config)
             self._stop_file.unlink(missing_ok=True)  # meant for an earlier attempt

@@ -62,15 +62,21 @@ def require_encoder(
     )
 
 
-def check_blend(manifests: Sequence[Manifest], columns: Sequence[str]) -> None:
-    """Raise ShardError if the data sets of a blend have columns of different encoders."""
+def check_blend(
+    manifests: Sequence[Manifest], columns: Sequence[str], key: str | None = None
+) -> None:
+    """Raise ShardError if the data sets of a blend have columns of different encoders.
+
+    `key`: config key of the second data set. None for entries of data.blend.
+    """
     for number, manifest in enumerate(manifests[1:]):
         for name in columns:
             first = manifests[0].columns[name]
             other = manifest.columns[name]
             if first.fingerprint != other.fingerprint:
+                where = key or f"data.blend.{number}"
                 raise ShardError(
-                    f"data.blend.{number}: its column {name!r} was made by {other.encoder} "
+                    f"{where}: its column {name!r} was made by {other.encoder} "
                     f"(fingerprint {other.fingerprint}), that of the first data set by "
                     f"{first.encoder} (fingerprint {first.fingerprint}); run `landiff precompute` "
                     "with one of them on both, or set data.adopt=true to mix them"

@@ -11,8 +11,9 @@ verify` compares whole shards.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -303,7 +304,9 @@ class AlignedColumns:
                 checksum=checksum,
                 remote=remote,
             )
-        self._excluded = _excluded_positions(manifest, columns)
+        self._rejected = _excluded_positions(manifest, columns)
+        self._excluded = self._rejected  # in a view, held-out clips too
+        self._keep = keep
         self._aligned = lru_cache(keep)(self._align)
         self.counts = np.array([shard.samples for shard in manifest.shards], dtype=np.int64)
         for number, positions in self._excluded.items():
@@ -311,8 +314,42 @@ class AlignedColumns:
 
     @property
     def exclusions(self) -> str:
-        """Fingerprint of the clips that are left out."""
-        return content_fingerprint(sorted(self._excluded.items()))
+        """Fingerprint of the clips that a column rejected."""
+        return content_fingerprint(sorted(self._rejected.items()))
+
+    def without(self, held_out: Mapping[int, Sequence[int]]) -> AlignedColumns:
+        """The same data set with further clips left out, by shard and position in the raw shard.
+
+        It shares the open files.
+        """
+        view = copy.copy(self)
+        view._excluded = dict(self._excluded)
+        view.counts = self.counts.copy()
+        for number, positions in held_out.items():
+            left_out = {*self._excluded.get(number, ()), *positions}
+            view._excluded[number] = sorted(left_out)
+            view.counts[number] = self.manifest.shards[number].samples - len(left_out)
+        view._aligned = lru_cache(self._keep)(view._align)
+        return view
+
+    def present(self, shard: int, position: int) -> bool:
+        """Whether the clip at a raw position is not left out."""
+        return position not in self._excluded.get(shard, ())
+
+    def slot(self, shard: int, position: int) -> int:
+        """The slot, as `read` takes it, of the clip at a raw position that is present."""
+        return self._aligned(shard).slots[0].index(position)
+
+    def key(self, shard: int, position: int) -> str:
+        """Key of the clip at a raw position, whether or not it is left out. Raises ShardError."""
+        return self._raw.index(shard).keys[position]
+
+    def meta(self, shard: int, position: int) -> RawSample:
+        """Metadata of the clip at a raw position, whether or not it is left out.
+
+        Raises ShardError.
+        """
+        return self._read_meta(shard, position, self.key(shard, position), None)
 
     def size(self, shard: int, slot: int) -> int:
         """Bytes of memory that `read` needs for this sample. Raises ShardError."""
@@ -349,7 +386,9 @@ class AlignedColumns:
         for reader in (self._raw, *self._readers.values()):
             reader.close()
 
-    def _read_meta(self, shard: int, position: int, key: str, memory: np.ndarray) -> RawSample:
+    def _read_meta(
+        self, shard: int, position: int, key: str, memory: np.ndarray | None
+    ) -> RawSample:
         """The metadata of the clip at a raw position, which must have the given key."""
         text = self._raw.read(shard, position, memory)
         try:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
-from landiff.configs.base import Config, ConfigError
+from landiff.configs.base import Config, ConfigError, refuse_values
 
 
 class SourceConfig(Config):
@@ -31,6 +39,74 @@ class SourceConfig(Config):
         description="How often each sample occurs in an epoch of the blend: 1 is once, 0.5 every "
         "second epoch, 2 twice.",
     )
+
+
+class ValidationConfig(Config):
+    """Which clips are held out of training, and how many of them are validated.
+
+    Exactly one of `fraction`, `clips`, `clips_file` and `data_set` is set. All clips of a held-out
+    video are left out of training, in all data sets of a blend.
+    """
+
+    fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Fraction of source videos that are held out, chosen by a hash of each video. "
+        "A video stays on its side as data grow.",
+    )
+    clips: tuple[str, ...] = Field(
+        default=(),
+        description="Keys of clips, or names of source videos as in `source` of the raw samples. "
+        "Other clips of the same videos are neither trained on nor validated.",
+    )
+    clips_file: Path | None = Field(
+        default=None, description="Text file with one entry of `clips` per line."
+    )
+    data_set: SourceConfig | None = Field(
+        default=None,
+        description="A data set of its own with the same columns. Clips of its videos are left out "
+        "of training.",
+    )
+    max_clips: PositiveInt = Field(
+        default=256,
+        description="Maximum number of validated clips: those with the lowest hash of their key.",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self, info: ValidationInfo) -> ValidationConfig:
+        values = {
+            "fraction": self.fraction,
+            "clips": self.clips,
+            "clips_file": self.clips_file,
+            "data_set": self.data_set,
+        }
+        given = [name for name, value in values.items() if value]
+        if len(given) != 1:
+            refuse_values(
+                info,
+                [
+                    f"set exactly one of {', '.join(values)}, not "
+                    f"{' and '.join(given) or 'none of them'}"
+                ],
+            )
+        return self
+
+    def read_clips(self) -> set[str]:
+        """The entries of `clips` or `clips_file`. Raises ConfigError."""
+        if self.clips_file is None:
+            return set(self.clips)
+        try:
+            lines = self.clips_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"data.validation.clips_file = {self.clips_file} cannot be read: {error}"
+            ) from None
+        return {line.strip() for line in lines if line.strip()}
+
+    def split_values(self) -> dict[str, Any]:
+        """The values that determine which clips are held out of training."""
+        return self.model_dump(mode="json", exclude={"max_clips"})
 
 
 class DataConfig(SourceConfig):
@@ -70,6 +146,11 @@ class DataConfig(SourceConfig):
     )
     adopt: bool = Field(
         default=False, description="Use columns even if their fingerprints do not agree."
+    )
+    validation: ValidationConfig | None = Field(
+        default=None,
+        description="Clips that are held out of training and validated every `loop.val_every` "
+        "steps. null trains on all clips.",
     )
 
     @property

@@ -12,15 +12,12 @@ freed.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.column_checks import check_blend, require_encoder
@@ -28,44 +25,20 @@ from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import (
     FORMAT_VERSION,
     Manifest,
-    RawSample,
     content_fingerprint,
 )
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.data_pipeline.format.tensors import Buffers
 from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
 from landiff.data_pipeline.loading.fetch_ahead import FetchAhead
+from landiff.data_pipeline.loading.held_out import HeldOutClips
 from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset
 from landiff.data_pipeline.loading.position import check_position
 from landiff.data_pipeline.loading.remote import RANK_PART, Remote, data_folder, open_remote
+from landiff.data_pipeline.loading.samples import Batch, Sample
+from landiff.data_pipeline.loading.split import Ranks, Split, find_split
 
 __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Columns of one clip."""
-
-    key: str
-    epoch: int
-    index: int  # in the endless stream: step * global batch size + position
-    position: int  # in the global batch
-    meta: RawSample
-    tensors: dict[str, Tensor]  # by column name, e.g. "tokens", "text-minilm"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The part of global batch `step` (from 0) that this data-parallel rank reads."""
-
-    step: int
-    global_batch_size: int
-    micro_batches: tuple[tuple[Sample, ...], ...]
-
-    @property
-    def samples(self) -> Iterator[Sample]:
-        """The samples of all micro-batches, in order."""
-        return itertools.chain.from_iterable(self.micro_batches)
 
 
 class Loader:
@@ -75,9 +48,18 @@ class Loader:
     """
 
     def __init__(
-        self, config: DataConfig, columns: Sequence[str], *, dp_rank: int, dp_size: int
+        self,
+        config: DataConfig,
+        columns: Sequence[str],
+        *,
+        dp_rank: int,
+        dp_size: int,
+        ranks: Ranks | None = None,
     ) -> None:
         """Open the data sets for data-parallel rank `dp_rank` of `dp_size`.
+
+        `ranks`: the processes that divide the search for held-out clips and build their loaders
+        together. None: this process searches alone.
 
         Raises ConfigError if the ranks do not divide the global batch, ShardError if the data do
         not agree with the config.
@@ -94,6 +76,20 @@ class Loader:
         self.manifest = self._sets[0].manifest
         if not config.adopt:
             check_blend([dataset.manifest for dataset in self._sets], columns)
+        self._files = list(self._sets)  # to close
+        self.held_out = HeldOutClips()
+        self._split: Split | None = None
+        if config.validation is not None:
+            self._split = self._find_split(columns, ranks)
+            self.held_out = HeldOutClips(
+                self._files,
+                self._split.clips,
+                dp_rank=dp_rank,
+                dp_size=dp_size,
+                micro_batch_size=config.micro_batch_size,
+            )
+            for number, positions in enumerate(self._split.positions):
+                self._sets[number] = self._sets[number].without(positions)
         self._order = BatchOrder(
             self._ordered_datasets(),
             seed=config.seed,
@@ -139,11 +135,14 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data and their identity: JSON values, equal on all ranks."""
-        return {
+        state = {
             "format": FORMAT_VERSION,
             "consumed_samples": self._step * self.config.global_batch_size,
             **self._identity(),
         }
+        if self._split is None:
+            del state["validation"]  # as in states from before there was validation
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch of `state`, on any number of ranks.
@@ -173,7 +172,7 @@ class Loader:
             self._fetch_ahead.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
-        for dataset in self._sets:
+        for dataset in self._files:
             dataset.close()
 
     def __enter__(self) -> Loader:
@@ -183,6 +182,20 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         """Close the loader."""
         self.close()
+
+    def _find_split(self, columns: Sequence[str], ranks: Ranks | None) -> Split:
+        """Find the held-out clips. Collective over `ranks`. Opens the validation data set."""
+        validation = self.config.validation
+        assert validation is not None
+        separate = None
+        if validation.data_set is not None:
+            remote = open_remote(validation.data_set)
+            self._remotes.append(remote)
+            separate = _open(validation.data_set, remote, self.config, columns)
+            self._files.append(separate)
+            if not self.config.adopt:
+                check_blend([self.manifest, separate.manifest], columns, "data.validation.data_set")
+        return find_split(validation, self._sets, separate, ranks)
 
     def _ordered_datasets(self) -> list[OrderedDataset]:
         datasets = []
@@ -194,7 +207,7 @@ class Loader:
     def _start_fetch_ahead(self) -> FetchAhead | None:
         """Start downloads if any data set is remote."""
         cache_bytes = []
-        for remote in self._remotes:
+        for remote in self._remotes[: len(self._sets)]:
             cache_bytes.append(int(RANK_PART * remote.max_bytes) if remote is not None else 0)
         if not any(cache_bytes):
             return None
@@ -215,8 +228,10 @@ class Loader:
             parts = [(dataset.manifest.fingerprint, source.weight) for dataset, source in pairs]
             data = content_fingerprint(*parts)
             exclusions = content_fingerprint(*[dataset.exclusions for dataset in self._sets])
+        split = self._split.fingerprint if self._split is not None else ""
         return {
             "data": data,
+            "validation": split,
             "num_samples": self.num_samples,
             "exclusions": exclusions,
             "seed": self.config.seed,

@@ -52,13 +52,22 @@ def keys_of(shard: int, samples: int) -> list[str]:
     return [hashlib.sha1(f"{shard}/{i}".encode()).hexdigest()[:12] for i in range(samples)]
 
 
-def write_raw(data: Path, sizes: list[int], mark: str = "raw") -> Manifest:
-    """Write raw shards of `sizes` samples and their manifest. `mark` is their fingerprint."""
+def write_raw(
+    data: Path,
+    sizes: list[int],
+    mark: str = "raw",
+    meta_of: Callable[[str], dict[str, object]] = lambda key: {},
+) -> Manifest:
+    """Write raw shards of `sizes` samples and their manifest. `mark` is their fingerprint.
+
+    `meta_of`: further metadata of a clip by key.
+    """
     entries: list[ShardEntry] = []
     for shard, samples in enumerate(sizes):
         with ShardWriter(data / RAW, f"{shard:06d}", fingerprint=mark) as writer:
             for key in keys_of(shard, samples):
-                meta = raw_sample(key, source=mark).model_dump_json().encode()
+                changes = {"source": mark} | meta_of(key)
+                meta = raw_sample(key, **changes).model_dump_json().encode()
                 writer.add(key, {"mp4": VIDEO, "json": meta})
         entries.append(writer.sidecar.entry)
     manifest = Manifest(

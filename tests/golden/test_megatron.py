@@ -23,6 +23,7 @@ from tests.data_pipeline.data_sets import raw_sample
 from tests.distributed import run_distributed
 from tests.golden.conftest import Case
 from tests.golden.released_models import close, lm_config
+from tests.training.lm.samples import evaluate
 
 
 def train_config(case: Case, parallel: dict[str, Any]) -> LMTrainConfig:
@@ -91,7 +92,7 @@ def forward(world: Any, folder: Path, parallel: dict[str, Any]) -> dict[str, Ten
             "ids": row.ids_N[: row.num_tokens],
         }
     samples = samples_of(case)
-    found["loss"] = engine.evaluate(Batch(0, len(samples), (samples,)))
+    found["loss"] = evaluate(engine, Batch(0, len(samples), (samples,)))
     engine.close()
     return found
 

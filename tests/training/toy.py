@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from landiff.configs.base import Config
 from landiff.configs.loader import load
 from landiff.data_pipeline.format.schema import Manifest, RawSample
-from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import keyed_random
 from landiff.training import distributed
-from landiff.training.config import LoopConfig, OptimConfig, TrainConfig
+from landiff.training.config import EmaConfig, LoopConfig, OptimConfig, TrainConfig
 from landiff.training.distributed import World
-from landiff.training.engine import StepResult, TrainState
+from landiff.training.ema import Ema
+from landiff.training.engine import Engine, StepResult, TrainState
 from landiff.training.guard import Guard
 from landiff.training.loop import fit
 from landiff.training.observe.config import TrackerConfig
@@ -37,6 +39,7 @@ class ToyConfig(TrainConfig):
     loop: LoopConfig
     model: ToyModelConfig = ToyModelConfig()
     optim: OptimConfig = OptimConfig(lr=0.1)
+    ema: EmaConfig | None = None
     trackers: tuple[TrackerConfig, ...] = ()
     global_batch_size: int = 4
 
@@ -48,6 +51,7 @@ class ToyLoader:
         self.config = config
         self.world = world
         self.manifest = Manifest(fingerprint="toy", config={}, shards=[])
+        self.held_out = held_out_batches(held_out_samples(), world.rank, world.size)
         self.step = 0
 
     def next_batch(self) -> Batch:
@@ -65,6 +69,47 @@ class ToyLoader:
 
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
+
+
+def held_out_samples(clips: int = 5) -> list[Sample]:
+    """Samples of the toy engine that it does not train on."""
+    samples = []
+    for number in range(clips):
+        x = torch.randn(3, generator=keyed_random.generator(0, "held out", number))
+        samples.append(Sample(f"{number:06d}", 0, number, 0, META, {"x": x}))
+    return samples
+
+
+def held_out_batches(
+    samples: Sequence[Sample], rank: int, ranks: int, micro_batch_size: int = 1
+) -> list[HeldOutBatch]:
+    """A rank's part of held-out samples. The partner of each is the one before it."""
+    batches = []
+    for start in range(0, len(samples), ranks * micro_batch_size):
+        numbers = range(start + rank, start + ranks * micro_batch_size, ranks)
+        chosen = [number % len(samples) for number in numbers]
+        batches.append(
+            HeldOutBatch(
+                samples=tuple(samples[number] for number in chosen),
+                others=tuple(samples[number - 1] for number in chosen),
+                counted=tuple(number < len(samples) for number in numbers),
+            )
+        )
+    return batches
+
+
+def validation_metrics(
+    engine: Engine, samples: Sequence[Sample], rank: int, ranks: int, micro_batch_size: int = 1
+) -> dict[str, float]:
+    """Metrics of all `samples`. Collective over the default process group, if there is one."""
+    sums: dict[str, torch.Tensor] = {}
+    for batch in held_out_batches(samples, rank, ranks, micro_batch_size):
+        for name, value in engine.validate(batch).items():
+            sums[name] = sums[name] + value if name in sums else value
+    if dist.is_initialized():
+        for value in sums.values():
+            dist.all_reduce(value)
+    return engine.summarize(sums)
 
 
 META = RawSample(
@@ -92,6 +137,7 @@ class ToyEngine:
     def __post_init__(self) -> None:
         self.weight = torch.zeros(self.config.model.width)
         self.momentum = torch.zeros(self.config.model.width)
+        self.ema = Ema(self.config.ema, [self.weight])
         self.seen: list[int] = []
         self.guard = Guard(self.config.loop, self.world)
 
@@ -107,7 +153,8 @@ class ToyEngine:
         updating = self.guard.decide(loss, gradient.norm())
         if updating:
             self.momentum = 0.9 * self.momentum + gradient
-            self.weight = self.weight - lr * self.momentum
+            self.weight -= lr * self.momentum
+            self.ema.update(batch.step + 1)
         metrics = {"train/extra": 2.0}
         return StepResult(loss, gradient.norm(), lr, metrics, tokens=7, skipped=not updating)
 
@@ -120,14 +167,26 @@ class ToyEngine:
 
     def load(self, folder: Path) -> None:
         state = load_file(folder / "toy.safetensors")
-        self.weight, self.momentum = state["weight"], state["momentum"]
+        self.weight.copy_(state["weight"])
+        self.momentum = state["momentum"]
 
     def local_weights(self) -> list[tuple[str, torch.Tensor]]:
         return [("weight", self.weight)]
 
     def weights(self, ema: bool) -> AbstractContextManager[None]:
-        assert not ema
-        return nullcontext()
+        return self.ema.applied(ema, lambda: None)
+
+    def validate(self, batch: HeldOutBatch) -> dict[str, torch.Tensor]:
+        (sample,) = batch.samples
+        x = sample.tensors["x"].double()
+        error = (x @ self.weight.double() - x.sum()).square()
+        counts = float(batch.counted[0])
+        return {"errors": torch.stack([error * counts, torch.tensor(counts).double()])}
+
+    def summarize(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        error, count = sums["errors"].tolist()
+        assert count == 5, count
+        return {"loss": error / count}
 
     def preview(self) -> list[Preview]:
         return [Preview("preview/noise", {"noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)})]

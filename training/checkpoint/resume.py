@@ -79,12 +79,36 @@ def check_checkpoint(folder: Path, config: TrainConfig) -> list[Problem]:
             "global_batch_size": config.data.global_batch_size,
         }
         problems += problems_of(lambda: check_position(state["loader"], known))
+    problems += problems_of(lambda: check_same_split(folder, stored, config))
     return problems
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a trainer wrote the folder, possibly damaged since."""
     return (folder / STATE).exists() or (folder / FILES).exists()
+
+
+def check_same_split(folder: Path, stored: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise ConfigError if the checkpoint was trained on another side of `data.validation`."""
+    data = stored.get("data")
+    before = data.get("validation") if isinstance(data, Mapping) else None
+    if isinstance(before, Mapping):
+        before = {name: value for name, value in before.items() if name != "max_clips"}
+    validation = config.data.validation
+    after = None if validation is None else validation.split_values()
+    if before != after:
+        raise ConfigError(
+            f"data.validation holds out other clips than in {folder}: {_given(after)} "
+            f"(checkpoint: {_given(before)}); the run would train on clips that it has validated, "
+            "or the other way round. Set it back, or start a new run (run=...)"
+        )
+
+
+def _given(values: Mapping[str, Any] | None) -> str:
+    """The values that are set, as text."""
+    if values is None:
+        return "null"
+    return str({name: value for name, value in values.items() if value})
 
 
 def check_no_other_weights(run: Path) -> list[Problem]:

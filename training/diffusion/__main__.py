@@ -24,7 +24,9 @@ def main(config_path: str) -> None:
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = build_engine(config, world)
-        loader = Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size)
+        loader = Loader(
+            config.data, config.columns, dp_rank=world.rank, dp_size=world.size, ranks=world
+        )
         fit(engine, loader, Run(config.run, config, world), config.loop)
 
 

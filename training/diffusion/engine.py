@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo.convert.formats.deepspeed import EMA, SHARDS, ZeroLayout, read_deepspeed
 from landiff.model_zoo.convert.rules import check_against
 from landiff.training.diffusion import zero
@@ -20,6 +20,7 @@ from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer
 from landiff.training.diffusion.step import Objective
+from landiff.training.diffusion.validation import clip_sums, summarize_sums
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
@@ -152,6 +153,18 @@ class DeepSpeedEngine:
     def weights(self, ema: bool) -> AbstractContextManager[None]:
         """Context in which forward passes read the moving averages, or the weights. Collective."""
         return self.ema.applied(ema, lambda: zero.publish_weights(self.zero))
+
+    @torch.no_grad()
+    def validate(self, batch: HeldOutBatch) -> dict[str, Tensor]:
+        """Sums of losses (training/diffusion/validation.py). Collective with ZeRO-3."""
+        self.zero.eval()
+        sums = clip_sums(self.zero, self.objective, batch)
+        self.zero.train()
+        return sums
+
+    def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics by name, from the sums of `validate`."""
+        return summarize_sums(sums)
 
     def preview(self) -> list[Preview]:
         """Videos of the first clip of this rank's last batch, none before the first step.

@@ -29,7 +29,9 @@ def main(config_path: str) -> None:
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = MegatronEngine(config, Guard(config.loop, world))
-        loader = Loader(config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size)
+        loader = Loader(
+            config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size, ranks=world
+        )
         fit(engine, loader, Run(config.run, config, world), config.loop)
         engine.close()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,18 +29,19 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from landiff.data_pipeline.loading.loader import Batch
+from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import registry
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
-from landiff.training.lm import checkpoint
+from landiff.training.lm import checkpoint, validation
 from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_weights, parts_of
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel
 from landiff.training.lm.model import InitialWeights, MegatronLM
+from landiff.training.lm.validation import ValidationRow
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import learning_rate
@@ -133,11 +135,11 @@ class MegatronEngine:
         rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
         self.clock.start()
         with megatron_device():
-            rows = self._rows(batch, train=True)
+            rows = [self._row(samples, train=True) for samples in batch.micro_batches]
             self._set_rate(rate)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
-            totals = self._run(forward_step, rows, train=True)  # `forward_step` has the loss
+            totals = self._totals(rows)  # `forward_step` has the loss
             loss_sum, num_targets, num_tokens, flops = totals.cpu().unbind()
             loss = loss_sum / num_targets
             grad_norm, updated = self._update(loss)
@@ -181,27 +183,19 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         return grad_norm, True
 
-    def evaluate(self, batch: Batch) -> float:
-        """Mean loss of the global batch without text dropout and without training. Collective."""
-        with megatron_device(), torch.no_grad():
-            totals = self._run(forward_step, self._rows(batch, train=False), train=False)
-        return float(totals[0] / totals[1])
+    def _row(self, samples: Sequence[Sample], *, train: bool) -> LMRow:
+        """One packed row, on the device. Texts are dropped only if `train`."""
+        return pack(samples, self.config, self.layout, train=train).to(self.device)
 
-    def _rows(self, batch: Batch, *, train: bool) -> list[LMRow]:
-        """One packed row per micro-batch, on the device."""
-        rows = []
-        for samples in batch.micro_batches:
-            row = pack(samples, self.config, self.layout, train=train)
-            rows.append(row.to(self.device))
-        return rows
-
-    def _run(self, step: Callable, rows: Sequence[LMRow], *, train: bool) -> Tensor:
+    def _run(
+        self, step: Callable, rows: Sequence[LMRow | ValidationRow], *, train: bool
+    ) -> list[Tensor]:
         """Run Megatron-core's schedule, which calls `step` for each row.
 
-        With `train` it runs the backward pass too, and sums gradients over the ranks. Returns
-        float64 [sum of losses, targets, tokens, FLOPs] of the global batch on all ranks.
+        With `train` it runs the backward pass too, and sums gradients over the ranks. Returns the
+        report of each row on the last pipeline stage, and nothing on the others.
         """
-        reports: list[Tensor] = self._forward_backward(
+        return self._forward_backward(
             forward_step_func=step,
             data_iterator=iter(rows),
             model=[self.ddp],
@@ -210,6 +204,13 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=not train,
         )
+
+    def _totals(self, rows: Sequence[LMRow]) -> Tensor:
+        """Train on `rows`, up to the gradients.
+
+        Returns float64 [sum of losses, targets, tokens, FLOPs] of the global batch on all ranks.
+        """
+        reports = self._run(forward_step, rows, train=True)
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             totals[:2] = torch.stack(reports).double().sum(0)
@@ -223,6 +224,27 @@ class MegatronEngine:
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
         return totals
+
+    @torch.no_grad()
+    def validate(self, batch: HeldOutBatch) -> dict[str, Tensor]:
+        """Sums of losses and correct predictions (training/lm/validation.py).
+
+        Each batch is one row with the clips' own captions and one with those of their partners.
+        """
+        frames = validation.max_frames(self.layout, self.config.model.max_positions)
+        own = validation.own_row(batch, self.config, self.layout)
+        other = validation.other_row(batch, self.config, self.layout)
+        with megatron_device():
+            rows = [part.to(self.device) for part in (own, other)]
+            reports = self._run(partial(validation.forward_step, frames=frames), rows, train=False)
+        reporting = parallel_state.is_pipeline_last_stage()
+        if not reporting or parallel_state.get_tensor_model_parallel_rank() > 0:
+            reports = []
+        return validation.named_sums(reports, frames, self.device)
+
+    def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics by name, from the sums of `validate`."""
+        return validation.summarize_sums(sums, self.layout)
 
     def load_weights(self, source: Mapping[str, Tensor]) -> None:
         """Load complete weights with the names of `landiff.model_zoo.lm.LanguageModel`.

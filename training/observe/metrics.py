@@ -4,8 +4,8 @@ metrics.jsonl holds one object per logged step, keyed by TensorBoard tag. A resu
 both to the step it resumes from, so that a killed run and an undisturbed one leave the same lines.
 
 Rates and times are means over the steps since the last logged one. `time/…` are seconds a step of
-rank 0, by part; previews, checkpoints and validation come after the line of their step, so they
-count in the next one.
+rank 0, by part; previews and checkpoints come after the line of their step, so they count in the
+next one.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class Metrics:
             self.peak_flops = peak_flops(torch.cuda.get_device_name(world.device))
         self._stragglers = StragglerWatch()
         self._writer: EventFile | None = None
+        self._validation: dict[str, float] = {}  # of the next line
+        self._validation_loss: float | None = None  # of the last validation, for the terminal
         self._reset()
 
     def resume(self, state: TrainState) -> None:
@@ -81,6 +83,11 @@ class Metrics:
         start = time.perf_counter()
         yield
         self._parts_s[part] = self._parts_s.get(part, 0.0) + time.perf_counter() - start
+
+    def add_validation(self, scalars: Mapping[str, float]) -> None:
+        """Keep the numbers of a validation for the next `log`, which must be of the same step."""
+        self._validation = dict(scalars)
+        self._validation_loss = self._validation.get("val/loss", self._validation_loss)
 
     def count(self, batch: Batch, result: StepResult) -> None:
         """Add one step to the throughput."""
@@ -123,13 +130,14 @@ class Metrics:
         times = [RankTimes(**rank["times"]) for rank in ranks]
         scalars |= self._stragglers.find(times, elapsed_s / self._steps)
         scalars |= largest([rank["memory"] for rank in ranks])
+        scalars |= self._validation
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.step, "time": time.time(), **scalars}) + "\n")
         for tag, value in scalars.items():
             self._open_writer.add_scalar(tag, value, state.step)
         if self.trackers is not None:
             self.trackers.log(state.step, scalars)
-        text = format_metrics(state.step, self.total_steps, scalars)
+        text = format_metrics(state.step, self.total_steps, scalars, self._validation_loss)
         self.progress.show(text, final=state.step >= self.total_steps)
         self._reset()
 
@@ -193,6 +201,7 @@ class Metrics:
         self._flops = 0.0
         self._parts_s: dict[str, float] = {}
         self._times: list[StepTimes] = []
+        self._validation = {}
 
 
 class StepProgress:
@@ -224,8 +233,13 @@ class StepProgress:
             self._width = 0
 
 
-def format_metrics(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
-    """The progress line."""
+def format_metrics(
+    step: int,
+    total_steps: int,
+    scalars: Mapping[str, float],
+    validation_loss: float | None = None,
+) -> str:
+    """The progress line. `validation_loss`: of the last validation."""
     steps_per_s = scalars["throughput/steps_per_s"]
     parts = [
         f"step {step}/{total_steps}",
@@ -234,6 +248,8 @@ def format_metrics(step: int, total_steps: int, scalars: Mapping[str, float]) ->
         f"grad {scalars['train/grad_norm']:.2f}",
         f"{scalars['throughput/samples_per_s']:.1f} samples/s",
     ]
+    if validation_loss is not None:
+        parts.insert(2, f"val {validation_loss:.4f}")
     if "throughput/tokens_per_s" in scalars:
         parts.append(f"{scalars['throughput/tokens_per_s']:.0f} tokens/s")
     if "throughput/mfu" in scalars:

@@ -23,7 +23,9 @@ def main(config_path: str) -> None:
     config = load(TokenizerTrainConfig, config_path)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
-        with Loader(config.data, config.columns, dp_rank=world.rank, dp_size=world.size) as loader:
+        with Loader(
+            config.data, config.columns, dp_rank=world.rank, dp_size=world.size, ranks=world
+        ) as loader:
             engine = TokenizerEngine(config, world)
             fit(engine, loader, Run(config.run, config, world), config.loop)
 

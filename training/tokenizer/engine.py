@@ -11,7 +11,7 @@ number of ranks: they hold the same state, and every draw is keyed by its place 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.tokenizer import SemanticTokenizer
@@ -37,6 +37,7 @@ from landiff.training.optim import adamw, clip_gradients, learning_rate, set_lea
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.preview import paint
 from landiff.training.tokenizer.sampling import KeyedSampling
+from landiff.training.tokenizer.validation import clip_sums, summarize_sums, zero_sums
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -231,6 +232,29 @@ class TokenizerEngine:
         The quantizer's buffers stay as they are.
         """
         return self.ema.applied(ema, lambda: None)
+
+    # ------------------------------------------------------------ validation
+
+    @torch.no_grad()
+    def validate(self, batch: HeldOutBatch) -> dict[str, Tensor]:
+        """Sums of errors and code counts (training/tokenizer/validation.py).
+
+        There is no collective in the forward pass, so clips that do not count are left out of it.
+        """
+        pairs = zip(batch.samples, batch.counted, strict=True)
+        samples = tuple(sample for sample, counted in pairs if counted)
+        if not samples:
+            return zero_sums(self.config.model, self.world.device)
+        features_BTChw = self._features(samples)
+        self.tokenizer.eval()
+        with self._autocast():
+            output = self.tokenizer(features_BTChw)
+        self.tokenizer.train()
+        return clip_sums(self.tokenizer, features_BTChw, output)
+
+    def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics by name, from the sums of `validate`."""
+        return summarize_sums(sums, self.config.model)
 
     # ------------------------------------------------------------ preview
 

@@ -18,6 +18,7 @@ from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from tests.training.lm.samples import evaluate as validation_loss
 from tests.training.lm.samples import tiny_batch, tiny_config
 
 STEPS = 3  # before the checkpoint; one more follows
@@ -83,7 +84,7 @@ def train(engine: MegatronEngine, first: int, end: int) -> tuple[float, float]:
 
 
 def evaluate(engine: MegatronEngine) -> float:
-    return engine.evaluate(tiny_batch(engine.config, 0, engine.dp_rank, engine.dp_size))
+    return validation_loss(engine, tiny_batch(engine.config, 0, engine.dp_rank, engine.dp_size))
 
 
 def fresh(config: LMTrainConfig) -> MegatronEngine:

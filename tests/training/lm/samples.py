@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from landiff.configs import load
 from landiff.data_pipeline.format.schema import RawSample
-from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.config import LMTrainConfig
+
+if TYPE_CHECKING:
+    from landiff.training.lm.engine import MegatronEngine
 
 MODEL = {
     "codebook_size": 40,
@@ -98,6 +102,19 @@ def longest_sample(config: LMTrainConfig) -> Sample:
     return replace(
         sample, meta=meta, tensors={config.tokens_column: tokens, config.text_column: text}
     )
+
+
+def evaluate(engine: MegatronEngine, batch: Batch) -> float:
+    """Validation loss of a batch of which every data-parallel rank has its part. Collective."""
+    sums: dict[str, torch.Tensor] = {}
+    for samples in batch.micro_batches:
+        count = len(samples)
+        part = HeldOutBatch(samples, (None,) * count, (True,) * count)
+        for name, value in engine.validate(part).items():
+            sums[name] = sums[name] + value if name in sums else value
+    for value in sums.values():
+        dist.all_reduce(value)
+    return engine.summarize(sums)["loss"]
 
 
 def tiny_batch(config: LMTrainConfig, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:

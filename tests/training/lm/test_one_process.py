@@ -20,7 +20,7 @@ from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
 from tests.distributed import run_distributed
-from tests.training.lm.samples import longest_sample, tiny_batch, tiny_config
+from tests.training.lm.samples import evaluate, longest_sample, tiny_batch, tiny_config
 
 STEPS = 5
 
@@ -136,7 +136,7 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
     engine = MegatronEngine(tiny_config(folder, vocab_multiple=128))
     batch = tiny_batch(config, 0)
     found["evaluated"] = (
-        engine.evaluate(batch),
+        evaluate(engine, batch),
         plain_loss(
             plain_model(config), batch, config.model_copy(update={"text_dropout": 0.0})
         ).item(),

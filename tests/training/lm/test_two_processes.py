@@ -15,7 +15,8 @@ from landiff.model_zoo.registry import weights_fingerprint
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
 from tests.distributed import run_distributed
-from tests.training.lm.samples import tiny_batch, tiny_config
+from tests.training.lm.samples import tiny_batch, tiny_config, tiny_sample
+from tests.training.toy import validation_metrics
 
 STEPS = 5
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -80,8 +81,15 @@ class Trained:
         }
 
 
+def held_out_metrics(engine: MegatronEngine) -> dict[str, float]:
+    """Metrics of seven clips that no step trains on."""
+    samples = [tiny_sample(engine.config, 1000 + number) for number in range(7)]
+    return validation_metrics(engine, samples, engine.dp_rank, engine.dp_size, 2)
+
+
 def one_process(world: Any, folder: Path) -> dict[str, Any]:
     run = Trained(folder, "one")
+    evaluated = held_out_metrics(run.engine)
     run.save(folder / "first" / "one")
     losses = run.steps(0, 1)
     gradients = run.condition_gradients()
@@ -89,16 +97,14 @@ def one_process(world: Any, folder: Path) -> dict[str, Any]:
     run.save(folder / "one")
     losses += run.steps(3, STEPS)
     run.engine.close()
-    return {"losses": losses, "gradients": gradients}
+    return {"losses": losses, "gradients": gradients, "evaluated": evaluated}
 
 
 def two_processes(world: Any, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": {}, "gradients": {}, "evaluated": {}, "moved": {}}
     for layout in LAYOUTS:
         run = Trained(folder, layout)
-        found["evaluated"][layout] = run.engine.evaluate(
-            tiny_batch(run.config, 0, run.engine.dp_rank, run.engine.dp_size)
-        )
+        found["evaluated"][layout] = held_out_metrics(run.engine)
         run.save(folder / "first" / layout)
         losses = run.steps(0, 1)
         found["gradients"][layout] = run.condition_gradients()
@@ -145,11 +151,10 @@ def test_every_layout_follows_one_process_through_five_steps(one, ranks, layout)
     assert ranks[1]["losses"][layout] == ranks[0]["losses"][layout]  # whatever the stage or copy
 
 
-def test_evaluation_is_the_same_in_every_layout(ranks):
-    expected = next(iter(ranks[0]["evaluated"].values()))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_validation_is_the_same_in_every_layout(one, ranks, layout):
     for rank in ranks:
-        for value in rank["evaluated"].values():
-            assert value == pytest.approx(expected, abs=1e-5)
+        assert rank["evaluated"][layout] == pytest.approx(one["evaluated"], abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "distributed" not in name])

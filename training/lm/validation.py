@@ -1,0 +1,174 @@
+"""Metrics of the language model on held-out clips.
+
+Shape letters (docs/glossary.md): N tokens of a packed row, B samples in it, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from landiff.data_pipeline.loading.samples import HeldOutBatch, Sample
+from landiff.model_zoo.token_layout import CODE, TokenLayout
+from landiff.training.lm.batch import LMRow, pack
+from landiff.training.lm.config import LMTrainConfig
+
+KINDS = ("codes", "structural", "codes with partner")
+VALUES = ("loss", "correct", "count")
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """A packed row of held-out clips, and which target each of its positions predicts.
+
+    frame_N: semantic frame of the target. -1 where nothing is predicted or the clip does not count.
+    is_code_N: whether the target is a code; otherwise it is a structural token.
+    has_partner_N: whether the clip has a partner with another caption.
+    """
+
+    row: LMRow
+    frame_N: Tensor
+    is_code_N: Tensor
+    has_partner_N: Tensor
+
+    @property
+    def ids_N(self) -> Tensor:
+        """The ids of the row."""
+        return self.row.ids_N
+
+    def to(self, device: torch.device) -> ValidationRow:
+        """A copy with all tensors on `device`."""
+        return ValidationRow(
+            self.row.to(device),
+            self.frame_N.to(device),
+            self.is_code_N.to(device),
+            self.has_partner_N.to(device),
+        )
+
+
+def own_row(batch: HeldOutBatch, config: LMTrainConfig, layout: TokenLayout) -> ValidationRow:
+    """The clips of a batch with their own captions."""
+    return _validation_row(batch, batch.samples, config, layout)
+
+
+def other_row(batch: HeldOutBatch, config: LMTrainConfig, layout: TokenLayout) -> ValidationRow:
+    """The clips of a batch with the captions of their partners."""
+    column = config.text_column
+    samples = []
+    for sample, other in zip(batch.samples, batch.others, strict=True):
+        text_LD = (other or sample).tensors[column]
+        samples.append(replace(sample, tensors={**sample.tensors, column: text_LD}))
+    return _validation_row(batch, samples, config, layout)
+
+
+def _validation_row(
+    batch: HeldOutBatch, samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout
+) -> ValidationRow:
+    row = pack(samples, config, layout, train=False)
+    length = len(row.ids_N)
+    frame_N = np.full(length, -1, dtype=np.int64)
+    is_code_N = np.zeros(length, dtype=bool)
+    has_partner_N = np.zeros(length, dtype=bool)
+    ends = row.cu_seqlens.tolist()[1:]
+    for number, (sample, end) in enumerate(zip(samples, ends, strict=False)):
+        if not batch.counted[number]:
+            continue
+        template = layout.template(layout.num_frames(sample.tensors[config.tokens_column].numel()))
+        is_start = (template == layout.start_iframe) | (template == layout.start_pframe)
+        # The last position predicts nothing, and each one before it the token that follows.
+        body = slice(end - 1 - len(template), end - 1)
+        frame_N[body] = np.cumsum(is_start) - 1  # EOS counts with the last frame
+        is_code_N[body] = template == CODE
+        has_partner_N[body] = batch.others[number] is not None
+    arrays = (frame_N, is_code_N, has_partner_N)
+    return ValidationRow(row, *[torch.from_numpy(array) for array in arrays])
+
+
+def max_frames(layout: TokenLayout, max_positions: int) -> int:
+    """An upper bound of the frames of a clip."""
+    return max_positions // (layout.pframe_tokens + 2) + 1
+
+
+def forward_step(
+    rows: Iterator[ValidationRow], model: nn.Module, frames: int
+) -> tuple[Tensor, Callable]:
+    """Forward of the next row, and the function that computes its sums from the logits.
+
+    As `landiff.training.lm.engine.forward_step`, for Megatron-core's schedule.
+    """
+    row = next(rows)
+
+    def sums(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A loss and a number of targets that nobody uses, and the report: `frame_sums`."""
+        report = frame_sums(logits_NV, row, frames)
+        unused = logits_NV.new_zeros(())
+        return unused, unused.to(torch.int), report
+
+    return model(row.row, logits=True), sums
+
+
+def frame_sums(logits_NV: Tensor, row: ValidationRow, frames: int) -> Tensor:
+    """Sums over the targets of each kind and frame, float64 [KINDS, frames, VALUES].
+
+    VALUES are the sum of losses, the number of correct predictions, and the number of targets.
+    """
+    targets_N = row.row.targets_N
+    loss_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    correct_N = logits_NV.argmax(-1) == targets_N
+    values = [loss_N.double(), correct_N.double(), torch.ones_like(loss_N).double()]
+    values_N3 = torch.stack(values, dim=1)
+    counted_N = row.frame_N >= 0
+    kinds_N = (row.is_code_N, ~row.is_code_N, row.is_code_N & row.has_partner_N)
+    sums = []
+    for kind_N in kinds_N:
+        chosen_N = counted_N & kind_N
+        total = values_N3.new_zeros(frames, len(VALUES))
+        sums.append(total.index_add(0, row.frame_N[chosen_N], values_N3[chosen_N]))
+    return torch.stack(sums)
+
+
+def named_sums(reports: Sequence[Tensor], frames: int, device: torch.device) -> dict[str, Tensor]:
+    """The reports of both rows by name: own captions and those of the partners.
+
+    Zeros if there are no reports.
+    """
+    shape = (len(KINDS), frames, len(VALUES))
+    if not reports:
+        reports = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2)]
+    own, other = reports
+    return {"own_caption": own, "other_caption": other}
+
+
+def summarize_sums(sums: Mapping[str, Tensor], layout: TokenLayout) -> dict[str, float]:
+    """Metrics by name, from the sums over all clips. Losses are in nats per token."""
+    codes, structural, own = sums["own_caption"]
+    is_iframe = torch.arange(len(codes)) % layout.segment_frames == 0
+    groups = {
+        "": codes.sum(0) + structural.sum(0),
+        "_codes": codes.sum(0),
+        "_structural": structural.sum(0),
+        "_iframe": codes[is_iframe].sum(0),
+        "_pframe": codes[~is_iframe].sum(0),
+    }
+    metrics = {}
+    for suffix, values in groups.items():
+        loss, correct, count = values.tolist()
+        if count:
+            metrics[f"loss{suffix}"] = loss / count
+            metrics[f"accuracy{suffix}"] = correct / count
+    for name, parts in (("frame", codes.split(1)), ("segment", codes.split(layout.segment_frames))):
+        for number, part in enumerate(parts):
+            loss, _, count = part.sum(0).tolist()
+            if count:
+                metrics[f"loss_{name}_{number:02d}"] = loss / count
+    own_loss, _, count = own.sum(0).tolist()
+    other_loss, _, _ = sums["other_caption"][2].sum(0).tolist()
+    if count:
+        metrics["loss_other_caption"] = other_loss / count
+        metrics["caption_gain"] = (other_loss - own_loss) / count
+    return metrics
