@@ -7,6 +7,8 @@ such as `configs/nano/model.yaml`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import (
     Field,
     NonNegativeInt,
@@ -57,6 +59,23 @@ class TokenizerConfig(Config):
     rope_theta: PositiveFloat = Field(
         default=10000.0, description="Base of the frequencies of the rotary embedding (§3.4)."
     )
+    latent_positions: Literal["diagonal", "grid"] = Field(
+        default="diagonal",
+        description="Positions of latent tokens in the rotary embedding. `diagonal`: latent m of a "
+        "segment is at (m, m, m), as in the release (§3.4). `grid`: the latents of a frame have "
+        "its time and are spread evenly over its rows and columns, so that a small model finds "
+        "the cells of each latent early.",
+    )
+    local_paths: bool = Field(
+        default=False,
+        description="Start each latent from the mean of the cells that it covers, and each decoded "
+        "cell from the latents that cover it, in addition to the learned query and mask token. A "
+        "small model then learns before its attention has formed. Needs `latent_positions: grid`.",
+    )
+    cell_mask_tokens: bool = Field(
+        default=False,
+        description="Learn a mask token for each cell of the grid instead of one for all cells.",
+    )
     normalize_features: bool = Field(
         default=False,
         description="Encode (f - mean) / (std + 1e-8) instead of the features f, per channel, and "
@@ -75,6 +94,12 @@ class TokenizerConfig(Config):
         description="A code whose moving average of uses per forward pass falls below this "
         "number is replaced by a vector of the batch.",
     )
+    dead_code_share: PositiveFloat | None = Field(
+        default=None,
+        description="Replaces `dead_code_threshold` by this share of the expected uses of a code "
+        "per forward pass, which are tokens of the global micro-batch / `codebook_size`. The same "
+        "share then means the same for every batch size. null: `dead_code_threshold` counts.",
+    )
     kmeans_iterations: PositiveInt = Field(
         default=10,
         description="Iterations of the k-means that initializes the codebook in the first forward "
@@ -89,6 +114,15 @@ class TokenizerConfig(Config):
                 f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a "
                 "multiple of 16: the rotary embedding splits a head 1/4 : 3/8 : 3/8 over time, "
                 "row and column"
+            )
+            refuse_values(info, [problem])
+        return self
+
+    @model_validator(mode="after")
+    def _paths_have_positions(self, info: ValidationInfo) -> TokenizerConfig:
+        if self.local_paths and self.latent_positions != "grid":
+            problem = (
+                "local_paths needs latent_positions = grid: latents on the diagonal cover no cells"
             )
             refuse_values(info, [problem])
         return self
@@ -227,6 +261,18 @@ class TransformerConfig(Config):
         default=1.875,
         description="Row and column indices are divided by this number in the position table.",
     )
+    rotary_theta: PositiveFloat | None = Field(
+        default=None,
+        description="Base of the frequencies of a rotary embedding of frame, row and column in the "
+        "attention of video tokens, in addition to the position table. Attention across patches "
+        "then forms early in training. null: none, as in the release.",
+    )
+    prediction: Literal["velocity", "clean"] = Field(
+        default="velocity",
+        description="What the network returns: the `velocity` v = a · noise - b · x0, as in the "
+        "release, or the `clean` latents x0, which a narrow model learns faster because it need "
+        "not pass the noise through.",
+    )
 
     @model_validator(mode="after")
     def _divides(self, info: ValidationInfo) -> TransformerConfig:
@@ -245,6 +291,12 @@ class TransformerConfig(Config):
             problems.append(
                 f"latent_height x latent_width = {self.latent_height} x {self.latent_width} does "
                 f"not divide into patches of {self.patch_size}"
+            )
+        if self.rotary_theta is not None and self.hidden_size // self.num_heads % 16:
+            problems.append(
+                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must be a "
+                "multiple of 16 with rotary_theta: the rotary embedding splits a head "
+                "1/4 : 3/8 : 3/8 over frame, row and column"
             )
         refuse_values(info, problems)
         return self

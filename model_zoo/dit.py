@@ -1,4 +1,5 @@
-"""Diffusion transformer with control branch: noisy latents, text and semantic features to velocity.
+"""Diffusion transformer with control branch: noisy latents, text and semantic features to velocity,
+or to clean latents where the noise schedule says so (`ScheduleConfig.prediction`).
 
 The text has no mask: its rows of padding are attended. A model therefore expects the number of text
 rows (`text_length`) that it was trained with, though it computes any number. The number of frames
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 from landiff.model_zoo.attention import attention
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
-from landiff.model_zoo.layers import run_block, sinusoid
+from landiff.model_zoo.layers import rotary_angles, rotate, run_block, sinusoid
 from landiff.model_zoo.semantic_condition import SemanticCondition
 
 BLOCK_NORM_EPS = 1e-5  # of input, MLP and final norms, as the released model computes them (§8.16)
@@ -62,6 +63,32 @@ def _axis_table(size: int, interpolation: float, dim: int, device: torch.device 
     """Sines, then cosines, of the positions along one axis: float32 [size, dim]."""
     positions = torch.arange(size, dtype=torch.float64, device=device) / interpolation
     return sinusoid(positions, dim, dtype=torch.float64, sines_first=True)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of the rotary embedding of all video tokens, float32 [N, d / 2] each."""
+
+    cos_Nd: Tensor
+    sin_Nd: Tensor
+
+
+def video_rotation(
+    config: TransformerConfig, num_frames: int, rows: int, columns: int, device: torch.device
+) -> Rotation | None:
+    """Rotary embedding of frame, row and column of each patch; None if the config has none."""
+    theta = config.rotary_theta
+    if theta is None:
+        return None
+    head_dim = config.hidden_size // config.num_heads
+    axes = [torch.arange(size, device=device) for size in (num_frames, rows, columns)]
+    positions_N3 = torch.cartesian_prod(*axes)
+    dims = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
+    angles = []
+    for axis, dim in enumerate(dims):
+        angles.append(rotary_angles(positions_N3[:, axis], dim, theta, dtype=torch.float64))
+    angles_Nd = torch.cat(angles, dim=1)
+    return Rotation(angles_Nd.cos(), angles_Nd.sin())
 
 
 def position_table_numel(config: TransformerConfig) -> int:
@@ -154,11 +181,13 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(dim, 4 * dim)
         self.mlp_out = nn.Linear(4 * dim, dim)
 
-    def forward(self, x_BSD: Tensor, time_BE: Tensor, text_length: int) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, time_BE: Tensor, text_length: int, rotation: Rotation | None = None
+    ) -> Tensor:
         """[B, S, D], [B, E] -> [B, S, D]. The first `text_length` positions are text."""
         first, second = self._modulations(time_BE)
         y_BSD = first.shift_and_scale(self.norm1(x_BSD), text_length)
-        x_BSD = x_BSD + first.gate(self._attend(y_BSD), text_length)
+        x_BSD = x_BSD + first.gate(self._attend(y_BSD, text_length, rotation), text_length)
         y_BSD = second.shift_and_scale(self.norm2(x_BSD), text_length)
         y_BSD = self.mlp_out(functional.gelu(self.mlp_in(y_BSD), approximate="tanh"))
         return x_BSD + second.gate(y_BSD, text_length)
@@ -171,12 +200,15 @@ class Block(nn.Module):
         text = chunks[6:]
         return Modulation(*text[:3], *video[:3]), Modulation(*text[3:], *video[3:])
 
-    def _attend(self, x_BSD: Tensor) -> Tensor:
+    def _attend(self, x_BSD: Tensor, text_length: int, rotation: Rotation | None) -> Tensor:
         qkv_BS3Ad = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1))
         q_BSAd, k_BSAd, v_BSAd = qkv_BS3Ad.unbind(2)
         # Under autocast the norms return float32. The attention kernels need one dtype.
         q_BSAd = self.query_norm(q_BSAd).to(v_BSAd.dtype)
         k_BSAd = self.key_norm(k_BSAd).to(v_BSAd.dtype)
+        if rotation is not None:
+            q_BSAd = _rotate_video(q_BSAd, text_length, rotation)
+            k_BSAd = _rotate_video(k_BSAd, text_length, rotation)
         return self.out(attention(q_BSAd, k_BSAd, v_BSAd).flatten(2))
 
     def init_weights(self, num_layers: int, zero_modulation: bool) -> None:
@@ -199,6 +231,12 @@ class Block(nn.Module):
         if zero_modulation:
             nn.init.zeros_(self.modulation.weight)
             nn.init.zeros_(self.modulation.bias)
+
+
+def _rotate_video(x_BSAd: Tensor, text_length: int, rotation: Rotation) -> Tensor:
+    """Rotates the heads of the video tokens and leaves those of the text as they are."""
+    video_BNAd = rotate(x_BSAd[:, text_length:], rotation.cos_Nd, rotation.sin_Nd)
+    return torch.cat([x_BSAd[:, :text_length], video_BNAd], dim=1)
 
 
 class TransformerOutput(nn.Module):
@@ -262,9 +300,20 @@ class DiffusionTransformer(nn.Module):
         check_latents(self.config, latents_BTCHW)
         text_length = text_BLD.shape[1]
         x_BSD, time_BE = self.input(latents_BTCHW, timestep_B, text_BLD)
+        rotation = self.rotation(latents_BTCHW)
         for block in self.blocks:
-            x_BSD = run_block(block, x_BSD, time_BE, text_length, recompute=self.recompute)
+            x_BSD = run_block(
+                block, x_BSD, time_BE, text_length, rotation, recompute=self.recompute
+            )
         return self.finish(x_BSD, time_BE, text_length, latents_BTCHW.shape)
+
+    def rotation(self, latents_BTCHW: Tensor) -> Rotation | None:
+        """Rotary embedding of the patches of `latents_BTCHW`, None if the config has none."""
+        patch = self.config.patch_size
+        num_frames, _, height, width = latents_BTCHW.shape[1:]
+        return video_rotation(
+            self.config, num_frames, height // patch, width // patch, latents_BTCHW.device
+        )
 
     def finish(self, x_BSD: Tensor, time_BE: Tensor, text_length: int, shape: torch.Size) -> Tensor:
         """Final norm and output layers: [B, S, D], the last block's output, to [B, T, C, H, W]."""
@@ -359,12 +408,13 @@ class ControlledDiffusion(nn.Module):
         recompute = self.recompute
         x_BSD, time_BE = main.input(latents_BTCHW, timestep_B, text_BLD)
         h_BSD, control_time_BE = control.input(latents_BTCHW + semantic_BTCHW, timestep_B, text_BLD)
+        rotation = main.rotation(latents_BTCHW)
         for layer, block in enumerate(main.blocks):
-            x_BSD = run_block(block, x_BSD, time_BE, length, recompute=recompute)
+            x_BSD = run_block(block, x_BSD, time_BE, length, rotation, recompute=recompute)
             if layer < len(control.blocks):
                 control_block = control.blocks[layer]
                 h_BSD = run_block(
-                    control_block, h_BSD, control_time_BE, length, recompute=recompute
+                    control_block, h_BSD, control_time_BE, length, rotation, recompute=recompute
                 )
                 h_BSD = control.projections[layer](h_BSD)
                 x_BSD = x_BSD + h_BSD

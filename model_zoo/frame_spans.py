@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from landiff.model_zoo.attention import attention
+from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.layers import rotary_angles
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,97 @@ class AttentionSpan:
     queries: tuple[slice, ...]
     keys: tuple[slice, ...]
     causal: bool = False
+
+
+@dataclass(frozen=True)
+class LatentGrid:
+    """The latents of a frame as a grid that is spread evenly over the frame's cells.
+
+    rows, columns: of the latents. height, width: of the cells. Latents are numbered row by row.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    @staticmethod
+    def of(count: int, height: int, width: int) -> LatentGrid:
+        """The division of `count` latents whose shape is closest to that of the cells."""
+        best = 1
+        for rows in range(1, count + 1):
+            if count % rows == 0 and _skew(rows, count, height, width) < _skew(
+                best, count, height, width
+            ):
+                best = rows
+        return LatentGrid(best, count // best, height, width)
+
+    def centers(self) -> Tensor:
+        """Row and column of the centre of each latent in cells, float64 [rows · columns, 2]."""
+        row = (torch.arange(self.rows, dtype=torch.float64) + 0.5) * self.height / self.rows - 0.5
+        column = torch.arange(self.columns, dtype=torch.float64) + 0.5
+        column = column * self.width / self.columns - 0.5
+        return torch.cartesian_prod(row, column)
+
+    def overlap(self) -> Tensor:
+        """Area of each cell that each latent covers, float32 [rows · columns, height · width]."""
+        over_rows = _overlap(self.rows, self.height)
+        over_columns = _overlap(self.columns, self.width)
+        return torch.einsum("ry,cx->rcyx", over_rows, over_columns).flatten(2).flatten(0, 1)
+
+
+def _skew(rows: int, count: int, height: int, width: int) -> float:
+    """Factor, at least 1, between the shapes of a latent's region and of a square."""
+    ratio = (height / rows) / (width * rows / count)
+    return max(ratio, 1 / ratio)
+
+
+def _overlap(parts: int, cells: int) -> Tensor:
+    """Length of each cell that each of `parts` equal parts covers, float32 [parts, cells]."""
+    edges = torch.arange(parts + 1, dtype=torch.float64) * cells / parts
+    cell = torch.arange(cells, dtype=torch.float64)
+    stop = torch.minimum(edges[1:, None], cell + 1)
+    start = torch.maximum(edges[:-1, None], cell)
+    return (stop - start).clamp(min=0).float()
+
+
+def grid_angles(sequence: Sequence, config: TokenizerConfig, device: torch.device) -> Tensor:
+    """Angles of the rotary embedding with latents spread over the cells of their frame.
+
+    Returns float32 [S, d/2]. Visual tokens have the position (frame, row, column).
+    """
+    height = config.grid_height
+    width = config.grid_width
+    visual = torch.arange(sequence.num_visual)
+    cell = visual % sequence.frame_tokens
+    parts = [
+        torch.stack([visual // sequence.frame_tokens, cell // width, cell % width], 1).double()
+    ]
+    for frame in range(sequence.num_frames):
+        count = sequence.pframe_tokens if frame else sequence.iframe_tokens
+        centers = LatentGrid.of(count, height, width).centers()
+        parts.append(torch.cat([centers.new_full((count, 1), frame), centers], dim=1))
+    positions_S3 = torch.cat(parts).to(device)
+    head_dim = config.hidden_size // config.num_heads
+    dims = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
+    angles = []
+    for axis, dim in enumerate(dims):
+        angles.append(
+            rotary_angles(positions_S3[:, axis], dim, config.rope_theta, dtype=torch.float64)
+        )
+    return torch.cat(angles, dim=1)
+
+
+def covering(config: TokenizerConfig, sequence: Sequence, device: torch.device) -> Tensor:
+    """Area of each visual position that each latent covers, float32 [N, T · h · w].
+
+    A latent covers cells of its own frame only.
+    """
+    blocks = []
+    for frame in range(sequence.num_frames):
+        count = sequence.pframe_tokens if frame else sequence.iframe_tokens
+        blocks.append(LatentGrid.of(count, config.grid_height, config.grid_width).overlap())
+    return torch.block_diag(*blocks).to(device)
 
 
 def encoder_spans(sequence: Sequence) -> list[AttentionSpan]:

@@ -1,7 +1,7 @@
 """Noise schedule of the diffusion model, shifted and with zero terminal signal, and its loss.
 
 A noisy latent is x_t = a_t · x0 + b_t · noise with a = sqrt(alpha_cumprod) and b = sqrt(1 - a²).
-The network predicts the velocity v = a · noise - b · x0, so x0 = a · x_t - b · v.
+The network predicts the velocity v = a · noise - b · x0, so x0 = a · x_t - b · v, or x0 itself.
 
 Shape letters (docs/glossary.md): B batch, T latent frames, C channels, H, W height and width in
 latent cells.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.config import ScheduleConfig
+
+# What a network returns: the velocity, or the clean latents x0.
+Prediction = Literal["velocity", "clean"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class DenoisingLoss:
     per_sample: float32 [B].
     per_frame: squared error of each latent frame, prefix included, float32 [B, T].
     noised: input of the network, float32 [B, T, C, H, W].
-    velocity: prediction of the network, float32 [B, T, C, H, W].
+    velocity: velocity that the network predicts, float32 [B, T, C, H, W].
     """
 
     loss: Tensor
@@ -96,6 +100,24 @@ class NoiseSchedule:
         """x0 that follows from x_t and a velocity, float32 [B, T, C, H, W]."""
         a = self.signal(timestep_B)
         return a * x_BTCHW.float() - noise_level(a) * velocity_BTCHW.float()
+
+    def as_velocity(
+        self,
+        output_BTCHW: Tensor,
+        noised_BTCHW: Tensor,
+        timestep_B: Tensor,
+        prediction: Prediction,
+    ) -> Tensor:
+        """The velocity that an output of the network stands for, float32 [B, T, C, H, W].
+
+        noised_BTCHW: x_t that the network received. It counts where the prediction is x0: the
+        velocity is then (a · x_t - x0) / b.
+        """
+        output_BTCHW = output_BTCHW.float()
+        if prediction == "velocity":
+            return output_BTCHW
+        a = self.signal(timestep_B)
+        return (a * noised_BTCHW.float() - output_BTCHW) / noise_level(a)
 
     def loss_weight(self, timestep_B: Tensor) -> Tensor:
         """Weight with which the squared error of x0 equals that of the velocity, float32 [B]."""
@@ -150,15 +172,21 @@ def denoising_loss(
     *,
     fixed_frames: int | Tensor = 0,
     fixed_BTCHW: Tensor | None = None,
+    prediction: Prediction = "velocity",
+    max_snr_weight: float | None = None,
 ) -> DenoisingLoss:
-    """Mean squared error of the velocity (docs/specification.md §5.6).
+    """Mean squared error of the velocity (docs/specification.md §5.6), weighted if so configured.
 
-    network(noised_BTCHW, timestep_B) is the model with its conditions and returns velocity_BTCHW.
+    network(noised_BTCHW, timestep_B) is the model with its conditions and returns what `prediction`
+        names.
     x0_BTCHW, noise_BTCHW: clean latents and noise; timestep_B: int64.
     fixed_frames: number of latent frames at the start that the network receives without noise and
         that do not count in the loss, one int or int64 [B] with a number per sample. All frames
         have the same timestep. This trains a chunk that continues finished frames (§5.8).
     fixed_BTCHW: latents of which the network receives those first frames; `x0_BTCHW` by default.
+
+    max_snr_weight: upper limit of the weight 1 / b² of the squared error of x0. None: no limit, so
+        the loss is the squared error of the velocity.
 
     The loss equals the weighted squared error of x0, without its cancellation at small timesteps.
     Raises ValueError where `fixed_frames` leaves no frame to denoise.
@@ -174,10 +202,14 @@ def denoising_loss(
     is_noisy = denoised_BT[:, :, None, None, None]
     given_BTCHW = x0_BTCHW if fixed_BTCHW is None else fixed_BTCHW
     noised_BTCHW = torch.where(is_noisy, noised_BTCHW, given_BTCHW.float())
-    velocity_BTCHW = network(noised_BTCHW, timestep_B).float()
+    output_BTCHW = network(noised_BTCHW, timestep_B)
+    velocity_BTCHW = schedule.as_velocity(output_BTCHW, noised_BTCHW, timestep_B, prediction)
     error_BTCHW = velocity_BTCHW - schedule.velocity(x0_BTCHW, noise_BTCHW, timestep_B)
     error_BT = error_BTCHW.square().mean(dim=(2, 3, 4))
     loss_B = (error_BT * denoised_BT).sum(dim=1) / denoised_BT.sum(dim=1)
+    if max_snr_weight is not None:
+        # The error of x0 would weigh 1 / b². The squared error of the velocity has this weight.
+        loss_B = loss_B * (max_snr_weight / schedule.loss_weight(timestep_B)).clamp(max=1)
     return DenoisingLoss(
         loss=loss_B.mean(),
         per_sample=loss_B,

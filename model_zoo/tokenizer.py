@@ -28,8 +28,10 @@ from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.frame_spans import (
     AttentionSpan,
     Sequence,
+    covering,
     decoder_spans,
     encoder_spans,
+    grid_angles,
     span_attention,
 )
 from landiff.model_zoo.layers import rotary_angles, rotate, run_block
@@ -84,11 +86,13 @@ class Context:
     """Attention spans and rotations, which are the same for all blocks of a stack.
 
     cos_Sd, sin_Sd: float32 [S, d/2].
+    covered_NV: `covering` of the V visual positions, where the config has local paths.
     """
 
     spans: list[AttentionSpan]
     cos_Sd: Tensor
     sin_Sd: Tensor
+    covered_NV: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -158,6 +162,9 @@ class Encoder(Stack):
         pframe_queries = self.pframe_queries.repeat(sequence.num_frames - 1, 1)
         queries_ND = torch.cat([self.iframe_queries, pframe_queries])
         queries_BND = queries_ND.to(visual_BSD.dtype).expand(len(visual_BSD), -1, -1)
+        if context.covered_NV is not None:
+            shares_NV = context.covered_NV / context.covered_NV.sum(dim=1, keepdim=True)
+            queries_BND = queries_BND + shares_NV.to(visual_BSD.dtype) @ visual_BSD
         x_BSD = torch.cat([visual_BSD, queries_BND], dim=1)
         latents_BND = self.run(x_BSD, context, slice(sequence.num_visual, None))
         return self.head(latents_BND)
@@ -170,7 +177,8 @@ class Decoder(Stack):
         super().__init__(config)
         dim = config.hidden_size
         self.embed = nn.Linear(config.token_size, dim)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
+        masks = config.grid_height * config.grid_width if config.cell_mask_tokens else 1
+        self.mask_token = nn.Parameter(torch.randn(1, masks, dim) * dim**-0.5)
         self.head_in = nn.Linear(dim, 2 * dim)
         self.head_out = nn.Linear(2 * dim, config.feature_channels)
 
@@ -178,7 +186,12 @@ class Decoder(Stack):
         """[B, N, Z] -> features of the visual positions, [B, T · h · w, C]."""
         latents_BND = self.embed(latents_BNZ)
         mask_token = self.mask_token.to(latents_BND.dtype)
+        if mask_token.shape[1] > 1:
+            mask_token = mask_token.repeat(1, sequence.num_frames, 1)
         visual_BSD = mask_token.expand(len(latents_BND), sequence.num_visual, -1)
+        if context.covered_NV is not None:
+            shares_VN = (context.covered_NV / context.covered_NV.sum(dim=0, keepdim=True)).T
+            visual_BSD = visual_BSD + shares_VN.to(latents_BND.dtype) @ latents_BND
         x_BSD = torch.cat([visual_BSD, latents_BND], dim=1)
         visual_BSD = self.run(x_BSD, context, slice(0, sequence.num_visual))
         return self.head_out(torch.tanh(self.head_in(visual_BSD)))
@@ -218,6 +231,8 @@ class Quantizer(VectorQuantize):
         # meta and then loaded.
         del self.zero
         self.zero = torch.zeros((), device="cpu")
+        self.dead_code_share = config.dead_code_share
+        self.world_size = torch.distributed.get_world_size() if synced else 1
         self.register_load_state_dict_pre_hook(_load_as_float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -237,10 +252,18 @@ class Quantizer(VectorQuantize):
         Returns the values of the codes (float32 [B, N, Z], with gradients), the codes (int64
         [B, N]) and the commitment loss.
         """
+        if self.dead_code_share is not None:
+            expected = latents_BNZ.shape[:2].numel() * self.world_size / self.codebook_size
+            self._codebook.threshold_ema_dead_code = self.dead_code_share * expected
         with torch.autocast(latents_BNZ.device.type, enabled=False):
             outputs = self(latents_BNZ.float(), return_loss_breakdown=True)
         values_BNZ, indices_BN, _, losses = outputs
         return values_BNZ, indices_BN, losses.commitment
+
+    def bypass(self, latents_BNZ: Tensor) -> Tensor:
+        """Latents through the projections to code vectors and back, [B, N, Z], not quantized."""
+        with torch.autocast(latents_BNZ.device.type, enabled=False):
+            return self.project_out(self.project_in(latents_BNZ.float()))
 
     @torch.no_grad()
     def nearest(self, latents_BNZ: Tensor) -> Tensor:
@@ -403,16 +426,23 @@ class SemanticTokenizer(nn.Module):
             lengths.append(rest)
         return lengths
 
-    def forward(self, features_BTChw: Tensor) -> TokenizerOutput:
+    def forward(self, features_BTChw: Tensor, quantized: bool = True) -> TokenizerOutput:
         """Losses, codes and reconstruction of one segment, [B, T, C, h, w].
 
-        In training mode it also updates the codebook. Raises ValueError for a wrong shape and, in
-        eval mode, for an untrained codebook.
+        In training mode it also updates the codebook. Without `quantized` the decoder receives the
+        latents as they are, projected to the width of code vectors and back: the codes are then 0
+        and the commitment loss is 0. Raises ValueError for a wrong shape and, in eval mode, for an
+        untrained codebook.
         """
         if self.config.normalize_features:
             features_BTChw = self.normalize(features_BTChw)
         latents_BNZ = self.encode_latents(features_BTChw)
-        if self.training:
+        if not quantized:
+            values_BNZ = self.quantizer.bypass(latents_BNZ)
+            indices_BN = torch.zeros(latents_BNZ.shape[:2], dtype=torch.int64)
+            indices_BN = indices_BN.to(latents_BNZ.device)
+            commitment = values_BNZ.new_zeros(())
+        elif self.training:
             values_BNZ, indices_BN, commitment = self.quantizer.quantize(latents_BNZ)
         else:
             indices_BN = self.quantizer.nearest(latents_BNZ)
@@ -442,10 +472,14 @@ class SemanticTokenizer(nn.Module):
     ) -> Context:
         config = self.config
         head_dim = config.hidden_size // config.num_heads
-        angles_Sd = sequence_angles(
-            sequence, config.grid_width, head_dim, config.rope_theta, device
-        )
-        return Context(spans=spans, cos_Sd=angles_Sd.cos(), sin_Sd=angles_Sd.sin())
+        if config.latent_positions == "grid":
+            angles_Sd = grid_angles(sequence, config, device)
+        else:
+            angles_Sd = sequence_angles(
+                sequence, config.grid_width, head_dim, config.rope_theta, device
+            )
+        covered_NV = covering(config, sequence, device) if config.local_paths else None
+        return Context(spans, angles_Sd.cos(), angles_Sd.sin(), covered_NV)
 
     def _check_features(self, features_BTChw: Tensor) -> None:
         """Raises ValueError for features that are not [B, T, C, h, w] with the configured sizes."""

@@ -92,7 +92,10 @@ def diffusion_loss(
     if prefix:
         parts = [latents_BTCHW[:, :prefix], noised_BTCHW[:, prefix:]]
         noised_BTCHW = torch.cat(parts, dim=1)
-    velocity_BTCHW = model(noised_BTCHW, timestep_B, text_BLD, features_BTChw)
+    output_BTCHW = model(noised_BTCHW, timestep_B, text_BLD, features_BTChw)
+    velocity_BTCHW = schedule.as_velocity(
+        output_BTCHW, noised_BTCHW, timestep_B, model.config.transformer.prediction
+    )
     target_BTCHW = schedule.velocity(latents_BTCHW, noise_BTCHW, timestep_B)
-    error = functional.mse_loss(velocity_BTCHW[:, skip:].float(), target_BTCHW[:, skip:])
+    error = functional.mse_loss(velocity_BTCHW[:, skip:], target_BTCHW[:, skip:])
     return error.item()

@@ -22,7 +22,8 @@ def build(
 ) -> VisionFeatures: ...
 @overload
 def build(
-    config: configs.DctConfig | configs.CogVideoXVaeConfig, device: str | torch.device = "cpu"
+    config: configs.DctConfig | configs.PcaConfig | configs.CogVideoXVaeConfig,
+    device: str | torch.device = "cpu",
 ) -> LatentCodec: ...
 @overload
 def build(
@@ -51,6 +52,10 @@ def build(
             from landiff.model_zoo.frozen import dct
 
             return dct.build(config, device)
+        case configs.PcaConfig():
+            from landiff.model_zoo.frozen import pca
+
+            return pca.build(config, device)
         case configs.CogVideoXVaeConfig():
             from landiff.model_zoo.frozen import cogvideox_vae
 

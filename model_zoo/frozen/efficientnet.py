@@ -1,4 +1,7 @@
-"""EfficientNet-Lite0 as vision features: the 112-channel map at stride 16, before the last stage.
+"""EfficientNet-Lite0 as vision features: an inner map with cells of 16 pixels.
+
+With 11 blocks it is the 112-channel map at stride 16, before the last stage. With 5 blocks it is
+the 40-channel map at stride 8, averaged over 2 x 2.
 
 Pixels are (u / 255 - mean) / std with the ImageNet constants of the package. Frames are not
 resized: if sides are multiples of 16, the network's fixed padding equals "same" padding at every
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from landiff.model_zoo.frozen.checks import package_folders
 from landiff.model_zoo.frozen.config import EfficientNetConfig
@@ -33,6 +37,8 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 NUM_BLOCKS = 11  # blocks up to the last one at stride 16
+CHANNELS = {5: 40, 11: 112}  # by number of blocks
+STRIDES = {5: 8, 11: 16}
 
 
 class EfficientNetFeatures(nn.Module):
@@ -42,7 +48,6 @@ class EfficientNetFeatures(nn.Module):
     """
 
     name = "efficientnet-lite0"
-    channels = 112
     cell = 16
 
     mean: Tensor
@@ -50,16 +55,18 @@ class EfficientNetFeatures(nn.Module):
     channel_mean: Tensor
     channel_std: Tensor
 
-    def __init__(self, network: Any, fingerprint: str) -> None:
+    def __init__(self, network: Any, fingerprint: str, num_blocks: int = NUM_BLOCKS) -> None:
         super().__init__()
         self.fingerprint = fingerprint
+        self.channels = CHANNELS[num_blocks]
+        self.pooled = self.cell // STRIDES[num_blocks]
         self.stem: nn.Module = network._conv_stem
         self.stem_norm: nn.Module = network._bn0
         self.activation: nn.Module = network._swish  # ReLU6 in the lite family
-        self.blocks: nn.ModuleList = network._blocks[:NUM_BLOCKS]
+        self.blocks: nn.ModuleList = network._blocks[:num_blocks]
         self.register_buffer("mean", torch.tensor(MEAN).mul(255)[:, None, None])
         self.register_buffer("std", torch.tensor(STD).mul(255)[:, None, None])
-        norms = [block._bn2 for block in network._blocks[:NUM_BLOCKS]]
+        norms = [block._bn2 for block in network._blocks[:num_blocks]]
         summed = [norm for norm in norms if norm.num_features == self.channels]
         mean = sum(norm.bias.detach() for norm in summed)
         variance = sum(norm.weight.detach() ** 2 for norm in summed)
@@ -69,7 +76,7 @@ class EfficientNetFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames_BTHWC: Tensor) -> Tensor:
-        """uint8 [B, T, H, W, 3] -> float32 [B, T, 112, H / 16, W / 16].
+        """uint8 [B, T, H, W, 3] -> float32 [B, T, C, H / 16, W / 16].
 
         Raises ValueError unless H and W are multiples of 16.
         """
@@ -85,6 +92,8 @@ class EfficientNetFeatures(nn.Module):
         for block in self.blocks:
             x_NChw = block(x_NChw)
         x_NChw = (x_NChw - self.channel_mean) / self.channel_std
+        if self.pooled > 1:
+            x_NChw = functional.avg_pool2d(x_NChw, self.pooled)
         return x_NChw.unflatten(0, (batch, num_frames))
 
 
@@ -95,6 +104,6 @@ def build(config: EfficientNetConfig, device: str | torch.device) -> EfficientNe
     network = package.EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)
-    options = {"mean": MEAN, "std": STD, "blocks": NUM_BLOCKS, "standardised": True}
+    options = {"mean": MEAN, "std": STD, "blocks": config.blocks, "standardised": True}
     fingerprint = encoder_fingerprint(config.kind, options, state)
-    return EfficientNetFeatures(network, fingerprint).to(device)
+    return EfficientNetFeatures(network, fingerprint, config.blocks).to(device)

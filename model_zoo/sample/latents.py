@@ -21,7 +21,7 @@ from torch import Tensor
 
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.sample.sizes import num_chunks
-from landiff.model_zoo.schedule import NoiseSchedule, SamplerTable
+from landiff.model_zoo.schedule import NoiseSchedule, Prediction, SamplerTable
 
 # noise(step, shape) returns float32 standard normal numbers. Step 0 is the start of the sampling,
 # step j = 1, 2, ... the noise that sampling step j adds; the last step adds none. A function that
@@ -151,6 +151,7 @@ def sample_latents(
         noise,
         device=features_BTChw.device,
         options=options or SamplerOptions(),
+        prediction=model.config.transformer.prediction,
         prefix_BTCHW=prefix_BTCHW,
         on_step=on_step,
         stop=stop,
@@ -179,6 +180,7 @@ def sample_main_latents(
         noise,
         device=text_BLD.device,
         options=options or SamplerOptions(),
+        prediction=config.prediction,
     )
 
 
@@ -190,6 +192,7 @@ def _sample(
     *,
     device: torch.device,
     options: SamplerOptions,
+    prediction: Prediction,
     prefix_BTCHW: Tensor | None = None,
     on_step: OnStep | None = None,
     stop: Stop | None = None,
@@ -202,7 +205,14 @@ def _sample(
         state = fix_prefix(start, prefix_BTCHW)
         table = schedule.sampler_table(options.num_steps)
         steps = _solve(
-            estimate, table, state, noise, options=options, prefix=prefix_BTCHW, on_step=on_step
+            estimate,
+            table,
+            state,
+            noise,
+            options=options,
+            prediction=prediction,
+            prefix=prefix_BTCHW,
+            on_step=on_step,
         )
         for step in steps:
             result = step.state
@@ -302,8 +312,8 @@ def _guided_denoiser(network: _Network, text_BLD: Tensor) -> _Estimate:
     def estimate(state_BTCHW: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         state = torch.cat([state_BTCHW, state_BTCHW])
         timesteps = torch.full((len(state),), float(timestep), device=state.device)
-        velocity = network(state, timesteps, both_text).float()
-        unconditional, conditional = velocity.chunk(2)
+        output = network(state, timesteps, both_text).float()
+        unconditional, conditional = output.chunk(2)
         return unconditional, conditional
 
     return estimate
@@ -316,18 +326,20 @@ def _solve(
     noise: Noise,
     *,
     options: SamplerOptions,
-    prefix: Tensor | None,
-    on_step: OnStep | None,
+    prediction: Prediction = "velocity",
+    prefix: Tensor | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[SamplerStep]:
     """The steps of the solver. Scalars are float64, the state is float32."""
     previous: Tensor | None = None
     for step, timestep in enumerate(table.timesteps):
         state = fix_prefix(state, prefix)
-        a = table.denoiser_alphas_sqrt[step]
-        b = math.sqrt(1 - a**2)
-        unconditional_velocity, conditional_velocity = estimate(state, timestep)
-        unconditional = a * state - b * unconditional_velocity
-        conditional = a * state - b * conditional_velocity
+        unconditional, conditional = estimate(state, timestep)
+        if prediction == "velocity":
+            a = table.denoiser_alphas_sqrt[step]
+            b = math.sqrt(1 - a**2)
+            unconditional = a * state - b * unconditional
+            conditional = a * state - b * conditional
         scale = guidance_scale(options, step, timestep)
         denoised = unconditional + scale * (conditional - unconditional)
         if step == options.num_steps - 1:

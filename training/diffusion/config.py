@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationInfo,
     model_validator,
@@ -184,6 +185,13 @@ class DiffusionTrainConfig(TrainConfig):
         ge=0.0,
         le=1.0,
         description="Probability that a sample's text states are replaced by zeros.",
+    )
+    max_snr_weight: PositiveFloat | None = Field(
+        default=None,
+        description=(
+            "Upper limit of the weight 1 / b² of the squared error of x0, where b is the noise "
+            "level. null: no limit, so the loss is the squared error of the velocity (§5.6)."
+        ),
     )
     prefix: PrefixConfig = Field(
         default=PrefixConfig(), description="Clean first frames, for streaming."

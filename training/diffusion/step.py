@@ -198,6 +198,8 @@ class Objective:
             inputs.timestep_B,
             fixed_frames=inputs.prefix_B,
             fixed_BTCHW=inputs.prefix_BTCHW,
+            prediction=self.config.model.transformer.prediction,
+            max_snr_weight=self.config.max_snr_weight,
         )
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import TokenizerConfig
@@ -44,6 +44,14 @@ class TokenizerTrainConfig(TrainConfig):
         description=(
             "Precision of forward and backward. `bf16` is autocast: parameters and the quantizer "
             "stay in float32."
+        ),
+    )
+    quantize_from_step: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Step at which quantization begins. Before it the decoder receives the latents as they "
+            "are, through the width of a code vector. k-means then starts from latents that carry "
+            "information, and the codebook does not collapse."
         ),
     )
     recompute: bool = Field(

@@ -93,7 +93,7 @@ class TokenizerEngine:
             self.sampling.place(batch.step, number, [sample.position for sample in samples])
             self._reduce_gradients(number + 1 == number_of_parts)
             with self._autocast():
-                output = self.model(features[number])
+                output = self.model(features[number], batch.step >= config.quantize_from_step)
             # The loss: reconstruction + commitment_weight * commitment, see SemanticTokenizer.
             (output.loss / number_of_parts).backward()
             parts = torch.stack([output.loss, output.reconstruction, output.commitment])

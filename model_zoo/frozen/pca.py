@@ -1,0 +1,186 @@
+"""Latent codec of principal components of space-time blocks, fitted to clips in seconds.
+
+Shapes as in the CogVideoX VAE: the first RGB frame is encoded alone, each further latent frame
+covers four RGB frames, and a cell is 8 x 8 pixels. A cell's pixels are projected on the components
+with the most variance in the clips that the codec was fitted to, and divided by one number for all
+channels of a kind of frame. Detail that hardly varies thus stays small, where the unit variance of
+each DCT coefficient (`dct`) blows it up to noise that the diffusion model has to predict as well.
+
+The components of first frames are rotated within their space so that a channel means as far as
+possible the same in both kinds of frames.
+
+Weights are a file of safetensors. `shapes` is a file in this package, fitted by
+
+    landiff shapes make --out world --clips 1000
+    landiff fit-codec --clips world/train --channels 24 --out shapes.safetensors
+
+to clips without the held-out combinations of the shapes world.
+
+Shape letters (docs/glossary.md): B batch, T RGB frames (1 + 4 k), t latent frames (1 + k),
+C channels, H, W height and width in pixels, h, w height and width in latent cells, U pixel values
+of a cell: 192 in the first latent frame, 768 in others, M cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.frozen.base import NO_VARIANCE
+from landiff.model_zoo.frozen.checks import pca_weights
+from landiff.model_zoo.frozen.config import PcaConfig
+from landiff.model_zoo.frozen.weights import encoder_fingerprint
+
+SPACE = 8
+TIME = 4
+KINDS = ("first", "later")
+
+
+class PcaCodec(nn.Module):
+    """`LatentCodec` whose latents are principal components."""
+
+    name = "pca"
+    space = SPACE
+    time = TIME
+
+    first_basis: Tensor
+    later_basis: Tensor
+    first_mean: Tensor
+    later_mean: Tensor
+    first_scale: Tensor
+    later_scale: Tensor
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        """weights: of each kind of latent frame, basis [C, U], mean [U] and scale []."""
+        super().__init__()
+        for kind in KINDS:
+            for part in ("basis", "mean", "scale"):
+                self.register_buffer(f"{kind}_{part}", weights[f"{kind}_{part}"])
+        self.channels = len(self.first_basis)
+        constants = {"space": SPACE, "time": TIME}
+        self.fingerprint = encoder_fingerprint(self.name, constants, weights)
+
+    @torch.no_grad()
+    def encode(self, video_BTHWC: Tensor, noise_BtChw: Tensor | None = None) -> Tensor:
+        """uint8 [B, T, H, W, 3] -> float32 [B, t, C, h, w]. The noise is ignored.
+
+        Raises ValueError for numbers of frames or pixels that cells do not divide.
+        """
+        first_BthwU, later_BthwU = cells(video_BTHWC.to(self.first_basis.device))
+        first_BthwC = (first_BthwU - self.first_mean) @ self.first_basis.T / self.first_scale
+        later_BthwC = (later_BthwU - self.later_mean) @ self.later_basis.T / self.later_scale
+        latents_BthwC = torch.cat([first_BthwC, later_BthwC], dim=1)
+        return latents_BthwC.permute(0, 1, 4, 2, 3).contiguous()
+
+    def encode_moments(self, video_BTHWC: Tensor) -> Tensor:
+        """uint8 [B, T, H, W, 3] -> float32 [B, t, 2 C, h, w]: latents and `NO_VARIANCE`."""
+        latents_BtChw = self.encode(video_BTHWC)
+        return torch.cat([latents_BtChw, torch.full_like(latents_BtChw, NO_VARIANCE)], dim=2)
+
+    @torch.no_grad()
+    def decode(self, latents_BtChw: Tensor) -> Tensor:
+        """[B, t, C, h, w] -> uint8 [B, T, H, W, 3]."""
+        z_BthwC = latents_BtChw.to(self.first_basis.device).float().permute(0, 1, 3, 4, 2)
+        first_BthwU = z_BthwC[:, :1] * self.first_scale @ self.first_basis + self.first_mean
+        later_BthwU = z_BthwC[:, 1:] * self.later_scale @ self.later_basis + self.later_mean
+        x_BTHWC = torch.cat([_frames(first_BthwU, 1), _frames(later_BthwU, TIME)], dim=1)
+        return ((x_BTHWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def cells(video_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels in [-1, 1] of the cells of first and of later latent frames, [B, t, h, w, U] each.
+
+    Raises ValueError for numbers of frames or pixels that cells do not divide.
+    """
+    frames, height, width = video_BTHWC.shape[1:4]
+    if (frames - 1) % TIME or height % SPACE or width % SPACE:
+        raise ValueError(
+            f"video of {frames} frames, {height} x {width}: frames must be 1 + {TIME} * k, "
+            f"sides multiples of {SPACE}"
+        )
+    x_BTHWC = video_BTHWC.float() / 127.5 - 1
+    return _cells(x_BTHWC[:, :1], 1), _cells(x_BTHWC[:, 1:], TIME)
+
+
+def _cells(x_BTHWC: Tensor, num_frames: int) -> Tensor:
+    """[B, t · num_frames, H, W, 3] -> [B, t, h, w, U] with U ordered (frame, y, x, colour)."""
+    x = x_BTHWC.unflatten(3, (-1, SPACE)).unflatten(2, (-1, SPACE))
+    x = x.unflatten(1, (x.shape[1] // num_frames, num_frames))
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+
+def _frames(cells_BthwU: Tensor, num_frames: int) -> Tensor:
+    """[B, t, h, w, U] -> [B, t · num_frames, H, W, 3]."""
+    x = cells_BthwU.unflatten(4, (num_frames, SPACE, SPACE, 3)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+
+class Moments:
+    """Count, sum and sum of products of vectors, from which principal components follow."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.sum_U = torch.zeros(size, dtype=torch.float64)
+        self.product_UU = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, vectors_MU: Tensor) -> None:
+        """Counts more vectors."""
+        self.count += len(vectors_MU)
+        self.sum_U += vectors_MU.double().sum(dim=0)
+        self.product_UU += (vectors_MU.T @ vectors_MU).double()
+
+    def components(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean [U], the components with the most variance [number, U], and their variances."""
+        mean_U = self.sum_U / self.count
+        covariance_UU = self.product_UU / self.count - mean_U.outer(mean_U)
+        variances, vectors_UC = torch.linalg.eigh(covariance_UU)
+        basis_CU = vectors_UC.T.flip(0)[:number]
+        # The sign of an eigenvector is arbitrary: make its largest element positive.
+        largest = basis_CU.gather(1, basis_CU.abs().argmax(dim=1, keepdim=True))
+        return mean_U, basis_CU * largest.sign(), variances.flip(0)[:number]
+
+
+def fit(videos: Iterable[Tensor], channels: int) -> dict[str, Tensor]:
+    """Weights of a `PcaCodec` for videos, uint8 [B, T, H, W, 3] each."""
+    pixels = SPACE * SPACE * 3
+    first = Moments(pixels)
+    later = Moments(TIME * pixels)
+    for video_BTHWC in videos:
+        first_BthwU, later_BthwU = cells(video_BTHWC)
+        first.add(first_BthwU.flatten(0, 3))
+        later.add(later_BthwU.flatten(0, 3))
+    first_mean, first_basis, first_variances = first.components(channels)
+    later_mean, later_basis, later_variances = later.components(channels)
+    still_CU = later_basis.unflatten(1, (TIME, pixels)).mean(dim=1)
+    left, _, right = torch.linalg.svd(still_CU @ first_basis.T)
+    weights = {
+        "first_basis": left @ right @ first_basis,
+        "first_mean": first_mean,
+        "first_scale": first_variances.mean().sqrt(),
+        "later_basis": later_basis,
+        "later_mean": later_mean,
+        "later_scale": later_variances.mean().sqrt(),
+    }
+    return {name: tensor.float().contiguous() for name, tensor in weights.items()}
+
+
+def write(weights: dict[str, Tensor], path: Path) -> None:
+    """Writes weights as safetensors."""
+    save_file(weights, path)
+
+
+def build(config: PcaConfig, device: str | torch.device) -> PcaCodec:
+    """Loads the codec. Raises ConfigError if the file is missing or damaged."""
+    path = pca_weights(config)
+    try:
+        return PcaCodec(load_file(path)).to(device)
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"pca: path = {config.path!r} cannot be loaded ({error}); write it with "
+            "`landiff fit-codec`"
+        ) from error
