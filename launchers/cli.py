@@ -89,6 +89,10 @@ def find_handler(command: str) -> Handler:
             from landiff.launchers.data.commands import shards_command as handler
         case "precompute":
             from landiff.launchers.data.commands import precompute_command as handler
+        case "shapes":
+            from landiff.launchers.data.shapes import shapes_command as handler
+        case "fit-codec":
+            from landiff.launchers.data.shapes import fit_codec_command as handler
         case "train":
             from landiff.launchers.local.train import train_command as handler
         case "convert":

@@ -1,4 +1,4 @@
-"""Layout of the semantic tokenizer's sequence, its attention masks, and attention over spans of it.
+"""Layout of the semantic tokenizer's sequence: positions, attention masks, attention over spans.
 
     [visual tokens of all frames | I latents | P latents of frame 1 | … | P latents of frame T - 1]
 
@@ -133,6 +133,27 @@ def _overlap(parts: int, cells: int) -> Tensor:
     stop = torch.minimum(edges[1:, None], cell + 1)
     start = torch.maximum(edges[:-1, None], cell)
     return (stop - start).clamp(min=0).float()
+
+
+def sequence_angles(
+    sequence: Sequence, grid_width: int, head_dim: int, theta: float, device: torch.device
+) -> Tensor:
+    """Angles of the rotary embedding over time, row and column, in that order (§3.4).
+
+    Returns float32 [S, d/2]. A visual token has the position (frame, row, column), latent m of a
+    segment has (m, m, m). Latent positions start at 0 and overlap with visual ones, as in the
+    reference.
+    """
+    visual = torch.arange(sequence.num_visual, device=device)
+    latent = torch.arange(sequence.num_latent, device=device)
+    cell = visual % sequence.frame_tokens
+    visual_axes = (visual // sequence.frame_tokens, cell // grid_width, cell % grid_width)
+    dims = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
+    angles = []
+    for visual_positions, dim in zip(visual_axes, dims, strict=True):
+        positions_S = torch.cat([visual_positions, latent])
+        angles.append(rotary_angles(positions_S, dim, theta, dtype=torch.float64))
+    return torch.cat(angles, dim=1)
 
 
 def grid_angles(sequence: Sequence, config: TokenizerConfig, device: torch.device) -> Tensor:

@@ -32,9 +32,10 @@ from landiff.model_zoo.frame_spans import (
     decoder_spans,
     encoder_spans,
     grid_angles,
+    sequence_angles,
     span_attention,
 )
-from landiff.model_zoo.layers import rotary_angles, rotate, run_block
+from landiff.model_zoo.layers import rotate, run_block
 
 log = logging.getLogger(__name__)
 
@@ -58,27 +59,6 @@ class TokenizerOutput:
     reconstruction: Tensor
     indices: Tensor
     decoded: Tensor
-
-
-def sequence_angles(
-    sequence: Sequence, grid_width: int, head_dim: int, theta: float, device: torch.device
-) -> Tensor:
-    """Angles of the rotary embedding over time, row and column, in that order (§3.4).
-
-    Returns float32 [S, d/2]. A visual token has the position (frame, row, column), latent m of a
-    segment has (m, m, m). Latent positions start at 0 and overlap with visual ones, as in the
-    reference.
-    """
-    visual = torch.arange(sequence.num_visual, device=device)
-    latent = torch.arange(sequence.num_latent, device=device)
-    cell = visual % sequence.frame_tokens
-    visual_axes = (visual // sequence.frame_tokens, cell // grid_width, cell % grid_width)
-    dims = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
-    angles = []
-    for visual_positions, dim in zip(visual_axes, dims, strict=True):
-        positions_S = torch.cat([visual_positions, latent])
-        angles.append(rotary_angles(positions_S, dim, theta, dtype=torch.float64))
-    return torch.cat(angles, dim=1)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def test_the_paper_size_has_what_the_release_tells_of_training_and_sampling():
     assert latents.sample_seed is not None, "latents are samples of the posterior, not its mean"
 
 
-def test_both_presets_are_complete():
-    for preset in ("nano", "landiff"):
+def test_all_presets_are_complete():
+    for preset in ("nano", "shapes", "landiff"):
         assert {f"{preset}/{stem}" for stem in CLASSES} <= set(packaged_names())
 
 

@@ -87,7 +87,7 @@ def caption(label: Mapping[str, str]) -> str:
 def parse_caption(text: str) -> Label | None:
     """The label that a caption states; None for any other text."""
     words = text.rstrip(".").split()
-    if len(words) != 9:
+    if len(words) != 10:
         return None
     picked = (words[1], words[2], words[4], words[5], words[8])
     label = dict(zip(ATTRIBUTES, picked, strict=True))

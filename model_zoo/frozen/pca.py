@@ -12,7 +12,7 @@ possible the same in both kinds of frames.
 Weights are a file of safetensors. `shapes` is a file in this package, fitted by
 
     landiff shapes make --out world --clips 1000
-    landiff fit-codec --clips world/train --channels 24 --out shapes.safetensors
+    landiff fit-codec --clips world/train --channels 16 --out shapes.safetensors
 
 to clips without the held-out combinations of the shapes world.
 
@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -179,7 +180,7 @@ def build(config: PcaConfig, device: str | torch.device) -> PcaCodec:
     path = pca_weights(config)
     try:
         return PcaCodec(load_file(path)).to(device)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise ConfigError(
             f"pca: path = {config.path!r} cannot be loaded ({error}); write it with "
             "`landiff fit-codec`"

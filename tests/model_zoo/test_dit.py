@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
@@ -322,3 +323,29 @@ def test_rotary_variant_of_diffusers_is_refused(theirs):
         diffusers_transformer.config_from_diffusers(
             {**theirs.config, "use_rotary_positional_embeddings": True}
         )
+
+
+def with_rotation(**changes: Any) -> DiffusionConfig:
+    transformer = TINY.transformer.model_copy(update={"rotary_theta": 100.0, **changes})
+    return TINY.model_copy(update={"transformer": transformer})
+
+
+def test_rotary_positions_add_no_weights_and_change_attention_between_patches_only():
+    plain_model = diffusion()
+    rotated = ControlledDiffusion(with_rotation())
+    rotated.load_state_dict(plain_model.state_dict())
+    batch = inputs()
+    assert not torch.equal(rotated(**batch), plain_model(**batch))
+    one_patch = {**plain(batch), "latents_BTCHW": batch["latents_BTCHW"][:, :1, :, :2, :2]}
+    # A single patch is at position 0, where the rotation is the identity.
+    assert torch.equal(rotated(**one_patch), plain_model(**one_patch))
+    main = rotated.transformer
+    main.recompute = True
+    recomputed = main(**plain(batch))
+    main.recompute = False
+    assert torch.equal(main(**plain(batch)), recomputed)
+
+
+def test_rotary_positions_need_heads_that_split():
+    with pytest.raises(ValidationError, match="multiple of 16 with rotary_theta"):
+        TransformerConfig(hidden_size=48, num_heads=2, rotary_theta=100.0)

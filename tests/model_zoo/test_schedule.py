@@ -150,3 +150,27 @@ def test_schedule_is_the_one_of_diffusers():
     torch.testing.assert_close(
         SCHEDULE.alphas_sqrt, theirs.alphas_cumprod.sqrt().float(), atol=1e-7, rtol=0
     )
+
+
+def test_a_network_that_predicts_x0_has_the_loss_of_the_velocity_that_follows_from_it():
+    x0 = latents(0)
+    noise = latents(1)
+    answer = x0 + 0.1 * latents(2)
+    result = denoising_loss(lambda x, t: answer, SCHEDULE, x0, noise, TIMESTEPS, prediction="clean")
+    error = (answer - x0).square().flatten(1).mean(1)
+    # The velocity is a quotient by b = 0.03 at t = 0.
+    torch.testing.assert_close(
+        result.per_sample, SCHEDULE.loss_weight(TIMESTEPS) * error, atol=0, rtol=1e-3
+    )
+    limited = denoising_loss(
+        lambda x, t: answer,
+        SCHEDULE,
+        x0,
+        noise,
+        TIMESTEPS,
+        prediction="clean",
+        max_snr_weight=5.0,
+    )
+    weight = SCHEDULE.loss_weight(TIMESTEPS).clamp(max=5)
+    torch.testing.assert_close(limited.per_sample, weight * error, atol=0, rtol=1e-3)
+    assert limited.loss == limited.per_sample.mean()

@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.convert.formats.release_tokenizer import RULES
 from landiff.model_zoo.convert.rules import apply_rules, check_against
-from landiff.model_zoo.frame_spans import decoder_spans, dense_mask, encoder_spans, span_attention
+from landiff.model_zoo.frame_spans import (
+    LatentGrid,
+    decoder_spans,
+    dense_mask,
+    encoder_spans,
+    span_attention,
+)
 from landiff.model_zoo.registry import export, load_model
 from landiff.model_zoo.tokenizer import Quantizer, SemanticTokenizer
 
@@ -381,3 +388,64 @@ def test_ranks_share_one_codebook(tokenizer, tmp_path):
         # float32 sums in another order
         torch.testing.assert_close(ranks[0][name], value, atol=1e-5, rtol=1e-5)
     assert not torch.equal(ranks[0]["_codebook.embed"], state["quantizer._codebook.embed"])
+
+
+GRID = TINY.model_copy(
+    update={
+        "latent_positions": "grid",
+        "local_paths": True,
+        "cell_mask_tokens": True,
+        "dead_code_share": 0.25,
+    }
+)
+
+
+def test_latents_of_a_frame_are_spread_evenly_over_its_cells():
+    grid = LatentGrid.of(6, 30, 45)
+    assert (grid.rows, grid.columns) == (2, 3)
+    assert grid.centers()[0].tolist() == [7.0, 7.0]
+    overlap = LatentGrid.of(5, 2, 3).overlap()
+    assert overlap.shape == (5, 6)
+    # Thirds and fifths of a cell are rounded to float32.
+    torch.testing.assert_close(overlap.sum(0), torch.ones(6))
+    torch.testing.assert_close(overlap.sum(1), torch.full((5,), 6 / 5))
+
+
+def test_local_paths_carry_a_cell_to_its_latents_and_back_before_attention_does():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SemanticTokenizer(GRID)
+    for stack in (model.encoder, model.decoder):
+        for block in stack.blocks:
+            for linear in (block.out, block.mlp_out):
+                torch.nn.init.zeros_(linear.weight)
+    plain = features(batch=1)
+    changed = plain.clone()
+    changed[0, 1, :, 0, 0] += 1  # a cell of the second frame, whose latents are 5 and 6
+    moved = (model.encode_latents(changed) != model.encode_latents(plain)).any(dim=2)[0]
+    assert moved.nonzero().flatten().tolist() == [5]
+    latents = torch.randn(1, 9, 12, generator=torch.Generator().manual_seed(1))
+    other = latents.clone()
+    other[0, 5] += 1
+    differs = (model.decode_latents(other, 3) != model.decode_latents(latents, 3)).any(dim=2)[0]
+    assert differs.flatten(1).any(dim=1).tolist() == [False, True, False]
+
+
+def test_without_quantization_the_codebook_stays_untrained_and_all_weights_learn():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SemanticTokenizer(GRID).train()
+        output = model(features(), quantized=False)
+        output.loss.backward()
+        assert not bool(model.quantizer._codebook.initted)
+        assert output.commitment == 0 and not output.indices.any()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        model(features(batch=8))
+    assert bool(model.quantizer._codebook.initted)
+    # 8 clips x 9 tokens / 16 codes = 4.5 expected uses
+    assert model.quantizer._codebook.threshold_ema_dead_code == 0.25 * 4.5
+
+
+def test_local_paths_need_the_grid():
+    with pytest.raises(ValidationError, match="latent_positions = grid"):
+        TokenizerConfig(local_paths=True)

@@ -58,6 +58,20 @@ def test_resume_is_bit_equal_and_needs_no_generator_state(tmp_path):
         assert torch.equal(resumed.tokenizer.state_dict()[name], tensor), name
 
 
+def test_quantization_begins_at_its_step_and_resumes_there_bit_equal(tmp_path):
+    settings = config(tmp_path, quantize_from_step=4)
+    straight = TokenizerEngine(settings, alone())
+    expected = train(straight, range(8))
+    assert [step["train/commitment"] == 0 for step in expected] == [True] * 4 + [False] * 4
+    assert expected[4]["codebook/used_fraction"] > 0.5
+    stopped = TokenizerEngine(settings, alone())
+    train(stopped, range(3))
+    stopped.save(tmp_path)
+    resumed = TokenizerEngine(settings, alone())
+    resumed.load(tmp_path)
+    assert train(resumed, range(3, 8)) == expected[3:]
+
+
 def test_training_leaves_the_global_generator_alone(tmp_path):
     before = torch.get_rng_state()
     train(TokenizerEngine(config(tmp_path), alone()), range(3))

@@ -1,0 +1,157 @@
+"""The commands `landiff shapes` and `landiff fit-codec`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from landiff.configs.base import ConfigError
+from landiff.configs.documents import parse_json
+from landiff.configs.files import write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from landiff.data_pipeline.synthetic.judge import Rates
+
+CLIPS_PER_PASS = 32  # of fit-codec
+
+
+def shapes_command(args: argparse.Namespace) -> int:
+    """Writes clips of the shapes world, or scores videos of it. Returns the exit code."""
+    if args.action == "score":
+        if args.videos is None or args.labels is None:
+            raise ConfigError("landiff shapes score needs --videos FOLDER and --labels FILE")
+        result = score(Path(args.videos), Path(args.labels), args.details)
+        if args.out is not None:
+            write_text(Path(args.out), json.dumps(result, indent=1))
+        print(format_rates(result))
+        return 0
+    from landiff.data_pipeline.synthetic import world
+
+    if args.out is None:
+        raise ConfigError(f"landiff shapes {args.action} needs --out FOLDER")
+    out = Path(args.out)
+    if args.action == "make":
+        world.write_world(
+            out, clips=args.clips, true_clips=args.true_clips, size=args.size, seed=args.seed
+        )
+    else:
+        world.write_pairs(out, clips=args.clips, size=args.size, seed=args.seed)
+    print(f"shapes: wrote {args.clips} clips to {out}")
+    return 0
+
+
+def score(videos: Path, labels: Path, details: str | None = None) -> dict[str, Any]:
+    """Rates of the videos in a folder against a labels file, as a JSON document."""
+    from landiff.data_pipeline.synthetic.judge import judge, rates
+
+    rows = read_rows(labels)
+    verdicts = []
+    for frames_THWC in read_videos(pair_files(videos, rows)):
+        verdicts.append(judge(frames_THWC))
+    if details is not None:
+        lines = []
+        for row, verdict in zip(rows, verdicts, strict=True):
+            lines.append(json.dumps({**row, **asdict(verdict)}) + "\n")
+        write_text(Path(details), "".join(lines))
+    return rates_document(rates(rows, [verdict.found for verdict in verdicts]))
+
+
+def rates_document(rates: Rates) -> dict[str, Any]:
+    """Rates as a JSON document, with chance and 95 % intervals."""
+    from landiff.data_pipeline.synthetic.judge import chance, interval
+
+    right = {**rates.right, "all": rates.all_right}
+    intervals = {name: interval(rate, rates.videos) for name, rate in right.items()}
+    return {
+        "videos": rates.videos,
+        "right": right,
+        "interval": intervals,
+        "shuffled": dict(rates.shuffled),
+        "chance": chance(),
+        "unsaid": dict(rates.unsaid),
+        "confusion": rates.confusion,
+    }
+
+
+def format_rates(document: Mapping[str, Any]) -> str:
+    """Rates as a table: one line for each attribute."""
+    lines = [f"{document['videos']} videos", f"{'':<12}right  95 % interval  shuffled  chance"]
+    for name, rate in document["right"].items():
+        low, high = document["interval"][name]
+        shuffled = document["shuffled"][name]
+        chance = document["chance"][name]
+        lines.append(
+            f"{name:<12}{rate:>5.3f}  {low:.3f} - {high:.3f}  {shuffled:>8.3f}  {chance:>6.3f}"
+        )
+    return "\n".join(lines)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            rows.append(parse_json(line, path))
+    return rows
+
+
+def pair_files(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """The video of each row: its `file`, else the mp4 whose name starts with the row's number.
+
+    `landiff sample` names videos in the second way. Raises ConfigError if one is missing.
+    """
+    by_number = {}
+    for path in sorted(folder.glob("*.mp4")):
+        number = re.match(r"\d+", path.name)
+        if number is not None:
+            by_number[int(number.group())] = path
+    found = []
+    for index, row in enumerate(rows):
+        named = folder / str(row.get("file", ""))
+        path = named if named.is_file() else by_number.get(index)
+        if path is None:
+            raise ConfigError(f"{folder} holds no video for label {index} of {len(rows)}")
+        found.append(path)
+    return found
+
+
+def read_videos(paths: Sequence[Path]) -> Iterator[np.ndarray]:
+    """All frames of each file, uint8 [T, H, W, 3]."""
+    from landiff.data_pipeline.video.codec import ClipDecoder
+
+    with ClipDecoder("pyav") as decoder:
+        for path in paths:
+            yield decoder.decode(path.read_bytes())
+
+
+def fit_codec_command(args: argparse.Namespace) -> int:
+    """Fits a PCA codec to clips of one shape. Returns the exit code."""
+    from landiff.model_zoo.frozen import pca
+
+    paths = sorted(Path(args.clips).glob("*.mp4"))[: args.limit]
+    if not paths:
+        raise ConfigError(f"--clips {args.clips} holds no *.mp4")
+    started = time.process_time()
+    pca.write(pca.fit(_batches(paths), args.channels), Path(args.out))
+    seconds = time.process_time() - started
+    print(f"fit-codec: {args.out} from {len(paths)} clips in {seconds:.1f} CPU seconds")
+    return 0
+
+
+def _batches(paths: Sequence[Path]) -> Iterator[torch.Tensor]:
+    """Clips in batches, uint8 [B, T, H, W, 3]."""
+    import numpy as np
+    import torch
+
+    for first in range(0, len(paths), CLIPS_PER_PASS):
+        frames = list(read_videos(paths[first : first + CLIPS_PER_PASS]))
+        yield torch.from_numpy(np.stack(frames))

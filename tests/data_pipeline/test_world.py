@@ -1,0 +1,111 @@
+"""The shapes world and its judge: what videos show is what their labels say, and is found again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from landiff.data_pipeline.synthetic import world
+from landiff.data_pipeline.synthetic.judge import Rates, chance, interval, judge, rates
+from landiff.launchers.cli import main
+
+HELD_OUT = world.labels(held_out=True)
+SEEN = world.labels(held_out=False)
+
+
+def test_held_out_combinations_leave_every_pair_of_values_in_training():
+    assert (len(HELD_OUT), len(SEEN), len(set(world.HELD_OUT))) == (54, 306, 9)
+    for first, second in itertools.combinations(world.ATTRIBUTES, 2):
+        pairs = {(label[first], label[second]) for label in SEEN}
+        assert len(pairs) == len(world.VALUES[first]) * len(world.VALUES[second])
+
+
+def test_a_caption_states_its_label_and_nothing_else_does():
+    for label in SEEN + HELD_OUT:
+        assert world.parse_caption(world.caption(label)) == label
+    assert world.parse_caption("A grey rabbit stands on a green meadow.") is None
+    assert world.parse_caption("A red cube moves right slowly over a grey ground.") is None
+
+
+@pytest.fixture(scope="module")
+def true_videos() -> list[tuple[world.Label, np.ndarray]]:
+    found = []
+    for index, label in enumerate(HELD_OUT[::11]):
+        found.append((label, world.video(label, (0, world.TRUE_HELD_OUT, index))))
+    return found
+
+
+def judged(videos: list[tuple[world.Label, np.ndarray]]) -> Rates:
+    verdicts = [judge(frames).found for _, frames in videos]
+    return rates([label for label, _ in videos], verdicts)
+
+
+def test_the_judge_finds_all_attributes_of_true_videos(true_videos):
+    found = judged(true_videos)
+    assert found.all_right == 1.0
+    assert set(found.unsaid.values()) == {0.0}
+    assert found.confusion["color"]["red"]["red"] == sum(
+        label["color"] == "red" for label, _ in true_videos
+    )
+
+
+def test_the_judge_finds_them_under_noise_and_at_half_size(true_videos):
+    noisy = []
+    for index, (label, frames) in enumerate(true_videos):
+        noise = np.random.default_rng(index).normal(0, 20, frames.shape)
+        noisy.append((label, np.clip(frames + noise, 0, 255).astype(np.uint8)))
+    assert judged(noisy).all_right == 1.0
+    assert judged([(label, frames[:, ::2, ::2]) for label, frames in true_videos]).all_right == 1.0
+
+
+def test_the_judge_says_nothing_of_an_empty_or_a_still_video(true_videos):
+    label, frames = true_videos[0]
+    empty = judge(np.full_like(frames, 128)).found
+    assert empty == {**dict.fromkeys(world.ATTRIBUTES), "ground": "grey"}
+    still = judge(np.broadcast_to(frames[:1], frames.shape)).found
+    assert still == {**label, "direction": None, "speed": None}
+
+
+def test_shuffled_labels_have_rates_near_chance():
+    found = rates(HELD_OUT * 4, HELD_OUT * 4)
+    assert found.all_right == 1.0
+    for name, rate in chance().items():
+        # Held-out labels are unbalanced, red above all: shuffled rates are a little over chance.
+        assert found.shuffled[name] < rate + 0.25
+    low, high = interval(0.9, 216)
+    assert (round(low, 3), round(high, 3)) == (0.853, 0.933)
+
+
+def test_make_and_score_from_the_command_line(tmp_path: Path, capsys):
+    out = tmp_path / "world"
+    words = ["shapes", "make", "--out", str(out), "--clips", "2", "--true-clips", "2"]
+    assert main(words) == 0
+    captions = (out / "train" / "captions.jsonl").read_text().splitlines()
+    assert len(captions) == 2
+    assert len((out / "prompts-heldout.jsonl").read_text().splitlines()) == 216
+    labels = str(out / "labels-true-heldout.jsonl")
+    result = tmp_path / "rates.json"
+    words = ["--videos", str(out / "true-heldout"), "--labels", labels, "--out", str(result)]
+    assert main(["shapes", "score", *words]) == 0
+    assert json.loads(result.read_text())["right"]["all"] == 1.0
+    assert "2 videos" in capsys.readouterr().out
+    codec = tmp_path / "codec.safetensors"
+    clips = str(out / "train")
+    words = ["fit-codec", "--clips", clips, "--out", str(codec), "--channels", "4"]
+    assert main(words) == 0
+    assert codec.stat().st_size < 20_000
+
+
+def test_pairs_show_two_objects_of_different_colours(tmp_path: Path):
+    pairs = world.draw_pairs(20, seed=3)
+    assert all(first["color"] != second["color"] for first, second in pairs)
+    assert all(first["ground"] == second["ground"] for first, second in pairs)
+    text = world.pair_caption(*pairs[0])
+    assert text.count(" moves ") == 2 and text.endswith(" ground.")
+    world.write_pairs(tmp_path, clips=1, size=32)
+    row = json.loads((tmp_path / "labels.jsonl").read_text())
+    assert len(row["objects"]) == 2
