@@ -168,7 +168,7 @@ def draw_pairs(count: int, seed: int) -> list[tuple[Label, Label]]:
     """Labels of the second tier: two objects of different colours over the same ground."""
     generator = np.random.default_rng([seed, 5])
     kinds = labels(held_out=False)
-    pairs = []
+    pairs: list[tuple[Label, Label]] = []
     while len(pairs) < count:
         first, second = (kinds[index] for index in generator.integers(len(kinds), size=2))
         if first["color"] != second["color"]:

@@ -100,7 +100,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.strip():
-            rows.append(parse_json(line, path))
+            rows.append(parse_json(line, str(path)))
     return rows
 
 
@@ -117,10 +117,12 @@ def pair_files(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
     found = []
     for index, row in enumerate(rows):
         named = folder / str(row.get("file", ""))
-        path = named if named.is_file() else by_number.get(index)
-        if path is None:
+        if named.is_file():
+            found.append(named)
+        elif index in by_number:
+            found.append(by_number[index])
+        else:
             raise ConfigError(f"{folder} holds no video for label {index} of {len(rows)}")
-        found.append(path)
     return found
 
 

@@ -62,9 +62,10 @@ class SamplerStep:
     state: Tensor
 
 
-# estimate(state_BTCHW, timestep) returns the unconditional and the conditional velocity, float32.
+# estimate(state_BTCHW, timestep) returns the network's unconditional and conditional output in
+# float32.
 _Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-# network(state_BTCHW, timestep_B, text_BLD) returns the velocity.
+# network(state_BTCHW, timestep_B, text_BLD) returns what `TransformerConfig.prediction` names.
 _Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 OnStep = Callable[[SamplerStep], Tensor | None]
