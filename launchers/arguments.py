@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,7 @@ def parse_command(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         return args
     if args.command == "sample":
         prompts, overrides = split_prompts(parser, overrides)
+        refuse_files(parser, args.prompts)
         args.prompts = [*args.prompts, *prompts, *texts]
     elif texts:
         args, unknown = parser.parse_known_args([*words, "--", *texts])
@@ -134,6 +136,16 @@ def split_prompts(parser: Parser, words: Sequence[str]) -> tuple[list[str], list
                 f"landiff sample --config ... -- {shlex.quote(word)})"
             )
     return prompts, overrides
+
+
+def refuse_files(parser: Parser, prompts: Sequence[str]) -> None:
+    """Ends the process if a prompt is the name of a file: the file was probably meant."""
+    for prompt in prompts:
+        if os.path.isfile(prompt):
+            parser.error(
+                f"{prompt!r} is a file; sample its prompts with --prompts {shlex.quote(prompt)}, "
+                "or write it after -- if it is the prompt itself"
+            )
 
 
 def all_options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -19,6 +19,7 @@ from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.results.prompts import sample_units
 from landiff.launchers.stages import TRAINERS
 from landiff.model_zoo.config import (
     DiffusionConfig,
@@ -266,11 +267,19 @@ def find_models(config: SampleConfig | EvaluateConfig) -> tuple[FoundModels, lis
 def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     """Problems of `landiff sample`: output folder, prompts, encoders, models and their sizes."""
     problems = check_writable("out", config.out)
-    if not config.prompts:
+    if not config.prompts and config.prompts_file is None:
         problems.append(
             Problem(
                 'prompts is empty; give one: landiff sample --config ... -- "a rabbit runs over a '
-                'meadow"'
+                'meadow", or a file: --prompts FILE'
+            )
+        )
+    problems += problems_of(lambda: sample_units(config))
+    if config.tokens.predict_end and config.batch_size > 1:
+        problems.append(
+            Problem(
+                f"batch_size = {config.batch_size} with tokens.predict_end = true: each video may "
+                "end at another frame, so they are generated one at a time; set batch_size=1"
             )
         )
     problems += check_steps("steps", config.steps, config.schedule)

@@ -284,6 +284,26 @@ def add_sample(commands: Commands) -> None:
         metavar="PROMPT_OR_KEY=VALUE",
         help="prompts (default: those of the config); everything after -- is a prompt",
     )
+    sample.add_argument(
+        "--prompts",
+        dest="prompts_file",
+        metavar="FILE",
+        help="file of prompts: .txt (one per line), .csv or .jsonl (prompt, seed, frames, motion, "
+        "negative); - reads lines from standard input",
+    )
+    sample.add_argument(
+        "--seeds", metavar="A-B,C", help="seeds of each prompt; one video for each of them"
+    )
+    sample.add_argument(
+        "--num-videos", type=int, metavar="N", help="videos for each prompt and seed (default: 1)"
+    )
+    sample.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="processes on this machine that divide the videos, each with its own GPU (default: 1)",
+    )
+    sample.add_argument("--task", metavar="I/N", help=TASK)
 
 
 def add_evaluate(commands: Commands) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from landiff.configs import Config, dump
+from landiff.configs import Config, ConfigError, dump
 from landiff.configs.problems import Problem, require_none
 from landiff.configs.secrets import redact
 from landiff.launchers.checks import load_checked
@@ -46,6 +47,27 @@ def load_for_job(
 def print_dry_run(config: Config, plan: str) -> None:
     """Prints the resolved config and what the command would do, without secrets."""
     print(redact(f"{dump(config)}\n# {plan}"))
+
+
+def parse_task(text: str | None, tasks: int | None = None) -> tuple[int, int]:
+    """`3/50` -> (3, 50), counted from 0. Without `text`, the task of the SLURM array or (0, 1).
+
+    `tasks` is the number of tasks in all, if the array holds only some of them, as after
+    `landiff precompute retry`. Raises ConfigError for anything else.
+    """
+    if text is None and tasks is not None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        text = f"{os.environ['SLURM_ARRAY_TASK_ID']}/{tasks}"
+    if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        number = int(os.environ["SLURM_ARRAY_TASK_ID"]) - first
+        return number, int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+    if text is None:
+        return 0, 1
+    number_text, _, count_text = text.partition("/")
+    is_task = number_text.isdigit() and count_text.isdigit()
+    if not is_task or int(number_text) >= int(count_text):
+        raise ConfigError(f"--task {text} must be I/N with 0 <= I < N, e.g. 0/8")
+    return int(number_text), int(count_text)
 
 
 def print_lines(command: str, lines: Iterable[str]) -> None:

@@ -61,6 +61,12 @@ class SampleConfig(Config):
         description="One video is sampled for each prompt. Prompts on the command line replace "
         "them.",
     )
+    prompts_file: Path | None = Field(
+        default=None,
+        description="File of prompts, in place of `prompts`: .txt with one per line, .csv with a "
+        "header, or .jsonl, with `prompt` and optionally `seed`, `frames` (latent frames), "
+        "`motion` and `negative`. `-` reads lines from standard input.",
+    )
     num_latent_frames: PositiveInt = Field(
         default=13,
         description="Length of each video in latent frames: one chunk, or one chunk and whole "
@@ -91,6 +97,19 @@ class SampleConfig(Config):
     )
     seed: NonNegativeInt = Field(
         default=42, description="Random seed of the first prompt; prompt i uses seed + 1000 i."
+    )
+    seeds: tuple[NonNegativeInt, ...] = Field(
+        default=(),
+        description="Seeds of every prompt, in place of `seed`: one video for each. A seed in the "
+        "file of prompts takes precedence.",
+    )
+    num_videos: PositiveInt = Field(
+        default=1, description="Videos for each prompt and seed s, with seeds s, s + 1, and so on."
+    )
+    batch_size: PositiveInt = Field(
+        default=1,
+        description="Videos that are generated at once on one device. A video depends on it only "
+        "by rounding, and not on the other videos of its batch.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

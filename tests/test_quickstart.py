@@ -173,6 +173,7 @@ MISSING_INPUTS = {
     "landiff shards --config nano/shards source=": "exist",  # the reader's videos
     'landiff shards --config nano/shards "source=': "exist",
     "landiff shards --config landiff/": "exist",
+    "landiff sample --config nano/sample --prompts prompts.txt": "No such file",
     "landiff shards --dry-run": "exist",
     "landiff convert inspect weights/": "exist",  # the released weights
     "landiff convert weights/": "exist",

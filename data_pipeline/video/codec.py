@@ -246,16 +246,32 @@ def encode_clip(
     return buffer.getvalue()
 
 
-def write_mp4(path: Path, frames_THWC: np.ndarray, fps: float, *, crf: float = 18) -> None:
+def write_mp4(
+    path: Path, frames_THWC: np.ndarray, fps: float, *, crf: float = 18, comment: str = ""
+) -> None:
     """Write an MP4 that all players support: H.264 High, yuv420p, index first.
 
-    For odd sizes, the last row or column is repeated.
+    For odd sizes, the last row or column is repeated. `comment` is stored as the metadata of that
+    name (`read_comment`).
     """
     height, width = frames_THWC.shape[1:3]
     even = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with atomic_file(path) as file:
         # by name, because the muxer reads the file again to move the index to the front
-        _write_h264(file.name, even, fps, {"crf": str(crf), "preset": "medium"}, faststart=True)
+        options = {"crf": str(crf), "preset": "medium"}
+        _write_h264(file.name, even, fps, options, faststart=True, comment=comment)
+
+
+def read_comment(path: Path) -> str:
+    """The comment of an MP4 file that `write_mp4` wrote; empty if it has none.
+
+    Raises OSError if the file cannot be read as a video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment", "")
+    except av.FFmpegError as error:
+        raise OSError(f"{path} is not a video: {error}") from None
 
 
 class ClipDecoder:
@@ -316,6 +332,7 @@ def _write_h264(
     options: dict[str, str],
     *,
     faststart: bool,
+    comment: str = "",
 ) -> None:
     """Write frames of even size as H.264 in MP4. `options` are x264's."""
     is_rgb = frames_THWC.ndim == 4 and frames_THWC.shape[-1] == 3
@@ -335,6 +352,8 @@ def _write_h264(
         "flags": "+bitexact",
     }
     with av.open(target, "w", format="mp4", options=container_options) as container:
+        if comment:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=rate, options=stream_options)
         stream.width = width
         stream.height = height

@@ -6,7 +6,6 @@ Heavy modules are imported in the functions that need them.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from landiff.launchers.commands import (
     JobFailed,
     format_counts,
     load_for_job,
+    parse_task,
     print_dry_run,
     print_lines,
 )
@@ -248,24 +248,3 @@ def parse_fraction(text: str) -> float:
             f"--sample {text} must be a fraction above 0 and at most 1, e.g. 1% or 0.5"
         )
     return fraction
-
-
-def parse_task(text: str | None, tasks: int | None = None) -> tuple[int, int]:
-    """`3/50` -> (3, 50), counted from 0. Without `text`, the task of the SLURM array or (0, 1).
-
-    `tasks` is the number of tasks in all, if the array holds only some of them, as after
-    `landiff precompute retry`. Raises ConfigError for anything else.
-    """
-    if text is None and tasks is not None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        text = f"{os.environ['SLURM_ARRAY_TASK_ID']}/{tasks}"
-    if text is None and "SLURM_ARRAY_TASK_ID" in os.environ:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        number = int(os.environ["SLURM_ARRAY_TASK_ID"]) - first
-        return number, int(os.environ["SLURM_ARRAY_TASK_COUNT"])
-    if text is None:
-        return 0, 1
-    number_text, _, count_text = text.partition("/")
-    is_task = number_text.isdigit() and count_text.isdigit()
-    if not is_task or int(number_text) >= int(count_text):
-        raise ConfigError(f"--task {text} must be I/N with 0 <= I < N, e.g. 0/8")
-    return int(number_text), int(count_text)

@@ -6,32 +6,99 @@ Torch is imported after the checks.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 
-from landiff.configs import ConfigError
-from landiff.launchers.commands import load_for_job
+from landiff.configs import ConfigError, ownership
+from landiff.configs.ownership import OWNER
+from landiff.configs.problems import Problem, problems_of
+from landiff.launchers.checks import check_processes
+from landiff.launchers.commands import load_for_job, parse_task
 from landiff.launchers.config import EvaluateConfig, SampleConfig
+from landiff.launchers.local.children import environment
+from landiff.launchers.local.start import visible_gpus
+from landiff.launchers.results.prompts import sample_units, sample_values
 
 
 def sample_command(args: argparse.Namespace) -> int:
-    """Generates a video for each prompt. Returns the exit code."""
-    values = {"prompts": args.prompts} if args.prompts else None
+    """Generates the videos of prompts. Returns the exit code."""
+    processes = 1 if args.nproc is None else args.nproc
+    problems = check_processes(processes, visible_gpus())
+    problems += problems_of(lambda: parse_task(args.task))
+    if processes > 1 and args.task is not None:
+        problems.append(Problem("--nproc divides the work itself; leave --task out"))
     try:
-        config = load_for_job(args, SampleConfig, describe_sample, values=values)
+        values = sample_values(args)
+        config = load_for_job(args, SampleConfig, describe_sample, values=values, problems=problems)
     except ConfigError as error:
         if any(" " in override for override in args.overrides):
             hint = "(write a prompt that begins with KEY= after --)"
             raise ConfigError(f"{error}\n{hint}") from None
         raise
-    if config is not None:
-        from landiff.launchers.results.sample import sample_videos
+    if config is None:
+        return 0
+    if processes > 1:
+        return sample_in_processes(args.argv, processes)
+    task = parse_task(args.task)
+    suffix = "" if task == (0, 1) else f".{task[0]}"
+    from landiff.launchers.results.sample import sample_videos
 
-        sample_videos(config)
+    with ownership.take(config.out / f"{OWNER}{suffix}", f"folder of samples {config.out}"):
+        sample_videos(config, task)
     return 0
+
+
+def sample_in_processes(argv: Sequence[str], processes: int) -> int:
+    """Runs a `landiff sample` command in several processes, each with a part of the videos.
+
+    Each has a GPU of its own, if there are GPUs. Returns the exit code of the first process that
+    failed, or 0.
+    """
+    words = without_option(argv, "--nproc")
+    position = words.index("sample") + 1
+    children = []
+    for number in range(processes):
+        task = ["--task", f"{number}/{processes}"]
+        command = [sys.executable, "-m", "landiff.launchers.cli"]
+        env = environment() | one_gpu(number)
+        children.append(
+            subprocess.Popen([*command, *words[:position], *task, *words[position:]], env=env)
+        )
+    codes = [child.wait() for child in children]
+    return next((code for code in codes if code), 0)
+
+
+def without_option(argv: Sequence[str], option: str) -> list[str]:
+    """A command line without an option and its value. Words after `--` are kept."""
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    kept = []
+    skip = False
+    for word in words[:end]:
+        if skip:
+            skip = False
+        elif word == option:
+            skip = True
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return [*kept, *words[end:]]
+
+
+def one_gpu(number: int) -> dict[str, str]:
+    """Environment variable that selects visible GPU `number`; none on a machine without GPUs."""
+    if not visible_gpus():
+        return {}
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    name = str(number) if names is None else names.split(",")[number].strip()
+    return {"CUDA_VISIBLE_DEVICES": name}
 
 
 def describe_sample(config: SampleConfig) -> str:
     """What `landiff sample` would do."""
-    return f"would sample {len(config.prompts)} video(s) into {config.out}"
+    units = sample_units(config)
+    return f"would sample {len(units)} video(s) into {config.out}"
 
 
 def evaluate_command(args: argparse.Namespace) -> int:

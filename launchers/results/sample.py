@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from landiff.data_pipeline.video.codec import write_mp4
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.loading import ModelLoader
 from landiff.launchers.results.preview import log_videos
-from landiff.model_zoo import frozen
+from landiff.launchers.results.prompts import SampleUnit, sample_units
+from landiff.launchers.results.sample_folder import SampleFolder, common_settings
+from landiff.model_zoo import frozen, registry
 from landiff.model_zoo.device import pick_device
-from landiff.model_zoo.sample.generate import Models, generate
+from landiff.model_zoo.sample.generate import Generated, Models, generate
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.training.checkpoint.run_folder import TENSORBOARD
 
-SEED_STEP = 1000  # between the seeds of two prompts
-MAX_SLUG = 40  # characters of a prompt in the name of its mp4 file
 MAX_TAG = 60  # characters of a prompt in its TensorBoard tag
+MAX_LOGGED = 32  # videos that are also written to TensorBoard
 
 
 def load_models(config: SampleConfig, device: torch.device) -> Models:
@@ -50,52 +50,113 @@ def load_models(config: SampleConfig, device: torch.device) -> Models:
     )
 
 
-def sample_videos(config: SampleConfig) -> list[str]:
-    """Writes one mp4 for each prompt into `config.out`. Returns the file names.
+def model_references(config: SampleConfig) -> dict[str, str]:
+    """Reference with fingerprint of each model of a config. Raises ZooError."""
+    references = {}
+    for kind in ("lm", "tokenizer", "diffusion"):
+        entry = registry.resolve(config.zoo, getattr(config, kind), kind)
+        references[kind] = entry.reference
+    return references
 
-    Prompt i has the seed `config.seed` + 1000 i.
+
+def sample_videos(config: SampleConfig, task: tuple[int, int] = (0, 1)) -> list[str]:
+    """Writes one mp4 for each unit of this task into `config.out`. Returns the file names.
+
+    Videos that are finished are kept. `task` is (number, number of tasks): a task takes every n-th
+    batch, so that the batches are the same for any number of tasks.
+
+    Raises ConfigError if the folder holds videos that were made with other settings.
     """
+    units = sample_units(config)
+    folder = SampleFolder(config.out, common_settings(config, model_references(config)), units)
+    own = batches(units, config.batch_size)[task[0] :: task[1]]
+    missing = [batch for batch in own if not all(folder.is_finished(unit) for unit in batch)]
+    names = [unit.name for batch in own for unit in batch]
+    total = len(names)
+    left = sum(len(batch) for batch in missing)
+    if left < total:
+        print(f"sample: {total - left} of {total} videos are finished in {config.out}")
+    if not missing:
+        folder.write_list()
+        return names
     models = load_models(config, pick_device(config.device))
-    config.out.mkdir(parents=True, exist_ok=True)
-    seeds = [config.seed + SEED_STEP * i for i in range(len(config.prompts))]
-    videos_THWC = generate_videos(models, config, seeds)
-    names = []
-    for number, (prompt, video_THWC) in enumerate(zip(config.prompts, videos_THWC, strict=True)):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:MAX_SLUG] or "prompt"
-        path = config.out / f"{number:02d}-{slug}-seed{seeds[number]}.mp4"
-        write_mp4(path, video_THWC.numpy(), config.fps)
-        events = config.out.parent / "runs" / "sample" / TENSORBOARD
-        log_videos(events, 0, {f"sample/{number:02d} {prompt[:MAX_TAG]}": video_THWC}, config.fps)
-        print(f"sample: {path}")
-        names.append(path.name)
+    progress = UnitProgress(total, total - left)
+    for batch in missing:
+        generated = generate_batch(models, config, batch, progress)
+        for unit, frames_THWC in zip(batch, generated.frames_BTHWC.cpu(), strict=False):
+            path = folder.commit(unit, frames_THWC.numpy())
+            log_sample(config, unit, frames_THWC)
+            progress.finish(path)
     return names
 
 
-def generate_videos(models: Models, config: SampleConfig, seeds: list[int]) -> list[Tensor]:
-    """One uint8 video [T, H, W, 3] for each prompt, on the CPU."""
-    lines: dict[str, ProgressLine] = {}
+def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
+    """Consecutive units of equal length, at most `size` at once."""
+    found: list[list[SampleUnit]] = []
+    for unit in units:
+        last = found[-1] if found else []
+        fits = len(last) < size and last and same_length(last[0], unit)
+        if fits:
+            last.append(unit)
+        else:
+            found.append([unit])
+    return found
 
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in lines:
-            lines[what] = ProgressLine(f"sample {what}")
-        lines[what](done, total)
 
-    sampler = SamplerOptions(num_steps=config.steps, guidance=config.guidance)
-    # Videos whose end the language model predicts differ in length, so they are generated alone.
-    batch_size = 1 if config.tokens.predict_end else len(config.prompts)
-    videos_THWC: list[Tensor] = []
-    for first in range(0, len(config.prompts), batch_size):
-        batch = slice(first, first + batch_size)
-        generated = generate(
-            models,
-            prompts=config.prompts[batch],
-            num_latent_frames=config.num_latent_frames,
-            tokens=config.tokens,
-            sampler=sampler,
-            seeds=seeds[batch],
-            motion_score=config.motion_score,
-            clean_frames=config.clean_frames,
-            progress=progress,
-        )
-        videos_THWC.extend(generated.frames_BTHWC.cpu())
-    return videos_THWC
+def same_length(first: SampleUnit, second: SampleUnit) -> bool:
+    """Whether two videos have the same number of frames."""
+    return first.num_latent_frames == second.num_latent_frames
+
+
+def generate_batch(
+    models: Models, config: SampleConfig, units: Sequence[SampleUnit], progress: UnitProgress
+) -> Generated:
+    """Generates a batch. An incomplete one is filled with copies of its last unit.
+
+    The batch size affects rounding, so that a video would else depend on its place in the list.
+    """
+    filled = [*units, *[units[-1]] * (config.batch_size - len(units))]
+    return generate(
+        models,
+        prompts=[unit.prompt for unit in filled],
+        num_latent_frames=units[0].num_latent_frames,
+        tokens=config.tokens,
+        sampler=SamplerOptions(num_steps=config.steps, guidance=config.guidance),
+        seeds=[unit.seed for unit in filled],
+        motion_score=[unit.motion_score for unit in filled],
+        negatives=[unit.negative for unit in filled],
+        clean_frames=config.clean_frames,
+        progress=progress,
+    )
+
+
+class UnitProgress:
+    """Progress of the videos, and of the tokens and sampling steps of the current batch."""
+
+    def __init__(self, total: int, finished: int) -> None:
+        self.total = total
+        self.finished = finished
+        self._videos = ProgressLine("sample", "videos")
+        self._videos(finished, total)
+        self._parts: dict[str, ProgressLine] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Reports tokens or sampling steps of the current batch."""
+        if what not in self._parts:
+            self._parts[what] = ProgressLine(f"sample {what}")
+        self._parts[what](done, total)
+
+    def finish(self, path: Path) -> None:
+        """Reports a finished video."""
+        self.finished += 1
+        print(f"sample: {path}")
+        self._videos(self.finished, self.total)
+
+
+def log_sample(config: SampleConfig, unit: SampleUnit, frames_THWC: torch.Tensor) -> None:
+    """Writes one of the first videos to TensorBoard."""
+    if unit.number >= MAX_LOGGED:
+        return
+    events = config.out.parent / "runs" / "sample" / TENSORBOARD
+    tag = f"sample/{unit.number:02d} {unit.prompt[:MAX_TAG]}"
+    log_videos(events, 0, {tag: frames_THWC}, config.fps)

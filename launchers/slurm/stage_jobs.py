@@ -16,6 +16,7 @@ from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
 from landiff.launchers.config import ShardsJobConfig
 from landiff.launchers.local.start import default_processes
+from landiff.launchers.results.prompts import sample_values
 from landiff.launchers.run.job_folder import CONFIG, JOB_FOLDER
 from landiff.launchers.slurm.cluster_config import STAGES, ClusterConfig
 from landiff.launchers.slurm.script import BatchJob
@@ -93,14 +94,16 @@ def plan_stage(
             f"{args.command} is no stage of its own; submit one of {', '.join(STAGES)}"
         )
     values = None
-    if getattr(args, "prompts", None):
-        values = {"prompts": args.prompts}
+    if args.command == "sample":
+        values = sample_values(args)
     cls = STAGE_CONFIGS[args.command]
     launch = context.launch()
     config, problems = load_checked(
         args.command, cls, args.config, args.overrides, launch=launch, values=values
     )
     job = plan_process(args.command, context, name or args.command, (args.command,), config)
+    if args.command == "sample" and is_array(context, "sample"):
+        job = as_array(job)
     return [replace(job, problems=tuple(problems))]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.config import TokenSamplingConfig
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MOTION_SCORE = 0.1  # as in the release's command line
 
+# One score for all videos, or one for each. None means DEFAULT_MOTION_SCORE.
+MotionScores = float | None | Sequence[float | None]
 # progress(what, done, total) with "tokens" or "latents".
 SampleProgress = Callable[[str, int, int], None]
 
@@ -86,7 +88,8 @@ def generate(
     sampler: SamplerOptions,
     *,
     seeds: Sequence[int],
-    motion_score: float | None = None,
+    motion_score: MotionScores = None,
+    negatives: Sequence[str] | None = None,
     clean_frames: int = 7,
     progress: SampleProgress | None = None,
 ) -> Generated:
@@ -96,8 +99,14 @@ def generate(
     continues the last `clean_frames` latent frames of the one before. A video that the language
     model ends early (`tokens.predict_end`) has the whole chunks before its end.
 
+    A video depends on its own prompt and seed, and on the number of prompts by rounding. It does
+    not depend on the other prompts.
+
     seeds: one per prompt.
-    motion_score: in frame heights per second; None means DEFAULT_MOTION_SCORE.
+    motion_score: in frame heights per second, one for all prompts or one for each; None means
+        DEFAULT_MOTION_SCORE.
+    negatives: texts of the unconditional branch of the diffusion model, one per prompt. An empty
+        text, like None, is no text.
 
     Raises ConfigError for an empty prompt, a length that is not a whole number of chunks, or models
     that do not fit each other; UnhealthyError if the codes have collapsed.
@@ -109,7 +118,7 @@ def generate(
     warn_of_cut_prompts(models.diffusion_text, prompts)
     codes_BK = draw_codes(
         models.lm,
-        models.lm_text(list(prompts)),
+        encode_separately(models.lm_text, prompts),
         num_latent_frames,
         tokens,
         seeds=seeds,
@@ -118,18 +127,55 @@ def generate(
     )
     num_frames = models.lm.layout.num_frames(codes_BK.shape[1])
     features_BTChw = models.tokenizer.decode(codes_BK, num_frames)
-    text_BLD, _ = models.diffusion_text(list(prompts))
+    text_BLD, _ = encode_separately(models.diffusion_text, prompts)
     latents_BTCHW = draw_latents(
         models.diffusion,
         models.schedule,
         text_BLD,
         features_BTChw,
         sampler,
+        negative_BLD=encode_negatives(models.diffusion_text, negatives, text_BLD),
         seeds=seeds,
         clean_frames=clean_frames,
         progress=progress,
     )
-    return Generated(codes_BK, latents_BTCHW, models.codec.decode(latents_BTCHW))
+    # One after the other: decoding takes the most memory.
+    frames = [models.codec.decode(latents_1TCHW) for latents_1TCHW in latents_BTCHW.split(1)]
+    return Generated(codes_BK, latents_BTCHW, torch.cat(frames))
+
+
+def encode_separately(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """States [B, L, D] and lengths [B] of texts, each encoded as if it were alone.
+
+    Several texts are padded with zeros to the encoder's `max_length`, so that a text's states do
+    not depend on the length of the others.
+    """
+    if len(texts) == 1:
+        return encoder(list(texts))
+    states = []
+    lengths = []
+    for text in texts:
+        state_1LD, length_1 = encoder([text])
+        padding = encoder.max_length - state_1LD.shape[1]
+        states.append(nn.functional.pad(state_1LD, (0, 0, 0, padding)))
+        lengths.append(length_1)
+    return torch.cat(states), torch.cat(lengths)
+
+
+def encode_negatives(
+    encoder: TextEncoder, negatives: Sequence[str] | None, text_BLD: Tensor
+) -> Tensor | None:
+    """States of the unconditional branch, [B, L, D]: zeros where there is no negative text.
+
+    None if no video has one.
+    """
+    if negatives is None or not any(negatives):
+        return None
+    negative_BLD = torch.zeros_like(text_BLD)
+    for row, text in enumerate(negatives):
+        if text:
+            negative_BLD[row] = encoder([text])[0][0].to(negative_BLD)
+    return negative_BLD
 
 
 def warn_of_cut_prompts(encoder: TextEncoder, prompts: Sequence[str]) -> None:
@@ -159,12 +205,14 @@ def draw_codes(
     tokens: TokenSamplingConfig,
     *,
     seeds: Sequence[int],
-    motion_score: float | None = None,
+    motion_score: MotionScores = None,
     progress: SampleProgress | None = None,
 ) -> Tensor:
     """Samples the codes of the videos, int64 [B, K]. K is smaller if the video ends early.
 
-    text: states and lengths from the text encoder of the language model.
+    text: states and lengths from the text encoder of the language model. Several texts are aligned
+        at the number of rows of the states.
+    motion_score: as in `generate`.
     progress: `progress("tokens", done, total)` is called after each draw.
 
     Raises ConfigError if several videos may end early, UnhealthyError if nearly all codes are the
@@ -177,10 +225,8 @@ def draw_codes(
             f"with predict_end = true each of the {batch} videos may end at another frame; sample "
             "them one at a time"
         )
-    if motion_score is None:
-        motion_score = DEFAULT_MOTION_SCORE
     device = next(lm.parameters()).device
-    motion_score_B = torch.full((batch,), motion_score, device=device)
+    motion_score_B = torch.tensor(motion_scores(motion_score, batch), device=device)
 
     def report(done: int, total: int) -> None:
         if progress is not None:
@@ -188,7 +234,7 @@ def draw_codes(
 
     sampled = sample_tokens(
         lm,
-        Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device)),
+        Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device), align_to_rows=batch > 1),
         num_latent_frames,
         tokens,
         seeds=seeds,
@@ -202,6 +248,16 @@ def draw_codes(
     return codes_BK
 
 
+def motion_scores(motion_score: MotionScores, batch: int) -> list[float]:
+    """The motion score of each of `batch` videos, with the default for None."""
+    if motion_score is None or isinstance(motion_score, float | int):
+        scores: list[float | None] = [motion_score] * batch
+    else:
+        scores = list(motion_score)
+    assert len(scores) == batch, (motion_score, batch)
+    return [DEFAULT_MOTION_SCORE if score is None else float(score) for score in scores]
+
+
 def draw_latents(
     diffusion: ControlledDiffusion,
     schedule: NoiseSchedule,
@@ -210,6 +266,7 @@ def draw_latents(
     sampler: SamplerOptions,
     *,
     seeds: Sequence[int],
+    negative_BLD: Tensor | None = None,
     clean_frames: int = 7,
     progress: SampleProgress | None = None,
     on_step: OnStep | None = None,
@@ -219,6 +276,7 @@ def draw_latents(
     """Samples the latents of the videos, float32 [B, T, C, H, W].
 
     text_BLD: states from the text encoder of the diffusion model.
+    negative_BLD: as in `sample_latents`.
     progress: `progress("latents", done, total)` is called after each sampling step; `total` counts
         the steps of all chunks.
     on_step, stop: as in `sample_latents`.
@@ -251,6 +309,7 @@ def draw_latents(
         text_BLD.to(features_BTChw),
         features_BTChw,
         lambda _chunk: noise,
+        negative_BLD=None if negative_BLD is None else negative_BLD.to(features_BTChw),
         options=sampler,
         window=window,
         clean=clean_frames,

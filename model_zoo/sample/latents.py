@@ -121,6 +121,7 @@ def sample_latents(
     features_BTChw: Tensor,
     noise: Noise,
     *,
+    negative_BLD: Tensor | None = None,
     options: SamplerOptions | None = None,
     prefix_BTCHW: Tensor | None = None,
     on_step: OnStep | None = None,
@@ -128,7 +129,7 @@ def sample_latents(
 ) -> Tensor:
     """Samples scaled latents, float32 [B, T, C, H, W] with T of the features.
 
-    The unconditional branch receives zeros as text, and the same features.
+    The unconditional branch receives `negative_BLD` or zeros as text, and the same features.
 
     prefix_BTCHW: the first latent frames of the result, with a T of its own. They replace the first
         frames of the state before every step.
@@ -146,7 +147,7 @@ def sample_latents(
         return model(state_BTCHW.to(model.dtype), timestep_B, text_BLD, semantic_BTCHW=both_BTCHW)
 
     return _sample(
-        _guided_denoiser(network, text_BLD),
+        _guided_denoiser(network, text_BLD, negative_BLD),
         schedule,
         shape,
         noise,
@@ -229,6 +230,7 @@ def stream_latents(
     features_BTChw: Tensor,
     noise_of_chunk: Callable[[int], Noise],
     *,
+    negative_BLD: Tensor | None = None,
     options: SamplerOptions | None = None,
     window: int = 13,
     clean: int = 7,
@@ -260,6 +262,7 @@ def stream_latents(
             text_BLD,
             features_BTChw[:, start : start + window],
             noise_of_chunk(chunk),
+            negative_BLD=negative_BLD,
             options=options,
             prefix_BTCHW=prefix,
             on_step=on_step,
@@ -306,9 +309,13 @@ def fix_prefix(state_BTCHW: Tensor, prefix_BTCHW: Tensor | None) -> Tensor:
     return torch.cat([prefix_BTCHW.to(state_BTCHW), state_BTCHW[:, length:]], dim=1)
 
 
-def _guided_denoiser(network: _Network, text_BLD: Tensor) -> _Estimate:
+def _guided_denoiser(
+    network: _Network, text_BLD: Tensor, negative_BLD: Tensor | None = None
+) -> _Estimate:
     """The network with text, run once on a batch of both branches."""
-    both_text = torch.cat([torch.zeros_like(text_BLD), text_BLD])
+    if negative_BLD is None:
+        negative_BLD = torch.zeros_like(text_BLD)
+    both_text = torch.cat([negative_BLD, text_BLD])
 
     def estimate(state_BTCHW: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         state = torch.cat([state_BTCHW, state_BTCHW])

@@ -55,12 +55,15 @@ class Prompts:
     motion_score_B: motion scores.
     text_lengths_B: rows of each text without padding; L each if None.
     prefix_codes_BK: codes of the first frames, which are then not drawn.
+    align_to_rows: pad all texts to the rows of `text_BLD`, not to the longest one. A row of the
+        batch then does not depend on the length of the others.
     """
 
     text_BLD: Tensor
     motion_score_B: Tensor
     text_lengths_B: Tensor | None = None
     prefix_codes_BK: Tensor | None = None
+    align_to_rows: bool = False
 
 
 @torch.no_grad()
@@ -315,9 +318,9 @@ class _Decoder:
             frames_B = torch.cat([frames_B, frames_B])
             lengths_B = torch.cat([lengths_B, lengths_B])
             drop_B = torch.cat([drop_B, ~drop_B])
-        longest = int(lengths_B.max())
+        longest = text_BLD.shape[1] if prompts.align_to_rows else int(lengths_B.max())
         embedded_RPD = self.model.embed_prompt(text_BLD[:, :longest], frames_B, motion_B, drop_B)
-        if bool((lengths_B == longest).all()):
+        if not prompts.align_to_rows and bool((lengths_B == longest).all()):
             return embedded_RPD, None
         pads_R = (longest - lengths_B).to(self.device)
         positions_P = torch.arange(embedded_RPD.shape[1], device=self.device)

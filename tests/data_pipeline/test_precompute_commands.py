@@ -36,7 +36,8 @@ from landiff.data_pipeline.precompute.units import (
     task_of_shard,
 )
 from landiff.launchers.cli import main
-from landiff.launchers.data.commands import parse_fraction, parse_task
+from landiff.launchers.commands import parse_task
+from landiff.launchers.data.commands import parse_fraction
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.precompute_data import (
     NUM_CLIPS,

@@ -25,7 +25,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import landiff
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results import sample
+from landiff.launchers.results import sample, sample_folder
 from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
@@ -168,9 +168,11 @@ def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected
 def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch, capsys):
     """All of `landiff sample` but the mp4 file itself, which loses a little."""
     written = []
-    monkeypatch.setattr(
-        sample, "write_mp4", lambda _path, frames, _fps: written.append(torch.from_numpy(frames))
-    )
+
+    def keep(_path, frames_THWC, _fps, comment):
+        written.append(torch.from_numpy(frames_THWC))
+
+    monkeypatch.setattr(sample_folder, "write_mp4", keep)
     sample.sample_videos(
         sample_config(
             folder,
@@ -182,6 +184,7 @@ def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch
             motion_score=0.2,
             clean_frames=1,
             seed=SEED,
+            batch_size=2,
         )
     )
     found = pipe(

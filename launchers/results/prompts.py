@@ -1,0 +1,247 @@
+"""What `landiff sample` generates: a list of units, read from prompts, files of prompts and seeds.
+
+A unit is one video of one prompt with one seed. Torch-free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from landiff.configs.base import Config, ConfigError
+from landiff.configs.documents import decode, parse_json, read_bytes
+from landiff.configs.loader import validate
+from landiff.launchers.config import SampleConfig
+
+MAX_PROMPT_BYTES = 64 << 20  # of a file of prompts
+MAX_UNITS = 1_000_000
+MAX_SLUG = 40  # characters of a prompt in the name of its mp4 file
+SEED_STEP = 1000  # between the seeds of two prompts
+FORMATS = (".txt", ".csv", ".jsonl")
+SEEDS = re.compile(r"(\d{1,19})(?:-(\d{1,19}))?")
+
+
+class PromptRow(Config):
+    """One row of a file of prompts. Values that are not given are those of the config."""
+
+    prompt: str = Field(description="What the video shows.")
+    seed: NonNegativeInt | None = Field(default=None, description="Random seed of the video.")
+    frames: PositiveInt | None = Field(default=None, description="Length in latent frames.")
+    motion: NonNegativeFloat | None = Field(
+        default=None, description="Motion score, in frame heights per second."
+    )
+    negative: str = Field(default="", description="What the video must not show.")
+
+
+@dataclass(frozen=True)
+class SampleUnit:
+    """One video to generate.
+
+    number: position of the prompt in the list of prompts.
+    num_latent_frames: length of the video.
+    motion_score: in frame heights per second; None means the default of the sampler.
+    negative: text of the unconditional branch, in place of no text.
+    """
+
+    number: int
+    prompt: str
+    seed: int
+    num_latent_frames: int
+    motion_score: float | None = None
+    negative: str = ""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that identify the content: equal for equal prompt, seed and options."""
+        values = asdict(self)
+        del values["number"]
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """Name of the mp4 file: number, words of the prompt and seed."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:MAX_SLUG] or "prompt"
+        return f"{self.number:02d}-{slug}-seed{self.seed}.mp4"
+
+
+def sample_units(config: SampleConfig) -> list[SampleUnit]:
+    """All units of a config, in order: each prompt with each of its seeds.
+
+    Raises ConfigError for a file of prompts that cannot be read, or two equal units.
+    """
+    rows = [PromptRow(prompt=prompt) for prompt in config.prompts]
+    if config.prompts_file is not None:
+        rows = read_prompts(config.prompts_file)
+    count = config.num_videos * max(1, len(config.seeds))
+    if len(rows) * count > MAX_UNITS:
+        raise ConfigError(
+            f"{len(rows)} prompts with {count} videos each are more than {MAX_UNITS} videos; "
+            "divide the file of prompts"
+        )
+    units: list[SampleUnit] = []
+    for number, row in enumerate(rows):
+        for seed in _seeds(config, row, number):
+            unit = SampleUnit(
+                number=number,
+                prompt=row.prompt,
+                seed=seed,
+                num_latent_frames=row.frames or config.num_latent_frames,
+                motion_score=config.motion_score if row.motion is None else row.motion,
+                negative=row.negative,
+            )
+            units.append(unit)
+    names: dict[str, SampleUnit] = {}
+    for unit in units:
+        if unit.name in names:
+            raise ConfigError(
+                f"prompt {unit.number} occurs twice with seed {unit.seed}; give each video a seed "
+                "of its own"
+            )
+        names[unit.name] = unit
+    return units
+
+
+def sample_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Config values of the options of `landiff sample`. They are not parsed as YAML.
+
+    Raises ConfigError for seeds that are no numbers or ranges.
+    """
+    values: dict[str, Any] = {}
+    if args.prompts:
+        values["prompts"] = args.prompts
+    if args.prompts_file is not None:
+        values["prompts_file"] = args.prompts_file
+        values.setdefault("prompts", [])
+        if args.prompts:
+            raise ConfigError("give prompts or --prompts FILE, not both")
+    if args.seeds is not None:
+        values["seeds"] = parse_seeds(args.seeds)
+    if args.num_videos is not None:
+        values["num_videos"] = args.num_videos
+    return values
+
+
+def _seeds(config: SampleConfig, row: PromptRow, number: int) -> list[int]:
+    """The seeds of one prompt."""
+    if row.seed is not None:
+        first = [row.seed]
+    elif config.seeds:
+        first = list(config.seeds)
+    else:
+        first = [config.seed + SEED_STEP * number]
+    seeds = []
+    for seed in first:
+        for repetition in range(config.num_videos):
+            seeds.append(seed + repetition)
+    return seeds
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds of `--seeds`: numbers and ranges such as `0-3,7`. Raises ConfigError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = SEEDS.fullmatch(part.strip())
+        if match is None:
+            raise ConfigError(f"--seeds {text!r}: {part!r} is neither a number nor a range A-B")
+        first = int(match[1])
+        last = int(match[2] or first)
+        if last < first or last - first >= MAX_UNITS:
+            raise ConfigError(f"--seeds {text!r}: {part!r} is no range of rising numbers")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds {text!r} names a seed twice")
+    return tuple(seeds)
+
+
+def read_prompts(path: Path) -> list[PromptRow]:
+    """The rows of a file of prompts; `-` reads one prompt per line from standard input.
+
+    .txt has one prompt per line. .csv has a header, and .jsonl one object per line, with `prompt`
+    and optionally `seed`, `frames`, `motion` and `negative`. Blank lines are skipped. Raises
+    ConfigError with file and line.
+    """
+    if str(path) == "-":
+        data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+        if len(data) > MAX_PROMPT_BYTES:
+            raise ConfigError(f"standard input holds more than {MAX_PROMPT_BYTES} bytes of prompts")
+        return _from_lines(decode(data, "standard input"), "standard input")
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise ConfigError(
+            f"prompts_file = {path}: the format is told by the suffix, one of {', '.join(FORMATS)}"
+        )
+    try:
+        text = decode(read_bytes(path, MAX_PROMPT_BYTES), str(path))
+    except OSError as error:
+        raise ConfigError(f"prompts_file = {path}: {error.strerror}") from None
+    if kind == ".txt":
+        return _from_lines(text, str(path))
+    if kind == ".csv":
+        return _from_csv(text, str(path))
+    return _from_jsonl(text, str(path))
+
+
+def _row(values: dict[str, Any], place: str) -> PromptRow:
+    """A checked row. Raises ConfigError with its place."""
+    try:
+        row = validate(PromptRow, values, place)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    if not row.prompt.strip():
+        raise ConfigError(f"{place}: the prompt is empty; describe what the video shows")
+    return row
+
+
+def _found(rows: Sequence[PromptRow], origin: str) -> list[PromptRow]:
+    """The rows as a list. Raises ConfigError if there is none."""
+    if not rows:
+        raise ConfigError(f"{origin} holds no prompt")
+    return list(rows)
+
+
+def _from_lines(text: str, origin: str) -> list[PromptRow]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            rows.append(_row({"prompt": line.strip()}, f"{origin}, line {number}"))
+    return _found(rows, origin)
+
+
+def _from_csv(text: str, origin: str) -> list[PromptRow]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        for cells in reader:
+            place = f"{origin}, line {reader.line_num}"
+            if None in cells:
+                raise ConfigError(f"{place} has more cells than the header; quote commas")
+            values = {key: value for key, value in cells.items() if value not in (None, "")}
+            rows.append(_row(values, place))
+    except csv.Error as error:
+        raise ConfigError(f"{origin}, line {reader.line_num}: {error}") from None
+    return _found(rows, origin)
+
+
+def _from_jsonl(text: str, origin: str) -> list[PromptRow]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{origin}, line {number}"
+        values = parse_json(line, place)
+        if not isinstance(values, dict):
+            raise ConfigError(f'{place}: a row is an object such as {{"prompt": "..."}}')
+        rows.append(_row(values, place))
+    return _found(rows, origin)

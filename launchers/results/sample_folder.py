@@ -1,0 +1,160 @@
+"""The output folder of `landiff sample`: one mp4 per unit, with what made it, and their list.
+
+    NN-words-of-the-prompt-seedS.mp4   a finished video; its metadata are its record as JSON
+    settings.json                      what all videos of the folder have in common
+    samples.jsonl                      the records of all finished videos
+
+A video is committed by rename the moment it is done. `settings.json` refuses a second run with
+other models or options, so that all videos of a folder are comparable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from landiff.configs.base import ConfigError
+from landiff.configs.documents import read_json
+from landiff.configs.files import remove_abandoned, write_text
+from landiff.data_pipeline.format.locks import locked
+from landiff.data_pipeline.video.codec import read_comment, write_mp4
+from landiff.launchers.config import SampleConfig
+from landiff.launchers.results.prompts import SampleUnit
+from landiff.launchers.version import __version__
+
+SETTINGS = "settings.json"
+SAMPLES = "samples.jsonl"
+# Options that say what is generated, and where. All others say how, and are equal for all videos.
+OPTIONS_OF_UNITS = (
+    "zoo",
+    "out",
+    "device",
+    "prompts",
+    "prompts_file",
+    "seed",
+    "seeds",
+    "num_videos",
+    "num_latent_frames",
+    "motion_score",
+)
+
+Record = dict[str, Any]
+
+
+def common_settings(config: SampleConfig, models: Mapping[str, str]) -> dict[str, Any]:
+    """What all videos of a folder have in common.
+
+    models: reference with fingerprint of each model.
+    """
+    settings = config.model_dump(mode="json", exclude=set(OPTIONS_OF_UNITS))
+    return settings | dict(models)
+
+
+class SampleFolder:
+    """Finished and missing videos of one output folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], units: Iterable[SampleUnit]):
+        """Open `folder` for `units`.
+
+        Raises ConfigError if it holds videos that were made with other settings, or another video
+        under the name of a unit.
+        """
+        self.folder = folder
+        self.settings = dict(settings)
+        self.units = {unit.name: unit for unit in units}
+        self._records: dict[str, Record] = {}
+        self._others: set[str] = set()  # files without a record, made by something else
+        with locked(folder):
+            self._check_settings()
+        remove_abandoned(folder, "*.mp4")
+        self.refresh()
+        for name, unit in self.units.items():
+            record = self._records.get(name)
+            if record is not None and record["key"] != unit.key:
+                raise ConfigError(
+                    f"{folder / name} is another video: its length, motion score or negative "
+                    "prompt differs; choose another folder (out=...)"
+                )
+
+    def _check_settings(self) -> None:
+        """Compare with the settings of the videos that are here, or write them."""
+        path = self.folder / SETTINGS
+        if not path.exists():
+            write_text(path, json.dumps(self.settings, indent=1, sort_keys=True) + "\n")
+            return
+        stored = read_json(path)
+        changed = []
+        for key in sorted(stored.keys() | self.settings.keys()):
+            old, new = stored.get(key), self.settings.get(key)
+            if old != new:
+                changed.append(f"{key} = {json.dumps(old)} there, {json.dumps(new)} here")
+        if changed:
+            raise ConfigError(
+                f"{self.folder} holds videos that were made with other settings: "
+                f"{'; '.join(changed)}. Set them back, or choose another folder (out=...)"
+            )
+
+    def refresh(self) -> None:
+        """Read the records of videos that were finished since, by this or another process."""
+        for path in self.folder.glob("*.mp4"):
+            if path.name in self._records or path.name in self._others:
+                continue
+            record = read_record(path)
+            if record is None:
+                self._others.add(path.name)
+            else:
+                self._records[path.name] = record
+
+    def is_finished(self, unit: SampleUnit) -> bool:
+        """Whether the video of a unit is here."""
+        return unit.name in self._records
+
+    def commit(self, unit: SampleUnit, frames_THWC: np.ndarray) -> Path:
+        """Write the video of a unit and add it to the list. Returns its path.
+
+        The same frames give the same bytes: the record holds no times.
+        """
+        record = {
+            "file": unit.name,
+            "key": unit.key,
+            "prompt": unit.prompt,
+            "negative": unit.negative,
+            "seed": unit.seed,
+            "latent_frames": unit.num_latent_frames,
+            "frames": len(frames_THWC),
+            "motion_score": unit.motion_score,
+            "settings": self.settings,
+            "version": __version__,
+        }
+        path = self.folder / unit.name
+        comment = json.dumps(record, ensure_ascii=False)
+        write_mp4(path, frames_THWC, self.settings["fps"], comment=comment)
+        self._records[unit.name] = record
+        self.write_list()
+        return path
+
+    def write_list(self) -> None:
+        """Write samples.jsonl with all videos that are finished, those of other processes too."""
+        with locked(self.folder):
+            self.refresh()
+            lines = []
+            for name in sorted(self._records):
+                record = dict(self._records[name])
+                del record["settings"]
+                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+            write_text(self.folder / SAMPLES, "".join(lines))
+
+
+def read_record(path: Path) -> Record | None:
+    """The record inside a video of `landiff sample`; None for another or a damaged file."""
+    try:
+        record = json.loads(read_comment(path))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or "key" not in record:
+        return None
+    return record

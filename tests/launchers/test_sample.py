@@ -1,0 +1,250 @@
+"""`landiff sample`: prompts and seeds, resuming, several tasks, and what a video depends on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from landiff.configs.base import ConfigError
+from landiff.configs.loader import load
+from landiff.data_pipeline.video.codec import read_comment
+from landiff.launchers.cli import main
+from landiff.launchers.config import SampleConfig
+from landiff.launchers.results import sample
+from landiff.launchers.results.prompts import parse_seeds, read_prompts, sample_units
+from landiff.launchers.results.sample import batches, load_models, sample_videos
+from landiff.launchers.results.sample_folder import SAMPLES
+from landiff.model_zoo import registry
+from landiff.model_zoo.registry import build_module
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
+
+PROMPTS = (
+    "A grey rabbit stands on a green meadow.",
+    "Snow 🐇 雪",
+    "a=1: fox, running",
+    "A small bird sits on a branch in the forest, and then it flies away over the lake.",
+)
+CONFIGS = {
+    "lm": load(LMTrainConfig, "nano/lm").model,
+    "tokenizer": load(TokenizerTrainConfig, "nano/tokenizer").model,
+    "diffusion": load(DiffusionTrainConfig, "nano/diffusion-control").model,
+}
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def zoo(tmp_path_factory) -> Path:
+    """Nano models with random weights."""
+    folder = tmp_path_factory.mktemp("sample") / "zoo"
+    torch.manual_seed(0)
+    for kind, model_config in CONFIGS.items():
+        model = build_module(kind, model_config)
+        for parameter in model.parameters():
+            if not parameter.any():  # adaLN-zero would ignore its conditions
+                torch.nn.init.normal_(parameter, std=0.02)
+        for name, buffer in model.named_buffers():
+            if name.endswith("initted"):
+                buffer.fill_(True)
+            elif name.endswith("embed"):  # the codebook
+                buffer.normal_()
+        registry.export(folder, kind, kind, model_config, model.state_dict(), {})
+    return folder
+
+
+def config(zoo: Path, out: Path, **options) -> SampleConfig:
+    base = load(SampleConfig, "nano/sample").model_dump()
+    return SampleConfig(**base | {"zoo": zoo, "out": out, "prompts": PROMPTS, "steps": 2} | options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zoo, tmp_path_factory) -> Path:
+    """All prompts, one video at a time."""
+    out = tmp_path_factory.mktemp("sample") / "samples"
+    sample_videos(config(zoo, out))
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
+
+
+def test_every_video_has_its_record(undisturbed, zoo):
+    lines = (undisturbed / SAMPLES).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["prompt"] for record in records] == list(PROMPTS)
+    assert [record["seed"] for record in records] == [42, 1042, 2042, 3042]
+    for record in records:
+        inside = json.loads(read_comment(undisturbed / record["file"]))
+        assert inside["prompt"] == record["prompt"] and inside["key"] == record["key"]
+        for kind in CONFIGS:
+            assert inside["settings"][kind] == registry.resolve(zoo, kind, kind).reference
+        assert inside["frames"] == 17
+
+
+class Killed(Exception):
+    """Ends a run in the middle."""
+
+
+def test_a_killed_run_resumes_with_the_same_bytes(undisturbed, zoo, tmp_path, monkeypatch):
+    generate = sample.generate_batch
+    calls = []
+
+    def end_in_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Killed
+        return generate(*arguments)
+
+    monkeypatch.setattr(sample, "generate_batch", end_in_third)
+    with pytest.raises(Killed):
+        sample_videos(config(zoo, tmp_path))
+    assert len(files(tmp_path)) == 2
+    sample_videos(config(zoo, tmp_path))
+    assert files(tmp_path) == files(undisturbed)
+    assert len(calls) == 3 + 2
+    sample_videos(config(zoo, tmp_path))  # nothing is left
+    assert len(calls) == 3 + 2
+    assert (tmp_path / SAMPLES).read_text().count("\n") == 4
+
+
+def test_tasks_divide_the_videos_and_give_the_same_bytes(undisturbed, zoo, tmp_path):
+    first = sample_videos(config(zoo, tmp_path), (0, 3))
+    second = sample_videos(config(zoo, tmp_path), (1, 3))
+    third = sample_videos(config(zoo, tmp_path), (2, 3))
+    assert len(first) == 2 and len(second) == len(third) == 1
+    assert files(tmp_path) == files(undisturbed)
+    assert (tmp_path / SAMPLES).read_text().count("\n") == 4
+
+
+def test_a_video_does_not_depend_on_the_others_of_its_batch(zoo, tmp_path):
+    """Bit for bit at equal batch size, for short and long prompts, also in an incomplete batch."""
+    models = load_models(config(zoo, tmp_path), torch.device("cpu"))
+    batched = config(zoo, tmp_path, batch_size=3)
+    units = sample_units(batched)
+    quiet = sample.UnitProgress(4, 0)
+    alone = {}
+    for unit in units:
+        generated = sample.generate_batch(models, batched, [unit], quiet)
+        alone[unit.seed] = generated.frames_BTHWC[0]
+    orders = [[units[0], units[1], units[3]], [units[2], units[3], units[0]], [units[1], units[2]]]
+    for order in orders:
+        together = sample.generate_batch(models, batched, order, quiet)
+        for unit, video_THWC in zip(order, together.frames_BTHWC, strict=False):
+            assert torch.equal(video_THWC, alone[unit.seed]), (unit.prompt, len(order))
+
+
+def test_a_video_depends_on_the_batch_size_only_by_rounding(zoo, tmp_path):
+    models = load_models(config(zoo, tmp_path), torch.device("cpu"))
+    quiet = sample.UnitProgress(4, 0)
+    units = sample_units(config(zoo, tmp_path))
+    found = []
+    for size in (1, 3):
+        sized = config(zoo, tmp_path, batch_size=size)
+        found.append(sample.generate_batch(models, sized, units[3:4], quiet).frames_BTHWC[0])
+    difference = (found[0].int() - found[1].int()).abs()
+    assert int(difference.max()) <= 1  # rounding to uint8 may turn at a half
+
+
+def test_another_config_is_refused_for_the_same_folder(undisturbed, zoo):
+    with pytest.raises(ConfigError, match="steps = 2 there, 3 here.*another folder"):
+        sample_videos(config(zoo, undisturbed, steps=3))
+    with pytest.raises(ConfigError, match="motion score"):
+        sample_videos(config(zoo, undisturbed, motion_score=0.3))
+    assert len(files(undisturbed)) == 4
+
+
+def test_more_prompts_and_seeds_can_be_added(undisturbed, zoo, tmp_path):
+    for path in undisturbed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = files(tmp_path)
+    sample_videos(config(zoo, tmp_path, prompts=(*PROMPTS, "One more."), seeds=(42, 7)))
+    after = files(tmp_path)
+    assert before.items() <= after.items()
+    assert (
+        "04-one-more-seed7.mp4" in after
+        and "00-a-grey-rabbit-stands-on-a-green-meadow-seed42.mp4" in after
+    )
+
+
+# -------------------------------------------------------------------- prompts
+
+
+def test_prompts_come_from_text_csv_and_json_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("a fox\n\nkey=value: 雪\r\n", encoding="utf-8")
+    assert [row.prompt for row in read_prompts(tmp_path / "a.txt")] == ["a fox", "key=value: 雪"]
+    (tmp_path / "a.csv").write_text(
+        '\ufeffprompt,seed,motion,frames,negative\n"a, fox",7,0.2,9,blur\nan owl,,,,\n',
+        encoding="utf-8",
+    )
+    fox, owl = read_prompts(tmp_path / "a.csv")
+    assert (fox.prompt, fox.seed, fox.motion, fox.frames, fox.negative) == (
+        "a, fox",
+        7,
+        0.2,
+        9,
+        "blur",
+    )
+    assert (owl.seed, owl.motion, owl.frames, owl.negative) == (None, None, None, "")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a fox", "seed": 3}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl")[0].seed == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n \n", "holds no prompt"),
+        ("a.csv", "text\na fox\n", "prompt"),
+        ("a.csv", "prompt,seed\na,fox,3\n", "line 2 has more cells than the header"),
+        ("a.csv", "prompt,seed\na fox,soon\n", "line 2.*seed"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
+        ("a.jsonl", '{"prompt": "a", "sed": 3}\n', "sed"),
+        ("a.jsonl", "[1]\n", "line 1: a row is an object"),
+        ("a.yaml", "a fox\n", "one of .txt, .csv, .jsonl"),
+    ],
+)
+def test_a_wrong_file_of_prompts_is_refused_with_its_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_seeds_are_numbers_and_ranges():
+    assert parse_seeds("0-3,7") == (0, 1, 2, 3, 7)
+    for wrong in ("", "a", "3-1", "1,1", "-1"):
+        with pytest.raises(ConfigError, match="--seeds"):
+            parse_seeds(wrong)
+
+
+def test_units_are_prompts_times_seeds_times_videos(zoo, tmp_path):
+    units = sample_units(config(zoo, tmp_path, seeds=(5, 10), num_videos=2))
+    assert [unit.seed for unit in units[:4]] == [5, 6, 10, 11] and len(units) == 16
+    with pytest.raises(ConfigError, match="twice with seed 6"):
+        sample_units(config(zoo, tmp_path, seeds=(5, 6), num_videos=2))
+
+
+def test_batches_hold_videos_of_one_length(tmp_path, zoo):
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a"}\n{"prompt": "b", "frames": 8}\n{"prompt": "c", "frames": 8}\n'
+    )
+    units = sample_units(config(zoo, tmp_path, prompts_file=tmp_path / "a.jsonl"))
+    assert [[unit.prompt for unit in batch] for batch in batches(units, 2)] == [["a"], ["b", "c"]]
+
+
+def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a fox\nan owl\n")
+    words = ["sample", "--config", "nano/sample", f"zoo={zoo}", "steps=2"]
+    with pytest.raises(SystemExit):
+        main([*words, "prompts.txt"])
+    assert "is a file; sample its prompts with --prompts prompts.txt" in capsys.readouterr().err
+    assert main([*words, "--prompts", "prompts.txt", "--seeds", "1-2", "--dry-run"]) == 0
+    assert "would sample 4 video(s)" in capsys.readouterr().out
+    assert main([*words, "--prompts", "prompts.txt", "--nproc", "2"]) == 0
+    assert len(files(tmp_path / "samples")) == 2
+    assert main([*words, "--nproc", "0", "a fox"]) == 2
+    assert "--nproc 0: at least one process" in capsys.readouterr().err
