@@ -18,7 +18,7 @@ CONFIG_ERROR = 2
 DISK_ERROR = 3
 INTERRUPTED = 130  # what a shell reports of a command that SIGINT ended
 PIPE_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
-READ_ONLY_COMMANDS = ("config", "completion", "zoo", "status", "logs", "plan", "doctor")
+READ_ONLY_COMMANDS = ("config", "completion", "zoo", "status", "logs", "plan", "doctor", "compare")
 """Commands that only print: a closed standard output loses no work."""
 
 Handler = Callable[[argparse.Namespace], int]
@@ -119,6 +119,10 @@ def find_handler(command: str) -> Handler:
             from landiff.launchers.slurm.commands import stop_command as handler
         case "doctor":
             from landiff.launchers.slurm.commands import doctor_command as handler
+        case "compare":
+            from landiff.launchers.run.compare import compare_command as handler
+        case "report":
+            from landiff.launchers.run.report import report_command as handler
         case "plan":
             from landiff.launchers.budget.plan import plan_command as handler
         case _:

@@ -32,6 +32,8 @@ def add_commands(commands: Commands) -> None:
     add_submit(commands)
     add_status(commands)
     add_logs(commands)
+    add_compare(commands)
+    add_report(commands)
     add_doctor(commands)
     add_plan(commands)
     add_stop(commands)
@@ -438,6 +440,37 @@ def add_logs(commands: Commands) -> None:
     logs.add_argument(
         "--follow", action="store_true", help="print new lines as they are written; Ctrl-C ends"
     )
+
+
+def add_compare(commands: Commands) -> None:
+    """`landiff compare`."""
+    compare = add(
+        commands,
+        "compare",
+        "Compare runs: differing config keys, curves by step, last validation.",
+        epilog=help_texts.COMPARE,
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more")
+    compare.add_argument(
+        "--metric",
+        action="append",
+        metavar="TAG",
+        help="metric to compare, with * and ? as wildcards (may be repeated; default: loss in "
+        "training and validation)",
+    )
+    compare.add_argument("--plot", metavar="FILE", help="also draw the curves into this PNG file")
+    compare.add_argument("--json", action="store_true", help="print JSON, with all logged steps")
+
+
+def add_report(commands: Commands) -> None:
+    """`landiff report`."""
+    report = add(
+        commands,
+        "report",
+        "Write one HTML page about a run: curves, previews, validation, config, errors.",
+    )
+    report.add_argument("run", help="run folder")
+    report.add_argument("--out", metavar="FILE", help="page to write (default: RUN/report.html)")
 
 
 def add_doctor(commands: Commands) -> None:

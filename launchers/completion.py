@@ -14,7 +14,7 @@ Shell = Literal["bash", "zsh", "fish"]
 
 CLUSTER = "cluster/"  # packaged configs below it are cluster files
 CONFIG_OPTIONS = {"config", "explained_config"}
-FOLDER_OPTIONS = {"workdir", "zoo", "out", "run", "report"}
+FOLDER_OPTIONS = {"workdir", "zoo", "out", "run", "runs", "report"}
 CONFIG_FUNCTION = "_landiff_config_names"
 CLUSTER_FUNCTION = "_landiff_cluster_names"
 

@@ -85,6 +85,12 @@ CONFIG = """\
   landiff config explain loop.keep_every --config nano/lm   the same, for the class of one config
 """
 
+COMPARE = """\
+  landiff compare runs/lm runs/lm-2                           loss of both, and what differs
+  landiff compare runs/lm runs/lm-2 --metric 'val/*'          all metrics of validation
+  landiff compare runs/lm runs/lm-2 --plot loss.png --json    curves as a picture and as numbers
+"""
+
 SUBMIT = """\
 All other arguments are those of the stage itself:
 

@@ -1,4 +1,4 @@
-"""Writer of TensorBoard event files, without a thread.
+"""Writer and reader of TensorBoard event files, without a thread. Torch-free.
 
 torch's SummaryWriter writes in a thread of its own. If the disk is full, that thread prints a
 traceback, and a later, unrelated call raises the error. Here the call that writes raises it. The
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -84,3 +85,16 @@ def _unused_path(folder: Path, stem: str) -> Path:
         if not path.exists():
             return path
     raise AssertionError("unreachable")
+
+
+def read_events(folder: Path) -> Iterator[Event]:
+    """All events of the files in a folder, in the order of writing.
+
+    The end of a file that a kill truncated is left out. Raises OSError.
+    """
+    # Takes a second, which trainers need not wait for.
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for record in RawEventFileLoader(str(path)).Load():
+            yield Event.FromString(record)
