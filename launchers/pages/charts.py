@@ -55,9 +55,10 @@ class Layout:
     curves: list[list[list[tuple[float, float]]]]  # by series, its parts between gaps
     x_ticks: list[Tick]
     y_ticks: list[Tick]
+    marks: list[float]  # steps that are marked, those outside of the curves left out
 
 
-def lay_out(series: Sequence[Series]) -> Layout | None:
+def lay_out(series: Sequence[Series], marked: Sequence[float] = ()) -> Layout | None:
     """The positions of curves, axes and labels. None if no value is finite."""
     finite = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not finite:
@@ -93,7 +94,8 @@ def lay_out(series: Sequence[Series]) -> Layout | None:
     else:
         for y in ticks(y_low, y_high, 5):
             y_ticks.append(Tick(place(x_low, y)[1], format_value(y)))
-    return Layout(curves, x_ticks, y_ticks)
+    marks = [place(x, y_low)[0] for x in marked if x_low <= x <= x_high]
+    return Layout(curves, x_ticks, y_ticks, marks)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -169,9 +171,12 @@ def format_value(value: float) -> str:
 # ---------------------------------------------------------------- SVG
 
 
-def svg(series: Sequence[Series], description: str) -> Markup:
-    """The curves with axes and, if there are several, a legend. A text if no value is finite."""
-    layout = lay_out(series)
+def svg(series: Sequence[Series], description: str, marked: Sequence[float] = ()) -> Markup:
+    """The curves with axes and, if there are several, a legend. A text if no value is finite.
+
+    `marked`: steps at which a line is drawn.
+    """
+    layout = lay_out(series, marked)
     if layout is None:
         return element("p", "no finite values", class_="dim")
     bottom = HEIGHT - BOTTOM
@@ -185,6 +190,8 @@ def svg(series: Sequence[Series], description: str) -> Markup:
         shapes.append(_line(x, bottom, x, bottom + 4))
         shapes.append(element("text", tick.label, x=x, y=bottom + 18, text_anchor="middle"))
     shapes.append(_line(LEFT, bottom, WIDTH - RIGHT, bottom))
+    for x in layout.marks:
+        shapes.append(_line(x, TOP, x, bottom, "var(--bad)"))
     for number, parts in enumerate(layout.curves):
         for part in parts:
             shapes.append(_curve(number, part))
@@ -198,8 +205,8 @@ def svg(series: Sequence[Series], description: str) -> Markup:
     return join([chart, legend(series) if len(series) > 1 else ""])
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke="var(--line)")
+def _line(x1: float, y1: float, x2: float, y2: float, color: str = "var(--line)") -> Markup:
+    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=color)
 
 
 def _curve(number: int, points: Points) -> Markup:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from landiff.training.checkpoint.run_folder import TENSORBOARD
-from landiff.training.observe.event_file import read_events
+from landiff.training.observe.event_file import read_event_files
 
 SIGNATURES = {b"GIF8": "gif", b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
 """Kind of a picture by its first bytes."""
@@ -32,7 +32,7 @@ def read_previews(run: Path, steps: int) -> list[StoredPreview]:
     """The previews of the newest `steps` of each tag, by tag, the newest first. Raises OSError."""
     pictures: dict[tuple[str, int], bytes] = {}
     texts: dict[tuple[str, int], str] = {}
-    for event in read_events(run / TENSORBOARD):
+    for event in read_event_files(run / TENSORBOARD):
         if event.HasField("session_log"):  # an attempt that resumed before this step
             _drop_from(pictures, event.step)
         for value in event.summary.value:

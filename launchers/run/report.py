@@ -29,16 +29,19 @@ from landiff.training.checkpoint.errors import error_paths, read_message
 from landiff.training.checkpoint.files import CheckpointState, is_healthy
 from landiff.training.checkpoint.run_folder import (
     CHECKPOINTS,
+    EVENTS,
     PARENT,
     STATE,
     committed_steps,
     step_folder,
 )
+from landiff.training.observe.events import read_events
 
 REPORT = "report.html"  # in the run folder
 FIRST_GROUPS = ("train", "val", "codebook")
 LAST_GROUPS = ("data", "throughput", "time", "memory")
 OPEN_GROUPS = ("train", "val")
+EVENTS_SHOWN = 50
 PREVIEW_STEPS = 3  # newest previews of each tag that are shown
 PREVIEW_BYTES = 40 << 20  # of all previews together
 
@@ -58,15 +61,16 @@ def report_command(args: argparse.Namespace) -> int:
 def report_sections(record: RunRecord) -> list[html.Markup]:
     """The parts of the page, in order."""
     (status,), _ = statuses([record.folder], Slurm(retry_waits_s=(1.0,)))
+    events = read_events(record.folder / EVENTS)
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     sections = [
         html.element("p", f"Written {written}.", class_="dim"),
         summary(record, status),
-        *curve_sections(record.curves),
+        *curve_sections(record.curves, marked_steps(events)),
         validation_section(record),
         preview_section(record.folder),
         phase_section(record.config),
-        event_section(record.folder, status),
+        event_section(record.folder, status, events),
         config_section(record.config),
     ]
     return [section for section in sections if section]
@@ -123,12 +127,18 @@ def origin(run: Path, status: RunStatus) -> list[list[str]]:
 # -------------------------------------------------------------------- curves
 
 
-def curve_sections(curves: Mapping[str, Curve]) -> list[html.Markup]:
-    """The charts, one section for each group of tags."""
+def marked_steps(events: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Steps without an update, which are marked in the charts of training."""
+    return [event["step"] for event in events if event.get("kind") in ("skip", "rollback")]
+
+
+def curve_sections(curves: Mapping[str, Curve], marked: Sequence[float]) -> list[html.Markup]:
+    """The charts, one section for each group of tags. `marked`: steps for those of training."""
     groups: dict[str, list[html.Markup]] = {}
     for title, series in charts(curves).items():
-        chart = html.figure(svg(series, f"{title} by step"), title, last_values(series))
-        groups.setdefault(title.partition("/")[0], []).append(chart)
+        group = title.partition("/")[0]
+        drawing = svg(series, f"{title} by step", marked if group == "train" else ())
+        groups.setdefault(group, []).append(html.figure(drawing, title, last_values(series)))
     sections = []
     for name in sorted(groups, key=_group_order):
         body = html.grid(groups[name])
@@ -224,8 +234,8 @@ def phase_section(config: Mapping[str, Any]) -> html.Markup:
     return html.section("Phases", html.table(["phase", "settings"], rows))
 
 
-def event_section(run: Path, status: RunStatus) -> html.Markup:
-    """Checkpoints, restarts and errors."""
+def event_section(run: Path, status: RunStatus, events: Sequence[Mapping[str, Any]]) -> html.Markup:
+    """Checkpoints, restarts, errors, and what the guard decided."""
     rows = []
     steps = committed_steps(run / CHECKPOINTS)
     if steps:
@@ -239,9 +249,28 @@ def event_section(run: Path, status: RunStatus) -> html.Markup:
         rows.append(["last error", redact(status.error)])
     for path in sorted(error_paths(run)):
         rows.append([path.stem.replace("_", " "), redact(read_message(path))])
-    if not rows:
+    parts: list[html.Markup] = []
+    if rows:
+        parts.append(html.table([], rows))
+    if events:
+        parts.append(html.element("h3", f"Skipped steps, spikes and rollbacks: {len(events)}"))
+        parts.append(html.table(["step", "kind", "values"], event_rows(events), (0,)))
+    if not parts:
         return html.Markup("")
-    return html.section("Events", html.table([], rows))
+    return html.section("Events", parts)
+
+
+def event_rows(events: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The newest events as rows, the newest first."""
+    rows = []
+    for event in reversed(events[-EVENTS_SHOWN:]):
+        values = []
+        for key, value in event.items():
+            if key not in ("step", "time", "kind"):
+                text = format_value(value) if isinstance(value, float) else shown_value(value)
+                values.append(f"{key.replace('_', ' ')} {text}")
+        rows.append([f"{event['step']:,}", str(event.get("kind", "")), ", ".join(values)])
+    return rows
 
 
 def config_section(config: Mapping[str, Any]) -> html.Markup:

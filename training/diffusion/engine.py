@@ -78,15 +78,13 @@ class DeepSpeedEngine:
         self.last_sample = batch.micro_batches[0][0]
         self._total.zero_()
         after_prefix = PrefixLosses(self.config, self.world)
-        for number, samples in enumerate(batch.micro_batches, 1):
+        for samples in batch.micro_batches:
             inputs = self.objective.inputs(samples)
             result = self.objective.loss(self.zero, inputs)
             loss = result.loss  # squared error of the velocity
             self.zero.backward(loss)  # averages over micro-batches and ranks
             self._total += loss.detach()
             after_prefix.add(result, inputs.prefix_B)
-            if number == len(batch.micro_batches):
-                self.clock.update()
             # After the last micro-batch: gradient norm, `_decide`, update.
             self.zero.step()
         if self._updated:
@@ -109,6 +107,7 @@ class DeepSpeedEngine:
         dist.all_reduce(self._loss)
         self._grad_norm = grad_norm
         self._updated = self.guard.decide(self._loss, grad_norm)
+        self.clock.update()
         return self._updated
 
     def save(self, folder: Path) -> None:

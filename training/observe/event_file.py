@@ -87,7 +87,7 @@ def _unused_path(folder: Path, stem: str) -> Path:
     raise AssertionError("unreachable")
 
 
-def read_events(folder: Path) -> Iterator[Event]:
+def read_event_files(folder: Path) -> Iterator[Event]:
     """All events of the files in a folder, in the order of writing.
 
     The end of a file that a kill truncated is left out. Raises OSError.
