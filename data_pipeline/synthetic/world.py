@@ -215,6 +215,8 @@ def write_world(
     for name, prompt_labels in prompts:
         rows = [{"caption": caption(label), **label} for label in prompt_labels]
         write_rows(folder / f"prompts-{name}.jsonl", rows)
+        lines = [f"{row['caption']}\n" for row in rows]
+        write_text(folder / f"prompts-{name}.txt", "".join(lines))
 
 
 def write_pairs(folder: Path, *, clips: int, size: int = SIZE, seed: int = 0) -> None:

@@ -21,6 +21,13 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader, Sample
 from landiff.launchers.config import EvaluateConfig
 from landiff.launchers.progress import ProgressLine
+from landiff.launchers.results.instruments import (
+    PASSES,
+    Conditions,
+    Reading,
+    format_readings,
+    read_all,
+)
 from landiff.launchers.results.loading import ModelLoader
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.dit import ControlledDiffusion
@@ -49,6 +56,7 @@ def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
     diffusion = loader.diffusion(config.diffusion)
     progress = PassCounter(ProgressLine("evaluate", "passes"), config)
     rows: list[dict[str, float]] = []
+    readings: list[Reading] = []
     num_samples = 0
     for seed in range(config.seeds):
         samples = draw_samples(config, seed)
@@ -66,10 +74,38 @@ def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
         )
         row |= diffusion_losses(config, diffusion, inputs, progress)
         rows.append(row)
+        if seed == 0:
+            readings = instrument_readings(config, diffusion, inputs, samples, progress)
         progress.finish_seed(seed)
-    write_text(config.out, json.dumps({"samples": num_samples, "rows": rows}, indent=1))
+    result = {"samples": num_samples, "rows": rows, "instruments": readings}
+    write_text(config.out, json.dumps(result, indent=1))
     print_table(rows)
-    return {"rows": rows}
+    print(format_readings(readings))
+    return result
+
+
+def instrument_readings(
+    config: EvaluateConfig,
+    diffusion: ControlledDiffusion,
+    inputs: DiffusionInputs,
+    samples: Sequence[Sample],
+    progress: Callable[[], None],
+) -> list[Reading]:
+    """Readings of all instruments, on the clips of the first seed."""
+    wrong = conditions.wrong_partners([sample.meta.caption for sample in samples])
+    return read_all(
+        diffusion,
+        NoiseSchedule(config.schedule),
+        inputs.latents_BTCHW,
+        inputs.noise_BTCHW,
+        Conditions(
+            text_BLD=inputs.text_BLD,
+            wrong_text_BLD=inputs.text_BLD[wrong],
+            features_BTChw=inputs.features_BTChw,
+            wrong_features_BTChw=inputs.wrong_features_BTChw,
+        ),
+        progress,
+    )
 
 
 def print_table(rows: Sequence[dict[str, float]]) -> None:
@@ -86,13 +122,14 @@ class PassCounter:
     """Counts forward passes over all seeds.
 
     Each seed takes two passes of the language model for each clip and four of the diffusion model.
+    The instruments take `PASSES` more.
     """
 
     def __init__(self, progress: ProgressLine, config: EvaluateConfig) -> None:
         self.progress = progress
         # For one seed; fewer if the data set has fewer clips.
         self.passes_per_seed = 2 * config.samples + DIFFUSION_PASSES
-        self.total = config.seeds * self.passes_per_seed
+        self.total = config.seeds * self.passes_per_seed + PASSES
         self.done = 0
         self.progress(0, self.total)
 
@@ -103,7 +140,7 @@ class PassCounter:
 
     def finish_seed(self, seed: int) -> None:
         """Counts all passes of a seed as done, however few clips it had."""
-        done = (seed + 1) * self.passes_per_seed
+        done = PASSES + (seed + 1) * self.passes_per_seed
         if self.done < done:
             self.done = done
             self.progress(self.done, self.total)

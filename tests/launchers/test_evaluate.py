@@ -73,8 +73,8 @@ def test_losses_are_compared_and_progress_is_shown_from_the_start(folder, capsys
         "evaluate loads: 1/3 models",
         "evaluate loads: 2/3 models",
         "evaluate loads: 3/3 models",
-        "evaluate: 0/24 passes",
-        "evaluate: 24/24 passes",
+        "evaluate: 0/36 passes",
+        "evaluate: 36/36 passes",
     ]
     assert not any(" 0.0/s" in line for line in lines)
     rows = json.loads(Path("found.json").read_text())["rows"]
