@@ -79,6 +79,11 @@ class LoopConfig(Config):
         default=0,
         description="Steps between two previews in TensorBoard. 0 switches previews off.",
     )
+    preview_clips: PositiveInt = Field(
+        default=2,
+        description="Number of held-out clips in a preview, the same in all previews. Without "
+        "`data.validation`, previews show a training clip.",
+    )
     val_every: NonNegativeInt = Field(
         default=0,
         description="Steps between two validations on the clips of `data.validation`. The last "

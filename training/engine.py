@@ -6,7 +6,7 @@ itself, and DeepSpeed's engine runs backward, clipping and update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.held_out import HeldOutClips
-from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch
+from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.training.checkpoint.guard_state import GuardState
 from landiff.training.guard import Guard
+from landiff.training.observe.charts import Charts
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepTimes
 
@@ -69,9 +70,11 @@ class Engine(Protocol):
     """A model with its optimizer, distributed over ranks.
 
     guard: decides in `train_step`, between gradient norm and update, whether to update.
+    charts: which curves TensorBoard shows together.
     """
 
     guard: Guard
+    charts: Charts
 
     def train_step(self, batch: Batch) -> StepResult:
         """Forward, loss, backward, clipping and update for global batch number `batch.step`.
@@ -123,8 +126,12 @@ class Engine(Protocol):
         """
         ...
 
-    def preview(self) -> list[Preview]:
-        """Videos for TensorBoard, or none. Collective; those of rank 0 are shown."""
+    def preview(self, clips: Sequence[Sample]) -> list[Preview]:
+        """Videos of `clips` for TensorBoard, or none. Collective; those of rank 0 are shown.
+
+        clips: fixed held-out clips, equal on all ranks. Without any, a clip of the last batch is
+        shown.
+        """
         ...
 
 

@@ -56,7 +56,8 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
                 run.metrics.log(state, result)  # the loop's only device sync
             if due(state.step, config.preview_every):
                 with run.metrics.timing("preview"):
-                    run.metrics.add_previews(state, engine.preview())
+                    clips = loader.held_out.first(config.preview_clips)
+                    run.metrics.add_previews(state, engine.preview(clips))
             if last or due(state.step, config.save_every):
                 with run.metrics.timing("checkpoint"):
                     run.checkpoints.save(state, engine, loader, last=last)

@@ -69,7 +69,7 @@ class Run:
         state = self.checkpoints.load_latest(engine, loader) or TrainState()
         engine.guard.state = state.guard
         self.world.step = state.step
-        self.metrics.resume(state)
+        self.metrics.resume(state, engine.charts)
         self.events.resume(state.step)
         return state
 

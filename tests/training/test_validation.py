@@ -1,16 +1,22 @@
 """Validation in the loop: when it runs, where its numbers go, and that it changes nothing."""
 
 import io
+import re
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 
 from landiff.training.checkpoint.run_folder import read_metrics
 from landiff.training.config import EmaConfig, LoopConfig
+from landiff.training.diffusion import validation as diffusion
+from landiff.training.lm import validation as lm
 from landiff.training.loop import fit, validation_due
 from landiff.training.observe.metrics import StepProgress
 from landiff.training.run import Run
+from landiff.training.tokenizer import validation as tokenizer
 from tests.distributed import run_distributed
 from tests.training.toy import (
     ToyConfig,
@@ -51,6 +57,24 @@ def test_its_numbers_stand_in_the_line_of_their_step_and_in_tensorboard(tmp_path
     scalars = events.Scalars("val/loss")
     assert [event.step for event in scalars] == [2, 4, 5]
     assert [event.value for event in scalars] == pytest.approx(list(losses.values()))
+
+
+def test_tensorboard_gets_one_layout_of_charts(tmp_path):
+    train(config(tmp_path, steps=2), alone())
+    train(config(tmp_path, steps=4), alone())
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events.Tensors(CONFIG_SUMMARY_TAG)[-1].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["loss", "optimizer", "speed"]
+    assert list(layout.category[0].chart[0].multiline.tag) == ["train/loss", "val(_ema)?/loss"]
+
+
+@pytest.mark.parametrize("module", [tokenizer, lm, diffusion])
+def test_every_chart_has_tags_that_are_regular_expressions(module):
+    for charts in module.CHARTS.values():
+        for tags in charts.values():
+            assert tags and all(re.compile(tag) for tag in tags)
 
 
 def test_the_terminal_line_shows_the_last_validation(tmp_path):

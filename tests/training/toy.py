@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from landiff.training.ema import Ema
 from landiff.training.engine import Engine, StepResult, TrainState
 from landiff.training.guard import Guard
 from landiff.training.loop import fit
+from landiff.training.observe.charts import Charts
 from landiff.training.observe.config import TrackerConfig
 from landiff.training.observe.previews import Preview
 from landiff.training.optim import learning_rate
@@ -44,6 +46,13 @@ class ToyConfig(TrainConfig):
     global_batch_size: int = 4
 
 
+class ToyHeldOut(list[HeldOutBatch]):
+    """Held-out clips of which no preview is made."""
+
+    def first(self, count: int) -> list[Sample]:
+        return []
+
+
 class ToyLoader:
     """Samples whose content is a pure function of their index."""
 
@@ -51,7 +60,7 @@ class ToyLoader:
         self.config = config
         self.world = world
         self.manifest = Manifest(fingerprint="toy", config={}, shards=[])
-        self.held_out = held_out_batches(held_out_samples(), world.rank, world.size)
+        self.held_out = ToyHeldOut(held_out_batches(held_out_samples(), world.rank, world.size))
         self.step = 0
 
     def next_batch(self) -> Batch:
@@ -133,6 +142,7 @@ class ToyEngine:
 
     config: ToyConfig
     world: World
+    charts: ClassVar[Charts] = {"loss": {"loss": ["train/loss", "val(_ema)?/loss"]}}
 
     def __post_init__(self) -> None:
         self.weight = torch.zeros(self.config.model.width)
@@ -188,7 +198,7 @@ class ToyEngine:
         assert count == 5, count
         return {"loss": error / count}
 
-    def preview(self) -> list[Preview]:
+    def preview(self, clips: Sequence[Sample]) -> list[Preview]:
         return [Preview("preview/noise", {"noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)})]
 
 

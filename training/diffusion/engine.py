@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer
 from landiff.training.diffusion.step import Objective
-from landiff.training.diffusion.validation import clip_sums, summarize_sums
+from landiff.training.diffusion.validation import CHARTS, clip_sums, summarize_sums
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
@@ -33,6 +33,8 @@ from landiff.training.optim import adamw, learning_rate, set_learning_rate
 
 class DeepSpeedEngine:
     """Trains `module` on `objective` with ZeRO stage 1, 2 or 3 and torch's AdamW."""
+
+    charts = CHARTS
 
     def __init__(
         self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective
@@ -165,15 +167,17 @@ class DeepSpeedEngine:
         """Metrics by name, from the sums of `validate`."""
         return summarize_sums(sums)
 
-    def preview(self) -> list[Preview]:
-        """Videos of the first clip of this rank's last batch, none before the first step.
-
-        Collective.
-        """
-        if self.previewer is None or self.last_sample is None:
+    def preview(self, clips: Sequence[Sample]) -> list[Preview]:
+        """Videos of held-out clips, or of the first clip of this rank's last batch. Collective."""
+        if self.previewer is None:
             return []
+        shown = {}
+        for number, clip in enumerate(clips):
+            shown[f"preview/held_out_{number}"] = clip
+        if not shown and self.last_sample is not None:
+            shown["preview/clip"] = self.last_sample
         with self.weights(self.ema.enabled):
-            return [self.previewer(self.module, self.last_sample, "preview/clip")]
+            return [self.previewer(self.module, clip, tag) for tag, clip in shown.items()]
 
     def _clip_flops(self) -> float:
         """Model FLOPs of one clip."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.samples import HeldOutBatch
 from landiff.training.diffusion.step import Objective
+from landiff.training.observe.charts import Charts
 
+CHARTS: Charts = {"loss": {"loss": ["train/loss", "val(_ema)?/loss"]}}
 TIMESTEP_FRACTION = 0.5  # of the schedule
 
 

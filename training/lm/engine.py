@@ -53,6 +53,8 @@ class MegatronEngine:
     The process group exists already. `close()` frees Megatron-core's own groups.
     """
 
+    charts = validation.CHARTS
+
     def __init__(self, config: LMTrainConfig, guard: Guard | None = None) -> None:
         """Build model and optimizer. Raises ConfigError if the ranks do not fit `parallel`.
 
@@ -307,7 +309,7 @@ class MegatronEngine:
                     yield f"float32 weight {index} of optimizer {number}", master
         yield from self.ema.named()
 
-    def preview(self) -> list[Preview]:
+    def preview(self, clips: Sequence[Sample]) -> list[Preview]:
         """Nothing: tokens have no picture without the other models."""
         return []
 

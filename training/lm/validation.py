@@ -17,7 +17,27 @@ from landiff.data_pipeline.loading.samples import HeldOutBatch, Sample
 from landiff.model_zoo.token_layout import CODE, TokenLayout
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig
+from landiff.training.observe.charts import Charts
 
+CHARTS: Charts = {
+    "loss": {
+        "loss": ["train/loss", "val(_ema)?/loss"],
+        "codes of I and P frames": ["val(_ema)?/loss_(codes|iframe|pframe)"],
+        "structural tokens": ["val(_ema)?/loss_structural"],
+        "by frame": ["val/loss_frame_.*"],
+        "by segment": ["val/loss_segment_.*"],
+    },
+    "use of captions": {
+        "own caption and another clip's": ["val/loss_own_caption", "val/loss_other_caption"],
+        "gain by the own caption": ["val(_ema)?/caption_gain"],
+    },
+    "accuracy": {"accuracy": ["val(_ema)?/accuracy.*"]},
+    "samples": {
+        "distance from data": ["val(_ema)?/sampled_.*_distance"],
+        "codebook perplexity": ["val/(sampled|data)_perplexity"],
+        "fraction of codes in use": ["val/(sampled|data)_used_fraction"],
+    },
+}
 KINDS = ("codes", "structural", "codes with partner")
 VALUES = ("loss", "correct", "count")
 
@@ -169,6 +189,7 @@ def summarize_sums(sums: Mapping[str, Tensor], layout: TokenLayout) -> dict[str,
     own_loss, _, count = own.sum(0).tolist()
     other_loss, _, _ = sums["other_caption"][2].sum(0).tolist()
     if count:
+        metrics["loss_own_caption"] = own_loss / count
         metrics["loss_other_caption"] = other_loss / count
         metrics["caption_gain"] = (other_loss - own_loss) / count
     return metrics

@@ -30,6 +30,7 @@ from landiff.data_pipeline.loading.loader import Batch
 from landiff.training.checkpoint.run_folder import METRICS, TENSORBOARD, read_metrics
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
+from landiff.training.observe.charts import STEP_CHARTS, Charts, layout_summary
 from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.flops import peak_flops
 from landiff.training.observe.previews import Preview, write_preview
@@ -70,11 +71,16 @@ class Metrics:
         self._validation_loss: float | None = None  # of the last validation, for the terminal
         self._reset()
 
-    def resume(self, state: TrainState) -> None:
-        """Drop what was logged after `state.step`. Must precede the first `log`."""
+    def resume(self, state: TrainState, charts: Charts | None = None) -> None:
+        """Drop what was logged after `state.step`. Must precede the first `log`.
+
+        `charts`: layout of TensorBoard's custom scalars.
+        """
         if self.world.rank == 0:
             drop_later_lines(self.path, state.step)
             self._writer = EventFile(self.tensorboard, purge_step=state.step + 1)
+            if charts:
+                self._writer.add_summary(layout_summary({**charts, **STEP_CHARTS}), step=0)
         self._reset()
 
     @contextmanager

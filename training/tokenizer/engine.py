@@ -37,7 +37,7 @@ from landiff.training.optim import adamw, clip_gradients, learning_rate, set_lea
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.preview import paint
 from landiff.training.tokenizer.sampling import KeyedSampling
-from landiff.training.tokenizer.validation import clip_sums, summarize_sums, zero_sums
+from landiff.training.tokenizer.validation import CHARTS, clip_sums, summarize_sums, zero_sums
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -46,6 +46,8 @@ EMA = "ema.safetensors"
 
 class TokenizerEngine:
     """Trains one `SemanticTokenizer`, data-parallel. The process group exists already."""
+
+    charts = CHARTS
 
     def __init__(self, config: TokenizerTrainConfig, world: World) -> None:
         """Build the tokenizer with initial weights from `loop.seed` or `init_from`."""
@@ -259,17 +261,28 @@ class TokenizerEngine:
     # ------------------------------------------------------------ preview
 
     @torch.no_grad()
-    def preview(self) -> list[Preview]:
-        """Features of a clip, and their reconstruction from codes.
+    def preview(self, clips: Sequence[Sample]) -> list[Preview]:
+        """Features of held-out clips, or of a clip of the last batch, and their reconstruction.
 
         Empty before the first step, and on all ranks but rank 0.
         """
         if self._preview_TChw is None or self.world.rank != 0:
             return []
+        if not clips:
+            return [self._reconstruction("preview/clip", self._preview_TChw, "")]
+        previews = []
+        for number, clip in enumerate(clips):
+            features_TChw = self._features((clip,))[0]
+            tag = f"preview/held_out_{number}"
+            previews.append(self._reconstruction(tag, features_TChw, clip.meta.caption))
+        return previews
+
+    def _reconstruction(self, tag: str, features_TChw: Tensor, text: str) -> Preview:
+        """Features and their reconstruction from codes, painted in the same colours."""
         self.tokenizer.eval()
-        with self.weights(self.ema.enabled):
-            decoded_TChw = self.tokenizer(self._preview_TChw[None]).decoded[0].float()
+        with self.weights(self.ema.enabled), self._autocast():
+            decoded_TChw = self.tokenizer(features_TChw[None]).decoded[0].float()
         self.tokenizer.train()
-        features, reconstruction = paint(self._preview_TChw, decoded_TChw)
+        features, reconstruction = paint(features_TChw, decoded_TChw)
         panels = {"features": features, "reconstruction": reconstruction}
-        return [Preview("preview/features_and_reconstruction", panels)]
+        return Preview(tag, panels, text)

@@ -15,7 +15,25 @@ from torch.nn import functional
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.tokenizer import SemanticTokenizer, TokenizerOutput
+from landiff.training.observe.charts import Charts
 
+CHARTS: Charts = {
+    "loss": {
+        "loss": ["train/loss", "val(_ema)?/loss"],
+        "reconstruction": ["train/reconstruction", "val(_ema)?/reconstruction"],
+        "reconstruction of I and P frames": ["val(_ema)?/reconstruction_.*"],
+        "cosine similarity": ["val(_ema)?/cosine.*"],
+        "variance unexplained": ["val(_ema)?/variance_unexplained"],
+        "commitment": ["train/commitment", "val(_ema)?/commitment"],
+    },
+    "codebook": {
+        "perplexity": ["codebook/perplexity", "val/codebook_perplexity.*"],
+        "fraction in use": ["codebook/used_fraction", "val/codebook_used_fraction.*"],
+        "dead codes": ["val/codebook_dead_codes"],
+        "perplexity by position": ["val/position_perplexity_.*"],
+        "positions with one code": ["val/position_constant"],
+    },
+}
 KINDS = ("iframe", "pframe")
 
 

@@ -118,14 +118,14 @@ def train_and_save(world, folder):
             config(folder, phase, zero__stage=stage, preview_codec__kind="dct", preview_steps=2),
             world,
         )
-        before = engine.preview()
+        before = engine.preview([])
         step = engine.train_step(batch(engine.config, 0, world))
         results["after prefix", phase] = {tag: float(v) for tag, v in step.metrics.items()}
         results["preview", phase] = (
             before,
             {
                 title: (video.dtype, tuple(video.shape))
-                for title, video in engine.preview()[0].panels.items()
+                for title, video in engine.preview([])[0].panels.items()
             },
         )
     results["generator left alone"] = torch.equal(generator_state, torch.get_rng_state())

@@ -161,9 +161,9 @@ def test_longer_clips_give_one_segment_that_starts_anywhere(tmp_path):
 
 def test_preview_shows_a_clip_beside_its_reconstruction(tmp_path):
     engine = TokenizerEngine(config(tmp_path), alone())
-    assert engine.preview() == []
+    assert engine.preview([]) == []
     train(engine, range(1))
-    (preview,) = engine.preview()
+    (preview,) = engine.preview([])
     assert list(preview.panels) == ["features", "reconstruction"]
     for video in preview.panels.values():
         assert video.dtype == torch.uint8 and video.shape == (3, 2 * 16, 2 * 16, 3)
