@@ -63,6 +63,7 @@ setup(
         "tensorboard>=2.18",
         "transformers>=5",
         "diffusers>=0.40",
+        "peft>=0.21",  # LoRA adapters; pure Python, and all it needs but accelerate is here already
         "safetensors>=0.5",
         "vector-quantize-pytorch>=1.32",
         "numpy>=1.26",

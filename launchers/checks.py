@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from landiff.model_zoo.config import (
     TransformerConfig,
 )
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
+from landiff.model_zoo.lora.config import AdapterConfig, require_base
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.sample.sizes import Sizes, check_length
 from landiff.model_zoo.token_layout import TokenLayout
@@ -264,6 +266,29 @@ def find_models(config: SampleConfig | EvaluateConfig) -> tuple[FoundModels, lis
     return FoundModels(lm, tokenizer, diffusion), problems
 
 
+def check_adapters(config: SampleConfig, models: FoundModels) -> list[Problem]:
+    """Whether the adapters exist and belong to the models.
+
+    The fingerprint of the main transformer in a whole diffusion model is compared when it is
+    loaded.
+    """
+    problems = []
+    for number, use in enumerate(config.adapters):
+        key = f"adapters.{number}.adapter"
+        entry, found = find_entry(key, config.zoo, use.adapter, "adapter")
+        problems += found
+        if entry is None:
+            continue
+        adapter = _config_of(entry, AdapterConfig)
+        base = models.lm if adapter.base_kind == "lm" else models.diffusion
+        if base is not None and base.kind == adapter.base_kind:
+            check = partial(
+                require_base, entry.reference, adapter, base.fingerprint, base.reference
+            )
+            problems += problems_of(check)
+    return problems
+
+
 def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     """Problems of `landiff sample`: output folder, prompts, encoders, models and their sizes."""
     problems = check_writable("out", config.out)
@@ -298,6 +323,7 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     )
     for text in sizes.differences():
         problems.append(Problem(f"these models do not fit each other: {text}"))
+    problems += check_adapters(config, models)
     if models.lm is not None:
         problems += _check_positions(config, models.lm)
     if models.diffusion is not None:

@@ -245,6 +245,14 @@ def add_convert(commands: Commands) -> None:
         "in a new model",
     )
     convert.add_argument(
+        "--merge",
+        nargs="?",
+        type=float,
+        const=1.0,
+        metavar="SCALE",
+        help="add the adapters among the sources to their base, which is a source too (SCALE: 1)",
+    )
+    convert.add_argument(
         "--weights-only",
         action="store_true",
         help="--to megatron or deepspeed: drop the optimizer of a checkpoint",

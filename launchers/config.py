@@ -18,6 +18,7 @@ from landiff.configs.base import Config
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
+from landiff.model_zoo.lora.config import AdapterUse
 
 
 class ShardsJobConfig(ShardsConfig):
@@ -47,6 +48,15 @@ class SampleConfig(Config):
     diffusion: str = Field(
         default="diffusion",
         description="Zoo reference of the diffusion model, control branch included.",
+    )
+    adapters: tuple[AdapterUse, ...] = Field(
+        default=(),
+        description="LoRA adapters from the zoo, each added to the model that it was trained on.",
+    )
+    merge_adapters: bool = Field(
+        default=True,
+        description="Add the adapters to the weights before sampling, which costs no time in it. "
+        "`false` keeps them in layers of their own.",
     )
     lm_text: TextConfig = Field(description="Text encoder of the language model.")
     diffusion_text: TextConfig = Field(

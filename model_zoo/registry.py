@@ -1,6 +1,8 @@
 """The zoo: a folder of exported weights, through which jobs exchange models.
 
 An entry `<zoo>/<name>/<fingerprint>/` contains model.safetensors, config.json and provenance.json.
+An adapter has the files of peft instead, adapter_model.safetensors and adapter_config.json, so that
+peft can load its folder.
 It is committed by rename and never changes. A reference to an entry is `name` (the newest entry of
 that name), `name@fingerprint` (a prefix is enough) or the path of its folder.
 
@@ -33,6 +35,7 @@ from landiff.configs.files import (
 from landiff.configs.loader import read_json_as
 from landiff.configs.ownership import OWNER
 from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
+from landiff.model_zoo.lora.config import PEFT_CONFIG, PEFT_WEIGHTS, AdapterConfig
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +52,18 @@ KINDS: dict[str, type[Config]] = {
     "lm": LMConfig,
     "transformer": TransformerConfig,
     "diffusion": DiffusionConfig,
+    "adapter": AdapterConfig,
 }
 """Kind of a model -> its config class.
 
 "transformer" is the main transformer alone, "diffusion" the main transformer with control branch
-and semantic condition.
+and semantic condition, "adapter" a LoRA adapter of one of the others.
 """
+
+
+def weights_file(kind: str) -> str:
+    """Name of the file with the weights of an entry."""
+    return PEFT_WEIGHTS if kind == "adapter" else WEIGHTS
 
 
 class ZooError(ConfigError):
@@ -64,7 +73,9 @@ class ZooError(ConfigError):
 class EntryCard(Config):
     """config.json of an entry."""
 
-    kind: str = Field(description="Kind of the model: tokenizer, lm, transformer or diffusion.")
+    kind: str = Field(
+        description="Kind of the model: tokenizer, lm, transformer, diffusion or adapter."
+    )
     name: str = Field(description="Name of the entry.")
     fingerprint: str = Field(description="Fingerprint of config and weights, 16 hex digits.")
     config: dict[str, Any] = Field(description="Config of the model.")
@@ -83,6 +94,11 @@ class ZooEntry:
     fingerprint: str
     config: Config
     stored_config: Mapping[str, Any]
+
+    @property
+    def weights_path(self) -> Path:
+        """The file with the weights."""
+        return self.path / weights_file(self.kind)
 
     @property
     def reference(self) -> str:
@@ -107,18 +123,18 @@ class ZooEntry:
         from landiff.model_zoo.convert.lazy import load_safetensors
 
         require_intact(self)
-        return load_safetensors(self.path / WEIGHTS, str(device))
+        return load_safetensors(self.weights_path, str(device))
 
     def lazy(self) -> LazyTensors:
         """The same tensors, each read when it is used and not verified.
 
         Raises ZooError if the file is missing.
         """
-        if not (self.path / WEIGHTS).is_file():
-            raise ZooError(f"{self.path} is damaged: {WEIGHTS} is missing")
+        if not self.weights_path.is_file():
+            raise ZooError(f"{self.path} is damaged: {self.weights_path.name} is missing")
         from landiff.model_zoo.convert.lazy import read_safetensors
 
-        return read_safetensors(self.path / WEIGHTS)
+        return read_safetensors(self.weights_path)
 
 
 def build_module(kind: str, config: Config) -> nn.Module:
@@ -128,6 +144,8 @@ def build_module(kind: str, config: Config) -> nn.Module:
     """
     if kind not in KINDS:
         raise ZooError(f"unknown model kind {kind!r}; known: {', '.join(KINDS)}")
+    if kind == "adapter":
+        raise ZooError("an adapter is no model by itself; load its base and add the adapter to it")
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     if isinstance(config, TokenizerConfig):
         from landiff.model_zoo.tokenizer import SemanticTokenizer
@@ -250,8 +268,9 @@ def _export(
     fsync_dir(zoo)
     try:
         metadata = {"format": "pt", "kind": card.kind}
-        write_safetensors(temporary / WEIGHTS, tensors, metadata, progress)
-        written = read_safetensors(temporary / WEIGHTS)
+        weights = temporary / weights_file(card.kind)
+        write_safetensors(weights, tensors, metadata, progress)
+        written = read_safetensors(weights)
         fingerprint, bad = _examine(card.kind, card.config, written, progress)
         if bad:
             from landiff.model_zoo.health import non_finite_error
@@ -266,7 +285,10 @@ def _export(
                 "config": card.config,
             }
             write_text(temporary / "config.json", json.dumps(content, indent=1))
-            source = {**provenance, "weights_sha256": sha256_file(temporary / WEIGHTS)}
+            if card.kind == "adapter":
+                document = AdapterConfig.model_validate(card.config).peft_document()
+                write_text(temporary / PEFT_CONFIG, json.dumps(document, indent=1))
+            source = {**provenance, "weights_sha256": sha256_file(weights)}
             write_text(temporary / PROVENANCE, json.dumps(source, indent=1, sort_keys=True))
             commit_dir(temporary, final)
     finally:
@@ -299,7 +321,8 @@ def entry_folders(zoo: Path) -> list[Path]:
     for path in zoo.glob("*/*"):
         if not path.is_dir() or path.name.startswith("."):
             continue
-        if (path / "config.json").is_file() or (path / WEIGHTS).is_file():
+        files = ("config.json", WEIGHTS, PEFT_WEIGHTS)
+        if any((path / name).is_file() for name in files):
             folders.append(path)
     return sorted(folders)
 
@@ -363,8 +386,9 @@ def verify_entry(entry: ZooEntry) -> None:
     Compares the fingerprint and the hash of the file.
     """
     _verify_content(entry)
-    if entry.provenance.get("weights_sha256") != sha256_file(entry.path / WEIGHTS):
-        raise ZooError(f"{entry.path} is damaged: {WEIGHTS} is not the file that was written")
+    if entry.provenance.get("weights_sha256") != sha256_file(entry.weights_path):
+        name = entry.weights_path.name
+        raise ZooError(f"{entry.path} is damaged: {name} is not the file that was written")
 
 
 def require_intact(entry: ZooEntry) -> None:
@@ -375,7 +399,7 @@ def require_intact(entry: ZooEntry) -> None:
     keeps its time, the zoo may be read-only, and all weights are read anyway, the second time from
     the page cache.
     """
-    files = [entry.path / "config.json", entry.path / WEIGHTS]
+    files = [entry.path / "config.json", entry.weights_path]
     stamps = []
     for path in files:
         try:

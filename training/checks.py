@@ -223,9 +223,10 @@ def find_entry(
         return None, []
     try:
         entry = registry.resolve(zoo, reference, kind=kind)
-        if not (entry.path / registry.WEIGHTS).is_file():
+        if not entry.weights_path.is_file():
             raise ConfigError(
-                f"{entry.path} is damaged: {registry.WEIGHTS} is missing; convert the weights again"
+                f"{entry.path} is damaged: {entry.weights_path.name} is missing; convert the "
+                "weights again"
             )
     except ConfigError as error:
         return None, [Problem(f"{key} = {reference}: {error}")]

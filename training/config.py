@@ -247,6 +247,18 @@ class EmaConfig(Config):
     )
 
 
+class LoRAConfig(Config):
+    """Base class of the section `lora`: training an adapter of low rank instead of the weights.
+
+    There is no dropout: checkpoints hold no random state, and its draws would depend on the layout.
+    """
+
+    rank: PositiveInt = Field(default=16, description="Rank of the update of each matrix.")
+    alpha: PositiveFloat = Field(
+        default=16.0, description="The update is scaled by `alpha / rank`."
+    )
+
+
 class TrainConfig(Config):
     """Base class of the trainers' configs: the sections that code for all trainers reads."""
 

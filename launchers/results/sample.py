@@ -26,7 +26,14 @@ MAX_LOGGED = 32  # videos that are also written to TensorBoard
 
 def load_models(config: SampleConfig, device: torch.device) -> Models:
     """The models and encoders of `config` on `device`, with progress."""
-    loader = ModelLoader("sample loads", 6, config.zoo, device)
+    loader = ModelLoader(
+        "sample loads",
+        6,
+        config.zoo,
+        device,
+        config.adapters,
+        merge_adapters=config.merge_adapters,
+    )
     lm = loader.lm(config.lm)
     tokenizer = loader.tokenizer(config.tokenizer)
     diffusion = loader.diffusion(config.diffusion)

@@ -28,6 +28,7 @@ from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.megatron import default_padding
 from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
 from landiff.model_zoo.convert.rules import all_of
+from landiff.model_zoo.lora.parts import merged
 from landiff.training.checkpoint.files import differences, latest_whole, versions
 from landiff.training.checkpoint.run_folder import CHECKPOINTS, CONFIG, STATE
 
@@ -89,15 +90,20 @@ def open_all(request: ConvertRequest, paths: Sequence[Path]) -> list[WeightSourc
     return all_of(partial(known_formats.open_source, path, options) for path in paths)
 
 
-def parts_of(sources: Sequence[WeightSource], dtype: str | None) -> list[Part]:
-    """The parts of all sources, cast to `dtype` unless None."""
+def parts_of(sources: Sequence[WeightSource], request: ConvertRequest) -> list[Part]:
+    """The parts of all sources, with adapters merged if the request says so, in its dtype.
+
+    Raises ConfigError for an adapter without its base.
+    """
     import torch
 
-    parts = []
+    parts: list[Part] = []
     for source in sources:
-        for part in source.parts:
-            parts.append(part.cast(getattr(torch, dtype) if dtype else None))
-    return parts
+        parts += source.parts
+    if request.merge is not None:
+        parts = merged(parts, request.merge)
+    dtype = getattr(torch, request.dtype) if request.dtype else None
+    return [part.cast(dtype) for part in parts]
 
 
 # ---------------------------------------------------------------- conversion
@@ -116,7 +122,7 @@ def convert_weights(request: ConvertRequest) -> list[str]:
     if keeps_optimizer(request, paths):
         result = reshard(sources[0].path, reshard_request(request), origin, progress)
         return [f"{names} -> {request.out}, {result}"]
-    parts = parts_of(sources, request.dtype)
+    parts = parts_of(sources, request)
     if request.to != "zoo":
         layout = start_layout(request, parts)
         known_formats.write_target(
@@ -247,6 +253,7 @@ def provenance(sources: Sequence[WeightSource], request: ConvertRequest) -> dict
         "sources": entries,
         "step": step,
         "dtype": request.dtype,
+        "merged_adapters_scale": request.merge,
         "model": request.model,
         "versions": versions() | {"landiff-pretrain": _own_version()},
     }

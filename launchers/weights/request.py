@@ -31,6 +31,7 @@ class ConvertRequest:
     model: str = "landiff/model"  # sizes of a release and of Megatron folders without a config
     dtype: str | None = None  # None: as in the source
     allow_missing: tuple[str, ...] = ()
+    merge: float | None = None  # scale of adapters that are added to their base
     weights_only: bool = False  # convert a checkpoint without its optimizer
     world_size: int | None = None  # for --to deepspeed
     # For --to megatron and deepspeed: key=value, as in the config of the run that uses the result.
@@ -48,6 +49,7 @@ def request_of(args: argparse.Namespace) -> ConvertRequest:
         model=args.model,
         dtype=args.dtype,
         allow_missing=tuple(args.allow_missing),
+        merge=args.merge,
         weights_only=args.weights_only,
         world_size=args.world_size,
         overrides=tuple(args.overrides),

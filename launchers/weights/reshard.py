@@ -36,6 +36,7 @@ from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.megatron_optimizer import MegatronLayout, MegatronState
 from landiff.model_zoo.convert.lazy import ProgressCallback
 from landiff.model_zoo.convert.output_folder import new_folder
+from landiff.model_zoo.lora.config import read_adapter
 from landiff.training.checkpoint.run_folder import CHECKPOINTS, step_folder
 from landiff.training.checkpoint.store import (
     CONFIG,
@@ -263,7 +264,15 @@ def _run_config(path: Path, request: ReshardRequest) -> LMTrainConfig | Diffusio
 def _write_megatron_engine(
     path: Path, folder: Path, config: LMTrainConfig, progress: ProgressCallback | None
 ) -> None:
-    """Write the engine's files of a language model's checkpoint."""
+    """Write the engine's files of a language model's checkpoint.
+
+    Raises ConfigError for a run that trains an adapter.
+    """
+    if read_adapter(path) is not None:
+        raise ConfigError(
+            f"{path} holds an adapter (lora) with its optimizer, whose padding and kind of "
+            "optimizer cannot be changed; it resumes in every parallel layout without conversion"
+        )
     layout = MegatronLayout(
         megatron.default_padding(config.model, config.vocab_multiple, config.head_multiple),
         config.parallel.distributed_optimizer,
@@ -291,6 +300,9 @@ def _write_deepspeed_engine(
         "precision": config.precision,
     }
     layout.model_copy(update=changes).write(folder)
+    adapter = read_adapter(path)
+    if adapter is not None:
+        adapter.write(folder)
 
 
 # ---------------------------------------------------------------- checkpoints without a run

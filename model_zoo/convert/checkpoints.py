@@ -23,9 +23,19 @@ from landiff.model_zoo.convert.formats import (
     megatron,
     megatron_optimizer,
 )
-from landiff.model_zoo.convert.lazy import LazyTensors, read_safetensors
+from landiff.model_zoo.convert.lazy import LazyTensors, converted, read_safetensors
 from landiff.model_zoo.convert.output_folder import PROVENANCE
-from landiff.model_zoo.convert.parts import FOREIGN, PLAIN, Part, WeightSource, match_model
+from landiff.model_zoo.convert.parts import (
+    ADAPTER,
+    FOREIGN,
+    PLAIN,
+    Part,
+    WeightSource,
+    match_model,
+)
+from landiff.model_zoo.lora.config import PEFT_WEIGHTS, read_adapter
+from landiff.model_zoo.lora.modules import adapter_tensors
+from landiff.model_zoo.lora.parts import adapter_part
 
 # Files that the trainers add to a checkpoint (training/checkpoint/store.py).
 STATE = "state.json"
@@ -41,8 +51,8 @@ STATE_ENTRIES = ("step", "kind", "manifest", "columns", "world_size", "versions"
 
 def is_zoo_entry(path: Path) -> bool:
     """Whether `path` is a zoo entry. A folder of diffusers can hold the same files."""
-    files = (registry.WEIGHTS, PROVENANCE, "config.json")
-    has_all = all((path / name).is_file() for name in files)
+    has_weights = any((path / name).is_file() for name in (registry.WEIGHTS, PEFT_WEIGHTS))
+    has_all = has_weights and all((path / name).is_file() for name in (PROVENANCE, "config.json"))
     return has_all and diffusers_folder.class_of(path) is None
 
 
@@ -52,9 +62,12 @@ def open_zoo_entry(
     """The model of a zoo entry, whose fingerprint is verified. Raises ConfigError."""
     entry = registry.read_entry(path)
     registry.require_intact(entry)
-    part = match_model(
-        entry.lazy(), entry.kind, entry.config, PLAIN, str(path), allow_missing=allow_missing
-    )
+    if entry.kind == ADAPTER:
+        part = Part(ADAPTER, entry.config, entry.lazy())
+    else:
+        part = match_model(
+            entry.lazy(), entry.kind, entry.config, PLAIN, str(path), allow_missing=allow_missing
+        )
     return WeightSource(
         path,
         format="zoo",
@@ -105,7 +118,12 @@ def open_megatron_checkpoint(
         config = megatron.stored_config(path)
     theirs = megatron.open_megatron(path)
     rules = megatron.megatron_rules(config, megatron.padding_of(theirs, config, path))
-    part = match_model(theirs, "lm", config, rules, str(path), allow_missing=allow_missing)
+    adapter = read_adapter(path)
+    if adapter is not None:
+        matrices = theirs.only(lambda name: name.endswith((".lora_A", ".lora_B")))
+        part = adapter_part(adapter, converted(matrices, rules, "to_ours"), str(path))
+    else:
+        part = match_model(theirs, "lm", config, rules, str(path), allow_missing=allow_missing)
     step, provenance = run_provenance(path)
     layout = "dist_checkpointing: whole tensors, for any parallel layout"
     parallel = provenance.get("config", {}).get("parallel")
@@ -138,9 +156,13 @@ def open_deepspeed_checkpoint(
     layout = deepspeed.ZeroLayout.read(path)
     state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
     kind, config = layout.part
-    part = match_model(
-        deepspeed.exported(state), kind, config, PLAIN, str(path), allow_missing=allow_missing
-    )
+    adapter = read_adapter(path)
+    if adapter is not None:
+        part = adapter_part(adapter, adapter_tensors(deepspeed.exported(state)), str(path))
+    else:
+        part = match_model(
+            deepspeed.exported(state), kind, config, PLAIN, str(path), allow_missing=allow_missing
+        )
     step, provenance = run_provenance(path)
     text = f"{_describe_zero(state)}, {layout.precision}, phase {layout.phase}"
     return WeightSource(path, "deepspeed", text, (part,), step, provenance)

@@ -36,7 +36,10 @@ from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.megatron import Padded
 from landiff.model_zoo.convert.lazy import ProgressCallback
 from landiff.model_zoo.convert.output_folder import new_folder
-from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
+from landiff.model_zoo.convert.parts import ADAPTER, VAE, Part, WeightSource, assembled
+from landiff.model_zoo.lora.config import AdapterConfig
+from landiff.model_zoo.lora.files import adapter_names_in_transformers, write_adapter, write_peft
+from landiff.model_zoo.lora.parts import matrices
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,11 @@ def _write_diffusers(
     _layout: StartLayout | None,
     progress: ProgressCallback | None,
 ) -> None:
-    diffusers_folder.write_diffusers(folder, parts, progress)
+    models = [part for part in parts if part.kind != ADAPTER]
+    diffusers_folder.write_diffusers(folder, models, progress)
+    for part in parts:
+        if part.kind == ADAPTER:
+            write_adapter(folder, part, progress)
 
 
 def _write_transformers(
@@ -215,7 +222,16 @@ def _write_transformers(
     _layout: StartLayout | None,
     progress: ProgressCallback | None,
 ) -> None:
-    diffusers_folder.write_model(folder, _single_part(parts, ("lm",), "transformers"), progress)
+    part = _single_part(parts, ("lm", ADAPTER), "transformers")
+    if part.kind != ADAPTER:
+        diffusers_folder.write_model(folder, part, progress)
+        return
+    adapter = part.config_as(AdapterConfig)
+    if adapter.base_kind != "lm":
+        raise ConfigError(
+            f"--to transformers takes an lm; this is an adapter of a {adapter.base_kind}"
+        )
+    write_peft(folder, adapter, adapter_names_in_transformers(matrices(part)), r"model\.", progress)
 
 
 def _write_megatron(

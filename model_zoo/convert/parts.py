@@ -1,6 +1,6 @@
 """The models that a conversion moves between formats, under our own names.
 
-The kinds are those of the zoo (tokenizer, lm, transformer, diffusion) and three more:
+The kinds are those of the zoo (tokenizer, lm, transformer, diffusion, adapter) and three more:
 
     control   a diffusion model without its main transformer, as the LanDiff release stores it
     vae       the codec, under the names of the diffusers class that we run
@@ -35,6 +35,8 @@ MAIN = "transformer."  # prefix of the main transformer in a whole diffusion mod
 VAE = "vae"
 CONTROL = "control"
 FOREIGN = "foreign"
+ADAPTER = "adapter"
+ADAPTER_TARGETS = ("zoo", "diffusers", "transformers")  # formats that hold adapters
 
 # (format, kind) -> the rules between our names and those of the format
 TABLES: dict[tuple[str, str], Sequence[Rule]] = {
@@ -198,6 +200,11 @@ def assembled(parts: Sequence[Part], target: str) -> list[Part]:
             "the source holds a model of unknown architecture (its keys start with "
             f"{', '.join(starts[:6])}): it can be inspected, and its checkpoint resharded with "
             "--to deepspeed, but not converted to other formats"
+        )
+    if ADAPTER in kinds and target not in ADAPTER_TARGETS:
+        raise ConversionError(
+            f"--to {target} holds whole models and no adapters; add the base of the adapter to the "
+            "sources and merge both with --merge"
         )
     duplicates = sorted({kind for kind in kinds if kinds.count(kind) > 1})
     if duplicates:

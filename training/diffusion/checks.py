@@ -34,6 +34,14 @@ def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
 
 def check_start(config: DiffusionTrainConfig, start: ZooEntry) -> list[Problem]:
     """Whether the entry `init_from` has the sizes of the parts that are loaded from it."""
+    if config.lora is not None and config.phase == "control" and start.kind != "diffusion":
+        return [
+            Problem(
+                f"lora in phase control adapts a trained control branch, and init_from = "
+                f"{config.init_from} is a {start.kind}; name an entry of kind diffusion, or set "
+                "lora = null to train a control branch"
+            )
+        ]
     if start.kind == "transformer":
         return different_fields("model.transformer", config.model.transformer, start)
     if config.phase == "main":

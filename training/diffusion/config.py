@@ -31,6 +31,7 @@ from landiff.training.config import (
     PARENT_DESCRIPTION,
     EmaConfig,
     LoopConfig,
+    LoRAConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -123,10 +124,20 @@ class PrefixConfig(Config):
         return self.frames
 
 
+class DiffusionLoRAConfig(LoRAConfig):
+    """A LoRA adapter of the main transformer (phase `main`) or the control branch (`control`)."""
+
+    targets: tuple[Literal["modulation", "qkv", "out", "mlp_in", "mlp_out"], ...] = Field(
+        default=("qkv", "out"),
+        min_length=1,
+        description="Linear layers of each block that have an update.",
+    )
+
+
 class DiffusionTrainConfig(TrainConfig):
     """`landiff train diffusion`: main transformer or control branch (§5)."""
 
-    must_match: ClassVar[tuple[str, ...]] = ("model", "schedule", "phase")
+    must_match: ClassVar[tuple[str, ...]] = ("model", "schedule", "phase", "lora")
 
     run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
     parent: Path | None = Field(default=None, description=PARENT_DESCRIPTION)
@@ -162,6 +173,14 @@ class DiffusionTrainConfig(TrainConfig):
             "main transformer of it. Phase `control` requires it: with a `transformer` the control "
             "branch starts as a copy of its first layers, with a `diffusion` all parts start from "
             "the entry. null draws initial weights."
+        ),
+    )
+    lora: DiffusionLoRAConfig | None = Field(
+        default=None,
+        description=(
+            "Train a LoRA adapter of `init_from` instead of its weights: of the main transformer "
+            "in phase `main`, of the control branch of an entry of kind `diffusion` in phase "
+            "`control`. null trains the weights."
         ),
     )
     tokenizer: str | None = Field(
@@ -220,6 +239,8 @@ class DiffusionTrainConfig(TrainConfig):
             for what, (name, value) in required.items():
                 if value is None:
                     problems.append(f"phase = control needs {name}, the zoo reference of {what}")
+        if self.lora is not None and self.phase == "main" and self.init_from is None:
+            problems.append("lora needs init_from, the zoo reference of the weights it adapts")
         latent_frames = self.model.transformer.latent_frames
         longest = max(self.prefix.lengths)
         if self.prefix.probability and longest >= latent_frames:

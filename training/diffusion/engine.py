@@ -14,9 +14,10 @@ from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo.convert.formats.deepspeed import EMA, SHARDS, ZeroLayout, read_deepspeed
 from landiff.model_zoo.convert.rules import check_against
+from landiff.model_zoo.lora.config import require_same_adapter
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.diffusion.model import build_phase_model, load_tokenizer
+from landiff.training.diffusion.model import adapter_of, build_phase_model, load_tokenizer
 from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer
 from landiff.training.diffusion.step import Objective
@@ -45,6 +46,7 @@ class DeepSpeedEngine:
         self.world = world
         self.guard = Guard(config.loop, world)
         self.objective = objective
+        self.adapter = adapter_of(config)
         zero.prepare_deepspeed()
         optimizer = adamw(module.parameters(), config.optim)
         settings = zero.deepspeed_config(config, world)
@@ -119,6 +121,8 @@ class DeepSpeedEngine:
         self.zero.checkpoint_engine.raise_failure()
         if self.world.rank == 0:
             self.layout.write(folder)
+            if self.adapter is not None:
+                self.adapter.write(folder)
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.
@@ -133,6 +137,7 @@ class DeepSpeedEngine:
                 f"{folder} is a checkpoint of phase = {found.phase}, this run is phase = "
                 f"{self.layout.phase}; choose another run folder (run=...)"
             )
+        require_same_adapter(folder, self.adapter)
         with torch.device("meta"):
             expected = {name: torch.empty(shape) for name, shape in self.layout.shapes.items()}
         check_against(expected, found.shapes, f"checkpoint {folder}")

@@ -7,6 +7,9 @@ import torch
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.parts import MAIN
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
+from landiff.model_zoo.lora.base import base_fingerprint
+from landiff.model_zoo.lora.config import AdapterConfig, BaseKind
+from landiff.model_zoo.lora.modules import add_layers
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
@@ -23,6 +26,8 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
     blocks, and its zero projections leave the output unchanged at first. If it is a whole diffusion
     model, all parts start from it.
 
+    With `lora` only the adapter is trained, whose update is zero at first.
+
     The weights are a function of loop.seed and `init_from`. Raises ZooError.
     """
     control = config.phase == "control"
@@ -35,9 +40,29 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
     model.recompute = config.recompute
     if config.init_from is not None:
         load_start(model, registry.resolve(config.zoo, config.init_from, kind=START_KINDS))
-    if isinstance(model, ControlledDiffusion):
+    adapter = adapter_of(config)
+    if adapter is not None:
+        with rng.seeded(config.loop.seed, "lora", control):
+            add_layers(model, adapter)
+    elif isinstance(model, ControlledDiffusion):
         freeze_main(model)
     return model
+
+
+def adapter_of(config: DiffusionTrainConfig) -> AdapterConfig | None:
+    """The adapter that a config trains, with the fingerprint of its base. None without `lora`."""
+    if config.lora is None:
+        return None
+    assert config.init_from is not None  # the config class requires it
+    entry = registry.resolve(config.zoo, config.init_from, kind=START_KINDS)
+    kind: BaseKind = "transformer" if config.phase == "main" else "diffusion"
+    return AdapterConfig(
+        base_kind=kind,
+        base=base_fingerprint(entry, kind),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+    )
 
 
 def load_start(model: DiffusionTransformer | ControlledDiffusion, entry: ZooEntry) -> None:

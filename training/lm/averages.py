@@ -124,8 +124,11 @@ class ShardedAverages:
 
 
 def _parameters(weights: Mapping[str, Any]) -> Iterator[Any]:
-    """The entries of a sharded state that are parameters; all ranks iterate in the same order."""
+    """The entries of a sharded state that are trained parameters.
+
+    All ranks iterate in the same order.
+    """
     entries, _ = extract_sharded_tensors_and_factories(dict(weights))
     for entry in nested_values(entries):
-        if isinstance(entry.data, nn.Parameter):
+        if isinstance(entry.data, nn.Parameter) and entry.data.requires_grad:
             yield entry

@@ -14,6 +14,7 @@ from landiff.training.config import (
     PARENT_DESCRIPTION,
     EmaConfig,
     LoopConfig,
+    LoRAConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -61,6 +62,32 @@ class ParallelConfig(Config):
         return self
 
 
+class LMLoRAConfig(LoRAConfig):
+    """A LoRA adapter of the language model.
+
+    q, k and v of a layer share A, and so do w1 and w3: they are one matrix each in Megatron-core.
+    """
+
+    targets: tuple[Literal["wqkv", "wo", "w1", "w3", "w2"], ...] = Field(
+        default=("wqkv", "wo"),
+        min_length=1,
+        description="Linear layers of each block that have an update. `w1` and `w3` go together.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_matrices(self, info: ValidationInfo) -> LMLoRAConfig:
+        if ("w1" in self.targets) != ("w3" in self.targets):
+            missing = "w3" if "w1" in self.targets else "w1"
+            refuse_values(
+                info,
+                [
+                    "targets: w1 and w3 are one matrix in Megatron-core, which shares A; add "
+                    f"{missing} or remove the other"
+                ],
+            )
+        return self
+
+
 class LMTrainConfig(TrainConfig):
     """`landiff train lm`: a Megatron-core GPT over semantic tokens (docs/specification.md §4)."""
 
@@ -69,6 +96,7 @@ class LMTrainConfig(TrainConfig):
         "precision",
         "vocab_multiple",
         "head_multiple",
+        "lora",
     )
 
     run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
@@ -147,18 +175,38 @@ class LMTrainConfig(TrainConfig):
         default=None,
         description="Zoo entry of a language model to start from. null draws initial weights.",
     )
+    lora: LMLoRAConfig | None = Field(
+        default=None,
+        description=(
+            "Train a LoRA adapter of `init_from` instead of its weights. null trains the weights. "
+            "Needs layers = local."
+        ),
+    )
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the loader reads."""
         return (self.tokens_column, self.text_column)
 
+    def _lora_problems(self) -> list[str]:
+        """What is missing for training an adapter."""
+        if self.lora is None:
+            return []
+        problems = []
+        if self.init_from is None:
+            problems.append("lora needs init_from, the zoo reference of the weights it adapts")
+        if self.layers == "te":
+            problems.append(
+                "lora has no layers of Transformer Engine (layers = te); use layers = local"
+            )
+        return problems
+
     @model_validator(mode="after")
     def _layers_divide(self, info: ValidationInfo) -> LMTrainConfig:
         tensor = self.parallel.tensor
         pipeline = self.parallel.pipeline
         heads = self.model.num_heads
-        problems = []
+        problems = self._lora_problems()
         if heads % tensor and self.head_multiple % tensor:
             problems.append(
                 f"model.num_heads = {heads} is not a multiple of parallel.tensor = {tensor}; "

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import registry
+from landiff.model_zoo.lora.config import require_same_adapter
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
@@ -40,6 +41,7 @@ from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel
+from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import InitialWeights, MegatronLM
 from landiff.training.lm.validation import ValidationRow
 from landiff.training.observe.previews import Preview
@@ -63,6 +65,7 @@ class MegatronEngine:
         self.config = config
         self.guard = guard or Guard(config.loop)
         self.layout = TokenLayout.of(config.model)
+        self.adapter = adapter_of(config)
         self.dp_size = data_parallel_size(config.parallel, dist.get_world_size())
         with megatron_device() as self.device:
             parallel_state.initialize_model_parallel(
@@ -93,7 +96,11 @@ class MegatronEngine:
         if not self.config.init_from:
             return InitialWeights(self.config.model, self.config.loop.seed)
         entry = registry.resolve(self.config.zoo, self.config.init_from, kind="lm")
-        return entry.load()
+        if self.config.lora is None:
+            return entry.load()
+        model = self.config.model
+        adapter = InitialAdapter(model, self.config.lora, self.config.loop.seed)
+        return {**entry.load(), **adapter}
 
     def _build_ddp(self) -> DistributedDataParallel:
         parallel = self.config.parallel
@@ -264,6 +271,8 @@ class MegatronEngine:
         with megatron_device():
             self._gather_weights()
             checkpoint.save(folder, self.model, self.optimizer, self.averages)
+        if self.adapter is not None and dist.get_rank() == 0:
+            self.adapter.write(folder)
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.
@@ -272,6 +281,7 @@ class MegatronEngine:
         were written with `overlap` before `_gather_weights` existed, some weights are one step old,
         and their float32 copies are right.
         """
+        require_same_adapter(folder, self.adapter)
         with megatron_device():
             found = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self.averages)
             self.ema.loaded(folder, found=found)

@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -32,7 +32,8 @@ from torch.nn import functional
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.attention import attention_varlen
 from landiff.model_zoo.layers import RMSNorm, rotate
-from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.config import LMLoRAConfig, LMTrainConfig
+from landiff.training.lm.lora import add_layers
 
 
 @dataclass
@@ -142,6 +143,16 @@ class GatedMLP(MLP):
         gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
         return self.linear_fc2(self.activation_func(gate) * up)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron-core's, in which B of an adapter is divided like the weight: gate and up."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        name = f"{prefix}linear_fc1.lora_B"
+        if name in state:
+            state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets)
+        return state
+
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """tanh-GELU, the activation of the gate (§6.4 b), elementwise."""
@@ -211,9 +222,13 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def block_spec(
-    config: TransformerConfig, layers: Literal["local", "te"]
+    config: TransformerConfig,
+    layers: Literal["local", "te"],
+    lora: LMLoRAConfig | None = None,
 ) -> TransformerBlockSubmodules:
     """Layers of the transformer, with Megatron-core's linear layers or with Transformer Engine's.
+
+    `lora`: adapters of Megatron-core's linear layers.
 
     Raises ConfigError if Transformer Engine is requested and not installed.
     """
@@ -230,5 +245,7 @@ def block_spec(
         spec.submodules.pre_mlp_layernorm = MegatronRMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.submodules.mlp.module = GatedMLP
+    if lora is not None:
+        add_layers(spec.submodules, lora)
     layer_specs = [spec] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=FinalNorm)

@@ -26,6 +26,7 @@ from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training.lm.batch import LMRow, pad_to
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.layers import PackedRow, block_spec, transformer_config
+from landiff.training.lm.lora import freeze_base
 
 
 class MegatronLM(GPTModel):
@@ -40,7 +41,7 @@ class MegatronLM(GPTModel):
         core = transformer_config(config, padded.heads)
         super().__init__(
             config=core,
-            transformer_layer_spec=block_spec(core, config.layers),
+            transformer_layer_spec=block_spec(core, config.layers, config.lora),
             vocab_size=padded.vocab,
             max_sequence_length=sizes.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -59,6 +60,9 @@ class MegatronLM(GPTModel):
             text, micro = condition_modules(sizes)
             self.text = text.to(device, core.params_dtype)
             self.micro = micro.to(device, core.params_dtype)
+        self.adapted = config.lora is not None
+        if self.adapted:
+            freeze_base(self)
 
     def embed(self, row: LMRow) -> Tensor:
         """Token embeddings, with the condition vectors at their positions.
@@ -74,6 +78,10 @@ class MegatronLM(GPTModel):
         mixed_N1D = tokens_ND.index_copy(0, positions, vectors)[:, None]
         if self.config.sequence_parallel:
             mixed_N1D = tensor_parallel.scatter_to_sequence_parallel_region(mixed_N1D)
+        if self.adapted and torch.is_grad_enabled():
+            # With `recompute`, Megatron-core computes no gradients of a layer whose input needs
+            # none, and all that comes before the first adapter is frozen.
+            mixed_N1D.requires_grad_()
         return mixed_N1D
 
     def forward(self, row: LMRow, *, logits: bool = False) -> Tensor:

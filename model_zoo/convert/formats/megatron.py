@@ -29,7 +29,13 @@ from landiff.configs.files import atomic_file, write_text
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader, write_dist
 from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, converted
-from landiff.model_zoo.convert.rules import ConversionError, Rule, apply_rules, check_against
+from landiff.model_zoo.convert.rules import (
+    Change,
+    ConversionError,
+    Rule,
+    apply_rules,
+    check_against,
+)
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
 
@@ -112,9 +118,52 @@ def megatron_rules(config: LMConfig, padded: Padded) -> list[Rule]:
             stacked="theirs",
         ),
         Rule(f"{ours}w2.weight", f"{mlp}linear_fc2.weight"),
+        *_adapter_rules(by_head, by_matrix, pad_columns, cut_columns),
         Rule("final_norm.{kind}", "decoder.final_layernorm.{kind}"),
         Rule("head.weight", "output_layer.weight", pad_rows, cut_rows),
     ]
+
+
+def _adapter_rules(
+    by_head: Change, by_matrix: Change, pad_columns: Change, cut_columns: Change
+) -> list[Rule]:
+    """The rules for the matrices of a LoRA adapter.
+
+    B has the rows of the weight, and A its columns, so each is changed as they are. Gate and up
+    share A; it is stored twice under our names. Raises ConversionError if they do not.
+    """
+
+    def shared(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        if gate.device.type != "meta" and not torch.equal(gate, up):
+            raise ConversionError("w1 and w3 of an adapter must have the same lora_A for Megatron")
+        return (gate,)
+
+    rules = []
+    names = {
+        "wqkv": ("self_attention.linear_qkv", None, (by_head, by_matrix)),
+        "wo": ("self_attention.linear_proj", (pad_columns, cut_columns), None),
+        "w2": ("mlp.linear_fc2", None, None),
+    }
+    for ours, (theirs, change_A, change_B) in names.items():
+        for matrix, change in (("lora_A", change_A), ("lora_B", change_B)):
+            to_theirs, to_ours = change or (None, None)
+            rules.append(
+                Rule(
+                    f"blocks.{{i}}.{ours}.{matrix}.weight",
+                    f"decoder.layers.{{i}}.{theirs}.{matrix}",
+                    to_theirs,
+                    to_ours,
+                )
+            )
+    fc1 = "decoder.layers.{i}.mlp.linear_fc1"
+    changes: dict[str, tuple[Change, Change]] = {
+        "lora_A": (shared, lambda both: (both, both.clone())),
+        "lora_B": (lambda gate, up: (torch.cat([gate, up]),), lambda both: both.chunk(2)),
+    }
+    for matrix, (to_theirs, to_ours) in changes.items():
+        ours_both = (f"blocks.{{i}}.w1.{matrix}.weight", f"blocks.{{i}}.w3.{matrix}.weight")
+        rules.append(Rule(ours_both, f"{fc1}.{matrix}", to_theirs, to_ours))
+    return rules
 
 
 def module_name(theirs: str) -> str:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from landiff.configs import load
 from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
+from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.lm.batch import motion_condition, text_is_dropped
 from landiff.training.lm.config import LMTrainConfig
 
 if TYPE_CHECKING:
@@ -126,3 +129,23 @@ def tiny_batch(config: LMTrainConfig, step: int, dp_rank: int = 0, dp_size: int 
         global_batch_size=size,
         micro_batches=tuple(tuple(mine[i : i + micro]) for i in range(0, len(mine), micro)),
     )
+
+
+def plain_loss(model: LanguageModel, batch: Batch, config: LMTrainConfig) -> torch.Tensor:
+    """Mean loss over all targets, one sample at a time: without packing and Megatron."""
+    total, count = torch.zeros(()), torch.zeros(())
+    for sample in batch.samples:
+        text = sample.tensors[config.text_column].float()
+        row = model.layout.training_row(sample.tensors[config.tokens_column].numpy(), len(text))
+        frames = model.layout.num_frames(sample.tensors[config.tokens_column].numel())
+        logits = model(
+            torch.from_numpy(row.input_ids)[None],
+            text[None],
+            torch.tensor([float(frames)]),
+            torch.tensor([motion_condition(sample.meta.motion_score)]),
+            torch.tensor([text_is_dropped(config.loop.seed, sample.index, config.text_dropout)]),
+        )[0]
+        losses = functional.cross_entropy(logits, torch.from_numpy(row.targets), reduction="none")
+        total = total + (losses * torch.from_numpy(row.loss_weights)).sum()
+        count = count + torch.from_numpy(row.loss_weights).sum()
+    return total / count

@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from landiff.configs import ConfigError
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.launchers.budget.models import make_plan
 from landiff.model_zoo.lm import LanguageModel
 from landiff.training import optim
-from landiff.training.lm.batch import motion_condition, pack, text_is_dropped
+from landiff.training.lm.batch import pack
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
 from tests.distributed import run_distributed
-from tests.training.lm.samples import evaluate, longest_sample, tiny_batch, tiny_config
+from tests.training.lm.samples import (
+    evaluate,
+    longest_sample,
+    plain_loss,
+    tiny_batch,
+    tiny_config,
+)
 
 STEPS = 5
 
@@ -29,26 +34,6 @@ def plain_model(config: LMTrainConfig) -> LanguageModel:
     model = LanguageModel(config.model)
     model.load_state_dict(InitialWeights(config.model, config.loop.seed))
     return model
-
-
-def plain_loss(model: LanguageModel, batch: Batch, config: LMTrainConfig) -> torch.Tensor:
-    """Mean loss over all targets, one sample at a time: without packing and Megatron."""
-    total, count = torch.zeros(()), torch.zeros(())
-    for sample in batch.samples:
-        text = sample.tensors[config.text_column].float()
-        row = model.layout.training_row(sample.tensors[config.tokens_column].numpy(), len(text))
-        frames = model.layout.num_frames(sample.tensors[config.tokens_column].numel())
-        logits = model(
-            torch.from_numpy(row.input_ids)[None],
-            text[None],
-            torch.tensor([float(frames)]),
-            torch.tensor([motion_condition(sample.meta.motion_score)]),
-            torch.tensor([text_is_dropped(config.loop.seed, sample.index, config.text_dropout)]),
-        )[0]
-        losses = functional.cross_entropy(logits, torch.from_numpy(row.targets), reduction="none")
-        total = total + (losses * torch.from_numpy(row.loss_weights)).sum()
-        count = count + torch.from_numpy(row.loss_weights).sum()
-    return total / count
 
 
 def train_plain(config: LMTrainConfig) -> list[float]:
