@@ -274,6 +274,22 @@ def read_comment(path: Path) -> str:
         raise OSError(f"{path} is not a video: {error}") from None
 
 
+def read_mp4(path: Path) -> np.ndarray:
+    """All frames of a video of this project, uint8 [T, H, W, 3], decoded in this process.
+
+    For videos of others, which may be damaged or hostile, use `ClipDecoder`. Raises OSError if the
+    file cannot be read as a video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except av.FFmpegError as error:
+        raise OSError(f"{path} is not a video: {error}") from None
+    if not frames:
+        raise OSError(f"{path} has no frames")
+    return np.stack(frames)
+
+
 class ClipDecoder:
     """Decodes clips written by `encode_clip` in a child process (`DecoderProcess`).
 

@@ -9,6 +9,7 @@ import torch
 
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
+from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
 from landiff.launchers.results.loading import ModelLoader
 from landiff.launchers.results.preview import log_videos
 from landiff.launchers.results.prompts import SampleUnit, sample_units
@@ -84,7 +85,7 @@ def sample_videos(config: SampleConfig, task: tuple[int, int] = (0, 1)) -> list[
     if left < total:
         print(f"sample: {total - left} of {total} videos are finished in {config.out}")
     if not missing:
-        folder.write_list()
+        folder.write_pages()
         return names
     models = load_models(config, pick_device(config.device))
     progress = UnitProgress(total, total - left)
@@ -94,6 +95,8 @@ def sample_videos(config: SampleConfig, task: tuple[int, int] = (0, 1)) -> list[
             path = folder.commit(unit, frames_THWC.numpy())
             log_sample(config, unit, frames_THWC)
             progress.finish(path)
+    folder.write_pages()
+    print(f"sample: look at {config.out / GALLERY} and {config.out / CONTACT_SHEET}")
     return names
 
 

@@ -3,6 +3,7 @@
     NN-words-of-the-prompt-seedS.mp4   a finished video; its metadata are its record as JSON
     settings.json                      what all videos of the folder have in common
     samples.jsonl                      the records of all finished videos
+    gallery.html, contact-sheet.png    all finished videos, see gallery.py
 
 A video is committed by rename the moment it is done. `settings.json` refuses a second run with
 other models or options, so that all videos of a folder are comparable.
@@ -23,6 +24,7 @@ from landiff.configs.files import remove_abandoned, write_text
 from landiff.data_pipeline.format.locks import locked
 from landiff.data_pipeline.video.codec import read_comment, write_mp4
 from landiff.launchers.config import SampleConfig
+from landiff.launchers.results.gallery import write_contact_sheet, write_gallery
 from landiff.launchers.results.prompts import SampleUnit
 from landiff.launchers.version import __version__
 
@@ -137,15 +139,30 @@ class SampleFolder:
         self.write_list()
         return path
 
+    @property
+    def records(self) -> list[Record]:
+        """Records of all finished videos, by file name, without the common settings."""
+        found = []
+        for name in sorted(self._records):
+            record = dict(self._records[name])
+            del record["settings"]
+            found.append(record)
+        return found
+
+    def write_pages(self) -> None:
+        """Write the list, the gallery and the contact sheet of all finished videos."""
+        self.write_list()
+        with locked(self.folder):
+            records = self.records
+            if records:
+                write_gallery(self.folder, records, self.settings)
+                write_contact_sheet(self.folder, records)
+
     def write_list(self) -> None:
         """Write samples.jsonl with all videos that are finished, those of other processes too."""
         with locked(self.folder):
             self.refresh()
-            lines = []
-            for name in sorted(self._records):
-                record = dict(self._records[name])
-                del record["settings"]
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
             write_text(self.folder / SAMPLES, "".join(lines))
 
 

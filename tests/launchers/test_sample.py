@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from landiff.configs.base import ConfigError
 from landiff.configs.loader import load
@@ -14,6 +15,7 @@ from landiff.data_pipeline.video.codec import read_comment
 from landiff.launchers.cli import main
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample
+from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
 from landiff.launchers.results.prompts import parse_seeds, read_prompts, sample_units
 from landiff.launchers.results.sample import batches, load_models, sample_videos
 from landiff.launchers.results.sample_folder import SAMPLES
@@ -84,6 +86,15 @@ def test_every_video_has_its_record(undisturbed, zoo):
         for kind in CONFIGS:
             assert inside["settings"][kind] == registry.resolve(zoo, kind, kind).reference
         assert inside["frames"] == 17
+
+
+def test_gallery_and_contact_sheet_show_every_video(undisturbed):
+    page = (undisturbed / GALLERY).read_text(encoding="utf-8")
+    assert page.count("<video ") == 4 and page.count("data:video/mp4;base64,") == 4
+    for prompt in PROMPTS:
+        assert prompt in page
+    with Image.open(undisturbed / CONTACT_SHEET) as sheet:
+        assert sheet.width >= 5 * 96 and sheet.height == 4 * (96 + 20)
 
 
 class Killed(Exception):
