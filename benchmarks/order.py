@@ -25,6 +25,7 @@ from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import Column, Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset
+from landiff.data_pipeline.loading.phases import BatchSizes
 
 COLUMNS = {"tokens": 4_000, "latents": 2_247_000, "text-t5": 1_852_000}  # bytes of a sample
 BYTES_OF_TEXT_ROW = 8192
@@ -118,7 +119,7 @@ def open_order(options: argparse.Namespace, folder: Path) -> tuple[BatchOrder, S
         [OrderedDataset(columns.counts, [shard.bucket for shard in manifest.shards])],
         seed=0,
         window=options.window,
-        batch_size=options.ranks * options.per_rank,
+        batch_sizes=BatchSizes.constant(options.ranks * options.per_rank),
     )
     watch(
         "opening: align columns",

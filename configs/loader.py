@@ -279,9 +279,14 @@ def _known_keys(cls: type[BaseModel], path: Sequence[str]) -> list[str]:
     """Keys of the section at `path` below `cls`; empty if its class is not certain."""
     owner = cls
     for part in path:
+        if part.isdecimal():  # of a list, whose items have the class that was found for the list
+            continue
         if part not in owner.model_fields:
             return []
-        section = _section_class(owner.model_fields[part].annotation)
+        annotation = owner.model_fields[part].annotation
+        if typing.get_origin(annotation) in (tuple, list):
+            annotation = typing.get_args(annotation)[0]
+        section = _section_class(annotation)
         if section is None:
             return []
         owner = section

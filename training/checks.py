@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.data_pipeline.format.column_checks import check_blend, check_column_fingerprints
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.phases import phases_from
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
 from landiff.model_zoo import registry
-from landiff.training.checkpoint.resume import check_resume
+from landiff.training.checkpoint.resume import check_resume, check_same_data, next_state
 from landiff.training.config import OptimConfig, TrainConfig
-from landiff.training.layout import check_batch
+from landiff.training.layout import check_batches
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,25 @@ class Launch:
     inputs_exist: bool = True
 
 
-def check_trainer(config: TrainConfig, launch: Launch) -> tuple[list[Manifest], list[Problem]]:
+T = TypeVar("T", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class PhaseData(Generic[T]):
+    """The data of one phase: its config, and the manifest of its first data set."""
+
+    config: T
+    manifest: Manifest
+
+
+def check_trainer(config: T, launch: Launch) -> tuple[list[PhaseData[T]], list[Problem]]:
     """Checks that all trainers have in common: layout, batch, learning rate, run folder, data.
 
-    Returns the manifests of all data sets, or none if a column is missing, and the problems.
+    Returns the data of the phases that are still to come, or none if a column is missing, and the
+    problems.
     """
-    problems = problems_of(lambda: check_batch(config, launch.ranks))
-    problems += check_optim(config.optim, config.loop.steps)
+    problems = problems_of(lambda: check_batches(config, launch.ranks))
+    problems += check_schedules(config)
     problems += check_profile(config, launch.ranks)
     problems += check_trackers(config)
     problems += check_writable("run", config.run)
@@ -57,11 +71,39 @@ def check_trainer(config: TrainConfig, launch: Launch) -> tuple[list[Manifest], 
         )
     if not launch.inputs_exist:
         return [], problems
-    manifests, found = check_data(config.data, config.columns)
-    problems += found
-    if manifests:
-        problems += check_validation(config.data, config.columns, manifests[0])
-    return manifests, problems
+    readable = []
+    found = []
+    next_step = next_state(config).get("step", 0)
+    for phase in phases_from(config.data_phases, next_step):
+        phase_config = config.in_phase(phase.index)
+        manifests, phase_problems = check_data(phase_config.data, config.columns)
+        if manifests and phase.index == 0:
+            phase_problems += check_validation(config.data, config.columns, manifests[0])
+        if manifests:
+            same = partial(check_same_data, config, phase, manifests)
+            phase_problems += problems_of(same)
+        found += _of_phase(phase.index, phase_problems)
+        readable += [PhaseData(phase_config, manifest) for manifest in manifests[:1]]
+    if found:
+        return [], problems + found
+    return readable, problems
+
+
+def _of_phase(index: int, problems: Sequence[Problem]) -> list[Problem]:
+    """The problems of a phase, with its key in front unless it is the top level of the config."""
+    if index == 0:
+        return list(problems)
+    return [Problem(f"phases.{index - 1}: {problem}") for problem in problems]
+
+
+def check_schedules(config: TrainConfig) -> list[Problem]:
+    """Whether the learning rate of every phase is in range."""
+    problems = check_optim(config.optim, config.loop.steps)
+    for index, phase in enumerate(config.phases, start=1):
+        if phase.optim is not None and phase.from_step < config.loop.steps:
+            optim = config.in_phase(index).optim
+            problems += _of_phase(index, check_optim(optim, config.loop.steps - phase.from_step))
+    return problems
 
 
 def check_profile(config: TrainConfig, ranks: int) -> list[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -11,13 +11,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     ValidationInfo,
     model_validator,
 )
 
 from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.phases import DataPhase, batch_sizes
 from landiff.training.observe.config import ProfileConfig, TrackerConfig
+from landiff.training.phases import PhaseConfig, apply_phase, names_batch_size, names_data
 
 HANG_MARGIN_S = 300.0
 NO_TIMEOUT_S = 86400.0
@@ -275,6 +278,88 @@ class TrainConfig(Config):
         optim: OptimConfig
         ema: EmaConfig | None
         trackers: tuple[TrackerConfig, ...]
+        phases: tuple[PhaseConfig, ...]
+
+    @model_validator(mode="after")
+    def _phases_fit(self, info: ValidationInfo) -> Self:
+        problems = []
+        first_step = 0
+        for number, phase in enumerate(self.phases):
+            if phase.from_step <= first_step:
+                problems.append(
+                    f"phases.{number}.from_step = {phase.from_step} must be above the first step "
+                    f"of the phase before, {first_step}"
+                )
+            first_step = phase.from_step
+            values = self.in_phase(number + 1).model_dump() | {"phases": ()}
+            try:
+                type(self).model_validate(values)
+            except ValidationError as error:
+                for each in error.errors():
+                    where = ".".join(map(str, each["loc"]))
+                    text = each["msg"].removeprefix("Value error, ")
+                    problems.append(f"phases.{number} is not valid: {where}: {text}")
+        refuse_values(info, problems)
+        return self
+
+    def phase_index(self, step: int) -> int:
+        """Number of the phase of `step`: 0 for the top level, then the entries of `phases`."""
+        return sum(phase.from_step <= step for phase in self.phases)
+
+    def in_phase(self, index: int) -> Self:
+        """The config of one phase. `data.global_batch_size` is that of the end of its ramp."""
+        config = self
+        for phase in self.phases[:index]:
+            config = apply_phase(config, phase)
+        return config
+
+    def at(self, step: int) -> Self:
+        """The config of one step: that of its phase, with the global batch size of the step."""
+        if not self.phases and self.data.ramp is None:
+            return self
+        config = self.in_phase(self.phase_index(step))
+        level = batch_sizes(self.data_phases).at(step)
+        values = {"global_batch_size": level.global_batch_size, "ramp": None}
+        return config.model_copy(update={"data": config.data.model_copy(update=values)})
+
+    def step_metrics(self, step: int) -> dict[str, float]:
+        """Phase and global batch size of a step, if they change within the run."""
+        if not self.phases and self.data.ramp is None:
+            return {}
+        level = batch_sizes(self.data_phases).at(step)
+        return {
+            "train/phase": self.phase_index(step),
+            "train/batch_size": level.global_batch_size,
+        }
+
+    def samples_after(self, step: int) -> int:
+        """Samples of `step` and of all later steps."""
+        sizes = batch_sizes(self.data_phases)
+        return sizes.samples_before(self.loop.steps) - sizes.samples_before(step)
+
+    def schedule_at(self, step: int) -> tuple[OptimConfig, int]:
+        """The schedule of the learning rate in `step`, and its first step."""
+        index = self.phase_index(step)
+        while index > 0 and self.phases[index - 1].optim is None:
+            index -= 1
+        first_step = self.phases[index - 1].from_step if index else 0
+        return self.in_phase(index).optim, first_step
+
+    @property
+    def data_phases(self) -> tuple[DataPhase, ...]:
+        """What the loader reads in each phase."""
+        found = [DataPhase(0, 0, self.data)]
+        for index, phase in enumerate(self.phases, start=1):
+            found.append(
+                DataPhase(
+                    index,
+                    phase.from_step,
+                    self.in_phase(index).data,
+                    new_order=names_data(phase),
+                    new_sizes=names_batch_size(phase),
+                )
+            )
+        return tuple(found)
 
     @property
     def columns(self) -> tuple[str, ...]:

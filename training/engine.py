@@ -138,8 +138,15 @@ class Engine(Protocol):
 class BatchSource(Protocol):
     """What the loop needs of a loader. `landiff.data_pipeline.loading.loader.Loader` is one."""
 
-    manifest: Manifest
-    held_out: HeldOutClips
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the first data set."""
+        ...
+
+    @property
+    def held_out(self) -> HeldOutClips:
+        """The clips that are validated."""
+        ...
 
     def next_batch(self) -> Batch:
         """This rank's part of the next global batch."""

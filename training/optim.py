@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landiff.training.config import OptimConfig
+from landiff.training.config import OptimConfig, TrainConfig
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -31,6 +31,12 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         shape = config.decay_shape
     done = min(1.0, max(0, step - first) / max(1, length))
     return config.min_lr + (config.lr - config.min_lr) * _remaining(shape, done)
+
+
+def rate_of_step(config: TrainConfig, step: int) -> float:
+    """Learning rate of a step of a run, with the schedule of its phase."""
+    optim, first_step = config.schedule_at(step)
+    return learning_rate(optim, step - first_step, config.loop.steps - first_step)
 
 
 def _remaining(shape: str, done: float) -> float:

@@ -56,7 +56,7 @@ class Run:
         trackers = None
         if world.rank == 0 and config.trackers:
             trackers = Trackers(folder, config)
-        self.metrics = Metrics(folder, self.total_steps, world, trackers=trackers)
+        self.metrics = Metrics(folder, self.total_steps, world, trackers=trackers, config=config)
         self.events = EventLog(folder, world.rank)
         world.stop_file = self._stop_file
 

@@ -109,6 +109,17 @@ class ValidationConfig(Config):
         return self.model_dump(mode="json", exclude={"max_clips"})
 
 
+class RampConfig(Config):
+    """A global batch size that grows in equal parts."""
+
+    start: PositiveInt = Field(description="Global batch size of the first step.")
+    increment: PositiveInt = Field(description="Samples by which the batch grows at a time.")
+    steps: PositiveInt = Field(
+        description="Steps after which `global_batch_size` is reached. Each size lasts equally "
+        "long."
+    )
+
+
 class DataConfig(SourceConfig):
     """What a trainer reads, and how it is divided into batches."""
 
@@ -120,6 +131,11 @@ class DataConfig(SourceConfig):
     )
     micro_batch_size: PositiveInt = Field(
         default=1, description="Samples of one forward pass on one rank."
+    )
+    ramp: RampConfig | None = Field(
+        default=None,
+        description="Growth of the global batch size up to `global_batch_size`. null: it is "
+        "constant.",
     )
     seed: NonNegativeInt = Field(
         default=0,
@@ -153,32 +169,56 @@ class DataConfig(SourceConfig):
         "steps. null trains on all clips.",
     )
 
+    @model_validator(mode="after")
+    def _ramp_fits(self, info: ValidationInfo) -> DataConfig:
+        ramp = self.ramp
+        if ramp is None:
+            return self
+        growth = self.global_batch_size - ramp.start
+        if growth < 0 or growth % ramp.increment:
+            refuse_values(
+                info,
+                [
+                    f"ramp.start = {ramp.start} does not reach global_batch_size = "
+                    f"{self.global_batch_size} in parts of ramp.increment = {ramp.increment}; "
+                    "their difference must be a multiple of the increment"
+                ],
+            )
+        return self
+
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """All data sets, this one first."""
         return (self, *self.blend)
 
     def micro_batches(self, copies: int) -> int:
-        """Micro-batches per step of each of `copies` data-parallel ranks.
+        """Micro-batches per step of each of `copies` data-parallel ranks, at the end of a ramp.
 
         Raises ConfigError, with the nearest valid numbers, if the global batch does not divide.
         """
-        batch = self.global_batch_size
-        micro = self.micro_batch_size
-        unit = micro * copies
-        if batch % unit == 0:
-            return batch // unit
-        below = batch // unit * unit
-        sizes = [below, below + unit] if below else [unit]
-        valid = [number for number in range(1, batch // micro + 1) if batch % (micro * number) == 0]
-        fewer = [number for number in valid if number < copies]
-        more = [number for number in valid if number > copies]
-        others = [*fewer[-1:], *more[:1]]
-        text = (
-            f"data.global_batch_size = {batch} is not a multiple of data-parallel ranks * "
-            f"data.micro_batch_size = {copies} * {micro}; the nearest that are: "
-            f"{' or '.join(map(str, sizes))}"
-        )
-        if others:
-            text += f"; or run {' or '.join(map(str, others))} data-parallel ranks"
-        raise ConfigError(text)
+        require_micro_batches(self.global_batch_size, self.micro_batch_size, copies)
+        return self.global_batch_size // (self.micro_batch_size * copies)
+
+
+def require_micro_batches(batch: int, micro: int, copies: int) -> None:
+    """Raise ConfigError unless `copies` data-parallel ranks divide a global batch evenly.
+
+    `micro`: samples of one micro-batch. The message names the nearest valid numbers.
+    """
+    unit = micro * copies
+    if batch % unit == 0:
+        return
+    below = batch // unit * unit
+    sizes = [below, below + unit] if below else [unit]
+    valid = [number for number in range(1, batch // micro + 1) if batch % (micro * number) == 0]
+    fewer = [number for number in valid if number < copies]
+    more = [number for number in valid if number > copies]
+    others = [*fewer[-1:], *more[:1]]
+    text = (
+        f"data.global_batch_size = {batch} is not a multiple of data-parallel ranks * "
+        f"data.micro_batch_size = {copies} * {micro}; the nearest that are: "
+        f"{' or '.join(map(str, sizes))}"
+    )
+    if others:
+        text += f"; or run {' or '.join(map(str, others))} data-parallel ranks"
+    raise ConfigError(text)

@@ -33,8 +33,10 @@ class FetchAhead:
         sets: Sequence[AlignedColumns],
         cache_bytes: Sequence[int],
         order: BatchOrder,
-        positions: np.ndarray,
         *,
+        dp_rank: int,
+        dp_size: int,
+        end_step: int | None,
         threads: int,
     ) -> None:
         """Start the background threads.
@@ -44,13 +46,17 @@ class FetchAhead:
             cache_bytes: For each data set, the bytes of its cache for shards in use or downloaded
                 ahead; 0 for a local data set.
             order: The order of the loader.
-            positions: Positions of this rank in a global batch.
+            dp_rank: This rank.
+            dp_size: Number of data-parallel ranks.
+            end_step: Step from which on another loader is used, or None.
             threads: Number of simultaneous downloads.
         """
         self._sets = sets
         self._cache_bytes = cache_bytes
         self._order = order
-        self._positions = positions
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._end_step = end_step
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
         self._changed = threading.Condition()
         self._step = 0  # that the loader reads next
@@ -95,7 +101,7 @@ class FetchAhead:
     def _fetch(self, shards: list[ShardKey]) -> None:
         """Download shards. Raises ShardError."""
         # Ranks that share a cache start with different shards.
-        start = int(self._positions[0]) % len(shards)
+        start = self._dp_rank % len(shards)
         downloads = []
         for source, shard in shards[start:] + shards[:start]:
             downloads.append(self._pool.submit(self._sets[source].fetch, shard))
@@ -104,10 +110,13 @@ class FetchAhead:
 
     def _next_shards(self) -> list[ShardKey]:
         """New shards of the next step that needs any; waits for space. Empty after `close`."""
-        epoch_steps = self._order.num_samples // self._order.batch_size
+        sizes = self._order.batch_sizes
         with self._changed:
             while not self._closed:
-                if self._planned - self._step > epoch_steps:
+                batch_size = sizes.at(self._planned).global_batch_size
+                epoch_steps = self._order.num_samples // batch_size
+                far = self._planned - self._step > epoch_steps
+                if far or self._planned == self._end_step:
                     self._changed.wait()
                     continue
                 used = self._remote_shards(self._planned)
@@ -123,7 +132,9 @@ class FetchAhead:
 
     def _remote_shards(self, step: int) -> list[ShardKey]:
         """The remote shard of each sample that this rank reads in a step."""
-        sources, places = self._order.locate(step, self._positions)
+        batch_size = self._order.batch_sizes.at(step).global_batch_size
+        positions = np.arange(self._dp_rank, batch_size, self._dp_size)
+        sources, places = self._order.locate(step, positions)
         shards = zip(sources.tolist(), places.shard.tolist(), strict=True)
         return [(source, shard) for source, shard in shards if self._cache_bytes[source]]
 

@@ -29,11 +29,12 @@ from landiff.data_pipeline.format.schema import (
 )
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.data_pipeline.format.tensors import Buffers
-from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
+from landiff.data_pipeline.loading.config import DataConfig, SourceConfig, require_micro_batches
 from landiff.data_pipeline.loading.fetch_ahead import FetchAhead
 from landiff.data_pipeline.loading.held_out import HeldOutClips
 from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset
-from landiff.data_pipeline.loading.position import check_position
+from landiff.data_pipeline.loading.phases import OrderPlan, order_plans, single_phase
+from landiff.data_pipeline.loading.position import check_position, data_fingerprint
 from landiff.data_pipeline.loading.remote import RANK_PART, Remote, data_folder, open_remote
 from landiff.data_pipeline.loading.samples import Batch, Sample
 from landiff.data_pipeline.loading.split import Ranks, Split, find_split
@@ -55,18 +56,27 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         ranks: Ranks | None = None,
+        plan: OrderPlan | None = None,
+        first: Loader | None = None,
     ) -> None:
         """Open the data sets for data-parallel rank `dp_rank` of `dp_size`.
 
         `ranks`: the processes that divide the search for held-out clips and build their loaders
         together. None: this process searches alone.
+        `plan`: the order of samples, if it is one of several of a run; see `PhasedLoader`.
+        `first`: the loader of the first one, whose held-out videos are held out here too.
 
         Raises ConfigError if the ranks do not divide the global batch, ShardError if the data do
         not agree with the config.
         """
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        config.micro_batches(dp_size)
+        self.plan = plan or order_plans(single_phase(config))[0]
+        self._sizes = self.plan.sizes.after(self.plan.first_step)
+        for level in self._sizes.levels:
+            require_micro_batches(level.global_batch_size, level.micro_batch_size, dp_size)
         self.config = config
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
         self._remotes: list[Remote | None] = []
         self._sets: list[AlignedColumns] = []
         for source in config.sources:
@@ -80,7 +90,7 @@ class Loader:
         self.held_out = HeldOutClips()
         self._split: Split | None = None
         if config.validation is not None:
-            self._split = self._find_split(columns, ranks)
+            self._split = self._find_split(columns, ranks, first)
             self.held_out = HeldOutClips(
                 self._files,
                 self._split.clips,
@@ -94,17 +104,17 @@ class Loader:
             self._ordered_datasets(),
             seed=config.seed,
             window=config.shuffle_window,
-            batch_size=config.global_batch_size,
+            batch_sizes=self._sizes,
+            name=f"phase {self.plan.index}" if self.plan.index else "",
         )
         if not self.num_samples:
             raise ShardError(
                 f"{config.manifest} holds no clip that has all of {', '.join(columns) or 'raw'}; "
                 "see reject_counts in its manifest"
             )
-        self._positions = np.arange(dp_rank, config.global_batch_size, dp_size)
         self._buffers = Buffers((config.prefetch_batches + 3) * config.read_threads)
         self._ahead: deque[list[Future[list[Sample]]]] = deque()
-        self._step = 0
+        self._step = 0  # in this order
         self._pool: ThreadPoolExecutor | None = None
         self._fetch_ahead: FetchAhead | None = None
         if config.prefetch_batches:
@@ -122,12 +132,14 @@ class Loader:
         Raises ShardError with file and key of a damaged sample.
         """
         if self._pool is None:
-            samples = self._read(self._step, self._positions)
+            samples = self._read(self._step, self._positions(self._step))
         else:
             samples = self._next_prefetched(self._pool)
-        size = self.config.micro_batch_size
+        level = self._sizes.at(self._step)
+        size = level.micro_batch_size
         micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
-        batch = Batch(self._step, self.config.global_batch_size, micro_batches)
+        step = self.plan.first_step + self._step
+        batch = Batch(step, level.global_batch_size, micro_batches)
         self._step += 1
         if self._fetch_ahead is not None:
             self._fetch_ahead.reached(self._step)
@@ -135,10 +147,11 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data and their identity: JSON values, equal on all ranks."""
+        step = self.plan.first_step + self._step
         state = {
             "format": FORMAT_VERSION,
-            "consumed_samples": self._step * self.config.global_batch_size,
-            **self._identity(),
+            "consumed_samples": self.plan.sizes.samples_before(step),
+            **self.identity(),
         }
         if self._split is None:
             del state["validation"]  # as in states from before there was validation
@@ -149,18 +162,22 @@ class Loader:
 
         Raises ConfigError if the state belongs to another data set, seed or batch size.
         """
-        check_position(state, self._identity())
-        step, rest = divmod(state["consumed_samples"], self.config.global_batch_size)
-        if rest:
+        check_position(state, self.identity())
+        step = self.plan.sizes.step_of(state["consumed_samples"])
+        if step is None:
             raise ConfigError(
                 f"consumed_samples = {state['consumed_samples']} is not a multiple of "
                 f"data.global_batch_size = {self.config.global_batch_size}; the checkpoint's "
                 "loader state is damaged"
             )
+        self.seek(step)
+
+    def seek(self, step: int) -> None:
+        """Continue with the batch of `step`."""
         self._cancel_prefetch()
-        self._step = step
+        self._step = step - self.plan.first_step
         if self._fetch_ahead is not None:
-            self._fetch_ahead.reached(step)
+            self._fetch_ahead.reached(self._step)
 
     def close(self) -> None:
         """End the background threads and close the files."""
@@ -183,7 +200,9 @@ class Loader:
         """Close the loader."""
         self.close()
 
-    def _find_split(self, columns: Sequence[str], ranks: Ranks | None) -> Split:
+    def _find_split(
+        self, columns: Sequence[str], ranks: Ranks | None, first: Loader | None
+    ) -> Split:
         """Find the held-out clips. Collective over `ranks`. Opens the validation data set."""
         validation = self.config.validation
         assert validation is not None
@@ -195,7 +214,8 @@ class Loader:
             self._files.append(separate)
             if not self.config.adopt:
                 check_blend([self.manifest, separate.manifest], columns, "data.validation.data_set")
-        return find_split(validation, self._sets, separate, ranks)
+        first_split = first._split if first is not None else None
+        return find_split(validation, self._sets, separate, ranks, first_split)
 
     def _ordered_datasets(self) -> list[OrderedDataset]:
         datasets = []
@@ -215,18 +235,29 @@ class Loader:
             self._sets,
             cache_bytes,
             self._order,
-            self._positions,
+            dp_rank=self._dp_rank,
+            dp_size=self._dp_size,
+            end_step=self._end_step,
             threads=self.config.read_threads,
         )
 
-    def _identity(self) -> dict[str, Any]:
+    @property
+    def _end_step(self) -> int | None:
+        """First step in this order that belongs to the next order, or None."""
+        if self.plan.end_step is None:
+            return None
+        return self.plan.end_step - self.plan.first_step
+
+    def _positions(self, step: int) -> np.ndarray:
+        """This rank's positions in the global batch of a step."""
+        batch_size = self._sizes.at(step).global_batch_size
+        return np.arange(self._dp_rank, batch_size, self._dp_size)
+
+    def identity(self) -> dict[str, Any]:
         """What determines the order of samples; must be the same after a restart."""
-        data = self.manifest.fingerprint
+        data = data_fingerprint([dataset.manifest for dataset in self._sets], self.config)
         exclusions = self._sets[0].exclusions
         if len(self._sets) > 1:
-            pairs = zip(self._sets, self.config.sources, strict=True)
-            parts = [(dataset.manifest.fingerprint, source.weight) for dataset, source in pairs]
-            data = content_fingerprint(*parts)
             exclusions = content_fingerprint(*[dataset.exclusions for dataset in self._sets])
         split = self._split.fingerprint if self._split is not None else ""
         return {
@@ -243,7 +274,9 @@ class Loader:
         """Samples of the next batch; keeps the queue of the following batches full."""
         while len(self._ahead) <= self.config.prefetch_batches:
             step = self._step + len(self._ahead)
-            reads = [pool.submit(self._read, step, part) for part in self._thread_positions()]
+            if self._ahead and step == self._end_step:
+                break
+            reads = [pool.submit(self._read, step, part) for part in self._thread_positions(step)]
             self._ahead.append(reads)
         samples: list[Sample] = []
         try:
@@ -260,9 +293,9 @@ class Loader:
                 read.cancel()
         self._ahead.clear()
 
-    def _thread_positions(self) -> list[np.ndarray]:
+    def _thread_positions(self, step: int) -> list[np.ndarray]:
         """This rank's positions in a global batch, in a contiguous part for each thread."""
-        parts = np.array_split(self._positions, self.config.read_threads)
+        parts = np.array_split(self._positions(step), self.config.read_threads)
         return [part for part in parts if part.size]
 
     def _read(self, step: int, positions: np.ndarray) -> list[Sample]:
@@ -275,7 +308,7 @@ class Loader:
         memory = self._buffers.take(sum(sizes))
         begin = 0
         samples = []
-        first = step * self.config.global_batch_size
+        first = self.plan.sizes.samples_before(self.plan.first_step + step)
         for (source, shard, slot), size, epoch, position in zip(
             located, sizes, places.epoch.tolist(), positions.tolist(), strict=True
         ):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from landiff.data_pipeline.loading.phases import BatchSizes
+
 Ints = NDArray[np.int64]
 ROUNDS = 6  # of the Feistel network; 4 suffice for large n, small n needs more
 MIN_BITS = 3  # of half a number; with fewer, a network over 64 values favours some orders
@@ -179,6 +181,20 @@ def interleave(indices: Ints, counts: Sequence[int]) -> tuple[Ints, Ints]:
     return which, within
 
 
+def counts_before(index: int, counts: Sequence[int]) -> list[int]:
+    """How many of the first `index` items that `interleave` merges are of each stream."""
+    found = []
+    rest = index
+    total = sum(counts)
+    for count in counts:
+        periods, position = divmod(rest, total)
+        before = periods * count + position * count // total
+        found.append(before)
+        rest -= before
+        total -= count
+    return found
+
+
 @dataclass(frozen=True)
 class OrderedDataset:
     """One data set as the order needs it."""
@@ -208,16 +224,22 @@ class BatchOrder:
     """
 
     def __init__(
-        self, sources: Sequence[OrderedDataset], *, seed: int, window: int, batch_size: int
+        self,
+        sources: Sequence[OrderedDataset],
+        *,
+        seed: int,
+        window: int,
+        batch_sizes: BatchSizes,
+        name: str = "",
     ) -> None:
-        """`window` is that of `SampleOrder`; `batch_size` counts the samples of a global batch."""
-        self.batch_size = batch_size
+        """`window` and `name` are those of `SampleOrder`. Steps count from 0 in this order."""
+        self.batch_sizes = batch_sizes
         self._buckets: list[list[_Part]] = []
         buckets: set[str] = set()
         for source in sources:
             buckets.update(source.buckets)
         for bucket in sorted(buckets):
-            parts = _parts_of(bucket, sources, seed=seed, window=window)
+            parts = _parts_of(bucket, sources, seed=seed, window=window, name=name)
             if parts:
                 self._buckets.append(parts)
         self._bucket_samples = [
@@ -227,10 +249,11 @@ class BatchOrder:
 
     def locate(self, step: int, positions: Ints) -> tuple[Ints, Places]:
         """(data set, places) of the samples at `positions` of global batch `step`."""
-        buckets, turns = interleave(np.array([step], dtype=np.int64), self._bucket_samples)
-        parts = self._buckets[int(buckets[0])]
+        buckets, _ = interleave(np.array([step], dtype=np.int64), self._bucket_samples)
+        bucket = int(buckets[0])
+        parts = self._buckets[bucket]
         which, within = interleave(
-            turns[0] * self.batch_size + np.asarray(positions, dtype=np.int64),
+            self._samples_before(step, bucket) + np.asarray(positions, dtype=np.int64),
             [part.epoch_samples for part in parts],
         )
         source = np.empty_like(within)
@@ -244,9 +267,21 @@ class BatchOrder:
             places.slot[chosen] = found.slot
         return source, places
 
+    def _samples_before(self, step: int, bucket: int) -> int:
+        """Samples of one bucket in all batches before `step`."""
+        samples = 0
+        turns = 0  # batches of the bucket in the levels before
+        levels = [level for level in self.batch_sizes.levels if level.first_step <= step]
+        ends = [level.first_step for level in levels[1:]] + [step]
+        for level, end in zip(levels, ends, strict=True):
+            turns_until_end = counts_before(end, self._bucket_samples)[bucket]
+            samples += (turns_until_end - turns) * level.global_batch_size
+            turns = turns_until_end
+        return samples
+
 
 def _parts_of(
-    bucket: str, sources: Sequence[OrderedDataset], *, seed: int, window: int
+    bucket: str, sources: Sequence[OrderedDataset], *, seed: int, window: int, name: str
 ) -> list[_Part]:
     """The shards of one bucket in all data sets that have any samples in it."""
     parts = []
@@ -256,7 +291,8 @@ def _parts_of(
         samples = int(source.counts[shards].sum())
         if not samples:
             continue
-        names = []  # the first data set and the unnamed bucket add nothing to the random key
+        # The first data set, the unnamed bucket and the first order add nothing to the random key.
+        names = [name] if name else []
         if number:
             names.append(f"source {number}")
         if bucket:

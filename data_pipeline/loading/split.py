@@ -72,10 +72,12 @@ class Split:
 
     positions: for each training data set, raw positions by shard.
     clips: the validated clips, in the order of their hashes.
+    videos: hashes of the held-out videos, sorted. None if a fraction decides by the hash itself.
     """
 
     positions: list[dict[int, list[int]]]
     clips: list[HeldOutClip]
+    videos: Hashes | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -97,17 +99,22 @@ def find_split(
     sets: Sequence[AlignedColumns],
     separate: AlignedColumns | None = None,
     ranks: Ranks | None = None,
+    first: Split | None = None,
 ) -> Split:
     """Find the held-out clips of the data sets `sets`. Collective; equal on all ranks.
 
-    `separate`: the opened `config.data_set`. Raises ConfigError if nothing is held out, if nothing
-    remains for training, or if an entry of `clips` does not exist.
+    `separate`: the opened `config.data_set`.
+    `first`: the split of the data that the run began with, if these are those of a later phase.
+        Its videos are held out here too. It is validated on, so these data need not have any.
+
+    Raises ConfigError if nothing is held out, if nothing remains for training, or if an entry of
+    `clips` does not exist.
     """
     search = _Search(config, sets, separate, ranks or Alone())
-    is_held_out = search.held_out_hashes()
+    is_held_out = search.held_out_hashes(first)
     positions, held_out, total = search.positions(is_held_out)
     clips = search.clips(is_held_out)
-    if not clips:
+    if not clips and first is None:
         raise ConfigError(
             f"{_described(config)} holds out none of the {total} clips with all columns; "
             "raise the fraction, or list clips in data.validation.clips"
@@ -117,7 +124,7 @@ def find_split(
             f"{_described(config)} holds out all {total} clips, so none remains to train on; "
             "hold out fewer, or validate on another data set (data.validation.data_set)"
         )
-    return Split(positions, clips)
+    return Split(positions, clips, is_held_out)
 
 
 def _described(config: ValidationConfig) -> str:
@@ -191,10 +198,10 @@ class _Search:
             return []
         return [HeldOutClip(_hash(f"clip/{key}"), key, source, shard, position)]
 
-    def held_out_hashes(self) -> Hashes | None:
+    def held_out_hashes(self, first: Split | None) -> Hashes | None:
         """Hashes of the held-out videos, sorted. None if `fraction` decides by the hash itself.
 
-        Raises ConfigError for entries of `clips` that no clip has.
+        Raises ConfigError for entries of `clips` that no clip has, unless there is a `first` split.
         """
         if self.config.fraction is not None:
             return None
@@ -203,12 +210,14 @@ class _Search:
             if part.source == self.num_training:
                 own = own | set(part.videos.tolist())
         videos: set[int] = set()
+        if first is not None and first.videos is not None:
+            videos.update(first.videos.tolist())
         found: set[str] = set()
         for its_videos, its_found in self.ranks.gather([sorted(own), sorted(self._found)]):
             videos.update(its_videos)
             found.update(its_found)
         missing = sorted(self.wanted - found)
-        if missing:
+        if missing and first is None:
             shown = ", ".join(missing[:NAMES_SHOWN])
             raise ConfigError(
                 f"{_described(self.config)}: {len(missing)} entries are neither keys of clips nor "

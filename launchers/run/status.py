@@ -148,7 +148,10 @@ def read_progress(run: Path, status: RunStatus) -> None:
     status.loss = last.get("train/loss")
     if last["time"] > first["time"] and last["step"] > first["step"]:
         status.steps_per_s = (last["step"] - first["step"]) / (last["time"] - first["time"])
-        if status.steps:
+        if "throughput/seconds_left" in last:  # the batch size changes within the run
+            age_s = time.time() - last["time"]
+            status.seconds_left = max(0.0, last["throughput/seconds_left"] - age_s)
+        elif status.steps:
             status.seconds_left = (status.steps - last["step"]) / status.steps_per_s
     beats = [time.time() - path.stat().st_mtime for path in (run / HEARTBEAT).glob("rank_*")]
     status.last_beat_s = max(beats, default=None)

@@ -15,6 +15,7 @@ from landiff.data_pipeline.format.shards import ShardError, read_manifest, write
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.loading.order import BatchOrder, OrderedDataset, interleave
+from landiff.data_pipeline.loading.phases import BatchSizes
 from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 
 
@@ -30,14 +31,16 @@ def test_interleaving_takes_every_place_of_every_stream_once_and_evenly(counts):
         assert abs(len(mine) - number * count / total) <= len(counts)  # never far ahead or behind
 
 
-def orders(sources, **fields):
-    return BatchOrder(sources, **({"seed": 1, "window": 2, "batch_size": 6} | fields))
+def orders(sources, batch_size=6, **fields):
+    sizes = BatchSizes.constant(batch_size)
+    return BatchOrder(sources, **({"seed": 1, "window": 2, "batch_sizes": sizes} | fields))
 
 
 def drawn(order, steps: int) -> list[tuple[int, int, int, int]]:
     taken = []
     for step in range(steps):
-        source, places = order.locate(step, np.arange(order.batch_size))
+        size = order.batch_sizes.at(step).global_batch_size
+        source, places = order.locate(step, np.arange(size))
         taken += zip(
             source.tolist(),
             places.epoch.tolist(),

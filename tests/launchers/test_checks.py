@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from landiff.configs import ConfigError, dump, load
 from landiff.configs.files import write_text
@@ -262,6 +264,7 @@ def checkpoint(config: LMTrainConfig | DiffusionTrainConfig, step: int = 100) ->
     """The documents of a checkpoint as a trainer leaves them."""
     folder = config.run / "checkpoints" / f"step_{step:08d}"
     loader = {
+        "data": read_manifest(Path("data")).fingerprint,
         "seed": config.data.seed,
         "shuffle_window": config.data.shuffle_window,
         "global_batch_size": config.data.global_batch_size,
@@ -293,6 +296,75 @@ def test_a_run_that_cannot_resume_is_refused(world):
         assert each in text, text
     (problem,) = problems("tokenizer", "run=runs/lm")
     assert "was written by LMTrainConfig, this run is a TokenizerTrainConfig" in problem
+
+
+def test_what_an_interrupted_save_left_does_not_stop_a_run(world):
+    write_text(Path("runs/lm/checkpoints/.step_00000002.host.1-1.tmp/model.safetensors"), "")
+    assert problems("lm") == []
+
+
+def lm_phases(*phases: dict[str, object]) -> str:
+    return f"phases={json.dumps(phases)}"
+
+
+def test_phases_of_a_run_are_checked_before_its_ranks_start(world):
+    second = {"from_step": 200, "data": {"global_batch_size": 40}}
+    (problem,) = problems("lm", lm_phases({"from_step": 50}, second))
+    assert "from step 200 on, data.global_batch_size = 40 is not a multiple" in problem
+    gone = {"from_step": 50, "data": {"manifest": "gone"}, "optim": {"decay": "wsd"}}
+    first, second = problems("lm", lm_phases(gone))
+    assert "phases.0: optim.decay = wsd needs optim.decay_steps" in first
+    assert "phases.0: data.manifest = gone: gone/manifest.json does not exist" in second
+    for phases, text in (
+        ([{"from_step": 50}, {"from_step": 50}], "phases.1.from_step = 50 must be above"),
+        ([{"from_step": 50, "text_dropout": 2}], "less than or equal to 1"),
+        (
+            [{"from_step": 50, "dropout": 0.1}],
+            "unknown config key 'phases.0.dropout'; did you mean",
+        ),
+        (
+            [{"from_step": 50, "data": {"ramp": {"start": 3, "increment": 8, "steps": 9}}}],
+            "phases.0 is not valid: data: ramp.start = 3 does not reach global_batch_size = 16",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            problems("lm", lm_phases(*phases))
+
+
+def test_phases_that_a_run_has_completed_cannot_change(world):
+    phase = {"from_step": 50, "text_dropout": 0.2}
+    later = {"from_step": 90, "text_dropout": 0.3}
+    checkpoint(load(LMTrainConfig, "nano/lm", [lm_phases(phase, later)]))
+    appended = {"from_step": 100, "data": {"global_batch_size": 32}}
+    assert problems("lm", lm_phases(phase, later, appended)) == []
+    assert problems("lm", lm_phases(phase, later | {"text_dropout": 0.5})) == []
+    for changed, overrides, text in (
+        (
+            [phase | {"text_dropout": 0.1}, later],
+            [],
+            "phases.0.text_dropout = 0.1 (checkpoint: 0.2)",
+        ),
+        (
+            [phase, later | {"from_step": 80}],
+            [],
+            "phases with from_step 50, 80 begin before step 100",
+        ),
+        ([phase], [], "those of the run are 50, 90; restore them"),
+        ([phase, later], ["optim.lr=1"], "optim.lr = 1.0 (checkpoint: 0.002)"),
+    ):
+        (problem,) = problems("lm", lm_phases(*changed), *overrides)
+        assert text in problem
+
+
+def test_data_that_changed_in_a_run_are_refused_with_the_phase_that_allows_it(world):
+    checkpoint(load(LMTrainConfig, "nano/lm"))
+    manifest = read_manifest(Path("data"))
+    write_manifest(Path("data"), manifest.model_copy(update={"fingerprint": "grown"}))
+    (problem,) = problems("lm", "data.adopt=true")
+    phase = {"from_step": 100, "data": {"manifest": "data"}}
+    assert "this run has 'grown'" in problem
+    assert yaml.safe_load(problem.split("`")[-2]) == {"phases": [phase]}
+    assert problems("lm", "data.adopt=true", lm_phases(phase)) == []
 
 
 def test_a_parent_that_does_not_fit_is_refused(world):

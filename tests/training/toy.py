@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from landiff.configs.base import Config
 from landiff.configs.loader import load
 from landiff.data_pipeline.format.schema import Manifest, RawSample
+from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import keyed_random
 from landiff.training import distributed
@@ -27,7 +28,8 @@ from landiff.training.loop import fit
 from landiff.training.observe.charts import Charts
 from landiff.training.observe.config import TrackerConfig
 from landiff.training.observe.previews import Preview
-from landiff.training.optim import learning_rate
+from landiff.training.optim import rate_of_step
+from landiff.training.phases import PhaseConfig
 from landiff.training.run import Run
 
 
@@ -43,7 +45,8 @@ class ToyConfig(TrainConfig):
     optim: OptimConfig = OptimConfig(lr=0.1)
     ema: EmaConfig | None = None
     trackers: tuple[TrackerConfig, ...] = ()
-    global_batch_size: int = 4
+    phases: tuple[PhaseConfig, ...] = ()
+    data: DataConfig = DataConfig(manifest=Path("unused"), global_batch_size=4)
 
 
 class ToyHeldOut(list[HeldOutBatch]):
@@ -64,7 +67,7 @@ class ToyLoader:
         self.step = 0
 
     def next_batch(self) -> Batch:
-        size, width = self.config.global_batch_size, self.config.model.width
+        size, width = self.config.data.global_batch_size, self.config.model.width
         samples = []
         for position in range(self.world.rank, size, self.world.size):
             index = self.step * size + position
@@ -159,7 +162,7 @@ class ToyEngine:
         if self.world.size > 1:
             dist.all_reduce(sums)
         gradient, loss = sums[:-1] / batch.global_batch_size, sums[-1] / batch.global_batch_size
-        lr = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
+        lr = rate_of_step(self.config, batch.step)
         updating = self.guard.decide(loss, gradient.norm())
         if updating:
             self.momentum = 0.9 * self.momentum + gradient

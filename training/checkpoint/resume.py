@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.documents import read_json, read_yaml
 from landiff.configs.problems import Problem, problems_of
-from landiff.data_pipeline.loading.position import check_position
+from landiff.configs.reference import section_classes
+from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.loading.phases import DataPhase, order_at, order_plans, phase_at
+from landiff.data_pipeline.loading.position import check_position, data_fingerprint, phase_identity
 from landiff.training.checkpoint.parent import find_parent
 from landiff.training.checkpoint.run_folder import (
     CHECKPOINTS,
@@ -40,6 +44,8 @@ FOREIGN_WEIGHTS = (
     "*.bin",
     "*.ckpt",
 )
+# Keys of a complete phase that may change: where its data lie, and how a batch is divided.
+FREE_KEYS = ("data.manifest", "data.remote", "data.blend", "data.micro_batch_size")
 NAMES_SHOWN = 4  # of weights in a run folder
 
 
@@ -72,15 +78,115 @@ def check_checkpoint(folder: Path, config: TrainConfig) -> list[Problem]:
         return []
     kind = state.get("kind", "")
     problems = problems_of(lambda: changed_keys(folder, kind, stored, config, config.must_match))
-    if isinstance(state.get("loader"), dict):
-        known = {
-            "seed": config.data.seed,
-            "shuffle_window": config.data.shuffle_window,
-            "global_batch_size": config.data.global_batch_size,
-        }
-        problems += problems_of(lambda: check_position(state["loader"], known))
     problems += problems_of(lambda: check_same_split(folder, stored, config))
-    return problems
+    step = state.get("step")
+    if not isinstance(step, int) or not isinstance(state.get("loader"), dict):
+        return problems
+    past = problems_of(lambda: check_past_phases(folder, stored, config, step))
+    if past:
+        return problems + past
+    phase = phase_at(config.data_phases, max(0, step - 1))
+    plan = order_at(order_plans(config.data_phases), max(0, step - 1))
+    known = phase_identity(phase.config, plan)
+    position = partial(check_position, state["loader"], known, phase.config, step)
+    return problems + problems_of(position)
+
+
+def check_same_data(config: TrainConfig, phase: DataPhase, manifests: Sequence[Manifest]) -> None:
+    """Raise ConfigError if the checkpoint that the run continues from read other data sets.
+
+    phase: that begins the order which the run reads next, and `manifests` those of its data sets.
+    """
+    state = next_state(config)
+    step = state.get("step", 0)
+    if step <= phase.first_step or not isinstance(state.get("loader"), dict):
+        return
+    known = {"data": data_fingerprint(manifests, phase.config)}
+    check_position(state["loader"], known, phase_at(config.data_phases, step - 1).config, step)
+
+
+def next_state(config: TrainConfig) -> dict[str, Any]:
+    """state.json of the checkpoint that the run continues from: its newest, or its parent's.
+
+    Empty without one, and if it cannot be read, which `check_resume` or the ranks report.
+    """
+    checkpoints = config.run / CHECKPOINTS
+    steps = committed_steps(checkpoints)
+    try:
+        if steps:
+            folder = step_folder(checkpoints, steps[-1])
+        elif config.parent is not None:
+            folder = find_parent(config)
+        else:
+            return {}
+        state = read_json(folder / STATE)
+    except (OSError, ConfigError):
+        return {}
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        return {}
+    return state
+
+
+def check_past_phases(
+    folder: Path, stored: Mapping[str, Any], config: TrainConfig, step: int
+) -> None:
+    """Raise ConfigError if `config` changes phases that a checkpoint of `step` has completed.
+
+    The present phase keeps its first step. Its other values may change as those of a run without
+    phases may; the order of samples has a check of its own (`check_position`).
+    """
+    before = [phase for phase in stored.get("phases") or [] if phase["from_step"] < step]
+    phases = [phase.model_dump(mode="json") for phase in config.phases]
+    after = [phase for phase in phases if phase["from_step"] < step]
+    steps_before = [phase["from_step"] for phase in before]
+    steps_after = [phase["from_step"] for phase in after]
+    if steps_before != steps_after:
+        raise ConfigError(
+            f"phases with from_step {_listed(steps_after)} begin before step {step} of {folder}, "
+            f"where those of the run are {_listed(steps_before)}; restore them. New phases can "
+            f"begin at step {step} or later"
+        )
+    if not before:
+        return
+    refused = []
+    for number, (old, new) in enumerate(zip(before[:-1], after[:-1], strict=True)):
+        refused += _differences(flat_keys(old), flat_keys(new), f"phases.{number}.")
+    top_level = _changeable(stored, config)
+    refused += _differences(top_level, flat_keys(config.model_dump(mode="json")), "")
+    if refused:
+        raise ConfigError(
+            f"{folder} is of step {step}, and phases before it are complete and cannot change: "
+            f"{', '.join(refused)}; restore these values, and set the new ones in a phase with "
+            f"from_step {step} or later"
+        )
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
+
+
+def _changeable(stored: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The stored values, by dotted key, that phases change. Without places of data."""
+    (phase_class,) = section_classes(type(config).model_fields["phases"].annotation)
+    found = {}
+    flat = flat_keys(stored)
+    for name, field in phase_class.model_fields.items():
+        keys = [name]
+        for section in section_classes(field.annotation):
+            keys = [f"{name}.{key}" for key in section.model_fields]
+        for key in keys:
+            if key in flat and key not in FREE_KEYS:
+                found[key] = flat[key]
+    return found
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[str]:
+    """Texts about the keys of `old` that have another value in `new`."""
+    found = []
+    for key, value in old.items():
+        if new.get(key) != value:
+            found.append(f"{prefix}{key} = {new.get(key)!r} (checkpoint: {value!r})")
+    return found
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -121,7 +227,9 @@ def check_no_other_weights(run: Path) -> list[Problem]:
     try:
         for parent in (run, checkpoints):
             if parent.is_dir():
-                folders += sorted(path for path in parent.iterdir() if path.is_dir())
+                found_there = sorted(path for path in parent.iterdir() if path.is_dir())
+                # A hidden folder is of a save that was interrupted.
+                folders += [path for path in found_there if not path.name.startswith(".")]
         found = {folder: foreign_weights(folder) for folder in folders}
     except OSError:
         return []  # reported as a folder that cannot be written

@@ -58,7 +58,7 @@ from landiff.training.checkpoint.files import (
 )
 from landiff.training.checkpoint.guard_state import GuardState
 from landiff.training.checkpoint.parent import find_parent, write_parent
-from landiff.training.checkpoint.resume import changed_keys
+from landiff.training.checkpoint.resume import changed_keys, check_past_phases
 from landiff.training.checkpoint.run_folder import (
     CONFIG,
     DAMAGED,
@@ -428,6 +428,7 @@ class CheckpointStore:
         stored = read_yaml(folder / CONFIG, advice=advice)
         must_match = self.config.must_match
         changed = changed_keys(folder, document.kind, stored, self.config, must_match)
+        check_past_phases(folder, stored, self.config, document.step)
         if changed:
             log.info("resuming with a changed config: %s", ", ".join(changed))
         return document

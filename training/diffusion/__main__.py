@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from landiff.configs.loader import load
-from landiff.data_pipeline.loading.loader import Loader
+from landiff.data_pipeline.loading.phased_loader import PhasedLoader
 from landiff.training import distributed
 from landiff.training.checks import Launch
 from landiff.training.diffusion.checks import check
@@ -24,8 +24,8 @@ def main(config_path: str) -> None:
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = build_engine(config, world)
-        loader = Loader(
-            config.data, config.columns, dp_rank=world.rank, dp_size=world.size, ranks=world
+        loader = PhasedLoader(
+            config.data_phases, config.columns, dp_rank=world.rank, dp_size=world.size, ranks=world
         )
         fit(engine, loader, Run(config.run, config, world), config.loop)
 

@@ -13,7 +13,7 @@ from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
 
 def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
-    manifests, problems = check_trainer(config, launch)
+    phases, problems = check_trainer(config, launch)
     problems += check_preview(config)
     if not launch.inputs_exist:
         return problems
@@ -27,8 +27,8 @@ def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
         problems += found
         if tokenizer is not None:
             problems += check_diffusion_tokenizer(config, tokenizer)
-    if manifests:
-        problems += check_diffusion_columns(manifests[0], config, tokenizer)
+    for phase in phases:
+        problems += check_diffusion_columns(phase.manifest, phase.config, tokenizer)
     return problems
 
 

@@ -36,6 +36,7 @@ from landiff.training.config import (
     TrainConfig,
 )
 from landiff.training.observe.config import TrackerConfig
+from landiff.training.phases import PHASES_DESCRIPTION, PhaseConfig
 
 START_KINDS = ("transformer", "diffusion")  # of the zoo entry `init_from`
 
@@ -134,6 +135,27 @@ class DiffusionLoRAConfig(LoRAConfig):
     )
 
 
+class PrefixChange(Config):
+    """New values of `prefix`. null keeps a value."""
+
+    frames: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+        default=None, description="As `prefix.frames`."
+    )
+    probability: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="As `prefix.probability`."
+    )
+    noise: NonNegativeFloat | None = Field(default=None, description="As `prefix.noise`.")
+
+
+class DiffusionPhaseConfig(PhaseConfig):
+    """Values of the diffusion trainer that change at a step. null keeps a value."""
+
+    text_dropout: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="As `text_dropout` of the trainer."
+    )
+    prefix: PrefixChange | None = Field(default=None, description="Changes of the prefixes.")
+
+
 class DiffusionTrainConfig(TrainConfig):
     """`landiff train diffusion`: main transformer or control branch (§5)."""
 
@@ -157,6 +179,7 @@ class DiffusionTrainConfig(TrainConfig):
     trackers: tuple[TrackerConfig, ...] = Field(
         default=(), description="Experiment trackers that get the metrics beside TensorBoard."
     )
+    phases: tuple[DiffusionPhaseConfig, ...] = Field(default=(), description=PHASES_DESCRIPTION)
     model: DiffusionConfig = Field(description="Sizes of the diffusion model.")
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="Noise schedule of training."

@@ -29,7 +29,7 @@ from landiff.training.guard import Guard
 from landiff.training.observe.flops import control_flops, main_flops, num_tokens
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepClock
-from landiff.training.optim import adamw, learning_rate, set_learning_rate
+from landiff.training.optim import adamw, rate_of_step, set_learning_rate
 
 
 class DeepSpeedEngine:
@@ -75,13 +75,15 @@ class DeepSpeedEngine:
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step. The loss is that of the global batch."""
-        rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
+        rate = rate_of_step(self.config, batch.step)
         self.clock.start()
         set_learning_rate(self.zero.optimizer, rate)
+        self.objective.config = self.config.at(batch.step)  # prefix, dropout and batch size
+        zero.set_batch(self.zero, batch)
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
         self._total.zero_()
-        after_prefix = PrefixLosses(self.config, self.world)
+        after_prefix = PrefixLosses(self.objective.config, self.world)
         for samples in batch.micro_batches:
             inputs = self.objective.inputs(samples)
             result = self.objective.loss(self.zero, inputs)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from landiff.data_pipeline.loading.loader import Batch
 from landiff.model_zoo.convert.formats.deepspeed import CLASSES, EMA, MOMENTS, DeepSpeedState
 from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
@@ -66,7 +67,7 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, Any]:
     """The trainer's config in DeepSpeed's format."""
-    micro_batch_size = config.data.micro_batch_size
+    micro_batch_size = config.data.micro_batch_size  # of the first phase; see `set_batch`
     zero = config.zero
     optimization: dict[str, Any] = {
         "stage": zero.stage,
@@ -163,6 +164,18 @@ def ask_before_update(engine: Any, allow: Callable[[Tensor], bool]) -> None:
     # With bfloat16 DeepSpeed would look for infinities before it computes the norm, which says the
     # same: one pass over the gradients and one collective less.
     optimizer.check_overflow = lambda partition_gradients=True: None
+
+
+def set_batch(engine: Any, batch: Batch) -> None:
+    """Let `engine` update the weights after the micro-batches of `batch`. Call between steps."""
+    micro_batch_size = len(batch.micro_batches[0])
+    if engine.train_micro_batch_size_per_gpu() != micro_batch_size:
+        engine.set_train_micro_batch_size(micro_batch_size)
+    if engine.train_batch_size() != batch.global_batch_size:
+        engine.set_train_batch_size(batch.global_batch_size)
+    # An update is due when this count is a multiple of the accumulation steps, so that a new number
+    # of them must count from 0.
+    engine.micro_steps = 0
 
 
 class CheckpointFiles:

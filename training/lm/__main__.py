@@ -10,7 +10,7 @@ import sys
 import warnings
 
 from landiff.configs.loader import load
-from landiff.data_pipeline.loading.loader import Loader
+from landiff.data_pipeline.loading.phased_loader import PhasedLoader
 from landiff.training import distributed
 from landiff.training.checks import Launch
 from landiff.training.guard import Guard
@@ -29,8 +29,12 @@ def main(config_path: str) -> None:
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = MegatronEngine(config, Guard(config.loop, world))
-        loader = Loader(
-            config.data, config.columns, dp_rank=engine.dp_rank, dp_size=engine.dp_size, ranks=world
+        loader = PhasedLoader(
+            config.data_phases,
+            config.columns,
+            dp_rank=engine.dp_rank,
+            dp_size=engine.dp_size,
+            ranks=world,
         )
         fit(engine, loader, Run(config.run, config, world), config.loop)
         engine.close()

@@ -38,7 +38,7 @@ SHAPES = (
 
 def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
-    manifests, problems = check_trainer(config, launch)
+    phases, problems = check_trainer(config, launch)
     if config.layers == "te":
         problems += check_package("transformer_engine", "layers", "te", "use layers = local")
     problems += _check_optimizer(config)
@@ -52,8 +52,8 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     problems += found
     if start is not None:
         problems += different_fields("model", config.model, start, SHAPES)
-    if manifests:
-        problems += check_lm_columns(manifests[0], config, tokenizer)
+    for phase in phases:
+        problems += check_lm_columns(phase.manifest, phase.config, tokenizer)
     return problems
 
 

@@ -19,6 +19,7 @@ from landiff.training.config import (
     TrainConfig,
 )
 from landiff.training.observe.config import TrackerConfig
+from landiff.training.phases import PHASES_DESCRIPTION, PhaseConfig
 
 
 class ParallelConfig(Config):
@@ -88,6 +89,14 @@ class LMLoRAConfig(LoRAConfig):
         return self
 
 
+class LMPhaseConfig(PhaseConfig):
+    """Values of the language model trainer that change at a step. null keeps a value."""
+
+    text_dropout: float | None = Field(
+        default=None, ge=0, le=1, description="As `text_dropout` of the trainer."
+    )
+
+
 class LMTrainConfig(TrainConfig):
     """`landiff train lm`: a Megatron-core GPT over semantic tokens (docs/specification.md §4)."""
 
@@ -116,6 +125,7 @@ class LMTrainConfig(TrainConfig):
     trackers: tuple[TrackerConfig, ...] = Field(
         default=(), description="Experiment trackers that get the metrics beside TensorBoard."
     )
+    phases: tuple[LMPhaseConfig, ...] = Field(default=(), description=PHASES_DESCRIPTION)
     model: LMConfig = Field(description="Sizes of the language model.")
     parallel: ParallelConfig = Field(
         default=ParallelConfig(), description="Division of the model over ranks."

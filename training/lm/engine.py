@@ -46,7 +46,7 @@ from landiff.training.lm.model import InitialWeights, MegatronLM
 from landiff.training.lm.validation import ValidationRow
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepClock
-from landiff.training.optim import learning_rate
+from landiff.training.optim import rate_of_step
 
 
 class MegatronEngine:
@@ -141,8 +141,8 @@ class MegatronEngine:
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step. The result is equal on all ranks."""
-        rate = learning_rate(self.config.optim, batch.step, self.config.loop.steps)
         self.clock.start()
+        rate = rate_of_step(self.config, batch.step)
         with megatron_device():
             rows = [self._row(samples, train=True) for samples in batch.micro_batches]
             self._set_rate(rate)
@@ -195,6 +195,15 @@ class MegatronEngine:
     def _row(self, samples: Sequence[Sample], *, train: bool) -> LMRow:
         """One packed row, on the device. Texts are dropped only if `train`."""
         return pack(samples, self.config, self.layout, train=train).to(self.device)
+
+    def _rows(self, batch: Batch, *, train: bool) -> list[LMRow]:
+        """One packed row per micro-batch, on the device."""
+        rows = []
+        config = self.config.at(batch.step)  # text dropout depends on the phase
+        for samples in batch.micro_batches:
+            row = pack(samples, config, self.layout, train=train)
+            rows.append(row.to(self.device))
+        return rows
 
     def _run(
         self, step: Callable, rows: Sequence[LMRow | ValidationRow], *, train: bool

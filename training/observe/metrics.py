@@ -28,6 +28,7 @@ from landiff.configs.durations import duration
 from landiff.configs.files import write_text
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.training.checkpoint.run_folder import METRICS, TENSORBOARD, read_metrics
+from landiff.training.config import TrainConfig
 from landiff.training.distributed import World
 from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.charts import STEP_CHARTS, Charts, layout_summary
@@ -54,13 +55,18 @@ class Metrics:
         world: World,
         stream: TextIO = sys.stdout,
         trackers: Trackers | None = None,
+        config: TrainConfig | None = None,
     ) -> None:
-        """`folder`: the run folder. `stream`: output of the progress line."""
+        """`folder`: the run folder. `stream`: output of the progress line.
+
+        config: with phases or a growing batch, for their metrics and for the time left.
+        """
         self.path = folder / METRICS
         self.tensorboard = folder / TENSORBOARD
         self.total_steps = total_steps
         self.world = world
         self.trackers = trackers
+        self.config = config
         self.progress = StepProgress(stream)
         self.peak_flops: float | None = None
         if world.device.type == "cuda":
@@ -137,6 +143,7 @@ class Metrics:
         scalars |= self._stragglers.find(times, elapsed_s / self._steps)
         scalars |= largest([rank["memory"] for rank in ranks])
         scalars |= self._validation
+        scalars |= self._course(state, self._samples / elapsed_s)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.step, "time": time.time(), **scalars}) + "\n")
         for tag, value in scalars.items():
@@ -197,6 +204,15 @@ class Metrics:
         # On CUDA the host prepares the next step while the device updates weights.
         parts["time/other_s"] = max(0.0, step_s - sum(parts.values()))
         return {"time/step_s": step_s, **parts}
+
+    def _course(self, state: TrainState, samples_per_s: float) -> dict[str, float]:
+        """Phase, batch size and time left of a run in which they change. Empty for other runs."""
+        if self.config is None:
+            return {}
+        found = self.config.step_metrics(state.step - 1)
+        if found:
+            found["throughput/seconds_left"] = self.config.samples_after(state.step) / samples_per_s
+        return found
 
     def _reset(self) -> None:
         """Start a new measurement."""
@@ -263,7 +279,11 @@ def format_metrics(
     elif "throughput/tflops_per_device" in scalars:
         parts.append(f"{scalars['throughput/tflops_per_device']:.3g} TFLOP/s")
     gib = scalars.get("memory/device_gib", scalars["memory/host_gib"])
-    left = duration((total_steps - step) / steps_per_s) if steps_per_s else "?"
+    left = "?"
+    if "throughput/seconds_left" in scalars:
+        left = duration(scalars["throughput/seconds_left"])
+    elif steps_per_s:
+        left = duration((total_steps - step) / steps_per_s)
     parts.append(f"data wait {scalars['data/wait_fraction']:.0%}")
     parts.append(f"{gib:.1f} GiB")
     parts.append(f"{left} left")

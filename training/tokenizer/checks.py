@@ -27,12 +27,12 @@ SHAPES = (
 
 def check(config: TokenizerTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
-    manifests, problems = check_trainer(config, launch)
+    phases, problems = check_trainer(config, launch)
     if launch.inputs_exist:
         start, found = find_entry("init_from", config.zoo, config.init_from, "tokenizer")
         problems += found
         if start is not None:
             problems += different_fields("model", config.model, start, SHAPES)
-    if manifests:
-        problems += check_features(config, manifests[0])
+    for phase in phases:
+        problems += check_features(phase.config, phase.manifest)
     return problems

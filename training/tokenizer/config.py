@@ -17,6 +17,7 @@ from landiff.training.config import (
     TrainConfig,
 )
 from landiff.training.observe.config import TrackerConfig
+from landiff.training.phases import PHASES_DESCRIPTION, PhaseConfig
 
 COLUMN = "features"  # the column it trains on
 
@@ -38,6 +39,7 @@ class TokenizerTrainConfig(TrainConfig):
     trackers: tuple[TrackerConfig, ...] = Field(
         default=(), description="Experiment trackers that get the metrics beside TensorBoard."
     )
+    phases: tuple[PhaseConfig, ...] = Field(default=(), description=PHASES_DESCRIPTION)
     model: TokenizerConfig = Field(default=TokenizerConfig(), description="Sizes of the tokenizer.")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

@@ -33,7 +33,7 @@ from landiff.training.guard import Guard
 from landiff.training.observe.flops import tokenizer_flops
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepClock
-from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from landiff.training.optim import adamw, clip_gradients, rate_of_step, set_learning_rate
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.preview import paint
 from landiff.training.tokenizer.sampling import KeyedSampling
@@ -86,7 +86,7 @@ class TokenizerEngine:
         measured = config.model.normalize_features and config.init_from is None
         if measured and not self.optimizer.state:  # no update yet
             self.tokenizer.set_feature_statistics(*self._statistics(features))
-        rate = learning_rate(config.optim, batch.step, config.loop.steps)
+        rate = rate_of_step(config, batch.step)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(3, device=self.world.device)

@@ -29,9 +29,28 @@ def write_config(run: Path, **changes: object) -> Path:
 TOKENIZER = Trainer("landiff.training.tokenizer.__main__:main", write_config, world_size=2)
 
 
-def test_killed_run_equals_uninterrupted(tmp_path):
+def write_curriculum(run: Path) -> Path:
+    """A growing batch, then other data, another rate and a larger batch, between two saves each."""
+    other = {"manifest": str(run.parent / "other")}
+    ramp = {"start": 4, "increment": 4, "steps": 5}
+    phases = [
+        {"from_step": 9, "data": other, "optim": {"lr": 1e-3, "warmup_steps": 3}},
+        {"from_step": 13, "data": {"global_batch_size": 12, "micro_batch_size": 3}},
+    ]
+    data = {"manifest": run.parent / "data", "global_batch_size": 8, "micro_batch_size": 2}
+    return write_config(run, data=data | {"ramp": ramp}, phases=phases)
+
+
+CURRICULUM = Trainer("landiff.training.tokenizer.__main__:main", write_curriculum, world_size=2)
+
+
+def test_killed_run_equals_uninterrupted_through_its_phases(tmp_path):
     write_data(tmp_path / "data")
-    report = prove_kill_safety(TOKENIZER, tmp_path, __name__, kills=10)
+    write_data(tmp_path / "other", shards=2, samples_per_shard=7)
+    report = prove_kill_safety(CURRICULUM, tmp_path, __name__, kills=10)
+    lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert [line["train/batch_size"] for line in lines] == [4] * 5 + [8] * 8 + [12] * 11
+    assert [line["train/phase"] for line in lines] == [0] * 9 + [1] * 4 + [2] * 11
     assert len(report.plans) == 10
     print(report)
 
