@@ -1,4 +1,4 @@
-"""A bad feature on one rank stops the tokenizer's training on both before the update."""
+"""A bad feature on one rank leaves tokenizer, codebook and optimizer of both as they were."""
 
 import math
 
@@ -8,28 +8,52 @@ import torch
 from landiff.model_zoo.health import non_finite
 from landiff.training.tokenizer.engine import TokenizerEngine
 from tests.distributed import run_distributed
-from tests.training.tokenizer.tiny import batch, config
+from tests.training.skipping import check_skip_and_rollback, state_of
+from tests.training.tokenizer.tiny import MODEL, batch, config
+from tests.training.toy import alone
+
+EMA = {"decay": 0.9}
+
+
+def spoil(bad, value):
+    bad.micro_batches[0][0].tensors["features"][0, 0] = value
 
 
 def diverge(world, folder, precision, value):
-    engine = TokenizerEngine(config(folder, precision=precision), world)
-    engine.train_step(batch(0, world.rank, world.size))
-    before = [parameter.detach().clone() for parameter in engine.tokenizer.parameters()]
-    bad = batch(1, world.rank, world.size)
-    if world.rank == 1:
-        bad.micro_batches[0][0].tensors["features"][0, 0] = value
-    assert engine.train_step(bad).skipped
-    same = [
-        torch.equal(old, new)
-        for old, new in zip(before, engine.tokenizer.parameters(), strict=True)
-    ]
-    return all(same)
+    engine = TokenizerEngine(config(folder, precision=precision, ema=EMA), world)
+
+    def spoil_last_rank(bad):
+        if world.rank == world.size - 1:
+            spoil(bad, value)
+
+    def batches(step):
+        return batch(step, world.rank, world.size, micro_batches=2)
+
+    return check_skip_and_rollback(
+        engine, lambda: [engine.optimizer], world, folder, batches, spoil_last_rank
+    )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_feature_stops_all_ranks_before_the_update(tmp_path, precision, value):
-    assert run_distributed(diverge, 2, tmp_path, precision, value) == [True, True]
+@pytest.mark.parametrize(("precision", "value"), [("fp32", math.nan), ("bf16", math.inf)])
+def test_a_bad_feature_on_one_rank_leaves_no_trace(tmp_path, precision, value):
+    for found in run_distributed(diverge, 2, tmp_path, precision, value):
+        assert not any(found.values()), found
+
+
+def test_a_bad_first_batch_neither_starts_the_codebook_nor_measures_the_features(tmp_path):
+    model = MODEL.model_copy(update={"normalize_features": True})
+    skipping = TokenizerEngine(config(tmp_path, model), alone())
+    bad = batch(0)
+    spoil(bad, math.nan)
+    assert skipping.train_step(bad).skipped
+    skipping.train_step(batch(1))
+    unseen = TokenizerEngine(config(tmp_path, model), alone())
+    unseen.train_step(batch(1))
+    found = state_of(skipping, [skipping.optimizer])
+    expected = state_of(unseen, [unseen.optimizer])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def poisoned_buffer(world, folder):
