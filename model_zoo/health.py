@@ -8,7 +8,7 @@ decoded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from landiff.model_zoo.evaluate.codebook import codebook_use
 NAMES_SHOWN = 5
 # A trained codebook has hundreds. One with NaN or equal vectors gives a single code.
 MIN_EFFECTIVE_CODES = 1.5
+CODE_VECTORS = "quantizer._codebook.embed"
+CODES_STARTED = "quantizer._codebook.initted"  # False before k-means, when all vectors are 0
 
 
 class UnhealthyError(ConfigError):
@@ -100,6 +102,21 @@ def collapse(counts: np.ndarray) -> str:
     if fraction == 1:
         text = "all"
     return f"{text} of {total} tokens are code {code}: the codebook has collapsed"
+
+
+def require_distinct_codes(read: Callable[[str], Tensor], what: str) -> None:
+    """Raises UnhealthyError if all code vectors of a trained tokenizer are equal.
+
+    read: returns a tensor of the tokenizer by its name.
+    """
+    if not bool(read(CODES_STARTED).all()):
+        return
+    vectors_NE = read(CODE_VECTORS).float().flatten(0, -2)
+    if len(vectors_NE) > 1 and bool((vectors_NE == vectors_NE[0]).all()):
+        raise UnhealthyError(
+            f"{what} has {len(vectors_NE)} equal code vectors in {CODE_VECTORS}: the codebook has "
+            "collapsed; use an earlier checkpoint, and see the tokenizer's alarms in events.jsonl"
+        )
 
 
 def _sum(tensor: Tensor) -> Tensor:

@@ -276,6 +276,7 @@ def _export(
             from landiff.model_zoo.health import non_finite_error
 
             raise non_finite_error(bad, f"the {card.kind} to be exported as {card.name}")
+        _require_codebook(card.kind, written, f"the {card.kind} to be exported as {card.name}")
         final = folder / fingerprint
         if not final.exists():
             content = {
@@ -417,7 +418,7 @@ def _verify_once(path: Path, stamps: tuple[tuple[int, int, int], ...]) -> None:
 
 
 def _verify_content(entry: ZooEntry) -> None:
-    """Raises ConfigError for another fingerprint, NaN or infinity."""
+    """Raises ConfigError for another fingerprint, NaN or infinity, or a collapsed codebook."""
     fingerprint, bad = _examine(entry.kind, entry.stored_config, entry.lazy())
     if fingerprint != entry.fingerprint:
         raise ZooError(
@@ -428,6 +429,15 @@ def _verify_content(entry: ZooEntry) -> None:
         from landiff.model_zoo.health import non_finite_error
 
         raise non_finite_error(bad, str(entry.path))
+    _require_codebook(entry.kind, entry.lazy(), str(entry.path))
+
+
+def _require_codebook(kind: str, tensors: LazyTensors, what: str) -> None:
+    """Raises UnhealthyError if `what` is a tokenizer whose codebook has collapsed."""
+    if kind == "tokenizer":
+        from landiff.model_zoo.health import require_distinct_codes
+
+        require_distinct_codes(tensors.read, what)
 
 
 def _examine(

@@ -19,6 +19,7 @@ from landiff.data_pipeline.loading.held_out import HeldOutClips
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.training.checkpoint.guard_state import GuardState
 from landiff.training.guard import Guard
+from landiff.training.observe.alarms import AlarmRule
 from landiff.training.observe.charts import Charts
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepTimes
@@ -39,6 +40,7 @@ class StepResult:
     flops: model FLOPs of the global batch (training/observe/flops.py).
     times: of the step on this rank.
     skipped: whether the guard refused the update.
+    alarms: limits of the metrics, checked when the step is logged.
     """
 
     loss: Tensor | float
@@ -49,6 +51,7 @@ class StepResult:
     flops: float = 0.0
     times: StepTimes | None = None
     skipped: bool = False
+    alarms: Sequence[AlarmRule] = ()
 
 
 @dataclass

@@ -53,7 +53,7 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
                 with run.metrics.timing("validation"):
                     run.metrics.add_validation(validate(engine, loader, run))
             if log_due(state.step, config):
-                run.metrics.log(state, result)  # the loop's only device sync
+                run.log(state, result)  # the loop's only device sync
             if due(state.step, config.preview_every):
                 with run.metrics.timing("preview"):
                     clips = loader.held_out.first(config.preview_clips)

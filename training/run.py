@@ -25,6 +25,7 @@ from landiff.training.checkpoint.store import CheckpointStore
 from landiff.training.config import TrainConfig
 from landiff.training.distributed import World
 from landiff.training.engine import BatchSource, Engine, StepResult, TrainState
+from landiff.training.observe.alarms import AlarmWatch
 from landiff.training.observe.events import EventLog
 from landiff.training.observe.heartbeat import Heartbeat
 from landiff.training.observe.metrics import Metrics
@@ -58,6 +59,7 @@ class Run:
             trackers = Trackers(folder, config)
         self.metrics = Metrics(folder, self.total_steps, world, trackers=trackers, config=config)
         self.events = EventLog(folder, world.rank)
+        self.alarms = AlarmWatch(self.events)
         world.stop_file = self._stop_file
 
     @property
@@ -71,7 +73,13 @@ class Run:
         self.world.step = state.step
         self.metrics.resume(state, engine.charts)
         self.events.resume(state.step)
+        self.alarms.resume()
         return state
+
+    def log(self, state: TrainState, result: StepResult) -> None:
+        """Log the numbers of a step, and check them against the alarms. Collective."""
+        scalars = self.metrics.log(state, result)
+        self.alarms.check(state.step, result.alarms, scalars)
 
     def settle(self, state: TrainState, engine: Engine, result: StepResult) -> None:
         """Record what the guard decided in step `state.step`, and roll back if it asks for that.

@@ -8,10 +8,13 @@ import torch
 
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.health import (
+    CODE_VECTORS,
+    CODES_STARTED,
     UnhealthyError,
     collapse,
     effective_codes,
     non_finite,
+    require_distinct_codes,
     require_finite,
 )
 
@@ -88,3 +91,12 @@ def test_a_collapsed_codebook_is_told_from_one_in_use(counts, problem):
 def test_effective_codes_of_known_histograms():
     assert effective_codes(np.array([5, 5, 5, 5, 0])) == pytest.approx(4)
     assert effective_codes(np.array([7, 0])) == pytest.approx(1)
+
+
+def test_equal_code_vectors_of_a_trained_tokenizer_are_refused():
+    tensors = {CODE_VECTORS: torch.ones(1, 8, 4), CODES_STARTED: torch.tensor(True)}
+    with pytest.raises(UnhealthyError, match="zoo/t has 8 equal code vectors in quantizer"):
+        require_distinct_codes(tensors.__getitem__, "zoo/t")
+    require_distinct_codes((tensors | {CODES_STARTED: torch.tensor(False)}).__getitem__, "zoo/t")
+    tensors[CODE_VECTORS][0, 3, 1] = 2.0
+    require_distinct_codes(tensors.__getitem__, "zoo/t")

@@ -110,8 +110,8 @@ class Metrics:
         if result.times is not None:
             self._times.append(result.times)
 
-    def log(self, state: TrainState, result: StepResult) -> None:
-        """Write the numbers of a step. Collective.
+    def log(self, state: TrainState, result: StepResult) -> dict[str, float]:
+        """Write the numbers of a step. Returns them on rank 0, nothing elsewhere. Collective.
 
         Waits for the device once, to copy all scalars together. The ranks exchange their times and
         memory over the control group.
@@ -119,7 +119,7 @@ class Metrics:
         ranks = self._gather_ranks()
         if self.world.rank != 0:
             self._reset()
-            return
+            return {}
         scalars = read_scalars(
             {
                 "train/loss": result.loss,
@@ -153,6 +153,7 @@ class Metrics:
         text = format_metrics(state.step, self.total_steps, scalars, self._validation_loss)
         self.progress.show(text, final=state.step >= self.total_steps)
         self._reset()
+        return scalars
 
     def add_previews(
         self, state: TrainState, previews: Sequence[Preview], fps: float = 8.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
+from landiff.configs.base import Config
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.training.config import (
@@ -20,6 +21,36 @@ from landiff.training.observe.config import TrackerConfig
 from landiff.training.phases import PHASES_DESCRIPTION, PhaseConfig
 
 COLUMN = "features"  # the column it trains on
+
+
+class AlarmConfig(Config):
+    """Limits beyond which a metric of the codebook is reported, when a step is logged."""
+
+    from_step: NonNegativeInt = Field(
+        default=200,
+        description=(
+            "Steps with quantization before the first alarm. A codebook that has just begun "
+            "often looks like one that collapses."
+        ),
+    )
+    min_used_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Least part of the codes that a global batch could use and does use.",
+    )
+    min_perplexity: float = Field(
+        default=4.0,
+        ge=1,
+        description="Least perplexity of the codes of a global batch. 1 is a single code.",
+    )
+    max_dead_fraction: float = Field(
+        default=0.5, ge=0, le=1, description="Largest part of the codebook that is dead codes."
+    )
+    max_commitment_ratio: PositiveFloat = Field(
+        default=10.0,
+        description="Largest commitment loss, as a multiple of the reconstruction loss.",
+    )
 
 
 class TokenizerTrainConfig(TrainConfig):
@@ -55,6 +86,10 @@ class TokenizerTrainConfig(TrainConfig):
             "are, through the width of a code vector. k-means then starts from latents that carry "
             "information, and the codebook does not collapse."
         ),
+    )
+    alarms: AlarmConfig | None = Field(
+        default=AlarmConfig(),
+        description="Limits of code use and commitment that are reported. null: none.",
     )
     recompute: bool = Field(
         default=False,

@@ -30,10 +30,12 @@ from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
+from landiff.training.observe.alarms import AlarmRule
 from landiff.training.observe.flops import tokenizer_flops
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import adamw, clip_gradients, rate_of_step, set_learning_rate
+from landiff.training.tokenizer import alarms
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.preview import paint
 from landiff.training.tokenizer.sampling import KeyedSampling
@@ -116,20 +118,39 @@ class TokenizerEngine:
         metrics: dict[str, Tensor | float] = {
             "train/reconstruction": reconstruction,
             "train/commitment": commitment,
-            "codebook/perplexity": perplexity,
-            "codebook/used_fraction": used,
+            alarms.PERPLEXITY: perplexity,
+            alarms.USED: used,
+            alarms.DEAD: self._dead_fraction(),
+            alarms.COMMITMENT: commitment / reconstruction.clamp(min=1e-12),
         }
         clips = batch.global_batch_size
+        num_codes = clips * output.indices.shape[1]
         return StepResult(
             loss,
             grad_norm,
             rate,
             metrics,
-            tokens=clips * output.indices.shape[1],
+            tokens=num_codes,
             flops=clips * tokenizer_flops(config.model, features[0].shape[1]).total,
             times=self.clock.stop(),
             skipped=not updating,
+            alarms=self._alarms(batch.step, num_codes),
         )
+
+    def _dead_fraction(self) -> Tensor:
+        """Part of the codebook that is dead codes, or was replaced in this step."""
+        codebook = self.tokenizer.quantizer._codebook
+        dead = codebook.cluster_size <= codebook.threshold_ema_dead_code
+        return dead.float().mean()
+
+    def _alarms(self, step: int, num_codes: int) -> Sequence[AlarmRule]:
+        """Alarms of step `step`, none before the codebook has settled."""
+        config = self.config
+        if config.alarms is None:
+            return ()
+        if step < config.quantize_from_step + config.alarms.from_step:
+            return ()
+        return alarms.alarm_rules(config.alarms, config.model.codebook_size, num_codes)
 
     def _copy_buffers(self) -> list[Tensor]:
         """Copies of codebook, its moving averages and feature statistics, which forward changes."""

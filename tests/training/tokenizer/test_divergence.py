@@ -66,3 +66,19 @@ def poisoned_buffer(world, folder):
 
 def test_the_moving_averages_of_the_codebook_are_checked_too(tmp_path):
     assert run_distributed(poisoned_buffer, 1, tmp_path) == [["quantizer._codebook.embed_avg"]]
+
+
+def test_a_collapsing_codebook_raises_alarms(tmp_path):
+    settings = config(tmp_path, alarms={"from_step": 1})
+    engine = TokenizerEngine(settings, alone())
+    engine.train_step(batch(0))
+    equal = batch(1)
+    first = equal.micro_batches[0][0].tensors["features"]
+    for sample in equal.samples:
+        sample.tensors["features"] = torch.zeros_like(first)
+    with torch.no_grad():
+        engine.tokenizer.quantizer._codebook.embed.zero_()
+    result = engine.train_step(equal)
+    broken = {rule.name for rule in result.alarms if rule.broken(float(result.metrics[rule.tag]))}
+    assert {"code usage", "perplexity"} <= broken
+    assert {rule.tag for rule in result.alarms} <= set(result.metrics)
