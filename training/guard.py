@@ -58,7 +58,8 @@ class GuardEvent:
         shown: dict[str, float | str] = {}
         for name, value in self.values.items():
             shown[name] = value if math.isfinite(value) else str(value)
-        return {"kind": self.action, "cause": self.cause, **shown}
+        kind = "spike" if self.action == "report" else self.action
+        return {"kind": kind, "cause": self.cause, **shown}
 
 
 class Guard:

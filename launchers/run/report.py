@@ -242,7 +242,7 @@ def event_section(run: Path, status: RunStatus, events: Sequence[Mapping[str, An
         rows.append(["checkpoints", ", ".join(f"{step:,}" for step in steps)])
     for step in steps:
         if not is_healthy(step_folder(run / CHECKPOINTS, step), unreadable=True):
-            rows.append([f"checkpoint {step:,}", "not healthy: a run does not resume from it"])
+            rows.append([f"checkpoint {step:,}", "not healthy: an earlier one is used"])
     if status.restarts:
         rows.append(["restarts", str(status.restarts)])
     if status.error:
@@ -253,7 +253,8 @@ def event_section(run: Path, status: RunStatus, events: Sequence[Mapping[str, An
     if rows:
         parts.append(html.table([], rows))
     if events:
-        parts.append(html.element("h3", f"Skipped steps, spikes and rollbacks: {len(events)}"))
+        title = f"Skipped steps, spikes, rollbacks and alarms: {len(events)}"
+        parts.append(html.element("h3", title))
         parts.append(html.table(["step", "kind", "values"], event_rows(events), (0,)))
     if not parts:
         return html.Markup("")

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,29 @@ from landiff.training.checkpoint.errors import first_error, read_message
 from landiff.training.checkpoint.run_folder import (
     CHECKPOINTS,
     DONE,
+    EVENTS,
     HEARTBEAT,
     METRICS,
     committed_steps,
     finished_step,
     parse_metrics,
 )
+from landiff.training.observe.events import EventSummary, read_events, summarize_events
 
 TAIL_BYTES = 64 << 10  # read from the end of a metrics.jsonl of any length
 RECENT_LINES = 20  # logged steps that the rate is computed from
+HEADER = (
+    "run",
+    "stage",
+    "state",
+    "step",
+    "rate",
+    "left",
+    "restarts",
+    "job",
+    "events",
+    "last error",
+)
 SHOWN_ERROR = 200  # characters of an error in the table
 
 
@@ -57,6 +71,8 @@ class RunStatus:
     restarts: int = 0
     last_beat_s: float | None = None
     """Age of the oldest heartbeat of the ranks, while they run."""
+    events: EventSummary = field(default_factory=EventSummary)
+    """Skipped steps, spikes, rollbacks and alarms."""
     error: str = ""
 
 
@@ -133,7 +149,8 @@ def describe_job(job: QueuedJob) -> str:
 
 
 def read_progress(run: Path, status: RunStatus) -> None:
-    """Set checkpoint, step, loss, rate, time left and heartbeat of `status`."""
+    """Set events, checkpoint, step, loss, rate, time left and heartbeat of `status`."""
+    status.events = summarize_events(read_events(run / EVENTS))
     checkpoints = committed_steps(run / CHECKPOINTS)
     if checkpoints:
         status.checkpoint = checkpoints[-1]
@@ -244,8 +261,7 @@ def last_error(run: Path) -> str:
 
 def format_status_table(found: Sequence[RunStatus]) -> str:
     """Human-readable table."""
-    header = ("run", "stage", "state", "step", "rate", "left", "restarts", "job", "last error")
-    rows = [header, *map(table_row, found)]
+    rows = [HEADER, *map(table_row, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -277,6 +293,7 @@ def table_row(status: RunStatus) -> tuple[str, ...]:
         left,
         restarts,
         status.jobs,
+        str(status.events),
         error,
     )
 

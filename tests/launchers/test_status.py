@@ -7,12 +7,14 @@ import threading
 
 import pytest
 
+from landiff.configs.files import write_text
 from landiff.launchers.run.logs import growth
 from landiff.launchers.run.records import read_attempt_states, read_last_errors, read_record
-from landiff.launchers.run.status import last_error, statuses
+from landiff.launchers.run.status import format_status_table, last_error, statuses
 from landiff.launchers.slurm.client import Answer, Slurm
 from landiff.launchers.slurm.prepare import prepare_run
 from landiff.launchers.slurm.run_here import run_here
+from landiff.training.observe.events import EventLog
 from tests.launchers.local_jobs import ONE_RESTART, landiff, one_process
 
 
@@ -128,3 +130,18 @@ def test_errors_of_a_job_are_read_with_the_rank_that_failed(tmp_path):
     assert last_error(tmp_path) == (
         "rank_0002: RuntimeError: broken; given up: crashed 2 times, max_restarts = 1"
     )
+
+
+def test_status_counts_skips_and_rollbacks_and_names_alarms(tmp_path):
+    log = EventLog(tmp_path / "runs" / "x", rank=0)
+    write_text(tmp_path / "runs" / "x" / "config.yaml", "run: x\n")
+    for step in (3, 4):
+        log.add(step, {"kind": "skip", "cause": "not finite", "loss": "nan"})
+    log.add(5, {"kind": "rollback", "cause": "spike", "to": 2})
+    log.add(6, {"kind": "spike", "cause": "spike"})
+    for name in ("code usage", "dead codes"):
+        log.add(7, {"kind": "alarm", "name": name})
+    log.add(9, {"kind": "alarm over", "name": "code usage"})
+    (status,), _ = statuses([tmp_path / "runs" / "x"], Slurm(retry_waits_s=()))
+    assert str(status.events) == "3 skipped, 1 rollback, 2 spikes, alarm: dead codes"
+    assert "1 rollback, 2 spikes, alarm: dead codes" in format_status_table([status])

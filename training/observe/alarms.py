@@ -6,12 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from landiff.training.observe.events import EventLog, read_events
+from landiff.training.observe.events import (
+    ALARM,
+    ALARM_OVER,
+    EventLog,
+    read_events,
+    summarize_events,
+)
 
 log = logging.getLogger(__name__)
-
-ALARM = "alarm"
-ALARM_OVER = "alarm over"
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,8 @@ class AlarmWatch:
 
     def resume(self) -> None:
         """Continue from the recorded events, which end at the step that the run resumes from."""
-        self.raised = set()
-        if not self.events.writes:
-            return
-        for event in read_events(self.events.path):
-            name = event.get("name", "")
-            if event.get("kind") == ALARM:
-                self.raised.add(name)
-            elif event.get("kind") == ALARM_OVER:
-                self.raised.discard(name)
+        if self.events.writes:
+            self.raised = set(summarize_events(read_events(self.events.path)).alarms)
 
     def check(self, step: int, rules: Sequence[AlarmRule], scalars: Mapping[str, float]) -> None:
         """Log and record the alarms that begin or end in this step. Metrics may be missing."""
