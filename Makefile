@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart test test-long lint docs slurm bench wheel clean
+.PHONY: install quickstart learn test test-long lint docs slurm bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ quickstart: install
 
 # One worker for each core. The tests of a file stay together (tests/conftest.py).
 PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
+# The full recipe of the preset shapes: from zero to scored videos.
+learn: install
+	$(BIN)/landiff learn --out runs/learn
 
 test: install lint docs slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"

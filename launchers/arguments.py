@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from landiff.launchers import help_texts
 from landiff.launchers.command_options import add_commands
+from landiff.launchers.data.options import add_shape_commands
 from landiff.launchers.version import __version__
 
 OVERRIDE = re.compile(r"([A-Za-z_][\w.-]*)=")
@@ -47,7 +48,9 @@ def build_parser() -> Parser:
         help="run as if started in DIR, which relative paths in configs then refer to",
     )
     parser.add_argument("--version", action="version", version=f"landiff {__version__}")
-    add_commands(parser.add_subparsers(dest="command", metavar="COMMAND", required=True))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add_commands(commands)
+    add_shape_commands(commands)
     return parser
 
 

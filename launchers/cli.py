@@ -91,6 +91,8 @@ def find_handler(command: str) -> Handler:
             from landiff.launchers.data.commands import precompute_command as handler
         case "shapes":
             from landiff.launchers.data.shapes import shapes_command as handler
+        case "attribute":
+            from landiff.launchers.results.attribution import attribute_command as handler
         case "fit-codec":
             from landiff.launchers.data.shapes import fit_codec_command as handler
         case "train":
@@ -109,6 +111,8 @@ def find_handler(command: str) -> Handler:
             from landiff.launchers.completion import completion_command as handler
         case "quickstart":
             from landiff.launchers.pipeline import quickstart_command as handler
+        case "learn":
+            from landiff.launchers.pipeline import learn_command as handler
         case "submit":
             from landiff.launchers.slurm.commands import submit_command as handler
         case "status":

@@ -19,8 +19,6 @@ def add_commands(commands: Commands) -> None:
     """Add all commands, in the order of `landiff --help`."""
     add_shards(commands)
     add_precompute(commands)
-    add_shapes(commands)
-    add_fit_codec(commands)
     add_train(commands)
     add_convert(commands)
     add_zoo(commands)
@@ -132,42 +130,6 @@ def add_precompute(commands: Commands) -> None:
     precompute.add_argument(
         "--clips", type=int, default=16, metavar="N", help="estimate: number of clips to measure"
     )
-
-
-def add_shapes(commands: Commands) -> None:
-    """`landiff shapes`."""
-    shapes = add(
-        commands,
-        "shapes",
-        "Make clips of moving shapes with captions, and score generated ones.",
-    )
-    shapes.add_argument(
-        "action",
-        choices=["make", "pairs", "score"],
-        help="make (training clips, true clips, labels and prompts of the shapes world), pairs "
-        "(clips of two objects), score (compare videos with their labels)",
-    )
-    shapes.add_argument(
-        "--out", metavar="PATH", help="make, pairs: the folder; score: a JSON file of the rates"
-    )
-    shapes.add_argument("--clips", type=int, default=2000, help="number of training clips")
-    shapes.add_argument(
-        "--true-clips", type=int, default=108, help="clips of each set that nothing is trained on"
-    )
-    shapes.add_argument("--size", type=int, default=64, help="height and width in pixels")
-    shapes.add_argument("--seed", type=int, default=0, help="seed of places, sizes and order")
-    shapes.add_argument("--videos", metavar="FOLDER", help="score: the videos")
-    shapes.add_argument("--labels", metavar="FILE", help="score: JSONL with a label per video")
-    shapes.add_argument("--details", metavar="FILE", help="score: JSONL of what each video shows")
-
-
-def add_fit_codec(commands: Commands) -> None:
-    """`landiff fit-codec`."""
-    fit = add(commands, "fit-codec", "Fit a latent codec of principal components to clips.")
-    fit.add_argument("--clips", required=True, metavar="FOLDER", help="mp4 files of one shape")
-    fit.add_argument("--out", required=True, metavar="FILE", help="the codec, *.safetensors")
-    fit.add_argument("--channels", type=int, default=16, help="channels of the latents")
-    fit.add_argument("--limit", type=int, default=1000, help="number of clips, at most")
 
 
 def add_train(commands: Commands) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -24,6 +24,9 @@ from landiff.launchers.local.children import environment
 from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 QUICKSTART_PROCESSES = 2  # of each trainer; nano/lm divides its model over two ranks
+LEARN_PROCESSES = 2
+PROMPT_REPEATS = 4  # videos of each held-out caption: 216 videos
+RATES = "rates.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,15 @@ class StageResult:
 def quickstart_command(args: argparse.Namespace) -> int:
     """Runs the nano pipeline. Returns the exit code."""
     return quickstart(Path(args.out), args.prompt or (), args.dry_run)
+
+
+def learn_command(args: argparse.Namespace) -> int:
+    """Trains on the shapes world from zero and scores the result. Returns the exit code."""
+    out = Path(args.out)
+    code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run)
+    if not args.dry_run and code == 0:
+        print_rates(out)
+    return code
 
 
 def data_stages(preset: str, processes: int) -> list[PipelineStage]:
@@ -192,9 +204,63 @@ def pipeline_stages(
     ]
 
 
+def learn_stages(seed: int) -> list[PipelineStage]:
+    """The pipeline of the preset `shapes`, with its data before it and its scores after it."""
+    from landiff.data_pipeline.synthetic import world
+
+    prompts = [world.caption(label) for label in world.labels(held_out=True) * PROMPT_REPEATS]
+    make = PipelineStage(
+        "world",
+        "moving shapes with captions",
+        ("shapes", "make", "--out", "world", "--seed", str(seed)),
+        output="world",
+    )
+    stages = [make]
+    for stage in pipeline_stages("shapes", LEARN_PROCESSES, prompts):
+        after = stage.after or ("world",)
+        command = stage.command
+        if stage.run is not None:
+            command = (*command, f"loop.seed={seed}")
+        stages.append(replace(stage, command=command, after=after))
+    labels = "world/labels-true-heldout.jsonl"
+    words = ("attribute", "--config", "shapes/sample", "--videos", "world/true-heldout")
+    stages += [
+        PipelineStage(
+            "attribute",
+            "which stage loses what",
+            (*words, "--labels", labels, "--out", "attribution.json"),
+            after=("export lm", "export diffusion"),
+            output="attribution.json",
+        ),
+        PipelineStage(
+            "score",
+            "videos -> rates",
+            (
+                *("shapes", "score", "--videos", "samples"),
+                *("--labels", "world/prompts-heldout.jsonl", "--out", RATES),
+            ),
+            after=("sample",),
+            output=RATES,
+        ),
+    ]
+    return stages
+
+
+def print_rates(out: Path) -> None:
+    """Prints the rates of the samples."""
+    from landiff.launchers.data.shapes import format_rates
+
+    print(f"\nheld-out prompts: {format_rates(read_json(out / RATES))}")
+
+
 def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
     """Runs the nano pipeline in `out`. Returns the exit code of the first failed stage, or 0."""
     stages = pipeline_stages("nano", QUICKSTART_PROCESSES, prompts)
+    return run_pipeline("quickstart", stages, out, dry_run)
+
+
+def run_pipeline(name: str, stages: Sequence[PipelineStage], out: Path, dry_run: bool) -> int:
+    """Runs stages in `out`. Returns the exit code of the first failed stage, or 0."""
     if dry_run:
         print(f"cd {out}")
         for stage in stages:
@@ -210,7 +276,7 @@ def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
         write_summary(out, results, time.monotonic() - started)
         if result.exit_code:
             print(
-                f"\nlandiff quickstart: stage {stage.name!r} failed with exit code "
+                f"\nlandiff {name}: stage {stage.name!r} failed with exit code "
                 f"{result.exit_code}; its error message is above. Run the same command again to "
                 "resume from this stage.",
                 file=sys.stderr,

@@ -175,6 +175,7 @@ MISSING_INPUTS = {
     "landiff shards --config landiff/": "exist",
     "landiff sample --config nano/sample --prompts prompts.txt": "No such file",
     "landiff shards --dry-run": "exist",
+    "landiff attribute": "do not fit",  # the models of the preset shapes
     "landiff convert inspect weights/": "exist",  # the released weights
     "landiff convert weights/": "exist",
     "landiff precompute --config landiff/precompute --task": "",  # this task has no shards

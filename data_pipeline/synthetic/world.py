@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from landiff.configs.base import ConfigError
+from landiff.configs.documents import read_json
 from landiff.configs.files import write_text
 from landiff.data_pipeline.video.codec import write_mp4
 
@@ -192,8 +194,18 @@ def write_world(
     """Writes training clips, true clips that nothing is trained on, their labels, and prompts.
 
     train/: clips and captions.jsonl. true-heldout/, true-seen/: clips to check the judge and each
-    stage with. labels-*.jsonl: their labels. prompts-*.jsonl: captions with labels to sample from.
+    stage with. labels-*.jsonl: their labels. prompts-*.jsonl: captions with labels to sample from,
+    prompts-*.txt: the captions alone.
+
+    A folder that is complete is left as it is. Raises ConfigError if it was written with other
+    numbers.
     """
+    done = folder / "world.json"
+    numbers = {"clips": clips, "true_clips": true_clips, "size": size, "seed": seed}
+    if done.exists():
+        if read_json(done) != numbers:
+            raise ConfigError(f"{folder} holds another world ({done}); choose another folder")
+        return
     seen = labels(held_out=False)
     held_out = labels(held_out=True)
     parts = (
@@ -217,6 +229,7 @@ def write_world(
         write_rows(folder / f"prompts-{name}.jsonl", rows)
         lines = [f"{row['caption']}\n" for row in rows]
         write_text(folder / f"prompts-{name}.txt", "".join(lines))
+    write_text(done, json.dumps(numbers))
 
 
 def write_pairs(folder: Path, *, clips: int, size: int = SIZE, seed: int = 0) -> None:

@@ -87,6 +87,10 @@ def test_make_and_score_from_the_command_line(tmp_path: Path, capsys):
     captions = (out / "train" / "captions.jsonl").read_text().splitlines()
     assert len(captions) == 2
     assert len((out / "prompts-heldout.jsonl").read_text().splitlines()) == 216
+    written = (out / "train" / "00001.mp4").stat().st_mtime_ns
+    assert main(words) == 0
+    assert (out / "train" / "00001.mp4").stat().st_mtime_ns == written
+    assert main([*words, "--seed", "1"]) == 2
     labels = str(out / "labels-true-heldout.jsonl")
     result = tmp_path / "rates.json"
     words = ["--videos", str(out / "true-heldout"), "--labels", labels, "--out", str(result)]

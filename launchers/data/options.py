@@ -1,0 +1,85 @@
+"""Options of the commands around the shapes world. Torch-free."""
+
+from __future__ import annotations
+
+from landiff.launchers.command_options import Commands, add
+
+
+def add_shape_commands(commands: Commands) -> None:
+    """Adds `landiff shapes`, `landiff fit-codec`, `landiff attribute`, `landiff learn`."""
+    add_shapes(commands)
+    add_fit_codec(commands)
+    add_attribute(commands)
+    add_learn(commands)
+
+
+def add_shapes(commands: Commands) -> None:
+    """`landiff shapes`."""
+    shapes = add(
+        commands,
+        "shapes",
+        "Make clips of moving shapes with captions, and score generated ones.",
+    )
+    shapes.add_argument(
+        "action",
+        choices=["make", "pairs", "score"],
+        help="make (training clips, true clips, labels and prompts of the shapes world), pairs "
+        "(clips of two objects), score (compare videos with their labels)",
+    )
+    shapes.add_argument(
+        "--out", metavar="PATH", help="make, pairs: the folder; score: a JSON file of the rates"
+    )
+    shapes.add_argument("--clips", type=int, default=2000, help="number of training clips")
+    shapes.add_argument(
+        "--true-clips", type=int, default=108, help="clips of each set that nothing is trained on"
+    )
+    shapes.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    shapes.add_argument("--seed", type=int, default=0, help="seed of places, sizes and order")
+    shapes.add_argument("--videos", metavar="FOLDER", help="score: the videos")
+    shapes.add_argument("--labels", metavar="FILE", help="score: JSONL with a label per video")
+    shapes.add_argument("--details", metavar="FILE", help="score: JSONL of what each video shows")
+
+
+def add_fit_codec(commands: Commands) -> None:
+    """`landiff fit-codec`."""
+    fit = add(commands, "fit-codec", "Fit a latent codec of principal components to clips.")
+    fit.add_argument("--clips", required=True, metavar="FOLDER", help="mp4 files of one shape")
+    fit.add_argument("--out", required=True, metavar="FILE", help="the codec, *.safetensors")
+    fit.add_argument("--channels", type=int, default=16, help="channels of the latents")
+    fit.add_argument("--limit", type=int, default=1000, help="number of clips, at most")
+
+
+def add_attribute(commands: Commands) -> None:
+    """`landiff attribute`."""
+    attribute = add(
+        commands,
+        "attribute",
+        "Score true clips of the shapes world after each stage, to see which one loses what.",
+        config="shapes/sample",
+    )
+    attribute.add_argument("--videos", required=True, metavar="FOLDER", help="true clips")
+    attribute.add_argument("--labels", required=True, metavar="FILE", help="their labels")
+    attribute.add_argument("--out", metavar="FILE", help="JSON file of the results")
+    attribute.add_argument(
+        "--vision-blocks", type=int, default=5, help="`blocks` of efficientnet-lite0"
+    )
+    attribute.add_argument(
+        "--probe-clips", type=int, default=612, help="clips that the probes are trained on"
+    )
+
+
+def add_learn(commands: Commands) -> None:
+    """`landiff learn`."""
+    learn = add(
+        commands,
+        "learn",
+        "Train on the shapes world from zero, on the CPU, and score videos of captions that "
+        "training never showed.",
+    )
+    learn.add_argument(
+        "--out", default="runs/learn", metavar="DIR", help="folder of everything it writes"
+    )
+    learn.add_argument("--seed", type=int, default=0, help="seed of data and training")
+    learn.add_argument(
+        "--dry-run", action="store_true", help="print the commands and start nothing"
+    )

@@ -1,0 +1,60 @@
+"""`landiff learn` and `landiff attribute` around the preset `shapes`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from landiff.configs import load
+from landiff.data_pipeline.synthetic import world
+from landiff.launchers.arguments import build_parser, parse_command
+from landiff.launchers.cli import main
+from landiff.launchers.pipeline import learn_stages
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import ModelConfig
+
+
+def test_stages_of_learn_parse_and_wait_for_stages_before_them():
+    stages = learn_stages(seed=3)
+    names = [stage.name for stage in stages]
+    assert names[0] == "world" and names[-1] == "score" and len(set(names)) == len(names)
+    for number, stage in enumerate(stages):
+        parse_command(build_parser(), list(stage.command))
+        assert set(stage.after) <= set(names[:number])
+        if stage.run is not None:
+            assert "loop.seed=3" in stage.command
+
+
+def test_a_dry_run_prints_the_commands(capsys):
+    assert main(["learn", "--dry-run", "--out", "here"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["cd here", "landiff shapes make --out world --seed 0"]
+
+
+def write_models(zoo: Path) -> None:
+    """Untrained models of the preset with a codebook."""
+    config = load(ModelConfig, "shapes/model")
+    for kind in ("tokenizer", "lm", "diffusion"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = registry.build_module(kind, getattr(config, kind))
+            if kind == "tokenizer":
+                model.train()(torch.randn(4, 5, 40, 4, 4))
+        registry.export(zoo, kind, kind, getattr(config, kind), model.state_dict(), {})
+
+
+def test_attribution_scores_every_stage_of_the_chain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_models(Path("zoo"))
+    world.write_world(Path("world"), clips=0, true_clips=2)
+    words = ["attribute", "--config", "shapes/sample", "--out", "found.json", "steps=2"]
+    words += ["--videos", "world/true-heldout", "--labels", "world/labels-true-heldout.jsonl"]
+    assert main([*words, "--probe-clips", "4"]) == 0
+    found = json.loads(Path("found.json").read_text())
+    assert list(found["stages"]) == ["true clips", "codec", "true tokens", "language model"]
+    assert found["stages"]["true clips"]["right"]["all"] == 1.0
+    assert found["stages"]["codec"]["right"]["all"] == 1.0
+    assert set(found["probes"]) == set(world.ATTRIBUTES)
+    assert found["tokenizer"]["unexplained variance"] > 0
