@@ -205,6 +205,14 @@ class ToyEngine:
         return [Preview("preview/noise", {"noise": torch.zeros(4, 8, 6, 3, dtype=torch.uint8)})]
 
 
+def assert_measured(result: StepResult) -> None:
+    """Whether an engine has counted the FLOPs of a step and measured its parts."""
+    times = result.times
+    assert times is not None and result.flops > 0
+    assert 0 < times.first_forward_s <= times.forward_backward_s
+    assert times.optimizer_s > 0
+
+
 def train(config: ToyConfig, world: World) -> tuple[TrainState, ToyEngine]:
     engine = ToyEngine(config, world)
     run = Run(config.run, config, world)

@@ -21,6 +21,7 @@ from landiff.training.diffusion.step import Objective
 from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo
+from tests.training.toy import assert_measured
 
 STAGES = (1, 2, 3)
 PHASES = ("main", "control")
@@ -38,6 +39,7 @@ def go(engine, world, first, steps):
     found = []
     for step in range(first, first + steps):
         result = engine.train_step(batch(engine.config, step, world))
+        assert_measured(result)
         found.append((float(result.loss), float(result.grad_norm)))
     return found
 

@@ -12,11 +12,14 @@ import torch.distributed as dist
 from landiff.configs import ConfigError
 from landiff.model_zoo.convert.formats.megatron import read_lm
 from landiff.model_zoo.registry import weights_fingerprint
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from landiff.training.observe.flops import lm_flops
 from tests.distributed import run_distributed
 from tests.training.lm.samples import tiny_batch, tiny_config, tiny_sample
-from tests.training.toy import validation_metrics
+from tests.training.toy import assert_measured, validation_metrics
 
 STEPS = 5
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -48,6 +51,18 @@ MOVES = [  # saved as, loaded as
 ]
 
 
+def clip_flops(config: LMTrainConfig, step: int) -> float:
+    """FLOPs of the clips of a global batch, which no layout changes."""
+    layout = TokenLayout.of(config.model)
+    total = 0.0
+    for sample in tiny_batch(config, step).samples:
+        text = len(sample.tensors[config.text_column])
+        frames = layout.num_frames(sample.tensors[config.tokens_column].numel())
+        length = layout.sequence_length(frames, text)
+        total += lm_flops(config.model, length, text).total
+    return total
+
+
 class Trained:
     """An engine of one layout, and what it says."""
 
@@ -63,6 +78,9 @@ class Trained:
             for step in range(first, end)
         ]
         assert all(result.tokens > 0 for result in results)
+        for step, result in zip(range(first, end), results, strict=True):
+            assert_measured(result)
+            assert result.flops == pytest.approx(clip_flops(self.config, step), rel=1e-12)
         return [(float(result.loss), float(result.grad_norm)) for result in results]
 
     def save(self, folder: Path) -> None:

@@ -17,7 +17,7 @@ from landiff.training.tokenizer.engine import TokenizerEngine
 from landiff.training.tokenizer.preview import paint
 from tests.distributed import run_distributed
 from tests.training.tokenizer.tiny import MODEL, batch, config, features
-from tests.training.toy import alone
+from tests.training.toy import alone, assert_measured
 
 
 def train(engine, steps, world=None, micro_batches=1):
@@ -26,6 +26,7 @@ def train(engine, steps, world=None, micro_batches=1):
     found = []
     for step in steps:
         result = engine.train_step(batch(step, world.rank, world.size, micro_batches))
+        assert_measured(result)
         found.append(
             read_scalars({"loss": result.loss, "grad_norm": result.grad_norm, **result.metrics})
         )
