@@ -77,7 +77,7 @@ def main_cost(config: DiffusionTrainConfig) -> DiffusionCost:
     """Cost of phase `main`, which trains the main transformer."""
     module = diffusion_on_meta(config.model)
     transformer = config.model.transformer
-    flops = main_flops(transformer)
+    flops = main_flops(transformer, adapter=config.lora is not None)
     return DiffusionCost(
         trained=count_parameters(module.transformer),
         frozen=0,
@@ -94,7 +94,7 @@ def control_cost(config: DiffusionTrainConfig) -> DiffusionCost:
     module = diffusion_on_meta(config.model)
     transformer = config.model.transformer
     layers = config.model.control_layers
-    flops = control_flops(config.model)
+    flops = control_flops(config.model, adapter=config.lora is not None)
     return DiffusionCost(
         trained=count_parameters(module.control) + count_parameters(module.semantic),
         frozen=count_parameters(module.transformer),

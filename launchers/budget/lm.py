@@ -30,7 +30,7 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     length = TokenLayout.of(model).sequence_length(model.segment_frames, text)
     rows = config.data.micro_batch_size * length  # tokens of a packed row
     own = parameters_of_fullest_rank(config, module)
-    clip = lm_flops(model, length, text)
+    clip = lm_flops(model, length, text, adapter=config.lora is not None)
     batch = config.data.global_batch_size
     element = element_bytes(config)
 

@@ -41,6 +41,15 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A step at which something happened, drawn as a line. `bad`: something that went wrong."""
+
+    step: float
+    label: str
+    bad: bool = False
+
+
+@dataclass(frozen=True)
 class Tick:
     """A label of an axis, at a position in the chart."""
 
@@ -55,10 +64,10 @@ class Layout:
     curves: list[list[list[tuple[float, float]]]]  # by series, its parts between gaps
     x_ticks: list[Tick]
     y_ticks: list[Tick]
-    marks: list[float]  # steps that are marked, those outside of the curves left out
+    marks: list[tuple[float, Mark]]  # with positions; those outside of the curves are left out
 
 
-def lay_out(series: Sequence[Series], marked: Sequence[float] = ()) -> Layout | None:
+def lay_out(series: Sequence[Series], marks: Sequence[Mark] = ()) -> Layout | None:
     """The positions of curves, axes and labels. None if no value is finite."""
     finite = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not finite:
@@ -94,8 +103,9 @@ def lay_out(series: Sequence[Series], marked: Sequence[float] = ()) -> Layout | 
     else:
         for y in ticks(y_low, y_high, 5):
             y_ticks.append(Tick(place(x_low, y)[1], format_value(y)))
-    marks = [place(x, y_low)[0] for x in marked if x_low <= x <= x_high]
-    return Layout(curves, x_ticks, y_ticks, marks)
+    inside = [mark for mark in marks if x_low <= mark.step <= x_high]
+    placed_marks = [(place(mark.step, y_low)[0], mark) for mark in inside]
+    return Layout(curves, x_ticks, y_ticks, placed_marks)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -171,12 +181,9 @@ def format_value(value: float) -> str:
 # ---------------------------------------------------------------- SVG
 
 
-def svg(series: Sequence[Series], description: str, marked: Sequence[float] = ()) -> Markup:
-    """The curves with axes and, if there are several, a legend. A text if no value is finite.
-
-    `marked`: steps at which a line is drawn.
-    """
-    layout = lay_out(series, marked)
+def svg(series: Sequence[Series], description: str, marks: Sequence[Mark] = ()) -> Markup:
+    """The curves with axes and, if there are several, a legend. A text if no value is finite."""
+    layout = lay_out(series, marks)
     if layout is None:
         return element("p", "no finite values", class_="dim")
     bottom = HEIGHT - BOTTOM
@@ -190,8 +197,9 @@ def svg(series: Sequence[Series], description: str, marked: Sequence[float] = ()
         shapes.append(_line(x, bottom, x, bottom + 4))
         shapes.append(element("text", tick.label, x=x, y=bottom + 18, text_anchor="middle"))
     shapes.append(_line(LEFT, bottom, WIDTH - RIGHT, bottom))
-    for x in layout.marks:
-        shapes.append(_line(x, TOP, x, bottom, "var(--bad)"))
+    for x, mark in layout.marks:
+        shapes.append(_line(x, TOP, x, bottom, "var(--bad)" if mark.bad else "var(--dim)"))
+        shapes.append(_tooltip(x, f"step {mark.step:,.0f}: {mark.label}"))
     for number, parts in enumerate(layout.curves):
         for part in parts:
             shapes.append(_curve(number, part))
@@ -207,6 +215,12 @@ def svg(series: Sequence[Series], description: str, marked: Sequence[float] = ()
 
 def _line(x1: float, y1: float, x2: float, y2: float, color: str = "var(--line)") -> Markup:
     return element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=color)
+
+
+def _tooltip(x: float, text: str) -> Markup:
+    """An invisible strip around a line that shows a text under the pointer."""
+    strip = {"x": x - 4, "y": TOP, "width": 8, "height": HEIGHT - TOP - BOTTOM}
+    return element("rect", element("title", text), **strip, fill="transparent")
 
 
 def _curve(number: int, points: Points) -> Markup:

@@ -20,7 +20,7 @@ from landiff.configs.durations import duration
 from landiff.configs.loader import read_json_as
 from landiff.configs.secrets import redact
 from landiff.launchers.pages import html
-from landiff.launchers.pages.charts import Series, format_value, svg
+from landiff.launchers.pages.charts import Mark, Series, format_value, svg
 from landiff.launchers.run.curves import VALIDATION, Curve, RunRecord, read_run, shown_value
 from landiff.launchers.run.previews import read_previews
 from landiff.launchers.run.status import RunStatus, statuses
@@ -66,7 +66,7 @@ def report_sections(record: RunRecord) -> list[html.Markup]:
     sections = [
         html.element("p", f"Written {written}.", class_="dim"),
         summary(record, status),
-        *curve_sections(record.curves, marked_steps(events)),
+        *curve_sections(record.curves, marks_of(events, record.config)),
         validation_section(record),
         preview_section(record.folder),
         phase_section(record.config),
@@ -127,17 +127,24 @@ def origin(run: Path, status: RunStatus) -> list[list[str]]:
 # -------------------------------------------------------------------- curves
 
 
-def marked_steps(events: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Steps without an update, which are marked in the charts of training."""
-    return [event["step"] for event in events if event.get("kind") in ("skip", "rollback")]
+def marks_of(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[Mark]:
+    """Steps without an update and beginnings of phases, for the charts of training."""
+    marks = []
+    for event in events:
+        if event.get("kind") in ("skip", "rollback"):
+            marks.append(Mark(event["step"], str(event["kind"]), bad=True))
+    for number, phase in enumerate(config.get("phases") or [], 1):
+        if isinstance(phase, dict) and isinstance(phase.get("from_step"), int):
+            marks.append(Mark(phase["from_step"], f"phase {number} begins"))
+    return marks
 
 
-def curve_sections(curves: Mapping[str, Curve], marked: Sequence[float]) -> list[html.Markup]:
-    """The charts, one section for each group of tags. `marked`: steps for those of training."""
+def curve_sections(curves: Mapping[str, Curve], marks: Sequence[Mark]) -> list[html.Markup]:
+    """The charts, one section for each group of tags. `marks`: for those of training."""
     groups: dict[str, list[html.Markup]] = {}
     for title, series in charts(curves).items():
         group = title.partition("/")[0]
-        drawing = svg(series, f"{title} by step", marked if group == "train" else ())
+        drawing = svg(series, f"{title} by step", marks if group == "train" else ())
         groups.setdefault(group, []).append(html.figure(drawing, title, last_values(series)))
     sections = []
     for name in sorted(groups, key=_group_order):
@@ -229,9 +236,16 @@ def phase_section(config: Mapping[str, Any]) -> html.Markup:
     if not isinstance(phases, list) or not phases:
         return html.Markup("")
     rows = []
-    for number, phase in enumerate(phases):
-        rows.append([str(number), html.preformatted(_yaml(phase))])
+    for number, phase in enumerate(phases, 1):  # phase 0 is the top level of the config
+        rows.append([str(number), html.preformatted(_yaml(_without_null(phase)))])
     return html.section("Phases", html.table(["phase", "settings"], rows))
+
+
+def _without_null(value: Any) -> Any:
+    """A section without the keys that are null, which a phase does not change."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_null(item) for key, item in value.items() if item is not None}
 
 
 def event_section(run: Path, status: RunStatus, events: Sequence[Mapping[str, Any]]) -> html.Markup:

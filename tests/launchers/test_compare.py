@@ -140,6 +140,9 @@ def test_a_report_is_one_file_with_curves_previews_validation_and_config(runs, c
         write_preview(writer, Preview("preview/clip", {"x": video}, "A second rabbit."), 8, 8.0)
     event = {"step": 4, "time": 1.0, "kind": "skip", "cause": "not finite", "loss": "nan"}
     (Path(runs[0]) / "events.jsonl").write_text(json.dumps(event) + "\n")
+    config_file = Path(runs[0]) / CONFIG
+    phases = "phases: [{from_step: 6, data: null, optim: {lr: 1.0e-4}}]"
+    config_file.write_text(config_file.read_text().replace("phases: []", phases))
     assert main(["report", runs[0]]) == 0
     text = (Path(runs[0]) / "report.html").read_text()
     page = assert_harmless(text)
@@ -150,7 +153,8 @@ def test_a_report_is_one_file_with_curves_previews_validation_and_config(runs, c
     assert len(images) == 3 and all(src.startswith("data:image/gif;base64,") for src in images)
     for word in ("train/loss", "raw weights", "moving average", "optim.lr", "0.001", "val_ema"):
         assert word in page.text
-    assert "cause not finite, loss nan" in page.text
+    assert "cause not finite, loss nan" in page.text and "from_step: 6" in page.text
+    assert "step 4: skip" in page.text and "step 6: phase 1 begins" in page.text
     assert sum(values.get("stroke") == "var(--bad)" for _, values in page.elements) == 1
     assert sum(tag == "polyline" for tag, _ in page.elements) >= 4
 

@@ -14,6 +14,8 @@ from landiff.configs import load
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.lora.config import AdapterConfig, BaseKind
+from landiff.model_zoo.lora.modules import add_layers
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training.diffusion.model import freeze_main
@@ -35,6 +37,11 @@ def counted(loss: Callable[[], Tensor]) -> flops.Flops:
 def assert_equal(found: flops.Flops, expected: flops.Flops) -> None:
     assert found.forward == pytest.approx(expected.forward, rel=EXACT)
     assert found.backward == pytest.approx(expected.backward, rel=EXACT)
+
+
+def adapter_of_rank_1(kind: BaseKind) -> AdapterConfig:
+    targets = ("qkv", "out", "mlp_in", "mlp_out")
+    return AdapterConfig(base_kind=kind, base="0" * 16, rank=1, alpha=1.0, targets=targets)
 
 
 def test_a_language_model():
@@ -65,8 +72,9 @@ def test_a_tokenizer():
     assert found.backward == pytest.approx(expected.backward, rel=0.02)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("phase", ["main", "control"])
-def test_a_diffusion_model(phase):
+def test_a_diffusion_model(phase, adapter):
     model = load(ModelConfig, "nano/model").diffusion
     sizes = model.transformer
     latents = (1, sizes.latent_frames, sizes.latent_channels, sizes.latent_height)
@@ -78,7 +86,7 @@ def test_a_diffusion_model(phase):
         ]
         if phase == "main":
             module: nn.Module = DiffusionTransformer(sizes)
-            expected = flops.main_flops(sizes)
+            expected = flops.main_flops(sizes, adapter=adapter)
         else:
             controlled = ControlledDiffusion(model)
             freeze_main(controlled)
@@ -86,9 +94,18 @@ def test_a_diffusion_model(phase):
             grid = (sizes.latent_height // scale, sizes.latent_width // scale)
             channels = model.semantic.feature_channels
             inputs.append(torch.zeros(1, sizes.latent_frames, channels, *grid))
-            expected = flops.control_flops(model)
+            expected = flops.control_flops(model, adapter=adapter)
             module = controlled
-    assert_equal(counted(lambda: module(*inputs).sum()), expected)
+        if adapter:
+            add_layers(module, adapter_of_rank_1("transformer" if phase == "main" else "diffusion"))
+    if not adapter:
+        assert_equal(counted(lambda: module(*inputs).sum()), expected)
+        return
+    found = counted(lambda: module(*inputs).sum())
+    # Adapters of rank 1 are an 80th of the matrices of this width, and the first block of four
+    # computes a fourth less.
+    assert found.forward == pytest.approx(expected.forward, rel=0.02)
+    assert found.backward == pytest.approx(expected.backward, rel=0.06)
 
 
 @pytest.mark.parametrize(

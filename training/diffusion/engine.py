@@ -189,9 +189,10 @@ class DeepSpeedEngine:
     def _clip_flops(self) -> float:
         """Model FLOPs of one clip."""
         model = self.config.model
+        adapter = self.config.lora is not None
         if self.config.phase == "control":
-            return control_flops(model).total
-        return main_flops(model.transformer).total
+            return control_flops(model, adapter=adapter).total
+        return main_flops(model.transformer, adapter=adapter).total
 
 
 def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:

@@ -129,7 +129,8 @@ def pack(
         dropped.append(torch.full((len(text),), drop))
         num_frames.append(float(layout.num_frames(sample.tensors[config.tokens_column].numel())))
         motion_scores.append(motion_condition(sample.meta.motion_score))
-        flops += lm_flops(config.model, len(row), len(text)).total
+        adapter = config.lora is not None
+        flops += lm_flops(config.model, len(row), len(text), adapter=adapter).total
     starts_B = torch.tensor(starts[:-1])
 
     def joined(name: str, fill: int) -> Tensor:

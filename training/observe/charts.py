@@ -17,7 +17,9 @@ STEP_CHARTS: Charts = {
     "optimizer": {"gradient norm": ["train/grad_norm"], "learning rate": ["train/lr"]},
     "speed": {
         "samples a second": ["throughput/samples_per_s"],
-        "seconds a step by part": ["time/.*"],
+        "seconds a step by part": ["time/(?!straggler).*"],
+        "model FLOPs utilization": ["throughput/mfu"],
+        "seconds that the slowest rank is behind": ["time/straggler_lag_s"],
         "part of the time that waits for data": ["data/wait_fraction"],
     },
 }

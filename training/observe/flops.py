@@ -7,6 +7,10 @@ Counted are matrix products: 2 FLOPs for each weight and row, and 4 · width for
 and a key that it attends to. The backward pass costs the same for the gradients of the weights, and
 once more for those of the inputs where something before them is trained; attention costs twice its
 forward pass. Norms, activations, padding and recomputation are not counted.
+
+With `adapter` only LoRA adapters are trained: the backward pass computes no gradients of the other
+weights. The adapters themselves are not counted, nor what the first block saves because nothing
+before it is trained.
 """
 
 from __future__ import annotations
@@ -107,20 +111,23 @@ def attention(pairs: float, width: int, backward: float = TRAINED) -> Flops:
 # ---------------------------------------------------------------- language model
 
 
-def lm_flops(model: LMConfig, length: int, text: int) -> Flops:
+def lm_flops(model: LMConfig, length: int, text: int, *, adapter: bool = False) -> Flops:
     """One clip of `length` positions, `text` of them text, in the language model."""
+    linear = HALF if adapter else TRAINED
+    first = FROZEN if adapter else HALF  # layers that conditions enter
+    second = FROZEN if adapter else TRAINED
     width = model.hidden_size
     block = 4 * width**2 + 3 * width * model.ffn_size
     head = width * TokenLayout.of(model).vocab_size
     inner = model.micro_hidden_size
     return add_up(
         [
-            product(length, model.num_layers * block + head),
+            product(length, model.num_layers * block + head, linear),
             attention(model.num_layers * length * (length + 1) / 2, width),
-            product(text, model.text_dim * width, HALF),
-            product(text, width**2),
-            product(NUM_MICRO_CONDITIONS, model.micro_frequency_dim * inner, HALF),
-            product(NUM_MICRO_CONDITIONS, inner * width),
+            product(text, model.text_dim * width, first),
+            product(text, width**2, second),
+            product(NUM_MICRO_CONDITIONS, model.micro_frequency_dim * inner, first),
+            product(NUM_MICRO_CONDITIONS, inner * width, second),
         ]
     )
 
@@ -182,12 +189,20 @@ def num_tokens(config: TransformerConfig) -> int:
     return config.latent_frames * rows * columns + config.text_length
 
 
-def main_flops(config: TransformerConfig) -> Flops:
+def main_flops(config: TransformerConfig, *, adapter: bool = False) -> Flops:
     """One clip in phase `main`: forward and backward pass of the main transformer."""
+    if adapter:
+        return add_up(
+            [
+                _input(config, FROZEN, FROZEN),
+                _blocks(config, config.num_layers, HALF, FROZEN, TRAINED),
+                _output(config, HALF, FROZEN),
+            ]
+        )
     return add_up([_input(config), _blocks(config, config.num_layers), _output(config)])
 
 
-def control_flops(model: DiffusionConfig) -> Flops:
+def control_flops(model: DiffusionConfig, *, adapter: bool = False) -> Flops:
     """One clip in phase `control`: the control branch with its condition, and the frozen main part.
 
     Gradients pass through the frozen transformer down to its second block, where the control branch
@@ -200,16 +215,24 @@ def control_flops(model: DiffusionConfig) -> Flops:
         _blocks(config, config.num_layers - 1, HALF, FROZEN, TRAINED),
         _output(config, HALF, FROZEN),
     ]
-    return add_up([*frozen, control_branch_flops(model)])
-
-
-def control_branch_flops(model: DiffusionConfig) -> Flops:
-    """One clip in the trained part of phase `control`: control branch and semantic condition."""
-    config = model.transformer
     layers = model.control_layers
-    projections = product(num_tokens(config), layers * config.hidden_size**2)
-    branch = [_input(config, TRAINED), _blocks(config, layers), projections]
-    return add_up([*branch, semantic_flops(model.semantic, config)])
+    projections = layers * config.hidden_size**2
+    semantic = semantic_flops(model.semantic, config)
+    if adapter:
+        branch = [
+            _input(config, FROZEN, FROZEN),
+            _blocks(config, layers, HALF, FROZEN, TRAINED),
+            product(num_tokens(config), projections, HALF),
+            Flops(semantic.forward),
+        ]
+    else:
+        branch = [
+            _input(config, TRAINED),
+            _blocks(config, layers),
+            product(num_tokens(config), projections),
+            semantic,
+        ]
+    return add_up([*frozen, *branch])
 
 
 def _input(config: TransformerConfig, patches: float = HALF, text: float = HALF) -> Flops:
