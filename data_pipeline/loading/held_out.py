@@ -56,13 +56,13 @@ class HeldOutClips:
             batch_size = min(self._micro_batch_size, clips_per_rank) * self._dp_size
             for start in range(0, len(numbers), batch_size):
                 own = range(start + self._dp_rank, start + batch_size, self._dp_size)
-                yield self._batch(numbers, own)
+                yield self._batch(numbers, own, numbers[start])
 
     def first(self, count: int) -> list[Sample]:
         """The first clips of the order, equal on all ranks. Raises ShardError."""
         return [self._read(number) for number in range(min(count, len(self.clips)))]
 
-    def _batch(self, numbers: Sequence[int], places: Sequence[int]) -> HeldOutBatch:
+    def _batch(self, numbers: Sequence[int], places: Sequence[int], first: int) -> HeldOutBatch:
         """The clips at `places` of a bucket. Beyond its end, the first clip fills up."""
         samples = []
         others = []
@@ -72,7 +72,7 @@ class HeldOutClips:
             samples.append(self._read(number))
             others.append(None if partner is None else self._read(partner))
         counted = tuple(place < len(numbers) for place in places)
-        return HeldOutBatch(tuple(samples), tuple(others), counted)
+        return HeldOutBatch(tuple(samples), tuple(others), counted, first)
 
     def _read(self, number: int) -> Sample:
         clip = self.clips[number]

@@ -48,8 +48,11 @@ class HeldOutBatch:
     others: for each sample a clip of another video with another caption, for losses under a wrong
         condition. None if there is none.
     counted: False for samples that only fill up the batch and must not count.
+    first: number of the first clip of all ranks' batches, in the order of the held-out clips. The
+        number of a sample is its `position`.
     """
 
     samples: tuple[Sample, ...]
     others: tuple[Sample | None, ...]
     counted: tuple[bool, ...]
+    first: int = 0

@@ -117,7 +117,8 @@ def find_split(
     if not clips and first is None:
         raise ConfigError(
             f"{_described(config)} holds out none of the {total} clips with all columns; "
-            "raise the fraction, or list clips in data.validation.clips"
+            "raise the fraction, list clips in data.validation.clips, or train on all clips with "
+            "data.validation=null loop.val_every=0"
         )
     if held_out == total:
         raise ConfigError(

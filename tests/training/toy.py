@@ -105,6 +105,7 @@ def held_out_batches(
                 samples=tuple(samples[number] for number in chosen),
                 others=tuple(samples[number - 1] for number in chosen),
                 counted=tuple(number < len(samples) for number in numbers),
+                first=start,
             )
         )
     return batches

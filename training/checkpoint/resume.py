@@ -203,10 +203,13 @@ def check_same_split(folder: Path, stored: Mapping[str, Any], config: TrainConfi
     validation = config.data.validation
     after = None if validation is None else validation.split_values()
     if before != after:
+        way_out = "Set it back"
+        if before is None:
+            way_out = "Set data.validation=null loop.val_every=0"
         raise ConfigError(
             f"data.validation holds out other clips than in {folder}: {_given(after)} "
             f"(checkpoint: {_given(before)}); the run would train on clips that it has validated, "
-            "or the other way round. Set it back, or start a new run (run=...)"
+            f"or the other way round. {way_out}, or start a new run (run=...)"
         )
 
 

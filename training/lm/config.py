@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveInt, ValidationInfo, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_validator
 
 from landiff.configs.base import Config, ConfigError, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
@@ -162,6 +162,14 @@ class LMTrainConfig(TrainConfig):
         description=(
             "Probability that all text states of a sample are replaced by the null vector, for "
             "guidance."
+        ),
+    )
+    validation_samples: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Number of held-out clips for which tokens are sampled in each validation, to compare "
+            "their distribution with that of the data. The model runs once for each code of a "
+            "clip, without a cache: 1218 times for 13 frames of the released sizes."
         ),
     )
     row_multiple: PositiveInt = Field(

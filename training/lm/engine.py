@@ -36,7 +36,7 @@ from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
-from landiff.training.lm import checkpoint, validation
+from landiff.training.lm import checkpoint, sampling, validation
 from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_weights, parts_of
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
@@ -258,11 +258,48 @@ class MegatronEngine:
         reporting = parallel_state.is_pipeline_last_stage()
         if not reporting or parallel_state.get_tensor_model_parallel_rank() > 0:
             reports = []
-        return validation.named_sums(reports, frames, self.device)
+        sums = validation.named_sums(reports, frames, self.device)
+        if self.config.validation_samples:
+            sums |= self._sampled_sums(batch, reporting=bool(reports))
+        return sums
+
+    def _sampled_sums(self, batch: HeldOutBatch, *, reporting: bool) -> dict[str, Tensor]:
+        """Sums over tokens that are sampled for the first `validation_samples` clips."""
+        limit = self.config.validation_samples
+        if batch.first < limit:  # equal on all ranks
+            part = sampling.sampling_row(batch, self.config, self.layout, self.device)
+            sampling.draw_codes(part, self._logits, self.layout.codebook_size)
+            if reporting:
+                counted = []
+                for sample, counts in zip(batch.samples, batch.counted, strict=True):
+                    counted.append(counts and sample.position < limit)
+                return sampling.token_sums(part, counted, self.layout)
+        return sampling.zero_sums(self.layout, self.device)
+
+    def _logits(self, row: LMRow, positions_B: Tensor) -> Tensor:
+        """Logits after positions of a row, float32 [B, vocabulary], on all ranks of this copy."""
+        with megatron_device():
+            step = partial(sampling.forward_step, positions_B=positions_B)
+            reports = self._run(step, [row], train=False)
+        if self.config.parallel.pipeline == 1:
+            return reports[0]
+        shape = (len(positions_B), self.layout.vocab_size)
+        logits_BV = torch.empty(shape, device=self.device)
+        if parallel_state.is_pipeline_last_stage():
+            logits_BV.copy_(reports[0])
+        dist.broadcast(
+            logits_BV,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return logits_BV
 
     def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Metrics by name, from the sums of `validate`."""
-        return validation.summarize_sums(sums, self.layout)
+        metrics = validation.summarize_sums(sums, self.layout)
+        if self.config.validation_samples:
+            metrics |= sampling.summarize_tokens(sums)
+        return metrics
 
     def load_weights(self, source: Mapping[str, Tensor]) -> None:
         """Load complete weights with the names of `landiff.model_zoo.lm.LanguageModel`.

@@ -59,6 +59,7 @@ def tiny_config(
             "precision": "fp32",
             "text_column": "text-minilm",
             "vocab_multiple": 8,
+            "validation_samples": 5,
             **changes,
         },
     )

@@ -101,7 +101,7 @@ class Trained:
 
 def held_out_metrics(engine: MegatronEngine) -> dict[str, float]:
     """Metrics of seven clips that no step trains on."""
-    samples = [tiny_sample(engine.config, 1000 + number) for number in range(7)]
+    samples = [tiny_sample(engine.config, 1000 + number, number) for number in range(7)]
     return validation_metrics(engine, samples, engine.dp_rank, engine.dp_size, 2)
 
 

@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch.nn import functional
 
+from landiff.model_zoo import keyed_random
+from landiff.model_zoo.config import TokenSamplingConfig
 from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from landiff.training.lm.sampling import SEED
 from tests.distributed import run_distributed
 from tests.training.lm.samples import tiny_batch, tiny_config, tiny_sample
 from tests.training.toy import validation_metrics
@@ -30,7 +34,7 @@ def small(folder: Path, **changes: Any) -> LMTrainConfig:
 
 
 def clips(config: LMTrainConfig) -> list[Any]:
-    return [tiny_sample(config, 1000 + number) for number in range(7)]
+    return [tiny_sample(config, 1000 + number, number) for number in range(7)]
 
 
 def plain_metrics(config: LMTrainConfig) -> dict[str, float]:
@@ -76,6 +80,38 @@ def plain_metrics(config: LMTrainConfig) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in losses.items()}
 
 
+def plain_samples(config: LMTrainConfig) -> dict[str, float]:
+    """Distances of tokens that `sample_tokens` draws with the plain model and the same numbers."""
+    model = LanguageModel(config.model)
+    model.load_state_dict(InitialWeights(config.model, config.loop.seed))
+    size = config.model.codebook_size
+    counts = torch.zeros(2, size, dtype=torch.float64)
+    pairs = torch.zeros(2, size, size, dtype=torch.float64)
+    for sample in clips(config)[: config.validation_samples]:
+        codes_K = sample.tensors[config.tokens_column].long()
+        text_LD = sample.tensors[config.text_column].float()
+        sampled = sample_tokens(
+            model,
+            Prompts(text_LD[None], torch.tensor([sample.meta.motion_score])),
+            model.layout.num_frames(len(codes_K)),
+            TokenSamplingConfig(guidance=1.0, temperature=1.0, top_k=None, top_p=None),
+            seeds=[keyed_random.key(SEED, "validation sample", sample.index)],
+        )
+        for number, codes in enumerate((codes_K, sampled.codes_BK[0])):
+            counts[number] += torch.bincount(codes, minlength=size)
+            pairs[number].index_put_(
+                (codes[:-1], codes[1:]), torch.ones(()).double(), accumulate=True
+            )
+    share = counts / counts.sum(1, keepdim=True)
+    pair_share = pairs / pairs.sum((1, 2), keepdim=True)
+    return {
+        "sampled_unigram_distance": float((share[0] - share[1]).abs().sum() / 2),
+        "sampled_bigram_distance": float((pair_share[0] - pair_share[1]).abs().sum() / 2),
+        "sampled_used_fraction": float((counts[1] > 0).double().mean()),
+        "data_used_fraction": float((counts[0] > 0).double().mean()),
+    }
+
+
 def all_checks(world: Any, folder: Path) -> dict[str, Any]:
     """What the tests look at."""
     found: dict[str, Any] = {"weights": []}
@@ -85,6 +121,7 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
         found.setdefault(micro, []).append(validation_metrics(engine, clips(config), 0, 1, micro))
     engine.close()
     found["plain"] = plain_metrics(config)
+    found["sampled"] = plain_samples(config)
     for validates in (True, False):
         engine = MegatronEngine(small(folder, **SHIPPED))
         for step in range(4):
@@ -110,6 +147,13 @@ def test_losses_are_those_of_the_plain_model_by_kind_of_token(found):
     assert "loss_segment_01" in found["plain"] and "loss_frame_03" in found["plain"]
     gain = metrics["loss_other_caption"] - metrics["loss_codes"]
     assert metrics["caption_gain"] == pytest.approx(gain, abs=1e-12)
+
+
+def test_sampled_tokens_are_those_of_the_plain_sampler(found):
+    (metrics,) = found[3]
+    for name, expected in found["sampled"].items():
+        assert metrics[name] == pytest.approx(expected), name
+    assert 0 < metrics["sampled_unigram_distance"] < metrics["sampled_bigram_distance"] < 1
 
 
 def test_metrics_are_bit_equal_when_repeated_and_equal_for_other_micro_batches(found):

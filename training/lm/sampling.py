@@ -1,0 +1,159 @@
+"""Tokens that the language model samples for held-out clips, and their distribution.
+
+The codes of a clip are drawn with its caption, its number of frames and its motion score, from the
+model's own distribution: temperature 1, no guidance, no truncation. The trained model itself
+computes the logits, in its parallel layout and without a cache of keys and values, so no second
+copy of the weights is needed. It runs once for each code.
+
+Shape letters (docs/glossary.md): N tokens of a packed row, B samples in it, K codes of a clip,
+V codes of the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from landiff.data_pipeline.loading.samples import HeldOutBatch
+from landiff.model_zoo import keyed_random
+from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
+from landiff.model_zoo.sample.tokens import seeded_draw
+from landiff.model_zoo.token_layout import CODE, TokenLayout
+from landiff.training.lm.batch import LMRow, pack
+from landiff.training.lm.config import LMTrainConfig
+
+BIGRAM_GROUPS = 64  # of codes; a codebook of thousands has too many bigrams to compare few clips
+SEED = 0  # instead of loop.seed: the samples of different runs can be compared
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """A packed row whose codes are still to be drawn.
+
+    codes_at: for each sample, positions of its codes in the row, int64 [K].
+    data: for each sample, its own codes.
+    seeds: of the draws of each sample.
+    """
+
+    row: LMRow
+    codes_at: list[Tensor]
+    data: list[Tensor]
+    seeds: list[int]
+
+    @property
+    def most_codes(self) -> int:
+        """Codes of the longest clip."""
+        return max(len(positions) for positions in self.codes_at)
+
+    def before(self, number: int) -> Tensor:
+        """Positions that predict code `number` of each sample, int64 [B]. 0 after its last."""
+        places = []
+        for positions_K in self.codes_at:
+            places.append(int(positions_K[number]) - 1 if number < len(positions_K) else 0)
+        return torch.tensor(places, device=self.row.ids_N.device)
+
+    def record(self, number: int, codes_B: Tensor) -> None:
+        """Enter code `number` of each sample that has so many."""
+        for positions_K, code in zip(self.codes_at, codes_B, strict=True):
+            if number < len(positions_K):
+                self.row.ids_N[positions_K[number]] = code
+
+    def sampled(self) -> list[Tensor]:
+        """The codes of each sample that are in the row now."""
+        return [self.row.ids_N[positions_K] for positions_K in self.codes_at]
+
+
+def sampling_row(
+    batch: HeldOutBatch, config: LMTrainConfig, layout: TokenLayout, device: torch.device
+) -> SamplingRow:
+    """The clips of a batch with code 0 in place of all codes, on `device`."""
+    row = pack(batch.samples, config, layout, train=False)
+    codes_at = []
+    data = []
+    for sample, end in zip(batch.samples, row.cu_seqlens.tolist()[1:], strict=False):
+        codes_K = sample.tensors[config.tokens_column].to(torch.int64)
+        template = torch.from_numpy(layout.template(layout.num_frames(len(codes_K))))
+        start = end - len(template)
+        codes_at.append((start + (template == CODE).nonzero()[:, 0]).to(device))
+        data.append(codes_K.to(device))
+    seeds = [keyed_random.key(SEED, "validation sample", clip.index) for clip in batch.samples]
+    row = row.to(device)
+    ids_N = row.ids_N.clone()
+    ids_N[torch.cat(codes_at)] = 0
+    row.ids_N.copy_(ids_N)
+    return SamplingRow(row, codes_at, data, seeds)
+
+
+def draw_codes(part: SamplingRow, logits_of: Callable[[LMRow, Tensor], Tensor], size: int) -> None:
+    """Draw all codes of a row, one of each sample at a time.
+
+    logits_of: logits after the given positions of a row, [B, vocabulary], equal on all ranks that
+        share the model. Called once for each code.
+    size: of the codebook.
+    """
+    draw = seeded_draw(part.seeds, part.most_codes, part.row.ids_N.device)
+    for number in range(part.most_codes):
+        logits_BV = logits_of(part.row, part.before(number))[:, :size]
+        part.record(number, draw(logits_BV.float().softmax(-1), number))
+
+
+def forward_step(
+    rows: Iterator[LMRow], model: nn.Module, positions_B: Tensor
+) -> tuple[Tensor, Callable]:
+    """Forward of the next row; the report is the logits after `positions_B`, for the schedule."""
+    row = next(rows)
+
+    def chosen(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        unused = logits_NV.new_zeros(())
+        return unused, unused.to(torch.int), logits_NV[positions_B]
+
+    return model(row, logits=True), chosen
+
+
+def zero_sums(layout: TokenLayout, device: torch.device) -> dict[str, Tensor]:
+    """The sums of no clip: occurrences of codes, and of pairs of groups of successive codes."""
+    groups = min(BIGRAM_GROUPS, layout.codebook_size)
+    sums = {}
+    for origin in ("data", "sampled"):
+        for name, size in (("unigram", layout.codebook_size), ("bigram", groups * groups)):
+            sums[f"{origin}_{name}"] = torch.zeros(size, dtype=torch.float64, device=device)
+    return sums
+
+
+def token_sums(
+    part: SamplingRow, counted: Sequence[bool], layout: TokenLayout
+) -> dict[str, Tensor]:
+    """Sums over the counted clips of a row whose codes are drawn."""
+    sums = zero_sums(layout, part.row.ids_N.device)
+    groups = min(BIGRAM_GROUPS, layout.codebook_size)
+    for origin, clips in (("data", part.data), ("sampled", part.sampled())):
+        for codes_K, counts in zip(clips, counted, strict=True):
+            if not counts:
+                continue
+            sums[f"{origin}_unigram"] += count_codes(codes_K, layout.codebook_size)
+            group_K = codes_K % groups
+            pairs = group_K[:-1] * groups + group_K[1:]
+            sums[f"{origin}_bigram"] += count_codes(pairs, groups * groups)
+    return sums
+
+
+def summarize_tokens(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics by name: distances of the samples from the data, and how many codes both use.
+
+    Distances are total variations, between 0 and 1. Few clips are far from any others, so only
+    distances of equally many clips compare.
+    """
+    metrics = {}
+    for name in ("unigram", "bigram"):
+        data = sums[f"data_{name}"]
+        sampled = sums[f"sampled_{name}"]
+        difference = data / data.sum() - sampled / sampled.sum()
+        metrics[f"sampled_{name}_distance"] = float(difference.abs().sum() / 2)
+    for origin in ("data", "sampled"):
+        perplexity, used = codebook_use(sums[f"{origin}_unigram"])
+        metrics[f"{origin}_perplexity"] = float(perplexity)
+        metrics[f"{origin}_used_fraction"] = float(used)
+    return metrics
