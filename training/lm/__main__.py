@@ -47,6 +47,8 @@ def _silence_megatron() -> None:
     report that the layers' MLP (`GatedMLP`) is not one of Megatron-core's own.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # Megatron-core's gather of logits, used by validation.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
