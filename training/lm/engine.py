@@ -144,7 +144,10 @@ class MegatronEngine:
         self.clock.start()
         rate = rate_of_step(self.config, batch.step)
         with megatron_device():
-            rows = [self._row(samples, train=True) for samples in batch.micro_batches]
+            config = self.config.at(batch.step)  # text dropout depends on the phase
+            rows = []
+            for samples in batch.micro_batches:
+                rows.append(pack(samples, config, self.layout).to(self.device))
             self._set_rate(rate)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -191,19 +194,6 @@ class MegatronEngine:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
         return grad_norm, True
-
-    def _row(self, samples: Sequence[Sample], *, train: bool) -> LMRow:
-        """One packed row, on the device. Texts are dropped only if `train`."""
-        return pack(samples, self.config, self.layout, train=train).to(self.device)
-
-    def _rows(self, batch: Batch, *, train: bool) -> list[LMRow]:
-        """One packed row per micro-batch, on the device."""
-        rows = []
-        config = self.config.at(batch.step)  # text dropout depends on the phase
-        for samples in batch.micro_batches:
-            row = pack(samples, config, self.layout, train=train)
-            rows.append(row.to(self.device))
-        return rows
 
     def _run(
         self, step: Callable, rows: Sequence[LMRow | ValidationRow], *, train: bool

@@ -6,6 +6,7 @@ checkpoints.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
@@ -18,7 +19,7 @@ from landiff.training.diffusion import zero
 from landiff.training.diffusion.engine import build_engine
 from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
-from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from landiff.training.optim import adamw, clip_gradients, rate_of_step, set_learning_rate
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo
 from tests.training.toy import assert_measured
@@ -44,6 +45,28 @@ def go(engine, world, first, steps):
     return found
 
 
+CURRICULUM_STEPS = 5
+
+
+def curriculum(folder, stage):
+    """2, 2, 6 and 4 micro-batches of a single rank: each number begins within the one before."""
+    ramp = {"start": 4, "increment": 8, "steps": 2}
+    phase = {
+        "from_step": 3,
+        "data": {"global_batch_size": 4, "micro_batch_size": 1},
+        "optim": {"lr": 1e-3, "warmup_steps": 1},
+        "text_dropout": 0.5,
+        "prefix": {"probability": 1.0},
+    }
+    return config(
+        folder,
+        zero__stage=stage,
+        data__global_batch_size=12,
+        data__ramp=json.dumps(ramp),
+        phases=json.dumps([phase]),
+    )
+
+
 def weights(engine):
     """fp32 weights by name. Collective."""
     return {name: zero.read_full(parameter) for name, parameter in engine.module.named_parameters()}
@@ -67,7 +90,8 @@ def plain_torch(settings, steps):
     found = []
     for step in range(steps):
         samples = list(batch(settings, step).samples)
-        set_learning_rate(optimizer, learning_rate(settings.optim, step, settings.loop.steps))
+        set_learning_rate(optimizer, rate_of_step(settings, step))
+        objective.config = settings.at(step)
         optimizer.zero_grad()
         loss = objective.loss(model, objective.inputs(samples)).loss
         loss.backward()
@@ -111,6 +135,9 @@ def train_and_save(world, folder):
     settings = config(folder, "control", zero__stage=2, data__micro_batch_size=1)
     results["micro 1"] = go(build_engine(settings, world), world, 0, BEFORE + AFTER)
     for stage in STAGES:
+        engine = build_engine(curriculum(folder, stage), world)
+        results["phases", stage] = go(engine, world, 0, CURRICULUM_STEPS)
+    for stage in STAGES:
         engine = build_engine(config(folder, "control", zero__stage=stage, precision="bf16"), world)
         curve = go(engine, world, 0, BEFORE)
         save(engine, world, checkpoint(folder, "control", stage, world.size, "bf16"))
@@ -133,6 +160,7 @@ def train_and_save(world, folder):
     results["generator left alone"] = torch.equal(generator_state, torch.get_rng_state())
     results["plain"] = None
     if world.size == 1:
+        results["plain phases"] = plain_torch(curriculum(folder, 1), CURRICULUM_STEPS)
         results["plain"] = {
             phase: plain_torch(config(folder, phase), BEFORE + AFTER) for phase in PHASES
         }
@@ -205,6 +233,12 @@ def test_all_stages_and_world_sizes_follow_a_plain_torch_step(trained, phase):
     for size in (1, 2):
         for stage in STAGES:
             assert_close(trained[size][phase, stage]["curve"], expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_that_grows_and_a_new_phase_follow_plain_torch_steps(trained, stage):
+    for size in (1, 2):
+        assert_close(trained[size]["phases", stage], trained[1]["plain phases"])
 
 
 def test_micro_batches_of_one_equal_larger_ones(trained):

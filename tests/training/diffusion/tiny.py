@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import landiff.model_zoo.tokenizer  # noqa: F401 - slow to import: once for all 
 from landiff.configs import load
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.data_pipeline.loading.loader import Batch, Sample
+from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.config import DiffusionConfig, TokenizerConfig
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -141,9 +143,13 @@ def write_data(data: Path) -> None:
 
 def batch(config: DiffusionTrainConfig, step: int, world: World | None = None) -> Batch:
     """This rank's share of global batch `step`; without a world, all of it."""
-    size, micro = config.data.global_batch_size, config.data.micro_batch_size
+    sizes = batch_sizes(config.data_phases)
+    size, micro = sizes.at(step).global_batch_size, sizes.at(step).micro_batch_size
+    first = sizes.samples_before(step)
     rank, ranks = (world.rank, world.size) if world else (0, 1)
-    samples = [sample(step * size + position, size) for position in range(rank, size, ranks)]
+    samples = []
+    for position in range(rank, size, ranks):
+        samples.append(replace(sample(first + position, size), position=position))
     return Batch(
         step, size, tuple(tuple(samples[i : i + micro]) for i in range(0, len(samples), micro))
     )

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from landiff.configs import load
 from landiff.data_pipeline.format.schema import RawSample
+from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
@@ -123,8 +124,10 @@ def evaluate(engine: MegatronEngine, batch: Batch) -> float:
 
 def tiny_batch(config: LMTrainConfig, step: int, dp_rank: int = 0, dp_size: int = 1) -> Batch:
     """This rank's share of global batch `step`; the union over ranks is always the same."""
-    size, micro = config.data.global_batch_size, config.data.micro_batch_size
-    mine = [tiny_sample(config, step * size + p, p) for p in range(size)][dp_rank::dp_size]
+    sizes = batch_sizes(config.data_phases)
+    size, micro = sizes.at(step).global_batch_size, sizes.at(step).micro_batch_size
+    first = sizes.samples_before(step)
+    mine = [tiny_sample(config, first + p, p) for p in range(size)][dp_rank::dp_size]
     return Batch(
         step=step,
         global_batch_size=size,

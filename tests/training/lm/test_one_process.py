@@ -41,11 +41,9 @@ def train_plain(config: LMTrainConfig) -> list[float]:
     optimizer = optim.adamw(model.parameters(), config.optim)
     losses = []
     for step in range(STEPS):
-        optim.set_learning_rate(
-            optimizer, optim.learning_rate(config.optim, step, config.loop.steps)
-        )
+        optim.set_learning_rate(optimizer, optim.rate_of_step(config, step))
         optimizer.zero_grad()
-        loss = plain_loss(model, tiny_batch(config, step), config)
+        loss = plain_loss(model, tiny_batch(config, step), config.at(step))
         loss.backward()
         optim.clip_gradients(model.parameters(), config.optim.clip_grad)
         optimizer.step()
@@ -117,6 +115,8 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
             tiny_config(folder, {"distributed_optimizer": True, "overlap": True})
         ),
         "bf16": train(tiny_config(folder, precision="bf16")),
+        "phases": train(curriculum(folder)),
+        "plain phases": train_plain(curriculum(folder)),
     }
     engine = MegatronEngine(tiny_config(folder, vocab_multiple=128))
     batch = tiny_batch(config, 0)
@@ -130,6 +130,22 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
     engine.close()
     found |= checkpoint_checks(folder)
     return found
+
+
+def curriculum(folder: Path) -> LMTrainConfig:
+    """A batch that grows, and a phase with another one, another rate and no text."""
+    phase = {
+        "from_step": 3,
+        "data": {"global_batch_size": 2, "micro_batch_size": 1},
+        "optim": {"lr": 1e-3, "warmup_steps": 2},
+        "text_dropout": 1.0,
+    }
+    data = {
+        "global_batch_size": 6,
+        "micro_batch_size": 2,
+        "ramp": {"start": 2, "increment": 4, "steps": 2},
+    }
+    return tiny_config(folder, data=data, phases=[phase])
 
 
 def logits_checks(engine: MegatronEngine, batch: Batch, config: LMTrainConfig) -> dict[str, Any]:
@@ -217,6 +233,11 @@ def test_training_follows_the_plain_torch_model_through_five_steps(found):
     # two implementations of the same sums in float32
     assert found["megatron"] == pytest.approx(found["plain"], abs=1e-5)
     assert found["plain"][0] - found["plain"][-1] > 0.05
+
+
+def test_phases_follow_the_plain_torch_model(found):
+    # as above: two implementations of the same sums in float32
+    assert found["phases"] == pytest.approx(found["plain phases"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
