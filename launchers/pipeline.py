@@ -25,7 +25,6 @@ from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 QUICKSTART_PROCESSES = 2  # of each trainer; nano/lm divides its model over two ranks
 LEARN_PROCESSES = 2
-PROMPT_REPEATS = 4  # videos of each held-out caption: 216 videos
 RATES = "rates.json"
 
 
@@ -206,9 +205,6 @@ def pipeline_stages(
 
 def learn_stages(seed: int) -> list[PipelineStage]:
     """The pipeline of the preset `shapes`, with its data before it and its scores after it."""
-    from landiff.data_pipeline.synthetic import world
-
-    prompts = [world.caption(label) for label in world.labels(held_out=True) * PROMPT_REPEATS]
     make = PipelineStage(
         "world",
         "moving shapes with captions",
@@ -216,9 +212,11 @@ def learn_stages(seed: int) -> list[PipelineStage]:
         output="world",
     )
     stages = [make]
-    for stage in pipeline_stages("shapes", LEARN_PROCESSES, prompts):
+    for stage in pipeline_stages("shapes", LEARN_PROCESSES):
         after = stage.after or ("world",)
         command = stage.command
+        if stage.name == "sample":
+            command = (*command, "--prompts", "world/prompts-heldout.txt")
         if stage.run is not None:
             command = (*command, f"loop.seed={seed}")
         stages.append(replace(stage, command=command, after=after))

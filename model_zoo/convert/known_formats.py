@@ -23,7 +23,13 @@ from typing import Any
 
 from landiff.configs import Config, ConfigError
 from landiff.model_zoo import registry
-from landiff.model_zoo.config import DiffusionConfig, LMConfig, ModelConfig, TransformerConfig
+from landiff.model_zoo.config import (
+    DiffusionConfig,
+    LMConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
 from landiff.model_zoo.convert import checkpoints
 from landiff.model_zoo.convert.foreign import refuse_adapter_folder
 from landiff.model_zoo.convert.formats import (
@@ -278,6 +284,37 @@ WRITERS: dict[str, Writer] = {
 }
 
 
+def refuse_own_options(part: Part, format: str) -> None:
+    """Raises ConfigError for a model with options that the release does not have.
+
+    Its weights would fit the format, and every program that reads them would compute something
+    else.
+    """
+    config = part.config
+    if isinstance(config, DiffusionConfig):
+        config = config.transformer
+    default: Config
+    names: tuple[str, ...]
+    if isinstance(config, TransformerConfig):
+        default = TransformerConfig()
+        names = ("rotary_theta", "prediction")
+    elif isinstance(config, TokenizerConfig):
+        default = TokenizerConfig()
+        names = ("latent_positions", "local_paths", "cell_mask_tokens")
+    else:
+        return
+    changed = []
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            changed.append(f"{name} = {value}")
+    if changed:
+        raise ConfigError(
+            f"--to {format} cannot hold this {part.kind}: {', '.join(changed)}. Programs that read "
+            "the format do not know these options; use --to zoo"
+        )
+
+
 def write_target(
     target: Path,
     format: str,
@@ -295,6 +332,8 @@ def write_target(
     """
     checked = []
     for part in parts:
+        if format in ("release", "diffusers"):
+            refuse_own_options(part, format)
         checked.append(replace(part, tensors=part.tensors.checked(f"the {part.kind}")))
     with new_folder(target, provenance) as temporary:
         WRITERS[format](temporary, assembled(checked, format), layout, progress)
