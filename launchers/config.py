@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -19,6 +19,8 @@ from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
 from landiff.model_zoo.lora.config import AdapterUse
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ShardsJobConfig(ShardsConfig):
@@ -99,6 +101,26 @@ class SampleConfig(Config):
         default=6.0,
         description="Guidance of the diffusion model. The scale varies between 1 and "
         "1 + `guidance` over the sampling steps.",
+    )
+    guidance_schedule: Literal["timestep", "step", "constant"] = Field(
+        default="timestep",
+        description="How the scale varies. `timestep` jumps between its bounds, as in the release; "
+        "`step` rises smoothly; `constant` is 1 + `guidance` in all steps.",
+    )
+    guidance_interval: tuple[Fraction, Fraction] = Field(
+        default=(0.0, 1.0),
+        description="Part of the sampling steps with guidance, from 0 (noise) to 1 (the video). "
+        "Other steps take half the time.",
+    )
+    guidance_rescale: Fraction = Field(
+        default=0.0,
+        description="Part of the contrast that guidance adds which is taken back; 0.7 is common "
+        "for high guidance.",
+    )
+    solver: Literal["sde-dpm++", "ddim", "unipc", "euler"] = Field(
+        default="sde-dpm++",
+        description="`sde-dpm++` is the release's sampler. The others are deterministic solvers of "
+        "diffusers: `ddim` and `euler` of first order, `unipc` of second.",
     )
     clean_frames: NonNegativeInt = Field(
         default=7,

@@ -204,6 +204,15 @@ class TokenSamplingConfig(Config):
         description="Draw only from the most likely tokens whose probabilities add up to p, at "
         "most 1. Excludes `top_k`.",
     )
+    temperature_end: PositiveFloat | None = Field(
+        default=None,
+        description="Temperature of the last token; it changes linearly from `temperature`. null: "
+        "constant.",
+    )
+    top_p_end: PositiveFloat | None = Field(
+        default=None,
+        description="`top_p` of the last token; it changes linearly from `top_p`. null: constant.",
+    )
     predict_end: bool = Field(
         default=False,
         description="Allow the model to end a video after its first segment, before the requested "
@@ -221,6 +230,10 @@ class TokenSamplingConfig(Config):
         if self.top_k is not None and self.top_p is not None:
             problems.append(
                 f"top_k = {self.top_k} and top_p = {self.top_p} exclude each other; set one to null"
+            )
+        if self.top_p_end is not None and (self.top_p is None or self.top_p_end > 1):
+            problems.append(
+                f"top_p_end = {self.top_p_end} is a probability, at most 1, and needs top_p"
             )
         if self.top_p is not None and self.top_p > 1:
             problems.append(f"top_p = {self.top_p} is a probability: at most 1")

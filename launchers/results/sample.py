@@ -131,12 +131,24 @@ def generate_batch(
         prompts=[unit.prompt for unit in filled],
         num_latent_frames=units[0].num_latent_frames,
         tokens=config.tokens,
-        sampler=SamplerOptions(num_steps=config.steps, guidance=config.guidance),
+        sampler=sampler_options(config),
         seeds=[unit.seed for unit in filled],
         motion_score=[unit.motion_score for unit in filled],
         negatives=[unit.negative for unit in filled],
         clean_frames=config.clean_frames,
         progress=progress,
+    )
+
+
+def sampler_options(config: SampleConfig) -> SamplerOptions:
+    """Options of the sampler of latents."""
+    return SamplerOptions(
+        num_steps=config.steps,
+        guidance=config.guidance,
+        dynamic=config.guidance_schedule,
+        guidance_interval=config.guidance_interval,
+        guidance_rescale=config.guidance_rescale,
+        solver=config.solver,
     )
 
 

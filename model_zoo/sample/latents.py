@@ -21,6 +21,7 @@ from torch import Tensor
 
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.sample.sizes import num_chunks
+from landiff.model_zoo.sample.solvers import Solver, build_scheduler
 from landiff.model_zoo.schedule import NoiseSchedule, Prediction, SamplerTable
 
 # noise(step, shape) returns float32 standard normal numbers. Step 0 is the start of the sampling,
@@ -39,12 +40,20 @@ class SamplerOptions:
     dynamic: what the scale is a function of. "timestep" (999 ... 19) is what the reference and
         diffusers' CogVideoX pipeline compute: the scale jumps between its bounds. "step" (the steps
         left, n ... 1) rises smoothly, as the formula was meant. "constant" is 1 + `guidance`.
+    guidance_interval: part of the steps with guidance, from 0 (noise) to 1. Outside, the scale is 1
+        and the unconditional pass is left out.
+    guidance_rescale: part of the result that gets the standard deviation of the conditional
+        estimate of x0 back, against colours that guidance saturates (arXiv 2305.08891, §3.4).
+    solver: "sde-dpm++" is the reference's; the others are deterministic (solvers.py).
     """
 
     num_steps: int = 50
     guidance: float = 6.0
     guidance_exponent: float = 5.0
     dynamic: Literal["timestep", "step", "constant"] = "timestep"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    solver: Solver = "sde-dpm++"
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,9 @@ class SamplerStep:
     state: Tensor
 
 
-# estimate(state_BTCHW, timestep) returns the network's unconditional and conditional output in
-# float32.
-_Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# estimate(state_BTCHW, timestep, guided) returns the network's unconditional and conditional output
+# in float32. Without `guided`, both are the conditional one.
+_Estimate = Callable[[Tensor, int, bool], tuple[Tensor, Tensor]]
 # network(state_BTCHW, timestep_B, text_BLD) returns what `TransformerConfig.prediction` names.
 _Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -74,6 +83,9 @@ Stop = Callable[[], bool]
 
 def guidance_scale(options: SamplerOptions, step: int, timestep: int) -> float:
     """Scale s of one step in u + s · (c - u), with unconditional u and conditional c."""
+    first, last = options.guidance_interval
+    if not first <= step / options.num_steps < last:
+        return 1.0
     if options.dynamic == "constant":
         return 1 + options.guidance
     counter = options.num_steps - step
@@ -144,7 +156,8 @@ def sample_latents(
     both_BTCHW = torch.cat([semantic_BTCHW, semantic_BTCHW])
 
     def network(state_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
-        return model(state_BTCHW.to(model.dtype), timestep_B, text_BLD, semantic_BTCHW=both_BTCHW)
+        semantic = both_BTCHW[: len(state_BTCHW)]
+        return model(state_BTCHW.to(model.dtype), timestep_B, text_BLD, semantic_BTCHW=semantic)
 
     return _sample(
         _guided_denoiser(network, text_BLD, negative_BLD),
@@ -205,17 +218,27 @@ def _sample(
         start = noise(0, shape).to(device, torch.float32)
         assert start.shape == shape, (start.shape, shape)
         state = fix_prefix(start, prefix_BTCHW)
-        table = schedule.sampler_table(options.num_steps)
-        steps = _solve(
-            estimate,
-            table,
-            state,
-            noise,
-            options=options,
-            prediction=prediction,
-            prefix=prefix_BTCHW,
-            on_step=on_step,
-        )
+        if options.solver == "sde-dpm++":
+            steps = _solve(
+                estimate,
+                schedule.sampler_table(options.num_steps),
+                state,
+                noise,
+                options=options,
+                prediction=prediction,
+                prefix=prefix_BTCHW,
+                on_step=on_step,
+            )
+        else:
+            steps = _solve_with_diffusers(
+                estimate,
+                schedule,
+                state,
+                options=options,
+                prediction=prediction,
+                prefix=prefix_BTCHW,
+                on_step=on_step,
+            )
         for step in steps:
             result = step.state
             if stop is not None and stop():
@@ -317,10 +340,14 @@ def _guided_denoiser(
         negative_BLD = torch.zeros_like(text_BLD)
     both_text = torch.cat([negative_BLD, text_BLD])
 
-    def estimate(state_BTCHW: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        state = torch.cat([state_BTCHW, state_BTCHW])
+    def estimate(state_BTCHW: Tensor, timestep: int, guided: bool) -> tuple[Tensor, Tensor]:
+        state, text = state_BTCHW, text_BLD
+        if guided:
+            state, text = torch.cat([state_BTCHW, state_BTCHW]), both_text
         timesteps = torch.full((len(state),), float(timestep), device=state.device)
-        output = network(state, timesteps, both_text).float()
+        output = network(state, timesteps, text).float()
+        if not guided:
+            return output, output
         unconditional, conditional = output.chunk(2)
         return unconditional, conditional
 
@@ -342,14 +369,15 @@ def _solve(
     previous: Tensor | None = None
     for step, timestep in enumerate(table.timesteps):
         state = fix_prefix(state, prefix)
-        unconditional, conditional = estimate(state, timestep)
-        if prediction == "velocity":
-            a = table.denoiser_alphas_sqrt[step]
-            b = math.sqrt(1 - a**2)
-            unconditional = a * state - b * unconditional
-            conditional = a * state - b * conditional
-        scale = guidance_scale(options, step, timestep)
-        denoised = unconditional + scale * (conditional - unconditional)
+        denoised = _denoise(
+            estimate,
+            state,
+            step,
+            timestep,
+            a=table.denoiser_alphas_sqrt[step],
+            options=options,
+            prediction=prediction,
+        )
         if step == options.num_steps - 1:
             state = denoised
         else:
@@ -365,6 +393,70 @@ def _solve(
         if replaced is not None:
             state = replaced
             done = replace(done, state=replaced)
+        yield done
+
+
+def _denoise(
+    estimate: _Estimate,
+    state: Tensor,
+    step: int,
+    timestep: int,
+    *,
+    a: float,
+    options: SamplerOptions,
+    prediction: Prediction,
+) -> Tensor:
+    """Estimate of x0 with guidance.
+
+    a: level of the signal in `state`.
+    """
+    scale = guidance_scale(options, step, timestep)
+    unconditional, conditional = estimate(state, timestep, scale != 1)
+    if prediction == "velocity":
+        b = math.sqrt(1 - a**2)
+        unconditional = a * state - b * unconditional
+        conditional = a * state - b * conditional
+    if scale == 1:
+        return conditional
+    denoised = unconditional + scale * (conditional - unconditional)
+    if not options.guidance_rescale:
+        return denoised
+    axes = tuple(range(1, denoised.ndim))
+    ratio = conditional.std(axes, keepdim=True) / denoised.std(axes, keepdim=True)
+    return denoised * (1 + options.guidance_rescale * (ratio - 1))
+
+
+def _solve_with_diffusers(
+    estimate: _Estimate,
+    schedule: NoiseSchedule,
+    state: Tensor,
+    *,
+    options: SamplerOptions,
+    prediction: Prediction,
+    prefix: Tensor | None,
+    on_step: OnStep | None,
+) -> Iterator[SamplerStep]:
+    """The steps of a deterministic solver. Its own state is a multiple of the network's input.
+
+    A tensor that `on_step` returns is not used.
+    """
+    scheduler = build_scheduler(options.solver, schedule, options.num_steps)
+    state = state * scheduler.init_noise_sigma
+    for step, timestep in enumerate(scheduler.timesteps.tolist()):
+        noised = fix_prefix(scheduler.scale_model_input(state, timestep), prefix)
+        denoised = _denoise(
+            estimate,
+            noised,
+            step,
+            int(timestep),
+            a=float(schedule.alphas_sqrt[int(timestep)]),
+            options=options,
+            prediction=prediction,
+        )
+        state = scheduler.step(denoised, timestep, state).prev_sample
+        done = SamplerStep(step=step, timestep=int(timestep), denoised=denoised, state=state)
+        if on_step is not None:
+            on_step(done)
         yield done
 
 

@@ -186,6 +186,13 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(drop_by_id_BV, -math.inf)
 
 
+def _between(start: float, end: float | None, progress: float) -> float:
+    """The value at `progress` (0 to 1) of a linear change; `start` if there is no end."""
+    if end is None:
+        return start
+    return start + (end - start) * progress
+
+
 def _guided(logits_RV: Tensor, guidance: float) -> Tensor:
     """Logits with guidance, [R, V] -> [B, V]."""
     if guidance == 1:
@@ -246,16 +253,20 @@ class _Body:
 
     def probabilities(self, logits_BV: Tensor, position: int) -> Tensor:
         """Applies temperature, legal ids and top-k or top-p, [B, V] -> [B, V]."""
-        logits_BV = logits_BV / self.config.temperature
+        config = self.config
+        progress = position / max(1, self.length - 1)
+        logits_BV = logits_BV / _between(config.temperature, config.temperature_end, progress)
         group = self.table.group_N[position]
         logits_BV = logits_BV.masked_fill(self.illegal_GV[group], -math.inf)
         # Restricted structural positions are not filtered further (§4.7).
         restricted = not self.table.legal_GV[group].all()
         if self.is_code_N[position] or not restricted:
-            if self.config.top_k is not None:
-                logits_BV = keep_top_k(logits_BV, self.config.top_k)
-            elif self.config.top_p is not None:
-                logits_BV = keep_top_p(logits_BV, self.config.top_p)
+            if config.top_k is not None:
+                logits_BV = keep_top_k(logits_BV, config.top_k)
+            elif config.top_p is not None:
+                logits_BV = keep_top_p(
+                    logits_BV, _between(config.top_p, config.top_p_end, progress)
+                )
         return logits_BV.softmax(-1)
 
     def record(self, position: int, ids_B: Tensor) -> None:

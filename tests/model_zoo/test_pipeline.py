@@ -169,8 +169,11 @@ def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch
     """All of `landiff sample` but the mp4 file itself, which loses a little."""
     written = []
 
-    def keep(_path, frames_THWC, _fps, comment):
+    write_mp4 = sample_folder.write_mp4
+
+    def keep(path, frames_THWC, fps, comment):
         written.append(torch.from_numpy(frames_THWC))
+        write_mp4(path, frames_THWC, fps, comment=comment)
 
     monkeypatch.setattr(sample_folder, "write_mp4", keep)
     sample.sample_videos(

@@ -254,6 +254,32 @@ def test_temperature_sharpens(model):
     assert (entropy(0.5) < entropy(1.0)).all() and (entropy(1.0) < entropy(2.0)).all()
 
 
+def test_temperature_and_top_p_change_linearly_over_the_tokens(model):
+    def probabilities(**options):
+        seen = []
+
+        def draw(probabilities_BV, _step):
+            seen.append(probabilities_BV[0])
+            return torch.zeros(1, dtype=torch.long)
+
+        config = TokenSamplingConfig(guidance=1.0, **options)
+        sample_tokens(model, some_prompts(1), 3, config, draw=draw)
+        return seen
+
+    plain, cooled = probabilities(), probabilities(temperature_end=0.25)
+    gains = []
+    for first, second in zip(plain, cooled, strict=True):
+        peak, other = first.topk(2).indices.tolist()
+        gap = (first[peak].log() - first[other].log()).item()
+        gains.append((second[peak].log() - second[other].log()).item() / gap)
+    # The gap of two log-probabilities is divided by the temperature, which falls from 1 to 1/4. The
+    # last token of a video is not drawn.
+    rounded = [round(gain, 3) for gain in gains]
+    assert rounded == sorted(rounded) and 1 < gains[0] < 1.3 and 2.5 < gains[-1] < 4
+    kept = [int((row > 0).sum()) for row in probabilities(top_p=1.0, top_p_end=1e-6)]
+    assert kept[0] > kept[-1] >= 1
+
+
 def test_filters_keep_what_they_say():
     logits = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.4, 0.2, 0.2, 0.2]]).log()
 
