@@ -215,6 +215,12 @@ def add_convert(commands: Commands) -> None:
         help="add the adapters among the sources to their base, which is a source too (SCALE: 1)",
     )
     convert.add_argument(
+        "--weights",
+        choices=["ema", "raw"],
+        help="of a run: the moving average of the weights, or the weights themselves (default: the "
+        "average, if the checkpoint holds one)",
+    )
+    convert.add_argument(
         "--weights-only",
         action="store_true",
         help="--to megatron or deepspeed: drop the optimizer of a checkpoint",

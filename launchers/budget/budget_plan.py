@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from landiff.training.config import EmaConfig
+
 GIB = 1 << 30
 RUNTIME_BYTES = int(1.2 * GIB)  # CUDA context, buffers of cuBLAS and NCCL
 
@@ -33,6 +35,11 @@ class BudgetPlan:
     def total_memory(self) -> int:
         """Bytes on the fullest GPU."""
         return sum(self.memory.values())
+
+
+def average_memory(ema: EmaConfig | None, weights: int) -> dict[str, int]:
+    """Bytes of the float32 moving average of `weights` weights, by part; none without `ema`."""
+    return {} if ema is None else {"moving average": 4 * weights}
 
 
 def layout_text(layout: str, micro_batches: int, micro_batch_size: int, recompute: bool) -> str:

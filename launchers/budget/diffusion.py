@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from landiff.launchers.budget.budget_plan import RUNTIME_BYTES, BudgetPlan, layout_text
+from landiff.launchers.budget.budget_plan import (
+    RUNTIME_BYTES,
+    BudgetPlan,
+    average_memory,
+    layout_text,
+)
 from landiff.launchers.budget.meta import count_parameters, diffusion_on_meta
 from landiff.model_zoo.config import TransformerConfig
 from landiff.model_zoo.semantic_condition import SemanticCondition
@@ -159,6 +164,7 @@ def memory_by_part(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int)
         "weights": (cost.frozen + cost.trained) * element // weight_parts,
         "gradients": cost.trained * 4 // gradient_parts,  # summed in float32
         "optimizer": cost.trained * optimizer_bytes // gpus,
+        **average_memory(config.ema, cost.trained // gpus),
         "buckets": buckets,
         "activations": blocks + clips * cost.semantic_elements * element,
         "runtime": RUNTIME_BYTES,

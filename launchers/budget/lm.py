@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 
-from landiff.launchers.budget.budget_plan import RUNTIME_BYTES, BudgetPlan, layout_text
+from landiff.launchers.budget.budget_plan import (
+    RUNTIME_BYTES,
+    BudgetPlan,
+    average_memory,
+    layout_text,
+)
 from landiff.launchers.budget.meta import count_linear_weights, count_parameters, lm_on_meta
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
@@ -111,6 +116,7 @@ def memory_of_fullest_rank(
         "weights": own * element,
         "gradients": own * 4,
         "optimizer": own * optimizer_bytes // optimizer_parts,
+        **average_memory(config.ema, own // optimizer_parts),
         "activations": int(rows * activations_per_token(config, micro_batches)),
         "logits": logits * (4 + 4 + element),
         "runtime": RUNTIME_BYTES,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from landiff.launchers.budget.budget_plan import RUNTIME_BYTES, BudgetPlan, layout_text
+from landiff.launchers.budget.budget_plan import (
+    RUNTIME_BYTES,
+    BudgetPlan,
+    average_memory,
+    layout_text,
+)
 from landiff.launchers.budget.meta import count_parameters, tokenizer_on_meta
 from landiff.training.layout import check_batch
 from landiff.training.observe.flops import tokenizer_flops
@@ -43,6 +48,7 @@ def plan_tokenizer(config: TokenizerTrainConfig, gpus: int) -> BudgetPlan:
             "weights": 4 * parameters,
             "gradients": 4 * parameters,
             "optimizer": 8 * parameters,
+            **average_memory(config.ema, parameters),
             "activations": rows * width * element * kept,
             "runtime": RUNTIME_BYTES,
         },

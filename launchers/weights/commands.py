@@ -45,9 +45,10 @@ def inspect_weights(args: argparse.Namespace, paths: Sequence[str]) -> None:
         raise ConfigError("landiff convert inspect needs a path")
     from landiff.launchers.weights.convert import find_source
     from landiff.model_zoo.config import ModelConfig
-    from landiff.model_zoo.convert.known_formats import Options, describe_source
+    from landiff.model_zoo.convert.known_formats import describe_source
+    from landiff.model_zoo.convert.parts import Options
 
-    options = Options(load(ModelConfig, args.model), tuple(args.allow_missing))
+    options = Options(load(ModelConfig, args.model), tuple(args.allow_missing), args.weights)
     descriptions = [describe_source(find_source(path, Path(args.zoo), options)) for path in paths]
     print("\n".join(descriptions))
 
@@ -101,6 +102,8 @@ def describe_entry(entry: ZooEntry) -> str:
     provenance = entry.provenance
     paths = [source.get("path", "?") for source in provenance.get("sources", ())]
     origin = ", ".join(paths) or "unknown origin"
+    if provenance.get("weights") == "ema":
+        origin = f"moving average of {origin}"
     if provenance.get("step") is not None:
         return f"{entry.kind:<14}{entry.reference}  step {provenance['step']}, from {origin}"
     return f"{entry.kind:<14}{entry.reference}  from {origin}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from landiff.model_zoo.config import LMConfig, ModelConfig
 from landiff.model_zoo.convert import known_formats
 from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.megatron import default_padding
-from landiff.model_zoo.convert.parts import VAE, Part, WeightSource, assembled
+from landiff.model_zoo.convert.parts import VAE, Options, Part, WeightSource, assembled
 from landiff.model_zoo.convert.rules import all_of
 from landiff.model_zoo.lora.parts import merged
 from landiff.training.checkpoint.files import differences, latest_whole, versions
@@ -72,9 +73,7 @@ def require_whole(path: Path) -> None:
                 )
 
 
-def find_source(
-    reference: str | Path, zoo: Path, options: known_formats.Options | None = None
-) -> WeightSource:
+def find_source(reference: str | Path, zoo: Path, options: Options | None = None) -> WeightSource:
     """The models of a source. Only headers are read. Raises ConfigError."""
     return known_formats.open_source(locate(reference, zoo), options)
 
@@ -86,8 +85,14 @@ def locate_all(request: ConvertRequest) -> list[Path]:
 
 def open_all(request: ConvertRequest, paths: Sequence[Path]) -> list[WeightSource]:
     """The models of all sources. Raises ConfigError with the problems of all of them."""
-    options = known_formats.Options(load(ModelConfig, request.model), request.allow_missing)
-    return all_of(partial(known_formats.open_source, path, options) for path in paths)
+    options = Options(load(ModelConfig, request.model), request.allow_missing, request.weights)
+    sources = all_of(partial(known_formats.open_source, path, options) for path in paths)
+    if request.weights is not None and all(source.weights is None for source in sources):
+        raise ConfigError(
+            f"--weights {request.weights} chooses between the weights of a run, and "
+            f"{sources[0].path} is none; leave the option out"
+        )
+    return sources
 
 
 def parts_of(sources: Sequence[WeightSource], request: ConvertRequest) -> list[Part]:
@@ -116,10 +121,13 @@ def convert_weights(request: ConvertRequest) -> list[str]:
     """
     paths = locate_all(request)
     sources = open_all(request, paths)
+    keeps_both = keeps_optimizer(request, paths)
+    if keeps_both:
+        sources = [replace(source, weights=None) for source in sources]
     origin = provenance(sources, request)
     progress = ProgressLine("convert", "MB")
     names = " + ".join(describe_request(source) for source in sources)
-    if keeps_optimizer(request, paths):
+    if keeps_both:
         result = reshard(sources[0].path, reshard_request(request), origin, progress)
         return [f"{names} -> {request.out}, {result}"]
     parts = parts_of(sources, request)
@@ -141,7 +149,7 @@ def plan(request: ConvertRequest) -> list[str]:
     target = str(request.out or f"{request.zoo}/{request.name or '*'}")
     if keeps_optimizer(request, paths):
         result = describe_reshard(sources[0].path, reshard_request(request))
-        source = describe_request(sources[0])
+        source = describe_request(replace(sources[0], weights=None))
         return [f"would convert {source} with its optimizer, to {target}: {result}"]
     parts: list[Part] = []
     lines = []
@@ -180,6 +188,11 @@ def keeps_optimizer(request: ConvertRequest, paths: Sequence[Path]) -> bool:
     if request.to not in TRAINERS or request.weights_only:
         return False
     found = [path for path in paths if has_optimizer_state(path, request.to)]
+    if found and request.weights is not None:
+        raise ConfigError(
+            f"{found[0]} is a checkpoint with its optimizer, which keeps its weights and their "
+            f"moving average: use --weights {request.weights} with --weights-only"
+        )
     if found and request.allow_missing:
         raise ConfigError(
             f"{found[0]} is a checkpoint with its optimizer, which must be complete: use "
@@ -229,9 +242,10 @@ def zoo_names(parts: Sequence[Part], name: str | None) -> dict[str, str]:
 
 
 def describe_request(source: WeightSource) -> str:
-    """Format, step and path of a source as text."""
+    """Format, step, path and choice of weights of a source as text."""
     step = "" if source.step is None else f" step {source.step}"
-    return f"{source.format}{step} ({source.path})"
+    weights = ", moving average" if source.weights == "ema" else ""
+    return f"{source.format}{step}{weights} ({source.path})"
 
 
 def provenance(sources: Sequence[WeightSource], request: ConvertRequest) -> dict[str, Any]:
@@ -243,15 +257,20 @@ def provenance(sources: Sequence[WeightSource], request: ConvertRequest) -> dict
             "format": source.format,
             "layout": source.layout,
             "step": source.step,
+            "weights": source.weights,
             **source.provenance,
         }
         if "config" in entry:
             entry["column_fingerprints"] = _column_fingerprints(entry["config"])
         entries.append(entry)
-    step = entries[0]["step"] if len(entries) == 1 else None
+    step = weights = None
+    if len(entries) == 1:
+        step = entries[0]["step"]
+        weights = entries[0]["weights"]
     return {
         "sources": entries,
         "step": step,
+        "weights": weights,
         "dtype": request.dtype,
         "merged_adapters_scale": request.merge,
         "model": request.model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from landiff.configs import load
 from landiff.configs.problems import Problem, check_writable, problems_of
@@ -16,6 +17,7 @@ from landiff.model_zoo.config import ModelConfig
 from landiff.training.checkpoint.run_folder import CHECKPOINTS, STATE, committed_steps
 from landiff.training.checks import Launch
 
+WeightChoice = Literal["ema", "raw"]
 ENGINES = ("megatron", "deepspeed")  # formats from which a run resumes or starts
 
 
@@ -32,6 +34,7 @@ class ConvertRequest:
     dtype: str | None = None  # None: as in the source
     allow_missing: tuple[str, ...] = ()
     merge: float | None = None  # scale of adapters that are added to their base
+    weights: WeightChoice | None = None  # of a run; None: the moving average if there is one
     weights_only: bool = False  # convert a checkpoint without its optimizer
     world_size: int | None = None  # for --to deepspeed
     # For --to megatron and deepspeed: key=value, as in the config of the run that uses the result.
@@ -50,6 +53,7 @@ def request_of(args: argparse.Namespace) -> ConvertRequest:
         dtype=args.dtype,
         allow_missing=tuple(args.allow_missing),
         merge=args.merge,
+        weights=args.weights,
         weights_only=args.weights_only,
         world_size=args.world_size,
         overrides=tuple(args.overrides),

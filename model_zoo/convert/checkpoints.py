@@ -29,7 +29,9 @@ from landiff.model_zoo.convert.parts import (
     ADAPTER,
     FOREIGN,
     PLAIN,
+    Options,
     Part,
+    WeightChoice,
     WeightSource,
     match_model,
 )
@@ -41,9 +43,15 @@ from landiff.model_zoo.lora.parts import adapter_part
 STATE = "state.json"
 RUN_CONFIG = "config.yaml"
 TOKENIZER_WEIGHTS = "model.safetensors"
+TOKENIZER_EMA = "ema.safetensors"  # moving averages of the parameters
 
 # Entries of state.json that become part of the provenance.
 STATE_ENTRIES = ("step", "kind", "manifest", "columns", "world_size", "versions")
+
+
+def _choice(options: Options, *, has_averages: bool) -> WeightChoice:
+    """Which weights of a checkpoint are opened: by default moving averages, if it has some."""
+    return "ema" if has_averages and options.weights != "raw" else "raw"
 
 
 # ---------------------------------------------------------------- zoo entries
@@ -56,9 +64,7 @@ def is_zoo_entry(path: Path) -> bool:
     return has_all and diffusers_folder.class_of(path) is None
 
 
-def open_zoo_entry(
-    path: Path, _models: ModelConfig, allow_missing: Sequence[str] = ()
-) -> WeightSource:
+def open_zoo_entry(path: Path, options: Options) -> WeightSource:
     """The model of a zoo entry, whose fingerprint is verified. Raises ConfigError."""
     entry = registry.read_entry(path)
     registry.require_intact(entry)
@@ -66,7 +72,12 @@ def open_zoo_entry(
         part = Part(ADAPTER, entry.config, entry.lazy())
     else:
         part = match_model(
-            entry.lazy(), entry.kind, entry.config, PLAIN, str(path), allow_missing=allow_missing
+            entry.lazy(),
+            entry.kind,
+            entry.config,
+            PLAIN,
+            str(path),
+            allow_missing=options.allow_missing,
         )
     return WeightSource(
         path,
@@ -75,6 +86,7 @@ def open_zoo_entry(
         parts=(part,),
         step=entry.provenance.get("step"),
         provenance={"entry": entry.reference, "made_of": entry.provenance},
+        weights=entry.provenance.get("weights"),
     )
 
 
@@ -86,16 +98,21 @@ def is_tokenizer_checkpoint(path: Path) -> bool:
     return (path / STATE).is_file() and (path / TOKENIZER_WEIGHTS).is_file()
 
 
-def open_tokenizer_checkpoint(
-    path: Path, _models: ModelConfig, allow_missing: Sequence[str] = ()
-) -> WeightSource:
+def open_tokenizer_checkpoint(path: Path, options: Options) -> WeightSource:
     """The tokenizer in a checkpoint of its trainer. Raises ConfigError."""
     section = megatron.model_section(_run_config(path), path)
     config = validate(TokenizerConfig, section, str(path / RUN_CONFIG))
     tensors = read_safetensors(path / TOKENIZER_WEIGHTS)
-    part = match_model(tensors, "tokenizer", config, PLAIN, str(path), allow_missing=allow_missing)
+    weights = _choice(options, has_averages=(path / TOKENIZER_EMA).is_file())
+    if weights == "ema":
+        tensors = tensors.joined(read_safetensors(path / TOKENIZER_EMA))
+    part = match_model(
+        tensors, "tokenizer", config, PLAIN, str(path), allow_missing=options.allow_missing
+    )
     step, provenance = run_provenance(path)
-    return WeightSource(path, "tokenizer checkpoint", "plain torch", (part,), step, provenance)
+    return WeightSource(
+        path, "tokenizer checkpoint", "plain torch", (part,), step, provenance, weights
+    )
 
 
 # ---------------------------------------------------------------- Megatron
@@ -106,24 +123,25 @@ def is_megatron_checkpoint(path: Path) -> bool:
     return (path / dist_checkpoint.METADATA).is_file()
 
 
-def open_megatron_checkpoint(
-    path: Path, models: ModelConfig, allow_missing: Sequence[str] = ()
-) -> WeightSource:
+def open_megatron_checkpoint(path: Path, options: Options) -> WeightSource:
     """The language model in a Megatron checkpoint.
 
-    `models` gives its sizes if the folder has no config. Raises ConfigError.
+    `options.models` gives its sizes if the folder has no config. Raises ConfigError.
     """
-    config = models.lm
+    config = options.models.lm
     if (path / megatron.CONFIG).is_file():
         config = megatron.stored_config(path)
-    theirs = megatron.open_megatron(path)
+    weights = _choice(options, has_averages=megatron.has_averages(path))
+    theirs = megatron.open_megatron(path, ema=weights == "ema")
     rules = megatron.megatron_rules(config, megatron.padding_of(theirs, config, path))
     adapter = read_adapter(path)
     if adapter is not None:
         matrices = theirs.only(lambda name: name.endswith((".lora_A", ".lora_B")))
         part = adapter_part(adapter, converted(matrices, rules, "to_ours"), str(path))
     else:
-        part = match_model(theirs, "lm", config, rules, str(path), allow_missing=allow_missing)
+        part = match_model(
+            theirs, "lm", config, rules, str(path), allow_missing=options.allow_missing
+        )
     step, provenance = run_provenance(path)
     layout = "dist_checkpointing: whole tensors, for any parallel layout"
     parallel = provenance.get("config", {}).get("parallel")
@@ -133,7 +151,7 @@ def open_megatron_checkpoint(
             f"pipeline {parallel.get('pipeline')}"
         )
     layout += f"; {megatron_optimizer.describe_optimizer(path)}"
-    return WeightSource(path, "megatron", layout, (part,), step, provenance)
+    return WeightSource(path, "megatron", layout, (part,), step, provenance, weights)
 
 
 # ---------------------------------------------------------------- DeepSpeed
@@ -144,28 +162,28 @@ def is_deepspeed_checkpoint(path: Path) -> bool:
     return (path / deepspeed.LAYOUT).is_file() or deepspeed.find_shards(path) is not None
 
 
-def open_deepspeed_checkpoint(
-    path: Path, models: ModelConfig, allow_missing: Sequence[str] = ()
-) -> WeightSource:
+def open_deepspeed_checkpoint(path: Path, options: Options) -> WeightSource:
     """The model in a DeepSpeed checkpoint.
 
-    `models` gives its sizes if the diffusion trainer did not write it. Raises ConfigError.
+    `options.models` gives its sizes if the diffusion trainer did not write it. Raises ConfigError.
     """
     if not (path / deepspeed.LAYOUT).is_file():
-        return _open_foreign_deepspeed(path, models, allow_missing)
+        return _open_foreign_deepspeed(path, options.models, options.allow_missing)
     layout = deepspeed.ZeroLayout.read(path)
     state = deepspeed.read_deepspeed(path / deepspeed.SHARDS)
+    weights = _choice(options, has_averages=deepspeed.EMA in state.moment_places)
+    tensors = deepspeed.exported(state, ema=weights == "ema")
     kind, config = layout.part
     adapter = read_adapter(path)
     if adapter is not None:
-        part = adapter_part(adapter, adapter_tensors(deepspeed.exported(state)), str(path))
+        part = adapter_part(adapter, adapter_tensors(tensors), str(path))
     else:
         part = match_model(
-            deepspeed.exported(state), kind, config, PLAIN, str(path), allow_missing=allow_missing
+            tensors, kind, config, PLAIN, str(path), allow_missing=options.allow_missing
         )
     step, provenance = run_provenance(path)
     text = f"{_describe_zero(state)}, {layout.precision}, phase {layout.phase}"
-    return WeightSource(path, "deepspeed", text, (part,), step, provenance)
+    return WeightSource(path, "deepspeed", text, (part,), step, provenance, weights)
 
 
 def _open_foreign_deepspeed(

@@ -17,19 +17,13 @@ files of Megatron and DeepSpeed are read and written as files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from landiff.configs import Config, ConfigError
 from landiff.model_zoo import registry
-from landiff.model_zoo.config import (
-    DiffusionConfig,
-    LMConfig,
-    ModelConfig,
-    TokenizerConfig,
-    TransformerConfig,
-)
+from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
 from landiff.model_zoo.convert import checkpoints
 from landiff.model_zoo.convert.foreign import refuse_adapter_folder
 from landiff.model_zoo.convert.formats import (
@@ -42,21 +36,12 @@ from landiff.model_zoo.convert.formats.deepspeed_write import ZeroPartition
 from landiff.model_zoo.convert.formats.megatron import Padded
 from landiff.model_zoo.convert.lazy import ProgressCallback
 from landiff.model_zoo.convert.output_folder import new_folder
-from landiff.model_zoo.convert.parts import ADAPTER, VAE, Part, WeightSource, assembled
+from landiff.model_zoo.convert.parts import ADAPTER, VAE, Options, Part, WeightSource, assembled
 from landiff.model_zoo.lora.config import AdapterConfig
 from landiff.model_zoo.lora.files import adapter_names_in_transformers, write_adapter, write_peft
 from landiff.model_zoo.lora.parts import matrices
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to read a source that does not describe itself completely."""
-
-    # Sizes of the models in a release or in an engine's checkpoint without a config.
-    models: ModelConfig = field(default_factory=ModelConfig)
-    # Patterns of tensor names that may be missing and are initialized instead.
-    allow_missing: tuple[str, ...] = ()
-
+WEIGHT_TEXTS = {"ema": "moving average", "raw": "raw weights"}
 
 # ---------------------------------------------------------------- reading
 
@@ -68,15 +53,19 @@ class SourceFormat:
     name: str
     description: str
     detect: Callable[[Path], bool]
-    open: Callable[[Path, ModelConfig, Sequence[str]], WeightSource]
+    open: Callable[[Path, Options], WeightSource]
 
 
 def _has_diffusers_models(path: Path) -> bool:
     return bool(diffusers_folder.model_folders(path))
 
 
-def _open_diffusers(path: Path, _models: ModelConfig, allow_missing: Sequence[str]) -> WeightSource:
-    return diffusers_folder.open_diffusers(path, allow_missing)
+def _open_diffusers(path: Path, options: Options) -> WeightSource:
+    return diffusers_folder.open_diffusers(path, options.allow_missing)
+
+
+def _open_release(path: Path, options: Options) -> WeightSource:
+    return release_set.open_release(path, options.models, options.allow_missing)
 
 
 def _has_release_files(path: Path) -> bool:
@@ -121,7 +110,7 @@ SOURCE_FORMATS = (
         "release",
         "LanDiff release: a set, a folder or a file of it",
         _has_release_files,
-        release_set.open_release,
+        _open_release,
     ),
 )
 
@@ -136,10 +125,24 @@ def open_source(path: Path, options: Options | None = None) -> WeightSource:
     options = options or Options()
     for source_format in SOURCE_FORMATS:
         if source_format.detect(path):
-            return source_format.open(path, options.models, options.allow_missing)
+            source = source_format.open(path, options)
+            _require_choice(source, options)
+            return source
     refuse_adapter_folder(path)
     known = "\n".join(f"  {source_format.description}" for source_format in SOURCE_FORMATS)
     raise ConfigError(f"{path} is none of the formats that can be converted:\n{known}")
+
+
+def _require_choice(source: WeightSource, options: Options) -> None:
+    """Raise ConfigError if the source holds other weights of a run than those asked for."""
+    asked = options.weights
+    if asked in (None, source.weights) or source.weights is None:
+        return
+    if source.format == "zoo":
+        held = f"is an export of the {WEIGHT_TEXTS[source.weights]}; convert the run instead"
+    else:
+        held = "holds no moving average (the run has ema = null); use --weights raw"
+    raise ConfigError(f"--weights {asked}: {source.path} {held}")
 
 
 def describe_source(source: WeightSource) -> str:
@@ -150,6 +153,8 @@ def describe_source(source: WeightSource) -> str:
         f"  layout       {source.layout}",
         f"  step         {'-' if source.step is None else source.step}",
     ]
+    if source.weights is not None:
+        lines.append(f"  weights      {WEIGHT_TEXTS[source.weights]} ({source.weights})")
     for part in source.parts:
         lines += [
             f"  kind         {part.kind}",

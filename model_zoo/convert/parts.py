@@ -13,14 +13,14 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from landiff.configs import Config, ConfigError
 from landiff.model_zoo import registry
-from landiff.model_zoo.config import DiffusionConfig
+from landiff.model_zoo.config import DiffusionConfig, ModelConfig
 from landiff.model_zoo.convert.foreign import without_wrappers
 from landiff.model_zoo.convert.formats import (
     diffusers_transformer,
@@ -83,6 +83,21 @@ class Part:
         return replace(self, tensors=tensors)
 
 
+WeightChoice = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to read a source that does not describe itself completely, or holds a choice."""
+
+    # Sizes of the models in a release or in an engine's checkpoint without a config.
+    models: ModelConfig = field(default_factory=ModelConfig)
+    # Patterns of tensor names that may be missing and are initialized instead.
+    allow_missing: tuple[str, ...] = ()
+    # The moving averages in a checkpoint, or the weights; None: averages if there are any.
+    weights: WeightChoice | None = None
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """A file, folder or checkpoint whose format was detected."""
@@ -93,6 +108,8 @@ class WeightSource:
     parts: tuple[Part, ...]
     step: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    # The moving averages of a run, or its weights; None if the source does not say.
+    weights: WeightChoice | None = None
 
 
 def build_meta(kind: str, config: Config | Mapping[str, Any]) -> dict[str, Tensor]:

@@ -193,15 +193,18 @@ def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:
     return *layout.part, tensors
 
 
-def exported(state: DeepSpeedState) -> LazyTensors:
-    """All weights of a checkpoint.
+def exported(state: DeepSpeedState, *, ema: bool = False) -> LazyTensors:
+    """All weights of a checkpoint, with `ema` the moving averages of those that have one.
 
     Floating-point weights of a training run are float32; weights that start a run keep their dtype.
     """
+    places = dict(state.places)
+    if ema:
+        places.update(state.moment_places[EMA])
     meta = {}
-    for name, place in state.places.items():
+    for name, place in places.items():
         meta[name] = torch.empty(place.shape, dtype=place.dtype, device="meta")
-    tensors = LazyTensors(meta, lambda name: state.places[name].read())
+    tensors = LazyTensors(meta, lambda name: places[name].read())
     if not is_start(state):
         return tensors.cast(torch.float32)
     working = {}

@@ -18,7 +18,7 @@ import torch
 
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
-from landiff.model_zoo.convert.formats.deepspeed import SHARDS, START, ZeroLayout
+from landiff.model_zoo.convert.formats.deepspeed import EMA, SHARDS, START, ZeroLayout
 from landiff.model_zoo.convert.formats.zero.file import Fragment, TensorKey, ZeroFile
 from landiff.model_zoo.convert.formats.zero.state import (
     DeepSpeedState,
@@ -403,7 +403,9 @@ def _adam_state(
     """
     if not state.moment_places:
         return {}
-    numbers = state.numbers or {"step": torch.tensor(float(state.optimizer_steps))}
+    numbers = state.numbers
+    if not numbers and state.moment_places.keys() != {EMA}:
+        numbers = {"step": torch.tensor(float(state.optimizer_steps))}
     entries = replace_leaves(numbers, file.add_value)
     for key, places in state.moment_places.items():
         entries[key] = file.add_vector(places, fragments, torch.float32)

@@ -219,15 +219,21 @@ def read_megatron(folder: Path) -> dict[str, Tensor]:
     return dict(open_megatron(folder))
 
 
-def open_megatron(folder: Path) -> LazyTensors:
+def has_averages(folder: Path) -> bool:
+    """Whether a `dist_checkpointing` folder of our trainer holds moving averages of the weights."""
+    return any(key.startswith(EMA_PREFIX) for key in DistReader(folder).entries)
+
+
+def open_megatron(folder: Path, *, ema: bool = False) -> LazyTensors:
     """The weights of a `dist_checkpointing` folder under Megatron's names, read on access.
 
     Tensors are whole and layers are separate. Master weights of the optimizer, which are float32,
-    replace the weights of the model. Raises ConversionError if `folder` is no such checkpoint.
+    replace the weights of the model; with `ema`, moving averages of the weights do. Raises
+    ConversionError if `folder` is no such checkpoint.
     """
     reader = DistReader(folder)
     key_of = {key: key for key in reader.entries if not key.startswith("optimizer.")}
-    for prefix in MASTER_PREFIXES:
+    for prefix in (EMA_PREFIX,) if ema else MASTER_PREFIXES:
         for key in reader.entries:
             if key.startswith(prefix):
                 key_of[key.removeprefix(prefix)] = key

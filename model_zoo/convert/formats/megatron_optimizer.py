@@ -26,6 +26,7 @@ from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader, write_dist
 from landiff.model_zoo.convert.formats.megatron import (
     COMMON,
+    EMA_PREFIX,
     Padded,
     extra_states,
     megatron_rules,
@@ -41,6 +42,7 @@ from landiff.model_zoo.convert.rules import ConversionError
 STATE = "optimizer.state."
 MASTERS = {False: "fp32_param", True: "param"}  # name of the master weights by: is distributed
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = EMA_PREFIX.removeprefix(STATE).removesuffix(".")  # of our trainer; stored like a moment
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class MegatronState:
     layout: MegatronLayout
     weights: LazyTensors  # those that the model computes with
     masters: LazyTensors  # float32
-    moments: Mapping[str, LazyTensors]
+    moments: Mapping[str, LazyTensors]  # of Adam, and moving averages if there are any
     steps: float  # Adam's own step count
     groups: tuple[Mapping[str, Any], ...]  # settings of the optimizer's parameter groups
 
@@ -145,6 +147,9 @@ def read_state(folder: Path, config: LMConfig) -> MegatronState:
         raise ConversionError(
             f"{folder} holds no complete optimizer state; --weights-only converts its weights"
         )
+    averages = stored(EMA)
+    if averages is not None:
+        moments[EMA] = averages
     groups = []
     for group in inner["param_groups"]:
         groups.append({key: value for key, value in group.items() if key != "step"})

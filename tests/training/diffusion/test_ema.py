@@ -10,6 +10,8 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
+from landiff.launchers.cli import main
+from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.engine import build_engine
@@ -17,24 +19,29 @@ from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo
 
 LAYOUTS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+FROZEN = [(2, "bf16"), (3, "fp32")]  # of phase control, with a frozen main transformer
 PERSISTENT = 40  # elements; in ZeRO-3 some parameters stay on every rank, as in shipped configs
 EMA = "{decay: 0.9, every: 2, from_step: 7}"
 KEPT = 0.9**2
 STEPS = 50
 
 
-def engine_of(world, folder: Path, stage: int, precision: str, ema: str = EMA, **changes):
-    phase = "control" if precision == "bf16" else "main"
-    settings = config(
+def settings_of(folder: Path, stage: int, precision: str, ema: str = EMA, **changes):
+    return config(
         folder,
-        phase,
+        "control" if (stage, precision) in FROZEN else "main",
+        data__global_batch_size=2,
+        data__micro_batch_size=1,
         zero__stage=stage,
         zero__parameter_persistence_threshold=PERSISTENT,
         precision=precision,
         ema=ema,
         **changes,
     )
-    return build_engine(settings, world)
+
+
+def engine_of(world, *args, **changes):
+    return build_engine(settings_of(*args, **changes), world)
 
 
 def train(engine, world, steps) -> list[torch.Tensor]:
@@ -74,8 +81,7 @@ def averages_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def equal(one, other) -> bool:
-    pairs = zip(one.values(), other.values(), strict=True)
-    return one.keys() == other.keys() and all(torch.equal(*pair) for pair in pairs)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def check_context(engine, folder: Path) -> dict[str, bool]:
@@ -121,15 +127,14 @@ def resume_and_save(world, folder: Path, moves) -> None:
         engine.load(folder / f"{stage}-{precision}")
         name = f"{stage}-{precision}-to-{own}-{world.size}"
         save(engine, world, folder / name)
-        engine.objective.config = engine.config = config(
-            folder, engine.config.phase, zero__stage=own, precision=precision
-        )
+        engine.objective.config = engine.config = settings_of(folder, own, precision)
         engine.train_step(batch(engine.config, STEPS, world))
         save(engine, world, folder / f"{name}-next")
 
 
-MOVES_OF_TWO = [("fp32", 1, 1), ("bf16", 2, 2), ("bf16", 3, 3), ("fp32", 3, 3), ("bf16", 2, 3)]
-MOVES_OF_ONE = [("fp32", 3, 2), ("bf16", 1, 3)]
+# precision, ZeRO stage of the checkpoint, ZeRO stage of the run that loads it
+MOVES_OF_TWO = [("fp32", 1, 1), ("bf16", 2, 2), ("bf16", 3, 3), ("fp32", 3, 3), ("bf16", 3, 1)]
+MOVES_OF_ONE = [("fp32", 2, 2), ("bf16", 1, 3), ("fp32", 3, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,32 @@ def test_resume_in_the_same_layout_is_bit_equal(trained, move):
     folder, _ = trained
     straight = averages_in(folder / f"{stage}-{precision}-next")
     assert equal(averages_in(folder / f"{stage}-{precision}-to-{own}-2-next"), straight)
+
+
+@pytest.mark.parametrize("layout", [(1, "bf16"), (3, "fp32")])
+def test_a_conversion_takes_it_unless_told_otherwise(trained, tmp_path, capsys, layout):
+    folder, _ = trained
+    saved = folder / f"{layout[0]}-{layout[1]}"
+    raw = dict(read_deepspeed(saved / "zero").weights.items())
+    averaged = {**raw, **averages_in(saved)}
+    for words, kind, expected in (([], "ema", averaged), (["--weights", "raw"], "raw", raw)):
+        zoo = tmp_path / kind
+        assert main(["convert", str(saved), "--zoo", str(zoo), "--name", "it", *words]) == 0
+        assert ("moving average" in capsys.readouterr().out) == (kind == "ema")
+        entry = registry.resolve(zoo, "it")
+        assert entry.provenance["weights"] == kind
+        assert equal(
+            dict(entry.load()), {name: tensor.float() for name, tensor in expected.items()}
+        )
+
+
+def test_a_checkpoint_is_converted_with_it_and_the_optimizer(trained, tmp_path, capsys):
+    folder, _ = trained
+    words = ["convert", str(folder / "3-bf16"), "--to", "deepspeed", "--out", str(tmp_path / "out")]
+    assert main([*words, "--weights", "ema"]) == 2
+    assert "with --weights-only" in capsys.readouterr().err
+    assert main([*words, "--world-size", "3", "zero.stage=2"]) == 0
+    assert equal(averages_in(tmp_path / "out"), averages_in(folder / "3-bf16"))
 
 
 def switch(world, folder: Path) -> list[str]:

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from landiff.launchers.cli import main
+from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
+from landiff.model_zoo.convert.formats.megatron import write_megatron_config
+from landiff.model_zoo.convert.formats.megatron_optimizer import MASTERS
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
 from tests.training.lm.checkpoints import close, fresh, save
@@ -172,3 +176,35 @@ def test_resume_is_bit_equal_to_a_run_that_has_entered_the_context(trained, move
     folder, _, _ = trained
     straight = averages_in(folder / f"{move[0]}, next", "")
     assert equal(averages_in(folder / f"{move[0]} to {move[1]}, next", ""), straight)
+
+
+DIRECT = {  # names of weights that both have in one shape -> Megatron's
+    "final_norm.weight": "decoder.final_layernorm.weight",
+    "blocks.1.w2.weight": "decoder.layers.1.mlp.linear_fc2.weight",
+    "micro.frames.fc0.weight": "micro.frames.fc0.weight",
+}
+
+
+@pytest.mark.parametrize("layout", ["tensor 2", "data 2"])
+def test_a_conversion_takes_it_unless_told_otherwise(trained, tmp_path, capsys, layout):
+    saved = trained[0] / layout
+    write_megatron_config(saved, config_of(tmp_path, layout).model)
+    averages = averages_in(saved)
+    raw = averages_in(saved, f"optimizer.state.{MASTERS[layout == 'data 2']}.")
+    for words, kind, expected in (([], "ema", averages), (["--weights", "raw"], "raw", raw)):
+        zoo = tmp_path / kind
+        assert main(["convert", str(saved), "--zoo", str(zoo), "--name", "it", *words]) == 0
+        assert ("moving average" in capsys.readouterr().out) == (kind == "ema")
+        entry = registry.resolve(zoo, "it")
+        assert entry.provenance["weights"] == kind
+        weights = entry.load()
+        for ours, theirs in DIRECT.items():
+            assert torch.equal(weights[ours], expected[theirs]), ours
+
+
+def test_a_checkpoint_is_converted_with_it_and_the_optimizer(trained, tmp_path):
+    saved = trained[0] / "data 2"
+    write_megatron_config(saved, config_of(tmp_path, "data 2").model)
+    words = ["convert", str(saved), "--to", "megatron", "--out", str(tmp_path / "out")]
+    assert main([*words, "parallel.distributed_optimizer=false"]) == 0
+    assert equal(averages_in(tmp_path / "out"), averages_in(saved))

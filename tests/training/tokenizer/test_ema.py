@@ -2,9 +2,13 @@
 
 import logging
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from landiff.configs import ConfigError
+from landiff.configs.loader import write_config
+from landiff.model_zoo.convert.known_formats import Options, open_source
 from landiff.training.tokenizer.engine import TokenizerEngine
 from tests.distributed import run_distributed
 from tests.training.tokenizer.tiny import batch, config
@@ -106,3 +110,26 @@ def test_forward_passes_read_it_inside_the_context_only(tmp_path):
         for name, tensor in engine.tokenizer.state_dict().items():
             assert torch.equal(tensor, before[name]), name
     assert all(map(torch.equal, engine.ema.averages, averages))
+
+
+def test_a_conversion_takes_it_unless_told_otherwise(tmp_path):
+    run = tmp_path / "run"
+    engine = engine_of(run, EMA)
+    train(engine, range(12))
+    run.mkdir()
+    engine.save(run)
+    write_config(run / "config.yaml", engine.config)
+    (run / "state.json").write_text('{"step": 12}')
+    raw = {name: tensor.clone() for name, tensor in engine.tokenizer.state_dict().items()}
+    with engine.weights(True):
+        averages = {name: tensor.clone() for name, tensor in engine.tokenizer.state_dict().items()}
+    for choice, kind, expected in ((None, "ema", averages), ("raw", "raw", raw)):
+        source = open_source(run, Options(weights=choice))
+        assert source.weights == kind
+        (part,) = source.parts
+        for name, tensor in expected.items():
+            assert torch.equal(part.tensors[name], tensor), name
+    (run / "ema.safetensors").unlink()
+    assert open_source(run).weights == "raw"
+    with pytest.raises(ConfigError, match="--weights ema: .* holds no moving average"):
+        open_source(run, Options(weights="ema"))
