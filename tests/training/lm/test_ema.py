@@ -15,7 +15,7 @@ from landiff.model_zoo.convert.formats.megatron import write_megatron_config
 from landiff.model_zoo.convert.formats.megatron_optimizer import MASTERS
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
-from tests.training.lm.checkpoints import close, fresh, save
+from tests.training.lm.checkpoints import close, evaluate, fresh, save
 from tests.training.lm.samples import tiny_batch, tiny_config
 
 PREFIX = "optimizer.state.ema."
@@ -110,10 +110,6 @@ def train_all(world: Any, folder: Path) -> dict[str, dict[str, Any]]:
         save(engine, folder / f"{layout}, next")
         close(engine)
     return found
-
-
-def evaluate(engine: MegatronEngine) -> float:
-    return engine.evaluate(tiny_batch(engine.config, 0, engine.dp_rank, engine.dp_size))
 
 
 def resume_all(world: Any, folder: Path, moves: list[tuple[str, str]]) -> list[float]:
