@@ -52,7 +52,7 @@ def test_bash_completes_commands_options_choices_and_config_names(capsys, tmp_pa
     script = completion_script("bash", capsys)
     assert bash_completions(script, "prec") == ["precompute"]
     assert bash_completions(script, "train", "dif") == ["diffusion"]
-    assert bash_completions(script, "convert", "--weights") == ["--weights-only"]
+    assert bash_completions(script, "convert", "--weights") == ["--weights", "--weights-only"]
     assert bash_completions(script, "convert", "--to", "mega") == ["megatron"]
     assert bash_completions(script, "shards", "--config", "nano/sh") == ["nano/shards"]
     assert bash_completions(script, "submit", "--cluster", "sand") == ["sandbox"]
