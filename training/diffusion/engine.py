@@ -21,7 +21,7 @@ from landiff.training.diffusion.model import adapter_of, build_phase_model, load
 from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer
 from landiff.training.diffusion.step import Objective
-from landiff.training.diffusion.validation import CHARTS, clip_sums, summarize_sums
+from landiff.training.diffusion.validation import CHARTS, clip_sums, prefix_frames, summarize_sums
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
@@ -166,13 +166,13 @@ class DeepSpeedEngine:
     def validate(self, batch: HeldOutBatch) -> dict[str, Tensor]:
         """Sums of losses (training/diffusion/validation.py). Collective with ZeRO-3."""
         self.zero.eval()
-        sums = clip_sums(self.zero, self.objective, batch)
+        sums = clip_sums(self.zero, self.objective, batch, prefix_frames(self.config))
         self.zero.train()
         return sums
 
     def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Metrics by name, from the sums of `validate`."""
-        return summarize_sums(sums)
+        return summarize_sums(sums, self.config)
 
     def preview(self, clips: Sequence[Sample]) -> list[Preview]:
         """Videos of held-out clips, or of the first clip of this rank's last batch. Collective."""
