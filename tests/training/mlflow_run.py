@@ -1,11 +1,13 @@
-"""A training with MLflow, restarted once: `python -m tests.training.mlflow_run FOLDER`.
+"""Trainings with MLflow: `python -m tests.training.mlflow_run FOLDER`.
 
-test_mlflow.py runs it where MLflow is installed. Prints what MLflow holds, as JSON.
+One is restarted, and the server of the other does not answer. test_mlflow.py runs it where MLflow
+is installed. Writes found.json.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -15,6 +17,16 @@ from landiff.training.config import LoopConfig
 from landiff.training.observe.config import MlflowConfig
 from landiff.training.observe.trackers import Trackers
 from tests.training.toy import ToyConfig, alone, train
+
+
+def train_with_silent_server(folder: Path) -> int:
+    """The step that a training reaches whose server accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        trackers = (MlflowConfig(kind="mlflow", uri=uri),)
+        loop = LoopConfig(steps=3, log_every=1)
+        state, _ = train(ToyConfig(run=folder, loop=loop, trackers=trackers), alone())
+    return state.step
 
 
 def main(folder: Path) -> None:
@@ -35,7 +47,13 @@ def main(folder: Path) -> None:
     for tag in run.data.metrics:
         history = client.get_metric_history(run.info.run_id, tag)
         metrics[tag] = [[metric.step, metric.value] for metric in history]
-    found = {"status": run.info.status, "params": run.data.params, "metrics": metrics}
+    silent_step = train_with_silent_server(folder / "silent")
+    found = {
+        "silent_step": silent_step,
+        "status": run.info.status,
+        "params": run.data.params,
+        "metrics": metrics,
+    }
     Path(folder / "found.json").write_text(json.dumps(found))
 
 

@@ -29,8 +29,12 @@ def test_a_resumed_run_continues_its_run_in_mlflow(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "tests.training.mlflow_run", str(run)]
     environment = {**os.environ, "PYTHONPATH": f"{site}:{ROOT}"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=600
+    )
+    assert done.stderr.count("the trackers do not answer") == 1
     found = json.loads((run / "found.json").read_text())
+    assert found["silent_step"] == 3
     assert found["status"] == "FINISHED"
     assert found["params"]["optim.lr"] == "0.1" and found["params"]["loop.steps"] == "3"
     steps = [step for step, _ in found["metrics"]["train/loss"]]

@@ -8,10 +8,13 @@ training.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import queue
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,6 +32,9 @@ from landiff.training.observe.config import MlflowConfig, TrackerConfig, WandbCo
 
 log = logging.getLogger(__name__)
 
+Item = tuple[int, dict[str, float]]  # step and scalars
+MAX_WAITING = 1000  # logged steps that a slow tracker may be behind
+CLOSE_TIMEOUT_S = 30.0
 PARAMETERS_AT_ONCE = 100  # MLflow's limit for a request
 LONGEST_PARAMETER = 500  # characters, the limit of older MLflow servers
 
@@ -48,19 +54,60 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers of a run, for the one rank that writes. They start with the first step sent."""
+    """The trackers of a run, for the one rank that writes.
+
+    A thread starts them and sends the numbers, so that training does not wait for a network.
+    """
 
     def __init__(self, run: Path, config: TrainConfig) -> None:
         """`run`: the run folder."""
         self.run = run
         self.config = config
+        self._waiting: queue.Queue[Item | None] = queue.Queue(MAX_WAITING)
+        self._thread: threading.Thread | None = None
+        self._full = False
+        # Used by the thread only.
         self._state: dict[str, dict[str, Any]] = {}
         self._open: dict[str, Tracker] = {}
-        self._started = False
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Pass on the scalars of a step, for the trackers that have not had this step."""
+        if self._thread is None:
+            # A daemon does not keep the process alive if a server does not answer.
+            self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
+            self._thread.start()
+        try:
+            self._waiting.put_nowait((step, dict(scalars)))
+        except queue.Full:
+            if not self._full:
+                log.warning("the trackers are too slow: step %d and others are not sent", step)
+            self._full = True
+
+    def close(self) -> None:
+        """Send what is left and end the runs. Waits for half a minute at most."""
+        if self._thread is None:
+            return
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=CLOSE_TIMEOUT_S)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.warning("the trackers do not answer; the last steps were not sent to them")
+        self._thread = None
+
+    # ------------------------------------------------------------ thread
+
+    def _work(self) -> None:
+        self._start()
+        item = self._waiting.get()
+        while item is not None:
+            self._send(*item)
+            item = self._waiting.get()
+        for name, tracker in list(self._open.items()):
+            self._guarded(name, tracker.close)
+        self._open = {}
 
     def _start(self) -> None:
         """Start or continue a run of each tracker."""
-        self._started = True
         known = _read_state(self.run / TRACKERS)
         for number, settings in enumerate(self.config.trackers):
             name = f"trackers.{number}.{settings.kind}"
@@ -71,22 +118,15 @@ class Trackers:
                 self._open[name] = tracker
                 self._state[name] = state | {"id": tracker.id}
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+    def _send(self, step: int, scalars: Mapping[str, float]) -> None:
         """Send the scalars of a step to the trackers that have not had this step."""
-        if not self._started:
-            self._start()
         for name, tracker in list(self._open.items()):
             if step <= self._state[name]["step"]:
                 continue
             self._state[name]["step"] = step
-            self._write_state()  # first: a kill in between loses a step and repeats none
+            # Written first: a kill in between loses a step and repeats none.
+            self._guarded(name, self._write_state)
             self._guarded(name, partial(tracker.log, step, scalars))
-
-    def close(self) -> None:
-        """End the runs."""
-        for name, tracker in list(self._open.items()):
-            self._guarded(name, tracker.close)
-        self._open = {}
 
     def _guarded(self, name: str, action: Callable[[], Any]) -> Any:
         """The result of `action`; None and one warning if it fails, which ends the tracker."""
