@@ -37,14 +37,13 @@ from landiff.launchers.data.shapes import (
     read_rows,
     read_videos,
 )
-from landiff.launchers.results.sample import load_models
+from landiff.launchers.results.sample import load_models, sampler_options
 from landiff.model_zoo import frozen
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.frozen.base import VisionFeatures
 from landiff.model_zoo.frozen.config import EfficientNetConfig, semantic_frame_indices
 from landiff.model_zoo.sample.generate import Models, draw_codes, draw_latents
-from landiff.model_zoo.sample.latents import SamplerOptions
 
 PROBE_WIDTH = 64
 PROBE_EPOCHS = 12
@@ -91,7 +90,7 @@ def attribute(
     captions = [row["caption"] for row in rows]
     device = next(models.lm.parameters()).device
     seeds = [config.seed + number for number in range(len(rows))]
-    sampler = SamplerOptions(num_steps=config.steps, guidance=config.guidance)
+    sampler = sampler_options(config)
     text_BLD, _ = models.diffusion_text(captions)
     features_BTChw = features_of(vision, frames_BTHWC, config.num_latent_frames)
     codes_BK = models.tokenizer.encode(features_BTChw.to(device))
