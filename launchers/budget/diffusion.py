@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,7 +13,11 @@ from landiff.launchers.budget.budget_plan import (
     average_memory,
     layout_text,
 )
-from landiff.launchers.budget.meta import count_parameters, diffusion_on_meta
+from landiff.launchers.budget.meta import (
+    count_adapter_parameters,
+    count_parameters,
+    diffusion_on_meta,
+)
 from landiff.model_zoo.config import TransformerConfig
 from landiff.model_zoo.semantic_condition import SemanticCondition
 from landiff.training.diffusion.config import DiffusionTrainConfig, ZeroConfig
@@ -50,7 +54,7 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
     transformer = config.model.transformer
     micro_batches = check_batch(config, gpus)
     tokens = num_tokens(transformer)
-    cost = control_cost(config) if config.phase == "control" else main_cost(config)
+    cost = phase_cost(config)
     batch = config.data.global_batch_size
     recomputed = cost.recomputed_flops if config.recompute else 0.0
     gradient_bytes = 0
@@ -76,6 +80,24 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
         overlap=config.zero.overlap_communication,
         notes=(f"{tokens} tokens a clip, {transformer.text_length} of them text",),
     )
+
+
+def phase_cost(config: DiffusionTrainConfig) -> DiffusionCost:
+    """Cost of a phase; with `lora`, of training an adapter of what the phase trains.
+
+    Autograd then keeps what it keeps for training the weights, since most layers have an adapter.
+    """
+    control = config.phase == "control"
+    cost = control_cost(config) if control else main_cost(config)
+    if config.lora is None:
+        return cost
+    module = diffusion_on_meta(config.model)
+    if control:
+        trained = count_adapter_parameters(module, "diffusion", config.lora)
+    else:
+        trained = count_adapter_parameters(module.transformer, "transformer", config.lora)
+    frozen = cost.frozen + cost.trained
+    return replace(cost, trained=trained, frozen=frozen, semantic_elements=0)
 
 
 def main_cost(config: DiffusionTrainConfig) -> DiffusionCost:

@@ -10,7 +10,12 @@ from landiff.launchers.budget.budget_plan import (
     average_memory,
     layout_text,
 )
-from landiff.launchers.budget.meta import count_linear_weights, count_parameters, lm_on_meta
+from landiff.launchers.budget.meta import (
+    count_adapter_parameters,
+    count_linear_weights,
+    count_parameters,
+    lm_on_meta,
+)
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.layout import check_batch, model_copies
@@ -35,6 +40,10 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     length = TokenLayout.of(model).sequence_length(model.segment_frames, text)
     rows = config.data.micro_batch_size * length  # tokens of a packed row
     own = parameters_of_fullest_rank(config, module)
+    trained = own
+    if config.lora is not None:
+        # As if no matrix of the adapter were divided over tensor-parallel ranks: half of them are.
+        trained = count_adapter_parameters(module, "lm", config.lora) // parallel.pipeline
     clip = lm_flops(model, length, text, adapter=config.lora is not None)
     batch = config.data.global_batch_size
     element = element_bytes(config)
@@ -43,11 +52,14 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     if copies > 1:
         # Gradients are all-reduced in float32, or reduce-scattered and the parameters all-gathered.
         gathered = element if parallel.distributed_optimizer else 4
-        gradient_bytes = own * (4 + gathered)
+        gradient_bytes = trained * (4 + gathered)
     layer_bytes = 0
     if parallel.tensor > 1:
         layers = 4 * model.num_layers // parallel.pipeline
         layer_bytes = layers * micro_batches * rows * model.hidden_size * element
+    counts = {"all": count_parameters(module), "per GPU": own}
+    if config.lora is not None:
+        counts["trained"] = trained
     return BudgetPlan(
         trainer="lm",
         gpus=gpus,
@@ -57,8 +69,8 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
             config.data.micro_batch_size,
             config.recompute,
         ),
-        parameters={"all": count_parameters(module), "per GPU": own},
-        memory=memory_of_fullest_rank(config, own, rows, copies, micro_batches),
+        parameters=counts,
+        memory=memory_of_fullest_rank(config, own, trained, rows, copies, micro_batches),
         model_flops=batch * clip.total,
         hardware_flops=batch * (clip.total + config.recompute * clip.forward),
         clips_per_step=batch,
@@ -104,9 +116,12 @@ def parameters_of_fullest_rank(config: LMTrainConfig, module: LanguageModel) -> 
 
 
 def memory_of_fullest_rank(
-    config: LMTrainConfig, own: int, rows: int, copies: int, micro_batches: int
+    config: LMTrainConfig, own: int, trained: int, rows: int, copies: int, micro_batches: int
 ) -> dict[str, int]:
-    """Bytes by part, on the rank that holds `own` parameters; `rows` tokens in a packed row."""
+    """Bytes by part, on the rank that holds `own` parameters, `trained` of which are trained.
+
+    rows: tokens in a packed row.
+    """
     parallel = config.parallel
     element = element_bytes(config)
     optimizer_bytes = 12 if config.precision == "bf16" else 8
@@ -114,8 +129,8 @@ def memory_of_fullest_rank(
     logits = rows * padded_vocabulary(config) // parallel.tensor
     return {
         "weights": own * element,
-        "gradients": own * 4,
-        "optimizer": own * optimizer_bytes // optimizer_parts,
+        "gradients": trained * 4,
+        "optimizer": trained * optimizer_bytes // optimizer_parts,
         **average_memory(config.ema, own // optimizer_parts),
         "activations": int(rows * activations_per_token(config, micro_batches)),
         "logits": logits * (4 + 4 + element),

@@ -6,6 +6,7 @@ belongs to one base only, which is known by the fingerprint of its weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,12 @@ BLOCKS: dict[BaseKind, str] = {
 }
 
 
+def target_pattern(base_kind: BaseKind, targets: Sequence[str]) -> str:
+    """Regular expression of the names of the layers `targets` in the adapted blocks."""
+    blocks = BLOCKS[base_kind].replace(".", r"\.")
+    return rf"{blocks}\.\d+\.({'|'.join(sorted(targets))})"
+
+
 class AdapterConfig(Config):
     """What an adapter changes, and of which base model."""
 
@@ -52,8 +59,7 @@ class AdapterConfig(Config):
     @property
     def target_pattern(self) -> str:
         """Regular expression of the names of the changed layers, as peft takes it."""
-        blocks = BLOCKS[self.base_kind].replace(".", r"\.")
-        return rf"{blocks}\.\d+\.({'|'.join(sorted(self.targets))})"
+        return target_pattern(self.base_kind, self.targets)
 
     def peft_document(self) -> dict[str, Any]:
         """The content of peft's adapter_config.json."""

@@ -11,6 +11,9 @@ from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.search import changed, search
 from landiff.launchers.budget.step_time import GPUS
 from landiff.launchers.cli import main
+from landiff.launchers.stages import TRAINERS
+from landiff.model_zoo.lora.config import AdapterConfig
+from landiff.model_zoo.lora.modules import add_layers
 from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -27,6 +30,31 @@ def test_parameters_are_those_of_the_specification(lm):
     assert make_plan(lm, 32).parameters["all"] == 2_049_321_984
     control = make_plan(load(DiffusionTrainConfig, "landiff/diffusion-control"), 64)
     assert control.parameters["trained"] == 945_012_048
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "kind"),
+    [
+        ("lm", "nano/lm", "lm"),
+        ("diffusion", "nano/diffusion-main", "transformer"),
+        ("diffusion", "nano/diffusion-control", "diffusion"),
+    ],
+)
+def test_an_adapter_has_the_parameters_that_peft_adds(stage, name, kind):
+    overrides = ["init_from=a", "lora.rank=4", "parallel.tensor=1"]
+    config = load(TRAINERS[stage].config_class, name, overrides[: 3 if stage == "lm" else 2])
+    plan = make_plan(config, 1)
+    assert config.lora is not None
+    sizes = config.model.transformer if kind == "transformer" else config.model
+    with torch.device("meta"):
+        model = build_module(kind, sizes)
+    adapter = AdapterConfig(base_kind=kind, base="", rank=4, alpha=4, targets=config.lora.targets)
+    add_layers(model, adapter)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.parameters["trained"] == trained > 0
+    whole = make_plan(config.model_copy(update={"lora": None}), 1)
+    assert plan.memory["optimizer"] < whole.memory["optimizer"] / 10
+    assert plan.memory["weights"] >= whole.memory["weights"]
 
 
 def test_flops_are_those_of_the_clips_of_a_batch(lm):
