@@ -178,6 +178,12 @@ MISSING_INPUTS = {
     "landiff attribute": "do not fit",  # the models of the preset shapes
     "landiff convert inspect weights/": "exist",  # the released weights
     "landiff convert weights/": "exist",
+    "landiff convert runs/my-": "exist",  # runs of docs/fine-tuning.md, which are not started here
+    "landiff convert my-": "has no",
+    "landiff convert diffusion my-": "has no",
+    "landiff zoo show my-": "has no",
+    "landiff sample --config landiff/sample 'adapters=": "has no",
+    "landiff sample --config nano/sample 'adapters=": "has no",
     "landiff precompute --config landiff/precompute --task": "",  # this task has no shards
     "landiff precompute status --config landiff/": "",
     "landiff precompute retry": "",
