@@ -33,8 +33,7 @@ from landiff.model_zoo.lora.config import AdapterConfig, require_base
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.sample.sizes import Sizes, check_length
 from landiff.model_zoo.token_layout import TokenLayout
-from landiff.training.checks import Launch, check_manifest, check_package, find_entry
-from landiff.training.diffusion.checks import check_steps
+from landiff.training.checks import Launch, check_manifest, check_package, check_steps, find_entry
 
 C = TypeVar("C", bound=Config)
 

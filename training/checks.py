@@ -22,6 +22,7 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.phases import phases_from
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
 from landiff.model_zoo import registry
+from landiff.model_zoo.config import ScheduleConfig
 from landiff.training.checkpoint.resume import check_resume, check_same_data, next_state
 from landiff.training.config import OptimConfig, TrainConfig
 from landiff.training.layout import check_batches
@@ -313,4 +314,16 @@ def check_package(module: str, key: str, value: object, way_out: str) -> list[Pr
         return []
     return [
         Problem(f"{key} = {value} needs the package {module}, which is not installed; {way_out}")
+    ]
+
+
+def check_steps(key: str, steps: int, schedule: ScheduleConfig) -> list[Problem]:
+    """Whether a sampler can take `steps` steps: at least 2, at most those of the schedule."""
+    if 2 <= steps <= schedule.num_timesteps:
+        return []
+    return [
+        Problem(
+            f"{key} = {steps}: a sampler takes at least 2 steps and at most "
+            f"schedule.num_timesteps = {schedule.num_timesteps}"
+        )
     ]

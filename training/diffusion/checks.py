@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from landiff.configs.problems import Problem
-from landiff.model_zoo.config import ScheduleConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.model_zoo.registry import ZooEntry
-from landiff.training.checks import Launch, check_trainer, different_fields, find_entry
+from landiff.training.checks import Launch, check_steps, check_trainer, different_fields, find_entry
 from landiff.training.diffusion.columns import check_diffusion_columns, check_diffusion_tokenizer
 from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
 
@@ -68,15 +67,3 @@ def check_preview(config: DiffusionTrainConfig) -> list[Problem]:
             )
         )
     return problems
-
-
-def check_steps(key: str, steps: int, schedule: ScheduleConfig) -> list[Problem]:
-    """Whether a sampler can take `steps` steps: at least 2, at most those of the schedule."""
-    if 2 <= steps <= schedule.num_timesteps:
-        return []
-    return [
-        Problem(
-            f"{key} = {steps}: a sampler takes at least 2 steps and at most "
-            f"schedule.num_timesteps = {schedule.num_timesteps}"
-        )
-    ]

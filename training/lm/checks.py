@@ -7,6 +7,8 @@ from pathlib import Path
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_yaml
 from landiff.configs.problems import Problem
+from landiff.model_zoo.config import DiffusionConfig
+from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.training.checkpoint.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -16,6 +18,7 @@ from landiff.training.checkpoint.run_folder import (
 from landiff.training.checks import (
     Launch,
     check_package,
+    check_steps,
     check_trainer,
     different_fields,
     find_entry,
@@ -52,8 +55,46 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     problems += found
     if start is not None:
         problems += different_fields("model", config.model, start, SHAPES)
+    problems += check_renderer(config)
     for phase in phases:
         problems += check_lm_columns(phase.manifest, phase.config, tokenizer)
+    return problems
+
+
+def check_renderer(config: LMTrainConfig) -> list[Problem]:
+    """Whether the models of `renderer` exist and fit the tokenizer's latents."""
+    renderer = config.renderer
+    if renderer is None:
+        return []
+    problems = check_encoder("renderer.codec", renderer.codec)
+    problems += check_steps("renderer.steps", renderer.steps, renderer.schedule)
+    if config.tokenizer is None:
+        problems.append(
+            Problem("renderer needs `tokenizer`, the zoo entry that decodes the sampled tokens")
+        )
+    entry, found = find_entry("renderer.diffusion", config.zoo, renderer.diffusion, "diffusion")
+    problems += found
+    if entry is None:
+        return problems
+    assert isinstance(entry.config, DiffusionConfig), entry.reference
+    window = entry.config.transformer.latent_frames
+    if renderer.clean_frames >= window:
+        problems.append(
+            Problem(
+                f"renderer.clean_frames = {renderer.clean_frames} must be less than the {window} "
+                f"latent frames of renderer.diffusion = {entry.reference}"
+            )
+        )
+    channels = width_of(renderer.codec)
+    latent = entry.config.transformer.latent_channels
+    if channels is not None and channels != latent:
+        problems.append(
+            Problem(
+                f"renderer.codec = {renderer.codec.kind} decodes {channels} channels, but "
+                f"renderer.diffusion = {entry.reference} has latents of {latent}; name the codec "
+                "of its latents"
+            )
+        )
     return problems
 
 

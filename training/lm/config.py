@@ -9,7 +9,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_v
 
 from landiff.configs.base import Config, ConfigError, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
-from landiff.model_zoo.config import LMConfig
+from landiff.model_zoo.config import LMConfig, ScheduleConfig
+from landiff.model_zoo.frozen.config import CodecConfig
 from landiff.training.config import (
     PARENT_DESCRIPTION,
     EmaConfig,
@@ -97,6 +98,23 @@ class LMPhaseConfig(PhaseConfig):
     )
 
 
+class RendererConfig(Config):
+    """Models that turn sampled tokens into videos for previews. The LM's `tokenizer` belongs to it.
+
+    Videos are rendered without text, so that they show what the tokens say.
+    """
+
+    diffusion: str = Field(description="Zoo entry of kind `diffusion`, in the zoo of the LM.")
+    codec: CodecConfig = Field(description="Codec that decodes the latents.")
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="Noise schedule of the diffusion model."
+    )
+    steps: PositiveInt = Field(default=20, description="Sampling steps.")
+    clean_frames: PositiveInt = Field(
+        default=7, description="Latent frames that a further chunk of a long clip continues."
+    )
+
+
 class LMTrainConfig(TrainConfig):
     """`landiff train lm`: a Megatron-core GPT over semantic tokens (docs/specification.md §4)."""
 
@@ -170,6 +188,14 @@ class LMTrainConfig(TrainConfig):
             "Number of held-out clips for which tokens are sampled in each validation, to compare "
             "their distribution with that of the data. The model runs once for each code of a "
             "clip, without a cache: 1218 times for 13 frames of the released sizes."
+        ),
+    )
+    renderer: RendererConfig | None = Field(
+        default=None,
+        description=(
+            "Models that render the previews of `loop.preview_every`: sampled tokens beside the "
+            "tokens of the data. They are loaded on as many ranks as there are videos, and freed "
+            "after each preview. null: no previews."
         ),
     )
     row_multiple: PositiveInt = Field(

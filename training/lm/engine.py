@@ -355,9 +355,26 @@ class MegatronEngine:
                     yield f"float32 weight {index} of optimizer {number}", master
         yield from self.ema.named()
 
+    @torch.no_grad()
     def preview(self, clips: Sequence[Sample]) -> list[Preview]:
-        """Nothing: tokens have no picture without the other models."""
-        return []
+        """Tokens of held-out clips, and tokens sampled with their captions, as videos. Collective.
+
+        Nothing without `renderer`: tokens have no picture without the other models.
+        """
+        if self.config.renderer is None or not clips:
+            return []
+        count = len(clips)
+        batch = HeldOutBatch(tuple(clips), (None,) * count, (True,) * count)
+        part = sampling.sampling_row(batch, self.config, self.layout, self.device)
+        with self.weights(self.ema.enabled):
+            sampling.draw_codes(part, self._logits, self.layout.codebook_size)
+        codes = [*part.data, *part.sampled()]
+        videos = sampling.render_shared(codes, [*part.seeds, *part.seeds], self.config, self.device)
+        previews = []
+        for number, clip in enumerate(clips):
+            panels = {"tokens of the clip": videos[number], "sampled": videos[count + number]}
+            previews.append(Preview(f"preview/held_out_{number}", panels, clip.meta.caption))
+        return previews
 
     def close(self) -> None:
         """Free Megatron-core's process groups, so that this process can build another engine.

@@ -15,13 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.samples import HeldOutBatch
-from landiff.model_zoo import keyed_random
+from landiff.model_zoo import frozen, keyed_random, registry
+from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
+from landiff.model_zoo.sample.render import Renderer
 from landiff.model_zoo.sample.tokens import seeded_draw
+from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.token_layout import CODE, TokenLayout
+from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig
 
@@ -111,6 +116,55 @@ def forward_step(
         return unused, unused.to(torch.int), logits_NV[positions_B]
 
     return model(row, logits=True), chosen
+
+
+def load_renderer(config: LMTrainConfig, device: torch.device) -> Renderer:
+    """The models of `config.renderer` on `device`. Raises ZooError."""
+    settings = config.renderer
+    assert settings is not None and config.tokenizer is not None
+    entries = {"tokenizer": config.tokenizer, "diffusion": settings.diffusion}
+    models = {}
+    for kind, reference in entries.items():
+        entry = registry.resolve(config.zoo, reference, kind=kind)
+        models[kind] = registry.load_model(entry, device)
+    tokenizer, diffusion = models.values()
+    assert isinstance(tokenizer, SemanticTokenizer) and isinstance(diffusion, ControlledDiffusion)
+    return Renderer(
+        tokenizer=tokenizer,
+        diffusion=diffusion,
+        codec=frozen.build(settings.codec, device),
+        schedule=NoiseSchedule(settings.schedule),
+        steps=settings.steps,
+        clean_frames=settings.clean_frames,
+    )
+
+
+def render_shared(
+    clips: Sequence[Tensor], seeds: Sequence[int], config: LMTrainConfig, device: torch.device
+) -> list[Tensor]:
+    """Videos uint8 [T, H, W, 3] of the codes of clips, on all ranks. Collective.
+
+    Rank i renders video i, so that no rank waits for more than one of a few videos.
+    """
+    rank = dist.get_rank()
+    size = dist.get_world_size()
+    renderer = load_renderer(config, device) if rank < len(clips) else None
+    own: dict[int, Tensor] = {}
+    for number in range(rank, len(clips), size):
+        assert renderer is not None
+        own[number] = renderer(clips[number][None], [seeds[number]])[0].to(device)
+    videos = []
+    for number in range(len(clips)):
+        shape = torch.zeros(4, dtype=torch.int64, device=device)
+        if number in own:
+            shape.copy_(torch.tensor(own[number].shape))
+        dist.broadcast(shape, number % size)
+        video_THWC = own.get(number)
+        if video_THWC is None:
+            video_THWC = torch.empty(shape.tolist(), dtype=torch.uint8, device=device)
+        dist.broadcast(video_THWC, number % size)
+        videos.append(video_THWC.cpu())
+    return videos
 
 
 def zero_sums(layout: TokenLayout, device: torch.device) -> dict[str, Tensor]:

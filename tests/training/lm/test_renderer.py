@@ -1,0 +1,88 @@
+"""Previews of the language model: sampled tokens as videos, rendered by several ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from landiff.model_zoo import registry
+from landiff.model_zoo.config import DiffusionConfig
+from landiff.training.lm.checks import check_renderer
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.engine import MegatronEngine
+from landiff.training.observe.previews import Preview
+from tests.distributed import run_distributed
+from tests.training.diffusion.tiny import MODEL, TOKENIZER, make_zoo
+from tests.training.lm.samples import tiny_config, tiny_sample
+
+LAYOUT = TOKENIZER.model_dump(
+    include={"codebook_size", "iframe_tokens", "pframe_tokens", "segment_frames"}
+)
+
+
+def render_config(folder: Path, **changes: Any) -> LMTrainConfig:
+    renderer = {"diffusion": "diffusion", "codec": {"kind": "dct"}, "steps": 2, "clean_frames": 1}
+    return tiny_config(folder, model=LAYOUT, tokenizer="tokenizer", renderer=renderer, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the zoo of the models that render."""
+    folder = tmp_path_factory.mktemp("render")
+    make_zoo(folder)
+    model = DiffusionConfig.model_validate(MODEL)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(12)
+        module = registry.build_module("diffusion", model)
+        state = {name: tensor + 0.1 for name, tensor in module.state_dict().items()}
+    registry.export(folder / "zoo", "diffusion", "diffusion", model, state, {})
+    return folder
+
+
+def previews(world: Any, folder: Path, parallel: dict[str, int]) -> list[Preview]:
+    config = render_config(folder, parallel=parallel)
+    engine = MegatronEngine(config)
+    clips = []
+    for number in range(2):
+        clip = tiny_sample(
+            config, 4 * number + 2, number
+        )  # of three frames, as the diffusion model
+        clips.append(replace(clip, index=number))
+    generator = torch.get_rng_state()
+    found = engine.preview(clips)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert engine.preview([]) == []
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}])
+def test_two_ranks_render_what_one_renders(folder, parallel):
+    [one] = run_distributed(previews, 1, folder, {})
+    assert [preview.tag for preview in one] == ["preview/held_out_0", "preview/held_out_1"]
+    assert list(one[0].panels) == ["tokens of the clip", "sampled"]
+    for found in run_distributed(previews, 2, folder, parallel):
+        for preview, expected in zip(found, one, strict=True):
+            assert preview.text == expected.text
+            for title, video in expected.panels.items():
+                assert video.shape == (9, 32, 32, 3)
+                assert torch.equal(preview.panels[title], video)
+    assert not torch.equal(*one[0].panels.values())
+
+
+def test_a_renderer_that_does_not_fit_is_refused_by_name(folder):
+    assert check_renderer(render_config(folder)) == []
+    config = render_config(folder).model_copy(update={"tokenizer": None})
+    assert "`tokenizer`" in check_renderer(config)[0].text
+    for change, message in [
+        ({"diffusion": "none"}, "renderer.diffusion = none"),
+        ({"steps": 1}, "renderer.steps = 1"),
+        ({"clean_frames": 3}, "renderer.clean_frames = 3"),
+    ]:
+        renderer = config.renderer.model_copy(update=change)
+        problems = check_renderer(config.model_copy(update={"renderer": renderer}))
+        assert any(message in problem.text for problem in problems)
