@@ -67,10 +67,23 @@ def parameter_groups(
     return groups
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """torch's AdamW over `parameter_groups`. `set_learning_rate` sets the rate before each step."""
+def adamw(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, device: torch.device | None = None
+) -> torch.optim.AdamW:
+    """torch's AdamW over `parameter_groups`. `set_learning_rate` sets the rate before each step.
+
+    device: where it will update the parameters. On CUDA the update is one fused kernel. On the CPU
+        the fused one is four times as fast, but its last bits differ from those of earlier runs.
+    """
     groups = parameter_groups(parameters, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    fused = True if device is not None and device.type == "cuda" else None
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def step_count(steps: Tensor | float, parameter: Tensor, fused: bool | None) -> Tensor:
+    """AdamW's number of steps in the state of `parameter`: on its device if fused, else the CPU."""
+    device = parameter.device if fused else torch.device("cpu")
+    return torch.as_tensor(steps, dtype=torch.float32).to(device)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

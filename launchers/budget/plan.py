@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from landiff.configs import ConfigError, load
+from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
 from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.search import format_candidates, search
@@ -31,20 +33,49 @@ def plan_command(args: argparse.Namespace) -> int:
             )
         print(format_candidates(found, args.top))
         return 0
-    plan = make_plan(config, args.gpus)
+    courses = plan_courses(config, args.gpus, args.steps or config.loop.steps)
+    # Of several batch sizes the one that needs the most memory, and of equal ones the last.
+    plan = max((course.plan for course in reversed(courses)), key=lambda plan: plan.total_memory)
     if args.json:
         document = asdict(plan)
         document["total_memory"] = plan.total_memory
         document["seconds_per_step"] = step_seconds(plan, GPUS[args.gpu], args.mfu)
         print(json.dumps(document, indent=1))
         return 0
-    steps = args.steps or config.loop.steps
-    print(format_budget(plan, args.gpu, args.mfu, steps, config.loop.save_every))
+    print(format_budget(plan, courses, args.gpu, args.mfu, config.loop.save_every))
     return 0
 
 
-def format_budget(plan: BudgetPlan, gpu_name: str, mfu: float, steps: int, save_every: int) -> str:
-    """Human-readable text of a plan, with time and size of a training of `steps` steps."""
+@dataclass(frozen=True)
+class Course:
+    """Steps of a run with the same batch sizes."""
+
+    first_step: int
+    steps: int
+    plan: BudgetPlan
+
+
+def plan_courses(config: AnyTrainConfig, gpus: int, steps: int) -> list[Course]:
+    """The parts of a training of `steps` steps with different batch sizes: ramps and phases.
+
+    Raises ConfigError if ranks, model and batch do not divide in one of them.
+    """
+    levels = [level for level in batch_sizes(config.data_phases).levels if level.first_step < steps]
+    ends = [level.first_step for level in levels[1:]] + [steps]
+    courses = []
+    for level, end in zip(levels, ends, strict=True):
+        plan = make_plan(config.at(level.first_step), gpus)
+        courses.append(Course(level.first_step, end - level.first_step, plan))
+    return courses
+
+
+def format_budget(
+    plan: BudgetPlan, courses: Sequence[Course], gpu_name: str, mfu: float, save_every: int
+) -> str:
+    """Human-readable text of a plan, with time and size of a training.
+
+    plan: that of the course that needs the most memory.
+    """
     gpu = GPUS[gpu_name]
     seconds = step_seconds(plan, gpu, mfu)
     counts = [f"{name} {number:,}" for name, number in plan.parameters.items()]
@@ -69,10 +100,20 @@ def format_budget(plan: BudgetPlan, gpu_name: str, mfu: float, steps: int, save_
         f"{plan.clips_per_step / seconds:.1f} clips/s, "
         f"{plan.tokens_per_step / seconds:,.0f} tokens/s"
     )
+    steps = sum(course.steps for course in courses)
+    clips = sum(course.steps * course.plan.clips_per_step for course in courses)
+    times = [step_seconds(course.plan, gpu, mfu) for course in courses]
+    total_s = sum(course.steps * time for course, time in zip(courses, times, strict=True))
+    if len(courses) > 1:
+        for course, time in zip(courses, times, strict=True):
+            lines.append(
+                f"  from step {course.first_step:,}: {course.plan.clips_per_step:,} clips a step, "
+                f"{time:.2f} s"
+            )
     lines.append(
-        f"{steps:,} steps  {steps * seconds / 86400:.2f} days, "
-        f"{steps * seconds * plan.gpus / 3600:,.0f} GPU hours, "
-        f"{steps * plan.clips_per_step:,} clips, "
+        f"{steps:,} steps  {total_s / 86400:.2f} days, "
+        f"{total_s * plan.gpus / 3600:,.0f} GPU hours, "
+        f"{clips:,} clips, "
         f"a checkpoint every {save_every * seconds / 60:.0f} min"
     )
     return "\n".join(lines)

@@ -178,6 +178,18 @@ def test_the_command_prints_a_plan(capsys):
         assert word in text
 
 
+def test_a_plan_adds_up_the_batch_sizes_of_ramp_and_phases(capsys):
+    phases = '[{"from_step": 60, "data": {"global_batch_size": 32}}]'
+    ramp = '{"start": 8, "increment": 8, "steps": 20}'
+    overrides = ["loop.steps=100", f"data.ramp={ramp}", f"phases={phases}"]
+    sizes = ["data.global_batch_size=16", "data.micro_batch_size=8", "parallel.tensor=1"]
+    assert main(["plan", "lm", "--config", "nano/lm", "--gpus", "1", *sizes, *overrides]) == 0
+    printed = capsys.readouterr().out
+    for text in ("from step 0: 8 clips", "from step 20: 16 clips", "from step 60: 32 clips"):
+        assert text in printed
+    assert f"{20 * 8 + 40 * 16 + 40 * 32:,} clips, a checkpoint every" in printed
+
+
 def test_the_command_prints_a_ranking(capsys):
     command = ["plan", "tokenizer", "--config", "nano/tokenizer", "--gpus", "2", "--search"]
     assert main([*command, "--top", "1"]) == 0

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from landiff.training.config import OptimConfig
-from landiff.training.optim import adamw, clip_gradients, learning_rate, set_learning_rate
+from landiff.training.optim import (
+    adamw,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+    step_count,
+)
 
 
 def test_warmup_rises_linearly_to_the_full_rate():
@@ -79,6 +85,18 @@ def test_matrices_decay_vectors_and_frozen_parameters_do_not():
     }
     set_learning_rate(optimizer, 0.01)
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_the_update_is_fused_on_cuda_only():
+    config = OptimConfig(lr=0.1)
+    for device, fused in (("cpu", None), ("cuda", True)):
+        parameter = nn.Parameter(torch.zeros(2, 2))
+        optimizer = adamw([parameter], config, torch.device(device))
+        assert optimizer.defaults["fused"] is fused
+        assert step_count(3.0, parameter, fused).equal(torch.tensor(3.0))
+    meta = torch.zeros(1, device="meta")
+    assert step_count(torch.tensor(3.0), meta, True).device.type == "meta"
+    assert step_count(torch.tensor(3.0), meta, None).device.type == "cpu"
 
 
 @pytest.mark.parametrize(

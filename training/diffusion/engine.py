@@ -48,7 +48,7 @@ class DeepSpeedEngine:
         self.objective = objective
         self.adapter = adapter_of(config)
         zero.prepare_deepspeed()
-        optimizer = adamw(module.parameters(), config.optim)
+        optimizer = adamw(module.parameters(), config.optim, world.device)
         settings = zero.deepspeed_config(config, world)
         self.clock = StepClock(world.device, module)
         self.zero = zero.initialize(module, optimizer, settings, world.device)
@@ -78,15 +78,15 @@ class DeepSpeedEngine:
         rate = rate_of_step(self.config, batch.step)
         self.clock.start()
         set_learning_rate(self.zero.optimizer, rate)
-        self.objective.config = self.config.at(batch.step)  # prefix, dropout and batch size
+        objective = self.objective.at(batch.step)
         zero.set_batch(self.zero, batch)
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
         self._total.zero_()
-        after_prefix = PrefixLosses(self.objective.config, self.world)
+        after_prefix = PrefixLosses(objective.config, self.world)
         for samples in batch.micro_batches:
-            inputs = self.objective.inputs(samples)
-            result = self.objective.loss(self.zero, inputs)
+            inputs = objective.inputs(samples)
+            result = objective.loss(self.zero, inputs)
             loss = result.loss  # squared error of the velocity
             self.zero.backward(loss)  # averages over micro-batches and ranks
             self._total += loss.detach()

@@ -82,7 +82,8 @@ class Previewer:
 
     def _inputs(self, sample: Sample) -> Inputs:
         """Inputs of a sample at the middle timestep, with its text and without a prefix."""
-        inputs = self.objective.inputs([sample])
+        # The global batch of the sample's phase may be larger than that of the first phase.
+        inputs = self.objective.inputs([replace(sample, position=0)])
         text_LD = sample.tensors[self.config.text_column].float().to(self.objective.device)
         timestep = int(TIMESTEP_FRACTION * self.config.schedule.num_timesteps)
         return replace(

@@ -10,6 +10,7 @@ noise, timestep, dropout and prefix for any division into micro-batches and rank
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,6 +133,12 @@ class Objective:
         self.device = device
         self.tokenizer = tokenizer
         self.schedule = NoiseSchedule(config.schedule)
+
+    def at(self, step: int) -> Objective:
+        """The objective of one step, with prefix, text dropout and batch size of its phase."""
+        objective = copy.copy(self)
+        objective.config = self.config.at(step)
+        return objective
 
     def inputs(self, samples: Sequence[Sample]) -> Inputs:
         """Inputs of a micro-batch.

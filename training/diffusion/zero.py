@@ -30,6 +30,7 @@ from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.distributed import World
+from landiff.training.optim import step_count
 from landiff.training.replace import replaced
 
 
@@ -320,7 +321,7 @@ def _create_optimizer_state(engine: Any, steps: int) -> None:
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(flat)
-        state["step"] = torch.tensor(float(steps))
+        state["step"] = step_count(float(steps), flat, zero.optimizer.defaults["fused"])
 
 
 def _link_optimizer_state(engine: Any) -> None:

@@ -34,7 +34,13 @@ from landiff.training.observe.alarms import AlarmRule
 from landiff.training.observe.flops import tokenizer_flops
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepClock
-from landiff.training.optim import adamw, clip_gradients, rate_of_step, set_learning_rate
+from landiff.training.optim import (
+    adamw,
+    clip_gradients,
+    rate_of_step,
+    set_learning_rate,
+    step_count,
+)
 from landiff.training.tokenizer import alarms
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.preview import paint
@@ -67,7 +73,7 @@ class TokenizerEngine:
         self.sampling.install(self.tokenizer)
         self.clock = StepClock(world.device, self.tokenizer)
         self.model = self._wrap()
-        self.optimizer = adamw(self.tokenizer.parameters(), config.optim)
+        self.optimizer = adamw(self.tokenizer.parameters(), config.optim, world.device)
         self.ema = Ema(config.ema, list(self.tokenizer.parameters()))
         self._preview_TChw: Tensor | None = None  # features of a clip of the last batch
 
@@ -226,9 +232,10 @@ class TokenizerEngine:
         device = str(self.world.device)
         self.tokenizer.load_state_dict(load_file(folder / MODEL, device=device))
         moments = load_file(folder / OPTIMIZER, device=device)
+        fused = self.optimizer.defaults["fused"]
         for name, parameter in self.tokenizer.named_parameters():
             self.optimizer.state[parameter] = {
-                "step": moments[f"step.{name}"].cpu(),  # AdamW counts on the CPU
+                "step": step_count(moments[f"step.{name}"], parameter, fused),
                 "exp_avg": moments[f"exp_avg.{name}"],
                 "exp_avg_sq": moments[f"exp_avg_sq.{name}"],
             }

@@ -91,9 +91,9 @@ def plain_torch(settings, steps):
     for step in range(steps):
         samples = list(batch(settings, step).samples)
         set_learning_rate(optimizer, rate_of_step(settings, step))
-        objective.config = settings.at(step)
         optimizer.zero_grad()
-        loss = objective.loss(model, objective.inputs(samples)).loss
+        inputs = objective.at(step).inputs(samples)
+        loss = objective.loss(model, inputs).loss
         loss.backward()
         norm = clip_gradients(model.parameters(), settings.optim.clip_grad)
         optimizer.step()
