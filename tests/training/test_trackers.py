@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 from landiff.training.checkpoint.run_folder import read_metrics
@@ -86,9 +87,20 @@ def test_a_resumed_run_continues_the_run_of_the_tracker(tmp_path):
     assert settings["loop.steps"] == 3 and settings["optim.lr"] == 0.1
 
 
-def test_a_tracker_that_fails_warns_once_and_training_goes_on(tmp_path, caplog):
-    nowhere = MlflowConfig(kind="mlflow", uri="nowhere://")
-    state, _ = train(config(tmp_path, 3, nowhere), alone())
+ONLINE = WandbConfig(kind="wandb", mode="online")
+FAILURES = [
+    (MlflowConfig(kind="mlflow", uri="nowhere://"), "trackers.0.mlflow failed and is off"),
+    (ONLINE, "trackers.0.wandb failed and is off; training continues: no login is stored here"),
+]
+
+
+@pytest.mark.parametrize(("tracker", "message"), FAILURES, ids=["mlflow", "wandb"])
+def test_a_tracker_that_fails_warns_once_and_training_goes_on(
+    tmp_path, monkeypatch, caplog, tracker, message
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    state, _ = train(config(tmp_path, 3, tracker), alone())
     assert state.step == 3 and len(read_metrics(tmp_path / "metrics.jsonl")) == 3
-    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and "trackers.0.mlflow failed and is off" in warnings[0].getMessage()
+    warnings = [record for record in caplog.records if record.name.startswith("landiff")]
+    assert len(warnings) == 1 and message in warnings[0].getMessage()

@@ -176,6 +176,8 @@ class WandbTracker:
         """Start a run, or continue the one with this `id`."""
         import wandb
 
+        if settings.mode == "online" and not wandb.login(prompt=False):
+            raise ConfigError("no login is stored here: run `wandb login`, or use mode: offline")
         self.run = wandb.init(
             project=settings.project,
             entity=settings.entity,
