@@ -43,6 +43,7 @@ class Run:
         self.folder = folder
         self.world = world
         self.total_steps = config.loop.steps
+        self.phase_starts = {phase.from_step for phase in config.phases}
         self.has_ema = config.ema is not None
         if world.rank == 0:
             write_config(folder / CONFIG, config)
@@ -88,6 +89,8 @@ class Run:
         `state.step`, the schedule and the position in the data do not go back.
         """
         state.healthy = state.guard.suspect_steps == 0
+        if state.step in self.phase_starts:
+            state.guard.forget_window()  # other data have other losses
         result.metrics |= engine.guard.metrics()
         event = engine.guard.event
         if event is None:

@@ -198,3 +198,12 @@ def test_the_guard_of_one_process_names_no_step():
     guard = Guard(LoopConfig(steps=4, on_nonfinite="stop"))
     with pytest.raises(NonFiniteError, match="loss = nan, grad_norm = 1: training"):
         guard.decide(torch.tensor(math.nan), 1.0)
+
+
+def test_a_new_phase_is_not_compared_with_the_one_before(tmp_path):
+    phases = [{"from_step": 14, "optim": {"lr": 0.05}}]
+    settings = config(tmp_path, steps=17, spikes={**SPIKES, "action": "skip"})
+    settings = ToyConfig(**settings.model_dump() | {"phases": phases})
+    _, state = train(settings, {14: 1e4})  # would be a spike among the steps before it
+    assert events(tmp_path) == []
+    assert len(state.guard.losses) == len(state.guard.grad_norms) == 3

@@ -34,3 +34,8 @@ class GuardState:
     undone: int = 0
     anchor: int | None = None
     anchor_rollbacks: int = 0
+
+    def forget_window(self) -> None:
+        """Forget losses and gradient norms, so that spikes are looked for among later ones."""
+        self.losses = []
+        self.grad_norms = []
