@@ -30,7 +30,10 @@ TOKENIZER = Trainer("landiff.training.tokenizer.__main__:main", write_config, wo
 
 
 def write_curriculum(run: Path) -> Path:
-    """A growing batch, then other data, another rate and a larger batch, between two saves each."""
+    """A growing batch, then other data, another rate and a larger batch, between two saves each.
+
+    Two of nine videos are held out, and validated every few steps.
+    """
     other = {"manifest": str(run.parent / "other")}
     ramp = {"start": 4, "increment": 4, "steps": 5}
     phases = [
@@ -38,7 +41,9 @@ def write_curriculum(run: Path) -> Path:
         {"from_step": 13, "data": {"global_batch_size": 12, "micro_batch_size": 3}},
     ]
     data = {"manifest": run.parent / "data", "global_batch_size": 8, "micro_batch_size": 2}
-    return write_config(run, data=data | {"ramp": ramp}, phases=phases)
+    data |= {"ramp": ramp, "validation": {"clips": ["1.mp4", "7.mp4"]}}
+    loop = {"steps": 24, "log_every": 1, "save_every": 2, "preview_every": 8, "val_every": 3}
+    return write_config(run, data=data, loop=loop, phases=phases)
 
 
 CURRICULUM = Trainer("landiff.training.tokenizer.__main__:main", write_curriculum, world_size=2)
@@ -51,6 +56,8 @@ def test_killed_run_equals_uninterrupted_through_its_phases(tmp_path):
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     assert [line["train/batch_size"] for line in lines] == [4] * 5 + [8] * 8 + [12] * 11
     assert [line["train/phase"] for line in lines] == [0] * 9 + [1] * 4 + [2] * 11
+    validated = [line["step"] for line in lines if "val/loss" in line]
+    assert validated == [3, 6, 9, 12, 15, 18, 21, 24]
     assert len(report.plans) == 10
     print(report)
 

@@ -78,7 +78,10 @@ def write_data(folder: Path, shards: int = 3, samples_per_shard: int = 6) -> Pat
                 writer.add(
                     f"{index:06d}",
                     {
-                        "json": RawSample(**META.model_dump() | {"key": f"{index:06d}"})
+                        "json": RawSample(
+                            **META.model_dump()
+                            | {"key": f"{index:06d}", "source": f"{index // 2}.mp4"}
+                        )
                         .model_dump_json()
                         .encode()
                     },
