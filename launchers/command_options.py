@@ -286,12 +286,31 @@ def add_sample(commands: Commands) -> None:
 
 def add_evaluate(commands: Commands) -> None:
     """`landiff evaluate`."""
-    add(
+    evaluate = add(
         commands,
         "evaluate",
         "Compare losses under right and wrong conditions: do the models use their conditions?",
         config="nano/evaluate",
-        epilog=help_texts.OVERRIDES.format(example="seeds=5"),
+        epilog=help_texts.OVERRIDES.format(example="seeds=5") + help_texts.VBENCH,
+    )
+    evaluate.add_argument(
+        "action",
+        nargs="?",
+        choices=["conditions", "vbench"],
+        default="conditions",
+        help="conditions (default), or vbench: sample the prompts of VBench, run it and score it; "
+        "its config is that of `landiff sample`",
+    )
+    evaluate.add_argument(
+        "--vbench-python", metavar="PATH", help="vbench: Python of an environment with vbench"
+    )
+    evaluate.add_argument(
+        "--dimensions", metavar="A,B", help="vbench: dimensions to evaluate (default: all 16)"
+    )
+    evaluate.add_argument(
+        "--augmented",
+        metavar="FILE",
+        help="vbench: JSON object of official to augmented prompts, which videos are made from",
     )
 
 

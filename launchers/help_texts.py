@@ -33,6 +33,12 @@ Write a prompt that could be taken for an option or an override after --, where 
   landiff sample --config nano/sample seed=7 -- "seed=7 is written on a wall" "--- a dashed line"
 """
 
+VBENCH = """
+VBench:
+
+  landiff evaluate vbench --config landiff/sample --vbench-python vbench-env/bin/python out=vbench
+"""
+
 TRAINERS = {
     "tokenizer": "Semantic tokenizer (torch DDP).",
     "lm": "Language model over semantic tokens (Megatron-core: tensor, pipeline, sequence and data "

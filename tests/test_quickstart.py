@@ -174,6 +174,7 @@ MISSING_INPUTS = {
     'landiff shards --config nano/shards "source=': "exist",
     "landiff shards --config landiff/": "exist",
     "landiff sample --config nano/sample --prompts prompts.txt": "No such file",
+    "landiff evaluate vbench": "cannot be run",
     "landiff shards --dry-run": "exist",
     "landiff attribute": "do not fit",  # the models of the preset shapes
     "landiff convert inspect weights/": "exist",  # the released weights

@@ -10,16 +10,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from landiff.configs import ConfigError, ownership
 from landiff.configs.ownership import OWNER
-from landiff.configs.problems import Problem, problems_of
-from landiff.launchers.checks import check_processes
-from landiff.launchers.commands import load_for_job, parse_task
+from landiff.configs.problems import Problem, problems_of, require_none
+from landiff.launchers.checks import check_processes, load_checked
+from landiff.launchers.commands import load_for_job, parse_task, print_dry_run
 from landiff.launchers.config import EvaluateConfig, SampleConfig
 from landiff.launchers.local.children import environment
 from landiff.launchers.local.start import visible_gpus
+from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.prompts import sample_units, sample_values
+from landiff.model_zoo.evaluate.vbench import DIMENSIONS
+from landiff.training.checks import Launch
 
 
 def sample_command(args: argparse.Namespace) -> int:
@@ -102,12 +106,57 @@ def describe_sample(config: SampleConfig) -> str:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """Compares losses under right and wrong conditions. Returns the exit code."""
+    """Compares losses under right and wrong conditions, or runs VBench. Returns the exit code."""
+    if args.action == "vbench":
+        return vbench_command(args)
     config = load_for_job(args, EvaluateConfig, describe_evaluate)
     if config is not None:
         from landiff.launchers.results.evaluate import evaluate_conditions
 
         evaluate_conditions(config)
+    return 0
+
+
+def vbench_command(args: argparse.Namespace) -> int:
+    """Samples the prompts of VBench, runs it in its own interpreter, and scores the results."""
+    from landiff.launchers.results import vbench
+
+    if args.vbench_python is None:
+        raise ConfigError(
+            "give --vbench-python PATH, the interpreter of an environment with vbench"
+        )
+    python = Path(args.vbench_python)
+    dimensions = args.dimensions.split(",") if args.dimensions else list(DIMENSIONS)
+    config, problems = load_checked(
+        "sample", SampleConfig, args.config, args.overrides, launch=Launch()
+    )
+    problems += problems_of(lambda: vbench.chosen((), dimensions))
+    require_none(problems)
+    info = vbench.find_info(python)
+    prompts = vbench.chosen(vbench.read_prompts(info), dimensions)
+    texts = vbench.read_augmented(Path(args.augmented)) if args.augmented else {}
+    units = vbench.vbench_units(config, prompts, texts)
+    plan = f"would sample {len(units)} videos of {len(prompts)} prompts into {config.out}, and run "
+    if args.dry_run:
+        print_dry_run(config, f"{plan}{', '.join(dimensions)}")
+        return 0
+    from landiff.launchers.results.sample import sample_videos
+
+    folder = config.out
+    videos = folder / vbench.VIDEOS
+    with ownership.take(folder / OWNER, f"evaluation {folder}"):
+        sample_videos(config.model_copy(update={"out": videos}), units=units)
+        frames = vbench.check_lengths(videos, [unit.name for unit in units])
+        long = vbench.is_long(frames, config.fps)
+        progress = ProgressLine("vbench", "dimensions", every_s=0.0)
+        for number, name in enumerate(dimensions):
+            progress(number, len(dimensions), name)
+            vbench.run_dimension(python, info, videos, folder / vbench.RESULTS, name, long=long)
+        progress(len(dimensions), len(dimensions))
+        evaluation = vbench.read_results(folder / vbench.RESULTS, dimensions, prompts, long=long)
+        vbench.write_scores(folder, evaluation, config.diffusion, augmented=bool(texts))
+    print(vbench.summary(evaluation))
+    print(f"vbench: look at {folder / 'scores.html'}")
     return 0
 
 

@@ -52,6 +52,7 @@ class SampleUnit:
     num_latent_frames: length of the video.
     motion_score: in frame heights per second; None means the default of the sampler.
     negative: text of the unconditional branch, in place of no text.
+    file: name of the mp4 file, in place of one made from number, prompt and seed.
     """
 
     number: int
@@ -60,18 +61,21 @@ class SampleUnit:
     num_latent_frames: int
     motion_score: float | None = None
     negative: str = ""
+    file: str = ""
 
     @property
     def key(self) -> str:
         """16 hex digits that identify the content: equal for equal prompt, seed and options."""
         values = asdict(self)
-        del values["number"]
+        del values["number"], values["file"]
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
-        """Name of the mp4 file: number, words of the prompt and seed."""
+        """Name of the mp4 file: number, words of the prompt and seed, or `file`."""
+        if self.file:
+            return self.file
         slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:MAX_SLUG] or "prompt"
         return f"{self.number:02d}-{slug}-seed{self.seed}.mp4"
 

@@ -67,15 +67,22 @@ def model_references(config: SampleConfig) -> dict[str, str]:
     return references
 
 
-def sample_videos(config: SampleConfig, task: tuple[int, int] = (0, 1)) -> list[str]:
+def sample_videos(
+    config: SampleConfig,
+    task: tuple[int, int] = (0, 1),
+    units: Sequence[SampleUnit] | None = None,
+) -> list[str]:
     """Writes one mp4 for each unit of this task into `config.out`. Returns the file names.
+
+    `units`: those of the config's prompts if None.
 
     Videos that are finished are kept. `task` is (number, number of tasks): a task takes every n-th
     batch, so that the batches are the same for any number of tasks.
 
     Raises ConfigError if the folder holds videos that were made with other settings.
     """
-    units = sample_units(config)
+    if units is None:
+        units = sample_units(config)
     folder = SampleFolder(config.out, common_settings(config, model_references(config)), units)
     own = batches(units, config.batch_size)[task[0] :: task[1]]
     missing = [batch for batch in own if not all(folder.is_finished(unit) for unit in batch)]

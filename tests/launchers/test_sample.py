@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -259,3 +260,55 @@ def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monk
     assert len(files(tmp_path / "samples")) == 2
     assert main([*words, "--nproc", "0", "a fox"]) == 2
     assert "--nproc 0: at least one process" in capsys.readouterr().err
+
+
+# Stands for the official program, which needs torchvision and downloads: the same class and
+# arguments, and a result file of the same form.
+VBENCH = """
+import json
+import sys
+from pathlib import Path
+
+class VBench:
+    def __init__(self, device, info, out):
+        self.info, self.out = info, Path(out)
+
+    def evaluate(self, videos, name, dimension_list):
+        rows = []
+        for entry in json.loads(Path(self.info).read_text()):
+            if dimension_list[0] in entry["dimension"]:
+                for number in range(5):
+                    path = Path(videos) / f"{entry['prompt_en']}-{number}.mp4"
+                    assert path.is_file(), path
+                    rows.append({"video_path": str(path), "video_results": 0.25})
+        result = {dimension_list[0]: [0.25, rows]}
+        (self.out / f"{name}_eval_results.json").write_text(json.dumps(result))
+"""
+
+
+def test_vbench_samples_runs_and_scores_and_resumes(zoo, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "site" / "vbench"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(VBENCH)
+    entries = [
+        {"prompt_en": "a cat, running", "dimension": ["scene", "color"]},
+        {"prompt_en": "rain", "dimension": ["color"]},
+        {"prompt_en": "a slow pan", "dimension": ["temporal_style"]},
+    ]
+    (package / "VBench_full_info.json").write_text(json.dumps(entries))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={package.parent} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    words = ["evaluate", "vbench", "--config", "nano/sample", "--vbench-python", str(python)]
+    words += ["--dimensions", "scene,color", f"zoo={zoo}", "steps=2", "out=vbench"]
+    assert main(words) == 0
+    assert "quality not run, semantic not run" in capsys.readouterr().out
+    assert len(files(Path("vbench/videos"))) == 10
+    document = json.loads(Path("vbench/scores.json").read_text())
+    assert document["results"] == {"scene": 0.25, "color": 0.25} and not document["vbench_long"]
+    before = files(Path("vbench/videos"))
+    Path("vbench/results/color_eval_results.json").unlink()
+    assert main(words) == 0
+    assert files(Path("vbench/videos")) == before
+    assert "10 of 10 videos are finished" in capsys.readouterr().out
