@@ -19,13 +19,25 @@ from landiff.data_pipeline.loading.phases import (
     single_phase,
 )
 from landiff.data_pipeline.loading.position import check_position
-from tests.data_pipeline.data_sets import write_column, write_raw
+from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 
 STEPS = 9
 
 
 def data_set(folder, sizes, mark=""):
     write_raw(folder, sizes, mark=mark or folder.name)
+    write_column(folder, "tokens")
+    return folder
+
+
+def video(key):
+    """Source video of a clip."""
+    return f"video {int(key[:6], 16) % 6}"
+
+
+def write_videos(folder, sizes):
+    """A data set with several clips of each video."""
+    write_raw(folder, sizes, folder.name, lambda key: {"source_sha256": video(key)})
     write_column(folder, "tokens")
     return folder
 
@@ -271,3 +283,29 @@ def test_a_state_without_an_order_of_its_own_has_none(tmp_path):
     check_position({"seed": 0}, {"seed": 0, "ramp": None, "order_first_step": None})
     with pytest.raises(ConfigError, match="has order_first_step = None, this run has 4"):
         check_position({}, {"order_first_step": 4})
+
+
+def test_videos_that_the_first_phase_holds_out_are_held_out_of_all_phases(tmp_path):
+    one = write_videos(tmp_path / "one", [12, 12])
+    two = write_videos(tmp_path / "two", [12])
+    second = keys_of(0, 12)
+    listed = next(key for key in keys_of(1, 12) if video(key) in {video(own) for own in second})
+    first = config(one, validation={"clips": [listed]})  # a key that `two` does not have
+    phases = (
+        DataPhase(0, 0, first),
+        DataPhase(1, 3, first.model_copy(update={"manifest": two})),
+    )
+    with loader(phases) as source:
+        held_out = [clip.key for clip in source.held_out.clips]
+        taken = take(source, 3)
+        state = source.state_dict()
+        later = take(source, 6)
+        assert [clip.key for clip in source.held_out.clips] == held_out == [listed]
+        assert next(iter(source.held_out)).samples[0].key == listed
+    assert video(listed) not in {video(sample[4]) for sample in taken + later}
+    expected = {key for key in second if video(key) != video(listed)}
+    assert {sample[4] for sample in later} == expected
+    with loader(phases) as source:
+        source.load_state_dict(state)
+        assert take(source, 6) == later
+        assert [clip.key for clip in source.held_out.clips] == held_out
