@@ -1,16 +1,20 @@
 """A bad feature on one rank leaves tokenizer, codebook and optimizer of both as they were."""
 
 import math
+import random
 
 import pytest
 import torch
 
 from landiff.model_zoo.health import non_finite
+from landiff.training.loop import fit
+from landiff.training.observe.events import read_events
+from landiff.training.run import Run
 from landiff.training.tokenizer.engine import TokenizerEngine
 from tests.distributed import run_distributed
-from tests.training.skipping import check_skip_and_rollback, state_of
+from tests.training.skipping import check_skip_and_rollback, differing, state_of
 from tests.training.tokenizer.tiny import MODEL, batch, config
-from tests.training.toy import alone
+from tests.training.toy import ToyLoader, alone
 
 EMA = {"decay": 0.9}
 
@@ -38,6 +42,42 @@ def diverge(world, folder, precision, value):
 def test_a_bad_feature_on_one_rank_leaves_no_trace(tmp_path, precision, value):
     for found in run_distributed(diverge, 2, tmp_path, precision, value):
         assert not any(found.values()), found
+
+
+class Source(ToyLoader):
+    """Batches of `tiny`, of which one is bad."""
+
+    bad = -1
+
+    def next_batch(self):
+        self.step += 1
+        made = batch(self.step - 1)
+        if made.step == self.bad:
+            spoil(made, math.nan)
+        return made
+
+
+def train(folder, steps, bad):
+    """Train, or continue, until `steps`. Returns (events, weights, buffers and averages)."""
+    loop = {"steps": steps, "save_every": 2, "keep_last": 1, "on_nonfinite": "rollback"}
+    settings = config(folder, loop=loop, ema=EMA)
+    engine = TokenizerEngine(settings, alone())
+    source = Source(settings, alone())
+    source.bad = bad
+    fit(engine, source, Run(folder, settings, alone()), settings.loop)
+    events = [(event["step"], event["to"]) for event in read_events(folder / "events.jsonl")]
+    return events, state_of(engine, [])
+
+
+def test_a_run_with_a_rollback_resumes_bit_for_bit(tmp_path):
+    bad = random.Random().randrange(2, 6)  # any step after the first checkpoint
+    events, straight = train(tmp_path / "straight", 8, bad)
+    assert events == [(bad + 1, bad // 2 * 2)], bad
+    for stop in (bad - 1, bad, bad + 1, bad + 2):
+        train(tmp_path / f"{stop}", stop, bad)
+        assert train(tmp_path / f"{stop}", 8, bad)[0] == events, (bad, stop)
+        _, resumed = train(tmp_path / f"{stop}", 8, bad)  # loads the last checkpoint
+        assert differing(resumed, straight) == [], (bad, stop)
 
 
 def test_a_bad_first_batch_neither_starts_the_codebook_nor_measures_the_features(tmp_path):
