@@ -16,6 +16,7 @@ from pydantic import (
 
 from landiff.configs.base import Config
 from landiff.data_pipeline.ingest.config import ShardsConfig
+from landiff.data_pipeline.loading.config import ValidationConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
 from landiff.model_zoo.lora.config import AdapterUse
@@ -190,6 +191,11 @@ class EvaluateConfig(Config):
     )
     samples: PositiveInt = Field(
         default=32, description="Clips for each seed, at most the whole data set; at least 2."
+    )
+    validation: ValidationConfig | None = Field(
+        default=None,
+        description="Measure held-out clips, the same for every seed: the `data.validation` of the "
+        "training runs. null draws from all clips.",
     )
     seeds: PositiveInt = Field(
         default=5,

@@ -147,12 +147,19 @@ class PassCounter:
 
 
 def draw_samples(config: EvaluateConfig, seed: int) -> list[Sample]:
-    """Clips in an order that depends on the seed; at most the whole data set once."""
+    """Clips in an order that depends on the seed; at most the whole data set once.
+
+    With `config.validation`, the first held-out clips for every seed.
+    """
     columns = ["tokens", "latents", config.lm_text_column, config.diffusion_text_column]
-    data = DataConfig(manifest=config.data, global_batch_size=1, seed=seed)
+    data = DataConfig(
+        manifest=config.data, global_batch_size=1, seed=seed, validation=config.validation
+    )
     first = Loader(data, columns, dp_rank=0, dp_size=1)
     if seed == 0:
         warn_of_cut_captions(first.manifest, config)
+    if config.validation is not None:
+        return first.held_out.first(config.samples)
     size = min(config.samples, first.num_samples)
     data = DataConfig(
         manifest=config.data, global_batch_size=size, micro_batch_size=size, seed=seed

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from landiff.configs import load as load_config
 from landiff.data_pipeline.format.schema import RAW, Manifest
 from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, write_manifest
 from landiff.launchers.cli import main
+from landiff.launchers.config import EvaluateConfig
+from landiff.launchers.results.evaluate import draw_samples
 from landiff.model_zoo import registry
 from tests.data_pipeline.data_sets import keys_of, raw_sample, write_column
 from tests.model_zoo.convert.tiny import CONFIGS, weights
@@ -88,3 +92,19 @@ def test_clips_of_one_video_have_no_wrong_condition(folder, capsys):
     assert "all 4 clips have" in err
     assert "clips of at least two videos" in err
     assert not Path("found.json").exists()
+
+
+def test_held_out_clips_are_the_same_for_every_seed(tmp_path):
+    write_data(tmp_path / "data", one_video=False)
+    held_out = sorted(keys_of(0, 4))[:2]
+    config = load_config(
+        EvaluateConfig,
+        {
+            **yaml.safe_load(CONFIG),
+            "data": str(tmp_path / "data"),
+            "validation": {"clips": held_out},
+        },
+    )
+    for seed in range(2):
+        samples = draw_samples(config, seed)
+        assert sorted(sample.key for sample in samples) == held_out
