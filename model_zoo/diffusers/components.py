@@ -45,6 +45,8 @@ class ModelComponent(ModelMixin, ConfigMixin):
     kind: str
     """The kind of the model in model_zoo/convert/parts.py."""
     config_name = "config.json"
+    folder: Path | None = None
+    """The folder that the weights were loaded from."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class ModelComponent(ModelMixin, ConfigMixin):
         part = diffusers_folder.read_model(folder)
         sizes = cast(Config, part.config)
         component = cls.from_tensors(sizes, part.tensors.checked(str(folder)))
+        component.folder = folder
         if torch_dtype is None:
             return component
         return component.to(torch_dtype)

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5EncoderMode
 
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import TokenSamplingConfig
+from landiff.model_zoo.diffusers.adapters import PipelineAdapters
 from landiff.model_zoo.diffusers.arguments import repeated, seeds_of
 from landiff.model_zoo.diffusers.components import (
     EARLIER_MODULES,
@@ -131,6 +132,7 @@ class LanDiffPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self._offload_device: torch.device | None = None
+        self._adapters = PipelineAdapters(self)
 
     @classmethod
     def from_models(cls, models: Models, clean_frames: int = 7) -> LanDiffPipeline:
@@ -436,6 +438,14 @@ class LanDiffPipeline(DiffusionPipeline):
         raise NotImplementedError(
             "LanDiffPipeline offloads whole components only; call enable_model_cpu_offload()"
         )
+
+    def load_adapter(self, folder: str | Path, scale: float = 1.0, *, merge: bool = True) -> None:
+        """Adds a LoRA adapter, the folder of a zoo entry, to the model that it was trained on.
+
+        merge: add it to the weights. Otherwise it stays in layers of its own. Raises ConfigError
+        for an adapter of another base, whose weights are compared as the pipeline loaded them.
+        """
+        self._adapters.add(Path(folder), scale, merged=merge)
 
     def enable_vae_tiling(self) -> None:
         """Decodes in overlapping tiles: less memory, slightly different pixels at the seams."""

@@ -21,19 +21,26 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
 )
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import landiff
+from landiff.configs import ConfigError
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample, sample_folder
 from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.convert.known_formats import open_source, write_target
+from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.diffusers import pipeline
 from landiff.model_zoo.diffusers.components import EARLIER_MODULES, LanDiffScheduler
 from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline
 from landiff.model_zoo.health import UnhealthyError
+from landiff.model_zoo.lora.base import base_fingerprint
+from landiff.model_zoo.lora.config import AdapterConfig
+from landiff.model_zoo.lora.modules import adapted_part, adapter_tensors, add_layers
+from landiff.model_zoo.lora.parts import adapter_part
 from landiff.model_zoo.sample.generate import Models, draw_codes, generate
 from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
 from landiff.model_zoo.schedule import NoiseSchedule
@@ -163,6 +170,65 @@ def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected
     assert (
         expected.frames_BTHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BTHWC.float().std() > 1
     )
+
+
+@pytest.fixture(scope="module")
+def adapters(folder) -> dict[str, registry.ZooEntry]:
+    """Adapters with random weights, by kind of their base."""
+    found = {}
+    for kind, target in (("lm", "wqkv"), ("transformer", "qkv"), ("diffusion", "out")):
+        whole = registry.resolve(folder / "zoo", "lm" if kind == "lm" else "diffusion")
+        base = base_fingerprint(whole, kind)
+        config = AdapterConfig(base_kind=kind, base=base, rank=2, alpha=4, targets=(target,))
+        model = registry.load_model(whole)
+        add_layers(model, config)
+        part = adapted_part(model, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            for name, parameter in part.named_parameters():
+                if ".lora_B." in name:
+                    torch.nn.init.normal_(parameter, std=0.2)
+        tensors = adapter_tensors(LazyTensors.of(part.state_dict()))
+        exported = adapter_part(config, tensors, kind).tensors
+        found[kind] = registry.export(
+            folder / "zoo", f"lora-{kind}", "adapter", config, exported, {}
+        )
+    return found
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_in_a_pipeline_give_what_landiff_sample_gives(folder, saved, adapters, merge):
+    uses = [{"adapter": f"lora-{kind}", "scale": 0.5} for kind in adapters]
+    models = load_models(
+        sample_config(folder, adapters=uses, merge_adapters=merge), torch.device("cpu")
+    )
+    expected = LanDiffPipeline.from_models(models, clean_frames=1)
+    loaded = LanDiffPipeline.from_pretrained(saved)
+    before = loaded(PROMPTS[0], generator=seeded(SEED), output_type="latent", **CALL)
+    for entry in adapters.values():
+        loaded.load_adapter(entry.path, 0.5, merge=merge)
+    found, wanted = (
+        each(PROMPTS[0], generator=seeded(SEED), output_type="latent", **CALL)
+        for each in (loaded, expected)
+    )
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.frames, wanted.frames)
+    assert not torch.equal(found.frames, before.frames)
+
+
+def test_a_pipeline_knows_the_base_that_it_was_loaded_from(saved, adapters, tmp_path):
+    half = LanDiffPipeline.from_pretrained(saved, torch_dtype=torch.bfloat16)
+    for entry in adapters.values():
+        half.load_adapter(entry.path)
+    shutil.copytree(saved, tmp_path / "other")
+    path = tmp_path / "other" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["proj_out.bias"] += 1
+    save_file(tensors, path)
+    other = LanDiffPipeline.from_pretrained(tmp_path / "other")
+    other.load_adapter(adapters["lm"].path)
+    for kind in ("transformer", "diffusion"):
+        with pytest.raises(ConfigError, match=f"is an adapter of the {kind} with"):
+            other.load_adapter(adapters[kind].path)
 
 
 def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch, capsys):
