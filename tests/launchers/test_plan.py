@@ -130,6 +130,18 @@ def test_diffusion_gradients_are_summed_and_sent_in_float32():
     assert plans[2].gradient_bytes == (4 * 4 + 2) * trained
 
 
+def test_a_moving_average_takes_four_bytes_for_each_weight_divided_like_the_optimizer(lm):
+    control = load(DiffusionTrainConfig, "landiff/diffusion-control")
+    trained = make_plan(control, 64).parameters["trained"]
+    for stage in (1, 2, 3):
+        plan = make_plan(changed(control, {"zero.stage": stage}), 64)
+        assert plan.memory["moving average"] == 4 * (trained // 64)
+    assert "moving average" not in make_plan(changed(control, {"ema": None}), 64).memory
+    average = {"ema": {"decay": 0.99}, "parallel.distributed_optimizer": True}
+    plan = make_plan(changed(lm, average), 8)
+    assert plan.memory["moving average"] == pytest.approx(plan.memory["optimizer"] / 3, abs=4)
+
+
 def test_recompute_trades_memory_for_flops(lm):
     kept = make_plan(changed(lm, {"recompute": False}), 8)
     again = make_plan(changed(lm, {"recompute": True}), 8)

@@ -13,6 +13,7 @@ from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
 from landiff.model_zoo.convert.formats.megatron import write_megatron_config
 from landiff.model_zoo.convert.formats.megatron_optimizer import MASTERS
+from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
 from tests.training.lm.checkpoints import close, evaluate, fresh, save
@@ -45,9 +46,10 @@ LOADERS = {
 MOVES_TO_ONE = [("pipeline 2", "one"), ("data 2, fp32", "one, distributed")]
 
 
-def config_of(folder: Path, layout: str, **changes: Any):
+def config_of(folder: Path, layout: str) -> LMTrainConfig:
     parallel, precision = LOADERS[layout]
-    return tiny_config(folder, parallel, precision=precision, **{"ema": EMA, **changes})
+    data = {"global_batch_size": 2, "micro_batch_size": 1}
+    return tiny_config(folder, parallel, precision=precision, data=data, ema=EMA)
 
 
 def step(engine: MegatronEngine, number: int) -> None:
@@ -134,9 +136,9 @@ def resume_all(world: Any, folder: Path, moves: list[tuple[str, str]]) -> list[f
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("ema")
-    found = run_distributed(train_all, 2, folder)
-    [losses, _] = run_distributed(resume_all, 2, folder, MOVES)
-    [single] = run_distributed(resume_all, 1, folder, MOVES_TO_ONE)
+    found = run_distributed(train_all, 2, folder, timeout_s=600)
+    [losses, _] = run_distributed(resume_all, 2, folder, MOVES, timeout_s=600)
+    [single] = run_distributed(resume_all, 1, folder, MOVES_TO_ONE, timeout_s=600)
     return folder, found, dict(zip([*MOVES, *MOVES_TO_ONE], [*losses, *single], strict=True))
 
 
