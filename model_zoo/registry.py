@@ -433,11 +433,15 @@ def _verify_content(entry: ZooEntry) -> None:
 
 
 def _require_codebook(kind: str, tensors: LazyTensors, what: str) -> None:
-    """Raises UnhealthyError if `what` is a tokenizer whose codebook has collapsed."""
-    if kind == "tokenizer":
-        from landiff.model_zoo.health import require_distinct_codes
+    """Raises UnhealthyError if `what` is a tokenizer whose codebook has collapsed.
 
-        require_distinct_codes(tensors.read, what)
+    Weights without a codebook are refused where they are loaded into a model.
+    """
+    if kind == "tokenizer":
+        from landiff.model_zoo.health import CODES_STARTED, require_distinct_codes
+
+        if CODES_STARTED in tensors:
+            require_distinct_codes(tensors.read, what)
 
 
 def _examine(
