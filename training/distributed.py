@@ -129,6 +129,21 @@ class World:
             values.append(json.loads(part[:size].numpy().tobytes()))
         return values
 
+    def send_to_first(self, values: list[Any]) -> list[Any]:
+        """The `values` of all ranks on rank 0, ordered by rank, and none on the others.
+
+        Values are pickled. Only rank 0 waits for other ranks.
+        """
+        if self.rank > 0:
+            dist.send_object_list([values], dst=0, group=self.control)
+            return []
+        found = list(values)
+        for other in range(1, self.size):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=other, group=self.control)
+            found += received[0]
+        return found
+
 
 @contextmanager
 def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]:

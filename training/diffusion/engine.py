@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -175,16 +176,38 @@ class DeepSpeedEngine:
         return summarize_sums(sums, self.config)
 
     def preview(self, clips: Sequence[Sample]) -> list[Preview]:
-        """Videos of held-out clips, or of the first clip of this rank's last batch. Collective."""
+        """Videos of held-out clips, or of the first clip of rank 0's last batch. Collective.
+
+        The clips are divided over the ranks. Rank 0 collects the videos and waits for the others.
+        """
         if self.previewer is None:
             return []
-        shown = {}
-        for number, clip in enumerate(clips):
-            shown[f"preview/held_out_{number}"] = clip
-        if not shown and self.last_sample is not None:
-            shown["preview/clip"] = self.last_sample
+        tag = "preview/held_out_{}"
+        if not clips:
+            if self.last_sample is None:
+                return []
+            tag = "preview/clip"
+            clips = [self.last_sample]
+        found = []
         with self.weights(self.ema.enabled):
-            return [self.previewer(self.module, clip, tag) for tag, clip in shown.items()]
+            for number in self._own_numbers(len(clips)):
+                clip = clips[number % len(clips)]
+                preview = self.previewer(self.module, clip, tag.format(number))
+                if number < len(clips):
+                    found.append((number, preview.reduced()))
+        found = self.world.send_to_first(found)
+        return [preview for _, preview in sorted(found, key=itemgetter(0))]
+
+    def _own_numbers(self, count: int) -> range:
+        """Which of `count` clips this rank shows.
+
+        With ZeRO-3 every forward gathers parameters, so all ranks take equally many: numbers from
+        `count` on are clips that another rank shows.
+        """
+        end = count
+        if self.zero.zero_optimization_stage() == 3:
+            end = -(-count // self.world.size) * self.world.size
+        return range(self.world.rank, end, self.world.size)
 
     def _clip_flops(self) -> float:
         """Model FLOPs of one clip."""

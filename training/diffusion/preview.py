@@ -1,4 +1,4 @@
-"""What the diffusion model generates from a training clip, as videos for TensorBoard.
+"""What the diffusion model makes of a clip, as videos for TensorBoard.
 
 Shape letters (docs/glossary.md): B = 1 clip, T latent frames, C latent channels, H W latent height
 and width.
@@ -23,6 +23,7 @@ from landiff.model_zoo.sample.latents import (
 )
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.step import Inputs, Objective
+from landiff.training.diffusion.validation import fixed_inputs, fixed_noise
 from landiff.training.observe.previews import Preview
 
 TIMESTEP_FRACTION = 0.5  # of the schedule, for the one-step estimate
@@ -81,16 +82,13 @@ class Previewer:
         )
 
     def _inputs(self, sample: Sample) -> Inputs:
-        """Inputs of a sample at the middle timestep, with its text and without a prefix."""
-        # The global batch of the sample's phase may be larger than that of the first phase.
-        inputs = self.objective.inputs([replace(sample, position=0)])
-        text_LD = sample.tensors[self.config.text_column].float().to(self.objective.device)
+        """Inputs of a sample at the middle timestep, as in validation: fixed for each clip."""
+        inputs = fixed_inputs(self.objective, [sample])
         timestep = int(TIMESTEP_FRACTION * self.config.schedule.num_timesteps)
         return replace(
             inputs,
-            text_BLD=text_LD[None],
+            noise_BTCHW=fixed_noise([sample], timestep, inputs.latents_BTCHW),
             timestep_B=torch.full_like(inputs.timestep_B, timestep),
-            prefix_B=torch.zeros_like(inputs.prefix_B),
         )
 
     def _denoise(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -37,6 +37,13 @@ class Preview:
     tag: str
     panels: Mapping[str, Tensor]
     text: str = ""
+
+    def reduced(self) -> Preview:
+        """The preview with panels of the size in which they are shown, on the CPU."""
+        panels = {}
+        for title, video_THWC in self.panels.items():
+            panels[title] = _resized(video_THWC.cpu())
+        return replace(self, panels=panels)
 
 
 def write_preview(writer: EventFile, preview: Preview, step: int, fps: float) -> None:

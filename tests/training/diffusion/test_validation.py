@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
@@ -153,6 +154,55 @@ def test_ranks_and_stages_agree_and_training_after_it_is_bit_equal(folder, size)
     phase, micro_batch_size, changes = RANKS[size]
     found = run_distributed(steps_with_validation, size, folder, phase, micro_batch_size, changes)
     check(found, reference(folder, phase))
+
+
+def show_with_a_slow_rank(world, folder):
+    """For each stage, the metrics and previews of rank 0; rank 1 sleeps in every forward."""
+    found = {}
+    for stage in (2, 3):
+        settings = config(
+            folder,
+            "control",
+            zero__stage=stage,
+            zero__parameter_persistence_threshold=500,
+            data__global_batch_size=3,
+            data__micro_batch_size=1,
+            preview_codec__kind="dct",
+            preview_steps=2,
+        )
+        engine = build_engine(settings, world)
+        before = [(name, tensor.clone()) for name, tensor in engine.local_weights()]
+        if world.rank == 1:
+            engine.module.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+        metrics = validation_metrics(engine, CLIPS, world.rank, world.size)
+        previews = engine.preview([*CLIPS, sample(1003, 4)])  # one more than there are ranks
+        assert engine.module.training
+        for (name, tensor), (_, now) in zip(before, engine.local_weights(), strict=True):
+            assert torch.equal(tensor, now), name
+        loss = float(engine.train_step(batch(settings, 0, world)).loss)
+        found[stage] = (metrics, previews, loss)
+    return found
+
+
+def test_previews_and_validation_finish_when_one_of_three_ranks_is_slow(folder):
+    first, *others = run_distributed(show_with_a_slow_rank, 3, folder)
+    for stage in (2, 3):
+        metrics, previews, loss = first[stage]
+        assert metrics == pytest.approx(reference(folder, "control"), **CLOSE)
+        assert [preview.tag for preview in previews] == [
+            f"preview/held_out_{number}" for number in range(4)
+        ]
+        assert (
+            len({preview.panels["sample from noise"].numpy().tobytes() for preview in previews})
+            == 4
+        )
+        for other in others:
+            assert other[stage][1] == []  # rank 0 has them all
+            assert other[stage][2] == loss
+    for two, three in zip(first[2][1], first[3][1], strict=True):
+        assert two.text == three.text
+        for title, video in two.panels.items():
+            assert torch.equal(video, three.panels[title]), title
 
 
 def test_training_after_it_is_bit_equal_with_the_shipped_options(folder):
