@@ -530,7 +530,7 @@ def test_a_column_of_an_unknown_kind_is_explained(column, text):
         (
             {"kind": "dtc"},
             "latents.encoder.kind = 'dtc' is unknown; did you mean 'dct'? known here: dct, "
-            "cogvideox-vae",
+            "pca, cogvideox-vae",
         ),
         ({}, "latents.encoder.kind is required and not set"),
     ],
