@@ -169,3 +169,20 @@ def test_training_in_the_shipped_precision_is_bit_equal_with_and_without_validat
     for name, weight in plain.items():
         assert torch.equal(validated[name], weight), name
     assert found["bf16"]["loss"] < found["plain"]["loss"]
+
+
+def four_ranks(world: Any, folder: Path) -> list[dict[str, float]]:
+    found = []
+    for parallel in ({"tensor": 2, "pipeline": 2}, {}):
+        engine = MegatronEngine(small(folder, parallel=parallel))
+        samples = clips(engine.config)
+        found.append(validation_metrics(engine, samples, engine.dp_rank, engine.dp_size, 1))
+        engine.close()
+    return found
+
+
+def test_four_ranks_measure_what_one_measures(found, tmp_path):
+    (expected,) = found[1]
+    for rank in run_distributed(four_ranks, 4, tmp_path):
+        for metrics in rank:
+            assert metrics == pytest.approx(expected, abs=1e-5)  # float32 sums in another order
