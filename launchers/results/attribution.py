@@ -60,8 +60,10 @@ def attribute_command(args: argparse.Namespace) -> int:
     models.check()
     vision = frozen.build(EfficientNetConfig(blocks=args.vision_blocks), device)
     videos_BTHWC = torch.from_numpy(frames)
-    report = attribute(models, vision, config, videos_BTHWC, rows)
-    report["probes"] = probes(models, vision, config, videos_BTHWC, rows, args.probe_clips)
+    codes = codes_of(models, vision, config, videos_BTHWC, rows)
+    report = attribute(models, config, videos_BTHWC, rows, codes)
+    report["tokenizer"] = statistics(models, vision, config, videos_BTHWC)
+    report["probes"] = probes(models, vision, config, codes, rows, args.probe_clips)
     if args.out is not None:
         write_text(Path(args.out), json.dumps(report, indent=1))
     print_report(report)
@@ -74,54 +76,63 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(f"== {stage}: {format_rates(document)}")
     for name, value in report["tokenizer"].items():
         print(f"tokenizer: {name} {value:.4f}")
-    for name, value in report["probes"].items():
-        print(f"probe of decoded tokens: {name} {value:.4f}")
+    for source, found in report["probes"].items():
+        text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        print(f"probes of {source}: {text}")
 
 
 @torch.no_grad()
-def attribute(
+def codes_of(
     models: Models,
     vision: VisionFeatures,
     config: SampleConfig,
     frames_BTHWC: Tensor,
     rows: Sequence[world.Label],
-) -> dict[str, Any]:
-    """Rates of each stage on true clips of one chunk, and statistics of the tokenizer."""
-    captions = [row["caption"] for row in rows]
-    device = next(models.lm.parameters()).device
-    seeds = [config.seed + number for number in range(len(rows))]
-    sampler = sampler_options(config)
-    text_BLD, _ = models.diffusion_text(captions)
+) -> dict[str, Tensor]:
+    """Codes of the true clips and of the language model for their captions, int64 [B, K]."""
     features_BTChw = features_of(vision, frames_BTHWC, config.num_latent_frames)
-    codes_BK = models.tokenizer.encode(features_BTChw.to(device))
     drawn_BK = draw_codes(
         models.lm,
-        models.lm_text(captions),
+        models.lm_text([row["caption"] for row in rows]),
         config.num_latent_frames,
         config.tokens,
-        seeds=seeds,
+        seeds=seeds_of(config, rows),
         motion_score=config.motion_score,
     )
-    videos = {"codec": models.codec.decode(models.codec.encode(frames_BTHWC))}
-    for stage, stage_BK in {"true tokens": codes_BK, "language model": drawn_BK}.items():
+    return {"true tokens": models.tokenizer.encode(features_BTChw), "language model": drawn_BK}
+
+
+def seeds_of(config: SampleConfig, rows: Sequence[world.Label]) -> list[int]:
+    """A seed for each clip."""
+    return [config.seed + number for number in range(len(rows))]
+
+
+@torch.no_grad()
+def attribute(
+    models: Models,
+    config: SampleConfig,
+    frames_BTHWC: Tensor,
+    rows: Sequence[world.Label],
+    codes: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Rates of each stage on true clips of one chunk."""
+    text_BLD, _ = models.diffusion_text([row["caption"] for row in rows])
+    stages = {
+        "true clips": score_videos(frames_BTHWC, rows),
+        "codec": score_videos(models.codec.decode(models.codec.encode(frames_BTHWC)), rows),
+    }
+    for stage, codes_BK in codes.items():
         latents_BTCHW = draw_latents(
             models.diffusion,
             models.schedule,
             text_BLD,
-            models.tokenizer.decode(stage_BK, config.num_latent_frames),
-            sampler,
-            seeds=seeds,
+            models.tokenizer.decode(codes_BK, config.num_latent_frames),
+            sampler_options(config),
+            seeds=seeds_of(config, rows),
             clean_frames=config.clean_frames,
         )
-        videos[stage] = models.codec.decode(latents_BTCHW)
-    stages = {"true clips": score_videos(frames_BTHWC, rows)}
-    for stage, video_BTHWC in videos.items():
-        stages[stage] = score_videos(video_BTHWC.cpu(), rows)
-    decoded_BTChw = models.tokenizer.decode(codes_BK, config.num_latent_frames)
-    return {
-        "stages": stages,
-        "tokenizer": statistics(models, features_BTChw, decoded_BTChw, codes_BK),
-    }
+        stages[stage] = score_videos(models.codec.decode(latents_BTCHW), rows)
+    return {"stages": stages}
 
 
 def features_of(vision: VisionFeatures, frames_BTHWC: Tensor, num_latent_frames: int) -> Tensor:
@@ -133,15 +144,19 @@ def features_of(vision: VisionFeatures, frames_BTHWC: Tensor, num_latent_frames:
 
 def score_videos(frames_BTHWC: Tensor, rows: Sequence[world.Label]) -> dict[str, Any]:
     """Rates of videos."""
-    found = [judge(frames_THWC.numpy()).found for frames_THWC in frames_BTHWC]
+    found = [judge(frames_THWC.numpy()).found for frames_THWC in frames_BTHWC.cpu()]
     return rates_document(rates(rows, found))
 
 
+@torch.no_grad()
 def statistics(
-    models: Models, features_BTChw: Tensor, decoded_BTChw: Tensor, codes_BK: Tensor
+    models: Models, vision: VisionFeatures, config: SampleConfig, frames_BTHWC: Tensor
 ) -> dict[str, float]:
     """Variance that the tokens do not explain, of features normalized per channel, and code use."""
     tokenizer = models.tokenizer
+    features_BTChw = features_of(vision, frames_BTHWC, config.num_latent_frames)
+    codes_BK = tokenizer.encode(features_BTChw)
+    decoded_BTChw = tokenizer.decode(codes_BK, config.num_latent_frames)
     mean_C = features_BTChw.mean(dim=(0, 1, 3, 4))
     std_C = features_BTChw.std(dim=(0, 1, 3, 4)) + 1e-8
     error_BTChw = (decoded_BTChw - features_BTChw) / std_C[:, None, None]
@@ -160,34 +175,34 @@ def probes(
     models: Models,
     vision: VisionFeatures,
     config: SampleConfig,
-    frames_BTHWC: Tensor,
+    codes: Mapping[str, Tensor],
     rows: Sequence[world.Label],
     num_clips: int,
-) -> dict[str, float]:
-    """Fraction of true clips whose attributes a small network reads from decoded tokens.
+) -> dict[str, dict[str, float]]:
+    """Fraction of clips whose attributes small networks read from decoded codes, by their source.
 
     The networks are trained on `num_clips` further clips of the training part of the world.
     """
     labels = world.balanced(world.labels(held_out=False), num_clips, config.seed)
+    size = models.tokenizer.config.grid_height * vision.cell
     clips = []
     for index, label in enumerate(labels):
-        clips.append(world.video(label, (config.seed, 7, index), size=frames_BTHWC.shape[2]))
-
-    def decoded(videos_BTHWC: Tensor) -> Tensor:
-        features_BTChw = features_of(vision, videos_BTHWC, config.num_latent_frames)
-        codes_BK = models.tokenizer.encode(features_BTChw.to(models.tokenizer.mean.device))
-        return models.tokenizer.decode(codes_BK, config.num_latent_frames).cpu()
-
-    train_BTChw = decoded(torch.from_numpy(np.stack(clips)))
-    test_BTChw = decoded(frames_BTHWC)
-    found = {}
+        clips.append(world.video(label, (config.seed, 7, index), size=size))
+    features_BTChw = features_of(
+        vision, torch.from_numpy(np.stack(clips)), config.num_latent_frames
+    )
+    decode = models.tokenizer.decode
+    train_BTChw = decode(models.tokenizer.encode(features_BTChw), config.num_latent_frames)
+    found: dict[str, dict[str, float]] = {source: {} for source in codes}
     for name in world.ATTRIBUTES:
         values = world.VALUES[name]
         wanted = torch.tensor([values.index(label[name]) for label in labels])
         expected = torch.tensor([values.index(row[name]) for row in rows])
-        network = train_probe(train_BTChw, wanted, len(values))
-        answer = network(test_BTChw.flatten(1, 2)).argmax(dim=1)
-        found[name] = float((answer == expected).float().mean())
+        network = train_probe(train_BTChw.cpu(), wanted, len(values))
+        for source, codes_BK in codes.items():
+            test_BTChw = decode(codes_BK, config.num_latent_frames).cpu()
+            answer = network(test_BTChw.flatten(1, 2)).argmax(dim=1)
+            found[source][name] = float((answer == expected).float().mean())
     return found
 
 

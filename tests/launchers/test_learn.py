@@ -56,5 +56,5 @@ def test_attribution_scores_every_stage_of_the_chain(tmp_path, monkeypatch):
     assert list(found["stages"]) == ["true clips", "codec", "true tokens", "language model"]
     assert found["stages"]["true clips"]["right"]["all"] == 1.0
     assert found["stages"]["codec"]["right"]["all"] == 1.0
-    assert set(found["probes"]) == set(world.ATTRIBUTES)
+    assert set(found["probes"]["language model"]) == set(world.ATTRIBUTES)
     assert found["tokenizer"]["unexplained variance"] > 0
