@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["LanDiffPipeline", "__version__", "load_config", "zoo"]
 
 _COMPONENTS = "landiff.model_zoo.diffusers.components"
+_ENCODERS = "landiff.model_zoo.diffusers.encoders"
 _PIPELINE = "landiff.model_zoo.diffusers.pipeline"
 _LAZY = {
     # model_index.json of a saved pipeline names its components as classes of this module.
+    "LanDiffCodec": (_ENCODERS, "LanDiffCodec"),
     "LanDiffControl": (_COMPONENTS, "LanDiffControl"),
     "LanDiffLM": (_COMPONENTS, "LanDiffLM"),
     "LanDiffLMConfig": (_COMPONENTS, "LanDiffLMConfig"),
     "LanDiffPipeline": (_PIPELINE, "LanDiffPipeline"),
     "LanDiffScheduler": (_COMPONENTS, "LanDiffScheduler"),
+    "LanDiffTextEncoder": (_ENCODERS, "LanDiffTextEncoder"),
     "LanDiffTokenizer": (_COMPONENTS, "LanDiffTokenizer"),
     "LanDiffTransformer": (_COMPONENTS, "LanDiffTransformer"),
     "load_config": ("landiff.configs", "load"),

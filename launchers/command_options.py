@@ -172,8 +172,8 @@ def add_convert(commands: Commands) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="run, checkpoint, zoo entry, or file or folder of weights; `inspect PATH` describes "
-        "the weights at PATH",
+        help="run, checkpoint, zoo entry, or file or folder of weights; with --to diffusers also a "
+        "config of `landiff sample`; `inspect PATH` describes the weights at PATH",
     )
     convert.add_argument(
         "--to",

@@ -60,6 +60,8 @@ CONVERT = """\
                                                               any parallel layout
   landiff convert main --to diffusers --out CogVideoX-ours    main transformer -> a diffusers
                                                               CogVideoXTransformer3DModel
+  landiff convert nano/sample --to diffusers --out LanDiff    config of `landiff sample` -> folder
+                                                              of a LanDiffPipeline
   landiff convert diffusion tokenizer lm --to release --out out    zoo -> files of the release
 
 Resharding a checkpoint with its optimizer: `landiff train` resumes from the result with

@@ -21,7 +21,8 @@ from landiff.launchers.run.job_folder import CONFIG, JOB_FOLDER
 from landiff.launchers.slurm.cluster_config import STAGES, ClusterConfig
 from landiff.launchers.slurm.script import BatchJob
 from landiff.launchers.stages import STAGE_CONFIGS, TRAINERS
-from landiff.launchers.weights.request import check_request, request_of
+from landiff.launchers.weights.pipeline_folder import check_pipeline
+from landiff.launchers.weights.request import check_request, names_config, request_of
 from landiff.training.checks import Launch
 from landiff.training.config import TrainConfig
 
@@ -240,5 +241,6 @@ def plan_convert(
     """The command as it was typed, in a run folder named after what it writes."""
     name = f"export-{args.name}" if args.name else f"convert-to-{args.to}"
     plan = plan_process("convert", context, name, argv, None)
-    problems = check_request(request_of(args), context.launch())
-    return replace(plan, problems=tuple(problems))
+    request = request_of(args)
+    check = check_pipeline if names_config(request) else check_request
+    return replace(plan, problems=tuple(check(request, context.launch())))

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 from landiff.configs import ConfigError, load
 from landiff.configs.problems import require_none
 from landiff.launchers.commands import print_lines
-from landiff.launchers.weights.request import check_request, request_of
+from landiff.launchers.weights.pipeline_folder import (
+    check_pipeline,
+    describe_pipeline,
+    write_pipeline,
+)
+from landiff.launchers.weights.request import (
+    ConvertRequest,
+    check_request,
+    names_config,
+    request_of,
+)
 from landiff.model_zoo import registry
 from landiff.training.checks import Launch
 
@@ -28,6 +38,8 @@ def convert_command(args: argparse.Namespace) -> int:
         inspect_weights(args, args.sources[1:])
         return 0
     request = request_of(args)
+    if names_config(request):
+        return _convert_config(request, dry_run=args.dry_run)
     require_none(check_request(request, Launch()))
     from landiff.launchers.weights.convert import convert_weights, plan
 
@@ -36,6 +48,16 @@ def convert_command(args: argparse.Namespace) -> int:
             print(line)
     else:
         print_lines("convert", convert_weights(request))
+    return 0
+
+
+def _convert_config(request: ConvertRequest, *, dry_run: bool) -> int:
+    """Writes the pipeline of a config. Returns the exit code."""
+    require_none(check_pipeline(request, Launch()))
+    if dry_run:
+        print("\n".join(describe_pipeline(request)))
+    else:
+        print_lines("convert", write_pipeline(request))
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from landiff.configs import load
+from landiff.configs.loader import packaged_names
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
@@ -69,13 +70,29 @@ def check_request(request: ConvertRequest, launch: Launch) -> list[Problem]:
         problems += check_writable("--zoo", request.zoo)
         if name is not None:
             problems += problems_of(lambda: registry.check_name(name))
-    elif request.out is not None:
-        problems += check_writable("--out", request.out.parent)
-        if request.out.exists():
-            problems.append(Problem(f"{request.out} exists already; name a folder that doesn't"))
+    else:
+        problems += check_out(request)
     if launch.inputs_exist:
         for source in request.sources:
             problems += check_source(source, request.zoo)
+    return problems
+
+
+def names_config(request: ConvertRequest) -> bool:
+    """Whether the first source is a config, packaged or a .yaml file, and not weights."""
+    source = request.sources[0]
+    if source.endswith((".yaml", ".yml")):
+        return True
+    return source in packaged_names() and not Path(source).exists()
+
+
+def check_out(request: ConvertRequest) -> list[Problem]:
+    """Check that the folder of --out is new and can be written."""
+    if request.out is None:
+        return []
+    problems = check_writable("--out", request.out.parent)
+    if request.out.exists():
+        problems.append(Problem(f"{request.out} exists already; name a folder that doesn't"))
     return problems
 
 

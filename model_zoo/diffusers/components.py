@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers import CogVideoXTransformer3DModel, ConfigMixin, ModelMixin, SchedulerMixin
@@ -30,8 +30,10 @@ from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.sample.latents import SamplerOptions
+from landiff.model_zoo.sample.solvers import Solver
 from landiff.model_zoo.schedule import NoiseSchedule
 
+GuidanceSchedule = Literal["timestep", "step", "constant"]
 PUBLIC_MODULE = "landiff"
 EARLIER_MODULES = ("model_zoo.pipeline", "landiff.model_zoo.diffusers.pipeline")
 
@@ -199,9 +201,9 @@ class LanDiffLM(PreTrainedModel):
 class LanDiffScheduler(SchedulerMixin, ConfigMixin):
     """Noise schedule and options of the sampler.
 
-    The first four arguments are those of ScheduleConfig, `guidance_exponent` and `dynamic` those of
-    SamplerOptions. `clean_frames` is the number of latent frames that a chunk of a long video
-    shares with the chunk before.
+    The first four arguments are those of ScheduleConfig. `clean_frames` is the number of latent
+    frames that a chunk of a long video shares with the chunk before. The others are those of
+    SamplerOptions, and defaults of the pipeline's calls.
     """
 
     __module__ = PUBLIC_MODULE
@@ -215,8 +217,11 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
         linear_end: float = 0.0120,
         shift_scale: float = 3.0,
         guidance_exponent: float = 5.0,
-        dynamic: Literal["timestep", "step", "constant"] = "timestep",
+        dynamic: GuidanceSchedule = "timestep",
         clean_frames: int = 7,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        solver: Solver = "sde-dpm++",
     ) -> None:
         config = ScheduleConfig(
             num_timesteps=num_timesteps,
@@ -226,11 +231,65 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
         )
         self.schedule = NoiseSchedule(config)
 
-    def options(self, num_steps: int, guidance: float) -> SamplerOptions:
-        """Sampler options with this number of steps and guidance scale."""
+    @classmethod
+    def of(
+        cls, schedule: NoiseSchedule, sampler: SamplerOptions, clean_frames: int
+    ) -> LanDiffScheduler:
+        """A scheduler with these options. Number of steps and guidance are not part of it."""
+        return cls(
+            **schedule.config.model_dump(),
+            guidance_exponent=sampler.guidance_exponent,
+            dynamic=sampler.dynamic,
+            clean_frames=clean_frames,
+            guidance_interval=sampler.guidance_interval,
+            guidance_rescale=sampler.guidance_rescale,
+            solver=sampler.solver,
+        )
+
+    def options(
+        self,
+        num_steps: int,
+        guidance: float,
+        *,
+        dynamic: GuidanceSchedule | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
+        solver: Solver | None = None,
+    ) -> SamplerOptions:
+        """Sampler options with this number of steps and guidance scale.
+
+        Others are those of the scheduler where they are None. Raises ValueError for a value that
+        the sampler does not have.
+        """
+        changed = {
+            "dynamic": dynamic,
+            "guidance_interval": guidance_interval,
+            "guidance_rescale": guidance_rescale,
+            "solver": solver,
+        }
+        values: dict[str, Any] = {}
+        for name, value in changed.items():
+            values[name] = self.config[name] if value is None else value
+        values["guidance_interval"] = tuple(values["guidance_interval"])
+        _check_sampler(**values)
         return SamplerOptions(
             num_steps=num_steps,
             guidance=guidance,
             guidance_exponent=self.config.guidance_exponent,
-            dynamic=self.config.dynamic,
+            **values,
         )
+
+
+def _check_sampler(
+    dynamic: str, guidance_interval: tuple[float, float], guidance_rescale: float, solver: str
+) -> None:
+    """Raises ValueError for a value that the sampler does not have."""
+    if dynamic not in get_args(GuidanceSchedule):
+        known = ", ".join(get_args(GuidanceSchedule))
+        raise ValueError(f"guidance_schedule = {dynamic!r} must be one of {known}")
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver = {solver!r} must be one of {', '.join(get_args(Solver))}")
+    if len(guidance_interval) != 2 or not all(0 <= edge <= 1 for edge in guidance_interval):
+        raise ValueError(f"guidance_interval = {guidance_interval} must be two numbers in 0 ... 1")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale = {guidance_rescale} must lie in 0 ... 1")

@@ -5,9 +5,9 @@
     video = pipe("a rabbit runs over a meadow", generator=generator).frames[0]
 
 Where diffusers or transformers has a class for a component, its folder is in that format:
-`transformer/` can be read by `CogVideoXTransformer3DModel`, and `vae/` and the text encoders are
-stock classes. `landiff convert ... --to diffusers` writes the other folders. Sampling is that of
-model_zoo/sample/generate.py, so a seed gives the same numbers as in `landiff sample`.
+`transformer/` can be read by `CogVideoXTransformer3DModel`, and T5 and the CogVideoX VAE are stock
+classes. Sampling is that of model_zoo/sample/generate.py, so a seed gives the same numbers as in
+`landiff sample`.
 
 Shape letters (docs/glossary.md): B batch, K codes of a clip, T frames (RGB frames of videos, latent
 frames of latents and features), C channels, H, W height and width of RGB frames or latents,
@@ -16,11 +16,11 @@ h, w height and width in feature cells, L text rows, D width of text states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -31,16 +31,27 @@ from diffusers import (
     SchedulerMixin,
 )
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from landiff.configs.files import write_text
 from landiff.model_zoo.config import TokenSamplingConfig
 from landiff.model_zoo.diffusers.adapters import PipelineAdapters
-from landiff.model_zoo.diffusers.arguments import repeated, seeds_of
+from landiff.model_zoo.diffusers.arguments import (
+    TENSOR_INPUTS,
+    Callback,
+    check_arguments,
+    check_start,
+    latent_frames_of,
+    negatives_of,
+    on_step_of,
+    repeated,
+    seeds_of,
+)
 from landiff.model_zoo.diffusers.components import (
     EARLIER_MODULES,
     PUBLIC_MODULE,
     ControlParts,
+    GuidanceSchedule,
     LanDiffControl,
     LanDiffLM,
     LanDiffLMConfig,
@@ -48,19 +59,27 @@ from landiff.model_zoo.diffusers.components import (
     LanDiffTokenizer,
     LanDiffTransformer,
 )
+from landiff.model_zoo.diffusers.encoders import (
+    LanDiffCodec,
+    TextComponent,
+    codec_component,
+    codec_of,
+    text_encoder_of,
+    text_parts,
+)
 from landiff.model_zoo.diffusers.outputs import OUTPUTS, LanDiffPipelineOutput
-from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec
-from landiff.model_zoo.frozen.config import FlanT5Config, T5V11Config
-from landiff.model_zoo.frozen.t5 import T5Text
 from landiff.model_zoo.sample.generate import (
     Models,
     check_prompts,
     draw_codes,
     draw_latents,
+    encode_negatives,
+    encode_separately,
     warn_of_cut_prompts,
 )
-from landiff.model_zoo.sample.latents import OnStep, SamplerOptions, SamplerStep, latent_shape
-from landiff.model_zoo.sample.sizes import num_chunks, stream_lengths
+from landiff.model_zoo.sample.latents import OnStep, SamplerOptions, SamplerStep
+from landiff.model_zoo.sample.sizes import num_chunks
+from landiff.model_zoo.sample.solvers import Solver
 
 # diffusers looks up the components of folders that name this module, and their base classes, here.
 EARLIER_NAMES = (
@@ -75,15 +94,12 @@ EARLIER_NAMES = (
 )
 
 
-# callback(pipe, step, timestep, {"latents": ...}) returns {} or {"latents": replacement}.
-Callback = Callable[["LanDiffPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
 @dataclass(frozen=True)
 class _Request:
-    """The videos of a call: one prompt and seed per video."""
+    """The videos of a call: one prompt, negative prompt and seed per video."""
 
     prompts: list[str]
+    negatives: list[str] | None
     seeds: list[int]
     num_latent_frames: int
 
@@ -97,7 +113,8 @@ class LanDiffPipeline(DiffusionPipeline):
     model_cpu_offload_seq = (
         "lm_text_encoder->lm->semantic_tokenizer->text_encoder->control->transformer->vae"
     )
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = TENSOR_INPUTS
+    _optional_components: ClassVar[list[str]] = ["lm_tokenizer", "tokenizer"]
 
     def __init__(
         self,
@@ -105,16 +122,21 @@ class LanDiffPipeline(DiffusionPipeline):
         semantic_tokenizer: LanDiffTokenizer,
         control: LanDiffControl,
         transformer: LanDiffTransformer,
-        vae: AutoencoderKLCogVideoX,
-        lm_text_encoder: T5EncoderModel,
-        lm_tokenizer: PreTrainedTokenizerBase,
-        text_encoder: T5EncoderModel,
-        tokenizer: PreTrainedTokenizerBase,
+        vae: AutoencoderKLCogVideoX | LanDiffCodec,
+        lm_text_encoder: TextComponent,
+        lm_tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: TextComponent,
+        tokenizer: PreTrainedTokenizerBase | None,
         scheduler: LanDiffScheduler,
+        lm_text_options: dict[str, Any] | None = None,
+        text_options: dict[str, Any] | None = None,
     ) -> None:
         """Components are used as they are, except for a stock CogVideoXTransformer3DModel.
 
         The pipeline converts it to a LanDiffTransformer, which copies weights.
+
+        lm_text_options, text_options: `kind` (flan-t5 or t5-v1.1) and `max_length` of the T5
+            encoders; None means those of the release, with the lengths of the models.
         """
         super().__init__()
         if isinstance(transformer, CogVideoXTransformer3DModel):
@@ -131,24 +153,18 @@ class LanDiffPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             scheduler=scheduler,
         )
+        self.register_to_config(lm_text_options=lm_text_options, text_options=text_options)
         self._offload_device: torch.device | None = None
         self._adapters = PipelineAdapters(self)
 
     @classmethod
-    def from_models(cls, models: Models, clean_frames: int = 7) -> LanDiffPipeline:
+    def from_models(
+        cls, models: Models, clean_frames: int = 7, sampler: SamplerOptions | None = None
+    ) -> LanDiffPipeline:
         """Builds a pipeline that shares the weights of models loaded for `landiff sample`.
 
-        Raises ValueError unless the text encoders are T5 and the codec is the CogVideoX VAE.
+        sampler: the defaults of calls. Number of steps and guidance are arguments of each call.
         """
-        if not (
-            isinstance(models.lm_text, T5Text)
-            and isinstance(models.diffusion_text, T5Text)
-            and isinstance(models.codec, CogVideoXCodec)
-        ):
-            raise ValueError(
-                "a LanDiffPipeline holds two T5 encoders and the CogVideoX VAE; use "
-                "`landiff sample` for other encoders"
-            )
         whole = models.diffusion
         with torch.device("meta"):
             lm = LanDiffLM(LanDiffLMConfig(models.lm.config.model_dump(mode="json")))
@@ -156,18 +172,23 @@ class LanDiffPipeline(DiffusionPipeline):
         lm.model = models.lm
         parts.control = whole.control
         parts.semantic = whole.semantic
-        schedule = models.schedule.config.model_dump()
+        lm_text, lm_tokenizer, lm_text_options = text_parts(models.lm_text)
+        text, tokenizer, text_options = text_parts(models.diffusion_text)
         return cls(
             lm=lm,
             semantic_tokenizer=LanDiffTokenizer(models.tokenizer),
             control=LanDiffControl(parts),
             transformer=LanDiffTransformer(whole.transformer),
-            vae=models.codec.network,
-            lm_text_encoder=models.lm_text.network,
-            lm_tokenizer=models.lm_text.tokenizer,
-            text_encoder=models.diffusion_text.network,
-            tokenizer=models.diffusion_text.tokenizer,
-            scheduler=LanDiffScheduler(**schedule, clean_frames=clean_frames),
+            vae=codec_component(models.codec),
+            lm_text_encoder=lm_text,
+            lm_tokenizer=lm_tokenizer,
+            text_encoder=text,
+            tokenizer=tokenizer,
+            scheduler=LanDiffScheduler.of(
+                models.schedule, sampler or SamplerOptions(), clean_frames
+            ),
+            lm_text_options=lm_text_options,
+            text_options=text_options,
         )
 
     @torch.no_grad()
@@ -180,10 +201,15 @@ class LanDiffPipeline(DiffusionPipeline):
         callback_on_step_end: Callback | None = None,
         output_type: str = "np",
         *,
+        negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 50,
         num_videos_per_prompt: int = 1,
         token_sampling: TokenSamplingConfig | None = None,
         motion_score: float | None = None,
+        solver: Solver | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
         latents: Tensor | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
@@ -192,8 +218,9 @@ class LanDiffPipeline(DiffusionPipeline):
 
         Args:
             prompt: what the video shows, or a list of prompts.
-            num_frames: 1 + 8 k. Videos of more than 49 frames are generated in chunks of 24 more
-                frames each: 73, 97, ...
+            num_frames: 1 + 8 k, with codecs other than the CogVideoX VAE 1 + 4 k. Longer videos
+                than the diffusion model's clips are generated in chunks; those of the release
+                have 49 frames and 24 more in each further chunk: 73, 97, ...
             guidance_scale: guidance of the diffusion model, whose scale varies between 1 and
                 1 + guidance_scale. That of the language model is `token_sampling.guidance`.
             generator: its initial seed is used and its state is not changed. Equal seeds give equal
@@ -204,9 +231,13 @@ class LanDiffPipeline(DiffusionPipeline):
             output_type: "np" (float32 [B, T, H, W, 3] in 0 ... 1), "pt" (the same as
                 [B, T, 3, H, W]), "pil" (a list of images per video), "uint8" (frames of the VAE) or
                 "latent" (scaled latents [B, T, C, H, W]).
+            negative_prompt: text of the unconditional branch of the diffusion model, one for all
+                prompts or a list of one per prompt; "" and None are no text.
             num_inference_steps: sampling steps of the diffusion model.
-            token_sampling: sampling options of the language model.
+            token_sampling: sampling options of the language model, schedules included.
             motion_score: in frame heights per second; None means 0.1.
+            solver, guidance_schedule, guidance_interval, guidance_rescale: as in the config of
+                `landiff sample`; None means that of the scheduler.
             latents: standard normal noise [B, T, C, H, W] that the sampling of the diffusion model
                 starts from, for a video of one chunk.
             callback_on_step_end_tensor_inputs: what the callback receives: ["latents"] or [].
@@ -214,15 +245,26 @@ class LanDiffPipeline(DiffusionPipeline):
 
         Raises ValueError for arguments that do not fit each other or the models.
         """
-        self._check_arguments(
-            num_videos_per_prompt, callback_on_step_end_tensor_inputs, output_type
-        )
+        check_arguments(num_videos_per_prompt, output_type)
+        on_step = on_step_of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         prompts = repeated(prompt, num_videos_per_prompt)
-        num_latent_frames = self._num_latent_frames(num_frames)
+        options = self.scheduler.options(
+            num_inference_steps,
+            guidance_scale,
+            solver=solver,
+            dynamic=guidance_schedule,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+        )
         models = self._models()
         models.check()
         check_prompts(prompts)
-        request = _Request(prompts, seeds_of(generator, len(prompts)), num_latent_frames)
+        request = _Request(
+            prompts,
+            negatives_of(negative_prompt, prompt, num_videos_per_prompt),
+            seeds_of(generator, len(prompts)),
+            latent_frames_of(num_frames, models, self.scheduler.config.clean_frames),
+        )
         warn_of_cut_prompts(models.lm_text, prompts)
         warn_of_cut_prompts(models.diffusion_text, prompts)
         self._interrupt = False
@@ -238,67 +280,38 @@ class LanDiffPipeline(DiffusionPipeline):
             models,
             request,
             features_BTChw,
-            options=self.scheduler.options(num_inference_steps, guidance_scale),
-            on_step=self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            options=options,
+            on_step=on_step,
             start_BTCHW=latents,
         )
         frames: Any = latents_BTCHW
         if output_type != "latent":
             with self._resident("vae"):
-                frames = OUTPUTS[output_type](models.codec.decode(latents_BTCHW).cpu())
+                # One after the other, as in `generate`: decoding takes the most memory.
+                videos = [models.codec.decode(each).cpu() for each in latents_BTCHW.split(1)]
+                frames = OUTPUTS[output_type](torch.cat(videos))
         if not return_dict:
             return frames, codes_BK
         return LanDiffPipelineOutput(frames, codes_BK)
 
-    def _check_arguments(
-        self, num_videos_per_prompt: int, tensor_inputs: Sequence[str], output_type: str
-    ) -> None:
-        """Raises ValueError for arguments of a call that are wrong whatever the models are."""
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt = {num_videos_per_prompt} must be at least 1")
-        unknown = sorted(set(tensor_inputs) - set(self._callback_tensor_inputs))
-        if unknown:
-            raise ValueError(
-                "callback_on_step_end_tensor_inputs may hold "
-                f"{', '.join(self._callback_tensor_inputs)}, not {unknown}"
-            )
-        if output_type not in OUTPUTS:
-            raise ValueError(f"output_type = {output_type!r} must be one of {', '.join(OUTPUTS)}")
-
-    def _num_latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video.
-
-        Raises ValueError for a number of frames that the VAE or whole chunks do not give.
-        """
-        factor = int(self.vae.config.temporal_compression_ratio)
-        if num_frames < 1 or (num_frames - 1) % (2 * factor):
-            raise ValueError(
-                f"num_frames = {num_frames} must be 1 + {2 * factor} * k: the VAE decodes to no "
-                "other number of frames"
-            )
-        num_latent_frames = 1 + (num_frames - 1) // factor
-        window = self.transformer.sizes.latent_frames
-        clean_frames = self.scheduler.config.clean_frames
-        shorter, longer = stream_lengths(num_latent_frames, window, clean_frames)
-        if shorter != num_latent_frames:
-            raise ValueError(
-                f"num_frames = {num_frames} is no whole number of chunks; the nearest that are: "
-                f"{1 + (shorter - 1) * factor} and {1 + (longer - 1) * factor}"
-            )
-        return num_latent_frames
-
     def _models(self) -> Models:
         """The components as the sampling functions take them, without copies."""
-        lm_text = FlanT5Config(max_length=self.lm.model.config.max_text_tokens)
-        diffusion_text = T5V11Config(max_length=self.transformer.sizes.text_length)
+        lm_text = self.config.lm_text_options or {
+            "kind": "flan-t5",
+            "max_length": self.lm.model.config.max_text_tokens,
+        }
+        diffusion_text = self.config.text_options or {
+            "kind": "t5-v1.1",
+            "max_length": self.transformer.sizes.text_length,
+        }
         return Models(
             lm=self.lm.model,
             tokenizer=self.semantic_tokenizer.model,
             schedule=self.scheduler.schedule,
             diffusion=self.control.model.with_main(self.transformer.model),
-            lm_text=T5Text(self.lm_text_encoder, self.lm_tokenizer, lm_text, ""),
-            diffusion_text=T5Text(self.text_encoder, self.tokenizer, diffusion_text, ""),
-            codec=CogVideoXCodec(self.vae, ""),
+            lm_text=text_encoder_of(self.lm_text_encoder, self.lm_tokenizer, lm_text),
+            diffusion_text=text_encoder_of(self.text_encoder, self.tokenizer, diffusion_text),
+            codec=codec_of(self.vae),
         )
 
     def _codes(
@@ -310,7 +323,7 @@ class LanDiffPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Samples the codes, int64 [B, K], with a progress bar."""
         with self._resident("lm_text_encoder"):
-            text = models.lm_text(request.prompts)
+            text = encode_separately(models.lm_text, request.prompts)
         num_positions = models.lm.layout.body_length(request.num_latent_frames)
         with self._resident("lm"), self.progress_bar(total=num_positions) as bar:
 
@@ -339,11 +352,12 @@ class LanDiffPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Samples the latents [B, T, C, H, W] of all chunks, with a progress bar."""
         with self._resident("text_encoder"):
-            text_BLD, _ = models.diffusion_text(request.prompts)
+            text_BLD, _ = encode_separately(models.diffusion_text, request.prompts)
+            negative_BLD = encode_negatives(models.diffusion_text, request.negatives, text_BLD)
         with self._resident("control", "transformer"):
             features_BTChw = features_BTChw.to(self.transformer.device)
             if start_BTCHW is not None:
-                _check_start(start_BTCHW, models, text_BLD, features_BTChw)
+                check_start(start_BTCHW, models, text_BLD, features_BTChw)
             clean_frames = self.scheduler.config.clean_frames
             window = models.diffusion.config.transformer.latent_frames
             chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
@@ -360,25 +374,12 @@ class LanDiffPipeline(DiffusionPipeline):
                     features_BTChw,
                     options,
                     seeds=request.seeds,
+                    negative_BLD=negative_BLD,
                     clean_frames=clean_frames,
                     on_step=step_done,
                     stop=lambda: self._interrupt,
                     start_BTCHW=start_BTCHW,
                 )
-
-    def _on_step(self, callback: Callback | None, names: Sequence[str]) -> OnStep:
-        """Wraps the callback of a call as the sampler calls it."""
-
-        def on_step(step: SamplerStep) -> Tensor | None:
-            if callback is None:
-                return None
-            inputs = {}
-            if "latents" in names:
-                inputs["latents"] = step.state
-            changed = callback(self, step.step, step.timestep, inputs) or {}
-            return changed.get("latents")
-
-        return on_step
 
     @property
     def num_timesteps(self) -> int:
@@ -473,16 +474,3 @@ class LanDiffPipeline(DiffusionPipeline):
         finally:
             for component in components:
                 component.to("cpu")
-
-
-def _check_start(
-    start_BTCHW: Tensor, models: Models, text_BLD: Tensor, features_BTChw: Tensor
-) -> None:
-    """Raises ValueError for start noise that does not fit the video, or a video of many chunks."""
-    expected = latent_shape(models.diffusion, text_BLD, features_BTChw)
-    window = models.diffusion.config.transformer.latent_frames
-    if tuple(start_BTCHW.shape) != expected or expected[1] > window:
-        raise ValueError(
-            f"latents of shape {list(start_BTCHW.shape)} do not fit a video of one chunk, "
-            f"{list(expected)}"
-        )

@@ -26,8 +26,10 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import landiff
 from landiff.configs import ConfigError
+from landiff.launchers.cli import main
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample, sample_folder
+from landiff.launchers.results.prompts import SampleUnit
 from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
@@ -274,12 +276,121 @@ def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch
         assert words in shown, shown
 
 
+@pytest.fixture(scope="module")
+def small_zoo(tmp_path_factory):
+    """Zoo with models for the nano encoders, whose transformer has options of our own."""
+    path = tmp_path_factory.mktemp("small")
+    sizes = TINY.model_dump()
+    sizes["lm"]["text_dim"] = sizes["diffusion"]["transformer"]["text_dim"] = 384
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        registry.export(path, "tokenizer", "tokenizer", TINY.tokenizer, weights("tokenizer"), {})
+        for name, channels in (("dct", 48), ("pca", 16)):
+            transformer = sizes["diffusion"]["transformer"]
+            transformer["latent_channels"] = channels
+            if name == "pca":
+                transformer |= {"prediction": "clean", "rotary_theta": 100.0}
+            config = ModelConfig.model_validate(sizes)
+            for kind, part in (("lm", config.lm), ("diffusion", config.diffusion)):
+                state = registry.build_module(kind, part).state_dict()
+                state = {
+                    key: tensor + 0.1 * torch.randn_like(tensor) for key, tensor in state.items()
+                }
+                registry.export(path, f"{kind}-{name}", kind, part, state, {})
+    return path
+
+
+SMALL = {
+    "dct": {"solver": "unipc", "guidance_schedule": "step", "precision": "bf16"},
+    "pca": {"guidance_interval": (0.0, 0.7), "guidance_rescale": 0.5},
+}
+
+
+@pytest.mark.parametrize("codec", ["dct", "pca"])
+def test_a_config_with_nano_encoders_becomes_a_folder_that_gives_the_same_videos(
+    small_zoo, tmp_path, codec, capsys
+):
+    """Prompts of different lengths, a negative prompt, schedules of tokens and other samplers."""
+    config = SampleConfig(
+        zoo=small_zoo,
+        out=tmp_path / "videos",
+        lm=f"lm-{codec}",
+        diffusion=f"diffusion-{codec}",
+        lm_text={"kind": "minilm", "max_length": 12},
+        diffusion_text={"kind": "minilm", "max_length": 5, "padded": True},
+        codec={"kind": "pca", "path": "shapes"} if codec == "pca" else {"kind": "dct"},
+        tokens={"guidance": 2.0, "temperature": 1.2, "temperature_end": 0.8},
+        clean_frames=1,
+        steps=4,
+        guidance=4.5,
+        motion_score=0.2,
+        batch_size=2,
+        **SMALL[codec],
+    )
+    (tmp_path / "sample.yaml").write_text(config.model_dump_json())
+    folder = tmp_path / "LanDiff"
+    command = ["convert", str(tmp_path / "sample.yaml"), "--to", "diffusers", "--out", str(folder)]
+    assert main([*command, "--dry-run"]) == 0 and not folder.exists()
+    assert main(command) == 0, capsys.readouterr()
+    assert main(command) == 2 and "exists already" in capsys.readouterr().err
+    units = [SampleUnit(0, PROMPTS[0], 3, 5, 0.2), SampleUnit(1, PROMPTS[1], 4, 5, 0.2, "rain")]
+    models = load_models(config, torch.device("cpu"))
+    wanted = sample.generate_batch(models, config, units, sample.UnitProgress(2, 0))
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    for again in range(2):
+        pipe = LanDiffPipeline.from_pretrained(folder, torch_dtype=dtype)
+        found = pipe(
+            PROMPTS,
+            num_frames=17,
+            guidance_scale=4.5,
+            generator=seeded(3, 4),
+            output_type="uint8",
+            negative_prompt=["", "rain"],
+            num_inference_steps=4,
+            token_sampling=config.tokens,
+            motion_score=0.2,
+        )
+        assert torch.equal(found.codes, wanted.codes_BK)
+        assert torch.equal(found.frames, wanted.frames_BTHWC) and found.frames.float().std() > 1
+        folder = tmp_path / f"again-{again}"
+        pipe.save_pretrained(folder)
+
+
+def test_options_of_a_call_are_those_of_landiff_sample(models, pipe):
+    changed = {"solver": "euler", "guidance_interval": (0.2, 1.0), "guidance_rescale": 0.7}
+    sampler = SamplerOptions(num_steps=3, dynamic="constant", **changed)
+    wanted = generate(
+        models,
+        PROMPTS,
+        3,
+        TOKENS,
+        sampler,
+        seeds=[SEED, SEED + 1000],
+        motion_score=0.2,
+        negatives=["snow", "snow"],
+        clean_frames=1,
+    )
+    found = pipe(
+        PROMPTS,
+        generator=seeded(SEED),
+        output_type="latent",
+        guidance_schedule="constant",
+        negative_prompt="snow",
+        **changed,
+        **CALL,
+    )
+    assert torch.equal(found.codes, wanted.codes_BK)
+    assert torch.equal(found.frames, wanted.latents_BTCHW)
+
+
 def test_save_and_load_give_the_same_video(saved, expected):
     loaded = LanDiffPipeline.from_pretrained(saved)
     found = loaded(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL)
     assert torch.equal(found.frames, expected.frames_BTHWC)
     index = json.loads((saved / "model_index.json").read_text())
-    components = {name: value for name, value in index.items() if not name.startswith("_")}
+    components = {name: value for name, value in index.items() if isinstance(value, list)}
+    assert index["lm_text_options"] == {"kind": "flan-t5", "max_length": 16}
+    assert index["text_options"] == {"kind": "t5-v1.1", "max_length": 5}
     assert components == {
         "control": ["landiff", "LanDiffControl"],
         "lm": ["landiff", "LanDiffLM"],
@@ -307,7 +418,7 @@ def name_module(folder: Path, module: str) -> None:
     """Makes model_index.json name `module` for our components, as earlier versions did."""
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
-    ours = [name for name, value in index.items() if value[0] == "landiff"]
+    ours = [name for name, value in index.items() if "landiff" in value]
     assert len(ours) == 5
     for name in ours:
         index[name][0] = module
@@ -500,9 +611,8 @@ def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, sa
 
 def test_all_components_follow_a_cast_and_come_back(saved):
     pipe = LanDiffPipeline.from_pretrained(saved)
-    assert pipe.components.keys() == set(inspect.signature(LanDiffPipeline.__init__).parameters) - {
-        "self"
-    }
+    arguments = set(inspect.signature(LanDiffPipeline.__init__).parameters)
+    assert pipe.components.keys() == arguments - {"self", "lm_text_options", "text_options"}
     for dtype in (torch.float16, torch.float32):
         pipe.to(dtype=dtype)
         assert {c.dtype for c in pipe.components.values() if hasattr(c, "dtype")} == {dtype}
@@ -639,6 +749,11 @@ def test_wrong_arguments_are_told_apart(pipe):
         ({"prompt": PROMPTS, "generator": seeded(1, 2, 3)}, "3 generators for 2 prompts"),
         ({"prompt": "snow", "num_videos_per_prompt": 0}, "must be at least 1"),
         ({"prompt": []}, "prompt is empty"),
+        ({"prompt": "snow", "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"prompt": "snow", "solver": "heun"}, "must be one of sde-dpm"),
+        ({"prompt": "snow", "guidance_schedule": "never"}, "must be one of timestep"),
+        ({"prompt": "snow", "guidance_interval": (0.0, 2.0)}, "two numbers in 0 ... 1"),
+        ({"prompt": "snow", "guidance_rescale": 2.0}, "must lie in 0 ... 1"),
         (
             {"prompt": PROMPTS, "token_sampling": TokenSamplingConfig(predict_end=True)},
             "one at a time",

@@ -72,6 +72,7 @@ CLASSES = {
 # kind -> config class, for models whose config.json holds our config
 CONFIGS: dict[str, type[Config]] = {
     "lm": LMConfig,
+    "transformer": TransformerConfig,
     "tokenizer": TokenizerConfig,
     CONTROL: DiffusionConfig,
 }
@@ -154,7 +155,7 @@ def _read_config(kind: str, path: Path) -> Config | dict[str, Any]:
     data = _read_json(path)
     if kind == VAE:
         return {key: value for key, value in data.items() if not key.startswith("_")}
-    if kind != "transformer":
+    if kind != "transformer" or "landiff" in data:
         section: Any = data.get("landiff")  # `validate` reports a missing section
         return validate(CONFIGS[kind], section, f"{path}: landiff")
     try:
@@ -252,7 +253,12 @@ def _config_to_write(part: Part, tensors: LazyTensors) -> dict[str, Any]:
         }
     config: dict[str, Any] = {"_class_name": WRITTEN[part.kind]}
     if part.kind == "transformer":
-        return config | diffusers_config(part.config_as(TransformerConfig))
+        sizes = part.config_as(TransformerConfig)
+        theirs = diffusers_config(sizes)
+        if config_from_diffusers(theirs) == sizes:
+            return config | theirs
+        # An option that diffusers' class does not have.
+        config["_class_name"] = "LanDiffTransformer"
     if isinstance(part.config, Config):
         return config | {"landiff": part.config.model_dump(mode="json")}
     for key, value in part.config.items():  # the VAE
