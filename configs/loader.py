@@ -1,12 +1,16 @@
 """Loads typed configs from YAML files and dotted overrides.
 
-A config file holds only what differs from the defaults of its class. Two rules extend plain YAML:
+A config file holds only what differs from the defaults of its class. Three rules extend plain YAML:
 
 * In place of a section, a string refers to another file or to a section of one: `model:
   nano/model#lm`. A name without a suffix is a packaged file (`configs/nano/model.yaml`). A name
   that ends in .yaml or .yml is a path relative to the file that refers to it.
+* `extends: nano/lm` at the top level starts from the values of another file. Sections are merged
+  key by key; all other values, lists included, are replaced. A section whose `kind` differs is
+  replaced as a whole, since its other keys belong to the kind.
 * Overrides have the form `dotted.key=value` with the value in YAML, for instance `optim.lr=3e-4
-  model.num_layers=6`. They are applied after the references are resolved.
+  model.num_layers=6`. They are applied after the references are resolved. A reference in an
+  override, `model=my/model.yaml#lm`, is relative to the working folder.
 """
 
 from __future__ import annotations
@@ -40,7 +44,14 @@ MAX_LISTED_NAMES = 25  # known names are listed in an error message if there are
 SHOWN_VALUE = 200  # characters of a value in an error message
 PACKAGED = Path(__file__).resolve().parent
 
+EXTENDS = "extends"  # top-level key that names the file whose values a file starts from
+_ABSENT = object()
+
 C = TypeVar("C", bound=Config)
+
+
+class _NoSection(ConfigError):
+    """A file lacks the section that a reference names."""
 
 
 def packaged_names() -> list[str]:
@@ -68,6 +79,31 @@ def find(name: str, relative_to: Path | None = None) -> Path:
             f"a file of your own must end in .yaml. Known: {', '.join(packaged_names())}"
         )
     return path
+
+
+def config_name(path: Path) -> str:
+    """The name of a packaged file, e.g. `nano/lm`; the path of any other."""
+    if path.is_absolute() and path.is_relative_to(PACKAGED):
+        return str(path.relative_to(PACKAGED).with_suffix(""))
+    return str(path)
+
+
+def _find_base(extended: Any, path: Path | None) -> Path:
+    """The file that `path` extends. Raises ConfigError."""
+    where = "config" if path is None else config_name(path)
+    if not isinstance(extended, str):
+        raise ConfigError(
+            f"{where}: {EXTENDS} = {extended!r} must be one name of a config, e.g. nano/lm"
+        )
+    try:
+        return find(extended, None if path is None else path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {EXTENDS} = {extended!r}: {error}") from None
+
+
+def top_level_keys(path: Path) -> set[str]:
+    """The keys that a file sets, with those of the files that it extends."""
+    return set(_Files().load(None, path))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -99,21 +135,25 @@ def load_leniently(
     so that further checks can report their problems too. `values` replaces top-level keys by
     Python values. Raises ConfigError if the file cannot be read.
     """
+    files = _Files()
     if isinstance(source, Mapping):
         origin = "config"
-        data = _resolve_references(cls, source, None)
+        data = files.merge_base(cls, dict(source), None, (), ())
     else:
         origin = str(source)
-        path = find(origin)
-        data = _resolve_references(cls, read(path), path.parent)
+        data = files.load(cls, find(origin))
     problems: list[Problem] = []
     for override in overrides:
-        problems += problems_of(partial(_apply, cls, data, override))
+        problems += problems_of(partial(_apply, cls, data, override, files))
     data |= values or {}
+    for key in values or {}:
+        files.forget((key,))
     try:
         return cls.model_validate(data), problems
     except ValidationError as error:
-        problems += [Problem(_explain(cls, origin, each)) for each in error.errors()]
+        for each in error.errors():
+            place = files.describe(origin, each["loc"])
+            problems.append(Problem(_explain(cls, place, each)))
     try:
         return cls.model_validate(data, context=LENIENT), problems
     except ValidationError:
@@ -171,44 +211,149 @@ def write_config(path: Path, config: Config) -> None:
     write_text(path, text, PRIVATE if holds_secret else PUBLIC)
 
 
-def _resolve_references(
-    cls: type[BaseModel], data: Mapping[str, Any], folder: Path | None
-) -> dict[str, Any]:
-    """`data` with references in place of sections replaced by what they refer to.
+Key = tuple[str, ...]
+"""A dotted key as its parts."""
 
-    `folder` is that of the file of `data`, None for a mapping from code.
+
+class _Files:
+    """Reads config files with what they extend and refer to, and remembers where values are from.
+
+    `origins` maps the key of each value to its file, for error messages.
     """
-    resolved = dict(data)
-    for name, field in cls.model_fields.items():
-        section = _section_class(field.annotation)
-        if section is None or name not in resolved:
-            continue
-        value = resolved[name]
-        section_folder = folder
-        if isinstance(value, str):
-            path, value = _follow_reference(name, value, folder)
-            section_folder = path.parent
-        if isinstance(value, dict):
-            value = _resolve_references(section, value, section_folder)
-        resolved[name] = value
-    return resolved
+
+    def __init__(self) -> None:
+        self.origins: dict[Key, Path] = {}
+
+    def load(
+        self,
+        cls: type[BaseModel] | None,
+        path: Path,
+        section: Key = (),
+        key: Key = (),
+        chain: Sequence[Path] = (),
+    ) -> Any:
+        """The value of `section` in the file `path`, which has the class `cls`, all resolved.
+
+        `key` is its place in the config, `chain` the files that led to this one. Raises ConfigError
+        for a cycle and for a file or section that does not exist.
+        """
+        place = path.resolve()
+        if place in chain:
+            names = " -> ".join(config_name(file) for file in (*chain, place))
+            raise ConfigError(f"these config files extend or refer to each other: {names}")
+        return self.merge_base(cls, read(path), path, section, key, (*chain, place))
+
+    def merge_base(
+        self,
+        cls: type[BaseModel] | None,
+        data: dict[str, Any],
+        path: Path | None,
+        section: Key,
+        key: Key,
+        chain: Sequence[Path] = (),
+    ) -> Any:
+        """`section` of `data`, the content of `path`, on top of that of the file it extends.
+
+        `path` is None for a mapping from code.
+        """
+        folder = None if path is None else path.parent
+        extended = data.pop(EXTENDS, None)
+        base: Any = _ABSENT
+        if extended is not None:
+            base_path = _find_base(extended, path)
+            try:
+                base = self.load(cls, base_path, section, key, chain)
+            except _NoSection:
+                base = _ABSENT
+        value: Any = data
+        for depth, part in enumerate(section):
+            if isinstance(value, str):
+                value = f"{value}{'.' if '#' in value else '#'}{'.'.join(section[depth:])}"
+                break
+            value = value.get(part, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if value is _ABSENT and base is _ABSENT:
+            raise _NoSection(f"names the section {'.'.join(section)!r}, which {path} does not have")
+        if value is _ABSENT:
+            return base
+        if isinstance(value, str) and section:
+            value = self.follow(cls, value, folder, key, chain)
+        elif isinstance(value, dict):
+            value = self.resolve_sections(cls, value, path, key, chain)
+        return self.merge(base, value, key)
+
+    def resolve_sections(
+        self,
+        cls: type[BaseModel] | None,
+        data: Mapping[str, Any],
+        path: Path | None,
+        key: Key,
+        chain: Sequence[Path],
+    ) -> dict[str, Any]:
+        """`data` of the file `path` with references in place of sections replaced."""
+        resolved = dict(data)
+        folder = None if path is None else path.parent
+        for name, value in resolved.items():
+            own_key = (*key, name)
+            section = None
+            if cls is not None and name in cls.model_fields:
+                section = _section_class(cls.model_fields[name].annotation)
+            if section is not None and isinstance(value, str):
+                resolved[name] = self.follow(section, value, folder, own_key, chain)
+            elif isinstance(value, dict):
+                resolved[name] = self.resolve_sections(section, value, path, own_key, chain)
+            elif path is not None:
+                self.origins[own_key] = path
+        return resolved
+
+    def follow(
+        self,
+        cls: type[BaseModel] | None,
+        reference: str,
+        folder: Path | None,
+        key: Key,
+        chain: Sequence[Path] = (),
+    ) -> Any:
+        """What a reference such as `nano/model#lm` stands for. Raises ConfigError."""
+        name, _, section = reference.partition("#")
+        path = find(name, folder)
+        parts = tuple(filter(None, section.split(".")))
+        try:
+            return self.load(cls, path, parts, key, chain)
+        except _NoSection as error:
+            raise ConfigError(f"{'.'.join(key)}: {reference!r} {error}") from None
+
+    def merge(self, base: Any, own: Any, key: Key) -> Any:
+        """`own` on top of `base`: sections key by key, everything else replaced."""
+        if not isinstance(base, dict) or not isinstance(own, dict):
+            return own
+        kinds = (base.get("kind"), own.get("kind"))
+        if None not in kinds and kinds[0] != kinds[1]:
+            return own
+        merged = dict(base)
+        for name, value in own.items():
+            merged[name] = self.merge(base.get(name), value, (*key, name))
+        return merged
+
+    def forget(self, key: Key) -> None:
+        """Forget the files of a key and of the keys below it, whose value is from elsewhere."""
+        below = [known for known in self.origins if known[: len(key)] == key]
+        for known in below:
+            del self.origins[known]
+
+    def describe(self, origin: str, location: Sequence[object]) -> str:
+        """`origin`, followed by the other files that the value or section at `location` is from."""
+        parts = tuple(str(part) for part in location)
+        found = []
+        for known, path in self.origins.items():
+            shared = min(len(known), len(parts))
+            if parts and known[:shared] == parts[:shared]:
+                found.append(config_name(path))
+        own = config_name(Path(origin))
+        names = [name for name in dict.fromkeys(found) if name not in (own, origin)]
+        return f"{origin} (from {', '.join(names)})" if names else origin
 
 
-def _follow_reference(key: str, reference: str, folder: Path | None) -> tuple[Path, Any]:
-    """(file, value) of a reference such as `nano/model#lm`. Raises ConfigError."""
-    file, _, section = reference.partition("#")
-    path = find(file, folder)
-    value: Any = read(path)
-    for part in filter(None, section.split(".")):
-        if not isinstance(value, dict) or part not in value:
-            raise ConfigError(
-                f"{key}: {reference!r} names the section {section!r}, which {path} does not have"
-            )
-        value = value[part]
-    return path, value
-
-
-def _apply(cls: type[BaseModel], data: dict[str, Any], override: str) -> None:
+def _apply(cls: type[BaseModel], data: dict[str, Any], override: str, files: _Files) -> None:
     """Apply one override to `data` in place. Raises ConfigError."""
     key, sign, text = override.partition("=")
     if not sign or not key:
@@ -222,8 +367,12 @@ def _apply(cls: type[BaseModel], data: dict[str, Any], override: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {dotted} is a value, not a section")
-    _known(owner, last, key)
-    node[last] = parse_yaml(text, f"override {shown(redact(override))}")
+    section = _known(owner, last, key)
+    value = parse_yaml(text, f"override {shown(redact(override))}")
+    files.forget((*parents, last))
+    if section is not None and isinstance(value, str):
+        value = files.follow(section, value, None, (*parents, last))
+    node[last] = value
 
 
 def _known(owner: type[BaseModel] | None, part: str, dotted: str) -> type[BaseModel] | None:

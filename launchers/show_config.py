@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from landiff.configs import Config, ConfigError, find
-from landiff.configs.loader import load_leniently, packaged_names, read
+from landiff.configs.loader import load_leniently, packaged_names, top_level_keys
 from landiff.configs.reference import explain
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.stages import STAGE_CONFIGS
@@ -74,7 +74,7 @@ def class_names_of(config_name: str) -> list[str]:
     These are the classes that accept the file. If none does, because a value is wrong, they are
     the classes that have all of its top-level keys. Raises ConfigError if there is none.
     """
-    keys = set(read(find(config_name)))
+    keys = top_level_keys(find(config_name))
     candidates = [name for name, cls in EXPLAINED.items() if keys <= set(cls.model_fields)]
     if not candidates:
         raise ConfigError(f"{config_name} is not a config of {', '.join(EXPLAINED)}")

@@ -65,3 +65,97 @@ def test_validators_speak_plainly():
 
 def test_there_are_packaged_configs():
     assert {"nano/model", "landiff/model"} <= set(packaged_names())
+
+
+# -------------------------------------------------------------------- extends
+
+
+class Encoder(Config):
+    kind: str
+    path: str = ""
+
+
+class Extending(Config):
+    name: str = ""
+    inner: Inner = Inner()
+    columns: dict[str, Encoder] = {}
+    steps: tuple[int, ...] = ()
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_a_file_extends_another_key_by_key(tmp_path):
+    write(
+        tmp_path,
+        parts="small: {width: 7, rate: 0.5}\n",
+        base="name: base\ninner: parts.yaml#small\nsteps: [1, 2]\n"
+        "columns: {a: {kind: vae, path: x}, b: {kind: vae, path: x}}\n",
+        main="extends: base.yaml\ninner: {rate: 0.25}\nsteps: [3]\n"
+        "columns: {a: {kind: dct}, b: {path: y}}\n",
+    )
+    config = load(Extending, tmp_path / "main.yaml")
+    assert config.name == "base" and config.inner == Inner(width=7, rate=0.25)
+    assert config.steps == (3,), "lists are replaced"
+    assert config.columns["a"] == Encoder(kind="dct"), "another kind replaces the section"
+    assert config.columns["b"] == Encoder(kind="vae", path="y")
+
+
+def test_references_reach_what_a_file_extends(tmp_path):
+    write(tmp_path, model="extends: nano/model\nlm: {num_layers: 2}\n")
+    own = load(ModelConfig, {"lm": f"{tmp_path}/model.yaml#lm"}).lm
+    nano = load(ModelConfig, "nano/model").lm
+    assert own == nano.model_copy(update={"num_layers": 2})
+    tokenizer = load(ModelConfig, {"tokenizer": f"{tmp_path}/model.yaml#tokenizer"}).tokenizer
+    assert tokenizer == load(ModelConfig, "nano/model").tokenizer
+
+
+def test_overrides_take_references_too(tmp_path):
+    write(tmp_path, model="extends: nano/model\nlm: {num_layers: 2}\n")
+    overrides = [f"lm={tmp_path}/model.yaml#lm", "lm.num_layers=3"]
+    config = load(ModelConfig, "landiff/model", overrides)
+    assert config.lm == load(ModelConfig, "nano/model", ["lm.num_layers=3"]).lm
+    with pytest.raises(ConfigError, match="lm: 'nano/model#ln' names the section 'ln'"):
+        load(ModelConfig, "landiff/model", ["lm=nano/model#ln"])
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"main": "extends: main.yaml"}, ["extend or refer to each other", "main.yaml"]),
+        ({"main": "extends: a.yaml", "a": "extends: main.yaml"}, ["main.yaml", "a.yaml"]),
+        ({"main": "inner: a.yaml#x", "a": "x: a.yaml#x"}, ["extend or refer to each other"]),
+        ({"main": "extends: nano/ml"}, ["main.yaml: extends = 'nano/ml'", "did you mean"]),
+        ({"main": "extends: a.yaml"}, ["main.yaml: extends = 'a.yaml'", "does not exist"]),
+        ({"main": "extends: [nano/lm]"}, ["must be one name of a config"]),
+    ],
+)
+def test_bad_bases_are_refused(tmp_path, files, words):
+    write(tmp_path, **files)
+    with pytest.raises(ConfigError) as error:
+        load(Extending, tmp_path / "main.yaml")
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_errors_name_the_file_of_the_value(tmp_path):
+    write(
+        tmp_path,
+        parts="small: {width: 7, rate: fast}\n",
+        base="extends: more.yaml\nname: base\nsteps: [x]\n",
+        more="inner: parts.yaml#small\n",
+        main="extends: base.yaml\nstep: 1\n",
+    )
+    with pytest.raises(ConfigError) as error:
+        load(Extending, tmp_path / "main.yaml")
+    text = str(error.value)
+    main = tmp_path / "main.yaml"
+    assert f"{main} (from {tmp_path}/parts.yaml): inner.rate = 'fast'" in text
+    assert f"{main} (from {tmp_path}/base.yaml): steps.0 = 'x'" in text
+    assert f"{main}: unknown config key 'step'" in text
+    with pytest.raises(ConfigError) as error:
+        load(Extending, main, ["inner.rate=slow"])
+    assert f"{main}: inner.rate = 'slow'" in str(error.value)
