@@ -36,18 +36,18 @@ def problems_of(action: Callable[[], object]) -> list[Problem]:
     return []
 
 
-def require_none(problems: Sequence[Problem]) -> None:
+def require_none(problems: Sequence[Problem], shown: int = SHOWN_PROBLEMS) -> None:
     """Raise one ConfigError with all `problems`, without duplicates, if there are any.
 
-    At most `SHOWN_PROBLEMS` are listed; the rest is counted.
+    At most `shown` are listed; the rest is counted.
     """
     texts = list(dict.fromkeys(problem.text for problem in problems))
     if len(texts) == 1:
         raise ConfigError(texts[0])
     if texts:
-        lines = [f"  - {text}" for text in texts[:SHOWN_PROBLEMS]]
-        if len(texts) > SHOWN_PROBLEMS:
-            lines.append(f"  - and {len(texts) - SHOWN_PROBLEMS} more")
+        lines = [f"  - {text}" for text in texts[:shown]]
+        if len(texts) > shown:
+            lines.append(f"  - and {len(texts) - shown} more")
         listed = "\n".join(lines)
         raise ConfigError(f"{len(texts)} problems:\n{listed}")
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 from landiff.launchers import help_texts
 from landiff.launchers.command_options import add_commands
 from landiff.launchers.data.options import add_shape_commands
+from landiff.launchers.project.options import add_project_commands
 from landiff.launchers.version import __version__
 
 OVERRIDE = re.compile(r"([A-Za-z_][\w.-]*)=")
@@ -50,6 +51,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"landiff {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_commands(commands)
+    add_project_commands(commands)
     add_shape_commands(commands)
     return parser
 

@@ -26,7 +26,6 @@ from landiff.model_zoo.config import (
     DiffusionConfig,
     LMConfig,
     TokenizerConfig,
-    TransformerConfig,
 )
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.model_zoo.lora.config import AdapterConfig, require_base
@@ -110,35 +109,6 @@ def check_processes(processes: int, gpus: int) -> list[Problem]:
         text = f"--nproc {processes}: this machine has {gpus} GPUs, one for each process; lower it"
         return [Problem(text)]
     return []
-
-
-def check_pipeline(configs: Mapping[str, Any]) -> list[Problem]:
-    """Checks that the models trained by the stages of a pipeline fit each other.
-
-    `configs` maps names of pipeline stages to their configs.
-    """
-    sample: SampleConfig = configs["sample"]
-    main: TransformerConfig = configs["diffusion-main"].model.transformer
-    control: DiffusionConfig = configs["diffusion-control"].model
-    sizes = Sizes(
-        lm=configs["lm"].model,
-        tokenizer=configs["tokenizer"].model,
-        diffusion=control,
-        lm_text_width=width_of(sample.lm_text),
-        diffusion_text_width=width_of(sample.diffusion_text),
-        codec_channels=width_of(sample.codec),
-    )
-    problems = []
-    for text in sizes.differences():
-        problems.append(Problem(f"these models do not fit each other: {text}"))
-    if main != control.transformer:
-        problems.append(
-            Problem(
-                "diffusion-main.model.transformer and diffusion-control.model.transformer differ, "
-                "but the second run starts from the first; set them to the same values"
-            )
-        )
-    return problems
 
 
 # -------------------------------------------------------------------- shards

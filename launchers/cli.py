@@ -18,7 +18,17 @@ CONFIG_ERROR = 2
 DISK_ERROR = 3
 INTERRUPTED = 130  # what a shell reports of a command that SIGINT ended
 PIPE_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
-READ_ONLY_COMMANDS = ("config", "completion", "zoo", "status", "logs", "plan", "doctor", "compare")
+READ_ONLY_COMMANDS = (
+    "config",
+    "completion",
+    "zoo",
+    "status",
+    "logs",
+    "plan",
+    "doctor",
+    "compare",
+    "check",
+)
 """Commands that only print: a closed standard output loses no work."""
 
 Handler = Callable[[argparse.Namespace], int]
@@ -111,6 +121,10 @@ def find_handler(command: str) -> Handler:
             from landiff.launchers.completion import completion_command as handler
         case "quickstart":
             from landiff.launchers.pipeline import quickstart_command as handler
+        case "new":
+            from landiff.launchers.project.new import new_command as handler
+        case "check":
+            from landiff.launchers.project.check import check_command as handler
         case "learn":
             from landiff.launchers.pipeline import learn_command as handler
         case "submit":

@@ -348,10 +348,15 @@ def add_quickstart(commands: Commands) -> None:
     quickstart = add(
         commands,
         "quickstart",
-        "Run the whole pipeline on packaged clips, on one CPU. Run it again to resume.",
+        "Run the whole pipeline on this machine, by default nano on packaged clips, on one CPU. "
+        "Run it again to resume.",
     )
     quickstart.add_argument(
-        "--out", default="runs/quickstart", help="output folder (default: runs/quickstart)"
+        "--preset", default="nano", metavar="PRESET", help=f"{help_texts.PRESET} (default: nano)"
+    )
+    quickstart.add_argument(
+        "--out",
+        help="output folder (default: runs/quickstart; of a project, its folder)",
     )
     quickstart.add_argument(
         "--prompt", action="append", help="prompt to sample at the end (may be repeated)"
@@ -386,7 +391,7 @@ def add_submit(commands: Commands) -> None:
         "--nodes", type=int, metavar="N", help="nodes of a trainer (default: the cluster file's)"
     )
     submit.add_argument(
-        "--preset", default="nano", help="pipeline: folder of packaged configs (default: nano)"
+        "--preset", default="nano", help=f"pipeline: {help_texts.PRESET} (default: nano)"
     )
     submit.add_argument(
         "--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)"
@@ -497,11 +502,14 @@ def add_plan(commands: Commands) -> None:
     plan.add_argument(
         "stage", choices=list(TRAINERS), metavar="STAGE", help="tokenizer, lm or diffusion"
     )
-    plan.add_argument(
-        "--config",
-        required=True,
-        metavar="NAME",
-        help="packaged config (landiff/lm) or a .yaml file",
+    config = plan.add_mutually_exclusive_group(required=True)
+    config.add_argument(
+        "--config", metavar="NAME", help="packaged config (landiff/lm) or a .yaml file"
+    )
+    config.add_argument(
+        "--preset",
+        metavar="PRESET",
+        help=f"{help_texts.PRESET}; of diffusion, the main transformer is planned",
     )
     plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all (default: 8)")
     plan.add_argument(

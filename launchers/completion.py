@@ -50,7 +50,7 @@ def completer_of(option: argparse.Action) -> dict[str, str] | None:
         return calls(CONFIG_FUNCTION)
     if option.dest == "cluster":
         return calls(CLUSTER_FUNCTION)
-    if option.dest in FOLDER_OPTIONS:
+    if option.dest in FOLDER_OPTIONS or option.dest == "preset":
         return shtab.DIRECTORY
     if option.dest == "sources":
         return shtab.FILE

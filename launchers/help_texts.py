@@ -22,6 +22,8 @@ The pipeline, in order. Each command can be run alone, interrupted, and run agai
   landiff quickstart --out runs/quickstart                    all of it on packaged clips, on a CPU
 """
 
+PRESET = "packaged preset (nano, landiff, shapes), or a folder that `landiff new` wrote"
+
 OVERRIDES = """\
 Any config key can be set after the options, for example:  {example}
 An unknown key is an error that names the nearest known key.

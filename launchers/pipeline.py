@@ -20,9 +20,12 @@ from statistics import fmean
 from landiff.configs.documents import read_json
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
+from landiff.configs.problems import require_none
 from landiff.launchers.local.children import environment
+from landiff.launchers.project.presets import packaged_presets, preset_config, require_preset
 from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
+QUICKSTART_OUT = "runs/quickstart"
 QUICKSTART_PROCESSES = 2  # of each trainer; nano/lm divides its model over two ranks
 LEARN_PROCESSES = 2
 RATES = "rates.json"
@@ -53,8 +56,11 @@ class StageResult:
 
 
 def quickstart_command(args: argparse.Namespace) -> int:
-    """Runs the nano pipeline. Returns the exit code."""
-    return quickstart(Path(args.out), args.prompt or (), args.dry_run)
+    """Runs the pipeline of a preset. Returns the exit code."""
+    out = args.out
+    if out is None:
+        out = QUICKSTART_OUT if args.preset in packaged_presets() else args.preset
+    return quickstart(args.preset, Path(out), args.prompt or (), args.dry_run)
 
 
 def learn_command(args: argparse.Namespace) -> int:
@@ -66,26 +72,26 @@ def learn_command(args: argparse.Namespace) -> int:
     return code
 
 
-def data_stages(preset: str, processes: int) -> list[PipelineStage]:
+def data_stages(preset: str, processes: int | None) -> list[PipelineStage]:
     """Raw shards, the tokenizer, and all columns."""
     return [
         PipelineStage(
             "shards",
             "clips -> raw shards",
-            ("shards", "--config", f"{preset}/shards"),
+            ("shards", "--config", preset_config(preset, "shards")),
             output="data/manifest.json",
         ),
         PipelineStage(
             "features",
             "vision features",
-            ("precompute", "--config", f"{preset}/features"),
+            ("precompute", "--config", preset_config(preset, "features")),
             after=("shards",),
             output="data/features",
         ),
         PipelineStage(
             "tokenizer",
             "semantic tokenizer, torch DDP",
-            train_words("tokenizer", f"{preset}/tokenizer", processes),
+            train_words("tokenizer", preset_config(preset, "tokenizer"), processes),
             after=("features",),
             run="runs/tokenizer",
             output="runs/tokenizer",
@@ -100,20 +106,20 @@ def data_stages(preset: str, processes: int) -> list[PipelineStage]:
         PipelineStage(
             "columns",
             "tokens, latents, text states",
-            ("precompute", "--config", f"{preset}/precompute"),
+            ("precompute", "--config", preset_config(preset, "precompute")),
             after=("export tokenizer",),
             output="runs/precompute",
         ),
     ]
 
 
-def model_stages(preset: str, processes: int) -> list[PipelineStage]:
+def model_stages(preset: str, processes: int | None) -> list[PipelineStage]:
     """Training and export of the language model and the diffusion model."""
     return [
         PipelineStage(
             "lm",
             "language model, Megatron-core",
-            train_words("lm", f"{preset}/lm", processes),
+            train_words("lm", preset_config(preset, "lm"), processes),
             after=("columns",),
             run="runs/lm",
             output="runs/lm",
@@ -121,7 +127,7 @@ def model_stages(preset: str, processes: int) -> list[PipelineStage]:
         PipelineStage(
             "diffusion main",
             "main transformer, DeepSpeed ZeRO",
-            train_words("diffusion", f"{preset}/diffusion-main", processes),
+            train_words("diffusion", preset_config(preset, "diffusion-main"), processes),
             after=("columns",),
             run="runs/diffusion-main",
             output="runs/diffusion-main",
@@ -136,7 +142,7 @@ def model_stages(preset: str, processes: int) -> list[PipelineStage]:
         PipelineStage(
             "diffusion control",
             "control branch, main frozen",
-            train_words("diffusion", f"{preset}/diffusion-control", processes),
+            train_words("diffusion", preset_config(preset, "diffusion-control"), processes),
             after=("export main",),
             run="runs/diffusion-control",
             output="runs/diffusion-control",
@@ -165,23 +171,24 @@ def result_stages(preset: str, prompts: Sequence[str]) -> list[PipelineStage]:
         PipelineStage(
             "evaluate",
             "are the conditions used?",
-            ("evaluate", "--config", f"{preset}/evaluate"),
+            ("evaluate", "--config", preset_config(preset, "evaluate")),
             after=("export lm", "export diffusion"),
             output="evaluation.json",
         ),
         PipelineStage(
             "sample",
             "prompts -> mp4",
-            ("sample", "--config", f"{preset}/sample", *prompt_words),
+            ("sample", "--config", preset_config(preset, "sample"), *prompt_words),
             after=("export lm", "export diffusion"),
             output="samples",
         ),
     ]
 
 
-def train_words(stage: str, config: str, processes: int) -> tuple[str, ...]:
-    """Words of a `landiff train` command."""
-    return ("train", stage, "--config", config, "--nproc", str(processes))
+def train_words(stage: str, config: str, processes: int | None) -> tuple[str, ...]:
+    """Words of a `landiff train` command. `processes`: None lets the command choose."""
+    words = ("train", stage, "--config", config)
+    return words if processes is None else (*words, "--nproc", str(processes))
 
 
 def export_words(run: str, name: str) -> tuple[str, ...]:
@@ -190,11 +197,12 @@ def export_words(run: str, name: str) -> tuple[str, ...]:
 
 
 def pipeline_stages(
-    preset: str, processes: int, prompts: Sequence[str] = ()
+    preset: str, processes: int | None, prompts: Sequence[str] = ()
 ) -> list[PipelineStage]:
-    """The whole pipeline with the packaged configs of `preset`, in an order that can be run.
+    """The whole pipeline with the configs of `preset`, in an order that can be run.
 
-    `processes` is the number of processes of each trainer.
+    `preset` is packaged or a folder. `processes` is the number of processes of each trainer; None
+    lets `landiff train` choose.
     """
     return [
         *data_stages(preset, processes),
@@ -251,9 +259,18 @@ def print_rates(out: Path) -> None:
     print(f"\nheld-out prompts: {format_rates(read_json(out / RATES))}")
 
 
-def quickstart(out: Path, prompts: Sequence[str], dry_run: bool) -> int:
-    """Runs the nano pipeline in `out`. Returns the exit code of the first failed stage, or 0."""
-    stages = pipeline_stages("nano", QUICKSTART_PROCESSES, prompts)
+def quickstart(preset: str, out: Path, prompts: Sequence[str], dry_run: bool) -> int:
+    """Runs the pipeline of a preset in `out`.
+
+    Returns the exit code of the first failed stage, or 0. Raises ConfigError with all mistakes of
+    the configs, before anything is started.
+    """
+    from landiff.launchers.project.check import check_preset
+
+    require_preset(preset)
+    require_none(check_preset(preset, out).problems)
+    processes = QUICKSTART_PROCESSES if preset == "nano" else None
+    stages = pipeline_stages(preset, processes, prompts)
     return run_pipeline("quickstart", stages, out, dry_run)
 
 

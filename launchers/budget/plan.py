@@ -13,6 +13,7 @@ from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
 from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.search import format_candidates, search
 from landiff.launchers.budget.step_time import GPUS, fits, step_seconds
+from landiff.launchers.project.presets import preset_config, require_preset
 from landiff.launchers.stages import TRAINERS, AnyTrainConfig
 
 
@@ -24,12 +25,17 @@ def plan_command(args: argparse.Namespace) -> int:
             f"--gpus {args.gpus} --mfu {args.mfu:g} --steps {args.steps}: give at least one GPU, "
             "at least one step, and a fraction of the peak above 0 and at most 1"
         )
-    config: AnyTrainConfig = load(TRAINERS[args.stage].config_class, args.config, args.overrides)
+    name = args.config
+    if args.preset is not None:
+        require_preset(args.preset)
+        stem = "diffusion-main" if args.stage == "diffusion" else args.stage
+        name = preset_config(args.preset, stem)
+    config: AnyTrainConfig = load(TRAINERS[args.stage].config_class, name, args.overrides)
     if args.search:
         found = search(config, args.gpus, GPUS[args.gpu], args.mfu)
         if not found:
             raise ConfigError(
-                f"no layout of {args.config} fits {args.gpus} x {args.gpu}; use more or larger GPUs"
+                f"no layout of {name} fits {args.gpus} x {args.gpu}; use more or larger GPUs"
             )
         print(format_candidates(found, args.top))
         return 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from landiff.configs import ConfigError
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.checks import check_pipeline
+from landiff.launchers.project.chain import check_chain
+from landiff.launchers.project.presets import require_preset
 from landiff.launchers.slurm.stage_jobs import SubmitContext, SubmitPlan, plan_process, plan_stage
 from landiff.training.config import TrainConfig
 
@@ -22,6 +24,7 @@ def plan_pipeline(
     """
     from landiff.launchers.pipeline import pipeline_stages
 
+    require_preset(preset)
     stages = pipeline_stages(preset, 1, prompts)
     names = {stage.name: stage.name.replace(" ", "-") for stage in stages}
     own_overrides = group_overrides(overrides, names.values())
@@ -46,9 +49,22 @@ def plan_pipeline(
             if plan.stage == "precompute" and plan.after:
                 column_jobs.update(dict.fromkeys(columns_of(plan), plan.name))
         last_jobs[stage.name] = final_jobs(new)
-    problems = check_pipeline({plan.name: plan.config for plan in plans})
+    problems = check_chain(configs_by_stage(plans))
     plans[-1] = replace(plans[-1], problems=(*plans[-1].problems, *problems))
     return plans
+
+
+def configs_by_stage(plans: Sequence[SubmitPlan]) -> dict[str, Any]:
+    """The configs of all jobs by stage; that of precompute has the columns of all of its jobs."""
+    configs: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    for plan in plans:
+        if isinstance(plan.config, PrecomputeConfig):
+            columns.update(plan.config.columns)
+            configs["precompute"] = plan.config.model_copy(update={"columns": dict(columns)})
+        elif plan.config is not None:
+            configs[plan.name] = plan.config
+    return configs
 
 
 def is_override(text: str) -> bool:

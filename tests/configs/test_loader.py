@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from pydantic import Field
 
 from landiff.configs import Config, ConfigError, dump, load
 from landiff.configs.loader import packaged_names
@@ -78,7 +79,7 @@ class Encoder(Config):
 class Extending(Config):
     name: str = ""
     inner: Inner = Inner()
-    columns: dict[str, Encoder] = {}
+    columns: dict[str, Encoder] = Field(default={})
     steps: tuple[int, ...] = ()
 
 

@@ -1,0 +1,122 @@
+"""`landiff check`: all mistakes of a preset, found before its first stage starts. Torch-free."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from landiff.configs import ConfigError
+from landiff.configs.loader import load_leniently
+from landiff.configs.problems import Problem, require_none
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.launchers.checks import check
+from landiff.launchers.local.start import default_processes
+from landiff.launchers.project.chain import EXPORTED, check_chain
+from landiff.launchers.project.presets import (
+    PRESET_CONFIGS,
+    packaged_presets,
+    preset_config,
+    require_preset,
+)
+from landiff.training.checks import Launch, find_entry
+from landiff.training.config import TrainConfig
+
+STAGE_OF = {
+    "features": "precompute",
+    "diffusion-main": "diffusion",
+    "diffusion-control": "diffusion",
+}
+"""Config of a preset -> the stage whose checks it has, where the names differ."""
+START_KINDS = {"tokenizer": ("tokenizer",), "lm": ("lm",)}
+
+
+@dataclass(frozen=True)
+class PresetReport:
+    """What was found in a preset. `configs` lacks those whose values have wrong types."""
+
+    configs: dict[str, Any]
+    problems: list[Problem]
+
+
+def check_command(args: argparse.Namespace) -> int:
+    """Prints what was checked, or raises ConfigError with all mistakes. Returns the exit code."""
+    require_preset(args.preset)
+    report = check_preset(args.preset)
+    require_none(report.problems, shown=len(report.problems))
+    clips = [shape.name for shape in report.configs["shards"].shapes]
+    print(f"check: {len(report.configs)} configs of {args.preset} fit each other")
+    print(f"check: clips {', '.join(clips)} (frames x height x width)")
+    print(f"check: next  landiff quickstart --preset {args.preset}")
+    return 0
+
+
+def check_preset(preset: str, workdir: Path | None = None) -> PresetReport:
+    """All problems of the configs of a preset, of each alone and with each other.
+
+    `workdir` is the folder in which the stages will run; None for that of a project, or the current
+    one for a packaged preset.
+    """
+    if workdir is None and preset not in packaged_presets():
+        workdir = Path(preset)
+    configs: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for stem, cls in PRESET_CONFIGS.items():
+        try:
+            config, found = load_leniently(cls, preset_config(preset, stem))
+        except ConfigError as error:
+            config, found = None, [Problem(str(error))]
+        problems += found
+        if config is not None:
+            configs[stem] = config
+    with inside(workdir):
+        for stem, config in configs.items():
+            problems += [Problem(f"{stem}: {each}") for each in check_stage(stem, config)]
+    if len(configs) == len(PRESET_CONFIGS):
+        problems += check_chain(with_all_columns(configs))
+    return PresetReport(configs, problems)
+
+
+@contextlib.contextmanager
+def inside(workdir: Path | None) -> Iterator[None]:
+    """Relative paths refer to `workdir`, or to the nearest folder above it that exists."""
+    if workdir is None:
+        yield
+        return
+    place = workdir.absolute()
+    while not place.is_dir():
+        place = place.parent
+    with contextlib.chdir(place):
+        yield
+
+
+def check_stage(stem: str, config: Any) -> list[Problem]:
+    """Problems of one stage whose inputs earlier stages write. Any: an instance of its class."""
+    stage = STAGE_OF.get(stem, stem)
+    ranks = default_processes(config) if isinstance(config, TrainConfig) else 1
+    problems = check(stage, config, Launch(ranks, inputs_exist=stage == "shards"))
+    if isinstance(config, TrainConfig):
+        problems += check_start(stem, config)
+    return problems
+
+
+def check_start(stem: str, config: Any) -> list[Problem]:
+    """Whether the zoo has the entry that a trainer starts from, unless the pipeline makes it."""
+    made = {name for _run, name in EXPORTED.values()}
+    reference = config.init_from
+    if reference is None or (stem == "diffusion-control" and reference in made):
+        return []
+    kinds = START_KINDS.get(stem, ("transformer", "diffusion"))
+    return find_entry("init_from", config.zoo, reference, kinds)[1]
+
+
+def with_all_columns(configs: dict[str, Any]) -> dict[str, Any]:
+    """The configs of a preset, with the columns of `features` in `precompute`."""
+    features: PrecomputeConfig = configs["features"]
+    precompute: PrecomputeConfig = configs["precompute"]
+    columns = {**features.columns, **precompute.columns}
+    joined = precompute.model_copy(update={"columns": columns})
+    return {**configs, "precompute": joined}

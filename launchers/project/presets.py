@@ -1,0 +1,61 @@
+"""Presets: folders with one config for each stage of the pipeline, packaged or of a project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from landiff.configs import Config, ConfigError
+from landiff.configs.loader import nearest_name, packaged_names
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
+
+PRESET_CONFIGS: dict[str, type[Config]] = {
+    "shards": ShardsJobConfig,
+    "features": PrecomputeConfig,
+    "tokenizer": TokenizerTrainConfig,
+    "precompute": PrecomputeConfig,
+    "lm": LMTrainConfig,
+    "diffusion-main": DiffusionTrainConfig,
+    "diffusion-control": DiffusionTrainConfig,
+    "evaluate": EvaluateConfig,
+    "sample": SampleConfig,
+}
+"""File of each config of a preset, without its suffix, and the class of the config."""
+
+
+def packaged_presets() -> list[str]:
+    """Names of the packaged presets."""
+    names = set(packaged_names())
+    presets = {name.partition("/")[0] for name in names}
+    return sorted(name for name in presets if f"{name}/shards" in names)
+
+
+def preset_config(preset: str, stem: str) -> str:
+    """Name of the config `stem` of a preset: packaged, e.g. `nano/lm`, or an absolute path.
+
+    `preset` is the name of a packaged preset or a folder.
+    """
+    if preset in packaged_presets():
+        return f"{preset}/{stem}"
+    return str(Path(preset).absolute() / f"{stem}.yaml")
+
+
+def require_preset(preset: str) -> None:
+    """Raise ConfigError unless `preset` is packaged or a folder with all configs."""
+    if preset in packaged_presets():
+        return
+    if not Path(preset).is_dir():
+        raise ConfigError(
+            f"--preset {preset} is no folder and no packaged preset"
+            f"{nearest_name(preset, packaged_presets())}"
+        )
+    missing = [stem for stem in PRESET_CONFIGS if not Path(preset_config(preset, stem)).is_file()]
+    if missing:
+        files = ", ".join(f"{stem}.yaml" for stem in missing)
+        raise ConfigError(
+            f"--preset {preset} lacks {files}; copy them from a folder that `landiff new` wrote, "
+            "each may be one line such as  extends: nano/lm"
+        )
