@@ -20,17 +20,21 @@ $(VENV)/.installed: setup.py constraints.txt
 quickstart: install
 	$(BIN)/landiff quickstart --out $(OUT)
 
-# One worker for each core. The tests of a file stay together (tests/conftest.py).
-PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
-
 # The full recipe of the preset shapes: from zero to scored videos.
 learn: install
 	$(BIN)/landiff learn --out runs/learn
 
+# One worker for each core. The tests of a file stay together (tests/conftest.py). Those of SLURM run
+# alone before, since they disturb jobs at certain moments.
+PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist loadgroup \
+  --no-loadscope-reorder
+
 test: install lint docs slurm
+	$(BIN)/python -m pytest -m "not long and not gpu" tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
 
 test-long: install lint docs slurm
+	$(BIN)/python -m pytest -m "not gpu" --timeout 7200 tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" --timeout 7200
 
 # Tests of the launchers run a real SLURM: 13 MB of Debian packages, installed once as root.

@@ -20,16 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Files whose tests take longest start first, so that no worker is left alone with one of them.
-LONGEST = ("tests/slurm/", "tests/test_quickstart.py", "tests/golden/", "tests/training/lm/")
+LONGEST = ("tests/test_quickstart.py", "tests/training/lm/", "tests/training/diffusion/")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, and all tests of SLURM, which share one cluster."""
+    """Keep the tests of a file on one worker."""
     for item in items:
-        file = item.nodeid.partition("::")[0]
-        group = "slurm" if file.startswith("tests/slurm/") else file
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: _rank(item.nodeid))
 
 

@@ -22,6 +22,8 @@ from landiff.launchers.cli import main
 from landiff.launchers.pipeline import pipeline_stages
 from tests.docs_commands import commands, words_of
 
+pytestmark = pytest.mark.timeout(2400)  # the first test waits for the whole pipeline
+
 PROMPT = "A white rabbit with black dots looks around on a green meadow."
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +33,7 @@ def quickstart(out: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "landiff.launchers.cli", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=1500
+        command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=2100
     )
 
 
@@ -49,7 +51,6 @@ def stage(finished, name: str) -> dict:
     return next(result for result in finished.summary["stages"] if result["name"] == name)
 
 
-@pytest.mark.timeout(1600)
 def test_every_stage_of_the_pipeline_ran_and_is_in_the_table(finished):
     results = finished.summary["stages"]
     stages = pipeline_stages("nano", 2)
@@ -159,7 +160,6 @@ def digests(out: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.timeout(600)
 def test_a_second_run_changes_nothing(finished):
     before = digests(finished.out)
     again = quickstart(finished.out)
@@ -210,7 +210,6 @@ def expected_error(command: str) -> str:
     return ""
 
 
-@pytest.mark.timeout(900)
 def test_documented_commands_run(finished, monkeypatch, capsys):
     """In the folder of the quickstart, whose paths the documentation uses.
 
