@@ -85,13 +85,19 @@ class ModelComponent(ModelMixin, ConfigMixin):
         *,
         subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
+        quantization_config: Any = None,
         **_options: Any,
     ) -> ModelComponent:
         """Loads the model of a local folder. Other options of diffusers are ignored.
 
         Raises ConversionError if the folder holds another model, UnhealthyError for weights with
-        NaN or infinity.
+        NaN or infinity, ValueError for a quantization.
         """
+        if quantization_config is not None:
+            raise ValueError(
+                f"{cls.__name__} cannot be quantized while it loads; leave it out of "
+                "quantization_config, which text encoders may have"
+            )
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         part = diffusers_folder.read_model(folder)
         sizes = cast(Config, part.config)

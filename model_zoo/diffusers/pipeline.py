@@ -440,6 +440,24 @@ class LanDiffPipeline(DiffusionPipeline):
             "LanDiffPipeline offloads whole components only; call enable_model_cpu_offload()"
         )
 
+    def enable_group_offload(self, *_args: Any, **_named: Any) -> None:
+        """Not supported. Raises NotImplementedError."""
+        raise NotImplementedError(
+            "LanDiffPipeline offloads whole components only; call enable_model_cpu_offload()"
+        )
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles the blocks of main transformer and control branch, each at its first call.
+
+        Names of weights stay the same, so that the pipeline can be saved afterwards. The language
+        model is not compiled: its caches grow with every token.
+
+        options: those of torch.compile.
+        """
+        for blocks in (self.transformer.model.blocks, self.control.model.control.blocks):
+            for block in blocks:
+                block.compile(**options)
+
     def load_adapter(self, folder: str | Path, scale: float = 1.0, *, merge: bool = True) -> None:
         """Adds a LoRA adapter, the folder of a zoo entry, to the model that it was trained on.
 

@@ -20,6 +20,8 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DiffusionPipeline,
+    GGUFQuantizationConfig,
+    PipelineQuantizationConfig,
 )
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -333,11 +335,15 @@ def test_a_config_with_nano_encoders_becomes_a_folder_that_gives_the_same_videos
     assert main([*command, "--dry-run"]) == 0 and not folder.exists()
     assert main(command) == 0, capsys.readouterr()
     assert main(command) == 2 and "exists already" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "x"), "--dtype", "bfloat16"]) == 2
+    assert "--dtype does not go with a config" in capsys.readouterr().err
+    assert main([*command[:2], "--to", "release", "--out", str(tmp_path / "x")]) == 2
+    assert "for --to diffusers" in capsys.readouterr().err
     units = [SampleUnit(0, PROMPTS[0], 3, 5, 0.2), SampleUnit(1, PROMPTS[1], 4, 5, 0.2, "rain")]
     models = load_models(config, torch.device("cpu"))
     wanted = sample.generate_batch(models, config, units, sample.UnitProgress(2, 0))
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    for again in range(2):
+    for again in range(2 if codec == "pca" else 1):
         pipe = LanDiffPipeline.from_pretrained(folder, torch_dtype=dtype)
         found = pipe(
             PROMPTS,
@@ -723,8 +729,9 @@ def test_a_video_of_several_chunks_and_one_that_ends_early(pipe, monkeypatch):
 
 def test_offloading_and_tiling_change_where_not_what(saved, expected):
     pipe = LanDiffPipeline.from_pretrained(saved)
-    with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
-        pipe.enable_sequential_cpu_offload()
+    for refused in (pipe.enable_sequential_cpu_offload, pipe.enable_group_offload):
+        with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
+            refused()
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="there is none"):
             pipe.enable_model_cpu_offload()
@@ -739,6 +746,28 @@ def test_offloading_and_tiling_change_where_not_what(saved, expected):
     assert torch.equal(
         pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames, found
     )
+
+
+def test_compiled_blocks_give_the_same_video_and_keep_their_names(saved, expected):
+    pipe = LanDiffPipeline.from_pretrained(saved)
+    names = [list(pipe.components[part].state_dict()) for part in ("transformer", "control")]
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    pipe.compile_blocks(backend=backend)
+    found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
+    assert compiled and torch.equal(found, expected.frames_BTHWC)
+    parts = [list(pipe.components[part].state_dict()) for part in ("transformer", "control")]
+    assert parts == names
+
+
+def test_a_quantization_that_would_be_ignored_is_refused(saved):
+    chosen = PipelineQuantizationConfig(quant_mapping={"transformer": GGUFQuantizationConfig()})
+    with pytest.raises(ValueError, match="LanDiffTransformer cannot be quantized"):
+        LanDiffPipeline.from_pretrained(saved, quantization_config=chosen)
 
 
 def test_wrong_arguments_are_told_apart(pipe):
