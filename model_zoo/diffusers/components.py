@@ -26,6 +26,7 @@ from landiff.model_zoo.convert.formats import diffusers_folder, diffusers_transf
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import CONTROL, Part
 from landiff.model_zoo.convert.rules import apply_rules
+from landiff.model_zoo.diffusers.encoders import PUBLIC_MODULE, refuse_quantization
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.registry import build_module
@@ -34,7 +35,6 @@ from landiff.model_zoo.sample.solvers import Solver
 from landiff.model_zoo.schedule import NoiseSchedule
 
 GuidanceSchedule = Literal["timestep", "step", "constant"]
-PUBLIC_MODULE = "landiff"
 EARLIER_MODULES = ("model_zoo.pipeline", "landiff.model_zoo.diffusers.pipeline")
 
 
@@ -93,11 +93,7 @@ class ModelComponent(ModelMixin, ConfigMixin):
         Raises ConversionError if the folder holds another model, UnhealthyError for weights with
         NaN or infinity, ValueError for a quantization.
         """
-        if quantization_config is not None:
-            raise ValueError(
-                f"{cls.__name__} cannot be quantized while it loads; leave it out of "
-                "quantization_config, which text encoders may have"
-            )
+        refuse_quantization(cls, quantization_config)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         part = diffusers_folder.read_model(folder)
         sizes = cast(Config, part.config)

@@ -39,6 +39,15 @@ CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
+def refuse_quantization(component: type, quantization_config: Any) -> None:
+    """Raises ValueError for a quantization, which our classes would ignore."""
+    if quantization_config is not None:
+        raise ValueError(
+            f"{component.__name__} cannot be quantized while it loads; leave it out of "
+            "quantization_config"
+        )
+
+
 class FrozenComponent(ModelMixin, ConfigMixin):
     """Base class: a frozen encoder as a diffusers model.
 
@@ -106,12 +115,14 @@ class LanDiffTextEncoder(FrozenComponent):
         pretrained_model_name_or_path: str | Path,
         *,
         subfolder: str | None = None,
+        quantization_config: Any = None,
         **_options: Any,
     ) -> LanDiffTextEncoder:
         """Loads the encoder of a local folder. Other options of diffusers are ignored.
 
-        Raises UnhealthyError for weights with NaN or infinity.
+        Raises UnhealthyError for weights with NaN or infinity, ValueError for a quantization.
         """
+        refuse_quantization(cls, quantization_config)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         stored = read_json(folder / CONFIG_FILE)
         network = BertModel(BertConfig.from_dict(stored["bert"]), add_pooling_layer=False)
@@ -137,12 +148,14 @@ class LanDiffCodec(FrozenComponent):
         pretrained_model_name_or_path: str | Path,
         *,
         subfolder: str | None = None,
+        quantization_config: Any = None,
         **_options: Any,
     ) -> LanDiffCodec:
         """Loads the codec of a local folder. Other options of diffusers are ignored.
 
-        Raises UnhealthyError for weights with NaN or infinity.
+        Raises UnhealthyError for weights with NaN or infinity, ValueError for a quantization.
         """
+        refuse_quantization(cls, quantization_config)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         kind = read_json(folder / CONFIG_FILE)["landiff"]["kind"]
         tensors = _checked(folder)

@@ -615,6 +615,29 @@ def test_bfloat16_gives_what_landiff_sample_gives_in_bf16_bit_for_bit(folder, sa
         )
 
 
+def test_encoders_in_bfloat16_beside_models_in_float32_give_what_landiff_sample_gives(
+    folder, tmp_path
+):
+    """The default of `landiff sample`. diffusers loads a VAE in float32 unless it is told."""
+    loaded = load_models(sample_config(folder, "bfloat16"), torch.device("cpu"))
+    wanted = generate(
+        loaded,
+        PROMPTS[:1],
+        3,
+        TOKENS,
+        SamplerOptions(num_steps=3),
+        seeds=[SEED],
+        motion_score=0.2,
+        clean_frames=1,
+    )
+    LanDiffPipeline.from_models(loaded, clean_frames=1).save_pretrained(tmp_path)
+    pipe = LanDiffPipeline.from_pretrained(tmp_path)
+    pipe.vae.to(torch.bfloat16)
+    found = pipe(PROMPTS[0], generator=seeded(SEED), output_type="uint8", **CALL)
+    assert torch.equal(found.codes, wanted.codes_BK)
+    assert torch.equal(found.frames, wanted.frames_BTHWC)
+
+
 def test_all_components_follow_a_cast_and_come_back(saved):
     pipe = LanDiffPipeline.from_pretrained(saved)
     arguments = set(inspect.signature(LanDiffPipeline.__init__).parameters)
