@@ -1,4 +1,6 @@
-"""Checks of a trainer's config before its ranks start, common to all trainers. Torch-free.
+"""Checks of a trainer's config before its ranks start, common to all trainers.
+
+Torch-free, except for `optim.groups`, whose patterns are compared with the names of a model.
 
 `check(config, launch)` of each trainer (training/<trainer>/checks.py) returns all problems of its
 config. The command that starts the ranks calls it, and so do `--dry-run` and submission. A job of
@@ -8,13 +10,16 @@ a pipeline is submitted before its data exist, so rank 0 of every run calls it a
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from landiff.configs.base import Config, ConfigError
+from landiff.configs.loader import nearest_name
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.data_pipeline.format.column_checks import check_blend, check_column_fingerprints
 from landiff.data_pipeline.format.schema import Manifest
@@ -145,6 +150,29 @@ def check_optim(optim: OptimConfig, total_steps: int) -> list[Problem]:
             problems.append(
                 Problem(f"optim.betas.{number} = {beta:g} must be at least 0 and below 1")
             )
+    return problems
+
+
+def check_groups(optim: OptimConfig, names: Sequence[str]) -> list[Problem]:
+    """Whether every entry of `optim.groups` applies to some parameter.
+
+    names: of all parameters that are trained.
+    """
+    problems = []
+    remaining = list(names)
+    for number, group in enumerate(optim.groups):
+        matched = [name for name in remaining if fnmatchcase(name, group.match)]
+        remaining = [name for name in remaining if name not in matched]
+        if matched:
+            continue
+        key = f"optim.groups.{number}.match = {group.match}"
+        if any(fnmatchcase(name, group.match) for name in names):
+            text = "matches only parameters of entries before it; move it up, or remove it"
+        else:
+            patterns = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
+            nearest = nearest_name(group.match, sorted(patterns))
+            text = f"matches no parameter that is trained{nearest}"
+        problems.append(Problem(f"{key} {text}"))
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -173,6 +174,28 @@ class LoopConfig(Config):
         return NO_TIMEOUT_S
 
 
+class ParameterGroupConfig(Config):
+    """Scales of learning rate and weight decay for some parameters."""
+
+    match: str = Field(
+        min_length=1,
+        description=(
+            "Pattern of parameter names, in which `*` stands for any characters: "
+            "`token_embedding.*`. The names are those of the exported weights; the tensors of an "
+            "adapter have those of the trained module."
+        ),
+    )
+    lr_scale: PositiveFloat = Field(
+        default=1.0, description="Factor of the learning rate of each step."
+    )
+    weight_decay_scale: NonNegativeFloat = Field(
+        default=1.0,
+        description=(
+            "Factor of `optim.weight_decay`; 0 for no decay. Vectors have none in any group."
+        ),
+    )
+
+
 class OptimConfig(Config):
     """AdamW and its learning rate: linear warmup, then a constant or a falling rate."""
 
@@ -223,6 +246,28 @@ class OptimConfig(Config):
         default=1.0,
         description="Maximum global norm of the gradients. 0 switches clipping off.",
     )
+    groups: tuple[ParameterGroupConfig, ...] = Field(
+        default=(),
+        description=(
+            "Parameters with another learning rate or weight decay. The first entry that matches "
+            "the name of a parameter applies to it."
+        ),
+    )
+
+    def scales_of(self, name: str, dim: int) -> tuple[float, float]:
+        """Factors of learning rate and weight decay of a parameter with `dim` dimensions.
+
+        Tensors of two or more dimensions decay. Vectors (biases, norm scales) do not: decay would
+        pull a norm scale towards 0, which does not make the function simpler, only smaller.
+        """
+        lr_scale = 1.0
+        decay_scale = 1.0
+        for group in self.groups:
+            if fnmatchcase(name, group.match):
+                lr_scale = group.lr_scale
+                decay_scale = group.weight_decay_scale
+                break
+        return lr_scale, decay_scale if dim >= 2 else 0.0
 
 
 class EmaConfig(Config):

@@ -49,33 +49,37 @@ def _remaining(shape: str, done: float) -> float:
 
 
 def parameter_groups(
-    parameters: Iterable[nn.Parameter], weight_decay: float
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig
 ) -> list[dict[str, Any]]:
-    """Parameter groups with and without weight decay. Parameters without gradient are skipped.
+    """Parameter groups of equal scales (`OptimConfig.scales_of`), the largest scales first.
 
-    Tensors of two or more dimensions decay. Vectors (biases, norm scales) do not: decay would
-    pull a norm scale towards 0, which does not make the function simpler, only smaller.
+    Parameters without gradient are skipped.
     """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups: list[dict[str, Any]] = []
-    if matrices:
-        groups.append({"params": matrices, "weight_decay": weight_decay})
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            scales = config.scales_of(name, parameter.ndim)
+            members.setdefault(scales, []).append(parameter)
+    groups = []
+    for scales in sorted(members, reverse=True):
+        lr_scale, decay_scale = scales
+        decay = config.weight_decay * decay_scale
+        groups.append({"params": members[scales], "weight_decay": decay, "lr_scale": lr_scale})
     return groups
 
 
 def adamw(
-    parameters: Iterable[nn.Parameter], config: OptimConfig, device: torch.device | None = None
+    named: Iterable[tuple[str, nn.Parameter]],
+    config: OptimConfig,
+    device: torch.device | None = None,
 ) -> torch.optim.AdamW:
     """torch's AdamW over `parameter_groups`. `set_learning_rate` sets the rate before each step.
 
-    device: where it will update the parameters. On CUDA the update is one fused kernel. On the CPU
-        the fused one is four times as fast, but its last bits differ from those of earlier runs.
+    named: parameters with their names. device: where it will update them. On CUDA the update is one
+        fused kernel. On the CPU the fused one is four times as fast, but its last bits differ from
+        those of earlier runs.
     """
-    groups = parameter_groups(parameters, config.weight_decay)
+    groups = parameter_groups(named, config)
     fused = True if device is not None and device.type == "cuda" else None
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
@@ -87,9 +91,9 @@ def step_count(steps: Tensor | float, parameter: Tensor, fused: bool | None) -> 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups: `rate` times the scale of each."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -72,7 +72,7 @@ def test_a_constant_or_cosine_rate_is_that_of_earlier_versions_to_the_bit():
 def test_matrices_decay_vectors_and_frozen_parameters_do_not():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3))
     model[2].requires_grad_(False)
-    optimizer = adamw(model.parameters(), OptimConfig(lr=0.1, weight_decay=0.5))
+    optimizer = adamw(model.named_parameters(), OptimConfig(lr=0.1, weight_decay=0.5))
     decays = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -87,11 +87,37 @@ def test_matrices_decay_vectors_and_frozen_parameters_do_not():
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
 
 
+def test_the_first_entry_that_matches_a_name_scales_rate_and_decay():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3))
+    groups = [
+        {"match": "0.weight", "weight_decay_scale": 0},
+        {"match": "[01].*", "lr_scale": 0.5, "weight_decay_scale": 2},
+        {"match": "*", "weight_decay_scale": 2},
+    ]
+    config = OptimConfig(lr=0.1, weight_decay=0.5, groups=groups)
+    optimizer = adamw(model.named_parameters(), config)
+    set_learning_rate(optimizer, 0.01)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found[names[parameter]] = (group["lr"], group["weight_decay"])
+    assert found == {
+        "0.weight": (0.01, 0.0),
+        "0.bias": (0.005, 0.0),
+        "1.weight": (0.005, 0.0),
+        "1.bias": (0.005, 0.0),
+        "2.weight": (0.01, 1.0),
+        "2.bias": (0.01, 0.0),
+    }
+    assert len(optimizer.param_groups) == 3
+
+
 def test_the_update_is_fused_on_cuda_only():
     config = OptimConfig(lr=0.1)
     for device, fused in (("cpu", None), ("cuda", True)):
         parameter = nn.Parameter(torch.zeros(2, 2))
-        optimizer = adamw([parameter], config, torch.device(device))
+        optimizer = adamw([("weight", parameter)], config, torch.device(device))
         assert optimizer.defaults["fused"] is fused
         assert step_count(3.0, parameter, fused).equal(torch.tensor(3.0))
     meta = torch.zeros(1, device="meta")

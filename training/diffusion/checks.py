@@ -5,7 +5,14 @@ from __future__ import annotations
 from landiff.configs.problems import Problem
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.model_zoo.registry import ZooEntry
-from landiff.training.checks import Launch, check_steps, check_trainer, different_fields, find_entry
+from landiff.training.checks import (
+    Launch,
+    check_groups,
+    check_steps,
+    check_trainer,
+    different_fields,
+    find_entry,
+)
 from landiff.training.diffusion.columns import check_diffusion_columns, check_diffusion_tokenizer
 from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
 
@@ -14,12 +21,17 @@ def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
     phases, problems = check_trainer(config, launch)
     problems += check_preview(config)
+    if config.optim.groups and config.lora is None:
+        problems += check_parameter_groups(config)
     if not launch.inputs_exist:
         return problems
     start, found = find_entry("init_from", config.zoo, config.init_from, START_KINDS)
     problems += found
     if start is not None:
-        problems += check_start(config, start)
+        found = check_start(config, start)
+        if config.optim.groups and config.lora is not None and not found:
+            found = check_parameter_groups(config)
+        problems += found
     tokenizer = None
     if config.phase == "control":
         tokenizer, found = find_entry("tokenizer", config.zoo, config.tokenizer, "tokenizer")
@@ -48,6 +60,16 @@ def check_start(config: DiffusionTrainConfig, start: ZooEntry) -> list[Problem]:
             "model.transformer", config.model.transformer, start, section="transformer"
         )
     return different_fields("model", config.model, start)
+
+
+def check_parameter_groups(config: DiffusionTrainConfig) -> list[Problem]:
+    """Whether every entry of `optim.groups` applies to some parameter.
+
+    With `lora`, the entry `init_from` exists.
+    """
+    from landiff.training.diffusion.model import trained_names
+
+    return check_groups(config.optim, trained_names(config))
 
 
 def check_preview(config: DiffusionTrainConfig) -> list[Problem]:

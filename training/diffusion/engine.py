@@ -49,7 +49,8 @@ class DeepSpeedEngine:
         self.objective = objective
         self.adapter = adapter_of(config)
         zero.prepare_deepspeed()
-        optimizer = adamw(module.parameters(), config.optim, world.device)
+        optimizer = adamw(module.named_parameters(), config.optim, world.device)
+        groups = zero.group_names(module, optimizer) if config.optim.groups else []
         settings = zero.deepspeed_config(config, world)
         self.clock = StepClock(world.device, module)
         self.zero = zero.initialize(module, optimizer, settings, world.device)
@@ -67,6 +68,7 @@ class DeepSpeedEngine:
             phase=config.phase,
             model=config.model,
             shapes=zero.full_shapes(module),
+            groups=groups,
         )
 
     @property
@@ -130,9 +132,9 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.
 
-        In the same layout it resumes bit for bit. In another layout it is resharded from the
-        float32 weights and Adam's moments. Raises ConfigError for a checkpoint of another phase or
-        model.
+        In the same layout it resumes bit for bit. In another layout, or with other parameter
+        groups, it is resharded from the float32 weights and Adam's moments. Raises ConfigError for
+        a checkpoint of another phase or model.
         """
         found = ZeroLayout.read(folder)
         if found.phase != self.layout.phase:
@@ -145,8 +147,7 @@ class DeepSpeedEngine:
             expected = {name: torch.empty(shape) for name, shape in self.layout.shapes.items()}
         check_against(expected, found.shapes, f"checkpoint {folder}")
         if found == self.layout:
-            path, _ = self.zero.load_checkpoint(str(folder), tag=SHARDS)
-            assert path is not None, folder
+            zero.load_same_layout(self.zero, folder)
             has_averages = zero.take_averages(self.zero, self.ema.averages)
         else:
             state = read_deepspeed(folder / SHARDS)

@@ -40,13 +40,32 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
     model.recompute = config.recompute
     if config.init_from is not None:
         load_start(model, registry.resolve(config.zoo, config.init_from, kind=START_KINDS))
+    with rng.seeded(config.loop.seed, "lora", control):
+        _select_trained(model, config)
+    return model
+
+
+def _select_trained(
+    model: DiffusionTransformer | ControlledDiffusion, config: DiffusionTrainConfig
+) -> None:
+    """Add an adapter if the config has one, and freeze what is not trained."""
     adapter = adapter_of(config)
     if adapter is not None:
-        with rng.seeded(config.loop.seed, "lora", control):
-            add_layers(model, adapter)
+        add_layers(model, adapter)
     elif isinstance(model, ControlledDiffusion):
         freeze_main(model)
-    return model
+
+
+def trained_names(config: DiffusionTrainConfig) -> list[str]:
+    """Names of the parameters that are trained, from a model without memory. Raises ZooError."""
+    model: DiffusionTransformer | ControlledDiffusion
+    with torch.device("meta"):
+        if config.phase == "control":
+            model = ControlledDiffusion(config.model)
+        else:
+            model = DiffusionTransformer(config.model.transformer)
+        _select_trained(model, config)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def adapter_of(config: DiffusionTrainConfig) -> AdapterConfig | None:

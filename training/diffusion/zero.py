@@ -25,7 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.loader import Batch
-from landiff.model_zoo.convert.formats.deepspeed import CLASSES, EMA, MOMENTS, DeepSpeedState
+from landiff.model_zoo.convert.formats.deepspeed import (
+    CLASSES,
+    EMA,
+    MOMENTS,
+    SHARDS,
+    DeepSpeedState,
+)
 from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -230,6 +236,27 @@ def full_shapes(module: nn.Module) -> dict[str, list[int]]:
     for name, tensor in module.state_dict().items():
         shapes[name] = list(getattr(parameters.get(name), "ds_shape", tensor.shape))
     return shapes
+
+
+def group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of the parameters in each group of an optimizer that DeepSpeed does not have yet."""
+    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    return [[name_of[each] for each in group["params"]] for group in optimizer.param_groups]
+
+
+def load_same_layout(engine: Any, folder: Path) -> None:
+    """Let DeepSpeed load a checkpoint of the same ZeRO stage, world size and parameter groups.
+
+    The settings of the groups stay those of the run. DeepSpeed would take the checkpoint's.
+    """
+    groups = engine.optimizer.param_groups
+    settings = []
+    for group in groups:
+        settings.append({key: value for key, value in group.items() if key != "params"})
+    path, _ = engine.load_checkpoint(str(folder), tag=SHARDS)
+    assert path is not None, folder
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 @torch.no_grad()

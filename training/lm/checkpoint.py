@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as core_torch_dist
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -136,7 +137,9 @@ def load_checkpoint(
         try:
             wanted = averages if has_averages else None
             state = dist_checkpointing.load(
-                _sharded_state(model, optimizer, wanted, loading=True), str(folder)
+                _sharded_state(model, optimizer, wanted, loading=True),
+                str(folder),
+                common_strategy=_OwnGroups(optimizer),
             )
         except CheckpointException as error:
             raise _explained(folder, error) from error
@@ -149,6 +152,33 @@ def load_checkpoint(
     if has_averages:
         averages.load(model.sharded_state_dict(metadata=_layout()), state["averages"])
     return has_averages
+
+
+class _OwnGroups(TorchCommonLoadStrategy):
+    """Reads common.pt with the run's own parameter groups in place of the checkpoint's.
+
+    Megatron-core would look for the run's groups in the checkpoint, and fail if `optim.groups` has
+    changed. All state of parameters is stored by name and does not depend on the groups.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+
+    def load_common(self, folder: str | Path) -> dict[str, Any]:
+        """The content of common.pt."""
+        common = super().load_common(folder)
+        stored = common["optimizer"]
+        stored = stored.get("optimizer", stored)
+        steps = {group["step"] for group in stored["param_groups"] if "step" in group}
+        groups = []
+        for own in self.optimizer.param_groups:
+            group = {key: value for key, value in own.items() if key != "params"}
+            for step in steps:  # one, or none if it is stored elsewhere
+                group["step"] = step
+            groups.append(group)
+        stored["param_groups"] = groups
+        return common
 
 
 def _explained(folder: Path, error: CheckpointException) -> BaseException:

@@ -17,6 +17,7 @@ from landiff.training.checkpoint.run_folder import (
 )
 from landiff.training.checks import (
     Launch,
+    check_groups,
     check_package,
     check_steps,
     check_trainer,
@@ -45,6 +46,7 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     if config.layers == "te":
         problems += check_package("transformer_engine", "layers", "te", "use layers = local")
     problems += _check_optimizer(config)
+    problems += check_parameter_groups(config)
     if not launch.inputs_exist:
         return problems
     tokenizer, found = find_entry("tokenizer", config.zoo, config.tokenizer, "tokenizer")
@@ -59,6 +61,44 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     for phase in phases:
         problems += check_lm_columns(phase.manifest, phase.config, tokenizer)
     return problems
+
+
+def check_parameter_groups(config: LMTrainConfig) -> list[Problem]:
+    """Whether every entry of `optim.groups` applies to some parameter, and none to half a tensor.
+
+    Megatron-core stacks w1 and w3 in one tensor.
+    """
+    if not config.optim.groups:
+        return []
+    names = trained_names(config)
+    problems = check_groups(config.optim, names)
+    scales = {name: config.optim.scales_of(name, 2) for name in names}
+    for name in names:
+        other = name.replace(".w1.", ".w3.")
+        if scales.get(other, scales[name]) != scales[name]:
+            problems.append(
+                Problem(
+                    f"optim.groups: {name} and {other} are one tensor in Megatron-core and need "
+                    "the same scales; match both, for example with `blocks.*.w[13].*`"
+                )
+            )
+            break
+    return problems
+
+
+def trained_names(config: LMTrainConfig) -> list[str]:
+    """Names of the parameters that are trained, from a model without memory."""
+    import torch
+
+    from landiff.model_zoo.lm import LanguageModel
+
+    if config.lora is not None:
+        from landiff.training.lm.lora import InitialAdapter
+
+        return list(InitialAdapter(config.model, config.lora, config.loop.seed))
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    return [name for name, _ in model.named_parameters()]
 
 
 def check_renderer(config: LMTrainConfig) -> list[Problem]:

@@ -10,7 +10,7 @@ Shape letters (docs/glossary.md): N tokens of a packed row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import registry
 from landiff.model_zoo.lora.config import require_same_adapter
 from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.config import OptimConfig
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
@@ -77,9 +78,10 @@ class MegatronEngine:
             seed_tensor_parallel(config.loop.seed)
             self.model = MegatronLM(config)
             self.clock = StepClock(self.device, self.model)
-            self.load_weights(self._first_weights())
+            weights = self._first_weights()
+            self.load_weights(weights)
             self.ddp = self._build_ddp()
-            self.optimizer = self._build_optimizer()
+            self.optimizer = self._build_optimizer(weights)
             masters = master_weights(self.optimizer)
             self.ema = Ema(config.ema, [master.weight for master in masters])
             self.averages = ShardedAverages(
@@ -115,7 +117,8 @@ class MegatronEngine:
             self.model,
         )
 
-    def _build_optimizer(self) -> MegatronOptimizer:
+    def _build_optimizer(self, names: Iterable[str]) -> MegatronOptimizer:
+        """`names`: of all weights, in `landiff.model_zoo.lm.LanguageModel`."""
         optim = self.config.optim
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -132,9 +135,8 @@ class MegatronEngine:
                 params_dtype=self.model.config.params_dtype,
             ),
             [self.ddp],
-            # Matrices decay and vectors do not, as in `landiff.training.optim.parameter_groups`.
-            # Megatron-core leaves this to its caller.
-            {ParamKey(predicate=ParamPredicate("vector", _is_vector)): {"wd_mult": 0.0}},
+            # Megatron-core leaves the division into groups to its caller.
+            _group_overrides(self.model, names, optim),
         )
         checkpoint.prepare_optimizer(optimizer)
         return optimizer
@@ -173,7 +175,7 @@ class MegatronEngine:
     def _set_rate(self, rate: float) -> None:
         """Set learning rate and weight decay of all parameter groups."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_mult"]
             group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
 
     @torch.no_grad()
@@ -390,8 +392,28 @@ class MegatronEngine:
         parallel_state.destroy_model_parallel()
 
 
-def _is_vector(parameter: nn.Parameter) -> bool:
-    return parameter.ndim < 2
+def _group_overrides(
+    model: MegatronLM, names: Iterable[str], optim: OptimConfig
+) -> dict[ParamKey, dict[str, float]]:
+    """The groups of `landiff.training.optim.parameter_groups`, in Megatron-core's form."""
+    members: dict[tuple[float, float], set[int]] = {}
+    own_names = model.own_names(names)
+    for local_name, parameter in model.named_parameters():
+        found = {optim.scales_of(name, parameter.ndim) for name in own_names[local_name]}
+        assert len(found) == 1, (own_names[local_name], found)  # checked before ranks start
+        members.setdefault(found.pop(), set()).add(id(parameter))
+    overrides = {}
+    for (lr_scale, decay_scale), ids in members.items():
+        scales = {"lr_mult": lr_scale, "wd_mult": decay_scale}
+        changes = {key: scale for key, scale in scales.items() if scale != 1}
+        if changes:
+            predicate = ParamPredicate(str(scales), partial(_is_among, ids))
+            overrides[ParamKey(predicate=predicate)] = changes
+    return overrides
+
+
+def _is_among(ids: Set[int], parameter: nn.Parameter) -> bool:
+    return id(parameter) in ids
 
 
 def forward_step(rows: Iterator[LMRow], model: nn.Module) -> tuple[Tensor, Callable]:

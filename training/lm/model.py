@@ -9,7 +9,7 @@ samples, D width of a vector (of text states or of the model), V vocabulary of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from landiff.model_zoo import keyed_random
 from landiff.model_zoo.config import LMConfig
-from landiff.model_zoo.convert.formats.megatron import Padded, module_name, shard, to_megatron
+from landiff.model_zoo.convert.formats.megatron import (
+    Padded,
+    megatron_rules,
+    module_name,
+    shard,
+    to_megatron,
+)
+from landiff.model_zoo.convert.rules import rule_groups
 from landiff.model_zoo.layers import rotary_table
 from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
@@ -131,6 +138,22 @@ class MegatronLM(GPTModel):
             padding_V = torch.arange(rows, device=logits.device) >= real
             logits = logits.masked_fill(padding_V, -torch.inf)
         return super().compute_language_model_loss(labels, logits)
+
+    def own_names(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Names of this rank's parameters -> the one or two of `names` that they hold.
+
+        `names`: of all weights of `LanguageModel`, and of an adapter.
+        """
+        offset = get_transformer_layer_offset(self.config)
+        parameters = dict(self.named_parameters())
+        found = {}
+        for group in rule_groups(names, megatron_rules(self.sizes, self.padded), "to_theirs"):
+            (theirs,) = group.targets
+            name = _local_name(theirs, offset)
+            name = name if name in parameters else module_name(name)
+            if name in parameters:
+                found[name] = group.sources
+        return found
 
     @torch.no_grad()
     def load_full(self, source: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from landiff.configs.problems import Problem
-from landiff.training.checks import Launch, check_trainer, different_fields, find_entry
+from landiff.training.checks import (
+    Launch,
+    check_groups,
+    check_trainer,
+    different_fields,
+    find_entry,
+)
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 
@@ -33,6 +39,20 @@ def check(config: TokenizerTrainConfig, launch: Launch) -> list[Problem]:
         problems += found
         if start is not None:
             problems += different_fields("model", config.model, start, SHAPES)
+    problems += check_parameter_groups(config)
     for phase in phases:
         problems += check_features(phase.config, phase.manifest)
     return problems
+
+
+def check_parameter_groups(config: TokenizerTrainConfig) -> list[Problem]:
+    """Whether every entry of `optim.groups` applies to some parameter."""
+    if not config.optim.groups:
+        return []
+    import torch
+
+    from landiff.model_zoo.tokenizer import SemanticTokenizer
+
+    with torch.device("meta"):
+        model = SemanticTokenizer(config.model)
+    return check_groups(config.optim, [name for name, _ in model.named_parameters()])

@@ -73,7 +73,7 @@ class TokenizerEngine:
         self.sampling.install(self.tokenizer)
         self.clock = StepClock(world.device, self.tokenizer)
         self.model = self._wrap()
-        self.optimizer = adamw(self.tokenizer.parameters(), config.optim, world.device)
+        self.optimizer = adamw(self.tokenizer.named_parameters(), config.optim, world.device)
         self.ema = Ema(config.ema, list(self.tokenizer.parameters()))
         self._preview_TChw: Tensor | None = None  # features of a clip of the last batch
 

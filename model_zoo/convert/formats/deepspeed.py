@@ -68,6 +68,13 @@ class ZeroLayout(Config):
     shapes: dict[str, list[int]] = Field(
         description="Shape of every parameter and persistent buffer, by name."
     )
+    groups: list[list[str]] = Field(
+        default=[],
+        description=(
+            "Names of the parameters in each group of the optimizer. Empty if they are divided "
+            "into matrices and vectors only."
+        ),
+    )
 
     @property
     def part(self) -> tuple[str, DiffusionConfig | TransformerConfig]:

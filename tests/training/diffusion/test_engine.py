@@ -86,7 +86,7 @@ def plain_torch(settings, steps):
     objective = Objective(
         settings, torch.device("cpu"), load_tokenizer(settings, torch.device("cpu"))
     )
-    optimizer = adamw(model.parameters(), settings.optim)
+    optimizer = adamw(model.named_parameters(), settings.optim)
     found = []
     for step in range(steps):
         samples = list(batch(settings, step).samples)

@@ -38,7 +38,7 @@ def plain_model(config: LMTrainConfig) -> LanguageModel:
 
 def train_plain(config: LMTrainConfig) -> list[float]:
     model = plain_model(config)
-    optimizer = optim.adamw(model.parameters(), config.optim)
+    optimizer = optim.adamw(model.named_parameters(), config.optim)
     losses = []
     for step in range(STEPS):
         optim.set_learning_rate(optimizer, optim.rate_of_step(config, step))

@@ -11,6 +11,7 @@ from landiff.configs import load
 from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.model_zoo import registry
 from landiff.training.observe.scalars import read_scalars
+from landiff.training.tokenizer.checks import check_parameter_groups
 from landiff.training.tokenizer.columns import check_features
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 from landiff.training.tokenizer.engine import TokenizerEngine
@@ -57,6 +58,36 @@ def test_resume_is_bit_equal_and_needs_no_generator_state(tmp_path):
     assert train(resumed, range(6, 12)) == expected[6:]
     for name, tensor in straight.tokenizer.state_dict().items():
         assert torch.equal(resumed.tokenizer.state_dict()[name], tensor), name
+
+
+def test_groups_are_those_of_a_plain_adamw_and_may_change(tmp_path):
+    groups = [{"match": "quantizer.*", "lr_scale": 0.5}, {"match": "dec*", "weight_decay_scale": 0}]
+    optim = {"lr": 3e-3, "warmup_steps": 5, "weight_decay": 0.5}
+    settings = config(tmp_path, optim=optim | {"groups": groups})
+    assert check_parameter_groups(settings) == []
+    straight = TokenizerEngine(settings, alone())
+    plain = TokenizerEngine(config(tmp_path, optim=optim), alone())
+    each = []
+    for name, parameter in plain.tokenizer.named_parameters():
+        decays = parameter.ndim >= 2 and not name.startswith("decoder.")
+        scale = 0.5 if name.startswith("quantizer.") else 1.0
+        decay = 0.5 if decays else 0.0
+        each.append({"params": [parameter], "weight_decay": decay, "lr_scale": scale})
+    betas = settings.optim.betas
+    plain.optimizer = torch.optim.AdamW(each, betas=betas, eps=settings.optim.eps)
+    expected = train(plain, range(6))
+    assert train(straight, range(4)) == expected[:4]
+    straight.save(tmp_path)
+    without = TokenizerEngine(config(tmp_path, optim=optim), alone())
+    without.load(tmp_path)
+    without.save(tmp_path)
+    resumed = TokenizerEngine(settings, alone())
+    resumed.load(tmp_path)
+    assert train(resumed, range(4, 6)) == expected[4:]
+    for name, tensor in plain.tokenizer.state_dict().items():
+        assert torch.equal(resumed.tokenizer.state_dict()[name], tensor), name
+    wrong = config(tmp_path, optim=optim | {"groups": [{"match": "quantiser.*"}]})
+    assert "did you mean 'quantizer." in str(check_parameter_groups(wrong)[0])
 
 
 def test_quantization_begins_at_its_step_and_resumes_there_bit_equal(tmp_path):
