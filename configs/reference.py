@@ -62,7 +62,7 @@ def config_keys(cls: type[Config], section_text: SectionText | None = None) -> l
     return keys
 
 
-def explain(cls: type[Config], dotted_key: str) -> str:
+def explain_field(cls: type[Config], dotted_key: str) -> str:
     """Text about one key of `cls`, e.g. "loop.keep_every": its type, default and meaning.
 
     The keys of a section are listed. Where a section is one of several classes, the key is

@@ -297,7 +297,7 @@ def run_pipeline(name: str, stages: Sequence[PipelineStage], out: Path, dry_run:
                 file=sys.stderr,
             )
             return result.exit_code
-    print_table(results, time.monotonic() - started)
+    print_stage_table(results, time.monotonic() - started)
     print(f"\nnext steps:  play {out}/samples/*.mp4")
     print(f"             tensorboard --logdir {out}/runs")
     print(f"             read {out}/summary.json")
@@ -345,7 +345,7 @@ def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> 
     write_text(out / "summary.json", json.dumps(document, indent=1))
 
 
-def print_table(results: Sequence[StageResult], seconds: float) -> None:
+def print_stage_table(results: Sequence[StageResult], seconds: float) -> None:
     """Prints time, losses and output of each stage."""
     print(f"\n{'stage':<20}{'time':>8}{'first loss':>13}{'last loss':>12}  output")
     for result in results:

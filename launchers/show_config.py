@@ -6,7 +6,7 @@ import argparse
 
 from landiff.configs import Config, ConfigError, find
 from landiff.configs.loader import load_leniently, packaged_names, top_level_keys
-from landiff.configs.reference import explain
+from landiff.configs.reference import explain_field
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.stages import STAGE_CONFIGS
 from landiff.model_zoo.config import ModelConfig
@@ -49,7 +49,7 @@ def explain_key(key: str, config_name: str | None = None) -> str:
     near_errors: list[ConfigError] = []  # of configs that have the first part of the key
     for name in names:
         try:
-            text = explain(EXPLAINED[name], key)
+            text = explain_field(EXPLAINED[name], key)
         except ConfigError as error:
             errors.append(error)
             if section in EXPLAINED[name].model_fields:

@@ -105,7 +105,7 @@ def make_shards(
         OSError: `data` cannot be written.
     """
     make_task_shards(config, data, (0, 1), progress)
-    return finalize(config, data)
+    return finalize_raw_shards(config, data)
 
 
 def make_task_shards(
@@ -215,7 +215,7 @@ def status(config: ShardsConfig, data: Path) -> ShardsStatus | None:
 # ---------------------------------------------------------------------------------------- finalize
 
 
-def finalize(config: ShardsConfig, data: Path) -> Manifest:
+def finalize_raw_shards(config: ShardsConfig, data: Path) -> Manifest:
     """Write the manifest of the finished shards.
 
     Raises ShardError that lists the shards that are missing or belong to another plan, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from landiff.training.config import EmaConfig
 
@@ -35,6 +36,11 @@ class BudgetPlan:
     def total_memory(self) -> int:
         """Bytes on the fullest GPU."""
         return sum(self.memory.values())
+
+
+def element_bytes(precision: Literal["fp32", "bf16"]) -> int:
+    """Bytes of one weight or activation."""
+    return 2 if precision == "bf16" else 4
 
 
 def average_memory(ema: EmaConfig | None, weights: int) -> dict[str, int]:

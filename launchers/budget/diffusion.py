@@ -11,6 +11,7 @@ from landiff.launchers.budget.budget_plan import (
     RUNTIME_BYTES,
     BudgetPlan,
     average_memory,
+    element_bytes,
     layout_text,
 )
 from landiff.launchers.budget.meta import (
@@ -159,15 +160,10 @@ def semantic_elements(module: SemanticCondition, transformer: TransformerConfig)
     return num_elements
 
 
-def element_bytes(config: DiffusionTrainConfig) -> int:
-    """Bytes of one weight or activation."""
-    return 2 if config.precision == "bf16" else 4
-
-
 def memory_by_part(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int) -> dict[str, int]:
     """Bytes on one GPU, by part."""
     stage = config.zero.stage
-    element = element_bytes(config)
+    element = element_bytes(config.precision)
     optimizer_bytes = 12 if config.precision == "bf16" else 8
     # ZeRO 1 divides the optimizer over the GPUs, 2 also gradients, 3 also weights.
     weight_parts = gpus if stage == 3 else 1
@@ -198,7 +194,7 @@ def zero_traffic(config: DiffusionTrainConfig, cost: DiffusionCost, micro_batche
 
     Stages 2 and 3 reduce gradients after every micro-batch. Stage 3 gathers weights for each pass.
     """
-    element = element_bytes(config)
+    element = element_bytes(config.precision)
     gradients = 4 * cost.trained
     weights = element * cost.trained
     if config.zero.stage == 3:

@@ -8,6 +8,7 @@ from landiff.launchers.budget.budget_plan import (
     RUNTIME_BYTES,
     BudgetPlan,
     average_memory,
+    element_bytes,
     layout_text,
 )
 from landiff.launchers.budget.meta import (
@@ -46,7 +47,7 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
         trained = count_adapter_parameters(module, "lm", config.lora) // parallel.pipeline
     clip = lm_flops(model, length, text, adapter=config.lora is not None)
     batch = config.data.global_batch_size
-    element = element_bytes(config)
+    element = element_bytes(config.precision)
 
     gradient_bytes = 0
     if copies > 1:
@@ -85,11 +86,6 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     )
 
 
-def element_bytes(config: LMTrainConfig) -> int:
-    """Bytes of one weight or activation."""
-    return 2 if config.precision == "bf16" else 4
-
-
 def padded_vocabulary(config: LMTrainConfig) -> int:
     """Vocabulary size of embedding and head, rounded up to `vocab_multiple`."""
     size = TokenLayout.of(config.model).vocab_size
@@ -123,7 +119,7 @@ def memory_of_fullest_rank(
     rows: tokens in a packed row.
     """
     parallel = config.parallel
-    element = element_bytes(config)
+    element = element_bytes(config.precision)
     optimizer_bytes = 12 if config.precision == "bf16" else 8
     optimizer_parts = copies if parallel.distributed_optimizer else 1
     logits = rows * padded_vocabulary(config) // parallel.tensor
@@ -143,7 +139,7 @@ def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
     model = config.model
     tensor = config.parallel.tensor
     pipeline = config.parallel.pipeline
-    element = element_bytes(config)
+    element = element_bytes(config.precision)
     sequence_parts = tensor if config.parallel.sequence else 1
     divided = KEPT_DIVIDED * model.hidden_size + KEPT_FFN * model.ffn_size
     block = (KEPT * model.hidden_size / sequence_parts + divided / tensor) * element

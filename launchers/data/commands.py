@@ -88,7 +88,7 @@ def finalize_shards(config: ShardsJobConfig) -> None:
     from landiff.data_pipeline.ingest import job
     from landiff.data_pipeline.ingest.sources import report
 
-    manifest = job.finalize(config.content, config.data)
+    manifest = job.finalize_raw_shards(config.content, config.data)
     print(
         f"shards: {manifest.num_samples} samples in {len(manifest.shards)} shards of "
         f"{config.data}; rejected: {format_counts(manifest.reject_counts)}"

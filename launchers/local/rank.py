@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
         path = rank.run / JOB_FOLDER / LOGS / f"rank_{rank.rank:04d}.log"
         log_to(path, shared=log == SHARED_LOG)
     try:
-        owned = own_run_folder(rank)
+        owned = take_ownership(rank)
     except OwnedError as error:
         print(f"{module}: {error}", file=sys.stderr, flush=True)
         record_refusal(rank, str(error))
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> None:
         run_module(rank, module, rest, print_errors=log != SHARED_LOG)
 
 
-def own_run_folder(rank: Rank) -> AbstractContextManager[object]:
+def take_ownership(rank: Rank) -> AbstractContextManager[object]:
     """Ownership of the run folder for rank 0, or of a task of its array. Raises OwnedError."""
     if rank.task is None and rank.rank != 0:
         return nullcontext()

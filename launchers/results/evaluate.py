@@ -79,7 +79,7 @@ def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
         progress.finish_seed(seed)
     result = {"samples": num_samples, "rows": rows, "instruments": readings}
     write_text(config.out, json.dumps(result, indent=1))
-    print_table(rows)
+    print_loss_table(rows)
     print(format_readings(readings))
     return result
 
@@ -108,7 +108,7 @@ def instrument_readings(
     )
 
 
-def print_table(rows: Sequence[dict[str, float]]) -> None:
+def print_loss_table(rows: Sequence[dict[str, float]]) -> None:
     """Prints a line for each loss and a column for each seed."""
     titles = [f"{'seed ' + str(row['seed']):>10}" for row in rows]
     print(f"{TABLE_TITLE:<48}{''.join(titles)}")

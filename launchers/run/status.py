@@ -209,7 +209,7 @@ def state_of(
     owned = {state for owner, state in owners(run) if owner.job not in known}
     if owned & {"running", "unknown"}:
         return "running"
-    if is_done(run, record):
+    if has_finished(run, record):
         return "done"
     if states & {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD"}:
         return "pending"
@@ -231,7 +231,7 @@ def state_of(
     return "not running"
 
 
-def is_done(run: Path, record: dict[str, Any]) -> bool:
+def has_finished(run: Path, record: dict[str, Any]) -> bool:
     """Whether the run, or all tasks of its array, finished."""
     if record.get("array"):
         return all((run / f"done.{task}").exists() for task in range(record["array"]))

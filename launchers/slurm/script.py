@@ -181,7 +181,7 @@ def fill_in(text: str, values: Mapping[str, str]) -> str:
 def header(job: BatchJob, cluster: ClusterConfig) -> str:
     """First lines of the script: what made it, how to submit it by hand, `#SBATCH` options."""
     script = shlex.quote(str(job.folder / SCRIPT))
-    lines = ["#!/bin/bash", f"# Made by: {printable(job.made_by)}", f"# Run folder: {job.run}"]
+    lines = ["#!/bin/bash", f"# Made by: {one_line(job.made_by)}", f"# Run folder: {job.run}"]
     if cluster.scheduler == "local" or job.here:
         return "\n".join([*lines, f"# To run it again by hand: bash {script}"])
     lines += [f"# To submit it again by hand: sbatch {script}", "#"]
@@ -244,7 +244,7 @@ def gpu_option(gpus: int, cluster: ClusterConfig) -> str:
     return f"--gpus-per-node={count}"
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """`text` on one line: a blank instead of each character that is not printable."""
     return "".join(character if character.isprintable() else " " for character in text)
 

@@ -15,7 +15,7 @@ from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
 from landiff.launchers.config import ShardsJobConfig
-from landiff.launchers.local.start import default_processes
+from landiff.launchers.local.gpus import default_processes
 from landiff.launchers.results.prompts import sample_values
 from landiff.launchers.run.job_folder import CONFIG, JOB_FOLDER
 from landiff.launchers.slurm.cluster_config import STAGES, ClusterConfig
@@ -85,7 +85,7 @@ def plan_stage(
             "stages.precompute.array divides a precompute job into tasks"
         )
     if args.command == "shards":
-        return plan_shards(args, context, name)
+        return plan_shard_jobs(args, context, name)
     if args.command == "precompute":
         return plan_precompute(args, context, name)
     if args.command == "convert":
@@ -186,7 +186,7 @@ def is_array(context: SubmitContext, stage: str) -> bool:
     return context.cluster.resources(stage).array > 1
 
 
-def plan_shards(
+def plan_shard_jobs(
     args: argparse.Namespace, context: SubmitContext, name: str | None
 ) -> list[SubmitPlan]:
     """One process; or an array, and a job that writes the manifest after it."""

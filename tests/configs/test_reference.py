@@ -17,7 +17,7 @@ from landiff.configs.reference import (
     ConfigKey,
     all_sections,
     config_keys,
-    explain,
+    explain_field,
     section_name,
 )
 from landiff.data_pipeline.loading.config import DataConfig, SourceConfig
@@ -84,33 +84,34 @@ def test_sections_are_found_at_any_depth_and_once():
 
 
 def test_a_key_is_explained_with_type_default_and_meaning():
-    assert explain(OuterConfig, "share").splitlines() == [
+    assert explain_field(OuterConfig, "share").splitlines() == [
         "share",
         "  type:    number ≥ 0 and ≤ 1",
         "  default: 0.5",
         "  meaning: not described",
     ]
-    assert "  meaning: where results are written" in explain(OuterConfig, "folder")
+    assert "  meaning: where results are written" in explain_field(OuterConfig, "folder")
 
 
 def test_a_section_is_explained_with_its_keys():
-    assert explain(OuterConfig, "single").splitlines()[-1] == "  keys of Inner: kind, size"
-    assert explain(OuterConfig, "single.size").splitlines()[2] == "  default: 3"
+    assert explain_field(OuterConfig, "single").splitlines()[-1] == "  keys of Inner: kind, size"
+    assert explain_field(OuterConfig, "single.size").splitlines()[2] == "  default: 3"
 
 
 def test_keys_of_several_classes_are_explained_for_each():
-    text = explain(OuterConfig, "either.first.kind")
+    text = explain_field(OuterConfig, "either.first.kind")
     assert "either.first.kind (Inner)" in text
     assert "either.first.kind (Other)" in text
-    assert explain(OuterConfig, "either.first.deeper.size").startswith("either.first.deeper.size\n")
-    assert explain(OuterConfig, "either.first").startswith("either.first\n  type:    mapping")
+    text = explain_field(OuterConfig, "either.first.deeper.size")
+    assert text.startswith("either.first.deeper.size\n")
+    assert explain_field(OuterConfig, "either.first").startswith("either.first\n  type:    mapping")
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"'single\.sise'; did you mean 'size'"):
-        explain(OuterConfig, "single.sise")
+        explain_field(OuterConfig, "single.sise")
     with pytest.raises(ConfigError, match=r"unknown config key 'rate\.x'"):
-        explain(OuterConfig, "rate.x")
+        explain_field(OuterConfig, "rate.x")
 
 
 def test_every_key_of_every_command_has_words():

@@ -26,7 +26,7 @@ from landiff.configs.loader import load
 from landiff.configs.ownership import OwnedError
 from landiff.data_pipeline.format.shards import read_sidecar
 from landiff.data_pipeline.ingest.config import ShardsConfig
-from landiff.data_pipeline.ingest.job import finalize, make_shards, make_task_shards
+from landiff.data_pipeline.ingest.job import finalize_raw_shards, make_shards, make_task_shards
 from tests.data_pipeline import kills
 from tests.data_pipeline.kills import Killer, contents, killed
 
@@ -72,7 +72,7 @@ def attempt(
         pids.append(forked(work, 0 if pids else plan))
     if not ended(pids, kill_after_s):
         return False
-    return ended([forked(lambda: finalize(config, data), plan)])
+    return ended([forked(lambda: finalize_raw_shards(config, data), plan)])
 
 
 def make_task_shards_alone(config: ShardsConfig, data: Path, task: tuple[int, int]) -> None:

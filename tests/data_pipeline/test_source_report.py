@@ -20,7 +20,7 @@ from landiff.data_pipeline.format.shards import (
     sidecar_path,
 )
 from landiff.data_pipeline.ingest import job as ingest
-from landiff.data_pipeline.ingest.job import finalize, make_shards
+from landiff.data_pipeline.ingest.job import finalize_raw_shards, make_shards
 from landiff.data_pipeline.synthetic.shapes import write_videos
 from landiff.launchers.cli import main
 from tests.data_pipeline.ingest_helpers import shards_config
@@ -132,7 +132,7 @@ def test_status_of_another_config_says_what_differs(
         match=r"nothing is planned .* run `landiff shards` first\. "
         r"It holds 1 finished .* fps = 6\.0 \(there: 8\.0\)",
     ):
-        finalize(shards_config(clean, fps=6), data)
+        finalize_raw_shards(shards_config(clean, fps=6), data)
     assert shards("status", source=clean, data=data) == 0  # samples_per_shard is the nano preset's
     differing = "max_spans = 1 (there: 2); samples_per_shard = 8 (there: 4)"
     assert f"{made} {differing}" in capsys.readouterr().out
@@ -154,9 +154,9 @@ def test_damaged_manifest_is_made_again_from_the_shards(source: Path, tmp_path: 
             match=r"manifest\.json is not a manifest.* "
             r"Delete it, then run `landiff shards finalize` and",
         ):
-            finalize(settings, tmp_path)
+            finalize_raw_shards(settings, tmp_path)
         path.unlink()
-        assert finalize(settings, tmp_path) == manifest
+        assert finalize_raw_shards(settings, tmp_path) == manifest
         assert path.read_bytes() == whole
 
 

@@ -14,7 +14,7 @@ from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.format.shards import ShardError, read_manifest, read_sidecar
 from landiff.data_pipeline.ingest.job import (
     ShardsStatus,
-    finalize,
+    finalize_raw_shards,
     make_shards,
     make_task_shards,
     status,
@@ -210,7 +210,7 @@ def test_status_tells_how_far_all_tasks_are(
 def test_nothing_planned_can_not_be_finalized(videos: Path, tmp_path: Path) -> None:
     assert status(shards_config(videos), tmp_path) is None
     with pytest.raises(ShardError, match="nothing is planned"):
-        finalize(shards_config(videos), tmp_path)
+        finalize_raw_shards(shards_config(videos), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------- the plan

@@ -117,7 +117,7 @@ def difference(folder: Path, entry: FileEntry) -> str:
         if entry.sha256 is not None and sha256_file(path) != entry.sha256:
             return f"{entry.path} differs from what was written"
     except OSError as error:
-        return f"{entry.path}: {explain(error)}"
+        return f"{entry.path}: {error_line(error)}"
     return ""
 
 
@@ -138,7 +138,7 @@ def differences(folder: Path) -> list[str]:
     try:
         listed = read_json_as(FileList, folder / FILES)
     except (OSError, ConfigError) as error:
-        return [f"{FILES}: {explain(error)}"]
+        return [f"{FILES}: {error_line(error)}"]
     found = [difference(folder, entry) for entry in listed.files]
     return [text for text in found if text]
 
@@ -168,6 +168,6 @@ def versions() -> dict[str, str]:
     return found | {"torch": torch.__version__}
 
 
-def explain(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -19,7 +19,7 @@ from landiff.configs.loader import read_json_as
 from landiff.training.checkpoint.files import (
     CheckpointState,
     FileList,
-    explain,
+    error_line,
     is_healthy,
 )
 from landiff.training.checkpoint.run_folder import (
@@ -125,7 +125,7 @@ def _damage(folder: Path) -> str:
             if size != entry.bytes:
                 return f"{entry.path} has {size} bytes instead of {entry.bytes}"
     except (OSError, ConfigError) as error:
-        return explain(error)
+        return error_line(error)
     return ""
 
 

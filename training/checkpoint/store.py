@@ -50,7 +50,7 @@ from landiff.training.checkpoint.files import (
     FileList,
     describe_file,
     difference,
-    explain,
+    error_line,
     is_healthy,
     list_files,
     seal,
@@ -184,7 +184,7 @@ class CheckpointStore:
             for path in _own_part(self.world, paths):
                 own.append(describe_file(folder, path).model_dump())
         except OSError as error:
-            failure = explain(error)
+            failure = error_line(error)
         failures = _failures(self.world, failure)
         entries: list[FileEntry] = []
         for part in self.world.gather(own):
@@ -390,7 +390,7 @@ class CheckpointStore:
                 files = read_json_as(FileList, folder / FILES).files
                 listed = [entry.model_dump() for entry in files]
             except (OSError, ConfigError) as error:
-                problem = f"{FILES}: {explain(error)}"
+                problem = f"{FILES}: {error_line(error)}"
         problem, listed = self.world.broadcast([problem, listed])
         if problem:
             return [problem]
@@ -440,7 +440,7 @@ def _attempt(action: Callable[[], object]) -> str:
         action()
     except DISK_ERRORS as error:
         log.warning("saving failed", exc_info=error)
-        return explain(error)
+        return error_line(error)
     return ""
 
 
@@ -463,7 +463,7 @@ def _free_space(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free >> 20} MiB were free on the disk"
     except OSError as error:
-        return f"no disk: {explain(error)}"
+        return f"no disk: {error_line(error)}"
 
 
 def _own_part(world: World, paths: Sequence[str]) -> list[str]:

@@ -74,7 +74,7 @@ class FolderFile:
         return f"{self.folder.path}/{self.name}"
 
 
-def list_files(root: Path) -> Iterator[FolderFile | SourceClip | IgnoredFiles]:
+def walk_files(root: Path) -> Iterator[FolderFile | SourceClip | IgnoredFiles]:
     """All files below a folder, in the order of their whole paths.
 
     A folder that cannot be read is a SourceClip with a failure. A link that is not followed is
@@ -166,7 +166,7 @@ def folder_entries(
     root: Path, columns: ColumnsConfig
 ) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
     """The entries of a folder without a table: videos with captions beside them, and tars."""
-    for found in list_files(root):
+    for found in walk_files(root):
         if isinstance(found, FolderFile):
             yield from _file_entries(found, columns)
         else:

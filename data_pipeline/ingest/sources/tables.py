@@ -29,7 +29,7 @@ from landiff.data_pipeline.ingest.sources.entries import (
     printable,
     split_name,
 )
-from landiff.data_pipeline.ingest.sources.folder import FolderFile, list_files
+from landiff.data_pipeline.ingest.sources.folder import FolderFile, walk_files
 from landiff.data_pipeline.ingest.sources.text_files import (
     MAX_TEXT_BYTES,
     TextError,
@@ -97,7 +97,7 @@ def folder_table_entries(
         listed.append(hash(os.path.normpath(clip.video.path)))
         yield clip
     hashes = np.unique(np.frombuffer(listed, np.int64)) if listed else np.zeros(0, np.int64)
-    for found in list_files(folder):
+    for found in walk_files(folder):
         if not isinstance(found, FolderFile):
             yield found
         elif found.path != os.fspath(table):
