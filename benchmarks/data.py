@@ -49,7 +49,7 @@ from landiff.data_pipeline.precompute.interface import Producer, ProducerContext
 from landiff.data_pipeline.precompute.job import PrecomputeTask
 from landiff.data_pipeline.precompute.producers import build_producers
 from landiff.data_pipeline.video.codec import encode_clip
-from landiff.launchers.local import start as local
+from landiff.launchers.local.train import own_run, run_trainer
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
 from landiff.training.checkpoint.run_folder import read_metrics
@@ -357,10 +357,8 @@ def measure_wait(name: str, config: LMTrainConfig | DiffusionTrainConfig, proces
     run = config.run
     run.mkdir()
     (run / "resolved.yaml").write_text(dump(config))
-    with local.own_run(config, name, processes, "benchmarks.data") as owned:
-        code = local.run_trainer(
-            f"landiff.training.{name}", run / "resolved.yaml", run, processes, owned
-        )
+    with own_run(config, name, processes, "benchmarks.data") as owned:
+        code = run_trainer(f"landiff.training.{name}", run / "resolved.yaml", run, processes, owned)
     assert code == 0, f"the {name} trainer ended with {code}"
     lines = read_metrics(run / "metrics.jsonl")[1:]
     step_s = np.mean([1 / line["throughput/steps_per_s"] for line in lines])

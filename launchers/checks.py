@@ -84,33 +84,6 @@ def load_with_problems(
     return config, problems
 
 
-# -------------------------------------------------------------------- trainers
-
-
-def count_gpus(devices: Path, visible: str | None) -> int:
-    """GPUs of this machine that CUDA_VISIBLE_DEVICES = `visible` leaves, counted without torch.
-
-    `devices` is the folder of device files, /dev.
-    """
-    present = len(list(devices.glob("nvidia[0-9]*")))
-    if visible is None:
-        return present
-    names = [name.strip() for name in visible.split(",") if name.strip()]
-    if "-1" in names:
-        names = names[: names.index("-1")]  # CUDA ignores what follows -1
-    return min(present, len(names))
-
-
-def check_processes(processes: int, gpus: int) -> list[Problem]:
-    """Checks `--nproc`: at least one process, and no more than GPUs if there are any."""
-    if processes < 1:
-        return [Problem(f"--nproc {processes}: at least one process is needed")]
-    if gpus and processes > gpus:
-        text = f"--nproc {processes}: this machine has {gpus} GPUs, one for each process; lower it"
-        return [Problem(text)]
-    return []
-
-
 # -------------------------------------------------------------------- shards
 
 

@@ -14,7 +14,7 @@ from landiff.configs.loader import load_leniently
 from landiff.configs.problems import Problem, require_none
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check
-from landiff.launchers.local.start import default_processes
+from landiff.launchers.local.gpus import default_processes
 from landiff.launchers.project.chain import EXPORTED, check_chain
 from landiff.launchers.project.presets import (
     PRESET_CONFIGS,

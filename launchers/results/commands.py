@@ -15,11 +15,11 @@ from pathlib import Path
 from landiff.configs import ConfigError, ownership
 from landiff.configs.ownership import OWNER
 from landiff.configs.problems import Problem, problems_of, require_none
-from landiff.launchers.checks import check_processes, load_checked
+from landiff.launchers.checks import load_checked
 from landiff.launchers.commands import load_for_job, parse_task, print_dry_run
 from landiff.launchers.config import EvaluateConfig, SampleConfig
 from landiff.launchers.local.children import environment
-from landiff.launchers.local.start import visible_gpus
+from landiff.launchers.local.gpus import check_processes, visible_gpus
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.prompts import sample_units, sample_values
 from landiff.model_zoo.evaluate.vbench import DIMENSIONS

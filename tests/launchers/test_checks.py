@@ -16,8 +16,9 @@ from landiff.configs.problems import check_writable
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest, write_manifest
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.checks import check, check_processes, count_gpus
+from landiff.launchers.checks import check
 from landiff.launchers.cli import main
+from landiff.launchers.local.gpus import check_processes, count_gpus
 from landiff.launchers.stages import STAGE_CONFIGS
 from landiff.launchers.weights.request import ConvertRequest, check_request
 from landiff.model_zoo import registry

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from landiff.launchers.local.start import environment
+from landiff.launchers.local.children import environment
 from landiff.training.checkpoint.run_folder import committed_steps, finished_step
 from tests.training.tokenizer.test_train import write_config
 from tests.training.tokenizer.tiny import write_data

@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from landiff.launchers.local.children import follow_parent
-from landiff.launchers.local.start import explain_exit, own_run, run_trainer
+from landiff.launchers.local.train import explain_exit, own_run, run_trainer
 follow_parent()
 run, config_file = map(Path, sys.argv[1:])
 config = SimpleNamespace(run=run, loop=SimpleNamespace(steps=60))

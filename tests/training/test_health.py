@@ -11,7 +11,7 @@ import torch
 
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
-from landiff.launchers.local.start import environment
+from landiff.launchers.local.children import environment
 from landiff.training.checkpoint.errors import NonFiniteError
 from landiff.training.checkpoint.files import FileList, describe_file, latest_whole
 from landiff.training.checkpoint.run_folder import (
