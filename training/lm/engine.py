@@ -399,6 +399,8 @@ def _group_overrides(
     members: dict[tuple[float, float], set[int]] = {}
     own_names = model.own_names(names)
     for local_name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         found = {optim.scales_of(name, parameter.ndim) for name in own_names[local_name]}
         assert len(found) == 1, (own_names[local_name], found)  # checked before ranks start
         members.setdefault(found.pop(), set()).add(id(parameter))
