@@ -83,7 +83,8 @@ def parse_command(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         args.prompts = [*args.prompts, *prompts, *texts]
     elif texts:
         args, unknown = parser.parse_known_args([*words, "--", *texts])
-    takes_overrides = args.command == "convert" or getattr(args, "config", None) is not None
+    has_config = getattr(args, "config", None) is not None
+    takes_overrides = args.command in ("convert", "plan") or has_config
     if unknown and takes_overrides:
         parser.error(f"unrecognised argument {unknown[0]!r}; overrides are written key=value")
     if not takes_overrides and (unknown or overrides):

@@ -361,8 +361,26 @@ def add_quickstart(commands: Commands) -> None:
     quickstart.add_argument(
         "--prompt", action="append", help="prompt to sample at the end (may be repeated)"
     )
+    add_selection(quickstart, "")
     quickstart.add_argument(
         "--dry-run", action="store_true", help="print the commands; run nothing"
+    )
+
+
+def add_selection(command: argparse.ArgumentParser, prefix: str) -> None:
+    """--from and --skip of a command that runs the pipeline; `prefix` begins their help."""
+    command.add_argument(
+        "--from",
+        dest="first",
+        metavar="STAGE",
+        help=f"{prefix}first stage to run; what the earlier ones make must be there",
+    )
+    command.add_argument(
+        "--skip",
+        action="append",
+        metavar="STAGE",
+        help=f"{prefix}stage that does not run (may be repeated); the model of a skipped training "
+        "must be in the zoo",
     )
 
 
@@ -396,6 +414,7 @@ def add_submit(commands: Commands) -> None:
     submit.add_argument(
         "--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)"
     )
+    add_selection(submit, "pipeline: ")
     submit.add_argument(
         "--after",
         action="append",

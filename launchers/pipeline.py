@@ -56,11 +56,27 @@ class StageResult:
 
 
 def quickstart_command(args: argparse.Namespace) -> int:
-    """Runs the pipeline of a preset. Returns the exit code."""
+    """Runs the pipeline of a preset. Returns the exit code of the first failed stage, or 0.
+
+    Raises ConfigError with all mistakes of the configs, before anything is started.
+    """
+    # Imported here, because the command `new` reads the stages and checks nothing.
+    from landiff.launchers.project.check import check_preset
+    from landiff.launchers.project.selection import names_to_skip
+
     out = args.out
     if out is None:
         out = QUICKSTART_OUT if args.preset in packaged_presets() else args.preset
-    return quickstart(args.preset, Path(out), args.prompt or (), args.dry_run)
+    require_preset(args.preset)
+    report = check_preset(args.preset, Path(out), args.first, args.skip or ())
+    require_none(report.problems)
+    for name, reason in report.skipped.items():
+        print(f"# {name} is skipped: {reason}")
+    processes = QUICKSTART_PROCESSES if args.preset == "nano" else None
+    stages = pipeline_stages(args.preset, processes, args.prompt or ())
+    skipped = names_to_skip(report.skipped)
+    left = [stage for stage in stages if stage.name not in skipped]
+    return run_pipeline("quickstart", left, Path(out), args.dry_run)
 
 
 def learn_command(args: argparse.Namespace) -> int:
@@ -257,21 +273,6 @@ def print_rates(out: Path) -> None:
     from landiff.launchers.data.shapes import format_rates
 
     print(f"\nheld-out prompts: {format_rates(read_json(out / RATES))}")
-
-
-def quickstart(preset: str, out: Path, prompts: Sequence[str], dry_run: bool) -> int:
-    """Runs the pipeline of a preset in `out`.
-
-    Returns the exit code of the first failed stage, or 0. Raises ConfigError with all mistakes of
-    the configs, before anything is started.
-    """
-    from landiff.launchers.project.check import check_preset
-
-    require_preset(preset)
-    require_none(check_preset(preset, out).problems)
-    processes = QUICKSTART_PROCESSES if preset == "nano" else None
-    stages = pipeline_stages(preset, processes, prompts)
-    return run_pipeline("quickstart", stages, out, dry_run)
 
 
 def run_pipeline(name: str, stages: Sequence[PipelineStage], out: Path, dry_run: bool) -> int:

@@ -20,7 +20,7 @@ from landiff.data_pipeline.precompute.config import (
     TokensColumn,
 )
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
-from landiff.launchers.project.sizes import ClipSizes, frames_of
+from landiff.launchers.project.sizes import DECORD_REFUSES, ClipSizes, frames_of
 from landiff.model_zoo.frozen.checks import width_of
 from landiff.model_zoo.sample.sizes import Sizes, check_length
 from landiff.model_zoo.token_layout import TokenLayout
@@ -42,6 +42,7 @@ class Chain:
     """The configs of a pipeline. `precompute` holds the columns of all its precompute stages."""
 
     shards: ShardsJobConfig
+    features: PrecomputeConfig
     precompute: PrecomputeConfig
     tokenizer: TokenizerTrainConfig
     lm: LMTrainConfig
@@ -75,11 +76,12 @@ class Chain:
 def check_chain(configs: Mapping[str, Any]) -> list[Problem]:
     """All reasons why stages of a pipeline do not fit each other.
 
-    `configs` maps stages to their configs: the stems of a preset without `features`, whose columns
-    are in `precompute`. Any: instances of the class of each stage.
+    `configs` maps the stems of a preset to their configs; `precompute` has the columns of
+    `features` too. Any: instances of the class of each stage.
     """
     chain = Chain(
         shards=configs["shards"],
+        features=configs["features"],
         precompute=configs["precompute"],
         tokenizer=configs["tokenizer"],
         lm=configs["lm"],
@@ -104,6 +106,12 @@ def check_clips(chain: Chain) -> list[str]:
         key = f"shards.buckets.{number}" if chain.shards.buckets else "shards"
         sizes = ClipSizes(shape.num_frames, shape.height, shape.width)
         found += [f"{key}.{text}" for text in sizes.problems()]
+        for stage, config in (("features", chain.features), ("precompute", chain.precompute)):
+            if shape.width in DECORD_REFUSES and config.decoder == "decord":
+                found.append(
+                    f"{key}.width = {shape.width}, but {stage}.decoder = decord cannot read clips "
+                    "of this width; set decoder = pyav"
+                )
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from landiff.launchers.project.presets import (
     preset_config,
     require_preset,
 )
+from landiff.launchers.project.selection import check_skipped, skipped_stages
 from landiff.training.checks import Launch, find_entry
 from landiff.training.config import TrainConfig
 
@@ -36,10 +37,15 @@ START_KINDS = {"tokenizer": ("tokenizer",), "lm": ("lm",)}
 
 @dataclass(frozen=True)
 class PresetReport:
-    """What was found in a preset. `configs` lacks those whose values have wrong types."""
+    """What was found in a preset.
+
+    configs: without those whose values have wrong types. skipped: stages that need not run, with
+    the reason of each.
+    """
 
     configs: dict[str, Any]
     problems: list[Problem]
+    skipped: dict[str, str]
 
 
 def check_command(args: argparse.Namespace) -> int:
@@ -54,38 +60,59 @@ def check_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_preset(preset: str, workdir: Path | None = None) -> PresetReport:
-    """All problems of the configs of a preset, of each alone and with each other.
+def load_preset(
+    preset: str, overrides: Mapping[str, Sequence[str]] | None = None
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The configs of a preset by stem, and the problems of their values.
 
-    `workdir` is the folder in which the stages will run; None for that of a project, or the current
-    one for a packaged preset.
+    `overrides` are those of each stem. Any: instances of the classes in `PRESET_CONFIGS`. Configs
+    whose values have wrong types are left out.
     """
-    if workdir is None and preset not in packaged_presets():
-        workdir = Path(preset)
     configs: dict[str, Any] = {}
     problems: list[Problem] = []
     for stem, cls in PRESET_CONFIGS.items():
+        own = (overrides or {}).get(stem, ())
         try:
-            config, found = load_leniently(cls, preset_config(preset, stem))
+            config, found = load_leniently(cls, preset_config(preset, stem), own)
         except ConfigError as error:
             config, found = None, [Problem(str(error))]
         problems += found
         if config is not None:
             configs[stem] = config
+    return configs, problems
+
+
+def check_preset(
+    preset: str, workdir: Path | None = None, first: str | None = None, skip: Sequence[str] = ()
+) -> PresetReport:
+    """All problems of the configs of a preset, of each alone and with each other.
+
+    `workdir` is the folder in which the stages will run; None for that of a project, or the current
+    one for a packaged preset. `first` and `skip` are the values of --from and --skip.
+    """
+    if workdir is None:
+        workdir = Path(".") if preset in packaged_presets() else Path(preset)
+    configs, problems = load_preset(preset)
+    complete = len(configs) == len(PRESET_CONFIGS)
+    skipped = skipped_stages(configs, workdir, first, skip) if complete else {}
     with inside(workdir):
         for stem, config in configs.items():
-            problems += [Problem(f"{stem}: {each}") for each in check_stage(stem, config)]
-    if len(configs) == len(PRESET_CONFIGS):
+            if stage_name(stem) not in skipped:
+                problems += [Problem(f"{stem}: {each}") for each in check_stage(stem, config)]
+    if complete:
         problems += check_chain(with_all_columns(configs))
-    return PresetReport(configs, problems)
+        problems += check_skipped(configs, workdir, skipped)
+    return PresetReport(configs, problems, skipped)
+
+
+def stage_name(stem: str) -> str:
+    """The stage of the pipeline that has the config `stem`."""
+    return "columns" if stem == "precompute" else stem
 
 
 @contextlib.contextmanager
-def inside(workdir: Path | None) -> Iterator[None]:
+def inside(workdir: Path) -> Iterator[None]:
     """Relative paths refer to `workdir`, or to the nearest folder above it that exists."""
-    if workdir is None:
-        yield
-        return
     place = workdir.absolute()
     while not place.is_dir():
         place = place.parent

@@ -12,7 +12,12 @@ from landiff.configs.files import write_text
 from landiff.launchers.config import ShardsJobConfig
 from landiff.launchers.pipeline import pipeline_stages
 from landiff.launchers.project.presets import PRESET_CONFIGS, packaged_presets, preset_config
-from landiff.launchers.project.sizes import ClipSizes, ProjectSizes, project_sizes
+from landiff.launchers.project.sizes import (
+    DECORD_REFUSES,
+    ClipSizes,
+    ProjectSizes,
+    project_sizes,
+)
 from landiff.model_zoo.config import ModelConfig
 
 SIZE = re.compile(r"(\d+)x(\d+)")
@@ -130,7 +135,12 @@ def config_files(base: str, sizes: ProjectSizes, buckets: bool, source: str) -> 
         "model: model.yaml#diffusion\nschedule: model.yaml#schedule\n"
         f"prefix: {{frames: [{prefixes}]}} # of {sizes.window} latent frames\n"
     )
+    decoder = "decoder: pyav # decord cannot read clips of this width\n"
+    if clip.width not in DECORD_REFUSES:
+        decoder = ""
     own = {
+        "features": decoder,
+        "precompute": decoder,
         "shards": f"source: {yaml_string(source)}\n{shape}",
         "tokenizer": "model: model.yaml#tokenizer\n",
         "lm": "model: model.yaml#lm\n",

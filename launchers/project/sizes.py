@@ -15,6 +15,7 @@ LARGEST_WINDOW = 13  # latent frames of the released models
 RELEASED_PREFIX = 7  # of 13 latent frames
 RELEASED_ROWS = 16  # rows of patches for which positions are not interpolated
 POSITION_STEP = 256
+DECORD_REFUSES = (8, 16, 24, 48, 72)  # widths of clips, see data_pipeline/video/decord_child.py
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from landiff.configs import ConfigError
+from landiff.configs.problems import require_none
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.project.chain import check_chain
-from landiff.launchers.project.presets import require_preset
+from landiff.launchers.project.check import load_preset, with_all_columns
+from landiff.launchers.project.presets import PRESET_CONFIGS, require_preset
+from landiff.launchers.project.selection import check_skipped, names_to_skip, skipped_stages
 from landiff.launchers.slurm.stage_jobs import SubmitContext, SubmitPlan, plan_process, plan_stage
 from landiff.training.config import TrainConfig
 
 
 def plan_pipeline(
-    preset: str, prompts: Sequence[str], context: SubmitContext, overrides: Sequence[str]
+    preset: str,
+    prompts: Sequence[str],
+    context: SubmitContext,
+    overrides: Sequence[str],
+    first: str | None = None,
+    skip: Sequence[str] = (),
 ) -> list[SubmitPlan]:
     """The jobs of all stages, in an order in which they can be submitted.
 
     An override has the form `STAGE.KEY=VALUE`, e.g. `lm.loop.steps=100`, with the name of the job
-    of the stage.
+    of the stage. `first` and `skip` are the values of --from and --skip. Prints the stages that
+    need not run.
     """
     from landiff.launchers.pipeline import pipeline_stages
 
@@ -28,18 +36,29 @@ def plan_pipeline(
     stages = pipeline_stages(preset, 1, prompts)
     names = {stage.name: stage.name.replace(" ", "-") for stage in stages}
     own_overrides = group_overrides(overrides, names.values())
+    own_by_stem = {**own_overrides, "precompute": own_overrides["columns"]}
+    configs, wrong = load_preset(preset, own_by_stem)
+    if len(configs) < len(PRESET_CONFIGS):
+        require_none(wrong)
+    reasons = skipped_stages(configs, context.workdir, first, skip)
+    for name, reason in reasons.items():
+        print(f"# {name} is skipped: {reason}")
+    skipped = names_to_skip(reasons)
     plans: list[SubmitPlan] = []
     last_jobs: dict[str, tuple[str, ...]] = {}  # stage -> jobs that the next stages wait for
     column_jobs: dict[str, str] = {}  # column -> job that enters it into the manifest
     for stage in stages:
         name = names[stage.name]
-        inputs_exist = context.inputs_exist and not stage.after
-        stage_context = replace(context, inputs_exist=inputs_exist)
-        new = plan_stage(stage.command, stage_context, name, own_overrides[name])
-        new = finalize_each_column(new, context)
         previous: list[str] = []
         for earlier in stage.after:
             previous += last_jobs[earlier]
+        if stage.name in skipped:
+            last_jobs[stage.name] = tuple(previous)
+            continue
+        inputs_exist = context.inputs_exist and not previous
+        stage_context = replace(context, inputs_exist=inputs_exist)
+        new = plan_stage(stage.command, stage_context, name, own_overrides[name])
+        new = finalize_each_column(new, context)
         for plan in new:
             if not plan.after:
                 after = dependencies(plan, previous, last_jobs.get("shards", ()), column_jobs)
@@ -49,22 +68,13 @@ def plan_pipeline(
             if plan.stage == "precompute" and plan.after:
                 column_jobs.update(dict.fromkeys(columns_of(plan), plan.name))
         last_jobs[stage.name] = final_jobs(new)
-    problems = check_chain(configs_by_stage(plans))
+    if not plans:
+        raise ConfigError("all stages are skipped, so nothing is left to submit")
+    problems = check_chain(with_all_columns(configs))
+    if context.inputs_exist:
+        problems += check_skipped(configs, context.workdir, reasons)
     plans[-1] = replace(plans[-1], problems=(*plans[-1].problems, *problems))
     return plans
-
-
-def configs_by_stage(plans: Sequence[SubmitPlan]) -> dict[str, Any]:
-    """The configs of all jobs by stage; that of precompute has the columns of all of its jobs."""
-    configs: dict[str, Any] = {}
-    columns: dict[str, Any] = {}
-    for plan in plans:
-        if isinstance(plan.config, PrecomputeConfig):
-            columns.update(plan.config.columns)
-            configs["precompute"] = plan.config.model_copy(update={"columns": dict(columns)})
-        elif plan.config is not None:
-            configs[plan.name] = plan.config
-    return configs
 
 
 def is_override(text: str) -> bool:

@@ -68,7 +68,8 @@ def plan_jobs(
         inputs_exist=not args.after,
     )
     if args.stage == "pipeline":
-        return plan_pipeline(args.preset, args.prompt or (), context, args.rest)
+        prompts = args.prompt or ()
+        return plan_pipeline(args.preset, prompts, context, args.rest, args.first, args.skip or ())
     words = [args.stage, *args.rest]
     if args.stage in TRAINERS:
         words.insert(0, "train")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from landiff.configs import ConfigError, load
 from landiff.configs.paths import IMPORT_ROOT
@@ -16,6 +18,7 @@ from landiff.launchers.project.check import check_preset
 from landiff.launchers.project.new import write_project
 from landiff.launchers.project.presets import PRESET_CONFIGS, packaged_presets, preset_config
 from landiff.launchers.slurm.cluster_config import ClusterConfig
+from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
 from landiff.training.lm.config import LMTrainConfig
 
@@ -82,6 +85,15 @@ def test_sizes_that_do_not_divide_are_refused(tmp_path, frames, size, words):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_width_that_decord_cannot_read_takes_another_decoder(tmp_path):
+    project = tmp_path / "project"
+    write_project(project, "nano", 9, "32x48")
+    assert problems_of(project) == ""
+    (project / "features.yaml").write_text("extends: nano/features\n")
+    text = "shards.width = 48, but features.decoder = decord cannot read clips of this width"
+    assert text in problems_of(project)
+
+
 def test_a_project_is_never_overwritten(tmp_path):
     write_project(tmp_path / "project", "nano")
     with pytest.raises(ConfigError, match="exists already"):
@@ -107,6 +119,7 @@ def test_a_project_is_a_preset_of_every_command(tiny, tmp_path, monkeypatch, cap
     assert main([*words, "--dry-run"]) == 0
     assert "latent_height: 4" in capsys.readouterr().out
     assert main(["plan", "lm", "--preset", preset, "--gpus", "2"]) == 0
+    assert main(["plan", "lm", "--preset", preset, "--gpus", "2", "loop.steps=3"]) == 0
     assert main(["check", "--preset", "nani"]) == 2
     assert "did you mean 'nano'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -236,3 +249,67 @@ def test_the_check_imports_no_torch(tiny):
         "assert not {'torch', 'cv2'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=IMPORT_ROOT)
+
+
+# -------------------------------------------------------------------- stages that need not run
+
+
+def stages_of(words: list[str], capsys) -> tuple[str, list[str]]:
+    """Output of a dry run of the quickstart, and the first two words of its commands."""
+    code = main(["quickstart", "--dry-run", *words])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    lines = [line.split() for line in captured.out.splitlines() if line.startswith("landiff ")]
+    return captured.out, [" ".join(line[1:3]) for line in lines]
+
+
+@pytest.fixture
+def zoo(tiny, tmp_path) -> Path:
+    """A working folder whose zoo has the models of the project `tiny`."""
+    models = load(ModelConfig, tiny / "model.yaml")
+    entries = {
+        "tokenizer": ("tokenizer", models.tokenizer),
+        "lm": ("lm", models.lm),
+        "main": ("transformer", models.diffusion.transformer),
+        "diffusion": ("diffusion", models.diffusion),
+    }
+    for name, (kind, config) in entries.items():
+        registry.export(tmp_path / "zoo", name, kind, config, {"weight": torch.ones(1)}, {})
+    return tmp_path
+
+
+def test_models_in_the_zoo_are_not_trained_again(tiny, zoo, capsys):
+    words = ["--preset", str(tiny), "--out", str(zoo)]
+    out, stages = stages_of(words, capsys)
+    assert stages == [
+        "shards --config",
+        "precompute --config",
+        "precompute --config",
+        "evaluate --config",
+        "sample --config",
+    ]
+    assert "# tokenizer is skipped: the zoo has tokenizer@" in out
+    (zoo / "runs" / "lm").mkdir(parents=True)
+    _out, stages = stages_of(words, capsys)
+    assert "train lm" in stages and "convert runs/lm" in stages, "its own export"
+    shutil.rmtree(zoo / "zoo" / "tokenizer")
+    _out, stages = stages_of(words, capsys)
+    assert "train tokenizer" in stages
+
+
+def test_stages_can_be_named(tiny, zoo, tmp_path, monkeypatch, capsys):
+    words = ["--preset", str(tiny), "--out", str(zoo)]
+    _out, stages = stages_of([*words, "--skip", "sample", "--skip", "evaluate"], capsys)
+    assert "sample --config" not in stages and "evaluate --config" not in stages
+    assert main(["quickstart", *words, "--from", "lm"]) == 2
+    assert "shards is skipped, and data = " in capsys.readouterr().err
+    assert main(["quickstart", *words, "--skip", "tokeniser"]) == 2
+    assert "--skip tokeniser is no stage" in capsys.readouterr().err
+    monkeypatch.chdir(zoo)
+    shutil.rmtree(zoo / "zoo" / "tokenizer")
+    submit = ["submit", "pipeline", "--preset", str(tiny), "--cluster", "sandbox", "--dry-run"]
+    assert main([*submit, "--skip", "tokenizer"]) == 2
+    assert "tokenizer is skipped, and its model = tokenizer" in capsys.readouterr().err
+    assert main(submit) == 0
+    out = capsys.readouterr().out
+    assert "# lm is skipped: the zoo has lm@" in out and "# sample: sample, 1 node" in out
