@@ -24,9 +24,9 @@ quickstart: install
 learn: install
 	$(BIN)/landiff learn --out runs/learn
 
-# One worker for each core. The tests of a file stay together (tests/conftest.py). Those of SLURM run
-# alone before, since they disturb jobs at certain moments.
-PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist loadgroup \
+# One worker for each core. The tests of a file stay together. Those of SLURM run alone
+# before, since they disturb jobs at certain moments.
+PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 
 test: install lint docs slurm

@@ -23,11 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONGEST = ("tests/test_quickstart.py", "tests/training/lm/", "tests/training/diffusion/")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Sort the tests by `LONGEST`."""
     items.sort(key=lambda item: _rank(item.nodeid))
 
 
