@@ -72,7 +72,7 @@ class SampleFolder:
         self._others: set[str] = set()  # files without a record, made by something else
         with locked(folder):
             self._check_settings()
-        remove_abandoned(folder, "*.mp4")
+        remove_abandoned(folder)  # unfinished videos
         self.refresh()
         for name, unit in self.units.items():
             record = self._records.get(name)

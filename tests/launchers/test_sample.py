@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -116,8 +117,10 @@ def test_a_killed_run_resumes_with_the_same_bytes(undisturbed, zoo, tmp_path, mo
     with pytest.raises(Killed):
         sample_videos(config(zoo, tmp_path))
     assert len(files(tmp_path)) == 2
+    unfinished = tmp_path / f".02-fox.mp4.{os.uname().nodename}.0-0.tmp"  # of a dead process
+    unfinished.touch()
     sample_videos(config(zoo, tmp_path))
-    assert files(tmp_path) == files(undisturbed)
+    assert files(tmp_path) == files(undisturbed) and not unfinished.exists()
     assert len(calls) == 3 + 2
     sample_videos(config(zoo, tmp_path))  # nothing is left
     assert len(calls) == 3 + 2
@@ -266,6 +269,7 @@ def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monk
 # arguments, and a result file of the same form.
 VBENCH = """
 import json
+import os
 import sys
 from pathlib import Path
 
