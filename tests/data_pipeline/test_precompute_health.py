@@ -42,7 +42,8 @@ def changed_zoo(zoo: Path, folder: Path, change) -> Path:
 
 
 def collapsed(weights: dict[str, torch.Tensor]) -> None:
-    weights[EMBED][:] = weights[EMBED][:, :1]
+    """Move all codes but the first far away, so that no vector is near them."""
+    weights[EMBED][:, 1:] += 1000.0
 
 
 def poisoned(weights: dict[str, torch.Tensor]) -> None:
