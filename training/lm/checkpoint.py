@@ -73,7 +73,7 @@ def _sharded_state(
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout),
         "distributed_optimizer": is_distributed(optimizer),
     }
-    if averages is not None:
+    if averages is not None and averages.ema.enabled:
         state["averages"] = averages.state(weights, loading=loading)
     return state
 
@@ -150,7 +150,7 @@ def load_checkpoint(
     copy_to_model(optimizer)
     _separate_steps(optimizer)
     if has_averages:
-        averages.load(model.sharded_state_dict(metadata=_layout()), state["averages"])
+        averages.load(model.sharded_state_dict(metadata=_layout()), state.get("averages", {}))
     return has_averages
 
 
