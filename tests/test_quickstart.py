@@ -170,11 +170,16 @@ def test_a_second_run_changes_nothing(finished):
 # What commands in the documentation need that this folder does not have, by the error they give.
 # The start of a command that is listed first decides. "" is success.
 MISSING_INPUTS = {
+    # The runs of the quickstart are finished, with other clips held out.
+    "landiff train lm --config nano/lm data.validation": "holds out other clips",
+    "landiff train lm --config nano/lm run=runs/lm-2": "distributed_optimizer",
+    "landiff logs runs/lm --rank": "no log of rank",
+    "landiff logs runs/lm": "",
     "landiff shards --config nano/shards source=": "exist",  # the reader's videos
     'landiff shards --config nano/shards "source=': "exist",
     "landiff shards --config landiff/": "exist",
     "landiff sample --config nano/sample --prompts prompts.txt": "No such file",
-    "landiff evaluate vbench": "cannot be run",
+    "landiff evaluate vbench": "max_text_tokens",
     "landiff shards --dry-run": "exist",
     "landiff attribute": "do not fit",  # the models of the preset shapes
     "landiff convert inspect weights/": "exist",  # the released weights
@@ -197,9 +202,12 @@ MISSING_INPUTS = {
     "landiff submit pipeline --preset landiff": "videos",
     "landiff train diffusion --config landiff/": "column",
     "landiff train diffusion --config runs/main-2": "ranks",  # made for 16 of them
-    "landiff logs runs/lm": "no logs",  # the quickstart does not submit
     "landiff stop --restart": "not submitted",
 }
+
+
+# Commands that take long and have tests of their own.
+SLOW = ("doctor", "learn", "quickstart", "fit-codec", "attribute")
 
 
 def expected_error(command: str) -> str:
@@ -222,6 +230,8 @@ def test_documented_commands_run(finished, monkeypatch, capsys):
     wrong = []
     for command in dict.fromkeys(line for _page, line in commands()):
         words = words_of(command)
+        if words[0] in SLOW or words[:2] == ["shapes", "make"]:
+            continue
         if words[0] == "-C":
             words = words[2:]
         if words[0] in ("train", "submit") and "--dry-run" not in words:
