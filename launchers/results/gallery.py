@@ -29,6 +29,7 @@ FONT_SIZE = 13
 MAX_TITLE = 110  # characters
 
 Record = dict[str, Any]
+"""What made a video: an object of samples.jsonl."""
 
 
 def write_gallery(folder: Path, records: Sequence[Record], settings: dict[str, Any]) -> None:

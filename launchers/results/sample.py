@@ -111,18 +111,12 @@ def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
     """Consecutive units of equal length, at most `size` at once."""
     found: list[list[SampleUnit]] = []
     for unit in units:
-        last = found[-1] if found else []
-        fits = len(last) < size and last and same_length(last[0], unit)
-        if fits:
-            last.append(unit)
+        length = unit.num_latent_frames
+        if found and len(found[-1]) < size and found[-1][0].num_latent_frames == length:
+            found[-1].append(unit)
         else:
             found.append([unit])
     return found
-
-
-def same_length(first: SampleUnit, second: SampleUnit) -> bool:
-    """Whether two videos have the same number of frames."""
-    return first.num_latent_frames == second.num_latent_frames
 
 
 def generate_batch(

@@ -24,7 +24,7 @@ from landiff.configs.files import remove_abandoned, write_text
 from landiff.data_pipeline.format.locks import locked
 from landiff.data_pipeline.video.codec import read_comment, write_mp4
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results.gallery import write_contact_sheet, write_gallery
+from landiff.launchers.results.gallery import Record, write_contact_sheet, write_gallery
 from landiff.launchers.results.prompts import SampleUnit
 from landiff.launchers.version import __version__
 
@@ -43,8 +43,6 @@ OPTIONS_OF_UNITS = (
     "num_latent_frames",
     "motion_score",
 )
-
-Record = dict[str, Any]
 
 
 def common_settings(config: SampleConfig, models: Mapping[str, str]) -> dict[str, Any]:

@@ -119,10 +119,7 @@ def read_prompts(info: Path) -> list[VBenchPrompt]:
 
     Raises ConfigError for a file of another form, or a prompt that cannot be a file name.
     """
-    try:
-        entries = parse_json(read_bytes(info, MAX_INFO_BYTES), str(info))
-    except OSError as error:
-        raise ConfigError(f"{info} cannot be read: {error.strerror}") from None
+    entries = _read_json(info)
     if not isinstance(entries, list):
         raise ConfigError(f"{info} is not a list of prompts")
     found: dict[str, list[str]] = {}
@@ -136,6 +133,14 @@ def read_prompts(info: Path) -> list[VBenchPrompt]:
         dimensions = found.setdefault(text, [])
         dimensions.extend(name for name in entry["dimension"] if name not in dimensions)
     return [VBenchPrompt(text, tuple(dimensions)) for text, dimensions in found.items()]
+
+
+def _read_json(path: Path) -> Any:
+    """The value of a JSON file of VBench. Raises ConfigError."""
+    try:
+        return parse_json(read_bytes(path, MAX_INFO_BYTES), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def video_name(prompt: str, number: int) -> str:
@@ -220,10 +225,7 @@ def read_result(
 
     Raises ConfigError if the file does not cover exactly the videos of the dimension's prompts.
     """
-    try:
-        document = parse_json(read_bytes(path, MAX_INFO_BYTES), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    document = _read_json(path)
     entry: Any = document.get(dimension) if isinstance(document, dict) else None
     if not _is_result(entry):
         raise ConfigError(f"{path} holds no result of {dimension} in the format of VBench")
