@@ -92,7 +92,7 @@ class Plain:
         self.device = device
         self.model = build_phase_model(config).to(device)
         self.objective = Objective(config, device)
-        self.optimizer = optim.adamw(self.model.parameters(), config.optim, self.device)
+        self.optimizer = optim.adamw(self.model.named_parameters(), config.optim, self.device)
 
     def step(self, batch: Batch) -> Tensor:
         """One optimizer step. Returns the loss."""

@@ -90,7 +90,7 @@ class Plain:
         self.device = device
         self.model = LanguageModel(config.model).to(device)
         self.model.load_state_dict(InitialWeights(config.model, config.loop.seed))
-        self.optimizer = optim.adamw(self.model.parameters(), config.optim)
+        self.optimizer = optim.adamw(self.model.named_parameters(), config.optim)
         samples = list(batch.samples)
         texts = []
         rows = []

@@ -7,6 +7,9 @@ from pathlib import Path
 # processes do not compete for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# No test downloads anything. Without this, each attempt ends after 23 s of repeats.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 
 
