@@ -213,6 +213,11 @@ class TokenSamplingConfig(Config):
         default=None,
         description="`top_p` of the last token; it changes linearly from `top_p`. null: constant.",
     )
+    context_segments: PositiveInt | None = Field(
+        default=None,
+        description="Segments of a long video that the model sees when it draws the next one, in "
+        "memory that does not depend on the length. null: all of them, drawn at once.",
+    )
     predict_end: bool = Field(
         default=False,
         description="Allow the model to end a video after its first segment, before the requested "

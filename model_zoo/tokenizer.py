@@ -387,10 +387,10 @@ class SemanticTokenizer(nn.Module):
             raise ValueError(
                 f"codes {low}..{high} do not fit a codebook of {self.config.codebook_size}"
             )
-        values_BKZ = self.quantizer.lookup(indices_BK)
         segments = []
-        for values_BNZ, length in zip(values_BKZ.split(counts, dim=1), lengths, strict=True):
-            segments.append(self.decode_latents(values_BNZ, length))
+        for indices_BN, length in zip(indices_BK.split(counts, dim=1), lengths, strict=True):
+            # Looked up one by one, so that a segment does not depend on the others by rounding.
+            segments.append(self.decode_latents(self.quantizer.lookup(indices_BN), length))
         features_BTChw = torch.cat(segments, dim=1)
         if self.config.normalize_features:
             features_BTChw = self.denormalize(features_BTChw)

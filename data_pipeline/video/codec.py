@@ -7,22 +7,20 @@ RGB.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
-from av.bitstream import BitStreamFilterContext
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from landiff.configs.files import atomic_file
+from landiff.data_pipeline.video.h264 import H264Encoder
 from landiff.data_pipeline.video.process import Backend, DecoderProcess
 from landiff.data_pipeline.video.protocol import (
     NO_CROP,
@@ -38,10 +36,6 @@ MEMORY_LIMIT = 3 << 30  # bytes of a child process
 RECYCLE = 2000  # requests after which a child process is replaced
 MAX_PIXELS = 4096 * 2304  # of a source frame
 SCAN_BATCH = 128  # pictures of one scan request
-# Options with which equal frames give equal bytes. x264's macroblock tree reads uninitialized
-# memory for small frames: the same call gave up to three different streams. cpu-independent makes
-# the result independent of the SIMD code that x264 selects.
-X264_EXACT = "threads=1:mbtree=0:cpu-independent=1"
 
 
 class ClipDamaged(ValueError):
@@ -254,12 +248,49 @@ def write_mp4(
     For odd sizes, the last row or column is repeated. `comment` is stored as the metadata of that
     name (`read_comment`).
     """
-    height, width = frames_THWC.shape[1:3]
-    even = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with atomic_file(path) as file:
+    with Mp4Writer(path, len(frames_THWC), fps, crf=crf, comment=comment) as writer:
+        writer.add(frames_THWC)
+
+
+class Mp4Writer:
+    """Context manager that writes the file of `write_mp4` from parts, byte for byte.
+
+    The file appears under its final name when all frames are written, or not at all.
+    """
+
+    def __init__(
+        self, path: Path, num_frames: int, fps: float, *, crf: float = 18, comment: str = ""
+    ) -> None:
+        """num_frames: of all parts together. Other arguments are those of `write_mp4`."""
+        self.path = path
+        self.num_frames = num_frames
+        self.fps = fps
+        self.comment = comment
+        self._options = {"crf": str(crf), "preset": "medium"}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Mp4Writer:
+        file = self._stack.enter_context(atomic_file(self.path))
         # by name, because the muxer reads the file again to move the index to the front
-        options = {"crf": str(crf), "preset": "medium"}
-        _write_h264(file.name, even, fps, options, faststart=True, comment=comment)
+        self._encoder = H264Encoder(
+            file.name,
+            self.num_frames,
+            self.fps,
+            self._options,
+            faststart=True,
+            comment=self.comment,
+        )
+        self._stack.enter_context(self._encoder)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def add(self, frames_THWC: np.ndarray) -> None:
+        """Append frames, uint8 [T, H, W, 3]."""
+        height, width = frames_THWC.shape[1:3]
+        even = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        self._encoder.add(even)
 
 
 def read_comment(path: Path) -> str:
@@ -274,20 +305,26 @@ def read_comment(path: Path) -> str:
         raise OSError(f"{path} is not a video: {error}") from None
 
 
-def read_mp4(path: Path) -> np.ndarray:
-    """All frames of a video of this project, uint8 [T, H, W, 3], decoded in this process.
+def spaced_frames(path: Path, count: int) -> np.ndarray:
+    """`count` evenly spaced frames of a video of this project, the first and the last included.
 
+    uint8 [count, H, W, 3], decoded in this process in memory that does not depend on the length.
     For videos of others, which may be damaged or hostile, use `ClipDecoder`. Raises OSError if the
     file cannot be read as a video.
     """
+    chosen: dict[int, np.ndarray] = {}
     try:
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            length = container.streams.video[0].frames
+            wanted = np.linspace(0, length - 1, count).round().astype(int).tolist()
+            for index, frame in enumerate(container.decode(video=0)):
+                if index in wanted:
+                    chosen[index] = frame.to_ndarray(format="rgb24")
     except av.FFmpegError as error:
         raise OSError(f"{path} is not a video: {error}") from None
-    if not frames:
-        raise OSError(f"{path} has no frames")
-    return np.stack(frames)
+    if not chosen or max(wanted) not in chosen:
+        raise OSError(f"{path} lacks frames")
+    return np.stack([chosen[index] for index in wanted])
 
 
 class ClipDecoder:
@@ -351,69 +388,8 @@ def _write_h264(
     comment: str = "",
 ) -> None:
     """Write frames of even size as H.264 in MP4. `options` are x264's."""
-    is_rgb = frames_THWC.ndim == 4 and frames_THWC.shape[-1] == 3
-    if frames_THWC.dtype != np.uint8 or not is_rgb or not len(frames_THWC):
-        raise ValueError(
-            f"frames must be uint8 [T, H, W, 3]; got {frames_THWC.dtype} {list(frames_THWC.shape)}"
-        )
-    length, height, width = frames_THWC.shape[:3]
-    rate = Fraction(fps).limit_denominator(1001)
-    time_base = 1 / rate
-    container_options = {"fflags": "+bitexact"}
-    if faststart:
-        container_options["movflags"] = "+faststart"
-    stream_options = {
-        **options,
-        "x264-params": f"open-gop=0:keyint={length}:scenecut=0:{X264_EXACT}",
-        "flags": "+bitexact",
-    }
-    with av.open(target, "w", format="mp4", options=container_options) as container:
-        if comment:
-            container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=rate, options=stream_options)
-        stream.width = width
-        stream.height = height
-        stream.pix_fmt = "yuv420p"
-        stream.time_base = time_base
-        context = stream.codec_context
-        context.time_base = time_base
-        context.thread_count = 1
-        context.colorspace = Colorspace.ITU709
-        context.color_range = ColorRange.MPEG
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
-        graph = _rgb_to_yuv(width, height, time_base)
-        container.start_encoding()
-        # The banner of x264, an SEI message, is larger than the pictures of a small clip, and it
-        # names the build.
-        without_banner = BitStreamFilterContext("filter_units=remove_types=6", stream)
-        for index in range(length + 1):
-            frame = None  # flushes the encoder
-            if index < length:
-                picture = np.ascontiguousarray(frames_THWC[index])
-                graph.push(av.VideoFrame.from_ndarray(picture, format="rgb24"))
-                frame = graph.pull()
-                frame.pts = index
-                frame.time_base = time_base
-            for packet in stream.encode(frame):
-                for kept in without_banner.filter(packet):
-                    container.mux(kept)
-
-
-def _rgb_to_yuv(width: int, height: int, time_base: Fraction) -> av.filter.Graph:
-    """Build the filter graph from RGB to yuv420p, BT.709."""
-    scale_options = (
-        "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
-        ":out_color_matrix=bt709:out_range=tv"
+    encoder = H264Encoder(
+        target, len(frames_THWC), fps, options, faststart=faststart, comment=comment
     )
-    graph = av.filter.Graph()
-    chain = [
-        graph.add_buffer(width=width, height=height, format="rgb24", time_base=time_base),
-        graph.add("scale", scale_options),
-        graph.add("format", "yuv420p"),
-        graph.add("buffersink"),
-    ]
-    for before, after in itertools.pairwise(chain):
-        before.link_to(after)
-    graph.configure()
-    return graph
+    with encoder:
+        encoder.add(frames_THWC)

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from landiff.configs.files import atomic_file
-from landiff.data_pipeline.video.codec import read_mp4
+from landiff.data_pipeline.video.codec import spaced_frames
 from landiff.launchers.pages.html import figure, grid, media, section, table, write_page
 
 GALLERY = "gallery.html"
@@ -79,8 +78,7 @@ def _title(record: Record) -> str:
 
 def _strip(path: Path, title: str) -> Image.Image:
     """Frames of one video side by side, below the title."""
-    frames_THWC = read_mp4(path)
-    chosen = np.linspace(0, len(frames_THWC) - 1, FRAMES_SHOWN).round().astype(int)
+    frames_THWC = spaced_frames(path, FRAMES_SHOWN)
     height, width = frames_THWC.shape[1:3]
     shown_width = max(1, round(width * FRAME_HEIGHT / height))
     font = ImageFont.load_default(FONT_SIZE)
@@ -88,8 +86,8 @@ def _strip(path: Path, title: str) -> Image.Image:
     strip_width = max(FRAMES_SHOWN * shown_width, title_width)
     strip = Image.new("RGB", (strip_width, TITLE_HEIGHT + FRAME_HEIGHT))
     ImageDraw.Draw(strip).text((4, 2), title, fill="white", font=font)
-    for column, index in enumerate(chosen):
-        frame = Image.fromarray(frames_THWC[index])
+    for column, frame_HWC in enumerate(frames_THWC):
+        frame = Image.fromarray(frame_HWC)
         resized = frame.resize((shown_width, FRAME_HEIGHT), Image.Resampling.NEAREST)
         strip.paste(resized, (column * shown_width, TITLE_HEIGHT))
     return strip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from landiff.data_pipeline.video.codec import Mp4Writer
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
@@ -16,13 +18,16 @@ from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sample_folder import SampleFolder, common_settings
 from landiff.model_zoo import frozen, registry
 from landiff.model_zoo.device import pick_device
-from landiff.model_zoo.sample.generate import Generated, Models, generate
+from landiff.model_zoo.sample.generate import Models
 from landiff.model_zoo.sample.latents import SamplerOptions
+from landiff.model_zoo.sample.stream import Request, VideoStream
+from landiff.model_zoo.sample.stream_store import StreamStore
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.training.checkpoint.run_folder import TENSORBOARD
 
 MAX_TAG = 60  # characters of a prompt in its TensorBoard tag
 MAX_LOGGED = 32  # videos that are also written to TensorBoard
+MAX_LOGGED_FRAMES = 128  # of each
 
 
 def load_models(config: SampleConfig, device: torch.device) -> Models:
@@ -97,11 +102,9 @@ def sample_videos(
     models = load_models(config, pick_device(config.device))
     progress = UnitProgress(total, total - left)
     for batch in missing:
-        generated = generate_batch(models, config, batch, progress)
-        for unit, frames_THWC in zip(batch, generated.frames_BTHWC.cpu(), strict=False):
-            path = folder.commit(unit, frames_THWC.numpy())
-            log_sample(config, unit, frames_THWC)
-            progress.finish(path)
+        write_batch(stream_batch(models, config, batch, progress), folder, batch, config)
+        for unit in batch:
+            progress.finish(config.out / unit.name)
     folder.write_pages()
     print(f"sample: look at {config.out / GALLERY} and {config.out / CONTACT_SHEET}")
     return names
@@ -119,16 +122,19 @@ def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
     return found
 
 
-def generate_batch(
-    models: Models, config: SampleConfig, units: Sequence[SampleUnit], progress: UnitProgress
-) -> Generated:
-    """Generates a batch. An incomplete one is filled with copies of its last unit.
+def stream_batch(
+    models: Models,
+    config: SampleConfig,
+    units: Sequence[SampleUnit],
+    progress: UnitProgress,
+    store: StreamStore | None = None,
+) -> VideoStream:
+    """The chunks of a batch. An incomplete one is filled with copies of its last unit.
 
     The batch size affects rounding, so that a video would else depend on its place in the list.
     """
     filled = [*units, *[units[-1]] * (config.batch_size - len(units))]
-    return generate(
-        models,
+    request = Request(
         prompts=[unit.prompt for unit in filled],
         num_latent_frames=units[0].num_latent_frames,
         tokens=config.tokens,
@@ -137,8 +143,28 @@ def generate_batch(
         motion_score=[unit.motion_score for unit in filled],
         negatives=[unit.negative for unit in filled],
         clean_frames=config.clean_frames,
-        progress=progress,
     )
+    return VideoStream(models, request, progress=progress, store=store)
+
+
+def write_batch(
+    stream: VideoStream, folder: SampleFolder, units: Sequence[SampleUnit], config: SampleConfig
+) -> None:
+    """Writes the videos of a batch frame by frame as they come."""
+    logged: list[list[torch.Tensor]] = [[] for _ in units]
+    with contextlib.ExitStack() as stack:
+        writers: list[Mp4Writer] = []
+        for chunk in stream:
+            if not writers:
+                for unit in units:
+                    writers.append(stack.enter_context(folder.writing(unit, chunk.num_frames)))
+            videos = chunk.frames_BTHWC.cpu()
+            for writer, parts, frames_THWC in zip(writers, logged, videos, strict=False):
+                writer.add(frames_THWC.numpy())
+                room = MAX_LOGGED_FRAMES - sum(len(part) for part in parts)
+                parts.append(frames_THWC[:room].clone())
+    for unit, parts in zip(units, logged, strict=True):
+        log_sample(config, unit, torch.cat(parts))
 
 
 def sampler_options(config: SampleConfig) -> SamplerOptions:
@@ -177,7 +203,7 @@ class UnitProgress:
 
 
 def log_sample(config: SampleConfig, unit: SampleUnit, frames_THWC: torch.Tensor) -> None:
-    """Writes one of the first videos to TensorBoard."""
+    """Writes the start of one of the first videos to TensorBoard."""
     if unit.number >= MAX_LOGGED:
         return
     events = config.out.parent / "runs" / "sample" / TENSORBOARD

@@ -12,17 +12,16 @@ other models or options, so that all videos of a folder are comparable.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_json
 from landiff.configs.files import remove_abandoned, write_text
 from landiff.data_pipeline.format.locks import locked
-from landiff.data_pipeline.video.codec import read_comment, write_mp4
+from landiff.data_pipeline.video.codec import Mp4Writer, read_comment
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results.gallery import Record, write_contact_sheet, write_gallery
 from landiff.launchers.results.prompts import SampleUnit
@@ -51,6 +50,8 @@ def common_settings(config: SampleConfig, models: Mapping[str, str]) -> dict[str
     models: reference with fingerprint of each model.
     """
     settings = config.model_dump(mode="json", exclude=set(OPTIONS_OF_UNITS))
+    if settings["tokens"]["context_segments"] is None:
+        del settings["tokens"]["context_segments"]  # folders of earlier versions lack it
     return settings | dict(models)
 
 
@@ -113,8 +114,9 @@ class SampleFolder:
         """Whether the video of a unit is here."""
         return unit.name in self._records
 
-    def commit(self, unit: SampleUnit, frames_THWC: np.ndarray) -> Path:
-        """Write the video of a unit and add it to the list. Returns its path.
+    @contextmanager
+    def writing(self, unit: SampleUnit, num_frames: int) -> Iterator[Mp4Writer]:
+        """Writer of the video of a unit, which appears in the folder and its list at the end.
 
         The same frames give the same bytes: the record holds no times.
         """
@@ -125,17 +127,17 @@ class SampleFolder:
             "negative": unit.negative,
             "seed": unit.seed,
             "latent_frames": unit.num_latent_frames,
-            "frames": len(frames_THWC),
+            "frames": num_frames,
             "motion_score": unit.motion_score,
             "settings": self.settings,
             "version": __version__,
         }
-        path = self.folder / unit.name
         comment = json.dumps(record, ensure_ascii=False)
-        write_mp4(path, frames_THWC, self.settings["fps"], comment=comment)
+        path = self.folder / unit.name
+        with Mp4Writer(path, num_frames, self.settings["fps"], comment=comment) as writer:
+            yield writer
         self._records[unit.name] = record
         self.write_list()
-        return path
 
     @property
     def records(self) -> list[Record]:

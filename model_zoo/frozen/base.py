@@ -11,8 +11,10 @@ D width of text states.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 NO_VARIANCE = -60.0  # log-variance of exact values: a standard deviation of 1e-13
@@ -70,6 +72,29 @@ class LatentCodec(Protocol):
     def decode(self, latents_BtChw: Tensor) -> Tensor:
         """Scaled latents [B, t, C, h, w] -> uint8 [B, T, H, W, 3]."""
         ...
+
+    def decode_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive parts [B, t, C, h, w] of latents -> their frames, uint8 [B, T, H, W, 3].
+
+        Together the frames are those of `decode`, bit for bit. One tensor of frames is returned for
+        each part, in memory that does not depend on the number of parts. It may lack the last
+        frames of its part, which then come with the next.
+        """
+        ...
+
+
+def decode_first_and_later(codec: LatentCodec, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`decode_stream` of a codec without memory: a first latent frame, then independent ones.
+
+    A later latent frame is decoded behind any other, whose frames are dropped.
+    """
+    started = False
+    for part_BtChw in parts:
+        if started:
+            part_BtChw = torch.cat([part_BtChw[:, :1], part_BtChw], dim=1)
+        frames = [codec.decode(clip_1tChw) for clip_1tChw in part_BtChw.split(1)]
+        yield torch.cat(frames)[:, started:]
+        started = True
 
 
 def posterior_mean(latents: Tensor, channels: int) -> Tensor:

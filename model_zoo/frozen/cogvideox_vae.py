@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,67 @@ class CogVideoXCodec(nn.Module):
 
         Raises ValueError for an even number of latent frames.
         """
-        pixels_BCTHW = self.decode_pixels(latents_BtChw)
-        bytes_BCTHW = ((pixels_BCTHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return bytes_BCTHW.permute(0, 2, 3, 4, 1)
+        return to_frames(self.decode_pixels(latents_BtChw))
+
+    @torch.no_grad()
+    def decode_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive parts of latents [B, t, C, h, w] -> their frames, uint8 [B, T, H, W, 3].
+
+        Latent frames 0 to 2 and then pairs pass through the decoder, as in `decode`, and the
+        convolution cache is kept in between. Raises ValueError at the end of an even number of
+        latent frames.
+        """
+        waiting_BtChw = torch.empty(0)
+        caches: list[Any] = []
+        total = 0
+        for part_BtChw in parts:
+            if not total:
+                waiting_BtChw = part_BtChw[:, :0]
+                caches = [None] * len(part_BtChw)
+            total += part_BtChw.shape[1]
+            waiting_BtChw = torch.cat([waiting_BtChw, part_BtChw], dim=1)
+            frames: list[Tensor] = []
+            while True:
+                count = 3 if caches[0] is None else 2
+                if waiting_BtChw.shape[1] < count:
+                    break
+                frames.append(self._decode_group(waiting_BtChw[:, :count], caches))
+                waiting_BtChw = waiting_BtChw[:, count:]
+            if frames:
+                yield torch.cat(frames, dim=1)
+            else:
+                yield self._no_frames(part_BtChw)
+        if total == 1:
+            yield self._decode_group(waiting_BtChw, caches)
+        elif total % 2 == 0:
+            raise ValueError(self._even(total))
+
+    def _decode_group(self, latents_BtChw: Tensor, caches: list[Any]) -> Tensor:
+        """Frames of the next latent frames, one clip after the other. Replaces the caches."""
+        clips = []
+        for number, latents_1tChw in enumerate(latents_BtChw.split(1)):
+            latents_1Cthw = latents_1tChw.transpose(1, 2) / self.scale
+            latents_1Cthw = latents_1Cthw.to(self.network.device, self.network.dtype)
+            if self.network.post_quant_conv is not None:
+                latents_1Cthw = self.network.post_quant_conv(latents_1Cthw)
+            pixels_1CTHW, caches[number] = self.network.decoder(
+                latents_1Cthw, conv_cache=caches[number]
+            )
+            clips.append(to_frames(pixels_1CTHW.float()))
+        return torch.cat(clips)
+
+    def _no_frames(self, latents_BtChw: Tensor) -> Tensor:
+        """Frames of no latent frame, uint8 [B, 0, H, W, 3]."""
+        batch, _, _, rows, columns = latents_BtChw.shape
+        shape = (batch, 0, rows * self.space, columns * self.space, 3)
+        return torch.empty(shape, dtype=torch.uint8, device=self.network.device)
+
+    def _even(self, num_latent_frames: int) -> str:
+        """Message about an even number of latent frames."""
+        return (
+            f"{num_latent_frames} latent frames: this VAE decodes the first of an even number "
+            f"to {self.time} frames; use 1 + 2 k"
+        )
 
     @torch.no_grad()
     def decode_pixels(self, latents_BtChw: Tensor) -> Tensor:
@@ -115,13 +173,16 @@ class CogVideoXCodec(nn.Module):
         """
         num_latent_frames = latents_BtChw.shape[1]
         if num_latent_frames % 2 == 0:
-            raise ValueError(
-                f"{num_latent_frames} latent frames: this VAE decodes the first of an even number "
-                f"to {self.time} frames; use 1 + 2 k"
-            )
+            raise ValueError(self._even(num_latent_frames))
         latents_BCthw = latents_BtChw.transpose(1, 2) / self.scale
         latents_BCthw = latents_BCthw.to(self.network.device, self.network.dtype)
         return self.network.decode(latents_BCthw).sample.float()
+
+
+def to_frames(pixels_BCTHW: Tensor) -> Tensor:
+    """Pixels in about [-1, 1], [B, 3, T, H, W] -> uint8 [B, T, H, W, 3]."""
+    bytes_BCTHW = ((pixels_BCTHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return bytes_BCTHW.permute(0, 2, 3, 4, 1)
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ pixels, U pixel values of a cell: 8 · 8 · 3 in the first latent frame, 4 · 8 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from landiff.model_zoo.frozen.base import NO_VARIANCE
+from landiff.model_zoo.frozen.base import NO_VARIANCE, decode_first_and_later
 from landiff.model_zoo.frozen.config import DctConfig
 from landiff.model_zoo.frozen.weights import encoder_fingerprint
 
@@ -173,6 +174,10 @@ class DctCodec(nn.Module):
         later_BthwU = (z_BthwC[:, 1:] * self.later_std + self.later_mean) @ self.later_basis
         x_BTHWC = torch.cat([self._frames(first_BthwU, 1), self._frames(later_BthwU, TIME)], dim=1)
         return ((x_BTHWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def decode_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive parts [B, t, C, h, w] -> their frames, uint8 [B, T, H, W, 3]."""
+        return decode_first_and_later(self, parts)
 
     @staticmethod
     def _cells(x_BTHWC: Tensor, num_frames: int) -> Tensor:

@@ -23,7 +23,7 @@ of a cell: 192 in the first latent frame, 768 in others, M cells.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
-from landiff.model_zoo.frozen.base import NO_VARIANCE
+from landiff.model_zoo.frozen.base import NO_VARIANCE, decode_first_and_later
 from landiff.model_zoo.frozen.checks import pca_weights
 from landiff.model_zoo.frozen.config import PcaConfig
 from landiff.model_zoo.frozen.weights import encoder_fingerprint
@@ -91,6 +91,10 @@ class PcaCodec(nn.Module):
         later_BthwU = z_BthwC[:, 1:] * self.later_scale @ self.later_basis + self.later_mean
         x_BTHWC = torch.cat([_frames(first_BthwU, 1), _frames(later_BthwU, TIME)], dim=1)
         return ((x_BTHWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def decode_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive parts [B, t, C, h, w] -> their frames, uint8 [B, T, H, W, 3]."""
+        return decode_first_and_later(self, parts)
 
 
 def cells(video_BTHWC: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Videos from prompts: language model, tokenizer decoder, diffusion model and codec, in this order.
+"""The stages of a video from prompts: language model and diffusion model. stream.py joins them.
 
 Shape letters (docs/glossary.md): B batch (one video per prompt), K codes of a clip, T frames (RGB
 frames of videos, latent frames of latents and features), C channels, H, W height and width of RGB
@@ -20,15 +20,15 @@ from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder
 from landiff.model_zoo.health import UnhealthyError, collapse
 from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample.chunks import stream_latents
 from landiff.model_zoo.sample.latents import (
     OnStep,
     SamplerOptions,
     SamplerStep,
     Stop,
     seeded_noise,
-    stream_latents,
 )
-from landiff.model_zoo.sample.sizes import Sizes, check_length, num_chunks
+from landiff.model_zoo.sample.sizes import Sizes, num_chunks
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.tokenizer import SemanticTokenizer
@@ -68,80 +68,6 @@ class Models:
         differences = sizes.differences()
         if differences:
             raise ConfigError(f"the models do not fit each other: {'; '.join(differences)}")
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Videos with the codes and latents that they were decoded from. The frames are uint8."""
-
-    codes_BK: Tensor
-    latents_BTCHW: Tensor
-    frames_BTHWC: Tensor
-
-
-@torch.no_grad()
-def generate(
-    models: Models,
-    prompts: Sequence[str],
-    num_latent_frames: int,
-    tokens: TokenSamplingConfig,
-    sampler: SamplerOptions,
-    *,
-    seeds: Sequence[int],
-    motion_score: MotionScores = None,
-    negatives: Sequence[str] | None = None,
-    clean_frames: int = 7,
-    progress: SampleProgress | None = None,
-) -> Generated:
-    """Generates one video per prompt.
-
-    Videos longer than the window of the diffusion model are generated in chunks, each of which
-    continues the last `clean_frames` latent frames of the one before. A video that the language
-    model ends early (`tokens.predict_end`) has the whole chunks before its end.
-
-    A video depends on its own prompt and seed, and on the number of prompts by rounding. It does
-    not depend on the other prompts.
-
-    seeds: one per prompt.
-    motion_score: in frame heights per second, one for all prompts or one for each; None means
-        DEFAULT_MOTION_SCORE.
-    negatives: texts of the unconditional branch of the diffusion model, one per prompt. An empty
-        text, like None, is no text.
-
-    Raises ConfigError for an empty prompt, a length that is not a whole number of chunks, or models
-    that do not fit each other; UnhealthyError if the codes have collapsed.
-    """
-    models.check()
-    check_prompts(prompts)
-    check_length(num_latent_frames, models.diffusion.config.transformer.latent_frames, clean_frames)
-    warn_of_cut_prompts(models.lm_text, prompts)
-    warn_of_cut_prompts(models.diffusion_text, prompts)
-    codes_BK = draw_codes(
-        models.lm,
-        encode_separately(models.lm_text, prompts),
-        num_latent_frames,
-        tokens,
-        seeds=seeds,
-        motion_score=motion_score,
-        progress=progress,
-    )
-    num_frames = models.lm.layout.num_frames(codes_BK.shape[1])
-    features_BTChw = models.tokenizer.decode(codes_BK, num_frames)
-    text_BLD, _ = encode_separately(models.diffusion_text, prompts)
-    latents_BTCHW = draw_latents(
-        models.diffusion,
-        models.schedule,
-        text_BLD,
-        features_BTChw,
-        sampler,
-        negative_BLD=encode_negatives(models.diffusion_text, negatives, text_BLD),
-        seeds=seeds,
-        clean_frames=clean_frames,
-        progress=progress,
-    )
-    # One after the other: decoding takes the most memory.
-    frames = [models.codec.decode(latents_1TCHW) for latents_1TCHW in latents_BTCHW.split(1)]
-    return Generated(codes_BK, latents_BTCHW, torch.cat(frames))
 
 
 def encode_separately(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -215,11 +141,16 @@ def draw_codes(
     motion_score: as in `generate`.
     progress: `progress("tokens", done, total)` is called after each draw.
 
-    Raises ConfigError if several videos may end early, UnhealthyError if nearly all codes are the
-    same.
+    Raises ConfigError if several videos may end early or with `context_segments`, which stream.py
+    supports; UnhealthyError if nearly all codes are the same.
     """
     text_BLD, lengths_B = text
     batch = len(text_BLD)
+    if tokens.context_segments is not None:
+        raise ConfigError(
+            f"context_segments = {tokens.context_segments} needs the codes drawn by segment, as "
+            "`landiff sample` does; set it to null"
+        )
     if tokens.predict_end and batch > 1:
         raise ConfigError(
             f"with predict_end = true each of the {batch} videos may end at another frame; sample "
@@ -242,10 +173,15 @@ def draw_codes(
     )
     num_codes = lm.layout.num_codes(int(sampled.num_frames_B.max()))
     codes_BK = sampled.codes_BK[:, :num_codes]
+    check_codes(codes_BK)
+    return codes_BK
+
+
+def check_codes(codes_BK: Tensor) -> None:
+    """Raises UnhealthyError if nearly all codes are the same."""
     problem = collapse(torch.bincount(codes_BK.flatten()).cpu().numpy())
     if problem:
         raise UnhealthyError(f"samples of the language model: {problem}; use another checkpoint")
-    return codes_BK
 
 
 def motion_scores(motion_score: MotionScores, batch: int) -> list[float]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
-from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.sample.solvers import Solver, build_scheduler
 from landiff.model_zoo.schedule import NoiseSchedule, Prediction, SamplerTable
 
@@ -95,20 +94,36 @@ def guidance_scale(options: SamplerOptions, step: int, timestep: int) -> float:
     return 1 + options.guidance * (1 - math.cos(math.pi * base**options.guidance_exponent)) / 2
 
 
-def seeded_noise(seeds: Sequence[int]) -> Noise:
+def seeded_noise(seeds: Sequence[int]) -> SeededNoise:
+    """Noise from one CPU generator per row of the batch."""
+    return SeededNoise(seeds)
+
+
+class SeededNoise:
     """Noise from one CPU generator per row of the batch.
 
     The numbers of a row depend on its own seed, not on other rows or the device. They are not
     repeated when the function is used again, for the next chunk of a long video.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def noise(_step: int, shape: tuple[int, ...]) -> Tensor:
-        assert shape[0] == len(generators), (shape, len(generators))
-        rows = [torch.randn(shape[1:], generator=generator) for generator in generators]
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, _step: int, shape: tuple[int, ...]) -> Tensor:
+        """The next numbers of all rows."""
+        assert shape[0] == len(self._generators), (shape, len(self._generators))
+        rows = [torch.randn(shape[1:], generator=generator) for generator in self._generators]
         return torch.stack(rows)
 
-    return noise
+    @property
+    def state(self) -> Tensor:
+        """The positions in the sequences of numbers, uint8 [B, bytes]."""
+        return torch.stack([generator.get_state() for generator in self._generators])
+
+    def restore(self, state: Tensor) -> None:
+        """Continues at positions that `state` returned."""
+        for generator, row in zip(self._generators, state, strict=True):
+            generator.set_state(row.clone())
 
 
 def reference_noise(generator: torch.Generator) -> Noise:
@@ -244,61 +259,6 @@ def _sample(
             if stop is not None and stop():
                 break
     return fix_prefix(result, prefix_BTCHW)
-
-
-def stream_latents(
-    model: ControlledDiffusion,
-    schedule: NoiseSchedule,
-    text_BLD: Tensor,
-    features_BTChw: Tensor,
-    noise_of_chunk: Callable[[int], Noise],
-    *,
-    negative_BLD: Tensor | None = None,
-    options: SamplerOptions | None = None,
-    window: int = 13,
-    clean: int = 7,
-    on_step: OnStep | None = None,
-    stop: Stop | None = None,
-) -> Iterator[Tensor]:
-    """Samples the latents of a long video and yields the new frames of each chunk.
-
-    The first chunk has `window` frames, each further one `window - clean` new ones after the last
-    `clean` frames of the chunk before, which are kept as they are. With 13 and 7, N chunks are
-    49 + 24 (N - 1) frames of video. The reference contains no such loop, but this is the arithmetic
-    of its streaming interface.
-
-    features_BTChw: features of the whole video. Those after the last whole chunk are not used, see
-        `num_chunks`.
-
-    Other arguments and errors are those of `sample_latents`.
-    """
-    total = features_BTChw.shape[1]
-    chunks = num_chunks(total, window, clean)
-    window = min(window, total)
-    stride = window - clean
-    prefix: Tensor | None = None
-    for chunk in range(chunks):
-        start = chunk * stride
-        latents = sample_latents(
-            model,
-            schedule,
-            text_BLD,
-            features_BTChw[:, start : start + window],
-            noise_of_chunk(chunk),
-            negative_BLD=negative_BLD,
-            options=options,
-            prefix_BTCHW=prefix,
-            on_step=on_step,
-            stop=stop,
-        )
-        if chunk == 0:
-            yield latents
-        else:
-            yield latents[:, clean:]
-        if stop is not None and stop():
-            return
-        if clean:
-            prefix = latents[:, -clean:]
 
 
 def latent_shape(

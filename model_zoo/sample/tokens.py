@@ -57,6 +57,9 @@ class Prompts:
     prefix_codes_BK: codes of the first frames, which are then not drawn.
     align_to_rows: pad all texts to the rows of `text_BLD`, not to the longest one. A row of the
         batch then does not depend on the length of the others.
+    frames_condition: number of frames that the model is told, in place of the true one. A part of a
+        long video is told the length of the whole.
+    span: part of the video that the tokens are, from 0 to 1, for options that change over it.
     """
 
     text_BLD: Tensor
@@ -64,6 +67,8 @@ class Prompts:
     text_lengths_B: Tensor | None = None
     prefix_codes_BK: Tensor | None = None
     align_to_rows: bool = False
+    frames_condition: int | None = None
+    span: tuple[float, float] = (0.0, 1.0)
 
 
 @torch.no_grad()
@@ -129,16 +134,19 @@ def _draw_function(
     return seeded_draw(seeds, len(body.draws), body.device)
 
 
-def seeded_draw(seeds: Sequence[int], max_draws: int, device: torch.device) -> Draw:
+def seeded_draw(
+    seeds: Sequence[int], max_draws: int, device: torch.device, *, skip: int = 0
+) -> Draw:
     """Draws by inverting the cumulative distribution at random numbers in [0, 1).
 
-    The numbers of a row depend on its seed only. They suffice for `max_draws` draws.
+    The numbers of a row depend on its seed only. They suffice for `max_draws` draws, of which the
+    first `skip` were made before.
     """
     numbers = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         numbers.append(torch.rand(max_draws, generator=generator, dtype=torch.float64))
-    uniforms = iter(torch.stack(numbers, dim=1).to(device))  # one tensor [B] per draw
+    uniforms = iter(torch.stack(numbers, dim=1)[skip:].to(device))  # one tensor [B] per draw
 
     def draw(probabilities_BV: Tensor, _step: int) -> Tensor:
         cumulative_BV = probabilities_BV.double().cumsum(-1)
@@ -214,6 +222,7 @@ class _Body:
         batch = len(prompts.text_BLD)
         self.layout = model.layout
         self.config = config
+        self.span = prompts.span
         self.device = model.token_embedding.weight.device
         self.table: SamplingTable = self.layout.sampling_table(
             num_frames, predict_end=config.predict_end, reference=config.reference_behaviour
@@ -254,7 +263,7 @@ class _Body:
     def probabilities(self, logits_BV: Tensor, position: int) -> Tensor:
         """Applies temperature, legal ids and top-k or top-p, [B, V] -> [B, V]."""
         config = self.config
-        progress = position / max(1, self.length - 1)
+        progress = _between(*self.span, position / max(1, self.length - 1))
         logits_BV = logits_BV / _between(config.temperature, config.temperature_end, progress)
         group = self.table.group_N[position]
         logits_BV = logits_BV.masked_fill(self.illegal_GV[group], -math.inf)
@@ -321,7 +330,8 @@ class _Decoder:
         batch = len(text_BLD)
         lengths_B = self._text_lengths(prompts)
         motion_B = prompts.motion_score_B.to(self.device)
-        frames_B = torch.full((batch,), float(num_frames), device=self.device)
+        told = prompts.frames_condition or num_frames
+        frames_B = torch.full((batch,), float(told), device=self.device)
         drop_B = torch.zeros(batch, dtype=torch.bool, device=self.device)
         if self.guided:
             text_BLD = torch.cat([text_BLD, text_BLD])

@@ -77,6 +77,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
 
 
+def videos(*arguments) -> torch.Tensor:
+    chunks = list(sample.stream_batch(*arguments))
+    return torch.cat([chunk.frames_BTHWC for chunk in chunks], dim=1)
+
+
 def test_every_video_has_its_record(undisturbed, zoo):
     lines = (undisturbed / SAMPLES).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -104,16 +109,16 @@ class Killed(Exception):
 
 
 def test_a_killed_run_resumes_with_the_same_bytes(undisturbed, zoo, tmp_path, monkeypatch):
-    generate = sample.generate_batch
+    stream = sample.stream_batch
     calls = []
 
     def end_in_third(*arguments):
         calls.append(arguments)
         if len(calls) == 3:
             raise Killed
-        return generate(*arguments)
+        return stream(*arguments)
 
-    monkeypatch.setattr(sample, "generate_batch", end_in_third)
+    monkeypatch.setattr(sample, "stream_batch", end_in_third)
     with pytest.raises(Killed):
         sample_videos(config(zoo, tmp_path))
     assert len(files(tmp_path)) == 2
@@ -144,12 +149,11 @@ def test_a_video_does_not_depend_on_the_others_of_its_batch(zoo, tmp_path):
     quiet = sample.UnitProgress(4, 0)
     alone = {}
     for unit in units:
-        generated = sample.generate_batch(models, batched, [unit], quiet)
-        alone[unit.seed] = generated.frames_BTHWC[0]
+        alone[unit.seed] = videos(models, batched, [unit], quiet)[0]
     orders = [[units[0], units[1], units[3]], [units[2], units[3], units[0]], [units[1], units[2]]]
     for order in orders:
-        together = sample.generate_batch(models, batched, order, quiet)
-        for unit, video_THWC in zip(order, together.frames_BTHWC, strict=False):
+        together = videos(models, batched, order, quiet)
+        for unit, video_THWC in zip(order, together, strict=False):
             assert torch.equal(video_THWC, alone[unit.seed]), (unit.prompt, len(order))
 
 
@@ -160,7 +164,7 @@ def test_a_video_depends_on_the_batch_size_only_by_rounding(zoo, tmp_path):
     found = []
     for size in (1, 3):
         sized = config(zoo, tmp_path, batch_size=size)
-        found.append(sample.generate_batch(models, sized, units[3:4], quiet).frames_BTHWC[0])
+        found.append(videos(models, sized, units[3:4], quiet)[0])
     difference = (found[0].int() - found[1].int()).abs()
     assert int(difference.max()) <= 1  # rounding to uint8 may turn at a half
 

@@ -28,9 +28,10 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import landiff
 from landiff.configs import ConfigError
+from landiff.data_pipeline.video.codec import Mp4Writer
 from landiff.launchers.cli import main
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results import sample, sample_folder
+from landiff.launchers.results import sample
 from landiff.launchers.results.prompts import SampleUnit
 from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
@@ -45,8 +46,9 @@ from landiff.model_zoo.lora.base import base_fingerprint
 from landiff.model_zoo.lora.config import AdapterConfig
 from landiff.model_zoo.lora.modules import adapted_part, adapter_tensors, add_layers
 from landiff.model_zoo.lora.parts import adapter_part
-from landiff.model_zoo.sample.generate import Models, draw_codes, generate
+from landiff.model_zoo.sample.generate import Models, draw_codes
 from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
+from landiff.model_zoo.sample.stream import generate
 from landiff.model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
 from tests.model_zoo.zoo_entries import write_entry
@@ -237,15 +239,14 @@ def test_a_pipeline_knows_the_base_that_it_was_loaded_from(saved, adapters, tmp_
 
 def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch, capsys):
     """All of `landiff sample` but the mp4 file itself, which loses a little."""
-    written = []
+    written = {}
+    add = Mp4Writer.add
 
-    write_mp4 = sample_folder.write_mp4
+    def keep(writer, frames_THWC):
+        written.setdefault(writer.path.name, []).append(torch.from_numpy(frames_THWC))
+        add(writer, frames_THWC)
 
-    def keep(path, frames_THWC, fps, comment):
-        written.append(torch.from_numpy(frames_THWC))
-        write_mp4(path, frames_THWC, fps, comment=comment)
-
-    monkeypatch.setattr(sample_folder, "write_mp4", keep)
+    monkeypatch.setattr(Mp4Writer, "add", keep)
     sample.sample_videos(
         sample_config(
             folder,
@@ -267,7 +268,8 @@ def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch
         output_type="uint8",
         **{**CALL, "num_frames": 17},
     )
-    assert torch.equal(torch.stack(written), found.frames)
+    videos = [torch.cat(written[name]) for name in sorted(written)]
+    assert torch.equal(torch.stack(videos), found.frames)
     shown = capsys.readouterr().out  # two chunks of three sampler steps
     for words in (
         "sample loads: 0/6 models",

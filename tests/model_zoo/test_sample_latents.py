@@ -11,6 +11,7 @@ from torch import Tensor
 
 from landiff.model_zoo.config import ScheduleConfig
 from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.sample.chunks import stream_latents
 from landiff.model_zoo.sample.latents import (
     SamplerOptions,
     SamplerStep,
@@ -19,7 +20,6 @@ from landiff.model_zoo.sample.latents import (
     sample_latents,
     sample_main_latents,
     seeded_noise,
-    stream_latents,
 )
 from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.schedule import NoiseSchedule

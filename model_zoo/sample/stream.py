@@ -1,0 +1,424 @@
+"""Videos from prompts, chunk by chunk, in memory that does not depend on their length.
+
+Each chunk passes through language model, tokenizer decoder, diffusion model and codec, in this
+order. Between chunks only the codes, the last clean latent frames, the features of one chunk and
+the state of the codec are kept.
+
+The language model draws the codes of the whole video at once, with a key/value cache of its length,
+unless `tokens.context_segments` limits what it sees or its prompt changes. Then it draws one
+segment at a time, after a prefix of the segments before it.
+
+Shape letters (docs/glossary.md): B batch (one video per prompt), K codes of a clip, T frames (RGB
+frames of videos, latent frames of latents and features), C channels, H, W height and width of RGB
+frames or latents, h, w height and width in feature cells, L text rows, D width of text states.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.config import TokenSamplingConfig
+from landiff.model_zoo.frozen.base import TextEncoder
+from landiff.model_zoo.sample.chunks import ChunkConditions, sample_chunks, windows
+from landiff.model_zoo.sample.generate import (
+    Models,
+    MotionScores,
+    SampleProgress,
+    check_codes,
+    check_prompts,
+    draw_codes,
+    encode_negatives,
+    encode_separately,
+    motion_scores,
+    warn_of_cut_prompts,
+)
+from landiff.model_zoo.sample.latents import SamplerOptions, SamplerStep, seeded_noise
+from landiff.model_zoo.sample.sizes import check_length, num_chunks
+from landiff.model_zoo.sample.stream_store import StreamStore
+from landiff.model_zoo.sample.texts import Prompt, chunk_of, latent_frame, text_at, texts_of
+from landiff.model_zoo.sample.tokens import Prompts, sample_tokens, seeded_draw
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Videos with the codes and latents that they were decoded from. The frames are uint8."""
+
+    codes_BK: Tensor
+    latents_BTCHW: Tensor
+    frames_BTHWC: Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next frames of a batch of videos.
+
+    latents_BTCHW: new latent frames of the chunk.
+    frames_BTHWC: uint8. The last frames of the latents may follow with the next chunk.
+    num_frames: RGB frames of the whole video.
+    """
+
+    latents_BTCHW: Tensor
+    frames_BTHWC: Tensor
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a batch of videos shows and how it is sampled; the arguments of `generate`."""
+
+    prompts: Sequence[Prompt]
+    num_latent_frames: int
+    tokens: TokenSamplingConfig
+    sampler: SamplerOptions
+    seeds: Sequence[int]
+    motion_score: MotionScores = None
+    negatives: Sequence[str] | None = None
+    clean_frames: int = 7
+
+    @property
+    def drawn_by_segment(self) -> bool:
+        """Whether the language model draws one segment at a time."""
+        changing = any(len(texts_of(prompt)) > 1 for prompt in self.prompts)
+        return changing or self.tokens.context_segments is not None
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts of all prompts, in order."""
+        found: list[str] = []
+        for prompt in self.prompts:
+            found += texts_of(prompt).values()
+        return found
+
+    def check(self, models: Models) -> None:
+        """Raises ConfigError for an empty prompt, a wrong length or models that do not fit."""
+        models.check()
+        check_prompts(self.texts)
+        window = models.diffusion.config.transformer.latent_frames
+        check_length(self.num_latent_frames, window, self.clean_frames)
+        if self.drawn_by_segment and (self.tokens.predict_end or self.tokens.reference_behaviour):
+            raise ConfigError(
+                "tokens.predict_end and tokens.reference_behaviour need the codes of the whole "
+                "video drawn at once: leave out tokens.context_segments and prompts that change"
+            )
+
+
+def generate(
+    models: Models,
+    prompts: Sequence[Prompt],
+    num_latent_frames: int,
+    tokens: TokenSamplingConfig,
+    sampler: SamplerOptions,
+    *,
+    seeds: Sequence[int],
+    motion_score: MotionScores = None,
+    negatives: Sequence[str] | None = None,
+    clean_frames: int = 7,
+    progress: SampleProgress | None = None,
+) -> Generated:
+    """Generates one video per prompt.
+
+    Videos longer than the window of the diffusion model are generated in chunks, each of which
+    continues the last `clean_frames` latent frames of the one before. A video that the language
+    model ends early (`tokens.predict_end`) has the whole chunks before its end.
+
+    A video depends on its own prompt and seed, and on the number of prompts by rounding. It does
+    not depend on the other prompts.
+
+    prompts: one text per video, or texts by frame. A text holds from the chunk on that contains
+        its frame.
+    seeds: one per prompt.
+    motion_score: in frame heights per second, one for all prompts or one for each; None means
+        DEFAULT_MOTION_SCORE.
+    negatives: texts of the unconditional branch of the diffusion model, one per prompt. An empty
+        text, like None, is no text.
+
+    Raises ConfigError for an empty prompt, a length that is not a whole number of chunks, or models
+    that do not fit each other; UnhealthyError if the codes have collapsed.
+    """
+    request = Request(
+        prompts=prompts,
+        num_latent_frames=num_latent_frames,
+        tokens=tokens,
+        sampler=sampler,
+        seeds=seeds,
+        motion_score=motion_score,
+        negatives=negatives,
+        clean_frames=clean_frames,
+    )
+    stream = VideoStream(models, request, progress=progress)
+    chunks = list(stream)
+    return Generated(
+        stream.codes_BK,
+        torch.cat([chunk.latents_BTCHW for chunk in chunks], dim=1),
+        torch.cat([chunk.frames_BTHWC for chunk in chunks], dim=1),
+    )
+
+
+class VideoStream:
+    """Iterator of the chunks of a batch of videos.
+
+    With a store, codes and latents are saved as they come, and a later stream of the same request
+    continues after the last chunk that was saved: it yields the earlier chunks from their latents,
+    and then the same chunks as an undisturbed stream.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        request: Request,
+        *,
+        progress: SampleProgress | None = None,
+        store: StreamStore | None = None,
+    ) -> None:
+        """Errors are those of `generate`."""
+        request.check(models)
+        warn_of_cut_prompts(models.lm_text, request.texts)
+        warn_of_cut_prompts(models.diffusion_text, request.texts)
+        self.models = models
+        self.request = request
+        self.store = store
+        self._progress = progress
+        self._window = models.diffusion.config.transformer.latent_frames
+        self._codes: list[Tensor] = []  # of consecutive whole segments
+        self._lm_states = _TextStates(models.lm_text)
+        self._diffusion_states = _TextStates(models.diffusion_text)
+        if store is not None:
+            self._codes = [codes.to(self._device) for codes in store.codes()]
+
+    @property
+    def codes_BK(self) -> Tensor:
+        """Codes drawn so far, int64 [B, K]."""
+        return torch.cat(self._codes, dim=1)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.models.lm.parameters()).device
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(what, done, total)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Chunk]:
+        if not self.request.drawn_by_segment and not self._codes:
+            self._keep_codes(self._draw_whole())
+        codec = self.models.codec
+        num_frames = 1 + codec.time * (self.num_latent_frames - 1)
+        waiting: deque[Tensor] = deque()
+
+        def parts() -> Iterator[Tensor]:
+            for part_BTCHW in self._latents():
+                waiting.append(part_BTCHW)
+                yield part_BTCHW
+
+        for frames_BTHWC in codec.decode_stream(parts()):
+            latents_BTCHW = torch.cat(list(waiting), dim=1) if waiting else torch.empty(0)
+            waiting.clear()
+            yield Chunk(latents_BTCHW, frames_BTHWC, num_frames)
+
+    @property
+    def num_latent_frames(self) -> int:
+        """Length of the videos: as requested, or the whole chunks before an early end."""
+        clean = self.request.clean_frames
+        total = self._num_semantic_frames
+        first = min(self._window, total)
+        return first + (self._num_chunks - 1) * (first - clean)
+
+    @property
+    def _num_semantic_frames(self) -> int:
+        if self.request.drawn_by_segment:
+            return self.request.num_latent_frames
+        return self.models.lm.layout.num_frames(sum(codes.shape[1] for codes in self._codes))
+
+    @property
+    def _num_chunks(self) -> int:
+        return num_chunks(self._num_semantic_frames, self._window, self.request.clean_frames)
+
+    # ------------------------------------------------------------------------------------ codes
+
+    def _keep_codes(self, codes_BK: Tensor) -> None:
+        """Adds and saves the codes of whole segments."""
+        self._codes.append(codes_BK)
+        if self.store is not None and self.request.num_latent_frames > self._window:
+            self.store.add_codes(codes_BK)
+
+    def _draw_whole(self) -> Tensor:
+        """The codes of the whole video."""
+        request = self.request
+        return draw_codes(
+            self.models.lm,
+            self._lm_text(0),
+            request.num_latent_frames,
+            request.tokens,
+            seeds=request.seeds,
+            motion_score=request.motion_score,
+            progress=self._progress,
+        )
+
+    def _lm_text(self, segment: int) -> tuple[Tensor, Tensor]:
+        """States and lengths of the texts of a segment."""
+        time = self.models.codec.time
+        frames = self.models.lm.layout.segment_frames
+        texts = []
+        for prompt in self.request.prompts:
+            texts.append(text_at(prompt, segment, lambda at: latent_frame(at, time) // frames))
+        return self._lm_states.encode(texts)
+
+    def _draw_segment(self, segment: int) -> Tensor:
+        """The codes of one segment, after those of the segments that it sees."""
+        lm = self.models.lm
+        layout = lm.layout
+        request = self.request
+        total = request.num_latent_frames
+        start = segment * layout.segment_frames
+        frames = min(layout.segment_frames, total - start)
+        told = total
+        seen = self._codes[:segment]
+        if request.tokens.context_segments is not None:
+            seen = seen[max(0, segment - request.tokens.context_segments) :]
+            told = min(total, (request.tokens.context_segments + 1) * layout.segment_frames)
+        prefix_BK = torch.cat(seen, dim=1) if seen else None
+        text_BLD, lengths_B = self._lm_text(segment)
+        batch = len(text_BLD)
+        scores = motion_scores(request.motion_score, batch)
+        seen_frames = len(seen) * layout.segment_frames
+        sampled = sample_tokens(
+            lm,
+            Prompts(
+                text_BLD.to(self._device),
+                torch.tensor(scores, device=self._device),
+                lengths_B.to(self._device),
+                prefix_codes_BK=prefix_BK,
+                align_to_rows=batch > 1,
+                frames_condition=told,
+                span=(max(0, start - seen_frames) / total, (start + frames) / total),
+            ),
+            seen_frames + frames,
+            request.tokens,
+            draw=seeded_draw(
+                request.seeds,
+                layout.num_codes(total),
+                self._device,
+                skip=layout.num_codes(start) if start else 0,
+            ),
+        )
+        self._report("tokens", layout.body_length(start + frames), layout.body_length(total))
+        codes_BK = sampled.codes_BK[:, -layout.num_codes(frames) :]
+        check_codes(codes_BK)
+        return codes_BK
+
+    # --------------------------------------------------------------------------------- features
+
+    def _features(self, first_frame: int) -> Iterator[Tensor]:
+        """Features of consecutive segments from a frame on, [B, T, C, h, w]."""
+        layout = self.models.lm.layout
+        total = self._num_semantic_frames
+        for start in range(0, total, layout.segment_frames):
+            frames = min(layout.segment_frames, total - start)
+            segment = start // layout.segment_frames
+            if self.request.drawn_by_segment and segment >= len(self._codes):
+                self._keep_codes(self._draw_segment(segment))
+            if start + frames <= first_frame:
+                continue
+            codes_BN = self._segment_codes(start, frames)
+            features_BTChw = self.models.tokenizer.decode(codes_BN, frames)
+            yield features_BTChw[:, max(0, first_frame - start) :]
+
+    def _segment_codes(self, start: int, frames: int) -> Tensor:
+        """Codes of the segment from frame `start` on."""
+        layout = self.models.lm.layout
+        if self.request.drawn_by_segment:
+            return self._codes[start // layout.segment_frames]
+        first = layout.num_codes(start) if start else 0
+        return self._codes[0][:, first : first + layout.num_codes(frames)]
+
+    # ---------------------------------------------------------------------------------- latents
+
+    def _latents(self) -> Iterator[Tensor]:
+        """New latents of each chunk, [B, T, C, H, W]: those of the store, then sampled ones."""
+        request = self.request
+        clean = request.clean_frames
+        # One sequence of numbers for all chunks, and not the one that the tokens were drawn with.
+        noise = seeded_noise([seed + 1 for seed in request.seeds])
+        first = 0
+        prefix: Tensor | None = None
+        if self.store is not None:
+            for part_BTCHW in self.store.latents():
+                yield part_BTCHW.to(self._device)
+                joined = part_BTCHW if prefix is None else torch.cat([prefix, part_BTCHW], dim=1)
+                prefix = joined[:, -clean:] if clean else None
+                first += 1
+            if first:
+                noise.restore(self.store.noise_state(first - 1))
+        total = self._num_chunks * request.sampler.num_steps
+        chunk = first
+
+        def report(step: SamplerStep) -> None:
+            self._report("latents", chunk * request.sampler.num_steps + step.step + 1, total)
+
+        self._report("latents", chunk * request.sampler.num_steps, total)
+        parts = sample_chunks(
+            self.models.diffusion,
+            self.models.schedule,
+            self._conditions(first),
+            lambda _chunk: noise,
+            clean=clean,
+            options=request.sampler,
+            first=first,
+            prefix_BTCHW=None if prefix is None else prefix.to(self._device),
+            on_step=report,
+        )
+        for part_BTCHW in parts:
+            if self.store is not None and self._num_chunks > 1:
+                self.store.add_chunk(chunk, part_BTCHW, noise.state)
+            chunk += 1
+            yield part_BTCHW
+
+    def _conditions(self, first: int) -> Iterator[ChunkConditions]:
+        """Conditions of the chunks from a number on."""
+        request = self.request
+        window = min(self._window, self._num_semantic_frames)
+        stride = window - request.clean_frames
+
+        def part_of(frame: int) -> int:
+            latent = latent_frame(frame, self.models.codec.time)
+            return chunk_of(latent, window, request.clean_frames)
+
+        features = windows(
+            self._features(first * stride),
+            self._num_chunks,
+            window,
+            request.clean_frames,
+            first,
+        )
+        for chunk, features_BTChw in enumerate(features, start=first):
+            texts = [text_at(prompt, chunk, part_of) for prompt in request.prompts]
+            text_BLD, _ = self._diffusion_states.encode(texts)
+            negative_BLD = encode_negatives(self.models.diffusion_text, request.negatives, text_BLD)
+            yield ChunkConditions(
+                text_BLD.to(features_BTChw),
+                features_BTChw,
+                None if negative_BLD is None else negative_BLD.to(features_BTChw),
+            )
+
+
+class _TextStates:
+    """The last states of a text encoder, which most chunks use again."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+        self._texts: list[str] = []
+        self._states: tuple[Tensor, Tensor]
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """States [B, L, D] and lengths [B] of texts."""
+        if texts != self._texts:
+            self._states = encode_separately(self._encoder, texts)
+            self._texts = texts
+        return self._states

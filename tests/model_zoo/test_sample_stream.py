@@ -1,0 +1,151 @@
+"""Long videos: the same as at once, in constant memory."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from landiff.configs.base import ConfigError
+from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
+from landiff.model_zoo.frozen.cogvideox_vae import wrap
+from landiff.model_zoo.frozen.dct import DctCodec
+from landiff.model_zoo.frozen.pca import PcaCodec, fit
+from landiff.model_zoo.registry import build_module
+from landiff.model_zoo.sample.generate import Models, draw_codes, draw_latents
+from landiff.model_zoo.sample.latents import SamplerOptions
+from landiff.model_zoo.sample.stream import Request, VideoStream, generate
+from landiff.model_zoo.schedule import NoiseSchedule
+from tests.model_zoo.convert.tiny import MODELS
+from tests.model_zoo.frozen.clips import moving_blobs
+
+CODES = TokenSamplingConfig(guidance=2.0)
+STEPS = SamplerOptions(num_steps=2)
+
+
+class OneText:
+    """Text states that depend on the text's length only."""
+
+    name = fingerprint = "length"
+
+    def __init__(self, dim: int, rows: int) -> None:
+        self.dim = dim
+        self.rows = self.max_length = rows
+
+    def cut_off(self, texts: list[str]) -> list[str]:
+        return [""] * len(texts)
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        states = [torch.full((self.rows, self.dim), len(text) / 8) for text in texts]
+        return torch.stack(states), torch.full((len(texts),), self.rows)
+
+
+def codecs():
+    torch.manual_seed(0)
+    yield DctCodec()
+    yield PcaCodec(fit([moving_blobs(num_frames=9, height=32, width=32)[None]], 8))
+    network = AutoencoderKLCogVideoX(
+        block_out_channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=4
+    )
+    yield wrap(network.eval(), "float32")
+
+
+@pytest.mark.parametrize("codec", codecs(), ids=lambda codec: codec.name)
+@pytest.mark.parametrize("lengths", [(4, 1, 2), (1, 2, 2), (1,)], ids=str)
+def test_a_codec_decodes_parts_like_the_whole(codec, lengths):
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, sum(lengths), codec.channels, 2, 4, generator=generator)
+    parts = list(codec.decode_stream(latents.split(lengths, dim=1)))
+    whole = torch.cat([codec.decode(clip) for clip in latents.split(1)])
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def models() -> Models:
+    torch.manual_seed(0)
+    parts = {}
+    for kind in ("lm", "tokenizer", "diffusion"):
+        model = build_module(kind, getattr(MODELS, kind)).eval()
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("initted"):
+                buffer.fill_(True)
+            elif name.endswith("embed"):  # the codebook
+                buffer.normal_()
+        parts[kind] = model
+    sizes = MODELS.diffusion.transformer
+    videos = [moving_blobs(num_frames=9, height=32, width=48)[None]]
+    return Models(
+        **parts,
+        schedule=NoiseSchedule(ScheduleConfig()),
+        lm_text=OneText(MODELS.lm.text_dim, 2),
+        diffusion_text=OneText(sizes.text_dim, sizes.text_length),
+        codec=PcaCodec(fit(videos, sizes.latent_channels)),
+    )
+
+
+def request(frames: int, *, prompts=("a fox",), seeds=(1,), **options) -> Request:
+    tokens = CODES.model_copy(update=options)
+    return Request(prompts, frames, tokens, STEPS, seeds, clean_frames=1)
+
+
+def frames_of(stream: VideoStream) -> torch.Tensor:
+    return torch.cat([chunk.frames_BTHWC for chunk in stream], dim=1)
+
+
+def test_chunks_are_the_video_that_is_generated_at_once(models):
+    """All codes, then the features of all segments, then all latents, then all frames."""
+    prompts, seeds = ["a fox", "an owl"], [1, 2]
+    found = generate(models, prompts, 9, CODES, STEPS, seeds=seeds, clean_frames=1)
+    text = models.lm_text(prompts)
+    with torch.no_grad():
+        codes_BK = draw_codes(models.lm, text, 9, CODES, seeds=seeds)
+        features_BTChw = models.tokenizer.decode(codes_BK, 9)
+        latents_BTCHW = draw_latents(
+            models.diffusion,
+            models.schedule,
+            models.diffusion_text(prompts)[0],
+            features_BTChw,
+            STEPS,
+            seeds=seeds,
+            clean_frames=1,
+        )
+    assert torch.equal(found.codes_BK, codes_BK)
+    assert torch.equal(found.latents_BTCHW, latents_BTCHW)
+    assert torch.equal(found.frames_BTHWC, models.codec.decode(latents_BTCHW))
+    assert found.frames_BTHWC.shape == (2, 33, 32, 48, 3)
+
+
+def test_segments_after_all_others_are_drawn_like_the_whole(models):
+    """Bit for bit at this size; in general, prefilling a prefix rounds otherwise."""
+    whole = VideoStream(models, request(9))
+    by_segment = VideoStream(models, request(9, context_segments=2))
+    assert torch.equal(frames_of(by_segment), frames_of(whole))
+    assert torch.equal(by_segment.codes_BK, whole.codes_BK)
+    with pytest.raises(ConfigError, match="predict_end"):
+        VideoStream(models, request(9, context_segments=1, predict_end=True))
+
+
+def held_bytes() -> int:
+    """Bytes of all live tensors, each storage counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_memory_does_not_grow_with_the_length(models):
+    """Tensors held after each chunk: between 4 and 40 chunks only the codes may differ."""
+    most = {}
+    for chunks in (4, 40):
+        stream = VideoStream(models, request(3 + 2 * (chunks - 1), context_segments=1))
+        most[chunks] = max(held_bytes() for _ in stream)
+        codes = stream.codes_BK
+    assert most[40] - most[4] <= codes.nbytes
