@@ -309,7 +309,8 @@ class VideoStream:
             ),
         )
         self._report("tokens", layout.body_length(start + frames), layout.body_length(total))
-        codes_BK = sampled.codes_BK[:, -layout.num_codes(frames) :]
+        # A copy, since a view would keep the codes of all segments that were seen.
+        codes_BK = sampled.codes_BK[:, -layout.num_codes(frames) :].clone()
         check_codes(codes_BK)
         return codes_BK
 
