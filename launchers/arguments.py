@@ -11,10 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from landiff.launchers import help_texts
-from landiff.launchers.command_options import add_commands
+from landiff.launchers.command_options import add_other_commands, add_stage_commands
 from landiff.launchers.data.options import add_shape_commands
 from landiff.launchers.project.options import add_project_commands
+from landiff.launchers.results.options import add_result_commands
+from landiff.launchers.run.options import add_run_commands
 from landiff.launchers.version import __version__
+from landiff.launchers.weights.options import add_weight_commands
 
 OVERRIDE = re.compile(r"([A-Za-z_][\w.-]*)=")
 INVALID_CHOICE = re.compile(r"invalid choice: '(.*?)' \(choose from (.*)\)")
@@ -50,8 +53,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"landiff {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    add_commands(commands)
     add_project_commands(commands)
+    add_stage_commands(commands)
+    add_weight_commands(commands)
+    add_result_commands(commands)
+    add_run_commands(commands)
+    add_other_commands(commands)
     add_shape_commands(commands)
     return parser
 

@@ -1,4 +1,6 @@
-"""Options of every `landiff` command. Torch-free.
+"""Options of the `landiff` commands that no subpackage owns, and what all commands share.
+
+Torch-free. The options of the others are in `options.py` of their subpackage.
 
 The function behind each command is listed in `landiff.launchers.cli.find_handler`.
 """
@@ -15,26 +17,21 @@ STAGES = ("shards", "precompute", *TRAINERS, "convert", "sample", "evaluate")
 TASK = "the part of the work that this task does; SLURM arrays set it themselves"
 
 
-def add_commands(commands: Commands) -> None:
-    """Add all commands, in the order of `landiff --help`."""
+def add_stage_commands(commands: Commands) -> None:
+    """Adds `landiff shards`, `precompute` and `train`."""
     add_shards(commands)
     add_precompute(commands)
     add_train(commands)
-    add_convert(commands)
-    add_zoo(commands)
-    add_sample(commands)
-    add_evaluate(commands)
-    add_config(commands)
-    add_completion(commands)
+
+
+def add_other_commands(commands: Commands) -> None:
+    """Adds `landiff quickstart`, `submit`, `plan`, `doctor`, `config` and `completion`."""
     add_quickstart(commands)
     add_submit(commands)
-    add_status(commands)
-    add_logs(commands)
-    add_compare(commands)
-    add_report(commands)
-    add_doctor(commands)
     add_plan(commands)
-    add_stop(commands)
+    add_doctor(commands)
+    add_config(commands)
+    add_completion(commands)
 
 
 def add(
@@ -160,160 +157,6 @@ def add_train(commands: Commands) -> None:
         )
 
 
-def add_convert(commands: Commands) -> None:
-    """`landiff convert`."""
-    convert = add(
-        commands,
-        "convert",
-        "Convert weights between formats; export the newest checkpoint of a run to the zoo.",
-        epilog=help_texts.CONVERT,
-    )
-    convert.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="run, checkpoint, zoo entry, or file or folder of weights; with --to diffusers also a "
-        "config of `landiff sample`; `inspect PATH` describes the weights at PATH",
-    )
-    convert.add_argument(
-        "--to",
-        choices=["zoo", "release", "megatron", "deepspeed", "diffusers", "transformers"],
-        default="zoo",
-        help="format to write (default: zoo)",
-    )
-    convert.add_argument(
-        "--name",
-        help="name of the zoo entry; several models are named NAME-<kind> (default: their kinds)",
-    )
-    convert.add_argument("--out", metavar="FOLDER", help="new folder; for all formats but zoo")
-    convert.add_argument("--zoo", default="zoo", help="zoo folder (default: zoo)")
-    convert.add_argument(
-        "--model",
-        default="landiff/model",
-        help="model sizes of a release, or of a Megatron folder without its config.yaml: packaged "
-        "config or .yaml file (default: landiff/model)",
-    )
-    convert.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="cast the weights (default: keep their dtype)",
-    )
-    convert.add_argument(
-        "--allow-missing",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="keys that the source may lack, with the wildcards * and ?; they are initialised as "
-        "in a new model",
-    )
-    convert.add_argument(
-        "--merge",
-        nargs="?",
-        type=float,
-        const=1.0,
-        metavar="SCALE",
-        help="add the adapters among the sources to their base, which is a source too (SCALE: 1)",
-    )
-    convert.add_argument(
-        "--weights",
-        choices=["ema", "raw"],
-        help="of a run: the moving average of the weights, or the weights themselves (default: the "
-        "average, if the checkpoint holds one)",
-    )
-    convert.add_argument(
-        "--weights-only",
-        action="store_true",
-        help="--to megatron or deepspeed: drop the optimizer of a checkpoint",
-    )
-    convert.add_argument(
-        "--world-size",
-        type=int,
-        metavar="N",
-        help="--to deepspeed: number of ranks (default: that of the source)",
-    )
-    convert.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="read the headers and check every key; change nothing",
-    )
-
-
-def add_zoo(commands: Commands) -> None:
-    """`landiff zoo`."""
-    zoo = add(commands, "zoo", "List, show or verify entries of the zoo.")
-    zoo.add_argument("action", choices=["list", "show", "verify"])
-    zoo.add_argument("reference", nargs="?", help="name, name@fingerprint or path")
-    zoo.add_argument("--zoo", default="zoo", help="zoo folder (default: zoo)")
-
-
-def add_sample(commands: Commands) -> None:
-    """`landiff sample`."""
-    example = help_texts.OVERRIDES.format(example="seed=7 guidance=6.5")
-    sample = add(
-        commands,
-        "sample",
-        "Generate a video for each prompt.",
-        config="nano/sample",
-        epilog=example + help_texts.PROMPTS,
-    )
-    sample.add_argument(
-        "prompts",
-        nargs="*",
-        metavar="PROMPT_OR_KEY=VALUE",
-        help="prompts (default: those of the config); everything after -- is a prompt",
-    )
-    sample.add_argument(
-        "--prompts",
-        dest="prompts_file",
-        metavar="FILE",
-        help="file of prompts: .txt (one per line), .csv or .jsonl (prompt, seed, frames, motion, "
-        "negative); - reads lines from standard input",
-    )
-    sample.add_argument(
-        "--seeds", metavar="A-B,C", help="seeds of each prompt; one video for each of them"
-    )
-    sample.add_argument(
-        "--num-videos", type=int, metavar="N", help="videos for each prompt and seed (default: 1)"
-    )
-    sample.add_argument(
-        "--nproc",
-        type=int,
-        metavar="N",
-        help="processes on this machine that divide the videos, each with its own GPU (default: 1)",
-    )
-    sample.add_argument("--task", metavar="I/N", help=TASK)
-
-
-def add_evaluate(commands: Commands) -> None:
-    """`landiff evaluate`."""
-    evaluate = add(
-        commands,
-        "evaluate",
-        "Compare losses under right and wrong conditions: do the models use their conditions?",
-        config="nano/evaluate",
-        epilog=help_texts.OVERRIDES.format(example="seeds=5") + help_texts.VBENCH,
-    )
-    evaluate.add_argument(
-        "action",
-        nargs="?",
-        choices=["conditions", "vbench"],
-        default="conditions",
-        help="conditions (default), or vbench: sample the prompts of VBench, run it and score it; "
-        "its config is that of `landiff sample`",
-    )
-    evaluate.add_argument(
-        "--vbench-python", metavar="PATH", help="vbench: Python of an environment with vbench"
-    )
-    evaluate.add_argument(
-        "--dimensions", metavar="A,B", help="vbench: dimensions to evaluate (default: all 16)"
-    )
-    evaluate.add_argument(
-        "--augmented",
-        metavar="FILE",
-        help="vbench: JSON object of official to augmented prompts, which videos are made from",
-    )
-
-
 def add_config(commands: Commands) -> None:
     """`landiff config`."""
     config = add(
@@ -384,114 +227,6 @@ def add_selection(command: argparse.ArgumentParser, prefix: str) -> None:
     )
 
 
-def add_submit(commands: Commands) -> None:
-    """`landiff submit`. Arguments of the stage are parsed later, with the stage's own parser."""
-    submit = add(
-        commands,
-        "submit",
-        "Submit a stage, or the whole pipeline, as SLURM jobs.",
-        epilog=help_texts.SUBMIT,
-        allow_abbrev=False,
-    )
-    submit.add_argument(
-        "stage",
-        metavar="STAGE",
-        choices=[*STAGES, "pipeline"],
-        help="shards, tokenizer, precompute, lm, diffusion, convert, sample, evaluate; or pipeline",
-    )
-    submit.add_argument(
-        "--cluster",
-        required=True,
-        metavar="NAME",
-        help="packaged cluster file (local, sandbox) or the .yaml file of your site",
-    )
-    submit.add_argument(
-        "--nodes", type=int, metavar="N", help="nodes of a trainer (default: the cluster file's)"
-    )
-    submit.add_argument(
-        "--preset", default="nano", help=f"pipeline: {help_texts.PRESET} (default: nano)"
-    )
-    submit.add_argument(
-        "--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)"
-    )
-    add_selection(submit, "pipeline: ")
-    submit.add_argument(
-        "--after",
-        action="append",
-        metavar="JOB",
-        help="start after this job has succeeded (may be repeated)",
-    )
-    submit.add_argument(
-        "--here",
-        action="store_true",
-        help="run now, in this allocation (salloc), instead of queueing",
-    )
-    submit.add_argument("--take-over", action="store_true", help=help_texts.TAKE_OVER)
-    submit.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print resolved configs, plan and batch scripts; change nothing",
-    )
-
-
-def add_status(commands: Commands) -> None:
-    """`landiff status`."""
-    status = add(
-        commands, "status", "Show runs: job, step, speed, time left, restarts, last error."
-    )
-    status.add_argument("run", nargs="?", help="run folder (default: all below runs/)")
-    status.add_argument("--all", action="store_true", help="all runs below runs/")
-    status.add_argument("--json", action="store_true", help="print JSON")
-
-
-def add_logs(commands: Commands) -> None:
-    """`landiff logs`."""
-    logs = add(commands, "logs", "Show a run's log; a failed rank's log comes first.")
-    logs.add_argument("run", help="run folder")
-    logs.add_argument(
-        "--rank",
-        type=int,
-        help="rank to show (default: the batch script's log, and the end of a failed rank's)",
-    )
-    logs.add_argument(
-        "--lines", type=int, default=40, metavar="N", help="number of last lines (default: 40)"
-    )
-    logs.add_argument(
-        "--follow", action="store_true", help="print new lines as they are written; Ctrl-C ends"
-    )
-
-
-def add_compare(commands: Commands) -> None:
-    """`landiff compare`."""
-    compare = add(
-        commands,
-        "compare",
-        "Compare runs: differing config keys, curves by step, last validation.",
-        epilog=help_texts.COMPARE,
-    )
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more")
-    compare.add_argument(
-        "--metric",
-        action="append",
-        metavar="TAG",
-        help="metric to compare, with * and ? as wildcards (may be repeated; default: loss in "
-        "training and validation)",
-    )
-    compare.add_argument("--plot", metavar="FILE", help="also draw the curves into this PNG file")
-    compare.add_argument("--json", action="store_true", help="print JSON, with all logged steps")
-
-
-def add_report(commands: Commands) -> None:
-    """`landiff report`."""
-    report = add(
-        commands,
-        "report",
-        "Write one HTML page about a run: curves, previews, validation, config, errors.",
-    )
-    report.add_argument("run", help="run folder")
-    report.add_argument("--out", metavar="FILE", help="page to write (default: RUN/report.html)")
-
-
 def add_doctor(commands: Commands) -> None:
     """`landiff doctor`."""
     doctor = add(
@@ -557,8 +292,51 @@ def add_plan(commands: Commands) -> None:
     plan.add_argument("--json", action="store_true", help="print JSON")
 
 
-def add_stop(commands: Commands) -> None:
-    """`landiff stop`."""
-    stop = add(commands, "stop", "Ask a run to save a checkpoint and end.")
-    stop.add_argument("run", help="run folder")
-    stop.add_argument("--restart", action="store_true", help="save and restart, as at a time limit")
+def add_submit(commands: Commands) -> None:
+    """`landiff submit`. Arguments of the stage are parsed later, with the stage's own parser."""
+    submit = add(
+        commands,
+        "submit",
+        "Submit a stage, or the whole pipeline, as SLURM jobs.",
+        epilog=help_texts.SUBMIT,
+        allow_abbrev=False,
+    )
+    submit.add_argument(
+        "stage",
+        metavar="STAGE",
+        choices=[*STAGES, "pipeline"],
+        help="shards, tokenizer, precompute, lm, diffusion, convert, sample, evaluate; or pipeline",
+    )
+    submit.add_argument(
+        "--cluster",
+        required=True,
+        metavar="NAME",
+        help="packaged cluster file (local, sandbox) or the .yaml file of your site",
+    )
+    submit.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of a trainer (default: the cluster file's)"
+    )
+    submit.add_argument(
+        "--preset", default="nano", help=f"pipeline: {help_texts.PRESET} (default: nano)"
+    )
+    submit.add_argument(
+        "--prompt", action="append", help="pipeline: prompt to sample at the end (may be repeated)"
+    )
+    add_selection(submit, "pipeline: ")
+    submit.add_argument(
+        "--after",
+        action="append",
+        metavar="JOB",
+        help="start after this job has succeeded (may be repeated)",
+    )
+    submit.add_argument(
+        "--here",
+        action="store_true",
+        help="run now, in this allocation (salloc), instead of queueing",
+    )
+    submit.add_argument("--take-over", action="store_true", help=help_texts.TAKE_OVER)
+    submit.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print resolved configs, plan and batch scripts; change nothing",
+    )

@@ -29,6 +29,15 @@ def visible_gpus() -> int:
     return count_gpus(Path("/dev"), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def one_gpu(number: int) -> dict[str, str]:
+    """Environment variable that selects visible GPU `number`; none on a machine without GPUs."""
+    if not visible_gpus():
+        return {}
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    name = str(number) if names is None else names.split(",")[number].strip()
+    return {"CUDA_VISIBLE_DEVICES": name}
+
+
 def default_processes(config: Config) -> int:
     """One process per GPU; on a machine without GPUs, those that one copy of the model needs."""
     return visible_gpus() or copy_size(config)

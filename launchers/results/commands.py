@@ -6,7 +6,6 @@ Torch is imported after the checks.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from landiff.launchers.checks import load_checked
 from landiff.launchers.commands import load_for_job, parse_task, print_dry_run
 from landiff.launchers.config import EvaluateConfig, SampleConfig
 from landiff.launchers.local.children import environment
-from landiff.launchers.local.gpus import check_processes, visible_gpus
+from landiff.launchers.local.gpus import check_processes, one_gpu, visible_gpus
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.prompts import sample_units, sample_values
 from landiff.model_zoo.evaluate.vbench import DIMENSIONS
@@ -88,15 +87,6 @@ def without_option(argv: Sequence[str], option: str) -> list[str]:
         elif not word.startswith(f"{option}="):
             kept.append(word)
     return [*kept, *words[end:]]
-
-
-def one_gpu(number: int) -> dict[str, str]:
-    """Environment variable that selects visible GPU `number`; none on a machine without GPUs."""
-    if not visible_gpus():
-        return {}
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    name = str(number) if names is None else names.split(",")[number].strip()
-    return {"CUDA_VISIBLE_DEVICES": name}
 
 
 def describe_sample(config: SampleConfig) -> str:

@@ -14,10 +14,10 @@ from landiff.model_zoo.config import (
     ModelConfig,
     SemanticConditionConfig,
     TokenizerConfig,
-    TransformerConfig,
 )
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import VAE, Part, build_meta
+from tests.model_zoo.tiny_diffusion import TINY
 
 MODELS = ModelConfig(
     tokenizer=TokenizerConfig(
@@ -50,18 +50,7 @@ MODELS = ModelConfig(
         micro_frequency_dim=16,
     ),
     diffusion=DiffusionConfig(
-        transformer=TransformerConfig(
-            latent_channels=4,
-            latent_frames=3,
-            latent_height=4,
-            latent_width=6,
-            hidden_size=32,
-            num_layers=3,
-            num_heads=2,
-            time_embed_dim=16,
-            text_length=5,
-            text_dim=12,
-        ),
+        transformer=TINY.transformer,
         control_layers=2,
         semantic=SemanticConditionConfig(
             feature_channels=6,

@@ -1,0 +1,80 @@
+"""Options of the commands that generate and evaluate videos. Torch-free."""
+
+from __future__ import annotations
+
+from landiff.launchers import help_texts
+from landiff.launchers.command_options import TASK, Commands, add
+
+
+def add_result_commands(commands: Commands) -> None:
+    """Adds `landiff sample` and `landiff evaluate`."""
+    add_sample(commands)
+    add_evaluate(commands)
+
+
+def add_sample(commands: Commands) -> None:
+    """`landiff sample`."""
+    example = help_texts.OVERRIDES.format(example="seed=7 guidance=6.5")
+    sample = add(
+        commands,
+        "sample",
+        "Generate a video for each prompt.",
+        config="nano/sample",
+        epilog=example + help_texts.PROMPTS,
+    )
+    sample.add_argument(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT_OR_KEY=VALUE",
+        help="prompts (default: those of the config); everything after -- is a prompt",
+    )
+    sample.add_argument(
+        "--prompts",
+        dest="prompts_file",
+        metavar="FILE",
+        help="file of prompts: .txt (one per line), .csv or .jsonl (prompt, seed, frames, motion, "
+        "negative); - reads lines from standard input",
+    )
+    sample.add_argument(
+        "--seeds", metavar="A-B,C", help="seeds of each prompt; one video for each of them"
+    )
+    sample.add_argument(
+        "--num-videos", type=int, metavar="N", help="videos for each prompt and seed (default: 1)"
+    )
+    sample.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="processes on this machine that divide the videos, each with its own GPU (default: 1)",
+    )
+    sample.add_argument("--task", metavar="I/N", help=TASK)
+
+
+def add_evaluate(commands: Commands) -> None:
+    """`landiff evaluate`."""
+    evaluate = add(
+        commands,
+        "evaluate",
+        "Compare losses under right and wrong conditions: do the models use their conditions?",
+        config="nano/evaluate",
+        epilog=help_texts.OVERRIDES.format(example="seeds=5") + help_texts.VBENCH,
+    )
+    evaluate.add_argument(
+        "action",
+        nargs="?",
+        choices=["conditions", "vbench"],
+        default="conditions",
+        help="conditions (default), or vbench: sample the prompts of VBench, run it and score it; "
+        "its config is that of `landiff sample`",
+    )
+    evaluate.add_argument(
+        "--vbench-python", metavar="PATH", help="vbench: Python of an environment with vbench"
+    )
+    evaluate.add_argument(
+        "--dimensions", metavar="A,B", help="vbench: dimensions to evaluate (default: all 16)"
+    )
+    evaluate.add_argument(
+        "--augmented",
+        metavar="FILE",
+        help="vbench: JSON object of official to augmented prompts, which videos are made from",
+    )
