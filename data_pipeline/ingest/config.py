@@ -199,7 +199,7 @@ class ShardsConfig(Config):
     clip.
 
     All clips have num_frames, height and width; or each clip has the nearest of `buckets` that it
-    fits.
+    fits. With a shape of one frame, images are clips too.
     """
 
     source: str = Field(
@@ -221,7 +221,8 @@ class ShardsConfig(Config):
     buckets: tuple[Bucket, ...] = Field(
         default=(),
         description="Clip shapes, instead of num_frames, height and width. A clip gets the shape "
-        "with the nearest aspect ratio that it is long enough for, and of those the longest.",
+        "with the nearest aspect ratio that it is long enough for, and of those the longest. "
+        "Shapes of one frame are for images, unless all have one frame.",
     )
     max_spans: PositiveInt = Field(
         default=1,
@@ -293,6 +294,11 @@ class ShardsConfig(Config):
         shape = (self.num_frames, self.height, self.width)
         assert self.num_frames and self.height and self.width, shape  # checked by the validator
         return (Bucket(num_frames=self.num_frames, height=self.height, width=self.width),)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether images are clips: a clip shape has one frame."""
+        return any(shape.num_frames == 1 for shape in self.shapes)
 
     def identity(self) -> dict[str, Any]:
         """The values that must be equal for two runs to write into one folder.

@@ -49,13 +49,15 @@ class Filters:
             motion: Motion of the same frames.
         """
         return (
-            self._check_motion(motion)
+            self._check_motion(motion, num_frames=len(frames_THWC))
             or self._check_brightness(frames_THWC)
             or self._check_static(frames_THWC)
             or self._check_text(frames_THWC)
         )
 
-    def _check_motion(self, motion: Motion) -> DecodeFailure | None:
+    def _check_motion(self, motion: Motion, *, num_frames: int) -> DecodeFailure | None:
+        if num_frames == 1:  # an image
+            return None
         least, most = self.config.motion_min, self.config.motion_max
         if least is not None and motion.mean < least:
             return _below("little_motion", "motion", motion.mean, least)

@@ -56,13 +56,17 @@ class VideoProbe:
     crop: Crop = NO_CROP  # fractions of the picture: left, top, right, bottom
     conversions: tuple[str, ...] = ()  # those that make its first frame progressive SDR
     failure: DecodeFailure | None = None
+    is_image: bool = False  # it has one frame
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; an infinite end of a shot is None."""
         shots = []
         for start, end in self.shots:
             shots.append((start, None if math.isinf(end) else end))
-        return asdict(self) | {"shots": shots}
+        plain = asdict(self) | {"shots": shots}
+        if not self.is_image:
+            del plain["is_image"]  # as in probes from before there were images
+        return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> VideoProbe:
@@ -109,7 +113,15 @@ class VideoProber:
             if self.config.filters.letterbox:
                 crop = border.crop()
                 aspect *= (1 - crop[0] - crop[2]) / (1 - crop[1] - crop[3])
-        return VideoProbe(sha256, info.duration_s, aspect, shots, crop, info.conversions)
+        return VideoProbe(
+            sha256,
+            info.duration_s,
+            aspect,
+            shots,
+            crop,
+            info.conversions,
+            is_image=info.is_image,
+        )
 
     def _find_shots(self, batches: Iterator[Scanned]) -> Shots:
         """The shots of a video. Reads all batches, also if shots are not to be found."""

@@ -54,6 +54,7 @@ NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS, a flag of raw stream formats
 DISPLAY_STAMPED = frozenset(("mpegts", "mpeg"))  # formats whose timestamps are display times
 CLOCK_PACKETS = 64  # packets that are read to find out whether timestamps are display times
 DEINTERLACER = "bwdif"
+IMAGE_CODECS = frozenset(("gif", "mjpeg", "png", "webp"))
 DOLBY_VISION = frozenset((SideDataType.DOVI_METADATA, SideDataType.DOVI_RPU_BUFFER))
 
 TimedFrame = tuple[float, av.VideoFrame | None]  # display time in s; None: the end of the video
@@ -175,7 +176,10 @@ class Video:
         Raises Refused if its colours cannot be converted.
         """
         tags = tags_of(frame).or_else(self.tags)
-        has_metadata = any(data.type in DOLBY_VISION for data in frame.side_data)
+        has_metadata = False
+        if self.context.name not in IMAGE_CODECS:
+            # Images may carry data that PyAV does not know (Exif), at which it raises an error.
+            has_metadata = any(data.type in DOLBY_VISION for data in frame.side_data)
         refuse_dolby_vision(self.stream.codec_context.codec_tag, has_metadata, tags)
         return find_conversion(tags)
 
@@ -245,7 +249,10 @@ def open_video(file: io.RawIOBase, max_pixels: int, *, strict: bool = True) -> V
     if context is None:
         raise Refused("unknown_codec")
     if context.width <= 0 or context.height <= 0:
-        raise Refused("no_dimensions")
+        detail = ""
+        if context.name == "webp":
+            detail = "perhaps an animated WebP, which FFmpeg does not decode; convert it to GIF"
+        raise Refused("no_dimensions", detail)
     if context.width * context.height > max_pixels:
         raise Refused("too_large", f"{context.width}x{context.height}")
     strict_name = None
@@ -298,6 +305,7 @@ def probe(file: io.RawIOBase, max_pixels: int, hdr: str, interlaced: str) -> Vid
             duration_s=float(extent.ticks * time_base),
             aspect=aspect,
             conversions=conversions,
+            is_image=extent.packets == 1,
         )
 
 
@@ -308,13 +316,15 @@ class PacketExtent:
     first: float | None = None  # start of the earliest packet
     last: float = 0.0  # end of the latest packet
     unstamped: float = 0.0  # total duration of packets without a timestamp
+    packets: int = 0  # with data
 
     def add(self, packet: av.Packet, default_ticks: float) -> None:
         """Include a packet. `default_ticks` is its duration if it has none."""
+        self.packets += packet.size > 0  # the last packet is empty, it flushes the decoder
         duration = packet.duration or default_ticks
         stamp = packet.pts if packet.pts is not None else packet.dts
         if stamp is None:
-            if packet.size:  # the last packet is empty, it flushes the decoder
+            if packet.size:
                 self.unstamped += duration
         elif self.first is None:
             self.first = stamp

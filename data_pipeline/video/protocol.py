@@ -87,6 +87,7 @@ class VideoInfo:
     duration_s: float
     aspect: float = 0.0  # width / height as displayed: rotated, with square pixels
     conversions: tuple[str, ...] = ()  # needed by the first frame: "smpte2084/bt2020", "bwdif"
+    is_image: bool = False  # it has one frame
 
 
 @dataclass(frozen=True)

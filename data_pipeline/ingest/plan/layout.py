@@ -193,8 +193,8 @@ def plan_spans(
     config: ShardsConfig, clip: SourceClip, probe: VideoProbe
 ) -> Iterator[tuple[float, Bucket]]:
     """(start in s, shape) of at most `max_spans` spans, one after the other, none across a cut."""
-    shapes = config.shapes
-    spans_left = config.max_spans
+    shapes = shapes_for(config.shapes, is_image=probe.is_image)
+    spans_left = 1 if probe.is_image else config.max_spans
     end_s = min(clip.end_s, probe.duration_s)
     for shot_start_s, shot_end_s in probe.shots or ((0.0, math.inf),):
         begin_s = max(clip.start_s, shot_start_s)
@@ -211,6 +211,17 @@ def plan_spans(
             spans_left -= 1
 
 
+def shapes_for(shapes: Sequence[Bucket], *, is_image: bool) -> list[Bucket]:
+    """The shapes that clips of an image, or of a video, can have.
+
+    Shapes of one frame are for images. Videos have them only if there are no others.
+    """
+    single = [shape for shape in shapes if shape.num_frames == 1]
+    if is_image:
+        return single
+    return [shape for shape in shapes if shape.num_frames > 1] or single
+
+
 def best_shape(
     shapes: Sequence[Bucket], *, fps: float, aspect: float, length_s: float
 ) -> Bucket | None:
@@ -222,7 +233,7 @@ def best_shape(
     fitting = [shape for shape in shapes if (shape.num_frames - 1) / fps < length_s - 1e-6]
     if not fitting:
         return None
-    if len(shapes) == 1:
+    if len(fitting) == 1:
         return fitting[0]
 
     def preference(shape: Bucket) -> tuple[float, int, int, int]:
@@ -248,7 +259,8 @@ def _duplicate_detail(clip: SourceClip, start_s: float, *, first_name: str) -> s
 def _too_short(config: ShardsConfig, clip: SourceClip, probe: VideoProbe) -> str:
     """Detail of a reject: how long the clip is, and how long it must be."""
     length_s = max(0.0, min(clip.end_s, probe.duration_s) - clip.start_s)
-    frames = min(shape.num_frames for shape in config.shapes)
+    shapes = shapes_for(config.shapes, is_image=probe.is_image) or config.shapes
+    frames = min(shape.num_frames for shape in shapes)
     needed_s = (frames - 1) / config.fps
     shots = f" in {len(probe.shots)} shots" if probe.shots else ""
     return (

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.video.codec import DecodeFailure, VideoFile
 
 VIDEO_SUFFIXES = frozenset(
@@ -33,6 +34,7 @@ VIDEO_SUFFIXES = frozenset(
         ".y4m",
     )
 )
+IMAGE_SUFFIXES = frozenset((".jpeg", ".jpg", ".png", ".webp"))  # clips of one frame, if wanted
 # In order of preference: the first file that holds a caption is used.
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 COMPRESSIONS = frozenset((".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma"))
@@ -153,9 +155,16 @@ def kind_of(name: str) -> str:
     return printable(suffix)
 
 
+def clip_suffixes(config: ShardsConfig) -> frozenset[str]:
+    """Suffixes of the files that are clips: videos, and images if a clip shape has one frame."""
+    if config.takes_images:
+        return VIDEO_SUFFIXES | IMAGE_SUFFIXES
+    return VIDEO_SUFFIXES
+
+
 def hint_for_missing(path: Path) -> str:
     """The end of a message: the file that a name without suffix may mean; "" if there is none."""
-    for suffix in sorted(VIDEO_SUFFIXES):
+    for suffix in sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES):
         candidate = path.with_name(path.name + suffix) if path.name else path
         if os.path.isfile(candidate):  # False also for a name that is too long
             return f"; there is {printable(candidate.name)}: give names of files with their suffix"

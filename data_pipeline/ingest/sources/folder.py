@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import stat
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from landiff.data_pipeline.ingest.config import ColumnsConfig
 from landiff.data_pipeline.ingest.sources.entries import (
     CAPTION_SUFFIXES,
-    VIDEO_SUFFIXES,
     IgnoredFiles,
     SourceClip,
     TarFile,
@@ -163,30 +162,33 @@ def _link_problem(folder: Folder, path: str, followed: set[str]) -> str:
 
 
 def folder_entries(
-    root: Path, columns: ColumnsConfig
+    root: Path, columns: ColumnsConfig, suffixes: Set[str]
 ) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
-    """The entries of a folder without a table: videos with captions beside them, and tars."""
+    """The entries of a folder without a table: clips with captions beside them, and tars.
+
+    `suffixes`: of the files that are clips.
+    """
     for found in walk_files(root):
         if isinstance(found, FolderFile):
-            yield from _file_entries(found, columns)
+            yield from _file_entries(found, columns, suffixes)
         else:
             yield found
 
 
 def _file_entries(
-    file: FolderFile, columns: ColumnsConfig
+    file: FolderFile, columns: ColumnsConfig, suffixes: Set[str]
 ) -> Iterator[SourceClip | TarFile | IgnoredFiles]:
     """The clips, tars and ignored files that one file stands for."""
     stem, suffix = split_name(file.name)
-    clip_or_tar = (suffix in VIDEO_SUFFIXES or suffix == ".tar") and not is_apple_double(file.name)
+    clip_or_tar = (suffix in suffixes or suffix == ".tar") and not is_apple_double(file.name)
     if clip_or_tar and file.problem:
         failure = DecodeFailure("unreadable_file", file.problem)
         yield SourceClip(printable(file.relative), VideoFile(Path(file.path)), "", failure=failure)
     elif clip_or_tar and suffix == ".tar":
         yield TarFile(Path(file.path))
     elif clip_or_tar:
-        yield from _video(file, stem, columns)
-    elif suffix not in CAPTION_SUFFIXES or not _videos(file.folder.siblings(stem)):
+        yield from _video(file, stem, columns, suffixes)
+    elif suffix not in CAPTION_SUFFIXES or not _videos(file.folder.siblings(stem), suffixes):
         yield IgnoredFiles(_kind(file), printable(file.relative))
 
 
@@ -197,13 +199,13 @@ def _kind(file: FolderFile) -> str:
     return "special_file" if file.problem else kind_of(file.name)
 
 
-def _videos(siblings: list[tuple[str, str]]) -> list[str]:
-    """Names of the videos among the results of `Folder.siblings`."""
-    return [name for name, suffix in siblings if suffix in VIDEO_SUFFIXES]
+def _videos(siblings: list[tuple[str, str]], suffixes: Set[str]) -> list[str]:
+    """Names of the clips among the results of `Folder.siblings`."""
+    return [name for name, suffix in siblings if suffix in suffixes]
 
 
 def _video(
-    file: FolderFile, stem: str, columns: ColumnsConfig
+    file: FolderFile, stem: str, columns: ColumnsConfig, suffixes: Set[str]
 ) -> Iterator[SourceClip | IgnoredFiles]:
     """One video, and the unused caption files beside it."""
     folder = file.folder
@@ -233,6 +235,6 @@ def _video(
     )
     if used:
         unused += [name for name in files if printable(name) != used]
-    if unused and file.name == _videos(siblings)[0]:
+    if unused and file.name == _videos(siblings, suffixes)[0]:
         for name in unused:
             yield IgnoredFiles(kind_of(name), printable(folder.prefix + name))

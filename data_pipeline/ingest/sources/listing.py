@@ -7,7 +7,7 @@ clip with a failure, or ignored and counted by kind (docs/sources.md).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,11 +19,13 @@ from landiff.data_pipeline.ingest.config import ColumnsConfig, ShardsConfig
 from landiff.data_pipeline.ingest.sources.content_kinds import describe_file_content
 from landiff.data_pipeline.ingest.sources.entries import (
     COMPRESSIONS,
+    IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     IgnoredFiles,
     SourceClip,
     Tally,
     TarFile,
+    clip_suffixes,
 )
 from landiff.data_pipeline.ingest.sources.folder import folder_entries
 from landiff.data_pipeline.ingest.sources.tables import (
@@ -47,10 +49,11 @@ class Listing:
 
     entries: Callable[[], Iterator[Entry]]  # in an order that depends on the source alone
     columns: ColumnsConfig = ColumnsConfig()
+    suffixes: Set[str] = VIDEO_SUFFIXES  # of the files that are clips
 
     def members(self, tar: TarFile) -> Iterator[SourceClip | IgnoredFiles]:
         """The clips and ignored members of a tar."""
-        return tar_entries(tar.path, self.columns)
+        return tar_entries(tar.path, self.columns, self.suffixes)
 
     def clips(self) -> Iterator[SourceClip]:
         """All clips, including those in tars."""
@@ -67,12 +70,13 @@ def list_source(config: ShardsConfig) -> Listing:
     Raises ConfigError if the source is missing, has no clips, or lacks a column.
     """
     columns = config.columns
+    suffixes = clip_suffixes(config)
     path = Path(config.source)
     if config.source == "packaged":
         path = ASSETS / "captions.jsonl"
     suffix = path.suffix.lower()
     if not path.is_dir() and suffix == ".tar":
-        return _tars(config.source, columns)
+        return _tars(config.source, columns, suffixes)
     if not path.is_dir() and (suffix in COMPRESSIONS or suffix in ARCHIVES):
         raise ConfigError(
             f"source: {str(path)!r} is compressed, which does not make videos smaller; "
@@ -85,16 +89,16 @@ def list_source(config: ShardsConfig) -> Listing:
         )
     if path.is_dir():
         table = _table_in(path)
-        listing = _folder(path, table, columns)
+        listing = _folder(path, table, columns, suffixes)
     else:
         table = path
         _check_table(path)
-        listing = Listing(lambda: table_entries(path, columns), columns)
+        listing = Listing(lambda: table_entries(path, columns), columns, suffixes)
     _check_not_empty(config, listing, table)
     return listing
 
 
-def _tars(source: str, columns: ColumnsConfig) -> Listing:
+def _tars(source: str, columns: ColumnsConfig, suffixes: Set[str]) -> Listing:
     """The listing of tars that a pattern names. Raises ConfigError if one does not exist."""
     names = list(islice(braceexpand.braceexpand(source), MAX_TARS + 1))
     if len(names) > MAX_TARS:
@@ -108,7 +112,7 @@ def _tars(source: str, columns: ColumnsConfig) -> Listing:
             first += ", ..."
         count = f"{len(missing)} of {len(names)} tars do" if len(names) > 1 else "the tar does"
         raise ConfigError(f"source = {source!r}: {count} not exist: {first}")
-    return Listing(lambda: (TarFile(Path(name)) for name in names), columns)
+    return Listing(lambda: (TarFile(Path(name)) for name in names), columns, suffixes)
 
 
 def _table_in(folder: Path) -> Path | None:
@@ -121,11 +125,13 @@ def _table_in(folder: Path) -> Path | None:
         ) from None
 
 
-def _folder(folder: Path, table: Path | None, columns: ColumnsConfig) -> Listing:
+def _folder(
+    folder: Path, table: Path | None, columns: ColumnsConfig, suffixes: Set[str]
+) -> Listing:
     """The listing of a folder, which `table` describes if it has one."""
     if table is not None:
-        return Listing(lambda: folder_table_entries(folder, table, columns), columns)
-    return Listing(lambda: folder_entries(folder, columns), columns)
+        return Listing(lambda: folder_table_entries(folder, table, columns), columns, suffixes)
+    return Listing(lambda: folder_entries(folder, columns, suffixes), columns, suffixes)
 
 
 def _check_table(path: Path) -> None:
@@ -156,7 +162,10 @@ def _check_not_empty(config: ShardsConfig, listing: Listing, table: Path | None)
     held = f"; it holds {ignored}" if ignored.counts else ""
     if table is not None:
         held = f": {table} has no rows{held}"
+    images = ""
+    if not config.takes_images and any(suffix in IMAGE_SUFFIXES for suffix in ignored.counts):
+        images = "; images are clips of one frame: num_frames=1, or a bucket of one frame"
     raise ConfigError(
-        f"source = {config.source!r} holds no videos{held}; known video names end in "
-        f"{' '.join(sorted(VIDEO_SUFFIXES))}"
+        f"source = {config.source!r} holds no videos{held}{images}; known names end in "
+        f"{' '.join(sorted(clip_suffixes(config)))}"
     )

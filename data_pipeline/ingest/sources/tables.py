@@ -22,6 +22,7 @@ import numpy as np
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.ingest.config import ColumnsConfig
 from landiff.data_pipeline.ingest.sources.entries import (
+    IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     IgnoredFiles,
     SourceClip,
@@ -207,10 +208,10 @@ def _check_fields(
 
 
 def _holds_rows(field: str, delimiter: str) -> bool:
-    """Whether a line of a text, after the first, begins with a video name and a delimiter."""
+    """Whether a line of a text, after the first, begins with a name of a clip and a delimiter."""
     for text in field.splitlines()[1:]:
         name, found, _ = text.partition(delimiter)
-        if found and split_name(name.strip().strip('"'))[1] in VIDEO_SUFFIXES:
+        if found and split_name(name.strip().strip('"'))[1] in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
             return True
     return False
 

@@ -10,7 +10,7 @@ import os
 import posixpath
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,6 @@ from landiff.data_pipeline.ingest.config import ColumnsConfig
 from landiff.data_pipeline.ingest.sources.content_kinds import describe_file_content
 from landiff.data_pipeline.ingest.sources.entries import (
     CAPTION_SUFFIXES,
-    VIDEO_SUFFIXES,
     IgnoredFiles,
     SourceClip,
     is_apple_double,
@@ -74,16 +73,19 @@ class BoundedReader:
         return self._file.tell()
 
 
-def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | IgnoredFiles]:
+def tar_entries(
+    path: Path, columns: ColumnsConfig, suffixes: Set[str]
+) -> Iterator[SourceClip | IgnoredFiles]:
     """The clips of one tar, in the order of their keys, and its ignored members.
 
+    `suffixes`: of the members that are clips.
     The key of a member is its name up to the last dot. Of a damaged tar, what lies before the
     damage is used, and the rest is one clip with a failure.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                yield from _TarListing(path, file, columns).entries()
+                yield from _TarListing(path, file, columns, suffixes).entries()
             else:
                 failure = DecodeFailure("unreadable_file", "not a regular file")
                 yield _failed(path, path.name, failure)
@@ -95,10 +97,13 @@ def tar_entries(path: Path, columns: ColumnsConfig) -> Iterator[SourceClip | Ign
 class _TarListing:
     """Lists one open tar."""
 
-    def __init__(self, path: Path, file: BinaryIO, columns: ColumnsConfig) -> None:
+    def __init__(
+        self, path: Path, file: BinaryIO, columns: ColumnsConfig, suffixes: Set[str]
+    ) -> None:
         self.path = path
         self.file = file
         self.columns = columns
+        self.suffixes = suffixes
         self.length = os.fstat(file.fileno()).st_size
         self.samples: dict[str, dict[str, Place]] = {}  # key -> suffix -> place
         # (key, suffix) -> name of the member that the link leads to
@@ -136,7 +141,7 @@ class _TarListing:
         key, suffix = split_name(name)
         if member.isdir():
             return
-        is_known = suffix in VIDEO_SUFFIXES or suffix in CAPTION_SUFFIXES
+        is_known = suffix in self.suffixes or suffix in CAPTION_SUFFIXES
         if not is_known or is_apple_double(name):
             yield self._ignored(kind_of(name), name)
             return
@@ -158,7 +163,7 @@ class _TarListing:
 
     def _refuse(self, suffix: str, name: str, failure: DecodeFailure) -> Iterator[IgnoredFiles]:
         """Record a video as a clip with a failure, or yield a caption as ignored."""
-        if suffix in VIDEO_SUFFIXES:
+        if suffix in self.suffixes:
             self.failed.append((name, failure))
         else:
             yield self._ignored(failure.reason, name)
@@ -190,7 +195,7 @@ class _TarListing:
 
     def _clips(self, key: str, places: dict[str, Place]) -> Iterator[SourceClip | IgnoredFiles]:
         """The videos of one key, each with the key's captions."""
-        videos = [suffix for suffix in places if suffix in VIDEO_SUFFIXES]
+        videos = [suffix for suffix in places if suffix in self.suffixes]
         texts = {key + suffix: places[suffix] for suffix in CAPTION_SUFFIXES if suffix in places}
         captions = [""]
         used = ""
