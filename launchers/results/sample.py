@@ -101,8 +101,15 @@ def sample_videos(
         return names
     models = load_models(config, pick_device(config.device))
     progress = UnitProgress(total, total - left)
+    window = models.diffusion.config.transformer.latent_frames
     for batch in missing:
-        write_batch(stream_batch(models, config, batch, progress), folder, batch, config)
+        store = None
+        if batch[0].num_latent_frames > window:
+            store = StreamStore(folder.unfinished(batch), folder.batch_key(batch))
+        stream = stream_batch(models, config, batch, progress, store)
+        write_batch(stream, folder, batch, config)
+        if store is not None:
+            store.remove()
         for unit in batch:
             progress.finish(config.out / unit.name)
     folder.write_pages()
@@ -156,6 +163,7 @@ def write_batch(
         writers: list[Mp4Writer] = []
         for chunk in stream:
             if not writers:
+                # Closed in reverse order: the first unit, which names the store, is committed last.
                 for unit in units:
                     writers.append(stack.enter_context(folder.writing(unit, chunk.num_frames)))
             videos = chunk.frames_BTHWC.cpu()

@@ -4,6 +4,7 @@
     settings.json                      what all videos of the folder have in common
     samples.jsonl                      the records of all finished videos
     gallery.html, contact-sheet.png    all finished videos, see gallery.py
+    unfinished/NAME/                   codes and latents of a long video (stream_store.py)
 
 A video is committed by rename the moment it is done. `settings.json` refuses a second run with
 other models or options, so that all videos of a folder are comparable.
@@ -11,16 +12,18 @@ other models or options, so that all videos of a folder are comparable.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_json
-from landiff.configs.files import remove_abandoned, write_text
+from landiff.configs.files import remove_abandoned, remove_dir, write_text
 from landiff.data_pipeline.format.locks import locked
+from landiff.data_pipeline.format.schema import content_fingerprint
 from landiff.data_pipeline.video.codec import Mp4Writer, read_comment
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results.gallery import Record, write_contact_sheet, write_gallery
@@ -29,6 +32,7 @@ from landiff.launchers.version import __version__
 
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
+UNFINISHED = "unfinished"
 # Options that say what is generated, and where. All others say how, and are equal for all videos.
 OPTIONS_OF_UNITS = (
     "zoo",
@@ -73,6 +77,7 @@ class SampleFolder:
             self._check_settings()
         remove_abandoned(folder)  # unfinished videos
         self.refresh()
+        self._remove_finished_stores()
         for name, unit in self.units.items():
             record = self._records.get(name)
             if record is not None and record["key"] != unit.key:
@@ -113,6 +118,24 @@ class SampleFolder:
     def is_finished(self, unit: SampleUnit) -> bool:
         """Whether the video of a unit is here."""
         return unit.name in self._records
+
+    def unfinished(self, units: Sequence[SampleUnit]) -> Path:
+        """Folder of what is saved of a batch of long videos until they are finished."""
+        return self.folder / UNFINISHED / units[0].name.removesuffix(".mp4")
+
+    def batch_key(self, units: Sequence[SampleUnit]) -> str:
+        """Identifies all that the frames of a batch depend on: its units, settings and version."""
+        return content_fingerprint(self.settings, [unit.key for unit in units], __version__)
+
+    def _remove_finished_stores(self) -> None:
+        """Delete the stores of finished videos, which a kill can leave."""
+        stores = self.folder / UNFINISHED
+        remove_abandoned(stores)
+        for path in stores.glob("[!.]*"):
+            # The video that gives a batch its name is committed last.
+            if f"{path.name}.mp4" in self._records:
+                with contextlib.suppress(FileNotFoundError):  # another task deletes it
+                    remove_dir(path)
 
     @contextmanager
     def writing(self, unit: SampleUnit, num_frames: int) -> Iterator[Mp4Writer]:

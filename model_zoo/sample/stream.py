@@ -356,7 +356,7 @@ class VideoStream:
                 prefix = joined[:, -clean:] if clean else None
                 first += 1
             if first:
-                noise.restore(self.store.noise_state(first - 1))
+                noise.restore(self.store.noise_state())
         total = self._num_chunks * request.sampler.num_steps
         chunk = first
 
@@ -377,7 +377,7 @@ class VideoStream:
         )
         for part_BTCHW in parts:
             if self.store is not None and self._num_chunks > 1:
-                self.store.add_chunk(chunk, part_BTCHW, noise.state)
+                self.store.add_chunk(part_BTCHW, noise.state)
             chunk += 1
             yield part_BTCHW
 

@@ -4,25 +4,32 @@
     codes-00000.safetensors    codes [B, K], in the order in which they were drawn
     chunk-00000.safetensors    new latents [B, T, C, H, W] of each chunk, and the state of the noise
 
-Every file is committed by rename, so that a kill loses at most the chunk in work.
+Every file is committed by rename, so that a kill loses at most the chunk in work. A damaged file is
+deleted with all later ones of its kind; what they held is computed again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from landiff.configs.files import atomic_file, remove_dir, write_text
+from landiff.configs.files import atomic_file, remove_abandoned, remove_dir, write_text
+
+log = logging.getLogger(__name__)
 
 KEY = "key"
+KINDS = ("codes", "chunk")
 
 
 class StreamStore:
-    """Saved codes and latents of one batch of videos."""
+    """Saved codes and latents of one batch of videos. One process at a time uses a folder."""
 
     def __init__(self, folder: Path, key: str) -> None:
         """Open `folder`, or start anew if it was written for another key.
@@ -35,6 +42,8 @@ class StreamStore:
             shutil.rmtree(folder)
         if not path.exists():
             write_text(path, key)
+        remove_abandoned(folder, foreign_after_s=0)
+        self._counts = {kind: self._count_intact(kind) for kind in KINDS}
 
     def codes(self) -> list[Tensor]:
         """Saved codes, int64 [B, K] each."""
@@ -42,24 +51,29 @@ class StreamStore:
 
     def add_codes(self, codes_BK: Tensor) -> None:
         """Saves the next codes."""
-        self._write("codes", len(self._files("codes")), {"codes": codes_BK})
+        self._add("codes", {"codes": codes_BK})
+
+    @property
+    def num_chunks(self) -> int:
+        """Saved chunks."""
+        return self._counts["chunk"]
 
     def latents(self) -> Iterator[Tensor]:
         """New latents of each saved chunk, float32 [B, T, C, H, W]."""
         for path in self._files("chunk"):
             yield load_file(path)["latents"]
 
-    def noise_state(self, chunk: int) -> Tensor:
-        """State of the noise after a saved chunk, uint8 [B, bytes]."""
-        return load_file(self._path("chunk", chunk))["noise"]
+    def noise_state(self) -> Tensor:
+        """State of the noise after the last saved chunk, uint8 [B, bytes]."""
+        return load_file(self._path("chunk", self.num_chunks - 1))["noise"]
 
-    def add_chunk(self, chunk: int, latents_BTCHW: Tensor, noise_state: Tensor) -> None:
-        """Saves a chunk."""
-        self._write("chunk", chunk, {"latents": latents_BTCHW, "noise": noise_state})
+    def add_chunk(self, latents_BTCHW: Tensor, noise_state: Tensor) -> None:
+        """Saves the next chunk."""
+        self._add("chunk", {"latents": latents_BTCHW, "noise": noise_state})
 
     def remove(self) -> None:
         """Delete the folder, when its videos are finished."""
-        if self.folder.exists():
+        with contextlib.suppress(FileNotFoundError):
             remove_dir(self.folder)
 
     def _path(self, kind: str, number: int) -> Path:
@@ -67,12 +81,30 @@ class StreamStore:
 
     def _files(self, kind: str) -> list[Path]:
         """Saved files of a kind, in order."""
-        found: list[Path] = []
-        while self._path(kind, len(found)).exists():
-            found.append(self._path(kind, len(found)))
-        return found
+        return [self._path(kind, number) for number in range(self._counts[kind])]
 
-    def _write(self, kind: str, number: int, tensors: dict[str, Tensor]) -> None:
+    def _count_intact(self, kind: str) -> int:
+        """The number of consecutive whole files of a kind. Deletes all others of the kind."""
+        count = 0
+        while self._path(kind, count).exists() and _is_whole(self._path(kind, count)):
+            count += 1
+        for path in self.folder.glob(f"{kind}-*.safetensors"):
+            if path.name >= self._path(kind, count).name:
+                log.warning("%s is not used: it, or a file before it, is damaged", path)
+                path.unlink()
+        return count
+
+    def _add(self, kind: str, tensors: dict[str, Tensor]) -> None:
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        with atomic_file(self._path(kind, number)) as file:
+        with atomic_file(self._path(kind, self._counts[kind])) as file:
             file.write(data)
+        self._counts[kind] += 1
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has the length that its header says."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False

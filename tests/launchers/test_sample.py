@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,64 +13,30 @@ import torch
 from PIL import Image
 
 from landiff.configs.base import ConfigError
-from landiff.configs.loader import load
 from landiff.data_pipeline.video.codec import read_comment
 from landiff.launchers.cli import main
-from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
 from landiff.launchers.results.prompts import parse_seeds, read_prompts, sample_units
 from landiff.launchers.results.sample import batches, load_models, sample_videos
 from landiff.launchers.results.sample_folder import SAMPLES
 from landiff.model_zoo import registry
-from landiff.model_zoo.registry import build_module
-from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.lm.config import LMTrainConfig
-from landiff.training.tokenizer.config import TokenizerTrainConfig
+from tests.launchers.random_zoo import PROMPTS, sample_config, write_random_zoo
 
-PROMPTS = (
-    "A grey rabbit stands on a green meadow.",
-    "Snow 🐇 雪",
-    "a=1: fox, running",
-    "A small bird sits on a branch in the forest, and then it flies away over the lake.",
-)
-CONFIGS = {
-    "lm": load(LMTrainConfig, "nano/lm").model,
-    "tokenizer": load(TokenizerTrainConfig, "nano/tokenizer").model,
-    "diffusion": load(DiffusionTrainConfig, "nano/diffusion-control").model,
-}
+KINDS = ("lm", "tokenizer", "diffusion")
 
 
 @pytest.fixture(scope="module")
-@torch.no_grad()
 def zoo(tmp_path_factory) -> Path:
     """Nano models with random weights."""
-    folder = tmp_path_factory.mktemp("sample") / "zoo"
-    torch.manual_seed(0)
-    for kind, model_config in CONFIGS.items():
-        model = build_module(kind, model_config)
-        for parameter in model.parameters():
-            if not parameter.any():  # adaLN-zero would ignore its conditions
-                torch.nn.init.normal_(parameter, std=0.02)
-        for name, buffer in model.named_buffers():
-            if name.endswith("initted"):
-                buffer.fill_(True)
-            elif name.endswith("embed"):  # the codebook
-                buffer.normal_()
-        registry.export(folder, kind, kind, model_config, model.state_dict(), {})
-    return folder
-
-
-def config(zoo: Path, out: Path, **options) -> SampleConfig:
-    base = load(SampleConfig, "nano/sample").model_dump()
-    return SampleConfig(**base | {"zoo": zoo, "out": out, "prompts": PROMPTS, "steps": 2} | options)
+    return write_random_zoo(tmp_path_factory.mktemp("sample") / "zoo")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(zoo, tmp_path_factory) -> Path:
     """All prompts, one video at a time."""
     out = tmp_path_factory.mktemp("sample") / "samples"
-    sample_videos(config(zoo, out))
+    sample_videos(sample_config(zoo, out))
     return out
 
 
@@ -90,7 +57,7 @@ def test_every_video_has_its_record(undisturbed, zoo):
     for record in records:
         inside = json.loads(read_comment(undisturbed / record["file"]))
         assert inside["prompt"] == record["prompt"] and inside["key"] == record["key"]
-        for kind in CONFIGS:
+        for kind in KINDS:
             assert inside["settings"][kind] == registry.resolve(zoo, kind, kind).reference
         assert inside["frames"] == 17
 
@@ -120,22 +87,43 @@ def test_a_killed_run_resumes_with_the_same_bytes(undisturbed, zoo, tmp_path, mo
 
     monkeypatch.setattr(sample, "stream_batch", end_in_third)
     with pytest.raises(Killed):
-        sample_videos(config(zoo, tmp_path))
+        sample_videos(sample_config(zoo, tmp_path))
     assert len(files(tmp_path)) == 2
     unfinished = tmp_path / f".02-fox.mp4.{os.uname().nodename}.0-0.tmp"  # of a dead process
     unfinished.touch()
-    sample_videos(config(zoo, tmp_path))
+    sample_videos(sample_config(zoo, tmp_path))
     assert files(tmp_path) == files(undisturbed) and not unfinished.exists()
     assert len(calls) == 3 + 2
-    sample_videos(config(zoo, tmp_path))  # nothing is left
+    sample_videos(sample_config(zoo, tmp_path))  # nothing is left
     assert len(calls) == 3 + 2
     assert (tmp_path / SAMPLES).read_text().count("\n") == 4
 
 
+def kills(work: Path, number: int, seed: int, *cases: str) -> int:
+    """Number of kills that a run of these cases has survived."""
+    command = [sys.executable, "-m", "tests.launchers.kill_sample", str(work), str(number)]
+    ended = subprocess.run(
+        [*command, str(seed), *cases], capture_output=True, text=True, timeout=1800
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return int(ended.stdout.split()[-1])
+
+
+def test_killed_runs_end_with_the_bytes_of_undisturbed_ones(tmp_path):
+    assert kills(tmp_path, 5, 0, "long", "few") >= 10
+
+
+@pytest.mark.long
+def test_two_hundred_prompts_survive_twenty_kills(tmp_path):
+    (tmp_path / "long").mkdir()
+    assert kills(tmp_path, 20, 1, "prompts") >= 20
+    assert kills(tmp_path / "long", 40, 2, "long") >= 40
+
+
 def test_tasks_divide_the_videos_and_give_the_same_bytes(undisturbed, zoo, tmp_path):
-    first = sample_videos(config(zoo, tmp_path), (0, 3))
-    second = sample_videos(config(zoo, tmp_path), (1, 3))
-    third = sample_videos(config(zoo, tmp_path), (2, 3))
+    first = sample_videos(sample_config(zoo, tmp_path), (0, 3))
+    second = sample_videos(sample_config(zoo, tmp_path), (1, 3))
+    third = sample_videos(sample_config(zoo, tmp_path), (2, 3))
     assert len(first) == 2 and len(second) == len(third) == 1
     assert files(tmp_path) == files(undisturbed)
     assert (tmp_path / SAMPLES).read_text().count("\n") == 4
@@ -143,8 +131,8 @@ def test_tasks_divide_the_videos_and_give_the_same_bytes(undisturbed, zoo, tmp_p
 
 def test_a_video_does_not_depend_on_the_others_of_its_batch(zoo, tmp_path):
     """Bit for bit at equal batch size, for short and long prompts, also in an incomplete batch."""
-    models = load_models(config(zoo, tmp_path), torch.device("cpu"))
-    batched = config(zoo, tmp_path, batch_size=3)
+    models = load_models(sample_config(zoo, tmp_path), torch.device("cpu"))
+    batched = sample_config(zoo, tmp_path, batch_size=3)
     units = sample_units(batched)
     quiet = sample.UnitProgress(4, 0)
     alone = {}
@@ -158,12 +146,12 @@ def test_a_video_does_not_depend_on_the_others_of_its_batch(zoo, tmp_path):
 
 
 def test_a_video_depends_on_the_batch_size_only_by_rounding(zoo, tmp_path):
-    models = load_models(config(zoo, tmp_path), torch.device("cpu"))
+    models = load_models(sample_config(zoo, tmp_path), torch.device("cpu"))
     quiet = sample.UnitProgress(4, 0)
-    units = sample_units(config(zoo, tmp_path))
+    units = sample_units(sample_config(zoo, tmp_path))
     found = []
     for size in (1, 3):
-        sized = config(zoo, tmp_path, batch_size=size)
+        sized = sample_config(zoo, tmp_path, batch_size=size)
         found.append(videos(models, sized, units[3:4], quiet)[0])
     difference = (found[0].int() - found[1].int()).abs()
     assert int(difference.max()) <= 1  # rounding to uint8 may turn at a half
@@ -171,9 +159,9 @@ def test_a_video_depends_on_the_batch_size_only_by_rounding(zoo, tmp_path):
 
 def test_another_config_is_refused_for_the_same_folder(undisturbed, zoo):
     with pytest.raises(ConfigError, match="steps = 2 there, 3 here.*another folder"):
-        sample_videos(config(zoo, undisturbed, steps=3))
+        sample_videos(sample_config(zoo, undisturbed, steps=3))
     with pytest.raises(ConfigError, match="motion score"):
-        sample_videos(config(zoo, undisturbed, motion_score=0.3))
+        sample_videos(sample_config(zoo, undisturbed, motion_score=0.3))
     assert len(files(undisturbed)) == 4
 
 
@@ -181,7 +169,7 @@ def test_more_prompts_and_seeds_can_be_added(undisturbed, zoo, tmp_path):
     for path in undisturbed.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     before = files(tmp_path)
-    sample_videos(config(zoo, tmp_path, prompts=(*PROMPTS, "One more."), seeds=(42, 7)))
+    sample_videos(sample_config(zoo, tmp_path, prompts=(*PROMPTS, "One more."), seeds=(42, 7)))
     after = files(tmp_path)
     assert before.items() <= after.items()
     assert (
@@ -240,17 +228,17 @@ def test_seeds_are_numbers_and_ranges():
 
 
 def test_units_are_prompts_times_seeds_times_videos(zoo, tmp_path):
-    units = sample_units(config(zoo, tmp_path, seeds=(5, 10), num_videos=2))
+    units = sample_units(sample_config(zoo, tmp_path, seeds=(5, 10), num_videos=2))
     assert [unit.seed for unit in units[:4]] == [5, 6, 10, 11] and len(units) == 16
     with pytest.raises(ConfigError, match="twice with seed 6"):
-        sample_units(config(zoo, tmp_path, seeds=(5, 6), num_videos=2))
+        sample_units(sample_config(zoo, tmp_path, seeds=(5, 6), num_videos=2))
 
 
 def test_batches_hold_videos_of_one_length(tmp_path, zoo):
     (tmp_path / "a.jsonl").write_text(
         '{"prompt": "a"}\n{"prompt": "b", "frames": 8}\n{"prompt": "c", "frames": 8}\n'
     )
-    units = sample_units(config(zoo, tmp_path, prompts_file=tmp_path / "a.jsonl"))
+    units = sample_units(sample_config(zoo, tmp_path, prompts_file=tmp_path / "a.jsonl"))
     assert [[unit.prompt for unit in batch] for batch in batches(units, 2)] == [["a"], ["b", "c"]]
 
 
@@ -274,6 +262,7 @@ def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monk
 VBENCH = """
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 

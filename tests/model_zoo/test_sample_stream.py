@@ -18,6 +18,7 @@ from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.sample.generate import Models, draw_codes, draw_latents
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.sample.stream import Request, VideoStream, generate
+from landiff.model_zoo.sample.stream_store import StreamStore
 from landiff.model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.convert.tiny import MODELS
 from tests.model_zoo.frozen.clips import moving_blobs
@@ -129,6 +130,30 @@ def test_segments_after_all_others_are_drawn_like_the_whole(models):
     assert torch.equal(by_segment.codes_BK, whole.codes_BK)
     with pytest.raises(ConfigError, match="predict_end"):
         VideoStream(models, request(9, context_segments=1, predict_end=True))
+
+
+@pytest.mark.parametrize("context", [1, None])
+def test_a_stream_continues_after_its_saved_chunks(models, tmp_path, context):
+    """Bit for bit, and also when the last saved chunk is damaged."""
+    wanted = request(11, context_segments=context, prompts=("a fox", "an owl"), seeds=(1, 2))
+    whole = VideoStream(models, wanted)
+    whole_BTHWC = frames_of(whole)
+    stopped = iter(VideoStream(models, wanted, store=StreamStore(tmp_path / "store", "a")))
+    for _ in range(3):
+        next(stopped)
+    stopped.close()
+    last = tmp_path / "store" / "chunk-00002.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+
+    reports = []
+    store = StreamStore(tmp_path / "store", "a")
+    resumed = VideoStream(models, wanted, store=store, progress=lambda *seen: reports.append(seen))
+    assert torch.equal(frames_of(resumed), whole_BTHWC)
+    assert torch.equal(resumed.codes_BK, whole.codes_BK)
+    sampled = [done for what, done, _ in reports if what == "latents"]
+    assert sampled == list(range(2 * STEPS.num_steps, 5 * STEPS.num_steps + 1))
+    assert store.num_chunks == 5
+    assert StreamStore(tmp_path / "store", "b").num_chunks == 0
 
 
 @contextlib.contextmanager

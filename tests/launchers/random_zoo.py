@@ -1,0 +1,51 @@
+"""A zoo of nano models with random weights, and configs of `landiff sample` that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from landiff.configs.loader import load
+from landiff.launchers.config import SampleConfig
+from landiff.model_zoo import registry
+from landiff.model_zoo.registry import build_module
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
+
+PROMPTS = (
+    "A grey rabbit stands on a green meadow.",
+    "Snow 🐇 雪",
+    "a=1: fox, running",
+    "A small bird sits on a branch in the forest, and then it flies away over the lake.",
+)
+
+
+@torch.no_grad()
+def write_random_zoo(folder: Path) -> Path:
+    """Exports the three models into a new zoo and returns it."""
+    configs = {
+        "lm": load(LMTrainConfig, "nano/lm").model,
+        "tokenizer": load(TokenizerTrainConfig, "nano/tokenizer").model,
+        "diffusion": load(DiffusionTrainConfig, "nano/diffusion-control").model,
+    }
+    torch.manual_seed(0)
+    for kind, model_config in configs.items():
+        model = build_module(kind, model_config)
+        for parameter in model.parameters():
+            if not parameter.any():  # adaLN-zero would ignore its conditions
+                torch.nn.init.normal_(parameter, std=0.02)
+        for name, buffer in model.named_buffers():
+            if name.endswith("initted"):
+                buffer.fill_(True)
+            elif name.endswith("embed"):  # the codebook
+                buffer.normal_()
+        registry.export(folder, kind, kind, model_config, model.state_dict(), {})
+    return folder
+
+
+def sample_config(zoo: Path, out: Path, **options) -> SampleConfig:
+    """`nano/sample` with the zoo, four prompts and two sampling steps."""
+    base = load(SampleConfig, "nano/sample").model_dump()
+    return SampleConfig(**base | {"zoo": zoo, "out": out, "prompts": PROMPTS, "steps": 2} | options)
