@@ -20,17 +20,18 @@ from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
-from landiff.launchers.results.prompts import sample_units
+from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.stages import TRAINERS
 from landiff.model_zoo.config import (
     DiffusionConfig,
     LMConfig,
     TokenizerConfig,
 )
-from landiff.model_zoo.frozen.checks import check_encoder, width_of
+from landiff.model_zoo.frozen.checks import TIME, check_encoder, width_of
 from landiff.model_zoo.lora.config import AdapterConfig, require_base
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.sample.sizes import Sizes, check_length
+from landiff.model_zoo.sample.texts import check_schedule
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.checks import Launch, check_manifest, check_package, check_steps, find_entry
 
@@ -234,21 +235,16 @@ def check_adapters(config: SampleConfig, models: FoundModels) -> list[Problem]:
 def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     """Problems of `landiff sample`: output folder, prompts, encoders, models and their sizes."""
     problems = check_writable("out", config.out)
-    if not config.prompts and config.prompts_file is None:
+    if not config.prompts and config.prompts_file is None and not config.prompt_schedule:
         problems.append(
             Problem(
                 'prompts is empty; give one: landiff sample --config ... -- "a rabbit runs over a '
                 'meadow", or a file: --prompts FILE'
             )
         )
-    problems += problems_of(lambda: sample_units(config))
-    if config.tokens.predict_end and config.batch_size > 1:
-        problems.append(
-            Problem(
-                f"batch_size = {config.batch_size} with tokens.predict_end = true: each video may "
-                "end at another frame, so they are generated one at a time; set batch_size=1"
-            )
-        )
+    units: list[SampleUnit] = []
+    problems += problems_of(lambda: units.extend(sample_units(config)))
+    problems += _check_tokens(config, units)
     problems += check_steps("steps", config.steps, config.schedule)
     problems += check_encoder("lm_text", config.lm_text)
     problems += check_encoder("diffusion_text", config.diffusion_text)
@@ -267,23 +263,52 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
         problems.append(Problem(f"these models do not fit each other: {text}"))
     problems += check_adapters(config, models)
     if models.lm is not None:
-        problems += _check_positions(config, models.lm)
+        problems += _check_positions(config, models.lm, units)
     if models.diffusion is not None:
-        problems += _check_diffusion_inputs(config, models.diffusion)
+        problems += _check_diffusion_inputs(config, models.diffusion, units)
     return problems
 
 
-def _check_positions(config: SampleConfig, entry: ZooEntry) -> list[Problem]:
-    """Checks that the shortest text and all tokens of the video fit the language model."""
+def _check_tokens(config: SampleConfig, units: Sequence[SampleUnit]) -> list[Problem]:
+    """Checks options of the language model against batches and prompts that change."""
+    tokens = config.tokens
+    problems = []
+    if tokens.predict_end and config.batch_size > 1:
+        problems.append(
+            Problem(
+                f"batch_size = {config.batch_size} with tokens.predict_end = true: each video may "
+                "end at another frame, so they are generated one at a time; set batch_size=1"
+            )
+        )
+    by_segment = tokens.context_segments is not None or any(unit.schedule for unit in units)
+    if by_segment and (tokens.predict_end or tokens.reference_behaviour):
+        problems.append(
+            Problem(
+                "tokens.predict_end and tokens.reference_behaviour need the tokens of the whole "
+                "video drawn at once: leave out tokens.context_segments and prompts that change"
+            )
+        )
+    return problems
+
+
+def _check_positions(
+    config: SampleConfig, entry: ZooEntry, units: Sequence[SampleUnit]
+) -> list[Problem]:
+    """Checks that the shortest text and all tokens of the videos fit the language model."""
     model = _config_of(entry, LMConfig)
     problems = []
-    needed = TokenLayout.of(model).sequence_length(config.num_latent_frames, 1)
+    longest = max([unit.num_latent_frames for unit in units], default=config.num_latent_frames)
+    seen = longest
+    way_out = "set tokens.context_segments, which has no limit of the length, or lower it"
+    if config.tokens.context_segments is not None:
+        seen = min(longest, (config.tokens.context_segments + 1) * model.segment_frames)
+        way_out = "lower tokens.context_segments"
+    needed = TokenLayout.of(model).sequence_length(seen, 1)
     if needed > model.max_positions:
         problems.append(
             Problem(
-                f"num_latent_frames = {config.num_latent_frames} takes at least {needed} "
-                f"positions, more than max_positions = {model.max_positions} of "
-                f"{entry.reference}; lower it"
+                f"num_latent_frames = {longest} takes at least {needed} positions, more than "
+                f"max_positions = {model.max_positions} of {entry.reference}; {way_out}"
             )
         )
     if config.lm_text.max_length > model.max_text_tokens:
@@ -296,17 +321,33 @@ def _check_positions(config: SampleConfig, entry: ZooEntry) -> list[Problem]:
     return problems
 
 
-def _check_diffusion_inputs(config: SampleConfig, entry: ZooEntry) -> list[Problem]:
-    """Checks length and text states against the main transformer of the diffusion model."""
+def _check_unit(config: SampleConfig, unit: SampleUnit, window: int) -> list[Problem]:
+    """Checks the length of a video, and the frames at which its prompt changes."""
+    length = unit.num_latent_frames
+    problems = problems_of(lambda: check_length(length, window, config.clean_frames))
+    if not problems:
+        problems = problems_of(
+            lambda: check_schedule(
+                unit.texts, length, time=TIME, window=window, clean=config.clean_frames
+            )
+        )
+    keys = f"num_latent_frames = {length}, clean_frames = {config.clean_frames}"
+    place = f"prompt {unit.number}: " if config.prompts_file is not None else ""
+    return [Problem(f"{place}{keys}: {problem}") for problem in problems]
+
+
+def _check_diffusion_inputs(
+    config: SampleConfig, entry: ZooEntry, units: Sequence[SampleUnit]
+) -> list[Problem]:
+    """Checks lengths and text states against the main transformer of the diffusion model."""
     transformer = _config_of(entry, DiffusionConfig).transformer
     text = config.diffusion_text
     problems = []
-    length = config.num_latent_frames
     window = transformer.latent_frames
-    found = problems_of(lambda: check_length(length, window, config.clean_frames))
-    for problem in found:
-        keys = f"num_latent_frames = {length}, clean_frames = {config.clean_frames}"
-        problems.append(Problem(f"{keys}: {problem}"))
+    for unit in units:
+        problems += _check_unit(config, unit, window)
+        if problems:
+            break  # others usually have the same
     if text.max_length != transformer.text_length:
         problems.append(
             Problem(

@@ -77,8 +77,14 @@ class SampleConfig(Config):
     prompts_file: Path | None = Field(
         default=None,
         description="File of prompts, in place of `prompts`: .txt with one per line, .csv with a "
-        "header, or .jsonl, with `prompt` and optionally `seed`, `frames` (latent frames), "
-        "`motion` and `negative`. `-` reads lines from standard input.",
+        "header, or .jsonl, with `prompt` or `schedule` and optionally `seed`, `frames` (latent "
+        "frames), `motion` and `negative`; or .schedule with lines `FRAME: TEXT`. `-` reads lines "
+        "from standard input.",
+    )
+    prompt_schedule: tuple[str, ...] = Field(
+        default=(),
+        description="One video whose prompt changes, in place of `prompts`: lines `FRAME: TEXT`, "
+        "as in `97: the fox jumps`, each for the chunks from that RGB frame on.",
     )
     num_latent_frames: PositiveInt = Field(
         default=13,

@@ -32,8 +32,15 @@ def add_sample(commands: Commands) -> None:
         "--prompts",
         dest="prompts_file",
         metavar="FILE",
-        help="file of prompts: .txt (one per line), .csv or .jsonl (prompt, seed, frames, motion, "
-        "negative); - reads lines from standard input",
+        help="file of prompts: .txt (one per line), .csv or .jsonl (prompt or schedule, seed, "
+        "frames, motion, negative), .schedule (lines FRAME: TEXT); - reads lines from standard "
+        "input",
+    )
+    sample.add_argument(
+        "--at",
+        action="append",
+        metavar="'FRAME: TEXT'",
+        help="what one video shows from an RGB frame on; the first is 0 (repeat the option)",
     )
     sample.add_argument(
         "--seeds", metavar="A-B,C", help="seeds of each prompt; one video for each of them"

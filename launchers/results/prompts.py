@@ -23,19 +23,26 @@ from landiff.configs.base import Config, ConfigError
 from landiff.configs.documents import decode, parse_json, read_bytes
 from landiff.configs.loader import validate
 from landiff.launchers.config import SampleConfig
+from landiff.model_zoo.sample.texts import Prompt, parse_schedule, schedule_text
 
 MAX_PROMPT_BYTES = 64 << 20  # of a file of prompts
 MAX_UNITS = 1_000_000
 MAX_SLUG = 40  # characters of a prompt in the name of its mp4 file
 SEED_STEP = 1000  # between the seeds of two prompts
-FORMATS = (".txt", ".csv", ".jsonl")
+FORMATS = (".txt", ".csv", ".jsonl", ".schedule")
+Texts = tuple[tuple[int, str], ...]  # by the RGB frame from which on they hold
 SEEDS = re.compile(r"(\d{1,19})(?:-(\d{1,19}))?")
 
 
 class PromptRow(Config):
     """One row of a file of prompts. Values that are not given are those of the config."""
 
-    prompt: str = Field(description="What the video shows.")
+    prompt: str = Field(default="", description="What the video shows.")
+    schedule: str = Field(
+        default="",
+        description="In place of `prompt`, lines `FRAME: TEXT`: what the video shows from each RGB "
+        "frame on.",
+    )
     seed: NonNegativeInt | None = Field(default=None, description="Random seed of the video.")
     frames: PositiveInt | None = Field(default=None, description="Length in latent frames.")
     motion: NonNegativeFloat | None = Field(
@@ -43,16 +50,31 @@ class PromptRow(Config):
     )
     negative: str = Field(default="", description="What the video must not show.")
 
+    def texts(self, place: str) -> Texts:
+        """The texts of `schedule` by frame; none without one.
+
+        Raises ConfigError for a wrong schedule, and unless there is either a prompt or a schedule.
+        """
+        if self.schedule.strip():
+            if self.prompt.strip():
+                raise ConfigError(f"{place} has a prompt and a schedule; remove one")
+            return tuple(parse_schedule(self.schedule, place).items())
+        if not self.prompt.strip():
+            raise ConfigError(f"{place}: the prompt is empty; describe what the video shows")
+        return ()
+
 
 @dataclass(frozen=True)
 class SampleUnit:
     """One video to generate.
 
     number: position of the prompt in the list of prompts.
+    prompt: what the video shows, or all texts of a schedule in one line.
     num_latent_frames: length of the video.
     motion_score: in frame heights per second; None means the default of the sampler.
     negative: text of the unconditional branch, in place of no text.
     file: name of the mp4 file, in place of one made from number, prompt and seed.
+    schedule: texts by the RGB frame from which on they hold, if the prompt changes.
     """
 
     number: int
@@ -62,12 +84,20 @@ class SampleUnit:
     motion_score: float | None = None
     negative: str = ""
     file: str = ""
+    schedule: Texts = ()
+
+    @property
+    def texts(self) -> Prompt:
+        """The prompt, or the texts of the schedule by frame."""
+        return dict(self.schedule) if self.schedule else self.prompt
 
     @property
     def key(self) -> str:
         """16 hex digits that identify the content: equal for equal prompt, seed and options."""
         values = asdict(self)
         del values["number"], values["file"]
+        if not self.schedule:
+            del values["schedule"]  # videos of earlier versions lack it
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -88,6 +118,8 @@ def sample_units(config: SampleConfig) -> list[SampleUnit]:
     rows = [PromptRow(prompt=prompt) for prompt in config.prompts]
     if config.prompts_file is not None:
         rows = read_prompts(config.prompts_file)
+    elif config.prompt_schedule:
+        rows = [PromptRow(schedule="\n".join(config.prompt_schedule))]
     count = config.num_videos * max(1, len(config.seeds))
     if len(rows) * count > MAX_UNITS:
         raise ConfigError(
@@ -96,10 +128,12 @@ def sample_units(config: SampleConfig) -> list[SampleUnit]:
         )
     units: list[SampleUnit] = []
     for number, row in enumerate(rows):
+        texts = row.texts("prompt_schedule" if config.prompt_schedule else f"prompt {number}")
         for seed in _seeds(config, row, number):
             unit = SampleUnit(
                 number=number,
-                prompt=row.prompt,
+                prompt=schedule_text(dict(texts)) if texts else row.prompt,
+                schedule=texts,
                 seed=seed,
                 num_latent_frames=row.frames or config.num_latent_frames,
                 motion_score=config.motion_score if row.motion is None else row.motion,
@@ -122,14 +156,15 @@ def sample_values(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises ConfigError for seeds that are no numbers or ranges.
     """
+    given = {"prompts": args.prompts, "--prompts FILE": args.prompts_file, "--at": args.at}
+    sources = [name for name, value in given.items() if value]
+    if len(sources) > 1:
+        raise ConfigError(f"give {sources[0]} or {sources[1]}, not both")
     values: dict[str, Any] = {}
-    if args.prompts:
+    if sources:
         values["prompts"] = args.prompts
-    if args.prompts_file is not None:
         values["prompts_file"] = args.prompts_file
-        values.setdefault("prompts", [])
-        if args.prompts:
-            raise ConfigError("give prompts or --prompts FILE, not both")
+        values["prompt_schedule"] = args.at or []
     if args.seeds is not None:
         values["seeds"] = parse_seeds(args.seeds)
     if args.num_videos is not None:
@@ -173,8 +208,9 @@ def read_prompts(path: Path) -> list[PromptRow]:
     """The rows of a file of prompts; `-` reads one prompt per line from standard input.
 
     .txt has one prompt per line. .csv has a header, and .jsonl one object per line, with `prompt`
-    and optionally `seed`, `frames`, `motion` and `negative`. Blank lines are skipped. Raises
-    ConfigError with file and line.
+    or `schedule` and optionally `seed`, `frames`, `motion` and `negative`. Blank lines are skipped.
+    .schedule has schedules, lines `FRAME: TEXT`, with a blank line between two. Raises ConfigError
+    with file and line.
     """
     if str(path) == "-":
         data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
@@ -194,6 +230,8 @@ def read_prompts(path: Path) -> list[PromptRow]:
         return _from_lines(text, str(path))
     if kind == ".csv":
         return _from_csv(text, str(path))
+    if kind == ".schedule":
+        return _from_schedules(text, str(path))
     return _from_jsonl(text, str(path))
 
 
@@ -203,8 +241,7 @@ def _row(values: dict[str, Any], place: str) -> PromptRow:
         row = validate(PromptRow, values, place)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
-    if not row.prompt.strip():
-        raise ConfigError(f"{place}: the prompt is empty; describe what the video shows")
+    row.texts(place)
     return row
 
 
@@ -248,4 +285,17 @@ def _from_jsonl(text: str, origin: str) -> list[PromptRow]:
         if not isinstance(values, dict):
             raise ConfigError(f'{place}: a row is an object such as {{"prompt": "..."}}')
         rows.append(_row(values, place))
+    return _found(rows, origin)
+
+
+def _from_schedules(text: str, origin: str) -> list[PromptRow]:
+    rows = []
+    block: list[str] = []
+    for number, line in enumerate([*text.splitlines(), ""], start=1):
+        if line.strip():
+            block.append(line)
+        elif block:
+            place = f"{origin}, lines {number - len(block)} to {number - 1}"
+            rows.append(_row({"schedule": "\n".join(block)}, place))
+            block = []
     return _found(rows, origin)

@@ -118,14 +118,19 @@ def sample_videos(
 
 
 def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
-    """Consecutive units of equal length, at most `size` at once."""
+    """Consecutive units of equal length, at most `size` at once.
+
+    Prompts that change stand apart, because their tokens are drawn by segment.
+    """
     found: list[list[SampleUnit]] = []
+    latest: tuple[int, bool] | None = None
     for unit in units:
-        length = unit.num_latent_frames
-        if found and len(found[-1]) < size and found[-1][0].num_latent_frames == length:
+        kind = unit.num_latent_frames, bool(unit.schedule)
+        if kind == latest and len(found[-1]) < size:
             found[-1].append(unit)
         else:
             found.append([unit])
+        latest = kind
     return found
 
 
@@ -142,7 +147,7 @@ def stream_batch(
     """
     filled = [*units, *[units[-1]] * (config.batch_size - len(units))]
     request = Request(
-        prompts=[unit.prompt for unit in filled],
+        prompts=[unit.texts for unit in filled],
         num_latent_frames=units[0].num_latent_frames,
         tokens=config.tokens,
         sampler=sampler_options(config),

@@ -40,6 +40,7 @@ OPTIONS_OF_UNITS = (
     "device",
     "prompts",
     "prompts_file",
+    "prompt_schedule",
     "seed",
     "seeds",
     "num_videos",
@@ -155,6 +156,8 @@ class SampleFolder:
             "settings": self.settings,
             "version": __version__,
         }
+        if unit.schedule:
+            record["schedule"] = dict(unit.schedule)
         comment = json.dumps(record, ensure_ascii=False)
         path = self.folder / unit.name
         with Mp4Writer(path, num_frames, self.settings["fps"], comment=comment) as writer:

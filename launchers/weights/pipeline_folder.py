@@ -24,7 +24,12 @@ def check_pipeline(request: ConvertRequest, launch: Launch) -> list[Problem]:
     problems += check_out(request)
     # Prompts and the folder of videos have no effect on the pipeline.
     out = request.out or Path("LanDiff")
-    values = {"prompts": ("a prompt",), "prompts_file": None, "out": out.parent}
+    values = {
+        "prompts": ("a prompt",),
+        "prompts_file": None,
+        "prompt_schedule": (),
+        "out": out.parent,
+    }
     return problems + check_sample(config.model_copy(update=values), launch)
 
 

@@ -18,6 +18,7 @@ from landiff.model_zoo.frozen import config as configs
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 CELL = 16  # pixels per feature cell along one side, in every vision encoder
+TIME = 4  # RGB frames per latent frame after the first, in every codec
 PACKAGES = {
     "efficientnet-lite0": [
         ("efficientnet_lite_pytorch", "efficientnet-lite-pytorch==0.1.0"),

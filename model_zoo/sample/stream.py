@@ -41,7 +41,14 @@ from landiff.model_zoo.sample.generate import (
 from landiff.model_zoo.sample.latents import SamplerOptions, SamplerStep, seeded_noise
 from landiff.model_zoo.sample.sizes import check_length, num_chunks
 from landiff.model_zoo.sample.stream_store import StreamStore
-from landiff.model_zoo.sample.texts import Prompt, chunk_of, latent_frame, text_at, texts_of
+from landiff.model_zoo.sample.texts import (
+    Prompt,
+    check_schedule,
+    chunk_of,
+    latent_frame,
+    text_at,
+    texts_of,
+)
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens, seeded_draw
 
 
@@ -101,6 +108,14 @@ class Request:
         check_prompts(self.texts)
         window = models.diffusion.config.transformer.latent_frames
         check_length(self.num_latent_frames, window, self.clean_frames)
+        for prompt in self.prompts:
+            check_schedule(
+                prompt,
+                self.num_latent_frames,
+                time=models.codec.time,
+                window=window,
+                clean=self.clean_frames,
+            )
         if self.drawn_by_segment and (self.tokens.predict_end or self.tokens.reference_behaviour):
             raise ConfigError(
                 "tokens.predict_end and tokens.reference_behaviour need the codes of the whole "

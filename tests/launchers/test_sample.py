@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,13 +212,49 @@ def test_prompts_come_from_text_csv_and_json_lines(tmp_path):
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
         ("a.jsonl", '{"prompt": "a", "sed": 3}\n', "sed"),
         ("a.jsonl", "[1]\n", "line 1: a row is an object"),
-        ("a.yaml", "a fox\n", "one of .txt, .csv, .jsonl"),
+        ("a.yaml", "a fox\n", "one of .txt, .csv, .jsonl, .schedule"),
+        ("a.jsonl", '{"prompt": "a", "schedule": "0: b"}\n', "a prompt and a schedule"),
+        ("a.schedule", "0: a\n\n0: b\nfox\n", "lines 3 to 4: line 2, 'fox', does not begin with"),
+        ("a.schedule", "0: a\n9: \n", "lines 1 to 2: the text at frame 9 is empty"),
+        ("a.schedule", "8: a\n", "the first text is at frame 8; begin with frame 0"),
+        ("a.schedule", "0: a\n9: b\n9: c\n", "frame 9 follows frame 9"),
     ],
 )
 def test_a_wrong_file_of_prompts_is_refused_with_its_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_prompts(tmp_path / name)
+
+
+def test_schedules_come_from_files_and_options(zoo, tmp_path, capsys):
+    texts = ["0: a fox", "17: key=value: 雪"]
+    (tmp_path / "a.schedule").write_text("\n".join([*texts, "", "0: an owl"]), encoding="utf-8")
+    (tmp_path / "a.csv").write_text('schedule,seed\n"0: a fox\n17: key=value: 雪",7\n')
+    (tmp_path / "a.txt").write_text("0: a prompt")
+    wanted = {0: "a fox", 17: "key=value: 雪"}
+    units = sample_units(sample_config(zoo, tmp_path, prompts_file=tmp_path / "a.schedule"))
+    assert [unit.texts for unit in units] == [wanted, {0: "an owl"}]
+    assert units[0].prompt == "0: a fox | 17: key=value: 雪"
+    units = sample_units(sample_config(zoo, tmp_path, prompts_file=tmp_path / "a.csv"))
+    assert [(unit.texts, unit.seed) for unit in units] == [(wanted, 7)]
+    units = sample_units(sample_config(zoo, tmp_path, prompts_file=tmp_path / "a.txt"))
+    assert units[0].texts == "0: a prompt"
+
+    words = ["sample", "--config", "nano/sample", f"zoo={zoo}", f"out={tmp_path / 'out'}"]
+    words += ["steps=2", "num_latent_frames=8"]
+    for wrong, message in [
+        (["--at", texts[0], "--at", "29: b"], "changes at frame 29, but the video has 29 frames"),
+        (["--at", texts[0], "--at", "17: b", "--at", "20: c"], "the first text has no effect"),
+        (["--at", "a fox"], "does not begin with a frame number"),
+        (["--at", texts[0], "a fox"], "not both"),
+        (["--at", texts[0], "tokens.predict_end=true"], "leave out tokens.context_segments"),
+        (["a fox", "num_latent_frames=98"], "set tokens.context_segments"),
+    ]:
+        assert main([*words, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*words, "--at", texts[0], "--at", texts[1]]) == 0
+    record = json.loads((tmp_path / "out" / SAMPLES).read_text())
+    assert record["schedule"] == {"0": "a fox", "17": "key=value: 雪"} and record["frames"] == 29
 
 
 def test_seeds_are_numbers_and_ranges():
@@ -239,7 +276,9 @@ def test_batches_hold_videos_of_one_length(tmp_path, zoo):
         '{"prompt": "a"}\n{"prompt": "b", "frames": 8}\n{"prompt": "c", "frames": 8}\n'
     )
     units = sample_units(sample_config(zoo, tmp_path, prompts_file=tmp_path / "a.jsonl"))
-    assert [[unit.prompt for unit in batch] for batch in batches(units, 2)] == [["a"], ["b", "c"]]
+    units.append(replace(units[-1], schedule=((0, "d"),), prompt="d"))
+    found = [[unit.prompt for unit in batch] for batch in batches(units, 3)]
+    assert found == [["a"], ["b", "c"], ["d"]]
 
 
 def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monkeypatch):
@@ -264,6 +303,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 class VBench:

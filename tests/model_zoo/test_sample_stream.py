@@ -132,6 +132,19 @@ def test_segments_after_all_others_are_drawn_like_the_whole(models):
         VideoStream(models, request(9, context_segments=1, predict_end=True))
 
 
+def test_a_prompt_changes_at_its_chunk(models):
+    """The frames before are unchanged bit for bit. A text for all frames is no change."""
+    changing = {0: "a fox", 17: "a very long sentence about an owl"}  # chunk 2 of 4, segment 2 of 3
+    same = VideoStream(models, request(9, prompts=({0: "a fox", 17: "a fox"},)))
+    always = frames_of(same)
+    assert torch.equal(always, frames_of(VideoStream(models, request(9))))
+    changed = frames_of(VideoStream(models, request(9, prompts=(changing,))))
+    assert torch.equal(changed[:, :17], always[:, :17])
+    assert not torch.equal(changed[:, 17:21], always[:, 17:21])
+    with pytest.raises(ConfigError, match="frame 33, but the video has 33 frames"):
+        VideoStream(models, request(9, prompts=({0: "a", 33: "b"},)))
+
+
 @pytest.mark.parametrize("context", [1, None])
 def test_a_stream_continues_after_its_saved_chunks(models, tmp_path, context):
     """Bit for bit, and also when the last saved chunk is damaged."""
