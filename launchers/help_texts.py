@@ -95,6 +95,12 @@ CONFIG = """\
   landiff config explain loop.keep_every --config nano/lm   the same, for the class of one config
 """
 
+DATA = """\
+  landiff data report data                     one data folder, as data/report.html
+  landiff data report --config nano/lm         the data sets of a trainer, with their weights
+  landiff data report data --clips 200 --out page.html
+"""
+
 COMPARE = """\
   landiff compare runs/lm runs/lm-2                           loss of both, and what differs
   landiff compare runs/lm runs/lm-2 --metric 'val/*'          all metrics of validation

@@ -9,6 +9,7 @@ import pytest
 
 from landiff.configs.loader import load
 from landiff.launchers.arguments import build_parser, parse_command
+from landiff.launchers.show_config import class_names_of
 from landiff.launchers.stages import STAGE_CONFIGS
 from tests.docs_commands import ROOT, commands, words_of
 
@@ -34,6 +35,8 @@ def test_a_documented_command_parses_and_its_keys_exist(page, command):
         return
     if stage == "attribute":  # reads the config of the samples
         stage = "sample"
+    if stage == "data":  # reads the config of any trainer
+        stage = class_names_of(config)[0]
     assert load(STAGE_CONFIGS[stage], config, args.overrides)
 
 

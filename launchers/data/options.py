@@ -1,8 +1,29 @@
-"""Options of the commands around the shapes world. Torch-free."""
+"""Options of the commands about data, and of those around the shapes world. Torch-free."""
 
 from __future__ import annotations
 
+from landiff.launchers import help_texts
 from landiff.launchers.command_options import Commands, add
+
+
+def add_data_commands(commands: Commands) -> None:
+    """Adds `landiff data`."""
+    data = add(
+        commands,
+        "data",
+        "Write an HTML page about a data folder: rejects by reason, histograms, contact sheets, "
+        "weights, disk.",
+        epilog=help_texts.DATA,
+    )
+    data.add_argument("action", choices=["report"], help="report (write the page)")
+    data.add_argument("folder", nargs="?", metavar="FOLDER", help="data folder with a manifest")
+    data.add_argument(
+        "--config", metavar="NAME", help="config of a trainer, instead: all data sets of its blend"
+    )
+    data.add_argument("--out", metavar="FILE", help="the page (default: report.html in FOLDER)")
+    data.add_argument(
+        "--clips", type=int, default=48, metavar="N", help="clips on each contact sheet (48)"
+    )
 
 
 def add_shape_commands(commands: Commands) -> None:

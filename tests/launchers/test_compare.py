@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from landiff.launchers.pages.charts import Series, lay_out, svg, thin_out
 from landiff.training.checkpoint.run_folder import CONFIG, METRICS, TENSORBOARD
 from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.previews import Preview, write_preview
+from tests.launchers.html_pages import Page, assert_harmless
 from tests.training.tokenizer.tiny import config
 
 HOSTILE = "</script><script>alert(1)</script>\"' onload=x & ]]>\u202e\x00\udce9 兔"
@@ -92,43 +92,6 @@ def test_mistakes_name_the_way_out(runs, capsys, words, message):
 
 
 # -------------------------------------------------------------------- report
-
-
-class Page(HTMLParser):
-    """Elements, attributes and text of a page, as a browser sees them."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in html.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def assert_harmless(text: str) -> Page:
-    """A page that loads nothing, runs nothing, and whose elements are closed in order."""
-    page = Page(text)
-    assert page.open == []
-    for tag, attributes in page.elements:
-        assert tag not in ("script", "iframe", "object", "link", "a", "base"), tag
-        for name, value in attributes.items():
-            assert not name.startswith("on"), name
-            if name in ("src", "href"):
-                assert value.startswith("data:")
-    assert re.search("https?:|url\\(|@import", text) is None
-    assert "default-src 'none'" in text.replace("&#x27;", "'")
-    return page
 
 
 def test_a_report_is_one_file_with_curves_previews_validation_and_config(runs, capsys):
