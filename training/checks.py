@@ -21,11 +21,16 @@ from typing import Generic, TypeVar
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.loader import nearest_name
 from landiff.configs.problems import Problem, check_writable, problems_of
-from landiff.data_pipeline.format.column_checks import check_blend, check_column_fingerprints
+from landiff.data_pipeline.format.column_checks import (
+    check_blend,
+    check_captions,
+    check_column_fingerprints,
+)
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.phases import phases_from
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
+from landiff.data_pipeline.loading.where import checked_where, conditions
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ScheduleConfig
 from landiff.training.checkpoint.resume import check_resume, check_same_data, next_state
@@ -232,6 +237,14 @@ def check_data(
         return [], problems
     if not data.adopt:
         problems += problems_of(lambda: check_blend(manifests, columns))
+    named = conditions([source.where for source in data.sources])
+    for manifest, (key, where) in zip(manifests, named, strict=True):
+        if where is not None:
+            check = partial(checked_where, key, where, manifest, adopt=data.adopt)
+            problems += problems_of(check)
+        if data.captions is not None:
+            caption_check = partial(check_captions, manifest, data.captions, columns)
+            problems += problems_of(partial(caption_check, adopt=data.adopt))
     return manifests, problems
 
 

@@ -17,20 +17,21 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from landiff.configs.base import Config
 from landiff.data_pipeline.loading.config import RampConfig, SourceConfig
 
-NEW_ORDER = ("manifest", "remote", "weight", "blend")
+NEW_ORDER = ("manifest", "remote", "weight", "where", "blend")
 PHASES_DESCRIPTION = "Changes of the config at steps of the run, in the order of their `from_step`."
 
 
 class DataChange(Config):
     """New values of `data`. null keeps a value.
 
-    A phase that names data (`manifest`, `remote`, `weight` or `blend`, also with the same value)
-    begins a new order of samples with its own epochs. Other phases continue the order.
+    A phase that names data (`manifest`, `remote`, `weight`, `where` or `blend`, also with the same
+    value) begins a new order of samples with its own epochs. Other phases continue the order.
     """
 
     manifest: Path | None = Field(default=None, description="As `data.manifest`.")
     remote: str | None = Field(default=None, description="As `data.remote`.")
     weight: PositiveFloat | None = Field(default=None, description="As `data.weight`.")
+    where: str | None = Field(default=None, description="As `data.where`; `''` is no condition.")
     blend: tuple[SourceConfig, ...] | None = Field(
         default=None, description="As `data.blend`: the complete list. [] is no blend."
     )

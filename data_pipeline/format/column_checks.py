@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from landiff.data_pipeline.format.schema import Column, Manifest
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.format.schema import Column, Manifest, column_stem
 from landiff.data_pipeline.format.shards import ShardError
 
 
@@ -81,3 +82,37 @@ def check_blend(
                     f"{first.encoder} (fingerprint {first.fingerprint}); run `landiff precompute` "
                     "with one of them on both, or set data.adopt=true to mix them"
                 )
+
+
+def main_caption(captions: Mapping[str, float], columns: Sequence[str]) -> str:
+    """The column of `data.captions` that a trainer reads. Raises ConfigError."""
+    texts = [name for name in columns if column_stem(name) == "text"]
+    found = [name for name in texts if name in captions]
+    if len(found) == 1:
+        return found[0]
+    given = ", ".join(captions)
+    raise ConfigError(
+        f"data.captions names {given}, and this trainer reads {', '.join(texts) or 'no text'}: "
+        "name exactly one of its text columns there, and columns of other captions of the same "
+        "clips beside it"
+    )
+
+
+def check_captions(
+    manifest: Manifest, captions: Mapping[str, float], columns: Sequence[str], *, adopt: bool
+) -> None:
+    """Raise ConfigError unless the columns of `data.captions` exist and have one encoder."""
+    main = main_caption(captions, columns)
+    check_column_fingerprints(manifest, list(captions), adopt=adopt)
+    expected = encoders(manifest.columns[main])
+    for name in captions:
+        if encoders(manifest.columns[name]) != expected and not adopt:
+            raise ConfigError(
+                f"data.captions.{name} was made by {dict(encoders(manifest.columns[name]))}, "
+                f"{main} by {dict(expected)}; captions of one run need the same text encoder"
+            )
+
+
+def with_captions(columns: Sequence[str], captions: Mapping[str, float] | None) -> list[str]:
+    """The columns that a loader reads: those of the trainer, then those of other captions."""
+    return [*columns, *sorted(set(captions or ()) - set(columns))]

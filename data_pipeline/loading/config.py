@@ -11,10 +11,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from landiff.configs.base import Config, ConfigError, refuse_values
+from landiff.data_pipeline.loading.where import Where
 
 
 class SourceConfig(Config):
@@ -39,6 +41,21 @@ class SourceConfig(Config):
         description="How often each sample occurs in an epoch of the blend: 1 is once, 0.5 every "
         "second epoch, 2 twice.",
     )
+    where: str | None = Field(
+        default=None,
+        description="Condition on clips, on metadata and columns of scores, such as "
+        "`motion > 0.2 and aesthetic >= 4`. Other clips are not trained on. null: all clips.",
+    )
+
+    @field_validator("where")
+    @classmethod
+    def _parses(cls, where: str | None) -> str | None:
+        if where:
+            try:
+                Where(where)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return where
 
 
 class ValidationConfig(Config):
@@ -90,6 +107,10 @@ class ValidationConfig(Config):
                     f"{' and '.join(given) or 'none of them'}"
                 ],
             )
+        if self.data_set is not None and self.data_set.where:
+            refuse_values(
+                info, ["data_set.where is not supported: make a data set of the wanted clips"]
+            )
         return self
 
     def read_clips(self) -> set[str]:
@@ -136,6 +157,12 @@ class DataConfig(SourceConfig):
         default=None,
         description="Growth of the global batch size up to `global_batch_size`. null: it is "
         "constant.",
+    )
+    captions: dict[str, PositiveFloat] | None = Field(
+        default=None,
+        description="Text columns of several captions with their weights, such as {text-minilm: "
+        "0.7, text-minilm-short: 0.3}. Each clip has one of them in each epoch, by chance. One of "
+        "them is the trainer's own text column, which validation reads. null: only that one.",
     )
     seed: NonNegativeInt = Field(
         default=0,

@@ -20,7 +20,13 @@ from typing import Any
 import numpy as np
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.format.column_checks import check_blend, require_encoder
+from landiff.data_pipeline.format.column_checks import (
+    check_blend,
+    check_captions,
+    main_caption,
+    require_encoder,
+    with_captions,
+)
 from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import (
     FORMAT_VERSION,
@@ -37,7 +43,14 @@ from landiff.data_pipeline.loading.phases import OrderPlan, order_plans, single_
 from landiff.data_pipeline.loading.position import check_position, data_fingerprint
 from landiff.data_pipeline.loading.remote import RANK_PART, Remote, data_folder, open_remote
 from landiff.data_pipeline.loading.samples import Batch, Sample
+from landiff.data_pipeline.loading.selection import (
+    CaptionChoice,
+    ConditionedSet,
+    find_selection,
+    selection_fingerprint,
+)
 from landiff.data_pipeline.loading.split import Ranks, Split, find_split
+from landiff.data_pipeline.loading.where import conditions
 
 __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 
@@ -77,6 +90,12 @@ class Loader:
         self.config = config
         self._dp_rank = dp_rank
         self._dp_size = dp_size
+        self._captions: CaptionChoice | None = None
+        if config.captions is not None:
+            main = main_caption(config.captions, columns)
+            self._captions = CaptionChoice(config.captions, main, config.seed)
+        own_columns = columns
+        columns = with_captions(columns, config.captions)
         self._remotes: list[Remote | None] = []
         self._sets: list[AlignedColumns] = []
         for source in config.sources:
@@ -86,6 +105,9 @@ class Loader:
         self.manifest = self._sets[0].manifest
         if not config.adopt:
             check_blend([dataset.manifest for dataset in self._sets], columns)
+        for dataset in self._sets:
+            if config.captions is not None:
+                check_captions(dataset.manifest, config.captions, own_columns, adopt=config.adopt)
         self._files = list(self._sets)  # to close
         self.held_out = HeldOutClips()
         self._split: Split | None = None
@@ -99,6 +121,10 @@ class Loader:
                 micro_batch_size=config.micro_batch_size,
             )
             for number, positions in enumerate(self._split.positions):
+                self._sets[number] = self._sets[number].without(positions)
+        self._selected = find_selection(self._conditions(), ranks, adopt=config.adopt)
+        for number, positions in enumerate(self._selected):
+            if positions:
                 self._sets[number] = self._sets[number].without(positions)
         self._order = BatchOrder(
             self._ordered_datasets(),
@@ -153,8 +179,9 @@ class Loader:
             "consumed_samples": self.plan.sizes.samples_before(step),
             **self.identity(),
         }
-        if self._split is None:
-            del state["validation"]  # as in states from before there was validation
+        for name in ("validation", "selection"):
+            if not state[name]:
+                del state[name]  # as in states from before there was one
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,6 +244,19 @@ class Loader:
         first_split = first._split if first is not None else None
         return find_split(validation, self._sets, separate, ranks, first_split)
 
+    def _conditions(self) -> list[ConditionedSet | None]:
+        """The data sets with their conditions."""
+        found: list[ConditionedSet | None] = []
+        named = conditions([source.where for source in self.config.sources])
+        for number, (name, where) in enumerate(named):
+            if where is None:
+                found.append(None)
+                continue
+            folder = data_folder(self.config.sources[number])
+            remote = self._remotes[number]
+            found.append(ConditionedSet(name, where, self._sets[number], folder, remote))
+        return found
+
     def _ordered_datasets(self) -> list[OrderedDataset]:
         datasets = []
         for dataset, source in zip(self._sets, self.config.sources, strict=True):
@@ -265,6 +305,7 @@ class Loader:
             "validation": split,
             "num_samples": self.num_samples,
             "exclusions": exclusions,
+            "selection": selection_fingerprint(self._selected),
             "seed": self.config.seed,
             "shuffle_window": self.config.shuffle_window,
             "global_batch_size": self.config.global_batch_size,
@@ -313,6 +354,8 @@ class Loader:
             located, sizes, places.epoch.tolist(), positions.tolist(), strict=True
         ):
             meta, tensors = self._sets[source].read(shard, slot, memory[begin:])
+            if self._captions is not None:
+                tensors = self._captions(tensors, epoch, meta.key)
             samples.append(
                 Sample(
                     key=meta.key,

@@ -18,6 +18,8 @@ _WAY_OUT = {
     "validation": "other clips are held out of training now; set data.validation back",
     "num_samples": _OTHER_CLIPS,
     "exclusions": _OTHER_CLIPS,
+    "selection": "other clips meet data.where now; set data.where and data.blend back, and restore "
+    "the columns of scores",
     "seed": "set data.seed back",
     "shuffle_window": "set data.shuffle_window back",
     "global_batch_size": "set data.global_batch_size back (ranks and micro-batches may change)",
@@ -25,15 +27,17 @@ _WAY_OUT = {
     "order_first_step": "set from_step of the phase back",
 }
 # Changes that a new phase allows, and the keys of `data` that it names.
+_DATA_KEYS = ("manifest", "remote", "weight", "where", "blend")
 _PHASE_KEYS = {
-    "data": ("manifest", "remote", "weight", "blend"),
-    "num_samples": ("manifest", "remote", "weight", "blend"),
-    "exclusions": ("manifest", "remote", "weight", "blend"),
+    "data": _DATA_KEYS,
+    "num_samples": _DATA_KEYS,
+    "exclusions": _DATA_KEYS,
+    "selection": _DATA_KEYS,
     "global_batch_size": ("global_batch_size", "ramp"),
     "ramp": ("global_batch_size", "ramp"),
 }
 # Entries that a state lacks if they have these values.
-NOT_STORED = {"validation": "", "ramp": None, "order_first_step": None}
+NOT_STORED = {"validation": "", "selection": "", "ramp": None, "order_first_step": None}
 
 
 def phase_identity(config: DataConfig, plan: OrderPlan) -> dict[str, Any]:
