@@ -18,7 +18,7 @@ from landiff.configs.base import Config
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.loading.config import ValidationConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
-from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
+from landiff.model_zoo.frozen.config import CodecConfig, TextConfig, VisionConfig
 from landiff.model_zoo.lora.config import AdapterUse
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -149,6 +149,11 @@ class SampleConfig(Config):
         default=1,
         description="Videos that are generated at once on one device. A video depends on it only "
         "by rounding, and not on the other videos of its batch.",
+    )
+    drift_features: VisionConfig | None = Field(
+        default=None,
+        description="Vision features in which the report of a long video measures how far each "
+        "chunk is from the first. null: pixels and colours only.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

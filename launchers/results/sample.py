@@ -18,6 +18,8 @@ from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sample_folder import SampleFolder, common_settings
 from landiff.model_zoo import frozen, registry
 from landiff.model_zoo.device import pick_device
+from landiff.model_zoo.evaluate.drift import DriftMeter
+from landiff.model_zoo.frozen.base import VisionFeatures
 from landiff.model_zoo.sample.generate import Models
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.sample.stream import Request, VideoStream
@@ -99,7 +101,11 @@ def sample_videos(
     if not missing:
         folder.write_pages()
         return names
-    models = load_models(config, pick_device(config.device))
+    device = pick_device(config.device)
+    models = load_models(config, device)
+    vision = None
+    if config.drift_features is not None:
+        vision = frozen.build(config.drift_features, device)
     progress = UnitProgress(total, total - left)
     window = models.diffusion.config.transformer.latent_frames
     for batch in missing:
@@ -107,7 +113,7 @@ def sample_videos(
         if batch[0].num_latent_frames > window:
             store = StreamStore(folder.unfinished(batch), folder.batch_key(batch))
         stream = stream_batch(models, config, batch, progress, store)
-        write_batch(stream, folder, batch, config)
+        write_batch(stream, folder, batch, config, vision)
         if store is not None:
             store.remove()
         for unit in batch:
@@ -160,10 +166,15 @@ def stream_batch(
 
 
 def write_batch(
-    stream: VideoStream, folder: SampleFolder, units: Sequence[SampleUnit], config: SampleConfig
+    stream: VideoStream,
+    folder: SampleFolder,
+    units: Sequence[SampleUnit],
+    config: SampleConfig,
+    vision: VisionFeatures | None = None,
 ) -> None:
-    """Writes the videos of a batch frame by frame as they come."""
+    """Writes the videos of a batch frame by frame as they come, and measures long ones."""
     logged: list[list[torch.Tensor]] = [[] for _ in units]
+    meters = [drift_meter(stream, vision) for _ in units]
     with contextlib.ExitStack() as stack:
         writers: list[Mp4Writer] = []
         for chunk in stream:
@@ -171,13 +182,29 @@ def write_batch(
                 # Closed in reverse order: the first unit, which names the store, is committed last.
                 for unit in units:
                     writers.append(stack.enter_context(folder.writing(unit, chunk.num_frames)))
-            videos = chunk.frames_BTHWC.cpu()
-            for writer, parts, frames_THWC in zip(writers, logged, videos, strict=False):
+            for number, writer in enumerate(writers):
+                frames_THWC = chunk.frames_BTHWC[number]
+                meters[number].add(frames_THWC)
+                frames_THWC = frames_THWC.cpu()
                 writer.add(frames_THWC.numpy())
-                room = MAX_LOGGED_FRAMES - sum(len(part) for part in parts)
-                parts.append(frames_THWC[:room].clone())
+                room = MAX_LOGGED_FRAMES - sum(len(part) for part in logged[number])
+                logged[number].append(frames_THWC[:room].clone())
+        for unit, meter in zip(units, meters, strict=True):
+            chunks = meter.report()
+            if len(chunks) > 1:
+                folder.write_drift(unit, chunks)
     for unit, parts in zip(units, logged, strict=True):
         log_sample(config, unit, torch.cat(parts))
+
+
+def drift_meter(stream: VideoStream, vision: VisionFeatures | None) -> DriftMeter:
+    """What measures a video of a stream."""
+    return DriftMeter(
+        time=stream.models.codec.time,
+        window=stream.models.diffusion.config.transformer.latent_frames,
+        clean=stream.request.clean_frames,
+        features=vision,
+    )
 
 
 def sampler_options(config: SampleConfig) -> SamplerOptions:

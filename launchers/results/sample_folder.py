@@ -4,6 +4,7 @@
     settings.json                      what all videos of the folder have in common
     samples.jsonl                      the records of all finished videos
     gallery.html, contact-sheet.png    all finished videos, see gallery.py
+    drift/NAME.json                    joins and drift of a long video by chunk (DriftMeter)
     unfinished/NAME/                   codes and latents of a long video (stream_store.py)
 
 A video is committed by rename the moment it is done. `settings.json` refuses a second run with
@@ -26,7 +27,13 @@ from landiff.data_pipeline.format.locks import locked
 from landiff.data_pipeline.format.schema import content_fingerprint
 from landiff.data_pipeline.video.codec import Mp4Writer, read_comment
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results.gallery import Record, write_contact_sheet, write_gallery
+from landiff.launchers.results.gallery import (
+    Record,
+    drift_path,
+    pages_show,
+    write_contact_sheet,
+    write_gallery,
+)
 from landiff.launchers.results.prompts import SampleUnit
 from landiff.launchers.version import __version__
 
@@ -41,6 +48,7 @@ OPTIONS_OF_UNITS = (
     "prompts",
     "prompts_file",
     "prompt_schedule",
+    "drift_features",
     "seed",
     "seeds",
     "num_videos",
@@ -165,6 +173,11 @@ class SampleFolder:
         self._records[unit.name] = record
         self.write_list()
 
+    def write_drift(self, unit: SampleUnit, chunks: Sequence[Mapping[str, Any]]) -> None:
+        """Write the report of the chunks of a long video, before the video is committed."""
+        document = {"file": unit.name, "chunks": chunks}
+        write_text(drift_path(self.folder, unit.name), json.dumps(document, indent=1) + "\n")
+
     @property
     def records(self) -> list[Record]:
         """Records of all finished videos, by file name, without the common settings."""
@@ -176,13 +189,17 @@ class SampleFolder:
         return found
 
     def write_pages(self) -> None:
-        """Write the list, the gallery and the contact sheet of all finished videos."""
+        """Write the list, the gallery and the contact sheet of all finished videos.
+
+        The pages, for which all videos are read, are kept if they show the same videos already.
+        """
         self.write_list()
         with locked(self.folder):
             records = self.records
-            if records:
+            shown = content_fingerprint(records)
+            if records and not pages_show(self.folder, shown):
                 write_gallery(self.folder, records, self.settings)
-                write_contact_sheet(self.folder, records)
+                write_contact_sheet(self.folder, records, shown)
 
     def write_list(self) -> None:
         """Write samples.jsonl with all videos that are finished, those of other processes too."""

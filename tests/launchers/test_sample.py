@@ -95,7 +95,10 @@ def test_a_killed_run_resumes_with_the_same_bytes(undisturbed, zoo, tmp_path, mo
     sample_videos(sample_config(zoo, tmp_path))
     assert files(tmp_path) == files(undisturbed) and not unfinished.exists()
     assert len(calls) == 3 + 2
+    pages = [tmp_path / GALLERY, tmp_path / CONTACT_SHEET]
+    written = [path.stat().st_mtime_ns for path in pages]
     sample_videos(sample_config(zoo, tmp_path))  # nothing is left
+    assert [path.stat().st_mtime_ns for path in pages] == written
     assert len(calls) == 3 + 2
     assert (tmp_path / SAMPLES).read_text().count("\n") == 4
 
@@ -252,9 +255,17 @@ def test_schedules_come_from_files_and_options(zoo, tmp_path, capsys):
     ]:
         assert main([*words, *wrong]) == 2
         assert message in capsys.readouterr().err
+    words.append("drift_features={kind: efficientnet-lite0}")
     assert main([*words, "--at", texts[0], "--at", texts[1]]) == 0
     record = json.loads((tmp_path / "out" / SAMPLES).read_text())
     assert record["schedule"] == {"0": "a fox", "17": "key=value: 雪"} and record["frames"] == 29
+    (report,) = (tmp_path / "out" / "drift").iterdir()
+    drift = json.loads(report.read_text())
+    assert drift["file"] == record["file"] and report.stem == Path(record["file"]).stem
+    assert [chunk["first_frame"] for chunk in drift["chunks"]] == [0, 17]
+    assert drift["chunks"][1]["join_ratio"] > 0 < drift["chunks"][1]["feature_distance"]
+    page = (tmp_path / "out" / GALLERY).read_text(encoding="utf-8")
+    assert f"{record['file']}: 2 chunks, joins up to" in page
 
 
 def test_seeds_are_numbers_and_ranges():
