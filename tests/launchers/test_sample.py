@@ -124,6 +124,26 @@ def test_two_hundred_prompts_survive_twenty_kills(tmp_path):
     assert kills(tmp_path / "long", 40, 2, "long") >= 40
 
 
+@pytest.mark.long
+def test_ten_minutes_take_the_memory_of_one(zoo, tmp_path):
+    """Peak of the resident memory of the command, in a process of its own.
+
+    Ten minutes of 64 x 64 pixels have 59 MB of frames and 15 MB of latents. The allowance is for
+    the lists of frames in the mp4 and of chunks in the report, and for the allocator.
+    """
+    peaks = {}
+    for minutes, frames in ((1, 122), (10, 1202)):
+        command = [sys.executable, "-m", "landiff.launchers.cli", "sample", "--config"]
+        command += ["nano/sample", f"zoo={zoo}", f"out={tmp_path / str(minutes)}", "steps=2"]
+        command += [f"num_latent_frames={frames}", "tokens.context_segments=1", "a fox"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+        peaks[minutes] = usage.ru_maxrss << 10
+    assert peaks[10] - peaks[1] < 8 << 20, peaks
+
+
 def test_tasks_divide_the_videos_and_give_the_same_bytes(undisturbed, zoo, tmp_path):
     first = sample_videos(sample_config(zoo, tmp_path), (0, 3))
     second = sample_videos(sample_config(zoo, tmp_path), (1, 3))
