@@ -118,6 +118,10 @@ class TokenizerConfig(Config):
             refuse_values(info, [problem])
         return self
 
+    def sized(self, grid_height: int, grid_width: int) -> TokenizerConfig:
+        """The config of the same model for feature maps of another size."""
+        return self.model_copy(update={"grid_height": grid_height, "grid_width": grid_width})
+
     @model_validator(mode="after")
     def _paths_have_positions(self, info: ValidationInfo) -> TokenizerConfig:
         if self.local_paths and self.latent_positions != "grid":
@@ -292,6 +296,11 @@ class TransformerConfig(Config):
         "not pass the noise through.",
     )
 
+    def sized(self, frames: int, height: int, width: int) -> TransformerConfig:
+        """The config of the same model for latents of another size."""
+        sizes = {"latent_frames": frames, "latent_height": height, "latent_width": width}
+        return self.model_copy(update=sizes)
+
     @model_validator(mode="after")
     def _divides(self, info: ValidationInfo) -> TransformerConfig:
         problems = []
@@ -341,6 +350,11 @@ class SemanticConditionConfig(Config):
     out_channels: PositiveInt = Field(
         default=64, description="Channels of the upsampled features before the last projection."
     )
+
+    @property
+    def scale(self) -> int:
+        """Latent cells per feature cell along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
 
 
 class DiffusionConfig(Config):

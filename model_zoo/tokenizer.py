@@ -39,6 +39,8 @@ from landiff.model_zoo.layers import rotate, run_block
 
 log = logging.getLogger(__name__)
 
+Grid = tuple[int, int]
+"""Rows and columns of a feature map."""
 NORM_EPS = 1e-5
 FEATURE_EPS = 1e-8  # added to the standard deviation of a feature channel
 
@@ -325,11 +327,11 @@ class SemanticTokenizer(nn.Module):
         std = self.std[:, None, None] + FEATURE_EPS
         return features_BTChw * std + self.mean[:, None, None]
 
-    def sequence(self, num_frames: int) -> Sequence:
-        """The sequence of a segment of `num_frames` frames."""
+    def sequence(self, num_frames: int, grid: Grid | None = None) -> Sequence:
+        """The sequence of a segment of `num_frames` frames. `grid` is that of `decode`."""
         config = self.config
-        frame_tokens = config.grid_height * config.grid_width
-        return Sequence(num_frames, frame_tokens, config.iframe_tokens, config.pframe_tokens)
+        rows, columns = grid or (config.grid_height, config.grid_width)
+        return Sequence(num_frames, rows * columns, config.iframe_tokens, config.pframe_tokens)
 
     def encode_latents(self, features_BTChw: Tensor) -> Tensor:
         """Latents of one segment before quantization, [B, T, C, h, w] -> [B, N, Z].
@@ -338,17 +340,23 @@ class SemanticTokenizer(nn.Module):
         ValueError for a wrong shape.
         """
         self._check_features(features_BTChw)
-        sequence = self.sequence(features_BTChw.shape[1])
-        context = self._context(sequence, encoder_spans(sequence), features_BTChw.device)
+        grid = (features_BTChw.shape[3], features_BTChw.shape[4])
+        sequence = self.sequence(features_BTChw.shape[1], grid)
+        context = self._context(sequence, grid, encoder_spans(sequence), features_BTChw.device)
         return self.encoder(features_BTChw.to(self.dtype), sequence, context)
 
-    def decode_latents(self, latents_BNZ: Tensor, num_frames: int) -> Tensor:
-        """Features of one segment as the decoder returns them, [B, N, Z] -> [B, T, C, h, w]."""
-        sequence = self.sequence(num_frames)
-        context = self._context(sequence, decoder_spans(sequence), latents_BNZ.device)
+    def decode_latents(
+        self, latents_BNZ: Tensor, num_frames: int, grid: Grid | None = None
+    ) -> Tensor:
+        """Features of one segment as the decoder returns them, [B, N, Z] -> [B, T, C, h, w].
+
+        `grid` is that of `decode`.
+        """
+        grid = self._checked_grid(grid)
+        sequence = self.sequence(num_frames, grid)
+        context = self._context(sequence, grid, decoder_spans(sequence), latents_BNZ.device)
         features_BSC = self.decoder(latents_BNZ.to(self.dtype), sequence, context)
-        grid = (num_frames, self.config.grid_height, self.config.grid_width)
-        return features_BSC.unflatten(1, grid).permute(0, 1, 4, 2, 3)
+        return features_BSC.unflatten(1, (num_frames, *grid)).permute(0, 1, 4, 2, 3)
 
     def encode(self, features_BTChw: Tensor) -> Tensor:
         """Codes of clips of any length, [B, T, C, h, w] -> int64 [B, K].
@@ -368,11 +376,14 @@ class SemanticTokenizer(nn.Module):
             indices.append(self.quantizer.nearest(latents_BNZ))
         return torch.cat(indices, dim=1)
 
-    def decode(self, indices_BK: Tensor, num_frames: int) -> Tensor:
+    def decode(self, indices_BK: Tensor, num_frames: int, grid: Grid | None = None) -> Tensor:
         """Features of clips of `num_frames` frames from codes that `encode` returned.
 
-        [B, K] -> [B, T, C, h, w]. Raises ValueError for codes that do not fit the codebook or the
-        number of frames, and for an untrained codebook.
+        [B, K] -> [B, T, C, h, w]. `grid`: rows and columns (h, w), which the codes do not tell.
+        None: those of the config.
+
+        Raises ValueError for codes that do not fit the codebook or the number of frames, for an
+        untrained codebook, and for another grid than that of `cell_mask_tokens`.
         """
         lengths = self._segment_lengths(num_frames)
         counts = [self.sequence(length).num_latent for length in lengths]
@@ -390,7 +401,7 @@ class SemanticTokenizer(nn.Module):
         segments = []
         for indices_BN, length in zip(indices_BK.split(counts, dim=1), lengths, strict=True):
             # Looked up one by one, so that a segment does not depend on the others by rounding.
-            segments.append(self.decode_latents(self.quantizer.lookup(indices_BN), length))
+            segments.append(self.decode_latents(self.quantizer.lookup(indices_BN), length, grid))
         features_BTChw = torch.cat(segments, dim=1)
         if self.config.normalize_features:
             features_BTChw = self.denormalize(features_BTChw)
@@ -428,7 +439,8 @@ class SemanticTokenizer(nn.Module):
             indices_BN = self.quantizer.nearest(latents_BNZ)
             values_BNZ = self.quantizer.lookup(indices_BN)
             commitment = self._commitment(latents_BNZ, indices_BN)
-        decoded_BTChw = self.decode_latents(values_BNZ, features_BTChw.shape[1])
+        grid = (features_BTChw.shape[3], features_BTChw.shape[4])
+        decoded_BTChw = self.decode_latents(values_BNZ, features_BTChw.shape[1], grid)
         target_BTChw = features_BTChw.to(self.dtype).float()
         reconstruction = functional.mse_loss(decoded_BTChw.float(), target_BTChw)
         if self.config.normalize_features:
@@ -448,9 +460,9 @@ class SemanticTokenizer(nn.Module):
         return functional.mse_loss(codes_BNE, self.quantizer.get_codes_from_indices(indices_BN))
 
     def _context(
-        self, sequence: Sequence, spans: list[AttentionSpan], device: torch.device
+        self, sequence: Sequence, grid: Grid, spans: list[AttentionSpan], device: torch.device
     ) -> Context:
-        config = self.config
+        config = self.config.sized(*grid)
         head_dim = config.hidden_size // config.num_heads
         if config.latent_positions == "grid":
             angles_Sd = grid_angles(sequence, config, device)
@@ -462,15 +474,25 @@ class SemanticTokenizer(nn.Module):
         return Context(spans, angles_Sd.cos(), angles_Sd.sin(), covered_NV)
 
     def _check_features(self, features_BTChw: Tensor) -> None:
-        """Raises ValueError for features that are not [B, T, C, h, w] with the configured sizes."""
-        config = self.config
-        expected = (config.feature_channels, config.grid_height, config.grid_width)
+        """Raises ValueError for features that are not [B, T, C, h, w] with C of the config."""
+        channels = self.config.feature_channels
         shape = features_BTChw.shape
-        if features_BTChw.ndim != 5 or tuple(shape[2:]) != expected or not shape[1]:
+        if features_BTChw.ndim != 5 or shape[2] != channels or not all(shape[1:]):
             raise ValueError(
-                f"the tokenizer takes features [B, T >= 1, {', '.join(map(str, expected))}] "
-                f"(channels, rows, columns), not {list(shape)}"
+                f"the tokenizer takes features [B, T >= 1, {channels}, rows, columns], not "
+                f"{list(shape)}"
             )
+        self._checked_grid((shape[3], shape[4]))
+
+    def _checked_grid(self, grid: Grid | None) -> Grid:
+        """`grid`, or that of the config. Raises ValueError for one that the model cannot take."""
+        own = (self.config.grid_height, self.config.grid_width)
+        if grid is not None and grid != own and self.config.cell_mask_tokens:
+            raise ValueError(
+                f"the tokenizer has mask tokens for each cell of {own[0]} x {own[1]} "
+                f"(cell_mask_tokens) and cannot take features of {grid[0]} x {grid[1]}"
+            )
+        return grid or own
 
 
 def _warn_of_statistics(model: SemanticTokenizer, _keys: object) -> None:

@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.loader import nearest_name
 from landiff.configs.problems import Problem, check_writable, problems_of
+from landiff.data_pipeline.format.buckets import bucket_names, check_buckets, column_shapes
 from landiff.data_pipeline.format.column_checks import (
     check_blend,
     check_captions,
@@ -245,7 +246,37 @@ def check_data(
         if data.captions is not None:
             caption_check = partial(check_captions, manifest, data.captions, columns)
             problems += problems_of(partial(caption_check, adopt=data.adopt))
+    wanted = data.buckets
+    if wanted is not None:
+        problems += problems_of(lambda: check_buckets(manifests, wanted))
     return manifests, problems
+
+
+def bucket_shapes(data: DataConfig, column: str) -> dict[str, list[int]]:
+    """Shape of one clip's tensor of a column in each of `data.buckets`, if that is set.
+
+    Those of remote data are not known before the ranks read them.
+    """
+    found: dict[str, list[int]] = {}
+    for source in data.sources:
+        if source.remote or data.buckets is None:
+            continue
+        shapes = column_shapes(data_folder(source), find_manifest(source), column)
+        for name in data.buckets:
+            if name in shapes:
+                found.setdefault(name, shapes[name])
+    return found
+
+
+def several_buckets(manifest: Manifest) -> str:
+    """End of a message about clips of a wrong shape: how to train on several. "" for one shape."""
+    names = sorted({name for name in bucket_names(manifest) if name})
+    if len(names) < 2:
+        return ""
+    return (
+        f". The data set has clips of {', '.join(names)}: name those to train on, for example "
+        f"data.buckets=[{','.join(names)}]"
+    )
 
 
 def check_validation(data: DataConfig, columns: Sequence[str], manifest: Manifest) -> list[Problem]:

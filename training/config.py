@@ -19,7 +19,8 @@ from pydantic import (
 
 from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
-from landiff.data_pipeline.loading.phases import DataPhase, batch_sizes
+from landiff.data_pipeline.loading.phases import DataPhase, batch_sizes, factors_of
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.training.observe.config import ProfileConfig, TrackerConfig
 from landiff.training.phases import PhaseConfig, apply_phase, names_batch_size, names_data
 
@@ -393,18 +394,34 @@ class TrainConfig(Config):
     @property
     def data_phases(self) -> tuple[DataPhase, ...]:
         """What the loader reads in each phase."""
-        found = [DataPhase(0, 0, self.data)]
+        found = [DataPhase(0, 0, self.data, factors=self.batch_factors)]
         for index, phase in enumerate(self.phases, start=1):
+            config = self.in_phase(index)
             found.append(
                 DataPhase(
                     index,
                     phase.from_step,
-                    self.in_phase(index).data,
+                    config.data,
                     new_order=names_data(phase),
                     new_sizes=names_batch_size(phase),
+                    factors=config.batch_factors,
                 )
             )
         return tuple(found)
+
+    @property
+    def batch_factors(self) -> dict[str, int]:
+        """How many times larger the batches of a bucket are, if tokens are balanced."""
+        if not self.data.balance_tokens or self.data.buckets is None:
+            return {}
+        tokens = {}
+        for name in self.data.buckets:
+            tokens[name] = self.clip_tokens(ClipShape.parse(name))
+        return factors_of(tokens)
+
+    def clip_tokens(self, shape: ClipShape) -> int:
+        """Tokens that the model processes for a clip of a shape."""
+        raise NotImplementedError(f"{type(self).__name__} does not count tokens")
 
     @property
     def columns(self) -> tuple[str, ...]:

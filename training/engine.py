@@ -62,11 +62,19 @@ class TrainState:
     healthy: False while steps are skipped or spike. Recorded in the checkpoint: a run resumes from
         and rolls back to healthy ones.
     guard: counts and windows of the guard.
+    bucket_losses: of each clip shape, sum of the losses since the last logged step, and number of
+        steps. Empty if the data do not name shapes.
     """
 
     step: int = 0
     healthy: bool = True
     guard: GuardState = field(default_factory=GuardState)
+    bucket_losses: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def add_loss(self, bucket: str, loss: float) -> None:
+        """Add the loss of a step to those of its bucket."""
+        total, steps = self.bucket_losses.get(bucket, (0.0, 0))
+        self.bucket_losses[bucket] = (total + loss, steps + 1)
 
 
 class Engine(Protocol):
@@ -115,10 +123,10 @@ class Engine(Protocol):
     def validate(self, batch: HeldOutBatch) -> dict[str, Tensor]:
         """Sums over the counted samples of one micro-batch of held-out clips. Collective.
 
-        Returns float64 tensors of any shape, with equal names and shapes in every call and on all
-        ranks. Ranks that hold the same samples as another rank (tensor-parallel ranks after the
-        first, pipeline stages before the last) return zeros. Draws are keyed by the samples'
-        `index`. Weights, optimizer and random state stay unchanged.
+        Returns float64 tensors of any shape, with equal names and shapes in every call with the
+        same bucket and on all ranks. Ranks that hold the same samples as another rank
+        (tensor-parallel ranks after the first, pipeline stages before the last) return zeros. Draws
+        are keyed by the samples' `index`. Weights, optimizer and random state stay unchanged.
         """
         ...
 

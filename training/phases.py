@@ -3,8 +3,7 @@
 The top level of a trainer's config is the first phase. Each entry of `phases` changes some values
 from a step on; the others keep those of the phase before. Nothing before that step depends on it.
 
-Frames and resolution are not among the changes yet: a phase that names another data set reads clips
-of the model's size.
+A phase may train on other clip shapes (`data.buckets`): images, images and videos, then videos.
 """
 
 from __future__ import annotations
@@ -15,17 +14,19 @@ from typing import Literal, TypeVar
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from landiff.configs.base import Config
+from landiff.data_pipeline.format.buckets import BucketName
 from landiff.data_pipeline.loading.config import RampConfig, SourceConfig
 
-NEW_ORDER = ("manifest", "remote", "weight", "where", "blend")
+NEW_ORDER = ("manifest", "remote", "weight", "where", "blend", "buckets", "balance_tokens")
 PHASES_DESCRIPTION = "Changes of the config at steps of the run, in the order of their `from_step`."
 
 
 class DataChange(Config):
     """New values of `data`. null keeps a value.
 
-    A phase that names data (`manifest`, `remote`, `weight`, `where` or `blend`, also with the same
-    value) begins a new order of samples with its own epochs. Other phases continue the order.
+    A phase that names data (`manifest`, `remote`, `weight`, `where`, `blend`, `buckets`
+    or `balance_tokens`, also with the same value) begins a new order of samples with its own
+    epochs. Other phases continue the order.
     """
 
     manifest: Path | None = Field(default=None, description="As `data.manifest`.")
@@ -35,6 +36,10 @@ class DataChange(Config):
     blend: tuple[SourceConfig, ...] | None = Field(
         default=None, description="As `data.blend`: the complete list. [] is no blend."
     )
+    buckets: tuple[BucketName, ...] | None = Field(
+        default=None, min_length=1, description="As `data.buckets`."
+    )
+    balance_tokens: bool | None = Field(default=None, description="As `data.balance_tokens`.")
     global_batch_size: PositiveInt | None = Field(
         default=None, description="As `data.global_batch_size`. It ends a ramp."
     )

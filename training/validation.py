@@ -33,13 +33,50 @@ def validate(engine: Engine, loader: BatchSource, run: Run) -> dict[str, float]:
 @torch.no_grad()
 def _measure(engine: Engine, loader: BatchSource, run: Run, prefix: str) -> dict[str, float]:
     """Metrics of the weights that forward passes read now, tagged with `prefix`."""
-    sums: dict[str, Tensor] = {}
+    by_bucket: dict[str, dict[str, Tensor]] = {}
+    clips: dict[str, int] = {}
     for batch in loader.held_out:
+        sums = by_bucket.setdefault(batch.bucket, {})
         for name, value in engine.validate(batch).items():
             sums[name] = sums[name] + value if name in sums else value
+        clips[batch.bucket] = clips.get(batch.bucket, 0) + sum(batch.counted)
         run.heartbeat.beat(run.world.step)
-    metrics = engine.summarize(sum_over_ranks(sums, run))
+    for bucket, sums in by_bucket.items():
+        by_bucket[bucket] = sum_over_ranks(sums, run)
+    if len(by_bucket) == 1:
+        (sums,) = by_bucket.values()
+        metrics = engine.summarize(sums)
+    else:
+        counts = torch.tensor(list(clips.values()), dtype=torch.float64)
+        metrics = _over_buckets(engine, by_bucket, sum_over_ranks({"clips": counts}, run)["clips"])
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _over_buckets(
+    engine: Engine, by_bucket: Mapping[str, Mapping[str, Tensor]], clips: Tensor
+) -> dict[str, float]:
+    """Metrics over several buckets, and the loss of each: `loss_17x64x64`.
+
+    clips: number of clips of each bucket. Where the shapes of sums depend on the bucket, the
+        metrics that all buckets have are averaged over the clips. Otherwise the sums are added.
+    """
+    of_buckets = {bucket: engine.summarize(sums) for bucket, sums in by_bucket.items()}
+    first, *others = by_bucket.values()
+    shapes = {name: value.shape for name, value in first.items()}
+    if all({name: value.shape for name, value in sums.items()} == shapes for sums in others):
+        pooled = {name: sum(sums[name] for sums in others) + first[name] for name in first}
+        metrics = engine.summarize(pooled)
+    else:
+        metrics = {}
+        weights = (clips / clips.sum()).tolist()
+        for name in next(iter(of_buckets.values())):
+            if all(name in found for found in of_buckets.values()):
+                values = [found[name] for found in of_buckets.values()]
+                pairs = zip(values, weights, strict=True)
+                metrics[name] = sum(value * weight for value, weight in pairs)
+    for bucket, found in of_buckets.items():
+        metrics[f"loss_{bucket}"] = found["loss"]
+    return metrics
 
 
 def sum_over_ranks(sums: Mapping[str, Tensor], run: Run) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from landiff.configs.base import Config, ConfigError, refuse_values
+from landiff.data_pipeline.format.buckets import BucketName
 from landiff.data_pipeline.loading.where import Where
 
 
@@ -153,6 +154,18 @@ class DataConfig(SourceConfig):
     micro_batch_size: PositiveInt = Field(
         default=1, description="Samples of one forward pass on one rank."
     )
+    buckets: tuple[BucketName, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Clip shapes to train on, as frames x height x width: [1x480x720, 49x480x720]. "
+        "A global batch is of one of them. null: all clips, which must have the model's shape.",
+    )
+    balance_tokens: bool = Field(
+        default=False,
+        description="Larger batches of smaller clips. `global_batch_size` and `micro_batch_size` "
+        "are then those of the bucket with the most tokens. Another one has as many times more "
+        "clips as its tokens fit into those of the largest. Needs `buckets`.",
+    )
     ramp: RampConfig | None = Field(
         default=None,
         description="Growth of the global batch size up to `global_batch_size`. null: it is "
@@ -195,6 +208,16 @@ class DataConfig(SourceConfig):
         description="Clips that are held out of training and validated every `loop.val_every` "
         "steps. null trains on all clips.",
     )
+
+    @model_validator(mode="after")
+    def _buckets_fit(self, info: ValidationInfo) -> DataConfig:
+        problems = []
+        if self.balance_tokens and self.buckets is None:
+            problems.append("balance_tokens needs buckets, the clip shapes that are balanced")
+        if len(set(self.buckets or ())) < len(self.buckets or ()):
+            problems.append(f"buckets names a shape twice: {', '.join(self.buckets or ())}")
+        refuse_values(info, problems)
+        return self
 
     @model_validator(mode="after")
     def _ramp_fits(self, info: ValidationInfo) -> DataConfig:

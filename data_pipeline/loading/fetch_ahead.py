@@ -110,10 +110,9 @@ class FetchAhead:
 
     def _next_shards(self) -> list[ShardKey]:
         """New shards of the next step that needs any; waits for space. Empty after `close`."""
-        sizes = self._order.batch_sizes
         with self._changed:
             while not self._closed:
-                batch_size = sizes.at(self._planned).global_batch_size
+                batch_size = self._order.sizes_at(self._planned).global_batch_size
                 epoch_steps = self._order.num_samples // batch_size
                 far = self._planned - self._step > epoch_steps
                 if far or self._planned == self._end_step:
@@ -132,7 +131,7 @@ class FetchAhead:
 
     def _remote_shards(self, step: int) -> list[ShardKey]:
         """The remote shard of each sample that this rank reads in a step."""
-        batch_size = self._order.batch_sizes.at(step).global_batch_size
+        batch_size = self._order.sizes_at(step).global_batch_size
         positions = np.arange(self._dp_rank, batch_size, self._dp_size)
         sources, places = self._order.locate(step, positions)
         shards = zip(sources.tolist(), places.shard.tolist(), strict=True)

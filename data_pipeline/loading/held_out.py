@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from landiff.data_pipeline.format.buckets import bucket_names
 from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.loading.samples import HeldOutBatch, Sample
@@ -37,8 +38,9 @@ class HeldOutClips:
         self._micro_batch_size = micro_batch_size
         metas = [self._sets[clip.source].meta(clip.shard, clip.position) for clip in self.clips]
         self._buckets: dict[str, list[int]] = {}  # numbers of clips
+        names = [bucket_names(dataset.manifest) for dataset in sets]
         for number, clip in enumerate(self.clips):
-            bucket = self._sets[clip.source].manifest.shards[clip.shard].bucket
+            bucket = names[clip.source][clip.shard]
             self._buckets.setdefault(bucket, []).append(number)
         self._partners: dict[int, int] = {}
         for numbers in self._buckets.values():
@@ -56,14 +58,15 @@ class HeldOutClips:
             batch_size = min(self._micro_batch_size, clips_per_rank) * self._dp_size
             for start in range(0, len(numbers), batch_size):
                 own = range(start + self._dp_rank, start + batch_size, self._dp_size)
-                yield self._batch(numbers, own, numbers[start])
+                yield self._batch(bucket, own, numbers[start])
 
     def first(self, count: int) -> list[Sample]:
         """The first clips of the order, equal on all ranks. Raises ShardError."""
         return [self._read(number) for number in range(min(count, len(self.clips)))]
 
-    def _batch(self, numbers: Sequence[int], places: Sequence[int], first: int) -> HeldOutBatch:
+    def _batch(self, bucket: str, places: Sequence[int], first: int) -> HeldOutBatch:
         """The clips at `places` of a bucket. Beyond its end, the first clip fills up."""
+        numbers = self._buckets[bucket]
         samples = []
         others = []
         for place in places:
@@ -72,7 +75,7 @@ class HeldOutClips:
             samples.append(self._read(number))
             others.append(None if partner is None else self._read(partner))
         counted = tuple(place < len(numbers) for place in places)
-        return HeldOutBatch(tuple(samples), tuple(others), counted, first)
+        return HeldOutBatch(tuple(samples), tuple(others), counted, first, bucket)
 
     def _read(self, number: int) -> Sample:
         clip = self.clips[number]

@@ -5,9 +5,12 @@ number of ranks. Rank r of n reads every n-th sample from the r-th on, so that m
 ranks together is a contiguous part of the global batch. A checkpoint stores one number: the
 samples that were returned.
 
-A blend of data sets, and buckets of clip shapes, change only the content of global batch k
+A blend of data sets, and buckets of clip shapes, change only content and size of global batch k
 (`order.BatchOrder`). The tensors of a batch share memory that is reused when the last of them is
 freed.
+
+The index of a sample keys its random draws. It counts `global_batch_size` samples in every step.
+With `balance_tokens` a batch may have more: samples beyond that have indices from `EXTRA` on.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from landiff.configs.base import ConfigError
+from landiff.data_pipeline.format.buckets import bucket_names, check_buckets
 from landiff.data_pipeline.format.column_checks import (
     check_blend,
     check_captions,
@@ -51,6 +55,8 @@ from landiff.data_pipeline.loading.selection import (
 )
 from landiff.data_pipeline.loading.split import Ranks, Split, find_split
 from landiff.data_pipeline.loading.where import conditions
+
+EXTRA = 1 << 48  # first index of the samples beyond `global_batch_size`, in steps of itself
 
 __all__ = ["Batch", "Loader", "Sample", "open_manifest", "require_encoder"]
 
@@ -103,11 +109,14 @@ class Loader:
             self._remotes.append(remote)
             self._sets.append(_open(source, remote, config, columns))
         self.manifest = self._sets[0].manifest
+        manifests = [dataset.manifest for dataset in self._sets]
         if not config.adopt:
-            check_blend([dataset.manifest for dataset in self._sets], columns)
+            check_blend(manifests, columns)
         for dataset in self._sets:
             if config.captions is not None:
                 check_captions(dataset.manifest, config.captions, own_columns, adopt=config.adopt)
+        if config.buckets is not None:
+            check_buckets(manifests, config.buckets)
         self._files = list(self._sets)  # to close
         self.held_out = HeldOutClips()
         self._split: Split | None = None
@@ -132,6 +141,8 @@ class Loader:
             window=config.shuffle_window,
             batch_sizes=self._sizes,
             name=f"phase {self.plan.index}" if self.plan.index else "",
+            wanted=config.buckets,
+            factors=self.plan.factors,
         )
         if not self.num_samples:
             raise ShardError(
@@ -161,11 +172,11 @@ class Loader:
             samples = self._read(self._step, self._positions(self._step))
         else:
             samples = self._next_prefetched(self._pool)
-        level = self._sizes.at(self._step)
-        size = level.micro_batch_size
+        sizes = self._order.sizes_at(self._step)
+        size = sizes.micro_batch_size
         micro_batches = tuple(tuple(samples[i : i + size]) for i in range(0, len(samples), size))
         step = self.plan.first_step + self._step
-        batch = Batch(step, level.global_batch_size, micro_batches)
+        batch = Batch(step, sizes.global_batch_size, micro_batches, sizes.bucket)
         self._step += 1
         if self._fetch_ahead is not None:
             self._fetch_ahead.reached(self._step)
@@ -242,7 +253,7 @@ class Loader:
             if not self.config.adopt:
                 check_blend([self.manifest, separate.manifest], columns, "data.validation.data_set")
         first_split = first._split if first is not None else None
-        return find_split(validation, self._sets, separate, ranks, first_split)
+        return find_split(validation, self._sets, separate, ranks, first_split, self.plan.validated)
 
     def _conditions(self) -> list[ConditionedSet | None]:
         """The data sets with their conditions."""
@@ -260,8 +271,11 @@ class Loader:
     def _ordered_datasets(self) -> list[OrderedDataset]:
         datasets = []
         for dataset, source in zip(self._sets, self.config.sources, strict=True):
-            buckets = [shard.bucket for shard in dataset.manifest.shards]
-            datasets.append(OrderedDataset(dataset.counts, buckets, source.weight))
+            names = [shard.bucket for shard in dataset.manifest.shards]
+            buckets = names
+            if self.config.buckets is not None:
+                buckets = bucket_names(dataset.manifest)
+            datasets.append(OrderedDataset(dataset.counts, buckets, source.weight, names))
         return datasets
 
     def _start_fetch_ahead(self) -> FetchAhead | None:
@@ -290,7 +304,7 @@ class Loader:
 
     def _positions(self, step: int) -> np.ndarray:
         """This rank's positions in the global batch of a step."""
-        batch_size = self._sizes.at(step).global_batch_size
+        batch_size = self._order.sizes_at(step).global_batch_size
         return np.arange(self._dp_rank, batch_size, self._dp_size)
 
     def identity(self) -> dict[str, Any]:
@@ -350,6 +364,7 @@ class Loader:
         begin = 0
         samples = []
         first = self.plan.sizes.samples_before(self.plan.first_step + step)
+        regular = self._sizes.at(step).global_batch_size
         for (source, shard, slot), size, epoch, position in zip(
             located, sizes, places.epoch.tolist(), positions.tolist(), strict=True
         ):
@@ -360,7 +375,7 @@ class Loader:
                 Sample(
                     key=meta.key,
                     epoch=epoch,
-                    index=first + position,
+                    index=first + position % regular + position // regular * EXTRA,
                     position=position,
                     meta=meta,
                     tensors=tensors,

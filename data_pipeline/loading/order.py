@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -202,6 +202,7 @@ class OrderedDataset:
     counts: Ints  # samples per shard
     buckets: Sequence[str]  # of each shard
     weight: float = 1.0
+    names: Sequence[str] | None = None  # of each shard's bucket in random keys. None: `buckets`
 
 
 @dataclass(frozen=True)
@@ -214,13 +215,23 @@ class _Part:
     epoch_samples: int  # in an epoch of the blend
 
 
+@dataclass(frozen=True)
+class BucketSizes:
+    """Bucket and sizes of one global batch. factor: as in `balance_tokens`."""
+
+    bucket: str
+    global_batch_size: int
+    micro_batch_size: int
+    factor: int = 1
+
+
 class BatchOrder:
     """Global batches from several data sets with several buckets.
 
     Each batch is of one bucket, so that every micro-batch of every rank has the same shape.
-    Buckets alternate by their number of samples. Within a bucket, data sets are mixed evenly by
-    weight * number of samples. Each pair (bucket, data set) has its own epochs, in which every
-    sample occurs once.
+    Buckets alternate by their number of batches in an epoch. Within a bucket, data sets are mixed
+    evenly by weight * number of samples. Each pair (bucket, data set) has its own epochs, in which
+    every sample occurs once.
     """
 
     def __init__(
@@ -231,26 +242,57 @@ class BatchOrder:
         window: int,
         batch_sizes: BatchSizes,
         name: str = "",
+        wanted: Sequence[str] | None = None,
+        factors: Mapping[str, int] | None = None,
     ) -> None:
-        """`window` and `name` are those of `SampleOrder`. Steps count from 0 in this order."""
-        self.batch_sizes = batch_sizes
+        """`window` and `name` are those of `SampleOrder`. Steps count from 0 in this order.
+
+        batch_sizes: of buckets without a factor.
+        wanted: the buckets that are read. None reads all.
+        factors: how many times larger batches of a bucket are.
+        """
+        self._batch_sizes = batch_sizes
+        self._factors: list[int] = []
+        self._names: list[str] = []
         self._buckets: list[list[_Part]] = []
         buckets: set[str] = set()
         for source in sources:
             buckets.update(source.buckets)
+        if wanted is not None:
+            buckets.intersection_update(wanted)
         for bucket in sorted(buckets):
             parts = _parts_of(bucket, sources, seed=seed, window=window, name=name)
             if parts:
                 self._buckets.append(parts)
-        self._bucket_samples = [
-            sum(part.epoch_samples for part in parts) for parts in self._buckets
-        ]
-        self.num_samples = sum(self._bucket_samples)
+                self._names.append(bucket)
+                self._factors.append((factors or {}).get(bucket, 1))
+        self.num_samples = 0
+        self._turns: list[int] = []  # of each bucket in a period, in proportion to its batches
+        for parts, factor in zip(self._buckets, self._factors, strict=True):
+            samples = sum(part.epoch_samples for part in parts)
+            self.num_samples += samples
+            self._turns.append(max(1, round(samples / factor)))
+
+    def sizes_at(self, step: int) -> BucketSizes:
+        """Bucket and batch sizes of global batch `step`."""
+        number = self._bucket_at(step)
+        level = self._batch_sizes.at(step)
+        factor = self._factors[number]
+        return BucketSizes(
+            self._names[number],
+            global_batch_size=factor * level.global_batch_size,
+            micro_batch_size=factor * level.micro_batch_size,
+            factor=factor,
+        )
+
+    def _bucket_at(self, step: int) -> int:
+        """Number of the bucket of global batch `step`."""
+        buckets, _ = interleave(np.array([step], dtype=np.int64), self._turns)
+        return int(buckets[0])
 
     def locate(self, step: int, positions: Ints) -> tuple[Ints, Places]:
         """(data set, places) of the samples at `positions` of global batch `step`."""
-        buckets, _ = interleave(np.array([step], dtype=np.int64), self._bucket_samples)
-        bucket = int(buckets[0])
+        bucket = self._bucket_at(step)
         parts = self._buckets[bucket]
         which, within = interleave(
             self._samples_before(step, bucket) + np.asarray(positions, dtype=np.int64),
@@ -271,13 +313,13 @@ class BatchOrder:
         """Samples of one bucket in all batches before `step`."""
         samples = 0
         turns = 0  # batches of the bucket in the levels before
-        levels = [level for level in self.batch_sizes.levels if level.first_step <= step]
+        levels = [level for level in self._batch_sizes.levels if level.first_step <= step]
         ends = [level.first_step for level in levels[1:]] + [step]
         for level, end in zip(levels, ends, strict=True):
-            turns_until_end = counts_before(end, self._bucket_samples)[bucket]
+            turns_until_end = counts_before(end, self._turns)[bucket]
             samples += (turns_until_end - turns) * level.global_batch_size
             turns = turns_until_end
-        return samples
+        return samples * self._factors[bucket]
 
 
 def _parts_of(
@@ -291,12 +333,13 @@ def _parts_of(
         samples = int(source.counts[shards].sum())
         if not samples:
             continue
+        key_name = (source.names or source.buckets)[shards[0]]
         # The first data set, the unnamed bucket and the first order add nothing to the random key.
         names = [name] if name else []
         if number:
             names.append(f"source {number}")
-        if bucket:
-            names.append(f"bucket {bucket}")
+        if key_name:
+            names.append(f"bucket {key_name}")
         order = SampleOrder(source.counts[shards], seed=seed, window=window, name="/".join(names))
         epoch_samples = max(1, round(samples * source.weight))
         parts.append(_Part(number, shards, order, epoch_samples))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from landiff.data_pipeline.loading.config import DataConfig
 
@@ -81,6 +81,7 @@ class DataPhase:
     config: complete, with the values that the phase keeps of those before it.
     new_order: whether it names data.
     new_sizes: whether it names a global batch size or a ramp.
+    factors: with `balance_tokens`, how many times more clips a batch of each bucket has.
     """
 
     index: int
@@ -88,6 +89,7 @@ class DataPhase:
     config: DataConfig
     new_order: bool = True
     new_sizes: bool = True
+    factors: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class OrderPlan:
 
     index: that of the phase that begins it. Part of the random key.
     end_step: first step of the next order. None for the last one.
-    sizes: of the whole run.
+    sizes: of the whole run, without factors.
+    factors: those of the phase that begins it.
+    validated: buckets of all phases of the run, whose held-out clips are validated. None: all.
     """
 
     index: int
@@ -104,6 +108,8 @@ class OrderPlan:
     end_step: int | None
     config: DataConfig
     sizes: BatchSizes
+    factors: Mapping[str, int] = field(default_factory=dict)
+    validated: tuple[str, ...] | None = None
 
 
 def single_phase(config: DataConfig) -> tuple[DataPhase, ...]:
@@ -146,16 +152,46 @@ def _ramp(phase: DataPhase) -> list[tuple[int, int]]:
     return found
 
 
+def factors_of(tokens: Mapping[str, int]) -> dict[str, int]:
+    """How many times more clips than one of the largest bucket a batch of each bucket has.
+
+    tokens: of a clip of each bucket. Only factors above 1 are returned.
+    """
+    most = max(tokens.values())
+    factors = {name: most // count for name, count in tokens.items()}
+    return {name: factor for name, factor in factors.items() if factor > 1}
+
+
+def _all_buckets(phases: Sequence[DataPhase]) -> tuple[str, ...] | None:
+    """The buckets of all phases, None if one of them reads all clips."""
+    found: dict[str, None] = {}
+    for phase in phases:
+        if phase.config.buckets is None:
+            return None
+        found.update(dict.fromkeys(phase.config.buckets))
+    return tuple(found)
+
+
 def order_plans(phases: Sequence[DataPhase]) -> list[OrderPlan]:
     """The orders of a run, one after the other."""
     sizes = batch_sizes(phases)
+    validated = _all_buckets(phases)
     beginnings = [phase for phase in phases if phase.new_order]
     plans = []
     for number, phase in enumerate(beginnings):
         end_step = None
         if number + 1 < len(beginnings):
             end_step = beginnings[number + 1].first_step
-        plans.append(OrderPlan(phase.index, phase.first_step, end_step, phase.config, sizes))
+        plan = OrderPlan(
+            phase.index,
+            phase.first_step,
+            end_step,
+            phase.config,
+            sizes,
+            phase.factors,
+            validated,
+        )
+        plans.append(plan)
     return plans
 
 

@@ -24,20 +24,31 @@ _WAY_OUT = {
     "shuffle_window": "set data.shuffle_window back",
     "global_batch_size": "set data.global_batch_size back (ranks and micro-batches may change)",
     "ramp": "set data.ramp back",
+    "buckets": "set data.buckets back",
+    "batch_factors": "set data.balance_tokens and data.buckets back",
     "order_first_step": "set from_step of the phase back",
 }
 # Changes that a new phase allows, and the keys of `data` that it names.
-_DATA_KEYS = ("manifest", "remote", "weight", "where", "blend")
+_DATA_KEYS = ("manifest", "remote", "weight", "where", "blend", "buckets", "balance_tokens")
 _PHASE_KEYS = {
     "data": _DATA_KEYS,
     "num_samples": _DATA_KEYS,
     "exclusions": _DATA_KEYS,
     "selection": _DATA_KEYS,
+    "buckets": _DATA_KEYS,
+    "batch_factors": _DATA_KEYS,
     "global_batch_size": ("global_batch_size", "ramp"),
     "ramp": ("global_batch_size", "ramp"),
 }
 # Entries that a state lacks if they have these values.
-NOT_STORED = {"validation": "", "selection": "", "ramp": None, "order_first_step": None}
+NOT_STORED = {
+    "validation": "",
+    "selection": "",
+    "ramp": None,
+    "order_first_step": None,
+    "buckets": None,
+    "batch_factors": None,
+}
 
 
 def phase_identity(config: DataConfig, plan: OrderPlan) -> dict[str, Any]:
@@ -48,6 +59,8 @@ def phase_identity(config: DataConfig, plan: OrderPlan) -> dict[str, Any]:
         "global_batch_size": config.global_batch_size,
         "ramp": config.ramp.model_dump() if config.ramp is not None else None,
         "order_first_step": plan.first_step or None,
+        "buckets": list(config.buckets) if config.buckets is not None else None,
+        "batch_factors": dict(plan.factors) or None,
     }
 
 

@@ -17,7 +17,7 @@ class Sample:
 
     key: str
     epoch: int
-    index: int  # in the endless stream: step * global batch size + position
+    index: int  # in the endless stream: step * global batch size + position, see `loader`
     position: int  # in the global batch
     meta: RawSample
     tensors: dict[str, Tensor]  # by column name, e.g. "tokens", "text-minilm"
@@ -30,6 +30,7 @@ class Batch:
     step: int
     global_batch_size: int
     micro_batches: tuple[tuple[Sample, ...], ...]
+    bucket: str = ""  # clip shape of all samples; "" if the data do not name it
 
     @property
     def samples(self) -> Iterator[Sample]:
@@ -50,9 +51,11 @@ class HeldOutBatch:
     counted: False for samples that only fill up the batch and must not count.
     first: number of the first clip of all ranks' batches, in the order of the held-out clips. The
         number of a sample is its `position`.
+    bucket: clip shape of all samples; "" if the data do not name it.
     """
 
     samples: tuple[Sample, ...]
     others: tuple[Sample | None, ...]
     counted: tuple[bool, ...]
     first: int = 0
+    bucket: str = ""

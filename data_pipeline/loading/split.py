@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from landiff.configs.base import ConfigError
+from landiff.data_pipeline.format.buckets import bucket_names
 from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import RawSample, content_fingerprint
 from landiff.data_pipeline.loading.config import ValidationConfig
@@ -100,17 +101,19 @@ def find_split(
     separate: AlignedColumns | None = None,
     ranks: Ranks | None = None,
     first: Split | None = None,
+    buckets: Sequence[str] | None = None,
 ) -> Split:
     """Find the held-out clips of the data sets `sets`. Collective; equal on all ranks.
 
     `separate`: the opened `config.data_set`.
     `first`: the split of the data that the run began with, if these are those of a later phase.
         Its videos are held out here too. It is validated on, so these data need not have any.
+    `buckets`: clip shapes that are validated. None: all.
 
     Raises ConfigError if nothing is held out, if nothing remains for training, or if an entry of
     `clips` does not exist.
     """
-    search = _Search(config, sets, separate, ranks or Alone())
+    search = _Search(config, sets, separate, ranks or Alone(), buckets)
     is_held_out = search.held_out_hashes(first)
     positions, held_out, total = search.positions(is_held_out)
     clips = search.clips(is_held_out)
@@ -157,11 +160,14 @@ class _Search:
         sets: Sequence[AlignedColumns],
         separate: AlignedColumns | None,
         ranks: Ranks,
+        buckets: Sequence[str] | None,
     ) -> None:
         """Read the metadata of all clips in this rank's shards."""
+        self.buckets = buckets
         self.config = config
         self.sets = [*sets, separate] if separate is not None else list(sets)
         self.num_training = len(sets)
+        self._bucket_names = [bucket_names(dataset.manifest) for dataset in self.sets]
         self.ranks = ranks
         self.wanted = config.read_clips()
         self._found: set[str] = set()  # entries of `wanted`
@@ -194,8 +200,13 @@ class _Search:
         return _Shard(source, shard, videos)
 
     def _candidate(self, source: int, shard: int, position: int, key: str) -> list[HeldOutClip]:
-        """A clip that can be validated: in a list, which is empty if it lacks a column."""
+        """A clip that can be validated: in a list, which is empty if it lacks a column.
+
+        It is empty too if the clip has another shape than those that are validated.
+        """
         if not self.sets[source].present(shard, position):
+            return []
+        if self.buckets is not None and self._bucket_names[source][shard] not in self.buckets:
             return []
         return [HeldOutClip(_hash(f"clip/{key}"), key, source, shard, position)]
 

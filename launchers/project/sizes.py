@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from landiff.configs import ConfigError
 from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.frozen.checks import CELL
+from landiff.model_zoo.frozen.checks import CELL, TIME
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.token_layout import TokenLayout
 
-FRAME_STRIDE = 4  # video frames of a latent frame after the first, in every codec
-LATENT_CELL = 8  # pixels of a latent along one side, in every codec
 LARGEST_WINDOW = 13  # latent frames of the released models
 RELEASED_PREFIX = 7  # of 13 latent frames
 RELEASED_ROWS = 16  # rows of patches for which positions are not interpolated
@@ -19,35 +18,16 @@ DECORD_REFUSES = (8, 16, 24, 48, 72)  # widths of clips, see data_pipeline/video
 
 
 @dataclass(frozen=True)
-class ClipSizes:
-    """Frames, height and width of a clip, and what follows from them."""
-
-    num_frames: int
-    height: int
-    width: int
-
-    @property
-    def latent_frames(self) -> int:
-        """Latent frames, of which there are as many as semantic frames."""
-        return (self.num_frames - 1) // FRAME_STRIDE + 1
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents."""
-        return self.height // LATENT_CELL, self.width // LATENT_CELL
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the vision features."""
-        return self.height // CELL, self.width // CELL
+class ClipSizes(ClipShape):
+    """A clip shape of a project."""
 
     def problems(self) -> list[str]:
         """Why no model can have this size, with the nearest sizes that divide."""
         found = []
-        if (self.num_frames - 1) % FRAME_STRIDE:
-            lower, upper = nearest_multiples(self.num_frames - 1, FRAME_STRIDE)
+        if (self.num_frames - 1) % TIME:
+            lower, upper = nearest_multiples(self.num_frames - 1, TIME)
             found.append(
-                f"num_frames = {self.num_frames} is not a multiple of {FRAME_STRIDE} plus 1; "
+                f"num_frames = {self.num_frames} is not a multiple of {TIME} plus 1; "
                 f"the nearest that are: {choices(lower + 1, upper + 1, 1)}"
             )
         for name in ("height", "width"):
@@ -74,7 +54,7 @@ def choices(lower: int, upper: int, least: int) -> str:
 
 def frames_of(latent_frames: int) -> int:
     """Video frames of a clip with that many latent frames."""
-    return (latent_frames - 1) * FRAME_STRIDE + 1
+    return (latent_frames - 1) * TIME + 1
 
 
 def prefix_frames(window: int) -> int:

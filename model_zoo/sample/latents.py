@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from landiff.model_zoo.config import TransformerConfig
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.sample.solvers import Solver, build_scheduler
 from landiff.model_zoo.schedule import NoiseSchedule, Prediction, SamplerTable
@@ -195,9 +196,13 @@ def sample_main_latents(
     noise: Noise,
     *,
     options: SamplerOptions | None = None,
+    sizes: TransformerConfig | None = None,
 ) -> Tensor:
-    """Samples scaled latents from text with the main transformer alone, float32 [B, T, C, H, W]."""
-    config = model.config
+    """Samples scaled latents from text with the main transformer alone, float32 [B, T, C, H, W].
+
+    sizes: config with the size of the latents (`TransformerConfig.sized`). None: the model's own.
+    """
+    config = sizes or model.config
 
     def network(state_BTCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
         return model(state_BTCHW.to(model.dtype), timestep_B, text_BLD)

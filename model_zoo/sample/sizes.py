@@ -97,7 +97,7 @@ def _lm_and_tokenizer(lm: LMConfig, tokenizer: TokenizerConfig) -> list[_Pair]:
 
 
 def _diffusion_and_tokenizer(diffusion: DiffusionConfig, tokenizer: TokenizerConfig) -> list[_Pair]:
-    scale = 2 ** (len(diffusion.semantic.channel_multipliers) - 1)
+    scale = diffusion.semantic.scale
     return [
         _Pair(
             "features of the diffusion model",

@@ -106,7 +106,9 @@ def write_column(
                     writer.reject(key, name, "not_finite", position=position)
                 else:
                     stem = column_stem(name)
-                    writer.add(key, {f"{stem}.safetensors": pack_tensor(stem, value(key))})
+                    tensor = value(key)
+                    writer.add(key, {f"{stem}.safetensors": pack_tensor(stem, tensor)})
+                    writer.shape = list(tensor.shape)
         entries.append(writer.sidecar.entry)
     column = Column(
         dtype="uint16",

@@ -39,7 +39,7 @@ def orders(sources, batch_size=6, **fields):
 def drawn(order, steps: int) -> list[tuple[int, int, int, int]]:
     taken = []
     for step in range(steps):
-        size = order.batch_sizes.at(step).global_batch_size
+        size = order.sizes_at(step).global_batch_size
         source, places = order.locate(step, np.arange(size))
         taken += zip(
             source.tolist(),

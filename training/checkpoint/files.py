@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.files import sha256_file, write_text
@@ -48,6 +48,7 @@ class CheckpointState(Config):
         healthy checkpoints only, and resume from them if there are any. None in checkpoints older
         than this field.
     guard: state of the guard. None in checkpoints older than this field.
+    bucket_losses: sum of losses since the last logged step, and number of steps, by clip shape.
     """
 
     format: Literal[1] = 1
@@ -60,6 +61,7 @@ class CheckpointState(Config):
     versions: dict[str, str]
     healthy: bool | None = None
     guard: GuardState | None = None
+    bucket_losses: dict[str, tuple[float, int]] = Field(default_factory=dict)
 
 
 class FileEntry(Config):

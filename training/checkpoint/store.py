@@ -209,6 +209,7 @@ class CheckpointStore:
             versions=versions(),
             healthy=state.healthy,
             guard=state.guard,
+            bucket_losses=state.bucket_losses,
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
         seal(temporary, document, self.config, entries)
@@ -269,7 +270,8 @@ class CheckpointStore:
             guard = replace(guard, anchor=None, anchor_rollbacks=0)
             if self.world.rank == 0:
                 write_parent(self.config.run, found, document.step)
-        state = TrainState(document.step, document.healthy is not False, guard)
+        losses = dict(document.bucket_losses)
+        state = TrainState(document.step, document.healthy is not False, guard, losses)
         self._prune(state)  # the last save may have been killed between commit and deletion
         log.info("resumed from %s", found)
         return state

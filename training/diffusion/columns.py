@@ -8,6 +8,7 @@ from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.checks import bucket_shapes, several_buckets
 from landiff.training.diffusion.config import DiffusionTrainConfig
 
 
@@ -16,19 +17,21 @@ def check_diffusion_columns(
 ) -> list[Problem]:
     """Whether the columns have the model's shapes. Clips may have more latent frames.
 
-    Unless data.adopt, the tokens must also come from `tokenizer`.
+    With `data.buckets` each of them must divide into patches and feature cells. Unless data.adopt,
+    the tokens must also come from `tokenizer`.
     """
     model = config.model.transformer
-    shapes = {
-        config.latents_column: [
+    shapes = {config.text_column: [model.text_length, model.text_dim]}
+    problems = []
+    if config.data.buckets is None:
+        shapes[config.latents_column] = [
             model.latent_frames,
             model.latent_channels,
             model.latent_height,
             model.latent_width,
-        ],
-        config.text_column: [model.text_length, model.text_dim],
-    }
-    problems = []
+        ]
+    else:
+        problems += _check_latent_buckets(config, tokenizer)
     for name, expected in shapes.items():
         column = manifest.columns[name]
         shape = column.shape
@@ -42,13 +45,76 @@ def check_diffusion_columns(
                     f"column {name} of {config.data.manifest} ({column.encoder}) has shape "
                     f"{column.shape}, but model.transformer needs {expected}; precompute the "
                     "column for this model, or choose the model that fits it"
+                    f"{several_buckets(manifest) if name == config.latents_column else ''}"
                 )
             )
     if config.phase == "control" and tokenizer is not None:
         column = manifest.columns[config.tokens_column]
         problems += _check_tokens(manifest, tokenizer_config(tokenizer), config)
+        problems += _check_token_buckets(tokenizer_config(tokenizer), config)
         if not config.data.adopt:
             problems += _check_origin(column, tokenizer, config)
+    return problems
+
+
+def _check_latent_buckets(
+    config: DiffusionTrainConfig, tokenizer: ZooEntry | None
+) -> list[Problem]:
+    """Whether the model can be trained on the latents of each of `data.buckets`."""
+    transformer = config.model.transformer
+    channels = transformer.latent_channels
+    problems = []
+    for name, shape in bucket_shapes(config.data, config.latents_column).items():
+        _, found, height, width = shape
+        if found not in (channels, 2 * channels):
+            problems.append(
+                Problem(
+                    f"data.buckets: the latents of {name} have {found} channels, but "
+                    f"model.transformer.latent_channels = {channels}; choose the codec of the model"
+                )
+            )
+        if not config.fits(height, width):
+            unit = f"patches of {transformer.patch_size}"
+            if config.phase == "control":
+                unit += f" and feature cells of {config.model.semantic.scale}"
+            problems.append(
+                Problem(
+                    f"data.buckets: the latents of {name} are {height} x {width}, which {unit} "
+                    "latent cells do not divide; leave the bucket out, or make clips of another "
+                    "size"
+                )
+            )
+        if tokenizer is not None:
+            sizes = tokenizer_config(tokenizer)
+            grid = (height // config.model.semantic.scale, width // config.model.semantic.scale)
+            if sizes.cell_mask_tokens and grid != (sizes.grid_height, sizes.grid_width):
+                problems.append(
+                    Problem(
+                        f"data.buckets: {name} has features of {grid[0]} x {grid[1]}, but "
+                        f"{tokenizer.reference} has mask tokens for each cell of "
+                        f"{sizes.grid_height} x {sizes.grid_width}; leave the bucket out, or train "
+                        "a tokenizer without cell_mask_tokens"
+                    )
+                )
+    return problems
+
+
+def _check_token_buckets(tokenizer: TokenizerConfig, config: DiffusionTrainConfig) -> list[Problem]:
+    """Whether the tokens of each of `data.buckets` decode to as many frames as its latents have."""
+    tokens = bucket_shapes(config.data, config.tokens_column)
+    latents = bucket_shapes(config.data, config.latents_column)
+    layout = TokenLayout.of(tokenizer)
+    problems = []
+    for name in tokens.keys() & latents.keys():
+        expected = layout.num_codes(latents[name][0]) if latents[name][0] else 0
+        if tokens[name][0] and expected and tokens[name][0] != expected:
+            problems.append(
+                Problem(
+                    f"data.buckets: clips of {name} have {tokens[name][0]} tokens, but "
+                    f"{latents[name][0]} latent frames have {expected}; precompute the tokens for "
+                    "this model"
+                )
+            )
     return problems
 
 
@@ -114,7 +180,7 @@ def check_diffusion_tokenizer(config: DiffusionTrainConfig, entry: ZooEntry) -> 
     """Whether the features that a tokenizer decodes have the size of the semantic condition."""
     tokenizer = tokenizer_config(entry)
     model = config.model
-    scale = 2 ** (len(model.semantic.channel_multipliers) - 1)
+    scale = model.semantic.scale
     problems = []
     if tokenizer.feature_channels != model.semantic.feature_channels:
         problems.append(

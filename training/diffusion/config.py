@@ -10,6 +10,7 @@ One trainer, two phases (docs/specification.md §5.4):
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -26,6 +27,7 @@ from pydantic import (
 from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import DiffusionConfig, ScheduleConfig
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.frozen.config import CodecConfig
 from landiff.training.config import (
     PARENT_DESCRIPTION,
@@ -273,6 +275,21 @@ class DiffusionTrainConfig(TrainConfig):
             )
         refuse_values(info, problems)
         return self
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether patches, and in phase control feature cells, divide latents of a size."""
+        unit = self.model.transformer.patch_size
+        if self.phase == "control":
+            unit = math.lcm(unit, self.model.semantic.scale)
+        return height % unit == 0 and width % unit == 0
+
+    def clip_tokens(self, shape: ClipShape) -> int:
+        """Patches and text rows of a clip, or of a window of a longer one."""
+        model = self.model.transformer
+        frames = min(shape.latent_frames, model.latent_frames)
+        height, width = shape.latent_size
+        patches = height // model.patch_size * (width // model.patch_size)
+        return frames * patches + model.text_length
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
+from landiff.model_zoo.config import TransformerConfig
 from landiff.model_zoo.convert.formats.deepspeed import EMA, SHARDS, ZeroLayout, read_deepspeed
 from landiff.model_zoo.convert.rules import check_against
 from landiff.model_zoo.lora.config import require_same_adapter
@@ -81,7 +82,7 @@ class DeepSpeedEngine:
         rate = rate_of_step(self.config, batch.step)
         self.clock.start()
         set_learning_rate(self.zero.optimizer, rate)
-        objective = self.objective.at(batch.step)
+        objective = self.objective.at(batch)
         zero.set_batch(self.zero, batch)
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
@@ -99,13 +100,15 @@ class DeepSpeedEngine:
         if self._updated:
             self.ema.update(batch.step + 1)
         clips = batch.global_batch_size
+        frames, _, height, width = inputs.latents_BTCHW.shape[1:]
+        sizes = self.config.model.transformer.sized(frames, height, width)
         return StepResult(
             loss=self._loss,
             grad_norm=self._grad_norm,
             lr=rate,
             metrics=after_prefix.metrics(),
-            tokens=clips * num_tokens(self.config.model.transformer),
-            flops=clips * self._clip_flops(),
+            tokens=clips * num_tokens(sizes),
+            flops=clips * self._clip_flops(sizes),
             times=self.clock.stop(),
             skipped=not self._updated,
         )
@@ -210,9 +213,9 @@ class DeepSpeedEngine:
             end = -(-count // self.world.size) * self.world.size
         return range(self.world.rank, end, self.world.size)
 
-    def _clip_flops(self) -> float:
-        """Model FLOPs of one clip."""
-        model = self.config.model
+    def _clip_flops(self, sizes: TransformerConfig) -> float:
+        """Model FLOPs of one clip, for the main transformer with the sizes of its latents."""
+        model = self.config.model.model_copy(update={"transformer": sizes})
         adapter = self.config.lora is not None
         if self.config.phase == "control":
             return control_flops(model, adapter=adapter).total

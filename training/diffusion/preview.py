@@ -75,7 +75,11 @@ class Previewer:
         schedule = self.objective.schedule
         if inputs.features_BTchw is None:
             assert isinstance(model, DiffusionTransformer), type(model)
-            return sample_main_latents(model, schedule, inputs.text_BLD, noise, options=options)
+            frames, _, height, width = inputs.latents_BTCHW.shape[1:]
+            sizes = model.config.sized(frames, height, width)
+            return sample_main_latents(
+                model, schedule, inputs.text_BLD, noise, options=options, sizes=sizes
+            )
         assert isinstance(model, ControlledDiffusion), type(model)
         return sample_latents(
             model, schedule, inputs.text_BLD, inputs.features_BTchw, noise, options=options

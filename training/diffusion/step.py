@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.loading.loader import Sample
+from landiff.data_pipeline.loading.samples import Batch, Sample
 from landiff.model_zoo import keyed_random
 from landiff.model_zoo.frozen.base import posterior_mean, posterior_sample
 from landiff.model_zoo.schedule import DenoisingLoss, NoiseSchedule, denoising_loss
@@ -83,14 +83,18 @@ def happens(seed: int, purpose: str, sample: Sample, probability: float) -> bool
     return float(torch.rand((), generator=generator)) < probability
 
 
-def draw_prefix(seed: int, sample: Sample, config: PrefixConfig) -> int:
-    """Latent frames of a sample's prefix, 0 without one."""
-    if not happens(seed, "prefix", sample, config.probability):
+def draw_prefix(seed: int, sample: Sample, config: PrefixConfig, frames: int) -> int:
+    """Latent frames of a sample's prefix, 0 without one.
+
+    The lengths that leave some of its `frames` latent frames are drawn from. Images have none.
+    """
+    lengths = [length for length in config.lengths if length < frames]
+    if not lengths or not happens(seed, "prefix", sample, config.probability):
         return 0
-    if len(config.lengths) == 1:
-        return config.lengths[0]
+    if len(lengths) == 1:
+        return lengths[0]
     generator = keyed_random.generator(seed, "prefix_frames", sample.index)
-    return config.lengths[int(torch.randint(len(config.lengths), (), generator=generator))]
+    return lengths[int(torch.randint(len(lengths), (), generator=generator))]
 
 
 def draw_window(seed: int, sample: Sample, clip_frames: int, frames: int, prefix: int) -> int:
@@ -133,11 +137,13 @@ class Objective:
         self.device = device
         self.tokenizer = tokenizer
         self.schedule = NoiseSchedule(config.schedule)
+        self.global_batch_size = config.data.global_batch_size
 
-    def at(self, step: int) -> Objective:
-        """The objective of one step, with prefix, text dropout and batch size of its phase."""
+    def at(self, batch: Batch) -> Objective:
+        """The objective of one batch: its size, and prefix and text dropout of its phase."""
         objective = copy.copy(self)
-        objective.config = self.config.at(step)
+        objective.config = self.config.at(batch.step)
+        objective.global_batch_size = batch.global_batch_size
         return objective
 
     def inputs(self, samples: Sequence[Sample]) -> Inputs:
@@ -147,8 +153,7 @@ class Objective:
         """
         config = self.config
         seed = config.loop.seed
-        batch_size = config.data.global_batch_size
-        frames = config.model.transformer.latent_frames
+        window = config.model.transformer.latent_frames
         latents = []
         windows = []
         noise = []
@@ -160,11 +165,14 @@ class Objective:
             self.check(sample)
             posterior = keyed_random.generator(seed, "posterior", sample.index)
             clip_TCHW = self.latents(sample, posterior)
-            prefix = draw_prefix(seed, sample, config.prefix)
+            frames = min(window, len(clip_TCHW))
+            prefix = draw_prefix(seed, sample, config.prefix, frames)
             start = draw_window(seed, sample, len(clip_TCHW), frames, prefix)
             latents_TCHW = clip_TCHW[start : start + frames]
             generator = keyed_random.generator(seed, "noise", sample.index)
-            timestep = draw_timestep(seed, sample, batch_size, config.schedule.num_timesteps)
+            timestep = draw_timestep(
+                seed, sample, self.global_batch_size, config.schedule.num_timesteps
+            )
             latents.append(latents_TCHW)
             windows.append(start)
             noise.append(torch.randn(latents_TCHW.shape, generator=generator))
@@ -213,6 +221,7 @@ class Objective:
     def features(self, samples: Sequence[Sample], starts: Sequence[int]) -> Tensor | None:
         """Features decoded from the tokens, float32 [B, T, c, h, w]. None in phase main.
 
+        Their grid follows from the latents.
         starts: first latent frame that is used of each sample.
         """
         if self.tokenizer is None:
@@ -228,8 +237,10 @@ class Objective:
                     f"tokenizer's codebook has {limit} codes; precompute the tokens with "
                     f"{self.config.tokenizer}"
                 )
-        clip_frames = len(samples[0].tensors[self.config.latents_column])
-        features_BTchw = self.tokenizer.decode(tokens_BN.to(self.device), clip_frames).float()
+        clip_frames, _, height, width = samples[0].tensors[self.config.latents_column].shape
+        scale = self.config.model.semantic.scale
+        grid = (height // scale, width // scale)
+        features_BTchw = self.tokenizer.decode(tokens_BN.to(self.device), clip_frames, grid).float()
         frames = self.config.model.transformer.latent_frames
         pairs = zip(features_BTchw, starts, strict=True)
         return torch.stack([clip_Tchw[start : start + frames] for clip_Tchw, start in pairs])
@@ -255,13 +266,20 @@ class Objective:
         return text_LD
 
     def check(self, sample: Sample) -> None:
-        """Raise ConfigError if a sample's tensors do not have the model's shapes."""
+        """Raise ConfigError if a sample's tensors do not have the model's shapes.
+
+        With `data.buckets` the latents may have any size that patches and features divide.
+        """
         model = self.config.model.transformer
         frames = model.latent_frames
         channels = model.latent_channels
         sides = (model.latent_height, model.latent_width)
+        clip_frames, _, *clip_sides = sample.tensors[self.config.latents_column].shape
+        if self.config.data.buckets is not None:
+            frames = min(frames, clip_frames)
+            if self.config.fits(*clip_sides):
+                sides = (clip_sides[0], clip_sides[1])
         moments = (frames, 2 * channels, *sides)  # mean and log-variance
-        clip_frames = len(sample.tensors[self.config.latents_column])
         if clip_frames > frames:  # a window of it is used
             moments = (clip_frames, *moments[1:])
             frames = clip_frames

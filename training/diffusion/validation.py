@@ -75,7 +75,8 @@ def clip_sums(
 
     clips, pairs: number of clips, and of clips with a partner.
     own: squared error of each timestep and latent frame, [Q, T].
-    prefix: the same after a prefix of `prefix` latent frames. Missing if that is 0.
+    prefix: the same after a prefix of `prefix` latent frames. Missing if that is 0, and if the
+        clips are not longer.
     own_of_pairs, other_caption, other_tokens: the same over the clips with a partner, under their
         own conditions, with the partner's text, and with the partner's tokens (phase control).
 
@@ -107,7 +108,7 @@ def _variants(objective: Objective, batch: HeldOutBatch, prefix: int) -> list[Va
     inputs = fixed_inputs(objective, samples)
     foreign = fixed_inputs(objective, partners)
     variants = [Variant("own", inputs, counted_B)]
-    if prefix:
+    if 0 < prefix < inputs.latents_BTCHW.shape[1]:
         fixed = replace(inputs, prefix_B=torch.full_like(inputs.prefix_B, prefix))
         variants.append(Variant("prefix", fixed, counted_B))
     text = replace(inputs, text_BLD=foreign.text_BLD)

@@ -8,6 +8,7 @@ from landiff.data_pipeline.format.schema import Column, Manifest
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.checks import bucket_shapes
 from landiff.training.lm.config import LMTrainConfig
 
 
@@ -82,9 +83,21 @@ def _check_length(tokens: Column, text: Column, config: LMTrainConfig) -> list[P
     Clips with different numbers of frames have different numbers of tokens, given as 0 in the
     manifest. `batch.pack` checks these sample by sample.
     """
-    num_tokens = tokens.shape[-1]
-    if not num_tokens:
-        return []
+    counts = {"clip": tokens.shape[-1]}
+    if config.data.buckets is not None:
+        shapes = bucket_shapes(config.data, config.tokens_column)
+        counts = {f"clip of {name}": shape[-1] for name, shape in shapes.items()}
+    problems = []
+    for what, num_tokens in counts.items():
+        if num_tokens:
+            problems += _check_count(num_tokens, what, tokens, text, config)
+    return problems
+
+
+def _check_count(
+    num_tokens: int, what: str, tokens: Column, text: Column, config: LMTrainConfig
+) -> list[Problem]:
+    """Whether a number of tokens is that of whole frames and fits into the model's positions."""
     layout = TokenLayout.of(config.model)
     rows = max(_rows(text), 1)
     try:
@@ -96,7 +109,7 @@ def _check_length(tokens: Column, text: Column, config: LMTrainConfig) -> list[P
         return []
     return [
         Problem(
-            f"column {config.tokens_column} holds {num_tokens} tokens for each clip, which take "
+            f"column {config.tokens_column} holds {num_tokens} tokens for each {what}, which take "
             f"{length} positions with {rows} of text, more than model.max_positions = "
             f"{config.model.max_positions}"
         )

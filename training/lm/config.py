@@ -10,7 +10,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_v
 from landiff.configs.base import Config, ConfigError, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import LMConfig, ScheduleConfig
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.frozen.config import CodecConfig
+from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.config import (
     PARENT_DESCRIPTION,
     EmaConfig,
@@ -226,6 +228,10 @@ class LMTrainConfig(TrainConfig):
             "Needs layers = local."
         ),
     )
+
+    def clip_tokens(self, shape: ClipShape) -> int:
+        """Tokens of a clip, without its text."""
+        return TokenLayout.of(self.model).body_length(shape.latent_frames)
 
     @property
     def columns(self) -> tuple[str, ...]:

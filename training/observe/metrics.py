@@ -74,6 +74,7 @@ class Metrics:
         self._stragglers = StragglerWatch()
         self._writer: EventFile | None = None
         self._validation: dict[str, float] = {}  # of the next line
+        self._state = TrainState()  # of the loop, from `resume` on
         self._validation_loss: float | None = None  # of the last validation, for the terminal
         self._reset()
 
@@ -82,6 +83,7 @@ class Metrics:
 
         `charts`: layout of TensorBoard's custom scalars.
         """
+        self._state = state
         if self.world.rank == 0:
             drop_later_lines(self.path, state.step)
             self._writer = EventFile(self.tensorboard, purge_step=state.step + 1)
@@ -102,11 +104,13 @@ class Metrics:
         self._validation_loss = self._validation.get("val/loss", self._validation_loss)
 
     def count(self, batch: Batch, result: StepResult) -> None:
-        """Add one step to the throughput."""
+        """Add one step to the throughput, and to the loss of its bucket if it has a name."""
         self._steps += 1
         self._samples += batch.global_batch_size
         self._tokens += result.tokens
         self._flops += result.flops
+        if batch.bucket and not result.skipped:
+            self._state.add_loss(batch.bucket, float(result.loss))
         if result.times is not None:
             self._times.append(result.times)
 
@@ -117,6 +121,8 @@ class Metrics:
         memory over the control group.
         """
         ranks = self._gather_ranks()
+        bucket_losses = state.bucket_losses
+        state.bucket_losses = {}
         if self.world.rank != 0:
             self._reset()
             return {}
@@ -128,6 +134,8 @@ class Metrics:
                 **result.metrics,
             }
         )
+        for bucket, (total, steps) in sorted(bucket_losses.items()):
+            scalars[f"train/loss_{bucket}"] = total / steps
         for tag in result.metrics:
             if math.isnan(scalars[tag]):
                 del scalars[tag]

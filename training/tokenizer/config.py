@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from landiff.configs.base import Config
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import TokenizerConfig
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.training.config import (
     PARENT_DESCRIPTION,
     EmaConfig,
@@ -106,6 +107,13 @@ class TokenizerTrainConfig(TrainConfig):
             "null draws initial weights."
         ),
     )
+
+    def clip_tokens(self, shape: ClipShape) -> int:
+        """Cells and latent tokens of a clip, or of a segment of a longer one."""
+        frames = min(shape.latent_frames, self.model.segment_frames)
+        rows, columns = shape.grid
+        latents = self.model.iframe_tokens + (frames - 1) * self.model.pframe_tokens
+        return frames * rows * columns + latents
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -137,11 +137,16 @@ class TokenizerEngine:
             rate,
             metrics,
             tokens=num_codes,
-            flops=clips * tokenizer_flops(config.model, features[0].shape[1]).total,
+            flops=clips * self._clip_flops(features[0]),
             times=self.clock.stop(),
             skipped=not updating,
             alarms=self._alarms(batch.step, num_codes),
         )
+
+    def _clip_flops(self, features_BTChw: Tensor) -> float:
+        """Model FLOPs of one clip of a micro-batch."""
+        frames, _, rows, columns = features_BTChw.shape[1:]
+        return tokenizer_flops(self.config.model.sized(rows, columns), frames).total
 
     def _dead_fraction(self) -> Tensor:
         """Part of the codebook that is dead codes, or was replaced in this step."""

@@ -92,7 +92,7 @@ def plain_torch(settings, steps):
         samples = list(batch(settings, step).samples)
         set_learning_rate(optimizer, rate_of_step(settings, step))
         optimizer.zero_grad()
-        inputs = objective.at(step).inputs(samples)
+        inputs = objective.at(batch(settings, step)).inputs(samples)
         loss = objective.loss(model, inputs).loss
         loss.backward()
         norm = clip_gradients(model.parameters(), settings.optim.clip_grad)

@@ -138,8 +138,8 @@ def test_a_prefix_draws_its_length_from_the_list(tmp_path):
     one = config(tmp_path).prefix
     several = config(tmp_path, prefix__frames=[1, 2]).prefix
     samples = [sample(index, 4) for index in range(200)]
-    fixed = [draw_prefix(3, each, one) for each in samples]
-    drawn = [draw_prefix(3, each, several) for each in samples]
+    fixed = [draw_prefix(3, each, one, 3) for each in samples]
+    drawn = [draw_prefix(3, each, several, 3) for each in samples]
     assert set(drawn) == {0, 1, 2}
     # which samples have a prefix does not depend on its length
     assert [length > 0 for length in drawn] == [length > 0 for length in fixed]

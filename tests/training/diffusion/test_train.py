@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
@@ -15,7 +16,8 @@ from landiff.training.diffusion.__main__ import main
 from landiff.training.observe.metrics import read_metrics
 from tests.chaos import Trainer, prove_kill_safety
 from tests.distributed import nursery
-from tests.training.diffusion.tiny import config, make_zoo, write_data
+from tests.training.diffusion.tiny import config, make_zoo, write_data, write_mixed_data
+from tests.training.mixed import IMAGE, TALL, VIDEO
 
 
 def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: object) -> Path:
@@ -39,7 +41,25 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
 
 
 def write_main_config(run: Path) -> Path:
-    return write_config(run, "main", steps=8)
+    """Images, then images and videos of two sizes in batches of equal tokens, then videos."""
+    mixed = run.parent / "mixed"
+    if not mixed.exists():
+        write_mixed_data(mixed)
+    joint = {"buckets": [IMAGE, VIDEO, TALL], "balance_tokens": True}
+    phases = [
+        {"from_step": 3, "data": joint},
+        {"from_step": 7, "data": {"buckets": [VIDEO, TALL]}},
+    ]
+    return write_config(
+        run,
+        "main",
+        steps=10,
+        data__manifest=mixed,
+        data__buckets=f"[{IMAGE}]",
+        loop__log_every=2,
+        loop__save_every=1,
+        phases=json.dumps(phases),
+    )
 
 
 MAIN = Trainer("landiff.training.diffusion.__main__:main", write_main_config, world_size=2)
@@ -49,6 +69,10 @@ CONTROL = Trainer("landiff.training.diffusion.__main__:main", write_config, worl
 def test_killed_run_equals_uninterrupted(tmp_path):
     report = prove_kill_safety(MAIN, tmp_path, __name__, kills=10)
     assert len(report.plans) == 10
+    lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert f"train/loss_{IMAGE}" in lines[0]
+    assert f"train/loss_{IMAGE}" not in lines[-1]
+    assert {f"train/loss_{VIDEO}", f"train/loss_{TALL}"} <= set().union(*lines)
     print(report)
 
 

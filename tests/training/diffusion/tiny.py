@@ -15,9 +15,12 @@ from landiff.data_pipeline.loading.loader import Batch, Sample
 from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.config import DiffusionConfig, TokenizerConfig
+from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.distributed import World
 from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
+from tests.training import mixed
+from tests.training.mixed import write_mixed
 from tests.training.toy import META
 
 MODEL = {
@@ -153,3 +156,18 @@ def batch(config: DiffusionTrainConfig, step: int, world: World | None = None) -
     return Batch(
         step, size, tuple(tuple(samples[i : i + micro]) for i in range(0, len(samples), micro))
     )
+
+
+def write_mixed_data(folder: Path) -> Path:
+    """Images and videos in two sizes with the columns of both phases."""
+    columns = {
+        "latents": mixed.latents(48),
+        "text-tiny": mixed.text(3, 6),
+        "tokens": mixed.tokens(TokenLayout.of(TOKENIZER)),
+    }
+    write_mixed(folder, columns)
+    manifest = read_manifest(folder)
+    text = manifest.columns["text-tiny"].model_copy(update={"shape": [3, 6]})
+    changed = {**manifest.columns, "text-tiny": text}
+    write_manifest(folder, manifest.model_copy(update={"columns": changed}))
+    return folder

@@ -14,6 +14,8 @@ from landiff.training.tokenizer.__main__ import main
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 from tests.chaos import Trainer, prove_kill_safety
 from tests.distributed import nursery
+from tests.training import mixed
+from tests.training.mixed import IMAGE, TALL, VIDEO, write_mixed
 from tests.training.tokenizer.tiny import MODEL, config, write_data
 
 
@@ -32,9 +34,14 @@ TOKENIZER = Trainer("landiff.training.tokenizer.__main__:main", write_config, wo
 def write_curriculum(run: Path) -> Path:
     """A growing batch, then other data, another rate and a larger batch, between two saves each.
 
-    Two of nine videos are held out, and validated every few steps.
+    The other data are images and videos of two sizes, in batches of equal numbers of tokens. Two of
+    nine videos are held out, and validated every few steps.
     """
-    other = {"manifest": str(run.parent / "other")}
+    other = {
+        "manifest": str(run.parent / "other"),
+        "buckets": [IMAGE, VIDEO, TALL],
+        "balance_tokens": True,
+    }
     ramp = {"start": 4, "increment": 4, "steps": 5}
     phases = [
         {"from_step": 9, "data": other, "optim": {"lr": 1e-3, "warmup_steps": 3}},
@@ -51,10 +58,12 @@ CURRICULUM = Trainer("landiff.training.tokenizer.__main__:main", write_curriculu
 
 def test_killed_run_equals_uninterrupted_through_its_phases(tmp_path):
     write_data(tmp_path / "data")
-    write_data(tmp_path / "other", shards=2, samples_per_shard=7)
+    write_mixed(tmp_path / "other", {"features": mixed.features(MODEL.feature_channels)})
     report = prove_kill_safety(CURRICULUM, tmp_path, __name__, kills=10)
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     assert [line["train/batch_size"] for line in lines] == [4] * 5 + [8] * 8 + [12] * 11
+    assert not any(f"train/loss_{IMAGE}" in line for line in lines[:9])
+    assert {f"train/loss_{bucket}" for bucket in (IMAGE, VIDEO, TALL)} <= set().union(*lines)
     assert [line["train/phase"] for line in lines] == [0] * 9 + [1] * 4 + [2] * 11
     validated = [line["step"] for line in lines if "val/loss" in line]
     assert validated == [3, 6, 9, 12, 15, 18, 21, 24]
