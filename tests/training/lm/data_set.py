@@ -14,6 +14,7 @@ from landiff.model_zoo import keyed_random
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.token_layout import TokenLayout
 from tests.data_pipeline.data_sets import write_column, write_raw
+from tests.training import mixed
 
 NUM_TOPICS = 6
 
@@ -65,3 +66,12 @@ def write_data_set(data: Path, config: LMConfig, sizes: list[int], num_frames: i
     manifest = manifest.model_copy(update={"columns": columns})
     write_manifest(data, manifest)
     return manifest
+
+
+def write_mixed_data(folder: Path, config: LMConfig) -> Path:
+    """Images and videos in two sizes with tokens and text states."""
+    columns = {
+        "tokens": mixed.tokens(TokenLayout.of(config)),
+        "text-minilm": mixed.text(3, config.text_dim),
+    }
+    return mixed.write_mixed(folder, columns)

@@ -16,17 +16,29 @@ from landiff.configs.loader import dump
 from landiff.model_zoo.convert.formats.megatron import export_lm
 from landiff.model_zoo.lm import LanguageModel
 from tests.chaos import Trainer, prove_kill_safety
-from tests.training.lm.data_set import write_data_set
+from tests.training.lm.data_set import write_mixed_data
 from tests.training.lm.samples import tiny_config
+from tests.training.mixed import IMAGE, TALL, VIDEO
 
 
 def write_config(run: Path) -> Path:
-    """12 steps with a checkpoint after every second, tensor parallel, on data beside the runs."""
+    """12 steps with a checkpoint after every second, tensor parallel, on data beside the runs.
+
+    Images, from step 3 on images and videos in batches of equal tokens, from step 8 on videos.
+    """
     folder = run.parent
     if not (folder / "data").exists():
-        write_data_set(folder / "data", tiny_config(folder).model, [7, 6], 3)
+        write_mixed_data(folder / "data", tiny_config(folder).model)
+    phases = [
+        {"from_step": 3, "data": {"buckets": [IMAGE, VIDEO, TALL], "balance_tokens": True}},
+        {"from_step": 8, "data": {"buckets": [VIDEO, TALL]}},
+    ]
     config = tiny_config(
-        folder, {"tensor": 2}, loop={"steps": 12, "seed": 7, "log_every": 1, "save_every": 2}
+        folder,
+        {"tensor": 2},
+        data={"buckets": [IMAGE]},
+        loop={"steps": 12, "seed": 7, "log_every": 1, "save_every": 2},
+        phases=phases,
     )
     path = run.with_name(f"{run.name}.yaml")
     write_text(path, dump(config.model_copy(update={"run": run})))
