@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ from landiff.configs.documents import read_json
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
 from landiff.configs.problems import require_none
-from landiff.launchers.local.children import environment
+from landiff.launchers.local.stage_processes import Command, run_commands
 from landiff.launchers.project.presets import packaged_presets, preset_config, require_preset
 from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 QUICKSTART_OUT = "runs/quickstart"
 QUICKSTART_PROCESSES = 2  # of each trainer; nano/lm divides its model over two ranks
-LEARN_PROCESSES = 2
+LEARN_AT_ONCE = 2  # stages of `landiff learn` that run at the same time
 RATES = "rates.json"
 
 
@@ -49,6 +48,7 @@ class StageResult:
 
     name: str
     seconds: float
+    cpu_seconds: float
     exit_code: int
     first_loss: float | None = None
     last_loss: float | None = None
@@ -82,7 +82,7 @@ def quickstart_command(args: argparse.Namespace) -> int:
 def learn_command(args: argparse.Namespace) -> int:
     """Trains on the shapes world from zero and scores the result. Returns the exit code."""
     out = Path(args.out)
-    code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run)
+    code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run, LEARN_AT_ONCE)
     if not args.dry_run and code == 0:
         print_rates(out)
     return code
@@ -228,7 +228,11 @@ def pipeline_stages(
 
 
 def learn_stages(seed: int) -> list[PipelineStage]:
-    """The pipeline of the preset `shapes`, with its data before it and its scores after it."""
+    """The pipeline of the preset `shapes`, with its data before it and its scores after it.
+
+    The tokenizer, which all later stages wait for, is trained by two processes. The language model
+    and the diffusion model are trained by one process each, at the same time.
+    """
     make = PipelineStage(
         "world",
         "moving shapes with captions",
@@ -236,9 +240,11 @@ def learn_stages(seed: int) -> list[PipelineStage]:
         output="world",
     )
     stages = [make]
-    for stage in pipeline_stages("shapes", LEARN_PROCESSES):
+    for stage in pipeline_stages("shapes", 1):
         after = stage.after or ("world",)
         command = stage.command
+        if stage.name == "tokenizer":
+            command = train_words("tokenizer", preset_config("shapes", "tokenizer"), 2)
         if stage.name == "sample":
             command = (*command, "--prompts", "world/prompts-heldout.txt")
         if stage.run is not None:
@@ -275,8 +281,13 @@ def print_rates(out: Path) -> None:
     print(f"\nheld-out prompts: {format_rates(read_json(out / RATES))}")
 
 
-def run_pipeline(name: str, stages: Sequence[PipelineStage], out: Path, dry_run: bool) -> int:
-    """Runs stages in `out`. Returns the exit code of the first failed stage, or 0."""
+def run_pipeline(
+    name: str, stages: Sequence[PipelineStage], out: Path, dry_run: bool, at_once: int = 1
+) -> int:
+    """Runs stages in `out`, at most `at_once` at a time.
+
+    Returns the exit code of the first failed stage, or 0.
+    """
     if dry_run:
         print(f"cd {out}")
         for stage in stages:
@@ -285,40 +296,37 @@ def run_pipeline(name: str, stages: Sequence[PipelineStage], out: Path, dry_run:
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     results: list[StageResult] = []
-    for number, stage in enumerate(stages, 1):
-        print(f"\n== {number}/{len(stages)} {stage.name}: {stage.title}", flush=True)
-        result = run_stage(stage, out)
+    by_name = {stage.name: stage for stage in stages}
+    commands = []
+    for stage in stages:
+        commands.append(Command(stage.name, stage.title, stage.command, stage.after))
+    for finished in run_commands(commands, out, at_once):
+        stage = by_name[finished.name]
+        result = StageResult(
+            name=finished.name,
+            seconds=finished.seconds,
+            cpu_seconds=finished.cpu_seconds,
+            exit_code=finished.exit_code,
+            look=stage.output,
+        )
+        if stage.run is not None:
+            result.first_loss, result.last_loss = first_and_last_loss(out / stage.run)
         results.append(result)
         write_summary(out, results, time.monotonic() - started)
-        if result.exit_code:
-            print(
-                f"\nlandiff {name}: stage {stage.name!r} failed with exit code "
-                f"{result.exit_code}; its error message is above. Run the same command again to "
-                "resume from this stage.",
-                file=sys.stderr,
-            )
-            return result.exit_code
+    failed = [result for result in results if result.exit_code]
+    if failed:
+        print(
+            f"\nlandiff {name}: stage {failed[0].name!r} failed with exit code "
+            f"{failed[0].exit_code}; its error message is above. Run the same command again to "
+            "resume from this stage.",
+            file=sys.stderr,
+        )
+        return failed[0].exit_code
     print_stage_table(results, time.monotonic() - started)
     print(f"\nnext steps:  play {out}/samples/*.mp4")
     print(f"             tensorboard --logdir {out}/runs")
     print(f"             read {out}/summary.json")
     return 0
-
-
-def run_stage(stage: PipelineStage, out: Path) -> StageResult:
-    """Runs one stage as a `landiff` process in `out`. Its output goes to the terminal."""
-    started = time.monotonic()
-    command = [sys.executable, "-m", "landiff.launchers.cli", *stage.command]
-    done = subprocess.run(command, cwd=out, env=environment())
-    result = StageResult(
-        name=stage.name,
-        seconds=round(time.monotonic() - started, 1),
-        exit_code=done.returncode,
-        look=stage.output,
-    )
-    if stage.run is not None:
-        result.first_loss, result.last_loss = first_and_last_loss(out / stage.run)
-    return result
 
 
 def first_and_last_loss(run: Path, points: int = 5) -> tuple[float | None, float | None]:
@@ -347,14 +355,15 @@ def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> 
 
 
 def print_stage_table(results: Sequence[StageResult], seconds: float) -> None:
-    """Prints time, losses and output of each stage."""
-    print(f"\n{'stage':<20}{'time':>8}{'first loss':>13}{'last loss':>12}  output")
+    """Prints time, CPU time, losses and output of each stage."""
+    print(f"\n{'stage':<20}{'time':>8}{'CPU':>8}{'first loss':>13}{'last loss':>12}  output")
     for result in results:
         first = format_loss(result.first_loss)
         last = format_loss(result.last_loss)
-        time_text = duration(result.seconds)
-        print(f"{result.name:<20}{time_text:>8}{first:>13}{last:>12}  {result.look}")
-    print(f"{'all':<20}{duration(seconds):>8}")
+        times = f"{duration(result.seconds):>8}{duration(result.cpu_seconds):>8}"
+        print(f"{result.name:<20}{times}{first:>13}{last:>12}  {result.look}")
+    cpu_seconds = sum(result.cpu_seconds for result in results)
+    print(f"{'all':<20}{duration(seconds):>8}{duration(cpu_seconds):>8}")
 
 
 def format_loss(loss: float | None) -> str:

@@ -407,7 +407,10 @@ class ControlledDiffusion(nn.Module):
         length = text_BLD.shape[1]
         recompute = self.recompute
         x_BSD, time_BE = main.input(latents_BTCHW, timestep_B, text_BLD)
-        h_BSD, control_time_BE = control.input(latents_BTCHW + semantic_BTCHW, timestep_B, text_BLD)
+        given_BTCHW = semantic_BTCHW
+        if self.config.control_input == "sum":
+            given_BTCHW = latents_BTCHW + semantic_BTCHW
+        h_BSD, control_time_BE = control.input(given_BTCHW, timestep_B, text_BLD)
         rotation = main.rotation(latents_BTCHW)
         for layer, block in enumerate(main.blocks):
             x_BSD = run_block(block, x_BSD, time_BE, length, rotation, recompute=recompute)

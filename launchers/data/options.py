@@ -68,6 +68,13 @@ def add_fit_codec(commands: Commands) -> None:
     fit.add_argument("--out", required=True, metavar="FILE", help="the codec, *.safetensors")
     fit.add_argument("--channels", type=int, default=16, help="channels of the latents")
     fit.add_argument("--limit", type=int, default=1000, help="number of clips, at most")
+    fit.add_argument(
+        "--whiten",
+        type=float,
+        default=0.0,
+        metavar="POWER",
+        help="0 (one scale for all channels) to 1 (every channel has the same variance)",
+    )
 
 
 def add_attribute(commands: Commands) -> None:

@@ -142,8 +142,10 @@ def fit_codec_command(args: argparse.Namespace) -> int:
     paths = sorted(Path(args.clips).glob("*.mp4"))[: args.limit]
     if not paths:
         raise ConfigError(f"--clips {args.clips} holds no *.mp4")
+    if not 0 <= args.whiten <= 1:
+        raise ConfigError(f"--whiten {args.whiten:g} is a power from 0 to 1")
     started = time.process_time()
-    pca.write(pca.fit(_batches(paths), args.channels), Path(args.out))
+    pca.write(pca.fit(_batches(paths), args.channels, args.whiten), Path(args.out))
     seconds = time.process_time() - started
     print(f"fit-codec: {args.out} from {len(paths)} clips in {seconds:.1f} CPU seconds")
     return 0

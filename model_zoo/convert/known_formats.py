@@ -296,7 +296,10 @@ def refuse_own_options(part: Part, format: str) -> None:
     else.
     """
     config = part.config
+    changed = []
     if isinstance(config, DiffusionConfig):
+        if config.control_input != "sum":
+            changed.append(f"control_input = {config.control_input}")
         config = config.transformer
     default: Config
     names: tuple[str, ...]
@@ -308,7 +311,6 @@ def refuse_own_options(part: Part, format: str) -> None:
         names = ("latent_positions", "local_paths", "cell_mask_tokens")
     else:
         return
-    changed = []
     for name in names:
         value = getattr(config, name)
         if value != getattr(default, name):

@@ -30,7 +30,10 @@ PACKAGES = {
 FIXED_WIDTHS = {"minilm": 384, "dct": 48}
 EFFICIENTNET_WIDTHS = {5: 40, 11: 112}  # by number of blocks
 ASSETS = Path(__file__).parent / "assets"
-PCA_ASSETS = {"shapes": ASSETS / "shapes-codec.safetensors"}
+PCA_ASSETS = {
+    "shapes": ASSETS / "shapes-codec.safetensors",
+    "shapes-balanced": ASSETS / "shapes-balanced-codec.safetensors",
+}
 WIDTH_KEYS = {
     "theia": "hidden_size",
     "cogvideox-vae": "latent_channels",

@@ -66,8 +66,9 @@ class PcaConfig(Config):
     kind: Literal["pca"] = Field(default="pca", description="Kind of the encoder.")
     path: str = Field(
         default="codec.safetensors",
-        description="File that `landiff fit-codec` wrote, or `shapes` for the packaged codec of "
-        "the shapes world.",
+        description="File that `landiff fit-codec` wrote, or `shapes` or `shapes-balanced` for "
+        "a packaged codec of the shapes world: with one scale for all channels, or fitted with "
+        "`--whiten 0.75`.",
     )
 
 

@@ -2,17 +2,20 @@
 
 Shapes as in the CogVideoX VAE: the first RGB frame is encoded alone, each further latent frame
 covers four RGB frames, and a cell is 8 x 8 pixels. A cell's pixels are projected on the components
-with the most variance in the clips that the codec was fitted to, and divided by one number for all
-channels of a kind of frame. Detail that hardly varies thus stays small, where the unit variance of
-each DCT coefficient (`dct`) blows it up to noise that the diffusion model has to predict as well.
+with the most variance in the clips that the codec was fitted to, and divided by a number for each
+channel of a kind of frame. With `whiten` = 0 these numbers are the same: detail that hardly varies
+stays small, where the unit variance of each DCT coefficient (`dct`) blows it up to noise that the
+diffusion model has to predict as well. With `whiten` = 1 all channels have the same variance. Values
+between them keep the order of the channels, while noise hides outlines less than with 0.
 
 The components of first frames are rotated within their space so that a channel means as far as
 possible the same in both kinds of frames.
 
-Weights are a file of safetensors. `shapes` is a file in this package, fitted by
+Weights are a file of safetensors. `shapes` and `shapes-balanced` are files in this package, fitted by
 
     landiff shapes make --out world --clips 1000
     landiff fit-codec --clips world/train --channels 16 --out shapes.safetensors
+    landiff fit-codec --clips world/train --channels 16 --whiten 0.75 --out balanced.safetensors
 
 to clips without the held-out combinations of the shapes world.
 
@@ -57,7 +60,8 @@ class PcaCodec(nn.Module):
     later_scale: Tensor
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
-        """weights: of each kind of latent frame, basis [C, U], mean [U] and scale []."""
+        """weights: of each kind of latent frame, basis [C, U], mean [U] and scale,
+        [] or [C]."""
         super().__init__()
         for kind in KINDS:
             for part in ("basis", "mean", "scale"):
@@ -150,8 +154,12 @@ class Moments:
         return mean_U, basis_CU * largest.sign(), variances.flip(0)[:number]
 
 
-def fit(videos: Iterable[Tensor], channels: int) -> dict[str, Tensor]:
-    """Weights of a `PcaCodec` for videos, uint8 [B, T, H, W, 3] each."""
+def fit(videos: Iterable[Tensor], channels: int, whiten: float = 0.0) -> dict[str, Tensor]:
+    """Weights of a `PcaCodec` for videos, uint8 [B, T, H, W, 3] each.
+
+    whiten: from 0 to 1. Channels are divided by their standard deviation to this power, and by one
+        number that makes their mean variance 1.
+    """
     pixels = SPACE * SPACE * 3
     first = Moments(pixels)
     later = Moments(TIME * pixels)
@@ -163,15 +171,28 @@ def fit(videos: Iterable[Tensor], channels: int) -> dict[str, Tensor]:
     later_mean, later_basis, later_variances = later.components(channels)
     still_CU = later_basis.unflatten(1, (TIME, pixels)).mean(dim=1)
     left, _, right = torch.linalg.svd(still_CU @ first_basis.T)
+    turn_CC = left @ right
+    # Variances of the rotated channels, the diagonal of their covariance.
+    turned_variances = (turn_CC.square() * first_variances).sum(dim=1)
     weights = {
-        "first_basis": left @ right @ first_basis,
+        "first_basis": turn_CC @ first_basis,
         "first_mean": first_mean,
-        "first_scale": first_variances.mean().sqrt(),
+        "first_scale": _scale(turned_variances, whiten),
         "later_basis": later_basis,
         "later_mean": later_mean,
-        "later_scale": later_variances.mean().sqrt(),
+        "later_scale": _scale(later_variances, whiten),
     }
     return {name: tensor.float().contiguous() for name, tensor in weights.items()}
+
+
+def _scale(variances_C: Tensor, whiten: float) -> Tensor:
+    """Divisor of the channels: [C], or [] if it is the same for all."""
+    if whiten == 0.0:
+        return variances_C.mean().sqrt()
+    # Rounding can make the smallest variance negative, of a channel without any detail.
+    variances_C = variances_C.clamp(min=1e-6 * float(variances_C.max()))
+    divisor_C = variances_C.sqrt() ** whiten
+    return divisor_C * (variances_C / divisor_C.square()).mean().sqrt()
 
 
 def write(weights: dict[str, Tensor], path: Path) -> None:

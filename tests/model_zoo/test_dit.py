@@ -349,3 +349,17 @@ def test_rotary_positions_add_no_weights_and_change_attention_between_patches_on
 def test_rotary_positions_need_heads_that_split():
     with pytest.raises(ValidationError, match="multiple of 16 with rotary_theta"):
         TransformerConfig(hidden_size=48, num_heads=2, rotary_theta=100.0)
+
+
+@pytest.mark.parametrize("given", ["sum", "condition"])
+def test_control_branch_receives_the_condition_with_or_without_latents(given):
+    model = ControlledDiffusion(TINY.model_copy(update={"control_input": given}))
+    randomize(model, 0)
+    received = []
+    model.control.input.register_forward_pre_hook(lambda _, given: received.append(given[0]))
+    batch = inputs()
+    model(**batch)
+    expected = model.semantic(batch["features_BTChw"])
+    if given == "sum":
+        expected = expected + batch["latents_BTCHW"]
+    assert torch.equal(received[0], expected)

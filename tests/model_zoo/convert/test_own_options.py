@@ -19,6 +19,7 @@ def test_a_model_with_own_options_is_refused(tmp_path, format):
     for kind, config in (
         ("transformer", transformer),
         ("diffusion", MODELS.diffusion.model_copy(update={"transformer": transformer})),
+        ("diffusion", MODELS.diffusion.model_copy(update={"control_input": "condition"})),
         ("tokenizer", tokenizer),
     ):
         tensors = part(kind).tensors

@@ -55,6 +55,32 @@ def test_all_components_lose_nothing_and_fewer_lose_the_least_variance(tmp_path)
     assert loaded.fingerprint == PcaCodec(weights).fingerprint
 
 
+def test_whitening_changes_the_scales_of_the_latents_and_not_the_videos():
+    video = moving_blobs(num_frames=9, height=64, width=64)[None]
+    plain, half, full = (PcaCodec(fit([video], 8, whiten)) for whiten in (0.0, 0.5, 1.0))
+    assert plain.later_scale.ndim == 0 and half.later_scale.shape == (8,)
+    for codec in (plain, half, full):
+        latents = codec.encode(video)[:, 1:]
+        variances = latents.var(dim=(0, 1, 3, 4), unbiased=False)
+        # The variance of all cells of the fitted clip, in float32.
+        torch.testing.assert_close(variances.mean(), torch.tensor(1.0), atol=1e-4, rtol=0)
+        spread = float(variances.max() / variances.min())
+        assert (spread < 1.001) == (codec is full)
+        decoded = codec.decode(codec.encode(video)).int()
+        difference = decoded - plain.decode(plain.encode(video)).int()
+        assert int(difference.abs().max()) <= 1  # rounding of a value between two integers
+
+
+def test_the_balanced_codec_shows_the_same_videos(videos):
+    codec = build(PcaConfig(path="shapes-balanced"))
+    latents = codec.encode(videos)
+    stds = latents.std(dim=(0, 1, 3, 4))
+    assert 0.5 < float(stds.min()) < float(stds.max()) < 3
+    plain = build(SHAPES)
+    difference = codec.decode(latents).int() - plain.decode(plain.encode(videos)).int()
+    assert float(difference.abs().float().mean()) < 1
+
+
 def test_a_missing_codec_is_reported_with_the_way_to_make_it(tmp_path):
     config = PcaConfig(path=str(tmp_path / "none.safetensors"))
     assert "landiff fit-codec" in check_encoder("codec", config)[0].text
