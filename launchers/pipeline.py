@@ -84,7 +84,11 @@ def learn_command(args: argparse.Namespace) -> int:
     out = Path(args.out)
     code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run, LEARN_AT_ONCE)
     if not args.dry_run and code == 0:
+        from landiff.launchers.results.shapes_page import write_learn_report
+
         print_rates(out)
+        report = write_learn_report(out, read_json(out / "summary.json")["stages"])
+        print(f"report: {report}")
     return code
 
 

@@ -43,12 +43,15 @@ def add_shapes(commands: Commands) -> None:
     )
     shapes.add_argument(
         "action",
-        choices=["make", "pairs", "score"],
+        choices=["make", "pairs", "score", "show"],
         help="make (training clips, true clips, labels and prompts of the shapes world), pairs "
-        "(clips of two objects), score (compare videos with their labels)",
+        "(clips of two objects), score (compare videos with their labels), show (an animated "
+        "picture of videos with captions and verdicts)",
     )
     shapes.add_argument(
-        "--out", metavar="PATH", help="make, pairs: the folder; score: a JSON file of the rates"
+        "--out",
+        metavar="PATH",
+        help="make, pairs: the folder; score: a JSON file of the rates; show: a GIF",
     )
     shapes.add_argument("--clips", type=int, default=2000, help="number of training clips")
     shapes.add_argument(
@@ -56,8 +59,11 @@ def add_shapes(commands: Commands) -> None:
     )
     shapes.add_argument("--size", type=int, default=64, help="height and width in pixels")
     shapes.add_argument("--seed", type=int, default=0, help="seed of places, sizes and order")
-    shapes.add_argument("--videos", metavar="FOLDER", help="score: the videos")
-    shapes.add_argument("--labels", metavar="FILE", help="score: JSONL with a label per video")
+    shapes.add_argument("--videos", metavar="FOLDER", help="score, show: the videos")
+    shapes.add_argument(
+        "--labels", metavar="FILE", help="score, show: JSONL with a label per video"
+    )
+    shapes.add_argument("--count", type=int, default=12, help="show: number of videos")
     shapes.add_argument("--details", metavar="FILE", help="score: JSONL of what each video shows")
 
 

@@ -22,13 +22,23 @@ if TYPE_CHECKING:
     from landiff.data_pipeline.synthetic.judge import Rates
 
 CLIPS_PER_PASS = 32  # of fit-codec
+COLUMNS = 6  # of an animated picture
 
 
 def shapes_command(args: argparse.Namespace) -> int:
-    """Writes clips of the shapes world, or scores videos of it. Returns the exit code."""
+    """Writes clips of the shapes world, or scores or shows videos of it. Returns the exit code."""
+    if args.action in ("score", "show") and (args.videos is None or args.labels is None):
+        raise ConfigError(f"landiff shapes {args.action} needs --videos FOLDER and --labels FILE")
+    if args.action == "show":
+        from landiff.launchers.results.shapes_page import judged_videos, write_animation
+
+        if args.out is None or not args.out.endswith(".gif"):
+            raise ConfigError("landiff shapes show needs --out FILE.gif")
+        videos = judged_videos(Path(args.videos), Path(args.labels), args.count)
+        write_animation(Path(args.out), videos, COLUMNS)
+        print(f"shapes: wrote {len(videos)} videos to {args.out}")
+        return 0
     if args.action == "score":
-        if args.videos is None or args.labels is None:
-            raise ConfigError("landiff shapes score needs --videos FOLDER and --labels FILE")
         result = score(Path(args.videos), Path(args.labels), args.details)
         if args.out is not None:
             write_text(Path(args.out), json.dumps(result, indent=1))

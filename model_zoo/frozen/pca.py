@@ -5,13 +5,13 @@ covers four RGB frames, and a cell is 8 x 8 pixels. A cell's pixels are projecte
 with the most variance in the clips that the codec was fitted to, and divided by a number for each
 channel of a kind of frame. With `whiten` = 0 these numbers are the same: detail that hardly varies
 stays small, where the unit variance of each DCT coefficient (`dct`) blows it up to noise that the
-diffusion model has to predict as well. With `whiten` = 1 all channels have the same variance. Values
-between them keep the order of the channels, while noise hides outlines less than with 0.
+diffusion model has to predict as well. With `whiten` = 1 all channels have the same variance.
+Values between them keep the order of the channels, while noise hides outlines less than with 0.
 
 The components of first frames are rotated within their space so that a channel means as far as
 possible the same in both kinds of frames.
 
-Weights are a file of safetensors. `shapes` and `shapes-balanced` are files in this package, fitted by
+Weights are a file of safetensors. This package has `shapes` and `shapes-balanced`, fitted by
 
     landiff shapes make --out world --clips 1000
     landiff fit-codec --clips world/train --channels 16 --out shapes.safetensors

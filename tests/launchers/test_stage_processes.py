@@ -16,7 +16,7 @@ def test_commands_run_side_by_side_and_in_order(tmp_path: Path, capfd):
     finished = list(run_commands(commands, tmp_path, at_once=2))
     assert [each.exit_code for each in finished] == [0, 0, 0]
     assert {finished[0].name, finished[1].name} == {"a", "b"} and finished[2].name == "c"
-    assert all(0 < each.cpu_seconds for each in finished)
+    assert all(each.cpu_seconds > 0 for each in finished)
     out = capfd.readouterr().out
     assert "== 3/3 c: explains loop.steps" in out
     assert "\na | " in out and "\nb | " in out and "\nc | " in out

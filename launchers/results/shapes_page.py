@@ -1,0 +1,205 @@
+"""Shows videos of the shapes world to people: an animated picture, and the report of `learn`.
+
+Each video has its caption and what the pixel judge found wrong. The report also shows the nearest
+training clip of each video, so that one sees whether a model repeats clips or makes new ones.
+
+Shape letters: T frames, H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from landiff.configs.documents import read_json
+from landiff.configs.files import atomic_file
+from landiff.data_pipeline.synthetic.judge import judge
+from landiff.data_pipeline.synthetic.world import ATTRIBUTES, FPS
+from landiff.launchers.data.shapes import format_rates, pair_files, read_rows, read_videos
+from landiff.launchers.pages import html
+from landiff.launchers.pages.charts import Series, svg
+from landiff.training.checkpoint.run_folder import METRICS, read_metrics
+
+ENLARGED = 2  # times the size of a video
+LINE_HEIGHT = 12
+FONT_SIZE = 10
+RIGHT_COLOR = (60, 170, 80)
+WRONG_COLOR = (210, 60, 50)
+REPORT_VIDEOS = 24
+SEARCHED_CLIPS = 2000  # for the nearest training clip of each video
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A video with its caption and the names of the attributes that it shows wrong."""
+
+    frames_THWC: np.ndarray
+    caption: str
+    wrong: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """Verdict in words."""
+        return f"wrong: {', '.join(self.wrong)}" if self.wrong else "all five right"
+
+
+def judged_videos(videos: Path, labels: Path, count: int) -> list[Judged]:
+    """`count` videos of a folder, spread evenly, with verdicts."""
+    rows = read_rows(labels)
+    paths = pair_files(videos, rows)
+    picked = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int).tolist()
+    found = []
+    frames = read_videos([paths[index] for index in picked])
+    for index, frames_THWC in zip(picked, frames, strict=True):
+        seen = judge(frames_THWC).found
+        wrong = tuple(name for name in ATTRIBUTES if seen[name] != rows[index][name])
+        found.append(Judged(frames_THWC, rows[index]["caption"], wrong))
+    return found
+
+
+def write_animation(path: Path, videos: Sequence[Judged], columns: int) -> None:
+    """Writes a GIF in which all videos play side by side, each below its caption.
+
+    A green or red line says whether the judge found all five attributes.
+    """
+    num_frames = min(len(video.frames_THWC) for video in videos)
+    pictures = []
+    for number in range(num_frames):
+        pictures.append(_grid([_tile(video, number) for video in videos], columns))
+    # One palette for all frames, so that plain grounds do not flicker.
+    palette = _grid(pictures[:: max(1, num_frames // 4)], 2).quantize(128)
+    frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    data = io.BytesIO()
+    frames[0].save(
+        data,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=round(1000 / FPS),
+        loop=0,
+        optimize=True,
+    )
+    with atomic_file(path) as file:
+        file.write(data.getvalue())
+
+
+def _tile(video: Judged, number: int) -> Image.Image:
+    """One frame of a video, with its caption in two lines."""
+    frame_HWC = video.frames_THWC[number]
+    width = frame_HWC.shape[1] * ENLARGED
+    height = frame_HWC.shape[0] * ENLARGED
+    top = 3 * LINE_HEIGHT + 4
+    tile = Image.new("RGB", (width + 6, top + height + 4), "white")
+    draw = ImageDraw.Draw(tile)
+    font = ImageFont.load_default(FONT_SIZE)
+    for line, text in enumerate(_lines(video.caption, width, font)):
+        draw.text((3, line * LINE_HEIGHT), text, fill="black", font=font)
+    color = WRONG_COLOR if video.wrong else RIGHT_COLOR
+    draw.rectangle((2, top - 2, width + 3, top + height + 1), outline=color, width=1)
+    enlarged = Image.fromarray(frame_HWC).resize((width, height), Image.Resampling.NEAREST)
+    tile.paste(enlarged, (3, top - 1))
+    return tile
+
+
+def _lines(text: str, width: int, font: Any) -> list[str]:
+    """Text in lines of at most `width` pixels, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _grid(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size in rows."""
+    width, height = tiles[0].size
+    rows = -(-len(tiles) // columns)
+    grid = Image.new("RGB", (width * min(columns, len(tiles)), height * rows), "white")
+    for number, tile in enumerate(tiles):
+        grid.paste(tile, (number % columns * width, number // columns * height))
+    return grid
+
+
+def write_learn_report(out: Path, stages: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes `report.html` of a folder of `landiff learn`. Returns its path.
+
+    stages: of `summary.json`.
+    """
+    prompts = out / "world" / "prompts-heldout.jsonl"
+    videos = judged_videos(out / "samples", prompts, REPORT_VIDEOS)
+    nearest = nearest_clips(out / "world" / "train", videos)
+    figures = []
+    for video, (clip_THWC, caption, distance) in zip(videos, nearest, strict=True):
+        figures.append(_figure(video.frames_THWC, video.caption, video.verdict))
+        note = f"nearest training clip, RMS difference {distance:.0f} of 255"
+        figures.append(_figure(clip_THWC, caption, note))
+    rates = format_rates(read_json(out / "rates.json"))
+    rows = []
+    for stage in stages:
+        losses = [stage["first_loss"], stage["last_loss"]]
+        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        times = [f"{stage['seconds']:.0f}", f"{stage['cpu_seconds']:.0f}"]
+        rows.append([stage["name"], *times, *shown, stage["look"]])
+    headers = ["stage", "seconds", "CPU seconds", "first loss", "last loss", "output"]
+    path = out / "report.html"
+    html.write_page(
+        path,
+        "landiff learn",
+        html.section("Rates of held-out captions", html.preformatted(rates)),
+        html.section("Samples, each before its nearest training clip", html.grid(figures)),
+        html.section("Stages", html.table(headers, rows)),
+        html.section("Losses", *_curves(out)),
+    )
+    return path
+
+
+def nearest_clips(train: Path, videos: Sequence[Judged]) -> list[tuple[np.ndarray, str, float]]:
+    """Frames, caption and RMS difference of the training clip that is nearest to each video."""
+    rows = read_rows(train / "captions.jsonl")[:SEARCHED_CLIPS]
+    best: list[tuple[np.ndarray, str, float]] = []
+    wanted = [video.frames_THWC.astype(np.float32) for video in videos]
+    for row, clip_THWC in zip(rows, read_videos(pair_files(train, rows)), strict=True):
+        for number, frames_THWC in enumerate(wanted):
+            distance = float(np.sqrt(np.square(frames_THWC - clip_THWC).mean()))
+            if number == len(best):
+                best.append((clip_THWC, row["caption"], distance))
+            elif distance < best[number][2]:
+                best[number] = (clip_THWC, row["caption"], distance)
+    return best
+
+
+def _figure(frames_THWC: np.ndarray, caption: str, note: str) -> str:
+    """A video as an animated picture in a page."""
+    frames = [Image.fromarray(frame_HWC) for frame_HWC in frames_THWC]
+    data = io.BytesIO()
+    frames[0].save(
+        data,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=round(1000 / FPS),
+        loop=0,
+    )
+    return html.figure(html.media(data.getvalue(), "gif", caption), caption, note)
+
+
+def _curves(out: Path) -> list[str]:
+    """Loss curves of all trainers."""
+    curves = []
+    for metrics in sorted(out.glob(f"runs/*/{METRICS}")):
+        points = []
+        for line in read_metrics(metrics):
+            if "train/loss" in line:
+                points.append((float(line["step"]), float(line["train/loss"])))
+        name = metrics.parent.name
+        curves.append(html.figure(svg([Series(name, points)], f"loss of {name}"), name))
+    return curves
