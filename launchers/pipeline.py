@@ -240,7 +240,7 @@ def learn_stages(seed: int) -> list[PipelineStage]:
     make = PipelineStage(
         "world",
         "moving shapes with captions",
-        ("shapes", "make", "--out", "world", "--seed", str(seed)),
+        ("shapes", "make", "--out", "world", "--clips", "6000", "--seed", str(seed)),
         output="world",
     )
     stages = [make]

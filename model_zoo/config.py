@@ -335,6 +335,12 @@ class SemanticConditionConfig(Config):
     feature_channels: PositiveInt = Field(
         default=768, description="Channels of the vision features."
     )
+    upsampler: Literal["residual", "linear"] = Field(
+        default="residual",
+        description="`residual`: blocks of convolutions with group norm, of the sizes below, as in "
+        "the release. `linear`: one linear layer from the features of a cell to its latent cells. "
+        "With few channels the group norm removes most of what the features say.",
+    )
     base_channels: PositiveInt = Field(
         default=128,
         description="Channels of a level with multiplier 1. All widths must be multiples of 32.",
@@ -371,7 +377,7 @@ class DiffusionConfig(Config):
         default="sum",
         description="What the control branch receives: the `sum` of noisy latents and semantic "
         "latent, as in the release, or the semantic latent alone (`condition`), which the noise "
-        "then does not cover. A small model learns to follow the tokens several times faster.",
+        "then does not cover, so that a small model follows the tokens earlier in training.",
     )
     semantic: SemanticConditionConfig = Field(
         default=SemanticConditionConfig(), description="Sizes of the semantic condition."

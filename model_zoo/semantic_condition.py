@@ -1,7 +1,8 @@
 """Semantic condition of the diffusion model: turns vision features into a latent to be added.
 
-Semantic frame i influences latent frame i only. The last convolution starts at zero, so an
-untrained condition adds nothing.
+Semantic frame i influences latent frame i only. The last convolution of the residual upsampler
+starts at zero, so an untrained condition adds nothing. The linear one has no such layer: it is only
+read by the control branch, whose projections start at zero.
 
 Shape letters (docs/glossary.md): B batch, T latent frames, N = B · T frames of the whole batch,
 C channels, h, w height and width in feature cells, H, W height and width in latent cells.
@@ -77,6 +78,10 @@ class SemanticCondition(nn.Module):
     def __init__(self, config: SemanticConditionConfig, latent_channels: int) -> None:
         super().__init__()
         self.config = config
+        if config.upsampler == "linear":
+            cells = self.scale**2
+            self.linear = nn.Conv2d(config.feature_channels, cells * latent_channels, 1)
+            return
         widths = [config.base_channels * multiplier for multiplier in config.channel_multipliers]
         if any(width % GROUPS for width in widths):
             raise ValueError(
@@ -101,7 +106,7 @@ class SemanticCondition(nn.Module):
     @property
     def scale(self) -> int:
         """Latent cells per feature cell along one side."""
-        return 2 ** (len(self.levels) - 1)
+        return 2 ** (len(self.config.channel_multipliers) - 1)
 
     def upsample(self, features_NChw: Tensor) -> Tensor:
         """[N, C, h, w] -> [N, out_channels, H, W]."""
@@ -123,6 +128,9 @@ class SemanticCondition(nn.Module):
                 f"the condition takes features [B, T, {channels}, h, w], not "
                 f"{list(features_BTChw.shape)}"
             )
-        features_NChw = features_BTChw.flatten(0, 1).to(self.conv_in.weight.dtype)
-        latents_NCHW = self.projection(self.upsample(features_NChw))
+        features_NChw = features_BTChw.flatten(0, 1).to(next(self.parameters()).dtype)
+        if self.config.upsampler == "linear":
+            latents_NCHW = functional.pixel_shuffle(self.linear(features_NChw), self.scale)
+        else:
+            latents_NCHW = self.projection(self.upsample(features_NChw))
         return latents_NCHW.unflatten(0, features_BTChw.shape[:2])

@@ -182,6 +182,7 @@ MISSING_INPUTS = {
     "landiff evaluate vbench": "max_text_tokens",
     "landiff shards --dry-run": "exist",
     "landiff shapes score --videos world/": "No such file",  # of the preset shapes
+    "landiff shapes show --videos world/": "No such file",
     "landiff attribute": "do not fit",  # the models of the preset shapes
     "landiff convert inspect weights/": "exist",  # the released weights
     "landiff convert weights/": "exist",

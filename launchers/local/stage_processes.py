@@ -84,18 +84,18 @@ def _ready(
 def _start(command: Command, folder: Path, *, labelled: bool) -> _Process:
     """Starts a command."""
     words = [sys.executable, "-m", "landiff.launchers.cli", *command.words]
-    if not labelled:
-        return _Process(command.name, subprocess.Popen(words, cwd=folder, env=environment()))
+    output = subprocess.PIPE if labelled else None
     process = subprocess.Popen(
         words,
         cwd=folder,
         env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=output,
+        stderr=subprocess.STDOUT if labelled else None,
         text=True,
         errors="replace",
     )
-    assert process.stdout is not None
+    if process.stdout is None:
+        return _Process(command.name, process)
     printer = threading.Thread(target=_print_lines, args=(command.name, process.stdout))
     printer.start()
     return _Process(command.name, process, printer=printer)

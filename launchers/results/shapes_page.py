@@ -192,7 +192,7 @@ def _figure(frames_THWC: np.ndarray, caption: str, note: str) -> str:
     return html.figure(html.media(data.getvalue(), "gif", caption), caption, note)
 
 
-def _curves(out: Path) -> list[str]:
+def _curves(out: Path) -> Sequence[str]:
     """Loss curves of all trainers."""
     curves = []
     for metrics in sorted(out.glob(f"runs/*/{METRICS}")):

@@ -30,7 +30,7 @@ def test_stages_of_learn_parse_and_wait_for_stages_before_them():
 def test_a_dry_run_prints_the_commands(capsys):
     assert main(["learn", "--dry-run", "--out", "here"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["cd here", "landiff shapes make --out world --seed 0"]
+    assert lines[:2] == ["cd here", "landiff shapes make --out world --clips 6000 --seed 0"]
 
 
 def write_models(zoo: Path) -> None:

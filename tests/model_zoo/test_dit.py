@@ -17,6 +17,7 @@ from landiff.model_zoo.convert.formats import diffusers_transformer, release_dif
 from landiff.model_zoo.convert.rules import ConversionError, apply_rules, check_against
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer, position_table_numel
 from landiff.model_zoo.registry import export, load_model
+from landiff.model_zoo.semantic_condition import SemanticCondition
 from tests.model_zoo.tiny_diffusion import TINY, randomize
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys"
@@ -349,6 +350,20 @@ def test_rotary_positions_add_no_weights_and_change_attention_between_patches_on
 def test_rotary_positions_need_heads_that_split():
     with pytest.raises(ValidationError, match="multiple of 16 with rotary_theta"):
         TransformerConfig(hidden_size=48, num_heads=2, rotary_theta=100.0)
+
+
+def test_linear_condition_gives_each_feature_cell_its_latent_cells():
+    small = TINY.semantic.model_copy(update={"upsampler": "linear"})
+    condition = SemanticCondition(small, latent_channels=4)
+    assert [name for name, _ in condition.named_parameters()] == ["linear.weight", "linear.bias"]
+    features = inputs()["features_BTChw"]
+    before = condition(features)
+    assert before.shape == (2, 3, 4, 4, 6)
+    features[:, 1, :, 1, 2] += 1  # frame 1, row 1, column 2
+    changed = (condition(features) != before).any(dim=(0, 2))
+    expected = torch.zeros(3, 4, 6, dtype=torch.bool)
+    expected[1, 2:4, 4:6] = True
+    assert torch.equal(changed, expected)
 
 
 @pytest.mark.parametrize("given", ["sum", "condition"])

@@ -289,6 +289,8 @@ def semantic_flops(config: SemanticConditionConfig, transformer: TransformerConf
     scale = 2 ** (len(widths) - 1)
     cells = transformer.latent_height // scale * (transformer.latent_width // scale)
     rows = float(transformer.latent_frames * cells)
+    if config.upsampler == "linear":
+        return product(rows, config.feature_channels * scale**2 * transformer.latent_channels, HALF)
     parts = [product(rows, 9 * config.feature_channels * widths[-1], HALF)]
     parts.append(product(rows, 4 * 9 * widths[-1] ** 2))  # two residual blocks of two convolutions
     before = widths[-1]
