@@ -249,21 +249,24 @@ def with_optimizer(kind: str, source: str, target: Path, megabytes: int) -> Path
 
 def write_megatron(part: Part, source: str, target: Path) -> None:
     """A Megatron checkpoint with optimizer: a plain one, or `source` with a distributed one."""
+    from landiff.model_zoo.config import LMConfig
     from landiff.model_zoo.convert.formats import megatron, megatron_optimizer
 
+    config = part.config
+    assert isinstance(config, LMConfig), config
     dtype = part.tensors.dtype()
-    cut = megatron_optimizer.MegatronLayout(megatron.default_padding(part.config), False, dtype)
+    cut = megatron_optimizer.MegatronLayout(megatron.default_padding(config), False, dtype)
     if source == "numbers":
         moments = dict.fromkeys(megatron_optimizer.MOMENTS, part.tensors)
         state = megatron_optimizer.MegatronState(
             cut, part.tensors, part.tensors, moments, 5.0, ({"lr": 1e-3},)
         )
     else:
-        state = megatron_optimizer.read_state(Path(source), part.config)
-        padded = megatron.default_padding(part.config, 1024)
+        state = megatron_optimizer.read_state(Path(source), config)
+        padded = megatron.default_padding(config, 1024)
         cut = replace(cut, distributed=True, padded=padded)
-    megatron_optimizer.write_state(target, part.config, state, cut)
-    megatron.write_megatron_config(target, part.config)
+    megatron_optimizer.write_state(target, config, state, cut)
+    megatron.write_megatron_config(target, config)
 
 
 def write_deepspeed(part: Part, source: str, target: Path) -> None:

@@ -116,9 +116,7 @@ def measure(decoder: SafeDecoder, data: bytes, files: int) -> Counts:
         frames = unchecked(bytes(damaged))
         for index, (span, good) in enumerate(zip(spans, reference, strict=True)):
             rejected = isinstance(span, DecodeFailure)
-            seen = span
-            if rejected:
-                seen = frames[3 * index :][:3]
+            seen = frames[3 * index :][:3] if isinstance(span, DecodeFailure) else span
             wrong = len(seen) < 3 or cv2.PSNR(seen, good) < 30
             counts.add(wrong=wrong, rejected=rejected)
     return counts

@@ -163,7 +163,7 @@ def forget_cached(path: Path) -> None:
 
 def read_bytes(tars: list[Path]) -> None:
     """Reads all files PASSES times, without decoding them."""
-    buffer = memoryview(np.empty(max(path.stat().st_size for path in tars), np.uint8))
+    buffer = memoryview(bytearray(max(path.stat().st_size for path in tars)))
     for path in tars * PASSES:
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):

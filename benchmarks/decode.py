@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import cv2
@@ -207,7 +208,9 @@ def moving_clip(height: int, width: int) -> bytes:
     return encode_clip(np.stack(frames), FPS)
 
 
-def clip_seconds(backend: str, path: Path, rounds: int) -> tuple[float, float]:
+def clip_seconds(
+    backend: Literal["pyav", "decord"], path: Path, rounds: int
+) -> tuple[float, float]:
     """CPU seconds of bare decoding and of `ClipDecoder`."""
     clip = path.read_bytes()
     digest = hashlib.sha256(clip).hexdigest()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.models import (
+    PRESETS,
     autocast,
     default_precision,
     device_name,
@@ -146,7 +147,7 @@ def table(rows: list[Row], samples: int, flops: float, peak: float) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="nano", help="nano, landiff, or a model YAML file")
+    parser.add_argument("--preset", default="nano", help=PRESETS)
     parser.add_argument("--layers", type=int, help="number of blocks; default: as in the preset")
     parser.add_argument("--samples", type=int, default=8, help="clips of a step")
     parser.add_argument("--stage", type=int, choices=[1, 2, 3], default=2, help="ZeRO stage")
@@ -156,7 +157,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recompute", action="store_true", help="activation recomputation on both sides"
     )
-    parser.add_argument("--repeats", type=int, default=8, help="steps that are timed")
+    parser.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch's fused AdamW on both sides",
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="steps that are timed")
     return parser.parse_args()
 
 
@@ -173,7 +180,7 @@ def main() -> None:
             "zoo": folder,
             "phase": "main",
             "loop": {"steps": 1000},
-            "optim": {"lr": 1e-4},
+            "optim": {"lr": 1e-4, "fused": options.fused},
             "data": {
                 "manifest": "none",
                 "global_batch_size": options.samples,

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.support.models import (
+    PRESETS,
     autocast,
     default_precision,
     device_name,
@@ -90,7 +91,7 @@ class Plain:
         self.device = device
         self.model = LanguageModel(config.model).to(device)
         self.model.load_state_dict(InitialWeights(config.model, config.loop.seed))
-        self.optimizer = optim.adamw(self.model.named_parameters(), config.optim)
+        self.optimizer = optim.adamw(self.model.named_parameters(), config.optim, device)
         samples = list(batch.samples)
         texts = []
         rows = []
@@ -163,7 +164,7 @@ def table(rows: list[Row], tokens: int, flops: float, peak: float) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="nano", help="nano, landiff, or a model YAML file")
+    parser.add_argument("--preset", default="nano", help=PRESETS)
     parser.add_argument("--layers", type=int, help="number of blocks; default: as in the preset")
     parser.add_argument(
         "--samples", type=int, default=16, help="clips of a step, packed into one row"
@@ -176,7 +177,13 @@ def parse_arguments() -> argparse.Namespace:
         "--recompute", action="store_true", help="activation recomputation on the Megatron side"
     )
     parser.add_argument("--layer-library", choices=["local", "te"], default="local")
-    parser.add_argument("--repeats", type=int, default=8, help="steps that are timed")
+    parser.add_argument(
+        "--fused",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch's fused AdamW on both sides",
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="steps that are timed")
     return parser.parse_args()
 
 
@@ -193,7 +200,7 @@ def main() -> None:
             "run": Path(folder),
             "zoo": Path(folder),
             "loop": {"steps": 1000},
-            "optim": {"lr": 1e-4},
+            "optim": {"lr": 1e-4, "fused": options.fused},
             "model": model.model_dump(),
             "data": {
                 "manifest": "none",

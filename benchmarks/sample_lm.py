@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.support.models import device_name, load_preset, timed
+from benchmarks.support.models import PRESETS, device_name, load_preset, timed
 from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
@@ -77,6 +77,11 @@ def build(config: LMConfig, device: torch.device, dtype: torch.dtype) -> Languag
     return model
 
 
+def block_weight(model: LanguageModel) -> torch.Tensor:
+    """A weight whose device and dtype are those of the matrix products."""
+    return model.get_parameter("blocks.0.wqkv.weight")
+
+
 def step_bytes(model: LanguageModel, rows: int, positions: float) -> float:
     """Bytes that a step reads: weights of blocks and head, keys and values of `positions`."""
     weights = 0
@@ -85,7 +90,7 @@ def step_bytes(model: LanguageModel, rows: int, positions: float) -> float:
             parameter.numel() * parameter.element_size() for parameter in module.parameters()
         )
     config = model.config
-    element = model.blocks[0].wqkv.weight.element_size()
+    element = block_weight(model).element_size()
     return weights + 2 * config.num_layers * rows * positions * config.hidden_size * element
 
 
@@ -118,7 +123,7 @@ def measure_cached(model: LanguageModel, case: Case) -> Row:
 @torch.no_grad()
 def measure_recomputing(model: LanguageModel, case: Case, lengths: int) -> Row:
     """Times single steps without cache at `lengths` evenly spaced lengths."""
-    weight = model.blocks[0].wqkv.weight
+    weight = block_weight(model)
     first = model.layout.first_start(case.text_length)
     last = model.layout.sequence_length(case.frames, case.text_length)
     times = []
@@ -156,7 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     if torch.cuda.is_available():
         default_device = "cuda"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="nano", help="nano, landiff, or a model YAML file")
+    parser.add_argument("--preset", default="nano", help=PRESETS)
     parser.add_argument("--device", default=default_device)
     parser.add_argument(
         "--dtype",

@@ -1,7 +1,16 @@
-"""Softmax attention with flash-attn where it is installed and applies, with torch's SDPA otherwise.
+"""Softmax attention, and the choice of the kernel that computes it.
 
-flash-attn applies to half precision on CUDA. `_flash_attn_for` is the only place in the project
-that chooses between the two.
+`choose` is the only place in the project that chooses a kernel, by the table `PREFERENCES`. Half
+precision on CUDA has a choice; all else uses torch's SDPA. `prefer` overrides the table.
+
+    flash-4    FlashAttention-4, package flash-attn-4, activated in torch
+    flash-3    FlashAttention-3, module flash_attn_interface, activated in torch
+    flash-2    FlashAttention-2, package flash-attn
+    cudnn      cuDNN, which comes with torch; not for packed rows
+    torch      torch's own kernels: FlashAttention-2, else the memory-efficient or the plain one
+
+Under `torch.use_deterministic_algorithms` (config key `loop.deterministic`) all kernels compute
+their backward pass in a fixed order, except for cuDNN, which is not chosen then.
 
 Shape letters (docs/glossary.md): B batch, S positions, N positions of all sequences of a packed
 row, A heads, d width of a head.
@@ -13,14 +22,223 @@ import functools
 import importlib
 import importlib.util
 import itertools
-from types import ModuleType
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    sdpa_kernel,
+)
 
-_FLASH_DTYPES = (torch.float16, torch.bfloat16)
-_FLASH_MAX_HEAD_DIM = 256
+log = logging.getLogger(__name__)
+
+Backend = Literal["flash-4", "flash-3", "flash-2", "cudnn", "torch"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+OLDEST_ARCHITECTURE = 8  # major compute capability that all of these kernels need
+TORCH_NAMES: dict[Backend, str] = {"flash-4": "FA4", "flash-3": "FA3"}
+# In order of trial. torch takes the first that supports a call.
+SDP_BACKENDS: dict[Backend, list[SDPBackend]] = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+    "torch": [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a kernel supports.
+
+    head_dim: largest width of a head. architectures: major compute capabilities, None for all.
+    """
+
+    head_dim: int = 256
+    architectures: tuple[int, ...] | None = None
+    packed: bool = True
+    deterministic: bool = True
+
+
+LIMITS: dict[Backend, Limits] = {
+    "flash-4": Limits(head_dim=128, architectures=(9, 10)),
+    "flash-3": Limits(architectures=(9,)),
+    "flash-2": Limits(),
+    "cudnn": Limits(head_dim=128, packed=False, deterministic=False),
+    "torch": Limits(head_dim=1 << 30),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides the kernel of half-precision attention on CUDA.
+
+    architecture: major compute capability, 9 for H100. length: queries of the longest sequence.
+    packed: several sequences in one row.
+    """
+
+    architecture: int
+    head_dim: int
+    length: int
+    causal: bool
+    dtype: torch.dtype
+    packed: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Kernels for some cases, the fastest first. None applies to all values.
+
+    min_length: smallest number of queries. max_head_dim: largest width of a head.
+    """
+
+    backends: tuple[Backend, ...]
+    architecture: int | None = None
+    min_length: int = 0
+    max_head_dim: int | None = None
+    causal: bool | None = None
+    dtype: torch.dtype | None = None
+
+    def fits(self, case: Case) -> bool:
+        """Whether the row applies to a case."""
+        return (
+            self.architecture in (None, case.architecture)
+            and case.length >= self.min_length
+            and (self.max_head_dim is None or case.head_dim <= self.max_head_dim)
+            and self.causal in (None, case.causal)
+            and self.dtype in (None, case.dtype)
+        )
+
+
+# The first row that fits a case decides. `python -m benchmarks.gpu --only attention` measures the
+# order on a device. Forward on H100 at head width 64, 16k positions, not causal, in TFLOP/s:
+# flash-3 497, cudnn 413, flash-2 324 (FlashAttention-3, arXiv 2407.08608). Below some hundred
+# queries, as in decoding, launches decide, and the kernel with the least code around it is first.
+PREFERENCES: tuple[Preference, ...] = (
+    Preference(("flash-3", "cudnn", "flash-4", "flash-2", "torch"), architecture=9, min_length=512),
+    Preference(("flash-4", "cudnn", "flash-2", "torch"), architecture=10, min_length=512),
+    Preference(("flash-2", "torch")),
+)
+
+
+def choose(
+    case: Case,
+    installed: Collection[Backend],
+    preferred: Backend | None = None,
+    table: Sequence[Preference] = PREFERENCES,
+) -> Backend:
+    """The kernel of a case: `preferred` where it applies, else the first that does in `table`.
+
+    installed: what `find_installed` returns, or a part of it.
+    """
+    order: tuple[Backend, ...] = ()
+    for row in table:
+        if row.fits(case):
+            order = row.backends
+            break
+    if preferred is not None:
+        order = (preferred, *order)
+    for backend in order:
+        if backend in installed and _supports(backend, case):
+            return backend
+    return "torch"
+
+
+def _supports(backend: Backend, case: Case) -> bool:
+    limits = LIMITS[backend]
+    return (
+        case.head_dim <= limits.head_dim
+        and case.head_dim % 8 == 0
+        and case.architecture >= OLDEST_ARCHITECTURE
+        and (limits.architectures is None or case.architecture in limits.architectures)
+        and (limits.packed or not case.packed)
+        and (limits.deterministic or not case.deterministic)
+    )
+
+
+@functools.cache
+def find_installed() -> frozenset[Backend]:
+    """The kernels that are there, by their packages. Imports none but that of flash-2.
+
+    flash-attn-4 installs a folder `flash_attn` without the functions of flash-attn 2.
+    """
+    found: set[Backend] = {"cudnn", "torch"}
+    if importlib.util.find_spec("flash_attn") is not None:
+        if hasattr(importlib.import_module("flash_attn"), "flash_attn_varlen_func"):
+            found.add("flash-2")
+        if importlib.util.find_spec("flash_attn.cute") is not None:
+            found.add("flash-4")
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        found.add("flash-3")
+    return frozenset(found)
+
+
+class _Choices:
+    """The choices of this process: what is preferred, what failed, what was logged."""
+
+    def __init__(self) -> None:
+        self.preferred: Backend | None = None
+        self.failed: set[Backend] = set()
+        self.made: dict[Case, Backend] = {}
+
+    def of(self, case: Case) -> Backend:
+        """The kernel of a case, which is activated and logged at its first use."""
+        if case not in self.made:
+            backend = choose(case, find_installed() - self.failed, self.preferred)
+            while not self._activate(backend):
+                self.failed.add(backend)
+                backend = choose(case, find_installed() - self.failed, self.preferred)
+            self.made[case] = backend
+            log.info("attention kernel %s for %s", backend, case)
+        return self.made[case]
+
+    def _activate(self, backend: Backend) -> bool:
+        """Make torch's calls use FlashAttention-3 or 4. Returns whether the kernel is usable."""
+        name = TORCH_NAMES.get(backend)
+        if name is None or name == current_flash_attention_impl():
+            return True
+        try:
+            activate_flash_attention_impl(name)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            log.warning("attention kernel %s cannot be used: %s", backend, error)
+            return False
+        return True
+
+
+_CHOICES = _Choices()
+
+
+def prefer(backend: Backend | None) -> None:
+    """Use `backend` in this process wherever it applies, before the table. None undoes it."""
+    _CHOICES.preferred = backend
+    _CHOICES.made.clear()
+
+
+@torch.compiler.assume_constant_result
+def _choice(
+    device: torch.device, head_dim: int, length: int, causal: bool, dtype: torch.dtype, packed: bool
+) -> Backend:
+    """The kernel of a call on CUDA in half precision."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    major, _ = torch.cuda.get_device_capability(device)
+    return _CHOICES.of(Case(major, head_dim, length, causal, dtype, packed, deterministic))
+
+
+def _kernel_for(q: Tensor, length: int, *, causal: bool, packed: bool) -> Backend | None:
+    """The kernel of a call, or None if there is no choice but torch's SDPA."""
+    if not q.is_cuda or q.dtype not in FLASH_DTYPES:
+        return None
+    return _choice(q.device, q.shape[-1], length, causal, q.dtype, packed)
 
 
 def attention(
@@ -44,11 +262,18 @@ def attention(
     queries = q_BSAd.shape[1]
     keys = k_BSAd.shape[1]
     assert not causal or queries <= keys, (queries, keys)
-    flash = None
+    backend = None
     if mask is None:
-        flash = _flash_attn_for(q_BSAd)
-    if flash is not None:
-        return flash.flash_attn_func(q_BSAd, k_BSAd, v_BSAd, softmax_scale=scale, causal=causal)
+        backend = _kernel_for(q_BSAd, queries, causal=causal, packed=False)
+    if backend == "flash-2":
+        return _flash_2("flash_attn_func")(
+            q_BSAd,
+            k_BSAd,
+            v_BSAd,
+            softmax_scale=scale,
+            causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
     if causal and queries == 1:
         causal = False  # the only query is the last position, which attends to all keys
     elif causal and queries != keys:
@@ -56,15 +281,22 @@ def attention(
         every = torch.ones(queries, keys, dtype=torch.bool, device=q_BSAd.device)
         mask = every.tril(keys - queries)
         causal = False
-    out_BASd = functional.scaled_dot_product_attention(
-        q_BSAd.transpose(1, 2),
-        k_BSAd.transpose(1, 2),
-        v_BSAd.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-    )
-    return out_BASd.transpose(1, 2)
+
+    def run() -> Tensor:
+        out_BASd = functional.scaled_dot_product_attention(
+            q_BSAd.transpose(1, 2),
+            k_BSAd.transpose(1, 2),
+            v_BSAd.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
+        )
+        return out_BASd.transpose(1, 2)
+
+    if backend is None or mask is not None:
+        return run()
+    with sdpa_kernel(SDP_BACKENDS.get(backend, SDP_BACKENDS["torch"]), set_priority=True):
+        return run()
 
 
 def attention_varlen(
@@ -81,12 +313,14 @@ def attention_varlen(
 
     cu_seqlens: int32 [sequences + 1], 0 followed by the end of each sequence; the last entry is N.
     max_seqlen: length of the longest sequence, or an upper bound of it.
+
+    In half precision on CUDA nothing is copied to the host. Otherwise the lengths are.
     """
     assert cu_seqlens.dtype == torch.int32, cu_seqlens.dtype
     assert cu_seqlens.ndim == 1, cu_seqlens.shape
-    flash = _flash_attn_for(q_NAd)
-    if flash is not None:
-        return flash.flash_attn_varlen_func(
+    backend = _kernel_for(q_NAd, max_seqlen, causal=causal, packed=True)
+    if backend == "flash-2":
+        return _flash_2("flash_attn_varlen_func")(
             q_NAd,
             k_NAd,
             v_NAd,
@@ -96,34 +330,70 @@ def attention_varlen(
             max_seqlen_k=max_seqlen,
             softmax_scale=scale,
             causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
+    if backend is not None:
+        return _torch_varlen(q_NAd, k_NAd, v_NAd, cu_seqlens, max_seqlen, causal, scale)
+    return _attention_by_length(q_NAd, k_NAd, v_NAd, cu_seqlens, causal, scale)
+
+
+def _torch_varlen(
+    q_NAd: Tensor,
+    k_NAd: Tensor,
+    v_NAd: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """torch's own kernel for packed rows. It has none for the CPU."""
+    from torch.nn.attention.varlen import varlen_attn  # registers operators
+
+    window = (-1, 0) if causal else (-1, -1)
+    out = varlen_attn(
+        q_NAd,
+        k_NAd,
+        v_NAd,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scale,
+        window_size=window,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _attention_by_length(
+    q_NAd: Tensor,
+    k_NAd: Tensor,
+    v_NAd: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """Attention of packed sequences with one call for neighbours of equal length."""
     ends = cu_seqlens.tolist()
     assert ends[0] == 0 and ends[-1] == len(q_NAd), (ends[0], ends[-1], len(q_NAd))
-    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    lengths = [end - start for start, end in itertools.pairwise(ends) if end > start]
+    if not lengths:
+        return torch.zeros_like(q_NAd)
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(lengths)]
     # Split, not sliced: the gradient of a slice is as long as the whole row, which makes the
     # backward pass quadratic in the number of sequences.
-    queries = q_NAd[None].split(lengths, dim=1)
-    keys = k_NAd[None].split(lengths, dim=1)
-    values = v_NAd[None].split(lengths, dim=1)
+    sizes = [length * count for length, count in runs]
+    parts = [x_NAd.split(sizes) for x_NAd in (q_NAd, k_NAd, v_NAd)]
     outputs = []
-    for q_1SAd, k_1SAd, v_1SAd in zip(queries, keys, values, strict=True):
-        if q_1SAd.shape[1]:
-            outputs.append(attention(q_1SAd, k_1SAd, v_1SAd, causal=causal, scale=scale)[0])
-    if not outputs:
-        return torch.zeros_like(q_NAd)
+    for (length, count), *qkv in zip(runs, *parts, strict=True):
+        rows = [x_NAd.unflatten(0, (count, length)) for x_NAd in qkv]
+        out_BSAd = attention(rows[0], rows[1], rows[2], causal=causal, scale=scale)
+        outputs.append(out_BSAd.flatten(0, 1))
+    if len(outputs) == 1:
+        return outputs[0]
     return torch.cat(outputs)
 
 
-def _flash_attn_for(q: Tensor) -> ModuleType | None:
-    """flash-attn if it can run these queries, else None."""
-    if not q.is_cuda or q.dtype not in _FLASH_DTYPES or q.shape[-1] > _FLASH_MAX_HEAD_DIM:
-        return None
-    return _flash_attn()
-
-
-@functools.cache
-def _flash_attn() -> ModuleType | None:
-    """The flash-attn package, or None if it is not installed."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    return importlib.import_module("flash_attn")
+def _flash_2(name: str) -> Callable[..., Any]:
+    """A function of the package flash-attn."""
+    return getattr(importlib.import_module("flash_attn"), name)

@@ -85,6 +85,41 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def gated_gelu(x: Tensor) -> Tensor:
+    """gelu_tanh(first half of the last dimension) * second half: [..., 2 D] -> [..., D]."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        gate, up = x.chunk(2, dim=-1)
+        return functional.gelu(gate, approximate="tanh") * up
+    return _GatedGelu.apply(x)
+
+
+class _GatedGelu(torch.autograd.Function):
+    """`gated_gelu` with the same operations as autograd's, without a copy of both gradients.
+
+    autograd joins the gradients of the two halves with `cat`. Here they are written into place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        activated = functional.gelu(gate, approximate="tanh")
+        ctx.save_for_backward(x, activated)
+        return activated * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        x, activated = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        result = torch.empty_like(x)
+        of_gate, of_up = result.chunk(2, dim=-1)
+        torch.mul(gradient, activated, out=of_up)
+        torch.ops.aten.gelu_backward.grad_input(
+            gradient * up, gate, approximate="tanh", grad_input=of_gate
+        )
+        return result
+
+
 def run_block(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
     """Returns `block(*inputs)`.
 

@@ -33,6 +33,9 @@ PARENT_DESCRIPTION = (
 )
 
 
+AttentionKernel = Literal["flash-4", "flash-3", "flash-2", "cudnn", "torch"]
+
+
 class SpikeConfig(Config):
     """Detection of steps whose loss or gradient norm lies far above that of recent steps."""
 
@@ -131,6 +134,21 @@ class LoopConfig(Config):
         description=(
             "Fraction of `steps` that may be skipped, but at least `max_skips_in_a_row` steps. One "
             "more ends the run with an error."
+        ),
+    )
+    deterministic: bool = Field(
+        default=False,
+        description=(
+            "Use kernels on CUDA that add in a fixed order, so that a resumed run equals an "
+            "uninterrupted one bit for bit. They are slower. Runs on the CPU are always "
+            "deterministic."
+        ),
+    )
+    attention: AttentionKernel | None = Field(
+        default=None,
+        description=(
+            "Attention kernel that is used on CUDA wherever it is installed and applies. null: the "
+            "fastest by the table in model_zoo/attention.py. The log names it."
         ),
     )
     spikes: SpikeConfig | None = Field(
@@ -246,6 +264,15 @@ class OptimConfig(Config):
     clip_grad: NonNegativeFloat = Field(
         default=1.0,
         description="Maximum global norm of the gradients. 0 switches clipping off.",
+    )
+    fused: bool | None = Field(
+        default=None,
+        description=(
+            "Update all parameters with torch's fused AdamW. On the CPU it takes a quarter of the "
+            "time, and results differ in the last bits. null: on CUDA in the tokenizer and "
+            "diffusion trainers. Apex and Transformer Engine, where the LM trainer finds them, "
+            "have fused kernels of their own."
+        ),
     )
     groups: tuple[ParameterGroupConfig, ...] = Field(
         default=(),

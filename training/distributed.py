@@ -32,7 +32,9 @@ from landiff.configs.base import ConfigError
 from landiff.configs.ownership import OWNER
 from landiff.configs.problems import Problem, require_none
 from landiff.configs.secrets import RedactingFormatter
+from landiff.model_zoo import attention
 from landiff.training.checkpoint.errors import clear_errors, write_error
+from landiff.training.config import LoopConfig
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -143,6 +145,15 @@ class World:
             dist.recv_object_list(received, src=other, group=self.control)
             found += received[0]
         return found
+
+
+def choose_kernels(loop: LoopConfig) -> None:
+    """Apply `loop.attention` and `loop.deterministic` to this process. Call before any model."""
+    attention.prefer(loop.attention)
+    if loop.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Only warns of operators without such a kernel.
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -13,9 +15,18 @@ from landiff.configs import load
 from landiff.data_pipeline.format.schema import RawSample
 from landiff.model_zoo.config import ModelConfig
 
+PRESETS = "nano or 10m (benchmarks/sizes), a packaged preset such as landiff, or a YAML file"
+SIZES = Path(__file__).parents[1] / "sizes"
+
 
 def load_preset(name: str) -> ModelConfig:
-    """Model sizes of a preset, `nano` or `landiff`, or of a YAML file."""
+    """Model sizes: `nano` or `10m` of benchmarks/sizes, a packaged preset, or a YAML file.
+
+    The sizes in benchmarks/sizes never change, whatever becomes of the presets.
+    """
+    frozen = SIZES / f"{name}.yaml"
+    if frozen.is_file():
+        return load(ModelConfig, frozen)
     if name.endswith((".yaml", ".yml")):
         return load(ModelConfig, name)
     return load(ModelConfig, f"{name}/model")
@@ -72,7 +83,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         a = torch.randn(size, size, device=device, dtype=dtype)
         b = torch.randn(size, size, device=device, dtype=dtype)
         for _ in range(6):
-            seconds = timed(lambda a=a, b=b: a @ b, device)
+            seconds = timed(functools.partial(torch.matmul, a, b), device)
             best = max(best, 2 * size**3 / seconds)
     return best
 

@@ -25,9 +25,9 @@ from landiff.training.observe.flops import lm_flops
 
 TEXT_TOKENS = 64  # assumed length of a caption; only real text rows are kept
 # What autograd keeps of a block for each token, in model widths.
-KEPT = 4  # not divided by tensor parallelism: inputs of both norms and of both projections
-KEPT_DIVIDED = 4  # divided: queries, keys, values, output of attention
-KEPT_FFN = 3  # divided, in widths of the feed-forward layer
+KEPT = 6  # not divided by tensor parallelism: inputs, normalized inputs and outputs of both norms
+KEPT_DIVIDED = 5  # divided: queries, keys, values, output of attention by heads and by positions
+KEPT_FFN = 4  # divided, in widths of the feed-forward layer: gate, up, activated gate, product
 
 
 def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:

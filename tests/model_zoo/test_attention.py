@@ -1,11 +1,22 @@
-"""Attention against the formula written out in float64."""
+"""Attention against the formula written out in float64, and the choice of its kernel."""
 
+import importlib
+import logging
 import math
+import sys
 
 import pytest
 import torch
 
-from landiff.model_zoo.attention import attention, attention_varlen
+from landiff.model_zoo.attention import (
+    BACKENDS,
+    PREFERENCES,
+    Case,
+    attention,
+    attention_varlen,
+    choose,
+    find_installed,
+)
 
 
 def rows(*shape, seed=0, dtype=torch.float32):
@@ -85,16 +96,122 @@ def test_packed_gradients_equal_those_of_a_block_diagonal_mask():
         torch.testing.assert_close(one, other, atol=2e-6, rtol=0)  # another order of float32 sums
 
 
+def test_neighbours_of_equal_length_are_bit_equal_to_single_calls():
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.requires_grad_() for x in rows(26, 2, 16, dtype=dtype)]
+        grown = rows(26, 2, 16, seed=1, dtype=dtype)[0]
+        ends = torch.tensor([0, 7, 14, 19, 26], dtype=torch.int32)  # lengths 7, 7, 5, 7
+        packed = attention_varlen(*leaves, ends, 7, causal=True)
+        single = []
+        for start, end in ((0, 7), (7, 14), (14, 19), (19, 26)):
+            single.append(attention(*(x[None, start:end] for x in leaves), causal=True)[0])
+        single = torch.cat(single)
+        assert torch.equal(packed, single)
+        found, expected = (torch.autograd.grad(x, leaves, grown) for x in (packed, single))
+        assert all(map(torch.equal, found, expected))
+
+
+H100 = Case(architecture=9, head_dim=64, length=17_776, causal=False, dtype=torch.bfloat16)
+
+
+def case(**changes) -> Case:
+    return Case(**{**vars(H100), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "installed", "expected"),
+    [
+        ({}, BACKENDS, "flash-3"),
+        ({}, ("flash-2", "cudnn", "torch"), "cudnn"),
+        ({"deterministic": True}, ("flash-2", "cudnn", "torch"), "flash-2"),
+        ({"packed": True}, ("flash-2", "cudnn", "torch"), "flash-2"),
+        ({"packed": True}, ("cudnn", "torch"), "torch"),
+        ({"length": 1}, BACKENDS, "flash-2"),
+        ({"architecture": 8}, BACKENDS, "flash-2"),
+        ({"architecture": 10}, BACKENDS, "flash-4"),
+        ({"architecture": 10, "head_dim": 192}, BACKENDS, "flash-2"),
+        ({"architecture": 7}, BACKENDS, "torch"),
+        ({"head_dim": 20}, BACKENDS, "torch"),  # the kernels take multiples of 8
+    ],
+)
+def test_the_table_decides_which_kernel_computes_a_case(changes, installed, expected):
+    assert choose(case(**changes), installed) == expected
+
+
+def test_a_preferred_kernel_comes_first_where_it_applies():
+    assert choose(H100, BACKENDS, "cudnn") == "cudnn"
+    assert choose(case(packed=True), BACKENDS, "cudnn") == "flash-3"
+    assert choose(H100, ("torch",), "cudnn") == "torch"
+
+
+def test_every_case_has_a_row():
+    assert PREFERENCES[-1].fits(case(architecture=12, head_dim=8, length=1))
+
+
+def test_flash_attn_4_alone_is_not_taken_for_flash_attn_2(tmp_path, monkeypatch):
+    """Its package has a folder `flash_attn` without a module of its own."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    assert find_installed.__wrapped__() == {"flash-4", "cudnn", "torch"}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_chosen_kernel_is_named_in_the_log_and_one_that_fails_is_left(caplog, monkeypatch):
+    from landiff.model_zoo import attention as module
+
+    monkeypatch.setattr(module, "find_installed", lambda: frozenset({"flash-3", "cudnn", "torch"}))
+    choices = module._Choices()
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        assert choices.of(H100) == "cudnn"  # flash_attn_interface cannot be imported here
+        assert choices.of(H100) == "cudnn"
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("attention kernel flash-3 cannot be used")
+    assert messages[1].startswith("attention kernel cudnn for Case(architecture=9")
+
+
+@pytest.fixture
+def no_preference():
+    from landiff.model_zoo.attention import prefer
+
+    yield
+    prefer(None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", sorted(find_installed()))
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_installed_kernel_equals_the_formula(backend, packed, no_preference):
+    """bfloat16 rounds the output and its gradients to 8 bits; sums are float32."""
+    from landiff.model_zoo.attention import prefer
+
+    prefer(backend)
+    leaves = [x.cuda().requires_grad_() for x in rows(2, 640, 4, 64, dtype=torch.bfloat16)]
+    mask = triangle(640, 640)
+    if packed:
+        ends = torch.tensor([0, 640, 1280], dtype=torch.int32, device="cuda")
+        flat = [x.flatten(0, 1) for x in leaves]
+        found = attention_varlen(*flat, ends, 640, causal=True).unflatten(0, (2, 640))
+    else:
+        found = attention(*leaves, causal=True)
+    expected = formula(*(x.detach().cpu() for x in leaves), mask)
+    torch.testing.assert_close(found.double().cpu(), expected, atol=2e-2, rtol=0)
+    found.float().square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_attn_equals_sdpa(dtype):
+def test_flash_attn_equals_sdpa(dtype, no_preference):
     """Needs flash-attn (extra `gpu`). Both round the output to `dtype`; sums are float32."""
-    import flash_attn
+    from landiff.model_zoo.attention import prefer
 
-    from landiff.model_zoo.attention import _flash_attn_for
-
+    assert "flash-2" in find_installed()
+    prefer("flash-2")
     q, k, v = (x.cuda() for x in rows(2, 130, 4, 64, dtype=dtype))
-    assert _flash_attn_for(q) is flash_attn
     tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
     for queries in (1, 5, 130):
         mask = triangle(queries, 130).cuda()

@@ -15,6 +15,7 @@ from landiff.model_zoo.config import LMConfig, TokenizerConfig, TransformerConfi
 from landiff.model_zoo.dit import position_table
 from landiff.model_zoo.layers import (
     RMSNorm,
+    gated_gelu,
     rotary_angles,
     rotary_table,
     rotate,
@@ -148,3 +149,16 @@ def test_a_block_runs_twice_only_with_recompute_and_gradients(recompute: bool):
     with torch.no_grad():
         run_block(Square(), x, 3, recompute=recompute)
     assert calls == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gated_activation_is_bit_equal_to_autograd(dtype):
+    x = random(5, 1, 44).to(dtype).requires_grad_()
+    grown = torch.ones(5, 1, 22, dtype=dtype)
+    gate, up = x.chunk(2, dim=-1)
+    plain = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    fast = gated_gelu(x)
+    assert torch.equal(fast, plain)
+    for one, other in zip(*(torch.autograd.grad(y, x, grown) for y in (fast, plain)), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(gated_gelu(x.detach()), plain)

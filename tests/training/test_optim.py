@@ -113,13 +113,15 @@ def test_the_first_entry_that_matches_a_name_scales_rate_and_decay():
     assert len(optimizer.param_groups) == 3
 
 
-def test_the_update_is_fused_on_cuda_only():
+def test_the_update_is_fused_on_cuda_or_where_the_config_says_so():
     config = OptimConfig(lr=0.1)
     for device, fused in (("cpu", None), ("cuda", True)):
         parameter = nn.Parameter(torch.zeros(2, 2))
         optimizer = adamw([("weight", parameter)], config, torch.device(device))
         assert optimizer.defaults["fused"] is fused
         assert step_count(3.0, parameter, fused).equal(torch.tensor(3.0))
+    chosen = OptimConfig(lr=0.1, fused=True)
+    assert adamw([("weight", parameter)], chosen, torch.device("cpu")).defaults["fused"] is True
     meta = torch.zeros(1, device="meta")
     assert step_count(torch.tensor(3.0), meta, True).device.type == "meta"
     assert step_count(torch.tensor(3.0), meta, None).device.type == "cpu"

@@ -21,6 +21,7 @@ from landiff.training.run import Run
 def main(config_path: str) -> None:
     """Train with a resolved config."""
     config = load(DiffusionTrainConfig, config_path)
+    distributed.choose_kernels(config.loop)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = build_engine(config, world)

@@ -26,6 +26,7 @@ def main(config_path: str) -> None:
     _silence_megatron()
     from landiff.training.lm.engine import MegatronEngine
 
+    distributed.choose_kernels(config.loop)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = MegatronEngine(config, Guard(config.loop, world))

@@ -43,6 +43,7 @@ from landiff.model_zoo.convert.rules import ConversionError
 from landiff.training.lm.averages import ShardedAverages, copy_to_model, parts_of
 from landiff.training.lm.checks import other_optimizer
 from landiff.training.lm.model import MegatronLM
+from landiff.training.optim import step_count
 from landiff.training.replace import replaced
 
 
@@ -258,9 +259,15 @@ def _check_extra_states(folder: Path, weights: Mapping[str, Any]) -> None:
 # 3. After loading, all parameters share one step tensor, which AdamW increments once for each.
 
 
-def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Work around failures 1 and 2. Call once, before the first save or load."""
+def prepare_optimizer(optimizer: MegatronOptimizer, *, fused: bool) -> None:
+    """Work around failures 1 and 2. Call once, before the first step, save or load.
+
+    fused: the update of torch's AdamW is one kernel. Megatron-core has no option for that.
+    """
     for part in parts_of(optimizer):
+        if fused and isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
         if not isinstance(part, DistributedOptimizer):
             continue
         if not isinstance(part.optimizer, torch.optim.AdamW):
@@ -269,7 +276,7 @@ def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
             for parameter in group["params"]:
                 if not part.optimizer.state[parameter]:
                     part.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
+                        "step": step_count(0.0, parameter, fused),
                         "exp_avg": torch.zeros_like(parameter.detach()),
                         "exp_avg_sq": torch.zeros_like(parameter.detach()),
                     }

@@ -24,7 +24,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ from landiff.training.lm import checkpoint, sampling, validation
 from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_weights, parts_of
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig, data_parallel_size
-from landiff.training.lm.device import megatron_device, seed_tensor_parallel
+from landiff.training.lm.device import megatron_device, seed_tensor_parallel, without_replacements
 from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import InitialWeights, MegatronLM
 from landiff.training.lm.validation import ValidationRow
@@ -138,18 +137,18 @@ class MegatronEngine:
             # Megatron-core leaves the division into groups to its caller.
             _group_overrides(self.model, names, optim),
         )
-        checkpoint.prepare_optimizer(optimizer)
+        checkpoint.prepare_optimizer(optimizer, fused=bool(optim.fused))
         return optimizer
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step. The result is equal on all ranks."""
         self.clock.start()
         rate = rate_of_step(self.config, batch.step)
+        config = self.config.at(batch.step)  # text dropout depends on the phase
+        rows = []
+        for samples in batch.micro_batches:
+            rows.append(pack(samples, config, self.layout).to(self.device))
         with megatron_device():
-            config = self.config.at(batch.step)  # text dropout depends on the phase
-            rows = []
-            for samples in batch.micro_batches:
-                rows.append(pack(samples, config, self.layout).to(self.device))
             self._set_rate(rate)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -190,10 +189,11 @@ class MegatronEngine:
         self.clock.update()
         if not updating:
             return grad_norm, False
-        for part in parts_of(self.optimizer):
-            parameters = part.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+        # As Megatron-core's clip_grad_by_total_norm_fp32, in one pass over the buffers that all
+        # gradients are views of.
+        factor = self.optimizer.config.clip_grad / (grad_norm + 1e-6)
+        if factor < 1:
+            self.ddp.scale_gradients(factor)
         self.optimizer.step_with_ready_grads()
         return grad_norm, True
 
@@ -432,4 +432,6 @@ def forward_step(rows: Iterator[LMRow], model: nn.Module) -> tuple[Tensor, Calla
         targets = row.weights_N.sum()
         return total, targets.to(torch.int), torch.stack([total.detach(), targets])
 
-    return model(row), loss
+    with without_replacements():
+        token_loss_1N = model(row)
+    return token_loss_1N, loss

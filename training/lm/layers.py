@@ -18,6 +18,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
@@ -26,14 +28,14 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.attention import attention_varlen
-from landiff.model_zoo.layers import RMSNorm, rotate
-from landiff.training.lm.config import LMLoRAConfig, LMTrainConfig
-from landiff.training.lm.lora import add_layers
+from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate
+from landiff.training.lm.config import LMTrainConfig
 
 
 @dataclass
@@ -130,6 +132,34 @@ class PackedAttention(MegatronModule):
         return attended_NAd.flatten(1)
 
 
+class ColumnLinear(ColumnParallelLinear):
+    """Megatron-core's layer, without its overhead where the weight is not divided.
+
+    Megatron-core's forward then runs two autograd functions in Python around the same product.
+    """
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[N, 1, D] -> this rank's columns of the output, and the bias."""
+        if self.tp_group.size() > 1 or self.bias is not None or weight is not None:
+            return super().forward(input_, weight, runtime_gather_output)
+        return functional.linear(input_, self.weight), None
+
+
+class RowLinear(RowParallelLinear):
+    """Megatron-core's layer, without its overhead where the weight is not divided."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """This rank's columns of the input -> [N, 1, D], and the bias."""
+        if self.tp_group.size() > 1 or self.bias is not None:
+            return super().forward(input_)
+        return functional.linear(input_, self.weight), None
+
+
 class GatedMLP(MLP):
     """w2(gelu_tanh(w1 · x) * (w3 · x)).
 
@@ -140,8 +170,7 @@ class GatedMLP(MLP):
         self, hidden_states: Tensor, per_token_scale: None = None, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[N, 1, D] -> [N, 1, D] and the bias of the second layer, which is None here."""
-        gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
-        return self.linear_fc2(self.activation_func(gate) * up)
+        return self.linear_fc2(gated_gelu(self.linear_fc1(hidden_states)[0]))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -152,6 +181,37 @@ class GatedMLP(MLP):
         if name in state:
             state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets)
         return state
+
+
+class Attention(SelfAttention):
+    """Megatron-core's attention module, reduced to what a packed row needs.
+
+    Megatron-core's forward also serves inference, grouped queries and offloading. On small models
+    its code takes longer than the operators.
+    """
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: PackedRow) -> Tensor:
+        """[N, 1, D] -> [N, 1, D], under sequence parallelism this rank's part of the positions."""
+        mixed = self.linear_qkv(hidden_states)[0]
+        head_dim = self.hidden_size_per_attention_head
+        # Rows of a head: query, key, value.
+        query, key, value = mixed.view(len(mixed), -1, 3 * head_dim).split(head_dim, dim=-1)
+        attended_ND = self.core_attention(
+            query, key, value, None, packed_seq_params=packed_seq_params
+        )
+        return self.linear_proj(attended_ND[:, None])[0]
+
+
+class Layer(TransformerLayer):
+    """Megatron-core's layer, reduced to pre-norm attention and MLP without biases and dropout."""
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedRow, **__: Any
+    ) -> tuple[Tensor, None]:
+        """[N, 1, D] -> [N, 1, D], and the context that layers with cross-attention return."""
+        attended = self.self_attention(self.input_layernorm(hidden_states), packed_seq_params)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0], None
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -222,15 +282,12 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def block_spec(
-    config: TransformerConfig,
-    layers: Literal["local", "te"],
-    lora: LMLoRAConfig | None = None,
+    config: TransformerConfig, layers: Literal["local", "te"]
 ) -> TransformerBlockSubmodules:
     """Layers of the transformer, with Megatron-core's linear layers or with Transformer Engine's.
 
-    `lora`: adapters of Megatron-core's linear layers.
-
-    Raises ConfigError if Transformer Engine is requested and not installed.
+    All layers share one spec. Raises ConfigError if Transformer Engine is requested and not
+    installed.
     """
     if layers == "te":
         if importlib.util.find_spec("transformer_engine") is None:
@@ -243,9 +300,13 @@ def block_spec(
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = MegatronRMSNorm
         spec.submodules.pre_mlp_layernorm = MegatronRMSNorm
+        spec.module = Layer
+        spec.submodules.self_attention.module = Attention
+        spec.submodules.self_attention.submodules.linear_qkv = ColumnLinear
+        spec.submodules.self_attention.submodules.linear_proj = RowLinear
+        spec.submodules.mlp.submodules.linear_fc1 = ColumnLinear
+        spec.submodules.mlp.submodules.linear_fc2 = RowLinear
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.submodules.mlp.module = GatedMLP
-    if lora is not None:
-        add_layers(spec.submodules, lora)
     layer_specs = [spec] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=FinalNorm)

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -38,9 +36,10 @@ from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.config import LMConfig
 from landiff.model_zoo.lora.config import AdapterConfig
 from landiff.training.lm.config import LMLoRAConfig, LMTrainConfig
+from landiff.training.lm.layers import ColumnLinear, RowLinear
 
 
-class LoRAColumnLinear(ColumnParallelLinear):
+class LoRAColumnLinear(ColumnLinear):
     """A column-parallel layer with an adapter: A is whole on every rank, B is divided by rows."""
 
     def __init__(self, *args: Any, rank: int, scaling: float, **named: Any) -> None:
@@ -69,7 +68,7 @@ class LoRAColumnLinear(ColumnParallelLinear):
         return _sharded(self, prefix, {"weight": 0, "lora_B": 0}, sharded_offsets, metadata)
 
 
-class LoRARowLinear(RowParallelLinear):
+class LoRARowLinear(RowLinear):
     """A row-parallel layer with an adapter: A is divided by columns, B is whole on every rank."""
 
     def __init__(self, *args: Any, rank: int, scaling: float, **named: Any) -> None:

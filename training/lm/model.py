@@ -33,7 +33,7 @@ from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training.lm.batch import LMRow, pad_to
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.layers import PackedRow, block_spec, transformer_config
-from landiff.training.lm.lora import freeze_base
+from landiff.training.lm.lora import add_layers, freeze_base
 
 
 class MegatronLM(GPTModel):
@@ -46,9 +46,12 @@ class MegatronLM(GPTModel):
             pad_to(vocab, config.vocab_multiple), pad_to(sizes.num_heads, config.head_multiple)
         )
         core = transformer_config(config, padded.heads)
+        blocks = block_spec(core, config.layers)
+        if config.lora is not None:
+            add_layers(blocks.layer_specs[0].submodules, config.lora)
         super().__init__(
             config=core,
-            transformer_layer_spec=block_spec(core, config.layers, config.lora),
+            transformer_layer_spec=blocks,
             vocab_size=padded.vocab,
             max_sequence_length=sizes.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),

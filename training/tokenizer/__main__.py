@@ -21,6 +21,7 @@ from landiff.training.tokenizer.engine import TokenizerEngine
 def main(config_path: str) -> None:
     """Train with a resolved config."""
     config = load(TokenizerTrainConfig, config_path)
+    distributed.choose_kernels(config.loop)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         with PhasedLoader(

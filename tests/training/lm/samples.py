@@ -54,7 +54,7 @@ def tiny_config(
             "zoo": folder / "zoo",
             "data": data,
             "loop": changes.pop("loop", {"steps": 5, "seed": 7}),
-            "optim": {"lr": 3e-3, "weight_decay": 0.1},
+            "optim": {"lr": 3e-3, "weight_decay": 0.1} | changes.pop("optim", {}),
             "model": MODEL | changes.pop("model", {}),
             "parallel": parallel or {},
             "precision": "fp32",
