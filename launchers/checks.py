@@ -249,10 +249,13 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     problems += check_encoder("lm_text", config.lm_text)
     problems += check_encoder("diffusion_text", config.diffusion_text)
     problems += check_encoder("codec", config.codec)
+    if config.vision is not None:
+        problems += check_encoder("vision", config.vision)
     if not launch.inputs_exist:
         return problems
     models, found = find_models(config)
     problems += found
+    problems += _check_vision(config, models)
     sizes = replace(
         models.sizes(),
         lm_text_width=width_of(config.lm_text),
@@ -267,6 +270,18 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     if models.diffusion is not None:
         problems += _check_diffusion_inputs(config, models.diffusion, units)
     return problems
+
+
+def _check_vision(config: SampleConfig, models: FoundModels) -> list[Problem]:
+    """Checks that the tokenizer takes the vision features."""
+    if config.vision is None or models.tokenizer is None:
+        return []
+    width = width_of(config.vision)
+    wanted = _config_of(models.tokenizer, TokenizerConfig).feature_channels
+    if width is None or width == wanted:
+        return []
+    text = f"vision gives {width} channels, but {models.tokenizer.reference} takes {wanted}"
+    return [Problem(f"{text}; set vision to the features that it was trained on")]
 
 
 def _check_tokens(config: SampleConfig, units: Sequence[SampleUnit]) -> list[Problem]:

@@ -11,10 +11,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
+    model_validator,
 )
 
-from landiff.configs.base import Config
+from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.loading.config import ValidationConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
@@ -36,6 +38,10 @@ class ShardsJobConfig(ShardsConfig):
     def content(self) -> ShardsConfig:
         """The part of the config that determines the bytes of the shards."""
         return ShardsConfig.model_validate(self.model_dump(exclude={"data"}))
+
+
+GIVEN = ("first_frame", "continue_video", "tokens_from")
+"""Keys of what a video can be given beside text."""
 
 
 class SampleConfig(Config):
@@ -150,10 +156,29 @@ class SampleConfig(Config):
         description="Videos that are generated at once on one device. A video depends on it only "
         "by rounding, and not on the other videos of its batch.",
     )
-    drift_features: VisionConfig | None = Field(
+    vision: VisionConfig | None = Field(
         default=None,
-        description="Vision features in which the report of a long video measures how far each "
-        "chunk is from the first. null: pixels and colours only.",
+        description="Vision features that the tokenizer was trained on. `first_frame`, "
+        "`continue_video` and `tokens_from` of a video need them, and the report of a long video "
+        "then measures in them how far each chunk is from the first.",
+    )
+    first_frame: Path | None = Field(
+        default=None, description="Image or video whose first frame the videos begin with."
+    )
+    continue_video: Path | None = Field(
+        default=None,
+        description="Video that the videos continue: they begin with its last `clean_frames` "
+        "latent frames.",
+    )
+    tokens_from: Path | None = Field(
+        default=None,
+        description="Video, or file of `tokens_only`, whose semantic tokens the videos have. The "
+        "language model is not used.",
+    )
+    tokens_only: bool = Field(
+        default=False,
+        description="Draw the semantic tokens only, into `tokens/NAME.safetensors`. The same "
+        "command without it renders them.",
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
@@ -163,6 +188,14 @@ class SampleConfig(Config):
     device: str = Field(
         default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
     )
+
+    @model_validator(mode="after")
+    def _one_condition(self, info: ValidationInfo) -> SampleConfig:
+        """Rejects a first frame together with tokens, for instance."""
+        given = [name for name in GIVEN if getattr(self, name) is not None]
+        if len(given) > 1:
+            refuse_values(info, [f"{' and '.join(given)} exclude each other; leave one out"])
+        return self
 
     @field_validator("prompts")
     @classmethod

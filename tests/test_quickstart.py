@@ -179,6 +179,7 @@ MISSING_INPUTS = {
     'landiff shards --config nano/shards "source=': "exist",
     "landiff shards --config landiff/": "exist",
     "landiff sample --config nano/sample --prompts prompts.txt": "No such file",
+    'landiff sample --config nano/sample "vision=': "No such file",
     "landiff evaluate vbench": "max_text_tokens",
     "landiff shards --dry-run": "exist",
     "landiff shapes score --videos world/": "No such file",  # of the preset shapes

@@ -43,6 +43,26 @@ def add_sample(commands: Commands) -> None:
         help="what one video shows from an RGB frame on; the first is 0 (repeat the option)",
     )
     sample.add_argument(
+        "--first-frame", metavar="FILE", help="image or video whose first frame begins the videos"
+    )
+    sample.add_argument(
+        "--continue",
+        dest="continue_video",
+        metavar="VIDEO",
+        help="video whose last frames the videos begin with",
+    )
+    sample.add_argument(
+        "--tokens",
+        dest="tokens_from",
+        metavar="FILE",
+        help="video, or file of --tokens-only, whose semantic tokens the videos have",
+    )
+    sample.add_argument(
+        "--tokens-only",
+        action="store_true",
+        help="draw the tokens only; the same command without this option renders them",
+    )
+    sample.add_argument(
         "--seeds", metavar="A-B,C", help="seeds of each prompt; one video for each of them"
     )
     sample.add_argument(

@@ -21,8 +21,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.documents import decode, parse_json, read_bytes
+from landiff.configs.files import sha256_file
 from landiff.configs.loader import validate
-from landiff.launchers.config import SampleConfig
+from landiff.launchers.config import GIVEN, SampleConfig
 from landiff.model_zoo.sample.texts import Prompt, parse_schedule, schedule_text
 
 MAX_PROMPT_BYTES = 64 << 20  # of a file of prompts
@@ -31,6 +32,7 @@ MAX_SLUG = 40  # characters of a prompt in the name of its mp4 file
 SEED_STEP = 1000  # between the seeds of two prompts
 FORMATS = (".txt", ".csv", ".jsonl", ".schedule")
 Texts = tuple[tuple[int, str], ...]  # by the RGB frame from which on they hold
+TOKENS_SUFFIX = ".safetensors"  # of a file of tokens
 SEEDS = re.compile(r"(\d{1,19})(?:-(\d{1,19}))?")
 
 
@@ -49,6 +51,13 @@ class PromptRow(Config):
         default=None, description="Motion score, in frame heights per second."
     )
     negative: str = Field(default="", description="What the video must not show.")
+    first_frame: Path | None = Field(
+        default=None, description="Image or video whose first frame the video begins with."
+    )
+    continue_video: Path | None = Field(default=None, description="Video that it continues.")
+    tokens_from: Path | None = Field(
+        default=None, description="Video, or file of tokens, whose tokens the video has."
+    )
 
     def texts(self, place: str) -> Texts:
         """The texts of `schedule` by frame; none without one.
@@ -65,6 +74,21 @@ class PromptRow(Config):
 
 
 @dataclass(frozen=True)
+class GivenFile:
+    """A file that a video is given beside its text.
+
+    kind: the key of the config, one of `GIVEN`.
+    sha256: of the file.
+    vision: name of the vision features that its tokens are computed with.
+    """
+
+    kind: str
+    path: str
+    sha256: str
+    vision: str = ""
+
+
+@dataclass(frozen=True)
 class SampleUnit:
     """One video to generate.
 
@@ -75,6 +99,7 @@ class SampleUnit:
     negative: text of the unconditional branch, in place of no text.
     file: name of the mp4 file, in place of one made from number, prompt and seed.
     schedule: texts by the RGB frame from which on they hold, if the prompt changes.
+    given: first frames or tokens.
     """
 
     number: int
@@ -85,6 +110,7 @@ class SampleUnit:
     negative: str = ""
     file: str = ""
     schedule: Texts = ()
+    given: GivenFile | None = None
 
     @property
     def texts(self) -> Prompt:
@@ -98,6 +124,10 @@ class SampleUnit:
         del values["number"], values["file"]
         if not self.schedule:
             del values["schedule"]  # videos of earlier versions lack it
+        if self.given is None:
+            del values["given"]
+        else:
+            del values["given"]["path"]
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -127,13 +157,16 @@ def sample_units(config: SampleConfig) -> list[SampleUnit]:
             "divide the file of prompts"
         )
     units: list[SampleUnit] = []
+    hashes: dict[Path, str] = {}
     for number, row in enumerate(rows):
+        given = _given(config, row, hashes)
         texts = row.texts("prompt_schedule" if config.prompt_schedule else f"prompt {number}")
         for seed in _seeds(config, row, number):
             unit = SampleUnit(
                 number=number,
                 prompt=schedule_text(dict(texts)) if texts else row.prompt,
                 schedule=texts,
+                given=given,
                 seed=seed,
                 num_latent_frames=row.frames or config.num_latent_frames,
                 motion_score=config.motion_score if row.motion is None else row.motion,
@@ -151,6 +184,37 @@ def sample_units(config: SampleConfig) -> list[SampleUnit]:
     return units
 
 
+def _given(config: SampleConfig, row: PromptRow, hashes: dict[Path, str]) -> GivenFile | None:
+    """What a row is given, or else the config. Raises ConfigError for a file that is not there.
+
+    hashes: those of files that were read before; the function adds to them.
+    """
+    found: list[tuple[str, Path]] = []
+    for source in (row, config):
+        if not found:
+            found = [(key, getattr(source, key)) for key in GIVEN if getattr(source, key)]
+    if not found:
+        return None
+    if len(found) > 1:
+        names = " and ".join(key for key, _ in found)
+        raise ConfigError(f"{names} exclude each other for {row.prompt!r}; leave one out")
+    kind, path = found[0]
+    if path not in hashes:
+        try:
+            hashes[path] = sha256_file(path)
+        except OSError as error:
+            raise ConfigError(f"{kind} = {path}: {error.strerror}") from None
+    vision = ""
+    if path.suffix != TOKENS_SUFFIX:
+        if config.vision is None:
+            raise ConfigError(
+                f"{kind} = {path} needs the vision features that the tokenizer was trained on; "
+                "set vision, to {kind: efficientnet-lite0} for instance"
+            )
+        vision = config.vision.model_dump_json()
+    return GivenFile(kind, str(path), hashes[path], vision)
+
+
 def sample_values(args: argparse.Namespace) -> dict[str, Any]:
     """Config values of the options of `landiff sample`. They are not parsed as YAML.
 
@@ -165,6 +229,11 @@ def sample_values(args: argparse.Namespace) -> dict[str, Any]:
         values["prompts"] = args.prompts
         values["prompts_file"] = args.prompts_file
         values["prompt_schedule"] = args.at or []
+    for key in GIVEN:
+        if getattr(args, key) is not None:
+            values[key] = getattr(args, key)
+    if args.tokens_only:
+        values["tokens_only"] = True
     if args.seeds is not None:
         values["seeds"] = parse_seeds(args.seeds)
     if args.num_videos is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from landiff.data_pipeline.video.codec import Mp4Writer
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
+from landiff.launchers.results.given import GivenFiles, key_of_codes, read_codes, write_codes
 from landiff.launchers.results.loading import ModelLoader
 from landiff.launchers.results.preview import log_videos
 from landiff.launchers.results.prompts import SampleUnit, sample_units
@@ -21,6 +23,7 @@ from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate.drift import DriftMeter
 from landiff.model_zoo.frozen.base import VisionFeatures
 from landiff.model_zoo.sample.generate import Models
+from landiff.model_zoo.sample.given import Given
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.sample.stream import Request, VideoStream
 from landiff.model_zoo.sample.stream_store import StreamStore
@@ -92,46 +95,42 @@ def sample_videos(
         units = sample_units(config)
     folder = SampleFolder(config.out, common_settings(config, model_references(config)), units)
     own = batches(units, config.batch_size)[task[0] :: task[1]]
-    missing = [batch for batch in own if not all(folder.is_finished(unit) for unit in batch)]
+    is_done = partial(has_codes, folder) if config.tokens_only else folder.is_finished
+    missing = [batch for batch in own if not all(is_done(unit) for unit in batch)]
     names = [unit.name for batch in own for unit in batch]
     total = len(names)
     left = sum(len(batch) for batch in missing)
     if left < total:
         print(f"sample: {total - left} of {total} videos are finished in {config.out}")
-    if not missing:
+    if missing:
+        sampler = Sampler(config, folder, UnitProgress(total, total - left))
+        for batch in missing:
+            if config.tokens_only:
+                sampler.write_codes(batch)
+            else:
+                sampler.write_videos(batch)
+    if not config.tokens_only:
         folder.write_pages()
-        return names
-    device = pick_device(config.device)
-    models = load_models(config, device)
-    vision = None
-    if config.drift_features is not None:
-        vision = frozen.build(config.drift_features, device)
-    progress = UnitProgress(total, total - left)
-    window = models.diffusion.config.transformer.latent_frames
-    for batch in missing:
-        store = None
-        if batch[0].num_latent_frames > window:
-            store = StreamStore(folder.unfinished(batch), folder.batch_key(batch))
-        stream = stream_batch(models, config, batch, progress, store)
-        write_batch(stream, folder, batch, config, vision)
-        if store is not None:
-            store.remove()
-        for unit in batch:
-            progress.finish(config.out / unit.name)
-    folder.write_pages()
-    print(f"sample: look at {config.out / GALLERY} and {config.out / CONTACT_SHEET}")
+        print(f"sample: look at {config.out / GALLERY} and {config.out / CONTACT_SHEET}")
     return names
+
+
+def has_codes(folder: SampleFolder, unit: SampleUnit) -> bool:
+    """Whether the codes of a unit were drawn ahead, with the settings of its folder."""
+    return key_of_codes(folder.tokens_path(unit)) == folder.batch_key([unit])
 
 
 def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
     """Consecutive units of equal length, at most `size` at once.
 
-    Prompts that change stand apart, because their tokens are drawn by segment.
+    Prompts that change stand apart, because their tokens are drawn by segment, and so do units that
+    are given other parts of the video.
     """
     found: list[list[SampleUnit]] = []
-    latest: tuple[int, bool] | None = None
+    latest: tuple[int, bool, str] | None = None
     for unit in units:
-        kind = unit.num_latent_frames, bool(unit.schedule)
+        given = unit.given.kind if unit.given is not None else ""
+        kind = unit.num_latent_frames, bool(unit.schedule), given
         if kind == latest and len(found[-1]) < size:
             found[-1].append(unit)
         else:
@@ -140,12 +139,54 @@ def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
     return found
 
 
+class Sampler:
+    """Models that generate the units of a folder, batch by batch."""
+
+    def __init__(self, config: SampleConfig, folder: SampleFolder, progress: UnitProgress) -> None:
+        device = pick_device(config.device)
+        self.config = config
+        self.folder = folder
+        self.models = load_models(config, device)
+        self.vision: VisionFeatures | None = None
+        if config.vision is not None:
+            self.vision = frozen.build(config.vision, device)
+        self._files = GivenFiles(self.models, self.vision, config.fps, config.clean_frames)
+        self._progress = progress
+
+    def write_videos(self, units: Sequence[SampleUnit]) -> None:
+        """Writes the videos of a batch. Long ones continue where a killed run has ended."""
+        given = self._files.of_batch(units)
+        if units[0].given is None and all(has_codes(self.folder, unit) for unit in units):
+            codes = [read_codes(self.folder.tokens_path(unit)) for unit in units]
+            given = Given(torch.stack(codes))
+        window = self.models.diffusion.config.transformer.latent_frames
+        store = None
+        if units[0].num_latent_frames > window:
+            store = StreamStore(self.folder.unfinished(units), self.folder.batch_key(units))
+        stream = stream_batch(self.models, self.config, units, self._progress, store, given)
+        write_batch(stream, self.folder, units, self.config, self.vision)
+        if store is not None:
+            store.remove()
+        for unit in units:
+            self._progress.finish(self.folder.folder / unit.name)
+
+    def write_codes(self, units: Sequence[SampleUnit]) -> None:
+        """Writes the codes of a batch, one file for each unit."""
+        given = self._files.of_batch(units)
+        stream = stream_batch(self.models, self.config, units, self._progress, None, given)
+        for unit, codes_K in zip(units, stream.draw_codes(), strict=False):  # less filled ones
+            path = self.folder.tokens_path(unit)
+            write_codes(path, codes_K, self.folder.batch_key([unit]))
+            self._progress.finish(path)
+
+
 def stream_batch(
     models: Models,
     config: SampleConfig,
     units: Sequence[SampleUnit],
     progress: UnitProgress,
     store: StreamStore | None = None,
+    given: Given | None = None,
 ) -> VideoStream:
     """The chunks of a batch. An incomplete one is filled with copies of its last unit.
 
@@ -161,6 +202,7 @@ def stream_batch(
         motion_score=[unit.motion_score for unit in filled],
         negatives=[unit.negative for unit in filled],
         clean_frames=config.clean_frames,
+        given=(given or Given()).filled(len(filled)),
     )
     return VideoStream(models, request, progress=progress, store=store)
 

@@ -6,6 +6,7 @@
     gallery.html, contact-sheet.png    all finished videos, see gallery.py
     drift/NAME.json                    joins and drift of a long video by chunk (DriftMeter)
     unfinished/NAME/                   codes and latents of a long video (stream_store.py)
+    tokens/NAME.safetensors            codes of a video that `tokens_only` drew
 
 A video is committed by rename the moment it is done. `settings.json` refuses a second run with
 other models or options, so that all videos of a folder are comparable.
@@ -17,6 +18,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from landiff.launchers.version import __version__
 SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 UNFINISHED = "unfinished"
+TOKENS = "tokens"
 # Options that say what is generated, and where. All others say how, and are equal for all videos.
 OPTIONS_OF_UNITS = (
     "zoo",
@@ -48,7 +51,11 @@ OPTIONS_OF_UNITS = (
     "prompts",
     "prompts_file",
     "prompt_schedule",
-    "drift_features",
+    "vision",
+    "first_frame",
+    "continue_video",
+    "tokens_from",
+    "tokens_only",
     "seed",
     "seeds",
     "num_videos",
@@ -132,6 +139,10 @@ class SampleFolder:
         """Folder of what is saved of a batch of long videos until they are finished."""
         return self.folder / UNFINISHED / units[0].name.removesuffix(".mp4")
 
+    def tokens_path(self, unit: SampleUnit) -> Path:
+        """File of the codes of a unit that were drawn ahead."""
+        return self.folder / TOKENS / unit.name.replace(".mp4", ".safetensors")
+
     def batch_key(self, units: Sequence[SampleUnit]) -> str:
         """Identifies all that the frames of a batch depend on: its units, settings and version."""
         return content_fingerprint(self.settings, [unit.key for unit in units], __version__)
@@ -164,6 +175,8 @@ class SampleFolder:
             "settings": self.settings,
             "version": __version__,
         }
+        if unit.given:
+            record["given"] = asdict(unit.given)
         if unit.schedule:
             record["schedule"] = dict(unit.schedule)
         comment = json.dumps(record, ensure_ascii=False)

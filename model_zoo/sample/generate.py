@@ -132,6 +132,7 @@ def draw_codes(
     *,
     seeds: Sequence[int],
     motion_score: MotionScores = None,
+    prefix_codes_BK: Tensor | None = None,
     progress: SampleProgress | None = None,
 ) -> Tensor:
     """Samples the codes of the videos, int64 [B, K]. K is smaller if the video ends early.
@@ -139,6 +140,7 @@ def draw_codes(
     text: states and lengths from the text encoder of the language model. Several texts are aligned
         at the number of rows of the states.
     motion_score: as in `generate`.
+    prefix_codes_BK: codes of the first frames, which are not drawn.
     progress: `progress("tokens", done, total)` is called after each draw.
 
     Raises ConfigError if several videos may end early or with `context_segments`, which stream.py
@@ -165,7 +167,13 @@ def draw_codes(
 
     sampled = sample_tokens(
         lm,
-        Prompts(text_BLD.to(device), motion_score_B, lengths_B.to(device), align_to_rows=batch > 1),
+        Prompts(
+            text_BLD.to(device),
+            motion_score_B,
+            lengths_B.to(device),
+            prefix_codes_BK=prefix_codes_BK,
+            align_to_rows=batch > 1,
+        ),
         num_latent_frames,
         tokens,
         seeds=seeds,

@@ -38,6 +38,7 @@ from landiff.model_zoo.sample.generate import (
     motion_scores,
     warn_of_cut_prompts,
 )
+from landiff.model_zoo.sample.given import Given
 from landiff.model_zoo.sample.latents import SamplerOptions, SamplerStep, seeded_noise
 from landiff.model_zoo.sample.sizes import check_length, num_chunks
 from landiff.model_zoo.sample.stream_store import StreamStore
@@ -87,6 +88,7 @@ class Request:
     motion_score: MotionScores = None
     negatives: Sequence[str] | None = None
     clean_frames: int = 7
+    given: Given = Given()
 
     @property
     def drawn_by_segment(self) -> bool:
@@ -116,6 +118,8 @@ class Request:
                 window=window,
                 clean=self.clean_frames,
             )
+        batch = len(self.prompts)
+        self.given.check(models.lm.layout, self.num_latent_frames, window, batch)
         if self.drawn_by_segment and (self.tokens.predict_end or self.tokens.reference_behaviour):
             raise ConfigError(
                 "tokens.predict_end and tokens.reference_behaviour need the codes of the whole "
@@ -134,6 +138,7 @@ def generate(
     motion_score: MotionScores = None,
     negatives: Sequence[str] | None = None,
     clean_frames: int = 7,
+    given: Given | None = None,
     progress: SampleProgress | None = None,
 ) -> Generated:
     """Generates one video per prompt.
@@ -152,6 +157,7 @@ def generate(
         DEFAULT_MOTION_SCORE.
     negatives: texts of the unconditional branch of the diffusion model, one per prompt. An empty
         text, like None, is no text.
+    given: first frames or tokens of the videos.
 
     Raises ConfigError for an empty prompt, a length that is not a whole number of chunks, or models
     that do not fit each other; UnhealthyError if the codes have collapsed.
@@ -165,6 +171,7 @@ def generate(
         motion_score=motion_score,
         negatives=negatives,
         clean_frames=clean_frames,
+        given=given or Given(),
     )
     stream = VideoStream(models, request, progress=progress)
     chunks = list(stream)
@@ -221,8 +228,8 @@ class VideoStream:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Chunk]:
-        if not self.request.drawn_by_segment and not self._codes:
-            self._keep_codes(self._draw_whole())
+        if not self.request.drawn_by_segment:
+            self.draw_codes()
         codec = self.models.codec
         num_frames = 1 + codec.time * (self.num_latent_frames - 1)
         waiting: deque[Tensor] = deque()
@@ -266,6 +273,10 @@ class VideoStream:
     def _draw_whole(self) -> Tensor:
         """The codes of the whole video."""
         request = self.request
+        given = request.given
+        if given.num_codes() == self.models.lm.layout.num_codes(request.num_latent_frames):
+            assert given.codes_BK is not None
+            return given.codes_BK.to(self._device)
         return draw_codes(
             self.models.lm,
             self._lm_text(0),
@@ -273,8 +284,21 @@ class VideoStream:
             request.tokens,
             seeds=request.seeds,
             motion_score=request.motion_score,
+            prefix_codes_BK=given.codes_BK,
             progress=self._progress,
         )
+
+    @torch.no_grad()
+    def draw_codes(self) -> Tensor:
+        """Draws and saves the codes of the whole videos, int64 [B, K]."""
+        if not self.request.drawn_by_segment:
+            if not self._codes:
+                self._keep_codes(self._draw_whole())
+        else:
+            frames = self.models.lm.layout.segment_frames
+            for segment in range(len(self._codes), -(-self._num_semantic_frames // frames)):
+                self._keep_codes(self._draw_segment(segment))
+        return self.codes_BK
 
     def _lm_text(self, segment: int) -> tuple[Tensor, Tensor]:
         """States and lengths of the texts of a segment."""
@@ -293,16 +317,23 @@ class VideoStream:
         total = request.num_latent_frames
         start = segment * layout.segment_frames
         frames = min(layout.segment_frames, total - start)
+        first = layout.num_codes(start) if start else 0  # its first code
+        given_BK = self._given_codes(first, layout.num_codes(frames))
+        if given_BK.shape[1] == layout.num_codes(frames):
+            return given_BK
         told = total
         seen = self._codes[:segment]
         if request.tokens.context_segments is not None:
             seen = seen[max(0, segment - request.tokens.context_segments) :]
             told = min(total, (request.tokens.context_segments + 1) * layout.segment_frames)
-        prefix_BK = torch.cat(seen, dim=1) if seen else None
+        seen_frames = len(seen) * layout.segment_frames
+        prefix_BK = None
+        if seen or given_BK.shape[1]:
+            prefix_BK = torch.cat([*seen, given_BK], dim=1)
+        num_given = request.given.num_codes()
         text_BLD, lengths_B = self._lm_text(segment)
         batch = len(text_BLD)
         scores = motion_scores(request.motion_score, batch)
-        seen_frames = len(seen) * layout.segment_frames
         sampled = sample_tokens(
             lm,
             Prompts(
@@ -318,9 +349,9 @@ class VideoStream:
             request.tokens,
             draw=seeded_draw(
                 request.seeds,
-                layout.num_codes(total),
+                layout.num_codes(total) - num_given,
                 self._device,
-                skip=layout.num_codes(start) if start else 0,
+                skip=max(0, first - num_given),
             ),
         )
         self._report("tokens", layout.body_length(start + frames), layout.body_length(total))
@@ -328,6 +359,13 @@ class VideoStream:
         codes_BK = sampled.codes_BK[:, -layout.num_codes(frames) :].clone()
         check_codes(codes_BK)
         return codes_BK
+
+    def _given_codes(self, first: int, count: int) -> Tensor:
+        """The given ones among `count` codes of a segment, int64 [B, at most count]."""
+        codes_BK = self.request.given.codes_BK
+        if codes_BK is None:
+            return torch.empty(len(self.request.prompts), 0, dtype=torch.int64, device=self._device)
+        return codes_BK[:, first : first + count].to(self._device)
 
     # --------------------------------------------------------------------------------- features
 
@@ -364,14 +402,15 @@ class VideoStream:
         noise = seeded_noise([seed + 1 for seed in request.seeds])
         first = 0
         prefix: Tensor | None = None
-        if self.store is not None:
+        if self.store is not None and self.store.num_chunks:
             for part_BTCHW in self.store.latents():
                 yield part_BTCHW.to(self._device)
                 joined = part_BTCHW if prefix is None else torch.cat([prefix, part_BTCHW], dim=1)
                 prefix = joined[:, -clean:] if clean else None
                 first += 1
-            if first:
-                noise.restore(self.store.noise_state())
+            noise.restore(self.store.noise_state())
+        else:
+            prefix = request.given.latents_BTCHW
         total = self._num_chunks * request.sampler.num_steps
         chunk = first
 

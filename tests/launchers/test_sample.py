@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.video.codec import read_comment
+from landiff.data_pipeline.video.codec import read_comment, spaced_frames
 from landiff.launchers.cli import main
 from landiff.launchers.results import sample
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
@@ -275,7 +276,7 @@ def test_schedules_come_from_files_and_options(zoo, tmp_path, capsys):
     ]:
         assert main([*words, *wrong]) == 2
         assert message in capsys.readouterr().err
-    words.append("drift_features={kind: efficientnet-lite0}")
+    words.append("vision={kind: efficientnet-lite0}")
     assert main([*words, "--at", texts[0], "--at", texts[1]]) == 0
     record = json.loads((tmp_path / "out" / SAMPLES).read_text())
     assert record["schedule"] == {"0": "a fox", "17": "key=value: 雪"} and record["frames"] == 29
@@ -286,6 +287,50 @@ def test_schedules_come_from_files_and_options(zoo, tmp_path, capsys):
     assert drift["chunks"][1]["join_ratio"] > 0 < drift["chunks"][1]["feature_distance"]
     page = (tmp_path / "out" / GALLERY).read_text(encoding="utf-8")
     assert f"{record['file']}: 2 chunks, joins up to" in page
+
+
+def test_a_video_is_continued_and_rendered_again(zoo, undisturbed, tmp_path, capsys):
+    """An image, a video and its tokens as conditions; tokens ahead give the same bytes later."""
+    source = str(undisturbed / "02-a-1-fox-running-seed2042.mp4")
+    first = write_first_frame(undisturbed, tmp_path / "first.png")
+    words = ["sample", "--config", "nano/sample", f"zoo={zoo}", "steps=2", PROMPTS[0]]
+    vision = "vision={kind: efficientnet-lite0}"
+    assert main([*words, f"out={tmp_path / 'x'}", "--first-frame", first]) == 2
+    assert "set vision" in capsys.readouterr().err
+    for wrong, message in [
+        (["--first-frame", first, "--continue", source], "exclude each other"),
+        (["--tokens", str(tmp_path / "none.mp4")], "No such file"),
+        (["--tokens", source, "num_latent_frames=8"], r"17 frame\(s\).*29 are needed"),
+    ]:
+        assert main([*words, f"out={tmp_path / 'x'}", vision, *wrong]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    found = {}
+    for option, path in (("--first-frame", first), ("--continue", source), ("--tokens", source)):
+        out = tmp_path / option
+        assert main([*words, f"out={out}", vision, option, path]) == 0
+        found[option] = next(iter(files(out).values()))
+        (record,) = (out / SAMPLES).read_text().splitlines()
+        assert json.loads(record)["given"]["path"] == path
+    assert len(set(found.values())) == 3
+
+    assert main([*words, f"out={tmp_path / 'ahead'}", "--tokens-only"]) == 0
+    assert files(tmp_path / "ahead") == {}
+    (tokens,) = (tmp_path / "ahead" / "tokens").iterdir()
+    assert main([*words, f"out={tmp_path / 'ahead'}"]) == 0
+    assert files(tmp_path / "ahead").items() <= files(undisturbed).items()
+    assert main([*words, f"out={tmp_path / 'again'}", "--tokens", str(tokens)]) == 0
+    (again,) = (tmp_path / "again").glob("*.mp4")
+    assert torch.equal(frames_in(again), frames_in(undisturbed / again.name))
+
+
+def write_first_frame(folder: Path, path: Path) -> str:
+    """The first frame of a video of a folder as a picture."""
+    Image.fromarray(spaced_frames(next(folder.glob("*.mp4")), 2)[0]).save(path)
+    return str(path)
+
+
+def frames_in(path: Path) -> torch.Tensor:
+    return torch.from_numpy(spaced_frames(path, 17))
 
 
 def test_seeds_are_numbers_and_ranges():
@@ -332,6 +377,7 @@ def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monk
 VBENCH = """
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace

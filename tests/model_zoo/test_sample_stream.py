@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from landiff.model_zoo.frozen.pca import PcaCodec, fit
 from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.sample.chunks import ChunkConditions, sample_chunks, windows
 from landiff.model_zoo.sample.generate import Models, draw_codes, draw_latents
+from landiff.model_zoo.sample.given import Given, first_frames
 from landiff.model_zoo.sample.latents import SamplerOptions, seeded_noise
 from landiff.model_zoo.sample.stream import Request, VideoStream, generate
 from landiff.model_zoo.sample.stream_store import StreamStore
@@ -148,6 +150,63 @@ def test_a_prompt_changes_at_its_chunk(models):
     assert not torch.equal(changed[:, 17:21], always[:, 17:21])
     with pytest.raises(ConfigError, match="frame 33, but the video has 33 frames"):
         VideoStream(models, request(9, prompts=({0: "a", 33: "b"},)))
+
+
+class Corners:
+    """Vision features of the corner pixels of cells, as many channels as the tokenizer has."""
+
+    name = fingerprint = "corners"
+    channels = MODELS.tokenizer.feature_channels
+    cell = 16
+
+    def __call__(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        cells = frames_BTHWC[:, :, :: self.cell, :: self.cell].movedim(-1, 2).float() / 255
+        return cells.repeat(1, 1, -(-self.channels // 3), 1, 1)[:, :, : self.channels]
+
+
+def given_frames(models, count: int) -> tuple[torch.Tensor, Given]:
+    """Two videos that others begin with."""
+    shape = {"num_frames": count, "height": 32, "width": 48}
+    videos = torch.stack([moving_blobs(**shape), moving_blobs(**shape).flip(-1)])
+    return videos, first_frames(models.tokenizer, Corners(), models.codec, videos)
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_a_video_begins_with_the_given_frames(models, tmp_path, frames):
+    """An image, and a video that is continued: in tokens and latents, in all ways of drawing."""
+    videos, given = given_frames(models, frames)
+    latent_frames = 1 + (frames - 1) // 4
+    wanted = request(9, prompts=("a fox", "an owl"), seeds=(1, 2))
+    found = {}
+    for context in (None, 3):
+        tokens = wanted.tokens.model_copy(update={"context_segments": context})
+        stream = VideoStream(models, replace(wanted, given=given, tokens=tokens))
+        chunks = list(stream)
+        latents_BTCHW = torch.cat([chunk.latents_BTCHW for chunk in chunks], dim=1)
+        assert torch.equal(latents_BTCHW[:, :latent_frames], models.codec.encode(videos))
+        assert torch.equal(stream.codes_BK[:, : given.num_codes()], given.codes_BK)
+        found[context] = stream.codes_BK, latents_BTCHW
+    assert torch.equal(found[None][0], found[3][0]) and torch.equal(found[None][1], found[3][1])
+    free = VideoStream(models, wanted).draw_codes()
+    assert not torch.equal(found[None][0][:, given.num_codes() :], free[:, given.num_codes() :])
+    with pytest.raises(ConfigError, match="latent frames are given, so that a chunk of 3"):
+        three = replace(given, latents_BTCHW=torch.zeros(2, 3, 4, 4, 6))
+        VideoStream(models, replace(wanted, given=three))
+
+
+def test_given_tokens_are_rendered_without_the_language_model(models):
+    """The same video as when the model draws them; another prompt gives another video."""
+    drawn = VideoStream(models, request(9))
+    frames_BTHWC = frames_of(drawn)
+    reports = []
+    given = Given(drawn.codes_BK)
+    for prompt, is_equal in (("a fox", True), ("a long tale", False)):
+        wanted = replace(request(9, prompts=(prompt,)), given=given)
+        stream = VideoStream(models, wanted, progress=lambda what, *_: reports.append(what))
+        assert torch.equal(frames_of(stream), frames_BTHWC) == is_equal
+    assert set(reports) == {"latents"}
+    with pytest.raises(ConfigError, match="set num_latent_frames=9"):
+        VideoStream(models, replace(request(7), given=given))
 
 
 @pytest.mark.parametrize("context", [1, None])

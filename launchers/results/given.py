@@ -1,0 +1,158 @@
+"""Files that videos are given beside text: images, videos, and files of semantic tokens.
+
+Shape letters (docs/glossary.md): B batch, K codes of a clip, T RGB frames, H, W height and width in
+pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from landiff.configs.base import ConfigError
+from landiff.configs.files import atomic_file
+from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
+from landiff.data_pipeline.video.protocol import DecodeFailure, VideoInfo
+from landiff.launchers.results.prompts import TOKENS_SUFFIX, GivenFile, SampleUnit
+from landiff.model_zoo.frozen.base import VisionFeatures
+from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec
+from landiff.model_zoo.sample.generate import Models
+from landiff.model_zoo.sample.given import Given, codes_of, first_frames
+
+
+class GivenFiles:
+    """Reads the files of units for models, at the size and rate of the videos."""
+
+    def __init__(
+        self, models: Models, vision: VisionFeatures | None, fps: float, clean_frames: int
+    ) -> None:
+        sizes = models.diffusion.config.transformer
+        self._models = models
+        self._vision = vision
+        self._fps = fps
+        self._clean_frames = clean_frames
+        self._height = sizes.latent_height * models.codec.space
+        self._width = sizes.latent_width * models.codec.space
+
+    def of_batch(self, units: Sequence[SampleUnit]) -> Given:
+        """What the units of a batch are given, all the same kind or nothing.
+
+        Raises ConfigError for a file that cannot be read or is too short.
+        """
+        found = [self._of(unit) for unit in units]
+        codes = [given.codes_BK for given in found if given.codes_BK is not None]
+        latents = [given.latents_BTCHW for given in found if given.latents_BTCHW is not None]
+        return Given(torch.cat(codes) if codes else None, torch.cat(latents) if latents else None)
+
+    def _of(self, unit: SampleUnit) -> Given:
+        """What one unit is given."""
+        given = unit.given
+        if given is None:
+            return Given()
+        if given.kind == "tokens_from":
+            return Given(self._all_codes(given, unit.num_latent_frames))
+        num_latent_frames = 1
+        if given.kind == "continue_video":
+            num_latent_frames = max(1, self._clean_frames)
+            if isinstance(self._models.codec, CogVideoXCodec):
+                num_latent_frames -= 1 - num_latent_frames % 2  # it encodes odd numbers only
+        frames_1THWC = self._frames(given, num_latent_frames, at_end=given.kind != "first_frame")
+        assert self._vision is not None, given
+        return first_frames(self._models.tokenizer, self._vision, self._models.codec, frames_1THWC)
+
+    def _all_codes(self, given: GivenFile, num_latent_frames: int) -> Tensor:
+        """The codes of a whole video, int64 [1, K]."""
+        layout = self._models.lm.layout
+        if Path(given.path).suffix == TOKENS_SUFFIX:
+            codes_1K = read_codes(Path(given.path))[None]
+            expected = layout.num_codes(num_latent_frames)
+            if codes_1K.shape[1] != expected:
+                raise ConfigError(
+                    f"tokens_from = {given.path} holds {codes_1K.shape[1]} tokens, but "
+                    f"{num_latent_frames} latent frames have {expected}; set num_latent_frames to "
+                    "the length that they were drawn for"
+                )
+            return codes_1K.to(next(self._models.lm.parameters()).device)
+        frames_1THWC = self._frames(given, num_latent_frames, at_end=False)
+        assert self._vision is not None, given
+        return codes_of(self._models.tokenizer, self._vision, frames_1THWC, self._models.codec.time)
+
+    def _frames(self, given: GivenFile, num_latent_frames: int, *, at_end: bool) -> Tensor:
+        """The first or last frames of a video, cut to the shape of ours, uint8 [1, T, H, W, 3]."""
+        num_frames = 1 + self._models.codec.time * (num_latent_frames - 1)
+        with SafeDecoder() as decoder:
+            video = VideoFile(Path(given.path))
+            info = decoder.probe(video)
+            if isinstance(info, DecodeFailure):
+                raise _unreadable(given, info)
+            start_s = 0.0
+            if num_frames > 1 or at_end:
+                start_s = self._start_s(given, info, num_frames, at_end)
+            wanted = Wanted(num_frames, self._fps, self._height, self._width, self._crop(info))
+            (found,) = decoder.decode(video, [start_s], wanted)
+            if isinstance(found, DecodeFailure):
+                raise _unreadable(given, found)
+            return torch.from_numpy(found.copy())[None]
+
+    def _start_s(self, given: GivenFile, info: VideoInfo, num_frames: int, at_end: bool) -> float:
+        """Start of the frames in the file."""
+        available = 1 if info.is_image else round(info.duration_s * self._fps)
+        if available < num_frames:
+            raise ConfigError(
+                f"{given.kind} = {given.path} has {available} frame(s) at {self._fps:g} frames per "
+                f"second, and {num_frames} are needed; give a longer video, or make that of the "
+                "prompt shorter (num_latent_frames)"
+            )
+        if not at_end or info.is_image:
+            return 0.0
+        return (available - num_frames + 0.25) / self._fps  # within the display of the frame
+
+    def _crop(self, info: VideoInfo) -> tuple[float, float, float, float]:
+        """Fractions to cut off, so that the middle of the picture has the shape of ours."""
+        aspect = info.aspect or info.width / info.height
+        ratio = self._width / self._height / aspect
+        if ratio < 1:
+            side = (1 - ratio) / 2
+            return side, 0.0, side, 0.0
+        side = (1 - 1 / ratio) / 2
+        return 0.0, side, 0.0, side
+
+
+def _unreadable(given: GivenFile, failure: DecodeFailure) -> ConfigError:
+    return ConfigError(
+        f"{given.kind} = {given.path} cannot be decoded: {failure.reason}: {failure.detail}"
+    )
+
+
+def write_codes(path: Path, codes_K: Tensor, key: str) -> None:
+    """Writes a file of tokens. key: of everything that they depend on."""
+    data = save({"codes": codes_K.cpu().contiguous()}, {"landiff": json.dumps({"key": key})})
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def read_codes(path: Path) -> Tensor:
+    """The codes of a file of tokens, int64 [K]. Raises ConfigError."""
+    try:
+        with safe_open(path, "pt") as file:
+            codes_K = file.get_tensor("codes")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} is no file of tokens: {error}") from None
+    if codes_K.ndim != 1 or codes_K.dtype != torch.int64 or not len(codes_K):
+        raise ConfigError(f"{path} holds {codes_K.dtype} {list(codes_K.shape)} and no tokens")
+    return codes_K
+
+
+def key_of_codes(path: Path) -> str | None:
+    """The key with which a file of tokens was written; None if there is no whole file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("landiff", "{}")).get("key")
+    except (OSError, SafetensorError):
+        return None
