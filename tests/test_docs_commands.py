@@ -35,6 +35,8 @@ def test_a_documented_command_parses_and_its_keys_exist(page, command):
         return
     if stage == "attribute":  # reads the config of the samples
         stage = "sample"
+    if stage == "captions":
+        stage = "precompute"
     if stage == "data":  # reads the config of any trainer
         stage = class_names_of(config)[0]
     assert load(STAGE_CONFIGS[stage], config, args.overrides)

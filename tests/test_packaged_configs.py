@@ -22,6 +22,7 @@ CLASSES: dict[str, type[Config]] = {
     "shards": ShardsJobConfig,
     "features": PrecomputeConfig,
     "precompute": PrecomputeConfig,
+    "captions": PrecomputeConfig,
     "tokenizer": TokenizerTrainConfig,
     "lm": LMTrainConfig,
     "diffusion-main": DiffusionTrainConfig,

@@ -193,6 +193,8 @@ MISSING_INPUTS = {
     "landiff zoo show my-": "has no",
     "landiff sample --config landiff/sample 'adapters=": "has no",
     "landiff sample --config nano/sample 'adapters=": "has no",
+    "landiff captions": "offline",  # the vision-language model
+    "landiff submit precompute --config landiff/captions": "",
     "landiff precompute --config landiff/precompute --task": "",  # this task has no shards
     "landiff precompute status --config landiff/": "",
     "landiff precompute retry": "",

@@ -19,6 +19,7 @@ Columns and their tensors (one tensor per sample, named by the stem):
     tokens          uint16   [I + (T-1)*P]   semantic tokens, I of an I frame, P of a P frame
     latents         bfloat16 [T, C, H, W]    scaled latents
                              [T, 2C, H, W]   or their mean and log-variance
+    captions-<name> uint8    [N]             captions: a JSON list of texts, UTF-8
     text-<encoder>  bfloat16 [L, D]          text states; real rows, or all rows if padded
 
 Keys contain no dots, because WebDataset cuts a name at the first dot.

@@ -240,6 +240,12 @@ class ShardsConfig(Config):
         description="Largest number of characters of a caption. Clips with longer ones are "
         "rejected.",
     )
+    missing_captions: Literal["reject", "file_name", "folder_name", "none"] = Field(
+        default="reject",
+        description="Clips without a caption: reject them, take the words of the name of their "
+        "file or of their folder, or keep them without (none), to train without text or to write "
+        "captions with `landiff captions`.",
+    )
     video: VideoConfig = Field(
         default=VideoConfig(), description="Handling of HDR and interlaced videos."
     )
@@ -321,6 +327,7 @@ class ShardsConfig(Config):
             "shots": None,
             "filters": FiltersConfig().model_dump(mode="json"),
             "max_caption": fields["max_caption"].default,
+            "missing_captions": fields["missing_captions"].default,
         }
 
     def recorded(self) -> dict[str, Any]:

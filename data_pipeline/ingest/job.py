@@ -82,7 +82,9 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 WHERE_CAPTIONS_ARE = (
     "captions are read from a captions.jsonl or captions.csv in the folder, from .txt files beside "
-    "the videos, or from the txt, caption or json parts of a tar"
+    "the videos, or from the txt, caption or json parts of a tar. Without captions, "
+    "missing_captions=file_name or folder_name takes names, and none keeps the clips for `landiff "
+    "captions` or for training without text"
 )
 # Errors of file systems that have no hard links.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)

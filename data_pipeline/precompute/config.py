@@ -7,7 +7,7 @@
       latents: {encoder: {kind: dct}}
       text-minilm: {encoder: {kind: minilm}}
 
-The name of a column up to the first dash is its kind: features, tokens, latents or text.
+The name of a column up to the first dash is its kind: features, tokens, latents, text or captions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from landiff.configs.base import Config
 from landiff.data_pipeline.format.schema import RAW, column_stem
-from landiff.model_zoo.frozen.config import CodecConfig, TextConfig, VisionConfig
+from landiff.model_zoo.frozen.config import CodecConfig, TextConfig, VisionConfig, VlmConfig
 
 
 class FeaturesColumn(Config):
@@ -114,12 +114,50 @@ class TextColumn(Config):
         description="Index of the caption to encode, counted from 0. "
         "The last caption is used for clips that have fewer.",
     )
+    captions: str | None = Field(
+        default=None,
+        description="Column with the captions to encode, such as captions-qwen. null: the captions "
+        "of the raw shards.",
+    )
+
+
+class CaptionFileConfig(Config):
+    """Captions that were made elsewhere."""
+
+    kind: Literal["file"] = Field(default="file", description="Kind of the captions.")
+    path: Path = Field(
+        description="JSONL or parquet file with one row for each clip. Parquet needs the extra "
+        "[parquet]."
+    )
+    key: str = Field(default="key", description="Column with the key of the clip or its source.")
+    by: Literal["key", "source"] = Field(
+        default="key",
+        description="Whether rows are of clips (`key` of the raw samples) or of videos (`source`).",
+    )
+    captions: tuple[str, ...] = Field(
+        default=("caption",),
+        min_length=1,
+        description="Columns with captions, each a text or a list of texts.",
+    )
+
+
+class CaptionsColumn(Config):
+    """Captions of the clips, for text columns: written by a model, or made elsewhere."""
+
+    kind: Literal["captions"] = Field(
+        default="captions",
+        description="Kind of the column. It follows from the column's name and need not be set.",
+    )
+    encoder: Annotated[VlmConfig | CaptionFileConfig, Field(discriminator="kind")] = Field(
+        description="Where the captions are from: a vision-language model, or a file."
+    )
 
 
 ColumnConfig = Annotated[
-    FeaturesColumn | TokensColumn | LatentsColumn | TextColumn, Field(discriminator="kind")
+    FeaturesColumn | TokensColumn | LatentsColumn | TextColumn | CaptionsColumn,
+    Field(discriminator="kind"),
 ]
-KINDS = ("features", "tokens", "latents", "text")
+KINDS = ("features", "tokens", "latents", "text", "captions")
 
 
 class PrecomputeConfig(Config):
@@ -129,7 +167,8 @@ class PrecomputeConfig(Config):
     zoo: Path = Field(description="Folder of zoo entries in which tokenizers are looked up.")
     columns: dict[str, ColumnConfig] = Field(
         description="Columns to compute, by name. A name starts with the kind of the column: "
-        "features, tokens, latents or text, with a suffix after a dash, such as text-minilm."
+        "features, tokens, latents, text or captions, with a suffix after a dash, such as "
+        "text-minilm."
     )
     device: str = Field(
         default="auto",

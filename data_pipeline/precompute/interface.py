@@ -12,7 +12,7 @@ from torch import Tensor
 
 from landiff.data_pipeline.format.schema import ShardEntry
 from landiff.data_pipeline.precompute.clips import Clip, Result
-from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn
+from landiff.data_pipeline.precompute.config import CaptionsColumn, PrecomputeConfig, TextColumn
 from landiff.data_pipeline.precompute.units import ColumnCard
 from landiff.data_pipeline.precompute.write import StageTimer
 from landiff.model_zoo.device import pick_device
@@ -115,15 +115,19 @@ BuildProducers = Callable[[Sequence[str], ProducerContext], Mapping[str, Produce
 def column_groups(config: PrecomputeConfig) -> list[list[str]]:
     """Group the columns that are computed together.
 
-    Each text column is its own group, so that only one large text encoder is in memory. All columns
-    that need frames form the last group, so that each clip is decoded once.
+    Columns of captions come first, for the text columns that encode them. Each of both is its own
+    group, so that only one large model is in memory. All other columns need frames and form the
+    last group, so that each clip is decoded once.
     """
     groups: list[list[str]] = []
     with_frames: list[str] = []
     for name, column in config.columns.items():
+        if isinstance(column, CaptionsColumn):
+            groups.append([name])
+    for name, column in config.columns.items():
         if isinstance(column, TextColumn):
             groups.append([name])
-        else:
+        elif not isinstance(column, CaptionsColumn):
             with_frames.append(name)
     if with_frames:
         groups.append(with_frames)

@@ -1,4 +1,4 @@
-"""Producers of the four kinds of columns: features, tokens, latents and text states."""
+"""Producers of features, tokens, latents and text states. captions.py has those of captions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.format.columns import FolderReader
 from landiff.data_pipeline.format.schema import ShardEntry, Sidecar
+from landiff.data_pipeline.format.shards import read_manifest
+from landiff.data_pipeline.precompute.captions import StoredCaptions, build_captions
 from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, Result, by_shape, finite
 from landiff.data_pipeline.precompute.config import (
+    CaptionsColumn,
     FeaturesColumn,
     LatentsColumn,
     PrecomputeConfig,
@@ -303,7 +306,14 @@ class TextProducer:
         self.context = context
         self.caption = column.caption
         self.cut_off = encoder.cut_off
+        self.stored: StoredCaptions | None = None
+        # Clips of shards made with missing_captions=none have the states of an empty text.
+        shards = read_manifest(context.config.data).config
+        self.encodes_empty = shards.get("missing_captions") == "none" and column.captions is None
         parts = {"encoders": {encoder.name: encoder.fingerprint}, "dtype": "bfloat16"}
+        if column.captions is not None:
+            self.stored = StoredCaptions(context.config.data, column.captions)
+            parts["captions"] = self.stored.fingerprint
         self.card = ColumnCard.of(encoder.name, parts, column.model_dump(mode="json"))
 
     def prepare(self, entry: ShardEntry) -> bool:
@@ -313,10 +323,16 @@ class TextProducer:
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
         """Return the encoder of a shard's captions."""
         captions: dict[int, str] = {}
+        written = self.stored.read(entry) if self.stored is not None else {}
         for clip in clips:
-            if clip.meta is not None:
+            if clip.meta is None:
+                continue
+            if self.stored is None:
                 captions[clip.position] = clip.meta.caption_number(self.caption).strip()
-        return ShardCaptions(captions, self._states, self.cut_off)
+            else:
+                own = written.get(clip.key, [""])
+                captions[clip.position] = own[min(self.caption, len(own) - 1)]
+        return ShardCaptions(captions, self._states, self.cut_off, encodes_empty=self.encodes_empty)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         """Count non-finite values and text rows."""
@@ -349,8 +365,13 @@ class ShardCaptions:
         captions: Mapping[int, str],
         encode: Callable[[list[str]], list[Tensor]],
         cut_off: Callable[[list[str]], list[str]],
+        *,
+        encodes_empty: bool = False,
     ) -> None:
-        """`captions` are by the clip's position; `cut_off` returns the ends that are truncated."""
+        """`captions` are by the clip's position; `cut_off` returns the ends that are truncated.
+
+        `encodes_empty`: empty captions are encoded, not rejected.
+        """
         self._captions = captions
         self._encode = encode
         self._cut_off = cut_off
@@ -360,7 +381,7 @@ class ShardCaptions:
         self._users: Counter[str] = Counter()  # clips that still need the caption
         self._lock = threading.Lock()
         for position, caption in captions.items():
-            if not caption:
+            if not caption and not encodes_empty:
                 continue
             if caption not in self._states:
                 self._states[caption] = Future()
@@ -443,6 +464,8 @@ def build_producers(names: Sequence[str], context: ProducerContext) -> dict[str,
             case LatentsColumn():
                 codec = frozen.build(column.encoder, context.device)
                 built[name] = LatentsProducer(column, codec, context)
+            case CaptionsColumn():
+                built[name] = build_captions(column, context)
             case TextColumn():
                 text_encoder = frozen.build(column.encoder, context.device)
                 built[name] = TextProducer(column, text_encoder, context)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from landiff.launchers import help_texts
-from landiff.launchers.command_options import Commands, add
+from landiff.launchers.command_options import Commands, add, add_column_options
 
 
 def add_data_commands(commands: Commands) -> None:
-    """Adds `landiff data`."""
+    """Adds `landiff captions` and `landiff data`."""
+    captions = add(
+        commands,
+        "captions",
+        "Write captions of clips with a vision-language model, or take them from a file.",
+        config="landiff/captions",
+        epilog=help_texts.CAPTIONS,
+    )
+    add_column_options(captions, stats="lengths and repetitions of finished captions")
     data = add(
         commands,
         "data",

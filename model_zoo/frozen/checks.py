@@ -17,6 +17,7 @@ from landiff.model_zoo.frozen import config as configs
 
 WEIGHTS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+IMAGE_PROCESSOR = "preprocessor_config.json"
 CELL = 16  # pixels per feature cell along one side, in every vision encoder
 TIME = 4  # RGB frames per latent frame after the first, in every codec
 PACKAGES = {
@@ -45,7 +46,7 @@ WIDTH_KEYS = {
 # Encoders without a `path`, and encoders with one.
 _PackagedConfig = configs.EfficientNetConfig | configs.MiniLMConfig | configs.DctConfig
 _T5Config = configs.FlanT5Config | configs.T5V11Config
-_PathConfig = configs.TheiaConfig | configs.CogVideoXVaeConfig | _T5Config
+_PathConfig = configs.TheiaConfig | configs.CogVideoXVaeConfig | _T5Config | configs.VlmConfig
 
 
 def package_folder(package: str, distribution: str) -> Path:
@@ -103,7 +104,7 @@ def width_of(config: configs.FrozenConfig) -> int | None:
     return None
 
 
-def check_encoder(key: str, config: configs.FrozenConfig) -> list[Problem]:
+def check_encoder(key: str, config: configs.FrozenConfig | configs.VlmConfig) -> list[Problem]:
     """Problems with the files of the encoder whose config has the key `key`.
 
     Of hub ids only the form is checked.
@@ -171,6 +172,8 @@ def _missing_files(place: Path, config: _PathConfig) -> list[str]:
         problems.append(
             f"{folder} holds no config.json; set path to the folder of the downloaded repository"
         )
+    if isinstance(config, configs.VlmConfig) and not (place / IMAGE_PROCESSOR).is_file():
+        problems.append(f"{place} holds no {IMAGE_PROCESSOR}; is it a vision-language model?")
     if isinstance(config, _T5Config):
         tokenizer = place / config.tokenizer_subfolder
         if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
@@ -183,7 +186,7 @@ def _missing_files(place: Path, config: _PathConfig) -> list[str]:
 
 def _weights_folder(place: Path, config: _PathConfig) -> Path:
     """Folder below `place` that should contain the weights."""
-    if isinstance(config, configs.TheiaConfig):
+    if isinstance(config, configs.TheiaConfig | configs.VlmConfig):
         return place
     folder = place / config.subfolder
     if isinstance(config, configs.CogVideoXVaeConfig) and not folder.is_dir():

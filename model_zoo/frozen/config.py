@@ -156,6 +156,58 @@ class T5V11Config(Config):
     )
 
 
+class PromptConfig(Config):
+    """What a captioner is asked. It writes one caption for each prompt."""
+
+    text: str = Field(
+        description="Instruction. {caption}, {seconds} and {frames} stand for the caption that the "
+        "clip has, its length, and the number of frames that are shown."
+    )
+    max_tokens: PositiveInt = Field(
+        default=256, description="Longest answer in tokens. Longer ones are cut."
+    )
+
+
+LONG_PROMPT = PromptConfig(
+    text="These are frames of a video in order. Describe in one paragraph what happens: subjects, "
+    "actions, setting, camera, style. Do not mention frames."
+)
+SHORT_PROMPT = PromptConfig(
+    text="These are frames of a video in order. Describe the video in one short sentence. Do not "
+    "mention frames.",
+    max_tokens=48,
+)
+
+
+class VlmConfig(Config):
+    """A vision-language model of transformers that writes captions: Qwen-VL, LLaVA and others."""
+
+    kind: Literal["vlm"] = Field(default="vlm", description="Kind of the captioner.")
+    path: str = Field(
+        description="Local folder or hub id of the model, e.g. Qwen/Qwen2.5-VL-7B-Instruct."
+    )
+    frames: PositiveInt = Field(
+        default=8,
+        description="Frames of a clip that the model sees, evenly spaced, the first and the last "
+        "included. Each is an image for the model.",
+    )
+    prompts: tuple[PromptConfig, ...] = Field(
+        default=(LONG_PROMPT, SHORT_PROMPT),
+        min_length=1,
+        description="One caption is written for each, in this order. By default a long and a short "
+        "one.",
+    )
+    template: str | None = Field(
+        default=None,
+        description="Text of a request, in which {images} and {prompt} stand for the images and "
+        "the instruction, such as `USER: {images} {prompt} ASSISTANT:`. null: the chat template "
+        "that comes with the model.",
+    )
+    dtype: Dtype = Field(
+        default="bfloat16", description="Dtype of the weights and of the computation."
+    )
+
+
 VisionConfig = Annotated[EfficientNetConfig | TheiaConfig, Field(discriminator="kind")]
 CodecConfig = Annotated[DctConfig | PcaConfig | CogVideoXVaeConfig, Field(discriminator="kind")]
 TextConfig = Annotated[MiniLMConfig | FlanT5Config | T5V11Config, Field(discriminator="kind")]

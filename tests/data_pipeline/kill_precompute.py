@@ -1,6 +1,7 @@
 """Kill precompute tasks or a reading trainer inside writes, fsyncs, renames, locks and reads.
 
     python -m tests.data_pipeline.kill_precompute precompute WORK KILLS SEED
+    python -m tests.data_pipeline.kill_precompute captions WORK KILLS SEED
     python -m tests.data_pipeline.kill_precompute loader WORK KILLS SEED
 
 Both run in forks of this process, so that a kill costs a fraction of a second. Four tasks share one
@@ -33,13 +34,14 @@ from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from tests.data_pipeline.data_sets import write_column, write_raw
 from tests.data_pipeline.kills import Killer, contents, forked, killed
 from tests.data_pipeline.precompute_data import write_clips
+from tests.model_zoo.frozen.tiny_vlm import write_qwen
 
 TASKS = 4
 COLUMNS = {
     "latents": {"encoder": {"kind": "dct"}},
     "latents-second": {"encoder": {"kind": "dct"}, "sample_seed": 1},
 }
-LARGEST_PLAN = {"precompute": 160, "loader": 220}
+LARGEST_PLAN = {"precompute": 160, "captions": 80, "loader": 220}
 
 
 def started(plan: int, work: Callable[[], None]) -> int:
@@ -61,7 +63,22 @@ def one_task(config: PrecomputeConfig, number: int) -> None:
         precompute.run(config, task=(number, TASKS))
 
 
-def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
+def captions_columns(work: Path) -> dict[str, object]:
+    """A column that a vision-language model writes."""
+    from landiff.model_zoo.frozen import vlm  # once, for all forks
+
+    assert vlm
+    model = work / "model"
+    model.mkdir()
+    assert not killed(started(0, lambda: write_qwen(model)))
+    prompts = [{"text": "a bird", "max_tokens": 6}, {"text": "runs {caption}", "max_tokens": 3}]
+    encoder = {"kind": "vlm", "path": str(model), "frames": 2, "prompts": prompts}
+    return {"captions-qwen": {"encoder": encoder}}
+
+
+def kill_tasks(
+    work: Path, kills: int, draw: random.Random, what: str, columns: dict[str, object]
+) -> int:
     raw = work / "raw-shards"
     write_clips(raw, [2, 1, 2, 0, 1, 2])
     config = {
@@ -70,7 +87,7 @@ def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
             {
                 "data": work / name,
                 "zoo": work / "zoo",
-                "columns": COLUMNS,
+                "columns": columns,
                 "device": "cpu",
                 "batch_size": 1,
                 "decode_threads": 1,
@@ -91,7 +108,7 @@ def kill_tasks(work: Path, kills: int, draw: random.Random) -> int:
             plans = [0] * TASKS
             for number in range(TASKS):
                 if done < kills and draw.random() < 0.75:
-                    plans[number] = draw.randrange(2, LARGEST_PLAN["precompute"])
+                    plans[number] = draw.randrange(2, LARGEST_PLAN[what])
             # sometimes with a duplicate of task 0
             numbers = [0, 1, 2, 3] if draw.random() < 0.7 else [0, 1, 2, 3, 0]
             pids = [
@@ -169,12 +186,13 @@ def kill_trainers(work: Path, kills: int, draw: random.Random) -> int:
 def main(what: str, work: str, kills: str, seed: str) -> None:
     torch.set_num_threads(1)
     draw, folder = random.Random(int(seed)), Path(work)
-    done = {"precompute": kill_tasks, "loader": kill_trainers}[what](folder, int(kills), draw)
-    if what == "precompute":
-        assert (
-            read_manifest(folder / "expected").columns.keys() == COLUMNS.keys()
-            and (folder / "expected" / RAW).is_dir()
-        )
+    if what == "loader":
+        print(kill_trainers(folder, int(kills), draw))
+        return
+    columns = captions_columns(folder) if what == "captions" else COLUMNS
+    done = kill_tasks(folder, int(kills), draw, what, columns)
+    assert read_manifest(folder / "expected").columns.keys() == columns.keys()
+    assert (folder / "expected" / RAW).is_dir()
     print(done)
 
 

@@ -27,6 +27,15 @@ def test_four_tasks_killed_on_one_folder_give_the_bytes_of_an_undisturbed_run(tm
     assert kills("precompute", tmp_path, 15, seed=0) >= 15
 
 
+def test_killed_captioning_gives_the_bytes_of_an_undisturbed_run(tmp_path):
+    assert kills("captions", tmp_path, 2, seed=0) >= 2
+
+
+@pytest.mark.long
+def test_captioning_killed_twenty_times(tmp_path):
+    assert kills("captions", tmp_path, 20, seed=1) >= 20
+
+
 def test_a_killed_trainer_sees_each_sample_once_and_in_the_same_order(tmp_path):
     assert kills("loader", tmp_path, 8, seed=0) >= 8
 

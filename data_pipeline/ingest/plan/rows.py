@@ -14,10 +14,11 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from landiff.configs.base import ConfigError
@@ -239,6 +240,7 @@ class _StampCache:
 
 
 def _make_row(config: ShardsConfig, clip: SourceClip, stamps: _StampCache) -> SourceRow:
+    clip = with_caption(config, clip)
     failure = failure_before_opening(config, clip)
     if failure:
         clip = replace(clip, caption="", more_captions=(), failure=failure)
@@ -254,11 +256,28 @@ def stamp_of(path: Path) -> Stamp:
     return (found.st_size, found.st_mtime_ns)
 
 
+def with_caption(config: ShardsConfig, clip: SourceClip) -> SourceClip:
+    """The clip, with the caption that `missing_captions` gives it if it has none."""
+    lacks_caption = not clip.caption
+    if clip.failure is not None:
+        lacks_caption = clip.failure.reason == "empty_caption"
+    if config.missing_captions == "reject" or not lacks_caption:
+        return clip
+    path = PurePosixPath(clip.name.replace(":", "/"))  # a member of a tar is "a.tar:0001"
+    name = ""
+    if config.missing_captions == "file_name":
+        name = path.stem if "." in path.name else path.name
+    elif config.missing_captions == "folder_name":
+        name = path.parent.name or Path(config.source).name
+    words = " ".join(re.split(r"[\W_]+", name)).strip()
+    return replace(clip, caption=words, failure=None)
+
+
 def failure_before_opening(config: ShardsConfig, clip: SourceClip) -> DecodeFailure | None:
     """What is wrong with a clip, as far as it can be told without opening its video."""
     if clip.failure:
         return clip.failure
-    if not clip.caption:
+    if not clip.caption and config.missing_captions != "none":
         return DecodeFailure("empty_caption")
     longest = max(map(len, (clip.caption, *clip.more_captions)))
     if longest > config.max_caption:

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.plan.planned_shard import STAGE
-from landiff.data_pipeline.ingest.plan.rows import NO_STAMP, failure_before_opening, stamp_of
+from landiff.data_pipeline.ingest.plan.rows import (
+    NO_STAMP,
+    failure_before_opening,
+    stamp_of,
+    with_caption,
+)
 from landiff.data_pipeline.ingest.shard_maker import tally_rejects
 from landiff.data_pipeline.ingest.sources.entries import (
     IgnoredFiles,
@@ -55,6 +60,7 @@ def _count(config: ShardsConfig, summary: SourceSummary, entry: SourceClip | Ign
     if isinstance(entry, IgnoredFiles):
         summary.ignored.add(entry.kind, entry.name)
         return
+    entry = with_caption(config, entry)
     failure = failure_before_opening(config, entry)
     if failure:
         example = f"{entry.name}: {failure.detail}" if failure.detail else entry.name
