@@ -20,8 +20,10 @@ from landiff.data_pipeline.format.schema import Manifest, column_stem
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.precompute.config import (
     CaptionFileConfig,
-    CaptionsColumn,
+    DuplicateScore,
+    MeasureScore,
     PrecomputeConfig,
+    ScoreColumn,
     TextColumn,
     TokensColumn,
 )
@@ -129,7 +131,9 @@ def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
     problems = check_writable("data", config.data)
     for name, column in config.columns.items():
         key = f"columns.{name}.encoder"
-        if isinstance(column, CaptionsColumn) and isinstance(column.encoder, CaptionFileConfig):
+        if isinstance(column, ScoreColumn):
+            problems += _check_score(f"columns.{name}.head", column)
+        elif isinstance(column.encoder, CaptionFileConfig):
             problems += _check_caption_file(f"{key}.path", column.encoder.path)
         else:
             problems += check_encoder(key, column.encoder)
@@ -143,6 +147,23 @@ def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
                 problems += _check_tokenizer(key, entry, width_of(column.encoder))
     if launch.inputs_exist:
         problems += read_data(config.data, ())[1]
+    return problems
+
+
+def _check_score(key: str, column: ScoreColumn) -> list[Problem]:
+    """Whether the files and packages of a column of scores are there."""
+    head = column.head
+    if isinstance(head, MeasureScore):
+        if head.measure != "text_area":
+            return []
+        way_out = "pip install 'landiff-pretrain[text]'"
+        return check_package("rapidocr_onnxruntime", f"{key}.measure", head.measure, way_out)
+    if isinstance(head, DuplicateScore):
+        return []
+    problems = check_encoder(f"{key}.encoder", head.encoder)
+    if not head.path.is_file():
+        text = "does not exist; name a safetensors file with the layers of the head"
+        problems.append(Problem(f"{key}.path = {head.path} {text}"))
     return problems
 
 

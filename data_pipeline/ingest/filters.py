@@ -90,13 +90,13 @@ class Filters:
         most = self.config.text_area_max
         if most is None:
             return None
-        area = self._mean_text_area(frames_THWC)
+        area = self.text_area(frames_THWC)
         if area <= most:
             return None
         detail = f"{area:.4f} of the picture is text"
         return DecodeFailure("text", f"{detail}, more than text_area_max = {most:g}")
 
-    def _mean_text_area(self, frames_THWC: np.ndarray) -> float:
+    def text_area(self, frames_THWC: np.ndarray) -> float:
         """Fraction of the picture under recognized text, mean over `TEXT_FRAMES` frames."""
         assert self._text_reader is not None, self.config
         count = len(frames_THWC)

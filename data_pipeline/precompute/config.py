@@ -7,7 +7,8 @@
       latents: {encoder: {kind: dct}}
       text-minilm: {encoder: {kind: minilm}}
 
-The name of a column up to the first dash is its kind: features, tokens, latents, text or captions.
+The name of a column up to the first dash is its kind: features, tokens, latents, text, captions,
+embedding or score.
 """
 
 from __future__ import annotations
@@ -153,11 +154,82 @@ class CaptionsColumn(Config):
     )
 
 
+class EmbeddingColumn(Config):
+    """One vector of each clip, by which near duplicates are found."""
+
+    kind: Literal["embedding"] = Field(
+        default="embedding",
+        description="Kind of the column. It follows from the column's name and need not be set.",
+    )
+    encoder: VisionConfig = Field(description="Frozen vision encoder whose features are averaged.")
+    frame_stride: PositiveInt = Field(
+        default=4, description="Video frames per semantic frame after the first."
+    )
+
+
+class MeasureScore(Config):
+    """A measure of the frames."""
+
+    kind: Literal["measure"] = Field(default="measure", description="Kind of the score.")
+    measure: Literal["brightness", "static", "text_area"] = Field(
+        description="Mean luma from 0 to 1, fraction of frames that repeat the one before, or "
+        "fraction of the picture under recognized text, which needs the extra [text]."
+    )
+
+
+class NetworkScore(Config):
+    """A small trained head on the embedding: aesthetic score, NSFW, watermark for instance."""
+
+    kind: Literal["network"] = Field(default="network", description="Kind of the score.")
+    path: Path = Field(
+        description="Linear layers in a safetensors file, named 0.weight, 0.bias, 2.weight, ..., "
+        "or weight and bias of one layer. Names may have a prefix."
+    )
+    encoder: VisionConfig = Field(
+        description="Frozen vision encoder on whose average features the head was trained."
+    )
+    frame_stride: PositiveInt = Field(
+        default=4, description="Video frames per semantic frame after the first."
+    )
+    activation: Literal["none", "relu", "gelu"] = Field(
+        default="none", description="Function between the layers."
+    )
+    output: Literal["identity", "sigmoid", "softmax"] = Field(
+        default="identity", description="Function of the last layer's outputs."
+    )
+    index: NonNegativeInt = Field(default=0, description="Output that is the score.")
+
+
+class DuplicateScore(Config):
+    """Largest cosine similarity of the embedding to that of an earlier clip."""
+
+    kind: Literal["duplicate"] = Field(default="duplicate", description="Kind of the score.")
+    embedding: str = Field(description="Finished column of embeddings, such as embedding-lite0.")
+
+
+class ScoreColumn(Config):
+    """A number of each clip, for conditions such as `data.where=aesthetic > 4`."""
+
+    kind: Literal["score"] = Field(
+        default="score",
+        description="Kind of the column. It follows from the column's name and need not be set.",
+    )
+    head: Annotated[MeasureScore | NetworkScore | DuplicateScore, Field(discriminator="kind")] = (
+        Field(description="What computes the score.")
+    )
+
+
 ColumnConfig = Annotated[
-    FeaturesColumn | TokensColumn | LatentsColumn | TextColumn | CaptionsColumn,
+    FeaturesColumn
+    | TokensColumn
+    | LatentsColumn
+    | TextColumn
+    | CaptionsColumn
+    | EmbeddingColumn
+    | ScoreColumn,
     Field(discriminator="kind"),
 ]
-KINDS = ("features", "tokens", "latents", "text", "captions")
+KINDS = ("features", "tokens", "latents", "text", "captions", "embedding", "score")
 
 
 class PrecomputeConfig(Config):
@@ -167,8 +239,8 @@ class PrecomputeConfig(Config):
     zoo: Path = Field(description="Folder of zoo entries in which tokenizers are looked up.")
     columns: dict[str, ColumnConfig] = Field(
         description="Columns to compute, by name. A name starts with the kind of the column: "
-        "features, tokens, latents, text or captions, with a suffix after a dash, such as "
-        "text-minilm."
+        "features, tokens, latents, text, captions, embedding or score, with a suffix after a "
+        "dash, such as text-minilm."
     )
     device: str = Field(
         default="auto",

@@ -20,18 +20,21 @@ from landiff.data_pipeline.precompute.captions import StoredCaptions, build_capt
 from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, Result, by_shape, finite
 from landiff.data_pipeline.precompute.config import (
     CaptionsColumn,
+    EmbeddingColumn,
     FeaturesColumn,
     LatentsColumn,
     PrecomputeConfig,
+    ScoreColumn,
     TextColumn,
     TokensColumn,
 )
 from landiff.data_pipeline.precompute.interface import BatchCache, Encode, Producer, ProducerContext
+from landiff.data_pipeline.precompute.scores import EmbeddingProducer, build_scores
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder
 from landiff.model_zoo import frozen, health, keyed_random, registry
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.frozen.base import LatentCodec, TextEncoder, VisionFeatures, posterior_mean
-from landiff.model_zoo.frozen.config import semantic_frame_indices
+from landiff.model_zoo.frozen.config import VisionConfig, semantic_frame_indices
 
 if TYPE_CHECKING:
     from landiff.model_zoo.tokenizer import SemanticTokenizer
@@ -447,20 +450,28 @@ def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
 def build_producers(names: Sequence[str], context: ProducerContext) -> dict[str, Producer]:
     """Build the encoders and producers of the columns `names` of the config."""
     built: dict[str, Producer] = {}
-    # one producer for all columns that use the same features
     vision: dict[FeaturesColumn, FeaturesProducer] = {}
+
+    def features(encoder: VisionConfig, frame_stride: int) -> FeaturesProducer:
+        """One producer for all columns that use the same features."""
+        key = FeaturesColumn(encoder=encoder, frame_stride=frame_stride)
+        if key not in vision:
+            vision[key] = FeaturesProducer(key, frozen.build(encoder, context.device), context)
+        return vision[key]
+
     for name in names:
         column = context.config.columns[name]
         match column:
-            case FeaturesColumn() | TokensColumn():
-                key = FeaturesColumn(encoder=column.encoder, frame_stride=column.frame_stride)
-                if key not in vision:
-                    encoder = frozen.build(column.encoder, context.device)
-                    vision[key] = FeaturesProducer(key, encoder, context)
-                if isinstance(column, TokensColumn):
-                    built[name] = TokensProducer(column, vision[key], context)
-                else:
-                    built[name] = vision[key]
+            case FeaturesColumn():
+                built[name] = features(column.encoder, column.frame_stride)
+            case TokensColumn():
+                shared = features(column.encoder, column.frame_stride)
+                built[name] = TokensProducer(column, shared, context)
+            case EmbeddingColumn():
+                shared = features(column.encoder, column.frame_stride)
+                built[name] = EmbeddingProducer(column, shared)
+            case ScoreColumn():
+                built[name] = build_scores(column, context, features)
             case LatentsColumn():
                 codec = frozen.build(column.encoder, context.device)
                 built[name] = LatentsProducer(column, codec, context)

@@ -125,6 +125,7 @@ def folder_sections(data: Path, clips: int) -> list[html.Markup]:
     progress = ProgressLine("data", "pictures")
     try:
         metas = survey.metadata()
+        scores = survey.scores()
         kept: list[Picture] = []
         for picture in survey.kept(clips):
             kept.append(picture)
@@ -136,7 +137,7 @@ def folder_sections(data: Path, clips: int) -> list[html.Markup]:
         summary_section(manifest, metas),
         reject_section(manifest),
         shape_section(manifest, metas),
-        histogram_section(metas, [picture.brightness for picture in kept], manifest.num_samples),
+        histogram_section(metas, [picture.brightness for picture in kept], scores),
         sheet_section("Kept clips", kept, f"{manifest.num_samples:,} clips"),
         sheet_section("Rejected clips", rejected, kept_rejects(data)),
         disk_section(data, manifest),
@@ -209,12 +210,16 @@ def shape_section(manifest: Manifest, metas: Sequence[RawSample]) -> html.Markup
 
 
 def histogram_section(
-    metas: Sequence[RawSample], brightness: Sequence[float], samples: int
+    metas: Sequence[RawSample],
+    brightness: Sequence[float],
+    scores: Mapping[str, Sequence[float]],
 ) -> html.Markup:
     """Histograms of the clips, without those whose values are all equal."""
     figures = []
     columns = {name: [measure(meta) for meta in metas] for name, measure in MEASURES.items()}
     columns["brightness of the pictured clips"] = list(brightness)
+    for name, values in scores.items():
+        columns[name.replace("-", " ")] = list(values)
     for name, values in columns.items():
         if len(set(values)) > 1:
             figures.append(html.figure(histogram(values, name), name, note_of(values)))

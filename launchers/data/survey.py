@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from landiff.data_pipeline.format.columns import FolderReader
-from landiff.data_pipeline.format.schema import RAW, Manifest, RawSample
+from landiff.data_pipeline.format.schema import RAW, Manifest, RawSample, column_stem
 from landiff.data_pipeline.format.shards import ShardError, read_sidecar
 from landiff.data_pipeline.ingest.filters import brightness
 from landiff.data_pipeline.ingest.quarantine import REJECTED, QuarantineEntry
@@ -71,6 +71,22 @@ class Survey:
 
     def _meta(self, shard: int, position: int) -> RawSample:
         return RawSample.model_validate_json(self._json.read(shard, position).tobytes())
+
+    def scores(self, limit: int = MAX_METADATA) -> dict[str, list[float]]:
+        """Values of all columns of scores, of at most about `limit` evenly spread clips."""
+        found: dict[str, list[float]] = {}
+        for name, column in self.manifest.columns.items():
+            if column_stem(name) != "score":
+                continue
+            reader = FolderReader(self.data, name, "score.safetensors", column.shards, keep=1)
+            every = max(1, -(-self.manifest.num_samples // limit))
+            values = []
+            for shard, entry in enumerate(column.shards):
+                for slot in range(0, entry.samples, every):
+                    values.append(float(reader.read_tensor(shard, slot).float().mean()))
+            reader.close()
+            found[name] = values
+        return found
 
     def kept(self, limit: int) -> Iterator[Picture]:
         """Pictures of evenly spread clips of the shards."""

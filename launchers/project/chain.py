@@ -16,6 +16,7 @@ from landiff.data_pipeline.precompute.config import (
     FeaturesColumn,
     LatentsColumn,
     PrecomputeConfig,
+    ScoreColumn,
     TextColumn,
     TokensColumn,
 )
@@ -382,7 +383,9 @@ def check_sampler(chain: Chain) -> list[str]:
     found = []
     for key, (encoder, name) in uses.items():
         column = columns.get(name)
-        if encoder is None or column is None or column.encoder == encoder:
+        if encoder is None or column is None or isinstance(column, ScoreColumn):
+            continue
+        if column.encoder == encoder:
             continue
         found.append(
             f"{key} = {encoder_text(encoder)}, but the models are trained on the column {name} of "

@@ -12,10 +12,10 @@ from landiff.configs.disk_errors import naming
 from landiff.data_pipeline.format.shards import read_part
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.config import LatentsColumn, PrecomputeConfig
 from landiff.data_pipeline.video.codec import ClipDecoder
 from landiff.model_zoo import frozen
-from landiff.model_zoo.frozen.base import LatentCodec, posterior_mean
+from landiff.model_zoo.frozen.base import posterior_mean
 from landiff.training.checkpoint.run_folder import TENSORBOARD
 from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.previews import write_video
@@ -30,8 +30,9 @@ def log_videos(folder: Path, step: int, videos_THWC: Mapping[str, Tensor], fps: 
 
 def codec_round_trip(config: PrecomputeConfig, folder: Path, clips: int = 4) -> None:
     """Logs the first clips of a data folder, and the same clips decoded from their latents."""
-    codec = frozen.build(config.columns["latents"].encoder, torch.device("cpu"))
-    assert isinstance(codec, LatentCodec), type(codec)
+    column = config.columns["latents"]
+    assert isinstance(column, LatentsColumn), column
+    codec = frozen.build(column.encoder, torch.device("cpu"))
     data = DataConfig(manifest=config.data, global_batch_size=1)
     loader = Loader(data, ["latents"], dp_rank=0, dp_size=1)
     with ClipDecoder(config.decoder) as decoder:

@@ -33,13 +33,14 @@ class VlmCaptioner(nn.Module):
     """Writes captions of clips."""
 
     def __init__(
-        self, network: nn.Module, processor: ProcessorMixin, config: VlmConfig, fingerprint: str
+        self, network: Any, processor: ProcessorMixin, config: VlmConfig, fingerprint: str
     ) -> None:
+        """`network`: a model of transformers that generates tokens from images and text."""
         super().__init__()
         self.name = Path(config.path).name
         self.fingerprint = fingerprint
         self.config = config
-        self.network = network
+        self.network: Any = network
         self.processor = processor
         self._lock = threading.Lock()  # networks keep a state while they write an answer
         self.eval().requires_grad_(False)
@@ -140,7 +141,7 @@ def load_processor(place: Path | str, config: VlmConfig) -> ProcessorMixin:
             return cls.check_argument_for_proper_class(self, attribute, argument)
         return None
 
-    partial = type(name, (cls,), {"check_argument_for_proper_class": check})
+    partial: Any = type(name, (cls,), {"check_argument_for_proper_class": check})
     return partial.from_args_and_dict(arguments, values)
 
 
