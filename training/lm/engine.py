@@ -9,6 +9,7 @@ Shape letters (docs/glossary.md): N tokens of a packed row.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -381,7 +382,7 @@ class MegatronEngine:
     def close(self) -> None:
         """Free Megatron-core's process groups, so that this process can build another engine.
 
-        Collective.
+        The engine cannot be used any more. Collective.
         """
         dist.barrier()  # until no other rank needs a group
         for group in getattr(parallel_state, "_global_process_group_list", None) or []:
@@ -390,6 +391,9 @@ class MegatronEngine:
                 # Megatron-core would drop the group and leave its threads running.
                 dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
+        # Threads of a group poll until nothing refers to it, and the model is full of cycles.
+        vars(self).clear()
+        gc.collect()
 
 
 def _group_overrides(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +93,6 @@ def fresh(config: LMTrainConfig) -> MegatronEngine:
     return engine
 
 
-def close(engine: MegatronEngine) -> None:
-    """Also ends the threads of its process groups: dozens, once nothing refers to them."""
-    engine.close()
-    del engine
-    gc.collect()
-
-
 def make_folder(folder: Path) -> Path:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
@@ -128,14 +120,14 @@ def save_and_resume(config: LMTrainConfig, folder: Path) -> Found:
     straight = train(engine, STEPS, STEPS + 1)
     evaluated = evaluate(engine)  # first, while no save has gathered the weights
     save(engine, folder / "after")
-    close(engine)
+    engine.close()
     engine = fresh(config)
     engine.load(folder / "before")
     resumed = train(engine, STEPS, STEPS + 1)
     save(engine, folder / "resumed")
     engine.load(folder / "after")
     found = Found(straight, resumed, evaluated, evaluate(engine))
-    close(engine)
+    engine.close()
     return found
 
 

@@ -16,7 +16,7 @@ from landiff.model_zoo.convert.formats.megatron_optimizer import MASTERS
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import run_distributed
-from tests.training.lm.checkpoints import close, evaluate, fresh, save
+from tests.training.lm.checkpoints import evaluate, fresh, save
 from tests.training.lm.samples import tiny_batch, tiny_config
 
 PREFIX = "optimizer.state.ema."
@@ -110,7 +110,7 @@ def train_all(world: Any, folder: Path) -> dict[str, dict[str, Any]]:
             pass  # directly after a step, when `overlap` has not gathered the weights yet
         step(engine, STEPS + 1)
         save(engine, folder / f"{layout}, next")
-        close(engine)
+        engine.close()
     return found
 
 
@@ -123,13 +123,13 @@ def resume_all(world: Any, folder: Path, moves: list[tuple[str, str]]) -> list[f
         save(engine, folder / f"{saved} to {layout}")
         with engine.weights(True):
             found.append(evaluate(engine))
-        close(engine)
+        engine.close()
         engine = fresh(config_of(folder, layout))
         engine.load(folder / saved)
         step(engine, STEPS)
         step(engine, STEPS + 1)
         save(engine, folder / f"{saved} to {layout}, next")
-        close(engine)
+        engine.close()
     return found
 
 

@@ -20,7 +20,6 @@ from tests.distributed import run_distributed
 from tests.training.lm.checkpoints import (
     assert_equal,
     assert_weights_are_cast_masters,
-    close,
     fresh,
     save,
     tensors_of,
@@ -63,17 +62,17 @@ def train_layouts(world: Any, folder: Path) -> dict[str, dict[str, Any]]:
         save(engine, place / "before")
         results = {"straight": train(engine, STEPS, STEPS + 1)}
         save(engine, place / "after")
-        close(engine)
+        engine.close()
         engine = fresh(config_of(folder, layout, []))
         engine.load(place / "before")
         save(engine, place / "none")
-        close(engine)
+        engine.close()
         engine = fresh(config_of(folder, layout, GROUPS))
         for name in ("before", "none"):
             engine.load(place / name)
             results[name] = train(engine, STEPS, STEPS + 1)
             save(engine, place / f"after {name}")
-        close(engine)
+        engine.close()
         found[layout] = results
     return found
 
