@@ -36,7 +36,8 @@ from landiff.model_zoo.config import (
     LMConfig,
     TokenizerConfig,
 )
-from landiff.model_zoo.frozen.checks import TIME, check_encoder, width_of
+from landiff.model_zoo.frozen.checks import CELL, TIME, check_encoder, width_of
+from landiff.model_zoo.frozen.clip_shape import LATENT_CELL
 from landiff.model_zoo.lora.config import AdapterConfig, require_base
 from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.sample.sizes import Sizes, check_length
@@ -325,6 +326,7 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     for text in sizes.differences():
         problems.append(Problem(f"these models do not fit each other: {text}"))
     problems += check_adapters(config, models)
+    problems += _check_size(config, models)
     if models.lm is not None:
         problems += _check_positions(config, models.lm, units)
     if models.diffusion is not None:
@@ -342,6 +344,33 @@ def _check_vision(config: SampleConfig, models: FoundModels) -> list[Problem]:
         return []
     text = f"vision gives {width} channels, but {models.tokenizer.reference} takes {wanted}"
     return [Problem(f"{text}; set vision to the features that it was trained on")]
+
+
+def _check_size(config: SampleConfig, models: FoundModels) -> list[Problem]:
+    """Whether tokenizer and diffusion model were trained on clips of `size`."""
+    if config.size is None:
+        return []
+    problems = []
+    for entry in (models.tokenizer, models.diffusion):
+        if entry is None:
+            continue
+        sizes = {f"{shape.height}x{shape.width}" for shape in entry.buckets}
+        if isinstance(entry.config, TokenizerConfig):
+            cells = (entry.config.grid_height, entry.config.grid_width)
+            sizes.add(f"{cells[0] * CELL}x{cells[1] * CELL}")
+        else:
+            transformer = _config_of(entry, DiffusionConfig).transformer
+            height = transformer.latent_height * LATENT_CELL
+            sizes.add(f"{height}x{transformer.latent_width * LATENT_CELL}")
+        if config.size not in sizes:
+            problems.append(
+                Problem(
+                    f"size = {config.size}, but {entry.reference} was trained on clips of "
+                    f"{', '.join(sorted(sizes))}; choose one of them, or train on that shape with "
+                    "data.buckets"
+                )
+            )
+    return problems
 
 
 def _check_tokens(config: SampleConfig, units: Sequence[SampleUnit]) -> list[Problem]:

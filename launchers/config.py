@@ -20,6 +20,7 @@ from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.loading.config import ValidationConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.frozen.config import CodecConfig, TextConfig, VisionConfig
 from landiff.model_zoo.lora.config import AdapterUse
 
@@ -96,6 +97,12 @@ class SampleConfig(Config):
         default=13,
         description="Length of each video in latent frames: one chunk, or one chunk and whole "
         "strides of further chunks.",
+    )
+    size: str | None = Field(
+        default=None,
+        pattern=r"^[1-9]\d*x[1-9]\d*$",
+        description="Height and width of the videos in pixels, such as 480x720, of a clip shape "
+        "that the models were trained on (`data.buckets`). null: the size of the models.",
     )
     fps: PositiveFloat = Field(default=8.0, description="Frames per second of the mp4 files.")
     motion_score: NonNegativeFloat | None = Field(
@@ -188,6 +195,11 @@ class SampleConfig(Config):
     device: str = Field(
         default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
     )
+
+    @property
+    def shape(self) -> ClipShape | None:
+        """The clip shape of `size`, of one frame."""
+        return None if self.size is None else ClipShape.parse(f"1x{self.size}")
 
     @model_validator(mode="after")
     def _one_condition(self, info: ValidationInfo) -> SampleConfig:

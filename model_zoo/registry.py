@@ -35,6 +35,7 @@ from landiff.configs.files import (
 from landiff.configs.loader import read_json_as
 from landiff.configs.ownership import OWNER
 from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig, TransformerConfig
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.lora.config import PEFT_CONFIG, PEFT_WEIGHTS, AdapterConfig
 
 if TYPE_CHECKING:
@@ -114,6 +115,13 @@ class ZooEntry:
             raise ZooError(
                 f"{self.path} is damaged: {PROVENANCE} cannot be read ({error})"
             ) from None
+
+    @property
+    def buckets(self) -> tuple[ClipShape, ...]:
+        """The clip shapes that the model was trained on, if its training named them."""
+        if not (self.path / PROVENANCE).is_file():
+            return ()
+        return tuple(ClipShape.parse(name) for name in self.provenance.get("buckets") or ())
 
     def load(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """All tensors, by the names of model_zoo's modules.

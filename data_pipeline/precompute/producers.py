@@ -121,6 +121,8 @@ class TokensProducer:
             )
         self.tokenizer = cast("SemanticTokenizer", registry.load_model(entry, context.device))
         self.sizes = entry.config
+        self.grids = {(entry.config.grid_height, entry.config.grid_width)}
+        self.grids.update(shape.grid for shape in entry.buckets)
         self.features = features
         self.context = context
         self.precision = column.precision
@@ -191,11 +193,13 @@ class TokensProducer:
         if isinstance(features, ClipProblem):
             return features
         sizes = self.sizes
-        found = list(features.shape[1:])
-        expected = [sizes.feature_channels, sizes.grid_height, sizes.grid_width]
-        if found != expected:
+        channels, height, width = features.shape[1:]
+        if channels != sizes.feature_channels or (height, width) not in self.grids:
+            grids = [[sizes.feature_channels, *grid] for grid in sorted(self.grids)]
+            known = " or ".join(map(str, grids))
             return ClipProblem(
-                "feature_size", f"features {found}, the tokenizer is built for {expected}"
+                "feature_size",
+                f"features {[channels, height, width]}, the tokenizer is built for {known}",
             )
         return features
 

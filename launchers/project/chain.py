@@ -117,20 +117,23 @@ def check_clips(chain: Chain) -> list[str]:
 
 
 def check_grids(chain: Chain) -> list[str]:
-    """Whether features and latents of the clips have the sizes of the models."""
+    """Whether features and latents of the clips have the sizes of the models.
+
+    With `data.buckets` a model takes other sizes too.
+    """
     tokenizer = chain.tokenizer.model
     transformer = chain.control.model.transformer
     found = []
     for clip in chain.clips:
         clip_text = f"clips of {clip.height} x {clip.width} (shards)"
         grid = (tokenizer.grid_height, tokenizer.grid_width)
-        if grid != clip.grid:
+        if grid != clip.grid and chain.tokenizer.data.buckets is None:
             found.append(
                 f"tokenizer.model.grid_height, grid_width = {grid[0]}, {grid[1]}, but {clip_text} "
                 f"have features of {clip.grid[0]} x {clip.grid[1]}; set them to that"
             )
         latents = (transformer.latent_height, transformer.latent_width)
-        if latents != clip.latent_size:
+        if latents != clip.latent_size and chain.control.data.buckets is None:
             height, width = clip.latent_size
             found.append(
                 f"diffusion.model.transformer.latent_height, latent_width = {latents[0]}, "
@@ -141,17 +144,36 @@ def check_grids(chain: Chain) -> list[str]:
 
 
 def check_lengths(chain: Chain) -> list[str]:
-    """Whether the clips are as long as the window of the diffusion model."""
+    """Whether the clips are as long as the window of the diffusion model.
+
+    With `data.buckets` it takes shorter ones too.
+    """
     window = chain.control.model.transformer.latent_frames
     found = []
     for clip in chain.clips:
-        if clip.latent_frames < window:
+        if clip.latent_frames < window and chain.control.data.buckets is None:
             found.append(
                 f"shards.num_frames = {clip.num_frames} gives {clip.latent_frames} latent frames, "
                 f"but diffusion.model.transformer.latent_frames = {window} takes clips of at least "
                 f"{frames_of(window)} frames; set num_frames = {frames_of(window)}, or "
                 f"latent_frames = {clip.latent_frames}"
             )
+    return found
+
+
+def check_buckets(chain: Chain) -> list[str]:
+    """Whether the shards hold clips of the shapes that are trained on."""
+    made = [shape.name for shape in chain.shards.shapes]
+    found = []
+    for stage, config in chain.trainers.items():
+        for index in range(len(config.phases) + 1):
+            key = f"{stage}.phases.{index - 1}.data.buckets" if index else f"{stage}.data.buckets"
+            for name in config.in_phase(index).data.buckets or ():
+                if name not in made:
+                    found.append(
+                        f"{key} names {name}, but shards makes clips of {', '.join(made)}; name "
+                        "one of these, or add the shape to shards.buckets"
+                    )
     return found
 
 
@@ -433,6 +455,7 @@ RULES: tuple[Callable[[Chain], list[str]], ...] = (
     check_clips,
     check_grids,
     check_lengths,
+    check_buckets,
     check_columns,
     check_vision,
     check_text,

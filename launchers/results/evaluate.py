@@ -33,6 +33,8 @@ from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.evaluate import conditions
 from landiff.model_zoo.frozen.base import posterior_mean
+from landiff.model_zoo.frozen.checks import CELL
+from landiff.model_zoo.frozen.clip_shape import LATENT_CELL
 from landiff.model_zoo.keyed_random import generator
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.schedule import NoiseSchedule
@@ -250,7 +252,9 @@ def diffusion_inputs(
     latents_BTCHW = torch.stack(latents).float().to(device)
     text_BLD = torch.stack([column[config.diffusion_text_column] for column in columns])
     tokens_BK = torch.stack([column["tokens"].to(torch.int64) for column in columns])
-    features_BTChw = tokenizer.decode(tokens_BK.to(device), latents_BTCHW.shape[1])
+    frames, _, height, width = latents_BTCHW.shape[1:]
+    grid = (height * LATENT_CELL // CELL, width * LATENT_CELL // CELL)
+    features_BTChw = tokenizer.decode(tokens_BK.to(device), frames, grid)
     features_BTChw = features_BTChw[:, :latent_frames]
     latents_BTCHW = latents_BTCHW[:, :latent_frames]
     wrong = conditions.wrong_partners([sample.meta.source_sha256 for sample in samples])

@@ -30,15 +30,22 @@ class GivenFiles:
     """Reads the files of units for models, at the size and rate of the videos."""
 
     def __init__(
-        self, models: Models, vision: VisionFeatures | None, fps: float, clean_frames: int
+        self,
+        models: Models,
+        vision: VisionFeatures | None,
+        fps: float,
+        clean_frames: int,
+        size: tuple[int, int] | None = None,
     ) -> None:
+        """`size`: height and width of the videos in pixels. None: those of the models."""
         sizes = models.diffusion.config.transformer
         self._models = models
         self._vision = vision
         self._fps = fps
         self._clean_frames = clean_frames
-        self._height = sizes.latent_height * models.codec.space
-        self._width = sizes.latent_width * models.codec.space
+        space = models.codec.space
+        own = (sizes.latent_height * space, sizes.latent_width * space)
+        self._height, self._width = size or own
 
     def of_batch(self, units: Sequence[SampleUnit]) -> Given:
         """What the units of a batch are given, all the same kind or nothing.

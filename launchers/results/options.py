@@ -69,6 +69,14 @@ def add_sample(commands: Commands) -> None:
         "--num-videos", type=int, metavar="N", help="videos for each prompt and seed (default: 1)"
     )
     sample.add_argument(
+        "--size",
+        metavar="HxW",
+        help="height and width in pixels, of a clip shape that the models were trained on",
+    )
+    sample.add_argument(
+        "--frames", type=int, metavar="N", help="frames of each video, 4 n + 1; 1 is an image"
+    )
+    sample.add_argument(
         "--nproc",
         type=int,
         metavar="N",

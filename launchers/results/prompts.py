@@ -24,6 +24,7 @@ from landiff.configs.documents import decode, parse_json, read_bytes
 from landiff.configs.files import sha256_file
 from landiff.configs.loader import validate
 from landiff.launchers.config import GIVEN, SampleConfig
+from landiff.model_zoo.frozen.checks import TIME
 from landiff.model_zoo.sample.texts import Prompt, parse_schedule, schedule_text
 
 MAX_PROMPT_BYTES = 64 << 20  # of a file of prompts
@@ -238,6 +239,12 @@ def sample_values(args: argparse.Namespace) -> dict[str, Any]:
         values["seeds"] = parse_seeds(args.seeds)
     if args.num_videos is not None:
         values["num_videos"] = args.num_videos
+    if args.size is not None:
+        values["size"] = args.size
+    if args.frames is not None:
+        if args.frames < 1 or (args.frames - 1) % TIME:
+            raise ConfigError(f"--frames {args.frames} is not a multiple of {TIME} plus 1")
+        values["num_latent_frames"] = (args.frames - 1) // TIME + 1
     return values
 
 

@@ -150,7 +150,8 @@ class Sampler:
         self.vision: VisionFeatures | None = None
         if config.vision is not None:
             self.vision = frozen.build(config.vision, device)
-        self._files = GivenFiles(self.models, self.vision, config.fps, config.clean_frames)
+        size = None if config.shape is None else (config.shape.height, config.shape.width)
+        self._files = GivenFiles(self.models, self.vision, config.fps, config.clean_frames, size)
         self._progress = progress
 
     def write_videos(self, units: Sequence[SampleUnit]) -> None:
@@ -203,6 +204,7 @@ def stream_batch(
         negatives=[unit.negative for unit in filled],
         clean_frames=config.clean_frames,
         given=(given or Given()).filled(len(filled)),
+        grid=None if config.shape is None else config.shape.grid,
     )
     return VideoStream(models, request, progress=progress, store=store)
 

@@ -72,6 +72,8 @@ def common_settings(config: SampleConfig, models: Mapping[str, str]) -> dict[str
     settings = config.model_dump(mode="json", exclude=set(OPTIONS_OF_UNITS))
     if settings["tokens"]["context_segments"] is None:
         del settings["tokens"]["context_segments"]  # folders of earlier versions lack it
+    if settings["size"] is None:
+        del settings["size"]  # the same
     return settings | dict(models)
 
 

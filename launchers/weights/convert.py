@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -272,10 +272,28 @@ def provenance(sources: Sequence[WeightSource], request: ConvertRequest) -> dict
         "step": step,
         "weights": weights,
         "dtype": request.dtype,
+        "buckets": _trained_buckets(entries),
         "merged_adapters_scale": request.merge,
         "model": request.model,
         "versions": versions() | {"landiff-pretrain": _own_version()},
     }
+
+
+def _trained_buckets(entries: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The clip shapes of all phases of the runs that the weights are from; None if not named.
+
+    A later phase counts only if the run has reached it.
+    """
+    found: dict[str, None] = {}
+    for entry in entries:
+        config = entry.get("config") or {}
+        sections = [config.get("data") or {}]
+        for phase in config.get("phases") or ():
+            if phase["from_step"] < (entry.get("step") or 0):
+                sections.append(phase.get("data") or {})
+        for section in sections:
+            found.update(dict.fromkeys(section.get("buckets") or ()))
+    return list(found) or None
 
 
 def _column_fingerprints(config: dict[str, Any]) -> dict[str, str]:

@@ -24,6 +24,11 @@ class ClipShape:
         return ClipShape(num_frames, height, width)
 
     @property
+    def name(self) -> str:
+        """The shape as text, "17x64x64" for example."""
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+    @property
     def latent_frames(self) -> int:
         """Latent frames, of which there are as many as semantic frames."""
         return (self.num_frames - 1) // TIME + 1

@@ -51,6 +51,7 @@ from landiff.model_zoo.sample.texts import (
     texts_of,
 )
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens, seeded_draw
+from landiff.model_zoo.tokenizer import Grid
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Request:
     negatives: Sequence[str] | None = None
     clean_frames: int = 7
     given: Given = Given()
+    grid: Grid | None = None
 
     @property
     def drawn_by_segment(self) -> bool:
@@ -139,6 +141,7 @@ def generate(
     negatives: Sequence[str] | None = None,
     clean_frames: int = 7,
     given: Given | None = None,
+    grid: Grid | None = None,
     progress: SampleProgress | None = None,
 ) -> Generated:
     """Generates one video per prompt.
@@ -158,6 +161,7 @@ def generate(
     negatives: texts of the unconditional branch of the diffusion model, one per prompt. An empty
         text, like None, is no text.
     given: first frames or tokens of the videos.
+    grid: rows and columns of feature cells. None: those of the tokenizer's config.
 
     Raises ConfigError for an empty prompt, a length that is not a whole number of chunks, or models
     that do not fit each other; UnhealthyError if the codes have collapsed.
@@ -172,6 +176,7 @@ def generate(
         negatives=negatives,
         clean_frames=clean_frames,
         given=given or Given(),
+        grid=grid,
     )
     stream = VideoStream(models, request, progress=progress)
     chunks = list(stream)
@@ -381,7 +386,7 @@ class VideoStream:
             if start + frames <= first_frame:
                 continue
             codes_BN = self._segment_codes(start, frames)
-            features_BTChw = self.models.tokenizer.decode(codes_BN, frames)
+            features_BTChw = self.models.tokenizer.decode(codes_BN, frames, self.request.grid)
             yield features_BTChw[:, max(0, first_frame - start) :]
 
     def _segment_codes(self, start: int, frames: int) -> Tensor:

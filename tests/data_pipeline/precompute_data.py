@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +95,15 @@ def key_of(number: int) -> str:
     return f"clip{number:04d}"
 
 
-def export_tokenizer(zoo: Path, seed: int) -> registry.ZooEntry:
-    """Export a tokenizer with random weights to a zoo."""
+def export_tokenizer(zoo: Path, seed: int, buckets: Sequence[str] = ()) -> registry.ZooEntry:
+    """Export a tokenizer with random weights to a zoo. `buckets`: what it was trained on."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = registry.build_module("tokenizer", TOKENIZER).train()
         tokenizer(torch.randn(8, 5, 112, 4, 4))  # k-means fills the codebook
-    return registry.export(zoo, "tokenizer", "tokenizer", TOKENIZER, tokenizer.state_dict(), {})
+    state = tokenizer.state_dict()
+    provenance = {"buckets": list(buckets)}
+    return registry.export(zoo, "tokenizer", "tokenizer", TOKENIZER, state, provenance)
 
 
 def copied(clips: Path, data: Path) -> Path:

@@ -534,6 +534,13 @@ def test_features_that_do_not_fit_the_tokenizer_are_rejected_by_size(tmp_path, z
     assert summary.columns["tokens"].rejects == {"feature_size": 1}
 
 
+def test_tokens_of_every_bucket_that_the_tokenizer_was_trained_on(tmp_path):
+    write_clips(tmp_path, [3], odd={1: pan(1, frames=1), 2: pan(2, size=128)})
+    export_tokenizer(tmp_path / "zoo", 0, buckets=["1x64x64", "17x128x128"])
+    summary = precompute.run(config(tmp_path, tmp_path / "zoo", ["tokens"], max_bad_fraction=0.5))
+    assert summary.columns["tokens"].rejects == {}
+
+
 # ----------------------------------------------------------------------------------- stale columns
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,13 +24,17 @@ PROMPTS = (
 
 
 @torch.no_grad()
-def write_random_zoo(folder: Path) -> Path:
-    """Exports the three models into a new zoo and returns it."""
+def write_random_zoo(folder: Path, buckets: Sequence[str] = ()) -> Path:
+    """Exports the three models into a new zoo and returns it.
+
+    `buckets`: the clip shapes that they were trained on.
+    """
     configs = {
         "lm": load(LMTrainConfig, "nano/lm").model,
         "tokenizer": load(TokenizerTrainConfig, "nano/tokenizer").model,
         "diffusion": load(DiffusionTrainConfig, "nano/diffusion-control").model,
     }
+    provenance = {"buckets": list(buckets)}
     torch.manual_seed(0)
     for kind, model_config in configs.items():
         model = build_module(kind, model_config)
@@ -41,7 +46,7 @@ def write_random_zoo(folder: Path) -> Path:
                 buffer.fill_(True)
             elif name.endswith("embed"):  # the codebook
                 buffer.normal_()
-        registry.export(folder, kind, kind, model_config, model.state_dict(), {})
+        registry.export(folder, kind, kind, model_config, model.state_dict(), provenance)
     return folder
 
 

@@ -153,6 +153,28 @@ def test_short_clips_are_refused_before_the_first_stage(tmp_path, capsys):
     assert not (project / "data").exists() and not (project / "runs").exists()
 
 
+def test_a_project_with_images_and_several_sizes_fits_if_the_trainers_name_them(tmp_path, capsys):
+    project = tmp_path / "project"
+    write_project(project, "nano", source="packaged")
+    sizes = [(1, 64, 64), (17, 64, 64), (17, 96, 64)]
+    shapes = [f"{{num_frames: {n}, height: {h}, width: {w}}}" for n, h, w in sizes]
+    (project / "shards.yaml").write_text(
+        "extends: nano/shards\nnum_frames: null\nheight: null\nwidth: null\n"
+        f"buckets: [{', '.join(shapes)}]\n"
+    )
+    assert main(["check", "--preset", str(project)]) == 2
+    assert "but clips of 96 x 64 (shards) have features of 6 x 4" in capsys.readouterr().err
+    for stage in ("tokenizer", "lm", "diffusion-main", "diffusion-control"):
+        path = project / f"{stage}.yaml"
+        buckets = "data: {buckets: [1x64x64, 17x64x64, 17x96x64], balance_tokens: true}\n"
+        path.write_text(path.read_text() + buckets)
+    assert main(["check", "--preset", str(project)]) == 0
+    path.write_text(path.read_text().replace("17x96x64", "17x64x96"))
+    assert main(["check", "--preset", str(project)]) == 2
+    err = capsys.readouterr().err
+    assert "diffusion-control.data.buckets names 17x64x96, but shards makes clips of" in err
+
+
 MISTAKES = {
     "shards": ("width: 64\nsource: nowhere", ["source = 'nowhere' does not exist"]),
     "features": (

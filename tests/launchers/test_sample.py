@@ -15,14 +15,22 @@ import torch
 from PIL import Image
 
 from landiff.configs.base import ConfigError
-from landiff.data_pipeline.video.codec import read_comment, spaced_frames
+from landiff.data_pipeline.video.codec import ClipDecoder, read_comment, spaced_frames
+from landiff.launchers.arguments import build_parser
+from landiff.launchers.checks import check_sample
 from landiff.launchers.cli import main
 from landiff.launchers.results import sample
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
-from landiff.launchers.results.prompts import parse_seeds, read_prompts, sample_units
+from landiff.launchers.results.prompts import (
+    parse_seeds,
+    read_prompts,
+    sample_units,
+    sample_values,
+)
 from landiff.launchers.results.sample import batches, load_models, sample_videos
 from landiff.launchers.results.sample_folder import SAMPLES
 from landiff.model_zoo import registry
+from landiff.training.checks import Launch
 from tests.launchers.random_zoo import PROMPTS, sample_config, write_random_zoo
 
 KINDS = ("lm", "tokenizer", "diffusion")
@@ -31,7 +39,8 @@ KINDS = ("lm", "tokenizer", "diffusion")
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory) -> Path:
     """Nano models with random weights."""
-    return write_random_zoo(tmp_path_factory.mktemp("sample") / "zoo")
+    folder = tmp_path_factory.mktemp("sample") / "zoo"
+    return write_random_zoo(folder, buckets=["1x64x64", "17x96x64"])
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +210,30 @@ def test_more_prompts_and_seeds_can_be_added(undisturbed, zoo, tmp_path):
         "04-one-more-seed7.mp4" in after
         and "00-a-grey-rabbit-stands-on-a-green-meadow-seed42.mp4" in after
     )
+
+
+def test_size_and_frames_of_a_clip_shape_that_was_trained_on(zoo, tmp_path):
+    options = {"prompts": ("a fox",), "size": "96x64", "num_latent_frames": 1}
+    config = sample_config(zoo, tmp_path, **options)
+    assert check_sample(config, Launch()) == []
+    (name,) = sample_videos(config)
+    with ClipDecoder("pyav") as decoder:
+        assert decoder.decode((tmp_path / name).read_bytes()).shape == (1, 96, 64, 3)
+    other = config.model_copy(update={"size": "128x64"})
+    found = [str(problem) for problem in check_sample(other, Launch())]
+    assert len(found) == 2 and "tokenizer@" in found[0] and "diffusion@" in found[1]
+    assert all("was trained on clips of 64x64, 96x64; choose one of them" in text for text in found)
+
+
+def test_size_and_frames_on_the_command_line():
+    arguments = build_parser().parse_args(
+        ["sample", "--config", "nano/sample", "--size", "96x64", "--frames", "17"]
+    )
+    arguments.prompts = []
+    assert sample_values(arguments) == {"size": "96x64", "num_latent_frames": 5}
+    arguments.frames = 16
+    with pytest.raises(ConfigError, match="--frames 16 is not a multiple of 4 plus 1"):
+        sample_values(arguments)
 
 
 # -------------------------------------------------------------------- prompts

@@ -26,14 +26,14 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
     if not (folder / "zoo").exists():
         make_zoo(folder)
         write_data(folder / "data")
+    defaults = {
+        "data__manifest": folder / "data",
+        "loop__steps": steps,
+        "loop__log_every": 1,
+        "loop__save_every": 2,
+    }
     settings = config(
-        folder,
-        phase,
-        run=run,
-        data__manifest=folder / "data",
-        data__adopt="true",
-        zero__stage=2,
-        **{"loop__steps": steps, "loop__log_every": 1, "loop__save_every": 2} | changes,
+        folder, phase, run=run, data__adopt="true", zero__stage=2, **defaults | changes
     )
     path = run.with_name(f"{run.name}.yaml")
     write_text(path, dump(settings))

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from landiff.data_pipeline.loading.phased_loader import PhasedLoader
+from landiff.launchers.weights.convert import convert_weights
+from landiff.launchers.weights.request import ConvertRequest
+from landiff.model_zoo import registry
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training.checks import Launch
 from landiff.training.config import LoopConfig
@@ -91,6 +94,10 @@ def test_losses_are_logged_and_validated_by_bucket(data, tmp_path):
     losses = [line[f"val/loss_{bucket}"] for bucket in (IMAGE, VIDEO, TALL)]
     assert min(losses) < line["val/loss"] < max(losses)
     assert f"train/loss_{IMAGE}" in line
+    request = ConvertRequest((str(tmp_path),), zoo=tmp_path / "zoo", name="tokenizer")
+    convert_weights(request)
+    entry = registry.resolve(tmp_path / "zoo", "tokenizer")
+    assert [shape.name for shape in entry.buckets] == [IMAGE, VIDEO, TALL]
 
 
 def test_the_tokenizer_takes_any_grid_and_each_clip_alone_gives_the_same_codes():
