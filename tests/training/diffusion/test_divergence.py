@@ -9,6 +9,7 @@ import torch
 from landiff.model_zoo.health import non_finite
 from landiff.training.diffusion.engine import build_engine
 from tests.distributed import run_distributed
+from tests.training.bad_step import BadStep, Trial, check_bad_step
 from tests.training.diffusion.tiny import batch, config
 from tests.training.skipping import check_skip_and_rollback, differing, state_of
 
@@ -66,3 +67,34 @@ def diverge(world, folder):
 def test_a_bad_latent_or_loss_on_one_rank_leaves_no_trace(tmp_path):
     for found in run_distributed(diverge, 2, tmp_path):
         assert not any(found.values()), found
+
+
+def through_fit(world, folder, bad):
+    def make_config(place, loop):
+        return config(
+            place,
+            zero__stage=2,
+            zero__overlap_communication="true",
+            precision="bf16",
+            ema__decay=0.9,
+            optim__decay="linear",
+            **{f"loop__{name}": value for name, value in loop.items()},
+        )
+
+    def spoil(settings, spoiled):
+        spoiled.micro_batches[-1][-1].tensors["latents"][0, 0, 0, 0] = math.nan
+
+    trial = Trial(
+        config=make_config,
+        build=lambda settings: build_engine(settings, world),
+        close=lambda engine: None,
+        optimizers=lambda engine: [engine.zero.optimizer.optimizer],
+        batches=lambda settings, step: batch(settings, step, world),
+        spoil=spoil,
+    )
+    return check_bad_step(trial, world, folder, bad)
+
+
+def test_a_bad_latent_at_a_random_step_of_a_run_is_skipped_or_rolled_back(tmp_path):
+    bad = BadStep.draw(ranks=2)
+    assert run_distributed(through_fit, 2, tmp_path, bad) == [{}, {}], bad
