@@ -104,7 +104,7 @@ class Plain:
         loss.backward()
         optim.clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
         rate = optim.learning_rate(self.config.optim, batch.step, self.config.loop.steps)
-        optim.set_learning_rate(self.optimizer, rate)
+        optim.set_rate_and_decay(self.optimizer, rate, self.config.optim.weight_decay)
         self.optimizer.step()
         return loss.detach()
 

@@ -44,6 +44,7 @@ import torch
 from landiff.training.checkpoint.files import FileList, difference
 from landiff.training.checkpoint.run_folder import (
     CONFIG,
+    EVENTS,
     FILES,
     STATE,
     committed_steps,
@@ -51,6 +52,7 @@ from landiff.training.checkpoint.run_folder import (
     read_metrics,
     step_folder,
 )
+from landiff.training.observe.events import read_events
 from tests.distributed import Nursery, RankError, nursery
 
 TIMING = ("time", "throughput/", "data/", "memory/")  # what differs between equal runs
@@ -283,6 +285,10 @@ def _compare(trainer: Trainer, straight: Path, killed: Path) -> None:
         expected = _timeless(expected_line)
         found = _timeless(found_line)
         assert found == expected, f"metrics differ: {found} instead of {expected}"
+    events = []
+    for run in (straight, killed):
+        events.append([_timeless(event) for event in read_events(run / EVENTS)])
+    assert events[0] == events[1], f"events differ: {events[1]} instead of {events[0]}"
     expected_order, found_order = (_read_order(run) for run in (straight, killed))
     assert found_order == expected_order, "the order of samples differs"
 
@@ -304,8 +310,9 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
-def _timeless(line: Mapping[str, float]) -> dict[str, float]:
-    return {key: value for key, value in line.items() if not key.startswith(TIMING)}
+def _timeless(line: Mapping[str, Any]) -> dict[str, str]:
+    """A line of metrics or an event without times, as text: NaN equals NaN."""
+    return {key: repr(value) for key, value in line.items() if not key.startswith(TIMING)}
 
 
 def _read_order(run: Path) -> dict[str, str]:

@@ -37,6 +37,7 @@ from landiff.model_zoo.config import ScheduleConfig
 from landiff.training.checkpoint.resume import check_resume, check_same_data, next_state
 from landiff.training.config import OptimConfig, TrainConfig
 from landiff.training.layout import check_batches
+from landiff.training.phases import begins_schedule
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def check_schedules(config: TrainConfig) -> list[Problem]:
     """Whether the learning rate of every phase is in range."""
     problems = check_optim(config.optim, config.loop.steps)
     for index, phase in enumerate(config.phases, start=1):
-        if phase.optim is not None and phase.from_step < config.loop.steps:
+        if begins_schedule(phase) and phase.from_step < config.loop.steps:
             optim = config.in_phase(index).optim
             problems += _of_phase(index, check_optim(optim, config.loop.steps - phase.from_step))
     return problems

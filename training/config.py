@@ -22,7 +22,13 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.phases import DataPhase, batch_sizes, factors_of
 from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.training.observe.config import ProfileConfig, TrackerConfig
-from landiff.training.phases import PhaseConfig, apply_phase, names_batch_size, names_data
+from landiff.training.phases import (
+    PhaseConfig,
+    apply_phase,
+    begins_schedule,
+    names_batch_size,
+    names_data,
+)
 
 HANG_MARGIN_S = 300.0
 NO_TIMEOUT_S = 86400.0
@@ -181,6 +187,12 @@ class LoopConfig(Config):
                 ],
             )
         return self
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether a step can return to the weights of a checkpoint."""
+        spikes = self.spikes is not None and self.spikes.action == "rollback"
+        return spikes or self.on_nonfinite == "rollback"
 
     @property
     def collective_timeout_s(self) -> float:
@@ -413,7 +425,7 @@ class TrainConfig(Config):
     def schedule_at(self, step: int) -> tuple[OptimConfig, int]:
         """The schedule of the learning rate in `step`, and its first step."""
         index = self.phase_index(step)
-        while index > 0 and self.phases[index - 1].optim is None:
+        while index > 0 and not begins_schedule(self.phases[index - 1]):
             index -= 1
         first_step = self.phases[index - 1].from_step if index else 0
         return self.in_phase(index).optim, first_step

@@ -63,8 +63,8 @@ def parameter_groups(
     groups = []
     for scales in sorted(members, reverse=True):
         lr_scale, decay_scale = scales
-        decay = config.weight_decay * decay_scale
-        groups.append({"params": members[scales], "weight_decay": decay, "lr_scale": lr_scale})
+        group = {"params": members[scales], "weight_decay": config.weight_decay * decay_scale}
+        groups.append({**group, "lr_scale": lr_scale, "decay_scale": decay_scale})
     return groups
 
 
@@ -73,7 +73,7 @@ def adamw(
     config: OptimConfig,
     device: torch.device | None = None,
 ) -> torch.optim.AdamW:
-    """torch's AdamW over `parameter_groups`. `set_learning_rate` sets the rate before each step.
+    """torch's AdamW over `parameter_groups`. Call `set_rate_and_decay` before each step.
 
     named: parameters with their names. device: where it will update them. `optim.fused` = null
         means one fused kernel on CUDA, and torch's default on the CPU.
@@ -91,10 +91,11 @@ def step_count(steps: Tensor | float, parameter: Tensor, fused: bool | None) -> 
     return torch.as_tensor(steps, dtype=torch.float32).to(device)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameter groups: `rate` times the scale of each."""
+def set_rate_and_decay(optimizer: torch.optim.Optimizer, rate: float, weight_decay: float) -> None:
+    """Set learning rate and weight decay of all parameter groups, times the scales of each."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+        group["weight_decay"] = weight_decay * group["decay_scale"]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

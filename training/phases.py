@@ -52,9 +52,10 @@ class DataChange(Config):
 
 
 class OptimChange(Config):
-    """A new schedule of the learning rate, from the first step of the phase to `loop.steps`.
+    """New values of `optim`. null keeps a value, except for the warmup.
 
-    null keeps a value, except for the warmup.
+    The learning rate begins a new schedule, from the first step of the phase to `loop.steps`. It
+    continues if only `weight_decay` and `clip_grad` are named.
     """
 
     lr: PositiveFloat | None = Field(default=None, description="As `optim.lr`.")
@@ -71,6 +72,10 @@ class OptimChange(Config):
         default=None, description="As `optim.decay_shape`."
     )
     min_lr: NonNegativeFloat | None = Field(default=None, description="As `optim.min_lr`.")
+    weight_decay: NonNegativeFloat | None = Field(
+        default=None, description="As `optim.weight_decay`."
+    )
+    clip_grad: NonNegativeFloat | None = Field(default=None, description="As `optim.clip_grad`.")
 
 
 class PhaseConfig(Config):
@@ -78,9 +83,7 @@ class PhaseConfig(Config):
 
     from_step: PositiveInt = Field(description="First step of the phase, counted from 0.")
     data: DataChange | None = Field(default=None, description="Changes of data and batch sizes.")
-    optim: OptimChange | None = Field(
-        default=None, description="A new schedule of the learning rate."
-    )
+    optim: OptimChange | None = Field(default=None, description="Changes of the optimizer.")
 
 
 S = TypeVar("S", bound=Config)
@@ -93,6 +96,8 @@ def changed(section: S, change: Config) -> S:
         value = getattr(change, name)
         if value is not None:
             values[name] = value
+    if isinstance(change, OptimChange) and not _names_schedule(change):
+        del values["warmup_steps"]
     if isinstance(change, DataChange) and change.global_batch_size is not None:
         values.setdefault("ramp", None)
     return section.model_copy(update=values)
@@ -109,6 +114,19 @@ def apply_phase(config: S, phase: PhaseConfig) -> S:
             change = changed(getattr(config, name), change)
         values[name] = change
     return config.model_copy(update=values)
+
+
+def _names_schedule(change: OptimChange) -> bool:
+    """Whether a change of `optim` names more than weight decay and clipping, or nothing at all."""
+    schedule = (change.lr, change.decay, change.decay_steps, change.decay_shape, change.min_lr)
+    if change.warmup_steps or any(value is not None for value in schedule):
+        return True
+    return change.weight_decay is None and change.clip_grad is None
+
+
+def begins_schedule(phase: PhaseConfig) -> bool:
+    """Whether the learning rate begins a new schedule with a phase."""
+    return phase.optim is not None and _names_schedule(phase.optim)
 
 
 def names_data(phase: PhaseConfig) -> bool:

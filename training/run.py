@@ -1,7 +1,8 @@
 """Lifecycle of a run: one training job in its run folder, over any number of restarts.
 
     Run(...)            write the config, clear requests of an earlier attempt
-    resume              load the newest checkpoint, drop metrics logged after it
+    resume              load the newest checkpoint, drop metrics logged after it; before the first
+                        step of a run that may roll back, save a checkpoint to return to
     settle              after each step: record what the guard decided, roll back if it asks for it
     stop_requested      after each step: end early?
     checkpoints.save    see training/checkpoint/store.py
@@ -68,10 +69,14 @@ class Run:
         return self.folder / STOP
 
     def resume(self, engine: Engine, loader: BatchSource) -> TrainState:
-        """Restore engine and loader from the newest checkpoint, if any. Returns the state."""
+        """Restore engine and loader from the newest checkpoint, if any. Returns the state.
+
+        A run that may roll back has a checkpoint to return to from its first step on.
+        """
         state = self.checkpoints.load_latest(engine, loader) or TrainState()
         engine.guard.state = state.guard
         self.world.step = state.step
+        self.checkpoints.save_start(state, engine, loader)
         self.metrics.resume(state, engine.charts)
         self.events.resume(state.step)
         self.alarms.resume()

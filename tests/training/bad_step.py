@@ -25,7 +25,7 @@ LOOP = {"steps": 6, "seed": 3, "save_every": 2, "keep_last": 9, "log_every": 1}
 
 @dataclass(frozen=True)
 class BadStep:
-    """Which batch is bad, counted from 0, and on which rank. After the first checkpoint."""
+    """Which batch is bad, counted from 0, and on which rank."""
 
     step: int
     rank: int
@@ -33,7 +33,9 @@ class BadStep:
     @classmethod
     def draw(cls, ranks: int) -> BadStep:
         """Another one in every run of the tests. The last step follows it."""
-        return cls(random.Random().randrange(2, LOOP["steps"] - 1), random.Random().randrange(ranks))
+        return cls(
+            random.Random().randrange(0, LOOP["steps"] - 1), random.Random().randrange(ranks)
+        )
 
     @property
     def checkpoint(self) -> int:

@@ -19,7 +19,7 @@ from landiff.training.guard import Guard, robust_score
 from landiff.training.loop import fit
 from landiff.training.observe.events import read_events
 from landiff.training.run import Run
-from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, alone
+from tests.training.toy import BadLoader, ToyConfig, ToyEngine, alone
 
 QUICK_STOPS = {1, 8, 13, 14}  # around the bad steps of the test below
 STOPS = [
@@ -31,23 +31,6 @@ SPIKES = {"window": 8, "threshold": 20.0}
 
 def config(folder, steps=12, **loop):
     return ToyConfig(run=folder, loop=LoopConfig(steps=steps, log_every=1, save_every=2, **loop))
-
-
-class BadLoader(ToyLoader):
-    """Batches in which a sample holds a bad value. `skips` holds steps that are left out."""
-
-    def __init__(self, config, world, bad=None, skips=()):
-        super().__init__(config, world)
-        self.bad = bad or {}
-        self.skips = skips
-
-    def next_batch(self):
-        while self.step in self.skips:
-            self.step += 1
-        batch = super().next_batch()
-        if batch.step in self.bad:
-            batch.micro_batches[0][0].tensors["x"][0] = self.bad[batch.step]
-        return batch
 
 
 def train(settings, bad=None, skips=()):
@@ -126,10 +109,17 @@ def test_a_rollback_returns_to_the_last_healthy_checkpoint_and_goes_on_after_the
     assert events(tmp_path) == [(6, "rollback", "not finite", 4)]
 
 
-def test_without_a_checkpoint_a_rollback_only_skips(tmp_path):
-    _, state = train(config(tmp_path, steps=4, on_nonfinite="rollback"), {1: math.nan})
-    assert (state.guard.rollbacks, state.guard.skipped) == (0, 1)
-    assert events(tmp_path) == [(2, "rollback", "not finite", None)]
+def test_before_the_first_save_a_rollback_returns_to_the_initial_weights(tmp_path):
+    settings = config(tmp_path, steps=4, keep_last=9, on_nonfinite="rollback")
+    engine, state = train(settings, {1: math.nan})
+    expected = ToyEngine(settings, alone())
+    loader = BadLoader(settings, alone(), skips=range(2))
+    for _ in range(2):
+        expected.train_step(loader.next_batch())
+    assert torch.equal(engine.weight, expected.weight)
+    assert (state.guard.rollbacks, state.guard.undone, state.guard.updates) == (1, 1, 2)
+    assert events(tmp_path) == [(2, "rollback", "not finite", 0)]
+    assert committed_steps(tmp_path / "checkpoints") == [0, 2, 4]
 
 
 def test_a_run_that_keeps_returning_to_one_checkpoint_ends(tmp_path):

@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from landiff.configs import load
 from landiff.training.config import OptimConfig
 from landiff.training.optim import (
     adamw,
     clip_gradients,
     learning_rate,
-    set_learning_rate,
+    rate_of_step,
+    set_rate_and_decay,
     step_count,
 )
+from tests.training.toy import ToyConfig
 
 
 def test_warmup_rises_linearly_to_the_full_rate():
@@ -83,7 +86,7 @@ def test_matrices_decay_vectors_and_frozen_parameters_do_not():
         id(model[1].weight): 0.0,
         id(model[1].bias): 0.0,
     }
-    set_learning_rate(optimizer, 0.01)
+    set_rate_and_decay(optimizer, 0.01, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
 
 
@@ -96,7 +99,7 @@ def test_the_first_entry_that_matches_a_name_scales_rate_and_decay():
     ]
     config = OptimConfig(lr=0.1, weight_decay=0.5, groups=groups)
     optimizer = adamw(model.named_parameters(), config)
-    set_learning_rate(optimizer, 0.01)
+    set_rate_and_decay(optimizer, 0.01, 0.5)
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {}
     for group in optimizer.param_groups:
@@ -111,6 +114,26 @@ def test_the_first_entry_that_matches_a_name_scales_rate_and_decay():
         "2.bias": (0.01, 0.0),
     }
     assert len(optimizer.param_groups) == 3
+    set_rate_and_decay(optimizer, 0.01, 0.2)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.4}
+
+
+def test_a_phase_with_other_decay_and_clipping_alone_keeps_the_schedule(tmp_path):
+    optim = {"lr": 1.0, "warmup_steps": 4, "decay": "linear"}
+    phases = [
+        {"from_step": 2, "optim": {"weight_decay": 0.5, "clip_grad": 0.0}},
+        {"from_step": 6, "optim": {"lr": 0.5, "weight_decay": 0.25}},
+    ]
+    config = load(
+        ToyConfig, {"run": tmp_path, "loop": {"steps": 10}, "optim": optim, "phases": phases}
+    )
+    plain = config.model_copy(update={"phases": ()})
+    steps = range(6)
+    assert [rate_of_step(config, i) for i in steps] == [rate_of_step(plain, i) for i in steps]
+    assert rate_of_step(config, 6) == 0.5  # a schedule of its own, without warmup
+    values = [(config.at(i).optim.weight_decay, config.at(i).optim.clip_grad) for i in (1, 2, 6)]
+    assert values == [(0.01, 1.0), (0.5, 0.0), (0.25, 0.0)]
+    assert config.at(2).optim.warmup_steps == 4
 
 
 def test_the_update_is_fused_on_cuda_or_where_the_config_says_so():

@@ -1,6 +1,7 @@
 """Runs that begin with a checkpoint of another run."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -11,9 +12,12 @@ from landiff.configs.files import write_text
 from landiff.configs.problems import problems_of
 from landiff.training.checkpoint.errors import CheckpointError
 from landiff.training.checkpoint.parent import find_parent
-from landiff.training.checkpoint.run_folder import read_metrics, step_folder
+from landiff.training.checkpoint.run_folder import EVENTS, read_metrics, step_folder
 from landiff.training.config import LoopConfig, OptimConfig
-from tests.training.toy import ToyConfig, alone, train
+from landiff.training.loop import fit
+from landiff.training.observe.events import read_events
+from landiff.training.run import Run
+from tests.training.toy import BadLoader, ToyConfig, ToyEngine, alone, train
 
 CONSTANT = OptimConfig(lr=0.05, warmup_steps=2)
 ANNEALED = OptimConfig(lr=0.05, warmup_steps=2, decay="wsd", decay_steps=4)
@@ -108,3 +112,16 @@ def test_another_parent_for_the_same_run_is_refused(tmp_path, parent):
     assert f"but {config.run} began with {parent}" in problems(changed)[0]
     with pytest.raises(ConfigError, match="began with"):
         train(changed, alone())
+
+
+def test_before_its_first_save_a_run_rolls_back_to_its_parent(tmp_path, parent):
+    config = settings(tmp_path, "anneal", 11, ANNEALED, parent, on_nonfinite="rollback")
+    engine = ToyEngine(config, alone())
+    loader = BadLoader(config, alone(), {9: math.nan})
+    fit(engine, loader, Run(config.run, config, alone()), config.loop)
+    (event,) = read_events(config.run / EVENTS)
+    assert (event["step"], event["to"]) == (10, 8)
+    expected = ToyEngine(config, alone())
+    expected.load(parent / "checkpoints" / "step_00000008")
+    expected.train_step(BadLoader(config, alone(), skips=range(10)).next_batch())
+    assert torch.equal(engine.weight, expected.weight)

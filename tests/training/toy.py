@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,29 @@ class ToyLoader:
 
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
+
+
+class BadLoader(ToyLoader):
+    """Batches in which a sample holds a bad value. `skips` holds steps that are left out."""
+
+    def __init__(
+        self,
+        config: ToyConfig,
+        world: World,
+        bad: Mapping[int, float] | None = None,
+        skips: Collection[int] = (),
+    ) -> None:
+        super().__init__(config, world)
+        self.bad = bad or {}
+        self.skips = skips
+
+    def next_batch(self) -> Batch:
+        while self.step in self.skips:
+            self.step += 1
+        batch = super().next_batch()
+        if batch.step in self.bad:
+            batch.micro_batches[0][0].tensors["x"][0] = self.bad[batch.step]
+        return batch
 
 
 def held_out_samples(clips: int = 5) -> list[Sample]:

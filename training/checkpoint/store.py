@@ -145,6 +145,17 @@ class CheckpointStore:
             "command again"
         )
 
+    def save_start(self, state: TrainState, engine: Engine, loader: BatchSource) -> None:
+        """Commit a checkpoint before the first step of a run in which steps may be rolled back.
+
+        Its weights are the initial ones, those of `init_from` or those of the run's parent.
+        """
+        if not self.loop.may_roll_back or self._committed():
+            return
+        state.guard.anchor = state.step
+        state.guard.anchor_rollbacks = 0
+        self.save(state, engine, loader)
+
     def _try_save(self, state: TrainState, engine: Engine, loader: BatchSource) -> list[str]:
         """Failures by rank, empty if the checkpoint was committed. Equal on all ranks."""
         world = self.world
@@ -279,8 +290,8 @@ class CheckpointStore:
     def roll_back(self, state: TrainState, engine: Engine) -> int | None:
         """Load weights and optimizer of the last healthy checkpoint, and count that in `state`.
 
-        Returns the step of the checkpoint. Returns None, with a warning, if there is none yet: the
-        weights stay as they are.
+        Returns the step of the checkpoint. Returns None, with a warning, if there is none, since
+        none could be written: the weights stay as they are.
 
         Raises NonFiniteError if the run returns to the same checkpoint too often.
         """
@@ -290,7 +301,7 @@ class CheckpointStore:
             steps = [step for step in steps if step < guard.anchor] + [guard.anchor]
         found = self._newest_intact(steps, healthy_only=True)
         if found is None:
-            log.warning("no healthy checkpoint to roll back to yet; the step is only skipped")
+            log.warning("no healthy checkpoint to roll back to; the step is only skipped")
             return None
         document = self._check(found)
         self._load(engine, found)

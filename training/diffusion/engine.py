@@ -31,7 +31,7 @@ from landiff.training.guard import Guard
 from landiff.training.observe.flops import control_flops, main_flops, num_tokens
 from landiff.training.observe.previews import Preview
 from landiff.training.observe.step_times import StepClock
-from landiff.training.optim import adamw, rate_of_step, set_learning_rate
+from landiff.training.optim import adamw, rate_of_step, set_rate_and_decay
 
 
 class DeepSpeedEngine:
@@ -81,7 +81,9 @@ class DeepSpeedEngine:
         """One optimizer step. The loss is that of the global batch."""
         rate = rate_of_step(self.config, batch.step)
         self.clock.start()
-        set_learning_rate(self.zero.optimizer, rate)
+        optim = self.config.at(batch.step).optim  # of the step's phase
+        set_rate_and_decay(self.zero.optimizer, rate, optim.weight_decay)
+        self.zero.optimizer.clip_grad = optim.clip_grad  # a checkpoint may have set another one
         objective = self.objective.at(batch)
         zero.set_batch(self.zero, batch)
         self.zero.train()

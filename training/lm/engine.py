@@ -145,18 +145,18 @@ class MegatronEngine:
         """One optimizer step. The result is equal on all ranks."""
         self.clock.start()
         rate = rate_of_step(self.config, batch.step)
-        config = self.config.at(batch.step)  # text dropout depends on the phase
+        config = self.config.at(batch.step)  # text dropout and more depend on the phase
         rows = []
         for samples in batch.micro_batches:
             rows.append(pack(samples, config, self.layout).to(self.device))
         with megatron_device():
-            self._set_rate(rate)
+            self._set_rate(rate, config.optim.weight_decay)
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             totals = self._totals(rows)  # `forward_step` has the loss
             loss_sum, num_targets, num_tokens, flops = totals.cpu().unbind()
             loss = loss_sum / num_targets
-            grad_norm, updated = self._update(loss)
+            grad_norm, updated = self._update(loss, config.optim.clip_grad)
             if updated:
                 self.ema.update(batch.step + 1)
         row_tokens = sum(row.num_tokens for row in rows)
@@ -172,16 +172,17 @@ class MegatronEngine:
             metrics={"data/padding": 1 - row_tokens / row_length},
         )
 
-    def _set_rate(self, rate: float) -> None:
+    def _set_rate(self, rate: float, weight_decay: float) -> None:
         """Set learning rate and weight decay of all parameter groups."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_mult"]
-            group["weight_decay"] = self.config.optim.weight_decay * group["wd_mult"]
+            group["weight_decay"] = weight_decay * group["wd_mult"]
 
     @torch.no_grad()
-    def _update(self, loss: Tensor) -> tuple[float, bool]:
+    def _update(self, loss: Tensor, clip_grad: float) -> tuple[float, bool]:
         """Megatron-core's `optimizer.step()`, with the guard before the update.
 
+        clip_grad: largest norm of the gradients, 0 for no limit.
         Returns the gradient norm before clipping, and whether the guard allowed the update.
         """
         found_inf = self.optimizer.prepare_grads()
@@ -192,7 +193,7 @@ class MegatronEngine:
             return grad_norm, False
         # As Megatron-core's clip_grad_by_total_norm_fp32, in one pass over the buffers that all
         # gradients are views of.
-        factor = self.optimizer.config.clip_grad / (grad_norm + 1e-6)
+        factor = (clip_grad or math.inf) / (grad_norm + 1e-6)
         if factor < 1:
             self.ddp.scale_gradients(factor)
         self.optimizer.step_with_ready_grads()

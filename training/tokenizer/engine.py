@@ -38,7 +38,7 @@ from landiff.training.optim import (
     adamw,
     clip_gradients,
     rate_of_step,
-    set_learning_rate,
+    set_rate_and_decay,
     step_count,
 )
 from landiff.training.tokenizer import alarms
@@ -95,7 +95,8 @@ class TokenizerEngine:
         if measured and not self.optimizer.state:  # no update yet
             self.tokenizer.set_feature_statistics(*self._statistics(features))
         rate = rate_of_step(config, batch.step)
-        set_learning_rate(self.optimizer, rate)
+        optim = config.at(batch.step).optim  # of the step's phase
+        set_rate_and_decay(self.optimizer, rate, optim.weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(3, device=self.world.device)
         counts = torch.zeros(config.model.codebook_size, device=self.world.device)
@@ -110,7 +111,7 @@ class TokenizerEngine:
             losses += parts.detach() / number_of_parts
             counts += count_codes(output.indices, config.model.codebook_size)
         self._preview_TChw = features[-1][0]
-        grad_norm = clip_gradients(self.tokenizer.parameters(), config.optim.clip_grad)
+        grad_norm = clip_gradients(self.tokenizer.parameters(), optim.clip_grad)
         summed = self._sum(torch.cat([losses, counts]))
         loss, reconstruction, commitment = summed[:3] / self.world.size
         updating = self.guard.decide(loss, grad_norm)
@@ -238,7 +239,10 @@ class TokenizerEngine:
         self.tokenizer.load_state_dict(load_file(folder / MODEL, device=device))
         moments = load_file(folder / OPTIMIZER, device=device)
         fused = self.optimizer.defaults["fused"]
+        self.optimizer.state.clear()  # a checkpoint from before the first update has no moments
         for name, parameter in self.tokenizer.named_parameters():
+            if f"step.{name}" not in moments:
+                continue
             self.optimizer.state[parameter] = {
                 "step": step_count(moments[f"step.{name}"], parameter, fused),
                 "exp_avg": moments[f"exp_avg.{name}"],

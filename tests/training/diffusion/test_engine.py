@@ -19,7 +19,7 @@ from landiff.training.diffusion import zero
 from landiff.training.diffusion.engine import build_engine
 from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
-from landiff.training.optim import adamw, clip_gradients, rate_of_step, set_learning_rate
+from landiff.training.optim import adamw, clip_gradients, rate_of_step, set_rate_and_decay
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import batch, config, make_zoo
 from tests.training.toy import assert_measured
@@ -58,12 +58,13 @@ def curriculum(folder, stage):
         "text_dropout": 0.5,
         "prefix": {"probability": 1.0},
     }
+    decay = {"from_step": 1, "optim": {"weight_decay": 20.0, "clip_grad": 0.01}}
     return config(
         folder,
         zero__stage=stage,
         data__global_batch_size=12,
         data__ramp=json.dumps(ramp),
-        phases=json.dumps([phase]),
+        phases=json.dumps([decay, phase]),
     )
 
 
@@ -90,12 +91,13 @@ def plain_torch(settings, steps):
     found = []
     for step in range(steps):
         samples = list(batch(settings, step).samples)
-        set_learning_rate(optimizer, rate_of_step(settings, step))
+        optim = settings.at(step).optim
+        set_rate_and_decay(optimizer, rate_of_step(settings, step), optim.weight_decay)
         optimizer.zero_grad()
         inputs = objective.at(batch(settings, step)).inputs(samples)
         loss = objective.loss(model, inputs).loss
         loss.backward()
-        norm = clip_gradients(model.parameters(), settings.optim.clip_grad)
+        norm = clip_gradients(model.parameters(), optim.clip_grad)
         optimizer.step()
         found.append((float(loss), float(norm)))
     return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +129,25 @@ def sample(index: int, global_batch_size: int) -> Sample:
     )
 
 
-def write_data(data: Path) -> None:
-    """A data set of `NUM_CLIPS` such clips on disk, in two shards."""
-    write_raw(data, [NUM_CLIPS // 2, NUM_CLIPS - NUM_CLIPS // 2])
-    keys = [*keys_of(0, NUM_CLIPS // 2), *keys_of(1, NUM_CLIPS // 2)]
+KEYS = [*keys_of(0, NUM_CLIPS // 2), *keys_of(1, NUM_CLIPS // 2)]  # of the clips on disk
+
+
+def write_data(data: Path, bad: str = "", source: str = "raw") -> None:
+    """A data set of `NUM_CLIPS` such clips on disk, in two shards.
+
+    The latent of clip `bad` is not finite.
+    """
+
+    def meta(key: str) -> dict[str, object]:
+        return {"source": f"{source} {key}", "source_sha256": f"{source} {key}"}
+
+    def value(column: str, key: str) -> torch.Tensor:
+        found = sample(KEYS.index(key), 4).tensors[column]
+        return found * math.nan if column == "latents" and key == bad else found
+
+    write_raw(data, [NUM_CLIPS // 2, NUM_CLIPS - NUM_CLIPS // 2], source, meta)
     for column, shape in (("latents", [3, 48, 4, 4]), ("text-tiny", [3, 6]), ("tokens", [5])):
-        write_column(
-            data,
-            column,
-            value=lambda key, column=column: sample(keys.index(key), 4).tensors[column],
-        )
+        write_column(data, column, value=partial(value, column))
         manifest = read_manifest(data)
         entered = manifest.columns[column].model_copy(update={"shape": shape})
         write_manifest(

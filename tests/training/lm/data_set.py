@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -23,8 +24,16 @@ def topic(key: str) -> int:
     return int(hashlib.sha1(key.encode()).hexdigest(), 16) % NUM_TOPICS
 
 
-def write_data_set(data: Path, config: LMConfig, sizes: list[int], num_frames: int) -> Manifest:
-    """Write tokens and text states.
+def write_data_set(
+    data: Path,
+    config: LMConfig,
+    sizes: list[int],
+    num_frames: int,
+    *,
+    bad: str = "",
+    source: str = "raw",
+) -> Manifest:
+    """Write tokens and text states. That of clip `bad` is not finite.
 
     Tokens: a sequence of the clip's topic, one code in five random. Text: 3 to 8 rows around the
     topic's direction.
@@ -50,11 +59,14 @@ def write_data_set(data: Path, config: LMConfig, sizes: list[int], num_frames: i
         direction = torch.randn(
             config.text_dim, generator=keyed_random.generator(0, "test-direction", topic(key))
         )
-        return (direction + 0.5 * torch.randn(3 + own % 6, config.text_dim, generator=draw)).to(
-            torch.bfloat16
-        )
+        noise = 0.5 * torch.randn(3 + own % 6, config.text_dim, generator=draw)
+        found = (direction + noise).to(torch.bfloat16)
+        return found * math.nan if key == bad else found
 
-    write_raw(data, sizes)
+    def meta(key: str) -> dict[str, object]:
+        return {"source": f"{source} {key}", "source_sha256": f"{source} {key}"}
+
+    write_raw(data, sizes, source, meta)
     write_column(data, "tokens", value=tokens)
     write_column(data, "text-minilm", value=text)
     manifest = read_manifest(data)

@@ -41,11 +41,13 @@ def train_plain(config: LMTrainConfig) -> list[float]:
     optimizer = optim.adamw(model.named_parameters(), config.optim)
     losses = []
     for step in range(STEPS):
-        optim.set_learning_rate(optimizer, optim.rate_of_step(config, step))
+        now = config.at(step)
+        rate = optim.rate_of_step(config, step)
+        optim.set_rate_and_decay(optimizer, rate, now.optim.weight_decay)
         optimizer.zero_grad()
-        loss = plain_loss(model, tiny_batch(config, step), config.at(step))
+        loss = plain_loss(model, tiny_batch(config, step), now)
         loss.backward()
-        optim.clip_gradients(model.parameters(), config.optim.clip_grad)
+        optim.clip_gradients(model.parameters(), now.optim.clip_grad)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -134,7 +136,7 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
 
 
 def curriculum(folder: Path) -> LMTrainConfig:
-    """A batch that grows, and a phase with another one, another rate and no text."""
+    """A batch that grows, more decay, and a phase with another batch, another rate and no text."""
     phase = {
         "from_step": 3,
         "data": {"global_batch_size": 2, "micro_batch_size": 1},
@@ -146,7 +148,8 @@ def curriculum(folder: Path) -> LMTrainConfig:
         "micro_batch_size": 2,
         "ramp": {"start": 2, "increment": 4, "steps": 2},
     }
-    return tiny_config(folder, data=data, phases=[phase])
+    decay = {"from_step": 1, "optim": {"weight_decay": 20.0, "clip_grad": 0.01}}
+    return tiny_config(folder, data=data, phases=[decay, phase])
 
 
 def logits_checks(engine: MegatronEngine, batch: Batch, config: LMTrainConfig) -> dict[str, Any]:
