@@ -121,7 +121,7 @@ def prove_kill_safety(
     *,
     kills: int,
     seed: int = 0,
-    timeout_s: float = 120.0,
+    timeout_s: float = 300.0,
 ) -> Report:
     """Run `trainer` undisturbed and with `kills` kills, and compare the results.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from landiff.configs.base import ConfigError
+from landiff.data_pipeline.format.shards import read_manifest
 from landiff.launchers.budget.budget_plan import (
     RUNTIME_BYTES,
     BudgetPlan,
@@ -38,7 +40,8 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     micro_batches = check_batch(config, gpus)
     module = lm_on_meta(model)
     text = min(TEXT_TOKENS, model.max_text_tokens)
-    length = TokenLayout.of(model).sequence_length(model.segment_frames, text)
+    frames, origin = clip_frames(config)
+    length = TokenLayout.of(model).sequence_length(frames, text)
     rows = config.data.micro_batch_size * length  # tokens of a packed row
     own = parameters_of_fullest_rank(config, module)
     trained = own
@@ -82,8 +85,34 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
         layer_bytes=layer_bytes,
         tensor=parallel.tensor,
         bubble=(parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1),
-        notes=(f"{length} tokens a clip, {text} of them text",),
+        notes=(f"{length} tokens a clip of {frames} frames ({origin}), {text} of them text",),
     )
+
+
+def clip_frames(config: LMTrainConfig) -> tuple[int, str]:
+    """Semantic frames of a clip, all segments together, and where the number is from.
+
+    A clip of the data if all have equally many tokens. Otherwise, and without data, one segment.
+    """
+    segment = config.model.segment_frames
+    if config.data.remote:
+        return segment, "one segment, as the data are remote"
+    try:
+        manifest = read_manifest(config.data.manifest)
+    except (OSError, ConfigError):
+        return segment, "one segment, without data"
+    tokens = manifest.columns.get(config.tokens_column)
+    num_codes = tokens.shape[-1] if tokens is not None else 0
+    if not num_codes:
+        return segment, "one segment, as clips differ or have no tokens yet"
+    try:
+        frames = TokenLayout.of(config.model).num_frames(num_codes)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.manifest = {config.data.manifest}: column {config.tokens_column} is not of this "
+            f"model: {error}"
+        ) from None
+    return frames, f"clips of {config.data.manifest}"
 
 
 def padded_vocabulary(config: LMTrainConfig) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from landiff.configs import ConfigError, load
+from landiff.data_pipeline.format.shards import write_manifest
 from landiff.launchers.budget.budget_plan import GIB
 from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.search import changed, search
@@ -19,6 +20,7 @@ from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.observe.flops import lm_flops, main_flops
+from tests.data_pipeline.data_sets import write_column, write_raw
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,24 @@ def test_flops_are_those_of_the_clips_of_a_batch(lm):
     assert plan.hardware_flops == pytest.approx(256 * (clip.total + clip.forward))
     length = TokenLayout.of(lm.model).sequence_length(13, 64)
     assert make_plan(lm, 8).model_flops == pytest.approx(512 * lm_flops(lm.model, length, 64).total)
+
+
+def test_all_segments_of_the_datas_clips_are_counted(lm, tmp_path):
+    data = lm.data.model_copy(update={"manifest": tmp_path})
+    config = lm.model_copy(update={"data": data})
+    layout = TokenLayout.of(lm.model)
+    assert "13 frames (one segment, without data)" in make_plan(config, 8).notes[0]
+    write_raw(tmp_path, [1])
+    for frames in (13, 39):
+        codes = torch.zeros(layout.num_codes(frames), dtype=torch.uint16)
+        manifest = write_column(tmp_path, "tokens", value=lambda key, codes=codes: codes)
+        column = manifest.columns["tokens"].model_copy(update={"shape": [len(codes)]})
+        write_manifest(tmp_path, manifest.model_copy(update={"columns": {"tokens": column}}))
+        plan = make_plan(config, 8)
+        length = layout.sequence_length(frames, 64)
+        assert plan.tokens_per_step == 512 * length
+        assert plan.model_flops == pytest.approx(512 * lm_flops(lm.model, length, 64).total)
+        assert f"of {frames} frames (clips of {tmp_path})" in plan.notes[0]
 
 
 def test_activations_are_what_autograd_keeps():

@@ -126,6 +126,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's shards, and layout.json with their division. Collective."""
+        zero.complete_optimizer_state(self.zero)
         with zero.averages_in_optimizer(self.zero, self.ema.averages):
             self.zero.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
         self.zero.checkpoint_engine.raise_failure()

@@ -340,6 +340,15 @@ def master_weights(engine: Any) -> list[Tensor]:
     return engine.optimizer.single_partition_of_fp32_groups
 
 
+def complete_optimizer_state(engine: Any) -> None:
+    """Create moments of zero before the first step, as AdamW does in it.
+
+    A checkpoint with them can be loaded after later steps.
+    """
+    if not engine.optimizer.optimizer.state:
+        _create_optimizer_state(engine, 0)
+
+
 def _create_optimizer_state(engine: Any, steps: int) -> None:
     """Create the state that AdamW creates in its first step, so that it can be filled now."""
     zero = engine.optimizer

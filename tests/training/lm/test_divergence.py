@@ -89,4 +89,4 @@ def through_fit(world, folder, bad):
 
 def test_a_bad_text_state_at_a_random_step_of_a_run_is_skipped_or_rolled_back(tmp_path):
     bad = BadStep.draw(ranks=2)
-    assert run_distributed(through_fit, 2, tmp_path, bad) == [{}, {}], bad
+    assert run_distributed(through_fit, 2, tmp_path, bad, timeout_s=300) == [{}, {}], bad
