@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,9 @@ from landiff.model_zoo import attention
 from landiff.training.checkpoint.errors import clear_errors, write_error
 from landiff.training.config import LoopConfig
 
+if TYPE_CHECKING:
+    from landiff.training.observe.heartbeat import Heartbeat
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -43,7 +46,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class World:
     """This process and the other ranks.
 
-    All methods are collective: every rank calls them, in the same order.
+    All methods but `beat` are collective: every rank calls them, in the same order.
 
     backend: "nccl" or "gloo", of the default group.
     step: finished optimizer steps, for the error file.
@@ -51,6 +54,7 @@ class World:
     stop_file: a request to stop if it exists; rank 0 looks for it.
     stopping: whether a rank was asked to stop, as the last `agree` found. Equal on all ranks.
     control: the gloo group. None for a single process.
+    heartbeat: of the run, None outside one.
     """
 
     rank: int
@@ -63,6 +67,12 @@ class World:
     stop_file: Path | None = None
     stopping: bool = False
     control: dist.ProcessGroup | None = field(default=None, repr=False)
+    heartbeat: Heartbeat | None = field(default=None, repr=False)
+
+    def beat(self) -> None:
+        """Record progress within a step, so that a long validation or preview is not a hang."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(self.step)
 
     def any_true(self, flag: bool) -> bool:
         """Whether `flag` is true on at least one rank. One all-reduce of 4 bytes between CPUs."""

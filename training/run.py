@@ -55,6 +55,7 @@ class Run:
         self.heartbeat = Heartbeat(
             folder, world.rank, config.loop.hang_timeout_s, world_size=world.size
         )
+        world.heartbeat = self.heartbeat
         self.profiler = Profiler(folder, config.loop.profile, world)
         trackers = None
         if world.rank == 0 and config.trackers:

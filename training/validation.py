@@ -40,7 +40,7 @@ def _measure(engine: Engine, loader: BatchSource, run: Run, prefix: str) -> dict
         for name, value in engine.validate(batch).items():
             sums[name] = sums[name] + value if name in sums else value
         clips[batch.bucket] = clips.get(batch.bucket, 0) + sum(batch.counted)
-        run.heartbeat.beat(run.world.step)
+        run.world.beat()
     for bucket, sums in by_bucket.items():
         by_bucket[bucket] = sum_over_ranks(sums, run)
     if len(by_bucket) == 1:

@@ -272,6 +272,7 @@ class MegatronEngine:
 
     def _logits(self, row: LMRow, positions_B: Tensor) -> Tensor:
         """Logits after positions of a row, float32 [B, vocabulary], on all ranks of this copy."""
+        self._beat()
         with megatron_device():
             step = partial(sampling.forward_step, positions_B=positions_B)
             reports = self._run(step, [row], train=False)
@@ -287,6 +288,11 @@ class MegatronEngine:
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
         return logits_BV
+
+    def _beat(self) -> None:
+        """Record progress within a step. A clip has many codes, each with a forward pass."""
+        if self.guard.world is not None:
+            self.guard.world.beat()
 
     def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Metrics by name, from the sums of `validate`."""
