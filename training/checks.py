@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.loader import nearest_name
@@ -34,6 +34,8 @@ from landiff.data_pipeline.loading.remote import data_folder, find_manifest
 from landiff.data_pipeline.loading.where import checked_where, conditions
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ScheduleConfig
+from landiff.model_zoo.frozen.checks import check_encoder, width_of
+from landiff.model_zoo.frozen.config import TextConfig
 from landiff.training.checkpoint.resume import check_resume, check_same_data, next_state
 from landiff.training.config import OptimConfig, TrainConfig
 from landiff.training.layout import check_batches
@@ -49,6 +51,20 @@ class Launch:
 
     ranks: int = 1
     inputs_exist: bool = True
+
+
+class PromptedConfig(Protocol):
+    """Config of a trainer that shows videos of prompts."""
+
+    @property
+    def preview_prompts(self) -> tuple[str, ...]:
+        """The prompts."""
+        ...
+
+    @property
+    def preview_text(self) -> TextConfig | None:
+        """The encoder of their text states."""
+        ...
 
 
 T = TypeVar("T", bound=TrainConfig)
@@ -388,6 +404,28 @@ def check_package(module: str, key: str, value: object, way_out: str) -> list[Pr
     return [
         Problem(f"{key} = {value} needs the package {module}, which is not installed; {way_out}")
     ]
+
+
+def check_prompts(config: PromptedConfig, width: int, key: str) -> list[Problem]:
+    """Whether the text encoder of `preview_prompts` exists and has the width of the model.
+
+    width: of the model's text states. key: the config key of it.
+    """
+    if not config.preview_prompts or config.preview_text is None:
+        return []
+    problems = check_encoder("preview_text", config.preview_text)
+    found = width_of(config.preview_text)
+    if found is not None and found != width:
+        problems.append(
+            Problem(
+                f"preview_text = {config.preview_text.kind} has states of width {found}, the model "
+                f"takes {key} = {width}; name the encoder of text_column"
+            )
+        )
+    for number, prompt in enumerate(config.preview_prompts):
+        if not prompt.strip():
+            problems.append(Problem(f"preview_prompts.{number} is empty; write what to show"))
+    return problems
 
 
 def check_steps(key: str, steps: int, schedule: ScheduleConfig) -> list[Problem]:

@@ -395,6 +395,8 @@ def check_sampler(chain: Chain) -> list[str]:
     uses = {
         "sample.lm_text": (chain.sample.lm_text, chain.lm.text_column),
         "sample.diffusion_text": (chain.sample.diffusion_text, chain.control.text_column),
+        "lm.preview_text": (chain.lm.preview_text, chain.lm.text_column),
+        "diffusion-main.preview_text": (chain.main.preview_text, chain.main.text_column),
         "sample.codec": (chain.sample.codec, chain.control.latents_column),
         "diffusion-main.preview_codec": (chain.main.preview_codec, chain.main.latents_column),
         "diffusion-control.preview_codec": (

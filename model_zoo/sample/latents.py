@@ -197,10 +197,12 @@ def sample_main_latents(
     *,
     options: SamplerOptions | None = None,
     sizes: TransformerConfig | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Samples scaled latents from text with the main transformer alone, float32 [B, T, C, H, W].
 
     sizes: config with the size of the latents (`TransformerConfig.sized`). None: the model's own.
+    on_step: as in `sample_latents`.
     """
     config = sizes or model.config
 
@@ -216,6 +218,7 @@ def sample_main_latents(
         device=text_BLD.device,
         options=options or SamplerOptions(),
         prediction=config.prediction,
+        on_step=on_step,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.frozen.base import LatentCodec
-from landiff.model_zoo.sample.generate import draw_latents
+from landiff.model_zoo.sample.generate import SampleProgress, draw_latents
 from landiff.model_zoo.sample.latents import SamplerOptions
 from landiff.model_zoo.sample.sizes import stream_lengths
 from landiff.model_zoo.schedule import NoiseSchedule
@@ -37,12 +37,14 @@ class Renderer:
     clean_frames: int = 7
 
     @torch.no_grad()
-    def __call__(self, codes_BK: Tensor, seeds: Sequence[int]) -> Tensor:
+    def __call__(
+        self, codes_BK: Tensor, seeds: Sequence[int], progress: SampleProgress | None = None
+    ) -> Tensor:
         """Videos uint8 [B, T, H, W, C] of clips of equal length, with null text.
 
         A clip that is not a whole number of chunks is rendered without its last frames.
 
-        seeds: of the noise, one per clip.
+        seeds: of the noise, one per clip. progress: as of `draw_latents`.
         """
         layout = TokenLayout.of(self.tokenizer.config)
         sizes = self.diffusion.config.transformer
@@ -59,5 +61,6 @@ class Renderer:
             SamplerOptions(num_steps=self.steps, guidance=0.0),
             seeds=seeds,
             clean_frames=self.clean_frames,
+            progress=progress,
         )
         return self.codec.decode(latents_BTCHW)

@@ -10,6 +10,8 @@
     parent.json             checkpoint of another run that this run began with
     metrics.jsonl           one line per logged step
     events.jsonl            skipped steps, spikes, rollbacks and alarms (training/observe/events.py)
+    preview_prompts.safetensors
+                            text states of `preview_prompts` (training/observe/prompts.py)
     tensorboard/            scalars, videos, traces of the profiler
     trackers.json           ids of the run in other trackers, and the last step sent
     errors/rank_0003.txt    why a rank failed
@@ -39,6 +41,7 @@ FILES = "files.json"
 PARENT = "parent.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+PROMPTS = "preview_prompts.safetensors"
 TENSORBOARD = "tensorboard"
 TRACKERS = "trackers.json"
 ERRORS = "errors"

@@ -8,6 +8,7 @@ from landiff.model_zoo.registry import ZooEntry
 from landiff.training.checks import (
     Launch,
     check_groups,
+    check_prompts,
     check_steps,
     check_trainer,
     different_fields,
@@ -77,6 +78,8 @@ def check_preview(config: DiffusionTrainConfig) -> list[Problem]:
     if config.preview_codec is None:
         return []
     problems = check_steps("preview_steps", config.preview_steps, config.schedule)
+    width = config.model.transformer.text_dim
+    problems += check_prompts(config, width, "model.transformer.text_dim")
     problems += check_encoder("preview_codec", config.preview_codec)
     channels = width_of(config.preview_codec)
     latent = config.model.transformer.latent_channels

@@ -28,7 +28,7 @@ from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import DiffusionConfig, ScheduleConfig
 from landiff.model_zoo.frozen.clip_shape import ClipShape
-from landiff.model_zoo.frozen.config import CodecConfig
+from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
 from landiff.training.config import (
     PARENT_DESCRIPTION,
     EmaConfig,
@@ -252,6 +252,20 @@ class DiffusionTrainConfig(TrainConfig):
         description="Codec that decodes latents for previews in TensorBoard. null: no previews.",
     )
     preview_steps: PositiveInt = Field(default=20, description="Sampling steps of a preview.")
+    preview_prompts: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Prompts of which a preview shows a video, the same in all previews. Phase "
+            "`main` only: in phase `control` videos follow the tokens of clips."
+        ),
+    )
+    preview_text: TextConfig | None = Field(
+        default=None,
+        description=(
+            "Text encoder of `preview_prompts`, the one of `text_column`. It runs once, on the "
+            "CPU, before training."
+        ),
+    )
 
     @model_validator(mode="after")
     def _complete(self, info: ValidationInfo) -> DiffusionTrainConfig:
@@ -266,6 +280,8 @@ class DiffusionTrainConfig(TrainConfig):
                     problems.append(f"phase = control needs {name}, the zoo reference of {what}")
         if self.lora is not None and self.phase == "main" and self.init_from is None:
             problems.append("lora needs init_from, the zoo reference of the weights it adapts")
+        if self.preview_prompts:
+            problems += self._prompt_problems()
         latent_frames = self.model.transformer.latent_frames
         longest = max(self.prefix.lengths)
         if self.prefix.probability and longest >= latent_frames:
@@ -290,6 +306,20 @@ class DiffusionTrainConfig(TrainConfig):
         height, width = shape.latent_size
         patches = height // model.patch_size * (width // model.patch_size)
         return frames * patches + model.text_length
+
+    def _prompt_problems(self) -> list[str]:
+        """What is missing for previews of prompts."""
+        if self.phase == "control":
+            return [
+                "preview_prompts have no tokens for phase = control, whose previews show held-out "
+                "clips; remove them, or look at them in the phase main or the language model"
+            ]
+        problems = []
+        if self.preview_text is None:
+            problems.append("preview_prompts needs preview_text, the text encoder of text_column")
+        if self.preview_codec is None:
+            problems.append("preview_prompts needs preview_codec, which decodes the videos")
+        return problems
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +21,7 @@ from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.model import adapter_of, build_phase_model, load_tokenizer
 from landiff.training.diffusion.prefix import PrefixLosses
-from landiff.training.diffusion.preview import Previewer
+from landiff.training.diffusion.preview import Previewer, prompt_samples
 from landiff.training.diffusion.step import Objective
 from landiff.training.diffusion.validation import CHARTS, clip_sums, prefix_frames, summarize_sums
 from landiff.training.distributed import World
@@ -60,7 +60,8 @@ class DeepSpeedEngine:
         self.ema = Ema(config.ema, zero.master_weights(self.zero))
         self.previewer: Previewer | None = None
         if config.preview_codec is not None:
-            self.previewer = Previewer(config, objective)
+            self.previewer = Previewer(config, objective, world.beat)
+        self.prompts = prompt_samples(config, world)
         self.last_sample: Sample | None = None
         self.layout = ZeroLayout(
             zero_stage=config.zero.stage,
@@ -185,23 +186,31 @@ class DeepSpeedEngine:
     def preview(self, clips: Sequence[Sample]) -> list[Preview]:
         """Videos of held-out clips, or of the first clip of rank 0's last batch. Collective.
 
-        The clips are divided over the ranks. Rank 0 collects the videos and waits for the others.
+        After them videos of `preview_prompts`. Clips and prompts are divided over the ranks. Rank 0
+        collects the videos and waits for the others.
         """
         if self.previewer is None:
             return []
         tag = "preview/held_out_{}"
-        if not clips:
-            if self.last_sample is None:
-                return []
+        if not clips and self.last_sample is not None:
             tag = "preview/clip"
             clips = [self.last_sample]
-        found = []
+        previews = []
         with self.weights(self.ema.enabled):
-            for number in self._own_numbers(len(clips)):
-                clip = clips[number % len(clips)]
-                preview = self.previewer(self.module, clip, tag.format(number))
-                if number < len(clips):
-                    found.append((number, preview.reduced()))
+            previews += self._shared(clips, tag, self.previewer)
+            previews += self._shared(self.prompts, "preview/prompt_{}", self.previewer.prompt)
+        return previews
+
+    def _shared(
+        self, samples: Sequence[Sample], tag: str, show: Callable[[nn.Module, Sample, str], Preview]
+    ) -> list[Preview]:
+        """Previews of samples, which the ranks divide, on rank 0. Collective."""
+        found = []
+        for number in self._own_numbers(len(samples)):
+            sample = samples[number % len(samples)]
+            preview = show(self.module, sample, tag.format(number))
+            if number < len(samples):
+                found.append((number, preview.reduced()))
         found = self.world.send_to_first(found)
         return [preview for _, preview in sorted(found, key=itemgetter(0))]
 

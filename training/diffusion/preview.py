@@ -6,17 +6,22 @@ and width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.loader import Sample
 from landiff.model_zoo import keyed_random
+from landiff.model_zoo.config import TransformerConfig
 from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.frozen import build
 from landiff.model_zoo.sample.latents import (
+    Noise,
     SamplerOptions,
+    SamplerStep,
     sample_latents,
     sample_main_latents,
     seeded_noise,
@@ -24,10 +29,34 @@ from landiff.model_zoo.sample.latents import (
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.step import Inputs, Objective
 from landiff.training.diffusion.validation import fixed_inputs, fixed_noise
+from landiff.training.distributed import World
 from landiff.training.observe.previews import Preview
+from landiff.training.observe.prompts import prompt_sample, prompt_states
 
 TIMESTEP_FRACTION = 0.5  # of the schedule, for the one-step estimate
 PREVIEW_SEED = 0  # of the noise, instead of loop.seed: previews of different runs can be compared
+
+
+def prompt_samples(config: DiffusionTrainConfig, world: World) -> list[Sample]:
+    """`preview_prompts` as samples that hold text states only. Collective.
+
+    Raises ConfigError if the encoder returns another number of rows than the model takes.
+    """
+    if not config.preview_prompts:
+        return []
+    assert config.preview_text is not None
+    states = prompt_states(config.run, config.preview_prompts, config.preview_text, world)
+    rows = config.model.transformer.text_length
+    samples = []
+    for number, (prompt, text_LD) in enumerate(zip(config.preview_prompts, states, strict=True)):
+        if len(text_LD) != rows:
+            raise ConfigError(
+                f"preview_text = {config.preview_text.kind} returns {len(text_LD)} rows for "
+                f"preview_prompts.{number}, the model takes model.transformer.text_length = "
+                f"{rows}; name the padded encoder of text_column"
+            )
+        samples.append(prompt_sample(number, prompt, {config.text_column: text_LD}))
+    return samples
 
 
 class Previewer:
@@ -37,9 +66,12 @@ class Previewer:
     clip of its own.
     """
 
-    def __init__(self, config: DiffusionTrainConfig, objective: Objective) -> None:
-        """`config.preview_codec` must be set."""
+    def __init__(
+        self, config: DiffusionTrainConfig, objective: Objective, beat: Callable[[], None]
+    ) -> None:
+        """`config.preview_codec` must be set. `beat` is called after each sampling step."""
         assert config.preview_codec is not None
+        self.beat = beat
         self.config = config
         self.objective = objective
         self.codec = build(config.preview_codec, objective.device)
@@ -68,22 +100,58 @@ class Previewer:
             text=sample.meta.caption,
         )
 
+    @torch.no_grad()
+    def prompt(self, model: nn.Module, sample: Sample, tag: str) -> Preview:
+        """A video from noise with the text of a prompt, without guidance. Phase main."""
+        assert isinstance(model, DiffusionTransformer), type(model)
+        text_LD = sample.tensors[self.config.text_column]
+        text_BLD = text_LD[None].float().to(self.objective.device)
+        model.eval()
+        sampled = self._sample_main(model, text_BLD, sample.key, model.config)
+        model.train()
+        return Preview(tag, {"sample from noise": self._decode(sampled)}, sample.meta.caption)
+
     def _sample(self, model: nn.Module, inputs: Inputs, key: str) -> Tensor:
         """Latents from the text, and from the features in phase control. `key` fixes the noise."""
-        noise = seeded_noise([keyed_random.key(PREVIEW_SEED, "preview", key)])
-        options = SamplerOptions(num_steps=self.config.preview_steps, guidance=0.0)
-        schedule = self.objective.schedule
         if inputs.features_BTchw is None:
             assert isinstance(model, DiffusionTransformer), type(model)
             frames, _, height, width = inputs.latents_BTCHW.shape[1:]
             sizes = model.config.sized(frames, height, width)
-            return sample_main_latents(
-                model, schedule, inputs.text_BLD, noise, options=options, sizes=sizes
-            )
+            return self._sample_main(model, inputs.text_BLD, key, sizes)
         assert isinstance(model, ControlledDiffusion), type(model)
         return sample_latents(
-            model, schedule, inputs.text_BLD, inputs.features_BTchw, noise, options=options
+            model,
+            self.objective.schedule,
+            inputs.text_BLD,
+            inputs.features_BTchw,
+            self._noise(key),
+            options=self._options,
+            on_step=self._report,
         )
+
+    def _sample_main(
+        self, model: DiffusionTransformer, text_BLD: Tensor, key: str, sizes: TransformerConfig
+    ) -> Tensor:
+        """Latents of the sizes of a config from the text alone."""
+        return sample_main_latents(
+            model,
+            self.objective.schedule,
+            text_BLD,
+            self._noise(key),
+            options=self._options,
+            sizes=sizes,
+            on_step=self._report,
+        )
+
+    def _noise(self, key: str) -> Noise:
+        return seeded_noise([keyed_random.key(PREVIEW_SEED, "preview", key)])
+
+    @property
+    def _options(self) -> SamplerOptions:
+        return SamplerOptions(num_steps=self.config.preview_steps, guidance=0.0)
+
+    def _report(self, _step: SamplerStep) -> None:
+        self.beat()
 
     def _inputs(self, sample: Sample) -> Inputs:
         """Inputs of a sample at the middle timestep, as in validation: fixed for each clip."""

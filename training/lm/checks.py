@@ -19,6 +19,7 @@ from landiff.training.checks import (
     Launch,
     check_groups,
     check_package,
+    check_prompts,
     check_steps,
     check_trainer,
     different_fields,
@@ -58,6 +59,7 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     if start is not None:
         problems += different_fields("model", config.model, start, SHAPES)
     problems += check_renderer(config)
+    problems += check_prompts(config, config.model.text_dim, "model.text_dim")
     for phase in phases:
         problems += check_lm_columns(phase.manifest, phase.config, tokenizer)
     return problems

@@ -11,7 +11,7 @@ from landiff.configs.base import Config, ConfigError, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import LMConfig, ScheduleConfig
 from landiff.model_zoo.frozen.clip_shape import ClipShape
-from landiff.model_zoo.frozen.config import CodecConfig
+from landiff.model_zoo.frozen.config import CodecConfig, TextConfig
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.config import (
     PARENT_DESCRIPTION,
@@ -200,6 +200,20 @@ class LMTrainConfig(TrainConfig):
             "after each preview. null: no previews."
         ),
     )
+    preview_prompts: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Prompts of which a preview shows a video, the same in all previews. Needs "
+            "`renderer`. Each is one segment long."
+        ),
+    )
+    preview_text: TextConfig | None = Field(
+        default=None,
+        description=(
+            "Text encoder of `preview_prompts`, the one of `text_column`. It runs once, on the "
+            "CPU, before training."
+        ),
+    )
     row_multiple: PositiveInt = Field(
         default=8, description="Packed rows are padded to a multiple of this many tokens."
     )
@@ -257,6 +271,10 @@ class LMTrainConfig(TrainConfig):
         pipeline = self.parallel.pipeline
         heads = self.model.num_heads
         problems = self._lora_problems()
+        if self.preview_prompts and self.preview_text is None:
+            problems.append("preview_prompts needs preview_text, the text encoder of text_column")
+        if self.preview_prompts and self.renderer is None:
+            problems.append("preview_prompts needs renderer, the models that show tokens as videos")
         if heads % tensor and self.head_multiple % tensor:
             problems.append(
                 f"model.num_heads = {heads} is not a multiple of parallel.tensor = {tensor}; "

@@ -92,6 +92,7 @@ class MegatronEngine:
             if config.parallel.overlap:
                 self.model.config.no_sync_func = self.ddp.no_sync
             self._forward_backward = get_forward_backward_func()
+        self.prompts = sampling.prompt_clips(config, self.layout, self.guard.world)
 
     def _first_weights(self) -> Mapping[str, Tensor]:
         """Weights before the first step."""
@@ -369,21 +370,27 @@ class MegatronEngine:
     def preview(self, clips: Sequence[Sample]) -> list[Preview]:
         """Tokens of held-out clips, and tokens sampled with their captions, as videos. Collective.
 
-        Nothing without `renderer`: tokens have no picture without the other models.
+        After them tokens sampled for `preview_prompts`. Nothing without `renderer`: tokens have no
+        picture without the other models.
         """
-        if self.config.renderer is None or not clips:
+        shown = [*clips, *self.prompts]
+        if self.config.renderer is None or not shown:
             return []
         count = len(clips)
-        batch = HeldOutBatch(tuple(clips), (None,) * count, (True,) * count)
+        batch = HeldOutBatch(tuple(shown), (None,) * len(shown), (True,) * len(shown))
         part = sampling.sampling_row(batch, self.config, self.layout, self.device)
         with self.weights(self.ema.enabled):
             sampling.draw_codes(part, self._logits, self.layout.codebook_size)
-        codes = [*part.data, *part.sampled()]
-        videos = sampling.render_shared(codes, [*part.seeds, *part.seeds], self.config, self.device)
+        codes = [*part.data[:count], *part.sampled()]
+        seeds = [*part.seeds[:count], *part.seeds]
+        videos = sampling.render_shared(codes, seeds, self.config, self.device, self._beat)
         previews = []
         for number, clip in enumerate(clips):
             panels = {"tokens of the clip": videos[number], "sampled": videos[count + number]}
             previews.append(Preview(f"preview/held_out_{number}", panels, clip.meta.caption))
+        for number, prompt in enumerate(self.prompts):
+            panels = {"sampled": videos[2 * count + number]}
+            previews.append(Preview(f"preview/prompt_{number}", panels, prompt.meta.caption))
         return previews
 
     def close(self) -> None:

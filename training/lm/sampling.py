@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from landiff.data_pipeline.loading.samples import HeldOutBatch
+from landiff.data_pipeline.loading.samples import HeldOutBatch, Sample
 from landiff.model_zoo import frozen, keyed_random, registry
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
@@ -27,8 +27,10 @@ from landiff.model_zoo.sample.tokens import seeded_draw
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.token_layout import CODE, TokenLayout
 from landiff.model_zoo.tokenizer import SemanticTokenizer
+from landiff.training.distributed import World
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig
+from landiff.training.observe.prompts import prompt_sample, prompt_states
 
 BIGRAM_GROUPS = 64  # of codes; a codebook of thousands has too many bigrams to compare few clips
 SEED = 0  # instead of loop.seed: the samples of different runs can be compared
@@ -105,6 +107,20 @@ def draw_codes(part: SamplingRow, logits_of: Callable[[LMRow, Tensor], Tensor], 
         part.record(number, draw(logits_BV.float().softmax(-1), number))
 
 
+def prompt_clips(config: LMTrainConfig, layout: TokenLayout, world: World | None) -> list[Sample]:
+    """`preview_prompts` as clips of one segment whose codes are still to be drawn. Collective."""
+    if not config.preview_prompts:
+        return []
+    assert config.preview_text is not None
+    states = prompt_states(config.run, config.preview_prompts, config.preview_text, world)
+    codes_K = torch.zeros(layout.num_codes(layout.segment_frames), dtype=torch.uint16)
+    clips = []
+    for number, (prompt, text_LD) in enumerate(zip(config.preview_prompts, states, strict=True)):
+        tensors = {config.tokens_column: codes_K, config.text_column: text_LD}
+        clips.append(prompt_sample(number, prompt, tensors))
+    return clips
+
+
 def forward_step(
     rows: Iterator[LMRow], model: nn.Module, positions_B: Tensor
 ) -> tuple[Tensor, Callable]:
@@ -140,11 +156,17 @@ def load_renderer(config: LMTrainConfig, device: torch.device) -> Renderer:
 
 
 def render_shared(
-    clips: Sequence[Tensor], seeds: Sequence[int], config: LMTrainConfig, device: torch.device
+    clips: Sequence[Tensor],
+    seeds: Sequence[int],
+    config: LMTrainConfig,
+    device: torch.device,
+    beat: Callable[[], None],
 ) -> list[Tensor]:
     """Videos uint8 [T, H, W, 3] of the codes of clips, on all ranks. Collective.
 
     Rank i renders video i, so that no rank waits for more than one of a few videos.
+
+    beat: called after each sampling step.
     """
     rank = dist.get_rank()
     size = dist.get_world_size()
@@ -152,7 +174,8 @@ def render_shared(
     own: dict[int, Tensor] = {}
     for number in range(rank, len(clips), size):
         assert renderer is not None
-        own[number] = renderer(clips[number][None], [seeds[number]])[0].to(device)
+        videos_BTHWC = renderer(clips[number][None], [seeds[number]], lambda *_: beat())
+        own[number] = videos_BTHWC[0].to(device)
     videos = []
     for number in range(len(clips)):
         shape = torch.zeros(4, dtype=torch.int64, device=device)

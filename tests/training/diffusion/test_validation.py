@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 
@@ -203,6 +204,31 @@ def test_previews_and_validation_finish_when_one_of_three_ranks_is_slow(folder):
         assert two.text == three.text
         for title, video in two.panels.items():
             assert torch.equal(video, three.panels[title]), title
+
+
+def show_prompts(world, folder, stage):
+    settings = config(
+        folder,
+        zero__stage=stage,
+        model__transformer__text_dim=384,
+        preview_codec__kind="dct",
+        preview_steps=2,
+        preview_prompts=json.dumps(["a dog", "a cat", "a red car"]),
+        preview_text=json.dumps({"kind": "minilm", "max_length": 3, "padded": True}),
+    )
+    engine = build_engine(settings, world)
+    return engine.preview([])
+
+
+def test_prompts_give_the_same_videos_whatever_the_ranks(folder):
+    (one,) = run_distributed(show_prompts, 1, folder, 2)
+    assert [preview.text for preview in one] == ["a dog", "a cat", "a red car"]
+    first, second = run_distributed(show_prompts, 2, folder, 3)
+    assert second == []
+    for preview, expected in zip(first, one, strict=True):
+        assert (preview.tag, preview.text) == (expected.tag, expected.text)
+        video = preview.panels["sample from noise"]
+        assert torch.equal(video, expected.panels["sample from noise"])
 
 
 def test_training_after_it_is_bit_equal_with_the_shipped_options(folder):

@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from landiff.configs.base import ConfigError
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import DiffusionConfig
+from landiff.model_zoo.frozen.config import MiniLMConfig
+from landiff.training.checks import check_prompts
 from landiff.training.lm.checks import check_renderer
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.observe.previews import Preview
+from landiff.training.observe.prompts import prompt_states
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import MODEL, TOKENIZER, make_zoo
 from tests.training.lm.samples import tiny_config, tiny_sample
 
+PROMPT_TAGS = ["preview/prompt_0", "preview/prompt_1"]
 LAYOUT = TOKENIZER.model_dump(
     include={"codebook_size", "iframe_tokens", "pframe_tokens", "segment_frames"}
 )
@@ -26,7 +31,15 @@ LAYOUT = TOKENIZER.model_dump(
 
 def render_config(folder: Path, **changes: Any) -> LMTrainConfig:
     renderer = {"diffusion": "diffusion", "codec": {"kind": "dct"}, "steps": 2, "clean_frames": 1}
-    return tiny_config(folder, model=LAYOUT, tokenizer="tokenizer", renderer=renderer, **changes)
+    return tiny_config(
+        folder,
+        model={**LAYOUT, "text_dim": 384},
+        tokenizer="tokenizer",
+        renderer=renderer,
+        preview_prompts=["A red ball.", "A blue cube turns."],
+        preview_text={"kind": "minilm", "max_length": 16},
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +68,7 @@ def previews(world: Any, folder: Path, parallel: dict[str, int]) -> list[Preview
     generator = torch.get_rng_state()
     found = engine.preview(clips)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert engine.preview([]) == []
+    assert [preview.tag for preview in engine.preview([])] == PROMPT_TAGS
     engine.close()
     return found
 
@@ -63,8 +76,11 @@ def previews(world: Any, folder: Path, parallel: dict[str, int]) -> list[Preview
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}])
 def test_two_ranks_render_what_one_renders(folder, parallel):
     [one] = run_distributed(previews, 1, folder, {})
-    assert [preview.tag for preview in one] == ["preview/held_out_0", "preview/held_out_1"]
+    clip_tags = ["preview/held_out_0", "preview/held_out_1"]
+    assert [preview.tag for preview in one] == [*clip_tags, *PROMPT_TAGS]
     assert list(one[0].panels) == ["tokens of the clip", "sampled"]
+    assert (list(one[2].panels), one[2].text) == (["sampled"], "A red ball.")
+    assert not torch.equal(one[2].panels["sampled"], one[3].panels["sampled"])
     for found in run_distributed(previews, 2, folder, parallel):
         for preview, expected in zip(found, one, strict=True):
             assert preview.text == expected.text
@@ -72,6 +88,21 @@ def test_two_ranks_render_what_one_renders(folder, parallel):
                 assert video.shape == (9, 32, 32, 3)
                 assert torch.equal(preview.panels[title], video)
     assert not torch.equal(*one[0].panels.values())
+
+
+def test_text_states_of_prompts_are_kept_until_prompts_or_encoder_change(tmp_path):
+    encoder = MiniLMConfig(kind="minilm", max_length=16)
+    states = prompt_states(tmp_path, ["one", "and two"], encoder, None)
+    assert [text.shape[1] for text in states] == [384, 384] and len(states[1]) > len(states[0])
+    (path,) = tmp_path.iterdir()
+    first = path.stat()
+    again = prompt_states(tmp_path, ["one", "and two"], encoder, None)
+    assert path.stat().st_ino == first.st_ino
+    assert all(torch.equal(a, b) for a, b in zip(states, again, strict=True))
+    (other,) = prompt_states(tmp_path, ["and two"], encoder, None)
+    assert torch.equal(other, states[1])
+    path.write_bytes(b"damaged")
+    assert torch.equal(prompt_states(tmp_path, ["and two"], encoder, None)[0], other)
 
 
 def test_a_renderer_that_does_not_fit_is_refused_by_name(folder):
@@ -86,3 +117,14 @@ def test_a_renderer_that_does_not_fit_is_refused_by_name(folder):
         renderer = config.renderer.model_copy(update=change)
         problems = check_renderer(config.model_copy(update={"renderer": renderer}))
         assert any(message in problem.text for problem in problems)
+
+
+def test_prompts_without_their_encoder_or_renderer_are_refused(folder):
+    config = render_config(folder)
+    assert check_prompts(config, 384, "model.text_dim") == []
+    (problem,) = check_prompts(config, 20, "model.text_dim")
+    assert "preview_text = minilm has states of width 384" in problem.text
+    with pytest.raises(ConfigError, match="preview_prompts needs preview_text"):
+        tiny_config(folder, preview_prompts=["a"])
+    with pytest.raises(ConfigError, match="preview_prompts needs renderer"):
+        tiny_config(folder, preview_prompts=["a"], preview_text={"kind": "minilm"})
