@@ -377,7 +377,7 @@ def _check_tokens(config: SampleConfig, units: Sequence[SampleUnit]) -> list[Pro
     """Checks options of the language model against batches and prompts that change."""
     tokens = config.tokens
     problems = []
-    if tokens.predict_end and config.batch_size > 1:
+    if tokens.predict_end and config.batch_size != 1:
         problems.append(
             Problem(
                 f"batch_size = {config.batch_size} with tokens.predict_end = true: each video may "

@@ -158,10 +158,11 @@ class SampleConfig(Config):
     num_videos: PositiveInt = Field(
         default=1, description="Videos for each prompt and seed s, with seeds s, s + 1, and so on."
     )
-    batch_size: PositiveInt = Field(
+    batch_size: PositiveInt | Literal["auto"] = Field(
         default=1,
         description="Videos that are generated at once on one device. A video depends on it only "
-        "by rounding, and not on the other videos of its batch.",
+        "by rounding, and not on the other videos of its batch. `auto` measures which size is "
+        "fastest, once: later runs in the same folder keep the size.",
     )
     vision: VisionConfig | None = Field(
         default=None,

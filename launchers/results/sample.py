@@ -17,11 +17,17 @@ from landiff.launchers.results.given import GivenFiles, key_of_codes, read_codes
 from landiff.launchers.results.loading import ModelLoader
 from landiff.launchers.results.preview import log_videos
 from landiff.launchers.results.prompts import SampleUnit, sample_units
-from landiff.launchers.results.sample_folder import SampleFolder, common_settings
+from landiff.launchers.results.sample_folder import (
+    SampleFolder,
+    agree_on_batch_size,
+    common_settings,
+    recorded_batch_size,
+)
 from landiff.model_zoo import frozen, registry
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate.drift import DriftMeter
 from landiff.model_zoo.frozen.base import VisionFeatures
+from landiff.model_zoo.sample.batch_size import fastest, measure_batch_sizes
 from landiff.model_zoo.sample.generate import Models
 from landiff.model_zoo.sample.given import Given
 from landiff.model_zoo.sample.latents import SamplerOptions
@@ -93,8 +99,11 @@ def sample_videos(
     """
     if units is None:
         units = sample_units(config)
+    models = None
+    if config.batch_size == "auto":
+        config, models = choose_batch_size(config, units)
     folder = SampleFolder(config.out, common_settings(config, model_references(config)), units)
-    own = batches(units, config.batch_size)[task[0] :: task[1]]
+    own = batches(units, size_of(config))[task[0] :: task[1]]
     is_done = partial(has_codes, folder) if config.tokens_only else folder.is_finished
     missing = [batch for batch in own if not all(is_done(unit) for unit in batch)]
     names = [unit.name for batch in own for unit in batch]
@@ -103,7 +112,9 @@ def sample_videos(
     if left < total:
         print(f"sample: {total - left} of {total} videos are finished in {config.out}")
     if missing:
-        sampler = Sampler(config, folder, UnitProgress(total, total - left))
+        if models is None:
+            models = load_models(config, pick_device(config.device))
+        sampler = Sampler(config, folder, models, UnitProgress(total, total - left))
         for batch in missing:
             if config.tokens_only:
                 sampler.write_codes(batch)
@@ -113,6 +124,32 @@ def sample_videos(
         folder.write_pages()
         print(f"sample: look at {config.out / GALLERY} and {config.out / CONTACT_SHEET}")
     return names
+
+
+def size_of(config: SampleConfig) -> int:
+    """The batch size of a config in which it is chosen."""
+    assert isinstance(config.batch_size, int), config.batch_size
+    return config.batch_size
+
+
+def choose_batch_size(
+    config: SampleConfig, units: Sequence[SampleUnit]
+) -> tuple[SampleConfig, Models | None]:
+    """The config with a number for `batch_size: auto`, and the models if they had to be loaded.
+
+    The number is that of the folder, or measured and recorded there.
+    """
+    recorded = recorded_batch_size(config.out)
+    if recorded is not None:
+        return config.model_copy(update={"batch_size": recorded}), None
+    models = load_models(config, pick_device(config.device))
+    one = config.model_copy(update={"batch_size": 1})
+    print("sample: measuring which batch_size is fastest")
+    seconds = measure_batch_sizes(models, request_of(one, units[:1]), len(units))
+    size = agree_on_batch_size(config.out, fastest(seconds), seconds)
+    shown = ", ".join(f"{number}: {value:.3g}" for number, value in seconds.items())
+    print(f"sample: batch_size = {size}, recorded in {config.out} (seconds per video {shown})")
+    return config.model_copy(update={"batch_size": size}), models
 
 
 def has_codes(folder: SampleFolder, unit: SampleUnit) -> bool:
@@ -142,14 +179,15 @@ def batches(units: Sequence[SampleUnit], size: int) -> list[list[SampleUnit]]:
 class Sampler:
     """Models that generate the units of a folder, batch by batch."""
 
-    def __init__(self, config: SampleConfig, folder: SampleFolder, progress: UnitProgress) -> None:
-        device = pick_device(config.device)
+    def __init__(
+        self, config: SampleConfig, folder: SampleFolder, models: Models, progress: UnitProgress
+    ) -> None:
         self.config = config
         self.folder = folder
-        self.models = load_models(config, device)
+        self.models = models
         self.vision: VisionFeatures | None = None
         if config.vision is not None:
-            self.vision = frozen.build(config.vision, device)
+            self.vision = frozen.build(config.vision, pick_device(config.device))
         size = None if config.shape is None else (config.shape.height, config.shape.width)
         self._files = GivenFiles(self.models, self.vision, config.fps, config.clean_frames, size)
         self._progress = progress
@@ -193,8 +231,16 @@ def stream_batch(
 
     The batch size affects rounding, so that a video would else depend on its place in the list.
     """
-    filled = [*units, *[units[-1]] * (config.batch_size - len(units))]
-    request = Request(
+    request = request_of(config, units, given)
+    return VideoStream(models, request, progress=progress, store=store)
+
+
+def request_of(
+    config: SampleConfig, units: Sequence[SampleUnit], given: Given | None = None
+) -> Request:
+    """Units of one length as a batch of the size of the config."""
+    filled = [*units, *[units[-1]] * (size_of(config) - len(units))]
+    return Request(
         prompts=[unit.texts for unit in filled],
         num_latent_frames=units[0].num_latent_frames,
         tokens=config.tokens,
@@ -206,7 +252,6 @@ def stream_batch(
         given=(given or Given()).filled(len(filled)),
         grid=None if config.shape is None else config.shape.grid,
     )
-    return VideoStream(models, request, progress=progress, store=store)
 
 
 def write_batch(

@@ -6,6 +6,7 @@
     gallery.html, contact-sheet.png    all finished videos, see gallery.py
     drift/NAME.json                    joins and drift of a long video by chunk (DriftMeter)
     unfinished/NAME/                   codes and latents of a long video (stream_store.py)
+    batch-size.json                    the choice of `batch_size: auto` with its measurement
     tokens/NAME.safetensors            codes of a video that `tokens_only` drew
 
 A video is committed by rename the moment it is done. `settings.json` refuses a second run with
@@ -43,6 +44,7 @@ SETTINGS = "settings.json"
 SAMPLES = "samples.jsonl"
 UNFINISHED = "unfinished"
 TOKENS = "tokens"
+BATCH_SIZE = "batch-size.json"
 # Options that say what is generated, and where. All others say how, and are equal for all videos.
 OPTIONS_OF_UNITS = (
     "zoo",
@@ -222,6 +224,28 @@ class SampleFolder:
             self.refresh()
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in self.records]
             write_text(self.folder / SAMPLES, "".join(lines))
+
+
+def recorded_batch_size(folder: Path) -> int | None:
+    """The batch size of the videos of a folder, or chosen for it; None for a new folder."""
+    for name in (SETTINGS, BATCH_SIZE):
+        if (folder / name).exists():
+            return int(read_json(folder / name)["batch_size"])
+    return None
+
+
+def agree_on_batch_size(folder: Path, chosen: int, seconds: Mapping[int, float]) -> int:
+    """Records a choice, unless another task of the folder has recorded one. Returns that size.
+
+    seconds: the measurement, seconds per video by batch size.
+    """
+    with locked(folder):
+        recorded = recorded_batch_size(folder)
+        if recorded is not None:
+            return recorded
+        document = {"batch_size": chosen, "seconds_per_video": seconds}
+        write_text(folder / BATCH_SIZE, json.dumps(document, indent=1) + "\n")
+    return chosen
 
 
 def read_record(path: Path) -> Record | None:

@@ -16,9 +16,7 @@ h, w height and width in feature cells, L text rows, D width of text states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +24,6 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXTransformer3DModel,
-    DiffusionPipeline,
     ModelMixin,
     SchedulerMixin,
 )
@@ -68,18 +65,21 @@ from landiff.model_zoo.diffusers.encoders import (
     text_parts,
 )
 from landiff.model_zoo.diffusers.outputs import OUTPUTS, LanDiffPipelineOutput
+from landiff.model_zoo.diffusers.placement import ComponentPlacement
+from landiff.model_zoo.frozen.base import VisionFeatures
 from landiff.model_zoo.sample.generate import (
     Models,
-    check_prompts,
     draw_codes,
     draw_latents,
     encode_negatives,
     encode_separately,
     warn_of_cut_prompts,
 )
+from landiff.model_zoo.sample.given import Given, first_frames
 from landiff.model_zoo.sample.latents import OnStep, SamplerOptions, SamplerStep
 from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.sample.solvers import Solver
+from landiff.model_zoo.sample.stream import Request, VideoStream
 
 # diffusers looks up the components of folders that name this module, and their base classes, here.
 EARLIER_NAMES = (
@@ -94,17 +94,7 @@ EARLIER_NAMES = (
 )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The videos of a call: one prompt, negative prompt and seed per video."""
-
-    prompts: list[str]
-    negatives: list[str] | None
-    seeds: list[int]
-    num_latent_frames: int
-
-
-class LanDiffPipeline(DiffusionPipeline):
+class LanDiffPipeline(ComponentPlacement):
     """Text to video, see `__call__`."""
 
     __module__ = PUBLIC_MODULE
@@ -154,7 +144,6 @@ class LanDiffPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.register_to_config(lm_text_options=lm_text_options, text_options=text_options)
-        self._offload_device: torch.device | None = None
         self._adapters = PipelineAdapters(self)
 
     @classmethod
@@ -211,6 +200,7 @@ class LanDiffPipeline(DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
         latents: Tensor | None = None,
+        given: Given | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> LanDiffPipelineOutput | tuple[Any, Tensor]:
@@ -240,6 +230,8 @@ class LanDiffPipeline(DiffusionPipeline):
                 `landiff sample`; None means that of the scheduler.
             latents: standard normal noise [B, T, C, H, W] that the sampling of the diffusion model
                 starts from, for a video of one chunk.
+            given: first frames of the videos (`pipe.first_frames`), or codes that are rendered
+                without the language model, `Given(codes)` with those of another call.
             callback_on_step_end_tensor_inputs: what the callback receives: ["latents"] or [].
             return_dict: False returns a tuple (frames, codes).
 
@@ -247,43 +239,37 @@ class LanDiffPipeline(DiffusionPipeline):
         """
         check_arguments(num_videos_per_prompt, output_type)
         on_step = on_step_of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        prompts = repeated(prompt, num_videos_per_prompt)
-        options = self.scheduler.options(
-            num_inference_steps,
-            guidance_scale,
-            solver=solver,
-            dynamic=guidance_schedule,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-        )
         models = self._models()
-        models.check()
-        check_prompts(prompts)
-        request = _Request(
+        prompts = repeated(prompt, num_videos_per_prompt)
+        request = Request(
             prompts,
-            negatives_of(negative_prompt, prompt, num_videos_per_prompt),
-            seeds_of(generator, len(prompts)),
             latent_frames_of(num_frames, models, self.scheduler.config.clean_frames),
+            token_sampling or TokenSamplingConfig(),
+            self.scheduler.options(
+                num_inference_steps,
+                guidance_scale,
+                solver=solver,
+                dynamic=guidance_schedule,
+                guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale,
+            ),
+            seeds_of(generator, len(prompts)),
+            motion_score,
+            negatives_of(negative_prompt, prompt, num_videos_per_prompt),
+            self.scheduler.config.clean_frames,
+            given or Given(),
         )
-        warn_of_cut_prompts(models.lm_text, prompts)
-        warn_of_cut_prompts(models.diffusion_text, prompts)
+        request.check(models)
+        warn_of_cut_prompts(models.lm_text, request.texts)
+        warn_of_cut_prompts(models.diffusion_text, request.texts)
         self._interrupt = False
         self._num_timesteps = num_inference_steps
 
-        codes_BK = self._codes(
-            models, request, token_sampling or TokenSamplingConfig(), motion_score
-        )
+        codes_BK = self._codes(models, request)
         with self._resident("semantic_tokenizer"):
             count = models.lm.layout.num_frames(codes_BK.shape[1])
             features_BTChw = models.tokenizer.decode(codes_BK, count)
-        latents_BTCHW = self._latents(
-            models,
-            request,
-            features_BTChw,
-            options=options,
-            on_step=on_step,
-            start_BTCHW=latents,
-        )
+        latents_BTCHW = self._latents(models, request, features_BTChw, on_step, latents)
         frames: Any = latents_BTCHW
         if output_type != "latent":
             with self._resident("vae"):
@@ -293,6 +279,31 @@ class LanDiffPipeline(DiffusionPipeline):
         if not return_dict:
             return frames, codes_BK
         return LanDiffPipelineOutput(frames, codes_BK)
+
+    def stream(self, request: Request) -> VideoStream:
+        """Iterator of the chunks of long videos, in memory that does not depend on their length.
+
+        Its prompts may change over the frames, and `VideoStream` says how to resume it. Raises
+        ConfigError as `Request.check` does; RuntimeError with offloading, since all components are
+        at work in turn.
+        """
+        if self._offload_device is not None:
+            raise RuntimeError(
+                "the chunks of a long video use all components in turn; build the pipeline again "
+                "without enable_model_cpu_offload()"
+            )
+        return VideoStream(self._models(), request)
+
+    def first_frames(self, frames_BTHWC: Tensor, vision: VisionFeatures) -> Given:
+        """What videos begin with: an image (T = 1), or a video that they continue.
+
+        frames_BTHWC: uint8 [B, T, H, W, 3], one per video, at the size of the videos. T is
+            1 + time · k of the codec.
+        vision: the features that the tokenizer was trained on (`landiff.model_zoo.frozen.build`).
+        """
+        models = self._models()
+        with self._resident("semantic_tokenizer", "vae"):
+            return first_frames(models.tokenizer, vision, models.codec, frames_BTHWC)
 
     def _models(self) -> Models:
         """The components as the sampling functions take them, without copies."""
@@ -314,17 +325,17 @@ class LanDiffPipeline(DiffusionPipeline):
             codec=codec_of(self.vae),
         )
 
-    def _codes(
-        self,
-        models: Models,
-        request: _Request,
-        sampling: TokenSamplingConfig,
-        motion_score: float | None,
-    ) -> Tensor:
-        """Samples the codes, int64 [B, K], with a progress bar."""
+    def _codes(self, models: Models, request: Request) -> Tensor:
+        """Samples the codes, int64 [B, K], with a progress bar. Given ones are returned."""
+        layout = models.lm.layout
+        given_BK = request.given.codes_BK
+        if given_BK is not None and request.given.num_codes() == layout.num_codes(
+            request.num_latent_frames
+        ):
+            return given_BK.to(self.semantic_tokenizer.device)
         with self._resident("lm_text_encoder"):
-            text = encode_separately(models.lm_text, request.prompts)
-        num_positions = models.lm.layout.body_length(request.num_latent_frames)
+            text = encode_separately(models.lm_text, request.texts)
+        num_positions = layout.body_length(request.num_latent_frames)
         with self._resident("lm"), self.progress_bar(total=num_positions) as bar:
 
             def progress(_what: str, done: int, _total: int) -> None:
@@ -334,34 +345,33 @@ class LanDiffPipeline(DiffusionPipeline):
                 models.lm,
                 text,
                 request.num_latent_frames,
-                sampling,
+                request.tokens,
                 seeds=request.seeds,
-                motion_score=motion_score,
+                motion_score=request.motion_score,
+                prefix_codes_BK=given_BK,
                 progress=progress,
             )
 
     def _latents(
         self,
         models: Models,
-        request: _Request,
+        request: Request,
         features_BTChw: Tensor,
-        *,
-        options: SamplerOptions,
         on_step: OnStep,
         start_BTCHW: Tensor | None,
     ) -> Tensor:
         """Samples the latents [B, T, C, H, W] of all chunks, with a progress bar."""
         with self._resident("text_encoder"):
-            text_BLD, _ = encode_separately(models.diffusion_text, request.prompts)
+            text_BLD, _ = encode_separately(models.diffusion_text, request.texts)
             negative_BLD = encode_negatives(models.diffusion_text, request.negatives, text_BLD)
+        prefix_BTCHW = request.given.latents_BTCHW
         with self._resident("control", "transformer"):
             features_BTChw = features_BTChw.to(self.transformer.device)
             if start_BTCHW is not None:
                 check_start(start_BTCHW, models, text_BLD, features_BTChw)
-            clean_frames = self.scheduler.config.clean_frames
             window = models.diffusion.config.transformer.latent_frames
-            chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
-            with self.progress_bar(total=chunks * options.num_steps) as bar:
+            chunks = num_chunks(features_BTChw.shape[1], window, request.clean_frames)
+            with self.progress_bar(total=chunks * request.sampler.num_steps) as bar:
 
                 def step_done(step: SamplerStep) -> Tensor | None:
                     bar.update()
@@ -372,13 +382,14 @@ class LanDiffPipeline(DiffusionPipeline):
                     models.schedule,
                     text_BLD,
                     features_BTChw,
-                    options,
+                    request.sampler,
                     seeds=request.seeds,
                     negative_BLD=negative_BLD,
-                    clean_frames=clean_frames,
+                    clean_frames=request.clean_frames,
                     on_step=step_done,
                     stop=lambda: self._interrupt,
                     start_BTCHW=start_BTCHW,
+                    prefix_BTCHW=prefix_BTCHW,
                 )
 
     @property
@@ -415,37 +426,6 @@ class LanDiffPipeline(DiffusionPipeline):
             "from landiff import LanDiffPipeline  # noqa: F401\n",
         )
 
-    def enable_model_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str = "cuda"
-    ) -> None:
-        """Keeps all components on the CPU and moves each to `device` while it runs.
-
-        Needs no accelerate. Its hooks around `forward` would not work here, because the sampler
-        calls modules inside the components.
-        """
-        target = torch.device(device)
-        if gpu_id is not None:
-            target = torch.device(target.type, gpu_id)
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(
-                "enable_model_cpu_offload() moves components between the CPU and a CUDA device, "
-                "but there is none; remove the call"
-            )
-        self.to("cpu")
-        self._offload_device = target
-
-    def enable_sequential_cpu_offload(self, *_args: Any, **_named: Any) -> None:
-        """Not supported. Raises NotImplementedError."""
-        raise NotImplementedError(
-            "LanDiffPipeline offloads whole components only; call enable_model_cpu_offload()"
-        )
-
-    def enable_group_offload(self, *_args: Any, **_named: Any) -> None:
-        """Not supported. Raises NotImplementedError."""
-        raise NotImplementedError(
-            "LanDiffPipeline offloads whole components only; call enable_model_cpu_offload()"
-        )
-
     def compile_blocks(self, **options: Any) -> None:
         """Compiles the blocks of main transformer and control branch, each at its first call.
 
@@ -465,30 +445,3 @@ class LanDiffPipeline(DiffusionPipeline):
         for an adapter of another base, whose weights are compared as the pipeline loaded them.
         """
         self._adapters.add(Path(folder), scale, merged=merge)
-
-    def enable_vae_tiling(self) -> None:
-        """Decodes in overlapping tiles: less memory, slightly different pixels at the seams."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Decodes whole frames again."""
-        self.vae.disable_tiling()
-
-    @contextmanager
-    def _resident(self, *names: str) -> Iterator[None]:
-        """Moves components to the device of `enable_model_cpu_offload`, and back at the end.
-
-        Without offloading the components stay where they are.
-        """
-        device = self._offload_device
-        if device is None:
-            yield
-            return
-        components = [getattr(self, name) for name in names]
-        for component in components:
-            component.to(device)
-        try:
-            yield
-        finally:
-            for component in components:
-                component.to("cpu")

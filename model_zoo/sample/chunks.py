@@ -53,6 +53,7 @@ def stream_latents(
     options: SamplerOptions | None = None,
     window: int = 13,
     clean: int = 7,
+    prefix_BTCHW: Tensor | None = None,
     on_step: OnStep | None = None,
     stop: Stop | None = None,
 ) -> Iterator[Tensor]:
@@ -60,6 +61,7 @@ def stream_latents(
 
     features_BTChw: features of the whole video. Those after the last whole chunk are not used, see
         `num_chunks`.
+    prefix_BTCHW: first latent frames of the video, which are given.
 
     Other arguments and errors are those of `sample_latents`.
     """
@@ -75,6 +77,7 @@ def stream_latents(
         noise_of_chunk,
         options=options,
         clean=clean,
+        prefix_BTCHW=prefix_BTCHW,
         on_step=on_step,
         stop=stop,
     )
@@ -96,7 +99,7 @@ def sample_chunks(
     """Samples consecutive chunks and yields the new frames of each.
 
     first: number of the first chunk; above 0 to continue a video.
-    prefix_BTCHW: the clean frames of that chunk.
+    prefix_BTCHW: the clean frames of that chunk; of the first, frames that are given.
 
     Other arguments and errors are those of `sample_latents`.
     """

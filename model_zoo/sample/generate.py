@@ -216,6 +216,7 @@ def draw_latents(
     on_step: OnStep | None = None,
     stop: Stop | None = None,
     start_BTCHW: Tensor | None = None,
+    prefix_BTCHW: Tensor | None = None,
 ) -> Tensor:
     """Samples the latents of the videos, float32 [B, T, C, H, W].
 
@@ -225,6 +226,7 @@ def draw_latents(
         the steps of all chunks.
     on_step, stop: as in `sample_latents`.
     start_BTCHW: noise to start from, instead of noise drawn with the seeds.
+    prefix_BTCHW: first latent frames of the videos, which are given.
     """
     window = diffusion.config.transformer.latent_frames
     chunks = num_chunks(features_BTChw.shape[1], window, clean_frames)
@@ -257,6 +259,7 @@ def draw_latents(
         options=sampler,
         window=window,
         clean=clean_frames,
+        prefix_BTCHW=prefix_BTCHW,
         on_step=report,
         stop=stop,
     )

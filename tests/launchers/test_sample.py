@@ -191,6 +191,23 @@ def test_a_video_depends_on_the_batch_size_only_by_rounding(zoo, tmp_path):
     assert int(difference.max()) <= 1  # rounding to uint8 may turn at a half
 
 
+def test_a_measured_batch_size_is_recorded_and_kept(zoo, tmp_path):
+    """A resumed run neither measures nor loads models, and a number other than it is refused."""
+    measured = sample_config(zoo, tmp_path, batch_size="auto", prompts=PROMPTS[:2])
+    sample_videos(measured)
+    choice = json.loads((tmp_path / "batch-size.json").read_text())
+    size = choice["batch_size"]
+    assert choice["seconds_per_video"][str(size)] == min(choice["seconds_per_video"].values())
+    assert json.loads((tmp_path / "settings.json").read_text())["batch_size"] == size
+    before = files(tmp_path)
+    next(tmp_path.glob("*.mp4")).unlink()
+    sample_videos(measured)
+    assert files(tmp_path) == before
+    assert json.loads((tmp_path / "batch-size.json").read_text()) == choice
+    with pytest.raises(ConfigError, match=f"batch_size = {size} there, 3 here"):
+        sample_videos(measured.model_copy(update={"batch_size": 3}))
+
+
 def test_another_config_is_refused_for_the_same_folder(undisturbed, zoo):
     with pytest.raises(ConfigError, match="steps = 2 there, 3 here.*another folder"):
         sample_videos(sample_config(zoo, undisturbed, steps=3))

@@ -47,8 +47,9 @@ from landiff.model_zoo.lora.config import AdapterConfig
 from landiff.model_zoo.lora.modules import adapted_part, adapter_tensors, add_layers
 from landiff.model_zoo.lora.parts import adapter_part
 from landiff.model_zoo.sample.generate import Models, draw_codes
+from landiff.model_zoo.sample.given import Given
 from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
-from landiff.model_zoo.sample.stream import generate
+from landiff.model_zoo.sample.stream import Request, generate
 from landiff.model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
 from tests.model_zoo.zoo_entries import write_entry
@@ -176,6 +177,53 @@ def test_the_pipeline_gives_what_landiff_sample_gives_bit_for_bit(pipe, expected
     assert (
         expected.frames_BTHWC.shape == (2, 9, 32, 48, 3) and expected.frames_BTHWC.float().std() > 1
     )
+
+
+class Grey:
+    """Vision features that are grey levels of cells."""
+
+    name = fingerprint = "grey"
+    channels = TINY.tokenizer.feature_channels
+    cell = 16
+
+    def __call__(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        cells = frames_BTHWC.float().mean(-1)[:, :, None, :: self.cell, :: self.cell] / 255
+        return cells.repeat(1, 1, self.channels, 1, 1)
+
+
+def test_a_call_begins_with_images_and_renders_given_codes(models, pipe, expected):
+    images = torch.randint(256, (2, 1, 32, 48, 3), dtype=torch.uint8, generator=seeded(0))
+    given = pipe.first_frames(images, Grey())
+    wanted = generate(
+        models,
+        PROMPTS,
+        3,
+        TOKENS,
+        SamplerOptions(num_steps=3),
+        seeds=[SEED, SEED + 1000],
+        motion_score=0.2,
+        clean_frames=1,
+        given=given,
+    )
+    found = pipe(PROMPTS, generator=seeded(SEED), output_type="latent", given=given, **CALL)
+    assert torch.equal(found.codes, wanted.codes_BK)
+    assert torch.equal(found.frames, wanted.latents_BTCHW)
+    assert torch.equal(found.frames[:, :1], given.latents_BTCHW)
+    call = {"generator": seeded(SEED), "output_type": "uint8", "given": Given(expected.codes_BK)}
+    again = pipe(PROMPTS, **call, **CALL)
+    assert torch.equal(again.frames, expected.frames_BTHWC)
+    assert not torch.equal(pipe(PROMPTS[::-1], **call, **CALL).frames, again.frames)
+
+
+def test_a_long_video_comes_in_chunks(models, pipe):
+    request = Request(
+        PROMPTS[:1], 5, TOKENS, SamplerOptions(num_steps=3), [SEED], 0.2, clean_frames=1
+    )
+    chunks = [chunk.frames_BTHWC for chunk in pipe.stream(request)]
+    whole = pipe(
+        PROMPTS[:1], generator=seeded(SEED), output_type="uint8", **CALL | {"num_frames": 17}
+    )
+    assert len(chunks) == 2 and torch.equal(torch.cat(chunks, dim=1), whole.frames)
 
 
 @pytest.fixture(scope="module")
