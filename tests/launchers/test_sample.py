@@ -135,6 +135,7 @@ def test_two_hundred_prompts_survive_twenty_kills(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_ten_minutes_take_the_memory_of_one(zoo, tmp_path):
     """Peak of the resident memory of the command, in a process of its own.
 
