@@ -102,8 +102,8 @@ class SampleFolder:
             record = self._records.get(name)
             if record is not None and record["key"] != unit.key:
                 raise ConfigError(
-                    f"{folder / name} is another video: its length, motion score or negative "
-                    "prompt differs; choose another folder (out=...)"
+                    f"{folder / name} is another video: its length, motion score, negative "
+                    "prompt, schedule or given file differs; choose another folder (out=...)"
                 )
 
     def _check_settings(self) -> None:

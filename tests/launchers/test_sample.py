@@ -343,18 +343,26 @@ def test_schedules_come_from_files_and_options(zoo, tmp_path, capsys):
 def test_a_video_is_continued_and_rendered_again(zoo, undisturbed, tmp_path, capsys):
     """An image, a video and its tokens as conditions; tokens ahead give the same bytes later."""
     source = str(undisturbed / "02-a-1-fox-running-seed2042.mp4")
+    out = tmp_path / "x"
     first = write_first_frame(undisturbed, tmp_path / "first.png")
     words = ["sample", "--config", "nano/sample", f"zoo={zoo}", "steps=2", PROMPTS[0]]
     vision = "vision={kind: efficientnet-lite0}"
-    assert main([*words, f"out={tmp_path / 'x'}", "--first-frame", first]) == 2
+    assert main([*words, f"out={out}", "--first-frame", first]) == 2
     assert "set vision" in capsys.readouterr().err
     for wrong, message in [
         (["--first-frame", first, "--continue", source], "exclude each other"),
         (["--tokens", str(tmp_path / "none.mp4")], "No such file"),
         (["--tokens", source, "num_latent_frames=8"], r"17 frame\(s\).*29 are needed"),
     ]:
-        assert main([*words, f"out={tmp_path / 'x'}", vision, *wrong]) == 2
+        assert main([*words, f"out={out}", vision, *wrong]) == 2
         assert re.search(message, capsys.readouterr().err)
+    rows = f'{{"prompt": "a", "tokens_from": "{source}"}}\n{{"prompt": "b"}}\n'
+    (tmp_path / "a.jsonl").write_text(rows)
+    options = {"vision": {"kind": "efficientnet-lite0"}, "first_frame": first}
+    units = sample_units(sample_config(zoo, out, prompts_file=tmp_path / "a.jsonl", **options))
+    assert [unit.given.kind for unit in units] == ["tokens_from", "first_frame"]
+    assert len(batches(units, 2)) == 2 and units[0].key != replace(units[0], given=None).key
+
     found = {}
     for option, path in (("--first-frame", first), ("--continue", source), ("--tokens", source)):
         out = tmp_path / option
