@@ -66,7 +66,7 @@ from landiff.model_zoo.diffusers.encoders import (
 )
 from landiff.model_zoo.diffusers.outputs import OUTPUTS, LanDiffPipelineOutput
 from landiff.model_zoo.diffusers.placement import ComponentPlacement
-from landiff.model_zoo.frozen.base import VisionFeatures
+from landiff.model_zoo.frozen.base import LatentCodec, VisionFeatures
 from landiff.model_zoo.sample.generate import (
     Models,
     draw_codes,
@@ -239,20 +239,21 @@ class LanDiffPipeline(ComponentPlacement):
         """
         check_arguments(num_videos_per_prompt, output_type)
         on_step = on_step_of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        options = self.scheduler.options(
+            num_inference_steps,
+            guidance_scale,
+            solver=solver,
+            dynamic=guidance_schedule,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+        )
         models = self._models()
         prompts = repeated(prompt, num_videos_per_prompt)
         request = Request(
             prompts,
             latent_frames_of(num_frames, models, self.scheduler.config.clean_frames),
             token_sampling or TokenSamplingConfig(),
-            self.scheduler.options(
-                num_inference_steps,
-                guidance_scale,
-                solver=solver,
-                dynamic=guidance_schedule,
-                guidance_interval=guidance_interval,
-                guidance_rescale=guidance_rescale,
-            ),
+            options,
             seeds_of(generator, len(prompts)),
             motion_score,
             negatives_of(negative_prompt, prompt, num_videos_per_prompt),
@@ -260,25 +261,34 @@ class LanDiffPipeline(ComponentPlacement):
             given or Given(),
         )
         request.check(models)
+        codes_BK, latents_BTCHW = self._generate(models, request, on_step, latents)
+        frames = self._decode(models.codec, latents_BTCHW, output_type)
+        if not return_dict:
+            return frames, codes_BK
+        return LanDiffPipelineOutput(frames, codes_BK)
+
+    def _decode(self, codec: LatentCodec, latents_BTCHW: Tensor, output_type: str) -> Any:
+        """Latents as a call returns them: decoded, unless it asks for latents."""
+        if output_type == "latent":
+            return latents_BTCHW
+        with self._resident("vae"):
+            # One after the other, as in `generate`: decoding takes the most memory.
+            videos = [codec.decode(each).cpu() for each in latents_BTCHW.split(1)]
+            return OUTPUTS[output_type](torch.cat(videos))
+
+    def _generate(
+        self, models: Models, request: Request, on_step: OnStep, start_BTCHW: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples codes [B, K] and latents [B, T, C, H, W]."""
         warn_of_cut_prompts(models.lm_text, request.texts)
         warn_of_cut_prompts(models.diffusion_text, request.texts)
         self._interrupt = False
-        self._num_timesteps = num_inference_steps
-
+        self._num_timesteps = request.sampler.num_steps
         codes_BK = self._codes(models, request)
         with self._resident("semantic_tokenizer"):
             count = models.lm.layout.num_frames(codes_BK.shape[1])
             features_BTChw = models.tokenizer.decode(codes_BK, count)
-        latents_BTCHW = self._latents(models, request, features_BTChw, on_step, latents)
-        frames: Any = latents_BTCHW
-        if output_type != "latent":
-            with self._resident("vae"):
-                # One after the other, as in `generate`: decoding takes the most memory.
-                videos = [models.codec.decode(each).cpu() for each in latents_BTCHW.split(1)]
-                frames = OUTPUTS[output_type](torch.cat(videos))
-        if not return_dict:
-            return frames, codes_BK
-        return LanDiffPipelineOutput(frames, codes_BK)
+        return codes_BK, self._latents(models, request, features_BTChw, on_step, start_BTCHW)
 
     def stream(self, request: Request) -> VideoStream:
         """Iterator of the chunks of long videos, in memory that does not depend on their length.
