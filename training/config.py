@@ -417,8 +417,10 @@ class TrainConfig(Config):
             "train/batch_size": level.global_batch_size,
         }
 
-    def samples_after(self, step: int) -> int:
-        """Samples of `step` and of all later steps."""
+    def samples_after(self, step: int) -> int | None:
+        """Samples of `step` and of all later steps; None if they depend on the buckets."""
+        if any(phase.factors for phase in self.data_phases):
+            return None
         sizes = batch_sizes(self.data_phases)
         return sizes.samples_before(self.loop.steps) - sizes.samples_before(step)
 

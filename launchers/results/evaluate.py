@@ -297,9 +297,13 @@ def diffusion_losses(
 
     frames = config.prefix_frames
     right = inputs.features_BTChw
-    return {
+    losses = {
         "diffusion": loss(right),
         "diffusion, another clip's tokens": loss(inputs.wrong_features_BTChw),
-        "diffusion, later frames": loss(right, skip=frames),
-        "diffusion, later frames after a clean prefix": loss(right, prefix=frames, skip=frames),
     }
+    if frames < inputs.latents_BTCHW.shape[1]:  # images have no later frames
+        losses["diffusion, later frames"] = loss(right, skip=frames)
+        losses["diffusion, later frames after a clean prefix"] = loss(
+            right, prefix=frames, skip=frames
+        )
+    return losses

@@ -220,7 +220,9 @@ class Metrics:
             return {}
         found = self.config.step_metrics(state.step - 1)
         if found:
-            found["throughput/seconds_left"] = self.config.samples_after(state.step) / samples_per_s
+            samples = self.config.samples_after(state.step)
+            if samples is not None:  # else the time left is that of the steps left
+                found["throughput/seconds_left"] = samples / samples_per_s
         return found
 
     def _reset(self) -> None:
