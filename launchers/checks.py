@@ -134,10 +134,12 @@ def check_precompute(config: PrecomputeConfig, launch: Launch) -> list[Problem]:
         key = f"columns.{name}.encoder"
         if isinstance(column, ScoreColumn):
             problems += _check_score(f"columns.{name}.head", column)
-        elif isinstance(column.encoder, CaptionFileConfig):
-            problems += _check_caption_file(f"{key}.path", column.encoder.path)
         else:
-            problems += check_encoder(key, column.encoder)
+            encoder = column.encoder
+            if isinstance(encoder, CaptionFileConfig):
+                problems += _check_caption_file(f"{key}.path", encoder.path)
+            else:
+                problems += check_encoder(key, encoder)
         if isinstance(column, TextColumn) and column.captions is not None:
             problems += _check_captions(f"columns.{name}.captions", column.captions, config, launch)
         if isinstance(column, TokensColumn) and launch.inputs_exist:

@@ -11,10 +11,11 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from landiff.configs.documents import read_json
 from landiff.configs.durations import duration
@@ -74,9 +75,28 @@ def quickstart_command(args: argparse.Namespace) -> int:
         print(f"# {name} is skipped: {reason}")
     processes = QUICKSTART_PROCESSES if args.preset == "nano" else None
     stages = pipeline_stages(args.preset, processes, args.prompt or ())
+    if args.dry_run:
+        print_outlook(report.configs, report.skipped, Path(out), processes)
     skipped = names_to_skip(report.skipped)
     left = [stage for stage in stages if stage.name not in skipped]
     return run_pipeline("quickstart", left, Path(out), args.dry_run)
+
+
+def print_outlook(
+    configs: Mapping[str, Any], skipped: Mapping[str, str], out: Path, processes: int | None
+) -> None:
+    """Prints GPU hours, days and disk of the stages that run. Any: configs of a preset by stem."""
+    # Imported here, because it loads torch.
+    from landiff.launchers.local.gpus import default_processes
+    from landiff.launchers.project.outlook import ORDER, outlook
+
+    left = {stem: config for stem, config in configs.items() if stem not in skipped}
+    gpus = {}
+    for stem in [stem for stems in ORDER for stem in stems]:
+        if stem in left:
+            gpus[stem] = processes or default_processes(left[stem])
+    for line in outlook(left, gpus, out):
+        print(f"# {line}")
 
 
 def learn_command(args: argparse.Namespace) -> int:

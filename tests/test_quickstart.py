@@ -193,6 +193,8 @@ MISSING_INPUTS = {
     "landiff zoo show my-": "has no",
     "landiff sample --config landiff/sample 'adapters=": "has no",
     "landiff sample --config nano/sample 'adapters=": "has no",
+    "landiff captions --dry-run": "",
+    "landiff captions stats": "no column",
     "landiff captions": "offline",  # the vision-language model
     "landiff submit precompute --config landiff/captions": "",
     "landiff precompute --config landiff/precompute --task": "",  # this task has no shards
@@ -207,6 +209,10 @@ MISSING_INPUTS = {
     "landiff submit pipeline --preset landiff": "videos",
     "landiff train diffusion --config landiff/": "column",
     "landiff train diffusion --config runs/main-2": "ranks",  # made for 16 of them
+    "landiff check --preset phone": "exist",  # the videos of the tutorials
+    "landiff check --preset my-domain": "exist",
+    "landiff data report phone/data": "exist",
+    "landiff -C phone sample": "exist",
     "landiff stop --restart": "not submitted",
 }
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from landiff.configs import ConfigError
+from landiff.configs.durations import size
 from landiff.configs.loader import load_leniently
 from landiff.configs.problems import Problem, require_none
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.checks import check
+from landiff.launchers.checks import check, load_with_problems
 from landiff.launchers.local.gpus import default_processes
 from landiff.launchers.project.chain import EXPORTED, check_chain
 from landiff.launchers.project.presets import (
@@ -23,6 +25,8 @@ from landiff.launchers.project.presets import (
     require_preset,
 )
 from landiff.launchers.project.selection import check_skipped, skipped_stages
+from landiff.launchers.show_config import class_names_of
+from landiff.launchers.stages import STAGE_CONFIGS
 from landiff.training.checks import Launch, find_entry
 from landiff.training.config import TrainConfig
 
@@ -32,6 +36,7 @@ STAGE_OF = {
     "diffusion-control": "diffusion",
 }
 """Config of a preset -> the stage whose checks it has, where the names differ."""
+LEAST_FREE = 1 << 30  # bytes; the quickstart writes about half of that
 START_KINDS = {"tokenizer": ("tokenizer",), "lm": ("lm",)}
 
 
@@ -50,14 +55,46 @@ class PresetReport:
 
 def check_command(args: argparse.Namespace) -> int:
     """Prints what was checked, or raises ConfigError with all mistakes. Returns the exit code."""
+    if args.config is not None:
+        return check_config(args.config, args.overrides)
     require_preset(args.preset)
     report = check_preset(args.preset)
     require_none(report.problems, shown=len(report.problems))
     clips = [shape.name for shape in report.configs["shards"].shapes]
+    workdir = Path(".") if args.preset in packaged_presets() else Path(args.preset)
+    print(f"check: {size(shutil.disk_usage(workdir).free)} of free space in {workdir.absolute()}")
     print(f"check: {len(report.configs)} configs of {args.preset} fit each other")
     print(f"check: clips {', '.join(clips)} (frames x height x width)")
     print(f"check: next  landiff quickstart --preset {args.preset}")
     return 0
+
+
+def check_config(name: str, overrides: Sequence[str]) -> int:
+    """Checks the config of one stage. Raises ConfigError with all mistakes. Returns 0."""
+    classes = [known for known in class_names_of(name) if known in STAGE_CONFIGS]
+    if not classes:
+        raise ConfigError(f"--config {name} is no config of {', '.join(STAGE_CONFIGS)}")
+    stage = classes[0]
+    config, problems = load_with_problems(STAGE_CONFIGS[stage], name, overrides)
+    ranks = default_processes(config) if isinstance(config, TrainConfig) else 1
+    problems = [*problems, *check(stage, config, Launch(ranks))]
+    require_none(problems, shown=len(problems))
+    print(f"check: {name} is a valid config of {stage}, and its inputs are there")
+    return 0
+
+
+def check_space(workdir: Path) -> list[Problem]:
+    """A problem if the file system of `workdir` is all but full."""
+    with inside(workdir):
+        free = shutil.disk_usage(".").free
+    if free >= LEAST_FREE:
+        return []
+    return [
+        Problem(
+            f"{workdir.absolute()} has {size(free)} of free space, and even the smallest pipeline "
+            f"needs {size(LEAST_FREE)}; free some, or choose another folder with --out"
+        )
+    ]
 
 
 def load_preset(
@@ -99,6 +136,7 @@ def check_preset(
         for stem, config in configs.items():
             if stage_name(stem) not in skipped:
                 problems += [Problem(f"{stem}: {each}") for each in check_stage(stem, config)]
+    problems += check_space(workdir)
     if complete:
         problems += check_chain(with_all_columns(configs))
         problems += check_skipped(configs, workdir, skipped)

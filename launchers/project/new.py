@@ -71,7 +71,7 @@ Or one by one:
 def new_command(args: argparse.Namespace) -> int:
     """Writes the project folder and prints what to do next. Returns the exit code."""
     folder = Path(args.folder)
-    written = write_project(folder, args.base, args.frames, args.size, args.source)
+    written = write_project(folder, args.base, args.frames, args.size, args.source, args.captions)
     print(f"new: wrote {folder}: {', '.join(written)}")
     print(f"new: next  cd {shlex.quote(str(folder))}; landiff check --preset .")
     return 0
@@ -83,11 +83,13 @@ def write_project(
     frames: int | None = None,
     size: str | None = None,
     source: str | None = None,
+    captions: str | None = None,
 ) -> list[str]:
     """Write the files of a project into the new folder `folder`. Returns their names.
 
     `base` is a packaged preset, `size` is HEIGHTxWIDTH; frames and size are those of the preset
-    unless given. Raises ConfigError for sizes that do not divide and for a folder that exists.
+    unless given. `captions` is `missing_captions` of the shards. Raises ConfigError for sizes that
+    do not divide and for a folder that exists.
     """
     if base not in packaged_presets():
         raise ConfigError(f"--from {base}: the presets are {', '.join(packaged_presets())}")
@@ -107,6 +109,8 @@ def write_project(
         "cluster.yaml": cluster_file(base),
         "README.md": readme(folder, base, sizes),
     }
+    if captions is not None:
+        files["shards.yaml"] += f"missing_captions: {captions} # of clips without a caption\n"
     folder.mkdir(parents=True)
     for name, text in files.items():
         write_text(folder / name, text)

@@ -54,6 +54,11 @@ def add_project_commands(commands: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="your videos, as `source` of shards (default: the preset's)",
     )
+    new.add_argument(
+        "--captions",
+        choices=["reject", "file_name", "folder_name", "none"],
+        help="clips without a caption: as `missing_captions` of shards (default: reject)",
+    )
     text = "Check that all stages of a preset fit each other, before any of them starts."
     check = commands.add_parser(
         "check",
@@ -64,4 +69,7 @@ def add_project_commands(commands: argparse._SubParsersAction) -> None:
     )
     check.add_argument(
         "--preset", default="nano", metavar="PRESET", help=f"{help_texts.PRESET} (default: nano)"
+    )
+    check.add_argument(
+        "--config", metavar="NAME", help="check this config of one stage alone, instead of a preset"
     )

@@ -35,6 +35,8 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     if args.here and cluster.scheduler == "slurm" and not args.dry_run:
         problems += problems_of(lambda: check_allocation(plans, os.environ))
     if args.dry_run:
+        if args.stage == "pipeline":
+            print_outlook(plans)
         print(dry_run(plans, cluster))
     require_none(problems)
     if args.dry_run:
@@ -125,6 +127,21 @@ def dry_run(plans: Sequence[SubmitPlan], cluster: ClusterConfig) -> str:
     lines = ["# ==== plan", *lines, "# nothing was written, nothing submitted"]
     blocks.append("\n".join(lines))
     return redact("\n".join(blocks))
+
+
+def print_outlook(plans: Sequence[SubmitPlan]) -> None:
+    """Prints GPU hours, days and disk of the jobs of a pipeline, before all else."""
+    # Imported here, because it loads torch.
+    from landiff.launchers.project.outlook import ORDER, outlook
+
+    configs = {plan.name: plan.config for plan in plans if plan.config is not None}
+    trainers = [stem for stems in ORDER for stem in stems]
+    gpus = {}
+    for plan in plans:
+        if plan.name in trainers and plan.config is not None:
+            gpus[plan.name] = plan.job.resources.nodes * plan.job.tasks_per_node
+    for line in outlook(configs, gpus, Path.cwd()):
+        print(f"# {line}")
 
 
 def plan_line(plan: SubmitPlan) -> str:
