@@ -233,4 +233,6 @@ def default_text(field: FieldInfo) -> str:
         return "defaults of the section"
     if isinstance(value, Path):
         value = str(value)
+    if isinstance(value, tuple) and any(isinstance(item, Config) for item in value):
+        return f"list of {len(value)} sections"
     return f"`{json.dumps(value)}`"

@@ -228,7 +228,10 @@ def _parquet_rows(config: CaptionFileConfig) -> Iterator[tuple[str, Mapping[str,
     try:
         with parquet.ParquetFile(config.path) as file:
             wanted = [config.key, *config.captions]
-            columns = [name for name in file.schema_arrow.names if name in wanted]
+            known = file.schema_arrow.names
+            columns = [name for name in known if name in wanted]
+            for name in wanted:
+                _field(dict.fromkeys(known), name, "its schema", config)
             number = 0
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():

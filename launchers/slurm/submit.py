@@ -35,7 +35,7 @@ def submit(args: argparse.Namespace, argv: Sequence[str], slurm: Slurm | None = 
     if args.here and cluster.scheduler == "slurm" and not args.dry_run:
         problems += problems_of(lambda: check_allocation(plans, os.environ))
     if args.dry_run:
-        if args.stage == "pipeline":
+        if args.stage == "pipeline" and not problems:
             print_outlook(plans)
         print(dry_run(plans, cluster))
     require_none(problems)
@@ -141,7 +141,7 @@ def print_outlook(plans: Sequence[SubmitPlan]) -> None:
         if plan.name in trainers and plan.config is not None:
             gpus[plan.name] = plan.job.resources.nodes * plan.job.tasks_per_node
     for line in outlook(configs, gpus, Path.cwd()):
-        print(f"# {line}")
+        print(redact(f"# {line}"))
 
 
 def plan_line(plan: SubmitPlan) -> str:

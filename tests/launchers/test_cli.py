@@ -84,7 +84,7 @@ def test_dry_run_prints_the_resolved_config_names_what_is_missing_and_makes_noth
             assert code == (0 if stage.name == "shards" else 2), err
             assert stage.name in ("shards", "sample") or "data/manifest.json does not exist" in err
     code, out, _ = run(capsys, "quickstart", "--dry-run", "--out", "here")
-    assert code == 0 and out.count("landiff ") == len(pipeline_stages("nano", 2))
+    assert code == 0 and out.count("\nlandiff ") == len(pipeline_stages("nano", 2))
     assert list(tmp_path.iterdir()) == []
 
 
