@@ -237,6 +237,10 @@ class EvaluateConfig(Config):
         default="diffusion",
         description="Zoo reference of the diffusion model, control branch included.",
     )
+    adapters: tuple[AdapterUse, ...] = Field(
+        default=(),
+        description="LoRA adapters from the zoo, each added to the model that it was trained on.",
+    )
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="Noise schedule of the diffusion model."
     )

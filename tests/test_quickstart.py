@@ -192,6 +192,7 @@ MISSING_INPUTS = {
     "landiff convert diffusion my-": "has no",
     "landiff zoo show my-": "has no",
     "landiff sample --config landiff/sample 'adapters=": "has no",
+    "landiff evaluate --config nano/evaluate 'adapters=": "has no",
     "landiff sample --config nano/sample 'adapters=": "has no",
     "landiff captions --dry-run": "",
     "landiff captions stats": "no column",

@@ -52,7 +52,7 @@ def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
     Prints a table, writes the results to `config.out`, and returns them.
     """
     device = pick_device(config.device)
-    loader = ModelLoader("evaluate loads", 3, config.zoo, device)
+    loader = ModelLoader("evaluate loads", 3, config.zoo, device, config.adapters)
     lm = loader.lm(config.lm)
     tokenizer = loader.tokenizer(config.tokenizer)
     diffusion = loader.diffusion(config.diffusion)

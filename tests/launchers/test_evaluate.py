@@ -19,6 +19,7 @@ from landiff.launchers.config import EvaluateConfig
 from landiff.launchers.results.evaluate import draw_samples
 from landiff.model_zoo import registry
 from tests.data_pipeline.data_sets import keys_of, raw_sample, write_column
+from tests.model_zoo.adapters import export_adapter
 from tests.model_zoo.convert.tiny import CONFIGS, weights
 
 SHAPES = {"tokens": [5], "latents": [3, 4, 4, 6], "text-a": [4, 20], "text-b": [5, 12]}
@@ -83,6 +84,21 @@ def test_losses_are_compared_and_progress_is_shown_from_the_start(folder, capsys
     assert not any(" 0.0/s" in line for line in lines)
     rows = json.loads(Path("found.json").read_text())["rows"]
     assert len(rows) == 2 and rows[0]["lm"] > 0 and rows[0]["diffusion"] > 0
+
+
+def test_adapters_change_the_losses_of_their_models(folder):
+    write_data(Path("data"), one_video=False)
+    rows = []
+    for kind in ("lm", "diffusion"):
+        export_adapter(Path("zoo"), kind)
+    for kinds in ([], ["lm"], ["lm", "diffusion"]):
+        uses = [{"adapter": f"lora-{kind}"} for kind in kinds]
+        command = ["evaluate", "--config", "evaluate.yaml", f"adapters={json.dumps(uses)}"]
+        assert main([*command, "seeds=1"]) == 0
+        rows.append(json.loads(Path("found.json").read_text())["rows"][0])
+    plain, lm, both = rows
+    assert lm["lm"] != plain["lm"] and lm["diffusion"] == plain["diffusion"]
+    assert both["lm"] == lm["lm"] and both["diffusion"] != plain["diffusion"]
 
 
 def test_clips_of_one_video_have_no_wrong_condition(folder, capsys):

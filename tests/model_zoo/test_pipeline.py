@@ -37,20 +37,16 @@ from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.convert.known_formats import open_source, write_target
-from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.diffusers import pipeline
 from landiff.model_zoo.diffusers.components import EARLIER_MODULES, LanDiffScheduler
 from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline
 from landiff.model_zoo.health import UnhealthyError
-from landiff.model_zoo.lora.base import base_fingerprint
-from landiff.model_zoo.lora.config import AdapterConfig
-from landiff.model_zoo.lora.modules import adapted_part, adapter_tensors, add_layers
-from landiff.model_zoo.lora.parts import adapter_part
 from landiff.model_zoo.sample.generate import Models, draw_codes
 from landiff.model_zoo.sample.given import Given
 from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
 from landiff.model_zoo.sample.stream import Request, generate
 from landiff.model_zoo.schedule import NoiseSchedule
+from tests.model_zoo.adapters import TARGETS, export_adapter
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
 from tests.model_zoo.zoo_entries import write_entry
 
@@ -229,25 +225,7 @@ def test_a_long_video_comes_in_chunks(models, pipe):
 @pytest.fixture(scope="module")
 def adapters(folder) -> dict[str, registry.ZooEntry]:
     """Adapters with random weights, by kind of their base."""
-    found = {}
-    for kind, target in (("lm", "wqkv"), ("transformer", "qkv"), ("diffusion", "out")):
-        whole = registry.resolve(folder / "zoo", "lm" if kind == "lm" else "diffusion")
-        base = base_fingerprint(whole, kind)
-        config = AdapterConfig(base_kind=kind, base=base, rank=2, alpha=4, targets=(target,))
-        model = registry.load_model(whole)
-        add_layers(model, config)
-        part = adapted_part(model, config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            for name, parameter in part.named_parameters():
-                if ".lora_B." in name:
-                    torch.nn.init.normal_(parameter, std=0.2)
-        tensors = adapter_tensors(LazyTensors.of(part.state_dict()))
-        exported = adapter_part(config, tensors, kind).tensors
-        found[kind] = registry.export(
-            folder / "zoo", f"lora-{kind}", "adapter", config, exported, {}
-        )
-    return found
+    return {kind: export_adapter(folder / "zoo", kind) for kind in TARGETS}
 
 
 @pytest.mark.parametrize("merge", [True, False])
