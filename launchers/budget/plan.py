@@ -9,12 +9,16 @@ from dataclasses import asdict, dataclass
 
 from landiff.configs import ConfigError, load
 from landiff.data_pipeline.loading.phases import batch_sizes
-from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
+from landiff.launchers.budget.budget_plan import GIB, BudgetPlan, element_bytes
 from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.search import format_candidates, search
 from landiff.launchers.budget.step_time import GPUS, fits, step_seconds
 from landiff.launchers.project.presets import preset_config, require_preset
 from landiff.launchers.stages import TRAINERS, AnyTrainConfig
+from landiff.training.config import LoopConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.lm.config import LMTrainConfig
+from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -46,10 +50,43 @@ def plan_command(args: argparse.Namespace) -> int:
         document = asdict(plan)
         document["total_memory"] = plan.total_memory
         document["seconds_per_step"] = step_seconds(plan, GPUS[args.gpu], args.mfu)
+        document["checkpoint_bytes"] = checkpoint_bytes(config, plan)
         print(json.dumps(document, indent=1))
         return 0
     print(format_budget(plan, courses, args.gpu, args.mfu, config.loop.save_every))
+    steps = sum(course.steps for course in courses)
+    print(format_disk(checkpoint_bytes(config, plan), config.loop, steps))
     return 0
+
+
+def checkpoint_bytes(config: AnyTrainConfig, plan: BudgetPlan) -> int:
+    """Size of a checkpoint: all weights, and of the trained ones moments, averages and copies."""
+    weights = plan.parameters["all"]
+    trained = plan.parameters.get("trained", weights)
+    each = 8  # Adam's moments
+    element = 4
+    if not isinstance(config, TokenizerTrainConfig):
+        element = element_bytes(config.precision)
+        if config.precision == "bf16" or isinstance(config, DiffusionTrainConfig):
+            each += 4  # float32 weights
+        elif config.parallel.distributed_optimizer:
+            each += 4
+    if isinstance(config, LMTrainConfig):
+        trained *= config.parallel.pipeline if config.lora is not None else 1
+    if config.ema is not None:
+        each += 4
+    return weights * element + trained * each
+
+
+def format_disk(size: int, loop: LoopConfig, steps: int) -> str:
+    """Text about the disk that the checkpoints of a run of `steps` steps take."""
+    kept = min(loop.keep_last, -(-steps // loop.save_every))
+    if loop.keep_every:
+        kept += max(0, steps - loop.keep_last * loop.save_every) // loop.keep_every
+    return (
+        f"disk        {size / 1e9:,.1f} GB a checkpoint, {kept} kept at the end: "
+        f"{kept * size / 1e9:,.0f} GB, and one more while it is written"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from landiff.configs import ConfigError, load
 from landiff.data_pipeline.format.shards import write_manifest
 from landiff.launchers.budget.budget_plan import GIB
 from landiff.launchers.budget.models import make_plan
+from landiff.launchers.budget.plan import checkpoint_bytes, format_disk
 from landiff.launchers.budget.search import changed, search
 from landiff.launchers.budget.step_time import GPUS
 from landiff.launchers.cli import main
@@ -86,6 +87,23 @@ def test_all_segments_of_the_datas_clips_are_counted(lm, tmp_path):
         assert plan.tokens_per_step == 512 * length
         assert plan.model_flops == pytest.approx(512 * lm_flops(lm.model, length, 64).total)
         assert f"of {frames} frames (clips of {tmp_path})" in plan.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "overrides", "expected"),
+    [  # as in docs/fine-tuning.md
+        ("lm", "landiff/lm", [], 28.7),
+        ("lm", "landiff/lm", ["init_from=lm", "lora.rank=32"], 4.2),
+        ("diffusion", "landiff/diffusion-main", ["ema=null"], 23.7),
+        ("diffusion", "landiff/diffusion-control", ["ema=null"], 16.7),
+    ],
+)
+def test_a_plan_knows_the_size_of_a_checkpoint(stage, name, overrides, expected):
+    config = load(TRAINERS[stage].config_class, name, overrides)
+    size = checkpoint_bytes(config, make_plan(config, 8))
+    assert size / 1e9 == pytest.approx(expected, rel=0.02)
+    text = format_disk(size, config.loop, config.loop.steps)
+    assert "11 kept" in text  # two newest, and every 10,000th of 100,000 before them
 
 
 def test_activations_are_what_autograd_keeps():
