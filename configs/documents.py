@@ -321,11 +321,16 @@ class _YamlReader(yaml.SafeLoader):
             self.fail(node, "a string holds half of a surrogate pair")
 
 
-_YamlReader.add_implicit_resolver(
-    TAG + "float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class YamlWriter(yaml.SafeDumper):
+    """Writes YAML that `parse_yaml` reads back equal: strings that look like numbers in quotes."""
+
+
+for _side in (_YamlReader, YamlWriter):
+    _side.add_implicit_resolver(
+        TAG + "float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def _as_written(_reader: _YamlReader, node: yaml.ScalarNode) -> str:

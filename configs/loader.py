@@ -29,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 from landiff.configs.base import LENIENT, Config, ConfigError
 from landiff.configs.documents import (
     MAX_JSON_BYTES,
+    YamlWriter,
     advised,
     parse_json,
     parse_yaml,
@@ -199,8 +200,12 @@ def parse_json_as(cls: type[C], data: bytes, origin: Path | str, *, any_text: bo
 
 def dump(config: Config) -> str:
     """The resolved config as YAML text, from which `load` makes an equal config."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110
+    return yaml.dump(
+        config.model_dump(mode="json"),
+        Dumper=YamlWriter,
+        sort_keys=False,
+        allow_unicode=True,
+        width=110,
     )
 
 

@@ -31,6 +31,17 @@ def test_a_section_may_be_a_reference_into_another_file(tmp_path):
     assert load(ModelConfig, {"lm": "nano/model#lm"}).lm == load(ModelConfig, "nano/model").lm
 
 
+class KeysConfig(Config):
+    keys: tuple[str, ...]
+
+
+@pytest.mark.parametrize("key", ["940549e96508", "12e3", "1.5E-3", "+1_0e2", "1e5x", "0x1f", "no"])
+def test_a_string_that_looks_like_a_number_stays_a_string(tmp_path, key):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(KeysConfig(keys=(key,))))
+    assert load(KeysConfig, path).keys == (key,)
+
+
 def test_dump_reads_back_equal():
     config = load(ModelConfig, "nano/model")
     assert load(ModelConfig, yaml.safe_load(dump(config))) == config
