@@ -9,6 +9,7 @@ Shape letters: T frames, H, W height and width in pixels.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from landiff.configs.documents import read_json
 from landiff.configs.files import atomic_file
 from landiff.data_pipeline.synthetic.judge import judge
-from landiff.data_pipeline.synthetic.world import ATTRIBUTES, FPS
+from landiff.data_pipeline.synthetic.world import ATTRIBUTES, COLORS, FPS, GROUNDS
 from landiff.launchers.data.shapes import format_rates, pair_files, read_rows, read_videos
 from landiff.launchers.pages import html
 from landiff.launchers.pages.charts import Series, svg
@@ -31,6 +32,7 @@ LINE_HEIGHT = 12
 FONT_SIZE = 10
 RIGHT_COLOR = (60, 170, 80)
 WRONG_COLOR = (210, 60, 50)
+MIXTURES = 12  # of each object colour with each ground in the palette of an animation
 REPORT_VIDEOS = 24
 SEARCHED_CLIPS = 2000  # for the nearest training clip of each video
 
@@ -72,8 +74,7 @@ def write_animation(path: Path, videos: Sequence[Judged], columns: int) -> None:
     pictures = []
     for number in range(num_frames):
         pictures.append(_grid([_tile(video, number) for video in videos], columns))
-    # One palette for all frames, so that plain grounds do not flicker.
-    palette = _grid(pictures[:: max(1, num_frames // 4)], 2).quantize(128)
+    palette = world_palette()
     frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     data = io.BytesIO()
     frames[0].save(
@@ -87,6 +88,23 @@ def write_animation(path: Path, videos: Sequence[Judged], columns: int) -> None:
     )
     with atomic_file(path) as file:
         file.write(data.getvalue())
+
+
+def world_palette() -> Image.Image:
+    """Palette of the world: mixtures of its object colours with its grounds, black, white, frames.
+
+    One palette for all frames keeps plain grounds from flickering, and a fixed one has the colours
+    of small objects as well.
+    """
+    colors = [RIGHT_COLOR, WRONG_COLOR, (0, 0, 0), (255, 255, 255)]
+    for color in COLORS.values():
+        for ground in GROUNDS.values():
+            for share in np.linspace(0, 1, MIXTURES).tolist():
+                mixed = share * np.array(color) + (1 - share) * np.array(ground)
+                colors.append(tuple(mixed.round().astype(int).tolist()))
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(list(itertools.chain.from_iterable(colors)))
+    return palette
 
 
 def _tile(video: Judged, number: int) -> Image.Image:
