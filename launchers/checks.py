@@ -28,7 +28,12 @@ from landiff.data_pipeline.precompute.config import (
     TokensColumn,
 )
 from landiff.data_pipeline.precompute.units import CARD
-from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.config import (
+    EvaluateConfig,
+    SampleConfig,
+    ShardsJobConfig,
+    VideoMetricsConfig,
+)
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.stages import TRAINERS
 from landiff.model_zoo.config import (
@@ -520,11 +525,25 @@ def check_evaluate(config: EvaluateConfig, launch: Launch) -> list[Problem]:
     return problems
 
 
+def check_videos(config: VideoMetricsConfig, launch: Launch) -> list[Problem]:
+    """Problems of `landiff evaluate videos`: folders, output file and network."""
+    problems = check_writable("out", config.out.parent)
+    problems += check_encoder("features", config.features)
+    folders = {"videos": config.videos, "reference": config.reference}
+    for key, folder in folders.items():
+        if folder is not None and launch.inputs_exist and not folder.is_dir():
+            problems.append(
+                Problem(f"{key} = {folder} is not a folder; give a folder of mp4 files")
+            )
+    return problems
+
+
 CHECKS: dict[str, Callable[[Any, Launch], list[Problem]]] = {
     "shards": check_shards,
     "precompute": check_precompute,
     "captions": check_precompute,
     "sample": check_sample,
     "evaluate": check_evaluate,
+    "videos": check_videos,
 }
 """Checks of the stages that are not trainers. Any: an instance of the stage's config class."""

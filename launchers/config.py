@@ -21,7 +21,12 @@ from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.loading.config import ValidationConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.frozen.clip_shape import ClipShape
-from landiff.model_zoo.frozen.config import CodecConfig, TextConfig, VisionConfig
+from landiff.model_zoo.frozen.config import (
+    CodecConfig,
+    EfficientNetConfig,
+    TextConfig,
+    VisionConfig,
+)
 from landiff.model_zoo.lora.config import AdapterUse
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -263,6 +268,28 @@ class EvaluateConfig(Config):
         description="Number of repetitions. Each draws its own clips, wrong conditions, noise and "
         "timesteps.",
     )
+    device: str = Field(
+        default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
+    )
+
+
+class VideoMetricsConfig(Config):
+    """`landiff evaluate videos`: metrics of a folder of videos that need no download."""
+
+    videos: Path = Field(description="Folder of mp4 files, that of `landiff sample` for instance.")
+    reference: Path | None = Field(
+        default=None,
+        description="Folder of real videos, from which FVD and KVD are the distances; null "
+        "measures `videos` alone.",
+    )
+    out: Path = Field(default=Path("video-metrics.json"), description="JSON file of the results.")
+    features: VisionConfig = Field(
+        default=EfficientNetConfig(), description="Network whose features FVD and KVD compare."
+    )
+    num_frames: PositiveInt | None = Field(
+        default=None, description="First frames of each video that are measured; null means all."
+    )
+    fps: PositiveFloat = Field(default=8.0, description="Frames per second of the videos.")
     device: str = Field(
         default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
     )

@@ -12,7 +12,12 @@ from typing import Any
 from landiff.configs import Config
 from landiff.configs.problems import Problem
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.config import (
+    EvaluateConfig,
+    SampleConfig,
+    ShardsJobConfig,
+    VideoMetricsConfig,
+)
 from landiff.training.checks import Launch
 from landiff.training.diffusion.checks import check as check_diffusion
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -49,3 +54,9 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "evaluate": EvaluateConfig,
 }
 """Config class of each stage, in the order of the pipeline."""
+EVALUATIONS: dict[str, tuple[str, type[Config]]] = {
+    "conditions": ("evaluate", EvaluateConfig),
+    "videos": ("videos", VideoMetricsConfig),
+    "vbench": ("sample", SampleConfig),
+}
+"""The actions of `landiff evaluate`: name of their checks (launchers/checks.py), and config."""

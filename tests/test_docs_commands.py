@@ -10,7 +10,7 @@ import pytest
 from landiff.configs.loader import load
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.show_config import class_names_of
-from landiff.launchers.stages import STAGE_CONFIGS
+from landiff.launchers.stages import EVALUATIONS, STAGE_CONFIGS
 from tests.docs_commands import ROOT, commands, words_of
 
 
@@ -26,20 +26,21 @@ def test_a_documented_command_parses_and_its_keys_exist(page, command):
     args = parse_command(build_parser(), words)
     stage = getattr(args, "stage", None) or args.command
     config = getattr(args, "config", None)
-    if args.command == "evaluate" and args.action == "vbench":
-        stage = "sample"
     if args.command == "submit":
         inner = parse_command(build_parser(), submitted(args))
         stage, config, args = inner_stage(inner), getattr(inner, "config", None), inner
     if not config or not packaged(config):
         return
-    if stage == "attribute":  # reads the config of the samples
+    if stage in ("attribute", "demo"):  # read the config of the samples
         stage = "sample"
     if stage == "captions":
         stage = "precompute"
     if stage == "data":  # reads the config of any trainer
         stage = class_names_of(config)[0]
-    assert load(STAGE_CONFIGS[stage], config, args.overrides)
+    cls = STAGE_CONFIGS[stage]
+    if stage == "evaluate":
+        cls = EVALUATIONS[args.action][1]
+    assert load(cls, config, args.overrides)
 
 
 def submitted(args) -> list[str]:

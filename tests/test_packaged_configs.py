@@ -8,7 +8,12 @@ import torch
 from landiff.configs import Config, dump, load
 from landiff.configs.loader import packaged_names
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.config import (
+    EvaluateConfig,
+    SampleConfig,
+    ShardsJobConfig,
+    VideoMetricsConfig,
+)
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.dit import position_table_numel
@@ -29,6 +34,7 @@ CLASSES: dict[str, type[Config]] = {
     "diffusion-control": DiffusionTrainConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
+    "videos": VideoMetricsConfig,
 }
 
 

@@ -20,7 +20,12 @@ from mkdocs.structure.nav import Navigation
 from landiff.configs.base import Config
 from landiff.configs.reference import ConfigKey, all_sections, config_keys, section_name
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.config import (
+    EvaluateConfig,
+    SampleConfig,
+    ShardsJobConfig,
+    VideoMetricsConfig,
+)
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo.config import ModelConfig
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -36,6 +41,7 @@ COMMANDS: dict[str, type[Config]] = {
     "landiff train diffusion": DiffusionTrainConfig,
     "landiff sample": SampleConfig,
     "landiff evaluate": EvaluateConfig,
+    "landiff evaluate videos": VideoMetricsConfig,
     "Model presets": ModelConfig,
     "Cluster files": ClusterConfig,
 }

@@ -16,7 +16,7 @@ from landiff.configs.ownership import OWNER
 from landiff.configs.problems import Problem, problems_of, require_none
 from landiff.launchers.checks import load_checked
 from landiff.launchers.commands import load_for_job, parse_task, print_dry_run
-from landiff.launchers.config import EvaluateConfig, SampleConfig
+from landiff.launchers.config import EvaluateConfig, SampleConfig, VideoMetricsConfig
 from landiff.launchers.local.children import environment
 from landiff.launchers.local.gpus import check_processes, one_gpu, visible_gpus
 from landiff.launchers.progress import ProgressLine
@@ -96,9 +96,11 @@ def describe_sample(config: SampleConfig) -> str:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """Compares losses under right and wrong conditions, or runs VBench. Returns the exit code."""
+    """Compares losses under conditions, measures videos, or runs VBench. Returns the exit code."""
     if args.action == "vbench":
         return vbench_command(args)
+    if args.action == "videos":
+        return videos_command(args)
     config = load_for_job(args, EvaluateConfig, describe_evaluate)
     if config is not None:
         from landiff.launchers.results.evaluate import evaluate_conditions
@@ -107,21 +109,31 @@ def evaluate_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def videos_command(args: argparse.Namespace) -> int:
+    """Measures a folder of videos, beside a folder of real ones. Returns the exit code."""
+    config, problems = load_checked(
+        "videos", VideoMetricsConfig, args.config, args.overrides, launch=Launch()
+    )
+    require_none(problems)
+    if args.dry_run:
+        print_dry_run(config, f"would measure {config.videos} and write {config.out}")
+        return 0
+    from landiff.launchers.evaluation.video_metrics import evaluate_videos
+
+    evaluate_videos(config)
+    return 0
+
+
 def vbench_command(args: argparse.Namespace) -> int:
     """Samples the prompts of VBench, runs it in its own interpreter, and scores the results."""
-    from landiff.launchers.results import vbench
+    from landiff.launchers.evaluation import vbench
 
-    if args.vbench_python is None:
-        raise ConfigError(
-            "give --vbench-python PATH, the interpreter of an environment with vbench"
-        )
-    python = Path(args.vbench_python)
-    dimensions = args.dimensions.split(",") if args.dimensions else list(DIMENSIONS)
     config, problems = load_checked(
         "sample", SampleConfig, args.config, args.overrides, launch=Launch()
     )
-    problems += problems_of(lambda: vbench.chosen((), dimensions))
-    require_none(problems)
+    require_none([*problems, *check_vbench(args)])
+    python = Path(args.vbench_python)
+    dimensions = args.dimensions.split(",") if args.dimensions else list(DIMENSIONS)
     info = vbench.find_info(python)
     prompts = vbench.chosen(vbench.read_prompts(info), dimensions)
     texts = vbench.read_augmented(Path(args.augmented)) if args.augmented else {}
@@ -148,6 +160,27 @@ def vbench_command(args: argparse.Namespace) -> int:
     print(vbench.summary(evaluation))
     print(f"vbench: look at {folder / 'scores.html'}")
     return 0
+
+
+def check_vbench(args: argparse.Namespace, *, inputs_exist: bool = True) -> list[Problem]:
+    """Problems of the options of `landiff evaluate vbench`.
+
+    inputs_exist: False if their files are not on this machine, or not yet.
+    """
+    problems = []
+    if args.vbench_python is None:
+        problems.append(
+            Problem("give --vbench-python PATH, the interpreter of an environment with vbench")
+        )
+    for name in args.dimensions.split(",") if args.dimensions else ():
+        if name not in DIMENSIONS:
+            known = ", ".join(DIMENSIONS)
+            problems.append(Problem(f"{name!r} is no dimension of VBench; known: {known}"))
+    files = {"--vbench-python": args.vbench_python, "--augmented": args.augmented}
+    for option, path in files.items():
+        if inputs_exist and path is not None and not Path(path).is_file():
+            problems.append(Problem(f"{option} {path} does not exist"))
+    return problems
 
 
 def describe_evaluate(config: EvaluateConfig) -> str:

@@ -97,10 +97,11 @@ def add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "action",
         nargs="?",
-        choices=["conditions", "vbench"],
+        choices=["conditions", "videos", "vbench"],
         default="conditions",
-        help="conditions (default), or vbench: sample the prompts of VBench, run it and score it; "
-        "its config is that of `landiff sample`",
+        help="conditions (default); videos: flicker, motion, FVD and KVD of a folder, with the "
+        "config nano/videos; vbench: sample the prompts of VBench, run it and score it, with a "
+        "config of `landiff sample`",
     )
     evaluate.add_argument(
         "--vbench-python", metavar="PATH", help="vbench: Python of an environment with vbench"

@@ -14,13 +14,14 @@ from landiff.configs.secrets import redact
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
-from landiff.launchers.config import ShardsJobConfig
+from landiff.launchers.config import SampleConfig, ShardsJobConfig
 from landiff.launchers.local.gpus import default_processes
+from landiff.launchers.results.commands import check_vbench
 from landiff.launchers.results.prompts import sample_values
 from landiff.launchers.run.job_folder import CONFIG, JOB_FOLDER
 from landiff.launchers.slurm.cluster_config import STAGES, ClusterConfig
 from landiff.launchers.slurm.script import BatchJob
-from landiff.launchers.stages import STAGE_CONFIGS, TRAINERS
+from landiff.launchers.stages import EVALUATIONS, TRAINERS
 from landiff.launchers.weights.pipeline_folder import check_pipeline
 from landiff.launchers.weights.request import check_request, names_config, request_of
 from landiff.training.checks import Launch
@@ -94,16 +95,19 @@ def plan_stage(
         raise ConfigError(
             f"{args.command} is no stage of its own; submit one of {', '.join(STAGES)}"
         )
-    values = None
-    if args.command == "sample":
-        values = sample_values(args)
-    cls = STAGE_CONFIGS[args.command]
+    if args.command == "evaluate":
+        return [plan_evaluation(args, context, name)]
     launch = context.launch()
     config, problems = load_checked(
-        args.command, cls, args.config, args.overrides, launch=launch, values=values
+        "sample",
+        SampleConfig,
+        args.config,
+        args.overrides,
+        launch=launch,
+        values=sample_values(args),
     )
-    job = plan_process(args.command, context, name or args.command, (args.command,), config)
-    if args.command == "sample" and is_array(context, "sample"):
+    job = plan_process("sample", context, name or "sample", ("sample",), config)
+    if is_array(context, "sample"):
         job = as_array(job)
     return [replace(job, problems=tuple(problems))]
 
@@ -233,6 +237,29 @@ def plan_precompute(
         plans.append(as_array(plan) if array else plan)
     plans[0] = replace(plans[0], problems=tuple(problems))  # those of all columns
     return [*plans, replace(finalize, after=tuple(plan.name for plan in plans))]
+
+
+def plan_evaluation(
+    args: argparse.Namespace, context: SubmitContext, name: str | None
+) -> SubmitPlan:
+    """The job of an action of `landiff evaluate`. Paths of its options are made absolute."""
+    stage, cls = EVALUATIONS[args.action]
+    launch = context.launch()
+    config, problems = load_checked(stage, cls, args.config, args.overrides, launch=launch)
+    words = ["evaluate", args.action]
+    default = "evaluate"
+    if args.action != "conditions":
+        default = f"evaluate-{args.action}"
+    if args.action == "vbench":
+        problems += check_vbench(args, inputs_exist=launch.inputs_exist)
+        if args.vbench_python is not None:
+            words += ["--vbench-python", str(context.workdir / args.vbench_python)]
+        if args.dimensions is not None:
+            words += ["--dimensions", args.dimensions]
+        if args.augmented is not None:
+            words += ["--augmented", str(context.workdir / args.augmented)]
+    job = plan_process("evaluate", context, name or default, words, config)
+    return replace(job, problems=tuple(problems))
 
 
 def plan_convert(

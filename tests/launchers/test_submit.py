@@ -451,3 +451,23 @@ def test_the_cluster_file_in_the_run_folder_is_the_one_used(tmp_path):
     plan = one_process(tmp_path / "task", "pass")
     prepare_run(plan, ONE_RESTART)
     assert yaml.safe_load((plan.job.folder / "cluster.yaml").read_text())["scheduler"] == "local"
+
+
+def test_actions_of_evaluate_are_jobs_with_their_options(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    submit = ("submit", "evaluate", "--cluster", "sandbox", "--dry-run", "--after", "7")
+    options = ("--vbench-python", "env/bin/python", "--dimensions", "color,scene")
+    code, out, err = landiff(
+        capsys, *submit, "vbench", "--config", "nano/sample", *options, "out=vbench"
+    )
+    assert code == 0, err
+    python = tmp_path / "env" / "bin" / "python"
+    assert f"evaluate vbench --vbench-python {python} --dimensions color,scene" in out
+    assert "--job-name=evaluate-vbench" in out and "out: vbench" in out
+    code, out, err = landiff(capsys, *submit, "videos", "--config", "nano/videos")
+    assert code == 0 and "evaluate videos --config" in out, err
+    wrong = ("--dimensions", "taste", "--augmented", "nowhere.json")
+    code, _, err = landiff(capsys, *submit[:-2], "vbench", "--config", "nano/sample", *wrong)
+    assert code == 2
+    for text in ("--vbench-python PATH", "'taste' is no dimension", "nowhere.json does not exist"):
+        assert text in err

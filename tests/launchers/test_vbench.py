@@ -11,8 +11,8 @@ import pytest
 from landiff.configs.base import ConfigError
 from landiff.configs.loader import load
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results import vbench
-from landiff.launchers.results.vbench import VBenchPrompt, read_result, video_name
+from landiff.launchers.evaluation import vbench
+from landiff.launchers.evaluation.vbench import VBenchPrompt, read_result, video_name
 from landiff.model_zoo.evaluate.vbench import DIMENSIONS, PUBLISHED, PublishedRow, aggregate
 
 PROMPTS = [
