@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart learn test test-long lint docs slurm bench wheel clean
+.PHONY: install quickstart learn test test-long lint docs slurm browser bench wheel clean
 
 install: $(VENV)/.installed
 
@@ -29,17 +29,21 @@ learn: install
 PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 
-test: install lint docs slurm
+test: install lint docs slurm browser
 	$(BIN)/python -m pytest -m "not long and not gpu" tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
 
-test-long: install lint docs slurm
+test-long: install lint docs slurm browser
 	$(BIN)/python -m pytest -m "not gpu" --timeout 7200 tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" --timeout 7200
 
 # Tests of the launchers run a real SLURM: 13 MB of Debian packages, installed once as root.
 slurm:
 	tests/slurm/install.sh
+
+# Tests of `landiff demo` run a real browser: 64 MB of Debian packages, installed once as root.
+browser:
+	tests/launchers/demo/install.sh
 
 lint: install
 	$(BIN)/ruff check .

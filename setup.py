@@ -87,6 +87,7 @@ setup(
         "parquet": ["pyarrow>=17"],  # captions made elsewhere
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],  # local SQLite file
+        "demo": ["gradio>=6.31,<7"],  # needs pillow below 13; older versions an old huggingface_hub
         "docs": [
             "mkdocs==1.6.1",
             "mkdocs-material==9.8.2",
@@ -102,6 +103,7 @@ setup(
             "mypy>=2.4",
             "types-PyYAML>=6.0",
             "wandb>=0.31",
+            "gradio>=6.31,<7",
         ],
     },
     entry_points={"console_scripts": ["landiff = landiff.launchers.cli:main"]},

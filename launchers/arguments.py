@@ -13,6 +13,7 @@ from typing import NoReturn
 from landiff.launchers import help_texts
 from landiff.launchers.command_options import add_other_commands, add_stage_commands
 from landiff.launchers.data.options import add_data_commands, add_shape_commands
+from landiff.launchers.demo.options import add_demo
 from landiff.launchers.project.options import add_project_commands
 from landiff.launchers.results.options import add_result_commands
 from landiff.launchers.run.options import add_run_commands
@@ -58,6 +59,7 @@ def build_parser() -> Parser:
     add_data_commands(commands)
     add_weight_commands(commands)
     add_result_commands(commands)
+    add_demo(commands)
     add_run_commands(commands)
     add_other_commands(commands)
     add_shape_commands(commands)

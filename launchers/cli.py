@@ -117,6 +117,8 @@ def find_handler(command: str) -> Handler:
             from landiff.launchers.weights.commands import zoo_command as handler
         case "sample":
             from landiff.launchers.results.commands import sample_command as handler
+        case "demo":
+            from landiff.launchers.demo.commands import demo_command as handler
         case "evaluate":
             from landiff.launchers.results.commands import evaluate_command as handler
         case "config":

@@ -19,6 +19,8 @@ The pipeline, in order. Each command can be run alone, interrupted, and run agai
   landiff evaluate   --config nano/evaluate                   do the models use their conditions?
   landiff sample     --config nano/sample "a rabbit runs"     prompts -> mp4
 
+  landiff demo       --config nano/sample                     the same in a web browser
+
   landiff quickstart --out runs/quickstart                    all of it on packaged clips, on a CPU
 """
 
@@ -39,6 +41,12 @@ VBENCH = """
 VBench:
 
   landiff evaluate vbench --config landiff/sample --vbench-python vbench-env/bin/python out=vbench
+"""
+
+DEMO = """
+The page needs pip install 'landiff-pretrain[demo]'. From another machine, through SSH:
+
+  ssh -L 7860:localhost:7860 HOST       then open http://localhost:7860
 """
 
 TRAINERS = {

@@ -181,6 +181,8 @@ MISSING_INPUTS = {
     "landiff sample --config nano/sample --prompts prompts.txt": "No such file",
     'landiff sample --config nano/sample "vision=': "No such file",
     "landiff evaluate vbench": "max_text_tokens",
+    "landiff evaluate videos": "at least 2",  # the quickstart samples one prompt
+    "landiff submit evaluate --cluster my-site.yaml vbench": "max_text_tokens",
     "landiff shards --dry-run": "exist",
     "landiff shapes score --videos world/": "No such file",  # of the preset shapes
     "landiff shapes show --videos world/": "No such file",
@@ -247,6 +249,8 @@ def test_documented_commands_run(finished, monkeypatch, capsys):
             words = words[2:]
         if words[0] in ("train", "submit") and "--dry-run" not in words:
             words.insert(2, "--dry-run")
+        if words[0] == "demo":
+            words.insert(1, "--dry-run")
         if words[0] == "logs":
             words = [word for word in words if word != "--follow"]
         code, text = run_command(words, capsys)
