@@ -1,8 +1,7 @@
 """Checks before a job starts: all problems of its config and inputs, found without torch.
 
-`check(stage, config, launch)` is called by the command itself, by its `--dry-run` and by
-`landiff submit`. Checks of trainers are beside their configs (training/<trainer>/checks.py); those
-of the other stages are here.
+`check(stage, config, launch)` is called by the command itself, by its `--dry-run` and by `landiff
+submit`. Checks of trainers are beside their configs (training/<trainer>/checks.py).
 """
 
 from __future__ import annotations
@@ -28,12 +27,8 @@ from landiff.data_pipeline.precompute.config import (
     TokensColumn,
 )
 from landiff.data_pipeline.precompute.units import CARD
-from landiff.launchers.config import (
-    EvaluateConfig,
-    SampleConfig,
-    ShardsJobConfig,
-    VideoMetricsConfig,
-)
+from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.evaluation.checks import check_videos
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.stages import TRAINERS
 from landiff.model_zoo.config import (
@@ -521,19 +516,6 @@ def check_evaluate(config: EvaluateConfig, launch: Launch) -> list[Problem]:
                     f"prefix_frames = {config.prefix_frames} leaves nothing to compare of the "
                     f"{latent_frames} latent frames of {models.diffusion.reference}; lower it"
                 )
-            )
-    return problems
-
-
-def check_videos(config: VideoMetricsConfig, launch: Launch) -> list[Problem]:
-    """Problems of `landiff evaluate videos`: folders, output file and network."""
-    problems = check_writable("out", config.out.parent)
-    problems += check_encoder("features", config.features)
-    folders = {"videos": config.videos, "reference": config.reference}
-    for key, folder in folders.items():
-        if folder is not None and launch.inputs_exist and not folder.is_dir():
-            problems.append(
-                Problem(f"{key} = {folder} is not a folder; give a folder of mp4 files")
             )
     return problems
 
