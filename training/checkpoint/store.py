@@ -152,6 +152,8 @@ class CheckpointStore:
         """
         if not self.loop.may_roll_back or self._committed():
             return
+        # All ranks open the data together; rank 0, which asks for the position, cannot do it alone.
+        loader.state_dict()
         state.guard.anchor = state.step
         state.guard.anchor_rollbacks = 0
         self.save(state, engine, loader)
