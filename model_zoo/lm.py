@@ -199,8 +199,9 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Transformer over conditions and semantic tokens (§4).
 
-    `forward` returns the logits of whole sequences. Sampling calls `embed_prompt`, `embed_tokens`,
-    `transform` with a cache, and `logits`.
+    `forward` returns the logits of whole sequences. Sampling calls `embed_prompt` and
+    `embed_tokens`, then `sample.decode.Decoder`, or under autocast `transform` with a cache and
+    `logits`.
     """
 
     def __init__(self, config: LMConfig) -> None:
@@ -325,18 +326,22 @@ class LanguageModel(nn.Module):
         dtype = bos_B1D.dtype
         return torch.cat([bos_B1D, micro_B2D.to(dtype), projected_BLD.to(dtype)], dim=1)
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` positions.
-
-        If the steps run under autocast, create the cache under the same autocast. Raises
-        ConfigError for more positions than the model has.
-        """
+    def check_capacity(self, capacity: int) -> None:
+        """Raises ConfigError if a cache has more positions than the model."""
         if capacity > self.config.max_positions:
             raise ConfigError(
                 f"text and tokens of the video take {capacity} positions, more than the language "
                 f"model's max_positions = {self.config.max_positions}; ask for fewer frames or a "
                 "shorter text"
             )
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` positions.
+
+        If the steps run under autocast, create the cache under the same autocast. Raises
+        ConfigError for more positions than the model has.
+        """
+        self.check_capacity(capacity)
         weight = next(iter(self._blocks())).wqkv.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from landiff.model_zoo.config import TokenSamplingConfig
 from landiff.model_zoo.lm import KVCache, LanguageModel
+from landiff.model_zoo.sample.decode import Decoder
 from landiff.model_zoo.token_layout import CODE, SamplingTable
 
 # draw(probabilities_BV, step) returns int64 ids [B]. Step 0 is the position after the first SI.
@@ -71,7 +72,6 @@ class Prompts:
     span: tuple[float, float] = (0.0, 1.0)
 
 
-@torch.no_grad()
 def sample_tokens(
     model: LanguageModel,
     prompts: Prompts,
@@ -90,6 +90,22 @@ def sample_tokens(
     Runs on the device of the model, in its dtype or that of a surrounding autocast. Raises
     ValueError for shapes, lengths and prefix codes that do not fit.
     """
+    with torch.inference_mode():
+        sampled = _sample(model, prompts, num_frames, config, seeds, draw, progress)
+    # Tensors that were made in inference mode cannot be used everywhere.
+    return SampledTokens(sampled.codes_BK.clone(), sampled.num_frames_B.clone())
+
+
+def _sample(
+    model: LanguageModel,
+    prompts: Prompts,
+    num_frames: int,
+    config: TokenSamplingConfig,
+    seeds: Sequence[int] | None,
+    draw: Draw | None,
+    progress: Callable[[int, int], None] | None,
+) -> SampledTokens:
+    """The body of `sample_tokens`."""
     batch = len(prompts.text_BLD)
     body = _Body(model, prompts, num_frames, config)
     choose = _draw_function(batch, body, config, seeds, draw)
@@ -230,6 +246,7 @@ class _Body:
         self.length = len(self.table.forced_N)
         self.is_code_N = self.table.forced_N == CODE
         self.code_positions_K = torch.from_numpy(self.is_code_N.nonzero()[0]).to(self.device)
+        self.all_legal_G = [bool(legal_V.all()) for legal_V in self.table.legal_GV]
         self.illegal_GV = ~torch.from_numpy(self.table.legal_GV).to(self.device)
         forced_N = torch.from_numpy(self.table.forced_N).to(self.device)
         self.tokens_BN = forced_N.repeat(batch, 1)
@@ -268,8 +285,7 @@ class _Body:
         group = self.table.group_N[position]
         logits_BV = logits_BV.masked_fill(self.illegal_GV[group], -math.inf)
         # Restricted structural positions are not filtered further (§4.7).
-        restricted = not self.table.legal_GV[group].all()
-        if self.is_code_N[position] or not restricted:
+        if self.is_code_N[position] or self.all_legal_G[group]:
             if config.top_k is not None:
                 logits_BV = keep_top_k(logits_BV, config.top_k)
             elif config.top_p is not None:
@@ -296,6 +312,16 @@ class _Body:
         return codes_BK.clamp(0, self.layout.codebook_size - 1)
 
 
+def new_cache(model: LanguageModel, rows: int, capacity: int) -> Decoder | KVCache:
+    """A decoder with a cache, or a cache for the model itself under autocast.
+
+    Under autocast the decoder's products would be cast by it in other places than the model's.
+    """
+    if torch.is_autocast_enabled(model.token_embedding.weight.device.type):
+        return model.new_cache(rows, capacity)
+    return Decoder(model, rows, capacity)
+
+
 class _Decoder:
     """The model with its cache. Feeds new tokens and returns the logits of the next one.
 
@@ -317,8 +343,8 @@ class _Decoder:
         self.device = model.token_embedding.weight.device
         self.prompt_RPD, self.pads_R = self._embed(prompts, num_frames)
         rows, prompt_length, _ = self.prompt_RPD.shape
-        # EOS is not fed.
-        self.cache: KVCache = model.new_cache(rows, prompt_length + body_length - 1)
+        capacity = prompt_length + body_length - 1  # EOS is not fed
+        self.cache = new_cache(model, rows, capacity)
         self.fed = 0  # positions of the body that are in the cache
 
     def _embed(self, prompts: Prompts, num_frames: int) -> tuple[Tensor, Tensor | None]:
@@ -379,11 +405,16 @@ class _Decoder:
         new_RS = new_BS
         if self.guided:
             new_RS = torch.cat([new_BS, new_BS])
-        x_RSD = self.model.embed_tokens(new_RS)
+        if isinstance(self.cache, Decoder):
+            x_RSD = self.model.token_embedding(new_RS)
+        else:
+            x_RSD = self.model.embed_tokens(new_RS)
         if not self.fed:
             x_RSD = torch.cat([self.prompt_RPD, x_RSD], dim=1)
         self.fed = tokens_BN.shape[1]
         mask = self._mask(self.cache.length, x_RSD.shape[1])
+        if isinstance(self.cache, Decoder):
+            return self.cache.step(x_RSD, mask)
         hidden_RSD = self.model.transform(x_RSD, cache=self.cache, mask=mask)
         return self.model.logits(hidden_RSD[:, -1:])[:, 0]
 

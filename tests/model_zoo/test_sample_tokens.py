@@ -10,6 +10,7 @@ import torch
 from landiff.configs import ConfigError, validate
 from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
 from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample.decode import Decoder
 from landiff.model_zoo.sample.tokens import (
     Prompts,
     keep_top_k,
@@ -211,9 +212,15 @@ def test_a_seed_gives_in_reference_behaviour_what_the_reference_drew_with_it(run
     assert torch.equal(sampled.codes_BK, GOLDEN.outputs[f"{run['name']}.codes"])
 
 
-def test_only_codes_cost_a_step(model):
+def test_only_codes_cost_a_step(model, monkeypatch):
     calls = []
-    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    forward = Decoder._forward
+
+    def counting(*arguments):
+        calls.append(1)
+        return forward(*arguments)
+
+    monkeypatch.setattr(Decoder, "_forward", counting)
     codes = sample_tokens(model, some_prompts(2), 5, TokenSamplingConfig(), seeds=[0, 1]).codes_BK
     assert len(calls) == codes.shape[1]
 
@@ -408,6 +415,40 @@ def test_half_weights_and_autocast_draw_the_same(model):
         ).codes_BK,
         expected,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_decoder_equals_the_model_with_a_cache(model, dtype):
+    """In float32 sums are added in another order.
+
+    In bfloat16 all roundings are the same, except that attention to the whole cache, of which the
+    static step masks a part, rounds probabilities of 8 bits in other blocks.
+    """
+    model.to_inference(dtype)
+    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    cache = model.new_cache(2, 20)
+    decoders = [Decoder(model, 2, 20), Decoder(model, 2, 20, graphs=True)]  # dynamic, static
+    for start, end in ((0, 9), (9, 10), (10, 13), (13, 20)):
+        hidden = model.transform(x[:, start:end], cache=cache)
+        expected = model.logits(hidden[:, -1:])[:, 0]
+        for decoder in decoders:
+            found = decoder.step(x[:, start:end])
+            tolerance = 4e-3 if decoder.graphs and dtype == torch.bfloat16 else 2e-6
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    assert [decoder.length for decoder in decoders] == [20, 20]
+
+
+def test_a_decoding_step_takes_few_operators_and_none_that_waits(model):
+    """Each costs some microseconds of dispatch, which at batch 1 is most of the time."""
+    decoder = Decoder(model, 2, 20)
+    decoder.step(torch.zeros(2, 9, 32))
+    with torch.profiler.profile() as profile:
+        decoder.step(torch.zeros(2, 1, 32))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert "aten::item" not in counts and "aten::_local_scalar_dense" not in counts
+    assert "aten::cat" not in counts
+    assert counts["aten::copy_"] <= 5 * CONFIG.num_layers
+    assert sum(counts.values()) < 90 * CONFIG.num_layers + 30
 
 
 @pytest.mark.parametrize(
