@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from landiff.model_zoo.attention import attention
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
-from landiff.model_zoo.layers import rotary_angles, rotate, run_block, sinusoid
+from landiff.model_zoo.layers import compile_blocks, rotary_angles, rotate, run_block, sinusoid
 from landiff.model_zoo.semantic_condition import SemanticCondition
 
 BLOCK_NORM_EPS = 1e-5  # of input, MLP and final norms, as the released model computes them (§8.16)
@@ -307,6 +307,10 @@ class DiffusionTransformer(nn.Module):
             )
         return self.finish(x_BSD, time_BE, text_length, latents_BTCHW.shape)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block at its first call. options: those of torch.compile."""
+        compile_blocks(self.blocks, **options)
+
     def rotation(self, latents_BTCHW: Tensor) -> Rotation | None:
         """Rotary embedding of the patches of `latents_BTCHW`, None if the config has none."""
         patch = self.config.patch_size
@@ -422,6 +426,10 @@ class ControlledDiffusion(nn.Module):
                 h_BSD = control.projections[layer](h_BSD)
                 x_BSD = x_BSD + h_BSD
         return main.finish(x_BSD, time_BE, length, latents_BTCHW.shape)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block of both transformers at its first call."""
+        compile_blocks([*self.transformer.blocks, *self.control.blocks], **options)
 
     @torch.no_grad()
     def copy_main_to_control(self) -> None:

@@ -12,7 +12,9 @@ Source: semantic tokenizer of LanDiff (arXiv 2503.04606), with the masks of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -261,11 +263,12 @@ def span_attention(
 
     The spans together must contain every query exactly once.
     """
+    own = _partition(q_BSAd, [part for span in spans for part in span.queries])
+    all_keys = _gather(k_BSAd, [span.keys for span in spans])
+    all_values = _gather(v_BSAd, [span.keys for span in spans])
     pieces: dict[int, Tensor] = {}  # by first position
-    for span in spans:
-        queries = _gather(q_BSAd, span.queries)
-        keys = _gather(k_BSAd, span.keys)
-        values = _gather(v_BSAd, span.keys)
+    for span, keys, values in zip(spans, all_keys, all_values, strict=True):
+        queries = _joined([own[part.start] for part in span.queries])
         result = attention(queries, keys, values, causal=span.causal)
         lengths = [part.stop - part.start for part in span.queries]
         for part, piece in zip(span.queries, result.split(lengths, dim=1), strict=True):
@@ -273,8 +276,49 @@ def span_attention(
     return torch.cat([pieces[start] for start in sorted(pieces)], dim=1)
 
 
-def _gather(x_BSAd: Tensor, parts: tuple[slice, ...]) -> Tensor:
-    """Concatenated slices of the sequence, without a copy if there is only one."""
-    if len(parts) == 1:
-        return x_BSAd[:, parts[0]]
-    return torch.cat([x_BSAd[:, part] for part in parts], dim=1)
+def _partition(x_BSAd: Tensor, parts: Iterable[slice]) -> dict[int, Tensor]:
+    """The sequence divided into `parts`, which contain each position once, by first position."""
+    ordered = sorted(parts, key=lambda part: part.start)
+    pieces = x_BSAd.split([part.stop - part.start for part in ordered], dim=1)
+    return {part.start: piece for part, piece in zip(ordered, pieces, strict=True)}
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Pieces laid end to end, without a copy if there is only one."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _gather(x_BSAd: Tensor, groups: list[tuple[slice, ...]]) -> tuple[Tensor, ...]:
+    """For each group, its slices of the sequence laid end to end."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x_BSAd.requires_grad):
+        return _slices(x_BSAd, groups)
+    return _Gather.apply(x_BSAd, groups)
+
+
+def _slices(x_BSAd: Tensor, groups: list[tuple[slice, ...]]) -> tuple[Tensor, ...]:
+    joined = []
+    for parts in groups:
+        joined.append(_joined([x_BSAd[:, part] for part in parts]))
+    return tuple(joined)
+
+
+class _Gather(torch.autograd.Function):
+    """`_slices` whose backward pass adds all gradients into one tensor.
+
+    autograd makes a gradient of the whole length for each slice. The order of the sums is the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BSAd: Tensor, groups: list[tuple[slice, ...]]) -> tuple[Tensor, ...]:
+        ctx.groups = groups
+        ctx.shape = x_BSAd.shape
+        return _slices(x_BSAd, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total_BSAd = gradients[0].new_zeros(ctx.shape)
+        for parts, gradient in reversed(list(zip(ctx.groups, gradients, strict=True))):
+            lengths = [part.stop - part.start for part in parts]
+            for part, piece in zip(parts, gradient.split(lengths, dim=1), strict=True):
+                total_BSAd[:, part] += piece
+        return total_BSAd, None

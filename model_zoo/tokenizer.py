@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from landiff.model_zoo.frame_spans import (
     sequence_angles,
     span_attention,
 )
-from landiff.model_zoo.layers import rotate, run_block
+from landiff.model_zoo.layers import compile_blocks, rotate, run_block
 
 log = logging.getLogger(__name__)
 
@@ -311,6 +312,10 @@ class SemanticTokenizer(nn.Module):
         """Sets whether the backward pass computes the blocks' activations again to save memory."""
         self.encoder.recompute = recompute
         self.decoder.recompute = recompute
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block at its first call. options: those of torch.compile."""
+        compile_blocks([*self.encoder.blocks, *self.decoder.blocks], **options)
 
     def set_feature_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
         """Sets mean and deviation of the feature channels, used if `normalize_features` is on."""

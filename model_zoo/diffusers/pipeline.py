@@ -67,6 +67,7 @@ from landiff.model_zoo.diffusers.encoders import (
 from landiff.model_zoo.diffusers.outputs import OUTPUTS, LanDiffPipelineOutput
 from landiff.model_zoo.diffusers.placement import ComponentPlacement
 from landiff.model_zoo.frozen.base import LatentCodec, VisionFeatures
+from landiff.model_zoo.layers import compile_blocks
 from landiff.model_zoo.sample.generate import (
     Models,
     draw_codes,
@@ -445,8 +446,7 @@ class LanDiffPipeline(ComponentPlacement):
         options: those of torch.compile.
         """
         for blocks in (self.transformer.model.blocks, self.control.model.control.blocks):
-            for block in blocks:
-                block.compile(**options)
+            compile_blocks(blocks, **options)
 
     def load_adapter(self, folder: str | Path, scale: float = 1.0, *, merge: bool = True) -> None:
         """Adds a LoRA adapter, the folder of a zoo entry, to the model that it was trained on.

@@ -17,6 +17,9 @@ from landiff.model_zoo.convert.formats.release_tokenizer import RULES
 from landiff.model_zoo.convert.rules import apply_rules, check_against
 from landiff.model_zoo.frame_spans import (
     LatentGrid,
+    Sequence,
+    _gather,
+    _slices,
     decoder_spans,
     dense_mask,
     encoder_spans,
@@ -99,6 +102,41 @@ def test_spans_equal_one_dense_mask(spans):
     torch.testing.assert_close(
         span_attention(q, k, v, spans(sequence)), dense, atol=1e-6, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spans", [encoder_spans, decoder_spans])
+def test_gradients_of_spans_equal_those_of_slices_without_their_full_length(spans, dtype):
+    sequence = Sequence(3, 6, 4, 2)
+    random = torch.Generator().manual_seed(0)
+    shape = (2, sequence.length, 2, 8)
+    leaf = torch.randn(shape, generator=random).to(dtype).requires_grad_()
+    groups = [span.keys for span in spans(sequence)]
+    gathered = _gather(leaf, groups)
+    sliced = _slices(leaf, groups)
+    assert all(map(torch.equal, gathered, sliced))
+    grown = [torch.randn(x.shape, generator=random).to(dtype) for x in sliced]
+    (expected,) = torch.autograd.grad(sliced, leaf, grown)
+    with torch.profiler.profile() as profile:
+        (found,) = torch.autograd.grad(gathered, leaf, grown)
+    assert torch.equal(found, expected)
+    assert not any("slice_backward" in event.key for event in profile.key_averages())
+
+
+def test_compiled_blocks_equal_eager_ones(tokenizer):
+    """Traced and differentiated by the compiler, and run by the same kernels."""
+    x_BTChw = features()
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            tokenizer.compile_blocks(backend="aot_eager")
+        tokenizer.zero_grad()
+        output = tokenizer(x_BTChw)
+        output.loss.backward()
+        gradients = [p.grad.clone() for p in tokenizer.parameters() if p.grad is not None]
+        found.append((output.indices, output.decoded.detach(), gradients))
+    assert torch.equal(found[1][0], found[0][0])
+    torch.testing.assert_close(found[1][1:], found[0][1:], atol=1e-6, rtol=1e-5)
 
 
 def test_earlier_frames_do_not_know_later_ones(tokenizer):

@@ -247,6 +247,13 @@ class DiffusionTrainConfig(TrainConfig):
             "takes about a third more time."
         ),
     )
+    compile_blocks: bool = Field(
+        default=False,
+        description=(
+            "Compile the blocks of the transformers with torch.compile, which needs a compiler: "
+            "faster on CUDA after minutes at the start. Results differ in the last bits."
+        ),
+    )
     preview_codec: CodecConfig | None = Field(
         default=None,
         description="Codec that decodes latents for previews in TensorBoard. null: no previews.",
@@ -282,6 +289,11 @@ class DiffusionTrainConfig(TrainConfig):
             problems.append("lora needs init_from, the zoo reference of the weights it adapts")
         if self.preview_prompts:
             problems += self._prompt_problems()
+        if self.compile_blocks and self.zero.stage == 3:
+            problems.append(
+                "compile_blocks = true does not work with zero.stage = 3, which gathers the "
+                "weights of each block in Python; set zero.stage to 1 or 2"
+            )
         latent_frames = self.model.transformer.latent_frames
         longest = max(self.prefix.lengths)
         if self.prefix.probability and longest >= latent_frames:

@@ -42,6 +42,8 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
         load_start(model, registry.resolve(config.zoo, config.init_from, kind=START_KINDS))
     with rng.seeded(config.loop.seed, "lora", control):
         _select_trained(model, config)
+    if config.compile_blocks:
+        model.compile_blocks()
     return model
 
 

@@ -167,6 +167,13 @@ class LMTrainConfig(TrainConfig):
             "Linear layers and norms: Megatron-core's own (`local`) or Transformer Engine's (`te`)."
         ),
     )
+    compile_blocks: bool = Field(
+        default=False,
+        description=(
+            "Compile norms and MLPs of the layers with torch.compile, which needs a compiler: "
+            "faster on CUDA after minutes at the start. Results differ in the last bits."
+        ),
+    )
     tokens_column: str = Field(default="tokens", description="Column of the semantic tokens.")
     tokenizer: str | None = Field(
         default=None,

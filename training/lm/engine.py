@@ -77,6 +77,8 @@ class MegatronEngine:
             self.dp_rank = parallel_state.get_data_parallel_rank()
             seed_tensor_parallel(config.loop.seed)
             self.model = MegatronLM(config)
+            if config.compile_blocks:
+                self.model.compile_blocks()
             self.clock = StepClock(self.device, self.model)
             weights = self._first_weights()
             self.load_weights(weights)

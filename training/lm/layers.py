@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.attention import attention_varlen
-from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate
+from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate_pairs
 from landiff.training.lm.config import LMTrainConfig
 
 
@@ -42,10 +42,10 @@ from landiff.training.lm.config import LMTrainConfig
 class PackedRow(PackedSeqParams):
     """Megatron-core's description of a packed row, with the rotations that all layers share.
 
-    rotary: cosines and sines, float32 [N, d/2] each.
+    rotary: cosines as real and sines as imaginary parts, complex64 [N, 1, d/2].
     """
 
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: Tensor | None = None
 
 
 class MegatronRMSNorm(RMSNorm):
@@ -124,8 +124,8 @@ class PackedAttention(MegatronModule):
         """query, key, value: [N, A, d]. Returns [N, A · d]."""
         row = packed_seq_params
         assert row.rotary is not None
-        q_NAd = rotate(query, *row.rotary)
-        k_NAd = rotate(key, *row.rotary)
+        q_NAd = rotate_pairs(query, row.rotary)
+        k_NAd = rotate_pairs(key, row.rotary)
         attended_NAd = attention_varlen(
             q_NAd, k_NAd, value, row.cu_seqlens_q, row.max_seqlen_q, causal=True
         )

@@ -10,6 +10,7 @@ samples, D width of a vector (of text states or of the model), V vocabulary of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -27,7 +28,7 @@ from landiff.model_zoo.convert.formats.megatron import (
     to_megatron,
 )
 from landiff.model_zoo.convert.rules import rule_groups
-from landiff.model_zoo.layers import rotary_table
+from landiff.model_zoo.layers import compile_blocks, rotary_table
 from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training.lm.batch import LMRow, pad_to
@@ -74,6 +75,15 @@ class MegatronLM(GPTModel):
         if self.adapted:
             freeze_base(self)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles norms and MLP of each layer at their first call.
+
+        options: those of torch.compile. Attention of a packed row is not compiled: it has its own
+        kernels, or on the CPU one call for each length.
+        """
+        for layer in self.decoder.layers:
+            compile_blocks([layer.input_layernorm, layer.pre_mlp_layernorm, layer.mlp], **options)
+
     def embed(self, row: LMRow) -> Tensor:
         """Token embeddings, with the condition vectors at their positions.
 
@@ -101,14 +111,16 @@ class MegatronLM(GPTModel):
         tensor-parallel ranks. Pipeline stages before the last return hidden states, which
         Megatron's schedule sends to the next stage.
         """
-        rotary = rotary_table(row.positions_N, self.config.kv_channels, self.sizes.rope_theta)
+        cos_Nd, sin_Nd = rotary_table(
+            row.positions_N, self.config.kv_channels, self.sizes.rope_theta
+        )
         packed = PackedRow(
             qkv_format="thd",
             cu_seqlens_q=row.cu_seqlens,
             cu_seqlens_kv=row.cu_seqlens,
             max_seqlen_q=row.max_seqlen,
             max_seqlen_kv=row.max_seqlen,
-            rotary=rotary,
+            rotary=torch.complex(cos_Nd, sin_Nd)[:, None],
         )
         embedded = None
         if self.pre_process:

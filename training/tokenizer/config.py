@@ -100,6 +100,13 @@ class TokenizerTrainConfig(TrainConfig):
         ),
     )
 
+    compile_blocks: bool = Field(
+        default=False,
+        description=(
+            "Compile the blocks of encoder and decoder with torch.compile, which needs a compiler: "
+            "faster on CUDA after minutes at the start. Results differ in the last bits."
+        ),
+    )
     init_from: str | None = Field(
         default=None,
         description=(

@@ -68,6 +68,8 @@ class TokenizerEngine:
             entry = registry.resolve(config.zoo, config.init_from, kind="tokenizer")
             self.tokenizer.load_state_dict(entry.load(), strict=True)
         self.tokenizer.set_recompute(config.recompute)
+        if config.compile_blocks:
+            self.tokenizer.compile_blocks()
         self.tokenizer.to(world.device).train()
         self.sampling = KeyedSampling(config.loop.seed, world)
         self.sampling.install(self.tokenizer)

@@ -103,6 +103,15 @@ def gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
     }
 
 
+def train_compiled(config: LMTrainConfig) -> list[float]:
+    """As `train`, through the compiler's tracing and differentiation and the same kernels."""
+    engine = MegatronEngine(config)
+    engine.model.compile_blocks(backend="aot_eager")
+    losses = [float(engine.train_step(tiny_batch(config, step)).loss) for step in range(STEPS)]
+    engine.close()
+    return losses
+
+
 def all_checks(world: Any, folder: Path) -> dict[str, Any]:
     """Everything below, in one process; tests look at the parts."""
     config = tiny_config(folder)
@@ -116,6 +125,7 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
         "distributed optimizer": train(
             tiny_config(folder, {"distributed_optimizer": True, "overlap": True})
         ),
+        "compiled": train_compiled(config),
         "bf16": train(tiny_config(folder, precision="bf16")),
         "fused": train(tiny_config(folder, optim={"fused": True})),
         "phases": train(curriculum(folder)),
@@ -237,6 +247,10 @@ def test_training_follows_the_plain_torch_model_through_five_steps(found):
     # two implementations of the same sums in float32
     assert found["megatron"] == pytest.approx(found["plain"], abs=1e-5)
     assert found["plain"][0] - found["plain"][-1] > 0.05
+
+
+def test_compiled_layers_train_as_eager_ones(found):
+    assert found["compiled"] == pytest.approx(found["megatron"], abs=1e-6)
 
 
 def test_the_fused_update_computes_the_same(found):
