@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart learn test test-long lint docs slurm browser bench wheel clean
+.PHONY: install quickstart learn test test-long lint docs slurm browser bench bench-gpu wheel clean
 
 install: $(VENV)/.installed
 
@@ -56,8 +56,12 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
-	for table in $(notdir $(basename $(wildcard benchmarks/*.py))); do \
+	for table in $(filter-out gpu,$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 	  echo "== $$table"; $(BIN)/python -m benchmarks.$$table || exit 1; done
+
+# Every row against its limit and its peer. `make bench-gpu OPTIONS=--dry-run`: toy sizes, any machine.
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu $(OPTIONS)
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from benchmarks.support.models import (
 )
 from landiff.configs import load
 from landiff.data_pipeline.loading.loader import Batch, Sample
-from landiff.model_zoo.config import TransformerConfig
+from landiff.model_zoo.config import ScheduleConfig, TransformerConfig
 from landiff.training import distributed, optim
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.model import build_phase_model
@@ -68,6 +70,34 @@ def step_flops(model: TransformerConfig, samples: int) -> float:
     per_block = 12 * dim**2 * length + 12 * dim * model.time_embed_dim + 2 * dim * length**2
     ends = 2 * (length - model.text_length) * patch * dim + model.text_length * model.text_dim * dim
     return 3 * samples * 2 * (model.num_layers * per_block + ends)
+
+
+def train_config(
+    transformer: TransformerConfig,
+    schedule: ScheduleConfig,
+    folder: Path,
+    samples: int,
+    precision: str,
+    **changes: Any,
+) -> DiffusionTrainConfig:
+    """A config whose steps train `transformer` on one micro-batch of `samples` clips."""
+    values: dict[str, Any] = {
+        "run": folder,
+        "zoo": folder,
+        "phase": "main",
+        "loop": {"steps": 1000},
+        "optim": {"lr": 1e-4, "fused": True},
+        "data": {
+            "manifest": "none",
+            "global_batch_size": samples,
+            "micro_batch_size": samples,
+        },
+        "model": {"transformer": transformer.model_dump(), "control_layers": 1},
+        "schedule": schedule.model_dump(),
+        "precision": precision,
+        "text_column": "text",
+    }
+    return load(DiffusionTrainConfig, {**values, **changes})
 
 
 def make_batch(config: DiffusionTrainConfig) -> Batch:
@@ -175,25 +205,16 @@ def main() -> None:
     transformer = preset.diffusion.transformer.model_copy(update={"num_layers": layers})
     with distributed.start() as world, tempfile.TemporaryDirectory() as folder:
         precision = options.precision or default_precision(world.device)
-        values = {
-            "run": folder,
-            "zoo": folder,
-            "phase": "main",
-            "loop": {"steps": 1000},
-            "optim": {"lr": 1e-4, "fused": options.fused},
-            "data": {
-                "manifest": "none",
-                "global_batch_size": options.samples,
-                "micro_batch_size": options.samples,
-            },
-            "model": {"transformer": transformer.model_dump(), "control_layers": 1},
-            "schedule": preset.schedule.model_dump(),
-            "zero": {"stage": options.stage},
-            "precision": precision,
-            "recompute": options.recompute,
-            "text_column": "text",
-        }
-        config = load(DiffusionTrainConfig, values)
+        config = train_config(
+            transformer,
+            preset.schedule,
+            Path(folder),
+            options.samples,
+            precision,
+            optim={"lr": 1e-4, "fused": options.fused},
+            zero={"stage": options.stage},
+            recompute=options.recompute,
+        )
         rows = measure(config, world, options.repeats)
         peak = matmul_peak(world.device, dtype_of(precision))
     print(

@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,29 @@ def step_flops(config: LMConfig, samples: int, length: int) -> float:
     weights = config.num_layers * per_block + config.hidden_size * TokenLayout.of(config).vocab_size
     attention = 2 * config.num_layers * config.hidden_size * length**2
     return 3 * samples * (2 * weights * length + attention)
+
+
+def train_config(
+    model: LMConfig, folder: Path, samples: int, precision: str, **changes: Any
+) -> LMTrainConfig:
+    """A config whose steps train `model` on one packed row of `samples` clips."""
+    values: dict[str, Any] = {
+        "run": folder,
+        "zoo": folder,
+        "loop": {"steps": 1000},
+        "optim": {"lr": 1e-4, "fused": True},
+        "model": model.model_dump(),
+        "data": {
+            "manifest": "none",
+            "global_batch_size": samples,
+            "micro_batch_size": samples,
+        },
+        "precision": precision,
+        "text_column": "text",
+        "text_dropout": 0.0,
+        "vocab_multiple": 8,
+    }
+    return load(LMTrainConfig, {**values, **changes})
 
 
 def make_batch(config: LMTrainConfig, text_length: int) -> Batch:
@@ -196,25 +220,15 @@ def main() -> None:
         model = model.model_copy(update={"num_layers": options.layers})
     with distributed.start() as world, tempfile.TemporaryDirectory() as folder:
         precision = options.precision or default_precision(world.device)
-        values = {
-            "run": Path(folder),
-            "zoo": Path(folder),
-            "loop": {"steps": 1000},
-            "optim": {"lr": 1e-4, "fused": options.fused},
-            "model": model.model_dump(),
-            "data": {
-                "manifest": "none",
-                "global_batch_size": options.samples,
-                "micro_batch_size": options.samples,
-            },
-            "precision": precision,
-            "recompute": options.recompute,
-            "layers": options.layer_library,
-            "text_column": "text",
-            "text_dropout": 0.0,
-            "vocab_multiple": 8,
-        }
-        config = load(LMTrainConfig, values)
+        config = train_config(
+            model,
+            Path(folder),
+            options.samples,
+            precision,
+            optim={"lr": 1e-4, "fused": options.fused},
+            recompute=options.recompute,
+            layers=options.layer_library,
+        )
         rows = measure(config, options.text_length, options.repeats, world.device)
         peak = matmul_peak(world.device, dtype_of(precision))
     length = TokenLayout.of(model).sequence_length(model.segment_frames, options.text_length)

@@ -1,6 +1,7 @@
-"""Speed of token sampling: with key/value cache, without it, and relative to memory bandwidth.
+"""Speed of token sampling: with the decoder, with the model's own cache, and without a cache.
 
     python -m benchmarks.sample_lm --preset nano
+    git worktree add ../old dde0a06 && python -m benchmarks.sample_lm --baseline ../old
     python -m benchmarks.sample_lm --preset landiff --device cuda
 
 A token is one drawn code of one prompt; with guidance it costs two rows. Every cached step reads
@@ -12,16 +13,22 @@ can exceed the copy. Sampling without cache is timed at evenly spaced lengths an
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.support.models import PRESETS, device_name, load_preset, timed
 from landiff.model_zoo.config import LMConfig, TokenSamplingConfig
 from landiff.model_zoo.lm import LanguageModel
+from landiff.model_zoo.sample import tokens
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
+from landiff.training.replace import replaced
 
 COPY_BYTES = 256 * 2**20
 
@@ -94,8 +101,34 @@ def step_bytes(model: LanguageModel, rows: int, positions: float) -> float:
     return weights + 2 * config.num_layers * rows * positions * config.hidden_size * element
 
 
-def measure_cached(model: LanguageModel, case: Case) -> Row:
-    """Samples whole videos with the cache."""
+def baseline_sampler(
+    folder: Path, model: LanguageModel, prompts: Prompts, case: Case
+) -> Callable[[], Tensor]:
+    """The sampler of a worktree of commit dde0a06, whose modules are called `model_zoo`."""
+    sys.path.insert(0, str(folder))
+    config = importlib.import_module("model_zoo.config")
+    sampler = importlib.import_module("model_zoo.sample.tokens")
+    old = importlib.import_module("model_zoo.lm").LanguageModel(
+        config.LMConfig(**model.config.model_dump())
+    )
+    assert Path(sampler.__file__ or "").is_relative_to(folder), sampler.__file__
+    old.load_state_dict(model.state_dict())
+    old.to_inference(block_weight(model).dtype).to(model.head.weight.device)
+    options = config.TokenSamplingConfig(guidance=case.guidance)
+    old_prompts = sampler.Prompts(prompts.text_BLD, prompts.motion_score_B)
+    seeds = list(range(case.batch))
+
+    def sample() -> Tensor:
+        return sampler.sample_tokens(old, old_prompts, case.frames, options, seeds=seeds).codes_BK
+
+    return sample
+
+
+def measure_cached(model: LanguageModel, case: Case, baseline: Path | None = None) -> list[Row]:
+    """Samples whole videos in turns: with the decoder, with the model itself, as a baseline.
+
+    baseline: worktree of commit dde0a06.
+    """
     device = model.head.weight.device
     prompts = Prompts(
         torch.randn(case.batch, case.text_length, model.config.text_dim, device=device),
@@ -104,20 +137,38 @@ def measure_cached(model: LanguageModel, case: Case) -> Row:
     config = TokenSamplingConfig(guidance=case.guidance)
     seeds = list(range(case.batch))
 
-    def sample() -> object:
-        return sample_tokens(model, prompts, case.frames, config, seeds=seeds)
+    def sample() -> Tensor:
+        return sample_tokens(model, prompts, case.frames, config, seeds=seeds).codes_BK
 
-    time_s = seconds(sample, device, case.repeats)
+    def sample_with_model() -> Tensor:
+        with replaced(tokens, "new_cache", LanguageModel.new_cache):
+            return sample()
+
+    ways = {"decoder": sample, "model": sample_with_model}
+    if baseline is not None:
+        ways["baseline"] = baseline_sampler(baseline, model, prompts, case)
+    for way in ways.values():
+        way()  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(case.repeats):
+        for name, way in ways.items():
+            times[name].append(timed(way, device))
     steps = model.layout.num_codes(case.frames)
     first = model.layout.first_start(case.text_length)
     last = model.layout.sequence_length(case.frames, case.text_length)
-    return Row(
-        method="cache",
-        batch=case.batch,
-        tokens_per_s=case.batch * steps / time_s,
-        step_ms=1e3 * time_s / steps,
-        bytes_per_step=step_bytes(model, case.rows, (first + last) / 2),
-    )
+    rows = []
+    for name in ways:
+        time_s = min(times[name])
+        rows.append(
+            Row(
+                method=name,
+                batch=case.batch,
+                tokens_per_s=case.batch * steps / time_s,
+                step_ms=1e3 * time_s / steps,
+                bytes_per_step=step_bytes(model, case.rows, (first + last) / 2),
+            )
+        )
+    return rows
 
 
 @torch.no_grad()
@@ -172,7 +223,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-length", type=int, default=32, help="text tokens of a prompt")
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--baseline", type=Path, help="worktree of commit dde0a06, whose sampler is timed in turns"
+    )
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument(
         "--lengths", type=int, default=8, help="lengths at which steps without cache are timed"
     )
@@ -195,7 +249,7 @@ def main() -> None:
     rows = []
     for batch in options.batches:
         case = Case(batch, frames, options.text_length, options.guidance, options.repeats)
-        rows.append(measure_cached(model, case))
+        rows += measure_cached(model, case, options.baseline)
         rows.append(measure_recomputing(model, case, options.lengths))
 
     parameters = sum(parameter.numel() for parameter in model.parameters())

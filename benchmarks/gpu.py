@@ -1,0 +1,448 @@
+"""Speed on a GPU against its limits and against peers of the same sizes, in one table.
+
+    make bench-gpu
+    python -m benchmarks.gpu --only lm sampling
+    python -m benchmarks.gpu --dry-run         # every row at toy size, on the CPU too
+
+Rows, their limit and their peer:
+
+    attention      each kernel, forward and backward; peak of the device; torch's own kernels
+    lm             the trainer's step; 50 % MFU; Megatron-core's GPT, with Transformer Engine if it
+                   is installed
+    diffusion      the trainer's step; 45 % MFU; diffusers' CogVideoXTransformer3DModel
+    checkpoint     seconds that saving stops training; 1 s
+    tokens         sampling at batch 1; reading weights and cache once a token; the model itself
+    latents        sampling with guidance; peak of the device; two passes in turns, as the release
+
+Peers train with autocast and torch's fused AdamW. The peak of an unknown device is that of the
+fastest matmul.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import diffusion, lm, sample_lm
+from benchmarks.support.models import (
+    PRESETS,
+    autocast,
+    default_precision,
+    device_name,
+    dtype_of,
+    load_preset,
+    matmul_peak,
+    timed,
+)
+from landiff.model_zoo.attention import Backend, attention, find_installed, prefer
+from landiff.model_zoo.config import ModelConfig
+from landiff.model_zoo.dit import DiffusionTransformer
+from landiff.model_zoo.sample.latents import SamplerOptions, sample_main_latents, seeded_noise
+from landiff.model_zoo.schedule import NoiseSchedule
+from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training import distributed
+from landiff.training.observe.flops import peak_flops
+
+LM_GOAL = 0.5  # MFU
+DIFFUSION_GOAL = 0.45
+STALL_GOAL_S = 1.0
+TOY_LAYERS = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured. peak: FLOP/s of the device. samples: clips of a step."""
+
+    sizes: ModelConfig
+    world: distributed.World
+    precision: str
+    peak: float
+    samples: int
+    text_length: int
+    sampling_steps: int
+    repeats: int
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all rows."""
+        return self.world.device
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row of the table. limit and peer are in the unit of the value; None where there is none.
+
+    mfu: part of the peak. memory: largest allocation in bytes, 0 on the CPU.
+    """
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None = None
+    peer: float | None = None
+    mfu: float | None = None
+    memory: int = 0
+
+
+def fastest(work: Callable[[], object], case: Case) -> float:
+    """Seconds of the fastest of `case.repeats` calls after one that warms up."""
+    work()
+    return min(timed(work, case.device) for _ in range(case.repeats))
+
+
+@contextmanager
+def measured_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the largest allocation of the block. Frees memory before."""
+    gc.collect()
+    if device.type != "cuda":
+        yield lambda: 0
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    yield lambda: torch.cuda.max_memory_allocated(device)
+
+
+def attention_rows(case: Case) -> list[Row]:
+    """Each installed kernel on the diffusion transformer's sequence."""
+    model = case.sizes.diffusion.transformer
+    length = diffusion.sequence_length(model)
+    head_dim = model.hidden_size // model.num_heads
+    shape = (case.samples, length, model.num_heads, head_dim)
+    leaves = []
+    for _ in range(3):
+        x = torch.randn(shape, device=case.device, dtype=dtype_of(case.precision))
+        leaves.append(x.requires_grad_())
+    flops = 3.5 * 4 * case.samples * length**2 * model.hidden_size  # the backward pass is 2.5 times
+    rates = {}
+    backends: list[Backend] = ["torch"]
+    if case.device.type == "cuda":
+        backends = sorted(find_installed())
+    for backend in backends:
+        prefer(backend)
+
+        def step() -> None:
+            torch.autograd.grad(attention(*leaves).sum(), leaves)
+
+        rates[backend] = flops / fastest(step, case)
+    prefer(None)
+    rows = []
+    for backend, rate in rates.items():
+        row = Row(
+            f"attention {backend}",
+            rate / 1e12,
+            "TFLOP/s",
+            case.peak / 1e12,
+            rates["torch"] / 1e12,
+            rate / case.peak,
+        )
+        rows.append(row)
+    return rows
+
+
+def training_peer(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """A step of AdamW on `loss`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
+def megatron_peer(case: Case, length: int) -> Callable[[], None]:
+    """A step of Megatron-core's own GPT, in a process whose engine has set up its groups."""
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    sizes = case.sizes.lm
+    vocabulary = -(-TokenLayout.of(sizes).vocab_size // 8) * 8
+    if importlib.util.find_spec("transformer_engine") is not None and case.device.type == "cuda":
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+    config = TransformerConfig(
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_heads,
+        ffn_hidden_size=sizes.ffn_size,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=nn.functional.gelu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=case.device.type != "cuda",
+    )
+    model = GPTModel(
+        config, spec, vocabulary, max_sequence_length=length, position_embedding_type="rope"
+    ).to(case.device)
+    ids_BS = torch.randint(0, vocabulary, (case.samples, length), device=case.device)
+    positions_BS = torch.arange(length, device=case.device).expand(case.samples, -1)
+
+    def loss() -> Tensor:
+        with autocast(case.precision, case.device):
+            return model(ids_BS, positions_BS, None, labels=ids_BS).mean()
+
+    return training_peer(model, loss)
+
+
+def lm_rows(case: Case) -> list[Row]:
+    """The language model trainer's step, and the time that saving takes."""
+    from landiff.training.lm.device import megatron_device
+    from landiff.training.lm.engine import MegatronEngine
+
+    sizes = case.sizes.lm
+    length = TokenLayout.of(sizes).sequence_length(sizes.segment_frames, case.text_length)
+    tokens = case.samples * length
+    with tempfile.TemporaryDirectory() as folder:
+        config = lm.train_config(sizes, Path(folder), case.samples, case.precision)
+        batch = lm.make_batch(config, case.text_length)
+        with measured_memory(case.device) as memory:
+            engine = MegatronEngine(config)
+            seconds = fastest(lambda: engine.train_step(batch), case)
+            peak_memory = memory()
+        checkpoint = Path(folder) / "checkpoint"
+        checkpoint.mkdir()
+        stall = timed(lambda: engine.save(checkpoint), case.device)
+        with megatron_device():
+            peer = fastest(megatron_peer(case, length), case)
+        engine.close()
+    flops = lm.step_flops(sizes, case.samples, length)
+    return [
+        Row(
+            "lm step",
+            tokens / seconds,
+            "tokens/s",
+            LM_GOAL * case.peak / flops * tokens,
+            tokens / peer,
+            flops / seconds / case.peak,
+            peak_memory,
+        ),
+        Row("lm checkpoint", stall, "s", STALL_GOAL_S),
+    ]
+
+
+def diffusers_peer(case: Case) -> Callable[[], None]:
+    """A step of diffusers' transformer of the same size."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    from landiff.model_zoo.convert.formats.diffusers_transformer import diffusers_config
+
+    sizes = case.sizes.diffusion.transformer
+    model = CogVideoXTransformer3DModel(**diffusers_config(sizes)).to(case.device)
+    shape = (sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width)
+    latents_BTCHW = torch.randn(case.samples, *shape, device=case.device)
+    text_shape = (case.samples, sizes.text_length, sizes.text_dim)
+    text_BLD = torch.randn(text_shape, device=case.device)
+    timestep_B = torch.randint(0, 1000, (case.samples,), device=case.device)
+
+    def loss() -> Tensor:
+        with autocast(case.precision, case.device):
+            (out,) = model(latents_BTCHW, text_BLD, timestep_B, return_dict=False)
+        return (out.float() - latents_BTCHW).square().mean()
+
+    return training_peer(model, loss)
+
+
+def diffusion_rows(case: Case) -> list[Row]:
+    """The diffusion trainer's step in phase main, and the time that saving takes."""
+    from landiff.training.diffusion.engine import build_engine
+
+    sizes = case.sizes.diffusion.transformer
+    schedule = case.sizes.schedule
+    with tempfile.TemporaryDirectory() as folder:
+        config = diffusion.train_config(sizes, schedule, Path(folder), case.samples, case.precision)
+        batch = diffusion.make_batch(config)
+        with measured_memory(case.device) as memory:
+            engine = build_engine(config, case.world)
+            seconds = fastest(lambda: engine.train_step(batch), case)
+            peak_memory = memory()
+        checkpoint = Path(folder) / "checkpoint"
+        checkpoint.mkdir()
+        stall = timed(lambda: engine.save(checkpoint), case.device)
+        peer = fastest(diffusers_peer(case), case)
+    flops = diffusion.step_flops(sizes, case.samples)
+    return [
+        Row(
+            "diffusion step",
+            case.samples / seconds,
+            "clips/s",
+            DIFFUSION_GOAL * case.peak / flops * case.samples,
+            case.samples / peer,
+            flops / seconds / case.peak,
+            peak_memory,
+        ),
+        Row("diffusion checkpoint", stall, "s", STALL_GOAL_S),
+    ]
+
+
+def sampling_rows(case: Case) -> list[Row]:
+    """Tokens of one prompt, and latents of one clip with guidance."""
+    return [token_row(case), latent_row(case)]
+
+
+def token_row(case: Case) -> Row:
+    """Tokens/s at batch 1, against reading weights and cache once for each token."""
+    sizes = case.sizes.lm
+    model = sample_lm.build(sizes, case.device, dtype_of(case.precision))
+    sampling = sample_lm.Case(1, sizes.segment_frames, case.text_length, 7.5, case.repeats)
+    decoder, by_model = sample_lm.measure_cached(model, sampling)
+    assert decoder.bytes_per_step is not None
+    limit = sample_lm.copy_bandwidth(case.device) / decoder.bytes_per_step
+    return Row("sampled tokens", decoder.tokens_per_s, "tokens/s", limit, by_model.tokens_per_s)
+
+
+@torch.no_grad()
+def latent_row(case: Case) -> Row:
+    """Clips/s of the main transformer with guidance, against two passes in turns."""
+    sizes = case.sizes.diffusion.transformer
+    model = DiffusionTransformer(sizes).to(case.device, dtype_of(case.precision)).eval()
+    schedule = NoiseSchedule(case.sizes.schedule)
+    text_BLD = torch.randn(1, sizes.text_length, sizes.text_dim, device=case.device)
+    options = SamplerOptions(num_steps=case.sampling_steps)
+    shape = (sizes.latent_frames, sizes.latent_channels, sizes.latent_height, sizes.latent_width)
+    latents_BTCHW = torch.randn(1, *shape, device=case.device, dtype=model.dtype)
+    timestep_B = torch.tensor([500], device=case.device)
+
+    def in_turns() -> None:
+        for _ in range(case.sampling_steps):
+            model(latents_BTCHW, timestep_B, torch.zeros_like(text_BLD))
+            model(latents_BTCHW, timestep_B, text_BLD)
+
+    peer = fastest(in_turns, case)
+    if case.device.type == "cuda":
+        model.compile_blocks()
+
+    def sample() -> Tensor:
+        return sample_main_latents(model, schedule, text_BLD, seeded_noise([0]), options=options)
+
+    seconds = fastest(sample, case)
+    flops = 2 * case.sampling_steps * diffusion.step_flops(sizes, 1) / 3  # forward only
+    return Row(
+        "sampled latents",
+        1 / seconds,
+        "clips/s",
+        case.peak / flops,
+        1 / peer,
+        flops / seconds / case.peak,
+    )
+
+
+ROWS: dict[str, Callable[[Case], list[Row]]] = {
+    "attention": attention_rows,
+    "lm": lm_rows,
+    "diffusion": diffusion_rows,
+    "sampling": sampling_rows,
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The printed table. Ratios above 1 are good, except in rows of seconds."""
+    lines = [
+        f"{'row':<22} {'value':>10} {'unit':<9} {'MFU':>6} {'GiB':>6} {'limit':>10} "
+        f"{'of limit':>8} {'peer':>10} {'of peer':>8}"
+    ]
+    for row in rows:
+        mfu = "-" if row.mfu is None else f"{row.mfu:.1%}"
+        memory = f"{row.memory / 2**30:.1f}" if row.memory else "-"
+        lines.append(
+            f"{row.name:<22} {row.value:>10.4g} {row.unit:<9} {mfu:>6} {memory:>6} "
+            f"{_against(row.value, row.limit)} {_against(row.value, row.peer)}"
+        )
+    return "\n".join(lines)
+
+
+def _against(value: float, other: float | None) -> str:
+    if other is None:
+        return f"{'-':>10} {'-':>8}"
+    return f"{other:>10.4g} {value / other:>7.2f}x"
+
+
+def toy(sizes: ModelConfig) -> ModelConfig:
+    """Sizes with one layer in each model."""
+    changed: dict[str, Any] = sizes.model_dump()
+    changed["lm"]["num_layers"] = TOY_LAYERS
+    changed["diffusion"]["transformer"]["num_layers"] = TOY_LAYERS
+    changed["diffusion"]["control_layers"] = TOY_LAYERS
+    return ModelConfig.model_validate(changed)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="landiff", help=PRESETS)
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--samples", type=int, default=1, help="clips of a step")
+    parser.add_argument("--text-length", type=int, default=64, help="text tokens of a clip")
+    parser.add_argument("--sampling-steps", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="every row with one layer of the preset nano and one repeat, on the CPU too",
+    )
+    return parser.parse_args(arguments)
+
+
+def make_case(options: argparse.Namespace, world: distributed.World) -> Case:
+    """What the options ask for, on the device of `world`."""
+    sizes = toy(load_preset("nano")) if options.dry_run else load_preset(options.preset)
+    precision = default_precision(world.device)
+    peak = None
+    if world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device))
+    return Case(
+        sizes=sizes,
+        world=world,
+        precision=precision,
+        peak=peak or matmul_peak(world.device, dtype_of(precision)),
+        samples=options.samples,
+        text_length=min(options.text_length, sizes.lm.max_text_tokens),
+        sampling_steps=2 if options.dry_run else options.sampling_steps,
+        repeats=1 if options.dry_run else options.repeats,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints the table."""
+    options = parse_arguments(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is visible; --dry-run measures toy sizes on the CPU")
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    with distributed.start() as world:
+        case = make_case(options, world)
+        rows = []
+        for name in options.only:
+            rows += ROWS[name](case)
+    name = "toy sizes" if options.dry_run else options.preset
+    print(
+        f"{name}, {case.precision}, {case.samples} clips a step; {device_name(case.device)}; peak "
+        f"{case.peak / 1e12:.3g} TFLOP/s"
+    )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
