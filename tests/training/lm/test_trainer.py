@@ -15,38 +15,68 @@ from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.model_zoo.convert.formats.megatron import export_lm
 from landiff.model_zoo.lm import LanguageModel
+from landiff.training.observe.metrics import read_metrics
 from tests.chaos import Trainer, prove_kill_safety
+from tests.data_pipeline.data_sets import keys_of
 from tests.training.lm.data_set import write_mixed_data
 from tests.training.lm.samples import tiny_config
 from tests.training.mixed import IMAGE, TALL, VIDEO
 
 
-def write_config(run: Path) -> Path:
+def write_config(
+    run: Path,
+    parallel: dict[str, Any] | None = None,
+    loop: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
     """12 steps with a checkpoint after every second, tensor parallel, on data beside the runs.
 
-    Images, from step 3 on images and videos in batches of equal tokens, from step 8 on videos.
+    Images, from step 3 on images and videos in batches of equal tokens, from step 8 on videos, at
+    a checkpoint, and with another schedule, weight decay and clipping.
     """
     folder = run.parent
     if not (folder / "data").exists():
         write_mixed_data(folder / "data", tiny_config(folder).model)
     phases = [
         {"from_step": 3, "data": {"buckets": [IMAGE, VIDEO, TALL], "balance_tokens": True}},
-        {"from_step": 8, "data": {"buckets": [VIDEO, TALL]}},
+        {
+            "from_step": 8,
+            "data": {"buckets": [VIDEO, TALL]},
+            "optim": {"lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.2, "clip_grad": 0.5},
+            "text_dropout": 0.3,
+        },
     ]
     config = tiny_config(
         folder,
-        {"tensor": 2},
-        data={"buckets": [IMAGE]},
-        loop={"steps": 12, "seed": 7, "log_every": 1, "save_every": 2},
+        parallel or {"tensor": 2},
+        data={"buckets": [IMAGE]} | changes.pop("data", {}),
+        loop={"steps": 12, "seed": 7, "log_every": 1, "save_every": 2} | (loop or {}),
         phases=phases,
+        **changes,
     )
     path = run.with_name(f"{run.name}.yaml")
     write_text(path, dump(config.model_copy(update={"run": run})))
     return path
 
 
+def write_shipped_config(run: Path) -> Path:
+    """The same in the layout and precision of landiff/lm, with everything that keeps state."""
+    held_out = [*keys_of(0, 30)[:2], *keys_of(1, 9)[:2]]
+    groups = [{"match": "token_embedding.*", "weight_decay_scale": 0.0, "lr_scale": 0.5}]
+    return write_config(
+        run,
+        {"distributed_optimizer": True, "overlap": True},
+        {"val_every": 6, "spikes": {"window": 8, "action": "rollback"}},
+        precision="bf16",
+        data={"validation": {"clips": held_out}},
+        optim={"lr": 3e-3, "weight_decay": 0.1, "decay": "linear", "groups": groups},
+        ema={"decay": 0.9, "every": 2},
+        validation_samples=1,
+    )
+
+
 def all_tensors(checkpoint: Path) -> dict[str, Any]:
-    """Complete weights and moments, and the optimizer's step.
+    """Complete weights, moments and averages, and the optimizer's step.
 
     Not the files: torch's writer orders their contents as threads end.
     """
@@ -58,15 +88,24 @@ def all_tensors(checkpoint: Path) -> dict[str, Any]:
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     common = torch.load(checkpoint / "common.pt", weights_only=False)
-    return {**state, "step": common["optimizer"]["state"]["common_step"]}
+    optimizer = common["optimizer"]
+    if "state" in optimizer:
+        return {**state, "step": optimizer["state"]["common_step"]}
+    groups = optimizer["optimizer"]["param_groups"]  # of the distributed optimizer
+    return {**state, "step": [group["step"] for group in groups]}
 
 
-LM = Trainer("landiff.training.lm.__main__:main", write_config, world_size=2, read=all_tensors)
+MAIN = "landiff.training.lm.__main__:main"
+LM = Trainer(MAIN, write_config, world_size=2, read=all_tensors)
+SHIPPED = Trainer(MAIN, write_shipped_config, world_size=2, read=all_tensors)
 
 
 def test_killed_run_equals_uninterrupted_and_exports(tmp_path):
-    report = prove_kill_safety(LM, tmp_path, __name__, kills=10)
+    report = prove_kill_safety(SHIPPED, tmp_path, __name__, kills=10)
     assert len(report.plans) == 10
+    lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert [line["train/phase"] for line in lines] == [0] * 3 + [1] * 5 + [2] * 4
+    assert [line["step"] for line in lines if "val_ema/loss" in line] == [6, 12]
     config, weights = export_lm(tmp_path / "straight" / "checkpoints" / "step_00000012")
     assert config == tiny_config(tmp_path).model
     LanguageModel(config).load_state_dict(weights, strict=True)
