@@ -198,6 +198,12 @@ class SampleConfig(Config):
         description="`fp32` uses the weights as they are stored. `bf16` samples as the release "
         "does (§4.5, §5.11): norms, output head and quantizer stay float32.",
     )
+    offload: Literal["none", "model", "disk"] = Field(
+        default="none",
+        description="Where models and text encoders are that are not in use. `none`: on the "
+        "device. `model`: in the memory of the host. `disk`: nowhere; each is loaded when its turn "
+        "comes. `--memory` chooses. Videos do not depend on it.",
+    )
     device: str = Field(
         default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
     )

@@ -6,6 +6,7 @@ of frames or latents.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import time
@@ -65,7 +66,10 @@ class Worker:
         folder = SampleFolder(request.config.out, request.settings, [request.unit])
         if not folder.is_finished(request.unit):
             models = self._models_of(request, job)
-            with StepPreview(models, job):
+            preview: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+            if request.config.offload == "none":  # else the model, with its hook, may be reloaded
+                preview = StepPreview(models, job)
+            with preview:
                 sampler = Sampler(request.config, folder, models, JobProgress(job))
                 if request.unit.given is None and not has_codes(folder, request.unit):
                     sampler.write_codes([request.unit])  # so that they can be rendered again

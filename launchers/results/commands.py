@@ -14,6 +14,7 @@ from pathlib import Path
 from landiff.configs import ConfigError, ownership
 from landiff.configs.ownership import OWNER
 from landiff.configs.problems import Problem, problems_of, require_none
+from landiff.launchers.budget.sampling import choose_offload, parse_memory
 from landiff.launchers.checks import load_checked
 from landiff.launchers.commands import load_for_job, parse_task, print_dry_run
 from landiff.launchers.config import EvaluateConfig, SampleConfig, VideoMetricsConfig
@@ -30,6 +31,8 @@ def sample_command(args: argparse.Namespace) -> int:
     processes = 1 if args.nproc is None else args.nproc
     problems = check_processes(processes, visible_gpus())
     problems += problems_of(lambda: parse_task(args.task))
+    if args.memory is not None:
+        problems += problems_of(lambda: parse_memory(args.memory))
     if processes > 1 and args.task is not None:
         problems.append(Problem("--nproc divides the work itself; leave --task out"))
     try:
@@ -42,6 +45,10 @@ def sample_command(args: argparse.Namespace) -> int:
         raise
     if config is None:
         return 0
+    if args.memory is not None:
+        offload = choose_offload(config, parse_memory(args.memory))
+        print(f"sample: offload={offload} fits --memory {args.memory}")
+        config = config.model_copy(update={"offload": offload})
     if processes > 1:
         return sample_in_processes(args.argv, processes)
     task = parse_task(args.task)

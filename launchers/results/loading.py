@@ -2,23 +2,92 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
-from landiff.model_zoo import registry
+from landiff.model_zoo import frozen, registry
 from landiff.model_zoo.dit import ControlledDiffusion
+from landiff.model_zoo.frozen.checks import width_of
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.lora.base import apply_adapter, base_fingerprint, find_adapter
 from landiff.model_zoo.lora.config import AdapterUse, adapts, require_base
+from landiff.model_zoo.sample.generate import Models
+from landiff.model_zoo.sample.on_demand import OnDemand, OnDemandText, Place
+from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.tokenizer import SemanticTokenizer
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
+
+
+def in_precision(model: M, precision: str) -> M:
+    """A model of the zoo with the precision of `landiff sample`, changed in place."""
+    if precision == "fp32":
+        return model
+    if isinstance(model, LanguageModel):
+        model.to_inference(torch.bfloat16)
+        return model
+    return model.bfloat16()
+
+
+def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
+    """The models and encoders of `config`, of which one is on `device` at a time.
+
+    The codec, which is small, is always there.
+    """
+    keep = config.offload == "model"
+    place = Place(device)
+    home = torch.device("cpu") if keep else device
+    loader = ModelLoader(
+        "", 0, config.zoo, home, config.adapters, merge_adapters=config.merge_adapters
+    )
+
+    def entry_part(kind: str, model_class: type[nn.Module], *names: str) -> Any:
+        """A model of the zoo, with attributes that are known without its weights."""
+        reference = getattr(config, kind)
+        entry = registry.resolve(config.zoo, reference, kind)
+        with torch.device("meta"):
+            empty = registry.build_module(entry.kind, entry.config)
+
+        def load() -> nn.Module:
+            log.info("sample loads %s", entry.reference)
+            return in_precision(loader.model(reference, kind, model_class), config.precision)
+
+        known = {name: getattr(empty, name) for name in names}
+        return OnDemand(place, load, keep=keep, known=known)
+
+    def text_part(key: str) -> Any:
+        """A text encoder, whose width is known without its weights if the files are here."""
+        text = getattr(config, key)
+
+        def load() -> nn.Module:
+            log.info("sample loads %s", text.kind)
+            return frozen.build(text, home)
+
+        known = {"max_length": text.max_length, "name": text.kind}
+        width = width_of(text)
+        if width is not None:
+            known["dim"] = width
+        return OnDemandText(place, load, keep=keep, known=known)
+
+    return Models(
+        lm=entry_part("lm", LanguageModel, "config", "layout"),
+        tokenizer=entry_part("tokenizer", SemanticTokenizer, "config"),
+        diffusion=entry_part("diffusion", ControlledDiffusion, "config"),
+        schedule=NoiseSchedule(config.schedule),
+        lm_text=text_part("lm_text"),
+        diffusion_text=text_part("diffusion_text"),
+        codec=frozen.build(config.codec, device),
+    )
 
 
 class ModelLoader:
@@ -54,19 +123,17 @@ class ModelLoader:
 
     def lm(self, reference: str) -> LanguageModel:
         """The language model behind a zoo reference. Raises ConfigError."""
-        return self.load(reference, lambda: self._model(reference, "lm", LanguageModel))
+        return self.load(reference, lambda: self.model(reference, "lm", LanguageModel))
 
     def tokenizer(self, reference: str) -> SemanticTokenizer:
         """The tokenizer behind a zoo reference. Raises ConfigError."""
-        return self.load(reference, lambda: self._model(reference, "tokenizer", SemanticTokenizer))
+        return self.load(reference, lambda: self.model(reference, "tokenizer", SemanticTokenizer))
 
     def diffusion(self, reference: str) -> ControlledDiffusion:
         """The diffusion model behind a zoo reference. Raises ConfigError."""
-        return self.load(
-            reference, lambda: self._model(reference, "diffusion", ControlledDiffusion)
-        )
+        return self.load(reference, lambda: self.model(reference, "diffusion", ControlledDiffusion))
 
-    def _model(self, reference: str, kind: str, model_class: type[M]) -> M:
+    def model(self, reference: str, kind: str, model_class: type[M]) -> M:
         """The zoo entry of this kind as a module on the device, in eval mode, with its adapters."""
         entry = registry.resolve(self.zoo, reference, kind)
         model = registry.load_model(entry, self.device)

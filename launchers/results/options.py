@@ -82,6 +82,12 @@ def add_sample(commands: Commands) -> None:
         metavar="N",
         help="processes on this machine that divide the videos, each with its own GPU (default: 1)",
     )
+    sample.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="memory of the GPU, or without one of this machine, that may be used, such as 24GB; "
+        "chooses offload=",
+    )
     sample.add_argument("--task", metavar="I/N", help=TASK)
 
 

@@ -14,7 +14,7 @@ from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
 from landiff.launchers.results.given import GivenFiles, key_of_codes, read_codes, write_codes
-from landiff.launchers.results.loading import ModelLoader
+from landiff.launchers.results.loading import ModelLoader, in_precision, models_on_demand
 from landiff.launchers.results.preview import log_videos
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sample_folder import (
@@ -42,7 +42,12 @@ MAX_LOGGED_FRAMES = 128  # of each
 
 
 def load_models(config: SampleConfig, device: torch.device) -> Models:
-    """The models and encoders of `config` on `device`, with progress."""
+    """The models and encoders of `config` on `device`, with progress.
+
+    With `offload`, parts are loaded when they are used.
+    """
+    if config.offload != "none":
+        return models_on_demand(config, device)
     loader = ModelLoader(
         "sample loads",
         6,
@@ -59,14 +64,10 @@ def load_models(config: SampleConfig, device: torch.device) -> Models:
         config.diffusion_text.kind, lambda: frozen.build(config.diffusion_text, device)
     )
     codec = loader.load(config.codec.kind, lambda: frozen.build(config.codec, device))
-    if config.precision == "bf16":
-        lm = lm.to_inference(torch.bfloat16)
-        tokenizer = tokenizer.bfloat16()
-        diffusion = diffusion.bfloat16()
     return Models(
-        lm=lm,
-        tokenizer=tokenizer,
-        diffusion=diffusion,
+        lm=in_precision(lm, config.precision),
+        tokenizer=in_precision(tokenizer, config.precision),
+        diffusion=in_precision(diffusion, config.precision),
         schedule=NoiseSchedule(config.schedule),
         lm_text=lm_text,
         diffusion_text=diffusion_text,

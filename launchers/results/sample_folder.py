@@ -50,6 +50,7 @@ OPTIONS_OF_UNITS = (
     "zoo",
     "out",
     "device",
+    "offload",
     "prompts",
     "prompts_file",
     "prompt_schedule",

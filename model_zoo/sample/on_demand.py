@@ -1,0 +1,137 @@
+"""Parts of a sampler that are in memory only while they are used, one at a time.
+
+The five large parts of a video's generation work one after the other: text encoder and language
+model, tokenizer, the other text encoder, diffusion model. `OnDemand` stands for a part. When it is
+used it takes the place of the part before: that is released, to the host's memory or altogether.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Offload = Literal["none", "model", "disk"]
+MAX_TEXTS = 64  # whose states are kept, some megabytes each
+
+
+class Place:
+    """The memory that one part at a time may take, on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.occupant: OnDemand | None = None
+
+    def give(self, part: OnDemand) -> None:
+        """Releases the part before, unless it is this one."""
+        if self.occupant is part:
+            return
+        if self.occupant is not None:
+            self.occupant.release()
+        self.occupant = part
+        release_freed(self.device)
+
+
+def release_freed(device: torch.device) -> None:
+    """Returns freed memory to the system and to other programs of the GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library, which has its own rules
+        return
+
+
+class OnDemand:
+    """Stands for a module, whose methods and attributes it has.
+
+    place: shared by all parts of which one may be in memory.
+    load: returns the module: on the device, or with `keep` on the CPU.
+    keep: the module is moved to the CPU when it is released, not deleted.
+    known: attributes that are answered without the module.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        load: Callable[[], nn.Module],
+        *,
+        keep: bool = False,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._place = place
+        self._load = load
+        self._keep = keep
+        self._known = dict(known or {})
+        self._module: nn.Module | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether this object holds the module now, on any device."""
+        return self._module is not None
+
+    def module(self) -> Any:
+        """The module on the device, after the part before was released."""
+        is_here = self._place.occupant is self
+        self._place.give(self)
+        if self._module is None:
+            self._module = self._load()
+        if self._keep and not is_here:
+            self._module.to(self._place.device)
+        return self._module
+
+    def release(self) -> None:
+        """Moves the module to the CPU, or forgets it."""
+        if self._keep and self._module is not None:
+            self._module.to("cpu")
+        else:
+            self._module = None
+
+    def parameters(self) -> Iterator[Tensor]:
+        """One empty tensor, which tells the device without loading the module."""
+        yield torch.empty(0, device=self._place.device)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in self._known:
+            return self._known[name]
+        return getattr(self.module(), name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Calls the module."""
+        return self.module()(*args, **options)
+
+
+class OnDemandText(OnDemand):
+    """Stands for a text encoder. It is loaded once for the texts of a request.
+
+    `cut_off`, which comes first, also encodes its texts, and states are kept.
+    """
+
+    def __init__(self, place: Place, load: Callable[[], nn.Module], **options: Any) -> None:
+        super().__init__(place, load, **options)
+        self._states: OrderedDict[tuple[str, ...], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def cut_off(self, texts: list[str]) -> list[str]:
+        """As `TextEncoder.cut_off`."""
+        for text in texts:
+            self([text])
+        return self.module().cut_off(texts)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As `TextEncoder.__call__`."""
+        (texts,) = args
+        key = tuple(texts)
+        if key not in self._states:
+            self._states[key] = self.module()(texts)
+            while len(self._states) > MAX_TEXTS:
+                self._states.popitem(last=False)
+        return self._states[key]
