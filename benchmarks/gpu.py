@@ -53,6 +53,7 @@ from landiff.model_zoo.sample.latents import SamplerOptions, sample_main_latents
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training import distributed
+from landiff.training.checkpoint.parts import write_files
 from landiff.training.observe.flops import peak_flops
 
 LM_GOAL = 0.5  # MFU
@@ -224,7 +225,7 @@ def lm_rows(case: Case) -> list[Row]:
             peak_memory = memory()
         checkpoint = Path(folder) / "checkpoint"
         checkpoint.mkdir()
-        stall = timed(lambda: engine.save(checkpoint), case.device)
+        stall = timed(lambda: write_files(checkpoint, engine.state_files()), case.device)
         with megatron_device():
             peer = fastest(megatron_peer(case, length), case)
         engine.close()
@@ -280,7 +281,7 @@ def diffusion_rows(case: Case) -> list[Row]:
             peak_memory = memory()
         checkpoint = Path(folder) / "checkpoint"
         checkpoint.mkdir()
-        stall = timed(lambda: engine.save(checkpoint), case.device)
+        stall = timed(lambda: write_files(checkpoint, engine.state_files()), case.device)
         peer = fastest(diffusers_peer(case), case)
     flops = diffusion.step_flops(sizes, case.samples)
     return [

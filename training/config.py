@@ -113,6 +113,15 @@ class LoopConfig(Config):
             "Checkpoints of every this many steps are kept for good. 0 keeps none of them."
         ),
     )
+    async_save: bool = Field(
+        default=True,
+        description=(
+            "Write checkpoints in another process while training continues. Needs host memory for "
+            "a copy of this rank's part of a checkpoint. The files are the same; `false` stops "
+            "training while they are written. The last checkpoint of a process is always written "
+            "at once."
+        ),
+    )
     on_save_failure: Literal["warn", "retry", "fatal"] = Field(
         default="retry",
         description=(

@@ -18,6 +18,7 @@ from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.held_out import HeldOutClips
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.training.checkpoint.guard_state import GuardState
+from landiff.training.checkpoint.parts import StateFile
 from landiff.training.guard import Guard
 from landiff.training.observe.alarms import AlarmRule
 from landiff.training.observe.charts import Charts
@@ -95,17 +96,16 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write everything that a restart needs into `folder`. Collective.
+    def state_files(self) -> list[StateFile]:
+        """This rank's files of a checkpoint, with everything that a restart needs. Collective.
 
-        The folder exists, is empty and lies on a shared disk. A rank that cannot write raises
-        after its last collective, or all ranks raise, so that no rank is left waiting. All files
-        are closed on return.
+        Nothing is written or copied: the tensors in it are the engine's own, so they must be
+        written or copied before the next step. What ranks hold in common, one of them writes.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, possibly in another parallel layout. Collective."""
+        """Restore the files of all ranks, possibly in another parallel layout. Collective."""
         ...
 
     def local_weights(self) -> Iterable[tuple[str, Tensor]]:

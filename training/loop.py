@@ -34,7 +34,7 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
     Checkpoints restore the returned state, `engine` and `loader`. A run that has already reached
     `config.steps` returns at once.
     """
-    with run.heartbeat as heartbeat:
+    with run.heartbeat as heartbeat, run.checkpoints:
         state = run.resume(engine, loader)
         stopping = False
         while state.step < config.steps and not stopping:

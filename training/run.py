@@ -91,6 +91,8 @@ class Run:
     def settle(self, state: TrainState, engine: Engine, result: StepResult) -> None:
         """Record what the guard decided in step `state.step`, and roll back if it asks for that.
 
+        A checkpoint that is being written is committed here, and its failure raised.
+
         A rollback loads weights, optimizer and moving averages of the last healthy checkpoint.
         `state.step`, the schedule and the position in the data do not go back.
         """
@@ -98,6 +100,7 @@ class Run:
         if state.step in self.phase_starts:
             state.guard.forget_window()  # other data have other losses
         result.metrics |= engine.guard.metrics()
+        result.metrics |= self.checkpoints.advance(state, engine)
         event = engine.guard.event
         if event is None:
             return

@@ -37,15 +37,13 @@ from landiff.model_zoo.convert.formats.megatron_optimizer import MegatronLayout,
 from landiff.model_zoo.convert.lazy import ProgressCallback
 from landiff.model_zoo.convert.output_folder import new_folder
 from landiff.model_zoo.lora.config import read_adapter
-from landiff.training.checkpoint.run_folder import CHECKPOINTS, step_folder
-from landiff.training.checkpoint.store import (
-    CONFIG,
-    STATE,
+from landiff.training.checkpoint.files import (
     CheckpointState,
     describe_file,
     list_files,
     seal,
 )
+from landiff.training.checkpoint.run_folder import CHECKPOINTS, CONFIG, STATE, step_folder
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 

@@ -17,16 +17,14 @@ from landiff.model_zoo.convert.known_formats import open_source, write_target
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import Part
 from landiff.model_zoo.health import UnhealthyError
-from landiff.training.checkpoint.resume import check_no_other_weights
-from landiff.training.checkpoint.store import (
-    CONFIG,
-    FILES,
-    STATE,
+from landiff.training.checkpoint.files import (
     CheckpointState,
     FileList,
     describe_file,
     versions,
 )
+from landiff.training.checkpoint.resume import check_no_other_weights
+from landiff.training.checkpoint.run_folder import CONFIG, FILES, STATE
 from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
 from tests.model_zoo.zoo_entries import write_entry
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.training.distributed import World
 from landiff.training.engine import Engine
+from tests.training import saving
 
 State = dict[str, Tensor]
 
@@ -54,7 +55,7 @@ def check_skip_and_rollback(
         checkpoint.mkdir(parents=True)
     world.barrier()
     assert not engine.train_step(batches(0)).skipped
-    engine.save(checkpoint)
+    saving.save(engine, checkpoint)
     before = state_of(engine, optimizers())
     bad = batches(1)
     spoil(bad)

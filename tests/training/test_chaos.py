@@ -10,7 +10,7 @@ from tests.training.toy import ToyConfig
 
 
 def write_config(run):
-    loop = LoopConfig(steps=40, log_every=1, save_every=2)
+    loop = LoopConfig(steps=40, log_every=1, save_every=2, async_save=False)
     path = run.with_name(f"{run.name}.yaml")
     write_text(path, dump(ToyConfig(run=run, loop=loop)))
     return path

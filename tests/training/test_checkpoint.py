@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -21,6 +22,7 @@ from landiff.training.checkpoint.files import (
     latest_whole,
     list_files,
 )
+from landiff.training.checkpoint.parts import StateFile
 from landiff.training.checkpoint.run_folder import committed_steps, step_folder
 from landiff.training.checkpoint.store import CheckpointStore
 from landiff.training.config import LoopConfig, OptimConfig
@@ -30,27 +32,50 @@ from tests.training.toy import ToyConfig, ToyEngine, ToyLoader, ToyModelConfig, 
 
 
 def config(folder, steps=6, **loop):
+    loop = {"async_save": False} | loop
     return ToyConfig(run=folder, loop=LoopConfig(steps=steps, log_every=1, **loop))
 
 
 @dataclass
-class Cramped(ToyEngine):
-    """Fails the next `failures` saves as on a full disk: files are limited to a few bytes."""
+class Failing(ToyEngine):
+    """Fails as often as `failures` says to write its files: on a full disk, or with `number`."""
 
     failures: int = 0
-    attempts: int = 0
+    number: int | None = None
 
-    def save(self, folder):
-        self.attempts += 1
+    def state_files(self):
+        files = super().state_files()
+        if self.failures:
+            parts = FailingParts(self, [bytes(1 << 14)])  # more than Python buffers
+            files.append(StateFile("failing.bin", parts))
+        return files
+
+    @contextmanager
+    def fault(self):
         if not self.failures:
-            return super().save(folder)
-        self.failures -= 1
+            yield
+            return
+        if self.number is not None:
+            raise OSError(self.number, os.strerror(self.number), "weights")
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
         try:
-            super().save(folder)
+            yield
+        except GeneratorExit:
+            self.failures -= 1
+            raise
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@dataclass
+class FailingParts:
+    engine: Failing
+    parts: list
+
+    def __iter__(self):
+        with self.engine.fault():
+            yield from self.parts
 
 
 def store(settings, world=None):
@@ -63,13 +88,14 @@ def store(settings, world=None):
 
 
 def save(settings, step, failures=0, *, last=False, world=None):
-    """Save as step `step`; returns (folder or None, how often the engine was asked)."""
+    """Save as step `step`; returns the folder or None."""
     world = world or alone()
-    engine = Cramped(settings, world, failures)
+    engine = Failing(settings, world, failures)
     saved = store(settings, world).save(
         TrainState(step), engine, ToyLoader(settings, world), last=last
     )
-    return saved, engine.attempts
+    assert engine.failures == 0
+    return saved
 
 
 def test_a_checkpoint_lists_every_file_and_says_what_made_it(tmp_path):
@@ -190,22 +216,12 @@ def test_retention_keeps_the_last_ones_and_every_mth(tmp_path):
 def test_full_disk_warn_goes_on_and_keeps_the_last_good_one(tmp_path, caplog):
     settings = config(tmp_path, on_save_failure="warn", keep_last=1)
     save(settings, 1)
-    assert save(settings, 2, failures=1) == (None, 1)
+    assert save(settings, 2, failures=1) is None
     assert "rank 0" in caplog.text and "training continues" in caplog.text
     assert list_folder(tmp_path) == ["step_00000001"]
     with pytest.raises(CheckpointError, match="older checkpoints are untouched"):
         save(settings, 2, failures=1, last=True)
     assert list_folder(tmp_path) == ["step_00000001"]
-
-
-@dataclass
-class Refused(ToyEngine):
-    """Every save fails with the system error `number`."""
-
-    number: int = errno.EPERM
-
-    def save(self, folder):
-        raise OSError(self.number, os.strerror(self.number), str(folder / "weights"))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +236,7 @@ class Refused(ToyEngine):
 )
 def test_a_failed_save_asks_for_space_only_where_space_is_missing(tmp_path, number, advice):
     settings = config(tmp_path, on_save_failure="fatal")
-    engine = Refused(settings, alone(), number)
+    engine = Failing(settings, alone(), 1, number)
     with pytest.raises(CheckpointError) as error:
         store(settings).save(TrainState(1), engine, ToyLoader(settings, alone()))
     assert advice in str(error.value) and "weights" in str(error.value)
@@ -245,7 +261,7 @@ def test_a_damaged_document_of_a_checkpoint_is_named_with_the_way_out(tmp_path, 
 
 def test_full_disk_retry_tries_again_then_gives_up(tmp_path):
     settings = config(tmp_path, on_save_failure="retry", keep_last=1)
-    assert save(settings, 1, failures=3) == (step_folder(tmp_path / "checkpoints", 1), 4)
+    assert save(settings, 1, failures=3) == step_folder(tmp_path / "checkpoints", 1)
     with pytest.raises(CheckpointError, match="step 2"):
         save(settings, 2, failures=4)
     assert list_folder(tmp_path) == ["step_00000001"]
@@ -293,11 +309,11 @@ def test_another_learning_rate_is_allowed_and_said(tmp_path, caplog):
 def on_two_ranks(world, folder):
     """Only rank 1 cannot write; both must see it, and the next save must work."""
     settings = config(folder, on_save_failure="warn")
-    first, _ = save(settings, 1, world=world)
-    failed, _ = save(settings, 2, failures=world.rank, world=world)
+    first = save(settings, 1, world=world)
+    failed = save(settings, 2, failures=world.rank, world=world)
     after_failure = sorted(path.name for path in (folder / "checkpoints").iterdir())
     world.barrier()
-    third, _ = save(settings, 3, world=world)
+    third = save(settings, 3, world=world)
     if world.rank == 0:
         truncated(third)
     world.barrier()

@@ -110,6 +110,7 @@ def save(settings, step, healthy):
         ToyEngine(settings, alone()),
         ToyLoader(settings, alone()),
     )
+    store.finish()
     return store
 
 

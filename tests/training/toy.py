@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from landiff.configs.base import Config
 from landiff.configs.loader import load
@@ -19,6 +19,7 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import keyed_random
 from landiff.training import distributed
+from landiff.training.checkpoint.parts import StateFile, safetensors_file
 from landiff.training.config import EmaConfig, LoopConfig, OptimConfig, TrainConfig
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
@@ -195,12 +196,13 @@ class ToyEngine:
         metrics = {"train/extra": 2.0}
         return StepResult(loss, gradient.norm(), lr, metrics, tokens=7, skipped=not updating)
 
-    def save(self, folder: Path) -> None:
-        if self.world.rank == 0:
-            save_file(
-                {"weight": self.weight, "momentum": self.momentum}, folder / "toy.safetensors"
-            )
-        (folder / f"rank_{self.world.rank}.txt").write_text(f"{self.world.rank}\n")
+    def state_files(self) -> list[StateFile]:
+        rank = self.world.rank
+        files = [StateFile(f"rank_{rank}.txt", [f"{rank}\n".encode()])]
+        if rank == 0:
+            state = {"weight": self.weight, "momentum": self.momentum}
+            files.append(safetensors_file("toy.safetensors", state))
+        return files
 
     def load(self, folder: Path) -> None:
         state = load_file(folder / "toy.safetensors")

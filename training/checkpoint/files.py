@@ -6,17 +6,20 @@ loads checkpoints on all ranks.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt
 
 from landiff.configs.base import Config, ConfigError
-from landiff.configs.files import sha256_file, write_text
-from landiff.configs.loader import read_json_as, write_config
+from landiff.configs.files import PRIVATE, PUBLIC, sha256_file, write_text
+from landiff.configs.loader import dump, read_json_as
+from landiff.configs.secrets import redact
 from landiff.training.checkpoint.guard_state import GuardState
 from landiff.training.checkpoint.run_folder import (
     CONFIG,
@@ -26,7 +29,6 @@ from landiff.training.checkpoint.run_folder import (
     step_folder,
 )
 
-HASH_LIMIT = 4 << 30  # bytes; reading a larger file back would delay a save by seconds
 DISTRIBUTIONS = (
     "torch",
     "megatron-core",
@@ -68,7 +70,7 @@ class FileEntry(Config):
     """One file of a checkpoint.
 
     path: relative to the checkpoint.
-    sha256: None for files above HASH_LIMIT.
+    sha256: None in old checkpoints, for files above 4 GiB.
     """
 
     path: str
@@ -91,22 +93,46 @@ def list_files(folder: Path) -> list[str]:
 def describe_file(folder: Path, path: str) -> FileEntry:
     """Size and hash of one file."""
     size = (folder / path).stat().st_size
-    digest = sha256_file(folder / path) if size <= HASH_LIMIT else None
-    return FileEntry(path=path, bytes=size, sha256=digest)
+    return FileEntry(path=path, bytes=size, sha256=sha256_file(folder / path))
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A document of a checkpoint before it is written."""
+
+    text: str
+    permissions: int = PUBLIC
+
+    def entry(self, path: str) -> FileEntry:
+        """Its entry in files.json."""
+        content = self.text.encode()
+        return FileEntry(path=path, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def documents(
+    state: CheckpointState, config: Config, entries: Sequence[FileEntry]
+) -> dict[str, TextFile]:
+    """state.json, config.yaml and files.json by name. `entries`: of the engine's files.
+
+    files.json is the last one.
+    """
+    text = dump(config)
+    permissions = PRIVATE if redact(text) != text else PUBLIC  # a secret, e.g. in a URL
+    found = {
+        STATE: TextFile(state.model_dump_json(indent=1)),
+        CONFIG: TextFile(text, permissions),
+    }
+    own = [document.entry(name) for name, document in found.items()]
+    files = FileList(files=sorted([*entries, *own], key=lambda entry: entry.path))
+    return {**found, FILES: TextFile(files.model_dump_json(indent=1))}
 
 
 def seal(
-    folder: Path, document: CheckpointState, config: Config, entries: Sequence[FileEntry]
+    folder: Path, state: CheckpointState, config: Config, entries: Sequence[FileEntry]
 ) -> None:
-    """Add state.json, config.yaml and then files.json to an engine's files.
-
-    `entries`: the engine's files.
-    """
-    write_text(folder / STATE, document.model_dump_json(indent=1))
-    write_config(folder / CONFIG, config)
-    own = [describe_file(folder, name) for name in (STATE, CONFIG)]
-    files = FileList(files=sorted([*entries, *own], key=lambda entry: entry.path))
-    write_text(folder / FILES, files.model_dump_json(indent=1))
+    """Write `documents` beside an engine's files."""
+    for name, document in documents(state, config, entries).items():
+        write_text(folder / name, document.text, document.permissions)
 
 
 def difference(folder: Path, entry: FileEntry) -> str:

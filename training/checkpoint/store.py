@@ -6,9 +6,9 @@
         state.json     `CheckpointState`: step, loader position, versions, data fingerprints
         files.json     size and sha256 of all other files; written last
 
-A save writes into a hidden folder beside the final name. After every rank has written, the files
-are listed, hashed and fsynced, and the folder is renamed. The ranks divide the hashing among them.
-Files above HASH_LIMIT are listed with their size only.
+A save writes into a hidden folder beside the final name. After every rank has written, the folder
+gets its documents and is renamed (training/checkpoint/saver.py). With `loop.async_save` another
+process writes while training continues; the last save of a process is always written at once.
 
 The newest checkpoint whose files match files.json is used to resume. A damaged one is renamed to
 `step_<n>.damaged`, and the one before it is used.
@@ -22,38 +22,27 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
-
 from landiff.configs.base import ConfigError
-from landiff.configs.disk_errors import way_out
 from landiff.configs.documents import read_yaml
-from landiff.configs.files import (
-    remove_abandoned,
-    remove_dir,
-    replace_dir,
-    restore_replaced,
-    temporary_name,
-)
+from landiff.configs.files import remove_abandoned, remove_dir, restore_replaced
 from landiff.configs.loader import read_json_as
 from landiff.model_zoo.health import NAMES_SHOWN, non_finite
+from landiff.training.checkpoint.background import BackgroundWriter, InlineWriter
 from landiff.training.checkpoint.errors import CheckpointError, NonFiniteError
 from landiff.training.checkpoint.files import (
     CheckpointState,
     FileEntry,
     FileList,
-    describe_file,
     difference,
     error_line,
     is_healthy,
-    list_files,
-    seal,
     versions,
 )
 from landiff.training.checkpoint.guard_state import GuardState
@@ -67,14 +56,14 @@ from landiff.training.checkpoint.run_folder import (
     committed_steps,
     step_folder,
 )
+from landiff.training.checkpoint.save_times import SaveTimes
+from landiff.training.checkpoint.saver import Save, Saver
 from landiff.training.config import TrainConfig
 from landiff.training.distributed import World
 from landiff.training.engine import BatchSource, Engine, TrainState
 
 log = logging.getLogger(__name__)
 
-# Errors that a full disk causes.
-DISK_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 RETRY_WAITS_S = (1.0, 10.0, 60.0)
 PROBLEMS_SHOWN = 3  # of a damaged checkpoint
 
@@ -95,7 +84,10 @@ class CheckpointStore:
         self.config = config
         self.loop = config.loop
         self.world = world
-        self.retry_waits_s = tuple(retry_waits_s)
+        self.saver = Saver(folder, config, world, retry_waits_s)
+        self.background = BackgroundWriter(world.device)
+        self.times = SaveTimes()
+        self._prepared = False
         if world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             restore_replaced(folder)
@@ -108,15 +100,22 @@ class CheckpointStore:
     def save(
         self, state: TrainState, engine: Engine, loader: BatchSource, *, last: bool = False
     ) -> Path | None:
-        """Commit a checkpoint of `state.step`. Returns its folder.
+        """Begin a checkpoint of `state.step`, and end it too if it is written at once.
+
+        Written at once are the process's `last` save and, without `loop.async_save`, all of them.
+        Returns the folder of a checkpoint that is committed on return. A save that is still being
+        written is waited for, so that the same checkpoints are made as without `async_save`.
 
         A failure leaves the older checkpoints untouched. `loop.on_save_failure` decides what
-        follows: continue without this checkpoint and return None, retry after 1, 10 and 60 s, or
-        raise. If this is the process's `last` save, "warn" raises too.
+        follows: continue without this checkpoint, retry after 1, 10 and 60 s, or raise. If this is
+        the process's `last` save, "warn" raises too.
 
-        Raises CheckpointError on all ranks. Raises NonFiniteError and writes nothing if weights
-        hold NaN or infinity.
+        Raises CheckpointError on all ranks, of this save or the one before. Raises NonFiniteError
+        and writes nothing if weights hold NaN or infinity.
         """
+        self.times.begin()
+        self.finish()
+        self.times.waited()
         if state.healthy and state.step % self.loop.save_every == 0:
             # A checkpoint of a stop request is no anchor, so that an interrupted run rolls back
             # to the same checkpoint as an undisturbed one.
@@ -124,26 +123,21 @@ class CheckpointStore:
             state.guard.anchor_rollbacks = 0
         what = f"the weights after step {state.step} hold"
         self._require_finite(engine, what, "no checkpoint of them is written")
-        waits = self.retry_waits_s if self.loop.on_save_failure == "retry" else ()
-        for attempt in range(len(waits) + 1):
-            failures = self._try_save(state, engine, loader)
-            if not failures:
-                self._prune(state)
-                return step_folder(self.folder, state.step)
-            text = f"checkpoint of step {state.step} in {self.folder} failed: {'; '.join(failures)}"
-            if attempt < len(waits):
-                wait_s = waits[attempt]
-                left = len(waits) - attempt
-                log.warning("%s; trying again in %g s (%d tries left)", text, wait_s, left)
-                time.sleep(wait_s)
-        if self.loop.on_save_failure == "warn" and not last:
-            log.warning("%s; training continues, since loop.on_save_failure = warn", text)
-            return None
-        advice = way_out(RuntimeError(text), self.folder) or "fix the cause"
-        raise CheckpointError(
-            f"{text}; older checkpoints are untouched. To continue, {advice}, and run the same "
-            "command again"
+        at_once = last or not self.loop.async_save
+        document = self._document(state, loader)
+        save = Save(
+            document,
+            delete=self._surplus(state, document),
+            writer=InlineWriter() if at_once else self.background,
+            last=last,
         )
+        self.saver.begin(save, engine.state_files())
+        if at_once:
+            folder = self.finish()
+            self.times.resumed()
+            return folder
+        self.times.resumed()
+        return None
 
     def save_start(self, state: TrainState, engine: Engine, loader: BatchSource) -> None:
         """Commit a checkpoint before the first step of a run in which steps may be rolled back.
@@ -157,63 +151,64 @@ class CheckpointStore:
         state.guard.anchor = state.step
         state.guard.anchor_rollbacks = 0
         self.save(state, engine, loader)
+        self.finish()
 
-    def _try_save(self, state: TrainState, engine: Engine, loader: BatchSource) -> list[str]:
-        """Failures by rank, empty if the checkpoint was committed. Equal on all ranks."""
-        world = self.world
-        final = step_folder(self.folder, state.step)
-        temporary = Path(world.broadcast(str(temporary_name(final))))
-        failures = self._on_rank_0(lambda: temporary.mkdir(parents=True))
-        if not failures:
-            failures = _failures(world, _attempt(lambda: engine.save(temporary)))
-        if not failures:
-            entries, failures = self._describe_files(temporary)
-        if not failures:
-            failures = self._on_rank_0(
-                lambda: self._commit(temporary, final, state, loader, entries)
-            )
-        if failures:
-            # Libraries do not always report that the disk was full.
-            free = _free_space(self.folder) if world.rank == 0 else None
-            failures.insert(0, world.broadcast(free))
-            if world.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-        world.barrier()
-        return failures
+    def advance(self, state: TrainState, engine: Engine) -> dict[str, float]:
+        """Continue a save that is being written. Call after every step. Returns metrics.
 
-    def _on_rank_0(self, action: Callable[[], object]) -> list[str]:
-        """Run `action` on rank 0. Returns its failure, if any, on all ranks."""
-        failure = ""
-        if self.world.rank == 0:
-            failure = _attempt(action)
-        return _failures(self.world, failure)
+        Raises CheckpointError on all ranks if it failed and `on_save_failure` does not allow that.
+        """
+        writing = self.saver.current is not None
+        self.times.step(writing=writing)
+        if writing and self.saver.advance():
+            self.times.committed()
+        if not self._prepared:
+            self._prepared = True
+            if self._writes_in_background(state.step):
+                with suppress(OSError):  # reported by the save
+                    self.background.prepare(engine.state_files())
+        return self.times.metrics
 
-    def _describe_files(self, folder: Path) -> tuple[list[FileEntry], list[str]]:
-        """Size and hash of all files, and the failures. The ranks divide the hashing among them."""
-        paths = self.world.broadcast(list_files(folder) if self.world.rank == 0 else None)
-        own: list[dict[str, Any]] = []
-        failure = ""
-        try:
-            for path in _own_part(self.world, paths):
-                own.append(describe_file(folder, path).model_dump())
-        except OSError as error:
-            failure = error_line(error)
-        failures = _failures(self.world, failure)
-        entries: list[FileEntry] = []
-        for part in self.world.gather(own):
-            entries.extend(FileEntry(**entry) for entry in part)
-        return entries, failures
+    def _writes_in_background(self, step: int) -> bool:
+        """Whether a save after `step` steps or later, but not the last one, will be due."""
+        every = self.loop.save_every
+        return self.loop.async_save and -(-step // every) * every < self.loop.steps
 
-    def _commit(
+    def finish(self) -> Path | None:
+        """Wait until a save is committed. Returns its folder; raises like `save`."""
+        writing = self.saver.current is not None
+        folder = self.saver.finish()
+        if writing:
+            self.times.committed()
+        return folder
+
+    def __enter__(self) -> CheckpointStore:
+        """Context around the training loop, at whose end no save is left unfinished."""
+        return self
+
+    def __exit__(
         self,
-        temporary: Path,
-        final: Path,
-        state: TrainState,
-        loader: BatchSource,
-        entries: list[FileEntry],
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        """Add the documents and rename the folder. Rank 0 only."""
-        document = CheckpointState(
+        """Finish a save after training and after errors that all ranks raise together.
+
+        After the error of a single rank the others do not respond, so that a save which is not
+        committed yet is lost, as in a kill.
+        """
+        if kind is None:
+            self.finish()
+            self.background.close()
+        elif issubclass(kind, NonFiniteError) or self.world.size == 1:
+            try:
+                self.finish()
+            except CheckpointError as failure:
+                log.error("%s", failure)
+
+    def _document(self, state: TrainState, loader: BatchSource) -> CheckpointState:
+        """Content of state.json."""
+        return CheckpointState(
             step=state.step,
             kind=type(self.config).__name__,
             loader=loader.state_dict(),
@@ -221,34 +216,33 @@ class CheckpointStore:
             world_size=self.world.size,
             versions=versions(),
             healthy=state.healthy,
-            guard=state.guard,
-            bucket_losses=state.bucket_losses,
+            guard=replace(state.guard),
+            bucket_losses=dict(state.bucket_losses),
             columns={name: column.fingerprint for name, column in loader.manifest.columns.items()},
         )
-        seal(temporary, document, self.config, entries)
-        replace_dir(temporary, final)
 
-    def _prune(self, state: TrainState) -> None:
-        """Delete old checkpoints.
+    def _surplus(self, state: TrainState, new: CheckpointState | None = None) -> list[Path]:
+        """Checkpoints to delete, once `new` is committed if it is given. On rank 0.
 
         The newest ones (`loop.keep_last`), those of every `loop.keep_every` steps, the newest
-        healthy one and the one that a rollback returns to are kept. A checkpoint that cannot be
-        deleted does not stop the run.
+        healthy one and the one that a rollback returns to are kept.
         """
         if self.world.rank != 0:
-            return
-        steps = [step for step in committed_steps(self.folder) if step <= state.step]
-        healthy = [step for step in steps if is_healthy(step_folder(self.folder, step))]
-        for step in steps[: -self.loop.keep_last]:
-            if self.loop.keep_every and step % self.loop.keep_every == 0:
-                continue
-            if step in healthy[-1:] or step == state.guard.anchor:
-                continue
-            folder = step_folder(self.folder, step)
-            try:
-                remove_dir(folder)
-            except OSError as error:
-                log.warning("could not delete old checkpoint %s: %s", folder, error)
+            return []
+        steps = {step for step in committed_steps(self.folder) if step <= state.step}
+        healthy = {step for step in steps if is_healthy(step_folder(self.folder, step))}
+        if new is not None:
+            steps.add(new.step)
+            healthy.discard(new.step)
+            if new.healthy:
+                healthy.add(new.step)
+        kept = {max(healthy, default=None), state.guard.anchor}
+        found = []
+        for step in sorted(steps)[: -self.loop.keep_last]:
+            regular = self.loop.keep_every and step % self.loop.keep_every == 0
+            if not regular and step not in kept:
+                found.append(step_folder(self.folder, step))
+        return found
 
     # ---------------------------------------------------------------- load
 
@@ -285,7 +279,11 @@ class CheckpointStore:
                 write_parent(self.config.run, found, document.step)
         losses = dict(document.bucket_losses)
         state = TrainState(document.step, document.healthy is not False, guard, losses)
-        self._prune(state)  # the last save may have been killed between commit and deletion
+        for folder in self._surplus(state):  # the last save was killed before it deleted them
+            try:
+                remove_dir(folder)
+            except OSError as error:
+                log.warning("could not delete old checkpoint %s: %s", folder, error)
         log.info("resumed from %s", found)
         return state
 
@@ -297,6 +295,7 @@ class CheckpointStore:
 
         Raises NonFiniteError if the run returns to the same checkpoint too often.
         """
+        self.finish()
         guard = state.guard
         steps = [step for step in self._committed() if step <= state.step]
         if guard.anchor in steps:
@@ -447,38 +446,6 @@ class CheckpointStore:
         if changed:
             log.info("resuming with a changed config: %s", ", ".join(changed))
         return document
-
-
-def _attempt(action: Callable[[], object]) -> str:
-    """Run `action`. Returns its error, or an empty string."""
-    try:
-        action()
-    except DISK_ERRORS as error:
-        log.warning("saving failed", exc_info=error)
-        return error_line(error)
-    return ""
-
-
-def _failures(world: World, failure: str) -> list[str]:
-    """The failures of all ranks on all ranks. Equal ones are listed once."""
-    if not world.any_true(bool(failure)):
-        return []
-    ranks_by_text: dict[str, list[int]] = {}
-    for rank, text in enumerate(world.gather(failure)):
-        if text:
-            ranks_by_text.setdefault(text, []).append(rank)
-    failures = []
-    for text, ranks in ranks_by_text.items():
-        others = f" and {len(ranks) - 1} others" if len(ranks) > 1 else ""
-        failures.append(f"rank {ranks[0]}{others}: {text}")
-    return failures
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free >> 20} MiB were free on the disk"
-    except OSError as error:
-        return f"no disk: {error_line(error)}"
 
 
 def _own_part(world: World, paths: Sequence[str]) -> list[str]:

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo.config import TransformerConfig
-from landiff.model_zoo.convert.formats.deepspeed import EMA, SHARDS, ZeroLayout, read_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed import (
+    EMA,
+    LAYOUT,
+    SHARDS,
+    ZeroLayout,
+    read_deepspeed,
+)
 from landiff.model_zoo.convert.rules import check_against
-from landiff.model_zoo.lora.config import require_same_adapter
+from landiff.model_zoo.lora.config import ADAPTER, require_same_adapter
+from landiff.training.checkpoint.parts import StateFile, json_file
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.model import adapter_of, build_phase_model, load_tokenizer
@@ -125,16 +132,16 @@ class DeepSpeedEngine:
         self.clock.update()
         return self._updated
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's shards, and layout.json with their division. Collective."""
+    def state_files(self) -> list[StateFile]:
+        """DeepSpeed's shards, and layout.json with their division. Collective."""
         zero.complete_optimizer_state(self.zero)
         with zero.averages_in_optimizer(self.zero, self.ema.averages):
-            self.zero.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
-        self.zero.checkpoint_engine.raise_failure()
+            files = zero.state_files(self.zero)
         if self.world.rank == 0:
-            self.layout.write(folder)
+            files.append(json_file(LAYOUT, self.layout))
             if self.adapter is not None:
-                self.adapter.write(folder)
+                files.append(json_file(ADAPTER, self.adapter))
+        return files
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.

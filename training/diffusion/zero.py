@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from landiff.model_zoo.convert.formats.deepspeed import (
 )
 from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
+from landiff.training.checkpoint.parts import StateFile, torch_archive
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.distributed import World
 from landiff.training.optim import step_count
@@ -186,41 +188,45 @@ def set_batch(engine: Any, batch: Batch) -> None:
 
 
 class CheckpointFiles:
-    """Writes and reads DeepSpeed's checkpoint files, in place of its `checkpoint_engine`.
+    """Collects and reads DeepSpeed's checkpoint files, in place of its `checkpoint_engine`.
 
-    A failure to write is kept until `raise_failure`, which is called after the last collective, so
-    that no rank is left waiting. Files are unpickled with an allow-list, whereas DeepSpeed would
-    run any code in them.
+    DeepSpeed divides its state among files and ranks; when they are written, `loop.async_save`
+    decides. Files are unpickled with an allow-list, whereas DeepSpeed would run any code in them.
     """
 
     def __init__(self, inner: Any) -> None:
         """`inner`: DeepSpeed's own checkpoint engine."""
         self.inner = inner
-        self.failure: OSError | RuntimeError | None = None
+        self._files: list[StateFile] = []
 
     def __getattr__(self, name: str) -> Any:
         """All other attributes are those of the inner engine."""
         return getattr(self.inner, name)
 
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: whoever writes the files makes their folder."""
+
     def save(self, state_dict: Any, path: str) -> None:
-        """Write a file. The first failure is kept."""
-        try:
-            self.inner.save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            # torch's zip writer reports a full disk as RuntimeError.
-            self.failure = self.failure or error
+        """Collect a file."""
+        self._files.append(StateFile(path, torch_archive(state_dict)))
+
+    def take(self) -> list[StateFile]:
+        """The files of this rank since the last call."""
+        files = self._files
+        self._files = []
+        return files
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file. Raises ConversionError if it holds more than what DeepSpeed writes."""
         classes = {name: _imported(name) for name in CLASSES}
         return load_pickle(Path(path), classes, map_location)
 
-    def raise_failure(self) -> None:
-        """Raise the failure that was kept, if any."""
-        failure = self.failure
-        self.failure = None
-        if failure is not None:
-            raise failure
+
+def state_files(engine: Any) -> list[StateFile]:
+    """This rank's files of DeepSpeed's checkpoint, below the folder SHARDS. Collective."""
+    engine.save_checkpoint(".", tag=SHARDS, save_latest=False)
+    files = engine.checkpoint_engine.take()
+    return [StateFile(os.path.normpath(file.path), file.parts) for file in files]
 
 
 def _imported(name: str) -> Any:

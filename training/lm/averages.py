@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -75,6 +74,44 @@ def copy_to_model(optimizer: MegatronOptimizer) -> None:
             part._copy_main_params_to_model_params()
 
 
+class OwnedParts:
+    """This rank's parts of float32 tensors that are divided over data-parallel ranks.
+
+    A stand-in without data represents the whole tensor, flat or in its shape. Megatron-core gives
+    names to it and to parts of it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is owned."""
+        # by the address of a stand-in's storage, which the tensor keeps alive
+        self._owned: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}
+
+    def stand_in(self, shape: Sequence[int]) -> Tensor:
+        """A stand-in for a whole tensor."""
+        tensor = torch.empty(tuple(shape), dtype=torch.float32, device="meta")
+        self._owned[tensor.untyped_storage()._cdata] = (tensor, [])
+        return tensor
+
+    def add(self, stand_in: Tensor, start: int, values: Tensor) -> None:
+        """This rank holds elements from `start` of the flattened tensor."""
+        flat = values.detach().view(-1)
+        self._owned[stand_in.untyped_storage()._cdata][1].append((start, flat))
+
+    def parts(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What this rank holds of a stand-in or of a contiguous part of it.
+
+        Yields first element in the flattened `tensor`, and flat values.
+        """
+        assert tensor.is_contiguous(), tensor.shape
+        begin = int(tensor.storage_offset())
+        end = begin + tensor.numel()
+        for start, values in self._owned[tensor.untyped_storage()._cdata][1]:
+            low = max(begin, start)
+            high = min(end, start + values.numel())
+            if low < high:
+                yield low - begin, values[low - start : high - start]
+
+
 class ShardedAverages:
     """The moving averages of an optimizer's float32 weights, as entries of a sharded state."""
 
@@ -87,26 +124,27 @@ class ShardedAverages:
             self.held[master.parameter] = (master.start, average.view(-1))
 
     @torch.no_grad()
-    def state(self, weights: Mapping[str, Any], *, loading: bool) -> dict[str, Any]:
+    def state(self, weights: Mapping[str, Any], owned: OwnedParts | None) -> dict[str, Any]:
         """Entries for the averages of all parameters in the sharded state `weights`.
 
-        Empty without averages. If they are divided, parts of other ranks are added to zeros, as
-        integers, so that each bit is kept. Collective unless `loading`.
+        `owned` gets this rank's parts if the averages are divided. None for loading, which fills
+        whole tensors. Empty without averages.
         """
         if not self.ema.enabled:
             return {}
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         sharded = {}
         for entry in _parameters(weights):
-            device = "cpu" if loading else entry.data.device
-            whole = torch.zeros(entry.data.shape, dtype=torch.float32, device=device)
-            if not loading:
+            shape = entry.data.shape
+            if owned is None:
+                whole = torch.zeros(shape, dtype=torch.float32, device="cpu")
+            elif not self.divided:
+                whole = self.held[entry.data][1].view(shape)
+            else:
+                whole = owned.stand_in(shape)
                 if entry.data in self.held:
-                    self._held_part(entry.data, whole).copy_(self.held[entry.data][1])
-                if self.divided:
-                    torch.distributed.all_reduce(whole.view(torch.int32), group=group)
+                    owned.add(whole, *self.held[entry.data])
             prefix = EMA_PREFIX.removesuffix(".")
-            sharded[entry.key] = make_sharded_optimizer_tensor(entry, whole.cpu(), prefix)
+            sharded[entry.key] = make_sharded_optimizer_tensor(entry, whole, prefix)
         return sharded
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Megatron-core's distributed checkpoints (`torch_dist`): weights and optimizer in any layout.
 
-Unlike `megatron.core.dist_checkpointing.save`, this process writes the files itself, through
-torch's writer. Megatron-core writes with forked helpers and a queue server. If a helper dies, the
-trainer waits forever, but a full disk must raise an error on every rank. The format is the same.
+Unlike `megatron.core.dist_checkpointing.save`, nothing is gathered or written here: each rank
+describes its files (training/checkpoint/parts.py), and the same process writes them as those of the
+other trainers. The format is the same.
 
 Loading never runs code from a checkpoint: the pickles in it (`.metadata`, common.pt, objects in
 *.distcp) are limited to the allow-lists of `landiff.model_zoo.convert`.
@@ -11,23 +11,29 @@ Loading never runs code from a checkpoint: the pickles in it (`.metadata`, commo
 from __future__ import annotations
 
 import io
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from math import prod
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as core_torch_dist
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import flatten_state_dict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,11 +46,16 @@ from landiff.model_zoo.convert.formats.dist_checkpoint import read_metadata
 from landiff.model_zoo.convert.formats.megatron import COMMON, EMA_PREFIX
 from landiff.model_zoo.convert.pickles import check_pickle, check_plain_pickle, read_pickle
 from landiff.model_zoo.convert.rules import ConversionError
-from landiff.training.lm.averages import ShardedAverages, copy_to_model, parts_of
+from landiff.training.checkpoint.dist_files import DistFiles, Piece, boxes
+from landiff.training.checkpoint.parts import StateFile, torch_archive
+from landiff.training.lm.averages import OwnedParts, ShardedAverages, copy_to_model, parts_of
 from landiff.training.lm.checks import other_optimizer
 from landiff.training.lm.model import MegatronLM
 from landiff.training.optim import step_count
 from landiff.training.replace import replaced
+
+FORMAT = CheckpointingConfig("torch_dist", 1)
+STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")  # of the distributed optimizer
 
 
 def _layout() -> dict[str, Any]:
@@ -64,18 +75,22 @@ def _sharded_state(
     optimizer: MegatronOptimizer,
     averages: ShardedAverages | None,
     *,
-    loading: bool,
+    owned: OwnedParts | None,
 ) -> dict[str, Any]:
-    """This rank's part of the state."""
+    """This rank's part of the state. `owned` collects what is divided; None for loading."""
     layout = _layout()
     weights = model.sharded_state_dict(metadata=layout)
+    if owned is None or not is_distributed(optimizer):
+        own = optimizer.sharded_state_dict(weights, is_loading=owned is None, metadata=layout)
+    else:
+        own = _divided_state(optimizer, weights, owned)
     state = {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=layout),
+        "optimizer": own,
         "distributed_optimizer": is_distributed(optimizer),
     }
     if averages is not None and averages.ema.enabled:
-        state["averages"] = averages.state(weights, loading=loading)
+        state["averages"] = averages.state(weights, owned)
     return state
 
 
@@ -87,37 +102,121 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
     return any(isinstance(part, DistributedOptimizer) for part in parts_of(optimizer))
 
 
-def save(
-    folder: Path, model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages
-) -> None:
-    """Write model, optimizer and averages into `folder`, which exists and is empty. Collective.
+def state_files(
+    files: DistFiles,
+    model: MegatronLM,
+    optimizer: MegatronOptimizer,
+    averages: ShardedAverages,
+    device: torch.device,
+) -> list[StateFile]:
+    """This rank's files with model, optimizer and averages. Collective, but nothing is gathered.
 
-    The files are closed on return. Raises OSError on all ranks if one of them cannot write. The two
-    small documents are written after the last collective, and their errors are raised on rank 0
-    only.
+    Each data-parallel rank writes the parts of optimizer state and averages that it holds, and its
+    share of what all of them hold.
     """
-    sharded, common = save_preprocess(
-        _sharded_state(model, optimizer, averages, loading=False), True
-    )
-    sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    try:
-        dcp.save(
-            mcore_to_pyt_state_dict(sharded, False),
-            storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-    except CheckpointException as error:
-        causes = {rank: failure[0] for rank, failure in error.failures.items()}
-        raise OSError(f"checkpoint {folder} was not written: {causes}") from error
+    owned = OwnedParts()
+    state = _sharded_state(model, optimizer, averages, owned=owned)
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    found = files.files(_pieces(sharded, owned), device)
     if torch.distributed.get_rank() == 0:
-        torch.save(common, folder / COMMON)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        found.append(StateFile(COMMON, torch_archive(common)))
+        found.append(StateFile(CONFIG_FNAME, [json.dumps(asdict(FORMAT)).encode()]))
+    return found
+
+
+def _divided_state(
+    optimizer: MegatronOptimizer, weights: dict[str, Any], owned: OwnedParts
+) -> dict[str, Any]:
+    """`sharded_state_dict` of the distributed optimizer, with stand-ins for its values.
+
+    Megatron-core's also collects garbage, which takes longer than all of the rest.
+    """
+    (part,) = parts_of(optimizer)
+    assert isinstance(part, DistributedOptimizer)
+    layout = _layout()
+    with replaced(part, "get_parameter_state_dp_zero", partial(_owned_state, part, owned)):
+        values = part.sharded_param_state_fully_reshardable(weights, False, layout)
+    kind = layout["distrib_optim_sharding_type"]
+    return {**part.state_dict(), "param_state": values, "param_state_sharding_type": kind}
+
+
+def _owned_state(part: DistributedOptimizer, owned: OwnedParts, **_: Any) -> dict[int, Any]:
+    """Replaces `get_parameter_state_dp_zero`, which gathers the state of all data-parallel ranks.
+
+    Megatron-core gives names and shapes to stand-ins of the whole buffers. Positions count the
+    padding between buckets, as those of parameters do. (Megatron-core's own method leaves it out,
+    and so moves values between parameters if there are several buckets with padding.)
+    """
+    state: dict[int, Any] = {}
+    for number, ranges in enumerate(part.gbuf_ranges):
+        ((dtype, buckets),) = ranges.items()
+        whole = {key: owned.stand_in((part.buffers[number].numel,)) for key in STATE_KEYS}
+        for bucket in buckets:
+            for parameter, places in bucket["param_map"].items():
+                tensors = part._get_main_param_and_optimizer_states(parameter)
+                for key in STATE_KEYS:
+                    owned.add(whole[key], places["gbuf_world"].start, tensors[key])
+        state[number] = {dtype: whole}
+    return state
+
+
+def _pieces(sharded: dict[str, Any], owned: OwnedParts) -> list[Piece]:
+    """What this rank writes of a sharded state."""
+    entries, _ = flatten_state_dict(sharded)
+    pieces = []
+    shared: list[ShardedTensor] = []  # by all data-parallel ranks
+    for entry in entries.values():
+        if isinstance(entry, ShardedObject):
+            if is_main_replica(entry.replica_id):
+                content = io.BytesIO()
+                torch.save([entry.data], content)
+                pieces.append(Piece(entry.unique_key, content.getvalue()))
+            continue
+        if any(entry.replica_id[:-1]):  # another tensor or pipeline rank writes it
+            continue
+        if entry.data.is_meta:  # a stand-in
+            pieces += _owned_pieces(entry, owned)
+        else:
+            shared.append(entry)
+    for entry in _own_share(shared):
+        data = entry.data.detach()[(None,) * entry.prepend_axis_num]  # an axis of layers
+        pieces.append(Piece(entry.key, data, entry.global_offset, entry.global_shape))
+    return pieces
+
+
+def _owned_pieces(entry: ShardedTensor, owned: OwnedParts) -> Iterator[Piece]:
+    """This rank's elements of a tensor that is divided as a flat vector, as boxes."""
+    shape = (1,) * entry.prepend_axis_num + entry.local_shape  # an axis of layers
+    for start, flat in owned.parts(entry.data):
+        position = 0
+        for offsets, sizes in boxes(shape, start, start + flat.numel()):
+            box = flat[position : position + prod(sizes)].view(sizes)
+            position += box.numel()
+            where = tuple(map(add, entry.global_offset, offsets))
+            yield Piece(entry.key, box, where, entry.global_shape)
+
+
+def _own_share(entries: Sequence[ShardedTensor]) -> list[ShardedTensor]:
+    """The entries that this data-parallel rank writes, of those that all of them hold.
+
+    Each goes to the rank with the fewest bytes so far, large ones first. The result is equal on all
+    ranks.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    loads = [0] * group.size()
+    own = []
+    for entry in sorted(entries, key=lambda entry: -entry.data.nbytes):
+        rank = loads.index(min(loads))
+        loads[rank] += entry.data.nbytes
+        if rank == group.rank():
+            own.append(entry)
+    return own
 
 
 def load_checkpoint(
     folder: Path, model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages
 ) -> bool:
-    """Restore what `save` wrote, on any number of tensor, pipeline and data-parallel ranks.
+    """Restore a checkpoint, on any number of tensor, pipeline and data-parallel ranks.
 
     Collective. The weights are cast from the optimizer's float32 copies if it keeps them. With the
     distributed optimizer that is this rank's part, and the caller gathers the others. Returns
@@ -138,7 +237,7 @@ def load_checkpoint(
         try:
             wanted = averages if has_averages else None
             state = dist_checkpointing.load(
-                _sharded_state(model, optimizer, wanted, loading=True),
+                _sharded_state(model, optimizer, wanted, owned=None),
                 str(folder),
                 common_strategy=_OwnGroups(optimizer),
             )

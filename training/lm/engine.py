@@ -31,8 +31,10 @@ from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo import registry
-from landiff.model_zoo.lora.config import require_same_adapter
+from landiff.model_zoo.lora.config import ADAPTER, require_same_adapter
 from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.checkpoint.dist_files import DistFiles
+from landiff.training.checkpoint.parts import StateFile, json_file
 from landiff.training.config import OptimConfig
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
@@ -93,6 +95,7 @@ class MegatronEngine:
             self.model.config.grad_scale_func = self.optimizer.scale_loss
             if config.parallel.overlap:
                 self.model.config.no_sync_func = self.ddp.no_sync
+            self._files = DistFiles()
             self._forward_backward = get_forward_backward_func()
         self.prompts = sampling.prompt_clips(config, self.layout, self.guard.world)
 
@@ -315,13 +318,16 @@ class MegatronEngine:
                 self.optimizer.reload_model_params()
                 self.ema.restart()
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer. Collective."""
+    def state_files(self) -> list[StateFile]:
+        """This rank's files with model, optimizer and averages. Collective."""
         with megatron_device():
             self._gather_weights()
-            checkpoint.save(folder, self.model, self.optimizer, self.averages)
+            files = checkpoint.state_files(
+                self._files, self.model, self.optimizer, self.averages, self.device
+            )
         if self.adapter is not None and dist.get_rank() == 0:
-            self.adapter.write(folder)
+            files.append(json_file(ADAPTER, self.adapter))
+        return files
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.

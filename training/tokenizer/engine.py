@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +26,7 @@ from landiff.model_zoo import keyed_random, registry
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
+from landiff.training.checkpoint.parts import StateFile, safetensors_file
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
@@ -218,25 +219,26 @@ class TokenizerEngine:
 
     # ------------------------------------------------------------ checkpoint
 
-    def save(self, folder: Path) -> None:
-        """Write the state from rank 0: all ranks hold the same."""
+    def state_files(self) -> list[StateFile]:
+        """The state, from rank 0: all ranks hold the same."""
         if self.world.rank != 0:
-            return
-        weights = {}
-        for name, tensor in self.tokenizer.state_dict().items():
-            weights[name] = tensor.contiguous()
-        save_file(weights, folder / MODEL)
+            return []
         moments = {}
         for name, parameter in self.tokenizer.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{key}.{name}"] = value
-        save_file(moments, folder / OPTIMIZER)
+        files = [
+            safetensors_file(MODEL, self.tokenizer.state_dict()),
+            safetensors_file(OPTIMIZER, moments),
+        ]
         if self.ema.enabled:
             names = [name for name, _ in self.tokenizer.named_parameters()]
-            save_file(dict(zip(names, self.ema.averages, strict=True)), folder / EMA)
+            averages = dict(zip(names, self.ema.averages, strict=True))
+            files.append(safetensors_file(EMA, averages))
+        return files
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on any number of ranks."""
+        """Restore a checkpoint, on any number of ranks."""
         device = str(self.world.device)
         self.tokenizer.load_state_dict(load_file(folder / MODEL, device=device))
         moments = load_file(folder / OPTIMIZER, device=device)

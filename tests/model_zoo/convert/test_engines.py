@@ -34,6 +34,7 @@ from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
 from tests.distributed import run_distributed
 from tests.model_zoo.convert.tiny import same
+from tests.training import saving
 from tests.training.diffusion import tiny as diffusion
 from tests.training.diffusion.test_engine import weights as live_weights
 from tests.training.lm.samples import tiny_batch, tiny_config
@@ -68,7 +69,7 @@ def load_megatron(world: Any, folder: Path) -> list[str]:
         if world.rank == 0:
             out.mkdir()
         dist.barrier()
-        engine.save(out)
+        saving.save(engine, out)
         engine.close()
         written.append(out.name)
     return written
@@ -117,7 +118,7 @@ def load_deepspeed(
         if world.rank == 0:
             out.mkdir()
         world.barrier()
-        engine.save(out)
+        saving.save(engine, out)
         world.barrier()
     return found
 
@@ -255,7 +256,7 @@ def save_as_stock_megatron(world: Any, folder: Path) -> None:
                 out.mkdir()
             dist.barrier()
             with mock.patch.object(checkpoint, "_layout", lambda layout=layout: layout):
-                engine.save(out)
+                saving.save(engine, out)
         engine.close()
 
 

@@ -16,6 +16,7 @@ from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.engine import build_engine
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.diffusion.tiny import batch, config, make_zoo
 
 LAYOUTS = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
@@ -69,7 +70,7 @@ def save(engine, world, folder: Path) -> Path:
     if world.rank == 0:
         folder.mkdir(parents=True)
     world.barrier()
-    engine.save(folder)
+    saving.save(engine, folder)
     world.barrier()
     return folder
 

@@ -21,6 +21,7 @@ from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
 from landiff.training.optim import adamw, clip_gradients, rate_of_step, set_rate_and_decay
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.diffusion.tiny import batch, config, make_zoo
 from tests.training.toy import assert_measured
 
@@ -111,7 +112,7 @@ def save(engine, world, folder):
     if world.rank == 0:
         folder.mkdir()
     world.barrier()
-    engine.save(folder)
+    saving.save(engine, folder)
     world.barrier()
 
 

@@ -16,6 +16,7 @@ from landiff.training.checkpoint.errors import first_error, read_message
 from landiff.training.diffusion.__main__ import main
 from landiff.training.diffusion.engine import build_engine
 from tests.distributed import nursery, run_distributed
+from tests.training import saving
 from tests.training.diffusion.tiny import batch, config, make_zoo, write_data
 from tests.training.payload import MARK, list_again, with_payload
 
@@ -46,7 +47,7 @@ def load_all(world, folder: Path) -> dict[tuple[int, str, str], str]:
         engine = build_engine(settings, world)
         engine.train_step(batch(settings, 0))
         right.mkdir()
-        engine.save(right)
+        saving.save(engine, right)
         engine = build_engine(settings, world)
         for attack in (attack for attack in ATTACKS if attack[0] == stage):
             copy = folder / f"copy-{len(found)}"

@@ -19,6 +19,7 @@ from landiff.training.diffusion.model import build_phase_model, load_tokenizer, 
 from landiff.training.diffusion.step import Objective
 from landiff.training.optim import clip_gradients, rate_of_step
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.diffusion.tiny import batch, config, make_zoo
 
 STEPS = 2
@@ -60,7 +61,7 @@ def save(engine: Any, world: Any, folder: Path) -> None:
     if world.rank == 0:
         folder.mkdir(parents=True)
     world.barrier()
-    engine.save(folder)
+    saving.save(engine, folder)
     world.barrier()
 
 

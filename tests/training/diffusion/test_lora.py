@@ -35,6 +35,7 @@ from landiff.training.diffusion.engine import DeepSpeedEngine, build_engine
 from landiff.training.diffusion.model import load_tokenizer
 from landiff.training.diffusion.step import Objective
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.diffusion.tiny import MODEL, batch, config, make_zoo
 
 STAGES = (1, 2, 3)
@@ -62,7 +63,7 @@ def train(world: Any, settings: DiffusionTrainConfig, folder: Path) -> dict[str,
     if world.rank == 0:
         folder.mkdir(parents=True)
     world.barrier()
-    engine.save(folder)
+    saving.save(engine, folder)
     world.barrier()
     found["after"] = steps(engine, world, BEFORE, AFTER)
     found["resumed"] = resume(world, settings, folder)

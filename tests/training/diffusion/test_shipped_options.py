@@ -17,6 +17,7 @@ from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import DeepSpeedEngine, build_engine
 from landiff.training.distributed import World
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.diffusion.tiny import batch, config, make_zoo
 
 NAMES = [
@@ -69,7 +70,7 @@ def save(engine: DeepSpeedEngine, world: World, folder: Path) -> None:
     if world.rank == 0:
         folder.mkdir(parents=True)
     world.barrier()
-    engine.save(folder)
+    saving.save(engine, folder)
     world.barrier()
 
 

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from landiff.configs import load
 from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader
 from landiff.model_zoo.convert.formats.megatron_optimizer import MASTERS, STATE
+from landiff.training.checkpoint.parts import write_files
 from landiff.training.lm import checkpoint
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
+from tests.training import saving
 from tests.training.lm.samples import evaluate as validation_loss
 from tests.training.lm.samples import tiny_batch, tiny_config
 
@@ -101,14 +103,17 @@ def make_folder(folder: Path) -> Path:
 
 
 def save(engine: MegatronEngine, folder: Path) -> None:
-    engine.save(make_folder(folder))
+    saving.save(engine, make_folder(folder))
     dist.barrier()
 
 
 def save_unsynchronized(engine: MegatronEngine, folder: Path) -> None:
     """As older versions did, which left the weights of the last step ungathered with `overlap`."""
     with megatron_device():
-        checkpoint.save(make_folder(folder), engine.model, engine.optimizer, engine.averages)
+        files = checkpoint.state_files(
+            engine._files, engine.model, engine.optimizer, engine.averages, engine.device
+        )
+    write_files(make_folder(folder), files)
     dist.barrier()
 
 

@@ -21,6 +21,7 @@ from landiff.training.checkpoint.errors import first_error, read_message
 from landiff.training.lm.__main__ import main
 from landiff.training.lm.engine import MegatronEngine
 from tests.distributed import nursery, run_distributed
+from tests.training import saving
 from tests.training.lm.data_set import write_data_set
 from tests.training.lm.samples import tiny_batch, tiny_config
 from tests.training.payload import MARK, PAYLOADS, Payload, list_again, with_payload
@@ -84,7 +85,7 @@ def load_all(world, folder: Path) -> dict[str, str]:
     engine = MegatronEngine(tiny_config(folder))
     engine.train_step(tiny_batch(engine.config, 0))
     (folder / "right").mkdir()
-    engine.save(folder / "right")
+    saving.save(engine, folder / "right")
     found = {}
     for number, (name, attack) in enumerate(ATTACKS.items()):
         copy = folder / f"copy-{number}"

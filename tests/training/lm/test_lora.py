@@ -24,6 +24,7 @@ from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.lm.samples import evaluate, plain_loss, tiny_batch, tiny_config
 
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["wqkv", "wo", "w1", "w3", "w2"]}
@@ -78,7 +79,7 @@ def train(config: LMTrainConfig, folder: Path) -> dict[str, Any]:
         if not parameter.requires_grad
     }
     found["before"] = steps(engine, 0, BEFORE)
-    engine.save(make_folder(folder))
+    saving.save(engine, make_folder(folder))
     dist.barrier()
     found["evaluated"] = evaluated(engine)
     found["after"] = steps(engine, BEFORE, AFTER)

@@ -19,6 +19,7 @@ from landiff.training.lm.device import megatron_device
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.lm.samples import (
     evaluate,
     longest_sample,
@@ -218,7 +219,7 @@ def checkpoint_checks(folder: Path) -> dict[str, Any]:
         engine = MegatronEngine(config)
         for step in range(3):
             engine.train_step(tiny_batch(config, step))
-        engine.save(path)
+        saving.save(engine, path)
         found[f"straight {name}"] = more_steps(engine, config)
         engine.close()
         engine = MegatronEngine(config)

@@ -46,11 +46,13 @@ def write_config(
             "text_dropout": 0.3,
         },
     ]
+    # The kills count the operations of this process.
+    defaults = {"steps": 12, "seed": 7, "log_every": 1, "save_every": 2, "async_save": False}
     config = tiny_config(
         folder,
         parallel or {"tensor": 2},
         data={"buckets": [IMAGE]} | changes.pop("data", {}),
-        loop={"steps": 12, "seed": 7, "log_every": 1, "save_every": 2} | (loop or {}),
+        loop=defaults | (loop or {}),
         phases=phases,
         **changes,
     )

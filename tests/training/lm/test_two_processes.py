@@ -18,6 +18,7 @@ from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
 from landiff.training.observe.flops import lm_flops
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.lm.samples import tiny_batch, tiny_config, tiny_sample
 from tests.training.toy import assert_measured, validation_metrics
 
@@ -87,7 +88,7 @@ class Trained:
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        self.engine.save(folder)
+        saving.save(self.engine, folder)
         dist.barrier()
 
     def condition_gradients(self) -> dict[str, torch.Tensor]:

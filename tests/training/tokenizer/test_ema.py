@@ -11,6 +11,7 @@ from landiff.configs.loader import write_config
 from landiff.model_zoo.convert.known_formats import Options, open_source
 from landiff.training.tokenizer.engine import TokenizerEngine
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.tokenizer.tiny import batch, config
 from tests.training.toy import alone
 
@@ -71,7 +72,7 @@ def test_training_is_the_same_with_and_without_it(tmp_path):
 def test_resume_is_bit_equal(tmp_path):
     straight = engine_of(tmp_path, EMA)
     train(straight, range(10))
-    straight.save(tmp_path)
+    saving.save(straight, tmp_path)
     resumed = engine_of(tmp_path, EMA)
     resumed.load(tmp_path)
     for engine in (straight, resumed):
@@ -83,13 +84,13 @@ def test_a_checkpoint_without_it_starts_it_and_one_with_it_drops_it(tmp_path, ca
     caplog.set_level(logging.INFO)
     without = engine_of(tmp_path, None)
     train(without, range(3))
-    without.save(tmp_path)
+    saving.save(without, tmp_path)
     assert not (tmp_path / "ema.safetensors").exists()
     started = engine_of(tmp_path, EMA)
     started.load(tmp_path)
     assert "holds no moving average" in caplog.text
     assert all(map(torch.equal, started.ema.averages, parameters(without)))
-    started.save(tmp_path)
+    saving.save(started, tmp_path)
     assert (
         load_file(tmp_path / "ema.safetensors").keys()
         == dict(started.tokenizer.named_parameters()).keys()
@@ -117,7 +118,7 @@ def test_a_conversion_takes_it_unless_told_otherwise(tmp_path):
     engine = engine_of(run, EMA)
     train(engine, range(12))
     run.mkdir()
-    engine.save(run)
+    saving.save(engine, run)
     write_config(run / "config.yaml", engine.config)
     (run / "state.json").write_text('{"step": 12}')
     raw = {name: tensor.clone() for name, tensor in engine.tokenizer.state_dict().items()}

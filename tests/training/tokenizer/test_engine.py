@@ -17,6 +17,7 @@ from landiff.training.tokenizer.config import TokenizerTrainConfig
 from landiff.training.tokenizer.engine import TokenizerEngine
 from landiff.training.tokenizer.preview import paint
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.tokenizer.tiny import MODEL, batch, config, features
 from tests.training.toy import alone, assert_measured
 
@@ -49,7 +50,7 @@ def test_resume_is_bit_equal_and_needs_no_generator_state(tmp_path):
     expected = train(straight, range(12))
     stopped = TokenizerEngine(config(tmp_path), alone())
     train(stopped, range(6))
-    stopped.save(tmp_path)
+    saving.save(stopped, tmp_path)
     torch.randn(7)  # somebody else draws in between
     resumed = TokenizerEngine(config(tmp_path), alone())
     for parameter in resumed.tokenizer.parameters():
@@ -77,10 +78,10 @@ def test_groups_are_those_of_a_plain_adamw_and_may_change(tmp_path):
     plain.optimizer = torch.optim.AdamW(each, betas=betas, eps=settings.optim.eps)
     expected = train(plain, range(6))
     assert train(straight, range(4)) == expected[:4]
-    straight.save(tmp_path)
+    saving.save(straight, tmp_path)
     without = TokenizerEngine(config(tmp_path, optim=optim), alone())
     without.load(tmp_path)
-    without.save(tmp_path)
+    saving.save(without, tmp_path)
     resumed = TokenizerEngine(settings, alone())
     resumed.load(tmp_path)
     assert train(resumed, range(4, 6)) == expected[4:]
@@ -98,7 +99,7 @@ def test_quantization_begins_at_its_step_and_resumes_there_bit_equal(tmp_path):
     assert expected[4]["codebook/used_fraction"] > 0.5
     stopped = TokenizerEngine(settings, alone())
     train(stopped, range(3))
-    stopped.save(tmp_path)
+    saving.save(stopped, tmp_path)
     resumed = TokenizerEngine(settings, alone())
     resumed.load(tmp_path)
     assert train(resumed, range(3, 8)) == expected[3:]
@@ -233,7 +234,7 @@ def save_and_resume(world, folder, name):
     if world.rank == 0:
         (folder / name).mkdir(parents=True)
     world.barrier()
-    engine.save(folder / name)
+    saving.save(engine, folder / name)
     world.barrier()
     resumed = TokenizerEngine(engine.config, world)
     for parameter in resumed.tokenizer.parameters():

@@ -9,6 +9,7 @@ import torch
 
 from landiff.training.tokenizer.engine import TokenizerEngine
 from tests.distributed import run_distributed
+from tests.training import saving
 from tests.training.tokenizer.tiny import MODEL, batch, config
 from tests.training.toy import alone, validation_metrics
 
@@ -32,7 +33,7 @@ def measured(world, folder, micro_batch_size):
 def one(tmp_path_factory):
     """A checkpoint, and the metrics of one process that computes all clips together."""
     folder = tmp_path_factory.mktemp("one")
-    trained(folder, alone()).save(folder)
+    saving.save(trained(folder, alone()), folder)
     return folder, measured(alone(), folder, len(CLIPS))
 
 
