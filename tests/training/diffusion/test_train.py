@@ -15,6 +15,7 @@ from landiff.model_zoo.convert.formats.deepspeed import export_diffusion
 from landiff.training.diffusion.__main__ import main
 from landiff.training.observe.metrics import read_metrics
 from tests.chaos import Trainer, prove_kill_safety
+from tests.data_pipeline.data_sets import keys_of
 from tests.distributed import nursery
 from tests.training.diffusion.tiny import config, make_zoo, write_data, write_mixed_data
 from tests.training.mixed import IMAGE, TALL, VIDEO
@@ -31,7 +32,6 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
         "loop__steps": steps,
         "loop__log_every": 1,
         "loop__save_every": 2,
-        "loop__async_save": False,  # its kills count the operations of this process
     }
     settings = config(
         folder, phase, run=run, data__adopt="true", zero__stage=2, **defaults | changes
@@ -42,15 +42,25 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
 
 
 def write_main_config(run: Path) -> Path:
-    """Images, then images and videos of two sizes in batches of equal tokens, then videos."""
+    """Images, then images and videos of two sizes in batches of equal tokens, then videos.
+
+    In the precision and layout of landiff/diffusion-main, with everything that keeps state.
+    """
     mixed = run.parent / "mixed"
     if not mixed.exists():
         write_mixed_data(mixed)
     joint = {"buckets": [IMAGE, VIDEO, TALL], "balance_tokens": True}
     phases = [
         {"from_step": 3, "data": joint},
-        {"from_step": 7, "data": {"buckets": [VIDEO, TALL]}},
+        {
+            "from_step": 7,
+            "data": {"buckets": [VIDEO, TALL]},
+            "optim": {"lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.2, "clip_grad": 0.1},
+            "prefix": {"probability": 0.5, "noise": 0.1},
+        },
     ]
+    held_out = [*keys_of(0, 30)[:2], *keys_of(1, 9)[:2]]
+    groups = [{"match": "blocks.0.*", "lr_scale": 0.5}]
     return write_config(
         run,
         "main",
@@ -59,6 +69,14 @@ def write_main_config(run: Path) -> Path:
         data__buckets=f"[{IMAGE}]",
         loop__log_every=2,
         loop__save_every=1,
+        loop__val_every=5,
+        loop__spikes=json.dumps({"window": 8, "action": "rollback"}),
+        data__validation=json.dumps({"clips": held_out}),
+        precision="bf16",
+        zero__overlap_communication="true",
+        optim__decay="linear",
+        optim__groups=json.dumps(groups),
+        ema__decay=0.9,
         phases=json.dumps(phases),
     )
 
@@ -71,6 +89,7 @@ def test_killed_run_equals_uninterrupted(tmp_path):
     report = prove_kill_safety(MAIN, tmp_path, __name__, kills=10)
     assert len(report.plans) == 10
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "val_ema/loss" in line] == [5, 10]
     assert f"train/loss_{IMAGE}" in lines[0]
     assert f"train/loss_{IMAGE}" not in lines[-1]
     assert {f"train/loss_{VIDEO}", f"train/loss_{TALL}"} <= set().union(*lines)
