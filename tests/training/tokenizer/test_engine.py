@@ -72,8 +72,7 @@ def test_groups_are_those_of_a_plain_adamw_and_may_change(tmp_path):
     for name, parameter in plain.tokenizer.named_parameters():
         decays = parameter.ndim >= 2 and not name.startswith("decoder.")
         scale = 0.5 if name.startswith("quantizer.") else 1.0
-        decay = 0.5 if decays else 0.0
-        each.append({"params": [parameter], "weight_decay": decay, "lr_scale": scale})
+        each.append({"params": [parameter], "lr_scale": scale, "decay_scale": float(decays)})
     betas = settings.optim.betas
     plain.optimizer = torch.optim.AdamW(each, betas=betas, eps=settings.optim.eps)
     expected = train(plain, range(6))
