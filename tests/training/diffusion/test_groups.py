@@ -116,7 +116,8 @@ def plain(folder: Path) -> dict[str, torch.Tensor]:
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = scale * rate_of_step(settings, step)
         optimizer.zero_grad()
-        inputs = objective.at(step).inputs(list(batch(settings, step).samples))
+        part = batch(settings, step)
+        inputs = objective.at(part).inputs(list(part.samples))
         objective.loss(model, inputs).loss.backward()
         clip_gradients(model.parameters(), optim.clip_grad)
         optimizer.step()
