@@ -32,6 +32,7 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
         "loop__steps": steps,
         "loop__log_every": 1,
         "loop__save_every": 2,
+        "loop__async_save": "false",  # the kills count the operations of this process
     }
     settings = config(
         folder, phase, run=run, data__adopt="true", zero__stage=2, **defaults | changes
