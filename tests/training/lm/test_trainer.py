@@ -103,8 +103,8 @@ SHIPPED = Trainer(MAIN, write_shipped_config, world_size=2, read=all_tensors)
 
 
 def test_killed_run_equals_uninterrupted_and_exports(tmp_path):
-    report = prove_kill_safety(SHIPPED, tmp_path, __name__, kills=10)
-    assert len(report.plans) == 10
+    report = prove_kill_safety(SHIPPED, tmp_path, __name__, kills=5)
+    assert len(report.plans) == 5
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     assert [line["train/phase"] for line in lines] == [0] * 3 + [1] * 5 + [2] * 4
     assert [line["step"] for line in lines if "val_ema/loss" in line] == [6, 12]
@@ -114,5 +114,6 @@ def test_killed_run_equals_uninterrupted_and_exports(tmp_path):
 
 
 @pytest.mark.long
-def test_killed_run_equals_uninterrupted_at_length(tmp_path):
-    assert len(prove_kill_safety(LM, tmp_path, __name__, kills=50, seed=1).plans) == 50
+@pytest.mark.parametrize("trainer", [LM, SHIPPED], ids=["tensor", "shipped"])
+def test_killed_run_equals_uninterrupted_at_length(tmp_path, trainer):
+    assert len(prove_kill_safety(trainer, tmp_path, __name__, kills=50, seed=1).plans) == 50
