@@ -92,7 +92,7 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
 def clip_frames(config: LMTrainConfig) -> tuple[int, str]:
     """Semantic frames of a clip, all segments together, and where the number is from.
 
-    A clip of the data if all have equally many tokens. Otherwise, and without data, one segment.
+    A clip of the data if all have equally many tokens of this model. Otherwise one segment.
     """
     segment = config.model.segment_frames
     if config.data.remote:
@@ -107,11 +107,8 @@ def clip_frames(config: LMTrainConfig) -> tuple[int, str]:
         return segment, "one segment, as clips differ or have no tokens yet"
     try:
         frames = TokenLayout.of(config.model).num_frames(num_codes)
-    except ValueError as error:
-        raise ConfigError(
-            f"data.manifest = {config.data.manifest}: column {config.tokens_column} is not of this "
-            f"model: {error}"
-        ) from None
+    except ValueError:
+        return segment, f"one segment, as the tokens of {config.data.manifest} are of another model"
     return frames, f"clips of {config.data.manifest}"
 
 

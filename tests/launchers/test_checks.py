@@ -508,8 +508,8 @@ def test_all_options_of_convert_are_checked_together(world):
     ("column", "text"),
     [
         (
-            "captions",
-            "columns.captions: the name of a column begins with its kind, features, tokens, "
+            "speech",
+            "columns.speech: the name of a column begins with its kind, features, tokens, "
             "latents, text",
         ),
         ("latnts", "did you mean 'latents'?"),

@@ -34,6 +34,8 @@ from landiff.model_zoo import registry
 from landiff.training.checks import Launch
 from tests.launchers.random_zoo import PROMPTS, sample_config, write_random_zoo
 
+ROOT = Path(__file__).resolve().parents[2]
+
 KINDS = ("lm", "tokenizer", "diffusion")
 
 
@@ -118,7 +120,7 @@ def kills(work: Path, number: int, seed: int, *cases: str) -> int:
     """Number of kills that a run of these cases has survived."""
     command = [sys.executable, "-m", "tests.launchers.kill_sample", str(work), str(number)]
     ended = subprocess.run(
-        [*command, str(seed), *cases], capture_output=True, text=True, timeout=1800
+        [*command, str(seed), *cases], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
     return int(ended.stdout.split()[-1])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -244,7 +245,10 @@ class TokenizerEngine:
         moments = load_file(folder / OPTIMIZER, device=device)
         fused = self.optimizer.defaults["fused"]
         self.optimizer.state.clear()  # a checkpoint from before the first update has no moments
-        for name, parameter in self.tokenizer.named_parameters():
+        names = {parameter: name for name, parameter in self.tokenizer.named_parameters()}
+        # In the order in which the optimizer's first step creates the states.
+        for parameter in chain(*(group["params"] for group in self.optimizer.param_groups)):
+            name = names[parameter]
             if f"step.{name}" not in moments:
                 continue
             self.optimizer.state[parameter] = {

@@ -53,6 +53,9 @@ def visit(server: DemoServer, browser: Browser) -> Tab:
     """A new visitor, who sees the whole page."""
     tab = browser.new_user(server.address)
     tab.wait_for("document.querySelector('#generate') !== null")
+    # Clicks count once all scripts are loaded, which the page does piece by piece.
+    loaded = "performance.getEntriesByType('resource').map(entry => entry.responseEnd)"
+    tab.wait_for(f"performance.now() - Math.max(...{loaded}) > 1000")
     return tab
 
 
