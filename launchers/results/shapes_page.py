@@ -197,17 +197,12 @@ def nearest_clips(train: Path, videos: Sequence[Judged]) -> list[tuple[np.ndarra
 
 def _figure(frames_THWC: np.ndarray, caption: str, note: str) -> str:
     """A video as an animated picture in a page."""
-    frames = [Image.fromarray(frame_HWC) for frame_HWC in frames_THWC]
-    data = io.BytesIO()
-    frames[0].save(
-        data,
-        format="GIF",
-        save_all=True,
-        append_images=frames[1:],
-        duration=round(1000 / FPS),
-        loop=0,
-    )
-    return html.figure(html.media(data.getvalue(), "gif", caption), caption, note)
+    import torch
+
+    from landiff.training.observe.previews import gif
+
+    data = gif(torch.tensor(frames_THWC), FPS)
+    return html.figure(html.media(data, "gif", caption), caption, note)
 
 
 def _curves(out: Path) -> Sequence[str]:
