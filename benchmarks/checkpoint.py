@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from benchmarks.overhead import RandomFeatures
+from benchmarks.overhead import TOKENIZER, RandomFeatures
 from benchmarks.support.models import device_name, synchronize
 from landiff.configs import load
 from landiff.configs.files import replace_dir
@@ -122,12 +122,7 @@ def settings(run: Path, hidden: int) -> TokenizerTrainConfig:
         "loop": {"steps": 10**9, "save_every": 1000, "keep_last": 1},
         "optim": {"lr": 1e-4},
         "model": {
-            "feature_channels": 128,
-            "grid_height": 8,
-            "grid_width": 8,
-            "segment_frames": 3,
-            "iframe_tokens": 64,
-            "pframe_tokens": 16,
+            **TOKENIZER,
             "hidden_size": hidden,
             "num_heads": 12,
             "num_layers": 3,

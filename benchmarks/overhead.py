@@ -34,6 +34,15 @@ from landiff.training.run import Run
 from landiff.training.tokenizer.config import COLUMN, TokenizerTrainConfig
 from landiff.training.tokenizer.engine import TokenizerEngine
 
+TOKENIZER = {  # geometry of the tokenizer; its width and depth are options
+    "feature_channels": 128,
+    "grid_height": 8,
+    "grid_width": 8,
+    "segment_frames": 3,
+    "iframe_tokens": 64,
+    "pframe_tokens": 16,
+}
+
 WARM_UP = 3  # steps that are not counted
 AGREEMENTS = 1000
 
@@ -162,12 +171,7 @@ def main() -> None:
             "optim": {"lr": 1e-4},
             "ema": {"decay": 0.999},
             "model": {
-                "feature_channels": 128,
-                "grid_height": 8,
-                "grid_width": 8,
-                "segment_frames": 3,
-                "iframe_tokens": 64,
-                "pframe_tokens": 16,
+                **TOKENIZER,
                 "hidden_size": options.hidden,
                 "num_heads": 6,
                 "num_layers": options.layers,
