@@ -49,7 +49,7 @@ setup(
     package_data={
         "landiff.configs": ["**/*.yaml"],
         "landiff.data_pipeline": ["assets/**/*"],
-        "landiff.model_zoo": ["frozen/assets/*"],
+        "landiff.model_zoo": ["frozen/assets/*", "packaged/**/*"],
         "landiff.launchers.slurm": ["job.sh"],
     },
     install_requires=[

@@ -40,10 +40,14 @@ def add(
     help: str,
     *,
     config: str | None = None,
+    default_config: str | None = None,
     epilog: str | None = None,
     allow_abbrev: bool = True,
 ) -> argparse.ArgumentParser:
-    """Add the command `name`. With the example `config`, it gets --config and --dry-run."""
+    """Add the command `name`. With the example `config`, it gets --config and --dry-run.
+
+    `default_config`: taken without --config; None makes the option required.
+    """
     command = commands.add_parser(
         name,
         help=help,
@@ -53,11 +57,13 @@ def add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if config:
+        default = f" (default: {default_config})" if default_config else ""
         command.add_argument(
             "--config",
-            required=True,
+            required=default_config is None,
+            default=default_config,
             metavar="NAME",
-            help=f"packaged config ({config}) or a .yaml file",
+            help=f"packaged config ({config}) or a .yaml file{default}",
         )
         command.add_argument(
             "--dry-run",

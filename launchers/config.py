@@ -53,7 +53,10 @@ GIVEN = ("first_frame", "continue_video", "tokens_from")
 class SampleConfig(Config):
     """`landiff sample`: from prompts to tokens, latents and mp4 files."""
 
-    zoo: Path = Field(description="Zoo folder with the three models.")
+    zoo: Path = Field(
+        description="Zoo folder with the three models. `packaged` is the zoo that comes with "
+        "landiff."
+    )
     out: Path = Field(description="Folder of the mp4 files.")
     lm: str = Field(
         default="lm",
@@ -195,8 +198,9 @@ class SampleConfig(Config):
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="`fp32` uses the weights as they are stored. `bf16` samples as the release "
-        "does (§4.5, §5.11): norms, output head and quantizer stay float32.",
+        description="`fp32` computes in float32, in whatever precision the weights are stored. "
+        "`bf16` samples as the release does (§4.5, §5.11): norms, output head and quantizer stay "
+        "float32.",
     )
     offload: Literal["none", "model", "disk"] = Field(
         default="none",

@@ -86,6 +86,13 @@ stages and world sizes of this project's diffusion trainer. DeepSpeed alone need
 start a run accept vocab_multiple, head_multiple and zero.stage as overrides too.
 """
 
+ZOO = """\
+  landiff zoo list                                            entries of the folder zoo
+  landiff zoo list --zoo packaged                             the weights that come with landiff
+  landiff zoo pack runs/learn --out small-zoo                 the three models of a run in bfloat16,
+                                                              with their rates and their origin
+"""
+
 COMPLETION = """\
 Install the script once for each shell that you use:
 

@@ -23,6 +23,7 @@ from landiff.configs.files import write_text
 from landiff.configs.problems import require_none
 from landiff.launchers.local.stage_processes import Command, run_commands
 from landiff.launchers.project.presets import packaged_presets, preset_config, require_preset
+from landiff.launchers.slurm.snapshot import describe_code
 from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 QUICKSTART_OUT = "runs/quickstart"
@@ -365,9 +366,10 @@ def first_and_last_loss(run: Path, points: int = 5) -> tuple[float | None, float
 
 
 def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> None:
-    """Writes `summary.json`: the results of all stages, the evaluation and the names of videos."""
+    """Writes `summary.json`: origin of the code, stages, evaluation and names of videos."""
     evaluation = out / "evaluation.json"
     document = {
+        "code": describe_code()[0],
         "seconds": round(seconds, 1),
         "stages": [vars(result) for result in results],
         "evaluation": None,

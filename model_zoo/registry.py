@@ -6,6 +6,9 @@ peft can load its folder.
 It is committed by rename and never changes. A reference to an entry is `name` (the newest entry of
 that name), `name@fingerprint` (a prefix is enough) or the path of its folder.
 
+The zoo `packaged` comes with this package and is read-only: models of the preset `shapes`, written
+by `landiff zoo pack`.
+
 Importing this module does not import torch, so that references can be checked before a job starts.
 """
 
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 PROVENANCE = "provenance.json"
 MAX_NAME_BYTES = 1 << 10  # of the file `newest`
+PACKAGED = Path("packaged")  # name of the zoo in PACKAGED_FOLDER, in place of a folder
+PACKAGED_FOLDER = Path(__file__).resolve().parent / "packaged"
 
 KINDS: dict[str, type[Config]] = {
     "tokenizer": TokenizerConfig,
@@ -245,12 +250,17 @@ def export(
     Tensors are read and written one at a time, then hashed from the file.
 
     Raises UnhealthyError for NaN or infinity, OwnedError if another process is writing an entry of
-    this name.
+    this name, ZooError for the packaged zoo.
     """
     from landiff.model_zoo.convert.lazy import LazyTensors
 
     assert isinstance(config, KINDS[kind]), (kind, type(config))
     check_name(name)
+    if zoo == PACKAGED:
+        raise ZooError(
+            f"zoo = {zoo} is the read-only zoo that comes with landiff; choose another folder for "
+            f"{name!r}"
+        )
     if not isinstance(tensors, LazyTensors):
         tensors = LazyTensors.of(tensors)
     card = EntryCard(kind=kind, name=name, fingerprint="", config=config.model_dump(mode="json"))
@@ -324,10 +334,15 @@ def read_entry(path: Path) -> ZooEntry:
     return ZooEntry(path, card.name, card.kind, card.fingerprint, config, card.config)
 
 
+def folder_of(zoo: Path) -> Path:
+    """The folder of a zoo: the zoo itself, or that of the packaged one."""
+    return PACKAGED_FOLDER if zoo == PACKAGED else zoo
+
+
 def entry_folders(zoo: Path) -> list[Path]:
     """Folders of committed entries, damaged ones included, sorted by name."""
     folders = []
-    for path in zoo.glob("*/*"):
+    for path in folder_of(zoo).glob("*/*"):
         if not path.is_dir() or path.name.startswith("."):
             continue
         files = ("config.json", WEIGHTS, PEFT_WEIGHTS)
@@ -363,6 +378,7 @@ def resolve(zoo: Path, reference: str, kind: str | Sequence[str] | None = None) 
 def _entry_folder(zoo: Path, reference: str) -> Path:
     """Folder of the entry that `name` or `name@prefix` refers to."""
     name, _, prefix = reference.partition("@")
+    zoo = folder_of(zoo)
     folder = zoo / name
     if not folder.is_dir():
         names: list[str] = []

@@ -186,6 +186,7 @@ MISSING_INPUTS = {
     "landiff shards --dry-run": "exist",
     "landiff shapes score --videos world/": "No such file",  # of the preset shapes
     "landiff shapes show --videos world/": "No such file",
+    "landiff zoo pack": "has no rates.json",
     "landiff attribute": "do not fit",  # the models of the preset shapes
     "landiff convert inspect weights/": "exist",  # the released weights
     "landiff convert weights/": "exist",

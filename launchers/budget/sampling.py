@@ -53,8 +53,10 @@ def memory_of_parts(config: SampleConfig) -> dict[str, PartMemory]:
         tensors = registry.resolve(config.zoo, getattr(config, kind), kind).lazy()
         stored = tensors.num_bytes
         found[kind] = PartMemory(stored, stored)
-        if config.precision == "bf16":  # converted in memory
-            converted = 2 * tensors.num_elements
+        width = 2 if config.precision == "bf16" else 4
+        floating = [tensor for tensor in tensors.meta.values() if tensor.is_floating_point()]
+        if width == 2 or any(tensor.itemsize != width for tensor in floating):
+            converted = width * tensors.num_elements  # in memory
             found[kind] = PartMemory(converted, stored + converted)
     for key in ("lm_text", "diffusion_text", "codec"):
         size = encoder_bytes(getattr(config, key))

@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 def in_precision(model: M, precision: str) -> M:
     """A model of the zoo with the precision of `landiff sample`, changed in place."""
     if precision == "fp32":
-        return model
+        return model.float()
     if isinstance(model, LanguageModel):
         model.to_inference(torch.bfloat16)
         return model

@@ -76,8 +76,15 @@ def inspect_weights(args: argparse.Namespace, paths: Sequence[str]) -> None:
 
 
 def zoo_command(args: argparse.Namespace) -> int:
-    """Lists, shows or verifies zoo entries. Returns the exit code."""
+    """Lists, shows or verifies zoo entries, or packs those of a run. Returns the exit code."""
     zoo = Path(args.zoo)
+    if args.action == "pack":
+        if not args.reference or not args.out:
+            raise ConfigError("landiff zoo pack needs the folder of a run, and --out FOLDER")
+        from landiff.launchers.weights.pack import pack
+
+        print_lines("zoo", pack(Path(args.reference), Path(args.out)))
+        return 0
     if args.action != "show" and not args.reference:
         return print_all_entries(zoo, verify=args.action == "verify")
     if not args.reference:

@@ -92,7 +92,21 @@ def add_convert(commands: Commands) -> None:
 
 def add_zoo(commands: Commands) -> None:
     """`landiff zoo`."""
-    zoo = add(commands, "zoo", "List, show or verify entries of the zoo.")
-    zoo.add_argument("action", choices=["list", "show", "verify"])
-    zoo.add_argument("reference", nargs="?", help="name, name@fingerprint or path")
-    zoo.add_argument("--zoo", default="zoo", help="zoo folder (default: zoo)")
+    zoo = add(
+        commands,
+        "zoo",
+        "List, show or verify entries of a zoo, or pack the models of a run into a small one.",
+        epilog=help_texts.ZOO,
+    )
+    zoo.add_argument("action", choices=["list", "show", "verify", "pack"])
+    zoo.add_argument(
+        "reference",
+        nargs="?",
+        help="name, name@fingerprint or path; pack: the folder of `landiff learn`",
+    )
+    zoo.add_argument(
+        "--zoo",
+        default="zoo",
+        help="zoo folder, or `packaged` for the one that comes with landiff (default: zoo)",
+    )
+    zoo.add_argument("--out", metavar="FOLDER", help="pack: the new zoo")

@@ -1,4 +1,4 @@
-"""A zoo of nano models with random weights, and configs of `landiff sample` that use it."""
+"""Zoos of small models with random weights, and configs of `landiff sample` that use them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from landiff.configs.loader import load
 from landiff.launchers.config import SampleConfig
 from landiff.model_zoo import registry
+from landiff.model_zoo.config import ModelConfig
 from landiff.model_zoo.registry import build_module
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
@@ -48,6 +49,18 @@ def write_random_zoo(folder: Path, buckets: Sequence[str] = ()) -> Path:
                 buffer.normal_()
         registry.export(folder, kind, kind, model_config, model.state_dict(), provenance)
     return folder
+
+
+def write_random_shapes_zoo(folder: Path) -> None:
+    """Exports untrained models of the preset `shapes`, with a codebook, into a new zoo."""
+    config = load(ModelConfig, "shapes/model")
+    for kind in ("tokenizer", "lm", "diffusion"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = build_module(kind, getattr(config, kind))
+            if kind == "tokenizer":
+                model.train()(torch.randn(4, 5, 40, 4, 4))
+        registry.export(folder, kind, kind, getattr(config, kind), model.state_dict(), {})
 
 
 def sample_config(zoo: Path, out: Path, **options) -> SampleConfig:

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
-from landiff.configs import load
 from landiff.data_pipeline.synthetic import world
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.cli import main
 from landiff.launchers.pipeline import learn_stages
-from landiff.model_zoo import registry
-from landiff.model_zoo.config import ModelConfig
+from tests.launchers.random_zoo import write_random_shapes_zoo
 
 
 def test_stages_of_learn_parse_and_wait_for_stages_before_them():
@@ -33,21 +29,9 @@ def test_a_dry_run_prints_the_commands(capsys):
     assert lines[:2] == ["cd here", "landiff shapes make --out world --clips 6000 --seed 0"]
 
 
-def write_models(zoo: Path) -> None:
-    """Untrained models of the preset with a codebook."""
-    config = load(ModelConfig, "shapes/model")
-    for kind in ("tokenizer", "lm", "diffusion"):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = registry.build_module(kind, getattr(config, kind))
-            if kind == "tokenizer":
-                model.train()(torch.randn(4, 5, 40, 4, 4))
-        registry.export(zoo, kind, kind, getattr(config, kind), model.state_dict(), {})
-
-
 def test_attribution_scores_every_stage_of_the_chain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_models(Path("zoo"))
+    write_random_shapes_zoo(Path("zoo"))
     world.write_world(Path("world"), clips=0, true_clips=2)
     words = ["attribute", "--config", "shapes/sample", "--out", "found.json", "steps=2"]
     words += ["--videos", "world/true-heldout", "--labels", "world/labels-true-heldout.jsonl"]
