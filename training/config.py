@@ -49,8 +49,9 @@ class SpikeConfig(Config):
         default=128,
         ge=8,
         description=(
-            "Number of recent steps whose median and median absolute deviation a step is compared "
-            "with. Spikes are looked for when half of the window is filled."
+            "Number of recent steps with the same clip shape whose median and median absolute "
+            "deviation a step is compared with. Spikes are looked for when half of the window is "
+            "filled."
         ),
     )
     threshold: PositiveFloat = Field(

@@ -11,6 +11,8 @@ A rollback also leaves the step without an update. After it `Run.settle` loads t
 checkpoint into the engine, and training continues with the next batch: the batches between that
 checkpoint and now are jumped over.
 
+Spikes are looked for among the last steps with the same clip shape.
+
 The state of the guard is saved in checkpoints, so a resumed run decides as an uninterrupted one.
 """
 
@@ -25,7 +27,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from landiff.training.checkpoint.errors import NonFiniteError
-from landiff.training.checkpoint.guard_state import GuardState
+from landiff.training.checkpoint.guard_state import GuardState, SpikeWindow
 from landiff.training.config import LoopConfig
 from landiff.training.distributed import World
 from landiff.training.observe.scalars import read_scalars
@@ -66,6 +68,7 @@ class Guard:
     """Decides for all ranks whether a step may change the weights.
 
     state: replaced by that of a checkpoint when a run resumes.
+    bucket: clip shape of the batch of this step; "" if the data do not name it. The loop sets it.
     event: of the last step, None if it was accepted without remark.
     scores: robust z-scores of the last step by TensorBoard tag, with `loop.spikes`.
     """
@@ -75,6 +78,7 @@ class Guard:
         self.loop = loop
         self.world = world
         self.state = GuardState()
+        self.bucket = ""
         self.event: GuardEvent | None = None
         self.scores: dict[str, float] = {}
 
@@ -93,21 +97,26 @@ class Guard:
         if self.world is not None:
             verdict = self.world.agree(verdict)
         if self.loop.spikes is not None and verdict != NON_FINITE:
-            window = self.loop.spikes.window
-            self.state.losses = [*self.state.losses, values["loss"]][-window:]
-            self.state.grad_norms = [*self.state.grad_norms, values["grad_norm"]][-window:]
+            length = self.loop.spikes.window
+            window = self._window().after(values["loss"], values["grad_norm"], length)
+            self.state.windows = {**self.state.windows, self.bucket: window}
         if verdict == FINE:
             return self._accept()
         return self._handle(verdict, {**values, **self.scores})
 
+    def _window(self) -> SpikeWindow:
+        """What the step is compared with."""
+        return self.state.windows.get(self.bucket, SpikeWindow())
+
     def _scores(self, values: Mapping[str, float]) -> dict[str, float]:
         """Robust z-scores of loss and gradient norm, none while the window fills."""
         spikes = self.loop.spikes
-        if spikes is None or len(self.state.losses) < spikes.window * MIN_WINDOW_FRACTION:
+        window = self._window()
+        if spikes is None or len(window.losses) < spikes.window * MIN_WINDOW_FRACTION:
             return {}
         return {
-            "guard/loss_score": robust_score(values["loss"], self.state.losses),
-            "guard/grad_norm_score": robust_score(values["grad_norm"], self.state.grad_norms),
+            "guard/loss_score": robust_score(values["loss"], window.losses),
+            "guard/grad_norm_score": robust_score(values["grad_norm"], window.grad_norms),
         }
 
     def _verdict(self, values: Mapping[str, float]) -> int:

@@ -41,6 +41,7 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
             run.profiler.begin(state.step + 1)
             with run.metrics.timing("data"):
                 batch = loader.next_batch()
+            engine.guard.bucket = batch.bucket
             result = engine.train_step(batch)  # forward, loss, backward, clip, guard, update
             state.step += 1
             run.world.step = state.step  # for the error file

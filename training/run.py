@@ -98,7 +98,7 @@ class Run:
         """
         state.healthy = state.guard.suspect_steps == 0
         if state.step in self.phase_starts:
-            state.guard.forget_window()  # other data have other losses
+            state.guard.forget_windows()  # other data have other losses
         result.metrics |= engine.guard.metrics()
         result.metrics |= self.checkpoints.advance(state, engine)
         event = engine.guard.event

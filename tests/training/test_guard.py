@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from landiff.training.checkpoint.errors import NonFiniteError
-from landiff.training.checkpoint.files import latest_whole
+from landiff.training.checkpoint.files import CheckpointState, latest_whole
 from landiff.training.checkpoint.run_folder import (
     committed_steps,
     finished_step,
@@ -196,4 +196,23 @@ def test_a_new_phase_is_not_compared_with_the_one_before(tmp_path):
     settings = ToyConfig(**settings.model_dump() | {"phases": phases})
     _, state = train(settings, {14: 1e4})  # would be a spike among the steps before it
     assert events(tmp_path) == []
-    assert len(state.guard.losses) == len(state.guard.grad_norms) == 3
+    (window,) = state.guard.windows.values()
+    assert len(window.losses) == len(window.grad_norms) == 3
+
+
+def test_a_step_is_compared_with_steps_of_its_own_clip_shape():
+    """Videos have 50 times the loss of images: neither is a spike, an image with theirs is."""
+    guard = Guard(LoopConfig(steps=100, spikes={"window": 8, "threshold": 6.0, "action": "skip"}))
+    for step in range(40):
+        guard.bucket, loss = ("1x8x8", 1.0) if step % 2 else ("17x8x8", 50.0)
+        assert guard.decide(loss + 0.01 * (step % 5), 1.0)
+    guard.bucket = "1x8x8"
+    assert not guard.decide(50.0, 1.0)
+    assert guard.event.cause == "spike"
+
+
+def test_checkpoints_with_one_window_for_all_shapes_are_still_read():
+    document = {"step": 3, "kind": "ToyConfig", "loader": {}, "manifest": "", "columns": {}}
+    guard = {"losses": [1.0], "grad_norms": [2.0], "updates": 3}
+    state = CheckpointState(**document, world_size=1, versions={}, guard=guard)
+    assert (state.guard.updates, state.guard.windows) == (3, {})

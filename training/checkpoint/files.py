@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, field_validator
 
 from landiff.configs.base import Config, ConfigError
 from landiff.configs.files import PRIVATE, PUBLIC, sha256_file, write_text
@@ -29,6 +29,7 @@ from landiff.training.checkpoint.run_folder import (
     step_folder,
 )
 
+OLD_GUARD_KEYS = frozenset({"losses", "grad_norms"})
 DISTRIBUTIONS = (
     "torch",
     "megatron-core",
@@ -64,6 +65,14 @@ class CheckpointState(Config):
     healthy: bool | None = None
     guard: GuardState | None = None
     bucket_losses: dict[str, tuple[float, int]] = Field(default_factory=dict)
+
+    @field_validator("guard", mode="before")
+    @classmethod
+    def _without_old_window(cls, guard: Any) -> Any:
+        """Old checkpoints hold one window for all clip shapes; it fills anew."""
+        if isinstance(guard, dict):
+            return {key: value for key, value in guard.items() if key not in OLD_GUARD_KEYS}
+        return guard
 
 
 class FileEntry(Config):

@@ -5,11 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class SpikeWindow:
+    """Finite values of the last `loop.spikes.window` steps with one clip shape."""
+
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+
+    def after(self, loss: float, grad_norm: float, length: int) -> SpikeWindow:
+        """The window with the values of one more step, at most `length` of each."""
+        losses = (*self.losses, loss)[-length:]
+        return SpikeWindow(losses, (*self.grad_norms, grad_norm)[-length:])
+
+
 @dataclass
 class GuardState:
     """What the guard keeps between steps. JSON-serializable and equal on all ranks.
 
-    losses, grad_norms: finite values of the last `loop.spikes.window` steps.
+    Its containers are replaced and not changed: a checkpoint that is being written holds them.
+
+    windows: what a step is compared with, by the clip shape of its batch: images have other losses
+        than videos. The shape is "" if the data do not name it.
     updates: steps whose update the weights hold.
     skipped: steps without an update.
     skips_in_a_row: skipped steps since the last update.
@@ -22,8 +38,7 @@ class GuardState:
     anchor_rollbacks: rollbacks to that checkpoint.
     """
 
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
+    windows: dict[str, SpikeWindow] = field(default_factory=dict)
     updates: int = 0
     skipped: int = 0
     skips_in_a_row: int = 0
@@ -35,7 +50,6 @@ class GuardState:
     anchor: int | None = None
     anchor_rollbacks: int = 0
 
-    def forget_window(self) -> None:
+    def forget_windows(self) -> None:
         """Forget losses and gradient norms, so that spikes are looked for among later ones."""
-        self.losses = []
-        self.grad_norms = []
+        self.windows = {}
