@@ -11,7 +11,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from landiff.configs.documents import read_json
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
 from landiff.configs.problems import require_none
-from landiff.launchers.local.stage_processes import Command, run_commands
+from landiff.launchers.local.stage_processes import Command, StoppedBySignal, run_commands
 from landiff.launchers.project.presets import packaged_presets, preset_config, require_preset
 from landiff.launchers.slurm.snapshot import describe_code
 from landiff.training.checkpoint.run_folder import METRICS, read_metrics
@@ -52,6 +52,7 @@ class StageResult:
     seconds: float
     cpu_seconds: float
     exit_code: int
+    unfinished: bool = False  # a trainer that stopped before its last step
     first_loss: float | None = None
     last_loss: float | None = None
     look: str = ""  # PipelineStage.output
@@ -311,7 +312,8 @@ def run_pipeline(
 ) -> int:
     """Runs stages in `out`, at most `at_once` at a time.
 
-    Returns the exit code of the first failed stage, or 0.
+    Returns 0, the exit code of the first failed stage, 1 if a trainer was asked to stop before its
+    last step, or 128 + n if signal n stopped the pipeline.
     """
     if dry_run:
         print(f"cd {out}")
@@ -321,37 +323,58 @@ def run_pipeline(
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     results: list[StageResult] = []
-    by_name = {stage.name: stage for stage in stages}
-    commands = []
-    for stage in stages:
-        commands.append(Command(stage.name, stage.title, stage.command, stage.after))
-    for finished in run_commands(commands, out, at_once):
-        stage = by_name[finished.name]
-        result = StageResult(
-            name=finished.name,
-            seconds=finished.seconds,
-            cpu_seconds=finished.cpu_seconds,
-            exit_code=finished.exit_code,
-            look=stage.output,
-        )
-        if stage.run is not None:
-            result.first_loss, result.last_loss = first_and_last_loss(out / stage.run)
-        results.append(result)
-        write_summary(out, results, time.monotonic() - started)
-    failed = [result for result in results if result.exit_code]
-    if failed:
-        print(
-            f"\nlandiff {name}: stage {failed[0].name!r} failed with exit code "
-            f"{failed[0].exit_code}; its error message is above. Run the same command again to "
-            "resume from this stage.",
-            file=sys.stderr,
-        )
-        return failed[0].exit_code
+    stopped: StoppedBySignal | None = None
+    try:
+        for result in run_stages(stages, out, at_once):
+            results.append(result)
+            write_summary(out, results, time.monotonic() - started)
+    except StoppedBySignal as signal:
+        stopped = signal
+    code, problem = problem_of(results, stopped)
+    if problem:
+        print(f"\nlandiff {name}: {problem}", file=sys.stderr)
+        return code
     print_stage_table(results, time.monotonic() - started)
     print(f"\nnext steps:  play {out}/samples/*.mp4")
     print(f"             tensorboard --logdir {out}/runs")
     print(f"             read {out}/summary.json")
     return 0
+
+
+def run_stages(stages: Sequence[PipelineStage], out: Path, at_once: int) -> Iterator[StageResult]:
+    """Runs stages in `out` and yields each when it has ended. Raises StoppedBySignal."""
+    by_name = {stage.name: stage for stage in stages}
+    commands = []
+    for stage in stages:
+        commands.append(Command(stage.name, stage.title, stage.command, stage.after, stage.run))
+    for finished in run_commands(commands, out, at_once):
+        stage = by_name[finished.name]
+        result = StageResult(**vars(finished), look=stage.output)
+        if stage.run is not None:
+            result.first_loss, result.last_loss = first_and_last_loss(out / stage.run)
+        yield result
+
+
+def problem_of(results: Sequence[StageResult], stopped: StoppedBySignal | None) -> tuple[int, str]:
+    """Exit code of a pipeline and why it ended early; 0 and "" if it did not."""
+    again = "Run the same command again to resume from this stage."
+    if stopped is not None:
+        return (
+            128 + stopped.number,
+            f"stopped by {stopped}; run the same command again to resume",
+        )
+    for result in results:
+        if result.exit_code:
+            code = result.exit_code
+            return (
+                code if code > 0 else 128 - code,  # -n: ended by signal n
+                f"stage {result.name!r} failed with exit code {result.exit_code}; its error "
+                f"message is above. {again}",
+            )
+    for result in results:
+        if result.unfinished:
+            return 1, f"stage {result.name!r} was stopped before its last step. {again}"
+    return 0, ""
 
 
 def first_and_last_loss(run: Path, points: int = 5) -> tuple[float | None, float | None]:

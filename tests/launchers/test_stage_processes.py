@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from landiff.launchers.cli import main
+from landiff.launchers.local.children import environment
 from landiff.launchers.local.stage_processes import Command, run_commands
+from landiff.training.checkpoint.run_folder import committed_steps, read_metrics
+from tests.launchers.test_interrupt import wait_for
+from tests.training.tokenizer.test_train import write_config
+from tests.training.tokenizer.tiny import write_data
+
+PIPELINE = """
+import sys
+from pathlib import Path
+from landiff.launchers.pipeline import PipelineStage, run_pipeline
+train = ("train", "tokenizer", "--config", sys.argv[1], "--nproc", "1")
+stages = [
+    PipelineStage("tokenizer", "semantic tokenizer", train, run="run"),
+    PipelineStage("next", "explains a key", ("config", "explain", "loop.steps"), ("tokenizer",)),
+]
+sys.exit(run_pipeline("quickstart", stages, Path.cwd(), False, at_once=int(sys.argv[2])))
+"""
 
 
 def show(name: str, after: tuple[str, ...] = (), key: str = "loop.steps") -> Command:
@@ -27,3 +52,57 @@ def test_nothing_starts_after_a_failure(tmp_path: Path, capfd):
     finished = list(run_commands(commands, tmp_path, at_once=1))
     assert [each.name for each in finished] == ["bad"] and finished[0].exit_code != 0
     assert "no.such" in capfd.readouterr().err
+
+
+def start_pipeline(folder: Path, at_once: int = 1) -> subprocess.Popen[str]:
+    """A trainer that would run for hours, and a stage after it, in a session of their own."""
+    if not (folder / "data").exists():
+        write_data(folder / "data")
+    loop = {"steps": 1_000_000, "log_every": 1, "save_every": 1_000_000}
+    path = write_config(folder / "run", loop=loop)
+    return subprocess.Popen(
+        [sys.executable, "-c", PIPELINE, str(path), str(at_once)],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_pipeline_that_is_stopped_saves_and_resumes_from_there(tmp_path: Path):
+    first = start_pipeline(tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(metrics, first)
+    first.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == 128 + signal.SIGTERM, output
+    assert "landiff quickstart: stopped by SIGTERM; run the same command again" in output
+    assert "== 2/2" not in output
+    (stage,) = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert stage["exit_code"] == 0 and stage["unfinished"]
+    steps = read_metrics(metrics)
+    saved = committed_steps(tmp_path / "run" / "checkpoints")
+    assert saved == [int(steps[-1]["step"])]
+
+    os.remove(metrics)
+    again = start_pipeline(tmp_path, at_once=2)
+    wait_for(metrics, again)
+    assert main(["stop", str(tmp_path / "run")]) == 0
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 1, output
+    assert "landiff quickstart: stage 'tokenizer' was stopped before its last step" in output
+    assert "== 2/2" not in output
+    assert read_metrics(metrics)[0]["step"] == saved[0] + 1
+
+
+@pytest.mark.long
+def test_ctrl_c_in_a_terminal_reaches_the_trainer_once(tmp_path: Path):
+    process = start_pipeline(tmp_path)
+    wait_for(tmp_path / "run" / "metrics.jsonl", process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "stopped by SIGINT" in output and "Traceback" not in output
+    assert len(committed_steps(tmp_path / "run" / "checkpoints")) == 1
