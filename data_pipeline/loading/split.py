@@ -118,8 +118,10 @@ def find_split(
     positions, held_out, total = search.positions(is_held_out)
     clips = search.clips(is_held_out)
     if not clips and first is None:
+        shapes = f" and one of the shapes {', '.join(buckets)}" if buckets else ""
         raise ConfigError(
-            f"{_described(config)} holds out none of the {total} clips with all columns; "
+            f"{_described(config)} holds out none of the {total} clips that has all "
+            f"columns{shapes}; "
             "raise the fraction, list clips in data.validation.clips, or train on all clips with "
             "data.validation=null loop.val_every=0"
         )

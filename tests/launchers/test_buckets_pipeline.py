@@ -48,7 +48,7 @@ def write_configs(project: Path, source: Path, buckets: list[str], size: str) ->
         f"samples_per_shard: 4\nmax_spans: 1\nbuckets: [{', '.join(shapes)}]\n"
     )
     data = f"manifest: data, buckets: [{', '.join(buckets)}], balance_tokens: true"
-    data += ", global_batch_size: 4, micro_batch_size: 2, validation: {fraction: 0.4}"
+    data += ", global_batch_size: 4, micro_batch_size: 2, validation: {fraction: 0.5}"
     loop = "steps: 4, log_every: 2, save_every: 4, preview_every: 4, val_every: 4"
     for stage in STAGES:
         path = project / f"{stage}.yaml"
