@@ -253,29 +253,42 @@ def pipeline_stages(
     ]
 
 
-def learn_stages(seed: int) -> list[PipelineStage]:
-    """The pipeline of the preset `shapes`, with its data before it and its scores after it.
+# Of the preset `shapes`: processes of a trainer, and stages that it waits for. The main transformer
+# reads no tokens, so that it is trained in one process while the tokenizer and the language model
+# are trained in another. Then two processes train the control branch, which needs both.
+LEARN_PROCESSES = {"diffusion control": 2}
+LEARN_AFTER = {"diffusion main": ("latents",), "diffusion control": ("export main", "lm")}
 
-    The tokenizer, which all later stages wait for, is trained by two processes. The language model
-    and the diffusion model are trained by one process each, at the same time.
-    """
-    make = PipelineStage(
-        "world",
-        "moving shapes with captions",
-        ("shapes", "make", "--out", "world", "--clips", "6000", "--seed", str(seed)),
-        output="world",
-    )
-    stages = [make]
+
+def learn_stages(seed: int) -> list[PipelineStage]:
+    """The pipeline of the preset `shapes`, with its data before it and its scores after it."""
+    stages = [
+        PipelineStage(
+            "world",
+            "moving shapes with captions",
+            ("shapes", "make", "--out", "world", "--clips", "6000", "--seed", str(seed)),
+            output="world",
+        )
+    ]
     for stage in pipeline_stages("shapes", 1):
-        after = stage.after or ("world",)
+        after = LEARN_AFTER.get(stage.name, stage.after or ("world",))
         command = stage.command
-        if stage.name == "tokenizer":
-            command = train_words("tokenizer", preset_config("shapes", "tokenizer"), 2)
+        if stage.run is not None:
+            processes = str(LEARN_PROCESSES.get(stage.name, 1))
+            command = (*command[:-1], processes, f"loop.seed={seed}")
         if stage.name == "sample":
             command = (*command, "--prompts", "world/prompts-heldout.txt")
-        if stage.run is not None:
-            command = (*command, f"loop.seed={seed}")
         stages.append(replace(stage, command=command, after=after))
+        if stage.name == "features":
+            stages.append(
+                PipelineStage(
+                    "latents",
+                    "latents, text states",
+                    ("precompute", "--config", preset_config("shapes", "latents")),
+                    after=("shards",),
+                    output="data/latents",
+                )
+            )
     labels = "world/labels-true-heldout.jsonl"
     words = ("attribute", "--config", "shapes/sample", "--videos", "world/true-heldout")
     stages += [

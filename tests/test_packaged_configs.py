@@ -26,6 +26,7 @@ CLASSES: dict[str, type[Config]] = {
     "model": ModelConfig,
     "shards": ShardsJobConfig,
     "features": PrecomputeConfig,
+    "latents": PrecomputeConfig,
     "precompute": PrecomputeConfig,
     "captions": PrecomputeConfig,
     "tokenizer": TokenizerTrainConfig,
@@ -73,7 +74,7 @@ def test_the_paper_size_has_what_the_release_tells_of_training_and_sampling():
 
 def test_all_presets_are_complete():
     for preset in ("nano", "shapes", "landiff"):
-        stems = set(CLASSES) - {"captions", "packaged"}
+        stems = set(CLASSES) - {"captions", "latents", "packaged"}
         assert {f"{preset}/{stem}" for stem in stems} <= set(packaged_names())
 
 

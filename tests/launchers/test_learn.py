@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from landiff.configs import load
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.synthetic import world
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.cli import main
@@ -21,6 +23,33 @@ def test_stages_of_learn_parse_and_wait_for_stages_before_them():
         assert set(stage.after) <= set(names[:number])
         if stage.run is not None:
             assert "loop.seed=3" in stage.command
+
+
+def test_learn_trains_on_one_core_each_until_both_train_the_control_branch():
+    stages = {stage.name: stage for stage in learn_stages(seed=0)}
+
+    def needed(name: str) -> set[str]:
+        """All stages that must have ended before a stage starts."""
+        found = set(stages[name].after)
+        for other in stages[name].after:
+            found |= needed(other)
+        return found
+
+    assert "tokenizer" not in needed("diffusion main") and "latents" in needed("diffusion main")
+    assert {"lm", "diffusion main"} <= needed("diffusion control")
+    processes = {}
+    for name in ("tokenizer", "lm", "diffusion main", "diffusion control"):
+        command = stages[name].command
+        processes[name] = command[command.index("--nproc") + 1]
+    assert processes.pop("diffusion control") == "2" and set(processes.values()) == {"1"}
+
+
+def test_stage_latents_makes_columns_that_the_preset_names_too():
+    beside = load(PrecomputeConfig, "shapes/latents").columns
+    whole = load(PrecomputeConfig, "shapes/precompute").columns
+    assert set(whole) - set(beside) == {"tokens"}
+    for name, column in beside.items():
+        assert whole[name] == column
 
 
 def test_a_dry_run_prints_the_commands(capsys):

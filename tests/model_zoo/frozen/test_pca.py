@@ -99,3 +99,19 @@ def test_early_features_have_cells_of_16_pixels_as_well():
     assert encoder(frames).shape == (1, 2, 40, 2, 3)
     assert encoder.channels == width_of(config) == 40
     assert encoder.fingerprint != build(EfficientNetConfig()).fingerprint
+
+
+def test_stacked_features_hold_each_position_of_the_averaged_ones():
+    config = EfficientNetConfig(blocks=5, pooling="stack")
+    stacked = build(config)
+    averaged = build(EfficientNetConfig(blocks=5))
+    frames = moving_blobs(num_frames=2, height=32, width=48)[None]
+    features = stacked(frames)
+    assert features.shape == (1, 2, 160, 2, 3)
+    assert stacked.channels == width_of(config) == 160
+    positions = features.unflatten(2, (40, 4))
+    torch.testing.assert_close(positions.mean(dim=3), averaged(frames))
+    assert float(positions.std(dim=3).mean()) > 0.1
+    assert stacked.fingerprint != averaged.fingerprint
+    with pytest.raises(ValueError, match="needs blocks = 5"):
+        EfficientNetConfig(pooling="stack")
