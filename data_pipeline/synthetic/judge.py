@@ -37,6 +37,7 @@ MIN_CONTRAST = 50  # of the object to the ground
 AREAS = (0.01, 0.45)  # parts of the frame that an object can cover
 STRAIGHT = 2.0  # times as fast along one axis as along the other
 SHAPE_FRAMES = 6  # frames whose shape is compared
+KEPT = ("color", "shape", "direction")  # attributes that are compared over a long video
 UNIT_AREAS = {"circle": np.pi, "square": 4.0, "triangle": 2.0}  # of radius 1
 
 
@@ -80,6 +81,19 @@ def judge(frames_THWC: np.ndarray, fps: float = FPS) -> Verdict:
     found["direction"] = direction_of(x, y)
     found["speed"] = speed_of(float(np.hypot(x, y)))
     return Verdict(found, (x, y), overlap)
+
+
+def keeps(frames_THWC: np.ndarray, parts: int, fps: float = FPS) -> dict[str, bool]:
+    """Whether every part of a video shows the colour, shape and direction of its first part.
+
+    parts: number of parts of nearly equal length, the chunks of a long video for instance.
+    """
+    seen = [judge(part_THWC, fps).found for part_THWC in np.array_split(frames_THWC, parts)]
+    kept = {}
+    for name in KEPT:
+        values = {found[name] for found in seen}
+        kept[name] = len(values) == 1 and None not in values
+    return kept
 
 
 def nearest(

@@ -73,6 +73,13 @@ def add_shapes(commands: Commands) -> None:
     )
     shapes.add_argument("--count", type=int, default=12, help="show: number of videos")
     shapes.add_argument("--details", metavar="FILE", help="score: JSONL of what each video shows")
+    shapes.add_argument(
+        "--chunks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="score: parts of each video that are compared, such as the chunks of a long one",
+    )
 
 
 def add_fit_codec(commands: Commands) -> None:

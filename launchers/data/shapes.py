@@ -39,7 +39,9 @@ def shapes_command(args: argparse.Namespace) -> int:
         print(f"shapes: wrote {len(videos)} videos to {args.out}")
         return 0
     if args.action == "score":
-        result = score(Path(args.videos), Path(args.labels), args.details)
+        if args.chunks < 1:
+            raise ConfigError(f"--chunks {args.chunks}: a video has at least one")
+        result = score(Path(args.videos), Path(args.labels), args.details, args.chunks)
         if args.out is not None:
             write_text(Path(args.out), json.dumps(result, indent=1))
         print(format_rates(result))
@@ -59,20 +61,60 @@ def shapes_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def score(videos: Path, labels: Path, details: str | None = None) -> dict[str, Any]:
-    """Rates of the videos in a folder against a labels file, as a JSON document."""
-    from landiff.data_pipeline.synthetic.judge import judge, rates
+def score(
+    videos: Path, labels: Path, details: str | None = None, chunks: int = 1
+) -> dict[str, Any]:
+    """Rates of the videos in a folder against a labels file, as a JSON document.
+
+    chunks: of each video; with several, the document has `kept` as well, how often all chunks show
+    the same.
+    """
+    from landiff.data_pipeline.synthetic.judge import judge, keeps, rates
 
     rows = read_rows(labels)
+    if rows and "objects" in rows[0]:
+        return score_pairs(videos, rows)
     verdicts = []
+    kept = []
     for frames_THWC in read_videos(pair_files(videos, rows)):
         verdicts.append(judge(frames_THWC))
+        if chunks > 1:
+            kept.append(keeps(frames_THWC, chunks))
     if details is not None:
         lines = []
         for row, verdict in zip(rows, verdicts, strict=True):
             lines.append(json.dumps({**row, **asdict(verdict)}) + "\n")
         write_text(Path(details), "".join(lines))
-    return rates_document(rates(rows, [verdict.found for verdict in verdicts]))
+    document = rates_document(rates(rows, [verdict.found for verdict in verdicts]))
+    if kept:
+        document["kept"] = {"chunks": chunks, **kept_rates(kept)}
+    return document
+
+
+def kept_rates(kept: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """Fraction of videos that keep each attribute, and all of them."""
+    found = {name: sum(one[name] for one in kept) / len(kept) for name in kept[0]}
+    return {**found, "all": sum(all(one.values()) for one in kept) / len(kept)}
+
+
+def score_pairs(videos: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rates over the objects of the second tier, and of videos with `both` objects right.
+
+    rows: `objects`, two labels for each video.
+    """
+    from landiff.data_pipeline.synthetic.judge import rates
+    from landiff.data_pipeline.synthetic.pair_judge import both_right, judge_pair, match
+
+    wanted = []
+    found = []
+    right = 0
+    for row, frames_THWC in zip(rows, read_videos(pair_files(videos, rows)), strict=True):
+        seen = judge_pair(frames_THWC)
+        matched = match(row["objects"], seen)
+        right += both_right(row["objects"], matched, len(seen))
+        wanted += row["objects"]
+        found += matched
+    return {**rates_document(rates(wanted, found)), "pairs": len(rows), "both": right / len(rows)}
 
 
 def rates_document(rates: Rates) -> dict[str, Any]:
@@ -94,7 +136,10 @@ def rates_document(rates: Rates) -> dict[str, Any]:
 
 def format_rates(document: Mapping[str, Any]) -> str:
     """Rates as a table: one line for each attribute."""
-    lines = [f"{document['videos']} videos", f"{'':<12}right  95 % interval  shuffled  chance"]
+    counted = f"{document['videos']} videos"
+    if "both" in document:
+        counted = f"{document['pairs']} videos of two objects; rates of objects"
+    lines = [counted, f"{'':<12}right  95 % interval  shuffled  chance"]
     for name, rate in document["right"].items():
         low, high = document["interval"][name]
         shuffled = document["shuffled"][name]
@@ -102,6 +147,15 @@ def format_rates(document: Mapping[str, Any]) -> str:
         lines.append(
             f"{name:<12}{rate:>5.3f}  {low:.3f} - {high:.3f}  {shuffled:>8.3f}  {chance:>6.3f}"
         )
+    if "both" in document:
+        lines.append(
+            f"{document['both']:.3f} of {document['pairs']} videos show both objects as asked"
+        )
+    if "kept" in document:
+        kept = dict(document["kept"])
+        parts = [f"over {kept.pop('chunks')} chunks the same"]
+        parts += [f"{name} {rate:.3f}" for name, rate in kept.items()]
+        lines.append(", ".join(parts))
     return "\n".join(lines)
 
 

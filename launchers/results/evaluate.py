@@ -28,7 +28,9 @@ from landiff.launchers.results.instruments import (
     format_readings,
     read_all,
 )
+from landiff.launchers.results.lm_instruments import lm_readings, num_passes
 from landiff.launchers.results.loading import ModelLoader
+from landiff.launchers.results.swaps import Swap, find_swaps
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.evaluate import conditions
@@ -77,7 +79,10 @@ def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
         row |= diffusion_losses(config, diffusion, inputs, progress)
         rows.append(row)
         if seed == 0:
-            readings = instrument_readings(config, diffusion, inputs, samples, progress)
+            swaps = find_swaps([sample.meta.caption for sample in samples])
+            progress.expect(num_passes(len(samples), swaps))
+            readings = instrument_readings(config, diffusion, inputs, samples, swaps, progress)
+            readings += lm_readings(lm, samples, config.lm_text_column, swaps, device, progress)
         progress.finish_seed(seed)
     result = {"samples": num_samples, "rows": rows, "instruments": readings}
     write_text(config.out, json.dumps(result, indent=1))
@@ -91,9 +96,10 @@ def instrument_readings(
     diffusion: ControlledDiffusion,
     inputs: DiffusionInputs,
     samples: Sequence[Sample],
+    swaps: Sequence[Swap],
     progress: Callable[[], None],
 ) -> list[Reading]:
-    """Readings of all instruments, on the clips of the first seed."""
+    """Readings of the instruments of the diffusion model, on the clips of the first seed."""
     wrong = conditions.wrong_partners([sample.meta.caption for sample in samples])
     return read_all(
         diffusion,
@@ -105,6 +111,7 @@ def instrument_readings(
             wrong_text_BLD=inputs.text_BLD[wrong],
             features_BTChw=inputs.features_BTChw,
             wrong_features_BTChw=inputs.wrong_features_BTChw,
+            swaps=swaps,
         ),
         progress,
     )
@@ -124,13 +131,15 @@ class PassCounter:
     """Counts forward passes over all seeds.
 
     Each seed takes two passes of the language model for each clip and four of the diffusion model.
-    The instruments take `PASSES` more.
+    The instruments of the diffusion model take `PASSES` more, those of the language model as many
+    as `expect` adds.
     """
 
     def __init__(self, progress: ProgressLine, config: EvaluateConfig) -> None:
         self.progress = progress
         # For one seed; fewer if the data set has fewer clips.
         self.passes_per_seed = 2 * config.samples + DIFFUSION_PASSES
+        self.instruments = PASSES
         self.total = config.seeds * self.passes_per_seed + PASSES
         self.done = 0
         self.progress(0, self.total)
@@ -140,9 +149,14 @@ class PassCounter:
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
+    def expect(self, passes: int) -> None:
+        """Adds passes that depend on the clips."""
+        self.instruments += passes
+        self.total += passes
+
     def finish_seed(self, seed: int) -> None:
         """Counts all passes of a seed as done, however few clips it had."""
-        done = PASSES + (seed + 1) * self.passes_per_seed
+        done = self.instruments + (seed + 1) * self.passes_per_seed
         if self.done < done:
             self.done = done
             self.progress(self.done, self.total)

@@ -12,6 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from landiff.launchers.results.swaps import Swap
 from landiff.model_zoo.dit import ControlledDiffusion
 from landiff.model_zoo.evaluate import coherence
 from landiff.model_zoo.evaluate.coherence import Probe
@@ -37,12 +38,16 @@ class Reading(TypedDict):
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of a batch of clips, and the wrong ones they are compared with."""
+    """Conditions of a batch of clips, and the wrong ones they are compared with.
+
+    swaps: clips whose captions differ in one attribute alone.
+    """
 
     text_BLD: Tensor
     wrong_text_BLD: Tensor
     features_BTChw: Tensor
     wrong_features_BTChw: Tensor
+    swaps: Sequence[Swap] = ()
 
 
 def verdict_of(ratio: float, what: str) -> str:
@@ -52,6 +57,43 @@ def verdict_of(ratio: float, what: str) -> str:
     if ratio < USED:
         return f"hardly uses {what}"
     return f"uses {what}"
+
+
+def compared(name: str, timestep: int | None, right: float, wrong: float, what: str) -> Reading:
+    """A reading of two losses. `what` was changed for the second one."""
+    ratio = wrong / right
+    return Reading(
+        name=name,
+        timestep=timestep,
+        right=right,
+        wrong=wrong,
+        ratio=ratio,
+        verdict=verdict_of(ratio, what),
+    )
+
+
+@torch.no_grad()
+def swap_readings(
+    model: ControlledDiffusion, schedule: NoiseSchedule, probe: Probe, swaps: Sequence[Swap]
+) -> list[Reading]:
+    """Loss of the main transformer with one attribute of the caption changed."""
+    readings = []
+    for swap in swaps:
+        for fraction in TIMESTEPS:
+            timestep = int(fraction * schedule.config.num_timesteps)
+            losses = []
+            for texts in (swap.clips, swap.partners):
+                part = Probe(
+                    probe.latents_BTCHW[swap.clips],
+                    probe.noise_BTCHW[swap.clips],
+                    probe.text_BLD[texts],
+                )
+                error = coherence.squared_error(model, schedule, part, timestep)
+                losses.append(error.mean().item())
+            name = f"main: another {swap.attribute} in the caption"
+            what = f"the {swap.attribute} in the text"
+            readings.append(compared(name, timestep, losses[0], losses[1], what))
+    return readings
 
 
 @torch.no_grad()
@@ -103,17 +145,8 @@ def read_all(
             ),
         }
         for name, ((right, wrong), what) in pairs.items():
-            ratio = wrong / right
-            readings.append(
-                Reading(
-                    name=name,
-                    timestep=timestep,
-                    right=right,
-                    wrong=wrong,
-                    ratio=ratio,
-                    verdict=verdict_of(ratio, what),
-                )
-            )
+            readings.append(compared(name, timestep, right, wrong, what))
+    readings += swap_readings(model, schedule, main, conditions.swaps)
     spread = coherence.spread_over_clips(semantic_BTCHW, latents_BTCHW)
     verdict = "varies with the clip" if spread >= MIN_SPREAD else "is nearly constant"
     readings.append(
@@ -131,9 +164,9 @@ def read_all(
 
 def format_readings(readings: Sequence[Mapping[str, object]]) -> str:
     """Readings as a table."""
-    lines = [f"{'instrument':<40}{'t':>5}{'right':>9}{'wrong':>9}{'ratio':>8}  verdict"]
+    lines = [f"{'instrument':<42}{'t':>5}{'right':>9}{'wrong':>9}{'ratio':>8}  verdict"]
     for reading in readings:
-        cells = [f"{reading['name']:<40}", f"{reading['timestep'] or '':>5}"]
+        cells = [f"{reading['name']:<42}", f"{reading['timestep'] or '':>5}"]
         for key in ("right", "wrong"):
             value = reading[key]
             cells.append(f"{value:>9.4f}" if isinstance(value, float) else " " * 9)

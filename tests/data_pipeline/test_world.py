@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from landiff.data_pipeline.synthetic import world
-from landiff.data_pipeline.synthetic.judge import Rates, chance, interval, judge, rates
+from landiff.data_pipeline.synthetic.judge import Rates, chance, interval, judge, keeps, rates
+from landiff.data_pipeline.synthetic.pair_judge import both_right, judge_pair, match
+from landiff.data_pipeline.video.codec import write_mp4
 from landiff.launchers.cli import main
 
 HELD_OUT = world.labels(held_out=True)
@@ -102,6 +104,70 @@ def test_make_and_score_from_the_command_line(tmp_path: Path, capsys):
     words = ["fit-codec", "--clips", clips, "--out", str(codec), "--channels", "4"]
     assert main(words) == 0
     assert codec.stat().st_size < 20_000
+
+
+def test_a_long_video_is_kept_if_all_its_parts_show_the_same(true_videos):
+    label = true_videos[0][0]
+    long = world.video(label, (0, 9, 0), num_frames=53)
+    assert keeps(long, 4) == {"color": True, "shape": True, "direction": True}
+    backwards = np.concatenate([long[:26], long[25::-1]])
+    assert keeps(backwards, 4) == {"color": True, "shape": True, "direction": False}
+    gone = np.concatenate([long[:26], np.broadcast_to(long[0, 0, 0], long[26:].shape)])
+    assert not any(keeps(gone.astype(np.uint8), 4).values())
+
+
+def test_score_says_how_often_chunks_show_the_same(true_videos, tmp_path: Path, capsys):
+    label = true_videos[0][0]
+    long = world.video(label, (0, 9, 0), num_frames=53)
+    write_mp4(tmp_path / "0.mp4", long, world.FPS, crf=world.CRF)
+    turned = np.concatenate([long[:26], long[25::-1]])
+    write_mp4(tmp_path / "1.mp4", turned, world.FPS, crf=world.CRF)
+    world.write_rows(tmp_path / "labels.jsonl", [label, label])
+    words = ["--videos", str(tmp_path), "--labels", str(tmp_path / "labels.jsonl")]
+    assert main(["shapes", "score", *words, "--chunks", "4"]) == 0
+    text = "over 4 chunks the same, color 1.000, shape 1.000, direction 0.500, all 0.500"
+    assert text in capsys.readouterr().out
+    assert main(["shapes", "score", *words, "--chunks", "0"]) == 2
+
+
+PAIRS = world.draw_pairs(8, seed=3)
+
+
+@pytest.fixture(scope="module")
+def pair_videos() -> list[np.ndarray]:
+    videos = []
+    for index, (first, second) in enumerate(PAIRS):
+        generator = np.random.default_rng([0, 6, index])
+        videos.append(world.draw([first, second], first["ground"], generator))
+    return videos
+
+
+def test_the_pair_judge_finds_both_objects_of_true_videos(pair_videos):
+    for pair, frames in zip(PAIRS, pair_videos, strict=True):
+        seen = judge_pair(frames)
+        assert both_right(pair, match(pair, seen), len(seen)), (pair, seen)
+
+
+def test_the_pair_judge_finds_what_is_wrong(pair_videos):
+    first, second = PAIRS[0]
+    seen = judge_pair(pair_videos[0])
+    colors = [color for color in world.COLORS if color not in (first["color"], second["color"])]
+    wanted = ({**first, "color": colors[0]}, second)
+    matched = match(wanted, seen)
+    assert matched[0]["color"] == first["color"] and matched[0]["shape"] == first["shape"]
+    assert not both_right(wanted, matched, len(seen))
+    alone = judge_pair(world.video(first, (0, 9, 1)))
+    assert [found["color"] for found in alone] == [first["color"]]
+    assert match((first, second), alone)[1] == dict.fromkeys(world.ATTRIBUTES)
+    assert not both_right((first,), match((first,), seen), len(seen))
+
+
+def test_score_takes_the_labels_of_pairs(tmp_path: Path, capsys):
+    assert main(["shapes", "pairs", "--out", str(tmp_path), "--clips", "2"]) == 0
+    labels = str(tmp_path / "labels.jsonl")
+    assert main(["shapes", "score", "--videos", str(tmp_path), "--labels", labels]) == 0
+    out = capsys.readouterr().out
+    assert "4 videos" not in out and "1.000 of 2 videos show both objects as asked" in out
 
 
 def test_pairs_show_two_objects_of_different_colours(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from landiff.data_pipeline.format.shards import ShardWriter, read_manifest, writ
 from landiff.launchers.cli import main
 from landiff.launchers.config import EvaluateConfig
 from landiff.launchers.results.evaluate import draw_samples
+from landiff.launchers.results.swaps import find_swaps
 from landiff.model_zoo import registry
 from tests.data_pipeline.data_sets import keys_of, raw_sample, write_column
 from tests.model_zoo.adapters import export_adapter
@@ -35,14 +37,15 @@ seeds: 2
 """
 
 
-def write_data(data: Path, *, one_video: bool) -> None:
-    """Four clips of one video, or of four."""
+def write_data(data: Path, *, one_video: bool, captions: Sequence[str] = ()) -> None:
+    """Four clips of one video, or of four, with captions of their own or the given ones."""
     with ShardWriter(data / RAW, "000000", fingerprint="raw") as writer:
-        for key in keys_of(0, 4):
+        for number, key in enumerate(keys_of(0, 4)):
             video = "0" * 64 if one_video else hashlib.sha256(key.encode()).hexdigest()
-            writer.add(
-                key, {"json": raw_sample(key, source_sha256=video).model_dump_json().encode()}
-            )
+            changes = {"source_sha256": video, "motion_score": 0.1 * number}
+            if captions:
+                changes["caption"] = captions[number]
+            writer.add(key, {"json": raw_sample(key, **changes).model_dump_json().encode()})
     write_manifest(data, Manifest(fingerprint="raw", config={}, shards=[writer.sidecar.entry]))
 
     def value(name: str, key: str) -> Tensor:
@@ -79,11 +82,41 @@ def test_losses_are_compared_and_progress_is_shown_from_the_start(folder, capsys
         "evaluate loads: 2/3 models",
         "evaluate loads: 3/3 models",
         "evaluate: 0/36 passes",
-        "evaluate: 36/36 passes",
+        "evaluate: 44/44 passes",
     ]
     assert not any(" 0.0/s" in line for line in lines)
     rows = json.loads(Path("found.json").read_text())["rows"]
     assert len(rows) == 2 and rows[0]["lm"] > 0 and rows[0]["diffusion"] > 0
+
+
+SHAPES_CAPTIONS = [
+    "A red circle moves up quickly over a white ground.",
+    "A blue circle moves up quickly over a white ground.",
+    "A green circle moves up quickly over a white ground.",
+    "A red circle moves up slowly over a white ground.",
+]
+
+
+def test_swaps_are_clips_whose_captions_differ_in_one_attribute():
+    others = ["A rabbit.", SHAPES_CAPTIONS[0], *SHAPES_CAPTIONS]
+    (color,) = find_swaps(others)
+    assert (color.attribute, color.clips) == ("color", [1, 2, 3, 4])
+    for clip, partner in zip(color.clips, color.partners, strict=True):
+        words = others[clip].split()
+        assert [i for i, word in enumerate(others[partner].split()) if word != words[i]] == [1]
+    assert find_swaps(["A rabbit."] * 5) == [], "no captions of the shapes world"
+
+
+def test_instruments_change_one_attribute_of_captions_of_the_shapes_world(folder):
+    captions = [text.replace("slowly", "quickly") for text in SHAPES_CAPTIONS]
+    write_data(Path("data"), one_video=False, captions=captions)
+    assert main(["evaluate", "--config", "evaluate.yaml", "seeds=1"]) == 0
+    readings = json.loads(Path("found.json").read_text())["instruments"]
+    swapped = [one for one in readings if "another color in the caption" in one["name"]]
+    assert [one["timestep"] for one in swapped] == [300, 600, 900, None]
+    assert all(one["right"] != one["wrong"] for one in swapped)
+    (motion,) = [one for one in readings if one["name"] == "lm: another motion score"]
+    assert motion["right"] != motion["wrong"]
 
 
 def test_adapters_change_the_losses_of_their_models(folder):
