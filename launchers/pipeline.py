@@ -81,7 +81,13 @@ def quickstart_command(args: argparse.Namespace) -> int:
         print_outlook(report.configs, report.skipped, Path(out), processes)
     skipped = names_to_skip(report.skipped)
     left = [stage for stage in stages if stage.name not in skipped]
-    return run_pipeline("quickstart", left, Path(out), args.dry_run)
+    code = run_pipeline("quickstart", left, Path(out), args.dry_run)
+    if not args.dry_run and code == 0:
+        from landiff.launchers.results.pipeline_page import write_quickstart_report
+
+        summary = read_json(Path(out) / "summary.json")
+        print(f"             open {write_quickstart_report(Path(out), summary['stages'])}")
+    return code
 
 
 def print_outlook(

@@ -121,6 +121,14 @@ def test_the_video_plays_everywhere(finished):
     assert data.index(b"moov") < data.index(b"mdat")
 
 
+def test_the_report_shows_samples_stages_and_losses(finished):
+    page = (finished.out / "report.html").read_text()
+    assert str(finished.out / "report.html") in finished.text
+    for part in (PROMPT, "nearest training clip", "diffusion control", "loss of lm", "verdict"):
+        assert part in page, part
+    assert page.count("data:image/gif") == 2
+
+
 def events(folder: Path) -> EventAccumulator:
     accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
     accumulator.Reload()

@@ -88,6 +88,16 @@ class Survey:
             found[name] = values
         return found
 
+    def clips(self, limit: int) -> Iterator[tuple[RawSample, np.ndarray]]:
+        """Metadata and frames, uint8 [T, H, W, 3], of evenly spread clips that can be read."""
+        with ClipDecoder("pyav") as decoder:
+            for number in spread(self.manifest.num_samples, limit):
+                shard, position = self.place(number)
+                with suppress(ShardError, ValidationError, ClipDamaged):
+                    meta = self._meta(shard, position)
+                    video = self._mp4.read(shard, position).tobytes()
+                    yield meta, decoder.decode(video, sha256=meta.video_sha256)
+
     def kept(self, limit: int) -> Iterator[Picture]:
         """Pictures of evenly spread clips of the shards."""
         with ClipDecoder("pyav") as decoder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,17 @@ from landiff.data_pipeline.synthetic.judge import judge
 from landiff.data_pipeline.synthetic.world import ATTRIBUTES, COLORS, FPS, GROUNDS
 from landiff.launchers.data.shapes import format_rates, pair_files, read_rows, read_videos
 from landiff.launchers.pages import html
-from landiff.launchers.pages.charts import Series, svg
-from landiff.training.checkpoint.run_folder import METRICS, read_metrics
+from landiff.launchers.results.pipeline_page import (
+    MAX_VIDEOS,
+    REPORT,
+    SEARCHED_CLIPS,
+    loss_curves,
+    nearest_clips,
+    nearest_figure,
+    stage_table,
+    verdict_text,
+    video_figure,
+)
 
 ENLARGED = 2  # times the size of a video
 LINE_HEIGHT = 12
@@ -33,8 +42,6 @@ FONT_SIZE = 10
 RIGHT_COLOR = (60, 170, 80)
 WRONG_COLOR = (210, 60, 50)
 MIXTURES = 12  # of each object colour with each ground in the palette of an animation
-REPORT_VIDEOS = 24
-SEARCHED_CLIPS = 2000  # for the nearest training clip of each video
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Judged:
     @property
     def verdict(self) -> str:
         """Verdict in words."""
-        return f"wrong: {', '.join(self.wrong)}" if self.wrong else "all five right"
+        return verdict_text(self.wrong)
 
 
 def judged_videos(videos: Path, labels: Path, count: int) -> list[Judged]:
@@ -153,66 +160,29 @@ def write_learn_report(out: Path, stages: Sequence[Mapping[str, Any]]) -> Path:
     stages: of `summary.json`.
     """
     prompts = out / "world" / "prompts-heldout.jsonl"
-    videos = judged_videos(out / "samples", prompts, REPORT_VIDEOS)
-    nearest = nearest_clips(out / "world" / "train", videos)
+    videos = judged_videos(out / "samples", prompts, MAX_VIDEOS)
+    clips = world_clips(out / "world" / "train")
+    found = nearest_clips([video.frames_THWC for video in videos], clips)
     figures = []
-    for video, (clip_THWC, caption, distance) in zip(videos, nearest, strict=True):
-        figures.append(_figure(video.frames_THWC, video.caption, video.verdict))
-        note = f"nearest training clip, RMS difference {distance:.0f} of 255"
-        figures.append(_figure(clip_THWC, caption, note))
+    for video, nearest in zip(videos, found, strict=True):
+        figures.append(video_figure(video.frames_THWC, video.caption, video.verdict))
+        if nearest is not None:
+            figures.append(nearest_figure(nearest))
     rates = format_rates(read_json(out / "rates.json"))
-    rows = []
-    for stage in stages:
-        losses = [stage["first_loss"], stage["last_loss"]]
-        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
-        times = [f"{stage['seconds']:.0f}", f"{stage['cpu_seconds']:.0f}"]
-        rows.append([stage["name"], *times, *shown, stage["look"]])
-    headers = ["stage", "seconds", "CPU seconds", "first loss", "last loss", "output"]
-    path = out / "report.html"
+    path = out / REPORT
     html.write_page(
         path,
         "landiff learn",
         html.section("Rates of held-out captions", html.preformatted(rates)),
         html.section("Samples, each before its nearest training clip", html.grid(figures)),
-        html.section("Stages", html.table(headers, rows)),
-        html.section("Losses", *_curves(out)),
+        html.section("Stages", stage_table(stages)),
+        html.section("Losses", *loss_curves(out)),
     )
     return path
 
 
-def nearest_clips(train: Path, videos: Sequence[Judged]) -> list[tuple[np.ndarray, str, float]]:
-    """Frames, caption and RMS difference of the training clip that is nearest to each video."""
+def world_clips(train: Path) -> Iterator[tuple[np.ndarray, str]]:
+    """Frames and captions of the first training clips of a world."""
     rows = read_rows(train / "captions.jsonl")[:SEARCHED_CLIPS]
-    best: list[tuple[np.ndarray, str, float]] = []
-    wanted = [video.frames_THWC.astype(np.float32) for video in videos]
     for row, clip_THWC in zip(rows, read_videos(pair_files(train, rows)), strict=True):
-        for number, frames_THWC in enumerate(wanted):
-            distance = float(np.sqrt(np.square(frames_THWC - clip_THWC).mean()))
-            if number == len(best):
-                best.append((clip_THWC, row["caption"], distance))
-            elif distance < best[number][2]:
-                best[number] = (clip_THWC, row["caption"], distance)
-    return best
-
-
-def _figure(frames_THWC: np.ndarray, caption: str, note: str) -> str:
-    """A video as an animated picture in a page."""
-    import torch
-
-    from landiff.training.observe.previews import gif
-
-    data = gif(torch.tensor(frames_THWC), FPS)
-    return html.figure(html.media(data, "gif", caption), caption, note)
-
-
-def _curves(out: Path) -> Sequence[str]:
-    """Loss curves of all trainers."""
-    curves = []
-    for metrics in sorted(out.glob(f"runs/*/{METRICS}")):
-        points = []
-        for line in read_metrics(metrics):
-            if "train/loss" in line:
-                points.append((float(line["step"]), float(line["train/loss"])))
-        name = metrics.parent.name
-        curves.append(html.figure(svg([Series(name, points)], f"loss of {name}"), name))
-    return curves
+        yield clip_THWC, row["caption"]
