@@ -308,16 +308,21 @@ def attention_varlen(
     *,
     causal: bool,
     scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Attention inside each sequence of a packed row. Returns [N, A, d].
 
     cu_seqlens: int32 [sequences + 1], 0 followed by the end of each sequence; the last entry is N.
+    cu_seqlens_k: the same of keys and values, if a sequence has more of them than queries. `causal`
+        then aligns them at the end, as in `attention`.
     max_seqlen: length of the longest sequence, or an upper bound of it.
 
     In half precision on CUDA nothing is copied to the host. Otherwise the lengths are.
     """
-    assert cu_seqlens.dtype == torch.int32, cu_seqlens.dtype
-    assert cu_seqlens.ndim == 1, cu_seqlens.shape
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens
+    assert cu_seqlens.dtype == cu_seqlens_k.dtype == torch.int32, cu_seqlens.dtype
+    assert cu_seqlens.ndim == 1 and cu_seqlens.shape == cu_seqlens_k.shape, cu_seqlens.shape
     backend = _kernel_for(q_NAd, max_seqlen, causal=causal, packed=True)
     if backend == "flash-2":
         return _flash_2("flash_attn_varlen_func")(
@@ -325,23 +330,24 @@ def attention_varlen(
             k_NAd,
             v_NAd,
             cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen,
             max_seqlen_k=max_seqlen,
             softmax_scale=scale,
             causal=causal,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
+    lengths = (cu_seqlens, cu_seqlens_k)
     if backend is not None:
-        return _torch_varlen(q_NAd, k_NAd, v_NAd, cu_seqlens, max_seqlen, causal, scale)
-    return _attention_by_length(q_NAd, k_NAd, v_NAd, cu_seqlens, causal, scale)
+        return _torch_varlen(q_NAd, k_NAd, v_NAd, lengths, max_seqlen, causal, scale)
+    return _attention_by_length(q_NAd, k_NAd, v_NAd, lengths, causal, scale)
 
 
 def _torch_varlen(
     q_NAd: Tensor,
     k_NAd: Tensor,
     v_NAd: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
     max_seqlen: int,
     causal: bool,
     scale: float | None,
@@ -354,8 +360,7 @@ def _torch_varlen(
         q_NAd,
         k_NAd,
         v_NAd,
-        cu_seqlens,
-        cu_seqlens,
+        *cu_seqlens,
         max_seqlen,
         max_seqlen,
         scale=scale,
@@ -369,29 +374,42 @@ def _attention_by_length(
     q_NAd: Tensor,
     k_NAd: Tensor,
     v_NAd: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: tuple[Tensor, Tensor],
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """Attention of packed sequences with one call for neighbours of equal length."""
-    ends = cu_seqlens.tolist()
-    assert ends[0] == 0 and ends[-1] == len(q_NAd), (ends[0], ends[-1], len(q_NAd))
-    lengths = [end - start for start, end in itertools.pairwise(ends) if end > start]
+    """Attention of packed sequences with one call for neighbours of equal lengths."""
+    queries = _lengths(cu_seqlens[0], len(q_NAd))
+    keys = _lengths(cu_seqlens[1], len(k_NAd))
+    lengths = [pair for pair in zip(queries, keys, strict=True) if pair[0]]
     if not lengths:
         return torch.zeros_like(q_NAd)
-    runs = [(length, len(list(group))) for length, group in itertools.groupby(lengths)]
+    runs = [(pair, len(list(group))) for pair, group in itertools.groupby(lengths)]
     # Split, not sliced: the gradient of a slice is as long as the whole row, which makes the
     # backward pass quadratic in the number of sequences.
-    sizes = [length * count for length, count in runs]
-    parts = [x_NAd.split(sizes) for x_NAd in (q_NAd, k_NAd, v_NAd)]
+    query_sizes = [pair[0] * count for pair, count in runs]
+    key_sizes = [pair[1] * count for pair, count in runs]
+    parts = [q_NAd.split(query_sizes), k_NAd.split(key_sizes), v_NAd.split(key_sizes)]
     outputs = []
-    for (length, count), *qkv in zip(runs, *parts, strict=True):
-        rows = [x_NAd.unflatten(0, (count, length)) for x_NAd in qkv]
-        out_BSAd = attention(rows[0], rows[1], rows[2], causal=causal, scale=scale)
+    for ((num_queries, num_keys), count), q, k, v in zip(runs, *parts, strict=True):
+        out_BSAd = attention(
+            q.unflatten(0, (count, num_queries)),
+            k.unflatten(0, (count, num_keys)),
+            v.unflatten(0, (count, num_keys)),
+            causal=causal,
+            scale=scale,
+        )
         outputs.append(out_BSAd.flatten(0, 1))
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat(outputs)
+
+
+def _lengths(cu_seqlens: Tensor, total: int) -> list[int]:
+    """Lengths of the sequences that end at `cu_seqlens`, which are `total` long together."""
+    ends = cu_seqlens.tolist()
+    assert ends[0] == 0 and ends[-1] == total, (ends[0], ends[-1], total)
+    return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def _flash_2(name: str) -> Callable[..., Any]:

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from landiff.configs import Config, ConfigError
 from landiff.data_pipeline.loading.config import require_micro_batches
 from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.training.config import TrainConfig
-from landiff.training.lm.config import LMTrainConfig, data_parallel_size
+from landiff.training.lm.config import LMTrainConfig
 
 
 def model_copies(config: Config, ranks: int) -> int:
     """Number of data-parallel copies of the model on `ranks` ranks.
 
-    Raises ConfigError with the nearest valid numbers of ranks.
+    Raises ConfigError with the nearest valid numbers of ranks if they do not divide evenly.
     """
-    if isinstance(config, LMTrainConfig):
-        return data_parallel_size(config.parallel, ranks)
-    return ranks
+    sizes = copy_sizes(config)
+    size = math.prod(sizes.values())
+    if ranks % size == 0:
+        return ranks // size
+    below = ranks // size * size
+    near = [below, below + size] if below else [size]
+    raise ConfigError(
+        f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} does not divide the {ranks} "
+        f"launched ranks; launch a multiple of {size} or lower {', '.join(sizes)}; the nearest "
+        f"numbers of ranks that do: {' or '.join(map(str, near))}"
+    )
 
 
 def copy_size(config: Config) -> int:
     """Number of ranks that one copy of the model takes."""
+    return math.prod(copy_sizes(config).values())
+
+
+def copy_sizes(config: Config) -> Mapping[str, int]:
+    """Ranks that divide one copy of the model, by config key, without those of 1.
+
+    Their product is the ranks of a copy.
+    """
+    sizes: dict[str, int] = {}
     if isinstance(config, LMTrainConfig):
-        return config.parallel.tensor * config.parallel.pipeline
-    return 1
+        for name in ("tensor", "pipeline", "context"):
+            sizes[f"parallel.{name}"] = getattr(config.parallel, name)
+    return {name: size for name, size in sizes.items() if size > 1}
 
 
 def check_batch(config: TrainConfig, ranks: int) -> int:

@@ -227,3 +227,27 @@ def test_flash_attn_equals_sdpa(dtype, no_preference):
     torch.testing.assert_close(
         packed, attention(*(x[None] for x in flat), mask=block)[0], atol=tolerance, rtol=0
     )
+
+
+def test_sequences_of_a_row_may_have_fewer_queries_than_keys():
+    """As of a row of which a rank has the end of one sequence and the begin of the next."""
+    generator = torch.Generator().manual_seed(5)
+    keys, queries = [9, 4, 6, 6], [5, 4, 2, 2]
+    q = torch.randn(sum(queries), 2, 8, generator=generator, requires_grad=True)
+    k, v = torch.randn(2, sum(keys), 2, 8, generator=generator, requires_grad=True).unbind()
+    ends = []
+    for lengths in (queries, keys):
+        ends.append(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+    packed = attention_varlen(q, k, v, ends[0], 9, causal=True, cu_seqlens_k=ends[1])
+    alone = []
+    for parts in zip(q.split(queries), k.split(keys), v.split(keys), strict=True):
+        alone.append(attention(*[part[None] for part in parts], causal=True)[0])
+    expected = torch.cat(alone)
+    torch.testing.assert_close(packed, expected)
+    last = attention(q[None, 4:5], k[None, :9], v[None, :9])[0]  # its own position is the ninth
+    torch.testing.assert_close(packed[4:5], last)
+    weight = torch.randn(expected.shape, generator=generator)
+    found = torch.autograd.grad((packed * weight).sum(), [q, k, v], retain_graph=True)
+    wanted = torch.autograd.grad((expected * weight).sum(), [q, k, v])
+    for gradient, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, other)

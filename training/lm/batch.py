@@ -8,6 +8,7 @@ D width of a text state.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,7 +21,7 @@ from landiff.configs.base import ConfigError
 from landiff.data_pipeline.loading.loader import Sample
 from landiff.model_zoo import keyed_random
 from landiff.model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
-from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.config import CHUNKS, LMTrainConfig
 from landiff.training.observe.flops import lm_flops
 
 
@@ -40,6 +41,7 @@ class LMRow:
     frames_B: number of semantic frames, float32.
     motion_score_B: float32.
     frames_at_B, motion_at_B: positions of the micro-conditions in the row.
+    bounds: `cu_seqlens` on the host.
     num_tokens: tokens without padding.
     flops: model FLOPs of the samples.
     """
@@ -57,6 +59,7 @@ class LMRow:
     motion_score_B: Tensor
     frames_at_B: Tensor
     motion_at_B: Tensor
+    bounds: tuple[int, ...]
     num_tokens: int
     flops: float
 
@@ -68,6 +71,41 @@ class LMRow:
             if isinstance(value, Tensor):
                 moved[field.name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of a row, and the keys that their queries attend to.
+
+    Queries are tokens `start` to `end`, keys `first_key` to `end`: from the beginning of the first
+    sample. query_ends, key_ends: where queries and keys of each sample end, counted from the first.
+    """
+
+    start: int
+    end: int
+    first_key: int
+    query_ends: tuple[int, ...]
+    key_ends: tuple[int, ...]
+
+    @staticmethod
+    def of(bounds: Sequence[int], start: int, end: int) -> Span:
+        """bounds: start of each sample of the row, followed by the length of the row."""
+        first_key = start
+        query_ends = []
+        key_ends = []
+        for sample_start, sample_end in itertools.pairwise(bounds):
+            if sample_end <= start or sample_start >= end:
+                continue
+            first_key = min(first_key, sample_start)
+            query_ends.append(min(sample_end, end) - start)
+            key_ends.append(min(sample_end, end) - first_key)
+        return Span(start, end, first_key, tuple(query_ends), tuple(key_ends))
+
+    @property
+    def longest(self) -> int:
+        """Number of keys of the sample that has the most here."""
+        ends = (0, *self.key_ends)
+        return max(end - before for before, end in itertools.pairwise(ends))
 
 
 def pad_to(size: int, *multiples: int) -> int:
@@ -152,6 +190,7 @@ def pack(
         motion_score_B=torch.tensor(motion_scores),
         frames_at_B=starts_B + 1,
         motion_at_B=starts_B + 2,
+        bounds=tuple(ends),
         num_tokens=length,
         flops=flops,
     )
@@ -159,9 +198,14 @@ def pack(
 
 def _padded_length(length: int, config: LMTrainConfig) -> int:
     """Length of a row of `length` tokens with padding."""
-    if config.parallel.sequence:
-        return pad_to(length, config.row_multiple, config.parallel.tensor)
-    return pad_to(length, config.row_multiple)
+    parallel = config.parallel
+    parts = 1
+    if parallel.context > 1:
+        parts = CHUNKS * parallel.context
+    if parallel.sequence:
+        # Each context-parallel rank divides its part over the tensor-parallel ones.
+        parts = math.lcm(parts, parallel.context * parallel.tensor)
+    return pad_to(length, config.row_multiple, parts)
 
 
 def _training_row(sample: Sample, config: LMTrainConfig, layout: TokenLayout) -> TrainingRow:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationInfo, model_validator
 
-from landiff.configs.base import Config, ConfigError, refuse_values
+from landiff.configs.base import Config, refuse_values
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.model_zoo.config import LMConfig, ScheduleConfig
 from landiff.model_zoo.frozen.clip_shape import ClipShape
@@ -24,6 +24,9 @@ from landiff.training.config import (
 from landiff.training.observe.config import TrackerConfig
 from landiff.training.phases import PHASES_DESCRIPTION, PhaseConfig
 
+CHUNKS = 2
+"""Chunks of a packed row that a context-parallel rank computes, see `RowPart` in layers.py."""
+
 
 class ParallelConfig(Config):
     """Parallel layout of one copy of the model. The other ranks hold further copies."""
@@ -33,6 +36,13 @@ class ParallelConfig(Config):
     )
     pipeline: PositiveInt = Field(
         default=1, description="Pipeline stages, which divide the layers."
+    )
+    context: PositiveInt = Field(
+        default=1,
+        description=(
+            "Context-parallel ranks, which divide each packed row. For long videos, whose "
+            "activations take too much memory, and for more GPUs than rows in a batch."
+        ),
     )
     sequence: bool = Field(
         default=False,
@@ -311,21 +321,3 @@ def nearest_divisors(number: int, asked: int) -> str:
     below = max((divisor for divisor in divisors if divisor < asked), default=1)
     above = min((divisor for divisor in divisors if divisor > asked), default=number)
     return f"the nearest that divide it: {' and '.join(map(str, sorted({below, above})))}"
-
-
-def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Number of copies of the model on `world_size` ranks.
-
-    Raises ConfigError with the nearest valid numbers of ranks if they do not divide evenly.
-    """
-    ranks = parallel.tensor * parallel.pipeline
-    if world_size % ranks:
-        below = world_size // ranks * ranks
-        near = [below, below + ranks] if below else [ranks]
-        raise ConfigError(
-            f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {parallel.pipeline} does "
-            f"not divide the {world_size} launched ranks; launch a multiple of {ranks} or lower "
-            "one of them; the nearest numbers of ranks that do: "
-            f"{' or '.join(map(str, near))}"
-        )
-    return world_size // ranks

@@ -39,11 +39,13 @@ from landiff.training.config import OptimConfig
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
+from landiff.training.layout import model_copies
 from landiff.training.lm import checkpoint, sampling, validation
 from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_weights, parts_of
 from landiff.training.lm.batch import LMRow, pack
-from landiff.training.lm.config import LMTrainConfig, data_parallel_size
+from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel, without_replacements
+from landiff.training.lm.layers import RowPart
 from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import InitialWeights, MegatronLM
 from landiff.training.lm.validation import ValidationRow
@@ -69,11 +71,12 @@ class MegatronEngine:
         self.guard = guard or Guard(config.loop)
         self.layout = TokenLayout.of(config.model)
         self.adapter = adapter_of(config)
-        self.dp_size = data_parallel_size(config.parallel, dist.get_world_size())
+        self.dp_size = model_copies(config, dist.get_world_size())
         with megatron_device() as self.device:
             parallel_state.initialize_model_parallel(
                 config.parallel.tensor,
                 config.parallel.pipeline,
+                context_parallel_size=config.parallel.context,
                 distributed_timeout_minutes=round(config.loop.collective_timeout_s / 60),
             )
             self.dp_rank = parallel_state.get_data_parallel_rank()
@@ -232,9 +235,11 @@ class MegatronEngine:
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             totals[:2] = torch.stack(reports).double().sum(0)
-            totals[2] = sum(row.num_tokens for row in rows)
-            totals[3] = sum(row.flops for row in rows)
-            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+            if parallel_state.get_context_parallel_rank() == 0:  # all of them have these rows
+                totals[2] = sum(row.num_tokens for row in rows)
+                totals[3] = sum(row.flops for row in rows)
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            dist.all_reduce(totals, group=group)
         if self.config.parallel.pipeline > 1:
             dist.broadcast(
                 totals,
@@ -256,7 +261,8 @@ class MegatronEngine:
             rows = [part.to(self.device) for part in (own, other)]
             reports = self._run(partial(validation.forward_step, frames=frames), rows, train=False)
         reporting = parallel_state.is_pipeline_last_stage()
-        if not reporting or parallel_state.get_tensor_model_parallel_rank() > 0:
+        copies = parallel_state.get_tensor_and_context_parallel_rank()
+        if not reporting or copies > 0:  # the first rank of those with the same rows reports
             reports = []
         sums = validation.named_sums(reports, frames, self.device)
         if self.config.validation_samples:
@@ -451,13 +457,16 @@ def forward_step(rows: Iterator[LMRow], model: nn.Module) -> tuple[Tensor, Calla
     pipeline stage.
     """
     row = next(rows)
+    group = parallel_state.get_context_parallel_group()
+    part = RowPart.of(row.bounds, group, row.ids_N.device)
+    weights_N = row.weights_N if part is None else part.own(row.weights_N)
 
     def loss(token_loss_1N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of the cross-entropies (`MegatronLM`), number of targets, and both for the report."""
-        total = (token_loss_1N[0].float() * row.weights_N).sum()
-        targets = row.weights_N.sum()
+        total = (token_loss_1N[0].float() * weights_N).sum()
+        targets = weights_N.sum()
         return total, targets.to(torch.int), torch.stack([total.detach(), targets])
 
     with without_replacements():
-        token_loss_1N = model(row)
+        token_loss_1N = model(row, part)
     return token_loss_1N, loss

@@ -9,16 +9,22 @@ D width of a vector.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
@@ -35,7 +41,80 @@ from torch.nn import functional
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.attention import attention_varlen
 from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate_pairs
-from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.batch import Span
+from landiff.training.lm.config import CHUNKS, LMTrainConfig
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """The tokens of a packed row that this rank of `group` computes, in two spans.
+
+    Context parallelism: a row is cut into twice as many chunks as there are ranks. Rank r has chunk
+    r and the one that is as far from the end, so that causal attention takes all ranks equally
+    long. Norms, matrices and loss see a rank's own tokens (n of N) only. In attention every rank
+    gathers keys and values of the row, and computes its own queries. Megatron-core sums gradients
+    and numbers of targets over the ranks. Validation and sampling run whole rows on each rank.
+    """
+
+    group: dist.ProcessGroup
+    spans: tuple[Span, ...]
+    cu_seqlens: tuple[tuple[Tensor, Tensor], ...]  # of queries and of keys, by span
+
+    @staticmethod
+    def of(bounds: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> RowPart | None:
+        """The part of this rank, None if the group has only this rank.
+
+        bounds: start of each sample of the row, followed by the length of the row, a multiple of
+        the chunks.
+        """
+        size = group.size()
+        if size == 1:
+            return None
+        chunks = CHUNKS * size
+        assert bounds[-1] % chunks == 0, (bounds[-1], chunks)
+        length = bounds[-1] // chunks
+        spans = []
+        cu_seqlens = []
+        for chunk in (group.rank(), chunks - 1 - group.rank()):
+            span = Span.of(bounds, chunk * length, (chunk + 1) * length)
+            ends = [(0, *span.query_ends), (0, *span.key_ends)]
+            queries, keys = torch.tensor(ends, dtype=torch.int32, device=device).unbind()
+            spans.append(span)
+            cu_seqlens.append((queries, keys))
+        return RowPart(group, tuple(spans), tuple(cu_seqlens))
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's tokens of a tensor whose first dimension is N: [n, ...]."""
+        return torch.cat([x[span.start : span.end] for span in self.spans])
+
+    def whole(self, x: Tensor) -> Tensor:
+        """All tokens, from those of each rank: [n, ...] -> [N, ...]. Collective."""
+        gathered = gather_from_sequence_parallel_region(x, group=self.group)
+        chunks = gathered.chunk(CHUNKS * self.group.size())
+        # Of each rank the first chunk comes from the front of the row, the second from its end.
+        return torch.cat([*chunks[::CHUNKS], *reversed(chunks[1::CHUNKS])])
+
+    def attend(self, q_nAd: Tensor, k_nAd: Tensor, v_nAd: Tensor) -> Tensor:
+        """Causal attention of this rank's tokens within their samples: [n, A, d]. Collective."""
+        k_NAd, v_NAd = self.whole(torch.cat([k_nAd, v_nAd], dim=-1)).chunk(2, dim=-1)
+        attended = []
+        queries = q_nAd.chunk(CHUNKS)
+        for q, span, (of_queries, of_keys) in zip(
+            queries, self.spans, self.cu_seqlens, strict=True
+        ):
+            keys = slice(span.first_key, span.end)
+            attended.append(
+                attention_varlen(
+                    q,
+                    k_NAd[keys],
+                    v_NAd[keys],
+                    of_queries,
+                    span.longest,
+                    causal=True,
+                    cu_seqlens_k=of_keys,
+                )
+            )
+        return torch.cat(attended)
 
 
 @dataclass
@@ -43,9 +122,11 @@ class PackedRow(PackedSeqParams):
     """Megatron-core's description of a packed row, with the rotations that all layers share.
 
     rotary: cosines as real and sines as imaginary parts, complex64 [N, 1, d/2].
+    part: with context parallelism, the tokens of this rank. N is then their number.
     """
 
     rotary: Tensor | None = None
+    part: RowPart | None = None
 
 
 class MegatronRMSNorm(RMSNorm):
@@ -109,7 +190,6 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal, attn_mask_type
-        assert config.context_parallel_size == 1, config
 
     def forward(
         self,
@@ -126,6 +206,8 @@ class PackedAttention(MegatronModule):
         assert row.rotary is not None
         q_NAd = rotate_pairs(query, row.rotary)
         k_NAd = rotate_pairs(key, row.rotary)
+        if row.part is not None:
+            return row.part.attend(q_NAd, k_NAd, value).flatten(1)
         attended_NAd = attention_varlen(
             q_NAd, k_NAd, value, row.cu_seqlens_q, row.max_seqlen_q, causal=True
         )
@@ -250,6 +332,7 @@ def transformer_config(config: LMTrainConfig, num_heads: int) -> TransformerConf
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,

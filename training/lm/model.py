@@ -33,7 +33,7 @@ from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextP
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training.lm.batch import LMRow, pad_to
 from landiff.training.lm.config import LMTrainConfig
-from landiff.training.lm.layers import PackedRow, block_spec, transformer_config
+from landiff.training.lm.layers import PackedRow, RowPart, block_spec, transformer_config
 from landiff.training.lm.lora import add_layers, freeze_base
 
 
@@ -84,10 +84,11 @@ class MegatronLM(GPTModel):
         for layer in self.decoder.layers:
             compile_blocks([layer.input_layernorm, layer.pre_mlp_layernorm, layer.mlp], **options)
 
-    def embed(self, row: LMRow) -> Tensor:
+    def embed(self, row: LMRow, part: RowPart | None = None) -> Tensor:
         """Token embeddings, with the condition vectors at their positions.
 
-        Returns [N, 1, D], under sequence parallelism this rank's part of the N positions.
+        Returns [N, 1, D], under sequence or context parallelism this rank's part of the N
+        positions.
         """
         ids_1N = row.ids_N.masked_fill(row.ids_N == IGNORE, 0)[None]
         tokens_ND = self.embedding(input_ids=ids_1N, position_ids=None)[:, 0]
@@ -96,6 +97,8 @@ class MegatronLM(GPTModel):
         positions = torch.cat([row.text_at_M, row.frames_at_B, row.motion_at_B])
         vectors = torch.cat([text_MD, frames_BD, motion_BD]).to(tokens_ND.dtype)
         mixed_N1D = tokens_ND.index_copy(0, positions, vectors)[:, None]
+        if part is not None:
+            mixed_N1D = part.own(mixed_N1D)
         if self.config.sequence_parallel:
             mixed_N1D = tensor_parallel.scatter_to_sequence_parallel_region(mixed_N1D)
         if self.adapted and torch.is_grad_enabled():
@@ -104,16 +107,19 @@ class MegatronLM(GPTModel):
             mixed_N1D.requires_grad_()
         return mixed_N1D
 
-    def forward(self, row: LMRow, *, logits: bool = False) -> Tensor:
-        """Loss of each token, [1, N].
+    def forward(self, row: LMRow, part: RowPart | None = None, *, logits: bool = False) -> Tensor:
+        """Loss of each token, [1, N], or of the tokens of `part`, which is this rank's.
 
         With `logits` it returns logits instead, float32 [N, vocabulary], complete on all
         tensor-parallel ranks. Pipeline stages before the last return hidden states, which
         Megatron's schedule sends to the next stage.
         """
-        cos_Nd, sin_Nd = rotary_table(
-            row.positions_N, self.config.kv_channels, self.sizes.rope_theta
-        )
+        positions_N = row.positions_N
+        targets_N = row.targets_N
+        if part is not None:
+            positions_N = part.own(positions_N)
+            targets_N = part.own(targets_N)
+        cos_Nd, sin_Nd = rotary_table(positions_N, self.config.kv_channels, self.sizes.rope_theta)
         packed = PackedRow(
             qkv_format="thd",
             cu_seqlens_q=row.cu_seqlens,
@@ -121,13 +127,14 @@ class MegatronLM(GPTModel):
             max_seqlen_q=row.max_seqlen,
             max_seqlen_kv=row.max_seqlen,
             rotary=torch.complex(cos_Nd, sin_Nd)[:, None],
+            part=part,
         )
         embedded = None
         if self.pre_process:
-            embedded = self.embed(row)
+            embedded = self.embed(row, part)
         labels = None
         if not logits:
-            labels = row.targets_N[None]
+            labels = targets_N[None]
         out = super().forward(
             input_ids=None,
             position_ids=None,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from landiff.configs import ConfigError, find, load
-from landiff.training.lm.config import LMTrainConfig, ParallelConfig, data_parallel_size
+from landiff.training.layout import model_copies
+from landiff.training.lm.config import LMTrainConfig
 from tests.training.lm.samples import tiny_config
 
 
@@ -14,7 +15,7 @@ def test_packaged_configs_load(name):
     config = load(LMTrainConfig, name)
     assert find(name).exists()
     assert config.data.global_batch_size % config.data.micro_batch_size == 0
-    assert data_parallel_size(config.parallel, 8) == 4
+    assert model_copies(config, 8) == 4
 
 
 @pytest.mark.parametrize(
@@ -52,11 +53,11 @@ def test_bad_values_name_the_key_and_the_way_out(parallel, changes, message):
 
 
 def test_ranks_that_do_not_come_out_even_are_refused():
-    parallel = ParallelConfig(tensor=2, pipeline=2)
-    assert data_parallel_size(parallel, 12) == 3
+    config = tiny_config(Path("."), {"tensor": 2, "pipeline": 2})
+    assert model_copies(config, 12) == 3
     with pytest.raises(
         ConfigError,
         match=r"parallel\.tensor \* parallel\.pipeline = 2 \* 2 does not divide the 6 launched "
         r"ranks; launch a multiple of 4",
     ):
-        data_parallel_size(parallel, 6)
+        model_copies(config, 6)

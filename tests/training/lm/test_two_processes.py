@@ -27,6 +27,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor 2": {"tensor": 2},
     "tensor 2, sequence": {"tensor": 2, "sequence": True},
     "pipeline 2": {"pipeline": 2},
+    "context 2": {"context": 2},
+    "context 2, distributed optimizer": {"context": 2, "distributed_optimizer": True},
     "data 2": {},
     "data 2, overlap": {"overlap": True},
     "data 2, distributed optimizer": {"distributed_optimizer": True},
@@ -41,6 +43,9 @@ MOVES = [  # saved as, loaded as
     ("one", "tensor 2, sequence"),
     ("one", "pipeline 2"),
     ("one", "data 2"),
+    ("one", "context 2"),
+    ("context 2, distributed optimizer", "data 2, distributed optimizer"),
+    ("context 2, distributed optimizer", "context 2, distributed optimizer"),
     ("tensor 2", "tensor 2"),
     ("tensor 2", "pipeline 2"),
     ("tensor 2", "data 2"),
@@ -137,7 +142,7 @@ def two_processes(world: Any, folder: Path) -> dict[str, Any]:
         run.engine.load(folder / saved)
         found["moved"][saved, loaded] = run.steps(3, STEPS)
         run.engine.close()
-    with pytest.raises(ConfigError, match=r"3 \* 1 does not divide the 2 launched ranks"):
+    with pytest.raises(ConfigError, match="tensor = 3 does not divide the 2 launched ranks"):
         MegatronEngine(
             tiny_config(
                 folder, {"tensor": 3}, head_multiple=3, model={"ffn_size": 81}, vocab_multiple=9
