@@ -26,6 +26,7 @@ from landiff.model_zoo.lora.config import ADAPTER, require_same_adapter
 from landiff.training.checkpoint.parts import StateFile, json_file
 from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.diffusion.gradients import FlatGradients
 from landiff.training.diffusion.model import adapter_of, build_phase_model, load_tokenizer
 from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer, prompt_samples
@@ -62,6 +63,9 @@ class DeepSpeedEngine:
         settings = zero.deepspeed_config(config, world)
         self.clock = StepClock(world.device, module)
         self.zero = zero.initialize(module, optimizer, settings, world.device)
+        if config.zero.stage != 3:
+            overlap = config.zero.overlap_communication
+            FlatGradients(self.zero, config.zero.reduce_bucket_size, overlap)
         zero.ask_before_update(self.zero, self._decide)
         self._total = torch.zeros((), device=world.device)  # losses of this rank in this step
         self.ema = Ema(config.ema, zero.master_weights(self.zero))

@@ -6,6 +6,7 @@ Only this file imports DeepSpeed. What it changes in DeepSpeed:
 * `initialize` replaces the choice of the optimizer for one call, and the engine's checkpoint files
   (`CheckpointFiles`) and recovery script for good.
 * `ask_before_update` puts a question between gradient norm and update.
+* `FlatGradients` (gradients.py) sums and reduces the gradients of stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -80,13 +81,14 @@ def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, An
     zero = config.zero
     optimization: dict[str, Any] = {
         "stage": zero.stage,
-        "reduce_bucket_size": zero.reduce_bucket_size,
         "allgather_bucket_size": zero.allgather_bucket_size,
-        "overlap_comm": zero.overlap_communication,
-        "contiguous_gradients": True,
     }
+    # In the other stages `FlatGradients` reduces the gradients.
     if zero.stage == 3:
         optimization |= {
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "overlap_comm": zero.overlap_communication,
+            "contiguous_gradients": True,
             "stage3_param_persistence_threshold": zero.parameter_persistence_threshold,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_max_live_parameters": zero.max_live_parameters,

@@ -1,4 +1,4 @@
-"""Gradients of bfloat16 weights are summed in float32, over micro-batches and over ranks."""
+"""Gradients are summed in float32 over micro-batches and ranks, in buckets of any size."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch import Tensor, nn
 from torch.nn import functional
 
 from landiff.model_zoo.convert.formats.deepspeed import read_deepspeed
+from landiff.training.diffusion import zero
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import build_engine
+from landiff.training.diffusion.gradients import FlatGradients
 from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
 from landiff.training.distributed import World
@@ -112,3 +116,89 @@ def test_gradients_are_the_mean_over_micro_batches_and_ranks(folder, exact, size
         assert relative_error(found[stage], exact[stage]) < 2e-7, stage
         # bfloat16 activations alone leave 2e-3; with sums in bfloat16 8e-3
         assert relative_error(found[stage], big) < 4e-3, stage
+
+
+class Branches(nn.Module):
+    """Three layers, of which a forward uses two, so that gradients are missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Linear(3, size) for size in (1, 4, 7))
+
+    def forward(self, left_out: int) -> Tensor:
+        values = torch.arange(3.0) + left_out
+        kept = [layer for number, layer in enumerate(self.layers) if number != left_out]
+        return sum(layer(values).square().sum() for layer in kept)
+
+
+MICRO_BATCHES = 3
+
+
+def missing_gradients(world: World, folder: Path) -> dict[str, Any]:
+    """Gradients and norms of two steps in which each rank leaves out other layers."""
+    zero.prepare_deepspeed()
+    found: dict[str, Any] = {}
+    for stage, overlap, bucket_size in ((1, False, 5), (1, True, 5), (2, True, 5), (2, False, 100)):
+        batch_size = MICRO_BATCHES * world.size
+        sizes = {"data__global_batch_size": batch_size, "data__micro_batch_size": 1}
+        settings = zero.deepspeed_config(config(folder, zero__stage=stage, **sizes), world)
+        module = Branches()
+        groups = [{"params": parameters} for parameters in weights_and_biases(module)]
+        engine = zero.initialize(module, torch.optim.AdamW(groups, lr=0.0), settings, world.device)
+        FlatGradients(engine, bucket_size, overlap)
+        steps: list[tuple[float, list[Tensor]]] = []
+
+        def record(norm: Tensor, engine: Any = engine, steps: list = steps) -> bool:
+            partitions = engine.optimizer.averaged_gradients.values()
+            steps.append((float(norm), [gathered(each.flat_partition) for each in partitions]))
+            return True
+
+        zero.ask_before_update(engine, record)
+        for step in range(2):
+            for number in range(MICRO_BATCHES):
+                engine.backward(engine((world.rank + step * number) % 3))
+                engine.step()
+        found[f"ZeRO-{stage}, overlap {overlap}, buckets of {bucket_size}"] = steps
+    return found
+
+
+def weights_and_biases(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    matrices = [p for p in module.parameters() if p.dim() == 2]
+    return matrices, [p for p in module.parameters() if p.dim() == 1]
+
+
+def gathered(partition: Tensor) -> Tensor:
+    """The partitions of all ranks, one after the other. Collective."""
+    parts = [torch.empty_like(partition) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, partition)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_that_a_micro_batch_does_not_have_are_zero(tmp_path, size):
+    expected = []
+    for step in range(2):
+        module = Branches()
+        for rank in range(size):
+            for number in range(MICRO_BATCHES):
+                loss = module((rank + step * number) % 3)
+                (loss / MICRO_BATCHES / size).backward()
+        vectors = []
+        for parameters in weights_and_biases(module):
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            vectors.append(torch.cat([p.grad.flatten() for p in parameters]))
+        expected.append((float(torch.cat(vectors).norm()), vectors))
+    for found in run_distributed(missing_gradients, size, tmp_path):
+        for case, steps in found.items():
+            for (norm, vectors), (expected_norm, expected_vectors) in zip(
+                steps, expected, strict=True
+            ):
+                assert norm == pytest.approx(expected_norm, rel=1e-6), case
+                for vector, values in zip(vectors, expected_vectors, strict=True):
+                    padded = torch.zeros(len(vector))
+                    padded[: len(values)] = values
+                    torch.testing.assert_close(vector, padded, msg=case)
