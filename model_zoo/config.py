@@ -379,6 +379,13 @@ class DiffusionConfig(Config):
         "latent, as in the release, or the semantic latent alone (`condition`), which the noise "
         "then does not cover, so that a small model follows the tokens earlier in training.",
     )
+    control_projections: Literal["series", "beside"] = Field(
+        default="series",
+        description="Whether a control block receives the projected output of the block before it "
+        "(`series`, as in the release) or its output itself, with the projections `beside` the "
+        "blocks. Projections start at zero, so that in series the later blocks learn only when the "
+        "earlier projections have grown.",
+    )
     semantic: SemanticConditionConfig = Field(
         default=SemanticConditionConfig(), description="Sizes of the semantic condition."
     )

@@ -329,6 +329,7 @@ class ControlBranch(nn.Module):
 
     Its layers are in series: layer l computes h_l = Z_l(block_l(h_{l-1})), which is added to the
     output of block l of the main transformer and is the input of layer l + 1. Z starts at zero.
+    With `control_projections: beside`, layer l + 1 receives block_l(h_{l-1}) instead.
     """
 
     def __init__(self, config: TransformerConfig, num_layers: int) -> None:
@@ -423,8 +424,10 @@ class ControlledDiffusion(nn.Module):
                 h_BSD = run_block(
                     control_block, h_BSD, control_time_BE, length, rotation, recompute=recompute
                 )
-                h_BSD = control.projections[layer](h_BSD)
-                x_BSD = x_BSD + h_BSD
+                projected_BSD = control.projections[layer](h_BSD)
+                x_BSD = x_BSD + projected_BSD
+                if self.config.control_projections == "series":
+                    h_BSD = projected_BSD
         return main.finish(x_BSD, time_BE, length, latents_BTCHW.shape)
 
     def compile_blocks(self, **options: Any) -> None:

@@ -300,6 +300,8 @@ def refuse_own_options(part: Part, format: str) -> None:
     if isinstance(config, DiffusionConfig):
         if config.control_input != "sum":
             changed.append(f"control_input = {config.control_input}")
+        if config.control_projections != "series":
+            changed.append(f"control_projections = {config.control_projections}")
         if config.semantic.upsampler != "residual":
             changed.append(f"semantic.upsampler = {config.semantic.upsampler}")
         config = config.transformer

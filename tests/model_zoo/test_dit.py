@@ -380,6 +380,24 @@ def test_control_branch_receives_the_condition_with_or_without_latents(given):
     assert torch.equal(received[0], expected)
 
 
+@pytest.mark.parametrize("projections", ["series", "beside"])
+def test_projections_start_later_control_blocks_at_once_only_beside_them(projections):
+    """The first step changes all projections beside the blocks, and in series the first alone."""
+    model = ControlledDiffusion(TINY.model_copy(update={"control_projections": projections}))
+    model.copy_main_to_control()
+    randomize(model.transformer, 0)
+    torch.nn.init.normal_(model.semantic.projection.weight)
+    received = []
+    model.control.blocks[1].register_forward_pre_hook(lambda _, given: received.append(given[0]))
+    made = []
+    model.control.blocks[0].register_forward_hook(lambda _, given, result: made.append(result))
+    model(**inputs()).square().mean().backward()
+    assert torch.equal(received[0], made[0]) == (projections == "beside")
+    gradients = [float(each.weight.grad.abs().max()) for each in model.control.projections]
+    assert gradients[0] > 0
+    assert all((size > 0) == (projections == "beside") for size in gradients[1:])
+
+
 def test_compiled_blocks_equal_eager_ones():
     """Traced and differentiated by the compiler, and run by the same kernels."""
     model = ControlledDiffusion(TINY)

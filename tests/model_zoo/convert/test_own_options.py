@@ -20,6 +20,7 @@ def test_a_model_with_own_options_is_refused(tmp_path, format):
         ("transformer", transformer),
         ("diffusion", MODELS.diffusion.model_copy(update={"transformer": transformer})),
         ("diffusion", MODELS.diffusion.model_copy(update={"control_input": "condition"})),
+        ("diffusion", MODELS.diffusion.model_copy(update={"control_projections": "beside"})),
         ("tokenizer", tokenizer),
     ):
         tensors = part(kind).tensors
