@@ -43,6 +43,10 @@ landiff zoo pack runs/learn --out {out}
 
 Source: {code}. {clips} training clips of {size} x {size} pixels.
 
+| model | steps | numbers |
+|---|---|---|
+{models}
+
 | stage | seconds | CPU seconds |
 |---|---|---|
 {stages}
@@ -95,10 +99,24 @@ def provenance_text(run: Path, out: Path) -> str:
         code=summary.get("code", "commit not recorded"),
         clips=f"{world['clips']:,}",
         size=world["size"],
+        models=model_rows(run / "zoo"),
         stages=stage_rows(summary["stages"]),
         dtype=DTYPE,
         rates=format_rates(read_json(run / "rates.json")),
     )
+
+
+def model_rows(zoo: Path) -> str:
+    """Rows of a table of the trained models, with steps. `main` is a part of `diffusion` too."""
+    rows = []
+    for name in ("tokenizer", "lm", "main", "diffusion"):
+        if not (zoo / name).is_dir():
+            continue
+        entry = registry.resolve(zoo, name)
+        steps = entry.provenance.get("step")
+        shown = "not recorded" if steps is None else f"{steps:,}"
+        rows.append(f"| {name} | {shown} | {entry.lazy().num_elements:,} |")
+    return "\n".join(rows)
 
 
 def stage_rows(stages: Sequence[Mapping[str, Any]]) -> str:
