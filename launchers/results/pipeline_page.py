@@ -31,7 +31,7 @@ REPORT = "report.html"
 MAX_VIDEOS = 24
 SEARCHED_CLIPS = 2000  # for the nearest training clip of each video
 SEARCHED_PIXELS = 1 << 30  # the same, of large clips
-MAX_HEIGHT = 128  # of the animated pictures, in pixels; larger videos are thinned out
+SHOWN_HEIGHT = 192  # of the animated pictures, in pixels, about
 FPS = 8.0  # of the animated pictures
 SAMPLES = Path("samples", "samples.jsonl")
 
@@ -148,8 +148,11 @@ def video_figure(frames_THWC: np.ndarray, caption: str, note: str) -> html.Marku
 
     from landiff.training.observe.previews import gif
 
-    step = -(-frames_THWC.shape[1] // MAX_HEIGHT)
-    data = gif(torch.from_numpy(frames_THWC[:, ::step, ::step].copy()), FPS)
+    height = frames_THWC.shape[1]
+    step = -(-height // SHOWN_HEIGHT)
+    times = max(1, SHOWN_HEIGHT // height)
+    shown_THWC = frames_THWC[:, ::step, ::step].repeat(times, axis=1).repeat(times, axis=2)
+    data = gif(torch.from_numpy(shown_THWC), FPS)
     return html.figure(html.media(data, "gif", caption), caption, note)
 
 

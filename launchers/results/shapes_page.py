@@ -176,7 +176,7 @@ def write_learn_report(out: Path, stages: Sequence[Mapping[str, Any]]) -> Path:
         html.section("Rates of held-out captions", html.preformatted(rates)),
         html.section("Samples, each before its nearest training clip", html.grid(figures)),
         html.section("Stages", stage_table(stages)),
-        html.section("Losses", *loss_curves(out)),
+        html.section("Losses", html.grid(loss_curves(out))),
     )
     return path
 
