@@ -58,7 +58,7 @@ def fit(engine: Engine, loader: BatchSource, run: Run, config: LoopConfig) -> Tr
             if due(state.step, config.preview_every):
                 with run.metrics.timing("preview"):
                     clips = loader.held_out.first(config.preview_clips)
-                    run.metrics.add_previews(state, engine.preview(clips))
+                    run.metrics.add_previews(state, engine.preview(clips), loader.held_out)
             if last or due(state.step, config.save_every):
                 with run.metrics.timing("checkpoint"):
                     run.checkpoints.save(state, engine, loader, last=last)

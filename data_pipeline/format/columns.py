@@ -289,6 +289,9 @@ class AlignedColumns:
         self.manifest = manifest
         self.columns = tuple(columns)
         self._raw = FolderReader(data, RAW, "json", manifest.shards, keep=keep, remote=remote)
+        self._videos: FolderReader | None = None  # of remote data, only the JSON is downloaded
+        if remote is None:
+            self._videos = FolderReader(data, RAW, "mp4", manifest.shards, keep=1)
         self._readers: dict[str, FolderReader] = {}
         for name in columns:
             column = manifest.columns[name]
@@ -351,6 +354,12 @@ class AlignedColumns:
         """
         return self._read_meta(shard, position, self.key(shard, position), None)
 
+    def video(self, shard: int, position: int) -> bytes | None:
+        """The encoded clip at a raw position, None if its shard is remote. Raises ShardError."""
+        if self._videos is None:
+            return None
+        return self._videos.read(shard, position).tobytes()
+
     def size(self, shard: int, slot: int) -> int:
         """Bytes of memory that `read` needs for this sample. Raises ShardError."""
         return self._aligned(shard).size(slot)
@@ -385,6 +394,8 @@ class AlignedColumns:
         """Close all files."""
         for reader in (self._raw, *self._readers.values()):
             reader.close()
+        if self._videos is not None:
+            self._videos.close()
 
     def _read_meta(
         self, shard: int, position: int, key: str, memory: np.ndarray | None

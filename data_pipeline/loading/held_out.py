@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from landiff.data_pipeline.format.buckets import bucket_names
 from landiff.data_pipeline.format.columns import AlignedColumns
 from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.loading.samples import HeldOutBatch, Sample
 from landiff.data_pipeline.loading.split import HeldOutClip, video_hash
+from landiff.data_pipeline.video.codec import ClipDecoder
 
 
 class HeldOutClips:
@@ -63,6 +65,20 @@ class HeldOutClips:
     def first(self, count: int) -> list[Sample]:
         """The first clips of the order, equal on all ranks. Raises ShardError."""
         return [self._read(number) for number in range(min(count, len(self.clips)))]
+
+    def video(self, number: int) -> NDArray[np.uint8] | None:
+        """All frames of a clip, [T, H, W, 3]. None if its raw shard is not on this machine.
+
+        Raises ShardError and ClipDamaged.
+        """
+        clip = self.clips[number]
+        dataset = self._sets[clip.source]
+        encoded = dataset.video(clip.shard, clip.position)
+        if encoded is None:
+            return None
+        meta = dataset.meta(clip.shard, clip.position)
+        with ClipDecoder("pyav") as decoder:
+            return np.array(decoder.decode(encoded, sha256=meta.video_sha256))
 
     def _batch(self, bucket: str, places: Sequence[int], first: int) -> HeldOutBatch:
         """The clips at `places` of a bucket. Beyond its end, the first clip fills up."""

@@ -11,6 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from landiff.configs.durations import duration
+from landiff.data_pipeline.loading.held_out import HeldOutClips
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.training.checkpoint.run_folder import read_metrics
 from landiff.training.engine import StepResult, TrainState
@@ -144,7 +145,7 @@ def logged_on(world, folder):
     result = StepResult(1.0, 1.0, 0.1, times=StepTimes(0.0, 0.0, 2.0 + world.rank, 9.0, 9.0))
     metrics.count(Batch(0, 4, ()), result)
     metrics.log(TrainState(1), result)
-    metrics.add_previews(TrainState(1), [Preview("v", {"a": BLACK}, "a prompt")])
+    metrics.add_previews(TrainState(1), [Preview("v", {"a": BLACK}, "a prompt")], HeldOutClips())
     metrics.close()
 
 
@@ -173,7 +174,7 @@ def test_a_preview_has_titles_above_its_panels_and_its_prompt_as_text(tmp_path):
     metrics.resume(TrainState())
     white = torch.full_like(BLACK, 255)
     preview = Preview("preview/clip", {"source": BLACK, "prediction": white}, "A rabbit.")
-    metrics.add_previews(TrainState(3), [preview])
+    metrics.add_previews(TrainState(3), [preview], HeldOutClips())
     metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (text,) = events.Tensors("preview/clip/text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
 from landiff.training.observe.flops import control_flops, main_flops, num_tokens
-from landiff.training.observe.previews import Preview
+from landiff.training.observe.previews import Preview, SourceFrames
 from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import adamw, rate_of_step, set_rate_and_decay
 
@@ -203,12 +204,17 @@ class DeepSpeedEngine:
         if self.previewer is None:
             return []
         tag = "preview/held_out_{}"
-        if not clips and self.last_sample is not None:
+        held_out = len(clips) > 0
+        if not held_out and self.last_sample is not None:
             tag = "preview/clip"
             clips = [self.last_sample]
-        previews = []
         with self.weights(self.ema.enabled):
-            previews += self._shared(clips, tag, self.previewer)
+            previews = self._shared(clips, tag, self.previewer)
+            if held_out:
+                pairs = zip(previews, clips, strict=False)  # only rank 0 has previews
+                previews = [
+                    replace(each, source=SourceFrames(clip.position)) for each, clip in pairs
+                ]
             previews += self._shared(self.prompts, "preview/prompt_{}", self.previewer.prompt)
         return previews
 

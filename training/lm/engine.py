@@ -49,7 +49,7 @@ from landiff.training.lm.layers import RowPart
 from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import InitialWeights, MegatronLM
 from landiff.training.lm.validation import ValidationRow
-from landiff.training.observe.previews import Preview
+from landiff.training.observe.previews import Preview, SourceFrames
 from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import rate_of_step
 
@@ -401,7 +401,9 @@ class MegatronEngine:
         previews = []
         for number, clip in enumerate(clips):
             panels = {"tokens of the clip": videos[number], "sampled": videos[count + number]}
-            previews.append(Preview(f"preview/held_out_{number}", panels, clip.meta.caption))
+            tag = f"preview/held_out_{number}"
+            source = SourceFrames(clip.position)
+            previews.append(Preview(tag, panels, clip.meta.caption, source))
         for number, prompt in enumerate(self.prompts):
             panels = {"sampled": videos[2 * count + number]}
             previews.append(Preview(f"preview/prompt_{number}", panels, prompt.meta.caption))

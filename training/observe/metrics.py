@@ -26,6 +26,7 @@ import torch
 
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
+from landiff.data_pipeline.loading.held_out import HeldOutClips
 from landiff.data_pipeline.loading.loader import Batch
 from landiff.training.checkpoint.run_folder import METRICS, TENSORBOARD, read_metrics
 from landiff.training.config import TrainConfig
@@ -34,7 +35,7 @@ from landiff.training.engine import StepResult, TrainState
 from landiff.training.observe.charts import STEP_CHARTS, Charts, layout_summary
 from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.flops import peak_flops
-from landiff.training.observe.previews import Preview, write_preview
+from landiff.training.observe.previews import Preview, SourcePanels, write_preview
 from landiff.training.observe.scalars import read_scalars
 from landiff.training.observe.step_times import RankTimes, StepTimes, StragglerWatch
 from landiff.training.observe.trackers import Trackers
@@ -68,6 +69,7 @@ class Metrics:
         self.trackers = trackers
         self.config = config
         self.progress = StepProgress(stream)
+        self.sources = SourcePanels()
         self.peak_flops: float | None = None
         if world.device.type == "cuda":
             self.peak_flops = peak_flops(torch.cuda.get_device_name(world.device))
@@ -164,12 +166,15 @@ class Metrics:
         return scalars
 
     def add_previews(
-        self, state: TrainState, previews: Sequence[Preview], fps: float = 8.0
+        self, state: TrainState, previews: Sequence[Preview], clips: HeldOutClips, fps: float = 8.0
     ) -> None:
-        """Write previews with their legends and texts."""
+        """Write previews with their legends, texts and original videos.
+
+        `clips`: those that the previews number.
+        """
         if self.world.rank != 0:
             return
-        for preview in previews:
+        for preview in self.sources.added(previews, clips):
             write_preview(self._open_writer, preview, state.step, fps)
         self._open_writer.flush()
 

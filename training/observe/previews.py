@@ -1,9 +1,13 @@
-"""Previews in TensorBoard: animated GIFs with a legend in its image tab, and their texts."""
+"""Previews in TensorBoard: animated GIFs with a legend in its image tab, and their texts.
+
+Shape letters (docs/glossary.md): T frames, H, W height and width in pixels, C colours.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +20,32 @@ from tensorboard.plugins.text import metadata as text_plugin
 from torch import Tensor
 from torch.nn import functional
 
+from landiff.data_pipeline.format.shards import ShardError
+from landiff.data_pipeline.loading.held_out import HeldOutClips
+from landiff.data_pipeline.video.codec import ClipDamaged
 from landiff.training.observe.event_file import EventFile
 
+log = logging.getLogger(__name__)
+
+SOURCE = "source"  # title of the panel with the original video
 MIN_PANEL_PIXELS = 160  # width of a panel: the titles must fit
 MAX_PANEL_PIXELS = 400  # an event file holds all previews of a run
 TITLE_PIXELS = 22  # height of the legend
 FONT_PIXELS = 13
+
+
+@dataclass(frozen=True)
+class SourceFrames:
+    """Frames of a held-out clip that the panels of a preview show.
+
+    clip: its number in `HeldOutClips`.
+    first: first frame.
+    step: frames of the clip for each frame of the panels.
+    """
+
+    clip: int
+    first: int = 0
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -32,11 +56,13 @@ class Preview:
     panels: videos uint8 [T, H, W, 3] of equal T and H by title, for example "source", "codec round
         trip" and "prediction". They are shown side by side.
     text: the prompt or caption.
+    source: None if the panels show no held-out clip.
     """
 
     tag: str
     panels: Mapping[str, Tensor]
     text: str = ""
+    source: SourceFrames | None = None
 
     def reduced(self) -> Preview:
         """The preview with panels of the size in which they are shown, on the CPU."""
@@ -121,3 +147,52 @@ def gif(video_THWC: Tensor, fps: float) -> bytes:
     frame_ms = round(1000 / fps)
     first.save(data, format="GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0)
     return data.getvalue()
+
+
+class SourcePanels:
+    """Adds the original video to previews as their first panel.
+
+    Each clip is decoded once, and kept in the size in which it is shown.
+    """
+
+    def __init__(self) -> None:
+        self._panels: dict[str, Tensor | None] = {}  # by tag of the preview
+
+    def added(self, previews: Sequence[Preview], clips: HeldOutClips) -> list[Preview]:
+        """The previews in the sizes in which they are shown, with the source where they name it.
+
+        A clip that cannot be decoded, or whose raw shard is remote, has no such panel.
+        """
+        found = []
+        for preview in previews:
+            preview = preview.reduced()
+            if preview.source is not None:
+                if preview.tag not in self._panels:
+                    self._panels[preview.tag] = _source_panel(preview, clips)
+                panel_THWC = self._panels[preview.tag]
+                if panel_THWC is not None:
+                    panels = {SOURCE: panel_THWC, **preview.panels}
+                    preview = replace(preview, panels=panels)
+            found.append(preview)
+        return found
+
+
+def _source_panel(preview: Preview, clips: HeldOutClips) -> Tensor | None:
+    """The frames of the source that the other panels show, in their size; None without any."""
+    source = preview.source
+    assert source is not None
+    try:
+        video = clips.video(source.clip)
+    except (ShardError, ClipDamaged) as error:
+        log.warning("%s is shown without its original video: %s", preview.tag, error)
+        return None
+    if video is None:
+        return None
+    other_THWC = next(iter(preview.panels.values()))
+    count, height, width, _ = other_THWC.shape
+    indices_T = (source.first + source.step * torch.arange(count)).clamp(max=len(video) - 1)
+    frames_TCHW = torch.from_numpy(video)[indices_T].movedim(-1, 1).float()
+    sized_TCHW = functional.interpolate(
+        frames_TCHW, (height, width), mode="bilinear", align_corners=False, antialias=True
+    )
+    return sized_TCHW.round().clamp(0, 255).to(torch.uint8).movedim(1, -1).contiguous()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
 from landiff.training.observe.alarms import AlarmRule
 from landiff.training.observe.flops import tokenizer_flops
-from landiff.training.observe.previews import Preview
+from landiff.training.observe.previews import Preview, SourceFrames
 from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import (
     adamw,
@@ -194,13 +195,17 @@ class TokenizerEngine:
 
     def _segment(self, sample: Sample) -> Tensor:
         """Features of a sample [T, C, h, w]: of a longer clip, a segment that starts anywhere."""
-        features_TChw = sample.tensors[COLUMN]
-        frames = self.config.model.segment_frames
-        if len(features_TChw) <= frames:
-            return features_TChw
+        start = self._segment_start(sample)
+        return sample.tensors[COLUMN][start : start + self.config.model.segment_frames]
+
+    def _segment_start(self, sample: Sample) -> int:
+        """First semantic frame of the segment, keyed by the sample's index."""
+        frames = len(sample.tensors[COLUMN])
+        last_start = frames - self.config.model.segment_frames
+        if last_start <= 0:
+            return 0
         generator = keyed_random.generator(self.config.loop.seed, "segment", sample.index)
-        start = int(torch.randint(len(features_TChw) - frames + 1, (), generator=generator))
-        return features_TChw[start : start + frames]
+        return int(torch.randint(last_start + 1, (), generator=generator))
 
     def _statistics(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel over the global batch, [C] each."""
@@ -314,20 +319,25 @@ class TokenizerEngine:
         if self._preview_TChw is None or self.world.rank != 0:
             return []
         if not clips:
-            return [self._reconstruction("preview/clip", self._preview_TChw, "")]
+            return [self._reconstruction("preview/clip", self._preview_TChw)]
         previews = []
         for number, clip in enumerate(clips):
-            features_TChw = self._features((clip,))[0]
-            tag = f"preview/held_out_{number}"
-            previews.append(self._reconstruction(tag, features_TChw, clip.meta.caption))
+            preview = self._reconstruction(f"preview/held_out_{number}", self._features((clip,))[0])
+            source = self._source_frames(clip)
+            previews.append(replace(preview, text=clip.meta.caption, source=source))
         return previews
 
-    def _reconstruction(self, tag: str, features_TChw: Tensor, text: str) -> Preview:
+    def _source_frames(self, clip: Sample) -> SourceFrames:
+        """Frames of a held-out clip that its features are computed from."""
+        frames = len(clip.tensors[COLUMN])
+        step = (clip.meta.num_frames - 1) // max(1, frames - 1)
+        return SourceFrames(clip.position, self._segment_start(clip) * step, step)
+
+    def _reconstruction(self, tag: str, features_TChw: Tensor) -> Preview:
         """Features and their reconstruction from codes, painted in the same colours."""
         self.tokenizer.eval()
         with self.weights(self.ema.enabled), self._autocast():
             decoded_TChw = self.tokenizer(features_TChw[None]).decoded[0].float()
         self.tokenizer.train()
         features, reconstruction = paint(features_TChw, decoded_TChw)
-        panels = {"features": features, "reconstruction": reconstruction}
-        return Preview(tag, panels, text)
+        return Preview(tag, {"features": features, "reconstruction": reconstruction})
