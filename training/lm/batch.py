@@ -72,6 +72,37 @@ class LMRow:
                 moved[field.name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
 
+    def part(self, places: Sequence[int], *, conditions: bool, multiple: int = 1) -> LMRow:
+        """The positions `places` of the row, to append to those that a cache holds.
+
+        conditions: whether they are the first part of all samples, with all their conditions.
+        Otherwise they have none. The part is filled up to `multiple` with copies of its last
+        position. It has neither targets nor samples.
+        """
+        count = len(places)
+        filled = [*places, *[places[-1]] * (pad_to(count, multiple) - count)]
+        at_S = torch.tensor(filled, device=self.ids_N.device)
+        changes: dict[str, Any] = {
+            "ids_N": self.ids_N[at_S],
+            "targets_N": self.targets_N[at_S],
+            "weights_N": torch.zeros_like(self.weights_N[at_S]),
+            "positions_N": self.positions_N[at_S],
+            "num_tokens": count,
+        }
+        place_of = {place: number for number, place in enumerate(places)}
+        for name in CONDITION_PLACES:
+            kept = getattr(self, name)[: None if conditions else 0]
+            moved = [place_of[place] for place in kept.tolist()]
+            changes[name] = torch.tensor(moved, dtype=torch.int64, device=at_S.device)
+        if not conditions:
+            for name in CONDITIONS:
+                changes[name] = getattr(self, name)[:0]
+        return replace(self, **changes)
+
+
+CONDITION_PLACES = ("text_at_M", "frames_at_B", "motion_at_B")
+CONDITIONS = ("text_MD", "drop_text_M", "frames_B", "motion_score_B")
+
 
 @dataclass(frozen=True)
 class Span:

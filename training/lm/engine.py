@@ -45,7 +45,7 @@ from landiff.training.lm.averages import ShardedAverages, copy_to_model, master_
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel, without_replacements
-from landiff.training.lm.layers import RowPart
+from landiff.training.lm.layers import RowCache, RowPart
 from landiff.training.lm.lora import InitialAdapter, adapter_of
 from landiff.training.lm.model import InitialWeights, MegatronLM
 from landiff.training.lm.validation import ValidationRow
@@ -282,15 +282,18 @@ class MegatronEngine:
                 return sampling.token_sums(part, counted, self.layout)
         return sampling.zero_sums(self.layout, self.device)
 
-    def _logits(self, row: LMRow, positions_B: Tensor) -> Tensor:
-        """Logits after positions of a row, float32 [B, vocabulary], on all ranks of this copy."""
+    def _logits(self, row: LMRow, cache: RowCache, last: Sequence[int]) -> Tensor:
+        """Append positions to a cache. Returns the logits after the places `last` of them.
+
+        float32 [B, vocabulary], on all ranks of this copy.
+        """
         self._beat()
         with megatron_device():
-            step = partial(sampling.forward_step, positions_B=positions_B)
+            step = partial(sampling.forward_step, cache=cache, last=last)
             reports = self._run(step, [row], train=False)
         if self.config.parallel.pipeline == 1:
             return reports[0]
-        shape = (len(positions_B), self.layout.vocab_size)
+        shape = (len(last), self.layout.vocab_size)
         logits_BV = torch.empty(shape, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             logits_BV.copy_(reports[0])

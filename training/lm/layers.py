@@ -2,8 +2,8 @@
 
 The requirements are in docs/specification.md §4.5 and §6.4.
 
-Shape letters (docs/glossary.md): N tokens of a packed row, A heads of this rank, d width of a head,
-D width of a vector.
+Shape letters (docs/glossary.md): N tokens of a packed row, S of them that are new to a cache, A
+heads of this rank, d width of a head, D width of a vector.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from landiff.configs.base import ConfigError
-from landiff.model_zoo.attention import attention_varlen
+from landiff.model_zoo.attention import attention, attention_varlen
 from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate_pairs
 from landiff.training.lm.batch import Span
 from landiff.training.lm.config import CHUNKS, LMTrainConfig
@@ -117,16 +117,74 @@ class RowPart:
         return torch.cat(attended)
 
 
+@dataclass(frozen=True)
+class NewPositions:
+    """The positions of one sample that a forward pass appends, as places in the whole row.
+
+    start: first position of the sample.
+    first, end: the new positions are first, first + 1, ..., end - 1. All before them are cached.
+    """
+
+    start: int
+    first: int
+    end: int
+
+    def __len__(self) -> int:
+        """Number of new positions."""
+        return self.end - self.first
+
+
+class RowCache:
+    """Keys and values of all layers of this rank for a packed row of `length` positions.
+
+    For sampling with the model that is trained: each layer appends keys and values of the new
+    positions, which attend to all earlier ones of the same sample.
+
+    parts: what the next forward pass appends, in the order of its positions. Positions of that pass
+        beyond them are padding.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.parts: Sequence[NewPositions] = ()
+        self._layers: dict[int, Tensor] = {}  # [2, N, A, d] by number
+
+    def attend(self, layer: int, q_SAd: Tensor, k_SAd: Tensor, v_SAd: Tensor) -> Tensor:
+        """Append keys and values of a layer, and attend causally within each sample, [S, A, d]."""
+        if layer not in self._layers:
+            shape = (2, self.length, *k_SAd.shape[1:])
+            self._layers[layer] = k_SAd.new_empty(shape)
+        keys_NAd, values_NAd = self._layers[layer].unbind(0)
+        attended_SAd = torch.zeros_like(q_SAd)
+        start = 0
+        for part in self.parts:
+            if not len(part):
+                continue
+            end = start + len(part)
+            keys_NAd[part.first : part.end] = k_SAd[start:end]
+            values_NAd[part.first : part.end] = v_SAd[start:end]
+            attended_SAd[start:end] = attention(
+                q_SAd[None, start:end],
+                keys_NAd[None, part.start : part.end],
+                values_NAd[None, part.start : part.end],
+                causal=True,
+            )[0]
+            start = end
+        return attended_SAd
+
+
 @dataclass
 class PackedRow(PackedSeqParams):
     """Megatron-core's description of a packed row, with the rotations that all layers share.
 
     rotary: cosines as real and sines as imaginary parts, complex64 [N, 1, d/2].
     part: with context parallelism, the tokens of this rank. N is then their number.
+    cache: of the row that these positions belong to, if they are not a whole row.
     """
 
     rotary: Tensor | None = None
     part: RowPart | None = None
+    cache: RowCache | None = None
 
 
 class MegatronRMSNorm(RMSNorm):
@@ -190,6 +248,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal, attn_mask_type
+        self.layer_number = layer_number
 
     def forward(
         self,
@@ -208,6 +267,8 @@ class PackedAttention(MegatronModule):
         k_NAd = rotate_pairs(key, row.rotary)
         if row.part is not None:
             return row.part.attend(q_NAd, k_NAd, value).flatten(1)
+        if row.cache is not None:
+            return row.cache.attend(self.layer_number, q_NAd, k_NAd, value).flatten(1)
         attended_NAd = attention_varlen(
             q_NAd, k_NAd, value, row.cu_seqlens_q, row.max_seqlen_q, causal=True
         )

@@ -33,7 +33,13 @@ from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextP
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training.lm.batch import LMRow, pad_to
 from landiff.training.lm.config import LMTrainConfig
-from landiff.training.lm.layers import PackedRow, RowPart, block_spec, transformer_config
+from landiff.training.lm.layers import (
+    PackedRow,
+    RowCache,
+    RowPart,
+    block_spec,
+    transformer_config,
+)
 from landiff.training.lm.lora import add_layers, freeze_base
 
 
@@ -107,12 +113,21 @@ class MegatronLM(GPTModel):
             mixed_N1D.requires_grad_()
         return mixed_N1D
 
-    def forward(self, row: LMRow, part: RowPart | None = None, *, logits: bool = False) -> Tensor:
+    def forward(
+        self,
+        row: LMRow,
+        part: RowPart | None = None,
+        *,
+        logits: bool = False,
+        cache: RowCache | None = None,
+    ) -> Tensor:
         """Loss of each token, [1, N], or of the tokens of `part`, which is this rank's.
 
         With `logits` it returns logits instead, float32 [N, vocabulary], complete on all
         tensor-parallel ranks. Pipeline stages before the last return hidden states, which
         Megatron's schedule sends to the next stage.
+
+        cache: of a longer row, of which `row` holds the positions `cache.parts`.
         """
         positions_N = row.positions_N
         targets_N = row.targets_N
@@ -128,6 +143,7 @@ class MegatronLM(GPTModel):
             max_seqlen_kv=row.max_seqlen,
             rotary=torch.complex(cos_Nd, sin_Nd)[:, None],
             part=part,
+            cache=cache,
         )
         embedded = None
         if self.pre_process:

@@ -2,8 +2,8 @@
 
 The codes of a clip are drawn with its caption, its number of frames and its motion score, from the
 model's own distribution: temperature 1, no guidance, no truncation. The trained model itself
-computes the logits, in its parallel layout and without a cache of keys and values, so no second
-copy of the weights is needed. It runs once for each code.
+computes the logits, in its parallel layout, so no second copy of the weights is needed. It runs
+once for each code, over the positions since the code before, with a cache of keys and values.
 
 Shape letters (docs/glossary.md): N tokens of a packed row, B samples in it, K codes of a clip,
 V codes of the codebook.
@@ -30,6 +30,7 @@ from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training.distributed import World
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig
+from landiff.training.lm.layers import NewPositions, RowCache
 from landiff.training.observe.prompts import prompt_sample, prompt_states
 
 BIGRAM_GROUPS = 64  # of codes; a codebook of thousands has too many bigrams to compare few clips
@@ -40,37 +41,51 @@ SEED = 0  # instead of loop.seed: the samples of different runs can be compared
 class SamplingRow:
     """A packed row whose codes are still to be drawn.
 
-    codes_at: for each sample, positions of its codes in the row, int64 [K].
-    data: for each sample, its own codes.
+    starts: for each sample, its first position in the row.
+    codes_at: for each sample, positions of its codes in the row.
+    data: for each sample, its own codes, int64 [K].
     seeds: of the draws of each sample.
+    multiple: of the number of positions of a forward pass.
     """
 
     row: LMRow
-    codes_at: list[Tensor]
+    starts: list[int]
+    codes_at: list[list[int]]
     data: list[Tensor]
     seeds: list[int]
+    multiple: int
 
     @property
     def most_codes(self) -> int:
         """Codes of the longest clip."""
         return max(len(positions) for positions in self.codes_at)
 
-    def before(self, number: int) -> Tensor:
-        """Positions that predict code `number` of each sample, int64 [B]. 0 after its last."""
-        places = []
-        for positions_K in self.codes_at:
-            places.append(int(positions_K[number]) - 1 if number < len(positions_K) else 0)
-        return torch.tensor(places, device=self.row.ids_N.device)
+    def before(self, number: int) -> list[NewPositions]:
+        """For each sample, the positions from code `number` - 1 on that precede code `number`.
+
+        None for a sample that has no code `number`.
+        """
+        parts = []
+        for start, positions in zip(self.starts, self.codes_at, strict=True):
+            if number >= len(positions):
+                parts.append(NewPositions(start, positions[-1], positions[-1]))
+                continue
+            first = positions[number - 1] if number else start
+            parts.append(NewPositions(start, first, positions[number]))
+        return parts
 
     def record(self, number: int, codes_B: Tensor) -> None:
         """Enter code `number` of each sample that has so many."""
-        for positions_K, code in zip(self.codes_at, codes_B, strict=True):
-            if number < len(positions_K):
-                self.row.ids_N[positions_K[number]] = code
+        for positions, code in zip(self.codes_at, codes_B, strict=True):
+            if number < len(positions):
+                self.row.ids_N[positions[number]] = code
 
     def sampled(self) -> list[Tensor]:
         """The codes of each sample that are in the row now."""
-        return [self.row.ids_N[positions_K] for positions_K in self.codes_at]
+        found = []
+        for positions in self.codes_at:
+            found.append(self.row.ids_N[torch.tensor(positions, device=self.row.ids_N.device)])
+        return found
 
 
 def sampling_row(
@@ -78,32 +93,52 @@ def sampling_row(
 ) -> SamplingRow:
     """The clips of a batch with code 0 in place of all codes, on `device`."""
     row = pack(batch.samples, config, layout, train=False)
+    bounds = row.cu_seqlens.tolist()
     codes_at = []
     data = []
-    for sample, end in zip(batch.samples, row.cu_seqlens.tolist()[1:], strict=False):
+    for sample, end in zip(batch.samples, bounds[1:], strict=False):
         codes_K = sample.tensors[config.tokens_column].to(torch.int64)
-        template = torch.from_numpy(layout.template(layout.num_frames(len(codes_K))))
+        template = layout.template(layout.num_frames(len(codes_K)))
         start = end - len(template)
-        codes_at.append((start + (template == CODE).nonzero()[:, 0]).to(device))
+        codes_at.append((start + (template == CODE).nonzero()[0]).tolist())
         data.append(codes_K.to(device))
     seeds = [keyed_random.key(SEED, "validation sample", clip.index) for clip in batch.samples]
     row = row.to(device)
     ids_N = row.ids_N.clone()
-    ids_N[torch.cat(codes_at)] = 0
+    for positions in codes_at:
+        ids_N[torch.tensor(positions, device=device)] = 0
     row.ids_N.copy_(ids_N)
-    return SamplingRow(row, codes_at, data, seeds)
+    return SamplingRow(
+        row=row,
+        starts=bounds[: len(codes_at)],
+        codes_at=codes_at,
+        data=data,
+        seeds=seeds,
+        multiple=config.parallel.tensor if config.parallel.sequence else 1,
+    )
 
 
-def draw_codes(part: SamplingRow, logits_of: Callable[[LMRow, Tensor], Tensor], size: int) -> None:
+@torch.no_grad()
+def draw_codes(
+    part: SamplingRow, logits_of: Callable[[LMRow, RowCache, list[int]], Tensor], size: int
+) -> None:
     """Draw all codes of a row, one of each sample at a time.
 
-    logits_of: logits after the given positions of a row, [B, vocabulary], equal on all ranks that
-        share the model. Called once for each code.
+    logits_of: logits after the given places of the positions that are appended to a cache,
+        [B, vocabulary], equal on all ranks that share the model. Called once for each code.
     size: of the codebook.
     """
     draw = seeded_draw(part.seeds, part.most_codes, part.row.ids_N.device)
+    cache = RowCache(len(part.row.ids_N))
     for number in range(part.most_codes):
-        logits_BV = logits_of(part.row, part.before(number))[:, :size]
+        cache.parts = part.before(number)
+        places: list[int] = []
+        last = []
+        for new in cache.parts:
+            places.extend(range(new.first, new.end))
+            last.append(max(0, len(places) - 1))  # after its last code, any
+        row = part.row.part(places, conditions=number == 0, multiple=part.multiple)
+        logits_BV = logits_of(row, cache, last)[:, :size]
         part.record(number, draw(logits_BV.float().softmax(-1), number))
 
 
@@ -122,16 +157,20 @@ def prompt_clips(config: LMTrainConfig, layout: TokenLayout, world: World | None
 
 
 def forward_step(
-    rows: Iterator[LMRow], model: nn.Module, positions_B: Tensor
+    rows: Iterator[LMRow], model: nn.Module, cache: RowCache, last: Sequence[int]
 ) -> tuple[Tensor, Callable]:
-    """Forward of the next row; the report is the logits after `positions_B`, for the schedule."""
+    """Forward of the next row, which is appended to `cache`.
+
+    The report is the logits after the places `last` of it, for Megatron-core's schedule.
+    """
     row = next(rows)
+    last_B = torch.tensor(last, device=row.ids_N.device)
 
     def chosen(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         unused = logits_NV.new_zeros(())
-        return unused, unused.to(torch.int), logits_NV[positions_B]
+        return unused, unused.to(torch.int), logits_NV[last_B]
 
-    return model(row, logits=True), chosen
+    return model(row, logits=True, cache=cache), chosen
 
 
 def load_renderer(config: LMTrainConfig, device: torch.device) -> Renderer:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch.nn import functional
 
+from landiff.data_pipeline.loading.samples import HeldOutBatch
 from landiff.model_zoo import keyed_random
 from landiff.model_zoo.config import TokenSamplingConfig
 from landiff.model_zoo.lm import LanguageModel
-from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
+from landiff.model_zoo.sample.tokens import Prompts, sample_tokens, seeded_draw
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.engine import MegatronEngine
 from landiff.training.lm.model import InitialWeights
-from landiff.training.lm.sampling import SEED
+from landiff.training.lm.sampling import SEED, draw_codes, sampling_row
 from tests.distributed import run_distributed
 from tests.training.lm.samples import tiny_batch, tiny_config, tiny_sample
 from tests.training.toy import validation_metrics
@@ -112,6 +113,24 @@ def plain_samples(config: LMTrainConfig) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def drawn(engine: MegatronEngine, *, cached: bool) -> list[list[int]]:
+    """Codes that are sampled for all clips in one row; without cache over the whole row each."""
+    samples = tuple(clips(engine.config))
+    batch = HeldOutBatch(samples, (None,) * len(samples), (True,) * len(samples))
+    part = sampling_row(batch, engine.config, engine.layout, engine.device)
+    size = engine.layout.codebook_size
+    if cached:
+        draw_codes(part, engine._logits, size)
+    else:
+        draw = seeded_draw(part.seeds, part.most_codes, engine.device)
+        for number in range(part.most_codes):
+            last = [max(0, new.end - 1) for new in part.before(number)]
+            logits_BV = engine._logits(part.row, None, last)[:, :size]
+            part.record(number, draw(logits_BV.softmax(-1), number))
+    return [codes_K.tolist() for codes_K in part.sampled()]
+
+
 def all_checks(world: Any, folder: Path) -> dict[str, Any]:
     """What the tests look at."""
     found: dict[str, Any] = {"weights": []}
@@ -119,6 +138,7 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
     engine = MegatronEngine(config)
     for micro in (1, 3, 7, 7):
         found.setdefault(micro, []).append(validation_metrics(engine, clips(config), 0, 1, micro))
+    found["drawn"] = [drawn(engine, cached=True), drawn(engine, cached=False)]
     engine.close()
     found["plain"] = plain_metrics(config)
     found["sampled"] = plain_samples(config)
@@ -156,6 +176,14 @@ def test_sampled_tokens_are_those_of_the_plain_sampler(found):
     assert 0 < metrics["sampled_unigram_distance"] < metrics["sampled_bigram_distance"] < 1
 
 
+def test_a_cache_changes_no_token(found):
+    cached, plain = found["drawn"]
+    assert cached == plain
+    assert [len(codes) for codes in cached] == [
+        len(clip.tensors["tokens"]) for clip in clips(small(Path()))
+    ]
+
+
 def test_metrics_are_bit_equal_when_repeated_and_equal_for_other_micro_batches(found):
     first, second = found[7]
     assert first == second
@@ -171,18 +199,24 @@ def test_training_in_the_shipped_precision_is_bit_equal_with_and_without_validat
     assert found["bf16"]["loss"] < found["plain"]["loss"]
 
 
-def four_ranks(world: Any, folder: Path) -> list[dict[str, float]]:
+def four_ranks(world: Any, folder: Path) -> list[tuple[dict[str, float], list[list[int]]]]:
     found = []
-    for parallel in ({"tensor": 2, "pipeline": 2}, {}):
+    for parallel in (
+        {"tensor": 2, "pipeline": 2},
+        {"tensor": 2, "sequence": True},
+        {},
+    ):
         engine = MegatronEngine(small(folder, parallel=parallel))
         samples = clips(engine.config)
-        found.append(validation_metrics(engine, samples, engine.dp_rank, engine.dp_size, 1))
+        metrics = validation_metrics(engine, samples, engine.dp_rank, engine.dp_size, 1)
+        found.append((metrics, drawn(engine, cached=True)))
         engine.close()
     return found
 
 
-def test_four_ranks_measure_what_one_measures(found, tmp_path):
+def test_four_ranks_measure_and_draw_what_one_does(found, tmp_path):
     (expected,) = found[1]
     for rank in run_distributed(four_ranks, 4, tmp_path):
-        for metrics in rank:
+        for metrics, codes in rank:
             assert metrics == pytest.approx(expected, abs=1e-5)  # float32 sums in another order
+            assert codes == found["drawn"][0]
