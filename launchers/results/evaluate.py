@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from landiff.configs.base import ConfigError
 from landiff.configs.files import write_text
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.config import DataConfig
+from landiff.data_pipeline.loading.held_out import partners
 from landiff.data_pipeline.loading.loader import Loader, Sample
 from landiff.launchers.config import EvaluateConfig
 from landiff.launchers.progress import ProgressLine
@@ -81,7 +83,7 @@ def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
         if seed == 0:
             swaps = find_swaps([sample.meta.caption for sample in samples])
             progress.expect(num_passes(len(samples), swaps))
-            readings = instrument_readings(config, diffusion, inputs, samples, swaps, progress)
+            readings = instrument_readings(config, diffusion, inputs, swaps, progress)
             readings += lm_readings(lm, samples, config.lm_text_column, swaps, device, progress)
         progress.finish_seed(seed)
     result = {"samples": num_samples, "rows": rows, "instruments": readings}
@@ -95,12 +97,10 @@ def instrument_readings(
     config: EvaluateConfig,
     diffusion: ControlledDiffusion,
     inputs: DiffusionInputs,
-    samples: Sequence[Sample],
     swaps: Sequence[Swap],
     progress: Callable[[], None],
 ) -> list[Reading]:
     """Readings of the instruments of the diffusion model, on the clips of the first seed."""
-    wrong = conditions.wrong_partners([sample.meta.caption for sample in samples])
     return read_all(
         diffusion,
         NoiseSchedule(config.schedule),
@@ -108,9 +108,9 @@ def instrument_readings(
         inputs.noise_BTCHW,
         Conditions(
             text_BLD=inputs.text_BLD,
-            wrong_text_BLD=inputs.text_BLD[wrong],
+            wrong_text_BLD=inputs.text_BLD[inputs.wrong],
             features_BTChw=inputs.features_BTChw,
-            wrong_features_BTChw=inputs.wrong_features_BTChw,
+            wrong_features_BTChw=inputs.features_BTChw[inputs.wrong],
             swaps=swaps,
         ),
         progress,
@@ -184,6 +184,22 @@ def draw_samples(config: EvaluateConfig, seed: int) -> list[Sample]:
     return list(loader.next_batch().samples)
 
 
+def partners_of(samples: Sequence[Sample]) -> list[int]:
+    """For each clip the index of one of another video with another caption.
+
+    Raises ConfigError for a clip without any.
+    """
+    found = partners([sample.meta for sample in samples], range(len(samples)))
+    for number, sample in enumerate(samples):
+        if number not in found:
+            raise ConfigError(
+                f"clip {sample.key} has no wrong condition to compare with: none of the "
+                f"{len(samples)} clips is of another video and has another caption; evaluate on "
+                "clips of at least two videos with different captions"
+            )
+    return [found[number] for number in range(len(samples))]
+
+
 def warn_of_cut_captions(manifest: Manifest, config: EvaluateConfig) -> None:
     """Warns about text columns for which captions were cut to the encoder's length."""
     for name in dict.fromkeys((config.lm_text_column, config.diffusion_text_column)):
@@ -207,7 +223,7 @@ def lm_losses(
     progress: Callable[[], None],
 ) -> dict[str, float]:
     """Nats per code with the clips' own captions, with those of other clips, and without any."""
-    wrong = conditions.wrong_partners([sample.meta.caption for sample in samples])
+    wrong = partners_of(samples)
     texts_LD = [sample.tensors[config.lm_text_column].float().to(device) for sample in samples]
     codes_K = [sample.tensors["tokens"].to(torch.int64) for sample in samples]
 
@@ -215,13 +231,9 @@ def lm_losses(
         """Mean over clips, clip i with the text of clip `text_of[i]`."""
         total = 0.0
         for i, sample in enumerate(samples):
-            total += conditions.lm_code_loss(
-                lm,
-                codes_K[i].numpy(),
-                texts_LD[text_of[i]],
-                lm.layout.num_frames(len(codes_K[i])),
-                sample.meta.motion_score,
-            )
+            text_LD = texts_LD[text_of[i]]
+            codes = codes_K[i].numpy()
+            total += conditions.code_loss(lm, codes, text_LD, sample.meta.motion_score)
             progress()
         return total / len(samples)
 
@@ -241,7 +253,7 @@ class DiffusionInputs:
     latents_BTCHW: Tensor
     text_BLD: Tensor
     features_BTChw: Tensor  # decoded from the clips' own tokens
-    wrong_features_BTChw: Tensor  # decoded from the tokens of other videos
+    wrong: list[int]  # for each clip, the one whose conditions are wrong for it
     noise_BTCHW: Tensor
     timestep_B: Tensor
 
@@ -271,7 +283,6 @@ def diffusion_inputs(
     features_BTChw = tokenizer.decode(tokens_BK.to(device), frames, grid)
     features_BTChw = features_BTChw[:, :latent_frames]
     latents_BTCHW = latents_BTCHW[:, :latent_frames]
-    wrong = conditions.wrong_partners([sample.meta.source_sha256 for sample in samples])
     draw = generator(seed, "evaluate")
     noise_BTCHW = torch.randn(latents_BTCHW.shape, generator=draw)
     timestep_B = torch.randint(0, config.schedule.num_timesteps, (len(samples),), generator=draw)
@@ -279,7 +290,7 @@ def diffusion_inputs(
         latents_BTCHW=latents_BTCHW,
         text_BLD=text_BLD.float().to(device),
         features_BTChw=features_BTChw,
-        wrong_features_BTChw=features_BTChw[wrong],
+        wrong=partners_of(samples),
         noise_BTCHW=noise_BTCHW.to(device),
         timestep_B=timestep_B.to(device),
     )
@@ -291,33 +302,33 @@ def diffusion_losses(
     inputs: DiffusionInputs,
     progress: Callable[[], None],
 ) -> dict[str, float]:
-    """Squared errors with right and wrong features, and with and without a clean prefix."""
-    schedule = NoiseSchedule(config.schedule)
-
-    def loss(features_BTChw: Tensor, *, prefix: int = 0, skip: int = 0) -> float:
-        result = conditions.diffusion_loss(
+    """Squared errors with right and wrong conditions, and with and without a clean prefix."""
+    frames = config.prefix_frames
+    right = conditions.ClipConditions(inputs.text_BLD, inputs.features_BTChw)
+    wrong = conditions.ClipConditions(
+        inputs.text_BLD[inputs.wrong], inputs.features_BTChw[inputs.wrong]
+    )
+    errors = {}
+    for name, given in conditions.variants(
+        right, wrong, frames, latent_frames=inputs.latents_BTCHW.shape[1]
+    ).items():
+        errors[name] = conditions.frame_errors(
             diffusion,
-            schedule,
-            inputs.latents_BTCHW,
-            inputs.text_BLD,
-            features_BTChw,
+            NoiseSchedule(config.schedule),
+            given,
+            latents_BTCHW=inputs.latents_BTCHW,
             noise_BTCHW=inputs.noise_BTCHW,
             timestep_B=inputs.timestep_B,
-            prefix=prefix,
-            skip=skip,
+            prediction=diffusion.config.transformer.prediction,
         )
         progress()
-        return result
-
-    frames = config.prefix_frames
-    right = inputs.features_BTChw
     losses = {
-        "diffusion": loss(right),
-        "diffusion, another clip's tokens": loss(inputs.wrong_features_BTChw),
+        "diffusion": errors["own"].mean().item(),
+        "diffusion, another clip's caption": errors["other_caption"].mean().item(),
+        "diffusion, another clip's tokens": errors["other_tokens"].mean().item(),
     }
-    if frames < inputs.latents_BTCHW.shape[1]:  # images have no later frames
-        losses["diffusion, later frames"] = loss(right, skip=frames)
-        losses["diffusion, later frames after a clean prefix"] = loss(
-            right, prefix=frames, skip=frames
-        )
+    if "prefix" in errors:  # images have no later frames
+        losses["diffusion, later frames"] = errors["own"][:, frames:].mean().item()
+        after = errors["prefix"][:, frames:].mean().item()
+        losses["diffusion, later frames after a clean prefix"] = after
     return losses

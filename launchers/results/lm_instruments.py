@@ -33,8 +33,7 @@ def lm_readings(
     def loss(index: int, text: int, motion_score: float) -> float:
         codes_K = samples[index].tensors["tokens"].to(torch.int64).numpy()
         progress()
-        num_frames = lm.layout.num_frames(len(codes_K))
-        return conditions.lm_code_loss(lm, codes_K, texts_LD[text], num_frames, motion_score)
+        return conditions.code_loss(lm, codes_K, texts_LD[text], motion_score)
 
     right = [loss(index, index, scores[index]) for index in range(len(samples))]
     opposite = opposite_scores(scores)

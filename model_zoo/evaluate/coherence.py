@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from landiff.model_zoo.dit import ControlledDiffusion
-from landiff.model_zoo.schedule import NoiseSchedule
+from landiff.model_zoo.schedule import NoiseSchedule, denoising_loss
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,19 @@ def squared_error(
     model: ControlledDiffusion, schedule: NoiseSchedule, probe: Probe, timestep: int
 ) -> Tensor:
     """Squared error of the velocity at one timestep, float32 [B, T, C, H, W]."""
-    timestep_B = torch.full((len(probe.latents_BTCHW),), timestep).to(probe.latents_BTCHW.device)
-    noised_BTCHW = schedule.noised(probe.latents_BTCHW, probe.noise_BTCHW, timestep_B)
-    output_BTCHW = model(
-        noised_BTCHW, timestep_B, probe.text_BLD, semantic_BTCHW=probe.semantic_BTCHW
-    )
+    latents_BTCHW = probe.latents_BTCHW
+    timestep_B = torch.full((len(latents_BTCHW),), timestep).to(latents_BTCHW.device)
+
+    def network(noised_BTCHW: Tensor, timestep_B: Tensor) -> Tensor:
+        semantic_BTCHW = probe.semantic_BTCHW
+        return model(noised_BTCHW, timestep_B, probe.text_BLD, semantic_BTCHW=semantic_BTCHW)
+
     prediction = model.config.transformer.prediction
-    velocity_BTCHW = schedule.as_velocity(output_BTCHW, noised_BTCHW, timestep_B, prediction)
-    target_BTCHW = schedule.velocity(probe.latents_BTCHW, probe.noise_BTCHW, timestep_B)
-    return (velocity_BTCHW - target_BTCHW).square()
+    result = denoising_loss(
+        network, schedule, latents_BTCHW, probe.noise_BTCHW, timestep_B, prediction=prediction
+    )
+    target_BTCHW = schedule.velocity(latents_BTCHW, probe.noise_BTCHW, timestep_B)
+    return (result.velocity - target_BTCHW).square()
 
 
 def checkerboard(height: int, width: int, patch: int) -> Tensor:

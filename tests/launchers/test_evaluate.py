@@ -138,7 +138,7 @@ def test_clips_of_one_video_have_no_wrong_condition(folder, capsys):
     write_data(Path("data"), one_video=True)
     assert main(["evaluate", "--config", "evaluate.yaml"]) == 2
     err = capsys.readouterr().err
-    assert "all 4 clips have" in err
+    assert "has no wrong condition to compare with: none of the 4 clips is of another" in err
     assert "clips of at least two videos" in err
     assert not Path("found.json").exists()
 

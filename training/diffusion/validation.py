@@ -10,13 +10,13 @@ width. Q stands for the timesteps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.samples import HeldOutBatch, Sample
 from landiff.model_zoo import keyed_random
+from landiff.model_zoo.evaluate.conditions import ClipConditions, frame_errors, variants
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.step import Inputs, Objective
 from landiff.training.observe.charts import Charts
@@ -56,18 +56,6 @@ def prefix_frames(config: DiffusionTrainConfig) -> int:
     return min(max(config.prefix.lengths), config.model.transformer.latent_frames - 1)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to condition the model on the clips of a batch.
-
-    weight_B: 1 for clips that count, else 0; float64.
-    """
-
-    name: str
-    inputs: Inputs
-    weight_B: Tensor
-
-
 def clip_sums(
     model: nn.Module, objective: Objective, batch: HeldOutBatch, prefix: int
 ) -> dict[str, Tensor]:
@@ -82,41 +70,27 @@ def clip_sums(
 
     Every batch takes the same number of forward passes, whatever counts in it.
     """
-    timesteps = quantile_timesteps(objective.config.schedule.num_timesteps)
-    sums: dict[str, Tensor] = {}
-    own, *others = _variants(objective, batch, prefix)
-    pairs_B = _weights([other is not None for other in batch.others], own.weight_B)
-    sums["clips"] = own.weight_B.sum()
-    sums["pairs"] = pairs_B.sum()
-    own_QBT = _errors(model, objective, own.inputs, batch.samples, timesteps)
-    sums["own"] = _weighted(own_QBT, own.weight_B)
-    sums["own_of_pairs"] = _weighted(own_QBT, pairs_B)
-    for variant in others:
-        error_QBT = _errors(model, objective, variant.inputs, batch.samples, timesteps)
-        sums[variant.name] = _weighted(error_QBT, variant.weight_B)
-    return sums
-
-
-def _variants(objective: Objective, batch: HeldOutBatch, prefix: int) -> list[Variant]:
-    """The conditions under which the clips are measured, their own ones first."""
-    samples = batch.samples
-    partners = []
-    for sample, other in zip(samples, batch.others, strict=True):
-        partners.append(other or sample)
     counted_B = torch.tensor(batch.counted, device=objective.device, dtype=torch.float64)
     pairs_B = _weights([other is not None for other in batch.others], counted_B)
-    inputs = fixed_inputs(objective, samples)
+    partners = []
+    for sample, other in zip(batch.samples, batch.others, strict=True):
+        partners.append(other or sample)
+    inputs = fixed_inputs(objective, batch.samples)
     foreign = fixed_inputs(objective, partners)
-    variants = [Variant("own", inputs, counted_B)]
-    if 0 < prefix < inputs.latents_BTCHW.shape[1]:
-        fixed = replace(inputs, prefix_B=torch.full_like(inputs.prefix_B, prefix))
-        variants.append(Variant("prefix", fixed, counted_B))
-    text = replace(inputs, text_BLD=foreign.text_BLD)
-    variants.append(Variant("other_caption", text, pairs_B))
-    if inputs.features_BTchw is not None:
-        tokens = replace(inputs, features_BTchw=foreign.features_BTchw)
-        variants.append(Variant("other_tokens", tokens, pairs_B))
-    return variants
+    found = variants(
+        ClipConditions(inputs.text_BLD, inputs.features_BTchw),
+        ClipConditions(foreign.text_BLD, foreign.features_BTchw),
+        prefix,
+        latent_frames=inputs.latents_BTCHW.shape[1],
+    )
+    sums = {"clips": counted_B.sum(), "pairs": pairs_B.sum()}
+    for name, conditions in found.items():
+        error_QBT = _errors(model, objective, conditions, inputs.latents_BTCHW, batch.samples)
+        weight_B = pairs_B if name.startswith("other") else counted_B
+        sums[name] = _weighted(error_QBT, weight_B)
+        if name == "own":
+            sums["own_of_pairs"] = _weighted(error_QBT, pairs_B)
+    return sums
 
 
 def _weights(flags: Sequence[bool], counted_B: Tensor) -> Tensor:
@@ -167,19 +141,23 @@ def fixed_noise(samples: Sequence[Sample], timestep: int, like_BTCHW: Tensor) ->
 def _errors(
     model: nn.Module,
     objective: Objective,
-    inputs: Inputs,
+    conditions: ClipConditions,
+    latents_BTCHW: Tensor,
     samples: Sequence[Sample],
-    timesteps: Sequence[int],
 ) -> Tensor:
     """Squared error of each latent frame at each timestep, float64 [Q, B, T]."""
     errors = []
-    for timestep in timesteps:
-        noised = replace(
-            inputs,
-            noise_BTCHW=fixed_noise(samples, timestep, inputs.latents_BTCHW),
-            timestep_B=torch.full_like(inputs.timestep_B, timestep),
+    for timestep in quantile_timesteps(objective.config.schedule.num_timesteps):
+        error_BT = frame_errors(
+            model,
+            objective.schedule,
+            conditions,
+            latents_BTCHW=latents_BTCHW,
+            noise_BTCHW=fixed_noise(samples, timestep, latents_BTCHW),
+            timestep_B=torch.full((len(samples),), timestep, device=objective.device),
+            prediction=objective.config.model.transformer.prediction,
         )
-        errors.append(objective.loss(model, noised).per_frame.double())
+        errors.append(error_BT.double())
     return torch.stack(errors)
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from landiff.data_pipeline.loading.samples import HeldOutBatch, Sample
-from landiff.model_zoo.token_layout import CODE, TokenLayout
+from landiff.model_zoo.evaluate.conditions import KINDS, VALUES, Targets, target_places, token_sums
+from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.lm.batch import LMRow, pack
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.observe.charts import Charts
@@ -38,23 +38,14 @@ CHARTS: Charts = {
         "fraction of codes in use": ["val/(sampled|data)_used_fraction"],
     },
 }
-KINDS = ("codes", "structural", "codes with partner")
-VALUES = ("loss", "correct", "count")
 
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """A packed row of held-out clips, and which target each of its positions predicts.
-
-    frame_N: semantic frame of the target. -1 where nothing is predicted or the clip does not count.
-    is_code_N: whether the target is a code; otherwise it is a structural token.
-    has_partner_N: whether the clip has a partner with another caption.
-    """
+    """A packed row of held-out clips, and which target each of its positions predicts."""
 
     row: LMRow
-    frame_N: Tensor
-    is_code_N: Tensor
-    has_partner_N: Tensor
+    targets: Targets
 
     @property
     def ids_N(self) -> Tensor:
@@ -63,12 +54,8 @@ class ValidationRow:
 
     def to(self, device: torch.device) -> ValidationRow:
         """A copy with all tensors on `device`."""
-        return ValidationRow(
-            self.row.to(device),
-            self.frame_N.to(device),
-            self.is_code_N.to(device),
-            self.has_partner_N.to(device),
-        )
+        targets = [value.to(device) for value in vars(self.targets).values()]
+        return ValidationRow(self.row.to(device), Targets(*targets))
 
 
 def own_row(batch: HeldOutBatch, config: LMTrainConfig, layout: TokenLayout) -> ValidationRow:
@@ -98,15 +85,14 @@ def _validation_row(
     for number, (sample, end) in enumerate(zip(samples, ends, strict=False)):
         if not batch.counted[number]:
             continue
-        template = layout.template(layout.num_frames(sample.tensors[config.tokens_column].numel()))
-        is_start = (template == layout.start_iframe) | (template == layout.start_pframe)
+        frames, codes = target_places(layout, sample.tensors[config.tokens_column].numel())
         # The last position predicts nothing, and each one before it the token that follows.
-        body = slice(end - 1 - len(template), end - 1)
-        frame_N[body] = np.cumsum(is_start) - 1  # EOS counts with the last frame
-        is_code_N[body] = template == CODE
+        body = slice(end - 1 - len(frames), end - 1)
+        frame_N[body] = frames
+        is_code_N[body] = codes
         has_partner_N[body] = batch.others[number] is not None
-    arrays = (frame_N, is_code_N, has_partner_N)
-    return ValidationRow(row, *[torch.from_numpy(array) for array in arrays])
+    arrays = [torch.from_numpy(array) for array in (frame_N, is_code_N, has_partner_N)]
+    return ValidationRow(row, Targets(row.targets_N, *arrays))
 
 
 def max_frames(layout: TokenLayout, max_positions: int) -> int:
@@ -124,32 +110,12 @@ def forward_step(
     row = next(rows)
 
     def sums(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A loss and a number of targets that nobody uses, and the report: `frame_sums`."""
-        report = frame_sums(logits_NV, row, frames)
+        """A loss and a number of targets that nobody uses, and the report: `token_sums`."""
+        report = token_sums(logits_NV, row.targets, frames)
         unused = logits_NV.new_zeros(())
         return unused, unused.to(torch.int), report
 
     return model(row.row, logits=True), sums
-
-
-def frame_sums(logits_NV: Tensor, row: ValidationRow, frames: int) -> Tensor:
-    """Sums over the targets of each kind and frame, float64 [KINDS, frames, VALUES].
-
-    VALUES are the sum of losses, the number of correct predictions, and the number of targets.
-    """
-    targets_N = row.row.targets_N
-    loss_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
-    correct_N = logits_NV.argmax(-1) == targets_N
-    values = [loss_N.double(), correct_N.double(), torch.ones_like(loss_N).double()]
-    values_N3 = torch.stack(values, dim=1)
-    counted_N = row.frame_N >= 0
-    kinds_N = (row.is_code_N, ~row.is_code_N, row.is_code_N & row.has_partner_N)
-    sums = []
-    for kind_N in kinds_N:
-        chosen_N = counted_N & kind_N
-        total = values_N3.new_zeros(frames, len(VALUES))
-        sums.append(total.index_add(0, row.frame_N[chosen_N], values_N3[chosen_N]))
-    return torch.stack(sums)
 
 
 def named_sums(reports: Sequence[Tensor], frames: int, device: torch.device) -> dict[str, Tensor]:
