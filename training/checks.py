@@ -28,6 +28,7 @@ from landiff.data_pipeline.format.column_checks import (
     check_column_fingerprints,
 )
 from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.phases import phases_from
 from landiff.data_pipeline.loading.remote import data_folder, find_manifest
@@ -314,6 +315,20 @@ def check_validation(data: DataConfig, columns: Sequence[str], manifest: Manifes
     if found and not data.adopt:
         problems += problems_of(lambda: check_blend([manifest, *found], columns, key))
     return problems
+
+
+def read_data(data: Path, columns: Sequence[str]) -> tuple[Manifest | None, list[Problem]]:
+    """(manifest, problems) of a data folder; no manifest if it lacks clips or `columns`."""
+    try:
+        manifest = read_manifest(data)
+        problems = check_manifest(manifest, columns, data)
+    except ConfigError as error:
+        problems = [Problem(str(error))]
+    except OSError as error:
+        problems = [Problem(f"it cannot be read: {error.strerror}")]
+    if problems:
+        return None, [Problem(f"data = {data}: {problem}") for problem in problems]
+    return manifest, []
 
 
 def check_manifest(

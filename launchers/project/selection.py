@@ -12,9 +12,8 @@ from typing import Any
 from landiff.configs import Config, ConfigError
 from landiff.configs.loader import nearest_name
 from landiff.configs.problems import Problem
-from landiff.launchers.checks import read_data
 from landiff.launchers.project.chain import EXPORTED
-from landiff.training.checks import different_fields, find_entry
+from landiff.training.checks import different_fields, find_entry, read_data
 
 KINDS = {
     "tokenizer": "tokenizer",

@@ -19,6 +19,14 @@ from landiff.configs.base import ConfigError
 from landiff.configs.files import atomic_file
 from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
 from landiff.data_pipeline.video.protocol import DecodeFailure, VideoInfo
+from landiff.launchers.results.given_files import (
+    CODES,
+    check_num_codes,
+    given_length,
+    probe,
+    start_s,
+    unreadable,
+)
 from landiff.launchers.results.prompts import TOKENS_SUFFIX, GivenFile, SampleUnit
 from landiff.model_zoo.frozen.base import VisionFeatures
 from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec
@@ -64,61 +72,37 @@ class GivenFiles:
             return Given()
         if given.kind == "tokens_from":
             return Given(self._all_codes(given, unit.num_latent_frames))
-        num_latent_frames = 1
-        if given.kind == "continue_video":
-            num_latent_frames = max(1, self._clean_frames)
-            if isinstance(self._models.codec, CogVideoXCodec):
-                num_latent_frames -= 1 - num_latent_frames % 2  # it encodes odd numbers only
-        frames_1THWC = self._frames(given, num_latent_frames, at_end=given.kind != "first_frame")
+        num_latent_frames = given_length(
+            given.kind,
+            unit.num_latent_frames,
+            self._clean_frames,
+            odd_only=isinstance(self._models.codec, CogVideoXCodec),
+        )
+        frames_1THWC = self._frames(given, num_latent_frames)
         assert self._vision is not None, given
         return first_frames(self._models.tokenizer, self._vision, self._models.codec, frames_1THWC)
 
     def _all_codes(self, given: GivenFile, num_latent_frames: int) -> Tensor:
         """The codes of a whole video, int64 [1, K]."""
-        layout = self._models.lm.layout
         if Path(given.path).suffix == TOKENS_SUFFIX:
             codes_1K = read_codes(Path(given.path))[None]
-            expected = layout.num_codes(num_latent_frames)
-            if codes_1K.shape[1] != expected:
-                raise ConfigError(
-                    f"tokens_from = {given.path} holds {codes_1K.shape[1]} tokens, but "
-                    f"{num_latent_frames} latent frames have {expected}; set num_latent_frames to "
-                    "the length that they were drawn for"
-                )
+            check_num_codes(given, codes_1K.shape[1], num_latent_frames, self._models.lm.config)
             return codes_1K.to(next(self._models.lm.parameters()).device)
-        frames_1THWC = self._frames(given, num_latent_frames, at_end=False)
+        frames_1THWC = self._frames(given, num_latent_frames)
         assert self._vision is not None, given
         return codes_of(self._models.tokenizer, self._vision, frames_1THWC, self._models.codec.time)
 
-    def _frames(self, given: GivenFile, num_latent_frames: int, *, at_end: bool) -> Tensor:
-        """The first or last frames of a video, cut to the shape of ours, uint8 [1, T, H, W, 3]."""
+    def _frames(self, given: GivenFile, num_latent_frames: int) -> Tensor:
+        """The frames of a video that are needed, in the shape of ours, uint8 [1, T, H, W, 3]."""
         num_frames = 1 + self._models.codec.time * (num_latent_frames - 1)
         with SafeDecoder() as decoder:
-            video = VideoFile(Path(given.path))
-            info = decoder.probe(video)
-            if isinstance(info, DecodeFailure):
-                raise _unreadable(given, info)
-            start_s = 0.0
-            if num_frames > 1 or at_end:
-                start_s = self._start_s(given, info, num_frames, at_end)
+            info = probe(decoder, given)
+            start = start_s(given, info, num_frames, self._fps)
             wanted = Wanted(num_frames, self._fps, self._height, self._width, self._crop(info))
-            (found,) = decoder.decode(video, [start_s], wanted)
+            (found,) = decoder.decode(VideoFile(Path(given.path)), [start], wanted)
             if isinstance(found, DecodeFailure):
-                raise _unreadable(given, found)
+                raise unreadable(given, found)
             return torch.from_numpy(found.copy())[None]
-
-    def _start_s(self, given: GivenFile, info: VideoInfo, num_frames: int, at_end: bool) -> float:
-        """Start of the frames in the file."""
-        available = 1 if info.is_image else round(info.duration_s * self._fps)
-        if available < num_frames:
-            raise ConfigError(
-                f"{given.kind} = {given.path} has {available} frame(s) at {self._fps:g} frames per "
-                f"second, and {num_frames} are needed; give a longer video, or make that of the "
-                "prompt shorter (num_latent_frames)"
-            )
-        if not at_end or info.is_image:
-            return 0.0
-        return (available - num_frames + 0.25) / self._fps  # within the display of the frame
 
     def _crop(self, info: VideoInfo) -> tuple[float, float, float, float]:
         """Fractions to cut off, so that the middle of the picture has the shape of ours."""
@@ -131,15 +115,9 @@ class GivenFiles:
         return 0.0, side, 0.0, side
 
 
-def _unreadable(given: GivenFile, failure: DecodeFailure) -> ConfigError:
-    return ConfigError(
-        f"{given.kind} = {given.path} cannot be decoded: {failure.reason}: {failure.detail}"
-    )
-
-
 def write_codes(path: Path, codes_K: Tensor, key: str) -> None:
     """Writes a file of tokens. key: of everything that they depend on."""
-    data = save({"codes": codes_K.cpu().contiguous()}, {"landiff": json.dumps({"key": key})})
+    data = save({CODES: codes_K.cpu().contiguous()}, {"landiff": json.dumps({"key": key})})
     with atomic_file(path) as file:
         file.write(data)
 
@@ -148,7 +126,7 @@ def read_codes(path: Path) -> Tensor:
     """The codes of a file of tokens, int64 [K]. Raises ConfigError."""
     try:
         with safe_open(path, "pt") as file:
-            codes_K = file.get_tensor("codes")
+            codes_K = file.get_tensor(CODES)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} is no file of tokens: {error}") from None
     if codes_K.ndim != 1 or codes_K.dtype != torch.int64 or not len(codes_K):
