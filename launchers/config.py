@@ -196,17 +196,25 @@ class SampleConfig(Config):
         description="Draw the semantic tokens only, into `tokens/NAME.safetensors`. The same "
         "command without it renders them.",
     )
+    split_guidance: bool = Field(
+        default=False,
+        description="Generate each video on two devices: a second process computes half of the "
+        "rows of the diffusion model, with guidance one of its two branches. `--nproc` is then an "
+        "even number. Videos differ by rounding, as with another `batch_size`.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="`fp32` computes in float32, in whatever precision the weights are stored. "
         "`bf16` samples as the release does (§4.5, §5.11): norms, output head and quantizer stay "
         "float32.",
     )
-    offload: Literal["none", "model", "disk"] = Field(
+    offload: Literal["none", "model", "group", "sequential", "disk"] = Field(
         default="none",
         description="Where models and text encoders are that are not in use. `none`: on the "
-        "device. `model`: in the memory of the host. `disk`: nowhere; each is loaded when its turn "
-        "comes. `--memory` chooses. Videos do not depend on it.",
+        "device. `model`: in the memory of the host. `group`: there too, and that in use moves to "
+        "the device block by block, `sequential`: layer by layer, except for the language model. "
+        "`disk`: nowhere; each is loaded when its turn comes. `--memory` chooses. Videos do not "
+        "depend on it.",
     )
     device: str = Field(
         default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -138,6 +138,18 @@ class ZooEntry:
         require_intact(self)
         return load_safetensors(self.weights_path, str(device))
 
+    def load_like(
+        self, wanted: Mapping[str, Tensor], device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
+        """The same tensors in the dtypes of those in `wanted`, read one at a time."""
+        require_intact(self)
+        stored = self.lazy()
+        tensors = {}
+        for name in stored:
+            dtype = wanted[name].dtype if name in wanted else None
+            tensors[name] = stored[name].to(device, dtype)
+        return tensors
+
     def lazy(self) -> LazyTensors:
         """The same tensors, each read when it is used and not verified.
 
@@ -179,9 +191,14 @@ def build_module(kind: str, config: Config) -> nn.Module:
 
 
 def load_model(
-    entry: ZooEntry, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    entry: ZooEntry,
+    device: str | torch.device = "cpu",
+    cast: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
     """Builds the module of an entry with its weights, in eval mode and without gradients.
+
+    cast: changes the dtypes of the module in place. It is called before there are weights, which
+        are then read one at a time in these dtypes, so that memory never holds both.
 
     Raises ConfigError for damaged files, NaN and infinity.
     """
@@ -189,11 +206,13 @@ def load_model(
 
     with torch.device("meta"):
         model = build_module(entry.kind, entry.config)
-    model.load_state_dict(entry.load(device), strict=True, assign=True)
-    model.requires_grad_(False).eval()
-    if dtype is not None:
-        model.to(dtype)
-    return model
+    if cast is None:
+        tensors = entry.load(device)
+    else:
+        cast(model)
+        tensors = entry.load_like(model.state_dict(), device)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def weights_fingerprint(

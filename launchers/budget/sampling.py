@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from landiff.configs.base import ConfigError
+from landiff.configs.safetensors_header import read_header
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.local.gpus import visible_gpus
 from landiff.model_zoo import registry
@@ -20,6 +21,9 @@ SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|MiB|MB)", re.IGNORECASE)
 UNITS = {"gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 FOR_WEIGHTS = 0.75  # of the memory; the rest is for activations, caches and libraries
 PACKAGED_BYTES = 100 << 20  # at most, of an encoder whose weights come from a Python package
+# The first number in a name is that of a block in a list, see model_zoo/sample/offload.py.
+BLOCK = re.compile(r".*?\.\d+\.")
+LAYER = re.compile(r".*(?=\.)")  # all but the last word of a name
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -29,10 +33,43 @@ class PartMemory:
 
     loaded: of its weights, ready for use.
     loading: at the peak while they are loaded.
+    in_groups, in_layers: of the weights that are on the device at once with `offload=group` and
+        with `offload=sequential`.
     """
 
     loaded: int
     loading: int
+    in_groups: int
+    in_layers: int
+
+    @classmethod
+    def whole(cls, loaded: int) -> PartMemory:
+        """A part whose weights move together."""
+        return cls(loaded, loaded, loaded, loaded)
+
+    @classmethod
+    def of_tensors(cls, sizes: Mapping[str, int], largest: int = 0) -> PartMemory:
+        """A part with tensors of these sizes by name, read one at a time.
+
+        largest: of the tensors as they are stored, if they are converted.
+        """
+        loaded = sum(sizes.values())
+        groups = at_once(sizes, lambda name: BLOCK.match(name))
+        layers = at_once(sizes, lambda name: BLOCK.match(name) and LAYER.match(name))
+        return cls(loaded, loaded + largest, groups, layers)
+
+
+def at_once(sizes: Mapping[str, int], group_of: Callable[[str], re.Match[str] | None]) -> int:
+    """Bytes of the largest group of tensors, and of those that are in no group."""
+    rest = 0
+    groups: dict[str, int] = {}
+    for name, size in sizes.items():
+        group = group_of(name)
+        if group is None:
+            rest += size
+        else:
+            groups[group[0]] = groups.get(group[0], 0) + size
+    return rest + max(groups.values(), default=0)
 
 
 def parse_memory(text: str) -> int:
@@ -51,38 +88,56 @@ def memory_of_parts(config: SampleConfig) -> dict[str, PartMemory]:
     found = {}
     for kind in ("lm", "tokenizer", "diffusion"):
         tensors = registry.resolve(config.zoo, getattr(config, kind), kind).lazy()
-        stored = tensors.num_bytes
-        found[kind] = PartMemory(stored, stored)
         width = 2 if config.precision == "bf16" else 4
-        floating = [tensor for tensor in tensors.meta.values() if tensor.is_floating_point()]
-        if width == 2 or any(tensor.itemsize != width for tensor in floating):
-            converted = width * tensors.num_elements  # in memory
-            found[kind] = PartMemory(converted, stored + converted)
+        sizes = {}
+        largest = 0  # of those that are converted while they are read
+        for name, meta in tensors.meta.items():
+            sizes[name] = meta.numel() * meta.itemsize
+            if meta.is_floating_point() and meta.itemsize != width:
+                largest = max(largest, sizes[name])
+                sizes[name] = meta.numel() * width
+        found[kind] = PartMemory.of_tensors(sizes, largest)
+    # Each token takes all weights of the language model, which are therefore moved together.
+    lm = found["lm"]
+    found["lm"] = replace(lm, in_groups=lm.loaded, in_layers=lm.loaded)
     for key in ("lm_text", "diffusion_text", "codec"):
-        size = encoder_bytes(getattr(config, key))
-        found[key] = PartMemory(size, size)
+        found[key] = encoder_memory(getattr(config, key))
     return found
 
 
-def encoder_bytes(config: FrozenConfig) -> int:
-    """Bytes of the weight files of an encoder."""
+def encoder_memory(config: FrozenConfig) -> PartMemory:
+    """Memory of an encoder, from its weight files."""
+    files = encoder_files(config)
+    if files is None:
+        return PartMemory.whole(PACKAGED_BYTES)
+    sizes: dict[str, int] = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            return PartMemory.whole(sum(file.stat().st_size for file in files))
+        for name, entry in read_header(file).entries.items():
+            sizes[name] = entry.end - entry.begin
+    return PartMemory.of_tensors(sizes)
+
+
+def encoder_files(config: FrozenConfig) -> list[Path] | None:
+    """The weight files of an encoder that are here; None if they are in a Python package."""
     path = getattr(config, "path", None)
     if path is None:
-        return PACKAGED_BYTES
+        return None
     try:
         place = Path(local_or_hub(config.kind, path))
     except ConfigError:
-        return 0
+        return []
     if place.is_file():
-        return place.stat().st_size
+        return [place]
     folder = place / getattr(config, "subfolder", "")
     if not folder.is_dir():
         folder = place
     for pattern in WEIGHT_FILES:
         files = list(folder.glob(pattern))
         if files:
-            return sum(file.stat().st_size for file in files)
-    return 0
+            return files
+    return []
 
 
 def choose_offload(config: SampleConfig, memory: int) -> str:
@@ -100,8 +155,15 @@ def choose_offload(config: SampleConfig, memory: int) -> str:
     peak = all_loaded + max(part.loading - part.loaded for part in parts.values())
     if (all_loaded if on_gpu else peak) <= usable:
         return "none"
-    if on_gpu and max(loaded) + codec <= usable and peak <= psutil.virtual_memory().available:
-        return "model"
+    if on_gpu and peak <= psutil.virtual_memory().available:
+        needed = {
+            "model": max(loaded),
+            "group": max(part.in_groups for part in parts.values()),
+            "sequential": max(part.in_layers for part in parts.values()),
+        }
+        for offload, size in needed.items():
+            if size + codec <= usable:
+                return offload
     if max(part.loading for part in parts.values()) + codec <= usable:
         return "disk"
     raise ConfigError(f"--memory {memory / 1e9:.1f}GB is too little: {largest(parts)}")

@@ -1,30 +1,29 @@
 """Generates the videos of `landiff demo` with the code of `landiff sample`, one at a time.
 
-Shape letters: B batch (conditional branch last), T latent frames, C channels, H, W height and width
-of frames or latents.
+Shape letters: T latent frames, C channels, H, W height and width of frames or latents.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
-import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from landiff.configs.base import ConfigError
 from landiff.configs.disk_errors import explain
 from landiff.launchers.demo.jobs import Cancelled, Job, JobQueue
 from landiff.launchers.demo.requests import MODELS, DemoRequest
-from landiff.launchers.results.sample import Sampler, UnitProgress, has_codes, load_models
+from landiff.launchers.results.loading import load_models
+from landiff.launchers.results.sample import Sampler, UnitProgress, has_codes
 from landiff.launchers.results.sample_folder import SampleFolder
 from landiff.model_zoo.device import pick_device
+from landiff.model_zoo.frozen.base import LatentCodec
 from landiff.model_zoo.sample.generate import Models
+from landiff.model_zoo.sample.latents import SamplerStep
 
 PREVIEW_S = 0.5  # at least, between two previews
 
@@ -66,14 +65,11 @@ class Worker:
         folder = SampleFolder(request.config.out, request.settings, [request.unit])
         if not folder.is_finished(request.unit):
             models = self._models_of(request, job)
-            preview: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-            if request.config.offload == "none":  # else the model, with its hook, may be reloaded
-                preview = StepPreview(models, job)
-            with preview:
-                sampler = Sampler(request.config, folder, models, JobProgress(job))
-                if request.unit.given is None and not has_codes(folder, request.unit):
-                    sampler.write_codes([request.unit])  # so that they can be rendered again
-                sampler.write_videos([request.unit])
+            preview = StepPreview(models.codec, job)
+            sampler = Sampler(request.config, folder, models, JobProgress(job), preview)
+            if request.unit.given is None and not has_codes(folder, request.unit):
+                sampler.write_codes([request.unit])  # so that they can be rendered again
+            sampler.write_videos([request.unit])
         job.state = "finished"
 
     def _models_of(self, request: DemoRequest, job: Job) -> Models:
@@ -102,39 +98,27 @@ class JobProgress(UnitProgress):
 
 
 class StepPreview:
-    """Context manager that shows coarse frames of the video in work in its job.
+    """Shows coarse frames of the video in work in its job, after each sampling step.
 
-    They are decoded from the clean latents that each pass of the diffusion model estimates, without
-    guidance.
+    They are decoded from the clean latents that the step estimates.
     """
 
-    def __init__(self, models: Models, job: Job) -> None:
-        self.models = models
+    def __init__(self, codec: LatentCodec, job: Job) -> None:
+        self.codec = codec
         self.job = job
         self._last = 0.0
 
-    def __enter__(self) -> StepPreview:
-        self._hook = self.models.diffusion.register_forward_hook(self._show)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def _show(self, _model: nn.Module, inputs: Sequence[Tensor], output_BTCHW: Tensor) -> None:
+    def __call__(self, step: SamplerStep) -> None:
         """Decodes the first, middle and last frame, unless it was done a moment ago."""
         now = time.monotonic()
         if now - self._last < PREVIEW_S:
             return
         self._last = now
-        state_BTCHW, timestep_B = inputs[:2]
-        latents_TCHW = output_BTCHW[-1].float()
-        if self.models.diffusion.config.transformer.prediction == "velocity":
-            a = float(self.models.schedule.alphas_sqrt[int(timestep_B[-1])])
-            latents_TCHW = a * state_BTCHW[-1].float() - math.sqrt(1 - a**2) * latents_TCHW
+        latents_TCHW = step.denoised[-1]
         last = len(latents_TCHW) - 1
         frames = []
         for number in sorted({0, last // 2, last}):
-            frames.append(self.models.codec.decode(latents_TCHW[None, number : number + 1])[0, 0])
+            frames.append(self.codec.decode(latents_TCHW[None, number : number + 1])[0, 0])
         self.job.preview = jpeg(torch.cat(frames, dim=1))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +21,16 @@ from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.lora.base import apply_adapter, base_fingerprint, find_adapter
 from landiff.model_zoo.lora.config import AdapterUse, adapts, require_base
 from landiff.model_zoo.sample.generate import Models
+from landiff.model_zoo.sample.offload import Level
 from landiff.model_zoo.sample.on_demand import OnDemand, OnDemandText, Place
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 
 log = logging.getLogger(__name__)
+
+PARTS = ("lm", "tokenizer", "diffusion", "lm_text", "diffusion_text")
+LEVELS: dict[str, Level] = {"model": "part", "group": "block", "sequential": "layer"}
+"""What moves at once, by `offload`."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -39,16 +46,45 @@ def in_precision(model: M, precision: str) -> M:
     return model.bfloat16()
 
 
-def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
-    """The models and encoders of `config`, of which one is on `device` at a time.
+def load_models(
+    config: SampleConfig, device: torch.device, needed: Collection[str] = PARTS
+) -> Models:
+    """The models and encoders of `config` on `device`, with progress.
 
-    The codec, which is small, is always there.
+    With `offload`, parts are loaded when they are used.
+
+    needed: those that will be used. Others are loaded if they are used after all.
     """
-    keep = config.offload == "model"
-    place = Place(device)
-    home = torch.device("cpu") if keep else device
+    models = models_on_demand(config, device)
+    if config.offload != "none":
+        return models
+    progress = ProgressLine("sample loads", "models", every_s=0.0)
+    loaded = {}
+    for done, name in enumerate(needed):
+        part = getattr(config, name)
+        progress(done, len(needed), part if isinstance(part, str) else part.kind)
+        loaded[name] = getattr(models, name).module()
+    progress(len(needed), len(needed))
+    return replace(models, **loaded)
+
+
+def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
+    """The models and encoders of `config`, each loaded when it is used.
+
+    With `offload`, one of them is on `device` at a time. The codec, which is small, is always
+    there.
+    """
+    place = Place(device, shared=config.offload == "none")
+    level = LEVELS.get(config.offload)
+    home = device if level is None else torch.device("cpu")
     loader = ModelLoader(
-        "", 0, config.zoo, home, config.adapters, merge_adapters=config.merge_adapters
+        "",
+        0,
+        config.zoo,
+        home,
+        config.adapters,
+        merge_adapters=config.merge_adapters,
+        precision=config.precision,
     )
 
     def entry_part(kind: str, model_class: type[nn.Module], *names: str) -> Any:
@@ -60,10 +96,13 @@ def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
 
         def load() -> nn.Module:
             log.info("sample loads %s", entry.reference)
-            return in_precision(loader.model(reference, kind, model_class), config.precision)
+            return loader.model(reference, kind, model_class)
 
         known = {name: getattr(empty, name) for name in names}
-        return OnDemand(place, load, keep=keep, known=known)
+        own_level = level
+        if kind == "lm" and level is not None:
+            own_level = "part"  # each token takes all of its weights
+        return OnDemand(place, load, level=own_level, known=known)
 
     def text_part(key: str) -> Any:
         """A text encoder, whose width is known without its weights if the files are here."""
@@ -77,7 +116,7 @@ def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
         width = width_of(text)
         if width is not None:
             known["dim"] = width
-        return OnDemandText(place, load, keep=keep, known=known)
+        return OnDemandText(place, load, level=level, known=known)
 
     return Models(
         lm=entry_part("lm", LanguageModel, "config", "layout"),
@@ -102,12 +141,17 @@ class ModelLoader:
         adapters: Sequence[AdapterUse] = (),
         *,
         merge_adapters: bool = True,
+        precision: str | None = None,
     ) -> None:
-        """`adapters`: added to the models that they belong to when these are loaded."""
+        """`adapters`: added to the models that they belong to when these are loaded.
+
+        precision: of the models, see `in_precision`. None keeps that of their files.
+        """
         self.zoo = zoo
         self.device = device
         self.adapters = tuple(adapters)
         self.merge_adapters = merge_adapters
+        self.precision = precision
         self._progress = ProgressLine(title, "models", every_s=0.0)
         self._total = total
         self._done = 0
@@ -136,12 +180,17 @@ class ModelLoader:
     def model(self, reference: str, kind: str, model_class: type[M]) -> M:
         """The zoo entry of this kind as a module on the device, in eval mode, with its adapters."""
         entry = registry.resolve(self.zoo, reference, kind)
-        model = registry.load_model(entry, self.device)
-        assert isinstance(model, model_class), (entry.reference, type(model))
+        uses = []
         for number, use in enumerate(self.adapters):
             adapter, config = find_adapter(self.zoo, use)
-            if not adapts(config, kind):
-                continue
+            if adapts(config, kind):
+                uses.append((number, use, adapter, config))
+        cast = None
+        if self.precision is not None and not uses:
+            cast = partial(in_precision, precision=self.precision)
+        model = registry.load_model(entry, self.device, cast)
+        assert isinstance(model, model_class), (entry.reference, type(model))
+        for number, use, adapter, config in uses:
             found = base_fingerprint(entry, config.base_kind)
             require_base(adapter.reference, config, found, entry.reference)
             apply_adapter(
@@ -151,4 +200,6 @@ class ModelLoader:
                 scale=use.scale,
                 merged=self.merge_adapters,
             )
+        if self.precision is not None and uses:  # which were added to the weights as stored
+            return in_precision(model, self.precision)
         return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
 from landiff.launchers.results.given import GivenFiles, key_of_codes, read_codes, write_codes
-from landiff.launchers.results.loading import ModelLoader, in_precision, models_on_demand
+from landiff.launchers.results.loading import PARTS, load_models
 from landiff.launchers.results.preview import log_videos
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sample_folder import (
@@ -30,49 +30,15 @@ from landiff.model_zoo.frozen.base import VisionFeatures
 from landiff.model_zoo.sample.batch_size import fastest, measure_batch_sizes
 from landiff.model_zoo.sample.generate import Models
 from landiff.model_zoo.sample.given import Given
-from landiff.model_zoo.sample.latents import SamplerOptions
+from landiff.model_zoo.sample.latents import OnStep, SamplerOptions
 from landiff.model_zoo.sample.stream import Request, VideoStream
 from landiff.model_zoo.sample.stream_store import StreamStore
-from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.training.checkpoint.run_folder import TENSORBOARD
 
+Load = Callable[[SampleConfig, torch.device, Collection[str]], Models]
 MAX_TAG = 60  # characters of a prompt in its TensorBoard tag
 MAX_LOGGED = 32  # videos that are also written to TensorBoard
 MAX_LOGGED_FRAMES = 128  # of each
-
-
-def load_models(config: SampleConfig, device: torch.device) -> Models:
-    """The models and encoders of `config` on `device`, with progress.
-
-    With `offload`, parts are loaded when they are used.
-    """
-    if config.offload != "none":
-        return models_on_demand(config, device)
-    loader = ModelLoader(
-        "sample loads",
-        6,
-        config.zoo,
-        device,
-        config.adapters,
-        merge_adapters=config.merge_adapters,
-    )
-    lm = loader.lm(config.lm)
-    tokenizer = loader.tokenizer(config.tokenizer)
-    diffusion = loader.diffusion(config.diffusion)
-    lm_text = loader.load(config.lm_text.kind, lambda: frozen.build(config.lm_text, device))
-    diffusion_text = loader.load(
-        config.diffusion_text.kind, lambda: frozen.build(config.diffusion_text, device)
-    )
-    codec = loader.load(config.codec.kind, lambda: frozen.build(config.codec, device))
-    return Models(
-        lm=in_precision(lm, config.precision),
-        tokenizer=in_precision(tokenizer, config.precision),
-        diffusion=in_precision(diffusion, config.precision),
-        schedule=NoiseSchedule(config.schedule),
-        lm_text=lm_text,
-        diffusion_text=diffusion_text,
-        codec=codec,
-    )
 
 
 def model_references(config: SampleConfig) -> dict[str, str]:
@@ -88,10 +54,12 @@ def sample_videos(
     config: SampleConfig,
     task: tuple[int, int] = (0, 1),
     units: Sequence[SampleUnit] | None = None,
+    load: Load | None = None,
 ) -> list[str]:
     """Writes one mp4 for each unit of this task into `config.out`. Returns the file names.
 
-    `units`: those of the config's prompts if None.
+    units: those of the config's prompts if None.
+    load: loads the models; `load_models` if None.
 
     Videos that are finished are kept. `task` is (number, number of tasks): a task takes every n-th
     batch, so that the batches are the same for any number of tasks.
@@ -100,9 +68,10 @@ def sample_videos(
     """
     if units is None:
         units = sample_units(config)
+    load = load or load_models
     models = None
     if config.batch_size == "auto":
-        config, models = choose_batch_size(config, units)
+        config, models = choose_batch_size(config, units, load)
     folder = SampleFolder(config.out, common_settings(config, model_references(config)), units)
     own = batches(units, size_of(config))[task[0] :: task[1]]
     is_done = partial(has_codes, folder) if config.tokens_only else folder.is_finished
@@ -114,7 +83,8 @@ def sample_videos(
         print(f"sample: {total - left} of {total} videos are finished in {config.out}")
     if missing:
         if models is None:
-            models = load_models(config, pick_device(config.device))
+            needed = needed_parts(config, folder, missing)
+            models = load(config, pick_device(config.device), needed)
         sampler = Sampler(config, folder, models, UnitProgress(total, total - left))
         for batch in missing:
             if config.tokens_only:
@@ -134,7 +104,7 @@ def size_of(config: SampleConfig) -> int:
 
 
 def choose_batch_size(
-    config: SampleConfig, units: Sequence[SampleUnit]
+    config: SampleConfig, units: Sequence[SampleUnit], load: Load
 ) -> tuple[SampleConfig, Models | None]:
     """The config with a number for `batch_size: auto`, and the models if they had to be loaded.
 
@@ -143,7 +113,7 @@ def choose_batch_size(
     recorded = recorded_batch_size(config.out)
     if recorded is not None:
         return config.model_copy(update={"batch_size": recorded}), None
-    models = load_models(config, pick_device(config.device))
+    models = load(config, pick_device(config.device), PARTS)
     one = config.model_copy(update={"batch_size": 1})
     print("sample: measuring which batch_size is fastest")
     seconds = measure_batch_sizes(models, request_of(one, units[:1]), len(units))
@@ -151,6 +121,21 @@ def choose_batch_size(
     shown = ", ".join(f"{number}: {value:.3g}" for number, value in seconds.items())
     print(f"sample: batch_size = {size}, recorded in {config.out} (seconds per video {shown})")
     return config.model_copy(update={"batch_size": size}), models
+
+
+def needed_parts(
+    config: SampleConfig, folder: SampleFolder, missing: Sequence[Sequence[SampleUnit]]
+) -> tuple[str, ...]:
+    """Names of the models and text encoders that the missing videos, or their tokens, need."""
+    if config.tokens_only:
+        return "lm_text", "lm"
+    for batch in missing:
+        for unit in batch:
+            if unit.given is None and not has_codes(folder, unit):
+                return PARTS
+            if unit.given is not None and unit.given.kind != "tokens_from":
+                return PARTS
+    return "tokenizer", "diffusion_text", "diffusion"
 
 
 def has_codes(folder: SampleFolder, unit: SampleUnit) -> bool:
@@ -181,8 +166,14 @@ class Sampler:
     """Models that generate the units of a folder, batch by batch."""
 
     def __init__(
-        self, config: SampleConfig, folder: SampleFolder, models: Models, progress: UnitProgress
+        self,
+        config: SampleConfig,
+        folder: SampleFolder,
+        models: Models,
+        progress: UnitProgress,
+        on_step: OnStep | None = None,
     ) -> None:
+        """on_step: called after each sampling step of the diffusion model."""
         self.config = config
         self.folder = folder
         self.models = models
@@ -192,6 +183,7 @@ class Sampler:
         size = None if config.shape is None else (config.shape.height, config.shape.width)
         self._files = GivenFiles(self.models, self.vision, config.fps, config.clean_frames, size)
         self._progress = progress
+        self._on_step = on_step
 
     def write_videos(self, units: Sequence[SampleUnit]) -> None:
         """Writes the videos of a batch. Long ones continue where a killed run has ended."""
@@ -203,7 +195,9 @@ class Sampler:
         store = None
         if units[0].num_latent_frames > window:
             store = StreamStore(self.folder.unfinished(units), self.folder.batch_key(units))
-        stream = stream_batch(self.models, self.config, units, self._progress, store, given)
+        stream = stream_batch(
+            self.models, self.config, units, self._progress, store, given, self._on_step
+        )
         write_batch(stream, self.folder, units, self.config, self.vision)
         if store is not None:
             store.remove()
@@ -227,13 +221,14 @@ def stream_batch(
     progress: UnitProgress,
     store: StreamStore | None = None,
     given: Given | None = None,
+    on_step: OnStep | None = None,
 ) -> VideoStream:
     """The chunks of a batch. An incomplete one is filled with copies of its last unit.
 
     The batch size affects rounding, so that a video would else depend on its place in the list.
     """
     request = request_of(config, units, given)
-    return VideoStream(models, request, progress=progress, store=store)
+    return VideoStream(models, request, progress=progress, on_step=on_step, store=store)
 
 
 def request_of(

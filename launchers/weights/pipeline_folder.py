@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from landiff.configs.problems import Problem, require_none
-from landiff.launchers.checks import check_sample, load_with_problems
+from landiff.launchers.checks import load_with_problems
 from landiff.launchers.config import SampleConfig
+from landiff.launchers.results.checks import check_sample
 from landiff.launchers.weights.request import ConvertRequest, check_out
 from landiff.training.checks import Launch
 
@@ -75,7 +76,8 @@ def write_pipeline(request: ConvertRequest) -> list[str]:
     """
     import torch
 
-    from landiff.launchers.results.sample import load_models, model_references, sampler_options
+    from landiff.launchers.results.loading import load_models
+    from landiff.launchers.results.sample import model_references, sampler_options
     from landiff.model_zoo.convert.output_folder import new_folder
     from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline
 

@@ -298,10 +298,10 @@ class LanDiffPipeline(ComponentPlacement):
         ConfigError as `Request.check` does; RuntimeError with offloading, since all components are
         at work in turn.
         """
-        if self._offload_device is not None:
+        if self._offloaded is not None:
             raise RuntimeError(
-                "the chunks of a long video use all components in turn; build the pipeline again "
-                "without enable_model_cpu_offload()"
+                "the chunks of a long video use all components in turn; end offloading with "
+                "pipe.to(device)"
             )
         return VideoStream(self._models(), request)
 
@@ -431,7 +431,8 @@ class LanDiffPipeline(ComponentPlacement):
         `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
         trust_remote_code=True)` loads it.
         """
-        super().save_pretrained(save_directory, **options)
+        with self._all_on_host():
+            super().save_pretrained(save_directory, **options)
         write_text(
             Path(save_directory, "pipeline.py"),
             "from landiff import LanDiffPipeline  # noqa: F401\n",
@@ -443,8 +444,13 @@ class LanDiffPipeline(ComponentPlacement):
         Names of weights stay the same, so that the pipeline can be saved afterwards. The language
         model is not compiled: its caches grow with every token.
 
-        options: those of torch.compile.
+        options: those of torch.compile. Raises RuntimeError with group or sequential offloading,
+        which exchange the weights of compiled code.
         """
+        if self._offloading is not None and self._offloading[1] != "part":
+            raise RuntimeError(
+                "compiled blocks cannot be offloaded one by one; use enable_model_cpu_offload()"
+            )
         for blocks in (self.transformer.model.blocks, self.control.model.control.blocks):
             compile_blocks(blocks, **options)
 
@@ -454,4 +460,5 @@ class LanDiffPipeline(ComponentPlacement):
         merge: add it to the weights. Otherwise it stays in layers of its own. Raises ConfigError
         for an adapter of another base, whose weights are compared as the pipeline loaded them.
         """
-        self._adapters.add(Path(folder), scale, merged=merge)
+        with self._all_on_host():
+            self._adapters.add(Path(folder), scale, merged=merge)

@@ -4,47 +4,94 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
+
+from landiff.model_zoo.sample.offload import Level, OffloadedModule
+
+WHOLE = ("lm", "vae")
+"""Components that always move as a whole: each token takes all weights of the language model."""
 
 
 class ComponentPlacement(DiffusionPipeline):
-    """Base class of the pipeline: offloading of whole components, and tiled decoding."""
+    """Base class of the pipeline: offloading to the memory of the host, and tiled decoding.
 
-    _offload_device: torch.device | None = None
+    Needs no accelerate. The hooks of diffusers around `forward` of components would not work here,
+    because the sampler calls modules inside the components.
+    """
+
+    _offloading: tuple[torch.device, Level] | None = None
+    _offloaded: dict[str, OffloadedModule] | None = None
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str = "cuda"
     ) -> None:
-        """Keeps all components on the CPU and moves each to `device` while it runs.
+        """Keeps all components on the CPU and moves each to `device` while it runs."""
+        self._offload(device, gpu_id, "part")
 
-        Needs no accelerate. Its hooks around `forward` would not work here, because the sampler
-        calls modules inside the components.
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str = "cuda",
+        offload_type: Literal["block_level", "leaf_level"] = "block_level",
+    ) -> None:
+        """As `enable_model_cpu_offload`, but moves blocks or single layers while they run.
+
+        The language model and the VAE move as a whole.
         """
+        levels: dict[str, Level] = {"block_level": "block", "leaf_level": "layer"}
+        if offload_type not in levels:
+            raise ValueError(f"offload_type = {offload_type!r} must be one of {', '.join(levels)}")
+        self._offload(onload_device, None, levels[offload_type])
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str = "cuda"
+    ) -> None:
+        """As `enable_group_offload` with `offload_type="leaf_level"`."""
+        self._offload(device, gpu_id, "layer")
+
+    def _offload(self, device: torch.device | str, gpu_id: int | None, level: Level) -> None:
         target = torch.device(device)
         if gpu_id is not None:
             target = torch.device(target.type, gpu_id)
         if target.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(
-                "enable_model_cpu_offload() moves components between the CPU and a CUDA device, "
-                "but there is none; remove the call"
+                "offloading moves components between the CPU and a CUDA device, but there is none; "
+                "remove the call"
             )
         self.to("cpu")
-        self._offload_device = target
+        self._offloading = target, level
+        self._offloaded = {}
+        for name, component in self.components.items():
+            if isinstance(component, nn.Module):
+                own: Level = "part" if name in WHOLE else level
+                self._offloaded[name] = OffloadedModule(component, target, own)
 
-    def enable_sequential_cpu_offload(self, *_args: Any, **_named: Any) -> None:
-        """Not supported. Raises NotImplementedError."""
-        raise NotImplementedError(
-            "LanDiffPipeline offloads whole components only; call enable_model_cpu_offload()"
-        )
+    def to(self, *args: Any, **options: Any) -> Any:
+        """Moves all components for good, as in diffusers. Ends offloading."""
+        self._restore()
+        self._offloading = None
+        return super().to(*args, **options)
 
-    def enable_group_offload(self, *_args: Any, **_named: Any) -> None:
-        """Not supported. Raises NotImplementedError."""
-        raise NotImplementedError(
-            "LanDiffPipeline offloads whole components only; call enable_model_cpu_offload()"
-        )
+    def _restore(self) -> None:
+        """Puts the weights of offloaded components back, on the CPU."""
+        for offloaded in (self._offloaded or {}).values():
+            offloaded.restore()
+        self._offloaded = None
+
+    @contextmanager
+    def _all_on_host(self) -> Iterator[None]:
+        """Interrupts offloading, so that the weights can be read and changed."""
+        offloading = self._offloading
+        self._restore()
+        try:
+            yield
+        finally:
+            if offloading is not None:
+                device, level = offloading
+                self._offload(device, None, level)
 
     def enable_vae_tiling(self) -> None:
         """Decodes in overlapping tiles: less memory, slightly different pixels at the seams."""
@@ -56,19 +103,18 @@ class ComponentPlacement(DiffusionPipeline):
 
     @contextmanager
     def _resident(self, *names: str) -> Iterator[None]:
-        """Moves components to the device of `enable_model_cpu_offload`, and back at the end.
+        """Moves offloaded components to their device, and frees its memory at the end.
 
         Without offloading the components stay where they are.
         """
-        device = self._offload_device
-        if device is None:
+        if self._offloaded is None:
             yield
             return
-        components = [getattr(self, name) for name in names]
-        for component in components:
-            component.to(device)
+        offloaded = [self._offloaded[name] for name in names]
+        for component in offloaded:
+            component.enter()
         try:
             yield
         finally:
-            for component in components:
-                component.to("cpu")
+            for component in offloaded:
+                component.leave()

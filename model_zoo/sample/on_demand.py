@@ -2,7 +2,8 @@
 
 The five large parts of a video's generation work one after the other: text encoder and language
 model, tokenizer, the other text encoder, diffusion model. `OnDemand` stands for a part. When it is
-used it takes the place of the part before: that is released, to the host's memory or altogether.
+used it takes the place of the part before: that is released, to the host's memory (offload.py) or
+altogether.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ import ctypes
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Offload = Literal["none", "model", "disk"]
+from landiff.model_zoo.sample.offload import Level, OffloadedModule
+
 MAX_TEXTS = 64  # whose states are kept, some megabytes each
 
 
 class Place:
-    """The memory that one part at a time may take, on `device`."""
+    """The memory that parts take on `device`: one at a time, or all if it is `shared`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, shared: bool = False) -> None:
         self.device = device
+        self.shared = shared
         self.occupant: OnDemand | None = None
 
     def give(self, part: OnDemand) -> None:
-        """Releases the part before, unless it is this one."""
-        if self.occupant is part:
+        """Releases the part before, unless it is this one or may stay."""
+        if self.shared or self.occupant is part:
             return
         if self.occupant is not None:
             self.occupant.release()
@@ -53,8 +56,9 @@ class OnDemand:
     """Stands for a module, whose methods and attributes it has.
 
     place: shared by all parts of which one may be in memory.
-    load: returns the module: on the device, or with `keep` on the CPU.
-    keep: the module is moved to the CPU when it is released, not deleted.
+    load: returns the module: on the device, or with a `level` on the CPU.
+    level: the module stays in the memory of the host, and so much of it moves to the device at
+        once. None: it is deleted when it is released.
     known: attributes that are answered without the module.
     """
 
@@ -63,12 +67,13 @@ class OnDemand:
         place: Place,
         load: Callable[[], nn.Module],
         *,
-        keep: bool = False,
+        level: Level | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> None:
         self._place = place
         self._load = load
-        self._keep = keep
+        self._level = level
+        self._offloaded: OffloadedModule | None = None
         self._known = dict(known or {})
         self._module: nn.Module | None = None
 
@@ -79,18 +84,20 @@ class OnDemand:
 
     def module(self) -> Any:
         """The module on the device, after the part before was released."""
-        is_here = self._place.occupant is self
+        is_here = self._module is not None and self._place.occupant is self
         self._place.give(self)
         if self._module is None:
             self._module = self._load()
-        if self._keep and not is_here:
-            self._module.to(self._place.device)
+            if self._level is not None:
+                self._offloaded = OffloadedModule(self._module, self._place.device, self._level)
+        if self._offloaded is not None and not is_here:
+            self._offloaded.enter()
         return self._module
 
     def release(self) -> None:
-        """Moves the module to the CPU, or forgets it."""
-        if self._keep and self._module is not None:
-            self._module.to("cpu")
+        """Frees the memory of the device, or forgets the module."""
+        if self._offloaded is not None:
+            self._offloaded.leave()
         else:
             self._module = None
 
@@ -111,20 +118,22 @@ class OnDemand:
 
 
 class OnDemandText(OnDemand):
-    """Stands for a text encoder. It is loaded once for the texts of a request.
-
-    `cut_off`, which comes first, also encodes its texts, and states are kept.
-    """
+    """Stands for a text encoder. What it said about a text is kept, so that it stays released."""
 
     def __init__(self, place: Place, load: Callable[[], nn.Module], **options: Any) -> None:
         super().__init__(place, load, **options)
         self._states: OrderedDict[tuple[str, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._ends: OrderedDict[str, str] = OrderedDict()
 
     def cut_off(self, texts: list[str]) -> list[str]:
         """As `TextEncoder.cut_off`."""
+        ends = []
         for text in texts:
-            self([text])
-        return self.module().cut_off(texts)
+            if text not in self._ends:
+                (self._ends[text],) = self.module().cut_off([text])
+            ends.append(self._ends[text])
+            _forget(self._ends)
+        return ends
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """As `TextEncoder.__call__`."""
@@ -132,6 +141,11 @@ class OnDemandText(OnDemand):
         key = tuple(texts)
         if key not in self._states:
             self._states[key] = self.module()(texts)
-            while len(self._states) > MAX_TEXTS:
-                self._states.popitem(last=False)
+            _forget(self._states)
         return self._states[key]
+
+
+def _forget(answers: OrderedDict[Any, Any]) -> None:
+    """Removes the oldest answers beyond `MAX_TEXTS`."""
+    while len(answers) > MAX_TEXTS:
+        answers.popitem(last=False)

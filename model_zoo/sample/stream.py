@@ -39,7 +39,7 @@ from landiff.model_zoo.sample.generate import (
     warn_of_cut_prompts,
 )
 from landiff.model_zoo.sample.given import Given
-from landiff.model_zoo.sample.latents import SamplerOptions, SamplerStep, seeded_noise
+from landiff.model_zoo.sample.latents import OnStep, SamplerOptions, SamplerStep, seeded_noise
 from landiff.model_zoo.sample.sizes import check_length, num_chunks
 from landiff.model_zoo.sample.stream_store import StreamStore
 from landiff.model_zoo.sample.texts import (
@@ -201,20 +201,20 @@ class VideoStream:
         request: Request,
         *,
         progress: SampleProgress | None = None,
+        on_step: OnStep | None = None,
         store: StreamStore | None = None,
     ) -> None:
-        """Errors are those of `generate`."""
+        """Errors are those of `generate`. on_step: as in `sample_latents`."""
         request.check(models)
-        warn_of_cut_prompts(models.lm_text, request.texts)
-        warn_of_cut_prompts(models.diffusion_text, request.texts)
         self.models = models
         self.request = request
         self.store = store
         self._progress = progress
+        self._on_step = on_step
         self._window = models.diffusion.config.transformer.latent_frames
         self._codes: list[Tensor] = []  # of consecutive whole segments
-        self._lm_states = _TextStates(models.lm_text)
-        self._diffusion_states = _TextStates(models.diffusion_text)
+        self._lm_states = _TextStates(models.lm_text, request.texts)
+        self._diffusion_states = _TextStates(models.diffusion_text, request.texts)
         if store is not None:
             self._codes = [codes.to(self._device) for codes in store.codes()]
 
@@ -419,8 +419,9 @@ class VideoStream:
         total = self._num_chunks * request.sampler.num_steps
         chunk = first
 
-        def report(step: SamplerStep) -> None:
+        def report(step: SamplerStep) -> Tensor | None:
             self._report("latents", chunk * request.sampler.num_steps + step.step + 1, total)
+            return None if self._on_step is None else self._on_step(step)
 
         self._report("latents", chunk * request.sampler.num_steps, total)
         parts = sample_chunks(
@@ -469,15 +470,22 @@ class VideoStream:
 
 
 class _TextStates:
-    """The last states of a text encoder, which most chunks use again."""
+    """The last states of a text encoder, which most chunks use again.
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    It warns about texts that are too long when it is first used, because it need not be loaded
+    before, and not at all if only tokens are drawn or rendered.
+    """
+
+    def __init__(self, encoder: TextEncoder, all_texts: list[str]) -> None:
         self._encoder = encoder
+        self._all_texts = all_texts
         self._texts: list[str] = []
         self._states: tuple[Tensor, Tensor]
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """States [B, L, D] and lengths [B] of texts."""
+        if not self._texts:
+            warn_of_cut_prompts(self._encoder, self._all_texts)
         if texts != self._texts:
             self._states = encode_separately(self._encoder, texts)
             self._texts = texts

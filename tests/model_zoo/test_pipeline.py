@@ -24,6 +24,7 @@ from diffusers import (
     PipelineQuantizationConfig,
 )
 from safetensors.torch import load_file, save_file
+from torch.nn import Module
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import landiff
@@ -32,8 +33,8 @@ from landiff.data_pipeline.video.codec import Mp4Writer
 from landiff.launchers.cli import main
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample
+from landiff.launchers.results.loading import load_models
 from landiff.launchers.results.prompts import SampleUnit
-from landiff.launchers.results.sample import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.convert.known_formats import open_source, write_target
@@ -298,8 +299,8 @@ def test_the_command_writes_the_frames_of_the_pipeline(folder, pipe, monkeypatch
     assert torch.equal(torch.stack(videos), found.frames)
     shown = capsys.readouterr().out  # two chunks of three sampler steps
     for words in (
-        "sample loads: 0/6 models",
-        "sample loads: 6/6 models",
+        "sample loads: 0/5 models",
+        "sample loads: 5/5 models",
         "sample latents: 0/6",
         "sample latents: 6/6",
     ):
@@ -779,25 +780,51 @@ def test_a_video_of_several_chunks_and_one_that_ends_early(pipe, monkeypatch):
     assert model.layout.num_frames(ended.codes.shape[1]) == 4 and ended.frames.shape[1] == 9
 
 
-def test_offloading_and_tiling_change_where_not_what(saved, expected):
+OFFLOADS = {
+    "part": LanDiffPipeline.enable_model_cpu_offload,
+    "block": LanDiffPipeline.enable_group_offload,
+    "layer": LanDiffPipeline.enable_sequential_cpu_offload,
+}
+
+
+@pytest.mark.parametrize("level", OFFLOADS)
+def test_offloading_changes_where_not_what(saved, expected, level, tmp_path):
+    """No weight is left on the device between calls, and the pipeline can still be saved."""
     pipe = LanDiffPipeline.from_pretrained(saved)
-    for refused in (pipe.enable_sequential_cpu_offload, pipe.enable_group_offload):
-        with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
-            refused()
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="there is none"):
-            pipe.enable_model_cpu_offload()
-    pipe.enable_model_cpu_offload(device="cpu")
+            OFFLOADS[level](pipe)
+    if level == "block":
+        pipe.enable_group_offload("cpu")
+        with pytest.raises(ValueError, match="block_level, leaf_level"):
+            pipe.enable_group_offload("cpu", offload_type="stream")
+    else:
+        OFFLOADS[level](pipe, device="cpu")
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
     assert torch.equal(found, expected.frames_BTHWC)
+    weights = [component for component in pipe.components.values() if isinstance(component, Module)]
+    for component in weights:
+        assert not any(tensor.numel() for tensor in component.parameters())
+    if level != "part":
+        with pytest.raises(RuntimeError, match="cannot be offloaded"):
+            pipe.compile_blocks()
+    pipe.save_pretrained(tmp_path)
+    original = (saved / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    copy = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert copy.read_bytes() == original
+    pipe.to("cpu")
+    assert all(tensor.numel() for tensor in pipe.transformer.parameters())
+
+
+def test_tiles_of_the_vae_have_the_size_of_whole_frames(saved, expected):
+    pipe = LanDiffPipeline.from_pretrained(saved)
     pipe.enable_vae_tiling()
     assert pipe.vae.use_tiling
     tiled = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
-    assert tiled.shape == found.shape
+    assert tiled.shape == expected.frames_BTHWC.shape
     pipe.disable_vae_tiling()
-    assert torch.equal(
-        pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames, found
-    )
+    whole = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
+    assert torch.equal(whole, expected.frames_BTHWC)
 
 
 def test_compiled_blocks_give_the_same_video_and_keep_their_names(saved, expected):

@@ -209,6 +209,22 @@ def test_given_tokens_are_rendered_without_the_language_model(models):
         VideoStream(models, replace(request(7), given=given))
 
 
+def test_each_step_of_each_chunk_is_seen_and_may_be_replaced(models):
+    wanted = request(9)  # four chunks of a window of 3, the last state of each is its latents
+    steps = []
+
+    def seen(step):
+        steps.append(step)
+
+    plain = list(VideoStream(models, wanted, on_step=seen))
+    assert [step.step for step in steps] == list(range(STEPS.num_steps)) * 4
+    first_BTCHW = plain[0].latents_BTCHW
+    assert torch.equal(steps[STEPS.num_steps - 1].denoised, first_BTCHW)
+    zeros = VideoStream(models, wanted, on_step=lambda step: torch.zeros_like(step.state))
+    for chunk in zeros:
+        assert not chunk.latents_BTCHW.any()
+
+
 @pytest.mark.parametrize("context", [1, None])
 def test_a_stream_continues_after_its_saved_chunks(models, tmp_path, context):
     """Bit for bit, and also when the last saved chunk is damaged."""

@@ -115,7 +115,9 @@ def load_tokenizer(config: DiffusionTrainConfig, device: torch.device) -> Semant
         return None
     assert config.tokenizer is not None  # the config class requires it in phase control
     entry = registry.resolve(config.zoo, config.tokenizer, kind="tokenizer")
-    dtype = torch.bfloat16 if config.precision == "bf16" else None
-    tokenizer = registry.load_model(entry, device, dtype)
+    cast = None
+    if config.precision == "bf16":
+        cast = SemanticTokenizer.bfloat16
+    tokenizer = registry.load_model(entry, device, cast)
     assert isinstance(tokenizer, SemanticTokenizer), type(tokenizer)
     return tokenizer
