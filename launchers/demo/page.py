@@ -168,7 +168,10 @@ def build_page(page: Page) -> gr.Blocks:
                 inputs = _inputs(base)
                 first_frame = []
                 if base.vision is not None:
-                    picture = gr.Image(type="filepath", sources=["upload"], label="First frame")
+                    # Not gr.Image, which decodes the file in this process.
+                    picture = gr.File(
+                        type="filepath", label="First frame: a picture", elem_id="first-frame"
+                    )
                     first_frame.append(picture)
                 with gr.Row():
                     generate = gr.Button("Generate", variant="primary", elem_id="generate")

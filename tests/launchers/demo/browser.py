@@ -151,6 +151,13 @@ class Tab:
         self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
         self.call("Input.insertText", text=text)
 
+    def upload(self, selector: str, path: Path) -> None:
+        """Chooses a file for an input of files."""
+        document = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
+        assert node, f"no {selector}"
+        self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
+
     def reload(self) -> None:
         """Loads the page again."""
         self.call("Page.reload")

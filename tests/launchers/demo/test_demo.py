@@ -7,9 +7,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from landiff.configs.base import ConfigError
+from landiff.data_pipeline.video.codec import spaced_frames
 from landiff.launchers.demo.jobs import MAX_WAITING, JobQueue
 from landiff.launchers.demo.library import Library, Result
 from landiff.launchers.demo.requests import MAX_PROMPT, build_request, model_choices
@@ -25,7 +28,8 @@ MANY_STEPS = "200"  # so that there is time to cancel
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     zoo = write_random_zoo(folder / "zoo")
-    return sample_config(zoo, folder / "out", prompts=("a fox",))
+    vision = {"kind": "efficientnet-lite0"}
+    return sample_config(zoo, folder / "out", prompts=("a fox",), vision=vision)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,27 @@ def render_again(user: Tab, base, first: Result) -> None:
     assert library.tokens_of(first) == library.tokens_of(second) is not None
     assert second.record["prompt"] == "the same in blue"
     assert (base.out / second.name).read_bytes() != (base.out / first.name).read_bytes()
+
+
+def test_a_video_begins_with_an_uploaded_picture(user, base, tmp_path):
+    """A file that is no picture is refused."""
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (150, 120), (200, 30, 40)).save(tmp_path / "red.png")
+    user.fill("#prompt textarea", "from a red picture")
+    user.upload("#first-frame input[type=file]", tmp_path / "text.png")
+    user.wait_for_text("#first-frame", "text")
+    user.click("#generate")
+    user.wait_for_text("#state", "cannot be decoded")
+    user.click("#first-frame [aria-label*=emove], #first-frame [aria-label*=lear]")
+    user.wait_for("document.querySelector('#first-frame input[type=file]') !== null")
+    user.upload("#first-frame input[type=file]", tmp_path / "red.png")
+    user.wait_for_text("#first-frame", "red")
+    user.click("#generate")
+    user.wait_for_text("#state", "finished")
+    (result,) = [found for found in Library(base.out).results() if "red" in found.name]
+    assert result.record["given"]["kind"] == "first_frame"
+    first_HWC = spaced_frames(base.out / result.name, 1)[0]
+    assert np.abs(first_HWC.astype(int) - (200, 30, 40)).max() <= 8  # of the codec and H.264
 
 
 def test_a_hostile_prompt_is_text(user, base):
