@@ -15,8 +15,8 @@ from typing import Any
 from landiff.configs.base import ConfigError
 from landiff.configs.loader import validate
 from landiff.configs.problems import require_none
-from landiff.launchers.checks import check_sample
 from landiff.launchers.config import GIVEN, SampleConfig
+from landiff.launchers.results.checks import check_sample
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sample import MAX_LOGGED, model_references
 from landiff.launchers.results.sample_folder import common_settings
@@ -76,6 +76,7 @@ def build_request(
             raise ConfigError(f"{key} is not a value of the page")
     data = base.model_dump() | chosen | {"prompts": (prompt,), "seeds": (), "num_videos": 1}
     data |= {"prompts_file": None, "prompt_schedule": (), "batch_size": 1, "tokens_only": False}
+    data |= {"split_guidance": False}
     data |= dict.fromkeys(GIVEN) | dict(given or {})
     config = validate(SampleConfig, data, "demo")
     _check_limits(config)

@@ -6,6 +6,7 @@ Torch is imported after the checks.
 from __future__ import annotations
 
 import argparse
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,9 +36,14 @@ def sample_command(args: argparse.Namespace) -> int:
         problems += problems_of(lambda: parse_memory(args.memory))
     if processes > 1 and args.task is not None:
         problems.append(Problem("--nproc divides the work itself; leave --task out"))
+
+    def describe(config: SampleConfig) -> str:
+        require_pairs(config, processes, args.pair)
+        return describe_sample(config)
+
     try:
         values = sample_values(args)
-        config = load_for_job(args, SampleConfig, describe_sample, values=values, problems=problems)
+        config = load_for_job(args, SampleConfig, describe, values=values, problems=problems)
     except ConfigError as error:
         if any(" " in override for override in args.overrides):
             hint = "(write a prompt that begins with KEY= after --)"
@@ -45,39 +51,73 @@ def sample_command(args: argparse.Namespace) -> int:
         raise
     if config is None:
         return 0
+    require_pairs(config, processes, args.pair)
     if args.memory is not None:
         offload = choose_offload(config, parse_memory(args.memory))
         print(f"sample: offload={offload} fits --memory {args.memory}")
         config = config.model_copy(update={"offload": offload})
     if processes > 1:
-        return sample_in_processes(args.argv, processes)
+        return sample_in_processes(args.argv, processes, in_pairs=config.split_guidance)
     task = parse_task(args.task)
     suffix = "" if task == (0, 1) else f".{task[0]}"
-    from landiff.launchers.results.sample import sample_videos
+    from landiff.launchers.results import pair, sample
 
+    place = None if args.pair is None else pair.Pair.parse(args.pair)
+    if place is not None and place.rank:
+        return pair.serve(config, place)
     with ownership.take(config.out / f"{OWNER}{suffix}", f"folder of samples {config.out}"):
-        sample_videos(config, task)
+        if place is None:
+            sample.sample_videos(config, task)
+        else:
+            with pair.leading(config, place) as load:
+                sample.sample_videos(config, task, load=load)
     return 0
 
 
-def sample_in_processes(argv: Sequence[str], processes: int) -> int:
+def require_pairs(config: SampleConfig, processes: int, pair: str | None) -> None:
+    """Raises ConfigError for `split_guidance` without two processes for each video."""
+    if config.split_guidance and processes % 2 and pair is None:
+        raise ConfigError(
+            "split_guidance = true takes two processes for each video; set --nproc 2 or another "
+            "even number"
+        )
+
+
+def sample_in_processes(argv: Sequence[str], processes: int, *, in_pairs: bool = False) -> int:
     """Runs a `landiff sample` command in several processes, each with a part of the videos.
 
-    Each has a GPU of its own, if there are GPUs. Returns the exit code of the first process that
-    failed, or 0.
+    Each has a GPU of its own, if there are GPUs. `in_pairs`: two processes generate each video.
+    Returns the exit code of the first process that failed, or 0.
     """
     words = without_option(argv, "--nproc")
     position = words.index("sample") + 1
+    together = 2 if in_pairs else 1
+    port = 0
     children = []
     for number in range(processes):
-        task = ["--task", f"{number}/{processes}"]
+        if number % together == 0:
+            port = free_port()
+        own = ["--task", f"{number // together}/{processes // together}"]
+        if in_pairs:
+            own += ["--pair", f"{number % 2}:{port}"]
         command = [sys.executable, "-m", "landiff.launchers.cli"]
         env = environment() | one_gpu(number)
         children.append(
-            subprocess.Popen([*command, *words[:position], *task, *words[position:]], env=env)
+            subprocess.Popen([*command, *words[:position], *own, *words[position:]], env=env)
         )
-    codes = [child.wait() for child in children]
+    codes = []
+    for number, child in enumerate(children):
+        codes.append(child.wait())
+        if in_pairs and number % 2 == 0 and codes[-1]:
+            children[number + 1].terminate()  # it would wait for the first process
     return next((code for code in codes if code), 0)
+
+
+def free_port() -> int:
+    """A port of this machine that no process uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def without_option(argv: Sequence[str], option: str) -> list[str]:
@@ -138,6 +178,7 @@ def vbench_command(args: argparse.Namespace) -> int:
     config, problems = load_checked(
         "sample", SampleConfig, args.config, args.overrides, launch=Launch()
     )
+    problems += problems_of(lambda: require_pairs(config, 1, None))
     require_none([*problems, *check_vbench(args)])
     python = Path(args.vbench_python)
     dimensions = args.dimensions.split(",") if args.dimensions else list(DIMENSIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from landiff.launchers import help_texts
 from landiff.launchers.command_options import TASK, Commands, add
 
@@ -89,6 +91,7 @@ def add_sample(commands: Commands) -> None:
         "chooses offload=",
     )
     sample.add_argument("--task", metavar="I/N", help=TASK)
+    sample.add_argument("--pair", help=argparse.SUPPRESS)  # of processes that --nproc starts
 
 
 def add_evaluate(commands: Commands) -> None:

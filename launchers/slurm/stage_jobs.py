@@ -106,6 +106,10 @@ def plan_stage(
         launch=launch,
         values=sample_values(args),
     )
+    if config.split_guidance:
+        problems.append(
+            Problem("split_guidance = true is for `landiff sample --nproc 2`, not for jobs")
+        )
     job = plan_process("sample", context, name or "sample", ("sample",), config)
     if is_array(context, "sample"):
         job = as_array(job)

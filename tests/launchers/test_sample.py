@@ -18,17 +18,18 @@ from PIL import Image
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.video.codec import ClipDecoder, read_comment, spaced_frames
 from landiff.launchers.arguments import build_parser
-from landiff.launchers.checks import check_sample
 from landiff.launchers.cli import main
 from landiff.launchers.results import sample
+from landiff.launchers.results.checks import check_sample
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
+from landiff.launchers.results.loading import load_models
 from landiff.launchers.results.prompts import (
     parse_seeds,
     read_prompts,
     sample_units,
     sample_values,
 )
-from landiff.launchers.results.sample import batches, load_models, sample_videos
+from landiff.launchers.results.sample import batches, sample_videos
 from landiff.launchers.results.sample_folder import SAMPLES
 from landiff.model_zoo import registry
 from landiff.training.checks import Launch
@@ -349,22 +350,32 @@ def test_schedules_come_from_files_and_options(zoo, tmp_path, capsys):
     assert f"{record['file']}: 2 chunks, joins up to" in page
 
 
-def test_a_video_is_continued_and_rendered_again(zoo, undisturbed, tmp_path, capsys):
-    """An image, a video and its tokens as conditions; tokens ahead give the same bytes later."""
+def test_a_video_is_continued_and_rendered_again(zoo, undisturbed, tmp_path, capsys, monkeypatch):
+    """An image, a video and its tokens as conditions; tokens ahead give the same bytes later.
+
+    Files that are too short or cannot be read are found before a model is loaded.
+    """
     source = str(undisturbed / "02-a-1-fox-running-seed2042.mp4")
     out = tmp_path / "x"
     first = write_first_frame(undisturbed, tmp_path / "first.png")
     words = ["sample", "--config", "nano/sample", f"zoo={zoo}", "steps=2", PROMPTS[0]]
     vision = "vision={kind: efficientnet-lite0}"
+    weights = registry.resolve(zoo, "lm", "lm").weights_path
     assert main([*words, f"out={out}", "--first-frame", first]) == 2
     assert "set vision" in capsys.readouterr().err
+    monkeypatch.setattr(sample, "load_models", None)
     for wrong, message in [
         (["--first-frame", first, "--continue", source], "exclude each other"),
         (["--tokens", str(tmp_path / "none.mp4")], "No such file"),
         (["--tokens", source, "num_latent_frames=8"], r"17 frame\(s\).*29 are needed"),
+        (["--continue", first], r"has 1 frame\(s\).*are needed"),
+        (["--first-frame", first, "num_latent_frames=1"], "a chunk of 1 has no other"),
+        (["--first-frame", str(ROOT / "setup.py")], "cannot be decoded"),
+        (["--tokens", str(weights)], "is no file of tokens"),
     ]:
         assert main([*words, f"out={out}", vision, *wrong]) == 2
-        assert re.search(message, capsys.readouterr().err)
+        assert re.search(message, capsys.readouterr().err), wrong
+    monkeypatch.undo()
     rows = f'{{"prompt": "a", "tokens_from": "{source}"}}\n{{"prompt": "b"}}\n'
     (tmp_path / "a.jsonl").write_text(rows)
     options = {"vision": {"kind": "efficientnet-lite0"}, "first_frame": first}
@@ -381,11 +392,17 @@ def test_a_video_is_continued_and_rendered_again(zoo, undisturbed, tmp_path, cap
         assert json.loads(record)["given"]["path"] == path
     assert len(set(found.values())) == 3
 
+    capsys.readouterr()
     assert main([*words, f"out={tmp_path / 'ahead'}", "--tokens-only"]) == 0
+    assert "sample loads: 2/2 models" in capsys.readouterr().out
     assert files(tmp_path / "ahead") == {}
     (tokens,) = (tmp_path / "ahead" / "tokens").iterdir()
     assert main([*words, f"out={tmp_path / 'ahead'}"]) == 0
+    assert "sample loads: 3/3 models" in capsys.readouterr().out
     assert files(tmp_path / "ahead").items() <= files(undisturbed).items()
+    wrong = ["--tokens", str(tokens), "num_latent_frames=8"]
+    assert main([*words, f"out={tmp_path / 'again'}", *wrong]) == 2
+    assert "the length that they were drawn for" in capsys.readouterr().err
     assert main([*words, f"out={tmp_path / 'again'}", "--tokens", str(tokens)]) == 0
     (again,) = (tmp_path / "again").glob("*.mp4")
     assert torch.equal(frames_in(again), frames_in(undisturbed / again.name))
@@ -438,6 +455,41 @@ def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monk
     assert len(files(tmp_path / "samples")) == 2
     assert main([*words, "--nproc", "0", "a fox"]) == 2
     assert "--nproc 0: at least one process" in capsys.readouterr().err
+
+
+class Halves:
+    """A diffusion model that computes the halves of a batch one after the other."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, *inputs, semantic_BTCHW):
+        halves = zip(*[tensor.chunk(2) for tensor in (*inputs, semantic_BTCHW)], strict=True)
+        return torch.cat([self.model(*own, semantic_BTCHW=last) for *own, last in halves])
+
+
+def test_two_processes_generate_one_video(zoo, undisturbed, tmp_path, capfd):
+    """Each computes one branch of guidance, to the bytes of one process with halves of batches."""
+    words = ["sample", "--config", "nano/sample", f"zoo={zoo}", f"out={tmp_path / 'two'}"]
+    words += ["steps=2", "split_guidance=true", PROMPTS[0]]
+    assert main(words) == 2 and "set --nproc 2" in capfd.readouterr().err
+    assert main([*words, "--nproc", "3", "--dry-run"]) == 2
+    assert main([*words, "--nproc", "2"]) == 0
+    assert "second process has computed 2 rows" in capfd.readouterr().out  # one for each step
+
+    def load(config, device, needed):
+        models = load_models(config, device, needed)
+        return replace(models, diffusion=Halves(models.diffusion))
+
+    options = {"prompts": PROMPTS[:1], "split_guidance": True}
+    (name,) = sample_videos(sample_config(zoo, tmp_path / "one", **options), load=load)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    # A whole batch rounds otherwise, which H.264 makes larger in some pixels.
+    whole = frames_in(undisturbed / name).float()
+    assert (frames_in(tmp_path / "two" / name) - whole).abs().mean() < 0.2
 
 
 # Stands for the official program, which needs torchvision and downloads: the same class and
