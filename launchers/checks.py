@@ -26,7 +26,7 @@ from landiff.data_pipeline.precompute.config import (
 from landiff.data_pipeline.precompute.units import CARD
 from landiff.launchers.config import ShardsJobConfig
 from landiff.launchers.evaluation.checks import check_videos
-from landiff.launchers.results.checks import check_evaluate, check_sample
+from landiff.launchers.results.sampling.checks import check_evaluate, check_sample
 from landiff.launchers.stages import TRAINERS
 from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of

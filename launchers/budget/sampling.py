@@ -21,7 +21,7 @@ SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|MiB|MB)", re.IGNORECASE)
 UNITS = {"gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 FOR_WEIGHTS = 0.75  # of the memory; the rest is for activations, caches and libraries
 PACKAGED_BYTES = 100 << 20  # at most, of an encoder whose weights come from a Python package
-# The first number in a name is that of a block in a list, see model_zoo/sample/offload.py.
+# The first number in a name is that of a block in a list (model_zoo/sample/placement).
 BLOCK = re.compile(r".*?\.\d+\.")
 LAYER = re.compile(r".*(?=\.)")  # all but the last word of a name
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")

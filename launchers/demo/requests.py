@@ -16,10 +16,10 @@ from landiff.configs.base import ConfigError
 from landiff.configs.loader import validate
 from landiff.configs.problems import require_none
 from landiff.launchers.config import GIVEN, SampleConfig
-from landiff.launchers.results.checks import check_sample
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sample import MAX_LOGGED, model_references
 from landiff.launchers.results.sample_folder import common_settings
+from landiff.launchers.results.sampling.checks import check_sample
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import DiffusionConfig
 from landiff.training.checks import Launch

@@ -17,9 +17,9 @@ from landiff.configs.base import ConfigError
 from landiff.configs.disk_errors import explain
 from landiff.launchers.demo.jobs import Cancelled, Job, JobQueue
 from landiff.launchers.demo.requests import MODELS, DemoRequest
-from landiff.launchers.results.loading import load_models
 from landiff.launchers.results.sample import Sampler, UnitProgress, has_codes
 from landiff.launchers.results.sample_folder import SampleFolder
+from landiff.launchers.results.sampling.loading import load_models
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.frozen.base import LatentCodec
 from landiff.model_zoo.sample.generate import Models

@@ -37,8 +37,8 @@ from landiff.launchers.data.shapes import (
     read_rows,
     read_videos,
 )
-from landiff.launchers.results.loading import load_models
 from landiff.launchers.results.sample import sampler_options
+from landiff.launchers.results.sampling.loading import load_models
 from landiff.model_zoo import frozen
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes

@@ -60,7 +60,8 @@ def sample_command(args: argparse.Namespace) -> int:
         return sample_in_processes(args.argv, processes, in_pairs=config.split_guidance)
     task = parse_task(args.task)
     suffix = "" if task == (0, 1) else f".{task[0]}"
-    from landiff.launchers.results import pair, sample
+    from landiff.launchers.results import sample
+    from landiff.launchers.results.sampling import pair
 
     place = None if args.pair is None else pair.Pair.parse(args.pair)
     if place is not None and place.rank:

@@ -31,7 +31,7 @@ from landiff.launchers.results.instruments import (
     read_all,
 )
 from landiff.launchers.results.lm_instruments import lm_readings, num_passes
-from landiff.launchers.results.loading import ModelLoader
+from landiff.launchers.results.sampling.loading import ModelLoader
 from landiff.launchers.results.swaps import Swap, find_swaps
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.dit import ControlledDiffusion

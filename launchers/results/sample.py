@@ -13,8 +13,6 @@ from landiff.data_pipeline.video.codec import Mp4Writer
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
-from landiff.launchers.results.given import GivenFiles, key_of_codes, read_codes, write_codes
-from landiff.launchers.results.loading import PARTS, load_models
 from landiff.launchers.results.preview import log_videos
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sample_folder import (
@@ -23,6 +21,13 @@ from landiff.launchers.results.sample_folder import (
     common_settings,
     recorded_batch_size,
 )
+from landiff.launchers.results.sampling.given import (
+    GivenFiles,
+    key_of_codes,
+    read_codes,
+    write_codes,
+)
+from landiff.launchers.results.sampling.loading import PARTS, load_models
 from landiff.model_zoo import frozen, registry
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate.drift import DriftMeter

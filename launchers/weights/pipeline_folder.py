@@ -10,7 +10,7 @@ from pathlib import Path
 from landiff.configs.problems import Problem, require_none
 from landiff.launchers.checks import load_with_problems
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results.checks import check_sample
+from landiff.launchers.results.sampling.checks import check_sample
 from landiff.launchers.weights.request import ConvertRequest, check_out
 from landiff.training.checks import Launch
 
@@ -76,8 +76,8 @@ def write_pipeline(request: ConvertRequest) -> list[str]:
     """
     import torch
 
-    from landiff.launchers.results.loading import load_models
     from landiff.launchers.results.sample import model_references, sampler_options
+    from landiff.launchers.results.sampling.loading import load_models
     from landiff.model_zoo.convert.output_folder import new_folder
     from landiff.model_zoo.diffusers.pipeline import LanDiffPipeline
 

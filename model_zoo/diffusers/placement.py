@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from landiff.model_zoo.sample.offload import Level, OffloadedModule
+from landiff.model_zoo.sample.placement.offload import Level, OffloadedModule
 
 WHOLE = ("lm", "vae")
 """Components that always move as a whole: each token takes all weights of the language model."""

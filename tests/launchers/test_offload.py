@@ -20,12 +20,12 @@ from landiff.launchers.budget.sampling import (
     memory_of_parts,
     parse_memory,
 )
-from landiff.launchers.results.loading import in_precision, load_models, models_on_demand
 from landiff.launchers.results.sample import sample_videos
+from landiff.launchers.results.sampling.loading import in_precision, load_models, models_on_demand
 from landiff.model_zoo import registry
 from landiff.model_zoo.sample.generate import Models
-from landiff.model_zoo.sample.offload import OffloadedModule
-from landiff.model_zoo.sample.on_demand import OnDemand, OnDemandText, Place
+from landiff.model_zoo.sample.placement.offload import OffloadedModule
+from landiff.model_zoo.sample.placement.on_demand import OnDemand, OnDemandText, Place
 from tests.launchers.random_zoo import sample_config, write_random_zoo
 
 PARTS = ("lm", "tokenizer", "diffusion", "lm_text", "diffusion_text")

@@ -20,9 +20,7 @@ from landiff.data_pipeline.video.codec import ClipDecoder, read_comment, spaced_
 from landiff.launchers.arguments import build_parser
 from landiff.launchers.cli import main
 from landiff.launchers.results import sample
-from landiff.launchers.results.checks import check_sample
 from landiff.launchers.results.gallery import CONTACT_SHEET, GALLERY
-from landiff.launchers.results.loading import load_models
 from landiff.launchers.results.prompts import (
     parse_seeds,
     read_prompts,
@@ -31,6 +29,8 @@ from landiff.launchers.results.prompts import (
 )
 from landiff.launchers.results.sample import batches, sample_videos
 from landiff.launchers.results.sample_folder import SAMPLES
+from landiff.launchers.results.sampling.checks import check_sample
+from landiff.launchers.results.sampling.loading import load_models
 from landiff.model_zoo import registry
 from landiff.training.checks import Launch
 from tests.launchers.random_zoo import PROMPTS, sample_config, write_random_zoo

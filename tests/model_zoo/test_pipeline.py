@@ -33,8 +33,8 @@ from landiff.data_pipeline.video.codec import Mp4Writer
 from landiff.launchers.cli import main
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample
-from landiff.launchers.results.loading import load_models
 from landiff.launchers.results.prompts import SampleUnit
+from landiff.launchers.results.sampling.loading import load_models
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig, ScheduleConfig, TokenSamplingConfig
 from landiff.model_zoo.convert.known_formats import open_source, write_target

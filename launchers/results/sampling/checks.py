@@ -10,8 +10,8 @@ from typing import TypeVar
 from landiff.configs import Config
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.launchers.config import EvaluateConfig, SampleConfig
-from landiff.launchers.results.given_files import check_given
 from landiff.launchers.results.prompts import SampleUnit, sample_units
+from landiff.launchers.results.sampling.given_files import check_given
 from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig
 from landiff.model_zoo.frozen.checks import CELL, TIME, check_encoder, width_of
 from landiff.model_zoo.frozen.clip_shape import LATENT_CELL

@@ -19,7 +19,8 @@ from landiff.configs.base import ConfigError
 from landiff.configs.files import atomic_file
 from landiff.data_pipeline.video.codec import SafeDecoder, VideoFile, Wanted
 from landiff.data_pipeline.video.protocol import DecodeFailure, VideoInfo
-from landiff.launchers.results.given_files import (
+from landiff.launchers.results.prompts import TOKENS_SUFFIX, GivenFile, SampleUnit
+from landiff.launchers.results.sampling.given_files import (
     CODES,
     check_num_codes,
     given_length,
@@ -27,7 +28,6 @@ from landiff.launchers.results.given_files import (
     start_s,
     unreadable,
 )
-from landiff.launchers.results.prompts import TOKENS_SUFFIX, GivenFile, SampleUnit
 from landiff.model_zoo.frozen.base import VisionFeatures
 from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec
 from landiff.model_zoo.sample.generate import Models

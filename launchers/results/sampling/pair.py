@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from landiff.configs.base import ConfigError
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results.loading import load_models
 from landiff.launchers.results.sample import Load
+from landiff.launchers.results.sampling.loading import load_models
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.sample.generate import Models
-from landiff.model_zoo.sample.split import FIRST, SplitDiffusion, serve_rows
+from landiff.model_zoo.sample.placement.split import FIRST, SplitDiffusion, serve_rows
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 # The second process waits while the first one draws tokens, decodes and writes.

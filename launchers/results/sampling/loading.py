@@ -21,8 +21,8 @@ from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.lora.base import apply_adapter, base_fingerprint, find_adapter
 from landiff.model_zoo.lora.config import AdapterUse, adapts, require_base
 from landiff.model_zoo.sample.generate import Models
-from landiff.model_zoo.sample.offload import Level
-from landiff.model_zoo.sample.on_demand import OnDemand, OnDemandText, Place
+from landiff.model_zoo.sample.placement.offload import Level
+from landiff.model_zoo.sample.placement.on_demand import OnDemand, OnDemandText, Place
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from landiff.model_zoo.sample.offload import Level, OffloadedModule
+from landiff.model_zoo.sample.placement.offload import Level, OffloadedModule
 
 MAX_TEXTS = 64  # whose states are kept, some megabytes each
 
