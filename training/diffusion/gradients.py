@@ -127,10 +127,9 @@ class FlatGradients:
         def add(parameter: nn.Parameter) -> None:
             assert number in bucket.missing, "a backward pass computed a gradient twice"
             gradient = parameter.grad
+            assert gradient is not None, "the hook of a parameter without gradient"
             parameter.grad = None
-            if bucket.values is None:
-                self._open(bucket)
-            sums = bucket.values[place.start : end].view(place.shape)
+            sums = self._values(bucket)[place.start : end].view(place.shape)
             if self._is_fresh():
                 sums.copy_(gradient)
             else:
@@ -145,8 +144,10 @@ class FlatGradients:
         """Whether a bucket holds no gradients of earlier micro-batches."""
         return self._first or not self.whole
 
-    def _open(self, bucket: _Bucket) -> None:
-        """Give a bucket memory."""
+    def _values(self, bucket: _Bucket) -> Tensor:
+        """The gradients of a bucket, whose memory is allocated at the first call."""
+        if bucket.values is not None:
+            return bucket.values
         if not self._vectors:
             self._vectors = [self._vector(group) for group in range(self._num_groups())]
         if self.whole:
@@ -154,6 +155,7 @@ class FlatGradients:
         else:
             like = self._vectors[bucket.group]
             bucket.values = like.new_empty(bucket.end - bucket.start)
+        return bucket.values
 
     def _num_groups(self) -> int:
         return len(self.engine.optimizer.bit16_groups)
@@ -183,7 +185,8 @@ class FlatGradients:
             self._next += 1
             self._wait()
             group = self.engine.optimizer.dp_process_group
-            self._running = bucket, dist.all_reduce(bucket.values, group=group, async_op=True)
+            work = dist.all_reduce(self._values(bucket), group=group, async_op=True)
+            self._running = bucket, work
             if not self.overlap:
                 self._wait()
 
@@ -201,7 +204,7 @@ class FlatGradients:
         low = max(bucket.start, begin)
         high = min(bucket.end, begin + partition.numel())
         if low < high:
-            part = bucket.values[low - bucket.start : high - bucket.start]
+            part = self._values(bucket)[low - bucket.start : high - bucket.start]
             partition[low - begin : high - begin] += part
         bucket.values = None
 
@@ -222,12 +225,11 @@ class FlatGradients:
         """Set gradients that the micro-batch does not have to zero."""
         if not bucket.missing:
             return
-        if bucket.values is None:
-            self._open(bucket)
+        values = self._values(bucket)
         if self._is_fresh():
             for number in bucket.missing:
                 place = self._places[number]
-                bucket.values[place.start : place.start + place.shape.numel()] = 0
+                values[place.start : place.start + place.shape.numel()] = 0
         bucket.missing = set()
 
     def _hand_over(self) -> None:
