@@ -8,7 +8,8 @@ may differ from the configured one.
 Shape letters (docs/glossary.md): B batch, T latent frames, C channels, H, W height and width in
 latent cells, h, w height and width in feature cells, N video tokens, which are one per patch, L
 text rows, S sequence positions (L + N), D width of a vector (of text states or of the model),
-E width of the time embedding, A heads, d width of a head.
+E width of the time embedding, A heads, d width of a head. With a `sequence_group`, S and N are
+those of this rank inside the blocks.
 
 Source: CogVideoX-2B (arXiv 2408.06072) as LanDiff (arXiv 2503.04606) uses it, and LanDiff's serial
 control branch (docs/specification.md §5).
@@ -22,80 +23,19 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from landiff.model_zoo.attention import attention
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
-from landiff.model_zoo.layers import compile_blocks, rotary_angles, rotate, run_block, sinusoid
+from landiff.model_zoo.layers import compile_blocks, rotate, run_block, sinusoid
+from landiff.model_zoo.positions.division import Positions
+from landiff.model_zoo.positions.tables import Rotation, position_table, video_rotation
 from landiff.model_zoo.semantic_condition import SemanticCondition
 
 BLOCK_NORM_EPS = 1e-5  # of input, MLP and final norms, as the released model computes them (§8.16)
 FINE_NORM_EPS = 1e-6  # of query, key and output norms
-
-
-def position_table(
-    num_frames: int,
-    rows: int,
-    columns: int,
-    dim: int,
-    spatial_interpolation: float,
-    *,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Sines and cosines of the position of each patch, float32 [T, rows, columns, dim].
-
-    The first quarter of the channels encodes the frame, the next 3/8 the column and the last 3/8
-    the row (§5.1). Columns and rows are divided by `spatial_interpolation`.
-    """
-    time_table = _axis_table(num_frames, 1.0, dim // 4, device)
-    column_table = _axis_table(columns, spatial_interpolation, dim * 3 // 8, device)
-    row_table = _axis_table(rows, spatial_interpolation, dim * 3 // 8, device)
-    parts = [
-        time_table[:, None, None].expand(-1, rows, columns, -1),
-        column_table[None, None].expand(num_frames, rows, -1, -1),
-        row_table[None, :, None].expand(num_frames, -1, columns, -1),
-    ]
-    return torch.cat(parts, dim=-1)
-
-
-def _axis_table(size: int, interpolation: float, dim: int, device: torch.device | str) -> Tensor:
-    """Sines, then cosines, of the positions along one axis: float32 [size, dim]."""
-    positions = torch.arange(size, dtype=torch.float64, device=device) / interpolation
-    return sinusoid(positions, dim, dtype=torch.float64, sines_first=True)
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Cosines and sines of the rotary embedding of all video tokens, float32 [N, d / 2] each."""
-
-    cos_Nd: Tensor
-    sin_Nd: Tensor
-
-
-def video_rotation(
-    config: TransformerConfig, num_frames: int, rows: int, columns: int, device: torch.device
-) -> Rotation | None:
-    """Rotary embedding of frame, row and column of each patch; None if the config has none."""
-    theta = config.rotary_theta
-    if theta is None:
-        return None
-    head_dim = config.hidden_size // config.num_heads
-    axes = [torch.arange(size, device=device) for size in (num_frames, rows, columns)]
-    positions_N3 = torch.cartesian_prod(*axes)
-    dims = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
-    angles = []
-    for axis, dim in enumerate(dims):
-        angles.append(rotary_angles(positions_N3[:, axis], dim, theta, dtype=torch.float64))
-    angles_Nd = torch.cat(angles, dim=1)
-    return Rotation(angles_Nd.cos(), angles_Nd.sin())
-
-
-def position_table_numel(config: TransformerConfig) -> int:
-    """Elements of the position table of the release, a parameter with rows for text and video."""
-    rows = config.latent_height // config.patch_size
-    columns = config.latent_width // config.patch_size
-    return (config.text_length + config.latent_frames * rows * columns) * config.hidden_size
 
 
 class TransformerInput(nn.Module):
@@ -181,13 +121,12 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(dim, 4 * dim)
         self.mlp_out = nn.Linear(4 * dim, dim)
 
-    def forward(
-        self, x_BSD: Tensor, time_BE: Tensor, text_length: int, rotation: Rotation | None = None
-    ) -> Tensor:
-        """[B, S, D], [B, E] -> [B, S, D]. The first `text_length` positions are text."""
+    def forward(self, x_BSD: Tensor, time_BE: Tensor, positions: Positions) -> Tensor:
+        """[B, S, D], [B, E] -> [B, S, D]."""
+        text_length = positions.text_length
         first, second = self._modulations(time_BE)
         y_BSD = first.shift_and_scale(self.norm1(x_BSD), text_length)
-        x_BSD = x_BSD + first.gate(self._attend(y_BSD, text_length, rotation), text_length)
+        x_BSD = x_BSD + first.gate(self._attend(y_BSD, positions), text_length)
         y_BSD = second.shift_and_scale(self.norm2(x_BSD), text_length)
         y_BSD = self.mlp_out(functional.gelu(self.mlp_in(y_BSD), approximate="tanh"))
         return x_BSD + second.gate(y_BSD, text_length)
@@ -200,16 +139,21 @@ class Block(nn.Module):
         text = chunks[6:]
         return Modulation(*text[:3], *video[:3]), Modulation(*text[3:], *video[3:])
 
-    def _attend(self, x_BSD: Tensor, text_length: int, rotation: Rotation | None) -> Tensor:
+    def _attend(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         qkv_BS3Ad = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1))
         q_BSAd, k_BSAd, v_BSAd = qkv_BS3Ad.unbind(2)
         # Under autocast the norms return float32. The attention kernels need one dtype.
         q_BSAd = self.query_norm(q_BSAd).to(v_BSAd.dtype)
         k_BSAd = self.key_norm(k_BSAd).to(v_BSAd.dtype)
-        if rotation is not None:
-            q_BSAd = _rotate_video(q_BSAd, text_length, rotation)
-            k_BSAd = _rotate_video(k_BSAd, text_length, rotation)
-        return self.out(attention(q_BSAd, k_BSAd, v_BSAd).flatten(2))
+        if positions.rotation is not None:
+            q_BSAd = _rotate_video(q_BSAd, positions.text_length, positions.rotation)
+            k_BSAd = _rotate_video(k_BSAd, positions.text_length, positions.rotation)
+        part = positions.part
+        if part is None:
+            return self.out(attention(q_BSAd, k_BSAd, v_BSAd).flatten(2))
+        joined = part.positions_of_heads(torch.cat([q_BSAd, k_BSAd, v_BSAd], dim=-1))
+        attended = attention(*joined.chunk(3, dim=-1))
+        return self.out(part.heads_of_positions(attended, self.num_heads).flatten(2))
 
     def init_weights(self, num_layers: int, zero_modulation: bool) -> None:
         """Draws normal weights with deviation 1/sqrt(D), and 1/sqrt(2 · layers · D) for outputs.
@@ -254,12 +198,14 @@ class TransformerOutput(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, video_BND: Tensor, time_BE: Tensor, shape: torch.Size) -> Tensor:
+    def forward(
+        self, video_BND: Tensor, time_BE: Tensor, shape: torch.Size, positions: Positions
+    ) -> Tensor:
         """[B, N, D], [B, E] -> velocity [B, T, C, H, W], where `shape` is that of the latents."""
         batch, num_frames, channels, height, width = shape
         shift_BD, scale_BD = self.modulation(functional.silu(time_BE)).chunk(2, dim=1)
         video_BND = self.norm(video_BND) * (1 + scale_BD[:, None]) + shift_BD[:, None]
-        patches = self.linear(video_BND)
+        patches = positions.whole_video(self.linear(video_BND))
         # Channels of a patch are ordered (channel, row in the patch, column in the patch).
         patch = self.patch_size
         patches = patches.view(
@@ -273,12 +219,16 @@ class DiffusionTransformer(nn.Module):
 
     Set `recompute` in training to save memory: the backward pass then computes the activations of
     each block again.
+
+    Set `sequence_group` to let its ranks compute each sequence together. They call the model with
+    the same inputs, and all get the whole output.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = False
+        self.sequence_group: dist.ProcessGroup | None = None
         self.input = TransformerInput(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=BLOCK_NORM_EPS)
@@ -298,30 +248,33 @@ class DiffusionTransformer(nn.Module):
         encoder. Raises ValueError for latents of a wrong shape.
         """
         check_latents(self.config, latents_BTCHW)
-        text_length = text_BLD.shape[1]
+        positions = self.positions(latents_BTCHW, text_BLD.shape[1])
         x_BSD, time_BE = self.input(latents_BTCHW, timestep_B, text_BLD)
-        rotation = self.rotation(latents_BTCHW)
+        x_BSD = positions.own(x_BSD)
         for block in self.blocks:
-            x_BSD = run_block(
-                block, x_BSD, time_BE, text_length, rotation, recompute=self.recompute
-            )
-        return self.finish(x_BSD, time_BE, text_length, latents_BTCHW.shape)
+            x_BSD = run_block(block, x_BSD, time_BE, positions, recompute=self.recompute)
+        return self.finish(x_BSD, time_BE, positions, latents_BTCHW.shape)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles each block at its first call. options: those of torch.compile."""
         compile_blocks(self.blocks, **options)
 
-    def rotation(self, latents_BTCHW: Tensor) -> Rotation | None:
-        """Rotary embedding of the patches of `latents_BTCHW`, None if the config has none."""
+    def positions(self, latents_BTCHW: Tensor, text_length: int) -> Positions:
+        """The positions that this rank computes of the sequence of `latents_BTCHW` and the text."""
         patch = self.config.patch_size
         num_frames, _, height, width = latents_BTCHW.shape[1:]
-        return video_rotation(
-            self.config, num_frames, height // patch, width // patch, latents_BTCHW.device
-        )
+        grid = (num_frames, height // patch, width // patch)
+        positions = Positions(text_length, video_rotation(self.config, *grid, latents_BTCHW.device))
+        if self.sequence_group is None:
+            return positions
+        return positions.shared_by(self.sequence_group, math.prod(grid))
 
-    def finish(self, x_BSD: Tensor, time_BE: Tensor, text_length: int, shape: torch.Size) -> Tensor:
+    def finish(
+        self, x_BSD: Tensor, time_BE: Tensor, positions: Positions, shape: torch.Size
+    ) -> Tensor:
         """Final norm and output layers: [B, S, D], the last block's output, to [B, T, C, H, W]."""
-        return self.output(self.final_norm(x_BSD)[:, text_length:], time_BE, shape)
+        video_BND = self.final_norm(x_BSD)[:, positions.text_length :]
+        return self.output(video_BND, time_BE, shape, positions)
 
 
 class ControlBranch(nn.Module):
@@ -375,6 +328,15 @@ class ControlledDiffusion(nn.Module):
     def recompute(self, recompute: bool) -> None:
         self.transformer.recompute = recompute
 
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        """The ranks that compute each sequence together, see `DiffusionTransformer`."""
+        return self.transformer.sequence_group
+
+    @sequence_group.setter
+    def sequence_group(self, group: dist.ProcessGroup | None) -> None:
+        self.transformer.sequence_group = group
+
     def forward(
         self,
         latents_BTCHW: Tensor,
@@ -409,26 +371,27 @@ class ControlledDiffusion(nn.Module):
                 f"{list(latents_BTCHW.shape)}: features need one frame per latent frame, on a grid "
                 f"{self.semantic.scale} times coarser than the latents'"
             )
-        length = text_BLD.shape[1]
         recompute = self.recompute
+        positions = main.positions(latents_BTCHW, text_BLD.shape[1])
         x_BSD, time_BE = main.input(latents_BTCHW, timestep_B, text_BLD)
         given_BTCHW = semantic_BTCHW
         if self.config.control_input == "sum":
             given_BTCHW = latents_BTCHW + semantic_BTCHW
         h_BSD, control_time_BE = control.input(given_BTCHW, timestep_B, text_BLD)
-        rotation = main.rotation(latents_BTCHW)
+        x_BSD = positions.own(x_BSD)
+        h_BSD = positions.own(h_BSD)
         for layer, block in enumerate(main.blocks):
-            x_BSD = run_block(block, x_BSD, time_BE, length, rotation, recompute=recompute)
+            x_BSD = run_block(block, x_BSD, time_BE, positions, recompute=recompute)
             if layer < len(control.blocks):
                 control_block = control.blocks[layer]
                 h_BSD = run_block(
-                    control_block, h_BSD, control_time_BE, length, rotation, recompute=recompute
+                    control_block, h_BSD, control_time_BE, positions, recompute=recompute
                 )
                 projected_BSD = control.projections[layer](h_BSD)
                 x_BSD = x_BSD + projected_BSD
                 if self.config.control_projections == "series":
                     h_BSD = projected_BSD
-        return main.finish(x_BSD, time_BE, length, latents_BTCHW.shape)
+        return main.finish(x_BSD, time_BE, positions, latents_BTCHW.shape)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles each block of both transformers at its first call."""

@@ -16,7 +16,7 @@ from landiff.launchers.config import (
 )
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo.config import ModelConfig
-from landiff.model_zoo.dit import position_table_numel
+from landiff.model_zoo.positions.tables import position_table_numel
 from landiff.model_zoo.registry import build_module
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig

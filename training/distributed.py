@@ -100,6 +100,18 @@ class World:
         """Whether `flag` is true on all ranks."""
         return not self.any_true(not flag)
 
+    def group_of_neighbors(self, size: int) -> dist.ProcessGroup | None:
+        """A group of this rank and others: ranks 0 to `size` - 1, the next `size` ranks, and so on.
+
+        `size` divides the number of ranks. None for 1. Only the ranks of a group wait for each
+        other, so that starting takes no longer with more ranks.
+        """
+        if size == 1:
+            return None
+        assert self.size % size == 0, (self.size, size)
+        first = self.rank // size * size
+        return dist.new_group(range(first, first + size), use_local_synchronization=True)
+
     def barrier(self) -> None:
         """Wait until all ranks have reached this call."""
         self.any_true(False)

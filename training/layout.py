@@ -9,6 +9,7 @@ from landiff.configs import Config, ConfigError
 from landiff.data_pipeline.loading.config import require_micro_batches
 from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.training.config import TrainConfig
+from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 
 
@@ -30,6 +31,14 @@ def model_copies(config: Config, ranks: int) -> int:
     )
 
 
+def data_rank(config: Config, rank: int, ranks: int) -> tuple[int, int]:
+    """Number of the copy of the model that `rank` belongs to, and number of copies.
+
+    All ranks of a copy read the same clips. For engines whose copies are neighboring ranks.
+    """
+    return rank // copy_size(config), model_copies(config, ranks)
+
+
 def copy_size(config: Config) -> int:
     """Number of ranks that one copy of the model takes."""
     return math.prod(copy_sizes(config).values())
@@ -44,6 +53,8 @@ def copy_sizes(config: Config) -> Mapping[str, int]:
     if isinstance(config, LMTrainConfig):
         for name in ("tensor", "pipeline", "context"):
             sizes[f"parallel.{name}"] = getattr(config.parallel, name)
+    if isinstance(config, DiffusionTrainConfig):
+        sizes["sequence_parallel"] = config.sequence_parallel
     return {name: size for name, size in sizes.items() if size > 1}
 
 

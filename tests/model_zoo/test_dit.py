@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from landiff.model_zoo.config import DiffusionConfig, TransformerConfig
 from landiff.model_zoo.convert.formats import diffusers_transformer, release_diffusion
 from landiff.model_zoo.convert.rules import ConversionError, apply_rules, check_against
-from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer, position_table_numel
+from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
+from landiff.model_zoo.positions.tables import position_table_numel
 from landiff.model_zoo.registry import export, load_model
 from landiff.model_zoo.semantic_condition import SemanticCondition
 from tests.model_zoo.tiny_diffusion import TINY, randomize

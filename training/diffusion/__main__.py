@@ -14,6 +14,7 @@ from landiff.training.checks import Launch
 from landiff.training.diffusion.checks import check
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.diffusion.engine import build_engine
+from landiff.training.layout import data_rank
 from landiff.training.loop import fit
 from landiff.training.run import Run
 
@@ -25,8 +26,9 @@ def main(config_path: str) -> None:
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
         engine = build_engine(config, world)
+        dp_rank, dp_size = data_rank(config, world.rank, world.size)
         loader = PhasedLoader(
-            config.data_phases, config.columns, dp_rank=world.rank, dp_size=world.size, ranks=world
+            config.data_phases, config.columns, dp_rank=dp_rank, dp_size=dp_size, ranks=world
         )
         fit(engine, loader, Run(config.run, config, world), config.loop)
 

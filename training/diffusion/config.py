@@ -187,6 +187,14 @@ class DiffusionTrainConfig(TrainConfig):
         default=ScheduleConfig(), description="Noise schedule of training."
     )
     zero: ZeroConfig = Field(default=ZeroConfig(), description="DeepSpeed ZeRO.")
+    sequence_parallel: PositiveInt = Field(
+        default=1,
+        description=(
+            "Ranks that compute each clip together, every one a part of its positions "
+            "(DeepSpeed-Ulysses). Divides the activations of long or large clips. At most "
+            "`model.transformer.num_heads`; consecutive ranks, so best within a node."
+        ),
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16",
         description="Precision of weights and activations. Master weights are float32.",
@@ -293,6 +301,13 @@ class DiffusionTrainConfig(TrainConfig):
             problems.append(
                 "compile_blocks = true does not work with zero.stage = 3, which gathers the "
                 "weights of each block in Python; set zero.stage to 1 or 2"
+            )
+        num_heads = self.model.transformer.num_heads
+        if self.sequence_parallel > num_heads:
+            problems.append(
+                f"sequence_parallel = {self.sequence_parallel} is more than "
+                f"model.transformer.num_heads = {num_heads}, which the ranks divide; set it to at "
+                f"most {num_heads}"
             )
         latent_frames = self.model.transformer.latent_frames
         longest = max(self.prefix.lengths)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +23,7 @@ from landiff.model_zoo.convert.formats.deepspeed import (
     read_deepspeed,
 )
 from landiff.model_zoo.convert.rules import check_against
+from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.lora.config import ADAPTER, require_same_adapter
 from landiff.training.checkpoint.parts import StateFile, json_file
 from landiff.training.diffusion import zero
@@ -37,6 +38,7 @@ from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
 from landiff.training.guard import Guard
+from landiff.training.layout import check_batch
 from landiff.training.observe.flops import control_flops, main_flops, num_tokens
 from landiff.training.observe.previews import Preview, SourceFrames
 from landiff.training.observe.step_times import StepClock
@@ -49,10 +51,14 @@ class DeepSpeedEngine:
     charts = CHARTS
 
     def __init__(
-        self, config: DiffusionTrainConfig, world: World, module: nn.Module, objective: Objective
+        self,
+        config: DiffusionTrainConfig,
+        world: World,
+        module: DiffusionTransformer | ControlledDiffusion,
+        objective: Objective,
     ) -> None:
         """`module`: float32, equal on all ranks. Parameters without gradient never change."""
-        config.data.micro_batches(world.size)  # raises before DeepSpeed does, with a better message
+        check_batch(config, world.size)  # raises before DeepSpeed does, with a better message
         self.config = config
         self.world = world
         self.guard = Guard(config.loop, world)
@@ -63,11 +69,13 @@ class DeepSpeedEngine:
         groups = zero.group_names(module, optimizer) if config.optim.groups else []
         settings = zero.deepspeed_config(config, world)
         self.clock = StepClock(world.device, module)
+        self.sequence_group = world.group_of_neighbors(config.sequence_parallel)
         self.zero = zero.initialize(module, optimizer, settings, world.device)
         if config.zero.stage != 3:
             overlap = config.zero.overlap_communication
             FlatGradients(self.zero, config.zero.reduce_bucket_size, overlap)
         zero.ask_before_update(self.zero, self._decide)
+        self.module.sequence_group = self.sequence_group
         self._total = torch.zeros((), device=world.device)  # losses of this rank in this step
         self.ema = Ema(config.ema, zero.master_weights(self.zero))
         self.previewer: Previewer | None = None
@@ -86,7 +94,7 @@ class DeepSpeedEngine:
         )
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> DiffusionTransformer | ControlledDiffusion:
         """The trained module. ZeRO-3 partitions its parameters: read them with `zero.read_full`."""
         return self.zero.module
 
@@ -98,7 +106,7 @@ class DeepSpeedEngine:
         set_rate_and_decay(self.zero.optimizer, rate, optim.weight_decay)
         self.zero.optimizer.clip_grad = optim.clip_grad  # a checkpoint may have set another one
         objective = self.objective.at(batch)
-        zero.set_batch(self.zero, batch)
+        zero.set_batch(self.zero, batch, self.config.sequence_parallel)
         self.zero.train()
         self.last_sample = batch.micro_batches[0][0]
         self._total.zero_()
@@ -208,7 +216,7 @@ class DeepSpeedEngine:
         if not held_out and self.last_sample is not None:
             tag = "preview/clip"
             clips = [self.last_sample]
-        with self.weights(self.ema.enabled):
+        with self.weights(self.ema.enabled), self._whole_sequences():
             previews = self._shared(clips, tag, self.previewer)
             if held_out:
                 pairs = zip(previews, clips, strict=False)  # only rank 0 has previews
@@ -230,6 +238,15 @@ class DeepSpeedEngine:
                 found.append((number, preview.reduced()))
         found = self.world.send_to_first(found)
         return [preview for _, preview in sorted(found, key=itemgetter(0))]
+
+    @contextmanager
+    def _whole_sequences(self) -> Iterator[None]:
+        """Context in which each rank computes clips of its own, as without `sequence_parallel`."""
+        self.module.sequence_group = None
+        try:
+            yield
+        finally:
+            self.module.sequence_group = self.sequence_group
 
     def _own_numbers(self, count: int) -> range:
         """Which of `count` clips this rank shows.

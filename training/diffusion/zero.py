@@ -94,10 +94,13 @@ def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, An
             "stage3_max_live_parameters": zero.max_live_parameters,
         }
     samples_per_forward = micro_batch_size * world.size
+    # To DeepSpeed every rank has clips of its own: those of a sequence-parallel group count as
+    # often as the group has ranks. Gradients are averaged over all ranks.
+    batch_size = config.data.global_batch_size * config.sequence_parallel
     return {
-        "train_batch_size": config.data.global_batch_size,
+        "train_batch_size": batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": config.data.global_batch_size // samples_per_forward,
+        "gradient_accumulation_steps": batch_size // samples_per_forward,
         "gradient_clipping": config.optim.clip_grad,
         "bf16": {"enabled": config.precision == "bf16"},
         # DeepSpeed's default for both is bfloat16 with bfloat16 weights: a relative error of 6e-3
@@ -177,13 +180,17 @@ def ask_before_update(engine: Any, allow: Callable[[Tensor], bool]) -> None:
     optimizer.check_overflow = lambda partition_gradients=True: None
 
 
-def set_batch(engine: Any, batch: Batch) -> None:
-    """Let `engine` update the weights after the micro-batches of `batch`. Call between steps."""
+def set_batch(engine: Any, batch: Batch, sequence_parallel: int) -> None:
+    """Let `engine` update the weights after the micro-batches of `batch`. Call between steps.
+
+    sequence_parallel: ranks that compute each clip, see `deepspeed_config`.
+    """
     micro_batch_size = len(batch.micro_batches[0])
     if engine.train_micro_batch_size_per_gpu() != micro_batch_size:
         engine.set_train_micro_batch_size(micro_batch_size)
-    if engine.train_batch_size() != batch.global_batch_size:
-        engine.set_train_batch_size(batch.global_batch_size)
+    batch_size = batch.global_batch_size * sequence_parallel
+    if engine.train_batch_size() != batch_size:
+        engine.set_train_batch_size(batch_size)
     # An update is due when this count is a multiple of the accumulation steps, so that a new number
     # of them must count from 0.
     engine.micro_steps = 0
