@@ -265,7 +265,10 @@ def add_plan(commands: Commands) -> None:
         epilog=help_texts.OVERRIDES.format(example="parallel.tensor=4 data.micro_batch_size=2"),
     )
     plan.add_argument(
-        "stage", choices=list(TRAINERS), metavar="STAGE", help="tokenizer, lm or diffusion"
+        "stage",
+        choices=[*TRAINERS, "all"],
+        metavar="STAGE",
+        help="tokenizer, lm or diffusion; or all: the sum over the trainings of --preset",
     )
     config = plan.add_mutually_exclusive_group(required=True)
     config.add_argument(
@@ -287,7 +290,19 @@ def add_plan(commands: Commands) -> None:
         "--mfu",
         type=float,
         default=0.4,
-        help="model FLOPs utilization, a fraction of the peak (default: 0.4; measure yours)",
+        help="model FLOPs utilization of whole steps, a fraction of the peak (default: 0.4)",
+    )
+    plan.add_argument(
+        "--calibrate",
+        metavar="RUN",
+        help="take the utilization that a run of this trainer has measured, instead of --mfu",
+    )
+    plan.add_argument("--price", type=float, metavar="P", help="price of a GPU hour")
+    plan.add_argument(
+        "--clips",
+        type=int,
+        metavar="N",
+        help="all: number of clips, for precompute (default: those of the data)",
     )
     plan.add_argument(
         "--steps", type=int, metavar="N", help="optimizer steps (default: loop.steps)"

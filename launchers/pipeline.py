@@ -95,8 +95,9 @@ def print_outlook(
 ) -> None:
     """Prints GPU hours, days and disk of the stages that run. Any: configs of a preset by stem."""
     # Imported here, because it loads torch.
+    from landiff.launchers.budget.total import ORDER
     from landiff.launchers.local.gpus import default_processes
-    from landiff.launchers.project.outlook import ORDER, outlook
+    from landiff.launchers.project.outlook import outlook
 
     left = {stem: config for stem, config in configs.items() if stem not in skipped}
     gpus = {}

@@ -27,8 +27,8 @@ class BudgetPlan:
     copies: int  # data-parallel copies of the model
     gradient_bytes: int  # sent by a data-parallel rank in one step
     overlap: bool  # gradients are sent during the backward pass
-    layer_bytes: int = 0  # sent by a tensor-parallel rank in one step
-    tensor: int = 1  # tensor-parallel size
+    layer_bytes: float = 0  # sent by a rank within the layers of the model in one step
+    layer_group: int = 1  # ranks that divide each layer
     bubble: float = 0.0  # idle fraction of pipeline parallelism
     notes: tuple[str, ...] = ()
 
@@ -46,6 +46,15 @@ def element_bytes(precision: Literal["fp32", "bf16"]) -> int:
 def average_memory(ema: EmaConfig | None, weights: int) -> dict[str, int]:
     """Bytes of the float32 moving average of `weights` weights, by part; none without `ema`."""
     return {} if ema is None else {"moving average": 4 * weights}
+
+
+def with_update(memory: dict[str, int], update_bytes: int) -> dict[str, int]:
+    """The parts of the memory, with what the optimizer's update takes beyond the activations.
+
+    The update runs when the activations are freed. update_bytes: of its temporary tensors.
+    """
+    freed = memory["activations"] + memory.get("logits", 0)
+    return {**memory, "update": max(0, update_bytes - freed)}
 
 
 def layout_text(layout: str, micro_batches: int, micro_batch_size: int, recompute: bool) -> str:

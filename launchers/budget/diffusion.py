@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,14 +15,14 @@ from landiff.launchers.budget.budget_plan import (
     average_memory,
     element_bytes,
     layout_text,
+    with_update,
 )
 from landiff.launchers.budget.meta import (
     count_adapter_parameters,
     count_parameters,
     diffusion_on_meta,
 )
-from landiff.model_zoo.config import TransformerConfig
-from landiff.model_zoo.semantic_condition import SemanticCondition
+from landiff.model_zoo.config import DiffusionConfig
 from landiff.training.diffusion.config import DiffusionTrainConfig, ZeroConfig
 from landiff.training.layout import check_batch
 from landiff.training.observe.flops import (
@@ -33,8 +35,9 @@ from landiff.training.observe.flops import (
 
 # What autograd keeps of a block for each token, in model widths.
 KEPT = 22
-KEPT_FROZEN = 14
-KEPT_CONTROL = KEPT + 2  # with the projection to the main transformer
+KEPT_ONCE = 4  # of input and output layers
+KEPT_FROZEN = 12  # all but the inputs of frozen linear layers
+KEPT_CONTROL = KEPT + 1  # with the projection to the main transformer
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
     cost = phase_cost(config)
     batch = config.data.global_batch_size
     recomputed = cost.recomputed_flops if config.recompute else 0.0
+    sequence = config.sequence_parallel
+    layout = f"ZeRO-{config.zero.stage} over {gpus}"
+    if sequence > 1:
+        layout += f", sequence {sequence} x data {gpus // sequence}"
     gradient_bytes = 0
     if gpus > 1:
         gradient_bytes = zero_traffic(config, cost, micro_batches)
@@ -65,7 +72,7 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
         trainer=f"diffusion {config.phase}",
         gpus=gpus,
         layout=layout_text(
-            f"ZeRO-{config.zero.stage} over {gpus}",
+            layout,
             micro_batches,
             config.data.micro_batch_size,
             config.recompute,
@@ -76,7 +83,9 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
         hardware_flops=batch * (cost.flops.total + recomputed),
         clips_per_step=batch,
         tokens_per_step=batch * tokens,
-        copies=gpus,
+        copies=gpus,  # ZeRO reduces over all of them
+        layer_bytes=micro_batches * traffic_of_layers(config, cost),
+        layer_group=sequence,
         gradient_bytes=gradient_bytes,
         overlap=config.zero.overlap_communication,
         notes=(f"{tokens} tokens a clip, {transformer.text_length} of them text",),
@@ -113,7 +122,7 @@ def main_cost(config: DiffusionTrainConfig) -> DiffusionCost:
         recomputed_flops=flops.forward,
         semantic_elements=0,
         num_layers=transformer.num_layers,
-        kept_widths=transformer.num_layers * KEPT,
+        kept_widths=transformer.num_layers * KEPT + KEPT_ONCE,
     )
 
 
@@ -128,17 +137,21 @@ def control_cost(config: DiffusionTrainConfig) -> DiffusionCost:
         frozen=count_parameters(module.transformer),
         flops=flops,
         recomputed_flops=flops.forward - semantic_flops(config.model.semantic, transformer).forward,
-        semantic_elements=semantic_elements(module.semantic, transformer),
+        semantic_elements=semantic_elements(config.model),
         num_layers=transformer.num_layers + layers,
-        kept_widths=transformer.num_layers * KEPT_FROZEN + layers * KEPT_CONTROL,
+        # Nothing trained comes before the first frozen block.
+        kept_widths=(transformer.num_layers - 1) * KEPT_FROZEN + layers * KEPT_CONTROL + KEPT_ONCE,
     )
 
 
-def semantic_elements(module: SemanticCondition, transformer: TransformerConfig) -> int:
-    """Elements that autograd keeps of one clip.
+@functools.cache
+def semantic_elements(config: DiffusionConfig) -> int:
+    """Elements that autograd keeps of one clip in the semantic condition.
 
-    Counted by running the semantic condition on the meta device.
+    Counted by running it on the meta device.
     """
+    module = diffusion_on_meta(config).semantic
+    transformer = config.transformer
     features_BTChw = torch.empty(
         1,
         transformer.latent_frames,
@@ -167,45 +180,76 @@ def memory_by_part(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int)
     optimizer_bytes = 12 if config.precision == "bf16" else 8
     # ZeRO 1 divides the optimizer over the GPUs, 2 also gradients, 3 also weights.
     weight_parts = gpus if stage == 3 else 1
-    gradient_parts = gpus if stage >= 2 else 1
     clips = config.data.micro_batch_size
-    rows = clips * num_tokens(config.model.transformer)
+    # The ranks of a sequence divide its positions.
+    rows = clips * math.ceil(num_tokens(config.model.transformer) / config.sequence_parallel)
     # Recomputation keeps the input of every block, and all activations of the block in work.
     widths = cost.kept_widths
     if config.recompute:
-        widths = cost.num_layers + KEPT_CONTROL
-    buckets = 0
-    if gpus > 1:
-        buckets = zero_buckets(config.zero, cost.trained, element)
+        widths = cost.num_layers + KEPT_CONTROL + KEPT_ONCE
     blocks = rows * config.model.transformer.hidden_size * element * widths
-    return {
-        "weights": (cost.frozen + cost.trained) * element // weight_parts,
-        "gradients": cost.trained * 4 // gradient_parts,  # summed in float32
-        "optimizer": cost.trained * optimizer_bytes // gpus,
-        **average_memory(config.ema, cost.trained // gpus),
-        "buckets": buckets,
+    trained = cost.trained
+    gradients = 4 * trained  # summed in float32
+    if stage > 1:
+        gradients //= gpus
+    gathered = 0
+    if stage == 3:
+        gathered = element * min(cost.frozen + trained, config.zero.max_live_parameters)
+    memory = {
+        "weights": (cost.frozen + trained) * element // weight_parts,
+        "gathered": gathered,
+        "gradients": gradients,
+        "optimizer": trained * optimizer_bytes // gpus,
+        **average_memory(config.ema, trained // gpus),
+        "buckets": zero_buckets(config.zero, trained, element) if gpus > 1 else 0,
         "activations": blocks + clips * cost.semantic_elements * element,
         "runtime": RUNTIME_BYTES,
     }
+    # In stage 3 DeepSpeed joins the gradients of this part. torch's fused AdamW takes nothing.
+    return with_update(memory, 4 * trained // gpus if stage == 3 else 0)
+
+
+def traffic_of_layers(config: DiffusionTrainConfig, cost: DiffusionCost) -> float:
+    """Bytes that a rank sends within its blocks for a micro-batch.
+
+    Sequence parallelism exchanges queries, keys, values and outputs of attention. The backward pass
+    does the same, recomputation once more.
+    """
+    size = config.sequence_parallel
+    transformer = config.model.transformer
+    own = config.data.micro_batch_size * num_tokens(transformer) / size * transformer.hidden_size
+    passes = 3 if config.recompute else 2
+    element = element_bytes(config.precision)
+    return passes * cost.num_layers * 4 * own * element * (size - 1) / size
 
 
 def zero_traffic(config: DiffusionTrainConfig, cost: DiffusionCost, micro_batches: int) -> int:
     """Bytes that a rank sends in one step: gradients in float32, weights in their own precision.
 
-    Stages 2 and 3 reduce gradients after every micro-batch. Stage 3 gathers weights for each pass.
+    Stages 1 and 2 all-reduce gradients, stage 3 scatters their sums; stages 2 and 3 after every
+    micro-batch. Stage 3 gathers weights for each pass.
     """
     element = element_bytes(config.precision)
     gradients = 4 * cost.trained
     weights = element * cost.trained
     if config.zero.stage == 3:
         return micro_batches * (gradients + 2 * weights + 2 * element * cost.frozen)
+    gradients *= 2
     if config.zero.stage == 2:
         gradients *= micro_batches
     return gradients + weights
 
 
 def zero_buckets(zero: ZeroConfig, trained: int, element: int) -> int:
-    """Bytes of communication buffers: gradients in float32, weights in `element` bytes."""
-    reduced = min(trained, zero.reduce_bucket_size)
-    gathered = min(trained, zero.allgather_bucket_size)
-    return 4 * reduced + element * gathered
+    """Bytes of the buckets in which gradients are reduced over several ranks.
+
+    Stage 1 reduces the vector that sums them. Stage 2 fills float32 buckets (`FlatGradients`), the
+    next one while one is reduced if it overlaps. In stage 3 DeepSpeed has one in the precision of
+    the weights, of the whole size, and a float32 copy of what it reduces.
+    """
+    reduced = 4 * min(trained, zero.reduce_bucket_size)
+    if zero.stage == 1:
+        return 0
+    if zero.stage == 2:
+        return reduced * (2 if zero.overlap_communication else 1)
+    return element * zero.reduce_bucket_size + reduced

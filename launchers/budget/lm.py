@@ -12,6 +12,7 @@ from landiff.launchers.budget.budget_plan import (
     average_memory,
     element_bytes,
     layout_text,
+    with_update,
 )
 from landiff.launchers.budget.meta import (
     count_adapter_parameters,
@@ -19,6 +20,7 @@ from landiff.launchers.budget.meta import (
     count_parameters,
     lm_on_meta,
 )
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.layout import check_batch, model_copies
@@ -27,13 +29,17 @@ from landiff.training.observe.flops import lm_flops
 
 TEXT_TOKENS = 64  # assumed length of a caption; only real text rows are kept
 # What autograd keeps of a block for each token, in model widths.
-KEPT = 6  # not divided by tensor parallelism: inputs, normalized inputs and outputs of both norms
-KEPT_DIVIDED = 5  # divided: queries, keys, values, output of attention by heads and by positions
+NORMS = 2  # not divided by tensor parallelism: inputs in float32, outputs in the working precision
+KEPT_DIVIDED = 6  # divided: output of wqkv, of which values are a part, rotated queries and keys,
+# and the output of attention
 KEPT_FFN = 4  # divided, in widths of the feed-forward layer: gate, up, activated gate, product
 
 
-def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
-    """The cost of `config` on `gpus` GPUs. Raises ConfigError if they do not divide."""
+def plan_lm(config: LMTrainConfig, gpus: int, shape: ClipShape | None = None) -> BudgetPlan:
+    """The cost of `config` on `gpus` GPUs, with clips of `shape` or of the data.
+
+    Raises ConfigError if the GPUs do not divide.
+    """
     model = config.model
     parallel = config.parallel
     copies = model_copies(config, gpus)
@@ -41,6 +47,9 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
     module = lm_on_meta(model)
     text = min(TEXT_TOKENS, model.max_text_tokens)
     frames, origin = clip_frames(config)
+    if shape is not None:
+        frames = shape.latent_frames
+        origin = f"bucket {shape.name}"
     length = TokenLayout.of(model).sequence_length(frames, text)
     rows = config.data.micro_batch_size * length  # tokens of a packed row
     own = parameters_of_fullest_rank(config, module)
@@ -57,10 +66,6 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
         # Gradients are all-reduced in float32, or reduce-scattered and the parameters all-gathered.
         gathered = element if parallel.distributed_optimizer else 4
         gradient_bytes = trained * (4 + gathered)
-    layer_bytes = 0
-    if parallel.tensor > 1:
-        layers = 4 * model.num_layers // parallel.pipeline
-        layer_bytes = layers * micro_batches * rows * model.hidden_size * element
     counts = {"all": count_parameters(module), "per GPU": own}
     if config.lora is not None:
         counts["trained"] = trained
@@ -68,7 +73,7 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
         trainer="lm",
         gpus=gpus,
         layout=layout_text(
-            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {copies}",
+            layout_sizes(config, copies),
             micro_batches,
             config.data.micro_batch_size,
             config.recompute,
@@ -82,11 +87,34 @@ def plan_lm(config: LMTrainConfig, gpus: int) -> BudgetPlan:
         copies=copies,
         gradient_bytes=gradient_bytes,
         overlap=parallel.overlap,
-        layer_bytes=layer_bytes,
-        tensor=parallel.tensor,
+        layer_bytes=micro_batches * traffic_of_layers(config, rows),
+        layer_group=parallel.tensor * parallel.context,
         bubble=(parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1),
         notes=(f"{length} tokens a clip of {frames} frames ({origin}), {text} of them text",),
     )
+
+
+def layout_sizes(config: LMTrainConfig, copies: int) -> str:
+    """The parallel layout as text."""
+    parallel = config.parallel
+    text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+    if parallel.context > 1:
+        text += f" x context {parallel.context}"
+    return f"{text} x data {copies}"
+
+
+def traffic_of_layers(config: LMTrainConfig, rows: int) -> float:
+    """Bytes that a rank sends within its layers for a packed row of `rows` tokens.
+
+    Tensor parallelism all-reduces two outputs of each layer, or gathers and scatters them. Context
+    parallelism gathers keys and values. The backward pass does the same, recomputation once more.
+    """
+    parallel = config.parallel
+    own = rows / parallel.context * config.model.hidden_size * element_bytes(config.precision)
+    passes = 3 if config.recompute else 2
+    sent = 2 * 2 * own * (parallel.tensor - 1) / parallel.tensor
+    sent += 2 * own / parallel.tensor * (parallel.context - 1)
+    return passes * sent * config.model.num_layers / parallel.pipeline
 
 
 def clip_frames(config: LMTrainConfig) -> tuple[int, str]:
@@ -147,28 +175,38 @@ def memory_of_fullest_rank(
     parallel = config.parallel
     element = element_bytes(config.precision)
     optimizer_bytes = 12 if config.precision == "bf16" else 8
-    optimizer_parts = copies if parallel.distributed_optimizer else 1
-    logits = rows * padded_vocabulary(config) // parallel.tensor
-    return {
+    optimizer_parts = copies * parallel.context if parallel.distributed_optimizer else 1
+    own_rows = rows / parallel.context
+    logits = own_rows * padded_vocabulary(config) / parallel.tensor
+    memory = {
         "weights": own * element,
         "gradients": trained * 4,
         "optimizer": trained * optimizer_bytes // optimizer_parts,
         **average_memory(config.ema, own // optimizer_parts),
-        "activations": int(rows * activations_per_token(config, micro_batches)),
-        "logits": logits * (4 + 4 + element),
+        "activations": int(own_rows * activations_per_token(config, micro_batches)),
+        # Of the model, masked where the vocabulary is padded, and in float32.
+        "logits": int(logits * (2 * element + 4)),
         "runtime": RUNTIME_BYTES,
     }
+    fused = bool(config.optim.fused)
+    return with_update(memory, 0 if fused else trained * 4 // optimizer_parts)
 
 
 def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
-    """Bytes of activations that a rank keeps for each token of a packed row."""
+    """Bytes of activations that a rank keeps for each of its tokens of a packed row."""
     model = config.model
     tensor = config.parallel.tensor
     pipeline = config.parallel.pipeline
     element = element_bytes(config.precision)
     sequence_parts = tensor if config.parallel.sequence else 1
-    divided = KEPT_DIVIDED * model.hidden_size + KEPT_FFN * model.ffn_size
-    block = (KEPT * model.hidden_size / sequence_parts + divided / tensor) * element
+    attention: float = KEPT_DIVIDED
+    context = config.parallel.context
+    if context > 1:
+        # Own rotated queries, output, and keys and values of the whole row.
+        attention = 2 + 2 * context
+    divided = attention * model.hidden_size + KEPT_FFN * model.ffn_size
+    norms = NORMS * model.hidden_size * (4 + element) / sequence_parts
+    block = norms + divided / tensor * element
     in_flight = min(pipeline, micro_batches)
     if not config.recompute:
         return block * model.num_layers / pipeline * in_flight

@@ -5,20 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from landiff.configs import ConfigError, load
-from landiff.data_pipeline.loading.phases import batch_sizes
-from landiff.launchers.budget.budget_plan import GIB, BudgetPlan, element_bytes
-from landiff.launchers.budget.models import make_plan
-from landiff.launchers.budget.search import format_candidates, search
-from landiff.launchers.budget.step_time import GPUS, fits, step_seconds
-from landiff.launchers.project.presets import preset_config, require_preset
+from landiff.data_pipeline.format.shards import read_manifest
+from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
+from landiff.launchers.budget.calibration import measured_speed
+from landiff.launchers.budget.courses import Course, plan_courses
+from landiff.launchers.budget.search import format_candidates, search, way_out
+from landiff.launchers.budget.step_time import (
+    GPUS,
+    Gpu,
+    Speed,
+    fits,
+    model_flops_utilization,
+    traffic_seconds,
+)
+from landiff.launchers.budget.total import (
+    ORDER,
+    PrecomputeCost,
+    checkpoint_bytes,
+    format_disk,
+    format_total,
+    precompute_cost,
+    training_cost,
+)
+from landiff.launchers.project.presets import PRESET_CONFIGS, preset_config, require_preset
 from landiff.launchers.stages import TRAINERS, AnyTrainConfig
-from landiff.training.config import LoopConfig
-from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.lm.config import LMTrainConfig
-from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -29,98 +44,100 @@ def plan_command(args: argparse.Namespace) -> int:
             f"--gpus {args.gpus} --mfu {args.mfu:g} --steps {args.steps}: give at least one GPU, "
             "at least one step, and a fraction of the peak above 0 and at most 1"
         )
+    if args.price is not None and args.price < 0:
+        raise ConfigError(f"--price {args.price:g} is below 0; give the price of a GPU hour")
+    if args.stage == "all":
+        return plan_all(args)
     name = args.config
     if args.preset is not None:
         require_preset(args.preset)
         stem = "diffusion-main" if args.stage == "diffusion" else args.stage
         name = preset_config(args.preset, stem)
+    gpu = GPUS[args.gpu]
     config: AnyTrainConfig = load(TRAINERS[args.stage].config_class, name, args.overrides)
+    speed = Speed(args.mfu)
+    if args.calibrate is not None:
+        speed = measured_speed(Path(args.calibrate), args.stage, gpu)
     if args.search:
-        found = search(config, args.gpus, GPUS[args.gpu], args.mfu)
+        found = search(config, args.gpus, gpu, speed)
         if not found:
             raise ConfigError(
                 f"no layout of {name} fits {args.gpus} x {args.gpu}; use more or larger GPUs"
             )
         print(format_candidates(found, args.top))
         return 0
-    courses = plan_courses(config, args.gpus, args.steps or config.loop.steps)
+    try:
+        courses = plan_courses(config, args.gpus, args.steps or config.loop.steps)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {way_out(config, args.gpus, gpu, speed)}") from None
     # Of several batch sizes the one that needs the most memory, and of equal ones the last.
     plan = max((course.plan for course in reversed(courses)), key=lambda plan: plan.total_memory)
     if args.json:
         document = asdict(plan)
         document["total_memory"] = plan.total_memory
-        document["seconds_per_step"] = step_seconds(plan, GPUS[args.gpu], args.mfu)
+        document["seconds_per_step"] = speed.step_seconds(plan, gpu)
         document["checkpoint_bytes"] = checkpoint_bytes(config, plan)
         print(json.dumps(document, indent=1))
         return 0
-    print(format_budget(plan, courses, args.gpu, args.mfu, config.loop.save_every))
+    print(format_budget(plan, courses, args.gpu, speed, config.loop.save_every, args.price))
     steps = sum(course.steps for course in courses)
     print(format_disk(checkpoint_bytes(config, plan), config.loop, steps))
+    if not fits(plan, gpu):
+        print(f"way out     {way_out(config, args.gpus, gpu, speed)}")
     return 0
 
 
-def checkpoint_bytes(config: AnyTrainConfig, plan: BudgetPlan) -> int:
-    """Size of a checkpoint: all weights, and of the trained ones moments, averages and copies."""
-    weights = plan.parameters["all"]
-    trained = plan.parameters.get("trained", weights)
-    each = 8  # Adam's moments
-    element = 4
-    if not isinstance(config, TokenizerTrainConfig):
-        element = element_bytes(config.precision)
-        if config.precision == "bf16" or isinstance(config, DiffusionTrainConfig):
-            each += 4  # float32 weights
-        elif config.parallel.distributed_optimizer:
-            each += 4
-    if isinstance(config, LMTrainConfig):
-        trained *= config.parallel.pipeline if config.lora is not None else 1
-    if config.ema is not None:
-        each += 4
-    return weights * element + trained * each
+def plan_all(args: argparse.Namespace) -> int:
+    """Prints the cost of all trainings of a preset, and of the columns. Returns the exit code."""
+    if args.preset is None or args.overrides or args.search or args.calibrate or args.json:
+        raise ConfigError(
+            "landiff plan all takes --preset, and neither --config, --search, --calibrate, --json "
+            "nor overrides; plan one stage for these"
+        )
+    require_preset(args.preset)
+    gpu = GPUS[args.gpu]
+    speed = Speed(args.mfu)
+    configs: dict[str, Any] = {}
+    for stem, config_class in PRESET_CONFIGS.items():
+        configs[stem] = load(config_class, preset_config(args.preset, stem))
+    costs = {}
+    for stem in [stem for stems in ORDER for stem in stems]:
+        config = configs[stem]
+        try:
+            costs[stem] = training_cost(stem, config, args.gpus, gpu, speed)
+        except ConfigError as error:
+            hint = way_out(config, args.gpus, gpu, speed)
+            raise ConfigError(f"{stem}: {error}; {hint}") from None
+    print(f"{args.preset} on {args.gpus} x {args.gpu}, at an MFU of {args.mfu:.0%}")
+    print(format_total(costs, columns_cost(configs, args.clips, gpu), gpu, args.price))
+    return 0
 
 
-def format_disk(size: int, loop: LoopConfig, steps: int) -> str:
-    """Text about the disk that the checkpoints of a run of `steps` steps take."""
-    kept = min(loop.keep_last, -(-steps // loop.save_every))
-    if loop.keep_every:
-        kept += max(0, steps - loop.keep_last * loop.save_every) // loop.keep_every
-    return (
-        f"disk        {size / 1e9:,.1f} GB a checkpoint, {kept} kept at the end: "
-        f"{kept * size / 1e9:,.0f} GB, and one more while it is written"
-    )
-
-
-@dataclass(frozen=True)
-class Course:
-    """Steps of a run with the same batch sizes."""
-
-    first_step: int
-    steps: int
-    plan: BudgetPlan
-
-
-def plan_courses(config: AnyTrainConfig, gpus: int, steps: int) -> list[Course]:
-    """The parts of a training of `steps` steps with different batch sizes: ramps and phases.
-
-    Raises ConfigError if ranks, model and batch do not divide in one of them.
-    """
-    levels = [level for level in batch_sizes(config.data_phases).levels if level.first_step < steps]
-    ends = [level.first_step for level in levels[1:]] + [steps]
-    courses = []
-    for level, end in zip(levels, ends, strict=True):
-        plan = make_plan(config.at(level.first_step), gpus)
-        courses.append(Course(level.first_step, end - level.first_step, plan))
-    return courses
+def columns_cost(configs: dict[str, Any], clips: int | None, gpu: Gpu) -> PrecomputeCost | None:
+    """The cost of the columns of `clips` clips, by default those of the data. None without data."""
+    if clips is None:
+        try:
+            clips = read_manifest(Path(configs["shards"].data)).num_samples
+        except (OSError, ConfigError):
+            return None
+    return precompute_cost(configs, clips, gpu)
 
 
 def format_budget(
-    plan: BudgetPlan, courses: Sequence[Course], gpu_name: str, mfu: float, save_every: int
+    plan: BudgetPlan,
+    courses: Sequence[Course],
+    gpu_name: str,
+    speed: Speed,
+    save_every: int,
+    price: float | None = None,
 ) -> str:
     """Human-readable text of a plan, with time and size of a training.
 
     plan: that of the course that needs the most memory.
     """
     gpu = GPUS[gpu_name]
-    seconds = step_seconds(plan, gpu, mfu)
+    seconds = speed.step_seconds(plan, gpu)
+    mfu = model_flops_utilization(plan, gpu, seconds)
     counts = [f"{name} {number:,}" for name, number in plan.parameters.items()]
     lines = [f"{plan.trainer} on {plan.gpus} x {gpu_name}: {plan.layout}"]
     lines += [f"  {note}" for note in plan.notes]
@@ -128,30 +145,43 @@ def format_budget(
     lines.append("memory of the fullest GPU")
     for name, size in plan.memory.items():
         if size:
-            lines.append(f"  {name:<12}{size / GIB:>9.2f} GiB")
+            lines.append(f"  {name:<16}{size / GIB:>9.2f} GiB")
     verdict = "fits" if fits(plan, gpu) else "does NOT fit"
     total = plan.total_memory / GIB
     lines.append(
-        f"  {'all':<12}{total:>9.2f} GiB of {gpu.memory_gib:g}: {verdict} (a tenth is kept free)"
+        f"  {'all':<16}{total:>9.2f} GiB of {gpu.memory_gib:g}: {verdict} (a tenth is kept free)"
     )
     lines.append(
         f"each step   {plan.model_flops:.3e} model FLOPs, {plan.hardware_flops:.3e} with "
         f"recomputation; {plan.clips_per_step:,} clips, {plan.tokens_per_step:,} tokens"
     )
     lines.append(
-        f"about       {seconds:.2f} s a step at {mfu:.0%} of {gpu.peak_tflops:g} TFLOP/s: "
-        f"{plan.clips_per_step / seconds:.1f} clips/s, "
+        f"about       {seconds:.2f} s a step at an MFU of {mfu:.1%} of {gpu.peak_tflops:g} "
+        f"TFLOP/s: {plan.clips_per_step / seconds:.1f} clips/s, "
         f"{plan.tokens_per_step / seconds:,.0f} tokens/s"
     )
+    waiting = traffic_seconds(plan, gpu)
+    if waiting:
+        lines.append(f"  of which {waiting:.2f} s wait for traffic between GPUs")
+    if mfu < 0.99 * speed.mfu and speed.utilization is None:
+        lines.append(f"  the network allows no MFU of {speed.mfu:.0%} with this layout")
     steps = sum(course.steps for course in courses)
-    clips = sum(course.steps * course.plan.clips_per_step for course in courses)
-    times = [step_seconds(course.plan, gpu, mfu) for course in courses]
+    clips = round(sum(course.steps * course.clips_per_step for course in courses))
+    times = [course.step_seconds(gpu, speed) for course in courses]
     total_s = sum(course.steps * time for course, time in zip(courses, times, strict=True))
     if len(courses) > 1:
         for course, time in zip(courses, times, strict=True):
             lines.append(
-                f"  from step {course.first_step:,}: {course.plan.clips_per_step:,} clips a step, "
+                f"  from step {course.first_step:,}: {course.clips_per_step:,.0f} clips a step, "
                 f"{time:.2f} s"
+            )
+    for shape in courses[-1].shapes:
+        if shape.name:
+            lines.append(
+                f"  bucket {shape.name}: {shape.share:.0%} of the steps, "
+                f"{shape.plan.clips_per_step:,} clips, "
+                f"{speed.step_seconds(shape.plan, gpu):.2f} s, "
+                f"{shape.plan.total_memory / GIB:.2f} GiB"
             )
     lines.append(
         f"{steps:,} steps  {total_s / 86400:.2f} days, "
@@ -159,4 +189,7 @@ def format_budget(
         f"{clips:,} clips, "
         f"a checkpoint every {save_every * seconds / 60:.0f} min"
     )
+    if price is not None:
+        hours = total_s * plan.gpus / 3600
+        lines.append(f"cost        {hours * price:,.0f} at {price:g} a GPU hour")
     return "\n".join(lines)

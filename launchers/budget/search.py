@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from landiff.configs import Config, ConfigError, validate
 from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
 from landiff.launchers.budget.models import make_plan
-from landiff.launchers.budget.step_time import Gpu, fits, step_seconds
+from landiff.launchers.budget.step_time import Gpu, Speed, fits
 from landiff.launchers.stages import AnyTrainConfig
 from landiff.training.diffusion.config import DiffusionTrainConfig
+from landiff.training.layout import copy_size
 from landiff.training.lm.config import LMTrainConfig
 
 T = TypeVar("T", bound=Config)
 Change = dict[str, object]  # dotted key -> value
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
-PARALLEL_SIZES = (1, 2, 4, 8)  # of tensor and of pipeline parallelism
+PARALLEL_SIZES = (1, 2, 4, 8)  # of tensor, pipeline, context and sequence parallelism
+DIVIDING_KEYS = ("parallel.context", "sequence_parallel")  # rarely above 1
 
 
 @dataclass(frozen=True)
@@ -30,46 +33,95 @@ class Candidate:
     change: Change
 
 
-def search(config: AnyTrainConfig, gpus: int, gpu: Gpu, mfu: float) -> list[Candidate]:
-    """The layouts that fit, fastest first. Of equally fast ones, the one with less memory first."""
-    found = []
-    for change in choices(config, gpus):
-        try:
-            plan = make_plan(changed(config, change), gpus)
-        except ConfigError:
-            continue  # ranks, model and batch do not divide
-        if fits(plan, gpu):
-            found.append(Candidate(step_seconds(plan, gpu, mfu), plan, change))
+def search(config: AnyTrainConfig, gpus: int, gpu: Gpu, speed: Speed) -> list[Candidate]:
+    """The layouts that fit, fastest first. Of equally fast ones, the one with less memory first.
+
+    Ranks that divide a row or a clip are tried only if nothing else fits.
+    """
+    speed = reference_speed(config, gpus, gpu, speed)
+    for sizes in ((1,), PARALLEL_SIZES[1:]):
+        found = []
+        for change in choices(config, gpus, sizes):
+            try:
+                plan = make_plan(changed(config, change), gpus)
+            except ConfigError:
+                continue  # ranks, model and batch do not divide
+            if fits(plan, gpu):
+                found.append(Candidate(speed.step_seconds(plan, gpu), plan, change))
+        if found:
+            break
     found.sort(key=lambda candidate: (round(candidate.seconds, 3), candidate.plan.total_memory))
     return found
 
 
-def choices(config: AnyTrainConfig, gpus: int) -> Iterator[Change]:
-    """Changes to try: recomputation, micro-batch size, and the parallel layout of the trainer."""
+def reference_speed(config: AnyTrainConfig, gpus: int, gpu: Gpu, speed: Speed) -> Speed:
+    """The speed of all layouts, from the MFU of `config` itself, which the others need not have.
+
+    If `config` does not divide over the GPUs, of its model with one copy on as many as needed.
+    """
+    for number in (gpus, copy_size(config)):
+        try:
+            return speed.fixed_by(make_plan(config, number), gpu)
+        except ConfigError:
+            continue
+    return speed
+
+
+def way_out(config: AnyTrainConfig, gpus: int, gpu: Gpu, speed: Speed) -> str:
+    """The smallest change with which `config` runs on `gpus` GPUs, as a part of a message."""
+    found = search(config, gpus, gpu, speed)
+    if not found:
+        return (
+            f"no layout fits {gpus:,} GPUs of {gpu.memory_gib:g} GiB with data.global_batch_size = "
+            f"{config.data.global_batch_size}; change the batch or the number of GPUs"
+        )
+    data = config.model_dump(mode="json")
+    best = min(found, key=lambda candidate: (len(differences(data, candidate)), candidate.seconds))
+    words = [f"{key}={yaml_text(value)}" for key, value in differences(data, best).items()]
+    return f"the smallest change that does: {' '.join(words)}"
+
+
+def differences(data: Mapping[str, Any], candidate: Candidate) -> Change:
+    """The keys of a candidate with another value than in the config `data`."""
+    found: Change = {}
+    for key, value in candidate.change.items():
+        node: Any = data
+        for part in key.split("."):
+            node = node[part]
+        if node != value:
+            found[key] = value
+    return found
+
+
+def choices(config: AnyTrainConfig, gpus: int, sizes: Sequence[int]) -> Iterator[Change]:
+    """Changes to try: recomputation, micro-batch size, and the parallel layout of the trainer.
+
+    sizes: numbers of ranks that divide a row or a clip.
+    """
     for recompute in (False, True):
         for size in MICRO_BATCH_SIZES:
             if size > config.data.global_batch_size:
                 continue
             common: Change = {"recompute": recompute, "data.micro_batch_size": size}
-            for layout in layouts(config, gpus):
+            for layout in layouts(config, gpus, sizes):
                 yield common | layout
 
 
-def layouts(config: AnyTrainConfig, gpus: int) -> Iterator[Change]:
+def layouts(config: AnyTrainConfig, gpus: int, sizes: Sequence[int]) -> Iterator[Change]:
     """Parallel layouts to try; one empty change for torch DDP, which has no choice."""
     if isinstance(config, LMTrainConfig):
-        for tensor in PARALLEL_SIZES:
-            for pipeline in PARALLEL_SIZES:
-                if tensor * pipeline <= gpus:
-                    yield {
-                        "parallel.tensor": tensor,
-                        "parallel.pipeline": pipeline,
-                        "parallel.sequence": tensor > 1,
-                        "parallel.distributed_optimizer": True,
-                    }
+        for tensor, pipeline, context in itertools.product(PARALLEL_SIZES, PARALLEL_SIZES, sizes):
+            if tensor * pipeline * context <= gpus:
+                yield {
+                    "parallel.tensor": tensor,
+                    "parallel.pipeline": pipeline,
+                    "parallel.context": context,
+                    "parallel.sequence": tensor > 1,
+                    "parallel.distributed_optimizer": True,
+                }
     elif isinstance(config, DiffusionTrainConfig):
-        for stage in (1, 2, 3):
-            yield {"zero.stage": stage}
+        for stage, size in itertools.product((1, 2, 3), sizes):
+            yield {"zero.stage": stage, "sequence_parallel": size}
     else:
         yield {}
 
@@ -90,7 +142,10 @@ def format_candidates(found: Sequence[Candidate], top: int) -> str:
     """A table of the first `top` candidates."""
     lines = [f"{'s/step':>9}  {'GiB':>7}  change"]
     for candidate in found[:top]:
-        words = [f"{key}={yaml_text(value)}" for key, value in candidate.change.items()]
+        words = []
+        for key, value in candidate.change.items():
+            if value != 1 or key not in DIVIDING_KEYS:
+                words.append(f"{key}={yaml_text(value)}")
         memory = candidate.plan.total_memory / GIB
         lines.append(f"{candidate.seconds:>9.2f}  {memory:>7.1f}  {' '.join(words)}")
     return "\n".join(lines)

@@ -132,7 +132,8 @@ def dry_run(plans: Sequence[SubmitPlan], cluster: ClusterConfig) -> str:
 def print_outlook(plans: Sequence[SubmitPlan]) -> None:
     """Prints GPU hours, days and disk of the jobs of a pipeline, before all else."""
     # Imported here, because it loads torch.
-    from landiff.launchers.project.outlook import ORDER, outlook
+    from landiff.launchers.budget.total import ORDER
+    from landiff.launchers.project.outlook import outlook
 
     configs = {plan.name: plan.config for plan in plans if plan.config is not None}
     trainers = [stem for stems in ORDER for stem in stems]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from landiff.configs import load
+from landiff.launchers.budget.total import TrainingCost, total_days
 from landiff.launchers.cli import main
 from landiff.launchers.project import check as check_module
 from landiff.launchers.project.check import check_space
-from landiff.launchers.project.outlook import TrainingCost, outlook, total_days
+from landiff.launchers.project.outlook import outlook
 from landiff.launchers.project.presets import PRESET_CONFIGS, preset_config
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from landiff.configs import ConfigError, load
+from landiff.configs.loader import dump
 from landiff.data_pipeline.format.shards import write_manifest
 from landiff.launchers.budget.budget_plan import GIB
 from landiff.launchers.budget.models import make_plan
-from landiff.launchers.budget.plan import checkpoint_bytes, format_disk
-from landiff.launchers.budget.search import changed, search
-from landiff.launchers.budget.step_time import GPUS
+from landiff.launchers.budget.search import changed, search, way_out
+from landiff.launchers.budget.step_time import (
+    GPUS,
+    Speed,
+    model_flops_utilization,
+    traffic_seconds,
+)
+from landiff.launchers.budget.total import checkpoint_bytes, format_disk
 from landiff.launchers.cli import main
 from landiff.launchers.stages import TRAINERS
 from landiff.model_zoo.lora.config import AdapterConfig
 from landiff.model_zoo.lora.modules import add_layers
 from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.token_layout import TokenLayout
+from landiff.training.checkpoint.files import CheckpointState
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.observe.flops import lm_flops, main_flops
@@ -164,8 +173,8 @@ def test_diffusion_gradients_are_summed_and_sent_in_float32():
     trained = plans[1].parameters["trained"]
     assert plans[1].memory["gradients"] == 4 * trained
     assert plans[2].memory["gradients"] == 4 * trained // 64
-    assert plans[1].gradient_bytes == (4 + 2) * trained  # and the bfloat16 weights
-    assert plans[2].gradient_bytes == (4 * 4 + 2) * trained
+    assert plans[1].gradient_bytes == (8 + 2) * trained  # all-reduced, and the bfloat16 weights
+    assert plans[2].gradient_bytes == (4 * 8 + 2) * trained
 
 
 def test_a_moving_average_takes_four_bytes_for_each_weight_divided_like_the_optimizer(lm):
@@ -212,11 +221,13 @@ def test_a_config_that_does_not_divide_names_the_nearest(lm, key, value, near):
 
 
 def test_search_ranks_what_fits(lm):
-    found = search(lm, 64, GPUS["h100"], 0.4)
+    found = search(lm, 64, GPUS["h100"], Speed(0.4))
     seconds = [round(candidate.seconds, 3) for candidate in found]
     assert len(found) > 20 and seconds == sorted(seconds)
     assert all(candidate.plan.total_memory <= 0.9 * 80 * GIB for candidate in found)
-    small = search(load(DiffusionTrainConfig, "landiff/diffusion-main"), 8, GPUS["l40s"], 0.4)
+    small = search(
+        load(DiffusionTrainConfig, "landiff/diffusion-main"), 8, GPUS["l40s"], Speed(0.4)
+    )
     assert small[0].change["recompute"]  # 48 GiB do not hold all activations
 
 
@@ -246,3 +257,123 @@ def test_the_command_prints_a_ranking(capsys):
     title, line = capsys.readouterr().out.splitlines()
     assert title.split() == ["s/step", "GiB", "change"]
     assert "data.micro_batch_size=" in line
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_mfu_is_that_of_model_flops_over_whole_steps(lm, recompute):
+    config = changed(lm, {"recompute": recompute})
+    plan = make_plan(config, 32)
+    gpu = GPUS["h100"]
+    seconds = Speed(0.3).step_seconds(plan, gpu)
+    assert seconds == pytest.approx(plan.model_flops / (32 * 989e12 * 0.3))
+    assert model_flops_utilization(plan, gpu, seconds) == pytest.approx(0.3)
+    assert seconds > traffic_seconds(plan, gpu) > 0
+
+
+def test_other_layouts_are_compared_at_the_speed_of_the_given_one(lm):
+    gpu = GPUS["h100"]
+    again = make_plan(changed(lm, {"recompute": True}), 32)
+    once = make_plan(changed(lm, {"recompute": False}), 32)
+    speed = Speed(0.3).fixed_by(again, gpu)
+    assert speed.step_seconds(again, gpu) == pytest.approx(Speed(0.3).step_seconds(again, gpu))
+    assert speed.step_seconds(once, gpu) < 0.85 * speed.step_seconds(again, gpu)
+
+
+def test_an_mfu_that_the_network_does_not_allow_is_not_promised(lm):
+    change = {"parallel.tensor": 1, "parallel.sequence": False, "data.micro_batch_size": 1}
+    plan = make_plan(changed(lm, change), 512)
+    gpu = GPUS["h100"]
+    assert model_flops_utilization(plan, gpu, Speed(0.9).step_seconds(plan, gpu)) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("tokenizer", "landiff/tokenizer"),
+        ("lm", "landiff/lm"),
+        ("diffusion", "landiff/diffusion-main"),
+        ("diffusion", "landiff/diffusion-control"),
+    ],
+)
+@pytest.mark.parametrize("gpus", [1, 8, 64, 256, 512, 1024])
+def test_a_packaged_config_runs_on_1_to_1024_gpus_or_the_way_out_does(stage, name, gpus):
+    config = load(TRAINERS[stage].config_class, name)
+    gpu = GPUS["h100"]
+    try:
+        plan = make_plan(config, gpus)
+        if plan.total_memory <= 0.9 * gpu.memory_gib * GIB:
+            return
+    except ConfigError:
+        pass
+    text = way_out(config, gpus, gpu, Speed(0.4))
+    marker = "the smallest change that does: "
+    if marker not in text:
+        # Fewer samples in a batch than GPUs, and a trainer that divides no sample.
+        assert stage == "tokenizer" and gpus > config.data.global_batch_size
+        assert "change the batch" in text
+        return
+    overrides = text.removeprefix(marker).split()
+    plan = make_plan(load(TRAINERS[stage].config_class, name, overrides), gpus)
+    assert plan.total_memory <= 0.9 * gpu.memory_gib * GIB
+
+
+def test_a_plan_names_the_way_out(capsys):
+    assert main(["plan", "lm", "--config", "landiff/lm", "--gpus", "1024"]) == 2
+    assert "data.micro_batch_size=1" in capsys.readouterr().err
+    command = ["plan", "diffusion", "--config", "landiff/diffusion-main", "--gpus", "8"]
+    assert main([*command, "--gpu", "l40s", "recompute=false"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "does NOT fit" in out and "way out     the smallest change that does: recompute=true" in out
+    )
+
+
+def test_a_plan_adds_up_buckets(capsys):
+    buckets = "data.buckets=[1x480x720, 49x480x720]"
+    command = ["plan", "diffusion", "--config", "landiff/diffusion-main", "--gpus", "64", buckets]
+    assert main([*command, "data.balance_tokens=true"]) == 0
+    out = capsys.readouterr().out
+    # 1350 / 2 / 2 + 226 tokens fit 11 times into 17776 ones.
+    assert "bucket 1x480x720: 50% of the steps, 2,816 clips" in out.replace("\n", " ")
+    assert "bucket 49x480x720: 50% of the steps, 256 clips" in out
+
+
+def test_all_stages_are_added_up_at_a_price(capsys):
+    command = ["plan", "all", "--preset", "landiff", "--gpus", "64", "--price", "2", "--clips"]
+    assert main([*command, "1000000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[2:8]}
+    stages = ("precompute", "tokenizer", "lm", "diffusion-main", "diffusion-control")
+    hours = {}
+    for name in (*stages, "all"):
+        cells = [cell.replace(",", "") for cell in rows[name]]
+        hours[name] = float(cells[1 if name == "all" else 3])
+        assert float(cells[-1]) == pytest.approx(2 * hours[name], abs=1)
+    assert hours["all"] == pytest.approx(sum(hours[name] for name in stages), abs=1)
+    assert main(["plan", "all", "--config", "landiff/lm"]) == 2
+
+
+def test_a_run_calibrates_a_plan(tmp_path, capsys):
+    config = load(LMTrainConfig, "landiff/lm", ["run=" + str(tmp_path)])
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    lines = []
+    for step in range(10):
+        lines.append({"step": step, "time": 0.0, "throughput/mfu": 0.1 if step < 5 else 0.45})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["plan", "lm", "--config", "landiff/lm", "--gpus", "32", "--calibrate", str(tmp_path)]
+    assert main(command) == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    folder = tmp_path / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    state = CheckpointState(
+        step=10,
+        kind="LMTrainConfig",
+        loader={},
+        manifest="0",
+        columns={},
+        world_size=32,
+        versions={},
+    )
+    (folder / "state.json").write_text(state.model_dump_json())
+    assert main(command) == 0
+    assert "at an MFU of 45.0%" in capsys.readouterr().out
