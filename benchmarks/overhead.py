@@ -6,8 +6,8 @@
 The real training loop trains a tokenizer of 10 M parameters with `loop.spikes`, `ema` and the
 default `loop.log_every`, and the functions that these features add to a step are timed within it.
 Before and after each call the device is waited for, so that work of the step itself does not count.
-The cost of an agreement of ranks is measured in a loop of its own, because a rank in a real step
-also waits for the slower ones:
+On several ranks, the guard's decision includes waiting for the slower ones, and each part that of
+its device. The cost of the agreement of the ranks alone is measured in a loop of its own:
 
     torchrun --nproc-per-node 2 -m benchmarks.overhead
 """
