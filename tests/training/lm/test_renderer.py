@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from landiff.configs.base import ConfigError
+from landiff.data_pipeline.loading.samples import Sample
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import DiffusionConfig
 from landiff.model_zoo.frozen.config import MiniLMConfig
@@ -21,7 +23,8 @@ from landiff.training.observe.previews import Preview
 from landiff.training.observe.prompts import prompt_states
 from tests.distributed import run_distributed
 from tests.training.diffusion.tiny import MODEL, TOKENIZER, make_zoo
-from tests.training.lm.samples import tiny_config, tiny_sample
+from tests.training.lm.samples import tiny_batch, tiny_config, tiny_sample
+from tests.training.toy import validation_metrics
 
 PROMPT_TAGS = ["preview/prompt_0", "preview/prompt_1"]
 LAYOUT = TOKENIZER.model_dump(
@@ -56,15 +59,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def clips_of(config: LMTrainConfig) -> list[Sample]:
+    """Clips of three frames, as the diffusion model."""
+    clips = []
+    for number in range(2):
+        clips.append(replace(tiny_sample(config, 4 * number + 2, number), index=number))
+    return clips
+
+
 def previews(world: Any, folder: Path, parallel: dict[str, int]) -> list[Preview]:
     config = render_config(folder, parallel=parallel)
     engine = MegatronEngine(config)
-    clips = []
-    for number in range(2):
-        clip = tiny_sample(
-            config, 4 * number + 2, number
-        )  # of three frames, as the diffusion model
-        clips.append(replace(clip, index=number))
+    clips = clips_of(config)
     generator = torch.get_rng_state()
     found = engine.preview(clips)
     assert torch.equal(torch.get_rng_state(), generator)
@@ -73,9 +79,14 @@ def previews(world: Any, folder: Path, parallel: dict[str, int]) -> list[Preview
     return found
 
 
+@pytest.fixture(scope="module")
+def one(folder: Path) -> list[Preview]:
+    """What one rank renders."""
+    return run_distributed(previews, 1, folder, {})[0]
+
+
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}])
-def test_two_ranks_render_what_one_renders(folder, parallel):
-    [one] = run_distributed(previews, 1, folder, {})
+def test_two_ranks_render_what_one_renders(folder, one, parallel):
     clip_tags = ["preview/held_out_0", "preview/held_out_1"]
     assert [preview.tag for preview in one] == [*clip_tags, *PROMPT_TAGS]
     assert list(one[0].panels) == ["tokens of the clip", "sampled"]
@@ -88,6 +99,33 @@ def test_two_ranks_render_what_one_renders(folder, parallel):
                 assert video.shape == (9, 32, 32, 3)
                 assert torch.equal(preview.panels[title], video)
     assert not torch.equal(*one[0].panels.values())
+
+
+def show_with_a_slow_rank(world: Any, folder: Path) -> tuple[dict[str, float], Any, float]:
+    """Metrics, previews and the loss of a step. Rank 1, if there is one, sleeps in each forward."""
+    config = render_config(folder, data={"global_batch_size": 3, "micro_batch_size": 1})
+    engine = MegatronEngine(config)
+    if world.rank == 1:
+        engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    clips = clips_of(config)
+    metrics = validation_metrics(engine, clips, engine.dp_rank, engine.dp_size)
+    previews = engine.preview(clips)
+    result = engine.train_step(tiny_batch(config, 0, engine.dp_rank, engine.dp_size))
+    engine.close()
+    return metrics, previews, float(result.loss)
+
+
+def test_previews_and_validation_finish_when_one_of_three_ranks_is_slow(folder, one):
+    ((expected, _, loss),) = run_distributed(show_with_a_slow_rank, 1, folder)
+    assert {"loss", "sampled_bigram_distance"} <= expected.keys()
+    for metrics, previews, found in run_distributed(show_with_a_slow_rank, 3, folder):
+        # float32 sums in another order
+        assert metrics == pytest.approx(expected, abs=1e-5) and found == pytest.approx(
+            loss, abs=1e-5
+        )
+        for preview, alone in zip(previews, one, strict=True):
+            for title, video in alone.panels.items():
+                assert torch.equal(preview.panels[title], video), title
 
 
 def test_text_states_of_prompts_are_kept_until_prompts_or_encoder_change(tmp_path):
