@@ -96,7 +96,9 @@ def test_make_and_score_from_the_command_line(tmp_path: Path, capsys):
     labels = str(out / "labels-true-heldout.jsonl")
     result = tmp_path / "rates.json"
     words = ["--videos", str(out / "true-heldout"), "--labels", labels, "--out", str(result)]
-    assert main(["shapes", "score", *words]) == 0
+    details = tmp_path / "details.jsonl"
+    assert main(["shapes", "score", *words, "--details", str(details)]) == 0
+    assert len(details.read_text().splitlines()) == 2
     assert json.loads(result.read_text())["right"]["all"] == 1.0
     assert "2 videos" in capsys.readouterr().out
     codec = tmp_path / "codec.safetensors"
@@ -104,6 +106,10 @@ def test_make_and_score_from_the_command_line(tmp_path: Path, capsys):
     words = ["fit-codec", "--clips", clips, "--out", str(codec), "--channels", "4"]
     assert main(words) == 0
     assert codec.stat().st_size < 20_000
+    whole = codec.read_bytes()
+    assert main([*words, "--limit", "1", "--whiten", "0.5"]) == 0
+    assert "from 1 clips" in capsys.readouterr().out and codec.read_bytes() != whole
+    assert main([*words, "--whiten", "2"]) == 2
 
 
 def test_a_long_video_is_kept_if_all_its_parts_show_the_same(true_videos):

@@ -239,6 +239,18 @@ def test_the_command_prints_a_plan(capsys):
         assert word in text
 
 
+def test_a_plan_takes_gpu_utilization_and_steps(capsys):
+    words = ["plan", "tokenizer", "--config", "nano/tokenizer", "--gpus", "2"]
+    printed: set[str] = set()
+    options = ["--gpu", "a100", "--mfu", "0.1", "--steps", "7"]
+    for end in range(0, 7, 2):  # each option changes what the ones before gave
+        assert main([*words, *options[:end]]) == 0
+        text = capsys.readouterr().out
+        assert text not in printed
+        printed.add(text)
+    assert "A100" in text.upper()
+
+
 def test_a_plan_adds_up_the_batch_sizes_of_ramp_and_phases(capsys):
     phases = '[{"from_step": 60, "data": {"global_batch_size": 32}}]'
     ramp = '{"start": 8, "increment": 8, "steps": 20}'

@@ -451,6 +451,10 @@ def test_the_command_takes_files_seeds_and_processes(zoo, tmp_path, capsys, monk
     assert "is a file; sample its prompts with --prompts prompts.txt" in capsys.readouterr().err
     assert main([*words, "--prompts", "prompts.txt", "--seeds", "1-2", "--dry-run"]) == 0
     assert "would sample 4 video(s)" in capsys.readouterr().out
+    assert main([*words, "a fox", "--num-videos", "3", "--dry-run"]) == 0
+    assert "would sample 3 video(s)" in capsys.readouterr().out
+    assert main([*words, "a fox", "--memory", "1MB"]) == 2
+    assert "--memory 0.0GB is too little" in capsys.readouterr().err
     assert main([*words, "--prompts", "prompts.txt", "--nproc", "2"]) == 0
     assert len(files(tmp_path / "samples")) == 2
     assert main([*words, "--nproc", "0", "a fox"]) == 2

@@ -77,6 +77,9 @@ def test_logs_show_the_failing_rank_first(tmp_path, capsys):
     )
     code, out, _ = landiff(capsys, "logs", str(run), "--rank", "3")
     assert code == 0 and "the last words" in out and "the cause" not in out
+    (run / "job" / "log" / "rank_0003.log").write_text("first\nsecond\nthird\n")
+    code, out, _ = landiff(capsys, "logs", str(run), "--rank", "3", "--lines", "2")
+    assert code == 0 and "first" not in out and "second\nthird" in out
     code, _, err = landiff(capsys, "logs", str(run), "--rank", "9")
     assert code == 2 and "rank_0003.log" in err
 

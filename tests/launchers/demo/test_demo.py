@@ -13,6 +13,7 @@ from PIL import Image
 
 from landiff.configs.base import ConfigError
 from landiff.data_pipeline.video.codec import spaced_frames
+from landiff.launchers.cli import main
 from landiff.launchers.demo.jobs import MAX_WAITING, JobQueue
 from landiff.launchers.demo.library import Library, Result
 from landiff.launchers.demo.requests import MAX_PROMPT, build_request, model_choices
@@ -252,7 +253,11 @@ def test_the_queue_is_bounded_and_jobs_that_wait_can_be_cancelled(base):
     assert queue.take() is None and jobs[1].is_cancelled
 
 
-def test_the_page_is_for_this_machine_only_unless_told_otherwise():
+def test_the_page_is_for_this_machine_only_unless_told_otherwise(base, capsys):
+    words = ["demo", "--config", "nano/sample", f"zoo={base.zoo}", "--dry-run"]
+    assert main(words) == 0 and "a page on 127.0.0.1:7860" in capsys.readouterr().out
+    assert main([*words, "--host", "0.0.0.0", "--port", "80"]) == 0
+    assert "a page on 0.0.0.0:80" in capsys.readouterr().out
     assert is_local("127.0.0.1") and is_local("localhost") and is_local("::1")
     assert not is_local("0.0.0.0") and not is_local("example.com")
     with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="--port"):
