@@ -26,7 +26,7 @@ from landiff.launchers.results.sample import sample_videos
 from landiff.model_zoo import registry
 from landiff.model_zoo.device import pick_device
 
-OFFLOADS = ("base", "none", "model", "disk")
+OFFLOADS = ("base", "none", "model", "group", "sequential", "disk")
 HEADS = 16
 
 
