@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from landiff.model_zoo.convert.pickles import read_pickle
 from landiff.training.checkpoint.background import BackgroundWriter
 from landiff.training.checkpoint.errors import CheckpointError
-from landiff.training.checkpoint.parts import StateFile, torch_archive, write_files
+from landiff.training.checkpoint.parts import StateFile, contents, torch_archive, write_files
 from landiff.training.checkpoint.run_folder import committed_steps, read_metrics, step_folder
+from landiff.training.checkpoint.staging import COPIED_AT_ONCE, StagingBuffer, staged_bytes
 from landiff.training.checkpoint.store import CheckpointStore
+from landiff.training.checkpoint.writer import NICENESS
 from landiff.training.config import LoopConfig
 from landiff.training.engine import TrainState
 from landiff.training.loop import fit
@@ -77,6 +79,29 @@ def test_a_checkpoint_holds_the_state_at_the_save_and_not_that_of_later_steps(tm
     advance(store, engine)
     stored = load_file(step_folder(store.folder, 2) / "toy.safetensors")
     assert torch.equal(stored["weight"], before)
+    store.background.close()
+
+
+def test_tensors_larger_than_a_piece_are_staged_whole():
+    count = COPIED_AT_ONCE + 12345
+    large = torch.arange(count, dtype=torch.int64).to(torch.uint8)
+    parts = [b"head", large, b"between", large.flip(0), torch.zeros(0, dtype=torch.uint8)]
+    files = [StateFile("a", parts), StateFile("b", [large[:7]])]
+    buffer = StagingBuffer(staged_bytes(files), torch.device("cpu"))
+    placed = buffer.stage(files)
+    for file, place in zip(files, placed, strict=True):
+        expected = b"".join(bytes(content) for content in contents(file.parts))
+        staged = buffer.bytes[place["start"] : place["start"] + place["bytes"]]
+        assert staged.numpy().tobytes() == expected
+    buffer.close()
+
+
+def test_the_writer_yields_to_the_trainer(tmp_path):
+    store, engine = begin(config(tmp_path))
+    resume_writing(store)
+    advance(store, engine)
+    niceness = os.getpriority(os.PRIO_PROCESS, store.background.process.pid)
+    assert niceness == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
     store.background.close()
 
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
 TOUCHED_AT_ONCE = 64 << 20  # bytes; the thread can be stopped in between
 FILE_ALIGNMENT = 64  # of files in the buffer, so that copies are aligned
+COPIED_AT_ONCE = 8 << 20  # bytes of host memory that a thread copies before it takes others
+COPY_THREADS = 4  # a single core does not use the bandwidth of the memory
 
 
 class StagingBuffer:
@@ -78,6 +81,7 @@ class StagingBuffer:
         """
         self._thread.join()
         placed = []
+        copies: list[tuple[Tensor, Tensor]] = []
         position = 0
         for file in files:
             position = -(-position // FILE_ALIGNMENT) * FILE_ALIGNMENT
@@ -89,8 +93,7 @@ class StagingBuffer:
                     tensors[id(part.tensor)][2].append(position)
                 elif isinstance(part, Tensor):
                     tensors[id(part)] = (position, size, [])
-                    target = self.bytes[position : position + size]
-                    target.copy_(part, non_blocking=self._pinned)
+                    copies.append((self.bytes[position : position + size], part))
                 else:
                     self._map[position : position + size] = part
                 position += size
@@ -98,9 +101,24 @@ class StagingBuffer:
             placed.append(
                 {"path": file.path, "start": start, "bytes": position - start, "crcs": crcs}
             )
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._copy(copies)
         return placed
+
+    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copy tensors to their places: those on a device at once, those of the host in threads."""
+        if self.device.type == "cuda":
+            for target, part in copies:
+                target.copy_(part, non_blocking=self._pinned)
+            torch.cuda.synchronize(self.device)
+            return
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for target, part in copies:
+            places = target.split(COPIED_AT_ONCE)
+            pieces += zip(places, part.split(COPIED_AT_ONCE), strict=True)
+        threads = min(COPY_THREADS, len(os.sched_getaffinity(0)), max(1, len(pieces)))
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(_copy_piece, pieces):  # raises what a thread raised
+                pass
 
     def close(self) -> None:
         """Return the memory, once the other process has ended too."""
@@ -110,6 +128,11 @@ class StagingBuffer:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
         self.bytes = torch.empty(0, dtype=torch.uint8)  # the mapping ends with its last reader
         os.close(self.fd)
+
+
+def _copy_piece(piece: tuple[Tensor, Tensor]) -> None:
+    target, part = piece
+    target.copy_(part)
 
 
 def staged_bytes(files: Sequence[StateFile]) -> int:

@@ -32,6 +32,7 @@ from landiff.configs.disk_errors import naming
 from landiff.configs.files import PUBLIC, remove_dir, replace_dir
 
 BLOCK = 16 << 20  # bytes that are hashed and written at once
+NICENESS = 5  # above the trainer's, so that its steps come first; also lowers the I/O priority
 PARENT_DIED = 1  # PR_SET_PDEATHSIG
 
 
@@ -129,6 +130,7 @@ def main(arguments: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
+    os.nice(NICENESS)
     buffer = memoryview(mmap.mmap(buffer_fd, size))
     with suppress(ConnectionError):  # the trainer has died
         serve(socket.socket(fileno=socket_fd), buffer)
