@@ -147,8 +147,8 @@ def prove_kill_safety(
                 report.plans.append(plan)
             elif plan.kind != "none":
                 plans.missed(plan)
-            committed = _check_checkpoints(killed, committed)
-        _compare(trainer, straight, killed)
+            committed = check_checkpoints(killed, committed)
+        compare_runs(trainer, straight, killed)
     report.seconds = time.monotonic() - begin
     return report
 
@@ -163,7 +163,7 @@ class Planner:
         self.duration_s = duration_s
         self.random = random_
         operations = []
-        for path in sorted(_beside(straight).glob("operations_*")):
+        for path in sorted(notes_of(straight).glob("operations_*")):
             for line in path.read_text().splitlines():
                 operations.append(json.loads(line))
         steps = sorted({operation["step"] for operation in operations if operation["step"]})
@@ -221,7 +221,7 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
     Raises RankError when ranks failed for another reason.
     """
     config = trainer.write_config(run)
-    folder = _beside(run)
+    folder = notes_of(run)
     folder.mkdir(parents=True, exist_ok=True)
     children = ranks.start(
         tormented,
@@ -253,7 +253,7 @@ def _attempt(trainer: Trainer, ranks: Nursery, run: Path, plan: Plan, timeout_s:
     return killed
 
 
-def _check_checkpoints(run: Path, before: int) -> int:
+def check_checkpoints(run: Path, before: int) -> int:
     """Assert that checkpoints are intact and the newest is not older than `before`. Returns it."""
     folder = run / "checkpoints"
     steps = committed_steps(folder)
@@ -271,7 +271,8 @@ def _check_checkpoints(run: Path, before: int) -> int:
     return newest
 
 
-def _compare(trainer: Trainer, straight: Path, killed: Path) -> None:
+def compare_runs(trainer: Trainer, straight: Path, killed: Path) -> None:
+    """Assert that a run ended as the undisturbed one: checkpoints, metrics, events, samples."""
     read = trainer.read or file_hashes
     steps = [committed_steps(run / "checkpoints") for run in (straight, killed)]
     assert steps[0] == steps[1], f"checkpoints {steps[1]} instead of {steps[0]}"
@@ -318,7 +319,7 @@ def _timeless(line: Mapping[str, Any]) -> dict[str, str]:
 def _read_order(run: Path) -> dict[str, str]:
     """ "rank/step" -> indices of its samples; a step that was done again must have had the same."""
     order: dict[str, str] = {}
-    for path in sorted(_beside(run).glob("order_*")):
+    for path in sorted(notes_of(run).glob("order_*")):
         for line in path.read_text().splitlines():
             step, indices = line.split(":")
             key = f"{path.name}/{step}"
@@ -328,7 +329,7 @@ def _read_order(run: Path) -> dict[str, str]:
     return order
 
 
-def _beside(run: Path) -> Path:
+def notes_of(run: Path) -> Path:
     """Where the harness keeps its own notes about `run`."""
     return run.with_name(f"{run.name}-notes")
 
@@ -339,7 +340,7 @@ def _beside(run: Path) -> Path:
 def tormented(main: str, config: str, loader: str, run: str, plan: Plan) -> None:
     """What a forked rank runs: `main(config)` with the hooks in place."""
     rank = int(os.environ["RANK"])
-    notes = _beside(Path(run))
+    notes = notes_of(Path(run))
     watch_order(_named(loader), notes / f"order_{rank}")
     Hooks(rank, Path(run), plan, notes / f"operations_{rank}").install()
     _named(main)(config)

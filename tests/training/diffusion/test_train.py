@@ -19,6 +19,7 @@ from tests.data_pipeline.data_sets import keys_of
 from tests.distributed import nursery
 from tests.training.diffusion.tiny import config, make_zoo, write_data, write_mixed_data
 from tests.training.mixed import IMAGE, TALL, VIDEO
+from tests.writer_chaos import prove_writer_kill_safety
 
 
 def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: object) -> Path:
@@ -101,6 +102,17 @@ def test_killed_run_equals_uninterrupted(tmp_path):
 @pytest.mark.parametrize("trainer", [MAIN, CONTROL], ids=["main", "control"])
 def test_killed_run_equals_uninterrupted_at_length(tmp_path, trainer):
     assert len(prove_kill_safety(trainer, tmp_path, __name__, kills=50, seed=1).plans) == 50
+
+
+def write_async_config(run: Path) -> Path:
+    """The same with checkpoints that other processes write."""
+    return write_config(run, loop__async_save="true", loop__on_save_failure="fatal")
+
+
+@pytest.mark.long
+def test_a_kill_while_a_checkpoint_is_written_loses_nothing(tmp_path):
+    trainer = Trainer(CONTROL.main, write_async_config, world_size=2)
+    assert prove_writer_kill_safety(trainer, tmp_path, __name__, kills=12) > 60
 
 
 def run_main(path):

@@ -21,6 +21,7 @@ from tests.data_pipeline.data_sets import keys_of
 from tests.training.lm.data_set import write_mixed_data
 from tests.training.lm.samples import tiny_config
 from tests.training.mixed import IMAGE, TALL, VIDEO
+from tests.writer_chaos import prove_writer_kill_safety
 
 
 def write_config(
@@ -117,3 +118,15 @@ def test_killed_run_equals_uninterrupted_and_exports(tmp_path):
 @pytest.mark.parametrize("trainer", [LM, SHIPPED], ids=["tensor", "shipped"])
 def test_killed_run_equals_uninterrupted_at_length(tmp_path, trainer):
     assert len(prove_kill_safety(trainer, tmp_path, __name__, kills=50, seed=1).plans) == 50
+
+
+def write_async_config(run: Path) -> Path:
+    """In the layout of landiff/lm, with checkpoints that other processes write."""
+    layout = {"distributed_optimizer": True, "overlap": True}
+    return write_config(run, layout, {"async_save": True, "on_save_failure": "fatal"})
+
+
+@pytest.mark.long
+def test_a_kill_while_a_checkpoint_is_written_loses_nothing(tmp_path):
+    trainer = Trainer(MAIN, write_async_config, world_size=2, read=all_tensors)
+    assert prove_writer_kill_safety(trainer, tmp_path, __name__, kills=12) > 60

@@ -1,7 +1,8 @@
 """Kills at a file operation of the process that writes checkpoints. Python imports it at start.
 
-KILL_AT = "number:whom" in the environment: before the operation of that number the writer kills
-itself, or the trainer that started it. COUNT_IN: file that gets one character for each operation.
+KILL_AT = "rank:number:whom" in the environment: before the operation of that number the writer of
+that rank kills itself, or the trainer that started it. COUNT_IN: file that gets one character for
+each operation, with _rank after its name.
 """
 
 import builtins
@@ -13,14 +14,17 @@ import time
 
 
 def _install() -> None:
-    number, _, whom = os.environ.get("KILL_AT", "-1:").partition(":")
-    record = os.environ.get("COUNT_IN", os.devnull)
+    rank, number, whom = os.environ.get("KILL_AT", "-1:-1:").split(":")
+    own_rank = os.environ["RANK"]
+    record = os.devnull
+    if "COUNT_IN" in os.environ:
+        record = f"{os.environ['COUNT_IN']}_{own_rank}"
     real_open = io.open
     done = 0
 
     def enter() -> None:
         nonlocal done
-        if done == int(number):
+        if rank == own_rank and done == int(number):
             victim = os.getppid() if whom == "trainer" else os.getpid()
             os.kill(victim, signal.SIGKILL)
             time.sleep(60)  # the signal, or that of the trainer's death, ends this process
