@@ -1,10 +1,13 @@
 """Checkpoints that another process writes while training continues."""
 
+import errno
 import logging
 import os
 import resource
+import shutil
 import signal
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +16,14 @@ from safetensors.torch import load_file
 from landiff.model_zoo.convert.pickles import read_pickle
 from landiff.training.checkpoint.background import BackgroundWriter
 from landiff.training.checkpoint.errors import CheckpointError
-from landiff.training.checkpoint.parts import StateFile, contents, torch_archive, write_files
+from landiff.training.checkpoint.files import differences
+from landiff.training.checkpoint.parts import (
+    StateFile,
+    contents,
+    safetensors_file,
+    torch_archive,
+    write_files,
+)
 from landiff.training.checkpoint.run_folder import committed_steps, read_metrics, step_folder
 from landiff.training.checkpoint.staging import COPIED_AT_ONCE, StagingBuffer, staged_bytes
 from landiff.training.checkpoint.store import CheckpointStore
@@ -80,6 +90,65 @@ def test_a_checkpoint_holds_the_state_at_the_save_and_not_that_of_later_steps(tm
     stored = load_file(step_folder(store.folder, 2) / "toy.safetensors")
     assert torch.equal(stored["weight"], before)
     store.background.close()
+
+
+class ConstantEngine(ToyEngine):
+    """Has a file that is the same in all checkpoints."""
+
+    def state_files(self):
+        files = super().state_files()
+        return [*files, replace(safetensors_file("a/frozen.st", FROZEN), constant=True)]
+
+
+FROZEN = {"frozen": torch.arange(1000.0)}
+
+
+def save_twice(store, engine, between=lambda: None):
+    """Folders of the checkpoints of steps 2 and 4."""
+    loader = ToyLoader(store.config, alone())
+    for step in (2, 4):
+        store.save(TrainState(step), engine, loader)
+        store.finish()
+        between()
+    store.background.close()
+    return [step_folder(store.folder, step) for step in (2, 4)]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_constant_file_is_written_once(tmp_path, async_save):
+    settings = config(tmp_path, async_save=async_save)
+    store = CheckpointStore(settings.run / "checkpoints", settings, alone())
+    first, second = save_twice(store, ConstantEngine(settings, alone()))
+    assert (first / "a/frozen.st").samefile(second / "a/frozen.st")
+    assert not (first / "toy.safetensors").samefile(second / "toy.safetensors")
+    assert differences(first) == differences(second) == []
+    shutil.rmtree(first)
+    assert torch.equal(load_file(second / "a/frozen.st")["frozen"], FROZEN["frozen"])
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_constant_file_is_written_again_if_the_last_checkpoint_is_gone(tmp_path, async_save):
+    settings = config(tmp_path, async_save=async_save)
+    store = CheckpointStore(settings.run / "checkpoints", settings, alone())
+
+    def remove():
+        shutil.rmtree(step_folder(store.folder, 2), ignore_errors=True)
+
+    _, second = save_twice(store, ConstantEngine(settings, alone()), remove)
+    assert differences(second) == []
+    assert torch.equal(load_file(second / "a/frozen.st")["frozen"], FROZEN["frozen"])
+
+
+def test_a_constant_file_is_copied_where_links_are_not_possible(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(os, "link", refused)
+    settings = config(tmp_path, async_save=False)
+    store = CheckpointStore(settings.run / "checkpoints", settings, alone())
+    first, second = save_twice(store, ConstantEngine(settings, alone()))
+    assert not (first / "a/frozen.st").samefile(second / "a/frozen.st")
+    assert differences(first) == differences(second) == []
 
 
 def test_tensors_larger_than_a_piece_are_staged_whole():

@@ -77,7 +77,11 @@ class InlineWriter:
             self._answer = failed(error)
 
     def _write(self, folder: Path, file: StateFile) -> dict[str, Any]:
-        digest = write_file(folder, file)
+        if file.same_as is not None:
+            writer.link_file(file.same_as.path, folder / file.path)
+            digest = file.same_as.sha256
+        else:
+            digest = write_file(folder, file)
         return {"path": file.path, "bytes": file.num_bytes, "sha256": digest}
 
     def begin_commit(self, request: Mapping[str, Any]) -> None:
@@ -139,7 +143,9 @@ class BackgroundWriter:
         try:
             self.prepare(files)
             assert self.buffer is not None
-            self._staged = self.buffer.stage(files)
+            linked = [_linked(file) for file in files if file.same_as is not None]
+            written = [file for file in files if file.same_as is None]
+            self._staged = linked + self.buffer.stage(written)
         except OSError as error:
             log.warning(
                 "no memory for the staging buffer of checkpoints (%s): this one is written at "
@@ -231,6 +237,18 @@ class BackgroundWriter:
         if self.buffer is not None:
             self.buffer.close()
         self.buffer = None
+
+
+def _linked(file: StateFile) -> dict[str, Any]:
+    """The request for a file that exists already."""
+    assert file.same_as is not None
+    same = file.same_as
+    return {
+        "path": file.path,
+        "bytes": file.num_bytes,
+        "same_as": str(same.path),
+        "sha256": same.sha256,
+    }
 
 
 def failed(error: OSError) -> dict[str, Any]:

@@ -52,15 +52,27 @@ Part = bytes | Tensor | Crc32
 
 
 @dataclass(frozen=True)
+class SameFile:
+    """A file of an earlier checkpoint."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
 class StateFile:
     """One file of a checkpoint that this rank writes.
 
     path: relative to the checkpoint.
     parts: its content. The tensors are views of the engine's, so that the next step changes them.
+    constant: the content is the same in all checkpoints that this process writes.
+    same_as: a committed file with this content and its hash, to which a hard link is made instead.
     """
 
     path: str
     parts: Sequence[Part]
+    constant: bool = False
+    same_as: SameFile | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +25,7 @@ from landiff.configs.files import temporary_name
 from landiff.training.checkpoint.background import Writer
 from landiff.training.checkpoint.errors import CheckpointError
 from landiff.training.checkpoint.files import CheckpointState, FileEntry, documents, error_line
-from landiff.training.checkpoint.parts import StateFile
+from landiff.training.checkpoint.parts import SameFile, StateFile
 from landiff.training.checkpoint.run_folder import step_folder
 from landiff.training.config import TrainConfig
 from landiff.training.distributed import World
@@ -41,6 +41,7 @@ class Save:
     delete: checkpoints that are too many after the commit, on rank 0.
     writer: of this rank's files.
     last: of the process, so that a failure ends the run with `on_save_failure` = warn too.
+    constant: hashes of this rank's files that later checkpoints hold too, by path.
     """
 
     state: CheckpointState
@@ -52,6 +53,7 @@ class Save:
     attempt: int = 0
     retry_at_s: float = 0.0
     committed: bool = False
+    constant: dict[str, str] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -72,13 +74,22 @@ class Saver:
         self.world = world
         self.waits_s = tuple(retry_waits_s) if self.loop.on_save_failure == "retry" else ()
         self.current: Save | None = None
+        self._constant: dict[str, SameFile] = {}  # of this rank, in the last checkpoint, by path
 
     def begin(self, save: Save, files: Sequence[StateFile]) -> None:
         """Begin a save. Afterwards the tensors of `files` may change."""
         assert self.current is None, self.current
         self.current = save
         save.folder = self._hidden_folder(save)
-        save.writer.begin_write(save.folder, files)
+        save.constant = {file.path: "" for file in files if file.constant}
+        save.writer.begin_write(save.folder, [self._linked(file) for file in files])
+
+    def _linked(self, file: StateFile) -> StateFile:
+        """The file, as a link to that of the last checkpoint if it is constant."""
+        same = self._constant.get(file.path)
+        if not file.constant or same is None or not same.path.exists():
+            return file
+        return replace(file, same_as=same)
 
     def _hidden_folder(self, save: Save) -> Path:
         """The folder of an attempt, which the next start removes if this process dies."""
@@ -132,6 +143,9 @@ class Saver:
         if failures:
             self._failed(save, failures)
         elif save.phase == "write":
+            for entry in answer["entries"]:
+                if entry["path"] in save.constant:
+                    save.constant[entry["path"]] = entry["sha256"]
             entries: list[FileEntry] = []
             for part in self.world.gather(answer["entries"]):
                 entries.extend(FileEntry(**entry) for entry in part)
@@ -143,6 +157,9 @@ class Saver:
                 for warning in answer["warnings"]:
                     log.warning("%s", warning)
             save.committed = True
+            final = step_folder(self.folder, save.step)
+            for path, digest in save.constant.items():
+                self._constant[path] = SameFile(final / path, digest)
             self.current = None
 
     def _commit(self, save: Save, entries: Sequence[FileEntry]) -> None:

@@ -17,8 +17,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,9 @@ from landiff.model_zoo.convert.formats.deepspeed import (
     MOMENTS,
     SHARDS,
     DeepSpeedState,
+    add_frozen,
+    divide_frozen,
+    frozen_file,
 )
 from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
@@ -136,7 +140,8 @@ def initialize(
             config=dict(config),
             dist_init_required=False,
         )
-    engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine, frozen)
     # DeepSpeed would copy scripts beside its files that do what
     # model_zoo/convert/formats/deepspeed.py does.
     engine._copy_recovery_script = lambda folder: None
@@ -201,11 +206,13 @@ class CheckpointFiles:
 
     DeepSpeed divides its state among files and ranks; when they are written, `loop.async_save`
     decides. Files are unpickled with an allow-list, whereas DeepSpeed would run any code in them.
+    Frozen parameters get files of their own, which never change.
     """
 
-    def __init__(self, inner: Any) -> None:
-        """`inner`: DeepSpeed's own checkpoint engine."""
+    def __init__(self, inner: Any, frozen: Set[str]) -> None:
+        """`inner`: DeepSpeed's own checkpoint engine. `frozen`: names of frozen parameters."""
         self.inner = inner
+        self.frozen = frozen
         self._files: list[StateFile] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -217,6 +224,10 @@ class CheckpointFiles:
 
     def save(self, state_dict: Any, path: str) -> None:
         """Collect a file."""
+        if self.frozen and "module" in state_dict:
+            state_dict, frozen = divide_frozen(state_dict, self.frozen)
+            place = str(frozen_file(Path(path)))
+            self._files.append(StateFile(place, torch_archive(frozen), constant=True))
         self._files.append(StateFile(path, torch_archive(state_dict)))
 
     def take(self) -> list[StateFile]:
@@ -228,14 +239,18 @@ class CheckpointFiles:
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file. Raises ConversionError if it holds more than what DeepSpeed writes."""
         classes = {name: _imported(name) for name in CLASSES}
-        return load_pickle(Path(path), classes, map_location)
+        content = load_pickle(Path(path), classes, map_location)
+        frozen = frozen_file(Path(path))
+        if "module" in content and frozen.exists():
+            add_frozen(content, load_pickle(frozen, classes, map_location))
+        return content
 
 
 def state_files(engine: Any) -> list[StateFile]:
     """This rank's files of DeepSpeed's checkpoint, below the folder SHARDS. Collective."""
     engine.save_checkpoint(".", tag=SHARDS, save_latest=False)
     files = engine.checkpoint_engine.take()
-    return [StateFile(os.path.normpath(file.path), file.parts) for file in files]
+    return [replace(file, path=os.path.normpath(file.path)) for file in files]
 
 
 def _imported(name: str) -> Any:

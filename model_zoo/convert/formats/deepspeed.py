@@ -9,6 +9,12 @@ DeepSpeed (0.19, ZeRO 1-3, no tensor or pipeline parallelism) writes into one fo
     [bf16_]zero_pp_rank_<r>_mp_rank_00_optim_states.pt
         this rank's part of the float32 weights and of the Adam moments
 
+Our trainer moves the frozen parameters of each model file to a file of their own, which is the same
+in all checkpoints of a run:
+
+    mp_rank_00_frozen.pt, zero_pp_rank_<r>_mp_rank_00_frozen.pt
+        `FROZEN_ENTRIES` of the model file, without trained parameters and buffers
+
 In ZeRO 1 and 2, the trainable parameters of a group are concatenated to one flat vector, which is
 divided into equal parts, one for each rank. Each file lists the fragments of parameters that it
 holds. In ZeRO 3, each parameter is divided over the ranks by itself, padded to a multiple of their
@@ -20,8 +26,9 @@ The few DeepSpeed classes in the pickles are replaced by placeholders; all other
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +57,7 @@ SHARDS = "zero"  # subfolder of a checkpoint with the files of DeepSpeed
 START = "mp_rank_00_model_states.pt"
 OPTIMIZER_FILE = r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt"
 STAGE_3_MODEL_FILE = r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt"
+FROZEN_ENTRIES = ("module", "frozen_param_fragments")  # of a model file, with frozen parameters
 OTHER_PARALLELISM = r"mp_rank_(?!00)\d\d_|^layer_\d|^expp_rank_"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"  # name of the moving averages of the weights, stored like a moment
@@ -155,7 +163,11 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
     shards = [_load(path)["optimizer_state_dict"] for path in optimizer_files]
     stage = shards[0]["zero_stage"].stage
     world_size = _world_size(folder, shards)
-    models = [_load(path) for path in _model_files(folder, stage, world_size)]
+    models = []
+    for path in _model_files(folder, stage, world_size):
+        models.append(_load(path))
+        if frozen_file(path).exists():
+            add_frozen(models[-1], _load(frozen_file(path)))
     model = models[0]
     _refuse_unsupported(folder, model)
     shapes = _shapes_by_group(model)
@@ -186,6 +198,30 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
         optimizer={key: shards[0][key] for key in OPTIMIZER_ENTRIES if key in shards[0]},
         rest=_plain({key: value for key, value in model.items() if key not in TENSOR_ENTRIES}),
     )
+
+
+def frozen_file(model_file: Path) -> Path:
+    """Where our trainer keeps the frozen parameters of a model file."""
+    return model_file.with_name(model_file.name.replace("model_states", "frozen"))
+
+
+def divide_frozen(model: Mapping[str, Any], names: Set[str]) -> tuple[dict, dict]:
+    """The content of a model file without the frozen parameters `names`, and these."""
+    rest = dict(model)
+    frozen: dict[str, dict] = {}
+    for entry in FROZEN_ENTRIES:
+        if rest.get(entry) is None:
+            continue
+        rest[entry] = copy.copy(rest[entry])
+        found = names & rest[entry].keys()
+        frozen[entry] = {name: rest[entry].pop(name) for name in sorted(found)}
+    return rest, frozen
+
+
+def add_frozen(model: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:
+    """Undo `divide_frozen`, in place."""
+    for entry, values in frozen.items():
+        model[entry].update(values)
 
 
 def export_diffusion(folder: Path) -> tuple[str, Config, LazyTensors]:

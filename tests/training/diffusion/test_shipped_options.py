@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from landiff.configs import load
-from landiff.model_zoo.convert.formats.deepspeed import CLASSES, SHARDS, START, read_deepspeed
+from landiff.model_zoo.convert.formats.deepspeed import (
+    CLASSES,
+    SHARDS,
+    START,
+    add_frozen,
+    frozen_file,
+    read_deepspeed,
+)
 from landiff.model_zoo.convert.lazy import Stored
 from landiff.model_zoo.convert.pickles import read_pickle
 from landiff.training.diffusion.config import DiffusionTrainConfig
@@ -103,7 +110,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 
 def working_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What the module of a ZeRO 1 or 2 checkpoint computes with."""
-    module = read_pickle(folder / SHARDS / START, CLASSES)["module"]
+    path = folder / SHARDS / START
+    model = read_pickle(path, CLASSES)
+    if frozen_file(path).exists():
+        add_frozen(model, read_pickle(frozen_file(path), CLASSES))
+    module = model["module"]
     return {name: stored.read() for name, stored in module.items() if isinstance(stored, Stored)}
 
 

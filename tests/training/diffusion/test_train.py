@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import: once for all ranks
@@ -11,7 +12,8 @@ import pytest
 from landiff.configs.files import write_text
 from landiff.configs.loader import dump
 from landiff.model_zoo import registry
-from landiff.model_zoo.convert.formats.deepspeed import export_diffusion
+from landiff.model_zoo.convert.formats.deepspeed import CLASSES, export_diffusion
+from landiff.model_zoo.convert.pickles import read_pickle
 from landiff.training.diffusion.__main__ import main
 from landiff.training.observe.metrics import read_metrics
 from tests.chaos import Trainer, prove_kill_safety
@@ -134,13 +136,20 @@ def test_both_phases_learn_and_the_second_starts_from_the_first(tmp_path):
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "first" / "metrics.jsonl")]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     kind, model, tensors = export_diffusion(tmp_path / "first" / "checkpoints" / "step_00000060")
-    entry = registry.export(tmp_path / "zoo", "second", kind, model, tensors, {})
+    main = registry.export(tmp_path / "zoo", "second", kind, model, tensors, {}).load()
     path = write_config(
-        tmp_path / "next", "control", steps=4, init_from="second", loop__save_every=4
+        tmp_path / "next", "control", steps=4, init_from="second", loop__save_every=2
     )
     assert ranks.start(run_main, 2, [path]).wait(120) == [0, 0]
+    frozen = sorted((tmp_path / "next" / "checkpoints").glob("step_*/zero/*_frozen.pt"))
+    assert len(frozen) == 2 and frozen[0].samefile(frozen[1])
+    model_file = frozen[1].with_name("mp_rank_00_model_states.pt")
+    left = read_pickle(model_file, CLASSES)["module"]
+    assert left and not any(name.startswith("transformer.") for name in left)
+    shutil.rmtree(frozen[0].parents[1])
+    shutil.rmtree(tmp_path / "zoo" / "second")  # the checkpoint does not need where they came from
     kind, model, tensors = export_diffusion(tmp_path / "next" / "checkpoints" / "step_00000004")
     assert kind == "diffusion"
-    for name, tensor in entry.load().items():
+    for name, tensor in main.items():
         assert tensors[f"transformer.{name}"].equal(tensor), name
     registry.build_module(kind, model).load_state_dict(tensors, strict=True)
