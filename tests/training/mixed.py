@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,17 @@ from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
 IMAGE, VIDEO, TALL = "1x32x32", "9x32x32", "9x48x32"
 SHARDS = {0: IMAGE, 1: VIDEO, 2: TALL, 3: IMAGE}
 SIZES = [30, 9, 6, 15]
+BAD = keys_of(1, 9)[5]  # a clip of VIDEO
 
 Values = Callable[[ClipShape, torch.Generator], Tensor]
 """A tensor of a clip of a shape, from a generator of the clip."""
 
 
-def write_mixed(folder: Path, columns: Mapping[str, Values]) -> Path:
-    """Write four shards of three buckets. Every clip is of a video of its own."""
+def write_mixed(folder: Path, columns: Mapping[str, Values], bad: str = "") -> Path:
+    """Write four shards of three buckets. Every clip is of a video of its own.
+
+    bad: key of a clip that is not finite in columns of real numbers.
+    """
     shape_of = {}
     for shard, bucket in SHARDS.items():
         for key in keys_of(shard, SIZES[shard]):
@@ -38,7 +43,8 @@ def write_mixed(folder: Path, columns: Mapping[str, Values]) -> Path:
     for name, values in columns.items():
 
         def value(key: str, name: str = name, values: Values = values) -> Tensor:
-            return values(shape_of[key], keyed_random.generator(0, f"mixed {name}", key))
+            found = values(shape_of[key], keyed_random.generator(0, f"mixed {name}", key))
+            return found * math.nan if key == bad and found.is_floating_point() else found
 
         write_column(folder, name, value=value)
         _set_shape(folder, name, [0] * value(next(iter(shape_of))).ndim)

@@ -14,13 +14,14 @@ from landiff.configs.loader import dump
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import CLASSES, export_diffusion
 from landiff.model_zoo.convert.pickles import read_pickle
+from landiff.training.checkpoint.run_folder import EVENTS, read_metrics
 from landiff.training.diffusion.__main__ import main
-from landiff.training.observe.metrics import read_metrics
+from landiff.training.observe.events import read_events
 from tests.chaos import Trainer, prove_kill_safety
 from tests.data_pipeline.data_sets import keys_of
 from tests.distributed import nursery
 from tests.training.diffusion.tiny import config, make_zoo, write_data, write_mixed_data
-from tests.training.mixed import IMAGE, TALL, VIDEO
+from tests.training.mixed import BAD, IMAGE, TALL, VIDEO
 from tests.writer_chaos import prove_writer_kill_safety
 
 
@@ -36,10 +37,9 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
         "loop__log_every": 1,
         "loop__save_every": 2,
         "loop__async_save": "false",  # the kills count the operations of this process
+        "zero__stage": 2,
     }
-    settings = config(
-        folder, phase, run=run, data__adopt="true", zero__stage=2, **defaults | changes
-    )
+    settings = config(folder, phase, run=run, data__adopt="true", **defaults | changes)
     path = run.with_name(f"{run.name}.yaml")
     write_text(path, dump(settings))
     return path
@@ -48,11 +48,12 @@ def write_config(run: Path, phase: str = "control", steps: int = 12, **changes: 
 def write_main_config(run: Path) -> Path:
     """Images, then images and videos of two sizes in batches of equal tokens, then videos.
 
-    In the precision and layout of landiff/diffusion-main, with everything that keeps state.
+    In the precision and layout of landiff/diffusion-main, with everything that keeps state. Steps
+    that read the clip that is not finite roll back.
     """
     mixed = run.parent / "mixed"
     if not mixed.exists():
-        write_mixed_data(mixed)
+        write_mixed_data(mixed, BAD)
     joint = {"buckets": [IMAGE, VIDEO, TALL], "balance_tokens": True}
     phases = [
         {"from_step": 3, "data": joint},
@@ -75,6 +76,8 @@ def write_main_config(run: Path) -> Path:
         loop__save_every=1,
         loop__val_every=5,
         loop__spikes=json.dumps({"window": 8, "action": "rollback"}),
+        loop__on_nonfinite="rollback",
+        loop__max_skipped_fraction=1.0,
         data__validation=json.dumps({"clips": held_out}),
         precision="bf16",
         zero__overlap_communication="true",
@@ -85,8 +88,23 @@ def write_main_config(run: Path) -> Path:
     )
 
 
+def write_adapter_config(run: Path) -> Path:
+    """An adapter of the main transformer, which starts from the zoo, at ZeRO-3 in bfloat16."""
+    return write_config(
+        run,
+        "main",
+        init_from="main",
+        lora__rank=4,
+        lora__alpha=8,
+        zero__stage=3,
+        precision="bf16",
+        ema__decay=0.9,
+    )
+
+
 MAIN = Trainer("landiff.training.diffusion.__main__:main", write_main_config, world_size=2)
 CONTROL = Trainer("landiff.training.diffusion.__main__:main", write_config, world_size=2)
+ADAPTER = Trainer("landiff.training.diffusion.__main__:main", write_adapter_config, world_size=2)
 
 
 def test_killed_run_equals_uninterrupted(tmp_path):
@@ -94,6 +112,8 @@ def test_killed_run_equals_uninterrupted(tmp_path):
     assert len(report.plans) == 5
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     assert [line["step"] for line in lines if "val_ema/loss" in line] == [5, 10]
+    events = read_events(tmp_path / "straight" / EVENTS)
+    assert {each["kind"] for each in events if each.get("cause") == "not finite"} == {"rollback"}
     assert f"train/loss_{IMAGE}" in lines[0]
     assert f"train/loss_{IMAGE}" not in lines[-1]
     assert {f"train/loss_{VIDEO}", f"train/loss_{TALL}"} <= set().union(*lines)
@@ -115,6 +135,11 @@ def write_async_config(run: Path) -> Path:
 def test_a_kill_while_a_checkpoint_is_written_loses_nothing(tmp_path):
     trainer = Trainer(CONTROL.main, write_async_config, world_size=2)
     assert prove_writer_kill_safety(trainer, tmp_path, __name__, kills=12) > 60
+
+
+@pytest.mark.long
+def test_a_killed_run_of_an_adapter_equals_an_uninterrupted_one(tmp_path):
+    assert len(prove_kill_safety(ADAPTER, tmp_path, __name__, kills=10).plans) == 10
 
 
 def run_main(path):

@@ -169,14 +169,14 @@ def batch(config: DiffusionTrainConfig, step: int, world: World | None = None) -
     )
 
 
-def write_mixed_data(folder: Path) -> Path:
-    """Images and videos in two sizes with the columns of both phases."""
+def write_mixed_data(folder: Path, bad: str = "") -> Path:
+    """Images and videos in two sizes with the columns of both phases; `bad` is not finite."""
     columns = {
         "latents": mixed.latents(48),
         "text-tiny": mixed.text(3, 6),
         "tokens": mixed.tokens(TokenLayout.of(TOKENIZER)),
     }
-    write_mixed(folder, columns)
+    write_mixed(folder, columns, bad)
     manifest = read_manifest(folder)
     text = manifest.columns["text-tiny"].model_copy(update={"shape": [3, 6]})
     changed = {**manifest.columns, "text-tiny": text}

@@ -80,10 +80,10 @@ def write_data_set(
     return manifest
 
 
-def write_mixed_data(folder: Path, config: LMConfig) -> Path:
-    """Images and videos in two sizes with tokens and text states."""
+def write_mixed_data(folder: Path, config: LMConfig, bad: str = "") -> Path:
+    """Images and videos in two sizes with tokens and text states. Those of `bad` are not finite."""
     columns = {
         "tokens": mixed.tokens(TokenLayout.of(config)),
         "text-minilm": mixed.text(3, config.text_dim),
     }
-    return mixed.write_mixed(folder, columns)
+    return mixed.write_mixed(folder, columns, bad)
