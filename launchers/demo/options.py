@@ -13,6 +13,7 @@ def add_demo(commands: Commands) -> None:
         "demo",
         "Generate videos in a web browser: a page on this machine, with a queue and a gallery.",
         config="nano/sample",
+        default_config="shapes/packaged",
         epilog=help_texts.OVERRIDES.format(example="steps=10 out=videos") + help_texts.DEMO,
     )
     demo.add_argument(

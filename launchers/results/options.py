@@ -22,6 +22,7 @@ def add_sample(commands: Commands) -> None:
         "sample",
         "Generate a video for each prompt.",
         config="nano/sample",
+        default_config="shapes/packaged",
         epilog=example + help_texts.PROMPTS,
     )
     sample.add_argument(

@@ -6,9 +6,7 @@ and what they reach. The zoo `packaged` of this package was written in this way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from landiff.configs import ConfigError
 from landiff.configs.documents import read_json
@@ -21,7 +19,7 @@ from landiff.model_zoo import registry
 MODELS = ("tokenizer", "lm", "diffusion")
 DTYPE = "bfloat16"
 PROVENANCE = "PROVENANCE.md"
-NEEDED = ("rates.json", "summary.json", "world/world.json")
+NEEDED = ("rates.json", "world/world.json", "summary.json")
 
 TEXT = """\
 # Weights of the preset `shapes`
@@ -41,15 +39,11 @@ landiff learn --seed {seed}
 landiff zoo pack runs/learn --out {out}
 ```
 
-Source: {code}. {clips} training clips of {size} x {size} pixels.
+Source: {code}. {clips} training clips of {size} x {size} pixels, and these steps:
 
 | model | steps | numbers |
 |---|---|---|
 {models}
-
-| stage | seconds | CPU seconds |
-|---|---|---|
-{stages}
 
 ## Rates of held-out captions
 
@@ -100,7 +94,6 @@ def provenance_text(run: Path, out: Path) -> str:
         clips=f"{world['clips']:,}",
         size=world["size"],
         models=model_rows(run / "zoo"),
-        stages=stage_rows(summary["stages"]),
         dtype=DTYPE,
         rates=format_rates(read_json(run / "rates.json")),
     )
@@ -116,12 +109,4 @@ def model_rows(zoo: Path) -> str:
         steps = entry.provenance.get("step")
         shown = "not recorded" if steps is None else f"{steps:,}"
         rows.append(f"| {name} | {shown} | {entry.lazy().num_elements:,} |")
-    return "\n".join(rows)
-
-
-def stage_rows(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of a table of stages with their times."""
-    rows = []
-    for stage in stages:
-        rows.append(f"| {stage['name']} | {stage['seconds']:.0f} | {stage['cpu_seconds']:.0f} |")
     return "\n".join(rows)
