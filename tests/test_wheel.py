@@ -60,6 +60,13 @@ def test_the_wheel_holds_configs_clips_and_attribution(installed):
     assert not (installed / "tests").exists()
 
 
+def test_the_wheel_holds_the_packaged_weights(installed, tmp_path):
+    verified = landiff(installed, tmp_path, "zoo", "verify", "--zoo", "packaged").splitlines()
+    assert [line.split()[0] for line in verified] == ["diffusion", "lm", "tokenizer"]
+    provenance = installed / "landiff" / "model_zoo" / "packaged" / "PROVENANCE.md"
+    assert "Apache License" in provenance.read_text()
+
+
 def test_the_wheel_cuts_its_own_clips(installed, tmp_path):
     assert "nano/lm" in landiff(installed, tmp_path, "config")
     assert "69 samples" in landiff(installed, tmp_path, "shards", "--config", "nano/shards")
