@@ -21,10 +21,12 @@ STAGES = ("tokenizer", "lm", "diffusion-main", "diffusion-control")
 IMAGE, VIDEO, TALL = "1x64x64", "17x64x64", "17x96x64"
 
 
-def write_source(folder: Path) -> None:
-    """Eight images, eight square and eight tall videos, with captions."""
+def write_source(folder: Path, buckets: list[str]) -> None:
+    """Eight files with captions of each bucket: images, square and tall videos."""
     folder.mkdir()
     for number in range(24):
+        if (IMAGE, VIDEO, TALL)[number % 3] not in buckets:
+            continue
         frames = pan(number, 17, 96)
         name = folder / f"{number:02d}.mp4"
         if number % 3 == 0:
@@ -37,10 +39,10 @@ def write_source(folder: Path) -> None:
 
 
 def write_configs(project: Path, source: Path, buckets: list[str], size: str) -> None:
-    """A project of the nano models for clips of all three shapes, trained on `buckets`."""
+    """A project of the nano models for clips of `buckets`."""
     write_project(project, "nano", source=str(source))
     shapes = []
-    for name in (IMAGE, VIDEO, TALL):
+    for name in buckets:
         frames, height, width = name.split("x")
         shapes.append(f"{{num_frames: {frames}, height: {height}, width: {width}}}")
     (project / "shards.yaml").write_text(
@@ -68,7 +70,7 @@ def write_configs(project: Path, source: Path, buckets: list[str], size: str) ->
     ids=["images", "videos", "both"],
 )
 def test_all_stages_pass(tmp_path, buckets, size):
-    write_source(tmp_path / "source")
+    write_source(tmp_path / "source", buckets)
     project = tmp_path / "project"
     write_configs(project, tmp_path / "source", buckets, size)
     command = [sys.executable, "-m", "landiff.launchers.cli", "quickstart", "--preset", "."]
@@ -76,7 +78,7 @@ def test_all_stages_pass(tmp_path, buckets, size):
     done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     found = {shard.bucket for shard in read_manifest(project / "data").shards}
-    assert found == {IMAGE, VIDEO, TALL}
+    assert found == set(buckets)
     for stage in STAGES:
         lines = (project / "runs" / stage / "metrics.jsonl").read_text().splitlines()
         tags = {tag for line in lines for tag in json.loads(line)}
