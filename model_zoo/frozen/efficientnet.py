@@ -118,7 +118,8 @@ def build(config: EfficientNetConfig, device: str | torch.device) -> EfficientNe
     network = package.EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(weights, map_location="cpu", weights_only=True)
     network.load_state_dict(state)
-    options = {"mean": MEAN, "std": STD, "blocks": config.blocks, "standardised": True}
+    options: dict[str, object] = {"mean": MEAN, "std": STD}
+    options |= {"blocks": config.blocks, "standardised": True}
     if config.pooling != "mean":
         options["pooling"] = config.pooling
     fingerprint = encoder_fingerprint(config.kind, options, state)
