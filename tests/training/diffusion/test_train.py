@@ -116,7 +116,8 @@ def test_killed_run_equals_uninterrupted(tmp_path):
     assert {each["kind"] for each in events if each.get("cause") == "not finite"} == {"rollback"}
     assert f"train/loss_{IMAGE}" in lines[0]
     assert f"train/loss_{IMAGE}" not in lines[-1]
-    assert {f"train/loss_{VIDEO}", f"train/loss_{TALL}"} <= set().union(*lines)
+    # In these ten steps every batch of VIDEO reads the clip that is not finite.
+    assert f"train/loss_{TALL}" in set().union(*lines)
     print(report)
 
 
