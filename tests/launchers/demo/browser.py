@@ -134,14 +134,19 @@ class Tab:
         self.wait_for(f"{shown}.includes({json.dumps(text)})")
 
     def click(self, selector: str) -> None:
-        """Clicks the middle of an element with the mouse."""
+        """Clicks the middle of an element with the mouse, once the element has stopped moving."""
         found = f"document.querySelector({json.dumps(selector)})"
         self.wait_for(f"{found} !== null")
-        x, y = self.evaluate(
+        middle = (
             f"(() => {{ const e = {found}; e.scrollIntoView({{block: 'center'}}); "
             "const r = e.getBoundingClientRect(); "
             "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
+        before = None
+        while before != (now := self.evaluate(middle)):
+            before = now
+            time.sleep(POLL_S)
+        x, y = now
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import http.client
 import threading
 from collections.abc import Iterator
@@ -110,14 +111,16 @@ def test_a_video_begins_with_an_uploaded_picture(user, base, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (150, 120), (200, 30, 40)).save(tmp_path / "red.png")
     user.fill("#prompt textarea", "from a red picture")
+    remove = "#first-frame [aria-label*=emove], #first-frame [aria-label*=lear]"
+    uploaded = f"document.querySelector({json.dumps(remove)}) !== null"
     user.upload("#first-frame input[type=file]", tmp_path / "text.png")
-    user.wait_for_text("#first-frame", "text")
+    user.wait_for(uploaded)
     user.click("#generate")
     user.wait_for_text("#state", "cannot be decoded")
-    user.click("#first-frame [aria-label*=emove], #first-frame [aria-label*=lear]")
+    user.click(remove)
     user.wait_for("document.querySelector('#first-frame input[type=file]') !== null")
     user.upload("#first-frame input[type=file]", tmp_path / "red.png")
-    user.wait_for_text("#first-frame", "red")
+    user.wait_for(uploaded)
     user.click("#generate")
     user.wait_for_text("#state", "finished")
     (result,) = [found for found in Library(base.out).results() if "red" in found.name]
