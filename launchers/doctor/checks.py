@@ -108,7 +108,12 @@ class Demands:
 
 
 def examine(folder: Path, demands: Demands) -> list[Finding]:
-    """Run all checks. `folder` is on the disk that runs are written to."""
+    """Run all checks. `folder` is on the disk that runs are written to.
+
+    Ranks are started only if their GPUs are there: on a machine without them each would take memory
+    of the CPU.
+    """
+    gpus = check_gpus(demands.gpus)
     findings = [
         *check_python(),
         *check_versions(installed_versions()),
@@ -117,11 +122,12 @@ def examine(folder: Path, demands: Demands) -> list[Finding]:
         *check_shared_memory(demands.shm_gib),
         *check_open_files(demands.open_files),
         *check_clock(folder, demands.clock_s),
-        *check_gpus(demands.gpus),
+        *gpus,
     ]
     if demands.imports:
         findings += check_imports()
-    if demands.all_reduce_ranks > 1:
+    lacks_gpus = any(finding.level == "bad" for finding in gpus)
+    if demands.all_reduce_ranks > 1 and not lacks_gpus:
         findings += check_all_reduce(demands.all_reduce_ranks)
     return findings
 
