@@ -56,7 +56,7 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
-	for table in $(filter-out gpu,$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
+	for table in $(filter-out gpu rehearsal,$(notdir $(basename $(wildcard benchmarks/*.py)))); do \
 	  echo "== $$table"; $(BIN)/python -m benchmarks.$$table || exit 1; done
 
 # Every row against its limit and its peer. `make bench-gpu OPTIONS=--dry-run`: toy sizes, any machine.
