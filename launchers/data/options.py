@@ -110,7 +110,11 @@ def add_attribute(commands: Commands) -> None:
     attribute.add_argument("--labels", required=True, metavar="FILE", help="their labels")
     attribute.add_argument("--out", metavar="FILE", help="JSON file of the results")
     attribute.add_argument(
-        "--vision-blocks", type=int, default=5, help="`blocks` of efficientnet-lite0"
+        "--vision-blocks",
+        type=int,
+        choices=(5, 11),
+        default=5,
+        help="`blocks` of efficientnet-lite0",
     )
     attribute.add_argument(
         "--vision-pooling",

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from landiff.configs import load
+from landiff.configs import ConfigError, load
 from landiff.configs.files import write_text
 from landiff.data_pipeline.synthetic import world
 from landiff.data_pipeline.synthetic.judge import judge, rates
@@ -40,6 +40,7 @@ from landiff.launchers.data.shapes import (
 from landiff.launchers.results.sample import sampler_options
 from landiff.launchers.results.sampling.loading import load_models
 from landiff.model_zoo import frozen
+from landiff.model_zoo.config import TokenizerConfig
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.evaluate.codebook import codebook_use, count_codes
 from landiff.model_zoo.frozen.base import VisionFeatures
@@ -59,8 +60,7 @@ def attribute_command(args: argparse.Namespace) -> int:
     device = pick_device(config.device)
     models = load_models(config, device)
     models.check()
-    encoder = EfficientNetConfig(blocks=args.vision_blocks, pooling=args.vision_pooling)
-    vision = frozen.build(encoder, device)
+    vision = build_vision(args, models.tokenizer.config, device)
     videos_BTHWC = torch.from_numpy(frames)
     codes = codes_of(models, vision, config, videos_BTHWC, rows)
     report = attribute(models, config, videos_BTHWC, rows, codes)
@@ -70,6 +70,21 @@ def attribute_command(args: argparse.Namespace) -> int:
         write_text(Path(args.out), json.dumps(report, indent=1))
     print_report(report)
     return 0
+
+
+def build_vision(
+    args: argparse.Namespace, tokenizer: TokenizerConfig, device: torch.device
+) -> VisionFeatures:
+    """The vision encoder of the options. Raises ConfigError if the tokenizer takes others."""
+    options = {"blocks": args.vision_blocks, "pooling": args.vision_pooling}
+    vision = frozen.build(load(EfficientNetConfig, options), device)
+    if vision.channels != tokenizer.feature_channels:
+        raise ConfigError(
+            f"--vision-blocks {args.vision_blocks} --vision-pooling {args.vision_pooling} makes "
+            f"features of {vision.channels} channels, and the tokenizer takes "
+            f"{tokenizer.feature_channels}; name the encoder that it was trained on"
+        )
+    return vision
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -91,7 +91,11 @@ def test_captions_are_encoded_by_text_columns_of_the_same_config(models, tmp_pat
         json.dumps(config(tmp_path, columns).model_dump(mode="json"))
     )
     command = ["--config", str(tmp_path / "captions.yaml")]
-    assert main(["captions", *command]) == 0
+    assert main(["captions", *command, "--no-finalize"]) == 0
+    assert not read_manifest(tmp_path).columns
+    assert main(["captions", "retry", "--tasks", "3", *command]) == 0
+    assert capsys.readouterr().out.count("nothing is missing") == 2
+    assert main(["captions", "finalize", *command]) == 0
     manifest = read_manifest(tmp_path)
     captions = read_column(tmp_path, "captions-q", manifest)
     assert len(captions) == NUM_CLIPS and all(len(texts) == 2 for texts in captions)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -250,6 +251,33 @@ def test_a_task_of_an_array_takes_its_number_from_slurm(monkeypatch):
     for wrong in ("0", "200%", "few"):
         with pytest.raises(ConfigError, match="--sample"):
             parse_fraction(wrong)
+
+
+def test_tasks_of_an_array_that_runs_again_in_part_leave_the_merge_to_a_later_job(
+    data, zoo, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shards = read_manifest(data).shards
+    numbers = sorted({task_of_shard(entry, 50) for entry in shards})
+    shutil.rmtree(data / "latents")
+    manifest = read_manifest(data)
+    write_manifest(data, manifest.model_copy(update={"columns": {}}))
+    write_latents_yaml(tmp_path / "latents.yaml", data, zoo)
+    words = ["precompute", "--config", "latents.yaml"]
+    assert main([*words, "retry", "--tasks", "50"]) == 0
+    assert f"--array={array_expression(numbers)}" in capsys.readouterr().out
+    assert main([*words, "retry"]) == 2
+    assert "needs --tasks N" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(numbers[0]))
+    assert main([*words, "--tasks", "50"]) == 0
+    made = {path.stem for path in (data / "latents").glob("*.tar")}
+    assert made == {entry.name for entry in shards if task_of_shard(entry, 50) == numbers[0]}
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    assert main([*words, "--no-finalize"]) == 0
+    assert len(list((data / "latents").glob("*.tar"))) == len(shards)
+    assert not read_manifest(data).columns
+    assert main([*words, "finalize"]) == 0
+    assert list(read_manifest(data).columns) == ["latents"]
 
 
 def test_verify_reads_back_decodes_back_and_encodes_again(data, zoo):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from landiff.configs.ownership import this_process
 from landiff.launchers.cli import main
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.launchers.slurm.script import BatchJob
@@ -24,6 +26,13 @@ def landiff(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
     code = main(list(words))
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def write_foreign_lock(path: Path) -> None:
+    """Writes a lock that a process of another machine holds, and has just renewed."""
+    owner = replace(this_process(), machine="elsewhere/boot/pid:[1]", token="theirs")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(owner)))
 
 
 def one_process(

@@ -9,13 +9,14 @@ import pytest
 import yaml
 
 from landiff.configs.loader import dump
-from landiff.configs.ownership import take
+from landiff.configs.ownership import OWNER, take
 from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers import help_texts
 from landiff.launchers.arguments import build_parser
 from landiff.launchers.cli import find_handler, main
 from landiff.launchers.local.children import PARENT, environment
 from landiff.launchers.pipeline import pipeline_stages
+from tests.launchers.local_jobs import write_foreign_lock
 from tests.training.tokenizer.tiny import config, write_data
 
 
@@ -286,9 +287,11 @@ def test_a_mistake_that_only_the_ranks_can_find_is_told_once(capfd, tmp_path, mo
     run_folder = write_tokenizer_run(tmp_path)
     for path in (tmp_path / "data" / "features").glob("*.tar"):
         path.write_bytes(path.read_bytes()[:700])
-    code, _, err = run(
-        capfd, "-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml", "--nproc", "2"
-    )
+    words = ["-C", str(tmp_path), "train", "tokenizer", "--config", "job.yaml", "--nproc", "2"]
+    write_foreign_lock(run_folder / OWNER)
+    code, _, err = run(capfd, *words)
+    assert code == 2 and "on elsewhere" in err and "--take-over" in err
+    code, _, err = run(capfd, *words, "--take-over")  # the ranks start
     assert code == 2 and len([line for line in err.splitlines() if ".tar" in line]) == 1, err
     assert "Traceback" not in err
     assert "Traceback" in (run_folder / "errors/rank_0001.txt").read_text()

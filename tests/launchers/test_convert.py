@@ -17,6 +17,7 @@ from landiff.model_zoo.convert.known_formats import open_source, write_target
 from landiff.model_zoo.convert.lazy import LazyTensors
 from landiff.model_zoo.convert.parts import Part
 from landiff.model_zoo.health import UnhealthyError
+from landiff.model_zoo.lora.base import apply_adapter
 from landiff.training.checkpoint.files import (
     CheckpointState,
     FileList,
@@ -25,6 +26,7 @@ from landiff.training.checkpoint.files import (
 )
 from landiff.training.checkpoint.resume import check_no_other_weights
 from landiff.training.checkpoint.run_folder import CONFIG, FILES, STATE
+from tests.model_zoo.adapters import export_adapter
 from tests.model_zoo.convert.tiny import MODELS, part, parts, same, weights, write_models
 from tests.model_zoo.zoo_entries import write_entry
 
@@ -244,6 +246,26 @@ def test_missing_keys_pass_with_the_option_alone(landiff, tmp_path):
     assert registry.resolve(Path("zoo"), "lm").provenance["filled"] == [
         "transformer.layer_norm.bias"
     ]
+
+
+def test_adapters_are_merged_into_their_base_at_the_scale_of_the_option(landiff, tmp_path):
+    base = registry.export(tmp_path / "zoo", "lm", "lm", MODELS.lm, weights("lm"), {})
+    adapter = export_adapter(tmp_path / "zoo", "lm")
+    code, _, err = landiff("convert", "lm", adapter.name, "--merge", "0.5", "--name", "half")
+    assert code == 0, err
+    half = registry.resolve(tmp_path / "zoo", "half")
+    expected = registry.load_model(base)
+    apply_adapter(expected, adapter, name="a", scale=0.5, merged=True)
+    changed = []
+    for name, tensor in expected.state_dict().items():
+        # one rounding of s B A, which is computed in another order
+        torch.testing.assert_close(half.load()[name], tensor, rtol=0, atol=1e-6, msg=name)
+        if not torch.equal(tensor, base.load()[name]):
+            changed.append(name)
+    assert changed and all("wqkv" in name for name in changed)
+    assert half.provenance["merged_adapters_scale"] == 0.5
+    code, _, err = landiff("convert", adapter.name, "--merge", "--name", "alone")
+    assert code == 2 and base.fingerprint in err
 
 
 def damage(entry: registry.ZooEntry, how: str) -> None:

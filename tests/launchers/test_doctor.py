@@ -33,6 +33,12 @@ def test_this_machine_passes_the_quick_checks(tmp_path, monkeypatch, capsys):
     assert [path.suffix for path in report.iterdir()] == [".ok"]
 
 
+def test_a_machine_with_fewer_gpus_than_asked_for_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--node", "--gpus", "3"]) != 0
+    assert "3 are needed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -71,3 +71,17 @@ def test_attribution_scores_every_stage_of_the_chain(tmp_path, monkeypatch):
     assert found["stages"]["codec"]["right"]["all"] == 1.0
     assert set(found["probes"]["language model"]) == set(world.ATTRIBUTES)
     assert found["tokenizer"]["unexplained variance"] > 0
+
+
+def test_attribution_refuses_features_that_the_tokenizer_does_not_take(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_random_shapes_zoo(Path("zoo"))
+    world.write_world(Path("world"), clips=0, true_clips=1)
+    words = ["attribute", "--config", "shapes/sample"]
+    words += ["--videos", "world/true-heldout", "--labels", "world/labels-true-heldout.jsonl"]
+    assert main([*words, "--vision-blocks", "5", "--vision-pooling", "mean"]) == 2
+    assert "features of 40 channels, and the tokenizer takes 160" in capsys.readouterr().err
+    assert main([*words, "--vision-blocks", "11"]) == 2
+    assert "pooling = stack needs blocks = 5" in capsys.readouterr().err

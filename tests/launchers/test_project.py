@@ -13,7 +13,7 @@ import torch
 from landiff.configs import ConfigError, load
 from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
-from landiff.launchers.config import SampleConfig
+from landiff.launchers.config import SampleConfig, ShardsJobConfig
 from landiff.launchers.project.check import check_preset
 from landiff.launchers.project.new import write_project
 from landiff.launchers.project.presets import PRESET_CONFIGS, packaged_presets, preset_config
@@ -92,6 +92,16 @@ def test_a_width_that_decord_cannot_read_takes_another_decoder(tmp_path):
     (project / "features.yaml").write_text("extends: nano/features\n")
     text = "shards.width = 48, but features.decoder = decord cannot read clips of this width"
     assert text in problems_of(project)
+
+
+def test_sizes_and_preset_are_options(tmp_path, capsys):
+    project = tmp_path / "project"
+    words = ["new", str(project), "--from", "shapes", "--frames", "9", "--size", "32x48"]
+    assert main(words) == 0
+    assert f"wrote {project}" in capsys.readouterr().out
+    (shape,) = load(ShardsJobConfig, project / "shards.yaml").shapes
+    assert (shape.num_frames, shape.height, shape.width) == (9, 32, 48)
+    assert load(LMTrainConfig, project / "lm.yaml").optim == load(LMTrainConfig, "shapes/lm").optim
 
 
 def test_a_project_is_never_overwritten(tmp_path):

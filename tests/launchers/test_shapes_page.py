@@ -31,6 +31,10 @@ def test_videos_are_shown_with_verdicts_and_nearest_clips(tmp_path: Path, capsys
     with Image.open(tmp_path / "shown.gif") as picture:
         assert picture.n_frames == world.NUM_FRAMES
         assert picture.width > 2 * 2 * world.SIZE  # two videos, enlarged
+        width = picture.width
+    assert main([*words, "--count", "1", "--out", str(tmp_path / "one.gif")]) == 0
+    with Image.open(tmp_path / "one.gif") as picture:
+        assert picture.width == width // 2
     rates = tmp_path / "rates.json"
     score = ["shapes", "score", "--videos", str(videos), "--labels", str(prompts)]
     assert main([*score, "--out", str(rates)]) == 0

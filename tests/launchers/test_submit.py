@@ -24,7 +24,7 @@ from landiff.launchers.slurm.prepare import prepare_run
 from landiff.launchers.slurm.queueing import queue
 from landiff.launchers.slurm.run_here import run_here
 from landiff.launchers.slurm.stage_jobs import SubmitPlan
-from tests.launchers.local_jobs import ONE_RESTART, landiff, one_process
+from tests.launchers.local_jobs import ONE_RESTART, landiff, one_process, write_foreign_lock
 
 STAGES = {
     "shards": ["--config", "nano/shards"],
@@ -146,6 +146,20 @@ def test_a_run_folder_in_which_a_process_works_is_not_submitted(tmp_path):
             ):
                 start()
         assert not (tmp_path / "task" / "job" / "job.json").exists()
+
+
+def test_a_run_folder_of_another_machine_is_submitted_with_take_over_only(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch
+    (tmp_path / "videos").mkdir()
+    write_foreign_lock(tmp_path / "runs" / "shards" / ".owner")
+    words = ["submit", "shards", "--cluster", "sandbox", "source=videos", "--config", "nano/shards"]
+    code, _, err = landiff(capsys, *words)
+    assert code == 2 and "on elsewhere" in err and "--take-over" in err
+    code, _, err = landiff(capsys, *words, "--take-over")
+    assert code == 2 and "on elsewhere" not in err and "sbatch" in err
 
 
 @pytest.mark.parametrize(
