@@ -92,7 +92,7 @@ def run_commands(commands: Sequence[Command], folder: Path, at_once: int) -> Ite
                 waiting.remove(command)
                 number = commands.index(command) + 1
                 print(f"\n== {number}/{len(commands)} {command.name}: {command.title}", flush=True)
-                started = _start(command, folder, labelled=at_once > 1)
+                started = _start(command, folder, at_once)
                 running[started.process.pid] = started
                 if received:  # while it was started
                     started.send(signal_to_pass_on(received[-1]))
@@ -141,18 +141,24 @@ def _ready(
     return ready[: at_once - len(running)]
 
 
-def _start(command: Command, folder: Path, *, labelled: bool) -> _Process:
-    """Starts a command in a session of its own.
+def _start(command: Command, folder: Path, at_once: int) -> _Process:
+    """Starts one of `at_once` commands, among which the cores are divided, in its own session.
 
     Ctrl-C in a terminal thus reaches this process only, which passes it on once: a second one makes
     a trainer end without a checkpoint.
     """
     words = [sys.executable, "-m", "landiff.launchers.cli", *command.words]
+    env = environment()
+    labelled = at_once > 1
+    if labelled:
+        # With more threads than cores, threads wait for others that do not run.
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        env.setdefault("OMP_NUM_THREADS", str(threads))  # unless the user chose
     output = subprocess.PIPE if labelled else None
     process = subprocess.Popen(
         words,
         cwd=folder,
-        env=environment(),
+        env=env,
         stdout=output,
         stderr=subprocess.STDOUT if labelled else None,
         text=True,
