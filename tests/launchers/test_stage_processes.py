@@ -47,6 +47,21 @@ def test_commands_run_side_by_side_and_in_order(tmp_path: Path, capfd):
     assert "\na | " in out and "\nb | " in out and "\nc | " in out
 
 
+@pytest.mark.parametrize(("at_once", "threads"), [(1, "<>"), (2, "<4>"), (16, "<1>")])
+def test_commands_that_run_side_by_side_share_the_cores(
+    tmp_path: Path, monkeypatch, capfd, at_once: int, threads: str
+):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "<$OMP_NUM_THREADS>"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (finished,) = run_commands([show("a")], tmp_path, at_once)
+    assert finished.exit_code == 0
+    assert threads in capfd.readouterr().out
+
+
 def test_nothing_starts_after_a_failure(tmp_path: Path, capfd):
     commands = [show("bad", key="no.such"), show("next", ("bad",))]
     finished = list(run_commands(commands, tmp_path, at_once=1))
