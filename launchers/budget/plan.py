@@ -26,7 +26,7 @@ from landiff.launchers.budget.step_time import (
 from landiff.launchers.budget.total import (
     ORDER,
     PrecomputeCost,
-    checkpoint_bytes,
+    checkpoint_size,
     format_disk,
     format_total,
     precompute_cost,
@@ -76,12 +76,13 @@ def plan_command(args: argparse.Namespace) -> int:
         document = asdict(plan)
         document["total_memory"] = plan.total_memory
         document["seconds_per_step"] = speed.step_seconds(plan, gpu)
-        document["checkpoint_bytes"] = checkpoint_bytes(config, plan)
+        document["checkpoint_bytes"] = checkpoint_size(config, plan).own
+        document["shared_checkpoint_bytes"] = checkpoint_size(config, plan).shared
         print(json.dumps(document, indent=1))
         return 0
     print(format_budget(plan, courses, args.gpu, speed, config.loop.save_every, args.price))
     steps = sum(course.steps for course in courses)
-    print(format_disk(checkpoint_bytes(config, plan), config.loop, steps))
+    print(format_disk(checkpoint_size(config, plan), config.loop, steps))
     if not fits(plan, gpu):
         print(f"way out     {way_out(config, args.gpus, gpu, speed)}")
     return 0

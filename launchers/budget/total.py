@@ -55,7 +55,7 @@ def training_cost(
         steps,
         gpus,
         sum(course.steps * course.step_seconds(gpu, speed) for course in courses),
-        kept_checkpoints(config.loop, steps) * checkpoint_bytes(config, fullest),
+        checkpoint_size(config, fullest).of(kept_checkpoints(config.loop, steps)),
         fullest.total_memory,
         fits(fullest, gpu),
     )
@@ -144,7 +144,28 @@ def format_total(
     return "\n".join(lines)
 
 
-def checkpoint_bytes(config: AnyTrainConfig, plan: BudgetPlan) -> int:
+@dataclass(frozen=True)
+class CheckpointSize:
+    """Bytes of checkpoints on disk.
+
+    own: of each one alone. shared: of the file of frozen weights, of which all checkpoints that a
+    process writes hold hard links.
+    """
+
+    own: int
+    shared: int = 0
+
+    @property
+    def whole(self) -> int:
+        """Bytes of a checkpoint without others beside it."""
+        return self.own + self.shared
+
+    def of(self, count: int) -> int:
+        """Bytes of `count` checkpoints in a run folder."""
+        return count * self.own + min(count, 1) * self.shared
+
+
+def checkpoint_size(config: AnyTrainConfig, plan: BudgetPlan) -> CheckpointSize:
     """Size of a checkpoint: all weights, and of the trained ones moments, averages and copies."""
     weights = plan.parameters["all"]
     trained = plan.parameters.get("trained", weights)
@@ -156,11 +177,15 @@ def checkpoint_bytes(config: AnyTrainConfig, plan: BudgetPlan) -> int:
             each += 4  # float32 weights
         elif config.parallel.distributed_optimizer:
             each += 4
-    if isinstance(config, LMTrainConfig):
-        trained *= config.parallel.pipeline if config.lora is not None else 1
     if config.ema is not None:
         each += 4
-    return weights * element + trained * each
+    if isinstance(config, DiffusionTrainConfig):
+        # ZeRO 3 does not store the working copy of trained weights.
+        each += 0 if config.zero.stage == 3 else element
+        return CheckpointSize(trained * each, (weights - trained) * element)
+    if isinstance(config, LMTrainConfig):
+        trained *= config.parallel.pipeline if config.lora is not None else 1
+    return CheckpointSize(weights * element + trained * each)
 
 
 def kept_checkpoints(loop: LoopConfig, steps: int) -> int:
@@ -171,10 +196,13 @@ def kept_checkpoints(loop: LoopConfig, steps: int) -> int:
     return kept
 
 
-def format_disk(size: int, loop: LoopConfig, steps: int) -> str:
+def format_disk(size: CheckpointSize, loop: LoopConfig, steps: int) -> str:
     """Text about the disk that the checkpoints of a run of `steps` steps take."""
     kept = kept_checkpoints(loop, steps)
+    shared = ""
+    if size.shared:
+        shared = f" and {size.shared / 1e9:,.1f} GB of frozen weights that all share"
     return (
-        f"disk        {size / 1e9:,.1f} GB a checkpoint, {kept} kept at the end: "
-        f"{kept * size / 1e9:,.0f} GB, and one more while it is written"
+        f"disk        {size.own / 1e9:,.1f} GB a checkpoint{shared}, {kept} kept at the end: "
+        f"{size.of(kept) / 1e9:,.0f} GB, and one more while it is written"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from landiff.launchers.budget.step_time import (
     model_flops_utilization,
     traffic_seconds,
 )
-from landiff.launchers.budget.total import checkpoint_bytes, format_disk
+from landiff.launchers.budget.total import checkpoint_size, format_disk
 from landiff.launchers.cli import main
 from landiff.launchers.stages import TRAINERS
 from landiff.model_zoo.lora.config import AdapterConfig
@@ -99,20 +100,27 @@ def test_all_segments_of_the_datas_clips_are_counted(lm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "name", "overrides", "expected"),
-    [  # as in docs/fine-tuning.md
-        ("lm", "landiff/lm", [], 28.7),
-        ("lm", "landiff/lm", ["init_from=lm", "lora.rank=32"], 4.2),
-        ("diffusion", "landiff/diffusion-main", ["ema=null"], 23.7),
-        ("diffusion", "landiff/diffusion-control", ["ema=null"], 16.7),
+    ("stage", "name", "overrides", "own", "shared"),
+    [  # sums as in docs/fine-tuning.md
+        ("lm", "landiff/lm", [], 28.7, 0),
+        ("lm", "landiff/lm", ["init_from=lm", "lora.rank=32"], 4.2, 0),
+        ("diffusion", "landiff/diffusion-main", ["ema=null"], 23.7, 0),
+        ("diffusion", "landiff/diffusion-control", ["ema=null"], 13.2, 3.4),
+        ("diffusion", "landiff/diffusion-control", ["ema=null", "zero.stage=3"], 11.3, 3.4),
+        ("diffusion", "landiff/diffusion-main", ["init_from=m", "lora.rank=32"], 0.2, 3.4),
     ],
 )
-def test_a_plan_knows_the_size_of_a_checkpoint(stage, name, overrides, expected):
+def test_a_plan_knows_the_size_of_a_checkpoint(stage, name, overrides, own, shared):
     config = load(TRAINERS[stage].config_class, name, overrides)
-    size = checkpoint_bytes(config, make_plan(config, 8))
-    assert size / 1e9 == pytest.approx(expected, rel=0.02)
+    size = checkpoint_size(config, make_plan(config, 8))
+    assert size.own / 1e9 == pytest.approx(own, rel=0.02, abs=0.05)
+    assert size.shared / 1e9 == pytest.approx(shared, rel=0.02)
+    # The two newest, and every 10,000th of 100,000 before them.
+    total = 11 * own + shared
     text = format_disk(size, config.loop, config.loop.steps)
-    assert "11 kept" in text  # two newest, and every 10,000th of 100,000 before them
+    found = re.search(r"11 kept at the end: (\d+) GB", text)
+    assert found is not None and int(found[1]) == pytest.approx(total, rel=0.02, abs=1)
+    assert ("share" in text) == (shared > 0)
 
 
 def test_activations_are_what_autograd_keeps():

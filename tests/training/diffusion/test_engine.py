@@ -13,6 +13,8 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - slow to import
 import pytest
 import torch
 
+from landiff.launchers.budget.models import make_plan
+from landiff.launchers.budget.total import checkpoint_size
 from landiff.model_zoo import registry
 from landiff.model_zoo.convert.formats.deepspeed import export_diffusion, read_deepspeed
 from landiff.training.diffusion import zero
@@ -116,6 +118,15 @@ def save(engine, world, folder):
     world.barrier()
 
 
+def tensor_bytes(files):
+    """Bytes of tensors in files that change from checkpoint to checkpoint, and in the others."""
+    found = {False: 0, True: 0}
+    for file in files:
+        for part in file.parts:
+            found[file.constant] += part.numel() if isinstance(part, torch.Tensor) else 0
+    return found
+
+
 def train_and_save(world, folder):
     """Every phase and stage: steps, save, steps. -> what the tests compare."""
     results = {}
@@ -134,6 +145,7 @@ def train_and_save(world, folder):
                 "layout": engine.layout,
                 "still": still,
                 "still_after": frozen(engine),
+                "bytes": tensor_bytes(engine.state_files()),
             }
     settings = config(folder, "control", zero__stage=2, data__micro_batch_size=1)
     results["micro 1"] = go(build_engine(settings, world), world, 0, BEFORE + AFTER)
@@ -254,6 +266,18 @@ def test_frozen_parameters_stay_bit_identical(trained):
             assert any(name.startswith("transformer.") for name in result["still"])
             for name, tensor in result["still"].items():
                 assert torch.equal(tensor, result["still_after"][name]), name
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_have_the_size_that_is_planned(trained, folder, phase, stage):
+    settings = config(folder, phase, zero__stage=stage)
+    size = checkpoint_size(settings, make_plan(settings, 1))
+    found = trained[1][phase, stage]["bytes"]
+    # Step counts, and padding of flat vectors to a multiple of some elements.
+    assert found[False] == pytest.approx(size.own, rel=0.01)
+    assert found[True] == pytest.approx(size.shared, rel=0.01)
+    assert (size.shared > 0) == (phase == "control")
 
 
 def test_the_loss_after_a_prefix_is_that_of_the_global_batch(trained):
