@@ -175,7 +175,7 @@ def charts(curves: Mapping[str, Curve]) -> dict[str, list[Series]]:
         if prefix:
             title = f"val/{tag.removeprefix(prefix)}"
             found.setdefault(title, []).append(Series(CURVE_NAMES[prefix], curve))
-        elif tag.startswith("time/") and tag.endswith("_s") and "straggler" not in tag:
+        elif tag.startswith("time/") and tag.endswith("_s") and not tag.endswith("_lag_s"):
             name = tag.removeprefix("time/").removesuffix("_s").replace("_", " ")
             found.setdefault("time/seconds a step by part", []).append(Series(name, curve))
         else:

@@ -169,6 +169,25 @@ def test_a_rank_that_stays_behind_is_reported_once_by_name(caplog):
     assert record.getMessage().startswith("rank 2 on node2 is slow: 0.500 s a step")
 
 
+def test_a_slow_node_is_reported_by_name_whichever_of_its_ranks_is_slowest(caplog):
+    watch = StragglerWatch()
+    for window in range(4):
+        ranks = [RankTimes(f"node{rank // 4}", own_s=0.1, data_s=0.0) for rank in range(12)]
+        for rank in range(4, 8):
+            own_s = 0.5 if rank == 4 + window else 0.4
+            ranks[rank] = RankTimes("node1", own_s=own_s, data_s=0.0)
+        found = watch.find(ranks, step_s=1.0)
+        assert found["time/straggler_rank"] == 4 + window
+        assert found["time/slow_node_lag_s"] == pytest.approx(0.3)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("node node1 is slow: 0.400 s a step")
+    ranks = [RankTimes(f"node{rank // 4}", own_s=0.1, data_s=0.0) for rank in range(12)]
+    ranks[5] = RankTimes("node1", own_s=0.5, data_s=0.0)
+    for _ in range(2):
+        assert watch.find(ranks, step_s=1.0)["time/slow_node_lag_s"] == 0
+    assert caplog.records[-1].getMessage().startswith("rank 5 on node1 is slow")
+
+
 def test_a_preview_has_titles_above_its_panels_and_its_prompt_as_text(tmp_path):
     metrics = Metrics(tmp_path, 1, alone(), io.StringIO())
     metrics.resume(TrainState())

@@ -17,9 +17,10 @@ STEP_CHARTS: Charts = {
     "optimizer": {"gradient norm": ["train/grad_norm"], "learning rate": ["train/lr"]},
     "speed": {
         "samples a second": ["throughput/samples_per_s"],
-        "seconds a step by part": ["time/(?!straggler).*"],
+        "seconds a step by part": ["time/(?!straggler|slow_node).*"],
         "model FLOPs utilization": ["throughput/mfu"],
         "seconds that the slowest rank is behind": ["time/straggler_lag_s"],
+        "seconds that the slowest node is behind": ["time/slow_node_lag_s"],
         "part of the time that waits for data": ["data/wait_fraction"],
     },
 }

@@ -127,40 +127,81 @@ class RankTimes:
     data_s: float
 
 
+@dataclass
+class Lag:
+    """The slowest of several ranks or nodes, compared with their median."""
+
+    slowest: int  # its number
+    own: RankTimes
+    median: RankTimes
+
+    @classmethod
+    def of(cls, times: Sequence[RankTimes]) -> Lag:
+        """`times`: by number."""
+        order = sorted(range(len(times)), key=lambda number: times[number].own_s)
+        return cls(order[-1], times[order[-1]], times[order[(len(order) - 1) // 2]])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds a step by which the slowest exceeds the median."""
+        return self.own.own_s - self.median.own_s
+
+
 class StragglerWatch:
-    """Finds the slowest rank of each window, and warns of one that stays behind."""
+    """Finds the slowest rank and node of each window, and warns of one that stays behind."""
 
     def __init__(self) -> None:
-        self._suspect: int | None = None  # behind in the last window
-        self._reported: int | None = None
+        self._suspect: str | None = None  # behind in the last window
+        self._reported: str | None = None
 
     def find(self, ranks: Sequence[RankTimes], step_s: float) -> dict[str, float]:
         """The slowest rank, and the seconds a step by which it exceeds the median, by tag.
+
+        With several nodes of several ranks, also the seconds by which the slowest node exceeds the
+        median of the nodes. A node is as slow as the median of its ranks, so that it is not slow
+        for one slow rank. Of a slow node, other ranks may be slowest in each window.
 
         `ranks`: by rank. `step_s`: seconds of a step. Empty if there is one rank.
         """
         if len(ranks) < 2:
             return {}
-        order = sorted(range(len(ranks)), key=lambda rank: ranks[rank].own_s)
-        slowest = order[-1]
-        median = ranks[order[(len(order) - 1) // 2]]
-        lag_s = ranks[slowest].own_s - median.own_s
-        if lag_s <= WARN_FRACTION * step_s:
+        lag = Lag.of(ranks)
+        found = {"time/straggler_rank": float(lag.slowest), "time/straggler_lag_s": lag.seconds}
+        name = f"rank {lag.slowest} on {lag.own.host}"
+        nodes = times_of_nodes(ranks)
+        if 1 < len(nodes) < len(ranks):
+            node_lag = Lag.of(nodes)
+            found["time/slow_node_lag_s"] = node_lag.seconds
+            if node_lag.seconds > WARN_FRACTION * step_s:
+                lag = node_lag
+                name = f"node {lag.own.host}"
+        self._judge(name, lag, step_s)
+        return found
+
+    def _judge(self, name: str, lag: Lag, step_s: float) -> None:
+        """Warn if the same rank or node is behind in two windows in a row, once."""
+        if lag.seconds <= WARN_FRACTION * step_s:
             self._suspect = None
             self._reported = None
-        elif self._suspect != slowest:
-            self._suspect = slowest
-        elif self._reported != slowest:
-            self._reported = slowest
+        elif self._suspect != name:
+            self._suspect = name
+        elif self._reported != name:
+            self._reported = name
             log.warning(
-                "rank %d on %s is slow: %.3f s a step before it meets the other ranks (%.3f s of "
-                "it waiting for data), the median is %.3f s (%.3f s); a step takes %.3f s",
-                slowest,
-                ranks[slowest].host,
-                ranks[slowest].own_s,
-                ranks[slowest].data_s,
-                median.own_s,
-                median.data_s,
+                "%s is slow: %.3f s a step before it meets the other ranks (%.3f s of it waiting "
+                "for data), the median is %.3f s (%.3f s); a step takes %.3f s",
+                name,
+                lag.own.own_s,
+                lag.own.data_s,
+                lag.median.own_s,
+                lag.median.data_s,
                 step_s,
             )
-        return {"time/straggler_rank": float(slowest), "time/straggler_lag_s": lag_s}
+
+
+def times_of_nodes(ranks: Sequence[RankTimes]) -> list[RankTimes]:
+    """Of each node the rank that is the median of its ranks."""
+    by_host: dict[str, list[RankTimes]] = {}
+    for rank in ranks:
+        by_host.setdefault(rank.host, []).append(rank)
+    return [Lag.of(members).median for members in by_host.values()]
