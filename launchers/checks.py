@@ -89,14 +89,15 @@ def load_with_problems(
 def check_shards(config: ShardsJobConfig, launch: Launch) -> list[Problem]:
     """Problems of `landiff shards`: output folder, source, optional packages."""
     problems = check_writable("data", config.data)
-    is_path = ".tar" not in config.source and config.source != "packaged"
-    if launch.inputs_exist and is_path and not Path(config.source).exists():
-        problems.append(
-            Problem(
-                f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a "
-                '.tar, or "packaged"'
+    for source in config.sources:
+        is_path = ".tar" not in source and source != "packaged"
+        if launch.inputs_exist and is_path and not Path(source).exists():
+            problems.append(
+                Problem(
+                    f"source = {source!r} does not exist; give a folder, a .csv, a .jsonl, a "
+                    '.tar, or "packaged"'
+                )
             )
-        )
     if config.shots is not None:
         # Imported here, because it imports OpenCV.
         from landiff.data_pipeline.ingest.shots import EXTRAS, PACKAGES

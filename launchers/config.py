@@ -46,6 +46,16 @@ class ShardsJobConfig(ShardsConfig):
         return ShardsConfig.model_validate(self.model_dump(exclude={"data"}))
 
 
+class WorldConfig(Config):
+    """Clips of moving shapes that a pipeline makes first, in the folder `world`."""
+
+    clips: PositiveInt = Field(description="Number of training clips.")
+    true_clips: NonNegativeInt = Field(
+        default=108, description="Clips of each set that nothing is trained on."
+    )
+    seed: NonNegativeInt = Field(default=0, description="Seed of places, sizes and order.")
+
+
 GIVEN = ("first_frame", "continue_video", "tokens_from")
 """Keys of what a video can be given beside text."""
 

@@ -24,7 +24,7 @@ The pipeline, in order. Each command can be run alone, interrupted, and run agai
   landiff quickstart --out runs/quickstart                    all of it on packaged clips, on a CPU
 """
 
-PRESET = "packaged preset (nano, landiff, shapes), or a folder that `landiff new` wrote"
+PRESET = "packaged preset (nano, shapes, quickstart, landiff), or a folder that `landiff new` wrote"
 
 OVERRIDES = """\
 Any config key can be set after the options, for example:  {example}

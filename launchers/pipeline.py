@@ -17,18 +17,24 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from landiff.configs import load
 from landiff.configs.documents import read_json
 from landiff.configs.durations import duration
 from landiff.configs.files import write_text
 from landiff.configs.problems import require_none
+from landiff.launchers.config import WorldConfig
 from landiff.launchers.local.stage_processes import Command, StoppedBySignal, run_commands
-from landiff.launchers.project.presets import packaged_presets, preset_config, require_preset
+from landiff.launchers.project.presets import (
+    has_config,
+    packaged_presets,
+    preset_config,
+    require_preset,
+)
 from landiff.launchers.slurm.snapshot import describe_code
 from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 QUICKSTART_OUT = "runs/quickstart"
-QUICKSTART_PROCESSES = 2  # of each trainer; nano/lm divides its model over two ranks
-LEARN_AT_ONCE = 2  # stages of `landiff learn` that run at the same time
+LEARN_PRESET = "shapes"
 RATES = "rates.json"
 
 
@@ -75,13 +81,13 @@ def quickstart_command(args: argparse.Namespace) -> int:
     require_none(report.problems)
     for name, reason in report.skipped.items():
         print(f"# {name} is skipped: {reason}")
-    processes = QUICKSTART_PROCESSES if args.preset == "nano" else None
-    stages = pipeline_stages(args.preset, processes, args.prompt or ())
+    stages = local_stages(args.preset, args.prompt or ())
+    at_once = stages_at_once(args.preset)
     if args.dry_run:
-        print_outlook(report.configs, report.skipped, Path(out), processes)
+        print_outlook(report.configs, report.skipped, Path(out), processes_of(args.preset))
     skipped = names_to_skip(report.skipped)
     left = [stage for stage in stages if stage.name not in skipped]
-    code = run_pipeline("quickstart", left, Path(out), args.dry_run)
+    code = run_pipeline("quickstart", left, Path(out), args.dry_run, at_once)
     if not args.dry_run and code == 0:
         from landiff.launchers.results.pipeline_page import write_quickstart_report
 
@@ -91,9 +97,12 @@ def quickstart_command(args: argparse.Namespace) -> int:
 
 
 def print_outlook(
-    configs: Mapping[str, Any], skipped: Mapping[str, str], out: Path, processes: int | None
+    configs: Mapping[str, Any], skipped: Mapping[str, str], out: Path, processes: Mapping[str, int]
 ) -> None:
-    """Prints GPU hours, days and disk of the stages that run. Any: configs of a preset by stem."""
+    """Prints GPU hours, days and disk of the stages that run. Any: configs of a preset by stem.
+
+    processes: of trainers by stem; others have as many as `landiff train` chooses.
+    """
     # Imported here, because it loads torch.
     from landiff.launchers.budget.total import ORDER
     from landiff.launchers.local.gpus import default_processes
@@ -103,7 +112,7 @@ def print_outlook(
     gpus = {}
     for stem in [stem for stems in ORDER for stem in stems]:
         if stem in left:
-            gpus[stem] = processes or default_processes(left[stem])
+            gpus[stem] = processes.get(stem) or default_processes(left[stem])
     for line in outlook(left, gpus, out):
         print(f"# {line}")
 
@@ -111,7 +120,8 @@ def print_outlook(
 def learn_command(args: argparse.Namespace) -> int:
     """Trains on the shapes world from zero and scores the result. Returns the exit code."""
     out = Path(args.out)
-    code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run, LEARN_AT_ONCE)
+    at_once = stages_at_once(LEARN_PRESET)
+    code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run, at_once)
     if not args.dry_run and code == 0:
         from landiff.launchers.results.shapes_page import write_learn_report
 
@@ -260,42 +270,83 @@ def pipeline_stages(
     ]
 
 
-# Of the preset `shapes`: processes of a trainer, and stages that it waits for. The main transformer
-# reads no tokens, so that it is trained in one process while the tokenizer and the language model
-# are trained in another. Then two processes train the control branch, which needs both.
-LEARN_PROCESSES = {"diffusion control": 2}
-LEARN_AFTER = {"diffusion main": ("latents",), "diffusion control": ("export main", "lm")}
+# Of a preset with `latents`: processes of the trainers, and stages that others wait for. The main
+# transformer reads no tokens, so that it is trained in one process while the tokenizer and the
+# language model are trained in another. Then two processes train the control branch.
+BESIDE_PROCESSES = {"tokenizer": 1, "lm": 1, "diffusion-main": 1, "diffusion-control": 2}
+BESIDE_AFTER = {"diffusion main": ("latents",), "diffusion control": ("export main", "lm")}
+
+
+def processes_of(preset: str) -> Mapping[str, int]:
+    """Processes of the trainers of a preset by stem. Empty: `landiff train` chooses."""
+    if preset == "nano":
+        return dict.fromkeys(BESIDE_PROCESSES, 2)  # its language model is divided over two ranks
+    return BESIDE_PROCESSES if has_config(preset, "latents") else {}
+
+
+def stages_at_once(preset: str) -> int:
+    """Number of stages of a preset that run at the same time on this machine."""
+    return 2 if has_config(preset, "latents") else 1
+
+
+def local_stages(
+    preset: str, prompts: Sequence[str] = (), seed: int | None = None
+) -> list[PipelineStage]:
+    """The pipeline of a preset as this machine runs it: with clips of moving shapes made first, and
+    with latents computed beside the features, if the preset has configs of these stages.
+
+    seed: of all trainings and of the moving shapes, in place of those of the configs.
+    """
+    processes = processes_of(preset)
+    beside = has_config(preset, "latents")
+    later = BESIDE_AFTER if beside else {}
+    stages = []
+    first: tuple[str, ...] = ()
+    if has_config(preset, "world"):
+        stages.append(world_stage(preset, seed))
+        first = (stages[0].name,)
+    for stage in pipeline_stages(preset, None, prompts):
+        words = list(stage.command)
+        stem = stage.name.replace(" ", "-")
+        if stem in processes:
+            words += ["--nproc", str(processes[stem])]
+        if stage.run is not None and seed is not None:
+            words.append(f"loop.seed={seed}")
+        after = later.get(stage.name, stage.after or first)
+        stages.append(replace(stage, command=tuple(words), after=after))
+        if beside and stage.name == "features":
+            stages.append(latents_stage(preset))
+    return stages
+
+
+def world_stage(preset: str, seed: int | None) -> PipelineStage:
+    """Clips of moving shapes."""
+    config = load(WorldConfig, preset_config(preset, "world"))
+    words = ["shapes", "make", "--out", "world", "--clips", str(config.clips)]
+    words += ["--true-clips", str(config.true_clips)]
+    words += ["--seed", str(config.seed if seed is None else seed)]
+    return PipelineStage("world", "moving shapes with captions", tuple(words), output="world")
+
+
+def latents_stage(preset: str) -> PipelineStage:
+    """The columns that need no tokenizer."""
+    return PipelineStage(
+        "latents",
+        "latents, text states",
+        ("precompute", "--config", preset_config(preset, "latents")),
+        after=("shards",),
+        output="data/latents",
+    )
 
 
 def learn_stages(seed: int) -> list[PipelineStage]:
-    """The pipeline of the preset `shapes`, with its data before it and its scores after it."""
-    stages = [
-        PipelineStage(
-            "world",
-            "moving shapes with captions",
-            ("shapes", "make", "--out", "world", "--clips", "6000", "--seed", str(seed)),
-            output="world",
-        )
-    ]
-    for stage in pipeline_stages("shapes", 1):
-        after = LEARN_AFTER.get(stage.name, stage.after or ("world",))
-        command = stage.command
-        if stage.run is not None:
-            processes = str(LEARN_PROCESSES.get(stage.name, 1))
-            command = (*command[:-1], processes, f"loop.seed={seed}")
+    """The pipeline of the preset `shapes`, and its scores."""
+    stages = []
+    for stage in local_stages(LEARN_PRESET, seed=seed):
         if stage.name == "sample":
-            command = (*command, "--prompts", "world/prompts-heldout.txt")
-        stages.append(replace(stage, command=command, after=after))
-        if stage.name == "features":
-            stages.append(
-                PipelineStage(
-                    "latents",
-                    "latents, text states",
-                    ("precompute", "--config", preset_config("shapes", "latents")),
-                    after=("shards",),
-                    output="data/latents",
-                )
-            )
+            words = (*stage.command, "--prompts", "world/prompts-heldout.txt")
+            stage = replace(stage, command=words)
+        stages.append(stage)
     labels = "world/labels-true-heldout.jsonl"
     words = ("attribute", "--config", "shapes/sample", "--videos", "world/true-heldout")
     stages += [

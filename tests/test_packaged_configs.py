@@ -13,6 +13,7 @@ from landiff.launchers.config import (
     SampleConfig,
     ShardsJobConfig,
     VideoMetricsConfig,
+    WorldConfig,
 )
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo.config import ModelConfig
@@ -24,6 +25,7 @@ from landiff.training.tokenizer.config import TokenizerTrainConfig
 
 CLASSES: dict[str, type[Config]] = {
     "model": ModelConfig,
+    "world": WorldConfig,
     "shards": ShardsJobConfig,
     "features": PrecomputeConfig,
     "latents": PrecomputeConfig,
@@ -74,7 +76,7 @@ def test_the_paper_size_has_what_the_release_tells_of_training_and_sampling():
 
 def test_all_presets_are_complete():
     for preset in ("nano", "shapes", "landiff"):
-        stems = set(CLASSES) - {"captions", "latents", "packaged"}
+        stems = set(CLASSES) - {"captions", "latents", "packaged", "world"}
         assert {f"{preset}/{stem}" for stem in stems} <= set(packaged_names())
 
 

@@ -202,9 +202,9 @@ class ShardsConfig(Config):
     fits. With a shape of one frame, images are clips too.
     """
 
-    source: str = Field(
+    source: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         description='Raw videos: "packaged", a folder, a .csv, .tsv or .jsonl table, or WebDataset '
-        "tars; see docs/sources.md."
+        "tars; see docs/sources.md. A list of them is read one after the other."
     )
     fps: PositiveFloat = Field(description="Frames per second of the clips.")
     num_frames: PositiveInt | None = Field(
@@ -291,6 +291,11 @@ class ShardsConfig(Config):
     @classmethod
     def _even(cls, value: int | None) -> int | None:
         return None if value is None else _require_even(value)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a list."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:

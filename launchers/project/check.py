@@ -20,6 +20,7 @@ from landiff.launchers.local.gpus import default_processes
 from landiff.launchers.project.chain import EXPORTED, check_chain
 from landiff.launchers.project.presets import (
     PRESET_CONFIGS,
+    has_config,
     packaged_presets,
     preset_config,
     require_preset,
@@ -132,10 +133,12 @@ def check_preset(
     configs, problems = load_preset(preset)
     complete = len(configs) == len(PRESET_CONFIGS)
     skipped = skipped_stages(configs, workdir, first, skip) if complete else {}
+    made = has_config(preset, "world")  # a source of the shards
     with inside(workdir):
         for stem, config in configs.items():
             if stage_name(stem) not in skipped:
-                problems += [Problem(f"{stem}: {each}") for each in check_stage(stem, config)]
+                found = check_stage(stem, config, inputs_exist=stem == "shards" and not made)
+                problems += [Problem(f"{stem}: {each}") for each in found]
     problems += check_space(workdir)
     if complete:
         problems += check_chain(with_all_columns(configs))
@@ -158,11 +161,14 @@ def inside(workdir: Path) -> Iterator[None]:
         yield
 
 
-def check_stage(stem: str, config: Any) -> list[Problem]:
-    """Problems of one stage whose inputs earlier stages write. Any: an instance of its class."""
+def check_stage(stem: str, config: Any, *, inputs_exist: bool) -> list[Problem]:
+    """Problems of one stage. Any: an instance of its class.
+
+    inputs_exist: False if earlier stages write its inputs.
+    """
     stage = STAGE_OF.get(stem, stem)
     ranks = default_processes(config) if isinstance(config, TrainConfig) else 1
-    problems = check(stage, config, Launch(ranks, inputs_exist=stage == "shards"))
+    problems = check(stage, config, Launch(ranks, inputs_exist=inputs_exist))
     if isinstance(config, TrainConfig):
         problems += check_start(stem, config)
     return problems

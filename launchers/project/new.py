@@ -11,7 +11,12 @@ from landiff.configs import ConfigError, load
 from landiff.configs.files import write_text
 from landiff.launchers.config import ShardsJobConfig
 from landiff.launchers.pipeline import pipeline_stages
-from landiff.launchers.project.presets import PRESET_CONFIGS, packaged_presets, preset_config
+from landiff.launchers.project.presets import (
+    PRESET_CONFIGS,
+    has_config,
+    packaged_presets,
+    preset_config,
+)
 from landiff.launchers.project.sizes import (
     DECORD_REFUSES,
     ClipSizes,
@@ -87,12 +92,13 @@ def write_project(
 ) -> list[str]:
     """Write the files of a project into the new folder `folder`. Returns their names.
 
-    `base` is a packaged preset, `size` is HEIGHTxWIDTH; frames and size are those of the preset
-    unless given. `captions` is `missing_captions` of the shards. Raises ConfigError for sizes that
-    do not divide and for a folder that exists.
+    `base` is a packaged preset with a model.yaml, `size` is HEIGHTxWIDTH; frames and size are those
+    of the preset unless given. `captions` is `missing_captions` of the shards. Raises ConfigError
+    for sizes that do not divide and for a folder that exists.
     """
-    if base not in packaged_presets():
-        raise ConfigError(f"--from {base}: the presets are {', '.join(packaged_presets())}")
+    bases = [name for name in packaged_presets() if has_config(name, "model")]
+    if base not in bases:
+        raise ConfigError(f"--from {base}: the presets to start from are {', '.join(bases)}")
     if folder.exists():
         raise ConfigError(f"{folder} exists already; name a new folder")
     shards = load(ShardsJobConfig, f"{base}/shards")
@@ -101,7 +107,7 @@ def write_project(
     clip = ClipSizes(frames or shape.num_frames, height, width)
     sizes = project_sizes(clip, load(ModelConfig, f"{base}/model"))
     if source is None:
-        source = shards.source
+        source = shards.sources[0]
     elif source != "packaged":
         source = str(Path(source).absolute())
     files = {

@@ -55,7 +55,8 @@ def data_lines(configs: Mapping[str, Any], workdir: Path) -> list[str]:
     try:
         manifest = read_manifest(workdir / shards.data)
     except (ShardError, OSError):
-        return [f"  clips             {shapes} from {shards.source}; their number is not known yet"]
+        sources = ", ".join(shards.sources)
+        return [f"  clips             {shapes} from {sources}; their number is not known yet"]
     count = sum(shard.bytes for shard in manifest.shards)
     for column in manifest.columns.values():
         count += sum(shard.bytes for shard in column.shards)

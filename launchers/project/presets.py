@@ -7,7 +7,7 @@ from pathlib import Path
 from landiff.configs import Config, ConfigError
 from landiff.configs.loader import nearest_name, packaged_names
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
-from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig
+from landiff.launchers.config import EvaluateConfig, SampleConfig, ShardsJobConfig, WorldConfig
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.tokenizer.config import TokenizerTrainConfig
@@ -24,6 +24,10 @@ PRESET_CONFIGS: dict[str, type[Config]] = {
     "sample": SampleConfig,
 }
 """File of each config of a preset, without its suffix, and the class of the config."""
+FURTHER_CONFIGS: dict[str, type[Config]] = {"world": WorldConfig, "latents": PrecomputeConfig}
+"""The same of configs that only some presets have. `world`: a source of clips that is made first.
+`latents`: the columns that need no tokenizer, computed beside the features; two stages then run at
+a time."""
 
 
 def packaged_presets() -> list[str]:
@@ -41,6 +45,12 @@ def preset_config(preset: str, stem: str) -> str:
     if preset in packaged_presets():
         return f"{preset}/{stem}"
     return str(Path(preset).absolute() / f"{stem}.yaml")
+
+
+def has_config(preset: str, stem: str) -> bool:
+    """Whether a preset, packaged or a folder, has the config `stem`."""
+    name = preset_config(preset, stem)
+    return name in packaged_names() or Path(name).is_file()
 
 
 def require_preset(preset: str) -> None:

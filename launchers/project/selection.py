@@ -40,6 +40,8 @@ EXPORTS = {
     "diffusion-main": "export main",
     "diffusion-control": "export diffusion",
 }
+BESIDE = {"shards": "world", "columns": "latents"}
+"""Stages that are skipped with another one."""
 
 
 def skipped_stages(
@@ -96,6 +98,7 @@ def model_of(stage: str, config: Any) -> Config:
 def names_to_skip(reasons: Mapping[str, str]) -> set[str]:
     """Names of the pipeline stages that do not run, exports included."""
     names = {name.replace("diffusion-", "diffusion ") for name in reasons}
+    names |= {BESIDE[name] for name in reasons if name in BESIDE}
     return names | {EXPORTS[name] for name in reasons if name in EXPORTS}
 
 

@@ -52,6 +52,19 @@ def fill(folder: Path, **files: str | bytes) -> Path:
     return folder
 
 
+def test_several_sources_are_read_one_after_the_other(tmp_path):
+    fill(tmp_path / "a", one__mp4="x", one__txt="first")
+    make_tar(tmp_path / "b.tar", [("two.mp4", b"y"), ("two.txt", b"second")])
+    sources = (str(tmp_path / "a"), str(tmp_path / "b.tar"), "packaged")
+    settings = shards_config("packaged").model_copy(update={"source": sources})
+    captions = [clip.caption for clip in list_source(settings).clips()]
+    packaged = [clip.caption for clip in list_source(shards_config("packaged")).clips()]
+    assert captions == ["first", "second", *packaged] and len(packaged) > 40
+    missing = settings.model_copy(update={"source": (*sources, str(tmp_path / "c"))})
+    with pytest.raises(ConfigError, match="c' does not exist"):
+        list_source(missing)
+
+
 def make_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as tar:

@@ -5,28 +5,51 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from landiff.configs import load
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.synthetic import world
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.cli import main
-from landiff.launchers.pipeline import learn_stages
+from landiff.launchers.pipeline import PipelineStage, learn_stages, local_stages
+from landiff.launchers.project.check import check_preset
+from landiff.launchers.project.presets import PRESET_CONFIGS
 from tests.launchers.random_zoo import write_random_shapes_zoo
+
+
+def check_stages(stages: list[PipelineStage]) -> None:
+    """Commands parse, and stages wait for stages before them."""
+    names = [stage.name for stage in stages]
+    assert names[0] == "world" and len(set(names)) == len(names)
+    for number, stage in enumerate(stages):
+        parse_command(build_parser(), list(stage.command))
+        assert set(stage.after) <= set(names[:number])
 
 
 def test_stages_of_learn_parse_and_wait_for_stages_before_them():
     stages = learn_stages(seed=3)
-    names = [stage.name for stage in stages]
-    assert names[0] == "world" and names[-1] == "score" and len(set(names)) == len(names)
-    for number, stage in enumerate(stages):
-        parse_command(build_parser(), list(stage.command))
-        assert set(stage.after) <= set(names[:number])
+    check_stages(stages)
+    assert stages[-1].name == "score"
+    for stage in stages:
         if stage.run is not None:
             assert "loop.seed=3" in stage.command
 
 
-def test_learn_trains_on_one_core_each_until_both_train_the_control_branch():
-    stages = {stage.name: stage for stage in learn_stages(seed=0)}
+def test_a_folder_that_extends_the_quickstart_has_all_its_stages(tmp_path):
+    for stem in (*PRESET_CONFIGS, "latents"):
+        (tmp_path / f"{stem}.yaml").write_text(f"extends: quickstart/{stem}\n")
+    (tmp_path / "world.yaml").write_text("extends: quickstart/world\nclips: 7\n")
+    stages = local_stages(str(tmp_path), ["a rabbit"])
+    check_stages(stages)
+    assert [stage.name for stage in stages] == [s.name for s in local_stages("quickstart")]
+    assert "7" in stages[0].command
+    assert check_preset(str(tmp_path)).problems == []
+
+
+@pytest.mark.parametrize("preset", ["shapes", "quickstart"])
+def test_trainings_have_one_core_each_until_both_train_the_control_branch(preset):
+    stages = {stage.name: stage for stage in local_stages(preset)}
 
     def needed(name: str) -> set[str]:
         """All stages that must have ended before a stage starts."""
@@ -44,9 +67,10 @@ def test_learn_trains_on_one_core_each_until_both_train_the_control_branch():
     assert processes.pop("diffusion control") == "2" and set(processes.values()) == {"1"}
 
 
-def test_stage_latents_makes_columns_that_the_preset_names_too():
-    beside = load(PrecomputeConfig, "shapes/latents").columns
-    whole = load(PrecomputeConfig, "shapes/precompute").columns
+@pytest.mark.parametrize("preset", ["shapes", "quickstart"])
+def test_stage_latents_makes_columns_that_the_preset_names_too(preset):
+    beside = load(PrecomputeConfig, f"{preset}/latents").columns
+    whole = load(PrecomputeConfig, f"{preset}/precompute").columns
     assert set(whole) - set(beside) == {"tokens"}
     for name, column in beside.items():
         assert whole[name] == column
@@ -55,7 +79,8 @@ def test_stage_latents_makes_columns_that_the_preset_names_too():
 def test_a_dry_run_prints_the_commands(capsys):
     assert main(["learn", "--dry-run", "--out", "here"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["cd here", "landiff shapes make --out world --clips 6000 --seed 0"]
+    make = "landiff shapes make --out world --clips 6000 --true-clips 108 --seed 0"
+    assert lines[:2] == ["cd here", make]
 
 
 def test_attribution_scores_every_stage_of_the_chain(tmp_path, monkeypatch):

@@ -268,7 +268,9 @@ def with_caption(config: ShardsConfig, clip: SourceClip) -> SourceClip:
     if config.missing_captions == "file_name":
         name = path.stem if "." in path.name else path.name
     elif config.missing_captions == "folder_name":
-        name = path.parent.name or Path(config.source).name
+        name = path.parent.name
+        if not name and len(config.sources) == 1:
+            name = Path(config.sources[0]).name
     words = " ".join(re.split(r"[\W_]+", name)).strip()
     return replace(clip, caption=words, failure=None)
 

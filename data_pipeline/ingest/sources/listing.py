@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import braceexpand
@@ -65,18 +65,30 @@ class Listing:
 
 
 def list_source(config: ShardsConfig) -> Listing:
-    """The listing of `config.source`.
+    """The listing of `config.source`, or of all its sources.
 
-    Raises ConfigError if the source is missing, has no clips, or lacks a column.
+    Raises ConfigError if a source is missing, has no clips, or lacks a column.
     """
+    listings = [_list_one(config, source) for source in config.sources]
+    if len(listings) == 1:
+        return listings[0]
+    return Listing(
+        lambda: chain.from_iterable(listing.entries() for listing in listings),
+        config.columns,
+        clip_suffixes(config),
+    )
+
+
+def _list_one(config: ShardsConfig, source: str) -> Listing:
+    """The listing of one source."""
     columns = config.columns
     suffixes = clip_suffixes(config)
-    path = Path(config.source)
-    if config.source == "packaged":
+    path = Path(source)
+    if source == "packaged":
         path = ASSETS / "captions.jsonl"
     suffix = path.suffix.lower()
     if not path.is_dir() and suffix == ".tar":
-        return _tars(config.source, columns, suffixes)
+        return _tars(source, columns, suffixes)
     if not path.is_dir() and (suffix in COMPRESSIONS or suffix in ARCHIVES):
         raise ConfigError(
             f"source: {str(path)!r} is compressed, which does not make videos smaller; "
@@ -84,7 +96,7 @@ def list_source(config: ShardsConfig) -> Listing:
         )
     if not os.path.lexists(path):
         raise ConfigError(
-            f"source = {config.source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, "
+            f"source = {source!r} does not exist; give a folder, a .csv, a .jsonl, a .tar, "
             'or "packaged"'
         )
     if path.is_dir():
@@ -94,7 +106,7 @@ def list_source(config: ShardsConfig) -> Listing:
         table = path
         _check_table(path)
         listing = Listing(lambda: table_entries(path, columns), columns, suffixes)
-    _check_not_empty(config, listing, table)
+    _check_not_empty(config, source, listing, table)
     return listing
 
 
@@ -152,7 +164,9 @@ def _check_table(path: Path) -> None:
     )
 
 
-def _check_not_empty(config: ShardsConfig, listing: Listing, table: Path | None) -> None:
+def _check_not_empty(
+    config: ShardsConfig, source: str, listing: Listing, table: Path | None
+) -> None:
     """Raise ConfigError if a source has no clip, not even one with a failure."""
     ignored = Tally()
     for entry in listing.entries():
@@ -166,6 +180,6 @@ def _check_not_empty(config: ShardsConfig, listing: Listing, table: Path | None)
     if not config.takes_images and any(suffix in IMAGE_SUFFIXES for suffix in ignored.counts):
         images = "; images are clips of one frame: num_frames=1, or a bucket of one frame"
     raise ConfigError(
-        f"source = {config.source!r} holds no videos{held}{images}; known names end in "
+        f"source = {source!r} holds no videos{held}{images}; known names end in "
         f"{' '.join(sorted(clip_suffixes(config)))}"
     )
