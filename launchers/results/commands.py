@@ -6,10 +6,6 @@ Torch is imported after the checks.
 from __future__ import annotations
 
 import argparse
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from landiff.configs import ConfigError, ownership
@@ -19,10 +15,10 @@ from landiff.launchers.budget.sampling import choose_offload, parse_memory
 from landiff.launchers.checks import load_checked
 from landiff.launchers.commands import load_for_job, parse_task, print_dry_run
 from landiff.launchers.config import EvaluateConfig, SampleConfig, VideoMetricsConfig
-from landiff.launchers.local.children import environment
-from landiff.launchers.local.gpus import check_processes, one_gpu, visible_gpus
+from landiff.launchers.local.gpus import check_processes, visible_gpus
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.prompts import sample_units, sample_values
+from landiff.launchers.results.sampling.processes import sample_in_processes
 from landiff.model_zoo.evaluate.vbench import DIMENSIONS
 from landiff.training.checks import Launch
 
@@ -67,11 +63,9 @@ def sample_command(args: argparse.Namespace) -> int:
     if place is not None and place.rank:
         return pair.serve(config, place)
     with ownership.take(config.out / f"{OWNER}{suffix}", f"folder of samples {config.out}"):
-        if place is None:
-            sample.sample_videos(config, task)
-        else:
-            with pair.leading(config, place) as load:
-                sample.sample_videos(config, task, load=load)
+        if place is not None:
+            return pair.lead(config, place, task)
+        sample.sample_videos(config, task)
     return 0
 
 
@@ -82,59 +76,6 @@ def require_pairs(config: SampleConfig, processes: int, pair: str | None) -> Non
             "split_guidance = true takes two processes for each video; set --nproc 2 or another "
             "even number"
         )
-
-
-def sample_in_processes(argv: Sequence[str], processes: int, *, in_pairs: bool = False) -> int:
-    """Runs a `landiff sample` command in several processes, each with a part of the videos.
-
-    Each has a GPU of its own, if there are GPUs. `in_pairs`: two processes generate each video.
-    Returns the exit code of the first process that failed, or 0.
-    """
-    words = without_option(argv, "--nproc")
-    position = words.index("sample") + 1
-    together = 2 if in_pairs else 1
-    port = 0
-    children = []
-    for number in range(processes):
-        if number % together == 0:
-            port = free_port()
-        own = ["--task", f"{number // together}/{processes // together}"]
-        if in_pairs:
-            own += ["--pair", f"{number % 2}:{port}"]
-        command = [sys.executable, "-m", "landiff.launchers.cli"]
-        env = environment() | one_gpu(number)
-        children.append(
-            subprocess.Popen([*command, *words[:position], *own, *words[position:]], env=env)
-        )
-    codes = []
-    for number, child in enumerate(children):
-        codes.append(child.wait())
-        if in_pairs and number % 2 == 0 and codes[-1]:
-            children[number + 1].terminate()  # it would wait for the first process
-    return next((code for code in codes if code), 0)
-
-
-def free_port() -> int:
-    """A port of this machine that no process uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def without_option(argv: Sequence[str], option: str) -> list[str]:
-    """A command line without an option and its value. Words after `--` are kept."""
-    words = list(argv)
-    end = words.index("--") if "--" in words else len(words)
-    kept = []
-    skip = False
-    for word in words[:end]:
-        if skip:
-            skip = False
-        elif word == option:
-            skip = True
-        elif not word.startswith(f"{option}="):
-            kept.append(word)
-    return [*kept, *words[end:]]
 
 
 def describe_sample(config: SampleConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,11 +14,18 @@ import torch.distributed as dist
 
 from landiff.configs.base import ConfigError
 from landiff.launchers.config import SampleConfig
-from landiff.launchers.results.sample import Load
+from landiff.launchers.results.sample import Load, sample_videos
 from landiff.launchers.results.sampling.loading import load_models
+from landiff.launchers.results.sampling.processes import PARTNER_LOST
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.sample.generate import Models
-from landiff.model_zoo.sample.placement.split import FIRST, SplitDiffusion, serve_rows
+from landiff.model_zoo.sample.placement.split import (
+    FIRST,
+    PartnerLost,
+    SplitDiffusion,
+    partner_needed,
+    serve_rows,
+)
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 # The second process waits while the first one draws tokens, decodes and writes.
@@ -41,14 +49,15 @@ class Pair:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Joins the other process."""
-        store = dist.TCPStore(
-            "127.0.0.1", self.port, 2, is_master=self.rank == FIRST, timeout=JOIN_TIMEOUT
-        )
+        """Joins the other process. Raises PartnerLost if that does not come."""
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=2, timeout=WAIT_TIMEOUT
-        )
+        with partner_needed():
+            store = dist.TCPStore(
+                "127.0.0.1", self.port, 2, is_master=self.rank == FIRST, timeout=JOIN_TIMEOUT
+            )
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=2, timeout=WAIT_TIMEOUT
+            )
         try:
             yield
         finally:
@@ -57,7 +66,10 @@ class Pair:
 
 @contextmanager
 def leading(config: SampleConfig, pair: Pair) -> Iterator[Load]:
-    """Joins the second process of the pair. What it yields loads models that use it."""
+    """Joins the second process of the pair. What it yields loads models that use it.
+
+    Raises PartnerLost, also while the models run.
+    """
     device = pick_device(config.device)
 
     def load(config: SampleConfig, device: torch.device, needed: Collection[str]) -> Models:
@@ -70,16 +82,27 @@ def leading(config: SampleConfig, pair: Pair) -> Iterator[Load]:
         SplitDiffusion.close(device)
 
 
+def lead(config: SampleConfig, pair: Pair, task: tuple[int, int]) -> int:
+    """Samples the videos of a task together with the second process. Returns the exit code."""
+    try:
+        with leading(config, pair) as load:
+            sample_videos(config, task, load=load)
+    except PartnerLost as error:
+        print(f"sample: the second process of the pair has ended: {error}", file=sys.stderr)
+        return PARTNER_LOST
+    return 0
+
+
 def serve(config: SampleConfig, pair: Pair) -> int:
     """Computes rows for the first process of the pair until that ends. Returns the exit code."""
     device = pick_device(config.device)
     config = config.model_copy(update={"offload": "none"})
-    with pair.joined(device):
-        diffusion = load_models(config, device, ("diffusion",)).diffusion
-        try:
+    try:
+        with pair.joined(device):
+            diffusion = load_models(config, device, ("diffusion",)).diffusion
             rows = serve_rows(diffusion, device)
-        except RuntimeError as error:
-            print(f"sample: the first process of the pair has ended: {error}")
-            return 1
+    except PartnerLost as error:
+        print(f"sample: the first process of the pair has ended: {error}", file=sys.stderr)
+        return PARTNER_LOST
     print(f"sample: the second process has computed {rows} rows of the diffusion model")
     return 0

@@ -10,7 +10,8 @@ width in latent cells, L text rows, D width of text states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIMS = 5
 # Of a header: for each of four tensors dtype, number of dimensions and sizes.
 HEADER = 4 * (2 + MAX_DIMS)
+
+
+class PartnerLost(RuntimeError):
+    """The other process of the pair has ended, or cannot be reached."""
+
+
+@contextmanager
+def partner_needed() -> Iterator[None]:
+    """Turns errors of communication with the other process into PartnerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PartnerLost(str(error).strip().splitlines()[0]) from error
 
 
 class SplitDiffusion:
@@ -49,7 +63,7 @@ class SplitDiffusion:
         *,
         semantic_BTCHW: Tensor,
     ) -> Tensor:
-        """As `ControlledDiffusion.forward`."""
+        """As `ControlledDiffusion.forward`. Raises PartnerLost."""
         inputs = (latents_BTCHW, timestep_B, text_BLD, semantic_BTCHW)
         rows = len(latents_BTCHW)
         if rows % 2:
@@ -59,29 +73,34 @@ class SplitDiffusion:
         latents, timestep, text, semantic = [tensor[:half] for tensor in inputs]
         first = self._model(latents, timestep, text, semantic_BTCHW=semantic)
         second = torch.empty_like(first)
-        dist.recv(second, SECOND)
+        with partner_needed():
+            dist.recv(second, SECOND)
         return torch.cat([first, second])
 
     @staticmethod
     def close(device: torch.device) -> None:
-        """Ends `serve_rows` of the other process."""
-        dist.send(torch.zeros(HEADER, dtype=torch.int64, device=device), SECOND)
+        """Ends `serve_rows` of the other process. Raises PartnerLost."""
+        with partner_needed():
+            dist.send(torch.zeros(HEADER, dtype=torch.int64, device=device), SECOND)
 
 
 @torch.no_grad()
 def serve_rows(model: ControlledDiffusion, device: torch.device) -> int:
     """Computes the rows that a `SplitDiffusion` sends, until it is closed. Returns their number.
 
-    Raises RuntimeError if the other process ends before.
+    Raises PartnerLost if the other process ends before.
     """
     rows = 0
     while True:
         header = torch.empty(HEADER, dtype=torch.int64, device=device)
-        dist.recv(header, FIRST)
+        with partner_needed():
+            dist.recv(header, FIRST)
         if not header.any():
             return rows
         latents, timestep, text, semantic = _receive(header.tolist(), device)
-        dist.send(model(latents, timestep, text, semantic_BTCHW=semantic).contiguous(), FIRST)
+        computed = model(latents, timestep, text, semantic_BTCHW=semantic).contiguous()
+        with partner_needed():
+            dist.send(computed, FIRST)
         rows += len(latents)
 
 
@@ -90,9 +109,10 @@ def _send(tensors: Sequence[Tensor], device: torch.device) -> None:
     for tensor in tensors:
         sizes = list(tensor.shape) + [0] * (MAX_DIMS - tensor.ndim)
         header += [DTYPES.index(tensor.dtype), tensor.ndim, *sizes]
-    dist.send(torch.tensor(header, device=device), SECOND)
-    for tensor in tensors:
-        dist.send(tensor, SECOND)
+    with partner_needed():
+        dist.send(torch.tensor(header, device=device), SECOND)
+        for tensor in tensors:
+            dist.send(tensor, SECOND)
 
 
 def _receive(header: Sequence[int], device: torch.device) -> list[Tensor]:
@@ -100,6 +120,7 @@ def _receive(header: Sequence[int], device: torch.device) -> list[Tensor]:
     for start in range(0, HEADER, 2 + MAX_DIMS):
         dtype, num_dims, *sizes = header[start : start + 2 + MAX_DIMS]
         tensor = torch.empty(sizes[:num_dims], dtype=DTYPES[dtype], device=device)
-        dist.recv(tensor, FIRST)
+        with partner_needed():
+            dist.recv(tensor, FIRST)
         tensors.append(tensor)
     return tensors

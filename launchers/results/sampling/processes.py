@@ -1,0 +1,121 @@
+"""Starts the processes of `landiff sample --nproc` and waits for them. Torch-free."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from landiff.configs import ConfigError
+from landiff.launchers.commands import JobFailed
+from landiff.launchers.local.children import environment
+from landiff.launchers.local.gpus import one_gpu
+
+PARTNER_LOST = 5  # exit code of a process that ended because the other one of its pair did
+PARTNER_S = 10.0  # until a process is ended whose partner has failed
+POLL_S = 0.1
+CONFIG_ERROR = 2
+
+
+def sample_in_processes(argv: Sequence[str], processes: int, *, in_pairs: bool = False) -> int:
+    """Runs a `landiff sample` command in several processes, each with a part of the videos.
+
+    Each has a GPU of its own, if there are GPUs. `in_pairs`: two processes generate each video.
+    Returns the exit code of the first process that failed, or 0. Raises the errors of
+    `wait_in_pairs`.
+    """
+    words = without_option(argv, "--nproc")
+    position = words.index("sample") + 1
+    together = 2 if in_pairs else 1
+    port = 0
+    children = []
+    for number in range(processes):
+        if number % together == 0:
+            port = free_port()
+        own = ["--task", f"{number // together}/{processes // together}"]
+        if in_pairs:
+            own += ["--pair", f"{number % 2}:{port}"]
+        command = [sys.executable, "-m", "landiff.launchers.cli"]
+        env = environment() | one_gpu(number)
+        children.append(
+            subprocess.Popen([*command, *words[:position], *own, *words[position:]], env=env)
+        )
+    if in_pairs:
+        wait_in_pairs(children)
+        return 0
+    codes = [child.wait() for child in children]
+    return next((code for code in codes if code), 0)
+
+
+def wait_in_pairs(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Waits for processes of which two neighbours generate a video together.
+
+    The partner of a process that failed is ended, if it does not end by itself. Raises JobFailed
+    that names the process that failed first, or ConfigError if it reported a mistake of the user.
+    """
+    running = set(range(len(children)))
+    failed: list[int] = []
+    deadlines: dict[int, float] = {}
+    while running:
+        for number in sorted(running):
+            code = children[number].poll()
+            if code is None:
+                continue
+            running.discard(number)
+            if code:
+                failed.append(number)
+                deadlines[number ^ 1] = time.monotonic() + PARTNER_S
+        for number, deadline in deadlines.items():
+            if number in running and time.monotonic() > deadline:
+                children[number].terminate()
+        if running:
+            time.sleep(POLL_S)
+    if not failed:
+        return
+    causes = [number for number in failed if children[number].returncode != PARTNER_LOST]
+    cause = (causes or failed)[0]
+    message = describe_failure(cause, len(children), children[cause].returncode)
+    if children[cause].returncode == CONFIG_ERROR:
+        raise ConfigError(message)
+    raise JobFailed(message)
+
+
+def describe_failure(number: int, processes: int, code: int) -> str:
+    """Which process of the pairs failed and how, and what to do."""
+    place = "second" if number % 2 else "first"
+    ending = f"ended with exit code {code}"
+    hint = "its own message is above"
+    if code < 0:
+        ending = f"was ended by {signal.Signals(-code).name}"
+        hint = "the system ends processes in this way if memory is short"
+    return (
+        f"process {number + 1} of {processes}, the {place} one of a pair of split_guidance, "
+        f"{ending}; {hint}. Finished videos are kept: fix the cause and run the same command "
+        "again, or generate each video in one process, with split_guidance=false in another `out`"
+    )
+
+
+def free_port() -> int:
+    """A port of this machine that no process uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def without_option(argv: Sequence[str], option: str) -> list[str]:
+    """A command line without an option and its value. Words after `--` are kept."""
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    kept = []
+    skip = False
+    for word in words[:end]:
+        if skip:
+            skip = False
+        elif word == option:
+            skip = True
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return [*kept, *words[end:]]
