@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from landiff.configs.base import Config, refuse_values
+from landiff.data_pipeline.format.buckets import BucketName
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.loading.config import ValidationConfig
 from landiff.model_zoo.config import ScheduleConfig, TokenSamplingConfig
@@ -283,8 +284,15 @@ class EvaluateConfig(Config):
         description="Latent frames of the clean prefix in the prefix test; the loss is compared "
         "on the later frames."
     )
+    buckets: tuple[BucketName, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Clip shapes to evaluate, each by itself, as frames x height x width. null: "
+        "all shapes of the data.",
+    )
     samples: PositiveInt = Field(
-        default=32, description="Clips for each seed, at most the whole data set; at least 2."
+        default=32,
+        description="Clips for each seed and clip shape, at most all of the shape; at least 2.",
     )
     validation: ValidationConfig | None = Field(
         default=None,

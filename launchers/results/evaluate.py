@@ -18,10 +18,12 @@ from torch import Tensor
 from landiff.configs.base import ConfigError
 from landiff.configs.files import write_text
 from landiff.data_pipeline.format.schema import Manifest
+from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.held_out import partners
 from landiff.data_pipeline.loading.loader import Loader, Sample
 from landiff.launchers.config import EvaluateConfig
+from landiff.launchers.evaluation.buckets import evaluate_columns, evaluated_buckets
 from landiff.launchers.progress import ProgressLine
 from landiff.launchers.results.instruments import (
     PASSES,
@@ -50,47 +52,82 @@ DIFFUSION_PASSES = 4  # for each seed
 TABLE_TITLE = "nats per code (lm), squared error (diffusion)"
 
 
-def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
-    """Compares losses under right and wrong conditions, once for each seed.
+@dataclass(frozen=True)
+class EvaluatedModels:
+    """The three models, on one device."""
 
-    Prints a table, writes the results to `config.out`, and returns them.
+    lm: LanguageModel
+    tokenizer: SemanticTokenizer
+    diffusion: ControlledDiffusion
+    device: torch.device
+
+
+def evaluate_conditions(config: EvaluateConfig) -> dict[str, Any]:
+    """Compares losses under right and wrong conditions, once for each seed and clip shape.
+
+    Prints a table, writes the results to `config.out`, and returns them. With several shapes, these
+    are the results of each, under `buckets`.
     """
     device = pick_device(config.device)
     loader = ModelLoader("evaluate loads", 3, config.zoo, device, config.adapters)
-    lm = loader.lm(config.lm)
-    tokenizer = loader.tokenizer(config.tokenizer)
-    diffusion = loader.diffusion(config.diffusion)
-    progress = PassCounter(ProgressLine("evaluate", "passes"), config)
+    models = EvaluatedModels(
+        loader.lm(config.lm),
+        loader.tokenizer(config.tokenizer),
+        loader.diffusion(config.diffusion),
+        device,
+    )
+    manifest = read_manifest(config.data)
+    warn_of_cut_captions(manifest, config)
+    buckets = evaluated_buckets(config, manifest)
+    progress = PassCounter(ProgressLine("evaluate", "passes"), config, len(buckets))
+    results = {}
+    for bucket in buckets:
+        results[bucket] = evaluate_bucket(config, bucket, models, progress)
+    document: dict[str, Any] = {"buckets": results}
+    if len(buckets) == 1:
+        document = results[buckets[0]]
+    write_text(config.out, json.dumps(document, indent=1))
+    for bucket, result in results.items():
+        if len(buckets) > 1:
+            print(f"== clips of {bucket}")
+        print_loss_table(result["rows"])
+        print(format_readings(result["instruments"]))
+    return document
+
+
+def evaluate_bucket(
+    config: EvaluateConfig, bucket: str | None, models: EvaluatedModels, progress: PassCounter
+) -> dict[str, Any]:
+    """Results of clips of one shape: number of clips, losses of each seed, instruments."""
     rows: list[dict[str, float]] = []
     readings: list[Reading] = []
     num_samples = 0
+    progress.start_bucket()
     for seed in range(config.seeds):
-        samples = draw_samples(config, seed)
+        samples = draw_samples(config, seed, bucket)
         num_samples = len(samples)
         row: dict[str, float] = {"seed": seed}
-        row |= lm_losses(config, lm, samples, device, progress)
+        row |= lm_losses(config, models.lm, samples, models.device, progress)
         inputs = diffusion_inputs(
             config,
             samples,
-            tokenizer,
-            latent_channels=diffusion.config.transformer.latent_channels,
-            latent_frames=diffusion.config.transformer.latent_frames,
-            device=device,
+            models.tokenizer,
+            latent_channels=models.diffusion.config.transformer.latent_channels,
+            latent_frames=models.diffusion.config.transformer.latent_frames,
+            device=models.device,
             seed=seed,
         )
-        row |= diffusion_losses(config, diffusion, inputs, progress)
+        row |= diffusion_losses(config, models.diffusion, inputs, progress)
         rows.append(row)
         if seed == 0:
             swaps = find_swaps([sample.meta.caption for sample in samples])
             progress.expect(num_passes(len(samples), swaps))
-            readings = instrument_readings(config, diffusion, inputs, swaps, progress)
-            readings += lm_readings(lm, samples, config.lm_text_column, swaps, device, progress)
-        progress.finish_seed(seed)
-    result = {"samples": num_samples, "rows": rows, "instruments": readings}
-    write_text(config.out, json.dumps(result, indent=1))
-    print_loss_table(rows)
-    print(format_readings(readings))
-    return result
+            readings = instrument_readings(config, models.diffusion, inputs, swaps, progress)
+            readings += lm_readings(
+                models.lm, samples, config.lm_text_column, swaps, models.device, progress
+            )
+        progress.finish_seed()
+    return {"samples": num_samples, "rows": rows, "instruments": readings}
 
 
 def instrument_readings(
@@ -128,19 +165,20 @@ def print_loss_table(rows: Sequence[dict[str, float]]) -> None:
 
 
 class PassCounter:
-    """Counts forward passes over all seeds.
+    """Counts forward passes over all seeds and clip shapes.
 
     Each seed takes two passes of the language model for each clip and four of the diffusion model.
-    The instruments of the diffusion model take `PASSES` more, those of the language model as many
-    as `expect` adds.
+    The instruments of the diffusion model take `PASSES` more for each clip shape, those of the
+    language model as many as `expect` adds.
     """
 
-    def __init__(self, progress: ProgressLine, config: EvaluateConfig) -> None:
+    def __init__(self, progress: ProgressLine, config: EvaluateConfig, num_buckets: int) -> None:
         self.progress = progress
-        # For one seed; fewer if the data set has fewer clips.
+        # For one seed; fewer if there are fewer clips of the shape.
         self.passes_per_seed = 2 * config.samples + DIFFUSION_PASSES
-        self.instruments = PASSES
-        self.total = config.seeds * self.passes_per_seed + PASSES
+        self.seeds = 0  # that are done
+        self.instruments = 0  # of the shapes until now
+        self.total = num_buckets * (config.seeds * self.passes_per_seed + PASSES)
         self.done = 0
         self.progress(0, self.total)
 
@@ -149,39 +187,51 @@ class PassCounter:
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
+    def start_bucket(self) -> None:
+        """Begins the passes of a clip shape."""
+        self.instruments += PASSES
+
     def expect(self, passes: int) -> None:
         """Adds passes that depend on the clips."""
         self.instruments += passes
         self.total += passes
 
-    def finish_seed(self, seed: int) -> None:
+    def finish_seed(self) -> None:
         """Counts all passes of a seed as done, however few clips it had."""
-        done = self.instruments + (seed + 1) * self.passes_per_seed
+        self.seeds += 1
+        done = self.instruments + self.seeds * self.passes_per_seed
         if self.done < done:
             self.done = done
             self.progress(self.done, self.total)
 
 
-def draw_samples(config: EvaluateConfig, seed: int) -> list[Sample]:
-    """Clips in an order that depends on the seed; at most the whole data set once.
+def draw_samples(config: EvaluateConfig, seed: int, bucket: str | None = None) -> list[Sample]:
+    """Clips in an order that depends on the seed; at most all clips of the shape once.
 
-    With `config.validation`, the first held-out clips for every seed.
+    bucket: their shape; None if the data have one shape. With `config.validation`, the first
+    held-out clips for every seed. Raises ConfigError if no clip is held out.
     """
-    columns = ["tokens", "latents", config.lm_text_column, config.diffusion_text_column]
+    columns = evaluate_columns(config)
     data = DataConfig(
-        manifest=config.data, global_batch_size=1, seed=seed, validation=config.validation
+        manifest=config.data,
+        global_batch_size=1,
+        seed=seed,
+        validation=config.validation,
+        buckets=None if bucket is None else (bucket,),
     )
-    first = Loader(data, columns, dp_rank=0, dp_size=1)
-    if seed == 0:
-        warn_of_cut_captions(first.manifest, config)
-    if config.validation is not None:
-        return first.held_out.first(config.samples)
-    size = min(config.samples, first.num_samples)
-    data = DataConfig(
-        manifest=config.data, global_batch_size=size, micro_batch_size=size, seed=seed
-    )
-    loader = Loader(data, columns, dp_rank=0, dp_size=1)
-    return list(loader.next_batch().samples)
+    with Loader(data, columns, dp_rank=0, dp_size=1) as first:
+        size = min(config.samples, first.num_samples)
+        if config.validation is not None:
+            samples = first.held_out.first(config.samples)
+            if not samples:
+                raise ConfigError(
+                    f"validation holds out no clip of the shape {bucket or 'of the data'}; name "
+                    "other shapes in `buckets`, or hold out more clips"
+                )
+            return samples
+    changes = {"global_batch_size": size, "micro_batch_size": size}
+    with Loader(data.model_copy(update=changes), columns, dp_rank=0, dp_size=1) as loader:
+        return list(loader.next_batch().samples)
 
 
 def partners_of(samples: Sequence[Sample]) -> list[int]:

@@ -56,10 +56,11 @@ def write_quickstart_report(out: Path, stages: Sequence[Mapping[str, Any]]) -> P
         parts.append(html.section("Samples, each before its nearest training clip", figures))
     evaluation = out / "evaluation.json"
     if evaluation.is_file():
-        readings = read_json(evaluation, allow_nonfinite=True).get("instruments", [])
-        parts.append(
-            html.section("What the models use", html.preformatted(format_readings(readings)))
-        )
+        document = read_json(evaluation, allow_nonfinite=True)
+        for bucket, result in document.get("buckets", {"": document}).items():
+            title = "What the models use" + (f", clips of {bucket}" if bucket else "")
+            readings = format_readings(result.get("instruments", []))
+            parts.append(html.section(title, html.preformatted(readings)))
     path = out / REPORT
     html.write_page(
         path,

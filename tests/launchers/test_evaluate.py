@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,22 +37,39 @@ seeds: 2
 """
 
 
-def write_data(data: Path, *, one_video: bool, captions: Sequence[str] = ()) -> None:
-    """Four clips of one video, or of four, with captions of their own or the given ones."""
-    with ShardWriter(data / RAW, "000000", fingerprint="raw") as writer:
-        for number, key in enumerate(keys_of(0, 4)):
-            video = "0" * 64 if one_video else hashlib.sha256(key.encode()).hexdigest()
-            changes = {"source_sha256": video, "motion_score": 0.1 * number}
-            if captions:
-                changes["caption"] = captions[number]
-            writer.add(key, {"json": raw_sample(key, **changes).model_dump_json().encode()})
-    write_manifest(data, Manifest(fingerprint="raw", config={}, shards=[writer.sidecar.entry]))
+def write_data(
+    data: Path,
+    *,
+    one_video: bool,
+    captions: Sequence[str] = (),
+    buckets: Mapping[str, Sequence[int]] = {"": (4, 3)},
+) -> None:
+    """Clips of one video, or of one each, with captions of their own or the given ones.
+
+    buckets: name, number of clips and of latent frames of each shard.
+    """
+    entries = []
+    frames_of = {}
+    for shard, (bucket, (clips, frames)) in enumerate(buckets.items()):
+        name = f"{shard:06d}"
+        with ShardWriter(data / RAW, name, fingerprint="raw", bucket=bucket) as writer:
+            for number, key in enumerate(keys_of(shard, clips)):
+                frames_of[key] = frames
+                video = "0" * 64 if one_video else hashlib.sha256(key.encode()).hexdigest()
+                changes = {"source_sha256": video, "motion_score": 0.1 * number}
+                if captions:
+                    changes["caption"] = captions[number]
+                writer.add(key, {"json": raw_sample(key, **changes).model_dump_json().encode()})
+        entries.append(writer.sidecar.entry)
+    write_manifest(data, Manifest(fingerprint="raw", config={}, shards=entries))
 
     def value(name: str, key: str) -> Tensor:
         draw = torch.Generator().manual_seed(int(key, 16) % 1000)
+        frames = frames_of[key]
         if name == "tokens":
-            return torch.randint(0, 16, SHAPES[name], generator=draw).to(torch.uint16)
-        return torch.randn(SHAPES[name], generator=draw).to(torch.bfloat16)
+            return torch.randint(0, 16, (2 + frames,), generator=draw).to(torch.uint16)
+        shape = SHAPES[name] if name != "latents" else [frames, *SHAPES[name][1:]]
+        return torch.randn(shape, generator=draw).to(torch.bfloat16)
 
     for name, shape in SHAPES.items():
         write_column(data, name, value=lambda key, name=name: value(name, key))
@@ -87,6 +104,34 @@ def test_losses_are_compared_and_progress_is_shown_from_the_start(folder, capsys
     assert not any(" 0.0/s" in line for line in lines)
     rows = json.loads(Path("found.json").read_text())["rows"]
     assert len(rows) == 2 and rows[0]["lm"] > 0 and rows[0]["diffusion"] > 0
+
+
+def test_every_clip_shape_of_the_data_is_evaluated_by_itself(folder, capsys):
+    buckets = {"9x32x48": (4, 3), "1x32x48": (3, 1)}
+    write_data(Path("data"), one_video=False, buckets=buckets)
+    assert main(["evaluate", "--config", "evaluate.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("== clips of 9x32x48") < out.index("== clips of 1x32x48")
+    videos, images = json.loads(Path("found.json").read_text())["buckets"].values()
+    assert (videos["samples"], images["samples"]) == (4, 3)
+    later = "diffusion, later frames"
+    assert later in videos["rows"][0] and later not in images["rows"][0]
+    assert all(len(found["rows"]) == 2 and found["instruments"] for found in (videos, images))
+    last = [line for line in out.splitlines() if line.startswith("evaluate: ")][-1]
+    done, _, total = last.split()[1].partition("/")
+    assert done == total
+
+    assert main(["evaluate", "--config", "evaluate.yaml", "buckets=[9x32x48]"]) == 0
+    assert json.loads(Path("found.json").read_text()) == videos, "as without the images"
+    assert main(["evaluate", "--config", "evaluate.yaml", "buckets=[5x32x48]"]) == 2
+    assert "have 9x32x48, 1x32x48" in capsys.readouterr().err
+
+
+def test_a_clip_shape_with_one_clip_is_refused_with_the_way_out(folder, capsys):
+    write_data(Path("data"), one_video=False, buckets={"9x32x48": (4, 3), "1x32x48": (1, 1)})
+    assert main(["evaluate", "--config", "evaluate.yaml", "--dry-run"]) == 2
+    err = capsys.readouterr().err
+    assert "holds 1 clip(s) of the shape 1x32x48" in err and "Set `buckets` to others" in err
 
 
 SHAPES_CAPTIONS = [

@@ -11,6 +11,7 @@ from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.arguments import build_parser
 
 TESTS = IMPORT_ROOT / "tests"
+BETWEEN_WORDS = re.compile(r"""["'\s=]+""")
 
 
 def options(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, str]]:
@@ -23,19 +24,13 @@ def options(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tupl
             yield command, max(action.option_strings, key=len)
 
 
-def named(word: str, text: str) -> bool:
-    """Whether a string of a test file is, or begins or ends with, this word."""
-    return re.search(rf"""["'\s]{re.escape(word)}["'\s=]""", text) is not None
-
-
 def test_every_option_is_used_by_a_test_of_its_command():
-    texts = []
+    files = []
     for path in sorted(TESTS.rglob("*.py")):
         if path != Path(__file__):
-            texts.append(path.read_text(encoding="utf-8"))
+            files.append(set(BETWEEN_WORDS.split(path.read_text(encoding="utf-8"))))
     missing = set()
     for command, option in options(build_parser()):
-        together = (named(option, text) and named(command or "landiff", text) for text in texts)
-        if not any(together):
+        if not any({command or "landiff", option} <= words for words in files):
             missing.add(f"{command} {option}")
     assert not missing

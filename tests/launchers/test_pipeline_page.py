@@ -38,6 +38,17 @@ def test_samples_stand_before_their_nearest_training_clips(tmp_path: Path, monke
     assert len(distances) == 2 and max(map(int, distances)) < 10
 
 
+def test_a_report_of_several_clip_shapes_shows_what_the_models_use_of_each(tmp_path: Path):
+    results = {}
+    for bucket, verdict in (("1x64x64", "ignores the text"), ("17x64x64", "uses the text")):
+        reading = {"name": "main: another caption", "timestep": 300, "right": 0.1, "wrong": 0.2}
+        results[bucket] = {"instruments": [reading | {"ratio": 2.0, "verdict": verdict}]}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"buckets": results}))
+    page = write_quickstart_report(tmp_path, []).read_text()
+    shown = ["clips of 1x64x64", "ignores the text", "clips of 17x64x64", "uses the text"]
+    assert [text for text in re.split(f"({'|'.join(shown)})", page) if text in shown] == shown
+
+
 def test_a_folder_without_samples_has_a_report(tmp_path: Path):
     page = write_quickstart_report(tmp_path, []).read_text()
     assert "Stages" in page and "Samples" not in page

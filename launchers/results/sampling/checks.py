@@ -10,6 +10,7 @@ from typing import TypeVar
 from landiff.configs import Config
 from landiff.configs.problems import Problem, check_writable, problems_of
 from landiff.launchers.config import EvaluateConfig, SampleConfig
+from landiff.launchers.evaluation.buckets import evaluate_columns, evaluated_buckets
 from landiff.launchers.results.prompts import SampleUnit, sample_units
 from landiff.launchers.results.sampling.given_files import check_given
 from landiff.model_zoo.config import DiffusionConfig, LMConfig, TokenizerConfig
@@ -282,8 +283,7 @@ def check_evaluate(config: EvaluateConfig, launch: Launch) -> list[Problem]:
         return problems
     models, found = find_models(config)
     problems += found
-    columns = ("tokens", "latents", config.lm_text_column, config.diffusion_text_column)
-    manifest, found = read_data(config.data, columns)
+    manifest, found = read_data(config.data, evaluate_columns(config))
     problems += found
     sizes = models.sizes()
     if manifest is not None:
@@ -299,6 +299,8 @@ def check_evaluate(config: EvaluateConfig, launch: Launch) -> list[Problem]:
                     "that of another clip, so at least 2 are needed"
                 )
             )
+        else:
+            problems += problems_of(partial(evaluated_buckets, config, manifest))
     for text in sizes.differences():
         problems.append(Problem(f"models and columns do not fit each other: {text}"))
     if models.diffusion is not None and sizes.diffusion is not None:
