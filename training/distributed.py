@@ -49,6 +49,7 @@ class World:
     All methods but `beat` are collective: every rank calls them, in the same order.
 
     backend: "nccl" or "gloo", of the default group.
+    local_size: ranks of this node, 0 if the launcher does not say.
     step: finished optimizer steps, for the error file.
     stop_signalled: whether this rank received SIGTERM or SIGUSR1.
     stop_file: a request to stop if it exists; rank 0 looks for it.
@@ -62,6 +63,7 @@ class World:
     local_rank: int
     device: torch.device
     backend: str
+    local_size: int = 0
     step: int = 0
     stop_signalled: bool = False
     stop_file: Path | None = None
@@ -199,7 +201,8 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
     _limit_threads()
     device = _device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    world = World(rank, size, local_rank, device, backend)
+    local_size = _variable("LOCAL_WORLD_SIZE", 0)
+    world = World(rank, size, local_rank, device, backend, local_size)
     owned: AbstractContextManager[object] = nullcontext()
     if run is not None and rank == 0:
         token = os.environ.get(ownership.TOKEN, "")

@@ -18,6 +18,8 @@ def model_copies(config: Config, ranks: int) -> int:
 
     Raises ConfigError with the nearest valid numbers of ranks if they do not divide evenly.
     """
+    if isinstance(config, DiffusionTrainConfig):
+        _require_equal_nodes(config, ranks)
     sizes = copy_sizes(config)
     size = math.prod(sizes.values())
     if ranks % size == 0:
@@ -29,6 +31,17 @@ def model_copies(config: Config, ranks: int) -> int:
         f"launched ranks; launch a multiple of {size} or lower {', '.join(sizes)}; the nearest "
         f"numbers of ranks that do: {' or '.join(map(str, near))}"
     )
+
+
+def _require_equal_nodes(config: DiffusionTrainConfig, ranks: int) -> None:
+    """Raise ConfigError if hierarchical ZeRO has ranks left over."""
+    size = config.zero.hpz_partition_size
+    if ranks > size and ranks % size:
+        below = ranks // size * size
+        raise ConfigError(
+            f"zero.hpz_partition_size = {size} does not divide the {ranks} launched ranks; the "
+            f"nearest numbers of ranks that it does: {below} or {below + size}"
+        )
 
 
 def data_rank(config: Config, rank: int, ranks: int) -> tuple[int, int]:

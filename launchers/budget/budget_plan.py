@@ -8,6 +8,7 @@ from typing import Literal
 from landiff.training.config import EmaConfig
 
 GIB = 1 << 30
+NODE = 8  # GPUs of a node, which share fast links
 RUNTIME_BYTES = int(1.2 * GIB)  # CUDA context, buffers of cuBLAS and NCCL
 
 
@@ -26,7 +27,8 @@ class BudgetPlan:
     tokens_per_step: int
     copies: int  # data-parallel copies of the model
     gradient_bytes: int  # sent by a data-parallel rank in one step
-    overlap: bool  # gradients are sent during the backward pass
+    overlap: bool  # gradients and weights are sent during forward and backward passes
+    node_bytes: float = 0  # sent by a data-parallel rank to those of its node alone in one step
     layer_bytes: float = 0  # sent by a rank within the layers of the model in one step
     layer_group: int = 1  # ranks that divide each layer
     bubble: float = 0.0  # idle fraction of pipeline parallelism

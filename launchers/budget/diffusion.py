@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from landiff.launchers.budget.budget_plan import (
+    GIB,
+    NODE,
     RUNTIME_BYTES,
     BudgetPlan,
     average_memory,
@@ -65,9 +67,9 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
     layout = f"ZeRO-{config.zero.stage} over {gpus}"
     if sequence > 1:
         layout += f", sequence {sequence} x data {gpus // sequence}"
-    gradient_bytes = 0
+    traffic = Traffic()
     if gpus > 1:
-        gradient_bytes = zero_traffic(config, cost, micro_batches)
+        traffic = zero_traffic(config, cost, micro_batches, gpus)
     return BudgetPlan(
         trainer=f"diffusion {config.phase}",
         gpus=gpus,
@@ -86,9 +88,13 @@ def plan_diffusion(config: DiffusionTrainConfig, gpus: int) -> BudgetPlan:
         copies=gpus,  # ZeRO reduces over all of them
         layer_bytes=micro_batches * traffic_of_layers(config, cost),
         layer_group=sequence,
-        gradient_bytes=gradient_bytes,
+        gradient_bytes=traffic.between_nodes,
+        node_bytes=traffic.in_node,
         overlap=config.zero.overlap_communication,
-        notes=(f"{tokens} tokens a clip, {transformer.text_length} of them text",),
+        notes=(
+            f"{tokens} tokens a clip, {transformer.text_length} of them text",
+            *hierarchy_notes(config, cost, micro_batches, gpus),
+        ),
     )
 
 
@@ -198,6 +204,7 @@ def memory_by_part(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int)
     memory = {
         "weights": (cost.frozen + trained) * element // weight_parts,
         "gathered": gathered,
+        "node copy": node_copy(config, cost, gpus),
         "gradients": gradients,
         "optimizer": trained * optimizer_bytes // gpus,
         **average_memory(config.ema, trained // gpus),
@@ -223,21 +230,64 @@ def traffic_of_layers(config: DiffusionTrainConfig, cost: DiffusionCost) -> floa
     return passes * cost.num_layers * 4 * own * element * (size - 1) / size
 
 
-def zero_traffic(config: DiffusionTrainConfig, cost: DiffusionCost, micro_batches: int) -> int:
-    """Bytes that a rank sends in one step: gradients in float32, weights in their own precision.
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one step to all other ranks, and to those of its node alone."""
+
+    between_nodes: int = 0
+    in_node: int = 0
+
+
+def zero_traffic(
+    config: DiffusionTrainConfig, cost: DiffusionCost, micro_batches: int, gpus: int
+) -> Traffic:
+    """Traffic of ZeRO: gradients in float32, weights in their own precision.
 
     Stages 1 and 2 all-reduce gradients, stage 3 scatters their sums; stages 2 and 3 after every
-    micro-batch. Stage 3 gathers weights for each pass.
+    micro-batch. Stage 3 gathers weights for each pass. Hierarchical ZeRO gathers trained weights
+    from all ranks in the first pass after an update only, and frozen ones never again.
     """
     element = element_bytes(config.precision)
     gradients = 4 * cost.trained
     weights = element * cost.trained
     if config.zero.stage == 3:
-        return micro_batches * (gradients + 2 * weights + 2 * element * cost.frozen)
+        gathered = micro_batches * 2 * element * (cost.trained + cost.frozen)
+        reduced = micro_batches * gradients
+        if not config.zero.node_copies(gpus):
+            return Traffic(reduced + gathered)
+        in_node = gathered - weights
+        if config.zero.hpz_partition_size > NODE:
+            return Traffic(reduced + weights + in_node)
+        return Traffic(reduced + weights, in_node)
     gradients *= 2
     if config.zero.stage == 2:
         gradients *= micro_batches
-    return gradients + weights
+    return Traffic(gradients + weights)
+
+
+def node_copy(config: DiffusionTrainConfig, cost: DiffusionCost, gpus: int) -> int:
+    """Bytes of a rank's part of the copy of the weights that hierarchical ZeRO keeps in a node."""
+    if not config.zero.node_copies(gpus):
+        return 0
+    weights = element_bytes(config.precision) * (cost.frozen + cost.trained)
+    return weights // config.zero.hpz_partition_size
+
+
+def hierarchy_notes(
+    config: DiffusionTrainConfig, cost: DiffusionCost, micro_batches: int, gpus: int
+) -> tuple[str, ...]:
+    """Text on the memory and traffic of hierarchical ZeRO; none without it."""
+    memory = node_copy(config, cost, gpus)
+    if not memory:
+        return ()
+    zero = config.zero.model_copy(update={"hpz_partition_size": 1})
+    flat = config.model_copy(update={"zero": zero})
+    before = zero_traffic(flat, cost, micro_batches, gpus).between_nodes
+    after = zero_traffic(config, cost, micro_batches, gpus).between_nodes
+    return (
+        f"hierarchical ZeRO keeps {memory / GIB:.2f} GiB of weights more on each GPU; "
+        f"{after / 1e9:.1f} GB a step between nodes, {before / 1e9:.1f} GB without it",
+    )
 
 
 def zero_buckets(zero: ZeroConfig, trained: int, element: int) -> int:

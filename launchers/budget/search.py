@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from landiff.configs import Config, ConfigError, validate
-from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
+from landiff.launchers.budget.budget_plan import GIB, NODE, BudgetPlan
 from landiff.launchers.budget.models import make_plan
 from landiff.launchers.budget.step_time import Gpu, Speed, fits
 from landiff.launchers.stages import AnyTrainConfig
@@ -21,7 +21,8 @@ Change = dict[str, object]  # dotted key -> value
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 PARALLEL_SIZES = (1, 2, 4, 8)  # of tensor, pipeline, context and sequence parallelism
-DIVIDING_KEYS = ("parallel.context", "sequence_parallel")  # rarely above 1
+# Rarely above 1, and not shown if they are 1.
+DIVIDING_KEYS = ("parallel.context", "sequence_parallel", "zero.hpz_partition_size")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ def layouts(config: AnyTrainConfig, gpus: int, sizes: Sequence[int]) -> Iterator
                 }
     elif isinstance(config, DiffusionTrainConfig):
         for stage, size in itertools.product((1, 2, 3), sizes):
-            yield {"zero.stage": stage, "sequence_parallel": size}
+            change: Change = {"zero.stage": stage, "sequence_parallel": size}
+            yield {**change, "zero.hpz_partition_size": 1}
+            if stage == 3 and gpus > NODE:
+                yield {**change, "zero.hpz_partition_size": NODE}
     else:
         yield {}
 

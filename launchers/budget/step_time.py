@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from landiff.launchers.budget.budget_plan import GIB, BudgetPlan
+from landiff.launchers.budget.budget_plan import GIB, NODE, BudgetPlan
 from landiff.training.observe.flops import PEAK_TFLOPS
 
 USABLE = 0.9  # of the memory; the rest is for fragmentation of the allocator
 NETWORK_GB_S = 40.0  # bandwidth of a GPU to other nodes, one direction
-NODE = 8  # GPUs of a node, which share fast links
 FASTEST = 0.75  # of the peak, reached by large matrix products
 OVERLAPPED = 0.5  # of gradient traffic, hidden behind the backward pass if the config overlaps them
 
@@ -105,6 +104,5 @@ def traffic_seconds(plan: BudgetPlan, gpu: Gpu) -> float:
     if plan.copies > copies_in_node:
         gradient_bandwidth = min(gpu.link_gb_s, NETWORK_GB_S * copies_in_node)
     exposed = 1 - OVERLAPPED if plan.overlap else 1.0
-    return plan.layer_bytes / (layer_bandwidth * 1e9) + exposed * plan.gradient_bytes / (
-        gradient_bandwidth * 1e9
-    )
+    seconds = plan.gradient_bytes / gradient_bandwidth + plan.node_bytes / gpu.link_gb_s
+    return (plan.layer_bytes / layer_bandwidth + exposed * seconds) / 1e9

@@ -185,6 +185,28 @@ def test_diffusion_gradients_are_summed_and_sent_in_float32():
     assert plans[2].gradient_bytes == (4 * 8 + 2) * trained
 
 
+def test_hierarchical_zero_trades_memory_for_traffic_between_nodes():
+    """By hand; 256 clips on 64 GPUs are 4 micro-batches."""
+    control = load(DiffusionTrainConfig, "landiff/diffusion-control", ["zero.stage=3"])
+    nodes = changed(control, {"zero.hpz_partition_size": 8})
+    before = make_plan(control, 64)
+    after = make_plan(nodes, 64)
+    weights = 2 * before.parameters["all"]
+    trained = before.parameters["trained"]
+    assert after.memory["node copy"] == weights // 8
+    assert after.total_memory - before.total_memory == weights // 8
+    assert before.gradient_bytes == 4 * (4 * trained + 2 * weights)
+    assert after.gradient_bytes == 4 * 4 * trained + 2 * trained
+    assert after.gradient_bytes + after.node_bytes == before.gradient_bytes
+    gpu = GPUS["h100"]
+    assert traffic_seconds(after, gpu) < traffic_seconds(before, gpu)
+    (note,) = set(after.notes) - set(before.notes)
+    assert f"{after.gradient_bytes / 1e9:.1f} GB a step between nodes" in note
+    assert make_plan(nodes, 8) == make_plan(control, 8)  # one node
+    with pytest.raises(ConfigError, match="does not divide the 12 launched ranks.* 8 or 16"):
+        make_plan(nodes, 12)
+
+
 def test_a_moving_average_takes_four_bytes_for_each_weight_divided_like_the_optimizer(lm):
     control = load(DiffusionTrainConfig, "landiff/diffusion-control")
     trained = make_plan(control, 64).parameters["trained"]

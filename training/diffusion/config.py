@@ -80,12 +80,34 @@ class ZeroConfig(Config):
         default=1_000_000_000,
         description="Maximum number of gathered elements per rank. Stage 3 only.",
     )
+    hpz_partition_size: PositiveInt = Field(
+        default=1,
+        description=(
+            "Neighboring ranks that divide a second copy of the working weights (hierarchical "
+            "ZeRO), best the ranks of a node: weights cross nodes once a step, frozen ones once, "
+            "and all other gathers stay within these ranks. Costs the memory of that copy. "
+            "Without effect on at most as many ranks. 1: none. Stage 3 only."
+        ),
+    )
 
     @model_validator(mode="after")
     def _partitioned(self, info: ValidationInfo) -> ZeroConfig:
+        problems = []
         if self.stage == 0:
-            refuse_values(info, [STAGE_ZERO])
+            problems.append(STAGE_ZERO)
+        if self.hpz_partition_size > 1 and self.stage in (1, 2):
+            problems.append(
+                f"zero.hpz_partition_size = {self.hpz_partition_size} needs zero.stage = 3: stage "
+                f"{self.stage} gathers no weights in forward and backward passes; set it to 1"
+            )
+        refuse_values(info, problems)
         return self
+
+    def node_copies(self, ranks: int) -> int:
+        """Number of copies of the weights beside the partitioned one, on `ranks` ranks."""
+        if ranks <= self.hpz_partition_size or self.hpz_partition_size == 1:
+            return 0
+        return ranks // self.hpz_partition_size
 
 
 class PrefixConfig(Config):

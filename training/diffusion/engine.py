@@ -34,6 +34,7 @@ from landiff.training.diffusion.prefix import PrefixLosses
 from landiff.training.diffusion.preview import Previewer, prompt_samples
 from landiff.training.diffusion.step import Objective
 from landiff.training.diffusion.validation import CHARTS, clip_sums, prefix_frames, summarize_sums
+from landiff.training.diffusion.zero_settings import deepspeed_config
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
@@ -67,7 +68,7 @@ class DeepSpeedEngine:
         zero.prepare_deepspeed()
         optimizer = adamw(module.named_parameters(), config.optim, world.device)
         groups = zero.group_names(module, optimizer) if config.optim.groups else []
-        settings = zero.deepspeed_config(config, world)
+        settings = deepspeed_config(config, world)
         self.clock = StepClock(world.device, module)
         self.sequence_group = world.group_of_neighbors(config.sequence_parallel)
         self.zero = zero.initialize(module, optimizer, settings, world.device)

@@ -4,7 +4,7 @@ Only this file imports DeepSpeed. What it changes in DeepSpeed:
 
 * `prepare_deepspeed` declares the shared-memory all-reduce unavailable, and filters log messages.
 * `initialize` replaces the choice of the optimizer for one call, and the engine's checkpoint files
-  (`CheckpointFiles`) and recovery script for good.
+  (`CheckpointFiles`), copies of frozen weights and recovery script for good.
 * `ask_before_update` puts a question between gradient norm and update.
 * `FlatGradients` (gradients.py) sums and reduces the gradients of stages 1 and 2.
 """
@@ -15,7 +15,6 @@ import importlib
 import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -41,8 +40,6 @@ from landiff.model_zoo.convert.formats.deepspeed import (
 from landiff.model_zoo.convert.pickles import load_pickle
 from landiff.model_zoo.convert.rules import check_against
 from landiff.training.checkpoint.parts import StateFile, torch_archive
-from landiff.training.diffusion.config import DiffusionTrainConfig
-from landiff.training.distributed import World
 from landiff.training.optim import step_count
 from landiff.training.replace import replaced
 
@@ -79,44 +76,6 @@ def _is_relevant(record: logging.LogRecord) -> bool:
     return "Setting accelerator to CPU" not in record.getMessage()
 
 
-def deepspeed_config(config: DiffusionTrainConfig, world: World) -> dict[str, Any]:
-    """The trainer's config in DeepSpeed's format."""
-    micro_batch_size = config.data.micro_batch_size  # of the first phase; see `set_batch`
-    zero = config.zero
-    optimization: dict[str, Any] = {
-        "stage": zero.stage,
-        "allgather_bucket_size": zero.allgather_bucket_size,
-    }
-    # In the other stages `FlatGradients` reduces the gradients.
-    if zero.stage == 3:
-        optimization |= {
-            "reduce_bucket_size": zero.reduce_bucket_size,
-            "overlap_comm": zero.overlap_communication,
-            "contiguous_gradients": True,
-            "stage3_param_persistence_threshold": zero.parameter_persistence_threshold,
-            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
-            "stage3_max_live_parameters": zero.max_live_parameters,
-        }
-    samples_per_forward = micro_batch_size * world.size
-    # To DeepSpeed every rank has clips of its own: those of a sequence-parallel group count as
-    # often as the group has ranks. Gradients are averaged over all ranks.
-    batch_size = config.data.global_batch_size * config.sequence_parallel
-    return {
-        "train_batch_size": batch_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": batch_size // samples_per_forward,
-        "gradient_clipping": config.optim.clip_grad,
-        "bf16": {"enabled": config.precision == "bf16"},
-        # DeepSpeed's default for both is bfloat16 with bfloat16 weights: a relative error of 6e-3
-        # after 64 micro-batches
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "zero_optimization": optimization,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": sys.maxsize,
-    }
-
-
 def initialize(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -126,7 +85,10 @@ def initialize(
     """DeepSpeed's engine on `device`, with `CheckpointFiles` for its checkpoints."""
     import deepspeed
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+    from deepspeed.utils import groups
 
+    # The group of ranks of hierarchical ZeRO. DeepSpeed would use that of an earlier engine.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     # Without this DeepSpeed reads LOCAL_RANK, which is wrong if each rank sees one device only.
     args = SimpleNamespace(device_rank=device.index or 0)
     # With bfloat16 weights and float32 gradients DeepSpeed would choose another optimizer for stage
@@ -142,6 +104,8 @@ def initialize(
         )
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine, frozen)
+    # DeepSpeed would copy frozen weights to the host in each save of stages 2 and 3.
+    engine._get_param_fragment_func = lambda p: getattr(p, "ds_tensor", p).detach()
     # DeepSpeed would copy scripts beside its files that do what
     # model_zoo/convert/formats/deepspeed.py does.
     engine._copy_recovery_script = lambda folder: None
@@ -188,7 +152,7 @@ def ask_before_update(engine: Any, allow: Callable[[Tensor], bool]) -> None:
 def set_batch(engine: Any, batch: Batch, sequence_parallel: int) -> None:
     """Let `engine` update the weights after the micro-batches of `batch`. Call between steps.
 
-    sequence_parallel: ranks that compute each clip, see `deepspeed_config`.
+    sequence_parallel: ranks that compute each clip, see `landiff.training.diffusion.zero_settings`.
     """
     micro_batch_size = len(batch.micro_batches[0])
     if engine.train_micro_batch_size_per_gpu() != micro_batch_size:
@@ -285,6 +249,7 @@ def load_same_layout(engine: Any, folder: Path) -> None:
         settings.append({key: value for key, value in group.items() if key != "params"})
     path, _ = engine.load_checkpoint(str(folder), tag=SHARDS)
     assert path is not None, folder
+    _drop_node_copies(engine)
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
 
@@ -325,6 +290,7 @@ def restore(engine: Any, state: DeepSpeedState, averages: Sequence[Tensor] = ())
             _write_partitioned(parameter, weights[name], None)
             for key in keys:
                 _write_partitioned(parameter, moments[key][name], key)
+    _drop_node_copies(engine)
 
 
 def read_full(parameter: nn.Parameter) -> Tensor:
@@ -445,8 +411,19 @@ def publish_weights(engine: Any) -> None:
     zero._partition_all_parameters()
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
+    _drop_node_copies(engine)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _drop_node_copies(engine: Any) -> None:
+    """Let forward passes make new copies for `zero.hpz_partition_size`. The weights have changed.
+
+    DeepSpeed does it for trained weights after its own steps.
+    """
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
 
 
 def _write_partitioned(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:

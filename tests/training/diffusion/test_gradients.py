@@ -20,6 +20,7 @@ from landiff.training.diffusion.engine import build_engine
 from landiff.training.diffusion.gradients import FlatGradients
 from landiff.training.diffusion.model import build_phase_model, load_tokenizer
 from landiff.training.diffusion.step import Objective
+from landiff.training.diffusion.zero_settings import deepspeed_config
 from landiff.training.distributed import World
 from landiff.training.replace import replaced
 from tests.distributed import run_distributed
@@ -143,7 +144,7 @@ def missing_gradients(world: World, folder: Path) -> dict[str, Any]:
     for stage, overlap, bucket_size in ((1, False, 5), (1, True, 5), (2, True, 5), (2, False, 100)):
         batch_size = MICRO_BATCHES * world.size
         sizes = {"data__global_batch_size": batch_size, "data__micro_batch_size": 1}
-        settings = zero.deepspeed_config(config(folder, zero__stage=stage, **sizes), world)
+        settings = deepspeed_config(config(folder, zero__stage=stage, **sizes), world)
         module = Branches()
         groups = [{"params": parameters} for parameters in weights_and_biases(module)]
         engine = zero.initialize(module, torch.optim.AdamW(groups, lr=0.0), settings, world.device)
