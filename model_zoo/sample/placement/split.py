@@ -38,7 +38,8 @@ def partner_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PartnerLost(str(error).strip().splitlines()[0]) from error
+        text = str(error).strip() or type(error).__name__
+        raise PartnerLost(text.splitlines()[0]) from error
 
 
 class SplitDiffusion:
