@@ -174,6 +174,12 @@ class LMConfig(Config):
     micro_frequency_dim: PositiveInt = Field(
         default=256, description="Width of the sinusoid of a micro-condition (§4.4)."
     )
+    grid_condition: bool = Field(
+        default=False,
+        description="Tell the model the rows and columns of feature cells of a clip, beside its "
+        "number of frames, for training on several heights and widths. The released model does not "
+        "have it.",
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self, info: ValidationInfo) -> LMConfig:

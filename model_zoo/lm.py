@@ -88,24 +88,63 @@ class ScalarCondition(nn.Module):
 
 
 class MicroConditions(nn.Module):
-    """Vectors of the number of semantic frames and of the motion score, each from its own MLP."""
+    """Vectors of the number of semantic frames and of the motion score, each from its own MLP.
 
-    def __init__(self, hidden_size: int, micro_hidden_size: int, frequency_dim: int) -> None:
+    With a grid, MLPs of its rows and columns are added to the vector of the frames. They are zero
+    at first, so a model that was trained without them can continue with them.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        micro_hidden_size: int,
+        frequency_dim: int,
+        *,
+        grid: bool = False,
+    ) -> None:
         super().__init__()
         self.frames = ScalarCondition(hidden_size, micro_hidden_size, frequency_dim)
         self.motion_score = ScalarCondition(hidden_size, micro_hidden_size, frequency_dim)
+        self.rows: ScalarCondition | None = None
+        self.columns: ScalarCondition | None = None
+        if grid:
+            self.rows = ScalarCondition(hidden_size, micro_hidden_size, frequency_dim)
+            self.columns = ScalarCondition(hidden_size, micro_hidden_size, frequency_dim)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draws all parameters."""
         self.frames.init_weights(generator)
         self.motion_score.init_weights(generator)
+        if self.rows is not None and self.columns is not None:
+            self.rows.init_weights(generator)
+            self.columns.init_weights(generator)
 
-    def forward(self, frames_B: Tensor, motion_score_B: Tensor) -> Tensor:
-        """[B], [B] -> [B, 2, D], the vector of the frames first.
+    def forward(
+        self, frames_B: Tensor, motion_score_B: Tensor, grid_B2: Tensor | None = None
+    ) -> Tensor:
+        """[B], [B], [B, 2] -> [B, 2, D], the vector of the frames first.
 
-        frames_B counts semantic frames, 13 for a video of 49 frames.
+        frames_B counts semantic frames, 13 for a video of 49 frames. grid_B2: rows and columns of
+        feature cells; a model without a grid ignores them. Raises ValueError if they are missing.
         """
-        return torch.stack([self.frames(frames_B), self.motion_score(motion_score_B)], dim=1)
+        frames_BD = self.frames(frames_B)
+        if self.rows is not None and self.columns is not None:
+            if grid_B2 is None:
+                raise ValueError(
+                    "grid_condition = true: the model needs rows and columns of feature cells"
+                )
+            frames_BD = frames_BD + self.rows(grid_B2[:, 0]) + self.columns(grid_B2[:, 1])
+        return torch.stack([frames_BD, self.motion_score(motion_score_B)], dim=1)
+
+
+def micro_conditions(config: LMConfig) -> MicroConditions:
+    """The micro-conditions of a model."""
+    return MicroConditions(
+        config.hidden_size,
+        config.micro_hidden_size,
+        config.micro_frequency_dim,
+        grid=config.grid_condition,
+    )
 
 
 class KVCache:
@@ -211,7 +250,7 @@ class LanguageModel(nn.Module):
         self.layout = TokenLayout.of(config)
         self.token_embedding = nn.Embedding(self.layout.vocab_size, size)
         self.text = TextProjection(config.text_dim, size)
-        self.micro = MicroConditions(size, config.micro_hidden_size, config.micro_frequency_dim)
+        self.micro = micro_conditions(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = nn.LayerNorm(size, eps=config.norm_eps)
         self.head = nn.Linear(size, self.layout.vocab_size, bias=False)
@@ -256,6 +295,7 @@ class LanguageModel(nn.Module):
         frames_B: Tensor,
         motion_score_B: Tensor,
         drop_text_B: Tensor | None = None,
+        grid_B2: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token after each position, float32 [B, S, V].
 
@@ -263,10 +303,11 @@ class LanguageModel(nn.Module):
         text_BLD: states of the text encoder.
         frames_B, motion_score_B: number of semantic frames and motion score of each clip.
         drop_text_B: bool, true = the null text.
+        grid_B2: rows and columns of feature cells of each clip, for a model with `grid_condition`.
 
         Raises ValueError where the length of the text is not the one that the ids were built for.
         """
-        x_BSD = self.embed(ids_BS, text_BLD, frames_B, motion_score_B, drop_text_B)
+        x_BSD = self.embed(ids_BS, text_BLD, frames_B, motion_score_B, drop_text_B, grid_B2)
         return self.logits(self.transform(x_BSD))
 
     def embed(
@@ -276,9 +317,10 @@ class LanguageModel(nn.Module):
         frames_B: Tensor,
         motion_score_B: Tensor,
         drop_text_B: Tensor | None = None,
+        grid_B2: Tensor | None = None,
     ) -> Tensor:
         """Input of the first block, [B, S, D]. Arguments and errors are those of `forward`."""
-        prompt_BPD = self.embed_prompt(text_BLD, frames_B, motion_score_B, drop_text_B)
+        prompt_BPD = self.embed_prompt(text_BLD, frames_B, motion_score_B, drop_text_B, grid_B2)
         start = prompt_BPD.shape[1]
         is_condition_BS = ids_BS == IGNORE
         fits = is_condition_BS[:, 1:start].all() & ~is_condition_BS[:, start:].any()
@@ -303,10 +345,12 @@ class LanguageModel(nn.Module):
         frames_B: Tensor,
         motion_score_B: Tensor,
         drop_text_B: Tensor | None = None,
+        grid_B2: Tensor | None = None,
     ) -> Tensor:
         """Vectors of BOS, micro-conditions and text, [B, 3 + L, D].
 
-        Raises ValueError for text states of another width or of too many tokens.
+        Raises ValueError for text states of another width or of too many tokens, and without the
+        grid where the model has `grid_condition`.
         """
         batch, length, width = text_BLD.shape
         config = self.config
@@ -317,7 +361,7 @@ class LanguageModel(nn.Module):
             )
         bos_ids_B1 = torch.full((batch, 1), self.layout.bos, device=text_BLD.device)
         bos_B1D = self.embed_tokens(bos_ids_B1)
-        micro_B2D = self.micro(frames_B, motion_score_B)
+        micro_B2D = self.micro(frames_B, motion_score_B, grid_B2)
         assert micro_B2D.shape[1] == NUM_MICRO_CONDITIONS, micro_B2D.shape
         drop_B1 = None
         if drop_text_B is not None:

@@ -115,6 +115,7 @@ def codes_of(
         config.tokens,
         seeds=seeds_of(config, rows),
         motion_score=config.motion_score,
+        grid=(models.tokenizer.config.grid_height, models.tokenizer.config.grid_width),
     )
     return {"true tokens": models.tokenizer.encode(features_BTChw), "language model": drawn_BK}
 

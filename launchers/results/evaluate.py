@@ -45,6 +45,7 @@ from landiff.model_zoo.keyed_random import generator
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.tokenizer import SemanticTokenizer
+from landiff.training.lm.batch import grid_of
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +284,9 @@ def lm_losses(
         for i, sample in enumerate(samples):
             text_LD = texts_LD[text_of[i]]
             codes = codes_K[i].numpy()
-            total += conditions.code_loss(lm, codes, text_LD, sample.meta.motion_score)
+            total += conditions.code_loss(
+                lm, codes, text_LD, sample.meta.motion_score, grid_of(sample.meta)
+            )
             progress()
         return total / len(samples)
 

@@ -16,6 +16,7 @@ from landiff.launchers.results.instruments import Reading, compared
 from landiff.launchers.results.swaps import Swap
 from landiff.model_zoo.evaluate import conditions
 from landiff.model_zoo.lm import LanguageModel
+from landiff.training.lm.batch import grid_of
 
 
 def lm_readings(
@@ -33,7 +34,8 @@ def lm_readings(
     def loss(index: int, text: int, motion_score: float) -> float:
         codes_K = samples[index].tensors["tokens"].to(torch.int64).numpy()
         progress()
-        return conditions.code_loss(lm, codes_K, texts_LD[text], motion_score)
+        grid = grid_of(samples[index].meta)
+        return conditions.code_loss(lm, codes_K, texts_LD[text], motion_score, grid)
 
     right = [loss(index, index, scores[index]) for index in range(len(samples))]
     opposite = opposite_scores(scores)

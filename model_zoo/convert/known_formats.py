@@ -313,6 +313,9 @@ def refuse_own_options(part: Part, format: str) -> None:
     elif isinstance(config, TokenizerConfig):
         default = TokenizerConfig()
         names = ("latent_positions", "local_paths", "cell_mask_tokens")
+    elif isinstance(config, LMConfig):
+        default = LMConfig()
+        names = ("grid_condition",)
     else:
         return
     for name in names:

@@ -359,6 +359,7 @@ class LanDiffPipeline(ComponentPlacement):
                 request.tokens,
                 seeds=request.seeds,
                 motion_score=request.motion_score,
+                grid=request.grid_of(models.tokenizer),
                 prefix_codes_BK=given_BK,
                 progress=progress,
             )

@@ -23,6 +23,7 @@ from landiff.model_zoo.evaluate.codebook import code_entropy, count_codes
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.schedule import NoiseSchedule, Prediction, denoising_loss
 from landiff.model_zoo.token_layout import CODE, TokenLayout
+from landiff.model_zoo.tokenizer import Grid
 
 # ------------------------------------------------------------------------------- language model
 
@@ -80,9 +81,15 @@ def token_sums(logits_NV: Tensor, targets: Targets, frames: int) -> Tensor:
 
 @torch.no_grad()
 def code_loss(
-    model: LanguageModel, codes_K: NDArray[np.int64], text_LD: Tensor, motion_score: float
+    model: LanguageModel,
+    codes_K: NDArray[np.int64],
+    text_LD: Tensor,
+    motion_score: float,
+    grid: Grid,
 ) -> float:
     """Cross-entropy of the codes of one clip, in nats per code.
+
+    grid: its rows and columns of feature cells.
 
     Structural tokens are left out: they are nearly certain and would lower the mean.
     """
@@ -91,7 +98,9 @@ def code_loss(
     ids_S = torch.from_numpy(layout.build(codes_K, len(text_LD))).to(text_LD.device)
     frames_B = torch.tensor([float(frames)], device=ids_S.device)
     motion_score_B = torch.tensor([motion_score], device=ids_S.device)
-    logits_SV = model(ids_S[None], text_LD[None], frames_B, motion_score_B)[0].float()
+    grid_B2 = torch.tensor([grid], dtype=torch.float32, device=ids_S.device)
+    logits_BSV = model(ids_S[None], text_LD[None], frames_B, motion_score_B, grid_B2=grid_B2)
+    logits_SV = logits_BSV[0].float()
     places = target_places(layout, len(codes_K))
     frame_N, is_code_N = [torch.from_numpy(array).to(ids_S.device) for array in places]
     start = len(ids_S) - len(frame_N)  # of the body

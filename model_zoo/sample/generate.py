@@ -31,7 +31,7 @@ from landiff.model_zoo.sample.latents import (
 from landiff.model_zoo.sample.sizes import Sizes, num_chunks
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens
 from landiff.model_zoo.schedule import NoiseSchedule
-from landiff.model_zoo.tokenizer import SemanticTokenizer
+from landiff.model_zoo.tokenizer import Grid, SemanticTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ def draw_codes(
     *,
     seeds: Sequence[int],
     motion_score: MotionScores = None,
+    grid: Grid | None = None,
     prefix_codes_BK: Tensor | None = None,
     progress: SampleProgress | None = None,
 ) -> Tensor:
@@ -140,6 +141,7 @@ def draw_codes(
     text: states and lengths from the text encoder of the language model. Several texts are aligned
         at the number of rows of the states.
     motion_score: as in `generate`.
+    grid: rows and columns of feature cells of the videos, for a model with `grid_condition`.
     prefix_codes_BK: codes of the first frames, which are not drawn.
     progress: `progress("tokens", done, total)` is called after each draw.
 
@@ -173,6 +175,7 @@ def draw_codes(
             lengths_B.to(device),
             prefix_codes_BK=prefix_codes_BK,
             align_to_rows=batch > 1,
+            grid=grid,
         ),
         num_latent_frames,
         tokens,

@@ -51,7 +51,7 @@ from landiff.model_zoo.sample.texts import (
     texts_of,
 )
 from landiff.model_zoo.sample.tokens import Prompts, sample_tokens, seeded_draw
-from landiff.model_zoo.tokenizer import Grid
+from landiff.model_zoo.tokenizer import Grid, SemanticTokenizer
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,12 @@ class Request:
     clean_frames: int = 7
     given: Given = Given()
     grid: Grid | None = None
+
+    def grid_of(self, tokenizer: SemanticTokenizer) -> Grid:
+        """Rows and columns of feature cells of the videos."""
+        if self.grid is not None:
+            return self.grid
+        return tokenizer.config.grid_height, tokenizer.config.grid_width
 
     @property
     def drawn_by_segment(self) -> bool:
@@ -289,6 +295,7 @@ class VideoStream:
             request.tokens,
             seeds=request.seeds,
             motion_score=request.motion_score,
+            grid=request.grid_of(self.models.tokenizer),
             prefix_codes_BK=given.codes_BK,
             progress=self._progress,
         )
@@ -349,6 +356,7 @@ class VideoStream:
                 align_to_rows=batch > 1,
                 frames_condition=told,
                 span=(max(0, start - seen_frames) / total, (start + frames) / total),
+                grid=request.grid_of(self.models.tokenizer),
             ),
             seen_frames + frames,
             request.tokens,

@@ -30,6 +30,7 @@ from landiff.model_zoo.config import TokenSamplingConfig
 from landiff.model_zoo.lm import KVCache, LanguageModel
 from landiff.model_zoo.sample.decode import Decoder
 from landiff.model_zoo.token_layout import CODE, SamplingTable
+from landiff.model_zoo.tokenizer import Grid
 
 # draw(probabilities_BV, step) returns int64 ids [B]. Step 0 is the position after the first SI.
 Draw = Callable[[Tensor, int], Tensor]
@@ -61,6 +62,7 @@ class Prompts:
     frames_condition: number of frames that the model is told, in place of the true one. A part of a
         long video is told the length of the whole.
     span: part of the video that the tokens are, from 0 to 1, for options that change over it.
+    grid: rows and columns of feature cells of the videos, for a model with `grid_condition`.
     """
 
     text_BLD: Tensor
@@ -70,6 +72,7 @@ class Prompts:
     align_to_rows: bool = False
     frames_condition: int | None = None
     span: tuple[float, float] = (0.0, 1.0)
+    grid: Grid | None = None
 
 
 def sample_tokens(
@@ -366,7 +369,13 @@ class _Decoder:
             lengths_B = torch.cat([lengths_B, lengths_B])
             drop_B = torch.cat([drop_B, ~drop_B])
         longest = text_BLD.shape[1] if prompts.align_to_rows else int(lengths_B.max())
-        embedded_RPD = self.model.embed_prompt(text_BLD[:, :longest], frames_B, motion_B, drop_B)
+        grid_B2 = None
+        if prompts.grid is not None:
+            grid_B2 = torch.tensor([prompts.grid], dtype=torch.float32, device=self.device)
+            grid_B2 = grid_B2.expand(len(frames_B), 2)
+        embedded_RPD = self.model.embed_prompt(
+            text_BLD[:, :longest], frames_B, motion_B, drop_B, grid_B2
+        )
         if not prompts.align_to_rows and bool((lengths_B == longest).all()):
             return embedded_RPD, None
         pads_R = (longest - lengths_B).to(self.device)

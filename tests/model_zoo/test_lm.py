@@ -175,6 +175,26 @@ def test_dropped_text_is_the_null_vector_of_the_same_length():
     )  # micro-conditions stay
 
 
+def test_a_model_may_be_told_the_grid_of_a_clip():
+    config = CONFIG.model_copy(update={"grid_condition": True})
+    model = LanguageModel(config).eval().requires_grad_(False)
+    inputs = some_inputs(model)
+    square = torch.tensor([[2.0, 2.0], [4.0, 4.0]])
+    plain = LanguageModel(CONFIG).eval().requires_grad_(False)
+    own = {name: model.state_dict()[name] for name in plain.state_dict()}
+    plain.load_state_dict(own)
+    without = plain(*inputs)
+    assert torch.equal(model(*inputs, grid_B2=square), without), "zero until it is trained"
+    assert torch.equal(plain(*inputs, grid_B2=square), without), "ignored"
+    for scalar in (model.micro.rows, model.micro.columns):
+        torch.nn.init.normal_(scalar.fc1.weight, generator=torch.Generator().manual_seed(3))
+    told = model(*inputs, grid_B2=square)
+    tall = model(*inputs, grid_B2=torch.tensor([[2.0, 2.0], [6.0, 4.0]]))
+    assert torch.equal(told[0], tall[0]) and not torch.allclose(told[1], tall[1], atol=1e-3)
+    with pytest.raises(ValueError, match="grid_condition = true: the model needs rows"):
+        model(*inputs)
+
+
 def test_text_projection_drops_rows_of_a_packed_batch():
     projection = TextProjection(12, 32)
     drop = torch.tensor([True, False, True])

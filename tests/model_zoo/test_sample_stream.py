@@ -194,6 +194,25 @@ def test_a_video_begins_with_the_given_frames(models, tmp_path, frames):
         VideoStream(models, replace(wanted, given=three))
 
 
+@pytest.mark.parametrize("context", [None, 1])
+def test_the_language_model_is_told_the_grid_of_the_videos(models, context):
+    config = models.lm.config.model_copy(update={"grid_condition": True})
+    lm = build_module("lm", config).eval().requires_grad_(False)
+    lm.load_state_dict(models.lm.state_dict(), strict=False)
+    told = []
+    for scalar in (lm.micro.rows, lm.micro.columns):
+        scalar.register_forward_pre_hook(
+            lambda _scalar, inputs: told.append(set(inputs[0].tolist()))
+        )
+    tokens = CODES.model_copy(update={"context_segments": context})
+    for grid, expected in ((None, (2, 3)), ((4, 3), (4, 3))):  # that of the tokenizer is 2 x 3
+        told.clear()
+        wanted = replace(request(5), tokens=tokens, grid=grid)
+        VideoStream(replace(models, lm=lm), wanted).draw_codes()
+        assert len(told) >= 2
+        assert told[:2] == told[-2:] == [{float(size)} for size in expected]
+
+
 def test_given_tokens_are_rendered_without_the_language_model(models):
     """The same video as when the model draws them; another prompt gives another video."""
     drawn = VideoStream(models, request(9))

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from landiff.configs.base import ConfigError
+from landiff.data_pipeline.format.schema import RawSample
 from landiff.data_pipeline.loading.loader import Sample
 from landiff.model_zoo import keyed_random
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.token_layout import NUM_MICRO_CONDITIONS, TokenLayout, TrainingRow
 from landiff.training.lm.config import CHUNKS, LMTrainConfig
 from landiff.training.observe.flops import lm_flops
@@ -40,6 +42,7 @@ class LMRow:
     drop_text_M: where the null vector replaces the text, bool.
     frames_B: number of semantic frames, float32.
     motion_score_B: float32.
+    grid_B2: rows and columns of feature cells, float32.
     frames_at_B, motion_at_B: positions of the micro-conditions in the row.
     bounds: `cu_seqlens` on the host.
     num_tokens: tokens without padding.
@@ -57,6 +60,7 @@ class LMRow:
     drop_text_M: Tensor
     frames_B: Tensor
     motion_score_B: Tensor
+    grid_B2: Tensor
     frames_at_B: Tensor
     motion_at_B: Tensor
     bounds: tuple[int, ...]
@@ -101,7 +105,7 @@ class LMRow:
 
 
 CONDITION_PLACES = ("text_at_M", "frames_at_B", "motion_at_B")
-CONDITIONS = ("text_MD", "drop_text_M", "frames_B", "motion_score_B")
+CONDITIONS = ("text_MD", "drop_text_M", "frames_B", "motion_score_B", "grid_B2")
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,11 @@ def motion_condition(motion_score: float) -> float:
     return float(motion_score)
 
 
+def grid_of(meta: RawSample) -> tuple[int, int]:
+    """Rows and columns of feature cells of a clip."""
+    return ClipShape(meta.num_frames, meta.height, meta.width).grid
+
+
 def pack(
     samples: Sequence[Sample], config: LMTrainConfig, layout: TokenLayout, *, train: bool = True
 ) -> LMRow:
@@ -189,6 +198,7 @@ def pack(
     dropped = []
     num_frames = []
     motion_scores = []
+    grids = []
     flops = 0.0
     for sample, row, start in zip(samples, rows, starts, strict=False):
         text = sample.tensors[config.text_column]
@@ -198,6 +208,7 @@ def pack(
         dropped.append(torch.full((len(text),), drop))
         num_frames.append(float(layout.num_frames(sample.tensors[config.tokens_column].numel())))
         motion_scores.append(motion_condition(sample.meta.motion_score))
+        grids.append(grid_of(sample.meta))
         adapter = config.lora is not None
         flops += lm_flops(config.model, len(row), len(text), adapter=adapter).total
     starts_B = torch.tensor(starts[:-1])
@@ -219,6 +230,7 @@ def pack(
         drop_text_M=torch.cat(dropped),
         frames_B=torch.tensor(num_frames),
         motion_score_B=torch.tensor(motion_scores),
+        grid_B2=torch.tensor(grids, dtype=torch.float32),
         frames_at_B=starts_B + 1,
         motion_at_B=starts_B + 2,
         bounds=tuple(ends),

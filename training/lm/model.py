@@ -29,7 +29,13 @@ from landiff.model_zoo.convert.formats.megatron import (
 )
 from landiff.model_zoo.convert.rules import rule_groups
 from landiff.model_zoo.layers import compile_blocks, rotary_table
-from landiff.model_zoo.lm import INIT_STD, LanguageModel, MicroConditions, TextProjection
+from landiff.model_zoo.lm import (
+    INIT_STD,
+    LanguageModel,
+    MicroConditions,
+    TextProjection,
+    micro_conditions,
+)
 from landiff.model_zoo.token_layout import IGNORE, TokenLayout
 from landiff.training.lm.batch import LMRow, pad_to
 from landiff.training.lm.config import LMTrainConfig
@@ -99,7 +105,7 @@ class MegatronLM(GPTModel):
         ids_1N = row.ids_N.masked_fill(row.ids_N == IGNORE, 0)[None]
         tokens_ND = self.embedding(input_ids=ids_1N, position_ids=None)[:, 0]
         text_MD = self.text(row.text_MD.to(tokens_ND.dtype), row.drop_text_M)
-        frames_BD, motion_BD = self.micro(row.frames_B, row.motion_score_B).unbind(1)
+        frames_BD, motion_BD = self.micro(row.frames_B, row.motion_score_B, row.grid_B2).unbind(1)
         positions = torch.cat([row.text_at_M, row.frames_at_B, row.motion_at_B])
         vectors = torch.cat([text_MD, frames_BD, motion_BD]).to(tokens_ND.dtype)
         mixed_N1D = tokens_ND.index_copy(0, positions, vectors)[:, None]
@@ -220,10 +226,7 @@ class MegatronLM(GPTModel):
 
 def condition_modules(config: LMConfig) -> tuple[TextProjection, MicroConditions]:
     """The modules that turn text states and micro-conditions into vectors."""
-    size = config.hidden_size
-    text = TextProjection(config.text_dim, size)
-    micro = MicroConditions(size, config.micro_hidden_size, config.micro_frequency_dim)
-    return text, micro
+    return TextProjection(config.text_dim, config.hidden_size), micro_conditions(config)
 
 
 class InitialWeights(Mapping[str, Tensor]):

@@ -120,14 +120,17 @@ def lm_flops(model: LMConfig, length: int, text: int, *, adapter: bool = False) 
     block = 4 * width**2 + 3 * width * model.ffn_size
     head = width * TokenLayout.of(model).vocab_size
     inner = model.micro_hidden_size
+    scalars = NUM_MICRO_CONDITIONS
+    if model.grid_condition:
+        scalars += 2  # rows and columns
     return add_up(
         [
             product(length, model.num_layers * block + head, linear),
             attention(model.num_layers * length * (length + 1) / 2, width),
             product(text, model.text_dim * width, first),
             product(text, width**2, second),
-            product(NUM_MICRO_CONDITIONS, model.micro_frequency_dim * inner, first),
-            product(NUM_MICRO_CONDITIONS, inner * width, second),
+            product(scalars, model.micro_frequency_dim * inner, first),
+            product(scalars, inner * width, second),
         ]
     )
 

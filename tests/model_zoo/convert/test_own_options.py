@@ -22,6 +22,7 @@ def test_a_model_with_own_options_is_refused(tmp_path, format):
         ("diffusion", MODELS.diffusion.model_copy(update={"control_input": "condition"})),
         ("diffusion", MODELS.diffusion.model_copy(update={"control_projections": "beside"})),
         ("tokenizer", tokenizer),
+        ("lm", MODELS.lm.model_copy(update={"grid_condition": True})),
     ):
         tensors = part(kind).tensors
         with pytest.raises(ConfigError, match="use --to zoo") as error:

@@ -16,7 +16,7 @@ from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
-from landiff.training.lm.batch import motion_condition, text_is_dropped
+from landiff.training.lm.batch import grid_of, motion_condition, text_is_dropped
 from landiff.training.lm.config import LMTrainConfig
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def tiny_sample(config: LMTrainConfig, index: int, position: int = 0) -> Sample:
         start_s=0.0,
         fps=8,
         num_frames=4 * frames - 3,
-        height=8,
-        width=8,
+        height=16 * (1 + index % 3),
+        width=32,
         motion_score=0.1 * (index % 7),
         video_sha256="",
     )
@@ -148,6 +148,7 @@ def plain_loss(model: LanguageModel, batch: Batch, config: LMTrainConfig) -> tor
             torch.tensor([float(frames)]),
             torch.tensor([motion_condition(sample.meta.motion_score)]),
             torch.tensor([text_is_dropped(config.loop.seed, sample.index, config.text_dropout)]),
+            torch.tensor([grid_of(sample.meta)], dtype=torch.float32),
         )[0]
         losses = functional.cross_entropy(logits, torch.from_numpy(row.targets), reduction="none")
         total = total + (losses * torch.from_numpy(row.loss_weights)).sum()

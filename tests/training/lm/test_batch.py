@@ -51,6 +51,7 @@ def test_every_condition_position_gets_exactly_one_vector(config):
     assert row.frames_at_B.tolist() == [start + 1 for start in row.cu_seqlens.tolist()[:4]]
     assert row.frames_B.tolist() == [1, 2, 3, 4]
     assert row.motion_score_B.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert row.grid_B2.tolist() == [[1, 2], [2, 2], [3, 2], [1, 2]]
 
 
 def test_text_is_dropped_whole_by_place_in_the_run_and_not_by_row(config):

@@ -30,7 +30,8 @@ def settings(folder: Path, micro: int = 1, **data: object) -> LMTrainConfig:
         "global_batch_size": BATCH,
         "micro_batch_size": micro,
     }
-    return tiny_config(folder, data=section | data, validation_samples=0)
+    model = {"grid_condition": True}
+    return tiny_config(folder, data=section | data, model=model, validation_samples=0)
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,8 @@ def all_checks(world: Any, folder: Path) -> dict[str, Any]:
         "compiled": train_compiled(config),
         "bf16": train(tiny_config(folder, precision="bf16")),
         "fused": train(tiny_config(folder, optim={"fused": True})),
+        "grid": train(tiny_config(folder, model={"grid_condition": True})),
+        "plain grid": train_plain(tiny_config(folder, model={"grid_condition": True})),
         "phases": train(curriculum(folder)),
         "plain phases": train_plain(curriculum(folder)),
     }
@@ -248,6 +250,12 @@ def test_training_follows_the_plain_torch_model_through_five_steps(found):
     # two implementations of the same sums in float32
     assert found["megatron"] == pytest.approx(found["plain"], abs=1e-5)
     assert found["plain"][0] - found["plain"][-1] > 0.05
+
+
+def test_the_grid_of_a_clip_trains_as_in_the_plain_torch_model(found):
+    assert found["grid"] == pytest.approx(found["plain grid"], abs=1e-5)
+    assert found["grid"][0] == found["megatron"][0], "it has no effect before it is trained"
+    assert found["grid"][-1] != found["megatron"][-1]
 
 
 def test_compiled_layers_train_as_eager_ones(found):

@@ -56,6 +56,7 @@ def packed_row(config: LMTrainConfig, bounds: tuple[int, ...], cu_seqlens: torch
         drop_text_M=torch.zeros(CLIPS * TEXT, dtype=torch.bool),
         frames_B=torch.zeros(CLIPS),
         motion_score_B=torch.zeros(CLIPS),
+        grid_B2=torch.ones(CLIPS, 2),
         frames_at_B=whole(CLIPS),
         motion_at_B=whole(CLIPS),
         bounds=bounds,
