@@ -79,7 +79,7 @@ def read_pickle(path: Path, allowed: Mapping[str, Any] | None = None) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True)
 
     def stored(leaf: Any) -> Any:
-        return _stored(leaf, path) if isinstance(leaf, FakeTensor) else leaf
+        return stored_at(leaf, path) if isinstance(leaf, FakeTensor) else leaf
 
     return replace_leaves(content, stored)
 
@@ -258,7 +258,7 @@ def _pickle_module(foreign: Mapping[str, type]) -> types.ModuleType:
     return module
 
 
-def _stored(fake: FakeTensor, path: Path) -> Stored:
+def stored_at(fake: FakeTensor, path: Path) -> Stored:
     """The location of a fake tensor that was loaded from `path`."""
     offset = int(fake.storage_offset())
     contiguous = fake.is_contiguous() and offset == 0

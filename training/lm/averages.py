@@ -149,16 +149,9 @@ class ShardedAverages:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Any], whole: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of the averages in `whole`, which have the keys of `state`."""
+        """Take the averages in `whole`, which have the keys of `state`. They are not divided."""
         for entry in _parameters(weights):
-            if entry.data in self.held:
-                part = self._held_part(entry.data, whole[entry.key])
-                self.held[entry.data][1].copy_(part)
-
-    def _held_part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """The elements of a whole tensor that this rank averages, as a view."""
-        start, average = self.held[parameter]
-        return whole.view(-1)[start : start + average.numel()]
+            self.held[entry.data][1].copy_(whole[entry.key].view(-1))
 
 
 def _parameters(weights: Mapping[str, Any]) -> Iterator[Any]:
@@ -168,5 +161,11 @@ def _parameters(weights: Mapping[str, Any]) -> Iterator[Any]:
     """
     entries, _ = extract_sharded_tensors_and_factories(dict(weights))
     for entry in nested_values(entries):
-        if isinstance(entry.data, nn.Parameter) and entry.data.requires_grad:
+        if is_trained(entry):
             yield entry
+
+
+def is_trained(entry: Any) -> bool:
+    """Whether an entry of a sharded state is a trained parameter."""
+    data = getattr(entry, "data", None)
+    return isinstance(data, nn.Parameter) and data.requires_grad

@@ -42,13 +42,19 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from landiff.configs.base import ConfigError
-from landiff.model_zoo.convert.formats.dist_checkpoint import read_metadata
+from landiff.model_zoo.convert.formats.dist_checkpoint import DistReader, read_metadata
 from landiff.model_zoo.convert.formats.megatron import COMMON, EMA_PREFIX
 from landiff.model_zoo.convert.pickles import check_pickle, check_plain_pickle, read_pickle
 from landiff.model_zoo.convert.rules import ConversionError
 from landiff.training.checkpoint.dist_files import DistFiles, Piece, boxes
 from landiff.training.checkpoint.parts import StateFile, torch_archive
-from landiff.training.lm.averages import OwnedParts, ShardedAverages, copy_to_model, parts_of
+from landiff.training.lm.averages import (
+    OwnedParts,
+    ShardedAverages,
+    copy_to_model,
+    is_trained,
+    parts_of,
+)
 from landiff.training.lm.checks import other_optimizer
 from landiff.training.lm.model import MegatronLM
 from landiff.training.optim import step_count
@@ -71,26 +77,40 @@ def _layout() -> dict[str, Any]:
 
 
 def _sharded_state(
-    model: MegatronLM,
-    optimizer: MegatronOptimizer,
-    averages: ShardedAverages | None,
-    *,
-    owned: OwnedParts | None,
+    model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages, owned: OwnedParts
 ) -> dict[str, Any]:
-    """This rank's part of the state. `owned` collects what is divided; None for loading."""
+    """This rank's part of the state. `owned` collects what is divided."""
     layout = _layout()
     weights = model.sharded_state_dict(metadata=layout)
-    if owned is None or not is_distributed(optimizer):
-        own = optimizer.sharded_state_dict(weights, is_loading=owned is None, metadata=layout)
-    else:
+    if is_distributed(optimizer):
         own = _divided_state(optimizer, weights, owned)
+    else:
+        own = optimizer.sharded_state_dict(weights, is_loading=False, metadata=layout)
     state = {
         "model": weights,
         "optimizer": own,
         "distributed_optimizer": is_distributed(optimizer),
     }
-    if averages is not None and averages.ema.enabled:
+    if averages.ema.enabled:
         state["averages"] = averages.state(weights, owned)
+    return state
+
+
+def _whole_state(
+    model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages | None
+) -> dict[str, Any]:
+    """What a rank reads whole: the state that is not divided over data-parallel ranks.
+
+    With the distributed optimizer no trained weights, which follow from their float32 copies.
+    """
+    layout = _layout()
+    weights = model.sharded_state_dict(metadata=layout)
+    if is_distributed(optimizer):
+        return {"model": {name: e for name, e in weights.items() if not is_trained(e)}}
+    own = optimizer.sharded_state_dict(weights, is_loading=True, metadata=layout)
+    state = {"model": weights, "optimizer": own}
+    if averages is not None and averages.ema.enabled:
+        state["averages"] = averages.state(weights, None)
     return state
 
 
@@ -115,7 +135,7 @@ def state_files(
     share of what all of them hold.
     """
     owned = OwnedParts()
-    state = _sharded_state(model, optimizer, averages, owned=owned)
+    state = _sharded_state(model, optimizer, averages, owned)
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     found = files.files(_pieces(sharded, owned), device)
     if torch.distributed.get_rank() == 0:
@@ -185,7 +205,10 @@ def _pieces(sharded: dict[str, Any], owned: OwnedParts) -> list[Piece]:
 
 
 def _owned_pieces(entry: ShardedTensor, owned: OwnedParts) -> Iterator[Piece]:
-    """This rank's elements of a tensor that is divided as a flat vector, as boxes."""
+    """This rank's elements of a tensor that is divided as a flat vector, as boxes.
+
+    Their data are views of the engine's.
+    """
     shape = (1,) * entry.prepend_axis_num + entry.local_shape  # an axis of layers
     for start, flat in owned.parts(entry.data):
         position = 0
@@ -194,6 +217,38 @@ def _owned_pieces(entry: ShardedTensor, owned: OwnedParts) -> Iterator[Piece]:
             position += box.numel()
             where = tuple(map(add, entry.global_offset, offsets))
             yield Piece(entry.key, box, where, entry.global_shape)
+
+
+@torch.no_grad()
+def _load_divided(
+    reader: DistReader,
+    model: MegatronLM,
+    optimizer: MegatronOptimizer,
+    averages: ShardedAverages | None,
+) -> None:
+    """Read this rank's parts of optimizer state and averages, and nothing of the other ranks'.
+
+    `optimizer` has tensors for its state. Raises ConversionError if a part is missing.
+    """
+    owned = OwnedParts()
+    weights = model.sharded_state_dict(metadata=_layout())
+    state = {"optimizer": _divided_state(optimizer, weights, owned)}
+    if averages is not None and averages.ema.enabled:
+        state["averages"] = averages.state(weights, owned)
+    sharded, _ = save_preprocess(state, validate_access_integrity=False)
+    for entry in flatten_state_dict(sharded)[0].values():
+        if not isinstance(entry, ShardedTensor) or not entry.data.is_meta:
+            continue
+        stored = reader.entries.get(entry.key)
+        if stored is None or tuple(stored.size) != tuple(entry.global_shape):
+            found = "nothing" if stored is None else f"the shape {tuple(stored.size)}"
+            raise ConversionError(
+                f"{reader.folder} has {found} for {entry.key}, whose shape is "
+                f"{tuple(entry.global_shape)}; it is a checkpoint of another model"
+            )
+        for piece in _owned_pieces(entry, owned):
+            assert isinstance(piece.data, torch.Tensor), piece.key
+            reader.read_box(piece.key, piece.offsets, piece.data)
 
 
 def _own_share(entries: Sequence[ShardedTensor]) -> list[ShardedTensor]:
@@ -219,8 +274,9 @@ def load_checkpoint(
     """Restore a checkpoint, on any number of tensor, pipeline and data-parallel ranks.
 
     Collective. The weights are cast from the optimizer's float32 copies if it keeps them. With the
-    distributed optimizer that is this rank's part, and the caller gathers the others. Returns
-    whether the checkpoint has moving averages; they are loaded if the run has some too.
+    distributed optimizer a rank reads its part of these, of moments and of averages, and the
+    caller gathers the weights of the others. Returns whether the checkpoint has moving averages;
+    they are loaded if the run has some too.
 
     Raises ConfigError if only one of the two optimizers is distributed, and ConversionError for
     files that hold more than this trainer writes.
@@ -232,24 +288,31 @@ def load_checkpoint(
     # Raised here, its errors are equal on all ranks and not wrapped as those of collectives.
     keys = reader.read_metadata().state_dict_metadata
     has_averages = any(key.startswith(EMA_PREFIX) for key in keys)
+    wanted = averages if has_averages else None
     # Megatron-core has no option for the reader, and its own unpickles whatever a file holds.
     with replaced(core_torch_dist, "_get_filesystem_reader", lambda *_, **__: reader):
         try:
-            wanted = averages if has_averages else None
             state = dist_checkpointing.load(
-                _sharded_state(model, optimizer, wanted, owned=None),
+                _whole_state(model, optimizer, wanted),
                 str(folder),
                 common_strategy=_OwnGroups(optimizer),
             )
         except CheckpointException as error:
             raise _explained(folder, error) from error
-    _check_extra_states(folder, state["model"])
-    model.load_state_dict(state["model"])
-    with torch.no_grad():  # the distributed optimizer copies into views of leaves
+    divided = is_distributed(optimizer)
+    weights = state.get("model", {})
+    _check_extra_states(folder, weights)
+    model.load_state_dict(weights, strict=not divided)
+    if divided:
+        # In common.pt it is empty. Megatron-core would read whole tensors into it.
+        state["optimizer"].pop("param_state", None)
+    with torch.no_grad():  # Megatron-core copies into leaves
         optimizer.load_state_dict(state["optimizer"])
+    if divided:
+        _load_divided(DistReader(folder, reader.read_metadata()), model, optimizer, wanted)
     copy_to_model(optimizer)
     _separate_steps(optimizer)
-    if has_averages:
+    if has_averages and not divided:
         averages.load(model.sharded_state_dict(metadata=_layout()), state.get("averages", {}))
     return has_averages
 

@@ -341,12 +341,14 @@ class MegatronEngine:
     def load(self, folder: Path) -> None:
         """Restore a checkpoint. Collective.
 
-        The weights come from the optimizer's float32 copies if it keeps them. In checkpoints that
-        were written with `overlap` before `_gather_weights` existed, some weights are one step old,
-        and their float32 copies are right.
+        The weights come from the optimizer's float32 copies if it keeps them; of the distributed
+        optimizer each rank reads its part, and they are gathered. In checkpoints that were written
+        with `overlap` before `_gather_weights` existed, some weights are one step old, and their
+        float32 copies are right.
         """
         require_same_adapter(folder, self.adapter)
         with megatron_device():
+            self._gather_weights()  # waits for a gather that `overlap` has started
             found = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self.averages)
             self.ema.loaded(folder, found=found)
             self._gather_weights()

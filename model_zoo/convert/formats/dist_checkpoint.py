@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -27,8 +29,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from landiff.configs.files import atomic_file
-from landiff.model_zoo.convert.lazy import LazyTensors, ProgressCallback, megabytes, trim_memory
-from landiff.model_zoo.convert.pickles import IgnoredObject, write_pickle
+from landiff.model_zoo.convert.lazy import (
+    LazyTensors,
+    ProgressCallback,
+    Stored,
+    megabytes,
+    trim_memory,
+)
+from landiff.model_zoo.convert.pickles import IgnoredObject, stored_at, write_pickle
 from landiff.model_zoo.convert.rules import ConversionError
 
 if TYPE_CHECKING:
@@ -102,11 +110,14 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class DistReader:
-    """Reads tensors of a checkpoint folder, whole or one layer of a stacked tensor."""
+    """Reads tensors of a checkpoint folder: whole, a box, or one layer of a stacked tensor."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the metadata. Raises ConversionError if `folder` is no such checkpoint."""
-        metadata = read_metadata(folder)
+    def __init__(self, folder: Path, metadata: Metadata | None = None) -> None:
+        """Read the metadata, if they are not given.
+
+        Raises ConversionError if `folder` is no such checkpoint.
+        """
+        metadata = metadata or read_metadata(folder)
         self.folder = folder
         self.places = metadata.storage_data
         self.entries: dict[str, TensorStorageMetadata] = {}
@@ -131,11 +142,7 @@ class DistReader:
             if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
                 continue
             part = self._read_chunk(MetadataIndex(key, chunk.offsets))
-            if part.shape != sizes:
-                raise ConversionError(
-                    f"{self.folder}: a part of {key} has the shape {tuple(part.shape)} instead of "
-                    f"{tuple(sizes)}; it is damaged"
-                )
+            self._check_shape(key, part.shape, sizes)
             if layer is not None:
                 part = part[layer - offsets[0]]
                 offsets = offsets[1:]
@@ -145,15 +152,86 @@ class DistReader:
             ranges = zip(offsets, sizes, strict=True)
             whole[tuple(slice(start, start + size) for start, size in ranges)] = part
             done += part.numel()
+        self._check_complete(key, done, whole)
+        return whole
+
+    def read_box(self, key: str, offsets: Sequence[int], target: Tensor) -> None:
+        """Read into `target` the box of its shape that begins at `offsets` of a tensor.
+
+        Of a stored part that is partly in the box, the rows that it shares with the box are read.
+        Raises ConversionError if the box is not stored completely.
+        """
+        done = 0
+        for chunk in self.entries[key].chunks:
+            shared = _overlap(chunk, offsets, target.shape)
+            if shared is None:
+                continue
+            begin, sizes = shared
+            if sizes == tuple(chunk.sizes):
+                part = self._read_chunk(MetadataIndex(key, chunk.offsets))
+                self._check_shape(key, part.shape, chunk.sizes)
+            else:
+                first = [low - start for low, start in zip(begin, chunk.offsets, strict=True)]
+                part = self._read_rows(key, chunk, first, sizes)
+            where = []
+            for low, start, size in zip(begin, offsets, sizes, strict=True):
+                where.append(slice(low - start, low - start + size))
+            target[tuple(where)] = part
+            done += part.numel()
+        self._check_complete(key, done, target)
+
+    def _read_rows(
+        self, key: str, chunk: ChunkStorageMetadata, first: Sequence[int], sizes: Sequence[int]
+    ) -> Tensor:
+        """Read the box of `sizes` that begins at `first` of a stored part.
+
+        Rows are those of the first dimension in which the box has more than one element.
+        """
+        stored = self._stored_chunk(MetadataIndex(key, chunk.offsets))
+        self._check_shape(key, stored.shape, chunk.sizes)
+        axis = 0
+        while axis < len(sizes) - 1 and sizes[axis] == 1:
+            axis += 1
+        strides = stored.meta.stride()
+        start = 0
+        for index, stride in zip(first[: axis + 1], strides, strict=False):
+            start += index * stride
+        rows = stored.part(start, sizes[axis] * strides[axis])
+        part = rows.view(*sizes[: axis + 1], *stored.shape[axis + 1 :])
+        for dim in range(axis + 1, len(sizes)):
+            part = part.narrow(dim, first[dim], sizes[dim])
+        return part
+
+    def _check_shape(self, key: str, found: Sequence[int], expected: Sequence[int]) -> None:
+        """Raise ConversionError if a stored part has another shape than the metadata say."""
+        if tuple(found) != tuple(expected):
+            raise ConversionError(
+                f"{self.folder}: a part of {key} has the shape {tuple(found)} instead of "
+                f"{tuple(expected)}; it is damaged"
+            )
+
+    def _check_complete(self, key: str, done: int, whole: Tensor) -> None:
+        """Raise ConversionError if `done` elements do not fill a tensor."""
         if done != whole.numel():
             raise ConversionError(
                 f"{self.folder} holds {done} of the {whole.numel()} elements of {key}; it is "
                 "damaged"
             )
-        return whole
 
     def _read_chunk(self, index: MetadataIndex) -> Tensor:
         """Read one stored part of a tensor."""
+        return self._open_chunk(index)[0]
+
+    def _stored_chunk(self, index: MetadataIndex) -> Stored:
+        """Where one stored part of a tensor is."""
+        with FakeTensorMode():
+            fake, place = self._open_chunk(index)
+        assert isinstance(fake, FakeTensor), index
+        inner = stored_at(fake, self.folder / place.relative_path)
+        return replace(inner, start=place.offset + inner.start)
+
+    def _open_chunk(self, index: MetadataIndex) -> tuple[Tensor, _StorageInfo]:
+        """One stored part of a tensor as torch loads it, and its place."""
         place = self.places.get(index)
         if place is None:
             raise ConversionError(
@@ -168,13 +246,31 @@ class DistReader:
         try:
             with open(path, "rb", buffering=0) as file:
                 window: Any = _Window(file, place.offset, place.length)
-                return torch.load(window, map_location="cpu", weights_only=True)
+                return torch.load(window, map_location="cpu", weights_only=True), place
         except FileNotFoundError:
             raise ConversionError(f"{path} is missing: the checkpoint is incomplete") from None
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ConversionError(
                 f"{path} is damaged at {index.fqn}: {str(error).splitlines()[0]}"
             ) from None
+
+
+def _overlap(
+    chunk: ChunkStorageMetadata, offsets: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Offsets and sizes of what a stored part shares with a box. None if it is nothing."""
+    begin = []
+    sizes = []
+    for start, size, other, other_size in zip(
+        chunk.offsets, chunk.sizes, offsets, shape, strict=True
+    ):
+        low = max(start, other)
+        high = min(start + size, other + other_size)
+        if low >= high:
+            return None
+        begin.append(low)
+        sizes.append(high - low)
+    return tuple(begin), tuple(sizes)
 
 
 class _Window(io.RawIOBase):
