@@ -104,33 +104,13 @@ class Loader:
         columns = with_captions(columns, config.captions)
         self._remotes: list[Remote | None] = []
         self._sets: list[AlignedColumns] = []
-        for source in config.sources:
-            remote = open_remote(source)
-            self._remotes.append(remote)
-            self._sets.append(_open(source, remote, config, columns))
+        self._open_sets(columns, own_columns)
         self.manifest = self._sets[0].manifest
-        manifests = [dataset.manifest for dataset in self._sets]
-        if not config.adopt:
-            check_blend(manifests, columns)
-        for dataset in self._sets:
-            if config.captions is not None:
-                check_captions(dataset.manifest, config.captions, own_columns, adopt=config.adopt)
-        if config.buckets is not None:
-            check_buckets(manifests, config.buckets)
         self._files = list(self._sets)  # to close
         self.held_out = HeldOutClips()
         self._split: Split | None = None
         if config.validation is not None:
-            self._split = self._find_split(columns, ranks, first)
-            self.held_out = HeldOutClips(
-                self._files,
-                self._split.clips,
-                dp_rank=dp_rank,
-                dp_size=dp_size,
-                micro_batch_size=config.micro_batch_size,
-            )
-            for number, positions in enumerate(self._split.positions):
-                self._sets[number] = self._sets[number].without(positions)
+            self._hold_out(columns, ranks, first)
         self._selected = find_selection(self._conditions(), ranks, adopt=config.adopt)
         for number, positions in enumerate(self._selected):
             if positions:
@@ -237,6 +217,38 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         """Close the loader."""
         self.close()
+
+    def _open_sets(self, columns: Sequence[str], own_columns: Sequence[str]) -> None:
+        """Open the data sets with all columns. Raises ShardError if they do not fit each other.
+
+        own_columns: those of the caller, without columns that hold further captions.
+        """
+        config = self.config
+        for source in config.sources:
+            remote = open_remote(source)
+            self._remotes.append(remote)
+            self._sets.append(_open(source, remote, config, columns))
+        manifests = [dataset.manifest for dataset in self._sets]
+        if not config.adopt:
+            check_blend(manifests, columns)
+        if config.captions is not None:
+            for manifest in manifests:
+                check_captions(manifest, config.captions, own_columns, adopt=config.adopt)
+        if config.buckets is not None:
+            check_buckets(manifests, config.buckets)
+
+    def _hold_out(self, columns: Sequence[str], ranks: Ranks | None, first: Loader | None) -> None:
+        """Find the held-out clips, and take them out of the data sets. Collective over `ranks`."""
+        self._split = self._find_split(columns, ranks, first)
+        self.held_out = HeldOutClips(
+            self._files,
+            self._split.clips,
+            dp_rank=self._dp_rank,
+            dp_size=self._dp_size,
+            micro_batch_size=self.config.micro_batch_size,
+        )
+        for number, positions in enumerate(self._split.positions):
+            self._sets[number] = self._sets[number].without(positions)
 
     def _find_split(
         self, columns: Sequence[str], ranks: Ranks | None, first: Loader | None
