@@ -105,7 +105,7 @@ def initialize(
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine, frozen)
     # DeepSpeed would copy frozen weights to the host in each save of stages 2 and 3.
-    engine._get_param_fragment_func = lambda p: getattr(p, "ds_tensor", p).detach()
+    engine._get_param_fragment_func = _own_part
     # DeepSpeed would copy scripts beside its files that do what
     # model_zoo/convert/formats/deepspeed.py does.
     engine._copy_recovery_script = lambda folder: None
@@ -163,6 +163,12 @@ def set_batch(engine: Any, batch: Batch, sequence_parallel: int) -> None:
     # An update is due when this count is a multiple of the accumulation steps, so that a new number
     # of them must count from 0.
     engine.micro_steps = 0
+
+
+def _own_part(parameter: nn.Parameter) -> Tensor:
+    """This rank's part of a parameter under ZeRO-3, else all of it."""
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part.detach()
 
 
 class CheckpointFiles:
