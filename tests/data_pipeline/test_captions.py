@@ -173,7 +173,7 @@ def test_captions_are_packed_as_json():
 )
 def test_captions_can_be_names_of_files_and_folders(missing, expected):
     names = ["my trip/beach_at-night 2.mp4", "cat.mp4", "x/a.tar:0001"]
-    source = SimpleNamespace(source="/data/my_videos", missing_captions=missing)
+    source = SimpleNamespace(sources=["/data/my_videos"], missing_captions=missing)
     clips = [SourceClip(name, VideoFile(Path(name)), "") for name in names]
     assert [with_caption(source, clip).caption for clip in clips] == expected
     failed = SourceClip("cat.mp4", VideoFile(Path("cat.mp4")), "", failure=DecodeFailure("other"))

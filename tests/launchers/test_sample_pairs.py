@@ -39,15 +39,21 @@ def test_the_first_process_reports_that_the_second_has_ended(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "error", "words"),
+    ("first", "second", "patience_s", "error", "words"),
     [
-        ("time.sleep(60)", "os.kill(os.getpid(), 9)", JobFailed, ["2 of 2", "second", "SIGKILL"]),
-        (f"sys.exit({PARTNER_LOST})", "sys.exit(1)", JobFailed, ["2 of 2", "exit code 1"]),
-        ("sys.exit(2)", f"sys.exit({PARTNER_LOST})", ConfigError, ["1 of 2", "first"]),
+        (
+            "time.sleep(600)",
+            "os.kill(os.getpid(), 9)",
+            0,
+            JobFailed,
+            ["2 of 2", "second", "SIGKILL"],
+        ),
+        (f"sys.exit({PARTNER_LOST})", "sys.exit(1)", 60, JobFailed, ["2 of 2", "exit code 1"]),
+        ("sys.exit(2)", f"sys.exit({PARTNER_LOST})", 60, ConfigError, ["1 of 2", "first"]),
     ],
 )
-def test_the_process_that_failed_is_named(monkeypatch, first, second, error, words):
-    monkeypatch.setattr(processes, "PARTNER_S", 0.0)
+def test_the_process_that_failed_is_named(monkeypatch, first, second, patience_s, error, words):
+    monkeypatch.setattr(processes, "PARTNER_S", patience_s)
     children = []
     for code in (first, second):
         program = f"import os, sys, time; {code}"

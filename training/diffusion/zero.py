@@ -106,6 +106,8 @@ def initialize(
     engine.checkpoint_engine = CheckpointFiles(engine.checkpoint_engine, frozen)
     # DeepSpeed would copy frozen weights to the host in each save of stages 2 and 3.
     engine._get_param_fragment_func = _own_part
+    if engine.zero_optimization_partition_weights():
+        _zero_padding(engine)
     # DeepSpeed would copy scripts beside its files that do what
     # model_zoo/convert/formats/deepspeed.py does.
     engine._copy_recovery_script = lambda folder: None
@@ -469,6 +471,30 @@ def _local_part(parameter: Any, value: Tensor) -> Tensor:
     padded = value.new_zeros(numel * size)
     padded[: value.numel()] = value.flatten()
     return padded[rank * numel : (rank + 1) * numel]
+
+
+def _zero_padding(engine: Any) -> None:
+    """Zero what ZeRO-3 leaves undefined: the ends of parts that the weights do not fill.
+
+    Undefined values may be NaN, and a checkpoint with NaN is refused.
+    """
+    for parameter in engine.module.parameters():
+        if _is_partitioned(parameter):
+            parameter.ds_tensor[_own_numel(parameter) :] = 0
+    zero = engine.optimizer
+    for parameters, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.ds_tensor.numel()
+            master.data[start + _own_numel(parameter) : end] = 0
+            start = end
+
+
+def _own_numel(parameter: Any) -> int:
+    """Elements of a partitioned parameter that this rank holds."""
+    numel: int = parameter.ds_tensor.numel()
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    return min(max(parameter.ds_numel - rank * numel, 0), numel)
 
 
 def local_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:

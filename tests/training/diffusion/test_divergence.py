@@ -98,3 +98,19 @@ def through_fit(world, folder, bad, stage=2):
 def test_a_bad_latent_at_a_random_step_of_a_run_is_skipped_or_rolled_back(tmp_path):
     bad = BadStep.draw(ranks=2)
     assert run_distributed(through_fit, 2, tmp_path, bad, timeout_s=300) == [{}, {}], bad
+
+
+def undefined_memory(world, folder):
+    """Names of weights that are not finite if memory is NaN until something is written to it."""
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    sizes = {"data__global_batch_size": 3, "data__micro_batch_size": 1}
+    try:
+        engine = build_engine(config(folder, zero__stage=3, ema__decay=0.9, **sizes), world)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return non_finite(engine.local_weights())
+
+
+def test_parts_that_weights_do_not_fill_are_finite(tmp_path):
+    """Three ranks do not divide the parameters evenly. ZeRO-3 leaves the rest undefined."""
+    assert run_distributed(undefined_memory, 3, tmp_path) == [[]] * 3
