@@ -202,11 +202,14 @@ def add_quickstart(commands: Commands) -> None:
     quickstart = add(
         commands,
         "quickstart",
-        "Run the whole pipeline on this machine, by default nano on packaged clips, on one CPU. "
-        "Run it again to resume.",
+        "Run the whole pipeline on this machine, by default on generated and packaged clips, on "
+        "two CPU cores. Run it again to resume.",
     )
     quickstart.add_argument(
-        "--preset", default="nano", metavar="PRESET", help=f"{help_texts.PRESET} (default: nano)"
+        "--preset",
+        default="quickstart",
+        metavar="PRESET",
+        help=f"{help_texts.PRESET} (default: quickstart)",
     )
     quickstart.add_argument(
         "--out",

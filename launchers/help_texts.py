@@ -21,7 +21,7 @@ The pipeline, in order. Each command can be run alone, interrupted, and run agai
 
   landiff demo       --config nano/sample                     the same in a web browser
 
-  landiff quickstart --out runs/quickstart                    all of it on packaged clips, on a CPU
+  landiff quickstart --out runs/quickstart                    all of it, on two CPU cores
 """
 
 PRESET = "packaged preset (nano, shapes, quickstart, landiff), or a folder that `landiff new` wrote"

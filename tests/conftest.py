@@ -23,7 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Files whose tests take longest start first, so that no worker is left alone with one of them.
-LONGEST = ("tests/test_quickstart.py", "tests/training/lm/", "tests/training/diffusion/")
+LONGEST = (
+    "tests/test_quickstart.py",
+    "tests/test_documented_runs.py",
+    "tests/training/lm/",
+    "tests/training/diffusion/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,6 @@
 """Every `landiff` command in the documentation parses, and every config key in it exists.
 
-tests/test_quickstart.py runs them.
+tests/test_documented_runs.py runs them.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_the_wheel_cuts_its_own_clips(installed, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_wheel_runs_the_quickstart(installed, tmp_path):
     assert "next steps" in landiff(installed, tmp_path, "quickstart", "--out", "here")
     assert list((tmp_path / "here" / "samples").glob("*.mp4"))

@@ -15,7 +15,7 @@ from landiff.launchers import help_texts
 from landiff.launchers.arguments import build_parser
 from landiff.launchers.cli import find_handler, main
 from landiff.launchers.local.children import PARENT, environment
-from landiff.launchers.pipeline import pipeline_stages
+from landiff.launchers.pipeline import local_stages, pipeline_stages
 from tests.launchers.local_jobs import write_foreign_lock
 from tests.training.tokenizer.tiny import config, write_data
 
@@ -85,7 +85,7 @@ def test_dry_run_prints_the_resolved_config_names_what_is_missing_and_makes_noth
             assert code == (0 if stage.name == "shards" else 2), err
             assert stage.name in ("shards", "sample") or "data/manifest.json does not exist" in err
     code, out, _ = run(capsys, "quickstart", "--dry-run", "--out", "here")
-    assert code == 0 and out.count("\nlandiff ") == len(pipeline_stages("nano", 2))
+    assert code == 0 and out.count("\nlandiff ") == len(local_stages("quickstart"))
     assert list(tmp_path.iterdir()) == []
 
 
