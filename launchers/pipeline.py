@@ -36,6 +36,7 @@ from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 QUICKSTART_OUT = "runs/quickstart"
 LEARN_PRESET = "shapes"
 RATES = "rates.json"
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -383,6 +384,8 @@ def run_pipeline(
 ) -> int:
     """Runs stages in `out`, at most `at_once` at a time.
 
+    Times in `summary.json` and in the table include those of earlier runs in the same folder.
+
     Returns 0, the exit code of the first failed stage, 1 if a trainer was asked to stop before its
     last step, or 128 + n if signal n stopped the pipeline.
     """
@@ -392,11 +395,16 @@ def run_pipeline(
             print(f"landiff {shlex.join(stage.command)}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    earlier = read_json(out / SUMMARY) if (out / SUMMARY).exists() else {"seconds": 0, "stages": []}
+    started = time.monotonic() - earlier["seconds"]
     results: list[StageResult] = []
     stopped: StoppedBySignal | None = None
     try:
         for result in run_stages(stages, out, at_once):
+            for before in earlier["stages"]:
+                if before["name"] == result.name:
+                    result.seconds = round(result.seconds + before["seconds"], 1)
+                    result.cpu_seconds = round(result.cpu_seconds + before["cpu_seconds"], 1)
             results.append(result)
             write_summary(out, results, time.monotonic() - started)
     except StoppedBySignal as signal:
@@ -471,7 +479,7 @@ def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> 
     }
     if evaluation.exists():
         document["evaluation"] = read_json(evaluation, allow_nonfinite=True)
-    write_text(out / "summary.json", json.dumps(document, indent=1))
+    write_text(out / SUMMARY, json.dumps(document, indent=1))
 
 
 def print_stage_table(results: Sequence[StageResult], seconds: float) -> None:

@@ -110,6 +110,8 @@ def test_a_pipeline_that_is_stopped_saves_and_resumes_from_there(tmp_path: Path)
     assert "landiff quickstart: stage 'tokenizer' was stopped before its last step" in output
     assert "== 2/2" not in output
     assert read_metrics(metrics)[0]["step"] == saved[0] + 1
+    (both,) = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert both["seconds"] > stage["seconds"] + 1 and both["cpu_seconds"] > stage["cpu_seconds"] + 1
 
 
 @pytest.mark.long
