@@ -382,9 +382,7 @@ def print_rates(out: Path) -> None:
 def run_pipeline(
     name: str, stages: Sequence[PipelineStage], out: Path, dry_run: bool, at_once: int = 1
 ) -> int:
-    """Runs stages in `out`, at most `at_once` at a time.
-
-    Times in `summary.json` and in the table include those of earlier runs in the same folder.
+    """Runs stages in `out`, at most `at_once` at a time. Times include those of earlier runs there.
 
     Returns 0, the exit code of the first failed stage, 1 if a trainer was asked to stop before its
     last step, or 128 + n if signal n stopped the pipeline.
@@ -395,7 +393,9 @@ def run_pipeline(
             print(f"landiff {shlex.join(stage.command)}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    earlier = read_json(out / SUMMARY) if (out / SUMMARY).exists() else {"seconds": 0, "stages": []}
+    earlier: Any = {"seconds": 0, "stages": []}  # a summary
+    if (out / SUMMARY).exists():
+        earlier = read_json(out / SUMMARY)
     started = time.monotonic() - earlier["seconds"]
     results: list[StageResult] = []
     stopped: StoppedBySignal | None = None
