@@ -109,7 +109,7 @@ def baseline_sampler(
     config = importlib.import_module("model_zoo.config")
     sampler = importlib.import_module("model_zoo.sample.tokens")
     old = importlib.import_module("model_zoo.lm").LanguageModel(
-        config.LMConfig(**model.config.model_dump())
+        config.LMConfig(**model.config.model_dump(include=set(config.LMConfig.model_fields)))
     )
     assert Path(sampler.__file__ or "").is_relative_to(folder), sampler.__file__
     old.load_state_dict(model.state_dict())
