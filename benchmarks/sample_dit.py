@@ -35,11 +35,11 @@ from landiff.model_zoo.convert.rules import apply_rules
 from landiff.model_zoo.device import pick_device
 from landiff.model_zoo.dit import DiffusionTransformer
 from landiff.model_zoo.frozen.checks import TIME
+from landiff.model_zoo.frozen.clip_shape import LATENT_CELL
 from landiff.model_zoo.sample.latents import SamplerOptions, sample_main_latents
 from landiff.model_zoo.schedule import NoiseSchedule
 
 GUIDANCE = 6.0
-PIXELS = 8  # width of a latent cell
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -96,8 +96,8 @@ def theirs(
         return pipeline(
             prompt_embeds=text_BLD.to(model.dtype),
             negative_prompt_embeds=torch.zeros_like(text_BLD, dtype=model.dtype),
-            height=PIXELS * sizes.latent_height,
-            width=PIXELS * sizes.latent_width,
+            height=LATENT_CELL * sizes.latent_height,
+            width=LATENT_CELL * sizes.latent_width,
             num_frames=1 + TIME * (sizes.latent_frames - 1),
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,

@@ -155,11 +155,6 @@ class CheckpointSize:
     own: int
     shared: int = 0
 
-    @property
-    def whole(self) -> int:
-        """Bytes of a checkpoint without others beside it."""
-        return self.own + self.shared
-
     def of(self, count: int) -> int:
         """Bytes of `count` checkpoints in a run folder."""
         return count * self.own + min(count, 1) * self.shared

@@ -39,6 +39,15 @@ def stop_signals() -> list[signal.Signals]:
     return signals
 
 
+def share_cores(env: dict[str, str], processes: int) -> None:
+    """Set the threads of one of `processes` that run side by side, unless the user chose.
+
+    With more threads than cores, threads wait for others that do not run.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    env.setdefault("OMP_NUM_THREADS", str(threads))
+
+
 def follow_parent() -> None:
     """End this process with the parent named in the environment, at once if that has ended.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from landiff.launchers.local.children import environment, stop_signals
+from landiff.launchers.local.children import environment, share_cores, stop_signals
 from landiff.training.checkpoint.run_folder import finished_step
 
 
@@ -151,9 +151,7 @@ def _start(command: Command, folder: Path, at_once: int) -> _Process:
     env = environment()
     labelled = at_once > 1
     if labelled:
-        # With more threads than cores, threads wait for others that do not run.
-        threads = max(1, (os.cpu_count() or 1) // at_once)
-        env.setdefault("OMP_NUM_THREADS", str(threads))  # unless the user chose
+        share_cores(env, at_once)
     output = subprocess.PIPE if labelled else None
     process = subprocess.Popen(
         words,

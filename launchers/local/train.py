@@ -29,7 +29,7 @@ from landiff.configs.ownership import OWNER, Ownership
 from landiff.configs.problems import require_none
 from landiff.launchers.checks import load_with_problems
 from landiff.launchers.commands import JobFailed, print_dry_run
-from landiff.launchers.local.children import environment, stop_signals
+from landiff.launchers.local.children import environment, share_cores, stop_signals
 from landiff.launchers.local.gpus import check_processes, default_processes, visible_gpus
 from landiff.launchers.run.job_folder import JOB_FOLDER, LAST_ERROR, STOPPED
 from landiff.launchers.run.records import remove_markers, write_record
@@ -153,8 +153,7 @@ def start_ranks(
 ) -> subprocess.Popen[bytes]:
     """Start torchrun with the ranks in a process group of its own."""
     env = environment() | {ownership.TOKEN: owned.token}
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    env.setdefault("OMP_NUM_THREADS", str(threads))  # unless the user chose
+    share_cores(env, processes)
     torchrun = [sys.executable, "-m", "landiff.launchers.local.torchrun", "--standalone"]
     rank = ["-m", "landiff.launchers.local.rank", "--shared-log", str(run)]
     return subprocess.Popen(

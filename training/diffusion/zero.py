@@ -503,7 +503,7 @@ def local_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
     With ZeRO-3 the parameters are this rank's parts.
     """
     for name, parameter in engine.module.named_parameters():
-        yield name, getattr(parameter, "ds_tensor", parameter)
+        yield name, _own_part(parameter)
     yield from engine.module.named_buffers()
     for group, master in enumerate(master_weights(engine)):
         yield f"float32 weights of parameter group {group}", master

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from landiff.configs import ConfigError
+from landiff.launchers.cli import CONFIG_ERROR
 from landiff.launchers.commands import JobFailed
 from landiff.launchers.local.children import environment
 from landiff.launchers.local.gpus import one_gpu
@@ -17,7 +18,6 @@ from landiff.launchers.local.gpus import one_gpu
 PARTNER_LOST = 5  # exit code of a process that ended because the other one of its pair did
 PARTNER_S = 10.0  # until a process is ended whose partner has failed
 POLL_S = 0.1
-CONFIG_ERROR = 2
 
 
 def sample_in_processes(argv: Sequence[str], processes: int, *, in_pairs: bool = False) -> int:
