@@ -12,7 +12,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -43,4 +43,6 @@ def locked(folder: Path) -> Iterator[None]:
             )
         yield
     finally:
+        with suppress(OSError):  # a child that was forked meanwhile has the descriptor too
+            fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)

@@ -185,15 +185,17 @@ class ColumnFolder:
         """Delete the sidecar of a unit, before its tar is replaced."""
         sidecar_path(self.folder / f"{entry.name}.tar").unlink(missing_ok=True)
 
-    def fail(self, entry: ShardEntry, error: BaseException) -> None:
-        """Record why a unit was given up."""
+    def fail(self, entry: ShardEntry, error: BaseException, fingerprint: str) -> None:
+        """Record why a unit was given up, unless a duplicate task has finished it."""
         failure = UnitFailure(
             error=f"{type(error).__name__}: {error}",
             machine=os.uname().nodename,
             process=os.getpid(),
             time=time.time(),
         )
-        write_text(self._failure_path(entry.name), failure.model_dump_json())
+        with locked(self.folder):  # a duplicate clears the record after its commit
+            if self.finished(entry, fingerprint, index=False) is None:
+                write_text(self._failure_path(entry.name), failure.model_dump_json())
 
     def clear_failure(self, entry: ShardEntry) -> None:
         """Delete the failure record of a unit."""

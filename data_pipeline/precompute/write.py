@@ -166,5 +166,5 @@ class UnitWrite:
         with suppress(OSError):  # on a full disk this may fail too; the caller raises `error`
             if self._writer is not None:
                 self._writer.abort()
-            self.folder.fail(self.entry, error)
+            self.folder.fail(self.entry, error, self.card.fingerprint)
         self._lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -35,12 +36,17 @@ def shards_config(source: Path | str, **changes: object) -> ShardsConfig:
     return load(ShardsConfig, values | changes)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Path below the folder -> bytes, of every file in it."""
+def digest(path: Path) -> str:
+    """SHA-256 of a file. Unlike its content, an assertion can show it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path below the folder -> digest, of every file in it."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes()
+            found[str(path.relative_to(folder))] = digest(path)
     return found
 
 

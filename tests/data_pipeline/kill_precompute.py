@@ -32,7 +32,8 @@ from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from tests.data_pipeline.data_sets import write_column, write_raw
-from tests.data_pipeline.kills import Killer, contents, forked, killed
+from tests.data_pipeline.ingest_helpers import contents
+from tests.data_pipeline.kills import Killer, forked, killed
 from tests.data_pipeline.precompute_data import write_clips
 from tests.model_zoo.frozen.tiny_vlm import write_qwen
 
@@ -163,7 +164,7 @@ def kill_trainers(work: Path, kills: int, draw: random.Random) -> int:
     assert not killed(started(0, lambda: train(work / "data", work / "expected", steps)))
     expected = contents(work / "expected")
     keys = []
-    for step in json.loads(expected["state.json"])["seen"]:
+    for step in json.loads((work / "expected" / "state.json").read_text())["seen"]:
         keys += step
     assert all(len(set(keys[at : at + 20])) == 20 for at in (0, 20, 40)), (
         "each sample once an epoch"

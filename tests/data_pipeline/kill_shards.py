@@ -28,7 +28,8 @@ from landiff.data_pipeline.format.shards import read_sidecar
 from landiff.data_pipeline.ingest.config import ShardsConfig
 from landiff.data_pipeline.ingest.job import finalize_raw_shards, make_shards, make_task_shards
 from tests.data_pipeline import kills
-from tests.data_pipeline.kills import Killer, contents, killed
+from tests.data_pipeline.ingest_helpers import contents
+from tests.data_pipeline.kills import Killer, killed
 
 DIFFERENT = "the result of a killed and resumed job differs from that of an undisturbed one"
 

@@ -106,12 +106,3 @@ def killed(pid: int) -> bool:
         return True
     assert os.WEXITSTATUS(status) == 0, "the job failed by itself"
     return False
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Path below the folder -> bytes, of every file in it."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[str(path.relative_to(folder))] = path.read_bytes()
-    return found

@@ -17,6 +17,7 @@ from landiff.data_pipeline.video.codec import encode_clip
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import TokenizerConfig
 from tests.data_pipeline.data_sets import raw_sample
+from tests.data_pipeline.ingest_helpers import digest
 
 SIZES = [4, 3, 5]
 NUM_CLIPS = sum(SIZES)
@@ -125,10 +126,10 @@ def config(data: Path, zoo: Path, columns=COLUMNS, **fields) -> PrecomputeConfig
     )
 
 
-def contents(data: Path, columns=FAST) -> dict[str, bytes]:
-    """All files of some columns, hidden ones included."""
+def contents(data: Path, columns=FAST) -> dict[str, str]:
+    """Path -> digest of all files of some columns, hidden ones included."""
     found = {}
     for name in columns:
         for path in sorted((data / name).iterdir()):
-            found[str(path.relative_to(data))] = path.read_bytes()
+            found[str(path.relative_to(data))] = digest(path)
     return found

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from landiff.configs import ConfigError
+from landiff.configs.ownership import OwnedError
 from landiff.data_pipeline.format.locks import locked
 from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.format.shards import (
@@ -36,6 +37,7 @@ from landiff.data_pipeline.precompute.units import (
     shards_of_task,
     task_of_shard,
 )
+from landiff.data_pipeline.precompute.write import UnitWrite
 from landiff.launchers.cli import main
 from landiff.launchers.commands import parse_task
 from landiff.launchers.data.commands import parse_fraction
@@ -92,7 +94,7 @@ def test_status_counts_done_running_failed_and_left_with_rate_and_time_left(data
     folder = ColumnFolder(data, "latents")
     entries = read_manifest(data).shards
     folder.withdraw(entries[0])
-    folder.fail(entries[0], RuntimeError("no device"))
+    folder.fail(entries[0], RuntimeError("no device"), "fingerprint")
     (data / "latents" / f".{entries[0].name}.tar.{os.uname().nodename}.{os.getppid()}.tmp").touch()
     (running,) = precompute.status(latents(data, zoo))
     assert (running.done, running.left, running.running, running.failed, running.samples) == (
@@ -344,6 +346,17 @@ def test_estimate_gives_disk_and_hours_from_a_few_clips_and_writes_nothing(data,
     assert by_name["latents"].bytes == pytest.approx(5 * size, rel=0.2)
     assert by_name["latents"].seconds > 0 and estimate.decode_s > 0 and "latents" in str(estimate)
     assert contents(data, ["latents", "tokens"]) == before
+
+
+def test_a_refused_duplicate_leaves_no_failure_record_of_a_finished_unit(data, zoo):
+    precompute.run(latents(data, zoo))
+    folder, entry = ColumnFolder(data, "latents"), read_manifest(data).shards[0]
+    late = UnitWrite(folder, entry, folder.card())  # begun while the other task committed the unit
+    late.give_up(OwnedError("the next shard is in use"))
+    assert folder.failure(entry.name) is None
+    folder.withdraw(entry)
+    UnitWrite(folder, entry, folder.card()).give_up(OwnedError("the next shard is in use"))
+    assert folder.failure(entry.name) is not None
 
 
 def test_two_finalizes_at_the_same_moment_both_count(data, zoo):
