@@ -7,36 +7,37 @@ where it stopped, so running the graph again continues it.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from landiff.configs import load
 from landiff.configs.documents import read_json
-from landiff.configs.durations import duration
-from landiff.configs.files import write_text
 from landiff.configs.problems import require_none
 from landiff.launchers.config import WorldConfig
 from landiff.launchers.local.stage_processes import Command, StoppedBySignal, run_commands
+from landiff.launchers.local.stage_summary import (
+    StageResult,
+    first_and_last_loss,
+    merge_results,
+    print_stage_table,
+    read_summary,
+    write_summary,
+)
 from landiff.launchers.project.presets import (
     has_config,
     packaged_presets,
     preset_config,
     require_preset,
 )
-from landiff.launchers.slurm.snapshot import describe_code
-from landiff.training.checkpoint.run_folder import METRICS, read_metrics
 
 QUICKSTART_OUT = "runs/quickstart"
 LEARN_PRESET = "shapes"
 RATES = "rates.json"
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,6 @@ class PipelineStage:
     after: tuple[str, ...] = ()  # names of the stages it waits for
     run: str | None = None  # run folder of a trainer, whose losses belong to the stage
     output: str = ""  # the main result, relative to the working folder
-
-
-@dataclass
-class StageResult:
-    """Time, exit code and losses of a stage that was run. One entry of `summary.json`."""
-
-    name: str
-    seconds: float
-    cpu_seconds: float
-    exit_code: int
-    unfinished: bool = False  # a trainer that stopped before its last step
-    first_loss: float | None = None
-    last_loss: float | None = None
-    look: str = ""  # PipelineStage.output
 
 
 def quickstart_command(args: argparse.Namespace) -> int:
@@ -92,8 +79,8 @@ def quickstart_command(args: argparse.Namespace) -> int:
     if not args.dry_run and code == 0:
         from landiff.launchers.results.pipeline_page import write_quickstart_report
 
-        summary = read_json(Path(out) / "summary.json")
-        print(f"             open {write_quickstart_report(Path(out), summary['stages'])}")
+        stages_run = read_summary(Path(out)).stages
+        print(f"             open {write_quickstart_report(Path(out), stages_run)}")
     return code
 
 
@@ -127,7 +114,7 @@ def learn_command(args: argparse.Namespace) -> int:
         from landiff.launchers.results.shapes_page import write_learn_report
 
         print_rates(out)
-        report = write_learn_report(out, read_json(out / "summary.json")["stages"])
+        report = write_learn_report(out, read_summary(out).stages)
         print(f"report: {report}")
     return code
 
@@ -393,27 +380,22 @@ def run_pipeline(
             print(f"landiff {shlex.join(stage.command)}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    earlier: Any = {"seconds": 0, "stages": []}  # a summary
-    if (out / SUMMARY).exists():
-        earlier = read_json(out / SUMMARY)
-    started = time.monotonic() - earlier["seconds"]
+    earlier = read_summary(out)
+    started = time.monotonic() - earlier.seconds
     results: list[StageResult] = []
     stopped: StoppedBySignal | None = None
     try:
         for result in run_stages(stages, out, at_once):
-            for before in earlier["stages"]:
-                if before["name"] == result.name:
-                    result.seconds = round(result.seconds + before["seconds"], 1)
-                    result.cpu_seconds = round(result.cpu_seconds + before["cpu_seconds"], 1)
             results.append(result)
-            write_summary(out, results, time.monotonic() - started)
+            merged = merge_results(earlier.stages, results)
+            write_summary(out, merged, time.monotonic() - started)
     except StoppedBySignal as signal:
         stopped = signal
     code, problem = problem_of(results, stopped)
     if problem:
         print(f"\nlandiff {name}: {problem}", file=sys.stderr)
         return code
-    print_stage_table(results, time.monotonic() - started)
+    print_stage_table(merge_results(earlier.stages, results), time.monotonic() - started)
     print(f"\nnext steps:  play {out}/samples/*.mp4")
     print(f"             tensorboard --logdir {out}/runs")
     print(f"             read {out}/summary.json")
@@ -454,46 +436,3 @@ def problem_of(results: Sequence[StageResult], stopped: StoppedBySignal | None) 
         if result.unfinished:
             return 1, f"stage {result.name!r} was stopped before its last step. {again}"
     return 0, ""
-
-
-def first_and_last_loss(run: Path, points: int = 5) -> tuple[float | None, float | None]:
-    """Mean of the first and of the last `points` logged losses of a run, to average out noise."""
-    values = []
-    for line in read_metrics(run / METRICS):
-        if "train/loss" in line:
-            values.append(line["train/loss"])
-    if not values:
-        return None, None
-    return fmean(values[:points]), fmean(values[-points:])
-
-
-def write_summary(out: Path, results: Sequence[StageResult], seconds: float) -> None:
-    """Writes `summary.json`: origin of the code, stages, evaluation and names of videos."""
-    evaluation = out / "evaluation.json"
-    document = {
-        "code": describe_code()[0],
-        "seconds": round(seconds, 1),
-        "stages": [vars(result) for result in results],
-        "evaluation": None,
-        "videos": sorted(str(path.relative_to(out)) for path in out.glob("samples/*.mp4")),
-    }
-    if evaluation.exists():
-        document["evaluation"] = read_json(evaluation, allow_nonfinite=True)
-    write_text(out / SUMMARY, json.dumps(document, indent=1))
-
-
-def print_stage_table(results: Sequence[StageResult], seconds: float) -> None:
-    """Prints time, CPU time, losses and output of each stage."""
-    print(f"\n{'stage':<20}{'time':>8}{'CPU':>8}{'first loss':>13}{'last loss':>12}  output")
-    for result in results:
-        first = format_loss(result.first_loss)
-        last = format_loss(result.last_loss)
-        times = f"{duration(result.seconds):>8}{duration(result.cpu_seconds):>8}"
-        print(f"{result.name:<20}{times}{first:>13}{last:>12}  {result.look}")
-    cpu_seconds = sum(result.cpu_seconds for result in results)
-    print(f"{'all':<20}{duration(seconds):>8}{duration(cpu_seconds):>8}")
-
-
-def format_loss(loss: float | None) -> str:
-    """A loss with four decimals; "" if there is none."""
-    return "" if loss is None else f"{loss:.4f}"

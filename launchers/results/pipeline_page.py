@@ -22,6 +22,7 @@ from landiff.data_pipeline.synthetic.world import ATTRIBUTES, parse_caption
 from landiff.data_pipeline.video.codec import ClipDecoder
 from landiff.launchers.data.shapes import read_rows
 from landiff.launchers.data.survey import Survey
+from landiff.launchers.local.stage_summary import StageResult, format_loss, shown_output
 from landiff.launchers.pages import html
 from landiff.launchers.pages.charts import Series, svg
 from landiff.launchers.results.instruments import format_readings
@@ -45,7 +46,7 @@ class Nearest:
     distance: float
 
 
-def write_quickstart_report(out: Path, stages: Sequence[Mapping[str, Any]]) -> Path:
+def write_quickstart_report(out: Path, stages: Sequence[StageResult]) -> Path:
     """Writes `report.html` of a folder of `landiff quickstart`. Returns its path.
 
     stages: of `summary.json`.
@@ -157,14 +158,13 @@ def video_figure(frames_THWC: np.ndarray, caption: str, note: str) -> html.Marku
     return html.figure(html.media(data, "gif", caption), caption, note)
 
 
-def stage_table(stages: Sequence[Mapping[str, Any]]) -> html.Markup:
+def stage_table(stages: Sequence[StageResult]) -> html.Markup:
     """Times, losses and outputs of stages."""
     rows = []
     for stage in stages:
-        losses = [stage["first_loss"], stage["last_loss"]]
-        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
-        times = [f"{stage['seconds']:.0f}", f"{stage['cpu_seconds']:.0f}"]
-        rows.append([stage["name"], *times, *shown, stage["look"]])
+        losses = [format_loss(stage.first_loss), format_loss(stage.last_loss)]
+        times = [f"{stage.seconds:.0f}", f"{stage.cpu_seconds:.0f}"]
+        rows.append([stage.name, *times, *losses, shown_output(stage)])
     header = ["stage", "seconds", "CPU seconds", "first loss", "last loss", "output"]
     return html.table(header, rows, (1, 2, 3, 4))
 

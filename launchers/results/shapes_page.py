@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from landiff.configs.files import atomic_file
 from landiff.data_pipeline.synthetic.judge import judge
 from landiff.data_pipeline.synthetic.world import ATTRIBUTES, COLORS, FPS, GROUNDS
 from landiff.launchers.data.shapes import format_rates, pair_files, read_rows, read_videos
+from landiff.launchers.local.stage_summary import StageResult
 from landiff.launchers.pages import html
 from landiff.launchers.results.pipeline_page import (
     MAX_VIDEOS,
@@ -154,7 +155,7 @@ def _grid(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
     return grid
 
 
-def write_learn_report(out: Path, stages: Sequence[Mapping[str, Any]]) -> Path:
+def write_learn_report(out: Path, stages: Sequence[StageResult]) -> Path:
     """Writes `report.html` of a folder of `landiff learn`. Returns its path.
 
     stages: of `summary.json`.

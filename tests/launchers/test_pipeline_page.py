@@ -11,7 +11,7 @@ import numpy as np
 
 from landiff.data_pipeline.synthetic import world
 from landiff.launchers.cli import main
-from landiff.launchers.pipeline import StageResult
+from landiff.launchers.local.stage_summary import StageResult
 from landiff.launchers.results.pipeline_page import nearest_clips, write_quickstart_report
 
 
@@ -30,7 +30,7 @@ def test_samples_stand_before_their_nearest_training_clips(tmp_path: Path, monke
     reading |= {"ratio": 2.0, "verdict": "uses the text"}
     Path("evaluation.json").write_text(json.dumps({"instruments": [reading]}))
     stage = StageResult("lm", 2.0, 1.5, 0, first_loss=3.0, last_loss=1.25, look="runs/lm")
-    page = write_quickstart_report(Path(), [vars(stage)]).read_text()
+    page = write_quickstart_report(Path(), [stage]).read_text()
     assert page.count("all five right") == 1, "only of the caption of the shapes world"
     assert prompts[1] in page and "uses the text" in page and "1.2500" in page
     distances = re.findall(r"nearest training clip, RMS difference (\d+) of 255", page)

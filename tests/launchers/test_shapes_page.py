@@ -10,7 +10,7 @@ from PIL import Image
 
 from landiff.data_pipeline.synthetic import world
 from landiff.launchers.cli import main
-from landiff.launchers.pipeline import StageResult
+from landiff.launchers.local.stage_summary import StageResult
 from landiff.launchers.results.shapes_page import write_learn_report
 
 
@@ -39,7 +39,7 @@ def test_videos_are_shown_with_verdicts_and_nearest_clips(tmp_path: Path, capsys
     score = ["shapes", "score", "--videos", str(videos), "--labels", str(prompts)]
     assert main([*score, "--out", str(rates)]) == 0
     stage = StageResult("lm", 2.0, 1.5, 0, first_loss=3.0, last_loss=1.25, look="runs/lm")
-    page = write_learn_report(tmp_path, [vars(stage)]).read_text()
+    page = write_learn_report(tmp_path, [stage]).read_text()
     assert "all five right" in page and "wrong: color" in page and "1.2500" in page
     assert page.count("RMS difference 0 of 255") == 2
 

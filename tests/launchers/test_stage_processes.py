@@ -14,6 +14,7 @@ import pytest
 from landiff.launchers.cli import main
 from landiff.launchers.local.children import environment
 from landiff.launchers.local.stage_processes import Command, run_commands
+from landiff.launchers.pipeline import PipelineStage, run_pipeline
 from landiff.training.checkpoint.run_folder import committed_steps, read_metrics
 from tests.launchers.test_interrupt import wait_for
 from tests.training.tokenizer.test_train import write_config
@@ -112,6 +113,31 @@ def test_a_pipeline_that_is_stopped_saves_and_resumes_from_there(tmp_path: Path)
     assert read_metrics(metrics)[0]["step"] == saved[0] + 1
     (both,) = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert both["seconds"] > stage["seconds"] + 1 and both["cpu_seconds"] > stage["cpu_seconds"] + 1
+
+
+def test_the_summary_keeps_stages_that_only_an_earlier_run_reached(tmp_path: Path, capfd):
+    def run(*keys: str) -> dict[str, dict]:
+        stages = []
+        for number, key in enumerate(keys):
+            after = (stages[-1].name,) if stages else ()
+            command = ("config", "explain", key)
+            stages.append(PipelineStage(f"stage {number}", "explains a key", command, after))
+        run_pipeline("quickstart", stages, tmp_path, False)
+        found = json.loads((tmp_path / "summary.json").read_text())["stages"]
+        return {stage["name"]: stage for stage in found}
+
+    key = "loop.steps"
+    first = run(key, key)
+    assert not any(stage["earlier_run"] for stage in first.values())
+    failed = run("no.such", key)
+    assert failed["stage 0"]["exit_code"] != 0 and not failed["stage 0"]["earlier_run"]
+    assert failed["stage 1"] == first["stage 1"] | {"earlier_run": True}
+    capfd.readouterr()
+    last = run(key)
+    assert list(last) == ["stage 0", "stage 1"] and last["stage 0"]["exit_code"] == 0
+    assert last["stage 0"]["seconds"] > failed["stage 0"]["seconds"] > first["stage 0"]["seconds"]
+    (row,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("stage 1")]
+    assert row.endswith("(earlier run)")
 
 
 @pytest.mark.long
