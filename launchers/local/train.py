@@ -36,6 +36,7 @@ from landiff.launchers.run.records import remove_markers, write_record
 from landiff.launchers.slurm.stage_jobs import command_line
 from landiff.launchers.stages import TRAINERS
 from landiff.training.checkpoint.errors import error_paths, first_error, read_message
+from landiff.training.checkpoint.resume import is_complete
 from landiff.training.checkpoint.run_folder import DONE, HANGS, RESOLVED, STOP
 from landiff.training.checks import Launch
 from landiff.training.config import TrainConfig
@@ -61,6 +62,12 @@ def train_command(args: argparse.Namespace) -> int:
         print_dry_run(config, f"would train in {config.run} on {processes} process(es)")
     require_none(problems)
     if args.dry_run:
+        return 0
+    if is_complete(config):
+        print(
+            f"{config.run} is already trained to step {config.loop.steps} (loop.steps); raise "
+            "loop.steps to train on"
+        )
         return 0
     command = command_line(args.argv)
     with own_run(config, args.stage, processes, command, take_over=args.take_over) as owned:

@@ -14,6 +14,7 @@ from landiff.configs.reference import section_classes
 from landiff.data_pipeline.format.schema import Manifest
 from landiff.data_pipeline.loading.phases import DataPhase, order_at, order_plans, phase_at
 from landiff.data_pipeline.loading.position import check_position, data_fingerprint, phase_identity
+from landiff.training.checkpoint.files import latest_whole
 from landiff.training.checkpoint.parent import find_parent
 from landiff.training.checkpoint.run_folder import (
     CHECKPOINTS,
@@ -22,6 +23,7 @@ from landiff.training.checkpoint.run_folder import (
     FILES,
     STATE,
     committed_steps,
+    finished_step,
     step_folder,
 )
 from landiff.training.config import TrainConfig
@@ -65,6 +67,21 @@ def check_resume(config: TrainConfig) -> list[Problem]:
         return problems + check_checkpoint(find_parent(config), config)
     except ConfigError as error:
         return [*problems, Problem(str(error))]
+
+
+def is_complete(config: TrainConfig) -> bool:
+    """Whether the run of `config` has nothing left to do, so that no rank needs to be started.
+
+    It has finished at `loop.steps`, and its newest intact and healthy checkpoint is of that step
+    and of the same config. All files of the checkpoint are read. In any other case, such as a
+    damaged checkpoint or a changed key, the ranks decide and report.
+    """
+    if finished_step(config.run) != config.loop.steps:
+        return False
+    newest = latest_whole(config.run / CHECKPOINTS)
+    if newest != step_folder(config.run / CHECKPOINTS, config.loop.steps):
+        return False
+    return read_yaml(newest / CONFIG) == config.model_dump(mode="json")
 
 
 def check_checkpoint(folder: Path, config: TrainConfig) -> list[Problem]:
