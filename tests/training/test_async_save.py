@@ -126,6 +126,46 @@ def test_a_constant_file_is_written_once(tmp_path, async_save):
     assert torch.equal(load_file(second / "a/frozen.st")["frozen"], FROZEN["frozen"])
 
 
+def save_and_resume(settings, engine):
+    """Checkpoints of step 2 and, by a process that resumed from it with `engine`, of step 4."""
+    store = CheckpointStore(settings.run / "checkpoints", settings, alone())
+    loader = ToyLoader(settings, alone())
+    store.save(TrainState(2), ConstantEngine(settings, alone()), loader)
+    store.finish()
+    store.background.close()
+    resumed = CheckpointStore(store.folder, settings, alone())
+    assert resumed.load_latest(engine, loader).step == 2
+    resumed.save(TrainState(4), engine, loader)
+    resumed.finish()
+    resumed.background.close()
+    return [step_folder(store.folder, step) for step in (2, 4)]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_resumed_process_does_not_write_a_constant_file_again(tmp_path, async_save):
+    settings = config(tmp_path, async_save=async_save)
+    first, second = save_and_resume(settings, ConstantEngine(settings, alone()))
+    assert (first / "a/frozen.st").samefile(second / "a/frozen.st")
+    assert differences(first) == differences(second) == []
+
+
+class OtherConstantEngine(ConstantEngine):
+    """The same with another content of the same size, as after a change of layout."""
+
+    def state_files(self):
+        other = safetensors_file("a/frozen.st", {"frozen": -FROZEN["frozen"]})
+        return [*ToyEngine.state_files(self), replace(other, constant=True)]
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_constant_file_of_another_content_is_written(tmp_path, async_save):
+    settings = config(tmp_path, async_save=async_save)
+    first, second = save_and_resume(settings, OtherConstantEngine(settings, alone()))
+    assert torch.equal(load_file(first / "a/frozen.st")["frozen"], FROZEN["frozen"])
+    assert torch.equal(load_file(second / "a/frozen.st")["frozen"], -FROZEN["frozen"])
+    assert differences(first) == differences(second) == []
+
+
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_constant_file_is_written_again_if_the_last_checkpoint_is_gone(tmp_path, async_save):
     settings = config(tmp_path, async_save=async_save)

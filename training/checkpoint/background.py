@@ -116,8 +116,11 @@ class BackgroundWriter:
         self._answer: dict[str, Any] = {}
 
     def prepare(self, files: Sequence[StateFile]) -> None:
-        """Reserve the buffer for files of these sizes, and start the process. Raises OSError."""
-        needed = staged_bytes(files)
+        """Reserve the buffer for files of these sizes, and start the process. Raises OSError.
+
+        Files that exist already need no room in it.
+        """
+        needed = staged_bytes([file for file in files if file.same_as is None])
         if self.buffer is not None and self.buffer.size < needed:
             self.close()
         if self.buffer is None:

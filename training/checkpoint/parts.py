@@ -108,6 +108,14 @@ def contents(parts: Sequence[Part]) -> Iterator[bytes | memoryview]:
             yield part
 
 
+def content_sha256(parts: Sequence[Part]) -> str:
+    """SHA-256 of the bytes of parts in hex, without writing them."""
+    digest = hashlib.sha256()
+    for content in contents(parts):
+        digest.update(content)
+    return digest.hexdigest()
+
+
 def crc_bytes(crc: int) -> bytes:
     """A CRC-32 as it stands in archives."""
     return crc.to_bytes(CRC_BYTES, "little")

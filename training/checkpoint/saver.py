@@ -22,11 +22,18 @@ from typing import Literal
 
 from landiff.configs.disk_errors import way_out
 from landiff.configs.files import temporary_name
+from landiff.configs.loader import read_json_as
 from landiff.training.checkpoint.background import Writer
 from landiff.training.checkpoint.errors import CheckpointError
-from landiff.training.checkpoint.files import CheckpointState, FileEntry, documents, error_line
-from landiff.training.checkpoint.parts import SameFile, StateFile
-from landiff.training.checkpoint.run_folder import step_folder
+from landiff.training.checkpoint.files import (
+    CheckpointState,
+    FileEntry,
+    FileList,
+    documents,
+    error_line,
+)
+from landiff.training.checkpoint.parts import SameFile, StateFile, content_sha256
+from landiff.training.checkpoint.run_folder import FILES, step_folder
 from landiff.training.config import TrainConfig
 from landiff.training.distributed import World
 
@@ -74,6 +81,7 @@ class Saver:
         self.world = world
         self.waits_s = tuple(retry_waits_s) if self.loop.on_save_failure == "retry" else ()
         self.current: Save | None = None
+        self.began_with: Path | None = None  # the run's own checkpoint that this process loaded
         self._constant: dict[str, SameFile] = {}  # of this rank, in the last checkpoint, by path
 
     def begin(self, save: Save, files: Sequence[StateFile]) -> None:
@@ -82,12 +90,22 @@ class Saver:
         self.current = save
         save.folder = self._hidden_folder(save)
         save.constant = {file.path: "" for file in files if file.constant}
-        save.writer.begin_write(save.folder, [self._linked(file) for file in files])
+        save.writer.begin_write(save.folder, self.linked(files))
+
+    def linked(self, files: Sequence[StateFile]) -> list[StateFile]:
+        """The files, those that are constant as links to the last checkpoint. Not collective."""
+        return [self._linked(file) for file in files]
 
     def _linked(self, file: StateFile) -> StateFile:
         """The file, as a link to that of the last checkpoint if it is constant."""
+        if not file.constant:
+            return file
+        if self.began_with is not None and file.path not in self._constant:
+            same = same_in(self.began_with, file)
+            if same is not None:
+                self._constant[file.path] = same
         same = self._constant.get(file.path)
-        if not file.constant or same is None or not same.path.exists():
+        if same is None or not same.path.exists():
             return file
         return replace(file, same_as=same)
 
@@ -216,6 +234,22 @@ class Saver:
             f"{text}; older checkpoints are untouched. To continue, {advice}, and run the same "
             "command again"
         )
+
+
+def same_in(folder: Path, file: StateFile) -> SameFile | None:
+    """The file of a checkpoint with the path and the content of `file`, or None.
+
+    Whoever loaded the checkpoint has found it intact, so that its list of files is compared, and
+    `file` is hashed.
+    """
+    if not (folder / FILES).exists():
+        return None  # deleted since
+    for entry in read_json_as(FileList, folder / FILES).files:
+        if entry.path != file.path or entry.bytes != file.num_bytes:
+            continue
+        if entry.sha256 is not None and entry.sha256 == content_sha256(file.parts):
+            return SameFile(folder / file.path, entry.sha256)
+    return None
 
 
 def _free_space(folder: Path) -> str:

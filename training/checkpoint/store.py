@@ -166,7 +166,7 @@ class CheckpointStore:
             self._prepared = True
             if self._writes_in_background(state.step):
                 with suppress(OSError):  # reported by the save
-                    self.background.prepare(engine.state_files())
+                    self.background.prepare(self.saver.linked(engine.state_files()))
         return self.times.metrics
 
     def _writes_in_background(self, step: int) -> bool:
@@ -264,6 +264,7 @@ class CheckpointStore:
                 "step 0"
             )
         own = found is not None
+        self.saver.began_with = found
         if found is None:
             found = self._parent_checkpoint()
         if found is None:

@@ -169,6 +169,12 @@ def test_both_phases_learn_and_the_second_starts_from_the_first(tmp_path):
     assert ranks.start(run_main, 2, [path]).wait(120) == [0, 0]
     frozen = sorted((tmp_path / "next" / "checkpoints").glob("step_*/zero/*_frozen.pt"))
     assert len(frozen) == 2 and frozen[0].samefile(frozen[1])
+    longer = {"steps": 6, "loop__save_every": 2, "loop__keep_last": 3}
+    path = write_config(tmp_path / "next", "control", init_from="second", **longer)
+    assert ranks.start(run_main, 2, [path]).wait(120) == [0, 0]
+    (last,) = (tmp_path / "next" / "checkpoints" / "step_00000006").glob("zero/*_frozen.pt")
+    assert last.samefile(frozen[0]), "the process that resumed wrote frozen weights again"
+    shutil.rmtree(last.parents[1])
     model_file = frozen[1].with_name("mp_rank_00_model_states.pt")
     left = read_pickle(model_file, CLASSES)["module"]
     assert left and not any(name.startswith("transformer.") for name in left)
