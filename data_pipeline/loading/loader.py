@@ -418,9 +418,21 @@ def _open(
         remote=remote,
     )
     if remote is not None:
-        window_bytes = 0
-        for name in columns:
-            sizes = sorted((shard.bytes for shard in manifest.columns[name].shards), reverse=True)
-            window_bytes += sum(sizes[: config.shuffle_window])
-        remote.check_cache_size(window_bytes)
+        remote.check_cache_size(_window_bytes(manifest, config, columns))
     return opened
+
+
+def _window_bytes(manifest: Manifest, config: DataConfig, columns: Sequence[str]) -> int:
+    """Largest size of the shards that are read at the same time: a window of each bucket."""
+    buckets = [shard.bucket for shard in manifest.shards]
+    if config.buckets is not None:
+        buckets = bucket_names(manifest)
+    sizes: dict[str, list[int]] = {}
+    for number, bucket in enumerate(buckets):
+        if config.buckets is None or bucket in config.buckets:
+            size = sum(manifest.columns[name].shards[number].bytes for name in columns)
+            sizes.setdefault(bucket, []).append(size)
+    total = 0
+    for of_bucket in sizes.values():
+        total += sum(sorted(of_bucket, reverse=True)[: config.shuffle_window])
+    return total

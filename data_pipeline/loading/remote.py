@@ -57,7 +57,11 @@ class Remote:
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
-            raise ShardError(f"data.remote = {url}: {error}") from error
+            hint = ""
+            if isinstance(error, ImportError) and self.url.startswith("http"):
+                hint = "; pip install 'landiff-pretrain[http]'"
+            raise ShardError(f"data.remote = {url}: {error}{hint}") from error
+        self._errors = network_errors(self.url)
 
     def read_manifest(self) -> bytes:
         """The manifest at the URL, as bytes. Does not write to the cache. Raises ShardError."""
@@ -146,18 +150,28 @@ class Remote:
         starts = [offset - TAR_BLOCK for offset, _ in places]
         ends = [offset + size for offset, size in places]
         self._free_space(sum(ends) - sum(starts))
+        name = f"{folder}/{entry.name}.tar"
 
         def download(path: str) -> None:
             ranges: list[bytes] = []
             if starts:
-                ranges = self._files.cat_ranges([path] * len(starts), starts, ends)
+                ranges = self._files.cat_ranges(
+                    [path] * len(starts), starts, ends, on_error="raise"
+                )
+            for start, end, data in zip(starts, ends, ranges, strict=True):
+                if len(data) != end - start:
+                    raise ShardError(
+                        f"{self.url}/{name} gave {len(data)} bytes for the {end - start} from "
+                        f"{start} on; use a server that supports HTTP Range requests, or copy the "
+                        "data to this machine"
+                    )
             with atomic_file(target) as file:
                 for start, data in zip(starts, ranges, strict=True):
                     file.seek(start)
                     file.write(data)
                 file.truncate(entry.bytes)
 
-        self._retry(f"{folder}/{entry.name}.tar", download)
+        self._retry(name, download)
 
     def _free_space(self, size: int) -> None:
         """Delete least recently used shards until `size` bytes fit. Open files stay readable."""
@@ -187,12 +201,21 @@ class Remote:
                 return attempt(f"{self._root}/{name}")
             except FileNotFoundError:
                 raise ShardError(f"{self.url}/{name} does not exist") from None
-            except OSError as error:
+            except self._errors as error:
                 if number == ATTEMPTS - 1:
                     raise ShardError(f"{self.url}/{name} cannot be read: {error}") from error
                 log.warning("%s/%s: %s; trying again", self.url, name, error)
                 time.sleep(FIRST_PAUSE_S * 2**number)
         raise AssertionError("unreachable")
+
+
+def network_errors(url: str) -> tuple[type[Exception], ...]:
+    """Exceptions of a file system that may pass, such as those of a server that is overloaded."""
+    if not url.startswith(("http://", "https://")):
+        return (OSError,)
+    from aiohttp import ClientError  # fsspec has imported it; most of its errors are no OSError
+
+    return (OSError, ClientError)
 
 
 def open_remote(source: SourceConfig) -> Remote | None:

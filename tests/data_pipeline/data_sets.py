@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from landiff.data_pipeline.format.shards import (
     write_manifest,
 )
 from landiff.data_pipeline.format.tensors import pack_tensor
+from landiff.model_zoo.frozen.clip_shape import ClipShape
 
 VIDEO = b"not a video"
 
@@ -122,3 +124,29 @@ def write_column(
     manifest = manifest.model_copy(update={"columns": {**manifest.columns, name: column}})
     write_manifest(data, manifest)
     return manifest
+
+
+def write_buckets(
+    data: Path,
+    buckets: Sequence[str],
+    sizes: list[int],
+    mark: str = "mixed",
+    meta_of: Callable[[str], dict[str, object]] = lambda key: {},
+) -> Path:
+    """Write a shard of each size with clips of the bucket beside it, and the column `tokens`.
+
+    The shards are without names of buckets if there is one bucket.
+    """
+    manifest = write_raw(data, sizes, mark, meta_of)
+    several = len(set(buckets)) > 1
+    shapes: dict[str, int | None] = {}
+    shards = []
+    for entry, bucket in zip(manifest.shards, buckets, strict=True):
+        shape = ClipShape.parse(bucket)
+        shapes = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}
+        shards.append(replace(entry, bucket=bucket if several else ""))
+    if several:
+        shapes = dict.fromkeys(shapes)
+    write_manifest(data, manifest.model_copy(update={"shards": shards, "config": shapes}))
+    write_column(data, "tokens")
+    return data

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 
 from landiff.configs import ConfigError
 from landiff.data_pipeline.format.buckets import bucket_names, check_buckets
-from landiff.data_pipeline.format.shards import ShardError, read_manifest, write_manifest
+from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import EXTRA
 from landiff.data_pipeline.loading.phased_loader import PhasedLoader
 from landiff.data_pipeline.loading.phases import DataPhase, factors_of
-from landiff.model_zoo.frozen.clip_shape import ClipShape
-from tests.data_pipeline.data_sets import write_column, write_raw
+from tests.data_pipeline.data_sets import write_buckets
 
 IMAGE, VIDEO, TALL = "1x32x32", "17x32x32", "17x32x16"
 BATCH = 30  # divided by 1, 2, 3 and 5 ranks
 FACTORS = {IMAGE: 5}
 
 
-def data_set(folder, buckets, sizes, mark="mixed"):
-    """Shards of the buckets, with a column. Without names if there is one bucket."""
-    manifest = write_raw(folder, sizes, mark)
-    shapes = {}
-    shards = []
-    for entry, bucket in zip(manifest.shards, buckets, strict=True):
-        shape = ClipShape.parse(bucket)
-        shapes = {"num_frames": shape.num_frames, "height": shape.height, "width": shape.width}
-        shards.append(replace(entry, bucket=bucket if len(set(buckets)) > 1 else ""))
-    if len(set(buckets)) > 1:
-        shapes = dict.fromkeys(shapes)
-    write_manifest(folder, manifest.model_copy(update={"shards": shards, "config": shapes}))
-    write_column(folder, "tokens")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
-    return data_set(folder, [IMAGE, VIDEO, IMAGE, TALL], [40, 31, 35, 29])
+    return write_buckets(folder, [IMAGE, VIDEO, IMAGE, TALL], [40, 31, 35, 29])
 
 
 def config(folder, buckets=(IMAGE, VIDEO, TALL), **changes):
@@ -117,7 +99,7 @@ def test_every_clip_comes_once_an_epoch_also_in_larger_batches(mixed):
 
 
 def test_one_bucket_alone_has_the_order_of_a_run_without_buckets(tmp_path):
-    folder = data_set(tmp_path, [VIDEO, VIDEO], [31, 20])
+    folder = write_buckets(tmp_path, [VIDEO, VIDEO], [31, 20])
     named, state = take((DataPhase(0, 0, config(folder, (VIDEO,))),), 5)
     plain, _ = take((DataPhase(0, 0, config(folder, None)),), 5)
     assert [samples for *_, samples in named] == [samples for *_, samples in plain]
@@ -126,8 +108,8 @@ def test_one_bucket_alone_has_the_order_of_a_run_without_buckets(tmp_path):
 
 
 def test_data_sets_of_one_shape_each_are_blended_by_shape(tmp_path):
-    images = data_set(tmp_path / "images", [IMAGE], [12], "images")
-    videos = data_set(tmp_path / "videos", [VIDEO], [12], "videos")
+    images = write_buckets(tmp_path / "images", [IMAGE], [12], "images")
+    videos = write_buckets(tmp_path / "videos", [VIDEO], [12], "videos")
     blend = config(videos, (IMAGE, VIDEO), blend=[{"manifest": images}])
     with PhasedLoader((DataPhase(0, 0, blend),), ["tokens"], dp_rank=0, dp_size=1) as loader:
         for _ in range(6):

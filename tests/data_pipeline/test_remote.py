@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 import fsspec
@@ -13,8 +14,11 @@ from landiff.data_pipeline.format.schema import RAW
 from landiff.data_pipeline.format.shards import ShardError, read_manifest
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
+from landiff.data_pipeline.loading.phased_loader import PhasedLoader
+from landiff.data_pipeline.loading.phases import DataPhase
 from landiff.data_pipeline.loading.remote import Remote
-from tests.data_pipeline.data_sets import keys_of, write_column, write_raw
+from tests.data_pipeline.data_sets import keys_of, write_buckets, write_column, write_raw
+from tests.data_pipeline.http_server import served
 
 SIZES = [7, 5, 9, 4]
 
@@ -154,3 +158,103 @@ def test_damage_on_the_way_and_what_is_missing_are_named(data, tmp_path):
 def test_a_cache_that_cannot_hold_one_window_is_refused(data, tmp_path):
     with pytest.raises(ShardError, match="data.cache_gigabytes"):
         loader(tmp_path / "cache", f"file://{data}", cache_gigabytes=1e-6)
+
+
+# -------------------------------------------------------------------- web servers, buckets
+
+IMAGE, VIDEO, TALL = "1x32x32", "17x32x32", "17x32x16"
+
+
+def video_of(key: str) -> dict[str, object]:
+    """Each clip is of a video of its own."""
+    return {"source_sha256": hashlib.sha256(key.encode()).hexdigest()}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    pytest.importorskip("aiohttp", reason="pip install '.[test]'")
+    folder = tmp_path_factory.mktemp("mixed")
+    buckets = [IMAGE, VIDEO, IMAGE, TALL, VIDEO, IMAGE]
+    sizes = [12, 9, 11, 7, 8, 6]
+    return write_buckets(folder, buckets, sizes, meta_of=video_of)
+
+
+def curriculum(manifest, remote="", **fields) -> tuple[DataPhase, ...]:
+    """Videos, from step 4 on images too, in balanced batches; the first shard is held out."""
+
+    def config(buckets, **changes):
+        fixed = {"global_batch_size": 4, "shuffle_window": 2, "checksum": True, "buckets": buckets}
+        fixed["validation"] = {"clips": keys_of(0, 12)}
+        return DataConfig(manifest=manifest, remote=remote, **(fixed | fields | changes))
+
+    every = config((IMAGE, VIDEO, TALL), balance_tokens=True, where="fps > 7")
+    return (
+        DataPhase(0, 0, config((VIDEO,))),
+        DataPhase(1, 4, every, factors={IMAGE: 2}),
+    )
+
+
+def training_batches(phases, steps, ranks, state=None) -> tuple[list, dict]:
+    """All that a trainer reads from the batches of all ranks, and the state after them."""
+    found = []
+    loaders = [PhasedLoader(phases, ["tokens"], dp_rank=r, dp_size=ranks) for r in range(ranks)]
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    for _ in range(steps):
+        samples = {}
+        batches = [loader.next_batch() for loader in loaders]
+        for batch in batches:
+            for sample in batch.samples:
+                tensor = sample.tensors["tokens"].tolist()
+                samples[sample.position] = (sample.index, sample.meta, tensor)
+        place = (batches[0].step, batches[0].bucket, batches[0].global_batch_size)
+        found.append((place, [samples[position] for position in sorted(samples)]))
+    state = loaders[0].state_dict()
+    for loader in loaders:
+        loader.close()
+    return found, state
+
+
+def test_batches_of_buckets_from_a_web_server_are_those_of_local_data(mixed, tmp_path, monkeypatch):
+    """Also if each first request fails, with a small cache, and after resuming."""
+    monkeypatch.setattr("landiff.data_pipeline.loading.remote.FIRST_PAUSE_S", 0.0)
+    expected, last = training_batches(curriculum(mixed), 20, 1)
+    assert {place[1] for place, _ in expected} == {IMAGE, VIDEO, TALL}
+    window = 6 * max(entry.bytes for entry in read_manifest(mixed).columns["tokens"].shards)
+    with served(mixed, failures=1) as server:
+        remote = {"remote": server.url, "cache_gigabytes": window / 1e9}
+        phases = curriculum(tmp_path / "a", **remote)
+        assert training_batches(phases, 20, 2) == (expected, last)
+        for stop in (3, 9):  # in either phase, into an empty cache
+            before, state = training_batches(phases, stop, 1)
+            other = curriculum(tmp_path / f"b{stop}", **remote)
+            after, end = training_batches(other, 20 - stop, 2, state)
+            assert (before + after, end) == (expected, last)
+        assert server.requests["/tokens/000001.tar"] > 1
+
+
+def test_a_cache_holds_a_window_of_each_bucket(mixed, tmp_path):
+    sizes = [entry.bytes for entry in read_manifest(mixed).columns["tokens"].shards]
+    phase = {"global_batch_size": 4, "shuffle_window": 1, "buckets": (IMAGE, VIDEO)}
+    with served(mixed) as server:
+        phase |= {"manifest": tmp_path / "cache", "remote": server.url}
+        needed = max(sizes[0], sizes[2], sizes[5]) + max(sizes[1], sizes[4])
+        with pytest.raises(ShardError, match=r"data.cache_gigabytes.*shuffle_window"):
+            Loader(
+                DataConfig(**phase, cache_gigabytes=(needed - 2) / 1e9),
+                ["tokens"],
+                dp_rank=0,
+                dp_size=1,
+            )
+        config = DataConfig(**phase, cache_gigabytes=(needed + 2) / 1e9)
+        Loader(config, ["tokens"], dp_rank=0, dp_size=1).close()
+
+
+def test_a_web_server_without_ranges_or_in_error_is_named(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr("landiff.data_pipeline.loading.remote.FIRST_PAUSE_S", 0.0)
+    with served(mixed, ranges=False) as server, pytest.raises(ShardError) as error:
+        training_batches(curriculum(tmp_path / "a", server.url), 1, 1)
+    assert "/raw/" in str(error.value) and "supports HTTP Range requests" in str(error.value)
+    with served(mixed, failures=99) as server, pytest.raises(ShardError, match=r"cannot be.*503"):
+        training_batches(curriculum(tmp_path / "b", server.url), 1, 1)

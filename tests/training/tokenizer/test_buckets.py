@@ -20,6 +20,7 @@ from landiff.training.run import Run
 from landiff.training.tokenizer.checks import check
 from landiff.training.tokenizer.config import TokenizerTrainConfig
 from landiff.training.tokenizer.engine import TokenizerEngine
+from tests.data_pipeline.http_server import served
 from tests.distributed import run_distributed
 from tests.training import mixed
 from tests.training.mixed import IMAGE, TALL, VIDEO, write_mixed
@@ -37,9 +38,10 @@ def data(tmp_path_factory):
     return write_mixed(folder, {"features": mixed.features(MODEL.feature_channels)})
 
 
-def settings(folder: Path, run: Path, micro: int = 1, model=MODEL, **changes):
+def settings(folder: Path, run: Path, micro: int = 1, model=MODEL, remote="", **changes):
     section = {
         "manifest": folder,
+        "remote": remote,
         "buckets": [IMAGE, VIDEO, TALL],
         "balance_tokens": True,
         "global_batch_size": BATCH,
@@ -49,9 +51,10 @@ def settings(folder: Path, run: Path, micro: int = 1, model=MODEL, **changes):
     return config(run, model, **sections)
 
 
-def train(world, data, run):
+def train(world, data, run, remote=""):
     """(bucket, batch size), and numbers of each step."""
-    config = settings(data, run, BATCH // world.size)
+    config = settings(data, run, BATCH // world.size, remote=remote)
+    assert check(config, Launch(world.size)) == []
     engine = TokenizerEngine(config, world)
     places = []
     numbers = []
@@ -78,6 +81,13 @@ def test_ranks_train_the_same_model_on_mixed_buckets(data, tmp_path, sizes):
             assert places == expected_places
             for ours, theirs in zip(numbers, expected, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-3)  # float32 sums in another order
+
+
+def test_a_data_set_on_a_web_server_trains_the_same_model(data, tmp_path):
+    pytest.importorskip("aiohttp", reason="pip install '.[test]'")
+    expected = train(alone(), data, tmp_path / "run")
+    with served(data) as server:
+        assert train(alone(), tmp_path / "cache", tmp_path / "run", server.url) == expected
 
 
 def test_losses_are_logged_and_validated_by_bucket(data, tmp_path):
