@@ -210,13 +210,12 @@ class LanDiffPipeline(ComponentPlacement):
         Args:
             prompt: what the video shows, or a list of prompts.
             num_frames: 1 + 8 k, with codecs other than the CogVideoX VAE 1 + 4 k. Longer videos
-                than the diffusion model's clips are generated in chunks; those of the release
-                have 49 frames and 24 more in each further chunk: 73, 97, ...
+                than the model's clips come in chunks, in the release of 49, 73, 97, ... frames.
             guidance_scale: guidance of the diffusion model, whose scale varies between 1 and
                 1 + guidance_scale. That of the language model is `token_sampling.guidance`.
-            generator: its initial seed is used and its state is not changed. Equal seeds give equal
-                videos in any batch, the same as `landiff sample seed=...`. With one generator for
-                several videos, video i has its seed + 1000 i. None draws random seeds.
+            generator: gives the seed; its state is not changed. Equal seeds give equal videos in
+                any batch, those of `landiff sample seed=...`. With one generator for several
+                videos, video i has its seed + 1000 i. None draws random seeds.
             callback_on_step_end: called after each sampling step; it may return other latents.
                 Setting `pipe._interrupt = True` in it ends the sampling with the latents so far.
             output_type: "np" (float32 [B, T, H, W, 3] in 0 ... 1), "pt" (the same as
@@ -229,8 +228,7 @@ class LanDiffPipeline(ComponentPlacement):
             motion_score: in frame heights per second; None means 0.1.
             solver, guidance_schedule, guidance_interval, guidance_rescale: as in the config of
                 `landiff sample`; None means that of the scheduler.
-            latents: standard normal noise [B, T, C, H, W] that the sampling of the diffusion model
-                starts from, for a video of one chunk.
+            latents: standard normal noise [B, T, C, H, W] to start from, for a video of one chunk.
             given: first frames of the videos (`pipe.first_frames`), or codes that are rendered
                 without the language model, `Given(codes)` with those of another call.
             callback_on_step_end_tensor_inputs: what the callback receives: ["latents"] or [].
@@ -240,33 +238,29 @@ class LanDiffPipeline(ComponentPlacement):
         """
         check_arguments(num_videos_per_prompt, output_type)
         on_step = on_step_of(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        options = self.scheduler.options(
-            num_inference_steps,
-            guidance_scale,
-            solver=solver,
-            dynamic=guidance_schedule,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-        )
         models = self._models()
         prompts = repeated(prompt, num_videos_per_prompt)
         request = Request(
             prompts,
             latent_frames_of(num_frames, models, self.scheduler.config.clean_frames),
             token_sampling or TokenSamplingConfig(),
-            options,
+            self.scheduler.options(
+                num_inference_steps,
+                guidance_scale,
+                solver=solver,
+                dynamic=guidance_schedule,
+                guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale,
+            ),
             seeds_of(generator, len(prompts)),
             motion_score,
             negatives_of(negative_prompt, prompt, num_videos_per_prompt),
             self.scheduler.config.clean_frames,
             given or Given(),
         )
-        request.check(models)
         codes_BK, latents_BTCHW = self._generate(models, request, on_step, latents)
         frames = self._decode(models.codec, latents_BTCHW, output_type)
-        if not return_dict:
-            return frames, codes_BK
-        return LanDiffPipelineOutput(frames, codes_BK)
+        return LanDiffPipelineOutput(frames, codes_BK) if return_dict else (frames, codes_BK)
 
     def _decode(self, codec: LatentCodec, latents_BTCHW: Tensor, output_type: str) -> Any:
         """Latents as a call returns them: decoded, unless it asks for latents."""
@@ -280,7 +274,8 @@ class LanDiffPipeline(ComponentPlacement):
     def _generate(
         self, models: Models, request: Request, on_step: OnStep, start_BTCHW: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Samples codes [B, K] and latents [B, T, C, H, W]."""
+        """Samples codes [B, K] and latents [B, T, C, H, W]. Errors are those of `Request.check`."""
+        request.check(models)
         warn_of_cut_prompts(models.lm_text, request.texts)
         warn_of_cut_prompts(models.diffusion_text, request.texts)
         self._interrupt = False
@@ -294,16 +289,12 @@ class LanDiffPipeline(ComponentPlacement):
     def stream(self, request: Request) -> VideoStream:
         """Iterator of the chunks of long videos, in memory that does not depend on their length.
 
-        Its prompts may change over the frames, and `VideoStream` says how to resume it. Raises
-        ConfigError as `Request.check` does; RuntimeError with offloading, since all components are
-        at work in turn.
+        Its prompts may change over the frames, and `VideoStream` says how to resume it. With
+        offloading, each component moves to the device several times per chunk, and the pipeline
+        must not be moved, saved or given an adapter before the last chunk. Raises ConfigError as
+        `Request.check` does.
         """
-        if self._offloaded is not None:
-            raise RuntimeError(
-                "the chunks of a long video use all components in turn; end offloading with "
-                "pipe.to(device)"
-            )
-        return VideoStream(self._models(), request)
+        return VideoStream(self._on_demand(self._models()), request)
 
     def first_frames(self, frames_BTHWC: Tensor, vision: VisionFeatures) -> Given:
         """What videos begin with: an image (T = 1), or a video that they continue.

@@ -10,7 +10,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from landiff.model_zoo.sample.generate import Models
 from landiff.model_zoo.sample.placement.offload import Level, OffloadedModule
+from landiff.model_zoo.sample.placement.on_demand import (
+    OnDemand,
+    OnDemandCodec,
+    OnDemandText,
+    Place,
+)
 
 WHOLE = ("lm", "vae")
 """Components that always move as a whole: each token takes all weights of the language model."""
@@ -25,6 +32,7 @@ class ComponentPlacement(DiffusionPipeline):
 
     _offloading: tuple[torch.device, Level] | None = None
     _offloaded: dict[str, OffloadedModule] | None = None
+    _place: Place | None = None
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str = "cuda"
@@ -63,6 +71,7 @@ class ComponentPlacement(DiffusionPipeline):
             )
         self.to("cpu")
         self._offloading = target, level
+        self._place = Place(target)
         self._offloaded = {}
         for name, component in self.components.items():
             if isinstance(component, nn.Module):
@@ -80,6 +89,7 @@ class ComponentPlacement(DiffusionPipeline):
         for offloaded in (self._offloaded or {}).values():
             offloaded.restore()
         self._offloaded = None
+        self._place = None
 
     @contextmanager
     def _all_on_host(self) -> Iterator[None]:
@@ -110,6 +120,8 @@ class ComponentPlacement(DiffusionPipeline):
         if self._offloaded is None:
             yield
             return
+        assert self._place is not None
+        self._place.clear()  # of what a video stream has left there
         offloaded = [self._offloaded[name] for name in names]
         for component in offloaded:
             component.enter()
@@ -118,3 +130,30 @@ class ComponentPlacement(DiffusionPipeline):
         finally:
             for component in offloaded:
                 component.leave()
+
+    def _on_demand(self, models: Models) -> Models:
+        """Models that move to the device when they are used, one at a time.
+
+        models: those of the components. Without offloading they are returned as they are.
+        """
+        place = self._place
+        offloaded = self._offloaded
+        if place is None or offloaded is None:
+            return models
+
+        def part(kind: type[OnDemand], module: Any, components: str, known: str) -> Any:
+            """Stands for a module of these components. `known` attributes need no weights."""
+            moved = [offloaded[name] for name in components.split()]
+            attributes = {name: getattr(module, name) for name in known.split()}
+            return kind.of(place, module, moved, attributes)
+
+        text = "name dim max_length"
+        return Models(
+            lm=part(OnDemand, models.lm, "lm", "config layout"),
+            tokenizer=part(OnDemand, models.tokenizer, "semantic_tokenizer", "config"),
+            diffusion=part(OnDemand, models.diffusion, "control transformer", "config"),
+            schedule=models.schedule,
+            lm_text=part(OnDemandText, models.lm_text, "lm_text_encoder", text),
+            diffusion_text=part(OnDemandText, models.diffusion_text, "text_encoder", text),
+            codec=part(OnDemandCodec, models.codec, "vae", "name channels space time"),
+        )

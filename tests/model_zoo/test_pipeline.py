@@ -45,7 +45,7 @@ from landiff.model_zoo.health import UnhealthyError
 from landiff.model_zoo.sample.generate import Models, draw_codes
 from landiff.model_zoo.sample.given import Given
 from landiff.model_zoo.sample.latents import SamplerOptions, guidance_scale
-from landiff.model_zoo.sample.stream import Request, generate
+from landiff.model_zoo.sample.stream import Request, VideoStream, generate
 from landiff.model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.adapters import TARGETS, export_adapter
 from tests.model_zoo.convert.tiny import MODELS, VAE_CONFIG, weights
@@ -60,6 +60,15 @@ SEED = 42
 SIZES = MODELS.model_dump()
 SIZES["lm"]["text_dim"] = SIZES["diffusion"]["transformer"]["text_dim"] = 16
 TINY = ModelConfig.model_validate(SIZES)
+
+
+OFFLOADS = {
+    "part": LanDiffPipeline.enable_model_cpu_offload,
+    "block": LanDiffPipeline.enable_group_offload,
+    "layer": LanDiffPipeline.enable_sequential_cpu_offload,
+}
+MOVED = {"lm", "semantic_tokenizer", "control", "transformer", "vae"}
+MOVED |= {"lm_text_encoder", "text_encoder"}
 
 
 def seeded(*seeds: int) -> torch.Generator | list[torch.Generator]:
@@ -221,6 +230,70 @@ def test_a_long_video_comes_in_chunks(models, pipe):
         PROMPTS[:1], generator=seeded(SEED), output_type="uint8", **CALL | {"num_frames": 17}
     )
     assert len(chunks) == 2 and torch.equal(torch.cat(chunks, dim=1), whole.frames)
+
+
+@pytest.mark.parametrize("level", OFFLOADS)
+def test_a_long_video_does_not_depend_on_offloading(models, saved, level):
+    """Bit for bit, also with a call between two chunks. One component at a time has weights."""
+    request = Request(
+        [{0: PROMPTS[0], 9: PROMPTS[1]}],
+        7,
+        TOKENS,
+        SamplerOptions(num_steps=2),
+        [SEED],
+        0.2,
+        ["rain"],
+        clean_frames=1,
+    )
+    wanted = list(VideoStream(models, request))
+    pipe = LanDiffPipeline.from_pretrained(saved)
+    offload_to_cpu(pipe, level)
+    held: list[set[str]] = []
+
+    def look(*_):
+        held.append(with_weights(pipe))
+
+    for component in pipe.components.values():
+        if isinstance(component, Module):
+            layers = [module for module in component.modules() if not list(module.children())]
+            for layer in (layers[0], layers[-1]):
+                layer.register_forward_pre_hook(look)
+    found = []
+    for chunk in pipe.stream(request):
+        found.append(chunk)
+        if len(found) == 1:
+            pipe(PROMPTS[1], generator=seeded(SEED), output_type="latent", **CALL)
+    assert len(found) == len(wanted) == 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours.frames_BTHWC, theirs.frames_BTHWC)
+        assert torch.equal(ours.latents_BTCHW, theirs.latents_BTCHW)
+    alone = [{name} for name in MOVED - {"control", "transformer"}]
+    assert all(held_then in [*alone, {"control", "transformer"}] for held_then in held)
+    assert set().union(*held) == MOVED and not with_weights(pipe)
+    stream = iter(pipe.stream(request))
+    next(stream)
+    assert with_weights(pipe) == {"vae"}
+    stream.close()
+    assert not with_weights(pipe)
+    stream = iter(pipe.stream(request))
+    next(stream)
+    pipe.to("cpu")
+    stream.close()
+    assert with_weights(pipe) == MOVED
+
+
+def offload_to_cpu(pipe: LanDiffPipeline, level: str) -> None:
+    name = "onload_device" if level == "block" else "device"
+    OFFLOADS[level](pipe, **{name: "cpu"})
+
+
+def with_weights(pipe: LanDiffPipeline) -> set[str]:
+    """Names of the components that hold any of their weights."""
+    found = set()
+    for name, component in pipe.components.items():
+        if isinstance(component, Module) and any(x.numel() for x in component.parameters()):
+            found.add(name)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -780,13 +853,6 @@ def test_a_video_of_several_chunks_and_one_that_ends_early(pipe, monkeypatch):
     assert model.layout.num_frames(ended.codes.shape[1]) == 4 and ended.frames.shape[1] == 9
 
 
-OFFLOADS = {
-    "part": LanDiffPipeline.enable_model_cpu_offload,
-    "block": LanDiffPipeline.enable_group_offload,
-    "layer": LanDiffPipeline.enable_sequential_cpu_offload,
-}
-
-
 @pytest.mark.parametrize("level", OFFLOADS)
 def test_offloading_changes_where_not_what(saved, expected, level, tmp_path):
     """No weight is left on the device between calls, and the pipeline can still be saved."""
@@ -794,12 +860,10 @@ def test_offloading_changes_where_not_what(saved, expected, level, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="there is none"):
             OFFLOADS[level](pipe)
+    offload_to_cpu(pipe, level)
     if level == "block":
-        pipe.enable_group_offload("cpu")
         with pytest.raises(ValueError, match="block_level, leaf_level"):
             pipe.enable_group_offload("cpu", offload_type="stream")
-    else:
-        OFFLOADS[level](pipe, device="cpu")
     found = pipe(PROMPTS, generator=seeded(SEED), output_type="uint8", **CALL).frames
     assert torch.equal(found, expected.frames_BTHWC)
     weights = [component for component in pipe.components.values() if isinstance(component, Module)]

@@ -87,9 +87,10 @@ class _Tensors:
             tensor.data = torch.empty(0, dtype=host.dtype, device=self._device)
 
     def restore(self) -> None:
-        """The tensors of the host."""
+        """The tensors of the host. They do not move any more."""
         for tensor, host in self._host:
             tensor.data = host
+        self._host = []
 
 
 def _units(module: nn.Module, level: Level) -> Iterator[nn.Module]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,15 @@ class Place:
         self.occupant = part
         release_freed(self.device)
 
+    def clear(self) -> None:
+        """Releases the part that is there, if any."""
+        if self.occupant is not None:
+            self.occupant.release()
+        self.occupant = None
+
 
 def release_freed(device: torch.device) -> None:
     """Returns freed memory to the system and to other programs of the GPU."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
@@ -73,9 +78,23 @@ class OnDemand:
         self._place = place
         self._load = load
         self._level = level
-        self._offloaded: OffloadedModule | None = None
+        self._offloaded: Sequence[OffloadedModule] = ()
         self._known = dict(known or {})
-        self._module: nn.Module | None = None
+        self._module: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        place: Place,
+        module: Any,
+        offloaded: Sequence[OffloadedModule],
+        known: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Stands for a module in the memory of the host, whose weights are in `offloaded`."""
+        part = cls(place, lambda: module, known=known)
+        part._module = module
+        part._offloaded = offloaded
+        return part
 
     @property
     def is_loaded(self) -> bool:
@@ -89,17 +108,19 @@ class OnDemand:
         if self._module is None:
             self._module = self._load()
             if self._level is not None:
-                self._offloaded = OffloadedModule(self._module, self._place.device, self._level)
-        if self._offloaded is not None and not is_here:
-            self._offloaded.enter()
+                self._offloaded = [OffloadedModule(self._module, self._place.device, self._level)]
+        if not is_here:
+            for offloaded in self._offloaded:
+                offloaded.enter()
         return self._module
 
     def release(self) -> None:
         """Frees the memory of the device, or forgets the module."""
-        if self._offloaded is not None:
-            self._offloaded.leave()
-        else:
+        for offloaded in self._offloaded:
+            offloaded.leave()
+        if not self._offloaded and self._module is not None:
             self._module = None
+            gc.collect()
 
     def parameters(self) -> Iterator[Tensor]:
         """One empty tensor, which tells the device without loading the module."""
@@ -143,6 +164,24 @@ class OnDemandText(OnDemand):
             self._states[key] = self.module()(texts)
             _forget(self._states)
         return self._states[key]
+
+
+class OnDemandCodec(OnDemand):
+    """Stands for a codec, which leaves the device between the parts of a video."""
+
+    def decode_stream(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As `LatentCodec.decode_stream`. Clears the place at the end, also if it is closed."""
+
+        def decoded_here() -> Iterator[Tensor]:
+            for part_BtChw in parts:
+                self.module()  # after other modules have computed the part
+                yield part_BtChw
+            self.module()  # for frames that follow after the last part
+
+        try:
+            yield from self.module().decode_stream(decoded_here())
+        finally:
+            self._place.clear()
 
 
 def _forget(answers: OrderedDict[Any, Any]) -> None:
