@@ -18,8 +18,10 @@ from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.launchers.checks import check, load_with_problems
 from landiff.launchers.local.gpus import default_processes
 from landiff.launchers.project.chain import EXPORTED, check_chain
+from landiff.launchers.project.further import check_further, without_made_sources
 from landiff.launchers.project.presets import (
     PRESET_CONFIGS,
+    configs_of,
     has_config,
     packaged_presets,
     preset_config,
@@ -33,6 +35,7 @@ from landiff.training.config import TrainConfig
 
 STAGE_OF = {
     "features": "precompute",
+    "latents": "precompute",
     "diffusion-main": "diffusion",
     "diffusion-control": "diffusion",
 }
@@ -103,12 +106,12 @@ def load_preset(
 ) -> tuple[dict[str, Any], list[Problem]]:
     """The configs of a preset by stem, and the problems of their values.
 
-    `overrides` are those of each stem. Any: instances of the classes in `PRESET_CONFIGS`. Configs
-    whose values have wrong types are left out.
+    `overrides` are those of each stem. Any: instances of the classes in `PRESET_CONFIGS` and
+    `FURTHER_CONFIGS`. Configs whose values have wrong types are left out.
     """
     configs: dict[str, Any] = {}
     problems: list[Problem] = []
-    for stem, cls in PRESET_CONFIGS.items():
+    for stem, cls in configs_of(preset).items():
         own = (overrides or {}).get(stem, ())
         try:
             config, found = load_leniently(cls, preset_config(preset, stem), own)
@@ -131,24 +134,27 @@ def check_preset(
     if workdir is None:
         workdir = Path(".") if preset in packaged_presets() else Path(preset)
     configs, problems = load_preset(preset)
-    complete = len(configs) == len(PRESET_CONFIGS)
+    complete = set(PRESET_CONFIGS) <= set(configs)
     skipped = skipped_stages(configs, workdir, first, skip) if complete else {}
-    made = has_config(preset, "world")  # a source of the shards
+    left = {stem: config for stem, config in configs.items() if stage_name(stem) not in skipped}
     with inside(workdir):
-        for stem, config in configs.items():
-            if stage_name(stem) not in skipped:
-                found = check_stage(stem, config, inputs_exist=stem == "shards" and not made)
+        for stem, config in left.items():
+            if stem == "shards" and has_config(preset, "world"):
+                config = without_made_sources(config)
+            if stem != "world":
+                found = check_stage(stem, config, inputs_exist=stem == "shards")
                 problems += [Problem(f"{stem}: {each}") for each in found]
     problems += check_space(workdir)
     if complete:
         problems += check_chain(with_all_columns(configs))
+        problems += check_further(configs, workdir, left)
         problems += check_skipped(configs, workdir, skipped)
     return PresetReport(configs, problems, skipped)
 
 
 def stage_name(stem: str) -> str:
-    """The stage of the pipeline that has the config `stem`."""
-    return "columns" if stem == "precompute" else stem
+    """The stage of the pipeline that has the config `stem`, or with which it is skipped."""
+    return {"precompute": "columns", "latents": "columns", "world": "shards"}.get(stem, stem)
 
 
 @contextlib.contextmanager
@@ -185,9 +191,10 @@ def check_start(stem: str, config: Any) -> list[Problem]:
 
 
 def with_all_columns(configs: dict[str, Any]) -> dict[str, Any]:
-    """The configs of a preset, with the columns of `features` in `precompute`."""
-    features: PrecomputeConfig = configs["features"]
+    """The configs of a preset, with the columns of `features` and `latents` in `precompute`."""
     precompute: PrecomputeConfig = configs["precompute"]
-    columns = {**features.columns, **precompute.columns}
+    columns = {**configs["features"].columns, **precompute.columns}
+    if "latents" in configs:
+        columns = {**configs["latents"].columns, **columns}
     joined = precompute.model_copy(update={"columns": columns})
     return {**configs, "precompute": joined}

@@ -53,6 +53,15 @@ def has_config(preset: str, stem: str) -> bool:
     return name in packaged_names() or Path(name).is_file()
 
 
+def configs_of(preset: str) -> dict[str, type[Config]]:
+    """Class of each config of a preset by stem, with the further ones that it has."""
+    found = dict(PRESET_CONFIGS)
+    for stem, cls in FURTHER_CONFIGS.items():
+        if has_config(preset, stem):
+            found[stem] = cls
+    return found
+
+
 def require_preset(preset: str) -> None:
     """Raise ConfigError unless `preset` is packaged or a folder with all configs."""
     if preset in packaged_presets():

@@ -38,7 +38,7 @@ def plan_pipeline(
     own_overrides = group_overrides(overrides, names.values())
     own_by_stem = {**own_overrides, "precompute": own_overrides["columns"]}
     configs, wrong = load_preset(preset, own_by_stem)
-    if len(configs) < len(PRESET_CONFIGS):
+    if not set(PRESET_CONFIGS) <= set(configs):
         require_none(wrong)
     reasons = skipped_stages(configs, context.workdir, first, skip)
     for name, reason in reasons.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,12 @@ from landiff.launchers.cli import main
 from landiff.launchers.config import SampleConfig, ShardsJobConfig
 from landiff.launchers.project.check import check_preset
 from landiff.launchers.project.new import write_project
-from landiff.launchers.project.presets import PRESET_CONFIGS, packaged_presets, preset_config
+from landiff.launchers.project.presets import (
+    FURTHER_CONFIGS,
+    PRESET_CONFIGS,
+    packaged_presets,
+    preset_config,
+)
 from landiff.launchers.slurm.cluster_config import ClusterConfig
 from landiff.model_zoo import registry
 from landiff.model_zoo.config import ModelConfig
@@ -272,6 +278,69 @@ def test_wrong_values_and_chain_mistakes_are_in_one_list(tiny, tmp_path):
     assert "unknown config key 'seed'; did you mean 'seeds'" in found
     assert "unknown config key 'prompt'; did you mean 'prompts'" in found
     assert "lm.yaml: extends = 'nano/ln'" in found and "did you mean" in found
+
+
+FURTHER_MISTAKES = {
+    "clips: 7\ntrue_clip: 9": (
+        "world",
+        "unknown config key 'true_clip'; did you mean 'true_clips'",
+    ),
+    "clips: none": ("world", "world.yaml: clips = 'none': Input should be"),
+    "source: [world/trian, packaged]": (
+        "shards",
+        "does not read world/train, the clips that world.yaml makes; did you mean 'world/train'",
+    ),
+    "source: [world/train, world/true-seen]": ("shards", "must not be trained on"),
+    "source: [world/train, videos]": ("shards", "source = 'videos' does not exist"),
+    "num_frames: 25": ("shards", "those of world.yaml last 2.125 s, so that all are rejected; set"),
+    "clips: 2499": ("world", "clips = 2499, but out/world was made with 2500; set it back"),
+    "data: elsewhere": ("latents", "latents.data = elsewhere, but shards.data = data"),
+    "columns: {text-minilm: {encoder: {max_length: 60}}}": (
+        "latents",
+        "latents.columns.text-minilm and precompute.columns.text-minilm differ in encoder",
+    ),
+    "columns: {tokens: {tokenizer: tokenizer, encoder: {kind: efficientnet-lite0}}}": (
+        "latents",
+        "latents.columns.tokens needs the tokenizer, which is trained while",
+    ),
+    "columns: {latents: {encoder: {kind: pca, path: nowhere}}}": ("latents", "latents: columns."),
+}
+
+
+@pytest.mark.parametrize("text", FURTHER_MISTAKES)
+def test_mistakes_in_configs_that_only_some_presets_have_are_found(tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    project = tmp_path / "project"
+    project.mkdir()
+    for stem in (*PRESET_CONFIGS, *FURTHER_CONFIGS):
+        (project / f"{stem}.yaml").write_text(f"extends: quickstart/{stem}\n")
+    numbers = {"clips": 2500, "true_clips": 0, "size": 64, "seed": 0}
+    Path("out/world").mkdir(parents=True)
+    Path("out/world/world.json").write_text(json.dumps(numbers))
+    assert check_preset(str(project), Path("out")).problems == []
+    stem, words = FURTHER_MISTAKES[text]
+    extend(project, stem, text)
+    found = "\n".join(map(str, check_preset(str(project), Path("out")).problems))
+    assert words in found
+    assert main(["quickstart", "--preset", str(project), "--out", "out"]) == 2
+    assert not Path("out/data").exists()
+
+
+def test_stages_that_wait_for_latents_only_read_its_columns(tmp_path):
+    for stem in (*PRESET_CONFIGS, "latents"):
+        (tmp_path / f"{stem}.yaml").write_text(f"extends: shapes/{stem}\n")
+    text = "text-minilm: {encoder: {kind: minilm, max_length: 64}}"
+    latents = "latents-pca: {encoder: {kind: pca, path: shapes-balanced}}"
+    columns = f"columns:\n  {text}\n  {latents}\n"
+    (tmp_path / "latents.yaml").write_text(f"data: data\nzoo: zoo\n{columns}")
+    (tmp_path / "shards.yaml").write_text("extends: shapes/shards\nsource: packaged\n")
+    found = problems_of(tmp_path)
+    assert "diffusion-main reads the column latents, but starts after latents" in found
+    assert "did you mean 'latents-pca'" in found
+    assert "diffusion-main reads the column text-minilm-padded, but starts after" in found
+    assert "lm reads" not in found
+    extend(tmp_path, "lm", "text_column: latents-pca")
+    assert "lm reads the column latents-pca, but does not wait for latents" in problems_of(tmp_path)
 
 
 def test_the_check_imports_no_torch(tiny):
