@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from landiff.configs import ConfigError, load
@@ -106,14 +107,19 @@ def write_project(
     height, width = (shape.height, shape.width) if size is None else parse_size(size)
     clip = ClipSizes(frames or shape.num_frames, height, width)
     sizes = project_sizes(clip, load(ModelConfig, f"{base}/model"))
+    own = []  # options that the README repeats
     if source is None:
         source = shards.sources[0]
-    elif source != "packaged":
-        source = str(Path(source).absolute())
+    else:
+        if source != "packaged":
+            source = str(Path(source).absolute())
+        own += ["--source", source]
+    if captions is not None:
+        own += ["--captions", captions]
     files = {
         **config_files(base, sizes, bool(shards.buckets), source),
         "cluster.yaml": cluster_file(base),
-        "README.md": readme(folder, base, sizes),
+        "README.md": readme(folder, base, sizes, own),
     }
     if captions is not None:
         files["shards.yaml"] += f"missing_captions: {captions} # of clips without a caption\n"
@@ -213,8 +219,8 @@ def cluster_file(base: str) -> str:
     return CLUSTER.format(gpus=2, lm_nodes=1, diffusion_nodes=1)
 
 
-def readme(folder: Path, base: str, sizes: ProjectSizes) -> str:
-    """Text of README.md, with all commands in order."""
+def readme(folder: Path, base: str, sizes: ProjectSizes, own: Sequence[str]) -> str:
+    """Text of README.md, with all commands in order. `own`: further options of `landiff new`."""
     clip = sizes.clip
     lines = []
     place = f"{Path(preset_config(str(folder), 'lm')).parent}/"
@@ -222,13 +228,14 @@ def readme(folder: Path, base: str, sizes: ProjectSizes) -> str:
         words = [word.replace(place, "") for word in stage.command]
         lines.append(f"    landiff {shlex.join(words)}")
     size = f"{clip.height}x{clip.width}"
-    command = f"landiff new {folder.name} --frames {clip.num_frames} --size {size} --from {base}"
+    command = ["landiff", "new", folder.name, "--frames", str(clip.num_frames)]
+    command += ["--size", size, "--from", base, *own]
     return README.format(
         name=folder.name,
         frames=clip.num_frames,
         height=clip.height,
         width=clip.width,
         base=base,
-        command=command,
+        command=shlex.join(command),
         commands="\n".join(lines),
     )

@@ -70,7 +70,18 @@ def skipped_stages(
             reasons.setdefault(name, f"the zoo has {entry}, a model of its sizes")
     if "the zoo has" in reasons.get("diffusion-control", ""):
         reasons.setdefault("diffusion-main", "only diffusion-control, which is skipped, needs it")
+    start = configs["diffusion-control"].init_from
+    if not starts_from_main(start):
+        reasons.setdefault("diffusion-main", f"diffusion-control starts from {start} instead")
     return reasons
+
+
+def starts_from_main(init_from: str | None) -> bool:
+    """Whether the control branch is trained on the main transformer that the pipeline exports.
+
+    init_from: of diffusion-control.
+    """
+    return init_from is None or init_from.partition("@")[0] == EXPORTED["diffusion-main"][1]
 
 
 def found_in_zoo(stage: str, config: Any, workdir: Path) -> str | None:
@@ -114,10 +125,11 @@ def check_skipped(
                 columns += configs[stem].columns
         found = read_data(workdir / configs["shards"].data, columns)[1]
         problems += [Problem(f"shards is skipped, and {problem}") for problem in found]
-    readers = {
+    from_main = starts_from_main(configs["diffusion-control"].init_from)
+    readers: dict[str, tuple[str, ...]] = {
         "tokenizer": ("columns", "lm", "diffusion-control", "evaluate", "sample"),
         "lm": ("evaluate", "sample"),
-        "diffusion-main": ("diffusion-control",),
+        "diffusion-main": ("diffusion-control",) if from_main else (),
         "diffusion-control": ("evaluate", "sample"),
     }
     for stage, later in readers.items():

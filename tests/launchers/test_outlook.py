@@ -59,3 +59,10 @@ def test_a_project_says_what_becomes_of_clips_without_captions(tmp_path, caption
     assert main([*command, *(["--captions", captions] if captions else [])]) == 0
     text = (tmp_path / "project" / "shards.yaml").read_text()
     assert ("missing_captions: file_name" in text) == (captions == "file_name")
+    readme = (tmp_path / "project" / "README.md").read_text()
+    (made_by,) = [line for line in readme.splitlines() if "landiff new" in line]
+    again = [*made_by.replace(" new project ", f" new {tmp_path}/again ").split()[1:]]
+    assert main(again) == 0
+    for name in ("shards.yaml", "README.md"):
+        found = (tmp_path / "again" / name).read_text()
+        assert found.replace("again", "project") == (tmp_path / "project" / name).read_text()

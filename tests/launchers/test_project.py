@@ -398,6 +398,18 @@ def test_models_in_the_zoo_are_not_trained_again(tiny, zoo, capsys):
     assert "train tokenizer" in stages
 
 
+def test_models_of_the_zoo_are_trained_further(zoo, tmp_path, capsys):
+    """The main transformer that a control branch does not start from is not trained for it."""
+    project = tmp_path / "project"
+    write_project(project, "nano", 9, "32x48")
+    extend(project, "lm", "init_from: lm")
+    extend(project, "diffusion-control", "init_from: diffusion")
+    shutil.rmtree(zoo / "zoo" / "main")
+    out, stages = stages_of(["--preset", str(project), "--out", str(zoo)], capsys)
+    assert [stage for stage in stages if "train" in stage] == ["train lm", "train diffusion"]
+    assert "diffusion-main is skipped: diffusion-control starts from diffusion instead" in out
+
+
 def test_stages_can_be_named(tiny, zoo, tmp_path, monkeypatch, capsys):
     words = ["--preset", str(tiny), "--out", str(zoo)]
     _out, stages = stages_of([*words, "--skip", "sample", "--skip", "evaluate"], capsys)
