@@ -86,6 +86,7 @@ setup(
         "text": ["rapidocr-onnxruntime==1.4.4"],
         "parquet": ["pyarrow>=17"],  # captions made elsewhere
         "http": ["aiohttp>=3.14"],  # data sets at https:// URLs, through fsspec
+        "quantize": ["torchao>=0.18,<0.19"],  # int8 weights in sampling
         "wandb": ["wandb>=0.31"],
         "mlflow": ["mlflow-skinny>=3.17", "sqlalchemy>=2", "alembic>=1.13"],  # local SQLite file
         "demo": ["gradio>=6.31,<7"],  # needs pillow below 13; older versions an old huggingface_hub
@@ -106,6 +107,7 @@ setup(
             "types-PyYAML>=6.0",
             "wandb>=0.31",
             "gradio>=6.31,<7",
+            "torchao>=0.18,<0.19",
         ],
     },
     entry_points={"console_scripts": ["landiff = landiff.launchers.cli:main"]},

@@ -16,6 +16,7 @@ from landiff.launchers.local.gpus import visible_gpus
 from landiff.model_zoo import registry
 from landiff.model_zoo.frozen.checks import local_or_hub
 from landiff.model_zoo.frozen.config import FrozenConfig
+from landiff.model_zoo.sample.placement.quantized import is_block_weight, quantized_bytes
 
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|MiB|MB)", re.IGNORECASE)
 UNITS = {"gib": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
@@ -96,7 +97,14 @@ def memory_of_parts(config: SampleConfig) -> dict[str, PartMemory]:
             if meta.is_floating_point() and meta.itemsize != width:
                 largest = max(largest, sizes[name])
                 sizes[name] = meta.numel() * width
-        found[kind] = PartMemory.of_tensors(sizes, largest)
+        part = PartMemory.of_tensors(sizes, largest)
+        if config.quantize == "int8" and kind != "tokenizer":
+            for name, meta in tensors.meta.items():
+                if is_block_weight(name, meta.ndim):
+                    sizes[name] = quantized_bytes(*meta.shape)
+            # They are quantized after they were loaded.
+            part = replace(PartMemory.of_tensors(sizes), loading=part.loading)
+        found[kind] = part
     # Each token takes all weights of the language model, which are therefore moved together.
     lm = found["lm"]
     found["lm"] = replace(lm, in_groups=lm.loaded, in_layers=lm.loaded)

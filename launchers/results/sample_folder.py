@@ -77,6 +77,8 @@ def common_settings(config: SampleConfig, models: Mapping[str, str]) -> dict[str
         del settings["tokens"]["context_segments"]  # folders of earlier versions lack it
     if settings["size"] is None:
         del settings["size"]  # the same
+    if settings["quantize"] == "none":
+        del settings["quantize"]
     if not settings["split_guidance"]:
         del settings["split_guidance"]
     return settings | dict(models)

@@ -33,6 +33,7 @@ from landiff.model_zoo.convert.rules import (
     rule_groups,
 )
 from landiff.model_zoo.health import require_finite
+from landiff.model_zoo.sample.placement.quantized import refuse_quantized
 
 # Called with (megabytes done, total megabytes[, what is being done]); 0 done starts a new count.
 ProgressCallback = Callable[..., None]
@@ -104,7 +105,8 @@ class LazyTensors(Mapping[str, Tensor]):
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> LazyTensors:
-        """Wrap tensors that are already in memory."""
+        """Wrap tensors that are already in memory. Raises ConfigError for quantized ones."""
+        refuse_quantized(tensors, "saved or exported")
         meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
         return LazyTensors(meta, tensors.__getitem__)
 

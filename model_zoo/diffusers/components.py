@@ -31,6 +31,7 @@ from landiff.model_zoo.dit import ControlledDiffusion, DiffusionTransformer
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.registry import build_module
 from landiff.model_zoo.sample.latents import SamplerOptions
+from landiff.model_zoo.sample.placement.quantized import refuse_quantized
 from landiff.model_zoo.sample.solvers import Solver
 from landiff.model_zoo.schedule import NoiseSchedule
 
@@ -194,6 +195,11 @@ class LanDiffLM(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Does nothing: `LanguageModel` initializes its weights itself."""
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """As in transformers. Raises ConfigError for quantized weights."""
+        refuse_quantized(self.state_dict(), "saved or exported")
+        super().save_pretrained(*args, **options)
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
         """Logits of the next tokens, see `landiff.model_zoo.lm.LanguageModel.forward`."""

@@ -78,6 +78,7 @@ from landiff.model_zoo.sample.generate import (
 )
 from landiff.model_zoo.sample.given import Given, first_frames
 from landiff.model_zoo.sample.latents import OnStep, SamplerOptions, SamplerStep
+from landiff.model_zoo.sample.placement.quantized import quantize_blocks
 from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.sample.solvers import Solver
 from landiff.model_zoo.sample.stream import Request, VideoStream
@@ -445,6 +446,16 @@ class LanDiffPipeline(ComponentPlacement):
             )
         for blocks in (self.transformer.model.blocks, self.control.model.control.blocks):
             compile_blocks(blocks, **options)
+
+    def quantize_blocks(self) -> None:
+        """Stores the weights of the blocks of LM, main transformer and control branch as int8.
+
+        The pipeline cannot be saved or given an adapter afterwards. Raises ConfigError if torchao
+        is not installed.
+        """
+        with self._all_on_host():
+            for component in (self.lm, self.transformer, self.control):
+                quantize_blocks(component.model)
 
     def load_adapter(self, folder: str | Path, scale: float = 1.0, *, merge: bool = True) -> None:
         """Adds a LoRA adapter, the folder of a zoo entry, to the model that it was trained on.

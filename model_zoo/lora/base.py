@@ -11,6 +11,7 @@ from landiff.model_zoo.convert.parts import MAIN
 from landiff.model_zoo.lora.config import PEFT_PREFIX, AdapterConfig, AdapterUse, BaseKind
 from landiff.model_zoo.lora.modules import add_layers, merge, set_adapter_tensors
 from landiff.model_zoo.registry import ZooEntry, ZooError, weights_fingerprint
+from landiff.model_zoo.sample.placement.quantized import refuse_quantized
 
 
 def base_fingerprint(entry: ZooEntry, base_kind: BaseKind) -> str:
@@ -40,8 +41,9 @@ def apply_adapter(
     """Add an adapter to a model, which the caller knows to be its base, in place.
 
     merged: the update is added to the weights. Otherwise it stays in layers of its own, `name`, and
-    the model computes both. Raises ConfigError for damaged files.
+    the model computes both. Raises ConfigError for damaged files, and for a quantized model.
     """
+    refuse_quantized(dict(model.named_parameters()), "changed by an adapter")
     config = adapter.config
     assert isinstance(config, AdapterConfig), adapter
     device = next(model.parameters()).device

@@ -21,12 +21,13 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from landiff.model_zoo.attention import attention
 from landiff.model_zoo.layers import rotary_table
 from landiff.model_zoo.lm import Block, LanguageModel
+from landiff.model_zoo.sample.placement.quantized import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,11 @@ WARM_UP_STEPS = 2  # before a capture, so that libraries have allocated their wo
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of a block, transposed for products from the left. Norms are float32."""
+    """Weights of a block. Norms are float32.
+
+    Matrices are transposed for products from the left, except for quantized ones, which torchao
+    multiplies in `functional.linear` only.
+    """
 
     norm0: Tensor
     wqkv: Tensor
@@ -48,14 +53,18 @@ class _Layer:
     @classmethod
     def of(cls, block: Block) -> _Layer:
         """The weights of `block`, not copied unless a norm has another dtype."""
+
+        def factor_of(linear: nn.Linear) -> Tensor:
+            return linear.weight if is_quantized(linear.weight) else linear.weight.t()
+
         return cls(
             norm0=block.norm0.weight.float(),
-            wqkv=block.wqkv.weight.t(),
-            wo=block.wo.weight.t(),
+            wqkv=factor_of(block.wqkv),
+            wo=factor_of(block.wo),
             norm1=block.norm1.weight.float(),
-            w1=block.w1.weight.t(),
-            w2=block.w2.weight.t(),
-            w3=block.w3.weight.t(),
+            w1=factor_of(block.w1),
+            w2=factor_of(block.w2),
+            w3=factor_of(block.w3),
         )
 
 
@@ -82,6 +91,7 @@ class Decoder:
         self.layers = [_Layer.of(block) for block in cast(Iterable[Block], model.blocks)]
         self.dtype = self.layers[0].wqkv.dtype
         self.single = self.dtype == torch.float32
+        self.quantized = is_quantized(self.layers[0].wqkv)
         self.eps_of_sum = config.norm_eps * config.hidden_size
         if self.single:
             root = config.hidden_size**0.5
@@ -163,7 +173,7 @@ class Decoder:
         by_heads = (rows, count, 3, self.heads, width // self.heads)
         for number, layer in enumerate(self.layers):
             y = self._rms_norm(x, layer.norm0)
-            pairs = torch.view_as_complex(self._float(torch.mm(y, layer.wqkv)).view(by_pairs))
+            pairs = torch.view_as_complex(self._float(self._product(y, layer.wqkv)).view(by_pairs))
             turned = torch.view_as_real(pairs * rotations_S31d).view(by_heads)
             if not self.single:
                 turned = turned.to(self.dtype)
@@ -171,8 +181,8 @@ class Decoder:
             attended = _attend(turned[:, :, 0], keys, values, mask)
             x = self._add_product(x, attended.reshape(rows * count, width), layer.wo)
             y = self._rms_norm(x, layer.norm1)
-            gate = functional.gelu(torch.mm(y, layer.w1), approximate="tanh")
-            x = self._add_product(x, gate * torch.mm(y, layer.w3), layer.w2)
+            gate = functional.gelu(self._product(y, layer.w1), approximate="tanh")
+            x = self._add_product(x, gate * self._product(y, layer.w3), layer.w2)
         last_RD = self._float(x.view(rows, count, width)[:, -1])
         weight, bias = self.norm
         return functional.linear(
@@ -192,11 +202,17 @@ class Decoder:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * length.mul_(length).add_(self.eps_of_sum).rsqrt_() * weight
 
+    def _product(self, factor: Tensor, weight: Tensor) -> Tensor:
+        """The product with a matrix of `_Layer`."""
+        if self.quantized:
+            return functional.linear(factor, weight)
+        return torch.mm(factor, weight)
+
     def _add_product(self, x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         """x + factor · weight. In half precision the product is rounded first, as in the model."""
-        if self.single:
+        if self.single and not self.quantized:
             return torch.addmm(x, factor, weight)
-        return x + torch.mm(factor, weight)
+        return x + self._product(factor, weight)
 
     def _replay(self, x_RSD: Tensor, positions_S: Tensor) -> Tensor:
         """`static_step`, as a graph where the device can capture it."""

@@ -880,6 +880,21 @@ def test_offloading_changes_where_not_what(saved, expected, level, tmp_path):
     assert all(tensor.numel() for tensor in pipe.transformer.parameters())
 
 
+def test_quantized_blocks_change_videos_by_rounding(saved, expected, tmp_path):
+    pytest.importorskip("torchao")
+    pipe = LanDiffPipeline.from_pretrained(saved)
+    call = {"generator": seeded(SEED), "output_type": "uint8", "given": Given(expected.codes_BK)}
+    pipe.quantize_blocks()
+    found = pipe(PROMPTS, **call, **CALL).frames
+    error = (found.float() - expected.frames_BTHWC.float()).square().mean()
+    assert 0 < error < 4
+    offload_to_cpu(pipe, "block")
+    assert torch.equal(pipe(PROMPTS, **call, **CALL).frames, found)
+    for component in (pipe, pipe.lm, pipe.transformer):
+        with pytest.raises(ConfigError, match="cannot be saved or exported"):
+            component.save_pretrained(tmp_path)
+
+
 def test_tiles_of_the_vae_have_the_size_of_whole_frames(saved, expected):
     pipe = LanDiffPipeline.from_pretrained(saved)
     pipe.enable_vae_tiling()

@@ -18,10 +18,11 @@ from landiff.model_zoo.frozen.checks import CELL, TIME, check_encoder, width_of
 from landiff.model_zoo.frozen.clip_shape import LATENT_CELL
 from landiff.model_zoo.lora.config import AdapterConfig, require_base
 from landiff.model_zoo.registry import ZooEntry
+from landiff.model_zoo.sample.placement import quantized
 from landiff.model_zoo.sample.sizes import Sizes, check_length
 from landiff.model_zoo.sample.texts import check_schedule
 from landiff.model_zoo.token_layout import TokenLayout
-from landiff.training.checks import Launch, check_steps, find_entry, read_data
+from landiff.training.checks import Launch, check_package, check_steps, find_entry, read_data
 
 C = TypeVar("C", bound=Config)
 
@@ -100,6 +101,7 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
     problems += problems_of(lambda: units.extend(sample_units(config)))
     problems += _check_tokens(config, units)
     problems += check_steps("steps", config.steps, config.schedule)
+    problems += _check_quantization(config)
     problems += check_encoder("lm_text", config.lm_text)
     problems += check_encoder("diffusion_text", config.diffusion_text)
     problems += check_encoder("codec", config.codec)
@@ -128,6 +130,21 @@ def check_sample(config: SampleConfig, launch: Launch) -> list[Problem]:
         window = _config_of(models.diffusion, DiffusionConfig).transformer.latent_frames
     lm = None if models.lm is None else _config_of(models.lm, LMConfig)
     return problems + check_given(config, units, lm, window)
+
+
+def _check_quantization(config: SampleConfig) -> list[Problem]:
+    """Checks the package, and that adapters are merged before weights are quantized."""
+    if config.quantize == "none":
+        return []
+    problems = check_package(quantized.PACKAGE, "quantize", config.quantize, quantized.WAY_OUT)
+    if config.adapters and not config.merge_adapters:
+        problems.append(
+            Problem(
+                f"quantize = {config.quantize} needs adapters in the weights; set "
+                "merge_adapters=true or quantize=none"
+            )
+        )
+    return problems
 
 
 def _check_vision(config: SampleConfig, models: FoundModels) -> list[Problem]:

@@ -23,6 +23,7 @@ from landiff.model_zoo.lora.config import AdapterUse, adapts, require_base
 from landiff.model_zoo.sample.generate import Models
 from landiff.model_zoo.sample.placement.offload import Level
 from landiff.model_zoo.sample.placement.on_demand import OnDemand, OnDemandText, Place
+from landiff.model_zoo.sample.placement.quantized import quantize_blocks
 from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 
@@ -85,6 +86,7 @@ def models_on_demand(config: SampleConfig, device: torch.device) -> Models:
         config.adapters,
         merge_adapters=config.merge_adapters,
         precision=config.precision,
+        quantized=config.quantize == "int8",
     )
 
     def entry_part(kind: str, model_class: type[nn.Module], *names: str) -> Any:
@@ -142,16 +144,20 @@ class ModelLoader:
         *,
         merge_adapters: bool = True,
         precision: str | None = None,
+        quantized: bool = False,
     ) -> None:
         """`adapters`: added to the models that they belong to when these are loaded.
 
         precision: of the models, see `in_precision`. None keeps that of their files.
+        quantized: blocks of language and diffusion model to int8, on the CPU, so that the device
+            never holds the weights before.
         """
         self.zoo = zoo
         self.device = device
         self.adapters = tuple(adapters)
         self.merge_adapters = merge_adapters
         self.precision = precision
+        self.quantized = quantized
         self._progress = ProgressLine(title, "models", every_s=0.0)
         self._total = total
         self._done = 0
@@ -179,6 +185,14 @@ class ModelLoader:
 
     def model(self, reference: str, kind: str, model_class: type[M]) -> M:
         """The zoo entry of this kind as a module on the device, in eval mode, with its adapters."""
+        if not self.quantized or kind == "tokenizer":
+            return self._load(reference, kind, model_class, self.device)
+        model = self._load(reference, kind, model_class, torch.device("cpu"))
+        quantize_blocks(model)
+        return model.to(self.device)
+
+    def _load(self, reference: str, kind: str, model_class: type[M], device: torch.device) -> M:
+        """The model on a device, not quantized."""
         entry = registry.resolve(self.zoo, reference, kind)
         uses = []
         for number, use in enumerate(self.adapters):
@@ -188,7 +202,7 @@ class ModelLoader:
         cast = None
         if self.precision is not None and not uses:
             cast = partial(in_precision, precision=self.precision)
-        model = registry.load_model(entry, self.device, cast)
+        model = registry.load_model(entry, device, cast)
         assert isinstance(model, model_class), (entry.reference, type(model))
         for number, use, adapter, config in uses:
             found = base_fingerprint(entry, config.base_kind)

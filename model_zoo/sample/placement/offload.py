@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from landiff.model_zoo.sample.placement.quantized import plain_tensors
+
 # What moves at once: a whole module, one of the blocks of its lists, or one layer of these.
 Level = Literal["part", "block", "layer"]
 OUTSIDE = -1  # in place of the number of a block
@@ -115,12 +117,13 @@ def _owners(module: nn.Module, units: Sequence[nn.Module]) -> dict[int, set[int]
         unit_of |= dict.fromkeys(unit.modules(), number)
     owners: dict[int, set[int]] = {}
     for part in module.modules():
-        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+        for tensor in _tensors(part, recurse=False):
             owners.setdefault(id(tensor), set()).add(unit_of.get(part, OUTSIDE))
     return owners
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, each once."""
-    yield from module.parameters()
-    yield from module.buffers()
+def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[Tensor]:
+    """Parameters and buffers, each once; what a quantized parameter consists of in its place."""
+    for parameter in module.parameters(recurse):
+        yield from plain_tensors(parameter)
+    yield from module.buffers(recurse)
