@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from landiff.configs.base import ConfigError
+from landiff.configs.problems import require_none
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.launchers.budget.budget_plan import (
     RUNTIME_BYTES,
@@ -24,6 +25,7 @@ from landiff.model_zoo.frozen.clip_shape import ClipShape
 from landiff.model_zoo.lm import LanguageModel
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training.layout import check_batch, model_copies
+from landiff.training.lm.checks import check_rows
 from landiff.training.lm.config import LMTrainConfig
 from landiff.training.observe.flops import lm_flops
 
@@ -40,6 +42,7 @@ def plan_lm(config: LMTrainConfig, gpus: int, shape: ClipShape | None = None) ->
 
     Raises ConfigError if the GPUs do not divide.
     """
+    require_none(check_rows(config, gpus))
     model = config.model
     parallel = config.parallel
     copies = model_copies(config, gpus)
@@ -89,15 +92,27 @@ def plan_lm(config: LMTrainConfig, gpus: int, shape: ClipShape | None = None) ->
         overlap=parallel.overlap,
         layer_bytes=micro_batches * traffic_of_layers(config, rows),
         layer_group=parallel.tensor * parallel.context,
-        bubble=(parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1),
+        bubble=pipeline_bubble(config, micro_batches),
         notes=(f"{length} tokens a clip of {frames} frames ({origin}), {text} of them text",),
     )
+
+
+def pipeline_bubble(config: LMTrainConfig, micro_batches: int) -> float:
+    """Fraction of a step in which a pipeline stage waits for others.
+
+    Stages fill and drain in `pipeline - 1` passes of a row through one chunk of layers.
+    """
+    parallel = config.parallel
+    waits = parallel.pipeline - 1
+    return waits / (micro_batches * parallel.virtual_pipeline + waits)
 
 
 def layout_sizes(config: LMTrainConfig, copies: int) -> str:
     """The parallel layout as text."""
     parallel = config.parallel
     text = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+    if parallel.virtual_pipeline > 1:
+        text += f" ({parallel.virtual_pipeline} chunks)"
     if parallel.context > 1:
         text += f" x context {parallel.context}"
     return f"{text} x data {copies}"
@@ -196,7 +211,6 @@ def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
     """Bytes of activations that a rank keeps for each of its tokens of a packed row."""
     model = config.model
     tensor = config.parallel.tensor
-    pipeline = config.parallel.pipeline
     element = element_bytes(config.precision)
     sequence_parts = tensor if config.parallel.sequence else 1
     attention: float = KEPT_DIVIDED
@@ -207,8 +221,22 @@ def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
     divided = attention * model.hidden_size + KEPT_FFN * model.ffn_size
     norms = NORMS * model.hidden_size * (4 + element) / sequence_parts
     block = norms + divided / tensor * element
-    in_flight = min(pipeline, micro_batches)
+    layers = kept_layers(config, micro_batches)
     if not config.recompute:
-        return block * model.num_layers / pipeline * in_flight
+        return block * layers
     block_input = model.hidden_size * element / sequence_parts
-    return block_input * model.num_layers / pipeline * in_flight + block
+    return block_input * layers + block
+
+
+def kept_layers(config: LMTrainConfig, micro_batches: int) -> float:
+    """Layers times rows of which the first pipeline stage keeps activations at the same time.
+
+    In the interleaved schedule it is more layers ahead of the backward pass.
+    """
+    pipeline = config.parallel.pipeline
+    virtual = config.parallel.virtual_pipeline
+    ahead = pipeline  # passes of a row through a chunk
+    if virtual > 1:
+        ahead = 2 * (pipeline - 1) + (virtual - 1) * pipeline + 1
+    chunk = config.model.num_layers / (pipeline * virtual)
+    return chunk * min(ahead, micro_batches * virtual)

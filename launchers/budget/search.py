@@ -21,8 +21,14 @@ Change = dict[str, object]  # dotted key -> value
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 PARALLEL_SIZES = (1, 2, 4, 8)  # of tensor, pipeline, context and sequence parallelism
+VIRTUAL_STAGES = 2  # chunks of layers of a pipeline stage
 # Rarely above 1, and not shown if they are 1.
-DIVIDING_KEYS = ("parallel.context", "sequence_parallel", "zero.hpz_partition_size")
+DIVIDING_KEYS = (
+    "parallel.virtual_pipeline",
+    "parallel.context",
+    "sequence_parallel",
+    "zero.hpz_partition_size",
+)
 
 
 @dataclass(frozen=True)
@@ -112,20 +118,25 @@ def layouts(config: AnyTrainConfig, gpus: int, sizes: Sequence[int]) -> Iterator
     """Parallel layouts to try; one empty change for torch DDP, which has no choice."""
     if isinstance(config, LMTrainConfig):
         for tensor, pipeline, context in itertools.product(PARALLEL_SIZES, PARALLEL_SIZES, sizes):
-            if tensor * pipeline * context <= gpus:
-                yield {
-                    "parallel.tensor": tensor,
-                    "parallel.pipeline": pipeline,
-                    "parallel.context": context,
-                    "parallel.sequence": tensor > 1,
-                    "parallel.distributed_optimizer": True,
-                }
+            if tensor * pipeline * context > gpus:
+                continue
+            change: Change = {
+                "parallel.tensor": tensor,
+                "parallel.pipeline": pipeline,
+                "parallel.virtual_pipeline": 1,
+                "parallel.context": context,
+                "parallel.sequence": tensor > 1,
+                "parallel.distributed_optimizer": True,
+            }
+            yield change
+            if pipeline > 1:
+                yield {**change, "parallel.virtual_pipeline": VIRTUAL_STAGES}
     elif isinstance(config, DiffusionTrainConfig):
         for stage, size in itertools.product((1, 2, 3), sizes):
-            change: Change = {"zero.stage": stage, "sequence_parallel": size}
-            yield {**change, "zero.hpz_partition_size": 1}
+            zero: Change = {"zero.stage": stage, "sequence_parallel": size}
+            yield {**zero, "zero.hpz_partition_size": 1}
             if stage == 3 and gpus > NODE:
-                yield {**change, "zero.hpz_partition_size": NODE}
+                yield {**zero, "zero.hpz_partition_size": NODE}
     else:
         yield {}
 

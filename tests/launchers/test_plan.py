@@ -250,6 +250,26 @@ def test_a_config_that_does_not_divide_names_the_nearest(lm, key, value, near):
         changed(lm, {key: value})
 
 
+def test_chunks_of_layers_shorten_the_pipeline_bubble(lm):
+    """Idle time relative to the time of work: (pipeline - 1) / micro-batches / chunks."""
+    relative = []
+    kept = []
+    for chunks in (1, 2, 3):
+        sizes = {"parallel.pipeline": 4, "parallel.virtual_pipeline": chunks}
+        plan = make_plan(changed(lm, {**sizes, "data.global_batch_size": 512}), 32)
+        relative.append(plan.bubble / (1 - plan.bubble))
+        kept.append(plan.memory["activations"])
+    assert relative[1:] == pytest.approx([relative[0] / 2, relative[0] / 3])
+    assert kept[0] < kept[1]  # more layers are ahead of the backward pass
+
+
+def test_a_plan_refuses_rows_that_the_interleaved_schedule_does_not_run(lm):
+    sizes = {"parallel.pipeline": 4, "parallel.virtual_pipeline": 2}
+    config = changed(lm, {**sizes, "data.global_batch_size": 24, "data.micro_batch_size": 1})
+    with pytest.raises(ConfigError, match="needs a multiple of parallel.pipeline = 4"):
+        make_plan(config, 32)
+
+
 def test_search_ranks_what_fits(lm):
     found = search(lm, 64, GPUS["h100"], Speed(0.4))
     seconds = [round(candidate.seconds, 3) for candidate in found]

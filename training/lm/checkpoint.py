@@ -56,7 +56,7 @@ from landiff.training.lm.averages import (
     parts_of,
 )
 from landiff.training.lm.checks import other_optimizer
-from landiff.training.lm.model import MegatronLM
+from landiff.training.lm.model import ModelChunks
 from landiff.training.optim import step_count
 from landiff.training.replace import replaced
 
@@ -77,7 +77,7 @@ def _layout() -> dict[str, Any]:
 
 
 def _sharded_state(
-    model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages, owned: OwnedParts
+    model: ModelChunks, optimizer: MegatronOptimizer, averages: ShardedAverages, owned: OwnedParts
 ) -> dict[str, Any]:
     """This rank's part of the state. `owned` collects what is divided."""
     layout = _layout()
@@ -97,7 +97,7 @@ def _sharded_state(
 
 
 def _whole_state(
-    model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages | None
+    model: ModelChunks, optimizer: MegatronOptimizer, averages: ShardedAverages | None
 ) -> dict[str, Any]:
     """What a rank reads whole: the state that is not divided over data-parallel ranks.
 
@@ -124,7 +124,7 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 
 def state_files(
     files: DistFiles,
-    model: MegatronLM,
+    model: ModelChunks,
     optimizer: MegatronOptimizer,
     averages: ShardedAverages,
     device: torch.device,
@@ -222,7 +222,7 @@ def _owned_pieces(entry: ShardedTensor, owned: OwnedParts) -> Iterator[Piece]:
 @torch.no_grad()
 def _load_divided(
     reader: DistReader,
-    model: MegatronLM,
+    model: ModelChunks,
     optimizer: MegatronOptimizer,
     averages: ShardedAverages | None,
 ) -> None:
@@ -269,7 +269,7 @@ def _own_share(entries: Sequence[ShardedTensor]) -> list[ShardedTensor]:
 
 
 def load_checkpoint(
-    folder: Path, model: MegatronLM, optimizer: MegatronOptimizer, averages: ShardedAverages
+    folder: Path, model: ModelChunks, optimizer: MegatronOptimizer, averages: ShardedAverages
 ) -> bool:
     """Restore a checkpoint, on any number of tensor, pipeline and data-parallel ranks.
 

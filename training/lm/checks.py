@@ -7,6 +7,8 @@ from pathlib import Path
 from landiff.configs.base import ConfigError
 from landiff.configs.documents import read_yaml
 from landiff.configs.problems import Problem
+from landiff.data_pipeline.loading.config import require_micro_batches
+from landiff.data_pipeline.loading.phases import batch_sizes
 from landiff.model_zoo.config import DiffusionConfig
 from landiff.model_zoo.frozen.checks import check_encoder, width_of
 from landiff.training.checkpoint.run_folder import (
@@ -25,6 +27,7 @@ from landiff.training.checks import (
     different_fields,
     find_entry,
 )
+from landiff.training.layout import model_copies
 from landiff.training.lm.columns import check_lm_columns, check_lm_tokenizer
 from landiff.training.lm.config import LMTrainConfig
 
@@ -47,6 +50,7 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     if config.layers == "te":
         problems += check_package("transformer_engine", "layers", "te", "use layers = local")
     problems += _check_optimizer(config)
+    problems += check_rows(config, launch.ranks)
     problems += check_parameter_groups(config)
     if not launch.inputs_exist:
         return problems
@@ -63,6 +67,38 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     for phase in phases:
         problems += check_lm_columns(phase.manifest, phase.config, tokenizer)
     return problems
+
+
+def check_rows(config: LMTrainConfig, ranks: int) -> list[Problem]:
+    """Whether the interleaved schedule can run the rows of each step.
+
+    Each micro-batch is a row. Batches that do not divide at all are reported by `check_trainer`.
+    """
+    parallel = config.parallel
+    if parallel.virtual_pipeline == 1:
+        return []
+    try:
+        copies = model_copies(config, ranks)
+        for level in batch_sizes(config.data_phases).levels:
+            size = level.global_batch_size
+            require_micro_batches(size, level.micro_batch_size, copies)
+            rows = size // (level.micro_batch_size * copies)
+            if rows % parallel.pipeline:
+                multiple = level.micro_batch_size * copies * parallel.pipeline
+                return [
+                    Problem(
+                        f"parallel.virtual_pipeline = {parallel.virtual_pipeline} needs a multiple "
+                        f"of parallel.pipeline = {parallel.pipeline} micro-batches per rank, but "
+                        f"from step {level.first_step} on there are {rows} (data."
+                        f"global_batch_size = {size}, data.micro_batch_size = "
+                        f"{level.micro_batch_size}, {copies} copies of the model); choose a "
+                        f"global_batch_size that is a multiple of {multiple}, or set "
+                        "virtual_pipeline = 1"
+                    )
+                ]
+    except ConfigError:
+        pass
+    return []
 
 
 def check_parameter_groups(config: LMTrainConfig) -> list[Problem]:

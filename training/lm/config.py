@@ -37,6 +37,14 @@ class ParallelConfig(Config):
     pipeline: PositiveInt = Field(
         default=1, description="Pipeline stages, which divide the layers."
     )
+    virtual_pipeline: PositiveInt = Field(
+        default=1,
+        description=(
+            "Chunks of layers of each pipeline stage (interleaved schedule). Stages wait that many "
+            "times less for each other, and exchange activations that many times more often. "
+            "Needs `pipeline` > 1, and in each step a multiple of `pipeline` rows per rank."
+        ),
+    )
     context: PositiveInt = Field(
         default=1,
         description=(
@@ -65,15 +73,24 @@ class ParallelConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self, info: ValidationInfo) -> ParallelConfig:
+        problems = []
         if self.sequence and self.tensor == 1:
-            refuse_values(
-                info,
-                [
-                    "sequence = true divides activations among tensor ranks, and tensor is 1; "
-                    "raise it or set sequence = false"
-                ],
+            problems.append(
+                "sequence = true divides activations among tensor ranks, and tensor is 1; raise it "
+                "or set sequence = false"
             )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            problems.append(
+                f"virtual_pipeline = {self.virtual_pipeline} divides the layers of each pipeline "
+                "stage, and pipeline is 1; raise it or set virtual_pipeline = 1"
+            )
+        refuse_values(info, problems)
         return self
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """`virtual_pipeline` as Megatron-core names it: None for the schedule without chunks."""
+        return self.virtual_pipeline if self.virtual_pipeline > 1 else None
 
 
 class LMLoRAConfig(LoRAConfig):
@@ -306,7 +323,14 @@ class LMTrainConfig(TrainConfig):
                     f"{nearest_divisors(value, tensor)}"
                 )
         num_layers = self.model.num_layers
-        if num_layers % pipeline:
+        chunks = pipeline * self.parallel.virtual_pipeline
+        if self.parallel.virtual_pipeline > 1 and num_layers % chunks:
+            problems.append(
+                f"model.num_layers = {num_layers} is not a multiple of parallel.pipeline * "
+                f"parallel.virtual_pipeline = {pipeline} * {self.parallel.virtual_pipeline} = "
+                f"{chunks}; {nearest_divisors(num_layers, chunks)}"
+            )
+        elif num_layers % pipeline:
             problems.append(
                 f"model.num_layers = {num_layers} is not a multiple of parallel.pipeline = "
                 f"{pipeline}; {nearest_divisors(num_layers, pipeline)}"

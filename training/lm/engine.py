@@ -26,7 +26,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from landiff.data_pipeline.loading.samples import Batch, HeldOutBatch, Sample
@@ -47,8 +46,13 @@ from landiff.training.lm.config import LMTrainConfig
 from landiff.training.lm.device import megatron_device, seed_tensor_parallel, without_replacements
 from landiff.training.lm.layers import RowCache, RowPart
 from landiff.training.lm.lora import InitialAdapter, adapter_of
-from landiff.training.lm.model import InitialWeights, MegatronLM
-from landiff.training.lm.validation import ValidationRow
+from landiff.training.lm.model import (
+    InitialWeights,
+    MegatronLM,
+    ModelChunks,
+    evaluate_rows,
+    train_rows,
+)
 from landiff.training.observe.previews import Preview, SourceFrames
 from landiff.training.observe.step_times import StepClock
 from landiff.training.optim import rate_of_step
@@ -76,18 +80,21 @@ class MegatronEngine:
             parallel_state.initialize_model_parallel(
                 config.parallel.tensor,
                 config.parallel.pipeline,
+                virtual_pipeline_model_parallel_size=config.parallel.virtual_stages,
                 context_parallel_size=config.parallel.context,
                 distributed_timeout_minutes=round(config.loop.collective_timeout_s / 60),
             )
             self.dp_rank = parallel_state.get_data_parallel_rank()
             seed_tensor_parallel(config.loop.seed)
-            self.model = MegatronLM(config)
+            self.chunks = ModelChunks(config)
+            self.model = self.chunks.models[0]  # all of it without a virtual pipeline
             if config.compile_blocks:
-                self.model.compile_blocks()
+                for model in self.chunks.models:
+                    model.compile_blocks()
             self.clock = StepClock(self.device, self.model)
             weights = self._first_weights()
             self.load_weights(weights)
-            self.ddp = self._build_ddp()
+            self.ddps = [self._build_ddp(model) for model in self.chunks.models]
             self.optimizer = self._build_optimizer(weights)
             masters = master_weights(self.optimizer)
             self.ema = Ema(config.ema, [master.weight for master in masters])
@@ -97,9 +104,9 @@ class MegatronEngine:
             self.model.config.finalize_model_grads_func = finalize_model_grads
             self.model.config.grad_scale_func = self.optimizer.scale_loss
             if config.parallel.overlap:
-                self.model.config.no_sync_func = self.ddp.no_sync
+                no_sync = [ddp.no_sync for ddp in self.ddps]
+                self.model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
             self._files = DistFiles()
-            self._forward_backward = get_forward_backward_func()
         self.prompts = sampling.prompt_clips(config, self.layout, self.guard.world)
 
     def _first_weights(self) -> Mapping[str, Tensor]:
@@ -113,17 +120,17 @@ class MegatronEngine:
         adapter = InitialAdapter(model, self.config.lora, self.config.loop.seed)
         return {**entry.load(), **adapter}
 
-    def _build_ddp(self) -> DistributedDataParallel:
+    def _build_ddp(self, model: MegatronLM) -> DistributedDataParallel:
         parallel = self.config.parallel
         return DistributedDataParallel(
-            self.model.config,
+            model.config,
             DistributedDataParallelConfig(
                 use_distributed_optimizer=parallel.distributed_optimizer,
                 overlap_grad_reduce=parallel.overlap,
                 overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
                 grad_reduce_in_fp32=True,
             ),
-            self.model,
+            model,
         )
 
     def _build_optimizer(self, names: Iterable[str]) -> MegatronOptimizer:
@@ -143,9 +150,9 @@ class MegatronEngine:
                 bf16=self.config.precision == "bf16",
                 params_dtype=self.model.config.params_dtype,
             ),
-            [self.ddp],
+            self.ddps,
             # Megatron-core leaves the division into groups to its caller.
-            _group_overrides(self.model, names, optim),
+            _group_overrides(self.chunks, names, optim),
         )
         checkpoint.prepare_optimizer(optimizer, fused=bool(optim.fused))
         return optimizer
@@ -160,7 +167,8 @@ class MegatronEngine:
             rows.append(pack(samples, config, self.layout).to(self.device))
         with megatron_device():
             self._set_rate(rate, config.optim.weight_decay)
-            self.ddp.zero_grad_buffer()
+            for ddp in self.ddps:
+                ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
             totals = self._totals(rows)  # `forward_step` has the loss
             loss_sum, num_targets, num_tokens, flops = totals.cpu().unbind()
@@ -204,34 +212,17 @@ class MegatronEngine:
         # gradients are views of.
         factor = (clip_grad or math.inf) / (grad_norm + 1e-6)
         if factor < 1:
-            self.ddp.scale_gradients(factor)
+            for ddp in self.ddps:
+                ddp.scale_gradients(factor)
         self.optimizer.step_with_ready_grads()
         return grad_norm, True
-
-    def _run(
-        self, step: Callable, rows: Sequence[LMRow | ValidationRow], *, train: bool
-    ) -> list[Tensor]:
-        """Run Megatron-core's schedule, which calls `step` for each row.
-
-        With `train` it runs the backward pass too, and sums gradients over the ranks. Returns the
-        report of each row on the last pipeline stage, and nothing on the others.
-        """
-        return self._forward_backward(
-            forward_step_func=step,
-            data_iterator=iter(rows),
-            model=[self.ddp],
-            num_microbatches=len(rows),
-            seq_length=len(rows[0].ids_N),
-            micro_batch_size=1,
-            forward_only=not train,
-        )
 
     def _totals(self, rows: Sequence[LMRow]) -> Tensor:
         """Train on `rows`, up to the gradients.
 
         Returns float64 [sum of losses, targets, tokens, FLOPs] of the global batch on all ranks.
         """
-        reports = self._run(forward_step, rows, train=True)
+        reports = train_rows(forward_step, rows, self.ddps)
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
         if parallel_state.is_pipeline_last_stage():
             totals[:2] = torch.stack(reports).double().sum(0)
@@ -259,7 +250,8 @@ class MegatronEngine:
         other = validation.other_row(batch, self.config, self.layout)
         with megatron_device():
             rows = [part.to(self.device) for part in (own, other)]
-            reports = self._run(partial(validation.forward_step, frames=frames), rows, train=False)
+            step = partial(validation.forward_step, frames=frames)
+            reports = evaluate_rows(step, rows, self.ddps)
         reporting = parallel_state.is_pipeline_last_stage()
         copies = parallel_state.get_tensor_and_context_parallel_rank()
         if not reporting or copies > 0:  # the first rank of those with the same rows reports
@@ -290,7 +282,7 @@ class MegatronEngine:
         self._beat()
         with megatron_device():
             step = partial(sampling.forward_step, cache=cache, last=last)
-            reports = self._run(step, [row], train=False)
+            reports = evaluate_rows(step, [row], self.ddps)
         if self.config.parallel.pipeline == 1:
             return reports[0]
         shape = (len(last), self.layout.vocab_size)
@@ -322,7 +314,7 @@ class MegatronEngine:
         The optimizer's moments stay unchanged. The moving average starts from these weights.
         """
         with megatron_device():
-            self.model.load_full(source)
+            self.chunks.load_full(source)
             if hasattr(self, "optimizer"):
                 self.optimizer.reload_model_params()
                 self.ema.restart()
@@ -332,7 +324,7 @@ class MegatronEngine:
         with megatron_device():
             self._gather_weights()
             files = checkpoint.state_files(
-                self._files, self.model, self.optimizer, self.averages, self.device
+                self._files, self.chunks, self.optimizer, self.averages, self.device
             )
         if self.adapter is not None and dist.get_rank() == 0:
             files.append(json_file(ADAPTER, self.adapter))
@@ -349,7 +341,7 @@ class MegatronEngine:
         require_same_adapter(folder, self.adapter)
         with megatron_device():
             self._gather_weights()  # waits for a gather that `overlap` has started
-            found = checkpoint.load_checkpoint(folder, self.model, self.optimizer, self.averages)
+            found = checkpoint.load_checkpoint(folder, self.chunks, self.optimizer, self.averages)
             self.ema.loaded(folder, found=found)
             self._gather_weights()
 
@@ -360,7 +352,8 @@ class MegatronEngine:
         Megatron-core gathers the other parts at the start of the next forward, not in `step`.
         """
         if self.config.parallel.distributed_optimizer:
-            self.ddp.start_param_sync(force_sync=True)
+            for ddp in self.ddps:
+                ddp.start_param_sync(force_sync=True)
 
     @contextmanager
     def weights(self, ema: bool) -> Iterator[None]:
@@ -377,8 +370,9 @@ class MegatronEngine:
 
     def local_weights(self) -> Iterator[tuple[str, Tensor]]:
         """This rank's part of parameters, buffers, float32 master weights and moving averages."""
-        yield from self.model.named_parameters()
-        yield from self.model.named_buffers()
+        for model in self.chunks.models:
+            yield from model.named_parameters()
+            yield from model.named_buffers()
         for number, part in enumerate(parts_of(self.optimizer)):
             for group in part.optimizer.param_groups:
                 for index, master in enumerate(group["params"]):  # they have no names
@@ -432,7 +426,7 @@ class MegatronEngine:
 
 
 def _group_overrides(
-    model: MegatronLM, names: Iterable[str], optim: OptimConfig
+    model: ModelChunks, names: Iterable[str], optim: OptimConfig
 ) -> dict[ParamKey, dict[str, float]]:
     """The groups of `landiff.training.optim.parameter_groups`, in Megatron-core's form."""
     members: dict[tuple[float, float], set[int]] = {}

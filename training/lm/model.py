@@ -3,18 +3,26 @@
 It computes the same as `landiff.model_zoo.lm.LanguageModel`, whose condition modules it uses,
 divided over tensor-parallel ranks and pipeline stages.
 
+Without `parallel.virtual_pipeline` a rank holds one chunk of layers: its pipeline stage. With it, a
+rank holds several chunks, and a row passes through the ranks once for each: chunk 0 of all ranks,
+then chunk 1 of all ranks. Training runs Megatron-core's interleaved schedule, in which stages wait
+less (`train_rows`).
+
 Shape letters (docs/glossary.md): N tokens of a packed row, B samples in it, M text rows of all
 samples, D width of a vector (of text states or of the model), V vocabulary of this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator, _p2p_ops
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
@@ -47,12 +55,18 @@ from landiff.training.lm.layers import (
     transformer_config,
 )
 from landiff.training.lm.lora import add_layers, freeze_base
+from landiff.training.lm.validation import ValidationRow
+from landiff.training.replace import replaced
 
 
 class MegatronLM(GPTModel):
-    """This rank's part of the model. The weights are undefined until `load_full` sets them."""
+    """This rank's part of the model, or one chunk of it (`ModelChunks`).
 
-    def __init__(self, config: LMTrainConfig) -> None:
+    The weights are undefined until `load_full` sets them.
+    """
+
+    def __init__(self, config: LMTrainConfig, chunk: int = 0) -> None:
+        """`chunk`: number of the chunk, below `parallel.virtual_pipeline`."""
         sizes = config.model
         vocab = TokenLayout.of(sizes).vocab_size
         padded = Padded(
@@ -62,16 +76,18 @@ class MegatronLM(GPTModel):
         blocks = block_spec(core, config.layers)
         if config.lora is not None:
             add_layers(blocks.layer_specs[0].submodules, config.lora)
+        last_chunk = config.parallel.virtual_pipeline - 1
         super().__init__(
             config=core,
             transformer_layer_spec=blocks,
             vocab_size=padded.vocab,
             max_sequence_length=sizes.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage() and chunk == 0,
+            post_process=parallel_state.is_pipeline_last_stage() and chunk == last_chunk,
             position_embedding_type="none",  # PackedAttention rotates
             # `embed` scatters the sequence after it has inserted the conditions.
             scatter_embedding_sequence_parallel=False,
+            vp_stage=chunk,
         )
         self.sizes = sizes
         self.vocab = vocab
@@ -188,7 +204,7 @@ class MegatronLM(GPTModel):
 
         `names`: of all weights of `LanguageModel`, and of an adapter.
         """
-        offset = get_transformer_layer_offset(self.config)
+        offset = get_transformer_layer_offset(self.config, self.vp_stage)
         parameters = dict(self.named_parameters())
         found = {}
         for group in rule_groups(names, megatron_rules(self.sizes, self.padded), "to_theirs"):
@@ -205,7 +221,7 @@ class MegatronLM(GPTModel):
 
         Raises ConversionError for names or shapes that do not fit.
         """
-        offset = get_transformer_layer_offset(self.config)
+        offset = get_transformer_layer_offset(self.config, self.vp_stage)
         layers = range(offset, offset + len(self.decoder.layers))
         rank = parallel_state.get_tensor_model_parallel_rank()
         size = parallel_state.get_tensor_model_parallel_world_size()
@@ -222,6 +238,149 @@ class MegatronLM(GPTModel):
             assert whole.shape == parameter.shape, (name, whole.shape, parameter.shape)
             parameter.copy_(whole)
         assert not parameters, f"no weights for {sorted(parameters)}"
+
+
+class ModelChunks(nn.ModuleList):
+    """This rank's chunks of the model, in the order in which a row passes through them."""
+
+    def __init__(self, config: LMTrainConfig) -> None:
+        """Build `parallel.virtual_pipeline` chunks, with undefined weights."""
+        count = config.parallel.virtual_pipeline
+        super().__init__(MegatronLM(config, number) for number in range(count))
+
+    @property
+    def models(self) -> list[MegatronLM]:
+        """The chunks."""
+        return cast(list[MegatronLM], list(self))
+
+    def sharded_state_dict(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Entries of all chunks by local name. Their keys on disk do not depend on the layout."""
+        found = {}
+        for number, model in enumerate(self.models):
+            for name, entry in model.sharded_state_dict(metadata=metadata).items():
+                found[f"{number}.{name}"] = entry
+        return found
+
+    def own_names(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Names of this rank's parameters -> the one or two of `names` that they hold."""
+        all_names = list(names)
+        found = {}
+        for number, model in enumerate(self.models):
+            for name, sources in model.own_names(all_names).items():
+                found[f"{number}.{name}"] = sources
+        return found
+
+    def load_full(self, source: Mapping[str, Tensor]) -> None:
+        """Load this rank's part of complete weights, see `MegatronLM.load_full`."""
+        for model in self.models:
+            model.load_full(source)
+
+
+class _Neighbors(P2PCommunicator):
+    """Exchanges activations with the pipeline stages before and after this one.
+
+    With two stages both neighbors are the same rank. Megatron-core's own exchange of shapes then
+    takes the shape of a forward activation for that of a gradient if one call exchanges both, as in
+    the interleaved schedule. Here shapes are exchanged in the order in which it exchanges tensors.
+    """
+
+    def _communicate_shapes(
+        self,
+        tensor_send_next: Tensor | None,
+        tensor_send_prev: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+    ) -> tuple[list[int], list[int]]:
+        """Shapes of the tensors to receive from the stage before and from the one after."""
+        received = [torch.zeros(3, dtype=torch.int64, device="cuda") for _ in range(2)]
+        from_prev, from_next = received
+        requests = _p2p_ops(
+            tensor_send_prev=_shape_of(tensor_send_prev),
+            tensor_recv_prev=from_prev if recv_prev else None,
+            tensor_send_next=_shape_of(tensor_send_next),
+            tensor_recv_next=from_next if recv_next else None,
+            group=self.pp_group,
+            prev_pipeline_rank=self.prev_rank,
+            next_pipeline_rank=self.next_rank,
+        )
+        for request in requests.values():
+            request.wait()
+        return from_prev.tolist(), from_next.tolist()
+
+
+def _shape_of(tensor: Tensor | None) -> Tensor | None:
+    """The shape of a tensor as a tensor on its device."""
+    if tensor is None:
+        return None
+    return torch.tensor(tensor.shape, dtype=torch.int64, device=tensor.device)
+
+
+Step = Callable[..., tuple[Tensor, Callable]]
+"""Forward of the next row of an iterator through a chunk -> output and function of the loss."""
+
+
+def train_rows(
+    step: Step, rows: Sequence[LMRow], chunks: Sequence[DistributedDataParallel]
+) -> list[Tensor]:
+    """Forward and backward of each row in Megatron-core's schedule, and sums of gradients.
+
+    Returns the report of each row on the last pipeline stage, and nothing on the others.
+    """
+    return _run_schedule(step, rows, chunks, forward_only=False)
+
+
+@torch.no_grad()
+def evaluate_rows(
+    step: Step,
+    rows: Sequence[LMRow | ValidationRow],
+    chunks: Sequence[DistributedDataParallel],
+) -> list[Tensor]:
+    """Forward of each row. Returns as `train_rows`."""
+    if len(chunks) == 1:
+        return _run_schedule(step, rows, chunks, forward_only=True)
+    # Megatron-core's interleaved schedule runs a multiple of `parallel.pipeline` rows only.
+    reports = []
+    for row in rows:
+        reports += _pass_through(step, row, chunks)
+    return reports
+
+
+def _run_schedule(
+    step: Step,
+    rows: Sequence[LMRow | ValidationRow],
+    chunks: Sequence[DistributedDataParallel],
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    with replaced(schedules, "P2PCommunicator", _Neighbors):
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(rows) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(rows),
+            seq_length=len(rows[0].ids_N),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _pass_through(
+    step: Step, row: LMRow | ValidationRow, chunks: Sequence[DistributedDataParallel]
+) -> list[Tensor]:
+    """Forward of one row through all chunks of all ranks, one after the other."""
+    ring = _Neighbors(parallel_state.get_pipeline_model_parallel_group(), chunks[0].module.config)
+    # Only says that a shape follows: rows differ in length, and the sender tells it.
+    shape = (len(row.ids_N), 1, chunks[0].module.config.hidden_size)
+    reports = []
+    for chunk in chunks:
+        model = cast(MegatronLM, chunk.module)
+        hidden_N1D = ring.recv_forward(shape, is_first_stage=model.pre_process)
+        model.set_input_tensor(hidden_N1D)
+        out, loss = step(iter([row]), chunk)
+        if model.post_process:
+            reports.append(loss(out)[-1])
+        ring.send_forward(out, is_last_stage=model.post_process)
+    return reports
 
 
 def condition_modules(config: LMConfig) -> tuple[TextProjection, MicroConditions]:
@@ -268,7 +427,7 @@ class InitialWeights(Mapping[str, Tensor]):
 
 
 def _local_name(name: str, offset: int) -> str:
-    """Name of a weight in this pipeline stage, where Megatron counts layers from 0."""
+    """Name of a weight in this pipeline stage or chunk, where Megatron counts layers from 0."""
     prefix = "decoder.layers."
     if not name.startswith(prefix):
         return name

@@ -111,7 +111,7 @@ def save_unsynchronized(engine: MegatronEngine, folder: Path) -> None:
     """As older versions did, which left the weights of the last step ungathered with `overlap`."""
     with megatron_device():
         files = checkpoint.state_files(
-            engine._files, engine.model, engine.optimizer, engine.averages, engine.device
+            engine._files, engine.chunks, engine.optimizer, engine.averages, engine.device
         )
     write_files(make_folder(folder), files)
     dist.barrier()
