@@ -59,9 +59,13 @@ def motion(frames_THWC: np.ndarray, fps: float) -> Motion:
     if not flows:
         return Motion(0.0, 0.0, (0.0, 0.0), 0.0, cuts)
     unit = rate / grays[0].shape[0]
-    medians = [np.median(flow.reshape(-1, 2), axis=0) for flow in flows]
-    means = [_length(flow) * unit for flow in flows]
-    residuals = [_length(flow - median) for flow, median in zip(flows, medians, strict=True)]
+    # Contiguous x and y: reductions over the last axis of [h, w, 2] take several times as long.
+    planes = [np.ascontiguousarray(flow.reshape(-1, 2).T) for flow in flows]
+    medians = [np.median(xy, axis=1) for xy in planes]
+    means = [_length(xy) * unit for xy in planes]
+    residuals = [
+        _length(xy - median[:, None]) for xy, median in zip(planes, medians, strict=True)
+    ]
     camera = np.mean(medians, axis=0) * unit
     return Motion(
         mean=_rounded(np.mean(means)),
@@ -74,6 +78,9 @@ def motion(frames_THWC: np.ndarray, fps: float) -> Motion:
 
 def is_cut(before: np.ndarray, after: np.ndarray, flow: np.ndarray) -> bool:
     """Whether two gray frames [h, w] are of different shots, because their flow explains little."""
+    overlap = cv2.compareHist(_histogram(before), _histogram(after), cv2.HISTCMP_INTERSECT)
+    if overlap / before.size >= CUT_HISTOGRAM:
+        return False
     height, width = before.shape
     x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     warped = cv2.remap(
@@ -82,8 +89,7 @@ def is_cut(before: np.ndarray, after: np.ndarray, flow: np.ndarray) -> bool:
     correlation = 0.0  # of flat frames
     if float(before.std()) != 0.0 and float(warped.std()) != 0.0:
         correlation = float(np.corrcoef(before.ravel(), warped.ravel())[0, 1])
-    overlap = cv2.compareHist(_histogram(before), _histogram(after), cv2.HISTCMP_INTERSECT)
-    return correlation < CUT_CORRELATION and overlap / before.size < CUT_HISTOGRAM
+    return correlation < CUT_CORRELATION
 
 
 def _histogram(gray: np.ndarray) -> np.ndarray:
@@ -103,9 +109,10 @@ def _gray(frame_HWC: np.ndarray) -> np.ndarray:
     return cv2.resize(gray, size, interpolation=interpolation)
 
 
-def _length(flow: np.ndarray) -> float:
-    """Mean length of the vectors of a flow [h, w, 2], in pixels."""
-    return float(np.linalg.norm(flow, axis=-1).mean())
+def _length(xy: np.ndarray) -> float:
+    """Mean length of the vectors of a flow [2, h * w], in pixels."""
+    x, y = xy
+    return float(np.sqrt(x * x + y * y).mean())
 
 
 def _rounded(value: float | np.floating) -> float:
