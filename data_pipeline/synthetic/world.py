@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -120,12 +122,13 @@ def coverage(
     x = np.remainder(points - center[0] + half, size)[None, :] - half
     y = np.remainder(points - center[1] + half, size)[:, None] - half
     if shape == "circle":
-        inside = np.hypot(x, y) <= radius
+        inside = x * x + y * y <= radius**2
     elif shape == "square":
-        inside = np.maximum(np.abs(x), np.abs(y)) <= radius
+        inside = (np.abs(x) <= radius) & (np.abs(y) <= radius)
     else:
         inside = (np.abs(y) <= radius) & (2 * np.abs(x) <= y + radius)
-    return inside.reshape(size, samples, size, samples).mean(axis=(1, 3))
+    rows = inside.reshape(size, samples, -1).sum(axis=1, dtype=np.uint8)
+    return rows.reshape(size, size, samples).sum(axis=2) / samples**2
 
 
 def draw(
@@ -215,11 +218,15 @@ def write_world(
     )
     for name, part, part_labels in parts:
         rows = []
-        for index, label in enumerate(part_labels):
-            file = f"{index:05d}.mp4"
-            frames = video(label, (seed, part, index), size=size)
-            write_mp4(folder / name / file, frames, FPS, crf=CRF)
-            rows.append({"file": file, "caption": caption(label), **label})
+        writes = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for index, label in enumerate(part_labels):
+                file = f"{index:05d}.mp4"
+                path = folder / name / file
+                writes.append(pool.submit(_write_clip, path, label, (seed, part, index), size))
+                rows.append({"file": file, "caption": caption(label), **label})
+            for write in writes:
+                write.result()
         captions = [{"file": row["file"], "caption": row["caption"]} for row in rows]
         write_rows(folder / name / "captions.jsonl", captions)
         write_rows(folder / f"labels-{name}.jsonl", rows)
@@ -230,6 +237,11 @@ def write_world(
         lines = [f"{row['caption']}\n" for row in rows]
         write_text(folder / f"prompts-{name}.txt", "".join(lines))
     write_text(done, json.dumps(numbers))
+
+
+def _write_clip(path: Path, label: Label, key: Sequence[int], size: int) -> None:
+    """Write the video of a label."""
+    write_mp4(path, video(label, key, size=size), FPS, crf=CRF)
 
 
 def write_pairs(folder: Path, *, clips: int, size: int = SIZE, seed: int = 0) -> None:

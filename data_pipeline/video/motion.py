@@ -63,9 +63,7 @@ def motion(frames_THWC: np.ndarray, fps: float) -> Motion:
     planes = [np.ascontiguousarray(flow.reshape(-1, 2).T) for flow in flows]
     medians = [np.median(xy, axis=1) for xy in planes]
     means = [_length(xy) * unit for xy in planes]
-    residuals = [
-        _length(xy - median[:, None]) for xy, median in zip(planes, medians, strict=True)
-    ]
+    residuals = [_length(xy - median[:, None]) for xy, median in zip(planes, medians, strict=True)]
     camera = np.mean(medians, axis=0) * unit
     return Motion(
         mean=_rounded(np.mean(means)),
