@@ -192,7 +192,13 @@ def pair_caption(first: Mapping[str, str], second: Mapping[str, str]) -> str:
 
 
 def write_world(
-    folder: Path, *, clips: int, true_clips: int = 108, size: int = SIZE, seed: int = 0
+    folder: Path,
+    *,
+    clips: int,
+    true_clips: int = 108,
+    size: int = SIZE,
+    num_frames: int = NUM_FRAMES,
+    seed: int = 0,
 ) -> None:
     """Writes training clips, true clips that nothing is trained on, their labels, and prompts.
 
@@ -205,6 +211,8 @@ def write_world(
     """
     done = folder / "world.json"
     numbers = {"clips": clips, "true_clips": true_clips, "size": size, "seed": seed}
+    if num_frames != NUM_FRAMES:
+        numbers["num_frames"] = num_frames
     if done.exists():
         if read_json(done) != numbers:
             raise ConfigError(f"{folder} holds another world ({done}); choose another folder")
@@ -223,7 +231,8 @@ def write_world(
             for index, label in enumerate(part_labels):
                 file = f"{index:05d}.mp4"
                 path = folder / name / file
-                writes.append(pool.submit(_write_clip, path, label, (seed, part, index), size))
+                key = (seed, part, index)
+                writes.append(pool.submit(_write_clip, path, label, key, size, num_frames))
                 rows.append({"file": file, "caption": caption(label), **label})
             for write in writes:
                 write.result()
@@ -239,9 +248,9 @@ def write_world(
     write_text(done, json.dumps(numbers))
 
 
-def _write_clip(path: Path, label: Label, key: Sequence[int], size: int) -> None:
+def _write_clip(path: Path, label: Label, key: Sequence[int], size: int, num_frames: int) -> None:
     """Write the video of a label."""
-    write_mp4(path, video(label, key, size=size), FPS, crf=CRF)
+    write_mp4(path, video(label, key, size=size, num_frames=num_frames), FPS, crf=CRF)
 
 
 def write_pairs(folder: Path, *, clips: int, size: int = SIZE, seed: int = 0) -> None:

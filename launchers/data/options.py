@@ -66,6 +66,7 @@ def add_shapes(commands: Commands) -> None:
         "--true-clips", type=int, default=108, help="clips of each set that nothing is trained on"
     )
     shapes.add_argument("--size", type=int, default=64, help="height and width in pixels")
+    shapes.add_argument("--frames", type=int, default=17, help="make: frames of a clip, at 8 fps")
     shapes.add_argument("--seed", type=int, default=0, help="seed of places, sizes and order")
     shapes.add_argument("--videos", metavar="FOLDER", help="score, show: the videos")
     shapes.add_argument(

@@ -53,7 +53,12 @@ def shapes_command(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if args.action == "make":
         world.write_world(
-            out, clips=args.clips, true_clips=args.true_clips, size=args.size, seed=args.seed
+            out,
+            clips=args.clips,
+            true_clips=args.true_clips,
+            size=args.size,
+            num_frames=args.frames,
+            seed=args.seed,
         )
     else:
         world.write_pairs(out, clips=args.clips, size=args.size, seed=args.seed)

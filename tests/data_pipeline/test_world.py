@@ -14,6 +14,7 @@ from landiff.data_pipeline.synthetic.judge import Rates, chance, interval, judge
 from landiff.data_pipeline.synthetic.pair_judge import both_right, judge_pair, match
 from landiff.data_pipeline.video.codec import write_mp4
 from landiff.launchers.cli import main
+from landiff.launchers.data.shapes import read_videos
 
 HELD_OUT = world.labels(held_out=True)
 SEEN = world.labels(held_out=False)
@@ -134,6 +135,19 @@ def test_score_says_how_often_chunks_show_the_same(true_videos, tmp_path: Path, 
     text = "over 4 chunks the same, color 1.000, shape 1.000, direction 0.500, all 0.500"
     assert text in capsys.readouterr().out
     assert main(["shapes", "score", *words, "--chunks", "0"]) == 2
+
+
+def test_make_writes_clips_of_several_segments(tmp_path: Path, capsys):
+    words = ["shapes", "make", "--out", str(tmp_path), "--clips", "1", "--true-clips", "2"]
+    assert main([*words, "--frames", "37"]) == 0
+    labels = str(tmp_path / "labels-true-heldout.jsonl")
+    videos = str(tmp_path / "true-heldout")
+    words = ["shapes", "score", "--videos", videos, "--labels", labels, "--chunks", "2"]
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "direction 1.000, all 1.000" in capsys.readouterr().out
+    (clip_THWC,) = read_videos([tmp_path / "train" / "00000.mp4"])
+    assert clip_THWC.shape == (37, 64, 64, 3)
 
 
 PAIRS = world.draw_pairs(8, seed=3)
