@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart learn test test-long lint docs slurm browser bench bench-gpu wheel clean
+.PHONY: install quickstart learn test test-long lint docs slurm browser quantize bench bench-gpu wheel clean
 
 install: $(VENV)/.installed
 
@@ -29,11 +29,11 @@ learn: install
 PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 
-test: install lint docs slurm browser
+test: install lint docs slurm browser quantize
 	$(BIN)/python -m pytest -m "not long and not gpu" tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
 
-test-long: install lint docs slurm browser
+test-long: install lint docs slurm browser quantize
 	$(BIN)/python -m pytest -m "not gpu" --timeout 7200 tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" --timeout 7200
 
@@ -44,6 +44,14 @@ slurm:
 # Tests of `landiff demo` run a real browser: 64 MB of Debian packages, installed once as root.
 browser:
 	tests/launchers/demo/install.sh
+
+# torchao for the tests of int8 weights, in a folder of its own: where it is installed, diffusers,
+# transformers and peft import it, slowly and with warnings.
+quantize: $(VENV)/quantize/torchao
+$(VENV)/quantize/torchao: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	  --upgrade --target $(VENV)/quantize torchao
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -107,7 +107,6 @@ setup(
             "types-PyYAML>=6.0",
             "wandb>=0.31",
             "gradio>=6.31,<7",
-            "torchao>=0.18,<0.19",
         ],
     },
     entry_points={"console_scripts": ["landiff = landiff.launchers.cli:main"]},

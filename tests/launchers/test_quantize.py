@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -20,10 +19,9 @@ from landiff.launchers.results.sampling.loading import models_on_demand
 from landiff.model_zoo.sample.placement.quantized import plain_tensors
 from landiff.training.checks import Launch
 from tests.launchers.random_zoo import sample_config, write_random_zoo
+from tests.quantize_package import torchao  # noqa: F401 - a fixture
 
-needs_torchao = pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
-)
+needs_torchao = pytest.mark.usefixtures("torchao")
 
 
 @pytest.fixture(scope="module")

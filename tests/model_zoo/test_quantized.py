@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -27,10 +26,9 @@ from landiff.model_zoo.sample.placement.quantized import (
 from landiff.training.diffusion.config import DiffusionTrainConfig
 from landiff.training.lm.config import LMTrainConfig
 from tests.model_zoo.adapters import export_adapter
+from tests.quantize_package import torchao  # noqa: F401 - a fixture
 
-needs_torchao = pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
-)
+needs_torchao = pytest.mark.usefixtures("torchao")
 
 
 def with_noise(model: nn.Module) -> nn.Module:
