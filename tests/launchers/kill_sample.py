@@ -21,7 +21,8 @@ from landiff.data_pipeline.format.locks import LOCK
 from landiff.launchers.config import SampleConfig
 from landiff.launchers.results import sample
 from landiff.launchers.results.sample_folder import UNFINISHED
-from tests.data_pipeline.kills import Killer, contents, forked, killed
+from tests.data_pipeline.ingest_helpers import contents, digest
+from tests.data_pipeline.kills import Killer, forked, killed
 from tests.launchers.random_zoo import sample_config, write_random_zoo
 
 # One video of 6 chunks, with its tokens drawn by segment; 200 prompts or 6 of one frame each.
@@ -59,9 +60,9 @@ def attempt(config: SampleConfig, plan: int, delay_s: float | None) -> bool:
     return killed(pid)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder but its lock."""
-    return {name: data for name, data in contents(folder).items() if name != LOCK}
+def files(folder: Path) -> dict[str, str]:
+    """Name -> digest of everything in a folder but its lock."""
+    return {name: found for name, found in contents(folder).items() if name != LOCK}
 
 
 def check_case(case: str, work: Path, zoo: Path, kills: int, draw: random.Random) -> int:
@@ -86,7 +87,7 @@ def check_case(case: str, work: Path, zoo: Path, kills: int, draw: random.Random
         done += was_killed
         finished = list(disturbed.out.glob("*.mp4"))
         for path in finished:
-            assert path.read_bytes() == wanted[path.name], f"{path} is not whole"
+            assert digest(path) == wanted[path.name], f"{path} is not whole"
         if not was_killed and done < kills:
             draw.choice(finished).unlink()  # all are finished: one of them again
     assert not killed(forked(lambda: sample.sample_videos(disturbed), Killer(0), watch))

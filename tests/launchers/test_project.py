@@ -14,7 +14,7 @@ import torch
 from landiff.configs import ConfigError, load
 from landiff.configs.paths import IMPORT_ROOT
 from landiff.launchers.cli import main
-from landiff.launchers.config import SampleConfig, ShardsJobConfig
+from landiff.launchers.config import SampleConfig, ShardsJobConfig, WorldConfig
 from landiff.launchers.project.check import check_preset
 from landiff.launchers.project.new import write_project
 from landiff.launchers.project.presets import (
@@ -293,7 +293,7 @@ FURTHER_MISTAKES = {
     "source: [world/train, world/true-seen]": ("shards", "must not be trained on"),
     "source: [world/train, videos]": ("shards", "source = 'videos' does not exist"),
     "num_frames: 25": ("shards", "those of world.yaml last 2.125 s, so that all are rejected; set"),
-    "clips: 2499": ("world", "clips = 2499, but out/world was made with 2500; set it back"),
+    "clips: 77": ("world", "clips = 77, but out/world was made with"),
     "data: elsewhere": ("latents", "latents.data = elsewhere, but shards.data = data"),
     "columns: {text-minilm: {encoder: {max_length: 60}}}": (
         "latents",
@@ -314,7 +314,8 @@ def test_mistakes_in_configs_that_only_some_presets_have_are_found(tmp_path, tex
     project.mkdir()
     for stem in (*PRESET_CONFIGS, *FURTHER_CONFIGS):
         (project / f"{stem}.yaml").write_text(f"extends: quickstart/{stem}\n")
-    numbers = {"clips": 2500, "true_clips": 0, "size": 64, "seed": 0}
+    clips = load(WorldConfig, "quickstart/world").clips
+    numbers = {"clips": clips, "true_clips": 0, "size": 64, "seed": 0}
     Path("out/world").mkdir(parents=True)
     Path("out/world/world.json").write_text(json.dumps(numbers))
     assert check_preset(str(project), Path("out")).problems == []

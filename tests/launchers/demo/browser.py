@@ -164,8 +164,13 @@ class Tab:
         self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
     def reload(self) -> None:
-        """Loads the page again."""
+        """Reloads the page, and waits until that is done."""
+        before = len(self.events)
         self.call("Page.reload")
+        end = time.monotonic() + TIMEOUT_S
+        while "Page.loadEventFired" not in [event["method"] for event in self.events[before:]]:
+            assert time.monotonic() < end, "the page has not been loaded again"
+            time.sleep(POLL_S)
 
     def screenshot(self, path: Path) -> None:
         """Writes a picture of the page, to look at when a test fails."""

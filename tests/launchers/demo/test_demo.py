@@ -156,9 +156,9 @@ def test_two_users_wait_for_each_other_and_a_reload_finds_the_video(user, server
     user.wait_for("document.querySelector('#screen img')?.naturalWidth > 0")
     user.reload()
     user.wait_for_text("#state", "sampling step")
-    other.reload()
     user.click("#cancel")
     user.wait_for_text("#state", "cancelled")
+    other.reload()
     other.wait_for_text("#state", "finished")
     plays(other)
     prompts = [result.record["prompt"] for result in Library(base.out).results()]
