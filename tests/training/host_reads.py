@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-OUTSIDE = (f"{Path(torch.__file__).parent}/", f"{Path(__file__)}")
+OUTSIDE = (f"{Path(torch.__file__).parent}/", f"{Path(__file__)}", "<")
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def counted_host_reads(*host_side: str) -> Iterator[Counter[str]]:
 
     def counting(original: Callable[..., Any]) -> Callable[..., Any]:
         def read(*arguments: Any, **options: Any) -> Any:
-            names = list(_callers(sys._getframe(1)))
+            names = list(callers(sys._getframe(1)))
             if not set(names) & set(host_side):
                 found[names[0]] += 1
             return original(*arguments, **options)
@@ -48,7 +48,7 @@ def counted_host_reads(*host_side: str) -> Iterator[Counter[str]]:
             setattr(Tensor, name, original)
 
 
-def _callers(frame: FrameType | None) -> Iterator[str]:
+def callers(frame: FrameType | None) -> Iterator[str]:
     """Names of the functions on the stack, innermost first, without those of torch."""
     while frame is not None:
         if not frame.f_code.co_filename.startswith(OUTSIDE):
