@@ -177,6 +177,9 @@ class DiffusionPhaseConfig(PhaseConfig):
     text_dropout: float | None = Field(
         default=None, ge=0.0, le=1.0, description="As `text_dropout` of the trainer."
     )
+    timestep_power: NonNegativeFloat | None = Field(
+        default=None, description="As `timestep_power` of the trainer."
+    )
     prefix: PrefixChange | None = Field(default=None, description="Changes of the prefixes.")
 
 
@@ -265,6 +268,14 @@ class DiffusionTrainConfig(TrainConfig):
         description=(
             "Upper limit of the weight 1 / b² of the squared error of x0, where b is the noise "
             "level. null: no limit, so the loss is the squared error of the velocity (§5.6)."
+        ),
+    )
+    timestep_power: NonNegativeFloat = Field(
+        default=0.0,
+        description=(
+            "Timesteps are drawn with a density that grows with this power of the timestep, so "
+            "that noisy samples are trained more often. 0: evenly, as in §5.6. Validation takes "
+            "evenly spaced timesteps for every power."
         ),
     )
     prefix: PrefixConfig = Field(

@@ -70,11 +70,22 @@ def _divides(samples_per_block: int, global_batch_size: int, num_timesteps: int)
     return num_timesteps % (global_batch_size // samples_per_block) == 0
 
 
-def draw_timestep(seed: int, sample: Sample, global_batch_size: int, num_timesteps: int) -> int:
-    """Timestep of a sample, drawn from its block."""
+def draw_timestep(
+    seed: int, sample: Sample, global_batch_size: int, num_timesteps: int, power: float = 0.0
+) -> int:
+    """Timestep of a sample, drawn from its block.
+
+    power: of the timestep in the density from which it is drawn. Blocks then divide a batch into
+        ranges of equal probability.
+    """
     low, high = timestep_block(sample.position, global_batch_size, num_timesteps)
     generator = keyed_random.generator(seed, "timestep", sample.index)
-    return int(torch.randint(low, high, (), generator=generator))
+    timestep = int(torch.randint(low, high, (), generator=generator))
+    if not power:
+        return timestep
+    # The inverse of the cumulative distribution, (t / num_timesteps) ** (power + 1).
+    share = (timestep + float(torch.rand((), generator=generator))) / num_timesteps
+    return min(int(share ** (1 / (power + 1)) * num_timesteps), num_timesteps - 1)
 
 
 def happens(seed: int, purpose: str, sample: Sample, probability: float) -> bool:
@@ -171,7 +182,11 @@ class Objective:
             latents_TCHW = clip_TCHW[start : start + frames]
             generator = keyed_random.generator(seed, "noise", sample.index)
             timestep = draw_timestep(
-                seed, sample, self.global_batch_size, config.schedule.num_timesteps
+                seed,
+                sample,
+                self.global_batch_size,
+                config.schedule.num_timesteps,
+                config.timestep_power,
             )
             latents.append(latents_TCHW)
             windows.append(start)

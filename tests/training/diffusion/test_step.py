@@ -57,6 +57,41 @@ def test_timesteps_fill_their_block():
     assert min(drawn) < 260 and max(drawn) >= 490
 
 
+def test_timesteps_of_a_power_fill_ranges_of_equal_probability():
+    drawn = torch.tensor([draw_timestep(0, sample(i, 4), 4, 1000, 2.0) for i in range(2000)])
+    # With a density of 3 t^2 / 1000^3, a quarter of the draws lies below 1000 / 4^(1/3).
+    edges = [0, 629, 793, 908, 999]
+    for position in range(4):
+        block = drawn[position::4]
+        low = edges[position]
+        high = edges[position + 1]
+        assert low <= int(block.min()) and int(block.max()) <= high
+        assert int(block.max()) >= high - 10
+    # The cumulative distribution, within 4 standard deviations of 2000 stratified draws at most.
+    for timestep in (300, 500, 700, 900):
+        share = float((drawn < timestep).float().mean())
+        assert share == pytest.approx((timestep / 1000) ** 3, abs=0.02)
+
+
+def test_a_power_changes_neither_noise_nor_evenly_drawn_timesteps(tmp_path):
+    even = Objective(config(tmp_path), CPU)
+    late = Objective(config(tmp_path, timestep_power=4.0), CPU)
+    samples = [sample(i, 4) for i in range(4)]
+    seed = even.config.loop.seed
+    drawn = [draw_timestep(seed, item, 4, 1000) for item in samples]
+    before = even.inputs(samples)
+    after = late.inputs(samples)
+    assert torch.equal(before.noise_BTCHW, after.noise_BTCHW)
+    assert torch.equal(before.timestep_B, torch.tensor(drawn))
+    assert (after.timestep_B > before.timestep_B).all()
+
+
+def test_a_phase_changes_the_power(tmp_path):
+    settings = config(tmp_path, timestep_power=4.0, phases=[{"from_step": 1, "timestep_power": 0}])
+    assert settings.at(0).timestep_power == 4.0
+    assert settings.at(1).timestep_power == 0.0
+
+
 def test_a_keyed_coin_has_its_probability():
     heads = sum(happens(0, "text_dropout", sample(i, 4), 0.1) for i in range(4000))
     assert 340 < heads < 460  # 400 +- 3 standard deviations
