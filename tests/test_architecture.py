@@ -136,6 +136,36 @@ def test_config_files_load_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def imported_at_start(module: str) -> set[str]:
+    """Dotted names that importing a module of ours imports, through modules of ours."""
+    found: set[str] = set()
+    left = [module]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        found.add(name)
+        place = ROOT.joinpath(*name.split(".")[1:])
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if not name.startswith("landiff.") or not path.exists():
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                left += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                left += [f"{node.module}.{alias.name}" for alias in node.names]
+                left.append(str(node.module))
+    return found
+
+
+def test_sampling_imports_large_libraries_only_for_the_encoders_it_uses():
+    """diffusers alone takes five seconds to import."""
+    found = imported_at_start("landiff.launchers.results.sample")
+    assert {"torch", "landiff.model_zoo.dit"} <= found
+    roots = {name.split(".")[0] for name in found}
+    assert not roots & {"diffusers", "transformers", "megatron", "deepspeed"}
+
+
 def test_help_is_instant():
     """In seconds of CPU time, which other tests on the same cores do not change much."""
 

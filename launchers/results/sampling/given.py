@@ -29,7 +29,6 @@ from landiff.launchers.results.sampling.given_files import (
     unreadable,
 )
 from landiff.model_zoo.frozen.base import VisionFeatures
-from landiff.model_zoo.frozen.cogvideox_vae import CogVideoXCodec
 from landiff.model_zoo.sample.generate import Models
 from landiff.model_zoo.sample.given import Given, codes_of, first_frames
 
@@ -76,7 +75,7 @@ class GivenFiles:
             given.kind,
             unit.num_latent_frames,
             self._clean_frames,
-            odd_only=isinstance(self._models.codec, CogVideoXCodec),
+            odd_only=self._models.codec.name == "cogvideox-vae",
         )
         frames_1THWC = self._frames(given, num_latent_frames)
         assert self._vision is not None, given
