@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from landiff.configs import load
 from landiff.data_pipeline.format.shards import read_manifest
 from landiff.data_pipeline.loading.where import Where
+from landiff.launchers.cli import main
 from landiff.launchers.data.survey import Survey
 from landiff.launchers.pipeline import local_stages
 from landiff.launchers.project.presets import FURTHER_CONFIGS, PRESET_CONFIGS
@@ -51,11 +53,16 @@ def write_preset(folder: Path) -> None:
         (folder / f"{stem}.yaml").write_text(text)
 
 
-def quickstart(out: Path) -> subprocess.CompletedProcess:
-    words = ["quickstart", "--preset", str(out.parent / "preset"), "--out", str(out)]
+def words(out: Path) -> list[str]:
+    """Words of the command, after `landiff`."""
+    found = ["quickstart", "--preset", str(out.parent / "preset"), "--out", str(out)]
     for prompt in PROMPTS:
-        words += ["--prompt", prompt]
-    command = [sys.executable, "-m", "landiff.launchers.cli", *words]
+        found += ["--prompt", prompt]
+    return found
+
+
+def quickstart(out: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "landiff.launchers.cli", *words(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=out.parent, env=env, capture_output=True, text=True, timeout=2100
@@ -205,8 +212,20 @@ def digests(out: Path) -> dict[str, str]:
     return found
 
 
-def test_a_second_run_changes_nothing(finished):
+def test_a_second_run_changes_nothing(finished, monkeypatch, capsys):
+    """The commands run in this process, since importing torch for each of them takes longest."""
     before = digests(finished.out)
-    again = quickstart(finished.out)
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    monkeypatch.chdir(finished.out.parent)
+    assert main([*words(finished.out), "--dry-run"]) == 0
+    monkeypatch.chdir(finished.out)
+    commands = landiff_commands(capsys.readouterr().out)
+    assert len(commands) == len(finished.summary["stages"])
+    for command in commands:
+        assert main(command) == 0, command
     assert digests(finished.out) == before
+
+
+def landiff_commands(text: str) -> list[list[str]]:
+    """Words of the `landiff` commands in the output of --dry-run."""
+    lines = [line for line in text.splitlines() if line.startswith("landiff ")]
+    return [shlex.split(line)[1:] for line in lines]
