@@ -10,6 +10,8 @@ Rows, their limit and their peer:
     lm             the trainer's step; 50 % MFU; Megatron-core's GPT, with Transformer Engine if it
                    is installed
     diffusion      the trainer's step; 45 % MFU; diffusers' CogVideoXTransformer3DModel
+    fp8            the steps with float8 products, compiled; the same goals; the steps without them,
+                   compiled too. Without the package torchao, or on a GPU without float8: no rows
     checkpoint     seconds that saving stops training; 1 s
     tokens         sampling at batch 1; reading weights and cache once a token; the model itself
     latents        sampling with guidance; peak of the device; two passes in turns, as the release
@@ -54,12 +56,15 @@ from landiff.model_zoo.schedule import NoiseSchedule
 from landiff.model_zoo.token_layout import TokenLayout
 from landiff.training import distributed
 from landiff.training.checkpoint.parts import write_files
+from landiff.training.float8 import layers as float8
+from landiff.training.float8.requirements import PACKAGE
 from landiff.training.observe.flops import peak_flops
 
 LM_GOAL = 0.5  # MFU
 DIFFUSION_GOAL = 0.45
 STALL_GOAL_S = 1.0
 TOY_LAYERS = 1
+TOY_FFN_SIZE = 320  # a multiple of 16, for float8
 
 
 @dataclass(frozen=True)
@@ -298,6 +303,76 @@ def diffusion_rows(case: Case) -> list[Row]:
     ]
 
 
+def float8_rows(case: Case) -> list[Row]:
+    """The trainers' steps with `fp8`, against the same steps without it."""
+    if importlib.util.find_spec(PACKAGE) is None or not float8.is_supported(case.device):
+        return []
+    sizes = case.sizes.lm
+    length = TokenLayout.of(sizes).sequence_length(sizes.segment_frames, case.text_length)
+    lm_flops = lm.step_flops(sizes, case.samples, length)
+    clip_flops = diffusion.step_flops(case.sizes.diffusion.transformer, case.samples)
+    works = [
+        ("lm step fp8", lm_seconds, case.samples * length, "tokens/s", LM_GOAL, lm_flops),
+        (
+            "diffusion step fp8",
+            diffusion_seconds,
+            case.samples,
+            "clips/s",
+            DIFFUSION_GOAL,
+            clip_flops,
+        ),
+    ]
+    rows = []
+    for name, measure, amount, unit, goal, flops in works:
+        with measured_memory(case.device) as memory:
+            seconds = measure(case, fp8=True)
+            peak_memory = memory()
+        peer = measure(case, fp8=False)
+        row = Row(
+            name,
+            amount / seconds,
+            unit,
+            goal * case.peak / flops * amount,
+            amount / peer,
+            flops / seconds / case.peak,
+            peak_memory,
+        )
+        rows.append(row)
+    return rows
+
+
+def lm_seconds(case: Case, *, fp8: bool) -> float:
+    """Seconds of a step of the language model trainer, on CUDA with compiled blocks."""
+    from landiff.training.lm.engine import MegatronEngine
+
+    changes = {"fp8": fp8, "compile_blocks": case.device.type == "cuda"}
+    with tempfile.TemporaryDirectory() as folder:
+        config = lm.train_config(
+            case.sizes.lm, Path(folder), case.samples, case.precision, **changes
+        )
+        batch = lm.make_batch(config, case.text_length)
+        engine = MegatronEngine(config)
+        seconds = fastest(lambda: engine.train_step(batch), case)
+        engine.close()
+    return seconds
+
+
+def diffusion_seconds(case: Case, *, fp8: bool) -> float:
+    """Seconds of a step of the diffusion trainer, on CUDA with compiled blocks."""
+    from landiff.training.diffusion.engine import build_engine
+
+    changes = {"fp8": fp8, "compile_blocks": case.device.type == "cuda"}
+    sizes = case.sizes.diffusion.transformer
+    schedule = case.sizes.schedule
+    with tempfile.TemporaryDirectory() as folder:
+        config = diffusion.train_config(
+            sizes, schedule, Path(folder), case.samples, case.precision, **changes
+        )
+        batch = diffusion.make_batch(config)
+        engine = build_engine(config, case.world)
+        return fastest(lambda: engine.train_step(batch), case)
+
+
 def sampling_rows(case: Case) -> list[Row]:
     """Tokens of one prompt, and latents of one clip with guidance."""
     return [token_row(case), latent_row(case)]
@@ -354,6 +429,7 @@ ROWS: dict[str, Callable[[Case], list[Row]]] = {
     "attention": attention_rows,
     "lm": lm_rows,
     "diffusion": diffusion_rows,
+    "fp8": float8_rows,
     "sampling": sampling_rows,
 }
 
@@ -381,9 +457,10 @@ def _against(value: float, other: float | None) -> str:
 
 
 def toy(sizes: ModelConfig) -> ModelConfig:
-    """Sizes with one layer in each model."""
+    """Sizes with one layer in each model, and an MLP of the LM that float8 can multiply."""
     changed: dict[str, Any] = sizes.model_dump()
     changed["lm"]["num_layers"] = TOY_LAYERS
+    changed["lm"]["ffn_size"] = TOY_FFN_SIZE
     changed["diffusion"]["transformer"]["num_layers"] = TOY_LAYERS
     changed["diffusion"]["control_layers"] = TOY_LAYERS
     return ModelConfig.model_validate(changed)

@@ -119,7 +119,7 @@ def test_the_architecture_page_lists_the_packages():
     listed = set()
     parent = ""
     for line in tree.splitlines():
-        found = re.match(r"( *)([a-z_]+)/", line)
+        found = re.match(r"( *)([a-z0-9_]+)/", line)
         if found is None:
             continue
         if not found[1]:

@@ -220,6 +220,8 @@ def activations_per_token(config: LMTrainConfig, micro_batches: int) -> float:
         attention = 2 + 2 * context
     divided = attention * model.hidden_size + KEPT_FFN * model.ffn_size
     norms = NORMS * model.hidden_size * (4 + element) / sequence_parts
+    if config.fp8:  # keeps gathered inputs of two layers, which Megatron-core would gather again
+        norms += 2 * model.hidden_size * element * (1 - 1 / sequence_parts)
     block = norms + divided / tensor * element
     layers = kept_layers(config, micro_batches)
     if not config.recompute:

@@ -6,12 +6,26 @@ from typing import Any
 
 from benchmarks import gpu
 from tests.distributed import run_distributed
+from tests.quantize_package import add_torchao
 
 
 def dry_run(world: Any) -> list[tuple[gpu.Row, ...]]:
     options = gpu.parse_arguments(["--dry-run"])
     case = gpu.make_case(options, world)
     return [tuple(gpu.ROWS[name](case)) for name in options.only]
+
+
+def float8_rows(world: Any) -> list[gpu.Row]:
+    add_torchao()
+    return gpu.float8_rows(gpu.make_case(gpu.parse_arguments(["--dry-run"]), world))
+
+
+def test_steps_with_float8_are_compared_with_steps_without():
+    [rows] = run_distributed(float8_rows, 1)
+    assert [row.name for row in rows] == ["lm step fp8", "diffusion step fp8"]
+    for row in rows:
+        assert row.value > 0 and row.limit and row.peer and row.mfu, row
+    assert rows[0].value != rows[0].peer
 
 
 def test_every_row_has_a_value_a_limit_and_a_peer():

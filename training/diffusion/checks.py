@@ -8,6 +8,7 @@ from landiff.model_zoo.registry import ZooEntry
 from landiff.training.checks import (
     Launch,
     check_groups,
+    check_package,
     check_prompts,
     check_steps,
     check_trainer,
@@ -16,12 +17,15 @@ from landiff.training.checks import (
 )
 from landiff.training.diffusion.columns import check_diffusion_columns, check_diffusion_tokenizer
 from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
+from landiff.training.float8.requirements import PACKAGE, WAY_OUT
 
 
 def check(config: DiffusionTrainConfig, launch: Launch) -> list[Problem]:
     """All problems that are known before ranks start."""
     phases, problems = check_trainer(config, launch)
     problems += check_preview(config)
+    if config.fp8:
+        problems += check_package(PACKAGE, "fp8", "true", WAY_OUT)
     if config.optim.groups and config.lora is None:
         problems += check_parameter_groups(config)
     if not launch.inputs_exist:

@@ -224,6 +224,15 @@ class DiffusionTrainConfig(TrainConfig):
         default="bf16",
         description="Precision of weights and activations. Master weights are float32.",
     )
+    fp8: bool = Field(
+        default=False,
+        description=(
+            "Multiply in float8 in the linear layers of the blocks, except modulations, by torchao "
+            "(extra `fp8`). Needs a GPU of compute capability 8.9 or newer, and `compile_blocks` "
+            "to be fast; the CPU computes the same numbers slowly. Checkpoints do not depend on "
+            "it. Needs zero.stage = 1 or 2, without `lora`."
+        ),
+    )
     init_from: str | None = Field(
         default=None,
         description=(
@@ -335,6 +344,8 @@ class DiffusionTrainConfig(TrainConfig):
                 "compile_blocks = true does not work with zero.stage = 3, which gathers the "
                 "weights of each block in Python; set zero.stage to 1 or 2"
             )
+        if self.fp8:
+            problems += self._fp8_problems()
         num_heads = self.model.transformer.num_heads
         if self.sequence_parallel > num_heads:
             problems.append(
@@ -366,6 +377,21 @@ class DiffusionTrainConfig(TrainConfig):
         height, width = shape.latent_size
         patches = height // model.patch_size * (width // model.patch_size)
         return frames * patches + model.text_length
+
+    def _fp8_problems(self) -> list[str]:
+        """Why the linear layers cannot multiply in float8.
+
+        Widths are multiples of 16 in every diffusion model, as float8 needs them.
+        """
+        problems = []
+        if self.zero.stage == 3:
+            problems.append(
+                "fp8 = true does not work with zero.stage = 3: the backward pass of a float8 layer "
+                "keeps the gathered weight of the forward pass; set zero.stage to 1 or 2"
+            )
+        if self.lora is not None:
+            problems.append("fp8 = true has no adapters (lora); set fp8 = false")
+        return problems
 
     def _prompt_problems(self) -> list[str]:
         """What is missing for previews of prompts."""

@@ -38,6 +38,7 @@ from landiff.training.diffusion.zero_settings import deepspeed_config
 from landiff.training.distributed import World
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
+from landiff.training.float8 import layers as float8
 from landiff.training.guard import Guard
 from landiff.training.layout import check_batch
 from landiff.training.observe.flops import control_flops, main_flops, num_tokens
@@ -271,5 +272,7 @@ class DeepSpeedEngine:
 
 def build_engine(config: DiffusionTrainConfig, world: World) -> DeepSpeedEngine:
     """The engine of a config. Collective, after `landiff.training.distributed.start`."""
+    if config.fp8:
+        float8.require_device(world.device)
     objective = Objective(config, world.device, load_tokenizer(config, world.device))
     return DeepSpeedEngine(config, world, build_phase_model(config), objective)

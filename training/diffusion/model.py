@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from landiff.model_zoo import registry
@@ -14,6 +16,10 @@ from landiff.model_zoo.registry import ZooEntry
 from landiff.model_zoo.tokenizer import SemanticTokenizer
 from landiff.training import rng
 from landiff.training.diffusion.config import START_KINDS, DiffusionTrainConfig
+from landiff.training.float8 import layers as float8
+
+# The other layers are small, or like modulations multiply one row for each clip.
+FLOAT8_LAYERS = re.compile(r"(?:.*\.)?blocks\.\d+\.(?:qkv|out|mlp_in|mlp_out)")
 
 
 def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | ControlledDiffusion:
@@ -42,6 +48,8 @@ def build_phase_model(config: DiffusionTrainConfig) -> DiffusionTransformer | Co
         load_start(model, registry.resolve(config.zoo, config.init_from, kind=START_KINDS))
     with rng.seeded(config.loop.seed, "lora", control):
         _select_trained(model, config)
+    if config.fp8:
+        float8.convert(model, lambda name: FLOAT8_LAYERS.fullmatch(name) is not None)
     if config.compile_blocks:
         model.compile_blocks()
     return model

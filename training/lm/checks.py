@@ -27,6 +27,7 @@ from landiff.training.checks import (
     different_fields,
     find_entry,
 )
+from landiff.training.float8.requirements import PACKAGE, WAY_OUT
 from landiff.training.layout import model_copies
 from landiff.training.lm.columns import check_lm_columns, check_lm_tokenizer
 from landiff.training.lm.config import LMTrainConfig
@@ -49,6 +50,8 @@ def check(config: LMTrainConfig, launch: Launch) -> list[Problem]:
     phases, problems = check_trainer(config, launch)
     if config.layers == "te":
         problems += check_package("transformer_engine", "layers", "te", "use layers = local")
+    if config.fp8:
+        problems += check_package(PACKAGE, "fp8", "true", WAY_OUT)
     problems += _check_optimizer(config)
     problems += check_rows(config, launch.ranks)
     problems += check_parameter_groups(config)

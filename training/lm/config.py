@@ -21,6 +21,7 @@ from landiff.training.config import (
     OptimConfig,
     TrainConfig,
 )
+from landiff.training.float8.requirements import MULTIPLE
 from landiff.training.observe.config import TrackerConfig
 from landiff.training.phases import PHASES_DESCRIPTION, PhaseConfig
 
@@ -181,6 +182,15 @@ class LMTrainConfig(TrainConfig):
         default="bf16",
         description="Precision of weights and activations. The optimizer's weights are float32.",
     )
+    fp8: bool = Field(
+        default=False,
+        description=(
+            "Multiply in float8 in the linear layers of the blocks, by torchao (extra `fp8`). "
+            "Needs a GPU of compute capability 8.9 or newer, and `compile_blocks` to be fast; the "
+            "CPU computes the same numbers slowly. Checkpoints do not depend on it. Needs layers "
+            "= local, without `lora`."
+        ),
+    )
     recompute: bool = Field(
         default=False,
         description=(
@@ -299,12 +309,43 @@ class LMTrainConfig(TrainConfig):
             )
         return problems
 
+    def _fp8_problems(self) -> list[str]:
+        """Why the linear layers cannot multiply in float8."""
+        if not self.fp8:
+            return []
+        problems = []
+        if self.layers == "te":
+            problems.append(
+                "fp8 = true has no layers of Transformer Engine (layers = te), which keep states "
+                "of float8 in checkpoints; use layers = local"
+            )
+        if self.lora is not None:
+            problems.append("fp8 = true has no adapters (lora); set fp8 = false")
+        tensor = self.parallel.tensor
+        model = self.model
+        heads = -(-model.num_heads // self.head_multiple) * self.head_multiple
+        divided = {
+            "the width of all heads": heads * (model.hidden_size // model.num_heads),
+            "model.ffn_size": model.ffn_size,
+        }
+        sizes = {"model.hidden_size": model.hidden_size}
+        for name, size in divided.items():
+            if size % tensor == 0:  # else it is reported as such
+                sizes[f"{name} / parallel.tensor"] = size // tensor
+        for name, size in sizes.items():
+            if size % MULTIPLE:
+                problems.append(
+                    f"fp8 = true multiplies matrices whose sides are multiples of {MULTIPLE}, and "
+                    f"{name} = {size} is not; change it, or set fp8 = false"
+                )
+        return problems
+
     @model_validator(mode="after")
     def _layers_divide(self, info: ValidationInfo) -> LMTrainConfig:
         tensor = self.parallel.tensor
         pipeline = self.parallel.pipeline
         heads = self.model.num_heads
-        problems = self._lora_problems()
+        problems = self._lora_problems() + self._fp8_problems()
         if self.preview_prompts and self.preview_text is None:
             problems.append("preview_prompts needs preview_text, the text encoder of text_column")
         if self.preview_prompts and self.renderer is None:

@@ -37,6 +37,7 @@ from landiff.training.checkpoint.parts import StateFile, json_file
 from landiff.training.config import OptimConfig
 from landiff.training.ema import Ema
 from landiff.training.engine import StepResult
+from landiff.training.float8 import layers as float8
 from landiff.training.guard import Guard
 from landiff.training.layout import model_copies
 from landiff.training.lm import checkpoint, sampling, validation
@@ -77,6 +78,8 @@ class MegatronEngine:
         self.adapter = adapter_of(config)
         self.dp_size = model_copies(config, dist.get_world_size())
         with megatron_device() as self.device:
+            if config.fp8:
+                float8.require_device(self.device)
             parallel_state.initialize_model_parallel(
                 config.parallel.tensor,
                 config.parallel.pipeline,

@@ -23,7 +23,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -41,6 +44,7 @@ from torch.nn import functional
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.attention import attention, attention_varlen
 from landiff.model_zoo.layers import RMSNorm, gated_gelu, rotate_pairs
+from landiff.training.float8 import layers as float8
 from landiff.training.lm.batch import Span
 from landiff.training.lm.config import CHUNKS, LMTrainConfig
 
@@ -303,6 +307,40 @@ class RowLinear(RowParallelLinear):
         return functional.linear(input_, self.weight), None
 
 
+class Float8ColumnLinear(ColumnLinear):
+    """The layer with products in float8. Tensor-parallel ranks scale their weights on their own."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        # In a tuple, so that it is no submodule, which would have the weight under a second name.
+        self._product = (float8.product(self.weight),)
+
+    def forward(self, input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """[N, 1, D] -> this rank's columns of the output, and no bias."""
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
+        elif self.tp_group.size() > 1:
+            input_ = copy_to_tensor_model_parallel_region(input_)
+        return self._product[0](input_), None
+
+
+class Float8RowLinear(RowLinear):
+    """The layer with products in float8. The results of ranks are added in their own dtype."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._product = (float8.product(self.weight),)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, None]:
+        """This rank's columns of the input -> [N, 1, D], and no bias."""
+        output = self._product[0](input_)
+        if self.sequence_parallel:
+            output = reduce_scatter_to_sequence_parallel_region(output)
+        elif self.tp_group.size() > 1:
+            output = reduce_from_tensor_model_parallel_region(output)
+        return output, None
+
+
 class GatedMLP(MLP):
     """w2(gelu_tanh(w1 · x) * (w3 · x)).
 
@@ -427,12 +465,12 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def block_spec(
-    config: TransformerConfig, layers: Literal["local", "te"]
+    config: TransformerConfig, layers: Literal["local", "te"], fp8: bool
 ) -> TransformerBlockSubmodules:
     """Layers of the transformer, with Megatron-core's linear layers or with Transformer Engine's.
 
     All layers share one spec. Raises ConfigError if Transformer Engine is requested and not
-    installed.
+    installed. `fp8`: local layers multiply in float8.
     """
     if layers == "te":
         if importlib.util.find_spec("transformer_engine") is None:
@@ -447,10 +485,12 @@ def block_spec(
         spec.submodules.pre_mlp_layernorm = MegatronRMSNorm
         spec.module = Layer
         spec.submodules.self_attention.module = Attention
-        spec.submodules.self_attention.submodules.linear_qkv = ColumnLinear
-        spec.submodules.self_attention.submodules.linear_proj = RowLinear
-        spec.submodules.mlp.submodules.linear_fc1 = ColumnLinear
-        spec.submodules.mlp.submodules.linear_fc2 = RowLinear
+        column = Float8ColumnLinear if fp8 else ColumnLinear
+        row = Float8RowLinear if fp8 else RowLinear
+        spec.submodules.self_attention.submodules.linear_qkv = column
+        spec.submodules.self_attention.submodules.linear_proj = row
+        spec.submodules.mlp.submodules.linear_fc1 = column
+        spec.submodules.mlp.submodules.linear_fc2 = row
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.submodules.mlp.module = GatedMLP
     layer_specs = [spec] * get_num_layers_to_build(config)

@@ -73,7 +73,7 @@ class MegatronLM(GPTModel):
             pad_to(vocab, config.vocab_multiple), pad_to(sizes.num_heads, config.head_multiple)
         )
         core = transformer_config(config, padded.heads)
-        blocks = block_spec(core, config.layers)
+        blocks = block_spec(core, config.layers, config.fp8)
         if config.lora is not None:
             add_layers(blocks.layer_specs[0].submodules, config.lora)
         last_chunk = config.parallel.virtual_pipeline - 1
@@ -99,18 +99,22 @@ class MegatronLM(GPTModel):
             text, micro = condition_modules(sizes)
             self.text = text.to(device, core.params_dtype)
             self.micro = micro.to(device, core.params_dtype)
+        self.fp8 = config.fp8
         self.adapted = config.lora is not None
         if self.adapted:
             freeze_base(self)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles norms and MLP of each layer at their first call.
+        """Compiles norms and MLP of each layer at their first call, and all float8 products.
 
         options: those of torch.compile. Attention of a packed row is not compiled: it has its own
         kernels, or on the CPU one call for each length.
         """
         for layer in self.decoder.layers:
             compile_blocks([layer.input_layernorm, layer.pre_mlp_layernorm, layer.mlp], **options)
+            if self.fp8:  # uncompiled, scaling and rounding are passes over memory of their own
+                attention = layer.self_attention
+                compile_blocks([attention.linear_qkv, attention.linear_proj], **options)
 
     def embed(self, row: LMRow, part: RowPart | None = None) -> Tensor:
         """Token embeddings, with the condition vectors at their positions.

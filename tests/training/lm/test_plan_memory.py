@@ -23,9 +23,10 @@ from landiff.training.lm.device import (
     seed_tensor_parallel,
     without_replacements,
 )
-from landiff.training.lm.layers import RowPart
+from landiff.training.lm.layers import Float8ColumnLinear, Float8RowLinear, RowPart
 from landiff.training.lm.model import MegatronLM
 from tests.launchers.tracing import fake_mode, kept_bytes, make_fake
+from tests.quantize_package import torchao  # noqa: F401 - a fixture
 
 LAYERS = 4
 TEXT = 64
@@ -75,7 +76,9 @@ def composite_norms(tokens: float, width: int, layers: int) -> int:
     return int((kept - fused) / 1000 * tokens * 2 * layers)
 
 
-def trace(tensor: int, pipeline: int, context: int, recompute: bool) -> tuple[float, float]:
+def trace(
+    tensor: int, pipeline: int, context: int, recompute: bool, fp8: bool = False
+) -> tuple[float, float]:
     """Bytes that autograd keeps on the first rank, and as planned."""
     config = load(
         LMTrainConfig,
@@ -87,6 +90,7 @@ def trace(tensor: int, pipeline: int, context: int, recompute: bool) -> tuple[fl
             f"parallel.context={context}",
             f"parallel.sequence={str(tensor > 1).lower()}",
             f"recompute={str(recompute).lower()}",
+            f"fp8={str(fp8).lower()}",
             f"data.micro_batch_size={CLIPS}",
         ],
     )
@@ -106,6 +110,9 @@ def trace(tensor: int, pipeline: int, context: int, recompute: bool) -> tuple[fl
             part = RowPart.of(bounds, group, torch.device("cpu"))
             with fake_mode(), without_replacements():
                 make_fake(model, torch.bfloat16)
+                for layer in model.modules():
+                    if isinstance(layer, (Float8ColumnLinear, Float8RowLinear)):
+                        layer._product[0].weight = layer.weight
                 row = packed_row(config, bounds, cu_seqlens)
                 kept = float(kept_bytes(model, lambda: model(row, part)))
     finally:
@@ -129,3 +136,12 @@ def trace(tensor: int, pipeline: int, context: int, recompute: bool) -> tuple[fl
 def test_activations_are_those_of_the_layers(layout):
     kept, planned = trace(*layout)
     assert planned == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_float8_keeps_whole_inputs_of_two_layers(tensor):
+    kept, planned = trace(tensor, 1, 1, False, fp8=True)
+    assert planned == pytest.approx(kept, rel=0.1)
+    without, _ = trace(tensor, 1, 1, False)
+    assert (kept > 1.05 * without) == (tensor > 1), kept / without
