@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -153,9 +154,10 @@ def _try_clips(
                 entry = manifest.shards[piece.shard]
                 if shard < 0:
                     _warm_up(producers, entry, piece)
-                encoders = {
-                    name: producer.begin(entry, piece.clips) for name, producer in producers.items()
-                }
+                # only the clips that are tried, since text of all clips is encoded together
+                batches = math.ceil((clips - tried) / max(1, len(piece.batch)))
+                own = piece.clips[: batches * len(piece.batch)]
+                encoders = {name: producer.begin(entry, own) for name, producer in producers.items()}
                 shard = piece.shard
             cache: BatchCache = {}
             for name, encode in encoders.items():
@@ -173,7 +175,7 @@ def _try_clips(
 def _warm_up(producers: Mapping[str, Producer], entry: ShardEntry, piece: Piece) -> None:
     """Encode a batch without timing: the first call of an encoder is slower than later ones."""
     for producer in producers.values():
-        producer.begin(entry, piece.clips)(piece.batch, {})
+        producer.begin(entry, piece.batch)(piece.batch, {})
         producer.prepare(entry)  # for the timed `begin`
 
 

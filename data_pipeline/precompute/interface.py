@@ -57,8 +57,8 @@ class Producer(Protocol):
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
         """Return the encoder of a shard.
 
-        `clips` are all clips of the shard, without frames. Batches start in order but may finish
-        in any order.
+        `clips` are all clips that will be encoded, without frames: usually those of the shard.
+        Batches start in order but may finish in any order.
         """
         ...
 

@@ -1,11 +1,15 @@
-"""Producer of text states. Each distinct caption of a shard is encoded once."""
+"""Producer of text states. Each distinct caption of a shard is encoded once.
+
+Captions of similar length are encoded together, so that little of a batch is padding.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +23,10 @@ from landiff.data_pipeline.precompute.interface import BatchCache, Encode, Produ
 from landiff.data_pipeline.precompute.units import ColumnCard
 from landiff.model_zoo.frozen.base import TextEncoder
 
+# Captions that are sorted by length. Their states are in memory at the same time: at most 1.1 GB,
+# if all have 512 tokens of width 4096. With more captions, padding falls only from 3 % to 1 %.
+CAPTIONS_SORTED = 256
+
 
 class TextProducer:
     """Computes the text states of each caption, bfloat16 [L, D]."""
@@ -27,7 +35,6 @@ class TextProducer:
         self.encoder = encoder
         self.context = context
         self.caption = column.caption
-        self.cut_off = encoder.cut_off
         self.stored: StoredCaptions | None = None
         # Clips of shards made with missing_captions=none have the states of an empty text.
         shards = read_manifest(context.config.data).config
@@ -54,7 +61,7 @@ class TextProducer:
             else:
                 own = written.get(clip.key, [""])
                 captions[clip.position] = own[min(self.caption, len(own) - 1)]
-        return ShardCaptions(captions, self._states, self.cut_off, encodes_empty=self.encodes_empty)
+        return ShardCaptions(captions, self, encodes_empty=self.encodes_empty)
 
     def examine(self, clip: Clip, tensor: Tensor) -> dict[str, float]:
         """Count non-finite values and text rows."""
@@ -64,7 +71,7 @@ class TextProducer:
         """Text states have no codes."""
         return ""
 
-    def _states(self, captions: list[str]) -> list[Tensor]:
+    def states(self, captions: list[str]) -> list[Tensor]:
         """Encode captions to text states, one [L, D] for each."""
         with self.context.timer("text"):
             states_BLD, lengths_B = self.encoder(captions)
@@ -74,47 +81,56 @@ class TextProducer:
             return [states_LD[:length].clone() for states_LD, length in pairs]
 
 
-class ShardCaptions:
-    """Encodes each distinct caption of a shard once.
+@dataclass
+class SortedCaptions:
+    """Captions that are sorted by length and encoded in batches of similar length."""
 
-    A caption is encoded with the batch of the first clip that has it; later batches wait for the
-    result. Results are not kept across shards, because the bytes of a unit must not depend on what
-    its task computed before.
+    captions: list[str]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    batches: list[list[str]] | None = None  # those that no thread has begun; None: not yet sorted
+
+    def sort(self, num_tokens: Sequence[int], batch_size: int) -> None:
+        """Divide the captions into batches, the longest first, which needs the most memory."""
+        pairs = zip(num_tokens, self.captions, strict=True)
+        longest_first = [caption for _, caption in sorted(pairs, key=lambda pair: -pair[0])]
+        starts = range(0, len(longest_first), batch_size)
+        self.batches = [longest_first[start : start + batch_size] for start in starts]
+
+
+class ShardCaptions:
+    """Encodes each distinct caption of a shard once, together with others of similar length.
+
+    The first clips whose captions are not encoded yet encode `CAPTIONS_SORTED` captions, which
+    threads share. Later clips find the results. Results are not kept across shards, because the
+    bytes of a unit must not depend on what its task computed before.
     """
 
     def __init__(
-        self,
-        captions: Mapping[int, str],
-        encode: Callable[[list[str]], list[Tensor]],
-        cut_off: Callable[[list[str]], list[str]],
-        *,
-        encodes_empty: bool = False,
+        self, captions: Mapping[int, str], producer: TextProducer, *, encodes_empty: bool = False
     ) -> None:
-        """`captions` are by the clip's position; `cut_off` returns the ends that are truncated.
-
-        `encodes_empty`: empty captions are encoded, not rejected.
-        """
+        """`captions` are by the clip's position. `encodes_empty`: empty ones are not rejected."""
         self._captions = captions
-        self._encode = encode
-        self._cut_off = cut_off
+        self._producer = producer
         self._truncated: set[str] = set()  # captions longer than the encoder accepts
         self._states: dict[str, Future[Tensor]] = {}
-        self._new: dict[int, str] = {}  # caption by position of the first clip that has it
         self._users: Counter[str] = Counter()  # clips that still need the caption
         self._lock = threading.Lock()
-        for position, caption in captions.items():
-            if not caption and not encodes_empty:
-                continue
-            if caption not in self._states:
-                self._states[caption] = Future()
-                self._new[position] = caption
-            self._users[caption] += 1
+        for caption in captions.values():
+            if caption or encodes_empty:
+                self._states.setdefault(caption, Future())
+                self._users[caption] += 1
+        self._sorted: dict[str, SortedCaptions] = {}
+        distinct = list(self._states)
+        for start in range(0, len(distinct), CAPTIONS_SORTED):
+            together = SortedCaptions(distinct[start : start + CAPTIONS_SORTED])
+            self._sorted.update(dict.fromkeys(together.captions, together))
 
     def __call__(self, batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
         """Return the text states of a batch's captions."""
-        new = [self._new[clip.position] for clip in batch if clip.position in self._new]
-        if new:
-            self._encode_captions(new)
+        for clip in batch:
+            caption = self._captions.get(clip.position)
+            if caption in self._sorted:
+                self._encode_all(self._sorted[caption])
         results = [self._result(clip) for clip in batch]
         with self._lock:
             for clip in batch:
@@ -134,19 +150,40 @@ class ShardCaptions:
         if not self._users[caption]:
             del self._states[caption]
 
-    def _encode_captions(self, captions: list[str]) -> None:
-        """Encode new captions and publish their states, or the error, to waiting batches."""
+    def _encode_all(self, together: SortedCaptions) -> None:
+        """Encode captions until every batch of them was begun by this or another thread.
+
+        An error is published to all clips that wait for these captions.
+        """
         try:
-            for caption, end in zip(captions, self._cut_off(captions), strict=True):
-                if end:
-                    self._truncated.add(caption)
-            states = self._encode(captions)
+            while captions := self._next_batch(together):
+                states = self._producer.states(captions)
+                with self._lock:
+                    for caption, state in zip(captions, states, strict=True):
+                        if not self._states[caption].done():  # else another thread failed
+                            self._states[caption].set_result(state)
         except BaseException as error:
-            for caption in captions:
-                self._states[caption].set_exception(error)
+            with together.lock:
+                together.batches = []
+            with self._lock:
+                for caption in together.captions:
+                    if caption in self._states and not self._states[caption].done():
+                        self._states[caption].set_exception(error)
             raise
-        for caption, state in zip(captions, states, strict=True):
-            self._states[caption].set_result(state)
+
+    def _next_batch(self, together: SortedCaptions) -> list[str] | None:
+        """Take a batch that no thread has begun. Sorts the captions at first."""
+        with together.lock:
+            if together.batches is None:
+                encoder = self._producer.encoder
+                ends = encoder.cut_off(together.captions)
+                pairs = zip(together.captions, ends, strict=True)
+                self._truncated.update(caption for caption, end in pairs if end)
+                batch_size = self._producer.context.config.batch_size
+                together.sort(encoder.num_tokens(together.captions), batch_size)
+            if not together.batches:
+                return None
+            return together.batches.pop(0)
 
     def _result(self, clip: Clip) -> Result:
         """Wait for the states of one clip's caption."""

@@ -129,6 +129,10 @@ class TextEncoder(Protocol):
         """The end of each text after its first `max_length` tokens, "" for shorter texts."""
         ...
 
+    def num_tokens(self, texts: list[str]) -> list[int]:
+        """The tokens of each text, at most `max_length`, special tokens included."""
+        ...
+
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns states, float32 [B, L, D], and lengths, int64 [B]; other rows are padding.
 

@@ -59,6 +59,11 @@ class MiniLMText(nn.Module):
             ends.append(end)
         return ends
 
+    def num_tokens(self, texts: list[str]) -> list[int]:
+        """The tokens of each text, at most `max_length`, [CLS] and [SEP] included."""
+        encodings = self.tokenizer.encode_batch(list(texts))
+        return [sum(encoding.attention_mask) for encoding in encodings]
+
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns states, float32 [B, L, 384], and lengths, int64 [B].

@@ -59,6 +59,11 @@ class T5Text(nn.Module):
                 ends.append(self.tokenizer.decode(tokens.input_ids[kept:]).strip())
         return ends
 
+    def num_tokens(self, texts: list[str]) -> list[int]:
+        """The tokens of each text, at most `max_length`, `</s>` included."""
+        tokens = self.tokenizer(list(texts), max_length=self.max_length, truncation=True)
+        return [len(ids) for ids in tokens.input_ids]
+
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns states, float32 [B, L, D], and lengths, int64 [B]. Other rows are zero."""

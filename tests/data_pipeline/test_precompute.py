@@ -284,13 +284,9 @@ def encoded_captions(settings: PrecomputeConfig) -> list[str]:
 
     def counting(names, context):
         made = build_producers(names, context)
-        encoder = made["text-minilm"].encoder
-
-        def encode(captions):
-            seen.extend(captions)
-            return encoder(captions)
-
-        made["text-minilm"].encoder = encode
+        made["text-minilm"].encoder.register_forward_pre_hook(
+            lambda encoder, inputs: seen.extend(inputs[0])
+        )
         return made
 
     PrecomputeTask(settings, read_manifest(settings.data), (0, 1), counting).run()

@@ -106,6 +106,12 @@ def test_padded_encoder_returns_attended_pads(text, padded_text):
     assert (states[0, :3] - masked[0]).abs().max() > 0.01  # attending pads changes the real tokens
 
 
+def test_tokens_are_counted_without_padding(text, padded_text):
+    texts = ["Snow", "A large rabbit yawns.", "word " * 100]
+    assert padded_text.num_tokens(texts)[::2] == [3, 32]
+    assert text.num_tokens(texts) == text(texts)[1].tolist()
+
+
 def test_long_texts_are_cut_at_max_length(padded_text):
     states, lengths = padded_text(["word " * 100])
     assert states.shape == (1, 32, 384) and lengths.tolist() == [32]

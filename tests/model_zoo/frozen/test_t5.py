@@ -143,5 +143,7 @@ def test_the_text_that_is_cut_off_is_told(padded, flan):
     texts = [fits, f"{fits} snow over the grass", "", "snow"]
     assert padded.cut_off(texts) == ["", "snow over the grass", "", ""]
     assert flan.cut_off(texts) == ["", "", "", ""]  # 512 tokens
+    assert padded.num_tokens(texts) == [12, 12, 1, 2]
+    assert flan.num_tokens(texts) == [12, 15, 1, 2]
     first, second = (padded([f"{fits} {end}"])[0] for end in ("snow", "grass"))
     assert torch.equal(first, second)
