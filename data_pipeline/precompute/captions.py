@@ -102,7 +102,7 @@ class ModelCaptionsProducer(_CaptionsProducer):
         readable = [clip for clip in batch if clip.frames is not None and clip.meta is not None]
         videos = [clip.frames for clip in readable if clip.frames is not None]
         fields = [prompt_fields(clip.meta) for clip in readable if clip.meta is not None]
-        with self.context.timer("captions"):
+        with self.context.encoding("captions"):
             captions = self.captioner(videos, fields) if videos else []
         written = {clip.key: texts for clip, texts in zip(readable, captions, strict=True)}
         results: list[Result] = []

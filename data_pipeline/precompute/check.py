@@ -20,14 +20,13 @@ from landiff.data_pipeline.format.schema import Manifest, ShardEntry, column_ste
 from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.format.tensors import pack_tensor
 from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader, Piece, Result
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.config import PrecomputeConfig, column_groups
 from landiff.data_pipeline.precompute.interface import (
     BatchCache,
     BuildProducers,
     Encode,
     Producer,
     ProducerContext,
-    column_groups,
     prepare_shard,
 )
 from landiff.data_pipeline.precompute.job import MIN_CLIPS_COLLAPSED
@@ -157,7 +156,9 @@ def _try_clips(
                 # only the clips that are tried, since text of all clips is encoded together
                 batches = math.ceil((clips - tried) / max(1, len(piece.batch)))
                 own = piece.clips[: batches * len(piece.batch)]
-                encoders = {name: producer.begin(entry, own) for name, producer in producers.items()}
+                encoders = {
+                    name: producer.begin(entry, own) for name, producer in producers.items()
+                }
                 shard = piece.shard
             cache: BatchCache = {}
             for name, encode in encoders.items():

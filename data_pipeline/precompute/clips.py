@@ -167,6 +167,9 @@ class ClipReader:
             frames = self._frames(decoder, shard, clip, clip.meta)
             seconds = time.perf_counter() - begin
             cpu_seconds = time.thread_time() + decoder.process.cpu_s - cpu_begin
+        except Exception as error:
+            error.add_note(f"clip {clip.key} of shard {self._shards[shard].name}")
+            raise
         finally:
             self._idle.put(decoder)
         if isinstance(frames, ClipProblem):

@@ -258,8 +258,15 @@ class PrecomputeConfig(Config):
     )
     encode_threads: PositiveInt | None = Field(
         default=None,
-        description="Batches that are encoded at the same time. null means 1 on a GPU, and on a "
-        "CPU the number of torch threads, at most 8.",
+        description="Batches that are in work at the same time. On a GPU, one of them is encoded "
+        "while the others are copied to it. null means 2 on a GPU, and on a CPU the number of "
+        "torch threads, at most 8.",
+    )
+    compile_blocks: bool = Field(
+        default=False,
+        description="Compile the blocks of Theia, T5, MiniLM and the tokenizer with torch.compile, "
+        "which needs a compiler: faster on CUDA after minutes at the start. Results differ in the "
+        "last bits, so choose before a column is begun. Other encoders have no blocks.",
     )
     max_bad_fraction: float = Field(
         default=0.05,
@@ -315,6 +322,28 @@ class PrecomputeConfig(Config):
                 f"redo names {', '.join(unknown)}; columns has {', '.join(self.columns)}"
             )
         return self
+
+
+def column_groups(config: PrecomputeConfig) -> list[list[str]]:
+    """Group the columns that are computed together.
+
+    Columns of captions come first, for the text columns that encode them. Each of both is its own
+    group, so that only one large model is in memory. All other columns need frames and form the
+    last group, so that each clip is decoded once.
+    """
+    groups: list[list[str]] = []
+    with_frames: list[str] = []
+    for name, column in config.columns.items():
+        if isinstance(column, CaptionsColumn):
+            groups.append([name])
+    for name, column in config.columns.items():
+        if isinstance(column, TextColumn):
+            groups.append([name])
+        elif not isinstance(column, CaptionsColumn):
+            with_frames.append(name)
+    if with_frames:
+        groups.append(with_frames)
+    return groups
 
 
 def _unknown_kind(name: str, kind: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,12 +14,13 @@ from torch import Tensor
 
 from landiff.data_pipeline.format.schema import ShardEntry
 from landiff.data_pipeline.precompute.clips import Clip, Result
-from landiff.data_pipeline.precompute.config import CaptionsColumn, PrecomputeConfig, TextColumn
+from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.units import ColumnCard
 from landiff.data_pipeline.precompute.write import StageTimer
 from landiff.model_zoo.device import pick_device
 
 MAX_ENCODE_THREADS = 8  # default limit on a CPU; each thread holds a batch of frames
+GPU_ENCODE_THREADS = 2  # one batch is copied to the GPU while the other is encoded
 
 # Results of one batch that several columns use, by the fingerprint of what was computed. A batch
 # is encoded by one thread, so the cache needs no lock.
@@ -93,42 +96,63 @@ class ProducerContext:
     config: PrecomputeConfig
     device: torch.device
     timer: StageTimer
-    encode_threads: int  # batches that are encoded at the same time
+    encode_threads: int  # batches that are copied to the device or encoded at the same time
+    copies: torch.cuda.Stream | None = None  # of the copies to a GPU
+    turn: threading.Lock = field(default_factory=threading.Lock)  # of the encoders on a GPU
 
     @classmethod
     def of(cls, config: PrecomputeConfig) -> ProducerContext:
         """Choose the device and the number of encoding threads for a config."""
         device = pick_device(config.device)
-        threads = 1  # a GPU runs one batch after another
+        copies = None
+        threads = GPU_ENCODE_THREADS
         if device.type == "cpu":
             threads = min(torch.get_num_threads(), MAX_ENCODE_THREADS)
-        return cls(config, device, StageTimer(), config.encode_threads or threads)
+        elif device.type == "cuda":
+            copies = torch.cuda.Stream(device)
+        return cls(config, device, StageTimer(), config.encode_threads or threads, copies)
 
-    def stack(self, videos: list[np.ndarray]) -> Tensor:
-        """Stack videos of one shape into a uint8 tensor [B, T, H, W, 3] on the device."""
-        return torch.from_numpy(np.stack(videos)).to(self.device)
+    @property
+    def running_encoders(self) -> int:
+        """Number of batches whose encoder may run at the same time."""
+        return self.encode_threads if self.device.type == "cpu" else 1
+
+    @contextmanager
+    def encoding(self, stage: str) -> Iterator[None]:
+        """Add the time of an encoder in the `with` block to `stage`.
+
+        On a GPU, waits until no other thread's encoder runs, since two at once need the memory of
+        two batches and are not faster. Inputs are stacked outside of the block, so that they are
+        copied while the encoder of another batch runs.
+        """
+        if self.device.type == "cpu":
+            with self.timer(stage):
+                yield
+            return
+        with self.turn, self.timer(stage):
+            yield
+            if self.copies is not None:  # the time of a stage is that of its kernels
+                torch.cuda.current_stream(self.device).synchronize()
+
+    def stack(self, inputs: Sequence[np.ndarray] | Sequence[Tensor]) -> Tensor:
+        """Stack videos or features of one shape on the device, [B, ...].
+
+        To a GPU they are copied from pinned memory, in a stream of its own. PyTorch keeps pinned
+        memory that is released for later batches, so each encoding thread has a buffer.
+        """
+        with self.timer("stack"):
+            tensors = [torch.as_tensor(value) for value in inputs]
+            if self.copies is None or tensors[0].is_cuda:
+                return torch.stack(tensors).to(self.device)
+            shape = (len(tensors), *tensors[0].shape)
+            stacked = torch.empty(shape, dtype=tensors[0].dtype, pin_memory=True)
+            torch.stack(tensors, out=stacked)
+            with torch.cuda.stream(self.copies):
+                copied = stacked.to(self.device, non_blocking=True)
+            self.copies.synchronize()
+            # `copies` may use this memory for another batch only after the encoder has read it
+            copied.record_stream(torch.cuda.current_stream(self.device))
+            return copied
 
 
 BuildProducers = Callable[[Sequence[str], ProducerContext], Mapping[str, Producer]]
-
-
-def column_groups(config: PrecomputeConfig) -> list[list[str]]:
-    """Group the columns that are computed together.
-
-    Columns of captions come first, for the text columns that encode them. Each of both is its own
-    group, so that only one large model is in memory. All other columns need frames and form the
-    last group, so that each clip is decoded once.
-    """
-    groups: list[list[str]] = []
-    with_frames: list[str] = []
-    for name, column in config.columns.items():
-        if isinstance(column, CaptionsColumn):
-            groups.append([name])
-    for name, column in config.columns.items():
-        if isinstance(column, TextColumn):
-            groups.append([name])
-        elif not isinstance(column, CaptionsColumn):
-            with_frames.append(name)
-    if with_frames:
-        groups.append(with_frames)
-    return groups

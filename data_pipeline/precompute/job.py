@@ -1,8 +1,9 @@
 """One task of `landiff precompute`: clips are decoded, encoded and written at the same time.
 
-Some threads decode ahead, others run the encoders (one on a GPU, one per core on a CPU), and one
-writes, hashes and commits. So the slowest stage is always busy; the progress line says how busy
-each stage is. The content of a unit does not depend on the number of threads.
+Some threads decode ahead, others run the encoders, and one writes, hashes and commits. A CPU has an
+encoding thread per core. A GPU has two, of which one copies its batch while the other's encoder
+runs. So the slowest stage is always busy; the progress line says how busy each stage is.
+The content of a unit does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from landiff.data_pipeline.format.progress import ProgressCallback
 from landiff.data_pipeline.format.schema import Manifest, ShardEntry
 from landiff.data_pipeline.format.shards import ShardError
 from landiff.data_pipeline.precompute.clips import Clip, ClipProblem, ClipReader, Piece, Result
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.config import PrecomputeConfig, column_groups
 from landiff.data_pipeline.precompute.interface import (
     BatchCache,
     BuildProducers,
@@ -31,7 +32,6 @@ from landiff.data_pipeline.precompute.interface import (
     Encode,
     Producer,
     ProducerContext,
-    column_groups,
     prepare_shard,
 )
 from landiff.data_pipeline.precompute.summary import (
@@ -71,8 +71,16 @@ class OpenShard:
     def encode_all(self, batch: Sequence[Clip]) -> dict[str, list[Result]]:
         """Encode a batch for every column. Results are by column."""
         cache: BatchCache = {}
+        results: dict[str, list[Result]] = {}
         with torch.inference_mode():
-            return {name: encode(batch, cache) for name, encode in self.encoders.items()}
+            for name, encode in self.encoders.items():
+                try:
+                    results[name] = encode(batch, cache)
+                except Exception as error:
+                    clips = ", ".join(clip.key for clip in batch)
+                    error.add_note(f"column {name!r}, clips {clips}")
+                    raise
+        return results
 
 
 @dataclass(frozen=True)
@@ -373,7 +381,7 @@ class PrecomputeTask:
             if stage.startswith(("wait", "load")):
                 continue
             spent = seconds - self._group_seconds.get(stage, 0.0)
-            fraction = spent / wall / threads.get(stage, self.context.encode_threads)
+            fraction = spent / wall / threads.get(stage, self.context.running_encoders)
             if fraction >= 0.005:
                 parts.append(f"{stage} {fraction:.0%}")
         return ", ".join(parts)

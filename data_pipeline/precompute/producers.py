@@ -30,7 +30,7 @@ from landiff.data_pipeline.precompute.texts import TextProducer
 from landiff.data_pipeline.precompute.units import ColumnCard, ColumnFolder
 from landiff.model_zoo import frozen, health, keyed_random, registry
 from landiff.model_zoo.config import TokenizerConfig
-from landiff.model_zoo.frozen.base import LatentCodec, VisionFeatures, posterior_mean
+from landiff.model_zoo.frozen.base import HasBlocks, LatentCodec, VisionFeatures, posterior_mean
 from landiff.model_zoo.frozen.config import VisionConfig, semantic_frame_indices
 
 if TYPE_CHECKING:
@@ -63,7 +63,14 @@ class FeaturesProducer:
         return self.encode
 
     def encode(self, batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
-        """Compute the features of a batch once, although a tokens column may use them too."""
+        """Compute the features of a batch, on the CPU."""
+        results: list[Result] = []
+        for result in self.on_device(batch, cache):
+            results.append(result.cpu() if isinstance(result, Tensor) else result)
+        return results
+
+    def on_device(self, batch: Sequence[Clip], cache: BatchCache) -> list[Result]:
+        """Compute the features of a batch once, although several columns may use them."""
         if self.card.fingerprint not in cache:
             cache[self.card.fingerprint] = by_shape(batch, self._frames, self._compute)
         return cache[self.card.fingerprint]
@@ -94,9 +101,10 @@ class FeaturesProducer:
         return clip.frames[semantic_frame_indices(length, 1 + (length - 1) // self.stride)]
 
     def _compute(self, frames: list[np.ndarray], keys: list[str]) -> Tensor:
-        """Encode videos of one shape, float16 [B, T, C, h, w] on the CPU."""
-        with self.context.timer("features"):
-            return self.encoder(self.context.stack(frames)).half().cpu()
+        """Encode videos of one shape, float16 [B, T, C, h, w] on the device."""
+        frames_BTHWC = self.context.stack(frames)
+        with self.context.encoding("features"):
+            return self.encoder(frames_BTHWC).half()
 
 
 class TokensProducer:
@@ -117,6 +125,7 @@ class TokensProducer:
                 f"tokens are uint16, so use a tokenizer with at most {1 << 16}"
             )
         self.tokenizer = cast("SemanticTokenizer", registry.load_model(entry, context.device))
+        compile_if_chosen(self.tokenizer, context)
         self.sizes = entry.config
         self.grids = {(entry.config.grid_height, entry.config.grid_width)}
         self.grids.update(shape.grid for shape in entry.buckets)
@@ -145,7 +154,7 @@ class TokensProducer:
     def begin(self, entry: ShardEntry, clips: Sequence[Clip]) -> Encode:
         """Return an encoder that uses the features chosen by `prepare`."""
         sidecar = self._stored_features.pop(entry.name)
-        read_features: Encode = self.features.begin(entry, clips)
+        read_features: Encode = self.features.on_device
         if sidecar is not None:
             read_features = self._stored(sidecar)
 
@@ -202,8 +211,9 @@ class TokensProducer:
 
     def _compute(self, features: list[Tensor], keys: list[str]) -> Tensor:
         """Encode features of one shape, uint16 [B, N] on the CPU."""
-        with self.context.timer("tokens"):
-            features_BTChw = torch.stack(features).float().to(self.context.device)
+        features_BTChw = self.context.stack(features)
+        with self.context.encoding("tokens"):
+            features_BTChw = features_BTChw.float()
             # longer clips are encoded segment by segment (docs/specification.md §4.2)
             segments = features_BTChw.split(self.sizes.segment_frames, dim=1)
             bf16 = self.precision == "bf16"
@@ -280,8 +290,8 @@ class LatentsProducer:
 
     def _compute(self, videos: list[np.ndarray], keys: list[str]) -> Tensor:
         """Encode videos of one shape, bfloat16 on the CPU."""
-        with self.context.timer("latents"):
-            video_BTHWC = self.context.stack(videos)
+        video_BTHWC = self.context.stack(videos)
+        with self.context.encoding("latents"):
             if self.moments:
                 return self.codec.encode_moments(video_BTHWC).bfloat16().cpu()
             noise = None
@@ -310,6 +320,12 @@ def clip_noise(seed: int, key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=keyed_random.generator(seed, "latents", key))
 
 
+def compile_if_chosen(encoder: object, context: ProducerContext) -> None:
+    """Compile the blocks of an encoder that has any, with `compile_blocks` of the config."""
+    if context.config.compile_blocks and isinstance(encoder, HasBlocks):
+        encoder.compile_blocks()
+
+
 def build_producers(names: Sequence[str], context: ProducerContext) -> dict[str, Producer]:
     """Build the encoders and producers of the columns `names` of the config."""
     built: dict[str, Producer] = {}
@@ -319,7 +335,9 @@ def build_producers(names: Sequence[str], context: ProducerContext) -> dict[str,
         """One producer for all columns that use the same features."""
         key = FeaturesColumn(encoder=encoder, frame_stride=frame_stride)
         if key not in vision:
-            vision[key] = FeaturesProducer(key, frozen.build(encoder, context.device), context)
+            network = frozen.build(encoder, context.device)
+            compile_if_chosen(network, context)
+            vision[key] = FeaturesProducer(key, network, context)
         return vision[key]
 
     for name in names:
@@ -342,6 +360,7 @@ def build_producers(names: Sequence[str], context: ProducerContext) -> dict[str,
                 built[name] = build_captions(column, context)
             case TextColumn():
                 text_encoder = frozen.build(column.encoder, context.device)
+                compile_if_chosen(text_encoder, context)
                 built[name] = TextProducer(column, text_encoder, context)
     return built
 

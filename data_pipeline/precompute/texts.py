@@ -73,7 +73,7 @@ class TextProducer:
 
     def states(self, captions: list[str]) -> list[Tensor]:
         """Encode captions to text states, one [L, D] for each."""
-        with self.context.timer("text"):
+        with self.context.encoding("text"):
             states_BLD, lengths_B = self.encoder(captions)
             states_BLD = states_BLD.bfloat16().cpu()
             lengths = lengths_B.tolist()

@@ -187,8 +187,9 @@ class ColumnFolder:
 
     def fail(self, entry: ShardEntry, error: BaseException, fingerprint: str) -> None:
         """Record why a unit was given up, unless a duplicate task has finished it."""
+        notes = getattr(error, "__notes__", [])  # such as the clips of the batch
         failure = UnitFailure(
-            error=f"{type(error).__name__}: {error}",
+            error="; ".join([f"{type(error).__name__}: {error}", *notes]),
             machine=os.uname().nodename,
             process=os.getpid(),
             time=time.time(),

@@ -23,6 +23,8 @@ from landiff.launchers.commands import (
     print_lines,
 )
 from landiff.launchers.config import ShardsJobConfig
+from landiff.launchers.data.processes import run_in_processes
+from landiff.launchers.local.gpus import visible_gpus
 from landiff.launchers.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -138,7 +140,15 @@ def precompute_command(args: argparse.Namespace) -> int:
             return 0
     match args.action:
         case "run":
-            run_precompute(config, parse_task(args.task, args.tasks), args.no_finalize)
+            task = parse_task(args.task, args.tasks)
+            gpus = visible_gpus() if config.device == "auto" else 1
+            if gpus > 1:
+                words = [args.command, "run", "--config", args.config, *args.overrides]
+                run_in_processes(words, task, gpus)
+            else:
+                run_precompute(config, task)
+            if task == (0, 1) and not args.no_finalize:
+                finalize_precompute(config)
         case "finalize":
             parse_task(args.task, args.tasks)
             finalize_precompute(config)
@@ -158,8 +168,8 @@ def describe_precompute(config: PrecomputeConfig) -> str:
     return f"would compute {', '.join(config.columns)} for the shards of {config.data}"
 
 
-def run_precompute(config: PrecomputeConfig, task: tuple[int, int], no_finalize: bool) -> None:
-    """Computes the units of one task (number, count); the only task also merges the columns."""
+def run_precompute(config: PrecomputeConfig, task: tuple[int, int]) -> None:
+    """Computes the units of one task (number, count)."""
     from landiff.data_pipeline.precompute import commands
 
     # SIGTERM is handled like Ctrl-C, so that unfinished units remove their temporary files.
@@ -167,8 +177,6 @@ def run_precompute(config: PrecomputeConfig, task: tuple[int, int], no_finalize:
     progress = ProgressLine("precompute", "clips", every_s=60.0)
     summary = commands.run(config, task=task, progress=progress)
     print(f"precompute: {summary}")
-    if task == (0, 1) and not no_finalize:
-        finalize_precompute(config)
 
 
 def finalize_precompute(config: PrecomputeConfig) -> None:

@@ -56,7 +56,7 @@ def plan_pipeline(
             last_jobs[stage.name] = tuple(previous)
             continue
         inputs_exist = context.inputs_exist and not previous
-        stage_context = replace(context, inputs_exist=inputs_exist)
+        stage_context = replace(context, inputs_exist=inputs_exist, job_per_column=True)
         new = plan_stage(stage.command, stage_context, name, own_overrides[name])
         new = finalize_each_column(new, context)
         for plan in new:

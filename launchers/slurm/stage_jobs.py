@@ -11,7 +11,7 @@ from pathlib import Path
 from landiff.configs import Config, ConfigError
 from landiff.configs.problems import Problem
 from landiff.configs.secrets import redact
-from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.config import PrecomputeConfig, column_groups
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
 from landiff.launchers.config import SampleConfig, ShardsJobConfig
@@ -59,6 +59,9 @@ class SubmitContext:
     here: bool = False
     inputs_exist: bool = True
     """False if jobs that run earlier create the inputs."""
+    job_per_column: bool = False
+    """A precompute job for each column, so that later jobs need not wait for the others. Clips are
+    then decoded once for each column and not once for all."""
 
     def launch(self, ranks: int = 1) -> Launch:
         """How a job is started. Paths inside of a container are not known here."""
@@ -217,7 +220,10 @@ def plan_shard_jobs(
 def plan_precompute(
     args: argparse.Namespace, context: SubmitContext, name: str | None
 ) -> list[SubmitPlan]:
-    """A job or an array for each column, and a job that enters all of them into the manifest."""
+    """A job or an array for each group of columns, and a job that enters them into the manifest.
+
+    A group decodes each clip once for all of its columns.
+    """
     launch = context.launch()
     if args.action == "finalize":
         launch = replace(launch, inputs_exist=False)
@@ -233,11 +239,18 @@ def plan_precompute(
     if array:
         # Not taken from the size of the array, since some of its tasks may be repeated alone.
         words += ["--tasks", str(context.cluster.resources("precompute").array)]
+    groups = column_groups(config)
+    if context.job_per_column:
+        groups = [[column] for column in config.columns]
     plans = []
-    for column, column_config in config.columns.items():
-        redo = tuple(other for other in config.redo if other == column)
-        own = config.model_copy(update={"columns": {column: column_config}, "redo": redo})
-        plan = plan_process("precompute", context, f"{name}-{column}", words, own)
+    for group in groups:
+        update = {
+            "columns": {column: config.columns[column] for column in group},
+            "redo": tuple(column for column in config.redo if column in group),
+        }
+        own_name = f"{name}-frames" if len(group) > 1 else f"{name}-{group[0]}"
+        own = config.model_copy(update=update)
+        plan = plan_process("precompute", context, own_name, words, own)
         plans.append(as_array(plan) if array else plan)
     plans[0] = replace(plans[0], problems=tuple(problems))  # those of all columns
     return [*plans, replace(finalize, after=tuple(plan.name for plan in plans))]

@@ -12,7 +12,7 @@ D width of text states.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -110,6 +110,15 @@ def posterior_sample(moments: Tensor, noise: Tensor) -> Tensor:
     """
     mean, log_variance = moments.chunk(2, dim=-3)
     return mean + (0.5 * log_variance).exp() * noise
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """An encoder of transformer blocks that torch.compile can compile one by one."""
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block at its first call. options: those of torch.compile."""
+        ...
 
 
 @runtime_checkable

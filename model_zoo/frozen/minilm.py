@@ -11,6 +11,8 @@ Apache-2.0). Nothing is downloaded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from landiff.model_zoo.convert.lazy import load_safetensors
 from landiff.model_zoo.frozen.checks import package_folders
 from landiff.model_zoo.frozen.config import MiniLMConfig
 from landiff.model_zoo.frozen.weights import encoder_fingerprint
+from landiff.model_zoo.layers import compile_blocks
 
 PAD_ID = 0
 
@@ -46,6 +49,10 @@ class MiniLMText(nn.Module):
         self.tokenizer.enable_truncation(config.max_length)
         self.tokenizer.enable_padding(pad_id=PAD_ID, pad_token="[PAD]", length=length)
         self.eval().requires_grad_(False)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block at its first call. options: those of torch.compile."""
+        compile_blocks(self.network.encoder.layer, **options)
 
     def cut_off(self, texts: list[str]) -> list[str]:
         """The end of each text after its first `max_length` tokens, "" for shorter texts."""

@@ -12,6 +12,7 @@ Shape letters (docs/glossary.md): B batch, L text rows, D width of text states.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.frozen.config import FlanT5Config, T5V11Config
 from landiff.model_zoo.frozen.weights import encoder_fingerprint, local_or_hub, unreadable
+from landiff.model_zoo.layers import compile_blocks
 
 
 class T5Text(nn.Module):
@@ -41,6 +43,10 @@ class T5Text(nn.Module):
         self.network = network
         self.tokenizer = tokenizer
         self.eval().requires_grad_(False)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block at its first call. options: those of torch.compile."""
+        compile_blocks(self.network.encoder.block, **options)
 
     def cut_off(self, texts: list[str]) -> list[str]:
         """The end of each text after its first `max_length` tokens, "" for shorter texts."""

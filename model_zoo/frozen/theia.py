@@ -18,6 +18,7 @@ C channels, H, W height and width in pixels, h, w height and width in feature ce
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,11 +26,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTConfig, ViTModel
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from landiff.configs.base import ConfigError
 from landiff.model_zoo.convert.lazy import load_safetensors
 from landiff.model_zoo.frozen.config import TheiaConfig
 from landiff.model_zoo.frozen.weights import encoder_fingerprint, local_or_hub, unreadable
+from landiff.model_zoo.layers import compile_blocks
 
 PAD_VALUE = 127
 PREFIXES = ("backbone.model.", "vit.", "model.", "")
@@ -64,6 +67,12 @@ class TheiaFeatures(nn.Module):
         self.autocast = config.dtype == "bfloat16"
         self.frames_per_pass = config.frames_per_pass
         self.eval().requires_grad_(False)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles each block at its first call. options: those of torch.compile."""
+        # versions of transformers differ in the name of their list
+        blocks = [module for module in self.network.modules() if isinstance(module, ViTLayer)]
+        compile_blocks(blocks, **options)
 
     @torch.no_grad()
     def forward(self, frames_BTHWC: Tensor) -> Tensor:

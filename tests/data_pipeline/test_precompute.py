@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader, require_encoder
 from landiff.data_pipeline.precompute import commands as precompute
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
+from landiff.data_pipeline.precompute.interface import ProducerContext
 from landiff.data_pipeline.precompute.job import PrecomputeTask, TooManyColumnRejects
 from landiff.data_pipeline.precompute.producers import build_producers, clip_noise
 from landiff.data_pipeline.precompute.units import ColumnCard, shards_of_task
@@ -276,6 +279,55 @@ def test_what_is_made_does_not_depend_on_the_number_of_threads(whole, data, zoo,
     precompute.run(config(data, zoo, names, encode_threads=threads, decode_threads=threads))
     for name in names:
         assert contents(data, [name]) == contents(whole[0], [name])
+
+
+@pytest.mark.parametrize(("device", "together"), [("cpu", True), ("cuda", False)])
+def test_encoders_of_two_threads_run_together_on_a_cpu_and_in_turn_on_a_gpu(
+    data, zoo, device, together
+):
+    context = replace(ProducerContext.of(config(data, zoo)), device=torch.device(device))
+    inside = threading.Barrier(2)
+
+    def encode() -> bool:
+        with context.encoding("features"):
+            try:
+                inside.wait(timeout=60 if together else 0.3)
+            except threading.BrokenBarrierError:
+                return False
+            return True
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(encode) for _ in range(2)]
+        assert [call.result() for call in calls] == [together] * 2
+
+
+@pytest.mark.gpu
+def test_inputs_are_copied_to_a_gpu_unchanged_while_another_encoder_runs(data, zoo):
+    context = ProducerContext.of(config(data, zoo, device="cuda"))
+    busy = torch.randn(4096, 4096, device="cuda")
+    for number in range(20):
+        videos = [pan(2 * number), pan(2 * number + 1)]
+        with context.encoding("features"):
+            for _ in range(20):
+                busy = (busy @ busy).clamp(-1, 1)
+            stacked = context.stack(videos)
+            doubled = stacked.int() * 2
+        del stacked  # its memory is free for the next copy
+        assert torch.equal(doubled.cpu(), 2 * torch.from_numpy(np.stack(videos)).int())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_are_compiled_if_chosen_and_the_fingerprint_stays(data, zoo, compiled):
+    names = ["tokens", "latents", "text-minilm"]
+    made = build_producers(names, ProducerContext.of(config(data, zoo, names)))
+    settings = config(data, zoo, names, compile_blocks=compiled)
+    again = build_producers(names, ProducerContext.of(settings))
+    blocks = [
+        again["tokens"].tokenizer.encoder.blocks[0],
+        again["text-minilm"].encoder.network.encoder.layer[0],
+    ]
+    assert [block._compiled_call_impl is not None for block in blocks] == [compiled] * 2
+    assert all(again[name].card.fingerprint == made[name].card.fingerprint for name in names)
 
 
 def encoded_captions(settings: PrecomputeConfig) -> list[str]:

@@ -29,7 +29,8 @@ from landiff.data_pipeline.format.shards import (
 )
 from landiff.data_pipeline.format.tensors import pack_tensor
 from landiff.data_pipeline.precompute import commands as precompute
-from landiff.data_pipeline.precompute.job import TooManyColumnRejects
+from landiff.data_pipeline.precompute.job import PrecomputeTask, TooManyColumnRejects
+from landiff.data_pipeline.precompute.producers import build_producers
 from landiff.data_pipeline.precompute.status import array_expression, format_table
 from landiff.data_pipeline.precompute.units import (
     ColumnFolder,
@@ -160,6 +161,24 @@ def test_a_unit_that_fails_leaves_only_a_failure_record(tmp_path, zoo):
     (row,) = precompute.status(latents(tmp_path, zoo))
     assert (row.done, row.failed) == (1, 1) and "frame_count 1" in row.errors[0]
     assert not list((tmp_path / "latents").glob(".*.tmp"))
+
+
+def test_an_error_of_an_encoder_names_the_column_and_the_clips(tmp_path, zoo):
+    def refuse(video, noise=None):
+        raise RuntimeError("no memory")
+
+    def failing(names, context):
+        made = build_producers(names, context)
+        made["latents"].codec.encode = refuse
+        return made
+
+    write_clips(tmp_path, [3])
+    settings = latents(tmp_path, zoo)
+    with pytest.raises(RuntimeError, match="no memory") as error:
+        PrecomputeTask(settings, read_manifest(tmp_path), (0, 1), failing).run()
+    assert error.value.__notes__ == ["column 'latents', clips clip0000, clip0001, clip0002"]
+    (row,) = precompute.status(settings)
+    assert "no memory; column 'latents', clips clip0000, clip0001" in row.errors[0]
 
 
 def test_columns_are_finished_where_their_preview_cannot_be_written(

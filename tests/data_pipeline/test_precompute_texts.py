@@ -13,11 +13,12 @@ from landiff.data_pipeline.precompute import texts
 from landiff.data_pipeline.precompute.clips import Clip
 from landiff.data_pipeline.precompute.interface import ProducerContext
 from landiff.data_pipeline.precompute.texts import ShardCaptions, TextProducer
+from landiff.model_zoo import frozen
 from tests.data_pipeline.data_sets import raw_sample
 from tests.data_pipeline.precompute_data import config, write_clips
-from landiff.model_zoo import frozen
 
-WORDS = "a small bird runs over the grass and looks at its long shadow on the wall".split()
+SENTENCE = "a small bird runs over the grass and looks at its long shadow on the wall"
+WORDS = SENTENCE.split()
 BATCH = 4
 
 

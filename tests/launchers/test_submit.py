@@ -96,6 +96,25 @@ def test_a_dry_run_of_the_pipeline_shows_the_graph(capsys, tmp_path, monkeypatch
     assert out.count("steps: 3\n") == 1
 
 
+def test_columns_of_frames_are_one_job_that_decodes_each_clip_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--cluster", "sandbox", "--dry-run", "--after", "7", "--config", "nano/precompute"]
+    code, out, err = landiff(capsys, "submit", "precompute", *words, "redo=[latents]")
+    assert code == 0, err
+    columns = {}
+    for part in out.split("# ==== ")[1:]:
+        title, _, text = part.partition("\n")
+        if "resolved config" in title:
+            config = yaml.safe_load(text.split("# ==== ")[0])
+            columns[title.split(":")[0]] = sorted(config["columns"]), config["redo"]
+    assert columns == {
+        "precompute-text-minilm": (["text-minilm"], []),
+        "precompute-text-minilm-padded": (["text-minilm-padded"], []),
+        "precompute-frames": (["latents", "tokens"], ["latents"]),
+        "precompute": (["latents", "text-minilm", "text-minilm-padded", "tokens"], ["latents"]),
+    }
+
+
 def test_the_pipeline_fits_this_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

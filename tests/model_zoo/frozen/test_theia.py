@@ -69,6 +69,14 @@ def encoder(folder):
     return build(config(folder))
 
 
+def test_compiled_blocks_give_the_same_features_for_every_size(folder, encoder):
+    compiled = build(config(folder))
+    compiled.compile_blocks(backend="aot_eager", fullgraph=True)
+    for height, width in ((32, 48), (48, 48)):
+        frames = torch.randint(0, 256, (1, 3, height, width, 3), dtype=torch.uint8)
+        torch.testing.assert_close(compiled(frames), encoder(frames), atol=1e-5, rtol=1e-4)
+
+
 def test_features_equal_a_direct_vit_on_the_padded_square_cropped(encoder, tmp_path):
     assert isinstance(encoder, VisionFeatures) and (encoder.channels, encoder.cell) == (HIDDEN, 16)
     save_file(vit_tensors(), tmp_path / "model.safetensors")
