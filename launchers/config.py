@@ -156,6 +156,12 @@ class SampleConfig(Config):
         description="Part of the contrast that guidance adds which is taken back; 0.7 is common "
         "for high guidance.",
     )
+    control_guidance: NonNegativeFloat = Field(
+        default=0.0,
+        description="Guidance by the semantic tokens: what the control branch changes is "
+        "multiplied by 1 + `control_guidance`. Videos follow their tokens more closely. Above 0 "
+        "each step runs the main transformer once more.",
+    )
     solver: Literal["sde-dpm++", "ddim", "unipc", "euler"] = Field(
         default="sde-dpm++",
         description="`sde-dpm++` is the release's sampler. The others are deterministic solvers of "

@@ -305,6 +305,7 @@ def sampler_options(config: SampleConfig) -> SamplerOptions:
         dynamic=config.guidance_schedule,
         guidance_interval=config.guidance_interval,
         guidance_rescale=config.guidance_rescale,
+        control_guidance=config.control_guidance,
         solver=config.solver,
     )
 

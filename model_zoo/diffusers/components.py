@@ -230,6 +230,7 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         solver: Solver = "sde-dpm++",
+        control_guidance: float = 0.0,
     ) -> None:
         config = ScheduleConfig(
             num_timesteps=num_timesteps,
@@ -252,6 +253,7 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
             guidance_interval=sampler.guidance_interval,
             guidance_rescale=sampler.guidance_rescale,
             solver=sampler.solver,
+            control_guidance=sampler.control_guidance,
         )
 
     def options(
@@ -262,6 +264,7 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
         dynamic: GuidanceSchedule | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
+        control_guidance: float | None = None,
         solver: Solver | None = None,
     ) -> SamplerOptions:
         """Sampler options with this number of steps and guidance scale.
@@ -273,6 +276,7 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
             "dynamic": dynamic,
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
+            "control_guidance": control_guidance,
             "solver": solver,
         }
         values: dict[str, Any] = {}
@@ -289,7 +293,11 @@ class LanDiffScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _check_sampler(
-    dynamic: str, guidance_interval: tuple[float, float], guidance_rescale: float, solver: str
+    dynamic: str,
+    guidance_interval: tuple[float, float],
+    guidance_rescale: float,
+    control_guidance: float,
+    solver: str,
 ) -> None:
     """Raises ValueError for a value that the sampler does not have."""
     if dynamic not in get_args(GuidanceSchedule):
@@ -301,3 +309,5 @@ def _check_sampler(
         raise ValueError(f"guidance_interval = {guidance_interval} must be two numbers in 0 ... 1")
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale = {guidance_rescale} must lie in 0 ... 1")
+    if control_guidance < 0:
+        raise ValueError(f"control_guidance = {control_guidance} must be at least 0")

@@ -201,6 +201,7 @@ class LanDiffPipeline(ComponentPlacement):
         guidance_schedule: GuidanceSchedule | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
+        control_guidance: float | None = None,
         latents: Tensor | None = None,
         given: Given | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -227,8 +228,8 @@ class LanDiffPipeline(ComponentPlacement):
             num_inference_steps: sampling steps of the diffusion model.
             token_sampling: sampling options of the language model, schedules included.
             motion_score: in frame heights per second; None means 0.1.
-            solver, guidance_schedule, guidance_interval, guidance_rescale: as in the config of
-                `landiff sample`; None means that of the scheduler.
+            solver, guidance_schedule, guidance_interval, guidance_rescale, control_guidance: as in
+                the config of `landiff sample`; None means that of the scheduler.
             latents: standard normal noise [B, T, C, H, W] to start from, for a video of one chunk.
             given: first frames of the videos (`pipe.first_frames`), or codes that are rendered
                 without the language model, `Given(codes)` with those of another call.
@@ -252,6 +253,7 @@ class LanDiffPipeline(ComponentPlacement):
                 dynamic=guidance_schedule,
                 guidance_interval=guidance_interval,
                 guidance_rescale=guidance_rescale,
+                control_guidance=control_guidance,
             ),
             seeds_of(generator, len(prompts)),
             motion_score,

@@ -44,6 +44,9 @@ class SamplerOptions:
         and the unconditional pass is left out.
     guidance_rescale: part of the result that gets the standard deviation of the conditional
         estimate of x0 back, against colours that guidance saturates (arXiv 2305.08891, §3.4).
+    control_guidance: what the control branch changes in the estimate of x0 is multiplied by
+        1 + `control_guidance`, as for the second condition of InstructPix2Pix (arXiv 2211.09800).
+        Above 0 each step runs the main transformer once more, without control branch.
     solver: "sde-dpm++" is the reference's; the others are deterministic (solvers.py).
     """
 
@@ -53,6 +56,7 @@ class SamplerOptions:
     dynamic: Literal["timestep", "step", "constant"] = "timestep"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
+    control_guidance: float = 0.0
     solver: Solver = "sde-dpm++"
 
 
@@ -175,13 +179,17 @@ def sample_latents(
         semantic = both_BTCHW[: len(state_BTCHW)]
         return model(state_BTCHW.to(model.dtype), timestep_B, text_BLD, semantic_BTCHW=semantic)
 
+    options = options or SamplerOptions()
+    estimate = _guided_denoiser(network, text_BLD, negative_BLD)
+    if options.control_guidance:
+        estimate = _away_from_main(estimate, model, text_BLD, options.control_guidance)
     return _sample(
-        _guided_denoiser(network, text_BLD, negative_BLD),
+        estimate,
         schedule,
         shape,
         noise,
         device=features_BTChw.device,
-        options=options or SamplerOptions(),
+        options=options,
         prediction=model.config.transformer.prediction,
         prefix_BTCHW=prefix_BTCHW,
         on_step=on_step,
@@ -320,6 +328,25 @@ def _guided_denoiser(
         return unconditional, conditional
 
     return estimate
+
+
+def _away_from_main(
+    estimate: _Estimate, model: ControlledDiffusion, text_BLD: Tensor, guidance: float
+) -> _Estimate:
+    """`estimate`, moved away from the output of the main transformer alone.
+
+    Both branches move by `guidance` times what the control branch changes, so that guidance by text
+    stays what it is.
+    """
+
+    def moved(state_BTCHW: Tensor, timestep: int, guided: bool) -> tuple[Tensor, Tensor]:
+        unconditional, conditional = estimate(state_BTCHW, timestep, guided)
+        timesteps = torch.full((len(state_BTCHW),), float(timestep), device=state_BTCHW.device)
+        alone = model(state_BTCHW.to(model.dtype), timesteps, text_BLD).float()
+        change = guidance * (conditional - alone)
+        return unconditional + change, conditional + change
+
+    return moved
 
 
 def _solve(

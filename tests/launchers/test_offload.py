@@ -46,6 +46,7 @@ def wanted(zoo, tmp_path_factory):
 
 def config_of(zoo, out, **options):
     values = {"prompts": ("a fox", "a bird"), "num_latent_frames": 8, "precision": "bf16"}
+    values["control_guidance"] = 0.5
     return sample_config(zoo, out, **values | options)
 
 

@@ -239,7 +239,7 @@ def test_a_long_video_does_not_depend_on_offloading(models, saved, level):
         [{0: PROMPTS[0], 9: PROMPTS[1]}],
         7,
         TOKENS,
-        SamplerOptions(num_steps=2),
+        SamplerOptions(num_steps=2, control_guidance=0.5),
         [SEED],
         0.2,
         ["rain"],
@@ -406,7 +406,7 @@ def small_zoo(tmp_path_factory):
 
 SMALL = {
     "dct": {"solver": "unipc", "guidance_schedule": "step", "precision": "bf16"},
-    "pca": {"guidance_interval": (0.0, 0.7), "guidance_rescale": 0.5},
+    "pca": {"guidance_interval": (0.0, 0.7), "guidance_rescale": 0.5, "control_guidance": 0.75},
 }
 
 
@@ -467,6 +467,7 @@ def test_a_config_with_nano_encoders_becomes_a_folder_that_gives_the_same_videos
 
 def test_options_of_a_call_are_those_of_landiff_sample(models, pipe):
     changed = {"solver": "euler", "guidance_interval": (0.2, 1.0), "guidance_rescale": 0.7}
+    changed["control_guidance"] = 1.5
     sampler = SamplerOptions(num_steps=3, dynamic="constant", **changed)
     wanted = generate(
         models,
@@ -941,6 +942,7 @@ def test_wrong_arguments_are_told_apart(pipe):
         ({"prompt": "snow", "guidance_schedule": "never"}, "must be one of timestep"),
         ({"prompt": "snow", "guidance_interval": (0.0, 2.0)}, "two numbers in 0 ... 1"),
         ({"prompt": "snow", "guidance_rescale": 2.0}, "must lie in 0 ... 1"),
+        ({"prompt": "snow", "control_guidance": -1.0}, "must be at least 0"),
         (
             {"prompt": PROMPTS, "token_sampling": TokenSamplingConfig(predict_end=True)},
             "one at a time",

@@ -21,6 +21,7 @@ from landiff.model_zoo.sample.latents import (
     sample_main_latents,
     seeded_noise,
 )
+from landiff.model_zoo.sample.placement.split import SplitDiffusion
 from landiff.model_zoo.sample.sizes import num_chunks
 from landiff.model_zoo.schedule import NoiseSchedule
 from tests.model_zoo.tiny_diffusion import TINY, randomize
@@ -355,3 +356,57 @@ def test_rescaled_guidance_has_the_deviation_of_the_conditional_estimate(model):
     conditional = steps[0].denoised.std()
     torch.testing.assert_close(found[1.0].denoised.std(), conditional)
     assert (found[0.0].denoised.std() - conditional).abs() > 1e-4 * conditional
+
+
+def first_estimate(model, **options) -> Tensor:
+    """Estimate of x0 of the first step, with the same start for all options."""
+    steps: list[SamplerStep] = []
+    sampler = SamplerOptions(num_steps=2, dynamic="constant", **options)
+    noise = seeded_noise([1])
+    sample_latents(model, SCHEDULE, *conditions(), noise, options=sampler, on_step=steps.append)
+    return steps[0].denoised
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_control_guidance_moves_away_from_the_main_transformer(model, guidance):
+    """By its multiple of what the control branch changes, and as far whatever text guidance is."""
+    steps: list[SamplerStep] = []
+    text, _ = conditions()
+    sample_main_latents(
+        model.transformer,
+        SCHEDULE,
+        text,
+        seeded_noise([1]),
+        options=SamplerOptions(num_steps=2, dynamic="constant", guidance=0),
+        on_step=steps.append,
+    )
+    alone = steps[0].denoised
+    controlled = first_estimate(model, guidance=0)
+    change = controlled - alone
+    assert change.std() > 1e-2 * alone.std()
+    plain = first_estimate(model, guidance=guidance)
+    for amount in (0.5, 2.0):
+        moved = first_estimate(model, guidance=guidance, control_guidance=amount)
+        torch.testing.assert_close(moved - plain, amount * change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["sde-dpm++", "ddim"])
+def test_control_guidance_runs_the_main_transformer_once_more_a_step(model, solver):
+    passes: list[str] = []
+    handles = [
+        model.control.blocks[0].register_forward_hook(lambda *_: passes.append("control")),
+        model.transformer.blocks[0].register_forward_hook(lambda *_: passes.append("main")),
+    ]
+    options = SamplerOptions(num_steps=3, solver=solver, control_guidance=1.0)
+    sample_latents(model, SCHEDULE, *conditions(), seeded_noise([1]), options=options)
+    for handle in handles:
+        handle.remove()
+    assert passes == ["main", "control", "main"] * 3
+
+
+def test_a_split_model_runs_the_main_transformer_alone_itself(model):
+    """Control guidance asks for that, without a semantic latent."""
+    text, _ = conditions(batch=2)
+    inputs = (torch.ones(2, 3, 4, 4, 6), torch.full((2,), 500.0), text)
+    split = SplitDiffusion(model, torch.device("cpu"))
+    assert torch.equal(split(*inputs), model(*inputs))

@@ -62,9 +62,14 @@ class SplitDiffusion:
         timestep_B: Tensor,
         text_BLD: Tensor,
         *,
-        semantic_BTCHW: Tensor,
+        semantic_BTCHW: Tensor | None = None,
     ) -> Tensor:
-        """As `ControlledDiffusion.forward`. Raises PartnerLost."""
+        """As `ControlledDiffusion.forward`. Raises PartnerLost.
+
+        Without `semantic_BTCHW` all rows are computed here.
+        """
+        if semantic_BTCHW is None:
+            return self._model(latents_BTCHW, timestep_B, text_BLD)
         inputs = (latents_BTCHW, timestep_B, text_BLD, semantic_BTCHW)
         rows = len(latents_BTCHW)
         if rows % 2:
