@@ -6,7 +6,7 @@ VENV   ?= .venv
 OUT    ?= runs/quickstart
 BIN     = $(VENV)/bin
 
-.PHONY: install quickstart learn test test-long lint docs slurm browser quantize bench bench-gpu wheel clean
+.PHONY: install quickstart learn checks test test-long lint docs slurm browser quantize bench bench-gpu wheel clean
 
 install: $(VENV)/.installed
 
@@ -29,11 +29,15 @@ learn: install
 PARALLEL = --ignore tests/slurm --numprocesses logical --maxprocesses 4 --dist loadfile \
   --no-loadscope-reorder
 
-test: install lint docs slurm browser quantize
+# Two at a time: mypy computes for minutes, and most others wait for downloads.
+checks: install
+	$(MAKE) --jobs 2 --output-sync lint docs slurm browser quantize
+
+test: checks
 	$(BIN)/python -m pytest -m "not long and not gpu" tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not gpu"
 
-test-long: install lint docs slurm browser quantize
+test-long: checks
 	$(BIN)/python -m pytest -m "not gpu" --timeout 7200 tests/slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" --timeout 7200
 
@@ -42,7 +46,8 @@ slurm:
 	tests/slurm/install.sh
 
 # Tests of `landiff demo` run a real browser: 64 MB of Debian packages, installed once as root.
-browser:
+# After those of SLURM, since only one apt-get can run.
+browser: slurm
 	tests/launchers/demo/install.sh
 
 # torchao for the tests of int8 weights and float8 products, in a folder of its own: where it is installed, diffusers,
