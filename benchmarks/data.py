@@ -44,6 +44,7 @@ from landiff.data_pipeline.format.tensors import pack_tensor
 from landiff.data_pipeline.loading.config import DataConfig
 from landiff.data_pipeline.loading.loader import Loader
 from landiff.data_pipeline.precompute import commands as precompute
+from landiff.data_pipeline.precompute.clips import Clip
 from landiff.data_pipeline.precompute.config import PrecomputeConfig
 from landiff.data_pipeline.precompute.interface import Producer, ProducerContext
 from landiff.data_pipeline.precompute.job import PrecomputeTask
@@ -59,6 +60,7 @@ from landiff.training.lm.config import LMTrainConfig
 PASSES = 4  # over the data in one measurement, so that opening files counts as in a long run
 SHAPES = {"tokens": (1218,), "latents": (13, 16, 60, 90), "text-t5": (226, 4096)}  # paper size
 BATCH_SIZE = 8  # of the loader
+WORDS = ("a", "small", "rabbit", "runs", "over", "the", "grass", "while", "birds", "watch")
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,7 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
     # The two text columns have one stage, and each of the four columns is written.
     counts = {
         "decode": clips,
+        "stack": 3 * clips,  # frames for features and latents, features for tokens
         "features": clips,
         "tokens": clips,
         "latents": clips,
@@ -326,6 +329,36 @@ def measure_precompute(clips: int, device: str, batch_size: int, folder: Path) -
     note = f"{note}; encoders loaded in {loading[0]:.1f} s before"
     rows.append(Row("precompute, whole", clips / wall, None, note))
     return rows
+
+
+def measure_captions(count: int, batch_size: int, folder: Path) -> Row:
+    """CPU time of captions of 5 to 40 words, sorted by length, against the order of the clips."""
+    overrides = [f"data={folder / 'data'}", "device=cpu", f"batch_size={batch_size}"]
+    config = load(PrecomputeConfig, "nano/precompute", overrides)
+    context = ProducerContext.of(config)
+    producer = build_producers(["text-minilm"], context)["text-minilm"]
+    entry = read_manifest(config.data).shards[0]
+    draw = np.random.default_rng(0)
+    clips = []
+    for number in range(count):
+        caption = " ".join(draw.choice(WORDS, draw.integers(5, 41)))
+        meta = meta_of(number, b"", 17, 64).model_copy(update={"caption": caption})
+        clips.append(Clip(number, meta.key, meta))
+    batches = [clips[start : start + batch_size] for start in range(0, count, batch_size)]
+
+    def in_order() -> None:
+        for batch in batches:
+            producer.begin(entry, batch)(batch, {})
+
+    def by_length() -> None:
+        encode = producer.begin(entry, clips)
+        for batch in batches:
+            encode(batch, {})
+
+    with torch.inference_mode():
+        before, after = best_cpu_s([in_order, by_length], 3)
+    note = f"{before / after:.2f}x of captions that are encoded in the order of the clips"
+    return Row("precompute: captions", count / after, None, note)
 
 
 def measure_waits(steps: int, folder: Path) -> list[Row]:
@@ -416,6 +449,7 @@ def main() -> None:
         reading = Path(name) / "reading"
         rows = measure_reading(options.shards, options.samples, options.repeats, reading)
         rows += measure_precompute(options.clips, options.device, options.batch_size, nano)
+        rows.append(measure_captions(options.clips, options.batch_size, nano))
         rows += measure_waits(options.steps, nano)
     print(table(rows))
     print(f"load average: {os.getloadavg()[0]:.1f}, cores: {len(os.sched_getaffinity(0))}")

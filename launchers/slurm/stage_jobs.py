@@ -11,7 +11,7 @@ from pathlib import Path
 from landiff.configs import Config, ConfigError
 from landiff.configs.problems import Problem
 from landiff.configs.secrets import redact
-from landiff.data_pipeline.precompute.config import PrecomputeConfig, column_groups
+from landiff.data_pipeline.precompute.config import PrecomputeConfig, TextColumn, column_groups
 from landiff.launchers.arguments import build_parser, parse_command
 from landiff.launchers.checks import load_checked, load_with_problems
 from landiff.launchers.config import SampleConfig, ShardsJobConfig
@@ -251,9 +251,20 @@ def plan_precompute(
         own_name = f"{name}-frames" if len(group) > 1 else f"{name}-{group[0]}"
         own = config.model_copy(update=update)
         plan = plan_process("precompute", context, own_name, words, own)
+        plan = replace(plan, after=captions_jobs(name, group, config))
         plans.append(as_array(plan) if array else plan)
     plans[0] = replace(plans[0], problems=tuple(problems))  # those of all columns
     return [*plans, replace(finalize, after=tuple(plan.name for plan in plans))]
+
+
+def captions_jobs(name: str, group: Sequence[str], config: PrecomputeConfig) -> tuple[str, ...]:
+    """Names of the jobs that write the captions which text columns of `group` encode."""
+    found = []
+    for column in group:
+        settings = config.columns[column]
+        if isinstance(settings, TextColumn) and settings.captions in config.columns:
+            found.append(f"{name}-{settings.captions}")
+    return tuple(found)
 
 
 def plan_evaluation(

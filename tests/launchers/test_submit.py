@@ -115,6 +115,28 @@ def test_columns_of_frames_are_one_job_that_decodes_each_clip_once(capsys, tmp_p
     }
 
 
+def test_text_waits_for_the_captions_that_it_encodes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.jsonl").write_text('{"key": "a", "caption": "a bird"}')
+    text = {"encoder": {"kind": "minilm"}}
+    columns = {
+        "captions-mine": {"encoder": {"kind": "file", "path": "captions.jsonl"}},
+        "text-raw": text,
+        "text-mine": text | {"captions": "captions-mine"},
+    }
+    settings = {"data": "data", "zoo": "zoo", "columns": columns}
+    (tmp_path / "columns.yaml").write_text(yaml.safe_dump(settings))
+    words = ["--cluster", "sandbox", "--dry-run", "--after", "7", "--config", "columns.yaml"]
+    code, out, err = landiff(capsys, "submit", "precompute", *words)
+    assert code == 0, err
+    plan = {}
+    for line in out.split("# ==== plan\n")[1].splitlines():
+        name, _, text = line.removeprefix("# ").partition(": ")
+        plan[name] = text
+    assert plan["precompute-text-mine"].endswith("after precompute-captions-mine")
+    assert "captions-mine" not in plan["precompute-text-raw"]
+
+
 def test_the_pipeline_fits_this_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
