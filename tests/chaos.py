@@ -55,7 +55,7 @@ from landiff.training.checkpoint.run_folder import (
 from landiff.training.observe.events import read_events
 from tests.distributed import Nursery, RankError, nursery
 
-TIMING = ("time", "throughput/", "data/", "memory/")  # what differs between equal runs
+TIMING = ("time", "start/", "throughput/", "data/", "memory/")  # what differs between equal runs
 # After one operation is before the next, but for renames of one rank that others may see.
 MOMENTS = {
     "write": ("within",),

@@ -35,6 +35,7 @@ from landiff.configs.secrets import RedactingFormatter
 from landiff.model_zoo import attention
 from landiff.training.checkpoint.errors import clear_errors, write_error
 from landiff.training.config import LoopConfig
+from landiff.training.observe.step_times import StartTimes
 
 if TYPE_CHECKING:
     from landiff.training.observe.heartbeat import Heartbeat
@@ -56,6 +57,7 @@ class World:
     stopping: whether a rank was asked to stop, as the last `agree` found. Equal on all ranks.
     control: the gloo group. None for a single process.
     heartbeat: of the run, None outside one.
+    start_times: of this process, until its first step.
     """
 
     rank: int
@@ -70,6 +72,7 @@ class World:
     stopping: bool = False
     control: dist.ProcessGroup | None = field(default=None, repr=False)
     heartbeat: Heartbeat | None = field(default=None, repr=False)
+    start_times: StartTimes = field(default_factory=StartTimes, repr=False)
 
     def beat(self) -> None:
         """Record progress within a step, so that a long validation or preview is not a hang."""
@@ -203,6 +206,7 @@ def start(run: Path | None = None, timeout_s: float = 1800.0) -> Iterator[World]
     backend = "nccl" if device.type == "cuda" else "gloo"
     local_size = _variable("LOCAL_WORLD_SIZE", 0)
     world = World(rank, size, local_rank, device, backend, local_size)
+    world.start_times.end("imports")
     owned: AbstractContextManager[object] = nullcontext()
     if run is not None and rank == 0:
         token = os.environ.get(ownership.TOKEN, "")
@@ -219,6 +223,7 @@ def _joined(world: World, run: Path | None, timeout_s: float) -> Iterator[World]
     failed = True
     try:
         _join(world, timedelta(seconds=timeout_s))
+        world.start_times.end("process_groups")
         yield world
         failed = False
     except BaseException as error:

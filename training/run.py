@@ -81,6 +81,7 @@ class Run:
         self.metrics.resume(state, engine.charts)
         self.events.resume(state.step)
         self.alarms.resume()
+        self.world.start_times.end("checkpoint")
         return state
 
     def log(self, state: TrainState, result: StepResult) -> None:

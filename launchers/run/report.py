@@ -39,7 +39,7 @@ from landiff.training.observe.events import read_events
 
 REPORT = "report.html"  # in the run folder
 FIRST_GROUPS = ("train", "val", "codebook")
-LAST_GROUPS = ("data", "throughput", "time", "memory")
+LAST_GROUPS = ("data", "throughput", "time", "start", "memory")
 OPEN_GROUPS = ("train", "val")
 EVENTS_SHOWN = 50
 PREVIEW_STEPS = 3  # newest previews of each tag that are shown
@@ -167,7 +167,7 @@ def last_values(series: Sequence[Series]) -> str:
 def charts(curves: Mapping[str, Curve]) -> dict[str, list[Series]]:
     """The curves of each chart by title.
 
-    Raw and averaged weights share a chart, and so do the parts of a step.
+    Raw and averaged weights share a chart, and so do the parts of a step and of the start.
     """
     found: dict[str, list[Series]] = {}
     for tag, curve in sorted(curves.items(), key=lambda item: _chart_order(item[0])):
@@ -178,6 +178,9 @@ def charts(curves: Mapping[str, Curve]) -> dict[str, list[Series]]:
         elif tag.startswith("time/") and tag.endswith("_s") and not tag.endswith("_lag_s"):
             name = tag.removeprefix("time/").removesuffix("_s").replace("_", " ")
             found.setdefault("time/seconds a step by part", []).append(Series(name, curve))
+        elif tag.startswith("start/"):
+            name = tag.removeprefix("start/").removesuffix("_s").replace("_", " ")
+            found.setdefault("start/seconds of the start by part", []).append(Series(name, curve))
         else:
             found[tag] = [Series(tag, curve)]
     return found

@@ -25,11 +25,14 @@ def main(config_path: str) -> None:
     distributed.choose_kernels(config.loop)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
+        world.start_times.end("checks")
         engine = build_engine(config, world)
+        world.start_times.end("model")
         dp_rank, dp_size = data_rank(config, world.rank, world.size)
         loader = PhasedLoader(
             config.data_phases, config.columns, dp_rank=dp_rank, dp_size=dp_size, ranks=world
         )
+        world.start_times.end("data")
         fit(engine, loader, Run(config.run, config, world), config.loop)
 
 

@@ -29,7 +29,9 @@ def main(config_path: str) -> None:
     distributed.choose_kernels(config.loop)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
+        world.start_times.end("checks")
         engine = MegatronEngine(config, Guard(config.loop, world))
+        world.start_times.end("model")
         loader = PhasedLoader(
             config.data_phases,
             config.columns,
@@ -37,6 +39,7 @@ def main(config_path: str) -> None:
             dp_size=engine.dp_size,
             ranks=world,
         )
+        world.start_times.end("data")
         fit(engine, loader, Run(config.run, config, world), config.loop)
         engine.close()
 

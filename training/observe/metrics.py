@@ -37,7 +37,12 @@ from landiff.training.observe.event_file import EventFile
 from landiff.training.observe.flops import peak_flops
 from landiff.training.observe.previews import Preview, SourcePanels, write_preview
 from landiff.training.observe.scalars import read_scalars
-from landiff.training.observe.step_times import RankTimes, StepTimes, StragglerWatch
+from landiff.training.observe.step_times import (
+    RankTimes,
+    StepTimes,
+    StragglerWatch,
+    slowest_starts,
+)
 from landiff.training.observe.trackers import Trackers
 
 PRINT_EVERY_S = 10.0  # if the output is a file and not a terminal
@@ -74,6 +79,7 @@ class Metrics:
         if world.device.type == "cuda":
             self.peak_flops = peak_flops(torch.cuda.get_device_name(world.device))
         self._stragglers = StragglerWatch()
+        self._start_is_logged = False
         self._writer: EventFile | None = None
         self._validation: dict[str, float] = {}  # of the next line
         self._state = TrainState()  # of the loop, from `resume` on
@@ -99,6 +105,8 @@ class Metrics:
         start = time.perf_counter()
         yield
         self._parts_s[part] = self._parts_s.get(part, 0.0) + time.perf_counter() - start
+        if part == "data":
+            self.world.start_times.end("first_batch")
 
     def add_validation(self, scalars: Mapping[str, float]) -> None:
         """Keep the numbers of a validation for the next `log`, which must be of the same step."""
@@ -107,6 +115,7 @@ class Metrics:
 
     def count(self, batch: Batch, result: StepResult) -> None:
         """Add one step to the throughput, and to the loss of its bucket if it has a name."""
+        self.world.start_times.end("first_step")
         self._steps += 1
         self._samples += batch.global_batch_size
         self._tokens += result.tokens
@@ -151,6 +160,8 @@ class Metrics:
         scalars |= self._times_by_part(elapsed_s)
         times = [RankTimes(**rank["times"]) for rank in ranks]
         scalars |= self._stragglers.find(times, elapsed_s / self._steps)
+        if "start" in ranks[0]:
+            scalars |= slowest_starts([rank["start"] for rank in ranks])
         scalars |= largest([rank["memory"] for rank in ranks])
         scalars |= self._validation
         scalars |= self._course(state, self._samples / elapsed_s)
@@ -192,11 +203,15 @@ class Metrics:
         return self._writer
 
     def _gather_ranks(self) -> list[dict[str, Any]]:
-        """Times and memory of all ranks. Collective."""
+        """Times and memory of all ranks, the first time also those of their start. Collective."""
         data_s = self._parts_s.get("data", 0.0) / self._steps
         forward_s = mean([times.first_forward_s for times in self._times])
         times = RankTimes(os.uname().nodename, own_s=data_s + forward_s, data_s=data_s)
-        return self.world.gather({"times": asdict(times), "memory": memory(self.world.device)})
+        found = {"times": asdict(times), "memory": memory(self.world.device)}
+        if not self._start_is_logged:
+            found["start"] = self.world.start_times.seconds
+            self._start_is_logged = True
+        return self.world.gather(found)
 
     def _utilization(self, elapsed_s: float) -> dict[str, float]:
         """Model FLOP/s of a device, and their fraction of the peak if that is known."""

@@ -1,4 +1,4 @@
-"""Times within optimizer steps, and the rank that the others wait for.
+"""Times of the start and within optimizer steps, and the rank that the others wait for.
 
 On CUDA the times are those of device events, which are read at logged steps only: measuring waits
 for the device no more often than logging does.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -39,6 +40,33 @@ def seconds_between(start: Mark, end: Mark) -> float:
         return end - start
     end.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+class StartTimes:
+    """Seconds that the parts of a process's start take, from its creation to its first step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._ended = psutil.Process().create_time()  # when the last part did
+
+    def end(self, part: str) -> None:
+        """The time since the last part belongs to `part`. Only its first end counts."""
+        if part not in self.seconds:
+            now = time.time()
+            self.seconds[part] = max(0.0, now - self._ended)
+            self._ended = now
+
+
+def slowest_starts(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The largest seconds of all ranks by part, logged in one line. Returns them by tag.
+
+    ranks: `StartTimes.seconds` of each. A rank that waits for others in a part takes as long as
+    the slowest of them.
+    """
+    slowest = {part: max(rank[part] for rank in ranks) for part in ranks[0]}
+    parts = ", ".join(f"{part.replace('_', ' ')} {taken:.1f}" for part, taken in slowest.items())
+    log.info("the start took %.1f s on the slowest ranks: %s", sum(slowest.values()), parts)
+    return {f"start/{part}_s": taken for part, taken in slowest.items()}
 
 
 @dataclass

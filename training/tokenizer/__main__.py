@@ -24,10 +24,13 @@ def main(config_path: str) -> None:
     distributed.choose_kernels(config.loop)
     with distributed.start(config.run, config.loop.collective_timeout_s) as world:
         world.require_none(lambda: check(config, Launch(world.size)))
+        world.start_times.end("checks")
         with PhasedLoader(
             config.data_phases, config.columns, dp_rank=world.rank, dp_size=world.size, ranks=world
         ) as loader:
+            world.start_times.end("data")
             engine = TokenizerEngine(config, world)
+            world.start_times.end("model")
             fit(engine, loader, Run(config.run, config, world), config.loop)
 
 

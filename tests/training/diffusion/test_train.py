@@ -111,6 +111,7 @@ def test_killed_run_equals_uninterrupted(tmp_path):
     report = prove_kill_safety(MAIN, tmp_path, __name__, kills=5)
     assert len(report.plans) == 5
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert len([tag for tag in lines[0] if tag.startswith("start/")]) == 8
     assert [line["step"] for line in lines if "val_ema/loss" in line] == [5, 10]
     events = read_events(tmp_path / "straight" / EVENTS)
     assert {each["kind"] for each in events if each.get("cause") == "not finite"} == {"rollback"}

@@ -142,6 +142,7 @@ def test_killed_run_equals_uninterrupted_and_exports(tmp_path):
     report = prove_kill_safety(SHIPPED, tmp_path, __name__, kills=5)
     assert len(report.plans) == 5
     lines = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert len([tag for tag in lines[0] if tag.startswith("start/")]) == 8
     assert [line["train/phase"] for line in lines] == [0] * 3 + [1] * 5 + [2] * 4
     assert [line["step"] for line in lines if "val_ema/loss" in line] == [6, 12]
     assert not_finite(tmp_path / "straight") == {"skip"}

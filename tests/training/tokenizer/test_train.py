@@ -54,6 +54,20 @@ def write_curriculum(run: Path) -> Path:
     return write_config(run, data=data, loop=loop, phases=phases)
 
 
+START_TAGS = {
+    f"start/{part}_s"
+    for part in (
+        "imports",
+        "process_groups",
+        "checks",
+        "data",
+        "model",
+        "checkpoint",
+        "first_batch",
+        "first_step",
+    )
+}
+
 CURRICULUM = Trainer("landiff.training.tokenizer.__main__:main", write_curriculum, world_size=2)
 
 
@@ -90,6 +104,9 @@ def test_one_and_two_processes_train_the_same_tokenizer(tmp_path):
     nursery(__name__).start(main, 2, (str(two),)).results(60)
     lines = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
+    for first, *later in lines:
+        assert first.keys() >= START_TAGS
+        assert not any(START_TAGS & line.keys() for line in later)
     for ours, theirs in zip(*lines, strict=True):
         for name in (
             "train/loss",
