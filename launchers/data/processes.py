@@ -48,6 +48,8 @@ def run_in_processes(words: Sequence[str], task: tuple[int, int], processes: int
         command = [sys.executable, "-m", "landiff.launchers.cli", *words]
         command += ["--task", f"{number}/{count}", "--no-finalize"]
         children.append(subprocess.Popen(command, env=env))
+        if stopped:  # perhaps after it had started and before `stop` knew it
+            children[-1].terminate()
     try:
         codes = [child.wait() for child in children]
     except KeyboardInterrupt:  # of the terminal, which interrupts the children too

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+import sys
+import time
 
+import psutil
 import pytest
 
 from landiff.configs import ConfigError
@@ -48,3 +52,21 @@ def test_processes_that_fail_are_named(tmp_path, capfd):
     with pytest.raises(ConfigError, match="1 ended with exit code 2, 2 ended with exit code 2"):
         run_in_processes(failing, (0, 1), 2)
     assert capfd.readouterr().err.count("missing.safetensors") >= 2
+
+
+def test_sigterm_ends_all_processes(tmp_path):
+    write_clips(tmp_path / "data", [2])
+    code = (
+        "from landiff.launchers.data.processes import run_in_processes\n"
+        f"run_in_processes({words(tmp_path / 'data')}, (0, 1), 2)"
+    )
+    parent = psutil.Popen([sys.executable, "-c", code])
+    children: list[psutil.Process] = []
+    while len(children) < 2:
+        assert parent.poll() is None, "it ended before it started two processes"
+        children = parent.children()
+        time.sleep(0.01)
+    parent.terminate()
+    assert parent.wait(timeout=120) == -signal.SIGINT  # as after Ctrl-C
+    assert not any(child.is_running() for child in children)
+    assert not list(tmp_path.glob("data/latents/*.tar"))  # they did not end by being done
