@@ -37,8 +37,10 @@ class ShardsJobConfig(ShardsConfig):
     """`landiff shards`: the content of the shards, and the folder they are written to."""
 
     data: Path = Field(
-        description="Data folder. Shards go to its subfolder `raw`, the manifest to "
-        "`manifest.json`. Does not affect the bytes of the shards."
+        description=(
+            "Data folder. Shards are written to its subfolder `raw`, the manifest to "
+            "`manifest.json`. Does not affect the content of the shards."
+        )
     )
 
     @property
@@ -52,9 +54,9 @@ class WorldConfig(Config):
 
     clips: PositiveInt = Field(description="Number of training clips.")
     true_clips: NonNegativeInt = Field(
-        default=108, description="Clips of each set that nothing is trained on."
+        default=108, description="Number of clips in each set that is not used for training."
     )
-    seed: NonNegativeInt = Field(default=0, description="Seed of places, sizes and order.")
+    seed: NonNegativeInt = Field(default=0, description="Seed of positions, sizes and order.")
 
 
 GIVEN = ("first_frame", "continue_video", "tokens_from")
@@ -76,16 +78,18 @@ class SampleConfig(Config):
     tokenizer: str = Field(default="tokenizer", description="Zoo reference of the tokenizer.")
     diffusion: str = Field(
         default="diffusion",
-        description="Zoo reference of the diffusion model, control branch included.",
+        description="Zoo reference of the diffusion model, including the control branch.",
     )
     adapters: tuple[AdapterUse, ...] = Field(
         default=(),
-        description="LoRA adapters from the zoo, each added to the model that it was trained on.",
+        description="LoRA adapters from the zoo, each applied to its base model.",
     )
     merge_adapters: bool = Field(
         default=True,
-        description="Add the adapters to the weights before sampling, which costs no time in it. "
-        "`false` keeps them in layers of their own.",
+        description=(
+            "Add the adapters to the weights before sampling, so that they take no extra time. "
+            "`false` computes them in separate layers."
+        ),
     )
     lm_text: TextConfig = Field(description="Text encoder of the language model.")
     diffusion_text: TextConfig = Field(
@@ -97,20 +101,23 @@ class SampleConfig(Config):
     )
     prompts: tuple[str, ...] = Field(
         default=(),
-        description="One video is sampled for each prompt. Prompts on the command line replace "
-        "them.",
+        description="Prompts, one video each. Prompts on the command line replace them.",
     )
     prompts_file: Path | None = Field(
         default=None,
-        description="File of prompts, in place of `prompts`: .txt with one per line, .csv with a "
-        "header, or .jsonl, with `prompt` or `schedule` and optionally `seed`, `frames` (latent "
-        "frames), `motion` and `negative`; or .schedule with lines `FRAME: TEXT`. `-` reads lines "
-        "from standard input.",
+        description=(
+            "File of prompts, instead of `prompts`: .txt with one per line, .csv with a header, or "
+            ".jsonl, with `prompt` or `schedule` and optionally `seed`, `frames` (latent frames), "
+            "`motion` and `negative`; or .schedule with lines `FRAME: TEXT`. `-` reads lines from "
+            "standard input."
+        ),
     )
     prompt_schedule: tuple[str, ...] = Field(
         default=(),
-        description="One video whose prompt changes, in place of `prompts`: lines `FRAME: TEXT`, "
-        "as in `97: the fox jumps`, each for the chunks from that RGB frame on.",
+        description=(
+            "One video whose prompt changes, instead of `prompts`: lines `FRAME: TEXT`, such as "
+            "`97: the fox jumps`. Each text applies from the chunk that contains this RGB frame."
+        ),
     )
     num_latent_frames: PositiveInt = Field(
         default=13,
@@ -120,127 +127,162 @@ class SampleConfig(Config):
     size: str | None = Field(
         default=None,
         pattern=r"^[1-9]\d*x[1-9]\d*$",
-        description="Height and width of the videos in pixels, such as 480x720, of a clip shape "
-        "that the models were trained on (`data.buckets`). null: the size of the models.",
+        description=(
+            "Height and width of the videos in pixels, such as 480x720. The models must have been "
+            "trained on this clip shape (`data.buckets`). null: the size in their configs."
+        ),
     )
     fps: PositiveFloat = Field(default=8.0, description="Frames per second of the mp4 files.")
     motion_score: NonNegativeFloat | None = Field(
         default=None,
-        description="Motion score for the language model, in frame heights per second; null "
-        "means 0.1.",
+        description=(
+            "Motion score given to the language model, in frame heights per second; null means 0.1."
+        ),
     )
     tokens: TokenSamplingConfig = Field(
         default=TokenSamplingConfig(),
-        description="How the language model draws semantic tokens.",
+        description="Sampling of semantic tokens by the language model.",
     )
     steps: PositiveInt = Field(
         default=50, description="Sampling steps of the diffusion model for each chunk, at least 2."
     )
     guidance: NonNegativeFloat = Field(
         default=6.0,
-        description="Guidance of the diffusion model. The scale varies between 1 and "
-        "1 + `guidance` over the sampling steps.",
+        description=(
+            "Classifier-free guidance of the diffusion model. The scale varies between 1 and 1 + "
+            "`guidance` over the sampling steps."
+        ),
     )
     guidance_schedule: Literal["timestep", "step", "constant"] = Field(
         default="timestep",
-        description="How the scale varies. `timestep` jumps between its bounds, as in the release; "
-        "`step` rises smoothly; `constant` is 1 + `guidance` in all steps.",
+        description=(
+            "Schedule of the scale. `timestep` jumps between 1 and 1 + `guidance`, as in the "
+            "release; `step` rises smoothly; `constant` is 1 + `guidance` in all steps."
+        ),
     )
     guidance_interval: tuple[Fraction, Fraction] = Field(
         default=(0.0, 1.0),
-        description="Part of the sampling steps with guidance, from 0 (noise) to 1 (the video). "
-        "Other steps take half the time.",
+        description=(
+            "Range of the sampling steps with guidance, from 0 (noise) to 1 (the video). Steps "
+            "without guidance take half the time."
+        ),
     )
     guidance_rescale: Fraction = Field(
         default=0.0,
-        description="Part of the contrast that guidance adds which is taken back; 0.7 is common "
-        "for high guidance.",
+        description=(
+            "Fraction of the contrast added by guidance that is removed again; 0.7 is common for "
+            "high guidance."
+        ),
     )
     control_guidance: NonNegativeFloat = Field(
         default=0.0,
-        description="Guidance by the semantic tokens: what the control branch changes is "
-        "multiplied by 1 + `control_guidance`. Videos follow their tokens more closely. Above 0 "
-        "each step runs the main transformer once more.",
+        description=(
+            "Guidance on the semantic tokens: multiplies the contribution of the control branch by "
+            "1 + `control_guidance`, so that videos follow their tokens more closely. Above 0, "
+            "each step takes one more forward pass of the main transformer."
+        ),
     )
     solver: Literal["sde-dpm++", "ddim", "unipc", "euler"] = Field(
         default="sde-dpm++",
-        description="`sde-dpm++` is the release's sampler. The others are deterministic solvers of "
-        "diffusers: `ddim` and `euler` of first order, `unipc` of second.",
+        description=(
+            "`sde-dpm++` is the sampler of the release. The others are deterministic solvers of "
+            "diffusers: `ddim` and `euler` of first order, `unipc` of second order."
+        ),
     )
     clean_frames: NonNegativeInt = Field(
         default=7,
-        description="Latent frames that each further chunk of a long video takes from the end of "
-        "the chunk before, as its clean prefix.",
+        description=(
+            "Number of latent frames at the end of a chunk that the next chunk of a long video "
+            "continues as its clean prefix."
+        ),
     )
     seed: NonNegativeInt = Field(
         default=42, description="Random seed of the first prompt; prompt i uses seed + 1000 i."
     )
     seeds: tuple[NonNegativeInt, ...] = Field(
         default=(),
-        description="Seeds of every prompt, in place of `seed`: one video for each. A seed in the "
-        "file of prompts takes precedence.",
+        description=(
+            "Seeds of every prompt, instead of `seed`: one video for each. A seed in the file of "
+            "prompts takes precedence."
+        ),
     )
     num_videos: PositiveInt = Field(
         default=1, description="Videos for each prompt and seed s, with seeds s, s + 1, and so on."
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
         default=1,
-        description="Videos that are generated at once on one device. A video depends on it only "
-        "by rounding, and not on the other videos of its batch. `auto` measures which size is "
-        "fastest, once: later runs in the same folder keep the size.",
+        description=(
+            "Number of videos that one device generates at once. It changes a video by rounding "
+            "only. `auto` measures which size is fastest, once per output folder."
+        ),
     )
     vision: VisionConfig | None = Field(
         default=None,
-        description="Vision features that the tokenizer was trained on. `first_frame`, "
-        "`continue_video` and `tokens_from` of a video need them, and the report of a long video "
-        "then measures in them how far each chunk is from the first.",
+        description=(
+            "Vision encoder that the tokenizer was trained with. Required for `first_frame`, "
+            "`continue_video`, and a video as `tokens_from`. The drift report of a long video uses "
+            "it too."
+        ),
     )
     first_frame: Path | None = Field(
-        default=None, description="Image or video whose first frame the videos begin with."
+        default=None, description="Image or video whose first frame the videos start with."
     )
     continue_video: Path | None = Field(
         default=None,
-        description="Video that the videos continue: they begin with its last `clean_frames` "
-        "latent frames.",
+        description=(
+            "Video to continue: the videos start with its last `clean_frames` latent frames."
+        ),
     )
     tokens_from: Path | None = Field(
         default=None,
-        description="Video, or file of `tokens_only`, whose semantic tokens the videos have. The "
-        "language model is not used.",
+        description=(
+            "Video, or file of `tokens_only`, whose semantic tokens are rendered. The language "
+            "model is not used."
+        ),
     )
     tokens_only: bool = Field(
         default=False,
-        description="Draw the semantic tokens only, into `tokens/NAME.safetensors`. The same "
-        "command without it renders them.",
+        description=(
+            "Only sample semantic tokens, and write them to `tokens/NAME.safetensors`. The same "
+            "command without it renders them."
+        ),
     )
     split_guidance: bool = Field(
         default=False,
-        description="Generate each video on two devices: a second process computes half of the "
-        "rows of the diffusion model, with guidance one of its two branches. `--nproc` is then an "
-        "even number. Videos differ by rounding, as with another `batch_size`.",
+        description=(
+            "Generate each video on two devices: a second process computes half of the batch of "
+            "the diffusion model, which is one of the two branches of guidance. `--nproc` must be "
+            "even. Videos differ by rounding, as with another `batch_size`."
+        ),
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="`fp32` computes in float32, in whatever precision the weights are stored. "
-        "`bf16` samples as the release does (§4.5, §5.11): norms, output head and quantizer stay "
-        "float32.",
+        description=(
+            "`fp32` computes in float32, whatever the dtype of the stored weights. `bf16` samples "
+            "as the release does (§4.5, §5.11): norms, output head and quantizer stay float32."
+        ),
     )
     quantize: Literal["none", "int8"] = Field(
         default="none",
-        description="Weights of the transformer blocks of language and diffusion model. `int8`: a "
-        "quarter of the memory of `fp32`, half of that of `bf16`, by torchao (extra `quantize`). "
-        "Videos differ by rounding.",
+        description=(
+            "Quantization of the weights of transformer blocks in the language model and the "
+            "diffusion model. `int8` takes a quarter of the memory of `fp32`, half of that of "
+            "`bf16`, with torchao (extra `quantize`). Videos differ by rounding."
+        ),
     )
     offload: Literal["none", "model", "group", "sequential", "disk"] = Field(
         default="none",
-        description="Where models and text encoders are that are not in use. `none`: on the "
-        "device. `model`: in the memory of the host. `group`: there too, and that in use moves to "
-        "the device block by block, `sequential`: layer by layer, except for the language model. "
-        "`disk`: nowhere; each is loaded when its turn comes. `--memory` chooses. Videos do not "
-        "depend on it.",
+        description=(
+            "Placement of models and text encoders. `none`: all on the device. `model`: in host "
+            "memory; each moves to the device while it is used. `group`: the model in use moves "
+            "block by block. `sequential`: layer by layer, except for the language model. `disk`: "
+            "each is loaded when it is used. `--memory` selects a mode. Videos do not depend on "
+            "it."
+        ),
     )
     device: str = Field(
-        default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
+        default="auto",
+        description="torch device; `auto` uses a GPU if there is one, otherwise the CPU.",
     )
 
     @property
@@ -275,17 +317,19 @@ class EvaluateConfig(Config):
     """`landiff evaluate`: losses under right and wrong conditions, on clips of a data folder."""
 
     zoo: Path = Field(description="Zoo folder with the three models.")
-    data: Path = Field(description="Data folder with the columns named below, tokens and latents.")
+    data: Path = Field(
+        description="Data folder with tokens, latents and the text columns named below."
+    )
     out: Path = Field(description="JSON file of the results.")
     lm: str = Field(default="lm", description="Zoo reference of the language model.")
     tokenizer: str = Field(default="tokenizer", description="Zoo reference of the tokenizer.")
     diffusion: str = Field(
         default="diffusion",
-        description="Zoo reference of the diffusion model, control branch included.",
+        description="Zoo reference of the diffusion model, including the control branch.",
     )
     adapters: tuple[AdapterUse, ...] = Field(
         default=(),
-        description="LoRA adapters from the zoo, each added to the model that it was trained on.",
+        description="LoRA adapters from the zoo, each applied to its base model.",
     )
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="Noise schedule of the diffusion model."
@@ -293,51 +337,71 @@ class EvaluateConfig(Config):
     lm_text_column: str = Field(description="Column of text states for the language model.")
     diffusion_text_column: str = Field(description="Column of text states for the diffusion model.")
     prefix_frames: PositiveInt = Field(
-        description="Latent frames of the clean prefix in the prefix test; the loss is compared "
-        "on the later frames."
+        description=(
+            "Latent frames of the clean prefix in the prefix test. The loss is compared on the "
+            "frames after it."
+        )
     )
     buckets: tuple[BucketName, ...] | None = Field(
         default=None,
         min_length=1,
-        description="Clip shapes to evaluate, each by itself, as frames x height x width. null: "
-        "all shapes of the data.",
+        description=(
+            "Clip shapes to evaluate separately, as frames x height x width. null: all shapes of "
+            "the data."
+        ),
     )
     samples: PositiveInt = Field(
         default=32,
-        description="Clips for each seed and clip shape, at most all of the shape; at least 2.",
+        description=(
+            "Number of clips per seed and clip shape, at least 2. If there are fewer clips, all "
+            "are used."
+        ),
     )
     validation: ValidationConfig | None = Field(
         default=None,
-        description="Measure held-out clips, the same for every seed: the `data.validation` of the "
-        "training runs. null draws from all clips.",
+        description=(
+            "Evaluate the held-out clips of training: set it to `data.validation` of the training "
+            "runs. null: choose from all clips at random."
+        ),
     )
     seeds: PositiveInt = Field(
         default=5,
-        description="Number of repetitions. Each draws its own clips, wrong conditions, noise and "
-        "timesteps.",
+        description=(
+            "Number of repetitions, each with different clips, wrong conditions, noise and "
+            "timesteps."
+        ),
     )
     device: str = Field(
-        default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
+        default="auto",
+        description="torch device; `auto` uses a GPU if there is one, otherwise the CPU.",
     )
 
 
 class VideoMetricsConfig(Config):
     """`landiff evaluate videos`: metrics of a folder of videos that need no download."""
 
-    videos: Path = Field(description="Folder of mp4 files, that of `landiff sample` for instance.")
+    videos: Path = Field(
+        description="Folder of mp4 files, for instance the output of `landiff sample`."
+    )
     reference: Path | None = Field(
         default=None,
-        description="Folder of real videos, from which FVD and KVD are the distances; null "
-        "measures `videos` alone.",
+        description=(
+            "Folder of real videos with which FVD and KVD compare `videos`; null: no FVD and KVD."
+        ),
     )
     out: Path = Field(default=Path("video-metrics.json"), description="JSON file of the results.")
     features: VisionConfig = Field(
-        default=EfficientNetConfig(), description="Network whose features FVD and KVD compare."
+        default=EfficientNetConfig(),
+        description="Network that computes the features for FVD and KVD.",
     )
     num_frames: PositiveInt | None = Field(
-        default=None, description="First frames of each video that are measured; null means all."
+        default=None,
+        description=(
+            "Number of frames of each video that are evaluated, from the start; null means all."
+        ),
     )
     fps: PositiveFloat = Field(default=8.0, description="Frames per second of the videos.")
     device: str = Field(
-        default="auto", description="torch device; `auto` uses a GPU if there is one, else the CPU."
+        default="auto",
+        description="torch device; `auto` uses a GPU if there is one, otherwise the CPU.",
     )

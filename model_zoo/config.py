@@ -54,23 +54,28 @@ class TokenizerConfig(Config):
         default=74, description="Tokens of a P frame, any further frame of a segment."
     )
     segment_frames: PositiveInt = Field(
-        default=13, description="Semantic frames of a segment, which the tokenizer sees at once."
+        default=13, description="Semantic frames of a segment, the input of the tokenizer."
     )
     rope_theta: PositiveFloat = Field(
         default=10000.0, description="Base of the frequencies of the rotary embedding (§3.4)."
     )
     latent_positions: Literal["diagonal", "grid"] = Field(
         default="diagonal",
-        description="Positions of latent tokens in the rotary embedding. `diagonal`: latent m of a "
-        "segment is at (m, m, m), as in the release (§3.4). `grid`: the latents of a frame have "
-        "its time and are spread evenly over its rows and columns, so that a small model finds "
-        "the cells of each latent early.",
+        description=(
+            "Positions of latent tokens in the rotary embedding. `diagonal`: latent m of a segment "
+            "is at (m, m, m), as in the release (§3.4). `grid`: the latents of a frame have its "
+            "time and are spread evenly over its rows and columns, so that a small model learns "
+            "the cells of each latent early."
+        ),
     )
     local_paths: bool = Field(
         default=False,
-        description="Start each latent from the mean of the cells that it covers, and each decoded "
-        "cell from the latents that cover it, in addition to the learned query and mask token. A "
-        "small model then learns before its attention has formed. Needs `latent_positions: grid`.",
+        description=(
+            "Initialize each latent with the mean of the cells that it covers, and each decoded "
+            "cell with the latents that cover it, in addition to the learned query and mask token. "
+            "A small model then learns before its attention has formed. Needs `latent_positions: "
+            "grid`."
+        ),
     )
     cell_mask_tokens: bool = Field(
         default=False,
@@ -78,12 +83,15 @@ class TokenizerConfig(Config):
     )
     normalize_features: bool = Field(
         default=False,
-        description="Encode (f - mean) / (std + 1e-8) instead of the features f, per channel, and "
-        "invert this after decoding (§3.8). Mean and std are those of the first global batch of "
-        "the training.",
+        description=(
+            "Encode (f - mean) / (std + 1e-8) instead of the features f, per channel, and invert "
+            "this after decoding (§3.8). Mean and std are those of the first global batch of "
+            "training."
+        ),
     )
     commitment_weight: float = Field(
-        default=1.0, description="Weight of the commitment loss; the reconstruction has weight 1."
+        default=1.0,
+        description="Weight of the commitment loss, relative to the reconstruction loss.",
     )
     codebook_decay: float = Field(
         default=0.8,
@@ -91,19 +99,26 @@ class TokenizerConfig(Config):
     )
     dead_code_threshold: float = Field(
         default=2.0,
-        description="A code whose moving average of uses per forward pass falls below this "
-        "number is replaced by a vector of the batch.",
+        description=(
+            "Codes whose moving average of uses per forward pass is below this number are replaced "
+            "by vectors of the batch."
+        ),
     )
     dead_code_share: PositiveFloat | None = Field(
         default=None,
-        description="Replaces `dead_code_threshold` by this share of the expected uses of a code "
-        "per forward pass, which are tokens of the global micro-batch / `codebook_size`. The same "
-        "share then means the same for every batch size. null: `dead_code_threshold` counts.",
+        description=(
+            "Instead of `dead_code_threshold`: a fraction of the expected uses of a code per "
+            "forward pass, which are tokens of the global micro-batch / `codebook_size`. Unlike "
+            "`dead_code_threshold`, it does not depend on the batch size. null: use "
+            "`dead_code_threshold`."
+        ),
     )
     kmeans_iterations: PositiveInt = Field(
         default=10,
-        description="Iterations of the k-means that initializes the codebook in the first forward "
-        "pass of the training.",
+        description=(
+            "Iterations of the k-means that initializes the codebook in the first forward pass of "
+            "training."
+        ),
     )
 
     @model_validator(mode="after")
@@ -162,11 +177,11 @@ class LMConfig(Config):
     )
     max_positions: PositiveInt = Field(
         default=32768,
-        description="Longest sequence, in positions: conditions, text and tokens together.",
+        description="Maximum sequence length, in positions: conditions, text and tokens together.",
     )
     text_dim: PositiveInt = Field(default=4096, description="Width of the text states.")
     max_text_tokens: PositiveInt = Field(
-        default=512, description="Longest text, in tokens of the text encoder."
+        default=512, description="Maximum length of a text, in tokens of the text encoder."
     )
     micro_hidden_size: PositiveInt = Field(
         default=512, description="Inner width of the MLP of a micro-condition."
@@ -176,9 +191,11 @@ class LMConfig(Config):
     )
     grid_condition: bool = Field(
         default=False,
-        description="Tell the model the rows and columns of feature cells of a clip, beside its "
-        "number of frames, for training on several heights and widths. The released model does not "
-        "have it.",
+        description=(
+            "Condition the model on the rows and columns of feature cells of a clip, in addition "
+            "to its number of frames, for training on several heights and widths. The released "
+            "model does not have it."
+        ),
     )
 
     @model_validator(mode="after")
@@ -198,21 +215,26 @@ class TokenSamplingConfig(Config):
 
     guidance: PositiveFloat = Field(
         default=7.5,
-        description="Scale g of classifier-free guidance: logits are l_uncond + g · (l_cond - "
-        "l_uncond). 1 switches guidance off and halves the work.",
+        description=(
+            "Scale g of classifier-free guidance: logits are l_uncond + g · (l_cond - l_uncond). 1 "
+            "turns guidance off and halves the computation."
+        ),
     )
     temperature: PositiveFloat = Field(
         default=1.0, description="The logits are divided by this number."
     )
     top_k: PositiveInt | None = Field(
         default=None,
-        description="Draw only from the k most likely tokens; 1 always takes the most likely. "
-        "Excludes `top_p`.",
+        description=(
+            "Sample only from the k most likely tokens; 1 is greedy decoding. Excludes `top_p`."
+        ),
     )
     top_p: PositiveFloat | None = Field(
         default=None,
-        description="Draw only from the most likely tokens whose probabilities add up to p, at "
-        "most 1. Excludes `top_k`.",
+        description=(
+            "Sample only from the most likely tokens whose probabilities add up to p, at most 1. "
+            "Excludes `top_k`."
+        ),
     )
     temperature_end: PositiveFloat | None = Field(
         default=None,
@@ -225,8 +247,10 @@ class TokenSamplingConfig(Config):
     )
     context_segments: PositiveInt | None = Field(
         default=None,
-        description="Segments of a long video that the model sees when it draws the next one, in "
-        "memory that does not depend on the length. null: all of them, drawn at once.",
+        description=(
+            "Number of previous segments of a long video on which the next segment is conditioned; "
+            "memory then does not grow with the length. null: all, sampled in one sequence."
+        ),
     )
     predict_end: bool = Field(
         default=False,
@@ -235,8 +259,10 @@ class TokenSamplingConfig(Config):
     )
     reference_behaviour: bool = Field(
         default=False,
-        description="Draw as the reference implementation does: at every position, with special "
-        "tokens allowed at positions of codes (§8.7, §8.8).",
+        description=(
+            "Sample as the reference implementation does: at every position, with special tokens "
+            "allowed at positions of codes (§8.7, §8.8)."
+        ),
     )
 
     @model_validator(mode="after")
@@ -282,7 +308,8 @@ class TransformerConfig(Config):
         default=512, description="Width of the embedding of the timestep."
     )
     text_length: PositiveInt = Field(
-        default=226, description="Rows of text states. Rows of padding count and are attended."
+        default=226,
+        description="Number of rows of text states. Rows of padding count and are attended to.",
     )
     text_dim: PositiveInt = Field(default=4096, description="Width of the text states.")
     spatial_interpolation: PositiveFloat = Field(
@@ -291,15 +318,19 @@ class TransformerConfig(Config):
     )
     rotary_theta: PositiveFloat | None = Field(
         default=None,
-        description="Base of the frequencies of a rotary embedding of frame, row and column in the "
-        "attention of video tokens, in addition to the position table. Attention across patches "
-        "then forms early in training. null: none, as in the release.",
+        description=(
+            "Base of the frequencies of a rotary embedding of frame, row and column in the "
+            "attention of video tokens, in addition to the position table. It helps attention "
+            "across patches to form early in training. null: none, as in the release."
+        ),
     )
     prediction: Literal["velocity", "clean"] = Field(
         default="velocity",
-        description="What the network returns: the `velocity` v = a · noise - b · x0, as in the "
-        "release, or the `clean` latents x0, which a narrow model learns faster because it need "
-        "not pass the noise through.",
+        description=(
+            "Output of the network: the `velocity` v = a · noise - b · x0, as in the release, or "
+            "the `clean` latents x0, which a narrow model learns faster because it does not have "
+            "to pass the noise through."
+        ),
     )
 
     def sized(self, frames: int, height: int, width: int) -> TransformerConfig:
@@ -343,9 +374,11 @@ class SemanticConditionConfig(Config):
     )
     upsampler: Literal["residual", "linear"] = Field(
         default="residual",
-        description="`residual`: blocks of convolutions with group norm, of the sizes below, as in "
-        "the release. `linear`: one linear layer from the features of a cell to its latent cells. "
-        "With few channels the group norm removes most of what the features say.",
+        description=(
+            "`residual`: convolutional blocks with group norm, of the sizes below, as in the "
+            "release. `linear`: one linear layer from the features of a cell to its latent cells. "
+            "With few channels, group norm removes most of the information in the features."
+        ),
     )
     base_channels: PositiveInt = Field(
         default=128,
@@ -353,11 +386,13 @@ class SemanticConditionConfig(Config):
     )
     channel_multipliers: tuple[PositiveInt, ...] = Field(
         default=(1, 4),
-        description="Channels of each level as multiples of `base_channels`, level 0 (full size) "
-        "first. Each level but one doubles height and width.",
+        description=(
+            "Channels of each level as multiples of `base_channels`, level 0 (full size) first. "
+            "Each level except one doubles height and width."
+        ),
     )
     num_res_blocks: NonNegativeInt = Field(
-        default=4, description="A level has this many residual blocks and one more."
+        default=4, description="Each level has this many residual blocks plus one."
     )
     out_channels: PositiveInt = Field(
         default=64, description="Channels of the upsampled features before the last projection."
@@ -381,16 +416,20 @@ class DiffusionConfig(Config):
     )
     control_input: Literal["sum", "condition"] = Field(
         default="sum",
-        description="What the control branch receives: the `sum` of noisy latents and semantic "
-        "latent, as in the release, or the semantic latent alone (`condition`), which the noise "
-        "then does not cover, so that a small model follows the tokens earlier in training.",
+        description=(
+            "Input of the control branch: the `sum` of noisy latents and semantic latent, as in "
+            "the release, or only the semantic latent (`condition`), with which a small model "
+            "follows the tokens earlier in training, since noise does not hide the condition."
+        ),
     )
     control_projections: Literal["series", "beside"] = Field(
         default="series",
-        description="Whether a control block receives the projected output of the block before it "
-        "(`series`, as in the release) or its output itself, with the projections `beside` the "
-        "blocks. Projections start at zero, so that in series the later blocks learn only when the "
-        "earlier projections have grown.",
+        description=(
+            "Input of a control block: the projected output of the previous block (`series`, as in "
+            "the release), or its output before the projection (`beside`). Projections are "
+            "initialized to zero, so with `series` later blocks learn only after the earlier "
+            "projections have grown."
+        ),
     )
     semantic: SemanticConditionConfig = Field(
         default=SemanticConditionConfig(), description="Sizes of the semantic condition."

@@ -34,8 +34,8 @@ HANG_MARGIN_S = 300.0
 NO_TIMEOUT_S = 86400.0
 
 PARENT_DESCRIPTION = (
-    "Checkpoint of another run that this run begins with, or a run folder for its newest one. "
-    "Weights, optimizer state, step number and position in the data continue."
+    "Checkpoint of another run to start from, or a run folder to use its newest healthy one. "
+    "The run continues with its weights, optimizer state, step number and position in the data."
 )
 
 
@@ -49,8 +49,8 @@ class SpikeConfig(Config):
         default=128,
         ge=8,
         description=(
-            "Number of recent steps with the same clip shape whose median and median absolute "
-            "deviation a step is compared with. Spikes are looked for when half of the window is "
+            "Number of recent steps with the same clip shape, with whose median and median "
+            "absolute deviation a step is compared. Detection starts when half of the window is "
             "filled."
         ),
     )
@@ -64,9 +64,9 @@ class SpikeConfig(Config):
     action: Literal["report", "skip", "rollback"] = Field(
         default="report",
         description=(
-            "What happens in a step with a spike. `report` trains on it and records it, `skip` "
-            "leaves it without an update, `rollback` also returns to the last healthy checkpoint "
-            "and continues with the next batch."
+            "Action on a spike. `report` records it and trains on the step, `skip` makes no "
+            "update, `rollback` returns to the last healthy checkpoint and continues with the next "
+            "batch."
         ),
     )
 
@@ -74,7 +74,7 @@ class SpikeConfig(Config):
 class LoopConfig(Config):
     """Length of the training loop, and how often it logs, saves and previews."""
 
-    steps: PositiveInt = Field(description="Number of optimizer steps of the whole run.")
+    steps: PositiveInt = Field(description="Number of optimizer steps of the run.")
     seed: NonNegativeInt = Field(
         default=0,
         description=(
@@ -84,7 +84,9 @@ class LoopConfig(Config):
     )
     log_every: PositiveInt = Field(
         default=10,
-        description="Steps between two lines in metrics.jsonl, TensorBoard and the terminal.",
+        description=(
+            "Steps between two logged steps in metrics.jsonl, TensorBoard and the terminal."
+        ),
     )
     save_every: PositiveInt = Field(
         default=1000,
@@ -92,17 +94,21 @@ class LoopConfig(Config):
     )
     preview_every: NonNegativeInt = Field(
         default=0,
-        description="Steps between two previews in TensorBoard. 0 switches previews off.",
+        description="Steps between two previews in TensorBoard. 0 turns previews off.",
     )
     preview_clips: PositiveInt = Field(
         default=2,
-        description="Number of held-out clips in a preview, the same in all previews. Without "
-        "`data.validation`, previews show a training clip.",
+        description=(
+            "Number of held-out clips in a preview, the same in all previews. Without "
+            "`data.validation`, previews show a training clip."
+        ),
     )
     val_every: NonNegativeInt = Field(
         default=0,
-        description="Steps between two validations on the clips of `data.validation`. The last "
-        "step is always validated. 0 switches validation off.",
+        description=(
+            "Steps between two validations on the clips of `data.validation`. The last step is "
+            "always validated. 0 turns validation off."
+        ),
     )
     keep_last: PositiveInt = Field(
         default=2,
@@ -111,78 +117,80 @@ class LoopConfig(Config):
     keep_every: NonNegativeInt = Field(
         default=0,
         description=(
-            "Checkpoints of every this many steps are kept for good. 0 keeps none of them."
+            "Checkpoints at multiples of this step are kept permanently. 0 keeps none of them."
         ),
     )
     async_save: bool = Field(
         default=True,
         description=(
             "Write checkpoints in another process while training continues. Needs host memory for "
-            "a copy of this rank's part of a checkpoint. The files are the same; `false` stops "
-            "training while they are written. The last checkpoint of a process is always written "
-            "at once."
+            "a copy of this rank's part of a checkpoint. With `false`, training waits until they "
+            "are written. The files are the same. The last checkpoint of a process is always "
+            "written synchronously."
         ),
     )
     on_save_failure: Literal["warn", "retry", "fatal"] = Field(
         default="retry",
         description=(
-            "What happens if a checkpoint cannot be written. `warn` logs it and continues, `retry` "
-            "tries again after 1, 10 and 60 s and then fails, `fatal` fails at once."
+            "Action if a checkpoint cannot be written. `warn` logs it and continues, `retry` tries "
+            "again after 1, 10 and 60 s and then fails, `fatal` fails immediately."
         ),
     )
     on_nonfinite: Literal["skip", "stop", "rollback"] = Field(
         default="skip",
         description=(
-            "What happens in a step whose loss or gradient norm is NaN or infinite. Its update is "
-            "never made. `skip` continues with the next batch, `stop` ends the run, `rollback` "
-            "returns to the weights of the last healthy checkpoint and continues with the next "
-            "batch."
+            "Action if the loss or gradient norm of a step is NaN or infinite. Such a step never "
+            "changes the weights. `skip` continues with the next batch, `stop` ends the run, "
+            "`rollback` returns to the weights of the last healthy checkpoint and continues with "
+            "the next batch."
         ),
     )
     max_skips_in_a_row: NonNegativeInt = Field(
         default=3,
-        description="Steps in a row that may be skipped. One more ends the run with an error.",
+        description=(
+            "Maximum number of consecutive skipped steps. One more ends the run with an error."
+        ),
     )
     max_skipped_fraction: float = Field(
         default=0.01,
         ge=0,
         le=1,
         description=(
-            "Fraction of `steps` that may be skipped, but at least `max_skips_in_a_row` steps. One "
-            "more ends the run with an error."
+            "Maximum fraction of `steps` that may be skipped, but at least `max_skips_in_a_row` "
+            "steps. One more ends the run with an error."
         ),
     )
     deterministic: bool = Field(
         default=False,
         description=(
-            "Use kernels on CUDA that add in a fixed order, so that a resumed run equals an "
-            "uninterrupted one bit for bit. They are slower. Runs on the CPU are always "
-            "deterministic."
+            "Use deterministic CUDA kernels, so that a resumed run is bit-identical to an "
+            "uninterrupted one. They are slower. Runs on the CPU are always deterministic."
         ),
     )
     attention: AttentionKernel | None = Field(
         default=None,
         description=(
-            "Attention kernel that is used on CUDA wherever it is installed and applies. null: the "
-            "fastest by the table in model_zoo/attention.py. The log names it."
+            "Preferred attention kernel on CUDA, used wherever it is installed and applicable. "
+            "null: the fastest according to the table in model_zoo/attention.py. The log names the "
+            "kernel."
         ),
     )
     spikes: SpikeConfig | None = Field(
         default=None,
-        description="Detection of spikes of loss and gradient norm. null switches it off.",
+        description="Detection of spikes of loss and gradient norm. null turns it off.",
     )
     hang_timeout_s: NonNegativeFloat = Field(
         default=1800.0,
         description=(
-            "Seconds without a finished step after which a rank writes its stacks and aborts. "
-            "0 waits forever."
+            "Seconds without a finished step after which a rank writes its stack traces and "
+            "aborts. 0 waits forever."
         ),
     )
     profile: ProfileConfig | None = Field(
         default=None,
         description=(
-            "Steps that torch's profiler records, with a snapshot of the memory on CUDA. null "
-            "records none."
+            "Steps to record with torch's profiler, with a memory snapshot on CUDA. null records "
+            "none."
         ),
     )
 
@@ -221,18 +229,19 @@ class ParameterGroupConfig(Config):
     match: str = Field(
         min_length=1,
         description=(
-            "Pattern of parameter names, in which `*` stands for any characters: "
-            "`token_embedding.*`. The names are those of the exported weights; the tensors of an "
-            "adapter have those of the trained module."
+            "Pattern of parameter names, in which `*` matches any characters: `token_embedding.*`. "
+            "The names are those of the exported weights; the tensors of an adapter have those of "
+            "the trained module."
         ),
     )
     lr_scale: PositiveFloat = Field(
-        default=1.0, description="Factor of the learning rate of each step."
+        default=1.0, description="Factor by which the scheduled learning rate is multiplied."
     )
     weight_decay_scale: NonNegativeFloat = Field(
         default=1.0,
         description=(
-            "Factor of `optim.weight_decay`; 0 for no decay. Vectors have none in any group."
+            "Factor by which `optim.weight_decay` is multiplied; 0 for no decay. Vectors have no "
+            "weight decay in any group."
         ),
     )
 
@@ -247,24 +256,24 @@ class OptimConfig(Config):
     decay: Literal["constant", "linear", "cosine", "wsd"] = Field(
         default="constant",
         description=(
-            "Learning rate after warmup: `constant`; `linear` or half a `cosine` down to `min_lr`; "
-            "or `wsd` (warmup, stable, decay), which is constant until the last `decay_steps` of "
-            "the run."
+            "Schedule after warmup: `constant`; `linear` or half a `cosine` down to `min_lr`; or "
+            "`wsd` (warmup, stable, decay), which is constant until the last `decay_steps` of the "
+            "run."
         ),
     )
     decay_steps: PositiveInt | None = Field(
         default=None,
         description=(
-            "Steps over which the learning rate falls: with `linear` and `cosine` the first ones "
-            "after warmup, null until `loop.steps`; with `wsd` the last ones before `loop.steps`, "
-            "required."
+            "Number of steps of the decay. With `linear` and `cosine`, the decay starts after "
+            "warmup; null: it ends at `loop.steps`. With `wsd` the decay ends at `loop.steps`, and "
+            "this key is required."
         ),
     )
     decay_shape: Literal["linear", "cosine", "sqrt"] = Field(
         default="linear",
         description=(
-            "Shape of the fall of `wsd`; `sqrt` is 1 minus the square root of the part that is "
-            "done, which falls fastest at its start."
+            "Shape of the decay of `wsd`. `sqrt` is 1 minus the square root of the completed "
+            "fraction, which falls fastest at the start."
         ),
     )
     min_lr: NonNegativeFloat = Field(
@@ -285,22 +294,22 @@ class OptimConfig(Config):
     )
     clip_grad: NonNegativeFloat = Field(
         default=1.0,
-        description="Maximum global norm of the gradients. 0 switches clipping off.",
+        description="Maximum global norm of the gradients. 0 turns clipping off.",
     )
     fused: bool | None = Field(
         default=None,
         description=(
             "Update all parameters with torch's fused AdamW. On the CPU it takes a quarter of the "
-            "time, and results differ in the last bits. null: on CUDA in the tokenizer and "
-            "diffusion trainers. Apex and Transformer Engine, where the LM trainer finds them, "
-            "have fused kernels of their own."
+            "time, and results differ by rounding. null: on CUDA in the tokenizer and diffusion "
+            "trainers. The LM trainer uses the fused kernels of Apex or Transformer Engine if they "
+            "are installed."
         ),
     )
     groups: tuple[ParameterGroupConfig, ...] = Field(
         default=(),
         description=(
-            "Parameters with another learning rate or weight decay. The first entry that matches "
-            "the name of a parameter applies to it."
+            "Parameters with a different learning rate or weight decay. For each parameter, the "
+            "first entry that matches its name applies."
         ),
     )
 
@@ -328,20 +337,20 @@ class EmaConfig(Config):
         gt=0,
         lt=1,
         description=(
-            "Part of the average that is kept per step. The average covers about the last "
-            "1 / (1 - decay) steps."
+            "Decay of the average per step. The average covers about the last 1 / (1 - decay) "
+            "steps."
         ),
     )
     every: PositiveInt = Field(
         default=1,
         description=(
-            "Steps between two updates of the average. An update keeps decay ** every of it, so "
-            "that `decay` means the same for all values."
+            "Steps between two updates of the average. The decay of an update is decay ** every, "
+            "so that the meaning of `decay` does not depend on `every`."
         ),
     )
     from_step: NonNegativeInt = Field(
         default=0,
-        description="Step up to which the average is a copy of the weights.",
+        description="Until this step the average is a copy of the weights.",
     )
 
 

@@ -39,8 +39,9 @@ class DecoderJobConfig(Config):
     )
     timeout_s: PositiveFloat = Field(
         default=120.0,
-        description="Seconds that one request to a decoder may take. A video that exceeds them is "
-        "rejected.",
+        description=(
+            "Timeout in seconds for one request to a decoder. A video that exceeds it is rejected."
+        ),
     )
     memory_limit_mb: PositiveInt = Field(
         default=3072, description="Memory limit of one decoder process in MiB."
@@ -152,12 +153,16 @@ class FiltersConfig(Config):
     )
     static_max: Fraction | None = Field(
         default=None,
-        description="Highest fraction of frames that repeat the frame before. null: no limit.",
+        description=(
+            "Highest fraction of frames that are equal to the previous frame. null: no limit."
+        ),
     )
     text_area_max: Fraction | None = Field(
         default=None,
-        description="Highest fraction of the picture that recognized text covers. Needs the extra "
-        "[text]. null: no limit.",
+        description=(
+            "Highest fraction of the frame area covered by recognized text. Needs the extra "
+            "[text]. null: no limit."
+        ),
     )
     letterbox: bool = Field(
         default=False, description="Detect black borders and crop them before resizing."
@@ -169,10 +174,11 @@ class VideoConfig(Config):
 
     hdr: Literal["convert", "reject"] = Field(
         default="convert",
-        description="PQ, HLG, BT.2020 and P3 videos: convert to SDR BT.709, or reject.",
+        description="Action for PQ, HLG, BT.2020 and P3 videos: convert to SDR BT.709, or reject.",
     )
     interlaced: Literal["convert", "reject"] = Field(
-        default="convert", description="Interlaced videos: deinterlace with bwdif, or reject."
+        default="convert",
+        description="Action for interlaced videos: deinterlace with bwdif, or reject.",
     )
 
 
@@ -180,12 +186,14 @@ class QuarantineConfig(Config):
     """Which bytes of rejected clips are kept in `<data>/rejected` for inspection."""
 
     max_mb: NonNegativeInt = Field(
-        default=64, description="MiB of rejected bytes kept for each shard. 0 keeps none."
+        default=64, description="MiB of rejected clips to keep per shard. 0 keeps none."
     )
     filtered: bool = Field(
         default=False,
-        description="Also keep the clips that a filter rejects, encoded as they would have been "
-        "stored in the shard.",
+        description=(
+            "Also keep clips that a filter rejects, encoded as they would have been stored in the "
+            "shard."
+        ),
     )
 
 
@@ -203,8 +211,10 @@ class ShardsConfig(Config):
     """
 
     source: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description='Raw videos: "packaged", a folder, a .csv, .tsv or .jsonl table, or WebDataset '
-        "tars; see docs/sources.md. A list of them is read one after the other."
+        description=(
+            'Raw videos: "packaged", a folder, a .csv, .tsv or .jsonl table, or WebDataset tars; '
+            "see docs/sources.md. Several sources can be given as a list."
+        )
     )
     fps: PositiveFloat = Field(description="Frames per second of the clips.")
     num_frames: PositiveInt | None = Field(
@@ -220,31 +230,39 @@ class ShardsConfig(Config):
     )
     buckets: tuple[Bucket, ...] = Field(
         default=(),
-        description="Clip shapes, instead of num_frames, height and width. A clip gets the shape "
-        "with the nearest aspect ratio that it is long enough for, and of those the longest. "
-        "Shapes of one frame are for images, unless all have one frame.",
+        description=(
+            "Clip shapes, instead of num_frames, height and width. For each clip, the shapes with "
+            "the nearest aspect ratio are considered, and the longest that the video is long "
+            "enough for is used. Shapes of one frame are for images, unless all shapes have one "
+            "frame."
+        ),
     )
     max_spans: PositiveInt = Field(
         default=1,
-        description="Largest number of clips cut from one video or span, one after the other.",
+        description="Maximum number of consecutive clips cut from one video or span.",
     )
     samples_per_shard: PositiveInt = Field(
-        default=256, description="Largest number of clips in one shard."
+        default=256, description="Maximum number of clips per shard."
     )
     max_pixels: PositiveInt = Field(
         default=4096 * 2304,
-        description="Largest number of pixels of a source frame. Larger videos are rejected.",
+        description=(
+            "Maximum number of pixels of a source frame. Videos with larger frames are rejected."
+        ),
     )
     max_caption: PositiveInt = Field(
         default=20_000,
-        description="Largest number of characters of a caption. Clips with longer ones are "
-        "rejected.",
+        description=(
+            "Maximum number of characters of a caption. Clips with longer ones are rejected."
+        ),
     )
     missing_captions: Literal["reject", "file_name", "folder_name", "none"] = Field(
         default="reject",
-        description="Clips without a caption: reject them, take the words of the name of their "
-        "file or of their folder, or keep them without (none), to train without text or to write "
-        "captions with `landiff captions`.",
+        description=(
+            "Handling of clips without a caption: reject them, use the words of their file name or "
+            "folder name as the caption, or keep them without one (none), to train without text or "
+            "to generate captions with `landiff captions`."
+        ),
     )
     video: VideoConfig = Field(
         default=VideoConfig(), description="Handling of HDR and interlaced videos."
@@ -255,7 +273,9 @@ class ShardsConfig(Config):
     filters: FiltersConfig = Field(default=FiltersConfig(), description="Filters on clips.")
     max_bad_fraction: Fraction = Field(
         default=0.2,
-        description="Largest fraction of all clips that may be damaged. More of them stop the job.",
+        description=(
+            "Maximum fraction of all clips that may be damaged. If there are more, the job stops."
+        ),
     )
     columns: ColumnsConfig = Field(
         default=ColumnsConfig(), description="Names of the columns of a table."
@@ -264,7 +284,7 @@ class ShardsConfig(Config):
         default=EncodingConfig(), description="x264 settings of the clips."
     )
     quarantine: QuarantineConfig = Field(
-        default=QuarantineConfig(), description="Which bytes of rejected clips are kept."
+        default=QuarantineConfig(), description="Rejected clips to keep for inspection."
     )
     job: DecoderJobConfig = Field(
         default=DecoderJobConfig(), description="Threads and limits of the decoders."

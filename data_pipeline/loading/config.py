@@ -39,13 +39,17 @@ class SourceConfig(Config):
     )
     weight: PositiveFloat = Field(
         default=1.0,
-        description="How often each sample occurs in an epoch of the blend: 1 is once, 0.5 every "
-        "second epoch, 2 twice.",
+        description=(
+            "How often each sample occurs in an epoch of the blend: 1 is once, 0.5 is once in two "
+            "epochs, 2 is twice."
+        ),
     )
     where: str | None = Field(
         default=None,
-        description="Condition on clips, on metadata and columns of scores, such as "
-        "`motion > 0.2 and aesthetic >= 4`. Other clips are not trained on. null: all clips.",
+        description=(
+            "Condition on metadata and score columns, such as `motion > 0.2 and aesthetic >= 4`. "
+            "Only clips that meet it are trained on. null: all clips."
+        ),
     )
 
     @field_validator("where")
@@ -70,25 +74,33 @@ class ValidationConfig(Config):
         default=None,
         gt=0,
         lt=1,
-        description="Fraction of source videos that are held out, chosen by a hash of each video. "
-        "A video stays on its side as data grow.",
+        description=(
+            "Fraction of source videos that are held out, chosen by a hash of each video. The "
+            "choice does not change when data are added."
+        ),
     )
     clips: tuple[str, ...] = Field(
         default=(),
-        description="Keys of clips, or names of source videos as in `source` of the raw samples. "
-        "Other clips of the same videos are neither trained on nor validated.",
+        description=(
+            "Keys of clips, or names of source videos as in `source` of the raw samples. Other "
+            "clips of the same videos are used neither for training nor for validation."
+        ),
     )
     clips_file: Path | None = Field(
         default=None, description="Text file with one entry of `clips` per line."
     )
     data_set: SourceConfig | None = Field(
         default=None,
-        description="A data set of its own with the same columns. Clips of its videos are left out "
-        "of training.",
+        description=(
+            "A separate data set with the same columns. Clips of its videos are excluded from "
+            "training."
+        ),
     )
     max_clips: PositiveInt = Field(
         default=256,
-        description="Maximum number of validated clips: those with the lowest hash of their key.",
+        description=(
+            "Maximum number of clips used for validation: those with the lowest hash of their key."
+        ),
     )
 
     @model_validator(mode="after")
@@ -135,10 +147,14 @@ class RampConfig(Config):
     """A global batch size that grows in equal parts."""
 
     start: PositiveInt = Field(description="Global batch size of the first step.")
-    increment: PositiveInt = Field(description="Samples by which the batch grows at a time.")
+    increment: PositiveInt = Field(
+        description="Number of samples by which the global batch size grows in each increment."
+    )
     steps: PositiveInt = Field(
-        description="Steps after which `global_batch_size` is reached. Each size lasts equally "
-        "long."
+        description=(
+            "Step at which `global_batch_size` is reached. Each batch size is used for the same "
+            "number of steps."
+        )
     )
 
 
@@ -149,22 +165,27 @@ class DataConfig(SourceConfig):
         default=(), description="Further data sets, mixed evenly with the first by weight."
     )
     global_batch_size: PositiveInt = Field(
-        description="Samples of one optimizer step over all ranks."
+        description="Number of samples per optimizer step over all ranks."
     )
     micro_batch_size: PositiveInt = Field(
-        default=1, description="Samples of one forward pass on one rank."
+        default=1, description="Number of samples per forward pass on one rank."
     )
     buckets: tuple[BucketName, ...] | None = Field(
         default=None,
         min_length=1,
-        description="Clip shapes to train on, as frames x height x width: [1x480x720, 49x480x720]. "
-        "A global batch is of one of them. null: all clips, which must have the model's shape.",
+        description=(
+            "Clip shapes to train on, as frames x height x width: [1x480x720, 49x480x720]. All "
+            "clips of a global batch have the same shape. null: all clips, which must have the "
+            "model's shape."
+        ),
     )
     balance_tokens: bool = Field(
         default=False,
-        description="Larger batches of smaller clips. `global_batch_size` and `micro_batch_size` "
-        "are then those of the bucket with the most tokens. Another one has as many times more "
-        "clips as its tokens fit into those of the largest. Needs `buckets`.",
+        description=(
+            "Use larger batches for smaller clips. `global_batch_size` and `micro_batch_size` are "
+            "those of the bucket with the most tokens. For another bucket both are multiplied by "
+            "the ratio of tokens per clip, rounded down. Needs `buckets`."
+        ),
     )
     ramp: RampConfig | None = Field(
         default=None,
@@ -173,40 +194,50 @@ class DataConfig(SourceConfig):
     )
     captions: dict[str, PositiveFloat] | None = Field(
         default=None,
-        description="Text columns of several captions with their weights, such as {text-minilm: "
-        "0.7, text-minilm-short: 0.3}. Each clip has one of them in each epoch, by chance. One of "
-        "them is the trainer's own text column, which validation reads. null: only that one.",
+        description=(
+            "Text columns of alternative captions with their weights, such as {text-minilm: 0.7, "
+            "text-minilm-short: 0.3}. One is chosen at random for each clip and epoch. They must "
+            "include the trainer's text column, which validation uses. null: only that column."
+        ),
     )
     seed: NonNegativeInt = Field(
         default=0,
         description="Seed of the sample order, which depends only on manifest, seed and epoch.",
     )
     shuffle_window: PositiveInt = Field(
-        default=16, description="Number of shards whose samples are mixed."
+        default=16, description="Number of shards whose samples are shuffled together."
     )
     prefetch_batches: NonNegativeInt = Field(
         default=2,
-        description="Batches that are read ahead in background threads. 0 reads in the trainer's "
-        "thread.",
+        description=(
+            "Number of batches to read ahead in background threads. 0 reads in the trainer's "
+            "thread."
+        ),
     )
     read_threads: PositiveInt = Field(
         default=1,
         le=64,
-        description="Threads that read each batch together, and as many that download shards. "
-        "Remote data need more.",
+        description=(
+            "Number of threads that read the samples of a batch in parallel, and number of threads "
+            "that download shards. Use more for remote data."
+        ),
     )
     checksum: bool = Field(
         default=False,
-        description="Compare every tensor with its stored CRC-32 (0.15 s per GB). Without it, only "
-        "names and sizes are checked.",
+        description=(
+            "Verify the CRC-32 of every tensor (0.15 s per GB). Without it, only names and sizes "
+            "are checked."
+        ),
     )
     adopt: bool = Field(
-        default=False, description="Use columns even if their fingerprints do not agree."
+        default=False, description="Use columns even if their fingerprints do not match."
     )
     validation: ValidationConfig | None = Field(
         default=None,
-        description="Clips that are held out of training and validated every `loop.val_every` "
-        "steps. null trains on all clips.",
+        description=(
+            "Clips that are held out of training and evaluated every `loop.val_every` steps. null "
+            "trains on all clips."
+        ),
     )
 
     @model_validator(mode="after")

@@ -133,12 +133,14 @@ class CaptionFileConfig(Config):
     key: str = Field(default="key", description="Column with the key of the clip or its source.")
     by: Literal["key", "source"] = Field(
         default="key",
-        description="Whether rows are of clips (`key` of the raw samples) or of videos (`source`).",
+        description=(
+            "Whether `key` identifies clips (their `key` in the raw samples) or videos (`source`)."
+        ),
     )
     captions: tuple[str, ...] = Field(
         default=("caption",),
         min_length=1,
-        description="Columns with captions, each a text or a list of texts.",
+        description="Columns with captions, each a string or a list of strings.",
     )
 
 
@@ -150,7 +152,7 @@ class CaptionsColumn(Config):
         description="Kind of the column. It follows from the column's name and need not be set.",
     )
     encoder: Annotated[VlmConfig | CaptionFileConfig, Field(discriminator="kind")] = Field(
-        description="Where the captions are from: a vision-language model, or a file."
+        description="Origin of the captions: a vision-language model, or a file."
     )
 
 
@@ -172,8 +174,11 @@ class MeasureScore(Config):
 
     kind: Literal["measure"] = Field(default="measure", description="Kind of the score.")
     measure: Literal["brightness", "static", "text_area"] = Field(
-        description="Mean luma from 0 to 1, fraction of frames that repeat the one before, or "
-        "fraction of the picture under recognized text, which needs the extra [text]."
+        description=(
+            "Measurement: mean luma from 0 to 1, fraction of frames that are equal to the previous "
+            "frame, or fraction of the frame area covered by recognized text, which needs the "
+            "extra [text]."
+        )
     )
 
 
@@ -186,18 +191,18 @@ class NetworkScore(Config):
         "or weight and bias of one layer. Names may have a prefix."
     )
     encoder: VisionConfig = Field(
-        description="Frozen vision encoder on whose average features the head was trained."
+        description="Frozen vision encoder on whose averaged features the head was trained."
     )
     frame_stride: PositiveInt = Field(
         default=4, description="Video frames per semantic frame after the first."
     )
     activation: Literal["none", "relu", "gelu"] = Field(
-        default="none", description="Function between the layers."
+        default="none", description="Activation function between the layers."
     )
     output: Literal["identity", "sigmoid", "softmax"] = Field(
-        default="identity", description="Function of the last layer's outputs."
+        default="identity", description="Function applied to the outputs of the last layer."
     )
-    index: NonNegativeInt = Field(default=0, description="Output that is the score.")
+    index: NonNegativeInt = Field(default=0, description="Index of the output that is the score.")
 
 
 class DuplicateScore(Config):
@@ -247,38 +252,49 @@ class PrecomputeConfig(Config):
         description='Device of the encoders, such as "cpu" or "cuda:1". '
         '"auto" uses a GPU if there is one.',
     )
-    batch_size: PositiveInt = Field(default=8, description="Clips per batch of an encoder.")
+    batch_size: PositiveInt = Field(
+        default=8, description="Number of clips per forward pass of an encoder."
+    )
     decoder: Literal["decord", "pyav"] = Field(
         default="decord",
         description="Library that decodes the clips of raw shards. "
         "It is part of the fingerprint of columns computed from frames.",
     )
     decode_threads: PositiveInt = Field(
-        default=2, description="Clips that are decoded at the same time."
+        default=2, description="Number of clips that are decoded at the same time."
     )
     encode_threads: PositiveInt | None = Field(
         default=None,
-        description="Batches that are in work at the same time. On a GPU, one of them is encoded "
-        "while the others are copied to it. null means 2 on a GPU, and on a CPU the number of "
-        "torch threads, at most 8.",
+        description=(
+            "Number of batches processed at the same time. On a GPU, one of them is encoded while "
+            "the others are copied to it. null: 2 on a GPU, and on a CPU the number of torch "
+            "threads, at most 8."
+        ),
     )
     compile_blocks: bool = Field(
         default=False,
-        description="Compile the blocks of Theia, T5, MiniLM and the tokenizer with torch.compile, "
-        "which needs a compiler: faster on CUDA after minutes at the start. Results differ in the "
-        "last bits, so choose before a column is begun. Other encoders have no blocks.",
+        description=(
+            "Compile the blocks of Theia, T5, MiniLM and the tokenizer with torch.compile, which "
+            "needs a compiler. Faster on CUDA, but the start takes minutes longer. Results differ "
+            "by rounding, so do not change it while a column is being computed. Does not affect "
+            "other encoders."
+        ),
     )
     max_bad_fraction: float = Field(
         default=0.05,
         ge=0,
         le=1,
-        description="Largest fraction of a column's clips that may be rejected. "
-        "The job stops if more are.",
+        description=(
+            "Maximum fraction of a column's clips that may be rejected. If more are rejected, the "
+            "job stops."
+        ),
     )
     redo: tuple[str, ...] = Field(
         default=(),
-        description="Columns that are computed again if another encoder computed them before. "
-        "Other columns are never replaced.",
+        description=(
+            "Columns to recompute if they were computed by a different encoder. Other columns are "
+            "never replaced."
+        ),
     )
 
     @field_validator("columns", mode="before")

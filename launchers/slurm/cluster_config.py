@@ -52,39 +52,43 @@ def _one_line(value: str) -> str:
 class Resources(Config):
     """Resources of one job."""
 
-    nodes: PositiveInt = Field(default=1, description="Number of nodes. --nodes overrides it.")
+    nodes: PositiveInt = Field(
+        default=1, description="Number of nodes. --nodes on the command line overrides it."
+    )
     gpus_per_node: NonNegativeInt = Field(
         default=0,
-        description="GPUs of each node. 0 is a job without GPUs, whose trainers use gloo.",
+        description="Number of GPUs per node. 0 is a job without GPUs, whose trainers use gloo.",
     )
     tasks_per_node: PositiveInt | None = Field(
         default=None,
-        description="Ranks of a trainer on each node. Not set, it is one per GPU, or one on a node "
-        "without GPUs.",
+        description=(
+            "Ranks of a trainer per node. Default: one per GPU, or one on a node without GPUs."
+        ),
     )
     cpus_per_task: PositiveInt = Field(
-        default=1, description="CPU cores of each rank, for its data loading too."
+        default=1, description="CPU cores per rank, including its data loading."
     )
     memory: str | None = Field(
         default=None,
-        description='Main memory of each node in SLURM\'s notation, such as "64G". "0" is all of '
-        "it. Not set, the default of the site applies.",
+        description=(
+            'Memory per node in SLURM notation, such as "64G". "0" is all of it. Default: that '
+            "of the site."
+        ),
     )
     time: str = Field(
         default="04:00:00",
         description="Time limit of one attempt: minutes, M:SS, H:MM:SS or D-HH[:MM[:SS]]. A run "
         "that needs longer is requeued and resumes from its last checkpoint.",
     )
-    partition: str | None = Field(
-        default=None, description="Partition. Not set, the default of the site applies."
-    )
+    partition: str | None = Field(default=None, description="Partition. Default: that of the site.")
     array: PositiveInt = Field(
-        default=1, description="Tasks that share the work of shards or of a precompute column."
+        default=1, description="Number of tasks of an array job that share the work of a stage."
     )
     array_limit: PositiveInt | None = Field(
         default=None,
-        description="Tasks of an array that run at the same time at most. Not set, there is no "
-        "limit.",
+        description=(
+            "Maximum number of tasks of an array that run at the same time. Default: no limit."
+        ),
     )
 
     @field_validator("partition")
@@ -149,13 +153,15 @@ class ContainerConfig(Config):
 
     runtime: Literal["pyxis", "apptainer"] = Field(
         default="pyxis",
-        description="What starts the container: `pyxis`, a plugin of srun, or `apptainer`.",
+        description="Container runtime: `pyxis`, a plugin of srun, or `apptainer`.",
     )
-    image: str = Field(description="Image, as the runtime names it.")
+    image: str = Field(description="Image, in the notation of the runtime.")
     mounts: tuple[str, ...] = Field(
         default=(),
-        description="More mounts, each as host:container[:flags]. The working directory and the "
-        "run folder are always mounted.",
+        description=(
+            "Further mounts, each as host:container[:flags]. The working directory and the run "
+            "folder are always mounted."
+        ),
     )
 
     @field_validator("image")
@@ -188,7 +194,7 @@ class ClusterConfig(Config):
         "task per node. With scheduler = local it is always torchrun.",
     )
     default: Resources = Field(
-        default=Resources(), description="Resources of a job, unless `stages` replaces them."
+        default=Resources(), description="Resources of all jobs, unless set in `stages`."
     )
     stages: dict[str, StageResources] = Field(
         default={}, description="Resources of single stages, by name of the stage."
@@ -201,7 +207,7 @@ class ClusterConfig(Config):
     )
     reservation: str | None = Field(default=None, description="Reservation (sbatch --reservation).")
     exclude: str | None = Field(
-        default=None, description="Nodes that are not used, such as node[3,7] (sbatch --exclude)."
+        default=None, description="Nodes not to use, such as node[3,7] (sbatch --exclude)."
     )
     gpu_syntax: Literal["gpus-per-node", "gres"] = Field(
         default="gpus-per-node",
@@ -211,11 +217,11 @@ class ClusterConfig(Config):
         default=None, description="Type of the GPUs: h100 requests gpu:h100:8 instead of gpu:8."
     )
     options: tuple[str, ...] = Field(
-        default=(), description="More sbatch options, used as they are: --exclusive."
+        default=(), description="Further sbatch options, passed on unchanged: --exclusive."
     )
 
     modules: tuple[str, ...] = Field(
-        default=(), description="Environment modules that are loaded, in this order."
+        default=(), description="Environment modules to load, in this order."
     )
     setup: tuple[str, ...] = Field(
         default=(),
@@ -227,26 +233,32 @@ class ClusterConfig(Config):
         "not expanded by bash.",
     )
     container: ContainerConfig | None = Field(
-        default=None, description="Container of the ranks. Not set, they run on the node."
+        default=None, description="Container of the ranks. Default: ranks run on the node."
     )
     python: str | None = Field(
         default=None,
-        description="Python interpreter on the nodes. Not set, it is the one that submits; in a "
-        "container it is python3.",
+        description=(
+            "Python interpreter on the nodes. Default: that of `landiff submit`; in a container, "
+            "python3."
+        ),
     )
 
     restart: Literal["requeue", "chain", "none"] = Field(
         default="requeue",
-        description="How a run that is not finished starts again: `requeue` requeues its job, "
-        "`chain` submits several jobs that wait for each other, `none` does not restart it.",
+        description=(
+            "How an unfinished run is restarted: `requeue` requeues its job, `chain` submits "
+            "several jobs that wait for each other, `none` does not restart it."
+        ),
     )
     chain_length: PositiveInt = Field(
-        default=4, description="Jobs of a chain, which run one after the other."
+        default=4, description="Number of jobs of a chain, which run one after the other."
     )
     max_restarts: NonNegativeInt = Field(
         default=5,
-        description="Restarts after crashes at most, and restarts in a row without a new "
-        "checkpoint. Stops that saved a checkpoint are not counted.",
+        description=(
+            "Maximum number of restarts after crashes, and of consecutive restarts without a new "
+            "checkpoint. Stops that saved a checkpoint are not counted."
+        ),
     )
     signal_margin_s: PositiveInt = Field(
         default=300,
@@ -256,7 +268,7 @@ class ClusterConfig(Config):
     )
     kill_wait_s: PositiveInt = Field(
         default=60,
-        description="Seconds after the end of the first rank until srun kills the others.",
+        description="Seconds after the exit of the first rank until srun kills the others.",
     )
     preflight: bool = Field(
         default=True,

@@ -27,14 +27,18 @@ class EfficientNetConfig(Config):
     )
     blocks: Literal[5, 11] = Field(
         default=11,
-        description="Blocks of the network that run. 11: 112 channels at stride 16. 5: 40 channels "
-        "at stride 8, in which colours and edges take a larger share.",
+        description=(
+            "Number of blocks of the network to run. 11: 112 channels at stride 16. 5: 40 channels "
+            "at stride 8, in which colours and edges are more prominent."
+        ),
     )
     pooling: Pooling = Field(
         default="mean",
-        description="How the map of 5 blocks at stride 8 becomes cells of 16 pixels: the `mean` of "
-        "2 x 2 positions, 40 channels, or their `stack`, 160 channels, which keeps where in a cell "
-        "an outline lies.",
+        description=(
+            "Pooling of the feature map of 5 blocks from stride 8 to cells of 16 pixels: the "
+            "`mean` of 2 x 2 positions, 40 channels, or their `stack`, 160 channels, which keeps "
+            "the positions of outlines within a cell."
+        ),
     )
 
     @model_validator(mode="after")
@@ -62,12 +66,11 @@ class TheiaConfig(Config):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16",
-        description="Dtype of the computation. With bfloat16 the weights are float32 and run under "
-        "autocast.",
+        description="Dtype of the computation. With bfloat16, float32 weights run under autocast.",
     )
     frames_per_pass: PositiveInt = Field(
         default=8,
-        description="Frames in one forward pass. Changes speed and memory only.",
+        description="Number of frames per forward pass. Affects speed and memory only.",
     )
 
 
@@ -83,9 +86,11 @@ class PcaConfig(Config):
     kind: Literal["pca"] = Field(default="pca", description="Kind of the encoder.")
     path: str = Field(
         default="codec.safetensors",
-        description="File that `landiff fit-codec` wrote, or `shapes` or `shapes-balanced` for "
-        "a packaged codec of the shapes world: with one scale for all channels, or fitted with "
-        "`--whiten 0.75`.",
+        description=(
+            "File written by `landiff fit-codec`, or `shapes` or `shapes-balanced` for a packaged "
+            "codec of the shapes world: with one scale for all channels, or fitted with `--whiten "
+            "0.75`."
+        ),
     )
 
 
@@ -97,7 +102,7 @@ class CogVideoXVaeConfig(Config):
     )
     path: str = Field(
         default="THUDM/CogVideoX-2b",
-        description="Folder in the format of diffusers, hub id, or the released file 3d-vae.pt.",
+        description="Folder in diffusers format, hub id, or the released file 3d-vae.pt.",
     )
     subfolder: str = Field(
         default="vae",
@@ -116,7 +121,9 @@ class MiniLMConfig(Config):
     max_length: PositiveInt = Field(
         default=64,
         le=512,
-        description="Longest text in tokens, [CLS] and [SEP] included. Longer texts are cut.",
+        description=(
+            "Maximum length in tokens, including [CLS] and [SEP]. Longer texts are truncated."
+        ),
     )
     padded: bool = Field(
         default=False,
@@ -140,7 +147,8 @@ class FlanT5Config(Config):
         description="Folder of the text tokenizer in `path`; empty means `path` itself.",
     )
     max_length: PositiveInt = Field(
-        default=512, description="Longest text in tokens, </s> included. Longer texts are cut."
+        default=512,
+        description="Maximum length in tokens, including </s>. Longer texts are truncated.",
     )
     dtype: Dtype = Field(
         default="bfloat16", description="Dtype of the weights and of the computation."
@@ -166,7 +174,7 @@ class T5V11Config(Config):
     )
     max_length: PositiveInt = Field(
         default=226,
-        description="Tokens that every text is padded or cut to, </s> included.",
+        description="Number of tokens to which every text is padded or truncated, including </s>.",
     )
     dtype: Dtype = Field(
         default="bfloat16", description="Dtype of the weights and of the computation."
@@ -177,11 +185,14 @@ class PromptConfig(Config):
     """What a captioner is asked. It writes one caption for each prompt."""
 
     text: str = Field(
-        description="Instruction. {caption}, {seconds} and {frames} stand for the caption that the "
-        "clip has, its length, and the number of frames that are shown."
+        description=(
+            "Instruction. {caption}, {seconds} and {frames} are replaced by the existing caption "
+            "of the clip, its length, and the number of frames given to the model."
+        )
     )
     max_tokens: PositiveInt = Field(
-        default=256, description="Longest answer in tokens. Longer ones are cut."
+        default=256,
+        description="Maximum length of the answer in tokens. Longer answers are truncated.",
     )
 
 
@@ -205,20 +216,26 @@ class VlmConfig(Config):
     )
     frames: PositiveInt = Field(
         default=8,
-        description="Frames of a clip that the model sees, evenly spaced, the first and the last "
-        "included. Each is an image for the model.",
+        description=(
+            "Number of frames of a clip given to the model as images, evenly spaced, including the "
+            "first and the last."
+        ),
     )
     prompts: tuple[PromptConfig, ...] = Field(
         default=(LONG_PROMPT, SHORT_PROMPT),
         min_length=1,
-        description="One caption is written for each, in this order. By default a long and a short "
-        "one.",
+        description=(
+            "The model generates one caption for each prompt, in this order. By default a long and "
+            "a short one."
+        ),
     )
     template: str | None = Field(
         default=None,
-        description="Text of a request, in which {images} and {prompt} stand for the images and "
-        "the instruction, such as `USER: {images} {prompt} ASSISTANT:`. null: the chat template "
-        "that comes with the model.",
+        description=(
+            "Text of a request, in which {images} and {prompt} are replaced by the images and the "
+            "instruction, such as `USER: {images} {prompt} ASSISTANT:`. null: the chat template of "
+            "the model."
+        ),
     )
     dtype: Dtype = Field(
         default="bfloat16", description="Dtype of the weights and of the computation."

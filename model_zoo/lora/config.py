@@ -48,7 +48,7 @@ class AdapterConfig(Config):
     rank: PositiveInt = Field(description="Rank of the update of each matrix.")
     alpha: PositiveFloat = Field(description="The update is scaled by `alpha / rank`.")
     targets: tuple[str, ...] = Field(
-        description="Names of the linear layers in each block that have an update."
+        description="Names of the linear layers of each block that are adapted."
     )
 
     @property
@@ -138,5 +138,8 @@ class AdapterUse(Config):
 
     adapter: str = Field(description="Zoo reference of an adapter: name, name@fingerprint or path.")
     scale: float = Field(
-        default=1.0, description="Factor of the adapter's update. 0 leaves the base unchanged."
+        default=1.0,
+        description=(
+            "Factor by which the adapter's update is multiplied. 0 leaves the base unchanged."
+        ),
     )

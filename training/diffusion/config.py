@@ -55,26 +55,28 @@ class ZeroConfig(Config):
     stage: Literal[0, 1, 2, 3] = Field(
         default=2,
         description=(
-            "ZeRO stage. 1 partitions optimizer states, 2 also gradients, 3 also parameters. "
-            "0 is refused."
+            "ZeRO stage. 1 shards optimizer states, 2 also gradients, 3 also parameters. 0 is not "
+            "supported."
         ),
     )
     reduce_bucket_size: PositiveInt = Field(
-        default=500_000_000, description="Elements that are reduced at once."
+        default=500_000_000, description="Number of elements per reduction."
     )
     allgather_bucket_size: PositiveInt = Field(
-        default=500_000_000, description="Elements that are gathered at once."
+        default=500_000_000, description="Number of elements per all-gather."
     )
     overlap_communication: bool = Field(
-        default=False, description="Reduce gradients while the backward pass is running."
+        default=False, description="Reduce gradients during the backward pass."
     )
     parameter_persistence_threshold: NonNegativeInt = Field(
         default=100_000,
-        description="Parameters with fewer elements are not partitioned. Stage 3 only.",
+        description="Parameters with fewer elements than this are not sharded. Stage 3 only.",
     )
     prefetch_bucket_size: NonNegativeInt = Field(
         default=50_000_000,
-        description="Elements of parameters that are gathered ahead of use. Stage 3 only.",
+        description=(
+            "Number of parameter elements that are gathered before they are used. Stage 3 only."
+        ),
     )
     max_live_parameters: PositiveInt = Field(
         default=1_000_000_000,
@@ -83,10 +85,11 @@ class ZeroConfig(Config):
     hpz_partition_size: PositiveInt = Field(
         default=1,
         description=(
-            "Neighboring ranks that divide a second copy of the working weights (hierarchical "
-            "ZeRO), best the ranks of a node: weights cross nodes once a step, frozen ones once, "
-            "and all other gathers stay within these ranks. Costs the memory of that copy. "
-            "Without effect on at most as many ranks. 1: none. Stage 3 only."
+            "Number of neighboring ranks, usually those of a node, that share a second copy of the "
+            "working weights (hierarchical ZeRO). Trained weights are then sent between nodes once "
+            "per step, frozen weights once, and all other gathers stay within these ranks. Takes "
+            "memory for this copy. Has no effect if there are no more ranks than this. 1: off. "
+            "Stage 3 only."
         ),
     )
 
@@ -119,8 +122,9 @@ class PrefixConfig(Config):
     frames: PositiveInt | tuple[PositiveInt, ...] = Field(
         default=7,
         description=(
-            "Latent frames of a prefix, or a list from which each sample with a prefix draws its "
-            "length. A number that the list holds twice is drawn twice as often."
+            "Length of the prefix in latent frames, or a list of lengths from which one is chosen "
+            "at random for each sample with a prefix. A length that occurs twice in the list is "
+            "twice as likely."
         ),
     )
     probability: float = Field(
@@ -129,9 +133,9 @@ class PrefixConfig(Config):
     noise: NonNegativeFloat = Field(
         default=0.0,
         description=(
-            "Largest standard deviation of noise on the latents of a prefix. Each sample draws a "
-            "level from 0 to this one, which the model is not told, so that it learns to continue "
-            "frames with the errors of its own samples. 0: prefixes are clean."
+            "Maximum standard deviation of noise added to the latents of a prefix. The level of "
+            "each sample is random and is not given to the model, so that it learns to continue "
+            "frames with the errors of its own samples. 0: no noise."
         ),
     )
 
@@ -155,7 +159,7 @@ class DiffusionLoRAConfig(LoRAConfig):
     targets: tuple[Literal["modulation", "qkv", "out", "mlp_in", "mlp_out"], ...] = Field(
         default=("qkv", "out"),
         min_length=1,
-        description="Linear layers of each block that have an update.",
+        description="Linear layers of each block to adapt.",
     )
 
 
@@ -198,13 +202,14 @@ class DiffusionTrainConfig(TrainConfig):
         )
     )
     data: DataConfig = Field(description="Data folder with the columns, and batch sizes.")
-    loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
+    loop: LoopConfig = Field(description="Length of training, logging, validation and checkpoints.")
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
     ema: EmaConfig | None = Field(
         default=None, description="Moving average of the weights. null: none."
     )
     trackers: tuple[TrackerConfig, ...] = Field(
-        default=(), description="Experiment trackers that get the metrics beside TensorBoard."
+        default=(),
+        description="Experiment trackers that get the metrics in addition to TensorBoard.",
     )
     phases: tuple[DiffusionPhaseConfig, ...] = Field(default=(), description=PHASES_DESCRIPTION)
     model: DiffusionConfig = Field(description="Sizes of the diffusion model.")
@@ -215,9 +220,10 @@ class DiffusionTrainConfig(TrainConfig):
     sequence_parallel: PositiveInt = Field(
         default=1,
         description=(
-            "Ranks that compute each clip together, every one a part of its positions "
-            "(DeepSpeed-Ulysses). Divides the activations of long or large clips. At most "
-            "`model.transformer.num_heads`; consecutive ranks, so best within a node."
+            "Number of ranks that process each clip together, each a part of its positions "
+            "(DeepSpeed-Ulysses). Reduces activation memory of long or large clips. At most "
+            "`model.transformer.num_heads`. The ranks are consecutive; a group should fit within a "
+            "node."
         ),
     )
     precision: Literal["fp32", "bf16"] = Field(
@@ -227,19 +233,19 @@ class DiffusionTrainConfig(TrainConfig):
     fp8: bool = Field(
         default=False,
         description=(
-            "Multiply in float8 in the linear layers of the blocks, except modulations, by torchao "
-            "(extra `fp8`). Needs a GPU of compute capability 8.9 or newer, and `compile_blocks` "
-            "to be fast; the CPU computes the same numbers slowly. Checkpoints do not depend on "
-            "it. Needs zero.stage = 1 or 2, without `lora`."
+            "Compute the matrix multiplications of the blocks, except modulations, in float8, with "
+            "torchao (extra `fp8`). Needs a GPU of compute capability 8.9 or newer, and "
+            "`compile_blocks` to be fast; the CPU emulates it slowly. Checkpoints do not depend on "
+            "it. Needs zero.stage = 1 or 2; does not work with `lora`."
         ),
     )
     init_from: str | None = Field(
         default=None,
         description=(
-            "Zoo entry to start from, of kind `transformer` or `diffusion`. Phase `main` takes the "
-            "main transformer of it. Phase `control` requires it: with a `transformer` the control "
-            "branch starts as a copy of its first layers, with a `diffusion` all parts start from "
-            "the entry. null draws initial weights."
+            "Zoo entry to start from, of kind `transformer` or `diffusion`. Phase `main` uses its "
+            "main transformer. Phase `control` requires an entry: with a `transformer`, the "
+            "control branch starts as a copy of its first layers; with a `diffusion`, all parts "
+            "start from the entry. null: random initialization."
         ),
     )
     lora: DiffusionLoRAConfig | None = Field(
@@ -270,7 +276,10 @@ class DiffusionTrainConfig(TrainConfig):
         default=0.1,
         ge=0.0,
         le=1.0,
-        description="Probability that a sample's text states are replaced by zeros.",
+        description=(
+            "Probability of replacing the text states of a sample by zeros, for classifier-free "
+            "guidance."
+        ),
     )
     max_snr_weight: PositiveFloat | None = Field(
         default=None,
@@ -282,13 +291,13 @@ class DiffusionTrainConfig(TrainConfig):
     timestep_power: NonNegativeFloat = Field(
         default=0.0,
         description=(
-            "Timesteps are drawn with a density that grows with this power of the timestep, so "
-            "that noisy samples are trained more often. 0: evenly, as in §5.6. Validation takes "
-            "evenly spaced timesteps for every power."
+            "Timesteps are sampled with a density proportional to this power of the timestep, so "
+            "that noisy samples are trained on more often. 0: uniformly, as in §5.6. Validation "
+            "uses evenly spaced timesteps for every power."
         ),
     )
     prefix: PrefixConfig = Field(
-        default=PrefixConfig(), description="Clean first frames, for streaming."
+        default=PrefixConfig(), description="Clean first frames of some samples, for streaming."
     )
     recompute: bool = Field(
         default=False,
@@ -300,8 +309,8 @@ class DiffusionTrainConfig(TrainConfig):
     compile_blocks: bool = Field(
         default=False,
         description=(
-            "Compile the blocks of the transformers with torch.compile, which needs a compiler: "
-            "faster on CUDA after minutes at the start. Results differ in the last bits."
+            "Compile the blocks of the transformers with torch.compile, which needs a compiler. "
+            "Faster on CUDA, but the start takes minutes longer. Results differ by rounding."
         ),
     )
     preview_codec: CodecConfig | None = Field(
@@ -312,15 +321,15 @@ class DiffusionTrainConfig(TrainConfig):
     preview_prompts: tuple[str, ...] = Field(
         default=(),
         description=(
-            "Prompts of which a preview shows a video, the same in all previews. Phase "
-            "`main` only: in phase `control` videos follow the tokens of clips."
+            "Prompts for which previews show a sampled video. Phase `main` only, since videos in "
+            "phase `control` follow the tokens of clips."
         ),
     )
     preview_text: TextConfig | None = Field(
         default=None,
         description=(
-            "Text encoder of `preview_prompts`, the one of `text_column`. It runs once, on the "
-            "CPU, before training."
+            "Text encoder for `preview_prompts`; must be the one of `text_column`. It runs once, "
+            "on the CPU, before training."
         ),
     )
 

@@ -33,36 +33,40 @@ class ParallelConfig(Config):
     """Parallel layout of one copy of the model. The other ranks hold further copies."""
 
     tensor: PositiveInt = Field(
-        default=1, description="Tensor-parallel ranks, which divide the matrices of each layer."
+        default=1,
+        description=(
+            "Tensor-parallel size: ranks over which the matrices of each layer are sharded."
+        ),
     )
     pipeline: PositiveInt = Field(
-        default=1, description="Pipeline stages, which divide the layers."
+        default=1, description="Number of pipeline stages, over which the layers are divided."
     )
     virtual_pipeline: PositiveInt = Field(
         default=1,
         description=(
-            "Chunks of layers of each pipeline stage (interleaved schedule). Stages wait that many "
-            "times less for each other, and exchange activations that many times more often. "
-            "Needs `pipeline` > 1, and in each step a multiple of `pipeline` rows per rank."
+            "Chunks of layers per pipeline stage (interleaved schedule). Divides the pipeline "
+            "bubble by this number and multiplies communication between stages by it. Needs "
+            "`pipeline` > 1, and a multiple of `pipeline` rows per rank and step."
         ),
     )
     context: PositiveInt = Field(
         default=1,
         description=(
-            "Context-parallel ranks, which divide each packed row. For long videos, whose "
-            "activations take too much memory, and for more GPUs than rows in a batch."
+            "Context-parallel size: ranks over which each packed row is split. Use it for long "
+            "videos whose activations do not fit in memory, or if there are more GPUs than rows in "
+            "a batch."
         ),
     )
     sequence: bool = Field(
         default=False,
         description=(
-            "Sequence parallelism: tensor-parallel ranks also divide the activations between the "
-            "matrices. Needs `tensor` > 1."
+            "Sequence parallelism: also shard the activations between the matrices over the "
+            "tensor-parallel ranks. Needs `tensor` > 1."
         ),
     )
     distributed_optimizer: bool = Field(
         default=False,
-        description="Divide the optimizer's state over the data-parallel ranks.",
+        description="Shard the optimizer state over the data-parallel ranks.",
     )
     overlap: bool = Field(
         default=False,
@@ -103,7 +107,7 @@ class LMLoRAConfig(LoRAConfig):
     targets: tuple[Literal["wqkv", "wo", "w1", "w3", "w2"], ...] = Field(
         default=("wqkv", "wo"),
         min_length=1,
-        description="Linear layers of each block that have an update. `w1` and `w3` go together.",
+        description="Linear layers of each block to adapt. `w1` and `w3` must be adapted together.",
     )
 
     @model_validator(mode="after")
@@ -141,7 +145,10 @@ class RendererConfig(Config):
     )
     steps: PositiveInt = Field(default=20, description="Sampling steps.")
     clean_frames: PositiveInt = Field(
-        default=7, description="Latent frames that a further chunk of a long clip continues."
+        default=7,
+        description=(
+            "Latent frames at the end of a chunk that the next chunk of a long clip continues."
+        ),
     )
 
 
@@ -165,37 +172,40 @@ class LMTrainConfig(TrainConfig):
             "forward pass are packed into one row."
         )
     )
-    loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
+    loop: LoopConfig = Field(description="Length of training, logging, validation and checkpoints.")
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
     ema: EmaConfig | None = Field(
         default=None, description="Moving average of the weights. null: none."
     )
     trackers: tuple[TrackerConfig, ...] = Field(
-        default=(), description="Experiment trackers that get the metrics beside TensorBoard."
+        default=(),
+        description="Experiment trackers that get the metrics in addition to TensorBoard.",
     )
     phases: tuple[LMPhaseConfig, ...] = Field(default=(), description=PHASES_DESCRIPTION)
     model: LMConfig = Field(description="Sizes of the language model.")
     parallel: ParallelConfig = Field(
-        default=ParallelConfig(), description="Division of the model over ranks."
+        default=ParallelConfig(), description="Parallel layout of the model."
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="bf16",
-        description="Precision of weights and activations. The optimizer's weights are float32.",
+        description=(
+            "Precision of weights and activations. The optimizer keeps float32 master weights."
+        ),
     )
     fp8: bool = Field(
         default=False,
         description=(
-            "Multiply in float8 in the linear layers of the blocks, by torchao (extra `fp8`). "
-            "Needs a GPU of compute capability 8.9 or newer, and `compile_blocks` to be fast; the "
-            "CPU computes the same numbers slowly. Checkpoints do not depend on it. Needs layers "
-            "= local, without `lora`."
+            "Compute the matrix multiplications of the blocks in float8, with torchao (extra "
+            "`fp8`). Needs a GPU of compute capability 8.9 or newer, and `compile_blocks` to be "
+            "fast; the CPU emulates it slowly. Checkpoints do not depend on it. Needs layers = "
+            "local; does not work with `lora`."
         ),
     )
     recompute: bool = Field(
         default=False,
         description=(
             "Store one activation per layer and recompute the others in the backward pass. Saves "
-            "memory and costs time."
+            "memory and takes more time."
         ),
     )
     layers: Literal["local", "te"] = Field(
@@ -207,15 +217,15 @@ class LMTrainConfig(TrainConfig):
     compile_blocks: bool = Field(
         default=False,
         description=(
-            "Compile norms and MLPs of the layers with torch.compile, which needs a compiler: "
-            "faster on CUDA after minutes at the start. Results differ in the last bits."
+            "Compile norms and MLPs of the layers with torch.compile, which needs a compiler. "
+            "Faster on CUDA, but the start takes minutes longer. Results differ by rounding."
         ),
     )
     tokens_column: str = Field(default="tokens", description="Column of the semantic tokens.")
     tokenizer: str | None = Field(
         default=None,
         description=(
-            "Zoo entry of the tokenizer that must have made the tokens. null checks sizes only."
+            "Zoo entry of the tokenizer that the tokens must come from. null checks sizes only."
         ),
     )
     text_column: str = Field(description="Column of text states, for example `text-minilm`.")
@@ -224,22 +234,21 @@ class LMTrainConfig(TrainConfig):
         ge=0,
         le=1,
         description=(
-            "Probability that all text states of a sample are replaced by the null vector, for "
-            "guidance."
+            "Probability of replacing all text states of a sample by the null vector, for "
+            "classifier-free guidance."
         ),
     )
     validation_samples: NonNegativeInt = Field(
         default=0,
         description=(
             "Number of held-out clips for which tokens are sampled in each validation, to compare "
-            "their distribution with that of the data. The model runs once for each code of a "
-            "clip, without a cache: 1218 times for 13 frames of the released sizes."
+            "their distribution with that of the data."
         ),
     )
     renderer: RendererConfig | None = Field(
         default=None,
         description=(
-            "Models that render the previews of `loop.preview_every`: sampled tokens beside the "
+            "Models that render the previews of `loop.preview_every`: sampled tokens and the "
             "tokens of the data. They are loaded on as many ranks as there are videos, and freed "
             "after each preview. null: no previews."
         ),
@@ -247,15 +256,15 @@ class LMTrainConfig(TrainConfig):
     preview_prompts: tuple[str, ...] = Field(
         default=(),
         description=(
-            "Prompts of which a preview shows a video, the same in all previews. Needs "
-            "`renderer`. Each is one segment long."
+            "Prompts for which previews show a sampled video. Needs `renderer`. Each video is one "
+            "segment long."
         ),
     )
     preview_text: TextConfig | None = Field(
         default=None,
         description=(
-            "Text encoder of `preview_prompts`, the one of `text_column`. It runs once, on the "
-            "CPU, before training."
+            "Text encoder for `preview_prompts`; must be the one of `text_column`. It runs once, "
+            "on the CPU, before training."
         ),
     )
     row_multiple: PositiveInt = Field(
@@ -264,20 +273,20 @@ class LMTrainConfig(TrainConfig):
     vocab_multiple: PositiveInt = Field(
         default=128,
         description=(
-            "The vocabulary is padded to a multiple of this. Padded ids are masked in logits and "
-            "loss."
+            "The vocabulary is padded to a multiple of this number. Padded ids are masked in "
+            "logits and loss."
         ),
     )
     head_multiple: PositiveInt = Field(
         default=1,
         description=(
-            "The number of heads is padded with heads of zeros to a multiple of this. Needed only "
-            "if `parallel.tensor` does not divide it."
+            "The number of heads is padded to a multiple of this number with heads of zeros. "
+            "Needed only if the number of heads is not a multiple of `parallel.tensor`."
         ),
     )
     init_from: str | None = Field(
         default=None,
-        description="Zoo entry of a language model to start from. null draws initial weights.",
+        description="Zoo entry of a language model to start from. null: random initialization.",
     )
     lora: LMLoRAConfig | None = Field(
         default=None,

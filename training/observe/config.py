@@ -29,10 +29,10 @@ class WandbConfig(Config):
     kind: Literal["wandb"] = Field(description="Name of the tracker.")
     project: str = Field(default="landiff", description="Project of the run.")
     name: str | None = Field(
-        default=None, description="Name of the run. null takes the path of the run folder."
+        default=None, description="Name of the run. null: the path of the run folder."
     )
     entity: str | None = Field(
-        default=None, description="User or team. null takes the default of the account."
+        default=None, description="User or team. null: the default of the account."
     )
     mode: Literal["offline", "online"] = Field(
         default="offline",
@@ -49,13 +49,13 @@ class MlflowConfig(Config):
     kind: Literal["mlflow"] = Field(description="Name of the tracker.")
     experiment: str = Field(default="landiff", description="Experiment of the run.")
     name: str | None = Field(
-        default=None, description="Name of the run. null takes the path of the run folder."
+        default=None, description="Name of the run. null: the path of the run folder."
     )
     uri: str | None = Field(
         default=None,
         description=(
-            "Tracking server or database, for example `http://host:5000`. null takes the SQLite "
-            "file mlflow.db in the run folder."
+            "Tracking server or database, for example `http://host:5000`. null: the SQLite file "
+            "mlflow.db in the run folder."
         ),
     )
 

@@ -30,27 +30,33 @@ class AlarmConfig(Config):
     from_step: NonNegativeInt = Field(
         default=200,
         description=(
-            "Steps with quantization before the first alarm. A codebook that has just begun "
-            "often looks like one that collapses."
+            "Steps with quantization before the first alarm. A new codebook often looks like a "
+            "collapsing one."
         ),
     )
     min_used_fraction: float = Field(
         default=0.1,
         ge=0,
         le=1,
-        description="Least part of the codes that a global batch could use and does use.",
+        description=(
+            "Minimum number of codes used in a global batch, as a fraction of the number that the "
+            "batch could use."
+        ),
     )
     min_perplexity: float = Field(
         default=4.0,
         ge=1,
-        description="Least perplexity of the codes of a global batch. 1 is a single code.",
+        description=(
+            "Minimum perplexity of the codes of a global batch. A perplexity of 1 means a single "
+            "code."
+        ),
     )
     max_dead_fraction: float = Field(
-        default=0.5, ge=0, le=1, description="Largest part of the codebook that is dead codes."
+        default=0.5, ge=0, le=1, description="Maximum fraction of dead codes in the codebook."
     )
     max_commitment_ratio: PositiveFloat = Field(
         default=10.0,
-        description="Largest commitment loss, as a multiple of the reconstruction loss.",
+        description="Maximum commitment loss, as a multiple of the reconstruction loss.",
     )
 
 
@@ -59,59 +65,58 @@ class TokenizerTrainConfig(TrainConfig):
 
     run: Path = Field(description="Run folder: checkpoints, metrics and logs.")
     parent: Path | None = Field(default=None, description=PARENT_DESCRIPTION)
-    zoo: Path = Field(
-        default=Path("zoo"), description="Zoo in which `init_from` is looked up. Read only for it."
-    )
+    zoo: Path = Field(default=Path("zoo"), description="Zoo in which `init_from` is looked up.")
     data: DataConfig = Field(description="Data folder with the `features` column, and batch sizes.")
-    loop: LoopConfig = Field(description="Length of training, logging and checkpoints.")
+    loop: LoopConfig = Field(description="Length of training, logging, validation and checkpoints.")
     optim: OptimConfig = Field(description="AdamW and its learning rate.")
     ema: EmaConfig | None = Field(
         default=None, description="Moving average of the weights. null: none."
     )
     trackers: tuple[TrackerConfig, ...] = Field(
-        default=(), description="Experiment trackers that get the metrics beside TensorBoard."
+        default=(),
+        description="Experiment trackers that get the metrics in addition to TensorBoard.",
     )
     phases: tuple[PhaseConfig, ...] = Field(default=(), description=PHASES_DESCRIPTION)
     model: TokenizerConfig = Field(default=TokenizerConfig(), description="Sizes of the tokenizer.")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description=(
-            "Precision of forward and backward. `bf16` is autocast: parameters and the quantizer "
-            "stay in float32."
+            "Precision of the forward and backward passes. `bf16` is autocast: parameters and the "
+            "quantizer stay in float32."
         ),
     )
     quantize_from_step: NonNegativeInt = Field(
         default=0,
         description=(
-            "Step at which quantization begins. Before it the decoder receives the latents as they "
-            "are, through the width of a code vector. k-means then starts from latents that carry "
-            "information, and the codebook does not collapse."
+            "Step at which quantization starts. Until then the decoder receives unquantized "
+            "latents, projected to the width of a code vector and back. k-means then starts from "
+            "informative latents, which prevents a collapse of the codebook."
         ),
     )
     alarms: AlarmConfig | None = Field(
         default=AlarmConfig(),
-        description="Limits of code use and commitment that are reported. null: none.",
+        description="Alarms for codebook usage and commitment loss. null: none.",
     )
     recompute: bool = Field(
         default=False,
         description=(
             "Recompute activations in the backward pass instead of storing them. Saves memory and "
-            "costs time."
+            "takes more time."
         ),
     )
 
     compile_blocks: bool = Field(
         default=False,
         description=(
-            "Compile the blocks of encoder and decoder with torch.compile, which needs a compiler: "
-            "faster on CUDA after minutes at the start. Results differ in the last bits."
+            "Compile the blocks of encoder and decoder with torch.compile, which needs a compiler. "
+            "Faster on CUDA, but the start takes minutes longer. Results differ by rounding."
         ),
     )
     init_from: str | None = Field(
         default=None,
         description=(
             "Zoo entry of a tokenizer to start from, with its codebook and feature statistics. "
-            "null draws initial weights."
+            "null: random initialization."
         ),
     )
 
