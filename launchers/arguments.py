@@ -50,7 +50,7 @@ def build_parser() -> Parser:
         "-C",
         dest="workdir",
         metavar="DIR",
-        help="run as if started in DIR, which relative paths in configs then refer to",
+        help="run in DIR: relative paths on the command line and in configs refer to it",
     )
     parser.add_argument("--version", action="version", version=f"landiff {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

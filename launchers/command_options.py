@@ -14,7 +14,7 @@ from landiff.launchers.help_texts import TRAINERS
 
 Commands = argparse._SubParsersAction
 STAGES = ("shards", "precompute", *TRAINERS, "convert", "sample", "evaluate")
-TASK = "the part of the work that this task does; SLURM arrays set it themselves"
+TASK = "do part I of N of the work, counted from 0; set automatically in SLURM arrays"
 
 
 def add_stage_commands(commands: Commands) -> None:
@@ -120,14 +120,14 @@ def add_column_options(command: argparse.ArgumentParser, **further: str) -> None
     command.add_argument(
         "--no-finalize",
         action="store_true",
-        help="leave the merge to a later job; for jobs that compute columns in parallel",
+        help="do not merge columns into the manifest; for jobs that compute columns in parallel",
     )
     command.add_argument("--task", metavar="I/N", help=TASK)
     command.add_argument(
         "--tasks",
         type=int,
         metavar="N",
-        help="number of tasks of the original array, if only some of them run again",
+        help="number of tasks of the original array, if only some of its tasks run again",
     )
     command.add_argument(
         "--sample",
@@ -157,8 +157,8 @@ def add_train(commands: Commands) -> None:
             "--nproc",
             type=int,
             metavar="N",
-            help="processes on this machine (default: one for each GPU; without GPUs, as many as "
-            "one copy of the model needs)",
+            help="number of processes on this machine (default: one per GPU; without GPUs, as many "
+            "as one model replica needs)",
         )
         trainer.add_argument("--take-over", action="store_true", help=help_texts.TAKE_OVER)
         trainer.add_argument(
@@ -202,8 +202,8 @@ def add_quickstart(commands: Commands) -> None:
     quickstart = add(
         commands,
         "quickstart",
-        "Run the whole pipeline on this machine, by default on generated and packaged clips, on "
-        "two CPU cores. Run it again to resume.",
+        "Run the whole pipeline on this machine, by default with small models on generated and "
+        "packaged clips. Run it again to resume.",
     )
     quickstart.add_argument(
         "--preset",
@@ -213,7 +213,7 @@ def add_quickstart(commands: Commands) -> None:
     )
     quickstart.add_argument(
         "--out",
-        help="output folder (default: runs/quickstart; of a project, its folder)",
+        help="output folder (default: runs/quickstart, or the project folder given by --preset)",
     )
     quickstart.add_argument(
         "--prompt", action="append", help="prompt to sample at the end (may be repeated)"
@@ -230,13 +230,13 @@ def add_selection(command: argparse.ArgumentParser, prefix: str) -> None:
         "--from",
         dest="first",
         metavar="STAGE",
-        help=f"{prefix}first stage to run; what the earlier ones make must be there",
+        help=f"{prefix}first stage to run; the outputs of earlier stages must exist",
     )
     command.add_argument(
         "--skip",
         action="append",
         metavar="STAGE",
-        help=f"{prefix}stage that does not run (may be repeated); the model of a skipped training "
+        help=f"{prefix}stage to skip (may be repeated); the model of a skipped training stage "
         "must be in the zoo",
     )
 
@@ -249,10 +249,10 @@ def add_doctor(commands: Commands) -> None:
         "Check this machine for training: versions, GPUs, all-reduce, disk, memory, clock.",
     )
     doctor.add_argument(
-        "--gpus", type=int, default=0, metavar="N", help="GPUs that this machine must have"
+        "--gpus", type=int, default=0, metavar="N", help="number of GPUs this machine must have"
     )
     doctor.add_argument(
-        "--node", action="store_true", help="only the quick checks of a job's pre-flight"
+        "--node", action="store_true", help="only the quick checks that jobs run on each node"
     )
     doctor.add_argument(
         "--report", metavar="DIR", help="also write DIR/<node>.ok or DIR/<node>.bad"
@@ -264,14 +264,14 @@ def add_plan(commands: Commands) -> None:
     plan = add(
         commands,
         "plan",
-        "Estimate the cost of a training config: memory by part, FLOPs, days. Needs no GPU.",
+        "Estimate memory, FLOPs and duration of a training config. Needs no GPU.",
         epilog=help_texts.OVERRIDES.format(example="parallel.tensor=4 data.micro_batch_size=2"),
     )
     plan.add_argument(
         "stage",
         choices=[*TRAINERS, "all"],
         metavar="STAGE",
-        help="tokenizer, lm or diffusion; or all: the sum over the trainings of --preset",
+        help="tokenizer, lm or diffusion; or all: the sum over all training stages of --preset",
     )
     config = plan.add_mutually_exclusive_group(required=True)
     config.add_argument(
@@ -280,9 +280,11 @@ def add_plan(commands: Commands) -> None:
     config.add_argument(
         "--preset",
         metavar="PRESET",
-        help=f"{help_texts.PRESET}; of diffusion, the main transformer is planned",
+        help=f"{help_texts.PRESET}; for diffusion, phase `main` is planned",
     )
-    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs in all (default: 8)")
+    plan.add_argument(
+        "--gpus", type=int, default=8, metavar="N", help="total number of GPUs (default: 8)"
+    )
     plan.add_argument(
         "--gpu",
         default="h100",
@@ -298,14 +300,14 @@ def add_plan(commands: Commands) -> None:
     plan.add_argument(
         "--calibrate",
         metavar="RUN",
-        help="take the utilization that a run of this trainer has measured, instead of --mfu",
+        help="use the MFU that a run of this trainer has measured, instead of --mfu",
     )
     plan.add_argument("--price", type=float, metavar="P", help="price of a GPU hour")
     plan.add_argument(
         "--clips",
         type=int,
         metavar="N",
-        help="all: number of clips, for precompute (default: those of the data)",
+        help="all: number of clips for which columns are computed (default: those of the data)",
     )
     plan.add_argument(
         "--steps", type=int, metavar="N", help="optimizer steps (default: loop.steps)"
@@ -313,7 +315,7 @@ def add_plan(commands: Commands) -> None:
     plan.add_argument(
         "--search",
         action="store_true",
-        help="rank tensor, pipeline, ZeRO, recompute and micro-batch choices that fit",
+        help="list the fastest parallel layouts, ZeRO stages and micro-batch sizes that fit",
     )
     plan.add_argument(
         "--top", type=int, default=10, metavar="N", help="lines of --search (default: 10)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PIPELINE = """\
-The pipeline, in order. Each command can be run alone, interrupted, and run again:
+The pipeline, in order. Every command can be interrupted and run again to resume:
 
   landiff shards     --config nano/shards                     clips and captions -> raw shards
   landiff precompute --config nano/features                   vision features
@@ -16,7 +16,7 @@ The pipeline, in order. Each command can be run alone, interrupted, and run agai
   landiff convert    runs/diffusion-main --name main          checkpoint -> zoo
   landiff train diffusion --config nano/diffusion-control     control branch, main frozen
   landiff convert    runs/diffusion-control --name diffusion  checkpoint -> zoo
-  landiff evaluate   --config nano/evaluate                   do the models use their conditions?
+  landiff evaluate   --config nano/evaluate                   how much models use text and tokens
   landiff sample     --config nano/sample "a rabbit runs"     prompts -> mp4
 
   landiff demo       --config nano/sample                     the same in a web browser
@@ -24,15 +24,15 @@ The pipeline, in order. Each command can be run alone, interrupted, and run agai
   landiff quickstart --out runs/quickstart                    all of it, on two CPU cores
 """
 
-PRESET = "packaged preset (nano, shapes, quickstart, landiff), or a folder that `landiff new` wrote"
+PRESET = "packaged preset (nano, shapes, quickstart, landiff), or a folder made by `landiff new`"
 
 OVERRIDES = """\
-Any config key can be set after the options, for example:  {example}
+You can set any config key after the options, for example:  {example}
 An unknown key is an error that names the nearest known key.
 """
 
 PROMPTS = """
-Write a prompt that could be taken for an option or an override after --, where nothing is parsed:
+Put prompts that look like an option or a config key after --, where nothing is parsed:
 
   landiff sample --config nano/sample seed=7 -- "seed=7 is written on a wall" "--- a dashed line"
 """
@@ -44,7 +44,7 @@ VBench:
 """
 
 DEMO = """
-The page needs pip install 'landiff-pretrain[demo]'. From another machine, through SSH:
+Requires pip install 'landiff-pretrain[demo]'. To open the page from another machine, through SSH:
 
   ssh -L 7860:localhost:7860 HOST       then open http://localhost:7860
 """
@@ -57,8 +57,8 @@ TRAINERS = {
 }
 
 TAKE_OVER = (
-    "take the run folder from its owner at once, instead of waiting until the lock of an owner on "
-    "another machine, which may be dead, expires"
+    "take over the run folder immediately, if its owner on another machine no longer runs, instead "
+    "of waiting until its lock expires"
 )
 
 CONVERT = """\
@@ -74,27 +74,27 @@ CONVERT = """\
                                                               of a LanDiffPipeline
   landiff convert diffusion tokenizer lm --to release --out out    zoo -> files of the release
 
-Resharding a checkpoint with its optimizer: `landiff train` resumes from the result with
---config OUT/config.yaml. Changes are written as overrides of the run's config:
+To reshard a checkpoint with its optimizer, give the new values as overrides of the run's config.
+`landiff train --config OUT/config.yaml` then resumes from the result:
 
   landiff convert runs/lm --to megatron --out runs/lm-2 \\
       parallel.distributed_optimizer=true parallel.tensor=2 vocab_multiple=256
   landiff convert runs/diffusion-main --to deepspeed --out runs/main-2 --world-size 16 zero.stage=3
 
-Other tensor, pipeline and data parallel sizes of Megatron need no conversion, nor do other ZeRO
-stages and world sizes of this project's diffusion trainer. DeepSpeed alone needs it. Weights that
-start a run accept vocab_multiple, head_multiple and zero.stage as overrides too.
+The trainers of this project resume with other tensor, pipeline and data parallel sizes, ZeRO stages
+and world sizes without conversion; only DeepSpeed itself needs it. Without a checkpoint's
+optimizer, vocab_multiple, head_multiple and zero.stage are accepted as overrides too.
 """
 
 ZOO = """\
   landiff zoo list                                            entries of the folder zoo
   landiff zoo list --zoo packaged                             the weights that come with landiff
   landiff zoo pack runs/learn --out small-zoo                 the three models of a run in bfloat16,
-                                                              with their rates and their origin
+                                                              with success rates and provenance
 """
 
 COMPLETION = """\
-Install the script once for each shell that you use:
+Install the script for your shell:
 
   bash   landiff completion bash > ~/.local/share/bash-completion/completions/landiff
   zsh    landiff completion zsh  > a file named _landiff in a folder of your $fpath
@@ -111,17 +111,17 @@ CONFIG = """\
 """
 
 CAPTIONS = """\
-A long and a short caption by a model of transformers, from a folder or by its hub id:
+Generate a long and a short caption with a transformers model, from a folder or by its hub id:
 
   landiff captions --config landiff/captions columns.captions-qwen.encoder.path=models/Qwen2.5-VL
   landiff captions stats --config landiff/captions
   landiff submit precompute --config landiff/captions --cluster my-site.yaml      as an array
 
-Captions made elsewhere, in a JSONL or parquet file with the keys of the clips:
+To use existing captions in a JSONL or parquet file with the keys of the clips, write a config with
 
   columns: {captions-mine: {encoder: {kind: file, path: captions.jsonl}}}
 
-The text columns encode them:  text-minilm: {encoder: {kind: minilm}, captions: captions-mine}
+Text columns encode the captions:  text-minilm: {encoder: {kind: minilm}, captions: captions-mine}
 """
 
 DATA = """\
@@ -131,13 +131,13 @@ DATA = """\
 """
 
 COMPARE = """\
-  landiff compare runs/lm runs/lm-2                           loss of both, and what differs
-  landiff compare runs/lm runs/lm-2 --metric 'val/*'          all metrics of validation
-  landiff compare runs/lm runs/lm-2 --plot loss.png --json    curves as a picture and as numbers
+  landiff compare runs/lm runs/lm-2                           losses and differing config keys
+  landiff compare runs/lm runs/lm-2 --metric 'val/*'          all validation metrics
+  landiff compare runs/lm runs/lm-2 --plot loss.png --json    curves as PNG and as JSON
 """
 
 SUBMIT = """\
-All other arguments are those of the stage itself:
+All other arguments are passed to the command of the stage:
 
   landiff submit lm --config landiff/lm --cluster my-site.yaml --nodes 4 optim.lr=2e-4
   landiff submit precompute --config landiff/precompute --cluster my-site.yaml

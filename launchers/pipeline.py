@@ -106,7 +106,7 @@ def print_outlook(
 
 
 def learn_command(args: argparse.Namespace) -> int:
-    """Trains on the shapes world from zero and scores the result. Returns the exit code."""
+    """Trains on the shapes world from scratch and scores the result. Returns the exit code."""
     out = Path(args.out)
     at_once = stages_at_once(LEARN_PRESET)
     code = run_pipeline("learn", learn_stages(args.seed), out, args.dry_run, at_once)

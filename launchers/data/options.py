@@ -11,7 +11,7 @@ def add_data_commands(commands: Commands) -> None:
     captions = add(
         commands,
         "captions",
-        "Write captions of clips with a vision-language model, or take them from a file.",
+        "Generate captions of clips with a vision-language model, or read them from a file.",
         config="landiff/captions",
         epilog=help_texts.CAPTIONS,
     )
@@ -26,7 +26,7 @@ def add_data_commands(commands: Commands) -> None:
     data.add_argument("action", choices=["report"], help="report (write the page)")
     data.add_argument("folder", nargs="?", metavar="FOLDER", help="data folder with a manifest")
     data.add_argument(
-        "--config", metavar="NAME", help="config of a trainer, instead: all data sets of its blend"
+        "--config", metavar="NAME", help="instead of FOLDER: all data sets in a trainer's config"
     )
     data.add_argument("--out", metavar="FILE", help="the page (default: report.html in FOLDER)")
     data.add_argument(
@@ -47,7 +47,7 @@ def add_shapes(commands: Commands) -> None:
     shapes = add(
         commands,
         "shapes",
-        "Make clips of moving shapes with captions, and score generated ones.",
+        "Make clips of moving shapes with captions, and score generated videos.",
     )
     shapes.add_argument(
         "action",
@@ -63,11 +63,11 @@ def add_shapes(commands: Commands) -> None:
     )
     shapes.add_argument("--clips", type=int, default=2000, help="number of training clips")
     shapes.add_argument(
-        "--true-clips", type=int, default=108, help="clips of each set that nothing is trained on"
+        "--true-clips", type=int, default=108, help="clips in each set that is not trained on"
     )
     shapes.add_argument("--size", type=int, default=64, help="height and width in pixels")
     shapes.add_argument("--frames", type=int, default=17, help="make: frames of a clip, at 8 fps")
-    shapes.add_argument("--seed", type=int, default=0, help="seed of places, sizes and order")
+    shapes.add_argument("--seed", type=int, default=0, help="seed of positions, sizes and order")
     shapes.add_argument("--videos", metavar="FOLDER", help="score, show: the videos")
     shapes.add_argument(
         "--labels", metavar="FILE", help="score, show: JSONL with a label per video"
@@ -89,7 +89,7 @@ def add_fit_codec(commands: Commands) -> None:
     fit.add_argument("--clips", required=True, metavar="FOLDER", help="mp4 files of one shape")
     fit.add_argument("--out", required=True, metavar="FILE", help="the codec, *.safetensors")
     fit.add_argument("--channels", type=int, default=16, help="channels of the latents")
-    fit.add_argument("--limit", type=int, default=1000, help="number of clips, at most")
+    fit.add_argument("--limit", type=int, default=1000, help="maximum number of clips")
     fit.add_argument(
         "--whiten",
         type=float,
@@ -104,7 +104,7 @@ def add_attribute(commands: Commands) -> None:
     attribute = add(
         commands,
         "attribute",
-        "Score true clips of the shapes world after each stage, to see which one loses what.",
+        "Score true clips of the shapes world after each stage, to see what each stage loses.",
         config="shapes/sample",
     )
     attribute.add_argument("--videos", required=True, metavar="FOLDER", help="true clips")
@@ -133,12 +133,10 @@ def add_learn(commands: Commands) -> None:
     learn = add(
         commands,
         "learn",
-        "Train on the shapes world from zero, on the CPU, and score videos of captions that "
-        "training never showed.",
+        "Train on the shapes world from scratch, on the CPU, and score videos of held-out "
+        "captions.",
     )
-    learn.add_argument(
-        "--out", default="runs/learn", metavar="DIR", help="folder of everything it writes"
-    )
+    learn.add_argument("--out", default="runs/learn", metavar="DIR", help="output folder")
     learn.add_argument("--seed", type=int, default=0, help="seed of data and training")
     learn.add_argument(
         "--dry-run", action="store_true", help="print the commands and start nothing"

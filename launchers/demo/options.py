@@ -11,7 +11,7 @@ def add_demo(commands: Commands) -> None:
     demo = add(
         commands,
         "demo",
-        "Generate videos in a web browser: a page on this machine, with a queue and a gallery.",
+        "Serve a web page on this machine that generates videos, with a queue and a gallery.",
         config="nano/sample",
         default_config="shapes/packaged",
         epilog=help_texts.OVERRIDES.format(example="steps=10 out=videos") + help_texts.DEMO,
@@ -28,5 +28,5 @@ def add_demo(commands: Commands) -> None:
         type=int,
         default=7860,
         metavar="N",
-        help="port to listen on (default: 7860); 0 takes any free one",
+        help="port to listen on (default: 7860); 0 uses any free port",
     )

@@ -7,24 +7,24 @@ import argparse
 from landiff.launchers import help_texts
 
 NEW = """\
-Each size is said once. Grids of features and latents, tokens of a frame,
-positions and prefixes follow.
+Set the clip size once. Grids of features and latents, tokens per frame, positions and prefixes are
+computed from it.
 
   landiff new my-model --frames 49 --size 480x720 --from landiff --source videos
   cd my-model
   landiff check --preset .
-  landiff quickstart --preset . --out .                     here; or as SLURM jobs:
-  landiff submit pipeline --preset . --cluster cluster.yaml
+  landiff quickstart --preset . --out .                         run on this machine, or
+  landiff submit pipeline --preset . --cluster cluster.yaml     run as SLURM jobs
 """
 CHECK = """\
-Nothing is started or written. All mistakes are listed at once. `landiff quickstart` and `landiff
-submit pipeline` check the same before they start anything.
+Lists all mistakes at once. Starts and writes nothing. `landiff quickstart` and `landiff submit
+pipeline` run the same check first.
 """
 
 
 def add_project_commands(commands: argparse._SubParsersAction) -> None:
     """Add `landiff new` and `landiff check`."""
-    text = "Write the configs of a project for clips of any size, with a README of all commands."
+    text = "Create a project folder: configs of all stages for your clip size, and a README."
     new = commands.add_parser(
         "new",
         help=text,
@@ -47,19 +47,20 @@ def add_project_commands(commands: argparse._SubParsersAction) -> None:
         metavar="PRESET",
         default="nano",
         choices=["nano", "landiff", "shapes"],
-        help="packaged preset that all other values are from: nano (default), landiff or shapes",
+        help="packaged preset with all other values: nano (default), landiff or shapes",
     )
     new.add_argument(
         "--source",
         metavar="PATH",
-        help="your videos, as `source` of shards (default: the preset's)",
+        help="your videos, the `source` of shards.yaml (default: the preset's)",
     )
     new.add_argument(
         "--captions",
         choices=["reject", "file_name", "folder_name", "none"],
-        help="clips without a caption: as `missing_captions` of shards (default: reject)",
+        help="handling of clips without a caption, `missing_captions` of shards.yaml (default: "
+        "reject)",
     )
-    text = "Check that all stages of a preset fit each other, before any of them starts."
+    text = "Check the configs of all stages of a preset, and that they match each other."
     check = commands.add_parser(
         "check",
         help=text,
@@ -71,5 +72,5 @@ def add_project_commands(commands: argparse._SubParsersAction) -> None:
         "--preset", default="nano", metavar="PRESET", help=f"{help_texts.PRESET} (default: nano)"
     )
     check.add_argument(
-        "--config", metavar="NAME", help="check this config of one stage alone, instead of a preset"
+        "--config", metavar="NAME", help="check only this config of one stage, instead of a preset"
     )

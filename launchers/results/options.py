@@ -43,38 +43,40 @@ def add_sample(commands: Commands) -> None:
         "--at",
         action="append",
         metavar="'FRAME: TEXT'",
-        help="what one video shows from an RGB frame on; the first is 0 (repeat the option)",
+        help="prompt of one video from this RGB frame on; repeat the option, starting at frame 0",
     )
     sample.add_argument(
-        "--first-frame", metavar="FILE", help="image or video whose first frame begins the videos"
+        "--first-frame",
+        metavar="FILE",
+        help="image or video whose first frame the videos start with",
     )
     sample.add_argument(
         "--continue",
         dest="continue_video",
         metavar="VIDEO",
-        help="video whose last frames the videos begin with",
+        help="video to continue: the videos start with its last frames",
     )
     sample.add_argument(
         "--tokens",
         dest="tokens_from",
         metavar="FILE",
-        help="video, or file of --tokens-only, whose semantic tokens the videos have",
+        help="video, or file of --tokens-only, whose semantic tokens are rendered",
     )
     sample.add_argument(
         "--tokens-only",
         action="store_true",
-        help="draw the tokens only; the same command without this option renders them",
+        help="only sample the tokens; the same command without this option renders them",
     )
     sample.add_argument(
-        "--seeds", metavar="A-B,C", help="seeds of each prompt; one video for each of them"
+        "--seeds", metavar="A-B,C", help="seeds of each prompt, such as 0-3,7; one video per seed"
     )
     sample.add_argument(
-        "--num-videos", type=int, metavar="N", help="videos for each prompt and seed (default: 1)"
+        "--num-videos", type=int, metavar="N", help="videos per prompt and seed (default: 1)"
     )
     sample.add_argument(
         "--size",
         metavar="HxW",
-        help="height and width in pixels, of a clip shape that the models were trained on",
+        help="height and width in pixels; the models must have been trained on this size",
     )
     sample.add_argument(
         "--frames", type=int, metavar="N", help="frames of each video, 4 n + 1; 1 is an image"
@@ -83,13 +85,13 @@ def add_sample(commands: Commands) -> None:
         "--nproc",
         type=int,
         metavar="N",
-        help="processes on this machine that divide the videos, each with its own GPU (default: 1)",
+        help="number of processes on this machine, each with its own GPU (default: 1)",
     )
     sample.add_argument(
         "--memory",
         metavar="SIZE",
-        help="memory of the GPU, or without one of this machine, that may be used, such as 24GB; "
-        "chooses offload=",
+        help="GPU memory to use, or memory of the machine if it has no GPU, such as 24GB; selects "
+        "offload=",
     )
     sample.add_argument("--task", metavar="I/N", help=TASK)
     sample.add_argument("--pair", help=argparse.SUPPRESS)  # of processes that --nproc starts
@@ -100,7 +102,7 @@ def add_evaluate(commands: Commands) -> None:
     evaluate = add(
         commands,
         "evaluate",
-        "Compare losses under right and wrong conditions: do the models use their conditions?",
+        "Compare losses with right and wrong conditions (text, tokens), or score videos.",
         config="nano/evaluate",
         epilog=help_texts.OVERRIDES.format(example="seeds=5") + help_texts.VBENCH,
     )
@@ -122,5 +124,5 @@ def add_evaluate(commands: Commands) -> None:
     evaluate.add_argument(
         "--augmented",
         metavar="FILE",
-        help="vbench: JSON object of official to augmented prompts, which videos are made from",
+        help="vbench: JSON object that maps official prompts to augmented ones to sample from",
     )

@@ -27,18 +27,18 @@ def add_status(commands: Commands) -> None:
 
 def add_logs(commands: Commands) -> None:
     """`landiff logs`."""
-    logs = add(commands, "logs", "Show a run's log; a failed rank's log comes first.")
+    logs = add(commands, "logs", "Show the logs of a run, that of a failed rank first.")
     logs.add_argument("run", help="run folder")
     logs.add_argument(
         "--rank",
         type=int,
-        help="rank to show (default: the batch script's log, and the end of a failed rank's)",
+        help="rank to show (default: the batch script's log and the end of a failed rank's log)",
     )
     logs.add_argument(
         "--lines", type=int, default=40, metavar="N", help="number of last lines (default: 40)"
     )
     logs.add_argument(
-        "--follow", action="store_true", help="print new lines as they are written; Ctrl-C ends"
+        "--follow", action="store_true", help="print new lines as they are written, until Ctrl-C"
     )
 
 
@@ -47,7 +47,7 @@ def add_compare(commands: Commands) -> None:
     compare = add(
         commands,
         "compare",
-        "Compare runs: differing config keys, curves by step, last validation.",
+        "Compare runs: config keys that differ, curves by step, last validation.",
         epilog=help_texts.COMPARE,
     )
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more")
@@ -55,10 +55,10 @@ def add_compare(commands: Commands) -> None:
         "--metric",
         action="append",
         metavar="TAG",
-        help="metric to compare, with * and ? as wildcards (may be repeated; default: loss in "
-        "training and validation)",
+        help="metric to compare, with * and ? as wildcards (may be repeated; default: training and "
+        "validation loss)",
     )
-    compare.add_argument("--plot", metavar="FILE", help="also draw the curves into this PNG file")
+    compare.add_argument("--plot", metavar="FILE", help="also plot the curves to this PNG file")
     compare.add_argument("--json", action="store_true", help="print JSON, with all logged steps")
 
 
@@ -75,6 +75,6 @@ def add_report(commands: Commands) -> None:
 
 def add_stop(commands: Commands) -> None:
     """`landiff stop`."""
-    stop = add(commands, "stop", "Ask a run to save a checkpoint and end.")
+    stop = add(commands, "stop", "Ask a run to save a checkpoint and stop.")
     stop.add_argument("run", help="run folder")
     stop.add_argument("--restart", action="store_true", help="save and restart, as at a time limit")

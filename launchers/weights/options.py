@@ -55,8 +55,8 @@ def add_convert(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="keys that the source may lack, with the wildcards * and ?; they are initialised as "
-        "in a new model",
+        help="keys that may be missing in the source, with the wildcards * and ?; they are "
+        "initialized as in a new model",
     )
     convert.add_argument(
         "--merge",
@@ -64,13 +64,13 @@ def add_convert(commands: Commands) -> None:
         type=float,
         const=1.0,
         metavar="SCALE",
-        help="add the adapters among the sources to their base, which is a source too (SCALE: 1)",
+        help="add the given adapters to their base, which must be given too (default SCALE: 1)",
     )
     convert.add_argument(
         "--weights",
         choices=["ema", "raw"],
-        help="of a run: the moving average of the weights, or the weights themselves (default: the "
-        "average, if the checkpoint holds one)",
+        help="of a run: the moving average of the weights (ema), or the weights themselves (raw); "
+        "default: ema if the checkpoint has it",
     )
     convert.add_argument(
         "--weights-only",
@@ -95,7 +95,7 @@ def add_zoo(commands: Commands) -> None:
     zoo = add(
         commands,
         "zoo",
-        "List, show or verify entries of a zoo, or pack the models of a run into a small one.",
+        "List, show or verify the entries of a zoo, or package small models.",
         epilog=help_texts.ZOO,
     )
     zoo.add_argument("action", choices=["list", "show", "verify", "pack"])

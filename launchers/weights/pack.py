@@ -55,7 +55,7 @@ Of the models before they were rounded to {dtype}, by the pixel judge of the wor
 """
 
 INTRO = """\
-Tokenizer, language model and diffusion model, trained from zero on moving shapes. They know
+Tokenizer, language model and diffusion model, trained from scratch on moving shapes. They know
 captions of one form and no others: "A red circle moves up quickly over a white ground."\
 """
 
